@@ -1,0 +1,197 @@
+"""The packed, modality-major micro-batch: the one contract between data, model, pipeline and loss.
+
+A micro-batch is one stream of T tokens without padding, in this order:
+
+    [ images | images of pairs | texts of pairs | texts ]
+      0      a                 b                c       T
+
+so that every expert works on a slice (`PackedBatch.routes`) and every sequence is one or two row ranges
+(`PackedBatch.sequence_ranges`): a pair is an image range and a text range. Sequences are numbered images, pairs, texts.
+"""
+
+# I images, P pairs, X texts, B = I + P images with pixels, Q = I + P + X sequences, N patches an image,
+# S tokens of all texts, M masked tokens, T packed rows, L layers.
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LOSS_TERMS = ("image_mim", "text_mlm", "pair_mim", "pair_mlm")
+"""The four terms of the loss, in the order of every four-vector of sums and counts."""
+
+
+class Route(NamedTuple):
+    """The rows [start, stop) that one expert processes."""
+
+    expert: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    """One micro-batch of images, pairs and texts; any of the three may be absent."""
+
+    num_images: int
+    """Images without texts, I."""
+    num_pairs: int
+    """Images with captions, P."""
+    caption_lengths: tuple[int, ...]
+    """Tokens of each caption, BOS and EOS included; P values."""
+    text_lengths: tuple[int, ...]
+    """Tokens of each text, BOS and EOS included; X values."""
+    pixels: Tensor
+    """The model's view, (B, 3, image_size, image_size) float32 in [-1, 1]; images first, then those of pairs."""
+    tokenizer_pixels: Tensor
+    """The visual tokenizer's view of the same crops, (B, 3, s, s) float32 in [-1, 1]."""
+    patch_mask: Tensor
+    """True where a patch is masked, (B, N) bool."""
+    token_ids: Tensor
+    """Corrupted ids of all captions, then of all texts, (S,) int64."""
+    masked_tokens: Tensor
+    """Positions in `token_ids` to be predicted, ascending, (M,) int64."""
+    target_ids: Tensor
+    """The original ids there, (M,) int64."""
+    drop_path: Tensor | None = None
+    """Factor of every sequence's two branches in every layer, (Q, L, 2) float32: 0 where the branch is dropped, else
+    1 / (1 - rate). None: nothing is dropped (evaluation, or a rate of 0)."""
+    visual_targets: Tensor | None = None
+    """Codes of the masked patches in row order, (patch_mask.sum(),) int64; filled by `with_visual_codes`."""
+    sample_names: tuple[str, ...] = ()
+    """Where each sequence came from, for logs and error messages; Q values or none."""
+
+    def __post_init__(self) -> None:
+        num_pixels = self.num_images + self.num_pairs
+        num_tokens = sum(self.caption_lengths) + sum(self.text_lengths)
+        assert len(self.caption_lengths) == self.num_pairs, "one caption length a pair"
+        assert self.pixels.shape[0] == num_pixels and self.patch_mask.shape[0] == num_pixels, "one mask an image"
+        assert self.token_ids.shape == (num_tokens,), "text lengths must add up to the tokens"
+        assert self.masked_tokens.shape == self.target_ids.shape, "one target a masked token"
+        assert not self.sample_names or len(self.sample_names) == self.num_sequences, "one name a sequence"
+
+    @property
+    def num_texts(self) -> int:
+        """Texts without images, X."""
+        return len(self.text_lengths)
+
+    @property
+    def num_sequences(self) -> int:
+        """Images, pairs and texts, Q."""
+        return self.num_images + self.num_pairs + self.num_texts
+
+    @property
+    def image_length(self) -> int:
+        """Rows of one image: CLS and its patches."""
+        return 1 + self.patch_mask.shape[1]
+
+    @property
+    def boundaries(self) -> tuple[int, int, int, int]:
+        """The row numbers (a, b, c, T) of the module's picture."""
+        a = self.num_images * self.image_length
+        b = a + self.num_pairs * self.image_length
+        c = b + sum(self.caption_lengths)
+        return a, b, c, c + sum(self.text_lengths)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the stream, T."""
+        return self.boundaries[3]
+
+    def routes(self, experts: tuple[str, ...]) -> tuple[Route, ...]:
+        """The rows of each expert, in row order; every expert is named, with no rows if need be.
+
+        Args:
+            experts: ("shared",), ("vision", "language") or ("vision", "vision_language", "language").
+        """
+        a, b, c, t = self.boundaries
+        if experts == ("shared",):
+            return (Route("shared", 0, t),)
+        if experts == ("vision", "language"):
+            return (Route("vision", 0, b), Route("language", b, t))
+        assert experts == ("vision", "vision_language", "language"), f"unknown experts {experts}"
+        return (Route("vision", 0, a), Route("vision_language", a, c), Route("language", c, t))
+
+    @cached_property
+    def sequence_ranges(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """Row ranges [start, stop) of each sequence: one, or two for a pair (image, then caption)."""
+        a, b, c, _ = self.boundaries
+        length = self.image_length
+        ranges: list[tuple[tuple[int, int], ...]] = [((i * length, (i + 1) * length),) for i in range(self.num_images)]
+        row = b
+        for i, caption_length in enumerate(self.caption_lengths):
+            ranges.append(((a + i * length, a + (i + 1) * length), (row, row + caption_length)))
+            row += caption_length
+        for text_length in self.text_lengths:
+            ranges.append(((row, row + text_length),))
+            row += text_length
+        return tuple(ranges)
+
+    @cached_property
+    def row_sequence(self) -> Tensor:
+        """The sequence that every row belongs to, (T,) int64."""
+        sequences = torch.arange(self.num_sequences)
+        num_pixels = self.num_images + self.num_pairs
+        lengths = torch.tensor([*self.caption_lengths, *self.text_lengths], dtype=torch.int64)
+        image_rows = sequences[:num_pixels].repeat_interleave(self.image_length)
+        text_rows = sequences[self.num_images :].repeat_interleave(lengths)
+        return torch.cat([image_rows, text_rows]).to(self.token_ids.device)
+
+    @cached_property
+    def text_positions(self) -> Tensor:
+        """Position of every token in its own text, from 0, (S,) int64."""
+        lengths = torch.tensor([*self.caption_lengths, *self.text_lengths], dtype=torch.int64)
+        starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+        return (torch.arange(len(starts)) - starts).to(self.token_ids.device)
+
+    @cached_property
+    def masked_patch_rows(self) -> Tensor:
+        """Rows of the masked patches, images before pairs, (masked patches,) int64."""
+        image, patch = self.patch_mask.nonzero(as_tuple=True)
+        return image * self.image_length + 1 + patch
+
+    @property
+    def masked_token_rows(self) -> Tensor:
+        """Rows of the masked tokens, captions before texts, (M,) int64."""
+        return self.masked_tokens + self.boundaries[1]
+
+    @cached_property
+    def num_masked(self) -> tuple[int, int, int, int]:
+        """Masked positions of each of `LOSS_TERMS` in this micro-batch."""
+        image = int(self.patch_mask[: self.num_images].sum())
+        pair = int(self.patch_mask[self.num_images :].sum())
+        caption = int((self.masked_tokens < sum(self.caption_lengths)).sum())
+        return image, len(self.masked_tokens) - caption, pair, caption
+
+    def with_visual_codes(self, codes: Tensor) -> "PackedBatch":
+        """Returns the batch with the targets of its masked patches.
+
+        Args:
+            codes: the visual tokenizer's codes of `tokenizer_pixels`, (B, N) int64.
+        """
+        assert codes.shape == self.patch_mask.shape, f"codes {tuple(codes.shape)} do not fit {self.patch_mask.shape}"
+        return dataclasses.replace(self, visual_targets=codes[self.patch_mask])
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """Returns the batch with all its tensors on `device`."""
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """What one rank processes in one optimizer step."""
+
+    step: int
+    """The optimizer step, from 0."""
+    micro_batches: tuple[PackedBatch, ...]
+    """This rank's micro-batches; every rank has the same number."""
+    broken_records: tuple[str, ...] = ()
+    """One line for each record of this rank's share that could not be read; its slot is left out."""

@@ -1,0 +1,24 @@
+"""Configuration: frozen dataclasses and the strict loading of one JSON file a run."""
+
+from beit3_ds.config.data import DataConfig, StreamConfig, TextTokenizerConfig, TokenizersConfig, VisualTokenizerConfig
+from beit3_ds.config.model import MODEL_SIZES, ModelConfig
+from beit3_ds.config.run import MicroBatchSize, RunConfig, build_run_config, load_run_config
+from beit3_ds.config.strict import ConfigError
+from beit3_ds.config.training import LossWeights, TrainingConfig
+
+__all__ = [
+    "MODEL_SIZES",
+    "ConfigError",
+    "DataConfig",
+    "LossWeights",
+    "MicroBatchSize",
+    "ModelConfig",
+    "RunConfig",
+    "StreamConfig",
+    "TextTokenizerConfig",
+    "TokenizersConfig",
+    "TrainingConfig",
+    "VisualTokenizerConfig",
+    "build_run_config",
+    "load_run_config",
+]

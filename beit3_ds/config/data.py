@@ -1,0 +1,164 @@
+"""The three data streams, masking, augmentation, and the two tokenizers."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from beit3_ds.config.strict import ConfigError, check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """One of the three streams: where its samples lie and how many of them make up a step."""
+
+    train: tuple[str, ...]
+    """Files or glob patterns, from the working directory. Images and pairs: WebDataset tar shards; texts: UTF-8 files,
+    one paragraph a line, a blank line between documents or paragraphs."""
+    heldout: tuple[str, ...] = ()
+    """The same for the held-out loss; empty means that the stream is not evaluated."""
+    samples_per_step: int
+    """Samples of this stream in one optimizer step, over all ranks (paper: 2048). 0 leaves the stream out."""
+
+    def __post_init__(self) -> None:
+        check_range("data.*.samples_per_step", self.samples_per_step, 0)
+        if self.samples_per_step and not self.train:
+            raise ConfigError("data: a stream with samples_per_step > 0 needs at least one file in 'train'.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read and how it is masked (paper section 2.2 and 2.3)."""
+
+    images: StreamConfig
+    """Images without texts: MIM only."""
+    pairs: StreamConfig
+    """Images with captions: MIM and MLM."""
+    texts: StreamConfig
+    """Texts alone: MLM only."""
+    text_length: int = 128
+    """Tokens of a text sample at most, BOS and EOS included. The paper does not say; 128 keeps texts as long as images."""
+    pair_text_length: int = 64
+    """Tokens of a caption at most, BOS and EOS included (the released models' fine-tuning length)."""
+    image_mask_ratio: float = 0.4
+    """Share of an image's patches that block-wise masking hides, exactly (paper: 40%)."""
+    text_mask_ratio: float = 0.15
+    """Share of a text's tokens to be predicted (paper: 15%)."""
+    pair_text_mask_ratio: float = 0.5
+    """Share of a caption's tokens to be predicted (paper: 50%)."""
+    min_crop_scale: float = 0.2
+    """Smallest share of the area that the random resized crop keeps (BEiT v2's value; the paper is silent)."""
+    color_jitter: float = 0.4
+    """Strength of brightness, contrast and saturation jitter (paper: "color jittering"; BEiT's value)."""
+    flip_probability: float = 0.5
+    """Horizontal flip of images without texts."""
+    pair_flip_probability: float = 0.5
+    """Horizontal flip of images with captions. The paper's augmentation flips; 0 keeps "left" and "right" true."""
+    num_workers: int = 2
+    """Processes that prepare batches, for each rank; 0 prepares them in the training process."""
+    prefetch_steps: int = 2
+    """Steps that each worker prepares ahead; memory is workers x prefetch_steps x one rank's step."""
+    max_broken_records: int = 100
+    """Unreadable records that are counted and left out before the run stops with their list."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_mask_ratio", "text_mask_ratio", "pair_text_mask_ratio"):
+            check_range(f"data.{name}", getattr(self, name), 0.01, 0.99)
+        for name in ("min_crop_scale", "flip_probability", "pair_flip_probability"):
+            check_range(f"data.{name}", getattr(self, name), 0, 1)
+        for name in ("text_length", "pair_text_length"):
+            check_range(f"data.{name}", getattr(self, name), 4)
+        check_range("data.color_jitter", self.color_jitter, 0, 1)
+        check_range("data.num_workers", self.num_workers, 0)
+        check_range("data.prefetch_steps", self.prefetch_steps, 1)
+        check_range("data.max_broken_records", self.max_broken_records, 0)
+
+    def streams(self) -> dict[str, StreamConfig]:
+        """The streams by name, in the order of the packed batch."""
+        return {"images": self.images, "pairs": self.pairs, "texts": self.texts}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTokenizerConfig:
+    """SentencePiece model of the texts, and how `beit3 train-text-tokenizer` makes it."""
+
+    path: str
+    """The .spm file, read by pretraining and written by training the tokenizer."""
+    vocab_size: int = 64000
+    """Pieces that SentencePiece learns, its own <unk>, <s> and </s> included (reference: 64000, so <mask> is 64001)."""
+    character_coverage: float = 0.9995
+    """Share of the characters that get a piece of their own."""
+    max_sentences: int = 10_000_000
+    """Lines sampled from the corpus for training."""
+
+    def __post_init__(self) -> None:
+        check_range("tokenizers.text.vocab_size", self.vocab_size, 8)
+        check_range("tokenizers.text.character_coverage", self.character_coverage, 0.9, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisualTokenizerConfig:
+    """VQ-KD tokenizer of BEiT v2 (Peng et al., 2022, arXiv:2208.06366), and how it is trained."""
+
+    path: str
+    """The .safetensors file, read by pretraining and written by `beit3 train-visual-tokenizer`."""
+    image_size: int = 224
+    """Pixels on a side of the tokenizer's view. image_size / patch_size must give the model's grid: a patch-14 model
+    at 224 px (16 x 16) goes with a patch-16 tokenizer at 256 px."""
+    patch_size: int = 16
+    """Pixels on a side of one code."""
+    hidden_size: int = 768
+    """Width of encoder and decoder."""
+    num_layers: int = 12
+    """Encoder blocks."""
+    decoder_layers: int = 3
+    """Decoder blocks (BEiT v2 recommends 3)."""
+    num_attention_heads: int = 12
+    """Attention heads of both."""
+    codebook_size: int = 8192
+    """Codes; it must equal model.visual_vocab_size."""
+    codebook_dim: int = 32
+    """Width of a code."""
+    ema_decay: float = 0.99
+    """Decay of the codebook's moving averages."""
+    commitment_weight: float = 1.0
+    """Weight beta of the commitment loss."""
+    teacher: Literal["oriented_gradients"] = "oriented_gradients"
+    """Whose features are reconstructed. `oriented_gradients`: histograms of gradients and colours computed from the
+    image itself, so that nothing is downloaded."""
+    training_steps: int = 250_000
+    """Optimizer steps (BEiT v2: 100 ImageNet epochs at batch 512)."""
+    batch_size: int = 512
+    """Images a step."""
+    learning_rate: float = 5e-5
+    """Peak learning rate of AdamW (0.9, 0.99)."""
+    weight_decay: float = 1e-4
+    """Weight decay."""
+    warmup_steps: int = 25_000
+    """Linear warmup, then cosine to 1e-5 of the peak."""
+
+    @property
+    def grid_size(self) -> int:
+        """Codes on a side of an image."""
+        return self.image_size // self.patch_size
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "hidden_size", "num_layers", "decoder_layers", "num_attention_heads", "batch_size"):
+            check_range(f"tokenizers.visual.{name}", getattr(self, name), 1)
+        if self.image_size % self.patch_size:
+            raise ConfigError(
+                f"tokenizers.visual: patch_size={self.patch_size} does not divide image_size={self.image_size}."
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"tokenizers.visual: num_attention_heads={self.num_attention_heads} does not divide "
+                f"hidden_size={self.hidden_size}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizersConfig:
+    """The two tokenizers of a run."""
+
+    text: TextTokenizerConfig
+    """Words to ids."""
+    visual: VisualTokenizerConfig
+    """Patches to codes."""

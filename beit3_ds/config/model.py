@@ -1,0 +1,142 @@
+"""The shape of the Multiway Transformer and the named sizes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from beit3_ds.config.strict import ConfigError, check_known_keys, check_range, load_section
+
+MODEL_SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"num_layers": 12, "hidden_size": 192, "ffn_hidden_size": 768, "num_attention_heads": 3, "patch_size": 16},
+    "base": {"num_layers": 12, "hidden_size": 768, "ffn_hidden_size": 3072, "num_attention_heads": 12, "patch_size": 16},
+    "large": {
+        "num_layers": 24,
+        "hidden_size": 1024,
+        "ffn_hidden_size": 4096,
+        "num_attention_heads": 16,
+        "patch_size": 16,
+    },
+    "giant": {
+        "num_layers": 40,
+        "hidden_size": 1408,
+        "ffn_hidden_size": 6144,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+    },
+}
+"""Defaults of `"size": NAME`. Giant is the paper's Table 2 (patch 14 at 224 px); base and large are the released ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A BEiT-3 backbone with its two masked-modeling heads (paper section 2.1)."""
+
+    num_layers: int
+    """Multiway blocks."""
+    hidden_size: int
+    """Width D of the token stream."""
+    ffn_hidden_size: int
+    """Width F inside every expert."""
+    num_attention_heads: int
+    """Attention heads; they must divide `hidden_size`."""
+    patch_size: int
+    """Pixels on a side of one image patch; it must divide `image_size`."""
+    image_size: int = 224
+    """Pixels on a side of the model's view of an image."""
+    layout: Literal["shared", "decoupled"] = "shared"
+    """`shared`: the paper's layout, one attention for all modalities. `decoupled`: the released models' layout,
+    in which projections and norms exist once for vision and once for language and only the softmax is shared."""
+    num_vision_language_layers: int = 3
+    """How many top blocks have a vision-language expert for pairs (paper: 3). Must be 0 in the decoupled layout."""
+    sub_layernorm: bool = False
+    """Adds Magneto's inner LayerNorms and its initialisation (Wang et al., 2022, arXiv:2210.06423). The paper names
+    neither, so the default is off; the released models have them."""
+    layer_norm_epsilon: float = 1e-5
+    """Added to the variance in every LayerNorm."""
+    drop_path_rate: float = 0.0
+    """Stochastic depth at the last block; it grows linearly from 0 at the first (paper, appendix: 0.1)."""
+    text_vocab_size: int = 64010
+    """Rows of the word embedding and of the MLM head. The reference rounds its 64002 ids up to 64010."""
+    visual_vocab_size: int = 8192
+    """Codes of the visual tokenizer, rows of the MIM head."""
+    max_text_length: int = 128
+    """Rows of the text position table; no text may be longer, BOS and EOS included."""
+    cross_entropy_chunk_size: int = 128
+    """Masked text positions whose logits exist at a time; full logits are never stored."""
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def grid_size(self) -> int:
+        """Patches on a side of an image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image."""
+        return self.grid_size**2
+
+    def experts(self, layer: int) -> tuple[str, ...]:
+        """Names of the feed-forward experts of block `layer` (0-based), in the order of the packed batch."""
+        if layer >= self.num_layers - self.num_vision_language_layers:
+            return ("vision", "vision_language", "language")
+        return ("vision", "language")
+
+    @property
+    def attention_experts(self) -> tuple[str, ...]:
+        """Names of the attention's weight sets: one that all rows share, or one a modality."""
+        return ("shared",) if self.layout == "shared" else ("vision", "language")
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "patch_size", "image_size"):
+            check_range(f"model.{name}", getattr(self, name), 1)
+        for name in ("text_vocab_size", "visual_vocab_size", "max_text_length", "cross_entropy_chunk_size"):
+            check_range(f"model.{name}", getattr(self, name), 2)
+        check_range("model.drop_path_rate", self.drop_path_rate, 0, 0.99)
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"model: num_attention_heads={self.num_attention_heads} does not divide hidden_size={self.hidden_size}. "
+                f"{_nearest_divisors(self.hidden_size, self.num_attention_heads, 'heads')}"
+            )
+        if self.image_size % self.patch_size:
+            raise ConfigError(
+                f"model: patch_size={self.patch_size} does not divide image_size={self.image_size}. "
+                f"{_nearest_divisors(self.image_size, self.patch_size, 'pixels a patch')}"
+            )
+        if not 0 <= self.num_vision_language_layers <= self.num_layers:
+            raise ConfigError(
+                f"model: num_vision_language_layers={self.num_vision_language_layers} must lie between 0 and "
+                f"num_layers={self.num_layers}."
+            )
+        if self.layout == "decoupled" and self.num_vision_language_layers:
+            raise ConfigError(
+                "model: the decoupled layout has no vision-language expert; set num_vision_language_layers to 0 "
+                f"(it is {self.num_vision_language_layers})."
+            )
+
+
+def load_model_section(mapping: Any, where: str) -> ModelConfig:
+    """Loads the "model" section, in which `"size": NAME` stands for the fields of `MODEL_SIZES`.
+
+    Raises:
+        ConfigError: for an unknown size or key, or sizes that do not fit each other.
+    """
+    if isinstance(mapping, Mapping) and "size" in mapping:
+        size = mapping["size"]
+        if size not in MODEL_SIZES:
+            raise ConfigError(f"{where}.size: {size!r} is not one of {', '.join(map(repr, MODEL_SIZES))}.")
+        rest = {key: value for key, value in mapping.items() if key != "size"}
+        check_known_keys(rest, [*ModelConfig.__dataclass_fields__, "size"], where)
+        mapping = MODEL_SIZES[size] | rest
+    return load_section(ModelConfig, mapping, where)
+
+
+def _nearest_divisors(number: int, wanted: int, noun: str) -> str:
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    below = max((d for d in divisors if d < wanted), default=None)
+    above = min((d for d in divisors if d > wanted), default=None)
+    choices = " or ".join(str(d) for d in (below, above) if d is not None)
+    return f"The nearest that fit: {choices} {noun}."

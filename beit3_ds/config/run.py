@@ -1,0 +1,176 @@
+"""One JSON file is one run: DeepSpeed's keys beside a "beit3_ds" section."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from beit3_ds.config.data import DataConfig, TokenizersConfig
+from beit3_ds.config.deepspeed import OWN_SECTION, check_deepspeed_keys, engine_config
+from beit3_ds.config.model import ModelConfig, load_model_section
+from beit3_ds.config.strict import ConfigError, check_known_keys, check_range, load_section
+from beit3_ds.config.training import TrainingConfig
+
+
+class MicroBatchSize(NamedTuple):
+    """Samples of each stream in one micro-batch of one rank."""
+
+    images: int
+    pairs: int
+    texts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything a run depends on."""
+
+    model: ModelConfig
+    data: DataConfig
+    tokenizers: TokenizersConfig
+    training: TrainingConfig
+    gradient_accumulation_steps: int
+    """Micro-batches of one rank in one optimizer step."""
+    deepspeed: Mapping[str, Any]
+    """DeepSpeed's own keys, verbatim."""
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of all streams in one optimizer step."""
+        return sum(stream.samples_per_step for stream in self.data.streams().values())
+
+    def micro_batch_size(self, data_parallel_size: int) -> MicroBatchSize:
+        """Divides every stream's samples a step over ranks and micro-batches.
+
+        Raises:
+            ConfigError: if they do not divide, with the nearest numbers of samples that do.
+        """
+        check_batch_sizes(self, data_parallel_size)
+        parts = data_parallel_size * self.gradient_accumulation_steps
+        return MicroBatchSize(*(stream.samples_per_step // parts for stream in self.data.streams().values()))
+
+    def engine_config(self, data_parallel_size: int) -> dict[str, Any]:
+        """The dictionary that the DeepSpeed engine is built from; its own accumulation is 1."""
+        return engine_config(self.deepspeed, self.samples_per_step, data_parallel_size)
+
+
+def load_run_config(path: str | Path) -> RunConfig:
+    """Reads and checks a run's JSON file.
+
+    Raises:
+        ConfigError: for an unreadable file, invalid JSON, an unknown key at any level or values that do not fit.
+    """
+    path = Path(path)
+    try:
+        mapping = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file (looked in {Path.cwd()}).") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}.") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}.") from None
+    try:
+        return build_run_config(mapping)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def build_run_config(mapping: Any) -> RunConfig:
+    """Builds and checks a run's configuration from the parsed JSON object.
+
+    Raises:
+        ConfigError: as `load_run_config`.
+    """
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(f"expected a JSON object at the top, got {type(mapping).__name__}.")
+    check_deepspeed_keys(mapping, "top level")
+    if OWN_SECTION not in mapping:
+        raise ConfigError(f"the section '{OWN_SECTION}' is missing; see ds_configs/quickstart_cpu.json for an example.")
+    own = mapping[OWN_SECTION]
+    if not isinstance(own, Mapping):
+        raise ConfigError(f"{OWN_SECTION}: expected a JSON object, got {type(own).__name__}.")
+    sections = ("model", "data", "tokenizers", "training")
+    check_known_keys(own, sections, OWN_SECTION)
+    for section in sections:
+        if section not in own:
+            raise ConfigError(f"{OWN_SECTION}: the section '{section}' is missing.")
+    accumulation = mapping.get("gradient_accumulation_steps", 1)
+    if not isinstance(accumulation, int) or isinstance(accumulation, bool):
+        raise ConfigError(f"gradient_accumulation_steps: expected int, got {accumulation!r}.")
+    check_range("gradient_accumulation_steps", accumulation, 1)
+    config = RunConfig(
+        model=load_model_section(own["model"], f"{OWN_SECTION}.model"),
+        data=load_section(DataConfig, own["data"], f"{OWN_SECTION}.data"),
+        tokenizers=load_section(TokenizersConfig, own["tokenizers"], f"{OWN_SECTION}.tokenizers"),
+        training=load_section(TrainingConfig, own["training"], f"{OWN_SECTION}.training"),
+        gradient_accumulation_steps=accumulation,
+        deepspeed={key: value for key, value in mapping.items() if key != OWN_SECTION},
+    )
+    _check_sections_agree(config)
+    return config
+
+
+def check_batch_sizes(config: RunConfig, data_parallel_size: int) -> None:
+    """Refuses batch sizes that do not divide over `data_parallel_size` ranks or contradict DeepSpeed's keys.
+
+    Raises:
+        ConfigError: with the values, the rule and the nearest sizes that fit.
+    """
+    steps = config.gradient_accumulation_steps
+    parts = data_parallel_size * steps
+    for name, stream in config.data.streams().items():
+        samples = stream.samples_per_step
+        if samples % parts:
+            below, above = samples // parts * parts, -(-samples // parts) * parts
+            choices = f"{below} or {above}" if below else f"{above}"
+            raise ConfigError(
+                f"data.{name}.samples_per_step={samples} does not divide by data-parallel size {data_parallel_size} x "
+                f"gradient_accumulation_steps {steps} = {parts}. Use {choices}, or change ranks or accumulation."
+            )
+    total = config.samples_per_step
+    expected = {"train_batch_size": total, "train_micro_batch_size_per_gpu": total // parts}
+    for key, value in expected.items():
+        given = config.deepspeed.get(key, value)
+        if given != value:
+            raise ConfigError(
+                f"{key}={given} contradicts the streams: {total} samples a step / ({data_parallel_size} ranks x {steps} "
+                f"micro-batches) gives {value}. Leave the key out: it is derived."
+            )
+
+
+def _check_sections_agree(config: RunConfig) -> None:
+    model, data, visual = config.model, config.data, config.tokenizers.visual
+    if config.samples_per_step == 0:
+        raise ConfigError("data: samples_per_step is 0 for all three streams; nothing would be trained.")
+    if visual.grid_size != model.grid_size:
+        raise ConfigError(
+            f"tokenizers.visual: {visual.image_size} px / patch {visual.patch_size} gives a grid of {visual.grid_size}, "
+            f"the model's {model.image_size} px / patch {model.patch_size} a grid of {model.grid_size}; they must be "
+            f"equal. Set tokenizers.visual.image_size to {model.grid_size * visual.patch_size}."
+        )
+    if visual.codebook_size != model.visual_vocab_size:
+        raise ConfigError(
+            f"model.visual_vocab_size={model.visual_vocab_size} must equal tokenizers.visual.codebook_size="
+            f"{visual.codebook_size}."
+        )
+    if config.tokenizers.text.vocab_size + 2 > model.text_vocab_size:
+        raise ConfigError(
+            f"model.text_vocab_size={model.text_vocab_size} is too small for tokenizers.text.vocab_size="
+            f"{config.tokenizers.text.vocab_size}: <pad> and <mask> add 2 ids. Use at least "
+            f"{config.tokenizers.text.vocab_size + 2}."
+        )
+    longest = max(data.text_length, data.pair_text_length)
+    if longest > model.max_text_length:
+        raise ConfigError(
+            f"model.max_text_length={model.max_text_length} is shorter than data.text_length={data.text_length} or "
+            f"data.pair_text_length={data.pair_text_length}. Raise it to {longest}."
+        )
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ConfigError(f"the key '{twice}' stands twice in one object.")
+    return mapping

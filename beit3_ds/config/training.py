@@ -1,0 +1,68 @@
+"""Steps, optimizer, schedule, and what a run writes."""
+
+from dataclasses import dataclass, field
+
+from beit3_ds.config.strict import ConfigError, check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Factors of the four loss terms; the paper names none, so each is 1."""
+
+    image_mim: float = 1.0
+    """Masked patches of images."""
+    text_mlm: float = 1.0
+    """Masked tokens of texts."""
+    pair_mim: float = 1.0
+    """Masked patches of pairs."""
+    pair_mlm: float = 1.0
+    """Masked tokens of captions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The optimizer's recipe (paper section 2.3) and the run's bookkeeping."""
+
+    output_dir: str
+    """Where checkpoints, logs, plot and predictions go."""
+    total_steps: int
+    """Optimizer steps of the run (paper: 1M); the cosine schedule ends here."""
+    warmup_steps: int
+    """Steps of linear warmup (paper: 10k)."""
+    learning_rate: float
+    """Peak learning rate (paper: 1e-3)."""
+    min_learning_rate: float = 0.0
+    """Learning rate at the last step."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay of matrices; biases, norms, positions, CLS and mask token have none (paper: 0.05)."""
+    adam_betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's betas (paper)."""
+    adam_epsilon: float = 1e-6
+    """AdamW's epsilon (paper)."""
+    loss_weights: LossWeights = field(default_factory=LossWeights)
+    """Factors of the four terms."""
+    activation_checkpointing: bool = False
+    """Recompute every block in the backward pass instead of keeping its activations."""
+    seed: int = 1
+    """Seeds initial values, data order, masks, augmentation and stochastic depth."""
+    log_interval: int = 10
+    """Steps between progress lines."""
+    eval_interval: int = 1000
+    """Steps between held-out evaluations; one also opens and closes the run."""
+    eval_samples: int = 1024
+    """Held-out samples a stream, at most."""
+    save_interval: int = 1000
+    """Steps between checkpoints; one also closes the run."""
+    keep_checkpoints: int = 3
+    """Whole checkpoints that are kept; older ones are deleted once a newer one is whole."""
+
+    def __post_init__(self) -> None:
+        for name in ("total_steps", "log_interval", "eval_interval", "eval_samples", "save_interval", "keep_checkpoints"):
+            check_range(f"training.{name}", getattr(self, name), 1)
+        check_range("training.warmup_steps", self.warmup_steps, 0)
+        check_range("training.learning_rate", self.learning_rate, 0)
+        check_range("training.weight_decay", self.weight_decay, 0)
+        if self.warmup_steps > self.total_steps:
+            raise ConfigError(
+                f"training: warmup_steps={self.warmup_steps} exceeds total_steps={self.total_steps}; lower the warmup."
+            )

@@ -1,0 +1,42 @@
+"""Self-attention that all modalities share (paper section 2.1)."""
+
+# T packed rows, D hidden, H heads, K head width.
+
+from torch import Tensor, nn
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.config import ModelConfig
+from beit3_ds.kernels.packed_attention import packed_attention
+from beit3_ds.model.multiway import MultiwayLayerNorm, MultiwayLinear
+
+
+class MultiwayAttention(nn.Module):
+    """Pre-norm bidirectional self-attention inside each sequence; a pair attends over its image and its caption.
+
+    In the `shared` layout one set of weights serves all rows; in the `decoupled` layout vision and language rows have
+    their own projections and norms and meet only in the softmax. With `sub_layernorm` the merged heads are normalised
+    before the output projection (Magneto, arXiv:2210.06423).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden, experts = config.hidden_size, config.attention_experts
+        self.experts, self.num_heads = experts, config.num_attention_heads
+        self.norm = MultiwayLayerNorm(hidden, config.layer_norm_epsilon, experts)
+        self.q_proj = MultiwayLinear(hidden, hidden, experts)
+        self.k_proj = MultiwayLinear(hidden, hidden, experts)
+        self.v_proj = MultiwayLinear(hidden, hidden, experts)
+        self.sub_norm = MultiwayLayerNorm(hidden, config.layer_norm_epsilon, experts) if config.sub_layernorm else None
+        self.out_proj = MultiwayLinear(hidden, hidden, experts)
+
+    def forward(self, x_TD: Tensor, batch: PackedBatch) -> Tensor:
+        """Returns the branch's output (T, D), without the residual."""
+        routes = batch.routes(self.experts)
+        h_TD = self.norm(x_TD, routes)
+        q_THK, k_THK, v_THK = (
+            proj(h_TD, batch).unflatten(1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        y_TD = packed_attention(q_THK, k_THK, v_THK, batch.sequence_ranges).flatten(1)
+        if self.sub_norm is not None:
+            y_TD = self.sub_norm(y_TD, routes)
+        return self.out_proj(y_TD, batch)

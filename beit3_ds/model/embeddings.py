@@ -1,0 +1,41 @@
+"""Patches, words and positions become the packed stream."""
+
+# T packed rows, D hidden, B images with pixels, N patches an image, S text tokens.
+
+import torch
+from torch import Tensor, nn
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.config import ModelConfig
+
+
+class Embeddings(nn.Module):
+    """Embeds images (a patch convolution, CLS in front, masked patches replaced) and texts (a word table).
+
+    Each modality has its own learned positions, and both start at 0 in a pair. BOS is the text's CLS. There is no type
+    embedding: the experts know their modality.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.patch = nn.Conv2d(3, hidden, kernel_size=config.patch_size, stride=config.patch_size)
+        self.word = nn.Embedding(config.text_vocab_size, hidden)
+        self.cls_token = nn.Parameter(torch.empty(hidden))
+        self.mask_token = nn.Parameter(torch.empty(hidden))
+        self.image_position = nn.Parameter(torch.empty(1 + config.num_patches, hidden))
+        self.text_position = nn.Parameter(torch.empty(config.max_text_length, hidden))
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Returns the stream x_TD: image rows, then text rows."""
+        return torch.cat([self._embed_images(batch), self._embed_texts(batch)])
+
+    def _embed_images(self, batch: PackedBatch) -> Tensor:
+        x_BND = self.patch(batch.pixels.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)
+        x_BND = torch.where(batch.patch_mask.unsqueeze(2), self.mask_token, x_BND)
+        cls_B1D = self.cls_token.expand(len(x_BND), 1, -1)
+        return (torch.cat([cls_B1D, x_BND], dim=1) + self.image_position).flatten(0, 1)
+
+    def _embed_texts(self, batch: PackedBatch) -> Tensor:
+        # index_select has a gradient of zeros for zero rows, so the tables take part even without texts.
+        return self.word(batch.token_ids) + self.text_position.index_select(0, batch.text_positions)

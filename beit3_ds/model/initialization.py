@@ -1,0 +1,60 @@
+"""Initial values: a pure function of (seed, parameter name), so that no layout of ranks changes them."""
+
+import hashlib
+import math
+import re
+
+import torch
+from torch import Tensor, nn
+
+from beit3_ds.config import ModelConfig
+
+STANDARD_DEVIATION = 0.02
+"""BEiT's; its truncated normal is cut at one standard deviation."""
+
+_BLOCK = re.compile(r"^blocks\.(\d+)\.")
+_OUTPUT_MATRIX = re.compile(r"\.(out_proj|fc2)\.weight")
+_MAGNETO_GAINED = re.compile(r"\.(v_proj|out_proj|fc1|fc2)\.weight")
+
+
+def initialize_parameters(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Fills every parameter of `model` with its initial value."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(initial_value(name, parameter.shape, config, seed))
+
+
+def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
+    """The initial value of one parameter, float32 on the CPU.
+
+    BEiT initialisation (paper section 2.3): truncated normal of 0.02 for matrices, convolution, tables and tokens, then
+    attention output and second FFN matrix of the l-th block divided by sqrt(2 l). With `sub_layernorm` the blocks'
+    matrices follow Magneto (arXiv:2210.06423, figure 2): Xavier normal, with gain sqrt(log(2 L)) for values, attention
+    output and FFN. Biases are 0 and norms 1.
+
+    Args:
+        name: logical name, e.g. `blocks.3.ffn.fc2.weight_vision`.
+        shape: logical shape.
+        config: sizes; decides between the two schemes.
+        seed: of the run.
+    """
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf.startswith("bias"):
+        return torch.zeros(shape)
+    if re.search(r"norm\.weight", name):
+        return torch.ones(shape)
+    generator = torch.Generator().manual_seed(_stable_seed(seed, name))
+    value, block = torch.empty(shape), _BLOCK.match(name)
+    if config.sub_layernorm and block:
+        gain = math.sqrt(math.log(2 * config.num_layers)) if _MAGNETO_GAINED.search(name) else 1.0
+        return nn.init.xavier_normal_(value, gain, generator=generator)
+    limit = STANDARD_DEVIATION
+    nn.init.trunc_normal_(value, std=STANDARD_DEVIATION, a=-limit, b=limit, generator=generator)
+    if block and _OUTPUT_MATRIX.search(name):
+        value /= math.sqrt(2 * (int(block[1]) + 1))
+    return value
+
+
+def _stable_seed(seed: int, name: str) -> int:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

@@ -1,0 +1,67 @@
+"""Linear layers of several experts over contiguous row slices of one packed stream."""
+
+# T packed rows, D input width, F output width; an expert owns rows [start, stop).
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Slices = Sequence[tuple[int, int]]
+"""Row ranges [start, stop) in ascending order that cover the stream, one an expert."""
+
+
+def multiway_linear_reference(x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """What `multiway_linear` computes, in plain PyTorch."""
+    parts = [
+        F.linear(x_TD[start:stop], w, b) for (start, stop), w, b in zip(slices, weights, biases, strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def multiway_linear(x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """Applies each expert's linear layer to its own rows, writing into one output without copies.
+
+    Computes y[start:stop] = x[start:stop] @ w_FD.T + b_F for every expert. An expert without rows gets zero gradients,
+    so every parameter takes part in every call.
+
+    Args:
+        x_TD: packed rows.
+        slices: row range of each expert; together they cover [0, T) in order.
+        weights: one (F, D) matrix an expert, of x's dtype; saved for the backward pass as they are.
+        biases: one (F,) vector an expert.
+
+    Returns:
+        y_TF, of x's dtype.
+    """
+    return _MultiwayLinear.apply(x_TD, tuple(slices), *weights, *biases)
+
+
+class _MultiwayLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, slices: Slices, *parameters: Tensor) -> Tensor:
+        weights, biases = parameters[: len(slices)], parameters[len(slices) :]
+        y_TF = x_TD.new_empty(x_TD.shape[0], weights[0].shape[0])
+        for (start, stop), w_FD, b_F in zip(slices, weights, biases, strict=True):
+            torch.addmm(b_F, x_TD[start:stop], w_FD.t(), out=y_TF[start:stop])
+        # The parameters themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
+        ctx.save_for_backward(x_TD, *weights)
+        ctx.slices = slices
+        return y_TF
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TF: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x_TD, *weights = ctx.saved_tensors
+        dy_TF = dy_TF.contiguous()
+        dx_TD = torch.empty_like(x_TD)
+        d_weights, d_biases = [], []
+        for (start, stop), w_FD in zip(ctx.slices, weights, strict=True):
+            dy_slice = dy_TF[start:stop]
+            torch.mm(dy_slice, w_FD, out=dx_TD[start:stop])
+            d_weights.append(dy_slice.t() @ x_TD[start:stop])
+            d_biases.append(dy_slice.sum(0))
+        return (dx_TD, None, *d_weights, *d_biases)

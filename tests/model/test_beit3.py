@@ -1,0 +1,95 @@
+"""The packed model against a plain padded one, and the properties that parallel training relies on."""
+
+import pytest
+import torch
+from tests.batches import decoupled, random_batch, small_model_config
+from tests.model.plain_beit3 import plain_losses
+
+from beit3_ds.config import ModelConfig
+from beit3_ds.model import BEiT3, initialize_parameters
+
+LAYOUTS = {
+    "shared": small_model_config(),
+    "shared-sub-ln": small_model_config(sub_layernorm=True),
+    "no-vl": small_model_config(num_vision_language_layers=0),
+    "decoupled": decoupled(),
+}
+MIXES = {"images": (3, 0, 0), "texts": (0, 0, 3), "pairs": (0, 3, 0), "all": (2, 2, 3)}
+
+
+def build(config: ModelConfig, dtype: torch.dtype = torch.float64, checkpointing: bool = False) -> BEiT3:
+    model = BEiT3(config, activation_checkpointing=checkpointing)
+    initialize_parameters(model, config, seed=3)
+    with torch.no_grad():  # biases and norms away from 0 and 1, so that a forgotten one shows
+        for i, parameter in enumerate(model.parameters()):
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("drop_path", [False, True], ids=["", "drop-path"])
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_packed_equals_plain(layout: str, mix: str, drop_path: bool) -> None:
+    config = LAYOUTS[layout]
+    model = build(config)
+    batch = random_batch(config, *MIXES[mix], drop_path=drop_path)
+    factors = torch.tensor([0.3, 0.5, 0.7, 1.1], dtype=torch.float64)
+    output = model(batch, factors)
+    output.total.backward()
+    packed = {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    model.zero_grad()
+    parameters = dict(model.named_parameters())
+    sums = plain_losses(parameters, config, batch)
+    (sums * factors).sum().backward()
+
+    torch.testing.assert_close(output.sums, sums.detach())
+    for name, parameter in parameters.items():
+        # The plain model leaves unused experts without a gradient; the packed one must give zeros (ZeRO-3 needs them).
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(packed[name], expected, rtol=1e-7, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("mix", [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)])
+def test_every_parameter_takes_part(mix: tuple[int, int, int]) -> None:
+    """A parameter without a gradient in one micro-batch corrupts or hangs ZeRO-3."""
+    for config in LAYOUTS.values():
+        model = build(config, torch.float32)
+        model(random_batch(config, *mix), torch.ones(4)).total.backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, name
+            assert torch.isfinite(parameter.grad).all(), name
+
+
+def test_activation_checkpointing_changes_nothing() -> None:
+    config = small_model_config()
+    batch, gradients = random_batch(config, 2, 2, 2, drop_path=True), []
+    for checkpointing in (False, True):
+        model = build(config, checkpointing=checkpointing)
+        model(batch, torch.ones(4)).total.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_logits_belong_to_the_losses() -> None:
+    config = small_model_config()
+    model, batch = build(config, torch.float32), random_batch(small_model_config(), 2, 2, 2)
+    logits = model(batch, None)
+    text = torch.nn.functional.cross_entropy(logits.text, batch.target_ids, reduction="sum")
+    sums = model(batch, torch.ones(4)).sums
+    torch.testing.assert_close(text, sums[1] + sums[3])
+
+
+def test_samples_do_not_see_each_other() -> None:
+    """Changing one text must not move another sample's loss: catches a range that reaches into its neighbour."""
+    config = small_model_config()
+    model, batch = build(config), random_batch(config, 1, 1, 2)
+    changed = batch.token_ids.clone()
+    last_text = sum(batch.caption_lengths) + batch.text_lengths[0]
+    changed[last_text:] = (changed[last_text:] + 1) % config.text_vocab_size
+    altered = random_batch(config, 1, 1, 2)
+    object.__setattr__(altered, "token_ids", changed)
+    before, after = model(batch, torch.ones(4)).sums, model(altered, torch.ones(4)).sums
+    assert torch.equal(before[[0, 2, 3]], after[[0, 2, 3]])
+    assert before[1] != after[1]
