@@ -55,3 +55,39 @@ def random_batch(
         drop_path=torch.from_numpy(kept / 0.7).float() if drop_path else None,
         visual_targets=torch.from_numpy(rng.integers(0, config.visual_vocab_size, int(patch_mask.sum()))),
     )
+
+
+def merge_batches(batches: list[PackedBatch]) -> PackedBatch:
+    """One micro-batch with all the samples of several."""
+    images = [slice(0, b.num_images) for b in batches]
+    pairs = [slice(b.num_images, None) for b in batches]
+    captions = [slice(0, sum(b.caption_lengths)) for b in batches]
+    texts = [slice(sum(b.caption_lengths), None) for b in batches]
+
+    def join(values: list[torch.Tensor], first: list[slice], second: list[slice]) -> torch.Tensor:
+        parts = [v[s] for half in (first, second) for v, s in zip(values, half, strict=True)]
+        return torch.cat(parts)
+
+    codes = [torch.full(b.patch_mask.shape, -1).masked_scatter(b.patch_mask, b.visual_targets) for b in batches]
+    targets = [torch.full(b.token_ids.shape, -1).index_copy(0, b.masked_tokens, b.target_ids) for b in batches]
+    all_targets = join(targets, captions, texts)
+    patch_mask = join([b.patch_mask for b in batches], images, pairs)
+    drop_path = None
+    if batches[0].drop_path is not None:
+        ends = [(b.num_images, b.num_images + b.num_pairs) for b in batches]
+        kinds = [[slice(0, i) for i, _ in ends], [slice(i, p) for i, p in ends], [slice(p, None) for _, p in ends]]
+        drop_path = torch.cat([b.drop_path[s] for kind in kinds for b, s in zip(batches, kind, strict=True)])
+    return PackedBatch(
+        num_images=sum(b.num_images for b in batches),
+        num_pairs=sum(b.num_pairs for b in batches),
+        caption_lengths=tuple(length for b in batches for length in b.caption_lengths),
+        text_lengths=tuple(length for b in batches for length in b.text_lengths),
+        pixels=join([b.pixels for b in batches], images, pairs),
+        tokenizer_pixels=join([b.tokenizer_pixels for b in batches], images, pairs),
+        patch_mask=patch_mask,
+        token_ids=join([b.token_ids for b in batches], captions, texts),
+        masked_tokens=(all_targets >= 0).nonzero().squeeze(1),
+        target_ids=all_targets[all_targets >= 0],
+        drop_path=drop_path,
+        visual_targets=join(codes, images, pairs)[patch_mask],
+    )

@@ -134,6 +134,9 @@ class VisualTokenizerConfig:
     """Weight decay."""
     warmup_steps: int = 25_000
     """Linear warmup, then cosine to 1e-5 of the peak."""
+    continuous_steps: int = 0
+    """First steps in which the decoder sees the encoder's vectors themselves; then k-means starts the codebook. 0 is
+    BEiT v2's way. A short training needs some: the encoder changes so fast at first that it leaves its codes behind."""
 
     @property
     def grid_size(self) -> int:

@@ -1,0 +1,105 @@
+"""The `beit3` command: thin over the packages."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from beit3_ds.config import ConfigError
+
+_EPILOG = """typical order:
+  beit3 check ds_configs/quickstart_cpu.json --world-size 2
+  beit3 train-text-tokenizer ds_configs/quickstart_cpu.json
+  beit3 train-visual-tokenizer ds_configs/quickstart_cpu.json
+  deepspeed --num_gpus 2 --module beit3_ds.pretrain ds_configs/quickstart_cpu.json
+
+One JSON file describes one run: DeepSpeed's own keys beside a "beit3_ds" section (model, data, tokenizers, training).
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one subcommand and returns its exit status: 0, or 2 after one clear line about what the user can mend."""
+    options = _build_parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], int] = options.run
+    try:
+        return run(options)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="beit3",
+        description="Pretrain BEiT-3 by masked modeling of images, texts and image-text pairs.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, run, text in (
+        ("check", _check, "check a config for a number of ranks and print what it would train; nothing is read or run"),
+        ("train-text-tokenizer", _train_text_tokenizer, "train the run's SentencePiece model on its texts and captions"),
+        ("train-visual-tokenizer", _train_visual_tokenizer, "train the run's VQ-KD tokenizer on its images"),
+        ("pretrain", _pretrain, "pretrain in one process, or resume; use the deepspeed launcher for more ranks"),
+    ):
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command.add_argument("config", help="the run's JSON file, e.g. ds_configs/quickstart_cpu.json")
+        command.set_defaults(run=run)
+        if name == "check":
+            command.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks (default: 1)")
+    bench = commands.add_parser("bench", help="measure a choice that was made by measurement")
+    benches = bench.add_subparsers(metavar="WHAT", required=True)
+    attention = benches.add_parser("attention", help="ways to batch ragged sequences inside attention, on this device")
+    attention.set_defaults(run=_bench_attention)
+    return parser
+
+
+# Imports stand inside the commands: torch and DeepSpeed take seconds, and a misspelt key should be answered at once.
+
+
+def _check(options: argparse.Namespace) -> int:
+    from beit3_ds.config import load_run_config
+    from beit3_ds.training.dry_run import describe_run
+
+    print(describe_run(load_run_config(options.config), options.world_size))
+    return 0
+
+
+def _train_text_tokenizer(options: argparse.Namespace) -> int:
+    from beit3_ds.config import load_run_config
+    from beit3_ds.data import read_training_lines
+    from beit3_ds.tokenizers import train_text_tokenizer
+
+    config = load_run_config(options.config)
+    tokenizer = train_text_tokenizer(config.tokenizers.text, read_training_lines(config.data), config.training.seed)
+    print(f"wrote {config.tokenizers.text.path}: {tokenizer.vocab_size} ids, <mask> is {tokenizer.mask_id}")
+    return 0
+
+
+def _train_visual_tokenizer(options: argparse.Namespace) -> int:
+    from beit3_ds.config import load_run_config
+    from beit3_ds.data import TokenizerImages
+    from beit3_ds.training.visual_tokenizer import train_visual_tokenizer
+
+    config = load_run_config(options.config)
+    train_visual_tokenizer(config, TokenizerImages(config))
+    return 0
+
+
+def _pretrain(options: argparse.Namespace) -> int:
+    from beit3_ds.config import load_run_config
+
+    load_run_config(options.config)  # before the seconds that DeepSpeed takes to import
+    from beit3_ds.pretrain import main as pretrain_main
+
+    return pretrain_main([options.config])
+
+
+def _bench_attention(options: argparse.Namespace) -> int:
+    from beit3_ds.benchmarks.attention import benchmark_attention
+
+    print(benchmark_attention())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

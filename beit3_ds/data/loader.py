@@ -1,0 +1,40 @@
+"""The iterator over training steps, prepared ahead by worker processes."""
+
+import multiprocessing
+from collections.abc import Iterable
+
+import torch
+from torch.utils.data import DataLoader
+
+from beit3_ds.batch import StepBatch
+from beit3_ds.config import DataConfig
+from beit3_ds.data.steps import StepDataset
+
+
+def build_train_loader(dataset: StepDataset, config: DataConfig, first_step: int) -> Iterable[StepBatch]:
+    """Iterates over the steps of a rank's `dataset` from `first_step` to the end of the run.
+
+    Resuming needs the step alone: nothing else is remembered. With `num_workers` > 0, each worker process
+    prepares every num_workers-th step and holds its own copy of the shard index and the tokens; the steps still come in
+    order. Workers import the program's main module anew, which must start under `if __name__ == "__main__"`.
+    """
+    steps = range(first_step, len(dataset))
+    if config.num_workers == 0:
+        return DataLoader(dataset, batch_size=None, sampler=steps)
+    # Plain fork would copy the locks of threads that exist by now, and CUDA does not survive it.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])  # imported once instead of by every worker
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=steps,
+        num_workers=config.num_workers,
+        prefetch_factor=config.prefetch_steps,
+        worker_init_fn=_use_one_thread,
+        multiprocessing_context=context,
+    )
+
+
+def _use_one_thread(worker: int) -> None:
+    """Keeps workers from fighting with the training process for its cores."""
+    torch.set_num_threads(1)

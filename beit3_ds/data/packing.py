@@ -1,0 +1,113 @@
+"""Prepared samples and how they become one packed micro-batch."""
+
+# Q samples, L layers, N patches an image, n tokens of one text, k masked tokens of one text.
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.config import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageSample:
+    """An image, cropped and masked."""
+
+    name: str
+    """Where it came from."""
+    model_view: Tensor
+    """(3, image_size, image_size) float32 in [-1, 1]."""
+    tokenizer_view: Tensor
+    """The same crop, (3, s, s) float32 in [-1, 1]."""
+    patch_mask: NDArray[np.bool_]
+    """True where a patch is hidden, (N,)."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TextSample:
+    """A text, tokenised and masked."""
+
+    name: str
+    """Where it came from."""
+    ids: NDArray[np.int64]
+    """Corrupted ids, BOS and EOS included, (n,)."""
+    masked_positions: NDArray[np.int64]
+    """Positions to be predicted, ascending, (k,)."""
+    target_ids: NDArray[np.int64]
+    """The original ids there, (k,)."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PairSample:
+    """An image and its caption."""
+
+    image: ImageSample
+    caption: TextSample
+
+
+Sample = ImageSample | PairSample | TextSample
+"""A sample of any of the three streams."""
+
+
+class ImageShape(NamedTuple):
+    """Sizes of every image in a batch, known even where there is none."""
+
+    image_size: int
+    tokenizer_image_size: int
+    num_patches: int
+
+
+def image_shape(config: RunConfig) -> ImageShape:
+    """The sizes of a run's images."""
+    return ImageShape(config.model.image_size, config.tokenizers.visual.image_size, config.model.num_patches)
+
+
+def pack(samples: Sequence[Sample], drop_path: Tensor | None, shape: ImageShape) -> PackedBatch:
+    """Packs samples; any stream may be absent, even all.
+
+    Args:
+        samples: images, then pairs, then texts; Q in all.
+        drop_path: factors of the samples in this order, (Q, L, 2) float32, or None.
+        shape: sizes of the images.
+    """
+    images = [sample for sample in samples if isinstance(sample, ImageSample)]
+    pairs = [sample for sample in samples if isinstance(sample, PairSample)]
+    texts = [sample for sample in samples if isinstance(sample, TextSample)]
+    # The rows of drop_path follow `samples`, those of the batch its own order.
+    assert [*images, *pairs, *texts] == list(samples), "samples must come as images, pairs, texts"
+    pictures = [*images, *(pair.image for pair in pairs)]
+    writings = [*(pair.caption for pair in pairs), *texts]
+    lengths = [len(text.ids) for text in writings]
+    starts = np.cumsum([0, *lengths[:-1]])
+    return PackedBatch(
+        num_images=len(images),
+        num_pairs=len(pairs),
+        caption_lengths=tuple(lengths[: len(pairs)]),
+        text_lengths=tuple(lengths[len(pairs) :]),
+        pixels=_stack([image.model_view for image in pictures], shape.image_size),
+        tokenizer_pixels=_stack([image.tokenizer_view for image in pictures], shape.tokenizer_image_size),
+        patch_mask=torch.from_numpy(
+            np.array([image.patch_mask for image in pictures], dtype=bool).reshape(-1, shape.num_patches)
+        ),
+        token_ids=_concatenate([text.ids for text in writings]),
+        masked_tokens=_concatenate(
+            [start + text.masked_positions for start, text in zip(starts, writings, strict=False)]
+        ),
+        target_ids=_concatenate([text.target_ids for text in writings]),
+        drop_path=drop_path,
+        sample_names=tuple([image.name for image in pictures] + [text.name for text in texts]),
+    )
+
+
+def _stack(views: list[Tensor], size: int) -> Tensor:
+    return torch.stack(views) if views else torch.empty(0, 3, size, size)
+
+
+def _concatenate(parts: list[NDArray[np.int64]]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *parts]))

@@ -1,0 +1,180 @@
+"""The three streams: from the number of a sample to the sample, read, cropped, tokenised and masked."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from beit3_ds.config import RunConfig
+from beit3_ds.data.augmentation import CenterViews, Views, build_augmentation
+from beit3_ds.data.masking import block_mask, mask_tokens
+from beit3_ds.data.packing import ImageSample, PairSample, TextSample
+from beit3_ds.data.randomness import sample_rng
+from beit3_ds.data.shards import BrokenRecord, TarShards
+from beit3_ds.data.texts import TextSequences
+from beit3_ds.tokenizers.text import TextTokenizer
+
+HELDOUT_EPOCH = -1
+"""Epoch of held-out samples: one draw for all evaluations, and none of those of training."""
+
+
+@dataclass(frozen=True)
+class SampleKey:
+    """All that the draws of one sample depend on."""
+
+    seed: int
+    """The run's seed."""
+    stream: str
+    """Name of the stream."""
+    epoch: int
+    """How often the stream was used up before; `HELDOUT_EPOCH` for held-out samples."""
+    index: int
+    """Number of the sample in its files."""
+
+    def rng(self, purpose: str) -> np.random.Generator:
+        """The generator of one purpose; each has its own, so that one more draw here moves nothing there."""
+        return sample_rng(self.seed, purpose, self.stream, self.epoch, self.index)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageStream:
+    """Images for masked image modeling."""
+
+    shards: TarShards
+    """Where the images lie."""
+    views: Views
+    """Crops and resizes."""
+    grid_size: int
+    """Patches on a side."""
+    num_masked: int
+    """Patches to hide, in every image."""
+
+    def __len__(self) -> int:
+        """Samples of the stream, broken ones included."""
+        return len(self.shards)
+
+    def prepare(self, key: SampleKey) -> ImageSample:
+        """Reads sample `key.index` and draws its crop and its mask.
+
+        Raises:
+            BrokenRecord: if it cannot be read.
+        """
+        model_view, tokenizer_view = self.views(self.shards.image(key.index), key.rng("augmentation"))
+        return ImageSample(
+            name=self.shards.name(key.index),
+            model_view=model_view,
+            tokenizer_view=tokenizer_view,
+            patch_mask=block_mask(self.grid_size, self.num_masked, key.rng("patch mask")),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairStream:
+    """Images with captions for masked vision-language modeling."""
+
+    images: ImageStream
+    """The images, in shards that hold captions too."""
+    tokenizer: TextTokenizer
+    """Turns captions into ids."""
+    length: int
+    """Tokens of a caption at most, BOS and EOS included; the rest is cut off."""
+    mask_ratio: float
+    """Share of a caption's tokens to be predicted."""
+
+    def __len__(self) -> int:
+        """Samples of the stream, broken ones included."""
+        return len(self.images)
+
+    def prepare(self, key: SampleKey) -> PairSample:
+        """Reads sample `key.index` and draws its crop and both its masks.
+
+        Raises:
+            BrokenRecord: if its image or its caption cannot be read.
+        """
+        shards, tokenizer = self.images.shards, self.tokenizer
+        pieces = tokenizer.encode(shards.caption(key.index))[: self.length - 2]
+        name = shards.name(key.index)
+        if not pieces:
+            raise BrokenRecord(f"{name}: the caption holds nothing that the tokenizer keeps")
+        ids = np.array([tokenizer.bos_id, *pieces, tokenizer.eos_id], dtype=np.int64)
+        caption = _masked_text(name, ids, self.mask_ratio, tokenizer.mask_id, key)
+        return PairSample(image=self.images.prepare(key), caption=caption)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextStream:
+    """Texts for masked language modeling."""
+
+    sequences: TextSequences
+    """The tokenised texts."""
+    mask_ratio: float
+    """Share of a text's tokens to be predicted."""
+    mask_id: int
+    """Id of the mask token."""
+
+    def __len__(self) -> int:
+        """Samples of the stream."""
+        return len(self.sequences)
+
+    def prepare(self, key: SampleKey) -> TextSample:
+        """Draws the mask of sample `key.index`."""
+        index = key.index
+        return _masked_text(self.sequences.name(index), self.sequences[index], self.mask_ratio, self.mask_id, key)
+
+
+Stream = ImageStream | PairStream | TextStream
+"""What `build_train_streams` and `build_heldout_streams` make: a length, and `prepare(key)`."""
+
+
+def build_train_streams(config: RunConfig, tokenizer: TextTokenizer) -> dict[str, Stream]:
+    """Opens the training files of every stream that has samples in a step, with augmentation.
+
+    Raises:
+        ConfigError: for files that are missing or cannot be read.
+    """
+    data = config.data
+    flips = {"images": data.flip_probability, "pairs": data.pair_flip_probability, "texts": 0.0}
+    return {
+        name: _build_stream(name, stream.train, config, tokenizer, build_augmentation(config, flips[name]))
+        for name, stream in data.streams().items()
+        if stream.samples_per_step
+    }
+
+
+def build_heldout_streams(config: RunConfig, tokenizer: TextTokenizer) -> dict[str, Stream]:
+    """Opens the held-out files of every stream that has some, with the crop in the middle.
+
+    Raises:
+        ConfigError: for files that are missing or cannot be read.
+    """
+    views = CenterViews(image_size=config.model.image_size, tokenizer_image_size=config.tokenizers.visual.image_size)
+    return {
+        name: _build_stream(name, stream.heldout, config, tokenizer, views)
+        for name, stream in config.data.streams().items()
+        if stream.heldout
+    }
+
+
+def _build_stream(
+    name: str, patterns: tuple[str, ...], config: RunConfig, tokenizer: TextTokenizer, views: Views
+) -> Stream:
+    data = config.data
+    if name == "texts":
+        sequences = TextSequences(patterns, tokenizer, data.text_length)
+        return TextStream(sequences=sequences, mask_ratio=data.text_mask_ratio, mask_id=tokenizer.mask_id)
+    images = ImageStream(
+        shards=TarShards(patterns),
+        views=views,
+        grid_size=config.model.grid_size,
+        num_masked=max(1, round(config.model.num_patches * data.image_mask_ratio)),
+    )
+    if name == "images":
+        return images
+    return PairStream(
+        images=images, tokenizer=tokenizer, length=data.pair_text_length, mask_ratio=data.pair_text_mask_ratio
+    )
+
+
+def _masked_text(name: str, ids: NDArray[np.int64], ratio: float, mask_id: int, key: SampleKey) -> TextSample:
+    corrupted, positions = mask_tokens(ids, ratio, mask_id, key.rng("token mask"))
+    return TextSample(name=name, ids=corrupted, masked_positions=positions, target_ids=ids[positions])

@@ -1,0 +1,74 @@
+"""What one rank processes in one optimizer step, as a pure function of the step."""
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from beit3_ds.batch import PackedBatch, StepBatch
+from beit3_ds.config import RunConfig
+from beit3_ds.data.drop_path import Slot, draw_drop_path
+from beit3_ds.data.order import samples_at
+from beit3_ds.data.packing import Sample, image_shape, pack
+from beit3_ds.data.samples import SampleKey, build_train_streams
+from beit3_ds.data.shards import BrokenRecord
+from beit3_ds.tokenizers.text import TextTokenizer
+
+
+class StepDataset(Dataset[StepBatch]):
+    """Map-style dataset whose item `step` is the share of one data-parallel rank in that step.
+
+    Which samples make up a step depends on seed, step and data alone: a stream with K samples a step takes the
+    positions [step*K, (step+1)*K) of its order, and position step*K + slot lies in slot `slot`. Ranks and micro-batches
+    only divide the slots: with k samples a micro-batch, sample j of micro-batch m of rank r of R has slot
+    (m*R + r)*k + j. A record that cannot be read leaves its slot empty and moves no other.
+    """
+
+    def __init__(
+        self, config: RunConfig, text_tokenizer: TextTokenizer, data_parallel_rank: int, data_parallel_size: int
+    ) -> None:
+        """Opens the training files.
+
+        Raises:
+            ConfigError: for files that cannot be read, or samples that do not divide over ranks and micro-batches.
+        """
+        assert 0 <= data_parallel_rank < data_parallel_size, f"rank {data_parallel_rank} of {data_parallel_size}"
+        self._config = config
+        self._rank, self._size = data_parallel_rank, data_parallel_size
+        self._micro_batch_size = config.micro_batch_size(data_parallel_size)._asdict()
+        self._streams = build_train_streams(config, text_tokenizer)
+        self._shape = image_shape(config)
+
+    def __len__(self) -> int:
+        """Steps of the run."""
+        return self._config.training.total_steps
+
+    def __getitem__(self, step: int) -> StepBatch:
+        """Reads, augments, masks and packs this rank's samples of optimizer step `step`."""
+        broken: list[str] = []
+        micro_batches = [self._micro_batch(step, m, broken) for m in range(self._config.gradient_accumulation_steps)]
+        return StepBatch(step=step, micro_batches=tuple(micro_batches), broken_records=tuple(broken))
+
+    def _micro_batch(self, step: int, micro_batch: int, broken: list[str]) -> PackedBatch:
+        samples: list[Sample] = []
+        slots: list[Slot] = []
+        for stream in self._streams:
+            for slot, key in self._keys(stream, step, micro_batch):
+                try:
+                    samples.append(self._streams[stream].prepare(key))
+                except BrokenRecord as error:
+                    broken.append(str(error))
+                else:
+                    slots.append(slot)
+        model, seed = self._config.model, self._config.training.seed
+        drop_path = draw_drop_path(model.drop_path_rate, model.num_layers, seed, step, slots)
+        return pack(samples, drop_path, self._shape)
+
+    def _keys(self, stream: str, step: int, micro_batch: int) -> list[tuple[Slot, SampleKey]]:
+        """The slots of one stream in one of this rank's micro-batches, and the samples that fill them."""
+        seed = self._config.training.seed
+        num_samples = self._micro_batch_size[stream]
+        first = (micro_batch * self._size + self._rank) * num_samples
+        numbers = np.arange(first, first + num_samples)
+        start = step * self._config.data.streams()[stream].samples_per_step
+        epochs, samples = samples_at(seed, stream, start + numbers, len(self._streams[stream]))
+        rows = zip(numbers.tolist(), epochs.tolist(), samples.tolist(), strict=True)
+        return [(Slot(stream, number), SampleKey(seed, stream, epoch, index)) for number, epoch, index in rows]

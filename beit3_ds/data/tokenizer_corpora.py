@@ -1,0 +1,81 @@
+"""What the two tokenizers learn from: the training files of a run."""
+
+import warnings
+from collections.abc import Iterator
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from beit3_ds.config import ConfigError, DataConfig, RunConfig
+from beit3_ds.data.augmentation import build_augmentation
+from beit3_ds.data.files import expand_patterns
+from beit3_ds.data.randomness import sample_rng
+from beit3_ds.data.shards import BrokenRecord, TarShards
+from beit3_ds.data.texts import read_paragraphs
+
+
+def read_training_lines(config: DataConfig) -> Iterator[str]:
+    """Yields the paragraphs of the texts, then the captions of the pairs; broken captions are left out with a warning.
+
+    Raises:
+        ConfigError: for a pattern without a match, or a file that cannot be read.
+    """
+    for path in expand_patterns(config.texts.train):
+        yield from read_paragraphs(path)
+    if not config.pairs.train:
+        return
+    shards = TarShards(config.pairs.train)
+    for index in range(len(shards)):
+        try:
+            yield shards.caption(index)
+        except BrokenRecord as error:
+            warnings.warn(f"left out: {error}", stacklevel=2)
+
+
+class TokenizerImages(Dataset[Tensor]):
+    """Map-style dataset of the tokenizer's views of all training images, those of pairs included.
+
+    It has one item for every view that the training draws: item i is a view of image i % n with a crop of its own, so
+    that the images come again but the crops do not. Crops, flips and colors are those of the pretraining, so the
+    tokenizer learns on what it will encode.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        """Opens the training files of images and pairs.
+
+        Raises:
+            ConfigError: if there are none, or for files that cannot be read.
+        """
+        patterns = (config.data.images.train, config.data.pairs.train)
+        # Both streams may read the same shard: it counts once.
+        paths = list(dict.fromkeys(path for stream in patterns for path in expand_patterns(stream)))
+        if not paths:
+            raise ConfigError("data: the visual tokenizer needs files in images.train or pairs.train.")
+        self._shards = TarShards(paths)
+        self._seed = config.training.seed
+        self._augmentation = build_augmentation(config, config.data.flip_probability)
+        self._num_views = config.tokenizers.visual.training_steps * config.tokenizers.visual.batch_size
+
+    def __len__(self) -> int:
+        """Views that the training draws."""
+        return self._num_views
+
+    def __getitem__(self, item: int) -> Tensor:
+        """Returns one view, (3, image_size, image_size) float32 in [-1, 1].
+
+        In the place of a broken image, the next one is shown, with a warning.
+
+        Raises:
+            IndexError: for an item outside [0, len).
+            ConfigError: if no image can be read.
+        """
+        if not 0 <= item < self._num_views:
+            raise IndexError(f"view {item} of {self._num_views}")
+        for index in range(item, item + len(self._shards)):
+            try:
+                image = self._shards.image(index % len(self._shards))
+            except BrokenRecord as error:
+                warnings.warn(f"left out: {error}", stacklevel=2)
+            else:
+                return self._augmentation(image, sample_rng(self._seed, "tokenizer view", item))[1]
+        raise ConfigError(f"data: none of the {len(self._shards)} training images can be read.")

@@ -1,0 +1,93 @@
+"""Pretrains BEiT-3: `deepspeed --module beit3_ds.pretrain CONFIG.json`, or `beit3 pretrain CONFIG.json`.
+
+This module wires the rooms in the order in which data flows.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from beit3_ds.checkpoint import CheckpointStore
+from beit3_ds.config import ConfigError, RunConfig, load_run_config
+from beit3_ds.data import StepDataset, build_heldout_batches, build_train_loader
+from beit3_ds.tokenizers import TextTokenizer, check_visual_tokenizer_fits, load_visual_tokenizer
+from beit3_ds.tokenizers.text import check_text_tokenizer_fits
+from beit3_ds.training.engine import (
+    build_engine,
+    build_model,
+    compute_device,
+    init_process_group,
+    rank_from_environment,
+    world_size_from_environment,
+)
+from beit3_ds.training.flops import peak_flops
+from beit3_ds.training.history import History
+from beit3_ds.training.loop import NonFiniteLossError, Run, train
+from beit3_ds.training.progress import Progress
+from beit3_ds.training.report import write_report
+
+
+def pretrain(config: RunConfig) -> None:
+    """Trains a run to its end, going on from its newest whole checkpoint if there is one, and writes its report.
+
+    All that can be checked on one process is checked before a process group exists.
+
+    Raises:
+        ConfigError: for a configuration, tokenizer, data file or checkpoint that cannot work.
+        NonFiniteLossError: if training diverges.
+    """
+    rank, world_size = rank_from_environment(), world_size_from_environment()
+    text_tokenizer = TextTokenizer(config.tokenizers.text.path)
+    check_text_tokenizer_fits(text_tokenizer, config)
+    visual_tokenizer = load_visual_tokenizer(config.tokenizers.visual.path)
+    check_visual_tokenizer_fits(visual_tokenizer, config)
+    dataset = StepDataset(config, text_tokenizer, rank, world_size)
+    heldout = build_heldout_batches(config, text_tokenizer, rank, world_size)
+
+    mesh = init_process_group()
+    device = compute_device()
+    engine = build_engine(config, build_model(config), mesh)
+    output = Path(config.training.output_dir)
+    store = CheckpointStore(output / "checkpoints", config.training.keep_checkpoints, mesh)
+    history = History(output / "metrics.jsonl")
+    newest = store.newest()
+    first_step = store.load(engine, newest) if newest else 0
+    if mesh.is_main:
+        history.forget_after(first_step if newest else -1)
+        if newest:
+            print(f"resuming after step {first_step} from {newest}", flush=True)
+    dtype = next(engine.module.parameters()).dtype
+    run = Run(
+        config=config,
+        engine=engine,
+        mesh=mesh,
+        device=device,
+        visual_tokenizer=visual_tokenizer.to(device),
+        heldout=heldout,
+        store=store,
+        history=history,
+        progress=Progress(config.model, config.training.total_steps, peak_flops(device, dtype), mesh),
+        first_step=first_step,
+    )
+    train(run, build_train_loader(dataset, config.data, first_step))
+    write_report(run, text_tokenizer)
+    mesh.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit status: 0, or 2 after one clear line about what the user can mend."""
+    parser = argparse.ArgumentParser(prog="beit3_ds.pretrain", description=__doc__)
+    parser.add_argument("config", help="the run's JSON file, e.g. ds_configs/quickstart_cpu.json")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
+    options = parser.parse_args(arguments)
+    try:
+        pretrain(load_run_config(options.config))
+    except (ConfigError, NonFiniteLossError) as error:
+        print(f"error on rank {rank_from_environment()}: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

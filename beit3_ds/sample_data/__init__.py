@@ -1,0 +1,1 @@
+"""Small real data that ships with the package: image-text pairs, labelled images and prose."""

@@ -1,0 +1,300 @@
+"""Rebuild the sample data from public packages: `python -m beit3_ds.sample_data.build --help`.
+
+The same packages and the same Pillow give the same bytes. WebP encoders differ between releases of libwebp,
+so another Pillow may give other bytes of the same pictures.
+"""
+
+import argparse
+import hashlib
+import io
+import random
+import re
+import sys
+import tarfile
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from beit3_ds.sample_data.sources import Candidate, SourceError, read_clipart, read_novels, read_pairs
+
+# A tar member costs a 512-byte header and whole 512-byte blocks, so a sample with an image of at most 1024
+# bytes takes 2.5 kB. These sizes keep everything, this file included, below MAX_TOTAL_BYTES.
+MAX_TOTAL_BYTES = 5_000_000
+MAX_IMAGE_BYTES = 1024
+IMAGE_SIZE = 64  # pixels, square
+NUM_PAIRS = 880
+NUM_IMAGES_PER_CATEGORY = 80
+PAIRS_HELDOUT_FRACTION = 0.10
+IMAGES_HELDOUT_FRACTION = 0.15
+MAX_SOURCE_PIXELS = 16_000_000
+
+# Novel -> (first, last) chapter taken, in this order; the last chapters of all are held out.
+CHAPTERS = {"NORTHANGER ABBEY": (1, 28), "PERSUASION": (1, 24)}
+NUM_HELDOUT_CHAPTERS = 2
+
+OUTPUTS = (
+    "pairs-train.tar",
+    "pairs-heldout.tar",
+    "images-train.tar",
+    "images-heldout.tar",
+    "text-train.txt",
+    "text-heldout.txt",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A candidate with its processed image."""
+
+    candidate: Candidate
+    webp: bytes
+    shape: npt.NDArray[np.float32]
+    """16 x 16 luminance of zero mean and unit norm: the dot product of two is their correlation."""
+    vivid: bool
+    """Colourful, filled and detailed enough to be preferred."""
+
+
+def _render(image: Image.Image) -> Image.Image:
+    """Composite on white, crop to what is visible, pad to a square with a 4% margin, and resize."""
+    rgba = image.convert("RGBA")
+    box = rgba.getchannel("A").point(lambda alpha: 255 if alpha > 8 else 0).getbbox()
+    rgba = rgba.crop(box) if box else rgba
+    side = max(rgba.size)
+    margin = round(0.04 * side)
+    canvas = Image.new("RGBA", (side + 2 * margin, side + 2 * margin), "white")
+    canvas.alpha_composite(rgba, ((side - rgba.width) // 2 + margin, (side - rgba.height) // 2 + margin))
+    return canvas.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS, reducing_gap=3.0)
+
+
+def _encode(image: Image.Image) -> bytes:
+    """Encode as WebP at the best of a few qualities that fits MAX_IMAGE_BYTES, or at the lowest of them."""
+    data = b""
+    for quality in (85, 80, 75, 70, 65, 60, 55, 50):
+        buffer = io.BytesIO()
+        image.save(buffer, "WEBP", quality=quality, method=6)
+        data = buffer.getvalue()
+        if len(data) <= MAX_IMAGE_BYTES:
+            break
+    return data
+
+
+def _process(candidate: Candidate) -> Sample | None:
+    """Return the processed sample, or None for an image that is too large, too small or nearly empty."""
+    source = io.BytesIO(candidate.image) if isinstance(candidate.image, bytes) else candidate.image
+    try:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            Image.open(source) as opened,
+        ):  # the size is checked here
+            if opened.width * opened.height > MAX_SOURCE_PIXELS or min(opened.size) < 48:
+                return None
+            image = _render(opened)
+    except Image.DecompressionBombError:  # raised on opening: some clip art claims 600 megapixels
+        return None
+    pixels = np.asarray(image, dtype=np.float32)
+    ink = pixels.min(axis=2) < 240
+    if ink.mean() < 0.08:
+        return None
+    chroma = float((pixels.max(axis=2) - pixels.min(axis=2))[ink].mean())
+    if chroma < 10.0 and ink.mean() < 0.35:  # black line art
+        return None
+    small = np.asarray(image.convert("L").resize((16, 16), Image.Resampling.BOX), dtype=np.float32)
+    centred = small - small.mean()
+    norm = float(np.linalg.norm(centred))
+    if norm < 16.0:  # one flat colour: no shape to compare or to learn
+        return None
+    webp = _encode(image)
+    vivid = bool(ink.mean() >= 0.15) and chroma >= 20.0 and len(webp) >= 500
+    return Sample(candidate=candidate, webp=webp, shape=centred.ravel() / norm, vivid=vivid)
+
+
+def _choose(samples: list[Sample], limit: int, duplicate: float) -> list[Sample]:
+    """Return at most `limit` samples, vivid ones first, none correlated above `duplicate` with another."""
+    order = sorted(samples, key=lambda sample: sample.candidate.name)
+    random.Random(0).shuffle(order)
+    order.sort(key=lambda sample: not sample.vivid)
+    chosen: list[Sample] = []
+    for sample in order:
+        if len(chosen) == limit:
+            break
+        if all(float(sample.shape @ other.shape) <= duplicate for other in chosen):
+            chosen.append(sample)
+    return chosen
+
+
+def _group(samples: list[Sample], alike: float) -> list[list[Sample]]:
+    """Join samples of one series, and samples correlated above `alike`, into groups (union-find)."""
+    parent = list(range(len(samples)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    first_of: dict[str, int] = {}
+    for i, sample in enumerate(samples):
+        parent[root(i)] = root(first_of.setdefault(sample.candidate.series, i))
+    shapes = np.stack([sample.shape for sample in samples])
+    for i, j in zip(*np.nonzero(np.triu(shapes @ shapes.T, k=1) > alike), strict=True):
+        parent[root(int(i))] = root(int(j))
+    groups: dict[int, list[Sample]] = {}
+    for i, sample in enumerate(samples):
+        groups.setdefault(root(i), []).append(sample)
+    return list(groups.values())
+
+
+def _split(groups: list[list[Sample]], fraction: float) -> tuple[list[Sample], list[Sample]]:
+    """Return (train, held out): whole groups of at most four, per category, until `fraction` is held out.
+
+    Larger groups stay in training, where one series cannot dominate the measurement.
+    """
+    sizes: dict[str, int] = {}
+    for sample in (sample for group in groups for sample in group):
+        sizes[sample.candidate.category] = sizes.get(sample.candidate.category, 0) + 1
+    wanted = {category: round(fraction * size) for category, size in sizes.items()}
+    order = sorted(groups, key=lambda group: min(sample.candidate.name for sample in group))
+    random.Random(1).shuffle(order)
+    train: list[Sample] = []
+    heldout: list[Sample] = []
+    for group in order:
+        # The parts of a group that crosses categories go together: hold it out only if all of them have room.
+        parts = [sample.candidate.category for sample in group]
+        if len(group) <= 4 and all(parts.count(category) <= wanted[category] for category in parts):
+            heldout += group
+            for category in parts:
+                wanted[category] -= 1
+        else:
+            train += group
+    return train, heldout
+
+
+def write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
+    """Write (name, content) pairs as a tar file that depends on nothing else (no times, no owners)."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def _members(samples: list[Sample], prefix: str, suffix: str, first: int) -> Iterator[tuple[str, bytes]]:
+    """Yield the members of a shard in a shuffled but fixed order, keys numbered from `first`."""
+    order = sorted(samples, key=lambda sample: sample.candidate.name)
+    random.Random(2).shuffle(order)
+    for number, sample in enumerate(order, start=first):
+        yield f"{prefix}-{number:06d}.webp", sample.webp
+        yield f"{prefix}-{number:06d}.{suffix}", sample.candidate.text.encode("utf-8")
+
+
+def _write_split(out: Path, kind: str, suffix: str, groups: list[list[Sample]], fraction: float) -> None:
+    """Write `KINDs-train.tar` and `KINDs-heldout.tar`; keys run on from one to the other."""
+    train, heldout = _split(groups, fraction)
+    write_shard(out / f"{kind}s-train.tar", _members(train, kind, suffix, 0))
+    write_shard(out / f"{kind}s-heldout.tar", _members(heldout, kind, suffix, len(train)))
+
+
+def build_pairs(sources: Path, out: Path) -> None:
+    """Write the image-text pairs."""
+    samples = [sample for sample in map(_process, read_pairs(sources)) if sample]
+    # Faces differ in few pixels but in meaning, hence the high bounds.
+    chosen = _choose(samples, NUM_PAIRS, duplicate=0.998)
+    _write_split(out, "pair", "txt", _group(chosen, alike=0.965), PAIRS_HELDOUT_FRACTION)
+
+
+def build_images(sources: Path, out: Path) -> None:
+    """Write the labelled images."""
+    by_category: dict[str, list[Sample]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for sample in map(_process, read_clipart(sources, Path(scratch))):
+            if sample:
+                by_category.setdefault(sample.candidate.category, []).append(sample)
+    chosen = [
+        sample
+        for samples in by_category.values()
+        for sample in _choose(samples, NUM_IMAGES_PER_CATEGORY, duplicate=0.96)
+    ]
+    _write_split(out, "image", "json", _group(chosen, alike=0.93), IMAGES_HELDOUT_FRACTION)
+
+
+def _chapters(lines: list[str]) -> list[list[str]]:
+    """Return the paragraphs of each chapter: one line each, without headings, emphasis marks and notes."""
+    chapters = re.split(r"^chapter +(?:\d+|[ivxlc]+)\s*$", "\n".join(lines), flags=re.IGNORECASE | re.MULTILINE)[1:]
+    result = []
+    for chapter in chapters:
+        blocks = (" ".join(re.sub(r"[_*]", "", block).split()) for block in re.split(r"\n\s*\n", chapter))
+        kept = [
+            b
+            for b in blocks
+            if b and not re.match(r"\[|vide a letter|\(end of|(finis|the end|volume \w+)\W*$", b, re.IGNORECASE)
+        ]
+        result.append(kept)
+    return result
+
+
+def build_text(sources: Path, out: Path) -> None:
+    """Write the prose: a paragraph a line, a blank line between paragraphs."""
+    with tempfile.TemporaryDirectory() as scratch:
+        novels = read_novels(sources, Path(scratch))
+    chapters = [
+        chapter for title, (first, last) in CHAPTERS.items() for chapter in _chapters(novels[title])[first - 1 : last]
+    ]
+    for name, part in (
+        ("train", chapters[:-NUM_HELDOUT_CHAPTERS]),
+        ("heldout", chapters[-NUM_HELDOUT_CHAPTERS:]),
+    ):
+        paragraphs = [paragraph for chapter in part for paragraph in chapter]
+        (out / f"text-{name}.txt").write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8", newline="\n")
+
+
+def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m beit3_ds.sample_data.build",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Rebuild the sample data (image-text pairs, labelled images, prose) from public packages.",
+        epilog=(
+            "The packages, fetched into the folder given as --sources:\n\n"
+            "  apt-get download openclipart-png openclipart-svg r-cran-janeaustenr\n"
+            "  npm pack @lobehub/fluent-emoji-3d cldr-annotations-full\n\n"
+            "They take 180 MB, and unpacked another 300 MB in the temporary folder for a minute.\n"
+            "It needs dpkg-deb, and Pillow with WebP. ATTRIBUTION.md names the versions used."
+        ),
+    )
+    parser.add_argument("--sources", type=Path, required=True, help="folder with the .deb and .tgz files")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the six data files into")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Build all files, and print the size and SHA-256 of each."""
+    arguments = _parse_arguments(argv)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    try:
+        for build in (build_text, build_pairs, build_images):
+            build(arguments.sources, arguments.out)
+    except SourceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    total = 0
+    for name in OUTPUTS:
+        data = (arguments.out / name).read_bytes()
+        total += len(data)
+        print(f"{len(data):9d}  {hashlib.sha256(data).hexdigest()}  {name}")
+    print(f"{total:9d}  total")
+    if total > MAX_TOTAL_BYTES:
+        print(
+            f"error: sample_data: {total} bytes are more than {MAX_TOTAL_BYTES}; lower NUM_PAIRS.",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

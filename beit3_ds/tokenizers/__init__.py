@@ -1,0 +1,20 @@
+"""Tokenizers: words to ids, patches to codes."""
+
+from beit3_ds.tokenizers.teacher import OrientedGradients
+from beit3_ds.tokenizers.text import TextTokenizer, train_text_tokenizer
+from beit3_ds.tokenizers.visual import (
+    VisualTokenizer,
+    check_visual_tokenizer_fits,
+    load_visual_tokenizer,
+    save_visual_tokenizer,
+)
+
+__all__ = [
+    "OrientedGradients",
+    "TextTokenizer",
+    "VisualTokenizer",
+    "check_visual_tokenizer_fits",
+    "load_visual_tokenizer",
+    "save_visual_tokenizer",
+    "train_text_tokenizer",
+]

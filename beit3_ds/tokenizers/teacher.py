@@ -1,0 +1,120 @@
+"""What the visual tokenizer learns to reconstruct when no pretrained network is at hand: gradients and colours."""
+
+# B images, N patches an image, G patches on a side, S pixels on a side, E features of a patch.
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from beit3_ds.config import ConfigError
+
+_NUM_ORIENTATIONS = 9  # bins over [0, pi); Dalal and Triggs' choice
+_CELLS = 2  # cells on a side of a patch
+_NEIGHBORS = 3  # patches on a side of the neighbourhood
+_QUADRANTS = 2  # regions on a side of the whole image
+_FAINT = 0.02  # norm below which gradients count as noise instead of being stretched to unit length
+_WHOLE_IMAGE_WEIGHT = 0.5  # more makes codes of images instead of patches
+
+
+class OrientedGradients:
+    """Describes each patch by its gradients and colours, its neighbours' and the whole image's.
+
+    A hand-made descriptor, not a pretrained network: it knows strokes, textures, colours and where in a figure a patch
+    lies, but nothing of objects. It stands in for BEiT v2's CLIP or DINO so that the system runs without a download;
+    codes for serious use deserve a real teacher.
+
+    Gradients are histograms of orientation (HOG: Dalal and Triggs, 2005, "Histograms of Oriented Gradients for Human
+    Detection"), which MaskFeat (Wei et al., 2022, arXiv:2112.09133) found to be as good a target of masked prediction
+    as a pretrained network's features. They see no difference between two flat colours, so means of colour stand
+    beside them. Each of the two is taken at three scales: 2 x 2 cells of the patch; the 3 x 3 patches around it; the
+    four quadrants of the image. The last is the same for all its patches and gives them a share of what the image is
+    of. Every histogram is normalised over its scale, so that a faint drawing counts like a bold one.
+
+    Args:
+        patch_size: pixels on a side of a patch; even.
+
+    Attributes:
+        width: features E of one patch.
+
+    Raises:
+        ConfigError: if `patch_size` is odd.
+    """
+
+    def __init__(self, patch_size: int) -> None:
+        if patch_size % _CELLS:
+            raise ConfigError(
+                f"tokenizers.visual: the oriented_gradients teacher halves every patch, so patch_size={patch_size} "
+                f"must be even."
+            )
+        self.patch_size = patch_size
+        self.width = (_NUM_ORIENTATIONS + 3) * (_CELLS**2 + _NEIGHBORS**2 + _QUADRANTS**2)
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """The features of every patch.
+
+        Args:
+            pixels: (B, 3, S, S) float in [-1, 1]; `patch_size` divides S.
+
+        Returns:
+            (B, N, E) float32, patches in row-major order.
+        """
+        pixels = pixels.float()
+        gradients = F.avg_pool2d(_orientation_votes(pixels), self.patch_size // _CELLS)
+        colors = F.avg_pool2d(pixels, self.patch_size // _CELLS)
+        scales = [torch.cat([_unit_length(_cells(gradients)), _equal_share(_cells(colors))], dim=1)]
+        gradients, colors = F.avg_pool2d(gradients, _CELLS), F.avg_pool2d(colors, _CELLS)
+        scales.append(torch.cat([_unit_length(_neighbors(gradients)), _equal_share(_neighbors(colors))], dim=1))
+        whole = torch.cat([_unit_length(_quadrants(gradients)), _equal_share(_quadrants(colors))], dim=1)
+        scales.append(_WHOLE_IMAGE_WEIGHT * whole.expand(-1, -1, *gradients.shape[2:]))
+        return torch.cat(scales, dim=1).flatten(2).transpose(1, 2)
+
+
+def _orientation_votes(pixels: Tensor) -> Tensor:
+    """Each pixel's gradient magnitude, shared between its two nearest orientations: (B, 9, S, S).
+
+    The gradient is that of the colour channel where it is strongest, by differences of the two neighbours. A contour
+    and its negative vote alike: the sign of the direction is dropped.
+    """
+    padded = F.pad(pixels, (1, 1, 1, 1), mode="replicate")
+    horizontal = (padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]) / 2
+    vertical = (padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]) / 2
+    strongest = (horizontal.square() + vertical.square()).argmax(dim=1, keepdim=True)
+    horizontal, vertical = horizontal.gather(1, strongest), vertical.gather(1, strongest)
+    magnitude = torch.hypot(horizontal, vertical)
+    position = torch.atan2(vertical, horizontal) * (_NUM_ORIENTATIONS / math.pi)  # in bins, from -9 to 9
+    lower = position.floor()
+    upper_vote = magnitude * (position - lower)
+    bin_ = lower.long() % _NUM_ORIENTATIONS
+    votes = magnitude.new_zeros(pixels.shape[0], _NUM_ORIENTATIONS, *pixels.shape[2:])
+    votes.scatter_add_(1, bin_, magnitude - upper_vote)
+    return votes.scatter_add_(1, (bin_ + 1) % _NUM_ORIENTATIONS, upper_vote)
+
+
+def _cells(features: Tensor) -> Tensor:
+    """Puts the cells of each patch into its channels: (B, c, 2G, 2G) -> (B, 4c, G, G)."""
+    return F.pixel_unshuffle(features, _CELLS)
+
+
+def _neighbors(features: Tensor) -> Tensor:
+    """Puts the 3 x 3 neighbourhood of each patch into its channels: (B, c, G, G) -> (B, 9c, G, G)."""
+    margin = _NEIGHBORS // 2
+    padded = F.pad(features, (margin,) * 4, mode="replicate")
+    return F.unfold(padded, _NEIGHBORS).unflatten(2, features.shape[2:])
+
+
+def _quadrants(features: Tensor) -> Tensor:
+    """Means over the quadrants of the image, for all patches alike: (B, c, G, G) -> (B, 4c, 1, 1)."""
+    return F.adaptive_avg_pool2d(features, _QUADRANTS).flatten(1)[:, :, None, None]
+
+
+def _unit_length(histograms: Tensor) -> Tensor:
+    """Contrast normalisation over all channels; what is almost flat stays near zero."""
+    return histograms / (histograms.square().sum(dim=1, keepdim=True) + _FAINT**2).sqrt()
+
+
+def _equal_share(colors: Tensor) -> Tensor:
+    """Scales colours so that white, like a histogram, has length 1."""
+    return colors / math.sqrt(colors.shape[1])

@@ -1,0 +1,159 @@
+"""The text tokenizer: a SentencePiece model behind the reference's id layout.
+
+SentencePiece is wrapped directly: transformers >= 5 reads such a file through XLMRobertaTokenizer, which turns every
+piece into <unk> without an error.
+"""
+
+import io
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from beit3_ds.config import ConfigError, TextTokenizerConfig
+
+_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3
+_SENTENCEPIECE_SPECIALS = ("<unk>", "<s>", "</s>")  # SentencePiece's own ids 0 to 2
+_WORD_START = "\u2581"  # SentencePiece writes a leading space as this character
+_MAX_LINE_BYTES = 1 << 16  # SentencePiece's 4192 would leave out longer paragraphs without a word
+_ERRORS_ONLY = 2  # SentencePiece's log level; below it, training prints a page
+
+
+class TextTokenizer:
+    """Words to ids and back, in the id layout of the released BEiT-3.
+
+    `<s>` = 0 (BOS, a text's CLS), `<pad>` = 1, `</s>` = 2 (EOS), `<unk>` = 3, a piece = its SentencePiece id + 1, and
+    `<mask>` is the last id: 64000 pieces put it at 64001. A tokenizer can be pickled; the copy needs no file.
+
+    Attributes:
+        bos_id: id of `<s>`.
+        pad_id: id of `<pad>`.
+        eos_id: id of `</s>`.
+        unk_id: id of `<unk>`.
+        mask_id: id of `<mask>`.
+        vocab_size: number of ids, `mask_id` + 1.
+    """
+
+    bos_id = 0
+    pad_id = 1
+    eos_id = 2
+    unk_id = 3
+
+    def __init__(self, path: str | Path) -> None:
+        """Reads a SentencePiece model.
+
+        Raises:
+            ConfigError: if the file is missing, is no SentencePiece model or numbers its own specials otherwise.
+        """
+        self._sentencepiece = _load_sentencepiece(Path(path))
+        self.mask_id: int = self._sentencepiece.vocab_size() + 1
+        self.vocab_size: int = self.mask_id + 1
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without BOS and EOS; what no piece covers becomes `unk_id`."""
+        return [self._from_sentencepiece(piece) for piece in self._sentencepiece.encode(text)]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of several texts, each as `encode` gives them."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids; special ids are shown by name, for example `<mask>`.
+
+        Raises:
+            IndexError: for an id outside [0, vocab_size).
+        """
+        return "".join(self.piece(id_) for id_ in ids).replace(_WORD_START, " ").strip()
+
+    def piece(self, id_: int) -> str:
+        """The piece of one id; a leading U+2581 marks the start of a word.
+
+        Raises:
+            IndexError: for an id outside [0, vocab_size).
+        """
+        if not 0 <= id_ < self.vocab_size:
+            raise IndexError(f"text tokenizer: id {id_} is outside [0, {self.vocab_size}).")
+        if id_ == self.mask_id:
+            return "<mask>"
+        if id_ < len(_SPECIALS):
+            return _SPECIALS[id_]
+        return str(self._sentencepiece.id_to_piece(id_ - 1))
+
+    def _from_sentencepiece(self, piece: int) -> int:
+        # Encoding yields <unk> or a piece: SentencePiece never reads "<s>" in a text as its control symbol.
+        return self.unk_id if piece == 0 else piece + 1
+
+
+def train_text_tokenizer(config: TextTokenizerConfig, lines: Iterable[str], seed: int = 1) -> TextTokenizer:
+    """Trains a unigram model (Kudo, 2018, arXiv:1804.10959) and writes it to `config.path`.
+
+    Args:
+        config: path, number of pieces, coverage and sample size.
+        lines: what the pieces are learnt from: the lines of the texts, then the captions of the pairs.
+        seed: draws the sample if there are more than `config.max_sentences` lines.
+
+    Raises:
+        ConfigError: if there is no text, or if `config.vocab_size` does not fit it, with the size that does.
+    """
+    sentencepiece.set_random_generator_seed(seed)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(line for line in lines if line.strip()),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=config.vocab_size,
+            character_coverage=config.character_coverage,
+            input_sentence_size=config.max_sentences,
+            shuffle_input_sentence=True,
+            max_sentence_length=_MAX_LINE_BYTES,
+            minloglevel=_ERRORS_ONLY,
+        )
+    except (RuntimeError, OSError) as error:
+        raise ConfigError(_explain_training_error(str(error), config)) from None
+    path = Path(config.path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(model.getvalue())
+    temporary.replace(path)  # a reader sees the old file or the whole new one, also after a kill
+    return TextTokenizer(path)
+
+
+def _load_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
+    """Reads a model and checks that it numbers <unk>, <s>, </s> as 0, 1, 2."""
+    if not path.is_file():
+        raise ConfigError(
+            f"tokenizers.text: {path} does not exist (looked in {Path.cwd()}). "
+            f"Make it with `beit3 train-text-tokenizer CONFIG.json`."
+        )
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    except RuntimeError:
+        raise ConfigError(
+            f"tokenizers.text: {path} is not a SentencePiece model. "
+            f"Make one with `beit3 train-text-tokenizer CONFIG.json`."
+        ) from None
+    own_ids = (model.unk_id(), model.bos_id(), model.eos_id())
+    if own_ids != (0, 1, 2):
+        raise ConfigError(
+            f"tokenizers.text: {path} numbers {', '.join(_SENTENCEPIECE_SPECIALS)} as {own_ids}; the id layout of "
+            f"BEiT-3 needs SentencePiece's default (0, 1, 2). Train the model without --unk_id, --bos_id and --eos_id."
+        )
+    return model
+
+
+def _explain_training_error(message: str, config: TextTokenizerConfig) -> str:
+    """A user's reading of what SentencePiece says when the number of pieces does not fit the text."""
+    if match := re.search(r"value <= (\d+)", message):
+        return (
+            f"tokenizers.text.vocab_size={config.vocab_size} is more than this corpus supports. Use at most "
+            f"{match[1]}, or a larger corpus."
+        )
+    if match := re.search(r"required_chars\S* (\d+) vs (\d+)", message):
+        return (
+            f"tokenizers.text.vocab_size={config.vocab_size} is too small: the characters alone need more than "
+            f"{match[2]}. Raise it, or lower tokenizers.text.character_coverage ({config.character_coverage:g})."
+        )
+    return f"tokenizers.text: training failed; is there any text in data.texts.train? SentencePiece says: {message}"

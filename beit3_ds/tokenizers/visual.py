@@ -1,0 +1,173 @@
+"""The visual tokenizer, VQ-KD of BEiT v2 (Peng et al., 2022, arXiv:2208.06366, sec. 2.2): patches to codes."""
+
+# B images, N patches an image, G grid size, D hidden, C width of a code, E width of the teacher's features.
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+from beit3_ds.config import ConfigError, RunConfig, VisualTokenizerConfig
+from beit3_ds.config.strict import load_section
+from beit3_ds.tokenizers.quantizer import Quantizer
+from beit3_ds.tokenizers.vit import VisionTransformer, initialize_linear_layers
+
+_METADATA_KEY = "beit3_ds.visual_tokenizer"
+
+
+class VisualTokenizer(nn.Module):
+    """Encodes each patch of an image as one of `codebook_size` codes.
+
+    A ViT encoder, a codebook, and a ViT decoder that reconstructs a teacher's features from the codes alone. Only
+    `encode` serves pretraining; the decoder gives the codes their meaning during the tokenizer's own training.
+
+    Args:
+        config: architecture, and what the tokenizer was or will be trained with.
+        teacher_width: features E of the teacher for one patch.
+    """
+
+    def __init__(self, config: VisualTokenizerConfig, teacher_width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.teacher_width = teacher_width
+        width, code_width = config.hidden_size, config.codebook_dim
+        self.encoder = _build_transformer(config, 3, config.patch_size, config.num_layers)
+        self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, code_width))
+        self.quantize = Quantizer(config.codebook_size, code_width, config.ema_decay)
+        self.decoder = _build_transformer(config, code_width, 1, config.decoder_layers)
+        self.decode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, teacher_width))
+        initialize_linear_layers(self.encode_task_layer)
+        initialize_linear_layers(self.decode_task_layer)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """The codes of images, in row-major order; changes nothing, also in training mode.
+
+        Args:
+            pixels: (B, 3, image_size, image_size) float in [-1, 1].
+
+        Returns:
+            (B, N) int64 in [0, codebook_size).
+        """
+        return self.quantize.nearest(self._project(pixels))
+
+    def forward(self, pixels: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstructs the teacher's features from the codes; in training mode the codebook learns.
+
+        Communicates what `Quantizer.forward` does.
+
+        Args:
+            pixels: (B, 3, image_size, image_size) float in [-1, 1].
+            group: ranks that hold parts of one batch; None is this process alone.
+
+        Returns:
+            The reconstruction (B, N, E); the commitment loss, a float32 scalar; the codes (B, N) int64.
+        """
+        quantized_BNC, commitment, codes_BN = self.quantize(self._project(pixels), group)
+        return self._decode(quantized_BNC), commitment, codes_BN
+
+    def reconstruct_unquantized(self, pixels: Tensor) -> Tensor:
+        """Reconstructs the teacher's features from the encoder's vectors themselves, without the codebook.
+
+        Args:
+            pixels: (B, 3, image_size, image_size) float in [-1, 1].
+
+        Returns:
+            The reconstruction (B, N, E).
+        """
+        return self._decode(self._project(pixels))
+
+    def _decode(self, vectors_BNC: Tensor) -> Tensor:
+        grid = (self.config.grid_size, self.config.grid_size)
+        vector_map = vectors_BNC.transpose(1, 2).unflatten(2, grid)  # (B, C, G, G)
+        reconstruction_BNE: Tensor = self.decode_task_layer(self.decoder(vector_map))
+        return reconstruction_BNE
+
+    def _project(self, pixels: Tensor) -> Tensor:
+        """What the codebook sees: unit vectors (B, N, C) in float32, because near ties decide the code."""
+        features_BND = self.encoder(pixels)
+        with torch.autocast(pixels.device.type, enabled=False):
+            vectors_BNC: Tensor = self.encode_task_layer(features_BND.float())
+            return F.normalize(vectors_BNC, dim=-1)
+
+
+def save_visual_tokenizer(path: str | Path, tokenizer: VisualTokenizer) -> None:
+    """Writes weights, codebook and, as JSON in the file's metadata, the configuration with the teacher's name.
+
+    The file is written aside and renamed: a killed run leaves the old file or the whole new one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    description = {"config": dataclasses.asdict(tokenizer.config), "teacher_width": tokenizer.teacher_width}
+    save_model(tokenizer, str(temporary), metadata={_METADATA_KEY: json.dumps(description)})
+    temporary.replace(path)
+
+
+def load_visual_tokenizer(path: str | Path) -> VisualTokenizer:
+    """Reads a trained tokenizer for encoding: on the CPU, in evaluation mode, without gradients.
+
+    Raises:
+        ConfigError: if the file is missing or is not such a file.
+    """
+    path = Path(path)
+    description = _read_description(path)
+    config = load_section(VisualTokenizerConfig, description["config"], f"{path} (metadata)")
+    tokenizer = VisualTokenizer(config, description["teacher_width"])
+    load_model(tokenizer, path)
+    return tokenizer.eval().requires_grad_(False)
+
+
+def check_visual_tokenizer_fits(tokenizer: VisualTokenizer, config: RunConfig) -> None:
+    """Refuses a trained tokenizer whose codes or view differ from those of the run.
+
+    Raises:
+        ConfigError: naming the values and the keys to change.
+    """
+    path, trained, wanted = config.tokenizers.visual.path, tokenizer.config, config.tokenizers.visual
+    if trained.codebook_size != config.model.visual_vocab_size:
+        raise ConfigError(
+            f"tokenizers.visual: {path} has {trained.codebook_size} codes, model.visual_vocab_size is "
+            f"{config.model.visual_vocab_size}. Set model.visual_vocab_size and tokenizers.visual.codebook_size to "
+            f"{trained.codebook_size}, or train another tokenizer."
+        )
+    if (trained.image_size, trained.patch_size) != (wanted.image_size, wanted.patch_size):
+        raise ConfigError(
+            f"tokenizers.visual: {path} was trained on {trained.image_size} px / patch {trained.patch_size} (a grid of "
+            f"{trained.grid_size}), the run wants {wanted.image_size} px / patch {wanted.patch_size} (a grid of "
+            f"{wanted.grid_size}). Set image_size and patch_size to the trained ones, or train another tokenizer."
+        )
+
+
+def _build_transformer(
+    config: VisualTokenizerConfig, in_channels: int, patch_size: int, num_layers: int
+) -> VisionTransformer:
+    return VisionTransformer(
+        in_channels=in_channels,
+        grid_size=config.grid_size,
+        patch_size=patch_size,
+        hidden_size=config.hidden_size,
+        num_layers=num_layers,
+        num_attention_heads=config.num_attention_heads,
+    )
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    """The JSON object of the file's metadata."""
+    remedy = "Make it with `beit3 train-visual-tokenizer CONFIG.json`."
+    if not path.is_file():
+        raise ConfigError(f"tokenizers.visual: {path} does not exist (looked in {Path.cwd()}). {remedy}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            description: dict[str, Any] = json.loads(file.metadata()[_METADATA_KEY])
+            return description
+    except (SafetensorError, KeyError, TypeError):
+        raise ConfigError(f"tokenizers.visual: {path} is not a visual tokenizer of this project. {remedy}") from None

@@ -1,0 +1,134 @@
+"""The plain Vision Transformer (Dosovitskiy et al., 2021, arXiv:2010.11929) of the visual tokenizer.
+
+Encoder and decoder are both this network. Parameter names are those of timm and of the released VQ-KD files.
+"""
+
+# B images, N patches, L = N + 1 tokens with the class token, D hidden, H heads, K head dim.
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_LAYER_NORM_EPSILON = 1e-6  # BEiT v2's value
+
+
+class PatchEmbed(nn.Module):
+    """Cuts an image into patches and projects each: (B, C, S, S) -> (B, N, D)."""
+
+    def __init__(self, in_channels: int, hidden_size: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Projects the patches, in row-major order."""
+        patches: Tensor = self.proj(image)
+        return patches.flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, hidden_size: int, num_attention_heads: int) -> None:
+        super().__init__()
+        self.num_attention_heads = num_attention_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Attends from every token to every token of its image."""
+        qkv_BLHK = self.qkv(x_BLD).unflatten(-1, (3, self.num_attention_heads, -1))
+        query, key, value = qkv_BLHK.permute(2, 0, 3, 1, 4)
+        mixed_BHLK = F.scaled_dot_product_attention(query, key, value)
+        out: Tensor = self.proj(mixed_BHLK.transpose(1, 2).flatten(2))
+        return out
+
+
+class Mlp(nn.Module):
+    """Two linear layers around a GELU, four times as wide inside: (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, 4 * hidden_size)
+        self.fc2 = nn.Linear(4 * hidden_size, hidden_size)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Transforms every token by itself."""
+        out: Tensor = self.fc2(F.gelu(self.fc1(x_BLD)))
+        return out
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP with residuals: (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, hidden_size: int, num_attention_heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, eps=_LAYER_NORM_EPSILON)
+        self.attn = Attention(hidden_size, num_attention_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=_LAYER_NORM_EPSILON)
+        self.mlp = Mlp(hidden_size)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Adds attention, then the MLP."""
+        x_BLD = x_BLD + self.attn(self.norm1(x_BLD))
+        return x_BLD + self.mlp(self.norm2(x_BLD))
+
+
+class VisionTransformer(nn.Module):
+    """Patches, a class token and absolute positions through pre-norm blocks: (B, C, S, S) -> (B, N, D).
+
+    Args:
+        in_channels: channels C of the input: 3 for pixels, the code's width for a grid of codes.
+        grid_size: patches on a side; N is its square.
+        patch_size: pixels (or codes) on a side of a patch; S = grid_size * patch_size.
+        hidden_size: width D.
+        num_layers: blocks.
+        num_attention_heads: heads; they divide `hidden_size`.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        grid_size: int,
+        patch_size: int,
+        hidden_size: int,
+        num_layers: int,
+        num_attention_heads: int,
+    ) -> None:
+        super().__init__()
+        self.patch_embed = PatchEmbed(in_channels, hidden_size, patch_size)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, hidden_size))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid_size**2, hidden_size))
+        self.blocks = nn.ModuleList(Block(hidden_size, num_attention_heads) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(hidden_size, eps=_LAYER_NORM_EPSILON)
+        self._initialize()
+
+    def forward(self, image: Tensor) -> Tensor:
+        """The last layer's patch tokens in row-major order; the class token only takes part in attention."""
+        patches_BND = self.patch_embed(image)
+        class_token = self.cls_token.expand(patches_BND.shape[0], -1, -1)
+        x_BLD = torch.cat([class_token, patches_BND], dim=1) + self.pos_embed
+        for block in self.blocks:
+            x_BLD = block(x_BLD)
+        normalized: Tensor = self.norm(x_BLD)
+        return normalized[:, 1:]
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        """BEiT's initial values: normal .02 cut at one sigma, residual outputs of layer l divided by sqrt(2 l)."""
+        initialize_linear_layers(self)
+        for parameter in (self.cls_token, self.pos_embed):
+            nn.init.trunc_normal_(parameter, std=0.02, a=-0.02, b=0.02)
+        for layer, block in enumerate(self.blocks, start=1):
+            assert isinstance(block, Block)
+            block.attn.proj.weight.div_((2 * layer) ** 0.5)
+            block.mlp.fc2.weight.div_((2 * layer) ** 0.5)
+
+
+def initialize_linear_layers(module: nn.Module) -> None:
+    """Draws BEiT's initial values for every linear layer and convolution inside `module`; biases start at 0."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(child.weight.flatten(1))
+            assert child.bias is not None
+            nn.init.zeros_(child.bias)

@@ -1,0 +1,1 @@
+"""Loss, optimizer, engine, loop, evaluation and what a run reports."""

@@ -1,0 +1,108 @@
+"""The one place where DeepSpeed is set up."""
+
+import os
+import socket
+import warnings
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from beit3_ds.config import ConfigError, RunConfig
+from beit3_ds.model import BEiT3, initialize_parameters
+from beit3_ds.parallel import Mesh, build_mesh
+from beit3_ds.training.optimizer import build_optimizer
+
+TESTED_DEEPSPEED = "0.19.8"
+
+
+def init_process_group() -> Mesh:
+    """Joins the process group that the launcher described in the environment, or makes one of a single process.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT (set by `deepspeed`), or discovers them through MPI.
+
+    Raises:
+        ConfigError: for another version of DeepSpeed than the one whose internals were tested.
+    """
+    if deepspeed.__version__ != TESTED_DEEPSPEED:
+        raise ConfigError(
+            f"DeepSpeed {deepspeed.__version__} is installed, but beit3_ds was tested with {TESTED_DEEPSPEED} and "
+            f"relies on its behaviour. Run: pip install deepspeed=={TESTED_DEEPSPEED}"
+        )
+    _avoid_compiling_shm_comm()
+    # DeepSpeed's calls into torch.distributed are renamed there; a warning a call would bury the run's own lines.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    _describe_single_process()
+    deepspeed.init_distributed(verbose=False)
+    return build_mesh()
+
+
+def world_size_from_environment() -> int:
+    """The number of ranks that the launcher announced; 1 without a launcher."""
+    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return 1
+
+
+def rank_from_environment() -> int:
+    """This process's number among the ranks that the launcher started; 0 without a launcher."""
+    for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return 0
+
+
+def build_model(config: RunConfig) -> BEiT3:
+    """Builds the model with its initial values, whole, in float32 and in host memory; the engine partitions it."""
+    model = BEiT3(config.model, activation_checkpointing=config.training.activation_checkpointing)
+    initialize_parameters(model, config.model, config.training.seed)
+    return model
+
+
+def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh) -> deepspeed.DeepSpeedEngine:
+    """Wraps the model in DeepSpeed's engine with AdamW; the engine broadcasts and partitions the parameters."""
+    optimizer = build_optimizer(model, config.training)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        config=config.engine_config(mesh.data_parallel_size),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def apply_update(engine: deepspeed.DeepSpeedEngine) -> float:
+    """Clips the accumulated gradients, updates the parameters and clears the gradients.
+
+    Returns:
+        The gradients' global 2-norm before clipping.
+    """
+    norm = None
+    if not engine.zero_optimization() and not engine.bfloat16_enabled():
+        # Without a wrapping optimizer DeepSpeed clips in place and forgets the norm.
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    engine.step()
+    return float(engine.get_global_grad_norm() if norm is None else norm)
+
+
+def compute_device() -> torch.device:
+    """The device that this rank trains on."""
+    return torch.device(get_accelerator().current_device_name())
+
+
+def _avoid_compiling_shm_comm() -> None:
+    # On CPU DeepSpeed compiles this extension at the first collective: a minute, and a build lock that has been seen to
+    # hang. Without it gloo does the work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _describe_single_process() -> None:
+    if "RANK" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ or "PMI_RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(address)

@@ -1,0 +1,81 @@
+"""Held-out loss of each stream, and what a predictor that ignores the input would reach."""
+
+from collections.abc import Iterable
+
+import torch
+from deepspeed import DeepSpeedEngine
+from torch import Tensor
+
+from beit3_ds.batch import LOSS_TERMS, PackedBatch
+from beit3_ds.config import ModelConfig
+from beit3_ds.parallel import Mesh
+from beit3_ds.tokenizers.visual import VisualTokenizer
+from beit3_ds.training.targets import prepare_batch
+
+
+@torch.no_grad()
+def evaluate(
+    engine: DeepSpeedEngine,
+    batches: Iterable[PackedBatch],
+    visual_tokenizer: VisualTokenizer,
+    mesh: Mesh,
+    device: torch.device,
+) -> dict[str, float]:
+    """Mean cross entropy of each loss term over the held-out batches of all ranks, in nats.
+
+    Every rank brings the same number of batches. Sends 8 elements.
+
+    Returns:
+        Terms with at least one masked position, by name.
+    """
+    engine.eval()
+    sums = torch.zeros(len(LOSS_TERMS), dtype=torch.float64)
+    counts = torch.zeros(len(LOSS_TERMS), dtype=torch.float64)
+    factors = torch.ones(len(LOSS_TERMS), device=device)
+    for batch in batches:
+        prepared = prepare_batch(batch, visual_tokenizer, device)
+        sums += engine(prepared, factors).sums.double().cpu()
+        counts += torch.tensor(prepared.num_masked)
+    engine.train()
+    return mean_terms(sums, counts, mesh)
+
+
+def mean_terms(sums: Tensor, counts: Tensor, mesh: Mesh) -> dict[str, float]:
+    """Sums over ranks and divides; terms without positions are left out. Sends 8 elements."""
+    sums, counts = mesh.sum_over_data(torch.stack([sums.double().cpu(), counts.double().cpu()]))
+    means = zip(LOSS_TERMS, sums.tolist(), counts.tolist(), strict=True)
+    return {term: total / count for term, total, count in means if count}
+
+
+@torch.no_grad()
+def unigram_entropies(
+    batches: Iterable[PackedBatch], visual_tokenizer: VisualTokenizer, model: ModelConfig, mesh: Mesh, device: torch.device
+) -> dict[str, float]:
+    """For each loss term the cross entropy of the best predictor that ignores its input, in nats.
+
+    That is the entropy of how often each id occurs among all patches or tokens (BOS left out: it is never asked for) of
+    the held-out samples of all ranks. Sends two visual and two text vocabularies of integers.
+
+    Returns:
+        Terms with at least one id, by name.
+    """
+    sizes = {"image_mim": model.visual_vocab_size, "text_mlm": model.text_vocab_size}
+    sizes |= {"pair_mim": model.visual_vocab_size, "pair_mlm": model.text_vocab_size}
+    counts = {term: torch.zeros(size, dtype=torch.int64) for term, size in sizes.items()}
+    for batch in batches:
+        codes = visual_tokenizer.encode(batch.tokenizer_pixels.to(device)).cpu()
+        original = batch.token_ids.index_copy(0, batch.masked_tokens, batch.target_ids)
+        caption_rows = torch.arange(len(original)) < sum(batch.caption_lengths)
+        asked = batch.text_positions > 0
+        ids = {"image_mim": codes[: batch.num_images], "pair_mim": codes[batch.num_images :]}
+        ids |= {"pair_mlm": original[caption_rows & asked], "text_mlm": original[~caption_rows & asked]}
+        for term, values in ids.items():
+            counts[term] += torch.bincount(values.flatten(), minlength=sizes[term])
+    totals = {term: mesh.sum_over_data(count) for term, count in counts.items()}
+    return {term: entropy(total) for term, total in totals.items() if total.sum()}
+
+
+def entropy(counts: Tensor) -> float:
+    """Entropy in nats of ids that occur `counts` times; exp of it is their perplexity."""
+    shares = counts[counts > 0].double() / counts.sum()
+    return float(-(shares * shares.log()).sum())

@@ -1,0 +1,112 @@
+"""What happened since the last progress line, and the line itself."""
+
+import resource
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from beit3_ds.batch import LOSS_TERMS, StepBatch
+from beit3_ds.config import ModelConfig
+from beit3_ds.parallel import Mesh
+from beit3_ds.training.evaluation import mean_terms
+from beit3_ds.training.flops import training_flops
+
+
+@dataclass
+class Interval:
+    """Sums over the steps since the last progress line, on this rank."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    data_seconds: float = 0.0
+    samples: int = 0
+    tokens: int = 0
+    flops: int = 0
+    sums: Tensor = field(default_factory=lambda: torch.zeros(len(LOSS_TERMS), dtype=torch.float64))
+    counts: Tensor = field(default_factory=lambda: torch.zeros(len(LOSS_TERMS), dtype=torch.float64))
+
+
+class Progress:
+    """Collects steps and reports them at every `log_interval`."""
+
+    def __init__(self, model: ModelConfig, total_steps: int, peak_flops: float, mesh: Mesh) -> None:
+        """Starts the clock.
+
+        Args:
+            model: for the FLOPs of a batch.
+            total_steps: of the run, for the time left.
+            peak_flops: what one rank's device could do a second; MFU is a share of it.
+            mesh: to sum over ranks.
+        """
+        self.model, self.total_steps, self.peak_flops, self.mesh = model, total_steps, peak_flops, mesh
+        self.interval = Interval()
+
+    def add(self, step_batch: StepBatch, sums: Tensor, data_seconds: float, seconds: float) -> None:
+        """Adds one finished step: its loss sums on this rank, and the time it took, waiting for data included."""
+        interval = self.interval
+        interval.steps += 1
+        interval.seconds += seconds
+        interval.data_seconds += data_seconds
+        interval.sums += sums.double().cpu()
+        for batch in step_batch.micro_batches:
+            interval.samples += batch.num_sequences
+            interval.tokens += batch.num_rows
+            interval.flops += training_flops(self.model, batch)
+            interval.counts += torch.tensor(batch.num_masked)
+
+    def report(self, step: int, learning_rate: float, grad_norm: float) -> dict[str, Any]:
+        """Closes the interval: sums it over ranks and returns the record of progress line, CSV and TensorBoard.
+
+        Args:
+            step: updates done so far.
+            learning_rate: of the last update.
+            grad_norm: of the last update, before clipping.
+        """
+        done, self.interval = self.interval, Interval()
+        terms = mean_terms(done.sums, done.counts, self.mesh)
+        work = torch.tensor([done.samples, done.tokens, done.flops], dtype=torch.float64)
+        samples, tokens, flops = self.mesh.sum_over_data(work).tolist()
+        return {
+            "step": step,
+            "kind": "train",
+            "loss": sum(terms.values()),
+            **terms,
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "samples_per_second": samples / done.seconds,
+            "tokens_per_second": tokens / done.seconds,
+            "mfu": flops / done.seconds / (self.peak_flops * self.mesh.data_parallel_size),
+            "memory_gib": peak_memory_gib(),
+            "data_wait": done.data_seconds / done.seconds,
+            "seconds_left": (self.total_steps - step) * done.seconds / done.steps,
+        }
+
+
+def format_line(record: dict[str, Any], total_steps: int) -> str:
+    """One progress line a person can read."""
+    terms = "  ".join(f"{term} {record[term]:.3f}" for term in LOSS_TERMS if term in record)
+    left = time.strftime("%H:%M:%S", time.gmtime(record["seconds_left"]))
+    if record["seconds_left"] >= 86400:
+        left = f"{int(record['seconds_left'] // 86400)}d {left}"
+    return (
+        f"step {record['step']}/{total_steps} | loss {record['loss']:.3f} | {terms} | lr {record['learning_rate']:.2e} | "
+        f"grad norm {record['grad_norm']:.2f} | {record['samples_per_second']:.0f} samples/s | "
+        f"{record['tokens_per_second']:.0f} tokens/s | MFU {record['mfu']:.0%} | {record['memory_gib']:.1f} GiB | "
+        f"data wait {record['data_wait']:.0%} | left {left}"
+    )
+
+
+def format_evaluation(record: dict[str, Any]) -> str:
+    """One line of held-out losses."""
+    terms = "  ".join(f"{term} {record[term]:.3f}" for term in LOSS_TERMS if term in record)
+    return f"held-out at step {record['step']} | {terms}"
+
+
+def peak_memory_gib() -> float:
+    """Largest memory this rank held so far: of the GPU, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

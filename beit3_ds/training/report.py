@@ -1,0 +1,80 @@
+"""What a finished run leaves behind: plot, predictions and a summary."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from beit3_ds.batch import LOSS_TERMS, PackedBatch
+from beit3_ds.tokenizers.text import TextTokenizer
+from beit3_ds.training.evaluation import unigram_entropies
+from beit3_ds.training.loop import Run
+from beit3_ds.training.plot import plot_losses
+from beit3_ds.training.predictions import write_predictions
+from beit3_ds.training.targets import prepare_batch
+
+
+def write_report(run: Run, text_tokenizer: TextTokenizer) -> None:
+    """Writes losses.png, predictions.html and summary.json into the output folder and prints the summary.
+
+    All ranks call it, for the forward pass and the held-out entropies need them all.
+    """
+    folder = Path(run.config.training.output_dir)
+    baselines = unigram_entropies(run.heldout, run.visual_tokenizer, run.config.model, run.mesh, run.device)
+    _write_predictions(run, text_tokenizer, folder / "predictions.html")
+    if not run.mesh.is_main:
+        return
+    records = run.history.records()
+    plot_losses(records, baselines, folder / "losses.png")
+    summary = _summarize(run, records, baselines, folder)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    print(format_summary(summary), flush=True)
+
+
+def format_summary(summary: dict[str, Any]) -> str:
+    """The summary as a table a person can read."""
+    lines = [f"\nFinished {summary['steps']} steps. Held-out loss in nats:"]
+    lines.append(f"  {'term':<10} {'first':>8} {'last':>8} {'change':>8}  {'unigram entropy':>15} {'perplexity':>11}")
+    for term, row in summary["heldout"].items():
+        lines.append(
+            f"  {term:<10} {row['first']:8.3f} {row['last']:8.3f} {row['last'] / row['first'] - 1:8.1%}  "
+            f"{row['unigram_entropy']:15.3f} {math.exp(row['unigram_entropy']):11.1f}"
+        )
+    lines.append("  (unigram entropy: the best that a predictor can do without looking at the input)")
+    lines.extend(f"{name.replace('_', ' ')}: {summary[name]}" for name in _NAMED_LINES)
+    return "\n".join(lines)
+
+
+_NAMED_LINES = ("visual_tokenizer_teacher", "checkpoint", "plot", "predictions", "metrics")
+
+
+def _summarize(run: Run, records: list[dict[str, Any]], baselines: dict[str, float], folder: Path) -> dict[str, Any]:
+    heldout = [record for record in records if record["kind"] == "heldout"]
+    terms = [term for term in LOSS_TERMS if heldout and term in heldout[0]]
+    rows = {
+        term: {"first": heldout[0][term], "last": heldout[-1][term], "unigram_entropy": baselines[term]} for term in terms
+    }
+    return {
+        "steps": run.config.training.total_steps,
+        "heldout": rows,
+        "visual_tokenizer_teacher": run.visual_tokenizer.teacher_description,
+        "checkpoint": str(run.store.newest()),
+        "plot": str(folder / "losses.png"),
+        "predictions": str(folder / "predictions.html"),
+        "metrics": str(run.history.path),
+    }
+
+
+@torch.no_grad()
+def _write_predictions(run: Run, text_tokenizer: TextTokenizer, path: Path) -> None:
+    batch: PackedBatch | None = next(iter(run.heldout), None)
+    if batch is None:
+        return
+    prepared = prepare_batch(batch, run.visual_tokenizer, run.device)
+    run.engine.eval()
+    logits = run.engine(prepared, None)
+    run.engine.train()
+    if run.mesh.is_main:
+        write_predictions(prepared, logits, text_tokenizer, run.visual_tokenizer, path)

@@ -1,0 +1,80 @@
+"""Every shipped config is parsed, checked and dry-run; the paper's settings stand in the giant one."""
+
+from pathlib import Path
+
+import pytest
+
+from beit3_ds.config import load_run_config
+from beit3_ds.config.deepspeed import DEEPSPEED_KEYS
+from beit3_ds.training.dry_run import describe_run
+
+FOLDER = Path(__file__).parents[2] / "ds_configs"
+WORLD_SIZES = {"quickstart_cpu": 2, "base_8gpu": 8, "giant_zero3_64gpu": 64}
+
+
+def test_every_file_is_listed() -> None:
+    assert {path.stem for path in FOLDER.glob("*.json")} == set(WORLD_SIZES)
+
+
+@pytest.mark.parametrize("name", WORLD_SIZES)
+def test_dry_run(name: str) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    config = load_run_config(FOLDER / f"{name}.json")
+    text = describe_run(config, WORLD_SIZES[name])
+    assert "parameters" in text
+    engine = config.engine_config(WORLD_SIZES[name])
+    assert engine["gradient_accumulation_steps"] == 1
+    parsed = DeepSpeedConfig({**engine, "train_batch_size": engine["train_micro_batch_size_per_gpu"]})
+    assert parsed.zero_config.stage == config.deepspeed["zero_optimization"]["stage"]
+
+
+def test_giant_holds_the_papers_settings() -> None:
+    config = load_run_config(FOLDER / "giant_zero3_64gpu.json")
+    streams = [stream.samples_per_step for stream in config.data.streams().values()]
+    assert streams == [2048, 2048, 2048]
+    training, model, data = config.training, config.model, config.data
+    assert (training.total_steps, training.warmup_steps, training.learning_rate) == (1_000_000, 10_000, 1e-3)
+    assert (training.adam_betas, training.adam_epsilon, training.weight_decay) == ((0.9, 0.98), 1e-6, 0.05)
+    assert (model.num_layers, model.hidden_size, model.ffn_hidden_size) == (40, 1408, 6144)
+    assert (model.patch_size, model.image_size, model.drop_path_rate) == (14, 224, 0.1)
+    assert (model.layout, model.sub_layernorm, model.num_vision_language_layers) == ("shared", False, 3)
+    assert (model.text_vocab_size, model.visual_vocab_size) == (64010, 8192)
+    assert (data.image_mask_ratio, data.text_mask_ratio, data.pair_text_mask_ratio) == (0.4, 0.15, 0.5)
+    assert (data.text_length, data.pair_text_length) == (128, 64)
+    assert config.tokenizers.visual.image_size == 256  # the patch-16 tokenizer gives patch 14 its 16 x 16 grid
+    assert config.deepspeed["gradient_clipping"] == 3.0
+    assert config.deepspeed["bf16"]["enabled"]
+    assert config.deepspeed["zero_optimization"]["stage"] == 3
+
+
+def test_deepspeed_keys_are_those_of_the_pinned_version() -> None:
+    """Watches which top-level keys DeepSpeed's own parser asks for; catches a key that a new version adds or drops."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    asked: set[str] = set()
+
+    class Watched(dict):
+        def get(self, key, default=None):  # type: ignore[no-untyped-def]
+            asked.add(key)
+            return super().get(key, default)
+
+        def __contains__(self, key: object) -> bool:
+            asked.add(str(key))
+            return super().__contains__(key)
+
+        def __getitem__(self, key: str) -> object:
+            asked.add(key)
+            return super().__getitem__(key)
+
+        def keys(self):  # type: ignore[no-untyped-def]
+            return Watched(self)
+
+        def copy(self):  # type: ignore[no-untyped-def]
+            return self
+
+    DeepSpeedConfig(Watched(train_batch_size=1))
+    # Read elsewhere than in the parser, or only beside another key.
+    elsewhere = {"curriculum_learning", "amp", "timers", "compile", "tensor_parallel", "bfloat16"}
+    assert asked - DEEPSPEED_KEYS == set()
+    assert DEEPSPEED_KEYS - asked - elsewhere == set()

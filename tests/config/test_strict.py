@@ -1,0 +1,78 @@
+"""Bad configurations are refused with a message that names the key, the rule and a way out."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.run_config import quickstart_mapping
+
+from beit3_ds.config import ConfigError, build_run_config, load_run_config
+
+
+def own(mapping: dict[str, Any], section: str) -> dict[str, Any]:
+    return mapping["beit3_ds"][section]
+
+
+BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "top level": (lambda m: m.update(zero_optimisation={}), r"unknown key 'zero_optimisation'.*'zero_optimization'"),
+    "section": (lambda m: m["beit3_ds"].update(trainning={}), r"unknown key 'trainning'.*'training'"),
+    "model": (lambda m: own(m, "model").update(hidden_sise=1), r"beit3_ds\.model.*'hidden_sise'.*'hidden_size'"),
+    "with a size": (lambda m: own(m, "model").update(size="base", num_heds=1), r"unknown key 'num_heds'"),
+    "stream": (lambda m: own(m, "data")["pairs"].update(held_out=[]), r"data\.pairs.*'held_out'.*'heldout'"),
+    "tokenizer": (lambda m: own(m, "tokenizers")["visual"].update(codebook=1), r"'codebook'.*'codebook_"),
+    "weights": (lambda m: own(m, "training").update(loss_weights={"mim": 1}), r"unknown key 'mim'"),
+    "missing key": (lambda m: own(m, "training").pop("total_steps"), r"'total_steps' is missing"),
+    "missing section": (lambda m: m["beit3_ds"].pop("data"), r"section 'data' is missing"),
+    "wrong type": (lambda m: own(m, "training").update(total_steps="many"), r"training\.total_steps: expected int"),
+    "bool for int": (lambda m: own(m, "training").update(total_steps=True), r"expected int, got bool"),
+    "unknown size": (lambda m: own(m, "model").update(size="huge"), r"'huge' is not one of 'tiny', 'base'"),
+    "unknown layout": (lambda m: own(m, "model").update(layout="split"), r"'split' is not one of 'shared'"),
+    "heads": (lambda m: own(m, "model").update(num_attention_heads=5), r"5 does not divide hidden_size=128.*4 or 8"),
+    "patches": (lambda m: own(m, "model").update(patch_size=9), r"9 does not divide image_size=64.*8 or 16"),
+    "grid": (lambda m: own(m, "model").update(patch_size=16), r"grid of 8.*grid of 4.*image_size to 32"),
+    "codes": (lambda m: own(m, "model").update(visual_vocab_size=99), r"visual_vocab_size=99 must equal"),
+    "vocabulary": (lambda m: own(m, "model").update(text_vocab_size=1001), r"too small.*at least 1002"),
+    "text length": (lambda m: own(m, "data").update(text_length=65), r"max_text_length=64.*Raise it to 65"),
+    "warmup": (lambda m: own(m, "training").update(warmup_steps=10**6), r"exceeds total_steps"),
+    "ratio": (lambda m: own(m, "data").update(image_mask_ratio=40), r"image_mask_ratio is 40; it must be between"),
+    "decoupled with VL experts": (lambda m: own(m, "model").update(layout="decoupled"), r"num_vision_language_layers to 0"),
+    "their optimizer": (lambda m: m.update(optimizer={"type": "AdamW"}), r"'optimizer' is not used.*beit3_ds\.training"),
+    "accumulation": (lambda m: m.update(gradient_accumulation_steps=0), r"must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_config(case: str) -> None:
+    change, message = BAD[case]
+    mapping = quickstart_mapping()
+    change(mapping)
+    with pytest.raises(ConfigError, match=message):
+        build_run_config(mapping)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [(3, r"samples_per_step=16 does not divide by data-parallel size 3 .* = 3. Use 15 or 18"), (64, r"Use 64, or")],
+)
+def test_batch_that_does_not_divide(ranks: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_run_config(quickstart_mapping()).micro_batch_size(ranks)
+
+
+def test_contradicting_batch_size() -> None:
+    mapping = quickstart_mapping() | {"train_batch_size": 100}
+    with pytest.raises(ConfigError, match=r"train_batch_size=100 contradicts the streams.*Leave the key out"):
+        build_run_config(mapping).micro_batch_size(1)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such config file"):
+        load_run_config(tmp_path / "absent.json")
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"a": 1,}')
+    with pytest.raises(ConfigError, match=r"broken\.json: not valid JSON.*line 1"):
+        load_run_config(broken)
+    broken.write_text('{"a": 1, "a": 2}')
+    with pytest.raises(ConfigError, match="the key 'a' stands twice"):
+        load_run_config(broken)

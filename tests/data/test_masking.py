@@ -1,0 +1,89 @@
+"""Masks: exact counts, blocks, and BERT's proportions."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from beit3_ds.data.masking import block_mask, mask_tokens
+
+MASK_ID = 1001
+
+
+@settings(max_examples=250, deadline=None)
+@given(data=st.data(), grid_size=st.integers(1, 20), seed=st.integers(0, 2**32))
+def test_block_mask_hides_the_exact_number(data: st.DataObject, grid_size: int, seed: int) -> None:
+    num_masked = data.draw(st.integers(0, grid_size**2))
+    rng = np.random.default_rng(seed)
+    for mask in (block_mask(grid_size, num_masked, rng) for _ in range(8)):
+        # catches a missing top-up, and an overlap counted twice
+        assert (mask.shape, mask.dtype, int(mask.sum())) == ((grid_size**2,), np.bool_, num_masked)
+
+
+@pytest.mark.parametrize(("grid_size", "num_masked"), [(14, 78), (16, 102)])
+def test_the_papers_counts_are_exact(grid_size: int, num_masked: int) -> None:
+    rng = np.random.default_rng(0)
+    assert {int(block_mask(grid_size, num_masked, rng).sum()) for _ in range(1000)} == {num_masked}
+
+
+def _hidden_neighbours(mask: np.ndarray, grid_size: int) -> float:
+    """Share of a hidden patch's right neighbours that are hidden too."""
+    grid = mask.reshape(grid_size, grid_size)
+    return float((grid[:, 1:] & grid[:, :-1]).sum() / grid[:, :-1].sum())
+
+
+@pytest.mark.parametrize(("grid_size", "num_masked"), [(16, 102), (8, 26)])
+def test_mask_is_blocky(grid_size: int, num_masked: int) -> None:
+    rng = np.random.default_rng(0)
+    shares = [_hidden_neighbours(block_mask(grid_size, num_masked, rng), grid_size) for _ in range(300)]
+    # catches single patches at random (0.4), and a minimum block too large for a small grid to place any
+    assert np.mean(shares) > 0.65
+
+
+def test_mask_covers_the_image_evenly() -> None:
+    rng = np.random.default_rng(0)
+    covered = np.mean([block_mask(14, 78, rng) for _ in range(2000)], axis=0).reshape(14, 14)
+    # catches blocks that never reach the last row or column; blocks favour the middle
+    assert covered[-1].mean() == pytest.approx(covered[0].mean(), abs=0.02)
+    assert covered[:, -1].mean() == pytest.approx(covered[:, 0].mean(), abs=0.02)
+    assert covered.min() > 0.02
+
+
+def _ids(length: int, rng: np.random.Generator) -> np.ndarray:
+    return np.array([0, *rng.integers(4, MASK_ID, length - 2), 2])
+
+
+@settings(max_examples=250, deadline=None)
+@given(length=st.integers(2, 130), ratio=st.floats(0.01, 0.99), seed=st.integers(0, 2**32))
+def test_mask_tokens_counts_and_positions(length: int, ratio: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    ids = _ids(length, rng)
+    before = ids.copy()
+    corrupted, positions = mask_tokens(ids, ratio, MASK_ID, rng)
+    assert len(positions) == max(1, min(round(length * ratio), length - 1))
+    assert positions.min() >= 1  # catches a masked BOS
+    assert (np.diff(positions) > 0).all()  # catches unsorted positions and draws with repetition
+    kept = np.delete(np.arange(length), positions)
+    assert np.array_equal(corrupted[kept], ids[kept])  # catches a corruption that is not predicted
+    assert np.array_equal(ids, before)  # catches targets taken from ids that were overwritten
+    assert corrupted[0] == 0
+
+
+def test_eos_may_be_masked() -> None:
+    rng = np.random.default_rng(0)
+    ids = _ids(10, rng)
+    share = np.mean([9 in mask_tokens(ids, 0.5, MASK_ID, rng)[1] for _ in range(2000)])
+    assert share == pytest.approx(5 / 9, abs=0.05)  # catches an EOS left out or favoured
+
+
+def test_eighty_ten_ten() -> None:
+    rng = np.random.default_rng(0)
+    ids = np.array([0, *[500] * 20_000, 2])
+    corrupted, positions = mask_tokens(ids, 0.99, MASK_ID, rng)
+    new, old = corrupted[positions], ids[positions]
+    # deviation 0.003; catches exchanged fates, and fates drawn once for all tokens
+    assert np.mean(new == MASK_ID) == pytest.approx(0.8, abs=0.015)
+    assert np.mean(new == old) == pytest.approx(0.1, abs=0.015)
+    random_pieces = new[(new != MASK_ID) & (new != old)]
+    # catches special ids, or the mask itself, among the random pieces
+    assert (random_pieces.min(), random_pieces.max()) == (4, MASK_ID - 1)

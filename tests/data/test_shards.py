@@ -1,0 +1,101 @@
+"""Tar shards: grouping, reading, and errors that name the file."""
+
+from pathlib import Path
+
+import pytest
+
+from beit3_ds.config import ConfigError
+from beit3_ds.data.shards import BrokenRecord, TarShards
+from tests.data.conftest import WriteTar
+
+
+def test_members_are_grouped_by_webdatasets_rule(tmp_path: Path, write_tar: WriteTar, png: bytes) -> None:
+    members = {
+        "a/1.png": png,
+        "a/1.txt": b" one \n",
+        "b/1.JPG": png,  # catches a key without its folder, and an extension that must be lower case
+        "b/1.txt": b"another",
+        "c.1/2.seg.png": b"a mask",  # catches a key cut at the last dot, or at the folder's dot
+        "c.1/2.png": png,
+        "c.1/2.json": b"{}",
+        "._hidden.png": b"",
+    }
+    shards = TarShards([write_tar(tmp_path / "s.tar", members)])
+    assert [shards.name(i).rpartition(":")[2] for i in range(len(shards))] == ["a/1", "b/1", "c.1/2"]
+    assert [shards.caption(i) for i in range(2)] == ["one", "another"]
+    assert all(shards.image(i).mode == "RGB" for i in range(3))
+
+
+def test_several_shards_in_sorted_order(tmp_path: Path, write_tar: WriteTar, png: bytes) -> None:
+    for name in ("b", "a"):
+        write_tar(tmp_path / f"{name}.tar", {f"{name}{i}.txt": f"{name}{i}".encode() for i in range(3)})
+    shards = TarShards([str(tmp_path / "*.tar")])
+    # catches the file system's order, and an offset looked up in the wrong shard
+    assert [shards.caption(i) for i in range(len(shards))] == ["a0", "a1", "a2", "b0", "b1", "b2"]
+
+
+def test_a_pattern_without_match_names_pattern_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"no-such-\*\.tar.*{tmp_path}"):
+        TarShards([str(tmp_path / "no-such-*.tar")])
+
+
+def test_a_file_matched_twice_is_refused(tmp_path: Path, write_tar: WriteTar, png: bytes) -> None:
+    path = write_tar(tmp_path / "a.tar", {"a.png": png})
+    with pytest.raises(ConfigError, match=r"a\.tar is listed twice"):  # catches samples repeated in one epoch
+        TarShards([path, str(tmp_path / "*.tar")])
+
+
+@pytest.mark.parametrize("kept", [0, 300, 512 + 100, 1024, 2048])
+def test_a_truncated_shard_is_named(tmp_path: Path, write_tar: WriteTar, kept: int) -> None:
+    path = Path(write_tar(tmp_path / "cut.tar", {"a.txt": b"x" * 400, "b.txt": b"y" * 400}))
+    path.write_bytes(path.read_bytes()[:kept])
+    # cut before, in, and after a header, in the data, and (1024, 2048) at the end of a member, where tarfile is silent
+    with pytest.raises(ConfigError, match=r"cut\.tar"):
+        TarShards([str(path)])
+
+
+def test_a_damaged_header_is_no_end_of_archive(tmp_path: Path, write_tar: WriteTar) -> None:
+    path = Path(write_tar(tmp_path / "bad.tar", {"a.txt": b"x" * 400, "b.txt": b"y" * 400}))
+    data = bytearray(path.read_bytes())
+    data[1024 + 10] ^= 0xFF  # the second header's checksum fails, and tarfile stops without an error
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"bad\.tar.*byte 1024"):
+        TarShards([str(path)])
+
+
+def test_other_files_and_empty_tars_are_refused(tmp_path: Path, write_tar: WriteTar) -> None:
+    (tmp_path / "text.tar").write_text("no tar at all, " * 100)
+    with pytest.raises(ConfigError, match=r"text\.tar"):
+        TarShards([str(tmp_path / "text.tar")])
+    with pytest.raises(ConfigError, match=r"empty\.tar holds no samples"):
+        TarShards([write_tar(tmp_path / "empty.tar", {})])
+
+
+def test_broken_records_name_shard_key_and_reason(tmp_path: Path, write_tar: WriteTar, png: bytes) -> None:
+    members = {
+        "cut.png": png[:60],
+        "cut.txt": b"fine",
+        "latin.png": png,
+        "latin.txt": "caf\xe9".encode("latin-1"),
+        "blank.txt": b" \n",
+    }
+    shards = TarShards([write_tar(tmp_path / "s.tar", members)])  # catches a scan that fails for one broken record
+    with pytest.raises(BrokenRecord, match=r"s\.tar:cut: broken image"):
+        shards.image(0)
+    with pytest.raises(BrokenRecord, match=r"s\.tar:latin: broken caption"):
+        shards.caption(1)
+    with pytest.raises(BrokenRecord, match=r"s\.tar:blank: no image \(\.jpg"):
+        shards.image(2)
+    with pytest.raises(BrokenRecord, match=r"s\.tar:blank: empty caption"):
+        shards.caption(2)
+
+
+def test_a_shard_that_vanishes_or_shrinks_breaks_its_records(tmp_path: Path, write_tar: WriteTar, png: bytes) -> None:
+    path = Path(write_tar(tmp_path / "s.tar", {"a.png": png}))
+    shards = TarShards([str(path)])
+    path.write_bytes(path.read_bytes()[:600])
+    with pytest.raises(BrokenRecord, match=r"88 of \d+ bytes"):
+        shards.image(0)
+    path.unlink()
+    with pytest.raises(BrokenRecord, match=r"s\.tar:a"):
+        shards.image(0)

@@ -1,0 +1,47 @@
+"""Initial values depend on seed and name alone, and follow BEiT's or Magneto's rule."""
+
+import math
+
+import torch
+from tests.batches import decoupled, small_model_config
+
+from beit3_ds.model import BEiT3, initial_value, initialize_parameters
+
+
+def test_values_do_not_depend_on_the_order_of_construction() -> None:
+    config = small_model_config()
+    model = BEiT3(config)
+    torch.manual_seed(0)
+    initialize_parameters(model, config, seed=1)
+    for name, parameter in reversed(list(model.named_parameters())):
+        torch.manual_seed(99)  # the global generator must not matter
+        assert torch.equal(parameter, initial_value(name, parameter.shape, config, seed=1)), name
+
+
+def test_seed_and_name_matter() -> None:
+    config, shape = small_model_config(), torch.Size([8, 8])
+    one = initial_value("blocks.0.ffn.fc1.weight_vision", shape, config, 1)
+    assert not torch.equal(one, initial_value("blocks.0.ffn.fc1.weight_vision", shape, config, 2))
+    assert not torch.equal(one, initial_value("blocks.0.ffn.fc1.weight_language", shape, config, 1))
+
+
+def test_beit_rule() -> None:
+    config, shape = small_model_config(), torch.Size([400, 400])
+    plain = initial_value("blocks.1.ffn.fc1.weight_vision", shape, config, 1)
+    assert plain.abs().max() <= 0.02
+    # A normal cut at one standard deviation has 0.5396 of its deviation.
+    assert math.isclose(plain.std().item(), 0.02 * 0.5396, rel_tol=0.02)
+    for name in ("blocks.1.ffn.fc2.weight_vision", "blocks.1.attention.out_proj.weight_shared"):
+        scaled = initial_value(name, shape, config, 1)
+        assert math.isclose(scaled.std().item(), plain.std().item() / math.sqrt(4), rel_tol=0.02), name
+    assert (initial_value("blocks.0.ffn.norm.weight_vision", torch.Size([4]), config, 1) == 1).all()
+    assert (initial_value("heads.mlm.bias", torch.Size([4]), config, 1) == 0).all()
+
+
+def test_magneto_rule() -> None:
+    config, shape = decoupled(), torch.Size([400, 400])
+    xavier = math.sqrt(2 / 800)
+    gain = math.sqrt(math.log(2 * config.num_layers))
+    for name, factor in (("q_proj", 1.0), ("k_proj", 1.0), ("v_proj", gain), ("out_proj", gain)):
+        value = initial_value(f"blocks.0.attention.{name}.weight_vision", shape, config, 1)
+        assert math.isclose(value.std().item(), xavier * factor, rel_tol=0.02), name

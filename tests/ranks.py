@@ -1,0 +1,71 @@
+"""Starts ranks for tests: gloo on loopback, one thread each."""
+
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+_TIMEOUT_SECONDS = 180
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
+    """Runs `function(*arguments)` on `world_size` ranks and returns their results, rank by rank.
+
+    The environment is the one that the `deepspeed` launcher makes. A rank's exception fails the caller with its
+    traceback; ranks that hang are ended after three minutes.
+    """
+    context = get_context("forkserver")  # with torch preloaded a rank starts in half a second
+    context.set_forkserver_preload(["torch", "deepspeed"])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes, pipes = [], []
+    for rank in range(world_size):
+        ours, theirs = context.Pipe(duplex=False)
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+        process = context.Process(target=_run_rank, args=(theirs, environment, function, arguments), daemon=True)
+        process.start()
+        theirs.close()
+        processes.append(process)
+        pipes.append(ours)
+    try:
+        return _collect(pipes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _collect(pipes: list[Connection]) -> list[Any]:
+    results: list[Any] = [None] * len(pipes)
+    pending = dict(enumerate(pipes))
+    while pending:
+        ready = wait(pending.values(), timeout=_TIMEOUT_SECONDS)
+        if not ready:
+            raise TimeoutError(f"ranks {sorted(pending)} have not finished after {_TIMEOUT_SECONDS} s")
+        for rank in [rank for rank, pipe in pending.items() if pipe in ready]:
+            try:
+                failure, result = pickle.loads(pending.pop(rank).recv_bytes())
+            except EOFError:
+                raise RuntimeError(f"rank {rank} ended without a result") from None
+            if failure:
+                raise AssertionError(f"rank {rank} failed:\n{failure}")
+            results[rank] = result
+    return results
+
+
+def _run_rank(pipe: Connection, environment: dict[str, int], function: Callable[..., Any], arguments: Any) -> None:
+    os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1")
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        outcome = (None, function(*arguments))
+    except BaseException:
+        outcome = (traceback.format_exc(), None)
+    # Plain pickle: multiprocessing's own shares tensors by handles that die with this process.
+    pipe.send_bytes(pickle.dumps(outcome))
