@@ -11,10 +11,10 @@ from torch import Tensor
 from beit3_ds.config import ConfigError
 
 _NUM_ORIENTATIONS = 9  # bins over [0, pi); Dalal and Triggs' choice
-_CELLS = 2  # cells on a side of a patch
-_NEIGHBORS = 3  # patches on a side of the neighbourhood
+_CELLS = 2  # means of colour on a side of a patch
+_NEIGHBORHOOD = 3  # patches on a side
 _QUADRANTS = 2  # regions on a side of the whole image
-_FAINT = 0.02  # norm below which gradients count as noise instead of being stretched to unit length
+_FAINT = 0.1  # norm below which gradients are noise of the image's compression rather than strokes
 _WHOLE_IMAGE_WEIGHT = 0.5  # more makes codes of images instead of patches
 
 
@@ -28,9 +28,9 @@ class OrientedGradients:
     Gradients are histograms of orientation (HOG: Dalal and Triggs, 2005, "Histograms of Oriented Gradients for Human
     Detection"), which MaskFeat (Wei et al., 2022, arXiv:2112.09133) found to be as good a target of masked prediction
     as a pretrained network's features. They see no difference between two flat colours, so means of colour stand
-    beside them. Each of the two is taken at three scales: 2 x 2 cells of the patch; the 3 x 3 patches around it; the
-    four quadrants of the image. The last is the same for all its patches and gives them a share of what the image is
-    of. Every histogram is normalised over its scale, so that a faint drawing counts like a bold one.
+    beside them. Both are taken at three scales: the patch (one histogram, 2 x 2 colours); the 3 x 3 patches around it;
+    the four quadrants of the image, which are the same for all its patches and give each a share of the whole. Every
+    histogram is normalised over its scale, so that a faint drawing counts nearly like a bold one.
 
     Args:
         patch_size: pixels on a side of a patch; even.
@@ -49,7 +49,7 @@ class OrientedGradients:
                 f"must be even."
             )
         self.patch_size = patch_size
-        self.width = (_NUM_ORIENTATIONS + 3) * (_CELLS**2 + _NEIGHBORS**2 + _QUADRANTS**2)
+        self.width = _NUM_ORIENTATIONS * (2 + _QUADRANTS**2) + 3 * (_CELLS**2 + 1 + _QUADRANTS**2)
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -62,14 +62,14 @@ class OrientedGradients:
             (B, N, E) float32, patches in row-major order.
         """
         pixels = pixels.float()
-        gradients = F.avg_pool2d(_orientation_votes(pixels), self.patch_size // _CELLS)
-        colors = F.avg_pool2d(pixels, self.patch_size // _CELLS)
-        scales = [torch.cat([_unit_length(_cells(gradients)), _equal_share(_cells(colors))], dim=1)]
-        gradients, colors = F.avg_pool2d(gradients, _CELLS), F.avg_pool2d(colors, _CELLS)
-        scales.append(torch.cat([_unit_length(_neighbors(gradients)), _equal_share(_neighbors(colors))], dim=1))
+        cell_colors = F.avg_pool2d(pixels, self.patch_size // _CELLS)
+        colors = F.avg_pool2d(pixels, self.patch_size)
+        gradients = F.avg_pool2d(_orientation_votes(pixels), self.patch_size)
+        patch = torch.cat([_unit_length(gradients), _equal_share(F.pixel_unshuffle(cell_colors, _CELLS))], dim=1)
+        around = torch.cat([_unit_length(_neighborhood(gradients)), _equal_share(_neighborhood(colors))], dim=1)
         whole = torch.cat([_unit_length(_quadrants(gradients)), _equal_share(_quadrants(colors))], dim=1)
-        scales.append(_WHOLE_IMAGE_WEIGHT * whole.expand(-1, -1, *gradients.shape[2:]))
-        return torch.cat(scales, dim=1).flatten(2).transpose(1, 2)
+        whole = _WHOLE_IMAGE_WEIGHT * whole.expand(-1, -1, *gradients.shape[2:])
+        return torch.cat([patch, around, whole], dim=1).flatten(2).transpose(1, 2)
 
 
 def _orientation_votes(pixels: Tensor) -> Tensor:
@@ -93,16 +93,11 @@ def _orientation_votes(pixels: Tensor) -> Tensor:
     return votes.scatter_add_(1, (bin_ + 1) % _NUM_ORIENTATIONS, upper_vote)
 
 
-def _cells(features: Tensor) -> Tensor:
-    """Puts the cells of each patch into its channels: (B, c, 2G, 2G) -> (B, 4c, G, G)."""
-    return F.pixel_unshuffle(features, _CELLS)
-
-
-def _neighbors(features: Tensor) -> Tensor:
-    """Puts the 3 x 3 neighbourhood of each patch into its channels: (B, c, G, G) -> (B, 9c, G, G)."""
-    margin = _NEIGHBORS // 2
+def _neighborhood(features: Tensor) -> Tensor:
+    """Means over the 3 x 3 patches around each: (B, c, G, G) -> (B, c, G, G)."""
+    margin = _NEIGHBORHOOD // 2
     padded = F.pad(features, (margin,) * 4, mode="replicate")
-    return F.unfold(padded, _NEIGHBORS).unflatten(2, features.shape[2:])
+    return F.avg_pool2d(padded, _NEIGHBORHOOD, stride=1)
 
 
 def _quadrants(features: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from beit3_ds.config import ConfigError, TextTokenizerConfig
+from beit3_ds.config import ConfigError, RunConfig, TextTokenizerConfig
 
 _SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3
 _SENTENCEPIECE_SPECIALS = ("<unk>", "<s>", "</s>")  # SentencePiece's own ids 0 to 2
@@ -84,6 +84,20 @@ class TextTokenizer:
     def _from_sentencepiece(self, piece: int) -> int:
         # Encoding yields <unk> or a piece: SentencePiece never reads "<s>" in a text as its control symbol.
         return self.unk_id if piece == 0 else piece + 1
+
+
+def check_text_tokenizer_fits(tokenizer: TextTokenizer, config: RunConfig) -> None:
+    """Refuses a tokenizer whose ids do not all have a row in the model's word table.
+
+    Raises:
+        ConfigError: with both sizes.
+    """
+    rows = config.model.text_vocab_size
+    if tokenizer.vocab_size > rows:
+        raise ConfigError(
+            f"{config.tokenizers.text.path} has {tokenizer.vocab_size} ids, but model.text_vocab_size is {rows}. Raise "
+            f"it to at least {tokenizer.vocab_size}, or use the tokenizer that the model was made for."
+        )
 
 
 def train_text_tokenizer(config: TextTokenizerConfig, lines: Iterable[str], seed: int = 1) -> TextTokenizer:

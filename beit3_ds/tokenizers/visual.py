@@ -20,6 +20,10 @@ from beit3_ds.config.strict import load_section
 from beit3_ds.tokenizers.quantizer import Quantizer
 from beit3_ds.tokenizers.vit import VisionTransformer, initialize_linear_layers
 
+TEACHER_DESCRIPTIONS = {
+    "oriented_gradients": "histograms of oriented gradients and colours, computed from the image itself: a hand-made "
+    "descriptor, not a pretrained network such as BEiT v2's CLIP"
+}
 _METADATA_KEY = "beit3_ds.visual_tokenizer"
 
 
@@ -46,6 +50,11 @@ class VisualTokenizer(nn.Module):
         self.decode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, teacher_width))
         initialize_linear_layers(self.encode_task_layer)
         initialize_linear_layers(self.decode_task_layer)
+
+    @property
+    def teacher_description(self) -> str:
+        """Whose features gave the codes their meaning, for reports."""
+        return TEACHER_DESCRIPTIONS[self.config.teacher]
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:

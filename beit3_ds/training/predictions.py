@@ -67,7 +67,7 @@ class _Words:
         self.tokenizer = tokenizer
         self.lengths = [*batch.caption_lengths, *batch.text_lengths]
         self.ids = batch.token_ids.tolist()
-        guesses = logits.text.argmax(1).tolist()
+        guesses = logits.text[:, : tokenizer.vocab_size].argmax(1).tolist()  # spare rows of the table stand for nothing
         truths = batch.target_ids.tolist()
         self.masked = dict(zip(batch.masked_tokens.tolist(), zip(guesses, truths, strict=True), strict=True))
 

@@ -1,0 +1,1 @@
+"""Measurements behind `beit3 bench`; their results stand in BENCHMARKS.md."""

@@ -1,0 +1,45 @@
+"""Fixtures that several folders of tests share."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.run_config import small_run_mapping
+
+from beit3_ds.config import build_run_config
+
+
+@pytest.fixture(scope="session")
+def tokenizer_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A small text tokenizer trained on the sample's captions, and an untrained visual tokenizer."""
+    from beit3_ds.data import read_training_lines
+    from beit3_ds.tokenizers import VisualTokenizer, save_visual_tokenizer, train_text_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizers")
+    mapping = small_run_mapping(0)
+    mapping["beit3_ds"]["tokenizers"]["text"] |= {"path": str(folder / "text.spm"), "vocab_size": 300}
+    mapping["beit3_ds"]["tokenizers"]["visual"]["path"] = str(folder / "visual.safetensors")
+    config = build_run_config(mapping)
+    train_text_tokenizer(config.tokenizers.text, list(read_training_lines(config.data))[-800:])
+    save_visual_tokenizer(config.tokenizers.visual.path, VisualTokenizer(config.tokenizers.visual, teacher_width=8))
+    return {"text": config.tokenizers.text.path, "visual": config.tokenizers.visual.path}
+
+
+@pytest.fixture
+def run_mapping(tokenizer_files: dict[str, str], tmp_path: Path) -> dict[str, Any]:
+    """A four-step run on the sample data under ZeRO-3, writing below `tmp_path`; to be changed freely."""
+    mapping = small_run_mapping(3, samples=(2, 2, 2))
+    own = mapping["beit3_ds"]
+    own["tokenizers"]["text"] |= {"path": tokenizer_files["text"], "vocab_size": 300}
+    own["tokenizers"]["visual"]["path"] = tokenizer_files["visual"]
+    own["training"] |= {
+        "output_dir": str(tmp_path / "run"),
+        "total_steps": 4,
+        "warmup_steps": 1,
+        "log_interval": 1,
+        "eval_interval": 2,
+        "eval_samples": 4,
+        "save_interval": 1,
+        "keep_checkpoints": 3,
+    }
+    return mapping

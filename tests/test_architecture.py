@@ -1,0 +1,85 @@
+"""Which package may import which, and how large files and functions are."""
+
+import ast
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# A new arrow is a reviewed change. Only the entry points (pretrain, cli) may import everything.
+ARROWS: dict[str, set[str]] = {
+    "kernels": set(),
+    "config": set(),
+    "batch": set(),
+    "parallel": {"config"},
+    "tokenizers": {"config", "parallel"},
+    "data": {"batch", "config", "tokenizers"},
+    "model": {"batch", "config", "kernels", "parallel"},
+    "pipeline": {"batch", "config", "model", "parallel"},
+    "checkpoint": {"batch", "config", "model", "parallel"},
+    "training": {"batch", "checkpoint", "config", "data", "model", "parallel", "pipeline", "tokenizers"},
+    "benchmarks": {"batch", "config", "data", "kernels", "model", "parallel", "pipeline", "tokenizers", "training"},
+    "sample_data": set(),
+}
+ENTRY_POINTS = {"pretrain", "cli", "__init__"}
+MAY_IMPORT_DEEPSPEED = {"training", "pipeline", "checkpoint"}
+
+FILE_LINES, FUNCTION_LINES = 400, 60
+
+
+def modules() -> dict[Path, str]:
+    """Source files and the room that each lies in."""
+    files = {path: "kernels" for path in (ROOT / "kernels").rglob("*.py")}
+    for path in (ROOT / "beit3_ds").rglob("*.py"):
+        parts = path.relative_to(ROOT / "beit3_ds").parts
+        files[path] = parts[0].removesuffix(".py")
+    return files
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of the modules that a file imports, also inside functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_import_arrows() -> None:
+    wrong = []
+    for path, room in modules().items():
+        if room in ENTRY_POINTS:
+            continue
+        for name in imports(path):
+            if name.startswith("beit3_ds."):
+                target = name.split(".")[1]
+                if target != room and target not in ARROWS[room]:
+                    wrong.append(f"{path.relative_to(ROOT)} imports {name}; {room} may import {sorted(ARROWS[room])}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_room_is_listed() -> None:
+    assert set(modules().values()) == set(ARROWS) | ENTRY_POINTS
+
+
+def test_deepspeed_stays_in_its_rooms() -> None:
+    for path, room in modules().items():
+        if any(name.split(".")[0] == "deepspeed" for name in imports(path)):
+            assert room in MAY_IMPORT_DEEPSPEED, f"{path.relative_to(ROOT)} imports deepspeed"
+
+
+def test_sizes_are_reported() -> None:
+    """Large files and functions are reported as warnings: limits to aim at, not to game."""
+    for path in modules():
+        text = path.read_text(encoding="utf-8")
+        if text.count("\n") > FILE_LINES:
+            warnings.warn(f"{path.relative_to(ROOT)} has {text.count(chr(10))} lines, aim {FILE_LINES}", stacklevel=1)
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                if length > FUNCTION_LINES:
+                    message = f"{path.relative_to(ROOT)}: {node.name} has {length} lines, aim {FUNCTION_LINES}"
+                    warnings.warn(message, stacklevel=1)

@@ -1,0 +1,132 @@
+"""Whole runs of the trainer: finishing, being killed, resuming, and refusing bad input."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from beit3_ds.batch import LOSS_TERMS
+
+
+def write(mapping: dict[str, Any], folder: Path, name: str = "config.json") -> Path:
+    path = folder / name
+    path.write_text(json.dumps(mapping))
+    return path
+
+
+def start(config: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "beit3_ds.pretrain", str(config)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def finish(config: Path) -> tuple[int, str]:
+    process = start(config)
+    output, _ = process.communicate(timeout=180)
+    return process.returncode, output
+
+
+def losses(folder: Path) -> list[dict[str, Any]]:
+    """The record without what a clock measures."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    wanted = {"step", "kind", "loss", "grad_norm", "learning_rate", *LOSS_TERMS}
+    return [{key: value for key, value in record.items() if key in wanted} for record in records]
+
+
+def test_killed_run_resumes_bit_for_bit(run_mapping: dict[str, Any], tmp_path: Path) -> None:
+    """kill -9 after a save, and the newest checkpoint torn on top: the run goes on from the one before."""
+    own = run_mapping["beit3_ds"]
+    own["model"]["drop_path_rate"] = 0.2  # a draw that depended on anything but the step would show
+    config = write(run_mapping, tmp_path)
+    status, output = finish(config)
+    assert status == 0, output
+    for name in ("losses.png", "predictions.html", "summary.json", "checkpoints/step-00000004/manifest.json"):
+        assert (tmp_path / "run" / name).stat().st_size > 0, name
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-00000002", "step-00000003", "step-00000004"]  # keep_checkpoints is 3
+
+    own["training"]["output_dir"] = str(tmp_path / "killed")
+    config = write(run_mapping, tmp_path)
+    process = start(config)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "saved" in line and "step-00000003" in line:
+            process.kill()
+            break
+    process.wait()
+    newest = tmp_path / "killed" / "checkpoints" / "step-00000003"
+    torn = max((path for path in newest.rglob("*.pt")), key=lambda path: path.stat().st_size)
+    os.truncate(torn, torn.stat().st_size // 2)
+
+    status, output = finish(config)
+    assert status == 0, output
+    assert re.search(r"step-00000003 is not whole \(.* bytes instead of", output)
+    assert "resuming after step 2" in output
+    assert losses(tmp_path / "killed") == losses(tmp_path / "run")
+
+
+def test_misspelt_key_is_one_line(run_mapping: dict[str, Any], tmp_path: Path) -> None:
+    run_mapping["beit3_ds"]["model"]["hidden_sise"] = 64
+    config = write(run_mapping, tmp_path)
+    command = [sys.executable, "-m", "beit3_ds.cli", "pretrain", str(config)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert "unknown key 'hidden_sise'. Did you mean 'hidden_size'?" in line
+
+
+def pretrain_error(mapping: dict[str, Any]) -> str:
+    """The message of a run that must end before a process group exists."""
+    import torch.distributed as dist
+
+    from beit3_ds.config import ConfigError, build_run_config
+    from beit3_ds.pretrain import pretrain
+
+    with pytest.raises(ConfigError) as caught:
+        pretrain(build_run_config(mapping))
+    assert not dist.is_initialized()
+    return str(caught.value)
+
+
+def test_missing_data_folder_is_named(run_mapping: dict[str, Any]) -> None:
+    run_mapping["beit3_ds"]["data"]["pairs"]["train"] = ["/no/such/folder/*.tar"]
+    assert "/no/such/folder" in pretrain_error(run_mapping)
+
+
+def test_unreadable_shard_is_named(run_mapping: dict[str, Any], tmp_path: Path) -> None:
+    shard = tmp_path / "cut.tar"
+    shutil.copy("beit3_ds/sample_data/images-heldout.tar", shard)
+    os.truncate(shard, 30_000)
+    run_mapping["beit3_ds"]["data"]["images"]["train"] = [str(shard)]
+    assert str(shard) in pretrain_error(run_mapping)
+
+
+def test_missing_tokenizers_name_the_command(run_mapping: dict[str, Any]) -> None:
+    run_mapping["beit3_ds"]["tokenizers"]["visual"]["path"] = "/no/visual.safetensors"
+    assert "beit3 train-visual-tokenizer" in pretrain_error(run_mapping)
+    run_mapping["beit3_ds"]["tokenizers"]["text"]["path"] = "/no/text.spm"
+    assert "beit3 train-text-tokenizer" in pretrain_error(run_mapping)
+
+
+def test_broken_images_stop_the_run_with_their_list(run_mapping: dict[str, Any], tmp_path: Path) -> None:
+    shard = tmp_path / "broken.tar"
+    with tarfile.open(shard, "w") as archive:
+        for key in range(3):
+            path = tmp_path / f"image-{key}.webp"
+            path.write_bytes(b"no picture")
+            archive.add(path, path.name)
+    run_mapping["beit3_ds"]["data"]["images"]["train"] = [str(shard)]
+    run_mapping["beit3_ds"]["data"]["max_broken_records"] = 3
+    status, output = finish(write(run_mapping, tmp_path))
+    assert status == 2, output
+    assert "4 broken records by step 1, more than data.max_broken_records=3" in output  # two a step: stops in the second
+    assert output.count(str(shard)) >= 4
+    assert "Traceback" not in output

@@ -1,0 +1,54 @@
+"""Learning rate, weight decay and loss factors."""
+
+import pytest
+import torch
+from tests.batches import decoupled, random_batch, small_model_config
+from tests.run_config import small_run_config
+
+from beit3_ds.batch import StepBatch
+from beit3_ds.config import ConfigError, LossWeights
+from beit3_ds.model import BEiT3
+from beit3_ds.parallel import Mesh
+from beit3_ds.training.learning_rate import learning_rate
+from beit3_ds.training.loss import BrokenRecordBudget, build_loss_factors
+from beit3_ds.training.optimizer import build_optimizer, decays
+
+
+def test_learning_rate_warms_up_and_ends_at_the_minimum() -> None:
+    training = small_run_config(0).training
+    rates = [learning_rate(training, step) for step in range(training.total_steps)]
+    assert rates[0] == pytest.approx(training.learning_rate / training.warmup_steps)  # not 0: the first step counts
+    assert rates[training.warmup_steps - 1] == pytest.approx(training.learning_rate)
+    assert rates[-1] == pytest.approx(training.min_learning_rate)
+    middle = (training.warmup_steps + training.total_steps) // 2 - 1
+    assert rates[middle] == pytest.approx(training.learning_rate / 2, rel=0.01)
+    falling = rates[training.warmup_steps :]
+    assert falling == sorted(falling, reverse=True)
+
+
+def test_decay_reaches_matrices_only() -> None:
+    for config in (small_model_config(), decoupled()):
+        model = BEiT3(config)
+        for name, parameter in model.named_parameters():
+            table = name.endswith(("_position",))
+            assert decays(name) == (parameter.dim() >= 2 and not table), name
+        groups = build_optimizer(model, small_run_config(0).training).param_groups
+        assert [group["weight_decay"] for group in groups] == [0.05, 0.0]
+        assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_loss_factors_undo_the_average_over_ranks() -> None:
+    weights = LossWeights(pair_mlm=2.0)
+    factors = build_loss_factors(torch.tensor([4, 5, 0, 8]), weights, data_parallel_size=2)
+    torch.testing.assert_close(factors, torch.tensor([2 / 4, 2 / 5, 0.0, 2 * 2 / 8]))  # a term without positions is 0
+
+
+def test_broken_record_budget() -> None:
+    budget = BrokenRecordBudget(limit=2, mesh=Mesh(None, 0, 1))  # type: ignore[arg-type]  # one rank sends nothing
+    batch = random_batch(small_model_config(), 1, 1, 1)
+    steps = [StepBatch(step=s, micro_batches=(batch, batch), broken_records=(f"shard:{s}",)) for s in range(3)]
+    assert budget.agree(steps[0]).tolist() == [2 * count for count in batch.num_masked]
+    budget.agree(steps[1])
+    with pytest.raises(ConfigError, match=r"3 broken records by step 2.*max_broken_records=2") as caught:
+        budget.agree(steps[2])
+    assert all(f"shard:{s}" in str(caught.value) for s in range(3))
