@@ -15,7 +15,7 @@ so that every expert works on a slice (`PackedBatch.routes`) and every sequence 
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -118,7 +118,7 @@ class PackedBatch:
     @cached_property
     def sequence_ranges(self) -> tuple[tuple[tuple[int, int], ...], ...]:
         """Row ranges [start, stop) of each sequence: one, or two for a pair (image, then caption)."""
-        a, b, c, _ = self.boundaries
+        a, b, _, _ = self.boundaries
         length = self.image_length
         ranges: list[tuple[tuple[int, int], ...]] = [((i * length, (i + 1) * length),) for i in range(self.num_images)]
         row = b
@@ -177,7 +177,7 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> "PackedBatch":
         """Returns the batch with all its tensors on `device`."""
-        moved = {
+        moved: dict[str, Any] = {
             field.name: value.to(device, non_blocking=True)
             for field in dataclasses.fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)

@@ -37,7 +37,11 @@ def _build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, run, text in (
         ("check", _check, "check a config for a number of ranks and print what it would train; nothing is read or run"),
-        ("train-text-tokenizer", _train_text_tokenizer, "train the run's SentencePiece model on its texts and captions"),
+        (
+            "train-text-tokenizer",
+            _train_text_tokenizer,
+            "train the run's SentencePiece model on its texts and captions",
+        ),
         ("train-visual-tokenizer", _train_visual_tokenizer, "train the run's VQ-KD tokenizer on its images"),
         ("pretrain", _pretrain, "pretrain in one process, or resume; use the deepspeed launcher for more ranks"),
     ):

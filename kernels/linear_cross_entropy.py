@@ -38,8 +38,8 @@ def cross_entropy_partials(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per row: the largest logit, the sum of exp(logit - largest) and the target's logit.
 
-    With w and b a shard of the vocabulary these are what a vocabulary-parallel loss reduces over ranks (maximum, rescaled
-    sum, sum); with the whole vocabulary the loss is log(sum) + max - target.
+    With w and b a shard of the vocabulary these are what a vocabulary-parallel loss reduces over ranks (maximum,
+    rescaled sum, sum); with the whole vocabulary the loss is log(sum) + max - target.
 
     Args:
         target_M: index into this shard; a row whose target lies outside it ([0, V)) contributes 0 as target logit.
@@ -98,9 +98,7 @@ def _chunks(num_rows: int, chunk_size: int) -> list[slice]:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, h_MD: Tensor, w_VD: Tensor, b_V: Tensor, target_M: Tensor, chunk_size: int
-    ) -> Tensor:
+    def forward(ctx: Any, h_MD: Tensor, w_VD: Tensor, b_V: Tensor, target_M: Tensor, chunk_size: int) -> Tensor:
         max_M, sum_M, target_logit_M = cross_entropy_partials(h_MD, w_VD, b_V, target_M, chunk_size)
         lse_M = max_M + sum_M.log()
         # The parameters themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
@@ -110,6 +108,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_loss_M: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        gradients = cross_entropy_gradients(*ctx.saved_tensors, d_loss_M, ctx.chunk_size)
+    def backward(ctx: Any, d_loss_M: Tensor) -> tuple[Tensor | None, ...]:
+        h_MD, w_VD, b_V, target_M, lse_M = ctx.saved_tensors
+        gradients = cross_entropy_gradients(h_MD, w_VD, b_V, target_M, lse_M, d_loss_M, ctx.chunk_size)
         return (*gradients, None, None)

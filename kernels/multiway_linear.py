@@ -14,11 +14,11 @@ Slices = Sequence[tuple[int, int]]
 """Row ranges [start, stop) in ascending order that cover the stream, one an expert."""
 
 
-def multiway_linear_reference(x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+def multiway_linear_reference(
+    x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> Tensor:
     """What `multiway_linear` computes, in plain PyTorch."""
-    parts = [
-        F.linear(x_TD[start:stop], w, b) for (start, stop), w, b in zip(slices, weights, biases, strict=True)
-    ]
+    parts = [F.linear(x_TD[start:stop], w, b) for (start, stop), w, b in zip(slices, weights, biases, strict=True)]
     return torch.cat(parts)
 
 
@@ -54,7 +54,7 @@ class _MultiwayLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_TF: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy_TF: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, *weights = ctx.saved_tensors
         dy_TF = dy_TF.contiguous()
         dx_TD = torch.empty_like(x_TD)

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.run_config import small_run_mapping
 
 from beit3_ds.config import build_run_config
+from tests.run_config import small_run_mapping
 
 
 @pytest.fixture(scope="session")

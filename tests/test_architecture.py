@@ -29,7 +29,7 @@ FILE_LINES, FUNCTION_LINES = 400, 60
 
 def modules() -> dict[Path, str]:
     """Source files and the room that each lies in."""
-    files = {path: "kernels" for path in (ROOT / "kernels").rglob("*.py")}
+    files = dict.fromkeys((ROOT / "kernels").rglob("*.py"), "kernels")
     for path in (ROOT / "beit3_ds").rglob("*.py"):
         parts = path.relative_to(ROOT / "beit3_ds").parts
         files[path] = parts[0].removesuffix(".py")

@@ -127,6 +127,8 @@ def test_broken_images_stop_the_run_with_their_list(run_mapping: dict[str, Any],
     run_mapping["beit3_ds"]["data"]["max_broken_records"] = 3
     status, output = finish(write(run_mapping, tmp_path))
     assert status == 2, output
-    assert "4 broken records by step 1, more than data.max_broken_records=3" in output  # two a step: stops in the second
+    assert (
+        "4 broken records by step 1, more than data.max_broken_records=3" in output
+    )  # two a step: stops in the second
     assert output.count(str(shard)) >= 4
     assert "Traceback" not in output

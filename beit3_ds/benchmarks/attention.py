@@ -29,7 +29,7 @@ def benchmark_attention() -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = ["one call a sequence", *_ALLOWANCES]
     lines = [
-        f"attention forward + backward, ms, median of {_ROUNDS}; {_HEADS} heads of {_HEAD_SIZE}, float32, {device.type}, "
+        f"attention forward + backward, ms, median of {_ROUNDS}; {_HEADS} heads of {_HEAD_SIZE}, fp32, {device.type}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}",
         "| images + pairs + texts | " + " | ".join(names) + " |",
         "|---" * (len(names) + 1) + "|",

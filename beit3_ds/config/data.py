@@ -35,7 +35,7 @@ class DataConfig:
     texts: StreamConfig
     """Texts alone: MLM only."""
     text_length: int = 128
-    """Tokens of a text sample at most, BOS and EOS included. The paper does not say; 128 keeps texts as long as images."""
+    """Tokens of a text sample at most, BOS and EOS included. The paper is silent; 128 is near an image's length."""
     pair_text_length: int = 64
     """Tokens of a caption at most, BOS and EOS included (the released models' fine-tuning length)."""
     image_mask_ratio: float = 0.4

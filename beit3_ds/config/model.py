@@ -8,7 +8,13 @@ from beit3_ds.config.strict import ConfigError, check_known_keys, check_range, l
 
 MODEL_SIZES: dict[str, dict[str, int]] = {
     "tiny": {"num_layers": 12, "hidden_size": 192, "ffn_hidden_size": 768, "num_attention_heads": 3, "patch_size": 16},
-    "base": {"num_layers": 12, "hidden_size": 768, "ffn_hidden_size": 3072, "num_attention_heads": 12, "patch_size": 16},
+    "base": {
+        "num_layers": 12,
+        "hidden_size": 768,
+        "ffn_hidden_size": 3072,
+        "num_attention_heads": 12,
+        "patch_size": 16,
+    },
     "large": {
         "num_layers": 24,
         "hidden_size": 1024,
@@ -24,7 +30,7 @@ MODEL_SIZES: dict[str, dict[str, int]] = {
         "patch_size": 14,
     },
 }
-"""Defaults of `"size": NAME`. Giant is the paper's Table 2 (patch 14 at 224 px); base and large are the released ones."""
+"""Defaults of `"size": NAME`. Giant is the paper's Table 2 (patch 14 at 224 px); base and large are as released."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +104,8 @@ class ModelConfig:
         check_range("model.drop_path_rate", self.drop_path_rate, 0, 0.99)
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
-                f"model: num_attention_heads={self.num_attention_heads} does not divide hidden_size={self.hidden_size}. "
+                f"model: num_attention_heads={self.num_attention_heads} does not divide hidden_size="
+                f"{self.hidden_size}. "
                 f"{_nearest_divisors(self.hidden_size, self.num_attention_heads, 'heads')}"
             )
         if self.image_size % self.patch_size:

@@ -133,8 +133,8 @@ def check_batch_sizes(config: RunConfig, data_parallel_size: int) -> None:
         given = config.deepspeed.get(key, value)
         if given != value:
             raise ConfigError(
-                f"{key}={given} contradicts the streams: {total} samples a step / ({data_parallel_size} ranks x {steps} "
-                f"micro-batches) gives {value}. Leave the key out: it is derived."
+                f"{key}={given} contradicts the streams: {total} samples a step / ({data_parallel_size} ranks x "
+                f"{steps} micro-batches) gives {value}. Leave the key out: it is derived."
             )
 
 
@@ -144,9 +144,9 @@ def _check_sections_agree(config: RunConfig) -> None:
         raise ConfigError("data: samples_per_step is 0 for all three streams; nothing would be trained.")
     if visual.grid_size != model.grid_size:
         raise ConfigError(
-            f"tokenizers.visual: {visual.image_size} px / patch {visual.patch_size} gives a grid of {visual.grid_size}, "
-            f"the model's {model.image_size} px / patch {model.patch_size} a grid of {model.grid_size}; they must be "
-            f"equal. Set tokenizers.visual.image_size to {model.grid_size * visual.patch_size}."
+            f"tokenizers.visual: {visual.image_size} px / patch {visual.patch_size} gives a grid of "
+            f"{visual.grid_size}, the model's {model.image_size} px / patch {model.patch_size} a grid of {model.grid_size}; "
+            f"they must be equal. Set tokenizers.visual.image_size to {model.grid_size * visual.patch_size}."
         )
     if visual.codebook_size != model.visual_vocab_size:
         raise ConfigError(

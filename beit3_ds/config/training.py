@@ -57,7 +57,14 @@ class TrainingConfig:
     """Whole checkpoints that are kept; older ones are deleted once a newer one is whole."""
 
     def __post_init__(self) -> None:
-        for name in ("total_steps", "log_interval", "eval_interval", "eval_samples", "save_interval", "keep_checkpoints"):
+        for name in (
+            "total_steps",
+            "log_interval",
+            "eval_interval",
+            "eval_samples",
+            "save_interval",
+            "keep_checkpoints",
+        ):
             check_range(f"training.{name}", getattr(self, name), 1)
         check_range("training.warmup_steps", self.warmup_steps, 0)
         check_range("training.learning_rate", self.learning_rate, 0)

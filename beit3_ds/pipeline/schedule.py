@@ -1,6 +1,6 @@
 """The one schedule that owns micro-batches; the engine's own accumulation is always 1."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -25,13 +25,19 @@ def accumulate_gradients(engine: DeepSpeedEngine, micro_batches: Iterable[Packed
         This rank's sum of cross entropies of each of `batch.LOSS_TERMS`, (4,) float32.
     """
     sums = torch.zeros(len(LOSS_TERMS), device=loss_factors.device)
-    batches = iter(micro_batches)
-    batch = next(batches)
-    while batch is not None:
-        following = next(batches, None)
-        engine.set_gradient_accumulation_boundary(following is None)
+    for batch, is_last in _mark_last(micro_batches):
+        engine.set_gradient_accumulation_boundary(is_last)
         output = engine(batch, loss_factors)
         engine.backward(output.total)
         sums += output.sums
-        batch = following
     return sums
+
+
+def _mark_last(micro_batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, bool]]:
+    """Yields each micro-batch with whether it is the last, preparing no more than one ahead."""
+    iterator = iter(micro_batches)
+    current = next(iterator)
+    for following in iterator:
+        yield current, False
+        current = following
+    yield current, True

@@ -105,7 +105,7 @@ def _nearest(vectors_MC: Tensor, codebook_VC: Tensor) -> Tensor:
 def _mean_directions(
     vectors_MC: Tensor, codes_M: Tensor, fallback_VC: Tensor, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
-    """Normalised mean of each code's vectors over all ranks, (V, C), or `fallback_VC` where there is none; counts (V,)."""
+    """Normalised mean of each code's vectors over all ranks, (V, C), or `fallback_VC` if there is none; counts (V,)."""
     ones_M1 = vectors_MC.new_ones(len(vectors_MC), 1)
     totals = vectors_MC.new_zeros(fallback_VC.shape[0], fallback_VC.shape[1] + 1)
     totals.index_add_(0, codes_M, torch.cat([vectors_MC, ones_M1], dim=1))

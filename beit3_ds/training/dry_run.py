@@ -33,7 +33,7 @@ def describe_run(config: RunConfig, world_size: int) -> str:
         "micro-batch": f"{sum(micro_batch)} samples a rank: "
         + ", ".join(f"{value} {name}" for name, value in micro_batch._asdict().items())
         + f"; {config.gradient_accumulation_steps} a step",
-        "schedule": f"{training.total_steps:,} steps, {training.warmup_steps:,} warmup, peak {training.learning_rate:g}",
+        "schedule": f"{training.total_steps:,} steps, {training.warmup_steps:,} warmup, lr {training.learning_rate:g}",
         "output": training.output_dir,
     }
     return "\n".join(f"{name:<12} {value}" for name, value in rows.items())

@@ -49,7 +49,11 @@ def mean_terms(sums: Tensor, counts: Tensor, mesh: Mesh) -> dict[str, float]:
 
 @torch.no_grad()
 def unigram_entropies(
-    batches: Iterable[PackedBatch], visual_tokenizer: VisualTokenizer, model: ModelConfig, mesh: Mesh, device: torch.device
+    batches: Iterable[PackedBatch],
+    visual_tokenizer: VisualTokenizer,
+    model: ModelConfig,
+    mesh: Mesh,
+    device: torch.device,
 ) -> dict[str, float]:
     """For each loss term the cross entropy of the best predictor that ignores its input, in nats.
 

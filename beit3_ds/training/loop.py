@@ -112,7 +112,9 @@ def _record(run: Run, record: dict[str, Any]) -> None:
         return
     run.history.append(record)
     values = {key: value for key, value in record.items() if key not in ("step", "kind")}
-    run.engine.monitor.write_events([(f"{record['kind']}/{key}", value, record["step"]) for key, value in values.items()])
+    run.engine.monitor.write_events(
+        [(f"{record['kind']}/{key}", value, record["step"]) for key, value in values.items()]
+    )
 
 
 def _say(run: Run, line: str) -> None:

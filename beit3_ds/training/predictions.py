@@ -30,8 +30,8 @@ def write_predictions(
 ) -> None:
     """Writes one self-contained HTML page.
 
-    Masked words are shown with the model's guess (green if right) and the truth; masked patches as mosaics in which every
-    code is drawn as the mean of this batch's patches that have it.
+    Masked words are shown with the model's guess (green if right) and the truth; masked patches as mosaics in which
+    every code is drawn as the mean of this batch's patches that have it.
 
     Args:
         batch: a held-out micro-batch.
@@ -109,7 +109,8 @@ class _Mosaics:
             "true codes": self.palette[self.codes[image]],
         }
         return "".join(
-            f"<figure><img src='{_png(_join(p))}'><figcaption>{name}</figcaption></figure>" for name, p in pictures.items()
+            f"<figure><img src='{_png(_join(p))}'><figcaption>{name}</figcaption></figure>"
+            for name, p in pictures.items()
         )
 
     def _mean_patches(self, num_codes: int) -> Tensor:

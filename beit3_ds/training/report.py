@@ -54,7 +54,8 @@ def _summarize(run: Run, records: list[dict[str, Any]], baselines: dict[str, flo
     heldout = [record for record in records if record["kind"] == "heldout"]
     terms = [term for term in LOSS_TERMS if heldout and term in heldout[0]]
     rows = {
-        term: {"first": heldout[0][term], "last": heldout[-1][term], "unigram_entropy": baselines[term]} for term in terms
+        term: {"first": heldout[0][term], "last": heldout[-1][term], "unigram_entropy": baselines[term]}
+        for term in terms
     }
     return {
         "steps": run.config.training.total_steps,

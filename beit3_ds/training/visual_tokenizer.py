@@ -86,10 +86,16 @@ def train_visual_tokenizer(
         features = teacher(pixels)
         if step == 1:
             center = features.mean(dim=(0, 1))
+        if step == visual.continuous_steps + 1:
+            _start_codebook(tokenizer, _build_loader(config, images, 128), device)
         if step > visual.continuous_steps:
             reconstruction, commitment, codes = tokenizer(pixels)
         else:
-            reconstruction, commitment, codes = tokenizer.reconstruct_unquantized(pixels), 0., torch.zeros(1,dtype=torch.long)
+            reconstruction, commitment, codes = (
+                tokenizer.reconstruct_unquantized(pixels),
+                0.0,
+                torch.zeros(1, dtype=torch.long),
+            )
         cosine = F.cosine_similarity(reconstruction.float(), features - center, dim=-1).mean()
         loss = 1 - cosine + visual.commitment_weight * commitment
         optimizer.zero_grad()
@@ -104,6 +110,11 @@ def train_visual_tokenizer(
     report(f"visual tokenizer: wrote {visual.path}; {usage} over the training images")
     _warn_if_collapsed(usage)
     return usage
+
+
+def _start_codebook(tokenizer, loader, device):
+    with torch.no_grad():
+        tokenizer.quantize.start(torch.cat([tokenizer._project(p.to(device)).flatten(0, 1) for p in loader]))
 
 
 def _build_optimizer(tokenizer: VisualTokenizer) -> tuple[AdamW, LambdaLR]:
@@ -128,9 +139,7 @@ def _build_loader(config: RunConfig, images: Dataset[Tensor], num_samples: int) 
     """Batches of `num_samples` views: permutation after permutation of the dataset, seeded by the run."""
     generator = torch.Generator().manual_seed(config.training.seed)
     sampler = RandomSampler(images, num_samples=num_samples, generator=generator)  # type: ignore[arg-type]
-    return DataLoader(
-        images, config.tokenizers.visual.batch_size, sampler=sampler, num_workers=config.data.num_workers
-    )
+    return DataLoader(images, config.tokenizers.visual.batch_size, sampler=sampler, num_workers=config.data.num_workers)
 
 
 def _length(images: Dataset[Tensor]) -> int:

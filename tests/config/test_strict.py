@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.run_config import quickstart_mapping
 
 from beit3_ds.config import ConfigError, build_run_config, load_run_config
+from tests.run_config import quickstart_mapping
 
 
 def own(mapping: dict[str, Any], section: str) -> dict[str, Any]:
@@ -36,8 +36,14 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "text length": (lambda m: own(m, "data").update(text_length=65), r"max_text_length=64.*Raise it to 65"),
     "warmup": (lambda m: own(m, "training").update(warmup_steps=10**6), r"exceeds total_steps"),
     "ratio": (lambda m: own(m, "data").update(image_mask_ratio=40), r"image_mask_ratio is 40; it must be between"),
-    "decoupled with VL experts": (lambda m: own(m, "model").update(layout="decoupled"), r"num_vision_language_layers to 0"),
-    "their optimizer": (lambda m: m.update(optimizer={"type": "AdamW"}), r"'optimizer' is not used.*beit3_ds\.training"),
+    "decoupled with VL experts": (
+        lambda m: own(m, "model").update(layout="decoupled"),
+        r"num_vision_language_layers to 0",
+    ),
+    "their optimizer": (
+        lambda m: m.update(optimizer={"type": "AdamW"}),
+        r"'optimizer' is not used.*beit3_ds\.training",
+    ),
     "accumulation": (lambda m: m.update(gradient_accumulation_steps=0), r"must be at least 1"),
 }
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from beit3_ds.kernels.linear_cross_entropy import (
     cross_entropy_gradients,
     cross_entropy_partials,

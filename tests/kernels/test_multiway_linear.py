@@ -1,10 +1,9 @@
 """The multiway linear op against its reference, with experts that have no rows."""
 
 import torch
+from beit3_ds.kernels.multiway_linear import multiway_linear, multiway_linear_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from beit3_ds.kernels.multiway_linear import multiway_linear, multiway_linear_reference
 
 
 def problem(lengths: list[int]) -> tuple:

@@ -1,11 +1,11 @@
 """Packed attention against one softmax a sequence, over ragged sequences of one or two ranges."""
 
 import torch
+from beit3_ds.kernels.packed_attention import packed_attention, packed_attention_reference, plan_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.batches import random_batch, small_model_config
 
-from beit3_ds.kernels.packed_attention import packed_attention, packed_attention_reference, plan_attention
+from tests.batches import random_batch, small_model_config
 
 CONFIG = small_model_config()
 
@@ -16,7 +16,8 @@ def test_equals_reference(mix: tuple[int, int, int], seed: int) -> None:
     batch = random_batch(CONFIG, *mix, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (
-        torch.randn(batch.num_rows, 2, 4, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3)
+        torch.randn(batch.num_rows, 2, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+        for _ in range(3)
     )
     results = []
     for op in (packed_attention, packed_attention_reference):

@@ -44,7 +44,9 @@ def _unpack(batch: PackedBatch) -> list[dict]:
     for i in range(batch.num_images + batch.num_pairs):
         targets = {n: next(codes) for n in range(batch.patch_mask.shape[1]) if batch.patch_mask[i, n]}
         modality = "image" if i < batch.num_images else "pair"
-        samples.append({"modality": modality, "pixels": batch.pixels[i].double(), "patch_targets": targets, "token_targets": {}})
+        samples.append(
+            {"modality": modality, "pixels": batch.pixels[i].double(), "patch_targets": targets, "token_targets": {}}
+        )
     start = 0
     for i, length in enumerate([*batch.caption_lengths, *batch.text_lengths]):
         if i < batch.num_pairs:

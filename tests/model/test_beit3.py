@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.batches import decoupled, random_batch, small_model_config
-from tests.model.plain_beit3 import plain_losses
 
 from beit3_ds.config import ModelConfig
 from beit3_ds.model import BEiT3, initialize_parameters
+from tests.batches import decoupled, random_batch, small_model_config
+from tests.model.plain_beit3 import plain_losses
 
 LAYOUTS = {
     "shared": small_model_config(),

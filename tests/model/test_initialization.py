@@ -3,9 +3,9 @@
 import math
 
 import torch
-from tests.batches import decoupled, small_model_config
 
 from beit3_ds.model import BEiT3, initial_value, initialize_parameters
+from tests.batches import decoupled, small_model_config
 
 
 def test_values_do_not_depend_on_the_order_of_construction() -> None:

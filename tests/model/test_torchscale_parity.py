@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.batches import decoupled, random_batch
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ModelConfig
 from beit3_ds.model import BEiT3, initialize_parameters
+from tests.batches import decoupled, random_batch
 
 CONFIG = decoupled(num_layers=4, hidden_size=48, ffn_hidden_size=96, num_attention_heads=4)
 

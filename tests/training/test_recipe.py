@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from tests.batches import decoupled, random_batch, small_model_config
-from tests.run_config import small_run_config
 
 from beit3_ds.batch import StepBatch
 from beit3_ds.config import ConfigError, LossWeights
@@ -12,6 +10,8 @@ from beit3_ds.parallel import Mesh
 from beit3_ds.training.learning_rate import learning_rate
 from beit3_ds.training.loss import BrokenRecordBudget, build_loss_factors
 from beit3_ds.training.optimizer import build_optimizer, decays
+from tests.batches import decoupled, random_batch, small_model_config
+from tests.run_config import small_run_config
 
 
 def test_learning_rate_warms_up_and_ends_at_the_minimum() -> None:

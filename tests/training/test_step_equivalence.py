@@ -5,18 +5,18 @@ import itertools
 
 import pytest
 import torch
-from tests.batches import merge_batches, random_batch
-from tests.ranks import run_ranks
-from tests.run_config import small_run_config
 
 from beit3_ds.batch import PackedBatch, StepBatch
 from beit3_ds.config import RunConfig
 from beit3_ds.parallel import Mesh
+from tests.batches import merge_batches, random_batch
+from tests.ranks import run_ranks
+from tests.run_config import small_run_config
 
 CLIP = 0.05  # below the gradient norm, so that a wrong norm moves the weights
 
-# The samples of a step: an image, a pair, a text, and a mix; twice. A deal gives each rank its micro-batches, each a list
-# of sample numbers.
+# The samples of a step: an image, a pair, a text, and a mix; twice. A deal gives each rank its micro-batches, each a
+# list of sample numbers.
 MIXES = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)] * 2
 Deal = list[list[list[int]]]
 
@@ -31,7 +31,10 @@ TWO_RANKS: list[Deal] = [
     [[[0, 1, 2, 3]], [[4, 5, 6, 7]]],
     [[[0, 1], [2, 3]], [[4, 5], [6, 7]]],
     # ranks see different modalities at the same time
-    *[[[[i] for i in order] + [[3]], [[i + 4] for i in reversed(order)] + [[7]]] for order in itertools.permutations(range(3))],
+    *[
+        [[[i] for i in order] + [[3]], [[i + 4] for i in reversed(order)] + [[7]]]
+        for order in itertools.permutations(range(3))
+    ],
 ]
 
 
