@@ -5,14 +5,18 @@ This module wires the rooms in the order in which data flows.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from deepspeed import DeepSpeedEngine
+
+from beit3_ds.batch import StepBatch
 from beit3_ds.checkpoint import CheckpointStore
 from beit3_ds.config import ConfigError, RunConfig, load_run_config
 from beit3_ds.data import StepDataset, build_heldout_batches, build_train_loader
+from beit3_ds.parallel import Mesh
 from beit3_ds.tokenizers import TextTokenizer, check_visual_tokenizer_fits, load_visual_tokenizer
-from beit3_ds.tokenizers.text import check_text_tokenizer_fits
+from beit3_ds.tokenizers.text import load_text_tokenizer
 from beit3_ds.training.engine import (
     build_engine,
     build_model,
@@ -31,15 +35,26 @@ from beit3_ds.training.report import write_report
 def pretrain(config: RunConfig) -> None:
     """Trains a run to its end, going on from its newest whole checkpoint if there is one, and writes its report.
 
-    All that can be checked on one process is checked before a process group exists.
-
     Raises:
         ConfigError: for a configuration, tokenizer, data file or checkpoint that cannot work.
         NonFiniteLossError: if training diverges.
     """
+    text_tokenizer = load_text_tokenizer(config)
+    run, steps = build_run(config, text_tokenizer)
+    train(run, steps)
+    write_report(run, text_tokenizer)
+    run.mesh.close()
+
+
+def build_run(config: RunConfig, text_tokenizer: TextTokenizer) -> tuple[Run, Iterable[StepBatch]]:
+    """Builds all parts of a run and resumes it; returns them with this rank's steps that are left.
+
+    All that can be checked on one process is checked before a process group exists.
+
+    Raises:
+        ConfigError: as `pretrain`.
+    """
     rank, world_size = rank_from_environment(), world_size_from_environment()
-    text_tokenizer = TextTokenizer(config.tokenizers.text.path)
-    check_text_tokenizer_fits(text_tokenizer, config)
     visual_tokenizer = load_visual_tokenizer(config.tokenizers.visual.path)
     check_visual_tokenizer_fits(visual_tokenizer, config)
     dataset = StepDataset(config, text_tokenizer, rank, world_size)
@@ -51,12 +66,7 @@ def pretrain(config: RunConfig) -> None:
     output = Path(config.training.output_dir)
     store = CheckpointStore(output / "checkpoints", config.training.keep_checkpoints, mesh)
     history = History(output / "metrics.jsonl")
-    newest = store.newest()
-    first_step = store.load(engine, newest) if newest else 0
-    if mesh.is_main:
-        history.forget_after(first_step if newest else -1)
-        if newest:
-            print(f"resuming after step {first_step} from {newest}", flush=True)
+    first_step = _resume(engine, store, history, mesh)
     dtype = next(engine.module.parameters()).dtype
     run = Run(
         config=config,
@@ -70,9 +80,18 @@ def pretrain(config: RunConfig) -> None:
         progress=Progress(config.model, config.training.total_steps, peak_flops(device, dtype), mesh),
         first_step=first_step,
     )
-    train(run, build_train_loader(dataset, config.data, first_step))
-    write_report(run, text_tokenizer)
-    mesh.close()
+    return run, build_train_loader(dataset, config.data, first_step)
+
+
+def _resume(engine: DeepSpeedEngine, store: CheckpointStore, history: History, mesh: Mesh) -> int:
+    """Loads the newest whole checkpoint, if any; returns the number of updates done."""
+    newest = store.newest()
+    first_step = store.load(engine, newest) if newest else 0
+    if mesh.is_main:
+        history.forget_after(first_step if newest else -1)
+        if newest:
+            print(f"resuming after step {first_step} from {newest}", flush=True)
+    return first_step
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 Ranges = tuple[tuple[tuple[int, int], ...], ...]
 """The row ranges [start, stop) of each sequence, e.g. (((0, 197),), ((197, 394), (591, 612)))."""
 
-PADDING_ALLOWANCE = 1.25
+PADDING_ALLOWANCE = 1.5
 """Sequences share a padded bucket while the longest is at most this much longer than the shortest (BENCHMARKS.md)."""
 
 

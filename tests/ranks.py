@@ -12,11 +12,13 @@ from typing import Any
 _TIMEOUT_SECONDS = 180
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = _TIMEOUT_SECONDS
+) -> list[Any]:
     """Runs `function(*arguments)` on `world_size` ranks and returns their results, rank by rank.
 
     The environment is the one that the `deepspeed` launcher makes. A rank's exception fails the caller with its
-    traceback; ranks that hang are ended after three minutes.
+    traceback; ranks that hang are ended after `timeout` seconds.
     """
     context = get_context("forkserver")  # with torch preloaded a rank starts in half a second
     context.set_forkserver_preload(["torch", "deepspeed"])
@@ -33,20 +35,20 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) ->
         processes.append(process)
         pipes.append(ours)
     try:
-        return _collect(pipes)
+        return _collect(pipes, timeout)
     finally:
         for process in processes:
             process.kill()
             process.join()
 
 
-def _collect(pipes: list[Connection]) -> list[Any]:
+def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
     results: list[Any] = [None] * len(pipes)
     pending = dict(enumerate(pipes))
     while pending:
-        ready = wait(pending.values(), timeout=_TIMEOUT_SECONDS)
+        ready = wait(pending.values(), timeout=timeout)
         if not ready:
-            raise TimeoutError(f"ranks {sorted(pending)} have not finished after {_TIMEOUT_SECONDS} s")
+            raise TimeoutError(f"ranks {sorted(pending)} have not finished after {timeout} s")
         for rank in [rank for rank, pipe in pending.items() if pipe in ready]:
             try:
                 failure, result = pickle.loads(pending.pop(rank).recv_bytes())

@@ -145,8 +145,8 @@ def _check_sections_agree(config: RunConfig) -> None:
     if visual.grid_size != model.grid_size:
         raise ConfigError(
             f"tokenizers.visual: {visual.image_size} px / patch {visual.patch_size} gives a grid of "
-            f"{visual.grid_size}, the model's {model.image_size} px / patch {model.patch_size} a grid of {model.grid_size}; "
-            f"they must be equal. Set tokenizers.visual.image_size to {model.grid_size * visual.patch_size}."
+            f"{visual.grid_size}, but the model's {model.image_size} px / patch {model.patch_size} gives "
+            f"a grid of {model.grid_size}. Set tokenizers.visual.image_size to {model.grid_size * visual.patch_size}."
         )
     if visual.codebook_size != model.visual_vocab_size:
         raise ConfigError(

@@ -86,18 +86,19 @@ class TextTokenizer:
         return self.unk_id if piece == 0 else piece + 1
 
 
-def check_text_tokenizer_fits(tokenizer: TextTokenizer, config: RunConfig) -> None:
-    """Refuses a tokenizer whose ids do not all have a row in the model's word table.
+def load_text_tokenizer(config: RunConfig) -> TextTokenizer:
+    """Reads a run's tokenizer and checks that every id has a row in the model's word table.
 
     Raises:
-        ConfigError: with both sizes.
+        ConfigError: as `TextTokenizer`, or with both sizes.
     """
-    rows = config.model.text_vocab_size
+    tokenizer, rows = TextTokenizer(config.tokenizers.text.path), config.model.text_vocab_size
     if tokenizer.vocab_size > rows:
         raise ConfigError(
             f"{config.tokenizers.text.path} has {tokenizer.vocab_size} ids, but model.text_vocab_size is {rows}. Raise "
             f"it to at least {tokenizer.vocab_size}, or use the tokenizer that the model was made for."
         )
+    return tokenizer
 
 
 def train_text_tokenizer(config: TextTokenizerConfig, lines: Iterable[str], seed: int = 1) -> TextTokenizer:

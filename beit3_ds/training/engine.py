@@ -20,7 +20,8 @@ TESTED_DEEPSPEED = "0.19.8"
 def init_process_group() -> Mesh:
     """Joins the process group that the launcher described in the environment, or makes one of a single process.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT (set by `deepspeed`), or discovers them through MPI.
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT (set by `deepspeed`), or discovers them
+    through MPI. Divides the CPU cores among the machine's ranks unless OMP_NUM_THREADS is set.
 
     Raises:
         ConfigError: for another version of DeepSpeed than the one whose internals were tested.
@@ -31,6 +32,7 @@ def init_process_group() -> Mesh:
             f"relies on its behaviour. Run: pip install deepspeed=={TESTED_DEEPSPEED}"
         )
     _avoid_compiling_shm_comm()
+    _share_cores()
     # DeepSpeed's calls into torch.distributed are renamed there; a warning a call would bury the run's own lines.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     _describe_single_process()
@@ -96,6 +98,14 @@ def _avoid_compiling_shm_comm() -> None:
     # On CPU DeepSpeed compiles this extension at the first collective: a minute, and a build lock that has been seen to
     # hang. Without it gloo does the work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _share_cores() -> None:
+    # Every rank on a machine would start a thread a core, and they would wait for each other at every barrier: ten times
+    # slower with two ranks on two cores.
+    if "OMP_NUM_THREADS" not in os.environ:
+        local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1")))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
 
 
 def _describe_single_process() -> None:

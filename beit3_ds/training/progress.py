@@ -93,9 +93,9 @@ def format_line(record: dict[str, Any], total_steps: int) -> str:
         left = f"{int(record['seconds_left'] // 86400)}d {left}"
     return (
         f"step {record['step']}/{total_steps} | loss {record['loss']:.3f} | {terms} | "
-        f"lr {record['learning_rate']:.2e} | grad norm {record['grad_norm']:.2f} | {record['samples_per_second']:.0f} samples/s | "
-        f"{record['tokens_per_second']:.0f} tokens/s | MFU {record['mfu']:.0%} | {record['memory_gib']:.1f} GiB | "
-        f"data wait {record['data_wait']:.0%} | left {left}"
+        f"lr {record['learning_rate']:.2e} | grad norm {record['grad_norm']:.2f} | "
+        f"{record['samples_per_second']:.0f} samples/s | {record['tokens_per_second']:.0f} tokens/s | "
+        f"MFU {record['mfu']:.0%} | {record['memory_gib']:.1f} GiB | data wait {record['data_wait']:.0%} | left {left}"
     )
 
 
