@@ -46,17 +46,14 @@ def run_mapping(tokenizer_files: dict[str, str], tmp_path: Path) -> dict[str, An
 
 
 @pytest.fixture(scope="session")
-def trained_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Both tokenizers as the quickstart trains them; about a minute, for slow tests."""
-    from beit3_ds.data import TokenizerImages, read_training_lines
-    from beit3_ds.tokenizers import train_text_tokenizer
+def trained_visual_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The visual tokenizer as the quickstart trains it; about a minute, for slow tests."""
+    from beit3_ds.data import TokenizerImages
     from beit3_ds.training.visual_tokenizer import train_visual_tokenizer
 
-    folder = tmp_path_factory.mktemp("trained_tokenizers")
     mapping = quickstart_mapping()
-    mapping["beit3_ds"]["tokenizers"]["text"]["path"] = str(folder / "text.spm")
-    mapping["beit3_ds"]["tokenizers"]["visual"]["path"] = str(folder / "visual.safetensors")
+    path = str(tmp_path_factory.mktemp("trained_tokenizer") / "visual.safetensors")
+    mapping["beit3_ds"]["tokenizers"]["visual"]["path"] = path
     config = build_run_config(mapping)
-    train_text_tokenizer(config.tokenizers.text, read_training_lines(config.data))
     train_visual_tokenizer(config, TokenizerImages(config))
-    return {"text": config.tokenizers.text.path, "visual": config.tokenizers.visual.path}
+    return path

@@ -146,6 +146,11 @@ class VisualTokenizerConfig:
     def __post_init__(self) -> None:
         for name in ("patch_size", "hidden_size", "num_layers", "decoder_layers", "num_attention_heads", "batch_size"):
             check_range(f"tokenizers.visual.{name}", getattr(self, name), 1)
+        if not 0 <= self.continuous_steps < self.training_steps:
+            raise ConfigError(
+                f"tokenizers.visual: continuous_steps={self.continuous_steps} must lie between 0 and "
+                f"training_steps - 1 = {self.training_steps - 1}: the codebook needs steps of its own."
+            )
         if self.image_size % self.patch_size:
             raise ConfigError(
                 f"tokenizers.visual: patch_size={self.patch_size} does not divide image_size={self.image_size}."

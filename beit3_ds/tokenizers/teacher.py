@@ -1,6 +1,6 @@
 """What the visual tokenizer learns to reconstruct when no pretrained network is at hand: gradients and colours."""
 
-# B images, N patches an image, G patches on a side, S pixels on a side, E features of a patch.
+# B images, N patches an image, G patches on a side, S pixels on a side, E features of a patch, c channels.
 
 import math
 
@@ -13,13 +13,11 @@ from beit3_ds.config import ConfigError
 _NUM_ORIENTATIONS = 9  # bins over [0, pi); Dalal and Triggs' choice
 _CELLS = 2  # means of colour on a side of a patch
 _NEIGHBORHOOD = 3  # patches on a side
-_QUADRANTS = 2  # regions on a side of the whole image
 _FAINT = 0.1  # norm below which gradients are noise of the image's compression rather than strokes
-_WHOLE_IMAGE_WEIGHT = 0.5  # more makes codes of images instead of patches
 
 
 class OrientedGradients:
-    """Describes each patch by its gradients and colours, its neighbours' and the whole image's.
+    """Describes each patch by its gradients and colours and by those around it.
 
     A hand-made descriptor, not a pretrained network: it knows strokes, textures, colours and where in a figure a patch
     lies, but nothing of objects. It stands in for BEiT v2's CLIP or DINO so that the system runs without a download;
@@ -28,9 +26,8 @@ class OrientedGradients:
     Gradients are histograms of orientation (HOG: Dalal and Triggs, 2005, "Histograms of Oriented Gradients for Human
     Detection"), which MaskFeat (Wei et al., 2022, arXiv:2112.09133) found to be as good a target of masked prediction
     as a pretrained network's features. They see no difference between two flat colours, so means of colour stand
-    beside them. Both are taken at three scales: the patch (one histogram, 2 x 2 colours); the 3 x 3 patches around it;
-    the four quadrants of the image, which are the same for all its patches and give each a share of the whole. Every
-    histogram is normalised over its scale, so that a faint drawing counts nearly like a bold one.
+    beside them. Both are taken at two scales: the patch (one histogram, 2 x 2 colours) and the 3 x 3 patches around it.
+    Every histogram is normalised over its scale, so that a faint drawing counts nearly like a bold one.
 
     Args:
         patch_size: pixels on a side of a patch; even.
@@ -49,7 +46,7 @@ class OrientedGradients:
                 f"must be even."
             )
         self.patch_size = patch_size
-        self.width = _NUM_ORIENTATIONS * (2 + _QUADRANTS**2) + 3 * (_CELLS**2 + 1 + _QUADRANTS**2)
+        self.width = 2 * _NUM_ORIENTATIONS + 3 * (_CELLS**2 + 1)
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -67,9 +64,7 @@ class OrientedGradients:
         gradients = F.avg_pool2d(_orientation_votes(pixels), self.patch_size)
         patch = torch.cat([_unit_length(gradients), _equal_share(F.pixel_unshuffle(cell_colors, _CELLS))], dim=1)
         around = torch.cat([_unit_length(_neighborhood(gradients)), _equal_share(_neighborhood(colors))], dim=1)
-        whole = torch.cat([_unit_length(_quadrants(gradients)), _equal_share(_quadrants(colors))], dim=1)
-        whole = _WHOLE_IMAGE_WEIGHT * whole.expand(-1, -1, *gradients.shape[2:])
-        return torch.cat([patch, around, whole], dim=1).flatten(2).transpose(1, 2)
+        return torch.cat([patch, around], dim=1).flatten(2).transpose(1, 2)
 
 
 def _orientation_votes(pixels: Tensor) -> Tensor:
@@ -98,11 +93,6 @@ def _neighborhood(features: Tensor) -> Tensor:
     margin = _NEIGHBORHOOD // 2
     padded = F.pad(features, (margin,) * 4, mode="replicate")
     return F.avg_pool2d(padded, _NEIGHBORHOOD, stride=1)
-
-
-def _quadrants(features: Tensor) -> Tensor:
-    """Means over the quadrants of the image, for all patches alike: (B, c, G, G) -> (B, 4c, 1, 1)."""
-    return F.adaptive_avg_pool2d(features, _QUADRANTS).flatten(1)[:, :, None, None]
 
 
 def _unit_length(histograms: Tensor) -> Tensor:

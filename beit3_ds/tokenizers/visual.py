@@ -66,7 +66,28 @@ class VisualTokenizer(nn.Module):
         Returns:
             (B, N) int64 in [0, codebook_size).
         """
-        return self.quantize.nearest(self._project(pixels))
+        return self.quantize.nearest(self.project(pixels))
+
+    def project(self, pixels: Tensor) -> Tensor:
+        """What the codebook sees of images.
+
+        Args:
+            pixels: (B, 3, image_size, image_size) float in [-1, 1].
+
+        Returns:
+            (B, N, C) float32 of length 1, also under autocast, because near ties decide the code.
+        """
+        features_BND = self.encoder(pixels)
+        with torch.autocast(pixels.device.type, enabled=False):
+            vectors_BNC: Tensor = self.encode_task_layer(features_BND.float())
+            return F.normalize(vectors_BNC, dim=-1)
+
+    def decode(self, vectors_BNC: Tensor) -> Tensor:
+        """Reconstructs the teacher's features, (B, N, E), from codes' vectors or from what `project` gives."""
+        grid = (self.config.grid_size, self.config.grid_size)
+        vector_map = vectors_BNC.transpose(1, 2).unflatten(2, grid)  # (B, C, G, G)
+        reconstruction_BNE: Tensor = self.decode_task_layer(self.decoder(vector_map))
+        return reconstruction_BNE
 
     def forward(self, pixels: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstructs the teacher's features from the codes; in training mode the codebook learns.
@@ -80,32 +101,8 @@ class VisualTokenizer(nn.Module):
         Returns:
             The reconstruction (B, N, E); the commitment loss, a float32 scalar; the codes (B, N) int64.
         """
-        quantized_BNC, commitment, codes_BN = self.quantize(self._project(pixels), group)
-        return self._decode(quantized_BNC), commitment, codes_BN
-
-    def reconstruct_unquantized(self, pixels: Tensor) -> Tensor:
-        """Reconstructs the teacher's features from the encoder's vectors themselves, without the codebook.
-
-        Args:
-            pixels: (B, 3, image_size, image_size) float in [-1, 1].
-
-        Returns:
-            The reconstruction (B, N, E).
-        """
-        return self._decode(self._project(pixels))
-
-    def _decode(self, vectors_BNC: Tensor) -> Tensor:
-        grid = (self.config.grid_size, self.config.grid_size)
-        vector_map = vectors_BNC.transpose(1, 2).unflatten(2, grid)  # (B, C, G, G)
-        reconstruction_BNE: Tensor = self.decode_task_layer(self.decoder(vector_map))
-        return reconstruction_BNE
-
-    def _project(self, pixels: Tensor) -> Tensor:
-        """What the codebook sees: unit vectors (B, N, C) in float32, because near ties decide the code."""
-        features_BND = self.encoder(pixels)
-        with torch.autocast(pixels.device.type, enabled=False):
-            vectors_BNC: Tensor = self.encode_task_layer(features_BND.float())
-            return F.normalize(vectors_BNC, dim=-1)
+        quantized_BNC, commitment, codes_BN = self.quantize(self.project(pixels), group)
+        return self.decode(quantized_BNC), commitment, codes_BN
 
 
 def save_visual_tokenizer(path: str | Path, tokenizer: VisualTokenizer) -> None:

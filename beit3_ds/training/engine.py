@@ -101,8 +101,8 @@ def _avoid_compiling_shm_comm() -> None:
 
 
 def _share_cores() -> None:
-    # Every rank on a machine would start a thread a core, and they would wait for each other at every barrier: ten times
-    # slower with two ranks on two cores.
+    # Every rank on a machine would start a thread a core, and they would wait for each other at every barrier:
+    # ten times slower with two ranks on two cores.
     if "OMP_NUM_THREADS" not in os.environ:
         local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1")))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))

@@ -19,6 +19,7 @@ from beit3_ds.tokenizers import OrientedGradients, VisualTokenizer, save_visual_
 _ADAM_BETAS = (0.9, 0.99)
 _FINAL_LEARNING_RATE = 1e-5  # share of the peak
 _USAGE_IMAGES = 4096  # images over which the finished tokenizer's codes are counted, at most
+_START_VECTORS_PER_CODE = 16  # BEiT v2's first batch has 512 * 196 / 8192 = 12
 _LOW_USAGE = 0.5  # BEiT v2 reports 97 to 100% on ImageNet; below a half the codebook has collapsed or is too large
 
 
@@ -56,8 +57,9 @@ def train_visual_tokenizer(
 ) -> CodeUsage:
     """Trains the tokenizer of `config.tokenizers.visual` in this process and writes its file.
 
-    Loss: mean of 1 - cos(reconstruction, teacher's features) over all patches, plus `commitment_weight` times the
-    commitment loss.
+    Loss: mean of 1 - cos(reconstruction, teacher's features without their mean) over all patches, plus
+    `commitment_weight` times the commitment loss. In the first `continuous_steps` the decoder sees the encoder's own
+    vectors; then k-means starts the codebook.
 
     Args:
         config: the run; `tokenizers.visual`, `training.seed`, `training.log_interval` and `data.num_workers` are read.
@@ -80,30 +82,24 @@ def train_visual_tokenizer(
         tokenizer = VisualTokenizer(visual, teacher.width).to(device).train()
     optimizer, schedule = _build_optimizer(tokenizer)
     progress = _Progress(visual, report)
+    start_views = [view.to(device) for view in _build_loader(config, images, num_samples=_num_start_images(visual))]
+    # Without its mean, which white backgrounds rule, a constant reconstruction scores 0 instead of most of the cosine.
+    center = torch.cat([teacher(pixels) for pixels in start_views]).mean(dim=(0, 1))
     batches = _build_loader(config, images, num_samples=visual.training_steps * visual.batch_size)
     for step, pixels in enumerate(batches, start=1):
-        pixels = pixels.to(device)
-        features = teacher(pixels)
-        if step == 1:
-            center = features.mean(dim=(0, 1))
         if step == visual.continuous_steps + 1:
-            _start_codebook(tokenizer, _build_loader(config, images, 128), device)
-        if step > visual.continuous_steps:
-            reconstruction, commitment, codes = tokenizer(pixels)
-        else:
-            reconstruction, commitment, codes = (
-                tokenizer.reconstruct_unquantized(pixels),
-                0.0,
-                torch.zeros(1, dtype=torch.long),
-            )
-        cosine = F.cosine_similarity(reconstruction.float(), features - center, dim=-1).mean()
+            _start_codebook(tokenizer, start_views)
+        pixels = pixels.to(device)
+        reconstruction, commitment, codes = _reconstruct(tokenizer, pixels)
+        cosine = F.cosine_similarity(reconstruction.float(), teacher(pixels) - center, dim=-1).mean()
         loss = 1 - cosine + visual.commitment_weight * commitment
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         if step == 1 or step % config.training.log_interval == 0 or step == visual.training_steps:
-            progress.show(step, loss.item(), cosine.item(), measure_code_usage([codes], visual.codebook_size))
+            usage = None if codes is None else measure_code_usage([codes], visual.codebook_size)
+            progress.show(step, loss.item(), cosine.item(), usage)
     save_visual_tokenizer(visual.path, tokenizer)
     views = _build_loader(config, images, num_samples=min(_USAGE_IMAGES, _length(images)))
     usage = measure_code_usage((tokenizer.encode(pixels.to(device)) for pixels in views), visual.codebook_size)
@@ -112,9 +108,23 @@ def train_visual_tokenizer(
     return usage
 
 
-def _start_codebook(tokenizer, loader, device):
-    with torch.no_grad():
-        tokenizer.quantize.start(torch.cat([tokenizer._project(p.to(device)).flatten(0, 1) for p in loader]))
+def _reconstruct(tokenizer: VisualTokenizer, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Reconstruction, commitment loss and codes; before the codebook has started, from vectors that have no code."""
+    if tokenizer.quantize.started:
+        reconstruction, commitment, codes = tokenizer(pixels)
+        return reconstruction, commitment, codes
+    return tokenizer.decode(tokenizer.project(pixels)), pixels.new_zeros(()), None
+
+
+def _num_start_images(visual: VisualTokenizerConfig) -> int:
+    """Images whose vectors start the codebook: a batch, or more where a small batch has too few vectors a code."""
+    return max(visual.batch_size, -(-_START_VECTORS_PER_CODE * visual.codebook_size // visual.grid_size**2))
+
+
+@torch.no_grad()
+def _start_codebook(tokenizer: VisualTokenizer, views: list[Tensor]) -> None:
+    vectors = torch.cat([tokenizer.project(pixels) for pixels in views])
+    tokenizer.quantize.start(vectors.flatten(0, 1))
 
 
 def _build_optimizer(tokenizer: VisualTokenizer) -> tuple[AdamW, LambdaLR]:
@@ -165,14 +175,14 @@ class _Progress:
         self._report = report
         self._start = time.perf_counter()
 
-    def show(self, step: int, loss: float, cosine: float, usage: CodeUsage) -> None:
-        """Reports a step; `usage` is that of its batch."""
+    def show(self, step: int, loss: float, cosine: float, usage: CodeUsage | None) -> None:
+        """Reports a step; `usage` is that of its batch, None before there are codes."""
         seconds = time.perf_counter() - self._start
         rate = step * self._visual.batch_size / seconds
         left = seconds / step * (self._visual.training_steps - step)
         self._report(
             f"visual tokenizer: step {step}/{self._visual.training_steps}  loss {loss:.4f}  cosine {cosine:.4f}  "
-            f"{usage}  {rate:.0f} images/s  {left:.0f} s left"
+            f"{usage or 'no codes yet'}  {rate:.0f} images/s  {left:.0f} s left"
         )
 
 
@@ -180,7 +190,7 @@ def _warn_if_collapsed(usage: CodeUsage) -> None:
     if usage.num_codes < _LOW_USAGE * usage.codebook_size:
         warnings.warn(
             f"visual tokenizer: only {usage}: most of the MIM head would learn nothing. Use a smaller codebook_size "
-            f"(with model.visual_vocab_size), more varied images, a lower learning_rate or a larger batch_size (the "
-            f"first batch starts the codebook).",
+            f"(with model.visual_vocab_size), more varied images, a lower learning_rate, or more "
+            f"continuous_steps before the codebook starts.",
             stacklevel=3,
         )

@@ -109,7 +109,7 @@ def test_long_lines_are_learnt_from(tmp_path: Path) -> None:
 
 
 def test_too_many_pieces_are_refused_with_what_fits(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="vocab_size=1000 is more than this corpus supports. Use at most") as caught:
+    with pytest.raises(ConfigError, match=r"vocab_size=1000 is more than .* Use at most") as caught:
         train_text_tokenizer(config(tmp_path / "text.spm", 1000), corpus())
     assert not list(tmp_path.iterdir())
     fits = int(re.search(r"at most (\d+)", str(caught.value))[1])  # type: ignore[index]

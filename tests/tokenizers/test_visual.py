@@ -69,14 +69,14 @@ def test_each_code_sits_where_its_patch_is() -> None:
     image = -torch.ones(1, 3, 24, 24)
     marked = image.clone()
     marked[:, :, 8:16, 16:24] = torch.rand(3, 8, 8)
-    changed = (tokenizer._project(image) - tokenizer._project(marked)).norm(dim=-1)[0]
+    changed = (tokenizer.project(image) - tokenizer.project(marked)).norm(dim=-1)[0]
     assert changed.nonzero().flatten().tolist() == [1 * 3 + 2]  # row-major; a transposed grid gives 2 * 3 + 1
 
 
 def test_codes_do_not_depend_on_autocast() -> None:
     tokenizer = small_tokenizer()
     with torch.autocast("cpu", torch.bfloat16):
-        assert tokenizer._project(torch.rand(1, 3, 24, 24)).dtype == torch.float32  # near ties decide the code
+        assert tokenizer.project(torch.rand(1, 3, 24, 24)).dtype == torch.float32  # near ties decide the code
 
 
 def test_parameter_names_are_those_of_the_released_files() -> None:

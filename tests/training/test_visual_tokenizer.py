@@ -1,0 +1,192 @@
+"""Training of the visual tokenizer: its schedule, its file, and what its codes are worth on the sample."""
+
+import dataclasses
+import io
+import json
+import math
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from beit3_ds.config import ConfigError, RunConfig, load_run_config
+from beit3_ds.data import TokenizerImages
+from beit3_ds.tokenizers import VisualTokenizer, load_visual_tokenizer
+from beit3_ds.training.visual_tokenizer import _build_optimizer, measure_code_usage, train_visual_tokenizer
+
+ROOT = Path(__file__).parents[2]
+SAMPLE = ROOT / "beit3_ds" / "sample_data"
+QUICKSTART = ROOT / "ds_configs" / "quickstart_cpu.json"
+
+
+class Views(Dataset[Tensor]):
+    """Given images as a dataset."""
+
+    def __init__(self, pixels: Tensor) -> None:
+        self.pixels = pixels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, item: int) -> Tensor:
+        return self.pixels[item]
+
+
+def run_config(folder: Path, seed: int = 1, **visual: int | float) -> RunConfig:
+    """The quickstart's configuration with another file, seed and tokenizer."""
+    config = load_run_config(QUICKSTART)
+    changed = dataclasses.replace(config.tokenizers.visual, path=str(folder / "visual.safetensors"), **visual)  # type: ignore[arg-type]
+    return dataclasses.replace(
+        config,
+        tokenizers=dataclasses.replace(config.tokenizers, visual=changed),
+        training=dataclasses.replace(config.training, seed=seed, log_interval=2),
+    )
+
+
+SMALL = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 2, "codebook_size": 16, "batch_size": 4}
+SHORT = {"training_steps": 6, "warmup_steps": 2, "continuous_steps": 3}
+
+
+def random_views(count: int = 12) -> Views:
+    return Views(torch.rand(count, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+
+
+def test_training_writes_a_file_that_encodes(tmp_path: Path) -> None:
+    lines: list[str] = []
+    config = run_config(tmp_path, **SMALL, **SHORT)
+    usage = train_visual_tokenizer(config, random_views(), report=lines.append)
+    tokenizer = load_visual_tokenizer(config.tokenizers.visual.path)
+    codes = tokenizer.encode(random_views().pixels)
+    assert measure_code_usage([codes], 16) == usage  # catches usage taken from another model than the one written
+    assert "no codes yet" in lines[0]
+    assert "codes used" in lines[-2]
+    assert "visual.safetensors" in lines[-1]
+
+
+def test_the_same_seed_gives_the_same_tokenizer(tmp_path: Path) -> None:
+    states = []
+    for name in "ab":
+        config = run_config(tmp_path / name, **SMALL, **SHORT)
+        torch.manual_seed(ord(name))  # catches draws from the caller's random state
+        train_visual_tokenizer(config, random_views(), report=lambda line: None)
+        states.append(load_visual_tokenizer(config.tokenizers.visual.path).state_dict())
+    for key, value in states[0].items():
+        assert torch.equal(value, states[1][key]), key
+
+
+def test_without_continuous_steps_codes_are_there_from_the_first(tmp_path: Path) -> None:
+    lines: list[str] = []
+    config = run_config(tmp_path, **SMALL, **(SHORT | {"continuous_steps": 0}))
+    train_visual_tokenizer(config, random_views(), report=lines.append)
+    assert "codes used" in lines[0]
+
+
+def test_learning_rate_warms_up_and_ends_near_zero(tmp_path: Path) -> None:
+    visual = run_config(tmp_path, **SMALL, **SHORT).tokenizers.visual
+    optimizer, schedule = _build_optimizer(VisualTokenizer(visual, teacher_width=3))
+    rates = []
+    for _ in range(visual.training_steps):
+        rates.append(optimizer.param_groups[0]["lr"] / visual.learning_rate)
+        optimizer.step()
+        schedule.step()
+    assert rates[:3] == pytest.approx([0.5, 1.0, 1.0])  # catches a first step at zero
+    assert optimizer.param_groups[0]["lr"] / visual.learning_rate == pytest.approx(1e-5)
+
+
+def test_weight_decay_spares_biases_norms_and_positions(tmp_path: Path) -> None:
+    tokenizer = VisualTokenizer(run_config(tmp_path, **SMALL).tokenizers.visual, teacher_width=3)
+    optimizer, _ = _build_optimizer(tokenizer)
+    spared = {id(parameter) for parameter in optimizer.param_groups[1]["params"]}
+    names = {name for name, parameter in tokenizer.named_parameters() if id(parameter) in spared}
+    assert {"encoder.pos_embed", "decoder.cls_token", "encoder.norm.weight", "decode_task_layer.0.bias"} <= names
+    assert "encoder.patch_embed.proj.weight" not in names
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(tokenizer.parameters()))
+
+
+def test_code_usage_is_exact() -> None:
+    usage = measure_code_usage([torch.tensor([[0, 1], [1, 1]]), torch.tensor([[3, 3], [1, 1]])], 6)
+    shares = (1 / 8, 5 / 8, 2 / 8)
+    assert usage.num_codes == 3
+    assert usage.perplexity == pytest.approx(math.exp(-sum(share * math.log(share) for share in shares)))
+
+
+def test_low_usage_warns_with_a_remedy(tmp_path: Path) -> None:
+    white = Views(torch.ones(8, 3, 64, 64))
+    with pytest.warns(UserWarning, match="Use a smaller codebook_size"):
+        train_visual_tokenizer(
+            run_config(tmp_path, **(SMALL | {"codebook_size": 200}), **SHORT), white, report=lambda line: None
+        )
+
+
+def test_images_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"shape \(3, 32, 32\), image_size=64"):
+        train_visual_tokenizer(run_config(tmp_path), Views(torch.zeros(4, 3, 32, 32)))
+    with pytest.raises(ConfigError, match="no images"):
+        train_visual_tokenizer(run_config(tmp_path), Views(torch.zeros(0, 3, 64, 64)))
+
+
+def labelled_images() -> tuple[Tensor, npt.NDArray[np.str_]]:
+    """All images of the sample with a category, (616 or so, 3, 64, 64), and the categories."""
+    pixels, categories = [], []
+    for split in ("train", "heldout"):
+        with tarfile.open(SAMPLE / f"images-{split}.tar") as tar:
+            members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+        for name in sorted(name for name in members if name.endswith(".webp")):
+            image = Image.open(io.BytesIO(members[name])).convert("RGB").resize((64, 64))
+            pixels.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1)
+            categories.append(json.loads(members[name.replace(".webp", ".json")])["category"])
+    return torch.stack(pixels), np.array(categories)
+
+
+def pixel_codes(views: Tensor, images: Tensor, num_codes: int, seed: int) -> Tensor:
+    """Codes of the images by k-means over raw patches of `views`."""
+    from sklearn.cluster import KMeans
+
+    patches = F.unfold(views, 8, stride=8).transpose(1, 2).flatten(0, 1)
+    kept = patches[torch.randperm(len(patches), generator=torch.Generator().manual_seed(seed))[:16384]]
+    kmeans = KMeans(num_codes, n_init=1, max_iter=15, random_state=seed).fit(kept)
+    centers = torch.from_numpy(kmeans.cluster_centers_).float()
+    return torch.stack([torch.cdist(image.T, centers).argmin(1) for image in F.unfold(images, 8, stride=8)])
+
+
+def probe_hits(codes: Tensor, categories: npt.NDArray[np.str_], num_codes: int, seed: int) -> npt.NDArray[np.bool_]:
+    """Whether each image's category is predicted from its bag of codes, by five-fold cross-validation."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+
+    bags = torch.stack([torch.bincount(image, minlength=num_codes) for image in codes]).float().sqrt().numpy()
+    folds = StratifiedKFold(5, shuffle=True, random_state=seed)
+    predicted = cross_val_predict(LogisticRegression(C=0.3, max_iter=200), bags, categories, cv=folds)
+    return np.asarray(predicted == categories)
+
+
+@pytest.mark.slow
+def test_codes_of_the_sample(tmp_path: Path) -> None:
+    """The quickstart's tokenizer over three seeds: codes in use, and a probe of them against k-means of pixels."""
+    images, categories = labelled_images()
+    hits: dict[str, list[npt.NDArray[np.bool_]]] = {"codes": [], "pixels": []}
+    for seed in range(3):
+        config = run_config(tmp_path / str(seed), seed)
+        visual, dataset = config.tokenizers.visual, TokenizerImages(config)
+        usage = train_visual_tokenizer(config, dataset)
+        assert usage.perplexity > 150, usage  # white backgrounds must not share a handful of codes
+        assert usage.num_codes > 0.9 * visual.codebook_size, usage
+        codes = load_visual_tokenizer(visual.path).encode(images)
+        views = torch.stack([dataset[item] for item in range(1024)])
+        for name, image_codes in {
+            "codes": codes,
+            "pixels": pixel_codes(views, images, visual.codebook_size, seed),
+        }.items():
+            hits[name].append(probe_hits(image_codes, categories, visual.codebook_size, seed))
+            print(f"seed {seed}: {name} {hits[name][-1].mean():.3f}", flush=True)
+    difference = np.mean(hits["codes"], axis=0) - np.mean(hits["pixels"], axis=0)  # of each image, over the seeds
+    margin = 1.96 * difference.std(ddof=1) / math.sqrt(len(difference))
+    print(f"codes - pixels: {difference.mean():.3f} +- {margin:.3f}")
+    assert difference.mean() - margin > 0
