@@ -8,13 +8,10 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from deepspeed import DeepSpeedEngine
-
 from beit3_ds.batch import StepBatch
 from beit3_ds.checkpoint import CheckpointStore
 from beit3_ds.config import ConfigError, RunConfig, load_run_config
 from beit3_ds.data import StepDataset, build_heldout_batches, build_train_loader
-from beit3_ds.parallel import Mesh
 from beit3_ds.tokenizers import TextTokenizer, check_visual_tokenizer_fits, load_visual_tokenizer
 from beit3_ds.tokenizers.text import load_text_tokenizer
 from beit3_ds.training.engine import (
@@ -27,7 +24,7 @@ from beit3_ds.training.engine import (
 )
 from beit3_ds.training.flops import peak_flops
 from beit3_ds.training.history import History
-from beit3_ds.training.loop import NonFiniteLossError, Run, train
+from beit3_ds.training.loop import NonFiniteLossError, Run, resume, train
 from beit3_ds.training.progress import Progress
 from beit3_ds.training.report import write_report
 
@@ -66,7 +63,7 @@ def build_run(config: RunConfig, text_tokenizer: TextTokenizer) -> tuple[Run, It
     output = Path(config.training.output_dir)
     store = CheckpointStore(output / "checkpoints", config.training.keep_checkpoints, mesh)
     history = History(output / "metrics.jsonl")
-    first_step = _resume(engine, store, history, mesh)
+    first_step = resume(engine, store, history, mesh)
     dtype = next(engine.module.parameters()).dtype
     run = Run(
         config=config,
@@ -81,17 +78,6 @@ def build_run(config: RunConfig, text_tokenizer: TextTokenizer) -> tuple[Run, It
         first_step=first_step,
     )
     return run, build_train_loader(dataset, config.data, first_step)
-
-
-def _resume(engine: DeepSpeedEngine, store: CheckpointStore, history: History, mesh: Mesh) -> int:
-    """Loads the newest whole checkpoint, if any; returns the number of updates done."""
-    newest = store.newest()
-    first_step = store.load(engine, newest) if newest else 0
-    if mesh.is_main:
-        history.forget_after(first_step if newest else -1)
-        if newest:
-            print(f"resuming after step {first_step} from {newest}", flush=True)
-    return first_step
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -46,6 +46,21 @@ class Run:
     """Updates already done when this process started."""
 
 
+def resume(engine: DeepSpeedEngine, store: CheckpointStore, history: History, mesh: Mesh) -> int:
+    """Loads the newest whole checkpoint, if any, and drops what the history says of later steps. All ranks call it.
+
+    Returns:
+        The number of updates done, which is the step to go on with.
+    """
+    newest = store.newest()
+    first_step = store.load(engine, newest) if newest else 0
+    if mesh.is_main:
+        history.forget_after(first_step if newest else -1)
+        if newest:
+            print(f"resuming after step {first_step} from {newest}", flush=True)
+    return first_step
+
+
 def train(run: Run, steps: Iterable[StepBatch]) -> None:
     """Trains from `run.first_step` to the end, with progress lines, evaluations and checkpoints on the way.
 

@@ -59,7 +59,10 @@ def test_bad_config(case: str) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "message"),
-    [(3, r"samples_per_step=16 does not divide by data-parallel size 3 .* = 3. Use 15 or 18"), (64, r"Use 64, or")],
+    [
+        (3, r"pairs.samples_per_step=16 does not divide by data-parallel size 3 .* = 3. Use 15 or 18"),
+        (64, r"Use 64, or"),
+    ],
 )
 def test_batch_that_does_not_divide(ranks: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
