@@ -110,7 +110,8 @@ class VisualTokenizerConfig:
     num_layers: int = 12
     """Encoder blocks."""
     decoder_layers: int = 3
-    """Decoder blocks (BEiT v2 recommends 3)."""
+    """Decoder blocks (BEiT v2 recommends 3). 0 reconstructs every patch from its own code alone: a short training then
+    gives the better codes, for what attention could add from the other patches must be in the code."""
     num_attention_heads: int = 12
     """Attention heads of both."""
     codebook_size: int = 8192
@@ -144,8 +145,9 @@ class VisualTokenizerConfig:
         return self.image_size // self.patch_size
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "hidden_size", "num_layers", "decoder_layers", "num_attention_heads", "batch_size"):
+        for name in ("patch_size", "hidden_size", "num_layers", "num_attention_heads", "batch_size"):
             check_range(f"tokenizers.visual.{name}", getattr(self, name), 1)
+        check_range("tokenizers.visual.decoder_layers", self.decoder_layers, 0)
         if not 0 <= self.continuous_steps < self.training_steps:
             raise ConfigError(
                 f"tokenizers.visual: continuous_steps={self.continuous_steps} must lie between 0 and "

@@ -187,10 +187,6 @@ def test_codes_of_the_sample_are_in_use(trained_runs: list[tuple[RunConfig, Code
 
 
 @pytest.mark.slow
-# Strict: the day the codes win, this mark must go.
-@pytest.mark.xfail(
-    strict=True, reason="measured +0.005 +- 0.028: after a minute's training codes only equal clusters of pixels"
-)
 def test_codes_of_the_sample_beat_clusters_of_pixels(trained_runs: list[tuple[RunConfig, CodeUsage]]) -> None:
     images, categories = labelled_images()
     hits: dict[str, list[npt.NDArray[np.bool_]]] = {"codes": [], "pixels": []}
