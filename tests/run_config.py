@@ -27,7 +27,8 @@ def small_run_mapping(
         mapping["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     mapping["gradient_accumulation_steps"] = accumulation
     own = mapping["beit3_ds"]
-    own["model"] |= {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 2, **model}
+    sizes = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 2}
+    own["model"] |= {**sizes, "sub_layernorm": False, **model}
     for stream, count in zip(("images", "pairs", "texts"), samples, strict=True):
         own["data"][stream]["samples_per_step"] = count
     return mapping

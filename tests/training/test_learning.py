@@ -20,7 +20,7 @@ T_95_TWO_DEGREES = 4.303  # Student's t for a two-sided 95% interval over three 
 def measure_seed(folder: str, visual_tokenizer: str, seed: int) -> tuple[float, float]:
     """Trains the quickstart's model on pairs; returns the held-out caption loss with the right and wrong images."""
     from beit3_ds.config import build_run_config
-    from beit3_ds.data import TarShards
+    from beit3_ds.data.shards import TarShards
     from beit3_ds.pretrain import build_run
     from beit3_ds.tokenizers import train_text_tokenizer
     from beit3_ds.tokenizers.text import load_text_tokenizer
