@@ -1,6 +1,6 @@
 """What every source of images offers, however its files are laid out."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from PIL import Image
 
@@ -9,12 +9,25 @@ class BrokenRecord(Exception):
     """One sample cannot be read; the message names its file, its key and the reason."""
 
 
+class Skipped(NamedTuple):
+    """Files, members or rows that are no samples, for one reason."""
+
+    num_members: int
+    """How many."""
+    example: str
+    """Name of the first."""
+
+
 class ImageSource(Protocol):
     """Images, with captions if the corpus has them, by number.
 
     The order is part of the data order: it follows from the files alone. Broken samples keep their number. Instances
     can be pickled and read from several processes.
     """
+
+    @property
+    def skipped(self) -> dict[str, Skipped]:
+        """What is left out, by reason."""
 
     def __len__(self) -> int:
         """Samples, broken ones included."""

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from beit3_ds.config import ConfigError
-from beit3_ds.data.shard_index import Skipped, StoredIndex, index_path, scan_shard, write_index
+from beit3_ds.data.image_source import Skipped
+from beit3_ds.data.shard_index import StoredIndex, index_path, scan_shard, write_index
 
 _MAX_NAMED = 10  # changed samples, or failed tars, that a message names
 
@@ -67,14 +68,14 @@ def prepare_indices(
 def _run(tars: Sequence[str], prepared_dir: str, verify: bool, num_processes: int) -> Iterator[IndexedShard]:
     description = "verifying shards" if verify else "indexing shards"
     if num_processes <= 1:
-        for tar in tqdm(tars, desc=description, unit="tar"):
+        for tar in tqdm(tars, desc=description, unit="tar", disable=None):
             yield _prepare_index(tar, prepared_dir, verify)
         return
     # Forked before the progress bar starts its thread: a started interpreter would import torch again.
     with ProcessPoolExecutor(num_processes, multiprocessing.get_context("fork")) as pool:
         futures = [pool.submit(_prepare_index, tar, prepared_dir, verify) for tar in tars]
         try:
-            for future in tqdm(as_completed(futures), total=len(futures), desc=description, unit="tar"):
+            for future in tqdm(as_completed(futures), total=len(futures), desc=description, unit="tar", disable=None):
                 yield future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

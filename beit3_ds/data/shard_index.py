@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from beit3_ds.config import ConfigError
+from beit3_ds.data.image_source import Skipped
 from beit3_ds.data.tar_members import TarError, TarMember, iterate_tar_members
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
@@ -34,15 +35,6 @@ _EXTENSIONS = (*IMAGE_EXTENSIONS, *CAPTION_EXTENSIONS)
 
 def _record_type(key_width: int) -> np.dtype[Any]:
     return np.dtype([("image", _MEMBER), ("caption", _MEMBER), ("caption_is_json", "u1"), ("key", f"S{key_width}")])
-
-
-class Skipped(NamedTuple):
-    """Members of a shard that are left out for one reason."""
-
-    num_members: int
-    """How many."""
-    example: str
-    """Name of the first."""
 
 
 @dataclass(frozen=True, kw_only=True)

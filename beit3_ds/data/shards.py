@@ -8,14 +8,13 @@ from PIL import Image
 
 from beit3_ds.data.captions import MAX_JSON_BYTES, decode_caption, decode_json_caption
 from beit3_ds.data.files import expand_patterns
-from beit3_ds.data.image_source import BrokenRecord
+from beit3_ds.data.image_source import BrokenRecord, Skipped
 from beit3_ds.data.images import MAX_IMAGE_BYTES, decode_image
 from beit3_ds.data.shard_index import (
     CAPTION_EXTENSIONS,
     IMAGE_EXTENSIONS,
     NO_MEMBER,
     ShardIndex,
-    Skipped,
     StoredIndex,
     index_path,
     scan_shard,
