@@ -57,8 +57,8 @@ class AnnotatedImages:
             raise BrokenRecord(f"{self.name(index)}: the annotation names an image that the file does not list")
         try:
             return read_image(self.folder, self._paths[number])
-        except BrokenRecord as error:
-            raise BrokenRecord(f"{self.name(index)}: {error}") from error
+        except ValueError as error:
+            raise BrokenRecord(f"{self.name(index)}: broken image: {error}") from error
 
     def caption(self, index: int) -> str:
         """Returns the caption of a sample, without white space around it.

@@ -18,7 +18,8 @@ class ImageFolder:
     """The images below a folder, sorted by path; the caption of `NAME.jpg` is in `NAME.txt`, if there is one.
 
     Hidden files and folders are left out. Links to folders are not followed, and nothing is read that lies outside the
-    folder: files that are links out of it are left out and counted, as are dangling ones. Paths are kept at 8 bytes beside their text.
+    folder: files that are links out of it are left out and counted, as are dangling ones. Paths are kept at 8 bytes
+    beside their text.
     """
 
     def __init__(self, path: str) -> None:
@@ -44,7 +45,10 @@ class ImageFolder:
         Raises:
             BrokenRecord: if it cannot be read.
         """
-        return read_image(self.path, self._names[index])
+        try:
+            return read_image(self.path, self._names[index])
+        except ValueError as error:
+            raise BrokenRecord(f"{self.name(index)}: broken image: {error}") from error
 
     def caption(self, index: int) -> str:
         """Returns the caption of an image, without white space around it.
@@ -55,7 +59,7 @@ class ImageFolder:
         name = os.path.splitext(self._names[index])[0] + ".txt"
         try:
             return decode_caption(read_file(self.path, name, MAX_CAPTION_BYTES))
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise BrokenRecord(f"{self.name(index)}: broken caption: {error}") from error
 
 
@@ -85,35 +89,25 @@ def list_images(folder: str) -> tuple[CompactStrings, dict[str, Skipped]]:
 
 
 def read_image(folder: str, name: str) -> Image.Image:
-    """Decodes the image `name` in a folder.
+    """Decodes the image `name` in a folder, which must be a real path.
 
     Raises:
-        BrokenRecord: if it cannot be read, or lies outside.
+        ValueError: if it cannot be read, or lies outside.
     """
-    try:
-        return decode_image(read_file(folder, name, MAX_IMAGE_BYTES))
-    except (OSError, ValueError) as error:
-        raise BrokenRecord(f"{printable(os.path.join(folder, name))}: broken image: {error}") from error
+    return decode_image(read_file(folder, name, MAX_IMAGE_BYTES))
 
 
 def read_file(folder: str, name: str, limit: int) -> bytes:
     """Reads the file `name` in a folder, which must be a real path.
 
     Raises:
-        ValueError: if it lies outside the folder (by `..`, as an absolute path or through a link), is no plain file, or
-            is longer than `limit` bytes.
-        OSError: if it cannot be read.
+        ValueError: if it lies outside the folder (by `..`, as an absolute path or through a link), is no plain file, is
+            longer than `limit` bytes or cannot be read.
     """
-    if not is_inside(folder, name):
-        raise ValueError(f"it leads out of the folder {folder}")
-    # Opening a pipe would wait for its other end.
-    with open(os.open(os.path.join(folder, name), os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("no plain file")
-        if status.st_size > limit:
-            raise ValueError(f"{status.st_size} bytes exceed the limit of {limit}")
-        return file.read(limit)
+    try:
+        return _read_file(folder, name, limit)
+    except OSError as error:  # its text names the file, which would make every message another reason
+        raise ValueError(error.strerror) from error
 
 
 def is_inside(folder: str, name: str) -> bool:
@@ -128,6 +122,19 @@ def is_inside(folder: str, name: str) -> bool:
 def printable(path: str) -> str:
     """A path for messages: bytes that are not UTF-8 are spelled out."""
     return path.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _read_file(folder: str, name: str, limit: int) -> bytes:
+    if not is_inside(folder, name):
+        raise ValueError(f"it leads out of the folder {folder}")
+    # Opening a pipe would wait for its other end.
+    with open(os.open(os.path.join(folder, name), os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("no plain file")
+        if status.st_size > limit:
+            raise ValueError(f"{status.st_size} bytes exceed the limit of {limit}")
+        return file.read(limit)
 
 
 def _walk(folder: str) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -11,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from beit3_ds.config import ConfigError
+from beit3_ds.config import ConfigError, DataConfig
+from beit3_ds.data.files import expand_patterns
+from beit3_ds.data.image_folder import printable
 from beit3_ds.data.image_source import Skipped
 from beit3_ds.data.shard_index import StoredIndex, index_path, scan_shard, write_index
 
@@ -32,6 +35,35 @@ class IndexedShard:
     """Members left out, by reason."""
     error: str = ""
     """Why it failed."""
+
+
+def shard_paths(config: DataConfig) -> list[str]:
+    """Lists the tars of a run, training and held-out; one that two streams read comes once.
+
+    Raises:
+        ConfigError: for a pattern without a match.
+    """
+    streams = (config.images, config.pairs)
+    return list(
+        dict.fromkeys(
+            path
+            for stream in streams
+            for patterns in (stream.train, stream.heldout)
+            for path in expand_patterns(patterns)
+        )
+    )
+
+
+def describe_indices(shards: Sequence[IndexedShard]) -> str:
+    """Says in a few lines what `prepare_indices` did."""
+    actions = Counter(shard.action for shard in shards)
+    done = ", ".join(f"{count} {action}" for action, count in sorted(actions.items()))
+    lines = [f"{len(shards)} tars with {sum(shard.num_samples for shard in shards):,} samples: {done or 'none'}"]
+    for reason in sorted({reason for shard in shards for reason in shard.skipped}):
+        found = [(shard.tar, shard.skipped[reason]) for shard in shards if reason in shard.skipped]
+        total = sum(skipped.num_members for _, skipped in found)
+        lines.append(f"left out, {reason}: {total:,} (such as {printable(f'{found[0][0]}:{found[0][1].example}')})")
+    return "\n".join(lines)
 
 
 def prepare_indices(
