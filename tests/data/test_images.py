@@ -107,9 +107,9 @@ def test_every_orientation_is_turned_as_pillow_does(orientation: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_unreadable_exif_does_not_cost_the_image() -> None:
-    image = decode_image(_encode(Image.new("RGB", SIZE, "red"), "jpeg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"))
-    assert image.size == SIZE
+@pytest.mark.parametrize("exif", [b"II*\0\xff\xff\xff\xff", b"no TIFF at all"])  # warned of, and raised for
+def test_unreadable_exif_does_not_cost_the_image(exif: bytes) -> None:
+    assert decode_image(_encode(Image.new("RGB", SIZE, "red"), "png", exif=b"Exif\0\0" + exif)).size == SIZE
 
 
 def test_a_jpeg_of_very_many_scans_is_refused() -> None:

@@ -83,6 +83,19 @@ def test_a_pax_name_and_size_replace_those_of_the_header(read_members: ReadMembe
     assert [(member.name, member.size) for member in members] == [("ü/long", 600), ("b", 3)]
 
 
+def test_the_pax_size_counts_where_the_header_has_no_room_for_it(read_members: ReadMembers) -> None:
+    record = b"12 size=700\n"
+    extended = _info("pax", len(record), tarfile.XHDTYPE).tobuf(tarfile.USTAR_FORMAT) + record.ljust(512, b"\0")
+    header = _info("a", 0).tobuf(tarfile.USTAR_FORMAT)
+    members = read_members(extended + header + bytes([1]) * 1024 + _tar([_info("b")]))
+    assert [(member.name, member.size) for member in members] == [("a", 700), ("b", 3)]
+
+
+def test_a_link_has_no_data_whatever_its_header_says(read_members: ReadMembers) -> None:
+    link = _info("a", 600, tarfile.LNKTYPE, "b").tobuf(tarfile.USTAR_FORMAT)  # some writers give the target's size
+    assert [member.name for member in read_members(link + _tar([_info("b")]))] == ["a", "b"]
+
+
 def test_sizes_beyond_octal_digits(read_members: ReadMembers) -> None:
     big = _info("big", 9 << 30).tobuf(tarfile.GNU_FORMAT)  # base 256
     with pytest.raises(TarError, match="cut off at byte 512, in the data of 'big'"):
