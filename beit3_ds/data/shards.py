@@ -45,7 +45,7 @@ class TarShards:
     | caption missing, empty, too long, not UTF-8, with NUL or half a surrogate pair | `BrokenRecord` |
 
     Opening reads the index files of `prepared_dir`, one short read each; where there is none, it reads the tar's
-    headers and keeps about 60 bytes a sample, in each process. Reading a member takes one open and one read of the tar
+    headers and keeps about 50 bytes a sample, in each process. Reading a member takes one open and one read of the tar
     (and before it of the index); nothing is held open, so instances may be pickled.
     """
 

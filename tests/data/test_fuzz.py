@@ -12,6 +12,7 @@ What "silently wrong" means here, for bytes that a tar may have lost or swapped:
 
 import contextlib
 import io
+import json
 import os
 import signal
 import tarfile
@@ -25,6 +26,13 @@ import pytest
 from PIL import Image
 
 from beit3_ds.config import ConfigError
+from beit3_ds.data.annotated_images import AnnotatedImages
+from beit3_ds.data.annotations import (
+    read_coco_captions,
+    read_conceptual_captions,
+    read_sbu_captions,
+    read_visual_genome,
+)
 from beit3_ds.data.captions import decode_caption, decode_json_caption
 from beit3_ds.data.images import MAX_PIXELS, decode_image
 from beit3_ds.data.prepare_index import prepare_indices
@@ -355,3 +363,42 @@ def test_damaged_captions(cases: range) -> None:
                 assert caption == caption.strip()
                 assert "\0" not in caption
                 caption.encode("utf-8")  # half a surrogate pair would raise in the tokenizer
+
+
+# Annotations.
+
+
+@fast_and_slow
+def test_damaged_annotations(tmp_path: Path, cases: range) -> None:
+    folder, path = tmp_path / "images", tmp_path / "annotations"
+    folder.mkdir()
+    (folder / "1.png").write_bytes(_encode(Image.new("RGB", (9, 9)), "png"))
+    coco = {"images": [{"id": 7, "file_name": "1.png"}], "annotations": [{"image_id": 7, "caption": "a bird"}] * 2}
+    regions = [{"id": 7, "regions": [{"phrase": "a \ud83d\udc26"}, {"phrase": "snow"}]}, {"id": 8, "regions": []}]
+    images = json.dumps([{"image_id": 7, "url": "http://a.org/../1.png"}]).encode()
+    (tmp_path / "images.json").write_bytes(images)
+    readers: list[tuple[bytes, Callable[[], AnnotatedImages]]] = [
+        (json.dumps(coco).encode(), lambda: read_coco_captions(str(path), str(folder))),
+        (
+            json.dumps(regions).encode(),
+            lambda: read_visual_genome(str(path), str(tmp_path / "images.json"), str(folder)),
+        ),
+        (b"zero\none caption\n", lambda: read_sbu_captions(str(path), str(folder))),
+        (
+            b"zero\thttp://z.org\none\thttp://o.org\n",
+            lambda: read_conceptual_captions(str(path), str(folder), "caption_url"),
+        ),
+    ]
+    read = 0
+    for case in cases:
+        rng = np.random.default_rng(case)
+        whole, reader = readers[case % len(readers)]
+        path.write_bytes(GENERAL_DAMAGE[rng.integers(len(GENERAL_DAMAGE))](whole, rng))
+        with time_limit(), contextlib.suppress(ConfigError):
+            source = reader()
+            for i in range(len(source)):
+                for get in (source.image, source.caption, source.name):
+                    with contextlib.suppress(BrokenRecord):
+                        get(i)
+            read += 1
+    assert 0 < read < len(cases)
