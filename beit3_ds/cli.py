@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 from beit3_ds.config import ConfigError
 
+_Commands = argparse._SubParsersAction  # the type of a group of subcommands has no public name
+
 _EPILOG = """typical order:
   beit3 check ds_configs/quickstart_cpu.json --world-size 2
   beit3 train-text-tokenizer ds_configs/quickstart_cpu.json
@@ -50,11 +52,35 @@ def _build_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         if name == "check":
             command.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks (default: 1)")
+    prepare = commands.add_parser("prepare", help="index, count and look at the files of a run, once before it")
+    prepared = prepare.add_subparsers(metavar="WHAT", required=True)
+    _add_prepare_index(prepared)
+    _add_prepare_stats(prepared)
     bench = commands.add_parser("bench", help="measure a choice that was made by measurement")
     benches = bench.add_subparsers(metavar="WHAT", required=True)
     attention = benches.add_parser("attention", help="ways to batch ragged sequences inside attention, on this device")
     attention.set_defaults(run=_bench_attention)
     return parser
+
+
+def _add_prepare_index(commands: _Commands) -> None:
+    text = "write the index of every tar to data.prepared_dir, so that a run starts without reading their headers"
+    command = commands.add_parser("index", help=text, description=f"{text[0].upper()}{text[1:]}. Go on with the same.")
+    command.add_argument("config", help="the run's JSON file")
+    command.add_argument(
+        "--verify", action="store_true", help="compare the tars with indices that are there, by CRC-32"
+    )
+    command.add_argument("--processes", type=int, metavar="N", help="tars read at a time (default: one a core)")
+    command.set_defaults(run=_prepare_index)
+
+
+def _add_prepare_stats(commands: _Commands) -> None:
+    text = "print what the files of a run hold: samples, sizes, lengths of captions, what is broken or left out"
+    command = commands.add_parser("stats", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    command.add_argument("config", help="the run's JSON file")
+    command.add_argument("--samples", type=int, default=1000, metavar="N", help="read of each stream (default: 1000)")
+    command.add_argument("--out", metavar="FILE.png", help="draw some samples with their captions into this picture")
+    command.set_defaults(run=_prepare_stats)
 
 
 # Imports stand inside the commands: torch and DeepSpeed take seconds, and a misspelt key should be answered at once.
@@ -96,6 +122,40 @@ def _pretrain(options: argparse.Namespace) -> int:
     from beit3_ds.pretrain import main as pretrain_main
 
     return pretrain_main([options.config])
+
+
+def _prepare_index(options: argparse.Namespace) -> int:
+    from beit3_ds.config import load_run_config
+    from beit3_ds.config.strict import check_range
+    from beit3_ds.data.prepare_index import describe_indices, prepare_indices, shard_paths
+
+    data = load_run_config(options.config).data
+    if data.prepared_dir is None:
+        raise ConfigError("data: prepared_dir is not set. Name a folder for the indices in the config.")
+    if options.processes is not None:
+        check_range("--processes", options.processes, 1)
+    tars = shard_paths(data)
+    shards = prepare_indices(tars, data.prepared_dir, verify=options.verify, num_processes=options.processes)
+    print(describe_indices(shards))
+    return 0
+
+
+def _prepare_stats(options: argparse.Namespace) -> int:
+    from beit3_ds.config import load_run_config
+    from beit3_ds.config.strict import check_range
+    from beit3_ds.data.contact_sheet import draw_contact_sheet
+    from beit3_ds.data.statistics import describe_streams, open_sources
+
+    data = load_run_config(options.config).data
+    check_range("--samples", options.samples, 1)
+    print(describe_streams(data, options.samples))
+    if options.out:
+        try:
+            draw_contact_sheet(open_sources(data)).save(options.out, "png")
+        except OSError as error:
+            raise ConfigError(f"--out {options.out} cannot be written: {error}. Name another file.") from error
+        print(f"wrote {options.out}")
+    return 0
 
 
 def _bench_attention(options: argparse.Namespace) -> int:

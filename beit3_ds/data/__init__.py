@@ -1,18 +1,21 @@
 """Data: files to packed micro-batches, as a pure function of seed and step.
 
-In the order of the flow: `shards` and `texts` read files, `order` picks samples, `augmentation` and `masking` prepare
-them in `samples`, `packing` joins them, `steps` makes a rank's share of a step, `loader` and `heldout` serve them.
-`tokenizer_corpora` reads the same files for the training of the two tokenizers.
+In the order of the flow: `shards` (with `tar_members` and `shard_index`), `image_folder`, `annotations` and `texts`
+read files, `order` picks samples, `augmentation` and `masking` prepare them in `samples`, `packing` joins them, `steps`
+makes a rank's share of a step, `loader` and `heldout` serve them. `tokenizer_corpora` reads the same files for the
+training of the two tokenizers; `prepare_index`, `statistics` and `contact_sheet` look at them beforehand.
 """
 
 from beit3_ds.data.heldout import HeldoutBatches, build_heldout_batches
 from beit3_ds.data.loader import build_train_loader
+from beit3_ds.data.shards import TarShards
 from beit3_ds.data.steps import StepDataset
 from beit3_ds.data.tokenizer_corpora import TokenizerImages, read_training_lines
 
 __all__ = [
     "HeldoutBatches",
     "StepDataset",
+    "TarShards",
     "TokenizerImages",
     "build_heldout_batches",
     "build_train_loader",

@@ -1,68 +1,87 @@
 """Random access to the images and captions in WebDataset tar shards, without unpacking them."""
 
 import os
-import tarfile
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from beit3_ds.config import ConfigError
+from beit3_ds.data.captions import MAX_JSON_BYTES, decode_caption, decode_json_caption
 from beit3_ds.data.files import expand_patterns
-from beit3_ds.data.images import decode_image
+from beit3_ds.data.image_source import BrokenRecord, Skipped
+from beit3_ds.data.images import MAX_IMAGE_BYTES, decode_image
+from beit3_ds.data.shard_index import (
+    CAPTION_EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    NO_MEMBER,
+    ShardIndex,
+    StoredIndex,
+    index_path,
+    scan_shard,
+)
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
-"""Extensions of a sample's image, in lower case."""
-CAPTION_EXTENSIONS = ("txt",)
-"""Extension of a sample's caption."""
-
-_KINDS = {"image": IMAGE_EXTENSIONS, "caption": CAPTION_EXTENSIONS}
-
-
-class BrokenRecord(Exception):
-    """One sample cannot be read; the message names its shard, its key and the reason."""
-
-
-class _Member(NamedTuple):
-    offset: int
-    size: int
-
-
-_MISSING = _Member(0, -1)
+_KINDS = {"image": (IMAGE_EXTENSIONS, MAX_IMAGE_BYTES), "caption": (CAPTION_EXTENSIONS, MAX_JSON_BYTES)}
 
 
 class TarShards:
     """The samples of uncompressed tar files, in the order of files and of each sample's first member.
 
     By WebDataset's rule the members `folder/KEY.webp` and `folder/KEY.txt` are the image and the caption of the
-    sample `folder/KEY`: the key ends at the first dot of the file name. Of several images the first one counts; other
-    members (`.json`) are left alone.
+    sample `folder/KEY`: the key ends at the first dot of the file name. Without `KEY.txt` the caption is the value of
+    `caption` in `KEY.json`. Other members are left alone.
 
-    Opening reads every header once (some tens of thousands a second) and keeps about 60 bytes a sample, in each
-    process. Reading takes one open and one pread a member; nothing is held open, so instances may be pickled.
+    What is found in real corpora, and what becomes of it:
+
+    | found | rule |
+    |---|---|
+    | tar cut off, also between two members; damaged header; second tar appended | refused: `ConfigError` |
+    | tar unlike its index in size or modification time | refused: `ConfigError` |
+    | changed bytes under an old date | found by `beit3 prepare index --verify` |
+    | one name twice; a second image of a sample | the first counts, the others are in `skipped` |
+    | links, devices, sparse files, names with `..` or a leading `/` | never read, in `skipped` |
+    | image empty, cut off, too large, no image, of unknown white | `BrokenRecord` |
+    | image under another format's extension | read: the content tells |
+    | grey, palette, CMYK, 16 bits, alpha, animation, EXIF rotation | upright RGB on white, first frame |
+    | caption missing, empty, too long, not UTF-8, with NUL or half a surrogate pair | `BrokenRecord` |
+
+    Opening reads the index files of `prepared_dir`, one short read each; where there is none, it reads the tar's
+    headers and keeps about 50 bytes a sample, in each process. Reading a member takes one open and one read of the tar
+    (and before it of the index); nothing is held open, so instances may be pickled.
     """
 
-    def __init__(self, patterns: Iterable[str]) -> None:
-        """Finds the files and indexes their members.
+    def __init__(self, patterns: Iterable[str], prepared_dir: str | None = None) -> None:
+        """Finds the files and their indices.
+
+        Args:
+            patterns: files or glob patterns.
+            prepared_dir: the folder that `beit3 prepare index` wrote; None scans.
 
         Raises:
-            ConfigError: for a pattern without a match, or a file that is unreadable, no tar, cut off or empty.
+            ConfigError: for a pattern without a match, a file that is unreadable, no tar, damaged, cut off or empty,
+                or one that no longer fits its index.
         """
         self.paths = expand_patterns(patterns)
-        scans = [_scan(path) for path in self.paths]
-        self._shard = np.repeat(np.arange(len(scans), dtype=np.int32), [len(keys) for keys, _ in scans])
-        self._keys = np.concatenate([keys for keys, _ in scans])
-        self._members = np.concatenate([members for _, members in scans])
+        self._indices = [_open_index(path, prepared_dir) for path in self.paths]
+        self._ends = np.cumsum([len(index) for index in self._indices])
 
     def __len__(self) -> int:
         """Samples in all shards, broken ones included: what stands where must not depend on what can be read."""
-        return len(self._shard)
+        return int(self._ends[-1]) if self.paths else 0
+
+    @property
+    def skipped(self) -> dict[str, Skipped]:
+        """Members of all shards that are left out, by reason; an example is named with its shard."""
+        total: dict[str, Skipped] = {}
+        for path, index in zip(self.paths, self._indices, strict=True):
+            for reason, found in index.skipped.items():
+                count, example = total.get(reason, (0, f"{path}:{found.example}"))
+                total[reason] = Skipped(count + found.num_members, example)
+        return total
 
     def name(self, index: int) -> str:
         """Shard and key of a sample, for messages."""
-        return f"{self.paths[self._shard[index]]}:{self._keys[index].decode('utf-8', 'backslashreplace')}"
+        shard, record = self._record(index)
+        return _name(self.paths[shard], record)
 
     def image(self, index: int) -> Image.Image:
         """Decodes the image of a sample, upright and in RGB.
@@ -70,73 +89,62 @@ class TarShards:
         Raises:
             BrokenRecord: if it has none, or one that cannot be read.
         """
-        data = self._read(index, "image")
+        shard, record = self._record(index)
+        data = _read(self.paths[shard], record, "image")
         try:
             return decode_image(data)
         except ValueError as error:
-            raise BrokenRecord(f"{self.name(index)}: broken image: {error}") from error
+            raise BrokenRecord(f"{_name(self.paths[shard], record)}: broken image: {error}") from error
 
     def caption(self, index: int) -> str:
         """Returns the caption of a sample, without white space around it.
 
         Raises:
-            BrokenRecord: if it has none, or one that is empty, not UTF-8 or cannot be read.
+            BrokenRecord: if it has none, or one that cannot be read.
         """
+        shard, record = self._record(index)
+        data = _read(self.paths[shard], record, "caption")
         try:
-            caption = self._read(index, "caption").decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise BrokenRecord(f"{self.name(index)}: broken caption: {error}") from error
-        if not caption:
-            raise BrokenRecord(f"{self.name(index)}: empty caption")
-        return caption
+            return decode_json_caption(data) if record["caption_is_json"] else decode_caption(data)
+        except ValueError as error:
+            raise BrokenRecord(f"{_name(self.paths[shard], record)}: broken caption: {error}") from error
 
-    def _read(self, index: int, kind: str) -> bytes:
-        offset, size = (int(number) for number in self._members[index, list(_KINDS).index(kind)])
-        if size < 0:
-            raise BrokenRecord(f"{self.name(index)}: no {kind} (.{', .'.join(_KINDS[kind])})")
+    def _record(self, index: int) -> tuple[int, np.void]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        found = self._indices[shard]
+        number = index - int(self._ends[shard]) + len(found)
         try:
-            with open(self.paths[self._shard[index]], "rb", buffering=0) as file:
-                data = os.pread(file.fileno(), size, offset)
+            return shard, found.record(number)
         except OSError as error:
-            raise BrokenRecord(f"{self.name(index)}: {error}") from error
-        if len(data) < size:
-            raise BrokenRecord(f"{self.name(index)}: only {len(data)} of {size} bytes left; has the shard changed?")
-        return data
+            raise BrokenRecord(f"{self.paths[shard]}: sample {number}: {error}") from error
 
 
-def _scan(path: str) -> tuple[NDArray[np.bytes_], NDArray[np.int64]]:
-    """Indexes one shard.
+def _open_index(tar: str, prepared_dir: str | None) -> ShardIndex | StoredIndex:
+    if prepared_dir is not None:
+        path = index_path(prepared_dir, tar)
+        if os.path.exists(path):
+            return StoredIndex(path, tar)
+    return scan_shard(tar)
 
-    Returns:
-        Keys, (n,) bytes, and their members, (n, 2, 2) int64: offset and size of image and caption, size -1 if missing.
-    """
-    samples: dict[str, list[_Member]] = {}
+
+def _name(tar: str, record: np.void) -> str:
+    return f"{tar}:{record['key'].decode('utf-8', 'backslashreplace')}"
+
+
+def _read(tar: str, record: np.void, kind: str) -> bytes:
+    extensions, limit = _KINDS[kind]
+    offset, size = int(record[kind]["offset"]), int(record[kind]["size"])
+    if size == NO_MEMBER:
+        raise BrokenRecord(f"{_name(tar, record)}: no {kind} (.{', .'.join(extensions)})")
+    if not 0 <= size <= limit:
+        raise BrokenRecord(f"{_name(tar, record)}: {kind} of {size} bytes exceeds the limit of {limit}")
     try:
-        for key, extension, member in _tar_members(path):
-            found = samples.setdefault(key, [_MISSING] * len(_KINDS))
-            for kind, extensions in enumerate(_KINDS.values()):
-                if extension in extensions and found[kind] is _MISSING:
-                    found[kind] = member
-    except (OSError, tarfile.TarError) as error:
-        raise ConfigError(
-            f"data: {path} cannot be read as an uncompressed tar shard: {error}. Fetch it again."
-        ) from error
-    if not samples:
-        raise ConfigError(f"data: {path} holds no samples. Leave it out of the config.")
-    # Bytes of one width: a list of str would take five times the memory.
-    keys = np.array([key.encode("utf-8", "surrogateescape") for key in samples])
-    return keys, np.array(list(samples.values()), dtype=np.int64)
-
-
-def _tar_members(path: str) -> Iterator[tuple[str, str, _Member]]:
-    """Yields key, extension in lower case, and place of every regular file of a tar."""
-    with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-        for info in archive:
-            folder, _, name = info.name.rpartition("/")
-            stem, _, extension = name.partition(".")
-            if info.isreg() and stem:  # no stem: a hidden file, such as those that macOS adds
-                yield f"{folder}/{stem}" if folder else stem, extension.lower(), _Member(info.offset_data, info.size)
-        # tarfile takes a damaged header, or a file cut at the border of a member, for the end of the archive.
-        file.seek(archive.offset)
-        if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-            raise tarfile.ReadError(f"damaged or cut off at byte {archive.offset}")
+        with open(tar, "rb", buffering=0) as file:
+            data = os.pread(file.fileno(), size, offset)
+    except (OSError, OverflowError) as error:
+        raise BrokenRecord(f"{_name(tar, record)}: {error}") from error
+    if len(data) < size:
+        raise BrokenRecord(f"{_name(tar, record)}: only {len(data)} of {size} bytes left; has the shard changed?")
+    return data

@@ -24,7 +24,7 @@ def read_training_lines(config: DataConfig) -> Iterator[str]:
         yield from read_paragraphs(path)
     if not config.pairs.train:
         return
-    shards = TarShards(config.pairs.train)
+    shards = TarShards(config.pairs.train, config.prepared_dir)
     for index in range(len(shards)):
         try:
             yield shards.caption(index)
@@ -51,7 +51,7 @@ class TokenizerImages(Dataset[Tensor]):
         paths = list(dict.fromkeys(path for stream in patterns for path in expand_patterns(stream)))
         if not paths:
             raise ConfigError("data: the visual tokenizer needs files in images.train or pairs.train.")
-        self._shards = TarShards(paths)
+        self._shards = TarShards(paths, config.data.prepared_dir)
         self._seed = config.training.seed
         self._augmentation = build_augmentation(config, config.data.flip_probability)
         self._num_views = config.tokenizers.visual.training_steps * config.tokenizers.visual.batch_size

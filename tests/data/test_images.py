@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from beit3_ds.data.images import decode_image
 
@@ -65,7 +65,7 @@ def test_exif_turns_the_image_upright() -> None:
 
 def test_broken_bytes_are_a_value_error(png: bytes) -> None:
     for data in (b"", b"no image", png[: len(png) // 2]):
-        with pytest.raises(ValueError, match=r"Error: "):
+        with pytest.raises(ValueError, match=r"Error: |^empty file"):
             decode_image(data)
 
 
@@ -85,3 +85,42 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(side: int) -> None
 def test_unknown_white_is_refused() -> None:
     with pytest.raises(ValueError, match="mode F"):
         decode_image(_encode(Image.new("F", SIZE, 0.5), "tiff"))
+
+
+def test_of_an_animation_the_first_frame_counts() -> None:
+    frames = [Image.new("RGB", SIZE, color) for color in ("red", "blue")]
+    for file_format in ("gif", "png", "webp"):
+        red, _, blue = _color(decode_image(_encode(frames[0], file_format, save_all=True, append_images=frames[1:])))
+        assert red > 200 > 60 > blue
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_as_pillow_does(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8))
+    for file_format in ("png", "tiff"):  # of TIFF, Pillow itself turns the pixels: twice would be wrong
+        data = _encode(picture, file_format, exif=exif)
+        with Image.open(io.BytesIO(data)) as opened:
+            expected = ImageOps.exif_transpose(opened).convert("RGB")
+        np.testing.assert_array_equal(decode_image(data), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("exif", [b"II*\0\xff\xff\xff\xff", b"no TIFF at all"])  # warned of, and raised for
+def test_unreadable_exif_does_not_cost_the_image(exif: bytes) -> None:
+    assert decode_image(_encode(Image.new("RGB", SIZE, "red"), "png", exif=b"Exif\0\0" + exif)).size == SIZE
+
+
+def test_a_jpeg_of_very_many_scans_is_refused() -> None:
+    data = _encode(Image.new("RGB", SIZE), "jpeg", progressive=True)
+    scan = data.index(b"\xff\xda")
+    with pytest.raises(ValueError, match="scans"):  # a small file of thousands of scans of many pixels takes hours
+        decode_image(data[:scan] + data[scan:-2] * 200 + data[-2:])
+
+
+@pytest.mark.parametrize("file_format", ["eps", "ppm", "ico"])
+def test_formats_outside_the_list_are_refused(file_format: str) -> None:
+    # catches Pillow's default, which starts Ghostscript for an EPS under the name of a JPEG
+    with pytest.raises(ValueError, match="cannot identify"):
+        decode_image(_encode(Image.new("RGB", (16, 16)), file_format))

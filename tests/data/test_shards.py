@@ -86,7 +86,7 @@ def test_broken_records_name_shard_key_and_reason(tmp_path: Path, write_tar: Wri
         shards.caption(1)
     with pytest.raises(BrokenRecord, match=r"s\.tar:blank: no image \(\.jpg"):
         shards.image(2)
-    with pytest.raises(BrokenRecord, match=r"s\.tar:blank: empty caption"):
+    with pytest.raises(BrokenRecord, match=r"s\.tar:blank: broken caption: empty"):
         shards.caption(2)
 
 

@@ -1,0 +1,50 @@
+"""What every source of images offers, however its files are laid out."""
+
+from typing import NamedTuple, Protocol
+
+from PIL import Image
+
+
+class BrokenRecord(Exception):
+    """One sample cannot be read; the message names its file, its key and the reason."""
+
+
+class Skipped(NamedTuple):
+    """Files, members or rows that are no samples, for one reason."""
+
+    num_members: int
+    """How many."""
+    example: str
+    """Name of the first."""
+
+
+class ImageSource(Protocol):
+    """Images, with captions if the corpus has them, by number.
+
+    The order is part of the data order: it follows from the files alone. Broken samples keep their number. Instances
+    can be pickled and read from several processes.
+    """
+
+    @property
+    def skipped(self) -> dict[str, Skipped]:
+        """What is left out, by reason."""
+
+    def __len__(self) -> int:
+        """Samples, broken ones included."""
+
+    def name(self, index: int) -> str:
+        """File and key of a sample, for messages."""
+
+    def image(self, index: int) -> Image.Image:
+        """The image of a sample, upright and in RGB.
+
+        Raises:
+            BrokenRecord: if it has none, or one that cannot be read.
+        """
+
+    def caption(self, index: int) -> str:
+        """The caption of a sample: not empty, valid Unicode without NUL, no white space around it.
+
+        Raises:
+            BrokenRecord: if it has none, or one that cannot be read.
+        """

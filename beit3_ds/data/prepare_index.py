@@ -1,0 +1,158 @@
+"""Writing and verifying the index files of tar shards, with as many processes as the machine has cores."""
+
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from beit3_ds.config import ConfigError, DataConfig
+from beit3_ds.data.files import expand_patterns
+from beit3_ds.data.image_folder import printable
+from beit3_ds.data.image_source import Skipped
+from beit3_ds.data.shard_index import StoredIndex, index_path, scan_shard, write_index
+
+_MAX_NAMED = 10  # changed samples, or failed tars, that a message names
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexedShard:
+    """What was done for one tar."""
+
+    tar: str
+    """Its path."""
+    action: Literal["written", "kept", "verified", "failed"]
+    """`kept`: an index that fits was there already."""
+    num_samples: int = 0
+    """Samples in its index."""
+    skipped: dict[str, Skipped] = field(default_factory=dict)
+    """Members left out, by reason."""
+    error: str = ""
+    """Why it failed."""
+
+
+def shard_paths(config: DataConfig) -> list[str]:
+    """Lists the tars of a run, training and held-out; one that two streams read comes once.
+
+    Raises:
+        ConfigError: for a pattern without a match.
+    """
+    streams = (config.images, config.pairs)
+    return list(
+        dict.fromkeys(
+            path
+            for stream in streams
+            for patterns in (stream.train, stream.heldout)
+            for path in expand_patterns(patterns)
+        )
+    )
+
+
+def describe_indices(shards: Sequence[IndexedShard]) -> str:
+    """Says in a few lines what `prepare_indices` did."""
+    actions = Counter(shard.action for shard in shards)
+    done = ", ".join(f"{count} {action}" for action, count in sorted(actions.items()))
+    lines = [f"{len(shards)} tars with {sum(shard.num_samples for shard in shards):,} samples: {done or 'none'}"]
+    for reason in sorted({reason for shard in shards for reason in shard.skipped}):
+        found = [(shard.tar, shard.skipped[reason]) for shard in shards if reason in shard.skipped]
+        total = sum(skipped.num_members for _, skipped in found)
+        lines.append(f"left out, {reason}: {total:,} (such as {printable(f'{found[0][0]}:{found[0][1].example}')})")
+    return "\n".join(lines)
+
+
+def prepare_indices(
+    tars: Sequence[str], prepared_dir: str, *, verify: bool = False, num_processes: int | None = None
+) -> list[IndexedShard]:
+    """Writes the index of every tar that has none or has changed; with `verify`, compares those that are there.
+
+    May be stopped and started again: a tar whose index fits is not read again. A tar that fails stops no other.
+
+    Args:
+        tars: paths, as `expand_patterns` lists them.
+        prepared_dir: folder of the indices; made if missing.
+        verify: read the tars of indices that are there and compare place and CRC-32 of every member.
+        num_processes: None takes as many as cores.
+
+    Returns:
+        One entry a tar, in their order.
+
+    Raises:
+        ConfigError: naming the tars that failed, after all others are done.
+    """
+    num_processes = min(num_processes or len(os.sched_getaffinity(0)), len(tars))
+    results = {shard.tar: shard for shard in _run(tars, prepared_dir, verify, num_processes)}
+    shards = [results[tar] for tar in tars]
+    failed = [shard.error for shard in shards if shard.action == "failed"]
+    if failed:
+        more = f"\n... and {len(failed) - _MAX_NAMED} more" if len(failed) > _MAX_NAMED else ""
+        raise ConfigError(
+            f"{len(failed)} of {len(tars)} tars failed, the others are done:\n" + "\n".join(failed[:_MAX_NAMED]) + more
+        )
+    return shards
+
+
+def _run(tars: Sequence[str], prepared_dir: str, verify: bool, num_processes: int) -> Iterator[IndexedShard]:
+    description = "verifying shards" if verify else "indexing shards"
+    if num_processes <= 1:
+        for tar in tqdm(tars, desc=description, unit="tar", disable=None):
+            yield _prepare_index(tar, prepared_dir, verify)
+        return
+    # Forked before the progress bar starts its thread: a started interpreter would import torch again.
+    with ProcessPoolExecutor(num_processes, multiprocessing.get_context("fork")) as pool:
+        futures = [pool.submit(_prepare_index, tar, prepared_dir, verify) for tar in tars]
+        try:
+            for future in tqdm(as_completed(futures), total=len(futures), desc=description, unit="tar", disable=None):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _prepare_index(tar: str, prepared_dir: str, verify: bool) -> IndexedShard:
+    path = index_path(prepared_dir, tar)
+    try:
+        stored = _fitting_index(path, tar, must_fit=verify)
+        if stored is not None and verify:
+            _verify(stored, tar)
+        if stored is not None:
+            action: Literal["verified", "kept"] = "verified" if verify else "kept"
+            return IndexedShard(tar=tar, action=action, num_samples=len(stored), skipped=stored.skipped)
+        index = scan_shard(tar, with_checksums=True)
+        write_index(index, path)
+        return IndexedShard(tar=tar, action="written", num_samples=len(index), skipped=index.skipped)
+    except (ConfigError, OSError) as error:
+        return IndexedShard(tar=tar, action="failed", error=str(error))
+
+
+def _fitting_index(path: str, tar: str, must_fit: bool) -> StoredIndex | None:
+    if not os.path.exists(path):
+        return None
+    try:
+        return StoredIndex(path, tar)
+    except ConfigError:
+        if must_fit:
+            raise
+        return None
+
+
+def _verify(stored: StoredIndex, tar: str) -> None:
+    then, now = stored.load(), scan_shard(tar, with_checksums=True).records
+    if then.dtype == now.dtype and np.array_equal(then, now):
+        return
+    changed = _changed_keys(then, now)
+    named = ", ".join(changed[:_MAX_NAMED]) + (", ..." if len(changed) > _MAX_NAMED else "")
+    raise ConfigError(
+        f"data: {tar} no longer fits its index {stored.path}: {len(changed)} samples differ in place, name or CRC-32 "
+        f"({named}). Fetch the tar again; or, if the change is meant, delete the index and run `beit3 prepare index`."
+    )
+
+
+def _changed_keys(then: NDArray[np.void], now: NDArray[np.void]) -> list[str]:
+    old, new = ({record["key"]: record.tolist() for record in records} for records in (then, now))
+    return [key.decode("utf-8", "backslashreplace") for key in {**old, **new} if old.get(key) != new.get(key)]

@@ -1,0 +1,246 @@
+"""Where the members of one tar shard lie: scanned from its headers, or read from an index file.
+
+An index file is one line of JSON (the tar's size and modification time, the records' number, width and checksum, what
+was left out and why), then one record of fixed width a sample. So a record is one read at a known place, nothing needs
+to be kept in memory, and the system's page cache serves all processes of a machine.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from beit3_ds.config import ConfigError
+from beit3_ds.data.image_source import Skipped
+from beit3_ds.data.tar_members import TarError, TarMember, iterate_tar_members
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+"""Extensions of a sample's image, in lower case; the format itself is told by content."""
+CAPTION_EXTENSIONS = ("txt", "json")
+"""Extensions of a sample's caption, the first one preferred; of JSON the value of `caption`, as img2dataset writes."""
+NO_MEMBER = -1
+"""Size of a member that a sample does not have."""
+
+_FORMAT = 1
+_MAX_HEADER_BYTES = 1 << 20
+_MEMBER = np.dtype([("offset", "<i8"), ("size", "<i8"), ("crc32", "<u4")])
+_EXTENSIONS = (*IMAGE_EXTENSIONS, *CAPTION_EXTENSIONS)
+
+
+def _record_type(key_width: int) -> np.dtype[Any]:
+    return np.dtype([("image", _MEMBER), ("caption", _MEMBER), ("caption_is_json", "u1"), ("key", f"S{key_width}")])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardIndex:
+    """The samples of one tar, in memory."""
+
+    records: NDArray[np.void]
+    """(samples,), a structured array: for `image` and `caption` offset and size in bytes (size `NO_MEMBER` if missing)
+    and CRC-32 (0 if only headers were read); `caption_is_json`; `key`, as bytes."""
+    tar_size: int
+    """Bytes of the tar."""
+    tar_mtime_ns: int
+    """When the tar was last changed, in nanoseconds since 1970."""
+    skipped: dict[str, Skipped] = field(default_factory=dict)
+    """Members left out, by reason."""
+
+    def __len__(self) -> int:
+        """Samples."""
+        return len(self.records)
+
+    def record(self, index: int) -> np.void:
+        """The record of one sample."""
+        return self.records[index]
+
+
+class StoredIndex:
+    """The samples of one tar, in an index file; each record is read when it is asked for."""
+
+    def __init__(self, path: str, tar: str) -> None:
+        """Reads the header of index file `path` and checks that the tar is still the one it was made from.
+
+        Raises:
+            ConfigError: if the index is damaged, or the tar's size or modification time is another.
+        """
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                line = file.readline(_MAX_HEADER_BYTES)
+                header = json.loads(line)
+            if header["format"] != _FORMAT:
+                raise ValueError(f"format {header['format']} instead of {_FORMAT}")
+            self._type = _record_type(int(header["key_width"]))
+            self._start, self._length = len(line), int(header["num_samples"])
+            if os.path.getsize(path) != self._start + self._length * self._type.itemsize:
+                raise ValueError("cut off or overwritten")
+            self._crc32, made_from = header["records_crc32"], (header["tar_size"], header["tar_mtime_ns"])
+            self.skipped = {reason: Skipped(*found) for reason, found in header["skipped"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"data: index {path} of {tar} is damaged: {error}. Run `beit3 prepare index`.") from error
+        self._check_tar(tar, made_from)
+
+    def __len__(self) -> int:
+        """Samples."""
+        return self._length
+
+    def record(self, index: int) -> np.void:
+        """Reads the record of one sample.
+
+        Raises:
+            OSError: if the index file has vanished or shrunk.
+        """
+        return self._read(index, 1)[0]
+
+    def load(self) -> NDArray[np.void]:
+        """Reads all records.
+
+        Raises:
+            ConfigError: if they are not those that were written.
+        """
+        records = self._read(0, self._length)
+        if zlib.crc32(records.tobytes()) != self._crc32:
+            raise ConfigError(f"data: index {self.path} is damaged: checksum. Delete it and run `beit3 prepare index`.")
+        return records
+
+    def _read(self, first: int, count: int) -> NDArray[np.void]:
+        with open(self.path, "rb", buffering=0) as file:
+            data = os.pread(file.fileno(), count * self._type.itemsize, self._start + first * self._type.itemsize)
+        if len(data) < count * self._type.itemsize:
+            raise OSError(f"index {self.path} is cut off")
+        return np.frombuffer(data, self._type)
+
+    def _check_tar(self, tar: str, made_from: tuple[int, int]) -> None:
+        status = _stat(tar)
+        for what, now, then in zip(("size", "mtime_ns"), (status.st_size, status.st_mtime_ns), made_from, strict=True):
+            if now != then:
+                raise ConfigError(
+                    f"data: {tar} has {what} {now}, its index {self.path} was made from {what} {then}. If the change "
+                    "is meant, run `beit3 prepare index` again; else fetch the tar again."
+                )
+
+
+def index_path(prepared_dir: str, tar: str) -> str:
+    """The index file of a tar: its name and a digest of its folder, for tars of one name in several folders."""
+    folder, name = os.path.split(os.path.abspath(tar))
+    digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]
+    return os.path.join(prepared_dir, "index", f"{name}.{digest}.index")
+
+
+def scan_shard(tar: str, with_checksums: bool = False) -> ShardIndex:
+    """Indexes a tar from its headers; with checksums it reads the images and captions, too.
+
+    Of several members with one name, or several images of one sample, the first counts.
+
+    Raises:
+        ConfigError: if it is unreadable, no tar, damaged, cut off, empty, or changes meanwhile.
+    """
+    samples: dict[str, _Sample] = {}
+    skipped: dict[str, Skipped] = {}
+    before = _stat(tar)
+    try:
+        with open(tar, "rb", buffering=0) as file:
+            for member in iterate_tar_members(file.fileno()):
+                reason = member.skip_reason or _add(samples, member, file.fileno() if with_checksums else None)
+                if reason:
+                    count, example = skipped.get(reason, (0, member.name))
+                    skipped[reason] = Skipped(count + 1, example)
+    except (OSError, TarError) as error:
+        raise ConfigError(
+            f"data: {tar} cannot be read as an uncompressed tar shard: {error}. Fetch it again, or leave it out of "
+            "the config: a tar is used whole or not at all."
+        ) from error
+    if not samples:
+        raise ConfigError(f"data: {tar} holds no samples. Leave it out of the config.")
+    if (before.st_size, before.st_mtime_ns) != (_stat(tar).st_size, _stat(tar).st_mtime_ns):
+        raise ConfigError(f"data: {tar} changed while it was read. Wait until it is complete.")
+    return ShardIndex(
+        records=_to_records(samples), tar_size=before.st_size, tar_mtime_ns=before.st_mtime_ns, skipped=skipped
+    )
+
+
+def write_index(index: ShardIndex, path: str) -> None:
+    """Writes an index file aside and renames it, so that it is whole or absent.
+
+    Raises:
+        OSError: if the folder cannot be written.
+    """
+    data = index.records.tobytes()
+    header = {
+        "format": _FORMAT,
+        "tar_size": index.tar_size,
+        "tar_mtime_ns": index.tar_mtime_ns,
+        "num_samples": len(index),
+        "key_width": index.records.dtype["key"].itemsize,
+        "records_crc32": zlib.crc32(data),
+        "skipped": index.skipped,
+    }
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), suffix=".tmp", delete=False) as file:
+        try:
+            file.write(json.dumps(header).encode("ascii") + b"\n" + data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)  # temporary files are private, but an index is read by all who read the tar
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+class _Sample(NamedTuple):
+    members: dict[str, tuple[int, int, int]]
+    """Offset, size and CRC-32 by extension."""
+
+
+def _add(samples: dict[str, _Sample], member: TarMember, descriptor: int | None) -> str:
+    """Files a member under its sample; returns the reason if it is left out."""
+    folder, _, name = member.name.rpartition("/")
+    stem, _, extension = name.partition(".")
+    extension = extension.lower()
+    if not stem or extension not in _EXTENSIONS:
+        return ""  # a hidden file, such as those that macOS adds, or one that is none of ours
+    members = samples.setdefault(f"{folder}/{stem}" if folder else stem, _Sample({})).members
+    if extension in members:
+        return "name twice"
+    if extension in IMAGE_EXTENSIONS and not members.keys().isdisjoint(IMAGE_EXTENSIONS):
+        return "second image of a sample"
+    crc32 = 0 if descriptor is None else _checksum(descriptor, member)
+    members[extension] = (member.offset, member.size, crc32)
+    return ""
+
+
+def _checksum(descriptor: int, member: TarMember) -> int:
+    crc32, position, end = 0, member.offset, member.offset + member.size
+    while position < end:
+        chunk = os.pread(descriptor, min(end - position, 1 << 22), position)
+        if not chunk:
+            raise TarError(f"cut off at byte {position}")
+        crc32, position = zlib.crc32(chunk, crc32), position + len(chunk)
+    return crc32
+
+
+def _to_records(samples: dict[str, _Sample]) -> NDArray[np.void]:
+    keys = [key.encode("utf-8", "surrogateescape") for key in samples]
+    records = np.zeros(len(keys), dtype=_record_type(max(map(len, keys))))
+    records["key"] = keys
+    missing = (0, NO_MEMBER, 0)
+    for record, sample in zip(records, samples.values(), strict=True):
+        record["image"] = next((sample.members[e] for e in IMAGE_EXTENSIONS if e in sample.members), missing)
+        captions = [e for e in CAPTION_EXTENSIONS if e in sample.members]
+        record["caption"] = sample.members[captions[0]] if captions else missing
+        record["caption_is_json"] = captions[:1] == ["json"]
+    return records
+
+
+def _stat(tar: str) -> os.stat_result:
+    try:
+        return os.stat(tar)
+    except OSError as error:
+        raise ConfigError(f"data: {tar} cannot be read: {error}. Correct the path in the config.") from error

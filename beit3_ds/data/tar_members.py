@@ -1,0 +1,184 @@
+"""The members of an uncompressed tar file, header by header.
+
+The standard library's `tarfile` takes a damaged header for the end of the archive, stops at the first end although a
+second archive may follow, follows negative sizes backwards and reads an extended header of any claimed size. For
+training data these are lost or wrong samples and hangs, so the headers are read here: ustar, GNU and pax.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+_BLOCK = 512
+_MAX_EXTENDED_SIZE = 1 << 20  # of a long name or pax header; real ones hold some hundred bytes
+_CHECKSUM = slice(148, 156)
+_OCTAL = re.compile(rb" *([0-7]*)[ \0]*")
+_PAX_RECORD = re.compile(rb"(\d{1,20}) ([^=]+)=")
+_NOT_FILES = {b"1": "link", b"2": "link", b"3": "special file", b"4": "special file", b"6": "special file"}
+
+
+class TarError(Exception):
+    """A tar file is damaged or cut off; the message says where."""
+
+
+class TarMember(NamedTuple):
+    """One member that is not a folder."""
+
+    name: str
+    """Full name; bytes that are not UTF-8 are surrogate escapes."""
+    offset: int
+    """Byte at which its data begin."""
+    size: int
+    """Bytes of its data."""
+    skip_reason: str
+    """Why it must not be read (`link`, `special file`, `sparse file`, `unsafe name`); empty for a plain file."""
+
+
+class _Extended(NamedTuple):
+    """What extended headers say about the next member."""
+
+    name: bytes | None = None
+    size: int | None = None
+    is_sparse: bool = False
+
+
+def iterate_tar_members(descriptor: int) -> Iterator[TarMember]:
+    """Yields the members of an open tar file in their order, folders left out; reads headers only.
+
+    Links are never followed. Memory and time are bounded by the file's size, whatever its headers claim.
+
+    Raises:
+        TarError: for a damaged header, a file that is cut off (also where a member ends: the end-of-archive block must
+            be there), or data behind that block, such as those of a second tar appended to the first.
+    """
+    file_size = os.fstat(descriptor).st_size
+    position, extended = 0, _Extended()
+    while True:
+        block = os.pread(descriptor, _BLOCK, position)
+        if len(block) < _BLOCK:
+            raise TarError(f"cut off at byte {position}: the end-of-archive block is missing")
+        if not any(block):
+            break
+        _check_header(block, position)
+        kind, size = block[156:157], _number(block[124:136], position)
+        data = position + _BLOCK
+        if kind in b"LKxXg":
+            position = data + _padded(size)
+            extended = _read_extended(descriptor, kind, data, size, extended)
+            continue
+        if kind == b"S":
+            data = _end_of_sparse_map(descriptor, block, data)
+        member = _member(block, kind, data, size, extended)
+        has_data = kind not in b"123456"  # of these only a header is stored, whatever size it names
+        if has_data and data + member.size > file_size:
+            raise TarError(f"cut off at byte {file_size}, in the data of {member.name!r}")
+        position = data + _padded(member.size) if has_data else data
+        extended = _Extended()
+        if kind != b"5" and not (kind == b"\0" and member.name.endswith("/")):
+            yield member
+    if extended != _Extended():
+        raise TarError(f"damaged at byte {position}: an extended header without its member")
+    _check_end(descriptor, position, file_size)
+
+
+def _padded(size: int) -> int:
+    return -(-size // _BLOCK) * _BLOCK
+
+
+def _check_header(block: bytes, position: int) -> None:
+    stored = _number(block[_CHECKSUM], position)
+    rest = block[: _CHECKSUM.start] + block[_CHECKSUM.stop :]
+    unsigned = sum(rest) + 8 * ord(" ")
+    # Some old writers summed signed bytes.
+    if stored != unsigned and stored != unsigned - 256 * sum(byte > 127 for byte in rest):
+        raise TarError(f"damaged at byte {position}: the header's checksum does not fit")
+
+
+def _number(field: bytes, position: int) -> int:
+    if field[0] == 0x80:  # GNU's binary form, for sizes beyond 8 GiB
+        return int.from_bytes(field[1:], "big")
+    match = _OCTAL.fullmatch(field)
+    if match is None:
+        raise TarError(f"damaged at byte {position}: {field!r} is no number")
+    return int(match[1] or b"0", 8)
+
+
+def _member(block: bytes, kind: bytes, data: int, size: int, extended: _Extended) -> TarMember:
+    raw_name = block[:100].partition(b"\0")[0]
+    prefix = block[345:500].partition(b"\0")[0] if block[257:263] == b"ustar\0" else b""
+    if prefix:
+        raw_name = prefix + b"/" + raw_name
+    if extended.name is not None:
+        raw_name = extended.name
+    name = raw_name.decode("utf-8", "surrogateescape")
+    reason = _NOT_FILES.get(kind, "")
+    if kind == b"S" or extended.is_sparse:
+        reason = "sparse file"  # its data are not the file's bytes
+    elif kind not in b"\x0007" and not reason:
+        reason = "special file"
+    elif name.startswith("/") or ".." in name.split("/") or "\0" in name:
+        reason = reason or "unsafe name"
+    return TarMember(name, data, size if extended.size is None else extended.size, reason)
+
+
+def _read_extended(descriptor: int, kind: bytes, data: int, size: int, extended: _Extended) -> _Extended:
+    if size > _MAX_EXTENDED_SIZE:
+        raise TarError(f"damaged at byte {data}: an extended header of {size} bytes")
+    content = os.pread(descriptor, size, data)
+    if len(content) < size:
+        raise TarError(f"cut off in the extended header at byte {data}")
+    if kind == b"L":
+        return extended._replace(name=content.partition(b"\0")[0])
+    if kind == b"K":  # the target of a link
+        return extended
+    records = _pax_records(content, data)
+    found = _Extended(
+        name=records.get(b"path", extended.name),
+        size=_pax_size(records[b"size"], data) if b"size" in records else extended.size,
+        is_sparse=extended.is_sparse or any(key.startswith(b"GNU.sparse.") for key in records),
+    )
+    if kind != b"g":
+        return found
+    if found != extended:
+        raise TarError(f"at byte {data}: a global header that names or sizes all members")
+    return extended
+
+
+def _pax_size(value: bytes, position: int) -> int:
+    if not (value.isdigit() and len(value) <= 20):
+        raise TarError(f"damaged at byte {position}: {value!r} is no number")
+    return int(value)
+
+
+def _pax_records(content: bytes, position: int) -> dict[bytes, bytes]:
+    records: dict[bytes, bytes] = {}
+    start = 0
+    while start < len(content) and content[start]:  # some writers pad with NULs
+        match = _PAX_RECORD.match(content, start)
+        end = start + int(match[1]) if match else 0
+        if match is None or not match.end() < end <= len(content) or content[end - 1] != ord("\n"):
+            raise TarError(f"damaged at byte {position + start}: no record of an extended header")
+        records[match[2]] = content[match.end() : end - 1]
+        start = end
+    return records
+
+
+def _end_of_sparse_map(descriptor: int, block: bytes, data: int) -> int:
+    more = block[482:483]
+    while more not in (b"", b"\0"):
+        more = os.pread(descriptor, 1, data + 504)
+        data += _BLOCK
+    return data
+
+
+def _check_end(descriptor: int, position: int, file_size: int) -> None:
+    while position < file_size:
+        chunk = os.pread(descriptor, 1 << 20, position)
+        if not chunk:
+            break
+        if any(chunk):
+            raise TarError(
+                f"data behind the end-of-archive block at byte {position}: a damaged header, or a second tar appended"
+            )
+        position += len(chunk)

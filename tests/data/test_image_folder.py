@@ -1,0 +1,96 @@
+"""Folders of images: order, captions beside them, and nothing read outside."""
+
+import os
+import pickle
+import signal
+from pathlib import Path
+
+import pytest
+
+from beit3_ds.config import ConfigError
+from beit3_ds.data.compact_strings import CompactStrings
+from beit3_ds.data.image_folder import ImageFolder, is_inside
+from beit3_ds.data.image_source import BrokenRecord
+
+
+def _write(folder: Path, files: dict[str, bytes]) -> str:
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return str(folder)
+
+
+def test_images_sorted_with_captions(tmp_path: Path, png: bytes) -> None:
+    files = {"b.png": png, "a/z.JPG": png, "a/c.d.webp": png, "a/c.d.txt": b" a dot in the name \n"}
+    files |= {".hidden.png": png, ".cache/x.png": png, "a/._z.jpg": b"", "notes.txt": b"no image", "a.png.part": b""}
+    source = pickle.loads(pickle.dumps(ImageFolder(_write(tmp_path, files))))
+    names = [os.path.relpath(source.name(i), tmp_path) for i in range(len(source))]
+    assert names == ["a/c.d.webp", "a/z.JPG", "b.png"]  # catches the file system's order
+    assert source.caption(0) == "a dot in the name"
+    with pytest.raises(BrokenRecord, match=r"z\.JPG: broken caption: .*No such file"):
+        source.caption(1)
+    assert all(source.image(i).mode == "RGB" for i in range(3))
+    assert source.skipped == {}
+
+
+def test_links_out_of_the_folder_are_left_out(tmp_path: Path, png: bytes) -> None:
+    folder = Path(_write(tmp_path / "in", {"real/a.png": png, "real/b.png": png, "real/c.png": png}))
+    _write(tmp_path / "inside-or-not", {"x.png": png, "c.txt": b"a secret"})
+    (folder / "1-out.png").symlink_to(tmp_path / "inside-or-not/x.png")
+    (folder / "2-in.png").symlink_to("real/a.png")
+    (folder / "3-dangling.png").symlink_to("nowhere.png")
+    (folder / "4-loop.png").symlink_to("4-loop.png")
+    (folder / "5-folder").symlink_to(tmp_path / "inside-or-not")
+    (folder / "6-above").symlink_to("..")
+    (folder / "real/c.txt").symlink_to(tmp_path / "inside-or-not/c.txt")
+    source = ImageFolder(str(folder))
+    names = [os.path.relpath(source.name(i), folder) for i in range(len(source))]
+    assert names == ["2-in.png", "real/a.png", "real/b.png", "real/c.png"]
+    assert source.skipped == {"link out of the folder, or to no file": (3, "1-out.png")}
+    with pytest.raises(BrokenRecord, match="leads out of the folder"):
+        source.caption(3)
+    (folder / "real/b.png").unlink()  # after the listing
+    (folder / "real/b.png").symlink_to(tmp_path / "inside-or-not/x.png")
+    with pytest.raises(BrokenRecord, match="leads out of the folder"):
+        source.image(2)
+
+
+def test_a_folder_beside_with_the_same_beginning_is_outside(tmp_path: Path) -> None:
+    assert is_inside(str(tmp_path / "a"), "b.png")
+    assert not is_inside(str(tmp_path / "a"), "../ab.png")  # catches a comparison without the separator
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path, png: bytes) -> None:
+    source = ImageFolder(_write(tmp_path, {"a.png": png, "b.png": png}))
+    (tmp_path / "a.png").unlink()
+    os.mkfifo(tmp_path / "a.png")
+    signal.alarm(20)  # ends the test where it would wait for ever
+    with pytest.raises(BrokenRecord, match="no plain file"):
+        source.image(0)
+    signal.alarm(0)
+    assert len(ImageFolder(str(tmp_path))) == 1
+
+
+def test_zero_bytes_another_extension_and_strange_names(tmp_path: Path, png: bytes) -> None:
+    source = ImageFolder(_write(tmp_path, {"0.png": b"", "1.gif": png, os.fsdecode(b"caf\xe9.jpg"): png}))
+    with pytest.raises(BrokenRecord, match=r"0\.png: broken image: empty file"):
+        source.image(0)
+    assert source.image(1).size == source.image(2).size
+    source.name(2).encode("utf-8")  # a message must be printable
+
+
+def test_folders_without_images_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no image"):
+        ImageFolder(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"nowhere cannot be listed"):
+        ImageFolder(str(tmp_path / "nowhere"))
+
+
+def test_compact_strings_keep_any_string() -> None:
+    strings = ["", "a", "ü\U0001f426", "\ud800", "caf\udce9", "", "a\0b"]
+    compact = CompactStrings(strings)
+    assert [compact[i] for i in range(len(compact))] == strings
+    for index in (-1, len(strings)):
+        with pytest.raises(IndexError):
+            compact[index]

@@ -1,0 +1,110 @@
+"""Numbers about a run's files, the picture of samples, and the commands that show them."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from beit3_ds import cli
+from beit3_ds.data.contact_sheet import draw_contact_sheet
+from beit3_ds.data.shards import TarShards
+from beit3_ds.data.statistics import describe_streams, examine_source, spread
+from tests.data.conftest import BuildConfig, WriteTar
+
+
+def _png(width: int, height: int, color: str = "red") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), color).save(buffer, "png")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def pairs(tmp_path: Path, write_tar: WriteTar) -> TarShards:
+    """Six pairs, of which two images and one caption are broken, and one member that is left out."""
+    members = {f"{i}.png": _png(10 * (i + 1), 100) for i in range(4)} | {"4.png": b"", "5.png": b""}
+    members |= {f"{i}.txt": b"word " * (i + 1) for i in range(5)} | {"5.txt": b"", "../6.png": b""}
+    return TarShards([write_tar(tmp_path / "p.tar", members)])
+
+
+def test_statistics_count_what_is_there_and_what_is_broken(pairs: TarShards) -> None:
+    statistics = examine_source(pairs, with_captions=True, max_examined=100)
+    assert statistics.numbers["image width"] == [10, 20, 30, 40]
+    assert statistics.numbers["caption words"] == [1, 2, 3, 4, 5]  # of the broken image 4, too
+    assert statistics.broken == {"broken image: empty file": 2, "broken caption: empty caption": 1}
+    lines = statistics.describe()
+    assert lines[0] == "6 samples, 6 of them examined"
+    assert "image width: 0%: 10, 10%: 13, 50%: 25, 90%: 37, 100%: 40" in lines
+    assert "broken: 2 of 6: broken image: empty file" in lines
+    assert lines[-1].startswith("left out: 1: unsafe name")
+
+
+def test_reasons_do_not_differ_from_record_to_record(tmp_path: Path, write_tar: WriteTar) -> None:
+    broken = {f"{i}.png": _png(9, 9)[: 40 + i] for i in range(4)} | {"x.png": b"none", "y.png": b"of"}
+    statistics = examine_source(TarShards([write_tar(tmp_path / "b.tar", broken)]), False, 100)
+    assert sum(statistics.broken.values()) == 6
+    assert sorted(statistics.broken.values())[-1] >= 2  # catches names or addresses kept in a reason
+    assert len(statistics.broken) <= 3
+
+
+def test_samples_are_spread() -> None:
+    assert spread(10, 4) == [0, 3, 6, 9]  # catches a look at the beginning alone
+    assert spread(3, 10) == [0, 1, 2]
+    assert spread(5, 1) == [0]
+
+
+def test_contact_sheet_shows_every_sample(pairs: TarShards, tmp_path: Path, write_tar: WriteTar) -> None:
+    members = {"a.png": _png(1, 3000), "b.png": _png(3000, 1), "b.txt": "ü 雪 \U0001f426 ".encode() * 99}
+    thin = TarShards([write_tar(tmp_path / "thin.tar", members)])
+    sheet = np.asarray(draw_contact_sheet({"pairs": pairs, "thin": thin}))
+    assert sheet.shape[1] == 1136
+    places = [(50 + 60, 100 + 188 * column) for column in range(6)]
+    colors = [tuple(sheet[place].tolist()) for place in places]
+    assert colors == [(255, 0, 0)] * 4 + [(255, 228, 225)] * 2
+
+
+def test_all_streams_are_described(build_config: BuildConfig) -> None:
+    text = describe_streams(build_config().data, 10)
+    assert "images train: 2 files\n  22 samples, 10 of them examined" in text
+    assert "pairs heldout: 2 files\n  13 samples" in text
+    assert "caption words" in text.partition("pairs train")[2]
+    assert "caption" not in text.partition("pairs train")[0]
+    assert "texts train: 1 files of " in text
+    assert "paragraph words" in text
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, sample_files: dict[str, str]) -> Path:
+    """The quickstart with a copy of the small sample files, and a folder for indices."""
+    content = json.loads((Path(cli.__file__).parents[1] / "ds_configs/quickstart_cpu.json").read_text())
+    data = content["beit3_ds"]["data"]
+    shutil.copytree(Path(sample_files["texts"]).parent, tmp_path / "samples")
+    for name, path in sample_files.items():
+        pattern = str(tmp_path / "samples" / Path(path).name)
+        data[name] |= {"train": [pattern], "heldout": [pattern]}
+    data["prepared_dir"] = str(tmp_path / "prepared")
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    return tmp_path / "run.json"
+
+
+def test_prepare_commands(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    index = ["prepare", "index", str(config_file), "--processes", "1"]
+    for arguments, expected in ((index, "4 written"), (index, "4 kept"), ([*index, "--verify"], "4 verified")):
+        assert cli.main(arguments) == 0
+        assert capsys.readouterr().out == f"4 tars with 35 samples: {expected}\n"  # held-out repeats: once
+    out = config_file.parent / "sheet.png"
+    assert cli.main(["prepare", "stats", str(config_file), "--samples", "3", "--out", str(out)]) == 0
+    assert "22 samples, 3 of them examined" in capsys.readouterr().out
+    with Image.open(out) as sheet:
+        assert sheet.format == "PNG"
+
+    tar = config_file.parent / "samples/pairs-0.tar"
+    tar.write_bytes(tar.read_bytes() + bytes(512))
+    assert cli.main([*index, "--verify"]) == 2
+    assert "pairs-0.tar has size" in capsys.readouterr().err
+    assert cli.main([*index[:-1], "0"]) == 2
+    assert "--processes is 0" in capsys.readouterr().err
+    assert cli.main(["prepare", "stats", str(config_file), "--out", "/no/such/folder/x.png"]) == 2
