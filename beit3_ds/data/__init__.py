@@ -1,8 +1,8 @@
 """Data: files to packed micro-batches, as a pure function of seed and step.
 
-In the order of the flow: `shards` and `texts` read files, `order` picks samples, `augmentation` and `masking` prepare
-them in `samples`, `packing` joins them, `steps` makes a rank's share of a step, `loader` and `heldout` serve them.
-`tokenizer_corpora` reads the same files for the training of the two tokenizers.
+In the order of the flow: `shards` and `texts` read files, `sources` opens them, `order` picks samples, `augmentation`
+and `masking` prepare them in `samples`, `packing` joins them, `steps` makes a rank's share of a step, `loader` and
+`heldout` serve them. `tokenizer_corpora` reads the same files for the training of the two tokenizers.
 """
 
 from beit3_ds.data.heldout import HeldoutBatches, build_heldout_batches
