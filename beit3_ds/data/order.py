@@ -92,15 +92,15 @@ def take_turns(weights: Sequence[float], positions: NDArray[np.int64]) -> tuple[
     """
     parts = [max(1, round(weight / sum(weights) * _SHARE_PARTS)) for weight in weights]
     turns, places = np.empty_like(positions), np.empty_like(positions)
-    before, after = positions, positions + 1  # positions left to this source and those behind it
+    left = positions  # of the positions so far, those that the sources before this one did not take
     unassigned = np.ones(len(positions), dtype=bool)
-    for source in range(len(parts)):
+    for source, part in enumerate(parts):
         remaining = sum(parts[source:])
-        taken, taken_after = before * parts[source] // remaining, after * parts[source] // remaining
-        here = unassigned & (taken_after > taken)
+        taken = left * part // remaining
+        here = unassigned & ((left + 1) * part // remaining > taken)
         turns[here], places[here] = source, taken[here]
         unassigned &= ~here
-        before, after = before - taken, after - taken_after
+        left = left - taken
     return turns, places
 
 

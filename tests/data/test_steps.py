@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from beit3_ds.batch import PackedBatch, StepBatch
-from beit3_ds.config import RunConfig
+from beit3_ds.config import ConfigError, RunConfig
 from beit3_ds.data.loader import build_train_loader
 from beit3_ds.data.steps import StepDataset
 from beit3_ds.tokenizers.text import TextTokenizer
@@ -213,6 +213,16 @@ def test_the_loader_resumes_at_any_step(build_config: BuildConfig, tokenizer: Te
     assert [step.step for step in steps] == [8, 9, 10, 11]  # catches steps out of order, and a count from 0
     for step in steps:
         _assert_same(_by_slot([step]), _by_slot([dataset[step.step]]))  # catches draws seeded in the worker
+
+
+def test_weighted_sources_may_not_share_a_file(
+    build_config: BuildConfig, sample_files: dict[str, str], tokenizer: TextTokenizer
+) -> None:
+    one = str(Path(sample_files["pairs"]).parent / "pairs-0.tar")
+    sources = [{"path": one, "weight": 1}, {"path": sample_files["pairs"], "weight": 1}]
+    config = build_config(data={"pairs": {"train": sources, "samples_per_step": 4}})
+    with pytest.raises(ConfigError, match=r"pairs-0\.tar is listed twice"):
+        StepDataset(config, tokenizer, 0, 1)
 
 
 def test_a_worker_survives_a_broken_record(
