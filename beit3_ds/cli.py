@@ -60,6 +60,9 @@ def _build_parser() -> argparse.ArgumentParser:
     benches = bench.add_subparsers(metavar="WHAT", required=True)
     attention = benches.add_parser("attention", help="ways to batch ragged sequences inside attention, on this device")
     attention.set_defaults(run=_bench_attention)
+    data = benches.add_parser("data", help="images a second of this loader, WebDataset and ImageFolder, on one core")
+    data.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
+    data.set_defaults(run=_bench_data)
     return parser
 
 
@@ -162,6 +165,13 @@ def _bench_attention(options: argparse.Namespace) -> int:
     from beit3_ds.benchmarks.attention import benchmark_attention
 
     print(benchmark_attention())
+    return 0
+
+
+def _bench_data(options: argparse.Namespace) -> int:
+    from beit3_ds.benchmarks.data import benchmark_data
+
+    print(benchmark_data(options.json))
     return 0
 
 

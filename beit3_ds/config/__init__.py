@@ -1,6 +1,13 @@
 """Configuration: frozen dataclasses and the strict loading of one JSON file a run."""
 
-from beit3_ds.config.data import DataConfig, StreamConfig, TextTokenizerConfig, TokenizersConfig, VisualTokenizerConfig
+from beit3_ds.config.data import (
+    DataConfig,
+    SourceConfig,
+    StreamConfig,
+    TextTokenizerConfig,
+    TokenizersConfig,
+    VisualTokenizerConfig,
+)
 from beit3_ds.config.model import MODEL_SIZES, ModelConfig
 from beit3_ds.config.run import MicroBatchSize, RunConfig, build_run_config, load_run_config
 from beit3_ds.config.strict import ConfigError
@@ -14,6 +21,7 @@ __all__ = [
     "MicroBatchSize",
     "ModelConfig",
     "RunConfig",
+    "SourceConfig",
     "StreamConfig",
     "TextTokenizerConfig",
     "TokenizersConfig",

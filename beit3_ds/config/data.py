@@ -1,27 +1,90 @@
 """The three data streams, masking, augmentation, and the two tokenizers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from beit3_ds.config.strict import ConfigError, check_range
+
+SourceFormat = Literal[
+    "tar", "folder", "coco", "visual_genome", "sbu", "conceptual_captions", "conceptual_12m", "text", "jsonl"
+]
+"""How the samples of a source lie on disk."""
+
+ANNOTATION_FORMATS = ("coco", "visual_genome", "sbu", "conceptual_captions", "conceptual_12m")
+"""The formats whose path is an annotation file beside a folder of images."""
+
+TEXT_FORMATS = ("text", "jsonl")
+"""The formats of texts; all others hold images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Files of one format; in JSON, a string is short for {"path": string}."""
+
+    SHORTHAND: ClassVar[str] = "path"
+
+    path: str
+    """File, folder or glob pattern, from the working directory."""
+    format: SourceFormat | None = None
+    """`tar`: WebDataset shards; `folder`: image files with captions in .txt files beside them; `coco`,
+    `visual_genome` (path: region_descriptions.json, with image_data.json beside it), `sbu`, `conceptual_captions` and
+    `conceptual_12m`: the corpora's own annotation files (beit3_ds/data/annotations.py); `text`: UTF-8, one paragraph a
+    line, a blank line between documents or paragraphs; `jsonl`: one document a line under `text`. None infers it: by
+    the ending .tar or .jsonl, a folder by what it is, else `text` for texts and `tar` for images."""
+    images: str = ""
+    """Folder of the images that an annotation file names; only for formats with such a file."""
+    weight: float | None = None
+    """This source's share of the stream's samples, relative to the weights of the stream's other sources. None for all
+    of them: by size, so that every sample of the stream comes once an epoch."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ConfigError("data: a source has an empty path. Name a file, a folder or a pattern.")
+        if (self.format in ANNOTATION_FORMATS) != bool(self.images):
+            raise ConfigError(
+                f"data: source '{self.path}' of format {self.format} has images='{self.images}'. The formats "
+                f"{', '.join(ANNOTATION_FORMATS)} need the folder of their images; no other format has one."
+            )
+        if self.weight is not None and not 0 < self.weight < float("inf"):
+            raise ConfigError(
+                f"data: weight={self.weight:g} of source '{self.path}' must be above 0. Leave the source out instead."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamConfig:
     """One of the three streams: where its samples lie and how many of them make up a step."""
 
-    train: tuple[str, ...]
-    """Files or glob patterns, from the working directory. Images and pairs: WebDataset tar shards; texts: UTF-8 files,
-    one paragraph a line, a blank line between documents or paragraphs."""
-    heldout: tuple[str, ...] = ()
-    """The same for the held-out loss; empty means that the stream is not evaluated."""
+    train: tuple[SourceConfig, ...]
+    """Sources of the samples. Without weights they form one set, shuffled as a whole; with weights each has epochs of
+    its own and takes turns with the others."""
+    heldout: tuple[SourceConfig, ...] = ()
+    """The same for the held-out loss, read in order and without weights; empty: the stream is not evaluated."""
     samples_per_step: int
     """Samples of this stream in one optimizer step, over all ranks (paper: 2048). 0 leaves the stream out."""
 
     def __post_init__(self) -> None:
         check_range("data.*.samples_per_step", self.samples_per_step, 0)
         if self.samples_per_step and not self.train:
-            raise ConfigError("data: a stream with samples_per_step > 0 needs at least one file in 'train'.")
+            raise ConfigError("data: a stream with samples_per_step > 0 needs at least one source in 'train'.")
+        without = [source.path for source in self.train if source.weight is None]
+        if without and len(without) < len(self.train):
+            raise ConfigError(
+                f"data: source '{without[0]}' has no weight, but others of its stream have one. Give a weight to every "
+                f"source of the stream, or to none (then every sample comes once an epoch)."
+            )
+        for source in self.heldout:
+            if source.weight is not None:
+                raise ConfigError(
+                    f"data: weight={source.weight:g} of held-out source '{source.path}' has no meaning: the first "
+                    f"training.eval_samples are read in order. Remove it."
+                )
+
+    def weights(self) -> tuple[float, ...] | None:
+        """The weights of the training sources; None if they are taken by size."""
+        weights = tuple(source.weight for source in self.train if source.weight is not None)
+        return weights or None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +136,22 @@ class DataConfig:
         check_range("data.num_workers", self.num_workers, 0)
         check_range("data.prefetch_steps", self.prefetch_steps, 1)
         check_range("data.max_broken_records", self.max_broken_records, 0)
+        for name, stream in self.streams().items():
+            _check_formats(name, (*stream.train, *stream.heldout))
 
     def streams(self) -> dict[str, StreamConfig]:
         """The streams by name, in the order of the packed batch."""
         return {"images": self.images, "pairs": self.pairs, "texts": self.texts}
+
+
+def _check_formats(stream: str, sources: Sequence[SourceConfig]) -> None:
+    for source in sources:
+        if source.format is not None and (source.format in TEXT_FORMATS) != (stream == "texts"):
+            kind = "texts: use text or jsonl" if stream == "texts" else "images: use tar, folder or a dataset's format"
+            raise ConfigError(
+                f"data.{stream}: format '{source.format}' of source '{source.path}' does not fit; the stream holds "
+                f"{kind}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

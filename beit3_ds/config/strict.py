@@ -31,6 +31,8 @@ def check_known_keys(mapping: Mapping[str, Any], known: Iterable[str], where: st
 def load_section(cls: type[T], mapping: Any, where: str) -> T:
     """Builds the dataclass `cls` from a JSON object, recursing into nested dataclasses.
 
+    A nested dataclass with a class variable SHORTHAND may also stand as a string, the value of the field so named.
+
     Raises:
         ConfigError: for an unknown key, a missing required key or a value of the wrong type.
     """
@@ -52,6 +54,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     """Checks one JSON value against a field's type; lists become tuples and integers may stand for floats."""
     origin = get_origin(hint)
     if dataclasses.is_dataclass(hint):
+        shorthand = getattr(hint, "SHORTHAND", None)
+        if shorthand and isinstance(value, str):
+            value = {shorthand: value}
         return load_section(hint, value, where)  # type: ignore[arg-type]
     if origin in (Union, types.UnionType):
         if value is None:

@@ -1,9 +1,10 @@
 """Data: files to packed micro-batches, as a pure function of seed and step.
 
 In the order of the flow: `shards` (with `tar_members` and `shard_index`), `image_folder`, `annotations` and `texts`
-read files, `order` picks samples, `augmentation` and `masking` prepare them in `samples`, `packing` joins them, `steps`
-makes a rank's share of a step, `loader` and `heldout` serve them. `tokenizer_corpora` reads the same files for the
-training of the two tokenizers; `prepare_index`, `statistics` and `contact_sheet` look at them beforehand.
+read files, `sources` opens what a config names, `order` picks samples, `augmentation` and `masking` prepare them in
+`samples`, `packing` joins them, `steps` makes a rank's share of a step, `loader` and `heldout` serve them.
+`tokenizer_corpora` reads the same files for the training of the two tokenizers; `prepare_index`, `statistics` and
+`contact_sheet` look at them beforehand.
 """
 
 from beit3_ds.data.heldout import HeldoutBatches, build_heldout_batches

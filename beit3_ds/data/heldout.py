@@ -13,8 +13,8 @@ from beit3_ds.tokenizers.text import TextTokenizer
 class HeldoutBatches:
     """A list of batches that can be iterated at every evaluation.
 
-    The first pass prepares the batches and keeps them in memory, about 2.4 MB an image at 224 px; later passes only
-    hand them out.
+    The first pass prepares the batches and keeps them in memory, about 1.2 MB an image with two views of 224 px;
+    later passes only hand them out.
     """
 
     def __init__(self, streams: Mapping[str, Stream], plan: Sequence[Sequence[SampleKey]], shape: ImageShape) -> None:

@@ -16,7 +16,13 @@ def build_train_loader(dataset: StepDataset, config: DataConfig, first_step: int
 
     Resuming needs the step alone: nothing else is remembered. With `num_workers` > 0, each worker process
     prepares every num_workers-th step and holds its own copy of the shard index and the tokens; the steps still come in
-    order. Workers import the program's main module anew, which must start under `if __name__ == "__main__"`.
+    order. A record that cannot be read is reported in its step and stops no worker.
+
+    Prefetching is bounded: the workers of a rank hold num_workers x prefetch_steps finished steps at most, in shared
+    memory. Nearly all of a step is pixels, 24 bytes for every pixel of a view where both views have one size: 1.2 MB
+    an image at 224 px, so 8 workers that prepare 2 steps of 64 images and pairs ahead hold 1.2 GB a rank.
+
+    Workers import the program's main module anew, which must start under `if __name__ == "__main__"`.
     """
     steps = range(first_step, len(dataset))
     if config.num_workers == 0:

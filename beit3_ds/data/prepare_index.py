@@ -17,6 +17,7 @@ from beit3_ds.data.files import expand_patterns
 from beit3_ds.data.image_folder import printable
 from beit3_ds.data.image_source import Skipped
 from beit3_ds.data.shard_index import StoredIndex, index_path, scan_shard, write_index
+from beit3_ds.data.sources import image_format
 
 _MAX_NAMED = 10  # changed samples, or failed tars, that a message names
 
@@ -43,15 +44,9 @@ def shard_paths(config: DataConfig) -> list[str]:
     Raises:
         ConfigError: for a pattern without a match.
     """
-    streams = (config.images, config.pairs)
-    return list(
-        dict.fromkeys(
-            path
-            for stream in streams
-            for patterns in (stream.train, stream.heldout)
-            for path in expand_patterns(patterns)
-        )
-    )
+    sources = [source for stream in (config.images, config.pairs) for source in (*stream.train, *stream.heldout)]
+    tars = [source.path for source in sources if image_format(source) == "tar"]
+    return list(dict.fromkeys(path for pattern in tars for path in expand_patterns([pattern])))
 
 
 def describe_indices(shards: Sequence[IndexedShard]) -> str:

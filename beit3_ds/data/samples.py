@@ -1,16 +1,18 @@
 """The three streams: from the number of a sample to the sample, read, cropped, tokenised and masked."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from beit3_ds.config import RunConfig
+from beit3_ds.config import RunConfig, SourceConfig
 from beit3_ds.data.augmentation import CenterViews, Views, build_augmentation
+from beit3_ds.data.image_source import BrokenRecord, ImageSource
 from beit3_ds.data.masking import block_mask, mask_tokens
-from beit3_ds.data.packing import ImageSample, PairSample, TextSample
+from beit3_ds.data.packing import ImageSample, PairSample, Sample, TextSample
 from beit3_ds.data.randomness import sample_rng
-from beit3_ds.data.shards import BrokenRecord, TarShards
+from beit3_ds.data.sources import Parts, check_no_file_twice, open_images
 from beit3_ds.data.texts import TextSequences
 from beit3_ds.tokenizers.text import TextTokenizer
 
@@ -27,9 +29,10 @@ class SampleKey:
     stream: str
     """Name of the stream."""
     epoch: int
-    """How often the stream was used up before; `HELDOUT_EPOCH` for held-out samples."""
+    """How often the sample's source, or the unweighted stream, was used up before; `HELDOUT_EPOCH` for held-out
+    samples."""
     index: int
-    """Number of the sample in its files."""
+    """Number of the sample in its stream."""
 
     def rng(self, purpose: str) -> np.random.Generator:
         """The generator of one purpose; each has its own, so that one more draw here moves nothing there."""
@@ -37,10 +40,10 @@ class SampleKey:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageStream:
-    """Images for masked image modeling."""
+class ImageSamples:
+    """Images of one source for masked image modeling."""
 
-    shards: TarShards
+    source: ImageSource
     """Where the images lie."""
     views: Views
     """Crops and resizes."""
@@ -50,18 +53,18 @@ class ImageStream:
     """Patches to hide, in every image."""
 
     def __len__(self) -> int:
-        """Samples of the stream, broken ones included."""
-        return len(self.shards)
+        """Samples of the source, broken ones included."""
+        return len(self.source)
 
-    def prepare(self, key: SampleKey) -> ImageSample:
-        """Reads sample `key.index` and draws its crop and its mask.
+    def prepare(self, index: int, key: SampleKey) -> ImageSample:
+        """Reads sample `index` of the source and draws its crop and its mask by `key`.
 
         Raises:
             BrokenRecord: if it cannot be read.
         """
-        model_view, tokenizer_view = self.views(self.shards.image(key.index), key.rng("augmentation"))
+        model_view, tokenizer_view = self.views(self.source.image(index), key.rng("augmentation"))
         return ImageSample(
-            name=self.shards.name(key.index),
+            name=self.source.name(index),
             model_view=model_view,
             tokenizer_view=tokenizer_view,
             patch_mask=block_mask(self.grid_size, self.num_masked, key.rng("patch mask")),
@@ -69,11 +72,11 @@ class ImageStream:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairStream:
-    """Images with captions for masked vision-language modeling."""
+class PairSamples:
+    """Images with captions of one source for masked vision-language modeling."""
 
-    images: ImageStream
-    """The images, in shards that hold captions too."""
+    images: ImageSamples
+    """The images, of a source that holds captions too."""
     tokenizer: TextTokenizer
     """Turns captions into ids."""
     length: int
@@ -82,28 +85,28 @@ class PairStream:
     """Share of a caption's tokens to be predicted."""
 
     def __len__(self) -> int:
-        """Samples of the stream, broken ones included."""
+        """Samples of the source, broken ones included."""
         return len(self.images)
 
-    def prepare(self, key: SampleKey) -> PairSample:
-        """Reads sample `key.index` and draws its crop and both its masks.
+    def prepare(self, index: int, key: SampleKey) -> PairSample:
+        """Reads sample `index` of the source and draws its crop and both its masks by `key`.
 
         Raises:
             BrokenRecord: if its image or its caption cannot be read.
         """
-        shards, tokenizer = self.images.shards, self.tokenizer
-        pieces = tokenizer.encode(shards.caption(key.index))[: self.length - 2]
-        name = shards.name(key.index)
+        source, tokenizer = self.images.source, self.tokenizer
+        pieces = tokenizer.encode(source.caption(index))[: self.length - 2]
+        name = source.name(index)
         if not pieces:
             raise BrokenRecord(f"{name}: the caption holds nothing that the tokenizer keeps")
         ids = np.array([tokenizer.bos_id, *pieces, tokenizer.eos_id], dtype=np.int64)
         caption = _masked_text(name, ids, self.mask_ratio, tokenizer.mask_id, key)
-        return PairSample(image=self.images.prepare(key), caption=caption)
+        return PairSample(image=self.images.prepare(index, key), caption=caption)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextStream:
-    """Texts for masked language modeling."""
+class TextSamples:
+    """Texts of one source for masked language modeling."""
 
     sequences: TextSequences
     """The tokenised texts."""
@@ -113,17 +116,33 @@ class TextStream:
     """Id of the mask token."""
 
     def __len__(self) -> int:
-        """Samples of the stream."""
+        """Samples of the source."""
         return len(self.sequences)
 
-    def prepare(self, key: SampleKey) -> TextSample:
-        """Draws the mask of sample `key.index`."""
-        index = key.index
+    def prepare(self, index: int, key: SampleKey) -> TextSample:
+        """Draws the mask of sample `index` of the source by `key`."""
         return _masked_text(self.sequences.name(index), self.sequences[index], self.mask_ratio, self.mask_id, key)
 
 
-Stream = ImageStream | PairStream | TextStream
-"""What `build_train_streams` and `build_heldout_streams` make: a length, and `prepare(key)`."""
+@dataclass(frozen=True)
+class Stream:
+    """What `build_train_streams` and `build_heldout_streams` make: the samples of all sources, numbered through."""
+
+    parts: Parts[ImageSamples | PairSamples | TextSamples]
+    """The samples of each source."""
+
+    def __len__(self) -> int:
+        """Samples of the stream, broken ones included."""
+        return len(self.parts)
+
+    def prepare(self, key: SampleKey) -> Sample:
+        """Reads sample `key.index` and draws its crop and masks.
+
+        Raises:
+            BrokenRecord: if it cannot be read.
+        """
+        part, index = self.parts.locate(key.index)
+        return part.prepare(index, key)
 
 
 def build_train_streams(config: RunConfig, tokenizer: TextTokenizer) -> dict[str, Stream]:
@@ -156,21 +175,28 @@ def build_heldout_streams(config: RunConfig, tokenizer: TextTokenizer) -> dict[s
 
 
 def _build_stream(
-    name: str, patterns: tuple[str, ...], config: RunConfig, tokenizer: TextTokenizer, views: Views
+    name: str, sources: Sequence[SourceConfig], config: RunConfig, tokenizer: TextTokenizer, views: Views
 ) -> Stream:
+    check_no_file_twice(sources)
+    return Stream(Parts([_build_samples(name, source, config, tokenizer, views) for source in sources]))
+
+
+def _build_samples(
+    name: str, source: SourceConfig, config: RunConfig, tokenizer: TextTokenizer, views: Views
+) -> ImageSamples | PairSamples | TextSamples:
     data = config.data
     if name == "texts":
-        sequences = TextSequences(patterns, tokenizer, data.text_length)
-        return TextStream(sequences=sequences, mask_ratio=data.text_mask_ratio, mask_id=tokenizer.mask_id)
-    images = ImageStream(
-        shards=TarShards(patterns),
+        sequences = TextSequences([source.path], tokenizer, data.text_length)
+        return TextSamples(sequences=sequences, mask_ratio=data.text_mask_ratio, mask_id=tokenizer.mask_id)
+    images = ImageSamples(
+        source=open_images(source, data.prepared_dir),
         views=views,
         grid_size=config.model.grid_size,
         num_masked=max(1, round(config.model.num_patches * data.image_mask_ratio)),
     )
     if name == "images":
         return images
-    return PairStream(
+    return PairSamples(
         images=images, tokenizer=tokenizer, length=data.pair_text_length, mask_ratio=data.pair_text_mask_ratio
     )
 

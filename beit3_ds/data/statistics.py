@@ -13,7 +13,7 @@ from beit3_ds.config import DataConfig
 from beit3_ds.data.files import expand_patterns
 from beit3_ds.data.image_folder import printable
 from beit3_ds.data.image_source import BrokenRecord, ImageSource, Skipped
-from beit3_ds.data.shards import TarShards
+from beit3_ds.data.sources import open_images
 from beit3_ds.data.texts import read_paragraphs
 
 _PERCENTILES = (0, 10, 50, 90, 100)
@@ -49,17 +49,17 @@ class SourceStatistics:
         return lines
 
 
-def open_sources(config: DataConfig) -> dict[str, TarShards]:
-    """Opens the image files of a run by stream and part, such as `pairs train`.
+def open_sources(config: DataConfig) -> dict[str, ImageSource]:
+    """Opens the sources of images of a run by stream, part and path, such as `pairs train cc3m-*.tar`.
 
     Raises:
         ConfigError: for files that are missing or cannot be read.
     """
     return {
-        f"{name} {part}": TarShards(patterns, config.prepared_dir)
+        f"{name} {part} {source.path}": open_images(source, config.prepared_dir)
         for name, stream in (("images", config.images), ("pairs", config.pairs))
-        for part, patterns in (("train", stream.train), ("heldout", stream.heldout))
-        if patterns
+        for part, sources in (("train", stream.train), ("heldout", stream.heldout))
+        for source in sources
     }
 
 
@@ -97,10 +97,10 @@ def describe_streams(config: DataConfig, max_examined: int) -> str:
     lines: list[str] = []
     for name, source in open_sources(config).items():
         statistics = examine_source(source, name.startswith("pairs"), max_examined)
-        lines += [f"{name}: {len(source.paths):,} files", *(f"  {line}" for line in statistics.describe())]
-    for part, patterns in (("train", config.texts.train), ("heldout", config.texts.heldout)):
-        if patterns:
-            lines += _describe_texts(f"texts {part}", expand_patterns(patterns), max_examined)
+        lines += [f"{name}:", *(f"  {line}" for line in statistics.describe())]
+    for part, sources in (("train", config.texts.train), ("heldout", config.texts.heldout)):
+        for text in sources:
+            lines += _describe_texts(f"texts {part} {text.path}", expand_patterns([text.path]), max_examined)
     return "\n".join(lines)
 
 

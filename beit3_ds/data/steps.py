@@ -6,7 +6,7 @@ from torch.utils.data import Dataset
 from beit3_ds.batch import PackedBatch, StepBatch
 from beit3_ds.config import RunConfig
 from beit3_ds.data.drop_path import Slot, draw_drop_path
-from beit3_ds.data.order import samples_at
+from beit3_ds.data.order import StreamOrder
 from beit3_ds.data.packing import Sample, image_shape, pack
 from beit3_ds.data.samples import SampleKey, build_train_streams
 from beit3_ds.data.shards import BrokenRecord
@@ -35,6 +35,15 @@ class StepDataset(Dataset[StepBatch]):
         self._rank, self._size = data_parallel_rank, data_parallel_size
         self._micro_batch_size = config.micro_batch_size(data_parallel_size)._asdict()
         self._streams = build_train_streams(config, text_tokenizer)
+        self._orders = {
+            name: StreamOrder(
+                seed=config.training.seed,
+                stream=name,
+                sizes=stream.parts.sizes,
+                weights=config.data.streams()[name].weights(),
+            )
+            for name, stream in self._streams.items()
+        }
         self._shape = image_shape(config)
 
     def __len__(self) -> int:
@@ -69,6 +78,6 @@ class StepDataset(Dataset[StepBatch]):
         first = (micro_batch * self._size + self._rank) * num_samples
         numbers = np.arange(first, first + num_samples)
         start = step * self._config.data.streams()[stream].samples_per_step
-        epochs, samples = samples_at(seed, stream, start + numbers, len(self._streams[stream]))
+        epochs, samples = self._orders[stream](start + numbers)
         rows = zip(numbers.tolist(), epochs.tolist(), samples.tolist(), strict=True)
         return [(Slot(stream, number), SampleKey(seed, stream, epoch, index)) for number, epoch, index in rows]

@@ -1,5 +1,6 @@
 """What the two tokenizers learn from: the training files of a run."""
 
+import dataclasses
 import warnings
 from collections.abc import Iterator
 
@@ -10,7 +11,8 @@ from beit3_ds.config import ConfigError, DataConfig, RunConfig
 from beit3_ds.data.augmentation import build_augmentation
 from beit3_ds.data.files import expand_patterns
 from beit3_ds.data.randomness import sample_rng
-from beit3_ds.data.shards import BrokenRecord, TarShards
+from beit3_ds.data.shards import BrokenRecord
+from beit3_ds.data.sources import Parts, open_images
 from beit3_ds.data.texts import read_paragraphs
 
 
@@ -20,16 +22,15 @@ def read_training_lines(config: DataConfig) -> Iterator[str]:
     Raises:
         ConfigError: for a pattern without a match, or a file that cannot be read.
     """
-    for path in expand_patterns(config.texts.train):
+    for path in expand_patterns([source.path for source in config.texts.train]):
         yield from read_paragraphs(path)
-    if not config.pairs.train:
-        return
-    shards = TarShards(config.pairs.train, config.prepared_dir)
-    for index in range(len(shards)):
-        try:
-            yield shards.caption(index)
-        except BrokenRecord as error:
-            warnings.warn(f"left out: {error}", stacklevel=2)
+    for source in config.pairs.train:
+        images = open_images(source, config.prepared_dir)
+        for index in range(len(images)):
+            try:
+                yield images.caption(index)
+            except BrokenRecord as error:
+                warnings.warn(f"left out: {error}", stacklevel=2)
 
 
 class TokenizerImages(Dataset[Tensor]):
@@ -46,12 +47,12 @@ class TokenizerImages(Dataset[Tensor]):
         Raises:
             ConfigError: if there are none, or for files that cannot be read.
         """
-        patterns = (config.data.images.train, config.data.pairs.train)
-        # Both streams may read the same shard: it counts once.
-        paths = list(dict.fromkeys(path for stream in patterns for path in expand_patterns(stream)))
-        if not paths:
-            raise ConfigError("data: the visual tokenizer needs files in images.train or pairs.train.")
-        self._shards = TarShards(paths, config.data.prepared_dir)
+        # Both streams may read the same source: it counts once. Weights are the pretraining's.
+        sources = (*config.data.images.train, *config.data.pairs.train)
+        unweighted = dict.fromkeys(dataclasses.replace(source, weight=None) for source in sources)
+        if not unweighted:
+            raise ConfigError("data: the visual tokenizer needs sources in images.train or pairs.train.")
+        self._images = Parts([open_images(source, config.data.prepared_dir) for source in unweighted])
         self._seed = config.training.seed
         self._augmentation = build_augmentation(config, config.data.flip_probability)
         self._num_views = config.tokenizers.visual.training_steps * config.tokenizers.visual.batch_size
@@ -71,11 +72,12 @@ class TokenizerImages(Dataset[Tensor]):
         """
         if not 0 <= item < self._num_views:
             raise IndexError(f"view {item} of {self._num_views}")
-        for index in range(item, item + len(self._shards)):
+        for index in range(item, item + len(self._images)):
             try:
-                image = self._shards.image(index % len(self._shards))
+                source, number = self._images.locate(index % len(self._images))
+                image = source.image(number)
             except BrokenRecord as error:
                 warnings.warn(f"left out: {error}", stacklevel=2)
             else:
                 return self._augmentation(image, sample_rng(self._seed, "tokenizer view", item))[1]
-        raise ConfigError(f"data: none of the {len(self._shards)} training images can be read.")
+        raise ConfigError(f"data: none of the {len(self._images)} training images can be read.")

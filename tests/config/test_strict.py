@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from beit3_ds.config import ConfigError, build_run_config, load_run_config
+from beit3_ds.config import ConfigError, SourceConfig, build_run_config, load_run_config
 from tests.run_config import quickstart_mapping
 
 
@@ -20,6 +20,28 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "model": (lambda m: own(m, "model").update(hidden_sise=1), r"beit3_ds\.model.*'hidden_sise'.*'hidden_size'"),
     "with a size": (lambda m: own(m, "model").update(size="base", num_heds=1), r"unknown key 'num_heds'"),
     "stream": (lambda m: own(m, "data")["pairs"].update(held_out=[]), r"data\.pairs.*'held_out'.*'heldout'"),
+    "source": (lambda m: own(m, "data")["pairs"].update(train=[{"pth": "a"}]), r"train\[0\].*'pth'.*'path'"),
+    "no pattern": (lambda m: own(m, "data")["pairs"].update(train=[3]), r"train\[0\]: expected a JSON object, got int"),
+    "some weights": (
+        lambda m: own(m, "data")["pairs"].update(train=["a.tar", {"path": "b.tar", "weight": 0.3}]),
+        r"'a\.tar' has no weight.*every source of the stream, or to none",
+    ),
+    "weight of 0": (
+        lambda m: own(m, "data")["pairs"].update(train=[{"path": "b.tar", "weight": 0}]),
+        r"weight=0 of source 'b\.tar' must be above 0. Leave",
+    ),
+    "held-out weight": (
+        lambda m: own(m, "data")["pairs"].update(heldout=[{"path": "b.tar", "weight": 1}]),
+        r"held-out source 'b\.tar'.*Remove it",
+    ),
+    "texts as images": (
+        lambda m: own(m, "data")["pairs"].update(train=[{"path": "b.txt", "format": "text"}]),
+        r"data\.pairs: format 'text' of source 'b\.txt' does not fit",
+    ),
+    "images as texts": (
+        lambda m: own(m, "data")["texts"].update(train=[{"path": "b.tar", "format": "tar"}]),
+        r"data\.texts: format 'tar'.*use text or jsonl",
+    ),
     "tokenizer": (lambda m: own(m, "tokenizers")["visual"].update(codebook=1), r"'codebook'.*'codebook_"),
     "weights": (lambda m: own(m, "training").update(loss_weights={"mim": 1}), r"unknown key 'mim'"),
     "missing key": (lambda m: own(m, "training").pop("total_steps"), r"'total_steps' is missing"),
@@ -85,3 +107,9 @@ def test_unreadable_files(tmp_path: Path) -> None:
     broken.write_text('{"a": 1, "a": 2}')
     with pytest.raises(ConfigError, match="the key 'a' stands twice"):
         load_run_config(broken)
+
+
+def test_a_string_stands_for_a_source() -> None:
+    mapping = quickstart_mapping()
+    own(mapping, "data")["pairs"]["train"] = ["a-*.tar", {"path": "b.tar"}]
+    assert build_run_config(mapping).data.pairs.train == (SourceConfig(path="a-*.tar"), SourceConfig(path="b.tar"))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageEnhance
 from torch.nn.functional import avg_pool2d
 
 from beit3_ds.data.augmentation import Augmentation, CenterViews, random_crop_box
@@ -37,6 +37,44 @@ def test_draws_come_from_the_generator_alone() -> None:
     first, second, other = (_augmentation()(_position_image(), np.random.default_rng(seed))[0] for seed in (1, 1, 2))
     assert torch.equal(first, second)  # catches draws from a global generator
     assert not torch.equal(first, other)
+
+
+def _jitter_by_pillow(image: Image.Image, box: tuple[int, ...], rng: np.random.Generator) -> Image.Image:
+    """Jitter of the crop before any resize, in 8 bits: the reference, with the same draws."""
+    crop = image.crop(box)
+    if rng.random() < 0.5:
+        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for kind in rng.permutation(3):
+        enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[kind](crop).enhance
+        crop = enhance(rng.uniform(0.6, 1.4))
+    return crop
+
+
+@pytest.mark.parametrize(("low", "high", "largest", "mean"), [(70, 105, 6, 1.8), (0, 255, 100, 3.5)])
+def test_views_equal_those_of_jitter_before_resize(low: int, high: int, largest: float, mean: float) -> None:
+    noise = np.random.default_rng(0).integers(low, high + 1, (40, 60, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((240, 160), Image.Resampling.BICUBIC)
+    differences = []
+    for seed in range(25):
+        rng = np.random.default_rng(seed)
+        reference = _jitter_by_pillow(image, random_crop_box(image.size, 0.2, rng), rng)
+        views = _augmentation()(image, np.random.default_rng(seed))
+        filters = (Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
+        for view, resample in zip(views, filters, strict=True):
+            expected = np.asarray(reference.resize(view.shape[1:], resample)).transpose(2, 0, 1)
+            differences.append(np.abs((view.numpy() + 1) * 127.5 - expected))
+    # Nothing is cut off in the first case: rounding remains. Catches an exchanged filter, factor or mean.
+    assert max(difference.max() for difference in differences) <= largest
+    # The second is the worst for cutting off: noise over all levels.
+    assert np.mean([difference.mean() for difference in differences]) <= mean
+
+
+@pytest.mark.parametrize("size", [(1, 1), (300, 1), (2, 500)])
+def test_thin_images_give_whole_views(size: tuple[int, int]) -> None:
+    image = Image.new("RGB", size, (10, 20, 30))
+    for view in _augmentation(color_jitter=0)(image, np.random.default_rng(0)):
+        expected = torch.tensor([10.0, 20.0, 30.0]).view(3, 1, 1).expand_as(view) / 127.5 - 1
+        torch.testing.assert_close(view, expected)
 
 
 def test_crop_area_and_position_vary() -> None:

@@ -67,12 +67,14 @@ def test_contact_sheet_shows_every_sample(pairs: TarShards, tmp_path: Path, writ
 
 
 def test_all_streams_are_described(build_config: BuildConfig) -> None:
-    text = describe_streams(build_config().data, 10)
-    assert "images train: 2 files\n  22 samples, 10 of them examined" in text
-    assert "pairs heldout: 2 files\n  13 samples" in text
+    config = build_config().data
+    text = describe_streams(config, 10)
+    (images,), (pairs,) = config.images.train, config.pairs.heldout
+    assert f"images train {images.path}:\n  22 samples, 10 of them examined" in text
+    assert f"pairs heldout {pairs.path}:\n  13 samples" in text
     assert "caption words" in text.partition("pairs train")[2]
     assert "caption" not in text.partition("pairs train")[0]
-    assert "texts train: 1 files of " in text
+    assert "1 files of " in text.partition("texts train")[2]
     assert "paragraph words" in text
 
 

@@ -1,5 +1,6 @@
 """Steps: the same samples and draws under every layout, in every process, after every resume."""
 
+import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from beit3_ds.batch import PackedBatch, StepBatch
+from beit3_ds.config import ConfigError, RunConfig
 from beit3_ds.data.loader import build_train_loader
 from beit3_ds.data.steps import StepDataset
 from beit3_ds.tokenizers.text import TextTokenizer
@@ -148,6 +150,61 @@ def test_a_step_of_broken_records_still_packs(
     assert step.micro_batches[0].num_masked == (0, 0, 0, 0)
 
 
+def _mixed_config(build_config: BuildConfig, sample_files: dict[str, str], num_workers: int = 0) -> RunConfig:
+    """Twelve samples a step of each stream, pairs of two weighted sources; steps cross epochs of every source."""
+    folder = Path(sample_files["pairs"]).parent
+    sources = [
+        {"path": str(folder / "pairs-0.tar"), "weight": 0.25},
+        {"path": str(folder / "pairs-1.tar"), "weight": 1},
+    ]
+    pairs = {"train": sources, "samples_per_step": 12}
+    return build_config(images=12, texts=12, data={"pairs": pairs, "num_workers": num_workers})
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_global_steps_are_the_same_on_any_number_of_ranks(
+    build_config: BuildConfig, sample_files: dict[str, str], tokenizer: TextTokenizer, num_workers: int
+) -> None:
+    reference = StepDataset(_mixed_config(build_config, sample_files), tokenizer, 0, 1)
+    expected = [_by_slot([reference[step]]) for step in range(12)]
+    config = _mixed_config(build_config, sample_files, num_workers)
+    for size in (1, 2, 3, 4) if num_workers == 0 else (3,):
+        ranks = [StepDataset(config, tokenizer, rank, size) for rank in range(size)]
+        loaders = [build_train_loader(rank, config.data, first_step=0) for rank in ranks]
+        for step, shares in enumerate(zip(*loaders, strict=True)):
+            # catches another order as well as another set: 144 pairs are 14 epochs of one source and 23 of the other
+            _assert_same(_by_slot(list(shares)), expected[step])
+
+
+@pytest.mark.parametrize("stop", [1, 5, 11])
+def test_a_run_goes_on_with_other_ranks(
+    build_config: BuildConfig, sample_files: dict[str, str], tokenizer: TextTokenizer, stop: int
+) -> None:
+    config = _mixed_config(build_config, sample_files)
+
+    def names(size: int, first: int, last: int) -> list[str]:
+        loaders = [
+            build_train_loader(StepDataset(config, tokenizer, rank, size), config.data, first) for rank in range(size)
+        ]
+        steps = itertools.islice(zip(*loaders, strict=True), last - first)
+        return [name for shares in steps for stream in _by_slot(list(shares)).values() for name, _ in stream]
+
+    # catches an order that counts from the restart, or in samples of a rank
+    assert names(4, 0, stop) + names(3, stop, 12) == names(1, 0, 12)
+
+
+def test_weighted_sources_share_the_stream(
+    build_config: BuildConfig, sample_files: dict[str, str], tokenizer: TextTokenizer
+) -> None:
+    dataset = StepDataset(_mixed_config(build_config, sample_files), tokenizer, 0, 1)
+    names = [name for step in range(10) for name, _ in _by_slot([dataset[step]])["pairs"]]
+    counts = Counter(names)
+    assert sum(count for name, count in counts.items() if "pairs-0" in name) == 24  # 0.25 / 1.25 of 120
+    # catches epochs of the stream instead of the source: 8 samples three times, 5 samples nineteen times and one more
+    assert {counts[name] for name in counts if "pairs-0" in name} == {3}
+    assert {counts[name] for name in counts if "pairs-1" in name} == {19, 20}
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_loader_resumes_at_any_step(build_config: BuildConfig, tokenizer: TextTokenizer, num_workers: int) -> None:
     config = build_config(data={"num_workers": num_workers})
@@ -156,6 +213,26 @@ def test_the_loader_resumes_at_any_step(build_config: BuildConfig, tokenizer: Te
     assert [step.step for step in steps] == [8, 9, 10, 11]  # catches steps out of order, and a count from 0
     for step in steps:
         _assert_same(_by_slot([step]), _by_slot([dataset[step.step]]))  # catches draws seeded in the worker
+
+
+def test_weighted_sources_may_not_share_a_file(
+    build_config: BuildConfig, sample_files: dict[str, str], tokenizer: TextTokenizer
+) -> None:
+    one = str(Path(sample_files["pairs"]).parent / "pairs-0.tar")
+    sources = [{"path": one, "weight": 1}, {"path": sample_files["pairs"], "weight": 1}]
+    config = build_config(data={"pairs": {"train": sources, "samples_per_step": 4}})
+    with pytest.raises(ConfigError, match=r"pairs-0\.tar is listed twice"):
+        StepDataset(config, tokenizer, 0, 1)
+
+
+def test_a_worker_survives_a_broken_record(
+    build_config: BuildConfig, tokenizer: TextTokenizer, shard_with_broken_record: str
+) -> None:
+    config = build_config(files={"images": shard_with_broken_record}, data={"num_workers": 1})
+    steps = list(build_train_loader(StepDataset(config, tokenizer, 0, 1), config.data, first_step=0))
+    assert len(steps) == 12
+    # four images, one broken, four a step: every step meets it; catches a worker that dies, or drops the report
+    assert all(len(step.broken_records) == 1 and step.micro_batches[0].num_images == 3 for step in steps)
 
 
 def test_a_finished_run_has_no_steps_left(build_config: BuildConfig, tokenizer: TextTokenizer) -> None:

@@ -29,7 +29,7 @@ def measure_seed(folder: str, visual_tokenizer: str, seed: int) -> tuple[float, 
 
     config = build_run_config(pairs_only_mapping(folder, visual_tokenizer, seed))
     # Pieces learned from captions alone, so that a masked piece is mostly a word and not a letter of one.
-    shards = TarShards(config.data.pairs.train)
+    shards = TarShards([source.path for source in config.data.pairs.train])
     train_text_tokenizer(config.tokenizers.text, [shards.caption(i) for i in range(len(shards))])
     run, steps = build_run(config, load_text_tokenizer(config))
     train(run, steps)

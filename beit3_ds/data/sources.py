@@ -1,0 +1,85 @@
+"""Opens what a config names as the sources of a stream."""
+
+import bisect
+import itertools
+import os
+from collections.abc import Sequence, Sized
+from typing import Generic, TypeVar
+
+from beit3_ds.config import ConfigError, SourceConfig
+from beit3_ds.data.annotations import (
+    read_coco_captions,
+    read_conceptual_captions,
+    read_sbu_captions,
+    read_visual_genome,
+)
+from beit3_ds.data.files import expand_patterns
+from beit3_ds.data.image_folder import ImageFolder
+from beit3_ds.data.image_source import ImageSource
+from beit3_ds.data.shards import TarShards
+
+PartT = TypeVar("PartT", bound=Sized)
+
+
+class Parts(Generic[PartT]):
+    """Several sets of samples that are numbered through."""
+
+    def __init__(self, parts: Sequence[PartT]) -> None:
+        """Takes the parts in the order of their numbers."""
+        self._parts = parts
+        self.sizes = tuple(len(part) for part in parts)
+        self._ends = list(itertools.accumulate(self.sizes))
+
+    def __len__(self) -> int:
+        """Samples of all parts."""
+        return self._ends[-1] if self._ends else 0
+
+    def locate(self, index: int) -> tuple[PartT, int]:
+        """Returns the part that holds sample `index` and the sample's number there."""
+        assert 0 <= index < len(self), f"sample {index} of {len(self)}"
+        part = bisect.bisect_right(self._ends, index)
+        return self._parts[part], index - self._ends[part] + self.sizes[part]
+
+
+def check_no_file_twice(sources: Sequence[SourceConfig]) -> None:
+    """Refuses sources of one stream that share a file: its samples would count twice.
+
+    Raises:
+        ConfigError: naming the file, or a pattern without a match.
+    """
+    expand_patterns([source.path for source in sources])
+
+
+def image_format(source: SourceConfig) -> str:
+    """The format of a source of images, inferred if its config leaves it open."""
+    return source.format or ("folder" if os.path.isdir(source.path) else "tar")
+
+
+def open_images(source: SourceConfig, prepared_dir: str | None) -> ImageSource:
+    """Opens a source of images.
+
+    Args:
+        source: names format and files.
+        prepared_dir: where `beit3 prepare index` wrote the indices of tars; None scans them.
+
+    Raises:
+        ConfigError: for files that are missing or cannot be read, or a format of texts.
+    """
+    match image_format(source):
+        case "tar":
+            return TarShards([source.path], prepared_dir)
+        case "folder":
+            return ImageFolder(source.path)
+        case "coco":
+            return read_coco_captions(source.path, source.images)
+        case "visual_genome":
+            image_data = os.path.join(os.path.dirname(source.path), "image_data.json")
+            return read_visual_genome(source.path, image_data, source.images)
+        case "sbu":
+            return read_sbu_captions(source.path, source.images)
+        case "conceptual_captions":
+            return read_conceptual_captions(source.path, source.images, "caption_url")
+        case "conceptual_12m":
+            return read_conceptual_captions(source.path, source.images, "url_caption")
+        case kind:
+            raise ConfigError(f"data: source '{source.path}' has the format {kind}, which holds no images.")
