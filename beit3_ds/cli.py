@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from beit3_ds.config import ConfigError
 
@@ -50,11 +51,25 @@ def _build_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         if name == "check":
             command.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks (default: 1)")
+    prepare = commands.add_parser("prepare", help="do once what every start of a run would do, into data.prepared_dir")
+    _add_prepare_texts(prepare.add_subparsers(metavar="WHAT", required=True))
     bench = commands.add_parser("bench", help="measure a choice that was made by measurement")
     benches = bench.add_subparsers(metavar="WHAT", required=True)
     attention = benches.add_parser("attention", help="ways to batch ragged sequences inside attention, on this device")
     attention.set_defaults(run=_bench_attention)
     return parser
+
+
+def _add_prepare_texts(prepare: Any) -> None:
+    command = prepare.add_parser(
+        "texts",
+        help="tokenise all texts of a run into token files",
+        description="Tokenise all training and held-out texts of a run. Started again, it goes on where it was.",
+    )
+    command.add_argument("config", help="the run's JSON file; its data.prepared_dir is where the files go")
+    command.add_argument("--part", default="1/1", metavar="I/N", help="do share I of N, as in a Slurm array (from 1)")
+    command.add_argument("--processes", type=int, metavar="P", help="processes (default: one for each core)")
+    command.set_defaults(run=_prepare_texts)
 
 
 # Imports stand inside the commands: torch and DeepSpeed take seconds, and a misspelt key should be answered at once.
@@ -96,6 +111,25 @@ def _pretrain(options: argparse.Namespace) -> int:
     from beit3_ds.pretrain import main as pretrain_main
 
     return pretrain_main([options.config])
+
+
+def _prepare_texts(options: argparse.Namespace) -> int:
+    from beit3_ds.config import load_run_config
+    from beit3_ds.data.text_preparation import Part, prepare_texts
+    from beit3_ds.tokenizers.text import load_text_tokenizer
+
+    part = Part.parse(options.part)
+    config = load_run_config(options.config)
+    done = prepare_texts(config.data, load_text_tokenizer(config), part, options.processes)
+    for line in done.broken:
+        print(f"left out: {line}", file=sys.stderr)
+    print(
+        f"{done.num_tokens:,} tokens in {done.pieces_written + done.pieces_kept} pieces ({done.pieces_kept} were "
+        f"there), {len(done.broken)} broken lines"
+    )
+    if done.sources_left:
+        print(f"{done.sources_left} files wait for pieces of other parts; the last part to end completes them")
+    return 0
 
 
 def _bench_attention(options: argparse.Namespace) -> int:

@@ -79,7 +79,15 @@ def test_decode_inverts_encode_and_names_specials(tokenizer: TextTokenizer) -> N
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.decode([0, *ids, tokenizer.mask_id, 2]) == f"<s> {text}<mask></s>"
-    assert tokenizer.encode_batch([text, "fox"]) == [ids, tokenizer.encode("fox")]
+
+
+def test_a_batch_is_what_each_text_gives(tokenizer: TextTokenizer) -> None:
+    texts = ["seven wizards brew", "", "the ☃ fox"]
+    ids, lengths = tokenizer.encode_batch(texts)
+    expected = [tokenizer.encode(text) for text in texts]
+    assert ids.tolist() == [id_ for text in expected for id_ in text]  # catches <unk> shifted to <pad>
+    assert lengths.tolist() == [len(text) for text in expected]
+    assert tokenizer.encode_batch([])[0].tolist() == []
 
 
 @pytest.mark.parametrize("id_", [-1, VOCAB_SIZE + 2])
