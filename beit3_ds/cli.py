@@ -57,6 +57,11 @@ def _build_parser() -> argparse.ArgumentParser:
     benches = bench.add_subparsers(metavar="WHAT", required=True)
     attention = benches.add_parser("attention", help="ways to batch ragged sequences inside attention, on this device")
     attention.set_defaults(run=_bench_attention)
+    texts = benches.add_parser("text", help="preparing texts beside SentencePiece's own batch encoding, and its memory")
+    texts.add_argument("--gigabytes", type=float, default=0, metavar="G", help="prepare G GB and watch its memory")
+    texts.add_argument("--processes", type=int, metavar="P", help="processes for that (default: one for each core)")
+    texts.add_argument("--json", metavar="FILE", help="write rows and summary there")
+    texts.set_defaults(run=_bench_text)
     return parser
 
 
@@ -136,6 +141,13 @@ def _bench_attention(options: argparse.Namespace) -> int:
     from beit3_ds.benchmarks.attention import benchmark_attention
 
     print(benchmark_attention())
+    return 0
+
+
+def _bench_text(options: argparse.Namespace) -> int:
+    from beit3_ds.benchmarks.text import benchmark_text
+
+    print(benchmark_text(int(options.gigabytes * 1e9), options.processes, options.json))
     return 0
 
 

@@ -83,8 +83,8 @@ def write_tokens(folder: Path, piece: TextPiece, tokenizer: TextTokenizer, budge
     num_tokens = num_paragraphs = 0
     with _written_aside(path) as file, _written_aside(path.with_suffix(".lengths"), keep=False) as lengths_file:
         for ids, lengths in encode_paragraphs(read_paragraphs(piece, broken), tokenizer):
-            file.write(ids.astype(dtype).tobytes())
-            lengths_file.write(lengths.astype("<u4").tobytes())
+            file.write(ids.astype(dtype, copy=False).data)
+            lengths_file.write(lengths.astype("<u4").data)
             num_tokens += len(ids)
             num_paragraphs += len(lengths)
         file.write(bytes(_aligned(file.tell()) - file.tell()))
