@@ -44,6 +44,8 @@ class DataConfig:
     """Share of a text's tokens to be predicted (paper: 15%)."""
     pair_text_mask_ratio: float = 0.5
     """Share of a caption's tokens to be predicted (paper: 50%)."""
+    text_masking: Literal["token", "whole_word"] = "token"
+    """What is masked of texts and captions: single tokens, as the paper has it, or whole words (VLMo's choice)."""
     min_crop_scale: float = 0.2
     """Smallest share of the area that the random resized crop keeps (BEiT v2's value; the paper is silent)."""
     color_jitter: float = 0.4

@@ -68,8 +68,10 @@ class TextTokenizer:
             All ids, one text after the other, (n,) int32, and the number of ids of each text, (texts,) int64.
         """
         encoded = self._sentencepiece.encode(list(texts), return_type="numpy", num_threads=1)
-        pieces = np.concatenate([np.empty(0, dtype=np.int32), *encoded])
-        return np.where(pieces == 0, self.unk_id, pieces + 1).astype(np.int32), np.array([*map(len, encoded)], np.int64)
+        ids = np.concatenate(encoded) if encoded else np.empty(0, dtype=np.int32)
+        ids += 1
+        ids[ids == 1] = self.unk_id  # SentencePiece's <unk> is 0
+        return ids, np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; special ids are shown by name, for example `<mask>`.
@@ -78,6 +80,13 @@ class TextTokenizer:
             IndexError: for an id outside [0, vocab_size).
         """
         return "".join(self.piece(id_) for id_ in ids).replace(_WORD_START, " ").strip()
+
+    def word_starts(self) -> NDArray[np.bool_]:
+        """Which ids start a word, (vocab_size,) bool: the pieces that begin with U+2581, and BOS, padding and EOS."""
+        pieces = [self.piece(id_) for id_ in range(self.vocab_size)]
+        starts = np.array([piece.startswith(_WORD_START) for piece in pieces])
+        starts[[self.bos_id, self.pad_id, self.eos_id]] = True  # <unk> may stand inside a word
+        return starts
 
     def piece(self, id_: int) -> str:
         """The piece of one id; a leading U+2581 marks the start of a word.

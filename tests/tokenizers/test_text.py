@@ -90,6 +90,16 @@ def test_a_batch_is_what_each_text_gives(tokenizer: TextTokenizer) -> None:
     assert tokenizer.encode_batch([])[0].tolist() == []
 
 
+def test_word_starts_are_the_pieces_after_a_space(tokenizer: TextTokenizer) -> None:
+    starts = tokenizer.word_starts()
+    assert starts.shape == (tokenizer.vocab_size,)
+    ids = tokenizer.encode("seven wizards brew")
+    assert starts[ids].sum() == 3  # catches the ids of SentencePiece, off by one
+    assert starts[ids[0]]
+    assert not starts[tokenizer.unk_id]
+    assert not starts[tokenizer.mask_id]
+
+
 @pytest.mark.parametrize("id_", [-1, VOCAB_SIZE + 2])
 def test_ids_outside_the_vocabulary_are_refused(tokenizer: TextTokenizer, id_: int) -> None:
     with pytest.raises(IndexError, match="outside"):
