@@ -92,11 +92,13 @@ class TextTokenizerConfig:
     character_coverage: float = 0.9995
     """Share of the characters that get a piece of their own."""
     max_sentences: int = 10_000_000
-    """Lines sampled from the corpus for training."""
+    """Lines drawn from the whole corpus for training, all equally likely; only they are kept in memory. More than
+    100, as SentencePiece asks."""
 
     def __post_init__(self) -> None:
         check_range("tokenizers.text.vocab_size", self.vocab_size, 8)
         check_range("tokenizers.text.character_coverage", self.character_coverage, 0.9, 1)
+        check_range("tokenizers.text.max_sentences", self.max_sentences, 101)
 
 
 @dataclass(frozen=True, kw_only=True)
