@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from beit3_ds.config import ConfigError
 
@@ -56,6 +57,7 @@ def _build_parser() -> argparse.ArgumentParser:
     prepared = prepare.add_subparsers(metavar="WHAT", required=True)
     _add_prepare_index(prepared)
     _add_prepare_stats(prepared)
+    _add_prepare_texts(prepared)
     bench = commands.add_parser("bench", help="measure a choice that was made by measurement")
     benches = bench.add_subparsers(metavar="WHAT", required=True)
     attention = benches.add_parser("attention", help="ways to batch ragged sequences inside attention, on this device")
@@ -63,6 +65,11 @@ def _build_parser() -> argparse.ArgumentParser:
     data = benches.add_parser("data", help="images a second of this loader, WebDataset and ImageFolder, on one core")
     data.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
     data.set_defaults(run=_bench_data)
+    texts = benches.add_parser("text", help="preparing texts beside SentencePiece's own batch encoding, and its memory")
+    texts.add_argument("--gigabytes", type=float, default=0, metavar="G", help="prepare G GB and watch its memory")
+    texts.add_argument("--processes", type=int, metavar="P", help="processes for that (default: one for each core)")
+    texts.add_argument("--json", metavar="FILE", help="write rows and summary there")
+    texts.set_defaults(run=_bench_text)
     return parser
 
 
@@ -84,6 +91,18 @@ def _add_prepare_stats(commands: _Commands) -> None:
     command.add_argument("--samples", type=int, default=1000, metavar="N", help="read of each stream (default: 1000)")
     command.add_argument("--out", metavar="FILE.png", help="draw some samples with their captions into this picture")
     command.set_defaults(run=_prepare_stats)
+
+
+def _add_prepare_texts(prepare: Any) -> None:
+    command = prepare.add_parser(
+        "texts",
+        help="tokenise all texts of a run into token files",
+        description="Tokenise all training and held-out texts of a run. Started again, it goes on where it was.",
+    )
+    command.add_argument("config", help="the run's JSON file; its data.prepared_dir is where the files go")
+    command.add_argument("--part", default="1/1", metavar="I/N", help="do share I of N, as in a Slurm array (from 1)")
+    command.add_argument("--processes", type=int, metavar="P", help="processes (default: one for each core)")
+    command.set_defaults(run=_prepare_texts)
 
 
 # Imports stand inside the commands: torch and DeepSpeed take seconds, and a misspelt key should be answered at once.
@@ -161,6 +180,25 @@ def _prepare_stats(options: argparse.Namespace) -> int:
     return 0
 
 
+def _prepare_texts(options: argparse.Namespace) -> int:
+    from beit3_ds.config import load_run_config
+    from beit3_ds.data.text_preparation import Part, prepare_texts
+    from beit3_ds.tokenizers.text import load_text_tokenizer
+
+    part = Part.parse(options.part)
+    config = load_run_config(options.config)
+    done = prepare_texts(config.data, load_text_tokenizer(config), part, options.processes)
+    for line in done.broken:
+        print(f"left out: {line}", file=sys.stderr)
+    print(
+        f"{done.num_tokens:,} tokens in {done.pieces_written + done.pieces_kept} pieces ({done.pieces_kept} were "
+        f"there), {len(done.broken)} broken lines"
+    )
+    if done.sources_left:
+        print(f"{done.sources_left} files wait for pieces of other parts; the last part to end completes them")
+    return 0
+
+
 def _bench_attention(options: argparse.Namespace) -> int:
     from beit3_ds.benchmarks.attention import benchmark_attention
 
@@ -172,6 +210,13 @@ def _bench_data(options: argparse.Namespace) -> int:
     from beit3_ds.benchmarks.data import benchmark_data
 
     print(benchmark_data(options.json))
+    return 0
+
+
+def _bench_text(options: argparse.Namespace) -> int:
+    from beit3_ds.benchmarks.text import benchmark_text
+
+    print(benchmark_text(int(options.gigabytes * 1e9), options.processes, options.json))
     return 0
 
 

@@ -1,21 +1,15 @@
 """The three data streams, masking, augmentation, and the two tokenizers."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from beit3_ds.config.strict import ConfigError, check_range
 
-SourceFormat = Literal[
-    "tar", "folder", "coco", "visual_genome", "sbu", "conceptual_captions", "conceptual_12m", "text", "jsonl"
-]
-"""How the samples of a source lie on disk."""
+ImageFormat = Literal["tar", "folder", "coco", "visual_genome", "sbu", "conceptual_captions", "conceptual_12m"]
+"""How the images of a source lie on disk."""
 
 ANNOTATION_FORMATS = ("coco", "visual_genome", "sbu", "conceptual_captions", "conceptual_12m")
 """The formats whose path is an annotation file beside a folder of images."""
-
-TEXT_FORMATS = ("text", "jsonl")
-"""The formats of texts; all others hold images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +20,12 @@ class SourceConfig:
 
     path: str
     """File, folder or glob pattern, from the working directory."""
-    format: SourceFormat | None = None
-    """`tar`: WebDataset shards; `folder`: image files with captions in .txt files beside them; `coco`,
-    `visual_genome` (path: region_descriptions.json, with image_data.json beside it), `sbu`, `conceptual_captions` and
-    `conceptual_12m`: the corpora's own annotation files (beit3_ds/data/annotations.py); `text`: UTF-8, one paragraph a
-    line, a blank line between documents or paragraphs; `jsonl`: one document a line under `text`. None infers it: by
-    the ending .tar or .jsonl, a folder by what it is, else `text` for texts and `tar` for images."""
+    format: ImageFormat | None = None
+    """Of images and pairs. `tar`: WebDataset shards; `folder`: image files with captions in .txt files beside them;
+    `coco`, `visual_genome` (path: region_descriptions.json, with image_data.json beside it), `sbu`,
+    `conceptual_captions` and `conceptual_12m`: the corpora's own annotation files (beit3_ds/data/annotations.py). None:
+    `folder` for a folder, else `tar`. Texts have no format: a name with .jsonl holds one document a line under `text`,
+    any other one paragraph a line in UTF-8, and both may be compressed (.gz, .zst)."""
     images: str = ""
     """Folder of the images that an annotation file names; only for formats with such a file."""
     weight: float | None = None
@@ -107,6 +101,8 @@ class DataConfig:
     """Share of a text's tokens to be predicted (paper: 15%)."""
     pair_text_mask_ratio: float = 0.5
     """Share of a caption's tokens to be predicted (paper: 50%)."""
+    text_masking: Literal["token", "whole_word"] = "token"
+    """What is masked of texts and captions: single tokens, as the paper has it, or whole words (VLMo's choice)."""
     min_crop_scale: float = 0.2
     """Smallest share of the area that the random resized crop keeps (BEiT v2's value; the paper is silent)."""
     color_jitter: float = 0.4
@@ -136,22 +132,16 @@ class DataConfig:
         check_range("data.num_workers", self.num_workers, 0)
         check_range("data.prefetch_steps", self.prefetch_steps, 1)
         check_range("data.max_broken_records", self.max_broken_records, 0)
-        for name, stream in self.streams().items():
-            _check_formats(name, (*stream.train, *stream.heldout))
+        for source in (*self.texts.train, *self.texts.heldout):
+            if source.format is not None:
+                raise ConfigError(
+                    f"data.texts: source '{source.path}' has the format {source.format}, which is one of images. Leave "
+                    f"it out: how a text is read follows from its name (.jsonl, else plain; .gz, .zst)."
+                )
 
     def streams(self) -> dict[str, StreamConfig]:
         """The streams by name, in the order of the packed batch."""
         return {"images": self.images, "pairs": self.pairs, "texts": self.texts}
-
-
-def _check_formats(stream: str, sources: Sequence[SourceConfig]) -> None:
-    for source in sources:
-        if source.format is not None and (source.format in TEXT_FORMATS) != (stream == "texts"):
-            kind = "texts: use text or jsonl" if stream == "texts" else "images: use tar, folder or a dataset's format"
-            raise ConfigError(
-                f"data.{stream}: format '{source.format}' of source '{source.path}' does not fit; the stream holds "
-                f"{kind}."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,11 +155,13 @@ class TextTokenizerConfig:
     character_coverage: float = 0.9995
     """Share of the characters that get a piece of their own."""
     max_sentences: int = 10_000_000
-    """Lines sampled from the corpus for training."""
+    """Lines drawn from the whole corpus for training, all equally likely; only they are kept in memory. More than
+    100, as SentencePiece asks."""
 
     def __post_init__(self) -> None:
         check_range("tokenizers.text.vocab_size", self.vocab_size, 8)
         check_range("tokenizers.text.character_coverage", self.character_coverage, 0.9, 1)
+        check_range("tokenizers.text.max_sentences", self.max_sentences, 101)
 
 
 @dataclass(frozen=True, kw_only=True)

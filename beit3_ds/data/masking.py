@@ -1,6 +1,7 @@
 """Which patches and tokens are hidden and must be predicted (masked data modeling, paper section 2.2)."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,10 +78,88 @@ def mask_tokens(
         The corrupted ids, (n,) int64, and the positions to be predicted, ascending, (k,) int64.
     """
     assert len(ids) >= 2, "a text has BOS and EOS"
-    num_masked = max(1, min(round(len(ids) * ratio), len(ids) - 1))
-    positions = np.sort(1 + rng.choice(len(ids) - 1, num_masked, replace=False))
-    fate = rng.random(num_masked)
-    pieces = rng.integers(FIRST_PIECE_ID, mask_id, num_masked)
+    positions = np.sort(1 + rng.choice(len(ids) - 1, _num_masked_tokens(len(ids), ratio), replace=False))
+    return _corrupt(ids, positions, mask_id, rng), positions
+
+
+def mask_words(
+    ids: NDArray[np.int64], ratio: float, mask_id: int, word_starts: NDArray[np.bool_], rng: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Corrupts a text for masked language modeling, word by word.
+
+    A word is a piece that starts one and the pieces up to the next start; EOS is a word, and so is the rest of a word
+    that a text begins with. Of all sets of whole words that are neither empty nor everything (a single word is taken),
+    one is drawn whose number of tokens is nearest to that of `mask_tokens`, the smaller of two equally near. Each token
+    of these words is then changed or kept as there, on its own.
+
+    Args:
+        ids: BOS, pieces, EOS, (n,) int64, n at least 2.
+        ratio: share of the tokens to be predicted.
+        mask_id: id of the mask token; the random pieces lie in [4, mask_id).
+        word_starts: which ids start a word, (vocab_size,) bool.
+        rng: where all draws come from.
+
+    Returns:
+        The corrupted ids, (n,) int64, and the positions to be predicted, ascending, (k,) int64.
+    """
+    assert len(ids) >= 2, "a text has BOS and EOS"
+    begins = word_starts[ids]
+    begins[1] = begins[-1] = True
+    starts = 1 + np.flatnonzero(begins[1:])
+    stops = np.append(starts[1:], len(ids))
+    order = rng.permutation(len(starts))
+    chosen = order[_choose_sizes((stops - starts)[order].tolist(), _num_masked_tokens(len(ids), ratio))]
+    positions = np.concatenate([np.arange(starts[word], stops[word]) for word in np.sort(chosen)])
+    return _corrupt(ids, positions, mask_id, rng), positions
+
+
+def _num_masked_tokens(length: int, ratio: float) -> int:
+    return max(1, min(round(length * ratio), length - 1))
+
+
+def _choose_sizes(sizes: list[int], target: int) -> list[int]:
+    """Numbers of the sizes, the first ones preferred, whose sum is the reachable one nearest to `target`.
+
+    Neither none nor, of several sizes, all of them. Bit s of a Python integer says that the sum s can be reached.
+    """
+    reachable = [1]  # with the last 0, 1, 2, ... sizes
+    for size in reversed(sizes):
+        reachable.append(reachable[-1] | reachable[-1] << size)
+    total = sum(sizes)
+    sums = [s for s in range(1, total + 1) if reachable[-1] >> s & 1 and (s < total or len(sizes) == 1)]
+    left = min(sums, key=lambda s: (abs(s - target), s))
+    chosen = []
+    for number, size in enumerate(sizes):
+        if size <= left and reachable[len(sizes) - 1 - number] >> (left - size) & 1:
+            chosen.append(number)
+            left -= size
+    return chosen
+
+
+def _corrupt(
+    ids: NDArray[np.int64], positions: NDArray[np.int64], mask_id: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Hides 80% of the positions, replaces 10% by random pieces and keeps 10%."""
+    fate = rng.random(len(positions))
+    pieces = rng.integers(FIRST_PIECE_ID, mask_id, len(positions))
     corrupted = ids.copy()
     corrupted[positions] = np.where(fate < 0.8, mask_id, np.where(fate < 0.9, pieces, ids[positions]))
-    return corrupted, positions
+    return corrupted
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TextMasking:
+    """How a stream masks its texts."""
+
+    ratio: float
+    """Share of a text's tokens to be predicted."""
+    mask_id: int
+    """Id of the mask token."""
+    word_starts: NDArray[np.bool_] | None
+    """Which ids start a word, to mask whole words; None masks tokens."""
+
+    def __call__(self, ids: NDArray[np.int64], rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Returns corrupted ids and the positions to be predicted, as `mask_tokens` and `mask_words` do."""
+        if self.word_starts is None:
+            return mask_tokens(ids, self.ratio, self.mask_id, rng)
+        return mask_words(ids, self.ratio, self.mask_id, self.word_starts, rng)

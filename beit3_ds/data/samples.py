@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from beit3_ds.config import RunConfig, SourceConfig
 from beit3_ds.data.augmentation import CenterViews, Views, build_augmentation
 from beit3_ds.data.image_source import BrokenRecord, ImageSource
-from beit3_ds.data.masking import block_mask, mask_tokens
+from beit3_ds.data.masking import TextMasking, block_mask
 from beit3_ds.data.packing import ImageSample, PairSample, Sample, TextSample
 from beit3_ds.data.randomness import sample_rng
 from beit3_ds.data.sources import Parts, check_no_file_twice, open_images
@@ -81,8 +81,8 @@ class PairSamples:
     """Turns captions into ids."""
     length: int
     """Tokens of a caption at most, BOS and EOS included; the rest is cut off."""
-    mask_ratio: float
-    """Share of a caption's tokens to be predicted."""
+    masking: TextMasking
+    """Hides tokens of the caption."""
 
     def __len__(self) -> int:
         """Samples of the source, broken ones included."""
@@ -100,7 +100,7 @@ class PairSamples:
         if not pieces:
             raise BrokenRecord(f"{name}: the caption holds nothing that the tokenizer keeps")
         ids = np.array([tokenizer.bos_id, *pieces, tokenizer.eos_id], dtype=np.int64)
-        caption = _masked_text(name, ids, self.mask_ratio, tokenizer.mask_id, key)
+        caption = _masked_text(name, ids, self.masking, key)
         return PairSample(image=self.images.prepare(index, key), caption=caption)
 
 
@@ -110,10 +110,8 @@ class TextSamples:
 
     sequences: TextSequences
     """The tokenised texts."""
-    mask_ratio: float
-    """Share of a text's tokens to be predicted."""
-    mask_id: int
-    """Id of the mask token."""
+    masking: TextMasking
+    """Hides tokens of the text."""
 
     def __len__(self) -> int:
         """Samples of the source."""
@@ -121,7 +119,7 @@ class TextSamples:
 
     def prepare(self, index: int, key: SampleKey) -> TextSample:
         """Draws the mask of sample `index` of the source by `key`."""
-        return _masked_text(self.sequences.name(index), self.sequences[index], self.mask_ratio, self.mask_id, key)
+        return _masked_text(self.sequences.name(index), self.sequences[index], self.masking, key)
 
 
 @dataclass(frozen=True)
@@ -185,9 +183,13 @@ def _build_samples(
     name: str, source: SourceConfig, config: RunConfig, tokenizer: TextTokenizer, views: Views
 ) -> ImageSamples | PairSamples | TextSamples:
     data = config.data
+    word_starts = tokenizer.word_starts() if data.text_masking == "whole_word" else None
     if name == "texts":
-        sequences = TextSequences([source.path], tokenizer, data.text_length)
-        return TextSamples(sequences=sequences, mask_ratio=data.text_mask_ratio, mask_id=tokenizer.mask_id)
+        sequences = TextSequences(
+            [source.path], tokenizer, data.text_length, data.prepared_dir, max_broken_lines=data.max_broken_records
+        )
+        masking = TextMasking(ratio=data.text_mask_ratio, mask_id=tokenizer.mask_id, word_starts=word_starts)
+        return TextSamples(sequences=sequences, masking=masking)
     images = ImageSamples(
         source=open_images(source, data.prepared_dir),
         views=views,
@@ -196,11 +198,10 @@ def _build_samples(
     )
     if name == "images":
         return images
-    return PairSamples(
-        images=images, tokenizer=tokenizer, length=data.pair_text_length, mask_ratio=data.pair_text_mask_ratio
-    )
+    masking = TextMasking(ratio=data.pair_text_mask_ratio, mask_id=tokenizer.mask_id, word_starts=word_starts)
+    return PairSamples(images=images, tokenizer=tokenizer, length=data.pair_text_length, masking=masking)
 
 
-def _masked_text(name: str, ids: NDArray[np.int64], ratio: float, mask_id: int, key: SampleKey) -> TextSample:
-    corrupted, positions = mask_tokens(ids, ratio, mask_id, key.rng("token mask"))
+def _masked_text(name: str, ids: NDArray[np.int64], masking: TextMasking, key: SampleKey) -> TextSample:
+    corrupted, positions = masking(ids, key.rng("token mask"))
     return TextSample(name=name, ids=corrupted, masked_positions=positions, target_ids=ids[positions])

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence, Sized
 from typing import Generic, TypeVar
 
-from beit3_ds.config import ConfigError, SourceConfig
+from beit3_ds.config import SourceConfig
 from beit3_ds.data.annotations import (
     read_coco_captions,
     read_conceptual_captions,
@@ -63,7 +63,7 @@ def open_images(source: SourceConfig, prepared_dir: str | None) -> ImageSource:
         prepared_dir: where `beit3 prepare index` wrote the indices of tars; None scans them.
 
     Raises:
-        ConfigError: for files that are missing or cannot be read, or a format of texts.
+        ConfigError: for files that are missing or cannot be read.
     """
     match image_format(source):
         case "tar":
@@ -82,4 +82,4 @@ def open_images(source: SourceConfig, prepared_dir: str | None) -> ImageSource:
         case "conceptual_12m":
             return read_conceptual_captions(source.path, source.images, "url_caption")
         case kind:
-            raise ConfigError(f"data: source '{source.path}' has the format {kind}, which holds no images.")
+            raise AssertionError(f"no reader for the format {kind}")

@@ -1,5 +1,6 @@
 """What the files of a run hold: numbers of samples, sizes, lengths and what is broken."""
 
+import math
 import os
 import re
 from collections import Counter
@@ -14,7 +15,7 @@ from beit3_ds.data.files import expand_patterns
 from beit3_ds.data.image_folder import printable
 from beit3_ds.data.image_source import BrokenRecord, ImageSource, Skipped
 from beit3_ds.data.sources import open_images
-from beit3_ds.data.texts import read_paragraphs
+from beit3_ds.data.text_files import BrokenLines, read_paragraphs, whole_file
 
 _PERCENTILES = (0, 10, 50, 90, 100)
 _REASON_LENGTH = 100
@@ -123,8 +124,10 @@ def _describe_texts(name: str, paths: list[str], max_examined: int) -> Iterator[
     num_bytes = sum(os.path.getsize(path) for path in paths)
     yield f"{name}: {len(paths):,} files of {num_bytes:,} bytes"
     each = -(-max_examined // len(paths))
-    paragraphs = [paragraph for path in paths for paragraph in islice(read_paragraphs(path), each)]
+    broken = BrokenLines(math.inf)
+    paragraphs = [line for path in paths for line in islice(read_paragraphs(whole_file(path), broken), each)]
     statistics = SourceStatistics(num_samples=0, num_examined=len(paragraphs), skipped={})
+    statistics.broken.update(line.split(": ", 1)[-1] for line in broken.lines)
     for paragraph in paragraphs:
         _add(statistics, {"paragraph characters": len(paragraph), "paragraph words": len(paragraph.split())})
     yield f"  {len(paragraphs):,} paragraphs examined"

@@ -13,17 +13,21 @@ from beit3_ds.data.files import expand_patterns
 from beit3_ds.data.randomness import sample_rng
 from beit3_ds.data.shards import BrokenRecord
 from beit3_ds.data.sources import Parts, open_images
-from beit3_ds.data.texts import read_paragraphs
+from beit3_ds.data.text_files import BrokenLines, read_paragraphs, whole_file
 
 
 def read_training_lines(config: DataConfig) -> Iterator[str]:
-    """Yields the paragraphs of the texts, then the captions of the pairs; broken captions are left out with a warning.
+    """Yields the paragraphs of the texts, then the captions of the pairs; broken ones are left out with a warning.
 
     Raises:
-        ConfigError: for a pattern without a match, or a file that cannot be read.
+        ConfigError: for a pattern without a match, a file that cannot be read, or more broken lines of text than
+            `max_broken_records`.
     """
+    broken = BrokenLines(config.max_broken_records)
     for path in expand_patterns([source.path for source in config.texts.train]):
-        yield from read_paragraphs(path)
+        yield from read_paragraphs(whole_file(path), broken)
+    for line in broken.lines:
+        warnings.warn(f"left out: {line}", stacklevel=2)
     for source in config.pairs.train:
         images = open_images(source, config.prepared_dir)
         for index in range(len(images)):

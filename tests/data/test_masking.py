@@ -1,11 +1,13 @@
 """Masks: exact counts, blocks, and BERT's proportions."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beit3_ds.data.masking import block_mask, mask_tokens
+from beit3_ds.data.masking import block_mask, mask_tokens, mask_words
 
 MASK_ID = 1001
 
@@ -87,3 +89,58 @@ def test_eighty_ten_ten() -> None:
     random_pieces = new[(new != MASK_ID) & (new != old)]
     # catches special ids, or the mask itself, among the random pieces
     assert (random_pieces.min(), random_pieces.max()) == (4, MASK_ID - 1)
+
+
+STARTS = np.arange(MASK_ID + 1) % 3 == 0  # every third piece starts a word
+
+
+def _words(ids: np.ndarray) -> list[list[int]]:
+    """Positions of each word, found one token at a time."""
+    words: list[list[int]] = []
+    for position in range(1, len(ids)):
+        if position in (1, len(ids) - 1) or STARTS[ids[position]]:
+            words.append([])
+        words[-1].append(position)
+    return words
+
+
+@settings(max_examples=200, deadline=None)
+@given(length=st.integers(2, 14), ratio=st.floats(0.01, 0.99), seed=st.integers(0, 2**32))
+def test_whole_words_are_as_near_to_the_ratio_as_can_be(length: int, ratio: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    ids = _ids(length, rng)
+    before = ids.copy()
+    corrupted, positions = mask_words(ids, ratio, MASK_ID, STARTS, rng)
+    words = _words(ids)
+    masked = set(positions.tolist())
+    assert all(masked.issuperset(word) or masked.isdisjoint(word) for word in words)  # catches a word cut in two
+    assert 0 not in masked
+    sums = {
+        sum(map(len, some)) for k in range(1, max(2, len(words))) for some in combinations(words, k)
+    }  # neither none nor all
+    target = max(1, min(round(length * ratio), length - 1))
+    assert len(positions) == min(sums, key=lambda s: (abs(s - target), s))
+    assert (np.diff(positions) > 0).all()
+    kept = np.delete(np.arange(length), positions)
+    assert np.array_equal(corrupted[kept], ids[kept])
+    assert np.array_equal(ids, before)
+
+
+def test_every_word_may_be_masked() -> None:
+    rng = np.random.default_rng(0)
+    ids = np.array([0, 6, 7, 9, 12, 13, 14, 15, 2])  # words of 2, 1, 3 and 1 tokens, and EOS
+    draws = [mask_words(ids, 0.4, MASK_ID, STARTS, rng)[1] for _ in range(3000)]
+    assert {len(positions) for positions in draws} == {4}
+    shares = np.bincount(np.concatenate(draws), minlength=len(ids)) / len(draws)
+    assert shares[0] == 0
+    assert (shares[1:] > 0.15).all()  # catches words that are always passed over
+    assert (shares[1:] < 0.85).all()
+
+
+def test_whole_words_share_the_fates_of_tokens() -> None:
+    rng = np.random.default_rng(0)
+    ids = np.array([0, *[500] * 20_000, 2])  # 500 % 3 is not 0: one word, and EOS
+    corrupted, positions = mask_words(ids, 0.99, MASK_ID, STARTS, rng)
+    new, old = corrupted[positions], ids[positions]
+    assert np.mean(new == MASK_ID) == pytest.approx(0.8, abs=0.015)  # catches one fate for a whole word
+    assert np.mean(new == old) == pytest.approx(0.1, abs=0.015)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from beit3_ds.config import ConfigError, TextTokenizerConfig
 from beit3_ds.tokenizers import TextTokenizer, train_text_tokenizer
@@ -79,7 +80,25 @@ def test_decode_inverts_encode_and_names_specials(tokenizer: TextTokenizer) -> N
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.decode([0, *ids, tokenizer.mask_id, 2]) == f"<s> {text}<mask></s>"
-    assert tokenizer.encode_batch([text, "fox"]) == [ids, tokenizer.encode("fox")]
+
+
+def test_a_batch_is_what_each_text_gives(tokenizer: TextTokenizer) -> None:
+    texts = ["seven wizards brew", "", "the ☃ fox"]
+    ids, lengths = tokenizer.encode_batch(texts)
+    expected = [tokenizer.encode(text) for text in texts]
+    assert ids.tolist() == [id_ for text in expected for id_ in text]  # catches <unk> shifted to <pad>
+    assert lengths.tolist() == [len(text) for text in expected]
+    assert tokenizer.encode_batch([])[0].tolist() == []
+
+
+def test_word_starts_are_the_pieces_after_a_space(tokenizer: TextTokenizer) -> None:
+    starts = tokenizer.word_starts()
+    assert starts.shape == (tokenizer.vocab_size,)
+    ids = tokenizer.encode("seven wizards brew")
+    assert starts[ids].sum() == 3  # catches the ids of SentencePiece, off by one
+    assert starts[ids[0]]
+    assert not starts[tokenizer.unk_id]
+    assert not starts[tokenizer.mask_id]
 
 
 @pytest.mark.parametrize("id_", [-1, VOCAB_SIZE + 2])
@@ -150,3 +169,27 @@ def test_another_numbering_of_the_specials_is_refused(tmp_path: Path) -> None:
     # Catches a shift of ids that are not where the shift expects them: every token would be wrong, silently.
     with pytest.raises(ConfigError, match=r"other\.spm numbers .* as \(1, 2, 3\)"):
         TextTokenizer(path)
+
+
+def test_a_model_of_64000_pieces_gets_the_released_ids(tmp_path: Path) -> None:
+    model = sentencepiece_model_pb2.ModelProto()
+    kinds = {"<unk>": 2, "<s>": 3, "</s>": 3}
+    pieces = [*kinds, "\u2581the", "\u2581fox", *(f"\u2581w{i}" for i in range(64_000 - 5))]
+    for score, piece in enumerate(pieces):
+        model.pieces.add(piece=piece, score=-float(score), type=kinds.get(piece, 1))
+    model.trainer_spec.vocab_size = len(pieces)
+    (tmp_path / "beit3.spm").write_bytes(model.SerializeToString())
+    tokenizer = TextTokenizer(tmp_path / "beit3.spm")
+    assert (tokenizer.mask_id, tokenizer.vocab_size) == (64001, 64002)
+    assert tokenizer.encode("the fox") == [4, 5]  # the first piece comes after <s>, <pad>, </s>, <unk>
+    assert tokenizer.piece(64000) == "\u2581w63994"
+
+
+def test_the_sample_is_drawn_from_the_whole_corpus(tmp_path: Path) -> None:
+    lines = [*(["the quick brown fox"] * 1000), *(["yellow moons beneath"] * 1000)]
+    sampled = TextTokenizerConfig(
+        path=str(tmp_path / "text.spm"), vocab_size=26, character_coverage=1.0, max_sentences=101
+    )
+    tokenizer = train_text_tokenizer(sampled, iter(lines))
+    # Catches a sample of the first lines, which have no "y", "m" or "l".
+    assert tokenizer.unk_id not in [*tokenizer.encode("quick fox"), *tokenizer.encode("yellow moons")]

@@ -1,0 +1,307 @@
+"""Token files: what `beit3 prepare texts` writes, and how training reads it without loading it.
+
+The tokens of a source file lie in one file for each of its pieces, named after the source and a digest of its path:
+
+    text.txt-5f0c9a3e11d2.000000000000.tokens     the piece that starts at byte 0
+    text.txt-5f0c9a3e11d2.000067108864.tokens     the next one
+    text.txt-5f0c9a3e11d2.length-128.borders      where the sequences of 128 tokens start, for all pieces together
+
+A `.tokens` file is all ids (uint16, or uint32 with more than 65536 of them), the tokens of each paragraph (uint32),
+and a footer; a `.borders` file is where sequences start, counted in tokens of the source, and the number of its tokens
+(int64), and a footer. A footer is JSON, its length (8 bytes) and `BEIT3TOK`; numbers are little-endian. A file is
+written aside and renamed, so one that is there is whole.
+"""
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from beit3_ds.config import ConfigError
+from beit3_ds.data.text_files import BrokenLines, TextPiece, read_paragraphs
+from beit3_ds.data.tokenisation import encode_paragraphs, sequence_starts, token_dtype
+from beit3_ds.tokenizers.text import TextTokenizer
+
+_MAGIC = b"BEIT3TOK"
+_VERSION = 1
+_SUFFIX = ".tokens"
+_COPY_NUMBERS = 1 << 18
+_REDO = "Run `beit3 prepare texts CONFIG.json`: it does what is missing or out of date and keeps the rest."
+
+
+class TokenPiece(NamedTuple):
+    """A token file and what its footer says."""
+
+    path: Path
+    """The file."""
+    dtype: str
+    """Type of the ids."""
+    num_tokens: int
+    """Ids in it."""
+    num_paragraphs: int
+    """Paragraphs in it."""
+    tokenizer: str
+    """Fingerprint of the tokenizer that made them."""
+    source: TextPiece
+    """What was read."""
+    source_size: int
+    """Bytes of the whole source file at that time."""
+    broken: tuple[str, ...]
+    """Lines that were left out: file, line number and reason."""
+
+    def tokens(self) -> NDArray[np.generic]:
+        """The ids, (num_tokens,), memory-mapped."""
+        return _map(self.path, self.dtype, 0, self.num_tokens)
+
+    def paragraph_lengths(self) -> NDArray[np.generic]:
+        """Tokens of each paragraph, (num_paragraphs,) uint32, memory-mapped."""
+        offset = _aligned(self.num_tokens * np.dtype(self.dtype).itemsize)
+        return _map(self.path, "<u4", offset, self.num_paragraphs)
+
+
+def token_path(folder: Path, piece: TextPiece) -> Path:
+    """Where the tokens of a piece lie. The digest of the path, as the config has it, parts sources of one name."""
+    return folder / f"{_stem(piece.path)}.{piece.start:012d}{_SUFFIX}"
+
+
+def write_tokens(folder: Path, piece: TextPiece, tokenizer: TextTokenizer, budget: int) -> TokenPiece:
+    """Tokenises a piece into its token file, in bounded memory.
+
+    Raises:
+        ConfigError: if the source cannot be read, or more than `budget` of its lines are broken.
+    """
+    path, broken = token_path(folder, piece), BrokenLines(budget)
+    dtype = token_dtype(tokenizer.vocab_size).newbyteorder("<")
+    num_tokens = num_paragraphs = 0
+    with _written_aside(path) as file, _written_aside(path.with_suffix(".lengths"), keep=False) as lengths_file:
+        for ids, lengths in encode_paragraphs(read_paragraphs(piece, broken), tokenizer):
+            file.write(ids.astype(dtype, copy=False).data)
+            lengths_file.write(lengths.astype("<u4").data)
+            num_tokens += len(ids)
+            num_paragraphs += len(lengths)
+        file.write(bytes(_aligned(file.tell()) - file.tell()))
+        lengths_file.seek(0)
+        while chunk := lengths_file.read(4 * _COPY_NUMBERS):
+            file.write(chunk)
+        footer = {
+            "dtype": dtype.str,
+            "num_tokens": num_tokens,
+            "num_paragraphs": num_paragraphs,
+            "tokenizer": tokenizer.fingerprint,
+            "source": piece,
+            "source_size": os.path.getsize(piece.path),
+            "broken": broken.lines,
+        }
+        _write_footer(file, footer)
+    return TokenPiece(path, **footer | {"broken": tuple(broken.lines)})  # type: ignore[arg-type]
+
+
+def read_token_piece(path: Path) -> TokenPiece:
+    """Reads the footer of a token file.
+
+    Raises:
+        ConfigError: if it is damaged.
+    """
+    footer = _read_footer(path)
+    return TokenPiece(path, **footer | {"source": TextPiece(*footer["source"]), "broken": tuple(footer["broken"])})
+
+
+def find_token_pieces(folder: Path, source: str, tokenizer: TextTokenizer) -> list[TokenPiece]:
+    """The token files of a source file, in the order of its bytes, checked to be all and up to date.
+
+    Raises:
+        ConfigError: naming the file that is missing, damaged, or older than the source or the tokenizer.
+    """
+    size, end = os.path.getsize(source), 0
+    pieces: list[TokenPiece] = []
+    for name in sorted(_names(folder, source)):
+        piece = read_token_piece(folder / name)
+        if piece.tokenizer != tokenizer.fingerprint:
+            raise ConfigError(f"data: {piece.path} was made with another text tokenizer. {_REDO}")
+        if piece.source_size != size:
+            raise ConfigError(
+                f"data: {piece.path} was made when {source} had {piece.source_size} bytes; now it has {size}. {_REDO}"
+            )
+        if piece.source.start == end:  # others are left from another cut of the file
+            pieces.append(piece)
+            end = piece.source.stop
+    if not pieces or end != size:
+        raise ConfigError(
+            f"data: {folder} holds no tokens of {source} from byte {end} of {size}; they are not prepared, or not all "
+            f"parts have ended. {_REDO}"
+        )
+    return pieces
+
+
+def remove_other_pieces(folder: Path, pieces: Sequence[TextPiece]) -> None:
+    """Deletes token files of a source that lie at other bytes than `pieces`, left from when it was larger."""
+    kept = {token_path(folder, piece).name for piece in pieces}
+    for name in _names(folder, pieces[0].path):
+        if name not in kept:
+            (folder / name).unlink(missing_ok=True)
+
+
+def write_borders(folder: Path, source: str, pieces: Sequence[TokenPiece], length: int) -> bool:
+    """Writes where the sequences of at most `length` tokens start, unless that is done; returns whether it was not."""
+    path = _borders_path(folder, source, length)
+    fingerprint = _fingerprint(pieces)
+    if path.exists() and _read_footer(path)["pieces"] == fingerprint:
+        return False
+    total = sum(piece.num_tokens for piece in pieces)
+    starts = chain(sequence_starts(_all_paragraph_lengths(pieces), length - 2), [total])
+    count = 0
+    with _written_aside(path) as file:
+        while len(block := np.fromiter(islice(starts, _COPY_NUMBERS), dtype="<i8")):
+            file.write(block.tobytes())
+            count += len(block)
+        _write_footer(file, {"count": count, "pieces": fingerprint})
+    return True
+
+
+class PreparedText:
+    """The sequences of one source file, read from its token files.
+
+    Nothing is loaded: ids and borders are mapped, so all processes of a machine share what the system has cached. A
+    pickled copy maps the files anew.
+    """
+
+    def __init__(self, folder: Path, source: str, tokenizer: TextTokenizer, length: int) -> None:
+        """Opens the files and reads their footers.
+
+        Args:
+            folder: where they lie.
+            source: the source file, as the config names it.
+            tokenizer: what they must have been made with.
+            length: tokens of a sequence at most, BOS and EOS included.
+
+        Raises:
+            ConfigError: naming the file that is missing, damaged or out of date.
+        """
+        self._pieces = find_token_pieces(folder, source, tokenizer)
+        self.broken = tuple(line for piece in self._pieces for line in piece.broken)
+        self._borders_path = _borders_path(folder, source, length)
+        if not self._borders_path.exists():
+            raise ConfigError(
+                f"data: {self._borders_path} is missing: {source} is tokenised, but not cut into sequences of "
+                f"data.text_length={length} tokens. {_REDO}"
+            )
+        footer = _read_footer(self._borders_path)
+        if footer["pieces"] != _fingerprint(self._pieces):
+            raise ConfigError(f"data: {self._borders_path} is older than the token files beside it. {_REDO}")
+        self._num_borders: int = footer["count"]
+        self._open_maps()
+
+    def __len__(self) -> int:
+        """Sequences in the source."""
+        return self._num_borders - 1
+
+    def ids(self, index: int) -> NDArray[np.generic]:
+        """The ids of a sequence, without BOS and EOS."""
+        start, stop = (int(border) for border in self._borders[index : index + 2])
+        parts = []
+        number = int(np.searchsorted(self._piece_starts, start, side="right")) - 1
+        while start < stop:
+            first = int(self._piece_starts[number])
+            part = self._tokens[number][start - first : stop - first]
+            parts.append(part)
+            start += len(part)
+            number += 1
+        return np.concatenate(parts)
+
+    def _open_maps(self) -> None:
+        self._borders = _map(self._borders_path, "<i8", 0, self._num_borders)
+        self._tokens = [piece.tokens() for piece in self._pieces]
+        self._piece_starts = np.cumsum([0, *(piece.num_tokens for piece in self._pieces)])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # NumPy would pickle a map as a copy of all it shows.
+        return {name: value for name, value in vars(self).items() if name not in ("_borders", "_tokens")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open_maps()
+
+
+def _stem(source: str) -> str:
+    return f"{Path(source).name}-{hashlib.blake2b(source.encode(), digest_size=6).hexdigest()}"
+
+
+def _names(folder: Path, source: str) -> list[str]:
+    """Names of the token files of a source."""
+    prefix = f"{_stem(source)}."
+    if not folder.is_dir():
+        return []
+    return [
+        entry.name for entry in os.scandir(folder) if entry.name.startswith(prefix) and entry.name.endswith(_SUFFIX)
+    ]
+
+
+def _borders_path(folder: Path, source: str, length: int) -> Path:
+    return folder / f"{_stem(source)}.length-{length}.borders"
+
+
+def _fingerprint(pieces: Sequence[TokenPiece]) -> str:
+    """Digest of what borders depend on: which tokens there are."""
+    facts = [(piece.tokenizer, piece.source.start, piece.num_tokens, piece.num_paragraphs) for piece in pieces]
+    return hashlib.blake2b(repr((_VERSION, facts)).encode(), digest_size=16).hexdigest()
+
+
+def _all_paragraph_lengths(pieces: Sequence[TokenPiece]) -> Iterator[int]:
+    for piece in pieces:
+        lengths = piece.paragraph_lengths()
+        for start in range(0, len(lengths), _COPY_NUMBERS):
+            yield from lengths[start : start + _COPY_NUMBERS].tolist()
+
+
+def _map(path: Path, dtype: str, offset: int, count: int) -> NDArray[np.generic]:
+    if count == 0:  # nothing cannot be mapped
+        return np.empty(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // 4) * 4
+
+
+@contextmanager
+def _written_aside(path: Path, keep: bool = True) -> Iterator[BinaryIO]:
+    """A new file that takes the name `path` when all is written, or none if `keep` is false or after an error."""
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w+b") as file:
+            yield file
+        if keep:
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_footer(file: BinaryIO, footer: dict[str, Any]) -> None:
+    data = json.dumps({"version": _VERSION, **footer}).encode()
+    file.write(data + len(data).to_bytes(8, "little") + _MAGIC)
+
+
+def _read_footer(path: Path) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - 16))
+            tail = file.read()
+            length = int.from_bytes(tail[:8], "little")
+            if tail[8:] != _MAGIC or length > end - 16:
+                raise ValueError("it has no footer")
+            file.seek(end - 16 - length)
+            footer = json.loads(file.read(length))
+            if footer.pop("version") != _VERSION:
+                raise ValueError(f"it was not written by version {_VERSION} of the format")
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"data: {path} cannot be read: {error}. Delete it. {_REDO}") from error
+    return dict(footer)
