@@ -42,7 +42,12 @@ def _build_parser() -> argparse.ArgumentParser:
             _train_text_tokenizer,
             "train the run's SentencePiece model on its texts and captions",
         ),
-        ("train-visual-tokenizer", _train_visual_tokenizer, "train the run's VQ-KD tokenizer on its images"),
+        (
+            "train-visual-tokenizer",
+            _train_visual_tokenizer,
+            "train the run's VQ-KD tokenizer on its images in one process, or go on; use the deepspeed launcher with "
+            "--module beit3_ds.train_visual_tokenizer for more ranks",
+        ),
         ("pretrain", _pretrain, "pretrain in one process, or resume; use the deepspeed launcher for more ranks"),
     ):
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
@@ -81,12 +86,11 @@ def _train_text_tokenizer(options: argparse.Namespace) -> int:
 
 def _train_visual_tokenizer(options: argparse.Namespace) -> int:
     from beit3_ds.config import load_run_config
-    from beit3_ds.data import TokenizerImages
-    from beit3_ds.training.visual_tokenizer import train_visual_tokenizer
 
-    config = load_run_config(options.config)
-    train_visual_tokenizer(config, TokenizerImages(config))
-    return 0
+    load_run_config(options.config)  # before the seconds that DeepSpeed takes to import
+    from beit3_ds.train_visual_tokenizer import main as train_main
+
+    return train_main([options.config])
 
 
 def _pretrain(options: argparse.Namespace) -> int:
