@@ -55,6 +55,13 @@ def _build_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         if name == "check":
             command.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks (default: 1)")
+    importing = commands.add_parser("import-visual-tokenizer", help="read a tokenizer that BEiT v2 released")
+    importing.add_argument("file", help="the released .pth file of VQ-KD")
+    importing.add_argument("out", help="the .safetensors file to write: tokenizers.visual.path of a run")
+    importing.add_argument(
+        "--image-size", type=int, metavar="PX", help="view of the tokenizer; 256 for a patch-14 model at 224 px"
+    )
+    importing.set_defaults(run=_import_visual_tokenizer)
     bench = commands.add_parser("bench", help="measure a choice that was made by measurement")
     benches = bench.add_subparsers(metavar="WHAT", required=True)
     attention = benches.add_parser("attention", help="ways to batch ragged sequences inside attention, on this device")
@@ -91,6 +98,16 @@ def _train_visual_tokenizer(options: argparse.Namespace) -> int:
     from beit3_ds.train_visual_tokenizer import main as train_main
 
     return train_main([options.config])
+
+
+def _import_visual_tokenizer(options: argparse.Namespace) -> int:
+    from beit3_ds.tokenizers import import_released_tokenizer, save_visual_tokenizer
+
+    tokenizer = import_released_tokenizer(options.file, options.out, image_size=options.image_size)
+    save_visual_tokenizer(options.out, tokenizer)
+    config = tokenizer.config
+    print(f"wrote {options.out}: {config.codebook_size} codes, {config.image_size} px / patch {config.patch_size}")
+    return 0
 
 
 def _pretrain(options: argparse.Namespace) -> int:

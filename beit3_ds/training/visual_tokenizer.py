@@ -25,7 +25,7 @@ from beit3_ds.training.tokenizer_checkpoint import TokenizerCheckpoint
 
 _ADAM_BETAS = (0.9, 0.99)
 _FINAL_LEARNING_RATE = 1e-5  # share of the peak
-_USAGE_IMAGES = 4096  # images over which the finished tokenizer's codes are counted, at most
+_USAGE_IMAGES = 1024  # images over which the finished tokenizer's codes are counted, at most
 _START_VECTORS_PER_CODE = 16  # BEiT v2's first batch has 512 * 196 / 8192 = 12
 
 
@@ -57,7 +57,7 @@ def train_visual_tokenizer(
         report: receives progress lines on the main rank.
 
     Returns:
-        The use of the finished tokenizer's codes over at most 4096 of the images.
+        The use of the finished tokenizer's codes over at most 1024 of the images.
 
     Raises:
         ConfigError: if there are no images, they are not of the configured size, `batch_size` does not divide over the
@@ -119,16 +119,15 @@ class _Training:
 
     def finish(self) -> CodeUsage:
         """Writes the tokenizer's file and counts its codes over training images."""
+        if _is_main(self.mesh):
+            save_visual_tokenizer(self.visual.path, self.tokenizer)
+            self.checkpoint.remove()
         num_batches = -(-min(_USAGE_IMAGES, _length(self.images)) // self.visual.batch_size)
         codes = (self.tokenizer.encode(pixels) for pixels in self._batches(0, num_batches))
         usage = measure_code_usage(codes, self.visual.codebook_size, self.mesh)
         if _is_main(self.mesh):
-            save_visual_tokenizer(self.visual.path, self.tokenizer)
-            self.checkpoint.remove()
             usage.warn_if_low("over the training images")
         self.report(f"visual tokenizer: wrote {self.visual.path}; {usage} over the training images")
-        if self.mesh is not None:
-            self.mesh.barrier()  # no rank reads the file before it is whole
         return usage
 
     def _update(self, step: int, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
