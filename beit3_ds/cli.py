@@ -55,6 +55,12 @@ def _build_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         if name == "check":
             command.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks (default: 1)")
+    show = commands.add_parser("show-codes", help="draw training images, their masks and their codes as colours")
+    show.add_argument("config", help="the run's JSON file, e.g. ds_configs/quickstart_cpu.json")
+    show.add_argument(
+        "--out", default="codes.png", metavar="FILE.png", help="the picture to write (default: codes.png)"
+    )
+    show.set_defaults(run=_show_codes)
     importing = commands.add_parser("import-visual-tokenizer", help="read a tokenizer that BEiT v2 released")
     importing.add_argument("file", help="the released .pth file of VQ-KD")
     importing.add_argument("out", help="the .safetensors file to write: tokenizers.visual.path of a run")
@@ -98,6 +104,19 @@ def _train_visual_tokenizer(options: argparse.Namespace) -> int:
     from beit3_ds.train_visual_tokenizer import main as train_main
 
     return train_main([options.config])
+
+
+def _show_codes(options: argparse.Namespace) -> int:
+    from beit3_ds.config import load_run_config
+    from beit3_ds.tokenizers import check_visual_tokenizer_fits, load_visual_tokenizer
+    from beit3_ds.training.code_picture import write_code_picture
+
+    config = load_run_config(options.config)
+    tokenizer = load_visual_tokenizer(config.tokenizers.visual.path)
+    check_visual_tokenizer_fits(tokenizer, config)
+    write_code_picture(config, tokenizer, options.out)
+    print(f"wrote {options.out}: views, masked views and codes; teacher: {tokenizer.teacher_description}")
+    return 0
 
 
 def _import_visual_tokenizer(options: argparse.Namespace) -> int:
