@@ -7,15 +7,18 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from beit3_ds.config import ConfigError, RunConfig, load_run_config
 from beit3_ds.data import TokenizerImages
+from beit3_ds.tokenizers import load_visual_tokenizer
+from beit3_ds.training.code_picture import write_code_picture
 from beit3_ds.training.engine import compute_device, init_process_group, rank_from_environment
 from beit3_ds.training.visual_tokenizer import train_visual_tokenizer
 
 
 def train(config: RunConfig) -> None:
-    """Trains to the end, going on from a checkpoint if there is one, and writes `tokenizers.visual.path`.
+    """Trains to the end, going on from a checkpoint if any; writes the tokenizer's file and, beside it, a picture.
 
     Raises:
         ConfigError: for a configuration, data file, teacher or checkpoint that cannot work.
@@ -23,6 +26,11 @@ def train(config: RunConfig) -> None:
     images = TokenizerImages(config)  # before a process group exists, so that one rank's error leaves none waiting
     mesh = init_process_group()
     train_visual_tokenizer(config, images, mesh=mesh, device=compute_device())
+    if mesh.is_main:
+        path = Path(config.tokenizers.visual.path)
+        picture = path.with_suffix(".png")
+        write_code_picture(config, load_visual_tokenizer(path), picture)
+        print(f"visual tokenizer: drew views, masked views and codes in {picture}", flush=True)
     mesh.close()
 
 

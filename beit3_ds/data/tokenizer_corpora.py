@@ -41,9 +41,9 @@ def read_training_lines(config: DataConfig) -> Iterator[str]:
 class TokenizerImages(Dataset[Tensor]):
     """Map-style dataset of the tokenizer's views of all training images, those of pairs included.
 
-    Its items are the positions of the training's order: the k images of step s stand at [s*k, (s+1)*k), whatever the
-    number of ranks. Every epoch holds each image once, in an order of its own and with a crop of its own. Crops, flips
-    and colors are those of the pretraining, so the tokenizer learns on what it will encode.
+    Its items are the positions of the training's endless order: the k images of step s stand at [s*k, (s+1)*k),
+    whatever the number of ranks. Every epoch holds each image once, in an order of its own and with a crop of its own.
+    Crops, flips and colors are those of the pretraining, so the tokenizer learns on what it will encode.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -60,11 +60,10 @@ class TokenizerImages(Dataset[Tensor]):
         self._shards = TarShards(paths)
         self._seed = config.training.seed
         self._augmentation = build_augmentation(config, config.data.flip_probability)
-        self._num_positions = config.tokenizers.visual.training_steps * config.tokenizers.visual.batch_size
 
     def __len__(self) -> int:
-        """Positions that the training visits."""
-        return self._num_positions
+        """Images of one epoch; positions go on beyond it."""
+        return len(self._shards)
 
     def __getitem__(self, position: int) -> Tensor:
         """Returns the view at a position, (3, image_size, image_size) float32 in [-1, 1].
@@ -72,11 +71,8 @@ class TokenizerImages(Dataset[Tensor]):
         In the place of a broken image stands the next one of the shards, with a warning.
 
         Raises:
-            IndexError: for a position outside [0, len).
             ConfigError: if no image can be read.
         """
-        if not 0 <= position < self._num_positions:
-            raise IndexError(f"position {position} of {self._num_positions}")
         count = len(self._shards)
         epochs, samples = samples_at(self._seed, _STREAM, np.array([position]), count)
         epoch, sample = int(epochs[0]), int(samples[0])

@@ -31,7 +31,7 @@ def write_code_picture(config: RunConfig, tokenizer: VisualTokenizer, path: str 
         ConfigError: if the training images cannot be read.
     """
     images = TokenizerImages(config)
-    views = torch.stack([images[position] for position in range(min(_NUM_IMAGES, len(images)))])
+    views = torch.stack([images[position] for position in range(_NUM_IMAGES)])
     grid_size = tokenizer.config.grid_size
     num_masked = round(config.data.image_mask_ratio * grid_size**2)
     rngs = [sample_rng(config.training.seed, "picture mask", index) for index in range(len(views))]

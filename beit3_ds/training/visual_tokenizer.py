@@ -50,8 +50,9 @@ def train_visual_tokenizer(
     Args:
         config: the run; `tokenizers.visual`, `training.seed`, `training.log_interval` and `data.num_workers` are read,
             and the train files, to know a checkpoint of other data.
-        images: a map-style dataset of (3, image_size, image_size) float32 views in [-1, 1], by position: step s takes
-            the positions [s * batch_size, (s + 1) * batch_size), of which each rank reads its part.
+        images: a map-style dataset of (3, image_size, image_size) float32 views in [-1, 1] by position in an endless
+            order, whose length is that of one epoch: step s takes the positions [s * batch_size, (s + 1) * batch_size),
+            of which each rank reads its part.
         mesh: the ranks that train together; None is this process alone.
         device: where this rank's networks run.
         report: receives progress lines on the main rank.
