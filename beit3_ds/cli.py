@@ -45,7 +45,12 @@ def _build_parser() -> argparse.ArgumentParser:
             _train_text_tokenizer,
             "train the run's SentencePiece model on its texts and captions",
         ),
-        ("train-visual-tokenizer", _train_visual_tokenizer, "train the run's VQ-KD tokenizer on its images"),
+        (
+            "train-visual-tokenizer",
+            _train_visual_tokenizer,
+            "train the run's VQ-KD tokenizer on its images in one process, or go on; use the deepspeed launcher with "
+            "--module beit3_ds.train_visual_tokenizer for more ranks",
+        ),
         ("pretrain", _pretrain, "pretrain in one process, or resume; use the deepspeed launcher for more ranks"),
     ):
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
@@ -53,6 +58,19 @@ def _build_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         if name == "check":
             command.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks (default: 1)")
+    show = commands.add_parser("show-codes", help="draw training images, their masks and their codes as colours")
+    show.add_argument("config", help="the run's JSON file, e.g. ds_configs/quickstart_cpu.json")
+    show.add_argument(
+        "--out", default="codes.png", metavar="FILE.png", help="the picture to write (default: codes.png)"
+    )
+    show.set_defaults(run=_show_codes)
+    importing = commands.add_parser("import-visual-tokenizer", help="read a tokenizer that BEiT v2 released")
+    importing.add_argument("file", help="the released .pth file of VQ-KD")
+    importing.add_argument("out", help="the .safetensors file to write: tokenizers.visual.path of a run")
+    importing.add_argument(
+        "--image-size", type=int, metavar="PX", help="view of the tokenizer; 256 for a patch-14 model at 224 px"
+    )
+    importing.set_defaults(run=_import_visual_tokenizer)
     prepare = commands.add_parser("prepare", help="index, count and look at the files of a run, once before it")
     prepared = prepare.add_subparsers(metavar="WHAT", required=True)
     _add_prepare_index(prepared)
@@ -129,11 +147,33 @@ def _train_text_tokenizer(options: argparse.Namespace) -> int:
 
 def _train_visual_tokenizer(options: argparse.Namespace) -> int:
     from beit3_ds.config import load_run_config
-    from beit3_ds.data import TokenizerImages
-    from beit3_ds.training.visual_tokenizer import train_visual_tokenizer
+
+    load_run_config(options.config)  # before the seconds that DeepSpeed takes to import
+    from beit3_ds.train_visual_tokenizer import main as train_main
+
+    return train_main([options.config])
+
+
+def _show_codes(options: argparse.Namespace) -> int:
+    from beit3_ds.config import load_run_config
+    from beit3_ds.tokenizers import check_visual_tokenizer_fits, load_visual_tokenizer
+    from beit3_ds.training.code_picture import write_code_picture
 
     config = load_run_config(options.config)
-    train_visual_tokenizer(config, TokenizerImages(config))
+    tokenizer = load_visual_tokenizer(config.tokenizers.visual.path)
+    check_visual_tokenizer_fits(tokenizer, config)
+    write_code_picture(config, tokenizer, options.out)
+    print(f"wrote {options.out}: views, masked views and codes; teacher: {tokenizer.teacher_description}")
+    return 0
+
+
+def _import_visual_tokenizer(options: argparse.Namespace) -> int:
+    from beit3_ds.tokenizers import import_released_tokenizer, save_visual_tokenizer
+
+    tokenizer = import_released_tokenizer(options.file, options.out, image_size=options.image_size)
+    save_visual_tokenizer(options.out, tokenizer)
+    config = tokenizer.config
+    print(f"wrote {options.out}: {config.codebook_size} codes, {config.image_size} px / patch {config.patch_size}")
     return 0
 
 

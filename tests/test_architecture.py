@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# A new arrow is a reviewed change. Only the entry points (pretrain, cli) may import everything.
+# A new arrow is a reviewed change. Only the entry points may import everything.
 ARROWS: dict[str, set[str]] = {
     "kernels": set(),
     "config": set(),
@@ -21,7 +21,7 @@ ARROWS: dict[str, set[str]] = {
     "benchmarks": {"batch", "config", "data", "kernels", "model", "parallel", "pipeline", "tokenizers", "training"},
     "sample_data": set(),
 }
-ENTRY_POINTS = {"pretrain", "cli", "__init__"}
+ENTRY_POINTS = {"pretrain", "train_visual_tokenizer", "cli", "__init__"}
 MAY_IMPORT_DEEPSPEED = {"training", "pipeline", "checkpoint"}
 
 FILE_LINES, FUNCTION_LINES = 400, 60

@@ -1,17 +1,11 @@
 """Configuration: frozen dataclasses and the strict loading of one JSON file a run."""
 
-from beit3_ds.config.data import (
-    DataConfig,
-    SourceConfig,
-    StreamConfig,
-    TextTokenizerConfig,
-    TokenizersConfig,
-    VisualTokenizerConfig,
-)
+from beit3_ds.config.data import DataConfig, SourceConfig, StreamConfig, TextTokenizerConfig, TokenizersConfig
 from beit3_ds.config.model import MODEL_SIZES, ModelConfig
 from beit3_ds.config.run import MicroBatchSize, RunConfig, build_run_config, load_run_config
 from beit3_ds.config.strict import ConfigError
 from beit3_ds.config.training import LossWeights, TrainingConfig
+from beit3_ds.config.visual_tokenizer import VisualTokenizerConfig
 
 __all__ = [
     "MODEL_SIZES",

@@ -1,9 +1,10 @@
-"""The three data streams, masking, augmentation, and the two tokenizers."""
+"""The three data streams, masking, augmentation, and the text tokenizer."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from beit3_ds.config.strict import ConfigError, check_range
+from beit3_ds.config.visual_tokenizer import VisualTokenizerConfig
 
 ImageFormat = Literal["tar", "folder", "coco", "visual_genome", "sbu", "conceptual_captions", "conceptual_12m"]
 """How the images of a source lie on disk."""
@@ -162,76 +163,6 @@ class TextTokenizerConfig:
         check_range("tokenizers.text.vocab_size", self.vocab_size, 8)
         check_range("tokenizers.text.character_coverage", self.character_coverage, 0.9, 1)
         check_range("tokenizers.text.max_sentences", self.max_sentences, 101)
-
-
-@dataclass(frozen=True, kw_only=True)
-class VisualTokenizerConfig:
-    """VQ-KD tokenizer of BEiT v2 (Peng et al., 2022, arXiv:2208.06366), and how it is trained."""
-
-    path: str
-    """The .safetensors file, read by pretraining and written by `beit3 train-visual-tokenizer`."""
-    image_size: int = 224
-    """Pixels on a side of the tokenizer's view. image_size / patch_size must give the model's grid: a patch-14 model
-    at 224 px (16 x 16) goes with a patch-16 tokenizer at 256 px."""
-    patch_size: int = 16
-    """Pixels on a side of one code."""
-    hidden_size: int = 768
-    """Width of encoder and decoder."""
-    num_layers: int = 12
-    """Encoder blocks."""
-    decoder_layers: int = 3
-    """Decoder blocks (BEiT v2 recommends 3). 0 reconstructs every patch from its own code alone: a short training then
-    gives the better codes, for what attention could add from the other patches must be in the code."""
-    num_attention_heads: int = 12
-    """Attention heads of both."""
-    codebook_size: int = 8192
-    """Codes; it must equal model.visual_vocab_size."""
-    codebook_dim: int = 32
-    """Width of a code."""
-    ema_decay: float = 0.99
-    """Decay of the codebook's moving averages."""
-    commitment_weight: float = 1.0
-    """Weight beta of the commitment loss."""
-    teacher: Literal["oriented_gradients"] = "oriented_gradients"
-    """Whose features are reconstructed. `oriented_gradients`: histograms of gradients and colours computed from the
-    image itself, so that nothing is downloaded."""
-    training_steps: int = 250_000
-    """Optimizer steps (BEiT v2: 100 ImageNet epochs at batch 512)."""
-    batch_size: int = 512
-    """Images a step."""
-    learning_rate: float = 5e-5
-    """Peak learning rate of AdamW (0.9, 0.99)."""
-    weight_decay: float = 1e-4
-    """Weight decay."""
-    warmup_steps: int = 25_000
-    """Linear warmup, then cosine to 1e-5 of the peak."""
-    continuous_steps: int = 0
-    """First steps in which the decoder sees the encoder's vectors themselves; then k-means starts the codebook. 0 is
-    BEiT v2's way. A short training needs some: the encoder changes so fast at first that it leaves its codes behind."""
-
-    @property
-    def grid_size(self) -> int:
-        """Codes on a side of an image."""
-        return self.image_size // self.patch_size
-
-    def __post_init__(self) -> None:
-        for name in ("patch_size", "hidden_size", "num_layers", "num_attention_heads", "batch_size"):
-            check_range(f"tokenizers.visual.{name}", getattr(self, name), 1)
-        check_range("tokenizers.visual.decoder_layers", self.decoder_layers, 0)
-        if not 0 <= self.continuous_steps < self.training_steps:
-            raise ConfigError(
-                f"tokenizers.visual: continuous_steps={self.continuous_steps} must lie between 0 and "
-                f"training_steps - 1 = {self.training_steps - 1}: the codebook needs steps of its own."
-            )
-        if self.image_size % self.patch_size:
-            raise ConfigError(
-                f"tokenizers.visual: patch_size={self.patch_size} does not divide image_size={self.image_size}."
-            )
-        if self.hidden_size % self.num_attention_heads:
-            raise ConfigError(
-                f"tokenizers.visual: num_attention_heads={self.num_attention_heads} does not divide "
-                f"hidden_size={self.hidden_size}."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,19 +1,25 @@
 """What the two tokenizers learn from: the training files of a run."""
 
 import dataclasses
+import multiprocessing
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+import numpy as np
+import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from beit3_ds.config import ConfigError, DataConfig, RunConfig
 from beit3_ds.data.augmentation import build_augmentation
 from beit3_ds.data.files import expand_patterns
+from beit3_ds.data.order import samples_at
 from beit3_ds.data.randomness import sample_rng
 from beit3_ds.data.shards import BrokenRecord
 from beit3_ds.data.sources import Parts, open_images
 from beit3_ds.data.text_files import BrokenLines, read_paragraphs, whole_file
+
+_STREAM = "visual tokenizer"  # its own order, whatever the streams of the pretraining
 
 
 def read_training_lines(config: DataConfig) -> Iterator[str]:
@@ -40,9 +46,9 @@ def read_training_lines(config: DataConfig) -> Iterator[str]:
 class TokenizerImages(Dataset[Tensor]):
     """Map-style dataset of the tokenizer's views of all training images, those of pairs included.
 
-    It has one item for every view that the training draws: item i is a view of image i % n with a crop of its own, so
-    that the images come again but the crops do not. Crops, flips and colors are those of the pretraining, so the
-    tokenizer learns on what it will encode.
+    Its items are the positions of the training's endless order: the k images of step s stand at [s*k, (s+1)*k),
+    whatever the number of ranks. Every epoch holds each image once, in an order of its own and with a crop of its own.
+    Crops, flips and colors are those of the pretraining, so the tokenizer learns on what it will encode.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -59,29 +65,57 @@ class TokenizerImages(Dataset[Tensor]):
         self._images = Parts([open_images(source, config.data.prepared_dir) for source in unweighted])
         self._seed = config.training.seed
         self._augmentation = build_augmentation(config, config.data.flip_probability)
-        self._num_views = config.tokenizers.visual.training_steps * config.tokenizers.visual.batch_size
 
     def __len__(self) -> int:
-        """Views that the training draws."""
-        return self._num_views
+        """Images of one epoch; positions go on beyond it."""
+        return len(self._images)
 
-    def __getitem__(self, item: int) -> Tensor:
-        """Returns one view, (3, image_size, image_size) float32 in [-1, 1].
+    def __getitem__(self, position: int) -> Tensor:
+        """Returns the view at a position, (3, image_size, image_size) float32 in [-1, 1].
 
-        In the place of a broken image, the next one is shown, with a warning.
+        In the place of a broken image stands the next one, with a warning.
 
         Raises:
-            IndexError: for an item outside [0, len).
             ConfigError: if no image can be read.
         """
-        if not 0 <= item < self._num_views:
-            raise IndexError(f"view {item} of {self._num_views}")
-        for index in range(item, item + len(self._images)):
+        count = len(self._images)
+        epochs, samples = samples_at(self._seed, (_STREAM,), np.array([position]), count)
+        epoch, sample = int(epochs[0]), int(samples[0])
+        for index in range(sample, sample + count):
             try:
-                source, number = self._images.locate(index % len(self._images))
+                source, number = self._images.locate(index % count)
                 image = source.image(number)
             except BrokenRecord as error:
                 warnings.warn(f"left out: {error}", stacklevel=2)
             else:
-                return self._augmentation(image, sample_rng(self._seed, "tokenizer view", item))[1]
-        raise ConfigError(f"data: none of the {len(self._images)} training images can be read.")
+                return self._augmentation(image, sample_rng(self._seed, "tokenizer view", epoch, sample))[1]
+        raise ConfigError(f"data: none of the {count} training images can be read.")
+
+
+def build_view_loader(images: Dataset[Tensor], batches: Iterable[range], num_workers: int) -> DataLoader[Tensor]:
+    """Reads the views at the positions of each batch, in order: (positions, 3, S, S) float32 each.
+
+    Workers import the program's main module anew, which must start under `if __name__ == "__main__"`.
+
+    Args:
+        images: views by position.
+        batches: positions of one batch each; read once.
+        num_workers: processes that read ahead; 0 reads in this one.
+    """
+    if num_workers == 0:
+        return DataLoader(images, batch_sampler=batches)  # type: ignore[arg-type]  # any iterable of indices will do
+    # Plain fork would copy the locks of threads that exist by now.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
+    return DataLoader(
+        images,
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=num_workers,
+        worker_init_fn=_use_one_thread,
+        multiprocessing_context=context,
+    )
+
+
+def _use_one_thread(worker: int) -> None:
+    """Keeps workers from fighting with the training process for its cores."""
+    torch.set_num_threads(1)

@@ -65,7 +65,7 @@ class Quantizer(nn.Module):
             scalar: mean squared distance of `vectors` from their fixed codes; the codes (...) int64.
         """
         if self.training and not self.started:
-            self.start(_gather(vectors.detach().flatten(0, -2), group))
+            self.start(vectors.detach().flatten(0, -2)[None], group)
         codes = self.nearest(vectors.detach())
         quantized = F.embedding(codes, self.weight)
         commitment = F.mse_loss(vectors, quantized)
@@ -74,8 +74,17 @@ class Quantizer(nn.Module):
         return vectors + (quantized - vectors).detach(), commitment, codes
 
     @torch.no_grad()
-    def start(self, vectors_MC: Tensor) -> None:
-        """Sets the codebook to the centres of a cosine k-means of the vectors, the same on every rank."""
+    def start(self, vectors: Tensor, group: dist.ProcessGroup | None = None) -> None:
+        """Sets the codebook to the centres of a cosine k-means of the vectors of all ranks, the same on every rank.
+
+        Communicates: all-gathers the vectors, so that each rank draws and moves the centres by itself.
+
+        Args:
+            vectors: (batches, rows, C) float32 of length 1; the same number on every rank. Batch by batch the ranks'
+                rows are joined in rank order: the codebook does not depend on how many ranks share the batches.
+            group: ranks that hold parts of the batches; None is this process alone.
+        """
+        vectors_MC = torch.cat([_gather(rows, group) for rows in vectors])
         centers_VC = _draw_centers(vectors_MC, self.weight.shape[0])
         for _ in range(_START_ROUNDS):
             codes_M = _nearest(vectors_MC, centers_VC)
@@ -98,8 +107,9 @@ class Quantizer(nn.Module):
 
 
 def _nearest(vectors_MC: Tensor, codebook_VC: Tensor) -> Tensor:
-    # Among unit vectors the nearest is the one with the largest inner product.
-    return torch.cat([(rows @ codebook_VC.T).argmax(-1) for rows in vectors_MC.split(_ROWS_AT_ONCE)])
+    # Among unit vectors the nearest is the one with the largest inner product. Never in bfloat16: near ties decide.
+    with torch.autocast(vectors_MC.device.type, enabled=False):
+        return torch.cat([(rows @ codebook_VC.T).argmax(-1) for rows in vectors_MC.split(_ROWS_AT_ONCE)])
 
 
 def _mean_directions(

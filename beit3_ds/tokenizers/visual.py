@@ -18,12 +18,9 @@ from torch import Tensor, nn
 from beit3_ds.config import ConfigError, RunConfig, VisualTokenizerConfig
 from beit3_ds.config.strict import load_section
 from beit3_ds.tokenizers.quantizer import Quantizer
+from beit3_ds.tokenizers.teacher import describe_teacher
 from beit3_ds.tokenizers.vit import VisionTransformer, initialize_linear_layers
 
-TEACHER_DESCRIPTIONS = {
-    "oriented_gradients": "histograms of oriented gradients and colours, computed from the image itself: a hand-made "
-    "descriptor, not a pretrained network such as BEiT v2's CLIP"
-}
 _METADATA_KEY = "beit3_ds.visual_tokenizer"
 
 
@@ -54,7 +51,7 @@ class VisualTokenizer(nn.Module):
     @property
     def teacher_description(self) -> str:
         """Whose features gave the codes their meaning, for reports."""
-        return TEACHER_DESCRIPTIONS[self.config.teacher]
+        return describe_teacher(self.config)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -89,7 +86,9 @@ class VisualTokenizer(nn.Module):
         reconstruction_BNE: Tensor = self.decode_task_layer(self.decoder(vector_map))
         return reconstruction_BNE
 
-    def forward(self, pixels: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, pixels: Tensor, group: dist.ProcessGroup | None = None, *, quantized: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Reconstructs the teacher's features from the codes; in training mode the codebook learns.
 
         Communicates what `Quantizer.forward` does.
@@ -97,11 +96,16 @@ class VisualTokenizer(nn.Module):
         Args:
             pixels: (B, 3, image_size, image_size) float in [-1, 1].
             group: ranks that hold parts of one batch; None is this process alone.
+            quantized: False reconstructs from the encoder's own vectors and leaves the codebook alone.
 
         Returns:
-            The reconstruction (B, N, E); the commitment loss, a float32 scalar; the codes (B, N) int64.
+            The reconstruction (B, N, E); the commitment loss, a float32 scalar; the codes (B, N) int64. Without
+            quantization the loss is 0 and the codes are None.
         """
-        quantized_BNC, commitment, codes_BN = self.quantize(self.project(pixels), group)
+        vectors_BNC = self.project(pixels)
+        if not quantized:
+            return self.decode(vectors_BNC), vectors_BNC.new_zeros(()), None
+        quantized_BNC, commitment, codes_BN = self.quantize(vectors_BNC, group)
         return self.decode(quantized_BNC), commitment, codes_BN
 
 
@@ -114,6 +118,7 @@ def save_visual_tokenizer(path: str | Path, tokenizer: VisualTokenizer) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     description = {"config": dataclasses.asdict(tokenizer.config), "teacher_width": tokenizer.teacher_width}
+    description["teacher"] = tokenizer.teacher_description
     save_model(tokenizer, str(temporary), metadata={_METADATA_KEY: json.dumps(description)})
     temporary.replace(path)
 

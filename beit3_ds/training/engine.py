@@ -37,6 +37,8 @@ def init_process_group() -> Mesh:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     _describe_single_process()
     deepspeed.init_distributed(verbose=False)
+    # DeepSpeed's engine would do this, but too late for what is put on the rank's device before there is an engine.
+    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
     return build_mesh()
 
 

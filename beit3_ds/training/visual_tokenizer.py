@@ -1,155 +1,213 @@
-"""Training of the visual tokenizer: reconstruct a teacher's features from codes (BEiT v2, sec. 2.2 and 3.1)."""
+"""Training of the visual tokenizer: reconstruct a teacher's features from codes (BEiT v2, sec. 2.2 and 3.1).
+
+Ranks are joined by torch's DistributedDataParallel instead of DeepSpeed's engine: a tokenizer of base size has 107M
+parameters, which fit every device whole, and the DeepSpeed keys of the JSON file describe the pretraining.
+"""
 
 import math
 import time
-import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import Dataset
 
 from beit3_ds.config import ConfigError, RunConfig, VisualTokenizerConfig
-from beit3_ds.tokenizers import OrientedGradients, VisualTokenizer, save_visual_tokenizer
+from beit3_ds.data import build_view_loader
+from beit3_ds.parallel import Mesh
+from beit3_ds.tokenizers import VisualTokenizer, build_teacher, save_visual_tokenizer
+from beit3_ds.training.code_usage import CodeCounter, CodeUsage, measure_code_usage
+from beit3_ds.training.tokenizer_checkpoint import TokenizerCheckpoint
 
 _ADAM_BETAS = (0.9, 0.99)
 _FINAL_LEARNING_RATE = 1e-5  # share of the peak
-_USAGE_IMAGES = 4096  # images over which the finished tokenizer's codes are counted, at most
+_USAGE_IMAGES = 1024  # images over which the finished tokenizer's codes are counted, at most
 _START_VECTORS_PER_CODE = 16  # BEiT v2's first batch has 512 * 196 / 8192 = 12
-_LOW_USAGE = 0.5  # BEiT v2 reports 97 to 100% on ImageNet; below a half the codebook has collapsed or is too large
-
-
-@dataclass(frozen=True, kw_only=True)
-class CodeUsage:
-    """How evenly codes are used over some images."""
-
-    num_codes: int
-    """Codes that occur at least once."""
-    codebook_size: int
-    """Codes there are."""
-    perplexity: float
-    """exp(entropy) of the codes' frequencies: between 1 and `codebook_size`."""
-
-    def __str__(self) -> str:
-        return f"{self.num_codes} of {self.codebook_size} codes used, perplexity {self.perplexity:.0f}"
-
-
-def measure_code_usage(batches: Iterable[Tensor], codebook_size: int) -> CodeUsage:
-    """Counts codes over batches of any shape, int64 in [0, codebook_size)."""
-    counts = torch.zeros(codebook_size, dtype=torch.float64)
-    for codes in batches:
-        counts += torch.bincount(codes.flatten(), minlength=codebook_size).cpu()
-    shares = counts[counts > 0] / counts.sum()
-    perplexity = math.exp(-(shares * shares.log()).sum().item())
-    return CodeUsage(num_codes=len(shares), codebook_size=codebook_size, perplexity=perplexity)
 
 
 def train_visual_tokenizer(
     config: RunConfig,
     images: Dataset[Tensor],
     *,
+    mesh: Mesh | None = None,
     device: str | torch.device = "cpu",
     report: Callable[[str], None] = print,
 ) -> CodeUsage:
-    """Trains the tokenizer of `config.tokenizers.visual` in this process and writes its file.
+    """Trains the tokenizer of `config.tokenizers.visual` and writes its file, going on from a checkpoint if any.
 
     Loss: mean of 1 - cos(reconstruction, teacher's features without their mean) over all patches, plus
     `commitment_weight` times the commitment loss. In the first `continuous_steps` the decoder sees the encoder's own
     vectors; then k-means starts the codebook.
 
+    The result depends on the seed and, but for rounding, not on the number of ranks; a resumed training repeats an
+    unbroken one bit for bit where all-reduce does. Communicates, each step: the gradients' mean, the codebook's
+    statistics.
+
     Args:
-        config: the run; `tokenizers.visual`, `training.seed`, `training.log_interval` and `data.num_workers` are read.
-        images: a map-style dataset of (3, image_size, image_size) float32 views in [-1, 1]. Its indices are shuffled
-            anew whenever all have been drawn, so views that differ between epochs are indices of their own.
-        device: where the networks run.
-        report: receives progress lines.
+        config: the run; `tokenizers.visual`, `training.seed`, `training.log_interval` and `data.num_workers` are read,
+            and the train files, to know a checkpoint of other data.
+        images: a map-style dataset of (3, image_size, image_size) float32 views in [-1, 1] by position in an endless
+            order, whose length is that of one epoch: step s takes the positions [s * batch_size, (s + 1) * batch_size),
+            of which each rank reads its part.
+        mesh: the ranks that train together; None is this process alone.
+        device: where this rank's networks run.
+        report: receives progress lines on the main rank.
 
     Returns:
-        The use of the finished tokenizer's codes over at most 4096 of the images.
+        The use of the finished tokenizer's codes over at most 1024 of the images.
 
     Raises:
-        ConfigError: if there are no images, or they are not of the configured size.
+        ConfigError: if there are no images, they are not of the configured size, `batch_size` does not divide over the
+            ranks, or a checkpoint is of another recipe.
     """
-    visual = config.tokenizers.visual
-    _check_images(images, visual.image_size)
-    teacher = OrientedGradients(visual.patch_size)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.training.seed)
-        tokenizer = VisualTokenizer(visual, teacher.width).to(device).train()
-    optimizer, schedule = _build_optimizer(tokenizer)
-    progress = _Progress(visual, report)
-    start_views = [view.to(device) for view in _build_loader(config, images, num_samples=_num_start_images(visual))]
-    # Without its mean, which white backgrounds rule, a constant reconstruction scores 0 instead of most of the cosine.
-    center = torch.cat([teacher(pixels) for pixels in start_views]).mean(dim=(0, 1))
-    batches = _build_loader(config, images, num_samples=visual.training_steps * visual.batch_size)
-    for step, pixels in enumerate(batches, start=1):
-        if step == visual.continuous_steps + 1:
-            _start_codebook(tokenizer, start_views)
-        pixels = pixels.to(device)
-        reconstruction, commitment, codes = _reconstruct(tokenizer, pixels)
-        cosine = F.cosine_similarity(reconstruction.float(), teacher(pixels) - center, dim=-1).mean()
-        loss = 1 - cosine + visual.commitment_weight * commitment
-        optimizer.zero_grad()
+    training = _Training(config, images, mesh, torch.device(device), report if _is_main(mesh) else _silent)
+    training.run()
+    return training.finish()
+
+
+class _Training:
+    """The parts of one training and its loop."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        images: Dataset[Tensor],
+        mesh: Mesh | None,
+        device: torch.device,
+        report: Callable[[str], None],
+    ) -> None:
+        visual = config.tokenizers.visual
+        _check_images(images, visual.image_size)
+        _check_batch_size(visual.batch_size, mesh)
+        self.config, self.visual, self.images = config, visual, images
+        self.mesh, self.device, self.report = mesh, device, report
+        self.group = None if mesh is None else mesh.data_parallel_group
+        self.teacher = build_teacher(visual, device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.training.seed)
+            self.tokenizer = VisualTokenizer(visual, self.teacher.width).to(device).train()
+        self.optimizer = build_tokenizer_optimizer(self.tokenizer)
+        self.network = _join_ranks(self.tokenizer, self.group)
+        self.checkpoint = TokenizerCheckpoint(config)
+        restored = self.checkpoint.load(self.tokenizer, self.optimizer)
+        self.first_step = 0 if restored is None else restored[0]
+        self.center = self._mean_features() if restored is None else restored[1].to(device)
+        if restored is not None:
+            report(f"visual tokenizer: goes on from {self.checkpoint.path} after step {self.first_step}")
+
+    def run(self) -> None:
+        """Does the steps that are left, with progress lines and checkpoints."""
+        visual, log_interval = self.visual, self.config.training.log_interval
+        progress = _Progress(visual, self.first_step, self.report)
+        counter = CodeCounter(visual.codebook_size, self.device)
+        for step, pixels in enumerate(self._batches(self.first_step, visual.training_steps), start=self.first_step):
+            if step == visual.continuous_steps:
+                self._start_codebook()
+            losses, codes = self._update(step, pixels)
+            if codes is not None:
+                counter.add(codes)
+            done = step + 1
+            if done == 1 or done % log_interval == 0 or done == visual.training_steps:
+                usage = None if codes is None else counter.usage(self.mesh)
+                progress.show(done, self._mean_over_ranks(losses), usage)
+                counter = CodeCounter(visual.codebook_size, self.device)
+            if done % visual.save_interval == 0 and done < visual.training_steps and _is_main(self.mesh):
+                self.checkpoint.save(done, self.tokenizer, self.optimizer, self.center)
+
+    def finish(self) -> CodeUsage:
+        """Writes the tokenizer's file and counts its codes over training images."""
+        if _is_main(self.mesh):
+            save_visual_tokenizer(self.visual.path, self.tokenizer)
+            self.checkpoint.remove()
+        num_batches = -(-min(_USAGE_IMAGES, _length(self.images)) // self.visual.batch_size)
+        codes = (self.tokenizer.encode(pixels) for pixels in self._batches(0, num_batches))
+        usage = measure_code_usage(codes, self.visual.codebook_size, self.mesh)
+        if _is_main(self.mesh):
+            usage.warn_if_low("over the training images")
+        self.report(f"visual tokenizer: wrote {self.visual.path}; {usage} over the training images")
+        return usage
+
+    def _update(self, step: int, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """One optimizer step; returns this rank's loss and cosine, (2,), and its codes, None before there are any."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = tokenizer_learning_rate(self.visual, step)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.visual.bf16):
+            quantized = step >= self.visual.continuous_steps
+            reconstruction, commitment, codes = self.network(pixels, self.group, quantized=quantized)
+            target = self.teacher(pixels) - self.center
+        cosine = F.cosine_similarity(reconstruction.float(), target, dim=-1).mean()
+        loss = 1 - cosine + self.visual.commitment_weight * commitment
+        self.optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step == 1 or step % config.training.log_interval == 0 or step == visual.training_steps:
-            usage = None if codes is None else measure_code_usage([codes], visual.codebook_size)
-            progress.show(step, loss.item(), cosine.item(), usage)
-    save_visual_tokenizer(visual.path, tokenizer)
-    views = _build_loader(config, images, num_samples=min(_USAGE_IMAGES, _length(images)))
-    usage = measure_code_usage((tokenizer.encode(pixels.to(device)) for pixels in views), visual.codebook_size)
-    report(f"visual tokenizer: wrote {visual.path}; {usage} over the training images")
-    _warn_if_collapsed(usage)
-    return usage
+        self.optimizer.step()
+        return torch.stack([loss.detach(), cosine.detach()]), codes
+
+    def _batches(self, first_step: int, last_step: int) -> Iterator[Tensor]:
+        """This rank's part of the batches of steps [first_step, last_step), on its device."""
+        rank, size = (0, 1) if self.mesh is None else (self.mesh.data_parallel_rank, self.mesh.data_parallel_size)
+        share = self.visual.batch_size // size
+        starts = (step * self.visual.batch_size + rank * share for step in range(first_step, last_step))
+        loader = build_view_loader(
+            self.images, (range(start, start + share) for start in starts), self.config.data.num_workers
+        )
+        return (pixels.to(self.device, non_blocking=True) for pixels in loader)
+
+    def _start_batches(self) -> Iterator[Tensor]:
+        """Batches with enough patches to start the codebook: one, or more where a batch is small."""
+        patches = self.visual.batch_size * self.visual.grid_size**2
+        return self._batches(0, -(-_START_VECTORS_PER_CODE * self.visual.codebook_size // patches))
+
+    def _mean_features(self) -> Tensor:
+        """Mean of the teacher's features, (E,): without it, which white backgrounds rule, a constant reconstruction
+        would score most of the cosine."""
+        means = torch.stack([self.teacher(pixels).mean(dim=(0, 1)) for pixels in self._start_batches()])
+        return self._mean_over_ranks(means.mean(dim=0))
+
+    @torch.no_grad()
+    def _start_codebook(self) -> None:
+        vectors = [self.tokenizer.project(pixels).flatten(0, 1) for pixels in self._start_batches()]
+        self.tokenizer.quantize.start(torch.stack(vectors), self.group)
+
+    def _mean_over_ranks(self, values: Tensor) -> Tensor:
+        return values if self.mesh is None else self.mesh.sum_over_data(values) / self.mesh.data_parallel_size
 
 
-def _reconstruct(tokenizer: VisualTokenizer, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Reconstruction, commitment loss and codes; before the codebook has started, from vectors that have no code."""
-    if tokenizer.quantize.started:
-        reconstruction, commitment, codes = tokenizer(pixels)
-        return reconstruction, commitment, codes
-    return tokenizer.decode(tokenizer.project(pixels)), pixels.new_zeros(()), None
-
-
-def _num_start_images(visual: VisualTokenizerConfig) -> int:
-    """Images whose vectors start the codebook: a batch, or more where a small batch has too few vectors a code."""
-    return max(visual.batch_size, -(-_START_VECTORS_PER_CODE * visual.codebook_size // visual.grid_size**2))
-
-
-@torch.no_grad()
-def _start_codebook(tokenizer: VisualTokenizer, views: list[Tensor]) -> None:
-    vectors = torch.cat([tokenizer.project(pixels) for pixels in views])
-    tokenizer.quantize.start(vectors.flatten(0, 1))
-
-
-def _build_optimizer(tokenizer: VisualTokenizer) -> tuple[AdamW, LambdaLR]:
-    """AdamW without decay on biases, norms, positions and class tokens; linear warmup, then cosine."""
-    visual = tokenizer.config
+def build_tokenizer_optimizer(tokenizer: VisualTokenizer) -> AdamW:
+    """AdamW without decay on biases, norms, positions and class tokens."""
     named = list(tokenizer.named_parameters())
     decayed = [p for name, p in named if p.ndim > 1 and not name.endswith(("pos_embed", "cls_token"))]
     others = [p for name, p in named if p.ndim <= 1 or name.endswith(("pos_embed", "cls_token"))]
-    groups = [{"params": decayed, "weight_decay": visual.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = AdamW(groups, lr=visual.learning_rate, betas=_ADAM_BETAS)
-
-    def factor(step: int) -> float:
-        if step < visual.warmup_steps:
-            return (step + 1) / visual.warmup_steps
-        done = (step - visual.warmup_steps) / max(1, visual.training_steps - visual.warmup_steps)
-        return _FINAL_LEARNING_RATE + (1 - _FINAL_LEARNING_RATE) * (1 + math.cos(math.pi * done)) / 2
-
-    return optimizer, LambdaLR(optimizer, factor)
+    weight_decay = tokenizer.config.weight_decay
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return AdamW(groups, lr=tokenizer.config.learning_rate, betas=_ADAM_BETAS)
 
 
-def _build_loader(config: RunConfig, images: Dataset[Tensor], num_samples: int) -> DataLoader[Tensor]:
-    """Batches of `num_samples` views: permutation after permutation of the dataset, seeded by the run."""
-    generator = torch.Generator().manual_seed(config.training.seed)
-    sampler = RandomSampler(images, num_samples=num_samples, generator=generator)  # type: ignore[arg-type]
-    return DataLoader(images, config.tokenizers.visual.batch_size, sampler=sampler, num_workers=config.data.num_workers)
+def tokenizer_learning_rate(visual: VisualTokenizerConfig, step: int) -> float:
+    """The learning rate of `step` (from 0): linear warmup, then cosine to 1e-5 of the peak."""
+    if step < visual.warmup_steps:
+        return visual.learning_rate * (step + 1) / visual.warmup_steps
+    done = (step - visual.warmup_steps) / max(1, visual.training_steps - visual.warmup_steps)
+    cosine = (1 + math.cos(math.pi * done)) / 2
+    return visual.learning_rate * (_FINAL_LEARNING_RATE + (1 - _FINAL_LEARNING_RATE) * cosine)
+
+
+def _join_ranks(tokenizer: VisualTokenizer, group: dist.ProcessGroup | None) -> nn.Module:
+    """Averages gradients over the ranks. Buffers stay: the codebook moves by sums over all ranks, alike on each."""
+    if group is None or dist.get_world_size(group) == 1:
+        return tokenizer
+    return DistributedDataParallel(tokenizer, process_group=group, forward_sync_buffers=False)
+
+
+def _is_main(mesh: Mesh | None) -> bool:
+    return mesh is None or mesh.is_main
+
+
+def _silent(line: str) -> None:
+    """Reports nothing: one rank's lines are enough."""
 
 
 def _length(images: Dataset[Tensor]) -> int:
@@ -167,30 +225,33 @@ def _check_images(images: Dataset[Tensor], image_size: int) -> None:
         )
 
 
+def _check_batch_size(batch_size: int, mesh: Mesh | None) -> None:
+    size = 1 if mesh is None else mesh.data_parallel_size
+    if batch_size % size:
+        below, above = batch_size // size * size, -(-batch_size // size) * size
+        raise ConfigError(
+            f"tokenizers.visual: batch_size={batch_size} does not divide over {size} ranks. Use "
+            f"{f'{below} or {above}' if below else above}, or another number of ranks."
+        )
+
+
 class _Progress:
     """Writes one line of figures for every logged step."""
 
-    def __init__(self, visual: VisualTokenizerConfig, report: Callable[[str], None]) -> None:
-        self._visual = visual
-        self._report = report
+    def __init__(self, visual: VisualTokenizerConfig, first_step: int, report: Callable[[str], None]) -> None:
+        self._visual, self._first_step, self._report = visual, first_step, report
         self._start = time.perf_counter()
+        self._warned = False
 
-    def show(self, step: int, loss: float, cosine: float, usage: CodeUsage | None) -> None:
-        """Reports a step; `usage` is that of its batch, None before there are codes."""
-        seconds = time.perf_counter() - self._start
-        rate = step * self._visual.batch_size / seconds
-        left = seconds / step * (self._visual.training_steps - step)
+    def show(self, step: int, losses: Tensor, usage: CodeUsage | None) -> None:
+        """Reports a step: `losses` are loss and cosine; `usage` is that since the last report, None without codes."""
+        loss, cosine = losses.tolist()
+        steps, seconds = step - self._first_step, time.perf_counter() - self._start
+        left = seconds / steps * (self._visual.training_steps - step)
         self._report(
             f"visual tokenizer: step {step}/{self._visual.training_steps}  loss {loss:.4f}  cosine {cosine:.4f}  "
-            f"{usage or 'no codes yet'}  {rate:.0f} images/s  {left:.0f} s left"
+            f"{usage or 'no codes yet'}  {steps * self._visual.batch_size / seconds:.0f} images/s  {left:.0f} s left"
         )
-
-
-def _warn_if_collapsed(usage: CodeUsage) -> None:
-    if usage.num_codes < _LOW_USAGE * usage.codebook_size:
-        warnings.warn(
-            f"visual tokenizer: only {usage}: most of the MIM head would learn nothing. Use a smaller codebook_size "
-            f"(with model.visual_vocab_size), more varied images, a lower learning_rate, or more "
-            f"continuous_steps before the codebook starts.",
-            stacklevel=3,
-        )
+        if usage is not None and usage.is_low and not self._warned:
+            self._warned = True
+            usage.warn_if_low(f"at step {step}")

@@ -1,12 +1,14 @@
 """The tokenizers' corpora: all of the training files, broken records left out."""
 
+import io
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from beit3_ds.config import ConfigError
-from beit3_ds.data.tokenizer_corpora import TokenizerImages, read_training_lines
+from beit3_ds.data.tokenizer_corpora import TokenizerImages, build_view_loader, read_training_lines
 from tests.data.conftest import BuildConfig, WriteTar
 
 
@@ -21,20 +23,46 @@ def test_lines_are_texts_then_captions(
 
 
 def test_views_are_the_tokenizers_and_never_the_same(build_config: BuildConfig) -> None:
-    images = TokenizerImages(build_config())
-    views = [images[i] for i in (0, 1, 35, 70)]  # 35 images: 22 and the 13 of pairs
+    images = TokenizerImages(build_config(data={"min_crop_scale": 0.2}))
+    views = [images[i] for i in range(70)]  # 35 images: 22 and the 13 of pairs, twice
     assert all(view.shape == (3, 64, 64) and view.dtype == torch.float32 for view in views)
-    assert torch.equal(images[35], views[2])
-    # catches one crop for all epochs
-    assert not torch.equal(views[0], views[2])
-    assert not torch.equal(views[2], views[3])
+    assert torch.equal(images[35], views[35])
+    for i in range(70):
+        assert not any(torch.equal(views[i], views[j]) for j in range(i)), i  # catches one crop for all epochs
+
+
+def test_every_epoch_shows_each_image_once_in_an_order_of_its_own(
+    build_config: BuildConfig, tmp_path: Path, write_tar: WriteTar
+) -> None:
+    shades = {f"{shade}.png": flat_png(shade) for shade in range(0, 250, 10)}
+    shard = write_tar(tmp_path / "shades.tar", shades)
+    config = build_config(files={"images": shard, "pairs": shard}, data={"color_jitter": 0})
+    images = TokenizerImages(config)
+    shown = [round(float((images[i].mean() + 1) * 127.5)) for i in range(50)]
+    assert sorted(shown[:25]) == sorted(shown[25:]) == list(range(0, 250, 10))
+    assert shown[:25] != shown[25:]
+
+
+def flat_png(shade: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 40), (shade, shade, shade)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_batches_come_in_order(build_config: BuildConfig, num_workers: int) -> None:
+    images = TokenizerImages(build_config())
+    loaded = list(build_view_loader(images, (range(start, start + 2) for start in (4, 0, 8)), num_workers))
+    assert [len(batch) for batch in loaded] == [2, 2, 2]
+    for start, batch in zip((4, 0, 8), loaded, strict=True):
+        assert torch.equal(batch, torch.stack([images[start], images[start + 1]]))
 
 
 def test_broken_images_are_replaced(build_config: BuildConfig, tmp_path: Path, write_tar: WriteTar, png: bytes) -> None:
     shard = write_tar(tmp_path / "s.tar", {"bad.png": b"no image", "good.png": png})
     images = TokenizerImages(build_config(files={"images": shard, "pairs": shard}))  # one shard for both: counted once
     with pytest.warns(UserWarning, match=r"s\.tar:bad"):
-        assert images[0].shape == (3, 64, 64)
+        assert [images[position].shape for position in range(2)] == [(3, 64, 64)] * 2
     broken = write_tar(tmp_path / "broken.tar", {"bad.png": b"no image"})
     with (
         pytest.raises(ConfigError, match="none of the 1 training images"),  # catches a search without an end

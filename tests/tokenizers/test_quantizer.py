@@ -98,3 +98,11 @@ def test_rows_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = quantizer.nearest(vectors)
     monkeypatch.setattr("beit3_ds.tokenizers.quantizer._ROWS_AT_ONCE", 7)
     assert torch.equal(quantizer.nearest(vectors), whole)  # catches a lost last part
+
+
+def test_codes_do_not_depend_on_autocast() -> None:
+    quantizer = started_quantizer(unit_vectors(600, 8)).eval()
+    vectors = unit_vectors(2000, 8, seed=1)
+    codes = quantizer.nearest(vectors)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quantizer.nearest(vectors), codes)  # catches similarities in bfloat16: near ties flip

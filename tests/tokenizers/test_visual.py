@@ -117,7 +117,7 @@ def test_a_tokenizer_of_another_shape_is_refused(run: RunConfig) -> None:
     fitting = VisualTokenizer(run.tokenizers.visual, TEACHER_WIDTH)
     check_visual_tokenizer_fits(fitting, run)
     more_codes = dataclasses.replace(run.tokenizers.visual, codebook_size=600)
-    with pytest.raises(ConfigError, match=r"has 600 codes, model\.visual_vocab_size is 512"):
+    with pytest.raises(ConfigError, match=r"has 600 codes, model\.visual_vocab_size is 256"):
         check_visual_tokenizer_fits(VisualTokenizer(more_codes, TEACHER_WIDTH), run)
     larger_view = dataclasses.replace(run.tokenizers.visual, image_size=128)
     with pytest.raises(ConfigError, match=r"trained on 128 px / patch 8 \(a grid of 16\)"):

