@@ -51,15 +51,16 @@ def build_run(config: RunConfig, text_tokenizer: TextTokenizer) -> tuple[Run, It
     Raises:
         ConfigError: as `pretrain`.
     """
-    rank, world_size = rank_from_environment(), world_size_from_environment()
+    data_parallel_size = config.parallel.data_parallel_size(world_size_from_environment())
+    data_parallel_rank = rank_from_environment() // config.parallel.tensor_parallel_size
     visual_tokenizer = load_visual_tokenizer(config.tokenizers.visual.path)
     check_visual_tokenizer_fits(visual_tokenizer, config)
-    dataset = StepDataset(config, text_tokenizer, rank, world_size)
-    heldout = build_heldout_batches(config, text_tokenizer, rank, world_size)
+    dataset = StepDataset(config, text_tokenizer, data_parallel_rank, data_parallel_size)
+    heldout = build_heldout_batches(config, text_tokenizer, data_parallel_rank, data_parallel_size)
 
-    mesh = init_process_group()
+    mesh = init_process_group(config.parallel)
     device = compute_device()
-    engine = build_engine(config, build_model(config), mesh)
+    engine = build_engine(config, build_model(config, mesh.tensor), mesh)
     output = Path(config.training.output_dir)
     store = CheckpointStore(output / "checkpoints", config.training.keep_checkpoints, mesh)
     history = History(output / "metrics.jsonl")

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from beit3_ds.config import ConfigError, RunConfig, load_run_config
+from beit3_ds.config import ConfigError, ParallelConfig, RunConfig, load_run_config
 from beit3_ds.data import TokenizerImages
 from beit3_ds.tokenizers import load_visual_tokenizer
 from beit3_ds.training.code_picture import write_code_picture
@@ -24,7 +24,7 @@ def train(config: RunConfig) -> None:
         ConfigError: for a configuration, data file, teacher or checkpoint that cannot work.
     """
     images = TokenizerImages(config)  # before a process group exists, so that one rank's error leaves none waiting
-    mesh = init_process_group()
+    mesh = init_process_group(ParallelConfig())  # the tokenizer is small: every rank is data-parallel
     train_visual_tokenizer(config, images, mesh=mesh, device=compute_device())
     if mesh.is_main:
         path = Path(config.tokenizers.visual.path)

@@ -26,13 +26,14 @@ def multiway_linear(x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], bia
     """Applies each expert's linear layer to its own rows, writing into one output without copies.
 
     Computes y[start:stop] = x[start:stop] @ w_FD.T + b_F for every expert. An expert without rows gets zero gradients,
-    so every parameter takes part in every call.
+    so every parameter takes part in every call. Without biases the result is a partial one, to be summed over the ranks
+    that hold other columns of x before `multiway_bias` adds them once.
 
     Args:
         x_TD: packed rows.
         slices: row range of each expert; together they cover [0, T) in order.
         weights: one (F, D) matrix an expert, of x's dtype; saved for the backward pass as they are.
-        biases: one (F,) vector an expert.
+        biases: one (F,) vector an expert; empty for none.
 
     Returns:
         y_TF, of x's dtype.
@@ -40,16 +41,30 @@ def multiway_linear(x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], bia
     return _MultiwayLinear.apply(x_TD, tuple(slices), *weights, *biases)
 
 
+def multiway_bias(y_TF: Tensor, slices: Slices, biases: Sequence[Tensor]) -> Tensor:
+    """Adds each expert's bias to its own rows, in place: y[start:stop] += b_F.
+
+    Args:
+        y_TF: rows that nothing else needs unchanged.
+        slices: row range of each expert; together they cover [0, T) in order.
+        biases: one (F,) vector an expert.
+    """
+    return _MultiwayBias.apply(y_TF, tuple(slices), *biases)
+
+
 class _MultiwayLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, slices: Slices, *parameters: Tensor) -> Tensor:
-        weights, biases = parameters[: len(slices)], parameters[len(slices) :]
+        weights, biases = parameters[: len(slices)], parameters[len(slices) :] or (None,) * len(slices)
         y_TF = x_TD.new_empty(x_TD.shape[0], weights[0].shape[0])
         for (start, stop), w_FD, b_F in zip(slices, weights, biases, strict=True):
-            torch.addmm(b_F, x_TD[start:stop], w_FD.t(), out=y_TF[start:stop])
+            if b_F is None:
+                torch.mm(x_TD[start:stop], w_FD.t(), out=y_TF[start:stop])
+            else:
+                torch.addmm(b_F, x_TD[start:stop], w_FD.t(), out=y_TF[start:stop])
         # The parameters themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
         ctx.save_for_backward(x_TD, *weights)
-        ctx.slices = slices
+        ctx.slices, ctx.has_biases = slices, len(parameters) > len(slices)
         return y_TF
 
     @staticmethod
@@ -63,5 +78,21 @@ class _MultiwayLinear(torch.autograd.Function):
             dy_slice = dy_TF[start:stop]
             torch.mm(dy_slice, w_FD, out=dx_TD[start:stop])
             d_weights.append(dy_slice.t() @ x_TD[start:stop])
-            d_biases.append(dy_slice.sum(0))
+            if ctx.has_biases:
+                d_biases.append(dy_slice.sum(0))
         return (dx_TD, None, *d_weights, *d_biases)
+
+
+class _MultiwayBias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_TF: Tensor, slices: Slices, *biases: Tensor) -> Tensor:
+        for (start, stop), b_F in zip(slices, biases, strict=True):
+            y_TF[start:stop].add_(b_F)
+        ctx.mark_dirty(y_TF)
+        ctx.slices = slices
+        return y_TF
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TF: Tensor) -> tuple[Tensor | None, ...]:
+        return (dy_TF, None, *(dy_TF[start:stop].sum(0) for start, stop in ctx.slices))

@@ -11,7 +11,7 @@ ARROWS: dict[str, set[str]] = {
     "kernels": set(),
     "config": set(),
     "batch": set(),
-    "parallel": {"config"},
+    "parallel": {"config", "kernels"},
     "tokenizers": {"config", "parallel"},
     "data": {"batch", "config", "tokenizers"},
     "model": {"batch", "config", "kernels", "parallel"},

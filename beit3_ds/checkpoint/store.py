@@ -40,7 +40,7 @@ class CheckpointStore:
         engine.save_checkpoint(str(aside), tag=_TAG, client_state={"step": step}, save_latest=False)
         self.mesh.barrier()
         if self.mesh.is_main:
-            _write_manifest(aside, step, self.mesh.data_parallel_size)
+            _write_manifest(aside, step, _layout(self.mesh))
             shutil.rmtree(target, ignore_errors=True)
             aside.rename(target)
             _sync_folder(self.root)
@@ -65,13 +65,13 @@ class CheckpointStore:
             The number of updates that the checkpoint holds, which is the step to go on with.
 
         Raises:
-            ConfigError: if it was saved by another number of ranks.
+            ConfigError: if it was saved by another layout of ranks.
         """
         manifest = json.loads((folder / _MANIFEST).read_text())
-        if manifest["data_parallel_size"] != self.mesh.data_parallel_size:
+        if manifest["layout"] != _layout(self.mesh):
             raise ConfigError(
-                f"checkpoint {folder} was saved by {manifest['data_parallel_size']} ranks and cannot be resumed on "
-                f"{self.mesh.data_parallel_size}. Use as many ranks, or another training.output_dir."
+                f"checkpoint {folder} was saved by {manifest['layout']} and cannot be resumed on {_layout(self.mesh)}. "
+                f"Use the same ranks and parallel.tensor_parallel_size, or another training.output_dir."
             )
         engine.load_checkpoint(str(folder), tag=_TAG)
         return int(manifest["step"])
@@ -82,11 +82,15 @@ class CheckpointStore:
             shutil.rmtree(folder)
 
 
-def _write_manifest(folder: Path, step: int, data_parallel_size: int) -> None:
+def _layout(mesh: Mesh) -> str:
+    return f"{mesh.data_parallel_size} data-parallel x {mesh.tensor.size} tensor-parallel ranks"
+
+
+def _write_manifest(folder: Path, step: int, layout: str) -> None:
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     for name in files:
         _sync_file(folder / name)
-    manifest = {"step": step, "data_parallel_size": data_parallel_size, "files": files}
+    manifest = {"step": step, "layout": layout, "files": files}
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1))
     _sync_file(folder / _MANIFEST)
     _sync_folder(folder)

@@ -2,6 +2,7 @@
 
 from beit3_ds.config.data import DataConfig, SourceConfig, StreamConfig, TextTokenizerConfig, TokenizersConfig
 from beit3_ds.config.model import MODEL_SIZES, ModelConfig
+from beit3_ds.config.parallel import ParallelConfig
 from beit3_ds.config.run import MicroBatchSize, RunConfig, build_run_config, load_run_config
 from beit3_ds.config.strict import ConfigError
 from beit3_ds.config.training import LossWeights, TrainingConfig
@@ -14,6 +15,7 @@ __all__ = [
     "LossWeights",
     "MicroBatchSize",
     "ModelConfig",
+    "ParallelConfig",
     "RunConfig",
     "SourceConfig",
     "StreamConfig",

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from beit3_ds.config.data import DataConfig, TokenizersConfig
 from beit3_ds.config.deepspeed import OWN_SECTION, check_deepspeed_keys, engine_config
 from beit3_ds.config.model import ModelConfig, load_model_section
+from beit3_ds.config.parallel import ParallelConfig
 from beit3_ds.config.strict import ConfigError, check_known_keys, check_range, load_section
 from beit3_ds.config.training import TrainingConfig
 
@@ -29,6 +30,7 @@ class RunConfig:
     data: DataConfig
     tokenizers: TokenizersConfig
     training: TrainingConfig
+    parallel: ParallelConfig
     gradient_accumulation_steps: int
     """Micro-batches of one rank in one optimizer step."""
     deepspeed: Mapping[str, Any]
@@ -90,7 +92,7 @@ def build_run_config(mapping: Any) -> RunConfig:
     if not isinstance(own, Mapping):
         raise ConfigError(f"{OWN_SECTION}: expected a JSON object, got {type(own).__name__}.")
     sections = ("model", "data", "tokenizers", "training")
-    check_known_keys(own, sections, OWN_SECTION)
+    check_known_keys(own, (*sections, "parallel"), OWN_SECTION)
     for section in sections:
         if section not in own:
             raise ConfigError(f"{OWN_SECTION}: the section '{section}' is missing.")
@@ -103,6 +105,7 @@ def build_run_config(mapping: Any) -> RunConfig:
         data=load_section(DataConfig, own["data"], f"{OWN_SECTION}.data"),
         tokenizers=load_section(TokenizersConfig, own["tokenizers"], f"{OWN_SECTION}.tokenizers"),
         training=load_section(TrainingConfig, own["training"], f"{OWN_SECTION}.training"),
+        parallel=load_section(ParallelConfig, own.get("parallel", {}), f"{OWN_SECTION}.parallel"),
         gradient_accumulation_steps=accumulation,
         deepspeed={key: value for key, value in mapping.items() if key != OWN_SECTION},
     )
@@ -140,6 +143,7 @@ def check_batch_sizes(config: RunConfig, data_parallel_size: int) -> None:
 
 def _check_sections_agree(config: RunConfig) -> None:
     model, data, visual = config.model, config.data, config.tokenizers.visual
+    config.parallel.check_model(model)
     if config.samples_per_step == 0:
         raise ConfigError("data: samples_per_step is 0 for all three streams; nothing would be trained.")
     if visual.grid_size != model.grid_size:

@@ -7,7 +7,13 @@ from torch import Tensor, nn
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ModelConfig
 from beit3_ds.kernels.packed_attention import packed_attention
-from beit3_ds.model.multiway import MultiwayLayerNorm, MultiwayLinear
+from beit3_ds.model.multiway import (
+    ColumnParallelMultiwayLinear,
+    MultiwayLayerNorm,
+    RowParallelMultiwayLinear,
+    SplitMultiwayLayerNorm,
+)
+from beit3_ds.parallel import TensorParallel
 
 
 class MultiwayAttention(nn.Module):
@@ -16,25 +22,28 @@ class MultiwayAttention(nn.Module):
     In the `shared` layout one set of weights serves all rows; in the `decoupled` layout vision and language rows have
     their own projections and norms and meet only in the softmax. With `sub_layernorm` the merged heads are normalised
     before the output projection (Magneto, arXiv:2210.06423).
+
+    The tensor-parallel ranks divide the heads. They all-reduce T * D elements each way, and two floats a row for a
+    sub-LN.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, tensor: TensorParallel) -> None:
         super().__init__()
-        hidden, experts = config.hidden_size, config.attention_experts
-        self.experts, self.num_heads = experts, config.num_attention_heads
-        self.norm = MultiwayLayerNorm(hidden, config.layer_norm_epsilon, experts)
-        self.q_proj = MultiwayLinear(hidden, hidden, experts)
-        self.k_proj = MultiwayLinear(hidden, hidden, experts)
-        self.v_proj = MultiwayLinear(hidden, hidden, experts)
-        self.sub_norm = MultiwayLayerNorm(hidden, config.layer_norm_epsilon, experts) if config.sub_layernorm else None
-        self.out_proj = MultiwayLinear(hidden, hidden, experts)
+        hidden, experts, epsilon = config.hidden_size, config.attention_experts, config.layer_norm_epsilon
+        self.experts, self.head_size, self.tensor = experts, config.head_size, tensor
+        self.norm = MultiwayLayerNorm(hidden, epsilon, experts)
+        self.q_proj = ColumnParallelMultiwayLinear(hidden, hidden, experts, tensor)
+        self.k_proj = ColumnParallelMultiwayLinear(hidden, hidden, experts, tensor)
+        self.v_proj = ColumnParallelMultiwayLinear(hidden, hidden, experts, tensor)
+        self.sub_norm = SplitMultiwayLayerNorm(hidden, epsilon, experts, tensor) if config.sub_layernorm else None
+        self.out_proj = RowParallelMultiwayLinear(hidden, hidden, experts, tensor)
 
     def forward(self, x_TD: Tensor, batch: PackedBatch) -> Tensor:
         """Returns the branch's output (T, D), without the residual."""
         routes = batch.routes(self.experts)
-        h_TD = self.norm(x_TD, routes)
+        h_TD = self.tensor.copy_in(self.norm(x_TD, routes))
         q_THK, k_THK, v_THK = (
-            proj(h_TD, batch).unflatten(1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(h_TD, batch).unflatten(1, (-1, self.head_size)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         y_TD = packed_attention(q_THK, k_THK, v_THK, batch.sequence_ranges).flatten(1)
         if self.sub_norm is not None:

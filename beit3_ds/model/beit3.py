@@ -13,6 +13,7 @@ from beit3_ds.config import ModelConfig
 from beit3_ds.model.block import Block
 from beit3_ds.model.embeddings import Embeddings
 from beit3_ds.model.heads import Heads
+from beit3_ds.parallel import TensorParallel
 
 
 class LossOutput(NamedTuple):
@@ -41,19 +42,23 @@ class BEiT3(nn.Module):
     until `initialize_parameters`.
     """
 
-    def __init__(self, config: ModelConfig, activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, tensor: TensorParallel | None = None, activation_checkpointing: bool = False
+    ) -> None:
         """Builds the layers.
 
         Args:
             config: sizes and layout.
+            tensor: the ranks that divide every layer; None is this process alone.
             activation_checkpointing: recompute each block in the backward pass.
         """
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
-        self.embeddings = Embeddings(config)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.heads = Heads(config)
+        tensor = tensor or TensorParallel()
+        self.embeddings = Embeddings(config, tensor)
+        self.blocks = nn.ModuleList(Block(config, layer, tensor) for layer in range(config.num_layers))
+        self.heads = Heads(config, tensor)
 
     def forward(self, batch: PackedBatch, loss_factors: Tensor | None) -> LossOutput | Logits:
         """Runs one micro-batch.

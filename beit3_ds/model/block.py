@@ -8,6 +8,7 @@ from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ModelConfig
 from beit3_ds.model.attention import MultiwayAttention
 from beit3_ds.model.ffn import MultiwayFFN
+from beit3_ds.parallel import TensorParallel
 
 
 class Block(nn.Module):
@@ -17,11 +18,11 @@ class Block(nn.Module):
     forward pass itself is deterministic and may be recomputed or reordered.
     """
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, tensor: TensorParallel) -> None:
         super().__init__()
         self.layer = layer
-        self.attention = MultiwayAttention(config)
-        self.ffn = MultiwayFFN(config, layer)
+        self.attention = MultiwayAttention(config, tensor)
+        self.ffn = MultiwayFFN(config, layer, tensor)
 
     def forward(self, x_TD: Tensor, batch: PackedBatch) -> Tensor:
         """Returns the stream after this block, (T, D)."""

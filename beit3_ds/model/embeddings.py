@@ -7,20 +7,22 @@ from torch import Tensor, nn
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ModelConfig
+from beit3_ds.parallel import TensorParallel, VocabParallelEmbedding
 
 
 class Embeddings(nn.Module):
     """Embeds images (a patch convolution, CLS in front, masked patches replaced) and texts (a word table).
 
     Each modality has its own learned positions, and both start at 0 in a pair. BOS is the text's CLS. There is no type
-    embedding: the experts know their modality.
+    embedding: the experts know their modality. The tensor-parallel ranks divide the word table and all-reduce S * D
+    elements in the forward pass.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, tensor: TensorParallel) -> None:
         super().__init__()
         hidden = config.hidden_size
         self.patch = nn.Conv2d(3, hidden, kernel_size=config.patch_size, stride=config.patch_size)
-        self.word = nn.Embedding(config.text_vocab_size, hidden)
+        self.word = VocabParallelEmbedding(config.text_vocab_size, hidden, tensor)
         self.cls_token = nn.Parameter(torch.empty(hidden))
         self.mask_token = nn.Parameter(torch.empty(hidden))
         self.image_position = nn.Parameter(torch.empty(1 + config.num_patches, hidden))

@@ -1,5 +1,21 @@
-"""Process groups and collectives; knows nothing of BEiT-3."""
+"""The mesh of ranks, its collectives and tensor-parallel parts of a network; knows nothing of BEiT-3."""
 
-from beit3_ds.parallel.mesh import Mesh, build_mesh
+from beit3_ds.parallel.layer_norm import normalize_split
+from beit3_ds.parallel.mesh import Mesh, ModelParallelUnit, build_mesh
+from beit3_ds.parallel.tensor import Split, TensorParallel, is_split, logical_shape, own_part, split_parameter
+from beit3_ds.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
 
-__all__ = ["Mesh", "build_mesh"]
+__all__ = [
+    "Mesh",
+    "ModelParallelUnit",
+    "Split",
+    "TensorParallel",
+    "VocabParallelEmbedding",
+    "VocabParallelHead",
+    "build_mesh",
+    "is_split",
+    "logical_shape",
+    "normalize_split",
+    "own_part",
+    "split_parameter",
+]

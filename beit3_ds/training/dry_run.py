@@ -11,26 +11,28 @@ def describe_run(config: RunConfig, world_size: int) -> str:
     """Checks batch sizes for `world_size` ranks, builds the model on the meta device and says what would run.
 
     Raises:
-        ConfigError: if the batch sizes do not divide.
+        ConfigError: if the layout does not divide the ranks, or the batch sizes do not divide.
     """
-    micro_batch = config.micro_batch_size(world_size)
+    data_parallel_size = config.parallel.data_parallel_size(world_size)
+    micro_batch = config.micro_batch_size(data_parallel_size)
     with torch.device("meta"):
         model = BEiT3(config.model)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     backbone = sum(size for name, size in sizes.items() if not name.startswith(("heads.mim", "heads.mlm")))
     total = sum(sizes.values())
     decayed = sum(size for name, size in sizes.items() if decays(name))
-    training, engine = config.training, config.engine_config(world_size)
+    training, engine = config.training, config.engine_config(data_parallel_size)
     stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
     precision = "bf16" if config.deepspeed.get("bf16", {}).get("enabled") else "fp32"
     rows = {
         "parameters": f"{total / 1e6:,.1f}M, of which backbone {backbone / 1e6:,.1f}M; {decayed / total:.1%} decay",
         "model": f"{config.model.num_layers} x {config.model.hidden_size} ({config.model.layout}), "
         f"{config.model.grid_size} x {config.model.grid_size} patches, text up to {config.model.max_text_length}",
-        "ranks": f"{world_size}, ZeRO-{stage}, {precision}",
+        "ranks": f"{world_size} = {data_parallel_size} data x {config.parallel.tensor_parallel_size} tensor, "
+        f"ZeRO-{stage}, {precision}",
         "step": f"{engine['train_batch_size']} samples: "
         + ", ".join(f"{stream.samples_per_step} {name}" for name, stream in config.data.streams().items()),
-        "micro-batch": f"{sum(micro_batch)} samples a rank: "
+        "micro-batch": f"{sum(micro_batch)} samples a data-parallel rank: "
         + ", ".join(f"{value} {name}" for name, value in micro_batch._asdict().items())
         + f"; {config.gradient_accumulation_steps} a step",
         "schedule": f"{training.total_steps:,} steps, {training.warmup_steps:,} warmup, lr {training.learning_rate:g}",

@@ -9,15 +9,15 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from beit3_ds.config import ConfigError, RunConfig
+from beit3_ds.config import ConfigError, ParallelConfig, RunConfig
 from beit3_ds.model import BEiT3, initialize_parameters
-from beit3_ds.parallel import Mesh, build_mesh
+from beit3_ds.parallel import Mesh, ModelParallelUnit, TensorParallel, build_mesh, is_split
 from beit3_ds.training.optimizer import build_optimizer
 
 TESTED_DEEPSPEED = "0.19.8"
 
 
-def init_process_group() -> Mesh:
+def init_process_group(parallel: ParallelConfig) -> Mesh:
     """Joins the process group that the launcher described in the environment, or makes one of a single process.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT (set by `deepspeed`), or discovers them
@@ -39,7 +39,7 @@ def init_process_group() -> Mesh:
     deepspeed.init_distributed(verbose=False)
     # DeepSpeed's engine would do this, but too late for what is put on the rank's device before there is an engine.
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    return build_mesh()
+    return build_mesh(parallel.tensor_parallel_size)
 
 
 def world_size_from_environment() -> int:
@@ -58,9 +58,12 @@ def rank_from_environment() -> int:
     return 0
 
 
-def build_model(config: RunConfig) -> BEiT3:
-    """Builds the model with its initial values, whole, in float32 and in host memory; the engine partitions it."""
-    model = BEiT3(config.model, activation_checkpointing=config.training.activation_checkpointing)
+def build_model(config: RunConfig, tensor: TensorParallel | None = None) -> BEiT3:
+    """Builds this tensor-parallel rank's part of the model with its initial values, in float32 and in host memory.
+
+    The engine partitions it further over the data-parallel ranks.
+    """
+    model = BEiT3(config.model, tensor, activation_checkpointing=config.training.activation_checkpointing)
     initialize_parameters(model, config.model, config.training.seed)
     return model
 
@@ -72,23 +75,32 @@ def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh) -> deepspeed.D
         model=model,
         optimizer=optimizer,
         config=config.engine_config(mesh.data_parallel_size),
+        mpu=ModelParallelUnit(mesh),
         dist_init_required=False,
     )
     return engine
 
 
-def apply_update(engine: deepspeed.DeepSpeedEngine) -> float:
+def apply_update(engine: deepspeed.DeepSpeedEngine, mesh: Mesh) -> float:
     """Clips the accumulated gradients, updates the parameters and clears the gradients.
 
     Returns:
-        The gradients' global 2-norm before clipping.
+        The gradients' global 2-norm before clipping, over all parts of the model.
     """
     norm = None
     if not engine.zero_optimization() and not engine.bfloat16_enabled():
         # Without a wrapping optimizer DeepSpeed clips in place and forgets the norm.
-        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+        norm = _gradient_norm(engine.module, mesh.tensor)
     engine.step()
     return float(engine.get_global_grad_norm() if norm is None else norm)
+
+
+def _gradient_norm(model: nn.Module, tensor: TensorParallel) -> torch.Tensor:
+    """The 2-norm over the tensor-parallel ranks; what they all hold alike counts once. Sends one element."""
+    parameters = list(model.parameters())
+    split = torch.nn.utils.get_total_norm([p.grad for p in parameters if is_split(p) and p.grad is not None])
+    alike = torch.nn.utils.get_total_norm([p.grad for p in parameters if not is_split(p) and p.grad is not None])
+    return (tensor.all_reduce(split.square()) + alike.square()).sqrt()
 
 
 def compute_device() -> torch.device:

@@ -98,7 +98,7 @@ def _update(run: Run, step_batch: StepBatch, counts: Tensor, rate: float) -> tup
     factors = build_loss_factors(counts, run.config.training.loss_weights, run.mesh.data_parallel_size)
     prepared = (prepare_batch(batch, run.visual_tokenizer, run.device) for batch in step_batch.micro_batches)
     sums = accumulate_gradients(run.engine, prepared, factors.to(run.device))
-    return sums, apply_update(run.engine)
+    return sums, apply_update(run.engine, run.mesh)
 
 
 def _report(run: Run, done: int, rate: float, grad_norm: float, budget: BrokenRecordBudget) -> None:

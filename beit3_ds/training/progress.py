@@ -78,7 +78,7 @@ class Progress:
             "grad_norm": grad_norm,
             "samples_per_second": samples / done.seconds,
             "tokens_per_second": tokens / done.seconds,
-            "mfu": flops / done.seconds / (self.peak_flops * self.mesh.data_parallel_size),
+            "mfu": flops / done.seconds / (self.peak_flops * self.mesh.num_ranks),
             "memory_gib": peak_memory_gib(),
             "data_wait": done.data_seconds / done.seconds,
             "seconds_left": (self.total_steps - step) * done.seconds / done.steps,

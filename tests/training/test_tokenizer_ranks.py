@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from beit3_ds.config import ConfigError, RunConfig
+from beit3_ds.config import ConfigError, ParallelConfig, RunConfig
 from beit3_ds.parallel import Mesh
 from beit3_ds.training.engine import init_process_group
 from beit3_ds.training.tokenizer_checkpoint import TokenizerCheckpoint
@@ -51,7 +51,7 @@ def train(config: RunConfig, views: Views, mesh: Mesh | None) -> Trained:
 
 
 def on_this_rank(function: Callable[..., object], *arguments: object) -> object:
-    mesh = init_process_group()
+    mesh = init_process_group(ParallelConfig())
     result = function(*arguments, mesh)
     mesh.close()
     return result
