@@ -12,6 +12,7 @@ from beit3_ds.batch import StepBatch
 from beit3_ds.checkpoint import CheckpointStore
 from beit3_ds.config import ConfigError, RunConfig, load_run_config
 from beit3_ds.data import StepDataset, build_heldout_batches, build_train_loader
+from beit3_ds.parallel import Shared
 from beit3_ds.tokenizers import TextTokenizer, check_visual_tokenizer_fits, load_visual_tokenizer
 from beit3_ds.tokenizers.text import load_text_tokenizer
 from beit3_ds.training.engine import (
@@ -72,13 +73,13 @@ def build_run(config: RunConfig, text_tokenizer: TextTokenizer) -> tuple[Run, It
         mesh=mesh,
         device=device,
         visual_tokenizer=visual_tokenizer.to(device),
-        heldout=heldout,
+        heldout=Shared(heldout, mesh.tensor),
         store=store,
         history=history,
         progress=Progress(config.model, config.training.total_steps, peak_flops(device, dtype), mesh),
         first_step=first_step,
     )
-    return run, build_train_loader(dataset, config.data, first_step)
+    return run, Shared(build_train_loader(dataset, config.data, first_step), mesh.tensor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

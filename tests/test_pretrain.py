@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from beit3_ds.batch import LOSS_TERMS
+from tests.ranks import run_ranks
 
 
 def write(mapping: dict[str, Any], folder: Path, name: str = "config.json") -> Path:
@@ -70,6 +71,37 @@ def test_killed_run_resumes_bit_for_bit(run_mapping: dict[str, Any], tmp_path: P
     assert re.search(r"step-00000003 is not whole \(.* bytes instead of", output)
     assert "resuming after step 2" in output
     assert losses(tmp_path / "killed") == losses(tmp_path / "run")
+
+
+def train_rank(config: str) -> int:
+    from beit3_ds.pretrain import main
+
+    return main([config])
+
+
+def test_tensor_parallel_run_lies_on_that_of_one_rank(run_mapping: dict[str, Any], tmp_path: Path) -> None:
+    """Two ranks that divide the model see one rank's data and losses, and resume from their own checkpoint."""
+    own = run_mapping["beit3_ds"]
+    own["model"] |= {"drop_path_rate": 0.2, "sub_layernorm": True}
+    status, output = finish(write(run_mapping, tmp_path))
+    assert status == 0, output
+
+    own["parallel"] = {"tensor_parallel_size": 2}
+    own["training"]["output_dir"] = str(tmp_path / "divided")
+    config = str(write(run_mapping, tmp_path, "divided.json"))
+    assert run_ranks(train_rank, 2, config) == [0, 0]
+    before = losses(tmp_path / "divided")
+    for ours, expected in zip(losses(tmp_path / "divided"), losses(tmp_path / "run"), strict=True):
+        assert ours.pop("kind") == expected.pop("kind")
+        assert ours == pytest.approx(expected, rel=2e-4)
+
+    shutil.rmtree(tmp_path / "divided" / "checkpoints" / "step-00000004")
+    assert run_ranks(train_rank, 2, config) == [0, 0]
+    assert losses(tmp_path / "divided") == before
+
+    own["parallel"] = {"tensor_parallel_size": 1}
+    status, output = finish(write(run_mapping, tmp_path, "divided.json"))
+    assert (status, "1 data-parallel x 2 tensor-parallel ranks" in output) == (2, True), output
 
 
 def test_misspelt_key_is_one_line(run_mapping: dict[str, Any], tmp_path: Path) -> None:

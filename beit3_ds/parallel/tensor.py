@@ -83,6 +83,15 @@ class TensorParallel:
             dist.all_gather(parts, x.contiguous(), group=self.group)
         return torch.stack(parts)
 
+    def broadcast_object(self, value: Any) -> Any:
+        """Returns the first rank's `value` on all ranks; sends it pickled."""
+        if self.size == 1:
+            return value
+        assert self.group is not None
+        values = [value]
+        dist.broadcast_object_list(values, src=dist.get_global_rank(self.group, 0), group=self.group)
+        return values[0]
+
 
 def split_parameter(split: Split, *shape: int) -> nn.Parameter:
     """An uninitialised parameter that holds this rank's part of a logical tensor.

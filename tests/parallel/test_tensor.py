@@ -1,5 +1,7 @@
 """The tensor-parallel parts of a network against the undivided computation, outputs and gradients."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from beit3_ds.config import ParallelConfig
+from beit3_ds.config import ConfigError, ParallelConfig
 from beit3_ds.parallel import (
     Mesh,
+    Shared,
     TensorParallel,
     VocabParallelEmbedding,
     VocabParallelHead,
@@ -104,3 +107,32 @@ def measure_mesh() -> tuple[int, int]:
 
 def test_tensor_peers_are_neighbours() -> None:
     assert run_ranks(measure_mesh, 4) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def measure_sharing() -> tuple[list[list[int]], str]:
+    mesh = build_mesh()
+
+    def items(first: int) -> Iterator[Tensor]:
+        assert mesh.tensor.rank == 0, "only the first rank reads"
+        yield torch.tensor([first + mesh.data_parallel_rank])
+        yield torch.tensor([first + 10])
+        if first:
+            raise ConfigError("a broken shard")
+
+    seen = [[int(item) for item in Shared(items(0), mesh.tensor)]]
+    seen.append([])
+    message = ""
+    try:
+        for item in Shared(items(100), mesh.tensor):
+            seen[1].append(int(item))
+    except ConfigError as error:
+        message = str(error)
+    mesh.close()
+    return seen, message
+
+
+def test_one_rank_reads_for_its_tensor_peers() -> None:
+    """Catches items of another data-parallel rank, and peers that wait for ever after an error."""
+    results = run_ranks(measure_sharing, 4)
+    assert [seen for seen, _ in results] == [[[d, 10], [100 + d, 110]] for d in (0, 0, 1, 1)]
+    assert {message for _, message in results} == {"a broken shard"}
