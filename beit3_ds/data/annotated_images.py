@@ -46,7 +46,7 @@ class AnnotatedImages:
         image = "no image" if number == NO_IMAGE else self._paths[number]
         return printable(f"{self.annotations}:{index} ({image})")
 
-    def image(self, index: int) -> Image.Image:
+    def image(self, index: int, min_side: int | None = None) -> Image.Image:
         """Decodes the image of a sample, upright and in RGB.
 
         Raises:
@@ -56,7 +56,7 @@ class AnnotatedImages:
         if number == NO_IMAGE:
             raise BrokenRecord(f"{self.name(index)}: the annotation names an image that the file does not list")
         try:
-            return read_image(self.folder, self._paths[number])
+            return read_image(self.folder, self._paths[number], min_side)
         except ValueError as error:
             raise BrokenRecord(f"{self.name(index)}: broken image: {error}") from error
 

@@ -25,6 +25,10 @@ Box = tuple[int, int, int, int]
 class Views(Protocol):
     """Makes the two views of one crop: the model's and the tokenizer's, (3, s, s) float32 in [-1, 1] each."""
 
+    @property
+    def min_side(self) -> int | None:
+        """Pixels on the shorter side of an image from which no view has to be enlarged; None: there is no such size."""
+
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Makes both views of an RGB image; all draws come from `rng`."""
 
@@ -51,6 +55,14 @@ class Augmentation:
     """Factors of brightness, contrast and saturation lie in [1 - color_jitter, 1 + color_jitter]."""
     flip_probability: float
     """Probability that left and right change places."""
+
+    @property
+    def min_side(self) -> int | None:
+        """Pixels on the shorter side of an image of which even the smallest crop has as many as the larger view."""
+        if self.min_crop_scale == 0:
+            return None
+        smallest_crop = math.sqrt(self.min_crop_scale * min(_CROP_ASPECTS))  # its shorter side, of the image's
+        return math.ceil(max(self.image_size, self.tokenizer_image_size) / smallest_crop)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Draws one crop of an RGB image and returns the model's and the tokenizer's view of it."""
@@ -83,6 +95,11 @@ class CenterViews:
     """Pixels on a side of the model's view."""
     tokenizer_image_size: int
     """Pixels on a side of the tokenizer's view."""
+
+    @property
+    def min_side(self) -> int:
+        """Pixels on a side of the larger view."""
+        return max(self.image_size, self.tokenizer_image_size)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Returns both views of an RGB image; draws nothing."""

@@ -39,14 +39,14 @@ class ImageFolder:
         """Path of an image."""
         return printable(os.path.join(self.path, self._names[index]))
 
-    def image(self, index: int) -> Image.Image:
+    def image(self, index: int, min_side: int | None = None) -> Image.Image:
         """Decodes an image, upright and in RGB.
 
         Raises:
             BrokenRecord: if it cannot be read.
         """
         try:
-            return read_image(self.path, self._names[index])
+            return read_image(self.path, self._names[index], min_side)
         except ValueError as error:
             raise BrokenRecord(f"{self.name(index)}: broken image: {error}") from error
 
@@ -88,13 +88,13 @@ def list_images(folder: str) -> tuple[CompactStrings, dict[str, Skipped]]:
     return CompactStrings(sorted(names)), skipped
 
 
-def read_image(folder: str, name: str) -> Image.Image:
-    """Decodes the image `name` in a folder, which must be a real path.
+def read_image(folder: str, name: str, min_side: int | None) -> Image.Image:
+    """Decodes the image `name` in a folder, which must be a real path, as `decode_image` does.
 
     Raises:
         ValueError: if it cannot be read, or lies outside.
     """
-    return decode_image(read_file(folder, name, MAX_IMAGE_BYTES))
+    return decode_image(read_file(folder, name, MAX_IMAGE_BYTES), min_side)
 
 
 def read_file(folder: str, name: str, limit: int) -> bytes:

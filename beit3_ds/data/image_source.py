@@ -35,8 +35,12 @@ class ImageSource(Protocol):
     def name(self, index: int) -> str:
         """File and key of a sample, for messages."""
 
-    def image(self, index: int) -> Image.Image:
+    def image(self, index: int, min_side: int | None = None) -> Image.Image:
         """The image of a sample, upright and in RGB.
+
+        Args:
+            index: number of the sample.
+            min_side: pixels on the shorter side that are enough (`images.decode_image`); None asks for all.
 
         Raises:
             BrokenRecord: if it has none, or one that cannot be read.

@@ -62,7 +62,8 @@ class ImageSamples:
         Raises:
             BrokenRecord: if it cannot be read.
         """
-        model_view, tokenizer_view = self.views(self.source.image(index), key.rng("augmentation"))
+        image = self.source.image(index, self.views.min_side)
+        model_view, tokenizer_view = self.views(image, key.rng("augmentation"))
         return ImageSample(
             name=self.source.name(index),
             model_view=model_view,

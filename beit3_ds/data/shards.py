@@ -83,7 +83,7 @@ class TarShards:
         shard, record = self._record(index)
         return _name(self.paths[shard], record)
 
-    def image(self, index: int) -> Image.Image:
+    def image(self, index: int, min_side: int | None = None) -> Image.Image:
         """Decodes the image of a sample, upright and in RGB.
 
         Raises:
@@ -92,7 +92,7 @@ class TarShards:
         shard, record = self._record(index)
         data = _read(self.paths[shard], record, "image")
         try:
-            return decode_image(data)
+            return decode_image(data, min_side)
         except ValueError as error:
             raise BrokenRecord(f"{_name(self.paths[shard], record)}: broken image: {error}") from error
 

@@ -16,6 +16,8 @@ from beit3_ds.data.image_folder import printable
 from beit3_ds.data.image_source import BrokenRecord, ImageSource, Skipped
 from beit3_ds.data.sources import open_images
 from beit3_ds.data.text_files import BrokenLines, read_paragraphs, whole_file
+from beit3_ds.data.texts import texts_folder
+from beit3_ds.data.token_files import count_tokens
 
 _PERCENTILES = (0, 10, 50, 90, 100)
 _REASON_LENGTH = 100
@@ -101,7 +103,8 @@ def describe_streams(config: DataConfig, max_examined: int) -> str:
         lines += [f"{name}:", *(f"  {line}" for line in statistics.describe())]
     for part, sources in (("train", config.texts.train), ("heldout", config.texts.heldout)):
         for text in sources:
-            lines += _describe_texts(f"texts {part} {text.path}", expand_patterns([text.path]), max_examined)
+            paths = expand_patterns([text.path])
+            lines += _describe_texts(f"texts {part} {text.path}", paths, config.prepared_dir, max_examined)
     return "\n".join(lines)
 
 
@@ -120,9 +123,12 @@ def _reason(error: BrokenRecord, name: str) -> str:
     return re.sub(r"0x[0-9a-f]+|\d+", "N", str(error).removeprefix(f"{name}: "))[:_REASON_LENGTH]
 
 
-def _describe_texts(name: str, paths: list[str], max_examined: int) -> Iterator[str]:
+def _describe_texts(name: str, paths: list[str], prepared_dir: str | None, max_examined: int) -> Iterator[str]:
     num_bytes = sum(os.path.getsize(path) for path in paths)
     yield f"{name}: {len(paths):,} files of {num_bytes:,} bytes"
+    if prepared_dir is not None:
+        num_tokens = sum(count_tokens(texts_folder(prepared_dir), path) for path in paths)
+        yield f"  {num_tokens:,} tokens prepared so far" if num_tokens else "  not prepared yet"
     each = -(-max_examined // len(paths))
     broken = BrokenLines(math.inf)
     paragraphs = [line for path in paths for line in islice(read_paragraphs(whole_file(path), broken), each)]

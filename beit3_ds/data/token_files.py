@@ -114,6 +114,15 @@ def read_token_piece(path: Path) -> TokenPiece:
     return TokenPiece(path, **footer | {"source": TextPiece(*footer["source"]), "broken": tuple(footer["broken"])})
 
 
+def count_tokens(folder: Path, source: str) -> int:
+    """Tokens of a source file in the token files that are there so far.
+
+    Raises:
+        ConfigError: if one of them is damaged.
+    """
+    return sum(read_token_piece(folder / name).num_tokens for name in _names(folder, source))
+
+
 def find_token_pieces(folder: Path, source: str, tokenizer: TextTokenizer) -> list[TokenPiece]:
     """The token files of a source file, in the order of its bytes, checked to be all and up to date.
 

@@ -84,7 +84,7 @@ class TokenizerImages(Dataset[Tensor]):
         for index in range(sample, sample + count):
             try:
                 source, number = self._images.locate(index % count)
-                image = source.image(number)
+                image = source.image(number, self._augmentation.min_side)
             except BrokenRecord as error:
                 warnings.warn(f"left out: {error}", stacklevel=2)
             else:

@@ -130,3 +130,12 @@ def test_center_views_show_the_middle_square() -> None:
     # columns 40 to 200 of 240; catches a squeezed image (40 to 200 levels) and a crop at the left
     assert red[0].item() == pytest.approx(40 + 160 * 42 / 239, abs=4)
     assert red[-1].item() == pytest.approx(40 + 160 * 198 / 239, abs=4)
+
+
+@given(st.floats(0.05, 1), st.integers(0, 2000), st.integers(0, 2000), st.integers(0, 2**32))
+def test_no_view_of_a_large_enough_image_is_enlarged(scale: float, wider: int, higher: int, seed: int) -> None:
+    augmentation = _augmentation(min_crop_scale=scale)
+    assert augmentation.min_side is not None
+    size = augmentation.min_side + wider, augmentation.min_side + higher
+    left, top, right, bottom = random_crop_box(size, scale, np.random.default_rng(seed))
+    assert min(right - left, bottom - top) >= 64 - 1  # the larger view, less what rounding to pixels takes

@@ -56,6 +56,19 @@ def test_cmyk_jpeg_becomes_rgb() -> None:
     assert red > 200 > 60 > max(green, blue)
 
 
+def test_large_jpegs_are_decoded_no_larger_than_needed() -> None:
+    gradient = np.linspace(0, 255, 1600, dtype=np.uint8)[None, :, None].repeat(1200, 0).repeat(3, 2)
+    jpeg = _encode(Image.fromarray(gradient), "jpeg", quality=95)
+    whole = decode_image(jpeg)
+    assert whole.size == (1600, 1200)
+    assert decode_image(jpeg, 300).size == (400, 300)
+    assert decode_image(jpeg, 301).size == (800, 600)  # catches an image smaller than what was asked for
+    assert decode_image(jpeg, 2000).size == (1600, 1200)
+    assert decode_image(_encode(Image.fromarray(gradient)), 300).size == (1600, 1200)  # only JPEG can
+    difference = np.asarray(decode_image(jpeg, 300), np.int16) - np.asarray(whole.reduce(4), np.int16)
+    assert np.abs(difference).max() <= 3
+
+
 def test_exif_turns_the_image_upright() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying on its side
