@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from beit3_ds.config import ConfigError
 
@@ -15,7 +14,8 @@ _EPILOG = """typical order:
   beit3 train-visual-tokenizer ds_configs/quickstart_cpu.json
   deepspeed --num_gpus 2 --module beit3_ds.pretrain ds_configs/quickstart_cpu.json
 
-One JSON file describes one run: DeepSpeed's own keys beside a "beit3_ds" section (model, data, tokenizers, training).
+One JSON file describes one run: DeepSpeed's own keys beside a "beit3_ds" section (model, data, tokenizers,
+training, parallel).
 """
 
 
@@ -93,7 +93,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def _add_prepare_index(commands: _Commands) -> None:
     text = "write the index of every tar to data.prepared_dir, so that a run starts without reading their headers"
-    command = commands.add_parser("index", help=text, description=f"{text[0].upper()}{text[1:]}. Go on with the same.")
+    command = commands.add_parser("index", help=text, description=f"{text[0].upper()}{text[1:]}. Goes on if restarted.")
     command.add_argument("config", help="the run's JSON file")
     command.add_argument(
         "--verify", action="store_true", help="compare the tars with indices that are there, by CRC-32"
@@ -111,8 +111,8 @@ def _add_prepare_stats(commands: _Commands) -> None:
     command.set_defaults(run=_prepare_stats)
 
 
-def _add_prepare_texts(prepare: Any) -> None:
-    command = prepare.add_parser(
+def _add_prepare_texts(commands: _Commands) -> None:
+    command = commands.add_parser(
         "texts",
         help="tokenise all texts of a run into token files",
         description="Tokenise all training and held-out texts of a run. Started again, it goes on where it was.",

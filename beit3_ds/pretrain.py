@@ -3,16 +3,16 @@
 This module wires the rooms in the order in which data flows.
 """
 
-import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from beit3_ds.batch import StepBatch
 from beit3_ds.checkpoint import CheckpointStore
-from beit3_ds.config import ConfigError, RunConfig, load_run_config
+from beit3_ds.config import RunConfig
 from beit3_ds.data import StepDataset, build_heldout_batches, build_train_loader
 from beit3_ds.parallel import Shared
+from beit3_ds.rank_program import run_rank_program
 from beit3_ds.tokenizers import TextTokenizer, check_visual_tokenizer_fits, load_visual_tokenizer
 from beit3_ds.tokenizers.text import load_text_tokenizer
 from beit3_ds.training.engine import (
@@ -25,7 +25,7 @@ from beit3_ds.training.engine import (
 )
 from beit3_ds.training.flops import peak_flops
 from beit3_ds.training.history import History
-from beit3_ds.training.loop import NonFiniteLossError, Run, resume, train
+from beit3_ds.training.loop import Run, resume, train
 from beit3_ds.training.progress import Progress
 from beit3_ds.training.report import write_report
 
@@ -84,16 +84,7 @@ def build_run(config: RunConfig, text_tokenizer: TextTokenizer) -> tuple[Run, It
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 0, or 2 after one clear line about what the user can mend."""
-    parser = argparse.ArgumentParser(prog="beit3_ds.pretrain", description=__doc__)
-    parser.add_argument("config", help="the run's JSON file, e.g. ds_configs/quickstart_cpu.json")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
-    options = parser.parse_args(arguments)
-    try:
-        pretrain(load_run_config(options.config))
-    except (ConfigError, NonFiniteLossError) as error:
-        print(f"error on rank {rank_from_environment()}: {error}", file=sys.stderr, flush=True)
-        return 2
-    return 0
+    return run_rank_program(pretrain, "beit3_ds.pretrain", __doc__, arguments)
 
 
 if __name__ == "__main__":

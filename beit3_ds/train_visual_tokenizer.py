@@ -4,16 +4,16 @@
 `beit3 train-visual-tokenizer CONFIG.json`.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from beit3_ds.config import ConfigError, ParallelConfig, RunConfig, load_run_config
+from beit3_ds.config import ParallelConfig, RunConfig
 from beit3_ds.data import TokenizerImages
+from beit3_ds.rank_program import run_rank_program
 from beit3_ds.tokenizers import load_visual_tokenizer
 from beit3_ds.training.code_picture import write_code_picture
-from beit3_ds.training.engine import compute_device, init_process_group, rank_from_environment
+from beit3_ds.training.engine import compute_device, init_process_group
 from beit3_ds.training.visual_tokenizer import train_visual_tokenizer
 
 
@@ -36,16 +36,7 @@ def train(config: RunConfig) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 0, or 2 after one clear line about what the user can mend."""
-    parser = argparse.ArgumentParser(prog="beit3_ds.train_visual_tokenizer", description=__doc__)
-    parser.add_argument("config", help="the run's JSON file, e.g. ds_configs/quickstart_cpu.json")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
-    options = parser.parse_args(arguments)
-    try:
-        train(load_run_config(options.config))
-    except ConfigError as error:
-        print(f"error on rank {rank_from_environment()}: {error}", file=sys.stderr, flush=True)
-        return 2
-    return 0
+    return run_rank_program(train, "beit3_ds.train_visual_tokenizer", __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ ARROWS: dict[str, set[str]] = {
     "benchmarks": {"batch", "config", "data", "kernels", "model", "parallel", "pipeline", "tokenizers", "training"},
     "sample_data": set(),
 }
-ENTRY_POINTS = {"pretrain", "train_visual_tokenizer", "cli", "__init__"}
+ENTRY_POINTS = {"pretrain", "train_visual_tokenizer", "rank_program", "cli", "__init__"}
 MAY_IMPORT_DEEPSPEED = {"training", "pipeline", "checkpoint"}
 
 FILE_LINES, FUNCTION_LINES = 400, 60

@@ -158,12 +158,12 @@ def remove_other_pieces(folder: Path, pieces: Sequence[TextPiece]) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def write_borders(folder: Path, source: str, pieces: Sequence[TokenPiece], length: int) -> bool:
-    """Writes where the sequences of at most `length` tokens start, unless that is done; returns whether it was not."""
+def write_borders(folder: Path, source: str, pieces: Sequence[TokenPiece], length: int) -> None:
+    """Writes where the sequences of at most `length` tokens start, unless that is done."""
     path = _borders_path(folder, source, length)
     fingerprint = _fingerprint(pieces)
     if path.exists() and _read_footer(path)["pieces"] == fingerprint:
-        return False
+        return
     total = sum(piece.num_tokens for piece in pieces)
     starts = chain(sequence_starts(_all_paragraph_lengths(pieces), length - 2), [total])
     count = 0
@@ -172,7 +172,6 @@ def write_borders(folder: Path, source: str, pieces: Sequence[TokenPiece], lengt
             file.write(block.tobytes())
             count += len(block)
         _write_footer(file, {"count": count, "pieces": fingerprint})
-    return True
 
 
 class PreparedText:

@@ -11,7 +11,6 @@ from beit3_ds.model.multiway import (
     ColumnParallelMultiwayLinear,
     MultiwayLayerNorm,
     RowParallelMultiwayLinear,
-    SplitMultiwayLayerNorm,
 )
 from beit3_ds.parallel import TensorParallel
 
@@ -35,7 +34,7 @@ class MultiwayAttention(nn.Module):
         self.q_proj = ColumnParallelMultiwayLinear(hidden, hidden, experts, tensor)
         self.k_proj = ColumnParallelMultiwayLinear(hidden, hidden, experts, tensor)
         self.v_proj = ColumnParallelMultiwayLinear(hidden, hidden, experts, tensor)
-        self.sub_norm = SplitMultiwayLayerNorm(hidden, epsilon, experts, tensor) if config.sub_layernorm else None
+        self.sub_norm = MultiwayLayerNorm(hidden, epsilon, experts, tensor) if config.sub_layernorm else None
         self.out_proj = RowParallelMultiwayLinear(hidden, hidden, experts, tensor)
 
     def forward(self, x_TD: Tensor, batch: PackedBatch) -> Tensor:

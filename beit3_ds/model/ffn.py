@@ -11,7 +11,6 @@ from beit3_ds.model.multiway import (
     ColumnParallelMultiwayLinear,
     MultiwayLayerNorm,
     RowParallelMultiwayLinear,
-    SplitMultiwayLayerNorm,
 )
 from beit3_ds.parallel import TensorParallel
 
@@ -32,7 +31,7 @@ class MultiwayFFN(nn.Module):
         self.experts, self.tensor = experts, tensor
         self.norm = MultiwayLayerNorm(hidden, epsilon, experts)
         self.fc1 = ColumnParallelMultiwayLinear(hidden, ffn_hidden, experts, tensor)
-        self.sub_norm = SplitMultiwayLayerNorm(ffn_hidden, epsilon, experts, tensor) if config.sub_layernorm else None
+        self.sub_norm = MultiwayLayerNorm(ffn_hidden, epsilon, experts, tensor) if config.sub_layernorm else None
         self.fc2 = RowParallelMultiwayLinear(ffn_hidden, hidden, experts, tensor)
 
     def forward(self, x_TD: Tensor, batch: PackedBatch) -> Tensor:

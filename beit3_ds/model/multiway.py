@@ -60,57 +60,42 @@ class RowParallelMultiwayLinear(nn.Module):
 class MultiwayLayerNorm(nn.Module):
     """One LayerNorm an expert; parameters are `weight_EXPERT` and `bias_EXPERT`, left uninitialised."""
 
-    def __init__(self, hidden_size: int, epsilon: float, experts: tuple[str, ...]) -> None:
-        super().__init__()
-        self.hidden_size, self.epsilon, self.experts = hidden_size, epsilon, experts
-        for expert in experts:
-            self.register_parameter(f"weight_{expert}", nn.Parameter(torch.empty(hidden_size)))
-            self.register_parameter(f"bias_{expert}", nn.Parameter(torch.empty(hidden_size)))
-
-    def forward(self, x_TD: Tensor, routes: tuple[Route, ...]) -> Tensor:
-        """Normalises every row with the parameters of its expert.
+    def __init__(
+        self, hidden_size: int, epsilon: float, experts: tuple[str, ...], tensor: TensorParallel | None = None
+    ) -> None:
+        """Builds the norms.
 
         Args:
-            x_TD: rows of the stream, or rows gathered from it.
-            routes: the experts' row ranges in x, in the order of `experts`.
+            hidden_size: width of a row, over all ranks.
+            epsilon: added to the variance.
+            experts: names of the experts.
+            tensor: the ranks that divide the width, as those of a sub-LN are; None if every rank holds whole rows.
         """
-        parts = x_TD.split([route.stop - route.start for route in routes])
-        normed = [self._normalize(part, route.expert) for part, route in zip(parts, routes, strict=True)]
-        return normed[0] if len(normed) == 1 else torch.cat(normed)
-
-    def _normalize(self, x_TD: Tensor, expert: str) -> Tensor:
-        weight, bias = getattr(self, f"weight_{expert}"), getattr(self, f"bias_{expert}")
-        return F.layer_norm(x_TD, (self.hidden_size,), weight, bias, self.epsilon)
-
-
-class SplitMultiwayLayerNorm(MultiwayLayerNorm):
-    """A MultiwayLayerNorm over features that the tensor-parallel ranks divide, as sub-LN needs it.
-
-    Communicates two floats a row each way (`parallel.normalize_split`).
-    """
-
-    def __init__(self, hidden_size: int, epsilon: float, experts: tuple[str, ...], tensor: TensorParallel) -> None:
-        super().__init__(hidden_size, epsilon, experts)
-        self.tensor = tensor
-        split = tensor.split(hidden_size)
+        super().__init__()
+        self.epsilon, self.experts, self.tensor = epsilon, experts, tensor or TensorParallel()
+        split = self.tensor.split(hidden_size)
         for expert in experts:
             self.register_parameter(f"weight_{expert}", split_parameter(split, hidden_size))
             self.register_parameter(f"bias_{expert}", split_parameter(split, hidden_size))
 
-    def forward(self, x_TF: Tensor, routes: tuple[Route, ...]) -> Tensor:
-        """Normalises every row over all ranks' features and scales with the parameters of its expert.
+    def forward(self, x_TD: Tensor, routes: tuple[Route, ...]) -> Tensor:
+        """Normalises every row and scales it with the parameters of its expert.
+
+        Communicates two floats a row each way where ranks divide the width (`parallel.normalize_split`).
 
         Args:
-            x_TF: this rank's features.
+            x_TD: rows of the stream, or rows gathered from it; of a divided width this rank's features.
             routes: the experts' row ranges in x, in the order of `experts`.
         """
-        if self.tensor.size == 1:
-            return super().forward(x_TF, routes)
-        normed_TF = normalize_split(x_TF, self.epsilon, self.tensor)
-        parts = normed_TF.split([route.stop - route.start for route in routes])
-        return torch.cat(
-            [torch.addcmul(b, part, w) for part, w, b in zip(parts, _weights(self), _biases(self), strict=True)]
-        )
+        divided = self.tensor.size > 1
+        if divided:
+            x_TD = normalize_split(x_TD, self.epsilon, self.tensor)
+        parts = x_TD.split([route.stop - route.start for route in routes])
+        scaled = [
+            torch.addcmul(b, part, w) if divided else F.layer_norm(part, w.shape, w, b, self.epsilon)
+            for part, w, b in zip(parts, _weights(self), _biases(self), strict=True)
+        ]
+        return scaled[0] if len(scaled) == 1 else torch.cat(scaled)
 
 
 def _slices(module: Any, batch: PackedBatch) -> list[tuple[int, int]]:

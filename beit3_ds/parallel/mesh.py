@@ -62,10 +62,6 @@ class ModelParallelUnit:
         """Ranks that hold the same part of the model."""
         return self._mesh.data_parallel_group
 
-    def get_data_parallel_rank(self) -> int:
-        """This rank's number among them."""
-        return self._mesh.data_parallel_rank
-
     def get_data_parallel_world_size(self) -> int:
         """How many they are."""
         return self._mesh.data_parallel_size
@@ -83,7 +79,7 @@ class ModelParallelUnit:
         return self._mesh.tensor.size
 
 
-def build_mesh(tensor_parallel_size: int = 1) -> Mesh:
+def build_mesh(tensor_parallel_size: int) -> Mesh:
     """Builds the mesh over all ranks of the initialised process group; all ranks call it.
 
     Args:

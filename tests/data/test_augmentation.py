@@ -132,10 +132,22 @@ def test_center_views_show_the_middle_square() -> None:
     assert red[-1].item() == pytest.approx(40 + 160 * 198 / 239, abs=4)
 
 
-@given(st.floats(0.05, 1), st.integers(0, 2000), st.integers(0, 2000), st.integers(0, 2**32))
-def test_no_view_of_a_large_enough_image_is_enlarged(scale: float, wider: int, higher: int, seed: int) -> None:
-    augmentation = _augmentation(min_crop_scale=scale)
-    assert augmentation.min_side is not None
-    size = augmentation.min_side + wider, augmentation.min_side + higher
-    left, top, right, bottom = random_crop_box(size, scale, np.random.default_rng(seed))
-    assert min(right - left, bottom - top) >= 64 - 1  # the larger view, less what rounding to pixels takes
+class _SmallestCrop(np.random.Generator):
+    """Draws the lower end of every interval: the smallest area and the narrowest aspect."""
+
+    def __init__(self) -> None:
+        super().__init__(np.random.PCG64(0))
+
+    def uniform(self, low: float, high: float) -> float:  # type: ignore[override]
+        return low
+
+
+@given(st.floats(0.05, 0.7))  # of a square, larger areas do not fit with the narrowest aspect
+def test_no_view_of_a_large_enough_image_is_enlarged(scale: float) -> None:
+    """Catches a bound that forgets the aspect, and one that decodes more pixels than are needed."""
+    side = _augmentation(min_crop_scale=scale).min_side
+    assert side is not None
+    left, top, right, bottom = random_crop_box((side, side), scale, _SmallestCrop())
+    assert 64 <= min(right - left, bottom - top) <= 66  # the larger view, and what rounding up may add
+    assert CenterViews(image_size=32, tokenizer_image_size=64).min_side == 64
+    assert _augmentation(min_crop_scale=0.0).min_side is None

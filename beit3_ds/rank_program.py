@@ -1,0 +1,35 @@
+"""The command line of a program that the `deepspeed` launcher starts on every rank."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from beit3_ds.config import ConfigError, RunConfig, load_run_config
+from beit3_ds.training.engine import rank_from_environment
+from beit3_ds.training.loop import NonFiniteLossError
+
+
+def run_rank_program(
+    program: Callable[[RunConfig], None], name: str, description: str | None, arguments: Sequence[str] | None
+) -> int:
+    """Reads the config that the command line names, runs the program and returns the exit status.
+
+    Args:
+        program: what this rank does.
+        name: of the module, for the help text.
+        description: for the help text.
+        arguments: of the command line; None takes those of the process.
+
+    Returns:
+        0, or 2 after one clear line about what the user can mend.
+    """
+    parser = argparse.ArgumentParser(prog=name, description=description)
+    parser.add_argument("config", help="the run's JSON file, e.g. ds_configs/quickstart_cpu.json")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
+    options = parser.parse_args(arguments)
+    try:
+        program(load_run_config(options.config))
+    except (ConfigError, NonFiniteLossError) as error:
+        print(f"error on rank {rank_from_environment()}: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
