@@ -53,13 +53,14 @@ def build_run(config: RunConfig, text_tokenizer: TextTokenizer) -> tuple[Run, It
         ConfigError: as `pretrain`.
     """
     data_parallel_size = config.parallel.data_parallel_size(world_size_from_environment())
-    data_parallel_rank = rank_from_environment() // config.parallel.tensor_parallel_size
+    data_parallel_rank = config.parallel.data_parallel_rank(rank_from_environment())
     visual_tokenizer = load_visual_tokenizer(config.tokenizers.visual.path)
     check_visual_tokenizer_fits(visual_tokenizer, config)
     dataset = StepDataset(config, text_tokenizer, data_parallel_rank, data_parallel_size)
     heldout = build_heldout_batches(config, text_tokenizer, data_parallel_rank, data_parallel_size)
 
     mesh = init_process_group(config.parallel)
+    assert mesh.data_parallel_rank == data_parallel_rank, "the mesh gives this rank another share of the samples"
     device = compute_device()
     engine = build_engine(config, build_model(config, mesh.tensor), mesh)
     output = Path(config.training.output_dir)

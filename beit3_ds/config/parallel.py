@@ -32,6 +32,10 @@ class ParallelConfig:
             )
         return world_size // tensor
 
+    def data_parallel_rank(self, rank: int) -> int:
+        """Which share of the samples a rank reads, as `parallel.build_mesh` places it: tensor peers are neighbours."""
+        return rank // self.tensor_parallel_size
+
     def check_model(self, model: ModelConfig) -> None:
         """Refuses a tensor-parallel size that does not divide heads and FFN width.
 

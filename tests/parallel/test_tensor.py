@@ -106,7 +106,10 @@ def measure_mesh() -> tuple[int, int]:
 
 
 def test_tensor_peers_are_neighbours() -> None:
-    assert run_ranks(measure_mesh, 4) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    places = run_ranks(measure_mesh, 4)
+    assert places == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    parallel = ParallelConfig(tensor_parallel_size=RANKS)
+    assert [parallel.data_parallel_rank(rank) for rank in range(4)] == [data for data, _ in places]
 
 
 def measure_sharing() -> tuple[list[list[int]], str]:

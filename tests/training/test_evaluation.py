@@ -1,0 +1,108 @@
+"""Held-out losses and entropies, visual targets, and the learning rate that an update gets."""
+
+import dataclasses
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from beit3_ds.batch import PackedBatch, StepBatch
+from beit3_ds.model.beit3 import LossOutput
+from beit3_ds.parallel import Mesh, TensorParallel
+from beit3_ds.training import loop
+from beit3_ds.training.evaluation import evaluate, unigram_entropies
+from beit3_ds.training.targets import prepare_batch
+from tests.batches import random_batch, small_model_config
+
+CONFIG = small_model_config()
+CPU = torch.device("cpu")
+
+
+def lonely_mesh() -> Mesh:
+    group: Any = None  # one rank sends nothing
+    return Mesh(data_parallel_group=group, data_parallel_rank=0, data_parallel_size=1, tensor=TensorParallel())
+
+
+class NumberedCodes:
+    """Stands in for a visual tokenizer: the code of a patch follows from its place and its image's first pixel."""
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return (pixels[:, 0, 0, 0].long()[:, None] + torch.arange(CONFIG.num_patches)) % CONFIG.visual_vocab_size
+
+
+class CountingEngine:
+    """Stands in for an engine: a loss of 1, 2, 3 and 4 for every position of the four terms."""
+
+    def __init__(self) -> None:
+        self.training = True
+        self.modes: list[bool] = []
+
+    def eval(self) -> None:
+        self.training = False
+
+    def train(self) -> None:
+        self.training = True
+
+    def __call__(self, batch: PackedBatch, factors: Tensor) -> LossOutput:
+        self.modes.append(self.training)
+        assert batch.visual_targets is not None
+        return LossOutput(torch.zeros(()), torch.tensor(batch.num_masked) * torch.tensor([1.0, 2.0, 3.0, 4.0]))
+
+
+def batches() -> list[PackedBatch]:
+    return [random_batch(CONFIG, *mix, seed=seed) for seed, mix in enumerate([(2, 1, 3), (1, 2, 0), (0, 0, 2)])]
+
+
+def test_means_are_over_all_positions_of_all_batches() -> None:
+    engine: Any = CountingEngine()
+    tokenizer: Any = NumberedCodes()
+    means = evaluate(engine, batches(), tokenizer, lonely_mesh(), CPU)
+    assert means == pytest.approx({"image_mim": 1, "text_mlm": 2, "pair_mim": 3, "pair_mlm": 4})
+    assert engine.modes == [False] * 3  # catches stochastic depth in the held-out loss
+    assert engine.training  # catches a training that goes on without it
+
+
+def test_targets_are_the_codes_of_the_masked_patches() -> None:
+    batch, tokenizer = batches()[0], NumberedCodes()
+    numbers = torch.arange(3.0).view(3, 1, 1, 1)  # no two images alike
+    batch = dataclasses.replace(batch, tokenizer_pixels=numbers.expand_as(batch.tokenizer_pixels))
+    fitted: Any = tokenizer
+    targets = prepare_batch(batch, fitted, CPU).visual_targets
+    assert targets is not None
+    codes = tokenizer.encode(batch.tokenizer_pixels)
+    expected = [int(codes[image, patch]) for image, patch in batch.patch_mask.nonzero().tolist()]
+    assert targets.tolist() == expected  # catches the codes of another image
+
+
+def test_unigram_entropy_counts_what_may_be_asked_for() -> None:
+    batch = batches()[0]
+    tokenizer: Any = NumberedCodes()
+    entropies = unigram_entropies([batch], tokenizer, CONFIG, lonely_mesh(), CPU)
+    original = batch.token_ids.clone()
+    original[batch.masked_tokens] = batch.target_ids  # catches the frequencies of mask tokens
+    texts = original.split([*batch.caption_lengths, *batch.text_lengths])
+    asked = torch.cat([text[1:] for text in texts[batch.num_pairs :]])  # BOS is never asked for
+    shares = torch.bincount(asked).double()
+    shares = shares[shares > 0] / len(asked)
+    assert entropies["text_mlm"] == pytest.approx(-float((shares * shares.log()).sum()))
+    assert entropies["image_mim"] <= math.log(CONFIG.visual_vocab_size)
+
+
+def test_an_update_gets_its_own_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed is given no schedule: a rate that is not set here stays at its peak."""
+    used: list[float] = []
+    group = {"lr": 1.0}
+    monkeypatch.setattr(loop, "accumulate_gradients", lambda engine, prepared, factors: torch.zeros(4))
+    monkeypatch.setattr(loop, "apply_update", lambda engine, mesh: used.append(group["lr"]))
+    weights = SimpleNamespace(image_mim=1.0, text_mlm=1.0, pair_mim=1.0, pair_mlm=1.0)
+    run: Any = SimpleNamespace(
+        engine=SimpleNamespace(optimizer=SimpleNamespace(param_groups=[group])),
+        config=SimpleNamespace(training=SimpleNamespace(loss_weights=weights)),
+        mesh=lonely_mesh(),
+        device=CPU,
+    )
+    loop._update(run, StepBatch(step=0, micro_batches=()), torch.ones(4, dtype=torch.int64), 0.25)
+    assert used == [0.25]
