@@ -5,7 +5,7 @@ A micro-batch is one stream of T tokens without padding, in this order:
     [ images | images of pairs | texts of pairs | texts ]
       0      a                 b                c       T
 
-so that every expert works on a slice (`PackedBatch.routes`) and every sequence is one or two row ranges
+so that every expert works on a slice (`PackedBatch.expert_slices`) and every sequence is one or two row ranges
 (`PackedBatch.sequence_ranges`): a pair is an image range and a text range. Sequences are numbered images, pairs, texts.
 """
 
@@ -13,23 +13,19 @@ so that every expert works on a slice (`PackedBatch.routes`) and every sequence 
 # S tokens of all texts, M masked tokens, T packed rows, L layers.
 
 import dataclasses
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+ImageViews = Literal["both", "model", "tokenizer"]
+"""Which views of an image a rank needs: the first stage of a pipeline the model's, the last the visual tokenizer's."""
+
 LOSS_TERMS = ("image_mim", "text_mlm", "pair_mim", "pair_mlm")
 """The four terms of the loss, in the order of every four-vector of sums and counts."""
-
-
-class Route(NamedTuple):
-    """The rows [start, stop) that one expert processes."""
-
-    expert: str
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +40,12 @@ class PackedBatch:
     """Tokens of each caption, BOS and EOS included; P values."""
     text_lengths: tuple[int, ...]
     """Tokens of each text, BOS and EOS included; X values."""
-    pixels: Tensor
-    """The model's view, (B, 3, image_size, image_size) float32 in [-1, 1]; images first, then those of pairs."""
-    tokenizer_pixels: Tensor
-    """The visual tokenizer's view of the same crops, (B, 3, s, s) float32 in [-1, 1]."""
+    pixels: Tensor | None
+    """The model's view, (B, 3, image_size, image_size) float32 in [-1, 1]; images first, then those of pairs. None
+    where another stage of a pipeline embeds."""
+    tokenizer_pixels: Tensor | None
+    """The visual tokenizer's view of the same crops, (B, 3, s, s) float32 in [-1, 1]. None where another stage of a
+    pipeline needs the codes."""
     patch_mask: Tensor
     """True where a patch is masked, (B, N) bool."""
     token_ids: Tensor
@@ -68,7 +66,8 @@ class PackedBatch:
         num_pixels = self.num_images + self.num_pairs
         num_tokens = sum(self.caption_lengths) + sum(self.text_lengths)
         assert len(self.caption_lengths) == self.num_pairs, "one caption length a pair"
-        assert self.pixels.shape[0] == num_pixels and self.patch_mask.shape[0] == num_pixels, "one mask an image"
+        assert self.pixels is None or self.pixels.shape[0] == num_pixels, "one model's view an image"
+        assert self.patch_mask.shape[0] == num_pixels, "one mask an image"
         assert self.token_ids.shape == (num_tokens,), "text lengths must add up to the tokens"
         assert self.masked_tokens.shape == self.target_ids.shape, "one target a masked token"
         assert not self.sample_names or len(self.sample_names) == self.num_sequences, "one name a sequence"
@@ -101,19 +100,19 @@ class PackedBatch:
         """Rows of the stream, T."""
         return self.boundaries[3]
 
-    def routes(self, experts: tuple[str, ...]) -> tuple[Route, ...]:
-        """The rows of each expert, in row order; every expert is named, with no rows if need be.
+    def expert_slices(self, experts: tuple[str, ...]) -> list[tuple[int, int]]:
+        """The rows [start, stop) of each expert, in row order; every expert is named, with no rows if need be.
 
         Args:
             experts: ("shared",), ("vision", "language") or ("vision", "vision_language", "language").
         """
         a, b, c, t = self.boundaries
         if experts == ("shared",):
-            return (Route("shared", 0, t),)
+            return [(0, t)]
         if experts == ("vision", "language"):
-            return (Route("vision", 0, b), Route("language", b, t))
+            return [(0, b), (b, t)]
         assert experts == ("vision", "vision_language", "language"), f"unknown experts {experts}"
-        return (Route("vision", 0, a), Route("vision_language", a, c), Route("language", c, t))
+        return [(0, a), (a, c), (c, t)]
 
     @cached_property
     def sequence_ranges(self) -> tuple[tuple[tuple[int, int], ...], ...]:
@@ -175,6 +174,19 @@ class PackedBatch:
         assert codes.shape == self.patch_mask.shape, f"codes {tuple(codes.shape)} do not fit {self.patch_mask.shape}"
         return dataclasses.replace(self, visual_targets=codes[self.patch_mask])
 
+    def abridged(self) -> "PackedBatch":
+        """Returns the batch without pixels, as stages of a pipeline see it that neither embed nor predict."""
+        return dataclasses.replace(self, pixels=None, tokenizer_pixels=None)
+
+    def fingerprint(self) -> str:
+        """A digest of all but the pixels, to see whether two ranks read the same samples, masks and draws."""
+        digest = hashlib.sha256(repr((self.num_images, self.caption_lengths, self.text_lengths)).encode())
+        digest.update("\n".join(self.sample_names).encode())
+        for tensor in (self.patch_mask, self.token_ids, self.masked_tokens, self.target_ids, self.drop_path):
+            if tensor is not None:
+                digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
     def to(self, device: torch.device) -> "PackedBatch":
         """Returns the batch with all its tensors on `device`."""
         moved: dict[str, Any] = {
@@ -195,3 +207,11 @@ class StepBatch:
     """This rank's micro-batches; every rank has the same number."""
     broken_records: tuple[str, ...] = ()
     """One line for each record of this rank's share that could not be read; its slot is left out."""
+
+    def abridged(self) -> "StepBatch":
+        """Returns the step with `PackedBatch.abridged` micro-batches."""
+        return dataclasses.replace(self, micro_batches=tuple(batch.abridged() for batch in self.micro_batches))
+
+    def fingerprint(self) -> str:
+        """A digest of all but the pixels; see `PackedBatch.fingerprint`."""
+        return f"step {self.step}: {[batch.fingerprint() for batch in self.micro_batches]}"

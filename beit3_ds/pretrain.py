@@ -7,17 +7,16 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from beit3_ds.batch import StepBatch
+from beit3_ds.batch import ImageViews, StepBatch
 from beit3_ds.checkpoint import CheckpointStore
-from beit3_ds.config import RunConfig
+from beit3_ds.config import Place, RunConfig
 from beit3_ds.data import StepDataset, build_heldout_batches, build_train_loader
 from beit3_ds.parallel import Shared
 from beit3_ds.rank_program import run_rank_program
-from beit3_ds.tokenizers import TextTokenizer, check_visual_tokenizer_fits, load_visual_tokenizer
+from beit3_ds.tokenizers import TextTokenizer, VisualTokenizer, check_visual_tokenizer_fits, load_visual_tokenizer
 from beit3_ds.tokenizers.text import load_text_tokenizer
 from beit3_ds.training.engine import (
-    build_engine,
-    build_model,
+    build_schedule,
     compute_device,
     init_process_group,
     rank_from_environment,
@@ -52,35 +51,50 @@ def build_run(config: RunConfig, text_tokenizer: TextTokenizer) -> tuple[Run, It
     Raises:
         ConfigError: as `pretrain`.
     """
-    data_parallel_size = config.parallel.data_parallel_size(world_size_from_environment())
-    data_parallel_rank = config.parallel.data_parallel_rank(rank_from_environment())
-    visual_tokenizer = load_visual_tokenizer(config.tokenizers.visual.path)
-    check_visual_tokenizer_fits(visual_tokenizer, config)
-    dataset = StepDataset(config, text_tokenizer, data_parallel_rank, data_parallel_size)
-    heldout = build_heldout_batches(config, text_tokenizer, data_parallel_rank, data_parallel_size)
+    world_size = world_size_from_environment()
+    data_parallel_size = config.parallel.data_parallel_size(world_size)
+    place = config.parallel.place(rank_from_environment(), world_size)
+    config.micro_batch_size(data_parallel_size)
+    has_heads = place.pipeline == config.parallel.pipeline_parallel_size - 1
+    visual_tokenizer = _load_visual_tokenizer(config) if has_heads else None
+    share = (config, text_tokenizer, place.data, data_parallel_size, _views(place, has_heads))
+    reads = place.tensor == 0 and (place.pipeline == 0 or has_heads)
+    dataset, heldout = (StepDataset(*share), build_heldout_batches(*share)) if reads else (None, ())
 
     mesh = init_process_group(config.parallel)
-    assert mesh.data_parallel_rank == data_parallel_rank, "the mesh gives this rank another share of the samples"
+    assert mesh.place == place and mesh.is_reader == reads, "the mesh gives this rank another place"
     device = compute_device()
-    engine = build_engine(config, build_model(config, mesh.tensor), mesh)
+    schedule = build_schedule(config, mesh)
     output = Path(config.training.output_dir)
     store = CheckpointStore(output / "checkpoints", config.training.keep_checkpoints, mesh)
     history = History(output / "metrics.jsonl")
-    first_step = resume(engine, store, history, mesh)
-    dtype = next(engine.module.parameters()).dtype
+    first_step = resume(schedule.engine, store, history, mesh)
+    dtype = next(schedule.engine.module.parameters()).dtype
     run = Run(
         config=config,
-        engine=engine,
+        schedule=schedule,
         mesh=mesh,
         device=device,
-        visual_tokenizer=visual_tokenizer.to(device),
-        heldout=Shared(heldout, mesh.tensor),
+        visual_tokenizer=visual_tokenizer.to(device) if visual_tokenizer else None,
+        heldout=Shared(heldout, mesh),
         store=store,
         history=history,
         progress=Progress(config.model, config.training.total_steps, peak_flops(device, dtype), mesh),
         first_step=first_step,
     )
-    return run, Shared(build_train_loader(dataset, config.data, first_step), mesh.tensor)
+    return run, Shared(build_train_loader(dataset, config.data, first_step) if dataset else (), mesh)
+
+
+def _load_visual_tokenizer(config: RunConfig) -> VisualTokenizer:
+    visual_tokenizer = load_visual_tokenizer(config.tokenizers.visual.path)
+    check_visual_tokenizer_fits(visual_tokenizer, config)
+    return visual_tokenizer
+
+
+def _views(place: Place, has_heads: bool) -> ImageViews:
+    if has_heads:
+        return "both" if place.pipeline == 0 else "tokenizer"
+    return "model"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

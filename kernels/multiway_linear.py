@@ -22,7 +22,9 @@ def multiway_linear_reference(
     return torch.cat(parts)
 
 
-def multiway_linear(x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+def multiway_linear(
+    x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor], *, gelu: bool = False
+) -> Tensor:
     """Applies each expert's linear layer to its own rows, writing into one output without copies.
 
     Computes y[start:stop] = x[start:stop] @ w_FD.T + b_F for every expert. An expert without rows gets zero gradients,
@@ -34,11 +36,12 @@ def multiway_linear(x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], bia
         slices: row range of each expert; together they cover [0, T) in order.
         weights: one (F, D) matrix an expert, of x's dtype; saved for the backward pass as they are.
         biases: one (F,) vector an expert; empty for none.
+        gelu: apply the exact (erf) GELU to x first, keep x alone and make the GELU again in the backward pass.
 
     Returns:
         y_TF, of x's dtype.
     """
-    return _MultiwayLinear.apply(x_TD, tuple(slices), *weights, *biases)
+    return _MultiwayLinear.apply(x_TD, tuple(slices), gelu, *weights, *biases)
 
 
 def multiway_bias(y_TF: Tensor, slices: Slices, biases: Sequence[Tensor]) -> Tensor:
@@ -54,17 +57,18 @@ def multiway_bias(y_TF: Tensor, slices: Slices, biases: Sequence[Tensor]) -> Ten
 
 class _MultiwayLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, slices: Slices, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, slices: Slices, gelu: bool, *parameters: Tensor) -> Tensor:
+        ctx.slices, ctx.gelu, ctx.has_biases = slices, gelu, len(parameters) > len(slices)
         weights, biases = parameters[: len(slices)], parameters[len(slices) :] or (None,) * len(slices)
+        # The parameters themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
+        ctx.save_for_backward(x_TD, *weights)
+        h_TD = F.gelu(x_TD) if gelu else x_TD
         y_TF = x_TD.new_empty(x_TD.shape[0], weights[0].shape[0])
         for (start, stop), w_FD, b_F in zip(slices, weights, biases, strict=True):
             if b_F is None:
-                torch.mm(x_TD[start:stop], w_FD.t(), out=y_TF[start:stop])
+                torch.mm(h_TD[start:stop], w_FD.t(), out=y_TF[start:stop])
             else:
-                torch.addmm(b_F, x_TD[start:stop], w_FD.t(), out=y_TF[start:stop])
-        # The parameters themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
-        ctx.save_for_backward(x_TD, *weights)
-        ctx.slices, ctx.has_biases = slices, len(parameters) > len(slices)
+                torch.addmm(b_F, h_TD[start:stop], w_FD.t(), out=y_TF[start:stop])
         return y_TF
 
     @staticmethod
@@ -72,15 +76,18 @@ class _MultiwayLinear(torch.autograd.Function):
     def backward(ctx: Any, dy_TF: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, *weights = ctx.saved_tensors
         dy_TF = dy_TF.contiguous()
+        h_TD = F.gelu(x_TD) if ctx.gelu else x_TD
         dx_TD = torch.empty_like(x_TD)
         d_weights, d_biases = [], []
         for (start, stop), w_FD in zip(ctx.slices, weights, strict=True):
             dy_slice = dy_TF[start:stop]
             torch.mm(dy_slice, w_FD, out=dx_TD[start:stop])
-            d_weights.append(dy_slice.t() @ x_TD[start:stop])
+            d_weights.append(dy_slice.t() @ h_TD[start:stop])
             if ctx.has_biases:
                 d_biases.append(dy_slice.sum(0))
-        return (dx_TD, None, *d_weights, *d_biases)
+        if ctx.gelu:
+            dx_TD = torch.ops.aten.gelu_backward(dx_TD, x_TD)
+        return (dx_TD, None, None, *d_weights, *d_biases)
 
 
 class _MultiwayBias(torch.autograd.Function):

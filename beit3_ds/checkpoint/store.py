@@ -24,6 +24,7 @@ class CheckpointStore:
     def __init__(self, root: Path, keep: int, mesh: Mesh) -> None:
         """Opens the folder; it is made at the first save."""
         self.root, self.keep, self.mesh = root, keep, mesh
+        self._stage = f"stage-{mesh.pipeline.rank}"  # DeepSpeed names files by data and tensor rank alone
 
     def save(self, engine: DeepSpeedEngine, step: int) -> Path:
         """Saves the state after `step` updates and deletes all but the newest whole ones. All ranks call it.
@@ -37,7 +38,7 @@ class CheckpointStore:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         self.mesh.barrier()
-        engine.save_checkpoint(str(aside), tag=_TAG, client_state={"step": step}, save_latest=False)
+        engine.save_checkpoint(str(aside / self._stage), tag=_TAG, client_state={"step": step}, save_latest=False)
         self.mesh.barrier()
         if self.mesh.is_main:
             _write_manifest(aside, step, _layout(self.mesh))
@@ -71,9 +72,9 @@ class CheckpointStore:
         if manifest["layout"] != _layout(self.mesh):
             raise ConfigError(
                 f"checkpoint {folder} was saved by {manifest['layout']} and cannot be resumed on {_layout(self.mesh)}. "
-                f"Use the same ranks and parallel.tensor_parallel_size, or another training.output_dir."
+                f"Use the same ranks and parallel section, or another training.output_dir."
             )
-        engine.load_checkpoint(str(folder), tag=_TAG)
+        engine.load_checkpoint(str(folder / self._stage), tag=_TAG)
         return int(manifest["step"])
 
     def _prune(self) -> None:
@@ -83,7 +84,8 @@ class CheckpointStore:
 
 
 def _layout(mesh: Mesh) -> str:
-    return f"{mesh.data_parallel_size} data-parallel x {mesh.tensor.size} tensor-parallel ranks"
+    axes = f"{mesh.data_parallel_size} data-parallel x {mesh.tensor.size} tensor-parallel ranks"
+    return axes if mesh.pipeline.size == 1 else f"{mesh.pipeline.size} stages of {axes}"
 
 
 def _write_manifest(folder: Path, step: int, layout: str) -> None:

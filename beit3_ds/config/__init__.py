@@ -2,20 +2,22 @@
 
 from beit3_ds.config.data import DataConfig, SourceConfig, StreamConfig, TextTokenizerConfig, TokenizersConfig
 from beit3_ds.config.model import MODEL_SIZES, ModelConfig
-from beit3_ds.config.parallel import ParallelConfig
+from beit3_ds.config.parallel import ParallelConfig, Place
 from beit3_ds.config.run import MicroBatchSize, RunConfig, build_run_config, load_run_config
 from beit3_ds.config.strict import ConfigError
-from beit3_ds.config.training import LossWeights, TrainingConfig
+from beit3_ds.config.training import ActivationCheckpointing, LossWeights, TrainingConfig
 from beit3_ds.config.visual_tokenizer import VisualTokenizerConfig
 
 __all__ = [
     "MODEL_SIZES",
+    "ActivationCheckpointing",
     "ConfigError",
     "DataConfig",
     "LossWeights",
     "MicroBatchSize",
     "ModelConfig",
     "ParallelConfig",
+    "Place",
     "RunConfig",
     "SourceConfig",
     "StreamConfig",

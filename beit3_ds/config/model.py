@@ -67,6 +67,8 @@ class ModelConfig:
     """Codes of the visual tokenizer, rows of the MIM head."""
     max_text_length: int = 128
     """Rows of the text position table; no text may be longer, BOS and EOS included."""
+    tie_word_embeddings: bool = False
+    """Uses the word table as the MLM head's matrix too. The released models have one of each, so the default is off."""
     cross_entropy_chunk_size: int = 128
     """Masked text positions whose logits exist at a time; full logits are never stored."""
 
@@ -74,6 +76,11 @@ class ModelConfig:
     def head_size(self) -> int:
         """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_pipeline_layers(self) -> int:
+        """Layers that a pipeline can be cut between: embeddings, blocks, heads."""
+        return self.num_layers + 2
 
     @property
     def grid_size(self) -> int:

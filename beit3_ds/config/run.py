@@ -143,7 +143,7 @@ def check_batch_sizes(config: RunConfig, data_parallel_size: int) -> None:
 
 def _check_sections_agree(config: RunConfig) -> None:
     model, data, visual = config.model, config.data, config.tokenizers.visual
-    config.parallel.check_model(model)
+    config.parallel.check_model(model, config.gradient_accumulation_steps)
     if config.samples_per_step == 0:
         raise ConfigError("data: samples_per_step is 0 for all three streams; nothing would be trained.")
     if visual.grid_size != model.grid_size:

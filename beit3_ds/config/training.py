@@ -1,8 +1,12 @@
 """Steps, optimizer, schedule, and what a run writes."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from beit3_ds.config.strict import ConfigError, check_range
+
+ActivationCheckpointing = Literal["none", "selective", "full"]
+"""What the backward pass recomputes: nothing, GELUs or whole blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +45,10 @@ class TrainingConfig:
     """AdamW's epsilon (paper)."""
     loss_weights: LossWeights = field(default_factory=LossWeights)
     """Factors of the four terms."""
-    activation_checkpointing: bool = False
-    """Recompute every block in the backward pass instead of keeping its activations."""
+    activation_checkpointing: ActivationCheckpointing = "none"
+    """What the backward pass recomputes instead of keeping it. `selective`: the GELU of every expert, the widest
+    activation that is cheap to make again (Korthikanti et al., 2022, arXiv:2205.05198, recompute attention for the same
+    reason; here the attention op keeps no scores). `full`: every block, for a third more compute."""
     seed: int = 1
     """Seeds initial values, data order, masks, augmentation and stochastic depth."""
     log_interval: int = 10

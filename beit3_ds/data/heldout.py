@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from beit3_ds.batch import PackedBatch
+from beit3_ds.batch import ImageViews, PackedBatch
 from beit3_ds.config import ConfigError, RunConfig
 from beit3_ds.data.packing import ImageShape, image_shape, pack
 from beit3_ds.data.samples import HELDOUT_EPOCH, SampleKey, Stream, build_heldout_streams
@@ -17,9 +17,15 @@ class HeldoutBatches:
     later passes only hand them out.
     """
 
-    def __init__(self, streams: Mapping[str, Stream], plan: Sequence[Sequence[SampleKey]], shape: ImageShape) -> None:
+    def __init__(
+        self,
+        streams: Mapping[str, Stream],
+        plan: Sequence[Sequence[SampleKey]],
+        shape: ImageShape,
+        views: ImageViews = "both",
+    ) -> None:
         """Takes the samples of each batch as `plan`; reads nothing yet."""
-        self._streams, self._plan, self._shape = streams, plan, shape
+        self._streams, self._plan, self._shape, self._views = streams, plan, shape, views
         self._batches: list[PackedBatch] = []
 
     def __len__(self) -> int:
@@ -44,11 +50,15 @@ class HeldoutBatches:
             raise ConfigError(
                 f"data: held-out record {error}. Repair it, or make the shard anew without it."
             ) from error
-        return pack(samples, None, self._shape)
+        return pack(samples, None, self._shape, self._views)
 
 
 def build_heldout_batches(
-    config: RunConfig, text_tokenizer: TextTokenizer, data_parallel_rank: int, data_parallel_size: int
+    config: RunConfig,
+    text_tokenizer: TextTokenizer,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    views: ImageViews = "both",
 ) -> HeldoutBatches:
     """Divides the first `training.eval_samples` held-out samples of every stream over the ranks.
 
@@ -74,4 +84,4 @@ def build_heldout_batches(
             keys.extend(SampleKey(config.training.seed, name, HELDOUT_EPOCH, index) for index in indices)
         return keys
 
-    return HeldoutBatches(streams, [share(number) for number in range(num_batches)], image_shape(config))
+    return HeldoutBatches(streams, [share(number) for number in range(num_batches)], image_shape(config), views)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from beit3_ds.batch import PackedBatch
+from beit3_ds.batch import ImageViews, PackedBatch
 from beit3_ds.config import RunConfig
 
 
@@ -68,13 +68,16 @@ def image_shape(config: RunConfig) -> ImageShape:
     return ImageShape(config.model.image_size, config.tokenizers.visual.image_size, config.model.num_patches)
 
 
-def pack(samples: Sequence[Sample], drop_path: Tensor | None, shape: ImageShape) -> PackedBatch:
+def pack(
+    samples: Sequence[Sample], drop_path: Tensor | None, shape: ImageShape, views: ImageViews = "both"
+) -> PackedBatch:
     """Packs samples; any stream may be absent, even all.
 
     Args:
         samples: images, then pairs, then texts; Q in all.
         drop_path: factors of the samples in this order, (Q, L, 2) float32, or None.
         shape: sizes of the images.
+        views: those that the batch keeps.
     """
     images = [sample for sample in samples if isinstance(sample, ImageSample)]
     pairs = [sample for sample in samples if isinstance(sample, PairSample)]
@@ -90,8 +93,10 @@ def pack(samples: Sequence[Sample], drop_path: Tensor | None, shape: ImageShape)
         num_pairs=len(pairs),
         caption_lengths=tuple(lengths[: len(pairs)]),
         text_lengths=tuple(lengths[len(pairs) :]),
-        pixels=_stack([image.model_view for image in pictures], shape.image_size),
-        tokenizer_pixels=_stack([image.tokenizer_view for image in pictures], shape.tokenizer_image_size),
+        pixels=None if views == "tokenizer" else _stack([p.model_view for p in pictures], shape.image_size),
+        tokenizer_pixels=(
+            None if views == "model" else _stack([p.tokenizer_view for p in pictures], shape.tokenizer_image_size)
+        ),
         patch_mask=torch.from_numpy(
             np.array([image.patch_mask for image in pictures], dtype=bool).reshape(-1, shape.num_patches)
         ),

@@ -3,7 +3,7 @@
 import numpy as np
 from torch.utils.data import Dataset
 
-from beit3_ds.batch import PackedBatch, StepBatch
+from beit3_ds.batch import ImageViews, PackedBatch, StepBatch
 from beit3_ds.config import RunConfig
 from beit3_ds.data.drop_path import Slot, draw_drop_path
 from beit3_ds.data.order import StreamOrder
@@ -23,9 +23,22 @@ class StepDataset(Dataset[StepBatch]):
     """
 
     def __init__(
-        self, config: RunConfig, text_tokenizer: TextTokenizer, data_parallel_rank: int, data_parallel_size: int
+        self,
+        config: RunConfig,
+        text_tokenizer: TextTokenizer,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        views: ImageViews = "both",
     ) -> None:
         """Opens the training files.
+
+        Args:
+            config: of the run.
+            text_tokenizer: of the run.
+            data_parallel_rank: whose share is read.
+            data_parallel_size: ranks that share a step.
+            views: those of each image that the batches keep. Both are made either way, since the jitter of one takes
+                its mean from the other.
 
         Raises:
             ConfigError: for files that cannot be read, or samples that do not divide over ranks and micro-batches.
@@ -44,7 +57,7 @@ class StepDataset(Dataset[StepBatch]):
             )
             for name, stream in self._streams.items()
         }
-        self._shape = image_shape(config)
+        self._shape, self._views = image_shape(config), views
 
     def __len__(self) -> int:
         """Steps of the run."""
@@ -69,7 +82,7 @@ class StepDataset(Dataset[StepBatch]):
                     slots.append(slot)
         model, seed = self._config.model, self._config.training.seed
         drop_path = draw_drop_path(model.drop_path_rate, model.num_layers, seed, step, slots)
-        return pack(samples, drop_path, self._shape)
+        return pack(samples, drop_path, self._shape, self._views)
 
     def _keys(self, stream: str, step: int, micro_batch: int) -> list[tuple[Slot, SampleKey]]:
         """The slots of one stream in one of this rank's micro-batches, and the samples that fill them."""

@@ -22,29 +22,30 @@ class MultiwayAttention(nn.Module):
     their own projections and norms and meet only in the softmax. With `sub_layernorm` the merged heads are normalised
     before the output projection (Magneto, arXiv:2210.06423).
 
-    The tensor-parallel ranks divide the heads. They all-reduce T * D elements each way, and two floats a row for a
-    sub-LN.
+    The tensor-parallel ranks divide the heads. They exchange T * D elements each way (`TensorParallel.gather_in`,
+    `scatter_out`), and two floats a row for a sub-LN.
     """
 
     def __init__(self, config: ModelConfig, tensor: TensorParallel) -> None:
         super().__init__()
         hidden, experts, epsilon = config.hidden_size, config.attention_experts, config.layer_norm_epsilon
         self.experts, self.head_size, self.tensor = experts, config.head_size, tensor
-        self.norm = MultiwayLayerNorm(hidden, epsilon, experts)
+        self.norm = MultiwayLayerNorm(hidden, epsilon, experts, rows=tensor)
         self.q_proj = ColumnParallelMultiwayLinear(hidden, hidden, experts, tensor)
         self.k_proj = ColumnParallelMultiwayLinear(hidden, hidden, experts, tensor)
         self.v_proj = ColumnParallelMultiwayLinear(hidden, hidden, experts, tensor)
-        self.sub_norm = MultiwayLayerNorm(hidden, epsilon, experts, tensor) if config.sub_layernorm else None
+        self.sub_norm = MultiwayLayerNorm(hidden, epsilon, experts, width=tensor) if config.sub_layernorm else None
         self.out_proj = RowParallelMultiwayLinear(hidden, hidden, experts, tensor)
 
     def forward(self, x_TD: Tensor, batch: PackedBatch) -> Tensor:
-        """Returns the branch's output (T, D), without the residual."""
-        routes = batch.routes(self.experts)
-        h_TD = self.tensor.copy_in(self.norm(x_TD, routes))
+        """Returns the branch's output (T, D), without the residual; of both, this rank's rows."""
+        slices, num_rows = batch.expert_slices(self.experts), batch.num_rows
+        h_TD = self.norm(x_TD, self.tensor.own_slices(slices, num_rows))
+        h_TD = self.tensor.gather_in(h_TD, num_rows)
         q_THK, k_THK, v_THK = (
             proj(h_TD, batch).unflatten(1, (-1, self.head_size)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         y_TD = packed_attention(q_THK, k_THK, v_THK, batch.sequence_ranges).flatten(1)
         if self.sub_norm is not None:
-            y_TD = self.sub_norm(y_TD, routes)
+            y_TD = self.sub_norm(y_TD, slices)
         return self.out_proj(y_TD, batch)

@@ -2,6 +2,7 @@
 
 # T packed rows, D hidden, V vocabulary.
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from beit3_ds.batch import PackedBatch
-from beit3_ds.config import ModelConfig
+from beit3_ds.config import ActivationCheckpointing, ModelConfig
 from beit3_ds.model.block import Block
 from beit3_ds.model.embeddings import Embeddings
 from beit3_ds.model.heads import Heads
@@ -35,53 +36,84 @@ class Logits(NamedTuple):
 
 
 class BEiT3(nn.Module):
-    """The Multiway Transformer with its masked-modeling heads (paper section 2).
+    """The Multiway Transformer with its masked-modeling heads (paper section 2), or some of its layers.
 
-    Layers run in the order embeddings, blocks, heads, and hand on nothing but the stream x_TD, so the list can be cut
-    anywhere. Modules keep no state of a batch, and the forward pass draws nothing random. Parameters are uninitialised
-    until `initialize_parameters`.
+    Layer 0 embeds, layers 1 to L are blocks and layer L + 1 is the heads (`ModelConfig.num_pipeline_layers` in all).
+    They hand on nothing but the stream x_TD, so the list can be cut anywhere. Modules keep no state of a batch, and the
+    forward pass draws nothing random. A parameter's name is the same whichever layers stand beside it. Parameters are
+    uninitialised until `initialize_parameters`. With `tie_word_embeddings` and no embeddings among the layers, the MLM
+    head's matrix is a buffer, to be filled by who holds the word table.
     """
 
     def __init__(
-        self, config: ModelConfig, tensor: TensorParallel | None = None, activation_checkpointing: bool = False
+        self,
+        config: ModelConfig,
+        tensor: TensorParallel | None = None,
+        layers: Sequence[range] | None = None,
+        activation_checkpointing: ActivationCheckpointing = "none",
     ) -> None:
         """Builds the layers.
 
         Args:
             config: sizes and layout.
             tensor: the ranks that divide every layer; None is this process alone.
-            activation_checkpointing: recompute each block in the backward pass.
+            layers: the runs of layers of a pipeline stage; None is all of them.
+            activation_checkpointing: what the backward pass recomputes instead of keeping it.
         """
         super().__init__()
         self.config = config
-        self.activation_checkpointing = activation_checkpointing
+        self.recompute_blocks = activation_checkpointing == "full"
         tensor = tensor or TensorParallel()
-        self.embeddings = Embeddings(config, tensor)
-        self.blocks = nn.ModuleList(Block(config, layer, tensor) for layer in range(config.num_layers))
-        self.heads = Heads(config, tensor)
+        self._all_layers = range(config.num_pipeline_layers)
+        held = {layer for run in layers or [self._all_layers] for layer in run}
+        self.embeddings = Embeddings(config, tensor) if 0 in held else None
+        recompute_gelu = activation_checkpointing == "selective"
+        self.blocks = nn.ModuleDict(
+            {str(i): Block(config, i, tensor, recompute_gelu) for i in range(config.num_layers) if i + 1 in held}
+        )
+        self.heads = Heads(config, tensor) if self._all_layers[-1] in held else None
+        if config.tie_word_embeddings and self.heads is not None:
+            self.heads.mlm.tie_weight(None if self.embeddings is None else self.embeddings.word.weight)
 
-    def forward(self, batch: PackedBatch, loss_factors: Tensor | None) -> LossOutput | Logits:
-        """Runs one micro-batch.
+    def forward(
+        self,
+        batch: PackedBatch,
+        loss_factors: Tensor | None,
+        x_TD: Tensor | None = None,
+        layers: range | None = None,
+    ) -> LossOutput | Logits | Tensor:
+        """Runs one micro-batch through all layers, or through some that follow each other.
 
         Args:
             batch: the packed micro-batch, with visual targets if a loss is wanted.
             loss_factors: what each of `batch.LOSS_TERMS` is multiplied by, (4,) float32, that is weight / count of the
                 whole step; None asks for logits.
+            x_TD: the stream before `layers`; None if they begin with the embeddings.
+            layers: the layers to run; None is all of them.
 
         Returns:
-            The loss, or the logits at masked positions.
+            The stream after `layers`, or the loss or the logits at masked positions if they end with the heads.
         """
-        x_TD = self.embeddings(batch)
-        for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x_TD = checkpoint(block, x_TD, batch, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x_TD = block(x_TD, batch)
+        layers = layers or self._all_layers
+        if layers.start == 0:
+            assert self.embeddings is not None, "this stage of the pipeline does not embed"
+            x_TD = self.embeddings(batch)
+        for layer in range(max(layers.start, 1), min(layers.stop, self.config.num_layers + 1)):
+            x_TD = self._run_block(self.blocks[str(layer - 1)], x_TD, batch)
+        if layers.stop <= self._all_layers[-1]:
+            assert x_TD is not None, f"no layers in {layers}"
+            return x_TD
+        assert self.heads is not None, "this stage of the pipeline has no heads"
         visual, text = self.heads(x_TD, batch, with_loss=loss_factors is not None)
         if loss_factors is None:
             return Logits(visual, text)
         sums = _sum_terms(visual, text, batch)
         return LossOutput((sums * loss_factors).sum(), sums.detach())
+
+    def _run_block(self, block: nn.Module, x_TD: Tensor | None, batch: PackedBatch) -> Tensor:
+        if self.recompute_blocks and torch.is_grad_enabled():
+            return checkpoint(block, x_TD, batch, use_reentrant=False, preserve_rng_state=False)
+        return block(x_TD, batch)
 
 
 def _sum_terms(visual_losses: Tensor, text_losses: Tensor, batch: PackedBatch) -> Tensor:

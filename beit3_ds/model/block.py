@@ -18,14 +18,14 @@ class Block(nn.Module):
     forward pass itself is deterministic and may be recomputed or reordered.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, tensor: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, layer: int, tensor: TensorParallel, recompute_gelu: bool = False) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.tensor = layer, tensor
         self.attention = MultiwayAttention(config, tensor)
-        self.ffn = MultiwayFFN(config, layer, tensor)
+        self.ffn = MultiwayFFN(config, layer, tensor, recompute_gelu)
 
     def forward(self, x_TD: Tensor, batch: PackedBatch) -> Tensor:
-        """Returns the stream after this block, (T, D)."""
+        """Returns the stream after this block, (T, D); of both, this rank's rows."""
         x_TD = self._add(x_TD, self.attention(x_TD, batch), batch, branch=0)
         return self._add(x_TD, self.ffn(x_TD, batch), batch, branch=1)
 
@@ -33,4 +33,5 @@ class Block(nn.Module):
         if batch.drop_path is None:
             return x_TD + y_TD
         factor_Q = batch.drop_path[:, self.layer, branch].to(y_TD.dtype)
-        return x_TD.addcmul(y_TD, factor_Q[batch.row_sequence].unsqueeze(1))
+        factor_T = factor_Q[self.tensor.own_rows(batch.row_sequence)]
+        return x_TD.addcmul(y_TD, factor_T.unsqueeze(1))

@@ -15,12 +15,12 @@ class Embeddings(nn.Module):
 
     Each modality has its own learned positions, and both start at 0 in a pair. BOS is the text's CLS. There is no type
     embedding: the experts know their modality. The tensor-parallel ranks divide the word table and all-reduce S * D
-    elements in the forward pass.
+    elements in the forward pass; each embeds all rows and keeps its own (`TensorParallel.scatter_rows`).
     """
 
     def __init__(self, config: ModelConfig, tensor: TensorParallel) -> None:
         super().__init__()
-        hidden = config.hidden_size
+        hidden, self.tensor = config.hidden_size, tensor
         self.patch = nn.Conv2d(3, hidden, kernel_size=config.patch_size, stride=config.patch_size)
         self.word = VocabParallelEmbedding(config.text_vocab_size, hidden, tensor)
         self.cls_token = nn.Parameter(torch.empty(hidden))
@@ -29,10 +29,11 @@ class Embeddings(nn.Module):
         self.text_position = nn.Parameter(torch.empty(config.max_text_length, hidden))
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Returns the stream x_TD: image rows, then text rows."""
-        return torch.cat([self._embed_images(batch), self._embed_texts(batch)])
+        """Returns this rank's rows of the stream x_TD: image rows, then text rows."""
+        return self.tensor.scatter_rows(torch.cat([self._embed_images(batch), self._embed_texts(batch)]))
 
     def _embed_images(self, batch: PackedBatch) -> Tensor:
+        assert batch.pixels is not None, "the batch has no model's view: another stage of the pipeline reads it"
         x_BND = self.patch(batch.pixels.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)
         x_BND = torch.where(batch.patch_mask.unsqueeze(2), self.mask_token, x_BND)
         cls_B1D = self.cls_token.expand(len(x_BND), 1, -1)

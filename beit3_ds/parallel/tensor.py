@@ -1,13 +1,22 @@
 """The tensor-parallel group, its collectives with their gradients, and how parameters are cut (Megatron-LM).
 
-Follows Shoeybi et al., 2019, arXiv:1909.08053, section 3.
+Follows Shoeybi et al., 2019, arXiv:1909.08053, section 3, and for sequence parallelism Korthikanti et al., 2022,
+arXiv:2205.05198, section 4.2.
+
+Between the divided layers the stream's rows are held by all ranks alike or, with sequence parallelism, each rank holds
+a run of them: T rows are rounded up to P * n by rows of zeros at the end, and rank r holds rows [r * n, (r + 1) * n).
 """
 
+# T rows, P tensor-parallel size, n = ceil(T / P) rows of one rank, D width.
+
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -39,6 +48,75 @@ class TensorParallel:
     """This rank's number in the group."""
     size: int = 1
     """Ranks in the group, P."""
+    sequence_parallel: bool = False
+    """Whether the ranks divide the stream's rows where they do not divide its width."""
+
+    @property
+    def divides_rows(self) -> bool:
+        """Whether a rank holds only its own rows between the divided layers."""
+        return self.sequence_parallel and self.size > 1
+
+    def own_row_range(self, num_rows: int) -> tuple[int, int]:
+        """The rows [start, stop) that this rank holds between the divided layers; `stop` may exceed `num_rows`."""
+        if not self.divides_rows:
+            return 0, num_rows
+        part = -(-num_rows // self.size)
+        return self.rank * part, (self.rank + 1) * part
+
+    def own_slices(self, slices: Sequence[tuple[int, int]], num_rows: int) -> list[tuple[int, int]]:
+        """The part of each slice among this rank's rows, counted from the first of them; filler joins the last one.
+
+        Args:
+            slices: row ranges [start, stop) that cover [0, num_rows) in order.
+            num_rows: T.
+        """
+        first, end = self.own_row_range(num_rows)
+        borders = [*(start for start, _ in slices), max(num_rows, end)]
+        own = [min(max(border, first), end) - first for border in borders]
+        return list(itertools.pairwise(own))
+
+    def own_rows(self, x: Tensor) -> Tensor:
+        """This rank's rows of a tensor that all ranks hold, filler included; no gradient over ranks."""
+        if not self.divides_rows:
+            return x
+        start, stop = self.own_row_range(len(x))
+        return _pad_rows(x[start:stop], stop - start)
+
+    def scatter_rows(self, x: Tensor) -> Tensor:
+        """Keeps this rank's rows of a tensor (T, D) that all ranks hold alike.
+
+        Forward sends nothing; backward all-gathers P * n * D elements.
+        """
+        return _ScatterRows.apply(x, self) if self.divides_rows else x
+
+    def gather_rows(self, x: Tensor, num_rows: int) -> Tensor:
+        """All ranks' rows, (T, D), for a computation that all ranks do alike.
+
+        Forward all-gathers P * n * D elements; backward sends nothing.
+        """
+        return _GatherRows.apply(x, self, num_rows) if self.divides_rows else x
+
+    def gather_in(self, x: Tensor, num_rows: int) -> Tensor:
+        """Hands the stream to layers of which each rank holds a part: `copy_in` of all its rows, (T, D).
+
+        With sequence parallelism forward all-gathers and backward reduce-scatters P * n * D elements.
+        """
+        return _GatherIn.apply(x, self, num_rows) if self.divides_rows else self.copy_in(x)
+
+    def scatter_out(self, x: Tensor) -> Tensor:
+        """Sums the ranks' partial results, (T, D): `sum_out`, of which each rank keeps its rows.
+
+        With sequence parallelism forward reduce-scatters and backward all-gathers P * n * D elements.
+        """
+        return _ScatterOut.apply(x, self) if self.divides_rows else self.sum_out(x)
+
+    def share(self, *parameters: Tensor) -> tuple[Tensor, ...]:
+        """Parameters that every rank holds and applies to its own rows, so that their gradients add up over ranks.
+
+        With sequence parallelism backward all-reduces their elements in one message. Under ZeRO-3 they stay gathered
+        until then, which is little: they are norms and biases.
+        """
+        return _Share.apply(self, *parameters) if self.divides_rows else parameters
 
     def split(self, size: int, dim: int = 0) -> Split:
         """This rank's part of a dimension that P divides."""
@@ -159,3 +237,86 @@ class _SumOut(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
         return dx, None
+
+
+class _ScatterRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, tensor: TensorParallel) -> Tensor:
+        ctx.tensor, ctx.num_rows = tensor, len(x_TD)
+        return tensor.own_rows(x_TD).clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx_nD: Tensor) -> tuple[Tensor, None]:
+        return _all_gather_rows(dx_nD, ctx.tensor)[: ctx.num_rows], None
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_nD: Tensor, tensor: TensorParallel, num_rows: int) -> Tensor:
+        ctx.tensor = tensor
+        return _all_gather_rows(x_nD, tensor)[:num_rows]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx_TD: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.tensor.own_rows(dx_TD), None, None
+
+
+class _GatherIn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_nD: Tensor, tensor: TensorParallel, num_rows: int) -> Tensor:
+        ctx.tensor = tensor
+        return _all_gather_rows(x_nD, tensor)[:num_rows]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx_TD: Tensor) -> tuple[Tensor, None, None]:
+        return _reduce_scatter_rows(dx_TD, ctx.tensor), None, None
+
+
+class _ScatterOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, tensor: TensorParallel) -> Tensor:
+        ctx.tensor, ctx.num_rows = tensor, len(x_TD)
+        return _reduce_scatter_rows(x_TD, tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx_nD: Tensor) -> tuple[Tensor, None]:
+        return _all_gather_rows(dx_nD, ctx.tensor)[: ctx.num_rows], None
+
+
+class _Share(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: TensorParallel, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.tensor = tensor
+        return tuple(parameter.view_as(parameter) for parameter in parameters)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        flat = ctx.tensor.all_reduce(torch.cat([gradient.flatten() for gradient in gradients]))
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        return None, *(part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True))
+
+
+def _all_gather_rows(x_nD: Tensor, tensor: TensorParallel) -> Tensor:
+    whole = x_nD.new_empty(tensor.size * len(x_nD), *x_nD.shape[1:])
+    if whole.numel():
+        dist.all_gather_into_tensor(whole, x_nD.contiguous(), group=tensor.group)
+    return whole
+
+
+def _reduce_scatter_rows(x_TD: Tensor, tensor: TensorParallel) -> Tensor:
+    part = -(-len(x_TD) // tensor.size)
+    own = x_TD.new_empty(part, *x_TD.shape[1:])
+    if own.numel():
+        padded = _pad_rows(x_TD, part * tensor.size).contiguous()
+        dist.reduce_scatter_tensor(own, padded, group=tensor.group)
+    return own
+
+
+def _pad_rows(x: Tensor, num_rows: int) -> Tensor:
+    missing = num_rows - len(x)
+    return x if missing == 0 else F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing))

@@ -53,6 +53,15 @@ class VocabParallelHead(nn.Module):
         self.weight = split_parameter(self.split, vocab_size, hidden_size)
         self.bias = split_parameter(self.split, vocab_size)
 
+    def tie_weight(self, weight: nn.Parameter | None) -> None:
+        """Uses another module's parameter as the matrix; None makes it a buffer that is not saved."""
+        own = self.weight
+        del self.weight
+        if weight is None:
+            self.register_buffer("weight", torch.empty_like(own, requires_grad=False), persistent=False)
+        else:
+            self.weight = weight
+
     def forward(self, h_MD: Tensor, target_M: Tensor) -> Tensor:
         """Every row's cross entropy, the same on all ranks.
 

@@ -1,5 +1,6 @@
-"""The schedule that owns micro-batches."""
+"""The layers cut into stages, and the one schedule that owns micro-batches."""
 
-from beit3_ds.pipeline.schedule import accumulate_gradients
+from beit3_ds.pipeline.schedule import Schedule
+from beit3_ds.pipeline.stages import cut_layers, stage_layers
 
-__all__ = ["accumulate_gradients"]
+__all__ = ["Schedule", "cut_layers", "stage_layers"]

@@ -1,43 +1,208 @@
-"""The one schedule that owns micro-batches; the engine's own accumulation is always 1."""
+"""The one schedule that owns micro-batches, with or without a pipeline; the engine's own accumulation is always 1."""
 
-from collections.abc import Iterable, Iterator
+# T packed rows (of this rank), D hidden.
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from beit3_ds.batch import LOSS_TERMS, PackedBatch
+from beit3_ds.model import Logits, LossOutput
+from beit3_ds.parallel import Mesh, Message
+from beit3_ds.pipeline import seams
+from beit3_ds.pipeline.order import Action, one_forward_one_backward
+from beit3_ds.pipeline.stages import stage_layers
+from beit3_ds.pipeline.tied import TiedWordEmbedding
+
+Prepare = Callable[[PackedBatch], PackedBatch]
+"""Moves a micro-batch to the device and, where the heads are, fills in its visual targets."""
 
 
-def accumulate_gradients(engine: DeepSpeedEngine, micro_batches: Iterable[PackedBatch], loss_factors: Tensor) -> Tensor:
-    """Runs forward and backward of every micro-batch of one optimizer step; `engine.step()` is left to the caller.
+class Schedule:
+    """Runs the micro-batches of a step through this stage's layers, in the order of 1F1B.
 
-    Gradients are reduced over the data-parallel ranks as the ZeRO stage does it: after every micro-batch (2 and 3) or
-    with the last one (0 and 1). Every rank must bring the same number of micro-batches.
-
-    Args:
-        engine: with gradient accumulation 1.
-        micro_batches: prepared batches, with visual targets, on the engine's device; at least one.
-        loss_factors: what each loss term's sum is multiplied by, (4,) float32. They hold the counts of the whole step,
-            so gradients of micro-batches simply add up, however the step is cut.
-
-    Returns:
-        This rank's sum of cross entropies of each of `batch.LOSS_TERMS`, (4,) float32.
+    Neighbouring stages exchange the stream of a micro-batch, (T, D) of its own number of rows, and its gradient; with
+    sequence parallelism each tensor-parallel rank sends its own rows. Sends do not hold a stage up, and the next
+    action's tensor is received while this one computes. Every stage knows all micro-batches' sizes beforehand.
     """
-    sums = torch.zeros(len(LOSS_TERMS), device=loss_factors.device)
-    for batch, is_last in _mark_last(micro_batches):
-        engine.set_gradient_accumulation_boundary(is_last)
-        output = engine(batch, loss_factors)
-        engine.backward(output.total)
-        sums += output.sums
-    return sums
+
+    def __init__(self, engine: DeepSpeedEngine, chunks: Sequence[range], mesh: Mesh) -> None:
+        """Takes the engine that holds this stage's layers.
+
+        Args:
+            engine: around `BEiT3`, with gradient accumulation 1.
+            chunks: the runs of layers of all stages, in order (`stages.cut_layers`).
+            mesh: the ranks.
+        """
+        self.engine, self.chunks, self.mesh = engine, tuple(chunks), mesh
+        self.tied = TiedWordEmbedding(engine.module, mesh)
+        self.runs = stage_layers(chunks, mesh.pipeline.rank, mesh.pipeline.size)
+        parameter = next(engine.module.parameters())
+        self._dtype, self._hidden_size = parameter.dtype, engine.module.config.hidden_size
+        self.sending: list[Message] = []
+
+    def accumulate_gradients(
+        self, micro_batches: Sequence[PackedBatch], loss_factors: Tensor, prepare: Prepare
+    ) -> Tensor:
+        """Runs forward and backward of every micro-batch of one optimizer step; the update is left to the caller.
+
+        Gradients are reduced over the data-parallel ranks as the ZeRO stage does it: after every micro-batch (2 and 3)
+        or with the last one (0 and 1). Every rank must bring the same number of micro-batches, and every stage of a
+        pipeline the same ones.
+
+        Args:
+            micro_batches: at least one.
+            loss_factors: what each loss term's sum is multiplied by, (4,) float32. They hold the counts of the whole
+                step, so gradients of micro-batches simply add up, however the step is cut.
+            prepare: applied to each micro-batch before its first use.
+
+        Returns:
+            On the last stage this rank's sum of cross entropies of each of `batch.LOSS_TERMS`, (4,) float32; zeros
+            elsewhere.
+        """
+        pipeline = self.mesh.pipeline
+        actions = one_forward_one_backward(len(micro_batches), pipeline.rank, pipeline.size, len(self.runs))
+        step = _Step(self, micro_batches, loss_factors, prepare)
+        seams.begin_step(self.engine, len(self.runs))
+        self.tied.synchronize()
+        arriving = step.receive(actions[0])
+        for action, following in zip(actions, [*actions[1:], None], strict=True):
+            arrived = None if arriving is None else arriving.wait()
+            arriving = None if following is None else step.receive(following)
+            if action.forward:
+                step.forward(action, arrived)
+            else:
+                step.backward(action, arrived, is_last=following is None)
+        self._finish_sending()
+        return step.sums
+
+    @torch.no_grad()
+    def run_forward(
+        self, batches: Iterable[PackedBatch], loss_factors: Tensor | None, prepare: Prepare
+    ) -> Iterator[tuple[PackedBatch, LossOutput | Logits | None]]:
+        """Runs batches forward through all stages, in evaluation mode.
+
+        Args:
+            batches: the same on all stages of a pipeline.
+            loss_factors: (4,) float32; None asks for logits.
+            prepare: applied to each batch first.
+
+        Yields:
+            Each prepared batch with its loss or logits on the last stage, with None elsewhere.
+        """
+        self.tied.synchronize()
+        self.engine.eval()
+        for batch in batches:
+            prepared = prepare(batch)
+            yield prepared, self._run_forward(prepared, loss_factors)
+        self._finish_sending()
+        self.engine.train()
+
+    def _run_forward(self, batch: PackedBatch, loss_factors: Tensor | None) -> LossOutput | Logits | None:
+        output = None
+        for run, layers in enumerate(self.runs):
+            arriving = self.receive(run, batch, forward=True)
+            x_TD = None if arriving is None else arriving.wait()
+            output = self.engine(batch, loss_factors, x_TD, layers)
+            if not self.is_last(run):
+                self.send(output, forward=True)
+        return output if isinstance(output, LossOutput | Logits) else None
+
+    def is_first(self, run: int) -> bool:
+        """Whether a run of this stage begins with the embeddings."""
+        return self.runs[run].start == 0
+
+    def is_last(self, run: int) -> bool:
+        """Whether a run of this stage ends with the heads."""
+        return self.runs[run].stop == self.chunks[-1].stop
+
+    def receive(self, run: int, batch: PackedBatch, *, forward: bool) -> Message | None:
+        """Starts to receive what a pass through `run` needs from another stage, (T, D); None if it needs nothing."""
+        if self.is_first(run) if forward else self.is_last(run):
+            return None
+        first, stop = self.mesh.tensor.own_row_range(batch.num_rows)
+        x_TD = torch.empty(stop - first, self._hidden_size, dtype=self._dtype, device=self.engine.device)
+        return self.mesh.pipeline.receive(x_TD, forward=forward)
+
+    def send(self, x_TD: Tensor, *, forward: bool) -> None:
+        """Starts to send the stream to the next stage or its gradient to the one before."""
+        self.sending.append(self.mesh.pipeline.send(x_TD.detach().contiguous(), forward=forward))
+
+    def _finish_sending(self) -> None:
+        for message in self.sending:
+            message.wait()
+        self.sending.clear()
 
 
-def _mark_last(micro_batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, bool]]:
-    """Yields each micro-batch with whether it is the last, preparing no more than one ahead."""
-    iterator = iter(micro_batches)
-    current = next(iterator)
-    for following in iterator:
-        yield current, False
-        current = following
-    yield current, True
+class _Step:
+    """The micro-batches of one step that are under way on this stage."""
+
+    def __init__(
+        self, schedule: Schedule, micro_batches: Sequence[PackedBatch], loss_factors: Tensor, prepare: Prepare
+    ) -> None:
+        self.sums = torch.zeros(len(LOSS_TERMS), device=loss_factors.device)
+        self._schedule, self._micro_batches, self._prepare = schedule, micro_batches, prepare
+        self._loss_factors = loss_factors
+        self._prepared: dict[int, PackedBatch] = {}
+        self._pending: dict[tuple[int, int], _Pending] = {}
+
+    def receive(self, action: Action) -> Message | None:
+        batch = self._micro_batches[action.micro_batch]
+        return self._schedule.receive(action.run, batch, forward=action.forward)
+
+    def forward(self, action: Action, x_TD: Tensor | None) -> None:
+        schedule, number = self._schedule, action.micro_batch
+        if number not in self._prepared:
+            self._prepared[number] = self._prepare(self._micro_batches[number])
+        if x_TD is not None:
+            x_TD.requires_grad_()
+        layers = schedule.runs[action.run]
+        output = schedule.engine(self._prepared[number], self._loss_factors, x_TD, layers)
+        if action.run == len(schedule.runs) - 1:
+            del self._prepared[number]  # no other run of this stage needs it
+        gradient: list[Tensor] = []
+        if isinstance(output, LossOutput):
+            self.sums += output.sums
+            loss = output.total
+        else:
+            loss = _TakeGradient.apply(output, gradient)
+            schedule.send(output, forward=True)
+        self._pending[number, action.run] = _Pending(x_TD, loss, gradient)
+
+    def backward(self, action: Action, gradient_TD: Tensor | None, *, is_last: bool) -> None:
+        schedule = self._schedule
+        pending = self._pending.pop((action.micro_batch, action.run))
+        if gradient_TD is not None:
+            pending.gradient.append(gradient_TD)
+        schedule.tied.before_backward(is_last=is_last)
+        seams.backward(schedule.engine, pending.loss, is_last=is_last)
+        if pending.x_TD is not None:
+            assert pending.x_TD.grad is not None
+            schedule.send(pending.x_TD.grad, forward=False)
+        schedule.sending += schedule.tied.after_backward(is_last=is_last)
+
+
+class _Pending:
+    """What a forward pass leaves for its backward pass."""
+
+    def __init__(self, x_TD: Tensor | None, loss: Tensor, gradient: list[Tensor]) -> None:
+        self.x_TD, self.loss, self.gradient = x_TD, loss, gradient
+
+
+class _TakeGradient(torch.autograd.Function):
+    """A scalar to go back from whose gradient is what the next stage will have sent by then.
+
+    DeepSpeed drives backward passes from scalar losses, under ZeRO-0 from nothing else. The stream itself is not kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, gradient: list[Tensor]) -> Tensor:
+        ctx.gradient = gradient
+        return x_TD.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, None]:
+        return ctx.gradient.pop(), None

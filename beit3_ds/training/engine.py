@@ -3,18 +3,19 @@
 import os
 import socket
 import warnings
+from collections.abc import Sequence
+from datetime import timedelta
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from beit3_ds.config import ConfigError, ParallelConfig, RunConfig
+from beit3_ds.config import ParallelConfig, RunConfig
 from beit3_ds.model import BEiT3, initialize_parameters
 from beit3_ds.parallel import Mesh, ModelParallelUnit, TensorParallel, build_mesh, is_split
+from beit3_ds.pipeline import Schedule, cut_layers, seams, stage_layers
 from beit3_ds.training.optimizer import build_optimizer
-
-TESTED_DEEPSPEED = "0.19.8"
 
 
 def init_process_group(parallel: ParallelConfig) -> Mesh:
@@ -22,24 +23,16 @@ def init_process_group(parallel: ParallelConfig) -> Mesh:
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT (set by `deepspeed`), or discovers them
     through MPI. Divides the CPU cores among the machine's ranks unless OMP_NUM_THREADS is set.
-
-    Raises:
-        ConfigError: for another version of DeepSpeed than the one whose internals were tested.
     """
-    if deepspeed.__version__ != TESTED_DEEPSPEED:
-        raise ConfigError(
-            f"DeepSpeed {deepspeed.__version__} is installed, but beit3_ds was tested with {TESTED_DEEPSPEED} and "
-            f"relies on its behaviour. Run: pip install deepspeed=={TESTED_DEEPSPEED}"
-        )
     _avoid_compiling_shm_comm()
     _share_cores()
     # DeepSpeed's calls into torch.distributed are renamed there; a warning a call would bury the run's own lines.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     _describe_single_process()
-    deepspeed.init_distributed(verbose=False)
+    deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=parallel.timeout_seconds))
     # DeepSpeed's engine would do this, but too late for what is put on the rank's device before there is an engine.
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    return build_mesh(parallel.tensor_parallel_size)
+    return build_mesh(parallel)
 
 
 def world_size_from_environment() -> int:
@@ -58,14 +51,28 @@ def rank_from_environment() -> int:
     return 0
 
 
-def build_model(config: RunConfig, tensor: TensorParallel | None = None) -> BEiT3:
-    """Builds this tensor-parallel rank's part of the model with its initial values, in float32 and in host memory.
+def build_model(
+    config: RunConfig, tensor: TensorParallel | None = None, layers: Sequence[range] | None = None
+) -> BEiT3:
+    """Builds this rank's part of the model with its initial values, in float32 and in host memory.
 
     The engine partitions it further over the data-parallel ranks.
+
+    Args:
+        config: of the run.
+        tensor: the ranks that divide every layer; None is this process alone.
+        layers: the runs of layers of this stage; None is all layers.
     """
-    model = BEiT3(config.model, tensor, activation_checkpointing=config.training.activation_checkpointing)
+    model = BEiT3(config.model, tensor, layers, config.training.activation_checkpointing)
     initialize_parameters(model, config.model, config.training.seed)
     return model
+
+
+def build_schedule(config: RunConfig, mesh: Mesh) -> Schedule:
+    """Builds this rank's part of the model, its engine, and the schedule that runs micro-batches through it."""
+    chunks = cut_layers(config)
+    model = build_model(config, mesh.tensor, stage_layers(chunks, mesh.pipeline.rank, mesh.pipeline.size))
+    return Schedule(build_engine(config, model, mesh), chunks, mesh)
 
 
 def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh) -> deepspeed.DeepSpeedEngine:
@@ -78,6 +85,7 @@ def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh) -> deepspeed.D
         mpu=ModelParallelUnit(mesh),
         dist_init_required=False,
     )
+    seams.adapt_engine(engine, mesh)
     return engine
 
 
@@ -90,17 +98,15 @@ def apply_update(engine: deepspeed.DeepSpeedEngine, mesh: Mesh) -> float:
     norm = None
     if not engine.zero_optimization() and not engine.bfloat16_enabled():
         # Without a wrapping optimizer DeepSpeed clips in place and forgets the norm.
-        norm = _gradient_norm(engine.module, mesh.tensor)
+        norm = _gradient_norm(engine.module, mesh)
     engine.step()
     return float(engine.get_global_grad_norm() if norm is None else norm)
 
 
-def _gradient_norm(model: nn.Module, tensor: TensorParallel) -> torch.Tensor:
-    """The 2-norm over the tensor-parallel ranks; what they all hold alike counts once. Sends one element."""
-    parameters = list(model.parameters())
-    split = torch.nn.utils.get_total_norm([p.grad for p in parameters if is_split(p) and p.grad is not None])
-    alike = torch.nn.utils.get_total_norm([p.grad for p in parameters if not is_split(p) and p.grad is not None])
-    return (tensor.all_reduce(split.square()) + alike.square()).sqrt()
+def _gradient_norm(model: nn.Module, mesh: Mesh) -> torch.Tensor:
+    """The 2-norm over all parts of the model; what tensor-parallel ranks hold alike counts once. Sends one element."""
+    counted = [p.grad for p in model.parameters() if p.grad is not None and (is_split(p) or mesh.tensor.rank == 0)]
+    return mesh.sum_over_model(torch.nn.utils.get_total_norm(counted).square()).sqrt()
 
 
 def compute_device() -> torch.device:

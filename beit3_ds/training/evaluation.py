@@ -3,46 +3,55 @@
 from collections.abc import Iterable
 
 import torch
-from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from beit3_ds.batch import LOSS_TERMS, PackedBatch
 from beit3_ds.config import ModelConfig
+from beit3_ds.model import LossOutput
 from beit3_ds.parallel import Mesh
+from beit3_ds.pipeline import Schedule
 from beit3_ds.tokenizers.visual import VisualTokenizer
 from beit3_ds.training.targets import prepare_batch
 
 
-@torch.no_grad()
 def evaluate(
-    engine: DeepSpeedEngine,
+    schedule: Schedule,
     batches: Iterable[PackedBatch],
-    visual_tokenizer: VisualTokenizer,
+    visual_tokenizer: VisualTokenizer | None,
     mesh: Mesh,
     device: torch.device,
 ) -> dict[str, float]:
     """Mean cross entropy of each loss term over the held-out batches of all ranks, in nats.
 
-    Every rank brings the same number of batches. Sends 8 elements.
+    Every rank brings the same number of batches. Sends 12 elements.
 
     Returns:
         Terms with at least one masked position, by name.
     """
-    engine.eval()
     sums = torch.zeros(len(LOSS_TERMS), dtype=torch.float64)
     counts = torch.zeros(len(LOSS_TERMS), dtype=torch.float64)
     factors = torch.ones(len(LOSS_TERMS), device=device)
-    for batch in batches:
-        prepared = prepare_batch(batch, visual_tokenizer, device)
-        sums += engine(prepared, factors).sums.double().cpu()
-        counts += torch.tensor(prepared.num_masked)
-    engine.train()
+
+    def prepare(batch: PackedBatch) -> PackedBatch:
+        return prepare_batch(batch, visual_tokenizer, device)
+
+    for batch, output in schedule.run_forward(batches, factors, prepare):
+        counts += torch.tensor(batch.num_masked)
+        if isinstance(output, LossOutput):
+            sums += output.sums.double().cpu()
     return mean_terms(sums, counts, mesh)
 
 
 def mean_terms(sums: Tensor, counts: Tensor, mesh: Mesh) -> dict[str, float]:
-    """Sums over ranks and divides; terms without positions are left out. Sends 8 elements."""
-    sums, counts = mesh.sum_over_data(torch.stack([sums.double().cpu(), counts.double().cpu()]))
+    """Sums over ranks and divides; terms without positions are left out. Sends 12 elements.
+
+    Args:
+        sums: of this data-parallel rank's cross entropies, (4,), known to the last stage.
+        counts: of its masked positions, (4,), known to all stages.
+        mesh: the ranks.
+    """
+    sums = mesh.pipeline.broadcast_from_last(sums.double().cpu())
+    sums, counts = mesh.sum_over_data(torch.stack([sums, counts.double().cpu()]))
     means = zip(LOSS_TERMS, sums.tolist(), counts.tolist(), strict=True)
     return {term: total / count for term, total, count in means if count}
 
@@ -50,7 +59,7 @@ def mean_terms(sums: Tensor, counts: Tensor, mesh: Mesh) -> dict[str, float]:
 @torch.no_grad()
 def unigram_entropies(
     batches: Iterable[PackedBatch],
-    visual_tokenizer: VisualTokenizer,
+    visual_tokenizer: VisualTokenizer | None,
     model: ModelConfig,
     mesh: Mesh,
     device: torch.device,
@@ -60,6 +69,13 @@ def unigram_entropies(
     That is the entropy of how often each id occurs among all patches or tokens (BOS left out: it is never asked for) of
     the held-out samples of all ranks. Sends two visual and two text vocabularies of integers.
 
+    Args:
+        batches: this rank's held-out batches.
+        visual_tokenizer: None on stages of a pipeline without heads.
+        model: sizes of the vocabularies.
+        mesh: the ranks.
+        device: of the tokenizer.
+
     Returns:
         Terms with at least one id, by name.
     """
@@ -67,6 +83,9 @@ def unigram_entropies(
     sizes |= {"pair_mim": model.visual_vocab_size, "pair_mlm": model.text_vocab_size}
     counts = {term: torch.zeros(size, dtype=torch.int64) for term, size in sizes.items()}
     for batch in batches:
+        if visual_tokenizer is None:
+            continue
+        assert batch.tokenizer_pixels is not None, "the stage with the heads reads the tokenizer's view"
         codes = visual_tokenizer.encode(batch.tokenizer_pixels.to(device)).cpu()
         original = batch.token_ids.index_copy(0, batch.masked_tokens, batch.target_ids)
         caption_rows = torch.arange(len(original)) < sum(batch.caption_lengths)
@@ -75,7 +94,7 @@ def unigram_entropies(
         ids |= {"pair_mlm": original[caption_rows & asked], "text_mlm": original[~caption_rows & asked]}
         for term, values in ids.items():
             counts[term] += torch.bincount(values.flatten(), minlength=sizes[term])
-    totals = {term: mesh.sum_over_data(count) for term, count in counts.items()}
+    totals = {term: mesh.sum_over_data(mesh.pipeline.broadcast_from_last(count)) for term, count in counts.items()}
     return {term: entropy(total) for term, total in totals.items() if total.sum()}
 
 

@@ -14,7 +14,7 @@ from beit3_ds.batch import PackedBatch, StepBatch
 from beit3_ds.checkpoint import CheckpointStore
 from beit3_ds.config import RunConfig
 from beit3_ds.parallel import Mesh
-from beit3_ds.pipeline import accumulate_gradients
+from beit3_ds.pipeline import Schedule
 from beit3_ds.tokenizers.visual import VisualTokenizer
 from beit3_ds.training.engine import apply_update
 from beit3_ds.training.evaluation import evaluate
@@ -34,16 +34,26 @@ class Run:
     """Everything the loop works with, built by `pretrain`."""
 
     config: RunConfig
-    engine: DeepSpeedEngine
+    schedule: Schedule
     mesh: Mesh
     device: torch.device
-    visual_tokenizer: VisualTokenizer
+    visual_tokenizer: VisualTokenizer | None
+    """None on stages of a pipeline without heads."""
     heldout: Iterable[PackedBatch]
     store: CheckpointStore
     history: History
     progress: Progress
     first_step: int
     """Updates already done when this process started."""
+
+    @property
+    def engine(self) -> DeepSpeedEngine:
+        """DeepSpeed's engine around this stage's layers."""
+        return self.schedule.engine
+
+    def prepare(self, batch: PackedBatch) -> PackedBatch:
+        """Moves a micro-batch to the device, with visual targets where the heads are."""
+        return prepare_batch(batch, self.visual_tokenizer, self.device)
 
 
 def resume(engine: DeepSpeedEngine, store: CheckpointStore, history: History, mesh: Mesh) -> int:
@@ -96,8 +106,7 @@ def _update(run: Run, step_batch: StepBatch, counts: Tensor, rate: float) -> tup
     for group in run.engine.optimizer.param_groups:
         group["lr"] = rate
     factors = build_loss_factors(counts, run.config.training.loss_weights, run.mesh.data_parallel_size)
-    prepared = (prepare_batch(batch, run.visual_tokenizer, run.device) for batch in step_batch.micro_batches)
-    sums = accumulate_gradients(run.engine, prepared, factors.to(run.device))
+    sums = run.schedule.accumulate_gradients(step_batch.micro_batches, factors.to(run.device), run.prepare)
     return sums, apply_update(run.engine, run.mesh)
 
 
@@ -115,7 +124,7 @@ def _report(run: Run, done: int, rate: float, grad_norm: float, budget: BrokenRe
 
 
 def _evaluate_and_record(run: Run, done: int) -> None:
-    terms = evaluate(run.engine, run.heldout, run.visual_tokenizer, run.mesh, run.device)
+    terms = evaluate(run.schedule, run.heldout, run.visual_tokenizer, run.mesh, run.device)
     record = {"step": done, "kind": "heldout", **terms}
     _record(run, record)
     _say(run, format_evaluation(record))

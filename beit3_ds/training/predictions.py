@@ -91,6 +91,7 @@ class _Words:
 class _Mosaics:
     def __init__(self, batch: PackedBatch, logits: Logits, tokenizer: VisualTokenizer) -> None:
         self.batch = batch
+        assert batch.tokenizer_pixels is not None, "the stage with the heads reads the tokenizer's view"
         self.patches = _cut(batch.tokenizer_pixels.cpu(), batch.patch_mask.shape[1])
         self.codes = tokenizer.encode(batch.tokenizer_pixels).cpu()
         self.guessed = self.codes.clone()

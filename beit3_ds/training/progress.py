@@ -24,7 +24,7 @@ class Interval:
     data_seconds: float = 0.0
     samples: int = 0
     tokens: int = 0
-    flops: int = 0
+    flops: float = 0.0
     sums: Tensor = field(default_factory=lambda: torch.zeros(len(LOSS_TERMS), dtype=torch.float64))
     counts: Tensor = field(default_factory=lambda: torch.zeros(len(LOSS_TERMS), dtype=torch.float64))
 

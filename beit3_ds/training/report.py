@@ -1,19 +1,18 @@
 """What a finished run leaves behind: plot, predictions and a summary."""
 
+import itertools
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from beit3_ds.batch import LOSS_TERMS, PackedBatch
+from beit3_ds.batch import LOSS_TERMS
+from beit3_ds.model import Logits
 from beit3_ds.tokenizers.text import TextTokenizer
 from beit3_ds.training.evaluation import unigram_entropies
 from beit3_ds.training.loop import Run
 from beit3_ds.training.plot import plot_losses
 from beit3_ds.training.predictions import write_predictions
-from beit3_ds.training.targets import prepare_batch
 
 
 def write_report(run: Run, text_tokenizer: TextTokenizer) -> None:
@@ -24,11 +23,13 @@ def write_report(run: Run, text_tokenizer: TextTokenizer) -> None:
     folder = Path(run.config.training.output_dir)
     baselines = unigram_entropies(run.heldout, run.visual_tokenizer, run.config.model, run.mesh, run.device)
     _write_predictions(run, text_tokenizer, folder / "predictions.html")
+    teacher = run.visual_tokenizer.teacher_description if run.visual_tokenizer else None
+    teacher = run.mesh.pipeline.all_gather_object(teacher)[-1]
     if not run.mesh.is_main:
         return
     records = run.history.records()
     plot_losses(records, baselines, folder / "losses.png")
-    summary = _summarize(run, records, baselines, folder)
+    summary = _summarize(run, records, baselines, folder, teacher)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print(format_summary(summary), flush=True)
 
@@ -50,7 +51,9 @@ def format_summary(summary: dict[str, Any]) -> str:
 _NAMED_LINES = ("visual_tokenizer_teacher", "checkpoint", "plot", "predictions", "metrics")
 
 
-def _summarize(run: Run, records: list[dict[str, Any]], baselines: dict[str, float], folder: Path) -> dict[str, Any]:
+def _summarize(
+    run: Run, records: list[dict[str, Any]], baselines: dict[str, float], folder: Path, teacher: str
+) -> dict[str, Any]:
     heldout = [record for record in records if record["kind"] == "heldout"]
     terms = [term for term in LOSS_TERMS if heldout and term in heldout[0]]
     rows = {
@@ -60,7 +63,7 @@ def _summarize(run: Run, records: list[dict[str, Any]], baselines: dict[str, flo
     return {
         "steps": run.config.training.total_steps,
         "heldout": rows,
-        "visual_tokenizer_teacher": run.visual_tokenizer.teacher_description,
+        "visual_tokenizer_teacher": teacher,
         "checkpoint": str(run.store.newest()),
         "plot": str(folder / "losses.png"),
         "predictions": str(folder / "predictions.html"),
@@ -68,14 +71,10 @@ def _summarize(run: Run, records: list[dict[str, Any]], baselines: dict[str, flo
     }
 
 
-@torch.no_grad()
 def _write_predictions(run: Run, text_tokenizer: TextTokenizer, path: Path) -> None:
-    batch: PackedBatch | None = next(iter(run.heldout), None)
-    if batch is None:
-        return
-    prepared = prepare_batch(batch, run.visual_tokenizer, run.device)
-    run.engine.eval()
-    logits = run.engine(prepared, None)
-    run.engine.train()
-    if run.mesh.is_main:
-        write_predictions(prepared, logits, text_tokenizer, run.visual_tokenizer, path)
+    """The first rank with heads writes: it has the logits, the codes and the tokenizer's view."""
+    first_batch = itertools.islice(run.heldout, 1)
+    for batch, logits in run.schedule.run_forward(first_batch, None, run.prepare):
+        if isinstance(logits, Logits) and run.mesh.data_parallel_rank == 0 and run.mesh.tensor.rank == 0:
+            assert run.visual_tokenizer is not None
+            write_predictions(batch, logits, text_tokenizer, run.visual_tokenizer, path)

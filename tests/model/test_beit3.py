@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from beit3_ds.config import ModelConfig
+from beit3_ds.config import ActivationCheckpointing, ModelConfig
 from beit3_ds.model import BEiT3, initialize_parameters
 from tests.batches import decoupled, random_batch, small_model_config
 from tests.model.plain_beit3 import plain_losses
@@ -17,8 +17,10 @@ LAYOUTS = {
 MIXES = {"images": (3, 0, 0), "texts": (0, 0, 3), "pairs": (0, 3, 0), "all": (2, 2, 3)}
 
 
-def build(config: ModelConfig, dtype: torch.dtype = torch.float64, checkpointing: bool = False) -> BEiT3:
-    model = BEiT3(config, activation_checkpointing=checkpointing)
+def build(
+    config: ModelConfig, dtype: torch.dtype = torch.float64, recompute: ActivationCheckpointing = "none"
+) -> BEiT3:
+    model = BEiT3(config, activation_checkpointing=recompute)
     initialize_parameters(model, config, seed=3)
     with torch.no_grad():  # biases and norms away from 0 and 1, so that a forgotten one shows
         for i, parameter in enumerate(model.parameters()):
@@ -61,15 +63,17 @@ def test_every_parameter_takes_part(mix: tuple[int, int, int]) -> None:
             assert torch.isfinite(parameter.grad).all(), name
 
 
-def test_activation_checkpointing_changes_nothing() -> None:
-    config = small_model_config()
+@pytest.mark.parametrize("sub_layernorm", [False, True])
+def test_activation_checkpointing_changes_nothing(sub_layernorm: bool) -> None:
+    config = small_model_config(sub_layernorm=sub_layernorm)
     batch, gradients = random_batch(config, 2, 2, 2, drop_path=True), []
-    for checkpointing in (False, True):
-        model = build(config, checkpointing=checkpointing)
+    recipes: list[ActivationCheckpointing] = ["none", "selective", "full"]
+    for recompute in recipes:
+        model = build(config, recompute=recompute)
         model(batch, torch.ones(4)).total.backward()
         gradients.append([p.grad for p in model.parameters()])
-    for a, b in zip(*gradients, strict=True):
-        assert torch.equal(a, b)
+    for expected, *others in zip(*gradients, strict=True):
+        assert all(torch.equal(other, expected) for other in others)
 
 
 def test_logits_belong_to_the_losses() -> None:

@@ -79,9 +79,9 @@ def reference_state(model: BEiT3, config: ModelConfig) -> dict[str, torch.Tensor
 
 def packed_features(model: BEiT3, batch: PackedBatch) -> torch.Tensor:
     x_TD = model.embeddings(batch)
-    for block in model.blocks:
+    for block in model.blocks.values():
         x_TD = block(x_TD, batch)
-    return model.heads.norm(x_TD, batch.routes(("vision", "language")))
+    return model.heads.norm(x_TD, batch.expert_slices(("vision", "language")))
 
 
 @pytest.mark.parametrize("kind", ["image", "text", "pair"])

@@ -1,7 +1,5 @@
 """The tensor-parallel parts of a network against the undivided computation, outputs and gradients."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,10 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from beit3_ds.config import ConfigError, ParallelConfig
+from beit3_ds.config import ParallelConfig
 from beit3_ds.parallel import (
     Mesh,
-    Shared,
     TensorParallel,
     VocabParallelEmbedding,
     VocabParallelHead,
@@ -97,45 +94,3 @@ def test_divided_vocabulary(chunk_size: int | None) -> None:
     for pairs in run_ranks(measure_vocabulary, RANKS, chunk_size):
         for name, (ours, expected) in pairs.items():
             torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def measure_mesh() -> tuple[int, int]:
-    mesh = build_mesh()
-    mesh.close()  # rank 0 holds the store that the others still ask
-    return mesh.data_parallel_rank, mesh.tensor.rank
-
-
-def test_tensor_peers_are_neighbours() -> None:
-    places = run_ranks(measure_mesh, 4)
-    assert places == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    parallel = ParallelConfig(tensor_parallel_size=RANKS)
-    assert [parallel.data_parallel_rank(rank) for rank in range(4)] == [data for data, _ in places]
-
-
-def measure_sharing() -> tuple[list[list[int]], str]:
-    mesh = build_mesh()
-
-    def items(first: int) -> Iterator[Tensor]:
-        assert mesh.tensor.rank == 0, "only the first rank reads"
-        yield torch.tensor([first + mesh.data_parallel_rank])
-        yield torch.tensor([first + 10])
-        if first:
-            raise ConfigError("a broken shard")
-
-    seen = [[int(item) for item in Shared(items(0), mesh.tensor)]]
-    seen.append([])
-    message = ""
-    try:
-        for item in Shared(items(100), mesh.tensor):
-            seen[1].append(int(item))
-    except ConfigError as error:
-        message = str(error)
-    mesh.close()
-    return seen, message
-
-
-def test_one_rank_reads_for_its_tensor_peers() -> None:
-    """Catches items of another data-parallel rank, and peers that wait for ever after an error."""
-    results = run_ranks(measure_sharing, 4)
-    assert [seen for seen, _ in results] == [[[d, 10], [100 + d, 110]] for d in (0, 0, 1, 1)]
-    assert {message for _, message in results} == {"a broken shard"}

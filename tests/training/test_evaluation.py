@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from beit3_ds.batch import PackedBatch, StepBatch
+from beit3_ds.model import BEiT3
 from beit3_ds.model.beit3 import LossOutput
-from beit3_ds.parallel import Mesh, TensorParallel
+from beit3_ds.parallel import Mesh
+from beit3_ds.pipeline import Schedule
 from beit3_ds.training import loop
 from beit3_ds.training.evaluation import evaluate, unigram_entropies
 from beit3_ds.training.targets import prepare_batch
@@ -19,11 +21,6 @@ from tests.batches import random_batch, small_model_config
 
 CONFIG = small_model_config()
 CPU = torch.device("cpu")
-
-
-def lonely_mesh() -> Mesh:
-    group: Any = None  # one rank sends nothing
-    return Mesh(data_parallel_group=group, data_parallel_rank=0, data_parallel_size=1, tensor=TensorParallel())
 
 
 class NumberedCodes:
@@ -39,6 +36,7 @@ class CountingEngine:
     def __init__(self) -> None:
         self.training = True
         self.modes: list[bool] = []
+        self.module = BEiT3(CONFIG)
 
     def eval(self) -> None:
         self.training = False
@@ -46,7 +44,8 @@ class CountingEngine:
     def train(self) -> None:
         self.training = True
 
-    def __call__(self, batch: PackedBatch, factors: Tensor) -> LossOutput:
+    def __call__(self, batch: PackedBatch, factors: Tensor, x_TD: None, layers: range) -> LossOutput:
+        assert layers == range(CONFIG.num_pipeline_layers)
         self.modes.append(self.training)
         assert batch.visual_targets is not None
         return LossOutput(torch.zeros(()), torch.tensor(batch.num_masked) * torch.tensor([1.0, 2.0, 3.0, 4.0]))
@@ -59,7 +58,8 @@ def batches() -> list[PackedBatch]:
 def test_means_are_over_all_positions_of_all_batches() -> None:
     engine: Any = CountingEngine()
     tokenizer: Any = NumberedCodes()
-    means = evaluate(engine, batches(), tokenizer, lonely_mesh(), CPU)
+    schedule = Schedule(engine, [range(CONFIG.num_pipeline_layers)], Mesh())
+    means = evaluate(schedule, batches(), tokenizer, Mesh(), CPU)
     assert means == pytest.approx({"image_mim": 1, "text_mlm": 2, "pair_mim": 3, "pair_mlm": 4})
     assert engine.modes == [False] * 3  # catches stochastic depth in the held-out loss
     assert engine.training  # catches a training that goes on without it
@@ -80,7 +80,7 @@ def test_targets_are_the_codes_of_the_masked_patches() -> None:
 def test_unigram_entropy_counts_what_may_be_asked_for() -> None:
     batch = batches()[0]
     tokenizer: Any = NumberedCodes()
-    entropies = unigram_entropies([batch], tokenizer, CONFIG, lonely_mesh(), CPU)
+    entropies = unigram_entropies([batch], tokenizer, CONFIG, Mesh(), CPU)
     original = batch.token_ids.clone()
     original[batch.masked_tokens] = batch.target_ids  # catches the frequencies of mask tokens
     texts = original.split([*batch.caption_lengths, *batch.text_lengths])
@@ -95,13 +95,14 @@ def test_an_update_gets_its_own_learning_rate(monkeypatch: pytest.MonkeyPatch) -
     """DeepSpeed is given no schedule: a rate that is not set here stays at its peak."""
     used: list[float] = []
     group = {"lr": 1.0}
-    monkeypatch.setattr(loop, "accumulate_gradients", lambda engine, prepared, factors: torch.zeros(4))
     monkeypatch.setattr(loop, "apply_update", lambda engine, mesh: used.append(group["lr"]))
     weights = SimpleNamespace(image_mim=1.0, text_mlm=1.0, pair_mim=1.0, pair_mlm=1.0)
     run: Any = SimpleNamespace(
         engine=SimpleNamespace(optimizer=SimpleNamespace(param_groups=[group])),
+        schedule=SimpleNamespace(accumulate_gradients=lambda batches, factors, prepare: torch.zeros(4)),
+        prepare=None,
         config=SimpleNamespace(training=SimpleNamespace(loss_weights=weights)),
-        mesh=lonely_mesh(),
+        mesh=Mesh(),
         device=CPU,
     )
     loop._update(run, StepBatch(step=0, micro_batches=()), torch.ones(4, dtype=torch.int64), 0.25)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from beit3_ds.config import ConfigError, ParallelConfig, RunConfig
-from beit3_ds.parallel import Mesh, TensorParallel
+from beit3_ds.parallel import Mesh
 from beit3_ds.training.engine import init_process_group
 from beit3_ds.training.tokenizer_checkpoint import TokenizerCheckpoint
 from beit3_ds.training.visual_tokenizer import _silent, _Training, train_visual_tokenizer
@@ -124,7 +124,7 @@ def test_a_finished_training_leaves_the_tokenizer_alone(tmp_path: Path) -> None:
 
 def test_batches_that_do_not_divide_over_ranks_are_refused(tmp_path: Path) -> None:
     group: Any = None  # refused before anything is sent
-    mesh = Mesh(data_parallel_group=group, data_parallel_rank=0, data_parallel_size=3, tensor=TensorParallel())
+    mesh = Mesh(data_parallel_group=group, data_parallel_size=3)
     with pytest.raises(ConfigError, match=r"batch_size=8 does not divide over 3 ranks\. Use 6 or 9"):
         _Training(tokenizer_run(tmp_path), random_views(40), mesh, torch.device("cpu"), _silent)
 

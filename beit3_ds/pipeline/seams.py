@@ -1,0 +1,104 @@
+"""Where this project relies on DeepSpeed's internals, or works around them; each has a test that fails without it.
+
+The tested version is checked when this module is imported. What else must hold for DeepSpeed to be right is kept
+elsewhere: the engine's own gradient accumulation is always 1 (`RunConfig.engine_config`), `ModelParallelUnit` tells it
+over which ranks norms are summed, split parameters carry `tensor_model_parallel`, and every parameter of a run of
+layers takes part in every micro-batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.zero import partitioned_param_coordinator
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from torch import Tensor, nn
+
+from beit3_ds.parallel import Mesh, is_split
+
+TESTED_DEEPSPEED = "0.19.8"
+
+if deepspeed.__version__ != TESTED_DEEPSPEED:
+    raise ImportError(
+        f"DeepSpeed {deepspeed.__version__} is installed, but beit3_ds was tested with {TESTED_DEEPSPEED} and relies "
+        f"on its internals. Run: pip install deepspeed=={TESTED_DEEPSPEED}"
+    )
+
+
+def adapt_engine(engine: DeepSpeedEngine, mesh: Mesh) -> None:
+    """Fits an engine that holds one stage's part of the model to the mesh."""
+    optimizer = engine.optimizer
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        return
+    _compare_traces_among_data_parallel_ranks(mesh)
+    optimizer._get_norm_groups = lambda: [_zero3_gradient_norm(optimizer, mesh)]
+
+
+def begin_step(engine: DeepSpeedEngine, num_runs: int) -> None:
+    """Prepares the gradients of a step whose backward passes go through `num_runs` runs of layers, one at a time.
+
+    The first backward pass of a step overwrites ZeRO-3's buffer of gradients, later ones add to it. A parameter that is
+    not in the first one, because it belongs to another run, would add to what the step before left there.
+    """
+    if num_runs > 1 and isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
+        engine.optimizer.grad_partitions_flat_buffer.zero_()
+
+
+def backward(engine: DeepSpeedEngine, loss: Tensor, *, is_last: bool) -> None:
+    """Runs one of a step's backward passes, whichever forward pass came last.
+
+    ZeRO clears the marks of a finished backward pass at the beginning of a forward pass, which 1F1B does not always
+    begin in between: gradients would go wrong, or the step fail with an unknown parameter type.
+
+    Args:
+        engine: with gradient accumulation 1.
+        loss: scalar of the forward pass to go back through.
+        is_last: whether it is the last backward pass of the step on this rank, with which ZeRO-0 and 1 reduce.
+    """
+    engine.set_gradient_accumulation_boundary(is_last)
+    if hasattr(engine.optimizer, "clear_backward_seen_flag"):
+        engine.optimizer.clear_backward_seen_flag()
+    engine.backward(loss)
+
+
+def _zero3_gradient_norm(optimizer: DeepSpeedZeroOptimizer_Stage3, mesh: Mesh) -> Tensor:
+    """The 2-norm of all gradients over all three axes; sends one element.
+
+    DeepSpeed's own sums each of its sub-groups over the model-parallel ranks, and stages need not have as many.
+    """
+    counted = [
+        gradient.float().norm() if isinstance(gradient, Tensor) else torch.tensor(gradient)
+        for parameter, gradient in _gradient_partitions(optimizer)
+        if is_split(parameter) or mesh.tensor.rank == 0
+    ]
+    squares = torch.zeros((), device=optimizer.device)
+    for norm in counted:
+        squares += norm.to(squares.device).square()
+    return mesh.sum_over_all(squares).sqrt()
+
+
+def _gradient_partitions(optimizer: DeepSpeedZeroOptimizer_Stage3) -> Iterator[tuple[nn.Parameter, Tensor | float]]:
+    """This rank's part of every parameter's gradient, or its norm where the gradient was offloaded."""
+    for index, parameters in enumerate(optimizer.fp16_groups):
+        if optimizer.offload_optimizer:
+            norms = optimizer.norm_for_param_grads
+            yield from ((p, float(norms.get(optimizer.get_param_id(p), 0.0))) for p in parameters)
+        else:
+            yield from zip(parameters, optimizer.averaged_gradients[index], strict=True)
+
+
+def _compare_traces_among_data_parallel_ranks(mesh: Mesh) -> None:
+    """ZeRO-3 compares the order of modules over all ranks, which hangs where stages hold different ones."""
+
+    def check(values: Sequence[int]) -> None:
+        if mesh.data_parallel_size == 1:
+            return
+        all_values: list[Any] = [None] * mesh.data_parallel_size
+        dist.all_gather_object(all_values, list(values), group=mesh.data_parallel_group)
+        if any(other != all_values[0] for other in all_values):
+            raise RuntimeError(f"{mesh.place}: data-parallel ranks ran different modules: {all_values}")
+
+    partitioned_param_coordinator.assert_ints_same_as_other_ranks = check

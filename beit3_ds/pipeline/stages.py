@@ -1,0 +1,88 @@
+"""The ordered list of layers, cut into the runs that the stages of a pipeline hold."""
+
+from collections.abc import Sequence
+from functools import cache
+
+from beit3_ds.config import RunConfig
+from beit3_ds.model.flops import Work, layer_flops
+
+
+def cut_layers(config: RunConfig) -> list[range]:
+    """Cuts the layers (embeddings, blocks, heads) into `parallel.num_chunks` runs of nearly equal work.
+
+    Stage s of S holds the runs s, S + s, 2 S + s, ... (`stage_layers`); a model without pipeline is one run. Costs are
+    those of a step's expected tokens, so a large vocabulary or the visual tokenizer makes the last run shorter.
+    """
+    return cut(layer_costs(config), config.parallel.num_chunks)
+
+
+def stage_layers(chunks: Sequence[range], stage: int, num_stages: int) -> list[range]:
+    """The runs of layers that one stage holds, in the order of the forward pass."""
+    return list(chunks[stage::num_stages])
+
+
+def layer_costs(config: RunConfig) -> list[float]:
+    """Operations of every layer in one step, forward and backward; the frozen visual tokenizer's count to the heads."""
+    costs = [3 * flops for flops in layer_flops(config.model, expected_work(config))]
+    costs[-1] += _tokenizer_flops(config)
+    return costs
+
+
+def expected_work(config: RunConfig) -> Work:
+    """What a step of full-length texts asks for."""
+    data, num_patches = config.data, config.model.num_patches
+    images, pairs, texts = (stream.samples_per_step for stream in data.streams().values())
+    image_length, caption_length, text_length = 1 + num_patches, data.pair_text_length, data.text_length
+    rows = (images + pairs) * image_length + pairs * caption_length + texts * text_length
+    squares = images * image_length**2 + pairs * (image_length + caption_length) ** 2 + texts * text_length**2
+    masked_tokens = pairs * caption_length * data.pair_text_mask_ratio + texts * text_length * data.text_mask_ratio
+    patches = (images + pairs) * num_patches
+    return Work(rows, squares, patches, patches * data.image_mask_ratio, masked_tokens)
+
+
+def _tokenizer_flops(config: RunConfig) -> float:
+    visual, data = config.tokenizers.visual, config.data
+    rows = (data.images.samples_per_step + data.pairs.samples_per_step) * (1 + visual.grid_size**2)
+    width = visual.hidden_size
+    return visual.num_layers * rows * (2 * 12 * width**2 + 4 * (1 + visual.grid_size**2) * width)
+
+
+def cut(costs: Sequence[float], num_chunks: int) -> list[range]:
+    """Cuts a list into runs of at least one item whose largest sum is as small as can be.
+
+    Among those cuts it takes the one with the smallest sum of squared sums, the most even one.
+
+    Args:
+        costs: of each item, none negative.
+        num_chunks: from 1 to the number of items.
+    """
+    assert 1 <= num_chunks <= len(costs), f"{num_chunks} runs of {len(costs)} layers"
+    prefix = [0.0]
+    for cost in costs:
+        prefix.append(prefix[-1] + cost)
+
+    @cache
+    def smallest_maximum(start: int, chunks: int) -> float:
+        if chunks == 1:
+            return prefix[-1] - prefix[start]
+        return min(
+            max(prefix[end] - prefix[start], smallest_maximum(end, chunks - 1))
+            for end in range(start + 1, len(costs) - chunks + 2)
+        )
+
+    limit = smallest_maximum(0, num_chunks) * (1 + 1e-9)
+
+    @cache
+    def evenest(start: int, chunks: int) -> tuple[float, tuple[int, ...]]:
+        """The smallest sum of squares from `start` on, infinite if none stays below the limit, and its borders."""
+        ends = [len(costs)] if chunks == 1 else range(start + 1, len(costs) - chunks + 2)
+        best: tuple[float, tuple[int, ...]] = (float("inf"), ())
+        for end in ends:
+            own = prefix[end] - prefix[start]
+            rest, borders = (0.0, ()) if chunks == 1 else evenest(end, chunks - 1)
+            if own <= limit:
+                best = min(best, (own * own + rest, (end, *borders)))
+        return best
+
+    _, ends = evenest(0, num_chunks)
+    return [range(start, end) for start, end in zip((0, *ends), ends, strict=False)]

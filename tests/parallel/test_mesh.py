@@ -1,0 +1,106 @@
+"""Places on the mesh, and the sharing of what few ranks read."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from beit3_ds.config import ConfigError, ParallelConfig, Place
+from beit3_ds.parallel import Mesh, Shared
+from tests.ranks import run_ranks
+
+
+def build_mesh(parallel: ParallelConfig) -> Mesh:
+    from beit3_ds.training.engine import init_process_group
+
+    return init_process_group(parallel)
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
+def test_every_rank_has_a_place_of_its_own(pipeline: int, data: int, tensor: int) -> None:
+    parallel = ParallelConfig(pipeline_parallel_size=pipeline, tensor_parallel_size=tensor)
+    world_size = pipeline * data * tensor
+    assert parallel.data_parallel_size(world_size) == data
+    places = [parallel.place(rank, world_size) for rank in range(world_size)]
+    assert places == [Place(p, d, t) for p in range(pipeline) for d in range(data) for t in range(tensor)]
+
+
+def measure_sums() -> tuple[Place, list[float]]:
+    import torch
+
+    mesh = build_mesh(ParallelConfig(pipeline_parallel_size=2, tensor_parallel_size=2))
+    digit = torch.tensor(10.0 ** (4 * mesh.pipeline.rank + 2 * mesh.data_parallel_rank + mesh.tensor.rank))
+    sums = [mesh.sum_over_data(digit), mesh.sum_over_model(digit), mesh.tensor.all_reduce(digit.clone())]
+    sums.append(mesh.pipeline.broadcast_from_last(digit))
+    mesh.close()  # rank 0 holds the store that the others still ask
+    return mesh.place, [float(value) for value in sums]
+
+
+def test_groups_run_along_their_axes() -> None:
+    """Every rank holds a digit of its own, so a sum shows which ranks it is over."""
+    results = run_ranks(measure_sums, 8)
+    assert [place for place, _ in results] == [Place(p, d, t) for p in (0, 1) for d in (0, 1) for t in (0, 1)]
+    for place, (data, model, tensor, last) in results:
+        p, d, t = place
+        assert data == sum(10 ** (4 * p + 2 * i + t) for i in (0, 1))
+        assert model == sum(10 ** (4 * i + 2 * d + j) for i in (0, 1) for j in (0, 1))
+        assert tensor == sum(10 ** (4 * p + 2 * d + i) for i in (0, 1))
+        assert last == 10 ** (4 + 2 * d + t)
+
+
+@dataclass
+class Item:
+    """Stands in for a step: what all ranks need and what a reading rank alone needs."""
+
+    number: int
+    pixels: str | None
+
+    def abridged(self) -> "Item":
+        return Item(self.number, None)
+
+    def fingerprint(self) -> str:
+        return str(self.number)
+
+
+def measure_sharing(stages: int, fault: str) -> tuple[list[tuple[int, str | None]], str]:
+    mesh = build_mesh(ParallelConfig(tensor_parallel_size=2, pipeline_parallel_size=stages))
+
+    def items() -> Iterator[Item]:
+        assert mesh.is_reader, "only one tensor-parallel rank of the first and the last stage reads"
+        yield Item(mesh.data_parallel_rank, f"stage {mesh.pipeline.rank}")
+        if fault == "broken" and mesh.pipeline.is_last:
+            raise ConfigError("a broken shard")
+        yield Item(10 + (mesh.pipeline.rank if fault == "drift" else 0), f"stage {mesh.pipeline.rank}")
+
+    seen, message = [], ""
+    try:
+        for item in Shared(items(), mesh):
+            seen.append((item.number, item.pixels))
+    except ConfigError as error:
+        message = str(error)
+    mesh.close()
+    return seen, message
+
+
+def test_one_rank_reads_for_its_tensor_peers() -> None:
+    """Catches items of another data-parallel rank."""
+    results = run_ranks(measure_sharing, 4, 1, "")
+    assert results == [([(d, "stage 0"), (10, "stage 0")], "") for d in (0, 0, 1, 1)]
+
+
+def test_stages_see_the_first_ones_items() -> None:
+    results = run_ranks(measure_sharing, 6, 3, "")
+    views = ["stage 0", "stage 0", None, None, "stage 2", "stage 2"]
+    assert results == [([(0, view), (10, view)], "") for view in views]
+
+
+def test_an_error_of_one_reader_ends_all_ranks() -> None:
+    """Catches peers that wait for ever after an error."""
+    for seen, message in run_ranks(measure_sharing, 4, 2, "broken"):
+        assert (len(seen), message) == (1, "a broken shard")
+
+
+def test_stages_that_read_different_samples_are_an_error() -> None:
+    for seen, message in run_ranks(measure_sharing, 4, 2, "drift"):
+        assert len(seen) == 1 and "First: 10; last: 11." in message
