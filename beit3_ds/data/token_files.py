@@ -26,14 +26,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from beit3_ds.config import ConfigError
+from beit3_ds.data.sentences import ParagraphCutter
 from beit3_ds.data.text_files import BrokenLines, TextPiece, read_paragraphs
-from beit3_ds.data.tokenisation import encode_paragraphs, sequence_starts, token_dtype
+from beit3_ds.data.tokenisation import TokenBlock, encode_paragraphs, sequence_starts, token_dtype
 from beit3_ds.tokenizers.text import TextTokenizer
 
 _MAGIC = b"BEIT3TOK"
 _VERSION = 1
+_CUTTING = "at sentences"  # another rule makes other borders of the same tokens: name it here, and they are made anew
 _SUFFIX = ".tokens"
 _COPY_NUMBERS = 1 << 18
+_BLOCK_TOKENS = 1 << 20
 _REDO = "Run `beit3 prepare texts CONFIG.json`: it does what is missing or out of date and keeps the rest."
 
 
@@ -57,9 +60,10 @@ class TokenPiece(NamedTuple):
     broken: tuple[str, ...]
     """Lines that were left out: file, line number and reason."""
 
-    def tokens(self) -> NDArray[np.generic]:
-        """The ids, (num_tokens,), memory-mapped."""
-        return _map(self.path, self.dtype, 0, self.num_tokens)
+    def tokens(self, start: int = 0, stop: int | None = None) -> NDArray[np.generic]:
+        """The ids from `start` to `stop`, (stop - start,), memory-mapped."""
+        stop = self.num_tokens if stop is None else stop
+        return _map(self.path, self.dtype, start * np.dtype(self.dtype).itemsize, stop - start)
 
     def paragraph_lengths(self) -> NDArray[np.generic]:
         """Tokens of each paragraph, (num_paragraphs,) uint32, memory-mapped."""
@@ -158,14 +162,16 @@ def remove_other_pieces(folder: Path, pieces: Sequence[TextPiece]) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def write_borders(folder: Path, source: str, pieces: Sequence[TokenPiece], length: int) -> None:
-    """Writes where the sequences of at most `length` tokens start, unless that is done."""
+def write_borders(
+    folder: Path, source: str, pieces: Sequence[TokenPiece], length: int, cutter: ParagraphCutter
+) -> None:
+    """Writes where the sequences of at most `length` tokens, BOS and EOS included, start, unless that is done."""
     path = _borders_path(folder, source, length)
     fingerprint = _fingerprint(pieces)
     if path.exists() and _read_footer(path)["pieces"] == fingerprint:
         return
     total = sum(piece.num_tokens for piece in pieces)
-    starts = chain(sequence_starts(_all_paragraph_lengths(pieces), length - 2), [total])
+    starts = chain(sequence_starts(_blocks(pieces), length - 2, cutter), [total])
     count = 0
     with _written_aside(path) as file:
         while len(block := np.fromiter(islice(starts, _COPY_NUMBERS), dtype="<i8")):
@@ -203,7 +209,10 @@ class PreparedText:
             )
         footer = _read_footer(self._borders_path)
         if footer["pieces"] != _fingerprint(self._pieces):
-            raise ConfigError(f"data: {self._borders_path} is older than the token files beside it. {_REDO}")
+            raise ConfigError(
+                f"data: {self._borders_path} is out of date: the token files beside it are newer, or it cuts them by "
+                f"the rule of another version, not {_CUTTING}. {_REDO}"
+            )
         self._num_borders: int = footer["count"]
         self._open_maps()
 
@@ -257,16 +266,22 @@ def _borders_path(folder: Path, source: str, length: int) -> Path:
 
 
 def _fingerprint(pieces: Sequence[TokenPiece]) -> str:
-    """Digest of what borders depend on: which tokens there are."""
+    """Digest of what borders depend on beside the length: which tokens there are and how they are cut."""
     facts = [(piece.tokenizer, piece.source.start, piece.num_tokens, piece.num_paragraphs) for piece in pieces]
-    return hashlib.blake2b(repr((_VERSION, facts)).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(repr((_CUTTING, facts)).encode(), digest_size=16).hexdigest()
 
 
-def _all_paragraph_lengths(pieces: Sequence[TokenPiece]) -> Iterator[int]:
+def _blocks(pieces: Sequence[TokenPiece]) -> Iterator[TokenBlock]:
+    """All paragraphs, in blocks of about `_BLOCK_TOKENS` that are mapped one by one: few pages stay in memory."""
     for piece in pieces:
-        lengths = piece.paragraph_lengths()
-        for start in range(0, len(lengths), _COPY_NUMBERS):
-            yield from lengths[start : start + _COPY_NUMBERS].tolist()
+        lengths, position = piece.paragraph_lengths(), 0
+        for first in range(0, len(lengths), _COPY_NUMBERS):
+            some = lengths[first : first + _COPY_NUMBERS]
+            borders = np.flatnonzero(np.diff(np.cumsum(some, dtype=np.int64) // _BLOCK_TOKENS)) + 1
+            for block in np.split(some, borders):
+                count = int(block.sum(dtype=np.int64))
+                yield piece.tokens(position, position + count), block
+                position += count
 
 
 def _map(path: Path, dtype: str, offset: int, count: int) -> NDArray[np.generic]:
