@@ -15,9 +15,7 @@ written aside and renamed, so one that is there is whole.
 import hashlib
 import json
 import os
-import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -26,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from beit3_ds.config import ConfigError
+from beit3_ds.data.files import written_aside
 from beit3_ds.data.sentences import ParagraphCutter
 from beit3_ds.data.text_files import BrokenLines, TextPiece, read_paragraphs
 from beit3_ds.data.tokenisation import TokenBlock, encode_paragraphs, sequence_starts, token_dtype
@@ -85,7 +84,7 @@ def write_tokens(folder: Path, piece: TextPiece, tokenizer: TextTokenizer, budge
     path, broken = token_path(folder, piece), BrokenLines(budget)
     dtype = token_dtype(tokenizer.vocab_size).newbyteorder("<")
     num_tokens = num_paragraphs = 0
-    with _written_aside(path) as file, _written_aside(path.with_suffix(".lengths"), keep=False) as lengths_file:
+    with written_aside(path) as file, written_aside(path.with_suffix(".lengths"), keep=False) as lengths_file:
         for ids, lengths in encode_paragraphs(read_paragraphs(piece, broken), tokenizer):
             file.write(ids.astype(dtype, copy=False).data)
             lengths_file.write(lengths.astype("<u4").data)
@@ -173,7 +172,7 @@ def write_borders(
     total = sum(piece.num_tokens for piece in pieces)
     starts = chain(sequence_starts(_blocks(pieces), length - 2, cutter), [total])
     count = 0
-    with _written_aside(path) as file:
+    with written_aside(path) as file:
         while len(block := np.fromiter(islice(starts, _COPY_NUMBERS), dtype="<i8")):
             file.write(block.tobytes())
             count += len(block)
@@ -292,19 +291,6 @@ def _map(path: Path, dtype: str, offset: int, count: int) -> NDArray[np.generic]
 
 def _aligned(offset: int) -> int:
     return -(-offset // 4) * 4
-
-
-@contextmanager
-def _written_aside(path: Path, keep: bool = True) -> Iterator[BinaryIO]:
-    """A new file that takes the name `path` when all is written, or none if `keep` is false or after an error."""
-    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w+b") as file:
-            yield file
-        if keep:
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_footer(file: BinaryIO, footer: dict[str, Any]) -> None:
