@@ -110,3 +110,15 @@ def test_prepare_commands(config_file: Path, capsys: pytest.CaptureFixture[str])
     assert cli.main([*index[:-1], "0"]) == 2
     assert "--processes is 0" in capsys.readouterr().err
     assert cli.main(["prepare", "stats", str(config_file), "--out", "/no/such/folder/x.png"]) == 2
+
+
+def test_prepare_index_writes_tables_of_annotations(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    captions = {"images": [{"id": 1, "file_name": "1.png"}], "annotations": [{"image_id": 1, "caption": "a bird"}]}
+    (config_file.parent / "captions.json").write_text(json.dumps(captions))
+    content = json.loads(config_file.read_text())
+    source = {"path": str(config_file.parent / "captions.json"), "format": "coco", "images": str(config_file.parent)}
+    content["beit3_ds"]["data"]["pairs"]["heldout"] = [source]
+    config_file.write_text(json.dumps(content))
+    for arguments, expected in (([], "1 tables written, 0 verified"), (["--verify"], "0 tables written, 1 verified")):
+        assert cli.main(["prepare", "index", str(config_file), "--processes", "1", *arguments]) == 0
+        assert capsys.readouterr().out.endswith(f"\n1 annotation files with 1 samples: {expected}\n")
