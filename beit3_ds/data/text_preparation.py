@@ -134,8 +134,7 @@ def _finished(folder: Path, piece: TextPiece, tokenizer: TextTokenizer) -> Token
     """The token file of a piece if it need not be written again."""
     with suppress(ConfigError):  # missing or damaged
         done = read_token_piece(token_path(folder, piece))
-        expected = (piece, tokenizer.fingerprint, os.path.getsize(piece.path))
-        if (done.source, done.tokenizer, done.source_size) == expected:
+        if (done.source, done.tokenizer) == (piece, tokenizer.fingerprint) and done.fits(os.stat(piece.path)):
             return done
     return None
 

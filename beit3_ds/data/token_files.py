@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -31,8 +32,7 @@ from beit3_ds.data.tokenisation import TokenBlock, encode_paragraphs, sequence_s
 from beit3_ds.tokenizers.text import TextTokenizer
 
 _MAGIC = b"BEIT3TOK"
-_VERSION = 1
-_CUTTING = "at sentences"  # another rule makes other borders of the same tokens: name it here, and they are made anew
+_VERSION = 2  # of the format and of the rule that cuts sequences
 _SUFFIX = ".tokens"
 _COPY_NUMBERS = 1 << 18
 _BLOCK_TOKENS = 1 << 20
@@ -56,8 +56,14 @@ class TokenPiece(NamedTuple):
     """What was read."""
     source_size: int
     """Bytes of the whole source file at that time."""
+    source_mtime_ns: int
+    """When the source file was last changed then, in nanoseconds since 1970."""
     broken: tuple[str, ...]
     """Lines that were left out: file, line number and reason."""
+
+    def fits(self, source: os.stat_result) -> bool:
+        """Whether the source file is still as it was, by its size and modification time."""
+        return (self.source_size, self.source_mtime_ns) == (source.st_size, source.st_mtime_ns)
 
     def tokens(self, start: int = 0, stop: int | None = None) -> NDArray[np.generic]:
         """The ids from `start` to `stop`, (stop - start,), memory-mapped."""
@@ -81,7 +87,7 @@ def write_tokens(folder: Path, piece: TextPiece, tokenizer: TextTokenizer, budge
     Raises:
         ConfigError: if the source cannot be read, or more than `budget` of its lines are broken.
     """
-    path, broken = token_path(folder, piece), BrokenLines(budget)
+    path, broken, status = token_path(folder, piece), BrokenLines(budget), os.stat(piece.path)
     dtype = token_dtype(tokenizer.vocab_size).newbyteorder("<")
     num_tokens = num_paragraphs = 0
     with written_aside(path) as file, written_aside(path.with_suffix(".lengths"), keep=False) as lengths_file:
@@ -100,7 +106,8 @@ def write_tokens(folder: Path, piece: TextPiece, tokenizer: TextTokenizer, budge
             "num_paragraphs": num_paragraphs,
             "tokenizer": tokenizer.fingerprint,
             "source": piece,
-            "source_size": os.path.getsize(piece.path),
+            "source_size": status.st_size,
+            "source_mtime_ns": status.st_mtime_ns,
             "broken": broken.lines,
         }
         _write_footer(file, footer)
@@ -132,23 +139,24 @@ def find_token_pieces(folder: Path, source: str, tokenizer: TextTokenizer) -> li
     Raises:
         ConfigError: naming the file that is missing, damaged, or older than the source or the tokenizer.
     """
-    size, end = os.path.getsize(source), 0
+    status, end = os.stat(source), 0
     pieces: list[TokenPiece] = []
     for name in sorted(_names(folder, source)):
         piece = read_token_piece(folder / name)
         if piece.tokenizer != tokenizer.fingerprint:
             raise ConfigError(f"data: {piece.path} was made with another text tokenizer. {_REDO}")
-        if piece.source_size != size:
+        if not piece.fits(status):
             raise ConfigError(
-                f"data: {piece.path} was made when {source} had {piece.source_size} bytes; now it has {size}. {_REDO}"
+                f"data: {piece.path} was made when {source} had {piece.source_size} bytes and mtime_ns "
+                f"{piece.source_mtime_ns}; now they are {status.st_size} and {status.st_mtime_ns}. {_REDO}"
             )
         if piece.source.start == end:  # others are left from another cut of the file
             pieces.append(piece)
             end = piece.source.stop
-    if not pieces or end != size:
+    if not pieces or end != status.st_size:
         raise ConfigError(
-            f"data: {folder} holds no tokens of {source} from byte {end} of {size}; they are not prepared, or not all "
-            f"parts have ended. {_REDO}"
+            f"data: {folder} holds no tokens of {source} from byte {end} of {status.st_size}; they are not prepared, "
+            f"or not all parts have ended. {_REDO}"
         )
     return pieces
 
@@ -167,8 +175,9 @@ def write_borders(
     """Writes where the sequences of at most `length` tokens, BOS and EOS included, start, unless that is done."""
     path = _borders_path(folder, source, length)
     fingerprint = _fingerprint(pieces)
-    if path.exists() and _read_footer(path)["pieces"] == fingerprint:
-        return
+    with suppress(ConfigError):  # missing or damaged
+        if _read_footer(path)["pieces"] == fingerprint:
+            return
     total = sum(piece.num_tokens for piece in pieces)
     starts = chain(sequence_starts(_blocks(pieces), length - 2, cutter), [total])
     count = 0
@@ -208,10 +217,7 @@ class PreparedText:
             )
         footer = _read_footer(self._borders_path)
         if footer["pieces"] != _fingerprint(self._pieces):
-            raise ConfigError(
-                f"data: {self._borders_path} is out of date: the token files beside it are newer, or it cuts them by "
-                f"the rule of another version, not {_CUTTING}. {_REDO}"
-            )
+            raise ConfigError(f"data: {self._borders_path} is older than the token files beside it. {_REDO}")
         self._num_borders: int = footer["count"]
         self._open_maps()
 
@@ -247,7 +253,7 @@ class PreparedText:
 
 
 def _stem(source: str) -> str:
-    return f"{Path(source).name}-{hashlib.blake2b(source.encode(), digest_size=6).hexdigest()}"
+    return f"{Path(source).name}-{hashlib.blake2b(os.fsencode(source), digest_size=6).hexdigest()}"
 
 
 def _names(folder: Path, source: str) -> list[str]:
@@ -267,7 +273,7 @@ def _borders_path(folder: Path, source: str, length: int) -> Path:
 def _fingerprint(pieces: Sequence[TokenPiece]) -> str:
     """Digest of what borders depend on beside the length: which tokens there are and how they are cut."""
     facts = [(piece.tokenizer, piece.source.start, piece.num_tokens, piece.num_paragraphs) for piece in pieces]
-    return hashlib.blake2b(repr((_CUTTING, facts)).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(repr((_VERSION, facts)).encode(), digest_size=16).hexdigest()
 
 
 def _blocks(pieces: Sequence[TokenPiece]) -> Iterator[TokenBlock]:
@@ -312,5 +318,5 @@ def _read_footer(path: Path) -> dict[str, Any]:
             if footer.pop("version") != _VERSION:
                 raise ValueError(f"it was not written by version {_VERSION} of the format")
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"data: {path} cannot be read: {error}. Delete it. {_REDO}") from error
+        raise ConfigError(f"data: {path} cannot be read: {error}. {_REDO}") from error
     return dict(footer)

@@ -138,26 +138,48 @@ def test_stale_files_are_refused_by_name(tmp_path: Path, corpus: str, tokenizer:
     source = tmp_path / "a.txt"
     size = source.stat().st_size
     os.truncate(source, size - PIECE)
-    with pytest.raises(ConfigError, match=rf"a\.txt-.*\.tokens was made when .*a\.txt had {size} bytes; now"):
+    with pytest.raises(ConfigError, match=rf"a\.txt-.*\.tokens was made when .*a\.txt had {size} bytes .*; now"):
         open_prepared()
     prepare_texts(data_config(corpus, folder), tokenizer, processes=1, piece_bytes=PIECE)
     # catches a token file left over from when the source was larger, and borders older than the tokens
     assert rows(open_prepared()) == rows(TextSequences([corpus], tokenizer, LENGTH))
 
 
-def test_borders_of_another_rule_are_made_anew(
+def test_a_text_changed_in_place_is_refused_by_name(tmp_path: Path, corpus: str, tokenizer: TextTokenizer) -> None:
+    config, source = data_config(corpus, tmp_path / "prepared"), tmp_path / "a.txt"
+    prepare_texts(config, tokenizer, processes=1, piece_bytes=PIECE)
+    source.write_text(source.read_text().replace("bird", "snow"))
+    os.utime(source, ns=(1, 1))
+    with pytest.raises(ConfigError, match=r"made when .*a\.txt had .* mtime_ns .*; now they are .* and 1\. Run"):
+        TextSequences([corpus], tokenizer, LENGTH, str(tmp_path / "prepared"))
+    assert prepare_texts(config, tokenizer, processes=1, piece_bytes=PIECE).pieces_kept > 5  # those of b and c
+    assert rows(TextSequences([corpus], tokenizer, LENGTH, str(tmp_path / "prepared"))) == rows(
+        TextSequences([corpus], tokenizer, LENGTH)
+    )
+
+
+def test_files_of_another_version_are_refused_and_made_anew(
     tmp_path: Path, corpus: str, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, folder = data_config(corpus, tmp_path / "prepared"), tmp_path / "prepared" / "texts"
     with monkeypatch.context() as patch:
-        patch.setattr(token_files, "_CUTTING", "anywhere")
+        patch.setattr(token_files, "_VERSION", token_files._VERSION - 1)
         prepare_texts(config, tokenizer, processes=1)
-    with pytest.raises(ConfigError, match=r"length-16\.borders is out of date.*at sentences.*beit3 prepare texts"):
+    with pytest.raises(ConfigError, match=r"\.tokens cannot be read: it was not written by version.*prepare texts"):
         TextSequences([corpus], tokenizer, LENGTH, str(tmp_path / "prepared"))
-    before = {path: path.stat().st_ino for path in folder.iterdir()}
-    assert prepare_texts(config, tokenizer, processes=1).pieces_written == 0  # tokens stay as they are
-    assert {path.suffix for path, inode in before.items() if path.stat().st_ino != inode} == {".borders"}
-    assert rows(TextSequences([corpus], tokenizer, LENGTH, str(tmp_path / "prepared")))
+    next(folder.glob("c.*.borders")).write_bytes(b"damaged")
+    assert prepare_texts(config, tokenizer, processes=1).pieces_kept == 0
+    assert rows(TextSequences([corpus], tokenizer, LENGTH, str(tmp_path / "prepared"))) == rows(
+        TextSequences([corpus], tokenizer, LENGTH)
+    )
+
+
+def test_names_that_are_not_utf8(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    name = os.fsdecode(b"caf\xe9.txt")
+    (tmp_path / name).write_text("red bird\n")
+    config = data_config(str(tmp_path / "*.txt"), tmp_path / "prepared")
+    assert prepare_texts(config, tokenizer, processes=1).pieces_written == 1
+    assert len(TextSequences([str(tmp_path / "*.txt")], tokenizer, LENGTH, str(tmp_path / "prepared"))) == 1
 
 
 def test_broken_lines_are_counted_over_all_pieces(tmp_path: Path, tokenizer: TextTokenizer) -> None:
