@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from beit3_ds import cli
+from beit3_ds.config import DataConfig, SourceConfig, StreamConfig
 from beit3_ds.data.contact_sheet import draw_contact_sheet
 from beit3_ds.data.shards import TarShards
 from beit3_ds.data.statistics import describe_streams, examine_source, spread
@@ -76,6 +77,16 @@ def test_all_streams_are_described(build_config: BuildConfig) -> None:
     assert "caption" not in text.partition("pairs train")[0]
     assert "1 files of " in text.partition("texts train")[2]
     assert "paragraph words" in text
+
+
+def test_broken_lines_of_one_reason_are_counted_together(tmp_path: Path) -> None:
+    (tmp_path / "a: b.txt").write_bytes(b"one\ncaf\xe9\nlonger caf\xe9\n")
+    none = StreamConfig(train=(), samples_per_step=0)
+    texts = StreamConfig(train=(SourceConfig(path=str(tmp_path / "a: b.txt")),), samples_per_step=1)
+    report = describe_streams(DataConfig(images=none, pairs=none, texts=texts), 10)
+    # catches a reason that keeps the place or the file's name
+    assert "  3 paragraphs examined\n  paragraph characters: " in report
+    assert report.endswith("broken: 2 of 3: not UTF-8: invalid continuation byte at byte N of the line")
 
 
 @pytest.fixture
