@@ -271,9 +271,9 @@ def _borders_path(folder: Path, source: str, length: int) -> Path:
 
 
 def _fingerprint(pieces: Sequence[TokenPiece]) -> str:
-    """Digest of what borders depend on beside the length: which tokens there are and how they are cut."""
-    facts = [(piece.tokenizer, piece.source.start, piece.num_tokens, piece.num_paragraphs) for piece in pieces]
-    return hashlib.blake2b(repr((_VERSION, facts)).encode(), digest_size=16).hexdigest()
+    """Digest of what borders depend on beside the length: which tokens there are."""
+    facts = [(piece.tokenizer, piece.source.start, piece.source_size, piece.source_mtime_ns) for piece in pieces]
+    return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
 
 
 def _blocks(pieces: Sequence[TokenPiece]) -> Iterator[TokenBlock]:
