@@ -92,11 +92,11 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def _add_prepare_index(commands: _Commands) -> None:
-    text = "write the index of every tar to data.prepared_dir, so that a run starts without reading their headers"
+    text = "write indices of tars and tables of annotations to data.prepared_dir, so that a run starts at once"
     command = commands.add_parser("index", help=text, description=f"{text[0].upper()}{text[1:]}. Goes on if restarted.")
     command.add_argument("config", help="the run's JSON file")
     command.add_argument(
-        "--verify", action="store_true", help="compare the tars with indices that are there, by CRC-32"
+        "--verify", action="store_true", help="compare the files with what is there: tars by CRC-32, annotations whole"
     )
     command.add_argument("--processes", type=int, metavar="N", help="tars read at a time (default: one a core)")
     command.set_defaults(run=_prepare_index)
@@ -189,6 +189,7 @@ def _pretrain(options: argparse.Namespace) -> int:
 def _prepare_index(options: argparse.Namespace) -> int:
     from beit3_ds.config import load_run_config
     from beit3_ds.config.strict import check_range
+    from beit3_ds.data.prepare_annotations import prepare_annotations
     from beit3_ds.data.prepare_index import describe_indices, prepare_indices, shard_paths
 
     data = load_run_config(options.config).data
@@ -199,6 +200,8 @@ def _prepare_index(options: argparse.Namespace) -> int:
     tars = shard_paths(data)
     shards = prepare_indices(tars, data.prepared_dir, verify=options.verify, num_processes=options.processes)
     print(describe_indices(shards))
+    if done := prepare_annotations(data, verify=options.verify):
+        print(done)
     return 0
 
 

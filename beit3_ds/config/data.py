@@ -113,8 +113,8 @@ class DataConfig:
     pair_flip_probability: float = 0.5
     """Horizontal flip of images with captions. The paper's augmentation flips; 0 keeps "left" and "right" true."""
     prepared_dir: str | None = None
-    """Folder of what `beit3 prepare` writes: shard indices and token files. None scans shards and tokenises texts at
-    the start of every run, in memory: fit for a small corpus."""
+    """Folder of what `beit3 prepare` writes: shard indices, tables of annotations and token files. None scans shards,
+    parses annotations and tokenises texts at the start of every run, in memory: fit for a small corpus."""
     num_workers: int = 2
     """Processes that prepare batches, for each rank; 0 prepares them in the training process."""
     prefetch_steps: int = 2

@@ -1,10 +1,11 @@
 """Data: files to packed micro-batches, as a pure function of seed and step.
 
-In the order of the flow: `shards` (with `tar_members` and `shard_index`), `image_folder`, `annotations` and `texts`
-read files, `sources` opens what a config names, `order` picks samples, `augmentation` and `masking` prepare them in
-`samples`, `packing` joins them, `steps` makes a rank's share of a step, `loader` and `heldout` serve them.
-`tokenizer_corpora` reads the same files for the training of the two tokenizers; `prepare_index`, `statistics` and
-`contact_sheet` look at them beforehand.
+In the order of the flow: `shards` (with `tar_members` and `shard_index`), `image_folder`, `annotations` (or what
+`annotation_table` keeps of them) and `texts` (of `text_files` or `token_files`, cut by `sentences`) read files,
+`sources` opens what a config names, `order` picks samples, `augmentation` and `masking` prepare them in `samples`,
+`packing` joins them, `steps` makes a rank's share of a step, `loader` and `heldout` serve them. `tokenizer_corpora`
+reads the same files for the training of the two tokenizers; `prepare_index`, `prepare_annotations`, `text_preparation`,
+`statistics` and `contact_sheet` look at them beforehand.
 """
 
 from beit3_ds.data.heldout import HeldoutBatches, build_heldout_batches

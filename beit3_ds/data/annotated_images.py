@@ -3,10 +3,12 @@
 import os
 from array import array
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from beit3_ds.data.captions import clean_caption
-from beit3_ds.data.compact_strings import CompactStrings
+from beit3_ds.data.compact_strings import CompactStrings, StoredStrings
 from beit3_ds.data.image_folder import printable, read_image
 from beit3_ds.data.image_source import BrokenRecord, Skipped
 
@@ -17,33 +19,39 @@ NO_IMAGE = -1
 class AnnotatedImages:
     """Samples that an annotation file lists; an image with five captions is five samples.
 
-    Takes 16 bytes a sample beside its caption, and 8 an image beside its path. The readers in `annotations` fill it.
+    Takes 16 bytes a sample beside its caption, and 8 an image beside its path.
     """
 
-    def __init__(self, annotations: str, folder: str) -> None:
-        """Starts without samples.
+    def __init__(
+        self,
+        annotations: str,
+        folder: str,
+        paths: StoredStrings,
+        captions: StoredStrings,
+        image_numbers: "array[int] | NDArray[np.int64]",
+        skipped: dict[str, Skipped],
+    ) -> None:
+        """Takes what is known of the samples.
 
         Args:
             annotations: path of the annotation file, for messages.
             folder: where the images lie. Nothing outside it is read, whatever paths the annotations name.
+            paths: the images, by their paths in the folder.
+            captions: the caption of each sample.
+            image_numbers: the number of the image of each sample in `paths`, or `NO_IMAGE`.
+            skipped: rows and files left out, by reason.
         """
-        self.annotations, self.folder = annotations, os.path.realpath(folder)
-        self._paths, self._captions, self._image_numbers = CompactStrings(), CompactStrings(), array("q")
-        self._skipped: dict[str, Skipped] = {}
-
-    @property
-    def skipped(self) -> dict[str, Skipped]:
-        """Rows and files left out, by reason."""
-        return dict(self._skipped)
+        self.annotations, self.folder, self.skipped = annotations, os.path.realpath(folder), skipped
+        self.paths, self.captions, self.image_numbers = paths, captions, image_numbers
 
     def __len__(self) -> int:
         """Samples, broken ones included."""
-        return len(self._captions)
+        return len(self.captions)
 
     def name(self, index: int) -> str:
         """Annotation file, number of the sample in it, and path of its image."""
-        number = self._image_numbers[index]
-        image = "no image" if number == NO_IMAGE else self._paths[number]
+        number = self.image_numbers[index]
+        image = "no image" if number == NO_IMAGE else self.paths[number]
         return printable(f"{self.annotations}:{index} ({image})")
 
     def image(self, index: int, min_side: int | None = None) -> Image.Image:
@@ -52,11 +60,11 @@ class AnnotatedImages:
         Raises:
             BrokenRecord: if its annotation names none, or one that cannot be read or lies outside the folder.
         """
-        number = self._image_numbers[index]
+        number = self.image_numbers[index]
         if number == NO_IMAGE:
             raise BrokenRecord(f"{self.name(index)}: the annotation names an image that the file does not list")
         try:
-            return read_image(self.folder, self._paths[number], min_side)
+            return read_image(self.folder, self.paths[number], min_side)
         except ValueError as error:
             raise BrokenRecord(f"{self.name(index)}: broken image: {error}") from error
 
@@ -67,9 +75,18 @@ class AnnotatedImages:
             BrokenRecord: if it is missing, empty, overlong or no valid text.
         """
         try:
-            return clean_caption(self._captions[index])
+            return clean_caption(self.captions[index])
         except ValueError as error:
             raise BrokenRecord(f"{self.name(index)}: broken caption: {error}") from error
+
+
+class CollectedAnnotations(AnnotatedImages):
+    """Samples that are added one by one; the readers in `annotations` do so."""
+
+    def __init__(self, annotations: str, folder: str) -> None:
+        """Starts without samples; arguments as those of `AnnotatedImages`."""
+        self._paths, self._captions, self._image_numbers = CompactStrings(), CompactStrings(), array("q")
+        super().__init__(annotations, folder, self._paths, self._captions, self._image_numbers, {})
 
     def add_image(self, path: str) -> int:
         """Adds an image by its path in the folder and returns its number."""
@@ -83,5 +100,5 @@ class AnnotatedImages:
 
     def skip(self, reason: str, example: str, count: int = 1) -> None:
         """Counts what is no sample."""
-        before, first = self._skipped.get(reason, (0, printable(example)))
-        self._skipped[reason] = Skipped(before + count, first)
+        before, first = self.skipped.get(reason, (0, printable(example)))
+        self.skipped[reason] = Skipped(before + count, first)

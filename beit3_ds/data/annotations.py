@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from beit3_ds.config import ConfigError
-from beit3_ds.data.annotated_images import NO_IMAGE, AnnotatedImages
+from beit3_ds.data.annotated_images import NO_IMAGE, AnnotatedImages, CollectedAnnotations
 from beit3_ds.data.compact_strings import CompactStrings
 from beit3_ds.data.image_folder import list_images
 
@@ -42,7 +42,7 @@ def read_coco_captions(annotations: str, folder: str) -> AnnotatedImages:
     Raises:
         ConfigError: if the file cannot be read or has another form.
     """
-    samples = AnnotatedImages(annotations, folder)
+    samples = CollectedAnnotations(annotations, folder)
     with _reading(annotations, "an object with 'images' (id, file_name) and 'annotations' (image_id, caption)"):
         content = _load_json(annotations)
         numbers: dict[object, int] = {}
@@ -67,7 +67,7 @@ def read_visual_genome(region_descriptions: str, image_data: str, folder: str) -
     Raises:
         ConfigError: if a file cannot be read or has another form.
     """
-    samples = AnnotatedImages(region_descriptions, folder)
+    samples = CollectedAnnotations(region_descriptions, folder)
     with _reading(image_data, "a list of objects with 'image_id' and 'url'"):
         numbers = {
             image["image_id"]: samples.add_image("/".join(image["url"].split("/")[-2:]))
@@ -90,7 +90,7 @@ def read_sbu_captions(captions: str, folder: str) -> AnnotatedImages:
     Raises:
         ConfigError: if a file cannot be read or has another form, or the folder holds no images.
     """
-    samples = AnnotatedImages(captions, folder)
+    samples = CollectedAnnotations(captions, folder)
     with _reading(captions, "one caption a line, or a JSON object with the list 'captions'"):
         rows = _load_json(captions)["captions"] if captions.endswith(".json") else _lines(captions)
         _add_rows(samples, rows)
@@ -110,13 +110,13 @@ def read_conceptual_captions(
     Raises:
         ConfigError: if the file cannot be read, the columns stand the other way round, or the folder has no images.
     """
-    samples = AnnotatedImages(table, folder)
+    samples = CollectedAnnotations(table, folder)
     with _reading(table, f"lines of {columns.replace('_', ', tab, ')}"):
         _add_rows(samples, _caption_column(table, columns.split("_").index("caption")))
     return samples
 
 
-def _add_rows(samples: AnnotatedImages, captions: Iterable[object]) -> None:
+def _add_rows(samples: CollectedAnnotations, captions: Iterable[object]) -> None:
     """Adds the rows that have an image; None is a row that holds no caption."""
     paths, skipped = list_images(samples.folder)
     for reason, found in skipped.items():
@@ -136,7 +136,7 @@ def _add_rows(samples: AnnotatedImages, captions: Iterable[object]) -> None:
         samples.skip("image without a row", paths[int(number)])
 
 
-def _image_rows(paths: CompactStrings, samples: AnnotatedImages) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _image_rows(paths: CompactStrings, samples: CollectedAnnotations) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Rows that have an image, rising, and the numbers of their paths."""
     rows = np.full(len(paths), -1, dtype=np.int64)
     for number in range(len(paths)):

@@ -1,8 +1,12 @@
-"""From the glob patterns of a config to a list of files."""
+"""Files: those that the glob patterns of a config name, and new ones that are whole or absent."""
 
 import glob
 import os
-from collections.abc import Iterable
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
 
 from beit3_ds.config import ConfigError
 
@@ -31,3 +35,19 @@ def expand_patterns(patterns: Iterable[str]) -> list[str]:
             raise ConfigError(f"data: {file} is listed twice; let only one pattern match it.")
         seen.add(os.path.realpath(file))
     return files
+
+
+@contextmanager
+def written_aside(path: Path, keep: bool = True) -> Iterator[BinaryIO]:
+    """A new file that takes the name `path` when all is written, or none if `keep` is false or after an error."""
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w+b") as file:
+            yield file
+            if keep:
+                file.flush()
+                os.fsync(file.fileno())  # a name must not outlive a crash that the bytes do not
+        if keep:
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

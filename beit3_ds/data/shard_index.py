@@ -8,15 +8,16 @@ to be kept in memory, and the system's page cache serves all processes of a mach
 import hashlib
 import json
 import os
-import tempfile
 import zlib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from beit3_ds.config import ConfigError
+from beit3_ds.data.files import written_aside
 from beit3_ds.data.image_source import Skipped
 from beit3_ds.data.tar_members import TarError, TarMember, iterate_tar_members
 
@@ -181,17 +182,9 @@ def write_index(index: ShardIndex, path: str) -> None:
         "records_crc32": zlib.crc32(data),
         "skipped": index.skipped,
     }
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), suffix=".tmp", delete=False) as file:
-        try:
-            file.write(json.dumps(header).encode("ascii") + b"\n" + data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)  # temporary files are private, but an index is read by all who read the tar
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with written_aside(Path(path)) as file:
+        file.write(json.dumps(header).encode("ascii") + b"\n" + data)
 
 
 class _Sample(NamedTuple):

@@ -7,6 +7,8 @@ from collections.abc import Sequence, Sized
 from typing import Generic, TypeVar
 
 from beit3_ds.config import SourceConfig
+from beit3_ds.data.annotated_images import AnnotatedImages
+from beit3_ds.data.annotation_table import StoredAnnotations, table_path
 from beit3_ds.data.annotations import (
     read_coco_captions,
     read_conceptual_captions,
@@ -55,26 +57,30 @@ def image_format(source: SourceConfig) -> str:
     return source.format or ("folder" if os.path.isdir(source.path) else "tar")
 
 
-def open_images(source: SourceConfig, prepared_dir: str | None) -> ImageSource:
-    """Opens a source of images.
+def annotation_files(source: SourceConfig) -> list[str]:
+    """The files that a source of an annotation format is read from, beside its images."""
+    if source.format == "visual_genome":
+        return [source.path, os.path.join(os.path.dirname(source.path), "image_data.json")]
+    return [source.path]
 
-    Args:
-        source: names format and files.
-        prepared_dir: where `beit3 prepare index` wrote the indices of tars; None scans them.
+
+def source_table(source: SourceConfig, prepared_dir: str) -> str:
+    """Where the table of a source of an annotation format lies."""
+    return table_path(prepared_dir, image_format(source), source.path, source.images)
+
+
+def read_annotations(source: SourceConfig) -> AnnotatedImages:
+    """Parses the files of a source of an annotation format.
 
     Raises:
         ConfigError: for files that are missing or cannot be read.
     """
-    match image_format(source):
-        case "tar":
-            return TarShards([source.path], prepared_dir)
-        case "folder":
-            return ImageFolder(source.path)
+    match source.format:
         case "coco":
             return read_coco_captions(source.path, source.images)
         case "visual_genome":
-            image_data = os.path.join(os.path.dirname(source.path), "image_data.json")
-            return read_visual_genome(source.path, image_data, source.images)
+            regions, image_data = annotation_files(source)
+            return read_visual_genome(regions, image_data, source.images)
         case "sbu":
             return read_sbu_captions(source.path, source.images)
         case "conceptual_captions":
@@ -83,3 +89,24 @@ def open_images(source: SourceConfig, prepared_dir: str | None) -> ImageSource:
             return read_conceptual_captions(source.path, source.images, "url_caption")
         case kind:
             raise AssertionError(f"no reader for the format {kind}")
+
+
+def open_images(source: SourceConfig, prepared_dir: str | None) -> ImageSource:
+    """Opens a source of images.
+
+    Args:
+        source: names format and files.
+        prepared_dir: where `beit3 prepare index` wrote the indices of tars and the tables of annotations; what has none
+            is scanned or parsed, as all is if this is None.
+
+    Raises:
+        ConfigError: for files that are missing or cannot be read, or that no longer fit what was prepared.
+    """
+    match image_format(source):
+        case "tar":
+            return TarShards([source.path], prepared_dir)
+        case "folder":
+            return ImageFolder(source.path)
+    if prepared_dir is not None and os.path.exists(table := source_table(source, prepared_dir)):
+        return StoredAnnotations(table, annotation_files(source), source.images)
+    return read_annotations(source)

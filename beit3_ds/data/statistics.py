@@ -75,14 +75,14 @@ def examine_source(source: ImageSource, with_captions: bool, max_examined: int) 
             width, height = source.image(index).size
             _add(statistics, {"image width": width, "image height": height})
         except BrokenRecord as error:
-            statistics.broken[_reason(error, source.name(index))] += 1
+            statistics.broken[_reason(str(error).removeprefix(f"{source.name(index)}: "))] += 1
         if not with_captions:
             continue
         try:
             caption = source.caption(index)
             _add(statistics, {"caption characters": len(caption), "caption words": len(caption.split())})
         except BrokenRecord as error:
-            statistics.broken[_reason(error, source.name(index))] += 1
+            statistics.broken[_reason(str(error).removeprefix(f"{source.name(index)}: "))] += 1
     return statistics
 
 
@@ -118,9 +118,9 @@ def _add(statistics: SourceStatistics, numbers: dict[str, int]) -> None:
         statistics.numbers.setdefault(name, []).append(number)
 
 
-def _reason(error: BrokenRecord, name: str) -> str:
-    """The message without what differs from record to record: its name, numbers and addresses."""
-    return re.sub(r"0x[0-9a-f]+|\d+", "N", str(error).removeprefix(f"{name}: "))[:_REASON_LENGTH]
+def _reason(message: str) -> str:
+    """The message without what differs from record to record: numbers and addresses, but not the 8 of UTF-8."""
+    return re.sub(r"0x[0-9a-f]+|(?<![-\w])\d+", "N", message)[:_REASON_LENGTH]
 
 
 def _describe_texts(name: str, paths: list[str], prepared_dir: str | None, max_examined: int) -> Iterator[str]:
@@ -132,9 +132,10 @@ def _describe_texts(name: str, paths: list[str], prepared_dir: str | None, max_e
     each = -(-max_examined // len(paths))
     broken = BrokenLines(math.inf)
     paragraphs = [line for path in paths for line in islice(read_paragraphs(whole_file(path), broken), each)]
-    statistics = SourceStatistics(num_samples=0, num_examined=len(paragraphs), skipped={})
-    statistics.broken.update(line.split(": ", 1)[-1] for line in broken.lines)
+    examined = len(paragraphs) + len(broken.lines)  # a broken line counts as a paragraph
+    statistics = SourceStatistics(num_samples=0, num_examined=examined, skipped={})
+    statistics.broken.update(_reason(re.sub(r"^.*?:\d+: ", "", line)) for line in broken.lines)
     for paragraph in paragraphs:
         _add(statistics, {"paragraph characters": len(paragraph), "paragraph words": len(paragraph.split())})
-    yield f"  {len(paragraphs):,} paragraphs examined"
+    yield f"  {examined:,} paragraphs examined"
     yield from (f"  {line}" for line in statistics.describe()[1:])

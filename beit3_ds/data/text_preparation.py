@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from beit3_ds.config import ConfigError, DataConfig
 from beit3_ds.data.files import expand_patterns
+from beit3_ds.data.sentences import ParagraphCutter
 from beit3_ds.data.text_files import BrokenLines, TextPiece, cut_into_pieces
 from beit3_ds.data.texts import texts_folder
 from beit3_ds.data.token_files import (
@@ -112,7 +113,8 @@ def prepare_texts(
     for done in _with_progress(_write_all(folder, todo, tokenizer, data.max_broken_records, processes), todo):
         broken.extend(list(done.broken))
         num_tokens += done.num_tokens
-    left = [source for source in sources if not _cut_into_sequences(folder, source, tokenizer, data.text_length)]
+    cutter = ParagraphCutter(tokenizer)
+    left = [s for s in sources if not _cut_into_sequences(folder, s, tokenizer, data.text_length, cutter)]
     return TextPreparation(
         pieces_written=len(todo),
         pieces_kept=len(kept),
@@ -132,8 +134,7 @@ def _finished(folder: Path, piece: TextPiece, tokenizer: TextTokenizer) -> Token
     """The token file of a piece if it need not be written again."""
     with suppress(ConfigError):  # missing or damaged
         done = read_token_piece(token_path(folder, piece))
-        expected = (piece, tokenizer.fingerprint, os.path.getsize(piece.path))
-        if (done.source, done.tokenizer, done.source_size) == expected:
+        if (done.source, done.tokenizer) == (piece, tokenizer.fingerprint) and done.fits(os.stat(piece.path)):
             return done
     return None
 
@@ -170,11 +171,13 @@ def _with_progress(finished: Iterable[TokenPiece], pieces: Sequence[TextPiece]) 
             yield done
 
 
-def _cut_into_sequences(folder: Path, source: str, tokenizer: TextTokenizer, length: int) -> bool:
+def _cut_into_sequences(
+    folder: Path, source: str, tokenizer: TextTokenizer, length: int, cutter: ParagraphCutter
+) -> bool:
     """Writes the borders of a source file, or returns False if some of its pieces are still to be done."""
     try:
         pieces = find_token_pieces(folder, source, tokenizer)
     except ConfigError:
         return False
-    write_borders(folder, source, pieces, length)
+    write_borders(folder, source, pieces, length, cutter)
     return True

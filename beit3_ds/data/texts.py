@@ -1,7 +1,6 @@
 """Text files as token sequences of bounded length."""
 
-from collections.abc import Iterable
-from itertools import chain
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ from numpy.typing import NDArray
 
 from beit3_ds.config import ConfigError
 from beit3_ds.data.files import expand_patterns
+from beit3_ds.data.sentences import ParagraphCutter
 from beit3_ds.data.text_files import BrokenLines, read_paragraphs, whole_file
 from beit3_ds.data.token_files import PreparedText
 from beit3_ds.data.tokenisation import encode_paragraphs, sequence_starts
@@ -18,9 +18,10 @@ from beit3_ds.tokenizers.text import TextTokenizer
 class TextSequences:
     """The texts of files, cut into sequences of at most `length` tokens.
 
-    Consecutive paragraphs of a file share a sequence as long as the next one fits whole; only a paragraph longer than
-    a sequence is cut, and its rest goes on with the next paragraph. `beit3_ds.data.text_files` says which files can be
-    read and what a paragraph is.
+    Consecutive paragraphs of a file share a sequence as long as the next one fits whole. Only a paragraph longer than
+    a sequence is cut, at ends of sentences, and its rest goes on with the next paragraph; only a sentence longer than
+    a sequence is cut in itself, between words if it can be. `beit3_ds.data.text_files` says which files can be read
+    and what a paragraph is, `beit3_ds.data.sentences` where a sentence ends.
 
     Without `prepared_dir` all is tokenised at the start and kept in memory, two bytes a token with a vocabulary below
     65536, in each process: fit for some gigabytes of text. With it the token files that `beit3 prepare texts` wrote are
@@ -55,15 +56,17 @@ class TextSequences:
         self.paths = expand_patterns(patterns)
         self._bos_id, self._eos_id = tokenizer.bos_id, tokenizer.eos_id
         broken = BrokenLines(max_broken_lines)
-        self._files: list[_TextInMemory | PreparedText] = []
-        for path in self.paths:
-            if prepared_dir is None:
-                self._files.append(_TextInMemory(path, tokenizer, length, broken))
-            else:
-                file = PreparedText(texts_folder(prepared_dir), path, tokenizer, length)
+        self._files: Sequence[_TextInMemory | PreparedText]
+        if prepared_dir is None:
+            cutter = ParagraphCutter(tokenizer)
+            self._files = [_TextInMemory(path, tokenizer, length, cutter, broken) for path in self.paths]
+        else:
+            prepared = [PreparedText(texts_folder(prepared_dir), path, tokenizer, length) for path in self.paths]
+            for file in prepared:
                 broken.extend(list(file.broken))
-                self._files.append(file)
-            if not len(self._files[-1]):
+            self._files = prepared
+        for path, text in zip(self.paths, self._files, strict=True):
+            if not len(text):
                 raise ConfigError(f"data: {path} holds no text. Leave it out of the config.")
         self.broken = tuple(broken.lines)
         self._first_of_file = np.cumsum([0, *(len(file) for file in self._files)])
@@ -97,11 +100,12 @@ def texts_folder(prepared_dir: str) -> Path:
 class _TextInMemory:
     """The sequences of one source file, read and tokenised at once."""
 
-    def __init__(self, path: str, tokenizer: TextTokenizer, length: int, broken: BrokenLines) -> None:
+    def __init__(
+        self, path: str, tokenizer: TextTokenizer, length: int, cutter: ParagraphCutter, broken: BrokenLines
+    ) -> None:
         blocks = list(encode_paragraphs(read_paragraphs(whole_file(path), broken), tokenizer))
         self._ids = np.concatenate([np.empty(0, dtype=np.uint16), *(ids for ids, _ in blocks)])
-        lengths = chain.from_iterable(lengths.tolist() for _, lengths in blocks)
-        self._borders = np.array([*sequence_starts(lengths, length - 2), len(self._ids)], dtype=np.int64)
+        self._borders = np.array([*sequence_starts(blocks, length - 2, cutter), len(self._ids)], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._borders) - 1

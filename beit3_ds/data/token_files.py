@@ -15,9 +15,8 @@ written aside and renamed, so one that is there is whole.
 import hashlib
 import json
 import os
-import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -26,14 +25,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from beit3_ds.config import ConfigError
+from beit3_ds.data.files import written_aside
+from beit3_ds.data.sentences import ParagraphCutter
 from beit3_ds.data.text_files import BrokenLines, TextPiece, read_paragraphs
-from beit3_ds.data.tokenisation import encode_paragraphs, sequence_starts, token_dtype
+from beit3_ds.data.tokenisation import TokenBlock, encode_paragraphs, sequence_starts, token_dtype
 from beit3_ds.tokenizers.text import TextTokenizer
 
 _MAGIC = b"BEIT3TOK"
-_VERSION = 1
+_VERSION = 2  # of the format and of the rule that cuts sequences
 _SUFFIX = ".tokens"
 _COPY_NUMBERS = 1 << 18
+_BLOCK_TOKENS = 1 << 20
 _REDO = "Run `beit3 prepare texts CONFIG.json`: it does what is missing or out of date and keeps the rest."
 
 
@@ -54,12 +56,19 @@ class TokenPiece(NamedTuple):
     """What was read."""
     source_size: int
     """Bytes of the whole source file at that time."""
+    source_mtime_ns: int
+    """When the source file was last changed then, in nanoseconds since 1970."""
     broken: tuple[str, ...]
     """Lines that were left out: file, line number and reason."""
 
-    def tokens(self) -> NDArray[np.generic]:
-        """The ids, (num_tokens,), memory-mapped."""
-        return _map(self.path, self.dtype, 0, self.num_tokens)
+    def fits(self, source: os.stat_result) -> bool:
+        """Whether the source file is still as it was, by its size and modification time."""
+        return (self.source_size, self.source_mtime_ns) == (source.st_size, source.st_mtime_ns)
+
+    def tokens(self, start: int = 0, stop: int | None = None) -> NDArray[np.generic]:
+        """The ids from `start` to `stop`, (stop - start,), memory-mapped."""
+        stop = self.num_tokens if stop is None else stop
+        return _map(self.path, self.dtype, start * np.dtype(self.dtype).itemsize, stop - start)
 
     def paragraph_lengths(self) -> NDArray[np.generic]:
         """Tokens of each paragraph, (num_paragraphs,) uint32, memory-mapped."""
@@ -78,10 +87,10 @@ def write_tokens(folder: Path, piece: TextPiece, tokenizer: TextTokenizer, budge
     Raises:
         ConfigError: if the source cannot be read, or more than `budget` of its lines are broken.
     """
-    path, broken = token_path(folder, piece), BrokenLines(budget)
+    path, broken, status = token_path(folder, piece), BrokenLines(budget), os.stat(piece.path)
     dtype = token_dtype(tokenizer.vocab_size).newbyteorder("<")
     num_tokens = num_paragraphs = 0
-    with _written_aside(path) as file, _written_aside(path.with_suffix(".lengths"), keep=False) as lengths_file:
+    with written_aside(path) as file, written_aside(path.with_suffix(".lengths"), keep=False) as lengths_file:
         for ids, lengths in encode_paragraphs(read_paragraphs(piece, broken), tokenizer):
             file.write(ids.astype(dtype, copy=False).data)
             lengths_file.write(lengths.astype("<u4").data)
@@ -97,7 +106,8 @@ def write_tokens(folder: Path, piece: TextPiece, tokenizer: TextTokenizer, budge
             "num_paragraphs": num_paragraphs,
             "tokenizer": tokenizer.fingerprint,
             "source": piece,
-            "source_size": os.path.getsize(piece.path),
+            "source_size": status.st_size,
+            "source_mtime_ns": status.st_mtime_ns,
             "broken": broken.lines,
         }
         _write_footer(file, footer)
@@ -129,23 +139,24 @@ def find_token_pieces(folder: Path, source: str, tokenizer: TextTokenizer) -> li
     Raises:
         ConfigError: naming the file that is missing, damaged, or older than the source or the tokenizer.
     """
-    size, end = os.path.getsize(source), 0
+    status, end = os.stat(source), 0
     pieces: list[TokenPiece] = []
     for name in sorted(_names(folder, source)):
         piece = read_token_piece(folder / name)
         if piece.tokenizer != tokenizer.fingerprint:
             raise ConfigError(f"data: {piece.path} was made with another text tokenizer. {_REDO}")
-        if piece.source_size != size:
+        if not piece.fits(status):
             raise ConfigError(
-                f"data: {piece.path} was made when {source} had {piece.source_size} bytes; now it has {size}. {_REDO}"
+                f"data: {piece.path} was made when {source} had {piece.source_size} bytes and mtime_ns "
+                f"{piece.source_mtime_ns}; now they are {status.st_size} and {status.st_mtime_ns}. {_REDO}"
             )
         if piece.source.start == end:  # others are left from another cut of the file
             pieces.append(piece)
             end = piece.source.stop
-    if not pieces or end != size:
+    if not pieces or end != status.st_size:
         raise ConfigError(
-            f"data: {folder} holds no tokens of {source} from byte {end} of {size}; they are not prepared, or not all "
-            f"parts have ended. {_REDO}"
+            f"data: {folder} holds no tokens of {source} from byte {end} of {status.st_size}; they are not prepared, "
+            f"or not all parts have ended. {_REDO}"
         )
     return pieces
 
@@ -158,16 +169,19 @@ def remove_other_pieces(folder: Path, pieces: Sequence[TextPiece]) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def write_borders(folder: Path, source: str, pieces: Sequence[TokenPiece], length: int) -> None:
-    """Writes where the sequences of at most `length` tokens start, unless that is done."""
+def write_borders(
+    folder: Path, source: str, pieces: Sequence[TokenPiece], length: int, cutter: ParagraphCutter
+) -> None:
+    """Writes where the sequences of at most `length` tokens, BOS and EOS included, start, unless that is done."""
     path = _borders_path(folder, source, length)
     fingerprint = _fingerprint(pieces)
-    if path.exists() and _read_footer(path)["pieces"] == fingerprint:
-        return
+    with suppress(ConfigError):  # missing or damaged
+        if _read_footer(path)["pieces"] == fingerprint:
+            return
     total = sum(piece.num_tokens for piece in pieces)
-    starts = chain(sequence_starts(_all_paragraph_lengths(pieces), length - 2), [total])
+    starts = chain(sequence_starts(_blocks(pieces), length - 2, cutter), [total])
     count = 0
-    with _written_aside(path) as file:
+    with written_aside(path) as file:
         while len(block := np.fromiter(islice(starts, _COPY_NUMBERS), dtype="<i8")):
             file.write(block.tobytes())
             count += len(block)
@@ -239,7 +253,7 @@ class PreparedText:
 
 
 def _stem(source: str) -> str:
-    return f"{Path(source).name}-{hashlib.blake2b(source.encode(), digest_size=6).hexdigest()}"
+    return f"{Path(source).name}-{hashlib.blake2b(os.fsencode(source), digest_size=6).hexdigest()}"
 
 
 def _names(folder: Path, source: str) -> list[str]:
@@ -257,16 +271,22 @@ def _borders_path(folder: Path, source: str, length: int) -> Path:
 
 
 def _fingerprint(pieces: Sequence[TokenPiece]) -> str:
-    """Digest of what borders depend on: which tokens there are."""
-    facts = [(piece.tokenizer, piece.source.start, piece.num_tokens, piece.num_paragraphs) for piece in pieces]
-    return hashlib.blake2b(repr((_VERSION, facts)).encode(), digest_size=16).hexdigest()
+    """Digest of what borders depend on beside the length: which tokens there are."""
+    facts = [(piece.tokenizer, piece.source.start, piece.source_size, piece.source_mtime_ns) for piece in pieces]
+    return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
 
 
-def _all_paragraph_lengths(pieces: Sequence[TokenPiece]) -> Iterator[int]:
+def _blocks(pieces: Sequence[TokenPiece]) -> Iterator[TokenBlock]:
+    """All paragraphs, in blocks of about `_BLOCK_TOKENS` that are mapped one by one: few pages stay in memory."""
     for piece in pieces:
-        lengths = piece.paragraph_lengths()
-        for start in range(0, len(lengths), _COPY_NUMBERS):
-            yield from lengths[start : start + _COPY_NUMBERS].tolist()
+        lengths, position = piece.paragraph_lengths(), 0
+        for first in range(0, len(lengths), _COPY_NUMBERS):
+            some = lengths[first : first + _COPY_NUMBERS]
+            borders = np.flatnonzero(np.diff(np.cumsum(some, dtype=np.int64) // _BLOCK_TOKENS)) + 1
+            for block in np.split(some, borders):
+                count = int(block.sum(dtype=np.int64))
+                yield piece.tokens(position, position + count), block
+                position += count
 
 
 def _map(path: Path, dtype: str, offset: int, count: int) -> NDArray[np.generic]:
@@ -277,19 +297,6 @@ def _map(path: Path, dtype: str, offset: int, count: int) -> NDArray[np.generic]
 
 def _aligned(offset: int) -> int:
     return -(-offset // 4) * 4
-
-
-@contextmanager
-def _written_aside(path: Path, keep: bool = True) -> Iterator[BinaryIO]:
-    """A new file that takes the name `path` when all is written, or none if `keep` is false or after an error."""
-    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w+b") as file:
-            yield file
-        if keep:
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_footer(file: BinaryIO, footer: dict[str, Any]) -> None:
@@ -311,5 +318,5 @@ def _read_footer(path: Path) -> dict[str, Any]:
             if footer.pop("version") != _VERSION:
                 raise ValueError(f"it was not written by version {_VERSION} of the format")
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"data: {path} cannot be read: {error}. Delete it. {_REDO}") from error
+        raise ConfigError(f"data: {path} cannot be read: {error}. {_REDO}") from error
     return dict(footer)

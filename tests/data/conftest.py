@@ -53,11 +53,11 @@ def png() -> bytes:
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
-    """A text tokenizer of thirty pieces."""
+    """A text tokenizer of thirty pieces, one of them a full stop."""
     rng = np.random.default_rng(0)
     path = tmp_path_factory.mktemp("tokenizer") / "text.spm"
     config = TextTokenizerConfig(path=str(path), vocab_size=30, character_coverage=1.0)
-    return train_text_tokenizer(config, [_sentence(rng) for _ in range(300)])
+    return train_text_tokenizer(config, [f"{_sentence(rng)}." for _ in range(300)])
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from beit3_ds import cli
+from beit3_ds.config import DataConfig, SourceConfig, StreamConfig
 from beit3_ds.data.contact_sheet import draw_contact_sheet
 from beit3_ds.data.shards import TarShards
 from beit3_ds.data.statistics import describe_streams, examine_source, spread
@@ -78,6 +79,16 @@ def test_all_streams_are_described(build_config: BuildConfig) -> None:
     assert "paragraph words" in text
 
 
+def test_broken_lines_of_one_reason_are_counted_together(tmp_path: Path) -> None:
+    (tmp_path / "a: b.txt").write_bytes(b"one\ncaf\xe9\nlonger caf\xe9\n")
+    none = StreamConfig(train=(), samples_per_step=0)
+    texts = StreamConfig(train=(SourceConfig(path=str(tmp_path / "a: b.txt")),), samples_per_step=1)
+    report = describe_streams(DataConfig(images=none, pairs=none, texts=texts), 10)
+    # catches a reason that keeps the place or the file's name
+    assert "  3 paragraphs examined\n  paragraph characters: " in report
+    assert report.endswith("broken: 2 of 3: not UTF-8: invalid continuation byte at byte N of the line")
+
+
 @pytest.fixture
 def config_file(tmp_path: Path, sample_files: dict[str, str]) -> Path:
     """The quickstart with a copy of the small sample files, and a folder for indices."""
@@ -110,3 +121,15 @@ def test_prepare_commands(config_file: Path, capsys: pytest.CaptureFixture[str])
     assert cli.main([*index[:-1], "0"]) == 2
     assert "--processes is 0" in capsys.readouterr().err
     assert cli.main(["prepare", "stats", str(config_file), "--out", "/no/such/folder/x.png"]) == 2
+
+
+def test_prepare_index_writes_tables_of_annotations(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    captions = {"images": [{"id": 1, "file_name": "1.png"}], "annotations": [{"image_id": 1, "caption": "a bird"}]}
+    (config_file.parent / "captions.json").write_text(json.dumps(captions))
+    content = json.loads(config_file.read_text())
+    source = {"path": str(config_file.parent / "captions.json"), "format": "coco", "images": str(config_file.parent)}
+    content["beit3_ds"]["data"]["pairs"]["heldout"] = [source]
+    config_file.write_text(json.dumps(content))
+    for arguments, expected in (([], "1 tables written, 0 verified"), (["--verify"], "0 tables written, 1 verified")):
+        assert cli.main(["prepare", "index", str(config_file), "--processes", "1", *arguments]) == 0
+        assert capsys.readouterr().out.endswith(f"\n1 annotation files with 1 samples: {expected}\n")

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from beit3_ds.config import ConfigError, DataConfig, SourceConfig, StreamConfig, TextTokenizerConfig
+from beit3_ds.data import token_files
 from beit3_ds.data.text_preparation import Part, prepare_texts
 from beit3_ds.data.texts import TextSequences
+from beit3_ds.data.token_files import find_token_pieces
 from beit3_ds.tokenizers.text import TextTokenizer, train_text_tokenizer
 
 WORDS = ("red", "bird", "sits", "left", "of", "two", "green", "boats", "near", "water", "old", "trees", "in", "snow")
@@ -21,9 +23,10 @@ LENGTH = 16
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> str:
-    """Three files of three formats below one pattern; paragraphs are shorter and longer than a sequence."""
+    """Three files of three formats below one pattern; paragraphs and sentences are of any length."""
     rng = np.random.default_rng(3)
-    paragraphs = [" ".join(rng.choice(np.array(WORDS), rng.integers(1, 40))) for _ in range(200)]
+    words = np.array([*WORDS, *(f"{word}." for word in WORDS[:6])])
+    paragraphs = [" ".join(rng.choice(words, rng.integers(1, 40))) for _ in range(200)]
     (tmp_path / "a.txt").write_text("\n\n".join(paragraphs[:120]))
     (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in paragraphs[120:160]))
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress("\n".join(paragraphs[160:]).encode()))
@@ -49,8 +52,9 @@ def names(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_prepared_and_unprepared_texts_are_the_same(
-    tmp_path: Path, corpus: str, tokenizer: TextTokenizer, processes: int
+    tmp_path: Path, corpus: str, tokenizer: TextTokenizer, processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(token_files, "_BLOCK_TOKENS", 100)  # catches a paragraph that is cut by the ids of another
     folder = tmp_path / "prepared"
     done = prepare_texts(data_config(corpus, folder), tokenizer, processes=processes, piece_bytes=PIECE)
     plain = TextSequences([corpus], tokenizer, LENGTH)
@@ -62,6 +66,19 @@ def test_prepared_and_unprepared_texts_are_the_same(
     assert [prepared.name(i) for i in range(len(prepared))] == [plain.name(i) for i in range(len(plain))]
     assert prepared[3].dtype == np.int64
     assert not [name for name in names(folder) if "tmp" in name or "lengths" in name]
+
+
+def test_few_tokens_are_mapped_at_a_time(
+    tmp_path: Path, corpus: str, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_texts(data_config(corpus, tmp_path), tokenizer, processes=1, piece_bytes=5000)
+    pieces = find_token_pieces(tmp_path / "texts", corpus.replace("[abc].*", "a.txt"), tokenizer)
+    monkeypatch.setattr(token_files, "_BLOCK_TOKENS", 100)
+    blocks = list(token_files._blocks(pieces))
+    longest = max(int(lengths.max()) for _, lengths in blocks)
+    assert max(len(ids) for ids, _ in blocks) < 100 + longest < 300 < sum(len(ids) for ids, _ in blocks)
+    assert [ids for block, _ in blocks for ids in block] == [ids for piece in pieces for ids in piece.tokens()]
+    assert all(len(ids) == lengths.sum() for ids, lengths in blocks)
 
 
 def test_opening_loads_nothing_and_copies_map_anew(tmp_path: Path, corpus: str, tokenizer: TextTokenizer) -> None:
@@ -121,11 +138,49 @@ def test_stale_files_are_refused_by_name(tmp_path: Path, corpus: str, tokenizer:
     source = tmp_path / "a.txt"
     size = source.stat().st_size
     os.truncate(source, size - PIECE)
-    with pytest.raises(ConfigError, match=rf"a\.txt-.*\.tokens was made when .*a\.txt had {size} bytes; now"):
+    with pytest.raises(ConfigError, match=rf"a\.txt-.*\.tokens was made when .*a\.txt had {size} bytes .*; now"):
         open_prepared()
     prepare_texts(data_config(corpus, folder), tokenizer, processes=1, piece_bytes=PIECE)
     # catches a token file left over from when the source was larger, and borders older than the tokens
     assert rows(open_prepared()) == rows(TextSequences([corpus], tokenizer, LENGTH))
+
+
+def test_a_text_changed_in_place_is_refused_by_name(tmp_path: Path, corpus: str, tokenizer: TextTokenizer) -> None:
+    config, source = data_config(corpus, tmp_path / "prepared"), tmp_path / "a.txt"
+    prepare_texts(config, tokenizer, processes=1)
+    source.write_text("\n\n".join(reversed(source.read_text().split("\n\n"))))  # as many bytes, tokens and paragraphs
+    os.utime(source, ns=(1, 1))
+    with pytest.raises(ConfigError, match=r"made when .*a\.txt had .* mtime_ns .*; now they are .* and 1\. Run"):
+        TextSequences([corpus], tokenizer, LENGTH, str(tmp_path / "prepared"))
+    assert prepare_texts(config, tokenizer, processes=1).pieces_kept == 2  # those of b and c
+    # catches borders of the old text
+    assert rows(TextSequences([corpus], tokenizer, LENGTH, str(tmp_path / "prepared"))) == rows(
+        TextSequences([corpus], tokenizer, LENGTH)
+    )
+
+
+def test_files_of_another_version_are_refused_and_made_anew(
+    tmp_path: Path, corpus: str, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, folder = data_config(corpus, tmp_path / "prepared"), tmp_path / "prepared" / "texts"
+    with monkeypatch.context() as patch:
+        patch.setattr(token_files, "_VERSION", token_files._VERSION - 1)
+        prepare_texts(config, tokenizer, processes=1)
+    with pytest.raises(ConfigError, match=r"\.tokens cannot be read: it was not written by version.*prepare texts"):
+        TextSequences([corpus], tokenizer, LENGTH, str(tmp_path / "prepared"))
+    next(folder.glob("c.*.borders")).write_bytes(b"damaged")
+    assert prepare_texts(config, tokenizer, processes=1).pieces_kept == 0
+    assert rows(TextSequences([corpus], tokenizer, LENGTH, str(tmp_path / "prepared"))) == rows(
+        TextSequences([corpus], tokenizer, LENGTH)
+    )
+
+
+def test_names_that_are_not_utf8(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    name = os.fsdecode(b"caf\xe9.txt")
+    (tmp_path / name).write_text("red bird\n")
+    config = data_config(str(tmp_path / "*.txt"), tmp_path / "prepared")
+    assert prepare_texts(config, tokenizer, processes=1).pieces_written == 1
+    assert len(TextSequences([str(tmp_path / "*.txt")], tokenizer, LENGTH, str(tmp_path / "prepared"))) == 1
 
 
 def test_broken_lines_are_counted_over_all_pieces(tmp_path: Path, tokenizer: TextTokenizer) -> None:

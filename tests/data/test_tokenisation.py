@@ -2,25 +2,39 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beit3_ds.data import tokenisation
+from beit3_ds.data.sentences import ParagraphCutter
 from beit3_ds.data.tokenisation import encode_paragraphs, sequence_starts, token_dtype
 from beit3_ds.tokenizers.text import TextTokenizer
 
 
-@given(lengths=st.lists(st.integers(0, 30), min_size=1), limit=st.integers(1, 12))
-def test_sequences_are_bounded_and_whole(lengths: list[int], limit: int) -> None:
-    borders = [*sequence_starts(lengths, limit), sum(lengths)]
+def _starts(lengths: list[int], limit: int, tokenizer: TextTokenizer, block_size: int = 99) -> list[int]:
+    """Starts of sequences of paragraphs that are one word each, in blocks of `block_size` paragraphs."""
+    inside = int(np.flatnonzero(~tokenizer.word_starts())[-1])
+    blocks = [
+        (np.full(sum(block), inside, dtype=np.uint16), np.array(block))
+        for block in (lengths[i : i + block_size] for i in range(0, len(lengths), block_size))
+    ]
+    return list(sequence_starts(blocks, limit, ParagraphCutter(tokenizer)))
+
+
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(0, 30), min_size=1), limit=st.integers(1, 12), block_size=st.integers(1, 9))
+def test_sequences_are_bounded_and_whole(
+    tokenizer: TextTokenizer, lengths: list[int], limit: int, block_size: int
+) -> None:
+    borders = [*_starts(lengths, limit, tokenizer, block_size), sum(lengths)]
     sizes = np.diff(borders)
     assert borders[0] == 0  # catches tokens lost at the start
     assert len(sizes) == 0 or (sizes.min() >= 1 and sizes.max() <= limit)
+    assert borders == [*_starts(lengths, limit, tokenizer), sum(lengths)]  # catches a block that ends a sequence
     paragraph_borders = set(np.cumsum([0, *lengths]).tolist())
-    for start in borders[1:-1]:
-        # catches a short paragraph cut in two: inside a paragraph, a cut leaves a long one
-        inside = start not in paragraph_borders
-        assert not inside or max(n for n, end in zip(lengths, np.cumsum(lengths), strict=True) if start < end) > limit
+    for start in set(borders) - paragraph_borders:
+        # catches a short paragraph cut in two
+        assert lengths[int(np.searchsorted(np.cumsum(lengths), start, side="right"))] > limit
 
 
 @pytest.mark.parametrize(
@@ -34,8 +48,8 @@ def test_sequences_are_bounded_and_whole(lengths: list[int], limit: int) -> None
         ([8, 8], [0, 8]),
     ],
 )
-def test_greedy_rule(lengths: list[int], expected: list[int]) -> None:
-    assert list(sequence_starts(lengths, 8)) == expected
+def test_greedy_rule(tokenizer: TextTokenizer, lengths: list[int], expected: list[int]) -> None:
+    assert _starts(lengths, 8, tokenizer) == expected
 
 
 def test_blocks_of_paragraphs_join_to_what_each_gives(
