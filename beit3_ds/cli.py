@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from beit3_ds.config import ConfigError
+from beit3_ds.config.arguments import add_config_arguments
 
 _Commands = argparse._SubParsersAction  # the type of a group of subcommands has no public name
 
@@ -54,12 +55,12 @@ def _build_parser() -> argparse.ArgumentParser:
         ("pretrain", _pretrain, "pretrain in one process, or resume; use the deepspeed launcher for more ranks"),
     ):
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        command.add_argument("config", help="the run's JSON file, e.g. ds_configs/quickstart_cpu.json")
+        add_config_arguments(command)
         command.set_defaults(run=run)
         if name == "check":
             command.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks (default: 1)")
     show = commands.add_parser("show-codes", help="draw training images, their masks and their codes as colours")
-    show.add_argument("config", help="the run's JSON file, e.g. ds_configs/quickstart_cpu.json")
+    add_config_arguments(show)
     show.add_argument(
         "--out", default="codes.png", metavar="FILE.png", help="the picture to write (default: codes.png)"
     )
@@ -76,6 +77,10 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_prepare_index(prepared)
     _add_prepare_stats(prepared)
     _add_prepare_texts(prepared)
+    compare = commands.add_parser("compare-runs", help="how far the losses of two runs lie apart, step by step")
+    compare.add_argument("runs", nargs=2, metavar="FOLDER", help="training.output_dir of a run")
+    compare.add_argument("--out", metavar="FILE.png", help="also draw both curves and their difference")
+    compare.set_defaults(run=_compare_runs)
     bench = commands.add_parser("bench", help="measure a choice that was made by measurement")
     benches = bench.add_subparsers(metavar="WHAT", required=True)
     attention = benches.add_parser("attention", help="ways to batch ragged sequences inside attention, on this device")
@@ -94,7 +99,7 @@ def _build_parser() -> argparse.ArgumentParser:
 def _add_prepare_index(commands: _Commands) -> None:
     text = "write indices of tars and tables of annotations to data.prepared_dir, so that a run starts at once"
     command = commands.add_parser("index", help=text, description=f"{text[0].upper()}{text[1:]}. Goes on if restarted.")
-    command.add_argument("config", help="the run's JSON file")
+    add_config_arguments(command)
     command.add_argument(
         "--verify", action="store_true", help="compare the files with what is there: tars by CRC-32, annotations whole"
     )
@@ -105,7 +110,7 @@ def _add_prepare_index(commands: _Commands) -> None:
 def _add_prepare_stats(commands: _Commands) -> None:
     text = "print what the files of a run hold: samples, sizes, lengths of captions, what is broken or left out"
     command = commands.add_parser("stats", help=text, description=f"{text[0].upper()}{text[1:]}.")
-    command.add_argument("config", help="the run's JSON file")
+    add_config_arguments(command)
     command.add_argument("--samples", type=int, default=1000, metavar="N", help="read of each stream (default: 1000)")
     command.add_argument("--out", metavar="FILE.png", help="draw some samples with their captions into this picture")
     command.set_defaults(run=_prepare_stats)
@@ -117,10 +122,14 @@ def _add_prepare_texts(commands: _Commands) -> None:
         help="tokenise all texts of a run into token files",
         description="Tokenise all training and held-out texts of a run. Started again, it goes on where it was.",
     )
-    command.add_argument("config", help="the run's JSON file; its data.prepared_dir is where the files go")
+    add_config_arguments(command)
     command.add_argument("--part", default="1/1", metavar="I/N", help="do share I of N, as in a Slurm array (from 1)")
     command.add_argument("--processes", type=int, metavar="P", help="processes (default: one for each core)")
     command.set_defaults(run=_prepare_texts)
+
+
+def _config_arguments(options: argparse.Namespace) -> list[str]:
+    return [options.config, *(f"--set={change}" for change in options.set)]
 
 
 # Imports stand inside the commands: torch and DeepSpeed take seconds, and a misspelt key should be answered at once.
@@ -130,7 +139,7 @@ def _check(options: argparse.Namespace) -> int:
     from beit3_ds.config import load_run_config
     from beit3_ds.training.dry_run import describe_run
 
-    print(describe_run(load_run_config(options.config), options.world_size))
+    print(describe_run(load_run_config(options.config, options.set), options.world_size))
     return 0
 
 
@@ -139,7 +148,7 @@ def _train_text_tokenizer(options: argparse.Namespace) -> int:
     from beit3_ds.data import read_training_lines
     from beit3_ds.tokenizers import train_text_tokenizer
 
-    config = load_run_config(options.config)
+    config = load_run_config(options.config, options.set)
     tokenizer = train_text_tokenizer(config.tokenizers.text, read_training_lines(config.data), config.training.seed)
     print(f"wrote {config.tokenizers.text.path}: {tokenizer.vocab_size} ids, <mask> is {tokenizer.mask_id}")
     return 0
@@ -148,10 +157,10 @@ def _train_text_tokenizer(options: argparse.Namespace) -> int:
 def _train_visual_tokenizer(options: argparse.Namespace) -> int:
     from beit3_ds.config import load_run_config
 
-    load_run_config(options.config)  # before the seconds that DeepSpeed takes to import
+    load_run_config(options.config, options.set)  # before the seconds that DeepSpeed takes to import
     from beit3_ds.train_visual_tokenizer import main as train_main
 
-    return train_main([options.config])
+    return train_main(_config_arguments(options))
 
 
 def _show_codes(options: argparse.Namespace) -> int:
@@ -159,7 +168,7 @@ def _show_codes(options: argparse.Namespace) -> int:
     from beit3_ds.tokenizers import check_visual_tokenizer_fits, load_visual_tokenizer
     from beit3_ds.training.code_picture import write_code_picture
 
-    config = load_run_config(options.config)
+    config = load_run_config(options.config, options.set)
     tokenizer = load_visual_tokenizer(config.tokenizers.visual.path)
     check_visual_tokenizer_fits(tokenizer, config)
     write_code_picture(config, tokenizer, options.out)
@@ -180,10 +189,22 @@ def _import_visual_tokenizer(options: argparse.Namespace) -> int:
 def _pretrain(options: argparse.Namespace) -> int:
     from beit3_ds.config import load_run_config
 
-    load_run_config(options.config)  # before the seconds that DeepSpeed takes to import
+    load_run_config(options.config, options.set)  # before the seconds that DeepSpeed takes to import
     from beit3_ds.pretrain import main as pretrain_main
 
-    return pretrain_main([options.config])
+    return pretrain_main(_config_arguments(options))
+
+
+def _compare_runs(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from beit3_ds.training.comparison import compare_runs, plot_comparison
+
+    comparison = compare_runs(*(Path(folder) for folder in options.runs))
+    print(comparison.describe())
+    if options.out:
+        plot_comparison(comparison, Path(options.out))
+    return 0
 
 
 def _prepare_index(options: argparse.Namespace) -> int:
@@ -192,7 +213,7 @@ def _prepare_index(options: argparse.Namespace) -> int:
     from beit3_ds.data.prepare_annotations import prepare_annotations
     from beit3_ds.data.prepare_index import describe_indices, prepare_indices, shard_paths
 
-    data = load_run_config(options.config).data
+    data = load_run_config(options.config, options.set).data
     if data.prepared_dir is None:
         raise ConfigError("data: prepared_dir is not set. Name a folder for the indices in the config.")
     if options.processes is not None:
@@ -211,7 +232,7 @@ def _prepare_stats(options: argparse.Namespace) -> int:
     from beit3_ds.data.contact_sheet import draw_contact_sheet
     from beit3_ds.data.statistics import describe_streams, open_sources
 
-    data = load_run_config(options.config).data
+    data = load_run_config(options.config, options.set).data
     check_range("--samples", options.samples, 1)
     print(describe_streams(data, options.samples))
     if options.out:
@@ -229,7 +250,7 @@ def _prepare_texts(options: argparse.Namespace) -> int:
     from beit3_ds.tokenizers.text import load_text_tokenizer
 
     part = Part.parse(options.part)
-    config = load_run_config(options.config)
+    config = load_run_config(options.config, options.set)
     done = prepare_texts(config.data, load_text_tokenizer(config), part, options.processes)
     for line in done.broken:
         print(f"left out: {line}", file=sys.stderr)

@@ -5,20 +5,21 @@ This module wires the rooms in the order in which data flows.
 
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from beit3_ds.batch import ImageViews, StepBatch
+from beit3_ds.batch import ImageViews, PackedBatch, StepBatch
 from beit3_ds.checkpoint import CheckpointStore
-from beit3_ds.config import Place, RunConfig
+from beit3_ds.config import Place, RunConfig, check_layout
 from beit3_ds.data import StepDataset, build_heldout_batches, build_train_loader
-from beit3_ds.parallel import Shared
+from beit3_ds.parallel import Mesh, Shared
 from beit3_ds.rank_program import run_rank_program
 from beit3_ds.tokenizers import TextTokenizer, VisualTokenizer, check_visual_tokenizer_fits, load_visual_tokenizer
 from beit3_ds.tokenizers.text import load_text_tokenizer
 from beit3_ds.training.engine import (
     build_schedule,
     compute_device,
-    init_process_group,
+    joined_ranks,
     rank_from_environment,
     world_size_from_environment,
 )
@@ -36,33 +37,66 @@ def pretrain(config: RunConfig) -> None:
         ConfigError: for a configuration, tokenizer, data file or checkpoint that cannot work.
         NonFiniteLossError: if training diverges.
     """
-    text_tokenizer = load_text_tokenizer(config)
-    run, steps = build_run(config, text_tokenizer)
-    train(run, steps)
-    write_report(run, text_tokenizer)
-    run.mesh.close()
+    inputs = open_inputs(config)
+    with joined_ranks(config.parallel) as mesh:
+        run, steps = build_run(config, inputs, mesh)
+        train(run, steps)
+        write_report(run, inputs.text_tokenizer)
 
 
-def build_run(config: RunConfig, text_tokenizer: TextTokenizer) -> tuple[Run, Iterable[StepBatch]]:
-    """Builds all parts of a run and resumes it; returns them with this rank's steps that are left.
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What this rank reads; all that can be checked on one process is checked before a process group exists."""
 
-    All that can be checked on one process is checked before a process group exists.
+    place: Place
+    """Where this rank will stand on the mesh."""
+    text_tokenizer: TextTokenizer
+    visual_tokenizer: VisualTokenizer | None
+    """None on stages of a pipeline without heads."""
+    dataset: StepDataset | None
+    """None on ranks that are sent what others read (`Mesh.is_reader`)."""
+    heldout: Iterable[PackedBatch]
+    """None of them on such ranks."""
+
+
+def open_inputs(config: RunConfig) -> Inputs:
+    """Checks the layout and opens the files that this rank reads.
 
     Raises:
-        ConfigError: as `pretrain`.
+        ConfigError: for a layout that does not fit, or a file that cannot be read or does not fit the model.
     """
     world_size = world_size_from_environment()
-    data_parallel_size = config.parallel.data_parallel_size(world_size)
+    data_parallel_size = check_layout(config, world_size)
     place = config.parallel.place(rank_from_environment(), world_size)
-    config.micro_batch_size(data_parallel_size)
     has_heads = place.pipeline == config.parallel.pipeline_parallel_size - 1
-    visual_tokenizer = _load_visual_tokenizer(config) if has_heads else None
-    share = (config, text_tokenizer, place.data, data_parallel_size, _views(place, has_heads))
-    reads = place.tensor == 0 and (place.pipeline == 0 or has_heads)
-    dataset, heldout = (StepDataset(*share), build_heldout_batches(*share)) if reads else (None, ())
+    text_tokenizer = load_text_tokenizer(config)
+    visual_tokenizer = load_visual_tokenizer(config.tokenizers.visual.path) if has_heads else None
+    if visual_tokenizer is not None:
+        check_visual_tokenizer_fits(visual_tokenizer, config)
+    dataset: StepDataset | None = None
+    heldout: Iterable[PackedBatch] = ()
+    if place.tensor == 0 and (place.pipeline == 0 or has_heads):
+        views: ImageViews = "model" if not has_heads else "both" if place.pipeline == 0 else "tokenizer"
+        dataset = StepDataset(config, text_tokenizer, place.data, data_parallel_size, views)
+        heldout = build_heldout_batches(config, text_tokenizer, place.data, data_parallel_size, views)
+    return Inputs(
+        place=place,
+        text_tokenizer=text_tokenizer,
+        visual_tokenizer=visual_tokenizer,
+        dataset=dataset,
+        heldout=heldout,
+    )
 
-    mesh = init_process_group(config.parallel)
-    assert mesh.place == place and mesh.is_reader == reads, "the mesh gives this rank another place"
+
+def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh) -> tuple[Run, Iterable[StepBatch]]:
+    """Builds all parts of a run and resumes it; returns them with this rank's steps that are left. All ranks call it.
+
+    Raises:
+        ConfigError: if ranks were started with different configurations, or a checkpoint does not fit.
+    """
+    assert mesh.place == inputs.place, f"the mesh gives {inputs.place} the place {mesh.place}"
+    assert mesh.is_reader == (inputs.dataset is not None), f"{mesh.place} reads what it should not, or does not"
+    mesh.check_agreement("configuration", repr(config))
     device = compute_device()
     schedule = build_schedule(config, mesh)
     output = Path(config.training.output_dir)
@@ -75,26 +109,15 @@ def build_run(config: RunConfig, text_tokenizer: TextTokenizer) -> tuple[Run, It
         schedule=schedule,
         mesh=mesh,
         device=device,
-        visual_tokenizer=visual_tokenizer.to(device) if visual_tokenizer else None,
-        heldout=Shared(heldout, mesh),
+        visual_tokenizer=None if inputs.visual_tokenizer is None else inputs.visual_tokenizer.to(device),
+        heldout=Shared(inputs.heldout, mesh),
         store=store,
         history=history,
         progress=Progress(config.model, config.training.total_steps, peak_flops(device, dtype), mesh),
         first_step=first_step,
     )
+    dataset = inputs.dataset
     return run, Shared(build_train_loader(dataset, config.data, first_step) if dataset else (), mesh)
-
-
-def _load_visual_tokenizer(config: RunConfig) -> VisualTokenizer:
-    visual_tokenizer = load_visual_tokenizer(config.tokenizers.visual.path)
-    check_visual_tokenizer_fits(visual_tokenizer, config)
-    return visual_tokenizer
-
-
-def _views(place: Place, has_heads: bool) -> ImageViews:
-    if has_heads:
-        return "both" if place.pipeline == 0 else "tokenizer"
-    return "model"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

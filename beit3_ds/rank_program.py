@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from beit3_ds.config import ConfigError, RunConfig, load_run_config
+from beit3_ds.config.arguments import add_config_arguments
 from beit3_ds.training.engine import rank_from_environment
 from beit3_ds.training.loop import NonFiniteLossError
 
@@ -24,11 +25,11 @@ def run_rank_program(
         0, or 2 after one clear line about what the user can mend.
     """
     parser = argparse.ArgumentParser(prog=name, description=description)
-    parser.add_argument("config", help="the run's JSON file, e.g. ds_configs/quickstart_cpu.json")
+    add_config_arguments(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     options = parser.parse_args(arguments)
     try:
-        program(load_run_config(options.config))
+        program(load_run_config(options.config, options.set))
     except (ConfigError, NonFiniteLossError) as error:
         print(f"error on rank {rank_from_environment()}: {error}", file=sys.stderr, flush=True)
         return 2

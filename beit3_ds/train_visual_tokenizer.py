@@ -13,7 +13,7 @@ from beit3_ds.data import TokenizerImages
 from beit3_ds.rank_program import run_rank_program
 from beit3_ds.tokenizers import load_visual_tokenizer
 from beit3_ds.training.code_picture import write_code_picture
-from beit3_ds.training.engine import compute_device, init_process_group
+from beit3_ds.training.engine import compute_device, joined_ranks
 from beit3_ds.training.visual_tokenizer import train_visual_tokenizer
 
 
@@ -24,14 +24,13 @@ def train(config: RunConfig) -> None:
         ConfigError: for a configuration, data file, teacher or checkpoint that cannot work.
     """
     images = TokenizerImages(config)  # before a process group exists, so that one rank's error leaves none waiting
-    mesh = init_process_group(ParallelConfig())  # the tokenizer is small: every rank is data-parallel
-    train_visual_tokenizer(config, images, mesh=mesh, device=compute_device())
-    if mesh.is_main:
-        path = Path(config.tokenizers.visual.path)
-        picture = path.with_suffix(".png")
-        write_code_picture(config, load_visual_tokenizer(path), picture)
-        print(f"visual tokenizer: drew views, masked views and codes in {picture}", flush=True)
-    mesh.close()
+    with joined_ranks(ParallelConfig()) as mesh:  # the tokenizer is small: every rank is data-parallel
+        train_visual_tokenizer(config, images, mesh=mesh, device=compute_device())
+        if mesh.is_main:
+            path = Path(config.tokenizers.visual.path)
+            picture = path.with_suffix(".png")
+            write_code_picture(config, load_visual_tokenizer(path), picture)
+            print(f"visual tokenizer: drew views, masked views and codes in {picture}", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

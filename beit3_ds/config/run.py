@@ -1,7 +1,7 @@
 """One JSON file is one run: DeepSpeed's keys beside a "beit3_ds" section."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +12,9 @@ from beit3_ds.config.model import ModelConfig, load_model_section
 from beit3_ds.config.parallel import ParallelConfig
 from beit3_ds.config.strict import ConfigError, check_known_keys, check_range, load_section
 from beit3_ds.config.training import TrainingConfig
+
+SECTIONS = ("model", "data", "tokenizers", "training", "parallel")
+"""The sections inside "beit3_ds"; the last may be left out."""
 
 
 class MicroBatchSize(NamedTuple):
@@ -51,13 +54,41 @@ class RunConfig:
         parts = data_parallel_size * self.gradient_accumulation_steps
         return MicroBatchSize(*(stream.samples_per_step // parts for stream in self.data.streams().values()))
 
+    def check_engine(self) -> None:
+        """Refuses options of DeepSpeed that give wrong gradients in this layout.
+
+        Raises:
+            ConfigError: with what to leave out.
+        """
+        zero = self.deepspeed.get("zero_optimization", {})
+        if self.parallel.virtual_pipeline_parallel_size == 1:
+            return
+        if zero.get("stage", 0) in (1, 2) and zero.get("overlap_comm"):
+            raise ConfigError(
+                "zero_optimization.overlap_comm=true reduces the gradients of a step's last backward pass alone, which "
+                "with parallel.virtual_pipeline_parallel_size > 1 goes through some of a stage's layers. Leave it out, "
+                "or use ZeRO stage 0 or 3."
+            )
+        if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+            raise ConfigError(
+                "zero_optimization.offload_optimizer takes the gradients of a step's last backward pass alone, which "
+                "with parallel.virtual_pipeline_parallel_size > 1 goes through some of a stage's layers. Leave one of "
+                "the two out."
+            )
+
     def engine_config(self, data_parallel_size: int) -> dict[str, Any]:
         """The dictionary that the DeepSpeed engine is built from; its own accumulation is 1."""
         return engine_config(self.deepspeed, self.samples_per_step, data_parallel_size)
 
 
-def load_run_config(path: str | Path) -> RunConfig:
+def load_run_config(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
     """Reads and checks a run's JSON file.
+
+    Args:
+        path: the file.
+        changes: `KEY=VALUE` each, applied in order before anything is checked. KEY is a path of dots from the top of
+            the file or inside "beit3_ds", e.g. `gradient_accumulation_steps=4` or `training.total_steps=100`; VALUE is
+            JSON, or a string that needs no quotes.
 
     Raises:
         ConfigError: for an unreadable file, invalid JSON, an unknown key at any level or values that do not fit.
@@ -72,6 +103,8 @@ def load_run_config(path: str | Path) -> RunConfig:
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}.") from None
     try:
+        for change in changes:
+            _apply_change(mapping, change)
         return build_run_config(mapping)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
@@ -91,10 +124,9 @@ def build_run_config(mapping: Any) -> RunConfig:
     own = mapping[OWN_SECTION]
     if not isinstance(own, Mapping):
         raise ConfigError(f"{OWN_SECTION}: expected a JSON object, got {type(own).__name__}.")
-    sections = ("model", "data", "tokenizers", "training")
-    check_known_keys(own, (*sections, "parallel"), OWN_SECTION)
-    for section in sections:
-        if section not in own:
+    check_known_keys(own, SECTIONS, OWN_SECTION)
+    for section in SECTIONS:
+        if section not in own and section != "parallel":
             raise ConfigError(f"{OWN_SECTION}: the section '{section}' is missing.")
     accumulation = mapping.get("gradient_accumulation_steps", 1)
     if not isinstance(accumulation, int) or isinstance(accumulation, bool):
@@ -143,7 +175,6 @@ def check_batch_sizes(config: RunConfig, data_parallel_size: int) -> None:
 
 def _check_sections_agree(config: RunConfig) -> None:
     model, data, visual = config.model, config.data, config.tokenizers.visual
-    config.parallel.check_model(model, config.gradient_accumulation_steps)
     if config.samples_per_step == 0:
         raise ConfigError("data: samples_per_step is 0 for all three streams; nothing would be trained.")
     if visual.grid_size != model.grid_size:
@@ -169,6 +200,23 @@ def _check_sections_agree(config: RunConfig) -> None:
             f"model.max_text_length={model.max_text_length} is shorter than data.text_length={data.text_length} or "
             f"data.pair_text_length={data.pair_text_length}. Raise it to {longest}."
         )
+
+
+def _apply_change(mapping: Any, change: str) -> None:
+    key, separator, text = change.partition("=")
+    if not separator or not all(key.split(".")):
+        raise ConfigError(f"--set {change}: expected KEY=VALUE, e.g. training.total_steps=100.")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    keys = key.split(".")
+    *sections, last = [OWN_SECTION, *keys] if keys[0] in SECTIONS else keys
+    for section in sections:
+        if not isinstance(mapping, dict) or not isinstance(mapping.setdefault(section, {}), dict):
+            raise ConfigError(f"--set {change}: '{section}' is no section of the file.")
+        mapping = mapping[section]
+    mapping[last] = value
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

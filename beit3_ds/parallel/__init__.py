@@ -3,6 +3,7 @@
 from beit3_ds.parallel.layer_norm import normalize_split
 from beit3_ds.parallel.mesh import Mesh, ModelParallelUnit, build_mesh
 from beit3_ds.parallel.pipeline import Message, PipelineParallel
+from beit3_ds.parallel.roll_call import RollCall
 from beit3_ds.parallel.shared import Shared
 from beit3_ds.parallel.tensor import Split, TensorParallel, is_split, logical_shape, own_part, split_parameter
 from beit3_ds.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
@@ -12,6 +13,7 @@ __all__ = [
     "Message",
     "ModelParallelUnit",
     "PipelineParallel",
+    "RollCall",
     "Shared",
     "Split",
     "TensorParallel",

@@ -1,12 +1,15 @@
 """The mesh of ranks, passed to whoever communicates."""
 
+import hashlib
 from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from beit3_ds.config import ParallelConfig, Place
+from beit3_ds.config import ConfigError, ParallelConfig, Place
 from beit3_ds.parallel.pipeline import PipelineParallel, build_pipeline_parallel
 from beit3_ds.parallel.tensor import TensorParallel
 
@@ -78,13 +81,39 @@ class Mesh:
             dist.all_reduce(values)
         return values
 
+    def check_agreement(self, what: str, value: str) -> None:
+        """Refuses ranks that hold different values of something that must be one; sends a digest of 8 bytes a rank.
+
+        Args:
+            what: its name, for the message.
+            value: of this rank.
+
+        Raises:
+            ConfigError: on all ranks, naming those that differ from the first.
+        """
+        if self.num_ranks == 1:
+            return
+        digest = int.from_bytes(hashlib.sha256(value.encode()).digest()[:8], "big", signed=True)
+        digests: list[Any] = [None] * self.num_ranks
+        dist.all_gather_object(digests, digest)
+        others = [rank for rank, other in enumerate(digests) if other != digests[0]]
+        if others:
+            raise ConfigError(
+                f"ranks {', '.join(map(str, others))} were started with another {what} than rank 0. Start all ranks "
+                "with the same file and the same --set."
+            )
+
     def barrier(self) -> None:
         """Waits until every rank of all axes is here."""
         dist.barrier()
 
     def close(self) -> None:
-        """Leaves the process group, so that no rank warns of a leak at exit."""
+        """Leaves the process group once every rank is here, so that none asks a store that is gone."""
         self.barrier()
+        self.leave()
+
+    def leave(self) -> None:
+        """Leaves the process group at once; threads of a group that is left to the exit abort the process."""
         dist.destroy_process_group()
 
 
@@ -135,9 +164,10 @@ def build_mesh(parallel: ParallelConfig) -> Mesh:
     place = parallel.place(dist.get_rank(), world_size)
     # Every rank makes every group, in one order: tensor, data, model, then those of the pipelines.
     ranks = torch.arange(world_size).view(parallel.pipeline_parallel_size, data_size, parallel.tensor_parallel_size)
-    tensor_group = own_group(ranks.flatten(0, 1))
-    data_group = own_group(ranks.transpose(1, 2).flatten(0, 1))
-    model_group = own_group(ranks.transpose(0, 1).flatten(1))
+    timeout = timedelta(seconds=parallel.timeout_seconds)
+    tensor_group = own_group(ranks.flatten(0, 1), timeout)
+    data_group = own_group(ranks.transpose(1, 2).flatten(0, 1), timeout)
+    model_group = own_group(ranks.transpose(0, 1).flatten(1), timeout)
     return Mesh(
         data_parallel_group=data_group,
         data_parallel_rank=place.data,
@@ -146,17 +176,18 @@ def build_mesh(parallel: ParallelConfig) -> Mesh:
         tensor=TensorParallel(
             tensor_group, place.tensor, parallel.tensor_parallel_size, sequence_parallel=parallel.sequence_parallel
         ),
-        pipeline=build_pipeline_parallel(ranks.flatten(1).t(), place.pipeline, own_group),
+        pipeline=build_pipeline_parallel(ranks.flatten(1).t(), place.pipeline, lambda rows: own_group(rows, timeout)),
     )
 
 
-def own_group(rows: Tensor) -> dist.ProcessGroup:
+def own_group(rows: Tensor, timeout: timedelta) -> dist.ProcessGroup:
     """Makes disjoint groups, in which every rank takes part, and returns the one that this rank is in.
 
     Args:
         rows: the global ranks of one group a row.
+        timeout: how long its collectives wait; torch gives new groups half an hour, whatever the first one has.
     """
-    made = [dist.new_group(ranks) for ranks in rows.tolist()]
+    made = [dist.new_group(ranks, timeout=timeout) for ranks in rows.tolist()]
     (own,) = (group for group, ranks in zip(made, rows.tolist(), strict=True) if dist.get_rank() in ranks)
     assert isinstance(own, dist.ProcessGroup)
     return own

@@ -3,7 +3,8 @@
 import os
 import socket
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 
 import deepspeed
@@ -13,7 +14,7 @@ from torch import nn
 
 from beit3_ds.config import ParallelConfig, RunConfig
 from beit3_ds.model import BEiT3, initialize_parameters
-from beit3_ds.parallel import Mesh, ModelParallelUnit, TensorParallel, build_mesh, is_split
+from beit3_ds.parallel import Mesh, ModelParallelUnit, RollCall, TensorParallel, build_mesh, is_split
 from beit3_ds.pipeline import Schedule, cut_layers, seams, stage_layers
 from beit3_ds.training.optimizer import build_optimizer
 
@@ -33,6 +34,36 @@ def init_process_group(parallel: ParallelConfig) -> Mesh:
     # DeepSpeed's engine would do this, but too late for what is put on the rank's device before there is an engine.
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
     return build_mesh(parallel)
+
+
+@contextmanager
+def joined_ranks(parallel: ParallelConfig) -> Iterator[Mesh]:
+    """Joins the process group for the time of a program, and ends the program on all ranks if one of them fails.
+
+    An error that a user can mend leaves as it came. Any other is told to the other ranks, which end with a line that
+    names this one; a rank that lost contact with another ends with a line that names that one (`RollCall`).
+    """
+    mesh = init_process_group(parallel)
+    roll_call = RollCall(parallel)
+    try:
+        yield mesh
+    except Exception as error:
+        if _is_lost_contact(error):
+            roll_call.announce(None)
+            roll_call.wait_for_the_end()
+        roll_call.announce(f"{type(error).__name__}: {error}")
+        roll_call.stop()
+        mesh.leave()
+        raise
+    roll_call.stop()
+    mesh.close()
+
+
+def _is_lost_contact(error: Exception) -> bool:
+    """Whether a collective failed because of another rank; gloo raises plain RuntimeErrors."""
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Gloo"))
+    )
 
 
 def world_size_from_environment() -> int:

@@ -1,0 +1,97 @@
+"""Whether a run fits a number of ranks, and which layouts near it would."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from beit3_ds.config.parallel import ParallelConfig
+from beit3_ds.config.run import RunConfig
+from beit3_ds.config.strict import ConfigError
+
+_SUGGESTIONS = 3
+
+
+def check_layout(config: RunConfig, world_size: int) -> int:
+    """Refuses a run whose ranks, model, micro-batches and samples do not fit each other.
+
+    Args:
+        config: of the run.
+        world_size: ranks in all.
+
+    Returns:
+        The number of data-parallel ranks.
+
+    Raises:
+        ConfigError: with the rule that is broken and the nearest layouts on as many ranks that break none.
+    """
+    try:
+        return _check(config, world_size)
+    except ConfigError as error:
+        near = [_describe(layout, world_size) for layout in nearest_layouts(config, world_size)]
+        hint = "\n  ".join(["Nearest layouts that fit:", *near]) if near else "No layout of this model and step fits."
+        raise ConfigError(f"{error}\n{world_size} ranks. {hint}") from None
+
+
+def nearest_layouts(config: RunConfig, world_size: int) -> list[RunConfig]:
+    """The run on other layouts of `world_size` ranks that fit, nearest first, three at most."""
+    fitting = []
+    for candidate in _candidates(config, world_size):
+        try:
+            _check(candidate, world_size)
+        except ConfigError:
+            continue
+        fitting.append(candidate)
+    return sorted(fitting, key=lambda candidate: _distance(config, candidate))[:_SUGGESTIONS]
+
+
+def _check(config: RunConfig, world_size: int) -> int:
+    data_parallel_size = config.parallel.data_parallel_size(world_size)
+    config.parallel.check_model(config.model, config.gradient_accumulation_steps)
+    config.micro_batch_size(data_parallel_size)
+    config.check_engine()
+    return data_parallel_size
+
+
+def _candidates(config: RunConfig, world_size: int) -> Iterator[RunConfig]:
+    divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
+    virtual_sizes = sorted({1, config.parallel.virtual_pipeline_parallel_size})
+    for stages in (size for size in divisors if size <= config.model.num_pipeline_layers):
+        accumulations = {config.gradient_accumulation_steps, *(stages * 2**i for i in range(5))}
+        for tensor in (size for size in divisors if size <= config.model.num_attention_heads):
+            for virtual in virtual_sizes if stages > 1 else [1]:
+                for accumulation in accumulations:
+                    parallel = dataclasses.replace(
+                        config.parallel,
+                        tensor_parallel_size=tensor,
+                        pipeline_parallel_size=stages,
+                        virtual_pipeline_parallel_size=virtual,
+                    )
+                    yield dataclasses.replace(config, parallel=parallel, gradient_accumulation_steps=accumulation)
+
+
+def _distance(config: RunConfig, other: RunConfig) -> tuple[float, int]:
+    """By how many doublings the sizes differ, micro-batches counting least; ties go to fewer model-parallel ranks."""
+
+    def doublings(a: int, b: int) -> float:
+        return abs(math.log2(a / b))
+
+    old, new = config.parallel, other.parallel
+    total = (
+        doublings(old.tensor_parallel_size, new.tensor_parallel_size)
+        + doublings(old.pipeline_parallel_size, new.pipeline_parallel_size)
+        + doublings(old.virtual_pipeline_parallel_size, new.virtual_pipeline_parallel_size)
+        + doublings(config.gradient_accumulation_steps, other.gradient_accumulation_steps) / 4
+    )
+    return total, new.model_parallel_size
+
+
+def _describe(config: RunConfig, world_size: int) -> str:
+    parallel: ParallelConfig = config.parallel
+    sizes = [
+        f"tensor_parallel_size={parallel.tensor_parallel_size}",
+        f"pipeline_parallel_size={parallel.pipeline_parallel_size}",
+        f"gradient_accumulation_steps={config.gradient_accumulation_steps}",
+    ]
+    if parallel.virtual_pipeline_parallel_size > 1:
+        sizes.insert(2, f"virtual_pipeline_parallel_size={parallel.virtual_pipeline_parallel_size}")
+    return f"{', '.join(sizes)} ({parallel.data_parallel_size(world_size)} data-parallel ranks)"

@@ -1,0 +1,90 @@
+"""How far the loss curves of two runs lie apart, which tells whether two layouts train the same model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from beit3_ds.batch import LOSS_TERMS
+from beit3_ds.config import ConfigError
+from beit3_ds.training.history import History
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The training losses of two runs at the steps that both recorded."""
+
+    names: tuple[str, str]
+    """The runs' folders."""
+    steps: tuple[int, ...]
+    """Updates done."""
+    losses: dict[str, tuple[tuple[float, ...], tuple[float, ...]]]
+    """For "loss" and each term that both runs have, the values of both runs, in nats."""
+
+    def largest_difference(self, name: str) -> tuple[float, int]:
+        """The largest absolute difference of a loss, in nats, and its step."""
+        first, second = self.losses[name]
+        return max((abs(a - b), step) for a, b, step in zip(first, second, self.steps, strict=True))
+
+    def describe(self) -> str:
+        """One line a loss: its largest difference and where."""
+        lines = [f"{self.names[0]} and {self.names[1]}: {len(self.steps)} steps in common"]
+        for name in self.losses:
+            difference, step = self.largest_difference(name)
+            lines.append(f"  {name:<10} largest difference {difference:.2e} nats, at step {step}")
+        return "\n".join(lines)
+
+
+def compare_runs(first: Path, second: Path) -> Comparison:
+    """Reads the records of two runs.
+
+    Args:
+        first: `training.output_dir` of a run; second alike.
+
+    Raises:
+        ConfigError: if a folder holds no record, or they have no step in common.
+    """
+    rows = [_train_records(folder) for folder in (first, second)]
+    steps = sorted(rows[0].keys() & rows[1].keys())
+    if not steps:
+        raise ConfigError(
+            f"{first} and {second} recorded no step in common. Train both with the same training.log_interval."
+        )
+    names = [name for name in ("loss", *LOSS_TERMS) if all(name in row[steps[0]] for row in rows)]
+    losses = {name: tuple(tuple(row[step][name] for step in steps) for row in rows) for name in names}
+    return Comparison((str(first), str(second)), tuple(steps), losses)  # type: ignore[arg-type]
+
+
+def _train_records(folder: Path) -> dict[int, dict[str, Any]]:
+    records = History(folder / "metrics.jsonl").records()
+    if not records:
+        raise ConfigError(f"{folder}: holds no metrics.jsonl of a run (training.output_dir).")
+    return {record["step"]: record for record in records if record["kind"] == "train"}
+
+
+def plot_comparison(comparison: Comparison, path: Path) -> None:
+    """Draws both runs' loss over the steps, and below it the absolute difference of each term.
+
+    Args:
+        comparison: of two runs.
+        path: the PNG to write.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 7), sharex=True, layout="constrained")
+    for name, values, style in zip(comparison.names, comparison.losses["loss"], ("-", "--"), strict=True):
+        top.plot(comparison.steps, values, style, label=name)
+    top.set_ylabel("loss (nats, sum of the terms)")
+    top.legend()
+    for name, (first, second) in comparison.losses.items():
+        difference = [max(abs(a - b), 1e-9) for a, b in zip(first, second, strict=True)]
+        bottom.semilogy(comparison.steps, difference, label=name, linewidth=1)
+    bottom.set_ylabel("absolute difference (nats)")
+    bottom.set_xlabel("step")
+    bottom.legend(ncols=5, fontsize="small")
+    for axis in (top, bottom):
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
