@@ -93,6 +93,11 @@ def _build_parser() -> argparse.ArgumentParser:
     texts.add_argument("--processes", type=int, metavar="P", help="processes for that (default: one for each core)")
     texts.add_argument("--json", metavar="FILE", help="write rows and summary there")
     texts.set_defaults(run=_bench_text)
+    parallel = benches.add_parser(
+        "parallel", help="a step on two ranks of one thread beside one process of two threads, and where the rest goes"
+    )
+    parallel.add_argument("--json", metavar="FILE", help="write rows and summary there")
+    parallel.set_defaults(run=_bench_parallel)
     return parser
 
 
@@ -281,6 +286,13 @@ def _bench_text(options: argparse.Namespace) -> int:
     from beit3_ds.benchmarks.text import benchmark_text
 
     print(benchmark_text(int(options.gigabytes * 1e9), options.processes, options.json))
+    return 0
+
+
+def _bench_parallel(options: argparse.Namespace) -> int:
+    from beit3_ds.benchmarks.parallel import benchmark_parallel
+
+    print(benchmark_parallel(options.json))
     return 0
 
 

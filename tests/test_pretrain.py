@@ -79,14 +79,23 @@ def train_rank(config: str) -> int:
     return main([config])
 
 
-def test_tensor_parallel_run_lies_on_that_of_one_rank(run_mapping: dict[str, Any], tmp_path: Path) -> None:
+DIVISIONS = {
+    "tensor": ({"tensor_parallel_size": 2, "sequence_parallel": True}, "1 data-parallel x 2 tensor-parallel ranks"),
+    "pipeline": ({"pipeline_parallel_size": 2}, "2 stages of 1 data-parallel x 1 tensor-parallel ranks"),
+}
+
+
+@pytest.mark.parametrize("division", DIVISIONS)
+def test_divided_run_lies_on_that_of_one_rank(run_mapping: dict[str, Any], tmp_path: Path, division: str) -> None:
     """Two ranks that divide the model see one rank's data and losses, and resume from their own checkpoint."""
+    parallel, layout = DIVISIONS[division]
     own = run_mapping["beit3_ds"]
+    run_mapping["gradient_accumulation_steps"] = 2
     own["model"] |= {"drop_path_rate": 0.2, "sub_layernorm": True}
     status, output = finish(write(run_mapping, tmp_path))
     assert status == 0, output
 
-    own["parallel"] = {"tensor_parallel_size": 2}
+    own["parallel"] = parallel
     own["training"]["output_dir"] = str(tmp_path / "divided")
     config = str(write(run_mapping, tmp_path, "divided.json"))
     assert run_ranks(train_rank, 2, config) == [0, 0]
@@ -94,14 +103,16 @@ def test_tensor_parallel_run_lies_on_that_of_one_rank(run_mapping: dict[str, Any
     for ours, expected in zip(losses(tmp_path / "divided"), losses(tmp_path / "run"), strict=True):
         assert ours.pop("kind") == expected.pop("kind")
         assert ours == pytest.approx(expected, rel=2e-4)
+    for name in ("losses.png", "predictions.html", "summary.json"):
+        assert (tmp_path / "divided" / name).stat().st_size > 0, name
 
     shutil.rmtree(tmp_path / "divided" / "checkpoints" / "step-00000004")
     assert run_ranks(train_rank, 2, config) == [0, 0]
     assert losses(tmp_path / "divided") == before
 
-    own["parallel"] = {"tensor_parallel_size": 1}
+    own["parallel"] = {}
     status, output = finish(write(run_mapping, tmp_path, "divided.json"))
-    assert (status, "1 data-parallel x 2 tensor-parallel ranks" in output) == (2, True), output
+    assert (status, layout in output) == (2, True), output
 
 
 def test_misspelt_key_is_one_line(run_mapping: dict[str, Any], tmp_path: Path) -> None:

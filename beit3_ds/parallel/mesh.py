@@ -122,7 +122,8 @@ class ModelParallelUnit:
 
     DeepSpeed sums gradient norms and overflow flags over the "model parallel" group, and counts what is marked
     `tensor_model_parallel` on all its ranks, other parameters only on those of model-parallel rank 0. So the group is
-    that of a whole copy of the model, all stages included, and the rank is the tensor-parallel one.
+    that of a whole copy of the model, all stages included, and the rank is the tensor-parallel one. The size, which only
+    checkpoints read, goes with the rank: each stage saves into a folder of its own.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -149,8 +150,8 @@ class ModelParallelUnit:
         return self._mesh.tensor.rank
 
     def get_model_parallel_world_size(self) -> int:
-        """Ranks of one copy of the model."""
-        return self._mesh.model_parallel_size
+        """How many such numbers there are."""
+        return self._mesh.tensor.size
 
 
 def build_mesh(parallel: ParallelConfig) -> Mesh:

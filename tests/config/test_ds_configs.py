@@ -4,12 +4,21 @@ from pathlib import Path
 
 import pytest
 
-from beit3_ds.config import load_run_config
+from beit3_ds.config import check_layout, load_run_config
 from beit3_ds.config.deepspeed import DEEPSPEED_KEYS
 from beit3_ds.training.dry_run import describe_run
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
-WORLD_SIZES = {"quickstart_cpu": 2, "base_8gpu": 8, "giant_zero3_64gpu": 64}
+WORLD_SIZES = {
+    "quickstart_cpu": 2,
+    "demo_tp2_pp2_dp2_zero3": 8,
+    "giant_tp2_pp4_zero3_cpu_twin": 8,
+    "base_8gpu": 8,
+    "giant_zero3_64gpu": 64,
+    "giant_tp2_pp4_zero3": 64,
+    "beit3_4b_tp2_pp2_zero1": 32,
+    "beit3_10b_tp4_pp4_zero1": 128,
+}
 
 
 def test_every_file_is_listed() -> None:
@@ -23,7 +32,7 @@ def test_dry_run(name: str) -> None:
     config = load_run_config(FOLDER / f"{name}.json")
     text = describe_run(config, WORLD_SIZES[name])
     assert "parameters" in text
-    engine = config.engine_config(WORLD_SIZES[name])
+    engine = config.engine_config(check_layout(config, WORLD_SIZES[name]))
     assert engine["gradient_accumulation_steps"] == 1
     parsed = DeepSpeedConfig({**engine, "train_batch_size": engine["train_micro_batch_size_per_gpu"]})
     assert parsed.zero_config.stage == config.deepspeed["zero_optimization"]["stage"]

@@ -1,5 +1,6 @@
 """Bad configurations are refused with a message that names the key, the rule and a way out."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,3 +110,27 @@ def test_a_string_stands_for_a_source() -> None:
     mapping = quickstart_mapping()
     own(mapping, "data")["pairs"]["train"] = ["a-*.tar", {"path": "b.tar"}]
     assert build_run_config(mapping).data.pairs.train == (SourceConfig(path="a-*.tar"), SourceConfig(path="b.tar"))
+
+
+def test_changes_reach_their_keys(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(quickstart_mapping()))
+    changes = ["training.total_steps=7", "zero_optimization.stage=1", "parallel={}", "training.output_dir=runs/other"]
+    config = load_run_config(path, [*changes, "training.warmup_steps=1"])
+    assert (config.training.total_steps, config.training.output_dir) == (7, "runs/other")
+    assert config.deepspeed["zero_optimization"]["stage"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("training.total_step=7", "unknown key 'total_step'. Did you mean 'total_steps'"),
+        ("training.total_steps", "expected KEY=VALUE"),
+        ("gradient_clipping.low=1", "'gradient_clipping' is no section"),
+    ],
+)
+def test_wrong_changes_are_refused(tmp_path: Path, change: str, message: str) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(quickstart_mapping()))
+    with pytest.raises(ConfigError, match=message):
+        load_run_config(path, [change])

@@ -1,0 +1,78 @@
+"""Layouts that do not fit are refused with the rule and with the nearest ones that do."""
+
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from beit3_ds.config import ConfigError, RunConfig, build_run_config, check_layout
+from beit3_ds.config.layouts import nearest_layouts
+from tests.run_config import small_run_mapping
+
+
+def config(accumulation: int = 4, zero: dict[str, Any] | None = None, **parallel: Any) -> RunConfig:
+    mapping = small_run_mapping(0, samples=(16, 16, 16), accumulation=accumulation, num_attention_heads=4)
+    mapping["zero_optimization"] = zero or {"stage": 0}
+    mapping["beit3_ds"]["parallel"] = parallel
+    return build_run_config(mapping)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "accumulation", "parallel", "rule"),
+    [
+        (6, 4, {"tensor_parallel_size": 4}, r"tensor_parallel_size=4 x .* = 4 does not divide world_size=6"),
+        (3, 4, {"tensor_parallel_size": 3}, r"tensor_parallel_size=3 does not divide model.num_attention_heads=4"),
+        (8, 8, {"pipeline_parallel_size": 8}, r"pipeline_parallel_size=8 .* exceeds the 4 layers .* At most 4 stages"),
+        (2, 1, {"pipeline_parallel_size": 2}, r"gradient_accumulation_steps=1 gives fewer micro-batches than .*=2"),
+        (
+            2,
+            3,
+            {"pipeline_parallel_size": 2, "virtual_pipeline_parallel_size": 2},
+            r"=3 is no multiple of .*=2, which interleaving needs. The nearest that fit: 2 or 4",
+        ),
+        (3, 4, {}, r"images.samples_per_step=16 does not divide by data-parallel size 3"),
+    ],
+)
+def test_misfit_names_the_rule(world_size: int, accumulation: int, parallel: dict[str, Any], rule: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_layout(config(accumulation, **parallel), world_size)
+    message = str(caught.value)
+    assert re.search(rule, message), message
+    assert "layout" in message.splitlines()[1].lower()
+
+
+def test_nearest_layouts_are_named() -> None:
+    with pytest.raises(ConfigError, match="tensor_parallel_size=2, pipeline_parallel_size=2, gradient_accumulation"):
+        check_layout(config(1, tensor_parallel_size=2, pipeline_parallel_size=2), 8)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 16), st.integers(1, 8), st.integers(1, 4), st.integers(1, 4))
+def test_suggestions_fit(world_size: int, accumulation: int, tensor: int, stages: int) -> None:
+    """A layout that fits is suggested first, as it is; what is suggested for another one fits."""
+    asked = config(accumulation, tensor_parallel_size=tensor, pipeline_parallel_size=stages)
+    near = nearest_layouts(asked, world_size)
+    for layout in near:
+        check_layout(layout, world_size)
+    try:
+        check_layout(asked, world_size)
+    except ConfigError:
+        return
+    assert near[0] == asked
+
+
+def test_interleaving_without_stages_is_refused() -> None:
+    with pytest.raises(ConfigError, match="virtual_pipeline_parallel_size=2 interleaves"):
+        config(virtual_pipeline_parallel_size=2)
+
+
+@pytest.mark.parametrize(
+    "zero", [{"stage": 2, "overlap_comm": True}, {"stage": 3, "offload_optimizer": {"device": "cpu"}}]
+)
+def test_what_deepspeed_gets_wrong_when_interleaved_is_refused(zero: dict[str, Any]) -> None:
+    interleaved = {"pipeline_parallel_size": 2, "virtual_pipeline_parallel_size": 2}
+    with pytest.raises(ConfigError, match="last backward pass alone"):
+        check_layout(config(zero=zero, **interleaved), 2)
+    check_layout(config(zero=zero, pipeline_parallel_size=2), 2)
