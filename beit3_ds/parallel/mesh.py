@@ -122,8 +122,8 @@ class ModelParallelUnit:
 
     DeepSpeed sums gradient norms and overflow flags over the "model parallel" group, and counts what is marked
     `tensor_model_parallel` on all its ranks, other parameters only on those of model-parallel rank 0. So the group is
-    that of a whole copy of the model, all stages included, and the rank is the tensor-parallel one. The size, which only
-    checkpoints read, goes with the rank: each stage saves into a folder of its own.
+    that of a whole copy of the model, all stages included, and the rank is the tensor-parallel one. The size goes with
+    the rank: only checkpoints read it, and each stage saves into a folder of its own.
     """
 
     def __init__(self, mesh: Mesh) -> None:

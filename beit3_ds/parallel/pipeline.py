@@ -87,6 +87,10 @@ class Message:
     """What is sent, kept alive until it is; or where it arrives."""
     work: Any
 
+    def has_left(self) -> bool:
+        """Whether the tensor is known to have left, so that it need not be kept; gloo only knows after `wait`."""
+        return bool(self.work.is_completed())
+
     def wait(self) -> Tensor:
         """Waits until the tensor has left or arrived, and returns it."""
         self.work.wait()

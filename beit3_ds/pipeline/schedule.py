@@ -95,11 +95,13 @@ class Schedule:
         """
         self.tied.synchronize()
         self.engine.eval()
-        for batch in batches:
-            prepared = prepare(batch)
-            yield prepared, self._run_forward(prepared, loss_factors)
-        self._finish_sending()
-        self.engine.train()
+        try:
+            for batch in batches:
+                prepared = prepare(batch)
+                yield prepared, self._run_forward(prepared, loss_factors)
+        finally:
+            self._finish_sending()
+            self.engine.train()
 
     def _run_forward(self, batch: PackedBatch, loss_factors: Tensor | None) -> LossOutput | Logits | None:
         output = None
@@ -129,6 +131,7 @@ class Schedule:
 
     def send(self, x_TD: Tensor, *, forward: bool) -> None:
         """Starts to send the stream to the next stage or its gradient to the one before."""
+        self.sending = [message for message in self.sending if not message.has_left()]
         self.sending.append(self.mesh.pipeline.send(x_TD.detach().contiguous(), forward=forward))
 
     def _finish_sending(self) -> None:
