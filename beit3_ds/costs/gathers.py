@@ -114,7 +114,7 @@ class GatherReplay:
             self._backward_module(module)
         self._release_backward(self.holding.model)
         for module in reversed(self._active_backward):  # DeepSpeed's release_backward_leftovers
-            for p in _own(module):
+            for p in self._own(module):
                 self._active[id(p)].discard(module)
                 if id(p) not in self._persistent:
                     self._drop(p)
@@ -204,7 +204,7 @@ class GatherReplay:
         self._clear_inflight()
         if self._mode == "record":
             self._trace = [
-                (p, step) for step, m in enumerate(self._modules) for p in sorted(_own(m), key=self._number)
+                (p, step) for step, m in enumerate(self._modules) for p in sorted(self._own(m), key=self._number)
             ]
             self._mode = "complete"
         elif self._mode == "invalid":
@@ -240,7 +240,7 @@ class GatherReplay:
         self._fetch_sub_module(module)
 
     def _fetch_sub_module(self, module: nn.Module) -> None:
-        own = _own(module)
+        own = self._own(module)
         self._gather([p for p in own if id(p) not in self._available])
         for p in own:
             self._active[id(p)].add(module)
@@ -283,7 +283,7 @@ class GatherReplay:
 
     def _release(self, module: nn.Module) -> None:
         kept = self._kept_for_reuse(module) if self._mode == "complete" else set()
-        for p in _own(module):
+        for p in self._own(module):
             self._active[id(p)].discard(module)
             if id(p) not in kept:
                 self._drop(p)
@@ -303,8 +303,8 @@ class GatherReplay:
         """`__params_to_release`, which DeepSpeed caches by module and place in the order, across recordings."""
         key = module, self._step_id
         if key not in self._kept:
-            kept = {id(p) for p in _own(module) if id(p) in self._persistent}
-            kept |= {id(p) for p in _own(module) if self._most_recent[id(p)] > self._step_id}
+            kept = {id(p) for p in self._own(module) if id(p) in self._persistent}
+            kept |= {id(p) for p in self._own(module) if self._most_recent[id(p)] > self._step_id}
             self._kept[key] = kept | set(self._soon_used())
         return self._kept[key]
 
@@ -313,10 +313,14 @@ class GatherReplay:
         for module in self._modules[self._step_id :]:
             if distance >= limit:
                 return
-            for p in _own(module):
+            for p in self._own(module):
                 yield id(p)
                 distance += p.numel()
 
-
-def _own(module: nn.Module) -> list[nn.Parameter]:
-    return list(module.parameters(recurse=False))
+    def _own(self, module: nn.Module) -> list[nn.Parameter]:
+        """What is gathered for a module; the embeddings ask the convolution's weight for its dtype, so theirs too."""
+        own = list(module.parameters(recurse=False))
+        embeddings = self.holding.model.embeddings
+        if embeddings is not None and module is embeddings:
+            own.append(embeddings.patch.weight)
+        return own
