@@ -52,7 +52,7 @@ class GatherReplay:
             drops: whether batches carry factors of stochastic depth, which recomputation reaches later.
         """
         self.holding, self.drops = holding, drops
-        self.calls, self.elements = 0, 0
+        self.calls, self.elements, self.peak_elements = 0, 0, 0
         self._order = {id(p): number for number, p in enumerate(holding.model.parameters())}
         self._persistent = {id(p): p for p in persistent_parameters(holding)}
         self._blocks = set(holding.model.blocks.values())
@@ -62,7 +62,7 @@ class GatherReplay:
         self._active: dict[int, set[nn.Module]] = defaultdict(set)
         self._active_backward: dict[nn.Module, None] = {}
         self._grads_remaining: dict[nn.Module, int] = defaultdict(int)
-        self._num_available = 0
+        self._num_available, self._whole = 0, 0
         self._mode = "invalid"
         self._modules: list[nn.Module] = []
         self._trace: list[tuple[nn.Parameter, int]] = []
@@ -276,10 +276,15 @@ class GatherReplay:
             self._count(parameters)
             self._available |= {id(p) for p in parameters}
             self._num_available += sum(p.numel() for p in parameters)
+            self._whole += sum(self._padded(p) for p in parameters if id(p) not in self._persistent)
+            self.peak_elements = max(self.peak_elements, self._whole)
+
+    def _padded(self, parameter: nn.Parameter) -> int:
+        return padded(parameter.numel(), self.holding.data_size)
 
     def _count(self, parameters: list[nn.Parameter]) -> None:
         self.calls += 1
-        self.elements += sum(padded(p.numel(), self.holding.data_size) for p in parameters)
+        self.elements += sum(self._padded(p) for p in parameters)
 
     def _release(self, module: nn.Module) -> None:
         kept = self._kept_for_reuse(module) if self._mode == "complete" else set()
@@ -298,6 +303,8 @@ class GatherReplay:
         if id(parameter) in self._available and not self._active[id(parameter)]:
             self._available.discard(id(parameter))
             self._num_available -= parameter.numel()
+            if id(parameter) not in self._persistent:
+                self._whole -= self._padded(parameter)
 
     def _kept_for_reuse(self, module: nn.Module) -> set[int]:
         """`__params_to_release`, which DeepSpeed caches by module and place in the order, across recordings."""

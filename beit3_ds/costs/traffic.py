@@ -8,34 +8,11 @@ from typing import NamedTuple
 
 from torch import nn
 
-from beit3_ds.batch import PackedBatch
 from beit3_ds.costs.gathers import GatherReplay, padded
 from beit3_ds.costs.holding import Holding
-from beit3_ds.model.flops import work_of
+from beit3_ds.costs.load import Load
 
 _ALLREDUCE_BUCKET = 500_000_000  # elements; what the engine reduces at once without ZeRO
-
-
-class Load(NamedTuple):
-    """What the traffic of one micro-batch depends on."""
-
-    rows: int
-    """Packed rows, T."""
-    tokens: int
-    """Text tokens, S."""
-    masked_patches: int
-    """Rows of the MIM head."""
-    masked_tokens: int
-    """Rows of the MLM head."""
-    drops: bool
-    """Whether branches carry factors of stochastic depth."""
-
-
-def load_of(batch: PackedBatch) -> Load:
-    """The load of one micro-batch."""
-    work = work_of(batch)
-    masked = int(work.masked_patches), int(work.masked_tokens)
-    return Load(batch.num_rows, len(batch.token_ids), *masked, batch.drop_path is not None)
 
 
 class Volume(NamedTuple):

@@ -66,7 +66,9 @@ class CollectiveCounter(TorchDispatchMode):
             sizes[call.axis, call.kind] += call.num_bytes
         return {key: (calls[key], sizes[key]) for key in sorted(calls)}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         if func.namespace == "c10d":
             self._note(func._schema.name.removeprefix("c10d::"), args)
         return func(*args, **(kwargs or {}))
