@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from beit3_ds.costs.holding import Holding
+from beit3_ds.model.ffn import MultiwayFFN
 from beit3_ds.pipeline.order import one_forward_one_backward
 
 _DEFAULTS = {
@@ -56,7 +57,9 @@ class GatherReplay:
         self._order = {id(p): number for number, p in enumerate(holding.model.parameters())}
         self._persistent = {id(p): p for p in persistent_parameters(holding)}
         self._blocks = set(holding.model.blocks.values())
-        self._recomputed_norms = {b.ffn.sub_norm for b in self._blocks if b.ffn.recompute_gelu and b.ffn.sub_norm}
+        self._recomputed_norms = {
+            ffn.sub_norm for ffn in holding.model.modules() if isinstance(ffn, MultiwayFFN) and ffn.recompute_gelu
+        }
         self._available: set[int] = set()
         self._inflight: set[int] = set()
         self._active: dict[int, set[nn.Module]] = defaultdict(set)
@@ -329,5 +332,6 @@ class GatherReplay:
         own = list(module.parameters(recurse=False))
         embeddings = self.holding.model.embeddings
         if embeddings is not None and module is embeddings:
+            assert isinstance(embeddings.patch.weight, nn.Parameter)
             own.append(embeddings.patch.weight)
         return own

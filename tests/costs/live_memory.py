@@ -127,9 +127,11 @@ def bucket_bytes(optimizer: Any) -> int:
 
 
 def gathered_bytes(module: nn.Module) -> int:
-    """Bytes of the parameters that ZeRO-3 has gathered at this moment, persistent ones left out."""
+    """Bytes of the parameters that ZeRO-3 has gathered at this moment; persistent ones and partitions are left out."""
     return sum(
         parameter.numel() * parameter.element_size()
         for parameter in module.parameters()
-        if hasattr(parameter, "ds_persist") and not parameter.ds_persist
+        if hasattr(parameter, "ds_persist")
+        and not parameter.ds_persist
+        and parameter.ds_numel > parameter.ds_tensor.numel()
     )
