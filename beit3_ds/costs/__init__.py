@@ -3,6 +3,7 @@
 from beit3_ds.costs.holding import Holding, build_holding
 from beit3_ds.costs.load import Load, expected_load, load_of
 from beit3_ds.costs.memory import Memory, rank_memory
+from beit3_ds.costs.stages import bubble_share, describe_stages
 from beit3_ds.costs.traffic import Traffic, step_traffic
 
 __all__ = [
@@ -10,7 +11,9 @@ __all__ = [
     "Load",
     "Memory",
     "Traffic",
+    "bubble_share",
     "build_holding",
+    "describe_stages",
     "expected_load",
     "load_of",
     "rank_memory",

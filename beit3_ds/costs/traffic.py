@@ -42,16 +42,19 @@ class Traffic:
             old = self.volumes.get((axis, kind), Volume(0, 0))
             self.volumes[axis, kind] = Volume(old.calls + calls, old.num_bytes + num_bytes)
 
-    def sent_bytes(self, axis: str) -> float:
-        """Bytes that leave this rank along one axis if rings do the collectives.
+    def sent_bytes(self, axis: str, kind: str | None = None) -> float:
+        """Bytes that leave this rank along one axis, in calls of one kind or of all, if rings do the collectives.
 
         Of P ranks, (P - 1) / P of the whole tensor in an all-gather or a reduce-scatter, twice that in an all-reduce;
         all of it in a send.
         """
-        size = self.sizes[axis]
-        ring = (size - 1) / size
+        ring = (self.sizes[axis] - 1) / self.sizes[axis]
         factors = {"all-reduce": 2 * ring, "all-gather": ring, "reduce-scatter": ring, "send": 1.0, "receive": 0.0}
-        return sum(factors[kind] * v.num_bytes for (own, kind), v in self.volumes.items() if own == axis)
+        return sum(
+            factors[own_kind] * volume.num_bytes
+            for (own_axis, own_kind), volume in self.volumes.items()
+            if own_axis == axis and kind in (None, own_kind)
+        )
 
 
 def step_traffic(holding: Holding, loads: Sequence[Load], step: int = 1) -> Traffic:
