@@ -144,6 +144,14 @@ def check_batch_sizes(config: RunConfig, data_parallel_size: int) -> None:
 def _check_sections_agree(config: RunConfig) -> None:
     model, data, visual = config.model, config.data, config.tokenizers.visual
     config.parallel.check_model(model, config.gradient_accumulation_steps)
+    zero = config.deepspeed.get("zero_optimization", {})
+    if zero.get("stage") == 1 and zero.get("overlap_comm") and config.parallel.virtual_pipeline_parallel_size > 1:
+        raise ConfigError(
+            "zero_optimization: overlap_comm=true under stage 1 reduces only the gradients of a step's last backward "
+            "pass, but with parallel.virtual_pipeline_parallel_size="
+            f"{config.parallel.virtual_pipeline_parallel_size} that is one run of layers of several; the others would "
+            "silently stay those of one rank. Set overlap_comm to false, or use stage 0, 2 or 3."
+        )
     if config.samples_per_step == 0:
         raise ConfigError("data: samples_per_step is 0 for all three streams; nothing would be trained.")
     if visual.grid_size != model.grid_size:
