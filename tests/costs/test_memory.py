@@ -54,7 +54,7 @@ WIDE: dict[int, dict[str, RunConfig]] = {
     4: {
         "dp4 ZeRO-2": cell(2, 4),
         "pp2 dp2 ZeRO-3": cell(3, 4, zero=STRICT, pipeline_parallel_size=2),
-        "pp4 ZeRO-1": cell(1, 4, pipeline_parallel_size=4),
+        "pp4 ZeRO-1": cell(1, 5, pipeline_parallel_size=4),
     },
 }
 
