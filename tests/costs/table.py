@@ -23,12 +23,12 @@ PARTS = ("parameters", "gradients", "optimizer", "buckets", "gathered", "activat
 
 def main() -> None:
     """Measures every layout and prints two tables in Markdown."""
-    print("| layout | axis, kind | calls | bytes | formula |\n|---|---|---|---|---|")
+    print("| layout | calls and bytes of the first rank | formula |\n|---|---|---|")
     for ranks, cells in TRAFFIC:
         ordered = pipelines_last(cells)
         for (name, config), seen in zip(ordered.items(), run(measure_traffic, ranks, ordered), strict=True):
             print_traffic(name, config, ranks, seen[0])
-    print("\n| layout | " + " | ".join(PARTS) + " |\n|---" * 1 + "|---" * len(PARTS) + "|")
+    print("\n| layout | " + " | ".join(PARTS) + " |\n" + "|---" * (1 + len(PARTS)) + "|")
     for ranks, cells in MEMORY:
         ordered = pipelines_last(cells)
         for (name, config), seen in zip(ordered.items(), run(measure_memory, ranks, ordered), strict=True):
@@ -46,15 +46,12 @@ def run(measure, ranks: int, cells: dict[str, RunConfig]) -> list[tuple]:  # typ
 
 
 def print_traffic(name: str, config: RunConfig, ranks: int, seen: SeenTraffic) -> None:
-    """One line an axis and kind, of the first rank."""
+    """One line a layout, of the first rank."""
     volumes = step_traffic(holding_of(config, ranks, seen.place), loads_of(config, seen.place.data)).volumes
-    for key, (calls, num_bytes) in sorted(seen.traffic.items()):
-        verdict = (
-            "counted apart" if key[0] == "objects" else "equal" if volumes.get(key) == (calls, num_bytes) else "NOT"
-        )
-        print(f"| {name} | {key[0]}, {key[1]} | {calls} | {num_bytes:,} | {verdict} |")
-    if not seen.traffic:
-        print(f"| {name} | - | 0 | 0 | {'equal' if not volumes else 'NOT'} |")
+    counted = {key: volume for key, volume in seen.traffic.items() if key[0] != "objects"}
+    texts = [f"{axis} {kind} {calls}, {size:,}" for (axis, kind), (calls, size) in sorted(counted.items())]
+    equal = counted == {key: tuple(volume) for key, volume in volumes.items()}
+    print(f"| {name} | {'; '.join(texts) or 'nothing'} | {'equal' if equal else 'NOT EQUAL'} |")
 
 
 def print_memory(name: str, config: RunConfig, ranks: int, seen: SeenMemory) -> None:
