@@ -17,7 +17,8 @@ ARROWS: dict[str, set[str]] = {
     "model": {"batch", "config", "kernels", "parallel"},
     "pipeline": {"batch", "config", "model", "parallel"},
     "checkpoint": {"batch", "config", "model", "parallel"},
-    "training": {"batch", "checkpoint", "config", "data", "model", "parallel", "pipeline", "tokenizers"},
+    "training": {"batch", "checkpoint", "config", "costs", "data", "model", "parallel", "pipeline", "tokenizers"},
+    "costs": {"batch", "config", "kernels", "model", "parallel", "pipeline"},
     "benchmarks": {"batch", "config", "data", "kernels", "model", "parallel", "pipeline", "tokenizers", "training"},
     "sample_data": set(),
 }

@@ -63,11 +63,11 @@ class RunConfig:
         zero = self.deepspeed.get("zero_optimization", {})
         if self.parallel.virtual_pipeline_parallel_size == 1:
             return
-        if zero.get("stage", 0) in (1, 2) and zero.get("overlap_comm"):
+        if zero.get("stage", 0) == 1 and zero.get("overlap_comm"):
             raise ConfigError(
-                "zero_optimization.overlap_comm=true reduces the gradients of a step's last backward pass alone, which "
-                "with parallel.virtual_pipeline_parallel_size > 1 goes through some of a stage's layers. Leave it out, "
-                "or use ZeRO stage 0 or 3."
+                "zero_optimization.overlap_comm=true under stage 1 reduces the gradients of a step's last backward "
+                "pass alone, which with parallel.virtual_pipeline_parallel_size > 1 goes through some of a stage's layers. "
+                "Leave it out, or use ZeRO stage 0, 2 or 3."
             )
         if zero.get("offload_optimizer", {}).get("device", "none") != "none":
             raise ConfigError(

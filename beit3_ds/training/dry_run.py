@@ -1,8 +1,9 @@
-"""What a config would train, without reading data or starting anything."""
+"""What a config would train and what that would cost, without reading data or starting anything."""
 
 import torch
 
-from beit3_ds.config import RunConfig
+from beit3_ds.config import RunConfig, check_layout
+from beit3_ds.costs import describe_stages
 from beit3_ds.model import BEiT3
 from beit3_ds.training.optimizer import decays
 
@@ -10,10 +11,12 @@ from beit3_ds.training.optimizer import decays
 def describe_run(config: RunConfig, world_size: int) -> str:
     """Checks batch sizes for `world_size` ranks, builds the model on the meta device and says what would run.
 
+    Ends with a table of every pipeline stage's memory and traffic, which are modelled (`costs.describe_stages`).
+
     Raises:
-        ConfigError: if the layout does not divide the ranks, or the batch sizes do not divide.
+        ConfigError: if the layout does not fit, as `check_layout` says.
     """
-    data_parallel_size = config.parallel.data_parallel_size(world_size)
+    data_parallel_size = check_layout(config, world_size)
     micro_batch = config.micro_batch_size(data_parallel_size)
     with torch.device("meta"):
         model = BEiT3(config.model)
@@ -28,8 +31,8 @@ def describe_run(config: RunConfig, world_size: int) -> str:
         "parameters": f"{total / 1e6:,.1f}M, of which backbone {backbone / 1e6:,.1f}M; {decayed / total:.1%} decay",
         "model": f"{config.model.num_layers} x {config.model.hidden_size} ({config.model.layout}), "
         f"{config.model.grid_size} x {config.model.grid_size} patches, text up to {config.model.max_text_length}",
-        "ranks": f"{world_size} = {data_parallel_size} data x {config.parallel.tensor_parallel_size} tensor, "
-        f"ZeRO-{stage}, {precision}",
+        "ranks": f"{world_size} = {data_parallel_size} data x {config.parallel.tensor_parallel_size} tensor x "
+        f"{config.parallel.pipeline_parallel_size} pipeline, ZeRO-{stage}, {precision}",
         "step": f"{engine['train_batch_size']} samples: "
         + ", ".join(f"{stream.samples_per_step} {name}" for name, stream in config.data.streams().items()),
         "micro-batch": f"{sum(micro_batch)} samples a data-parallel rank: "
@@ -38,4 +41,5 @@ def describe_run(config: RunConfig, world_size: int) -> str:
         "schedule": f"{training.total_steps:,} steps, {training.warmup_steps:,} warmup, lr {training.learning_rate:g}",
         "output": training.output_dir,
     }
-    return "\n".join(f"{name:<12} {value}" for name, value in rows.items())
+    lines = [f"{name:<12} {value}" for name, value in rows.items()]
+    return "\n".join([*lines, "", describe_stages(config, world_size, decays)])

@@ -1,10 +1,12 @@
 """Every shipped config is parsed, checked and dry-run; the paper's settings stand in the giant one."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 
-from beit3_ds.config import check_layout, load_run_config
+from beit3_ds.config import build_run_config, check_layout, load_run_config
 from beit3_ds.config.deepspeed import DEEPSPEED_KEYS
 from beit3_ds.training.dry_run import describe_run
 
@@ -32,6 +34,9 @@ def test_dry_run(name: str) -> None:
     config = load_run_config(FOLDER / f"{name}.json")
     text = describe_run(config, WORLD_SIZES[name])
     assert "parameters" in text
+    stages = config.parallel.pipeline_parallel_size
+    assert f"stage {stages - 1}" in text and f"stage {stages}" not in text
+    assert all(line in text for line in ("modelled", "memory, total, GiB", "sent a step, total, GB", "pipeline bubble"))
     engine = config.engine_config(check_layout(config, WORLD_SIZES[name]))
     assert engine["gradient_accumulation_steps"] == 1
     parsed = DeepSpeedConfig({**engine, "train_batch_size": engine["train_micro_batch_size_per_gpu"]})
@@ -55,6 +60,31 @@ def test_giant_holds_the_papers_settings() -> None:
     assert config.deepspeed["gradient_clipping"] == 3.0
     assert config.deepspeed["bf16"]["enabled"]
     assert config.deepspeed["zero_optimization"]["stage"] == 3
+
+
+def giant_stages(stage: int, **parallel: int) -> dict[str, list[str]]:
+    """The dry run's table of the giant model on 64 ranks, by row, with another ZeRO stage and layout."""
+    mapping = json.loads((FOLDER / "giant_zero3_64gpu.json").read_text())
+    mapping["zero_optimization"]["stage"] = stage
+    mapping["gradient_accumulation_steps"] = 16 if "pipeline_parallel_size" in parallel else 1
+    mapping["beit3_ds"]["parallel"] = parallel
+    table = describe_run(build_run_config(mapping), 64).split("\n\n")[1]
+    cells = [re.split(r"\s{2,}", line.strip()) for line in table.splitlines()]
+    return {name: values for name, *values in cells}
+
+
+def test_giant_costs_what_was_worked_out_by_hand() -> None:
+    """Independent estimates for 64 ranks: 16 bytes a parameter over 64; along the tensor axis 4 T D e a layer."""
+    states = ("memory, parameters, GiB", "memory, gradients, GiB", "memory, optimizer, GiB")
+    zero3 = giant_stages(3)
+    numel = 1_947.7e6
+    assert sum(float(zero3[row][0]) for row in states) == pytest.approx(numel * 16 / 64 / 2**30, abs=0.02)
+    rows = 2 * 32 * (257 + 257 + 64 + 128)  # of two data-parallel ranks' samples, which a pair of tensor ranks shares
+    tensor = float(giant_stages(1, tensor_parallel_size=2)["sent a step, tensor, GB"][0])
+    assert tensor == pytest.approx(40 * 4 * rows * 1408 * 2 / 1e9, rel=0.02)
+    messages = giant_stages(3, tensor_parallel_size=2, pipeline_parallel_size=4)["sent a step, pipeline, GB"]
+    stream = 8 * 32 * (257 + 257 + 64 + 128) * 1408 * 2 / 1e9
+    assert [float(value) for value in messages] == pytest.approx([stream, 2 * stream, 2 * stream, stream], abs=0.01)
 
 
 def test_deepspeed_keys_are_those_of_the_pinned_version() -> None:

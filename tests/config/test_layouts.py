@@ -69,7 +69,7 @@ def test_interleaving_without_stages_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "zero", [{"stage": 2, "overlap_comm": True}, {"stage": 3, "offload_optimizer": {"device": "cpu"}}]
+    "zero", [{"stage": 1, "overlap_comm": True}, {"stage": 3, "offload_optimizer": {"device": "cpu"}}]
 )
 def test_what_deepspeed_gets_wrong_when_interleaved_is_refused(zero: dict[str, Any]) -> None:
     interleaved = {"pipeline_parallel_size": 2, "virtual_pipeline_parallel_size": 2}

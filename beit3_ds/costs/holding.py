@@ -1,0 +1,129 @@
+"""What one rank holds of a model, without storage: the shapes that traffic and memory follow from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from beit3_ds.config import RunConfig
+from beit3_ds.model import BEiT3
+from beit3_ds.parallel import TensorParallel
+from beit3_ds.pipeline.stages import cut_layers, stage_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holding:
+    """One rank's part of the model, on the meta device, and the sizes of the mesh around it."""
+
+    config: RunConfig
+    """Of the run."""
+    model: BEiT3
+    """This rank's layers, tensor-parallel part only."""
+    tensor: TensorParallel
+    """Its place among the ranks that divide every layer; without a group, so nothing can be sent."""
+    data_size: int
+    """Ranks that hold the same part."""
+    stage: int
+    """Of the pipeline."""
+    runs: tuple[range, ...]
+    """The runs of layers that the stage holds."""
+    groups: tuple[tuple[nn.Parameter, ...], ...]
+    """The optimizer's parameter groups, in its order: decayed, not decayed; none is empty."""
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the pipeline."""
+        return self.config.parallel.pipeline_parallel_size
+
+    @property
+    def model_size(self) -> int:
+        """Ranks of one copy of the model."""
+        return self.config.parallel.model_parallel_size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the stage embeds."""
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the stage holds the heads."""
+        return self.stage == self.num_stages - 1
+
+    @property
+    def element_size(self) -> int:
+        """Bytes of an element of parameters, stream and gradients: 2 in bf16, else 4."""
+        return 2 if self.is_bf16 else 4
+
+    @property
+    def is_bf16(self) -> bool:
+        """Whether parameters and activations are bf16."""
+        return bool(self.config.deepspeed.get("bf16", {}).get("enabled", False))
+
+    @property
+    def zero(self) -> dict[str, Any]:
+        """DeepSpeed's `zero_optimization` section."""
+        return dict(self.config.deepspeed.get("zero_optimization", {}))
+
+    @property
+    def zero_stage(self) -> int:
+        """0 to 3."""
+        return int(self.zero.get("stage", 0))
+
+    @property
+    def tied_elements(self) -> int:
+        """Elements of this rank's part of the word table if first and last stage share it; else 0."""
+        model = self.config.model
+        if not model.tie_word_embeddings or self.num_stages == 1:
+            return 0
+        split = self.tensor.split_vocabulary(model.text_vocab_size)
+        return (split.stop - split.start) * model.hidden_size
+
+    def parameters_of(self, run: range) -> list[nn.Parameter]:
+        """The parameters that a pass through one run of layers uses, in the model's order, each once."""
+        modules: list[nn.Module] = []
+        if run.start == 0 and self.model.embeddings is not None:
+            modules.append(self.model.embeddings)
+        last = self.config.model.num_layers
+        modules += [self.model.blocks[str(layer - 1)] for layer in range(max(run.start, 1), min(run.stop, last + 1))]
+        if run.stop == last + 2 and self.model.heads is not None:
+            modules.append(self.model.heads)
+        return list({id(p): p for module in modules for p in module.parameters()}.values())
+
+
+def build_holding(
+    config: RunConfig, world_size: int, decays: Callable[[str], bool], stage: int = 0, tensor_rank: int = 0
+) -> Holding:
+    """Builds one rank's part of the model on the meta device.
+
+    Args:
+        config: of the run.
+        world_size: ranks.
+        decays: whether the optimizer decays the parameter of a name, which is how it groups them.
+        stage: whose part of the pipeline.
+        tensor_rank: whose part of every layer.
+
+    Raises:
+        ConfigError: if the layout does not divide the ranks.
+    """
+    parallel = config.parallel
+    data_size = parallel.data_parallel_size(world_size)
+    tensor = TensorParallel(
+        None, tensor_rank, parallel.tensor_parallel_size, sequence_parallel=parallel.sequence_parallel
+    )
+    runs = stage_layers(cut_layers(config), stage, parallel.pipeline_parallel_size)
+    with torch.device("meta"):
+        model = BEiT3(config.model, tensor, runs, config.training.activation_checkpointing)
+    named = list(model.named_parameters())
+    groups = (tuple(p for n, p in named if decays(n)), tuple(p for n, p in named if not decays(n)))
+    return Holding(
+        config=config,
+        model=model,
+        tensor=tensor,
+        data_size=data_size,
+        stage=stage,
+        runs=tuple(runs),
+        groups=tuple(group for group in groups if group),
+    )

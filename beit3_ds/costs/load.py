@@ -1,0 +1,99 @@
+"""What the costs of one micro-batch depend on."""
+
+from typing import NamedTuple
+
+import torch
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.config import RunConfig
+from beit3_ds.kernels.packed_attention import plan_attention
+
+
+class Attended(NamedTuple):
+    """What the attention of one micro-batch works on (`kernels.packed_attention.AttentionPlan`), in rows."""
+
+    gathered: int
+    """Rows of buckets whose queries, keys and values are copied together, padding included."""
+    masked: int
+    """Rows of buckets with a mask."""
+    outputs: int
+    """Rows of all buckets, padding included."""
+    has_views: bool
+    """Whether a bucket reads queries, keys and values where they stand."""
+    is_reordered: bool
+    """Whether outputs are put into another order."""
+    num_buckets: int
+    """Calls."""
+
+
+class Load(NamedTuple):
+    """One micro-batch, as traffic and memory see it."""
+
+    rows: int
+    """Packed rows, T."""
+    tokens: int
+    """Text tokens, S."""
+    images: int
+    """Images with pixels, B."""
+    masked_patches: int
+    """Rows of the MIM head."""
+    masked_tokens: int
+    """Rows of the MLM head."""
+    drops: bool
+    """Whether branches carry factors of stochastic depth."""
+    attended: Attended
+    """How its sequences are batched."""
+
+
+def load_of(batch: PackedBatch) -> Load:
+    """The load of one micro-batch."""
+    image_mim, text_mlm, pair_mim, pair_mlm = batch.num_masked
+    return Load(
+        rows=batch.num_rows,
+        tokens=len(batch.token_ids),
+        images=len(batch.patch_mask),
+        masked_patches=image_mim + pair_mim,
+        masked_tokens=text_mlm + pair_mlm,
+        drops=batch.drop_path is not None,
+        attended=_attended(batch),
+    )
+
+
+def expected_load(config: RunConfig, data_parallel_size: int) -> Load:
+    """The load of a micro-batch whose texts all have full length.
+
+    Raises:
+        ConfigError: if the batch sizes do not divide over the ranks.
+    """
+    model, data = config.model, config.data
+    images, pairs, texts = config.micro_batch_size(data_parallel_size)
+    tokens = pairs * data.pair_text_length + texts * data.text_length
+    masked_tokens = pairs * data.pair_text_length * data.pair_text_mask_ratio
+    masked_tokens += texts * data.text_length * data.text_mask_ratio
+    patch_mask = torch.zeros(images + pairs, model.num_patches, dtype=torch.bool)
+    patch_mask[:, : round(model.num_patches * data.image_mask_ratio)] = True
+    batch = PackedBatch(
+        num_images=images,
+        num_pairs=pairs,
+        caption_lengths=(data.pair_text_length,) * pairs,
+        text_lengths=(data.text_length,) * texts,
+        pixels=None,
+        tokenizer_pixels=None,
+        patch_mask=patch_mask,
+        token_ids=torch.zeros(tokens, dtype=torch.int64),
+        masked_tokens=torch.arange(round(masked_tokens)),
+        target_ids=torch.zeros(round(masked_tokens), dtype=torch.int64),
+    )
+    return load_of(batch)._replace(drops=model.drop_path_rate > 0)
+
+
+def _attended(batch: PackedBatch) -> Attended:
+    buckets, output_rows = plan_attention(batch.sequence_ranges, batch.token_ids.device)
+    return Attended(
+        gathered=sum(len(bucket.rows) for bucket in buckets if bucket.first_row is None),
+        masked=sum(len(bucket.rows) for bucket in buckets if bucket.key_mask is not None),
+        outputs=sum(len(bucket.rows) for bucket in buckets),
+        has_views=any(bucket.first_row is not None for bucket in buckets),
+        is_reordered=output_rows is not None,
+        num_buckets=len(buckets),
+    )

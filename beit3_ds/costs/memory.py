@@ -1,0 +1,226 @@
+"""Bytes that one rank keeps: formulas of docs/traffic_and_memory.md."""
+
+# T rows, G rows of a gathered stream, n rows of one rank, P tensor-parallel size, D hidden, F ffn hidden, W = D / P,
+# M rows at masked positions, V vocabulary of one rank, e bytes of an element.
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from beit3_ds.costs.gathers import GatherReplay, padded, persistent_parameters
+from beit3_ds.costs.holding import Holding
+from beit3_ds.costs.load import Load
+from beit3_ds.pipeline.order import one_forward_one_backward
+
+_STATISTIC = 4  # bytes of what is kept in float32 whatever the stream's type
+_INDEX = 8  # bytes of a row number
+
+
+class Memory(NamedTuple):
+    """What a rank keeps at the fullest moment of a step's forward and backward passes, in bytes."""
+
+    parameters: int
+    """The model's own: all of this rank's part, or its partition and the persistent ones under ZeRO-3."""
+    gradients: int
+    """Of earlier micro-batches, while one is under way."""
+    optimizer: int
+    """Master weights and Adam's two moments, float32."""
+    buckets: int
+    """DeepSpeed's buffers of a fixed size in which gradients wait to be reduced."""
+    gathered: int
+    """Whole parameters that ZeRO-3 has gathered at once, at most."""
+    activations: int
+    """What autograd keeps of all micro-batches that are under way."""
+    recomputed: int
+    """What recomputation of one block adds."""
+
+    @property
+    def total(self) -> int:
+        """The sum of all parts."""
+        return sum(self)
+
+
+def rank_memory(holding: Holding, loads: Sequence[Load], data_rank: int = 0) -> Memory:
+    """What one rank keeps.
+
+    Args:
+        holding: the rank's part of the model.
+        loads: of its micro-batches of a step.
+        data_rank: its number among the ranks that hold the same part; under ZeRO-2 they keep unequal parts.
+    """
+    return Memory(
+        parameters=_parameters(holding),
+        gradients=_gradients(holding, data_rank),
+        optimizer=_optimizer(holding),
+        buckets=_buckets(holding),
+        gathered=_gathered(holding, loads),
+        activations=activation_peak(holding, loads),
+        recomputed=_recomputed(holding, loads),
+    )
+
+
+def _parameters(holding: Holding) -> int:
+    size, ranks = holding.element_size, holding.data_size
+    copy = 0 if holding.is_first else holding.tied_elements if holding.is_last else 0
+    if holding.zero_stage == 0:
+        elements = _numel(holding)
+    elif holding.zero_stage < 3:
+        elements = sum(ranks * partition for partition in _partitions(holding))
+    else:
+        elements = sum(_partitions(holding))
+        # Of a single rank the partition is the parameter.
+        elements += sum(padded(p.numel(), ranks) for p in persistent_parameters(holding)) if ranks > 1 else 0
+    return (elements + copy) * size
+
+
+def _gradients(holding: Holding, data_rank: int) -> int:
+    size = holding.element_size
+    # The copy of a tied table sums its gradient in float32.
+    tied = holding.tied_elements * 4 if holding.is_last and not holding.is_first else 0
+    if holding.zero_stage < 2:
+        return _numel(holding) * size + tied
+    if holding.zero_stage == 3:
+        return sum(_partitions(holding)) * size + tied
+    elements = 0
+    for group, partition in zip(holding.groups, _partitions(holding), strict=True):
+        # A parameter of which this rank's partition holds a part is kept whole.
+        first, end, start = data_rank * partition, (data_rank + 1) * partition, 0
+        for parameter in group:
+            if start < end and start + parameter.numel() > first:
+                elements += parameter.numel()
+            start += parameter.numel()
+    return elements * size + tied
+
+
+def _optimizer(holding: Holding) -> int:
+    if holding.zero_stage == 0:
+        return _numel(holding) * (12 if holding.is_bf16 else 8)  # in float32 the parameters are the master weights
+    return sum(_partitions(holding)) * 12
+
+
+def _buckets(holding: Holding) -> int:
+    if holding.zero_stage == 0 or not holding.zero.get("contiguous_gradients", True):
+        return 0
+    number = 2 if holding.zero_stage < 3 and holding.zero.get("overlap_comm") else 1
+    return number * int(holding.zero.get("reduce_bucket_size", 500_000_000)) * holding.element_size
+
+
+def _gathered(holding: Holding, loads: Sequence[Load]) -> int:
+    if holding.zero_stage < 3 or holding.data_size == 1:
+        return 0
+    replay = GatherReplay(holding, loads[0].drops)
+    for _ in range(2):
+        replay.run_step(len(loads))
+    return replay.peak_elements * holding.element_size
+
+
+def _partitions(holding: Holding) -> list[int]:
+    """Elements that one data-parallel rank holds of each parameter group."""
+    ranks = holding.data_size
+    if holding.zero_stage == 3:
+        return [sum(-(-p.numel() // ranks) for p in group) for group in holding.groups]
+    return [padded(sum(p.numel() for p in group), 2 * ranks) // ranks for group in holding.groups]
+
+
+def _numel(holding: Holding) -> int:
+    return sum(p.numel() for p in holding.model.parameters())
+
+
+def activation_peak(holding: Holding, loads: Sequence[Load]) -> int:
+    """Bytes that autograd keeps at the fullest moment of the schedule, which is after some forward pass."""
+    live, peak = 0, 0
+    for action in one_forward_one_backward(len(loads), holding.stage, holding.num_stages, len(holding.runs)):
+        kept = run_activations(holding, holding.runs[action.run], loads[action.micro_batch])
+        live += kept if action.forward else -kept
+        peak = max(peak, live)
+    return peak
+
+
+def run_activations(holding: Holding, run: range, load: Load) -> int:
+    """Bytes that autograd keeps of one micro-batch's pass through one run of layers."""
+    model = holding.config.model
+    blocks = range(max(run.start, 1), min(run.stop, model.num_layers + 1))
+    kept = sum(block_activations(holding, load, holding.config.training.activation_checkpointing) for _ in blocks)
+    if blocks and holding.config.training.activation_checkpointing != "full":
+        kept += _plan_indices(load)
+    if run.start == 0:
+        kept += _embedding_activations(holding, load)
+    if run.stop == model.num_pipeline_layers:
+        kept += _head_activations(holding, load)
+    return kept
+
+
+def block_activations(holding: Holding, load: Load, checkpointing: str) -> int:
+    """Bytes that autograd keeps of one micro-batch in one block; parameters and row numbers are not among them."""
+    size = holding.element_size
+    own = _own_rows(holding, load)
+    hidden = holding.config.model.hidden_size
+    if checkpointing == "full":
+        return own * hidden * size
+    gathered = own * holding.tensor.size if holding.tensor.divides_rows else load.rows
+    # Attention and FFN alike: the stream before the norm, two statistics a row, the normalised rows.
+    norms = 2 * (own * (hidden + 2) + gathered * hidden) * size
+    factors = 2 * own * size if load.drops else 0
+    return norms + factors + _attention_core(holding, load) + _ffn_core(holding, load, checkpointing)
+
+
+def _attention_core(holding: Holding, load: Load) -> int:
+    """Queries, keys, values, the attention op's output and log-sums, and what the output projection is given."""
+    model, size, attended = holding.config.model, holding.element_size, load.attended
+    width = model.hidden_size // holding.tensor.size
+    heads = model.num_attention_heads // holding.tensor.size
+    read = (load.rows if attended.has_views else 0) + attended.gathered
+    kept = (3 * read + attended.outputs) * width * size + attended.masked * size
+    kept += attended.outputs * heads * _STATISTIC
+    is_output = attended.num_buckets == 1 and not attended.is_reordered  # then it is the op's own output
+    given = 0 if is_output else load.rows * width * size
+    return kept + _normed(holding, load, width, given)
+
+
+def _ffn_core(holding: Holding, load: Load, checkpointing: str) -> int:
+    """The GELU's input and what the down projection is given."""
+    width = holding.config.model.ffn_hidden_size // holding.tensor.size
+    rows = load.rows * width * holding.element_size
+    if checkpointing == "selective":
+        return rows + (rows if holding.config.model.sub_layernorm else 0)
+    return rows + _normed(holding, load, width, rows)
+
+
+def _normed(holding: Holding, load: Load, width: int, given: int) -> int:
+    """What a linear layer is given, `given` bytes, and what the sub-LN before it keeps, if there is one."""
+    if not holding.config.model.sub_layernorm:
+        return given
+    output = load.rows * width * holding.element_size
+    if holding.tensor.size == 1:
+        return given + 2 * load.rows * holding.element_size + output
+    return output + load.rows * _STATISTIC + output  # the normalised rows instead of what was given
+
+
+def _plan_indices(load: Load) -> int:
+    return (load.attended.gathered + (load.rows if load.attended.is_reordered else 0)) * _INDEX
+
+
+def _embedding_activations(holding: Holding, load: Load) -> int:
+    model = holding.config.model
+    pixels = load.images * 3 * model.image_size**2 * holding.element_size
+    absent = load.tokens if holding.tensor.size > 1 else 0
+    return pixels + load.images * model.num_patches + 2 * load.tokens * _INDEX + absent
+
+
+def _head_activations(holding: Holding, load: Load) -> int:
+    model, size = holding.config.model, holding.element_size
+    masked = load.masked_patches + load.masked_tokens
+    split = holding.tensor.split_vocabulary(model.visual_vocab_size)
+    probabilities = load.masked_patches * (split.stop - split.start) * _STATISTIC
+    return masked * (2 * (model.hidden_size + 1) * size + 2 * _INDEX + _STATISTIC) + probabilities
+
+
+def _own_rows(holding: Holding, load: Load) -> int:
+    return -(-load.rows // holding.tensor.size) if holding.tensor.divides_rows else load.rows
+
+
+def _recomputed(holding: Holding, loads: Sequence[Load]) -> int:
+    mode = holding.config.training.activation_checkpointing
+    if mode == "none" or not len(holding.model.blocks):
+        return 0
+    kept = (block_activations(holding, load, "none") - block_activations(holding, load, mode) for load in loads)
+    return max(kept)

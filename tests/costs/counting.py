@@ -1,0 +1,110 @@
+"""Counts what a rank really sends: every collective call of c10d, at the process groups."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from beit3_ds.parallel import Mesh
+
+# The argument whose bytes count: the whole tensor, that is what comes out of an all-gather and goes into a
+# reduce-scatter.
+_KINDS = {
+    "allreduce_": ("all-reduce", 0),
+    "allreduce_coalesced_": ("all-reduce", 0),
+    "allgather_": ("all-gather", 0),
+    "_allgather_base_": ("all-gather", 0),
+    "allgather_into_tensor_coalesced_": ("all-gather", 0),
+    "reduce_scatter_": ("reduce-scatter", 1),
+    "_reduce_scatter_base_": ("reduce-scatter", 1),
+    "reduce_scatter_tensor_coalesced_": ("reduce-scatter", 1),
+    "broadcast_": ("broadcast", 0),
+    "reduce_": ("reduce", 0),
+    "send": ("send", 0),
+    "recv_": ("receive", 0),
+    "recv_any_source_": ("receive", 0),
+    "gather_": ("gather", 1),
+    "scatter_": ("scatter", 1),
+    "alltoall_": ("all-to-all", 1),
+    "alltoall_base_": ("all-to-all", 1),
+}
+_OBJECT_KINDS = {"all-gather", "broadcast"}
+
+
+class Call(NamedTuple):
+    """One collective call of one rank."""
+
+    axis: str
+    """data, tensor, model, pipeline, world or objects."""
+    kind: str
+    num_bytes: int
+    dtype: torch.dtype
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """Notes every collective call while it is entered, on this thread; on the CPU backward passes run there too.
+
+    Calls over one rank move nothing and are left out. Pickled objects, which travel as gathered or broadcast int64
+    sizes and uint8 payloads, are noted under the axis `objects`: their bytes depend on pickle, not on the model.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        super().__init__()
+        self._axes = {group.group_name: axis for axis, group in _named_groups(mesh)}
+        self.calls: list[Call] = []
+
+    def totals(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """Calls and bytes by axis and kind."""
+        calls: Counter[tuple[str, str]] = Counter()
+        sizes: Counter[tuple[str, str]] = Counter()
+        for call in self.calls:
+            calls[call.axis, call.kind] += 1
+            sizes[call.axis, call.kind] += call.num_bytes
+        return {key: (calls[key], sizes[key]) for key in sorted(calls)}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == "c10d":
+            self._note(func._schema.name.removeprefix("c10d::"), args)
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, name: str, args: tuple) -> None:
+        if name in ("barrier", "monitored_barrier_"):
+            return
+        assert name in _KINDS, f"c10d::{name} is not counted"
+        kind, index = _KINDS[name]
+        (group,) = (
+            dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject) and _is_process_group(a)
+        )
+        if group.size() == 1:
+            return
+        tensors = list(_tensors(args[index]))
+        dtypes = {tensor.dtype for tensor in tensors}
+        (dtype,) = dtypes
+        is_object = kind in _OBJECT_KINDS and dtype in (torch.int64, torch.uint8)
+        axis = "objects" if is_object else self._axes.get(group.group_name, "unknown")
+        self.calls.append(Call(axis, kind, sum(t.numel() * t.element_size() for t in tensors), dtype))
+
+
+def _is_process_group(script_object: torch.ScriptObject) -> bool:
+    return "ProcessGroup" in script_object._type().qualified_name()  # ReduceOp travels as an object too
+
+
+def _tensors(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        for item in value:
+            yield from _tensors(item)
+
+
+def _named_groups(mesh: Mesh) -> list[tuple[str, dist.ProcessGroup]]:
+    named = [("world", dist.group.WORLD), ("model", mesh.model_parallel_group), ("data", mesh.data_parallel_group)]
+    named += [("tensor", mesh.tensor.group), ("pipeline", mesh.pipeline.group)]
+    named += [("pipeline", group) for group in mesh.pipeline.channels.values()]
+    return [(axis, group) for axis, group in named if group is not None]
