@@ -3,7 +3,6 @@
 import functools
 
 import pytest
-import torch
 from torch import Tensor
 
 from tests.ranks import run_ranks

@@ -1,4 +1,4 @@
-"""One step's loss, gradients and gradient norm do not depend on data-parallel ranks, micro-batches or the ZeRO stage."""
+"""A step's loss, gradients and gradient norm do not depend on data-parallel ranks, micro-batches or ZeRO stages."""
 
 import itertools
 
