@@ -95,9 +95,9 @@ def _logical(
         pieces = [peer[name] for peer in gathered]
         split = is_split(parameter)
         whole[f"{kind} {name}"] = torch.cat(pieces, dim=parameter.parallel_split.dim) if split else own[name]  # type: ignore[attr-defined]
-        if kind.startswith("gradient") and not split:
-            # Weights may differ in the last bit: ZeRO cuts them elsewhere where tensor-parallel parts are not of one
-            # size, and vectorised and scalar AdamW round differently.
+        if kind == "gradient 0" and not split:
+            # From the first update on their last bits may differ: ZeRO cuts the flat weights at other places on them,
+            # and the vectorised and the scalar part of AdamW round differently.
             assert all(torch.equal(piece, own[name]) for piece in pieces), f"{name}: tensor-parallel ranks disagree"
     return whole
 
