@@ -64,6 +64,17 @@ def backward(engine: DeepSpeedEngine, loss: Tensor, *, is_last: bool) -> None:
     engine.backward(loss)
 
 
+def begin_update(engine: DeepSpeedEngine) -> None:
+    """Marks the gradients of split parameters as the parameters are marked.
+
+    In bf16 without ZeRO, DeepSpeed's optimizer looks for the mark on the gradients that it takes the norm of. Without
+    it only tensor-parallel rank 0's parts would count.
+    """
+    for parameter in engine.module.parameters():
+        if parameter.grad is not None and is_split(parameter):
+            parameter.grad.tensor_model_parallel = True
+
+
 def _zero3_gradient_norm(optimizer: DeepSpeedZeroOptimizer_Stage3, mesh: Mesh) -> Tensor:
     """The 2-norm of all gradients over all three axes; sends one element.
 

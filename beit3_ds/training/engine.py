@@ -130,6 +130,7 @@ def apply_update(engine: deepspeed.DeepSpeedEngine, mesh: Mesh) -> float:
     if not engine.zero_optimization() and not engine.bfloat16_enabled():
         # Without a wrapping optimizer DeepSpeed clips in place and forgets the norm.
         norm = _gradient_norm(engine.module, mesh)
+    seams.begin_update(engine)
     engine.step()
     return float(engine.get_global_grad_norm() if norm is None else norm)
 

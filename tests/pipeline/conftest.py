@@ -1,0 +1,5 @@
+"""Fixtures of the tests that compare steps."""
+
+from tests.training.conftest import reference
+
+__all__ = ["reference"]

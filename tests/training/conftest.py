@@ -1,0 +1,11 @@
+"""Fixtures of the tests that compare steps."""
+
+import pytest
+
+from tests.training.steps import MODELS, Reference
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """The steps of every model in one process."""
+    return Reference(tmp_path_factory.mktemp("reference")).prepare(MODELS)

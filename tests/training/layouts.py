@@ -1,0 +1,166 @@
+"""The matrix of layouts in which a step is compared with one process, and a small part of it that covers all pairs."""
+
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
+
+from beit3_ds.parallel import Mesh
+from tests.training.steps import MODELS, Deal, Reference, config_for, measure_steps
+
+ZERO_STAGES = (0, 1, 2, 3)
+CHECKPOINTING = ("none", "selective", "full")
+MAX_RANKS = 8
+
+Pair = tuple[int, Any, int, Any]
+"""Two axes, each with a value."""
+
+T = TypeVar("T")
+
+
+class Layout(NamedTuple):
+    """How ranks divide the model: what processes are started for once."""
+
+    tensor: int
+    pipeline: int
+    data: int
+    sequence_parallel: bool = False
+    interleaved: bool = False
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def parallel(self) -> dict[str, Any]:
+        """The configuration's section."""
+        return {
+            "tensor_parallel_size": self.tensor,
+            "pipeline_parallel_size": self.pipeline,
+            "virtual_pipeline_parallel_size": 2 if self.interleaved else 1,
+            "sequence_parallel": self.sequence_parallel,
+            "timeout_seconds": 300,
+        }
+
+    def __str__(self) -> str:
+        flags = " sp" * self.sequence_parallel + " interleaved" * self.interleaved
+        return f"tp{self.tensor} pp{self.pipeline} dp{self.data}{flags}"
+
+
+class Cell(NamedTuple):
+    """One comparison."""
+
+    layout: Layout
+    zero_stage: int
+    model: str
+    checkpointing: str
+
+    @property
+    def pairs(self) -> set[Pair]:
+        """Every two axes with this cell's values."""
+        return _pairs((*self.layout, *self[1:]))
+
+    def __str__(self) -> str:
+        recomputing = "" if self.checkpointing == "none" else f", checkpointing {self.checkpointing}"
+        return f"{self.layout}, ZeRO-{self.zero_stage}, {self.model}{recomputing}"
+
+
+def all_layouts() -> Iterator[Layout]:
+    """Every layout of up to eight ranks; rows are divided only among tensor-parallel ranks, runs only among stages."""
+    for tensor, pipeline, data in itertools.product((1, 2, 4), (1, 2, 4), (1, 2)):
+        if tensor * pipeline * data <= MAX_RANKS:
+            for sequence, interleaved in itertools.product((False, True), repeat=2):
+                if (tensor > 1 or not sequence) and (pipeline > 1 or not interleaved):
+                    yield Layout(tensor, pipeline, data, sequence, interleaved)
+
+
+def all_cells() -> list[Cell]:
+    """Every valid combination of values."""
+    return [Cell(*values) for values in itertools.product(all_layouts(), ZERO_STAGES, MODELS, CHECKPOINTING)]
+
+
+def matrix_cells(layout: Layout) -> list[Cell]:
+    """The cells of the full matrix: all ZeRO stages with two models, one or another stage with the two others.
+
+    Checkpointing takes turns, half of the cells do without.
+    """
+    turns = ("none", "selective", "none", "full")
+    number = list(all_layouts()).index(layout)
+    models = [(stage, model) for stage in ZERO_STAGES for model in ("paper", "decoupled")]
+    models += [(number % 4, "sub-LN"), ((number + number // 4) % 4, "tied")]
+    return [Cell(layout, stage, model, turns[(number + i + i // 4) % 4]) for i, (stage, model) in enumerate(models)]
+
+
+@cache
+def pairwise_cells() -> dict[Layout, list[Cell]]:
+    """A small set of cells, by layout, in which every two values that are valid together meet; always the same.
+
+    First as few layouts as cover the pairs among their own axes, because starting ranks costs most, then cells of them.
+    """
+    layouts = _cover(list(all_layouts()), _pairs, lambda layout: 4 + layout.num_ranks)
+    candidates = [cell for cell in all_cells() if cell.layout in layouts]
+    cells = _cover(candidates, lambda cell: cell.pairs, lambda cell: 2 + cell.layout.num_ranks)
+    return {layout: [cell for cell in cells if cell.layout == layout] for layout in layouts}
+
+
+def _cover(candidates: Sequence[T], pairs: Callable[[T], set[Pair]], cost: Callable[[T], float]) -> list[T]:
+    """The cheapest of a few greedy covers, which differ in how they break ties."""
+
+    def total(chosen: list[T]) -> float:
+        return sum(map(cost, chosen))
+
+    shuffled = (random.Random(seed).sample(candidates, len(candidates)) for seed in range(10))
+    return min((_cover_greedily(shuffle, pairs, cost) for shuffle in shuffled), key=total)
+
+
+def _cover_greedily(candidates: list[T], pairs: Callable[[T], set[Pair]], cost: Callable[[T], float]) -> list[T]:
+    """Takes the candidate with most missing pairs for its cost until none is missing."""
+    own = [pairs(candidate) for candidate in candidates]
+    missing, chosen = set().union(*own), []
+    while missing:
+        best = max(range(len(own)), key=lambda i: len(own[i] & missing) / cost(candidates[i]))
+        chosen.append(candidates[best])
+        missing -= own[best]
+    return chosen
+
+
+def _pairs(values: Iterable[Any]) -> set[Pair]:
+    return {(i, a, j, b) for (i, a), (j, b) in itertools.combinations(enumerate(values), 2)}
+
+
+ORDERS = list(itertools.permutations(range(4)))
+
+
+def deals(layout: Layout, number: int) -> list[Deal]:
+    """Micro-batches for three steps in orders that differ by step and by `number`; all 24 orders within 24 numbers.
+
+    The micro-batches are image-only, pair-only, text-only and mixed; data-parallel ranks see different kinds at a time.
+    """
+    orders = [ORDERS[(5 * number + 7 * step) % len(ORDERS)] for step in range(3)]
+    if layout.data == 2:
+        return [[[[i] for i in order], [[i + 4] for i in order[1:] + order[:1]]] for order in orders]
+    whole = [[[i, i + 4] for i in order] for order in orders]
+    if layout.interleaved or number % 3:
+        return [[micro_batches] for micro_batches in whole]
+    # Five: no multiple of the stages.
+    return [[[*micro_batches[:3], micro_batches[3][:1], micro_batches[3][1:]]] for micro_batches in whole]
+
+
+def deal_number(cell: Cell, position: int) -> int:
+    """Another one for every cell of a layout, and not the same ones for every layout."""
+    return position + 7 * list(all_layouts()).index(cell.layout)
+
+
+def measure_cells(cells: list[Cell], reference: Reference) -> list[dict[str, float]]:
+    """On one rank: runs cells of one layout, and returns how much of the allowed error each tensor has."""
+    from beit3_ds.training.engine import init_process_group
+
+    mesh: Mesh = init_process_group(config_for(0, **cells[0].layout.parallel).parallel)
+    results = []
+    for position, cell in enumerate(cells):
+        config = config_for(cell.zero_stage, cell.model, cell.checkpointing, **cell.layout.parallel)
+        found = measure_steps(config, mesh, deals(cell.layout, deal_number(cell, position)))
+        results.append(reference.ratios(found, cell.model))
+    mesh.close()
+    return results

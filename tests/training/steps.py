@@ -1,0 +1,188 @@
+"""Three AdamW steps under any layout of ranks, and how far they are from plain PyTorch in one process."""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from beit3_ds.batch import PackedBatch, StepBatch
+from beit3_ds.config import RunConfig, build_run_config
+from beit3_ds.parallel import Mesh, is_split
+from tests.batches import merge_batches, random_batch
+from tests.run_config import small_run_mapping
+
+NUM_STEPS = 3  # the second step meets buffers that the first one left behind
+CLIP = 0.05  # below the gradient norm, so that a wrong norm moves the weights
+LEARNING_RATE = 1e-3  # the paper's
+
+# The samples of a step: an image, a pair, a text, and a mix; twice.
+MIXES = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)] * 2
+
+Deal = Sequence[Sequence[Sequence[int]]]
+"""Each data-parallel rank's micro-batches of one step, each a list of sample numbers."""
+
+MODELS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "sub-LN": {"sub_layernorm": True},
+    "tied": {"tie_word_embeddings": True},
+    "decoupled": {"layout": "decoupled", "num_vision_language_layers": 0, "sub_layernorm": True},
+}
+
+
+def config_for(
+    zero_stage: int, model: str = "paper", checkpointing: str = "none", *, bf16: bool = False, **parallel: Any
+) -> RunConfig:
+    """Six small blocks with stochastic depth, the top one with vision-language experts unless decoupled."""
+    sizes = {"num_layers": 6, "num_attention_heads": 4, "drop_path_rate": 0.2}
+    mapping = copy.deepcopy(small_run_mapping(zero_stage, accumulation=4, **sizes, **MODELS[model]))
+    mapping["gradient_clipping"] = CLIP
+    if bf16:
+        mapping["bf16"] = {"enabled": True}
+    mapping["beit3_ds"]["parallel"] = parallel
+    mapping["beit3_ds"]["training"] |= {"learning_rate": LEARNING_RATE, "activation_checkpointing": checkpointing}
+    return build_run_config(mapping)
+
+
+def build_samples(config: RunConfig, step: int) -> list[PackedBatch]:
+    """The samples of one step, each a batch of its own."""
+    return [random_batch(config.model, *mix, seed=10 * step + i, drop_path=True) for i, mix in enumerate(MIXES)]
+
+
+def measure_steps(
+    config: RunConfig, mesh: Mesh, deals: Sequence[Deal], num_steps: int = NUM_STEPS
+) -> dict[str, Tensor]:
+    """Runs the steps, each dealt as the next of `deals`; returns losses, norms, this stage's gradients and weights."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+    from beit3_ds.training.engine import apply_update, build_schedule
+    from beit3_ds.training.loss import BrokenRecordBudget, build_loss_factors
+
+    schedule = build_schedule(config, mesh)
+    engine = schedule.engine
+    named = dict(engine.module.named_parameters())
+    result: dict[str, Tensor] = {}
+    for step in range(num_steps):
+        samples = build_samples(config, step)
+        share = deals[step % len(deals)][mesh.data_parallel_rank]
+        batches = tuple(merge_batches([samples[i] for i in numbers]) for numbers in share)
+        counts = BrokenRecordBudget(0, mesh).agree(StepBatch(step=step, micro_batches=batches))
+        factors = build_loss_factors(counts, config.training.loss_weights, mesh.data_parallel_size)
+        sums = schedule.accumulate_gradients(batches, factors, lambda batch: batch)
+        sums = mesh.pipeline.broadcast_from_last(mesh.sum_over_data(sums))
+        gradients = {name: safe_get_full_grad(p) for name, p in named.items()}
+        result |= _logical(gradients, named, mesh, f"gradient {step}")
+        result[f"loss {step}"] = sums / counts
+        result[f"norm {step}"] = torch.tensor(apply_update(engine, mesh))
+        full = safe_get_full_fp32_param if config.deepspeed["zero_optimization"]["stage"] else torch.clone
+        result |= _logical({name: full(p) for name, p in named.items()}, named, mesh, f"weight {step}")
+    engine.destroy()
+    return result
+
+
+def _logical(
+    parts: Mapping[str, Tensor], parameters: Mapping[str, torch.nn.Parameter], mesh: Mesh, kind: str
+) -> dict[str, Tensor]:
+    """The logical tensors of which this rank holds parts; of what tensor-parallel ranks hold alike, its own copy."""
+    own = {name: part.detach().clone() for name, part in parts.items()}
+    gathered: list[dict[str, Tensor]] = [own] * mesh.tensor.size
+    if mesh.tensor.size > 1:
+        torch.distributed.all_gather_object(gathered, own, group=mesh.tensor.group)
+    whole: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        pieces = [peer[name] for peer in gathered]
+        split = is_split(parameter)
+        whole[f"{kind} {name}"] = torch.cat(pieces, dim=parameter.parallel_split.dim) if split else own[name]  # type: ignore[attr-defined]
+        if kind == "gradient 0" and not split:
+            # From the first update on their last bits may differ: ZeRO cuts the flat weights at other places on them,
+            # and the vectorised and the scalar part of AdamW round differently.
+            assert all(torch.equal(piece, own[name]) for piece in pieces), f"{name}: tensor-parallel ranks disagree"
+    return whole
+
+
+class Reference:
+    """The same steps with autograd, clip_grad_norm_ and AdamW, without DeepSpeed, all samples in one go.
+
+    Worked out once for every model and kept in a folder, so that ranks can compare with it what they find.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def prepare(self, models: Iterable[str]) -> "Reference":
+        """Works out what is not there yet; to be called before ranks start."""
+        for model in models:
+            if not self._path(model).exists():
+                torch.save(_plain_steps(model), self._path(model))
+        return self
+
+    def load(self, model: str) -> dict[str, Tensor]:
+        """Losses, norms, gradients and weights by name, as `measure_steps` names them."""
+        return torch.load(self._path(model))
+
+    def ratios(self, found: Mapping[str, Tensor], model: str) -> dict[str, float]:
+        """How much of the allowed error each tensor has: |a - b| <= 1e-5 |b| + 1e-7 |all| in the 2-norm, by tensor."""
+        expected = self.load(model)
+        return {name: _ratio(name, value, expected) for name, value in found.items()}
+
+    def _path(self, model: str) -> Path:
+        return self._folder / f"{model}.pt"
+
+
+def _ratio(name: str, value: Tensor, expected: Mapping[str, Tensor]) -> float:
+    difference = value.float() - expected[name]
+    if is_key_bias(name):
+        # Zero in theory; what rounding leaves has a random sign, which Adam turns into a full step.
+        limit = 1e-6 if name.startswith("gradient") else NUM_STEPS * LEARNING_RATE
+        return float(difference.abs().max()) / limit
+    limit = 1e-5 * float(expected[name].norm()) + 1e-7 * norm_of_all(expected, name.rsplit(" ", 1)[0])
+    return float(difference.norm()) / limit if difference.isfinite().all() else float("inf")
+
+
+def norm_of_all(tensors: Mapping[str, Tensor], kind: str) -> float:
+    """The 2-norm of all gradients, or weights, of a step: what names begin with."""
+    return float(torch.stack([value.float().norm() for name, value in tensors.items() if name.startswith(kind)]).norm())
+
+
+def is_key_bias(name: str) -> bool:
+    """Whether a tensor is a key bias or its gradient: softmax ignores what all keys have in common."""
+    return "k_proj.bias" in name
+
+
+def check(ratios: Sequence[Mapping[str, float]], names: Iterable[str], where: str) -> float:
+    """Fails where an error exceeds its bound, or a layer is on no rank; returns the worst ratio but for key biases."""
+    assert set().union(*ratios) == set(names), f"{where}: the stages together hold every layer"
+    # `not <=` rather than `>`: a NaN must fail.
+    wrong = {name: ratio for rank in ratios for name, ratio in rank.items() if not ratio <= 1}
+    assert not wrong, (
+        f"{where}: {len(wrong)} tensors exceed their bounds so many times: {dict(list(wrong.items())[:8])}"
+    )
+    return max(ratio for rank in ratios for name, ratio in rank.items() if not is_key_bias(name))
+
+
+def _plain_steps(model_name: str) -> dict[str, Tensor]:
+    from beit3_ds.training.engine import build_model
+    from beit3_ds.training.learning_rate import learning_rate
+    from beit3_ds.training.loss import build_loss_factors
+    from beit3_ds.training.optimizer import build_optimizer
+
+    config = config_for(0, model_name)
+    model = build_model(config)
+    optimizer = build_optimizer(model, config.training)
+    assert learning_rate(config.training, 0) > 0
+    result: dict[str, Tensor] = {}
+    for step in range(NUM_STEPS):
+        batches = build_samples(config, step)
+        counts = torch.tensor([b.num_masked for b in batches]).sum(0)
+        factors = build_loss_factors(counts, config.training.loss_weights, 1)
+        optimizer.zero_grad()
+        outputs = [model(batch, factors) for batch in batches]
+        torch.stack([output.total for output in outputs]).sum().backward()
+        result |= {f"gradient {step} {name}": p.grad.clone() for name, p in model.named_parameters()}
+        result[f"loss {step}"] = torch.stack([output.sums for output in outputs]).sum(0) / counts
+        result[f"norm {step}"] = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        result |= {f"weight {step} {name}": p.detach().clone() for name, p in model.named_parameters()}
+    return result

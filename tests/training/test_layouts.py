@@ -1,0 +1,100 @@
+"""A step's loss, gradients, gradient norm and update under every layout of tensor, pipeline, data and ZeRO."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import run_ranks
+from tests.training.layouts import (
+    MAX_RANKS,
+    ORDERS,
+    Cell,
+    Layout,
+    all_cells,
+    all_layouts,
+    deal_number,
+    deals,
+    matrix_cells,
+    measure_cells,
+    pairwise_cells,
+)
+from tests.training.steps import MIXES, Reference, check
+
+RECORD = "BEIT3_DS_LAYOUT_RECORD"
+"""Environment variable: a file to which the tests append a line a cell, for `tests.training.layout_table`."""
+
+
+def run_cells(layout: Layout, cells: list[Cell], reference: Reference) -> None:
+    """Compares the cells of one layout in the same processes; so a cell may also be harmed by the one before."""
+    begin = time.monotonic()
+    results = run_ranks(measure_cells, layout.num_ranks, cells, reference, timeout=1800)
+    seconds = time.monotonic() - begin
+    for cell, ratios in zip(cells, zip(*results, strict=True), strict=True):
+        ratio = check(ratios, reference.load(cell.model), str(cell))
+        if RECORD in os.environ:
+            line = {**layout._asdict(), **cell._asdict(), "ratio": ratio, "seconds": seconds / len(cells)}
+            del line["layout"]
+            with Path(os.environ[RECORD]).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+@pytest.mark.parametrize(("layout", "cells"), pairwise_cells().items(), ids=str)
+def test_pairwise(layout: Layout, cells: list[Cell], reference: Reference) -> None:
+    """A lost mark shows in the norm, a bias added once a rank in the loss, a missing all-reduce in a gradient."""
+    run_cells(layout, cells, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", all_layouts(), ids=str)
+def test_matrix(layout: Layout, reference: Reference) -> None:
+    run_cells(layout, matrix_cells(layout), reference)
+
+
+def test_pairwise_cells_cover_every_pair() -> None:
+    """Every two values that are valid together meet in a cell; the greedy choice stays small and the same."""
+    cells = [cell for cells in pairwise_cells().values() for cell in cells]
+    assert set().union(*(cell.pairs for cell in cells)) == set().union(*(cell.pairs for cell in all_cells()))
+    assert set(cells) <= set(all_cells()) and len(cells) <= 25
+    pairwise_cells.cache_clear()
+    assert [cell for cells in pairwise_cells().values() for cell in cells] == cells
+
+
+def test_matrix_holds_what_it_says() -> None:
+    layouts = list(all_layouts())
+    shapes = {layout[:3] for layout in layouts}
+    assert len(layouts) == 34 and len(shapes) == 14
+    assert all(layout.num_ranks <= MAX_RANKS for layout in layouts)
+    cells = [cell for layout in layouts for cell in matrix_cells(layout)]
+    assert len(cells) == len(set(cells)) == 340
+    for model in ("paper", "decoupled"):
+        assert {cell[:2] for cell in cells if cell.model == model} == {(lay, z) for lay in layouts for z in range(4)}
+    for model in ("sub-LN", "tied"):
+        assert {cell.layout for cell in cells if cell.model == model} == set(layouts)
+        assert {cell.zero_stage for cell in cells if cell.model == model} == {0, 1, 2, 3}
+    pairs = set().union(*(cell.pairs for cell in cells))
+    assert pairs == set().union(*(cell.pairs for cell in all_cells())), "checkpointing too meets every value"
+
+
+@pytest.mark.parametrize("data", [1, 2])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_deals(data: int, interleaved: bool) -> None:
+    """Every sample once, as many micro-batches on every rank, at least as many as stages; all orders occur."""
+    layout = Layout(1, 4, data, interleaved=interleaved)
+    first_kinds = set()
+    for number in range(24):
+        for deal in deals(layout, number):
+            assert len({len(share) for share in deal}) == 1 and len(deal) == data
+            assert len(deal[0]) % 4 == 0 if interleaved else len(deal[0]) >= 4
+            assert sorted(i for share in deal for numbers in share for i in numbers) == list(range(len(MIXES)))
+            kinds = [tuple(numbers[0] % 4 for numbers in share) for share in deal]
+            first_kinds.add(tuple(dict.fromkeys(kinds[0])))
+            assert data == 1 or all(a != b for a, b in zip(*kinds, strict=True)), "ranks see different kinds"
+    assert first_kinds == set(ORDERS)
+
+
+def test_all_orders_occur_in_the_matrix() -> None:
+    cells = [(cell, i) for layout in all_layouts() for i, cell in enumerate(matrix_cells(layout))]
+    assert {deal_number(cell, i) % 24 for cell, i in cells if cell.zero_stage == 3} == set(range(24))
