@@ -66,8 +66,8 @@ class RunConfig:
         if zero.get("stage", 0) == 1 and zero.get("overlap_comm"):
             raise ConfigError(
                 "zero_optimization.overlap_comm=true under stage 1 reduces the gradients of a step's last backward "
-                "pass alone, which with parallel.virtual_pipeline_parallel_size > 1 goes through some of a stage's layers. "
-                "Leave it out, or use ZeRO stage 0, 2 or 3."
+                "pass alone, which with parallel.virtual_pipeline_parallel_size > 1 goes through some of a stage's "
+                "layers. Leave it out, or use ZeRO stage 0, 2 or 3."
             )
         if zero.get("offload_optimizer", {}).get("device", "none") != "none":
             raise ConfigError(
