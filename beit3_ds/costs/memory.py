@@ -81,12 +81,14 @@ def _gradients(holding: Holding, data_rank: int) -> int:
     if holding.zero_stage == 3:
         return sum(_partitions(holding)) * size + tied
     elements = 0
+    # Beside the gradients of a step's first backward pass ZeRO-2 keeps zeros for the other runs' parameters.
+    first_pass = {id(p) for p in holding.parameters_of(holding.runs[-1])}
     for group, partition in zip(holding.groups, _partitions(holding), strict=True):
         # A parameter of which this rank's partition holds a part is kept whole.
         first, end, start = data_rank * partition, (data_rank + 1) * partition, 0
         for parameter in group:
             if start < end and start + parameter.numel() > first:
-                elements += parameter.numel()
+                elements += parameter.numel() * (1 if id(parameter) in first_pass else 2)
             start += parameter.numel()
     return elements * size + tied
 

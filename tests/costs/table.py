@@ -55,13 +55,14 @@ def print_traffic(name: str, config: RunConfig, ranks: int, seen: SeenTraffic) -
 
 
 def print_memory(name: str, config: RunConfig, ranks: int, seen: SeenMemory) -> None:
-    """One line a layout, of the first rank: measured bytes, and modelled ones where they differ by 0.01%."""
+    """One line a layout, of the first rank: measured bytes, and by how much the formula differs from 0.01% on."""
     memory = rank_memory(holding_of(config, ranks, seen.place), loads_of(config, seen.place.data), seen.place.data)
     measured = seen.states | {"buckets": seen.buckets, "gathered": seen.gathered, "activations": seen.activations}
     texts = []
     for part in PARTS:
         counted, modelled = measured.get(part, 0), getattr(memory, part)
-        off = f" (modelled {modelled:,})" if abs(modelled - counted) > 1e-4 * counted else ""
+        share = (modelled - counted) / max(counted, 1)
+        off = f" ({share:+.2%})" if abs(share) >= 1e-4 else ""
         texts.append(f"{counted:,}{off}")
     print(f"| {name} | " + " | ".join(texts) + " |")
 
