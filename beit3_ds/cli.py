@@ -81,6 +81,11 @@ def _build_parser() -> argparse.ArgumentParser:
     compare.add_argument("runs", nargs=2, metavar="FOLDER", help="training.output_dir of a run")
     compare.add_argument("--out", metavar="FILE.png", help="also draw both curves and their difference")
     compare.set_defaults(run=_compare_runs)
+    _add_bench(commands)
+    return parser
+
+
+def _add_bench(commands: _Commands) -> None:
     bench = commands.add_parser("bench", help="measure a choice that was made by measurement")
     benches = bench.add_subparsers(metavar="WHAT", required=True)
     attention = benches.add_parser("attention", help="ways to batch ragged sequences inside attention, on this device")
@@ -98,7 +103,6 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     parallel.add_argument("--json", metavar="FILE", help="write rows and summary there")
     parallel.set_defaults(run=_bench_parallel)
-    return parser
 
 
 def _add_prepare_index(commands: _Commands) -> None:
