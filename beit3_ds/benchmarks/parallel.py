@@ -18,7 +18,7 @@ from beit3_ds.batch import PackedBatch
 from beit3_ds.config import RunConfig, build_run_config
 from beit3_ds.data.packing import ImageSample, PairSample, Sample, TextSample, image_shape, pack
 
-_ROUNDS = 5
+_ROUNDS = 3
 _STEPS = 4  # of which the first, with its one-off work, is not counted
 _SAMPLES = 16  # of each stream
 

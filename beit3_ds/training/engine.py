@@ -15,7 +15,9 @@ from torch import nn
 from beit3_ds.config import ParallelConfig, RunConfig
 from beit3_ds.model import BEiT3, initialize_parameters
 from beit3_ds.parallel import Mesh, ModelParallelUnit, RollCall, TensorParallel, build_mesh, is_split
-from beit3_ds.pipeline import Schedule, cut_layers, seams, stage_layers
+from beit3_ds.pipeline import seams
+from beit3_ds.pipeline.schedule import Schedule
+from beit3_ds.pipeline.stages import cut_layers, stage_layers
 from beit3_ds.training.optimizer import build_optimizer
 
 

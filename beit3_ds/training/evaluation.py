@@ -9,7 +9,7 @@ from beit3_ds.batch import LOSS_TERMS, PackedBatch
 from beit3_ds.config import ModelConfig
 from beit3_ds.model import LossOutput
 from beit3_ds.parallel import Mesh
-from beit3_ds.pipeline import Schedule
+from beit3_ds.pipeline.schedule import Schedule
 from beit3_ds.tokenizers.visual import VisualTokenizer
 from beit3_ds.training.targets import prepare_batch
 

@@ -14,7 +14,7 @@ from beit3_ds.batch import PackedBatch, StepBatch
 from beit3_ds.checkpoint import CheckpointStore
 from beit3_ds.config import RunConfig
 from beit3_ds.parallel import Mesh
-from beit3_ds.pipeline import Schedule
+from beit3_ds.pipeline.schedule import Schedule
 from beit3_ds.tokenizers.visual import VisualTokenizer
 from beit3_ds.training.engine import apply_update
 from beit3_ds.training.evaluation import evaluate

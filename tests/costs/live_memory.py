@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from beit3_ds.pipeline import Schedule
+from beit3_ds.pipeline.schedule import Schedule
 
 # What a tensor is, by the shortest path on which it is reached; the first pattern that is found decides.
 _PARTS = {

@@ -13,7 +13,7 @@ from beit3_ds.batch import PackedBatch, StepBatch
 from beit3_ds.model import BEiT3
 from beit3_ds.model.beit3 import LossOutput
 from beit3_ds.parallel import Mesh
-from beit3_ds.pipeline import Schedule
+from beit3_ds.pipeline.schedule import Schedule
 from beit3_ds.training import loop
 from beit3_ds.training.evaluation import evaluate, unigram_entropies
 from beit3_ds.training.targets import prepare_batch
