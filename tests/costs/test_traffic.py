@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from beit3_ds.config import ConfigError, Place, RunConfig
+from beit3_ds.config import Place, RunConfig
 from beit3_ds.costs import step_traffic
 from beit3_ds.costs.gathers import GatherReplay, padded
 from tests.costs.cells import (
@@ -113,12 +113,6 @@ def check(ranks: int, cells: dict[str, RunConfig]) -> None:
 def test_counted_traffic_equals_the_formula(ranks: int, cells: dict[str, RunConfig]) -> None:
     """Catches a second all-reduce, a lost gather, a message of another size, on any axis."""
     check(ranks, cells)
-
-
-def test_overlapped_zero1_of_interleaved_layers_is_refused() -> None:
-    """Counted, it reduced only the gradients of the run of layers that the step's last backward pass goes through."""
-    with pytest.raises(ConfigError, match="overlap_comm"):
-        cell(1, 4, zero={"overlap_comm": True}, **INTERLEAVED)
 
 
 @pytest.mark.parametrize(("checkpointing", "block_gathers"), [("none", 2), ("full", 3)])
