@@ -53,7 +53,14 @@ def end(ranks: list[Any]) -> None:
         rank.wait()
 
 
-@pytest.mark.parametrize(("lost", "blow"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)])
+@pytest.mark.parametrize(
+    ("lost", "blow"),
+    [
+        (1, signal.SIGSTOP),
+        pytest.param(1, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow),
+    ],
+)
 def test_lost_rank_is_named(run_mapping: dict[str, Any], tmp_path: Path, lost: int, blow: int) -> None:
     """Catches a survivor that waits for ever, and a message that names the wrong rank."""
     ranks = start_ranks(run_mapping, tmp_path)

@@ -56,7 +56,7 @@ def one_process(reference: Reference) -> dict[str, float]:
     [
         (Layout(2, 1, 1), (0, 1, 3)),
         (Layout(1, 2, 2), (3,)),
-        (Layout(2, 2, 2, sequence_parallel=True), (3,)),
+        pytest.param(Layout(2, 2, 2, sequence_parallel=True), (3,), marks=pytest.mark.slow),
     ],
     ids=str,
 )
