@@ -1,9 +1,13 @@
 """Fixtures that several folders of tests share."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Before torch is imported. Several test processes whose threads wait for each other are ten times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from beit3_ds.config import build_run_config
 from tests.run_config import quickstart_mapping, small_run_mapping
