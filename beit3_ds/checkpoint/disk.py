@@ -1,0 +1,79 @@
+"""Files that are on the disk, or not there: every write, sync and rename of a checkpoint goes through this file."""
+
+import hashlib
+import os
+from pathlib import Path
+from types import TracebackType
+
+_CHUNK_BYTES = 1 << 24
+
+
+class NewFile:
+    """A file being written front to back, with its digest; synced to disk when its `with` block ends.
+
+    Raises:
+        FileExistsError: if there is one already.
+        OSError: if the disk is full, cannot be written, or is gone; what is written by then stays behind.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.num_bytes = path, 0
+        self._digest = hashlib.sha256()
+
+    def __enter__(self) -> "NewFile":
+        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
+
+    @property
+    def sha256(self) -> str:
+        """The digest of what was written so far, in hexadecimal."""
+        return self._digest.hexdigest()
+
+    def write(self, content: bytes | memoryview) -> None:
+        """Appends bytes; a write that the system cuts short goes on where it ended."""
+        rest = memoryview(content).cast("B")
+        while rest:
+            chunk = rest[:_CHUNK_BYTES]
+            written = os.write(self._descriptor, chunk)
+            self._digest.update(chunk[:written])
+            self.num_bytes += written
+            rest = rest[written:]
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a small file aside and renames it, so that readers see the old one or the new one."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.unlink(missing_ok=True)
+    with NewFile(aside) as file:
+        file.write(content)
+    rename(aside, path)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Renames a file over another, or a folder to a free name, and syncs the folder that holds both."""
+    os.replace(source, target)
+    sync_folder(target.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names inside a folder last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """The digest of a file on disk, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
