@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from beit3_ds.batch import ImageViews, PackedBatch, StepBatch
-from beit3_ds.checkpoint import CheckpointStore
+from beit3_ds.checkpoint import CheckpointStore, EngineState, describe_run
 from beit3_ds.config import Place, RunConfig, check_layout
 from beit3_ds.data import StepDataset, build_heldout_batches, build_train_loader
 from beit3_ds.parallel import Mesh, Shared
@@ -33,6 +33,8 @@ from beit3_ds.training.report import write_report
 def pretrain(config: RunConfig) -> None:
     """Trains a run to its end, going on from its newest whole checkpoint if there is one, and writes its report.
 
+    SIGTERM ends it early, with a checkpoint and without a report (`training.loop.train`).
+
     Raises:
         ConfigError: for a configuration, tokenizer, data file or checkpoint that cannot work.
         NonFiniteLossError: if training diverges.
@@ -40,8 +42,8 @@ def pretrain(config: RunConfig) -> None:
     inputs = open_inputs(config)
     with joined_ranks(config.parallel) as mesh:
         run, steps = build_run(config, inputs, mesh)
-        train(run, steps)
-        write_report(run, inputs.text_tokenizer)
+        if train(run, steps):
+            write_report(run, inputs.text_tokenizer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,13 +102,21 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh) -> tuple[Run, Itera
     device = compute_device()
     schedule = build_schedule(config, mesh)
     output = Path(config.training.output_dir)
-    store = CheckpointStore(output / "checkpoints", config.training.keep_checkpoints, mesh)
+    state = EngineState(schedule.engine, mesh)
+    store = CheckpointStore(
+        output / "checkpoints",
+        config.training.keep_checkpoints,
+        mesh,
+        describe_run(config, mesh.describe_layout()),
+        config.parallel.timeout_seconds,
+    )
     history = History(output / "metrics.jsonl")
-    first_step = resume(schedule.engine, store, history, mesh)
+    first_step = resume(schedule.engine, state, store, history, mesh)
     dtype = next(schedule.engine.module.parameters()).dtype
     run = Run(
         config=config,
         schedule=schedule,
+        state=state,
         mesh=mesh,
         device=device,
         visual_tokenizer=None if inputs.visual_tokenizer is None else inputs.visual_tokenizer.to(device),

@@ -1,125 +1,263 @@
-"""Checkpoints that are whole or absent: written aside, listed in a manifest, then renamed."""
+"""The checkpoints of a run: whole or absent, written beside training, loaded by any layout of ranks."""
 
-import json
-import os
+import contextlib
 import shutil
+import threading
+import time
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
-from deepspeed import DeepSpeedEngine
+import torch.distributed as dist
 
+from beit3_ds.checkpoint.disk import NewFile, rename, sync_folder, write_whole
+from beit3_ds.checkpoint.engine_state import EngineState
+from beit3_ds.checkpoint.folder import CheckpointFolder
+from beit3_ds.checkpoint.index import INDEX_NAME, BrokenIndexError, Index, Piece, check_cover
+from beit3_ds.checkpoint.run_description import RunDescription
+from beit3_ds.checkpoint.snapshot import Snapshot
+from beit3_ds.checkpoint.tensor_file import WrittenFile
 from beit3_ds.config import ConfigError
 from beit3_ds.parallel import Mesh
 
-_MANIFEST = "manifest.json"
-_TAG = "engine"
+_LATEST = "latest"
+_LONG_CHECK_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveOutcome:
+    """How a save ended; the same on all ranks."""
+
+    step: int
+    """Updates that the checkpoint holds."""
+    path: Path
+    """Its folder."""
+    error: str | None
+    """What went wrong, on one line; None if the checkpoint is whole and on the disk."""
+    held_up_seconds: float
+    """How long training waited: for the save before it to end, and for the copy to host memory."""
+    seconds: float
+    """From the beginning of the save to its end."""
 
 
 class CheckpointStore:
-    """The folder `OUTPUT_DIR/checkpoints` with one subfolder `step-XXXXXXXX` a checkpoint.
+    """The folder `OUTPUT_DIR/checkpoints`, with one subfolder `step-XXXXXXXX` a checkpoint and a file `latest`.
 
-    The state inside is DeepSpeed's own: it resumes on the same number of ranks and the same ZeRO stage. Nothing random
-    is saved, because batches, masks and stochastic depth follow from the seed and the step.
+    A save copies the rank's share of the state to host memory and writes it in a thread. A checkpoint is written aside,
+    synced to disk and renamed, so it is there whole or not at all; then `latest`, a file with its name, is renamed, and
+    the oldest are deleted. A save that is due while the one before is being written waits for that one: how much work a
+    failure can cost does not depend on the disk. A save that fails is reported and leaves everything saved before.
+
+    Nothing random is saved, because batches, masks and stochastic depth follow from the seed and the step.
     """
 
-    def __init__(self, root: Path, keep: int, mesh: Mesh) -> None:
-        """Opens the folder; it is made at the first save."""
-        self.root, self.keep, self.mesh = root, keep, mesh
-        self._stage = f"stage-{mesh.pipeline.rank}"  # DeepSpeed names files by data and tensor rank alone
+    def __init__(self, root: Path, keep: int, mesh: Mesh, run: RunDescription, timeout_seconds: float) -> None:
+        """Opens the folder; it is made at the first save. All ranks call it: it makes a process group for the threads.
 
-    def save(self, engine: DeepSpeedEngine, step: int) -> Path:
-        """Saves the state after `step` updates and deletes all but the newest whole ones. All ranks call it.
-
-        Returns:
-            The checkpoint's folder.
+        Args:
+            root: the folder; all ranks must see the same one.
+            keep: whole checkpoints that are kept.
+            mesh: the ranks.
+            run: what checkpoints say of this run.
+            timeout_seconds: how long a rank's thread waits for the others'.
         """
-        target = self.root / f"step-{step:08d}"
-        aside = self.root / f".writing-{target.name}"
-        if self.mesh.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        self.mesh.barrier()
-        engine.save_checkpoint(str(aside / self._stage), tag=_TAG, client_state={"step": step}, save_latest=False)
-        self.mesh.barrier()
-        if self.mesh.is_main:
-            _write_manifest(aside, step, _layout(self.mesh))
-            shutil.rmtree(target, ignore_errors=True)
-            aside.rename(target)
-            _sync_folder(self.root)
-            self._prune()
-        self.mesh.barrier()
-        return target
+        self.root, self._keep, self._mesh, self._run = root, keep, mesh, run
+        self._rank = dist.get_rank()
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        assert isinstance(group, dist.ProcessGroup)
+        self._group = group
+        self._snapshot: Snapshot | None = None
+        self._thread: threading.Thread | None = None
+        self._outcomes: list[SaveOutcome] = []
 
-    def newest(self) -> Path | None:
-        """The newest whole checkpoint, or None; torn ones are passed over and named on the main rank."""
-        for folder in sorted(self.root.glob("step-*"), reverse=True):
-            fault = _find_fault(folder)
-            if fault is None:
+    def save(self, state: EngineState, step: int) -> None:
+        """Begins to save the state after `step` updates. All ranks call it, between two steps."""
+        start = time.monotonic()
+        self.finish()
+        self._snapshot = self._snapshot or Snapshot(state)
+        self._snapshot.take()
+        held_up = time.monotonic() - start
+        arguments = (self._snapshot, step, start, held_up)
+        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Waits until the save that is under way, if any, has ended."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def take_outcomes(self) -> list[SaveOutcome]:
+        """The saves that ended since the last call; this never waits."""
+        taken, self._outcomes = self._outcomes, []
+        return taken
+
+    def newest_path(self) -> Path | None:
+        """The newest checkpoint whose files are all there, without reading them."""
+        return next((path for path in self._paths() if _open(path)), None)
+
+    def newest(self) -> CheckpointFolder | None:
+        """The newest whole checkpoint, or None. All ranks call it, and share the reading of all its files.
+
+        Torn and changed ones are passed over, and named on the main rank.
+        """
+        paths = [[path.name for path in self._paths()]]
+        dist.broadcast_object_list(paths, src=0, group=self._group)
+        for name in paths[0]:
+            folder, fault = self._examine(self.root / name)
+            faults: list[Any] = [None] * self._mesh.num_ranks
+            dist.all_gather_object(faults, fault, group=self._group)
+            first = next((found for found in faults if found), None)
+            if first is None:
                 return folder
-            if self.mesh.is_main:
-                print(f"checkpoint {folder} is not whole ({fault}); trying the one before", flush=True)
+            if self._mesh.is_main:
+                print(f"checkpoint {self.root / name} is not whole ({first}); trying the one before", flush=True)
         return None
 
-    def load(self, engine: DeepSpeedEngine, folder: Path) -> int:
-        """Restores parameters and optimizer state. All ranks call it.
+    def load(self, state: EngineState, folder: CheckpointFolder) -> int:
+        """Restores weights and moments from a checkpoint of any layout. All ranks call it.
 
         Returns:
             The number of updates that the checkpoint holds, which is the step to go on with.
 
         Raises:
-            ConfigError: if it was saved by another layout of ranks.
+            ConfigError: if it holds another model, or belongs to other tokenizers.
         """
-        manifest = json.loads((folder / _MANIFEST).read_text())
-        if manifest["layout"] != _layout(self.mesh):
-            raise ConfigError(
-                f"checkpoint {folder} was saved by {manifest['layout']} and cannot be resumed on {_layout(self.mesh)}. "
-                f"Use the same ranks and parallel section, or another training.output_dir."
+        changes = self._run.check_continues(folder.index.run, str(folder.path))
+        if changes and self._mesh.is_main:
+            print("settings that differ from the checkpoint's:\n  " + "\n  ".join(changes), flush=True)
+        for name, part in state.parts.items():
+            found = folder.index.shapes.get(name)
+            if found != part.shape:
+                raise ConfigError(f"checkpoint {folder.path}: {name} has shape {found}, the model's is {part.shape}.")
+        state.load(folder.read_kind, folder.index.optimizer_step)
+        folder.close()
+        return folder.step
+
+    def _examine(self, path: Path) -> tuple[CheckpointFolder | None, str | None]:
+        """Opens a checkpoint and reads this rank's share of its files; returns it, or what is wrong."""
+        try:
+            folder = CheckpointFolder(path)
+        except BrokenIndexError as error:
+            return None, str(error)
+        num_bytes = sum(written.num_bytes for written in folder.index.files.values())
+        if self._mesh.is_main and num_bytes > _LONG_CHECK_BYTES:
+            print(f"checking {path} ({num_bytes / 1e9:.1f} GB)", flush=True)
+        return folder, folder.find_damage(sorted(folder.index.files)[self._rank :: self._mesh.num_ranks])
+
+    def _paths(self) -> list[Path]:
+        """Folders of checkpoints, newest first."""
+        return sorted(self.root.glob("step-*"), reverse=True)
+
+    def _write(self, snapshot: Snapshot, step: int, start: float, held_up: float) -> None:
+        """In the thread: writes what the snapshot holds, with the threads of all ranks."""
+        target = self.root / f"step-{step:08d}"
+        try:
+            error = self._write_together(snapshot, step, target)
+        except RuntimeError as failure:
+            # Another rank is gone: its training thread meets that, too, and the run ends.
+            error = f"lost contact with another rank while saving: {_one_line(failure)}"
+        self._outcomes.append(
+            SaveOutcome(
+                step=step,
+                path=target,
+                error=error,
+                held_up_seconds=held_up,
+                seconds=time.monotonic() - start,
             )
-        engine.load_checkpoint(str(folder / self._stage), tag=_TAG)
-        return int(manifest["step"])
+        )
+
+    def _write_together(self, snapshot: Snapshot, step: int, target: Path) -> str | None:
+        """Returns what went wrong on any rank, or None once the checkpoint is whole."""
+        aside = self.root / f".writing-{target.name}"
+        error = self._from_main(self._attempt(self._make_folder, aside) if self._mesh.is_main else None)
+        if error:
+            return error
+        written: dict[str, WrittenFile] = {}
+        error = self._attempt(lambda: written.update(self._write_files(snapshot, aside)))
+        share = (error, written, snapshot.shapes(), snapshot.pieces(self._rank))
+        shares: list[Any] | None = [None] * self._mesh.num_ranks if self._mesh.is_main else None
+        dist.gather_object(share, shares, dst=0, group=self._group)
+        if shares is not None:
+            error = next((failed for failed, *_ in shares if failed), None)
+            error = error or self._attempt(self._complete, aside, target, step, snapshot.optimizer_step, shares)
+            if error:
+                shutil.rmtree(aside, ignore_errors=True)
+        return self._from_main(error)
+
+    def _attempt(self, work: Any, *arguments: Any) -> str | None:
+        """Runs a part of a save; returns what went wrong."""
+        try:
+            work(*arguments)
+        except Exception as error:  # the other ranks wait to hear of it
+            return f"{_one_line(error)} (rank {self._rank}, {self._mesh.place})"
+        return None
+
+    def _from_main(self, value: str | None) -> str | None:
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self._group)
+        return values[0]
+
+    def _make_folder(self, aside: Path) -> None:
+        for left_over in (*self.root.glob(".writing-*"), *self.root.glob(".deleted-*")):
+            shutil.rmtree(left_over)
+        aside.mkdir(parents=True)
+        sync_folder(self.root.parent)
+
+    def _write_files(self, snapshot: Snapshot, aside: Path) -> dict[str, WrittenFile]:
+        aside.mkdir(parents=True, exist_ok=True)  # a network file system may show it late
+        return snapshot.write(aside, self._rank)
+
+    def _complete(self, aside: Path, target: Path, step: int, optimizer_step: int, shares: list[Any]) -> None:
+        """On the main rank: writes the index, and puts the checkpoint where it is found."""
+        pieces: dict[str, list[Piece]] = {}
+        for _, _, _, own_pieces in shares:
+            for name, piece in own_pieces:
+                pieces.setdefault(name, []).append(piece)
+        index = Index(
+            step=step,
+            optimizer_step=optimizer_step,
+            run=self._run,
+            shapes={name: shape for _, _, shapes, _ in shares for name, shape in shapes.items()},
+            pieces=pieces,
+            files={name: file for _, files, _, _ in shares for name, file in files.items()},
+        )
+        check_cover(index.shapes, index.pieces)
+        with NewFile(aside / INDEX_NAME) as file:
+            file.write(index.to_json())
+        sync_folder(aside)
+        try:
+            CheckpointFolder(aside)
+        except BrokenIndexError as error:
+            raise OSError(f"{error} on the main rank: is {self.root} on a file system that all ranks share?") from None
+        if target.exists():  # torn, or this run would have begun behind it
+            self._delete(target)
+        rename(aside, target)
+        write_whole(self.root / _LATEST, f"{target.name}\n".encode())
+        with contextlib.suppress(OSError):  # the new one is safe; what could not be deleted now is deleted next time
+            self._prune()
 
     def _prune(self) -> None:
-        whole = [folder for folder in sorted(self.root.glob("step-*")) if _find_fault(folder) is None]
-        for folder in whole[: -self.keep]:
-            shutil.rmtree(folder)
+        """Deletes what is older than the oldest of the whole checkpoints that are kept."""
+        paths = self._paths()
+        whole = [path for path in paths if _open(path)]
+        if len(whole) > self._keep:
+            for path in paths[paths.index(whole[self._keep]) :]:
+                self._delete(path)
+
+    def _delete(self, path: Path) -> None:
+        hidden = path.with_name(f".deleted-{path.name}")
+        rename(path, hidden)
+        shutil.rmtree(hidden)
 
 
-def _layout(mesh: Mesh) -> str:
-    axes = f"{mesh.data_parallel_size} data-parallel x {mesh.tensor.size} tensor-parallel ranks"
-    return axes if mesh.pipeline.size == 1 else f"{mesh.pipeline.size} stages of {axes}"
-
-
-def _write_manifest(folder: Path, step: int, layout: str) -> None:
-    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-    for name in files:
-        _sync_file(folder / name)
-    manifest = {"step": step, "layout": layout, "files": files}
-    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-    _sync_file(folder / _MANIFEST)
-    _sync_folder(folder)
-
-
-def _find_fault(folder: Path) -> str | None:
+def _open(path: Path) -> CheckpointFolder | None:
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError):
-        return "no readable manifest"
-    for name, size in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-    return None
+        return CheckpointFolder(path)
+    except BrokenIndexError:
+        return None
 
 
-def _sync_file(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

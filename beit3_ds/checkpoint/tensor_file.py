@@ -1,9 +1,11 @@
-"""Safetensors files written tensor after tensor, so that no file has to fit in memory.
+"""Safetensors files written and read piece by piece, so that no file has to fit in memory.
 
-The library's own writer takes all tensors at once and gives no digest; files are read with the library.
+The library's writer takes all tensors at once and gives no digest. Its reader maps files into memory: what was read
+counts as the process's memory, and a file that is cut or lost meanwhile kills the process instead of raising an error.
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from beit3_ds.checkpoint.disk import NewFile
+from beit3_ds.checkpoint.rectangles import matrix_shape
 
 _DTYPES = {
     torch.float64: "F64",
@@ -24,6 +27,7 @@ _DTYPES = {
     torch.bool: "BOOL",
 }
 _ALIGNMENT = 8
+_LARGEST_HEADER = 1 << 30  # bytes; a length beyond it is no header's
 
 
 class TensorEntry(NamedTuple):
@@ -74,4 +78,83 @@ def write_tensor_file(
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy())
+    return memoryview(flat.view(torch.uint8).numpy().data)
+
+
+class BrokenTensorFileError(ValueError):
+    """A file that is not a safetensors file, or is cut, or lacks a tensor."""
+
+
+class TensorFile:
+    """A safetensors file of which parts are read as they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens the file and reads its header.
+
+        Raises:
+            BrokenTensorFileError: with what is wrong.
+            OSError: if it cannot be read.
+        """
+        self.path = path
+        self._file = open(path, "rb")  # noqa: SIM115 - closed by `close`
+        try:
+            length = int.from_bytes(self._read_bytes(0, 8), "little")
+            if length > _LARGEST_HEADER:
+                raise ValueError
+            header = json.loads(self._read_bytes(8, length))
+            self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            self._data, names = 8 + length, {written: dtype for dtype, written in _DTYPES.items()}
+            self._places = {name: entry["data_offsets"] for name, entry in header.items()}
+            self.entries = {
+                name: TensorEntry(name, names[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()
+            }
+            """What the file holds, by name."""
+            for name, entry in self.entries.items():
+                start, stop = self._places[name]
+                if start < 0 or stop - start != torch.Size(entry.shape).numel() * entry.dtype.itemsize:
+                    raise ValueError
+        except (ValueError, KeyError, TypeError, AttributeError):
+            self._file.close()
+            raise BrokenTensorFileError(f"{path} is not a whole safetensors file") from None
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor.
+
+        Raises:
+            BrokenTensorFileError: if the file has none of that name, or ends before it does.
+        """
+        entry = self._entry(name)
+        return self.read_rows(name, 0, matrix_shape(torch.Size(entry.shape))[0]).view(entry.shape)
+
+    def read_rows(self, name: str, top: int, bottom: int) -> Tensor:
+        """Rows [top, bottom) of a tensor seen as a matrix (`rectangles.matrix_shape`).
+
+        Raises:
+            BrokenTensorFileError: as `read`.
+        """
+        entry = self._entry(name)
+        columns = matrix_shape(torch.Size(entry.shape))[1]
+        row_bytes = columns * entry.dtype.itemsize
+        content = self._read_bytes(self._data + self._places[name][0] + top * row_bytes, (bottom - top) * row_bytes)
+        if not content:
+            return torch.empty(bottom - top, columns, dtype=entry.dtype)
+        return torch.frombuffer(content, dtype=entry.dtype).view(bottom - top, columns)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _entry(self, name: str) -> TensorEntry:
+        if name not in self.entries:
+            raise BrokenTensorFileError(f"{self.path} has no tensor {name!r}")
+        return self.entries[name]
+
+    def _read_bytes(self, offset: int, length: int) -> bytearray:
+        content = bytearray(length)
+        view, done = memoryview(content), 0
+        while done < length:
+            count = os.preadv(self._file.fileno(), [view[done:]], offset + done)
+            if count == 0:
+                raise BrokenTensorFileError(f"{self.path} ends at {offset + done} bytes, inside a tensor")
+            done += count
+        return content

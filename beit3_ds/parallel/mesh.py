@@ -60,6 +60,11 @@ class Mesh:
         """Ranks on all axes."""
         return self.data_parallel_size * self.model_parallel_size
 
+    def describe_layout(self) -> str:
+        """The numbers of ranks along the axes, for people."""
+        axes = f"{self.data_parallel_size} data-parallel x {self.tensor.size} tensor-parallel ranks"
+        return axes if self.pipeline.size == 1 else f"{self.pipeline.size} stages of {axes}"
+
     def sum_over_data(self, values: Tensor) -> Tensor:
         """Returns the sum of `values` over the data-parallel ranks; sends values.numel() elements."""
         if self.data_parallel_size > 1:
@@ -123,7 +128,7 @@ class ModelParallelUnit:
     DeepSpeed sums gradient norms and overflow flags over the "model parallel" group, and counts what is marked
     `tensor_model_parallel` on all its ranks, other parameters only on those of model-parallel rank 0. So the group is
     that of a whole copy of the model, all stages included, and the rank is the tensor-parallel one. The size goes with
-    the rank: only checkpoints read it, and each stage saves into a folder of its own.
+    the rank: only DeepSpeed's own checkpoints read it, which are not used.
     """
 
     def __init__(self, mesh: Mesh) -> None:

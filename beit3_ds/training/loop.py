@@ -11,8 +11,8 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from beit3_ds.batch import PackedBatch, StepBatch
-from beit3_ds.checkpoint import CheckpointStore
-from beit3_ds.config import RunConfig
+from beit3_ds.checkpoint import CheckpointStore, EngineState, SaveOutcome
+from beit3_ds.config import ConfigError, RunConfig
 from beit3_ds.parallel import Mesh
 from beit3_ds.pipeline.schedule import Schedule
 from beit3_ds.tokenizers.visual import VisualTokenizer
@@ -22,6 +22,7 @@ from beit3_ds.training.history import History
 from beit3_ds.training.learning_rate import learning_rate
 from beit3_ds.training.loss import BrokenRecordBudget, build_loss_factors
 from beit3_ds.training.progress import Progress, format_evaluation, format_line
+from beit3_ds.training.stop_request import StopRequest
 from beit3_ds.training.targets import prepare_batch
 
 
@@ -35,6 +36,7 @@ class Run:
 
     config: RunConfig
     schedule: Schedule
+    state: EngineState
     mesh: Mesh
     device: torch.device
     visual_tokenizer: VisualTokenizer | None
@@ -56,35 +58,56 @@ class Run:
         return prepare_batch(batch, self.visual_tokenizer, self.device)
 
 
-def resume(engine: DeepSpeedEngine, store: CheckpointStore, history: History, mesh: Mesh) -> int:
+def resume(engine: DeepSpeedEngine, state: EngineState, store: CheckpointStore, history: History, mesh: Mesh) -> int:
     """Loads the newest whole checkpoint, if any, and drops what the history says of later steps. All ranks call it.
 
     Returns:
         The number of updates done, which is the step to go on with.
+
+    Raises:
+        ConfigError: if the checkpoint holds another model, or belongs to other tokenizers.
     """
     newest = store.newest()
-    first_step = store.load(engine, newest) if newest else 0
+    first_step = store.load(state, newest) if newest else 0
+    engine.global_steps = first_step  # what DeepSpeed's own logs count
     if mesh.is_main:
         history.forget_after(first_step if newest else -1)
         if newest:
-            print(f"resuming after step {first_step} from {newest}", flush=True)
+            print(f"resuming after step {first_step} from {newest.path}", flush=True)
     return first_step
 
 
-def train(run: Run, steps: Iterable[StepBatch]) -> None:
+def train(run: Run, steps: Iterable[StepBatch]) -> bool:
     """Trains from `run.first_step` to the end, with progress lines, evaluations and checkpoints on the way.
+
+    After SIGTERM, on whichever rank, all ranks end the step they are in, save and return: that takes at most one step,
+    the save that is under way and one more.
 
     Args:
         run: the parts.
         steps: this rank's share of every step from `first_step` on.
 
+    Returns:
+        Whether the run is finished; False if it was asked to stop before.
+
     Raises:
-        ConfigError: if too many records are broken.
+        ConfigError: if too many records are broken, or the last checkpoint cannot be written.
         NonFiniteLossError: if loss or gradient norm is not finite.
     """
+    stop = StopRequest(run.mesh, run.device)
+    try:
+        with stop.listening():
+            return _train(run, steps, stop)
+    except (ConfigError, NonFiniteLossError):  # which all ranks meet at the same step
+        run.store.finish()
+        raise
+
+
+def _train(run: Run, steps: Iterable[StepBatch], stop: StopRequest) -> bool:
     config = run.config.training
     budget = BrokenRecordBudget(run.config.data.max_broken_records, run.mesh)
-    if run.first_step == 0:
+    done, is_stopping = run.first_step, False
+    if done == 0:
         _evaluate_and_record(run, 0)
     for step_batch, data_seconds in _timed(steps):
         start = time.perf_counter()
@@ -93,13 +116,42 @@ def train(run: Run, steps: Iterable[StepBatch]) -> None:
         sums, grad_norm = _update(run, step_batch, counts, rate)
         done = step_batch.step + 1
         run.progress.add(step_batch, sums, data_seconds, data_seconds + time.perf_counter() - start)
-        if done % config.log_interval == 0 or done == config.total_steps:
+        is_last, is_stopping = done == config.total_steps, stop.agreed()
+        if done % config.log_interval == 0 or is_last or is_stopping:
             _report(run, done, rate, grad_norm, budget)
-        if done % config.eval_interval == 0 or done == config.total_steps:
+        if (done % config.eval_interval == 0 or is_last) and not is_stopping:
             _evaluate_and_record(run, done)
-        if done % config.save_interval == 0 or done == config.total_steps:
-            folder = run.store.save(run.engine, done)
-            _say(run, f"saved {folder}")
+        if done % config.save_interval == 0 or is_last or is_stopping:
+            run.store.save(run.state, done)
+        _report_saves(run)
+        if is_stopping and not is_last:
+            break
+    run.store.finish()
+    outcomes = _report_saves(run)
+    if outcomes and outcomes[-1].error:
+        raise ConfigError(
+            f"the checkpoint of step {done} could not be written: {outcomes[-1].error}. The newest whole one is "
+            f"{run.store.newest_path()}; make room or mend the folder and start the same command again: it goes on "
+            "from there."
+        )
+    if done < config.total_steps:
+        _say(run, f"stopped after step {done} on SIGTERM; the same command goes on from there")
+    return done == config.total_steps
+
+
+def _report_saves(run: Run) -> list[SaveOutcome]:
+    """Tells how saves ended since the last call."""
+    outcomes = run.store.take_outcomes()
+    for outcome in outcomes:
+        if outcome.error:
+            whole = run.store.newest_path()
+            _say(run, f"WARNING: checkpoint {outcome.path} was not written: {outcome.error}. Newest whole one: {whole}")
+        else:
+            seconds = f"{outcome.seconds:.1f} s, training waited {outcome.held_up_seconds:.1f} s"
+            _say(run, f"saved {outcome.path} ({seconds})")
+        figures = {"seconds": outcome.seconds, "held_up_seconds": outcome.held_up_seconds}
+        _record(run, {"step": outcome.step, "kind": "checkpoint", **figures, "failed": bool(outcome.error)})
+    return outcomes
 
 
 def _update(run: Run, step_batch: StepBatch, counts: Tensor, rate: float) -> tuple[Tensor, float]:
@@ -118,8 +170,9 @@ def _report(run: Run, done: int, rate: float, grad_norm: float, budget: BrokenRe
     _say(run, format_line(record, run.config.training.total_steps))
     if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
         raise NonFiniteLossError(
-            f"step {done}: loss {record['loss']}, gradient norm {record['grad_norm']}. The run stops here; the newest "
-            f"checkpoint is {run.store.newest()}. A lower training.learning_rate or gradient_clipping usually helps."
+            f"step {done}: loss {record['loss']}, gradient norm {record['grad_norm']}. The run stops here; the "
+            f"newest checkpoint is {run.store.newest_path()}. A lower training.learning_rate or gradient_clipping "
+            "usually helps."
         )
 
 

@@ -64,7 +64,7 @@ def _summarize(
         "steps": run.config.training.total_steps,
         "heldout": rows,
         "visual_tokenizer_teacher": teacher,
-        "checkpoint": str(run.store.newest()),
+        "checkpoint": str(run.store.newest_path()),
         "plot": str(folder / "losses.png"),
         "predictions": str(folder / "predictions.html"),
         "metrics": str(run.history.path),

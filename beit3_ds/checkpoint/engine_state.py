@@ -1,0 +1,248 @@
+"""The training state that a rank owns inside DeepSpeed's engine, as runs of elements of logical tensors.
+
+A tensor's state is its float32 weight and AdamW's two moments. Parameters of a narrower type are the rounded weights,
+so they are not saved: they are made again. Which elements a rank owns depends on the ZeRO stage: without ZeRO all of
+its part of the model, with it a share of the flattened parameters (1 and 2) or of every parameter (3). This is the one
+file of the package that knows DeepSpeed's optimizers.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
+
+from beit3_ds.checkpoint.rectangles import Rectangle, own_block, run_of
+from beit3_ds.parallel import Mesh, Split, is_split
+
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = (WEIGHT, *MOMENTS)
+"""What is kept of every element: its float32 weight, and AdamW's averages of gradient and squared gradient."""
+
+ReadPart = Callable[[str, str, Rectangle], Tensor]
+"""Gives a kind of a tensor of a name: the rectangle, a matrix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What tensor and pipeline parallelism leave of a logical tensor to this rank."""
+
+    shape: torch.Size
+    """Logical."""
+    block: Rectangle
+    """This rank's block of it."""
+
+
+class Fragment(NamedTuple):
+    """A run of elements whose state this rank owns; the tensors are the engine's own memory, one dimension each."""
+
+    name: str
+    """Logical name of the parameter."""
+    start: int
+    """First element, counted in this rank's block of the tensor."""
+    weight: Tensor
+    """float32."""
+    optimizer_state: dict[str, Tensor]
+    """AdamW's state of these elements, of each of `MOMENTS`."""
+
+    def values(self, kind: str) -> Tensor:
+        """The tensor of one of `KINDS`."""
+        return self.weight if kind == WEIGHT else self.optimizer_state[kind]
+
+    def cut(self, start: int, stop: int) -> "Fragment":
+        """The elements [start, stop) of this run."""
+        state = {kind: values[start:stop] for kind, values in self.optimizer_state.items()}
+        return Fragment(self.name, self.start + start, self.weight[start:stop], state)
+
+
+class EngineState:
+    """Reads and writes an engine's training state without gathering anything."""
+
+    def __init__(self, engine: DeepSpeedEngine, mesh: Mesh) -> None:
+        """Finds the parameters of this rank.
+
+        Args:
+            engine: around this stage's part of the model, with AdamW.
+            mesh: the ranks.
+        """
+        self._engine, self._mesh = engine, mesh
+        self._parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
+        self._names = {id(parameter): name for name, parameter in self._parameters.items()}
+        self.parts = {name: _find_part(parameter) for name, parameter in self._parameters.items()}
+        """Of every parameter of this rank's stage, by its logical name."""
+
+    @property
+    def optimizer_step(self) -> int:
+        """Updates that AdamW has counted, for its bias correction; 0 before the first."""
+        steps = {float(state["step"]) for _, state in self._owners() if state}
+        assert len(steps) <= 1, f"parameters were updated different numbers of times: {steps}"
+        return int(steps.pop()) if steps else 0
+
+    def fragments_to_save(self) -> list[Fragment]:
+        """The runs that this rank writes, so that every element of every tensor is written by one rank.
+
+        What several ranks hold alike (norms on tensor-parallel ranks, all tensors without ZeRO) they share out.
+        """
+        self._start_moments()
+        copies_of_all = 1 if self._is_partitioned else self._mesh.data_parallel_size
+        number_of_all = 0 if self._is_partitioned else self._mesh.data_parallel_rank
+        shares = []
+        for fragment in self._fragments():
+            copies, number = copies_of_all, number_of_all
+            if not is_split(self._parameters[fragment.name]):
+                copies *= self._mesh.tensor.size
+                number = number * self._mesh.tensor.size + self._mesh.tensor.rank
+            size = len(fragment.weight)
+            share = fragment.cut(size * number // copies, size * (number + 1) // copies)
+            if len(share.weight):
+                shares.append(share)
+        return shares
+
+    @torch.no_grad()
+    def load(self, read: ReadPart, optimizer_step: int) -> None:
+        """Overwrites weights and moments, reading no more than this rank holds. All ranks call it.
+
+        Under ZeRO-3 the data-parallel ranks then gather the parameters that DeepSpeed keeps whole.
+
+        Args:
+            read: the source of all tensors of `parts`, float32.
+            optimizer_step: updates that the moments come from.
+        """
+        self._load_weights(read, set(self._parameters))
+        self._start_moments()
+        for _, state in self._owners():
+            state["step"].fill_(optimizer_step)
+        for fragment in self._fragments():
+            for kind in MOMENTS:
+                self._fill(fragment, read, kind)
+
+    @torch.no_grad()
+    def load_weights(self, read: ReadPart, names: set[str]) -> None:
+        """Overwrites the weights of some parameters, as `load` does, before the first update. All ranks call it."""
+        assert self.optimizer_step == 0, "weights are replaced under moments that belong to others"
+        self._load_weights(read, names & set(self._parameters))
+
+    def rectangles(self, fragment: Fragment) -> Iterator[tuple[int, Rectangle]]:
+        """Where a run lies in its logical tensor; see `run_of`. Its end may be padding, which lies nowhere."""
+        start, stop = fragment.start, fragment.start + len(fragment.weight)
+        return run_of(self.parts[fragment.name].block, start, stop)
+
+    def _load_weights(self, read: ReadPart, wanted: set[str]) -> None:
+        optimizer = self._engine.optimizer
+        if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+            optimizer._partition_all_parameters()  # also those that are kept whole between steps
+        for fragment in self._fragments():
+            if fragment.name in wanted:
+                self._fill(fragment, read)
+                if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+                    shard = self._parameters[fragment.name].ds_tensor  # type: ignore[attr-defined]
+                    shard.data.flatten()[: len(fragment.weight)].copy_(fragment.weight)
+        if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+            if optimizer.persistent_parameters:
+                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+            optimizer.invalidate_secondary_tensor()
+        elif optimizer is not _adamw(optimizer):  # else AdamW updates the parameters themselves
+            for name in wanted:
+                self._fill(Fragment(name, 0, self._parameters[name].data.view(-1), {}), read)
+
+    def _fill(self, fragment: Fragment, read: ReadPart, kind: str = WEIGHT) -> None:
+        values = fragment.values(kind)
+        for position, rectangle in self.rectangles(fragment):
+            part = read(kind, fragment.name, rectangle)
+            values[position : position + rectangle.num_elements].copy_(part.flatten())
+
+    def _start_moments(self) -> None:
+        """Makes what AdamW itself would make at the first update."""
+        for weight, state in self._owners():
+            if not state:
+                # The fused form wants the count on the device.
+                state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
+                state |= {kind: torch.zeros_like(weight, requires_grad=False) for kind in MOMENTS}
+
+    @property
+    def _is_partitioned(self) -> bool:
+        return isinstance(
+            self._engine.optimizer, DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3 | BF16_Optimizer
+        )
+
+    def _owners(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """The tensors that AdamW updates on this rank, each with its state, which is empty before the first update."""
+        optimizer = self._engine.optimizer
+        state = _adamw(optimizer).state
+        for weights, _ in self._layout():
+            yield weights, state[weights]
+
+    def _fragments(self) -> Iterator[Fragment]:
+        state = _adamw(self._engine.optimizer).state
+        for weights, runs in self._layout():
+            own = {kind: values.detach().flatten() for kind, values in state[weights].items() if kind in MOMENTS}
+            flat = weights.detach().flatten()
+            for parameter, start, position, length in runs:
+                stop = position + length
+                moments = {kind: values[position:stop] for kind, values in own.items()}
+                yield Fragment(self._names[id(parameter)], start, flat[position:stop], moments)
+
+    def _layout(self) -> Iterator[tuple[Tensor, list[tuple[nn.Parameter, int, int, int]]]]:
+        """The tensors that AdamW updates, and the runs of parameters in each.
+
+        A run is a parameter, its first element there, its position in the tensor, and its length.
+        """
+        optimizer = self._engine.optimizer
+        if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+            yield from zip(optimizer.fp32_partitioned_groups_flat, map(_zero3_runs, optimizer.fp16_groups), strict=True)
+        elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+            yield from zip(
+                optimizer.single_partition_of_fp32_groups, map(_flat_runs, optimizer.bit16_groups), strict=True
+            )
+        elif isinstance(optimizer, BF16_Optimizer):
+            yield from zip(optimizer.fp32_groups_flat_partition, map(_flat_runs, optimizer.bf16_groups), strict=True)
+        else:
+            narrow = isinstance(optimizer, FP16_UnfusedOptimizer)
+            groups = optimizer.fp16_groups if narrow else [group["params"] for group in optimizer.param_groups]
+            masters = optimizer.fp32_groups if narrow else groups
+            for parameters, weights in zip(groups, masters, strict=True):
+                for parameter, weight in zip(parameters, weights, strict=True):
+                    yield weight, [(parameter, 0, 0, weight.numel())]
+
+
+def _adamw(optimizer: Any) -> torch.optim.AdamW:
+    inner = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
+    assert isinstance(inner, torch.optim.AdamW), f"checkpoints know AdamW's state, not that of {type(inner)}"
+    return inner
+
+
+def _find_part(parameter: nn.Parameter) -> Part:
+    split: Split | None = getattr(parameter, "parallel_split", None)
+    shape = list(getattr(parameter, "ds_shape", parameter.shape))  # under ZeRO-3 the parameter itself may be empty
+    if split is not None:
+        shape[split.dim] = split.size
+    logical = torch.Size(shape)
+    return Part(shape=logical, block=own_block(logical, split))
+
+
+def _zero3_runs(parameters: list[Any]) -> list[tuple[nn.Parameter, int, int, int]]:
+    """Every data-parallel rank has an equal share of each parameter; the last shares may end behind its end."""
+    runs, position = [], 0
+    for parameter in parameters:
+        size = parameter.partition_numel()
+        start = size * dist.get_rank(parameter.ds_process_group)
+        runs.append((parameter, start, position, max(0, min(size, parameter.ds_numel - start))))
+        position += size
+    return runs
+
+
+def _flat_runs(parameters: list[Any]) -> list[tuple[nn.Parameter, int, int, int]]:
+    """The parameters of which a piece lies in this rank's share of their flattened group."""
+    return [
+        (parameter, mapping.lp_fragment_address.start, mapping.hp_fragment_address.start, mapping.lp_fragment.numel())
+        for parameter in parameters
+        if (mapping := parameter._hp_mapping) is not None
+    ]

@@ -1,0 +1,145 @@
+"""The index of a checkpoint: what it holds, where every piece of every tensor lies, and the digests of its files.
+
+    step-00001000/
+      index.json                     this
+      weights-00000.safetensors      float32 weights that rank 0 wrote, of its own pieces
+      moments-00000.safetensors      AdamW's moments of the same pieces
+      weights-00001.safetensors      ...
+
+A piece is a rectangle of a logical tensor; the pieces of a tensor cover it once. Names and shapes are those of the
+whole model, so nothing in the folder depends on the ranks that wrote it but how the tensors are cut.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from beit3_ds.checkpoint.rectangles import Rectangle, whole
+from beit3_ds.checkpoint.run_description import RunDescription
+from beit3_ds.checkpoint.tensor_file import WrittenFile
+
+INDEX_NAME = "index.json"
+FORMAT = "beit3_ds checkpoint"
+VERSION = 1
+FILE_KINDS = {"weights": ("weight",), "moments": ("exp_avg", "exp_avg_sq")}
+"""Which kinds of state a rank's files hold."""
+
+
+class Piece(NamedTuple):
+    """A rectangle of a tensor, and the rank whose files hold it."""
+
+    rank: int
+    rectangle: Rectangle
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """The parsed index."""
+
+    step: int
+    """Updates done."""
+    optimizer_step: int
+    """Updates that AdamW counted."""
+    run: RunDescription
+    shapes: Mapping[str, torch.Size]
+    """Logical shape of every tensor."""
+    pieces: Mapping[str, Sequence[Piece]]
+    """Of every tensor."""
+    files: Mapping[str, WrittenFile]
+    """Size and digest of every file beside the index."""
+
+    def to_json(self) -> bytes:
+        """The content of the index's file; the digest of everything else in it stands at its end."""
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": self.step,
+            "optimizer_step": self.optimizer_step,
+            **{name: getattr(self.run, name) for name in RunDescription.__dataclass_fields__},
+            "files": {name: list(file) for name, file in sorted(self.files.items())},
+            "tensors": {
+                name: {"shape": list(self.shapes[name]), "pieces": [[rank, *part] for rank, part in self.pieces[name]]}
+                for name in sorted(self.shapes)
+            },
+        }
+        return _serialize({**content, "sha256": hashlib.sha256(_serialize(content)).hexdigest()})
+
+
+class BrokenIndexError(ValueError):
+    """An index that is cut, changed, of another program, or does not describe whole tensors."""
+
+
+def read_index(folder: Path) -> Index:
+    """Reads and checks the index of a checkpoint's folder; its files are not opened.
+
+    Raises:
+        BrokenIndexError: with what is wrong, in a few words.
+    """
+    try:
+        content = json.loads((folder / INDEX_NAME).read_bytes())
+        digest = content.pop("sha256")
+        is_ours = content["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise BrokenIndexError(f"no readable {INDEX_NAME}") from None
+    if not is_ours or content["version"] != VERSION:
+        raise BrokenIndexError(f"{INDEX_NAME} is of format {content['format']!r}, version {content.get('version')!r}")
+    if hashlib.sha256(_serialize(content)).hexdigest() != digest:
+        raise BrokenIndexError(f"{INDEX_NAME} was changed: its digest is another")
+    tensors = content["tensors"]
+    index = Index(
+        step=content["step"],
+        optimizer_step=content["optimizer_step"],
+        run=RunDescription(**{name: content[name] for name in RunDescription.__dataclass_fields__}),
+        shapes={name: torch.Size(tensor["shape"]) for name, tensor in tensors.items()},
+        pieces={
+            name: [Piece(rank, Rectangle(*part)) for rank, *part in tensor["pieces"]]
+            for name, tensor in tensors.items()
+        },
+        files={name: WrittenFile(*file) for name, file in content["files"].items()},
+    )
+    check_cover(index.shapes, index.pieces)
+    return index
+
+
+def check_cover(shapes: Mapping[str, torch.Size], pieces: Mapping[str, Sequence[Piece]]) -> None:
+    """Refuses tensors whose pieces leave something out, overlap or lie outside.
+
+    Raises:
+        BrokenIndexError: naming the tensor.
+    """
+    for name, shape in shapes.items():
+        bounds, parts = whole(shape), [piece.rectangle for piece in pieces[name]]
+        num_elements = sum(part.num_elements for part in parts)
+        inside = all(part.intersection(bounds) == part for part in parts)
+        if not inside or num_elements != bounds.num_elements or _overlap(parts):
+            raise BrokenIndexError(f"the pieces of {name} do not cover it once")
+
+
+def _overlap(parts: Sequence[Rectangle]) -> bool:
+    """Whether two rectangles share an element, by a sweep over rows."""
+    active: list[Rectangle] = []
+    for part in sorted(parts):
+        active = [other for other in active if other.bottom > part.top]
+        if any(part.intersection(other) for other in active):
+            return True
+        active.append(part)
+    return False
+
+
+def file_name(kind: str, rank: int) -> str:
+    """The name of one of a rank's files; `kind` is one of `FILE_KINDS`."""
+    return f"{kind}-{rank:05d}.safetensors"
+
+
+def tensor_key(kind: str, name: str, part: Rectangle) -> str:
+    """The name of a piece inside a file."""
+    return f"{name} {kind} [{part.top}:{part.bottom}, {part.left}:{part.right}]"
+
+
+def _serialize(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, separators=(",", ":")).encode()

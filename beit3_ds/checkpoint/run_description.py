@@ -1,0 +1,101 @@
+"""What a checkpoint says of the run that it comes from, and whether another run may go on from it."""
+
+import dataclasses
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from beit3_ds.checkpoint.disk import file_sha256
+from beit3_ds.config import ConfigError, RunConfig
+
+_LIBRARIES = ("beit3_ds", "torch", "deepspeed", "safetensors")
+_MAY_CHANGE = frozenset({"drop_path_rate", "cross_entropy_chunk_size", "layer_norm_epsilon"})
+"""Fields of the model that change none of its tensors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunDescription:
+    """Plain data, as it stands in a checkpoint's index."""
+
+    model: Mapping[str, Any]
+    """Fields of the model's configuration."""
+    config: Mapping[str, Any]
+    """All sections of the run's configuration; `training.seed` is among them."""
+    tokenizers: Mapping[str, str]
+    """SHA-256 of the tokenizers' files, text and visual."""
+    layout: str
+    """The ranks that wrote it, for people."""
+    versions: Mapping[str, str]
+    """Of Python and the libraries that wrote it."""
+
+    def check_continues(self, before: "RunDescription", where: str) -> list[str]:
+        """Checks that this run may go on from a checkpoint of the run `before`.
+
+        Args:
+            before: the run that the checkpoint describes.
+            where: the checkpoint's place, for messages.
+
+        Returns:
+            A line for every setting that was changed in between, but for the layout of ranks.
+
+        Raises:
+            ConfigError: if it holds another model, or was trained with other tokenizers.
+        """
+        self._check_model(before, where)
+        for kind, digest in self.tokenizers.items():
+            if before.tokenizers.get(kind) != digest:
+                raise ConfigError(
+                    f"checkpoint {where} was trained with another {kind} tokenizer than tokenizers.{kind}.path (their "
+                    f"contents differ), so its ids mean something else. Put that file back, or use another "
+                    "training.output_dir."
+                )
+        old, new = dict(_flatten(before.config)), dict(_flatten(self.config))
+        keys = [key for key in {**old, **new} if not key.startswith(("parallel.", "training.output_dir"))]
+        return [
+            f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}"
+            for key in keys
+            if old.get(key) != new.get(key)
+        ]
+
+    def _check_model(self, before: "RunDescription", where: str) -> None:
+        changed = [
+            f"{key} {before.model.get(key)} there, {value} here"
+            for key, value in self.model.items()
+            if key not in _MAY_CHANGE and before.model.get(key) != value
+        ]
+        if changed:
+            raise ConfigError(
+                f"checkpoint {where} holds another model: {'; '.join(changed)}. Set the model section as it was, or "
+                "use another training.output_dir."
+            )
+
+
+def describe_run(config: RunConfig, layout: str) -> RunDescription:
+    """Describes the run that `config` starts; reads the tokenizers' files.
+
+    Args:
+        config: of the run.
+        layout: its ranks, in words.
+    """
+    # Through JSON, so that it equals what is read back: tuples become lists.
+    plain = json.loads(json.dumps(dataclasses.asdict(config), default=dict))
+    paths = {"text": config.tokenizers.text.path, "visual": config.tokenizers.visual.path}
+    return RunDescription(
+        model=plain.pop("model"),
+        config=plain,
+        tokenizers={kind: file_sha256(Path(path)) for kind, path in paths.items()},
+        layout=layout,
+        versions={"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
+    )
+
+
+def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
