@@ -89,22 +89,19 @@ class EngineState:
     def fragments_to_save(self) -> list[Fragment]:
         """The runs that this rank writes, so that every element of every tensor is written by one rank.
 
-        What several ranks hold alike (norms on tensor-parallel ranks, all tensors without ZeRO) they share out.
+        Without ZeRO the data-parallel ranks, which all hold everything, share it out; what tensor-parallel ranks hold
+        alike, norms and positions, the first of them writes.
         """
         self._start_moments()
-        copies_of_all = 1 if self._is_partitioned else self._mesh.data_parallel_size
-        number_of_all = 0 if self._is_partitioned else self._mesh.data_parallel_rank
+        copies, number = self._mesh.data_parallel_size, self._mesh.data_parallel_rank
+        if self._is_partitioned:
+            copies, number = 1, 0
         shares = []
         for fragment in self._fragments():
-            copies, number = copies_of_all, number_of_all
-            if not is_split(self._parameters[fragment.name]):
-                copies *= self._mesh.tensor.size
-                number = number * self._mesh.tensor.size + self._mesh.tensor.rank
-            size = len(fragment.weight)
-            share = fragment.cut(size * number // copies, size * (number + 1) // copies)
-            if len(share.weight):
-                shares.append(share)
-        return shares
+            if is_split(self._parameters[fragment.name]) or self._mesh.tensor.rank == 0:
+                size = len(fragment.weight)
+                shares.append(fragment.cut(size * number // copies, size * (number + 1) // copies))
+        return [share for share in shares if len(share.weight)]
 
     @torch.no_grad()
     def load(self, read: ReadPart, optimizer_step: int) -> None:
