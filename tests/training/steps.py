@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from beit3_ds.config import RunConfig, build_run_config
 from beit3_ds.parallel import Mesh, is_split
 from tests.batches import merge_batches, random_batch
 from tests.run_config import small_run_mapping
+
+if TYPE_CHECKING:
+    from beit3_ds.pipeline.schedule import Schedule
 
 NUM_STEPS = 3  # the second step meets buffers that the first one left behind
 CLIP = 0.05  # below the gradient norm, so that a wrong norm moves the weights
@@ -58,31 +61,36 @@ def measure_steps(
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
     from beit3_ds.training.engine import apply_update, build_schedule
-    from beit3_ds.training.loss import BrokenRecordBudget, build_loss_factors
 
     schedule = build_schedule(config, mesh)
     engine = schedule.engine
     named = dict(engine.module.named_parameters())
     result: dict[str, Tensor] = {}
     for step in range(num_steps):
-        samples = build_samples(config, step)
-        share = deals[step % len(deals)][mesh.data_parallel_rank]
-        batches = tuple(merge_batches([samples[i] for i in numbers]) for numbers in share)
-        counts = BrokenRecordBudget(0, mesh).agree(StepBatch(step=step, micro_batches=batches))
-        factors = build_loss_factors(counts, config.training.loss_weights, mesh.data_parallel_size)
-        sums = schedule.accumulate_gradients(batches, factors, lambda batch: batch)
-        sums = mesh.pipeline.broadcast_from_last(mesh.sum_over_data(sums))
+        losses = accumulate_step(schedule, config, mesh, deals[step % len(deals)], step)
         gradients = {name: safe_get_full_grad(p) for name, p in named.items()}
-        result |= _logical(gradients, named, mesh, f"gradient {step}")
-        result[f"loss {step}"] = sums / counts
+        result |= logical_tensors(gradients, named, mesh, f"gradient {step}")
+        result[f"loss {step}"] = losses
         result[f"norm {step}"] = torch.tensor(apply_update(engine, mesh))
         full = safe_get_full_fp32_param if config.deepspeed["zero_optimization"]["stage"] else torch.clone
-        result |= _logical({name: full(p) for name, p in named.items()}, named, mesh, f"weight {step}")
+        result |= logical_tensors({name: full(p) for name, p in named.items()}, named, mesh, f"weight {step}")
     engine.destroy()
     return result
 
 
-def _logical(
+def accumulate_step(schedule: "Schedule", config: RunConfig, mesh: Mesh, deal: Deal, step: int) -> Tensor:
+    """Runs forward and backward of one step; returns the mean loss of each term over all ranks, (4,)."""
+    from beit3_ds.training.loss import BrokenRecordBudget, build_loss_factors
+
+    samples = build_samples(config, step)
+    batches = tuple(merge_batches([samples[i] for i in numbers]) for numbers in deal[mesh.data_parallel_rank])
+    counts = BrokenRecordBudget(0, mesh).agree(StepBatch(step=step, micro_batches=batches))
+    factors = build_loss_factors(counts, config.training.loss_weights, mesh.data_parallel_size)
+    sums = schedule.accumulate_gradients(batches, factors, lambda batch: batch)
+    return mesh.pipeline.broadcast_from_last(mesh.sum_over_data(sums)) / counts
+
+
+def logical_tensors(
     parts: Mapping[str, Tensor], parameters: Mapping[str, torch.nn.Parameter], mesh: Mesh, kind: str
 ) -> dict[str, Tensor]:
     """The logical tensors of which this rank holds parts; of what tensor-parallel ranks hold alike, its own copy."""

@@ -1,0 +1,150 @@
+"""Saving under one layout of ranks and going on under another, beside what DeepSpeed itself says of the state."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from beit3_ds.checkpoint import CheckpointStore, EngineState, RunDescription
+from beit3_ds.config import RunConfig
+from beit3_ds.parallel import Mesh
+from beit3_ds.pipeline.schedule import Schedule
+from tests.training.layouts import Layout, deals
+from tests.training.steps import accumulate_step, config_for, logical_tensors
+
+MODEL = "tied"  # vision-language experts, and a table that the first and the last stage share
+STEPS_BEFORE, STEPS_AFTER = 2, 3
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Setup(NamedTuple):
+    """How the model is divided and kept."""
+
+    layout: Layout
+    zero_stage: int
+    bf16: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.layout} ZeRO-{self.zero_stage}{' bf16' if self.bf16 else ''}"
+
+    @property
+    def folder(self) -> str:
+        return str(self).replace(" ", "_")
+
+    def config(self, seed: int = 1) -> RunConfig:
+        config = config_for(self.zero_stage, MODEL, bf16=self.bf16, **self.layout.parallel)
+        # Norms and biases stay whole under ZeRO-3, as parameters of a checkpoint that was loaded have to as well.
+        zero = {**config.deepspeed["zero_optimization"], "stage3_param_persistence_threshold": 64}
+        training = dataclasses.replace(config.training, seed=seed)
+        return dataclasses.replace(config, training=training, deepspeed={**config.deepspeed, "zero_optimization": zero})
+
+
+class Saved(NamedTuple):
+    """What the run that saved is known by."""
+
+    tensors: dict[str, Tensor]
+    """Logical weights and moments that its first data-parallel ranks hold, as DeepSpeed gathers them."""
+    losses: list[Tensor]
+    """Of the steps after the save, in the run that never stopped."""
+
+
+def save_and_go_on(setup: Setup, root: Path) -> Saved:
+    """On one rank: trains, saves, and trains on."""
+    mesh, schedule, state, store = _start(setup, root / setup.folder, seed=1)
+    _train(setup, schedule, mesh, range(STEPS_BEFORE))
+    tensors = gather_state(schedule, mesh, setup)
+    store.save(state, STEPS_BEFORE)
+    losses = _train(setup, schedule, mesh, range(STEPS_BEFORE, STEPS_BEFORE + STEPS_AFTER))
+    store.finish()
+    (outcome,) = store.take_outcomes()
+    assert outcome.error is None, outcome.error
+    mesh.close()
+    return Saved(tensors, losses)
+
+
+def load_and_go_on(setup: Setup, root: Path, sources: list[Setup]) -> list[Saved]:
+    """On one rank: for each source, begins from other initial values, loads, and trains on."""
+    mesh: Mesh | None = None
+    results = []
+    for source in sources:
+        mesh, schedule, state, store = _start(setup, root / source.folder, seed=2, mesh=mesh)
+        newest = store.newest()
+        assert newest is not None
+        assert store.load(state, newest) == STEPS_BEFORE
+        tensors = gather_state(schedule, mesh, setup)
+        losses = _train(setup, schedule, mesh, range(STEPS_BEFORE, STEPS_BEFORE + STEPS_AFTER))
+        results.append(Saved(tensors, losses))
+        schedule.engine.destroy()
+    assert mesh is not None
+    mesh.close()
+    return results
+
+
+def _start(
+    setup: Setup, folder: Path, *, seed: int, mesh: Mesh | None = None
+) -> tuple[Mesh, Schedule, EngineState, CheckpointStore]:
+    from beit3_ds.training.engine import build_schedule, init_process_group
+
+    config = setup.config(seed)
+    mesh = mesh or init_process_group(config.parallel)
+    schedule = build_schedule(config, mesh)
+    model = dataclasses.asdict(config.model)
+    run = RunDescription(model=model, config={}, tokenizers={}, layout=mesh.describe_layout(), versions={})
+    store = CheckpointStore(folder, 1, mesh, run, 300)
+    return mesh, schedule, EngineState(schedule.engine, mesh), store
+
+
+def _train(setup: Setup, schedule: Schedule, mesh: Mesh, steps: range) -> list[Tensor]:
+    from beit3_ds.training.engine import apply_update
+
+    losses, config = [], setup.config()
+    for step in steps:
+        deal = deals(setup.layout, 0)[step % 3]
+        losses.append(accumulate_step(schedule, config, mesh, deal, step))
+        apply_update(schedule.engine, mesh)
+    return losses
+
+
+def gather_state(schedule: Schedule, mesh: Mesh, setup: Setup) -> dict[str, Tensor]:
+    """Weights, moments and the parameters that the forward pass reads, whole, of this rank's stage."""
+    import deepspeed
+
+    engine = schedule.engine
+    named = dict(engine.module.named_parameters())
+    result: dict[str, Tensor] = {}
+    for kind in ("weight", *MOMENTS):
+        parts = {name: _gathered(engine, parameter, kind, setup) for name, parameter in named.items()}
+        result |= logical_tensors(parts, named, mesh, kind)
+    with deepspeed.zero.GatheredParameters(list(named.values())):
+        parts = {name: parameter.detach().clone() for name, parameter in named.items()}
+    used = logical_tensors(parts, named, mesh, "used")
+    if not setup.bf16:
+        for name in named:
+            assert torch.equal(used[f"used {name}"], result[f"weight {name}"]), f"{name}: stale parameter"
+    return result | used
+
+
+def _gathered(engine: Any, parameter: Any, kind: str, setup: Setup) -> Tensor:
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    optimizer = engine.optimizer
+    if setup.zero_stage == 0:
+        master = _master(optimizer, parameter) if setup.bf16 else parameter
+        inner = optimizer.optimizer if setup.bf16 else optimizer
+        return master.detach() if kind == "weight" else inner.state[master][kind]
+    if setup.zero_stage < 3:
+        # DeepSpeed links moments to parameters in the first update, before the second group has any.
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+    if kind == "weight":
+        return safe_get_full_fp32_param(parameter)
+    return safe_get_full_optimizer_state(parameter, kind)
+
+
+def _master(optimizer: Any, parameter: Any) -> Tensor:
+    groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+    pairs = itertools.chain.from_iterable(zip(*group, strict=True) for group in groups)
+    return next(master for narrow, master in pairs if narrow is parameter)

@@ -1,0 +1,86 @@
+"""A checkpoint that one layout of ranks saved is the same to every other."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.checkpoint.resharding import Saved, Setup, load_and_go_on, save_and_go_on
+from tests.ranks import run_ranks
+from tests.training.layouts import Layout
+
+FEW = [
+    Setup(Layout(1, 1, 1), 0),
+    Setup(Layout(1, 1, 2), 3),
+    Setup(Layout(2, 1, 2, sequence_parallel=True), 2),
+    Setup(Layout(1, 2, 2, interleaved=True), 1),
+]
+"""Every ZeRO stage and every axis."""
+ALL = [
+    *FEW,
+    Setup(Layout(1, 1, 2), 1),
+    Setup(Layout(2, 1, 1), 0),
+    Setup(Layout(1, 2, 1), 3),
+    Setup(Layout(2, 2, 2), 3),
+    Setup(Layout(4, 2, 1, sequence_parallel=True), 1),
+    Setup(Layout(2, 4, 1), 2),
+]
+NARROW = [Setup(Layout(1, 1, 2), stage, bf16=True) for stage in (0, 1, 2, 3)]
+MINUTES = 60
+
+
+def check_all_pairs(setups: list[Setup], root: Path) -> None:
+    """Every setup saves, then every one loads what each of them saved."""
+    saved = {setup: run_ranks(save_and_go_on, setup.layout.num_ranks, setup, root) for setup in setups}
+    for setup in setups:
+        ranks = run_ranks(load_and_go_on, setup.layout.num_ranks, setup, root, setups, timeout=20 * MINUTES)
+        for source, loaded in zip(setups, zip(*ranks, strict=True), strict=True):
+            check_pair(source, saved[source], setup, list(loaded))
+
+
+def check_pair(source: Setup, saved: list[Saved], target: Setup, loaded: list[Saved]) -> None:
+    """Bit for bit right after loading; so are the losses that follow if the layout is the same."""
+    where = f"saved under {source}, loaded under {target}"
+    expected = whole_model(saved)
+    found = whole_model(loaded)
+    assert found.keys() == expected.keys(), where
+    for name, tensor in expected.items():
+        if name.startswith("used") and source.bf16 != target.bf16:
+            continue
+        assert torch.equal(found[name], tensor), f"{where}: {name}"
+    if source.bf16 or target.bf16:
+        assert source != target or all(map(torch.equal, loaded[0].losses, saved[0].losses)), where
+        return
+    for after, before in zip(loaded[0].losses, saved[0].losses, strict=True):
+        tolerance = 0 if source == target else 1e-5
+        torch.testing.assert_close(after, before, rtol=tolerance, atol=0, msg=lambda text: f"{where}: {text}")
+
+
+def whole_model(ranks: list[Saved]) -> dict[str, torch.Tensor]:
+    """The tensors of all stages; what several ranks hold is the same on all of them."""
+    whole: dict[str, torch.Tensor] = {}
+    for rank in ranks:
+        for name, tensor in rank.tensors.items():
+            assert name not in whole or torch.equal(whole[name], tensor), f"ranks disagree about {name}"
+            whole[name] = tensor
+    return whole
+
+
+def test_some_pairs(tmp_path: Path) -> None:
+    check_all_pairs(FEW, tmp_path)
+
+
+@pytest.mark.slow
+def test_all_pairs(tmp_path: Path) -> None:
+    check_all_pairs(ALL, tmp_path)
+    print(f"{len(ALL) ** 2} pairs of {len(ALL)} layouts")
+
+
+def test_bf16_pairs(tmp_path: Path) -> None:
+    """Masters and moments are float32; parameters are the rounded masters again. Also from and to float32."""
+    check_all_pairs([NARROW[1], NARROW[3], FEW[1]], tmp_path)
+
+
+@pytest.mark.slow
+def test_all_bf16_pairs(tmp_path: Path) -> None:
+    check_all_pairs([*NARROW, FEW[1]], tmp_path)
