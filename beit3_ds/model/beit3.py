@@ -3,7 +3,8 @@
 # T packed rows, D hidden, V vocabulary.
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,9 @@ from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ActivationCheckpointing, ModelConfig
 from beit3_ds.model.block import Block
 from beit3_ds.model.embeddings import Embeddings
+from beit3_ds.model.features import Features, TokenIds, pack_inputs, unpack_features
 from beit3_ds.model.heads import Heads
+from beit3_ds.model.pretrained import PretrainedWeights, fill_parameters
 from beit3_ds.parallel import TensorParallel
 
 
@@ -72,8 +75,62 @@ class BEiT3(nn.Module):
             {str(i): Block(config, i, tensor, recompute_gelu) for i in range(config.num_layers) if i + 1 in held}
         )
         self.heads = Heads(config, tensor) if self._all_layers[-1] in held else None
-        if config.tie_word_embeddings and self.heads is not None:
-            self.heads.mlm.tie_weight(None if self.embeddings is None else self.embeddings.word.weight)
+        self._tie_word_embeddings()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        image_size: int | None = None,
+    ) -> Self:
+        """Loads exported or imported weights as a plain model of one device, in evaluation mode.
+
+        Parameters are filled one by one, so that memory stays near one copy of the model. Heads that the file lacks,
+        as fine-tuned releases do, get their initial values, and a warning names them.
+
+        Args:
+            path: what `beit3 export` or `beit3 import` wrote: a .safetensors file, or a folder of them.
+            dtype: of the parameters, and of the computation.
+            device: where the parameters are.
+            image_size: pixels on a side of the images to come; positions are interpolated. None keeps the file's.
+
+        Raises:
+            ConfigError: if there are no such weights, or their tensors are not those of their configuration.
+        """
+        weights = PretrainedWeights(path, image_size=image_size)
+        with torch.device("meta"):
+            model = cls(weights.model).to(dtype)
+        model.to_empty(device=device)
+        model._tie_word_embeddings()  # to_empty gives every module a parameter of its own
+        fill_parameters(model, weights)
+        return model.eval()
+
+    def encode(
+        self,
+        images: Tensor | None = None,
+        texts: Sequence[TokenIds] | None = None,
+        pairs: tuple[Tensor, Sequence[TokenIds]] | None = None,
+    ) -> Features:
+        """Computes the features of images, texts and pairs, all in one packed stream; gradients flow through it.
+
+        Args:
+            images: (I, 3, image_size, image_size) floats in [-1, 1], RGB.
+            texts: the ids of each text, BOS and EOS included; at most `max_text_length` ids.
+            pairs: images as above, and the ids of one caption each.
+
+        Returns:
+            Features after the final norm; those of a kind that was not given are empty.
+
+        Raises:
+            ConfigError: if there are no inputs, or one has another size, length or ids than the model's.
+        """
+        assert self.embeddings is not None and self.heads is not None, "a stage of a pipeline cannot encode alone"
+        batch = pack_inputs(self.config, images, texts, pairs, self.embeddings.cls_token.device)
+        x_TD = self(batch, None, layers=self._all_layers[:-1])
+        return unpack_features(self.heads.normalize(x_TD, batch), batch)
 
     def forward(
         self,
@@ -109,6 +166,10 @@ class BEiT3(nn.Module):
             return Logits(visual, text)
         sums = _sum_terms(visual, text, batch)
         return LossOutput((sums * loss_factors).sum(), sums.detach())
+
+    def _tie_word_embeddings(self) -> None:
+        if self.config.tie_word_embeddings and self.heads is not None:
+            self.heads.mlm.tie_weight(None if self.embeddings is None else self.embeddings.word.weight)
 
     def _run_block(self, block: nn.Module, x_TD: Tensor | None, batch: PackedBatch) -> Tensor:
         if self.recompute_blocks and torch.is_grad_enabled():

@@ -39,5 +39,9 @@ class Heads(nn.Module):
         assert batch.visual_targets is not None, "the batch has no visual targets: call with_visual_codes first"
         return self.mim(h_patches, batch.visual_targets), self.mlm(h_tokens, batch.target_ids)
 
+    def normalize(self, x_TD: Tensor, batch: PackedBatch) -> Tensor:
+        """Returns all rows after the final norm, (T, D)."""
+        return self.norm(self.tensor.gather_rows(x_TD, batch.num_rows), batch.expert_slices(self.experts))
+
     def _slices(self, num_patches: int, num_rows: int) -> list[tuple[int, int]]:
         return [(0, num_rows)] if self.experts == ("shared",) else [(0, num_patches), (num_patches, num_rows)]

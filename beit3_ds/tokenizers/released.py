@@ -8,12 +8,12 @@ import re
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from beit3_ds.config import ConfigError, VisualTokenizerConfig
+from beit3_ds.foreign_tensors import read_tensors
+from beit3_ds.positions import grid_size_of, interpolate_positions
 from beit3_ds.tokenizers.visual import VisualTokenizer
-from beit3_ds.tokenizers.weights import read_tensors
 
 _HEAD_SIZE = 64  # of all sizes of ViT; the file does not tell it
 _TEACHER = "open_clip:ViT-B-16-quickgelu/openai"  # OpenAI's CLIP, in open_clip's words
@@ -73,7 +73,7 @@ def convert_released_state(
         else:
             state[name.replace(".fc_norm.", ".norm.")] = value
     hidden_size, _, patch_size, _ = state["encoder.patch_embed.proj.weight"].shape
-    grid_size = _grid_size(state["encoder.pos_embed"])
+    grid_size = grid_size_of(state["encoder.pos_embed"])
     codebook_size, codebook_dim = state["quantize.weight"].shape
     config = VisualTokenizerConfig(
         path=str(target),
@@ -92,16 +92,6 @@ def convert_released_state(
     return config, state
 
 
-def interpolate_positions(positions: Tensor, grid_size: int) -> Tensor:
-    """Resamples positions bicubically: (1, 1 + g*g, D) to (1, 1 + grid_size^2, D); the class token's stays."""
-    old_size = _grid_size(positions)
-    if old_size == grid_size:
-        return positions
-    grid = positions[:, 1:].unflatten(1, (old_size, old_size)).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid.float(), (grid_size, grid_size), mode="bicubic", align_corners=False)
-    return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2).to(positions.dtype)], dim=1)
-
-
 def _check_codebook(codes: Tensor, started: Tensor) -> None:
     if not started.is_meta and not started.bool().all():
         raise ConfigError("the codebook was never started: this is no trained tokenizer. Use a released file.")
@@ -111,10 +101,6 @@ def _check_codebook(codes: Tensor, started: Tensor) -> None:
             f"the codes have lengths from {lengths.min():.3f} to {lengths.max():.3f}, but VQ-KD's lie on the unit "
             f"sphere. Use a released file."
         )
-
-
-def _grid_size(positions: Tensor) -> int:
-    return round((positions.shape[1] - 1) ** 0.5)
 
 
 def _num_blocks(state: dict[str, Tensor], network: str) -> int:

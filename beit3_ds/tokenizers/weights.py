@@ -1,16 +1,11 @@
-"""Files of other projects' weights, read without running any of their code."""
+"""Other projects' weights in networks of the same shape."""
 
-import argparse
-import pickle
-from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from beit3_ds.config import ConfigError
+from beit3_ds.foreign_tensors import read_tensors
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -20,8 +15,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
     Args:
         model: the network, for example timm's `tf_efficientnet_lite0`.
-        path: a .safetensors file, or one of torch that holds tensors alone (read with `weights_only`), at its top or
-            under "state_dict" or "model".
+        path: what `read_tensors` reads.
 
     Raises:
         ConfigError: if the file cannot be read or neither names nor shapes fit.
@@ -39,24 +33,3 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             )
         state = dict(zip(wanted, state.values(), strict=True))
     model.load_state_dict(state)
-
-
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Reads the tensors of a .safetensors file or of one of torch, without running any code of the file.
-
-    Raises:
-        ConfigError: if the file cannot be read or holds no tensors by name.
-    """
-    try:
-        if Path(path).suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # plain data; training scripts save their options
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        raise ConfigError(f"{path} cannot be read as a file of tensors: {error}") from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ConfigError(f"{path} holds no tensors by name. Save the network's state_dict().")
-    return dict(state)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from beit3_ds.config import ConfigError
 from beit3_ds.tokenizers import VisualTokenizer, import_released_tokenizer, load_visual_tokenizer, save_visual_tokenizer
-from beit3_ds.tokenizers.released import convert_released_state, interpolate_positions
+from beit3_ds.tokenizers.released import convert_released_state
 
 SMALL = {"hidden": 128, "encoder_layers": 2, "decoder_layers": 1, "codes": 32, "code_dim": 8, "grid": 3, "patch": 8}
 BASE = {"hidden": 768, "encoder_layers": 12, "decoder_layers": 3, "codes": 8192, "code_dim": 32, "grid": 14}
@@ -130,18 +130,6 @@ def test_the_base_tokenizer_fits_in_every_name_and_shape(image_size: int | None,
         wanted = VisualTokenizer(config, teacher_width=512).state_dict()
     assert {name: value.shape for name, value in converted.items()} == {n: v.shape for n, v in wanted.items()}
     assert converted["encoder.pos_embed"].shape[1] == converted["decoder.pos_embed"].shape[1] == num_positions
-
-
-def test_interpolated_positions_stay_where_they_are() -> None:
-    rows = torch.arange(14.0).repeat_interleave(14)
-    positions = torch.cat([torch.full((1,), 99.0), rows])[None, :, None]
-    resized = interpolate_positions(positions, 28)
-    assert resized[0, 0, 0] == 99  # the class token's is no place on the grid
-    grid = resized[0, 1:, 0].unflatten(0, (28, 28))
-    torch.testing.assert_close(grid, grid[:, :1].expand(-1, 28))  # catches a transposed grid
-    expected = (torch.arange(28) + 0.5) / 2 - 0.5  # centres of patches; catches aligned corners
-    torch.testing.assert_close(grid[4:-4, 0], expected[4:-4], atol=0.05, rtol=0)
-    assert torch.equal(interpolate_positions(positions, 14), positions)
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

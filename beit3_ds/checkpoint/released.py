@@ -1,0 +1,96 @@
+"""Released BEiT-3 weights, seen as the logical tensors of a decoupled model.
+
+The layout follows the reference's code and was tested on tensors of its names and shapes; the official files themselves
+were never read here.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from beit3_ds.checkpoint.unilm_layout import (
+    POSITION_TABLES,
+    TOKENS,
+    UNUSED_POSITIONS,
+    read_architecture,
+    reference_keys,
+)
+from beit3_ds.config import ModelConfig
+from beit3_ds.foreign_tensors import read_tensors
+from beit3_ds.model import BEiT3
+from beit3_ds.model.pretrained import EXTRA_PREFIX, IMAGE_POSITION, check_tensors, matrix_part
+from beit3_ds.positions import interpolate_positions
+
+
+class ReleasedFile:
+    """A pretrained, in-domain, contrastive or fine-tuned file of the reference; tensors are read when asked for.
+
+    What this project has no place for, such as task heads and unused rows of position tables, keeps its key behind
+    `EXTRA_PREFIX`, so that an export in the reference's layout gives every tensor back.
+
+    Attributes:
+        path: the file.
+        model: the decoupled configuration that the shapes tell, with the image size that was asked for.
+        step: 0, unknown.
+        num_bytes: size of the file.
+    """
+
+    step = 0
+
+    def __init__(self, path: str | Path, *, image_size: int | None = None) -> None:
+        """Reads names and shapes.
+
+        Args:
+            path: what `foreign_tensors.read_tensors` reads.
+            image_size: pixels on a side, for which positions are interpolated as the reference does before fine-tuning;
+                None keeps the file's.
+
+        Raises:
+            ConfigError: if the file cannot be read, holds objects that could run code, or is of another layout.
+        """
+        self.path = Path(path)
+        tensors = read_tensors(self.path)
+        self.num_bytes = self.path.stat().st_size
+        stored = read_architecture({key: tensor.shape for key, tensor in tensors.items()}, str(path))
+        self._tensors = _by_logical_name(tensors, stored)
+        self.model: ModelConfig = stored if image_size is None else dataclasses.replace(stored, image_size=image_size)
+        found = {name: x.shape for name, x in self._tensors.items() if not name.startswith(EXTRA_PREFIX)}
+        check_tensors(str(path), found, _parameter_shapes(stored))
+
+    def names(self) -> list[str]:
+        """Names of all tensors, those under `EXTRA_PREFIX` included."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> torch.Size:
+        """The logical shape of a tensor."""
+        return self.read(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of a tensor's elements in the file."""
+        return self._tensors[name].dtype
+
+    def read(self, name: str, part: tuple[int, int, int, int] | None = None) -> Tensor:
+        """A tensor as stored, or a part of it as `matrix_part` has it; its pages are read from disk when it is used."""
+        tensor = self._tensors[name]
+        if name == IMAGE_POSITION:
+            tensor = interpolate_positions(tensor[None], self.model.grid_size)[0]
+        return tensor if part is None else matrix_part(tensor, part)
+
+
+def _by_logical_name(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    named, rest = {}, dict(tensors)
+    for key, name in reference_keys(config).items():
+        if key not in rest:
+            continue
+        tensor = rest.pop(key)
+        if key in POSITION_TABLES:
+            named[EXTRA_PREFIX + key], tensor = tensor[:UNUSED_POSITIONS], tensor[UNUSED_POSITIONS:]
+        named[name] = tensor.flatten() if key in TOKENS else tensor
+    return named | {EXTRA_PREFIX + key: tensor for key, tensor in rest.items()}
+
+
+def _parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in BEiT3(config).named_parameters()}

@@ -1,0 +1,57 @@
+"""Where a model's tensors come from: a training checkpoint, exported weights, or a released file."""
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from beit3_ds.checkpoint.rectangles import Rectangle
+from beit3_ds.checkpoint.released import ReleasedFile
+from beit3_ds.config import ModelConfig
+from beit3_ds.model.pretrained import PretrainedWeights, holds_pretrained_weights
+
+
+class TensorSource(Protocol):
+    """A model's logical tensors on disk, read one at a time."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model's configuration."""
+        ...
+
+    @property
+    def step(self) -> int:
+        """Updates that made the tensors; 0 if unknown."""
+        ...
+
+    def names(self) -> list[str]:
+        """Logical names, `blocks.3.ffn.fc1.weight_vision`; a tied matrix once, as `embeddings.word.weight`.
+
+        Those under `EXTRA_PREFIX` are none of the model's.
+        """
+        ...
+
+    def shape(self, name: str) -> torch.Size:
+        """The logical shape of a tensor."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type that `read` gives."""
+        ...
+
+    def read(self, name: str, part: Rectangle | None = None) -> Tensor:
+        """A tensor as stored in its logical shape, or a part of it seen as a matrix, (rows, columns)."""
+        ...
+
+
+def open_source(path: str | Path) -> TensorSource:
+    """Opens what lies at `path`: exported weights, or else a released file.
+
+    Raises:
+        ConfigError: if it is neither.
+    """
+    path = Path(path)
+    if path.is_file() and not holds_pretrained_weights(path):
+        return ReleasedFile(path)
+    return PretrainedWeights(path)

@@ -1,0 +1,94 @@
+"""The vision tower of a model in timm's layout: `beit3_base_patch16_224` and its siblings."""
+
+from typing import Any
+
+import torch
+
+from beit3_ds.checkpoint.recipe import Recipe, copy_recipe
+from beit3_ds.checkpoint.source import TensorSource
+from beit3_ds.config import MODEL_SIZES, ConfigError, ModelConfig
+
+_NAMED = {
+    "beit3_base_patch16_224": MODEL_SIZES["base"],
+    "beit3_large_patch16_224": MODEL_SIZES["large"],
+    "beit3_giant_patch14_224": MODEL_SIZES["giant"],
+}
+_SIZES = {
+    "embed_dim": "hidden_size",
+    "depth": "num_layers",
+    "num_heads": "num_attention_heads",
+    "patch_size": "patch_size",
+}
+_IMAGE_SIZE, _EPSILON = 224, 1e-5  # of all of them; the second is of every norm
+_EMBEDDINGS = {
+    "patch_embed.proj.weight": "embeddings.patch.weight",
+    "patch_embed.proj.bias": "embeddings.patch.bias",
+}
+_ATTENTION = {"norm1": "norm", "attn.norm": "sub_norm", "attn.proj": "out_proj"}
+_FFN = {"norm2": "norm", "mlp.fc1": "fc1", "mlp.norm": "sub_norm", "mlp.fc2": "fc2"}
+
+
+def timm_recipes(source: TensorSource) -> list[Recipe]:
+    """Every tensor of timm's model without a classifier.
+
+    Its `forward_features` ends before the final norm, which is its `fc_norm` and follows the mean of the patches.
+
+    Raises:
+        ConfigError: if the source has no final norm, as some fine-tuned releases, or norms of another epsilon.
+    """
+    config = source.model
+    if config.layer_norm_epsilon != _EPSILON:
+        raise ConfigError(
+            f"timm: the model has layer_norm_epsilon={config.layer_norm_epsilon:g}, but timm's models have "
+            f"{_EPSILON:g}. Use another format."
+        )
+    shared = "shared" if config.layout == "shared" else "vision"
+    if f"heads.norm.weight_{shared}" not in source.names():
+        raise ConfigError(
+            "timm: the weights have no final norm, which timm's model has: they were fine-tuned without it. Export "
+            "pretrained weights."
+        )
+    recipes = [
+        _with_batch_dims(source, "cls_token", "embeddings.cls_token", 2),
+        _with_batch_dims(source, "pos_embed", "embeddings.image_position", 1),
+        *(copy_recipe(source, name)._replace(name=key) for key, name in _EMBEDDINGS.items()),
+    ]
+    for kind in ("weight", "bias"):
+        recipes.append(copy_recipe(source, f"heads.norm.{kind}_{shared}")._replace(name=f"fc_norm.{kind}"))
+        for layer in range(config.num_layers):
+            names = {key: f"attention.{name}.{kind}_{shared}" for key, name in _ATTENTION.items()}
+            names |= {key: f"ffn.{name}.{kind}_vision" for key, name in _FFN.items()}
+            for key, name in names.items():
+                if config.sub_layernorm or "sub_norm" not in name:
+                    recipe = copy_recipe(source, f"blocks.{layer}.{name}")
+                    recipes.append(recipe._replace(name=f"blocks.{layer}.{key}.{kind}"))
+            parts = [f"blocks.{layer}.attention.{part}_proj.{kind}_{shared}" for part in "qkv"]
+            recipes.append(_joined(source, f"blocks.{layer}.attn.qkv.{kind}", parts))
+    return recipes
+
+
+def timm_arguments(config: ModelConfig) -> dict[str, Any]:
+    """The arguments of `timm.create_model` for the model of the file: a name, and where it differs from it."""
+    same_width = (name for name, size in _NAMED.items() if size["hidden_size"] == config.hidden_size)
+    name = next(same_width, "beit3_base_patch16_224")
+    size = _NAMED[name]
+    arguments: dict[str, Any] = {"model_name": name, "num_classes": 0}
+    arguments |= {key: getattr(config, ours) for key, ours in _SIZES.items() if getattr(config, ours) != size[ours]}
+    if config.ffn_hidden_size * size["hidden_size"] != size["ffn_hidden_size"] * config.hidden_size:
+        arguments["mlp_ratio"] = (config.ffn_hidden_size + 0.5) / config.hidden_size  # timm rounds the product down
+    if config.image_size != _IMAGE_SIZE:
+        arguments["img_size"] = config.image_size
+    if not config.sub_layernorm:
+        arguments |= {"scale_attn_norm": False, "scale_mlp_norm": False}
+    return arguments
+
+
+def _with_batch_dims(source: TensorSource, key: str, name: str, dims: int) -> Recipe:
+    shape = (1,) * dims + tuple(source.shape(name))
+    return Recipe(key, source.dtype(name), shape, lambda: source.read(name).view(shape))
+
+
+def _joined(source: TensorSource, key: str, names: list[str]) -> Recipe:
+    rows, *rest = source.shape(names[0])
+    shape = (len(names) * rows, *rest)
+    return Recipe(key, source.dtype(names[0]), shape, lambda: torch.cat([source.read(name) for name in names]))

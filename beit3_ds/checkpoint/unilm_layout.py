@@ -1,0 +1,132 @@
+"""The names and shapes of the reference's BEiT-3 (unilm/beit3 on torchscale 0.3.0), and what they are here.
+
+The reference has every tensor of a block twice: A for vision, B for language. A tensor that modalities share here is
+both.
+"""
+
+import re
+
+import torch
+
+from beit3_ds.config import MODEL_SIZES, ConfigError, ModelConfig
+
+Shapes = dict[str, torch.Size]
+
+POSITION_TABLES = {
+    "beit3.encoder.embed_positions.A.weight": "embeddings.image_position",
+    "beit3.encoder.embed_positions.B.weight": "embeddings.text_position",
+}
+"""The tables whose first `UNUSED_POSITIONS` rows the reference never uses, as fairseq's."""
+UNUSED_POSITIONS = 2
+TEXT_POSITION_ROWS = 1024
+"""Rows of the reference's table B, unused ones included."""
+TOKENS = {
+    "beit3.vision_embed.cls_token": "embeddings.cls_token",
+    "beit3.vision_embed.mask_token": "embeddings.mask_token",
+}
+"""Vectors (D,), of shape (1, 1, D) in the reference."""
+
+_TABLES = {
+    "beit3.text_embed.weight": "embeddings.word.weight",
+    "beit3.vision_embed.proj.weight": "embeddings.patch.weight",
+    "beit3.vision_embed.proj.bias": "embeddings.patch.bias",
+}
+_HEADS = {"mim_head": "heads.mim", "mlm_head": "heads.mlm"}
+_ATTENTION = {
+    "self_attn_layer_norm": "norm",
+    "self_attn.q_proj": "q_proj",
+    "self_attn.k_proj": "k_proj",
+    "self_attn.v_proj": "v_proj",
+    "self_attn.inner_attn_ln": "sub_norm",
+    "self_attn.out_proj": "out_proj",
+}
+_FFN = {"final_layer_norm.X": "norm", "ffn.X.fc1": "fc1", "ffn.X.ffn_layernorm": "sub_norm", "ffn.X.fc2": "fc2"}
+_SUB_NORM = "beit3.encoder.layers.0.self_attn.inner_attn_ln.A.weight"
+_LAYER = re.compile(r"beit3\.encoder\.layers\.(\d+)\.")
+_HEAD_SIZE = 64  # of the released sizes; a file does not tell it
+
+
+def reference_keys(config: ModelConfig, *, fusion: bool = False) -> dict[str, str]:
+    """Which logical tensor each of the reference's tensors is, e.g. `mim_head.bias` is `heads.mim.bias`.
+
+    Args:
+        config: the model.
+        fusion: whether the vision-language expert stands for both A and B where there is one.
+    """
+    kinds, attention = ("weight", "bias"), config.attention_experts
+    keys = _TABLES | TOKENS | POSITION_TABLES
+    for letter, expert in (("A", "vision"), ("B", "language")):
+        shared = attention[0] if attention == ("shared",) else expert
+        keys |= {f"beit3.encoder.layer_norm.{letter}.{kind}": f"heads.norm.{kind}_{shared}" for kind in kinds}
+        for layer in range(config.num_layers):
+            theirs, ours = f"beit3.encoder.layers.{layer}", f"blocks.{layer}"
+            own = "vision_language" if fusion and "vision_language" in config.experts(layer) else expert
+            for kind in kinds:
+                for key, name in _ATTENTION.items():
+                    keys[f"{theirs}.{key}.{letter}.{kind}"] = f"{ours}.attention.{name}.{kind}_{shared}"
+                for key, name in _FFN.items():
+                    keys[f"{theirs}.{key.replace('X', letter)}.{kind}"] = f"{ours}.ffn.{name}.{kind}_{own}"
+    keys |= {f"{key}.{kind}": f"{name}.{kind}" for key, name in _HEADS.items() for kind in kinds}
+    if config.tie_word_embeddings:
+        keys["mlm_head.weight"] = "embeddings.word.weight"
+    if not config.sub_layernorm:
+        keys = {key: name for key, name in keys.items() if "sub_norm" not in name}
+    return keys
+
+
+def reference_arguments(config: ModelConfig) -> dict[str, object]:
+    """The arguments of torchscale's `EncoderConfig` that build the reference for a model's exported weights."""
+    return {
+        "img_size": config.image_size,
+        "patch_size": config.patch_size,
+        "vocab_size": config.text_vocab_size,
+        "multiway": True,
+        "layernorm_embedding": False,
+        "normalize_output": True,
+        "no_output_layer": True,
+        "encoder_embed_dim": config.hidden_size,
+        "encoder_attention_heads": config.num_attention_heads,
+        "encoder_ffn_embed_dim": config.ffn_hidden_size,
+        "encoder_layers": config.num_layers,
+        "max_source_positions": max(TEXT_POSITION_ROWS, UNUSED_POSITIONS + config.max_text_length),
+        "layernorm_eps": config.layer_norm_epsilon,
+        "subln": config.sub_layernorm,
+    }
+
+
+def read_architecture(shapes: Shapes, where: str) -> ModelConfig:
+    """Reads the decoupled model off the shapes of a file in the reference's layout.
+
+    What shapes do not tell: attention heads are 64 wide, but for the paper's giant, and the number of visual codes
+    where there is no `mim_head` is the default.
+
+    Raises:
+        ConfigError: if a tensor is missing that tells a size, or the sizes do not fit each other.
+    """
+    image_table, text_table = POSITION_TABLES
+    try:
+        text_vocab_size, hidden_size = shapes["beit3.text_embed.weight"]
+        patch_size = shapes["beit3.vision_embed.proj.weight"][2]
+        ffn_hidden_size = shapes["beit3.encoder.layers.0.ffn.A.fc1.weight"][0]
+        num_patches = shapes[image_table][0] - UNUSED_POSITIONS - 1
+        max_text_length = shapes[text_table][0] - UNUSED_POSITIONS
+    except (KeyError, IndexError, ValueError) as error:
+        raise ConfigError(f"{where} is not BEiT-3 in its released layout: {error}. Use a released file.") from error
+    grid_size = round(max(num_patches, 0) ** 0.5)
+    if grid_size**2 != num_patches:
+        raise ConfigError(f"{where}: {num_patches} patches are no square grid. Use a released file.")
+    named = next((size for size in MODEL_SIZES.values() if size["hidden_size"] == hidden_size), {})
+    return ModelConfig(
+        num_layers=1 + max(int(match[1]) for match in map(_LAYER.match, shapes) if match),
+        hidden_size=hidden_size,
+        ffn_hidden_size=ffn_hidden_size,
+        num_attention_heads=named.get("num_attention_heads", max(1, hidden_size // _HEAD_SIZE)),
+        patch_size=patch_size,
+        image_size=grid_size * patch_size,
+        layout="decoupled",
+        num_vision_language_layers=0,
+        sub_layernorm=_SUB_NORM in shapes,
+        text_vocab_size=text_vocab_size,
+        visual_vocab_size=shapes.get("mim_head.weight", [ModelConfig.visual_vocab_size])[0],
+        max_text_length=max_text_length,
+    )

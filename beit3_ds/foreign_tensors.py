@@ -1,0 +1,64 @@
+"""Files of other projects' tensors, read without running any of their code."""
+
+import argparse
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from beit3_ds.config import ConfigError
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Reads the tensors of a .safetensors file or of one of torch, without running any code of the file.
+
+    Pages of the file are read when a tensor is used, so that a large file does not have to fit in memory; only torch's
+    format from before version 1.6 is read at once.
+
+    Args:
+        path: a .safetensors file, or one of torch that holds tensors by name at its top or under "state_dict" or
+            "model".
+
+    Raises:
+        ConfigError: if the file cannot be read, holds objects that are no plain data, or no tensors by name.
+    """
+    path = Path(path)
+    state = _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
+    for key in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ConfigError(f"{path} holds no tensors by name. Save the network's state_dict().")
+    return {str(name): value for name, value in state.items()}
+
+
+def _load_safetensors(path: Path) -> object:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path} cannot be read as a file of tensors: {error}") from error
+
+
+def _load_torch(path: Path) -> object:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # plain data; training scripts save their options
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise ConfigError(
+            f"{path} cannot be read as a file of tensors: it is damaged, or holds Python objects that could run code "
+            f"({_unsafe_names(path)}), which are never loaded. Have its author save the network's state_dict() alone."
+        ) from error
+    except Exception as error:  # torch's reader raises nearly anything on damaged bytes, AssertionError included
+        raise ConfigError(f"{path} cannot be read as a file of tensors: {type(error).__name__}: {error}") from error
+
+
+def _unsafe_names(path: Path) -> str:
+    try:
+        return ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(path)) or "none by name"
+    except Exception:  # as above; the names are only a help
+        return "none that could be listed"

@@ -1,0 +1,23 @@
+"""Learned positions of the patches of an image, on another grid than they were learned on."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def interpolate_positions(positions: Tensor, grid_size: int) -> Tensor:
+    """Resamples positions bicubically: (1, 1 + g*g, D) to (1, 1 + grid_size^2, D); the class token's stays.
+
+    The computation is in float32, the result in the type of `positions`. On the grid they have they are left alone.
+    """
+    old_size = grid_size_of(positions)
+    if old_size == grid_size:
+        return positions
+    grid = positions[:, 1:].unflatten(1, (old_size, old_size)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid.float(), (grid_size, grid_size), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2).to(positions.dtype)], dim=1)
+
+
+def grid_size_of(positions: Tensor) -> int:
+    """Patches on a side of the image that positions (1, 1 + g*g, D) belong to, g."""
+    return round((positions.shape[1] - 1) ** 0.5)
