@@ -85,7 +85,9 @@ def _add_weights(commands: _Commands) -> None:
         help="write a model's weights for one device, for the reference's code, or for timm",
         description="Write a model's weights as plain tensors, one tensor in memory at a time.",
     )
-    export.add_argument("checkpoint", help="a checkpoint's folder, or weights that were exported or imported before")
+    export.add_argument(
+        "checkpoint", help="a checkpoint, a run's output folder (its newest), or weights exported or imported before"
+    )
     export.add_argument("out", help="the file to write, or the folder with --max-shard-size")
     export.add_argument(
         "--format",
@@ -115,9 +117,11 @@ def _add_weights(commands: _Commands) -> None:
     importing.set_defaults(run=_import)
     for command in (export, importing):
         command.add_argument("--force", action="store_true", help="replace what is at OUT")
-    text = "print what weights on disk hold: configuration, parameters of each part, types and sizes"
+    text = "print what a checkpoint or a file of weights holds: configuration, parameters of each part, types, sizes"
     inspect = commands.add_parser("inspect", help=text, description=f"{text[0].upper()}{text[1:]}.")
-    inspect.add_argument("path", help="exported or imported weights, or a released .pth file")
+    inspect.add_argument(
+        "path", help="a checkpoint, a run's output folder, exported or imported weights, or a released .pth file"
+    )
     inspect.add_argument("--tensors", action="store_true", help="list every tensor too")
     inspect.set_defaults(run=_inspect)
 

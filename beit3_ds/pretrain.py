@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from beit3_ds.batch import ImageViews, PackedBatch, StepBatch
-from beit3_ds.checkpoint import CheckpointStore, EngineState, describe_run
+from beit3_ds.checkpoint.engine_state import EngineState
+from beit3_ds.checkpoint.run_description import describe_run
+from beit3_ds.checkpoint.store import CheckpointStore
 from beit3_ds.config import Place, RunConfig, check_layout
 from beit3_ds.data import StepDataset, build_heldout_batches, build_train_loader
 from beit3_ds.parallel import Mesh, Shared
@@ -25,6 +27,7 @@ from beit3_ds.training.engine import (
 )
 from beit3_ds.training.flops import peak_flops
 from beit3_ds.training.history import History
+from beit3_ds.training.initial_weights import InitialWeights
 from beit3_ds.training.loop import Run, resume, train
 from beit3_ds.training.progress import Progress
 from beit3_ds.training.report import write_report
@@ -59,6 +62,8 @@ class Inputs:
     """None on ranks that are sent what others read (`Mesh.is_reader`)."""
     heldout: Iterable[PackedBatch]
     """None of them on such ranks."""
+    initial_weights: InitialWeights | None
+    """What a run without a checkpoint begins with; None is initial values drawn from the seed."""
 
 
 def open_inputs(config: RunConfig) -> Inputs:
@@ -75,6 +80,8 @@ def open_inputs(config: RunConfig) -> Inputs:
     visual_tokenizer = load_visual_tokenizer(config.tokenizers.visual.path) if has_heads else None
     if visual_tokenizer is not None:
         check_visual_tokenizer_fits(visual_tokenizer, config)
+    initial = config.training.initial_weights
+    initial_weights = InitialWeights(initial, config.model) if initial else None
     dataset: StepDataset | None = None
     heldout: Iterable[PackedBatch] = ()
     if place.tensor == 0 and (place.pipeline == 0 or has_heads):
@@ -87,6 +94,7 @@ def open_inputs(config: RunConfig) -> Inputs:
         visual_tokenizer=visual_tokenizer,
         dataset=dataset,
         heldout=heldout,
+        initial_weights=initial_weights,
     )
 
 
@@ -112,6 +120,10 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh) -> tuple[Run, Itera
     )
     history = History(output / "metrics.jsonl")
     first_step = resume(schedule.engine, state, store, history, mesh)
+    if first_step == 0 and inputs.initial_weights is not None:
+        inputs.initial_weights.load(state)
+        if mesh.is_main:
+            print(inputs.initial_weights.describe(), flush=True)
     dtype = next(schedule.engine.module.parameters()).dtype
     run = Run(
         config=config,

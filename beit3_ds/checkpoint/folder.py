@@ -1,16 +1,18 @@
 """One checkpoint on disk, read by any rank of any layout."""
 
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from beit3_ds.checkpoint.disk import file_sha256
-from beit3_ds.checkpoint.index import FILE_KINDS, BrokenIndexError, file_name, read_index, tensor_key
+from beit3_ds.checkpoint.index import FILE_KINDS, INDEX_NAME, BrokenIndexError, file_name, read_index, tensor_key
 from beit3_ds.checkpoint.rectangles import Rectangle, whole
 from beit3_ds.checkpoint.tensor_file import BrokenTensorFileError, TensorFile
-from beit3_ds.config import ModelConfig
+from beit3_ds.config import ConfigError, ModelConfig
 
 _FILE_OF_KIND = {kind: file for file, kinds in FILE_KINDS.items() for kind in kinds}
 
@@ -47,13 +49,12 @@ class CheckpointFolder:
         """Updates done."""
         return self.index.step
 
-    def find_damage(self, names: Iterable[str], report: Callable[[int], None] = lambda num_bytes: None) -> str | None:
-        """Compares files with their digests; returns the first difference in a few words, or None.
+    def files(self, kind: str | None = None) -> list[str]:
+        """Names of its files, or of those of one of `FILE_KINDS`."""
+        return sorted(name for name in self.index.files if kind is None or name.startswith(f"{kind}-"))
 
-        Args:
-            names: of files, as in `index.files`.
-            report: called with the bytes read after every file.
-        """
+    def find_damage(self, names: Iterable[str]) -> str | None:
+        """Compares files, of the names in `index.files`, with their digests; returns the first fault in a few words."""
         for name in names:
             try:
                 digest = file_sha256(self.path / name)
@@ -61,7 +62,6 @@ class CheckpointFolder:
                 return f"{name} cannot be read: {error.strerror}"
             if digest != self.index.files[name].sha256:
                 return f"{name} was changed: its digest is another"
-            report(self.index.files[name].num_bytes)
         return None
 
     def names(self) -> list[str]:
@@ -71,6 +71,10 @@ class CheckpointFolder:
     def shape(self, name: str) -> torch.Size:
         """Logical shape of a tensor."""
         return self.index.shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type that `read` gives."""
+        return torch.float32
 
     def read(self, name: str, part: Rectangle | None = None) -> Tensor:
         """A tensor's float32 weights, in its logical shape, or a part of it as a matrix."""
@@ -107,3 +111,38 @@ class CheckpointFolder:
             except (BrokenTensorFileError, OSError) as error:
                 raise BrokenIndexError(f"{name} cannot be read: {error}") from None
         return self._opened[name]
+
+
+def checkpoint_paths(folder: Path) -> list[Path]:
+    """The checkpoints in a folder of them, newest first, whole or not."""
+    return sorted(folder.glob("step-*"), reverse=True)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder looks like a checkpoint, a folder of checkpoints, or the output of a run that has them."""
+    return (path / INDEX_NAME).is_file() or bool(checkpoint_paths(path) or checkpoint_paths(path / "checkpoints"))
+
+
+def open_checkpoint(path: Path, kind: str | None = "weights") -> CheckpointFolder:
+    """Opens a checkpoint, or the newest whole one of a run, after comparing its files with their digests.
+
+    Args:
+        path: of a checkpoint, of a folder of checkpoints, or `training.output_dir` of a run.
+        kind: of the files to compare, one of `FILE_KINDS`; None is all of them.
+
+    Raises:
+        ConfigError: if there is none, or it is torn or changed; what is wrong with newer ones goes to stderr.
+    """
+    own = [path] if (path / INDEX_NAME).is_file() or path.name.startswith("step-") else []
+    for candidate in own or checkpoint_paths(path) or checkpoint_paths(path / "checkpoints"):
+        try:
+            folder = CheckpointFolder(candidate)
+        except BrokenIndexError as error:
+            fault: str | None = str(error)
+        else:
+            names = tqdm(folder.files(kind), desc=f"checking {candidate.name}", unit="file", disable=None, leave=False)
+            fault = folder.find_damage(names)
+            if fault is None:
+                return folder
+        print(f"checkpoint {candidate} is not whole: {fault}", file=sys.stderr)
+    raise ConfigError(f"{path} holds no whole checkpoint. Name another one of the run, or its checkpoints' folder.")

@@ -1,6 +1,7 @@
 """What `beit3 inspect` says of weights on disk."""
 
 import dataclasses
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -9,7 +10,9 @@ from pathlib import Path
 import torch
 
 from beit3_ds.checkpoint.export import format_bytes
+from beit3_ds.checkpoint.folder import CheckpointFolder, is_checkpoint, open_checkpoint
 from beit3_ds.checkpoint.released import ReleasedFile
+from beit3_ds.checkpoint.run_description import flatten
 from beit3_ds.checkpoint.source import TensorSource, open_source
 from beit3_ds.model.pretrained import EXTRA_PREFIX
 
@@ -17,19 +20,25 @@ _EXPERT = re.compile(r"_(vision_language|vision|language)$")
 
 
 def describe_weights(path: Path, *, every_tensor: bool = False) -> str:
-    """Describes exported weights or a released file: configuration, parameters of each part, types and size.
+    """Describes a checkpoint, exported weights or a released file: configuration, parameters of each part, size.
+
+    A checkpoint's files are all compared with their digests; of its run it tells settings, ranks and versions.
 
     Args:
         path: what `open_source` opens.
         every_tensor: whether to list every tensor too.
 
     Raises:
-        ConfigError: if there is nothing to open.
+        ConfigError: if there is nothing to open, or a checkpoint is torn or changed.
     """
-    source = open_source(path)
-    kind = "released weights (unilm's layout)" if isinstance(source, ReleasedFile) else "exported weights"
+    source: TensorSource = open_checkpoint(path, kind=None) if is_checkpoint(path) else open_source(path)
+    kinds = {CheckpointFolder: "checkpoint", ReleasedFile: "released weights (unilm's layout)"}
     step = f", after {source.step} updates" if source.step else ""
-    lines = [f"{path}: {kind}{step}", *_describe_model(source), "", *_part_table(source)]
+    where = source.path if isinstance(source, CheckpointFolder) else path
+    lines = [f"{where}: {kinds.get(type(source), 'exported weights')}{step}"]
+    if isinstance(source, CheckpointFolder):
+        lines += [*_describe_run(source), "model:"]
+    lines += [*_describe_model(source), "", *_part_table(source)]
     if every_tensor:
         rows = [(name, _dtype(source.dtype(name)), str(list(source.shape(name)))) for name in source.names()]
         lines += ["", *_table(("tensor", "type", "shape"), rows)]
@@ -49,6 +58,23 @@ def part_of(name: str) -> str:
     if name.startswith("heads.norm."):
         return f"final norm{whose}"
     return {"heads.mim": "MIM head", "heads.mlm": "MLM head"}.get(name.rsplit(".", 1)[0], "embeddings")
+
+
+def _describe_run(folder: CheckpointFolder) -> list[str]:
+    """What the index says beside the model, and how large the files are."""
+    run, files = folder.index.run, folder.index.files
+    num_pieces = sum(len(pieces) for pieces in folder.index.pieces.values())
+    num_bytes = sum(file.num_bytes for file in files.values())
+    return [
+        f"  {len(files)} files of {format_bytes(num_bytes)} are as their digests say: {num_pieces} pieces of "
+        f"{len(folder.index.shapes)} tensors, float32 weights and both moments of AdamW",
+        f"  AdamW has counted {folder.index.optimizer_step} updates",
+        f"  written by {run.layout}",
+        f"  with {', '.join(f'{name} {number}' for name, number in run.versions.items())}",
+        *(f"  {kind} tokenizer: SHA-256 {digest}" for kind, digest in run.tokenizers.items()),
+        "settings:",
+        *(f"  {key}: {json.dumps(value)}" for key, value in flatten(run.config)),
+    ]
 
 
 def _describe_model(source: TensorSource) -> list[str]:

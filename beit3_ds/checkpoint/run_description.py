@@ -45,7 +45,8 @@ class RunDescription:
         Raises:
             ConfigError: if it holds another model, or was trained with other tokenizers.
         """
-        self._check_model(before, where)
+        advice = "Set the model section as it was, or use another training.output_dir."
+        check_same_model(self.model, before.model, f"checkpoint {where}", advice)
         for kind, digest in self.tokenizers.items():
             if before.tokenizers.get(kind) != digest:
                 raise ConfigError(
@@ -53,7 +54,7 @@ class RunDescription:
                     f"contents differ), so its ids mean something else. Put that file back, or use another "
                     "training.output_dir."
                 )
-        old, new = dict(_flatten(before.config)), dict(_flatten(self.config))
+        old, new = dict(flatten(before.config)), dict(flatten(self.config))
         keys = [key for key in {**old, **new} if not key.startswith(("parallel.", "training.output_dir"))]
         return [
             f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}"
@@ -61,17 +62,26 @@ class RunDescription:
             if old.get(key) != new.get(key)
         ]
 
-    def _check_model(self, before: "RunDescription", where: str) -> None:
-        changed = [
-            f"{key} {before.model.get(key)} there, {value} here"
-            for key, value in self.model.items()
-            if key not in _MAY_CHANGE and before.model.get(key) != value
-        ]
-        if changed:
-            raise ConfigError(
-                f"checkpoint {where} holds another model: {'; '.join(changed)}. Set the model section as it was, or "
-                "use another training.output_dir."
-            )
+
+def check_same_model(model: Mapping[str, Any], stored: Mapping[str, Any], where: str, advice: str) -> None:
+    """Refuses weights of a model whose tensors are others.
+
+    Args:
+        model: fields of the run's model.
+        stored: fields of the one that was saved.
+        where: it lies, for the message.
+        advice: the way out, a sentence.
+
+    Raises:
+        ConfigError: naming the fields that differ.
+    """
+    changed = [
+        f"{key} {json.dumps(stored.get(key))} there, {json.dumps(value)} here"
+        for key, value in model.items()
+        if key not in _MAY_CHANGE and stored.get(key) != value
+    ]
+    if changed:
+        raise ConfigError(f"{where} holds another model: {'; '.join(changed)}. {advice}")
 
 
 def describe_run(config: RunConfig, layout: str) -> RunDescription:
@@ -93,9 +103,10 @@ def describe_run(config: RunConfig, layout: str) -> RunDescription:
     )
 
 
-def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested objects, each with its path of keys and dots."""
     for key, value in mapping.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

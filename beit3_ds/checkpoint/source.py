@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from beit3_ds.checkpoint.folder import is_checkpoint, open_checkpoint
 from beit3_ds.checkpoint.rectangles import Rectangle
 from beit3_ds.checkpoint.released import ReleasedFile
 from beit3_ds.config import ModelConfig
@@ -46,12 +47,14 @@ class TensorSource(Protocol):
 
 
 def open_source(path: str | Path) -> TensorSource:
-    """Opens what lies at `path`: exported weights, or else a released file.
+    """Opens what lies at `path`: a checkpoint or the newest of a run, exported weights, or else a released file.
 
     Raises:
-        ConfigError: if it is neither.
+        ConfigError: if it is none of them, or a checkpoint that is torn or changed.
     """
     path = Path(path)
+    if is_checkpoint(path):
+        return open_checkpoint(path)
     if path.is_file() and not holds_pretrained_weights(path):
         return ReleasedFile(path)
     return PretrainedWeights(path)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from beit3_ds.checkpoint.disk import NewFile, rename, sync_folder, write_whole
 from beit3_ds.checkpoint.engine_state import EngineState
-from beit3_ds.checkpoint.folder import CheckpointFolder
+from beit3_ds.checkpoint.folder import CheckpointFolder, checkpoint_paths
 from beit3_ds.checkpoint.index import INDEX_NAME, BrokenIndexError, Index, Piece, check_cover
 from beit3_ds.checkpoint.run_description import RunDescription
 from beit3_ds.checkpoint.snapshot import Snapshot
@@ -95,14 +95,14 @@ class CheckpointStore:
 
     def newest_path(self) -> Path | None:
         """The newest checkpoint whose files are all there, without reading them."""
-        return next((path for path in self._paths() if _open(path)), None)
+        return next((path for path in checkpoint_paths(self.root) if _open(path)), None)
 
     def newest(self) -> CheckpointFolder | None:
         """The newest whole checkpoint, or None. All ranks call it, and share the reading of all its files.
 
         Torn and changed ones are passed over, and named on the main rank.
         """
-        paths = [[path.name for path in self._paths()]]
+        paths = [[path.name for path in checkpoint_paths(self.root)]]
         dist.broadcast_object_list(paths, src=0, group=self._group)
         for name in paths[0]:
             folder, fault = self._examine(self.root / name)
@@ -144,11 +144,7 @@ class CheckpointStore:
         num_bytes = sum(written.num_bytes for written in folder.index.files.values())
         if self._mesh.is_main and num_bytes > _LONG_CHECK_BYTES:
             print(f"checking {path} ({num_bytes / 1e9:.1f} GB)", flush=True)
-        return folder, folder.find_damage(sorted(folder.index.files)[self._rank :: self._mesh.num_ranks])
-
-    def _paths(self) -> list[Path]:
-        """Folders of checkpoints, newest first."""
-        return sorted(self.root.glob("step-*"), reverse=True)
+        return folder, folder.find_damage(folder.files()[self._rank :: self._mesh.num_ranks])
 
     def _write(self, snapshot: Snapshot, step: int, start: float, held_up: float) -> None:
         """In the thread: writes what the snapshot holds, with the threads of all ranks."""
@@ -240,7 +236,7 @@ class CheckpointStore:
 
     def _prune(self) -> None:
         """Deletes what is older than the oldest of the whole checkpoints that are kept."""
-        paths = self._paths()
+        paths = checkpoint_paths(self.root)
         whole = [path for path in paths if _open(path)]
         if len(whole) > self._keep:
             for path in paths[paths.index(whole[self._keep]) :]:

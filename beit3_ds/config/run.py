@@ -55,12 +55,18 @@ class RunConfig:
         return MicroBatchSize(*(stream.samples_per_step // parts for stream in self.data.streams().values()))
 
     def check_engine(self) -> None:
-        """Refuses options of DeepSpeed that give wrong gradients in this layout.
+        """Refuses options of DeepSpeed that give wrong gradients in this layout, or state that cannot be saved.
 
         Raises:
             ConfigError: with what to leave out.
         """
         zero = self.deepspeed.get("zero_optimization", {})
+        for section in ("offload_optimizer", "offload_param"):
+            if zero.get(section, {}).get("device") == "nvme":
+                raise ConfigError(
+                    f'zero_optimization.{section}.device="nvme" keeps state in files of DeepSpeed\'s own, which '
+                    'checkpoints do not read. Use "cpu", or more ranks.'
+                )
         if self.parallel.virtual_pipeline_parallel_size == 1:
             return
         if zero.get("stage", 0) == 1 and zero.get("overlap_comm"):

@@ -45,6 +45,9 @@ class TrainingConfig:
     """AdamW's epsilon (paper)."""
     loss_weights: LossWeights = field(default_factory=LossWeights)
     """Factors of the four terms."""
+    initial_weights: str | None = None
+    """Exported or imported weights (`beit3 export`, `beit3 import`) that a new run begins with, under any layout of
+    ranks. A run that has a checkpoint goes on from that instead. None: initial values drawn from the seed."""
     activation_checkpointing: ActivationCheckpointing = "none"
     """What the backward pass recomputes instead of keeping it. `selective`: the GELU of every expert, the widest
     activation that is cheap to make again (Korthikanti et al., 2022, arXiv:2205.05198, recompute attention for the same

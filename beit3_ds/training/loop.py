@@ -11,7 +11,8 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from beit3_ds.batch import PackedBatch, StepBatch
-from beit3_ds.checkpoint import CheckpointStore, EngineState, SaveOutcome
+from beit3_ds.checkpoint.engine_state import EngineState
+from beit3_ds.checkpoint.store import CheckpointStore, SaveOutcome
 from beit3_ds.config import ConfigError, RunConfig
 from beit3_ds.parallel import Mesh
 from beit3_ds.pipeline.schedule import Schedule

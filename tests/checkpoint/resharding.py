@@ -2,13 +2,16 @@
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from beit3_ds.checkpoint import CheckpointStore, EngineState, RunDescription
+from beit3_ds.checkpoint.engine_state import EngineState
+from beit3_ds.checkpoint.run_description import RunDescription
+from beit3_ds.checkpoint.store import CheckpointStore
 from beit3_ds.config import RunConfig
 from beit3_ds.parallel import Mesh
 from beit3_ds.pipeline.schedule import Schedule
@@ -53,7 +56,7 @@ class Saved(NamedTuple):
 
 def save_and_go_on(setup: Setup, root: Path) -> Saved:
     """On one rank: trains, saves, and trains on."""
-    mesh, schedule, state, store = _start(setup, root / setup.folder, seed=1)
+    mesh, schedule, state, store = start(setup, root / setup.folder, seed=1)
     _train(setup, schedule, mesh, range(STEPS_BEFORE))
     tensors = gather_state(schedule, mesh, setup)
     store.save(state, STEPS_BEFORE)
@@ -70,7 +73,7 @@ def load_and_go_on(setup: Setup, root: Path, sources: list[Setup]) -> list[Saved
     mesh: Mesh | None = None
     results = []
     for source in sources:
-        mesh, schedule, state, store = _start(setup, root / source.folder, seed=2, mesh=mesh)
+        mesh, schedule, state, store = start(setup, root / source.folder, seed=2, mesh=mesh)
         newest = store.newest()
         assert newest is not None
         assert store.load(state, newest) == STEPS_BEFORE
@@ -83,9 +86,10 @@ def load_and_go_on(setup: Setup, root: Path, sources: list[Setup]) -> list[Saved
     return results
 
 
-def _start(
+def start(
     setup: Setup, folder: Path, *, seed: int, mesh: Mesh | None = None
 ) -> tuple[Mesh, Schedule, EngineState, CheckpointStore]:
+    """A fresh engine with initial values drawn from `seed`, and the checkpoints in `folder`."""
     from beit3_ds.training.engine import build_schedule, init_process_group
 
     config = setup.config(seed)
@@ -108,14 +112,16 @@ def _train(setup: Setup, schedule: Schedule, mesh: Mesh, steps: range) -> list[T
     return losses
 
 
-def gather_state(schedule: Schedule, mesh: Mesh, setup: Setup) -> dict[str, Tensor]:
+def gather_state(
+    schedule: Schedule, mesh: Mesh, setup: Setup, kinds: Sequence[str] = ("weight", *MOMENTS)
+) -> dict[str, Tensor]:
     """Weights, moments and the parameters that the forward pass reads, whole, of this rank's stage."""
     import deepspeed
 
     engine = schedule.engine
     named = dict(engine.module.named_parameters())
     result: dict[str, Tensor] = {}
-    for kind in ("weight", *MOMENTS):
+    for kind in kinds:
         parts = {name: _gathered(engine, parameter, kind, setup) for name, parameter in named.items()}
         result |= logical_tensors(parts, named, mesh, kind)
     with deepspeed.zero.GatheredParameters(list(named.values())):
