@@ -74,12 +74,12 @@ class Holding:
 
     @property
     def tied_elements(self) -> int:
-        """Elements of this rank's part of the word table if first and last stage share it; else 0."""
+        """Elements of this rank's part of the word table, with padding, if first and last stage share it; else 0."""
         model = self.config.model
         if not model.tie_word_embeddings or self.num_stages == 1:
             return 0
         split = self.tensor.split_vocabulary(model.text_vocab_size)
-        return (split.stop - split.start) * model.hidden_size
+        return split.local_size * model.hidden_size
 
     def parameters_of(self, run: range) -> list[nn.Parameter]:
         """The parameters that a pass through one run of layers uses, in the model's order, each once."""

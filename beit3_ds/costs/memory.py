@@ -1,7 +1,7 @@
 """Bytes that one rank keeps: formulas of docs/traffic_and_memory.md."""
 
 # T rows, G rows of a gathered stream, n rows of one rank, P tensor-parallel size, D hidden, F ffn hidden, W = D / P,
-# M rows at masked positions, V vocabulary of one rank, e bytes of an element.
+# M rows at masked positions, V vocabulary of one rank, padding included, e bytes of an element.
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -212,7 +212,7 @@ def _head_activations(holding: Holding, load: Load) -> int:
     model, size = holding.config.model, holding.element_size
     masked = load.masked_patches + load.masked_tokens
     split = holding.tensor.split_vocabulary(model.visual_vocab_size)
-    probabilities = load.masked_patches * (split.stop - split.start) * _STATISTIC
+    probabilities = load.masked_patches * split.local_size * _STATISTIC
     return masked * (2 * (model.hidden_size + 1) * size + 2 * _INDEX + _STATISTIC) + probabilities
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from beit3_ds.config import ModelConfig
-from beit3_ds.parallel import logical_shape, own_part
+from beit3_ds.parallel import logical_part, logical_shape, own_part
 
 STANDARD_DEVIATION = 0.02
 """BEiT's; its truncated normal is cut at one standard deviation."""
@@ -19,11 +19,11 @@ _MAGNETO_GAINED = re.compile(r"\.(v_proj|out_proj|fc1|fc2)\.weight")
 
 
 def initialize_parameters(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fills every parameter of `model` with its initial value, or with this rank's part of it."""
+    """Fills every parameter of `model` with its initial value, or with this rank's part of it, and leaves padding."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             value = initial_value(name, logical_shape(parameter), config, seed)
-            parameter.copy_(own_part(parameter, value))
+            logical_part(parameter).copy_(own_part(parameter, value))
 
 
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:

@@ -5,7 +5,15 @@ from beit3_ds.parallel.mesh import Mesh, ModelParallelUnit, build_mesh
 from beit3_ds.parallel.pipeline import Message, PipelineParallel
 from beit3_ds.parallel.roll_call import RollCall
 from beit3_ds.parallel.shared import Shared
-from beit3_ds.parallel.tensor import Split, TensorParallel, is_split, logical_shape, own_part, split_parameter
+from beit3_ds.parallel.tensor import (
+    Split,
+    TensorParallel,
+    is_split,
+    logical_part,
+    logical_shape,
+    own_part,
+    split_parameter,
+)
 from beit3_ds.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
 
 __all__ = [
@@ -21,6 +29,7 @@ __all__ = [
     "VocabParallelHead",
     "build_mesh",
     "is_split",
+    "logical_part",
     "logical_shape",
     "normalize_split",
     "own_part",

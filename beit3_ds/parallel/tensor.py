@@ -32,10 +32,21 @@ class Split:
     stop: int
     size: int
     """Logical size along `dim`."""
+    padding: int = 0
+    """Indices that the local tensor has after the logical ones."""
+
+    @property
+    def local_size(self) -> int:
+        """Size of the local tensor along `dim`, padding included."""
+        return self.stop - self.start + self.padding
 
     def take(self, whole: Tensor) -> Tensor:
-        """This rank's part of the logical tensor, a view."""
+        """This rank's part of the logical tensor, without padding, a view."""
         return whole.narrow(self.dim, self.start, self.stop - self.start)
+
+    def trim(self, local: Tensor) -> Tensor:
+        """The local tensor without padding, a view."""
+        return local.narrow(self.dim, 0, self.stop - self.start)
 
 
 @dataclass(frozen=True)
@@ -125,14 +136,17 @@ class TensorParallel:
         return Split(dim, self.rank * part, (self.rank + 1) * part, size)
 
     def split_vocabulary(self, size: int) -> Split:
-        """This rank's rows of a vocabulary: nearly equal, cut at multiples of 64 where each rank gets that many.
+        """This rank's rows of a vocabulary: ceil(size / P), rounded up to a multiple of 64 if size is at least 64 P.
 
-        Nothing is padded: a vocabulary keeps its logical size under every layout.
+        What the last ranks hold beyond the vocabulary is padding; it may be all that a rank holds. Since every rank
+        holds as many rows, ZeRO cuts their flat buffers at the same places, and what they hold alike stays alike to
+        the bit. A vocabulary that is not divided is not padded.
         """
         assert size >= self.size, f"{self.size} tensor-parallel ranks share a vocabulary of {size}"
-        alignment = _VOCAB_ALIGNMENT if size >= _VOCAB_ALIGNMENT * self.size else 1
-        borders = [rank * size // self.size // alignment * alignment for rank in range(self.size)] + [size]
-        return Split(0, borders[self.rank], borders[self.rank + 1], size)
+        alignment = _VOCAB_ALIGNMENT if self.size > 1 and size >= _VOCAB_ALIGNMENT * self.size else 1
+        part = -(-size // (self.size * alignment)) * alignment
+        start, stop = (min(rank * part, size) for rank in (self.rank, self.rank + 1))
+        return Split(0, start, stop, size, part - (stop - start))
 
     def copy_in(self, x: Tensor) -> Tensor:
         """Hands a tensor that all ranks hold alike to layers of which each holds a part (operator f).
@@ -171,8 +185,8 @@ class TensorParallel:
         return values[0]
 
 
-def split_parameter(split: Split, *shape: int) -> nn.Parameter:
-    """An uninitialised parameter that holds this rank's part of a logical tensor.
+def split_parameter(split: Split, *shape: int, padding_value: float = 0.0) -> nn.Parameter:
+    """A parameter that holds this rank's part of a logical tensor, uninitialised but for its padding.
 
     It carries `parallel_split`, which tells its place in the logical tensor, and the mark `tensor_model_parallel`,
     which DeepSpeed reads: without it the gradient norm silently counts one rank's part only.
@@ -180,11 +194,14 @@ def split_parameter(split: Split, *shape: int) -> nn.Parameter:
     Args:
         split: this rank's part.
         shape: the logical shape.
+        padding_value: what the padding is filled with.
     """
     local = list(shape)
     assert local[split.dim] == split.size, f"{split} does not cut a tensor of shape {shape}"
-    local[split.dim] = split.stop - split.start
+    local[split.dim] = split.local_size
     parameter = nn.Parameter(torch.empty(local))
+    with torch.no_grad():
+        parameter.narrow(split.dim, split.stop - split.start, split.padding).fill_(padding_value)
     parameter.parallel_split = split  # type: ignore[attr-defined]
     parameter.tensor_model_parallel = split.stop - split.start < split.size  # type: ignore[attr-defined]
     return parameter
@@ -205,9 +222,21 @@ def logical_shape(parameter: nn.Parameter) -> torch.Size:
 
 
 def own_part(parameter: nn.Parameter, whole: Tensor) -> Tensor:
-    """This rank's part of the logical tensor of a parameter, a view."""
+    """This rank's part of the logical tensor of a parameter, without padding, a view."""
     split: Split | None = getattr(parameter, "parallel_split", None)
     return whole if split is None else split.take(whole)
+
+
+def logical_part(parameter: nn.Parameter, local: Tensor | None = None) -> Tensor:
+    """A parameter without its padding, a view; `own_part` of the logical tensor has the same shape.
+
+    Args:
+        parameter: tells the padding.
+        local: a tensor of its local shape to be viewed instead, such as its gradient or, under ZeRO-3, its values.
+    """
+    local = parameter if local is None else local
+    split: Split | None = getattr(parameter, "parallel_split", None)
+    return local if split is None else split.trim(local)
 
 
 class _CopyIn(torch.autograd.Function):

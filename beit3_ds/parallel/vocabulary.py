@@ -1,6 +1,6 @@
 """An embedding and a cross entropy whose vocabulary the tensor-parallel ranks divide."""
 
-# S tokens, M rows, D hidden, V rows of this rank's part of the vocabulary.
+# S tokens, M rows, D hidden, V rows of this rank's part of the vocabulary, padding included.
 
 import torch
 import torch.distributed as dist
@@ -10,9 +10,14 @@ from torch import Tensor, nn
 from beit3_ds.kernels.linear_cross_entropy import Partials, linear_cross_entropy
 from beit3_ds.parallel.tensor import TensorParallel, split_parameter
 
+PADDING_BIAS = -1e4
+"""The bias of the heads' padding rows, whose weights are 0. It lies so far below real logits that exp of the difference
+is exactly 0, and within the range of half precision: padding adds nothing to the cross entropy, its gradients are
+exactly 0, and AdamW leaves it as it is, since biases do not decay."""
+
 
 class VocabParallelEmbedding(nn.Module):
-    """A table of which every rank holds some rows; the parameter `weight` is left uninitialised.
+    """A table of which every rank holds some rows; the parameter `weight` is left uninitialised, its padding is 0.
 
     Forward all-reduces S * D elements; backward sends nothing.
     """
@@ -35,7 +40,7 @@ class VocabParallelEmbedding(nn.Module):
 class VocabParallelHead(nn.Module):
     """A linear layer over a vocabulary, with bias, of which every rank holds some rows, and its cross entropy.
 
-    Parameters are left uninitialised.
+    Parameters are left uninitialised but for their padding, which has logits of `PADDING_BIAS`.
     """
 
     def __init__(self, hidden_size: int, vocab_size: int, chunk_size: int | None, tensor: TensorParallel) -> None:
@@ -51,7 +56,7 @@ class VocabParallelHead(nn.Module):
         super().__init__()
         self.tensor, self.split, self.chunk_size = tensor, tensor.split_vocabulary(vocab_size), chunk_size
         self.weight = split_parameter(self.split, vocab_size, hidden_size)
-        self.bias = split_parameter(self.split, vocab_size)
+        self.bias = split_parameter(self.split, vocab_size, padding_value=PADDING_BIAS)
 
     def tie_weight(self, weight: nn.Parameter | None) -> None:
         """Uses another module's parameter as the matrix; None makes it a buffer that is not saved."""
@@ -86,7 +91,7 @@ class VocabParallelHead(nn.Module):
         if self.tensor.size == 1:
             return local_MV
         whole = local_MV.new_zeros(len(h_MD), self.split.size)
-        whole[:, self.split.start : self.split.stop] = local_MV
+        whole[:, self.split.start : self.split.stop] = local_MV[:, : self.split.stop - self.split.start]
         return self.tensor.all_reduce(whole)
 
     def _reduce(self, partials: Partials) -> Partials:

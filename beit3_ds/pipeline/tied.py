@@ -14,7 +14,7 @@ class TiedWordEmbedding:
     The first stage owns the table: there it is trained, divided by ZeRO, clipped and saved. The MLM head of the last
     stage has a copy that DeepSpeed does not know. Its gradient, summed over the step's micro-batches in float32, is
     sent to the first stage before that one's last backward pass and added there to the table's own, so ZeRO reduces the
-    sum under any stage. Each step and evaluation begins by sending the table, (vocabulary / P) * D elements. Without a
+    sum under any stage. Each step and evaluation begins by sending the table, this rank's V * D elements. Without a
     pipeline the head holds the parameter itself and nothing is to be done.
     """
 

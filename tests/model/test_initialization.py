@@ -2,9 +2,11 @@
 
 import math
 
+import pytest
 import torch
 
 from beit3_ds.model import BEiT3, initial_value, initialize_parameters
+from beit3_ds.parallel import TensorParallel, logical_part, own_part
 from tests.batches import decoupled, small_model_config
 
 
@@ -16,6 +18,16 @@ def test_values_do_not_depend_on_the_order_of_construction() -> None:
     for name, parameter in reversed(list(model.named_parameters())):
         torch.manual_seed(99)  # the global generator must not matter
         assert torch.equal(parameter, initial_value(name, parameter.shape, config, seed=1)), name
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_hold_their_parts_of_the_same_values(rank: int) -> None:
+    config = small_model_config(num_attention_heads=2, text_vocab_size=150)  # the second rank's words are padded
+    whole, part = BEiT3(config), BEiT3(config, TensorParallel(rank=rank, size=2))
+    for model in (whole, part):
+        initialize_parameters(model, config, seed=1)
+    for name, parameter in part.named_parameters():
+        assert torch.equal(logical_part(parameter), own_part(parameter, whole.get_parameter(name))), name
 
 
 def test_seed_and_name_matter() -> None:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from beit3_ds.config import ParallelConfig
 from beit3_ds.parallel import (
@@ -13,23 +13,30 @@ from beit3_ds.parallel import (
     TensorParallel,
     VocabParallelEmbedding,
     VocabParallelHead,
+    logical_part,
     normalize_split,
     own_part,
 )
+from beit3_ds.parallel.vocabulary import PADDING_BIAS
+from beit3_ds.training.optimizer import build_optimizer
 from tests.ranks import run_ranks
+from tests.run_config import small_run_config
 
-RANKS = 2
-ROWS, HIDDEN, VOCAB = 7, 12, 133
+RANKS = 3
+ROWS, HIDDEN, VOCAB = 7, 12, 200
 
 
 @given(st.integers(1, 16), st.integers(16, 70_000))
-def test_vocabulary_shards_cover_it_once(size: int, vocab: int) -> None:
+@example(8, 520)  # the last three ranks hold padding only
+def test_vocabulary_parts_cover_it_once_and_are_equal(size: int, vocab: int) -> None:
     splits = [TensorParallel(rank=rank, size=size).split_vocabulary(vocab) for rank in range(size)]
     assert [split.start for split in splits] == [0, *(split.stop for split in splits[:-1])]
     assert splits[-1].stop == vocab
-    assert all(split.stop > split.start for split in splits)  # a rank without rows would have no maximum
-    if vocab >= 64 * size:
-        assert all(split.start % 64 == 0 for split in splits)
+    alignment = 64 if size > 1 and vocab >= 64 * size else 1
+    (part,) = {split.local_size for split in splits}
+    assert part % alignment == 0
+    assert all(split.padding == 0 for split in splits if split.stop < vocab)  # it lies at the end
+    assert sum(split.padding for split in splits) < size * alignment
 
 
 def build_mesh() -> Mesh:
@@ -63,34 +70,49 @@ def test_norm_over_a_split_width(offset: float) -> None:
 
 
 def measure_vocabulary(chunk_size: int | None) -> dict[str, tuple[Tensor, Tensor]]:
+    """On one rank: three AdamW steps beside those of an undivided network."""
     mesh = build_mesh()
-    generator = torch.Generator().manual_seed(0)
-    table, matrix = (torch.randn(VOCAB, HIDDEN, generator=generator, requires_grad=True) for _ in range(2))
-    bias = torch.randn(VOCAB, generator=generator, requires_grad=True)
-    ids, targets = (torch.randint(0, VOCAB, (ROWS,), generator=generator) for _ in range(2))
-    upstream = torch.randn(ROWS, generator=generator)
-    rows = F.embedding(ids, table)
-    loss = F.cross_entropy(F.linear(rows, matrix, bias), targets, reduction="none")
-    expected = torch.autograd.grad((loss * upstream).sum(), (table, matrix, bias))
-
+    torch.manual_seed(0)
+    whole = nn.ModuleDict({"word": nn.Embedding(VOCAB, HIDDEN), "mlm": nn.Linear(HIDDEN, VOCAB)})
     embedding = VocabParallelEmbedding(VOCAB, HIDDEN, mesh.tensor)
     head = VocabParallelHead(HIDDEN, VOCAB, chunk_size, mesh.tensor)
-    parts = {embedding.weight: table, head.weight: matrix, head.bias: bias}
+    divided = nn.ModuleDict({"word": embedding, "mlm": head})
+    for model in (whole, divided):
+        model.double()  # Adam makes much of rounding where a gradient is tiny
+    parameters = [(name, p, whole.get_parameter(name)) for name, p in divided.named_parameters()]
     with torch.no_grad():
-        for parameter, whole in parts.items():
-            parameter.copy_(own_part(parameter, whole))
-    own_loss = head(embedding(ids), targets)
-    (own_loss * upstream).sum().backward()
-    logits = head.logits(embedding(ids)).detach()
-    pairs = {"loss": (own_loss.detach(), loss.detach()), "logits": (logits, F.linear(rows, matrix, bias).detach())}
-    for name, parameter, gradient in zip(("table", "matrix", "bias"), parts, expected, strict=True):
-        assert parameter.grad is not None
-        pairs[name] = (parameter.grad, own_part(parameter, gradient).clone())
-    return pairs
+        for _, own, expected in parameters:
+            logical_part(own).copy_(own_part(own, expected))
+    optimizers = [build_optimizer(model, small_run_config(0).training) for model in (whole, divided)]
+
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    for step in range(3):
+        ids, targets = torch.randint(0, VOCAB, (2, ROWS))
+        upstream = torch.randn(ROWS, dtype=torch.float64)
+        logits = whole["mlm"](whole["word"](ids))
+        loss = F.cross_entropy(logits, targets, reduction="none")
+        own_logits, own_loss = head.logits(embedding(ids)), head(embedding(ids), targets)
+        pairs |= {f"logits {step}": (own_logits, logits), f"loss {step}": (own_loss, loss)}
+        for optimizer, losses in zip(optimizers, (loss, own_loss), strict=True):
+            optimizer.zero_grad()
+            (losses * upstream).sum().backward()
+            optimizer.step()
+        for name, own, expected in parameters:
+            assert own.grad is not None and expected.grad is not None
+            pairs[f"gradient {step} {name}"] = (
+                logical_part(own, own.grad).clone(),
+                own_part(own, expected.grad).clone(),
+            )
+            pairs[f"weight {step} {name}"] = (logical_part(own).clone(), own_part(own, expected).clone())
+            padding = slice(len(logical_part(own)), None)
+            assert not own.grad[padding].any(), f"{name}: padding has a gradient"
+            assert (own[padding] == (PADDING_BIAS if name == "mlm.bias" else 0)).all(), f"{name}: padding has moved"
+    return {name: (ours.detach(), expected.detach()) for name, (ours, expected) in pairs.items()}
 
 
 @pytest.mark.parametrize("chunk_size", [3, None])
 def test_divided_vocabulary(chunk_size: int | None) -> None:
+    """The first rank has no padding, the second some, the third nothing else. A bias of 0 lets it join the loss."""
     for pairs in run_ranks(measure_vocabulary, RANKS, chunk_size):
         for name, (ours, expected) in pairs.items():
-            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from beit3_ds.batch import PackedBatch, StepBatch
 from beit3_ds.config import RunConfig, build_run_config
-from beit3_ds.parallel import Mesh, is_split
+from beit3_ds.parallel import Mesh, is_split, logical_part
 from tests.batches import merge_batches, random_batch
 from tests.run_config import small_run_mapping
 
@@ -93,8 +93,8 @@ def accumulate_step(schedule: "Schedule", config: RunConfig, mesh: Mesh, deal: D
 def logical_tensors(
     parts: Mapping[str, Tensor], parameters: Mapping[str, torch.nn.Parameter], mesh: Mesh, kind: str
 ) -> dict[str, Tensor]:
-    """The logical tensors of which this rank holds parts; of what tensor-parallel ranks hold alike, its own copy."""
-    own = {name: part.detach().clone() for name, part in parts.items()}
+    """The logical tensors of which this rank holds parts; what tensor-parallel ranks hold alike is so to the bit."""
+    own = {name: logical_part(parameters[name], part).detach().clone() for name, part in parts.items()}
     gathered: list[dict[str, Tensor]] = [own] * mesh.tensor.size
     if mesh.tensor.size > 1:
         torch.distributed.all_gather_object(gathered, own, group=mesh.tensor.group)
@@ -103,10 +103,12 @@ def logical_tensors(
         pieces = [peer[name] for peer in gathered]
         split = is_split(parameter)
         whole[f"{kind} {name}"] = torch.cat(pieces, dim=parameter.parallel_split.dim) if split else own[name]  # type: ignore[attr-defined]
-        if kind == "gradient 0" and not split:
-            # From the first update on their last bits may differ: ZeRO cuts the flat weights at other places on them,
-            # and the vectorised and the scalar part of AdamW round differently.
-            assert all(torch.equal(piece, own[name]) for piece in pieces), f"{name}: tensor-parallel ranks disagree"
+        if not split:
+            # ZeRO cuts the flat weights at the same places on all of them; else the vectorised part of AdamW on one
+            # meets the scalar part on another, and they round differently.
+            assert all(torch.equal(piece, own[name]) for piece in pieces), (
+                f"{kind} {name}: tensor-parallel ranks disagree"
+            )
     return whole
 
 
