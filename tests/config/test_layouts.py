@@ -76,3 +76,9 @@ def test_what_deepspeed_gets_wrong_when_interleaved_is_refused(zero: dict[str, A
     with pytest.raises(ConfigError, match="last backward pass alone"):
         check_layout(config(zero=zero, **interleaved), 2)
     check_layout(config(zero=zero, pipeline_parallel_size=2), 2)
+
+
+@pytest.mark.parametrize("section", ["offload_optimizer", "offload_param"])
+def test_state_that_cannot_be_saved_is_refused(section: str) -> None:
+    with pytest.raises(ConfigError, match=rf'{section}\.device="nvme" keeps state'):
+        check_layout(config(zero={"stage": 3, section: {"device": "nvme"}}), 1)
