@@ -161,8 +161,8 @@ def fill_parameters(model: nn.Module, weights: PretrainedWeights) -> None:
     absent = check_tensors(str(weights.path), found, {name: p.shape for name, p in parameters.items()})
     if absent:
         warnings.warn(
-            f"{weights.path} has no {', '.join(absent)}: these keep their initial values. Encode as you like, but "
-            f"train them before predicting masked patches or words.",
+            f"{weights.path} has no {', '.join(absent)}: these keep their initial values. Fine-tuned releases lack "
+            f"the masked-modeling heads, and some the final norm.",
             stacklevel=3,
         )
     for name, parameter in parameters.items():
