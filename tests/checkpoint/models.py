@@ -38,8 +38,9 @@ class ModelSource:
 def random_model(config: ModelConfig, seed: int = 0) -> BEiT3:
     """A model in which no two parameters are alike, norms and biases included."""
     model, generator = BEiT3(config), torch.Generator().manual_seed(seed)
+    deviation = min(0.2, config.hidden_size**-0.5)  # rounding errors of larger ones grow from block to block
     for name, parameter in model.named_parameters():
-        parameter.normal_(0, 0.2, generator=generator)
+        parameter.normal_(0, deviation, generator=generator)
         if "norm.weight" in name:
             parameter += 1
     return model.eval()
