@@ -241,9 +241,11 @@ def test_loading_takes_one_copy(tmp_path: Path) -> None:
     model = random_model(config)
     size = sum(parameter.numel() * 4 for parameter in model.parameters())
     export_weights(ModelSource(model), tmp_path / "weights")
+    export_weights(SOURCE, tmp_path / "small")
+    BEiT3.from_pretrained(tmp_path / "small")  # imports 35 MB of torch
     with peak_memory() as peak:
         loaded = BEiT3.from_pretrained(tmp_path / "weights")
-    assert size > 60 * MEGABYTE and peak() < 1.3 * size
+    assert size > 60 * MEGABYTE and peak() < 1.2 * size
     with peak_memory() as peak:
         fill_parameters(loaded, PretrainedWeights(tmp_path / "weights"))
-    assert peak() < 0.3 * size
+    assert peak() < 0.2 * size
