@@ -233,7 +233,7 @@ def test_memory_stays_near_the_largest_tensor(kind: str, tmp_path: Path, monkeyp
             format="unilm-dual" if kind == "state dict" else "beit3",
             max_shard_bytes=80 * MEGABYTE if kind == "shards" else None,
         )
-    assert peak() < 72 * MEGABYTE  # two tensors of six
+    assert peak() < 90 * MEGABYTE  # two tensors of six: one is written, the next is made
 
 
 def test_loading_takes_one_copy(tmp_path: Path) -> None:
