@@ -97,6 +97,14 @@ def test_imported_and_exported_files_are_identical(
         assert returned[key].shape == value.shape, key
 
 
+def test_integers_are_not_cast(reference: Reference, tmp_path: Path) -> None:
+    path = write(tmp_path / "released.pth", released_state(reference, "itc") | {"steps": torch.tensor(1 << 40)})
+    export_weights(ReleasedFile(path), tmp_path / "imported.safetensors", dtype=torch.float16)
+    weights = PretrainedWeights(tmp_path / "imported.safetensors")
+    assert weights.dtype("released.logit_scale") == torch.float16
+    assert weights.read("released.steps") == 1 << 40
+
+
 @torch.no_grad()
 def test_the_imported_model_computes_what_the_reference_does(reference: Reference, tmp_path: Path) -> None:
     path = write(tmp_path / "released.pth", released_state(reference, "pretrained"))
@@ -177,6 +185,8 @@ def test_other_files_are_refused(reference: Reference, tmp_path: Path) -> None:
     table = state["beit3.encoder.embed_positions.A.weight"]
     with pytest.raises(ConfigError, match="no square grid"):
         ReleasedFile(write(tmp_path / "grid.pth", state | {"beit3.encoder.embed_positions.A.weight": table[:-1]}))
+    with pytest.raises(ConfigError, match=r"1 tensors of the backbone.*relative_position"):
+        ReleasedFile(write(tmp_path / "more.pth", state | {"beit3.encoder.relative_position.weight": torch.ones(3)}))
     narrow = {key: value[..., :100] for key, value in state.items()}
     with pytest.raises(ConfigError, match="does not tell its attention heads"):
         ReleasedFile(write(tmp_path / "narrow.pth", narrow))

@@ -1,5 +1,7 @@
 """Features of images, texts and pairs."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,16 +18,17 @@ LAYOUTS = {"paper": small_model_config(sub_layernorm=True), "decoupled": decoupl
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
 def test_features_are_what_the_heads_see(layout: str) -> None:
-    """The training path's logits at masked positions, from features of the same corrupted inputs."""
+    """Logits from features are those of the training path's heads at the same rows."""
     config = LAYOUTS[layout]
     model, batch = random_model(config), random_batch(config, 2, 2, 2)
-    batch.patch_mask.zero_()  # encode masks no patch, but takes the corrupted ids as they are
-    lengths = [*batch.caption_lengths, *batch.text_lengths]
-    ids = batch.token_ids.split(lengths)
+    plain = dataclasses.replace(batch, patch_mask=torch.zeros_like(batch.patch_mask))  # ids stay as corrupted
+    logits = model.heads(model(plain, None, layers=range(config.num_layers + 1)), batch, with_loss=False)
+    ids = batch.token_ids.split([*batch.caption_lengths, *batch.text_lengths])
     features = model.encode(batch.pixels[:2], ids[2:], (batch.pixels[2:], ids[:2]))
-    rows = torch.cat([*features.pair_texts, *features.texts])[batch.masked_tokens]
-    torch.testing.assert_close(model.heads.mlm.logits(rows), model(batch, None).text)
-    assert len(batch.masked_tokens) > 5
+    patches = torch.cat([features.images, features.pair_images])[:, 1:][batch.patch_mask]
+    tokens = torch.cat([*features.pair_texts, *features.texts])[batch.masked_tokens]
+    torch.testing.assert_close((model.heads.mim.logits(patches), model.heads.mlm.logits(tokens)), logits)
+    assert min(len(patches), len(tokens)) > 5
 
 
 @settings(max_examples=40, deadline=None)
