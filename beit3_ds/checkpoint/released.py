@@ -34,7 +34,6 @@ class ReleasedFile:
         path: the file.
         model: the decoupled configuration that the shapes tell, with the image size that was asked for.
         step: 0, unknown.
-        num_bytes: size of the file.
     """
 
     step = 0
@@ -52,7 +51,6 @@ class ReleasedFile:
         """
         self.path = Path(path)
         tensors = read_tensors(self.path)
-        self.num_bytes = self.path.stat().st_size
         stored = read_architecture({key: tensor.shape for key, tensor in tensors.items()}, str(path))
         self._tensors = _by_logical_name(tensors, stored, str(path))
         self.model: ModelConfig = stored if image_size is None else dataclasses.replace(stored, image_size=image_size)

@@ -9,7 +9,7 @@ from torch import Tensor
 from beit3_ds.checkpoint.rectangles import Rectangle
 from beit3_ds.checkpoint.released import ReleasedFile
 from beit3_ds.config import ModelConfig
-from beit3_ds.model.pretrained import PretrainedWeights, holds_pretrained_weights
+from beit3_ds.model.pretrained import PretrainedWeights, is_pretrained_file
 
 
 class TensorSource(Protocol):
@@ -52,6 +52,6 @@ def open_source(path: str | Path) -> TensorSource:
         ConfigError: if it is neither.
     """
     path = Path(path)
-    if path.is_file() and not holds_pretrained_weights(path):
+    if path.is_file() and not is_pretrained_file(path):
         return ReleasedFile(path)
     return PretrainedWeights(path)

@@ -79,7 +79,9 @@ def test_shards_keep_to_their_limit(limit: int, tmp_path: Path, monkeypatch: pyt
     assert list(tmp_path.iterdir()) == [folder]  # nothing half-written is left beside it
 
 
-def test_shards_are_for_our_format_only(tmp_path: Path) -> None:
+def test_names_and_shards_suit_the_readers(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"end in \.safetensors"):
+        export_weights(SOURCE, tmp_path / "vision.pth", format="timm")
     with pytest.raises(ConfigError, match=r"--max-shard-size: unilm-dual is one file"):
         export_weights(SOURCE, tmp_path / "x", format="unilm-dual", max_shard_bytes=1000)
 
@@ -124,7 +126,11 @@ class FailingSource(ModelSource):
 @pytest.mark.parametrize(
     ("error", "seen", "message"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), ConfigError, "out cannot be written.*No space left"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            ConfigError,
+            r"out\.safetensors cannot be written.*No space left",
+        ),
         (KeyboardInterrupt("by hand"), KeyboardInterrupt, "by hand"),
     ],
     ids=["full", "interrupted"],
@@ -133,7 +139,7 @@ class FailingSource(ModelSource):
 def test_what_fails_leaves_the_old_file(
     format: ExportFormat, error: BaseException, seen: type[BaseException], message: str, tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
+    out = tmp_path / "out.safetensors"
     export_weights(SOURCE, out, format=format)
     before = out.read_bytes()
     with pytest.raises(seen, match=message):

@@ -118,12 +118,14 @@ def test_the_imported_model_computes_what_the_reference_does(reference: Referenc
 def test_missing_heads_get_initial_values_and_a_warning(reference: Reference, tmp_path: Path) -> None:
     path = write(tmp_path / "released.pth", released_state(reference, "vqa"))
     export_weights(ReleasedFile(path), tmp_path / "imported.safetensors")
-    with pytest.warns(UserWarning, match=r"heads\.norm\.weight_vision.*heads\.mim\.weight.*initial values"):
+    names = r"heads\.norm\.weight_vision.*heads\.mim\.weight.*initial values"
+    with pytest.warns(UserWarning, match=names) as caught:
         model = BEiT3.from_pretrained(tmp_path / "imported.safetensors")
+    assert caught[0].filename == __file__  # points at the caller
     assert (model.heads.norm.weight_vision == 1).all() and not model.heads.mlm.bias.any()
     assert 0 < model.heads.mlm.weight.std() < 0.02  # catches uninitialised memory
     with pytest.raises(ConfigError, match="no final norm"):
-        export_weights(PretrainedWeights(tmp_path / "imported.safetensors"), tmp_path / "x", format="timm")
+        export_weights(PretrainedWeights(tmp_path / "imported.safetensors"), tmp_path / "x.safetensors", format="timm")
 
 
 @pytest.mark.parametrize("size", [8, 20])

@@ -74,4 +74,4 @@ def test_the_hint_is_a_call_that_works(tmp_path: Path) -> None:
 def test_other_norms_are_refused(tmp_path: Path) -> None:
     model = random_model(small_model_config(layer_norm_epsilon=1e-6))
     with pytest.raises(ConfigError, match="layer_norm_epsilon=1e-06"):
-        export_weights(ModelSource(model), tmp_path / "x", format="timm")
+        export_weights(ModelSource(model), tmp_path / "x.safetensors", format="timm")
