@@ -54,7 +54,8 @@ def _load_torch(path: Path) -> object:
             f"({_unsafe_names(path)}), which are never loaded. Have its author save the network's state_dict() alone."
         ) from error
     except Exception as error:  # torch's reader raises nearly anything on damaged bytes, AssertionError included
-        raise ConfigError(f"{path} cannot be read as a file of tensors: {type(error).__name__}: {error}") from error
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ConfigError(f"{path} cannot be read as a file of tensors: {reason}") from error
 
 
 def _unsafe_names(path: Path) -> str:

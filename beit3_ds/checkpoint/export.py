@@ -64,9 +64,11 @@ def export_weights(
         overwrite: whether to replace what is at `out`.
 
     Raises:
-        ConfigError: if `out` exists, cannot be written, or the model does not fit the format.
+        ConfigError: if `out` exists, cannot be written, or the model or the name does not fit the format.
     """
     check_free(out, overwrite)
+    if format == "timm" and out.suffix != ".safetensors":
+        raise ConfigError(f"{out}: timm tells a file by its name. Let it end in .safetensors.")
     if max_shard_bytes is not None and format != "beit3":
         raise ConfigError(f"--max-shard-size: {format} is one file, because that is what its readers load. Drop it.")
     recipes = _recipes(source, format)

@@ -17,7 +17,7 @@ from beit3_ds.checkpoint.unilm_layout import (
     read_architecture,
     reference_keys,
 )
-from beit3_ds.config import ModelConfig
+from beit3_ds.config import ConfigError, ModelConfig
 from beit3_ds.foreign_tensors import read_tensors
 from beit3_ds.model import BEiT3
 from beit3_ds.model.pretrained import EXTRA_PREFIX, IMAGE_POSITION, check_tensors, matrix_part
@@ -34,7 +34,6 @@ class ReleasedFile:
         path: the file.
         model: the decoupled configuration that the shapes tell, with the image size that was asked for.
         step: 0, unknown.
-        num_bytes: size of the file.
     """
 
     step = 0
@@ -52,9 +51,8 @@ class ReleasedFile:
         """
         self.path = Path(path)
         tensors = read_tensors(self.path)
-        self.num_bytes = self.path.stat().st_size
         stored = read_architecture({key: tensor.shape for key, tensor in tensors.items()}, str(path))
-        self._tensors = _by_logical_name(tensors, stored)
+        self._tensors = _by_logical_name(tensors, stored, str(path))
         self.model: ModelConfig = stored if image_size is None else dataclasses.replace(stored, image_size=image_size)
         found = {name: x.shape for name, x in self._tensors.items() if not name.startswith(EXTRA_PREFIX)}
         check_tensors(str(path), found, _parameter_shapes(stored))
@@ -79,7 +77,7 @@ class ReleasedFile:
         return tensor if part is None else matrix_part(tensor, part)
 
 
-def _by_logical_name(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def _by_logical_name(tensors: dict[str, Tensor], config: ModelConfig, where: str) -> dict[str, Tensor]:
     named, rest = {}, dict(tensors)
     for key, name in reference_keys(config).items():
         if key not in rest:
@@ -88,6 +86,11 @@ def _by_logical_name(tensors: dict[str, Tensor], config: ModelConfig) -> dict[st
         if key in POSITION_TABLES:
             named[EXTRA_PREFIX + key], tensor = tensor[:UNUSED_POSITIONS], tensor[UNUSED_POSITIONS:]
         named[name] = tensor.flatten() if key in TOKENS else tensor
+    if unknown := [key for key in rest if key.startswith("beit3.")]:
+        raise ConfigError(
+            f"{where}: {len(unknown)} tensors of the backbone are none of the released layout's ({unknown[0]}); "
+            f"without them the model would compute something else. Use a released file."
+        )
     return named | {EXTRA_PREFIX + key: tensor for key, tensor in rest.items()}
 
 

@@ -10,7 +10,7 @@ from beit3_ds.checkpoint.folder import is_checkpoint, open_checkpoint
 from beit3_ds.checkpoint.rectangles import Rectangle
 from beit3_ds.checkpoint.released import ReleasedFile
 from beit3_ds.config import ModelConfig
-from beit3_ds.model.pretrained import PretrainedWeights, holds_pretrained_weights
+from beit3_ds.model.pretrained import PretrainedWeights, is_pretrained_file
 
 
 class TensorSource(Protocol):
@@ -55,6 +55,6 @@ def open_source(path: str | Path) -> TensorSource:
     path = Path(path)
     if is_checkpoint(path):
         return open_checkpoint(path)
-    if path.is_file() and not holds_pretrained_weights(path):
+    if path.is_file() and not is_pretrained_file(path):
         return ReleasedFile(path)
     return PretrainedWeights(path)

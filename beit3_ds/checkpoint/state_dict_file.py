@@ -10,7 +10,7 @@ import torch
 
 from beit3_ds.checkpoint.recipe import Recipe
 
-_ALIGNMENT = 64  # bytes; a tensor's view of its bytes asks for its element's size
+_ALIGNMENT = 64  # bytes, as torch aligns its own tensors
 
 
 def write_state_dict_file(path: Path, recipes: Sequence[Recipe]) -> None:

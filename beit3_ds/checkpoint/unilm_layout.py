@@ -41,7 +41,7 @@ _ATTENTION = {
     "self_attn.out_proj": "out_proj",
 }
 _FFN = {"final_layer_norm.X": "norm", "ffn.X.fc1": "fc1", "ffn.X.ffn_layernorm": "sub_norm", "ffn.X.fc2": "fc2"}
-_SUB_NORM = "beit3.encoder.layers.0.self_attn.inner_attn_ln.A.weight"
+_SUB_NORMS = (".inner_attn_ln.", ".ffn_layernorm.")
 _LAYER = re.compile(r"beit3\.encoder\.layers\.(\d+)\.")
 _HEAD_SIZE = 64  # of the released sizes; a file does not tell it
 
@@ -111,21 +111,26 @@ def read_architecture(shapes: Shapes, where: str) -> ModelConfig:
         num_patches = shapes[image_table][0] - UNUSED_POSITIONS - 1
         max_text_length = shapes[text_table][0] - UNUSED_POSITIONS
     except (KeyError, IndexError, ValueError) as error:
-        raise ConfigError(f"{where} is not BEiT-3 in its released layout: {error}. Use a released file.") from error
+        raise ConfigError(f"{where} is not BEiT-3 in its released layout ({error!r}). Use a released file.") from error
     grid_size = round(max(num_patches, 0) ** 0.5)
     if grid_size**2 != num_patches:
         raise ConfigError(f"{where}: {num_patches} patches are no square grid. Use a released file.")
-    named = next((size for size in MODEL_SIZES.values() if size["hidden_size"] == hidden_size), {})
+    named = (size["num_attention_heads"] for size in MODEL_SIZES.values() if size["hidden_size"] == hidden_size)
+    if not (num_attention_heads := next(named, hidden_size // _HEAD_SIZE if hidden_size % _HEAD_SIZE == 0 else 0)):
+        raise ConfigError(
+            f"{where}: no released size has {hidden_size} features, and the file does not tell its attention heads. "
+            f"They are known if each has {_HEAD_SIZE} features."
+        )
     return ModelConfig(
         num_layers=1 + max(int(match[1]) for match in map(_LAYER.match, shapes) if match),
         hidden_size=hidden_size,
         ffn_hidden_size=ffn_hidden_size,
-        num_attention_heads=named.get("num_attention_heads", max(1, hidden_size // _HEAD_SIZE)),
+        num_attention_heads=num_attention_heads,
         patch_size=patch_size,
         image_size=grid_size * patch_size,
         layout="decoupled",
         num_vision_language_layers=0,
-        sub_layernorm=_SUB_NORM in shapes,
+        sub_layernorm=any(norm in key for key in shapes for norm in _SUB_NORMS),
         text_vocab_size=text_vocab_size,
         visual_vocab_size=shapes.get("mim_head.weight", [ModelConfig.visual_vocab_size])[0],
         max_text_length=max_text_length,

@@ -38,7 +38,6 @@ class PretrainedWeights:
         path: the file or folder.
         model: the model's configuration, with the image size that was asked for.
         step: updates that made the weights; 0 if unknown.
-        num_bytes: size of the files.
     """
 
     def __init__(self, path: str | Path, *, image_size: int | None = None) -> None:
@@ -52,9 +51,7 @@ class PretrainedWeights:
             ConfigError: if the weights cannot be read or are none of this project's.
         """
         self.path = Path(path)
-        files = _weight_files(self.path)
-        readers = [_open(file) for file in files]
-        self.num_bytes = sum(file.stat().st_size for file in files)
+        readers = [_open(file) for file in _weight_files(self.path)]
         self._reader = {name: reader for reader in readers for name in reader.keys()}  # noqa: SIM118
         headers = {(reader.metadata() or {}).get(_METADATA_KEY) for reader in readers}
         if len(headers) > 1:
@@ -101,13 +98,11 @@ def weights_metadata(model: ModelConfig, step: int) -> dict[str, str]:
     return {_METADATA_KEY: json.dumps(header)}
 
 
-def holds_pretrained_weights(path: Path) -> bool:
-    """Whether a file or folder looks like exported weights; whether it can be read is another question."""
-    if path.is_dir():
-        return (path / INDEX_NAME).is_file()
+def is_pretrained_file(file: Path) -> bool:
+    """Whether a file's header is that of exported weights."""
     try:
-        with safe_open(path, "pt") as file:
-            return _METADATA_KEY in (file.metadata() or {})
+        with safe_open(file, "pt") as reader:
+            return _METADATA_KEY in (reader.metadata() or {})
     except (OSError, SafetensorError):
         return False
 
@@ -147,7 +142,6 @@ def check_tensors(where: str, found: Mapping[str, torch.Size], wanted: Mapping[s
     return absent_heads
 
 
-@torch.no_grad()
 def fill_parameters(model: nn.Module, weights: PretrainedWeights) -> None:
     """Fills a model's parameters with weights, one after the other.
 
@@ -161,14 +155,14 @@ def fill_parameters(model: nn.Module, weights: PretrainedWeights) -> None:
     absent = check_tensors(str(weights.path), found, {name: p.shape for name, p in parameters.items()})
     if absent:
         warnings.warn(
-            f"{weights.path} has no {', '.join(absent)}: these keep their initial values. Encode as you like, but "
-            f"train them before predicting masked patches or words.",
+            f"{weights.path} has no {', '.join(absent)}: these keep their initial values. Fine-tuned releases lack "
+            f"the masked-modeling heads, and some the final norm.",
             stacklevel=3,
         )
-    for name, parameter in parameters.items():
-        parameter.copy_(
-            initial_value(name, parameter.shape, weights.model, seed=0) if name in absent else weights.read(name)
-        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            is_absent = name in absent
+            parameter.copy_(initial_value(name, parameter.shape, weights.model, 0) if is_absent else weights.read(name))
 
 
 def _weight_files(path: Path) -> list[Path]:

@@ -1,7 +1,5 @@
 """The decoupled layout computes what the released models' code computes (torchscale 0.3.0, MIT)."""
 
-import sys
-import types
 from typing import Any
 
 import pytest
@@ -11,35 +9,28 @@ from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ModelConfig
 from beit3_ds.model import BEiT3, initialize_parameters
 from tests.batches import decoupled, random_batch
+from tests.torchscale_reference import build_torchscale
 
 CONFIG = decoupled(num_layers=4, hidden_size=48, ffn_hidden_size=96, num_attention_heads=4)
 
 
 @pytest.fixture(scope="module")
 def reference() -> Any:
-    """torchscale's BEiT3; its pins (an old timm, fairscale) are not installed, and the parts used need neither."""
-    if "fairscale" not in sys.modules:
-        stub = types.ModuleType("fairscale.nn")
-        stub.checkpoint_wrapper = stub.wrap = lambda module, **_: module  # imported there, used for FSDP only
-        sys.modules |= {"fairscale": types.ModuleType("fairscale"), "fairscale.nn": stub}
-    from torchscale.architecture.config import EncoderConfig
-    from torchscale.model.BEiT3 import BEiT3 as TorchscaleBEiT3
-
-    arguments = EncoderConfig(
-        img_size=CONFIG.image_size,
-        patch_size=CONFIG.patch_size,
-        vocab_size=CONFIG.text_vocab_size,
-        multiway=True,
-        layernorm_embedding=False,
-        normalize_output=True,
-        no_output_layer=True,
-        encoder_embed_dim=CONFIG.hidden_size,
-        encoder_attention_heads=CONFIG.num_attention_heads,
-        encoder_ffn_embed_dim=CONFIG.ffn_hidden_size,
-        encoder_layers=CONFIG.num_layers,
-        max_source_positions=CONFIG.max_text_length + 2,
-    )
-    return TorchscaleBEiT3(arguments).eval()
+    arguments = {
+        "img_size": CONFIG.image_size,
+        "patch_size": CONFIG.patch_size,
+        "vocab_size": CONFIG.text_vocab_size,
+        "multiway": True,
+        "layernorm_embedding": False,
+        "normalize_output": True,
+        "no_output_layer": True,
+        "encoder_embed_dim": CONFIG.hidden_size,
+        "encoder_attention_heads": CONFIG.num_attention_heads,
+        "encoder_ffn_embed_dim": CONFIG.ffn_hidden_size,
+        "encoder_layers": CONFIG.num_layers,
+        "max_source_positions": CONFIG.max_text_length + 2,
+    }
+    return build_torchscale(arguments)
 
 
 def reference_state(model: BEiT3, config: ModelConfig) -> dict[str, torch.Tensor]:

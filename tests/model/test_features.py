@@ -1,0 +1,95 @@
+"""Features of images, texts and pairs."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from beit3_ds.config import ConfigError
+from beit3_ds.model import Features
+from tests.batches import decoupled, random_batch, small_model_config
+from tests.checkpoint.models import random_inputs, random_model
+
+LAYOUTS = {"paper": small_model_config(sub_layernorm=True), "decoupled": decoupled()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_features_are_what_the_heads_see(layout: str) -> None:
+    """Logits from features are those of the training path's heads at the same rows."""
+    config = LAYOUTS[layout]
+    model, batch = random_model(config), random_batch(config, 2, 2, 2)
+    plain = dataclasses.replace(batch, patch_mask=torch.zeros_like(batch.patch_mask))  # ids stay as corrupted
+    logits = model.heads(model(plain, None, layers=range(config.num_layers + 1)), batch, with_loss=False)
+    ids = batch.token_ids.split([*batch.caption_lengths, *batch.text_lengths])
+    features = model.encode(batch.pixels[:2], ids[2:], (batch.pixels[2:], ids[:2]))
+    patches = torch.cat([features.images, features.pair_images])[:, 1:][batch.patch_mask]
+    tokens = torch.cat([*features.pair_texts, *features.texts])[batch.masked_tokens]
+    torch.testing.assert_close((model.heads.mim.logits(patches), model.heads.mlm.logits(tokens)), logits)
+    assert min(len(patches), len(tokens)) > 5
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    num_images=st.integers(0, 3),
+    texts=st.lists(st.integers(1, 20), max_size=3),
+    captions=st.lists(st.integers(1, 20), max_size=3),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+)
+@torch.no_grad()
+def test_samples_have_the_same_features_alone(
+    num_images: int, texts: list[int], captions: list[int], layout: str
+) -> None:
+    model = random_model(LAYOUTS[layout])
+    images, ids, (pair_images, caption_ids) = random_inputs(model.config, num_images, texts, captions)
+    if not num_images + len(texts) + len(captions):
+        with pytest.raises(ConfigError, match="nothing to encode"):
+            model.encode(images, ids, (pair_images, caption_ids))
+        return
+    packed = model.encode(images, ids, (pair_images, caption_ids))
+    alone = Features(
+        torch.cat([packed.images[:0], *(model.encode(images[i : i + 1]).images for i in range(num_images))]),
+        tuple(model.encode(texts=[text]).texts[0] for text in ids),
+        torch.cat(
+            [packed.pair_images[:0]]
+            + [model.encode(pairs=(pair_images[i : i + 1], [text])).pair_images for i, text in enumerate(caption_ids)]
+        ),
+        tuple(model.encode(pairs=(pair_images[i : i + 1], [text])).pair_texts[0] for i, text in enumerate(caption_ids)),
+    )
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+    length, width = 1 + model.config.num_patches, model.config.hidden_size
+    assert packed.images.shape == (num_images, length, width)
+    assert packed.pair_images.shape == (len(captions), length, width)
+    assert [len(text) for text in packed.texts] == texts and [len(text) for text in packed.pair_texts] == captions
+
+
+def test_one_can_train_through_features() -> None:
+    model = random_model(LAYOUTS["paper"])
+    images, texts, pairs = random_inputs(model.config)
+    features = model.encode(images.requires_grad_(), [ids.tolist() for ids in texts], pairs)
+    (features.images.sum() + features.pair_texts[0].sum()).backward()
+    assert images.grad.abs().sum() > 0 and model.blocks["2"].ffn.fc1.weight_vision_language.grad.abs().sum() > 0
+
+
+def test_inputs_that_do_not_fit_are_refused() -> None:
+    model = random_model(small_model_config())
+    images, _, (pair_images, captions) = random_inputs(model.config)
+    for inputs, message in (
+        ({"images": images[..., :-1]}, r"shape \(2, 3, 16, 15\).*image_size=PIXELS"),
+        ({"images": images[0]}, r"shape \(3, 16, 16\)"),
+        ({"images": (images * 127).to(torch.uint8)}, r"floats in \[-1, 1\]"),
+        ({"texts": [[0] * 21]}, "max_text_length=20"),
+        ({"texts": [[0, 2], []]}, "text 1"),
+        ({"texts": [[0, 50, 2]]}, r"ids from 0 to 50.*\[0, 50\)"),
+        ({"texts": [[-1, 2]]}, "ids from -1"),
+        ({"texts": [[0.5, 2.0]]}, "float32"),
+        ({"texts": [[[0, 2]]]}, r"shape \(1, 2\)"),
+        ({"pairs": (pair_images, [*captions, [0, 2]])}, "1 images and 2 captions"),
+        ({"pairs": (pair_images[..., 1:, :], captions)}, "pairs: pixels"),
+        ({"pairs": (pair_images, [[0, 99]])}, "caption 0"),
+        ({}, "nothing to encode"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            model.encode(**inputs)

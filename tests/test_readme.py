@@ -1,0 +1,31 @@
+"""The README's example in Python runs as it stands."""
+
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.batches import small_model_config
+from tests.checkpoint.models import exported, random_model
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_example_runs(
+    tokenizer_files: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    exported(random_model(small_model_config(text_vocab_size=310)), Path("model.safetensors"))
+    Path("text.spm").write_bytes(Path(tokenizer_files["text"]).read_bytes())
+    Image.new("RGB", (60, 40), "teal").save("photo.jpg")
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    names: dict = {}
+    exec(example, names)
+    images, texts = capsys.readouterr().out.splitlines()
+    assert images == "torch.Size([1, 17, 24])" and texts == f"torch.Size([{len(names['texts'][0])}, 24])"
+    assert names["features"].pair_texts[0].shape == names["features"].texts[0].shape
+    assert -1 <= names["images"].min() < names["images"].max() <= 1
