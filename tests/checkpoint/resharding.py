@@ -57,10 +57,10 @@ class Saved(NamedTuple):
 def save_and_go_on(setup: Setup, root: Path) -> Saved:
     """On one rank: trains, saves, and trains on."""
     mesh, schedule, state, store = start(setup, root / setup.folder, seed=1)
-    _train(setup, schedule, mesh, range(STEPS_BEFORE))
+    train(setup, schedule, mesh, range(STEPS_BEFORE))
     tensors = gather_state(schedule, mesh, setup)
     store.save(state, STEPS_BEFORE)
-    losses = _train(setup, schedule, mesh, range(STEPS_BEFORE, STEPS_BEFORE + STEPS_AFTER))
+    losses = train(setup, schedule, mesh, range(STEPS_BEFORE, STEPS_BEFORE + STEPS_AFTER))
     store.finish()
     (outcome,) = store.take_outcomes()
     assert outcome.error is None, outcome.error
@@ -78,7 +78,7 @@ def load_and_go_on(setup: Setup, root: Path, sources: list[Setup]) -> list[Saved
         assert newest is not None
         assert store.load(state, newest) == STEPS_BEFORE
         tensors = gather_state(schedule, mesh, setup)
-        losses = _train(setup, schedule, mesh, range(STEPS_BEFORE, STEPS_BEFORE + STEPS_AFTER))
+        losses = train(setup, schedule, mesh, range(STEPS_BEFORE, STEPS_BEFORE + STEPS_AFTER))
         results.append(Saved(tensors, losses))
         schedule.engine.destroy()
     assert mesh is not None
@@ -101,7 +101,8 @@ def start(
     return mesh, schedule, EngineState(schedule.engine, mesh), store
 
 
-def _train(setup: Setup, schedule: Schedule, mesh: Mesh, steps: range) -> list[Tensor]:
+def train(setup: Setup, schedule: Schedule, mesh: Mesh, steps: range) -> list[Tensor]:
+    """Trains on the layout's share of the steps; returns the losses of each."""
     from beit3_ds.training.engine import apply_update
 
     losses, config = [], setup.config()
