@@ -17,7 +17,7 @@ from beit3_ds.checkpoint.folder import CheckpointFolder
 from beit3_ds.checkpoint.index import INDEX_NAME, BrokenIndexError, Index, Piece, check_cover
 from beit3_ds.checkpoint.run_description import RunDescription
 from beit3_ds.checkpoint.snapshot import Snapshot
-from beit3_ds.checkpoint.tensor_file import WrittenFile
+from beit3_ds.checkpoint.tensor_file import BrokenTensorFileError, WrittenFile
 from beit3_ds.config import ConfigError
 from beit3_ds.parallel import Mesh
 
@@ -122,7 +122,7 @@ class CheckpointStore:
             The number of updates that the checkpoint holds, which is the step to go on with.
 
         Raises:
-            ConfigError: if it holds another model, or belongs to other tokenizers.
+            ConfigError: if it holds another model, or belongs to other tokenizers, or was not written by this program.
         """
         changes = self._run.check_continues(folder.index.run, str(folder.path))
         if changes and self._mesh.is_main:
@@ -131,8 +131,15 @@ class CheckpointStore:
             found = folder.index.shapes.get(name)
             if found != part.shape:
                 raise ConfigError(f"checkpoint {folder.path}: {name} has shape {found}, the model's is {part.shape}.")
-        state.load(folder.read_kind, folder.index.optimizer_step)
-        folder.close()
+        try:
+            state.load(folder.read_kind, folder.index.optimizer_step)
+        except (BrokenIndexError, BrokenTensorFileError) as error:
+            raise ConfigError(
+                f"checkpoint {folder.path} cannot be loaded, though its digests fit: {error}. Delete it, and the same "
+                "command goes on from the one before."
+            ) from None
+        finally:
+            folder.close()
         return folder.step
 
     def _examine(self, path: Path) -> tuple[CheckpointFolder | None, str | None]:
