@@ -51,7 +51,7 @@ class NewFile:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a small file aside and renames it, so that readers see the old one or the new one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.new")  # the same for every process, so that a killed one leaves no litter
     aside.unlink(missing_ok=True)
     with NewFile(aside) as file:
         file.write(content)

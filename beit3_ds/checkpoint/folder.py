@@ -11,7 +11,7 @@ from tqdm import tqdm
 from beit3_ds.checkpoint.disk import file_sha256
 from beit3_ds.checkpoint.index import FILE_KINDS, INDEX_NAME, BrokenIndexError, file_name, read_index, tensor_key
 from beit3_ds.checkpoint.rectangles import Rectangle, whole
-from beit3_ds.checkpoint.tensor_file import BrokenTensorFileError, TensorFile
+from beit3_ds.checkpoint.tensor_file import BrokenTensorFileError, TensorEntry, TensorFile
 from beit3_ds.config import ConfigError, ModelConfig
 
 _FILE_OF_KIND = {kind: file for file, kinds in FILE_KINDS.items() for kind in kinds}
@@ -94,7 +94,10 @@ class CheckpointFolder:
             if common := part.intersection(rectangle):
                 file = self._open(file_name(_FILE_OF_KIND[kind], rank))
                 rows, columns = common.inside(rectangle)
-                piece = file.read_rows(tensor_key(kind, name, rectangle), rows.start, rows.stop)
+                key = tensor_key(kind, name, rectangle)
+                if file.entries.get(key) != TensorEntry(key, torch.float32, rectangle.shape):
+                    raise BrokenTensorFileError(f"{file.path} has no {key} in float32")
+                piece = file.read_rows(key, rows.start, rows.stop)
                 values[common.inside(part)] = piece[:, columns]
         return values
 

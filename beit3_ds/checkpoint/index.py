@@ -81,13 +81,17 @@ def read_index(folder: Path) -> Index:
         BrokenIndexError: with what is wrong, in a few words.
     """
     try:
-        content = json.loads((folder / INDEX_NAME).read_bytes())
-        digest = content.pop("sha256")
-        is_ours = content["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return _parse(json.loads((folder / INDEX_NAME).read_bytes()))
+    except BrokenIndexError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BrokenIndexError(f"no readable {INDEX_NAME}") from None
-    if not is_ours or content["version"] != VERSION:
-        raise BrokenIndexError(f"{INDEX_NAME} is of format {content['format']!r}, version {content.get('version')!r}")
+
+
+def _parse(content: dict[str, Any]) -> Index:
+    digest = content.pop("sha256")
+    if (content["format"], content["version"]) != (FORMAT, VERSION):
+        raise BrokenIndexError(f"{INDEX_NAME} is of format {content['format']!r}, version {content['version']!r}")
     if hashlib.sha256(_serialize(content)).hexdigest() != digest:
         raise BrokenIndexError(f"{INDEX_NAME} was changed: its digest is another")
     tensors = content["tensors"]

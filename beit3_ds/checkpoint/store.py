@@ -4,6 +4,7 @@ import contextlib
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +18,7 @@ from beit3_ds.checkpoint.folder import CheckpointFolder, checkpoint_paths
 from beit3_ds.checkpoint.index import INDEX_NAME, BrokenIndexError, Index, Piece, check_cover
 from beit3_ds.checkpoint.run_description import RunDescription
 from beit3_ds.checkpoint.snapshot import Snapshot
-from beit3_ds.checkpoint.tensor_file import WrittenFile
+from beit3_ds.checkpoint.tensor_file import BrokenTensorFileError, WrittenFile
 from beit3_ds.config import ConfigError
 from beit3_ds.parallel import Mesh
 
@@ -70,6 +71,9 @@ class CheckpointStore:
         self._snapshot: Snapshot | None = None
         self._thread: threading.Thread | None = None
         self._outcomes: list[SaveOutcome] = []
+        self._refused: set[Path] = set()
+        """Checkpoints in which `newest` found damage, which may not show in the sizes of their files."""
+        self._was_there = root.exists()
 
     def save(self, state: EngineState, step: int) -> None:
         """Begins to save the state after `step` updates. All ranks call it, between two steps."""
@@ -94,8 +98,11 @@ class CheckpointStore:
         return taken
 
     def newest_path(self) -> Path | None:
-        """The newest checkpoint whose files are all there, without reading them."""
-        return next((path for path in checkpoint_paths(self.root) if _open(path)), None)
+        """The newest checkpoint whose files are all there, without reading them; None also if the folder is lost."""
+        try:
+            return next(self._whole_paths(), None)
+        except OSError:
+            return None
 
     def newest(self) -> CheckpointFolder | None:
         """The newest whole checkpoint, or None. All ranks call it, and share the reading of all its files.
@@ -111,6 +118,7 @@ class CheckpointStore:
             first = next((found for found in faults if found), None)
             if first is None:
                 return folder
+            self._refused.add(self.root / name)
             if self._mesh.is_main:
                 print(f"checkpoint {self.root / name} is not whole ({first}); trying the one before", flush=True)
         return None
@@ -122,7 +130,7 @@ class CheckpointStore:
             The number of updates that the checkpoint holds, which is the step to go on with.
 
         Raises:
-            ConfigError: if it holds another model, or belongs to other tokenizers.
+            ConfigError: if it holds another model, or belongs to other tokenizers, or was not written by this program.
         """
         changes = self._run.check_continues(folder.index.run, str(folder.path))
         if changes and self._mesh.is_main:
@@ -131,8 +139,15 @@ class CheckpointStore:
             found = folder.index.shapes.get(name)
             if found != part.shape:
                 raise ConfigError(f"checkpoint {folder.path}: {name} has shape {found}, the model's is {part.shape}.")
-        state.load(folder.read_kind, folder.index.optimizer_step)
-        folder.close()
+        try:
+            state.load(folder.read_kind, folder.index.optimizer_step)
+        except (BrokenIndexError, BrokenTensorFileError) as error:
+            raise ConfigError(
+                f"checkpoint {folder.path} cannot be loaded, though its digests fit: {error}. Delete it, and the same "
+                "command goes on from the one before."
+            ) from None
+        finally:
+            folder.close()
         return folder.step
 
     def _examine(self, path: Path) -> tuple[CheckpointFolder | None, str | None]:
@@ -144,11 +159,17 @@ class CheckpointStore:
         num_bytes = sum(written.num_bytes for written in folder.index.files.values())
         if self._mesh.is_main and num_bytes > _LONG_CHECK_BYTES:
             print(f"checking {path} ({num_bytes / 1e9:.1f} GB)", flush=True)
+        if path.name != _folder_name(folder.step):
+            return None, f"it holds step {folder.step}"
         return folder, folder.find_damage(folder.files()[self._rank :: self._mesh.num_ranks])
+
+    def _whole_paths(self) -> Iterator[Path]:
+        """Those whose files are all there, as far as this process knows."""
+        return (path for path in checkpoint_paths(self.root) if path not in self._refused and _open(path))
 
     def _write(self, snapshot: Snapshot, step: int, start: float, held_up: float) -> None:
         """In the thread: writes what the snapshot holds, with the threads of all ranks."""
-        target = self.root / f"step-{step:08d}"
+        target = self.root / _folder_name(step)
         try:
             error = self._write_together(snapshot, step, target)
         except RuntimeError as failure:
@@ -180,7 +201,10 @@ class CheckpointStore:
             error = error or self._attempt(self._complete, aside, target, step, snapshot.optimizer_step, shares)
             if error:
                 shutil.rmtree(aside, ignore_errors=True)
-        return self._from_main(error)
+        error = self._from_main(error)
+        if not error:
+            self._refused.discard(target)
+        return error
 
     def _attempt(self, work: Any, *arguments: Any) -> str | None:
         """Runs a part of a save; returns what went wrong."""
@@ -197,12 +221,15 @@ class CheckpointStore:
 
     def _make_folder(self, aside: Path) -> None:
         for left_over in (*self.root.glob(".writing-*"), *self.root.glob(".deleted-*")):
-            shutil.rmtree(left_over)
+            shutil.rmtree(left_over, ignore_errors=left_over != aside)  # only that one is in the way
+        if self._was_there and not self.root.exists():
+            print(f"WARNING: {self.root} is gone, with the checkpoints in it; it is made anew", flush=True)
         aside.mkdir(parents=True)
+        self._was_there = True
         sync_folder(self.root.parent)
 
     def _write_files(self, snapshot: Snapshot, aside: Path) -> dict[str, WrittenFile]:
-        aside.mkdir(parents=True, exist_ok=True)  # a network file system may show it late
+        aside.mkdir(exist_ok=True)  # a network file system may show it late
         return snapshot.write(aside, self._rank)
 
     def _complete(self, aside: Path, target: Path, step: int, optimizer_step: int, shares: list[Any]) -> None:
@@ -230,6 +257,7 @@ class CheckpointStore:
         if target.exists():  # torn, or this run would have begun behind it
             self._delete(target)
         rename(aside, target)
+        self._refused.discard(target)  # before pruning counts
         write_whole(self.root / _LATEST, f"{target.name}\n".encode())
         with contextlib.suppress(OSError):  # the new one is safe; what could not be deleted now is deleted next time
             self._prune()
@@ -237,7 +265,7 @@ class CheckpointStore:
     def _prune(self) -> None:
         """Deletes what is older than the oldest of the whole checkpoints that are kept."""
         paths = checkpoint_paths(self.root)
-        whole = [path for path in paths if _open(path)]
+        whole = list(self._whole_paths())
         if len(whole) > self._keep:
             for path in paths[paths.index(whole[self._keep]) :]:
                 self._delete(path)
@@ -246,6 +274,10 @@ class CheckpointStore:
         hidden = path.with_name(f".deleted-{path.name}")
         rename(path, hidden)
         shutil.rmtree(hidden)
+
+
+def _folder_name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _open(path: Path) -> CheckpointFolder | None:

@@ -1,7 +1,11 @@
 """The iterator over training steps, prepared ahead by worker processes."""
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterable
+from multiprocessing import forkserver, resource_tracker
 
 import torch
 from torch.utils.data import DataLoader
@@ -30,17 +34,41 @@ def build_train_loader(dataset: StepDataset, config: DataConfig, first_step: int
     # Plain fork would copy the locks of threads that exist by now, and CUDA does not survive it.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch"])  # imported once instead of by every worker
+    _start_server_of_workers()
     return DataLoader(
         dataset,
         batch_size=None,
         sampler=steps,
         num_workers=config.num_workers,
         prefetch_factor=config.prefetch_steps,
-        worker_init_fn=_use_one_thread,
+        worker_init_fn=_prepare_worker,
         multiprocessing_context=context,
     )
 
 
-def _use_one_thread(worker: int) -> None:
-    """Keeps workers from fighting with the training process for its cores."""
-    torch.set_num_threads(1)
+def _start_server_of_workers() -> None:
+    """Starts the process from which workers are forked, if there is none, so that it and they are deaf to SIGTERM.
+
+    Clusters send it to all processes of a run, where it asks the ranks to end their step and save. What a step needs
+    must still be there then.
+    """
+    resource_tracker.ensure_running()  # else the server starts it first, which unblocks the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # processes inherit it
+    forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _prepare_worker(worker: int) -> None:
+    torch.set_num_threads(1)  # workers would fight with the training process for its cores
+    threading.Thread(target=_end_with_rank, daemon=True).start()
+
+
+def _end_with_rank() -> None:
+    """Ends this worker when its rank is gone, killed perhaps.
+
+    Torch's own workers watch the process that they were forked from, which lives as long as one of them does.
+    """
+    rank = multiprocessing.parent_process()
+    assert rank is not None, "this is no worker"
+    rank.join()
+    os._exit(1)

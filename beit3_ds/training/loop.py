@@ -122,9 +122,9 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: StopRequest) -> bool:
             _report(run, done, rate, grad_norm, budget)
         if (done % config.eval_interval == 0 or is_last) and not is_stopping:
             _evaluate_and_record(run, done)
+        _report_saves(run)  # not after the save: how the last one ends must be left for the end
         if done % config.save_interval == 0 or is_last or is_stopping:
             run.store.save(run.state, done)
-        _report_saves(run)
         if is_stopping and not is_last:
             break
     run.store.finish()

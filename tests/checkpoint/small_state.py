@@ -1,0 +1,113 @@
+"""A training state of a few tensors in memory, and a store that saves it: hundreds of saves a second."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from beit3_ds.checkpoint import CheckpointFolder, CheckpointStore, RunDescription
+from beit3_ds.checkpoint.engine_state import KINDS, MOMENTS, WEIGHT, Fragment, Part, ReadPart
+from beit3_ds.checkpoint.rectangles import Rectangle, run_of, whole
+from beit3_ds.parallel import Mesh
+
+SHAPES = {"embedding.weight": torch.Size((7, 3)), "norm.weight": torch.Size((5,)), "scale": torch.Size(())}
+TIMEOUT_SECONDS = 20.0
+
+
+def values_at(step: int, kind: str, name: str) -> Tensor:
+    """What a tensor holds after `step` updates: no two of them share a value."""
+    start = 10_000 * step + 1000 * KINDS.index(kind) + 100 * list(SHAPES).index(name)
+    return torch.arange(start, start + SHAPES[name].numel(), dtype=torch.float32).view(SHAPES[name])
+
+
+class SmallState:
+    """Stands for `EngineState` where a store takes one; every rank owns an equal run of every tensor."""
+
+    def __init__(self, rank: int = 0, num_ranks: int = 1) -> None:
+        self._rank, self._num_ranks = rank, num_ranks
+        self.parts = {name: Part(shape=shape, block=whole(shape)) for name, shape in SHAPES.items()}
+        self.optimizer_step = 0
+        self._values = {(kind, name): torch.zeros(shape) for kind in KINDS for name, shape in SHAPES.items()}
+
+    def train_to(self, step: int) -> "SmallState":
+        """Overwrites all tensors in place, as an optimizer does."""
+        self.optimizer_step = step
+        for (kind, name), values in self._values.items():
+            values.copy_(values_at(step, kind, name))
+        return self
+
+    def fragments_to_save(self) -> list[Fragment]:
+        fragments = []
+        for name, shape in SHAPES.items():
+            moments = {kind: self._values[kind, name].view(-1) for kind in MOMENTS}
+            fragment = Fragment(name, 0, self._values[WEIGHT, name].view(-1), moments)
+            start, stop = (shape.numel() * rank // self._num_ranks for rank in (self._rank, self._rank + 1))
+            fragments.append(fragment.cut(start, stop))
+        return [fragment for fragment in fragments if len(fragment.weight)]
+
+    def rectangles(self, fragment: Fragment) -> Iterator[tuple[int, Rectangle]]:
+        return run_of(self.parts[fragment.name].block, fragment.start, fragment.start + len(fragment.weight))
+
+    def load(self, read: ReadPart, optimizer_step: int) -> None:
+        self.optimizer_step = optimizer_step
+        for (kind, name), values in self._values.items():
+            values.copy_(read(kind, name, whole(SHAPES[name])).view(SHAPES[name]))
+
+    def tensors(self) -> list[Tensor]:
+        """Weights and moments."""
+        return list(self._values.values())
+
+    def check_is_of(self, step: int) -> None:
+        """Every element is what it was after `step` updates."""
+        assert self.optimizer_step == step
+        for (kind, name), values in self._values.items():
+            assert torch.equal(values, values_at(step, kind, name)), (step, kind, name)
+
+
+def describe(**changes: Any) -> RunDescription:
+    """The run that the states here are of; `changes` to its fields."""
+    plain: dict[str, Any] = {
+        "model": {"hidden_size": 3, "num_layers": 1, "drop_path_rate": 0.1},
+        "config": {"training": {"seed": 1}},
+        "tokenizers": {"text": "ab" * 32, "visual": "cd" * 32},
+        "layout": "small",
+        "versions": {"python": "3"},
+    }
+    return RunDescription(**plain | changes)
+
+
+class SmallRun:
+    """A store and the state that it saves, as a process that was just started has them."""
+
+    def __init__(self, root: Path, keep: int = 2, mesh: Mesh | None = None, **changes: Any) -> None:
+        mesh = mesh or Mesh()
+        self.state = SmallState(mesh.data_parallel_rank, mesh.num_ranks)
+        self.store = CheckpointStore(root, keep, mesh, describe(**changes), TIMEOUT_SECONDS)
+
+    def save(self, *steps: int) -> list[str | None]:
+        """Trains to these steps, one after the other, and saves each; returns what went wrong with each."""
+        for step in steps:
+            self.store.save(self.state.train_to(step), step)
+        self.store.finish()
+        return [outcome.error for outcome in self.store.take_outcomes()]
+
+    def resume(self) -> int | None:
+        """Loads the newest whole checkpoint, all of whose content must be what it was then; None without one."""
+        newest = self.store.newest()
+        if newest is None:
+            return None
+        step = self.store.load(self.state, newest)
+        self.state.check_is_of(step)
+        return step
+
+
+def check_holds(folder: Path, step: int) -> None:
+    """A checkpoint's folder holds the state of a step."""
+    checkpoint, state = CheckpointFolder(folder), SmallState()
+    assert checkpoint.step == step
+    assert checkpoint.find_damage(checkpoint.index.files) is None
+    state.load(checkpoint.read_kind, checkpoint.index.optimizer_step)
+    state.check_is_of(step)
+    checkpoint.close()

@@ -1,0 +1,329 @@
+"""Checkpoints that were damaged, mixed up or forged are passed over or refused; nothing of them is loaded."""
+
+import hashlib
+import json
+import os
+import pickle
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed as dist
+
+from beit3_ds.checkpoint import CheckpointFolder, RunDescription
+from beit3_ds.checkpoint.index import INDEX_NAME
+from beit3_ds.config import ConfigError
+from beit3_ds.parallel import Mesh
+from tests.checkpoint.small_state import SmallRun, describe
+from tests.ranks import run_ranks
+
+FILES = ("weights-00000.safetensors", "moments-00000.safetensors", INDEX_NAME)
+BEFORE, NEWEST = 5, 6
+
+
+@pytest.fixture
+def root(tmp_path: Path, lone_rank: None) -> Path:
+    """The checkpoints of two steps."""
+    assert SmallRun(tmp_path / "checkpoints").save(BEFORE, NEWEST) == [None, None]
+    return tmp_path / "checkpoints"
+
+
+def folder(root: Path, step: int = NEWEST) -> Path:
+    return root / f"step-{step:08d}"
+
+
+def check_passed_over(root: Path, capsys: pytest.CaptureFixture[str], reason: str = "") -> None:
+    """A new process goes on from the checkpoint before, and tells why."""
+    capsys.readouterr()
+    assert SmallRun(root).resume() == BEFORE
+    output = capsys.readouterr().out
+    assert f"checkpoint {folder(root)} is not whole (" in output
+    assert reason in output
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_flipped_bits_are_found(root: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """One bit at a time, at random places; in the index at all of them: some of its names end the parsing early."""
+    path = folder(root) / name
+    content, draw = path.read_bytes(), random.Random(0)
+    places = range(len(content)) if name == INDEX_NAME else draw.sample(range(len(content)), 60)
+    for place in places:
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(flipped)
+        check_passed_over(root, capsys)
+    path.write_bytes(content)
+    assert SmallRun(root).resume() == NEWEST
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def zero_the_end(path: Path) -> None:
+    """As a file system leaves a file of which the last blocks were not written."""
+    content = path.read_bytes()
+    path.write_bytes(content[:-100] + bytes(100))
+
+
+def make_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "damage", [truncate, Path.unlink, zero_the_end, make_folder, lambda path: path.write_bytes(b"")], ids=str
+)
+def test_damaged_files_are_found(
+    root: Path, capsys: pytest.CaptureFixture[str], name: str, damage: Callable[[Path], Any]
+) -> None:
+    damage(folder(root) / name)
+    check_passed_over(root, capsys, name)
+
+
+def swap(one: Path, other: Path) -> None:
+    aside = one.with_name("aside")
+    one.rename(aside)
+    other.rename(one)
+    aside.rename(other)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_swapped_between_checkpoints_are_found(root: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """Of the same size and both whole: only digests tell. Neither checkpoint is whole then, nor loaded."""
+    swap(folder(root) / name, folder(root, BEFORE) / name)
+    assert SmallRun(root).resume() is None
+    output = capsys.readouterr().out
+    assert output.count("is not whole (") == 2
+    assert ("it holds step 5" if name == INDEX_NAME else f"{name} was changed: its digest is another") in output
+
+
+def test_files_swapped_in_a_checkpoint_are_found(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    swap(folder(root) / FILES[0], folder(root) / FILES[1])
+    check_passed_over(root, capsys)
+
+
+def swap_those_of_two_ranks(newest: Path) -> None:
+    swap(newest / "weights-00000.safetensors", newest / "weights-00001.safetensors")
+
+
+def damage_what_the_second_rank_reads(newest: Path) -> None:
+    zero_the_end(newest / "moments-00001.safetensors")
+
+
+def damage_and_resume(root: str, damage: Callable[[Path], None]) -> int | None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    run = SmallRun(Path(root), mesh=Mesh(data_parallel_rank=rank, data_parallel_size=2))
+    run.save(BEFORE, NEWEST)
+    if rank == 0:
+        damage(folder(Path(root)))
+    dist.barrier()
+    step = run.resume()
+    dist.destroy_process_group()
+    return step
+
+
+@pytest.mark.parametrize("damage", [swap_those_of_two_ranks, damage_what_the_second_rank_reads])
+def test_ranks_agree_on_damage(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    """Catches a rank that takes a checkpoint for whole because its own share of the files is."""
+    assert run_ranks(damage_and_resume, 2, str(tmp_path / "checkpoints"), damage) == [BEFORE, BEFORE]
+
+
+def test_checkpoint_under_another_step_is_found(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its content is whole, but not what its place says."""
+    shutil.rmtree(folder(root))
+    shutil.copytree(folder(root, BEFORE), folder(root))
+    check_passed_over(root, capsys, f"holds step {BEFORE}")
+
+
+def edit_index(root: Path, edit: Callable[[dict[str, Any]], Any], with_digest: bool) -> None:
+    path = folder(root) / INDEX_NAME
+    content = json.loads(path.read_text())
+    digest = content.pop("sha256")
+    edit(content)
+    if with_digest:
+        digest = hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+    path.write_text(json.dumps({**content, "sha256": digest}, separators=(",", ":")))
+
+
+def leave_out_a_piece(content: dict[str, Any]) -> None:
+    content["tensors"]["norm.weight"]["pieces"] = [[0, 0, 4, 0, 1]]
+
+
+EDITS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "step": lambda content: content.update(step=9),
+    "optimizer step": lambda content: content.update(optimizer_step=1),
+    "model": lambda content: content["model"].update(hidden_size=4),
+    "file left out": lambda content: content["files"].popitem(),
+    "piece left out": leave_out_a_piece,
+    "version": lambda content: content.update(version=2),
+    "format": lambda content: content.update(format="another"),
+    "no tensors": lambda content: content.pop("tensors"),
+    "no version": lambda content: content.pop("version"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_edited_index_is_found(root: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    edit_index(root, EDITS[name], with_digest=False)
+    check_passed_over(root, capsys, INDEX_NAME)
+
+
+@pytest.mark.parametrize("name", ["piece left out", "version", "format", "no tensors", "no version", "step"])
+def test_index_that_makes_no_sense_is_found(root: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """Also with a digest that fits: as another version of this program may write it."""
+    edit_index(root, EDITS[name], with_digest=True)
+    check_passed_over(root, capsys)
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"1", b"null", b"[" * 100_000, b"\xff\xfe", b'{"sha256": 1}'])
+def test_other_content_in_place_of_the_index_is_found(
+    root: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    (folder(root) / INDEX_NAME).write_bytes(content)
+    check_passed_over(root, capsys, INDEX_NAME)
+
+
+class Bomb:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.path,)
+
+
+def pickled(path: Path, bomb: Bomb) -> None:
+    path.write_bytes(pickle.dumps(bomb))
+
+
+def saved_by_torch(path: Path, bomb: Bomb) -> None:
+    torch.save({"weights": bomb}, path)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("put", [pickled, saved_by_torch])
+def test_pickle_is_never_opened(
+    root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    put: Callable[[Path, Bomb], None],
+) -> None:
+    path, trace = folder(root) / name, tmp_path / "unpickled"
+    size = path.stat().st_size
+    put(path, Bomb(trace))
+    check_passed_over(root, capsys, name)
+    path.write_bytes(path.read_bytes()[:size].ljust(size, b"\0"))  # of the right size, too
+    check_passed_over(root, capsys, name)
+    assert not trace.exists()
+
+
+def forge(root: Path, name: str) -> None:
+    """Makes the index fit what is there."""
+    written = (folder(root) / name).read_bytes()
+    fitting = [len(written), hashlib.sha256(written).hexdigest()]
+    edit_index(root, lambda content: content["files"].update({name: fitting}), with_digest=True)
+
+
+@pytest.mark.parametrize("put", [pickled, saved_by_torch])
+def test_forged_pickle_is_an_error(root: Path, tmp_path: Path, put: Callable[[Path, Bomb], None]) -> None:
+    """All digests fit, so it was made on purpose: no reason to look for another checkpoint."""
+    put(folder(root) / FILES[1], Bomb(tmp_path / "unpickled"))
+    forge(root, FILES[1])
+    with pytest.raises(ConfigError, match=r"moments-00000\.safetensors.* is not a whole safetensors file"):
+        SmallRun(root).resume()
+    assert not (tmp_path / "unpickled").exists()
+
+
+@pytest.mark.parametrize("change", ["name", "dtype", "cut"])
+def test_forged_tensors_are_an_error(root: Path, change: str) -> None:
+    """A file that lacks a tensor, holds one of another type, or ends inside one."""
+    path = folder(root) / FILES[0]
+    tensors = safetensors.torch.load_file(path)
+    key = next(key for key in tensors if key.startswith("norm.weight"))
+    if change == "name":
+        tensors["other"] = tensors.pop(key)
+    elif change == "dtype":
+        tensors[key] = tensors[key].to(torch.int32)
+    safetensors.torch.save_file(tensors, path)
+    if change == "cut":
+        os.truncate(path, path.stat().st_size - 30)
+    forge(root, FILES[0])
+    with pytest.raises(ConfigError, match=r"step-00000006 .*weights-00000\.safetensors"):
+        SmallRun(root).resume()
+
+
+def refusal(root: Path, **changes: Any) -> str:
+    """The message with which a run that is described otherwise refuses the newest checkpoint."""
+    run = SmallRun(root, **changes)
+    with pytest.raises(ConfigError) as caught:
+        run.resume()
+    assert run.state.optimizer_step == 0 and not any(part.any() for part in run.state.tensors()), "something was loaded"
+    return str(caught.value)
+
+
+def test_another_model_is_refused(root: Path) -> None:
+    model = {**describe().model, "hidden_size": 4, "num_heads": 2}
+    message = refusal(root, model=model)
+    assert str(folder(root)) in message
+    assert "hidden_size 3 there, 4 here" in message
+    assert "num_heads None there, 2 here" in message
+    assert "num_layers" not in message
+
+
+def test_another_shape_is_refused(root: Path) -> None:
+    """Of a model whose configuration says the same."""
+
+    def reshape(content: dict[str, Any]) -> None:
+        content["tensors"]["norm.weight"] = {"shape": [4], "pieces": [[0, 0, 4, 0, 1]]}
+
+    edit_index(root, reshape, with_digest=True)
+    assert "norm.weight has shape torch.Size([4]), the model's is torch.Size([5])" in refusal(root)
+
+
+@pytest.mark.parametrize("kind", ["text", "visual"])
+def test_another_tokenizer_is_refused(root: Path, kind: str) -> None:
+    message = refusal(root, tokenizers={**describe().tokenizers, kind: "ef" * 32})
+    assert str(folder(root)) in message
+    assert f"another {kind} tokenizer than tokenizers.{kind}.path" in message
+
+
+def test_changed_settings_are_told(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = {**describe().model, "drop_path_rate": 0.2}  # changes no tensor
+    assert SmallRun(root, model=model, config={"training": {"seed": 2}}).resume() == NEWEST
+    assert "training.seed: 1 -> 2" in capsys.readouterr().out
+
+
+def test_all_fields_of_the_description_are_kept(root: Path) -> None:
+    kept = CheckpointFolder(folder(root)).index.run
+    assert kept == describe() and set(vars(kept)) == set(RunDescription.__dataclass_fields__)
+
+
+@pytest.mark.usefixtures("lone_rank")
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damaged_checkpoint_does_not_push_out_whole_ones(tmp_path: Path, keep: int) -> None:
+    """A run that goes on behind a damaged checkpoint, whose files have the right sizes, keeps what it saves.
+
+    Catches pruning that counts the damaged one, which is later, and deletes the one just saved.
+    """
+    root = tmp_path / "checkpoints"
+    assert SmallRun(root, keep).save(*range(BEFORE - keep + 1, BEFORE + 1)) == [None] * keep
+    for path in root.glob("step-*"):
+        zero_the_end(path / FILES[0])
+    run = SmallRun(root, keep)
+    assert run.resume() is None
+    for step in range(1, BEFORE + 2):
+        assert run.save(step) == [None]
+        assert run.store.newest_path() == folder(root, step)
+        assert (root / "latest").read_text().strip() == folder(root, step).name
+        assert SmallRun(root, keep).resume() == step
+    assert len(list(root.glob("step-*"))) == keep

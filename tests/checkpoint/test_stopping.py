@@ -1,0 +1,127 @@
+"""How a run ends early, or goes on without what it could not save."""
+
+import contextlib
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from beit3_ds.checkpoint import CheckpointFolder
+from tests.checkpoint.training_run import TrainingRun, check_same_state
+from tests.test_pretrain import losses
+
+NO_EVALUATION = {"eval_interval": 1000}
+
+
+def test_sigterm_on_one_rank_stops_all_with_a_checkpoint(
+    run_mapping: dict[str, Any], undisturbed: TrainingRun, tmp_path: Path
+) -> None:
+    """Catches ranks that leave at different steps, and a step that is lost."""
+    run = TrainingRun(run_mapping, tmp_path / "stopped", 2, total_steps=12, save_interval=1000, **NO_EVALUATION)
+    with run.started():
+        run.wait_until(lambda: "step 3/12" in run.output())
+        os.kill(run.ranks[1].pid, signal.SIGTERM)
+        assert run.wait() == [0, 0]
+    done = int(run.output().split("stopped after step ")[1].split()[0])
+    assert 3 <= done < 12
+    assert run.output().count("stopped after") == 1
+    assert "stopped after" not in run.output(1)
+    run.checkpoint(done).close()
+    assert not (run.output_dir / "summary.json").exists()
+
+    assert run.finish() == [0, 0]
+    assert f"resuming after step {done} " in run.output()
+    check_same_state(run.checkpoint(12), undisturbed.checkpoint(12))
+    assert losses(run.output_dir) == losses(undisturbed.output_dir)
+
+
+def others(run: TrainingRun) -> list[int]:
+    """The processes that the only rank of a run has started, as far as they are alive."""
+    leader, found = run.ranks[0].pid, []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            state, _, group, *_ = path.read_text().rpartition(")")[2].split()
+            if int(group) == leader != int(path.parent.name) and state != "Z":
+                found.append(int(path.parent.name))
+    return found
+
+
+def test_sigterm_to_all_processes_stops_with_a_checkpoint(run_mapping: dict[str, Any], tmp_path: Path) -> None:
+    """As cluster managers send it: also to the workers that prepare steps, for which the last step may still wait."""
+    run_mapping["beit3_ds"]["data"]["num_workers"] = 2
+    run = TrainingRun(run_mapping, tmp_path / "stopped", total_steps=400, save_interval=1000, **NO_EVALUATION)
+    with run.started():
+        run.wait_until(lambda: "step 2/" in run.output())
+        assert len(others(run)) >= 3  # two workers, and the server that they are forked from
+        for pid in others(run):
+            os.kill(pid, signal.SIGTERM)
+        run.wait_until(lambda: "step 20/" in run.output())  # more than was prepared by then
+        assert run.ranks[0].pid is not None
+        os.killpg(run.ranks[0].pid, signal.SIGTERM)
+        assert run.wait() == [0], run.output()
+    done = int(run.output().split("stopped after step ")[1].split()[0])
+    run.checkpoint(done).close()
+
+
+def test_workers_of_a_killed_rank_end(run_mapping: dict[str, Any], tmp_path: Path) -> None:
+    run_mapping["beit3_ds"]["data"]["num_workers"] = 2
+    run = TrainingRun(run_mapping, tmp_path / "killed", total_steps=400, save_interval=1000, **NO_EVALUATION)
+    with run.started():
+        run.wait_until(lambda: "step 2/" in run.output())
+        assert len(others(run)) >= 3
+        run.ranks[0].kill()
+        deadline = time.monotonic() + 30
+        while others(run):
+            assert time.monotonic() < deadline, f"{others(run)} are left"
+            time.sleep(0.1)
+
+
+def test_failed_saves_are_reported(run_mapping: dict[str, Any], tmp_path: Path) -> None:
+    """Training goes on after one; after the last one the run has failed, and can be started again."""
+    run = TrainingRun(run_mapping, tmp_path / "failing", total_steps=6, save_interval=2, **NO_EVALUATION)
+    assert run.finish(failing_saves=[2, 6]) == [2]
+    lines = run.output().splitlines()
+    (warning,) = (line for line in lines if line.startswith("WARNING") and "step-00000002" in line)
+    assert "was not written: [Errno 28] No space left on device (rank 0" in warning
+    assert any(line.startswith("saved") and "step-00000004" in line for line in lines)
+    (error,) = (line for line in lines if line.startswith("error on rank 0"))
+    assert "the checkpoint of step 6 could not be written: [Errno 28] No space left on device" in error
+    assert f"The newest whole one is {run.checkpoints / 'step-00000004'}" in error
+    assert "Traceback" not in run.output()
+    records = [json.loads(line) for line in (run.output_dir / "metrics.jsonl").read_text().splitlines()]
+    failed = {record["step"]: record["failed"] for record in records if record["kind"] == "checkpoint"}
+    assert failed == {2: True, 4: False, 6: True}
+    run.checkpoint(4).close()
+
+
+@pytest.mark.parametrize("left", ["nothing", "file"])
+def test_lost_folder_is_reported(run_mapping: dict[str, Any], tmp_path: Path, left: str) -> None:
+    """Nothing that was saved there is lost, and training ends; without a place to write, with an error."""
+    run = TrainingRun(run_mapping, tmp_path / "lost", total_steps=12, keep_checkpoints=2, **NO_EVALUATION)
+    away = run.output_dir / "away"
+    with run.started():
+        run.wait_until(lambda: run.reported_step() == 3)
+        run.checkpoints.rename(away)
+        if left == "file":
+            run.checkpoints.touch()
+        (status,) = run.wait()
+    assert "step 12/12" in run.output()
+    kept = [CheckpointFolder(path) for path in sorted(away.glob("step-*"))]
+    assert kept and all(checkpoint.find_damage(checkpoint.index.files) is None for checkpoint in kept)
+    if left == "nothing":
+        assert status == 0
+        assert f"WARNING: {run.checkpoints} is gone" in run.output()
+        run.checkpoint(12).close()
+    else:
+        assert status == 2
+        assert "WARNING: checkpoint" in run.output() and "Not a directory" in run.output()
+        (error,) = (line for line in run.output().splitlines() if line.startswith("error on rank 0"))
+        assert "the checkpoint of step 12 could not be written: [Errno 20] Not a directory" in error
+        run.checkpoints.unlink()
+        away.rename(run.checkpoints)
+        assert run.finish() == [0]
+        assert f"resuming after step {kept[-1].step} " in run.output()

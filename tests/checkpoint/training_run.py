@@ -1,0 +1,136 @@
+"""Real runs of the trainer, each rank a process that writes to a file, to be killed, stopped and started again."""
+
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from beit3_ds.checkpoint import CheckpointFolder
+from beit3_ds.checkpoint.engine_state import KINDS
+from beit3_ds.checkpoint.rectangles import whole
+
+_TIMEOUT_SECONDS = 120
+
+
+class TrainingRun:
+    """A run below a folder; its ranks can be started any number of times."""
+
+    def __init__(self, mapping: dict[str, Any], folder: Path, num_ranks: int = 1, **training: Any) -> None:
+        folder.mkdir()
+        self._num_ranks, self._folder = num_ranks, folder
+        self.output_dir = folder / "run"
+        self.checkpoints = self.output_dir / "checkpoints"
+        mapping["beit3_ds"]["training"] |= {**training, "output_dir": str(self.output_dir)}
+        (folder / "config.json").write_text(json.dumps(mapping))
+        self.ranks: list[BaseProcess] = []
+
+    @contextmanager
+    def started(self, failing_saves: Sequence[int] = ()) -> Iterator["TrainingRun"]:
+        """Starts the ranks, and kills those that are left when the block ends.
+
+        Args:
+            failing_saves: steps whose checkpoints cannot be renamed to where they are found.
+        """
+        context = get_context("forkserver")  # with its imports done a rank starts in half a second
+        context.set_forkserver_preload(["torch", "deepspeed"])
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.ranks = []
+        for rank in range(self._num_ranks):
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self._num_ranks, "MASTER_PORT": port}
+            arguments = (names, str(self._folder), list(failing_saves))
+            self._log(rank).unlink(missing_ok=True)
+            self.ranks.append(context.Process(target=_train, args=arguments))  # not a daemon: these have no workers
+            self.ranks[-1].start()
+        try:
+            yield self
+        finally:
+            for process in self.ranks:
+                process.kill()
+                process.join()
+
+    def finish(self, failing_saves: Sequence[int] = ()) -> list[int | None]:
+        """Starts the ranks and waits until they end; returns their statuses."""
+        with self.started(failing_saves):
+            return self.wait()
+
+    def wait(self) -> list[int | None]:
+        """Waits until all ranks have ended; returns their statuses."""
+        for process in self.ranks:
+            process.join(_TIMEOUT_SECONDS)
+            assert process.exitcode is not None, f"a rank does not end: {self.output()}"
+        return [process.exitcode for process in self.ranks]
+
+    def wait_until(self, happened: Callable[[], Any], interval: float = 0.005) -> None:
+        """Waits for something to happen while all ranks run."""
+        deadline = time.monotonic() + _TIMEOUT_SECONDS
+        while not happened():
+            assert time.monotonic() < deadline and all(rank.is_alive() for rank in self.ranks), self.output()
+            time.sleep(interval)
+
+    def output(self, rank: int = 0) -> str:
+        """What a rank has printed since it was started."""
+        return self._log(rank).read_text() if self._log(rank).exists() else ""
+
+    def reported_step(self) -> int:
+        """The step of the last checkpoint that was said to be saved since the start; 0 if there is none."""
+        return max(map(int, re.findall(r"^saved .*/step-(\d+) \(", self.output(), re.MULTILINE)), default=0)
+
+    def checkpoint(self, step: int) -> CheckpointFolder:
+        """A checkpoint, none of whose files was changed."""
+        checkpoint = CheckpointFolder(self.checkpoints / f"step-{step:08d}")
+        assert checkpoint.find_damage(checkpoint.index.files) is None
+        return checkpoint
+
+    def _log(self, rank: int) -> Path:
+        return self._folder / f"rank{rank}.log"
+
+
+def check_same_state(ours: CheckpointFolder, expected: CheckpointFolder) -> None:
+    """Weights, moments and counts are the same, bit for bit."""
+    assert (ours.step, ours.index.optimizer_step) == (expected.step, expected.index.optimizer_step)
+    assert ours.names() == expected.names()
+    for name in ours.names():
+        part = whole(ours.shape(name))
+        for kind in KINDS:
+            same = torch.equal(ours.read_kind(kind, name, part), expected.read_kind(kind, name, part))
+            assert same, f"{kind} of {name} differs"
+    ours.close()
+    expected.close()
+
+
+def _train(environment: dict[str, int], folder: str, failing_saves: list[int]) -> None:
+    os.setsid()  # so that whatever it starts can be found
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the server that forks this may block it for workers
+    log = os.open(f"{folder}/rank{environment['RANK']}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1")
+    torch.set_num_threads(1)
+    _fail_saves({f"step-{step:08d}" for step in failing_saves})
+    from beit3_ds.pretrain import main
+
+    sys.exit(main([f"{folder}/config.json"]))
+
+
+def _fail_saves(names: set[str]) -> None:
+    replace = os.replace
+
+    def failing(source: Any, target: Any) -> None:
+        if Path(target).name in names:
+            raise OSError(28, os.strerror(28))
+        replace(source, target)
+
+    os.replace = failing
