@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from beit3_ds.checkpoint import CheckpointFolder, CheckpointStore, RunDescription
 from beit3_ds.checkpoint.engine_state import KINDS, MOMENTS, WEIGHT, Fragment, Part, ReadPart
+from beit3_ds.checkpoint.folder import CheckpointFolder
 from beit3_ds.checkpoint.rectangles import Rectangle, run_of, whole
+from beit3_ds.checkpoint.run_description import RunDescription
+from beit3_ds.checkpoint.store import CheckpointStore
 from beit3_ds.parallel import Mesh
 
 SHAPES = {"embedding.weight": torch.Size((7, 3)), "norm.weight": torch.Size((5,)), "scale": torch.Size(())}

@@ -15,8 +15,9 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 
-from beit3_ds.checkpoint import CheckpointFolder, RunDescription
+from beit3_ds.checkpoint.folder import CheckpointFolder
 from beit3_ds.checkpoint.index import INDEX_NAME
+from beit3_ds.checkpoint.run_description import RunDescription
 from beit3_ds.config import ConfigError
 from beit3_ds.parallel import Mesh
 from tests.checkpoint.small_state import SmallRun, describe
@@ -276,7 +277,7 @@ def test_another_model_is_refused(root: Path) -> None:
     message = refusal(root, model=model)
     assert str(folder(root)) in message
     assert "hidden_size 3 there, 4 here" in message
-    assert "num_heads None there, 2 here" in message
+    assert "num_heads null there, 2 here" in message
     assert "num_layers" not in message
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from beit3_ds.checkpoint import CheckpointFolder
+from beit3_ds.checkpoint.folder import CheckpointFolder
 from tests.checkpoint.training_run import TrainingRun, check_same_state
 from tests.test_pretrain import losses
 

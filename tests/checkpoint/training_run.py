@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from beit3_ds.checkpoint import CheckpointFolder
 from beit3_ds.checkpoint.engine_state import KINDS
+from beit3_ds.checkpoint.folder import CheckpointFolder
 from beit3_ds.checkpoint.rectangles import whole
 
 _TIMEOUT_SECONDS = 120
