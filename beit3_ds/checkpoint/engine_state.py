@@ -80,6 +80,11 @@ class EngineState:
         """Of every parameter of this rank's stage, by its logical name."""
 
     @property
+    def is_on_gpu(self) -> bool:
+        """Whether the engine computes there; its state may still be offloaded to the host."""
+        return self._engine.device.type == "cuda"
+
+    @property
     def optimizer_step(self) -> int:
         """Updates that AdamW has counted, for its bias correction; 0 before the first."""
         steps = {float(state["step"]) for _, state in self._owners() if state}
@@ -93,15 +98,22 @@ class EngineState:
         alike, norms and positions, the first of them writes.
         """
         self._start_moments()
+        return list(self._shares())
+
+    def num_elements_to_save(self) -> int:
+        """Elements of those runs."""
+        return sum(len(share.weight) for share in self._shares())
+
+    def _shares(self) -> Iterator[Fragment]:
         copies, number = self._mesh.data_parallel_size, self._mesh.data_parallel_rank
         if self._is_partitioned:
             copies, number = 1, 0
-        shares = []
         for fragment in self._fragments():
             if is_split(self._parameters[fragment.name]) or self._mesh.tensor.rank == 0:
                 size = len(fragment.weight)
-                shares.append(fragment.cut(size * number // copies, size * (number + 1) // copies))
-        return [share for share in shares if len(share.weight)]
+                share = fragment.cut(size * number // copies, size * (number + 1) // copies)
+                if len(share.weight):
+                    yield share
 
     @torch.no_grad()
     def load(self, read: ReadPart, optimizer_step: int) -> None:

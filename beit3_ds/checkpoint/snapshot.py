@@ -18,28 +18,29 @@ class Snapshot:
     """
 
     def __init__(self, state: EngineState) -> None:
-        self._state = state
+        self._state, self._num_elements = state, state.num_elements_to_save()
         self._memory: dict[str, Tensor] = {}
         self._pieces: list[tuple[str, Rectangle, int]] = []
         self.optimizer_step = 0
 
+    def take_memory(self) -> None:
+        """Takes every page of the memory: the system gives them slowly, and the first copy should not wait for that."""
+        if not self._memory:
+            pin = self._state.is_on_gpu
+            self._memory = {kind: torch.empty(self._num_elements, pin_memory=pin).zero_() for kind in KINDS}
+
     def take(self) -> None:
         """Copies the state as it is now. Only this holds training up."""
-        fragments = self._state.fragments_to_save()
-        num_elements = sum(len(fragment.weight) for fragment in fragments)
-        self.optimizer_step, self._pieces, position = self._state.optimizer_step, [], 0
-        for kind in KINDS:
-            if kind not in self._memory:
-                on_gpu = any(fragment.weight.is_cuda for fragment in fragments)
-                self._memory[kind] = torch.empty(num_elements, pin_memory=on_gpu)
-        for fragment in fragments:
+        self._pieces, position = [], 0
+        for fragment in self._state.fragments_to_save():
             length = len(fragment.weight)
             for kind in KINDS:
                 self._memory[kind][position : position + length].copy_(fragment.values(kind), non_blocking=True)
             for start, rectangle in self._state.rectangles(fragment):
                 self._pieces.append((fragment.name, rectangle, position + start))
             position += length
-        if any(fragment.weight.is_cuda for fragment in fragments):
+        self.optimizer_step = self._state.optimizer_step
+        if self._state.is_on_gpu:
             torch.cuda.synchronize()
 
     def shapes(self) -> dict[str, torch.Size]:

@@ -75,11 +75,18 @@ class CheckpointStore:
         """Checkpoints in which `newest` found damage, which may not show in the sizes of their files."""
         self._was_there = root.exists()
 
+    def prepare(self, state: EngineState) -> None:
+        """Begins to take the memory of snapshots, in a thread, so that the first save need not wait for it."""
+        self._snapshot = Snapshot(state)
+        self._thread = threading.Thread(target=self._snapshot.take_memory, name="checkpoint", daemon=True)
+        self._thread.start()
+
     def save(self, state: EngineState, step: int) -> None:
         """Begins to save the state after `step` updates. All ranks call it, between two steps."""
         start = time.monotonic()
         self.finish()
         self._snapshot = self._snapshot or Snapshot(state)
+        self._snapshot.take_memory()
         self._snapshot.take()
         held_up = time.monotonic() - start
         arguments = (self._snapshot, step, start, held_up)

@@ -107,6 +107,7 @@ def train(run: Run, steps: Iterable[StepBatch]) -> bool:
 def _train(run: Run, steps: Iterable[StepBatch], stop: StopRequest) -> bool:
     config = run.config.training
     budget = BrokenRecordBudget(run.config.data.max_broken_records, run.mesh)
+    run.store.prepare(run.state)
     done, is_stopping = run.first_step, False
     if done == 0:
         _evaluate_and_record(run, 0)

@@ -40,6 +40,13 @@ class SmallState:
             values.copy_(values_at(step, kind, name))
         return self
 
+    @property
+    def is_on_gpu(self) -> bool:
+        return False
+
+    def num_elements_to_save(self) -> int:
+        return sum(len(fragment.weight) for fragment in self.fragments_to_save())
+
     def fragments_to_save(self) -> list[Fragment]:
         fragments = []
         for name, shape in SHAPES.items():
