@@ -309,6 +309,22 @@ def test_all_fields_of_the_description_are_kept(root: Path) -> None:
     assert kept == describe() and set(vars(kept)) == set(RunDescription.__dataclass_fields__)
 
 
+def test_torn_files_are_seen_without_reading_them(root: Path) -> None:
+    """What messages call the newest, and what pruning counts."""
+    truncate(folder(root) / FILES[0])
+    assert SmallRun(root).store.newest_path() == folder(root, BEFORE)
+
+
+def test_damaged_checkpoint_is_replaced(root: Path) -> None:
+    """And counts as whole from then on: the one before is pruned."""
+    zero_the_end(folder(root) / FILES[0])
+    run = SmallRun(root, keep=1)
+    assert run.resume() == BEFORE
+    assert run.save(NEWEST) == [None]
+    assert list(root.glob("step-*")) == [folder(root)]
+    assert SmallRun(root).resume() == NEWEST
+
+
 @pytest.mark.usefixtures("lone_rank")
 @pytest.mark.parametrize("keep", [1, 2])
 def test_damaged_checkpoint_does_not_push_out_whole_ones(tmp_path: Path, keep: int) -> None:

@@ -87,6 +87,7 @@ def inject(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Fault], None]]
     for name in OPERATIONS:
         wrap(name)
     monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    monkeypatch.setattr(os, "getpid", lambda: 100_000 + len(current))  # another process after each
     return current.append
 
 
@@ -206,6 +207,15 @@ def test_every_fault_leaves_a_whole_checkpoint(
         "short write": {"saved"},
         "crash inside": {"crashed"},
     }
+
+
+@pytest.mark.usefixtures("lone_rank")
+def test_what_cannot_be_deleted_stops_no_save(tmp_path: Path) -> None:
+    """A network file system keeps files that another machine has open; here it is no folder, which `rmtree` refuses."""
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / ".deleted-step-00000000").touch()
+    assert SmallRun(root).save(1, 2) == [None, None]
 
 
 def save_with_a_full_disk(root: str, full_rank: int) -> list[str | None]:

@@ -23,7 +23,7 @@ class Figures:
 
     kills: int = 0
     in_saves: int = 0
-    """Kills that left an unfinished save: its folder, the file `latest` before it had its name, or what it deleted."""
+    """Kills that left an unfinished save: its folder, the file `latest` before it had its name, or what was deleted."""
     before_first_save: int = 0
     starts: int = 0
     runs: int = 0
@@ -42,6 +42,7 @@ def run_with_kills(run: TrainingRun, duration: float, max_kills: int, draw: rand
     """
     told = kills = 0
     while True:
+        left = unfinished(run)
         with run.started():
             figures.starts += 1
             if kills < max_kills:
@@ -57,9 +58,14 @@ def run_with_kills(run: TrainingRun, duration: float, max_kills: int, draw: rand
             break
         kills += 1
         figures.before_first_save += not told
-        figures.in_saves += any(run.checkpoints.glob(".*"))
+        figures.in_saves += bool(unfinished(run) - left)
     figures.kills += kills
     figures.runs += 1
+
+
+def unfinished(run: TrainingRun) -> set[tuple[str, int]]:
+    """What saves have left, with the time of its last change."""
+    return {(path.name, path.stat().st_ctime_ns) for path in run.checkpoints.glob(".*")}
 
 
 def kill_one(run: TrainingRun, duration: float, draw: random.Random) -> None:

@@ -19,6 +19,7 @@ import torch
 from beit3_ds.checkpoint.engine_state import KINDS
 from beit3_ds.checkpoint.folder import CheckpointFolder
 from beit3_ds.checkpoint.rectangles import whole
+from beit3_ds.checkpoint.store import CheckpointStore
 
 _TIMEOUT_SECONDS = 120
 
@@ -40,7 +41,8 @@ class TrainingRun:
         """Starts the ranks, and kills those that are left when the block ends.
 
         Args:
-            failing_saves: steps whose checkpoints cannot be renamed to where they are found.
+            failing_saves: steps whose checkpoints cannot be renamed to where they are found. If there are any, all
+                saves end before the loop goes on, as on a disk that is faster than anything else.
         """
         context = get_context("forkserver")  # with its imports done a rank starts in half a second
         context.set_forkserver_preload(["torch", "deepspeed"])
@@ -119,18 +121,23 @@ def _train(environment: dict[str, int], folder: str, failing_saves: list[int]) -
     os.dup2(log, 2)
     os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
-    _fail_saves({f"step-{step:08d}" for step in failing_saves})
+    if failing_saves:
+        _fail_saves({f"step-{step:08d}" for step in failing_saves})
     from beit3_ds.pretrain import main
 
     sys.exit(main([f"{folder}/config.json"]))
 
 
 def _fail_saves(names: set[str]) -> None:
-    replace = os.replace
+    replace, save = os.replace, CheckpointStore.save
+
+    def save_at_once(store: CheckpointStore, *arguments: Any) -> None:
+        save(store, *arguments)
+        store.finish()
 
     def failing(source: Any, target: Any) -> None:
         if Path(target).name in names:
             raise OSError(28, os.strerror(28))
         replace(source, target)
 
-    os.replace = failing
+    os.replace, CheckpointStore.save = failing, save_at_once
