@@ -97,8 +97,11 @@ class CheckpointFolder:
                 key = tensor_key(kind, name, rectangle)
                 if file.entries.get(key) != TensorEntry(key, torch.float32, rectangle.shape):
                     raise BrokenTensorFileError(f"{file.path} has no {key} in float32")
-                piece = file.read_rows(key, rows.start, rows.stop)
-                values[common.inside(part)] = piece[:, columns]
+                target = values[common.inside(part)]
+                if target.is_contiguous() and target.shape[1] == rectangle.shape[1]:
+                    file.read_rows_into(target, key, rows.start)
+                else:
+                    target.copy_(file.read_rows(key, rows.start, rows.stop)[:, columns])
         return values
 
     def close(self) -> None:
