@@ -72,13 +72,13 @@ def write_tensor_file(
         for name, dtype, shape in entries:
             tensor = read(name)
             assert (tensor.dtype, tuple(tensor.shape)) == (dtype, tuple(shape)), f"{name} is not what was announced"
-            file.write(_bytes_of(tensor))
+            file.write(_bytes_of(tensor.cpu().contiguous()))
     return WrittenFile(file.num_bytes, file.sha256)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy().data)
+    """The memory of a contiguous tensor on the CPU."""
+    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy().data)
 
 
 class BrokenTensorFileError(ValueError):
@@ -98,10 +98,10 @@ class TensorFile:
         self.path = path
         self._file = open(path, "rb")  # noqa: SIM115 - closed by `close`
         try:
-            length = int.from_bytes(self._read_bytes(0, 8), "little")
+            length = int.from_bytes(self._read_bytes(0, bytearray(8)), "little")
             if length > _LARGEST_HEADER:
                 raise ValueError
-            header = json.loads(self._read_bytes(8, length))
+            header = json.loads(bytes(self._read_bytes(8, bytearray(length))))
             self.metadata: dict[str, str] = header.pop("__metadata__", {})
             self._data, names = 8 + length, {written: dtype for dtype, written in _DTYPES.items()}
             self._places = {name: entry["data_offsets"] for name, entry in header.items()}
@@ -133,12 +133,26 @@ class TensorFile:
             BrokenTensorFileError: as `read`.
         """
         entry = self._entry(name)
-        columns = matrix_shape(torch.Size(entry.shape))[1]
-        row_bytes = columns * entry.dtype.itemsize
-        content = self._read_bytes(self._data + self._places[name][0] + top * row_bytes, (bottom - top) * row_bytes)
-        if not content:
-            return torch.empty(bottom - top, columns, dtype=entry.dtype)
-        return torch.frombuffer(content, dtype=entry.dtype).view(bottom - top, columns)
+        rows = torch.empty(bottom - top, matrix_shape(torch.Size(entry.shape))[1], dtype=entry.dtype)
+        self.read_rows_into(rows, name, top)
+        return rows
+
+    def read_rows_into(self, target: Tensor, name: str, top: int) -> None:
+        """Overwrites a matrix with as many rows of a tensor as it has, from row `top` on.
+
+        Args:
+            target: contiguous, with the tensor's type and columns.
+            name: of the tensor.
+            top: the first row.
+
+        Raises:
+            BrokenTensorFileError: as `read`.
+        """
+        entry, columns = self._entry(name), target.shape[1]
+        assert (target.dtype, columns) == (entry.dtype, matrix_shape(torch.Size(entry.shape))[1]), (
+            f"{name} does not fit"
+        )
+        self._read_bytes(self._data + self._places[name][0] + top * columns * entry.dtype.itemsize, _bytes_of(target))
 
     def close(self) -> None:
         """Closes the file."""
@@ -149,12 +163,11 @@ class TensorFile:
             raise BrokenTensorFileError(f"{self.path} has no tensor {name!r}")
         return self.entries[name]
 
-    def _read_bytes(self, offset: int, length: int) -> bytearray:
-        content = bytearray(length)
-        view, done = memoryview(content), 0
-        while done < length:
+    def _read_bytes(self, offset: int, target: bytearray | memoryview) -> bytearray | memoryview:
+        view, done = memoryview(target), 0
+        while done < len(view):
             count = os.preadv(self._file.fileno(), [view[done:]], offset + done)
             if count == 0:
                 raise BrokenTensorFileError(f"{self.path} ends at {offset + done} bytes, inside a tensor")
             done += count
-        return content
+        return target
