@@ -144,6 +144,12 @@ def _add_bench(commands: _Commands) -> None:
     )
     parallel.add_argument("--json", metavar="FILE", help="write rows and summary there")
     parallel.set_defaults(run=_bench_parallel)
+    checkpoint = benches.add_parser("checkpoint", help="saving, loading and exporting beside DeepSpeed's own ways")
+    checkpoint.add_argument("--size", metavar="SIZE", help="of the model (default: the largest that fits this machine)")
+    checkpoint.add_argument("--ranks", type=int, default=2, metavar="N", help="processes (default: 2)")
+    checkpoint.add_argument("--folder", metavar="DIR", help="for its files, deleted at the end (default: here)")
+    checkpoint.add_argument("--json", metavar="FILE", help="write rows and summary there")
+    checkpoint.set_defaults(run=_bench_checkpoint)
 
 
 def _add_prepare_index(commands: _Commands) -> None:
@@ -384,6 +390,15 @@ def _bench_parallel(options: argparse.Namespace) -> int:
     from beit3_ds.benchmarks.parallel import benchmark_parallel
 
     print(benchmark_parallel(options.json))
+    return 0
+
+
+def _bench_checkpoint(options: argparse.Namespace) -> int:
+    from beit3_ds.benchmarks.checkpoint import benchmark_checkpoint
+    from beit3_ds.config.strict import check_range
+
+    check_range("--ranks", options.ranks, 1)
+    print(benchmark_checkpoint(options.size, options.ranks, options.folder, options.json))
     return 0
 
 

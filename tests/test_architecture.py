@@ -21,7 +21,20 @@ ARROWS: dict[str, set[str]] = {
     "checkpoint": {"batch", "config", "foreign_tensors", "model", "parallel", "positions"},
     "training": {"batch", "checkpoint", "config", "costs", "data", "model", "parallel", "pipeline", "tokenizers"},
     "costs": {"batch", "config", "kernels", "model", "parallel", "pipeline"},
-    "benchmarks": {"batch", "config", "data", "kernels", "model", "parallel", "pipeline", "tokenizers", "training"},
+    "benchmarks": {
+        *(
+            "batch",
+            "checkpoint",
+            "config",
+            "data",
+            "kernels",
+            "model",
+            "parallel",
+            "pipeline",
+            "tokenizers",
+            "training",
+        ),
+    },
     "sample_data": set(),
 }
 ENTRY_POINTS = {"pretrain", "train_visual_tokenizer", "rank_program", "cli", "__init__"}

@@ -9,16 +9,16 @@ _CHUNK_BYTES = 1 << 24
 
 
 class NewFile:
-    """A file being written front to back, with its digest; synced to disk when its `with` block ends.
+    """A file being written front to back, with its digest if wanted; synced to disk when its `with` block ends.
 
     Raises:
         FileExistsError: if there is one already.
         OSError: if the disk is full, cannot be written, or is gone; what is written by then stays behind.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, with_digest: bool = True) -> None:
         self.path, self.num_bytes = path, 0
-        self._digest = hashlib.sha256()
+        self._digest = hashlib.sha256() if with_digest else None
 
     def __enter__(self) -> "NewFile":
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -35,8 +35,8 @@ class NewFile:
 
     @property
     def sha256(self) -> str:
-        """The digest of what was written so far, in hexadecimal."""
-        return self._digest.hexdigest()
+        """The digest of what was written so far, in hexadecimal; empty without one."""
+        return self._digest.hexdigest() if self._digest else ""
 
     def write(self, content: bytes | memoryview) -> None:
         """Appends bytes; a write that the system cuts short goes on where it ended."""
@@ -44,7 +44,8 @@ class NewFile:
         while rest:
             chunk = rest[:_CHUNK_BYTES]
             written = os.write(self._descriptor, chunk)
-            self._digest.update(chunk[:written])
+            if self._digest:
+                self._digest.update(chunk[:written])
             self.num_bytes += written
             rest = rest[written:]
 

@@ -170,7 +170,7 @@ def _counted(recipe: Recipe, bar: tqdm) -> Recipe:
 def _write_safetensors(path: Path, recipes: Sequence[Recipe], metadata: dict[str, str]) -> None:
     make = {recipe.name: recipe.make for recipe in recipes}
     entries = [TensorEntry(recipe.name, recipe.dtype, recipe.shape) for recipe in recipes]
-    write_tensor_file(path, entries, lambda name: make[name](), metadata)
+    write_tensor_file(path, entries, lambda name: make[name](), metadata, with_digest=False)
 
 
 def _write_shards(folder: Path, recipes: Sequence[Recipe], max_bytes: int, metadata: dict[str, str]) -> None:

@@ -46,7 +46,12 @@ class WrittenFile(NamedTuple):
 
 
 def write_tensor_file(
-    path: Path, entries: Sequence[TensorEntry], read: Callable[[str], Tensor], metadata: Mapping[str, str]
+    path: Path,
+    entries: Sequence[TensorEntry],
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+    *,
+    with_digest: bool = True,
 ) -> WrittenFile:
     """Writes a new safetensors file and syncs it.
 
@@ -55,6 +60,7 @@ def write_tensor_file(
         entries: what the file will hold, in this order.
         read: gives the tensor of a name; called once for each, one after the other, and nothing is kept of it.
         metadata: strings for the file's header.
+        with_digest: whether to compute one; without, that of the result is empty.
 
     Raises:
         OSError: if the disk is full or cannot be written.
@@ -67,7 +73,7 @@ def write_tensor_file(
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    with NewFile(path) as file:
+    with NewFile(path, with_digest=with_digest) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, dtype, shape in entries:
             tensor = read(name)

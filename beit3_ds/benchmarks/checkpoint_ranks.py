@@ -1,0 +1,182 @@
+"""One rank of the checkpoint benchmark: saves, or loads, a training state with this project and with DeepSpeed."""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from beit3_ds.benchmarks.peak_memory import peak_bytes, reset_peak
+from beit3_ds.checkpoint.engine_state import KINDS, EngineState
+from beit3_ds.checkpoint.run_description import RunDescription
+from beit3_ds.checkpoint.store import CheckpointStore
+from beit3_ds.config import RunConfig, build_run_config
+from beit3_ds.config.model import MODEL_SIZES
+from beit3_ds.model import BEiT3
+from beit3_ds.parallel import Mesh
+
+OURS, THEIRS = "beit3_ds", "deepspeed"
+_TAG = "state"
+
+
+def state_config(size: str, seed: int) -> RunConfig:
+    """A run under ZeRO-3 in bfloat16 with float32 masters, which is what `zero_to_fp32` is mostly used on."""
+    stream = {"train": ["none.tar"], "samples_per_step": 64}
+    grid = 224 // MODEL_SIZES.get(size, {}).get("patch_size", 16)  # an unknown size is refused below
+    return build_run_config(
+        {
+            "bf16": {"enabled": True},
+            "zero_optimization": {"stage": 3, "reduce_bucket_size": 50_000_000},
+            "steps_per_print": 1_000_000_000,
+            "beit3_ds": {
+                "model": {"size": size},
+                "data": {"images": stream, "pairs": stream, "texts": stream},
+                "tokenizers": {
+                    "text": {"path": "none.spm", "vocab_size": 64000},
+                    "visual": {"path": "none.safetensors", "image_size": 16 * grid, "patch_size": 16},
+                },
+                "training": {
+                    "output_dir": "none",
+                    "total_steps": 100,
+                    "warmup_steps": 1,
+                    "learning_rate": 1e-3,
+                    "seed": seed,
+                },
+            },
+        }
+    )
+
+
+class _Rank:
+    """An engine with a state as after some updates: random weights, and moments that are no zeros."""
+
+    def __init__(self, folder: Path, size: str, seed: int) -> None:
+        from beit3_ds.training.engine import build_engine, init_process_group
+
+        config = state_config(size, seed)
+        self.mesh: Mesh = init_process_group(config.parallel)
+        generator = torch.Generator().manual_seed(seed)
+        model = BEiT3(config.model)
+        for parameter in model.parameters():  # the initial values of a run would take minutes
+            parameter.data.uniform_(-0.05, 0.05, generator=generator)
+        self.engine = build_engine(config, model, self.mesh)
+        del model, parameter
+        self.state = EngineState(self.engine, self.mesh)
+        for values in self._moments():  # zeros that nobody wrote take no memory
+            values.uniform_(0, 1, generator=generator)
+        fields, layout = dataclasses.asdict(config.model), self.mesh.describe_layout()
+        run = RunDescription(model=fields, config={}, tokenizers={}, layout=layout, versions={})
+        self.store = CheckpointStore(folder / OURS, 1, self.mesh, run, config.parallel.timeout_seconds)
+        self.theirs = folder / THEIRS
+        self.rows: list[dict[str, Any]] = []
+
+    def fingerprint(self) -> dict[str, float]:
+        """Sums of all that this rank holds."""
+        sums = dict.fromkeys(KINDS, 0.0)
+        for fragment in self.state.fragments_to_save():
+            for kind in KINDS:
+                sums[kind] += float(fragment.values(kind).sum(dtype=torch.float64))
+        return sums
+
+    @contextmanager
+    def row(self, operation: str, by: str) -> Iterator[dict[str, Any]]:
+        """A measured part; what the block adds to the row stays there."""
+        self.mesh.barrier()
+        if self.mesh.is_main:
+            os.sync()
+        self.mesh.barrier()
+        reset_peak()
+        row: dict[str, Any] = {"operation": operation, "by": by}
+        start = time.perf_counter()
+        yield row
+        self.mesh.barrier()
+        row.setdefault("seconds", time.perf_counter() - start)
+        row["peak_bytes"] = peak_bytes()
+        self.rows.append(row)
+
+    def _moments(self) -> Iterator[Tensor]:
+        for fragment in self.state.fragments_to_save():
+            yield from fragment.optimizer_state.values()
+
+
+def save(rank: _Rank, rounds: int) -> None:
+    """Saves in turn; DeepSpeed's first, while there is no snapshot yet."""
+    for number in range(rounds):
+        with rank.row("save", THEIRS) as row:
+            start = time.perf_counter()
+            rank.engine.save_checkpoint(str(rank.theirs), tag=_TAG)
+            rank.mesh.barrier()
+            row["seconds"] = time.perf_counter() - start
+            if rank.mesh.is_main:
+                os.sync()
+            rank.mesh.barrier()
+            row["synced_seconds"] = time.perf_counter() - start
+        if number == 0:
+            rank.store.prepare(rank.state)  # as a run does when it begins to train
+            rank.store.finish()
+        with rank.row("save", OURS) as row:
+            rank.store.save(rank.state, number)
+            rank.store.finish()
+        (outcome,) = rank.store.take_outcomes()
+        assert outcome.error is None, outcome.error
+        row |= {"seconds": outcome.seconds, "synced_seconds": outcome.seconds}
+        row |= {"held_up_seconds": outcome.held_up_seconds, "is_first": number == 0}
+
+
+def load(rank: _Rank, rounds: int) -> None:
+    """Loads in turn from files that are not in the page cache."""
+    for _ in range(rounds):
+        for by, work in ((OURS, _load_ours), (THEIRS, _load_theirs)):
+            if rank.mesh.is_main:
+                drop_from_cache(rank.theirs if by == THEIRS else rank.store.root)
+            with rank.row("load", by) as row:
+                row |= work(rank)
+            row["fingerprint"] = rank.fingerprint()
+
+
+def _load_ours(rank: _Rank) -> Mapping[str, float]:
+    start = time.perf_counter()
+    newest = rank.store.newest()
+    assert newest is not None
+    checked = time.perf_counter() - start
+    rank.store.load(rank.state, newest)
+    return {"check_seconds": checked}
+
+
+def _load_theirs(rank: _Rank) -> Mapping[str, float]:
+    path, _ = rank.engine.load_checkpoint(str(rank.theirs), tag=_TAG)
+    assert path is not None
+    return {}
+
+
+def drop_from_cache(folder: Path) -> None:
+    """Lets the kernel forget what it keeps of the files below a folder."""
+    os.sync()  # only clean pages can be dropped
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def main(operation: str, folder: str, size: str, rounds: str, result: str) -> None:
+    """Runs one rank and writes its rows and the state's fingerprint to a file."""
+    operations: dict[str, tuple[Callable[[_Rank, int], None], int]] = {"save": (save, 1), "load": (load, 2)}
+    work, seed = operations[operation]
+    start = time.perf_counter()
+    rank = _Rank(Path(folder), size, seed)
+    before = {"fingerprint": rank.fingerprint(), "build_seconds": time.perf_counter() - start}
+    work(rank, int(rounds))
+    Path(result).write_text(json.dumps({**before, "rows": rank.rows}))
+    rank.mesh.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
