@@ -179,7 +179,7 @@ def test_all_is_synced_before_it_is_found(tmp_path: Path, inject: Callable[[Faul
 
 
 @pytest.mark.usefixtures("lone_rank")
-@pytest.mark.parametrize(("keep", "after_a_crash"), [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize(("keep", "after_a_crash"), [(1, False), (2, True)])
 def test_every_fault_leaves_a_whole_checkpoint(
     tmp_path: Path, inject: Callable[[Fault], None], keep: int, after_a_crash: bool
 ) -> None:
