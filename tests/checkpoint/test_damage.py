@@ -77,10 +77,12 @@ def make_folder(path: Path) -> None:
     path.mkdir()
 
 
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize(
-    "damage", [truncate, Path.unlink, zero_the_end, make_folder, lambda path: path.write_bytes(b"")], ids=str
-)
+@pytest.mark.parametrize("damage", [truncate, Path.unlink, zero_the_end, make_folder, empty])
 def test_damaged_files_are_found(
     root: Path, capsys: pytest.CaptureFixture[str], name: str, damage: Callable[[Path], Any]
 ) -> None:
