@@ -30,6 +30,7 @@ _STATE_BYTES = 28
 _DISK_BYTES = 44
 """Of a parameter: DeepSpeed's checkpoint (12), this project's newest and the next one (24), two exports (8)."""
 _PROCESS_BYTES = 1_000_000_000  # of a rank, whatever the model
+_CACHE_BYTES = 2_000_000_000  # left for pages of files, and for what else runs
 _POLL_SECONDS = 0.01
 _READ_BYTES = 1 << 24
 _EXPORTERS = {OURS: "export", THEIRS: "zero_to_fp32"}
@@ -42,11 +43,6 @@ class Choice(NamedTuple):
     size: str
     num_parameters: int
     reason: str
-
-    @property
-    def memory(self) -> int:
-        """Bytes of the state and its copy on all ranks together."""
-        return self.num_parameters * _STATE_BYTES
 
 
 def benchmark_checkpoint(
@@ -92,7 +88,7 @@ def choose_size(size: str | None, ranks: int, folder: Path) -> Choice:
     reason = f"{memory / 2**30:.1f} GiB of memory and {disk / 2**30:.0f} GiB of disk are free"
     for candidate in [size] if size else SIZES[::-1]:
         count = count_parameters(candidate)
-        needs = count * _STATE_BYTES + ranks * _PROCESS_BYTES, count * _DISK_BYTES
+        needs = count * _STATE_BYTES + ranks * _PROCESS_BYTES + _CACHE_BYTES, count * _DISK_BYTES
         words = f"{candidate} needs {needs[0] / 2**30:.1f} GiB and {needs[1] / 2**30:.0f} GiB"
         if needs[0] <= memory and needs[1] <= disk:
             return Choice(candidate, count, f"{reason}; {words}")
