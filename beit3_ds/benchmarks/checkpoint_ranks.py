@@ -1,6 +1,8 @@
 """One rank of the checkpoint benchmark: saves, or loads, a training state with this project and with DeepSpeed."""
 
+import ctypes
 import dataclasses
+import gc
 import json
 import os
 import sys
@@ -76,6 +78,8 @@ class _Rank:
         self.store = CheckpointStore(folder / OURS, 1, self.mesh, run, config.parallel.timeout_seconds)
         self.theirs = folder / THEIRS
         self.rows: list[dict[str, Any]] = []
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what building the engine left behind is no memory of a save or a load
 
     def fingerprint(self) -> dict[str, float]:
         """Sums of all that this rank holds."""

@@ -31,11 +31,11 @@ def test_figures_are_written_and_nothing_stays_behind(tmp_path: Path, monkeypatc
 
 
 def test_the_largest_size_that_fits_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_available_bytes", lambda: 21 << 30)
+    monkeypatch.setattr(bench, "_available_bytes", lambda: 22 << 30)
     assert bench.choose_size(None, 2, tmp_path).size == "large"
-    monkeypatch.setattr(bench, "_available_bytes", lambda: 19 << 30)
+    monkeypatch.setattr(bench, "_available_bytes", lambda: 21 << 30)
     assert bench.choose_size(None, 2, tmp_path).size == "base"
-    with pytest.raises(ConfigError, match=r"large needs 19\.3 GiB and 27 GiB"):
+    with pytest.raises(ConfigError, match=r"large needs 21\.2 GiB and 27 GiB"):
         bench.choose_size("large", 2, tmp_path)
 
 
