@@ -4,6 +4,7 @@ This module wires the rooms in the order in which data flows.
 """
 
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from beit3_ds.batch import ImageViews, PackedBatch, StepBatch
 from beit3_ds.checkpoint.engine_state import EngineState
 from beit3_ds.checkpoint.run_description import describe_run
 from beit3_ds.checkpoint.store import CheckpointStore
-from beit3_ds.config import Place, RunConfig, check_layout
+from beit3_ds.config import ConfigError, Place, RunConfig, check_layout
 from beit3_ds.data import StepDataset, build_heldout_batches, build_train_loader
 from beit3_ds.parallel import Mesh, Shared
 from beit3_ds.rank_program import run_rank_program
@@ -70,10 +71,12 @@ def open_inputs(config: RunConfig) -> Inputs:
     """Checks the layout and opens the files that this rank reads.
 
     Raises:
-        ConfigError: for a layout that does not fit, or a file that cannot be read or does not fit the model.
+        ConfigError: for a layout that does not fit, an output folder that cannot be written, or a file that cannot be
+            read or does not fit the model.
     """
     world_size = world_size_from_environment()
     data_parallel_size = check_layout(config, world_size)
+    _check_writable(Path(config.training.output_dir))
     place = config.parallel.place(rank_from_environment(), world_size)
     has_heads = place.pipeline == config.parallel.pipeline_parallel_size - 1
     text_tokenizer = load_text_tokenizer(config)
@@ -96,6 +99,17 @@ def open_inputs(config: RunConfig) -> Inputs:
         heldout=heldout,
         initial_weights=initial_weights,
     )
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise ConfigError(
+            f"training.output_dir={folder} cannot be written: {error}. Mend the folder, make room, or name another one."
+        ) from None
 
 
 def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh) -> tuple[Run, Iterable[StepBatch]]:

@@ -149,6 +149,12 @@ def test_missing_data_folder_is_named(run_mapping: dict[str, Any]) -> None:
     assert "/no/such/folder" in pretrain_error(run_mapping)
 
 
+def test_unwritable_output_folder_is_named(run_mapping: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    run_mapping["beit3_ds"]["training"]["output_dir"] = str(tmp_path / "file" / "run")
+    assert f"training.output_dir={tmp_path}/file/run cannot be written" in pretrain_error(run_mapping)
+
+
 def test_unreadable_shard_is_named(run_mapping: dict[str, Any], tmp_path: Path) -> None:
     shard = tmp_path / "cut.tar"
     shutil.copy("beit3_ds/sample_data/images-heldout.tar", shard)
