@@ -293,7 +293,8 @@ def _describe(choice: Choice, rows: Sequence[Row], summary: Mapping[str, Any]) -
         f"{figure['export_anonymous_memory_ratio']}) and {figure['export_time_ratio']} times the time (until on the "
         f"disk {figure['export_synced_time_ratio']}, CPU time {figure['export_cpu_time_ratio']})",
         f"save: training is held up for {figure['stall_share']} of a blocking save (at worst "
-        f"{figure['worst_stall_share']}, the first time {figure['first_stall_share']}), or {figure['stall_share_of_deepspeed']} of DeepSpeed's",
+        f"{figure['worst_stall_share']}, the first time {figure['first_stall_share']}), or "
+        f"{figure['stall_share_of_deepspeed']} of DeepSpeed's",
     ]
     return "\n".join(lines)
 
