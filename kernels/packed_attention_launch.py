@@ -34,7 +34,7 @@ class Tiling(NamedTuple):
 
 
 def choose_tiling(architecture: int, head_size: int, dtype: torch.dtype) -> Tiling:
-    """The largest tiles that compile without spilled registers (budgets.json); their speed was never measured.
+    """Tiles that compile without spilled registers (budgets.json); their speed was never measured on a GPU.
 
     Args:
         architecture: 80, 90 or 100 (sm_80: also what is like it, with at least 99 KB of shared memory a program).
@@ -177,11 +177,16 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...], tile: int, schedule: Sched
     assert all(x.is_contiguous() for x in tensors), "packed_attention: the kernels' strides are those of (T, H, K)"
     values = constants(num_heads, head_size, tile, schedule.block, causal_captions)
     grid = (len(tiles_N2), num_heads)
-    if q_THK.is_cuda:
+    if _is_tuned(q_THK):
         del values["BLOCK"]
         _tuned(kernel, schedule)[grid](*tensors, num_rows, **values)
-    else:  # interpreted
+    else:
         kernel[grid](*tensors, num_rows, **values)
+
+
+def _is_tuned(q_THK: Tensor) -> bool:
+    """Without a device kernels can only be interpreted."""
+    return q_THK.is_cuda
 
 
 @lru_cache

@@ -61,6 +61,19 @@ def test_gradcheck(op: object, captions: bool) -> None:
     assert torch.autograd.gradcheck(lambda *x: op(*x, RANGES, causal_captions=captions), problem())
 
 
+def test_takes_the_operator_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way that a GPU's tensors go, with its tiles but the CPU's implementation; projections may be views."""
+    monkeypatch.setattr("beit3_ds.kernels.packed_attention.runs_kernels", lambda q: True)
+    leaf = torch.randn(10, 3, 2, 5, dtype=torch.float64, requires_grad=True)
+    for captions in (False, True):
+        results = []
+        for op in (packed_attention, packed_attention_reference):
+            y = op(*leaf.unbind(1), RANGES, causal_captions=captions)
+            results.append([y, *torch.autograd.grad(y.square().sum(), leaf)])
+        for ours, expected in zip(*results, strict=True):
+            torch.testing.assert_close(ours, expected)
+
+
 def test_opcheck() -> None:
     for causal_captions in (False, True):
         arguments = (*problem(), *plan_tiles(RANGES, 2, torch.device("cpu")), 2, causal_captions)

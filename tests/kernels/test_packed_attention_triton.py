@@ -3,8 +3,13 @@
 The rule: the error is at most twice that of the reference in the kernels' own dtype.
 """
 
+from unittest import mock
+
 import pytest
 import torch
+import triton
+from beit3_ds.kernels import packed_attention as packed_attention_module
+from beit3_ds.kernels import packed_attention_launch
 from beit3_ds.kernels.packed_attention import (
     Ranges,
     packed_attention,
@@ -134,6 +139,20 @@ def test_other_sequences_do_not_matter() -> None:
         x[rows] = torch.nan
     for ours, expected in zip(case.interpret(SMALL), clean, strict=True):
         assert torch.equal(ours[[0, 1, 2, 3, 4, 8]], expected[[0, 1, 2, 3, 4, 8]])
+
+
+def test_launches_of_a_device() -> None:
+    """The operator's CUDA implementations and the tuner get every argument in its place."""
+    case = Case((((0, 5),), ((5, 7), (7, 9))), 8, torch.float32, captions=True, heads=1)
+    plan, inputs = plan_tiles(case.ranges, 8, CPU), (case.q, case.k, case.v)
+    with (
+        interpreted(),
+        mock.patch.object(packed_attention_launch, "_is_tuned", return_value=True),
+        mock.patch.object(triton.runtime.Autotuner, "_bench", lambda self, *args, config, **meta: config.num_stages),
+    ):
+        y, lse = packed_attention_module._forward_cuda(*inputs, *plan, 8, True)
+        gradients = packed_attention_module._backward_cuda(case.dy, *inputs, y, lse, *plan, 8, True)
+    case.check((y, *gradients))
 
 
 def test_no_rows() -> None:
