@@ -192,7 +192,7 @@ def query_gradient_kernel(
     if B > 0:
         delta += tl.sum(dy_b.to(tl.float32) * y_b.to(tl.float32), 1)
     tl.store(delta_ptr + statistics, delta, mask=real_queries)
-    lse = tl.load(lse_ptr + statistics, mask=real_queries, other=float("inf")) * LOG2E
+    lse = tl.load(lse_ptr + statistics, mask=real_queries, other=0.0) * LOG2E
     q_a, q_b = _load(q_ptr + head * K, query_rows, real_queries, A, B, K, H * K)
 
     dq_a, dq_b = _zeros(TILE, A, B)
@@ -256,7 +256,7 @@ def key_value_gradient_kernel(
         statistics = head * num_rows + query_rows
         q_a, q_b = _load(q_ptr + head * K, query_rows, real_queries, A, B, K, H * K)
         dy_a, dy_b = _load(dy_ptr + head * K, query_rows, real_queries, A, B, K, H * K)
-        lse = tl.load(lse_ptr + statistics, mask=real_queries, other=float("inf")) * LOG2E  # inf: p = 0
+        lse = tl.load(lse_ptr + statistics, mask=real_queries, other=0.0) * LOG2E  # p = 1, times a dy of 0
         delta = tl.load(delta_ptr + statistics, mask=real_queries, other=0.0)
         scores = _product(k_a, k_b, q_a, q_b, B)
         p = tl.exp2(scores * (SCALE * LOG2E) - lse[None, :])

@@ -21,12 +21,22 @@ def interpreted() -> Iterator[None]:
 
     `TRITON_INTERPRET=1` does this for a whole process, if it is set before Triton is imported: then no test of that
     process could compile. Triton's pinned version multiplies the bits of bfloat16 as integers and truncates where it
-    should round to nearest even (triton-lang/triton#11585, #10945), so both are replaced.
+    should round to nearest even (triton-lang/triton#11585, #10945), so both are replaced. A load or store outside the
+    tensors of the launch is an error; by itself the interpreter would read it, or crash.
     """
     builder = interpreter.InterpreterBuilder
+    allowed: list[tuple[int, int]] = []
+
+    def run(self: JITFunction, *args: Any, **kwargs: Any) -> None:
+        storages = [x.untyped_storage() for x in args if isinstance(x, torch.Tensor)]
+        allowed[:] = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
+        _interpreted(self).run(*args, **kwargs)
+
     replacements = [
         (JITFunction, "__call__", lambda self, *args, **kwargs: _interpreted(self)(*args, **kwargs)),
-        (JITFunction, "run", lambda self, *args, **kwargs: _interpreted(self).run(*args, **kwargs)),
+        (JITFunction, "run", run),
+        (builder, "create_masked_load", _bounded(builder.create_masked_load, allowed, mask_argument=1)),
+        (builder, "create_masked_store", _bounded(builder.create_masked_store, allowed, mask_argument=2)),
         (builder, "create_dot", _dot(builder.create_dot)),
         (builder, "cast_impl", _cast(builder.cast_impl)),
         (builder, "create_fp_to_fp", _cast(builder.create_fp_to_fp)),
@@ -39,6 +49,18 @@ def interpreted() -> Iterator[None]:
 
 def _interpreted(function: JITFunction) -> interpreter.InterpretedFunction:
     return interpreter.InterpretedFunction(function.fn)
+
+
+def _bounded(original: Any, allowed: list[tuple[int, int]], mask_argument: int) -> Any:
+    def access(self: Any, pointers: Any, *rest: Any, **options: Any) -> Any:
+        addresses = pointers.data[np.broadcast_to(rest[mask_argument - 1].data, pointers.data.shape)]
+        if addresses.size:
+            first, last = int(addresses.min()), int(addresses.max()) + pointers.get_element_ty().primitive_bitwidth // 8
+            inside = any(start <= first and last <= stop for start, stop in allowed)
+            assert inside, "a kernel reads or writes outside of its tensors"
+        return original(self, pointers, *rest, **options)
+
+    return access
 
 
 def _dot(original: Any) -> Any:
