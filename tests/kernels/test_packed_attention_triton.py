@@ -190,7 +190,7 @@ def test_any_ranges(lengths: list[tuple[int, int]], captions: bool) -> None:
 
 @pytest.mark.slow
 @given(lengths=sequence_lengths, captions=st.booleans(), head_size=st.integers(1, 128), dtype=st.sampled_from(DTYPES))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_any_ranges_widths_and_dtypes(
     lengths: list[tuple[int, int]], captions: bool, head_size: int, dtype: torch.dtype
 ) -> None:
