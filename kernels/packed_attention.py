@@ -1,10 +1,15 @@
-"""Bidirectional attention inside each sequence of a packed stream, a sequence being one or two row ranges."""
+"""Attention inside each sequence of a packed stream, a sequence being one or two row ranges.
 
-# T packed rows, H heads, K head width; a bucket holds n sequences of at most S rows.
+On the CPU it is scaled_dot_product_attention over buckets of sequences of similar length, with autograd's own backward
+pass. On a GPU it is the operator `beit3_ds::packed_attention` with the kernels of `packed_attention_triton`, which were
+compiled ahead of time and interpreted, but never run on a GPU.
+"""
+
+# T packed rows, H heads, K head width, Q sequences, N tiles; a bucket holds n sequences of at most S rows.
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,53 +32,95 @@ class Bucket(NamedTuple):
     first_row: int | None
     """Set if the rows are first_row, first_row + 1, ...: a view serves and nothing is gathered."""
     key_mask: Tensor | None
-    """True where a key is real, (n, 1, 1, S) bool; None if nothing is padded."""
+    """True where a key is real, (n, 1, 1, S) bool, and seen by the query, (n, 1, S, S), under a causal mask; None if
+    all are."""
 
 
 class AttentionPlan(NamedTuple):
     """How a micro-batch's sequences are batched; a pure function of their ranges."""
 
     buckets: tuple[Bucket, ...]
-    """Every sequence stands in one bucket."""
+    """Every sequence with rows stands in one bucket."""
     output_rows: Tensor | None
     """Where row t of the stream stands in the buckets' concatenated outputs, (T,) int64; None if they are in order."""
 
 
-def packed_attention_reference(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, ranges: Ranges) -> Tensor:
+class TilePlan(NamedTuple):
+    """What the GPU's kernels read of a micro-batch's sequences; a pure function of their ranges."""
+
+    sequences_Q4: Tensor
+    """Start and length of both ranges of every sequence, int32; the second is empty where there is one range."""
+    tiles_N2: Tensor
+    """Sequence and first position in it of every tile, int32; long sequences first."""
+
+
+def packed_attention_reference(
+    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, ranges: Ranges, causal_captions: bool = False
+) -> Tensor:
     """What `packed_attention` computes: one softmax a sequence, in plain PyTorch."""
     y_THK = torch.zeros_like(q_THK)
     for sequence in ranges:
         rows = torch.cat([torch.arange(start, stop, device=q_THK.device) for start, stop in sequence])
         q_HSK, k_HSK, v_HSK = (x[rows].transpose(0, 1) for x in (q_THK, k_THK, v_THK))
-        weights_HSS = (q_HSK @ k_HSK.transpose(1, 2) * q_HSK.shape[-1] ** -0.5).softmax(-1)
-        y_THK = y_THK.index_copy(0, rows, (weights_HSS @ v_HSK).transpose(0, 1))
+        scores_HSS = q_HSK @ k_HSK.transpose(1, 2) * q_HSK.shape[-1] ** -0.5
+        if causal_captions:
+            scores_HSS = scores_HSS.masked_fill(~_visible(len(rows), _image_length(sequence), rows.device), -torch.inf)
+        y_THK = y_THK.index_copy(0, rows, (scores_HSS.softmax(-1) @ v_HSK).transpose(0, 1))
     return y_THK
 
 
-def packed_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, ranges: Ranges) -> Tensor:
+def packed_attention(
+    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, ranges: Ranges, *, causal_captions: bool = False
+) -> Tensor:
     """Attention of every row to all rows of its own sequence, scaled by 1 / sqrt(K).
 
     Args:
         q_THK: queries; k_THK and v_THK alike.
         ranges: the row ranges of each sequence; together they cover [0, T) once.
+        causal_captions: the mask of captioning, for sequences of two ranges: rows of the first (an image) see the first
+            only, rows of the second (its caption) see the first and the second up to themselves. Sequences of one range
+            stay bidirectional.
 
     Returns:
         y_THK, the heads of every row, of q's dtype.
     """
-    return attend(q_THK, k_THK, v_THK, plan_attention(ranges, q_THK.device))
+    if not runs_kernels(q_THK):
+        return attend(q_THK, k_THK, v_THK, plan_attention(ranges, q_THK.device, causal_captions))
+    tile_size = _tiling(q_THK).tile
+    plan = plan_tiles(ranges, tile_size, q_THK.device)
+    q_THK, k_THK, v_THK = q_THK.contiguous(), k_THK.contiguous(), v_THK.contiguous()
+    y_THK, _ = torch.ops.beit3_ds.packed_attention(q_THK, k_THK, v_THK, *plan, tile_size, causal_captions)
+    return y_THK
+
+
+def runs_kernels(q_THK: Tensor) -> bool:
+    """Whether `packed_attention` takes the GPU's kernels; float64 and heads wider than 128 take the CPU's way."""
+    return q_THK.is_cuda and q_THK.shape[-1] <= 128 and q_THK.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
 @lru_cache(maxsize=16)  # every layer of a micro-batch asks for the same plan
-def plan_attention(ranges: Ranges, device: torch.device) -> AttentionPlan:
+def plan_tiles(ranges: Ranges, tile_size: int, device: torch.device) -> TilePlan:
+    """Lists the tiles of `tile_size` positions of all sequences."""
+    sequences = [[(start, stop - start) for start, stop in (*sequence, (0, 0))[:2]] for sequence in ranges]
+    assert all(len(sequence) in (1, 2) for sequence in ranges), "packed_attention: a sequence is one or two ranges"
+    order = sorted(range(len(ranges)), key=lambda i: -_length(ranges[i]))
+    tiles = [(index, first) for index in order for first in range(0, _length(ranges[index]), tile_size)]
+    sequences_Q4 = torch.tensor(sequences, dtype=torch.int32).view(-1, 4)
+    tiles_N2 = torch.tensor(tiles, dtype=torch.int32).view(-1, 2)
+    return TilePlan(sequences_Q4.to(device, non_blocking=True), tiles_N2.to(device, non_blocking=True))
+
+
+@lru_cache(maxsize=16)
+def plan_attention(ranges: Ranges, device: torch.device, causal_captions: bool = False) -> AttentionPlan:
     """Batches sequences of similar length, those of equal length without padding."""
-    return build_plan(ranges, bucket_by_length(ranges, PADDING_ALLOWANCE), device)
+    return build_plan(ranges, bucket_by_length(ranges, PADDING_ALLOWANCE), device, causal_captions)
 
 
 def bucket_by_length(ranges: Ranges, allowance: float) -> list[list[int]]:
-    """Groups sequences with neighbouring lengths; a group's longest is at most `allowance` times its shortest."""
+    """Groups sequences with rows by length; a group's longest is at most `allowance` times its shortest."""
     lengths = [_length(sequence) for sequence in ranges]
     groups: list[list[int]] = []
-    for index in sorted(range(len(ranges)), key=lambda i: (lengths[i], i)):
+    for index in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: (lengths[i], i)):
         if groups and lengths[index] <= allowance * lengths[groups[-1][0]]:
             groups[-1].append(index)
         else:
@@ -81,7 +128,9 @@ def bucket_by_length(ranges: Ranges, allowance: float) -> list[list[int]]:
     return groups
 
 
-def build_plan(ranges: Ranges, groups: list[list[int]], device: torch.device) -> AttentionPlan:
+def build_plan(
+    ranges: Ranges, groups: list[list[int]], device: torch.device, causal_captions: bool = False
+) -> AttentionPlan:
     """Turns groups of sequence numbers into row indices and masks."""
     buckets, order = [], []
     offset = 0
@@ -95,7 +144,11 @@ def build_plan(ranges: Ranges, groups: list[list[int]], device: torch.device) ->
         offset += real.numel()
         flat = padded.flatten()
         consecutive = bool(real.all()) and bool((flat == flat[0] + torch.arange(len(flat))).all())
-        mask = None if bool(real.all()) else real[:, None, None, :].to(device)
+        seen = real[:, None, None, :]
+        if causal_captions and any(len(ranges[index]) == 2 for index in group):
+            visible = [_visible(longest, _image_length(ranges[index]), real.device) for index in group]
+            seen = seen & torch.stack(visible)[:, None]
+        mask = None if bool(seen.all()) else seen.to(device)
         buckets.append(Bucket(flat.to(device), len(group), int(flat[0]) if consecutive else None, mask))
     row, position = torch.cat(order, dim=1) if order else torch.empty(2, 0, dtype=torch.int64)
     output_rows = torch.empty_like(position)
@@ -132,3 +185,146 @@ def _row_reader(bucket: Bucket) -> Callable[[Tensor], Tensor]:
 
 def _length(sequence: tuple[tuple[int, int], ...]) -> int:
     return sum(stop - start for start, stop in sequence)
+
+
+def _image_length(sequence: tuple[tuple[int, int], ...]) -> int:
+    """Rows that all rows of the sequence see, however captions are masked."""
+    return _length(sequence[:1])
+
+
+def _visible(length: int, image_length: int, device: torch.device) -> Tensor:
+    """Whether a query (row) sees a key (column) of a sequence under the mask of captioning, (length, length) bool."""
+    positions = torch.arange(length, device=device)
+    return positions < (positions + 1).clamp(min=image_length).unsqueeze(1)
+
+
+def _tiling(q_THK: Tensor) -> Any:
+    from beit3_ds.kernels.packed_attention_launch import architecture_of, choose_tiling  # only a GPU needs Triton
+
+    return choose_tiling(architecture_of(q_THK.device), q_THK.shape[-1], q_THK.dtype)
+
+
+_LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
+_LIBRARY.define(
+    "packed_attention(Tensor q, Tensor k, Tensor v, Tensor sequences, Tensor tiles, int tile_size, "
+    "bool causal_captions) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "packed_attention_backward(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, Tensor sequences, "
+    "Tensor tiles, int tile_size, bool causal_captions) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_LIBRARY, "packed_attention", "CPU")
+def _forward_cpu(
+    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, sequences_Q4: Tensor, tiles_N2: Tensor, tile_size: int, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """The operator sequence by sequence, for checks: the model on a CPU never takes it."""
+    y_THK = torch.empty_like(q_THK)
+    lse_HT = q_THK.new_empty(q_THK.shape[1], q_THK.shape[0], dtype=_accumulator(q_THK))
+    for rows, seen in _sequences(sequences_Q4, causal):
+        q_HSK, k_HSK, v_HSK = (x[rows].transpose(0, 1).to(lse_HT.dtype) for x in (q_THK, k_THK, v_THK))
+        scores_HSS = (q_HSK @ k_HSK.mT * q_HSK.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf)
+        lse_HT[:, rows] = scores_HSS.logsumexp(-1)
+        y_THK[rows] = (scores_HSS.softmax(-1) @ v_HSK).transpose(0, 1).to(y_THK.dtype)
+    return y_THK, lse_HT
+
+
+@torch.library.impl(_LIBRARY, "packed_attention_backward", "CPU")
+def _backward_cpu(
+    dy_THK: Tensor,
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THK: Tensor,
+    y_THK: Tensor,
+    lse_HT: Tensor,
+    sequences_Q4: Tensor,
+    tiles_N2: Tensor,
+    tile_size: int,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = torch.empty_like(q_THK), torch.empty_like(k_THK), torch.empty_like(v_THK)
+    scale = q_THK.shape[-1] ** -0.5
+    for rows, seen in _sequences(sequences_Q4, causal):
+        dy_HSK, q_HSK, k_HSK, v_HSK, y_HSK = (
+            x[rows].transpose(0, 1).to(lse_HT.dtype) for x in (dy_THK, q_THK, k_THK, v_THK, y_THK)
+        )
+        p_HSS = (q_HSK @ k_HSK.mT * scale - lse_HT[:, rows, None]).exp() * seen
+        delta_HS1 = (dy_HSK * y_HSK).sum(-1, keepdim=True)
+        ds_HSS = p_HSS * (dy_HSK @ v_HSK.mT - delta_HS1) * scale
+        parts = ds_HSS @ k_HSK, ds_HSS.mT @ q_HSK, p_HSS.mT @ dy_HSK
+        for gradient_THK, part_HSK in zip(gradients, parts, strict=True):
+            gradient_THK[rows] = part_HSK.transpose(0, 1).to(gradient_THK.dtype)
+    return gradients
+
+
+@torch.library.impl(_LIBRARY, "packed_attention", "CUDA")
+def _forward_cuda(
+    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, sequences_Q4: Tensor, tiles_N2: Tensor, tile_size: int, causal: bool
+) -> tuple[Tensor, Tensor]:
+    from beit3_ds.kernels.packed_attention_launch import forward
+
+    tiling = _tiling(q_THK)._replace(tile=tile_size)
+    return forward(q_THK, k_THK, v_THK, sequences_Q4, tiles_N2, tiling, causal)
+
+
+@torch.library.impl(_LIBRARY, "packed_attention_backward", "CUDA")
+def _backward_cuda(
+    dy_THK: Tensor,
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THK: Tensor,
+    y_THK: Tensor,
+    lse_HT: Tensor,
+    sequences_Q4: Tensor,
+    tiles_N2: Tensor,
+    tile_size: int,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from beit3_ds.kernels.packed_attention_launch import backward
+
+    tensors = (dy_THK, q_THK, k_THK, v_THK, y_THK, lse_HT, sequences_Q4, tiles_N2)
+    return backward(*tensors, _tiling(q_THK)._replace(tile=tile_size), causal)
+
+
+@torch.library.register_fake("beit3_ds::packed_attention", lib=_LIBRARY)
+def _forward_fake(
+    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, sequences_Q4: Tensor, tiles_N2: Tensor, tile_size: int, causal: bool
+) -> tuple[Tensor, Tensor]:
+    lse_HT = q_THK.new_empty(q_THK.shape[1], q_THK.shape[0], dtype=_accumulator(q_THK))
+    return torch.empty_like(q_THK), lse_HT
+
+
+@torch.library.register_fake("beit3_ds::packed_attention_backward", lib=_LIBRARY)
+def _backward_fake(dy_THK: Tensor, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return torch.empty_like(q_THK), torch.empty_like(k_THK), torch.empty_like(v_THK)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.tile_size, ctx.causal_captions = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _differentiate(ctx: Any, dy_THK: Tensor, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q_THK, k_THK, v_THK, sequences_Q4, tiles_N2, y_THK, lse_HT = ctx.saved_tensors
+    tensors = (dy_THK.contiguous(), q_THK, k_THK, v_THK, y_THK, lse_HT, sequences_Q4, tiles_N2)
+    gradients = torch.ops.beit3_ds.packed_attention_backward(*tensors, ctx.tile_size, ctx.causal_captions)
+    return (*gradients, None, None, None, None)
+
+
+torch.library.register_autograd("beit3_ds::packed_attention", _differentiate, setup_context=_save, lib=_LIBRARY)
+
+
+def _sequences(sequences_Q4: Tensor, causal_captions: bool) -> list[tuple[Tensor, Tensor]]:
+    """Rows of every sequence, and whether a query sees a key, (S, S) bool."""
+    result = []
+    for start_1, length_1, start_2, length_2 in sequences_Q4.tolist():
+        rows = torch.cat([torch.arange(start_1, start_1 + length_1), torch.arange(start_2, start_2 + length_2)])
+        result.append((rows, _visible(len(rows), length_1 if causal_captions else len(rows), rows.device)))
+    return result
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    """float32 for half precision; float32 and float64 stay as they are."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -13,6 +13,16 @@ from beit3_ds.config import build_run_config
 from tests.run_config import quickstart_mapping, small_run_mapping
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests marked `gpu` where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device: this kernel was never run on a GPU here"))
+
+
 @pytest.fixture(scope="session")
 def tokenizer_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A small text tokenizer trained on the sample's captions, and an untrained visual tokenizer."""

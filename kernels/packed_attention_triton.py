@@ -1,0 +1,270 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Triton kernels of packed attention, forward and backward.
+
+They were interpreted on the CPU and compiled ahead of time, but never run on a GPU.
+"""
+
+# T packed rows, H heads, K head width, Q sequences, N tiles of TILE positions.
+#
+# A sequence's rows are numbered 0, 1, ... through its first and then its second range: its positions. A program works
+# on one tile of positions of one head and loops over blocks of the sequence's other positions; a tile may begin in the
+# first range and end in the second, so ranges cost no extra tile. Every position becomes a row when it is loaded or
+# stored; nothing is ever permuted.
+#
+# A head is computed in column blocks A and B, powers of two that cover K: 88 columns as 64 + 32, not as 128. H and K
+# are constants of the compilation, so that the compiler sees how rows are aligned; with strides that it did not know it
+# neither vectorised nor pipelined the loads, and spilled.
+#
+# float32 is multiplied as it is ("ieee"), on no tensor core; half precision ignores the setting.
+
+import math
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2.0))
+
+
+@triton.jit
+def _sequence_of(tile, sequences_ptr, tiles_ptr):
+    """First position of a tile; its sequence: start and length of range 1, what makes rows of range 2's positions, and
+    the length of both.
+    """
+    sequence = tl.load(tiles_ptr + 2 * tile)
+    first = tl.load(tiles_ptr + 2 * tile + 1)
+    start_1 = tl.load(sequences_ptr + 4 * sequence)
+    length_1 = tl.load(sequences_ptr + 4 * sequence + 1)
+    start_2 = tl.load(sequences_ptr + 4 * sequence + 2)
+    length_2 = tl.load(sequences_ptr + 4 * sequence + 3)
+    return first, start_1, length_1, start_2 - length_1, length_1 + length_2
+
+
+@triton.jit
+def _rows(positions, start_1, length_1, offset_2):
+    return positions + tl.where(positions < length_1, start_1, offset_2)
+
+
+@triton.jit
+def _column_block(x_ptr, rows, FIRST: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr):
+    columns = FIRST + tl.arange(0, WIDTH)
+    return x_ptr + rows[:, None] * STRIDE + columns[None, :], columns[None, :] < K
+
+
+@triton.jit
+def _load(x_ptr, rows, real, A: tl.constexpr, B: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr):
+    """Columns of a head in blocks A and B, 0 where a row is not real; without a block B, block A twice."""
+    pointers, columns = _column_block(x_ptr, rows, 0, A, K, STRIDE)
+    block_a = tl.load(pointers, mask=real[:, None] & columns, other=0.0)
+    block_b = block_a
+    if B > 0:
+        pointers, columns = _column_block(x_ptr, rows, A, B, K, STRIDE)
+        block_b = tl.load(pointers, mask=real[:, None] & columns, other=0.0)
+    return block_a, block_b
+
+
+@triton.jit
+def _store(x_ptr, rows, real, x_a, x_b, A: tl.constexpr, B: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr):
+    pointers, columns = _column_block(x_ptr, rows, 0, A, K, STRIDE)
+    tl.store(pointers, x_a.to(x_ptr.dtype.element_ty), mask=real[:, None] & columns)
+    if B > 0:
+        pointers, columns = _column_block(x_ptr, rows, A, B, K, STRIDE)
+        tl.store(pointers, x_b.to(x_ptr.dtype.element_ty), mask=real[:, None] & columns)
+
+
+@triton.jit
+def _product(x_a, x_b, y_a, y_b, B: tl.constexpr):
+    """x @ y.T over all columns."""
+    product = tl.dot(x_a, tl.trans(y_a), input_precision="ieee")
+    if B > 0:
+        product = tl.dot(x_b, tl.trans(y_b), product, input_precision="ieee")
+    return product
+
+
+@triton.jit
+def _zeros(TILE: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
+    block_a = tl.zeros([TILE, A], tl.float32)
+    block_b = block_a
+    if B > 0:
+        block_b = tl.zeros([TILE, B], tl.float32)
+    return block_a, block_b
+
+
+@triton.jit
+def _add_product(x, y_a, y_b, sum_a, sum_b, B: tl.constexpr):
+    """sum + x @ y; a block B that is not there stays as it is."""
+    sum_a = tl.dot(x, y_a, sum_a, input_precision="ieee")
+    if B > 0:
+        sum_b = tl.dot(x, y_b, sum_b, input_precision="ieee")
+    return sum_a, sum_b
+
+
+@triton.jit
+def _visible(queries, keys, length_1, total, CAPTIONS: tl.constexpr):
+    """Whether a query sees a key. A sequence of one range has only queries below length_1, so it is bidirectional."""
+    if CAPTIONS:
+        return keys < tl.maximum(length_1, queries + 1)
+    return (keys < total) & (queries >= 0)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def forward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    y_ptr,
+    lse_ptr,
+    sequences_ptr,
+    tiles_ptr,
+    num_rows,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CAPTIONS: tl.constexpr,
+    SCALE: tl.constexpr,
+):
+    """y and the log-sum-exp of one tile of queries: online softmax over blocks of keys."""
+    head = tl.program_id(1)
+    first, start_1, length_1, offset_2, total = _sequence_of(tl.program_id(0), sequences_ptr, tiles_ptr)
+    queries = first + tl.arange(0, TILE)
+    real_queries = queries < total
+    query_rows = _rows(queries, start_1, length_1, offset_2)
+    q_a, q_b = _load(q_ptr + head * K, query_rows, real_queries, A, B, K, H * K)
+
+    top = tl.full([TILE], float("-inf"), tl.float32)
+    weight = tl.zeros([TILE], tl.float32)
+    y_a, y_b = _zeros(TILE, A, B)
+    stop = total
+    if CAPTIONS:
+        stop = tl.minimum(total, tl.maximum(length_1, first + TILE))
+    for begin in tl.range(0, stop, BLOCK):
+        keys = begin + tl.arange(0, BLOCK)
+        key_rows = _rows(keys, start_1, length_1, offset_2)
+        k_a, k_b = _load(k_ptr + head * K, key_rows, keys < total, A, B, K, H * K)
+        scores = _product(q_a, q_b, k_a, k_b, B)
+        scores = tl.where(_visible(queries[:, None], keys[None, :], length_1, total, CAPTIONS), scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1) * (SCALE * LOG2E))
+        p = tl.exp2(scores * (SCALE * LOG2E) - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        weight = weight * shrink + tl.sum(p, 1)
+        v_a, v_b = _load(v_ptr + head * K, key_rows, keys < total, A, B, K, H * K)
+        y_a, y_b = _add_product(p.to(v_a.dtype), v_a, v_b, y_a * shrink[:, None], y_b * shrink[:, None], B)
+        top = new_top
+    _store(y_ptr + head * K, query_rows, real_queries, y_a / weight[:, None], y_b / weight[:, None], A, B, K, H * K)
+    tl.store(lse_ptr + head * num_rows + query_rows, top * LN2 + tl.log(weight), mask=real_queries)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def query_gradient_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    y_ptr,
+    dy_ptr,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    sequences_ptr,
+    tiles_ptr,
+    num_rows,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CAPTIONS: tl.constexpr,
+    SCALE: tl.constexpr,
+):
+    """dq of one tile of queries, and their delta = sum(dy * y), which `key_value_gradient_kernel` needs."""
+    head = tl.program_id(1)
+    first, start_1, length_1, offset_2, total = _sequence_of(tl.program_id(0), sequences_ptr, tiles_ptr)
+    queries = first + tl.arange(0, TILE)
+    real_queries = queries < total
+    query_rows = _rows(queries, start_1, length_1, offset_2)
+    statistics = head * num_rows + query_rows
+    dy_a, dy_b = _load(dy_ptr + head * K, query_rows, real_queries, A, B, K, H * K)
+    y_a, y_b = _load(y_ptr + head * K, query_rows, real_queries, A, B, K, H * K)
+    delta = tl.sum(dy_a.to(tl.float32) * y_a.to(tl.float32), 1)
+    if B > 0:
+        delta += tl.sum(dy_b.to(tl.float32) * y_b.to(tl.float32), 1)
+    tl.store(delta_ptr + statistics, delta, mask=real_queries)
+    lse = tl.load(lse_ptr + statistics, mask=real_queries, other=0.0) * LOG2E
+    q_a, q_b = _load(q_ptr + head * K, query_rows, real_queries, A, B, K, H * K)
+
+    dq_a, dq_b = _zeros(TILE, A, B)
+    stop = total
+    if CAPTIONS:
+        stop = tl.minimum(total, tl.maximum(length_1, first + TILE))
+    for begin in tl.range(0, stop, BLOCK):
+        keys = begin + tl.arange(0, BLOCK)
+        key_rows = _rows(keys, start_1, length_1, offset_2)
+        k_a, k_b = _load(k_ptr + head * K, key_rows, keys < total, A, B, K, H * K)
+        v_a, v_b = _load(v_ptr + head * K, key_rows, keys < total, A, B, K, H * K)
+        scores = _product(q_a, q_b, k_a, k_b, B)
+        p = tl.exp2(scores * (SCALE * LOG2E) - lse[:, None])
+        p = tl.where(_visible(queries[:, None], keys[None, :], length_1, total, CAPTIONS), p, 0.0)
+        dp = _product(dy_a, dy_b, v_a, v_b, B)
+        ds = (p * (dp - delta[:, None])).to(k_a.dtype)
+        dq_a, dq_b = _add_product(ds, k_a, k_b, dq_a, dq_b, B)
+    _store(dq_ptr + head * K, query_rows, real_queries, dq_a * SCALE, dq_b * SCALE, A, B, K, H * K)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def key_value_gradient_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dy_ptr,
+    lse_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    sequences_ptr,
+    tiles_ptr,
+    num_rows,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CAPTIONS: tl.constexpr,
+    SCALE: tl.constexpr,
+):
+    """dk and dv of one tile of keys, which stand in the rows of all products: scores[key, query]."""
+    head = tl.program_id(1)
+    first, start_1, length_1, offset_2, total = _sequence_of(tl.program_id(0), sequences_ptr, tiles_ptr)
+    keys = first + tl.arange(0, TILE)
+    real_keys = keys < total
+    key_rows = _rows(keys, start_1, length_1, offset_2)
+    k_a, k_b = _load(k_ptr + head * K, key_rows, real_keys, A, B, K, H * K)
+    v_a, v_b = _load(v_ptr + head * K, key_rows, real_keys, A, B, K, H * K)
+
+    dk_a, dk_b = _zeros(TILE, A, B)
+    dv_a, dv_b = _zeros(TILE, A, B)
+    start = 0
+    if CAPTIONS:  # no query before the first key of a caption sees any of these keys
+        start = tl.where(first >= length_1, first // BLOCK * BLOCK, 0)
+    for begin in tl.range(start, total, BLOCK):
+        queries = begin + tl.arange(0, BLOCK)
+        real_queries = queries < total
+        query_rows = _rows(queries, start_1, length_1, offset_2)
+        statistics = head * num_rows + query_rows
+        q_a, q_b = _load(q_ptr + head * K, query_rows, real_queries, A, B, K, H * K)
+        dy_a, dy_b = _load(dy_ptr + head * K, query_rows, real_queries, A, B, K, H * K)
+        lse = tl.load(lse_ptr + statistics, mask=real_queries, other=0.0) * LOG2E  # p = 1, times a dy of 0
+        delta = tl.load(delta_ptr + statistics, mask=real_queries, other=0.0)
+        scores = _product(k_a, k_b, q_a, q_b, B)
+        p = tl.exp2(scores * (SCALE * LOG2E) - lse[None, :])
+        if CAPTIONS:
+            p = tl.where(_visible(queries[None, :], keys[:, None], length_1, total, CAPTIONS), p, 0.0)
+        dv_a, dv_b = _add_product(p.to(dy_a.dtype), dy_a, dy_b, dv_a, dv_b, B)
+        dp = _product(v_a, v_b, dy_a, dy_b, B)
+        ds = (p * (dp - delta[None, :])).to(q_a.dtype)
+        dk_a, dk_b = _add_product(ds, q_a, q_b, dk_a, dk_b, B)
+    _store(dk_ptr + head * K, key_rows, real_keys, dk_a * SCALE, dk_b * SCALE, A, B, K, H * K)
+    _store(dv_ptr + head * K, key_rows, real_keys, dv_a, dv_b, A, B, K, H * K)

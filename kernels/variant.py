@@ -1,0 +1,49 @@
+"""One Triton kernel as it is compiled for one architecture."""
+
+from typing import Any, NamedTuple
+
+
+class Variant(NamedTuple):
+    """What `ahead_of_time` needs to compile a kernel as a launch on a GPU would."""
+
+    name: str
+    """File, kernel and what it is specialised on, e.g. "packed_attention forward bf16 K=88"."""
+    kernel: Any
+    """The function under `triton.jit`."""
+    signature: dict[str, str]
+    """Type of every argument in order: "*bf16", "i32", ..., or "constexpr"."""
+    constants: dict[str, Any]
+    """Values of the constexpr arguments."""
+    num_warps: int
+    """Warps of a program."""
+    num_stages: int
+    """Stages of software pipelining."""
+    is_common: bool = True
+    """Whether the default tests compile it; the slow ones compile all."""
+
+
+def build_variant(
+    name: str,
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    *,
+    num_warps: int,
+    num_stages: int,
+    is_common: bool = True,
+) -> Variant:
+    """Builds a variant, with the signature in the order of the kernel's arguments.
+
+    Args:
+        name: see `Variant`.
+        kernel: the function under `triton.jit`.
+        types: type of every argument that is not constexpr.
+        constants: value of every argument that is.
+        num_warps: see `Variant`.
+        num_stages: see `Variant`.
+        is_common: see `Variant`.
+    """
+    missing = set(kernel.arg_names) ^ (set(types) | set(constants))
+    assert not missing, f"{name}: arguments {sorted(missing)} are missing or unknown"
+    signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
+    return Variant(name, kernel, signature, constants, num_warps, num_stages, is_common)

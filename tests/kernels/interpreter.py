@@ -1,0 +1,90 @@
+"""Triton's interpreter for the tests of kernels: the same source, run by NumPy on CPU tensors.
+
+It shows wrong numbers, masks and indices; it shows nothing of what a GPU adds (layouts, races, asynchronous copies).
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.jit import JITFunction
+
+
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """Runs every kernel launched inside in the interpreter.
+
+    `TRITON_INTERPRET=1` does this for a whole process, if it is set before Triton is imported: then no test of that
+    process could compile. Triton's pinned version multiplies the bits of bfloat16 as integers and truncates where it
+    should round to nearest even (triton-lang/triton#11585, #10945), so both are replaced. A load or store outside the
+    tensors of the launch is an error; by itself the interpreter would read it, or crash.
+    """
+    builder = interpreter.InterpreterBuilder
+    allowed: list[tuple[int, int]] = []
+
+    def run(self: JITFunction, *args: Any, **kwargs: Any) -> None:
+        storages = [x.untyped_storage() for x in args if isinstance(x, torch.Tensor)]
+        allowed[:] = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
+        _interpreted(self).run(*args, **kwargs)
+
+    replacements = [
+        (JITFunction, "__call__", lambda self, *args, **kwargs: _interpreted(self)(*args, **kwargs)),
+        (JITFunction, "run", run),
+        (builder, "create_masked_load", _bounded(builder.create_masked_load, allowed, mask_argument=1)),
+        (builder, "create_masked_store", _bounded(builder.create_masked_store, allowed, mask_argument=2)),
+        (builder, "create_dot", _dot(builder.create_dot)),
+        (builder, "cast_impl", _cast(builder.cast_impl)),
+        (builder, "create_fp_to_fp", _cast(builder.create_fp_to_fp)),
+    ]
+    with ExitStack() as stack:
+        for owner, name, replacement in replacements:
+            stack.enter_context(mock.patch.object(owner, name, replacement))
+        yield
+
+
+def _interpreted(function: JITFunction) -> interpreter.InterpretedFunction:
+    return interpreter.InterpretedFunction(function.fn)
+
+
+def _bounded(original: Any, allowed: list[tuple[int, int]], mask_argument: int) -> Any:
+    def access(self: Any, pointers: Any, *rest: Any, **options: Any) -> Any:
+        addresses = pointers.data[np.broadcast_to(rest[mask_argument - 1].data, pointers.data.shape)]
+        if addresses.size:
+            first, last = int(addresses.min()), int(addresses.max()) + pointers.get_element_ty().primitive_bitwidth // 8
+            inside = any(start <= first and last <= stop for start, stop in allowed)
+            assert inside, "a kernel reads or writes outside of its tensors"
+        return original(self, pointers, *rest, **options)
+
+    return access
+
+
+def _dot(original: Any) -> Any:
+    def dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+        return original(self, _widened(a), _widened(b), d, *rest)
+
+    return dot
+
+
+def _cast(original: Any) -> Any:
+    def cast(self: Any, source: Any, target: Any, *rest: Any) -> Any:
+        from_type, to_type = source.dtype.scalar, target.scalar
+        if from_type == tl.bfloat16 and to_type != tl.bfloat16:
+            return original(self, _widened(source), target, *rest)
+        if to_type == tl.bfloat16 and from_type == tl.float32:
+            rounded = torch.from_numpy(np.array(source.data, np.float32)).to(torch.bfloat16)
+            return interpreter.TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
+        return original(self, source, target, *rest)
+
+    return cast
+
+
+def _widened(x: Any) -> Any:
+    """bfloat16, which the interpreter keeps as its bits, in float32; anything else as it is."""
+    if x.dtype.scalar != tl.bfloat16:
+        return x
+    return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
