@@ -2,14 +2,19 @@
 
 import hashlib
 import os
+import threading
 from pathlib import Path
 from types import TracebackType
 
 _CHUNK_BYTES = 1 << 24
+_SYNC_BYTES = 1 << 26
 
 
 class NewFile:
     """A file being written front to back, with its digest if wanted; synced to disk when its `with` block ends.
+
+    What is written goes to the disk meanwhile, in a thread: left to itself the system begins when much of the memory
+    is waiting to be written, and then holds the writer up.
 
     Raises:
         FileExistsError: if there is one already.
@@ -19,6 +24,9 @@ class NewFile:
     def __init__(self, path: Path, *, with_digest: bool = True) -> None:
         self.path, self.num_bytes = path, 0
         self._digest = hashlib.sha256() if with_digest else None
+        self._sync: threading.Thread | None = None
+        self._sync_error: OSError | None = None
+        self._sync_begun = 0
 
     def __enter__(self) -> "NewFile":
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -28,7 +36,11 @@ class NewFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
+            if self._sync:
+                self._sync.join()
             if error is None:
+                if self._sync_error:
+                    raise self._sync_error  # the system reports it once: the next sync would succeed
                 os.fsync(self._descriptor)
         finally:
             os.close(self._descriptor)
@@ -48,6 +60,16 @@ class NewFile:
                 self._digest.update(chunk[:written])
             self.num_bytes += written
             rest = rest[written:]
+            if self.num_bytes - self._sync_begun >= _SYNC_BYTES and not (self._sync and self._sync.is_alive()):
+                self._sync_begun = self.num_bytes
+                self._sync = threading.Thread(target=self._sync_data, name="sync", daemon=True)
+                self._sync.start()
+
+    def _sync_data(self) -> None:
+        try:
+            os.fdatasync(self._descriptor)
+        except OSError as error:
+            self._sync_error = self._sync_error or error
 
 
 def write_whole(path: Path, content: bytes) -> None:
