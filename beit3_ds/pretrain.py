@@ -11,6 +11,7 @@ from pathlib import Path
 
 from beit3_ds.batch import ImageViews, PackedBatch, StepBatch
 from beit3_ds.checkpoint.engine_state import EngineState
+from beit3_ds.checkpoint.folder import is_checkpoint
 from beit3_ds.checkpoint.run_description import describe_run
 from beit3_ds.checkpoint.store import CheckpointStore
 from beit3_ds.config import ConfigError, Place, RunConfig, check_layout
@@ -28,7 +29,7 @@ from beit3_ds.training.engine import (
 )
 from beit3_ds.training.flops import peak_flops
 from beit3_ds.training.history import History
-from beit3_ds.training.initial_weights import InitialWeights
+from beit3_ds.training.initial_weights import InitialWeights, open_initial_weights
 from beit3_ds.training.loop import Run, resume, train
 from beit3_ds.training.progress import Progress
 from beit3_ds.training.report import write_report
@@ -64,7 +65,7 @@ class Inputs:
     heldout: Iterable[PackedBatch]
     """None of them on such ranks."""
     initial_weights: InitialWeights | None
-    """What a run without a checkpoint begins with; None is initial values drawn from the seed."""
+    """What a run begins with that has no checkpoint; None is initial values drawn from the seed."""
 
 
 def open_inputs(config: RunConfig) -> Inputs:
@@ -83,8 +84,8 @@ def open_inputs(config: RunConfig) -> Inputs:
     visual_tokenizer = load_visual_tokenizer(config.tokenizers.visual.path) if has_heads else None
     if visual_tokenizer is not None:
         check_visual_tokenizer_fits(visual_tokenizer, config)
-    initial = config.training.initial_weights
-    initial_weights = InitialWeights(initial, config.model) if initial else None
+    has_begun = is_checkpoint(Path(config.training.output_dir))  # then the weights may be gone
+    initial_weights = None if has_begun else open_initial_weights(config)
     dataset: StepDataset | None = None
     heldout: Iterable[PackedBatch] = ()
     if place.tensor == 0 and (place.pipeline == 0 or has_heads):
@@ -134,10 +135,11 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh) -> tuple[Run, Itera
     )
     history = History(output / "metrics.jsonl")
     first_step = resume(schedule.engine, state, store, history, mesh)
-    if first_step == 0 and inputs.initial_weights is not None:
-        inputs.initial_weights.load(state)
+    # Not opened before if there were checkpoints; none of them may be whole.
+    if first_step == 0 and (weights := inputs.initial_weights or open_initial_weights(config)):
+        weights.load(state)
         if mesh.is_main:
-            print(inputs.initial_weights.describe(), flush=True)
+            print(weights.describe(), flush=True)
     dtype = next(schedule.engine.module.parameters()).dtype
     run = Run(
         config=config,

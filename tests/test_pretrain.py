@@ -68,6 +68,8 @@ def test_killed_run_resumes_bit_for_bit(run_mapping: dict[str, Any], tmp_path: P
     torn = max((path for path in newest.rglob("*.safetensors")), key=lambda path: path.stat().st_size)
     os.truncate(torn, torn.stat().st_size // 2)
 
+    own["training"]["initial_weights"] = "/no/longer/there.safetensors"  # a run that has begun does not need them
+    config = write(run_mapping, tmp_path)
     status, output = finish(config)
     assert status == 0, output
     assert re.search(r"step-00000003 is not whole \(.* bytes instead of", output)
@@ -142,6 +144,11 @@ def pretrain_error(mapping: dict[str, Any]) -> str:
         pretrain(build_run_config(mapping))
     assert not dist.is_initialized()
     return str(caught.value)
+
+
+def test_missing_initial_weights_are_named(run_mapping: dict[str, Any]) -> None:
+    run_mapping["beit3_ds"]["training"]["initial_weights"] = "/no/weights.safetensors"
+    assert "there is no /no/weights.safetensors" in pretrain_error(run_mapping)
 
 
 def test_missing_data_folder_is_named(run_mapping: dict[str, Any]) -> None:

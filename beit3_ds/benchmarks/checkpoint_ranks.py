@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from beit3_ds.benchmarks.peak_memory import peak_bytes, reset_peak
-from beit3_ds.checkpoint.engine_state import KINDS, EngineState
+from beit3_ds.checkpoint.engine_state import EngineState
+from beit3_ds.checkpoint.index import KINDS
 from beit3_ds.checkpoint.run_description import RunDescription
 from beit3_ds.checkpoint.store import CheckpointStore
 from beit3_ds.config import RunConfig, build_run_config

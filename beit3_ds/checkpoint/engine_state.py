@@ -19,13 +19,9 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
+from beit3_ds.checkpoint.index import MOMENTS, WEIGHT
 from beit3_ds.checkpoint.rectangles import Rectangle, own_block, run_of
-from beit3_ds.parallel import Mesh, Split, is_split
-
-WEIGHT = "weight"
-MOMENTS = ("exp_avg", "exp_avg_sq")
-KINDS = (WEIGHT, *MOMENTS)
-"""What is kept of every element: its float32 weight, and AdamW's averages of gradient and squared gradient."""
+from beit3_ds.parallel import Mesh, is_split, logical_shape
 
 ReadPart = Callable[[str, str, Rectangle], Tensor]
 """Gives a kind of a tensor of a name: the rectangle, a matrix."""
@@ -51,10 +47,10 @@ class Fragment(NamedTuple):
     weight: Tensor
     """float32."""
     optimizer_state: dict[str, Tensor]
-    """AdamW's state of these elements, of each of `MOMENTS`."""
+    """AdamW's state of these elements, of each of `index.MOMENTS`."""
 
     def values(self, kind: str) -> Tensor:
-        """The tensor of one of `KINDS`."""
+        """The tensor of one of `index.KINDS`."""
         return self.weight if kind == WEIGHT else self.optimizer_state[kind]
 
     def cut(self, start: int, stop: int) -> "Fragment":
@@ -229,12 +225,9 @@ def _adamw(optimizer: Any) -> torch.optim.AdamW:
 
 
 def _find_part(parameter: nn.Parameter) -> Part:
-    split: Split | None = getattr(parameter, "parallel_split", None)
-    shape = list(getattr(parameter, "ds_shape", parameter.shape))  # under ZeRO-3 the parameter itself may be empty
-    if split is not None:
-        shape[split.dim] = split.size
-    logical = torch.Size(shape)
-    return Part(shape=logical, block=own_block(logical, split))
+    # Under ZeRO-3 the parameter itself may be empty.
+    logical = logical_shape(parameter, getattr(parameter, "ds_shape", None))
+    return Part(shape=logical, block=own_block(logical, getattr(parameter, "parallel_split", None)))
 
 
 def _zero3_runs(parameters: list[Any]) -> list[tuple[nn.Parameter, int, int, int]]:

@@ -11,7 +11,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from beit3_ds.checkpoint.disk import file_sha256
-from beit3_ds.checkpoint.index import FILE_KINDS, INDEX_NAME, BrokenIndexError, file_name, read_index, tensor_key
+from beit3_ds.checkpoint.index import (
+    FILE_KINDS,
+    INDEX_NAME,
+    WEIGHT,
+    BrokenIndexError,
+    Index,
+    file_name,
+    read_index,
+    tensor_key,
+)
 from beit3_ds.checkpoint.rectangles import Rectangle, whole
 from beit3_ds.checkpoint.tensor_file import BrokenTensorFileError, TensorEntry, TensorFile
 from beit3_ds.config import ConfigError, ModelConfig
@@ -32,13 +41,7 @@ class CheckpointFolder:
             BrokenIndexError: if the checkpoint is torn or changed, in a few words.
         """
         self.path, self.index = path, read_index(path)
-        for name, written in self.index.files.items():
-            try:
-                size = (path / name).stat().st_size
-            except OSError:
-                raise BrokenIndexError(f"{name} is missing") from None
-            if size != written.num_bytes:
-                raise BrokenIndexError(f"{name} has {size} bytes instead of {written.num_bytes}")
+        check_files(path, self.index)
         self._opened: dict[str, TensorFile] = {}
 
     @property
@@ -81,14 +84,14 @@ class CheckpointFolder:
 
     def read(self, name: str, part: Rectangle | None = None) -> Tensor:
         """A tensor's float32 weights, in its logical shape, or a part of it as a matrix."""
-        values = self.read_kind("weight", name, part or whole(self.shape(name)))
+        values = self.read_kind(WEIGHT, name, part or whole(self.shape(name)))
         return values if part else values.view(self.shape(name))
 
     def read_kind(self, kind: str, name: str, part: Rectangle) -> Tensor:
         """A part of a tensor's weights or moments as a matrix, float32.
 
         Args:
-            kind: "weight", "exp_avg" or "exp_avg_sq".
+            kind: one of `index.KINDS`.
             name: of the tensor.
             part: of the tensor seen as a matrix.
         """
@@ -120,6 +123,21 @@ class CheckpointFolder:
             except (BrokenTensorFileError, OSError) as error:
                 raise BrokenIndexError(f"{name} cannot be read: {error}") from None
         return self._opened[name]
+
+
+def check_files(path: Path, index: Index) -> None:
+    """Refuses a checkpoint of which a file is missing or has another size.
+
+    Raises:
+        BrokenIndexError: naming the file.
+    """
+    for name, written in index.files.items():
+        try:
+            size = (path / name).stat().st_size
+        except OSError:
+            raise BrokenIndexError(f"{name} is missing") from None
+        if size != written.num_bytes:
+            raise BrokenIndexError(f"{name} has {size} bytes instead of {written.num_bytes}")
 
 
 def checkpoint_paths(folder: Path) -> list[Path]:

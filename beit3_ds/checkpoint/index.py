@@ -26,8 +26,12 @@ from beit3_ds.checkpoint.tensor_file import WrittenFile
 INDEX_NAME = "index.json"
 FORMAT = "beit3_ds checkpoint"
 VERSION = 1
-FILE_KINDS = {"weights": ("weight",), "moments": ("exp_avg", "exp_avg_sq")}
-"""Which kinds of state a rank's files hold."""
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = (WEIGHT, *MOMENTS)
+"""What is kept of every element: its float32 weight, and AdamW's averages of gradient and squared gradient."""
+FILE_KINDS = {"weights": (WEIGHT,), "moments": MOMENTS}
+"""Which of them a rank's files hold."""
 
 
 class Piece(NamedTuple):

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from beit3_ds.checkpoint.engine_state import KINDS, EngineState
-from beit3_ds.checkpoint.index import FILE_KINDS, Piece, file_name, tensor_key
+from beit3_ds.checkpoint.engine_state import EngineState
+from beit3_ds.checkpoint.index import FILE_KINDS, KINDS, Piece, file_name, tensor_key
 from beit3_ds.checkpoint.rectangles import Rectangle
 from beit3_ds.checkpoint.tensor_file import TensorEntry, WrittenFile, write_tensor_file
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from beit3_ds.checkpoint.disk import NewFile, rename, sync_folder, write_whole
 from beit3_ds.checkpoint.engine_state import EngineState
-from beit3_ds.checkpoint.folder import CheckpointFolder, checkpoint_paths
+from beit3_ds.checkpoint.folder import CheckpointFolder, check_files, checkpoint_paths
 from beit3_ds.checkpoint.index import INDEX_NAME, BrokenIndexError, Index, Piece, check_cover
 from beit3_ds.checkpoint.run_description import RunDescription
 from beit3_ds.checkpoint.snapshot import Snapshot
@@ -28,7 +28,7 @@ _LONG_CHECK_BYTES = 1 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class SaveOutcome:
-    """How a save ended; the same on all ranks."""
+    """How a save ended: the same on all ranks, but for the seconds, which are this rank's."""
 
     step: int
     """Updates that the checkpoint holds."""
@@ -258,7 +258,7 @@ class CheckpointStore:
             file.write(index.to_json())
         sync_folder(aside)
         try:
-            CheckpointFolder(aside)
+            check_files(aside, index)
         except BrokenIndexError as error:
             raise OSError(f"{error} on the main rank: is {self.root} on a file system that all ranks share?") from None
         if target.exists():  # torn, or this run would have begun behind it

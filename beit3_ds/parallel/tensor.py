@@ -212,10 +212,15 @@ def is_split(parameter: nn.Parameter) -> bool:
     return bool(getattr(parameter, "tensor_model_parallel", False))
 
 
-def logical_shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape of a parameter that no layout of ranks changes."""
+def logical_shape(parameter: nn.Parameter, local: torch.Size | None = None) -> torch.Size:
+    """The shape of a parameter that no layout of ranks changes.
+
+    Args:
+        parameter: this rank's.
+        local: its shape on this rank; None is that of the parameter itself.
+    """
     split: Split | None = getattr(parameter, "parallel_split", None)
-    shape = list(parameter.shape)
+    shape = list(parameter.shape if local is None else local)
     if split is not None:
         shape[split.dim] = split.size
     return torch.Size(shape)

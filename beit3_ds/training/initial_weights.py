@@ -9,7 +9,7 @@ from torch import Tensor
 from beit3_ds.checkpoint.engine_state import EngineState
 from beit3_ds.checkpoint.rectangles import Rectangle
 from beit3_ds.checkpoint.run_description import check_same_model
-from beit3_ds.config import ModelConfig
+from beit3_ds.config import ModelConfig, RunConfig
 from beit3_ds.model import BEiT3
 from beit3_ds.model.pretrained import EXTRA_PREFIX, PretrainedWeights, check_tensors
 
@@ -51,3 +51,13 @@ class InitialWeights:
 
     def _read(self, kind: str, name: str, part: Rectangle) -> Tensor:
         return self.weights.read(name, part).float()
+
+
+def open_initial_weights(config: RunConfig) -> InitialWeights | None:
+    """The weights that `training.initial_weights` names, if any.
+
+    Raises:
+        ConfigError: if they cannot be read, or are those of another model.
+    """
+    path = config.training.initial_weights
+    return InitialWeights(path, config.model) if path else None

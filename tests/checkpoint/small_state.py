@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from beit3_ds.checkpoint.engine_state import KINDS, MOMENTS, WEIGHT, Fragment, Part, ReadPart
+from beit3_ds.checkpoint.engine_state import Fragment, Part, ReadPart
 from beit3_ds.checkpoint.folder import CheckpointFolder
+from beit3_ds.checkpoint.index import KINDS, MOMENTS, WEIGHT
 from beit3_ds.checkpoint.rectangles import Rectangle, run_of, whole
 from beit3_ds.checkpoint.run_description import RunDescription
 from beit3_ds.checkpoint.store import CheckpointStore

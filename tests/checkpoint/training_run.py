@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from beit3_ds.checkpoint.engine_state import KINDS
 from beit3_ds.checkpoint.folder import CheckpointFolder
+from beit3_ds.checkpoint.index import KINDS
 from beit3_ds.checkpoint.rectangles import whole
 from beit3_ds.checkpoint.store import CheckpointStore
 
