@@ -229,9 +229,12 @@ class CheckpointStore:
     def _make_folder(self, aside: Path) -> None:
         for left_over in (*self.root.glob(".writing-*"), *self.root.glob(".deleted-*")):
             shutil.rmtree(left_over, ignore_errors=left_over != aside)  # only that one is in the way
-        if self._was_there and not self.root.exists():
-            print(f"WARNING: {self.root} is gone, with the checkpoints in it; it is made anew", flush=True)
-        aside.mkdir(parents=True)
+        try:
+            aside.mkdir()
+        except FileNotFoundError:
+            if self._was_there:
+                print(f"WARNING: {self.root} is gone, with the checkpoints in it; it is made anew", flush=True)
+            aside.mkdir(parents=True)
         self._was_there = True
         sync_folder(self.root.parent)
 

@@ -19,14 +19,14 @@ NO_EVALUATION = {"eval_interval": 1000}
 
 def test_sigterm_on_one_rank_stops_all_with_a_checkpoint(run_mapping: dict[str, Any], tmp_path: Path) -> None:
     """Catches ranks that leave at different steps, and a step that is lost."""
-    settings = {**NO_EVALUATION, "total_steps": 8, "save_interval": 1000}
+    settings = {**NO_EVALUATION, "total_steps": 24, "save_interval": 1000}
     run = TrainingRun(run_mapping, tmp_path / "stopped", 2, **settings)
     with run.started():
-        run.wait_until(lambda: "step 2/8" in run.output())
+        run.wait_until(lambda: "step 2/24" in run.output())
         os.kill(run.ranks[1].pid, signal.SIGTERM)
         assert run.wait() == [0, 0]
     done = int(run.output().split("stopped after step ")[1].split()[0])
-    assert 2 <= done < 8
+    assert 2 <= done < 24
     assert run.output().count("stopped after") == 1
     assert "stopped after" not in run.output(1)
     run.checkpoint(done).close()
@@ -36,7 +36,7 @@ def test_sigterm_on_one_rank_stops_all_with_a_checkpoint(run_mapping: dict[str, 
     assert f"resuming after step {done} " in run.output()
     undisturbed = TrainingRun(run_mapping, tmp_path / "undisturbed", 2, **settings)
     assert undisturbed.finish() == [0, 0]
-    check_same_state(run.checkpoint(8), undisturbed.checkpoint(8))
+    check_same_state(run.checkpoint(24), undisturbed.checkpoint(24))
     assert losses(run.output_dir) == losses(undisturbed.output_dir)
 
 
@@ -92,23 +92,25 @@ def test_failed_saves_are_reported(run_mapping: dict[str, Any], tmp_path: Path) 
 @pytest.mark.parametrize("left", ["nothing", "file"])
 def test_lost_folder_is_reported(run_mapping: dict[str, Any], tmp_path: Path, left: str) -> None:
     """Nothing that was saved there is lost, and training ends; without a place to write, with an error."""
-    run = TrainingRun(run_mapping, tmp_path / "lost", total_steps=8, keep_checkpoints=2, **NO_EVALUATION)
+    run = TrainingRun(run_mapping, tmp_path / "lost", total_steps=24, keep_checkpoints=2, **NO_EVALUATION)
     away = run.output_dir / "away"
     with run.started():
-        run.wait_until(lambda: run.reported_step() == 2)
+        run.wait_until(lambda: run.reported_step() >= 2)
+        os.kill(run.ranks[0].pid, signal.SIGSTOP)  # else a save may make the folder before the file is there
         run.checkpoints.rename(away)
         if left == "file":
             run.checkpoints.touch()
+        os.kill(run.ranks[0].pid, signal.SIGCONT)
         (status,) = run.wait()
-    assert "step 8/8" in run.output()
+    assert "step 24/24" in run.output()
     kept = [CheckpointFolder(path) for path in sorted(away.glob("step-*"))]
     assert kept and all(checkpoint.find_damage(checkpoint.index.files) is None for checkpoint in kept)
     if left == "nothing":
         assert status == 0
         assert f"WARNING: {run.checkpoints} is gone" in run.output()
-        run.checkpoint(8).close()
+        run.checkpoint(24).close()
     else:
         assert status == 2
         assert "WARNING: checkpoint" in run.output() and "Not a directory" in run.output()
         (error,) = (line for line in run.output().splitlines() if line.startswith("error on rank 0"))
-        assert "the checkpoint of step 8 could not be written: [Errno 20] Not a directory" in error
+        assert "the checkpoint of step 24 could not be written: [Errno 20] Not a directory" in error
