@@ -8,11 +8,13 @@ compiled ahead of time and interpreted, but never run on a GPU.
 # T packed rows, H heads, K head width, Q sequences, N tiles; a bucket holds n sequences of at most S rows.
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from beit3_ds.kernels.rule import check_rule, with_gradients
+from beit3_ds.kernels.self_check import passes
 from torch import Tensor
 
 Ranges = tuple[tuple[tuple[int, int], ...], ...]
@@ -86,6 +88,20 @@ def packed_attention(
     """
     if not runs_kernels(q_THK):
         return attend(q_THK, k_THK, v_THK, plan_attention(ranges, q_THK.device, causal_captions))
+    return _run_operator(q_THK, k_THK, v_THK, ranges, causal_captions)
+
+
+def runs_kernels(q_THK: Tensor) -> bool:
+    """Whether `packed_attention` takes the GPU's kernels; float64 and heads wider than 128 take the CPU's way.
+
+    So does everything on a device where the kernels fail their check at their first use (`self_check`).
+    """
+    head_size, dtype = q_THK.shape[-1], q_THK.dtype
+    supported = q_THK.is_cuda and head_size <= 128 and dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return supported and _are_trusted(q_THK.device, dtype, head_size)
+
+
+def _run_operator(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, ranges: Ranges, causal_captions: bool) -> Tensor:
     tile_size = _tiling(q_THK).tile
     plan = plan_tiles(ranges, tile_size, q_THK.device)
     q_THK, k_THK, v_THK = q_THK.contiguous(), k_THK.contiguous(), v_THK.contiguous()
@@ -93,9 +109,30 @@ def packed_attention(
     return y_THK
 
 
-def runs_kernels(q_THK: Tensor) -> bool:
-    """Whether `packed_attention` takes the GPU's kernels; float64 and heads wider than 128 take the CPU's way."""
-    return q_THK.is_cuda and q_THK.shape[-1] <= 128 and q_THK.dtype in (torch.float32, torch.float16, torch.bfloat16)
+@lru_cache
+def _are_trusted(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    return passes(
+        f"packed_attention in {dtype} with heads of {head_size}",
+        device,
+        lambda: check_kernels(device, dtype, head_size),
+    )
+
+
+def check_kernels(device: torch.device, dtype: torch.dtype, head_size: int) -> None:
+    """Holds the kernels to the reference, forward and backward, on a pair over two tiles and two short sequences.
+
+    Raises:
+        WrongResultError: if a result is wrong.
+    """
+    ranges = (((0, 120), (121, 150)), ((120, 121),), ((150, 169),))
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(4, 169, 2, head_size, generator=generator).to(device, dtype).unbind()
+    for captions in (False, True):
+        ours, reference = (
+            with_gradients(partial(attention, ranges=ranges, causal_captions=captions))
+            for attention in (_run_operator, packed_attention_reference)
+        )
+        check_rule(("y", "dq", "dk", "dv"), ours(*inputs), reference, inputs)
 
 
 @lru_cache(maxsize=16)  # every layer of a micro-batch asks for the same plan

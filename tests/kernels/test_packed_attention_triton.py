@@ -1,5 +1,6 @@
 """The attention kernels, interpreted, held to the reference by `check_rule`: they were never run on a GPU."""
 
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -22,11 +23,11 @@ from beit3_ds.kernels.packed_attention_launch import (
     column_blocks,
     forward,
 )
+from beit3_ds.kernels.rule import check_rule, with_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.interpreter import interpreted
-from tests.kernels.rule import check_rule
 
 CPU = torch.device("cpu")
 SMALL = Tiling(4, Schedule(4, 1, 1), Schedule(2, 1, 1), Schedule(2, 1, 1))
@@ -58,10 +59,8 @@ class Case:
 
     def reference(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Output and gradients of q, k and v, from these three and the output's gradient."""
-        *leaves, dy = inputs
-        leaves = [x.detach().requires_grad_() for x in leaves]
-        y = packed_attention_reference(*leaves, self.ranges, self.captions)
-        return y.detach(), *torch.autograd.grad(y, leaves, dy)
+        attention = partial(packed_attention_reference, ranges=self.ranges, causal_captions=self.captions)
+        return with_gradients(attention)(*inputs)
 
     def interpret(self, tiling: Tiling) -> tuple[torch.Tensor, ...]:
         """Output and gradients of q, k and v by the kernels in Triton's interpreter."""
