@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+from beit3_ds.cli_bench import add_bench_commands
 from beit3_ds.cli_weights import add_weight_commands
 from beit3_ds.config import ConfigError
 from beit3_ds.config.arguments import add_config_arguments
@@ -22,7 +23,10 @@ training, parallel).
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one subcommand and returns its exit status: 0, or 2 after one clear line about what the user can mend."""
+    """Runs one subcommand and returns its exit status.
+
+    That is 0, 1 if what it was asked to check is not so, or 2 after one clear line about what the user can mend.
+    """
     options = _build_parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
     try:
@@ -75,35 +79,12 @@ def _build_parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare-runs", help="how far the losses of two runs lie apart, step by step")
     compare.add_argument("runs", nargs=2, metavar="FOLDER", help="training.output_dir of a run")
     compare.add_argument("--out", metavar="FILE.png", help="also draw both curves and their difference")
-    compare.set_defaults(run=_compare_runs)
-    _add_bench(commands)
-    return parser
-
-
-def _add_bench(commands: _Commands) -> None:
-    bench = commands.add_parser("bench", help="measure a choice that was made by measurement")
-    benches = bench.add_subparsers(metavar="WHAT", required=True)
-    attention = benches.add_parser("attention", help="ways to batch ragged sequences inside attention, on this device")
-    attention.set_defaults(run=_bench_attention)
-    data = benches.add_parser("data", help="images a second of this loader, WebDataset and ImageFolder, on one core")
-    data.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
-    data.set_defaults(run=_bench_data)
-    texts = benches.add_parser("text", help="preparing texts beside SentencePiece's own batch encoding, and its memory")
-    texts.add_argument("--gigabytes", type=float, default=0, metavar="G", help="prepare G GB and watch its memory")
-    texts.add_argument("--processes", type=int, metavar="P", help="processes for that (default: one for each core)")
-    texts.add_argument("--json", metavar="FILE", help="write rows and summary there")
-    texts.set_defaults(run=_bench_text)
-    parallel = benches.add_parser(
-        "parallel", help="a step on two ranks of one thread beside one process of two threads, and where the rest goes"
+    compare.add_argument(
+        "--tolerance", type=float, metavar="NATS", help="end with status 1 if the total losses differ by more"
     )
-    parallel.add_argument("--json", metavar="FILE", help="write rows and summary there")
-    parallel.set_defaults(run=_bench_parallel)
-    checkpoint = benches.add_parser("checkpoint", help="saving, loading and exporting beside DeepSpeed's own ways")
-    checkpoint.add_argument("--size", metavar="SIZE", help="of the model (default: the largest that fits this machine)")
-    checkpoint.add_argument("--ranks", type=int, default=2, metavar="N", help="processes (default: 2)")
-    checkpoint.add_argument("--folder", metavar="DIR", help="for its files, deleted at the end (default: here)")
-    checkpoint.add_argument("--json", metavar="FILE", help="write rows and summary there")
-    checkpoint.set_defaults(run=_bench_checkpoint)
+    compare.set_defaults(run=_compare_runs)
+    add_bench_commands(commands)
+    return parser
 
 
 def _add_prepare_index(commands: _Commands) -> None:
@@ -204,7 +185,15 @@ def _compare_runs(options: argparse.Namespace) -> int:
     print(comparison.describe())
     if options.out:
         plot_comparison(comparison, Path(options.out))
-    return 0
+    if options.tolerance is None:
+        return 0
+    difference, step = comparison.largest_difference("loss")
+    if difference <= options.tolerance:
+        return 0
+    print(
+        f"the losses of step {step} differ by {difference:.3g} nats, more than {options.tolerance:g}", file=sys.stderr
+    )
+    return 1
 
 
 def _prepare_index(options: argparse.Namespace) -> int:
@@ -260,43 +249,6 @@ def _prepare_texts(options: argparse.Namespace) -> int:
     )
     if done.sources_left:
         print(f"{done.sources_left} files wait for pieces of other parts; the last part to end completes them")
-    return 0
-
-
-def _bench_attention(options: argparse.Namespace) -> int:
-    from beit3_ds.benchmarks.attention import benchmark_attention
-
-    print(benchmark_attention())
-    return 0
-
-
-def _bench_data(options: argparse.Namespace) -> int:
-    from beit3_ds.benchmarks.data import benchmark_data
-
-    print(benchmark_data(options.json))
-    return 0
-
-
-def _bench_text(options: argparse.Namespace) -> int:
-    from beit3_ds.benchmarks.text import benchmark_text
-
-    print(benchmark_text(int(options.gigabytes * 1e9), options.processes, options.json))
-    return 0
-
-
-def _bench_parallel(options: argparse.Namespace) -> int:
-    from beit3_ds.benchmarks.parallel import benchmark_parallel
-
-    print(benchmark_parallel(options.json))
-    return 0
-
-
-def _bench_checkpoint(options: argparse.Namespace) -> int:
-    from beit3_ds.benchmarks.checkpoint import benchmark_checkpoint
-    from beit3_ds.config.strict import check_range
-
-    check_range("--ranks", options.ranks, 1)
-    print(benchmark_checkpoint(options.size, options.ranks, options.folder, options.json))
     return 0
 
 

@@ -31,6 +31,7 @@ from beit3_ds.training.flops import peak_flops
 from beit3_ds.training.history import History
 from beit3_ds.training.initial_weights import InitialWeights, open_initial_weights
 from beit3_ds.training.loop import Run, resume, train
+from beit3_ds.training.optimizer import check_optimizer
 from beit3_ds.training.progress import Progress
 from beit3_ds.training.report import write_report
 
@@ -72,11 +73,12 @@ def open_inputs(config: RunConfig) -> Inputs:
     """Checks the layout and opens the files that this rank reads.
 
     Raises:
-        ConfigError: for a layout that does not fit, an output folder that cannot be written, or a file that cannot be
-            read or does not fit the model.
+        ConfigError: for a layout that does not fit, an optimizer that is not installed, an output folder that cannot be
+            written, or a file that cannot be read or does not fit the model.
     """
     world_size = world_size_from_environment()
     data_parallel_size = check_layout(config, world_size)
+    check_optimizer(config.training)
     _check_writable(Path(config.training.output_dir))
     place = config.parallel.place(rank_from_environment(), world_size)
     has_heads = place.pipeline == config.parallel.pipeline_parallel_size - 1

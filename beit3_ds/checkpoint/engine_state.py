@@ -66,7 +66,7 @@ class EngineState:
         """Finds the parameters of this rank.
 
         Args:
-            engine: around this stage's part of the model, with AdamW.
+            engine: around this stage's part of the model, with AdamW (torch's, or apex's FusedAdam).
             mesh: the ranks.
         """
         self._engine, self._mesh = engine, mesh
@@ -83,7 +83,8 @@ class EngineState:
     @property
     def optimizer_step(self) -> int:
         """Updates that AdamW has counted, for its bias correction; 0 before the first."""
-        steps = {float(state["step"]) for _, state in self._owners() if state}
+        steps = {float(state["step"]) for _, state in self._owners() if "step" in state}
+        steps |= {float(group["step"]) for group in _adamw(self._engine.optimizer).param_groups if "step" in group}
         assert len(steps) <= 1, f"parameters were updated different numbers of times: {steps}"
         return int(steps.pop()) if steps else 0
 
@@ -123,8 +124,13 @@ class EngineState:
         """
         self._load_weights(read, set(self._parameters))
         self._start_moments()
-        for _, state in self._owners():
-            state["step"].fill_(optimizer_step)
+        adamw = _adamw(self._engine.optimizer)
+        if isinstance(adamw, torch.optim.AdamW):
+            for _, state in self._owners():
+                state["step"].fill_(optimizer_step)
+        else:  # FusedAdam counts by group
+            for group in adamw.param_groups:
+                group["step"] = optimizer_step
         for fragment in self._fragments():
             for kind in MOMENTS:
                 self._fill(fragment, read, kind)
@@ -168,8 +174,9 @@ class EngineState:
         """Makes what AdamW itself would make at the first update."""
         for weight, state in self._owners():
             if not state:
-                # The fused form wants the count on the device.
-                state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
+                if isinstance(_adamw(self._engine.optimizer), torch.optim.AdamW):
+                    # The fused form wants the count on the device.
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
                 state |= {kind: torch.zeros_like(weight, requires_grad=False) for kind in MOMENTS}
 
     @property
@@ -218,9 +225,12 @@ class EngineState:
                     yield weight, [(parameter, 0, 0, weight.numel())]
 
 
-def _adamw(optimizer: Any) -> torch.optim.AdamW:
+def _adamw(optimizer: Any) -> torch.optim.Optimizer:
+    """Torch's AdamW, or apex's FusedAdam, which keeps the same moments but counts updates in its groups."""
     inner = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
-    assert isinstance(inner, torch.optim.AdamW), f"checkpoints know AdamW's state, not that of {type(inner)}"
+    assert isinstance(inner, torch.optim.Optimizer)
+    known = isinstance(inner, torch.optim.AdamW) or type(inner).__name__ == "FusedAdam"
+    assert known, f"checkpoints know AdamW's state, not that of {type(inner)}"
     return inner
 
 

@@ -67,6 +67,17 @@ class RunConfig:
                     f'zero_optimization.{section}.device="nvme" keeps state in files of DeepSpeed\'s own, which '
                     'checkpoints do not read. Use "cpu", or more ranks.'
                 )
+        if self.training.optimizer == "apex_fused_adam":
+            if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+                raise ConfigError(
+                    'training.optimizer="apex_fused_adam" runs on GPUs only, but zero_optimization.offload_optimizer '
+                    "updates on the host. Leave one of the two out."
+                )
+            if self.deepspeed.get("fp16", {}).get("enabled") and not zero.get("stage", 0):
+                raise ConfigError(
+                    'training.optimizer="apex_fused_adam" with fp16 and without ZeRO makes DeepSpeed keep state in a '
+                    "form that checkpoints do not read. Use zero_optimization.stage 1 to 3."
+                )
         if self.parallel.virtual_pipeline_parallel_size == 1:
             return
         if zero.get("stage", 0) == 1 and zero.get("overlap_comm"):

@@ -39,6 +39,9 @@ class TrainingConfig:
     """Learning rate at the last step."""
     weight_decay: float = 0.05
     """Decoupled weight decay of matrices; biases, norms, positions, CLS and mask token have none (paper: 0.05)."""
+    optimizer: Literal["adamw", "apex_fused_adam"] = "adamw"
+    """`adamw`: torch's fused AdamW. `apex_fused_adam`: FusedAdam of NVIDIA's apex in its AdamW mode, for GPUs; apex is
+    built from its source, for the package of that name on PyPI is another one. Checkpoints of both are the same."""
     adam_betas: tuple[float, float] = (0.9, 0.98)
     """AdamW's betas (paper)."""
     adam_epsilon: float = 1e-6

@@ -1,0 +1,96 @@
+"""The batches and the configuration that `beit3 bench train` measures."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.config import RunConfig, build_run_config
+from beit3_ds.data.drop_path import Slot, draw_drop_path
+from beit3_ds.data.masking import block_mask
+from beit3_ds.data.packing import ImageSample, PairSample, Sample, TextSample, image_shape, pack
+
+STREAMS = ("images", "pairs", "texts")
+SAMPLES = 4
+"""Of each stream in a step."""
+CAPTION_TOKENS = (16, 0.45)
+"""Median and spread (of the logarithm) of a log-normal law for the tokens of a caption, BOS and EOS included. Captions
+of COCO have about 11 words, of Conceptual Captions 10 to 20; few are long."""
+TEXT_TOKENS = (105, 0.6)
+"""The same for texts: sequences that are filled with whole paragraphs up to the limit of 128 tokens, which about a
+third reaches, while the last paragraph of others did not fit."""
+_MIN_TOKENS = 6
+
+
+def step_config(size: str, **model: Any) -> RunConfig:
+    """A run of one rank in the released layout with the paper's ratios of masks, in float32.
+
+    Args:
+        size: of the model.
+        model: further keys of the section "model".
+    """
+    stream = {"train": ["none.tar"], "samples_per_step": SAMPLES}
+    sizes = {"size": size, "layout": "decoupled", "num_vision_language_layers": 0, "sub_layernorm": True}
+    return build_run_config(
+        {
+            "gradient_clipping": 3.0,
+            "zero_optimization": {"stage": 0},
+            "steps_per_print": 1_000_000_000,
+            "beit3_ds": {
+                "model": {**sizes, "drop_path_rate": 0.1, **model},
+                "data": dict.fromkeys(STREAMS, stream),
+                "tokenizers": {
+                    "text": {"path": "none.spm", "vocab_size": 64000},
+                    "visual": {"path": "none.safetensors", "image_size": 224, "patch_size": 16},
+                },
+                "training": {"output_dir": "none", "total_steps": 100, "warmup_steps": 1, "learning_rate": 1e-4},
+            },
+        }
+    )
+
+
+def build_batch(config: RunConfig, number: int) -> PackedBatch:
+    """Batch `number`, with random pixels, ids and codes; the same wherever it is built."""
+    rng = np.random.default_rng([17, number])
+    samples: list[Sample] = [_image(config, rng) for _ in range(SAMPLES)]
+    for _ in range(SAMPLES):
+        image = _image(config, rng)
+        caption = _text(config, rng, CAPTION_TOKENS, config.data.pair_text_length, config.data.pair_text_mask_ratio)
+        samples.append(PairSample(image=image, caption=caption))
+    for _ in range(SAMPLES):
+        samples.append(_text(config, rng, TEXT_TOKENS, config.data.text_length, config.data.text_mask_ratio))
+    slots = [Slot(stream, i) for stream in STREAMS for i in range(SAMPLES)]
+    drop_path = draw_drop_path(config.model.drop_path_rate, config.model.num_layers, 0, number, slots)
+    batch = pack(samples, drop_path, image_shape(config), "model")
+    codes = rng.integers(0, config.model.visual_vocab_size, tuple(batch.patch_mask.shape))
+    return batch.with_visual_codes(torch.from_numpy(codes))
+
+
+def describe_batch(batch: PackedBatch) -> Mapping[str, Any]:
+    """What a figure depends on."""
+    return {
+        "caption_tokens": batch.caption_lengths,
+        "text_tokens": batch.text_lengths,
+        "rows": batch.num_rows,
+        "masked": batch.num_masked,
+    }
+
+
+def _image(config: RunConfig, rng: np.random.Generator) -> ImageSample:
+    size, grid, num_patches = config.model.image_size, config.model.grid_size, config.model.num_patches
+    view = torch.from_numpy(rng.uniform(-1, 1, (3, size, size)).astype(np.float32))
+    mask = block_mask(grid, round(num_patches * config.data.image_mask_ratio), rng)
+    return ImageSample(name="", model_view=view, tokenizer_view=view, patch_mask=mask)
+
+
+def _text(
+    config: RunConfig, rng: np.random.Generator, law: tuple[float, float], longest: int, ratio: float
+) -> TextSample:
+    median, spread = law
+    length = int(np.clip(round(median * float(np.exp(spread * rng.standard_normal()))), _MIN_TOKENS, longest))
+    ids = rng.integers(3, config.model.text_vocab_size - 9, length)
+    num_masked = max(1, min(round(length * ratio), length - 1))
+    positions = np.sort(rng.choice(np.arange(1, length), num_masked, replace=False))  # BOS is never masked
+    return TextSample(name="", ids=ids, masked_positions=positions, target_ids=ids[positions])

@@ -1,0 +1,111 @@
+"""The `beit3` commands that measure: bench, certify."""
+
+import argparse
+
+
+def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds both to a parser's group of subcommands."""
+    bench = commands.add_parser("bench", help="measure a choice that was made by measurement")
+    benches = bench.add_subparsers(metavar="WHAT", required=True)
+    attention = benches.add_parser("attention", help="ways to batch ragged sequences inside attention, on this device")
+    attention.set_defaults(run=_bench_attention)
+    data = benches.add_parser("data", help="images a second of this loader, WebDataset and ImageFolder, on one core")
+    data.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
+    data.set_defaults(run=_bench_data)
+    texts = benches.add_parser("text", help="preparing texts beside SentencePiece's own batch encoding, and its memory")
+    texts.add_argument("--gigabytes", type=float, default=0, metavar="G", help="prepare G GB and watch its memory")
+    texts.add_argument("--processes", type=int, metavar="P", help="processes for that (default: one for each core)")
+    texts.add_argument("--json", metavar="FILE", help="write rows and summary there")
+    texts.set_defaults(run=_bench_text)
+    kernels = benches.add_parser(
+        "kernels",
+        help="every op beside its baselines: time, rate, share of what the device reaches, memory",
+        description="Every op beside its baselines, forward and backward. On a CPU, the forms that CPUs get.",
+    )
+    kernels.add_argument(
+        "--size", nargs="+", metavar="SIZE", help="of the model (default: base, with a GPU also giant)"
+    )
+    kernels.add_argument("--samples", type=int, metavar="N", help="of each stream (default: 4, with a GPU 16)")
+    kernels.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: fp32, with a GPU bf16")
+    kernels.add_argument(
+        "--model", metavar="GPU", help="add a column of times that this GPU's peak rates allow at best: modelled"
+    )
+    kernels.add_argument("--csv", metavar="FILE", help="also write all figures, with device and versions, to FILE")
+    kernels.set_defaults(run=_bench_kernels)
+    parallel = benches.add_parser(
+        "parallel", help="a step on two ranks of one thread beside one process of two threads, and where the rest goes"
+    )
+    parallel.add_argument("--json", metavar="FILE", help="write rows and summary there")
+    parallel.set_defaults(run=_bench_parallel)
+    checkpoint = benches.add_parser("checkpoint", help="saving, loading and exporting beside DeepSpeed's own ways")
+    checkpoint.add_argument("--size", metavar="SIZE", help="of the model (default: the largest that fits this machine)")
+    checkpoint.add_argument("--ranks", type=int, default=2, metavar="N", help="processes (default: 2)")
+    checkpoint.add_argument("--folder", metavar="DIR", help="for its files, deleted at the end (default: here)")
+    checkpoint.add_argument("--json", metavar="FILE", help="write rows and summary there")
+    checkpoint.set_defaults(run=_bench_checkpoint)
+    text = "test the kernels, a step and a layout on this machine's GPUs, measure them, and write one report"
+    certify = commands.add_parser("certify", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    certify.add_argument("--out", default="certificate", metavar="DIR", help="of the report (default: certificate)")
+    certify.add_argument("--only", nargs="+", default=[], metavar="PART", help="steps whose names contain one of these")
+    certify.set_defaults(run=_certify)
+
+
+def _bench_attention(options: argparse.Namespace) -> int:
+    from beit3_ds.benchmarks.attention import benchmark_attention
+
+    print(benchmark_attention())
+    return 0
+
+
+def _bench_data(options: argparse.Namespace) -> int:
+    from beit3_ds.benchmarks.data import benchmark_data
+
+    print(benchmark_data(options.json))
+    return 0
+
+
+def _bench_text(options: argparse.Namespace) -> int:
+    from beit3_ds.benchmarks.text import benchmark_text
+
+    print(benchmark_text(int(options.gigabytes * 1e9), options.processes, options.json))
+    return 0
+
+
+def _bench_kernels(options: argparse.Namespace) -> int:
+    import torch
+
+    from beit3_ds.benchmarks.kernels import benchmark_kernels
+    from beit3_ds.config.strict import check_range
+
+    has_gpu = torch.cuda.is_available()
+    samples = options.samples if options.samples is not None else 16 if has_gpu else 4
+    check_range("--samples", samples, 1)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = dtypes[options.dtype or ("bf16" if has_gpu else "fp32")]
+    sizes = options.size or (["base", "giant"] if has_gpu else ["base"])
+    print(benchmark_kernels(sizes, samples, dtype, options.model, options.csv))
+    return 0
+
+
+def _bench_parallel(options: argparse.Namespace) -> int:
+    from beit3_ds.benchmarks.parallel import benchmark_parallel
+
+    print(benchmark_parallel(options.json))
+    return 0
+
+
+def _bench_checkpoint(options: argparse.Namespace) -> int:
+    from beit3_ds.benchmarks.checkpoint import benchmark_checkpoint
+    from beit3_ds.config.strict import check_range
+
+    check_range("--ranks", options.ranks, 1)
+    print(benchmark_checkpoint(options.size, options.ranks, options.folder, options.json))
+    return 0
+
+
+def _certify(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from beit3_ds.benchmarks.certificate import certify
+
+    return certify(Path(options.out), only=options.only)
