@@ -1,12 +1,20 @@
-"""Linear layers of several experts over contiguous row slices of one packed stream."""
+"""Linear layers of several experts over contiguous row slices of one packed stream.
+
+On the CPU each expert's product writes into its rows of one output. On a GPU one launch serves all experts, with the
+kernels of `multiway_ffn_triton`, which were compiled ahead of time and interpreted, but never run on a GPU.
+"""
 
 # T packed rows, D input width, F output width; an expert owns rows [start, stop).
 
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from beit3_ds.kernels.rule import check_rule
+from beit3_ds.kernels.self_check import passes
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -22,84 +30,182 @@ def multiway_linear_reference(
     return torch.cat(parts)
 
 
-def multiway_linear(
-    x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor], *, gelu: bool = False
-) -> Tensor:
+def multiway_linear(x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     """Applies each expert's linear layer to its own rows, writing into one output without copies.
 
     Computes y[start:stop] = x[start:stop] @ w_FD.T + b_F for every expert. An expert without rows gets zero gradients,
-    so every parameter takes part in every call. Without biases the result is a partial one, to be summed over the ranks
-    that hold other columns of x before `multiway_bias` adds them once.
+    so every parameter takes part in every call.
 
     Args:
         x_TD: packed rows.
         slices: row range of each expert; together they cover [0, T) in order.
         weights: one (F, D) matrix an expert, of x's dtype; saved for the backward pass as they are.
-        biases: one (F,) vector an expert; empty for none.
-        gelu: apply the exact (erf) GELU to x first, keep x alone and make the GELU again in the backward pass.
+        biases: one (F,) vector an expert.
 
     Returns:
         y_TF, of x's dtype.
     """
-    return _MultiwayLinear.apply(x_TD, tuple(slices), gelu, *weights, *biases)
-
-
-def multiway_bias(y_TF: Tensor, slices: Slices, biases: Sequence[Tensor]) -> Tensor:
-    """Adds each expert's bias to its own rows, in place: y[start:stop] += b_F.
-
-    Args:
-        y_TF: rows that nothing else needs unchanged.
-        slices: row range of each expert; together they cover [0, T) in order.
-        biases: one (F,) vector an expert.
-    """
-    return _MultiwayBias.apply(y_TF, tuple(slices), *biases)
+    return _MultiwayLinear.apply(x_TD, ends_of(slices), *weights, *biases)
 
 
 class _MultiwayLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, slices: Slices, gelu: bool, *parameters: Tensor) -> Tensor:
-        ctx.slices, ctx.gelu, ctx.has_biases = slices, gelu, len(parameters) > len(slices)
-        weights, biases = parameters[: len(slices)], parameters[len(slices) :] or (None,) * len(slices)
+    def forward(ctx: Any, x_TD: Tensor, ends: list[int], *parameters: Tensor) -> Tensor:
+        ctx.ends, weights, biases = ends, parameters[: len(ends)], parameters[len(ends) :]
+        x_TD = x_TD.contiguous()
         # The parameters themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
         ctx.save_for_backward(x_TD, *weights)
-        h_TD = F.gelu(x_TD) if gelu else x_TD
-        y_TF = x_TD.new_empty(x_TD.shape[0], weights[0].shape[0])
-        for (start, stop), w_FD, b_F in zip(slices, weights, biases, strict=True):
-            if b_F is None:
-                torch.mm(h_TD[start:stop], w_FD.t(), out=y_TF[start:stop])
-            else:
-                torch.addmm(b_F, h_TD[start:stop], w_FD.t(), out=y_TF[start:stop])
-        return y_TF
+        return torch.ops.beit3_ds.multiway_linear(x_TD, ends, weights, biases)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TF: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, *weights = ctx.saved_tensors
         dy_TF = dy_TF.contiguous()
-        h_TD = F.gelu(x_TD) if ctx.gelu else x_TD
-        dx_TD = torch.empty_like(x_TD)
-        d_weights, d_biases = [], []
-        for (start, stop), w_FD in zip(ctx.slices, weights, strict=True):
-            dy_slice = dy_TF[start:stop]
-            torch.mm(dy_slice, w_FD, out=dx_TD[start:stop])
-            d_weights.append(dy_slice.t() @ h_TD[start:stop])
-            if ctx.has_biases:
-                d_biases.append(dy_slice.sum(0))
-        if ctx.gelu:
-            dx_TD = torch.ops.aten.gelu_backward(dx_TD, x_TD)
-        return (dx_TD, None, None, *d_weights, *d_biases)
+        dx_TD = torch.ops.beit3_ds.multiway_input_gradient(dy_TF, None, ctx.ends, weights)
+        return (dx_TD, None, *torch.ops.beit3_ds.multiway_weight_gradient(dy_TF, None, x_TD, ctx.ends, True))
 
 
-class _MultiwayBias(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y_TF: Tensor, slices: Slices, *biases: Tensor) -> Tensor:
-        for (start, stop), b_F in zip(slices, biases, strict=True):
-            y_TF[start:stop].add_(b_F)
-        ctx.mark_dirty(y_TF)
-        ctx.slices = slices
-        return y_TF
+def ends_of(slices: Slices) -> list[int]:
+    """The end of every slice: how operators take them."""
+    return [stop for _, stop in slices]
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_TF: Tensor) -> tuple[Tensor | None, ...]:
-        return (dy_TF, None, *(dy_TF[start:stop].sum(0) for start, stop in ctx.slices))
+
+def slices_of(ends: Sequence[int]) -> list[tuple[int, int]]:
+    """The slices that end there."""
+    return list(pairwise([0, *ends]))
+
+
+def scale_rows(x_TD: Tensor, factor_T: Tensor | None) -> Tensor:
+    """Rows times their factors; None stands for ones."""
+    return x_TD if factor_T is None else x_TD * factor_T.unsqueeze(1)
+
+
+_LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
+_LIBRARY.define("multiway_linear(Tensor x, int[] ends, Tensor[] weights, Tensor[] biases) -> Tensor")
+# `factor` is what rows of the layer's output were scaled by.
+_LIBRARY.define("multiway_input_gradient(Tensor dy, Tensor? factor, int[] ends, Tensor[] weights) -> Tensor")
+_LIBRARY.define(
+    "multiway_weight_gradient(Tensor dy, Tensor? factor, Tensor x, int[] ends, bool with_bias) -> Tensor[]"
+)
+
+
+@torch.library.impl(_LIBRARY, "multiway_linear", "CPU")
+def _linear(x_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    y_TF = x_TD.new_empty(len(x_TD), len(weights[0]))
+    for i, (start, stop) in enumerate(slices_of(ends)):
+        product(x_TD[start:stop], weights[i], biases[i] if biases else None, y_TF[start:stop])
+    return y_TF
+
+
+def product(x_TD: Tensor, w_FD: Tensor, b_F: Tensor | None, out_TF: Tensor) -> Tensor:
+    """x @ w.T, plus a bias if there is one, into `out_TF`."""
+    if b_F is None:
+        return torch.mm(x_TD, w_FD.t(), out=out_TF)
+    return torch.addmm(b_F, x_TD, w_FD.t(), out=out_TF)
+
+
+@torch.library.impl(_LIBRARY, "multiway_input_gradient", "CPU")
+def _input_gradient(dy_TF: Tensor, factor_T: Tensor | None, ends: Sequence[int], weights: Sequence[Tensor]) -> Tensor:
+    dy_TF = scale_rows(dy_TF, factor_T)
+    dx_TD = dy_TF.new_empty(len(dy_TF), weights[0].shape[1])
+    for (start, stop), w_FD in zip(slices_of(ends), weights, strict=True):
+        torch.mm(dy_TF[start:stop], w_FD, out=dx_TD[start:stop])
+    return dx_TD
+
+
+@torch.library.impl(_LIBRARY, "multiway_weight_gradient", "CPU")
+def _weight_gradient(
+    dy_TF: Tensor, factor_T: Tensor | None, x_TD: Tensor, ends: Sequence[int], with_bias: bool
+) -> list[Tensor]:
+    dy_TF = scale_rows(dy_TF, factor_T)
+    parts = [(dy_TF[start:stop], x_TD[start:stop]) for start, stop in slices_of(ends)]
+    d_biases = [dy.sum(0) for dy, _ in parts] if with_bias else []
+    return [*(dy.t() @ x for dy, x in parts), *d_biases]
+
+
+@torch.library.impl(_LIBRARY, "multiway_linear", "CUDA")
+def _linear_cuda(x_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    if not _runs_kernels(x_TD):
+        return _linear(x_TD, ends, weights, biases)
+    from beit3_ds.kernels import multiway_ffn_launch
+
+    return multiway_ffn_launch.linear(x_TD, slices_of(ends), weights, biases)
+
+
+@torch.library.impl(_LIBRARY, "multiway_input_gradient", "CUDA")
+def _input_gradient_cuda(
+    dy_TF: Tensor, factor_T: Tensor | None, ends: Sequence[int], weights: Sequence[Tensor]
+) -> Tensor:
+    if not _runs_kernels(dy_TF):
+        return _input_gradient(dy_TF, factor_T, ends, weights)
+    from beit3_ds.kernels import multiway_ffn_launch
+
+    return multiway_ffn_launch.input_gradient(dy_TF, factor_T, slices_of(ends), weights)
+
+
+@torch.library.impl(_LIBRARY, "multiway_weight_gradient", "CUDA")
+def _weight_gradient_cuda(
+    dy_TF: Tensor, factor_T: Tensor | None, x_TD: Tensor, ends: Sequence[int], with_bias: bool
+) -> list[Tensor]:
+    if not _runs_kernels(dy_TF):
+        return _weight_gradient(dy_TF, factor_T, x_TD, ends, with_bias)
+    from beit3_ds.kernels import multiway_ffn_launch
+
+    d_weights, d_biases = multiway_ffn_launch.weight_gradient(dy_TF, factor_T, x_TD, slices_of(ends), with_bias)
+    return [*d_weights, *d_biases]
+
+
+@torch.library.register_fake("beit3_ds::multiway_linear", lib=_LIBRARY)
+def _linear_fake(x_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    return x_TD.new_empty(len(x_TD), len(weights[0]))
+
+
+@torch.library.register_fake("beit3_ds::multiway_input_gradient", lib=_LIBRARY)
+def _input_gradient_fake(
+    dy_TF: Tensor, factor_T: Tensor | None, ends: Sequence[int], weights: Sequence[Tensor]
+) -> Tensor:
+    return dy_TF.new_empty(len(dy_TF), weights[0].shape[1])
+
+
+@torch.library.register_fake("beit3_ds::multiway_weight_gradient", lib=_LIBRARY)
+def _weight_gradient_fake(
+    dy_TF: Tensor, factor_T: Tensor | None, x_TD: Tensor, ends: Sequence[int], with_bias: bool
+) -> list[Tensor]:
+    width, inner = dy_TF.shape[1], x_TD.shape[1]
+    d_biases = [dy_TF.new_empty(width) for _ in ends] if with_bias else []
+    return [*(dy_TF.new_empty(width, inner) for _ in ends), *d_biases]
+
+
+def _runs_kernels(x: Tensor) -> bool:
+    """Whether the GPU's kernels serve rows of `x`: not in float64, nor where they failed their check at first use."""
+    return x.dtype in (torch.float32, torch.float16, torch.bfloat16) and _are_trusted(x.device, x.dtype)
+
+
+@lru_cache
+def _are_trusted(device: torch.device, dtype: torch.dtype) -> bool:
+    return passes(f"multiway_linear in {dtype}", device, lambda: check_kernels(device, dtype))
+
+
+def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """Holds the kernels to the CPU's forms on three experts, one of them without rows.
+
+    Raises:
+        WrongResultError: if a result is wrong.
+    """
+    from beit3_ds.kernels import multiway_ffn_launch as launch
+
+    slices, ends = [(0, 130), (130, 130), (130, 137)], [130, 130, 137]
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(137, width, generator=generator).to(device, dtype) for width in (96, 64))
+    factor = torch.randint(0, 2, (137,), generator=generator).to(device, dtype)
+    weights = [(torch.randn(64, 96, generator=generator) / 10).to(device, dtype) for _ in slices]
+    biases = [torch.randn(64, generator=generator).to(device, dtype) for _ in slices]
+    y = launch.linear(x, slices, weights, biases)
+    check_rule(("y",), (y,), lambda x, *p: (_linear(x, ends, p[:3], p[3:]),), (x, *weights, *biases))
+    dx = launch.input_gradient(dy, factor, slices, weights)
+    check_rule(("dx",), (dx,), lambda dy, f, *w: (_input_gradient(dy, f, ends, w),), (dy, factor, *weights))
+    d_weights, d_biases = launch.weight_gradient(dy, factor, x, slices, True)
+    names = [*(f"dw {i}" for i in range(3)), *(f"db {i}" for i in range(3))]
+    gradients = lambda dy, f, x: tuple(_weight_gradient(dy, f, x, ends, True))  # noqa: E731
+    check_rule(names, (*d_weights, *d_biases), gradients, (dy, factor, x))

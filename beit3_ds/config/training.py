@@ -5,8 +5,8 @@ from typing import Literal
 
 from beit3_ds.config.strict import ConfigError, check_range
 
-ActivationCheckpointing = Literal["none", "selective", "full"]
-"""What the backward pass recomputes: nothing, GELUs or whole blocks."""
+ActivationCheckpointing = Literal["none", "full"]
+"""What the backward pass recomputes beyond what ops make again anyway: nothing, or whole blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +52,9 @@ class TrainingConfig:
     """Exported or imported weights (`beit3 export`, `beit3 import`) that a new run begins with, under any layout of
     ranks. A run that has a checkpoint goes on from that instead. None: initial values drawn from the seed."""
     activation_checkpointing: ActivationCheckpointing = "none"
-    """What the backward pass recomputes instead of keeping it. `selective`: the GELU of every expert, the widest
-    activation that is cheap to make again (Korthikanti et al., 2022, arXiv:2205.05198, recompute attention for the same
-    reason; here the attention op keeps no scores). `full`: every block, for a third more compute."""
+    """What the backward pass recomputes instead of keeping it. `none`: what is cheap to make again, GELUs, sub-LNs and
+    the scores of attention (the selective recomputation of Korthikanti et al., 2022, arXiv:2205.05198), which the ops
+    never keep. `full`: every block, for a third more compute."""
     seed: int = 1
     """Seeds initial values, data order, masks, augmentation and stochastic depth."""
     log_interval: int = 10

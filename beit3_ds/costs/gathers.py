@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from beit3_ds.costs.holding import Holding
-from beit3_ds.model.ffn import MultiwayFFN
+from beit3_ds.model.multiway import MultiwayLayerNorm, MultiwaySubLayerNorm
 from beit3_ds.pipeline.order import one_forward_one_backward
 
 _DEFAULTS = {
@@ -45,21 +45,17 @@ class GatherReplay:
     not follow the recorded order, as in a pipeline, makes it record anew.
     """
 
-    def __init__(self, holding: Holding, drops: bool) -> None:
+    def __init__(self, holding: Holding) -> None:
         """Starts with everything divided, as the engine does.
 
         Args:
             holding: the rank's part of the model.
-            drops: whether batches carry factors of stochastic depth, which recomputation reaches later.
         """
-        self.holding, self.drops = holding, drops
+        self.holding = holding
         self.calls, self.elements, self.peak_elements = 0, 0, 0
         self._order = {id(p): number for number, p in enumerate(holding.model.parameters())}
         self._persistent = {id(p): p for p in persistent_parameters(holding)}
         self._blocks = set(holding.model.blocks.values())
-        self._recomputed_norms = {
-            ffn.sub_norm for ffn in holding.model.modules() if isinstance(ffn, MultiwayFFN) and ffn.recompute_gelu
-        }
         self._available: set[int] = set()
         self._inflight: set[int] = set()
         self._active: dict[int, set[nn.Module]] = defaultdict(set)
@@ -124,11 +120,8 @@ class GatherReplay:
         self._active_backward.clear()
 
     def _backward_module(self, module: nn.Module) -> None:
-        self._fetch_backward(module)
-        if module is self.holding.model.heads:
-            self._fetch_backward(module)  # once for each of its two outputs
-        if module in self._recomputed_norms:
-            self._enter(module)  # stops inside; adds no bytes, but a step to the recorded order
+        for _ in range(self._num_outputs(module)):
+            self._fetch_backward(module)
         if self.holding.model.recompute_blocks and module in self._blocks:
             self._backward_recomputed(module)
         else:
@@ -139,29 +132,24 @@ class GatherReplay:
     def _backward_recomputed(self, block: nn.Module) -> None:
         """The block's forward pass is repeated as soon as something it would have saved is asked for.
 
-        That is at the last addition if it scales with factors of stochastic depth, else inside the last linear layer.
-        Recomputation stops once nothing is missing, so the modules that it is in by then are not left.
+        That is inside its last linear layer. Recomputation stops once nothing is missing, so the modules that it is in
+        by then are not left.
         """
         attention, ffn = block.attention, block.ffn
         assert isinstance(attention, nn.Module) and isinstance(ffn, nn.Module)
-        if not self.drops:
-            self._fetch_backward(ffn)
-            self._fetch_backward(ffn.fc2)  # type: ignore[arg-type]
+        self._fetch_backward(ffn)
+        self._fetch_backward(ffn.fc2)  # type: ignore[arg-type]
         self._enter(block)
         self._forward_module(attention)
-        if self.drops:
-            self._forward_module(ffn)
-            self._backward_module(ffn)
-        else:
-            self._enter(ffn)
-            *before, last = ffn.children()
-            for child in before:
-                self._forward_module(child)
-            self._enter(last)
-            self._release_backward(last)
-            for child in reversed(before):
-                self._backward_module(child)
-            self._release_backward(ffn)
+        self._enter(ffn)
+        *before, last = ffn.children()
+        for child in before:
+            self._forward_module(child)
+        self._enter(last)
+        self._release_backward(last)
+        for child in reversed(before):
+            self._backward_module(child)
+        self._release_backward(ffn)
         self._backward_module(attention)
 
     def _step(self) -> None:
@@ -192,7 +180,17 @@ class GatherReplay:
     def _is_input(self, module: nn.Module) -> bool:
         """Modules that are fed no tensor with a gradient have no hook after their backward pass."""
         embeddings = self.holding.model.embeddings
+        if isinstance(module, MultiwaySubLayerNorm):
+            return True
         return embeddings is not None and module in (embeddings, embeddings.patch, embeddings.word)
+
+    def _num_outputs(self, module: nn.Module) -> int:
+        """A module is fetched before its backward pass once for each output that has a gradient."""
+        heads = self.holding.model.heads
+        if isinstance(module, MultiwaySubLayerNorm):
+            return 2 * len(module.experts)
+        is_final_norm = heads is not None and module is heads.norm
+        return 2 if module is heads or (isinstance(module, MultiwayLayerNorm) and not is_final_norm) else 1
 
     # DeepSpeed's coordinator; names follow it.
 

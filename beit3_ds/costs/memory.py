@@ -109,7 +109,7 @@ def _buckets(holding: Holding) -> int:
 def _gathered(holding: Holding, loads: Sequence[Load]) -> int:
     if holding.zero_stage < 3 or holding.data_size == 1:
         return 0
-    replay = GatherReplay(holding, loads[0].drops)
+    replay = GatherReplay(holding)
     for _ in range(2):
         replay.run_step(len(loads))
     return replay.peak_elements * holding.element_size
@@ -141,8 +141,9 @@ def run_activations(holding: Holding, run: range, load: Load) -> int:
     """Bytes that autograd keeps of one micro-batch's pass through one run of layers."""
     model = holding.config.model
     blocks = range(max(run.start, 1), min(run.stop, model.num_layers + 1))
-    kept = sum(block_activations(holding, load, holding.config.training.activation_checkpointing) for _ in blocks)
-    if blocks and holding.config.training.activation_checkpointing != "full":
+    mode = holding.config.training.activation_checkpointing
+    kept = sum(block_activations(holding, layer - 1, load, mode) for layer in blocks)
+    if blocks and mode != "full":
         kept += _plan_indices(load)
     if run.start == 0:
         kept += _embedding_activations(holding, load)
@@ -151,7 +152,7 @@ def run_activations(holding: Holding, run: range, load: Load) -> int:
     return kept
 
 
-def block_activations(holding: Holding, load: Load, checkpointing: str) -> int:
+def block_activations(holding: Holding, layer: int, load: Load, checkpointing: str) -> int:
     """Bytes that autograd keeps of one micro-batch in one block; parameters and row numbers are not among them."""
     size = holding.element_size
     own = _own_rows(holding, load)
@@ -160,9 +161,9 @@ def block_activations(holding: Holding, load: Load, checkpointing: str) -> int:
         return own * hidden * size
     gathered = own * holding.tensor.size if holding.tensor.divides_rows else load.rows
     # Attention and FFN alike: the stream before the norm, two statistics a row, the normalised rows.
-    norms = 2 * (own * (hidden + 2) + gathered * hidden) * size
+    norms = 2 * (own * (hidden * size + 2 * _STATISTIC) + gathered * hidden * size)
     factors = 2 * own * size if load.drops else 0
-    return norms + factors + _attention_core(holding, load) + _ffn_core(holding, load, checkpointing)
+    return norms + factors + _attention_core(holding, load) + _ffn_core(holding, load) + _sub_norms(holding, layer, load)
 
 
 def _attention_core(holding: Holding, load: Load) -> int:
@@ -174,27 +175,22 @@ def _attention_core(holding: Holding, load: Load) -> int:
     kept = (3 * read + attended.outputs) * width * size + attended.masked * size
     kept += attended.outputs * heads * _STATISTIC
     is_output = attended.num_buckets == 1 and not attended.is_reordered  # then it is the op's own output
-    given = 0 if is_output else load.rows * width * size
-    return kept + _normed(holding, load, width, given)
+    return kept + (0 if is_output else load.rows * width * size)
 
 
-def _ffn_core(holding: Holding, load: Load, checkpointing: str) -> int:
-    """The GELU's input and what the down projection is given."""
-    width = holding.config.model.ffn_hidden_size // holding.tensor.size
-    rows = load.rows * width * holding.element_size
-    if checkpointing == "selective":
-        return rows + (rows if holding.config.model.sub_layernorm else 0)
-    return rows + _normed(holding, load, width, rows)
+def _ffn_core(holding: Holding, load: Load) -> int:
+    """The GELU's input; the rest is made again."""
+    return load.rows * holding.config.model.ffn_hidden_size // holding.tensor.size * holding.element_size
 
 
-def _normed(holding: Holding, load: Load, width: int, given: int) -> int:
-    """What a linear layer is given, `given` bytes, and what the sub-LN before it keeps, if there is one."""
-    if not holding.config.model.sub_layernorm:
-        return given
-    output = load.rows * width * holding.element_size
-    if holding.tensor.size == 1:
-        return given + 2 * load.rows * holding.element_size + output
-    return output + load.rows * _STATISTIC + output  # the normalised rows instead of what was given
+def _sub_norms(holding: Holding, layer: int, load: Load) -> int:
+    """Both norms' scales and shifts, copied for another module, and two statistics a row where ranks divide it."""
+    model, ranks = holding.config.model, holding.tensor.size
+    if not model.sub_layernorm:
+        return 0
+    widths = len(model.attention_experts) * model.hidden_size + len(model.experts(layer)) * model.ffn_hidden_size
+    statistics = 2 * 2 * load.rows * _STATISTIC if ranks > 1 else 0
+    return 2 * widths // ranks * holding.element_size + statistics
 
 
 def _plan_indices(load: Load) -> int:
@@ -221,8 +217,11 @@ def _own_rows(holding: Holding, load: Load) -> int:
 
 
 def _recomputed(holding: Holding, loads: Sequence[Load]) -> int:
-    mode = holding.config.training.activation_checkpointing
-    if mode == "none" or not len(holding.model.blocks):
+    if holding.config.training.activation_checkpointing == "none":
         return 0
-    kept = (block_activations(holding, load, "none") - block_activations(holding, load, mode) for load in loads)
-    return max(kept)
+    saved = (
+        block_activations(holding, int(layer), load, "none") - block_activations(holding, int(layer), load, "full")
+        for layer in holding.model.blocks
+        for load in loads
+    )
+    return max(saved, default=0)

@@ -74,7 +74,7 @@ def step_traffic(holding: Holding, loads: Sequence[Load], step: int = 1) -> Traf
     _add_gradients(traffic, holding, len(loads))
     _add_update(traffic, holding)
     if holding.zero_stage == 3 and holding.data_size > 1:
-        replay = GatherReplay(holding, loads[0].drops)
+        replay = GatherReplay(holding)
         for _ in range(step + 1):
             calls, elements = replay.run_step(len(loads))
         traffic.add("data", "all-gather", elements * holding.element_size, calls)
@@ -124,7 +124,7 @@ def _add_block(traffic: Traffic, holding: Holding, layer: int, load: Load) -> No
         sums = 2 + leaves
         traffic.add("tensor", "all-reduce", sums * stream, sums)
     if model.sub_layernorm:
-        gathers = {"none": 2, "selective": 3, "full": 4}[recomputes]
+        gathers = {"none": 2, "full": 4}[recomputes]
         floats = 2 * load.rows * 4
         traffic.add("tensor", "all-gather", gathers * holding.tensor.size * floats, gathers)
         traffic.add("tensor", "all-reduce", 2 * floats, 2)

@@ -7,9 +7,11 @@ from torch import Tensor, nn
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ModelConfig
 from beit3_ds.kernels.packed_attention import packed_attention
+from beit3_ds.kernels.up_projection import Activation
 from beit3_ds.model.multiway import (
     ColumnParallelMultiwayLinear,
     MultiwayLayerNorm,
+    MultiwaySubLayerNorm,
     RowParallelMultiwayLinear,
 )
 from beit3_ds.parallel import TensorParallel
@@ -30,22 +32,27 @@ class MultiwayAttention(nn.Module):
         super().__init__()
         hidden, experts, epsilon = config.hidden_size, config.attention_experts, config.layer_norm_epsilon
         self.experts, self.head_size, self.tensor = experts, config.head_size, tensor
-        self.norm = MultiwayLayerNorm(hidden, epsilon, experts, rows=tensor)
+        self.norm = MultiwayLayerNorm(hidden, epsilon, experts, tensor)
         self.q_proj = ColumnParallelMultiwayLinear(hidden, hidden, experts, tensor)
         self.k_proj = ColumnParallelMultiwayLinear(hidden, hidden, experts, tensor)
         self.v_proj = ColumnParallelMultiwayLinear(hidden, hidden, experts, tensor)
-        self.sub_norm = MultiwayLayerNorm(hidden, epsilon, experts, width=tensor) if config.sub_layernorm else None
+        self.sub_norm = MultiwaySubLayerNorm(hidden, epsilon, experts, tensor) if config.sub_layernorm else None
         self.out_proj = RowParallelMultiwayLinear(hidden, hidden, experts, tensor)
 
-    def forward(self, x_TD: Tensor, batch: PackedBatch) -> Tensor:
-        """Returns the branch's output (T, D), without the residual; of both, this rank's rows."""
+    def forward(self, x_TD: Tensor, factor_T: Tensor | None, batch: PackedBatch) -> Tensor:
+        """Returns the stream after this branch, (T, D); of both, this rank's rows.
+
+        Args:
+            x_TD: the stream.
+            factor_T: what stochastic depth multiplies these rows of the branch with, or None.
+            batch: tells where sequences and experts' rows are.
+        """
         slices, num_rows = batch.expert_slices(self.experts), batch.num_rows
-        h_TD = self.norm(x_TD, self.tensor.own_slices(slices, num_rows))
+        x_TD, h_TD = self.norm(x_TD, self.tensor.own_slices(slices, num_rows))
         h_TD = self.tensor.gather_in(h_TD, num_rows)
         q_THK, k_THK, v_THK = (
             proj(h_TD, batch).unflatten(1, (-1, self.head_size)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         y_TD = packed_attention(q_THK, k_THK, v_THK, batch.sequence_ranges).flatten(1)
-        if self.sub_norm is not None:
-            y_TD = self.sub_norm(y_TD, slices)
-        return self.out_proj(y_TD, batch)
+        norm = None if self.sub_norm is None else self.sub_norm.build(self.sub_norm())
+        return self.out_proj(Activation(y_TD), x_TD, factor_T, batch, norm=norm)

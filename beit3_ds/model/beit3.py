@@ -70,9 +70,8 @@ class BEiT3(nn.Module):
         self._all_layers = range(config.num_pipeline_layers)
         held = {layer for run in layers or [self._all_layers] for layer in run}
         self.embeddings = Embeddings(config, tensor) if 0 in held else None
-        recompute_gelu = activation_checkpointing == "selective"
         self.blocks = nn.ModuleDict(
-            {str(i): Block(config, i, tensor, recompute_gelu) for i in range(config.num_layers) if i + 1 in held}
+            {str(i): Block(config, i, tensor) for i in range(config.num_layers) if i + 1 in held}
         )
         self.heads = Heads(config, tensor) if self._all_layers[-1] in held else None
         self._tie_word_embeddings()

@@ -18,20 +18,19 @@ class Block(nn.Module):
     forward pass itself is deterministic and may be recomputed or reordered.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, tensor: TensorParallel, recompute_gelu: bool = False) -> None:
+    def __init__(self, config: ModelConfig, layer: int, tensor: TensorParallel) -> None:
         super().__init__()
         self.layer, self.tensor = layer, tensor
         self.attention = MultiwayAttention(config, tensor)
-        self.ffn = MultiwayFFN(config, layer, tensor, recompute_gelu)
+        self.ffn = MultiwayFFN(config, layer, tensor)
 
     def forward(self, x_TD: Tensor, batch: PackedBatch) -> Tensor:
         """Returns the stream after this block, (T, D); of both, this rank's rows."""
-        x_TD = self._add(x_TD, self.attention(x_TD, batch), batch, branch=0)
-        return self._add(x_TD, self.ffn(x_TD, batch), batch, branch=1)
+        x_TD = self.attention(x_TD, self._factors(x_TD, batch, branch=0), batch)
+        return self.ffn(x_TD, self._factors(x_TD, batch, branch=1), batch)
 
-    def _add(self, x_TD: Tensor, y_TD: Tensor, batch: PackedBatch, branch: int) -> Tensor:
+    def _factors(self, x_TD: Tensor, batch: PackedBatch, branch: int) -> Tensor | None:
         if batch.drop_path is None:
-            return x_TD + y_TD
-        factor_Q = batch.drop_path[:, self.layer, branch].to(y_TD.dtype)
-        factor_T = factor_Q[self.tensor.own_rows(batch.row_sequence)]
-        return x_TD.addcmul(y_TD, factor_T.unsqueeze(1))
+            return None
+        factor_Q = batch.drop_path[:, self.layer, branch].to(x_TD.dtype)
+        return factor_Q[self.tensor.own_rows(batch.row_sequence)]

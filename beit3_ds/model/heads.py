@@ -21,7 +21,7 @@ class Heads(nn.Module):
     def __init__(self, config: ModelConfig, tensor: TensorParallel) -> None:
         super().__init__()
         self.experts, self.tensor = config.attention_experts, tensor
-        self.norm = MultiwayLayerNorm(config.hidden_size, config.layer_norm_epsilon, self.experts)
+        self.norm = MultiwayLayerNorm(config.hidden_size, config.layer_norm_epsilon, self.experts, TensorParallel())
         self.mim = VocabParallelHead(config.hidden_size, config.visual_vocab_size, None, tensor)
         self.mlm = VocabParallelHead(
             config.hidden_size, config.text_vocab_size, config.cross_entropy_chunk_size, tensor
@@ -32,7 +32,7 @@ class Heads(nn.Module):
         patches, tokens = batch.masked_patch_rows, batch.masked_token_rows
         rows = torch.cat([patches, tokens])
         x_TD = self.tensor.gather_rows(x_TD, batch.num_rows)
-        h_MD = self.norm(x_TD.index_select(0, rows), self._slices(len(patches), len(rows)))
+        _, h_MD = self.norm(x_TD.index_select(0, rows), self._slices(len(patches), len(rows)))
         h_patches, h_tokens = h_MD.split([len(patches), len(tokens)])
         if not with_loss:
             return self.mim.logits(h_patches), self.mlm.logits(h_tokens)
@@ -41,7 +41,8 @@ class Heads(nn.Module):
 
     def normalize(self, x_TD: Tensor, batch: PackedBatch) -> Tensor:
         """Returns all rows after the final norm, (T, D)."""
-        return self.norm(self.tensor.gather_rows(x_TD, batch.num_rows), batch.expert_slices(self.experts))
+        _, h_TD = self.norm(self.tensor.gather_rows(x_TD, batch.num_rows), batch.expert_slices(self.experts))
+        return h_TD
 
     def _slices(self, num_patches: int, num_rows: int) -> list[tuple[int, int]]:
         return [(0, num_rows)] if self.experts == ("shared",) else [(0, num_patches), (num_patches, num_rows)]

@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit3_ds.batch import PackedBatch
-from beit3_ds.kernels.multiway_linear import multiway_bias, multiway_linear
-from beit3_ds.parallel import TensorParallel, normalize_split, split_parameter
+from beit3_ds.kernels.add_branch import add_branch
+from beit3_ds.kernels.multiway_layer_norm import multiway_layer_norm
+from beit3_ds.kernels.multiway_linear import multiway_linear
+from beit3_ds.kernels.out_projection import out_projection
+from beit3_ds.kernels.sub_norm import SubNorm
+from beit3_ds.kernels.up_projection import Activation, up_projection
+from beit3_ds.parallel import TensorParallel, split_parameter
 
 
 class ColumnParallelMultiwayLinear(nn.Module):
@@ -36,11 +40,27 @@ class ColumnParallelMultiwayLinear(nn.Module):
         return multiway_linear(x_TD, batch.expert_slices(self.experts), _weights(self), _biases(self))
 
 
-class RowParallelMultiwayLinear(nn.Module):
-    """One linear layer an expert, its input features split over the tensor-parallel ranks.
+class UpProjection(ColumnParallelMultiwayLinear):
+    """The FFN's first layer, which may activate its output while it is at hand."""
 
-    Sends what `TensorParallel.scatter_out` does. The bias is held by every rank and added once, after the reduction.
-    Parameters as in ColumnParallelMultiwayLinear.
+    def forward(self, x_TD: Tensor, batch: PackedBatch, *, with_statistics: bool) -> Activation:  # type: ignore[override]
+        """Returns this rank's features (T, F / P) for an OutProjection with a GELU.
+
+        Args:
+            x_TD: all rows.
+            batch: tells the experts' slices.
+            with_statistics: whether the OutProjection has a sub-LN.
+        """
+        parameters = _weights(self), _biases(self)
+        return up_projection(x_TD, batch.expert_slices(self.experts), *parameters, with_statistics=with_statistics)
+
+
+class RowParallelMultiwayLinear(nn.Module):
+    """One linear layer an expert that ends a branch, its input features split over the tensor-parallel ranks.
+
+    It applies GELU and sub-LN on the way in, and joins the branch to the stream. Sends what `TensorParallel.scatter_out`
+    does, and two floats a row each way for a sub-LN. The bias is held by every rank and added once, after the
+    reduction, with the residual. Parameters as in ColumnParallelMultiwayLinear.
     """
 
     def __init__(self, in_features: int, out_features: int, experts: tuple[str, ...], tensor: TensorParallel) -> None:
@@ -51,67 +71,110 @@ class RowParallelMultiwayLinear(nn.Module):
             self.register_parameter(f"weight_{expert}", split_parameter(split, out_features, in_features))
             self.register_parameter(f"bias_{expert}", nn.Parameter(torch.empty(out_features)))
 
-    def forward(self, x_TF: Tensor, batch: PackedBatch, *, gelu: bool = False) -> Tensor:
-        """Returns all features of this rank's rows, (T, D), from its input features of all rows, (T, F / P).
+    def forward(
+        self,
+        activation: Activation,
+        residual_TD: Tensor,
+        factor_T: Tensor | None,
+        batch: PackedBatch,
+        *,
+        gelu: bool = False,
+        norm: SubNorm | None = None,
+    ) -> Tensor:
+        """Returns this rank's rows of the stream after the branch, (T, D).
 
-        With `gelu` the input is activated first, and made again in the backward pass instead of kept.
+        Args:
+            activation: this rank's input features of all rows, (T, F / P).
+            residual_TD: this rank's rows of the stream.
+            factor_T: what stochastic depth multiplies these rows of the branch with, or None.
+            batch: tells the experts' slices.
+            gelu: whether the input is to be activated first.
+            norm: the sub-LN, or None.
         """
         slices = batch.expert_slices(self.experts)
-        partial_TD = multiway_linear(x_TF, slices, _weights(self), (), gelu=gelu)
+        if self.tensor.size == 1:
+            stream = {"residual_TD": residual_TD, "factor_T": factor_T}
+            return out_projection(activation, slices, _weights(self), _biases(self), gelu=gelu, norm=norm, **stream)
+        partial_TD = self.tensor.scatter_out(out_projection(activation, slices, _weights(self), gelu=gelu, norm=norm))
         own_slices = self.tensor.own_slices(slices, batch.num_rows)
-        return multiway_bias(self.tensor.scatter_out(partial_TD), own_slices, self.tensor.share(*_biases(self)))
+        return add_branch(residual_TD, partial_TD, own_slices, self.tensor.share(*_biases(self)), factor_T)
 
 
 class MultiwayLayerNorm(nn.Module):
     """One LayerNorm an expert; parameters are `weight_EXPERT` and `bias_EXPERT`, left uninitialised."""
 
-    def __init__(
-        self,
-        hidden_size: int,
-        epsilon: float,
-        experts: tuple[str, ...],
-        *,
-        width: TensorParallel | None = None,
-        rows: TensorParallel | None = None,
-    ) -> None:
+    def __init__(self, hidden_size: int, epsilon: float, experts: tuple[str, ...], tensor: TensorParallel) -> None:
         """Builds the norms.
 
         Args:
-            hidden_size: width of a row, over all ranks.
+            hidden_size: width of a row.
             epsilon: added to the variance.
             experts: names of the experts.
-            width: the ranks that divide the width, as those of a sub-LN are; None if every rank holds whole rows.
-            rows: the ranks that may divide the rows; None if every rank has all rows.
+            tensor: the ranks, which may divide the rows.
         """
         super().__init__()
-        self.epsilon, self.experts = epsilon, experts
-        self.width, self.rows = width or TensorParallel(), rows or TensorParallel()
-        split = self.width.split(hidden_size)
+        self.epsilon, self.experts, self.tensor = epsilon, experts, tensor
         for expert in experts:
-            self.register_parameter(f"weight_{expert}", split_parameter(split, hidden_size))
-            self.register_parameter(f"bias_{expert}", split_parameter(split, hidden_size))
+            self.register_parameter(f"weight_{expert}", nn.Parameter(torch.empty(hidden_size)))
+            self.register_parameter(f"bias_{expert}", nn.Parameter(torch.empty(hidden_size)))
 
-    def forward(self, x_TD: Tensor, slices: Sequence[tuple[int, int]]) -> Tensor:
+    def forward(self, x_TD: Tensor, slices: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """Normalises every row and scales it with the parameters of its expert.
 
-        Communicates two floats a row each way where ranks divide the width (`parallel.normalize_split`), and the
-        parameters' gradients where they divide the rows (`TensorParallel.share`).
+        Communicates the parameters' gradients where ranks divide the rows (`TensorParallel.share`).
 
         Args:
-            x_TD: rows of the stream, or rows gathered from it; of a divided width this rank's features.
+            x_TD: rows of the stream, or rows gathered from it.
             slices: the experts' row ranges in x, in the order of `experts`.
+
+        Returns:
+            x itself, for the residual: its gradient is then added where the norm's is made; and the normalised rows.
         """
-        divided = self.width.size > 1
-        if divided:
-            x_TD = normalize_split(x_TD, self.epsilon, self.width)
-        parts = x_TD.split([stop - start for start, stop in slices])
-        parameters = self.rows.share(*_weights(self), *_biases(self))
-        weights, biases = parameters[: len(parts)], parameters[len(parts) :]
-        scaled = [
-            torch.addcmul(b, part, w) if divided else F.layer_norm(part, w.shape, w, b, self.epsilon)
-            for part, w, b in zip(parts, weights, biases, strict=True)
-        ]
-        return scaled[0] if len(scaled) == 1 else torch.cat(scaled)
+        parameters = self.tensor.share(*_weights(self), *_biases(self))
+        weights, biases = parameters[: len(slices)], parameters[len(slices) :]
+        return multiway_layer_norm(x_TD, slices, weights, biases, self.epsilon)
+
+
+class MultiwaySubLayerNorm(nn.Module):
+    """The parameters of a sub-LN, whose width the tensor-parallel ranks divide; an OutProjection applies it.
+
+    Parameters are `weight_EXPERT` and `bias_EXPERT`, left uninitialised.
+    """
+
+    def __init__(self, width: int, epsilon: float, experts: tuple[str, ...], tensor: TensorParallel) -> None:
+        """Builds the parameters.
+
+        Args:
+            width: of a row, over all ranks.
+            epsilon: added to the variance.
+            experts: names of the experts.
+            tensor: the ranks.
+        """
+        super().__init__()
+        self.width, self.epsilon, self.experts, self.tensor = width, epsilon, experts, tensor
+        split = tensor.split(width)
+        for expert in experts:
+            self.register_parameter(f"weight_{expert}", split_parameter(split, width))
+            self.register_parameter(f"bias_{expert}", split_parameter(split, width))
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """Returns copies of all scales, then of all shifts.
+
+        Copies, for another module works with them: ZeRO-3 divides a module's own parameters again after its call.
+        """
+        return tuple(parameter.clone() for parameter in (*_weights(self), *_biases(self)))
+
+    def build(self, parameters: Sequence[Tensor]) -> SubNorm:
+        """The norm with what `forward` returned."""
+        experts, divided = len(self.experts), self.tensor.size > 1
+        return SubNorm(
+            parameters[:experts],
+            parameters[experts:],
+            self.epsilon,
+            self.width,
+            self.tensor.all_gather if divided else None,
+            self.tensor.all_reduce if divided else None,
+        )
 
 
 def _weights(module: Any) -> list[Tensor]:

@@ -1,6 +1,5 @@
 """The mesh of ranks, its collectives and tensor-parallel parts of a network; knows nothing of BEiT-3."""
 
-from beit3_ds.parallel.layer_norm import normalize_split
 from beit3_ds.parallel.mesh import Mesh, ModelParallelUnit, build_mesh
 from beit3_ds.parallel.pipeline import Message, PipelineParallel
 from beit3_ds.parallel.roll_call import RollCall
@@ -31,7 +30,6 @@ __all__ = [
     "is_split",
     "logical_part",
     "logical_shape",
-    "normalize_split",
     "own_part",
     "split_parameter",
 ]

@@ -20,7 +20,6 @@ MIXES = [(1, 1, 2), (2, 0, 0), (0, 0, 3), (0, 2, 1)]
 STRICT = {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
 SMALL_BUCKET = {"reduce_bucket_size": 1_000_000}  # elements; holds all gradients, and is small beside the default
 FULL = {"activation_checkpointing": "full"}
-SELECTIVE = {"activation_checkpointing": "selective"}
 SUB_LN = {"sub_layernorm": True}
 DECOUPLED = {"sub_layernorm": True, "layout": "decoupled", "num_vision_language_layers": 0}
 TIED = {"tie_word_embeddings": True}

@@ -9,7 +9,6 @@ from beit3_ds.costs import Memory, rank_memory
 from tests.costs.cells import (
     DECOUPLED,
     FULL,
-    SELECTIVE,
     STRICT,
     SUB_LN,
     TIED,
@@ -37,16 +36,13 @@ WIDE: dict[int, dict[str, RunConfig]] = {
         "dp2 ZeRO-1, overlapped": cell(1, zero={"overlap_comm": True}),
         "dp2 ZeRO-3, persistent": cell(3, zero={"stage3_param_persistence_threshold": 100}),
         "full recomputation": cell(3, zero=STRICT, training=FULL),
-        "selective": cell(1, training=SELECTIVE),
-        "selective, sub-LN": cell(1, model=SUB_LN, training=SELECTIVE),
+        "sub-LN": cell(1, model=SUB_LN),
         "decoupled": cell(2, model=DECOUPLED),
         "no stochastic depth": cell(1, model={"drop_path_rate": 0.0}),
         "tp2, sub-LN": cell(1, model=SUB_LN, tensor_parallel_size=2),
         "tp2 sequence parallel": cell(3, model=SUB_LN, tensor_parallel_size=2, sequence_parallel=True),
         "tp2 sequence parallel, full": cell(1, training=FULL, tensor_parallel_size=2, sequence_parallel=True),
-        "tp2 sequence parallel, selective, bf16": cell(
-            1, bf16=True, training=SELECTIVE, tensor_parallel_size=2, sequence_parallel=True
-        ),
+        "tp2 sequence parallel, bf16": cell(1, bf16=True, tensor_parallel_size=2, sequence_parallel=True),
         "pp2, tied": cell(1, 4, model=TIED, pipeline_parallel_size=2),
         "pp2 x 2 interleaved": cell(2, 4, pipeline_parallel_size=2, virtual_pipeline_parallel_size=2),
         "pp2, full": cell(1, 4, training=FULL, pipeline_parallel_size=2),

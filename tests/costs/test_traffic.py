@@ -10,7 +10,6 @@ from beit3_ds.costs.gathers import GatherReplay, padded
 from tests.costs.cells import (
     DECOUPLED,
     FULL,
-    SELECTIVE,
     STRICT,
     SUB_LN,
     TIED,
@@ -49,15 +48,15 @@ EIGHT_RANKS = {"tp2 pp2 dp2 ZeRO-3": cell(3, 4, zero=STRICT, tensor_parallel_siz
 
 WIDE_TWO_RANKS = {
     **{f"dp2 ZeRO-{stage} bf16": cell(stage, bf16=True) for stage in range(4)},
-    "dp2 ZeRO-3, selective": cell(3, zero=STRICT, model=SUB_LN, training=SELECTIVE),
-    "dp2 ZeRO-3, selective, defaults": cell(3, model=SUB_LN, training=SELECTIVE),
+    "dp2 ZeRO-3, sub-LN": cell(3, zero=STRICT, model=SUB_LN),
+    "dp2 ZeRO-3, sub-LN, defaults": cell(3, model=SUB_LN),
     "dp2 ZeRO-3, full, no stochastic depth": cell(3, zero=STRICT, training=FULL, model={"drop_path_rate": 0.0}),
     "dp2 ZeRO-3, full, defaults": cell(3, zero=PERSIST, training=FULL),
     "dp2 ZeRO-3, tied": cell(3, zero=STRICT, model=TIED),
     "dp2 ZeRO-2, decoupled": cell(2, model=DECOUPLED),
     "tp2 bf16": cell(0, bf16=True, tensor_parallel_size=2),
     "tp2 ZeRO-3": cell(3, tensor_parallel_size=2),
-    "tp2 selective": cell(0, model=SUB_LN, training=SELECTIVE, tensor_parallel_size=2),
+    "tp2 sub-LN": cell(0, model=SUB_LN, tensor_parallel_size=2),
     "tp2 full, no stochastic depth": cell(0, training=FULL, model={"drop_path_rate": 0.0}, tensor_parallel_size=2),
     "tp2 sequence parallel, full": cell(0, model=DECOUPLED, training=FULL, **SEQUENCE),
     "tp2 sequence parallel, full, no stochastic depth": cell(
@@ -120,7 +119,7 @@ def test_zero3_without_prefetch_gathers_before_every_use(checkpointing: str, blo
     """The replay of DeepSpeed's coordinator against the formula that holds where it neither prefetches nor reuses."""
     config = cell(3, 4, zero=STRICT, training={"activation_checkpointing": checkpointing})
     holding = holding_of(config, 3, Place(0, 0, 0))
-    calls, elements = GatherReplay(holding, drops=True).run_step(4)
+    calls, elements = GatherReplay(holding).run_step(4)
     blocks, rest = 0, 0
     for name, parameter in holding.model.named_parameters():
         size = padded(parameter.numel(), 3)

@@ -72,7 +72,7 @@ def packed_features(model: BEiT3, batch: PackedBatch) -> torch.Tensor:
     x_TD = model.embeddings(batch)
     for block in model.blocks.values():
         x_TD = block(x_TD, batch)
-    return model.heads.norm(x_TD, batch.expert_slices(("vision", "language")))
+    return model.heads.normalize(x_TD, batch)
 
 
 @pytest.mark.parametrize("kind", ["image", "text", "pair"])

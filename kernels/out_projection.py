@@ -1,0 +1,326 @@
+"""The way back into the stream: GELU, sub-LN, linear layer, bias, drop-path factor and residual, as one op.
+
+It ends the FFN (with GELU) and attention (without). It keeps its input alone for the backward pass and makes the rest
+again. On the CPU an expert's rows go through PyTorch's fused norms, one expert after the other, in buffers that are used
+twice. On a GPU, kernels of `multiway_ffn_triton` normalise on the way into the product and add bias and residual on the
+way out; they were compiled ahead of time and interpreted, but never run on a GPU.
+"""
+
+# T packed rows, F input width (of this rank), D output width.
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from beit3_ds.kernels.multiway_linear import Slices, ends_of, product, scale_rows, slices_of
+from beit3_ds.kernels.rule import check_rule
+from beit3_ds.kernels.self_check import passes
+from beit3_ds.kernels.sub_norm import SubNorm
+from beit3_ds.kernels.up_projection import Activation
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def out_projection_reference(
+    x_TF: Tensor,
+    slices: Slices,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    gelu: bool,
+    norm: SubNorm | None,
+    residual_TD: Tensor,
+    factor_T: Tensor,
+) -> Tensor:
+    """What `out_projection` computes where no ranks divide the width, in plain PyTorch."""
+    parts = []
+    for i, (start, stop) in enumerate(slices):
+        a = F.gelu(x_TF[start:stop]) if gelu else x_TF[start:stop]
+        if norm is not None:
+            a = F.layer_norm(a, a.shape[1:], norm.scales[i], norm.shifts[i], norm.epsilon)
+        parts.append(F.linear(a, weights[i], biases[i]))
+    return residual_TD + factor_T.unsqueeze(1) * torch.cat(parts)
+
+
+def out_projection(
+    activation: Activation,
+    slices: Slices,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] = (),
+    *,
+    gelu: bool,
+    norm: SubNorm | None = None,
+    residual_TD: Tensor | None = None,
+    factor_T: Tensor | None = None,
+) -> Tensor:
+    """residual + factor * (LN(GELU(x)) @ w.T + b), each row with its own expert's parameters.
+
+    Where ranks divide the width of x, the result is a partial one: it is called without biases, residual and factor,
+    to be summed over the ranks before `add_branch` adds these once. A sub-LN then gathers two floats a row, and its
+    backward pass all-reduces two.
+
+    Args:
+        activation: x_TF, which alone is kept for the backward pass, and what the up projection already made of it.
+        slices: row range of each expert; together they cover [0, T) in order.
+        weights: one (D, F) matrix an expert, of x's dtype.
+        biases: one (D,) vector an expert, or none.
+        gelu: activate x first, with the exact (erf) GELU.
+        norm: the sub-LN, or None. Its parameters are kept, so they must not be ones that ZeRO-3 divides.
+        residual_TD: the stream that the branch joins, or None.
+        factor_T: what stochastic depth multiplies every row of the branch with, or None for ones; without a gradient.
+
+    Returns:
+        y_TD, of x's dtype.
+    """
+    form = _Form(ends_of(slices), gelu, norm, len(biases) > 0, residual_TD is not None)
+    parameters = (*weights, *biases, *(() if norm is None else (*norm.scales, *norm.shifts)))
+    return _OutProjection.apply(form, activation, residual_TD, factor_T, activation.x_TF.contiguous(), *parameters)
+
+
+class _Form(NamedTuple):
+    """What a call is besides its tensors."""
+
+    ends: list[int]
+    gelu: bool
+    norm: SubNorm | None
+    has_biases: bool
+    has_residual: bool
+
+    @property
+    def has_whole_rows(self) -> bool:
+        """Whether a norm, if there is one, needs no other rank."""
+        return self.norm is None or self.norm.all_gather is None
+
+    def split(self, parameters: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
+        """Weights, biases, scales and shifts."""
+        experts, parts, start = len(self.ends), [], 0
+        for is_there in (True, self.has_biases, self.norm is not None, self.norm is not None):
+            parts.append(parameters[start : start + experts] if is_there else ())
+            start += experts * is_there
+        return tuple(parts)
+
+
+class _OutProjection(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        form: _Form,
+        activation: Activation,
+        residual_TD: Tensor | None,
+        factor_T: Tensor | None,
+        x_TF: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        weights, biases, scales, shifts = form.split(parameters)
+        mean_T = rstd_T = None
+        if form.has_whole_rows and not _runs_kernels(x_TF):
+            y_TD = _forward_natively(x_TF, form, weights, biases, residual_TD, factor_T)
+        else:
+            a_TF = activation.a_TF if activation.a_TF is not None else _activate(x_TF, form.gelu)
+            if form.norm is not None:
+                statistics = activation.statistics or torch.ops.beit3_ds.row_statistics(a_TF)
+                mean_T, rstd_T = form.norm.join_statistics(*statistics, x_TF.shape[1])
+            arguments = (scales, shifts, form.ends, weights, biases, residual_TD, factor_T)
+            y_TD = torch.ops.beit3_ds.out_projection(a_TF, mean_T, rstd_T, *arguments)
+        # The matrices themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
+        ctx.save_for_backward(x_TF, factor_T, mean_T, rstd_T, *weights, *scales, *shifts)
+        ctx.form = form
+        return y_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+        form: _Form = ctx.form
+        x_TF, factor_T, mean_T, rstd_T, *parameters = ctx.saved_tensors
+        weights, _, scales, shifts = form._replace(has_biases=False).split(parameters)
+        dy_TD = dy_TD.contiguous()
+        if mean_T is None and not _runs_kernels(x_TF):
+            gradients = _backward_natively(scale_rows(dy_TD, factor_T), x_TF, form, weights, scales, shifts)
+        else:
+            norm = None if form.norm is None else (mean_T, rstd_T, scales, shifts)
+            gradients = _backward_by_operators(dy_TD, factor_T, x_TF, form, weights, norm)
+        return (None, None, dy_TD if form.has_residual else None, None, *gradients)
+
+
+def _forward_natively(
+    x_TF: Tensor,
+    form: _Form,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    residual_TD: Tensor | None,
+    factor_T: Tensor | None,
+) -> Tensor:
+    norm, y_TD = form.norm, x_TF.new_empty(len(x_TF), len(weights[0]))
+    for i, (start, stop) in enumerate(slices_of(form.ends)):
+        n_TF = _activate(x_TF[start:stop], form.gelu)
+        if norm is not None:
+            n_TF = F.layer_norm(n_TF, n_TF.shape[1:], norm.scales[i], norm.shifts[i], norm.epsilon)
+        product(n_TF, weights[i], biases[i] if biases else None, y_TD[start:stop])
+    return _join(y_TD, residual_TD, factor_T)
+
+
+def _backward_natively(
+    d_TD: Tensor,
+    x_TF: Tensor,
+    form: _Form,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+) -> list[Tensor]:
+    """Gradients of x, weights, biases, scales and shifts; `d_TD` is that of the branch, its factor included."""
+    dx_TF, of_weights, of_biases, of_scales, of_shifts = torch.empty_like(x_TF), [], [], [], []
+    for i, (start, stop) in enumerate(slices_of(form.ends)):
+        x, d, dx = x_TF[start:stop], d_TD[start:stop], dx_TF[start:stop]
+        a = _activate(x, form.gelu)
+        if form.norm is None:
+            of_weights.append(d.t() @ a)
+            torch.mm(d, weights[i], out=dx)
+        else:
+            shape = a.shape[1:]
+            n, mean, rstd = torch.native_layer_norm(a, shape, scales[i], shifts[i], form.norm.epsilon)
+            of_weights.append(d.t() @ n)
+            dn = torch.mm(d, weights[i], out=n)  # n has served
+            da, of_scale, of_shift = torch.ops.aten.native_layer_norm_backward(
+                dn, a, shape, mean, rstd, scales[i], shifts[i], [True, True, True]
+            )
+            of_scales.append(of_scale)
+            of_shifts.append(of_shift)
+            dx.copy_(da) if not form.gelu else torch.ops.aten.gelu_backward.grad_input(da, x, grad_input=dx)
+        if form.norm is None and form.gelu:
+            torch.ops.aten.gelu_backward.grad_input(dx, x, grad_input=dx)
+        if form.has_biases:
+            of_biases.append(d.sum(0))
+    return [dx_TF, *of_weights, *of_biases, *of_scales, *of_shifts]
+
+
+def _backward_by_operators(
+    dy_TD: Tensor, factor_T: Tensor | None, x_TF: Tensor, form: _Form, weights: Sequence[Tensor], norm: Any
+) -> list[Tensor]:
+    """The same with statistics that were kept; sums over rows are reduced over ranks that divide the width."""
+    ops, ends, of_norm = torch.ops.beit3_ds, form.ends, []
+    if norm is None:
+        n_TF = _activate(x_TF, form.gelu)
+    else:
+        n_TF = ops.sub_norm(x_TF, form.gelu, *norm, ends)
+    of_linear = ops.multiway_weight_gradient(dy_TD, factor_T, n_TF, ends, form.has_biases)
+    dx_TF = ops.multiway_input_gradient(dy_TD, factor_T, ends, weights)
+    if norm is not None:
+        assert form.norm is not None
+        mean_T, rstd_T, scales, _ = norm
+        sums_2T, *of_norm = ops.sub_norm_sums(dx_TF, x_TF, form.gelu, mean_T, rstd_T, scales, ends)
+        if form.norm.all_reduce is not None:
+            sums_2T = form.norm.all_reduce(sums_2T)
+        arguments = (mean_T, rstd_T, scales, sums_2T, form.norm.width, ends)
+        dx_TF = ops.sub_norm_gradient(dx_TF, x_TF, form.gelu, *arguments)
+    elif form.gelu:
+        dx_TF = torch.ops.aten.gelu_backward(dx_TF, x_TF)
+    return [dx_TF, *of_linear, *of_norm]
+
+
+def _activate(x_TF: Tensor, gelu: bool) -> Tensor:
+    return F.gelu(x_TF) if gelu else x_TF
+
+
+def _join(y_TD: Tensor, residual_TD: Tensor | None, factor_T: Tensor | None) -> Tensor:
+    """residual + factor * y, in place."""
+    if factor_T is not None:
+        y_TD.mul_(factor_T.unsqueeze(1))
+    return y_TD if residual_TD is None else y_TD.add_(residual_TD)
+
+
+_LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
+# residual + factor * (LN(a) @ w.T + b), the norm with given statistics.
+_LIBRARY.define(
+    "out_projection(Tensor a, Tensor? mean, Tensor? rstd, Tensor[] scales, Tensor[] shifts, int[] ends, "
+    "Tensor[] weights, Tensor[] biases, Tensor? residual, Tensor? factor) -> Tensor"
+)
+
+
+@torch.library.impl(_LIBRARY, "out_projection", "CPU")
+def _out_projection(
+    a_TF: Tensor,
+    mean_T: Tensor | None,
+    rstd_T: Tensor | None,
+    scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    ends: Sequence[int],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    residual_TD: Tensor | None,
+    factor_T: Tensor | None,
+) -> Tensor:
+    if mean_T is not None:
+        a_TF = torch.ops.beit3_ds.sub_norm(a_TF, False, mean_T, rstd_T, scales, shifts, ends)
+    return _join(torch.ops.beit3_ds.multiway_linear(a_TF, ends, weights, biases), residual_TD, factor_T)
+
+
+@torch.library.impl(_LIBRARY, "out_projection", "CUDA")
+def _out_projection_cuda(
+    a_TF: Tensor,
+    mean_T: Tensor | None,
+    rstd_T: Tensor | None,
+    scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    ends: Sequence[int],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    residual_TD: Tensor | None,
+    factor_T: Tensor | None,
+) -> Tensor:
+    norm = None if mean_T is None else (mean_T, rstd_T, scales, shifts)
+    if not _runs_kernels(a_TF):
+        arguments = (scales, shifts, ends, weights, biases, residual_TD, factor_T)
+        return _out_projection(a_TF, mean_T, rstd_T, *arguments)
+    from beit3_ds.kernels import multiway_ffn_launch
+
+    return multiway_ffn_launch.out_projection(a_TF, norm, slices_of(ends), weights, biases, residual_TD, factor_T)
+
+
+@torch.library.register_fake("beit3_ds::out_projection", lib=_LIBRARY)
+def _out_projection_fake(a_TF: Tensor, *rest: Any) -> Tensor:
+    weights = rest[5]
+    return a_TF.new_empty(len(a_TF), len(weights[0]))
+
+
+def _runs_kernels(x: Tensor) -> bool:
+    """Whether the GPU's kernels serve rows of `x`: not in float64, nor where they failed their check at first use."""
+    supported = x.is_cuda and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return supported and _are_trusted(x.device, x.dtype)
+
+
+@lru_cache
+def _are_trusted(device: torch.device, dtype: torch.dtype) -> bool:
+    return passes(f"out_projection in {dtype}", device, lambda: check_kernels(device, dtype))
+
+
+def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """Holds the kernel to plain PyTorch on two experts, as a whole and as a partial product.
+
+    Raises:
+        WrongResultError: if a result is wrong.
+    """
+    from beit3_ds.kernels import multiway_ffn_launch as launch
+
+    slices, generator = [(0, 130), (130, 137)], torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
+
+    a, residual, factor = draw(137, 96), draw(137, 64), draw(137)
+    weights, biases = [draw(64, 96, scale=0.1) for _ in slices], [draw(64) for _ in slices]
+    scales, shifts = ([draw(96) for _ in slices] for _ in range(2))
+    variance, mean = torch.var_mean(a.float(), 1, correction=0)
+    norm = (mean, (variance + 1e-5).rsqrt(), scales, shifts)
+
+    def whole(a: Tensor, residual: Tensor, factor: Tensor, *p: Tensor) -> tuple[Tensor, ...]:
+        sub_norm = SubNorm(p[4:6], p[6:8], 1e-5, 96)
+        form = {"gelu": False, "norm": sub_norm, "residual_TD": residual, "factor_T": factor}
+        return (out_projection_reference(a, slices, p[:2], p[2:4], **form),)
+
+    y = launch.out_projection(a, norm, slices, weights, biases, residual, factor)
+    check_rule(("y",), (y,), whole, (a, residual, factor, *weights, *biases, *scales, *shifts))
+    partial = launch.out_projection(a, None, slices, weights, [], None, None)
+    plain = lambda a, *w: (torch.cat([F.linear(a[i:j], w[k]) for k, (i, j) in enumerate(slices)]),)  # noqa: E731
+    check_rule(("partial",), (partial,), plain, (a, *weights))

@@ -1,0 +1,143 @@
+"""The end of a branch against its reference, natively and by operators, forward and backward."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from beit3_ds.kernels import multiway_linear as _  # noqa: F401 (registers operators)
+from beit3_ds.kernels.out_projection import out_projection, out_projection_reference
+from beit3_ds.kernels.sub_norm import SubNorm
+from beit3_ds.kernels.up_projection import Activation, up_projection
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+WIDTH, HIDDEN, EPSILON = 6, 4, 1e-5
+
+
+class Problem:
+    """Inputs of one call; `lengths` are the experts' rows."""
+
+    def __init__(self, lengths: list[int], dtype: torch.dtype = torch.float64) -> None:
+        generator = torch.Generator().manual_seed(sum(lengths) + 7 * len(lengths))
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_()
+
+        stops = torch.tensor(lengths).cumsum(0).tolist()
+        self.slices = [(stop - length, stop) for stop, length in zip(stops, lengths, strict=True)]
+        rows, experts = sum(lengths), len(lengths)
+        self.x, self.residual = draw(rows, WIDTH), draw(rows, HIDDEN)
+        self.factor = torch.randint(0, 3, (rows,), generator=generator).to(dtype)
+        shapes = {"weights": (HIDDEN, WIDTH), "biases": (HIDDEN,), "scales": (WIDTH,), "shifts": (WIDTH,)}
+        self.parameters = {name: [draw(*shape) for _ in range(experts)] for name, shape in shapes.items()}
+        self.leaves = [self.x, self.residual, *(p for group in self.parameters.values() for p in group)]
+
+    def run(self, op: Callable[..., Tensor], gelu: bool, norm: SubNorm | None) -> list[Tensor]:
+        """Output, and the gradient of every input that took part."""
+        x = self.x if op is out_projection_reference else Activation(self.x)
+        stream = {"residual_TD": self.residual, "factor_T": self.factor}
+        y = op(x, self.slices, self.parameters["weights"], self.parameters["biases"], gelu=gelu, norm=norm, **stream)
+        upstream = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+        leaves = self.leaves if norm else self.leaves[: -2 * len(self.slices)]
+        return [y, *torch.autograd.grad((y * upstream).sum(), leaves)]
+
+    def norm(self, by_operators: bool = False) -> SubNorm:
+        """The sub-LN; ranks that divide its width make operators of it, here a group of one."""
+        group = (lambda x: x.unsqueeze(0), lambda x: x) if by_operators else (None, None)
+        return SubNorm(self.parameters["scales"], self.parameters["shifts"], EPSILON, WIDTH, *group)
+
+
+LENGTHS = st.lists(st.integers(0, 4), min_size=1, max_size=3)
+
+
+@given(lengths=LENGTHS, gelu=st.booleans(), with_norm=st.booleans(), by_operators=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_equals_reference(lengths: list[int], gelu: bool, with_norm: bool, by_operators: bool) -> None:
+    """Catches a wrong expert, a factor on the residual, a bias added twice, statistics of the wrong rows."""
+    problem = Problem(lengths)
+    expected = problem.run(out_projection_reference, gelu, problem.norm() if with_norm else None)
+    ours = problem.run(out_projection, gelu, problem.norm(by_operators) if with_norm else None)
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("by_operators", [False, True])
+def test_gradcheck(gelu: bool, by_operators: bool) -> None:
+    problem = Problem([3, 0, 2])
+
+    def call(x: Tensor, residual: Tensor, *p: Tensor) -> Tensor:
+        norm = problem.norm(by_operators)._replace(scales=p[6:9], shifts=p[9:12])
+        stream = {"residual_TD": residual, "factor_T": problem.factor}
+        return out_projection(Activation(x), problem.slices, p[:3], p[3:6], gelu=gelu, norm=norm, **stream)
+
+    assert torch.autograd.gradcheck(call, problem.leaves)
+
+
+def test_large_means_cancel_nothing() -> None:
+    """E[x^2] - E[x]^2 leaves no digit of a variance of 1 beside a mean of 3000 in float32."""
+    problem = Problem([40, 24], torch.float32)
+    with torch.no_grad():
+        problem.x += 3000
+    exact = Problem([40, 24])
+    exact.factor = problem.factor.double()
+    for mine, theirs in zip(exact.leaves, problem.leaves, strict=True):
+        with torch.no_grad():
+            mine.copy_(theirs)
+    expected = exact.run(out_projection_reference, False, exact.norm())
+    for by_operators in (False, True):
+        for mine, theirs in zip(problem.run(out_projection, False, problem.norm(by_operators)), expected, strict=True):
+            torch.testing.assert_close(mine.double(), theirs, rtol=1e-2, atol=1e-2)
+
+
+def test_the_input_alone_is_kept() -> None:
+    """Catches an activation, or normalised rows, that autograd would keep beside it."""
+    problem, kept = Problem([5, 3]), []
+    pack = lambda tensor: kept.append(tensor) or tensor  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        problem.run(out_projection, True, problem.norm())
+    wide = [tensor for tensor in kept if tensor.shape == problem.x.shape]
+    assert len(wide) == 1 and wide[0].data_ptr() == problem.x.data_ptr()
+
+
+def operator_calls() -> dict[str, tuple[object, ...]]:
+    """Arguments of every operator."""
+    problem = Problem([3, 0, 2])
+    x, dy = problem.x.detach(), problem.residual.detach()
+    weights, biases, scales, shifts = ([p.detach() for p in group] for group in problem.parameters.values())
+    ends, factor, h = [3, 3, 5], problem.factor, torch.randn(5, WIDTH, dtype=x.dtype)
+    mean, rstd = x.mean(1), torch.rand(5, dtype=x.dtype)
+    sums = torch.randn(2, 5, dtype=x.dtype)
+    return {
+        "multiway_linear": (x, ends, weights, biases),
+        "multiway_input_gradient": (dy, factor, ends, weights),
+        "multiway_weight_gradient": (dy, factor, x, ends, True),
+        "row_statistics": (x,),
+        "sub_norm": (x, True, mean, rstd, scales, shifts, ends),
+        "sub_norm_sums": (x, x, True, mean, rstd, scales, ends),
+        "sub_norm_gradient": (x, x, True, mean, rstd, scales, sums, WIDTH, ends),
+        "up_projection": (h, ends, weights, biases, True),
+        "out_projection": (x, mean, rstd, scales, shifts, ends, weights, biases, dy, factor),
+    }
+
+
+@pytest.mark.parametrize("name", operator_calls())
+def test_opcheck(name: str) -> None:
+    torch.library.opcheck(getattr(torch.ops.beit3_ds, name).default, operator_calls()[name])
+
+
+def test_up_projection() -> None:
+    """On the CPU it is the linear layer alone; the operator also activates."""
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(5, WIDTH, generator=generator, dtype=torch.float64)
+    weights = [torch.randn(8, WIDTH, generator=generator, dtype=h.dtype) for _ in range(2)]
+    biases = [torch.randn(8, generator=generator, dtype=h.dtype) for _ in range(2)]
+    expected = torch.cat([F.linear(h[:3], weights[0], biases[0]), F.linear(h[3:], weights[1], biases[1])])
+    activation = up_projection(h, [(0, 3), (3, 5)], weights, biases, with_statistics=True)
+    torch.testing.assert_close(activation.x_TF, expected)
+    x, a, mean, squares = torch.ops.beit3_ds.up_projection(h, [3, 5], weights, biases, True)
+    variance, means = torch.var_mean(F.gelu(expected), 1, correction=0)
+    for mine, theirs in zip((x, a, mean, squares), (expected, F.gelu(expected), means, variance * 8), strict=True):
+        torch.testing.assert_close(mine, theirs)
