@@ -1,5 +1,8 @@
 """placeholder until merge"""
+
 import torch
+
+
 def add_branch(residual, partial, slices, biases, factor):
     b = torch.cat([b.expand(stop - start, -1) for (start, stop), b in zip(slices, biases, strict=True)])
     y = partial + b

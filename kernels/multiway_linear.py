@@ -85,9 +85,7 @@ _LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
 _LIBRARY.define("multiway_linear(Tensor x, int[] ends, Tensor[] weights, Tensor[] biases) -> Tensor")
 # `factor` is what rows of the layer's output were scaled by.
 _LIBRARY.define("multiway_input_gradient(Tensor dy, Tensor? factor, int[] ends, Tensor[] weights) -> Tensor")
-_LIBRARY.define(
-    "multiway_weight_gradient(Tensor dy, Tensor? factor, Tensor x, int[] ends, bool with_bias) -> Tensor[]"
-)
+_LIBRARY.define("multiway_weight_gradient(Tensor dy, Tensor? factor, Tensor x, int[] ends, bool with_bias) -> Tensor[]")
 
 
 @torch.library.impl(_LIBRARY, "multiway_linear", "CPU")

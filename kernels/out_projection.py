@@ -1,9 +1,9 @@
 """The way back into the stream: GELU, sub-LN, linear layer, bias, drop-path factor and residual, as one op.
 
 It ends the FFN (with GELU) and attention (without). It keeps its input alone for the backward pass and makes the rest
-again. On the CPU an expert's rows go through PyTorch's fused norms, one expert after the other, in buffers that are used
-twice. On a GPU, kernels of `multiway_ffn_triton` normalise on the way into the product and add bias and residual on the
-way out; they were compiled ahead of time and interpreted, but never run on a GPU.
+again. On the CPU an expert's rows go through PyTorch's fused norms, one expert after the other, in buffers that are
+used twice. On a GPU, kernels of `multiway_ffn_triton` normalise on the way into the product and add bias and residual
+on the way out; they were compiled ahead of time and interpreted, but never run on a GPU.
 """
 
 # T packed rows, F input width (of this rank), D output width.
@@ -200,10 +200,7 @@ def _backward_by_operators(
 ) -> list[Tensor]:
     """The same with statistics that were kept; sums over rows are reduced over ranks that divide the width."""
     ops, ends, of_norm = torch.ops.beit3_ds, form.ends, []
-    if norm is None:
-        n_TF = _activate(x_TF, form.gelu)
-    else:
-        n_TF = ops.sub_norm(x_TF, form.gelu, *norm, ends)
+    n_TF = ops.sub_norm(x_TF, form.gelu, *norm, ends) if norm else _activate(x_TF, form.gelu)
     of_linear = ops.multiway_weight_gradient(dy_TD, factor_T, n_TF, ends, form.has_biases)
     dx_TF = ops.multiway_input_gradient(dy_TD, factor_T, ends, weights)
     if norm is not None:

@@ -45,7 +45,9 @@ def up_projection(
     """
     if not _runs_kernels(h_TD):
         return Activation(multiway_linear(h_TD, slices, weights, biases))
-    x_TF, a_TF, *statistics = _UpProjection.apply(h_TD.contiguous(), ends_of(slices), with_statistics, *weights, *biases)
+    x_TF, a_TF, *statistics = _UpProjection.apply(
+        h_TD.contiguous(), ends_of(slices), with_statistics, *weights, *biases
+    )
     return Activation(x_TF, a_TF, tuple(statistics) if with_statistics else None)
 
 

@@ -73,10 +73,15 @@ class RunConfig:
                     'training.optimizer="apex_fused_adam" runs on GPUs only, but zero_optimization.offload_optimizer '
                     "updates on the host. Leave one of the two out."
                 )
-            if self.deepspeed.get("fp16", {}).get("enabled") and not zero.get("stage", 0):
+            if zero.get("stage", 0) == 3:
                 raise ConfigError(
-                    'training.optimizer="apex_fused_adam" with fp16 and without ZeRO makes DeepSpeed keep state in a '
-                    "form that checkpoints do not read. Use zero_optimization.stage 1 to 3."
+                    'training.optimizer="apex_fused_adam" counts updates by parameter group, but '
+                    "zero_optimization.stage=3 updates a group in pieces, each of which would count. Use stage 1 or 2."
+                )
+            if self.deepspeed.get("bf16", {}).get("enabled") and not zero.get("stage", 0):
+                raise ConfigError(
+                    'training.optimizer="apex_fused_adam" with bf16 and without ZeRO makes DeepSpeed keep state in a '
+                    "form that checkpoints do not read. Use zero_optimization.stage 1 or 2."
                 )
         if self.parallel.virtual_pipeline_parallel_size == 1:
             return

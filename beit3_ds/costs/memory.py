@@ -163,7 +163,9 @@ def block_activations(holding: Holding, layer: int, load: Load, checkpointing: s
     # Attention and FFN alike: the stream before the norm, two statistics a row, the normalised rows.
     norms = 2 * (own * (hidden * size + 2 * _STATISTIC) + gathered * hidden * size)
     factors = 2 * own * size if load.drops else 0
-    return norms + factors + _attention_core(holding, load) + _ffn_core(holding, load) + _sub_norms(holding, layer, load)
+    return (
+        norms + factors + _attention_core(holding, load) + _ffn_core(holding, load) + _sub_norms(holding, layer, load)
+    )
 
 
 def _attention_core(holding: Holding, load: Load) -> int:

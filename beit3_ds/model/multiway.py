@@ -58,9 +58,9 @@ class UpProjection(ColumnParallelMultiwayLinear):
 class RowParallelMultiwayLinear(nn.Module):
     """One linear layer an expert that ends a branch, its input features split over the tensor-parallel ranks.
 
-    It applies GELU and sub-LN on the way in, and joins the branch to the stream. Sends what `TensorParallel.scatter_out`
-    does, and two floats a row each way for a sub-LN. The bias is held by every rank and added once, after the
-    reduction, with the residual. Parameters as in ColumnParallelMultiwayLinear.
+    It applies GELU and sub-LN on the way in, and joins the branch to the stream. Sends what
+    `TensorParallel.scatter_out` does, and two floats a row each way for a sub-LN. The bias is held by every rank and
+    added once, after the reduction, with the residual. Parameters as in ColumnParallelMultiwayLinear.
     """
 
     def __init__(self, in_features: int, out_features: int, experts: tuple[str, ...], tensor: TensorParallel) -> None:

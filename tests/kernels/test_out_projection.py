@@ -5,7 +5,6 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from beit3_ds.kernels import multiway_linear as _  # noqa: F401 (registers operators)
 from beit3_ds.kernels.out_projection import out_projection, out_projection_reference
 from beit3_ds.kernels.sub_norm import SubNorm
 from beit3_ds.kernels.up_projection import Activation, up_projection

@@ -37,14 +37,16 @@ def measure(offset: float, gelu: bool) -> list[tuple[Tensor, Tensor]]:
         part = tensor.split(WIDTH, dim=1).take(x).clone().requires_grad_()
         residual = stream.clone().requires_grad_()
         y = linear(Activation(part), residual, factor, batch, gelu=gelu, norm=norm.build(norm()))
-        results.append((named, [y, *torch.autograd.grad((y * upstream).sum(), [part, residual, *(p for _, p in named)])]))
+        results.append(
+            (named, [y, *torch.autograd.grad((y * upstream).sum(), [part, residual, *(p for _, p in named)])])
+        )
     (_, (y, d_x, d_residual, *expected)), (named, (*ours,)) = results
     split = mesh.tensor.split(WIDTH, dim=1)
     expected = [own_part(p, gradient) for (_, p), gradient in zip(named, expected, strict=True)]
     return list(zip(ours, [y, split.take(d_x), d_residual, *expected], strict=True))
 
 
-@pytest.mark.parametrize("offset, gelu", [(0.0, True), (300.0, False)])
+@pytest.mark.parametrize(("offset", "gelu"), [(0.0, True), (300.0, False)])
 def test_divided_over_ranks(offset: float, gelu: bool) -> None:
     """An offset of 300 breaks E[x^2] - E[x]^2 in float32: it leaves no digit of a variance of 1.
 
