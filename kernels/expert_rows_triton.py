@@ -56,7 +56,7 @@ def load_of_expert(expert, ptr_0, ptr_1, ptr_2, D: tl.constexpr, BLOCK: tl.const
 
 @triton.jit(do_not_specialize=["rows", "stop_0", "stop_1", "stop_2"])
 def sum_kernel(
-    partial_ptr,
+    partial_sum_ptr,
     sum_ptr,
     rows,
     stop_0,
@@ -79,6 +79,6 @@ def sum_kernel(
         programs = begin + tl.arange(0, PROGRAMS)
         real = (programs[:, None] < stop) & (columns[None, :] < D)
         offsets = (kind * num_programs + programs[:, None]) * D + columns[None, :]
-        total += tl.load(partial_ptr + offsets, mask=real, other=0.0)
+        total += tl.load(partial_sum_ptr + offsets, mask=real, other=0.0)
     result = tl.sum(total, 0).to(sum_ptr.dtype.element_ty)
     tl.store(sum_ptr + (kind * E + expert) * D + columns, result, mask=columns < D)

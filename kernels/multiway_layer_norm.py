@@ -13,14 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from beit3_ds.kernels.expert_rows import fits_kernels, row_ranges, row_tiling
 from beit3_ds.kernels.multiway_linear import Slices
 from beit3_ds.kernels.rule import check_rule, with_gradients
 from beit3_ds.kernels.self_check import passes
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-WIDEST = 8192
-"""Columns of a row that one program of the kernels holds."""
 
 
 def multiway_layer_norm_reference(
@@ -60,13 +58,11 @@ def multiway_layer_norm(
 
 
 def runs_kernels(x_TD: Tensor) -> bool:
-    """Whether `multiway_layer_norm` takes the GPU's kernels; float64 and rows wider than WIDEST take the CPU's way.
+    """Whether `multiway_layer_norm` takes the GPU's kernels (`fits_kernels`); all else takes the CPU's way.
 
     So does everything on a device where the kernels fail their check at their first use (`self_check`).
     """
-    width, dtype = x_TD.shape[1], x_TD.dtype
-    supported = x_TD.is_cuda and width <= WIDEST and dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return supported and _are_trusted(x_TD.device, dtype, width)
+    return fits_kernels(x_TD) and _are_trusted(x_TD.device, x_TD.dtype, x_TD.shape[1])
 
 
 @lru_cache
@@ -155,7 +151,7 @@ def _forward_plain(
         return h_TD, torch.stack(statistics).squeeze(2)
     h_TD = torch.empty_like(x_TD)
     statistics_2T = x_TD.new_empty(2, len(x_TD), dtype=_accumulator(x_TD))
-    for rows, (w_D, b_D) in zip(_row_ranges(stops), pairs, strict=True):
+    for rows, (w_D, b_D) in zip(row_ranges(stops), pairs, strict=True):
         h_TD[rows], *statistics = torch.native_layer_norm(x_TD[rows], x_TD.shape[1:], w_D, b_D, epsilon)
         torch.stack(statistics, out=statistics_2T[:, rows].unsqueeze(2))
     return h_TD, statistics_2T
@@ -172,7 +168,7 @@ def _backward_plain(
 ) -> tuple[Tensor, Tensor]:
     d_weights, d_biases = [], []
     dx_TD = None if len(stops) == 1 else torch.empty_like(x_TD)
-    for rows, weight_D in zip(_row_ranges(stops), weights, strict=True):
+    for rows, weight_D in zip(row_ranges(stops), weights, strict=True):
         w_D = _native(weight_D, x_TD)
         statistics = statistics_2T[:, rows].unsqueeze(2).unbind()
         # The shift's values are not looked at, only that there is one: its scale serves.
@@ -197,7 +193,7 @@ def _forward_cuda(
 ) -> tuple[Tensor, Tensor]:
     from beit3_ds.kernels.multiway_layer_norm_launch import forward
 
-    return forward(x_TD, stops, weights, biases, epsilon, _tiling(x_TD))
+    return forward(x_TD, stops, weights, biases, epsilon, row_tiling(x_TD))
 
 
 @torch.library.impl(_LIBRARY, "multiway_layer_norm_backward", "CUDA")
@@ -211,7 +207,7 @@ def _backward_cuda(
 ) -> tuple[Tensor, Tensor]:
     from beit3_ds.kernels.multiway_layer_norm_launch import backward
 
-    return backward(dh_TD, d_stream_TD, x_TD, statistics_2T, stops, weights, _tiling(x_TD))
+    return backward(dh_TD, d_stream_TD, x_TD, statistics_2T, stops, weights, row_tiling(x_TD))
 
 
 @torch.library.register_fake("beit3_ds::multiway_layer_norm", lib=_LIBRARY)
@@ -233,20 +229,9 @@ def _backward_fake(
     return torch.empty_like(x_TD), weights[0].new_empty(2, len(stops), x_TD.shape[1])
 
 
-def _row_ranges(stops: Sequence[int]) -> list[slice]:
-    return [slice(start, stop) for start, stop in zip((0, *stops[:-1]), stops, strict=True)]
-
-
 def _native(parameter_D: Tensor, x_TD: Tensor) -> Tensor:
     """Of half precision on a CPU, PyTorch keeps statistics in float32 only if the parameters are float32."""
     return parameter_D.to(_accumulator(x_TD)) if x_TD.device.type == "cpu" else parameter_D
-
-
-def _tiling(x_TD: Tensor) -> Any:
-    from beit3_ds.kernels.multiway_layer_norm_launch import choose_tiling  # only a GPU needs Triton
-    from beit3_ds.kernels.packed_attention_launch import architecture_of
-
-    return choose_tiling(architecture_of(x_TD.device), x_TD.shape[1])
 
 
 def _accumulator(x: Tensor) -> torch.dtype:

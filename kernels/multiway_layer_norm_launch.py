@@ -1,42 +1,22 @@
-"""Launching of the LayerNorm kernels: how they are compiled, and the variants that are compiled ahead of time."""
+"""Launching of the LayerNorm kernels: their arguments, and the variants that are compiled ahead of time."""
 
 # T packed rows, D width, E experts, P programs.
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
-import triton
-from beit3_ds.kernels.expert_rows_launch import NUM_MULTIPROCESSORS, deal_rows, for_experts, sum_partials
+from beit3_ds.kernels.expert_rows_launch import (
+    RowTiling,
+    build_row_variant,
+    check_rows,
+    deal_rows,
+    for_experts,
+    row_constants,
+    sum_partials,
+)
 from beit3_ds.kernels.multiway_layer_norm_triton import backward_kernel, forward_kernel
-from beit3_ds.kernels.variant import Variant, build_variant
+from beit3_ds.kernels.variant import Variant
 from torch import Tensor
-
-
-class Tiling(NamedTuple):
-    """How both kernels are compiled for one architecture and width."""
-
-    num_warps: int
-    """Of a program, which holds a row."""
-    num_stages: int
-    """Rows of a program that are worked on or on their way."""
-    forward_programs: int
-    """At most; their rows are worked on one after the other."""
-    backward_programs: int
-    """At most; each writes two sums of a row's width in float32, so there are no more than run at once."""
-
-
-def choose_tiling(architecture: int, width: int) -> Tiling:
-    """What compiles without spilled registers (budgets.json); its speed was never measured on a GPU.
-
-    Args:
-        architecture: 80, 90 or 100.
-        width: D, at most 8192: then a thread holds 16 columns.
-    """
-    block = triton.next_power_of_2(width)
-    num_warps = max(4, block // 512)
-    resident = NUM_MULTIPROCESSORS[architecture] * 16 // num_warps  # backward takes up to 128 registers a thread
-    return Tiling(num_warps, 2 if block > 4096 else 3, 4 * resident, resident)
 
 
 def forward(
@@ -45,7 +25,7 @@ def forward(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     epsilon: float,
-    tiling: Tiling,
+    tiling: RowTiling,
 ) -> tuple[Tensor, Tensor]:
     """Launches the forward kernel.
 
@@ -64,7 +44,7 @@ def forward(
     statistics_2T = x_TD.new_empty(2, len(x_TD), dtype=torch.float32)
     programs = deal_rows(stops, tiling.forward_programs)
     if programs.num_programs:
-        _check(x_TD)
+        check_rows(x_TD)
         forward_kernel[(programs.num_programs,)](
             x_TD,
             *for_experts(weights),
@@ -73,7 +53,7 @@ def forward(
             statistics_2T,
             programs.rows,
             *programs.stops,
-            **_constants(x_TD.shape[1], tiling),
+            **row_constants(x_TD.shape[1], tiling),
             EPSILON=epsilon,
             num_warps=tiling.num_warps,
         )
@@ -87,7 +67,7 @@ def backward(
     statistics_2T: Tensor,
     stops: Sequence[int],
     weights: Sequence[Tensor],
-    tiling: Tiling,
+    tiling: RowTiling,
 ) -> tuple[Tensor, Tensor]:
     """Launches the backward kernel and the sums over programs; no atomics, so the result is the same every time.
 
@@ -103,7 +83,7 @@ def backward(
     programs = deal_rows(stops, tiling.backward_programs)
     partial_2PD = x_TD.new_empty(2, programs.num_programs, x_TD.shape[1], dtype=torch.float32)
     if programs.num_programs:
-        _check(dh_TD, x_TD if d_residual_TD is None else d_residual_TD, x_TD)
+        check_rows(dh_TD, x_TD if d_residual_TD is None else d_residual_TD, x_TD)
         backward_kernel[(programs.num_programs,)](
             dh_TD,
             d_residual_TD if d_residual_TD is not None else dh_TD,
@@ -115,7 +95,7 @@ def backward(
             programs.rows,
             programs.num_programs,
             *programs.stops,
-            **_constants(x_TD.shape[1], tiling),
+            **row_constants(x_TD.shape[1], tiling),
             RESIDUAL=d_residual_TD is not None,
             num_warps=tiling.num_warps,
         )
@@ -125,37 +105,13 @@ def backward(
 def variants(architecture: int) -> list[Variant]:
     """The kernels as `ahead_of_time` compiles them: widths of the stream and of the feed-forward's sub-LN."""
     cases = [("bf16", width) for width in (768, 1024, 1408, 3072, 4096, 6144)]
-    cases += [("fp16", 1408), ("fp16", 6144), ("fp32", 768), ("fp32", 6144)]
-    return [variant for case in cases for variant in _case_variants(architecture, *case)]
-
-
-def _case_variants(architecture: int, element: str, width: int) -> list[Variant]:
-    tiling, result = choose_tiling(architecture, width), []
-    for kernel, own in ((forward_kernel, {"EPSILON": 1e-5}), (backward_kernel, {"RESIDUAL": True})):
-        constants = {**_constants(width, tiling), **own}
-        types = {name: f"*{element}" for name in kernel.arg_names if name.endswith("_ptr")}
-        types |= {name: "*fp32" for name in ("statistics_ptr", "partial_ptr") if name in types}
-        types |= {name: "i32" for name in kernel.arg_names if name not in types and name not in constants}
-        result.append(
-            build_variant(
-                f"multiway_layer_norm {kernel.__name__.removesuffix('_kernel')} {element} D={width}",
-                kernel,
-                types,
-                constants,
-                num_warps=tiling.num_warps,
-                num_stages=tiling.num_stages,
-                is_common=(element, width) == ("bf16", 1408),
-                is_memory_bound=True,
-            )
+    cases += [("fp16", 768), ("fp16", 1024), ("fp16", 1408), ("fp16", 6144), ("fp32", 768), ("fp32", 6144)]
+    return [
+        build_row_variant(architecture, "multiway_layer_norm", kernel, *case, constants, note)
+        for case in cases
+        for kernel, constants, note in (
+            (forward_kernel, {"EPSILON": 1e-5}, ""),
+            (backward_kernel, {"RESIDUAL": True}, ""),
+            (backward_kernel, {"RESIDUAL": False}, " alone"),
         )
-    return result
-
-
-def _constants(width: int, tiling: Tiling) -> dict[str, int]:
-    return {"D": width, "BLOCK": triton.next_power_of_2(width), "STAGES": tiling.num_stages}
-
-
-def _check(*tensors: Tensor) -> None:
-    for x in tensors:
-        assert x.is_contiguous(), "multiway_layer_norm: the kernels' strides are those of (T, D)"
-        assert x.numel() < 2**31, f"multiway_layer_norm: {tuple(x.shape)} has offsets beyond 32 bits"
+    ]

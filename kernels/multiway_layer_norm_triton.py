@@ -63,7 +63,7 @@ def backward_kernel(
     w_1_ptr,
     w_2_ptr,
     dx_ptr,
-    partial_ptr,
+    partial_sum_ptr,
     rows,
     num_programs,
     stop_0,
@@ -98,5 +98,5 @@ def backward_kernel(
         if RESIDUAL:
             dx += tl.load(d_residual_ptr + offsets, mask=real, other=0.0).to(tl.float32)
         tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=real)
-    tl.store(partial_ptr + program * D + columns, dw, mask=real)
-    tl.store(partial_ptr + (num_programs + program) * D + columns, db, mask=real)
+    tl.store(partial_sum_ptr + program * D + columns, dw, mask=real)
+    tl.store(partial_sum_ptr + (num_programs + program) * D + columns, db, mask=real)

@@ -6,8 +6,9 @@ from functools import partial
 import pytest
 import torch
 from beit3_ds.kernels import multiway_layer_norm as module
+from beit3_ds.kernels.expert_rows_launch import RowTiling, choose_row_tiling
 from beit3_ds.kernels.multiway_layer_norm import check_kernels, multiway_layer_norm, multiway_layer_norm_reference
-from beit3_ds.kernels.multiway_layer_norm_launch import Tiling, backward, choose_tiling, forward
+from beit3_ds.kernels.multiway_layer_norm_launch import backward, forward
 from beit3_ds.kernels.rule import WrongResultError, check_rule, with_gradients
 from beit3_ds.kernels.self_check import passes
 from hypothesis import given, settings
@@ -18,7 +19,7 @@ from tests.kernels.interpreter import interpreted
 CPU = torch.device("cpu")
 EPSILON = 1e-5
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SMALL = Tiling(num_warps=1, num_stages=2, forward_programs=4, backward_programs=5)
+SMALL = RowTiling(num_warps=1, num_stages=2, forward_programs=4, backward_programs=5)
 """One or two programs an expert, each with many rows."""
 
 
@@ -56,7 +57,7 @@ class Case:
         reference = with_gradients(partial(self.apply, multiway_layer_norm_reference, with_stream))
         check_rule(names, results, reference, self.inputs(with_stream))
 
-    def interpret(self, tiling: Tiling, with_stream: bool) -> tuple[torch.Tensor, ...]:
+    def interpret(self, tiling: RowTiling, with_stream: bool) -> tuple[torch.Tensor, ...]:
         """What the kernels make of it in Triton's interpreter."""
         stops = [stop for _, stop in self.slices]
         weights, biases = self.weights_and_biases(self.parameters)
@@ -171,7 +172,7 @@ def test_kernels_follow_the_reference(
 @pytest.mark.parametrize(("lengths", "width"), [((2, 1, 1), 1408), ((2,), 6144)], ids=str)
 def test_shipped_tiles(lengths: tuple[int, ...], width: int) -> None:
     case = Case(lengths, width, torch.bfloat16)
-    case.check(case.interpret(choose_tiling(90, width), with_stream=True), with_stream=True)
+    case.check(case.interpret(choose_row_tiling(90, width), with_stream=True), with_stream=True)
 
 
 @given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=3), with_stream=st.booleans())
@@ -192,7 +193,7 @@ def test_any_lengths(lengths: list[int], with_stream: bool) -> None:
 @settings(max_examples=60, deadline=None)
 def test_any_lengths_widths_and_dtypes(lengths, width, dtype, with_stream, programs) -> None:  # type: ignore[no-untyped-def]
     case = Case(lengths, width, dtype)
-    case.check(case.interpret(Tiling(1, 2, programs, programs), with_stream), with_stream)
+    case.check(case.interpret(RowTiling(1, 2, programs, programs), with_stream), with_stream)
 
 
 @pytest.mark.slow
@@ -200,7 +201,7 @@ def test_any_lengths_widths_and_dtypes(lengths, width, dtype, with_stream, progr
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_all_shipped_widths(dtype: torch.dtype, width: int) -> None:
     case = Case((5, 0, 4), width, dtype)
-    case.check(case.interpret(choose_tiling(90, width), with_stream=True), with_stream=True)
+    case.check(case.interpret(choose_row_tiling(90, width), with_stream=True), with_stream=True)
 
 
 def test_self_check(recwarn: pytest.WarningsRecorder) -> None:
