@@ -3,8 +3,9 @@
     python -m beit3_ds.kernels.ahead_of_time            # compare
     python -m beit3_ds.kernels.ahead_of_time --write    # store what came out as the new budgets
 
-A budget is a fact about machine code: registers, spills, shared memory, tensor-core instructions. It says that a kernel
-was compiled as intended; it says nothing of its speed, and none of these kernels was ever run on a GPU.
+A budget is a fact about machine code: registers, spills, shared memory, tensor-core instructions, widths of accesses.
+It says that a kernel was compiled as intended; it says nothing of its speed, and none of these kernels was ever run on
+a GPU.
 """
 
 import argparse
@@ -18,12 +19,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from beit3_ds.kernels import packed_attention_launch
+from beit3_ds.kernels import add_branch_launch, expert_rows_launch, multiway_layer_norm_launch, packed_attention_launch
 from beit3_ds.kernels.variant import Variant
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-SOURCES = (packed_attention_launch.variants,)
+SOURCES = (
+    packed_attention_launch.variants,
+    expert_rows_launch.variants,
+    multiway_layer_norm_launch.variants,
+    add_branch_launch.variants,
+)
 """One function a file of kernels: architecture -> its variants. A new kernel is added here, and to the budgets."""
 
 ARCHITECTURES = (80, 90, 100)
@@ -33,6 +39,7 @@ _SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 _TENSOR_CORE = {80: r"HMMA", 90: r"HGMMA", 100: r"UTC\w*MMA"}
 _ASYNC_COPY = r"LDGSTS|UTMALDG|UBLKCP"
 _SPILL = r"LDL|STL"
+_GLOBAL_ACCESS = r"\b(?:LDG|STG|LDGSTS)\.[\w.]+"
 
 
 class Report(NamedTuple):
@@ -50,6 +57,10 @@ class Report(NamedTuple):
     """Instructions that multiply on tensor cores: HMMA, HGMMA or UTCxMMA."""
     async_copies: int
     """Instructions that copy from global to shared memory while others run."""
+    wide_accesses: int
+    """Instructions that load, store or copy 128 bits of global memory a thread."""
+    narrow_accesses: int
+    """Those that do with fewer bits: statistics of rows, and whatever the compiler could not vectorise."""
 
 
 def all_variants(architecture: int) -> list[Variant]:
@@ -84,6 +95,8 @@ def compile_variant(variant: Variant, architecture: int) -> Report:
         assert found, f"no {resource} in {usage!r}"
         return int(found[1])
 
+    accesses = re.findall(_GLOBAL_ACCESS, code)
+    num_wide = sum("128" in access.split(".") for access in accesses)
     return Report(
         registers=used("REG"),
         stack=used("STACK"),
@@ -91,6 +104,8 @@ def compile_variant(variant: Variant, architecture: int) -> Report:
         shared_memory=compiled.metadata.shared,
         tensor_core=count(_TENSOR_CORE[architecture]),
         async_copies=count(_ASYNC_COPY),
+        wide_accesses=num_wide,
+        narrow_accesses=len(accesses) - num_wide,
     )
 
 
@@ -101,10 +116,14 @@ def find_excess(report: Report, budget: Report | None, architecture: int) -> lis
         problems.append(f"shared memory {report.shared_memory} > {_SHARED_MEMORY[architecture]} of sm_{architecture}")
     if budget is None:
         return [*problems, "no budget: run with --write"]
-    for name in ("registers", "stack", "spills", "shared_memory"):
+    for name in ("registers", "stack", "spills", "shared_memory", "narrow_accesses"):
         if getattr(report, name) > getattr(budget, name):
             problems.append(f"{name} {getattr(report, name)} > {getattr(budget, name)}")
-    for name in ("tensor_core", "async_copies"):  # also 0 where Triton silently compiled a kernel to nothing
+    for name in (
+        "tensor_core",
+        "async_copies",
+        "wide_accesses",
+    ):  # also 0 where Triton silently compiled a kernel to nothing
         if getattr(report, name) == 0 < getattr(budget, name):
             problems.append(f"{name} 0, was {getattr(budget, name)}")
     return problems

@@ -1,11 +1,239 @@
-"""placeholder until merge"""
+"""LayerNorm of a packed stream with a scale and a shift an expert, which also takes in the residual's gradient.
+
+On the CPU it is PyTorch's own LayerNorm over each expert's rows. On a GPU it is the operator
+`beit3_ds::multiway_layer_norm` with the kernels of `multiway_layer_norm_triton`, one launch for all experts, which were
+compiled ahead of time and interpreted, but never run on a GPU.
+"""
+
+# T packed rows, D width, E experts; expert e owns rows [stops[e - 1], stops[e]).
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from beit3_ds.kernels.expert_rows import fits_kernels, row_ranges, row_tiling
+from beit3_ds.kernels.multiway_linear import Slices
+from beit3_ds.kernels.rule import check_rule, with_gradients
+from beit3_ds.kernels.self_check import passes
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
-def multiway_layer_norm(x, slices, weights, biases, epsilon):
+def multiway_layer_norm_reference(
+    x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """What `multiway_layer_norm` computes, in plain PyTorch."""
     parts = [
-        F.layer_norm(x[a:b], x.shape[1:], w, c, epsilon) for (a, b), w, c in zip(slices, weights, biases, strict=True)
+        F.layer_norm(x_TD[start:stop], w_D.shape, w_D, b_D, epsilon)
+        for (start, stop), w_D, b_D in zip(slices, weights, biases, strict=True)
     ]
-    return x, torch.cat(parts)
+    return x_TD.view_as(x_TD), torch.cat(parts)
+
+
+def multiway_layer_norm(
+    x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """Normalises every row and scales and shifts it with the parameters of its expert; passes the stream through.
+
+    A residual connection goes on with the stream that comes out: then its gradient is added where the norm's is made,
+    and not in a pass of its own. Kept for the backward pass are x, two numbers a row, and the parameters as they are.
+    An expert without rows gets zero gradients.
+
+    Args:
+        x_TD: packed rows.
+        slices: row range of each expert; together they cover [0, T) in order.
+        weights: one scale (D,) an expert, of x's dtype.
+        biases: one shift (D,) an expert, of x's dtype.
+        epsilon: added to the variance.
+
+    Returns:
+        x_TD itself, and h_TD = (x - mean) / sqrt(variance + epsilon) * w + b, of x's dtype; statistics are taken in
+        float32, in float64 of float64.
+    """
+    stops = tuple(stop for _, stop in slices)
+    stream_TD, h_TD = _MultiwayLayerNorm.apply(x_TD, stops, epsilon, runs_kernels(x_TD), *weights, *biases)
+    return stream_TD, h_TD
+
+
+def runs_kernels(x_TD: Tensor) -> bool:
+    """Whether `multiway_layer_norm` takes the GPU's kernels (`fits_kernels`); all else takes the CPU's way.
+
+    So does everything on a device where the kernels fail their check at their first use (`self_check`).
+    """
+    return fits_kernels(x_TD) and _are_trusted(x_TD.device, x_TD.dtype, x_TD.shape[1])
+
+
+@lru_cache
+def _are_trusted(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    return passes(
+        f"multiway_layer_norm in {dtype} of width {width}", device, lambda: check_kernels(device, dtype, width)
+    )
+
+
+def check_kernels(device: torch.device, dtype: torch.dtype, width: int) -> None:
+    """Holds the operators to the reference, forward and backward, over three experts of which one has no rows.
+
+    Raises:
+        WrongResultError: if a result is wrong.
+    """
+    slices, epsilon = ((0, 37), (37, 37), (37, 61)), 1e-5
+    generator = torch.Generator().manual_seed(0)
+    x_TD, d_stream_TD, dh_TD = torch.randn(3, 61, width, generator=generator).to(device, dtype).unbind()
+    parameters = torch.randn(6, width, generator=generator).to(device, dtype).unbind()
+    names = ("y", "dx", *(f"d_{kind}_{expert}" for kind in ("weight", "bias") for expert in range(3)))
+
+    def operator(x_TD: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.stack(_MultiwayLayerNorm.apply(x_TD, (37, 37, 61), epsilon, True, *parameters))
+
+    def reference(x_TD: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.stack(multiway_layer_norm_reference(x_TD, slices, parameters[:3], parameters[3:], epsilon))
+
+    def norm_alone(function: Callable[..., Tensor], *leaves: Tensor) -> Tensor:
+        return function(*leaves)[1]
+
+    inputs = (x_TD, *parameters)
+    both = (*inputs, torch.stack((d_stream_TD, dh_TD)))
+    check_rule(names, with_gradients(operator)(*both), with_gradients(reference), both)
+    alone = (*inputs, dh_TD)
+    ours, expected = (with_gradients(partial(norm_alone, function)) for function in (operator, reference))
+    check_rule(names, ours(*alone), expected, alone)
+
+
+class _MultiwayLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, stops: tuple[int, ...], epsilon: float, kernels: bool, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        weights, biases = parameters[: len(stops)], parameters[len(stops) :]
+        norm = torch.ops.beit3_ds.multiway_layer_norm if kernels else _forward_plain
+        h_TD, statistics_2T = norm(x_TD.contiguous(), stops, weights, biases, epsilon)
+        # The parameters themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
+        ctx.save_for_backward(x_TD, statistics_2T, *weights)
+        ctx.stops, ctx.kernels = stops, kernels
+        ctx.set_materialize_grads(False)  # the stream's gradient may be absent, and is not to be made of zeros
+        return x_TD, h_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_stream_TD: Tensor | None, dh_TD: Tensor | None) -> tuple[Tensor | None, ...]:
+        x_TD, statistics_2T, *weights = ctx.saved_tensors
+        if dh_TD is None:
+            return (d_stream_TD, None, None, None, *[torch.zeros_like(w_D) for w_D in weights * 2])
+        differentiate = torch.ops.beit3_ds.multiway_layer_norm_backward if ctx.kernels else _backward_plain
+        d_stream_TD = None if d_stream_TD is None else d_stream_TD.contiguous()
+        tensors = dh_TD.contiguous(), d_stream_TD, x_TD.contiguous(), statistics_2T
+        dx_TD, d_parameters_2ED = differentiate(*tensors, ctx.stops, weights)
+        return (dx_TD, None, None, None, *d_parameters_2ED.flatten(0, 1).unbind())
+
+
+_LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
+_LIBRARY.define(
+    "multiway_layer_norm(Tensor x, int[] stops, Tensor[] weights, Tensor[] biases, float epsilon) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "multiway_layer_norm_backward(Tensor dh, Tensor? d_stream, Tensor x, Tensor statistics, int[] stops, "
+    "Tensor[] weights) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_LIBRARY, "multiway_layer_norm", "CPU")
+def _forward_plain(
+    x_TD: Tensor, stops: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's LayerNorm an expert; several experts' results go through a copy, which costs less than a second pass
+    that scales and shifts (BENCHMARKS.md).
+    """
+    pairs = [(_native(w_D, x_TD), _native(b_D, x_TD)) for w_D, b_D in zip(weights, biases, strict=True)]
+    if len(stops) == 1:
+        h_TD, *statistics = torch.native_layer_norm(x_TD, x_TD.shape[1:], *pairs[0], epsilon)
+        return h_TD, torch.stack(statistics).squeeze(2)
+    h_TD = torch.empty_like(x_TD)
+    statistics_2T = x_TD.new_empty(2, len(x_TD), dtype=_accumulator(x_TD))
+    for rows, (w_D, b_D) in zip(row_ranges(stops), pairs, strict=True):
+        h_TD[rows], *statistics = torch.native_layer_norm(x_TD[rows], x_TD.shape[1:], w_D, b_D, epsilon)
+        torch.stack(statistics, out=statistics_2T[:, rows].unsqueeze(2))
+    return h_TD, statistics_2T
+
+
+@torch.library.impl(_LIBRARY, "multiway_layer_norm_backward", "CPU")
+def _backward_plain(
+    dh_TD: Tensor,
+    d_stream_TD: Tensor | None,
+    x_TD: Tensor,
+    statistics_2T: Tensor,
+    stops: Sequence[int],
+    weights: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    d_weights, d_biases = [], []
+    dx_TD = None if len(stops) == 1 else torch.empty_like(x_TD)
+    for rows, weight_D in zip(row_ranges(stops), weights, strict=True):
+        w_D = _native(weight_D, x_TD)
+        statistics = statistics_2T[:, rows].unsqueeze(2).unbind()
+        # The shift's values are not looked at, only that there is one: its scale serves.
+        part_TD, dw_D, db_D = torch.ops.aten.native_layer_norm_backward(
+            dh_TD[rows], x_TD[rows], w_D.shape, *statistics, w_D, w_D, [True, True, True]
+        )
+        if dx_TD is None:
+            dx_TD = part_TD if d_stream_TD is None else part_TD.add_(d_stream_TD)
+        elif d_stream_TD is None:
+            dx_TD[rows] = part_TD
+        else:
+            torch.add(part_TD, d_stream_TD[rows], out=dx_TD[rows])
+        d_weights.append(dw_D.to(weight_D.dtype))
+        d_biases.append(db_D.to(weight_D.dtype))
+    assert dx_TD is not None
+    return dx_TD, torch.stack(d_weights + d_biases).unflatten(0, (2, -1))
+
+
+@torch.library.impl(_LIBRARY, "multiway_layer_norm", "CUDA")
+def _forward_cuda(
+    x_TD: Tensor, stops: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
+) -> tuple[Tensor, Tensor]:
+    from beit3_ds.kernels.multiway_layer_norm_launch import forward
+
+    return forward(x_TD, stops, weights, biases, epsilon, row_tiling(x_TD))
+
+
+@torch.library.impl(_LIBRARY, "multiway_layer_norm_backward", "CUDA")
+def _backward_cuda(
+    dh_TD: Tensor,
+    d_stream_TD: Tensor | None,
+    x_TD: Tensor,
+    statistics_2T: Tensor,
+    stops: Sequence[int],
+    weights: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    from beit3_ds.kernels.multiway_layer_norm_launch import backward
+
+    return backward(dh_TD, d_stream_TD, x_TD, statistics_2T, stops, weights, row_tiling(x_TD))
+
+
+@torch.library.register_fake("beit3_ds::multiway_layer_norm", lib=_LIBRARY)
+def _forward_fake(
+    x_TD: Tensor, stops: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x_TD), x_TD.new_empty(2, len(x_TD), dtype=_accumulator(x_TD))
+
+
+@torch.library.register_fake("beit3_ds::multiway_layer_norm_backward", lib=_LIBRARY)
+def _backward_fake(
+    dh_TD: Tensor,
+    d_stream_TD: Tensor | None,
+    x_TD: Tensor,
+    statistics_2T: Tensor,
+    stops: Sequence[int],
+    weights: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x_TD), weights[0].new_empty(2, len(stops), x_TD.shape[1])
+
+
+def _native(parameter_D: Tensor, x_TD: Tensor) -> Tensor:
+    """Of half precision on a CPU, PyTorch keeps statistics in float32 only if the parameters are float32."""
+    return parameter_D.to(_accumulator(x_TD)) if x_TD.device.type == "cpu" else parameter_D
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    """float32 for half precision; float32 and float64 stay as they are."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,30 @@
+"""Rows of a packed stream that belong to experts, and what the kernels that stream them can take."""
+
+# T packed rows, D width.
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WIDEST = 8192
+"""Columns of a row that one program of the kernels holds."""
+
+
+def row_ranges(stops: Sequence[int]) -> list[slice]:
+    """The rows of each expert, from where they end; the first begin at 0."""
+    return [slice(start, stop) for start, stop in zip((0, *stops[:-1]), stops, strict=True)]
+
+
+def fits_kernels(x_TD: Tensor) -> bool:
+    """Whether a GPU's kernels exist for rows of this width and dtype: not for float64, and not beyond WIDEST."""
+    return x_TD.is_cuda and x_TD.shape[1] <= WIDEST and x_TD.dtype in (torch.float32, torch.float16, torch.bfloat16)
+
+
+def row_tiling(x_TD: Tensor) -> Any:
+    """How kernels are compiled for these rows, an `expert_rows_launch.RowTiling`."""
+    from beit3_ds.kernels.expert_rows_launch import choose_row_tiling  # only a GPU needs Triton
+    from beit3_ds.kernels.packed_attention_launch import architecture_of
+
+    return choose_row_tiling(architecture_of(x_TD.device), x_TD.shape[1])

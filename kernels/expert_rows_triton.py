@@ -1,0 +1,84 @@
+# mypy: disable-error-code="no-untyped-def"
+"""What kernels share in which every expert has parameters of its own: who works on which rows, and sums over rows.
+
+They were interpreted on the CPU and compiled ahead of time, but never run on a GPU.
+"""
+
+# D width, E experts (3, of which the last may have no rows), P programs, S kinds of sums.
+#
+# Program p works on up to `rows` consecutive rows of one expert; no program's rows belong to two. What is summed over
+# an expert's rows is summed by each of its programs first, and then over these in their order: no atomics, so the
+# result is the same every time.
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _first_programs(rows, stop_0, stop_1, stop_2):
+    """The first program of experts 1 and 2, and the number of all."""
+    first_1 = tl.cdiv(stop_0, rows)
+    first_2 = first_1 + tl.cdiv(stop_1 - stop_0, rows)
+    return first_1, first_2, first_2 + tl.cdiv(stop_2 - stop_1, rows)
+
+
+@triton.jit
+def rows_of(program, rows, stop_0, stop_1, stop_2):
+    """A program's expert, and its rows [start, stop)."""
+    first_1, first_2, _ = _first_programs(rows, stop_0, stop_1, stop_2)
+    expert = (program >= first_1).to(tl.int32) + (program >= first_2).to(tl.int32)
+    start = program * rows
+    stop = stop_0
+    if expert == 1:
+        start = stop_0 + (program - first_1) * rows
+        stop = stop_1
+    if expert == 2:
+        start = stop_1 + (program - first_2) * rows
+        stop = stop_2
+    return expert, start, tl.minimum(start + rows, stop)
+
+
+@triton.jit
+def load_of_expert(expert, ptr_0, ptr_1, ptr_2, D: tl.constexpr, BLOCK: tl.constexpr):
+    """The (D,) parameter of one expert in float32, 0 beyond D.
+
+    A load in every branch: of a pointer that is chosen first the compiler would not know the alignment.
+    """
+    columns = tl.arange(0, BLOCK)
+    if expert == 0:
+        x = tl.load(ptr_0 + columns, mask=columns < D, other=0.0)
+    elif expert == 1:
+        x = tl.load(ptr_1 + columns, mask=columns < D, other=0.0)
+    else:
+        x = tl.load(ptr_2 + columns, mask=columns < D, other=0.0)
+    return x.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["rows", "stop_0", "stop_1", "stop_2"])
+def sum_kernel(
+    partial_sum_ptr,
+    sum_ptr,
+    rows,
+    stop_0,
+    stop_1,
+    stop_2,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    """Sums (S, P, D) float32 over each expert's programs, to (S, E, D): one program for BLOCK columns of one sum."""
+    expert = tl.program_id(1)
+    kind = tl.program_id(2)
+    first_1, first_2, num_programs = _first_programs(rows, stop_0, stop_1, stop_2)
+    start = tl.where(expert == 0, 0, tl.where(expert == 1, first_1, first_2))
+    stop = tl.where(expert == 0, first_1, tl.where(expert == 1, first_2, num_programs))
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([PROGRAMS, BLOCK], tl.float32)
+    for begin in tl.range(start, stop, PROGRAMS):
+        programs = begin + tl.arange(0, PROGRAMS)
+        real = (programs[:, None] < stop) & (columns[None, :] < D)
+        offsets = (kind * num_programs + programs[:, None]) * D + columns[None, :]
+        total += tl.load(partial_sum_ptr + offsets, mask=real, other=0.0)
+    result = tl.sum(total, 0).to(sum_ptr.dtype.element_ty)
+    tl.store(sum_ptr + (kind * E + expert) * D + columns, result, mask=columns < D)
