@@ -8,7 +8,7 @@ way; nothing else is kept for the backward pass. A rank that holds whole rows go
 # T packed rows, F local width, P ranks that divide the width.
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -139,7 +139,7 @@ def _sub_norm_gradient(
 
 @torch.library.impl(_LIBRARY, "row_statistics", "CUDA")
 def _row_statistics_cuda(x_TF: Tensor) -> tuple[Tensor, Tensor]:
-    if not runs_kernels(x_TF):
+    if not _runs_kernels(x_TF):
         return _row_statistics(x_TF)
     from beit3_ds.kernels import multiway_ffn_launch
 
@@ -156,7 +156,7 @@ def _sub_norm_cuda(
     shifts: Sequence[Tensor],
     ends: Sequence[int],
 ) -> Tensor:
-    if not runs_kernels(x_TF):
+    if not _runs_kernels(x_TF):
         return _sub_norm(x_TF, gelu, mean_T, rstd_T, scales, shifts, ends)
     from beit3_ds.kernels import multiway_ffn_launch
 
@@ -173,11 +173,11 @@ def _sub_norm_sums_cuda(
     scales: Sequence[Tensor],
     ends: Sequence[int],
 ) -> list[Tensor]:
-    if not runs_kernels(x_TF):
+    if not _runs_kernels(x_TF):
         return _sub_norm_sums(dn_TF, x_TF, gelu, mean_T, rstd_T, scales, ends)
     from beit3_ds.kernels import multiway_ffn_launch
 
-    norm = (mean_T, rstd_T, scales, [])
+    norm: tuple[Any, ...] = (mean_T, rstd_T, scales, [])
     sums_2T, d_scales, d_shifts = multiway_ffn_launch.norm_gradient_sums(dn_TF, x_TF, gelu, norm, slices_of(ends))
     return [sums_2T, *d_scales, *d_shifts]
 
@@ -194,11 +194,11 @@ def _sub_norm_gradient_cuda(
     width: int,
     ends: Sequence[int],
 ) -> Tensor:
-    if not runs_kernels(x_TF):
+    if not _runs_kernels(x_TF):
         return _sub_norm_gradient(dn_TF, x_TF, gelu, mean_T, rstd_T, scales, sums_2T, width, ends)
     from beit3_ds.kernels import multiway_ffn_launch
 
-    norm = (mean_T, rstd_T, scales, [])
+    norm: tuple[Any, ...] = (mean_T, rstd_T, scales, [])
     return multiway_ffn_launch.norm_gradient(dn_TF, x_TF, gelu, norm, sums_2T, width, slices_of(ends))
 
 
@@ -240,7 +240,7 @@ def _standardize(x_TF: Tensor, gelu: bool, mean_T: Tensor, rstd_T: Tensor) -> Te
     return (a_TF - mean_T.unsqueeze(1)).mul_(rstd_T.unsqueeze(1))
 
 
-def runs_kernels(x: Tensor) -> bool:
+def _runs_kernels(x: Tensor) -> bool:
     """Whether the GPU's kernels serve rows of `x`: not in float64, nor where they failed their check at first use."""
     supported = x.is_cuda and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
     return supported and _are_trusted(x.device, x.dtype)
@@ -267,30 +267,38 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
     for gelu in (False, True):
         mean, squares = _row_statistics(F.gelu(x) if gelu else x)
         rstd = (squares / 96 + 1e-5).rsqrt()
+        sums = _sub_norm_sums(dn, x, gelu, mean, rstd, scales, ends)[0]
         norm = (mean, rstd, scales, shifts)
-
-        def forward(x: Tensor, *p: Tensor, gelu: bool = gelu, rows: Any = (mean, rstd)) -> tuple[Tensor, ...]:
-            return (_sub_norm(x, gelu, *_like(rows, x), p[:2], p[2:], ends),)
-
-        def sums(dn: Tensor, x: Tensor, *p: Tensor, gelu: bool = gelu, rows: Any = (mean, rstd)) -> tuple[Tensor, ...]:
-            return tuple(_sub_norm_sums(dn, x, gelu, *_like(rows, x), p, ends))
-
         n = launch.normalize(x, gelu, norm, slices)
-        check_rule(("n",), (n,), forward, (x, *scales, *shifts))
+        check_rule(("n",), (n,), partial(_check_norm, gelu, ends), (x, mean, rstd, *scales, *shifts))
         sums_2T, d_scales, d_shifts = launch.norm_gradient_sums(dn, x, gelu, norm, slices)
-        names = ("sums", "d_scale 0", "d_scale 1", "d_shift 0", "d_shift 1")
-        check_rule(names, (sums_2T, *d_scales, *d_shifts), sums, (dn, x, *scales))
-        given = _sub_norm_sums(dn, x, gelu, mean, rstd, scales, ends)[0]
-
-        def gradient(
-            dn: Tensor, x: Tensor, *p: Tensor, gelu: bool = gelu, rows: Any = (mean, rstd, given)
-        ) -> tuple[Tensor, ...]:
-            mean_T, rstd_T, sums_2T = _like(rows, x)
-            return (_sub_norm_gradient(dn, x, gelu, mean_T, rstd_T, p, sums_2T, 96, ends),)
-
-        dx = launch.norm_gradient(dn.clone(), x, gelu, norm, given, 96, slices)
-        check_rule(("dx",), (dx,), gradient, (dn, x, *scales))
+        names = ("sums", *(f"d_{kind} {expert}" for kind in ("scale", "shift") for expert in range(2)))
+        results = (sums_2T, *d_scales, *d_shifts)
+        check_rule(names, results, partial(_check_sums, gelu, ends), (dn, x, mean, rstd, *scales))
+        dx = launch.norm_gradient(dn.clone(), x, gelu, norm, sums, 96, slices)
+        check_rule(("dx",), (dx,), partial(_check_gradient, gelu, ends), (dn, x, mean, rstd, sums, *scales))
 
 
-def _like(statistics: Sequence[Tensor], x: Tensor) -> list[Tensor]:
-    return [s.to(wide_dtype(x)) for s in statistics]
+def _check_norm(
+    gelu: bool, ends: list[int], x_TF: Tensor, mean_T: Tensor, rstd_T: Tensor, *p: Tensor
+) -> tuple[Tensor, ...]:
+    return (_sub_norm(x_TF, gelu, mean_T, rstd_T, p[: len(ends)], p[len(ends) :], ends),)
+
+
+def _check_sums(
+    gelu: bool, ends: list[int], dn_TF: Tensor, x_TF: Tensor, mean_T: Tensor, rstd_T: Tensor, *scales: Tensor
+) -> tuple[Tensor, ...]:
+    return tuple(_sub_norm_sums(dn_TF, x_TF, gelu, mean_T, rstd_T, scales, ends))
+
+
+def _check_gradient(
+    gelu: bool,
+    ends: list[int],
+    dn_TF: Tensor,
+    x_TF: Tensor,
+    mean_T: Tensor,
+    rstd_T: Tensor,
+    sums_2T: Tensor,
+    *scales: Tensor,
+) -> tuple[Tensor, ...]:
+    return (_sub_norm_gradient(dn_TF, x_TF, gelu, mean_T, rstd_T, scales, sums_2T, x_TF.shape[1], ends),)
