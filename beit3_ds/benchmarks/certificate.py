@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -142,16 +143,13 @@ def run_step(step: Step, folder: Path) -> Result:
 
 def describe_machine() -> dict[str, Any]:
     """Devices, versions and the commit."""
-    import deepspeed
-    import triton
-
     return {
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
-        "triton": triton.__version__,
-        "deepspeed": deepspeed.__version__,
+        "triton": version("triton"),
+        "deepspeed": version("deepspeed"),
         "python": platform.python_version(),
         "commit": _output("git", "rev-parse", "HEAD") + (" (changed)" if _output("git", "status", "--short") else ""),
         "date": time.strftime("%Y-%m-%d"),

@@ -4,76 +4,18 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from beit3_ds.benchmarks.expert_cases import ffn_case, norm_case
+from beit3_ds.benchmarks.kernel_case import Case, Cost, Implementation, Problem, as_leaves, random_tensor
 from beit3_ds.benchmarks.mix import Mix, draw_mix
 from beit3_ds.config.model import MODEL_SIZES
 from beit3_ds.kernels.linear_cross_entropy import linear_cross_entropy
 from beit3_ds.kernels.packed_attention import packed_attention
-
-
-class Problem(NamedTuple):
-    """One implementation with its inputs; all implementations of a case compute the same."""
-
-    leaves: tuple[Tensor, ...]
-    """What gradients are taken for."""
-    run: Callable[[], Tensor]
-    """The forward pass."""
-    dy: Tensor
-    """Gradient of its output."""
-    packed: Callable[[Tensor], Tensor]
-    """Makes the packed stream's order of its output, for the comparison."""
-
-
-class Implementation(NamedTuple):
-    """Ours or a baseline."""
-
-    name: str
-    """Its row."""
-    build: Callable[[], Problem] | None
-    """Prepares inputs; None if it cannot run here."""
-    why_absent: str = ""
-    """Why not."""
-
-
-class Cost(NamedTuple):
-    """The least that an op must do."""
-
-    flops: float
-    """Of its matrix products; a multiply-add counts 2."""
-    bytes: float
-    """Inputs read and outputs written, once each."""
-
-
-class Case(NamedTuple):
-    """One op at one shape."""
-
-    op: str
-    """The op."""
-    shape: str
-    """Size and rows."""
-    forward: Cost
-    """Of the forward pass."""
-    backward: Cost
-    """Of the backward pass, nothing recomputed."""
-    is_compute_bound: bool
-    """Whether its rate is that of products, or of bytes."""
-    implementations: list[Implementation]
-    """Ours first."""
-
-    def cost(self, direction: str) -> Cost:
-        """Of "forward", "backward" or "both"."""
-        if direction == "both":
-            return Cost(self.forward.flops + self.backward.flops, self.forward.bytes + self.backward.bytes)
-        return self.forward if direction == "forward" else self.backward
-
-    def absent(self) -> list[tuple[str, str]]:
-        """Baselines that cannot run here, and why."""
-        return [(entry.name, entry.why_absent) for entry in self.implementations if entry.build is None]
 
 
 def build_cases(size: str, samples: int, device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], Case]]:
@@ -86,32 +28,27 @@ def build_cases(size: str, samples: int, device: torch.device, dtype: torch.dtyp
         dtype: of all tensors.
     """
     shape, mix = MODEL_SIZES[size], draw_mix(size, samples)
-    for build in (_attention_case, _mlm_case):
+    for build in (_attention_case, ffn_case, norm_case, _mlm_case):
         yield partial(build, size, shape, mix, device, dtype)
-
-
-def _random(*shape: int, device: torch.device, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
 
 
 def _attention_case(size: str, shape: dict[str, int], mix: Mix, device: torch.device, dtype: torch.dtype) -> Case:
     heads, width = shape["num_attention_heads"], shape["hidden_size"] // shape["num_attention_heads"]
     num_rows = mix.num_rows
-    q, k, v, dy = (_random(num_rows, heads, width, device=device, dtype=dtype, seed=i) for i in range(4))
+    q, k, v, dy = (random_tensor(num_rows, heads, width, device=device, dtype=dtype, seed=i) for i in range(4))
     squares = sum(length * length for length in mix.lengths)
     element, products = dtype.itemsize, 4.0 * squares * heads * width
     rows_bytes = num_rows * heads * width * element
     order = torch.cat([torch.arange(start, stop) for ranges in mix.ranges for start, stop in ranges]).to(device)
 
     def ours() -> Problem:
-        leaves = _leaves(q, k, v)
+        leaves = as_leaves(q, k, v)
         return Problem(leaves, lambda: packed_attention(*leaves, mix.ranges), dy, lambda y: y)
 
     def padded() -> Problem:
         lengths = torch.tensor(mix.lengths, device=device)
         real = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
-        leaves = _leaves(*(_pad(x[order], real).transpose(1, 2) for x in (q, k, v)))
+        leaves = as_leaves(*(_pad(x[order], real).transpose(1, 2) for x in (q, k, v)))
         mask = real[:, None, None, :]
 
         def packed(y: Tensor) -> Tensor:
@@ -127,7 +64,7 @@ def _attention_case(size: str, shape: dict[str, int], mix: Mix, device: torch.de
         return Problem(leaves, run, gradient, packed)
 
     def in_order(attend: Callable[..., Tensor]) -> Problem:
-        leaves = _leaves(*(x[order] for x in (q, k, v)))
+        leaves = as_leaves(*(x[order] for x in (q, k, v)))
         unordered = lambda y: torch.empty_like(y).index_copy(0, order, y)  # noqa: E731
         return Problem(leaves, lambda: attend(*leaves), dy[order], unordered)
 
@@ -146,14 +83,14 @@ def _attention_case(size: str, shape: dict[str, int], mix: Mix, device: torch.de
 
 def _mlm_case(size: str, shape: dict[str, int], mix: Mix, device: torch.device, dtype: torch.dtype) -> Case:
     rows, width, vocabulary = mix.num_masked_tokens, shape["hidden_size"], 64010
-    h = _random(rows, width, device=device, dtype=dtype)
-    w = _random(vocabulary, width, device=device, dtype=dtype, seed=1, scale=width**-0.5)
-    b = _random(vocabulary, device=device, dtype=dtype, seed=2)
+    h = random_tensor(rows, width, device=device, dtype=dtype)
+    w = random_tensor(vocabulary, width, device=device, dtype=dtype, seed=1, scale=width**-0.5)
+    b = random_tensor(vocabulary, device=device, dtype=dtype, seed=2)
     target = torch.randint(0, vocabulary, (rows,), generator=torch.Generator().manual_seed(3)).to(device)
     dy = torch.full((rows,), 1 / rows, device=device)
 
     def build(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Problem:
-        leaves = _leaves(h, w, b)
+        leaves = as_leaves(h, w, b)
         return Problem(leaves, lambda: loss(*leaves), dy, lambda y: y)
 
     def plain(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -246,8 +183,4 @@ def _pad(rows: Tensor, real: Tensor) -> Tensor:
     return padded
 
 
-def _leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x.detach().clone().requires_grad_() for x in tensors)
-
-
-__all__: Sequence[str] = ["Case", "Cost", "Implementation", "Problem", "build_cases"]
+__all__: Sequence[str] = ["build_cases"]
