@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from beit3_ds.kernels import packed_attention_launch
+from beit3_ds.kernels import multiway_ffn_launch, packed_attention_launch, sub_norm_launch
 from beit3_ds.kernels.variant import Variant
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-SOURCES = (packed_attention_launch.variants,)
+SOURCES = (packed_attention_launch.variants, multiway_ffn_launch.variants, sub_norm_launch.variants)
 """One function a file of kernels: architecture -> its variants. A new kernel is added here, and to the budgets."""
 
 ARCHITECTURES = (80, 90, 100)

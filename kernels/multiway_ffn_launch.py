@@ -23,6 +23,7 @@ from beit3_ds.kernels.sub_norm_launch import (
     combine_statistics,
     count_row_tiles,
 )
+from beit3_ds.kernels.variant import Variant, build_variant
 from torch import Tensor
 
 
@@ -189,6 +190,68 @@ def weight_gradient(
     flags = {"BIAS": with_bias, "FACTOR": factor_T is not None}
     _launch(weight_gradient_kernel, grid, tensors, slices, {"OUT": out_width, "IN": in_width, **flags})
     return d_weights, d_biases
+
+
+def variants(architecture: int) -> list[Variant]:
+    """The kernels as `ahead_of_time` compiles them: base, large and giant, all tiles at giant's widths.
+
+    The default tests compile the FFN of giant, whole on sm_90 and its up projection on the others.
+    """
+    result = []
+    for element, hidden, ffn_hidden in (
+        ("bf16", 768, 3072),
+        ("bf16", 1024, 4096),
+        ("bf16", 1408, 6144),
+        ("fp16", 1408, 6144),
+        ("fp32", 768, 3072),
+    ):
+        is_giant = (element, hidden) == ("bf16", 1408)
+        for name, kernel, constants in _build_cases(hidden, ffn_hidden):
+            choices = choose_tiles(kernel, architecture, _DTYPES[element])
+            for tiles in choices if is_giant else choices[:1]:
+                common = is_giant and tiles == choices[0] and name != "linear"
+                common = common and (architecture == 90 or kernel is up_projection_kernel)
+                result.append(_build_variant(f"{name} {element}", kernel, element, constants, tiles, common))
+    return result
+
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_STATISTICS = ("mean_ptr", "rstd_ptr", "means_ptr", "squares_ptr")
+
+
+def _build_cases(hidden: int, ffn_hidden: int) -> list[tuple[str, Any, dict[str, int]]]:
+    """Kernels and constants of a block: attention's projections, the FFN's, and the gradients of these."""
+    plain = {"NORM": False, "RESIDUAL": False, "FACTOR": False}
+    whole = dict.fromkeys(("BIAS", "NORM", "RESIDUAL", "FACTOR"), True)
+    return [
+        ("linear", projection_kernel, {"N": hidden, "K": hidden, "BIAS": True, **plain}),
+        ("up_projection", up_projection_kernel, {"N": ffn_hidden, "K": hidden, "BIAS": True, "STATISTICS": True}),
+        ("out_projection", projection_kernel, {"N": hidden, "K": ffn_hidden, **whole}),
+        ("input_gradient", input_gradient_kernel, {"N": ffn_hidden, "K": hidden, "FACTOR": True}),
+        ("weight_gradient", weight_gradient_kernel, {"OUT": ffn_hidden, "IN": hidden, "BIAS": True, "FACTOR": False}),
+        ("weight_gradient", weight_gradient_kernel, {"OUT": hidden, "IN": ffn_hidden, "BIAS": True, "FACTOR": True}),
+    ]
+
+
+def _build_variant(
+    name: str, kernel: Any, element: str, constants: dict[str, int], tiles: Tiles, is_common: bool
+) -> Variant:
+    config = _build_config(tiles)
+    values = {**constants, **config.kwargs, "GROUP": GROUP}
+    types = {argument: f"*{element}" for argument in kernel.arg_names if argument.endswith("_ptr")}
+    types |= {argument: "*fp32" for argument in types if argument in _STATISTICS}
+    types |= dict.fromkeys(("stop_0", "stop_1", "stop_2"), "i32")
+    out_width, in_width = (value for key, value in constants.items() if key in ("N", "K", "OUT", "IN"))
+    size = f"{tiles.rows}x{tiles.columns}x{tiles.depth} x{tiles.num_stages}"
+    return build_variant(
+        f"multiway_ffn {name} {in_width}->{out_width} tile {size}",
+        kernel,
+        types,
+        values,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        is_common=is_common,
+    )
 
 
 def _launch_rows(

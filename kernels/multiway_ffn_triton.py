@@ -322,7 +322,7 @@ def _transposed_product(
         dy = tl.trans(dy)
         product = tl.dot(dy, x, product, input_precision="ieee")
         if SUMS:
-            sums = tl.dot(dy, tl.full([DEPTH, 16], 1.0, x.dtype), sums, input_precision="ieee")
+            sums = tl.dot(dy, tl.full([DEPTH, 16], 1.0, tl.float32).to(x.dtype), sums, input_precision="ieee")
     return product, sums
 
 

@@ -14,6 +14,7 @@ from beit3_ds.kernels.sub_norm_triton import (
     normalize_kernel,
     row_statistics_kernel,
 )
+from beit3_ds.kernels.variant import Variant, build_variant
 from torch import Tensor
 
 Slices = Sequence[tuple[int, int]]
@@ -93,7 +94,8 @@ def normalize(x_TF: Tensor, gelu: bool, norm: Norm | None, slices: Slices) -> Te
     n_TF = torch.empty_like(x_TF)
     mean_T, rstd_T, scales, shifts = norm or (x_TF, x_TF, (x_TF,), (x_TF,))
     tensors = (x_TF, mean_T, rstd_T, *build_parameters(scales), *build_parameters(shifts), n_TF)
-    _launch(normalize_kernel, tensors, slices, x_TF.shape[1], {"GELU": gelu, "NORM": norm is not None})
+    flags = {"GELU": gelu, "NORM": norm is not None}
+    _launch(normalize_kernel, tensors, slices, x_TF.shape[1], flags, BLOCK["ROWS"])
     return n_TF
 
 
@@ -119,7 +121,7 @@ def norm_gradient_sums(
     row_sums = mean_T.new_empty(column_tiles, 2, num_rows)
     column_sums = mean_T.new_empty(row_tiles[-1], 2, width)
     tensors = (dn_TF, x_TF, mean_T, rstd_T, *build_parameters(scales), row_sums, column_sums)
-    _launch(norm_gradient_sums_kernel, tensors, slices, width, {"GELU": gelu, "SPAN": SPAN}, rows=SPAN)
+    _launch(norm_gradient_sums_kernel, tensors, slices, width, {"GELU": gelu, "SPAN": SPAN}, SPAN)
     ranges = zip(row_tiles, row_tiles[1:], strict=False)
     gradients = [column_sums[first:stop].sum(0).to(x_TF.dtype).unbind() for first, stop in ranges]
     return row_sums.sum(0), [d_scale for d_scale, _ in gradients], [d_shift for _, d_shift in gradients]
@@ -152,8 +154,42 @@ def norm_gradient(
     sums_2T = x_TF if sums_2T is None else sums_2T
     tensors = (dn_TF, x_TF, mean_T, rstd_T, *build_parameters(scales), sums_2T, dn_TF)
     flags = {"WIDTH": total_width, "GELU": gelu, "NORM": norm is not None}
-    _launch(norm_gradient_kernel, tensors, slices, dn_TF.shape[1], flags)
+    _launch(norm_gradient_kernel, tensors, slices, dn_TF.shape[1], flags, BLOCK["ROWS"])
     return dn_TF
+
+
+def variants(architecture: int) -> list[Variant]:
+    """The kernels as `ahead_of_time` compiles them, alike for all architectures: base and giant."""
+    result = []
+    for element, width in (("bf16", 6144), ("bf16", 1408), ("fp32", 3072)):
+        flags = {"GELU": True, "NORM": True}
+        for kernel, constants in (
+            (row_statistics_kernel, {"BLOCK": triton.next_power_of_2(width)}),
+            (combine_statistics_kernel, {"COLUMNS": 128, "ROWS": 128}),
+            (normalize_kernel, {**flags, **BLOCK}),
+            (norm_gradient_sums_kernel, {"GELU": True, "SPAN": SPAN, **BLOCK}),
+            (norm_gradient_kernel, {"WIDTH": width, **flags, **BLOCK}),
+        ):
+            types = dict.fromkeys((x for x in kernel.arg_names if x in _ELEMENTS or x[:5] in _ELEMENTS), f"*{element}")
+            types |= {x: "*fp32" for x in kernel.arg_names if x.endswith("_ptr") and x not in types}
+            types |= {x: "i32" for x in kernel.arg_names if x in ("stop_0", "stop_1", "stop_2", "num_rows")}
+            result.append(
+                build_variant(
+                    f"sub_norm {kernel.__name__.removesuffix('_kernel')} {element} {width}",
+                    kernel,
+                    types,
+                    {"N": width, **constants},
+                    num_warps=NUM_WARPS,
+                    num_stages=3,
+                    is_common=False,
+                    is_memory_bound=True,
+                )
+            )
+    return result
+
+
+_ELEMENTS = ("y_ptr", "x_ptr", "n_ptr", "dn_ptr", "dx_ptr", "scale", "shift")
+"""Arguments, or their first letters, of the dtype of rows; the others are float32."""
 
 
 def _launch(
@@ -162,7 +198,7 @@ def _launch(
     slices: Slices,
     width: int,
     constants: dict[str, int],
-    rows: int = BLOCK["ROWS"],
+    rows: int,
 ) -> None:
     """Launches a kernel whose programs take tiles of `rows` rows and BLOCK["COLUMNS"] columns."""
     assert all(x.is_contiguous() for x in tensors), "sub-LN: the kernels' strides are those of contiguous rows"

@@ -20,6 +20,8 @@ class Variant(NamedTuple):
     """Stages of software pipelining."""
     is_common: bool = True
     """Whether the default tests compile it; the slow ones compile all."""
+    is_memory_bound: bool = False
+    """Whether it only streams rows: no products, and each access to them is to be 128 bits wide."""
 
 
 def build_variant(
@@ -31,6 +33,7 @@ def build_variant(
     num_warps: int,
     num_stages: int,
     is_common: bool = True,
+    is_memory_bound: bool = False,
 ) -> Variant:
     """Builds a variant, with the signature in the order of the kernel's arguments.
 
@@ -42,8 +45,9 @@ def build_variant(
         num_warps: see `Variant`.
         num_stages: see `Variant`.
         is_common: see `Variant`.
+        is_memory_bound: see `Variant`.
     """
     missing = set(kernel.arg_names) ^ (set(types) | set(constants))
     assert not missing, f"{name}: arguments {sorted(missing)} are missing or unknown"
     signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
-    return Variant(name, kernel, signature, constants, num_warps, num_stages, is_common)
+    return Variant(name, kernel, signature, constants, num_warps, num_stages, is_common, is_memory_bound)
