@@ -274,9 +274,7 @@ def input_gradient_kernel(
     if FACTOR:
         dx *= tl.load(factor_ptr + first + rows)[:, None].to(tl.float32)
     present = (within < num_rows)[:, None] & real_columns[None, :]
-    tl.store(
-        dx_ptr + first * N + within[:, None] * N + columns[None, :], dx.to(dx_ptr.dtype.element_ty), mask=present
-    )
+    tl.store(dx_ptr + first * N + within[:, None] * N + columns[None, :], dx.to(dx_ptr.dtype.element_ty), mask=present)
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from tests.kernels.test_multiway_ffn_triton import (
     RAGGED,
     Case,
     Slices,
+    any_case,
     build_slices,
     check_statistics,
     lengths_of_experts,
@@ -47,8 +48,7 @@ def prepare(slices: Slices, dtype: torch.dtype, gelu: bool) -> tuple[Case, launc
     return case, case.norm(F.gelu(case.x.float()).to(dtype) if gelu else case.x)
 
 
-@pytest.mark.parametrize("slices", RAGGED, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@any_case
 @pytest.mark.parametrize("gelu", [False, True], ids=["plain", "gelu"])
 def test_normalize(gelu: bool, dtype: torch.dtype, slices: Slices) -> None:
     case, norm = prepare(slices, dtype, gelu)
@@ -74,15 +74,14 @@ def check_gradients(slices: Slices, dtype: torch.dtype, gelu: bool) -> None:
     check_rule(("dx",), (plain,), lambda *x: activated(*x)[1:], (case.x, case.dy))
 
 
-@pytest.mark.parametrize("slices", RAGGED, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@any_case
 @pytest.mark.parametrize("gelu", [False, True], ids=["plain", "gelu"])
 def test_gradients(gelu: bool, dtype: torch.dtype, slices: Slices) -> None:
     check_gradients(slices, dtype, gelu)
 
 
 @given(lengths=lengths_of_experts, gelu=st.booleans())
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_any_slices(lengths: list[int], gelu: bool) -> None:
     check_gradients(build_slices(lengths), torch.float32, gelu)
 
@@ -172,9 +171,7 @@ def test_no_rows() -> None:
 
 
 @pytest.mark.slow
-@given(
-    lengths=lengths_of_experts, dtype=st.sampled_from(DTYPES), width=st.integers(2, 40), gelu=st.booleans()
-)
+@given(lengths=lengths_of_experts, dtype=st.sampled_from(DTYPES), width=st.integers(2, 40), gelu=st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_any_slices_widths_and_dtypes(lengths: list[int], dtype: torch.dtype, width: int, gelu: bool) -> None:
     with mock.patch(f"{__name__}.WIDTH", width):
