@@ -1,4 +1,4 @@
-"""Launching of the kernels with a product of multiway linear layers and FFNs: tiles by architecture, tuning, variants."""
+"""Launching of the multiway FFN's products: tiles by architecture, tuning, and variants compiled ahead of time."""
 
 # T packed rows, D hidden, F ffn hidden (or any other two widths).
 
@@ -166,7 +166,7 @@ def input_gradient(dy_TD: Tensor, factor_T: Tensor | None, slices: Slices, weigh
 def weight_gradient(
     dy_TD: Tensor, factor_T: Tensor | None, x_TF: Tensor, slices: Slices, with_bias: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Each expert's dw_DF = (factor * dy)[rows].T @ x[rows] and db_D, the sum of (factor * dy)[rows]; the same each time.
+    """Each expert's dw_DF = (factor * dy)[rows].T @ x[rows], and db_D, the sum of (factor * dy)[rows]; always the same.
 
     Args:
         dy_TD: gradient of a linear layer's output.

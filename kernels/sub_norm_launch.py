@@ -3,6 +3,7 @@
 # T packed rows, F columns at hand (of rows that are wider, if tensor-parallel ranks divide them).
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -122,8 +123,7 @@ def norm_gradient_sums(
     column_sums = mean_T.new_empty(row_tiles[-1], 2, width)
     tensors = (dn_TF, x_TF, mean_T, rstd_T, *build_parameters(scales), row_sums, column_sums)
     _launch(norm_gradient_sums_kernel, tensors, slices, width, {"GELU": gelu, "SPAN": SPAN}, SPAN)
-    ranges = zip(row_tiles, row_tiles[1:], strict=False)
-    gradients = [column_sums[first:stop].sum(0).to(x_TF.dtype).unbind() for first, stop in ranges]
+    gradients = [column_sums[first:stop].sum(0).to(x_TF.dtype).unbind() for first, stop in pairwise(row_tiles)]
     return row_sums.sum(0), [d_scale for d_scale, _ in gradients], [d_shift for _, d_shift in gradients]
 
 

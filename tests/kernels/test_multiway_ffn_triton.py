@@ -1,6 +1,6 @@
 """The multiway FFN's products, interpreted, held to plain PyTorch by `check_rule`: they were never run on a GPU."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
@@ -16,73 +16,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.kernels.experts import (
+    DTYPES,
+    EPSILON,
+    RAGGED,
+    Case,
+    Slices,
+    any_case,
+    build_slices,
+    check_statistics,
+    lengths_of_experts,
+    split,
+)
 from tests.kernels.interpreter import interpreted
 
-Slices = list[tuple[int, int]]
 SMALL = Tiles(4, 8, 8, 1, 1)
 D, F_ = 20, 12  # neither a multiple of the small tiles' 8: both have a block of 4 that is masked
-EPSILON = 1e-5
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# Experts that end inside of a tile, own one row, or none, at either end or in between; one expert, and two.
-RAGGED: list[Slices] = [
-    [(0, 6), (6, 9), (9, 10)],
-    [(0, 5), (5, 5), (5, 9)],
-    [(0, 0), (0, 1), (1, 1)],
-    [(0, 4), (4, 13)],
-    [(0, 7)],
-]
-CASES = [(torch.float32, slices) for slices in RAGGED] + [(dtype, RAGGED[0]) for dtype in DTYPES[1:]]
-any_case = pytest.mark.parametrize(("dtype", "slices"), CASES, ids=str)
 
 
 @contextmanager
 def small_tiles() -> Iterator[None]:
     """Runs kernels in the interpreter with tiles of which even tiny problems have many."""
-    with interpreted(), mock.patch.object(launch, "choose_tiles", lambda *_: [SMALL]):
+    with interpreted(), mock.patch.object(launch, "choose_tiles", return_value=[SMALL]):
         yield
-
-
-class Case:
-    """Rows and the parameters of every expert, drawn for the given widths."""
-
-    def __init__(
-        self, slices: Slices, dtype: torch.dtype, in_width: int = D, out_width: int = F_, device: str = "cpu"
-    ) -> None:
-        self.slices, self.dtype, self.device = slices, dtype, device
-        self.generator = torch.Generator().manual_seed(slices[-1][1] + in_width)
-        num_rows = slices[-1][1]
-        self.x = self.draw(num_rows, in_width)
-        self.residual, self.dy = self.draw(num_rows, out_width), self.draw(num_rows, out_width)
-        self.factor = (self.draw(num_rows) > 0).to(dtype) * 1.25
-        self.weights = [self.draw(out_width, in_width) / 4 for _ in slices]
-        self.biases = [self.draw(out_width) for _ in slices]
-        self.scales = [1 + self.draw(in_width) / 4 for _ in slices]
-        self.shifts = [self.draw(in_width) for _ in slices]
-
-    def draw(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
-
-    def norm(self, a: Tensor) -> launch.Norm:
-        """The sub-LN of rows, with statistics in float32."""
-        variance, mean = torch.var_mean(a.double(), 1, correction=0)
-        return mean.float(), (variance + EPSILON).rsqrt().float(), self.scales, self.shifts
-
-    def linear(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-        """The reference: each expert's own layer over its own rows."""
-        parts = [x[start:stop] for start, stop in self.slices]
-        biases = biases or [x.new_zeros(len(weights[0]))] * len(parts)
-        return torch.cat([F.linear(part, w, b) for part, w, b in zip(parts, weights, biases, strict=True)])
-
-    def layer_norm(self, a: Tensor, scales: Sequence[Tensor], shifts: Sequence[Tensor]) -> Tensor:
-        parts = zip(self.slices, scales, shifts, strict=True)
-        width = a.shape[1:]
-        return torch.cat([F.layer_norm(a[i:j], width, scale, shift, EPSILON) for (i, j), scale, shift in parts])
-
-
-def split(tensors: Sequence[Tensor], kinds: int) -> list[list[Tensor]]:
-    """Parameters of several kinds, one an expert."""
-    size = len(tensors) // kinds
-    return [list(tensors[start : start + size]) for start in range(0, len(tensors), size)]
 
 
 def check_linear(case: Case, with_bias: bool = True) -> None:
@@ -106,13 +62,13 @@ def check_linear(case: Case, with_bias: bool = True) -> None:
 @any_case
 def test_linear(dtype: torch.dtype, slices: Slices) -> None:
     with small_tiles():
-        check_linear(Case(slices, dtype), with_bias=slices != RAGGED[1])
+        check_linear(Case(slices, dtype, D, F_), with_bias=slices != RAGGED[1])
 
 
 @any_case
 def test_gradients_with_a_factor(dtype: torch.dtype, slices: Slices) -> None:
     """Drop-path's factor, in half precision and in float32, is taken along once each way."""
-    case = Case(slices, dtype)
+    case = Case(slices, dtype, D, F_)
 
     def reference(x: Tensor, *tensors: Tensor) -> Tensor:
         return case.linear(x, *split(tensors, 2)) * case.factor[:, None].to(x.dtype)
@@ -128,7 +84,7 @@ def test_gradients_with_a_factor(dtype: torch.dtype, slices: Slices) -> None:
 
 @any_case
 def test_up_projection(dtype: torch.dtype, slices: Slices) -> None:
-    case = Case(slices, dtype)
+    case = Case(slices, dtype, D, F_)
 
     def reference(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         u = case.linear(x, *split(parameters, 2))
@@ -145,17 +101,9 @@ def test_up_projection(dtype: torch.dtype, slices: Slices) -> None:
     check_statistics(a, mean, squares)
 
 
-def check_statistics(a: Tensor, mean: Tensor, squares: Tensor) -> None:
-    """Catches statistics of other values than those stored, of a part of a row, and E[x^2] - E[x]^2."""
-    assert mean.dtype == squares.dtype == torch.float32
-    variance, expected = torch.var_mean(a.double(), 1, correction=0)
-    torch.testing.assert_close(mean.double(), expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(squares.double(), variance * a.shape[1], rtol=1e-4, atol=1e-6)
-
-
 def test_statistics_are_stable() -> None:
     """Rows whose mean is 10,000 times their deviation: in float32 E[x^2] - E[x]^2 has no right digit left."""
-    case = Case(RAGGED[0], torch.float32)
+    case = Case(RAGGED[0], torch.float32, D, F_)
     with small_tiles():
         biases = [b * 0 + 1e4 for b in case.biases]
         _, a, mean, squares = launch.up_projection(case.x, case.slices, case.weights, biases, True)
@@ -168,7 +116,7 @@ def test_statistics_are_stable() -> None:
 @pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
 def test_out_projection(with_norm: bool, dtype: torch.dtype, slices: Slices) -> None:
     """All parts; then a partial product, which the ranks of a tensor-parallel group add up before bias and residual."""
-    case = Case(slices, dtype)
+    case = Case(slices, dtype, D, F_)
     residual, factor = case.residual, case.factor
 
     def product(a: Tensor, *parameters: Tensor) -> Tensor:
@@ -192,9 +140,9 @@ def test_out_projection(with_norm: bool, dtype: torch.dtype, slices: Slices) -> 
 
 
 def test_other_experts_do_not_matter() -> None:
-    """Catches a kernel that reads others' rows or weights: NaNs there must change nothing, even behind a factor of 0."""
+    """Catches a kernel that reads others' rows or weights: NaNs there must change nothing."""
     slices = RAGGED[0]
-    case = Case(slices, torch.float32)
+    case = Case(slices, torch.float32, D, F_)
     outputs = []
     for value in (0.0, torch.nan):
         case.x[6:] = case.dy[6:] = case.factor[6:] = value
@@ -280,7 +228,7 @@ def test_launches_of_a_device() -> None:
 
 
 def test_no_rows() -> None:
-    case = Case([(0, 0), (0, 0)], torch.float32)
+    case = Case([(0, 0), (0, 0)], torch.float32, D, F_)
     with small_tiles():
         u, a, mean, squares = launch.up_projection(case.x, case.slices, case.weights, case.biases, True)
         assert (u.shape, a.shape, mean.shape, squares.shape) == ((0, F_), (0, F_), (0,), (0,))
@@ -288,14 +236,6 @@ def test_no_rows() -> None:
         assert launch.input_gradient(case.dy, None, case.slices, case.weights).shape == (0, D)
         d_weights, d_biases = launch.weight_gradient(case.dy, None, case.x, case.slices, True)
     assert all(not gradient.any() for gradient in (*d_weights, *d_biases))  # zeros, not memory as it was found
-
-
-def build_slices(lengths: list[int]) -> Slices:
-    stops = [sum(lengths[: i + 1]) for i in range(len(lengths))]
-    return list(zip([0, *stops], stops, strict=False))
-
-
-lengths_of_experts = st.lists(st.integers(0, 9), min_size=1, max_size=3).filter(any)
 
 
 @given(lengths=lengths_of_experts)

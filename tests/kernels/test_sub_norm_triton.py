@@ -12,10 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.interpreter import interpreted
-from tests.kernels.test_multiway_ffn_triton import (
+from tests.kernels.experts import (
     DTYPES,
-    EPSILON,
     RAGGED,
     Case,
     Slices,
@@ -25,6 +23,7 @@ from tests.kernels.test_multiway_ffn_triton import (
     lengths_of_experts,
     split,
 )
+from tests.kernels.interpreter import interpreted
 
 WIDTH = 20
 
