@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import triton
 from beit3_ds.kernels import multiway_ffn_launch as launch
 from beit3_ds.kernels.multiway_ffn_launch import Tiles, choose_tiles
+from beit3_ds.kernels.multiway_ffn_triton import up_projection_kernel
 from beit3_ds.kernels.rule import check_rule, with_gradients
 from beit3_ds.kernels.sub_norm_launch import norm_gradient, norm_gradient_sums, normalize
 from hypothesis import given, settings
@@ -214,6 +215,13 @@ def test_shipped_tiles() -> None:
     """bfloat16 on sm_90: two tiles of rows, of which one is another expert's, and two of columns either way."""
     with interpreted():
         check_ffn([(0, 130), (130, 131)], torch.bfloat16, hidden=136, ffn_hidden=144)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_statistics_have_a_place(architecture: int, dtype: torch.dtype) -> None:
+    """Whatever tiles a device chooses: the statistics' place is made for the columns of the first."""
+    assert len({tiles.columns for tiles in choose_tiles(up_projection_kernel, architecture, dtype)}) == 1
 
 
 def test_launches_of_a_device() -> None:
