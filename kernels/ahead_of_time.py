@@ -19,13 +19,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from beit3_ds.kernels import add_branch_launch, expert_rows_launch, multiway_layer_norm_launch, packed_attention_launch
+from beit3_ds.kernels import (
+    add_branch_launch,
+    expert_rows_launch,
+    multiway_ffn_launch,
+    multiway_layer_norm_launch,
+    packed_attention_launch,
+    sub_norm_launch,
+)
 from beit3_ds.kernels.variant import Variant
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 SOURCES = (
     packed_attention_launch.variants,
+    multiway_ffn_launch.variants,
+    sub_norm_launch.variants,
     expert_rows_launch.variants,
     multiway_layer_norm_launch.variants,
     add_branch_launch.variants,

@@ -1,0 +1,374 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Triton kernels of the multiway linear layers and of the multiway FFN's products: one launch for all experts.
+
+They were interpreted on the CPU and compiled ahead of time, but never run on a GPU.
+"""
+
+# T packed rows; a product sums over K columns and makes N. A program makes one tile of ROWS x COLUMNS of the result and
+# sums over steps of DEPTH.
+#
+# Experts own ascending ranges of rows, [0, stop_0), [stop_0, stop_1) and [stop_1, stop_2); one that is not there owns
+# none. A tile belongs to one expert, whose parameters the program picks from three pointers: no table is sent to the
+# device, weights are never concatenated, and a pointer that was an argument is known to be aligned. Rows after the last
+# of a tile are read as the last again: such a load needs no mask.
+#
+# Widths are constants of the compilation, so that the compiler sees how rows are aligned, and masks columns only where
+# the width is no multiple of the tile's. Offsets between tiles are 64 bits wide, those inside of one 32.
+#
+# float32 is multiplied as it is ("ieee"), on no tensor core; half precision ignores the setting.
+
+import triton
+import triton.language as tl
+
+SQRT_HALF = tl.constexpr(0.5**0.5)
+
+
+@triton.jit
+def select_expert(expert, of_0, of_1, of_2):
+    """One of three pointers or numbers."""
+    return tl.where(expert == 0, of_0, tl.where(expert == 1, of_1, of_2))
+
+
+@triton.jit
+def find_row_tile(tile, stop_0, stop_1, stop_2, ROWS: tl.constexpr):
+    """Expert of a tile of at most ROWS rows, its first row, and the row after its last."""
+    tiles_0 = tl.cdiv(stop_0, ROWS)
+    tiles_1 = tiles_0 + tl.cdiv(stop_1 - stop_0, ROWS)
+    expert = (tile >= tiles_0).to(tl.int32) + (tile >= tiles_1).to(tl.int32)
+    start = select_expert(expert, 0, stop_0, stop_1)
+    first = start + (tile - select_expert(expert, 0, tiles_0, tiles_1)) * ROWS
+    return expert, first, tl.minimum(first + ROWS, select_expert(expert, stop_0, stop_1, stop_2))
+
+
+@triton.jit
+def gelu(x):
+    """The exact GELU, with erf, in float32."""
+    return x * 0.5 * (1 + tl.erf(x * SQRT_HALF))
+
+
+@triton.jit
+def _order(program, num_row_tiles, num_column_tiles, GROUP: tl.constexpr):
+    """Row and column tile of a program: GROUP row tiles go through all columns together, and share weights in L2."""
+    first = program // (GROUP * num_column_tiles) * GROUP
+    size = tl.minimum(num_row_tiles - first, GROUP)
+    within = program % (GROUP * num_column_tiles)
+    return first + within % size, within // size
+
+
+@triton.jit
+def _place(stop_0, stop_1, stop_2, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    """What a program makes: expert, first row, number of rows, column tile."""
+    num_row_tiles = tl.cdiv(stop_0, ROWS) + tl.cdiv(stop_1 - stop_0, ROWS) + tl.cdiv(stop_2 - stop_1, ROWS)
+    row_tile, column_tile = _order(tl.program_id(0), num_row_tiles, tl.cdiv(N, COLUMNS), GROUP)
+    expert, first, stop = find_row_tile(row_tile, stop_0, stop_1, stop_2, ROWS)
+    return expert, first.to(tl.int64), stop - first, column_tile
+
+
+@triton.jit
+def _load(pointers, present, WHOLE: tl.constexpr):
+    """Values, 0 where they are not present; without a mask if the whole block is known to be."""
+    if WHOLE:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=present, other=0.0)
+
+
+@triton.jit
+def _product(
+    x_ptr,
+    w_ptr,
+    mean,
+    rstd,
+    scale_ptr,
+    shift_ptr,
+    rows,
+    columns,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    NORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """x[rows] @ w[columns].T of a tile; with NORM, of x layer-normalised and rounded to its dtype."""
+    whole: tl.constexpr = K % DEPTH == 0
+    x_pointers = x_ptr + rows[:, None] * K
+    w_pointers = w_ptr + tl.minimum(columns, N - 1)[None, :] * K
+    product = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for begin in tl.range(0, K, DEPTH):
+        depth = begin + tl.arange(0, DEPTH)
+        x = _load(x_pointers + depth[None, :], depth[None, :] < K, whole)
+        w = _load(w_pointers + depth[:, None], depth[:, None] < K, whole)
+        if NORM:
+            scale = _load(scale_ptr + depth, depth < K, whole).to(tl.float32)
+            shift = _load(shift_ptr + depth, depth < K, whole).to(tl.float32)
+            x = ((x - mean[:, None]) * rstd[:, None] * scale[None, :] + shift[None, :]).to(x.dtype)
+        product = tl.dot(x, w, product, input_precision="ieee")
+    return product
+
+
+@triton.jit(do_not_specialize=["stop_0", "stop_1", "stop_2"])
+def projection_kernel(
+    x_ptr,
+    w_0_ptr,
+    w_1_ptr,
+    w_2_ptr,
+    b_0_ptr,
+    b_1_ptr,
+    b_2_ptr,
+    mean_ptr,
+    rstd_ptr,
+    scale_0_ptr,
+    scale_1_ptr,
+    scale_2_ptr,
+    shift_0_ptr,
+    shift_1_ptr,
+    shift_2_ptr,
+    residual_ptr,
+    factor_ptr,
+    y_ptr,
+    stop_0,
+    stop_1,
+    stop_2,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BIAS: tl.constexpr,
+    NORM: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    FACTOR: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """y = residual + factor * (LN(x) @ w.T + b), each part but the product only if its flag is set."""
+    expert, first, num_rows, column_tile = _place(stop_0, stop_1, stop_2, N, ROWS, COLUMNS, GROUP)
+    within = tl.arange(0, ROWS)
+    rows = tl.minimum(within, num_rows - 1)
+    columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    real_columns = columns < N
+    mean = rows
+    rstd = rows
+    if NORM:
+        mean = tl.load(mean_ptr + first + rows)
+        rstd = tl.load(rstd_ptr + first + rows)
+    y = _product(
+        x_ptr + first * K,
+        select_expert(expert, w_0_ptr, w_1_ptr, w_2_ptr),
+        mean,
+        rstd,
+        select_expert(expert, scale_0_ptr, scale_1_ptr, scale_2_ptr),
+        select_expert(expert, shift_0_ptr, shift_1_ptr, shift_2_ptr),
+        rows,
+        columns,
+        N,
+        K,
+        NORM,
+        ROWS,
+        COLUMNS,
+        DEPTH,
+    )
+    if BIAS:
+        bias = _load(select_expert(expert, b_0_ptr, b_1_ptr, b_2_ptr) + columns, real_columns, N % COLUMNS == 0)
+        y += bias[None, :].to(tl.float32)
+    if FACTOR:
+        y *= tl.load(factor_ptr + first + rows)[:, None].to(tl.float32)
+    offsets = within[:, None] * N + columns[None, :]
+    present = (within < num_rows)[:, None] & real_columns[None, :]
+    if RESIDUAL:
+        y += tl.load(residual_ptr + first * N + offsets, mask=present, other=0.0).to(tl.float32)
+    tl.store(y_ptr + first * N + offsets, y.to(y_ptr.dtype.element_ty), mask=present)
+
+
+@triton.jit(do_not_specialize=["stop_0", "stop_1", "stop_2", "num_rows"])
+def up_projection_kernel(
+    x_ptr,
+    w_0_ptr,
+    w_1_ptr,
+    w_2_ptr,
+    b_0_ptr,
+    b_1_ptr,
+    b_2_ptr,
+    u_ptr,
+    a_ptr,
+    means_ptr,
+    squares_ptr,
+    stop_0,
+    stop_1,
+    stop_2,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BIAS: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """u = x @ w.T + b and a = gelu(u); mean and sum of squared deviations of a's rows in each column tile, (tiles, T).
+
+    The GELU is that of the u that is stored, and the statistics those of the a that is.
+    """
+    expert, first, num_rows, column_tile = _place(stop_0, stop_1, stop_2, N, ROWS, COLUMNS, GROUP)
+    within = tl.arange(0, ROWS)
+    rows = tl.minimum(within, num_rows - 1)
+    columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    real_rows, real_columns = within < num_rows, columns < N
+    w_ptr = select_expert(expert, w_0_ptr, w_1_ptr, w_2_ptr)
+    u = _product(x_ptr + first * K, w_ptr, 0, 0, 0, 0, rows, columns, N, K, False, ROWS, COLUMNS, DEPTH)
+    if BIAS:
+        bias = _load(select_expert(expert, b_0_ptr, b_1_ptr, b_2_ptr) + columns, real_columns, N % COLUMNS == 0)
+        u += bias[None, :].to(tl.float32)
+    offsets = within[:, None] * N + columns[None, :]
+    present = real_rows[:, None] & real_columns[None, :]
+    u = u.to(u_ptr.dtype.element_ty)
+    a = gelu(u.to(tl.float32)).to(a_ptr.dtype.element_ty)
+    tl.store(a_ptr + first * N + offsets, a, mask=present)
+    tl.store(u_ptr + first * N + offsets, u, mask=present)
+    if STATISTICS:
+        a = a.to(tl.float32)
+        if N % COLUMNS != 0:
+            a = tl.where(real_columns[None, :], a, 0.0)
+        mean = tl.sum(a, 1) / tl.minimum(N - column_tile * COLUMNS, COLUMNS)
+        deviations = a - mean[:, None]
+        if N % COLUMNS != 0:
+            deviations = tl.where(real_columns[None, :], deviations, 0.0)
+        statistics = column_tile.to(tl.int64) * stop_2 + first + within
+        tl.store(means_ptr + statistics, mean, mask=real_rows)
+        tl.store(squares_ptr + statistics, tl.sum(deviations * deviations, 1), mask=real_rows)
+
+
+@triton.jit(do_not_specialize=["stop_0", "stop_1", "stop_2"])
+def input_gradient_kernel(
+    dy_ptr,
+    factor_ptr,
+    w_0_ptr,
+    w_1_ptr,
+    w_2_ptr,
+    dx_ptr,
+    stop_0,
+    stop_1,
+    stop_2,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    FACTOR: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """dx = factor * dy @ w: dy has K columns, dx has N, a weight is (K, N)."""
+    expert, first, num_rows, column_tile = _place(stop_0, stop_1, stop_2, N, ROWS, COLUMNS, GROUP)
+    within = tl.arange(0, ROWS)
+    rows = tl.minimum(within, num_rows - 1)
+    columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    real_columns = columns < N
+    dy_pointers = dy_ptr + first * K + rows[:, None] * K
+    w_pointers = select_expert(expert, w_0_ptr, w_1_ptr, w_2_ptr) + columns[None, :]
+    dx = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for begin in tl.range(0, K, DEPTH):
+        depth = begin + tl.arange(0, DEPTH)
+        dy = _load(dy_pointers + depth[None, :], depth[None, :] < K, K % DEPTH == 0)
+        present = (depth < K)[:, None] & real_columns[None, :]
+        w = _load(w_pointers + depth[:, None] * N, present, (K % DEPTH == 0) & (N % COLUMNS == 0))
+        dx = tl.dot(dy, w, dx, input_precision="ieee")
+    if FACTOR:
+        dx *= tl.load(factor_ptr + first + rows)[:, None].to(tl.float32)
+    present = (within < num_rows)[:, None] & real_columns[None, :]
+    tl.store(dx_ptr + first * N + within[:, None] * N + columns[None, :], dx.to(dx_ptr.dtype.element_ty), mask=present)
+
+
+@triton.jit
+def _transposed_product(
+    dy_ptr,
+    factor_ptr,
+    x_ptr,
+    start,
+    stop,
+    out_columns,
+    in_columns,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    FACTOR: tl.constexpr,
+    SUMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """(factor * dy)[start:stop].T @ x[start:stop] of a tile, and with SUMS the column sums of factor * dy, 16 times.
+
+    The sums are a product with ones: so dy need not pass through registers.
+    """
+    product = tl.zeros([ROWS, COLUMNS], tl.float32)
+    sums = tl.zeros([ROWS, 16], tl.float32)
+    for begin in tl.range(start, stop, DEPTH):
+        within = tl.arange(0, DEPTH)
+        real = within < stop - begin
+        first = tl.cast(begin, tl.int64)
+        dy_pointers = dy_ptr + first * OUT + within[:, None] * OUT + out_columns[None, :]
+        x_pointers = x_ptr + first * IN + within[:, None] * IN + in_columns[None, :]
+        if OUT % ROWS == 0:
+            dy = tl.load(dy_pointers, mask=real[:, None], other=0.0)
+        else:
+            dy = tl.load(dy_pointers, mask=real[:, None] & (out_columns < OUT)[None, :], other=0.0)
+        if IN % COLUMNS == 0:
+            x = tl.load(x_pointers, mask=real[:, None], other=0.0)
+        else:
+            x = tl.load(x_pointers, mask=real[:, None] & (in_columns < IN)[None, :], other=0.0)
+        if FACTOR:
+            factor = tl.load(factor_ptr + first + within, mask=real, other=0.0).to(tl.float32)
+            dy = (dy * factor[:, None]).to(dy.dtype)
+        dy = tl.trans(dy)
+        product = tl.dot(dy, x, product, input_precision="ieee")
+        if SUMS:
+            sums = tl.dot(dy, tl.full([DEPTH, 16], 1.0, tl.float32).to(x.dtype), sums, input_precision="ieee")
+    return product, sums
+
+
+@triton.jit(do_not_specialize=["stop_0", "stop_1", "stop_2"])
+def weight_gradient_kernel(
+    dy_ptr,
+    factor_ptr,
+    x_ptr,
+    dw_0_ptr,
+    dw_1_ptr,
+    dw_2_ptr,
+    db_0_ptr,
+    db_1_ptr,
+    db_2_ptr,
+    stop_0,
+    stop_1,
+    stop_2,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    BIAS: tl.constexpr,
+    FACTOR: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """dw = (factor * dy).T @ x, (OUT, IN), and with BIAS db, the column sums of factor * dy, over an expert's rows.
+
+    A program sums over all of them, so the result is the same every time; an expert without rows gets zeros.
+    """
+    row_tiles: tl.constexpr = (OUT + ROWS - 1) // ROWS
+    column_tiles: tl.constexpr = (IN + COLUMNS - 1) // COLUMNS
+    expert = tl.program_id(0) // (row_tiles * column_tiles)
+    row_tile, column_tile = _order(tl.program_id(0) % (row_tiles * column_tiles), row_tiles, column_tiles, GROUP)
+    start, stop = select_expert(expert, 0, stop_0, stop_1), select_expert(expert, stop_0, stop_1, stop_2)
+    rows = row_tile * ROWS + tl.arange(0, ROWS)
+    columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    if BIAS and column_tile == 0:
+        dw, sums = _transposed_product(
+            dy_ptr, factor_ptr, x_ptr, start, stop, rows, columns, OUT, IN, FACTOR, True, ROWS, COLUMNS, DEPTH
+        )
+        db_ptr = select_expert(expert, db_0_ptr, db_1_ptr, db_2_ptr)
+        db = tl.sum(sums, 1) * (1 / 16)  # exact: all 16 are equal
+        tl.store(db_ptr + rows, db.to(db_ptr.dtype.element_ty), mask=rows < OUT)
+    else:
+        dw, sums = _transposed_product(
+            dy_ptr, factor_ptr, x_ptr, start, stop, rows, columns, OUT, IN, FACTOR, False, ROWS, COLUMNS, DEPTH
+        )
+    dw_ptr = select_expert(expert, dw_0_ptr, dw_1_ptr, dw_2_ptr)
+    present = (rows < OUT)[:, None] & (columns < IN)[None, :]
+    tl.store(dw_ptr + rows[:, None] * IN + columns[None, :], dw.to(dw_ptr.dtype.element_ty), mask=present)
