@@ -139,7 +139,7 @@ def test_saves_the_parameters_themselves() -> None:
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         _output = multiway_layer_norm(x, case.slices, *case.weights_and_biases(parameters), EPSILON)
-    assert [t.data_ptr() for t in saved if t.shape == (4,)] == [p.data_ptr() for p in parameters[:2]]
+    assert all(any(t is weight for t in saved) for weight in parameters[:2])
     assert sorted(t.numel() for t in saved) == [4, 4, 10, 20]  # x and two numbers a row, not h
 
 
