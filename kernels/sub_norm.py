@@ -141,9 +141,9 @@ def _sub_norm_gradient(
 def _row_statistics_cuda(x_TF: Tensor) -> tuple[Tensor, Tensor]:
     if not _runs_kernels(x_TF):
         return _row_statistics(x_TF)
-    from beit3_ds.kernels import multiway_ffn_launch
+    from beit3_ds.kernels import sub_norm_launch
 
-    return multiway_ffn_launch.row_statistics(x_TF)
+    return sub_norm_launch.row_statistics(x_TF)
 
 
 @torch.library.impl(_LIBRARY, "sub_norm", "CUDA")
@@ -158,9 +158,9 @@ def _sub_norm_cuda(
 ) -> Tensor:
     if not _runs_kernels(x_TF):
         return _sub_norm(x_TF, gelu, mean_T, rstd_T, scales, shifts, ends)
-    from beit3_ds.kernels import multiway_ffn_launch
+    from beit3_ds.kernels import sub_norm_launch
 
-    return multiway_ffn_launch.normalize(x_TF, gelu, (mean_T, rstd_T, scales, shifts), slices_of(ends))
+    return sub_norm_launch.normalize(x_TF, gelu, (mean_T, rstd_T, scales, shifts), slices_of(ends))
 
 
 @torch.library.impl(_LIBRARY, "sub_norm_sums", "CUDA")
@@ -175,10 +175,10 @@ def _sub_norm_sums_cuda(
 ) -> list[Tensor]:
     if not _runs_kernels(x_TF):
         return _sub_norm_sums(dn_TF, x_TF, gelu, mean_T, rstd_T, scales, ends)
-    from beit3_ds.kernels import multiway_ffn_launch
+    from beit3_ds.kernels import sub_norm_launch
 
     norm: tuple[Any, ...] = (mean_T, rstd_T, scales, [])
-    sums_2T, d_scales, d_shifts = multiway_ffn_launch.norm_gradient_sums(dn_TF, x_TF, gelu, norm, slices_of(ends))
+    sums_2T, d_scales, d_shifts = sub_norm_launch.norm_gradient_sums(dn_TF, x_TF, gelu, norm, slices_of(ends))
     return [sums_2T, *d_scales, *d_shifts]
 
 
@@ -196,10 +196,10 @@ def _sub_norm_gradient_cuda(
 ) -> Tensor:
     if not _runs_kernels(x_TF):
         return _sub_norm_gradient(dn_TF, x_TF, gelu, mean_T, rstd_T, scales, sums_2T, width, ends)
-    from beit3_ds.kernels import multiway_ffn_launch
+    from beit3_ds.kernels import sub_norm_launch
 
     norm: tuple[Any, ...] = (mean_T, rstd_T, scales, [])
-    return multiway_ffn_launch.norm_gradient(dn_TF, x_TF, gelu, norm, sums_2T, width, slices_of(ends))
+    return sub_norm_launch.norm_gradient(dn_TF, x_TF, gelu, norm, sums_2T, width, slices_of(ends))
 
 
 @torch.library.register_fake("beit3_ds::row_statistics", lib=_LIBRARY)
@@ -257,7 +257,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
     Raises:
         WrongResultError: if a result is wrong.
     """
-    from beit3_ds.kernels import multiway_ffn_launch as launch
+    from beit3_ds.kernels import sub_norm_launch as launch
 
     slices, ends = [(0, 130), (130, 137)], [130, 137]
     generator = torch.Generator().manual_seed(0)

@@ -101,9 +101,9 @@ def test_the_input_alone_is_kept() -> None:
     assert len(wide) == 1 and wide[0].data_ptr() == problem.x.data_ptr()
 
 
-def operator_calls() -> dict[str, tuple[object, ...]]:
+def operator_calls(dtype: torch.dtype = torch.float64) -> dict[str, tuple[object, ...]]:
     """Arguments of every operator."""
-    problem = Problem([3, 0, 2])
+    problem = Problem([3, 0, 2], dtype)
     x, dy = problem.x.detach(), problem.residual.detach()
     weights, biases, scales, shifts = ([p.detach() for p in group] for group in problem.parameters.values())
     ends, factor, h = [3, 3, 5], problem.factor, torch.randn(5, WIDTH, dtype=x.dtype)
