@@ -22,6 +22,7 @@ import triton
 from beit3_ds.kernels import (
     add_branch_launch,
     expert_rows_launch,
+    linear_cross_entropy_launch,
     multiway_ffn_launch,
     multiway_layer_norm_launch,
     packed_attention_launch,
@@ -38,6 +39,7 @@ SOURCES = (
     expert_rows_launch.variants,
     multiway_layer_norm_launch.variants,
     add_branch_launch.variants,
+    linear_cross_entropy_launch.variants,
 )
 """One function a file of kernels: architecture -> its variants. A new kernel is added here, and to the budgets."""
 

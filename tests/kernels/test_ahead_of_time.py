@@ -62,13 +62,15 @@ def test_budgets_belong_to_the_variants() -> None:
 def test_budgets_are_lean(key: tuple[str, int]) -> None:
     """What `--write` may not store: registers that spill, loads that wait, half precision beside the tensor cores.
 
-    Kernels that only stream rows take them 128 bits at a time; what they take in fewer is a number or two a row.
+    Kernels that only stream rows take them 128 bits at a time; what they take in fewer is a few numbers a row. Of one
+    tensor of rows that is not vectorised there would be 16 and more.
     """
     budget = read_budgets()[key]
     assert (budget.stack, budget.spills) == (0, 0)
     if key[0] in MEMORY_BOUND:
         assert budget.tensor_core == 0
-        assert 0 < budget.wide_accesses >= 2 * budget.narrow_accesses
+        assert budget.wide_accesses > 0
+        assert budget.narrow_accesses <= 11
         return
     assert budget.async_copies > 0
     assert (budget.tensor_core > 0) == ("fp32" not in key[0])

@@ -118,6 +118,14 @@ def test_the_stream_is_passed_through() -> None:
     assert not any(gradient.any() for gradient in rest)
 
 
+def test_an_absent_gradient_is_not_made_of_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    backward, given = module._backward_plain, []
+    monkeypatch.setattr(module, "_backward_plain", lambda *args: given.append(args[1]) or backward(*args))
+    case = Case((2, 3), 4, torch.float32)
+    case.differentiate(multiway_layer_norm, with_stream=False)
+    assert given == [None]
+
+
 def test_gradients_of_others_stay_as_they_are() -> None:
     """The residual's gradient belongs to the branch as well: added to in place, the branch would get it wrong."""
     for lengths in ((5,), (2, 3)):
