@@ -10,24 +10,10 @@
 
 #include <cstdint>
 
+#include "arguments.h"
 #include "fragments.cuh"
 
 namespace beit3 {
-
-constexpr int kMaxExperts = 4;
-
-template <typename Element>
-struct GroupedGemmArguments {
-  const Element* x;                     // (T, D)
-  const Element* weights[kMaxExperts];  // (F, D) each
-  const Element* biases[kMaxExperts];   // (F,) each
-  const int* tiles;                     // (num_tiles, 3): expert, first row, stop row; at most kTileRows rows
-  Element* u;                           // (T, F)
-  Element* a;                           // (T, F), or null where nobody wants it
-  int num_tiles;
-  int input_width;   // D, a multiple of 8
-  int output_width;  // F, a multiple of 8
-};
 
 // A block of threads makes kTileRows x kTileColumns of u, each of its warps kWarpRows x kWarpColumns of them.
 template <typename Element_, int kTileRows_, int kTileColumns_, int kTileDepth, int kStages, int kWarpRows,

@@ -11,25 +11,10 @@
 
 #include <cstdint>
 
+#include "arguments.h"
 #include "fragments.cuh"
 
 namespace beit3 {
-
-template <typename Element>
-struct PackedAttentionArguments {
-  const Element* q;      // (T, H, K), like k and v
-  const Element* k;
-  const Element* v;
-  Element* y;            // (T, H, K)
-  float* lse;            // (H, T), of the scaled scores
-  const int* sequences;  // (Q, 4): start and length of both ranges of rows
-  const int* tiles;      // (N, 2): sequence, and first position in it, of kTile positions
-  int num_rows;
-  int num_heads;
-  int head_width;        // a multiple of 8, at most kWidth
-  float scale;           // 1 / sqrt(K), in units of log2: log2(e) / sqrt(K)
-  bool captions;         // whether the second range is a caption under the causal mask
-};
 
 // kTile queries and kBlock keys at a time, of heads of at most kWidth columns.
 template <typename Element_, int kTile_, int kBlock, int kWidth, int kStages>

@@ -7,15 +7,11 @@
 
 #include <cstdint>
 
+#include "arguments.h"
+
 namespace beit3 {
 
-// Half-precision numbers as they lie in memory. Registers hold two, the first one in the lower half: a pair.
-struct BFloat16 {
-  std::uint16_t bits;
-};
-struct Float16 {
-  std::uint16_t bits;
-};
+// Registers hold half-precision numbers two by two, the first one in the lower half: a pair.
 
 // Rounds to nearest, ties to even.
 template <typename Element>

@@ -43,7 +43,7 @@ def build(folder: Path, program: str, definition: str, mistake: Mistake | None =
         definition: one macro, NAME=VALUE, that says which kernel.
         mistake: what to change in the headers first.
     """
-    for header in SOURCES.glob("*.cuh"):
+    for header in (*SOURCES.glob("*.cuh"), SOURCES / "arguments.h"):
         shutil.copy(header, folder)
     shutil.copy(HERE / "emulation.cuh", folder / "primitives.cuh")
     if mistake is not None:

@@ -19,6 +19,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "arguments.h"
+
 #define __device__
 #define __host__
 #define __global__ inline
@@ -249,13 +251,6 @@ inline float __shfl_xor_sync(unsigned, float value, int bit) { return emulation:
 inline std::uint32_t __shfl_xor_sync(unsigned, std::uint32_t value, int bit) { return emulation::shuffle(value, bit); }
 
 namespace beit3 {
-
-struct BFloat16 {
-  std::uint16_t bits;
-};
-struct Float16 {
-  std::uint16_t bits;
-};
 
 template <typename To, typename From>
 To bits_as(From value) {

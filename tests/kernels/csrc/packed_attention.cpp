@@ -29,10 +29,11 @@ int main(int, char** argv) {
   arguments.lse = lse.data();
   arguments.sequences = sequences.data();
   arguments.tiles = tiles.data();
+  arguments.num_tiles = int(tiles.size()) / 2;
   arguments.num_rows = int(lse.size()) / arguments.num_heads;
   arguments.scale = float(1.4426950408889634 / std::sqrt(double(arguments.head_width)));
 
-  const unsigned num_tiles = tiles.size() / 2, num_heads = arguments.num_heads;
+  const unsigned num_tiles = arguments.num_tiles, num_heads = arguments.num_heads;
   emulation::launch({num_tiles, num_heads}, Attention::kThreads, Attention::kSharedBytes,
                     [] { beit3::packed_attention_kernel<Attention>(arguments); });
   write_array(folder + "y", y);
