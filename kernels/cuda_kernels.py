@@ -131,6 +131,8 @@ def _is_grouped_gemm_trusted(device: torch.device, dtype: torch.dtype) -> bool:
 @lru_cache
 def _operators() -> Any:
     spec = importlib.util.find_spec("beit3_ds.kernels.cuda_operators")
-    assert spec is not None and spec.origin is not None, "the kernels in CUDA C++ are not built: see docs/kernels_cuda.md"
+    assert spec is not None and spec.origin is not None, (
+        "the kernels in CUDA C++ are not built: see docs/kernels_cuda.md"
+    )
     torch.ops.load_library(spec.origin)
     return torch.ops.beit3_ds_cuda

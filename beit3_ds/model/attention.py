@@ -26,8 +26,9 @@ class MultiwayAttention(nn.Module):
     `scatter_out`), and two floats a row for a sub-LN.
     """
 
-    def __init__(self, config: ModelConfig, tensor: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, tensor: TensorParallel, cuda_cpp: bool = False) -> None:
         super().__init__()
+        self.cuda_cpp = cuda_cpp
         hidden, experts, epsilon = config.hidden_size, config.attention_experts, config.layer_norm_epsilon
         self.experts, self.head_size, self.tensor = experts, config.head_size, tensor
         self.norm = MultiwayLayerNorm(hidden, epsilon, experts, rows=tensor)
@@ -45,7 +46,7 @@ class MultiwayAttention(nn.Module):
         q_THK, k_THK, v_THK = (
             proj(h_TD, batch).unflatten(1, (-1, self.head_size)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        y_TD = packed_attention(q_THK, k_THK, v_THK, batch.sequence_ranges).flatten(1)
+        y_TD = packed_attention(q_THK, k_THK, v_THK, batch.sequence_ranges, cuda_cpp=self.cuda_cpp).flatten(1)
         if self.sub_norm is not None:
             y_TD = self.sub_norm(y_TD, slices)
         return self.out_proj(y_TD, batch)

@@ -18,10 +18,17 @@ class Block(nn.Module):
     forward pass itself is deterministic and may be recomputed or reordered.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, tensor: TensorParallel, recompute_gelu: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        tensor: TensorParallel,
+        recompute_gelu: bool = False,
+        cuda_cpp: bool = False,
+    ) -> None:
         super().__init__()
         self.layer, self.tensor = layer, tensor
-        self.attention = MultiwayAttention(config, tensor)
+        self.attention = MultiwayAttention(config, tensor, cuda_cpp)
         self.ffn = MultiwayFFN(config, layer, tensor, recompute_gelu)
 
     def forward(self, x_TD: Tensor, batch: PackedBatch) -> Tensor:

@@ -19,7 +19,9 @@ SOURCES = Path(__file__).parents[3] / "kernels" / "csrc"
 ELEMENTS = {torch.bfloat16: "beit3::BFloat16", torch.float16: "beit3::Float16"}
 FLAGS = "-std=c++17 -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Wextra -Werror".split()
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: the kernels' headers run under it here")
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="no g++: the kernels' headers run under it here"
+)
 
 
 class Mistake(NamedTuple):

@@ -51,7 +51,14 @@ class Case:
         return torch.tensor(cuts, dtype=torch.int32).view(-1, 3)
 
     def run(
-        self, program: Path, folder: Path, rows: int, *, gelu: bool = True, early: bool = False, last_first: bool = False
+        self,
+        program: Path,
+        folder: Path,
+        rows: int,
+        *,
+        gelu: bool = True,
+        early: bool = False,
+        last_first: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """u and a as the kernel makes them, below a row that belongs to nobody."""
         width = self.biases.shape[1]
@@ -122,9 +129,15 @@ MISTAKES = {
         Mistake(GEMM, "place, step + kStages - 1, steps", "place, step + kStages, steps"),
         "still on its way|overwrites|never written|error",
     ),
-    "no closed group at the end": (Mistake(GEMM, "    }\n    commit_copies();\n", "    commit_copies();\n    }\n"), "way"),
+    "no closed group at the end": (
+        Mistake(GEMM, "    }\n    commit_copies();\n", "    commit_copies();\n    }\n"),
+        "way",
+    ),
     "rows of the next expert": (Mistake(GEMM, "if (row >= stop || column", "if (column"), "u: error|assert"),
-    "last row missing": (Mistake(GEMM, "const bool real = row < stop &&", "const bool real = row < stop - 1 &&"), "u: error"),
+    "last row missing": (
+        Mistake(GEMM, "const bool real = row < stop &&", "const bool real = row < stop - 1 &&"),
+        "u: error",
+    ),
     "no zeros beyond the rows": (Mistake(GEMM, "real = row < stop &&", "real ="), "heap-buffer-overflow"),
     "no zeros beyond the columns": (
         Mistake(GEMM, "row < stop && column < width;", "row < stop;"),
@@ -136,13 +149,29 @@ MISTAKES = {
         Mistake(GEMM, "if (row >= stop || column >= arguments.output_width)", "if (row >= stop)"),
         "heap-buffer-overflow|u: error|assert",
     ),
-    "tiles swapped in a group": (Mistake(GEMM, "% in_group % height)", "% in_group / height)"), "u: error|assert|overflow"),
+    "tiles swapped in a group": (
+        Mistake(GEMM, "% in_group % height)", "% in_group / height)"),
+        "u: error|assert|overflow",
+    ),
     "tanh for erf": (Mistake(GEMM, "erff(u * 0.70710678f)", "tanhf(u * 0.797884561f)"), "a: error"),
     "GELU without its half": (Mistake(GEMM, "return 0.5f * u *", "return u *"), "a: error"),
     "no swizzle": (Mistake(FRAGMENTS, "(chunk ^ (row * kChunks / 8 % kChunks))", "chunk"), "share banks"),
-    "swizzle that repeats too soon": (Mistake(FRAGMENTS, "row * kChunks / 8 % kChunks", "row % kChunks"), "share banks"),
-    "transposition of the wrong pairs": (Mistake(FRAGMENTS, "upper ? pairs[i] : pairs[i | bit], bit", "pairs[i], bit"), "u: error"),
-    "halves of the left operand swapped": (Mistake(FRAGMENTS, "row + lane % 16, chunk + lane / 16));\n}\n\n// Reads the right", "row + lane % 16, chunk + 1 - lane / 16));\n}\n\n// Reads the right"), "u: error"),
+    "swizzle that repeats too soon": (
+        Mistake(FRAGMENTS, "row * kChunks / 8 % kChunks", "row % kChunks"),
+        "share banks",
+    ),
+    "transposition of the wrong pairs": (
+        Mistake(FRAGMENTS, "upper ? pairs[i] : pairs[i | bit], bit", "pairs[i], bit"),
+        "u: error",
+    ),
+    "halves of the left operand swapped": (
+        Mistake(
+            FRAGMENTS,
+            "row + lane % 16, chunk + lane / 16));\n}\n\n// Reads the right",
+            "row + lane % 16, chunk + 1 - lane / 16));\n}\n\n// Reads the right",
+        ),
+        "u: error",
+    ),
 }
 
 

@@ -83,9 +83,7 @@ def test_kernel_follows_the_reference(
 
 
 @pytest.mark.parametrize(("early", "last_first"), [(False, True), (True, False), (True, True)])
-def test_order_does_not_matter(
-    small: dict[torch.dtype, Path], tmp_path: Path, early: bool, last_first: bool
-) -> None:
+def test_order_does_not_matter(small: dict[torch.dtype, Path], tmp_path: Path, early: bool, last_first: bool) -> None:
     """Copies that come at once, and warps that run in another order."""
     case = Case((((0, 40), (70, 81)), ((40, 70),)), 88, torch.bfloat16, captions=True, heads=1)
     case.check(*case.run(small[torch.bfloat16], tmp_path, SMALL_TILE, early=early, last_first=last_first))
@@ -129,7 +127,10 @@ MISTAKES = {
         Mistake(ATTENTION, "    __syncthreads();\n    Softmax softmax", "    Softmax softmax"),
         "without a barrier",
     ),
-    "no barrier in the loop": (Mistake(ATTENTION, "      __syncthreads();\n      fetch", "      fetch"), "without a barrier|overwrites"),
+    "no barrier in the loop": (
+        Mistake(ATTENTION, "      __syncthreads();\n      fetch", "      fetch"),
+        "without a barrier|overwrites",
+    ),
     "no wait for the queries": (Mistake(ATTENTION, "    wait_for_copies<kStages - 1>();\n", ""), "still on its way"),
     "no wait in the loop": (Mistake(ATTENTION, "      wait_for_copies<kStages - 2>();\n", ""), "still on its way"),
     "no mask": (Mistake(ATTENTION, "        mask(scores, arguments, sequence, begin);\n", ""), "y: error"),
@@ -137,29 +138,54 @@ MISTAKES = {
         Mistake(ATTENTION, "sequence.limit(sequence.first, arguments.captions)) {", "sequence.total) {"),
         "y: error",
     ),
-    "a caption sees one word too few": (Mistake(ATTENTION, "max(length_1, query + 1)", "max(length_1, query)"), "y: error"),
-    "an image sees its caption": (Mistake(ATTENTION, "return captions ? min", "return captions && query >= length_1 ? min"), "y: error"),
+    "a caption sees one word too few": (
+        Mistake(ATTENTION, "max(length_1, query + 1)", "max(length_1, query)"),
+        "y: error",
+    ),
+    "an image sees its caption": (
+        Mistake(ATTENTION, "return captions ? min", "return captions && query >= length_1 ? min"),
+        "y: error",
+    ),
     "queries that stop too early": (
         Mistake(ATTENTION, "limit(first + kTile - 1, captions)", "limit(first, captions)"),
         "y: error",
     ),
-    "wrong scale": (Mistake(ATTENTION, "exponentiate(scores, arguments.scale)", "exponentiate(scores, arguments.scale * 1.02f)"), "y: error"),
-    "second range from the first's start": (Mistake(ATTENTION, "start_1 : offset_2)", "start_1 : start_1)"), "y: error"),
-    "second range one row late": (Mistake(ATTENTION, "sequence[2] - sequence[1], seq", "sequence[2] - sequence[1] + 1, seq"), "y: error|overflow"),
-    "another head": (Mistake(ATTENTION, "arguments.num_heads + head)", "arguments.num_heads + 1 - head)"), "y: error|overflow"),
+    "wrong scale": (
+        Mistake(ATTENTION, "exponentiate(scores, arguments.scale)", "exponentiate(scores, arguments.scale * 1.02f)"),
+        "y: error",
+    ),
+    "second range from the first's start": (
+        Mistake(ATTENTION, "start_1 : offset_2)", "start_1 : start_1)"),
+        "y: error",
+    ),
+    "second range one row late": (
+        Mistake(ATTENTION, "sequence[2] - sequence[1], seq", "sequence[2] - sequence[1] + 1, seq"),
+        "y: error|overflow",
+    ),
+    "another head": (
+        Mistake(ATTENTION, "arguments.num_heads + head)", "arguments.num_heads + 1 - head)"),
+        "y: error|overflow",
+    ),
     "no zeros beyond the keys": (
         Mistake(ATTENTION, "const bool real = position < sequence.total && chunk", "const bool real = chunk"),
         "heap-buffer-overflow|error",
     ),
     "no zeros beyond the head": (
-        Mistake(ATTENTION, "position < sequence.total && chunk * kChunk < arguments.head_width;", "position < sequence.total;"),
+        Mistake(
+            ATTENTION,
+            "position < sequence.total && chunk * kChunk < arguments.head_width;",
+            "position < sequence.total;",
+        ),
         "heap-buffer-overflow|y: error",
     ),
     "columns of the next head": (
         Mistake(ATTENTION, "if (real && column < arguments.head_width)", "if (real)"),
         "heap-buffer-overflow|y: error",
     ),
-    "rows of the next sequence": (Mistake(ATTENTION, "const bool real = query < sequence.total;", "const bool real = true;"), "error|overflow"),
+    "rows of the next sequence": (
+        Mistake(ATTENTION, "const bool real = query < sequence.total;", "const bool real = true;"),
+        "error|overflow",
+    ),
     "sums that do not shrink": (Mistake(ATTENTION, "        weight[g] *= shrink;\n", ""), "error"),
     "maximum of a quarter of the row": (
         Mistake(ATTENTION, "        largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 2));\n", ""),
@@ -170,7 +196,10 @@ MISTAKES = {
         "error",
     ),
     "logarithm of base 2": (Mistake(ATTENTION, "top[g] * kLn2 + logf", "top[g] + logf"), "lse"),
-    "rows without a gap": (Mistake(FRAGMENTS, "return 16 * (row * (kChunks | 1) + chunk); }", "return 16 * (row * kChunks + chunk); }"), "share banks"),
+    "rows without a gap": (
+        Mistake(FRAGMENTS, "return 16 * (row * (kChunks | 1) + chunk); }", "return 16 * (row * kChunks + chunk); }"),
+        "share banks",
+    ),
     "values not transposed": (Mistake(FRAGMENTS, "load_matrices_transposed(b,", "load_matrices(b,"), "y: error"),
 }
 
