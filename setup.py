@@ -24,8 +24,8 @@ def cuda_kernels() -> dict[str, Any]:
     if CUDA_HOME is None or not os.path.exists(os.path.join(CUDA_HOME, "bin", "nvcc")):
         raise SystemExit(
             f"BEIT3_BUILD_CUDA=1 needs nvcc, but there is none in CUDA_HOME={CUDA_HOME}. Install the CUDA toolkit of "
-            "torch's version (torch.version.cuda), set CUDA_HOME to it, or leave BEIT3_BUILD_CUDA out: Triton's kernels "
-            "need no compiler."
+            "torch's version (torch.version.cuda) and set CUDA_HOME to it, or leave BEIT3_BUILD_CUDA out: Triton's "
+            "kernels need no build."
         )
     # The kernels use nothing that came after sm_80; its code runs on 8.x, that of 9.0 is tuned for it, and its PTX is
     # compiled by the driver of anything newer.

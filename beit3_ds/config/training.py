@@ -60,8 +60,8 @@ class TrainingConfig:
     reason; here the attention op keeps no scores). `full`: every block, for a third more compute."""
     kernels: Kernels = "triton"
     """In which language the kernels are that a GPU runs. `triton` needs no build. `cuda`: CUDA C++ where there is such
-    a kernel (the forward pass of attention), in half precision; the rest stays Triton's. docs/kernels_cuda.md says how to
-    build it; neither was ever timed on a GPU."""
+    a kernel (the forward pass of attention), in half precision; the rest stays Triton's. docs/kernels_cuda.md says how
+    to build it; neither was ever timed on a GPU."""
     seed: int = 1
     """Seeds initial values, data order, masks, augmentation and stochastic depth."""
     log_interval: int = 10

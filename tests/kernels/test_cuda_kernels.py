@@ -50,27 +50,35 @@ def test_operator_takes_the_kernel_that_was_chosen() -> None:
         assert attention_module._forward_cuda(q, k, v, *plan, 64, True) == "Triton"
 
 
-def test_choice_is_checked_by_its_own_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a choice that nobody heeds, and C++ kernels that run without, or against, their first check."""
+@pytest.mark.parametrize(
+    ("dtype", "cuda_cpp", "is_trusted", "runs", "checks"),
+    [
+        (torch.bfloat16, False, True, False, [False]),
+        (torch.bfloat16, True, True, True, [False, True]),
+        (torch.bfloat16, True, False, False, [False, True]),
+        (torch.float32, True, True, False, [False]),  # the C++ kernel knows half precision only
+    ],
+)
+def test_choice_stands_behind_the_first_check(
+    dtype: torch.dtype,
+    cuda_cpp: bool,
+    is_trusted: bool,
+    runs: bool,
+    checks: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Catches a choice that nobody heeds, and a C++ kernel that runs without its first check, or against it."""
     asked, ran = [], []
 
     def trust(device: torch.device, dtype: torch.dtype, head_size: int, cuda_cpp: bool = False) -> bool:
         asked.append(cuda_cpp)
-        return not cuda_cpp or is_trusted
+        return is_trusted or not cuda_cpp
 
     monkeypatch.setattr(attention_module, "_are_trusted", trust)
     monkeypatch.setattr(attention_module, "_run_operator", lambda *arguments: ran.append(arguments[-1]))
-    q = type("OnDevice", (), {"is_cuda": True, "device": CPU, "dtype": torch.bfloat16, "shape": (4, 2, 8)})
-    for is_trusted, cuda_cpp, dtype, runs, checks in (
-        (True, False, torch.bfloat16, False, [False]),
-        (True, True, torch.bfloat16, True, [False, True]),
-        (False, True, torch.bfloat16, False, [False, True]),
-        (True, True, torch.float32, False, [False]),  # the C++ kernel knows half precision only
-    ):
-        q.dtype = dtype  # type: ignore[attr-defined]
-        attention_module.packed_attention(q, q, q, (((0, 4),),), cuda_cpp=cuda_cpp)  # type: ignore[arg-type]
-        assert (ran.pop(), asked) == (runs, checks)
-        asked.clear()
+    q = type("OnDevice", (), {"is_cuda": True, "device": CPU, "dtype": dtype, "shape": (4, 2, 8)})
+    attention_module.packed_attention(q, q, q, (((0, 4),),), cuda_cpp=cuda_cpp)  # type: ignore[arg-type]
+    assert (ran, asked) == ([runs], checks)
 
 
 def test_gradients_do_not_depend_on_the_choice() -> None:

@@ -1,14 +1,14 @@
 """The CUDA C++ kernels' headers compiled for the CPU by g++, under the address and undefined-behaviour sanitizers.
 
-`emulation.cuh` stands in for `kernels/csrc/primitives.cuh`; all else is compiled as it is for a GPU, or with one planted
-mistake.
+`emulation.cuh` stands in for `kernels/csrc/primitives.cuh`; all else is compiled as it is for a GPU, or with one
+planted mistake.
 """
 
 import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -17,7 +17,8 @@ import torch
 HERE = Path(__file__).parent
 SOURCES = Path(__file__).parents[3] / "kernels" / "csrc"
 ELEMENTS = {torch.bfloat16: "beit3::BFloat16", torch.float16: "beit3::Float16"}
-FLAGS = "-std=c++17 -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Wextra -Werror".split()
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+FLAGS = ["-std=c++17", "-O1", "-g1", *SANITIZERS, "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="no g++: the kernels' headers run under it here"
@@ -25,11 +26,22 @@ needs_compiler = pytest.mark.skipif(
 
 
 class Mistake(NamedTuple):
-    """A line of a kernel's header, and what a mistake would make of it."""
+    """A mistake to plant in a kernel's header."""
 
     header: str
     right: str
+    """What stands there, once."""
     wrong: str
+    """What the mistake makes of it."""
+    finding: str
+    """What must be said of it, a regular expression."""
+    is_slow: bool = False
+    """Whether only the slow tests plant it."""
+
+
+def parameters(mistakes: Mapping[str, Mistake]) -> list[Any]:
+    """For `pytest.mark.parametrize`, by name."""
+    return [pytest.param(m, id=name, marks=pytest.mark.slow if m.is_slow else ()) for name, m in mistakes.items()]
 
 
 class FailedError(RuntimeError):
@@ -53,7 +65,7 @@ def build(folder: Path, program: str, definition: str, mistake: Mistake | None =
         assert text.count(mistake.right) == 1, f"{mistake.header} has not one {mistake.right!r}: mend the test"
         (folder / mistake.header).write_text(text.replace(mistake.right, mistake.wrong), encoding="utf-8")
     executable = folder / program
-    command = ["g++", *FLAGS, "-Wno-unknown-pragmas", f"-D{definition}", f"-I{folder}", f"-I{HERE}"]
+    command = ["g++", *FLAGS, f"-D{definition}", f"-I{folder}", f"-I{HERE}"]
     subprocess.run([*command, HERE / f"{program}.cpp", "-o", executable], check=True)
     return executable
 

@@ -1,6 +1,5 @@
 """Packed attention of kernels/csrc, run on the CPU and held to the reference by `check_rule`; never run on a GPU."""
 
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from beit3_ds.kernels.packed_attention import Ranges, packed_attention_reference, plan_tiles
 from beit3_ds.kernels.rule import WrongResultError, check_rule
 
-from tests.kernels.csrc.emulated import ELEMENTS, FailedError, Mistake, build, needs_compiler, read, run
+from tests.kernels.csrc.emulated import ELEMENTS, FailedError, Mistake, build, needs_compiler, parameters, read, run
 
 pytestmark = needs_compiler
 
@@ -123,91 +122,100 @@ def test_shipped_tiles(tmp_path: Path) -> None:
 
 ATTENTION, FRAGMENTS = "packed_attention.cuh", "fragments.cuh"
 MISTAKES = {
-    "no barrier before the queries": (
-        Mistake(ATTENTION, "    __syncthreads();\n    Softmax softmax", "    Softmax softmax"),
-        "without a barrier",
+    "no barrier before the queries": Mistake(
+        ATTENTION, "    __syncthreads();\n    Softmax softmax", "    Softmax softmax", "without a barrier", is_slow=True
     ),
-    "no barrier in the loop": (
-        Mistake(ATTENTION, "      __syncthreads();\n      fetch", "      fetch"),
-        "without a barrier|overwrites",
+    "no barrier in the loop": Mistake(
+        ATTENTION, "      __syncthreads();\n      fetch", "      fetch", "without a barrier|overwrites"
     ),
-    "no wait for the queries": (Mistake(ATTENTION, "    wait_for_copies<kStages - 1>();\n", ""), "still on its way"),
-    "no wait in the loop": (Mistake(ATTENTION, "      wait_for_copies<kStages - 2>();\n", ""), "still on its way"),
-    "no mask": (Mistake(ATTENTION, "        mask(scores, arguments, sequence, begin);\n", ""), "y: error"),
-    "mask in the last block only": (
-        Mistake(ATTENTION, "sequence.limit(sequence.first, arguments.captions)) {", "sequence.total) {"),
+    "no wait for the queries": Mistake(
+        ATTENTION, "    wait_for_copies<kStages - 1>();\n", "", "still on its way", is_slow=True
+    ),
+    "no wait in the loop": Mistake(ATTENTION, "      wait_for_copies<kStages - 2>();\n", "", "still on its way"),
+    "no mask": Mistake(ATTENTION, "        mask(scores, arguments, sequence, begin);\n", "", "y: error"),
+    "mask in the last block only": Mistake(
+        ATTENTION,
+        "sequence.limit(sequence.first, arguments.captions)) {",
+        "sequence.total) {",
         "y: error",
+        is_slow=True,
     ),
-    "a caption sees one word too few": (
-        Mistake(ATTENTION, "max(length_1, query + 1)", "max(length_1, query)"),
-        "y: error",
+    "a caption sees one word too few": Mistake(
+        ATTENTION, "max(length_1, query + 1)", "max(length_1, query)", "y: error", is_slow=True
     ),
-    "an image sees its caption": (
-        Mistake(ATTENTION, "return captions ? min", "return captions && query >= length_1 ? min"),
-        "y: error",
+    "an image sees its caption": Mistake(
+        ATTENTION, "return captions ? min", "return captions && query >= length_1 ? min", "y: error", is_slow=True
     ),
-    "queries that stop too early": (
-        Mistake(ATTENTION, "limit(first + kTile - 1, captions)", "limit(first, captions)"),
-        "y: error",
+    "queries that stop too early": Mistake(
+        ATTENTION, "limit(first + kTile - 1, captions)", "limit(first, captions)", "y: error", is_slow=True
     ),
-    "wrong scale": (
-        Mistake(ATTENTION, "exponentiate(scores, arguments.scale)", "exponentiate(scores, arguments.scale * 1.02f)"),
-        "y: error",
+    "wrong scale": Mistake(
+        ATTENTION, "exponentiate(scores, arguments.scale)", "exponentiate(scores, arguments.scale * 1.02f)", "y: error"
     ),
-    "second range from the first's start": (
-        Mistake(ATTENTION, "start_1 : offset_2)", "start_1 : start_1)"),
-        "y: error",
+    "second range from the first's start": Mistake(
+        ATTENTION, "start_1 : offset_2)", "start_1 : start_1)", "y: error", is_slow=True
     ),
-    "second range one row late": (
-        Mistake(ATTENTION, "sequence[2] - sequence[1], seq", "sequence[2] - sequence[1] + 1, seq"),
-        "y: error|overflow",
+    "second range one row late": Mistake(
+        ATTENTION, "sequence[2] - sequence[1], seq", "sequence[2] - sequence[1] + 1, seq", "y: error|overflow"
     ),
-    "another head": (
-        Mistake(ATTENTION, "arguments.num_heads + head)", "arguments.num_heads + 1 - head)"),
-        "y: error|overflow",
+    "another head": Mistake(
+        ATTENTION, "arguments.num_heads + head)", "arguments.num_heads + 1 - head)", "y: error|overflow", is_slow=True
     ),
-    "no zeros beyond the keys": (
-        Mistake(ATTENTION, "const bool real = position < sequence.total && chunk", "const bool real = chunk"),
+    "no zeros beyond the keys": Mistake(
+        ATTENTION,
+        "const bool real = position < sequence.total && chunk",
+        "const bool real = chunk",
         "heap-buffer-overflow|error",
     ),
-    "no zeros beyond the head": (
-        Mistake(
-            ATTENTION,
-            "position < sequence.total && chunk * kChunk < arguments.head_width;",
-            "position < sequence.total;",
-        ),
+    "no zeros beyond the head": Mistake(
+        ATTENTION,
+        "position < sequence.total && chunk * kChunk < arguments.head_width;",
+        "position < sequence.total;",
         "heap-buffer-overflow|y: error",
+        is_slow=True,
     ),
-    "columns of the next head": (
-        Mistake(ATTENTION, "if (real && column < arguments.head_width)", "if (real)"),
+    "columns of the next head": Mistake(
+        ATTENTION,
+        "if (real && column < arguments.head_width)",
+        "if (real)",
         "heap-buffer-overflow|y: error",
+        is_slow=True,
     ),
-    "rows of the next sequence": (
-        Mistake(ATTENTION, "const bool real = query < sequence.total;", "const bool real = true;"),
+    "rows of the next sequence": Mistake(
+        ATTENTION,
+        "const bool real = query < sequence.total;",
+        "const bool real = true;",
         "error|overflow",
+        is_slow=True,
     ),
-    "sums that do not shrink": (Mistake(ATTENTION, "        weight[g] *= shrink;\n", ""), "error"),
-    "maximum of a quarter of the row": (
-        Mistake(ATTENTION, "        largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 2));\n", ""),
+    "sums that do not shrink": Mistake(ATTENTION, "        weight[g] *= shrink;\n", "", "error", is_slow=True),
+    "maximum of a quarter of the row": Mistake(
+        ATTENTION,
+        "        largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 2));\n",
+        "",
         "error",
+        is_slow=True,
     ),
-    "weight of half the row": (
-        Mistake(ATTENTION, "        total += __shfl_xor_sync(kWholeWarp, total, 2);\n", ""),
-        "error",
+    "weight of half the row": Mistake(
+        ATTENTION, "        total += __shfl_xor_sync(kWholeWarp, total, 2);\n", "", "error", is_slow=True
     ),
-    "logarithm of base 2": (Mistake(ATTENTION, "top[g] * kLn2 + logf", "top[g] + logf"), "lse"),
-    "rows without a gap": (
-        Mistake(FRAGMENTS, "return 16 * (row * (kChunks | 1) + chunk); }", "return 16 * (row * kChunks + chunk); }"),
+    "logarithm of base 2": Mistake(ATTENTION, "top[g] * kLn2 + logf", "top[g] + logf", "lse", is_slow=True),
+    "rows without a gap": Mistake(
+        FRAGMENTS,
+        "return 16 * (row * (kChunks | 1) + chunk); }",
+        "return 16 * (row * kChunks + chunk); }",
         "share banks",
+        is_slow=True,
     ),
-    "values not transposed": (Mistake(FRAGMENTS, "load_matrices_transposed(b,", "load_matrices(b,"), "y: error"),
+    "values not transposed": Mistake(
+        FRAGMENTS, "load_matrices_transposed(b,", "load_matrices(b,", "y: error", is_slow=True
+    ),
 }
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_planted_mistakes_are_found(name: str, tmp_path: Path) -> None:
-    mistake, finding = MISTAKES[name]
+@pytest.mark.parametrize("mistake", parameters(MISTAKES))
+def test_planted_mistakes_are_found(mistake: Mistake, tmp_path: Path) -> None:
     program = build_kernel(tmp_path, torch.bfloat16, SMALL, mistake)
     case = Case(RAGGED, 88, torch.bfloat16, captions=True)
-    with pytest.raises((FailedError, WrongResultError, AssertionError), match=finding):
+    with pytest.raises((FailedError, WrongResultError, AssertionError), match=mistake.finding):
         case.check(*case.run(program, tmp_path, SMALL_TILE))
