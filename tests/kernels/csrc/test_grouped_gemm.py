@@ -122,7 +122,7 @@ def test_shipped_tiles(tmp_path: Path) -> None:
 
 GEMM, FRAGMENTS = "grouped_gemm.cuh", "fragments.cuh"
 MISTAKES = {
-    "no barrier": Mistake(GEMM, "      __syncthreads();\n", "", "without a barrier"),
+    "no barrier": Mistake(GEMM, "      __syncthreads();\n", "", "without a barrier|never written"),
     "no wait": Mistake(GEMM, "      wait_for_copies<kStages - 2>();\n", "", "still on its way"),
     "wait for one stage too few": Mistake(GEMM, "<kStages - 2>", "<kStages - 1>", "still on its way", is_slow=True),
     "refill of a stage in use": Mistake(
@@ -156,7 +156,9 @@ MISTAKES = {
     "tiles swapped in a group": Mistake(
         GEMM, "% in_group % height)", "% in_group / height)", "u: error|assert|overflow", is_slow=True
     ),
-    "tanh in the place of erf": Mistake(GEMM, "erff(u * 0.70710678f)", "tanhf(u * 0.797884561f)", "a: error", is_slow=True),
+    "tanh in the place of erf": Mistake(
+        GEMM, "erff(u * 0.70710678f)", "tanhf(u * 0.797884561f)", "a: error", is_slow=True
+    ),
     "GELU without its half": Mistake(GEMM, "return 0.5f * u *", "return u *", "a: error", is_slow=True),
     "no swizzle": Mistake(FRAGMENTS, "(chunk ^ (row * kChunks / 8 % kChunks))", "chunk", "share banks"),
     "swizzle that repeats too soon": Mistake(
