@@ -6,7 +6,7 @@ namespace beit3 {
 
 template <typename Element>
 cudaError_t launch_grouped_gemm(const GroupedGemmArguments<Element>& arguments, cudaStream_t stream) {
-  // 219 registers a thread at most and 64 KB: two blocks run on a multiprocessor.
+  // Registers (budgeted in tests) and 64 KB of shared memory let two blocks run on a multiprocessor.
   using Gemm = GroupedGemm<Element, kGroupedGemmTileRows, 128, 32, 4, 64, 64>;
   const auto kernel = grouped_gemm_kernel<Gemm>;
   const cudaError_t error =

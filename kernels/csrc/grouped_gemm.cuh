@@ -89,8 +89,10 @@ struct GroupedGemm {
   template <int kRows>
   __device__ static void copy_rows(unsigned char* tile, const Element* matrix, int first, int stop, int first_column,
                                    int width) {
+    static_assert(kRows * Tile::kChunks % kThreads == 0, "every thread copies alike");
 #pragma unroll
-    for (int index = threadIdx.x; index < kRows * Tile::kChunks; index += kThreads) {
+    for (int i = 0; i < kRows * Tile::kChunks; i += kThreads) {
+      const int index = i + threadIdx.x;
       const int row = first + index / Tile::kChunks;
       const int chunk = index % Tile::kChunks;
       const int column = first_column + chunk * kChunk;

@@ -96,8 +96,10 @@ struct PackedAttention {
   template <int kPositions>
   __device__ static void copy_positions(unsigned char* tile, const Element* matrix, const Arguments& arguments,
                                         const Sequence& sequence, int head, int first) {
+    static_assert(kPositions * Tile::kChunks % kThreads == 0, "every thread copies alike");
 #pragma unroll
-    for (int index = threadIdx.x; index < kPositions * Tile::kChunks; index += kThreads) {
+    for (int i = 0; i < kPositions * Tile::kChunks; i += kThreads) {
+      const int index = i + threadIdx.x;
       const int position = first + index / Tile::kChunks;
       const int chunk = index % Tile::kChunks;
       const bool real = position < sequence.total && chunk * kChunk < arguments.head_width;
