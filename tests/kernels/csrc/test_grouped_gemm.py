@@ -1,12 +1,16 @@
 """The grouped GEMM of kernels/csrc, run on the CPU and held to the reference by `check_rule`; never run on a GPU."""
 
+import itertools
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 import torch.nn.functional as F
 from beit3_ds.kernels.multiway_linear import multiway_linear_reference
 from beit3_ds.kernels.rule import WrongResultError, check_rule
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.kernels.csrc.emulated import ELEMENTS, FailedError, Mistake, build, needs_compiler, parameters, read, run
 
@@ -113,6 +117,30 @@ def test_activation_is_optional(small: dict[torch.dtype, Path], tmp_path: Path) 
     u, a = case.run(small[torch.bfloat16], tmp_path, SMALL_ROWS, gelu=False)
     assert bool((a == UNTOUCHED).all())
     check_rule(("u",), (u[:-1],), lambda *inputs: case.reference(*inputs)[:1], (case.x, case.weights, case.biases))
+
+
+lengths = st.lists(st.integers(0, 70), min_size=1, max_size=4).filter(any)
+
+
+@given(lengths=lengths, depth=st.integers(1, 20), width=st.integers(1, 20), early=st.booleans())
+@settings(max_examples=6, deadline=None)
+def test_any_slices(small: dict[torch.dtype, Path], lengths: list[int], depth: int, width: int, early: bool) -> None:
+    slices = tuple(itertools.pairwise([0, *itertools.accumulate(lengths)]))
+    case = Case(slices, 8 * depth, 8 * width, torch.bfloat16)
+    with TemporaryDirectory() as folder:
+        case.check(*case.run(small[torch.bfloat16], Path(folder), SMALL_ROWS, early=early))
+
+
+@pytest.mark.slow
+@given(lengths=lengths, depth=st.integers(1, 40), width=st.integers(1, 40), dtype=st.sampled_from(list(ELEMENTS)))
+@settings(max_examples=60, deadline=None)
+def test_any_slices_and_dtypes(
+    small: dict[torch.dtype, Path], lengths: list[int], depth: int, width: int, dtype: torch.dtype
+) -> None:
+    slices = tuple(itertools.pairwise([0, *itertools.accumulate(lengths)]))
+    case = Case(slices, 8 * depth, 8 * width, dtype)
+    with TemporaryDirectory() as folder:
+        case.check(*case.run(small[dtype], Path(folder), SMALL_ROWS, last_first=True))
 
 
 def test_shipped_tiles(tmp_path: Path) -> None:

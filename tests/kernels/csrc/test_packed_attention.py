@@ -1,13 +1,17 @@
 """Packed attention of kernels/csrc, run on the CPU and held to the reference by `check_rule`; never run on a GPU."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from beit3_ds.kernels.packed_attention import Ranges, packed_attention_reference, plan_tiles
 from beit3_ds.kernels.rule import WrongResultError, check_rule
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.kernels.csrc.emulated import ELEMENTS, FailedError, Mistake, build, needs_compiler, parameters, read, run
+from tests.kernels.test_packed_attention_triton import build_ranges
 
 pytestmark = needs_compiler
 
@@ -112,6 +116,41 @@ def test_large_scores_do_not_overflow(small: dict[torch.dtype, Path], tmp_path: 
     case = Case((((0, 35),),), 88, torch.bfloat16, captions=False, heads=1)
     case.inputs = (case.inputs[0] - 6, case.inputs[1] + 6, case.inputs[2])
     case.check(*case.run(small[torch.bfloat16], tmp_path, SMALL_TILE))
+
+
+sequence_lengths = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=3).filter(
+    lambda lengths: any(sum(pair) for pair in lengths)
+)
+
+
+@given(lengths=sequence_lengths, captions=st.booleans(), early=st.booleans())
+@settings(max_examples=6, deadline=None)
+def test_any_ranges(
+    small: dict[torch.dtype, Path], lengths: list[tuple[int, int]], captions: bool, early: bool
+) -> None:
+    case = Case(build_ranges(lengths), 88, torch.bfloat16, captions, heads=1)
+    with TemporaryDirectory() as folder:
+        case.check(*case.run(small[torch.bfloat16], Path(folder), SMALL_TILE, early=early))
+
+
+@pytest.mark.slow
+@given(
+    lengths=sequence_lengths,
+    captions=st.booleans(),
+    head_width=st.integers(1, 12),
+    dtype=st.sampled_from(list(ELEMENTS)),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_ranges_widths_and_dtypes(
+    small: dict[torch.dtype, Path],
+    lengths: list[tuple[int, int]],
+    captions: bool,
+    head_width: int,
+    dtype: torch.dtype,
+) -> None:
+    case = Case(build_ranges(lengths), 8 * head_width, dtype, captions)
+    with TemporaryDirectory() as folder:
+        case.check(*case.run(small[dtype], Path(folder), SMALL_TILE, last_first=True))
 
 
 def test_shipped_tiles(tmp_path: Path) -> None:
