@@ -137,11 +137,7 @@ def _are_trusted(device: torch.device, dtype: torch.dtype, head_size: int, cuda_
 def check_kernels(device: torch.device, dtype: torch.dtype, head_size: int, cuda_cpp: bool = False) -> None:
     """Holds the kernels to the reference, forward and backward, on a pair over two tiles and two short sequences.
 
-    Args:
-        device: where they run.
-        dtype: of q, k and v.
-        head_size: K.
-        cuda_cpp: whether the forward kernel is the one in CUDA C++.
+    With `cuda_cpp` the forward kernel is the one in CUDA C++.
 
     Raises:
         WrongResultError: if a result is wrong.

@@ -22,12 +22,12 @@ struct GroupedGemmArguments {
   const Element* x;                     // (T, D)
   const Element* weights[kMaxExperts];  // (F, D) each
   const Element* biases[kMaxExperts];   // (F,) each
-  const int* tiles;                     // (num_tiles, 3): expert, first row, stop row; at most as many rows as a tile has
+  const int* tiles;                     // (num_tiles, 3): expert, first row, stop row
   Element* u;                           // (T, F)
   Element* a;                           // (T, F), or null where nobody wants it
   int num_tiles;
-  int input_width;   // D, a multiple of 8
-  int output_width;  // F, a multiple of 8
+  int input_width;                      // D, a multiple of 8
+  int output_width;                     // F, a multiple of 8
 };
 
 // T packed rows, H heads, K head width. All matrices are contiguous and begin at a multiple of 16 bytes.

@@ -15,16 +15,15 @@
 
 namespace beit3 {
 
-// A block of threads makes kTileRows x kTileColumns of u, each of its warps kWarpRows x kWarpColumns of them.
-template <typename Element_, int kTileRows_, int kTileColumns_, int kTileDepth, int kStages, int kWarpRows,
+// A block of threads makes kTileRows x kTileColumns of u, each of its warps kWarpRows x kWarpColumns of them. A tile of
+// the table has at most kTileRows rows.
+template <typename Element_, int kTileRows, int kTileColumns, int kTileDepth, int kStages, int kWarpRows,
           int kWarpColumns>
 struct GroupedGemm {
   using Element = Element_;
   using Arguments = GroupedGemmArguments<Element>;
   using Tile = SwizzledTile<kTileDepth>;
 
-  static constexpr int kTileRows = kTileRows_;
-  static constexpr int kTileColumns = kTileColumns_;
   static constexpr int kWarpsDown = kTileRows / kWarpRows;
   static constexpr int kThreads = kWarp * kWarpsDown * (kTileColumns / kWarpColumns);
   static constexpr int kStageBytes = Tile::bytes(kTileRows) + Tile::bytes(kTileColumns);

@@ -10,7 +10,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -38,8 +37,8 @@ void check_table(const char* op, const char* name, const Tensor& table, const Te
 }
 
 void check_multiple_of_8(const char* op, const char* name, std::int64_t width) {
-  TORCH_CHECK(width > 0 && width % 8 == 0, op, ": ", name, " is ", width, ", but rows are moved 16 bytes at once, so it ",
-              "must be a multiple of 8.");
+  TORCH_CHECK(width > 0 && width % 8 == 0, op, ": ", name, " is ", width,
+              ", but rows are moved 16 bytes at once, so it must be a multiple of 8.");
 }
 
 // Calls `run` with a number of the element type that `tensor` has.
@@ -68,8 +67,8 @@ std::tuple<Tensor, Tensor> grouped_gemm(const Tensor& x, at::TensorList weights,
   TORCH_CHECK(!weights.empty() && weights.size() <= kMaxExperts && weights.size() == biases.size(), op, ": ",
               weights.size(), " weights and ", biases.size(), " biases; expected one each for at most ", kMaxExperts,
               " experts.");
-  TORCH_CHECK(tile_rows == kGroupedGemmTileRows, op, ": tiles must have ", kGroupedGemmTileRows, " rows, got ", tile_rows,
-              ".");
+  TORCH_CHECK(tile_rows == kGroupedGemmTileRows, op, ": tiles must have ", kGroupedGemmTileRows, " rows, got ",
+              tile_rows, ".");
   TORCH_CHECK(weights[0].dim() == 2, op, ": weights must be matrices.");
   const std::int64_t rows = x.size(0), input_width = x.size(1), output_width = weights[0].size(0);
   check_multiple_of_8(op, "the input width", input_width);

@@ -17,13 +17,12 @@
 namespace beit3 {
 
 // kTile queries and kBlock keys at a time, of heads of at most kWidth columns.
-template <typename Element_, int kTile_, int kBlock, int kWidth, int kStages>
+template <typename Element_, int kTile, int kBlock, int kWidth, int kStages>
 struct PackedAttention {
   using Element = Element_;
   using Arguments = PackedAttentionArguments<Element>;
   using Tile = PaddedTile<kWidth>;
 
-  static constexpr int kTile = kTile_;
   static constexpr int kThreads = kWarp * kTile / 16;
   static constexpr int kStageBytes = 2 * Tile::bytes(kBlock);
   static constexpr int kSharedBytes = Tile::bytes(kTile) + kStages * kStageBytes;
@@ -77,7 +76,8 @@ struct PackedAttention {
   }
 
   // Where a position's columns of a head begin in q, k, v and y.
-  __device__ static std::int64_t offset_of(const Arguments& arguments, const Sequence& sequence, int head, int position) {
+  __device__ static std::int64_t offset_of(const Arguments& arguments, const Sequence& sequence, int head,
+                                           int position) {
     return (std::int64_t{sequence.row(position)} * arguments.num_heads + head) * arguments.head_width;
   }
 
