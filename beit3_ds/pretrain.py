@@ -9,13 +9,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from beit3_ds.batch import ImageViews, PackedBatch, StepBatch
 from beit3_ds.checkpoint.engine_state import EngineState
 from beit3_ds.checkpoint.folder import is_checkpoint
 from beit3_ds.checkpoint.run_description import describe_run
 from beit3_ds.checkpoint.store import CheckpointStore
-from beit3_ds.config import ConfigError, Place, RunConfig, check_layout
+from beit3_ds.config import ConfigError, Place, RunConfig, TrainingConfig, check_layout
 from beit3_ds.data import StepDataset, build_heldout_batches, build_train_loader
+from beit3_ds.kernels import cuda_kernels
 from beit3_ds.parallel import Mesh, Shared
 from beit3_ds.rank_program import run_rank_program
 from beit3_ds.tokenizers import TextTokenizer, VisualTokenizer, check_visual_tokenizer_fits, load_visual_tokenizer
@@ -73,12 +76,13 @@ def open_inputs(config: RunConfig) -> Inputs:
     """Checks the layout and opens the files that this rank reads.
 
     Raises:
-        ConfigError: for a layout that does not fit, an optimizer that is not installed, an output folder that cannot be
-            written, or a file that cannot be read or does not fit the model.
+        ConfigError: for a layout that does not fit, an optimizer that is not installed, kernels that are not built, an
+            output folder that cannot be written, or a file that cannot be read or does not fit the model.
     """
     world_size = world_size_from_environment()
     data_parallel_size = check_layout(config, world_size)
     check_optimizer(config.training)
+    _check_kernels(config.training)
     _check_writable(Path(config.training.output_dir))
     place = config.parallel.place(rank_from_environment(), world_size)
     has_heads = place.pipeline == config.parallel.pipeline_parallel_size - 1
@@ -102,6 +106,21 @@ def open_inputs(config: RunConfig) -> Inputs:
         heldout=heldout,
         initial_weights=initial_weights,
     )
+
+
+def _check_kernels(config: TrainingConfig) -> None:
+    if config.kernels == "triton":
+        return
+    if not cuda_kernels.is_built():
+        raise ConfigError(
+            f'training.kernels="{config.kernels}" needs the kernels in CUDA C++, which are not built. Build them with '
+            'nvcc: BEIT3_BUILD_CUDA=1 pip install --no-build-isolation . (docs/kernels_cuda.md), or set "triton".'
+        )
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f'training.kernels="{config.kernels}" needs a CUDA device, and this machine has none that torch can use. '
+            "Leave the setting out."
+        )
 
 
 def _check_writable(folder: Path) -> None:

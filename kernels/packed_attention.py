@@ -72,7 +72,13 @@ def packed_attention_reference(
 
 
 def packed_attention(
-    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, ranges: Ranges, *, causal_captions: bool = False
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THK: Tensor,
+    ranges: Ranges,
+    *,
+    causal_captions: bool = False,
+    cuda_cpp: bool = False,
 ) -> Tensor:
     """Attention of every row to all rows of its own sequence, scaled by 1 / sqrt(K).
 
@@ -82,13 +88,15 @@ def packed_attention(
         causal_captions: the mask of captioning, for sequences of two ranges: rows of the first (an image) see the first
             only, rows of the second (its caption) see the first and the second up to themselves. Sequences of one range
             stay bidirectional.
+        cuda_cpp: on a GPU, take the forward kernel in CUDA C++ (`cuda_kernels`, which must be built) where it takes
+            such queries; the backward pass is Triton's.
 
     Returns:
         y_THK, the heads of every row, of q's dtype.
     """
     if not runs_kernels(q_THK):
         return attend(q_THK, k_THK, v_THK, plan_attention(ranges, q_THK.device, causal_captions))
-    return _run_operator(q_THK, k_THK, v_THK, ranges, causal_captions)
+    return _run_operator(q_THK, k_THK, v_THK, ranges, causal_captions, cuda_cpp and _runs_cuda_cpp(q_THK))
 
 
 def runs_kernels(q_THK: Tensor) -> bool:
@@ -101,25 +109,35 @@ def runs_kernels(q_THK: Tensor) -> bool:
     return supported and _are_trusted(q_THK.device, dtype, head_size)
 
 
-def _run_operator(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, ranges: Ranges, causal_captions: bool) -> Tensor:
+def _runs_cuda_cpp(q_THK: Tensor) -> bool:
+    from beit3_ds.kernels.cuda_kernels import takes_attention  # nobody else needs it
+
+    return takes_attention(q_THK) and _are_trusted(q_THK.device, q_THK.dtype, q_THK.shape[-1], cuda_cpp=True)
+
+
+def _run_operator(
+    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, ranges: Ranges, causal_captions: bool, cuda_cpp: bool = False
+) -> Tensor:
     tile_size = _tiling(q_THK).tile
     plan = plan_tiles(ranges, tile_size, q_THK.device)
     q_THK, k_THK, v_THK = q_THK.contiguous(), k_THK.contiguous(), v_THK.contiguous()
-    y_THK, _ = torch.ops.beit3_ds.packed_attention(q_THK, k_THK, v_THK, *plan, tile_size, causal_captions)
+    y_THK, _ = torch.ops.beit3_ds.packed_attention(q_THK, k_THK, v_THK, *plan, tile_size, causal_captions, cuda_cpp)
     return y_THK
 
 
 @lru_cache
-def _are_trusted(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+def _are_trusted(device: torch.device, dtype: torch.dtype, head_size: int, cuda_cpp: bool = False) -> bool:
     return passes(
-        f"packed_attention in {dtype} with heads of {head_size}",
+        f"packed_attention in {'CUDA C++, ' if cuda_cpp else ''}{dtype} with heads of {head_size}",
         device,
-        lambda: check_kernels(device, dtype, head_size),
+        lambda: check_kernels(device, dtype, head_size, cuda_cpp),
     )
 
 
-def check_kernels(device: torch.device, dtype: torch.dtype, head_size: int) -> None:
+def check_kernels(device: torch.device, dtype: torch.dtype, head_size: int, cuda_cpp: bool = False) -> None:
     """Holds the kernels to the reference, forward and backward, on a pair over two tiles and two short sequences.
+
+    With `cuda_cpp` the forward kernel is the one in CUDA C++.
 
     Raises:
         WrongResultError: if a result is wrong.
@@ -130,7 +148,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype, head_size: int) -> N
     for captions in (False, True):
         ours, reference = (
             with_gradients(partial(attention, ranges=ranges, causal_captions=captions))
-            for attention in (_run_operator, packed_attention_reference)
+            for attention in (partial(_run_operator, cuda_cpp=cuda_cpp), packed_attention_reference)
         )
         check_rule(("y", "dq", "dk", "dv"), ours(*inputs), reference, inputs)
 
@@ -244,7 +262,7 @@ def _tiling(q_THK: Tensor) -> Any:
 _LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
 _LIBRARY.define(
     "packed_attention(Tensor q, Tensor k, Tensor v, Tensor sequences, Tensor tiles, int tile_size, "
-    "bool causal_captions) -> (Tensor, Tensor)"
+    "bool causal_captions, bool cuda_cpp=False) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "packed_attention_backward(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, Tensor sequences, "
@@ -254,7 +272,14 @@ _LIBRARY.define(
 
 @torch.library.impl(_LIBRARY, "packed_attention", "CPU")
 def _forward_cpu(
-    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, sequences_Q4: Tensor, tiles_N2: Tensor, tile_size: int, causal: bool
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THK: Tensor,
+    sequences_Q4: Tensor,
+    tiles_N2: Tensor,
+    tile_size: int,
+    causal: bool,
+    cuda_cpp: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The operator sequence by sequence, for checks: the model on a CPU never takes it."""
     y_THK = torch.empty_like(q_THK)
@@ -297,8 +322,19 @@ def _backward_cpu(
 
 @torch.library.impl(_LIBRARY, "packed_attention", "CUDA")
 def _forward_cuda(
-    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, sequences_Q4: Tensor, tiles_N2: Tensor, tile_size: int, causal: bool
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THK: Tensor,
+    sequences_Q4: Tensor,
+    tiles_N2: Tensor,
+    tile_size: int,
+    causal: bool,
+    cuda_cpp: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    if cuda_cpp:
+        from beit3_ds.kernels.cuda_kernels import packed_attention_forward
+
+        return packed_attention_forward(q_THK, k_THK, v_THK, sequences_Q4, tiles_N2, tile_size, causal)
     from beit3_ds.kernels.packed_attention_launch import forward
 
     tiling = _tiling(q_THK)._replace(tile=tile_size)
@@ -325,9 +361,7 @@ def _backward_cuda(
 
 
 @torch.library.register_fake("beit3_ds::packed_attention", lib=_LIBRARY)
-def _forward_fake(
-    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, sequences_Q4: Tensor, tiles_N2: Tensor, tile_size: int, causal: bool
-) -> tuple[Tensor, Tensor]:
+def _forward_fake(q_THK: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     lse_HT = q_THK.new_empty(q_THK.shape[1], q_THK.shape[0], dtype=_accumulator(q_THK))
     return torch.empty_like(q_THK), lse_HT
 
@@ -338,7 +372,7 @@ def _backward_fake(dy_THK: Tensor, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, 
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.tile_size, ctx.causal_captions = inputs
+    *tensors, ctx.tile_size, ctx.causal_captions, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, *output)
 
@@ -347,7 +381,7 @@ def _differentiate(ctx: Any, dy_THK: Tensor, d_lse: Tensor | None) -> tuple[Tens
     q_THK, k_THK, v_THK, sequences_Q4, tiles_N2, y_THK, lse_HT = ctx.saved_tensors
     tensors = (dy_THK.contiguous(), q_THK, k_THK, v_THK, y_THK, lse_HT, sequences_Q4, tiles_N2)
     gradients = torch.ops.beit3_ds.packed_attention_backward(*tensors, ctx.tile_size, ctx.causal_captions)
-    return (*gradients, None, None, None, None)
+    return (*gradients, None, None, None, None, None)
 
 
 torch.library.register_autograd("beit3_ds::packed_attention", _differentiate, setup_context=_save, lib=_LIBRARY)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from beit3_ds.kernels.cuda_kernels import grouped_gemm, runs_grouped_gemm
 from beit3_ds.kernels.multiway_linear import Slices, ends_of, multiway_linear, slices_of
 from beit3_ds.kernels.rule import check_rule
 from beit3_ds.kernels.self_check import passes
@@ -32,7 +33,13 @@ class Activation(NamedTuple):
 
 
 def up_projection(
-    h_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor], *, with_statistics: bool
+    h_TD: Tensor,
+    slices: Slices,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    with_statistics: bool,
+    cuda_cpp: bool = False,
 ) -> Activation:
     """x = h @ w.T + b, each row with its own expert's parameters, and on a GPU also GELU(x) and its statistics.
 
@@ -42,24 +49,26 @@ def up_projection(
         weights: one (F, D) matrix an expert, of h's dtype.
         biases: one (F,) vector an expert.
         with_statistics: whether a sub-LN follows.
+        cuda_cpp: on a GPU, take the kernel in CUDA C++ (`cuda_kernels`, which must be built) where it takes such rows;
+            the statistics and the backward pass are Triton's.
     """
     if not _runs_kernels(h_TD):
         return Activation(multiway_linear(h_TD, slices, weights, biases))
-    x_TF, a_TF, *statistics = _UpProjection.apply(
-        h_TD.contiguous(), ends_of(slices), with_statistics, *weights, *biases
-    )
+    cuda_cpp = cuda_cpp and runs_grouped_gemm(h_TD, weights)
+    form = (ends_of(slices), with_statistics, cuda_cpp)
+    x_TF, a_TF, *statistics = _UpProjection.apply(h_TD.contiguous(), *form, *weights, *biases)
     return Activation(x_TF, a_TF, tuple(statistics) if with_statistics else None)
 
 
 class _UpProjection(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h_TD: Tensor, ends: list[int], with_statistics: bool, *parameters: Tensor
+        ctx: Any, h_TD: Tensor, ends: list[int], with_statistics: bool, cuda_cpp: bool, *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.ends, weights, biases = ends, parameters[: len(ends)], parameters[len(ends) :]
         # The parameters themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
         ctx.save_for_backward(h_TD, *weights)
-        outputs = torch.ops.beit3_ds.up_projection(h_TD, ends, weights, biases, with_statistics)
+        outputs = torch.ops.beit3_ds.up_projection(h_TD, ends, weights, biases, with_statistics, cuda_cpp)
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
@@ -69,20 +78,26 @@ class _UpProjection(torch.autograd.Function):
         h_TD, *weights = ctx.saved_tensors
         dx_TF = dx_TF.contiguous()
         dh_TD = torch.ops.beit3_ds.multiway_input_gradient(dx_TF, None, ctx.ends, weights)
-        return (dh_TD, None, None, *torch.ops.beit3_ds.multiway_weight_gradient(dx_TF, None, h_TD, ctx.ends, True))
+        gradients = torch.ops.beit3_ds.multiway_weight_gradient(dx_TF, None, h_TD, ctx.ends, True)
+        return (dh_TD, None, None, None, *gradients)
 
 
 _LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
 # x, GELU(x), and mean and sum of squared deviations of its rows (empty without statistics).
 _LIBRARY.define(
-    "up_projection(Tensor h, int[] ends, Tensor[] weights, Tensor[] biases, bool with_statistics) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    "up_projection(Tensor h, int[] ends, Tensor[] weights, Tensor[] biases, bool with_statistics, "
+    "bool cuda_cpp=False) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
 @torch.library.impl(_LIBRARY, "up_projection", "CPU")
 def _up_projection(
-    h_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], with_statistics: bool
+    h_TD: Tensor,
+    ends: Sequence[int],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    with_statistics: bool,
+    cuda_cpp: bool = False,
 ) -> tuple[Tensor, ...]:
     """The operator for checks: the model on a CPU never takes it."""
     x_TF = torch.ops.beit3_ds.multiway_linear(h_TD, ends, weights, biases)
@@ -94,8 +109,18 @@ def _up_projection(
 
 @torch.library.impl(_LIBRARY, "up_projection", "CUDA")
 def _up_projection_cuda(
-    h_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], with_statistics: bool
+    h_TD: Tensor,
+    ends: Sequence[int],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    with_statistics: bool,
+    cuda_cpp: bool = False,
 ) -> tuple[Tensor, ...]:
+    if cuda_cpp:
+        x_TF, a_TF = grouped_gemm(h_TD, slices_of(ends), weights, biases, gelu=True)
+        if with_statistics:
+            return (x_TF, a_TF, *torch.ops.beit3_ds.row_statistics(a_TF))
+        return x_TF, a_TF, *(h_TD.new_empty(0, dtype=wide_dtype(h_TD)) for _ in range(2))
     from beit3_ds.kernels import multiway_ffn_launch
 
     return multiway_ffn_launch.up_projection(h_TD, slices_of(ends), weights, biases, with_statistics)
@@ -103,7 +128,12 @@ def _up_projection_cuda(
 
 @torch.library.register_fake("beit3_ds::up_projection", lib=_LIBRARY)
 def _up_projection_fake(
-    h_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], with_statistics: bool
+    h_TD: Tensor,
+    ends: Sequence[int],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    with_statistics: bool,
+    cuda_cpp: bool = False,
 ) -> tuple[Tensor, ...]:
     rows = len(h_TD)
     x_TF = h_TD.new_empty(rows, len(weights[0]))

@@ -170,6 +170,18 @@ def test_unreadable_shard_is_named(run_mapping: dict[str, Any], tmp_path: Path) 
     assert str(shard) in pretrain_error(run_mapping)
 
 
+def test_kernels_that_cannot_run_are_named(run_mapping: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from beit3_ds.kernels import cuda_kernels
+
+    run_mapping["beit3_ds"]["training"]["kernels"] = "cuda"
+    monkeypatch.setattr(cuda_kernels, "is_built", lambda: False)
+    assert "BEIT3_BUILD_CUDA=1 pip install --no-build-isolation ." in pretrain_error(run_mapping)
+    monkeypatch.setattr(cuda_kernels, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert 'training.kernels="cuda" needs a CUDA device' in pretrain_error(run_mapping)
+
+
 def test_missing_tokenizers_name_the_command(run_mapping: dict[str, Any]) -> None:
     run_mapping["beit3_ds"]["tokenizers"]["visual"]["path"] = "/no/visual.safetensors"
     assert "beit3 train-visual-tokenizer" in pretrain_error(run_mapping)

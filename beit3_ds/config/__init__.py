@@ -6,7 +6,7 @@ from beit3_ds.config.model import MODEL_SIZES, ModelConfig
 from beit3_ds.config.parallel import ParallelConfig, Place
 from beit3_ds.config.run import MicroBatchSize, RunConfig, build_run_config, load_run_config
 from beit3_ds.config.strict import ConfigError
-from beit3_ds.config.training import ActivationCheckpointing, LossWeights, TrainingConfig
+from beit3_ds.config.training import ActivationCheckpointing, Kernels, LossWeights, TrainingConfig
 from beit3_ds.config.visual_tokenizer import VisualTokenizerConfig
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "ActivationCheckpointing",
     "ConfigError",
     "DataConfig",
+    "Kernels",
     "LossWeights",
     "MicroBatchSize",
     "ModelConfig",

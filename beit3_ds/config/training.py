@@ -8,6 +8,9 @@ from beit3_ds.config.strict import ConfigError, check_range
 ActivationCheckpointing = Literal["none", "full"]
 """What the backward pass recomputes beyond what ops make again anyway: nothing, or whole blocks."""
 
+Kernels = Literal["triton", "cuda"]
+"""In which language the kernels are that GPUs run, where there are two of one kernel."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossWeights:
@@ -55,6 +58,10 @@ class TrainingConfig:
     """What the backward pass recomputes instead of keeping it. `none`: what is cheap to make again, GELUs, sub-LNs and
     the scores of attention (the selective recomputation of Korthikanti et al., 2022, arXiv:2205.05198), which the ops
     never keep. `full`: every block, for a third more compute."""
+    kernels: Kernels = "triton"
+    """In which language the kernels are that a GPU runs. `triton` needs no build. `cuda`: CUDA C++ where there is such
+    a kernel (the forward passes of attention and of the FFN's up projection), in half precision; the rest stays
+    Triton's. docs/kernels_cuda.md says how to build it; neither was ever timed on a GPU."""
     seed: int = 1
     """Seeds initial values, data order, masks, augmentation and stochastic depth."""
     log_interval: int = 10

@@ -28,8 +28,9 @@ class MultiwayAttention(nn.Module):
     `scatter_out`), and two floats a row for a sub-LN.
     """
 
-    def __init__(self, config: ModelConfig, tensor: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, tensor: TensorParallel, cuda_cpp: bool = False) -> None:
         super().__init__()
+        self.cuda_cpp = cuda_cpp
         hidden, experts, epsilon = config.hidden_size, config.attention_experts, config.layer_norm_epsilon
         self.experts, self.head_size, self.tensor = experts, config.head_size, tensor
         self.norm = MultiwayLayerNorm(hidden, epsilon, experts, tensor)
@@ -53,6 +54,6 @@ class MultiwayAttention(nn.Module):
         q_THK, k_THK, v_THK = (
             proj(h_TD, batch).unflatten(1, (-1, self.head_size)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        y_TD = packed_attention(q_THK, k_THK, v_THK, batch.sequence_ranges).flatten(1)
+        y_TD = packed_attention(q_THK, k_THK, v_THK, batch.sequence_ranges, cuda_cpp=self.cuda_cpp).flatten(1)
         norm = None if self.sub_norm is None else self.sub_norm.build(self.sub_norm())
         return self.out_proj(Activation(y_TD), x_TD, factor_T, batch, norm=norm)

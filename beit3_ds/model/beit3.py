@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from beit3_ds.batch import PackedBatch
-from beit3_ds.config import ActivationCheckpointing, ModelConfig
+from beit3_ds.config import ActivationCheckpointing, Kernels, ModelConfig
 from beit3_ds.model.block import Block
 from beit3_ds.model.embeddings import Embeddings
 from beit3_ds.model.features import Features, TokenIds, pack_inputs, unpack_features
@@ -54,6 +54,7 @@ class BEiT3(nn.Module):
         tensor: TensorParallel | None = None,
         layers: Sequence[range] | None = None,
         activation_checkpointing: ActivationCheckpointing = "none",
+        kernels: Kernels = "triton",
     ) -> None:
         """Builds the layers.
 
@@ -62,6 +63,7 @@ class BEiT3(nn.Module):
             tensor: the ranks that divide every layer; None is this process alone.
             layers: the runs of layers of a pipeline stage; None is all of them.
             activation_checkpointing: what the backward pass recomputes instead of keeping it.
+            kernels: in which language the kernels are that a GPU runs; "cuda" must have been built.
         """
         super().__init__()
         self.config = config
@@ -71,7 +73,7 @@ class BEiT3(nn.Module):
         held = {layer for run in layers or [self._all_layers] for layer in run}
         self.embeddings = Embeddings(config, tensor) if 0 in held else None
         self.blocks = nn.ModuleDict(
-            {str(i): Block(config, i, tensor) for i in range(config.num_layers) if i + 1 in held}
+            {str(i): Block(config, i, tensor, kernels == "cuda") for i in range(config.num_layers) if i + 1 in held}
         )
         self.heads = Heads(config, tensor) if self._all_layers[-1] in held else None
         self._tie_word_embeddings()

@@ -18,11 +18,11 @@ class Block(nn.Module):
     forward pass itself is deterministic and may be recomputed or reordered.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, tensor: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, layer: int, tensor: TensorParallel, cuda_cpp: bool = False) -> None:
         super().__init__()
         self.layer, self.tensor = layer, tensor
-        self.attention = MultiwayAttention(config, tensor)
-        self.ffn = MultiwayFFN(config, layer, tensor)
+        self.attention = MultiwayAttention(config, tensor, cuda_cpp)
+        self.ffn = MultiwayFFN(config, layer, tensor, cuda_cpp)
 
     def forward(self, x_TD: Tensor, batch: PackedBatch) -> Tensor:
         """Returns the stream after this block, (T, D); of both, this rank's rows."""

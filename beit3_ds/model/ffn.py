@@ -25,13 +25,13 @@ class MultiwayFFN(nn.Module):
     (`TensorParallel.gather_in`, `scatter_out`), and two floats a row for a sub-LN.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, tensor: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, layer: int, tensor: TensorParallel, cuda_cpp: bool = False) -> None:
         super().__init__()
         hidden, ffn_hidden, experts = config.hidden_size, config.ffn_hidden_size, config.experts(layer)
         epsilon = config.layer_norm_epsilon
         self.experts, self.tensor = experts, tensor
         self.norm = MultiwayLayerNorm(hidden, epsilon, experts, tensor)
-        self.fc1 = UpProjection(hidden, ffn_hidden, experts, tensor)
+        self.fc1 = UpProjection(hidden, ffn_hidden, experts, tensor, cuda_cpp)
         self.sub_norm = MultiwaySubLayerNorm(ffn_hidden, epsilon, experts, tensor) if config.sub_layernorm else None
         self.fc2 = RowParallelMultiwayLinear(ffn_hidden, hidden, experts, tensor)
 

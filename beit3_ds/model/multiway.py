@@ -43,6 +43,17 @@ class ColumnParallelMultiwayLinear(nn.Module):
 class UpProjection(ColumnParallelMultiwayLinear):
     """The FFN's first layer, which may activate its output while it is at hand."""
 
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        experts: tuple[str, ...],
+        tensor: TensorParallel,
+        cuda_cpp: bool = False,
+    ) -> None:
+        super().__init__(in_features, out_features, experts, tensor)
+        self.cuda_cpp = cuda_cpp
+
     def forward(self, x_TD: Tensor, batch: PackedBatch, *, with_statistics: bool) -> Activation:  # type: ignore[override]
         """Returns this rank's features (T, F / P) for an OutProjection with a GELU.
 
@@ -51,8 +62,8 @@ class UpProjection(ColumnParallelMultiwayLinear):
             batch: tells the experts' slices.
             with_statistics: whether the OutProjection has a sub-LN.
         """
-        parameters = _weights(self), _biases(self)
-        return up_projection(x_TD, batch.expert_slices(self.experts), *parameters, with_statistics=with_statistics)
+        arguments = batch.expert_slices(self.experts), _weights(self), _biases(self)
+        return up_projection(x_TD, *arguments, with_statistics=with_statistics, cuda_cpp=self.cuda_cpp)
 
 
 class RowParallelMultiwayLinear(nn.Module):

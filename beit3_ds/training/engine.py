@@ -96,8 +96,9 @@ def build_model(
         tensor: the ranks that divide every layer; None is this process alone.
         layers: the runs of layers of this stage; None is all layers.
     """
-    model = BEiT3(config.model, tensor, layers, config.training.activation_checkpointing)
-    initialize_parameters(model, config.model, config.training.seed)
+    training = config.training
+    model = BEiT3(config.model, tensor, layers, training.activation_checkpointing, training.kernels)
+    initialize_parameters(model, config.model, training.seed)
     return model
 
 

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from beit3_ds.kernels import out_projection as out_module
+from beit3_ds.kernels import up_projection as up_module
 from beit3_ds.kernels.out_projection import out_projection, out_projection_reference
 from beit3_ds.kernels.sub_norm import SubNorm
 from beit3_ds.kernels.up_projection import Activation, up_projection
@@ -125,6 +127,32 @@ def operator_calls(dtype: torch.dtype = torch.float64) -> dict[str, tuple[object
 @pytest.mark.parametrize("name", operator_calls())
 def test_opcheck(name: str) -> None:
     torch.library.opcheck(getattr(torch.ops.beit3_ds, name).default, operator_calls()[name])
+
+
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_ffn_as_on_a_device(with_norm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of CUDA tensors through both projections: catches an activation or statistics of other rows."""
+    for module in (up_module, out_module):
+        monkeypatch.setattr(module, "_runs_kernels", lambda x: True)
+    problem = Problem([3, 0, 2])
+    generator = torch.Generator().manual_seed(1)
+    h = torch.randn(5, HIDDEN, generator=generator, dtype=torch.float64, requires_grad=True)
+    shapes = [(WIDTH, HIDDEN)] * 3 + [(WIDTH,)] * 3
+    up = [torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    norm = problem.norm() if with_norm else None
+    activation = up_projection(h, problem.slices, up[:3], up[3:], with_statistics=with_norm)
+    assert activation.a_TF is not None and (activation.statistics is not None) == with_norm
+    x = torch.cat([F.linear(h[i:j], up[k], up[3 + k]) for k, (i, j) in enumerate(problem.slices)])
+    leaves = [h, *up, *problem.leaves[1 : None if with_norm else -6]]
+    results = []
+    for op, given in ((out_projection, activation), (out_projection_reference, x)):
+        linear = problem.parameters["weights"], problem.parameters["biases"]
+        stream = {"residual_TD": problem.residual, "factor_T": problem.factor}
+        y = op(given, problem.slices, *linear, gelu=True, norm=norm, **stream)
+        upstream = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+        results.append([y, *torch.autograd.grad((y * upstream).sum(), leaves)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 def test_up_projection() -> None:

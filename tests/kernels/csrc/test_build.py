@@ -1,0 +1,51 @@
+"""setup.py builds the CUDA C++ kernels when asked, and says what is missing."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+
+def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", folder / "lib", "--build-temp", folder / "temp"]
+    environment = {**os.environ, "BEIT3_BUILD_CUDA": "1", **environment}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_missing_compiler_is_named(tmp_path: Path) -> None:
+    result = build(tmp_path, CUDA_HOME=str(tmp_path))
+    assert result.returncode == 1
+    assert f"BEIT3_BUILD_CUDA=1 needs nvcc, but there is none in CUDA_HOME={tmp_path}." in result.stderr
+
+
+LOAD = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+operators = torch.ops.beit3_ds_cuda
+print(operators.grouped_gemm.default._schema)
+print(operators.packed_attention.default._schema)
+x = torch.zeros(8, 8, dtype=torch.bfloat16)
+tiles = torch.tensor([[0, 0, 8]], dtype=torch.int32)
+try:
+    operators.grouped_gemm(x, [x], [x[0]], tiles, 128, True)
+except NotImplementedError as error:
+    print("refused" if "'CPU' backend" in str(error) else error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: the CUDA C++ kernels are not built")
+def test_extension_builds_and_registers_its_operators(tmp_path: Path) -> None:
+    result = build(tmp_path, MAX_JOBS="2")
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    (library,) = (tmp_path / "lib" / "beit3_ds" / "kernels").glob("cuda_operators*.so")
+    loaded = subprocess.run([sys.executable, "-c", LOAD, library], capture_output=True, text=True)
+    gemm, attention, cpu = loaded.stdout.splitlines()
+    assert gemm.startswith("beit3_ds_cuda::grouped_gemm(Tensor x, Tensor[] weights, Tensor[] biases, Tensor tiles")
+    assert attention.startswith("beit3_ds_cuda::packed_attention(Tensor q, Tensor k, Tensor v, Tensor sequences")
+    assert cpu == "refused"
