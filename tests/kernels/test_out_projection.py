@@ -145,10 +145,14 @@ def test_ffn_as_on_a_device(with_norm: bool, monkeypatch: pytest.MonkeyPatch) ->
     x = torch.cat([F.linear(h[i:j], up[k], up[3 + k]) for k, (i, j) in enumerate(problem.slices)])
     leaves = [h, *up, *problem.leaves[1 : None if with_norm else -6]]
     results = []
-    for op, given in ((out_projection, activation), (out_projection_reference, x)):
+    given: tuple[tuple[Callable[..., Tensor], object], ...] = (
+        (out_projection, activation),
+        (out_projection_reference, x),
+    )
+    for op, start in given:
         linear = problem.parameters["weights"], problem.parameters["biases"]
         stream = {"residual_TD": problem.residual, "factor_T": problem.factor}
-        y = op(given, problem.slices, *linear, gelu=True, norm=norm, **stream)
+        y = op(start, problem.slices, *linear, gelu=True, norm=norm, **stream)
         upstream = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
         results.append([y, *torch.autograd.grad((y * upstream).sum(), leaves)])
     for ours, expected in zip(*results, strict=True):
