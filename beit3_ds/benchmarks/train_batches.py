@@ -78,6 +78,12 @@ def describe_batch(batch: PackedBatch) -> Mapping[str, Any]:
     }
 
 
+def draw_length(rng: np.random.Generator, law: tuple[float, float], longest: int) -> int:
+    """Tokens of a text by a law as above, at most `longest`."""
+    median, spread = law
+    return int(np.clip(round(median * float(np.exp(spread * rng.standard_normal()))), _MIN_TOKENS, longest))
+
+
 def _image(config: RunConfig, rng: np.random.Generator) -> ImageSample:
     size, grid, num_patches = config.model.image_size, config.model.grid_size, config.model.num_patches
     view = torch.from_numpy(rng.uniform(-1, 1, (3, size, size)).astype(np.float32))
@@ -88,8 +94,7 @@ def _image(config: RunConfig, rng: np.random.Generator) -> ImageSample:
 def _text(
     config: RunConfig, rng: np.random.Generator, law: tuple[float, float], longest: int, ratio: float
 ) -> TextSample:
-    median, spread = law
-    length = int(np.clip(round(median * float(np.exp(spread * rng.standard_normal()))), _MIN_TOKENS, longest))
+    length = draw_length(rng, law, longest)
     ids = rng.integers(3, config.model.text_vocab_size - 9, length)
     num_masked = max(1, min(round(length * ratio), length - 1))
     positions = np.sort(rng.choice(np.arange(1, length), num_masked, replace=False))  # BOS is never masked
