@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from beit3_ds.benchmarks.medians import median_with_interval
-from beit3_ds.benchmarks.train_batches import SAMPLES, STREAMS, step_config
+from beit3_ds.benchmarks.train_batches import STREAMS, step_config
 from beit3_ds.benchmarks.train_reference import check_torchscale
 from beit3_ds.config import ConfigError
 
@@ -22,7 +22,7 @@ Row = dict[str, dict[str, Any]]
 """The figures of each worker in one round."""
 
 
-def benchmark_train(size: str = "base", rounds: int = 7, json_path: str | None = None) -> str:
+def benchmark_train(size: str = "base", samples: int = 4, rounds: int = 7, json_path: str | None = None) -> str:
     """Measures the step of both sides and the products in turn, on one batch a round, and returns a report.
 
     Three processes are started, of which one computes at a time: this project's training step, the reference's, and the
@@ -36,6 +36,7 @@ def benchmark_train(size: str = "base", rounds: int = 7, json_path: str | None =
 
     Args:
         size: of the model.
+        samples: images, pairs and texts, each, in a step.
         rounds: that count.
         json_path: where to write `rows` and `summary` as JSON. `summary.ratio` is this project's samples a second over
             the reference's, `gemm_share` the products' time over this project's, `memory_ratio` this project's peak
@@ -44,14 +45,14 @@ def benchmark_train(size: str = "base", rounds: int = 7, json_path: str | None =
     Raises:
         ConfigError: if torchscale is not installed, there is no such size, or the file cannot be written.
     """
-    step_config(size)
+    step_config(size, samples)
     check_torchscale()
     if json_path and not Path(json_path).absolute().parent.is_dir():
         raise ConfigError(f"{json_path}: cannot be written: there is no such folder.")
-    rows = _measure(size, rounds)
+    rows = _measure(size, samples, rounds)
     summary = _summarize(rows) | {
         "size": size,
-        "samples": SAMPLES * len(STREAMS),
+        "samples": samples * len(STREAMS),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
@@ -64,14 +65,14 @@ def benchmark_train(size: str = "base", rounds: int = 7, json_path: str | None =
 class _Worker:
     """A process that takes turns."""
 
-    def __init__(self, side: str, size: str) -> None:
+    def __init__(self, side: str, size: str, samples: int) -> None:
         self.side = side
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `stop`
         reading, writing = os.pipe()
-        command = [sys.executable, "-m", "beit3_ds.benchmarks.train_worker", side, size, str(writing)]
+        module, arguments = "beit3_ds.benchmarks.train_worker", (side, size, str(samples), str(writing))
         environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
         self.process = subprocess.Popen(
-            command,
+            [sys.executable, "-m", module, *arguments],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=self.log,
@@ -106,12 +107,12 @@ class _Worker:
         self.log.close()
 
 
-def _measure(size: str, rounds: int) -> list[Row]:
+def _measure(size: str, samples: int, rounds: int) -> list[Row]:
     rows = []
     workers: dict[str, _Worker] = {}
     try:
         for side in (PRODUCTS, OURS, REFERENCE):
-            workers[side] = _Worker(side, size)
+            workers[side] = _Worker(side, size, samples)
         for number in range(rounds + 1):
             # Every other round the other way round, so that a machine that slows down favours nobody.
             sides = (OURS, REFERENCE) if number % 2 == 0 else (REFERENCE, OURS)
@@ -148,8 +149,9 @@ def _summarize(rows: list[Row]) -> dict[str, Any]:
 
 def _describe(rows: list[Row], summary: dict[str, Any]) -> str:
     lines = [
-        f"{summary['size']}, {SAMPLES} samples of each of {', '.join(STREAMS)}; {summary['device']}, "
-        f"{summary['threads']} threads; {len(rows)} rounds in turn, median (95% interval); torch {torch.__version__}",
+        f"{summary['size']}, {summary['samples']} samples: images, pairs and texts, as many of each; "
+        f"{summary['device']}, {summary['threads']} threads; {len(rows)} rounds in turn, median (95% interval); "
+        f"torch {torch.__version__}",
         "",
         "| | step (s) | CPU time (s) | samples/s | share of the products' rate | peak memory (GiB) |",
         "|---|---|---|---|---|---|",

@@ -87,7 +87,7 @@ def multiply(config: RunConfig) -> Callable[[PackedBatch], Turn]:
 SIDES = {OURS: train_ours, REFERENCE: train_reference, PRODUCTS: multiply}
 
 
-def serve(side: str, size: str, orders: TextIO, answers: TextIO) -> None:
+def serve(side: str, size: str, samples: int, orders: TextIO, answers: TextIO) -> None:
     """Takes a turn for every number of a batch among the orders, and answers with its figures.
 
     `seconds` is wall time and `cpu_seconds` that of all threads, `page_faults` those that read nothing from a disk, and
@@ -96,10 +96,11 @@ def serve(side: str, size: str, orders: TextIO, answers: TextIO) -> None:
     Args:
         side: a key of `SIDES`.
         size: of the model.
+        samples: of each stream in a step.
         orders: a line for each turn.
         answers: where the figures go, a line of JSON for each turn.
     """
-    config = step_config(size)
+    config = step_config(size, samples)
     if _device().type == "cuda":
         config = replace(config, deepspeed={**config.deepspeed, "bf16": {"enabled": True}})
     prepare = SIDES[side](config)
@@ -129,5 +130,5 @@ def _synchronize() -> None:
 
 
 if __name__ == "__main__":
-    _, side, size, descriptor = sys.argv
-    serve(side, size, sys.stdin, os.fdopen(int(descriptor), "w"))
+    _, side, size, samples, descriptor = sys.argv
+    serve(side, size, int(samples), sys.stdin, os.fdopen(int(descriptor), "w"))
