@@ -37,6 +37,14 @@ def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     )
     parallel.add_argument("--json", metavar="FILE", help="write rows and summary there")
     parallel.set_defaults(run=_bench_parallel)
+    train = benches.add_parser(
+        "train", help="a training step beside torchscale's BEiT-3 on the same batches: speed, memory, share of products"
+    )
+    train.add_argument("--size", default="base", metavar="SIZE", help="of the model (default: base)")
+    train.add_argument("--samples", type=int, default=4, metavar="N", help="of each stream (default: 4)")
+    train.add_argument("--rounds", type=int, default=7, metavar="N", help="that count (default: 7)")
+    train.add_argument("--json", metavar="FILE", help="write rows and summary there")
+    train.set_defaults(run=_bench_train)
     checkpoint = benches.add_parser("checkpoint", help="saving, loading and exporting beside DeepSpeed's own ways")
     checkpoint.add_argument("--size", metavar="SIZE", help="of the model (default: the largest that fits this machine)")
     checkpoint.add_argument("--ranks", type=int, default=2, metavar="N", help="processes (default: 2)")
@@ -91,6 +99,16 @@ def _bench_parallel(options: argparse.Namespace) -> int:
     from beit3_ds.benchmarks.parallel import benchmark_parallel
 
     print(benchmark_parallel(options.json))
+    return 0
+
+
+def _bench_train(options: argparse.Namespace) -> int:
+    from beit3_ds.benchmarks.train import benchmark_train
+    from beit3_ds.config.strict import check_range
+
+    check_range("--samples", options.samples, 1)
+    check_range("--rounds", options.rounds, 1)
+    print(benchmark_train(options.size, options.samples, options.rounds, options.json))
     return 0
 
 

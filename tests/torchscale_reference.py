@@ -1,24 +1,12 @@
 """The released models' code, to compare with: torchscale 0.3.0 (MIT), with unilm's two heads on top."""
 
-import sys
-import types
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-
-def build_torchscale(arguments: Mapping[str, Any]) -> Any:
-    """torchscale's BEiT3; its pins (an old timm, fairscale) are not installed, and the parts used need neither."""
-    if "fairscale" not in sys.modules:
-        stub = types.ModuleType("fairscale.nn")
-        stub.checkpoint_wrapper = stub.wrap = lambda module, **_: module  # imported there, used for FSDP only
-        sys.modules |= {"fairscale": types.ModuleType("fairscale"), "fairscale.nn": stub}
-    from torchscale.architecture.config import EncoderConfig
-    from torchscale.model.BEiT3 import BEiT3 as TorchscaleBEiT3
-
-    return TorchscaleBEiT3(EncoderConfig(**arguments)).eval()
+from beit3_ds.benchmarks.train_reference import build_torchscale
 
 
 class Reference(nn.Module):

@@ -8,7 +8,6 @@ the machine disturb less.
 
 import io
 import json
-import math
 import os
 import statistics
 import tarfile
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from beit3_ds.benchmarks.medians import median_with_interval
 from beit3_ds.config import ConfigError
 from beit3_ds.data.augmentation import Augmentation
 from beit3_ds.data.images import decode_image
@@ -188,15 +188,6 @@ def _measure_in_turn(contestants: dict[str, Batches]) -> dict[str, list[float]]:
         return {name: values[1:] for name, values in rates.items()}
     finally:
         torch.set_num_threads(threads)
-
-
-def median_with_interval(values: list[float]) -> dict[str, float]:
-    """The median, and the narrowest pair of order statistics that holds the true one with a chance of 95% or more."""
-    ordered, n = sorted(values), len(values)
-    # The k-th smallest lies above the true median with the chance that a fair coin shows heads less than k times.
-    tail = [sum(math.comb(n, j) for j in range(k)) / 2**n for k in range(1, n // 2 + 1)]
-    k = max((k for k, chance in enumerate(tail, start=1) if chance <= 0.025), default=1)
-    return {"median": statistics.median(ordered), "low": ordered[k - 1], "high": ordered[n - k]}
 
 
 def _result(rates: dict[str, list[float]], kilobytes: float) -> dict[str, Any]:

@@ -4,10 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from beit3_ds.benchmarks.train_batches import CAPTION_TOKENS, TEXT_TOKENS, draw_length
 from beit3_ds.config.model import MODEL_SIZES
 from beit3_ds.kernels.packed_attention import Ranges
-
-_CAPTION_TOKENS, _TEXT_TOKENS = (8, 33), (16, 129)
 
 
 class Mix(NamedTuple):
@@ -59,7 +58,7 @@ class Mix(NamedTuple):
 
 
 def draw_mix(size: str, samples: int, seed: int = 0) -> Mix:
-    """Images at 224 px, captions of 8 to 32 tokens and texts of 16 to 128, evenly.
+    """Images at 224 px, captions and texts of the lengths that `train_batches` draws.
 
     Args:
         size: a name in MODEL_SIZES.
@@ -67,9 +66,10 @@ def draw_mix(size: str, samples: int, seed: int = 0) -> Mix:
         seed: of the lengths.
     """
     rng = np.random.default_rng(seed)
-    captions, texts = (rng.integers(*limits, samples).tolist() for limits in (_CAPTION_TOKENS, _TEXT_TOKENS))
+    laws = (CAPTION_TOKENS, 64), (TEXT_TOKENS, 128)  # the longest are the defaults of a run
+    captions, texts = (tuple(draw_length(rng, law, longest) for _ in range(samples)) for law, longest in laws)
     patches = (224 // MODEL_SIZES[size]["patch_size"]) ** 2
-    return Mix(samples, 1 + patches, tuple(captions), tuple(texts))
+    return Mix(samples, 1 + patches, captions, texts)
 
 
 def _consecutive(start: int, lengths: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -13,8 +13,6 @@ from beit3_ds.data.masking import block_mask
 from beit3_ds.data.packing import ImageSample, PairSample, Sample, TextSample, image_shape, pack
 
 STREAMS = ("images", "pairs", "texts")
-SAMPLES = 4
-"""Of each stream in a step."""
 CAPTION_TOKENS = (16, 0.45)
 """Median and spread (of the logarithm) of a log-normal law for the tokens of a caption, BOS and EOS included. Captions
 of COCO have about 11 words, of Conceptual Captions 10 to 20; few are long."""
@@ -24,14 +22,15 @@ third reaches, while the last paragraph of others did not fit."""
 _MIN_TOKENS = 6
 
 
-def step_config(size: str, **model: Any) -> RunConfig:
+def step_config(size: str, samples: int = 4, **model: Any) -> RunConfig:
     """A run of one rank in the released layout with the paper's ratios of masks, in float32.
 
     Args:
         size: of the model.
+        samples: of each stream in a step.
         model: further keys of the section "model".
     """
-    stream = {"train": ["none.tar"], "samples_per_step": SAMPLES}
+    stream = {"train": ["none.tar"], "samples_per_step": samples}
     sizes = {"size": size, "layout": "decoupled", "num_vision_language_layers": 0, "sub_layernorm": True}
     return build_run_config(
         {
@@ -53,15 +52,15 @@ def step_config(size: str, **model: Any) -> RunConfig:
 
 def build_batch(config: RunConfig, number: int) -> PackedBatch:
     """Batch `number`, with random pixels, ids and codes; the same wherever it is built."""
-    rng = np.random.default_rng([17, number])
-    samples: list[Sample] = [_image(config, rng) for _ in range(SAMPLES)]
-    for _ in range(SAMPLES):
+    rng, count = np.random.default_rng([17, number]), config.samples_per_step // len(STREAMS)
+    samples: list[Sample] = [_image(config, rng) for _ in range(count)]
+    for _ in range(count):
         image = _image(config, rng)
         caption = _text(config, rng, CAPTION_TOKENS, config.data.pair_text_length, config.data.pair_text_mask_ratio)
         samples.append(PairSample(image=image, caption=caption))
-    for _ in range(SAMPLES):
+    for _ in range(count):
         samples.append(_text(config, rng, TEXT_TOKENS, config.data.text_length, config.data.text_mask_ratio))
-    slots = [Slot(stream, i) for stream in STREAMS for i in range(SAMPLES)]
+    slots = [Slot(stream, i) for stream in STREAMS for i in range(count)]
     drop_path = draw_drop_path(config.model.drop_path_rate, config.model.num_layers, 0, number, slots)
     batch = pack(samples, drop_path, image_shape(config), "model")
     codes = rng.integers(0, config.model.visual_vocab_size, tuple(batch.patch_mask.shape))
@@ -78,6 +77,12 @@ def describe_batch(batch: PackedBatch) -> Mapping[str, Any]:
     }
 
 
+def draw_length(rng: np.random.Generator, law: tuple[float, float], longest: int) -> int:
+    """Tokens of a text by a law as above, at most `longest`."""
+    median, spread = law
+    return int(np.clip(round(median * float(np.exp(spread * rng.standard_normal()))), _MIN_TOKENS, longest))
+
+
 def _image(config: RunConfig, rng: np.random.Generator) -> ImageSample:
     size, grid, num_patches = config.model.image_size, config.model.grid_size, config.model.num_patches
     view = torch.from_numpy(rng.uniform(-1, 1, (3, size, size)).astype(np.float32))
@@ -88,8 +93,7 @@ def _image(config: RunConfig, rng: np.random.Generator) -> ImageSample:
 def _text(
     config: RunConfig, rng: np.random.Generator, law: tuple[float, float], longest: int, ratio: float
 ) -> TextSample:
-    median, spread = law
-    length = int(np.clip(round(median * float(np.exp(spread * rng.standard_normal()))), _MIN_TOKENS, longest))
+    length = draw_length(rng, law, longest)
     ids = rng.integers(3, config.model.text_vocab_size - 9, length)
     num_masked = max(1, min(round(length * ratio), length - 1))
     positions = np.sort(rng.choice(np.arange(1, length), num_masked, replace=False))  # BOS is never masked

@@ -31,6 +31,12 @@ if deepspeed.__version__ != TESTED_DEEPSPEED:
 def adapt_engine(engine: DeepSpeedEngine, mesh: Mesh) -> None:
     """Fits an engine that holds one stage's part of the model to the mesh."""
     optimizer = engine.optimizer
+    if not engine.zero_optimization():
+        if mesh.data_parallel_size == 1:
+            # Even for one rank it would copy all gradients into one buffer, add up nothing and copy them back.
+            engine.enable_backward_allreduce = False
+        # It would work out the norm that `clip_gradients` is given, and multiply even by 1.
+        engine.clip_fp32_gradients = lambda: None
     if not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         return
     _compare_traces_among_data_parallel_ranks(mesh)
@@ -62,6 +68,18 @@ def backward(engine: DeepSpeedEngine, loss: Tensor, *, is_last: bool) -> None:
     if hasattr(engine.optimizer, "clear_backward_seen_flag"):
         engine.optimizer.clear_backward_seen_flag()
     engine.backward(loss)
+
+
+def clip_gradients(engine: DeepSpeedEngine, norm: float) -> None:
+    """Clips gradients in place to the engine's `gradient_clipping`, which without ZeRO the engine leaves to this.
+
+    Args:
+        engine: in float32 without ZeRO; other optimizers clip as they update.
+        norm: of all gradients.
+    """
+    limit = engine.gradient_clipping()
+    if limit and norm > limit:
+        torch._foreach_mul_([p.grad for p in engine.module.parameters() if p.grad is not None], limit / norm)
 
 
 def begin_update(engine: DeepSpeedEngine) -> None:

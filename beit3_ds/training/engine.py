@@ -131,11 +131,11 @@ def apply_update(engine: deepspeed.DeepSpeedEngine, mesh: Mesh) -> float:
     """
     norm = None
     if not engine.zero_optimization() and not engine.bfloat16_enabled():
-        # Without a wrapping optimizer DeepSpeed clips in place and forgets the norm.
-        norm = _gradient_norm(engine.module, mesh)
+        norm = float(_gradient_norm(engine.module, mesh))
+        seams.clip_gradients(engine, norm)
     seams.begin_update(engine)
     engine.step()
-    return float(engine.get_global_grad_norm() if norm is None else norm)
+    return float(engine.get_global_grad_norm()) if norm is None else norm
 
 
 def _gradient_norm(model: nn.Module, mesh: Mesh) -> torch.Tensor:

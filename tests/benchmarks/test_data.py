@@ -45,9 +45,3 @@ def test_figures_are_written(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent/data\.json: cannot be written"):
         bench.benchmark_data(str(tmp_path / "absent" / "data.json"))
-
-
-def test_interval_of_a_median() -> None:
-    # With 11 values, the 2nd and the 10th: the chance to miss is 2 * 12 / 2048; the 3rd would miss 6.5% of the time.
-    values = [float(v) for v in (7, 3, 11, 1, 9, 5, 2, 10, 4, 8, 6)]
-    assert bench.median_with_interval(values) == {"median": 6, "low": 2, "high": 10}

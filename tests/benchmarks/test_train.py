@@ -1,0 +1,141 @@
+"""The benchmark of the training step: an honest opponent, an honest ceiling, and ratios the right way up."""
+
+import hashlib
+import importlib.metadata
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from beit3_ds import cli
+from beit3_ds.benchmarks import train as bench
+from beit3_ds.benchmarks import train_reference
+from beit3_ds.benchmarks.train_batches import build_batch, step_config
+from beit3_ds.benchmarks.train_products import Products
+from beit3_ds.benchmarks.train_reference import ReferenceTrainer, unpack_streams
+from beit3_ds.checkpoint.export import export_weights
+from beit3_ds.config import RunConfig
+from beit3_ds.model.flops import layer_flops, work_of
+from beit3_ds.training.loss import build_loss_factors
+from tests.checkpoint.models import ModelSource, random_model
+
+REFERENCE_HASH = "f71497e0ed586b6e7fd64972abb93518403bc4d7367048428df91cbc81817920"
+
+
+@pytest.fixture
+def config() -> RunConfig:
+    """Narrow, with all features and few words."""
+    run = step_config("tiny", 2, num_layers=3, drop_path_rate=0.0)
+    return replace(run, model=replace(run.model, text_vocab_size=301, visual_vocab_size=67))
+
+
+def test_the_reference_is_not_slowed() -> None:
+    """The step that ratios in BENCHMARKS.md refer to. A change makes old and new ratios incomparable.
+
+    Whoever changes it measures both before and after, says so in BENCHMARKS.md, and then writes the new hash here.
+    """
+    source = Path(train_reference.__file__).read_bytes()
+    assert hashlib.sha256(source).hexdigest() == REFERENCE_HASH
+
+
+def test_both_sides_compute_the_same_loss_and_gradients(config: RunConfig, tmp_path: Path) -> None:
+    batch = build_batch(config, 0)
+    ours = random_model(config.model)
+    trainer = ReferenceTrainer(config, torch.device("cpu"))
+    export_weights(ModelSource(ours), tmp_path / "weights.pth", format="unilm-dual")
+    trainer.model.load_state_dict(torch.load(tmp_path / "weights.pth", weights_only=True)["model"], strict=True)
+
+    streams = unpack_streams(batch)
+    patches, tokens = zip(*(stream.num_masked for stream in streams), strict=True)
+    image_mim, text_mlm, pair_mim, pair_mlm = batch.num_masked
+    assert patches == (image_mim, pair_mim, 0) and tokens == (0, pair_mlm, text_mlm)
+    factors = build_loss_factors(torch.tensor(batch.num_masked), config.training.loss_weights, 1)
+    loss = ours(batch, factors).total
+    loss.backward()
+    theirs = torch.stack([term for stream in streams for term in trainer.model(stream)]).sum()
+    theirs.backward()
+    assert float(theirs) == pytest.approx(float(loss), rel=1e-4)
+    norms = [
+        float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])) for model in (ours, trainer.model)
+    ]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)  # catches a stream that is left out or counted twice
+
+
+def test_the_reference_trains(config: RunConfig) -> None:
+    trainer, streams = ReferenceTrainer(config, torch.device("cpu")), unpack_streams(build_batch(config, 0))
+    losses = [trainer.step(streams) for _ in range(4)]
+    assert losses[-1] < losses[0]  # catches gradients that are cleared before the update
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("layout", ["decoupled", "shared"])
+def test_the_ceiling_multiplies_what_the_model_must(config: RunConfig, layout: str) -> None:
+    changes: dict[str, Any] = {"layout": layout, "num_vision_language_layers": 1} if layout == "shared" else {}
+    model, batch = replace(config.model, **changes), build_batch(config, 1)
+    products = Products(model, batch, torch.float32, torch.device("cpu"))
+    embeddings, *rest = layer_flops(model, work_of(batch))
+    # Forward, and twice as much backward; pixels have no gradient.
+    assert products.flops == 2 * embeddings + 3 * sum(rest)
+    products.run()
+    layers = [product for layer in products.layers for product in (*layer.forward, *layer.backward)]
+    for product in layers:  # catches one that is listed but not run
+        torch.testing.assert_close(product.out, product.a @ product.b, rtol=1e-4, atol=1e-4)
+
+
+def test_ratios_are_the_right_way_up() -> None:
+    row = {
+        "products": {"seconds": 9.0},
+        "beit3_ds": {"seconds": 10.0, "cpu_seconds": 20.0, "peak_bytes": 6},
+        "torchscale": {"seconds": 15.0, "cpu_seconds": 25.0, "peak_bytes": 8},
+    }
+    summary = bench._summarize([row])
+    ratios = {"ratio": 1.5, "cpu_ratio": 1.25, "gemm_share": 0.9, "reference_gemm_share": 0.6, "memory_ratio": 0.75}
+    assert {name: summary[name] for name in ratios} == pytest.approx(ratios)
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "train.json"
+    arguments = ["bench", "train", "--size", "tiny", "--samples", "1", "--rounds", "2", "--json", str(out)]
+    assert cli.main(arguments) == 0
+    result = json.loads(out.read_text())
+    summary = result["summary"]
+    assert {"ratio", "gemm_share", "memory_ratio"} <= set(summary) and summary["samples"] == 3
+    assert 0 < summary["gemm_share"] < 1
+    for row in result["rows"]:
+        assert set(row) == {"products", "beit3_ds", "torchscale"}
+        assert row["beit3_ds"]["masked"] == row["torchscale"]["masked"]
+        for side in ("beit3_ds", "torchscale"):
+            # Uniform guesses among 64010 words and 8192 codes, twice each: the steps of both are those of a beginning.
+            assert row[side]["loss"] == pytest.approx(2 * math.log(64010 * 8192), abs=1.5)
+            assert row[side]["peak_bytes"] > 36e6 * 16  # weights, gradients and moments; catches kB taken for bytes
+    assert result["rows"][0]["products"]["batch"] != result["rows"][1]["products"]["batch"]
+    printed = capsys.readouterr()
+    assert "| torchscale |" in printed.out and "round 2 of 2" in printed.err
+
+
+@pytest.mark.parametrize("version", [None, "0.2.0"])
+def test_another_torchscale_is_an_error(
+    version: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def find(package: str) -> str:
+        if package != "torchscale" or version is None:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", find)
+    assert cli.main(["bench", "train"]) == 2
+    error = capsys.readouterr().err
+    assert f"torchscale is {version or 'absent'}" in error
+    assert "pip install --no-deps torchscale==0.3.0" in error
+
+
+def test_wrong_arguments_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "train", "--size", "huge"]) == 2
+    assert "'huge' is not one of" in capsys.readouterr().err
+    assert cli.main(["bench", "train", "--rounds", "0"]) == 2
+    assert cli.main(["bench", "train", "--json", str(tmp_path / "absent" / "train.json")]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
