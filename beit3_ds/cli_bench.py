@@ -43,6 +43,11 @@ def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     train.add_argument("--size", default="base", metavar="SIZE", help="of the model (default: base)")
     train.add_argument("--samples", type=int, default=4, metavar="N", help="of each stream (default: 4)")
     train.add_argument("--rounds", type=int, default=7, metavar="N", help="that count (default: 7)")
+    train.add_argument(
+        "--to-longest",
+        action="store_true",
+        help="let the reference pad texts to the longest of a batch, not to the data's limit as its users' code does",
+    )
     train.add_argument("--json", metavar="FILE", help="write rows and summary there")
     train.set_defaults(run=_bench_train)
     checkpoint = benches.add_parser("checkpoint", help="saving, loading and exporting beside DeepSpeed's own ways")
@@ -108,7 +113,7 @@ def _bench_train(options: argparse.Namespace) -> int:
 
     check_range("--samples", options.samples, 1)
     check_range("--rounds", options.rounds, 1)
-    print(benchmark_train(options.size, options.samples, options.rounds, options.json))
+    print(benchmark_train(options.size, options.samples, options.rounds, options.json, options.to_longest))
     return 0
 
 

@@ -1,9 +1,10 @@
 """The step that `beit3 bench train` compares with: BEiT-3 of torchscale 0.3.0, pretrained as its users train it.
 
 Model, initial values, parameter groups and the order of the step follow microsoft/unilm's `beit3`; its pretraining was
-never released, so the masked-modeling losses are written as BEiT-2's are. Where users' code differs in speed, the fast
-way stands here: texts are padded to the longest of their batch and not to a fixed length, logits exist at masked
-positions only, AdamW is torch's fused one and gradients are freed after every step.
+never released, so the masked-modeling losses are written as BEiT-2's are. Texts are padded to a fixed length, as
+`_get_text_segment` in its datasets.py pads them to `num_max_bpe_tokens`; to the longest of the batch if asked. Where
+else users' code differs in speed, the fast way stands here: logits exist at masked positions only, AdamW is torch's
+fused one and gradients are freed after every step.
 
 A ratio means nothing if what it is a ratio to may change: tests/benchmarks/test_train.py fixes this file by its hash.
 """
@@ -171,16 +172,22 @@ class ReferenceTrainer:
         return loss.item()
 
 
-def unpack_streams(batch: PackedBatch) -> list[Stream]:
-    """The same samples as images, pairs and texts, padded; what a data loader of the reference would bring."""
+def unpack_streams(batch: PackedBatch, caption_length: int | None, text_length: int | None) -> list[Stream]:
+    """The same samples as images, pairs and texts, padded; what a data loader of the reference would bring.
+
+    Args:
+        batch: with pixels and codes.
+        caption_length: tokens of every padded caption; None is those of the longest.
+        text_length: tokens of every padded text; None is those of the longest.
+    """
     assert batch.pixels is not None and batch.visual_targets is not None, "a batch with pixels and codes"
     images, pairs = batch.num_images, batch.num_pairs
     num_codes, num_tokens = int(batch.patch_mask[:images].sum()), sum(batch.caption_lengths)
     num_targets = int((batch.masked_tokens < num_tokens).sum())
     masked = torch.zeros_like(batch.token_ids, dtype=torch.bool).index_fill_(0, batch.masked_tokens, True)
     pixels, patch_mask, codes = batch.pixels, batch.patch_mask, batch.visual_targets
-    captions = _pad(batch.token_ids[:num_tokens], masked[:num_tokens], batch.caption_lengths)
-    texts = _pad(batch.token_ids[num_tokens:], masked[num_tokens:], batch.text_lengths)
+    captions = _pad(batch.token_ids[:num_tokens], masked[:num_tokens], batch.caption_lengths, caption_length)
+    texts = _pad(batch.token_ids[num_tokens:], masked[num_tokens:], batch.text_lengths, text_length)
     no_image, no_text = (None, None, None), (None, None, None, None)
     return [
         Stream(pixels[:images], patch_mask[:images], codes[:num_codes], *no_text),
@@ -195,9 +202,11 @@ def unpack_streams(batch: PackedBatch) -> list[Stream]:
     ]
 
 
-def _pad(ids: Tensor, masked: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _pad(ids: Tensor, masked: Tensor, lengths: Sequence[int], length: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, padding and mask, (B, S) each."""
     tokens = pad_sequence(list(ids.split(list(lengths))), batch_first=True, padding_value=_PAD)
     token_mask = pad_sequence(list(masked.split(list(lengths))), batch_first=True, padding_value=False)
+    missing = 0 if length is None else length - tokens.shape[1]
+    tokens, token_mask = F.pad(tokens, (0, missing), value=_PAD), F.pad(token_mask, (0, missing), value=False)
     padding = torch.arange(tokens.shape[1], device=ids.device) >= torch.tensor(lengths, device=ids.device)[:, None]
     return tokens, padding, token_mask

@@ -11,13 +11,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, TextIO
 
 import torch
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.benchmarks.peak_memory import peak_bytes
-from beit3_ds.benchmarks.train import OURS, PRODUCTS, REFERENCE
+from beit3_ds.benchmarks.train import OURS, PRODUCTS, REFERENCE, REFERENCE_TO_LONGEST
 from beit3_ds.benchmarks.train_batches import build_batch, describe_batch, step_config
 from beit3_ds.benchmarks.train_products import Products
 from beit3_ds.benchmarks.train_reference import ReferenceTrainer, unpack_streams
@@ -54,14 +55,15 @@ def train_ours(config: RunConfig) -> Callable[[PackedBatch], Turn]:
     return prepare
 
 
-def train_reference(config: RunConfig) -> Callable[[PackedBatch], Turn]:
+def train_reference(config: RunConfig, pads_to_longest: bool) -> Callable[[PackedBatch], Turn]:
     """The reference's step on the same samples."""
+    lengths = (None, None) if pads_to_longest else (config.data.pair_text_length, config.data.text_length)
     device = _device()
     torch.manual_seed(config.training.seed)
     trainer = ReferenceTrainer(config, device)
 
     def prepare(batch: PackedBatch) -> Turn:
-        streams = unpack_streams(batch.to(device))
+        streams = unpack_streams(batch.to(device), *lengths)
         patches, tokens = zip(*(stream.num_masked for stream in streams), strict=True)
         return lambda: trainer.step(streams), {"masked": [sum(patches), sum(tokens)]}
 
@@ -84,7 +86,12 @@ def multiply(config: RunConfig) -> Callable[[PackedBatch], Turn]:
     return prepare
 
 
-SIDES = {OURS: train_ours, REFERENCE: train_reference, PRODUCTS: multiply}
+SIDES = {
+    OURS: train_ours,
+    REFERENCE: partial(train_reference, pads_to_longest=False),
+    REFERENCE_TO_LONGEST: partial(train_reference, pads_to_longest=True),
+    PRODUCTS: multiply,
+}
 
 
 def serve(side: str, size: str, samples: int, orders: TextIO, answers: TextIO) -> None:
