@@ -1,14 +1,14 @@
 """The way back into the stream: GELU, sub-LN, linear layer, bias, drop-path factor and residual, as one op.
 
 It ends the FFN (with GELU) and attention (without). It keeps its input alone for the backward pass and makes the rest
-again. On the CPU an expert's rows go through PyTorch's fused norms, one expert after the other, in buffers that are
-used twice. On a GPU, kernels of `multiway_ffn_triton` normalise on the way into the product and add bias and residual
+again. On the CPU an expert's rows go through PyTorch's fused norms, some hundred at a time, in buffers that are used
+twice. On a GPU, kernels of `multiway_ffn_triton` normalise on the way into the product and add bias and residual
 on the way out; they were compiled ahead of time and interpreted, but never run on a GPU.
 """
 
 # T packed rows, F input width (of this rank), D output width.
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -77,6 +77,10 @@ def out_projection(
     form = _Form(ends_of(slices), gelu, norm, len(biases) > 0, residual_TD is not None)
     parameters = (*weights, *biases, *(() if norm is None else (*norm.scales, *norm.shifts)))
     return _OutProjection.apply(form, activation, residual_TD, factor_T, activation.x_TF.contiguous(), *parameters)
+
+
+_CHUNK_ROWS = 512
+"""Rows that the CPU takes at a time: what lies between two products stays in cache, and takes little memory."""
 
 
 class _Form(NamedTuple):
@@ -153,7 +157,7 @@ def _forward_natively(
     factor_T: Tensor | None,
 ) -> Tensor:
     norm, y_TD = form.norm, x_TF.new_empty(len(x_TF), len(weights[0]))
-    for i, (start, stop) in enumerate(slices_of(form.ends)):
+    for i, start, stop in _chunks(form):
         n_TF = _activate(x_TF[start:stop], form.gelu)
         if norm is not None:
             n_TF = F.layer_norm(n_TF, n_TF.shape[1:], norm.scales[i], norm.shifts[i], norm.epsilon)
@@ -170,29 +174,42 @@ def _backward_natively(
     shifts: Sequence[Tensor],
 ) -> list[Tensor]:
     """Gradients of x, weights, biases, scales and shifts; `d_TD` is that of the branch, its factor included."""
-    dx_TF, of_weights, of_biases, of_scales, of_shifts = torch.empty_like(x_TF), [], [], [], []
-    for i, (start, stop) in enumerate(slices_of(form.ends)):
+    dx_TF, experts = torch.empty_like(x_TF), range(len(form.ends))
+    of_weights = [torch.empty_like(w) for w in weights]
+    sums: list[list[Tensor]] = [[] for _ in experts]  # of biases, scales and shifts
+    seen: set[int] = set()
+    for i, start, stop in _chunks(form):
         x, d, dx = x_TF[start:stop], d_TD[start:stop], dx_TF[start:stop]
-        a = _activate(x, form.gelu)
-        if form.norm is None:
-            of_weights.append(d.t() @ a)
-            torch.mm(d, weights[i], out=dx)
-        else:
+        a = n = _activate(x, form.gelu)
+        if form.norm is not None:
             shape = a.shape[1:]
             n, mean, rstd = torch.native_layer_norm(a, shape, scales[i], shifts[i], form.norm.epsilon)
-            of_weights.append(d.t() @ n)
+        if i in seen:
+            of_weights[i].addmm_(d.t(), n)
+        else:
+            torch.mm(d.t(), n, out=of_weights[i])
+        parts = [d.sum(0)] if form.has_biases else []
+        if form.norm is None:
+            torch.mm(d, weights[i], out=dx)
+            if form.gelu:
+                torch.ops.aten.gelu_backward.grad_input(dx, x, grad_input=dx)
+        else:
             dn = torch.mm(d, weights[i], out=n)  # n has served
-            da, of_scale, of_shift = torch.ops.aten.native_layer_norm_backward(
+            da, *of_norm = torch.ops.aten.native_layer_norm_backward(
                 dn, a, shape, mean, rstd, scales[i], shifts[i], [True, True, True]
             )
-            of_scales.append(of_scale)
-            of_shifts.append(of_shift)
+            parts += of_norm
             dx.copy_(da) if not form.gelu else torch.ops.aten.gelu_backward.grad_input(da, x, grad_input=dx)
-        if form.norm is None and form.gelu:
-            torch.ops.aten.gelu_backward.grad_input(dx, x, grad_input=dx)
-        if form.has_biases:
-            of_biases.append(d.sum(0))
-    return [dx_TF, *of_weights, *of_biases, *of_scales, *of_shifts]
+        sums[i] = [total.add_(part) for total, part in zip(sums[i], parts, strict=True)] if i in seen else parts
+        seen.add(i)
+    return [dx_TF, *of_weights, *(sums[i][kind] for kind in range(len(sums[0])) for i in experts)]
+
+
+def _chunks(form: _Form) -> Iterator[tuple[int, int, int]]:
+    """Expert, first row and stop of every piece of an expert's rows; an expert without rows has one empty piece."""
+    for i, (start, stop) in enumerate(slices_of(form.ends)):
+        for first in range(start, max(stop, start + 1), _CHUNK_ROWS):
+            yield i, first, min(first + _CHUNK_ROWS, stop)
 
 
 def _backward_by_operators(
