@@ -1,8 +1,8 @@
 """Attention inside each sequence of a packed stream, a sequence being one or two row ranges.
 
-On the CPU it is scaled_dot_product_attention over buckets of sequences of similar length, with autograd's own backward
-pass. On a GPU it is the operator `beit3_ds::packed_attention` with the kernels of `packed_attention_triton`, which were
-compiled ahead of time and interpreted, but never run on a GPU.
+On the CPU it is torch's flash attention over buckets of sequences of similar length. On a GPU it is the operator
+`beit3_ds::packed_attention` with the kernels of `packed_attention_triton`, which were compiled ahead of time and
+interpreted, but never run on a GPU.
 """
 
 # T packed rows, H heads, K head width, Q sequences, N tiles; a bucket holds n sequences of at most S rows.
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from beit3_ds.kernels.rule import check_rule, with_gradients
 from beit3_ds.kernels.self_check import passes
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Ranges = tuple[tuple[tuple[int, int], ...], ...]
 """The row ranges [start, stop) of each sequence, e.g. (((0, 197),), ((197, 394), (591, 612)))."""
@@ -33,6 +34,8 @@ class Bucket(NamedTuple):
     """n."""
     first_row: int | None
     """Set if the rows are first_row, first_row + 1, ...: a view serves and nothing is gathered."""
+    real: Tensor | None
+    """Which of `rows` are no padding, ascending, int64; None if all are."""
     key_mask: Tensor | None
     """True where a key is real, (n, 1, 1, S) bool, and seen by the query, (n, 1, S, S), under a causal mask; None if
     all are."""
@@ -172,15 +175,33 @@ def plan_attention(ranges: Ranges, device: torch.device, causal_captions: bool =
 
 
 def bucket_by_length(ranges: Ranges, allowance: float) -> list[list[int]]:
-    """Groups sequences with rows by length; a group's longest is at most `allowance` times its shortest."""
+    """Groups sequences with rows by length; a group's longest is at most `allowance` times its shortest.
+
+    Equal sequences that stand one after the other, as images do, are a group of their own: a view serves.
+    """
     lengths = [_length(sequence) for sequence in ranges]
-    groups: list[list[int]] = []
-    for index in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: (lengths[i], i)):
-        if groups and lengths[index] <= allowance * lengths[groups[-1][0]]:
+    groups = _consecutive_equals(ranges)
+    apart, first = {index for group in groups for index in group}, len(groups)
+    for index in sorted((i for i, length in enumerate(lengths) if length and i not in apart), key=lengths.__getitem__):
+        if len(groups) > first and lengths[index] <= allowance * lengths[groups[-1][0]]:
             groups[-1].append(index)
         else:
             groups.append([index])
     return groups
+
+
+def _consecutive_equals(ranges: Ranges) -> list[list[int]]:
+    """Two or more sequences of one range and one length, each beginning where the one before it ends."""
+    runs: list[list[int]] = []
+    for index, sequence in enumerate(ranges):
+        if len(sequence) != 1 or not _length(sequence):
+            continue
+        before = ranges[runs[-1][-1]][0] if runs else (0, 0)
+        if before[1] == sequence[0][0] and before[1] - before[0] == _length(sequence):
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return [run for run in runs if len(run) > 1]
 
 
 def build_plan(
@@ -204,7 +225,8 @@ def build_plan(
             visible = [_visible(longest, _image_length(ranges[index]), real.device) for index in group]
             seen = seen & torch.stack(visible)[:, None]
         mask = None if bool(seen.all()) else seen.to(device)
-        buckets.append(Bucket(flat.to(device), len(group), int(flat[0]) if consecutive else None, mask))
+        kept = None if bool(real.all()) else real.flatten().nonzero().squeeze(1).to(device)
+        buckets.append(Bucket(flat.to(device), len(group), int(flat[0]) if consecutive else None, kept, mask))
     row, position = torch.cat(order, dim=1) if order else torch.empty(2, 0, dtype=torch.int64)
     output_rows = torch.empty_like(position)
     output_rows[row] = position
@@ -214,6 +236,8 @@ def build_plan(
 
 def attend(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
     """Runs one scaled_dot_product_attention a bucket and puts the outputs back in row order."""
+    if q_THK.device.type == "cpu":
+        return _AttendOnCPU.apply(q_THK, k_THK, v_THK, plan.buckets)
     outputs = [_attend_bucket(q_THK, k_THK, v_THK, bucket) for bucket in plan.buckets]
     if not outputs:
         return q_THK + k_THK + v_THK  # no rows: nothing to attend, but every projection stays in the graph
@@ -225,6 +249,69 @@ def _attend_bucket(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, bucket: Bucket) 
     take = _row_reader(bucket)
     y_nHSK = F.scaled_dot_product_attention(take(q_THK), take(k_THK), take(v_THK), attn_mask=bucket.key_mask)
     return y_nHSK.transpose(1, 2).flatten(0, 1)
+
+
+class _AttendOnCPU(torch.autograd.Function):
+    """The same with torch's operator for CPUs, of which autograd would keep gathered and padded copies.
+
+    Only packed rows are kept and gathered again in the backward pass, and every gradient is written once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, buckets: tuple[Bucket, ...]) -> Tensor:
+        y_THK = q_THK.new_empty(q_THK.shape)
+        lses = []
+        for bucket in buckets:
+            take = _row_reader(bucket)
+            y_nHSK, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                take(q_THK), take(k_THK), take(v_THK), attn_mask=_additive_mask(bucket, q_THK.dtype)
+            )
+            _write_rows(y_THK, y_nHSK, bucket)
+            lses.append(lse)
+        ctx.buckets = buckets
+        ctx.save_for_backward(q_THK, k_THK, v_THK, y_THK, *lses)
+        return y_THK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_THK: Tensor) -> tuple[Tensor | None, ...]:
+        q_THK, k_THK, v_THK, y_THK, *lses = ctx.saved_tensors
+        gradients = [x_THK.new_empty(x_THK.shape) for x_THK in (q_THK, k_THK, v_THK)]
+        for bucket, lse in zip(ctx.buckets, lses, strict=True):
+            take = _row_reader(bucket)
+            dy_nHSK = take(dy_THK)
+            if bucket.real is not None:  # what padding repeats must not count twice
+                is_real = torch.zeros_like(bucket.rows, dtype=torch.bool).index_fill_(0, bucket.real, True)
+                dy_nHSK = dy_nHSK * is_real.view(bucket.num_sequences, 1, -1, 1)
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                dy_nHSK,
+                *(take(x_THK) for x_THK in (q_THK, k_THK, v_THK, y_THK)),
+                lse,
+                dropout_p=0.0,
+                is_causal=False,
+                attn_mask=_additive_mask(bucket, q_THK.dtype),
+            )
+            for gradient_THK, part_nHSK in zip(gradients, parts, strict=True):
+                _write_rows(gradient_THK, part_nHSK, bucket)
+        return (*gradients, None)
+
+
+def _additive_mask(bucket: Bucket, dtype: torch.dtype) -> Tensor | None:
+    """0 where a key is seen, -inf elsewhere."""
+    if bucket.key_mask is None:
+        return None
+    return torch.zeros_like(bucket.key_mask, dtype=dtype).masked_fill_(~bucket.key_mask, -torch.inf)
+
+
+def _write_rows(out_THK: Tensor, x_nHSK: Tensor, bucket: Bucket) -> None:
+    """Puts a bucket's rows in their places in the stream."""
+    rows, x_rHK = bucket.rows, x_nHSK.transpose(1, 2).flatten(0, 1)
+    if bucket.first_row is not None:
+        out_THK[bucket.first_row : bucket.first_row + len(rows)] = x_rHK
+    elif bucket.real is None:
+        out_THK.index_copy_(0, rows, x_rHK)
+    else:
+        out_THK.index_copy_(0, rows[bucket.real], x_rHK.index_select(0, bucket.real))
 
 
 def _row_reader(bucket: Bucket) -> Callable[[Tensor], Tensor]:

@@ -9,23 +9,6 @@ from beit3_ds.config import RunConfig
 from beit3_ds.kernels.packed_attention import plan_attention
 
 
-class Attended(NamedTuple):
-    """What the attention of one micro-batch works on (`kernels.packed_attention.AttentionPlan`), in rows."""
-
-    gathered: int
-    """Rows of buckets whose queries, keys and values are copied together, padding included."""
-    masked: int
-    """Rows of buckets with a mask."""
-    outputs: int
-    """Rows of all buckets, padding included."""
-    has_views: bool
-    """Whether a bucket reads queries, keys and values where they stand."""
-    is_reordered: bool
-    """Whether outputs are put into another order."""
-    num_buckets: int
-    """Calls."""
-
-
 class Load(NamedTuple):
     """One micro-batch, as traffic and memory see it."""
 
@@ -41,13 +24,14 @@ class Load(NamedTuple):
     """Rows of the MLM head."""
     drops: bool
     """Whether branches carry factors of stochastic depth."""
-    attended: Attended
-    """How its sequences are batched."""
+    attended: int
+    """Rows of all calls of attention (`kernels.packed_attention.AttentionPlan`), padding included."""
 
 
 def load_of(batch: PackedBatch) -> Load:
     """The load of one micro-batch."""
     image_mim, text_mlm, pair_mim, pair_mlm = batch.num_masked
+    plan = plan_attention(batch.sequence_ranges, batch.token_ids.device)
     return Load(
         rows=batch.num_rows,
         tokens=len(batch.token_ids),
@@ -55,7 +39,7 @@ def load_of(batch: PackedBatch) -> Load:
         masked_patches=image_mim + pair_mim,
         masked_tokens=text_mlm + pair_mlm,
         drops=batch.drop_path is not None,
-        attended=_attended(batch),
+        attended=sum(len(bucket.rows) for bucket in plan.buckets),
     )
 
 
@@ -85,15 +69,3 @@ def expected_load(config: RunConfig, data_parallel_size: int) -> Load:
         target_ids=torch.zeros(round(masked_tokens), dtype=torch.int64),
     )
     return load_of(batch)._replace(drops=model.drop_path_rate > 0)
-
-
-def _attended(batch: PackedBatch) -> Attended:
-    buckets, output_rows = plan_attention(batch.sequence_ranges, batch.token_ids.device)
-    return Attended(
-        gathered=sum(len(bucket.rows) for bucket in buckets if bucket.first_row is None),
-        masked=sum(len(bucket.rows) for bucket in buckets if bucket.key_mask is not None),
-        outputs=sum(len(bucket.rows) for bucket in buckets),
-        has_views=any(bucket.first_row is not None for bucket in buckets),
-        is_reordered=output_rows is not None,
-        num_buckets=len(buckets),
-    )

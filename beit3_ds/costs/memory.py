@@ -143,8 +143,6 @@ def run_activations(holding: Holding, run: range, load: Load) -> int:
     blocks = range(max(run.start, 1), min(run.stop, model.num_layers + 1))
     mode = holding.config.training.activation_checkpointing
     kept = sum(block_activations(holding, layer - 1, load, mode) for layer in blocks)
-    if blocks and mode != "full":
-        kept += _plan_indices(load)
     if run.start == 0:
         kept += _embedding_activations(holding, load)
     if run.stop == model.num_pipeline_layers:
@@ -169,15 +167,11 @@ def block_activations(holding: Holding, layer: int, load: Load, checkpointing: s
 
 
 def _attention_core(holding: Holding, load: Load) -> int:
-    """Queries, keys, values, the attention op's output and log-sums, and what the output projection is given."""
-    model, size, attended = holding.config.model, holding.element_size, load.attended
+    """Queries, keys, values, what the attention op makes of them for the output projection, and log-sums."""
+    model = holding.config.model
     width = model.hidden_size // holding.tensor.size
     heads = model.num_attention_heads // holding.tensor.size
-    read = (load.rows if attended.has_views else 0) + attended.gathered
-    kept = (3 * read + attended.outputs) * width * size + attended.masked * size
-    kept += attended.outputs * heads * _STATISTIC
-    is_output = attended.num_buckets == 1 and not attended.is_reordered  # then it is the op's own output
-    return kept + (0 if is_output else load.rows * width * size)
+    return 4 * load.rows * width * holding.element_size + load.attended * heads * _STATISTIC
 
 
 def _ffn_core(holding: Holding, load: Load) -> int:
@@ -193,10 +187,6 @@ def _sub_norms(holding: Holding, layer: int, load: Load) -> int:
     widths = len(model.attention_experts) * model.hidden_size + len(model.experts(layer)) * model.ffn_hidden_size
     statistics = 2 * 2 * load.rows * _STATISTIC if ranks > 1 else 0
     return 2 * widths // ranks * holding.element_size + statistics
-
-
-def _plan_indices(load: Load) -> int:
-    return (load.attended.gathered + (load.rows if load.attended.is_reordered else 0)) * _INDEX
 
 
 def _embedding_activations(holding: Holding, load: Load) -> int:

@@ -63,7 +63,7 @@ def test_both_sides_compute_the_same_loss_and_gradients(
     loss.backward()
     theirs = torch.stack([term for stream in streams for term in trainer.model(stream)]).sum()
     theirs.backward()
-    assert float(theirs) == pytest.approx(float(loss), rel=1e-4)
+    assert theirs.item() == pytest.approx(loss.item(), rel=1e-4)
     norms = [
         float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])) for model in (ours, trainer.model)
     ]

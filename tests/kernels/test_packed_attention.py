@@ -98,11 +98,12 @@ def test_tiles_cover_every_sequence_once() -> None:
 
 
 def test_equal_images_are_a_view() -> None:
-    """Images must not be gathered or padded: they are most of the rows."""
-    batch = random_batch(CONFIG, 3, 0, 0)
-    (bucket,) = plan_attention(batch.sequence_ranges, torch.device("cpu")).buckets
-    assert bucket.first_row == 0
-    assert bucket.key_mask is None
+    """Images must not be gathered or padded, though pairs are hardly longer: they are many of the rows."""
+    batch = random_batch(CONFIG, 3, 2, 0)
+    images, *pairs = plan_attention(batch.sequence_ranges, torch.device("cpu")).buckets
+    assert images.first_row == 0 and images.num_sequences == 3
+    assert images.key_mask is None and images.real is None
+    assert sum(bucket.num_sequences for bucket in pairs) == 2
 
 
 def test_one_token_sequences() -> None:
