@@ -61,7 +61,7 @@ def choose_tiles(kernel: Any, architecture: int, dtype: torch.dtype) -> list[Til
     if kernel is up_projection_kernel:  # its statistics have a place for each column tile: that stays 128 wide
         return [Tiles(128, 128, 64, 8, 3), Tiles(128, 128, 64, 8, 2), Tiles(64, 128, 64, 8, 3)]
     if kernel is weight_gradient_kernel and architecture == 80:
-        return [Tiles(128, 128, 32, 8, 4), Tiles(128, 64, 32, 8, 4), Tiles(64, 64, 64, 4, 3)]
+        return [Tiles(128, 128, 32, 8, 4), Tiles(128, 64, 32, 4, 4), Tiles(64, 64, 64, 4, 3)]
     return [Tiles(128, 128, 64, 8, 3), Tiles(128, 128, 64, 8, 4), Tiles(128, 64, 64, 8, 4), Tiles(64, 128, 64, 4, 3)]
 
 

@@ -304,23 +304,24 @@ def _transposed_product(
         within = tl.arange(0, DEPTH)
         real = within < stop - begin
         first = tl.cast(begin, tl.int64)
-        dy_pointers = dy_ptr + first * OUT + within[:, None] * OUT + out_columns[None, :]
+        # Loaded as it is multiplied: a tile that was transposed after its load would not be copied asynchronously.
+        dy_pointers = dy_ptr + first * OUT + within[None, :] * OUT + out_columns[:, None]
         x_pointers = x_ptr + first * IN + within[:, None] * IN + in_columns[None, :]
         if OUT % ROWS == 0:
-            dy = tl.load(dy_pointers, mask=real[:, None], other=0.0)
+            dy = tl.load(dy_pointers, mask=real[None, :], other=0.0)
         else:
-            dy = tl.load(dy_pointers, mask=real[:, None] & (out_columns < OUT)[None, :], other=0.0)
+            dy = tl.load(dy_pointers, mask=real[None, :] & (out_columns < OUT)[:, None], other=0.0)
         if IN % COLUMNS == 0:
             x = tl.load(x_pointers, mask=real[:, None], other=0.0)
         else:
             x = tl.load(x_pointers, mask=real[:, None] & (in_columns < IN)[None, :], other=0.0)
         if FACTOR:
             factor = tl.load(factor_ptr + first + within, mask=real, other=0.0).to(tl.float32)
-            dy = (dy * factor[:, None]).to(dy.dtype)
-        dy = tl.trans(dy)
+            dy = (dy * factor[None, :]).to(dy.dtype)
         product = tl.dot(dy, x, product, input_precision="ieee")
         if SUMS:
-            sums = tl.dot(dy, tl.full([DEPTH, 16], 1.0, tl.float32).to(x.dtype), sums, input_precision="ieee")
+            ones = tl.full([DEPTH, 16], 1.0, tl.float32).to(x.dtype)
+            sums = tl.dot(dy, ones, sums, input_precision="ieee")
     return product, sums
 
 
