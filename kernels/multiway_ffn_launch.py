@@ -57,7 +57,7 @@ def choose_tiles(kernel: Any, architecture: int, dtype: torch.dtype) -> list[Til
         dtype: of the operands. float32 is multiplied as it is, on no tensor core, for the results to be float32's.
     """
     if dtype == torch.float32:
-        return [Tiles(64, 64, 32, 8, 2)]
+        return [Tiles(64, 64, 32, 4, 2)]
     if kernel is up_projection_kernel:  # its statistics have a place for each column tile: that stays 128 wide
         return [Tiles(128, 128, 64, 8, 3), Tiles(128, 128, 64, 8, 2), Tiles(64, 128, 64, 8, 3)]
     if kernel is weight_gradient_kernel and architecture == 80:
