@@ -179,7 +179,7 @@ def projection_kernel(
     tl.store(y_ptr + first * N + offsets, y.to(y_ptr.dtype.element_ty), mask=present)
 
 
-@triton.jit(do_not_specialize=["stop_0", "stop_1", "stop_2", "num_rows"])
+@triton.jit(do_not_specialize=["stop_0", "stop_1", "stop_2"])
 def up_projection_kernel(
     x_ptr,
     w_0_ptr,
@@ -222,6 +222,7 @@ def up_projection_kernel(
     present = real_rows[:, None] & real_columns[None, :]
     u = u.to(u_ptr.dtype.element_ty)
     a = gelu(u.to(tl.float32)).to(a_ptr.dtype.element_ty)
+    # a before u: had u been laid out for its store, the compiler would compute erf in both layouts, and spill.
     tl.store(a_ptr + first * N + offsets, a, mask=present)
     tl.store(u_ptr + first * N + offsets, u, mask=present)
     if STATISTICS:
