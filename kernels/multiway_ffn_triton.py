@@ -179,7 +179,7 @@ def projection_kernel(
     tl.store(y_ptr + first * N + offsets, y.to(y_ptr.dtype.element_ty), mask=present)
 
 
-@triton.jit(do_not_specialize=["stop_0", "stop_1", "stop_2", "num_rows"])
+@triton.jit(do_not_specialize=["stop_0", "stop_1", "stop_2"])
 def up_projection_kernel(
     x_ptr,
     w_0_ptr,
@@ -222,6 +222,7 @@ def up_projection_kernel(
     present = real_rows[:, None] & real_columns[None, :]
     u = u.to(u_ptr.dtype.element_ty)
     a = gelu(u.to(tl.float32)).to(a_ptr.dtype.element_ty)
+    # a before u: had u been laid out for its store, the compiler would compute erf in both layouts, and spill.
     tl.store(a_ptr + first * N + offsets, a, mask=present)
     tl.store(u_ptr + first * N + offsets, u, mask=present)
     if STATISTICS:
@@ -304,23 +305,24 @@ def _transposed_product(
         within = tl.arange(0, DEPTH)
         real = within < stop - begin
         first = tl.cast(begin, tl.int64)
-        dy_pointers = dy_ptr + first * OUT + within[:, None] * OUT + out_columns[None, :]
+        # Loaded as it is multiplied: a tile that was transposed after its load would not be copied asynchronously.
+        dy_pointers = dy_ptr + first * OUT + within[None, :] * OUT + out_columns[:, None]
         x_pointers = x_ptr + first * IN + within[:, None] * IN + in_columns[None, :]
         if OUT % ROWS == 0:
-            dy = tl.load(dy_pointers, mask=real[:, None], other=0.0)
+            dy = tl.load(dy_pointers, mask=real[None, :], other=0.0)
         else:
-            dy = tl.load(dy_pointers, mask=real[:, None] & (out_columns < OUT)[None, :], other=0.0)
+            dy = tl.load(dy_pointers, mask=real[None, :] & (out_columns < OUT)[:, None], other=0.0)
         if IN % COLUMNS == 0:
             x = tl.load(x_pointers, mask=real[:, None], other=0.0)
         else:
             x = tl.load(x_pointers, mask=real[:, None] & (in_columns < IN)[None, :], other=0.0)
         if FACTOR:
             factor = tl.load(factor_ptr + first + within, mask=real, other=0.0).to(tl.float32)
-            dy = (dy * factor[:, None]).to(dy.dtype)
-        dy = tl.trans(dy)
+            dy = (dy * factor[None, :]).to(dy.dtype)
         product = tl.dot(dy, x, product, input_precision="ieee")
         if SUMS:
-            sums = tl.dot(dy, tl.full([DEPTH, 16], 1.0, tl.float32).to(x.dtype), sums, input_precision="ieee")
+            ones = tl.full([DEPTH, 16], 1.0, tl.float32).to(x.dtype)
+            sums = tl.dot(dy, ones, sums, input_precision="ieee")
     return product, sums
 
 

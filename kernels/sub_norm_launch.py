@@ -2,7 +2,7 @@
 
 # T packed rows, F columns at hand (of rows that are wider, if tensor-parallel ranks divide them).
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -197,7 +197,7 @@ def _launch(
     tensors: tuple[Tensor, ...],
     slices: Slices,
     width: int,
-    constants: dict[str, int],
+    constants: Mapping[str, int],
     rows: int,
 ) -> None:
     """Launches a kernel whose programs take tiles of `rows` rows and BLOCK["COLUMNS"] columns."""

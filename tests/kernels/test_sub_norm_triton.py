@@ -171,7 +171,7 @@ def test_no_rows() -> None:
 
 @pytest.mark.slow
 @given(lengths=lengths_of_experts, dtype=st.sampled_from(DTYPES), width=st.integers(2, 40), gelu=st.booleans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_any_slices_widths_and_dtypes(lengths: list[int], dtype: torch.dtype, width: int, gelu: bool) -> None:
     with mock.patch(f"{__name__}.WIDTH", width):
         check_gradients(build_slices(lengths), dtype, gelu)
