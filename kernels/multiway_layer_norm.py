@@ -144,10 +144,10 @@ def _forward_plain(
     """
     lengths, several = row_lengths(stops), len(stops) > 1
     h_TD = torch.empty_like(x_TD) if several else None
-    h_parts = [None] if h_TD is None else h_TD.split(lengths)
+    h_parts = [None] if h_TD is None else h_TD.split_with_sizes(lengths)
     statistics = []
-    for x_part, h_part, weight_D, bias_D in zip(x_TD.split(lengths), h_parts, weights, biases, strict=True):
-        w_D, b_D = _native(weight_D, x_TD), _native(bias_D, x_TD)
+    weights, biases = _native(weights, x_TD), _native(biases, x_TD)
+    for x_part, h_part, w_D, b_D in zip(x_TD.split_with_sizes(lengths), h_parts, weights, biases, strict=True):
         part_TD, mean_T1, rstd_T1 = torch.native_layer_norm(x_part, w_D.shape, w_D, b_D, epsilon)
         if h_part is None:
             h_TD = part_TD
@@ -171,17 +171,16 @@ def _backward_plain(
     dx_TD = None if len(stops) == 1 else torch.empty_like(x_TD)
     absent = [None] * len(stops)
     parts = zip(
-        dh_TD.split(lengths),
-        absent if d_stream_TD is None else d_stream_TD.split(lengths),
-        x_TD.split(lengths),
-        absent if dx_TD is None else dx_TD.split(lengths),
+        dh_TD.split_with_sizes(lengths),
+        absent if d_stream_TD is None else d_stream_TD.split_with_sizes(lengths),
+        x_TD.split_with_sizes(lengths),
+        absent if dx_TD is None else dx_TD.split_with_sizes(lengths),
         statistics[::2],
         statistics[1::2],
-        weights,
+        _native(weights, x_TD),
         strict=True,
     )
-    for dh_part, d_stream_part, x_part, dx_part, mean_T1, rstd_T1, weight_D in parts:
-        w_D = _native(weight_D, x_TD)
+    for dh_part, d_stream_part, x_part, dx_part, mean_T1, rstd_T1, w_D in parts:
         # The shift's values are not looked at, only that there is one: its scale serves.
         part_TD, dw_D, db_D = torch.ops.aten.native_layer_norm_backward.default(
             dh_part, x_part, w_D.shape, mean_T1, rstd_T1, w_D, w_D, [True, True, True]
@@ -192,10 +191,10 @@ def _backward_plain(
             dx_part.copy_(part_TD)
         else:
             torch.add(part_TD, d_stream_part, out=dx_part)
-        d_weights.append(dw_D.to(weight_D.dtype))
-        d_biases.append(db_D.to(weight_D.dtype))
+        d_weights.append(dw_D)
+        d_biases.append(db_D)
     assert dx_TD is not None
-    return [dx_TD, *d_weights, *d_biases]
+    return [dx_TD, *(gradient.to(weights[0].dtype) for gradient in d_weights + d_biases)]
 
 
 _LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
@@ -275,9 +274,10 @@ def _backward_fake(
     return torch.empty_like(x_TD), weights[0].new_empty(2, len(stops), x_TD.shape[1])
 
 
-def _native(parameter_D: Tensor, x_TD: Tensor) -> Tensor:
+def _native(parameters: Sequence[Tensor], x_TD: Tensor) -> Sequence[Tensor]:
     """Of half precision on a CPU, PyTorch keeps statistics in float32 only if the parameters are float32."""
-    return parameter_D.to(_accumulator(x_TD)) if x_TD.device.type == "cpu" else parameter_D
+    is_half_on_cpu = x_TD.dtype in (torch.float16, torch.bfloat16) and not x_TD.is_cuda
+    return [parameter_D.float() for parameter_D in parameters] if is_half_on_cpu else parameters
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
