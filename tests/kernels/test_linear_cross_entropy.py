@@ -260,6 +260,22 @@ def test_kernels_do_not_overflow() -> None:
         case.check(case.run(SMALL))
 
 
+def test_launches_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way of a GPU's tensors, with the operators' CUDA implementations, over two blocks."""
+
+    class Operators:
+        logits_partials = staticmethod(module._partials_cuda)
+        logits_gradient = staticmethod(module._gradient_cuda)
+
+    monkeypatch.setattr(torch.ops, "beit3_ds", Operators)
+    *leaves, target = problem(5, 100, torch.float32)
+    inputs = (*(x.detach() for x in leaves), torch.linspace(-1, 2, 5))
+    with interpreted():
+        ours = with_gradients(lambda *x: operators(*x, target, 4))(*inputs)
+    reference = with_gradients(partial(linear_cross_entropy_reference, target_M=target))
+    check_rule(("loss", "dh", "dw", "db"), ours, reference, inputs)
+
+
 def test_no_rows() -> None:
     case = LogitsCase(0, (5,), torch.float32)
     with interpreted():

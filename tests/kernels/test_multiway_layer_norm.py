@@ -183,6 +183,17 @@ def test_shipped_tiles(lengths: tuple[int, ...], width: int) -> None:
     case.check(case.interpret(choose_row_tiling(90, width), with_stream=True), with_stream=True)
 
 
+def test_launches_of_a_device() -> None:
+    """The operators' CUDA implementations get every argument in its place."""
+    case = Case((2, 0, 3), 24, torch.float32)
+    stops = [stop for _, stop in case.slices]
+    weights, biases = case.weights_and_biases(case.parameters)
+    with interpreted():
+        h, statistics = module._forward_cuda(case.x, stops, weights, biases, EPSILON)
+        dx, d_parameters = module._backward_cuda(case.dh, case.d_stream, case.x, statistics, stops, weights)
+    case.check((torch.stack((case.x, h)), dx, *d_parameters.flatten(0, 1)), with_stream=True)
+
+
 @given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=3), with_stream=st.booleans())
 @settings(max_examples=8, deadline=None)
 def test_any_lengths(lengths: list[int], with_stream: bool) -> None:
