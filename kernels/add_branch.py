@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from beit3_ds.kernels.expert_rows import fits_kernels, row_ranges, row_tiling
+from beit3_ds.kernels.expert_rows import fits_kernels, row_lengths, row_tiling
 from beit3_ds.kernels.multiway_linear import Slices
 from beit3_ds.kernels.rule import check_rule, with_gradients
 from beit3_ds.kernels.self_check import passes
@@ -125,8 +125,9 @@ def _forward_plain(
     residual_TD: Tensor, partial_TD: Tensor, stops: Sequence[int], biases: Sequence[Tensor], factor_T: Tensor | None
 ) -> Tensor:
     y_TD = torch.empty_like(partial_TD)
-    for rows, b_D in zip(row_ranges(stops), biases, strict=True):
-        torch.add(partial_TD[rows], b_D, out=y_TD[rows])
+    lengths = row_lengths(stops)
+    for partial_part, y_part, b_D in zip(partial_TD.split(lengths), y_TD.split(lengths), biases, strict=True):
+        torch.add(partial_part, b_D, out=y_part)
     if factor_T is None:
         return y_TD.add_(residual_TD)
     return torch.addcmul(residual_TD, y_TD, factor_T.unsqueeze(1), out=y_TD)
@@ -136,7 +137,7 @@ def _forward_plain(
 def _backward_plain(dy_TD: Tensor, stops: Sequence[int], factor_T: Tensor | None) -> tuple[Tensor, Tensor]:
     """d_partial, without rows if it is dy itself, and the gradients of the biases, (E, D)."""
     d_partial_TD = dy_TD if factor_T is None else dy_TD * factor_T.unsqueeze(1)
-    d_biases_ED = torch.stack([d_partial_TD[rows].sum(0) for rows in row_ranges(stops)])
+    d_biases_ED = torch.stack([part.sum(0) for part in d_partial_TD.split(row_lengths(stops))])
     return torch.empty_like(dy_TD[:0]) if factor_T is None else d_partial_TD, d_biases_ED
 
 

@@ -42,7 +42,7 @@ def forward(
     """
     y_TD = torch.empty_like(residual_TD)
     programs = deal_rows(stops, tiling.forward_programs)
-    check_rows(residual_TD, partial_TD)
+    check_rows(residual_TD, partial_TD, *([] if factor_T is None else [factor_T]))
     if programs.num_programs:
         forward_kernel[(programs.num_programs,)](
             residual_TD,
@@ -71,7 +71,7 @@ def backward(dy_TD: Tensor, stops: Sequence[int], factor_T: Tensor | None, tilin
     d_partial_TD = torch.empty_like(dy_TD if factor_T is not None else dy_TD[:0])
     programs = deal_rows(stops, tiling.backward_programs)
     sum_1PD = dy_TD.new_empty(1, programs.num_programs, dy_TD.shape[1], dtype=torch.float32)
-    check_rows(dy_TD)
+    check_rows(dy_TD, *([] if factor_T is None else [factor_T]))
     if programs.num_programs:
         backward_kernel[(programs.num_programs,)](
             dy_TD,

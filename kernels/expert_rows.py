@@ -12,9 +12,9 @@ WIDEST = 8192
 """Columns of a row that one program of the kernels holds."""
 
 
-def row_ranges(stops: Sequence[int]) -> list[slice]:
-    """The rows of each expert, from where they end; the first begin at 0."""
-    return [slice(start, stop) for start, stop in zip((0, *stops[:-1]), stops, strict=True)]
+def row_lengths(stops: Sequence[int]) -> list[int]:
+    """How many rows each expert has, from where they end; the first begin at 0."""
+    return [stop - start for start, stop in zip((0, *stops[:-1]), stops, strict=True)]
 
 
 def fits_kernels(x_TD: Tensor) -> bool:

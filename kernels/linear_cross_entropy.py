@@ -66,6 +66,7 @@ def linear_cross_entropy(
     Returns:
         The loss of every row, (M,) float32.
     """
+    target_M = target_M.contiguous()
     return _LinearCrossEntropy.apply(h_MD, w_VD, b_V, target_M, chunk_size, reduce, runs_kernels(h_MD))
 
 
@@ -130,7 +131,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss_M: Tensor) -> tuple[Tensor | None, ...]:
-        backward = _backward_kernels if ctx.kernels else backward_plain
+        backward: Callable[..., tuple[Tensor, ...]] = _backward_kernels if ctx.kernels else backward_plain
         return (*backward(*ctx.saved_tensors, d_loss_M, ctx.blocks), None, None, None, None)
 
 

@@ -88,12 +88,11 @@ def gradient_kernel(
         offsets = numbers[:, None] * stride + columns[None, :]
         mask = real[:, None] & there[None, :]
         logits = tl.load(logits_ptr + offsets, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
-        lse = tl.load(lse_ptr + numbers, mask=real, other=0.0)
+        lse = tl.load(lse_ptr + numbers, mask=real, other=float("inf"))  # p = 0 where there is no row
         d_loss = tl.load(d_loss_ptr + numbers, mask=real, other=0.0)
         target = tl.load(target_ptr + numbers, mask=real, other=-1) - first
         p = tl.exp2((logits - lse[:, None]) * LOG2E)
         d = tl.where(columns[None, :] == target[:, None], p - 1.0, p) * d_loss[:, None]
-        d = tl.where(real[:, None] & (columns[None, :] < width), d, 0.0)
         tl.store(logits_ptr + offsets, d.to(logits_ptr.dtype.element_ty), mask=mask)
         total += d
     tl.store(partial_sum_ptr + group * stride + columns, tl.sum(total, 0), mask=there)

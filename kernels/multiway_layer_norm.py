@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from beit3_ds.kernels.expert_rows import fits_kernels, row_ranges, row_tiling
+from beit3_ds.kernels.expert_rows import fits_kernels, row_lengths, row_tiling
 from beit3_ds.kernels.multiway_linear import Slices
 from beit3_ds.kernels.rule import check_rule, with_gradients
 from beit3_ds.kernels.self_check import passes
@@ -108,9 +108,9 @@ class _MultiwayLayerNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         weights, biases = parameters[: len(stops)], parameters[len(stops) :]
         norm = torch.ops.beit3_ds.multiway_layer_norm if kernels else _forward_plain
-        h_TD, statistics_2T = norm(x_TD.contiguous(), stops, weights, biases, epsilon)
+        h_TD, *statistics = norm(x_TD.contiguous(), stops, weights, biases, epsilon)
         # The parameters themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
-        ctx.save_for_backward(x_TD, statistics_2T, *weights)
+        ctx.save_for_backward(x_TD, *weights, *statistics)
         ctx.stops, ctx.kernels = stops, kernels
         ctx.set_materialize_grads(False)  # the stream's gradient may be absent, and is not to be made of zeros
         return x_TD, h_TD
@@ -118,14 +118,83 @@ class _MultiwayLayerNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_stream_TD: Tensor | None, dh_TD: Tensor | None) -> tuple[Tensor | None, ...]:
-        x_TD, statistics_2T, *weights = ctx.saved_tensors
+        x_TD, *saved = ctx.saved_tensors
+        weights, statistics = saved[: len(ctx.stops)], saved[len(ctx.stops) :]
         if dh_TD is None:
             return (d_stream_TD, None, None, None, *[torch.zeros_like(w_D) for w_D in weights * 2])
-        differentiate = torch.ops.beit3_ds.multiway_layer_norm_backward if ctx.kernels else _backward_plain
         d_stream_TD = None if d_stream_TD is None else d_stream_TD.contiguous()
-        tensors = dh_TD.contiguous(), d_stream_TD, x_TD.contiguous(), statistics_2T
-        dx_TD, d_parameters_2ED = differentiate(*tensors, ctx.stops, weights)
-        return (dx_TD, None, None, None, *d_parameters_2ED.flatten(0, 1).unbind())
+        tensors = dh_TD.contiguous(), d_stream_TD, x_TD.contiguous()
+        if ctx.kernels:
+            differentiate = torch.ops.beit3_ds.multiway_layer_norm_backward
+            dx_TD, d_parameters_2ED = differentiate(*tensors, *statistics, ctx.stops, weights)
+            d_parameters = d_parameters_2ED.flatten(0, 1).unbind()
+        else:
+            dx_TD, *d_parameters = _backward_plain(*tensors, statistics, ctx.stops, weights)
+        return (dx_TD, None, None, None, *d_parameters)
+
+
+def _forward_plain(
+    x_TD: Tensor, stops: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
+) -> list[Tensor]:
+    """PyTorch's LayerNorm an expert; several experts' results go through a copy, which costs less than a second pass
+    that scales and shifts (BENCHMARKS.md).
+
+    Returns:
+        h_TD, and the mean and 1 / deviation of each expert's rows, (rows, 1).
+    """
+    lengths, several = row_lengths(stops), len(stops) > 1
+    h_TD = torch.empty_like(x_TD) if several else None
+    h_parts = [None] if h_TD is None else h_TD.split_with_sizes(lengths)
+    statistics = []
+    weights, biases = _native(weights, x_TD), _native(biases, x_TD)
+    for x_part, h_part, w_D, b_D in zip(x_TD.split_with_sizes(lengths), h_parts, weights, biases, strict=True):
+        part_TD, mean_T1, rstd_T1 = torch.native_layer_norm(x_part, w_D.shape, w_D, b_D, epsilon)
+        if h_part is None:
+            h_TD = part_TD
+        else:
+            h_part.copy_(part_TD)
+        statistics += [mean_T1, rstd_T1]
+    assert h_TD is not None
+    return [h_TD, *statistics]
+
+
+def _backward_plain(
+    dh_TD: Tensor,
+    d_stream_TD: Tensor | None,
+    x_TD: Tensor,
+    statistics: Sequence[Tensor],
+    stops: Sequence[int],
+    weights: Sequence[Tensor],
+) -> list[Tensor]:
+    """Returns dx_TD and the gradients of all scales and then of all shifts, from the statistics of `_forward_plain`."""
+    lengths, d_weights, d_biases = row_lengths(stops), [], []
+    dx_TD = None if len(stops) == 1 else torch.empty_like(x_TD)
+    absent = [None] * len(stops)
+    parts = zip(
+        dh_TD.split_with_sizes(lengths),
+        absent if d_stream_TD is None else d_stream_TD.split_with_sizes(lengths),
+        x_TD.split_with_sizes(lengths),
+        absent if dx_TD is None else dx_TD.split_with_sizes(lengths),
+        statistics[::2],
+        statistics[1::2],
+        _native(weights, x_TD),
+        strict=True,
+    )
+    for dh_part, d_stream_part, x_part, dx_part, mean_T1, rstd_T1, w_D in parts:
+        # The shift's values are not looked at, only that there is one: its scale serves.
+        part_TD, dw_D, db_D = torch.ops.aten.native_layer_norm_backward.default(
+            dh_part, x_part, w_D.shape, mean_T1, rstd_T1, w_D, w_D, [True, True, True]
+        )
+        if dx_part is None:
+            dx_TD = part_TD if d_stream_part is None else part_TD.add_(d_stream_part)
+        elif d_stream_part is None:
+            dx_part.copy_(part_TD)
+        else:
+            torch.add(part_TD, d_stream_part, out=dx_part)
+        d_weights.append(dw_D)
+        d_biases.append(db_D)
+    assert dx_TD is not None
+    return [dx_TD, *(gradient.to(weights[0].dtype) for gradient in d_weights + d_biases)]
 
 
 _LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
@@ -139,26 +208,16 @@ _LIBRARY.define(
 
 
 @torch.library.impl(_LIBRARY, "multiway_layer_norm", "CPU")
-def _forward_plain(
+def _forward_cpu(
     x_TD: Tensor, stops: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """PyTorch's LayerNorm an expert; several experts' results go through a copy, which costs less than a second pass
-    that scales and shifts (BENCHMARKS.md).
-    """
-    pairs = [(_native(w_D, x_TD), _native(b_D, x_TD)) for w_D, b_D in zip(weights, biases, strict=True)]
-    if len(stops) == 1:
-        h_TD, *statistics = torch.native_layer_norm(x_TD, x_TD.shape[1:], *pairs[0], epsilon)
-        return h_TD, torch.stack(statistics).squeeze(2)
-    h_TD = torch.empty_like(x_TD)
-    statistics_2T = x_TD.new_empty(2, len(x_TD), dtype=_accumulator(x_TD))
-    for rows, (w_D, b_D) in zip(row_ranges(stops), pairs, strict=True):
-        h_TD[rows], *statistics = torch.native_layer_norm(x_TD[rows], x_TD.shape[1:], w_D, b_D, epsilon)
-        torch.stack(statistics, out=statistics_2T[:, rows].unsqueeze(2))
-    return h_TD, statistics_2T
+    """The operator for checks: the model on a CPU never takes it. Returns h and the statistics, (2, T)."""
+    h_TD, *statistics = _forward_plain(x_TD, stops, weights, biases, epsilon)
+    return h_TD, torch.stack((torch.cat(statistics[::2]), torch.cat(statistics[1::2]))).squeeze(2)
 
 
 @torch.library.impl(_LIBRARY, "multiway_layer_norm_backward", "CPU")
-def _backward_plain(
+def _backward_cpu(
     dh_TD: Tensor,
     d_stream_TD: Tensor | None,
     x_TD: Tensor,
@@ -166,25 +225,11 @@ def _backward_plain(
     stops: Sequence[int],
     weights: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    d_weights, d_biases = [], []
-    dx_TD = None if len(stops) == 1 else torch.empty_like(x_TD)
-    for rows, weight_D in zip(row_ranges(stops), weights, strict=True):
-        w_D = _native(weight_D, x_TD)
-        statistics = statistics_2T[:, rows].unsqueeze(2).unbind()
-        # The shift's values are not looked at, only that there is one: its scale serves.
-        part_TD, dw_D, db_D = torch.ops.aten.native_layer_norm_backward(
-            dh_TD[rows], x_TD[rows], w_D.shape, *statistics, w_D, w_D, [True, True, True]
-        )
-        if dx_TD is None:
-            dx_TD = part_TD if d_stream_TD is None else part_TD.add_(d_stream_TD)
-        elif d_stream_TD is None:
-            dx_TD[rows] = part_TD
-        else:
-            torch.add(part_TD, d_stream_TD[rows], out=dx_TD[rows])
-        d_weights.append(dw_D.to(weight_D.dtype))
-        d_biases.append(db_D.to(weight_D.dtype))
-    assert dx_TD is not None
-    return dx_TD, torch.stack(d_weights + d_biases).unflatten(0, (2, -1))
+    """The operator for checks. Returns dx and the gradients of the scales and of the shifts, (2, E, D)."""
+    parts = statistics_2T.unsqueeze(2).split(row_lengths(stops), dim=1)
+    statistics = [statistic for part in parts for statistic in part.unbind()]
+    dx_TD, *d_parameters = _backward_plain(dh_TD, d_stream_TD, x_TD, statistics, stops, weights)
+    return dx_TD, torch.stack(d_parameters).unflatten(0, (2, -1))
 
 
 @torch.library.impl(_LIBRARY, "multiway_layer_norm", "CUDA")
@@ -229,9 +274,10 @@ def _backward_fake(
     return torch.empty_like(x_TD), weights[0].new_empty(2, len(stops), x_TD.shape[1])
 
 
-def _native(parameter_D: Tensor, x_TD: Tensor) -> Tensor:
+def _native(parameters: Sequence[Tensor], x_TD: Tensor) -> Sequence[Tensor]:
     """Of half precision on a CPU, PyTorch keeps statistics in float32 only if the parameters are float32."""
-    return parameter_D.to(_accumulator(x_TD)) if x_TD.device.type == "cpu" else parameter_D
+    is_half_on_cpu = x_TD.dtype in (torch.float16, torch.bfloat16) and not x_TD.is_cuda
+    return [parameter_D.float() for parameter_D in parameters] if is_half_on_cpu else parameters
 
 
 def _accumulator(x: Tensor) -> torch.dtype:

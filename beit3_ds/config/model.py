@@ -70,7 +70,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     """Uses the word table as the MLM head's matrix too. The released models have one of each, so the default is off."""
     cross_entropy_chunk_size: int = 128
-    """Masked text positions whose logits exist at a time; full logits are never stored."""
+    """Room for logits, in masked text positions: at most as many logits as these have exist at a time."""
 
     @property
     def head_size(self) -> int:

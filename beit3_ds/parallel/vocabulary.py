@@ -49,8 +49,8 @@ class VocabParallelHead(nn.Module):
         Args:
             hidden_size: D.
             vocab_size: of all ranks together.
-            chunk_size: rows whose logits exist at a time; None keeps all for the backward pass, which is faster for a
-                small vocabulary.
+            chunk_size: at most this many rows' logits exist at a time; None keeps all for the backward pass, which is
+                faster for a small vocabulary.
             tensor: the ranks.
         """
         super().__init__()

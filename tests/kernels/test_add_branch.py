@@ -128,6 +128,15 @@ def test_shipped_tiles() -> None:
     case.check(case.interpret(choose_row_tiling(90, 1408)))
 
 
+def test_launches_of_a_device() -> None:
+    """The operators' CUDA implementations get every argument in its place."""
+    case = Case((2, 0, 3), 24, torch.float32, with_factor=True)
+    with interpreted():
+        y = module._forward_cuda(case.residual, case.partial, case.stops, case.biases, case.factor)
+        d_partial, d_biases = module._backward_cuda(case.dy, case.stops, case.factor)
+    case.check((y, case.dy, d_partial, *d_biases))
+
+
 @given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=3), with_factor=st.booleans())
 @settings(max_examples=8, deadline=None)
 def test_any_lengths(lengths: list[int], with_factor: bool) -> None:

@@ -254,10 +254,28 @@ def test_shipped_tiles(dtype: torch.dtype) -> None:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_kernels_do_not_overflow() -> None:
+    """Nor does a row that is not there, whose logits are biases alone."""
     case = LogitsCase(3, (70, 13), torch.float32)
     case.logits *= 1e3
+    case.bias += 200
     with interpreted():
         case.check(case.run(SMALL))
+
+
+def test_launches_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way of a GPU's tensors, with the operators' CUDA implementations, over two blocks."""
+
+    class Operators:
+        logits_partials = staticmethod(module._partials_cuda)
+        logits_gradient = staticmethod(module._gradient_cuda)
+
+    monkeypatch.setattr(torch.ops, "beit3_ds", Operators)
+    *leaves, target = problem(5, 100, torch.float32)
+    inputs = (*(x.detach() for x in leaves), torch.linspace(-1, 2, 5))
+    with interpreted():
+        ours = with_gradients(lambda *x: operators(*x, target, 4))(*inputs)
+    reference = with_gradients(partial(linear_cross_entropy_reference, target_M=target))
+    check_rule(("loss", "dh", "dw", "db"), ours, reference, inputs)
 
 
 def test_no_rows() -> None:

@@ -134,7 +134,7 @@ def test_gradients_of_others_stay_as_they_are() -> None:
         case.differentiate(multiway_layer_norm, with_stream=True)
         stops = [stop for _, stop in case.slices]
         weights, biases = case.weights_and_biases(case.parameters)
-        _, statistics = module._forward_plain(case.x, stops, weights, biases, EPSILON)
+        _, *statistics = module._forward_plain(case.x, stops, weights, biases, EPSILON)
         module._backward_plain(case.dh, case.d_stream, case.x, statistics, stops, weights)
         assert torch.equal(case.d_stream, before[0])
         assert torch.equal(case.dh, before[1])
@@ -148,7 +148,7 @@ def test_saves_the_parameters_themselves() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         _output = multiway_layer_norm(x, case.slices, *case.weights_and_biases(parameters), EPSILON)
     assert all(any(t is weight for t in saved) for weight in parameters[:2])
-    assert sorted(t.numel() for t in saved) == [4, 4, 10, 20]  # x and two numbers a row, not h
+    assert sorted(t.numel() for t in saved) == [2, 2, 3, 3, 4, 4, 20]  # x and two numbers a row, not h
 
 
 def test_opcheck() -> None:
@@ -181,6 +181,17 @@ def test_kernels_follow_the_reference(
 def test_shipped_tiles(lengths: tuple[int, ...], width: int) -> None:
     case = Case(lengths, width, torch.bfloat16)
     case.check(case.interpret(choose_row_tiling(90, width), with_stream=True), with_stream=True)
+
+
+def test_launches_of_a_device() -> None:
+    """The operators' CUDA implementations get every argument in its place."""
+    case = Case((2, 0, 3), 24, torch.float32)
+    stops = [stop for _, stop in case.slices]
+    weights, biases = case.weights_and_biases(case.parameters)
+    with interpreted():
+        h, statistics = module._forward_cuda(case.x, stops, weights, biases, EPSILON)
+        dx, d_parameters = module._backward_cuda(case.dh, case.d_stream, case.x, statistics, stops, weights)
+    case.check((torch.stack((case.x, h)), dx, *d_parameters.flatten(0, 1)), with_stream=True)
 
 
 @given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=3), with_stream=st.booleans())
@@ -219,7 +230,7 @@ def test_self_check(recwarn: pytest.WarningsRecorder) -> None:
 
 @pytest.mark.parametrize("wrong", ["h", "statistics", "dx", "parameters"])
 def test_self_check_finds_wrong_kernels(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain_forward, plain_backward = module._forward_plain, module._backward_plain
+    on_cpu, backward_on_cpu = module._forward_cpu, module._backward_cpu
 
     def fail(name: str, x: torch.Tensor) -> torch.Tensor:
         return x * 1.001 if name == wrong else x
@@ -227,11 +238,11 @@ def test_self_check_finds_wrong_kernels(wrong: str, monkeypatch: pytest.MonkeyPa
     class Operators:
         @staticmethod
         def multiway_layer_norm(*arguments):  # type: ignore[no-untyped-def]
-            return tuple(map(fail, ("h", "statistics"), plain_forward(*arguments)))
+            return tuple(map(fail, ("h", "statistics"), on_cpu(*arguments)))
 
         @staticmethod
         def multiway_layer_norm_backward(*arguments):  # type: ignore[no-untyped-def]
-            return tuple(map(fail, ("dx", "parameters"), plain_backward(*arguments)))
+            return tuple(map(fail, ("dx", "parameters"), backward_on_cpu(*arguments)))
 
     monkeypatch.setattr(torch.ops, "beit3_ds", Operators)
     with pytest.raises(WrongResultError):
