@@ -163,7 +163,7 @@ MISTAKES = {
     "no closed group at the end": Mistake(
         GEMM, "    }\n    commit_copies();\n", "    commit_copies();\n    }\n", "way"
     ),
-    "rows of the next expert": Mistake(GEMM, "if (row >= stop || column", "if (column", "u: error|assert"),
+    "rows of the next expert": Mistake(GEMM, "if (row >= stop || column", "if (column", "heap-buffer-overflow"),
     "last row missing": Mistake(
         GEMM, "const bool real = row < stop &&", "const bool real = row < stop - 1 &&", "u: error"
     ),
