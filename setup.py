@@ -21,11 +21,12 @@ def cuda_kernels() -> dict[str, Any]:
             "BEIT3_BUILD_CUDA=1 builds against the torch that is installed, which pip hides from a build. Install this "
             "package without it first, and then again with it: BEIT3_BUILD_CUDA=1 pip install --no-build-isolation ."
         ) from None
-    if CUDA_HOME is None or not os.path.exists(os.path.join(CUDA_HOME, "bin", "nvcc")):
+    # Without CUDA_HOME torch takes the folder above that of nvcc, which may be a script in /usr/local/bin.
+    if not all(os.path.exists(f"{CUDA_HOME}/{part}") for part in ("bin/nvcc", "include/cuda_runtime.h")):
         raise SystemExit(
-            f"BEIT3_BUILD_CUDA=1 needs nvcc, but there is none in CUDA_HOME={CUDA_HOME}. Install the CUDA toolkit of "
-            "torch's version (torch.version.cuda) and set CUDA_HOME to it, or leave BEIT3_BUILD_CUDA out: Triton's "
-            "kernels need no build."
+            f"BEIT3_BUILD_CUDA=1 needs the CUDA toolkit, but CUDA_HOME={CUDA_HOME} has no nvcc or no header files. "
+            "Install the toolkit of torch's version (torch.version.cuda) and set CUDA_HOME to it, or leave "
+            "BEIT3_BUILD_CUDA out: Triton's kernels need no build."
         )
     # The kernels use nothing that came after sm_80; its code runs on 8.x, that of 9.0 is tuned for it, and its PTX is
     # compiled by the driver of anything newer.

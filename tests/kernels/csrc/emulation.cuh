@@ -41,7 +41,7 @@ using std::min;
 namespace emulation {
 
 inline bool copies_come_early = false;  // else as late as the waits allow
-inline bool last_warp_first = false;    // warps run as far as they can, one after another, from this end
+inline bool is_reversed = false;        // blocks one after another, and warps each as far as it can: the last one first
 
 [[noreturn]] inline void fail(const char* mistake) {
   std::fprintf(stderr, "emulation: %s (thread %u of block %u, %u)\n", mistake, threadIdx.x, blockIdx.x, blockIdx.y);
@@ -98,7 +98,7 @@ class Block {
     }
     const int warps = int(threads.size()) / 32;
     while (!all_are(Thread::kEnded)) {
-      for (int warp = 0; warp < warps; ++warp) run_warp(last_warp_first ? warps - 1 - warp : warp);
+      for (int warp = 0; warp < warps; ++warp) run_warp(is_reversed ? warps - 1 - warp : warp);
       if (!all_are(Thread::kEnded)) pass_barrier();
     }
   }
@@ -223,8 +223,11 @@ inline Block* block;
 inline void launch(dim3 grid, int num_threads, int shared_bytes, void (*kernel)()) {
   Block every(num_threads, shared_bytes);
   block = &every;
-  for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
-    for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) every.run(kernel);
+  for (unsigned i = 0; i < grid.x * grid.y; ++i) {
+    const unsigned index = is_reversed ? grid.x * grid.y - 1 - i : i;
+    blockIdx = {index % grid.x, index / grid.x};
+    every.run(kernel);
+  }
 }
 
 template <typename Value>

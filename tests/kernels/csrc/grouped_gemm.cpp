@@ -1,4 +1,4 @@
-// Runs the grouped GEMM on the CPU: grouped_gemm FOLDER D F EXPERTS HAS_GELU EARLY LAST_WARP_FIRST
+// Runs the grouped GEMM on the CPU: grouped_gemm FOLDER D F EXPERTS HAS_GELU EARLY REVERSED
 //
 // Reads x, weights, biases, tiles and u and a as they were before from FOLDER; writes u and a.
 
@@ -13,7 +13,7 @@ int main(int, char** argv) {
   const std::string folder = std::string(argv[1]) + "/";
   const int input_width = std::atoi(argv[2]), output_width = std::atoi(argv[3]), experts = std::atoi(argv[4]);
   emulation::copies_come_early = std::atoi(argv[6]);
-  emulation::last_warp_first = std::atoi(argv[7]);
+  emulation::is_reversed = std::atoi(argv[7]);
 
   const auto x = read_array<Gemm::Element>(folder + "x"), biases = read_array<Gemm::Element>(folder + "biases");
   const auto weights = read_array<Gemm::Element>(folder + "weights");

@@ -1,4 +1,4 @@
-// Runs packed attention on the CPU: packed_attention FOLDER H K CAPTIONS EARLY LAST_WARP_FIRST
+// Runs packed attention on the CPU: packed_attention FOLDER H K CAPTIONS EARLY REVERSED
 //
 // Reads q, k, v, sequences, tiles and y and lse as they were before from FOLDER; writes y and lse.
 
@@ -15,7 +15,7 @@ int main(int, char** argv) {
   arguments.head_width = std::atoi(argv[3]);
   arguments.captions = std::atoi(argv[4]);
   emulation::copies_come_early = std::atoi(argv[5]);
-  emulation::last_warp_first = std::atoi(argv[6]);
+  emulation::is_reversed = std::atoi(argv[6]);
 
   const auto q = read_array<Attention::Element>(folder + "q"), k = read_array<Attention::Element>(folder + "k");
   const auto v = read_array<Attention::Element>(folder + "v");

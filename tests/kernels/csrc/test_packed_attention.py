@@ -47,14 +47,14 @@ class Case:
         return (packed_attention_reference(*inputs, ranges=self.ranges, causal_captions=self.captions),)
 
     def run(
-        self, program: Path, folder: Path, tile: int, *, early: bool = False, last_first: bool = False
+        self, program: Path, folder: Path, tile: int, *, early: bool = False, is_reversed: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """y and the log-sum-exp as the kernel makes them."""
         q, k, v = self.inputs
         y, lse = torch.full_like(q, UNTOUCHED), torch.full((self.heads, self.num_rows), UNTOUCHED)
         sequences, tiles = plan_tiles(self.ranges, tile, torch.device("cpu"))
         arrays = {"q": q, "k": k, "v": v, "y": y, "lse": lse, "sequences": sequences, "tiles": tiles}
-        run(program, folder, arrays, self.heads, q.shape[2], self.captions, early, last_first)
+        run(program, folder, arrays, self.heads, q.shape[2], self.captions, early, is_reversed)
         return read(folder / "y", y), read(folder / "lse", lse)
 
     def check(self, y: torch.Tensor, lse: torch.Tensor) -> None:
@@ -85,11 +85,11 @@ def test_kernel_follows_the_reference(
     case.check(*case.run(small[dtype], tmp_path, SMALL_TILE))
 
 
-@pytest.mark.parametrize(("early", "last_first"), [(False, True), (True, False), (True, True)])
-def test_order_does_not_matter(small: dict[torch.dtype, Path], tmp_path: Path, early: bool, last_first: bool) -> None:
+@pytest.mark.parametrize(("early", "is_reversed"), [(False, True), (True, False), (True, True)])
+def test_order_does_not_matter(small: dict[torch.dtype, Path], tmp_path: Path, early: bool, is_reversed: bool) -> None:
     """Copies that come at once, and warps that run in another order."""
     case = Case((((0, 40), (70, 81)), ((40, 70),)), 88, torch.bfloat16, captions=True, heads=1)
-    case.check(*case.run(small[torch.bfloat16], tmp_path, SMALL_TILE, early=early, last_first=last_first))
+    case.check(*case.run(small[torch.bfloat16], tmp_path, SMALL_TILE, early=early, is_reversed=is_reversed))
 
 
 @pytest.mark.parametrize("head_width", [8, 40, 64, 96])
@@ -150,7 +150,7 @@ def test_any_ranges_widths_and_dtypes(
 ) -> None:
     case = Case(build_ranges(lengths), 8 * head_width, dtype, captions)
     with TemporaryDirectory() as folder:
-        case.check(*case.run(small[dtype], Path(folder), SMALL_TILE, last_first=True))
+        case.check(*case.run(small[dtype], Path(folder), SMALL_TILE, is_reversed=True))
 
 
 def test_shipped_tiles(tmp_path: Path) -> None:
@@ -169,7 +169,10 @@ MISTAKES = {
         is_slow=True,
     ),
     "no barrier in the loop": Mistake(
-        ATTENTION, "      __syncthreads();\n      fetch", "      fetch", "without a barrier|never written"
+        ATTENTION,
+        "      __syncthreads();\n      fetch",
+        "      fetch",
+        "without a barrier|never written|on its way|overwrites",
     ),
     "no wait for the queries": Mistake(
         ATTENTION, "    wait_for_copies<kStages - 1>();\n", "", "still on its way", is_slow=True
