@@ -1,5 +1,6 @@
 """The one place where DeepSpeed is set up."""
 
+import ctypes
 import os
 import socket
 import warnings
@@ -20,6 +21,9 @@ from beit3_ds.pipeline.schedule import Schedule
 from beit3_ds.pipeline.stages import cut_layers, stage_layers
 from beit3_ds.training.optimizer import build_optimizer
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_LARGEST_INT = 2**31 - 1
+
 
 def init_process_group(parallel: ParallelConfig) -> Mesh:
     """Joins the process group that the launcher described in the environment, or makes one of a single process.
@@ -28,6 +32,7 @@ def init_process_group(parallel: ParallelConfig) -> Mesh:
     through MPI. Divides the CPU cores among the machine's ranks unless OMP_NUM_THREADS is set.
     """
     _avoid_compiling_shm_comm()
+    _keep_freed_memory()
     _share_cores()
     # DeepSpeed's calls into torch.distributed are renamed there; a warning a call would bury the run's own lines.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -153,6 +158,15 @@ def _avoid_compiling_shm_comm() -> None:
     # On CPU DeepSpeed compiles this extension at the first collective: a minute, and a build lock that has been seen to
     # hang. Without it gloo does the work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _keep_freed_memory() -> None:
+    # Where the model is in host memory, every step allocates the same gigabytes of activations and gradients. As it is
+    # set, glibc gives much of it back to the kernel when it is freed, which then zeroes the same pages again.
+    libc = ctypes.CDLL(None)
+    if get_accelerator().device_name() == "cpu" and hasattr(libc, "mallopt"):
+        for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+            libc.mallopt(option, _LARGEST_INT)
 
 
 def _share_cores() -> None:

@@ -1,0 +1,26 @@
+"""What joining the process group settles for a rank."""
+
+import resource
+
+import torch
+
+from tests.ranks import run_ranks
+from tests.training.steps import config_for
+
+
+def count_faults() -> int:
+    """Pages that a rank asks the kernel for when it makes a tensor as large as one that it freed; 16384 if all."""
+    from beit3_ds.training.engine import init_process_group
+
+    mesh = init_process_group(config_for(0).parallel)
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(1 << 24)
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    mesh.close()
+    return faults
+
+
+def test_freed_memory_is_used_again() -> None:
+    (faults,) = run_ranks(count_faults, 1)
+    assert faults < 1000
