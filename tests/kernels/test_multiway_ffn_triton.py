@@ -254,7 +254,7 @@ def test_any_slices(lengths: list[int]) -> None:
 
 
 @pytest.mark.slow
-@given(lengths=lengths_of_experts, hidden=st.integers(1, 40), ffn_hidden=st.integers(2, 40))
+@given(lengths=lengths_of_experts, hidden=st.integers(1, 40), ffn_hidden=st.integers(8, 40))
 @settings(max_examples=40, deadline=None)
 def test_any_slices_and_widths(lengths: list[int], hidden: int, ffn_hidden: int) -> None:
     with small_tiles():
