@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from beit3_ds.kernels import cuda_kernels
 from beit3_ds.kernels.rule import check_rule, with_gradients
 from beit3_ds.kernels.self_check import passes
 from torch import Tensor
@@ -113,9 +114,9 @@ def runs_kernels(q_THK: Tensor) -> bool:
 
 
 def _runs_cuda_cpp(q_THK: Tensor) -> bool:
-    from beit3_ds.kernels.cuda_kernels import takes_attention  # nobody else needs it
-
-    return takes_attention(q_THK) and _are_trusted(q_THK.device, q_THK.dtype, q_THK.shape[-1], cuda_cpp=True)
+    return cuda_kernels.takes_attention(q_THK) and _are_trusted(
+        q_THK.device, q_THK.dtype, q_THK.shape[-1], cuda_cpp=True
+    )
 
 
 def _run_operator(
@@ -419,9 +420,7 @@ def _forward_cuda(
     cuda_cpp: bool = False,
 ) -> tuple[Tensor, Tensor]:
     if cuda_cpp:
-        from beit3_ds.kernels.cuda_kernels import packed_attention_forward
-
-        return packed_attention_forward(q_THK, k_THK, v_THK, sequences_Q4, tiles_N2, tile_size, causal)
+        return cuda_kernels.packed_attention_forward(q_THK, k_THK, v_THK, sequences_Q4, tiles_N2, tile_size, causal)
     from beit3_ds.kernels.packed_attention_launch import forward
 
     tiling = _tiling(q_THK)._replace(tile=tile_size)

@@ -161,13 +161,13 @@ MISTAKES = {
         is_slow=True,
     ),
     "no closed group at the end": Mistake(
-        GEMM, "    }\n    commit_copies();\n", "    commit_copies();\n    }\n", "way"
+        GEMM, "    }\n    commit_copies();\n", "    commit_copies();\n    }\n", "way", is_slow=True
     ),
     "rows of the next expert": Mistake(GEMM, "if (row >= stop || column", "if (column", "heap-buffer-overflow"),
     "last row missing": Mistake(
-        GEMM, "const bool real = row < stop &&", "const bool real = row < stop - 1 &&", "u: error"
+        GEMM, "const bool real = row < stop &&", "const bool real = row < stop - 1 &&", "u: error", is_slow=True
     ),
-    "no zeros beyond the rows": Mistake(GEMM, "real = row < stop &&", "real =", "heap-buffer-overflow"),
+    "no zeros beyond the rows": Mistake(GEMM, "real = row < stop &&", "real =", "heap-buffer-overflow", is_slow=True),
     "no zero fill": Mistake(GEMM, "copy_async(tile +", "if (real) copy_async(tile +", "never written"),
     "no zeros beyond the columns": Mistake(
         GEMM, "row < stop && column < width;", "row < stop;", "heap-buffer-overflow|u: error", is_slow=True

@@ -177,7 +177,9 @@ MISTAKES = {
     "no wait for the queries": Mistake(
         ATTENTION, "    wait_for_copies<kStages - 1>();\n", "", "still on its way", is_slow=True
     ),
-    "no wait in the loop": Mistake(ATTENTION, "      wait_for_copies<kStages - 2>();\n", "", "still on its way"),
+    "no wait in the loop": Mistake(
+        ATTENTION, "      wait_for_copies<kStages - 2>();\n", "", "still on its way", is_slow=True
+    ),
     "no mask": Mistake(ATTENTION, "        mask(scores, arguments, sequence, begin);\n", "", "y: error"),
     "mask in the last block only": Mistake(
         ATTENTION,
