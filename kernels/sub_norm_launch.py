@@ -161,7 +161,7 @@ def norm_gradient(
 def variants(architecture: int) -> list[Variant]:
     """The kernels as `ahead_of_time` compiles them, alike for all architectures."""
     result = []
-    for element, width in (("bf16", 6144), ("fp32", 3072)):
+    for element, width in (("bf16", 6144), ("bf16", 3072)):
         flags = {"GELU": True, "NORM": True}
         for kernel, constants in (
             (row_statistics_kernel, {"BLOCK": triton.next_power_of_2(width)}),

