@@ -41,10 +41,35 @@ def interpreted() -> Iterator[None]:
         (builder, "cast_impl", _cast(builder.cast_impl)),
         (builder, "create_fp_to_fp", _cast(builder.create_fp_to_fp)),
     ]
-    with ExitStack() as stack:
+    with _language_restored(), ExitStack() as stack:
         for owner, name, replacement in replacements:
             stack.enter_context(mock.patch.object(owner, name, replacement))
         yield
+
+
+@contextmanager
+def _language_restored() -> Iterator[None]:
+    """Undoes all that the interpreter replaces in `triton.language`.
+
+    By itself it forgets what it replaced for a function that a kernel calls, such as `tl.cdiv`: no kernel could be
+    compiled in the same process afterwards.
+    """
+    originals: dict[tuple[int, str], tuple[Any, str, Any]] = {}
+    set_attr = interpreter._LangPatchScope.set_attr
+
+    def record(self: Any, owner: Any, name: str, value: Any) -> None:
+        originals.setdefault((id(owner), name), (owner, name, getattr(owner, name, None)))
+        set_attr(self, owner, name, value)
+
+    try:
+        with mock.patch.object(interpreter._LangPatchScope, "set_attr", record):
+            yield
+    finally:
+        for owner, name, original in originals.values():
+            if original is not None:
+                setattr(owner, name, original)
+            elif hasattr(owner, name):
+                delattr(owner, name)
 
 
 def _interpreted(function: JITFunction) -> interpreter.InterpretedFunction:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
+import triton.language as tl
 from beit3_ds.kernels import multiway_ffn_launch as launch
 from beit3_ds.kernels.multiway_ffn_launch import Tiles, choose_tiles
 from beit3_ds.kernels.multiway_ffn_triton import up_projection_kernel
@@ -233,6 +234,15 @@ def test_launches_of_a_device() -> None:
     ):
         check_ffn(RAGGED[0], torch.float32)
     launch._tuned.cache_clear()
+
+
+def test_interpreter_leaves_the_compiler_alone() -> None:
+    """Catches functions of the language that stay interpreted, and with them tests that depend on their order."""
+    owners = (tl, tl.core, tl.math, tl.tensor, tl.dtype)
+    before = [dict(vars(owner)) for owner in owners]
+    with small_tiles():
+        check_linear(Case(RAGGED[2], torch.float32, D, F_))
+    assert [dict(vars(owner)) for owner in owners] == before
 
 
 def test_no_rows() -> None:
