@@ -130,13 +130,11 @@ def find_excess(report: Report, budget: Report | None, architecture: int) -> lis
     for name in ("registers", "stack", "spills", "shared_memory", "narrow_accesses"):
         if getattr(report, name) > getattr(budget, name):
             problems.append(f"{name} {getattr(report, name)} > {getattr(budget, name)}")
-    for name in (
-        "tensor_core",
-        "async_copies",
-        "wide_accesses",
-    ):  # also 0 where Triton silently compiled a kernel to nothing
-        if getattr(report, name) == 0 < getattr(budget, name):
-            problems.append(f"{name} 0, was {getattr(budget, name)}")
+    # Fewer of these: an operand that is no longer copied ahead, a product that left the tensor cores, or a kernel that
+    # Triton silently compiled to nothing.
+    for name in ("tensor_core", "async_copies", "wide_accesses"):
+        if getattr(report, name) < getattr(budget, name):
+            problems.append(f"{name} {getattr(report, name)} < {getattr(budget, name)}")
     return problems
 
 
