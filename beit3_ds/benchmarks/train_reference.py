@@ -122,10 +122,10 @@ class ReferenceModel(nn.Module):
             vision_masked_position=stream.patch_mask,
         )["encoder_out"]
         losses = []
-        if stream.patch_mask is not None:
+        if stream.patch_mask is not None and stream.codes is not None:
             patches = y_BSD[:, 1 : 1 + stream.patch_mask.shape[1]]
             losses.append(F.cross_entropy(self.mim_head(patches[stream.patch_mask]), stream.codes))
-        if stream.token_mask is not None:
+        if stream.token_mask is not None and stream.targets is not None:
             words = y_BSD[:, -stream.token_mask.shape[1] :]
             losses.append(F.cross_entropy(self.mlm_head(words[stream.token_mask]), stream.targets))
         return losses
@@ -147,7 +147,8 @@ class ReferenceTrainer:
         training = config.training
         self.device, self.max_norm = device, config.deepspeed["gradient_clipping"]
         self.model = ReferenceModel(config).to(device)
-        decay, no_decay = [], []
+        decay: list[nn.Parameter] = []
+        no_decay: list[nn.Parameter] = []
         for name, parameter in self.model.named_parameters():
             (no_decay if parameter.ndim == 1 or name in _NO_DECAY else decay).append(parameter)
         groups: list[dict[str, Any]] = [

@@ -86,7 +86,7 @@ def multiply(config: RunConfig) -> Callable[[PackedBatch], Turn]:
     return prepare
 
 
-SIDES = {
+SIDES: dict[str, Callable[[RunConfig], Callable[[PackedBatch], Turn]]] = {
     OURS: train_ours,
     REFERENCE: partial(train_reference, pads_to_longest=False),
     REFERENCE_TO_LONGEST: partial(train_reference, pads_to_longest=True),

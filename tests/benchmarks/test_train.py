@@ -23,7 +23,7 @@ from beit3_ds.model.flops import layer_flops, work_of
 from beit3_ds.training.loss import build_loss_factors
 from tests.checkpoint.models import ModelSource, random_model
 
-REFERENCE_HASH = "959a889585f21dd0692e19c084ef987634a9d4d475aacb23d279ab54182ed8ad"
+REFERENCE_HASH = "856518b3ca8bedb739ca3c52d353a0f9ba09cf759f2b9984f6cd6d51d1a0ba93"
 
 
 @pytest.fixture
