@@ -9,6 +9,7 @@ from typing import NamedTuple
 from beit3_ds.costs.gathers import GatherReplay, padded, persistent_parameters
 from beit3_ds.costs.holding import Holding
 from beit3_ds.costs.load import Load
+from beit3_ds.kernels.vocabulary_blocks import divide_for_cpu
 from beit3_ds.pipeline.order import one_forward_one_backward
 
 _STATISTIC = 4  # bytes of what is kept in float32 whatever the stream's type
@@ -199,9 +200,16 @@ def _embedding_activations(holding: Holding, load: Load) -> int:
 def _head_activations(holding: Holding, load: Load) -> int:
     model, size = holding.config.model, holding.element_size
     masked = load.masked_patches + load.masked_tokens
-    split = holding.tensor.split_vocabulary(model.visual_vocab_size)
-    probabilities = load.masked_patches * split.local_size * _STATISTIC
-    return masked * (2 * (model.hidden_size + 1) * size + 2 * _INDEX + _STATISTIC) + probabilities
+    # Both heads: rows before the norm and after it, its statistics, targets and row numbers, log-sums.
+    kept = masked * (2 * model.hidden_size * size + 3 * _STATISTIC + 2 * _INDEX)
+    kept += _kept_logits(holding, load.masked_patches, model.visual_vocab_size, None)
+    return kept + _kept_logits(holding, load.masked_tokens, model.text_vocab_size, model.cross_entropy_chunk_size)
+
+
+def _kept_logits(holding: Holding, rows: int, vocabulary: int, chunk_size: int | None) -> int:
+    """Buffers of logits, and the largest of every row as each block of the vocabulary found it."""
+    blocks = divide_for_cpu(rows, holding.tensor.split_vocabulary(vocabulary).local_size, chunk_size)
+    return rows * (blocks.num_buffers * blocks.stride + len(blocks.columns)) * _STATISTIC
 
 
 def _own_rows(holding: Holding, load: Load) -> int:
