@@ -19,7 +19,7 @@ from beit3_ds.parallel import Mesh, ModelParallelUnit, RollCall, TensorParallel,
 from beit3_ds.pipeline import seams
 from beit3_ds.pipeline.schedule import Schedule
 from beit3_ds.pipeline.stages import cut_layers, stage_layers
-from beit3_ds.training.optimizer import build_optimizer
+from beit3_ds.training.optimizer import allocate_moments, build_optimizer
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _LARGEST_INT = 2**31 - 1
@@ -125,6 +125,9 @@ def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh) -> deepspeed.D
         dist_init_required=False,
     )
     seams.adapt_engine(engine, mesh)
+    adamw = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    if not engine.zero_optimization() and isinstance(adamw, torch.optim.AdamW):
+        allocate_moments(adamw)  # as DeepSpeed does under ZeRO
     return engine
 
 

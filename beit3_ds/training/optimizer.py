@@ -55,6 +55,20 @@ def find_apex(part: str, asked_for: str) -> Any:
         ) from None
 
 
+def allocate_moments(optimizer: torch.optim.AdamW) -> None:
+    """Makes AdamW's moments before the first update, zeros as it would make them itself.
+
+    What stays then lies below what comes and goes with a step. Made in the first update, moments would fill the gaps
+    between its activations, and the next step's would need new memory.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            # The fused form wants the count on the device.
+            count = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            zeros = {kind: torch.zeros_like(parameter, requires_grad=False) for kind in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": count, **zeros}
+
+
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """Builds AdamW with two parameter groups.
 
