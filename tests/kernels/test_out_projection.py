@@ -1,6 +1,7 @@
 """The end of a branch against its reference, natively and by operators, forward and backward."""
 
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -53,13 +54,23 @@ class Problem:
 LENGTHS = st.lists(st.integers(0, 4), min_size=1, max_size=3)
 
 
-@given(lengths=LENGTHS, gelu=st.booleans(), with_norm=st.booleans(), by_operators=st.booleans())
+@given(
+    lengths=LENGTHS,
+    gelu=st.booleans(),
+    with_norm=st.booleans(),
+    by_operators=st.booleans(),
+    chunk_rows=st.sampled_from([1, 3, 512]),
+)
 @settings(max_examples=60, deadline=None)
-def test_equals_reference(lengths: list[int], gelu: bool, with_norm: bool, by_operators: bool) -> None:
-    """Catches a wrong expert, a factor on the residual, a bias added twice, statistics of the wrong rows."""
+def test_equals_reference(lengths: list[int], gelu: bool, with_norm: bool, by_operators: bool, chunk_rows: int) -> None:
+    """Catches a wrong expert, a factor on the residual, a bias added twice, statistics of the wrong rows.
+
+    And gradients of the last chunk of rows alone.
+    """
     problem = Problem(lengths)
     expected = problem.run(out_projection_reference, gelu, problem.norm() if with_norm else None)
-    ours = problem.run(out_projection, gelu, problem.norm(by_operators) if with_norm else None)
+    with mock.patch.object(out_module, "_CHUNK_ROWS", chunk_rows):
+        ours = problem.run(out_projection, gelu, problem.norm(by_operators) if with_norm else None)
     for mine, theirs in zip(ours, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
 
