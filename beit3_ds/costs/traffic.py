@@ -199,8 +199,7 @@ def _add_update(traffic: Traffic, holding: Holding) -> None:
     if stage == 3:
         traffic.add("world", "all-reduce", 4)
     elif stage == 0 and not holding.is_bf16:
-        traffic.add("model", "all-reduce", 2 * 4, 2)  # ours, which is reported, and DeepSpeed's, which clips
-        traffic.add("data", "all-reduce", 4)
+        traffic.add("model", "all-reduce", 4)
     else:
         for axis in ("data", "model") if stage else ("model",):
             traffic.add(axis, "all-reduce", groups * 4, groups)

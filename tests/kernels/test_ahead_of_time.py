@@ -80,7 +80,7 @@ def test_budgets_are_lean(key: tuple[str, int]) -> None:
 
 def test_excess() -> None:
     assert find_excess(LEAN, LEAN, 80) == []
-    assert find_excess(LEAN._replace(registers=90, tensor_core=2), LEAN, 80) == []
+    assert find_excess(LEAN._replace(registers=90, tensor_core=9), LEAN, 80) == []
     assert find_excess(LEAN._replace(registers=101, stack=8, spills=2), LEAN, 80) == [
         "registers 101 > 100",
         "stack 8 > 0",
