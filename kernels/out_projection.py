@@ -199,7 +199,10 @@ def _backward_natively(
                 dn, a, shape, mean, rstd, scales[i], shifts[i], [True, True, True]
             )
             parts += of_norm
-            dx.copy_(da) if not form.gelu else torch.ops.aten.gelu_backward.grad_input(da, x, grad_input=dx)
+            if form.gelu:
+                torch.ops.aten.gelu_backward.grad_input(da, x, grad_input=dx)
+            else:
+                dx.copy_(da)
         sums[i] = [total.add_(part) for total, part in zip(sums[i], parts, strict=True)] if i in seen else parts
         seen.add(i)
     return [dx_TF, *of_weights, *(sums[i][kind] for kind in range(len(sums[0])) for i in experts)]

@@ -55,12 +55,12 @@ class UpProjection(ColumnParallelMultiwayLinear):
         self.cuda_cpp = cuda_cpp
 
     def forward(self, x_TD: Tensor, batch: PackedBatch, *, with_statistics: bool) -> Activation:  # type: ignore[override]
-        """Returns this rank's features (T, F / P) for an OutProjection with a GELU.
+        """Returns this rank's features (T, F / P) for a RowParallelMultiwayLinear with a GELU.
 
         Args:
             x_TD: all rows.
             batch: tells the experts' slices.
-            with_statistics: whether the OutProjection has a sub-LN.
+            with_statistics: whether a sub-LN follows.
         """
         arguments = batch.expert_slices(self.experts), _weights(self), _biases(self)
         return up_projection(x_TD, *arguments, with_statistics=with_statistics, cuda_cpp=self.cuda_cpp)
@@ -147,7 +147,7 @@ class MultiwayLayerNorm(nn.Module):
 
 
 class MultiwaySubLayerNorm(nn.Module):
-    """The parameters of a sub-LN, whose width the tensor-parallel ranks divide; an OutProjection applies it.
+    """The parameters of a sub-LN, whose width the tensor-parallel ranks divide; RowParallelMultiwayLinear applies it.
 
     Parameters are `weight_EXPERT` and `bias_EXPERT`, left uninitialised.
     """

@@ -31,7 +31,7 @@ def test_right_kernels_pass(op: str, dtype: torch.dtype) -> None:
         OPS[op].check_kernels(CPU, dtype)
 
 
-# Each of them is a mistake of the size that the rule has to see: half a percent, or one row of another expert.
+# The first result that a launch returns is made wrong by half a percent; the check has to name it.
 WRONG = {
     ("multiway_linear", multiway_ffn_launch, "linear"): "y",
     ("multiway_linear", multiway_ffn_launch, "input_gradient"): "dx",
