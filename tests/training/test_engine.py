@@ -14,7 +14,7 @@ def count_faults() -> list[int]:
 
     mesh = init_process_group(config_for(0).parallel)
     faults = []
-    for _ in range(8):
+    for _ in range(16):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.ones(1 << 24)
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -24,6 +24,6 @@ def count_faults() -> list[int]:
 
 def test_freed_memory_is_used_again() -> None:
     # Not every time: the tensor's own small objects may come to lie behind its memory, which then stands between two
-    # pieces of heap until both are freed. Without the setting every one of the eight asks for all of its pages.
+    # pieces of heap until both are freed. Without the setting every one of them asks for all of its pages.
     (faults,) = run_ranks(count_faults, 1)
     assert min(faults[1:]) < 1000
