@@ -53,8 +53,9 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
     """Reads the variables of whoever started this process: torch's own (`deepspeed`, `torchrun`), MPI's or Slurm's.
 
     Torch's come first: whoever sets them meant it. MPI's come before Slurm's, for mpirun starts its daemons with srun;
-    but PMI's, which srun also sets, after. What Slurm says of a job and not of a step of srun is passed over: a batch
-    script's own process is no rank. MASTER_ADDR and MASTER_PORT are taken from the environment if they are there.
+    but PMI's, which srun also sets, only with Hydra's own. What Slurm says of a job and not of a step of srun is passed
+    over: a batch script's own process is no rank, nor is a shell. MASTER_ADDR and MASTER_PORT are taken from the
+    environment if they are there.
 
     Raises:
         ConfigError: if variables are missing, are no numbers, or contradict each other.
@@ -65,7 +66,7 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
         launch = _read_mpi(environment, "mpirun (Open MPI)", "OMPI_COMM_WORLD_{}")
     elif "PMI_RANK" in environment and "MPI_LOCALRANKID" in environment:
         launch = _read_hydra(environment)
-    elif "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment:
+    elif environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         launch = _read_slurm(environment)
     else:
         launch = _single_process()
