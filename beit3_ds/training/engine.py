@@ -41,8 +41,7 @@ def init_process_group(parallel: ParallelConfig) -> Mesh:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     launch = read_launch(os.environ)
     if launch.master_addr is None:
-        discover_through_mpi(launch)
-        launch = read_launch(os.environ)
+        launch = discover_through_mpi(launch)
     os.environ.update(launch.variables())
     _share_cores(launch.local_size or 1)
     if launch.world_size == 1:

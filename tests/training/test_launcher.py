@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beit3_ds.config import ConfigError
-from beit3_ds.training.launcher import Launch, expand_tasks, first_host, read_launch
+from beit3_ds.training.launcher import Launch, discover_through_mpi, expand_tasks, first_host, read_launch
 
 # Rank 5 of 6, the third on the second of two hosts, as each launcher describes it. Recorded from Slurm 22.05, Open MPI
 # 5.0 and DeepSpeed 0.19; Hydra's from its documentation.
@@ -71,6 +71,32 @@ def test_srun_names_the_first_host_of_the_step_and_a_port_of_its_own() -> None:
 def test_mpirun_does_not_say_where_rank_0_is() -> None:
     assert read_launch(OPEN_MPI).master_addr is None
     assert "MASTER_ADDR" not in read_launch(OPEN_MPI).variables()
+
+
+def test_the_address_that_mpi_finds_is_all_that_is_taken_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's discovery knows neither how many ranks a host has nor which devices a rank sees."""
+    pytest.importorskip("mpi4py")
+
+    def discover(distributed_port: int, verbose: bool) -> None:
+        monkeypatch.setenv("MASTER_ADDR", f"10.1.0.1 {distributed_port}")
+
+    monkeypatch.setattr("deepspeed.comm.mpi_discovery", discover)
+    launch = read_launch(OPEN_MPI | {"MASTER_PORT": "29700"})
+    assert discover_through_mpi(launch) == replace(launch, master_addr="10.1.0.1 29700")
+
+
+def test_without_mpi4py_the_address_must_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(ConfigError, match=r"mpirun \(Open MPI\) does not say where rank 0 runs.*-x MASTER_ADDR=HOST"):
+        discover_through_mpi(read_launch(OPEN_MPI))
+
+
+@pytest.mark.parametrize("environment", [SLURM, OPEN_MPI, HYDRA])
+def test_a_rank_that_sees_one_device_takes_it(environment: dict[str, str]) -> None:
+    """`srun --gpus-per-task=1` shows each rank its own: device 2 would not exist."""
+    assert read_launch(environment | {"CUDA_VISIBLE_DEVICES": "5"}).local_rank == 0
+    assert read_launch(environment | {"CUDA_VISIBLE_DEVICES": "0,1,5"}).local_rank == 2
+    assert read_launch(environment | {"CUDA_VISIBLE_DEVICES": ""}).local_rank == 2
 
 
 def test_a_batch_script_is_one_process() -> None:
