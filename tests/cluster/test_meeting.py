@@ -10,7 +10,7 @@ import pytest
 
 from tests.hosts import INTERFACE, Host, missing_for_hosts
 from tests.slurm import PROGRAMS as SLURM
-from tests.slurm import start_slurm
+from tests.slurm import start_slurm, stop_slurm
 
 MEETING = [sys.executable, "-m", "tests.cluster.meeting"]
 BOUND_SECONDS = 120
@@ -29,12 +29,14 @@ def meet(
     return [rank.communicate(timeout=BOUND_SECONDS)[0] for rank in ranks]
 
 
+@pytest.mark.slow
 def test_srun_starts_ranks_that_meet(debian_hosts: list[Host], tmp_path: Path) -> None:
     """Without any variable of ours; on the first host, MASTER_ADDR leads to 127.0.1.1."""
     if reason := missing_for_hosts(*SLURM):
         pytest.skip(reason)
     environment = start_slurm(debian_hosts, tmp_path)
     done = debian_hosts[0].run(["srun", "--nodes=2", "--ntasks=3", *MEETING, "60"], environment)
+    stop_slurm(debian_hosts)
     assert done.returncode == 0, done.stdout
     said = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
     assert said == [f"rank {rank}: sum 111 over {INTERFACE}" for rank in range(3)]
