@@ -35,6 +35,7 @@ ARROWS: dict[str, set[str]] = {
             "training",
         ),
     },
+    "cluster": {"config"},
     "sample_data": set(),
 }
 ENTRY_POINTS = {"pretrain", "train_visual_tokenizer", "rank_program", "cli", "cli_bench", "cli_weights", "__init__"}
