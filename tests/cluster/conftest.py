@@ -1,0 +1,28 @@
+"""Hosts that the tests of a file share."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.hosts import Host, missing_for_hosts, namespace_hosts
+
+
+@pytest.fixture(scope="module")
+def _module_hosts() -> Iterator[list[Host]]:
+    if reason := missing_for_hosts():
+        pytest.skip(reason)
+    with namespace_hosts(2) as hosts:
+        yield hosts
+
+
+@pytest.fixture
+def two_hosts(_module_hosts: list[Host]) -> Iterator[list[Host]]:
+    """Two hosts, shared by a file's tests; what a test leaves running is killed, and links are whole again.
+
+    A test that crashes a host, stops its sshd or changes its names makes hosts of its own: `namespace_hosts`.
+    """
+    yield _module_hosts
+    for host in _module_hosts:
+        host.clear()
+        host.restore_link()
+        host.throttle(None)

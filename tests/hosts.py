@@ -1,0 +1,261 @@
+"""Hosts made of Linux namespaces: real launchers start real ranks on them, over a network that can be cut.
+
+Each host has its own network, hostname, processes, /etc/hosts, /run, /dev/shm and sshd; files are shared, as on a
+cluster with a shared file system. A switch, in a network of its own, joins the hosts, so nothing of this machine's
+network is touched and any number of tests can have hosts at the same time. All of it consists of processes: when they
+end, it is gone, also if the tests are killed.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+INTERFACE = "eth0"
+"""What every host calls its way to the others."""
+_LISTENER = r"^sshd: .*\[listener\]"
+_PROGRAMS = ("unshare", "nsenter", "ip", "tc", "ssh", "sshd", "ssh-keygen", "bash", "mount")
+
+# What the first process of a host prepares. $1 is the host's folder, $2 its name.
+_PREPARE_HOST = """
+mount --bind "$1/hosts" /etc/hosts
+mount --bind "$1/ssh" /etc/ssh
+if [ -d ~/.ssh ]; then mount -t tmpfs none ~/.ssh; fi
+mount -t tmpfs none /run
+mount -t tmpfs none /dev/shm
+mkdir -p /run/sshd
+echo "$2" > /proc/sys/kernel/hostname
+"""
+_PREPARE_SWITCH = """
+ip link add switch type bridge
+ip link set switch up
+"""
+_SSH_CONFIG = """
+Host *
+  IdentityFile /etc/ssh/key
+  StrictHostKeyChecking no
+  UserKnownHostsFile /dev/null
+  LogLevel ERROR
+"""
+_SSHD_CONFIG = """
+HostKey /etc/ssh/key
+AuthorizedKeysFile /etc/ssh/key.pub
+PermitRootLogin yes
+PasswordAuthentication no
+StrictModes no
+MaxStartups 100
+SetEnv TMPDIR={temporary}
+"""
+
+
+class Switch:
+    """What joins the hosts: a bridge in a network of its own."""
+
+    def __init__(self) -> None:
+        """Makes a switch without ports."""
+        self._process = _start_namespaces(["--net"], _PREPARE_SWITCH)
+
+    def ip(self, *arguments: str) -> None:
+        """Calls `ip` on the switch."""
+        subprocess.run(["nsenter", f"--target={self._process.pid}", "--net", "ip", *arguments], check=True)
+
+    def connect(self, port: str, pid: int) -> None:
+        """Makes a port and lays a cable to `INTERFACE` in the network of a process."""
+        self.ip("link", "add", port, "type", "veth", "peer", "name", INTERFACE, "netns", str(pid))
+        self.ip("link", "set", port, "master", "switch", "up")
+
+    def close(self) -> None:
+        """Takes it away."""
+        self._process.kill()
+        self._process.communicate()
+
+
+class Host:
+    """One of the hosts of `namespace_hosts`."""
+
+    def __init__(self, name: str, address: str, folder: Path, switch: Switch) -> None:
+        """Brings up a host without a sshd; its folder holds what is mounted (`_start_host`)."""
+        self.name, self.address, self.folder, self._switch = name, address, folder, switch
+        options = ["--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        self._unshare = _start_namespaces(options, _PREPARE_HOST, str(folder), name)
+        self._init_pid = int(Path(f"/proc/{self._unshare.pid}/task/{self._unshare.pid}/children").read_text())
+        self._namespace = os.readlink(f"/proc/{self._init_pid}/ns/pid")
+        switch.connect(name, self._init_pid)
+        network = f"ip link set lo up; ip address add {address}/24 dev {INTERFACE}; ip link set {INTERFACE} up"
+        self.run(["bash", "-c", network])
+
+    def command(self, argv: Sequence[str], environment: Mapping[str, str] | None = None) -> list[str]:
+        """A command of this machine that runs `argv` on the host, in the current folder."""
+        enter = ["nsenter", f"--target={self._init_pid}", "--net", "--uts", "--mount", "--pid"]
+        variables = {"TMPDIR": str(self.folder / "tmp"), **(environment or {})}
+        return [*enter, "env", f"--chdir={Path.cwd()}", *(f"{k}={v}" for k, v in variables.items()), *argv]
+
+    def start(
+        self, argv: Sequence[str], environment: Mapping[str, str] | None = None, **popen: Any
+    ) -> subprocess.Popen:
+        """Starts a command on the host; `popen` are arguments of `subprocess.Popen`.
+
+        The process that is returned stands for it and ends with its status: to signal the command, see `signal`.
+        """
+        return subprocess.Popen(self.command(argv, environment), **popen)
+
+    def run(
+        self, argv: Sequence[str], environment: Mapping[str, str] | None = None, timeout: float = 120
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs a command on the host and returns it with what it printed, standard error in `stdout` too.
+
+        Raises:
+            AssertionError: if it takes longer than `timeout` seconds, with what it printed until then.
+        """
+        with tempfile.TemporaryFile("w+") as output:  # not a pipe, which what it leaves behind would hold open
+            process = self.start(argv, environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout)
+            ended = process.poll() is not None
+            process.kill()
+            status = process.wait()
+            output.seek(0)
+            printed = output.read()
+        assert ended, f"{self.name}: {' '.join(argv)} has not ended after {timeout} s. It printed:\n{printed}"
+        return subprocess.CompletedProcess(list(argv), status, printed)
+
+    def pids(self, pattern: str = "") -> list[int]:
+        """The host's processes whose command line has a match of a regular expression, with this machine's numbers."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has just ended
+                words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                if os.readlink(folder / "ns/pid") == self._namespace and re.search(pattern, " ".join(words)):
+                    found.append(int(folder.name))
+        return [pid for pid in found if pid != self._init_pid]
+
+    def signal(self, pid: int, number: signal.Signals) -> None:
+        """Sends a signal to one of `pids`."""
+        os.kill(pid, number)
+
+    def add_name(self, line: str) -> None:
+        """Puts a line first in the host's /etc/hosts, such as `127.0.1.1 node0`."""
+        file = self.folder / "hosts"  # written in place: it is mounted
+        file.write_text(f"{line}\n{file.read_text()}")
+
+    def cut_link(self) -> None:
+        """Pulls the cable: what is sent vanishes, and no connection is closed."""
+        self._switch.ip("link", "set", self.name, "down")
+
+    def restore_link(self) -> None:
+        """Undoes `cut_link`."""
+        self._switch.ip("link", "set", self.name, "up")
+
+    def throttle(self, rate: str | None) -> None:
+        """Limits what the host sends, for example to "10mbit" a second; None ends that."""
+        self.run(["tc", "qdisc", "del", "dev", INTERFACE, "root"])
+        if rate is not None:
+            limit = ["tbf", "rate", rate, "burst", "64kb", "latency", "500ms"]
+            done = self.run(["tc", "qdisc", "add", "dev", INTERFACE, "root", *limit])
+            assert done.returncode == 0, done.stdout
+
+    def start_sshd(self) -> None:
+        """Starts the sshd that every new host has."""
+        sshd = _find("sshd")
+        assert sshd is not None
+        done = self.run([sshd, "-E", str(self.folder / "sshd.log")])
+        assert done.returncode == 0, f"{done.stdout}\n{(self.folder / 'sshd.log').read_text()}"
+
+    def stop_sshd(self) -> None:
+        """Nobody can log in any more; who has stays."""
+        for pid in self.pids(_LISTENER):
+            self.signal(pid, signal.SIGKILL)
+
+    def clear(self) -> None:
+        """Kills all processes but the sshd, for the next test."""
+        for pid in set(self.pids()) - set(self.pids(_LISTENER)):
+            with suppress(ProcessLookupError):
+                self.signal(pid, signal.SIGKILL)
+
+    def crash(self) -> None:
+        """The host is gone: its link first, so that nobody hears of it, then every process."""
+        self.cut_link()
+        self.close()
+
+    def close(self) -> None:
+        """Ends the host and everything on it; nothing of it can catch that."""
+        with suppress(ProcessLookupError):
+            os.kill(self._init_pid, signal.SIGKILL)  # the kernel kills the rest
+        self._unshare.communicate()
+
+
+def write_hostfile(path: Path, hosts: Sequence[Host], slots: int = 1) -> Path:
+    """Writes DeepSpeed's hostfile, with as many slots on every host."""
+    path.write_text("".join(f"{host.name} slots={slots}\n" for host in hosts))
+    return path
+
+
+@contextmanager
+def namespace_hosts(count: int) -> Iterator[list[Host]]:
+    """Brings up hosts node0, node1, ... at 10.1.0.1, 10.1.0.2, ... that reach each other by name and by ssh.
+
+    They share this machine's files; TMPDIR is a folder of each host's own, in sessions of ssh also.
+    """
+    with tempfile.TemporaryDirectory(prefix="hosts-") as folder:
+        root = Path(folder)
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", root / "key"], check=True)
+        hosts: list[Host] = []
+        switch = Switch()
+        try:
+            for index in range(count):
+                hosts.append(_start_host(root, index, count, switch))
+            yield hosts
+        finally:
+            for host in hosts:
+                host.close()
+            switch.close()
+
+
+def _start_host(root: Path, index: int, count: int, switch: Switch) -> Host:
+    folder = root / f"node{index}"
+    (folder / "ssh").mkdir(parents=True)
+    (folder / "tmp").mkdir()
+    for file in ("key", "key.pub"):
+        shutil.copy(root / file, folder / "ssh" / file)  # with its mode, which ssh looks at
+    (folder / "ssh" / "ssh_config").write_text(_SSH_CONFIG)
+    (folder / "ssh" / "sshd_config").write_text(_SSHD_CONFIG.format(temporary=folder / "tmp"))
+    names = "".join(f"10.1.0.{other + 1} node{other}\n" for other in range(count))
+    (folder / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
+    host = Host(f"node{index}", f"10.1.0.{index + 1}", folder, switch)
+    host.start_sshd()
+    return host
+
+
+def _start_namespaces(options: Sequence[str], prepare: str, *arguments: str) -> subprocess.Popen[str]:
+    """Starts a shell in new namespaces that lives until its standard input, a pipe from this process, is closed."""
+    script = f"set -e\n{prepare}\necho ready\nread -r _ || true"
+    argv = ["unshare", *options, "bash", "-c", script, "bash", *arguments]
+    process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    if process.stdout.readline() != "ready\n":
+        process.kill()
+        raise AssertionError(f"namespaces could not be made: {process.communicate()[1]}")
+    return process
+
+
+def _find(program: str) -> str | None:
+    return shutil.which(program) or shutil.which(program, path="/usr/sbin:/sbin")
+
+
+def missing_for_hosts(*programs: str) -> str | None:
+    """What this machine lacks for `namespace_hosts` and more programs, and how to get it; None if nothing."""
+    if os.geteuid() != 0:
+        return "hosts made of namespaces need root: run the tests as root, for example in a container"
+    if lacking := [program for program in (*_PROGRAMS, *programs) if _find(program) is None]:
+        return f"{', '.join(lacking)} not installed: tests/install_cluster_programs.sh"
+    trial = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "true"]
+    tried = subprocess.run(trial, capture_output=True, text=True)
+    if tried.returncode != 0:
+        return f"this machine does not let root make namespaces (docker run --privileged does): {tried.stderr.strip()}"
+    return None
