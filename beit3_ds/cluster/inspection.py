@@ -63,7 +63,7 @@ class Answers:
     tokens_missing: tuple[str, ...] | None = None
     """Hosts whose files in the shared folder it does not see."""
     listener: dict[str, Any] | None = None
-    """As `Probe.listen`."""
+    """As `Probe.listen`; of the first host for the master port, of the others for any."""
     connections: dict[str, dict[str, Any]] = field(default_factory=dict)
     """As `Probe.connect`, by the host that was called; with `wrong` if another machine answered."""
     own_address: str | None = None

@@ -41,9 +41,9 @@ class Probe:
 
     def machine(self, folder: str) -> dict:
         """Who this machine is; ranks would start in `folder`, and this process goes there."""
+        folder_error = None
         try:
             os.chdir(folder)
-            folder_error = None
         except OSError as error:
             folder_error = error.strerror
         return {
@@ -56,7 +56,9 @@ class Probe:
             "shared_memory": _free_bytes("/dev/shm").get("total"),
             "cores": len(os.sched_getaffinity(0)),
             "addresses": _own_addresses(),
+            "interfaces": [name for _, name in socket.if_nameindex()],
             "own_name": _own_name(),
+            "gloo_interface": os.environ.get("GLOO_SOCKET_IFNAME"),
         }
 
     def software(self) -> dict:
@@ -123,7 +125,7 @@ class Probe:
             time.sleep(0.1)
 
     def listen(self, port: int, token: str) -> dict:
-        """Tells `token` to whoever connects; if the port is taken, says by whom and uses another."""
+        """Tells `token` to whoever connects; if the port is taken, says by whom and uses another, as it does for 0."""
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does: a port that waits is free
         owner = None
@@ -135,7 +137,7 @@ class Probe:
         listener.listen(1024)
         self._listeners.append(listener)
         threading.Thread(target=_greet, args=(listener, token), daemon=True).start()
-        return {"port": listener.getsockname()[1], "owner": owner}
+        return {"wanted": port, "port": listener.getsockname()[1], "owner": owner}
 
     def connect(self, targets: list[list]) -> list[dict]:
         """Connects to all `[address, port]` at once; says what each told, over which interface, or what went wrong."""
@@ -283,8 +285,8 @@ def _owner_of(port: int) -> str | None:
         with contextlib.suppress(OSError):
             for descriptor in os.listdir(f"/proc/{pid}/fd"):
                 if _link(f"/proc/{pid}/fd/{descriptor}") in inodes:
-                    words = (_read(f"/proc/{pid}/cmdline") or "").replace("\0", " ")
-                    return f"process {pid} ({words[:60].strip()})"
+                    command = (_read(f"/proc/{pid}/cmdline") or "").replace("\0", " ")
+                    return f"process {pid} ({command[:60].strip()})"
     return None
 
 

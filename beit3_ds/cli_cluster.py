@@ -1,0 +1,90 @@
+"""The `beit3` commands for several machines: check-cluster."""
+
+import argparse
+import contextlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+_CHECK_EXAMPLES = """examples:
+  beit3 check-cluster hostfiles/localhost
+  beit3 check-cluster my_hosts ds_configs/giant_zero3_64gpu.json
+  beit3 check-cluster my_hosts --bandwidth --expect-gbit 200
+
+Run it in the folder from where the run will be started. Every node is asked over ssh, all at once, with the Python that
+runs this command; nothing needs to be installed there for that, and nothing stays behind. Ends with status 0 if all is
+well, 1 if a fault was found, 2 if the hostfile or the config cannot be read.
+"""
+
+
+def add_cluster_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds them to a parser's group of subcommands."""
+    text = "find what would go wrong on the nodes of a hostfile before a run starts, in seconds"
+    check = commands.add_parser(
+        "check-cluster",
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=_CHECK_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    check.add_argument("hostfile", help="one machine a line: NAME slots=RANKS")
+    check.add_argument(
+        "config",
+        nargs="?",
+        help="the run's JSON file: also check that its layout fits the slots, its memory the GPUs and its checkpoints "
+        "the disk, and that its output folder is shared",
+    )
+    check.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the config (repeatable)"
+    )
+    check.add_argument(
+        "--master-port", type=int, default=29500, metavar="N", help="on which rank 0 will listen (default: 29500)"
+    )
+    check.set_defaults(run=_check_cluster)
+
+
+def _check_cluster(options: argparse.Namespace) -> int:
+    from beit3_ds.cluster import read_hostfile
+    from beit3_ds.cluster.inspection import Inquiry, inspect_cluster
+    from beit3_ds.cluster.link_faults import link_faults
+    from beit3_ds.cluster.node_faults import node_faults
+    from beit3_ds.cluster.report import describe_inspection
+    from beit3_ds.config import ConfigError, load_run_config
+    from beit3_ds.config.strict import check_range
+
+    check_range("--master-port", options.master_port, 1, 65535)
+    hostfile = read_hostfile(options.hostfile)
+    if options.set and options.config is None:
+        raise ConfigError("--set changes a config, but none was named. Name it behind the hostfile.")
+    config = load_run_config(options.config, options.set) if options.config is not None else None
+    inquiry = Inquiry(
+        folder=Path.cwd(),
+        output_dir=Path(config.training.output_dir).absolute() if config is not None else None,
+        master_port=options.master_port,
+        environment=_forwarded(os.environ),
+    )
+    inspection = inspect_cluster(hostfile, inquiry)
+    needs = None
+    if config is not None:  # after the inspection, whose clocks the import of torch would disturb
+        from beit3_ds.cluster.needs import work_out_needs
+        from beit3_ds.training.optimizer import decays
+
+        needs = work_out_needs(config, hostfile, decays)
+    faults = [*node_faults(inspection, needs), *link_faults(inspection)]
+    if needs is not None:
+        faults += needs.faults()
+    print(describe_inspection(hostfile, inspection, faults))
+    return 1 if faults else 0
+
+
+def _forwarded(environment: Mapping[str, str]) -> dict[str, str]:
+    """Of what the ranks would get: what decides which code they run and over which network they talk.
+
+    `deepspeed` reads .deepspeed_env at home, then here.
+    """
+    values = dict(environment)
+    for folder in (Path.home(), Path.cwd()):
+        with contextlib.suppress(OSError):
+            lines = (folder / ".deepspeed_env").read_text(encoding="utf-8", errors="replace").splitlines()
+            values |= {key: value for key, is_set, value in (line.partition("=") for line in lines) if is_set}
+    return {key: value for key, value in values.items() if key.startswith(("PYTHON", "GLOO_", "NCCL_"))}
