@@ -47,6 +47,7 @@ def _check_cluster(options: argparse.Namespace) -> int:
     from beit3_ds.cluster import read_hostfile
     from beit3_ds.cluster.inspection import Inquiry, inspect_cluster
     from beit3_ds.cluster.link_faults import link_faults
+    from beit3_ds.cluster.needs import work_out_needs
     from beit3_ds.cluster.node_faults import node_faults
     from beit3_ds.cluster.report import describe_inspection
     from beit3_ds.config import ConfigError, load_run_config
@@ -65,16 +66,19 @@ def _check_cluster(options: argparse.Namespace) -> int:
     )
     inspection = inspect_cluster(hostfile, inquiry)
     needs = None
-    if config is not None:  # after the inspection, whose clocks the import of torch would disturb
-        from beit3_ds.cluster.needs import work_out_needs
-        from beit3_ds.training.optimizer import decays
-
-        needs = work_out_needs(config, hostfile, decays)
+    if config is not None:  # after the inspection: its clocks would be late while torch is imported
+        needs = work_out_needs(config, hostfile, _decays)
     faults = [*node_faults(inspection, needs), *link_faults(inspection)]
     if needs is not None:
         faults += needs.faults()
     print(describe_inspection(hostfile, inspection, faults))
     return 1 if faults else 0
+
+
+def _decays(name: str) -> bool:
+    from beit3_ds.training.optimizer import decays
+
+    return decays(name)
 
 
 def _forwarded(environment: Mapping[str, str]) -> dict[str, str]:

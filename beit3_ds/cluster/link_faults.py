@@ -135,6 +135,6 @@ def _shared_folder(inspection: Inspection) -> Iterator[Fault]:
                 node.name,
                 "shared",
                 f"and {join_names([other.name for other in together])} do not see what the other wrote into {folder}: "
-                f"the output folder {output_dir} is another one there. All nodes must share it: mount the same file system "
-                "at the same place, or name another training.output_dir.",
+                f"the output folder {output_dir} is another one there. All nodes must share it: mount the same file "
+                "system at the same place, or name another training.output_dir.",
             )

@@ -25,7 +25,7 @@ class Needs:
 
 
 def work_out_needs(config: RunConfig, hostfile: Hostfile, decays: Callable[[str], bool]) -> Needs:
-    """Needs of a run on all slots of a hostfile; imports torch, which takes seconds.
+    """Needs of a run on all slots of a hostfile; imports torch, which takes seconds, unless the layout does not fit.
 
     Args:
         config: of the run.

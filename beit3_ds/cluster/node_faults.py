@@ -113,7 +113,7 @@ def _code(inspection: Inspection) -> Iterator[Fault]:
         yield Fault(
             name,
             "code",
-            f"{len(differing)} files of the project's code differ from those of {join_names(having)}: "
+            f"{len(differing)} of the project's files differ from those of {join_names(having)}: "
             f"{join_names(differing)}. All ranks must run the same code: check out the same commit everywhere.",
         )
 

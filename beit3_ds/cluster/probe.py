@@ -41,11 +41,7 @@ class Probe:
 
     def machine(self, folder: str) -> dict:
         """Who this machine is; ranks would start in `folder`, and this process goes there."""
-        folder_error = None
-        try:
-            os.chdir(folder)
-        except OSError as error:
-            folder_error = error.strerror
+        folder_error = _enter(folder)
         return {
             "hostname": socket.gethostname(),
             # Containers of one machine share its boot, and have networks of their own.
@@ -190,6 +186,14 @@ def _read(path: str) -> str | None:
             return file.read().strip() or None
     except OSError:
         return None
+
+
+def _enter(folder: str) -> str | None:
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def _link(path: str) -> str | None:
