@@ -5,6 +5,11 @@ import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from beit3_ds.cluster.fault import Fault
+    from beit3_ds.cluster.inspection import Inspection
 
 _CHECK_EXAMPLES = """examples:
   beit3 check-cluster hostfiles/localhost
@@ -40,6 +45,16 @@ def add_cluster_commands(commands: "argparse._SubParsersAction[argparse.Argument
     check.add_argument(
         "--master-port", type=int, default=29500, metavar="N", help="on which rank 0 will listen (default: 29500)"
     )
+    check.add_argument(
+        "--bandwidth", action="store_true", help="also measure every link between the nodes, about a second a node"
+    )
+    check.add_argument(
+        "--expect-gbit",
+        type=float,
+        metavar="G",
+        help="with --bandwidth: what a link should carry, in Gbit/s; below half of it is a fault (default: half of "
+        "what the others reach, and 0.5)",
+    )
     check.set_defaults(run=_check_cluster)
 
 
@@ -49,11 +64,13 @@ def _check_cluster(options: argparse.Namespace) -> int:
     from beit3_ds.cluster.link_faults import link_faults
     from beit3_ds.cluster.needs import work_out_needs
     from beit3_ds.cluster.node_faults import node_faults
-    from beit3_ds.cluster.report import describe_inspection
+    from beit3_ds.cluster.report import describe_faults, describe_nodes
     from beit3_ds.config import ConfigError, load_run_config
     from beit3_ds.config.strict import check_range
 
     check_range("--master-port", options.master_port, 1, 65535)
+    if options.expect_gbit is not None:
+        check_range("--expect-gbit", options.expect_gbit, 0)
     hostfile = read_hostfile(options.hostfile)
     if options.set and options.config is None:
         raise ConfigError("--set changes a config, but none was named. Name it behind the hostfile.")
@@ -71,8 +88,29 @@ def _check_cluster(options: argparse.Namespace) -> int:
     faults = [*node_faults(inspection, needs), *link_faults(inspection)]
     if needs is not None:
         faults += needs.faults()
-    print(describe_inspection(hostfile, inspection, faults))
+    print(describe_nodes(inspection, faults))
+    if needs is not None:
+        print(needs.describe())
+    if options.bandwidth:
+        faults += _check_bandwidth(inspection, faults, options.expect_gbit)
+    print(describe_faults(hostfile, faults))
     return 1 if faults else 0
+
+
+def _check_bandwidth(inspection: "Inspection", faults: "list[Fault]", expect_gbit: float | None) -> "list[Fault]":
+    from beit3_ds.cluster.links import describe_links, link_speed_faults, measure_links
+
+    if len(inspection.answers) == 1:
+        print("links: there are none, the hostfile names one machine")
+        return []
+    if hindering := {fault.check for fault in faults} & {"answer", "torch", "network", "port"}:
+        print(f"links: not measured; first mend what stands in the way ({', '.join(sorted(hindering))})")
+        return []
+    links = measure_links(inspection)
+    if isinstance(links, list):
+        return links
+    print(describe_links(links))
+    return list(link_speed_faults(links, None if expect_gbit is None else expect_gbit * 1e9))
 
 
 def _decays(name: str) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from beit3_ds.cluster.fault import Fault
+from beit3_ds.cluster.fault import Fault, show_bytes
 from beit3_ds.cluster.hostfile import Hostfile
 from beit3_ds.config import ConfigError, RunConfig, check_layout
 
@@ -18,6 +18,14 @@ class Needs:
     """Memory of each rank, modelled (`costs.rank_memory`)."""
     checkpoint_bytes: int = 0
     """Size of one checkpoint: weights and two moments in float32."""
+
+    def describe(self) -> str:
+        """Sizes for people; whether GPUs and disks hold them is among the faults, if there are GPUs."""
+        if self.layout_fault is not None:
+            return "run: does not fit the ranks"
+        smallest, largest = min(self.rank_bytes), max(self.rank_bytes)
+        memory = show_bytes(largest) if smallest == largest else f"{show_bytes(smallest)} to {show_bytes(largest)}"
+        return f"run: {memory} a rank (modelled; compared with GPUs only), {show_bytes(self.checkpoint_bytes)} a checkpoint"
 
     def faults(self) -> list[Fault]:
         """That the run does not fit the ranks, if so; that it does not fit a host is found with the host's faults."""

@@ -59,7 +59,7 @@ class Probe:
 
     def software(self) -> dict:
         """Versions of packages, from their metadata, and a digest of every file of the project's code."""
-        versions = {}
+        versions: dict[str, str | None] = {}
         for package in PACKAGES:
             try:
                 versions[package] = importlib.metadata.version(package)

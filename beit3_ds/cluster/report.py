@@ -10,8 +10,8 @@ from beit3_ds.cluster.inspection import Answers, Inspection
 _WRONG = "!"  # before a value that is wrong
 
 
-def describe_inspection(hostfile: Hostfile, inspection: Inspection, faults: Sequence[Fault]) -> str:
-    """The table, in which `!` marks what is wrong, and under it what to do about it."""
+def describe_nodes(inspection: Inspection, faults: Sequence[Fault]) -> str:
+    """The table of all hosts, in which `!` marks what is wrong."""
     wrong = {(fault.host, fault.check) for fault in faults}
     rows = [["host", "slots", *CHECKS]]
     for node in inspection.answers:
@@ -19,15 +19,17 @@ def describe_inspection(hostfile: Hostfile, inspection: Inspection, faults: Sequ
         marked = [f"{_WRONG if (node.name, check) in wrong else ''}{cell}" for check, cell in cells]
         rows.append([node.name, str(node.slots), *marked])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "", *_conclusion(hostfile, faults)])
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
-def _conclusion(hostfile: Hostfile, faults: Sequence[Fault]) -> list[str]:
+def describe_faults(hostfile: Hostfile, faults: Sequence[Fault]) -> str:
+    """How many, and a line for each, with what to do about it."""
     ranks = f"{_count(len(hostfile.hosts), 'host')}, {_count(hostfile.world_size, 'rank')}"
     if not faults:
-        return [f"{ranks}: no fault found"]
-    return [f"{ranks}, {_count(len(faults), 'fault')}:", *(f"* {fault}" for fault in faults)]
+        return f"{ranks}: no fault found"
+    return "\n".join([f"{ranks}, {_count(len(faults), 'fault')}:", *(f"* {fault}" for fault in faults)])
 
 
 def _count(number: int, noun: str) -> str:

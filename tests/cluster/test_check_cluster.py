@@ -286,3 +286,31 @@ def test_names_that_lead_astray(tmp_path: Path) -> None:
     assert named[0] == 0
     assert "node1: GLOO_SOCKET_IFNAME=ib0 is set, but its interfaces are lo, eth0" in misnamed[1]
     assert_one_fault(bridge, "network", "cannot connect to node0 (172.17.0.1, port 29500", "--master_addr node0")
+
+
+@pytest.mark.slow
+@needs_hosts
+def test_a_throttled_link_is_named(tmp_path: Path) -> None:
+    with namespace_hosts(3) as hosts:
+        hostfile = write_hostfile(tmp_path / "hosts", hosts)
+        healthy = check(hosts[0], hostfile, "--bandwidth")
+        expecting = check(hosts[0], hostfile, "--bandwidth", "--expect-gbit", "10000")
+        hosts[2].throttle("50mbit")
+        throttled = check(hosts[0], hostfile, "--bandwidth")
+    assert healthy[0] == 0 and "all-reduce over 3 nodes" in healthy[1], healthy[1]
+    assert expecting[0] == 1 and "half of the 1e+04 Gbit/s that were expected" in expecting[1]
+    (told,) = faults(throttled[1])
+    assert throttled[0] == 1 and told.startswith("node2: sends to every other node at 0.0"), throttled[1]
+
+
+@pytest.mark.slow
+@needs_hosts
+def test_a_throttled_pair_is_named(two_hosts: list[Host], tmp_path: Path) -> None:
+    two_hosts[0].throttle("50mbit")
+    hostfile = write_hostfile(tmp_path / "hosts", two_hosts)
+    status, printed = check(two_hosts[0], hostfile, "--bandwidth")
+    (told,) = faults(printed)
+    assert status == 1 and told.startswith("node0: sends to node1 at 0.0") and "links reach here" in told
+    two_hosts[1].throttle("50mbit")
+    status, printed = check(two_hosts[0], hostfile, "--bandwidth")
+    assert status == 1 and printed.count("below 0.5 Gbit/s, half of the slowest network") == 2, printed
