@@ -106,11 +106,12 @@ def _check_bandwidth(inspection: "Inspection", faults: "list[Fault]", expect_gbi
     if hindering := {fault.check for fault in faults} & {"answer", "torch", "network", "port"}:
         print(f"links: not measured; first mend what stands in the way ({', '.join(sorted(hindering))})")
         return []
-    links = measure_links(inspection)
+    expected_bits = None if expect_gbit is None else expect_gbit * 1e9
+    links = measure_links(inspection, expected_bits)
     if isinstance(links, list):
         return links
     print(describe_links(links))
-    return list(link_speed_faults(links, None if expect_gbit is None else expect_gbit * 1e9))
+    return list(link_speed_faults(links, expected_bits))
 
 
 def _decays(name: str) -> bool:

@@ -5,6 +5,7 @@ Its source is sent over ssh, as that of `probe` is, and it ends when its standar
 
 import json
 import os
+import queue
 import sys
 import threading
 import time
@@ -61,21 +62,39 @@ class Worker:
         )
         self._buffer = torch.zeros(_BUFFER_BYTES, dtype=torch.uint8, device=self._device)
 
-    def measure(self) -> dict[str, Any]:
-        """Rates from here to each other node, by rank, and of the all-reduce, in bits a second."""
-        rates: dict[int, float] = {}
-        for pairs in pair_rounds(self._size):
+    def measure(self, rounds: list[list[list[int]]]) -> dict[str, float]:
+        """Sends both ways between the pairs of one round after the other; all ranks are told the same rounds.
+
+        Returns:
+            Bits a second from here to other ranks, by their numbers as strings.
+        """
+        rates: dict[str, float] = {}
+        for pairs in rounds:
             self._dist.barrier()
             for first, second in pairs:
                 if self._rank == first:
-                    rates[second] = self._send_to(second)
+                    rates[str(second)] = self._send_to(second)
                     self._receive_from(second)
                 elif self._rank == second:
                     self._receive_from(first)
-                    rates[first] = self._send_to(first)
-        all_reduce = self._all_reduce(min(rates.values()))
-        self._dist.destroy_process_group()
-        return {"rates": {str(rank): rate for rank, rate in rates.items()}, "all_reduce": all_reduce}
+                    rates[str(first)] = self._send_to(first)
+        return rates
+
+    def all_reduce(self, slowest: float) -> float:
+        """Bus bandwidth of an all-reduce: what each link would carry in a ring, 2 (n - 1) / n of the tensor.
+
+        Args:
+            slowest: link, in bits a second, by which the tensor is chosen.
+        """
+        numel = int(min(max(slowest / 8 * _ALL_REDUCE_SECONDS, _MIN_BYTES), _BUFFER_BYTES)) // 4
+        tensor = self._torch.zeros(numel, dtype=self._torch.float32, device=self._device)
+        times = []
+        for _ in range(_TRIES + 1):  # the first also connects
+            self._dist.barrier()
+            begin = self._now()
+            self._dist.all_reduce(tensor)
+            times.append(self._now() - begin)
+        return 8 * 4 * numel * 2 * (self._size - 1) / self._size / min(times)
 
     def _send_to(self, other: int) -> float:
         """Sends more and more until that takes long enough; the receiver says when it has all."""
@@ -103,20 +122,6 @@ class Worker:
                 self._dist.recv(part, other)
             self._pass_number(size, other)
 
-    def _all_reduce(self, slowest: float) -> float:
-        """Bus bandwidth: what each link would carry in a ring, 2 (n - 1) / n of the tensor."""
-        least = self._torch.tensor([slowest], dtype=self._torch.float64, device=self._device)
-        self._dist.all_reduce(least, self._dist.ReduceOp.MIN)
-        numel = int(min(max(least.item() / 8 * _ALL_REDUCE_SECONDS, _MIN_BYTES), _BUFFER_BYTES)) // 4
-        tensor = self._torch.zeros(numel, dtype=self._torch.float32, device=self._device)
-        times = []
-        for _ in range(_TRIES + 1):  # the first also connects
-            self._dist.barrier()
-            begin = self._now()
-            self._dist.all_reduce(tensor)
-            times.append(self._now() - begin)
-        return 8 * 4 * numel * 2 * (self._size - 1) / self._size / min(times)
-
     def _parts(self, size: int) -> list[Any]:
         return [self._buffer[:size]] if size <= _BUFFER_BYTES else [self._buffer] * (size // _BUFFER_BYTES)
 
@@ -134,21 +139,28 @@ class Worker:
         return time.monotonic()
 
 
-def _answer(line: bytes) -> None:
-    request = json.loads(line)
-    assert request.pop("ask") == "measure"
-    answer: dict[str, Any]
-    try:
-        answer = {"answer": Worker(**request).measure()}
-    except Exception as error:  # told to the asking side, which names this host
-        answer = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
-    print(MARK + json.dumps(answer), flush=True)
+def _answer_all(requests: "queue.Queue[bytes]") -> None:
+    worker: Worker | None = None
+    while True:
+        request = json.loads(requests.get())
+        question = request.pop("ask")
+        answer: dict[str, Any] = {"answer": None}
+        try:
+            if question == "join":
+                worker = Worker(**request)
+            else:
+                answer["answer"] = getattr(worker, question)(**request)
+        except Exception as error:  # told to the asking side, which names this host
+            answer = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+        print(MARK + json.dumps(answer), flush=True)
 
 
 def main() -> None:
-    """Measures once, and ends when standard input closes, whatever is under way."""
-    threading.Thread(target=_answer, args=(sys.stdin.buffer.readline(),), daemon=True).start()
-    sys.stdin.buffer.read()
+    """Joins, then measures what it is asked, and ends when standard input closes, whatever is under way."""
+    requests: queue.Queue[bytes] = queue.Queue()
+    threading.Thread(target=_answer_all, args=(requests,), daemon=True).start()
+    for line in sys.stdin.buffer:
+        requests.put(line)
     os._exit(0)  # threads of torch may wait for peers that are gone
 
 

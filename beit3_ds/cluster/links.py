@@ -2,7 +2,7 @@
 
 import asyncio
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,14 @@ from beit3_ds.cluster import link_worker
 from beit3_ds.cluster.conversation import Conversation, NoAnswer
 from beit3_ds.cluster.fault import Fault
 from beit3_ds.cluster.inspection import Inspection
+from beit3_ds.cluster.link_worker import pair_rounds
 
 FLOOR_BITS = 0.5e9
 """Half of 1 GbE, the slowest network that clusters have: where nothing better is expected, less is a fault."""
 _SLOW = 0.5  # of what a link should reach
 _START_SECONDS = 90.0  # imports of torch from a shared file system, and the rendezvous
 _ROUND_SECONDS = 10.0
+_TRIES = 3  # of links that look slow
 _MATRIX_HOSTS = 8
 
 
@@ -46,58 +48,98 @@ class Links:
         return statistics.median(fastest)
 
 
-def measure_links(inspection: Inspection) -> Links | list[Fault]:
+def measure_links(inspection: Inspection, expected_bits: float | None) -> Links | list[Fault]:
     """Sends between all pairs of nodes, in rounds of disjoint pairs, then over all at once.
+
+    Links that look slow are measured again: other traffic and busy cores only ever slow one down.
 
     Args:
         inspection: of nodes that all answer and can connect, which have no fault of "network".
+        expected_bits: as for `link_speed_faults`.
 
     Returns:
         The rates, or what went wrong. Takes about a second for each node, and the import of torch.
     """
-    return asyncio.run(_measure(inspection))
+    return asyncio.run(_Measurement(inspection, expected_bits).run())
 
 
-async def _measure(inspection: Inspection) -> Links | list[Fault]:
-    nodes, inquiry = inspection.answers, inspection.inquiry
-    backend = "nccl" if all(node.gpus and node.gpus["gpus"] for node in nodes) else "gloo"
-    talks = []
-    for node in nodes:
-        environment = dict(inquiry.environment)
-        if node.interface is not None:  # so that the machine's own name does not matter
-            environment.setdefault("GLOO_SOCKET_IFNAME", node.interface)
-        talks.append(Conversation(node.name, environment, Path(link_worker.__file__)))
-    seconds = _START_SECONDS + _ROUND_SECONDS * len(nodes)
+class _Measurement:
+    def __init__(self, inspection: Inspection, expected_bits: float | None) -> None:
+        self._inspection, self._expected_bits = inspection, expected_bits
+        nodes = inspection.answers
+        self._names = [node.name for node in nodes]
+        self._backend = "nccl" if all(node.gpus and node.gpus["gpus"] for node in nodes) else "gloo"
+        self._talks = []
+        for node in nodes:
+            environment = dict(inspection.inquiry.environment)
+            if node.interface is not None:  # so that the machine's own name does not matter
+                environment.setdefault("GLOO_SOCKET_IFNAME", node.interface)
+            self._talks.append(Conversation(node.name, environment, Path(link_worker.__file__)))
+        self._faults: list[Fault] = []
 
-    async def ask(rank: int) -> dict[str, Any] | Fault:
+    async def run(self) -> Links | list[Fault]:
         try:
-            await talks[rank].start()
-            return await talks[rank].ask(
-                "measure",
-                seconds,
-                rank=rank,
-                world_size=len(nodes),
-                address=inspection.master_address,
-                port=inquiry.master_port,
-                backend=backend,
-            )
-        except NoAnswer as error:
-            return Fault(nodes[rank].name, "network", f"the measurement of links failed: it {error}.")
+            await asyncio.gather(*(talk.start() for talk in self._talks))
+            return await self._measure()
+        except NoAnswer:
+            return self._faults
+        finally:
+            await asyncio.gather(*(talk.close() for talk in self._talks))
 
-    try:
-        answers = await asyncio.gather(*(ask(rank) for rank in range(len(nodes))))
-    finally:
-        await asyncio.gather(*(talk.close() for talk in talks))
-    faults = [answer for answer in answers if isinstance(answer, Fault)]
-    if faults:
-        return faults
-    told = [answer for answer in answers if not isinstance(answer, Fault)]
-    rates = {
-        (node.name, nodes[int(other)].name): rate
-        for node, answer in zip(nodes, told, strict=True)
-        for other, rate in answer["rates"].items()
-    }
-    return Links(backend, rates, min(answer["all_reduce"] for answer in told))
+    async def _measure(self) -> Links:
+        size = len(self._talks)
+        common = {
+            "world_size": size,
+            "address": self._inspection.master_address,
+            "port": self._inspection.inquiry.master_port,
+            "backend": self._backend,
+        }
+        await self._ask_all("join", _START_SECONDS, [{"rank": rank, **common} for rank in range(size)])
+        rounds = pair_rounds(size)
+        rates: dict[tuple[str, str], float] = {}
+        for _ in range(_TRIES):
+            told = await self._ask_all(
+                "measure", _START_SECONDS + _ROUND_SECONDS * len(rounds), [{"rounds": rounds}] * size
+            )
+            for sender, of_sender in zip(self._names, told, strict=True):
+                for other, rate in of_sender.items():
+                    pair = sender, self._names[int(other)]
+                    rates[pair] = max(rate, rates.get(pair, 0.0))
+            slow = _slow_pairs(Links(self._backend, rates, 0.0), self._expected_bits)[0]
+            again = [[pair for pair in pairs if self._is_slow(pair, slow)] for pairs in rounds]
+            if not (rounds := [pairs for pairs in again if pairs]):
+                break
+        reduced = await self._ask_all("all_reduce", _START_SECONDS, [{"slowest": min(rates.values())}] * size)
+        return Links(self._backend, rates, min(reduced))
+
+    def _is_slow(self, pair: tuple[int, int], slow: Mapping[tuple[str, str], float]) -> bool:
+        a, b = (self._names[rank] for rank in pair)
+        return (a, b) in slow or (b, a) in slow
+
+    async def _ask_all(self, question: str, seconds: float, arguments: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """Asks all at once, for they wait for each other; if some fail, notes all that did."""
+
+        async def ask(rank: int) -> Any:
+            try:
+                return await self._talks[rank].ask(question, seconds, **arguments[rank])
+            except NoAnswer as error:
+                text = f"the measurement of links failed: it {error}. --bandwidth needs torch and open ports there."
+                self._faults.append(Fault(self._names[rank], "network", text))
+
+        answers = await asyncio.gather(*(ask(rank) for rank in range(len(self._talks))))
+        if self._faults:
+            raise NoAnswer(question)
+        return answers
+
+
+def _slow_pairs(links: Links, expected_bits: float | None) -> tuple[dict[tuple[str, str], float], str]:
+    """The links that are below what they must reach, and words for that."""
+    least, reason = _SLOW * links.usual, f"half of the {_gbit(links.usual)} that links reach here"
+    if expected_bits is not None:
+        least, reason = _SLOW * expected_bits, f"half of the {_gbit(expected_bits)} that were expected"
+    elif least < FLOOR_BITS:
+        least, reason = FLOOR_BITS, f"{_gbit(FLOOR_BITS)}, half of the slowest network that clusters have"
+    return {pair: rate for pair, rate in links.rates.items() if rate < least}, reason
 
 
 def link_speed_faults(links: Links, expected_bits: float | None) -> Iterator[Fault]:
@@ -107,12 +149,7 @@ def link_speed_faults(links: Links, expected_bits: float | None) -> Iterator[Fau
         links: as measured.
         expected_bits: a second, of every link; None to compare the links with each other only.
     """
-    least, reason = _SLOW * links.usual, f"half of the {_gbit(links.usual)} that links reach here"
-    if expected_bits is not None:
-        least, reason = _SLOW * expected_bits, f"half of the {_gbit(expected_bits)} that were expected"
-    elif least < FLOOR_BITS:
-        least, reason = FLOOR_BITS, f"{_gbit(FLOOR_BITS)}, half of the slowest network that clusters have"
-    slow = {pair: rate for pair, rate in links.rates.items() if rate < least}
+    slow, reason = _slow_pairs(links, expected_bits)
     way_out = "Look at its cable, port and negotiated speed (ethtool), at other traffic, and at the routes."
     for name in links.names:
         for index, way in ((0, "sends to"), (1, "receives from")):

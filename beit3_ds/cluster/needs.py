@@ -25,7 +25,7 @@ class Needs:
             return "run: does not fit the ranks"
         smallest, largest = min(self.rank_bytes), max(self.rank_bytes)
         memory = show_bytes(largest) if smallest == largest else f"{show_bytes(smallest)} to {show_bytes(largest)}"
-        return f"run: {memory} a rank (modelled; compared with GPUs only), {show_bytes(self.checkpoint_bytes)} a checkpoint"
+        return f"run: {memory} a rank (modelled, compared with GPUs), {show_bytes(self.checkpoint_bytes)} a checkpoint"
 
     def faults(self) -> list[Fault]:
         """That the run does not fit the ranks, if so; that it does not fit a host is found with the host's faults."""
