@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,6 +107,7 @@ def _check_bandwidth(inspection: "Inspection", faults: "list[Fault]", expect_gbi
     if hindering := {fault.check for fault in faults} & {"answer", "torch", "network", "port"}:
         print(f"links: not measured; first mend what stands in the way ({', '.join(sorted(hindering))})")
         return []
+    print(f"measuring the links between {len(inspection.answers)} nodes ...", file=sys.stderr)
     expected_bits = None if expect_gbit is None else expect_gbit * 1e9
     links = measure_links(inspection, expected_bits)
     if isinstance(links, list):

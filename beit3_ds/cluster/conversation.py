@@ -59,12 +59,19 @@ class Conversation:
         self._listener: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Calls the node and sends the probe along; whether that worked shows in the first answer."""
+        """Calls the node and sends the program along; whether that worked shows in the first answer.
+
+        Raises:
+            NoAnswer: if this machine has no ssh.
+        """
         command = remote_command(self.name, [sys.executable, "-u", "-c", _START], self._environment)
         pipe = asyncio.subprocess.PIPE
-        self._process = await asyncio.create_subprocess_exec(
-            *command, stdin=pipe, stdout=pipe, stderr=pipe, limit=_LINE_BYTES
-        )
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *command, stdin=pipe, stdout=pipe, stderr=pipe, limit=_LINE_BYTES
+            )
+        except FileNotFoundError:
+            raise NoAnswer(f"cannot be reached: there is no program '{command[0]}' here") from None
         self._listener = asyncio.create_task(self._listen())
         source = self._program.read_bytes()
         self._send(f"{len(source)}\n".encode() + source)
