@@ -63,7 +63,7 @@ def _check_cluster(options: argparse.Namespace) -> int:
     from beit3_ds.cluster import read_hostfile
     from beit3_ds.cluster.inspection import Inquiry, inspect_cluster
     from beit3_ds.cluster.link_faults import link_faults
-    from beit3_ds.cluster.needs import work_out_needs
+    from beit3_ds.cluster.needs import named_files, work_out_needs
     from beit3_ds.cluster.node_faults import node_faults
     from beit3_ds.cluster.report import describe_faults, describe_nodes
     from beit3_ds.config import ConfigError, load_run_config
@@ -79,6 +79,7 @@ def _check_cluster(options: argparse.Namespace) -> int:
     inquiry = Inquiry(
         folder=Path.cwd(),
         output_dir=Path(config.training.output_dir).absolute() if config is not None else None,
+        files=named_files(config) if config is not None else {},
         master_port=options.master_port,
         environment=_forwarded(os.environ),
     )

@@ -4,18 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 CHECKS = (
-    "answer",
-    "python",
-    "torch",
-    "deepspeed",
-    "code",
-    "GPUs",
-    "disk",
-    "limits",
-    "clock",
-    "network",
-    "port",
-    "shared",
+    *("answer", "python", "torch", "deepspeed", "code"),
+    *("GPUs", "disk", "limits", "clock"),
+    *("network", "port", "shared", "files"),
 )
 """The columns of the table, in its order."""
 

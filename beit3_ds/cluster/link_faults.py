@@ -1,11 +1,12 @@
 """What is wrong between nodes: names, ports, connections, the shared folder."""
 
 import ipaddress
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from beit3_ds.cluster.fault import Fault, join_names
 from beit3_ds.cluster.hostfile import is_loopback
 from beit3_ds.cluster.inspection import Answers, Inspection
+from beit3_ds.cluster.node_faults import majority
 
 
 def link_faults(inspection: Inspection) -> Iterator[Fault]:
@@ -15,6 +16,7 @@ def link_faults(inspection: Inspection) -> Iterator[Fault]:
     yield from _master_port(inspection)
     yield from _connections(inspection)
     yield from _shared_folder(inspection)
+    yield from _files(inspection)
 
 
 def _one_machine(inspection: Inspection) -> Iterator[Fault]:
@@ -138,3 +140,40 @@ def _shared_folder(inspection: Inspection) -> Iterator[Fault]:
                 f"the output folder {output_dir} is another one there. All nodes must share it: mount the same file "
                 "system at the same place, or name another training.output_dir.",
             )
+
+
+def _files(inspection: Inspection) -> Iterator[Fault]:
+    nodes = {node.name: node.files for node in inspection.answers if node.files is not None}
+    nowhere: list[str] = []
+    missing: dict[str, list[str]] = {name: [] for name in nodes}
+    differing: dict[str, list[str]] = {name: [] for name in nodes}
+    for pattern, is_needed in inspection.inquiry.files.items():
+        present = {name: files[pattern] for name, files in nodes.items() if files[pattern][0]}
+        if not present:
+            nowhere += [pattern] if nodes and is_needed else []
+            continue
+        usual, _ = majority(present)
+        for name in nodes:
+            if name not in present:
+                missing[name].append(pattern)
+            elif present[name] != usual:
+                differing[name].append(pattern)
+    folder = inspection.inquiry.folder
+    if nowhere:
+        text = f"no node has files that match {_quote(nowhere)} (from {folder}). Correct the config or mount the data."
+        yield Fault("", "files", text)
+    for name in nodes:
+        if missing[name]:
+            text = f"no file matches {_quote(missing[name])} (from {folder}), but on other nodes. Mount or copy them."
+            yield Fault(name, "files", text)
+        if differing[name]:
+            yield Fault(
+                name,
+                "files",
+                f"the files of {_quote(differing[name])} differ in names or sizes from those of most nodes. All ranks "
+                "must read the same: share them, or copy them again.",
+            )
+
+
+def _quote(patterns: Sequence[str]) -> str:
+    return join_names([f"'{pattern}'" for pattern in patterns])

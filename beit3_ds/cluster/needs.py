@@ -32,6 +32,14 @@ class Needs:
         return [] if self.layout_fault is None else [Fault("", "layout", self.layout_fault)]
 
 
+def named_files(config: RunConfig) -> dict[str, bool]:
+    """Glob patterns of what a run reads, and whether it is there before the first command: tokenizers are trained."""
+    streams = [stream for stream in config.data.streams().values() if stream.samples_per_step]
+    sources = [source for stream in streams for source in (*stream.train, *stream.heldout)]
+    patterns = dict.fromkeys([*(s.path for s in sources), *(s.images for s in sources if s.images)], True)
+    return patterns | {config.tokenizers.text.path: False, config.tokenizers.visual.path: False}
+
+
 def work_out_needs(config: RunConfig, hostfile: Hostfile, decays: Callable[[str], bool]) -> Needs:
     """Needs of a run on all slots of a hostfile; imports torch, which takes seconds, unless the layout does not fit.
 

@@ -8,6 +8,7 @@ input and ends when that closes, so nothing stays behind when the asking side di
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -28,6 +29,7 @@ PACKAGES = ("torch", "deepspeed", "beit3_ds")
 _GPU_QUERY = ("nvidia-smi", "--query-gpu=name,memory.total,memory.used", "--format=csv,noheader,nounits")
 _GPU_SECONDS = 25  # without its daemon the driver takes seconds a GPU to wake
 _CONNECT_SECONDS = 3.0
+_SIZED_FILES = 1000  # of a pattern: a network file system takes its time for each
 _CODE_SUFFIXES = (".py", ".json", ".cu", ".cuh", ".cpp", ".h")
 
 
@@ -87,6 +89,15 @@ class Probe:
     def disk(self, folder: str) -> dict:
         """Free and total bytes for an unprivileged user of the file system that would hold `folder`."""
         return _free_bytes(existing_parent(folder))
+
+    def files(self, patterns: list[str]) -> list[list]:
+        """How many files each glob pattern matches from here, and a digest of their names and of the first's sizes."""
+        found = []
+        for pattern in patterns:
+            matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+            sizes = [os.path.getsize(match) for match in matches[:_SIZED_FILES] if os.path.isfile(match)]
+            found.append([len(matches), hashlib.sha256(repr([matches, sizes]).encode()).hexdigest()[:12]])
+        return found
 
     def clock(self) -> float:
         """Seconds since 1970."""

@@ -16,7 +16,7 @@ def describe_nodes(inspection: Inspection, faults: Sequence[Fault]) -> str:
     rows = [["host", "slots", *CHECKS]]
     for node in inspection.answers:
         cells = [(check, _CELLS[check](node)) for check in CHECKS]
-        marked = [f"{_WRONG if (node.name, check) in wrong else ''}{cell}" for check, cell in cells]
+        marked = [f"{_WRONG if wrong & {(node.name, check), ('', check)} else ''}{cell}" for check, cell in cells]
         rows.append([node.name, str(node.slots), *marked])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -101,6 +101,10 @@ def _shared(node: Answers) -> str:
     return "no" if node.tokens_missing else "yes"
 
 
+def _files(node: Answers) -> str:
+    return "-" if node.files is None else f"{sum(number for number, _ in node.files.values())}"
+
+
 _CELLS: dict[str, Callable[[Answers], str]] = {
     "answer": _answer,
     "python": _python,
@@ -114,4 +118,5 @@ _CELLS: dict[str, Callable[[Answers], str]] = {
     "network": _network,
     "port": _port,
     "shared": _shared,
+    "files": _files,
 }

@@ -186,6 +186,7 @@ def test_a_full_disk_that_is_not_shared(two_hosts: list[Host], tmp_path: Path) -
     with mounted(two_hosts[1], output):  # of 1 MiB
         status, printed = check(two_hosts[0], hostfile, CONFIG, *MISFIT, "--set", f"training.output_dir={output}/run")
     disk, shared, _ = faults(printed)
+    assert cell(printed, "node1", "files") == cell(printed, "node0", "files") != "0"
     assert status == 1
     assert disk.startswith(f"node1: 1.0 MiB of 1.0 MiB are free where {output}/run lies, but temporary files and logs")
     assert shared.startswith(f"node1: and node0 do not see what the other wrote into {output}: the output folder")
@@ -240,8 +241,9 @@ def test_layout_and_memory_that_do_not_fit(two_hosts: list[Host], tmp_path: Path
     with mounted(two_hosts[0], "/usr/local/bin", programs), mounted(two_hosts[1], "/usr/local/bin", programs):
         changes = ["--set", f"training.output_dir={tmp_path}"]
         status, printed = check(two_hosts[0], hostfile, config, *changes)
-    told = faults(printed)
+    *told, data = faults(printed)
     assert status == 1 and len(told) == 2, printed
+    assert data.startswith("no node has files that match 'data/imagenet21k/train-*.tar', ")
     for index, line in enumerate(told):
         assert line.startswith(f"node{index}: rank ") and "more than 90% of the 11.0 GiB of its NVIDIA H100" in line
 

@@ -11,7 +11,7 @@ from beit3_ds.cluster.fault import join_names, show_bytes
 from beit3_ds.cluster.hostfile import parse_hostfile
 from beit3_ds.cluster.inspection import Answers, Inquiry, Inspection
 from beit3_ds.cluster.link_faults import link_faults
-from beit3_ds.cluster.needs import Needs, work_out_needs
+from beit3_ds.cluster.needs import Needs, named_files, work_out_needs
 from beit3_ds.cluster.node_faults import node_faults
 from beit3_ds.cluster.probe import parse_gpus
 from beit3_ds.cluster.report import describe_faults, describe_nodes
@@ -62,6 +62,7 @@ def healthy(count: int, slots: int = 8) -> Inspection:
             },
             gpus={"gpus": [dict(GPU) for _ in range(slots)], "error": None},
             disks={"/tmp": {"free": 2**31, "total": 2**40}, "output folder": {"free": 2**31, "total": 2**40}},
+            files={"a-*.tar": (3, "digest"), "words.spm": (0, "none")},
             clock=1000 + 0.4 * (index % 2),  # the asking machine is wrong: only they must agree
             clock_error=0.01,
             tokens_missing=(),
@@ -73,7 +74,13 @@ def healthy(count: int, slots: int = 8) -> Inspection:
         for index, name in enumerate(names)
     ]
     return Inspection(
-        inquiry=Inquiry(folder=Path("/home/me"), output_dir=Path("/out/run"), master_port=29500, environment={}),
+        inquiry=Inquiry(
+            folder=Path("/home/me"),
+            output_dir=Path("/out/run"),
+            files={"a-*.tar": True, "words.spm": False},
+            master_port=29500,
+            environment={},
+        ),
         answers=tuple(copy.deepcopy(answers)),
         master_address="10.0.0.1",
         named_master={name: {"own": ""} for name in names},
@@ -132,6 +139,11 @@ PLANTED: dict[str, tuple[Callable[[Answers], Any], str]] = {
     "interface": (lambda n: machine(n).update(gloo_interface="ib0"), "GLOO_SOCKET_IFNAME=ib0 is set, but"),
     "token": (lambda n: setattr(n, "token_error", "Permission denied"), "cannot write into /out"),
     "tokens": (lambda n: setattr(n, "tokens_missing", ("node0", "node1", "node2", "node3")), "do not see what"),
+    "no data": (lambda n: n.files.update({"a-*.tar": (0, "")}), "no file matches 'a-*.tar' (from /home/me), but on"),
+    "other data": (
+        lambda n: n.files.update({"a-*.tar": (3, "x")}),
+        "the files of 'a-*.tar' differ in names or sizes",
+    ),
     "silence": (lambda n: setattr(n, "silence", "cannot be reached by ssh"), "it cannot"[3:]),
 }
 
@@ -219,8 +231,27 @@ def test_needs_follow_from_the_config_and_the_hostfile() -> None:
     assert needs.layout_fault is None and not needs.faults() and len(needs.rank_bytes) == 8
     # Ranks 0 to 3 hold the first stage.
     assert len(set(needs.rank_bytes[:4])) == len(set(needs.rank_bytes[4:])) == 1 < len(set(needs.rank_bytes))
+    files = named_files(config)
+    assert files["beit3_ds/sample_data/images-train.tar"] and not files[config.tokenizers.text.path]
     alone = work_out_needs(config, parse_hostfile("a slots=3\n", "hosts"), decays)
     assert len(alone.faults()) == 1 and "does not divide world_size=3" in str(alone.faults()[0])
+
+
+def test_data_that_no_node_has_is_told_once_and_a_tokenizer_may_still_be_trained() -> None:
+    inspection = healthy(3)
+    for node in inspection.answers:
+        assert node.files is not None
+        node.files["a-*.tar"] = (0, "")
+    (fault,) = all_faults(inspection)
+    assert fault.startswith("no node has files that match 'a-*.tar' (from /home/me). Correct")
+    table = describe_nodes(inspection, list(link_faults(inspection)))
+    assert table.count("!0") == 3
+    inspection = healthy(3)
+    for node in inspection.answers[:2]:
+        assert node.files is not None
+        node.files["words.spm"] = (1, "trained")
+    (fault,) = all_faults(inspection)
+    assert fault.startswith("node2: no file matches 'words.spm' (from /home/me), but on other nodes")
 
 
 def test_words() -> None:
