@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from beit3_ds.cli_bench import add_bench_commands
+from beit3_ds.cli_cluster import add_cluster_commands
 from beit3_ds.cli_weights import add_weight_commands
 from beit3_ds.config import ConfigError
 from beit3_ds.config.arguments import add_config_arguments
@@ -83,6 +84,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "--tolerance", type=float, metavar="NATS", help="end with status 1 if the total losses differ by more"
     )
     compare.set_defaults(run=_compare_runs)
+    add_cluster_commands(commands)
     add_bench_commands(commands)
     return parser
 

@@ -35,9 +35,19 @@ ARROWS: dict[str, set[str]] = {
             "training",
         ),
     },
+    "cluster": {"config", "costs"},
     "sample_data": set(),
 }
-ENTRY_POINTS = {"pretrain", "train_visual_tokenizer", "rank_program", "cli", "cli_bench", "cli_weights", "__init__"}
+ENTRY_POINTS = {
+    "pretrain",
+    "train_visual_tokenizer",
+    "rank_program",
+    "cli",
+    "cli_bench",
+    "cli_cluster",
+    "cli_weights",
+    "__init__",
+}
 MAY_IMPORT_DEEPSPEED = {"training", "pipeline", "checkpoint"}
 
 FILE_LINES, FUNCTION_LINES = 400, 60

@@ -1,0 +1,265 @@
+"""Hostfiles: the machines of a run and their numbers of ranks, read more strictly than DeepSpeed reads them.
+
+DeepSpeed's parser (`deepspeed.launcher.runner`) takes `slots=2x` for 2, accepts 0 and 99999, and passes names on that
+no ssh can reach: the run then hangs or dies on another machine. Here such a line is an error with its number. What is
+accepted here is read alike by DeepSpeed.
+"""
+
+import io
+import ipaddress
+import re
+import socket
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from beit3_ds.config.strict import ConfigError
+
+MAX_SLOTS = 1024
+"""More ranks than any machine has GPUs or cores: beyond it a number is taken for a misprint."""
+
+_MAX_NAME = 253  # characters of a DNS name
+_SHOWN = 100  # characters of a wrong line in its message
+_RESOLVE_SECONDS = 2.0  # for all names together: addresses are a check, never worth a wait
+_LABEL = "[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
+_NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
+_LINE = re.compile(r"(?P<name>\S+)(?:\s+(?P<rest>.*))?")
+_SLOTS = re.compile(r"slots=(?P<slots>[0-9]+)(?:\s+#.*)?")
+_FORM = "Write one machine a line: NAME slots=RANKS, for example 'node0 slots=8'."
+
+
+@dataclass(frozen=True)
+class HostSlots:
+    """One line of a hostfile."""
+
+    name: str
+    """By which the other machines reach this one over ssh: a host name or an IPv4 address."""
+    slots: int
+    """Ranks to start there; on GPU machines the number of GPUs."""
+
+
+@dataclass(frozen=True)
+class Hostfile:
+    """The machines of a run, in the order of their ranks."""
+
+    path: Path
+    """Where it was read, for messages."""
+    hosts: tuple[HostSlots, ...]
+    """At least one, with distinct names."""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return sum(host.slots for host in self.hosts)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the hosts, the first being the one that the others connect to."""
+        return tuple(host.name for host in self.hosts)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the only machine is this one, so that no ssh is needed."""
+        return len(self.hosts) == 1 and is_loopback(self.hosts[0].name)
+
+    def ranks(self, name: str) -> range:
+        """Global ranks that run on the host of this name.
+
+        Raises:
+            KeyError: if no host has it.
+        """
+        first = 0
+        for host in self.hosts:
+            if host.name == name:
+                return range(first, first + host.slots)
+            first += host.slots
+        raise KeyError(name)
+
+    def host_of(self, rank: int) -> HostSlots:
+        """The host that runs a global rank.
+
+        Raises:
+            IndexError: if there is no such rank.
+        """
+        first = 0
+        for host in self.hosts:
+            if first <= rank < first + host.slots:
+                return host
+            first += host.slots
+        raise IndexError(rank)
+
+
+def is_loopback(name: str) -> bool:
+    """Whether a name means "this machine" wherever it is used: localhost or 127.x.x.x."""
+    return name.lower() in ("localhost", "localhost.localdomain") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", name))
+
+
+def read_hostfile(path: str | Path) -> Hostfile:
+    """Reads a hostfile and looks up its names.
+
+    Raises:
+        ConfigError: with file, line, rule and way out, if it cannot be read, if a line is not `NAME slots=RANKS`, or if
+            a machine stands there twice, by its name or by another name of the same address. A name that cannot be
+            looked up within two seconds is not compared by address.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        # DeepSpeed goes on alone on this machine, with a warning.
+        raise ConfigError(f"hostfile {path} does not exist. {_FORM}") from None
+    except OSError as error:
+        raise ConfigError(f"hostfile {path} cannot be read: {error.strerror}. Name a readable file.") from error
+    hostfile = parse_hostfile(_decode(data, path), path)
+    _check_addresses(hostfile, _resolve(hostfile.names))
+    return hostfile
+
+
+def parse_hostfile(text: str, path: str | Path) -> Hostfile:
+    """Reads the text of a hostfile; nothing is looked up. `path` is for the messages.
+
+    Raises:
+        ConfigError: as `read_hostfile` does, except for files that cannot be read and for addresses.
+    """
+    path = Path(path)
+    hosts: list[HostSlots] = []
+    line_of: dict[str, int] = {}
+    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        where = f"hostfile {path}, line {number}: {line if len(line) <= _SHOWN else line[:_SHOWN] + '...'!r}"
+        host = _parse_line(line, where)
+        key = host.name.lower()
+        if key in line_of:
+            raise ConfigError(
+                f"{where}: host '{host.name}' stands on line {line_of[key]} already (case does not matter in host "
+                "names). Delete one of the two lines, or add their slots."
+            )
+        line_of[key] = number
+        hosts.append(host)
+    if not hosts:
+        raise ConfigError(f"hostfile {path} names no machine: it holds only empty lines and comments. {_FORM}")
+    if len(hosts) > 1 and (loops := [host.name for host in hosts if is_loopback(host.name)]):
+        raise ConfigError(
+            f"hostfile {path}, line {line_of[loops[0].lower()]}: '{loops[0]}' means another machine on each of the "
+            f"{len(hosts)} hosts. Write the name or address by which the others reach this machine."
+        )
+    return Hostfile(path, tuple(hosts))
+
+
+def write_hostfile(path: str | Path, hosts: Sequence[HostSlots]) -> Hostfile:
+    """Writes a hostfile that `read_hostfile` and DeepSpeed read back as `hosts`.
+
+    Raises:
+        ConfigError: if one of them could not stand in a hostfile, or the file cannot be written.
+    """
+    path = Path(path)
+    text = "".join(f"{host.name} slots={host.slots}\n" for host in hosts)
+    hostfile = parse_hostfile(text, path)
+    if hostfile.hosts != tuple(hosts):
+        raise ConfigError(f"hostfile {path}: {list(hosts)} would be read back as {list(hostfile.hosts)}. {_FORM}")
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"hostfile {path} cannot be written: {error.strerror}. Name another file.") from error
+    return hostfile
+
+
+def _decode(data: bytes, path: Path) -> str:
+    for mark, name in ((b"\xef\xbb\xbf", "UTF-8"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16")):
+        if data.startswith(mark):
+            raise ConfigError(
+                f"hostfile {path}, line 1: starts with the byte-order mark of {name}, which would become part of the "
+                "first host's name. Save the file as UTF-8 without a byte-order mark."
+            )
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"hostfile {path}, line {line}: is not UTF-8 text ({error.reason}). {_FORM}") from error
+
+
+def _parse_line(line: str, where: str) -> HostSlots:
+    match = _LINE.fullmatch(line)
+    assert match is not None, f"a stripped line starts with something else than a blank: {line!r}"
+    name, rest = match["name"], match["rest"] or ""
+    _check_name(name, where)
+    if "slots" not in rest:
+        raise ConfigError(f"{where}: the number of ranks is missing. {_FORM}")
+    slots = _SLOTS.fullmatch(rest)
+    if slots is None:
+        raise ConfigError(
+            f"{where}: after the name must stand 'slots=' and a whole number, without blanks around '=' and with "
+            f"nothing behind but a comment (' # ...'), not {rest!r}. {_FORM}"
+        )
+    digits = slots["slots"].lstrip("0") or "0"
+    if len(digits) > len(str(MAX_SLOTS)) or not 1 <= int(digits) <= MAX_SLOTS:
+        shown = digits if len(digits) < 20 else f"a number of {len(digits)} digits"
+        raise ConfigError(
+            f"{where}: slots is {shown}; it must be between 1 and {MAX_SLOTS}. Write the number of the machine's GPUs, "
+            "or delete the line if nothing shall run there."
+        )
+    return HostSlots(name, int(digits))
+
+
+def _check_name(name: str, where: str) -> None:
+    """Refuses what is no host name; separators of lists, ports, users and options of ssh are named as such."""
+    if len(name) <= _MAX_NAME and _NAME.fullmatch(name):
+        return
+    if "," in name or ";" in name:
+        way_out = "Each machine has a line of its own."
+    elif "slots=" in name:
+        way_out = f"The host name is missing. {_FORM}"
+    elif "@" in name:
+        way_out = "Name the user in ~/.ssh/config (Host, User), not in the hostfile."
+    elif ":" in name:
+        way_out = "Ports and numbers of ranks do not belong to the name: write slots=, and ports into ~/.ssh/config."
+    elif "[" in name:
+        way_out = "Ranges are not expanded: write one line for each machine."
+    else:
+        way_out = "Write the name as ssh takes it."
+    raise ConfigError(
+        f"{where}: '{name}' is not a host name, which has letters, digits, '-', '_' and '.', begins and ends with a "
+        f"letter or digit and has at most {_MAX_NAME} characters. {way_out}"
+    )
+
+
+def _resolve(names: Sequence[str]) -> dict[str, frozenset[str]]:
+    """IP addresses of names, all loopback addresses being one; those not found in time are missing."""
+    found: dict[str, frozenset[str]] = {}
+
+    def look_up(name: str) -> None:
+        try:
+            addresses = {str(info[4][0]) for info in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)}
+        except OSError:
+            return
+        found[name] = frozenset("loopback" if _is_loopback_address(address) else address for address in addresses)
+
+    # Daemons: a name server that does not answer must not keep the process alive.
+    threads = [threading.Thread(target=look_up, args=(name,), daemon=True) for name in names]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + _RESOLVE_SECONDS
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return dict(found)
+
+
+def _is_loopback_address(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def _check_addresses(hostfile: Hostfile, addresses: Mapping[str, frozenset[str]]) -> None:
+    names = [name for name in hostfile.names if name in addresses]
+    owner: dict[str, str] = {}
+    for name in names:
+        for address in sorted(addresses[name]):
+            other = owner.setdefault(address, name)
+            if other != name:
+                raise ConfigError(
+                    f"hostfile {hostfile.path}: '{other}' and '{name}' are one machine: both resolve to {address}. "
+                    "Two entries would start two sets of ranks there. Delete one of the two lines, or add their slots."
+                )

@@ -1,0 +1,324 @@
+"""What runs on every node while a cluster is checked: answers questions about its machine, one JSON line each.
+
+Its source is sent over ssh to `python -c`, so it must stand alone: only the standard library, no import of ours, and no
+syntax younger than Python 3.8, for a node whose Python is an old one should say so. It reads requests from standard
+input and ends when that closes, so nothing stays behind when the asking side dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import resource
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+
+MARK = "beit3-probe "
+"""What every answer begins with: a login shell may print lines of its own."""
+PACKAGES = ("torch", "deepspeed", "beit3_ds")
+_GPU_QUERY = ("nvidia-smi", "--query-gpu=name,memory.total,memory.used", "--format=csv,noheader,nounits")
+_GPU_SECONDS = 25  # without its daemon the driver takes seconds a GPU to wake
+_CONNECT_SECONDS = 3.0
+_SIZED_FILES = 1000  # of a pattern: a network file system takes its time for each
+_CODE_SUFFIXES = (".py", ".json", ".cu", ".cuh", ".cpp", ".h")
+
+
+class Probe:
+    """Answers the questions that are its public methods; each takes and returns what JSON can hold."""
+
+    def __init__(self) -> None:
+        """A probe that has neither written nor opened anything."""
+        self._written: list[str] = []
+        self._listeners: list[socket.socket] = []
+
+    def machine(self, folder: str) -> dict:
+        """Who this machine is; ranks would start in `folder`, and this process goes there."""
+        folder_error = _enter(folder)
+        return {
+            "hostname": socket.gethostname(),
+            # Containers of one machine share its boot, and have networks of their own.
+            "identity": [_read("/proc/sys/kernel/random/boot_id"), _link("/proc/self/ns/net")],
+            "folder_error": folder_error,
+            "python": platform.python_version(),
+            "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+            "shared_memory": _free_bytes("/dev/shm").get("total"),
+            "cores": len(os.sched_getaffinity(0)),
+            "addresses": _own_addresses(),
+            "interfaces": [name for _, name in socket.if_nameindex()],
+            "own_name": _own_name(),
+            "gloo_interface": os.environ.get("GLOO_SOCKET_IFNAME"),
+        }
+
+    def software(self) -> dict:
+        """Versions of packages, from their metadata, and a digest of every file of the project's code."""
+        versions: dict[str, str | None] = {}
+        for package in PACKAGES:
+            try:
+                versions[package] = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                versions[package] = None
+        return {"versions": versions, "code": _code_digests()}
+
+    def gpus(self) -> dict:
+        """The GPUs that nvidia-smi lists, or why it does not; neither if there is no nvidia-smi."""
+        try:
+            done = subprocess.run(
+                _GPU_QUERY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=_GPU_SECONDS, check=False
+            )
+        except FileNotFoundError:
+            return {"gpus": [], "error": None}
+        except subprocess.TimeoutExpired:
+            return {"gpus": [], "error": f"no answer within {_GPU_SECONDS} s"}
+        except OSError as error:
+            return {"gpus": [], "error": error.strerror}
+        text = done.stdout.decode(errors="replace")
+        if done.returncode != 0:
+            return {"gpus": [], "error": (text.strip().splitlines() or [f"status {done.returncode}"])[-1]}
+        return {"gpus": parse_gpus(text), "error": None}
+
+    def disk(self, folder: str) -> dict:
+        """Free and total bytes for an unprivileged user of the file system that would hold `folder`."""
+        return _free_bytes(existing_parent(folder))
+
+    def files(self, patterns: list[str]) -> list[list]:
+        """How many files each glob pattern matches from here, and a digest of their names and of the first's sizes."""
+        found = []
+        for pattern in patterns:
+            matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+            sizes = [os.path.getsize(match) for match in matches[:_SIZED_FILES] if os.path.isfile(match)]
+            found.append([len(matches), hashlib.sha256(repr([matches, sizes]).encode()).hexdigest()[:12]])
+        return found
+
+    def clock(self) -> float:
+        """Seconds since 1970."""
+        return time.time()
+
+    def parent(self, folder: str) -> str:
+        """The folder, or the nearest one above it that exists."""
+        return existing_parent(folder)
+
+    def write_token(self, path: str, token: str) -> str | None:
+        """Writes a file that others look for, to be deleted at the end; says why if it cannot."""
+        try:
+            with open(path, "x") as file:
+                self._written.append(path)
+                file.write(token)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            return error.strerror
+        return None
+
+    def read_tokens(self, paths: list[str], patience: float) -> list[str | None]:
+        """The contents of files; None for those that have not come up within `patience` seconds."""
+        deadline = time.monotonic() + patience
+        found: list[str | None] = [None] * len(paths)
+        while True:
+            for index, path in enumerate(paths):
+                if found[index] is None:
+                    found[index] = _read(path)
+            if None not in found or time.monotonic() > deadline:
+                return found
+            time.sleep(0.1)
+
+    def listen(self, port: int, token: str) -> dict:
+        """Tells `token` to whoever connects; if the port is taken, says by whom and uses another, as it does for 0."""
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does: a port that waits is free
+        owner = None
+        try:
+            listener.bind(("", port))
+        except OSError as error:
+            owner = _owner_of(port) or error.strerror
+            listener.bind(("", 0))
+        listener.listen(1024)
+        self._listeners.append(listener)
+        threading.Thread(target=_greet, args=(listener, token), daemon=True).start()
+        return {"wanted": port, "port": listener.getsockname()[1], "owner": owner}
+
+    def connect(self, targets: list[list]) -> list[dict]:
+        """Connects to all `[address, port]` at once; says what each told, over which interface, or what went wrong."""
+        results: list[dict] = [{} for _ in targets]
+        threads = [
+            threading.Thread(target=_connect, args=(str(address), int(port), result))
+            for (address, port), result in zip(targets, results)  # noqa: B905 (strict= is younger than 3.8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+    def close(self) -> None:
+        """Deletes what was written."""
+        for path in self._written:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+
+def parse_gpus(text: str) -> list[dict]:
+    """Name, total and used bytes of each line of nvidia-smi; None for a number that it does not know."""
+    gpus = []
+    for line in filter(str.strip, text.splitlines()):
+        name, total, used = (part.strip() for part in line.rsplit(",", 2))
+        sizes = [int(size) * 2**20 if size.isdigit() else None for size in (total, used)]
+        gpus.append({"name": name, "total": sizes[0], "used": sizes[1]})
+    return gpus
+
+
+def existing_parent(folder: str) -> str:
+    """The folder, or the nearest one above it that exists."""
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    return folder
+
+
+def _free_bytes(folder: str) -> dict:
+    try:
+        size = os.statvfs(folder)
+    except OSError as error:
+        return {"error": error.strerror}
+    return {"free": size.f_bavail * size.f_frsize, "total": size.f_blocks * size.f_frsize}
+
+
+def _read(path: str) -> str | None:
+    try:
+        with open(path) as file:
+            return file.read().strip() or None
+    except OSError:
+        return None
+
+
+def _enter(folder: str) -> str | None:
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+def _link(path: str) -> str | None:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return None
+
+
+def _code_digests() -> dict | None:
+    """A short digest by relative path; None if there is no beit3_ds."""
+    digests = {}
+    for name in ("beit3_ds", "beit3_ds.kernels"):
+        try:
+            spec = importlib.util.find_spec(name)
+        except Exception:  # a broken parent package: what is missing will differ from the other nodes
+            continue
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            for where, _, files in os.walk(folder):
+                for file in files:
+                    if file.endswith(_CODE_SUFFIXES):
+                        path = os.path.join(where, file)
+                        key = os.path.join(name.replace(".", "/"), os.path.relpath(path, folder))
+                        with open(path, "rb") as content:
+                            digests[key] = hashlib.sha256(content.read()).hexdigest()[:12]
+    return digests or None
+
+
+def _own_addresses() -> list[str]:
+    """As `hostname -I` lists them: DeepSpeed takes the first of node 0 as MASTER_ADDR."""
+    try:
+        done = subprocess.run(["hostname", "-I"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return done.stdout.decode(errors="replace").split()
+
+
+def _own_name() -> str | None:
+    """The address that gloo would tell the others: the first of this machine's own name that can be bound."""
+    try:
+        found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
+    except OSError:
+        return None
+    for family, kind, protocol, _, address in found:
+        with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as trial:
+            trial.bind(address)
+            return str(address[0])
+    return None
+
+
+def _greet(listener: socket.socket, token: str) -> None:
+    while True:
+        try:
+            connection = listener.accept()[0]
+        except OSError:
+            return
+        with contextlib.suppress(OSError), connection:
+            connection.sendall(token.encode())
+
+
+def _connect(address: str, port: int, result: dict) -> None:
+    try:
+        with socket.create_connection((address, port), timeout=_CONNECT_SECONDS) as connection:
+            own = connection.getsockname()[0]
+            result.update(own=own, interface=_interface_of(own), peer=connection.getpeername()[0])
+            result["token"] = connection.recv(200).decode(errors="replace")
+    except OSError as error:
+        # A time-out has no number of its own.
+        result["error"] = error.strerror or f"no answer within {_CONNECT_SECONDS:g} s"
+
+
+def _interface_of(address: str) -> str | None:
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as trial:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):
+                answer = fcntl.ioctl(trial.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))  # SIOCGIFADDR
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return None
+
+
+def _owner_of(port: int) -> str | None:
+    """The process that listens on a port, where it may be seen."""
+    inodes = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in (_read(table) or "").splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and int(words[1].rpartition(":")[2], 16) == port:
+                inodes.add(f"socket:[{words[9]}]")
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            for descriptor in os.listdir(f"/proc/{pid}/fd"):
+                if _link(f"/proc/{pid}/fd/{descriptor}") in inodes:
+                    command = (_read(f"/proc/{pid}/cmdline") or "").replace("\0", " ")
+                    return f"process {pid} ({command[:60].strip()})"
+    return None
+
+
+def main() -> None:
+    """Answers request after request until standard input closes."""
+    probe = Probe()
+    try:
+        for line in sys.stdin.buffer:
+            request = json.loads(line)
+            try:
+                answer = {"answer": getattr(probe, request.pop("ask"))(**request)}
+            except Exception as error:  # told to the asking side, which names this host
+                answer = {"error": f"{type(error).__name__}: {error}"}
+            print(MARK + json.dumps(answer), flush=True)
+    finally:
+        probe.close()
+
+
+if __name__ == "__main__":
+    main()
