@@ -160,7 +160,8 @@ def _forward_plain(
         h_TD, and the mean and 1 / deviation of each expert's rows, (rows, 1).
     """
     lengths, several = row_lengths(stops), len(stops) > 1
-    h_TD = torch.empty_like(x_TD) if several else None
+    # A row more than is used: once it is freed, glibc has room for the next rows there, which it aligns.
+    h_TD = x_TD.new_empty(len(x_TD) + 1, x_TD.shape[1])[:-1] if several else None
     h_parts = [None] if h_TD is None else h_TD.split_with_sizes(lengths)
     statistics = []
     weights, biases = _native(weights, x_TD), _native(biases, x_TD)

@@ -69,7 +69,8 @@ class _MultiwayLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TF: Tensor) -> tuple[Tensor | None, ...]:
-        weights, kept = ctx.saved_tensors[: len(ctx.ends)], ctx.saved_tensors[len(ctx.ends) :]
+        saved = ctx.saved_tensors  # once: checkpointing unpacks them for one reading
+        weights, kept = saved[: len(ctx.ends)], saved[len(ctx.ends) :]
         dy_TF = dy_TF.contiguous()
         dx_TD = torch.ops.beit3_ds.multiway_input_gradient(dy_TF, None, ctx.ends, weights)
         x_TD = taken_rows(ctx.recipe, kept)

@@ -79,7 +79,7 @@ def out_projection(
     return _OutProjection.apply(form, activation, residual_TD, factor_T, activation.x_TF.contiguous(), *parameters)
 
 
-_CHUNK_ROWS = 256
+_CHUNK_ROWS = 512
 """Rows that the CPU takes at a time: what lies between two products stays in cache, and takes little memory."""
 
 

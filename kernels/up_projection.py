@@ -85,7 +85,8 @@ class _UpProjection(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx_TF: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-        weights, kept = ctx.saved_tensors[: len(ctx.ends)], ctx.saved_tensors[len(ctx.ends) :]
+        saved = ctx.saved_tensors  # once: checkpointing unpacks them for one reading
+        weights, kept = saved[: len(ctx.ends)], saved[len(ctx.ends) :]
         dx_TF = dx_TF.contiguous()
         dh_TD = torch.ops.beit3_ds.multiway_input_gradient(dx_TF, None, ctx.ends, weights)
         h_TD = taken_rows(ctx.recipe, kept)
