@@ -13,6 +13,7 @@ from beit3_ds.batch import LOSS_TERMS, PackedBatch
 from beit3_ds.model import Logits, LossOutput
 from beit3_ds.parallel import Mesh, Message
 from beit3_ds.pipeline import seams
+from beit3_ds.pipeline.gradient_probe import GradientProbe
 from beit3_ds.pipeline.order import Action, one_forward_one_backward
 from beit3_ds.pipeline.stages import stage_layers
 from beit3_ds.pipeline.tied import TiedWordEmbedding
@@ -38,7 +39,10 @@ class Schedule:
             mesh: the ranks.
         """
         self.engine, self.chunks, self.mesh = engine, tuple(chunks), mesh
+        self.probe = GradientProbe()
+        self.probe.watch(engine.module.parameters())  # before the tied table's gradient from another stage is added
         self.tied = TiedWordEmbedding(engine.module, mesh)
+        self.probe.watch(self.tied.copies)
         self.runs = stage_layers(chunks, mesh.pipeline.rank, mesh.pipeline.size)
         parameter = next(engine.module.parameters())
         self._dtype, self._hidden_size = parameter.dtype, engine.module.config.hidden_size
@@ -67,6 +71,7 @@ class Schedule:
         actions = one_forward_one_backward(len(micro_batches), pipeline.rank, pipeline.size, len(self.runs))
         step = _Step(self, micro_batches, loss_factors, prepare)
         seams.begin_step(self.engine, len(self.runs))
+        self.probe.begin_step()
         self.tied.synchronize()
         arriving = step.receive(actions[0])
         for action, following in zip(actions, [*actions[1:], None], strict=True):
@@ -169,7 +174,8 @@ class _Step:
         gradient: list[Tensor] = []
         if isinstance(output, LossOutput):
             self.sums += output.sums
-            loss = output.total
+            # A loss that is not finite may have finite gradients. They become NaN: then the norm tells all ranks.
+            loss = output.total * (1 + 0 * output.total.detach())
         else:
             loss = _TakeGradient.apply(output, gradient)
             schedule.send(output, forward=True)
@@ -181,6 +187,7 @@ class _Step:
         if gradient_TD is not None:
             pending.gradient.append(gradient_TD)
         schedule.tied.before_backward(is_last=is_last)
+        schedule.probe.begin_backward(action.micro_batch)
         seams.backward(schedule.engine, pending.loss, is_last=is_last)
         if pending.x_TD is not None:
             assert pending.x_TD.grad is not None

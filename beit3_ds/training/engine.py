@@ -1,6 +1,7 @@
 """The one place where DeepSpeed is set up."""
 
 import ctypes
+import math
 import os
 import socket
 import warnings
@@ -134,12 +135,19 @@ def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh) -> deepspeed.D
 def apply_update(engine: deepspeed.DeepSpeedEngine, mesh: Mesh) -> float:
     """Clips the accumulated gradients, updates the parameters and clears the gradients.
 
+    If a gradient is not finite on any rank, the update is skipped on all: weights, moments and AdamW's count of updates
+    stay as they are, gradients are cleared.
+
     Returns:
-        The gradients' global 2-norm before clipping, over all parts of the model.
+        The gradients' global 2-norm before clipping, over all parts of the model, the same on all ranks; infinity or
+        NaN if the update was skipped.
     """
     norm = None
     if not engine.zero_optimization() and not engine.bfloat16_enabled():
         norm = float(_gradient_norm(engine.module, mesh))
+        if not math.isfinite(norm):
+            seams.skip_update(engine)
+            return norm
         seams.clip_gradients(engine, norm)
     seams.begin_update(engine)
     engine.step()
