@@ -69,8 +69,8 @@ class RunConfig:
                 )
         if not zero.get("compute_grad_norm", True):
             raise ConfigError(
-                "zero_optimization.compute_grad_norm=false leaves out the gradients' norm, by which steps with a NaN are "
-                "known and skipped. Leave it out."
+                "zero_optimization.compute_grad_norm=false leaves out the gradients' norm, by which steps with a NaN "
+                "are known and skipped. Leave it out."
             )
         if self.training.optimizer == "apex_fused_adam":
             if zero.get("offload_optimizer", {}).get("device", "none") != "none":
