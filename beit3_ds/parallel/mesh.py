@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from beit3_ds.config import ConfigError, ParallelConfig, Place
+from beit3_ds.parallel.activity import Activity
 from beit3_ds.parallel.pipeline import PipelineParallel, build_pipeline_parallel
 from beit3_ds.parallel.tensor import TensorParallel
 
@@ -34,6 +35,8 @@ class Mesh:
     """Ranks that hold different parts of every layer and the same samples."""
     pipeline: PipelineParallel = field(default_factory=PipelineParallel)
     """Ranks that hold different layers and the same samples."""
+    activity: Activity = field(default_factory=Activity)
+    """What this rank does right now; the roll call tells the others."""
 
     @property
     def place(self) -> Place:

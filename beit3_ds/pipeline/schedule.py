@@ -102,6 +102,7 @@ class Schedule:
         self.engine.eval()
         try:
             for batch in batches:
+                self.mesh.activity.begin("evaluation")
                 prepared = prepare(batch)
                 yield prepared, self._run_forward(prepared, loss_factors)
         finally:
@@ -163,6 +164,7 @@ class _Step:
 
     def forward(self, action: Action, x_TD: Tensor | None) -> None:
         schedule, number = self._schedule, action.micro_batch
+        schedule.mesh.activity.begin(f"forward of micro-batch {number}")
         if number not in self._prepared:
             self._prepared[number] = self._prepare(self._micro_batches[number])
         if x_TD is not None:
@@ -186,6 +188,7 @@ class _Step:
         pending = self._pending.pop((action.micro_batch, action.run))
         if gradient_TD is not None:
             pending.gradient.append(gradient_TD)
+        schedule.mesh.activity.begin(f"backward of micro-batch {action.micro_batch}")
         schedule.tied.before_backward(is_last=is_last)
         schedule.probe.begin_backward(action.micro_batch)
         seams.backward(schedule.engine, pending.loss, is_last=is_last)

@@ -49,10 +49,11 @@ def joined_ranks(parallel: ParallelConfig) -> Iterator[Mesh]:
     """Joins the process group for the time of a program, and ends the program on all ranks if one of them fails.
 
     An error that a user can mend leaves as it came. Any other is told to the other ranks, which end with a line that
-    names this one; a rank that lost contact with another ends with a line that names that one (`RollCall`).
+    names this one; a rank that lost contact with another ends with a line that names that one, and so do all if a rank
+    is lost or stalled (`RollCall`).
     """
     mesh = init_process_group(parallel)
-    roll_call = RollCall(parallel)
+    roll_call = RollCall(parallel, mesh.activity)
     try:
         yield mesh
     except Exception as error:

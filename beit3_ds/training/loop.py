@@ -1,5 +1,6 @@
 """The training loop."""
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: StopRequest) -> bool:
     done, is_stopping, is_saved = run.first_step, False, True
     if done == 0:
         _evaluate_and_record(run, 0)
-    for step_batch, data_seconds in _timed(steps):
+    for step_batch, data_seconds in _timed(run, steps):
         start = time.perf_counter()
         update = _update(run, step_batch, budget.agree(step_batch), learning_rate(config, step_batch.step))
         done = step_batch.step + 1
@@ -190,6 +191,7 @@ def _update(run: Run, step_batch: StepBatch, counts: Tensor, rate: float) -> Upd
         group["lr"] = rate
     factors = build_loss_factors(counts, run.config.training.loss_weights, run.mesh.data_parallel_size)
     sums = run.schedule.accumulate_gradients(step_batch.micro_batches, factors.to(run.device), run.prepare)
+    run.mesh.activity.begin("update")
     return Update(sums, apply_update(run.engine, run.mesh), rate)
 
 
@@ -226,10 +228,11 @@ def _say(run: Run, line: str) -> None:
         print(line, flush=True)
 
 
-def _timed(steps: Iterable[StepBatch]) -> Iterator[tuple[StepBatch, float]]:
+def _timed(run: Run, steps: Iterable[StepBatch]) -> Iterator[tuple[StepBatch, float]]:
     """Yields each step with the seconds that were spent waiting for it."""
     iterator = iter(steps)
-    while True:
+    for number in itertools.count(run.first_step + 1):
+        run.mesh.activity.begin("reading data", number)
         start = time.perf_counter()
         step_batch = next(iterator, None)
         if step_batch is None:
