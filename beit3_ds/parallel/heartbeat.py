@@ -32,6 +32,14 @@ class Heartbeat(NamedTuple):
         return Heartbeat(*json.loads(text))
 
 
+def find_sleep(seconds: float, interval: float) -> float:
+    """For how long this process was stopped, or not given a core, if it meant to wait `interval` and it took `seconds`.
+
+    What others did in that time it cannot know: perhaps all were stopped, as by a cluster that suspends a job.
+    """
+    return seconds - interval if seconds > 2 * interval else 0.0
+
+
 class _Standing:
     """What is known of one rank."""
 
@@ -52,8 +60,7 @@ class Standings:
 
         Args:
             beats: of all ranks.
-            interval: seconds between two calls of `update`. If it was much longer, this process itself was stopped,
-                and perhaps all were (a cluster that suspends a job): the ages do not grow by that.
+            interval: seconds between two calls of `update`; ages do not grow by what this process sleeps beyond them.
         """
         self._interval, self._updated = interval, time.monotonic()
         self._ranks = [_Standing(beat, self._updated) for beat in beats]
@@ -61,7 +68,7 @@ class Standings:
     def update(self, beats: Sequence[Heartbeat]) -> None:
         """Takes the newest beats, rank by rank."""
         now = time.monotonic()
-        slept = max(0.0, now - self._updated - 3 * self._interval)
+        slept = find_sleep(now - self._updated, self._interval)
         self._updated = now
         for standing, beat in zip(self._ranks, beats, strict=True):
             before, standing.beat = standing.beat, beat

@@ -3,12 +3,12 @@
 import contextlib
 import faulthandler
 import json
-import math
 import os
 import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from beit3_ds.config import ParallelConfig
 from beit3_ds.parallel.activity import Activity
-from beit3_ds.parallel.heartbeat import Heartbeat, Standings
+from beit3_ds.parallel.heartbeat import Heartbeat, Standings, find_sleep
 from beit3_ds.parallel.judgement import Judgement, Verdict
 
 _POLL_SECONDS = 1.0
@@ -69,6 +69,7 @@ class RollCall:
         )
         # torchrun's agents keep one store for all restarts.
         self._store = dist.PrefixStore(f"roll_call/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        self._lost_contact = ""
         self._count, self._beaten_at, self._state = 0, 0.0, "running"
         self._store.set(f"host/{self._rank}", socket.gethostname())
         self._beat()
@@ -81,7 +82,7 @@ class RollCall:
         self._standings = Standings(self._read_beats(watched), self._poll_seconds)
         self._judgement = Judgement(parallel, self._standings, self._describe)
         self._stopped, self._ended = threading.Event(), threading.Event()
-        self._talked = time.monotonic()
+        self._talked, self._obeys = time.monotonic(), False
         self._thread = threading.Thread(target=self._talk, name="roll call", daemon=True)
         self._guard = threading.Thread(target=self._watch_store, name="roll call's guard", daemon=True)
         self._thread.start()
@@ -97,29 +98,29 @@ class RollCall:
         self._ended.set()
         self._guard.join()
 
-    def announce(self, failure: str | None) -> None:
-        """Asks why the run ends, and waits until all ranks know, ten seconds at most.
+    def announce_failure(self, error: Exception) -> None:
+        """Tells all ranks that this one has failed, and waits until they know, ten seconds at most."""
+        line = f"{type(error).__name__}: {error}".splitlines()[0]
+        self._announce(f"{self._describe(self._rank)} failed: {line}")
 
-        Args:
-            failure: what went wrong on this rank, one line; None if it only lost contact with another.
-        """
+    def announce_lost_contact(self, error: Exception) -> None:
+        """Asks why a collective failed, and waits until this rank's threads end the process."""
+        self._activity.lost_contact = True
+        self._lost_contact = "".join(traceback.format_exception(error))
+        self._announce(None)
+        self._thread.join()
+        self._guard.join()
+
+    def _announce(self, failure: str | None) -> None:
         try:
-            if failure is None:
-                self._activity.lost_contact = True
-            else:
-                line = f"{self._describe(self._rank)} failed: {failure.splitlines()[0]}"
-                self._store.compare_set("failed", _NOTHING, line)  # the first one counts
+            if failure is not None:
+                self._store.compare_set("failed", _NOTHING, failure)  # the first one counts
             self._store.compare_set("called", _NOTHING, "yes")
             self._wait_until(lambda: self._store.get("verdict").decode() != _NOTHING)
             if self._rank == 0:  # its process may hold the store
                 self._wait_until(self._all_know)
         except _STORE_ERRORS:
             return  # it is gone: the other ranks see that too
-
-    def wait_for_the_end(self) -> None:
-        """Waits until this rank's threads end the process."""
-        self._thread.join()
-        self._guard.join()
 
     def _describe(self, rank: int) -> str:
         """Names a rank, its place on the mesh and its host."""
@@ -168,10 +169,12 @@ class RollCall:
         last = time.monotonic()
         while not self._ended.wait(_POLL_SECONDS):
             now = time.monotonic()
-            self._talked += max(0.0, now - last - 3 * _POLL_SECONDS)  # this process itself was stopped so long
+            if find_sleep(now - last, _POLL_SECONDS):
+                self._talked = now
             last = now
             silence = now - self._talked
-            if self._thread.is_alive() and silence > self._parallel.heartbeat_timeout_seconds:
+            is_needed = self._thread.is_alive() and not self._obeys
+            if is_needed and silence > self._parallel.heartbeat_timeout_seconds:
                 self._dump_stacks()
                 self._finish(
                     f"{self._describe(0)} does not answer: it holds the store where ranks meet, which this rank has "
@@ -197,7 +200,7 @@ class RollCall:
         self._state = "ending"
         with contextlib.suppress(*_STORE_ERRORS):  # who held the store may be gone
             self._beat()
-        self._talked = math.inf  # the guard has nothing more to watch
+        self._obeys = True
         if verdict.dump:
             self._dump_stacks()
         if not self._stopped.wait(_GRACE_SECONDS):
@@ -215,6 +218,8 @@ class RollCall:
             flush=True,
         )
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        if self._lost_contact:
+            print(f"where its collective failed:\n{self._lost_contact}", file=sys.stderr, flush=True)
 
     def _all_know(self) -> bool:
         return all(beat.state != "running" for beat in self._read_beats(range(self._size)))

@@ -58,9 +58,8 @@ def joined_ranks(parallel: ParallelConfig) -> Iterator[Mesh]:
         yield mesh
     except Exception as error:
         if _is_lost_contact(error):
-            roll_call.announce(None)
-            roll_call.wait_for_the_end()
-        roll_call.announce(f"{type(error).__name__}: {error}")
+            roll_call.announce_lost_contact(error)
+        roll_call.announce_failure(error)
         roll_call.stop()
         mesh.leave()
         raise
