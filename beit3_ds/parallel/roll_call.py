@@ -4,7 +4,6 @@ import contextlib
 import faulthandler
 import json
 import os
-import socket
 import sys
 import threading
 import time
@@ -15,9 +14,9 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from beit3_ds.config import ParallelConfig
-from beit3_ds.parallel.activity import Activity
 from beit3_ds.parallel.heartbeat import Heartbeat, Standings, find_sleep
 from beit3_ds.parallel.judgement import Judgement, Verdict
+from beit3_ds.parallel.mesh import Mesh
 
 _POLL_SECONDS = 1.0
 _GRACE_SECONDS = 5.0
@@ -48,15 +47,16 @@ class RollCall:
     60 s that is 565 requests and less than 200 kB a second; a store answers 24,000 a second on one core.
     """
 
-    def __init__(self, parallel: ParallelConfig, activity: Activity, end: Callable[[int], None] = os._exit) -> None:
+    def __init__(self, parallel: ParallelConfig, mesh: Mesh, end: Callable[[int], None] = os._exit) -> None:
         """Connects to the store that MASTER_ADDR and MASTER_PORT name; the process group must exist. All ranks call it.
 
         Args:
-            parallel: the time-outs, and where on the mesh a rank stands.
-            activity: of this rank's main thread.
+            parallel: the time-outs.
+            mesh: names the ranks, and knows what this one's main thread does.
             end: what ends this process: its main thread may wait in a collective for ever.
         """
-        self._parallel, self._activity, self._end = parallel, activity, end
+        self._parallel, self._activity, self._end = parallel, mesh.activity, end
+        self._describe = mesh.describe
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._beat_seconds = parallel.heartbeat_timeout_seconds / _BEATS_PER_TIMEOUT
         self._poll_seconds = min(_POLL_SECONDS, self._beat_seconds)
@@ -71,13 +71,11 @@ class RollCall:
         self._store = dist.PrefixStore(f"roll_call/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         self._lost_contact = ""
         self._count, self._beaten_at, self._state = 0, 0.0, "running"
-        self._store.set(f"host/{self._rank}", socket.gethostname())
         self._beat()
         if self._rank == 0:
             for key in ("failed", "called", "verdict"):
                 self._store.set(key, _NOTHING)
-        dist.barrier()  # so that every host is known by the time one is missed
-        self._hosts = [host.decode() for host in self._store.multi_get(self._keys("host"))]
+        dist.barrier()  # so that all keys are there
         watched = range(self._size) if self._rank == 0 else [0]
         self._standings = Standings(self._read_beats(watched), self._poll_seconds)
         self._judgement = Judgement(parallel, self._standings, self._describe)
@@ -122,14 +120,6 @@ class RollCall:
         except _STORE_ERRORS:
             return  # it is gone: the other ranks see that too
 
-    def _describe(self, rank: int) -> str:
-        """Names a rank, its place on the mesh and its host."""
-        place = self._parallel.place(rank, self._size)
-        return f"rank {rank} ({place}, host {self._hosts[rank]})"
-
-    def _keys(self, kind: str) -> list[str]:
-        return [f"{kind}/{rank}" for rank in range(self._size)]
-
     def _beat(self) -> None:
         self._count += 1
         self._beaten_at = time.monotonic()
@@ -140,7 +130,7 @@ class RollCall:
         self._store.set(f"beat/{self._rank}", beat.encode())
 
     def _read_beats(self, ranks: Sequence[int]) -> list[Heartbeat]:
-        return [Heartbeat.decode(text) for text in self._store.multi_get([f"beat/{rank}" for rank in ranks])]
+        return [Heartbeat.decode(text) for text in self._store.multi_get(_beat_keys(ranks))]
 
     def _talk(self) -> None:
         """The first thread."""
@@ -184,7 +174,7 @@ class RollCall:
 
     def _judge(self, is_called: bool) -> None:
         """On rank 0: looks at all ranks, says which are slow, and pronounces a verdict if there is one."""
-        failed, *beats = (value.decode() for value in self._store.multi_get(["failed", *self._keys("beat")]))
+        failed, *beats = (value.decode() for value in self._store.multi_get(["failed", *_beat_keys(range(self._size))]))
         self._standings.update([Heartbeat.decode(beat) for beat in beats])
         verdict = self._judgement.find_verdict(None if failed == _NOTHING else failed, is_called)
         if verdict is not None:
@@ -228,3 +218,7 @@ class RollCall:
         deadline = time.monotonic() + _GRACE_SECONDS
         while not happened() and time.monotonic() < deadline:
             time.sleep(self._poll_seconds / 10)
+
+
+def _beat_keys(ranks: Sequence[int]) -> list[str]:
+    return [f"beat/{rank}" for rank in ranks]

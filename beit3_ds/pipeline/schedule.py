@@ -2,6 +2,7 @@
 
 # T packed rows (of this rank), D hidden.
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from beit3_ds.pipeline import seams
 from beit3_ds.pipeline.gradient_probe import GradientProbe
 from beit3_ds.pipeline.order import Action, one_forward_one_backward
 from beit3_ds.pipeline.stages import stage_layers
+from beit3_ds.pipeline.stopwatch import Stopwatch
 from beit3_ds.pipeline.tied import TiedWordEmbedding
 
 Prepare = Callable[[PackedBatch], PackedBatch]
@@ -47,6 +49,13 @@ class Schedule:
         parameter = next(engine.module.parameters())
         self._dtype, self._hidden_size = parameter.dtype, engine.module.config.hidden_size
         self.sending: list[Message] = []
+        self.own_work = Stopwatch(engine.device)
+        """Runs while a step works without a collective: see `training.stragglers`."""
+
+    @property
+    def forward_is_own(self) -> bool:
+        """Whether a forward pass waits for no other rank."""
+        return self.mesh.tensor.size == 1 and self.engine.zero_optimization_stage() < 3
 
     def accumulate_gradients(
         self, micro_batches: Sequence[PackedBatch], loss_factors: Tensor, prepare: Prepare
@@ -166,11 +175,13 @@ class _Step:
         schedule, number = self._schedule, action.micro_batch
         schedule.mesh.activity.begin(f"forward of micro-batch {number}")
         if number not in self._prepared:
-            self._prepared[number] = self._prepare(self._micro_batches[number])
+            with schedule.own_work.running():
+                self._prepared[number] = self._prepare(self._micro_batches[number])
         if x_TD is not None:
             x_TD.requires_grad_()
         layers = schedule.runs[action.run]
-        output = schedule.engine(self._prepared[number], self._loss_factors, x_TD, layers)
+        with schedule.own_work.running() if schedule.forward_is_own else contextlib.nullcontext():
+            output = schedule.engine(self._prepared[number], self._loss_factors, x_TD, layers)
         if action.run == len(schedule.runs) - 1:
             del self._prepared[number]  # no other run of this stage needs it
         gradient: list[Tensor] = []

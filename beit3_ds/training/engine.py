@@ -53,7 +53,7 @@ def joined_ranks(parallel: ParallelConfig) -> Iterator[Mesh]:
     is lost or stalled (`RollCall`).
     """
     mesh = init_process_group(parallel)
-    roll_call = RollCall(parallel, mesh.activity)
+    roll_call = RollCall(parallel, mesh)
     try:
         yield mesh
     except Exception as error:

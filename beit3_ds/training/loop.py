@@ -22,9 +22,11 @@ from beit3_ds.training.evaluation import evaluate
 from beit3_ds.training.history import History
 from beit3_ds.training.learning_rate import learning_rate
 from beit3_ds.training.loss import BrokenRecordBudget, build_loss_factors
+from beit3_ds.training.loss_spikes import LossSpikes, format_spike
 from beit3_ds.training.progress import Progress, Update, format_evaluation, format_line
 from beit3_ds.training.skipped_steps import NonFiniteLossError, SkippedSteps
 from beit3_ds.training.stop_request import StopRequest
+from beit3_ds.training.stragglers import Stragglers
 from beit3_ds.training.targets import prepare_batch
 
 
@@ -43,6 +45,7 @@ class Run:
     store: CheckpointStore
     history: History
     progress: Progress
+    stragglers: Stragglers
     first_step: int
     """Updates already done when this process started."""
 
@@ -105,7 +108,7 @@ def train(run: Run, steps: Iterable[StepBatch]) -> bool:
 def _train(run: Run, steps: Iterable[StepBatch], stop: StopRequest) -> bool:
     config = run.config.training
     budget = BrokenRecordBudget(run.config.data.max_broken_records, run.mesh)
-    skipped = SkippedSteps(config.max_skipped_steps, run.mesh)
+    skipped, spikes = SkippedSteps(config.max_skipped_steps, run.mesh), LossSpikes()
     run.store.prepare(run.state)
     done, is_stopping, is_saved = run.first_step, False, True
     if done == 0:
@@ -119,7 +122,7 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: StopRequest) -> bool:
         _note_skip(run, skipped, step_batch, update)
         is_last, is_stopping = done == config.total_steps, stop.agreed()
         if (done % config.log_interval == 0 or is_last or is_stopping) and run.progress.has_updates:
-            _report(run, done, budget, skipped)
+            _report(run, done, budget, skipped, spikes)
         if skipped.are_too_many:
             _end_diverged(run, done, skipped, is_saved=is_saved)
         if (done % config.eval_interval == 0 or is_last) and not is_stopping:
@@ -189,20 +192,25 @@ def _report_saves(run: Run) -> list[SaveOutcome]:
 def _update(run: Run, step_batch: StepBatch, counts: Tensor, rate: float) -> Update:
     for group in run.engine.optimizer.param_groups:
         group["lr"] = rate
-    factors = build_loss_factors(counts, run.config.training.loss_weights, run.mesh.data_parallel_size)
-    sums = run.schedule.accumulate_gradients(step_batch.micro_batches, factors.to(run.device), run.prepare)
-    run.mesh.activity.begin("update")
-    return Update(sums, apply_update(run.engine, run.mesh), rate)
+    mesh = run.mesh
+    factors = build_loss_factors(counts, run.config.training.loss_weights, mesh.data_parallel_size).to(run.device)
+    sums = run.schedule.accumulate_gradients(step_batch.micro_batches, factors, run.prepare)
+    loss = (sums * factors).sum() / mesh.data_parallel_size * (mesh.tensor.rank == 0)  # its peers have the same sums
+    mesh.activity.begin("update")
+    return Update(sums, apply_update(run.engine, mesh), rate, loss)
 
 
-def _report(run: Run, done: int, budget: BrokenRecordBudget, skipped: SkippedSteps) -> None:
-    record = run.progress.report(done)
-    if budget.total:
-        record["broken_records"] = budget.total
-    if skipped.total:
-        record["skipped_steps"] = skipped.total
+def _report(run: Run, done: int, budget: BrokenRecordBudget, skipped: SkippedSteps, spikes: LossSpikes) -> None:
+    steps, seconds = run.progress.interval.steps, run.progress.interval.seconds
+    figures, lines = run.stragglers.report(steps, seconds / steps)
+    for spike in spikes.find(run.progress.losses()):
+        _record(run, spike)
+        lines.append(format_spike(spike))
+    record = run.progress.report(done) | figures
+    totals = {"broken_records": budget.total, "skipped_steps": skipped.total, "loss_spikes": spikes.total}
+    record |= {name: total for name, total in totals.items() if total}
     _record(run, record)
-    _say(run, format_line(record, run.config.training.total_steps))
+    _say(run, "\n".join([format_line(record, run.config.training.total_steps), *lines]))
 
 
 def _evaluate_and_record(run: Run, done: int) -> None:

@@ -25,6 +25,8 @@ class Update(NamedTuple):
     """Of all ranks' gradients, before clipping; not finite if the update was skipped."""
     learning_rate: float
     """Of the step."""
+    loss: Tensor
+    """This rank's share of the loss that is minimised, a scalar; all ranks' add up to it."""
 
     @property
     def is_skipped(self) -> bool:
@@ -37,8 +39,8 @@ class Interval:
     """Sums over the steps since the last progress line, on this rank."""
 
     steps: int = 0
-    last: Update | None = None
-    """The last that was not skipped."""
+    updates: list[tuple[int, Update]] = field(default_factory=list)
+    """Those that were not skipped, with their steps, from 1."""
     seconds: float = 0.0
     data_seconds: float = 0.0
     samples: int = 0
@@ -66,7 +68,7 @@ class Progress:
     @property
     def has_updates(self) -> bool:
         """Whether there are losses to report: not if all steps since the last line were skipped."""
-        return self.interval.last is not None
+        return bool(self.interval.updates)
 
     def add(self, step_batch: StepBatch, update: Update, data_seconds: float, seconds: float) -> None:
         """Adds one finished step and the time it took, waiting for data included.
@@ -82,10 +84,16 @@ class Progress:
             interval.tokens += batch.num_rows
             interval.flops += training_flops(self.model, batch)
         if not update.is_skipped:
-            interval.last = update
+            interval.updates.append((step_batch.step + 1, update))
             interval.sums += update.sums.double().cpu()
             for batch in step_batch.micro_batches:
                 interval.counts += torch.tensor(batch.num_masked)
+
+    def losses(self) -> list[tuple[int, float]]:
+        """The steps since the last line, but for skipped ones, each with its loss. Sends as many numbers."""
+        losses = torch.stack([update.loss for _, update in self.interval.updates]).double().cpu()
+        steps = [step for step, _ in self.interval.updates]
+        return list(zip(steps, self.mesh.sum_over_all(losses).tolist(), strict=True))
 
     def report(self, step: int) -> dict[str, Any]:
         """Closes the interval: sums it over ranks and returns the record of progress line, CSV and TensorBoard.
@@ -94,7 +102,7 @@ class Progress:
             step: done so far.
         """
         done, self.interval = self.interval, Interval()
-        assert done.last is not None, "there is nothing to report"
+        _, last = done.updates[-1]
         terms = mean_terms(done.sums, done.counts, self.mesh)
         work = torch.tensor([done.samples, done.tokens, done.flops], dtype=torch.float64)
         samples, tokens, flops = self.mesh.sum_over_data(work).tolist()
@@ -103,8 +111,8 @@ class Progress:
             "kind": "train",
             "loss": sum(terms.values()),
             **terms,
-            "learning_rate": done.last.learning_rate,
-            "grad_norm": done.last.grad_norm,
+            "learning_rate": last.learning_rate,
+            "grad_norm": last.grad_norm,
             "samples_per_second": samples / done.seconds,
             "tokens_per_second": tokens / done.seconds,
             "mfu": flops / done.seconds / (self.peak_flops * self.mesh.num_ranks),

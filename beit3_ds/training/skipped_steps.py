@@ -1,6 +1,5 @@
 """Steps whose update was left out because a loss or a gradient was not finite."""
 
-import socket
 from typing import Any
 
 import torch.distributed as dist
@@ -44,20 +43,15 @@ class SkippedSteps:
         Sends the names of those samples from every such rank to all.
 
         Returns:
-            The record of metrics.jsonl. "ranks" holds a rank's number, place and host, and its micro-batches with their
+            The record of metrics.jsonl. "ranks" holds a rank's number and name, and its micro-batches with their
             samples; it is empty if every rank's own gradients were finite, and only their sum was not.
         """
         self.total += 1
         self.in_a_row += 1
-        own = {
-            "rank": dist.get_rank(),
-            "place": str(self._mesh.place),
-            "host": socket.gethostname(),
-            "micro_batches": [
-                {"micro_batch": number, "samples": list(step_batch.micro_batches[number].sample_names)}
-                for number in probe.find_non_finite()
-            ],
-        }
+        own = [
+            {"micro_batch": number, "samples": list(step_batch.micro_batches[number].sample_names)}
+            for number in probe.find_non_finite()
+        ]
         found: list[Any] = [own]
         if self._mesh.num_ranks > 1:
             found = [None] * self._mesh.num_ranks
@@ -67,7 +61,11 @@ class SkippedSteps:
             "kind": "skipped_step",
             "grad_norm": str(grad_norm),  # JSON has neither NaN nor infinity
             "in_a_row": self.in_a_row,
-            "ranks": [rank for rank in found if rank["micro_batches"]],
+            "ranks": [
+                {"rank": rank, "name": self._mesh.describe(rank), "micro_batches": micro_batches}
+                for rank, micro_batches in enumerate(found)
+                if micro_batches
+            ],
         }
 
     def describe(self, record: dict[str, Any]) -> str:
@@ -90,7 +88,4 @@ def _describe_rank(rank: dict[str, Any]) -> str:
     numbers = ", ".join(str(found["micro_batch"]) for found in rank["micro_batches"])
     names = [name for found in rank["micro_batches"] for name in found["samples"]]
     listed = ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
-    return (
-        f"  not finite on rank {rank['rank']} ({rank['place']}, host {rank['host']}), micro-batch {numbers}, of the "
-        f"samples {listed or '(none)'}"
-    )
+    return f"  not finite on {rank['name']}, micro-batch {numbers}, of the samples {listed or '(none)'}"

@@ -36,6 +36,7 @@ class CountingEngine:
     def __init__(self) -> None:
         self.training = True
         self.modes: list[bool] = []
+        self.device = CPU
         self.module = BEiT3(CONFIG)
 
     def eval(self) -> None:
