@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from beit3_ds.cli_bench import add_bench_commands
+from beit3_ds.cli_launch import add_launch_command
 from beit3_ds.cli_weights import add_weight_commands
 from beit3_ds.config import ConfigError
 from beit3_ds.config.arguments import add_config_arguments
@@ -70,6 +71,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "--out", default="codes.png", metavar="FILE.png", help="the picture to write (default: codes.png)"
     )
     show.set_defaults(run=_show_codes)
+    add_launch_command(commands)
     add_weight_commands(commands)
     prepare = commands.add_parser("prepare", help="index, count and look at the files of a run, once before it")
     prepared = prepare.add_subparsers(metavar="WHAT", required=True)

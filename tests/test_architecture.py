@@ -38,7 +38,16 @@ ARROWS: dict[str, set[str]] = {
     "cluster": {"config"},
     "sample_data": set(),
 }
-ENTRY_POINTS = {"pretrain", "train_visual_tokenizer", "rank_program", "cli", "cli_bench", "cli_weights", "__init__"}
+ENTRY_POINTS = {
+    "pretrain",
+    "train_visual_tokenizer",
+    "rank_program",
+    "cli",
+    "cli_bench",
+    "cli_launch",
+    "cli_weights",
+    "__init__",
+}
 MAY_IMPORT_DEEPSPEED = {"training", "pipeline", "checkpoint"}
 
 FILE_LINES, FUNCTION_LINES = 400, 60

@@ -1,0 +1,23 @@
+"""Stands in for DeepSpeed's launcher: starts a guard for every rank on this machine, as if on hosts of these names.
+
+Called with a hostfile and the guards' arguments. Ends when all guards have, with status 1 if one has failed.
+"""
+
+import os
+import subprocess
+import sys
+
+from beit3_ds.cluster.hostfile import read_hostfile
+
+
+def main() -> int:
+    hostfile, arguments = read_hostfile(sys.argv[1]), sys.argv[2:]
+    guards = []
+    for rank in range(hostfile.world_size):
+        command = [sys.executable, "-m", "beit3_ds.cluster.rank_guard", *arguments]
+        guards.append(subprocess.Popen(command, env={**os.environ, "RANK": str(rank)}))
+    return int(any([guard.wait() for guard in guards]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
