@@ -35,6 +35,7 @@ from beit3_ds.cluster.terminal import Terminal, join_ranks, last_lines
 USER_ERROR = 2
 """Status of a trainer that met what only the user can mend."""
 
+_SETTLE_SECONDS = 0.5  # after the first failure: its consequences may be heard of before it
 _GRACE_SECONDS = 5.0  # for the other ranks after the first failure: they tell of it (parallel.roll_call)
 _LAUNCHER_SECONDS = 10.0  # for DeepSpeed's launcher to end once all guards have left
 _NEWS_SECONDS = 15.0  # between two lines that say what is waited for
@@ -98,6 +99,7 @@ class Attempt:
     def __init__(self, plan: AttemptPlan, orders: StopOrders, terminal: Terminal) -> None:
         self._plan, self._orders, self._terminal = plan, orders, terminal
         self._ranks: dict[int, GuardedRank] = {}
+        self._failures: list[Failure] = []
         self._failure: Failure | None = None
         self._changed = asyncio.Event()
         self._has_started = self._is_over = self._has_passed_on = False
@@ -123,9 +125,12 @@ class Attempt:
         beats.add_done_callback(self._check_beats)
         try:
             await self._gather(launcher)
-            if self._failure is None and self._orders.first is None:
+            if not self._failures and self._orders.first is None:
                 self._start_trainers()
                 await self._wait_for_end()
+            if self._failures:
+                await asyncio.sleep(_SETTLE_SECONDS)
+                self._tell_failure()
             await self._end_ranks()
         finally:
             self._is_over = True
@@ -181,11 +186,11 @@ class Attempt:
         match message:
             case Beat():
                 rank.note_state(message.state)
-            case Output() if self._failure is None:
+            case Output() if not self._failures:
                 self._terminal.show(message.text)
             case LogTrouble():
                 self._terminal.say(f"{rank.name}: its output is lost, training goes on: {message.error}")
-            case Asked() if self._failure is None and not rank.is_gone:
+            case Asked() if not self._failures and not rank.is_gone:
                 number = signal.Signals(message.signal_number)
                 self._orders.take(number, f"{rank.name} has received {number.name}")
             case Ended():
@@ -206,7 +211,7 @@ class Attempt:
 
         def is_done() -> bool:
             everybody = len(self._ranks) == self._plan.world_size
-            return everybody or self._failure is not None or self._orders.first is not None
+            return everybody or bool(self._failures) or self._orders.first is not None
 
         deadline = time.monotonic() + self._plan.start_seconds
         while not await self._wait(is_done, BEAT_SECONDS):
@@ -255,7 +260,7 @@ class Attempt:
 
     async def _wait_for_end(self) -> None:
         def is_done() -> bool:
-            return self._failure is not None or self._orders.is_kill or not self._alive()
+            return bool(self._failures) or self._orders.is_kill or not self._alive()
 
         began: float | None = None
         while not await self._wait(is_done, _NEWS_SECONDS):
@@ -321,11 +326,12 @@ class Attempt:
             self._fail(Failure(text=text, lines=tuple(last_lines(first.log)), log=first.log, rank=first.rank))
 
     def _fail(self, failure: Failure) -> None:
-        """Takes note of the first failure and tells of it at once."""
+        self._failures.append(failure)
         self._changed.set()
-        if self._failure is not None:
-            return
-        self._failure = failure
+
+    def _tell_failure(self) -> None:
+        """Chooses the first failure that is no consequence of another, as far as that can be told, and shows it."""
+        failure = self._failure = min(self._failures, key=lambda failure: failure.is_consequence)
         where = f" (last lines of {failure.log})" if failure.lines else f" (see {failure.log})" if failure.log else ""
         seconds = time.monotonic() - self._began
         self._terminal.say(f"FAILED after {seconds:.0f} s: {failure.text}{where}", failure.lines)
@@ -372,7 +378,7 @@ class Attempt:
     def _outcome(self) -> Outcome:
         lost = [rank for rank in self._ranks.values() if rank.is_lost]
         hosts = {self._host_name(rank) for rank in lost}
-        if self._failure is not None and not self._has_started:
+        if self._failures and not self._has_started:
             hosts |= {self._plan.host_of(rank) for rank in range(self._plan.world_size) if rank not in self._ranks}
         return Outcome(
             failure=self._failure,

@@ -24,6 +24,8 @@ class Failure:
     """Where more of that is."""
     rank: int | None = None
     """None if it was none."""
+    is_consequence: bool = False
+    """Whether ranks end like this when another one has failed: with status 1."""
 
 
 @dataclass(kw_only=True)
@@ -86,7 +88,13 @@ class GuardedRank:
     def failure(self, text: str) -> Failure:
         """That something happened to this rank, with its last lines from its guard or, if that is lost, its log."""
         lines = self.ended.lines if self.ended is not None else last_lines(self.log)
-        return Failure(text=f"{self.name} {text}", lines=tuple(lines), log=self.log, rank=self.rank)
+        return Failure(
+            text=f"{self.name} {text}",
+            lines=tuple(lines),
+            log=self.log,
+            rank=self.rank,
+            is_consequence=self.ended is not None and self.ended.status == 1,
+        )
 
 
 def describe_status(status: int) -> str:

@@ -1,7 +1,7 @@
 """`beit3 launch` in this process with stand-ins for DeepSpeed's launcher, for the trainer and for ssh.
 
 Called with the fields of `LaunchOptions` that matter, as JSON. Hosts are all this machine; the file `unreachable` beside
-the hostfile names those that would not answer.
+the hostfile names those that would not answer. Waits are short.
 """
 
 import json
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from beit3_ds.cluster import launching
+from beit3_ds.cluster import attempt, guarded_rank, launching
 from beit3_ds.cluster.launching import LaunchOptions, launch
 from beit3_ds.config import ConfigError
 
@@ -26,6 +26,9 @@ def start_guards(launcher: str, hostfile: launching.Hostfile, guard: list[str]) 
     return [[sys.executable, "-m", "tests.cluster.start_guards", str(hostfile.path), *guard]]
 
 
+guarded_rank.STOPPED_SECONDS = 1.0
+attempt._GRACE_SECONDS = 1.0
+launching._RESTART_SECONDS = 0.2
 launching.find_unreachable = find_unreachable
 launching.build_commands = start_guards
 launching._own_address = lambda hostfile: "127.0.0.1"
@@ -36,7 +39,7 @@ defaults = {
     "smallest": 1,
     "log_dir": None,
     "environment": [],
-    "keepalive_seconds": 5.0,
+    "keepalive_seconds": 3.0,
     "start_seconds": 60.0,
     "port": 0,
     "module": "tests.cluster.stand_in_trainer",

@@ -28,19 +28,28 @@ class Ranks:
         self._folder = folder / f"meeting_{os.environ['MASTER_PORT']}"
         self._folder.mkdir(exist_ok=True, parents=True)
 
-    def meet(self, step: int) -> None:
-        """Waits until all have come to a step; ends this process if a rank has told of a fault."""
-        (self._folder / f"{self.rank}_{step}").touch()
-        while not all((self._folder / f"{rank}_{step}").exists() for rank in range(self.size)):
+    def meet(self, step: int, vote: bool) -> bool:
+        """Waits until all have come to a step; returns whether any has voted for the end of the run.
+
+        Ends this process if a rank has told of a fault.
+        """
+        self._write(f"{self.rank}_{step}", str(int(vote)))
+        files = [self._folder / f"{rank}_{step}" for rank in range(self.size)]
+        while not all(file.exists() for file in files):
             for fault in self._folder.glob("fault_*"):
                 print(f"error on rank {self.rank}: {fault.read_text()}", flush=True)
                 os._exit(1)
             time.sleep(0.005)
+        return any(file.read_text() == "1" for file in files)
 
     def tell(self, what: str) -> None:
         """Tells the others that this rank is about to fail."""
-        (self._folder / "fault_new").write_text(f"rank {self.rank} does not answer ({what})")
-        (self._folder / "fault_new").rename(self._folder / f"fault_{self.rank}")
+        self._write(f"fault_{self.rank}", f"rank {self.rank} does not answer ({what})")
+
+    def _write(self, name: str, text: str) -> None:
+        new = self._folder / f"new_{self.rank}"
+        new.write_text(text)
+        new.rename(self._folder / name)
 
 
 def main() -> int:
@@ -58,8 +67,6 @@ def main() -> int:
     print(f"rank {ranks.rank} of {ranks.size}, worker {worker.pid}, from step {first}, {greeting}", flush=True)
     ignores = False
     for step in range(first, config.total_steps):
-        ranks.meet(step)
-        time.sleep(STEP_SECONDS)
         for number, (its_rank, its_step, what) in enumerate(json.loads(os.environ.get("FAULTS", "[]"))):
             mark = folder / f"fault_{number}"
             if (its_rank, its_step) == (ranks.rank, step) and not mark.exists():
@@ -74,14 +81,15 @@ def main() -> int:
                     os.kill(os.getpid(), signal.Signals[what])
                 else:
                     return what
+        if ranks.meet(step, bool(received)) and not ignores:
+            print(f"rank {ranks.rank} stops on {[signal.Signals(number).name for number in received]}", flush=True)
+            break
+        time.sleep(STEP_SECONDS)
         if ranks.rank == 0:
             print(f"step {step + 1}", flush=True)
             latest.parent.mkdir(exist_ok=True, parents=True)
             latest.with_suffix(".new").write_text(f"step-{step + 1:08d}\n")
             latest.with_suffix(".new").replace(latest)
-        if received and not ignores:
-            print(f"rank {ranks.rank} stops on {signal.Signals(received[0]).name}", flush=True)
-            break
     return 0
 
 
