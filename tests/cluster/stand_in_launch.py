@@ -28,6 +28,7 @@ def start_guards(launcher: str, hostfile: launching.Hostfile, guard: list[str]) 
 
 guarded_rank.STOPPED_SECONDS = 1.0
 attempt._GRACE_SECONDS = 1.0
+attempt._LAUNCHER_SECONDS = 2.0
 launching._RESTART_SECONDS = 0.2
 launching.find_unreachable = find_unreachable
 launching.build_commands = start_guards

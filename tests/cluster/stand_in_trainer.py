@@ -37,6 +37,7 @@ class Ranks:
         files = [self._folder / f"{rank}_{step}" for rank in range(self.size)]
         while not all(file.exists() for file in files):
             for fault in self._folder.glob("fault_*"):
+                time.sleep(0.3)  # as the trainers take theirs
                 print(f"error on rank {self.rank}: {fault.read_text()}", flush=True)
                 os._exit(1)
             time.sleep(0.005)
