@@ -69,6 +69,8 @@ def _run(host: Host, line: str, environment: dict[str, str] | None = None) -> st
 
 def _wait_until_idle(hosts: Sequence[Host], environment: dict[str, str]) -> None:
     deadline = time.monotonic() + _READY_SECONDS
-    while (state := hosts[0].run(["sinfo", "--noheader", "--format=%T %D"], environment).stdout) != f"idle {len(hosts)}\n":
+    while (
+        state := hosts[0].run(["sinfo", "--noheader", "--format=%T %D"], environment).stdout
+    ) != f"idle {len(hosts)}\n":
         assert time.monotonic() < deadline, f"Slurm's nodes are not ready: {state}"
         time.sleep(0.1)
