@@ -273,7 +273,7 @@ class Attempt:
                 )
 
     async def _end_ranks(self) -> None:
-        """Leaves the others a moment to tell of a failure, then ends all that are left and waits until they are gone."""
+        """Leaves the others a moment to tell of a failure, then ends those that are left, and waits for that."""
         if not self._has_started:
             return
         await self._wait(lambda: self._orders.is_kill or not self._alive(), _GRACE_SECONDS)

@@ -45,10 +45,13 @@ class ProcessTree:
     def kill(self) -> list[int]:
         """Kills all that are left, children first; returns their numbers."""
         self.watch()
-        return [found.pid for found in sorted(self._found, key=lambda found: -self._found[found]) if _kill(found)]
+        return [
+            found.pid for found in sorted(self._found, key=lambda found: -self._found[found]) if kill_process(found)
+        ]
 
 
-def _kill(process: ProcessId) -> bool:
+def kill_process(process: ProcessId) -> bool:
+    """Kills one process; returns whether it was still there."""
     try:
         pidfd = os.pidfd_open(process.pid)
     except ProcessLookupError:

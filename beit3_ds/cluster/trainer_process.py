@@ -1,5 +1,6 @@
 """One rank's trainer as a child of its guard: its output, its state, and an end that leaves nothing behind."""
 
+import codecs
 import contextlib
 import ctypes
 import os
@@ -109,7 +110,7 @@ class TrainerProcess:
         except OSError as error:
             file = -1
             self._on_log_trouble(f"{log}: {error.strerror}")
-        is_told = file < 0
+        is_told, decoder = file < 0, codecs.getincrementaldecoder("utf-8")("replace")
         while chunk := os.read(pipe, _CHUNK_BYTES):
             try:
                 if file >= 0:
@@ -118,7 +119,7 @@ class TrainerProcess:
                 if not is_told:
                     self._on_log_trouble(f"{log}: {error.strerror}")
                 is_told = True
-            text = chunk.decode(errors="replace")
+            text = decoder.decode(chunk)
             self._remember(text)
             if self._on_output is not None:
                 self._on_output(text)

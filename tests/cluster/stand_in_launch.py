@@ -1,7 +1,7 @@
 """`beit3 launch` in this process with stand-ins for DeepSpeed's launcher, for the trainer and for ssh.
 
-Called with the fields of `LaunchOptions` that matter, as JSON. Hosts are all this machine; the file `unreachable` beside
-the hostfile names those that would not answer. Waits are short.
+Called with the fields of `LaunchOptions` that matter, as JSON. Hosts are all this machine; the file `unreachable`
+beside the hostfile names those that would not answer. Waits are short.
 """
 
 import json

@@ -16,7 +16,7 @@ def main() -> int:
     for rank in range(hostfile.world_size):
         command = [sys.executable, "-m", "beit3_ds.cluster.rank_guard", *arguments]
         guards.append(subprocess.Popen(command, env={**os.environ, "RANK": str(rank)}))
-    return int(any([guard.wait() for guard in guards]))
+    return int(max(guard.wait() for guard in guards) != 0)
 
 
 if __name__ == "__main__":

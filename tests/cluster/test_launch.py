@@ -101,7 +101,7 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., Launch]]:
 
 def test_a_run_to_its_end(launch: Callable[..., Launch]) -> None:
     """Logs of all ranks, the output of rank 0 here, the environment passed on, the data-loader's workers gone."""
-    run = launch([], environment=["GREETING=it's a \"day\"\n"])
+    run = launch([], environment=['GREETING=it\'s a "day"\n'])
     assert run.wait() == 0
     assert f"finished: {STEPS} steps" in run.printed()
     assert f"\nstep {STEPS}\n" in run.printed()

@@ -124,7 +124,9 @@ def test_a_host_that_is_gone_is_named_before_anything_starts(run_mapping: dict[s
         assert re.search(r"^error: hostfile \S+: host node1 cannot be reached: ssh: connect", launch.printed(), re.M)
         with launched(hosts, write_hostfile(hostfile, [hosts[0], hosts[2]]), tmp_path / "config.json") as launch:
             assert launch.wait(END_SECONDS) == 2
-        assert "host node2 cannot be reached: ssh: connect to host node2 port 22: Connection refused" in launch.printed()
+        assert (
+            "host node2 cannot be reached: ssh: connect to host node2 port 22: Connection refused" in launch.printed()
+        )
     assert not (tmp_path / "run" / "logs" / "attempt_1").exists()
 
 
@@ -201,7 +203,9 @@ def test_restarts_survive_three_faults(long_run: dict[str, Any], tmp_path: Path)
             launch.wait_for("restart 2 of 3: 2 ranks on node0 (1), node1 (1), from the checkpoint of step ")
             launch.wait_for("step 25/40")
             hosts[1].crash()
-            launch.wait_for("restart 3 of 3 without node1 (not reachable): 1 ranks instead of 2 on node0 (1), from the ")
+            launch.wait_for(
+                "restart 3 of 3 without node1 (not reachable): 1 ranks instead of 2 on node0 (1), from the "
+            )
             assert launch.wait(START_SECONDS) == 0
         # Only what was done after the newest checkpoint is done again.
         steps = [int(step) for step in re.findall(r"^step (\d+)/40", launch.printed(), re.MULTILINE)]
