@@ -36,6 +36,7 @@ USER_ERROR = 2
 """Status of a trainer that met what only the user can mend."""
 
 _SETTLE_SECONDS = 0.5  # after the first failure: its consequences may be heard of before it
+_SILENCE_SECONDS = 4 * BEAT_SECONDS  # that is worth a mention
 _GRACE_SECONDS = 5.0  # for the other ranks after the first failure: they tell of it (parallel.roll_call)
 _LAUNCHER_SECONDS = 10.0  # for DeepSpeed's launcher to end once all guards have left
 _NEWS_SECONDS = 15.0  # between two lines that say what is waited for
@@ -332,9 +333,11 @@ class Attempt:
     def _tell_failure(self) -> None:
         """Chooses the first failure that is no consequence of another, as far as that can be told, and shows it."""
         failure = self._failure = min(self._failures, key=lambda failure: failure.is_consequence)
+        silent = [rank.name for rank in self._alive().values() if rank.silence > _SILENCE_SECONDS]
+        hint = f"; not heard of for some seconds: {', '.join(silent)}" if silent and failure.is_consequence else ""
         where = f" (last lines of {failure.log})" if failure.lines else f" (see {failure.log})" if failure.log else ""
         seconds = time.monotonic() - self._began
-        self._terminal.say(f"FAILED after {seconds:.0f} s: {failure.text}{where}", failure.lines)
+        self._terminal.say(f"FAILED after {seconds:.0f} s: {failure.text}{hint}{where}", failure.lines)
 
     def _heed(self) -> None:
         """Passes the first order to stop on to all ranks."""

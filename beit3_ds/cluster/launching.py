@@ -195,6 +195,7 @@ class _Launch:
         )
         without = f" without {', '.join(unreachable)} (not reachable)" if unreachable else ""
         if self._orders.first is not None:
+            self._terminal.say(self._give_up(number - 1))
             return False
         if hosts is None:
             num_slots = sum(host.slots for host in left)

@@ -19,6 +19,7 @@ BEAT_SECONDS = 1.0
 
 _LONGEST_LINE = 16 << 20  # bytes; environments can be long
 _HANDSHAKE_SECONDS = 10.0
+_BACKLOG = 1024  # guards that may come at the same moment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +241,7 @@ async def listen(address: str, port: int, accept: Accept) -> asyncio.Server:
     Raises:
         OSError: if this machine does not have the address, or the port is taken.
     """
-    return await asyncio.start_server(accept, address, port, limit=_LONGEST_LINE)
+    return await asyncio.start_server(accept, address, port, limit=_LONGEST_LINE, backlog=_BACKLOG)
 
 
 def write_token(path: Path) -> bytes:

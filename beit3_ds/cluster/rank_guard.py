@@ -43,7 +43,7 @@ _LOCAL_RANK_NAMES = (
     "PALS_LOCAL_RANKID",
     "SLURM_LOCALID",
 )
-_CONNECT_ATTEMPTS = 3
+_ATTEMPTS = 4
 
 
 class RankGuard:
@@ -171,7 +171,7 @@ async def _guard(options: argparse.Namespace) -> int:
         raise ProtocolError(f"the launcher has set none of {', '.join(_RANK_NAMES)}")
     who = f"rank {rank} on host {socket.gethostname()}"
     try:
-        token = options.token.read_bytes()
+        token = await _read(options.token)
     except OSError as error:
         raise OSError(
             f"{who} cannot read {options.token}: {error.strerror}. The log folder must be on storage that all hosts "
@@ -201,8 +201,16 @@ async def _guard(options: argparse.Namespace) -> int:
     return await RankGuard(channel, options.keepalive).run()
 
 
+async def _read(path: Path) -> bytes:
+    for _ in range(_ATTEMPTS - 1):
+        with contextlib.suppress(FileNotFoundError):  # a network file system may show it late
+            return path.read_bytes()
+        await asyncio.sleep(BEAT_SECONDS)
+    return path.read_bytes()
+
+
 async def _connect(address: str, port: int) -> Channel:
-    for _ in range(_CONNECT_ATTEMPTS - 1):
+    for _ in range(_ATTEMPTS - 1):
         try:
             return await connect(address, port)
         except OSError:

@@ -115,8 +115,8 @@ def test_a_run_to_its_end(launch: Callable[..., Launch]) -> None:
     ("what", "text", "status"),
     [
         ("SIGKILL", "was killed by SIGKILL (the kernel does that when memory runs out", 1),
-        ("SIGSEGV", "was killed by SIGSEGV", 1),
-        (3, "ended with status 3", 1),
+        pytest.param("SIGSEGV", "was killed by SIGSEGV", 1, marks=pytest.mark.slow),
+        pytest.param(3, "ended with status 3", 1, marks=pytest.mark.slow),
         (2, "ended with status 2", 2),
     ],
 )
@@ -145,7 +145,13 @@ def test_a_stopped_rank_is_found_and_killed(launch: Callable[..., Launch]) -> No
     assert "ranks 0, 2 was killed by SIGKILL by the launcher" in run.printed()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)),
+    ],
+)
 def test_a_signal_stops_all_ranks_after_their_step(launch: Callable[..., Launch], number: signal.Signals) -> None:
     run = launch([], steps=10000, restarts=2)
     run.wait_until(lambda: "step 5\n" in run.printed())
@@ -190,6 +196,7 @@ def test_a_killed_guard_takes_its_rank_along(launch: Callable[..., Launch]) -> N
     assert re.search(r"FAILED .* rank \d on host \S+ lost its guard \(process \d+\)", run.printed())
 
 
+@pytest.mark.slow
 def test_a_silent_guard_is_lost(launch: Callable[..., Launch]) -> None:
     """As if its host or its network were down; nothing on this machine is left either."""
     run = launch([], steps=10000)
@@ -210,6 +217,7 @@ def test_ranks_end_when_their_supervisor_is_gone(launch: Callable[..., Launch]) 
     assert "rank 1 stops" not in run.log(1)
 
 
+@pytest.mark.slow
 def test_ranks_end_when_their_supervisor_is_silent(launch: Callable[..., Launch]) -> None:
     run = launch([], steps=10000)
     run.wait_until(lambda: "step 5\n" in run.printed())
@@ -232,6 +240,7 @@ def test_restarts_go_on_from_the_newest_checkpoint(launch: Callable[..., Launch]
     assert list(map(int, steps)) == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_restarts_are_counted(launch: Callable[..., Launch]) -> None:
     run = launch([[1, 5, 3], [1, 6, 3], [1, 7, 3]], restarts=1)
     assert run.wait() == 1
@@ -259,6 +268,37 @@ def test_no_restart_below_the_smallest_number_of_ranks(launch: Callable[..., Lau
     assert run.wait() == 1
     assert "no restart without b (not reachable): the layout of" in run.printed()
     assert "fits no number of ranks between 4 (--min-ranks) and 3" in run.printed()
+
+
+def test_hosts_that_do_not_come_are_named(launch: Callable[..., Launch]) -> None:
+    """And what still waits for them on this machine is ended."""
+    run = launch([], "a slots=2\nabsent slots=2\n", start_seconds=4.0)
+    assert run.wait() == 1
+    assert re.search(r"FAILED after \d+ s: ranks 2-3 \(host absent\) did not start within 4 s", run.printed())
+    assert not run.log(0)
+
+
+def test_a_signal_before_the_start_stops_at_once(launch: Callable[..., Launch]) -> None:
+    run = launch([], "a slots=2\nabsent slots=1\n", restarts=3)
+    run.wait_until(lambda: any("rank_guard" in line for line in run.descendants().values()))
+    run.process.send_signal(signal.SIGTERM)
+    assert run.wait() == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM: no step was done, nothing to save" in run.printed()
+    assert not run.log(0)
+
+
+def test_a_guard_says_why_it_cannot_work(tmp_path: Path) -> None:
+    def guard(token: Path) -> str:
+        arguments = ["--address=127.0.0.1", "--port=9", f"--token={token}", "--keepalive=5"]
+        command = [sys.executable, "-m", "beit3_ds.cluster.rank_guard", *arguments]
+        done = subprocess.run(command, env={**os.environ, "RANK": "3"}, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1
+        return done.stderr
+
+    assert "The log folder must be on storage that all hosts share: name one with --log-dir" in guard(tmp_path / "no")
+    (tmp_path / "token").write_text("a")
+    said = guard(tmp_path / "token")
+    assert re.match(r"beit3 launch: rank 3 on host \S+ cannot reach the supervisor at 127.0.0.1 port 9: ", said)
 
 
 def test_what_cannot_work_is_said_before_anything_starts(launch: Callable[..., Launch], tmp_path: Path) -> None:

@@ -113,6 +113,7 @@ def test_it_trains_what_one_process_trains(
     assert not [pid for host in two_hosts for pid in host.pids("beit3_ds|deepspeed|^pdsh")]
 
 
+@pytest.mark.slow
 @needs("pdsh")
 def test_a_host_that_is_gone_is_named_before_anything_starts(run_mapping: dict[str, Any], tmp_path: Path) -> None:
     with namespace_hosts(3) as hosts:
