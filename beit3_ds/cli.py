@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from beit3_ds.cli_bench import add_bench_commands
+from beit3_ds.cli_cluster import add_cluster_commands
 from beit3_ds.cli_launch import add_launch_command
 from beit3_ds.cli_weights import add_weight_commands
 from beit3_ds.config import ConfigError
@@ -71,7 +72,6 @@ def _build_parser() -> argparse.ArgumentParser:
         "--out", default="codes.png", metavar="FILE.png", help="the picture to write (default: codes.png)"
     )
     show.set_defaults(run=_show_codes)
-    add_launch_command(commands)
     add_weight_commands(commands)
     prepare = commands.add_parser("prepare", help="index, count and look at the files of a run, once before it")
     prepared = prepare.add_subparsers(metavar="WHAT", required=True)
@@ -85,6 +85,8 @@ def _build_parser() -> argparse.ArgumentParser:
         "--tolerance", type=float, metavar="NATS", help="end with status 1 if the total losses differ by more"
     )
     compare.set_defaults(run=_compare_runs)
+    add_cluster_commands(commands)
+    add_launch_command(commands)
     add_bench_commands(commands)
     return parser
 

@@ -35,7 +35,7 @@ ARROWS: dict[str, set[str]] = {
             "training",
         ),
     },
-    "cluster": {"config"},
+    "cluster": {"config", "costs"},
     "sample_data": set(),
 }
 ENTRY_POINTS = {
@@ -44,6 +44,7 @@ ENTRY_POINTS = {
     "rank_program",
     "cli",
     "cli_bench",
+    "cli_cluster",
     "cli_launch",
     "cli_weights",
     "__init__",

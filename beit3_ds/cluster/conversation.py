@@ -42,37 +42,45 @@ def remote_command(name: str, argv: list[str], environment: Mapping[str, str]) -
 
 
 class Conversation:
-    """One node's probe; one question at a time."""
+    """One node's probe, or another program that answers like it; one question at a time."""
 
-    def __init__(self, name: str, environment: Mapping[str, str]) -> None:
+    def __init__(self, name: str, environment: Mapping[str, str], program: Path = Path(probe.__file__)) -> None:
         """Nothing is started yet.
 
         Args:
             name: of the host.
-            environment: variables of the probe there.
+            environment: variables of the program there.
+            program: source that stands alone, reads requests and writes answers as `probe.main` does.
         """
         self.name = name
-        self._environment = environment
+        self._environment, self._program = environment, program
         self._process: asyncio.subprocess.Process | None = None
         self._last_words: deque[str] = deque(maxlen=20)
         self._listener: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Calls the node and sends the probe along; whether that worked shows in the first answer."""
+        """Calls the node and sends the program along; whether that worked shows in the first answer.
+
+        Raises:
+            NoAnswer: if this machine has no ssh.
+        """
         command = remote_command(self.name, [sys.executable, "-u", "-c", _START], self._environment)
         pipe = asyncio.subprocess.PIPE
-        self._process = await asyncio.create_subprocess_exec(
-            *command, stdin=pipe, stdout=pipe, stderr=pipe, limit=_LINE_BYTES
-        )
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *command, stdin=pipe, stdout=pipe, stderr=pipe, limit=_LINE_BYTES
+            )
+        except FileNotFoundError:
+            raise NoAnswer(f"cannot be reached: there is no program '{command[0]}' here") from None
         self._listener = asyncio.create_task(self._listen())
-        source = Path(probe.__file__).read_bytes()
+        source = self._program.read_bytes()
         self._send(f"{len(source)}\n".encode() + source)
 
     async def ask(self, question: str, seconds: float = ANSWER_SECONDS, **arguments: Any) -> Any:
         """Asks one question of `Probe`.
 
         Args:
-            question: the name of its method.
+            question: the name of its method, or what else the program takes.
             seconds: to wait for the answer.
             **arguments: of the method.
 

@@ -23,6 +23,8 @@ class Inquiry:
     """Where ranks would start: absolute."""
     output_dir: Path | None
     """That all nodes must share; None without a config."""
+    files: Mapping[str, bool]
+    """Glob patterns of what a run reads, and whether it must be there already: its tokenizers may still be trained."""
     master_port: int
     """On which rank 0 will listen."""
     environment: Mapping[str, str]
@@ -54,6 +56,8 @@ class Answers:
     """As `Probe.gpus`."""
     disks: dict[str, dict[str, Any]] = field(default_factory=dict)
     """As `Probe.disk`, by what the disk is for."""
+    files: dict[str, tuple[int, str]] | None = None
+    """As `Probe.files`, by pattern."""
     clock: float | None = None
     """Seconds by which it is ahead of the asking machine."""
     clock_error: float = 0.0
@@ -63,7 +67,7 @@ class Answers:
     tokens_missing: tuple[str, ...] | None = None
     """Hosts whose files in the shared folder it does not see."""
     listener: dict[str, Any] | None = None
-    """As `Probe.listen`."""
+    """As `Probe.listen`; of the first host for the master port, of the others for any."""
     connections: dict[str, dict[str, Any]] = field(default_factory=dict)
     """As `Probe.connect`, by the host that was called; with `wrong` if another machine answered."""
     own_address: str | None = None
@@ -141,6 +145,12 @@ class _Inspector:
         answers.gpus = await talk.ask("gpus")
         for purpose, folder in self._inquiry.disks.items():
             answers.disks[purpose] = await talk.ask("disk", folder=folder)
+        patterns = list(self._inquiry.files)
+        if patterns:
+            found = await talk.ask("files", patterns=patterns)
+            answers.files = {
+                pattern: (number, digest) for pattern, (number, digest) in zip(patterns, found, strict=True)
+            }
         for _ in range(_CLOCK_SAMPLES):
             before, asked = time.time(), time.monotonic()
             told = await talk.ask("clock")

@@ -8,6 +8,7 @@ input and ends when that closes, so nothing stays behind when the asking side di
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -28,6 +29,7 @@ PACKAGES = ("torch", "deepspeed", "beit3_ds")
 _GPU_QUERY = ("nvidia-smi", "--query-gpu=name,memory.total,memory.used", "--format=csv,noheader,nounits")
 _GPU_SECONDS = 25  # without its daemon the driver takes seconds a GPU to wake
 _CONNECT_SECONDS = 3.0
+_SIZED_FILES = 1000  # of a pattern: a network file system takes its time for each
 _CODE_SUFFIXES = (".py", ".json", ".cu", ".cuh", ".cpp", ".h")
 
 
@@ -41,11 +43,7 @@ class Probe:
 
     def machine(self, folder: str) -> dict:
         """Who this machine is; ranks would start in `folder`, and this process goes there."""
-        try:
-            os.chdir(folder)
-            folder_error = None
-        except OSError as error:
-            folder_error = error.strerror
+        folder_error = _enter(folder)
         return {
             "hostname": socket.gethostname(),
             # Containers of one machine share its boot, and have networks of their own.
@@ -56,12 +54,14 @@ class Probe:
             "shared_memory": _free_bytes("/dev/shm").get("total"),
             "cores": len(os.sched_getaffinity(0)),
             "addresses": _own_addresses(),
+            "interfaces": [name for _, name in socket.if_nameindex()],
             "own_name": _own_name(),
+            "gloo_interface": os.environ.get("GLOO_SOCKET_IFNAME"),
         }
 
     def software(self) -> dict:
         """Versions of packages, from their metadata, and a digest of every file of the project's code."""
-        versions = {}
+        versions: dict[str, str | None] = {}
         for package in PACKAGES:
             try:
                 versions[package] = importlib.metadata.version(package)
@@ -89,6 +89,15 @@ class Probe:
     def disk(self, folder: str) -> dict:
         """Free and total bytes for an unprivileged user of the file system that would hold `folder`."""
         return _free_bytes(existing_parent(folder))
+
+    def files(self, patterns: list[str]) -> list[list]:
+        """How many files each glob pattern matches from here, and a digest of their names and of the first's sizes."""
+        found = []
+        for pattern in patterns:
+            matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+            sizes = [os.path.getsize(match) for match in matches[:_SIZED_FILES] if os.path.isfile(match)]
+            found.append([len(matches), hashlib.sha256(repr([matches, sizes]).encode()).hexdigest()[:12]])
+        return found
 
     def clock(self) -> float:
         """Seconds since 1970."""
@@ -123,7 +132,7 @@ class Probe:
             time.sleep(0.1)
 
     def listen(self, port: int, token: str) -> dict:
-        """Tells `token` to whoever connects; if the port is taken, says by whom and uses another."""
+        """Tells `token` to whoever connects; if the port is taken, says by whom and uses another, as it does for 0."""
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does: a port that waits is free
         owner = None
@@ -135,7 +144,7 @@ class Probe:
         listener.listen(1024)
         self._listeners.append(listener)
         threading.Thread(target=_greet, args=(listener, token), daemon=True).start()
-        return {"port": listener.getsockname()[1], "owner": owner}
+        return {"wanted": port, "port": listener.getsockname()[1], "owner": owner}
 
     def connect(self, targets: list[list]) -> list[dict]:
         """Connects to all `[address, port]` at once; says what each told, over which interface, or what went wrong."""
@@ -188,6 +197,14 @@ def _read(path: str) -> str | None:
             return file.read().strip() or None
     except OSError:
         return None
+
+
+def _enter(folder: str) -> str | None:
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def _link(path: str) -> str | None:
@@ -283,8 +300,8 @@ def _owner_of(port: int) -> str | None:
         with contextlib.suppress(OSError):
             for descriptor in os.listdir(f"/proc/{pid}/fd"):
                 if _link(f"/proc/{pid}/fd/{descriptor}") in inodes:
-                    words = (_read(f"/proc/{pid}/cmdline") or "").replace("\0", " ")
-                    return f"process {pid} ({words[:60].strip()})"
+                    command = (_read(f"/proc/{pid}/cmdline") or "").replace("\0", " ")
+                    return f"process {pid} ({command[:60].strip()})"
     return None
 
 

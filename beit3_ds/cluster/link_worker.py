@@ -1,0 +1,168 @@
+"""What runs on every node while links are measured, one process a node: torch.distributed between pairs, then all.
+
+Its source is sent over ssh, as that of `probe` is, and it ends when its standard input closes.
+"""
+
+import json
+import os
+import queue
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+MARK = "beit3-probe "
+"""What every answer begins with (`probe.MARK`)."""
+_TIMEOUT = timedelta(seconds=60)
+_MIN_BYTES, _BUFFER_BYTES, _MAX_BYTES = 1 << 16, 1 << 25, 1 << 28
+_GROWTH = 8
+_ENOUGH_SECONDS = 0.1  # a transfer that takes so long tells the rate: latency and TCP's slow start are small in it
+_ALL_REDUCE_SECONDS = 0.5
+_TRIES = 2  # of which the faster counts: other traffic and busy cores only slow one down
+
+
+def pair_rounds(size: int) -> list[list[tuple[int, int]]]:
+    """Rounds of disjoint pairs in which everyone meets everyone once: the circle method of tournaments.
+
+    There are `size - 1` rounds, or `size` if it is odd; then one sits out in each.
+    """
+    players = list(range(size + size % 2))
+    rounds = []
+    for _ in range(len(players) - 1):
+        half = len(players) // 2
+        pairs = zip(players[:half], reversed(players[half:]), strict=True)
+        rounds.append([(min(pair), max(pair)) for pair in pairs if max(pair) < size])
+        players = [players[0], players[-1], *players[1:-1]]
+    return rounds
+
+
+class Worker:
+    """One rank of the measurement."""
+
+    def __init__(self, rank: int, world_size: int, address: str, port: int, backend: str) -> None:
+        """Joins the process group; rank 0 listens at `address`.
+
+        Args:
+            rank: of this node.
+            world_size: nodes.
+            address: of node 0.
+            port: there.
+            backend: "nccl", which sends from the first GPU, or "gloo".
+        """
+        import torch
+        import torch.distributed as dist
+
+        self._torch, self._dist, self._rank, self._size = torch, dist, rank, world_size
+        self._device = torch.device("cuda", 0) if backend == "nccl" else torch.device("cpu")
+        if backend == "nccl":
+            torch.cuda.set_device(0)
+        dist.init_process_group(
+            backend, init_method=f"tcp://{address}:{port}", rank=rank, world_size=world_size, timeout=_TIMEOUT
+        )
+        self._buffer = torch.zeros(_BUFFER_BYTES, dtype=torch.uint8, device=self._device)
+
+    def measure(self, rounds: list[list[list[int]]]) -> dict[str, float]:
+        """Sends both ways between the pairs of one round after the other; all ranks are told the same rounds.
+
+        Returns:
+            Bits a second from here to other ranks, by their numbers as strings.
+        """
+        rates: dict[str, float] = {}
+        for pairs in rounds:
+            self._dist.barrier()
+            for first, second in pairs:
+                if self._rank == first:
+                    rates[str(second)] = self._send_to(second)
+                    self._receive_from(second)
+                elif self._rank == second:
+                    self._receive_from(first)
+                    rates[str(first)] = self._send_to(first)
+        return rates
+
+    def all_reduce(self, slowest: float) -> float:
+        """Bus bandwidth of an all-reduce: what each link would carry in a ring, 2 (n - 1) / n of the tensor.
+
+        Args:
+            slowest: link, in bits a second, by which the tensor is chosen.
+        """
+        numel = int(min(max(slowest / 8 * _ALL_REDUCE_SECONDS, _MIN_BYTES), _BUFFER_BYTES)) // 4
+        tensor = self._torch.zeros(numel, dtype=self._torch.float32, device=self._device)
+        times = []
+        for _ in range(_TRIES + 1):  # the first also connects
+            self._dist.barrier()
+            begin = self._now()
+            self._dist.all_reduce(tensor)
+            times.append(self._now() - begin)
+        return 8 * 4 * numel * 2 * (self._size - 1) / self._size / min(times)
+
+    def _send_to(self, other: int) -> float:
+        """Sends more and more until that takes long enough; the receiver says when it has all."""
+        best = 0.0
+        size = _MIN_BYTES
+        tries = 0
+        while tries < _TRIES:
+            self._pass_number(size, other)
+            begin = self._now()
+            for part in self._parts(size):
+                self._dist.send(part, other)
+            self._receive_number(other)
+            seconds = self._now() - begin
+            if seconds >= _ENOUGH_SECONDS or size == _MAX_BYTES:
+                best = max(best, 8 * size / seconds)
+                tries += 1
+            else:
+                size = min(size * _GROWTH, _MAX_BYTES)
+        self._pass_number(0, other)
+        return best
+
+    def _receive_from(self, other: int) -> None:
+        while size := self._receive_number(other):
+            for part in self._parts(size):
+                self._dist.recv(part, other)
+            self._pass_number(size, other)
+
+    def _parts(self, size: int) -> list[Any]:
+        return [self._buffer[:size]] if size <= _BUFFER_BYTES else [self._buffer] * (size // _BUFFER_BYTES)
+
+    def _pass_number(self, number: int, other: int) -> None:
+        self._dist.send(self._torch.tensor([number], device=self._device), other)
+
+    def _receive_number(self, other: int) -> int:
+        number = self._torch.zeros(1, dtype=self._torch.int64, device=self._device)
+        self._dist.recv(number, other)
+        return int(number.item())  # waits for the device
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            self._torch.cuda.synchronize()
+        return time.monotonic()
+
+
+def _answer_all(requests: "queue.Queue[bytes]") -> None:
+    worker: Worker | None = None
+    while True:
+        request = json.loads(requests.get())
+        question = request.pop("ask")
+        answer: dict[str, Any] = {"answer": None}
+        try:
+            if question == "join":
+                worker = Worker(**request)
+            else:
+                answer["answer"] = getattr(worker, question)(**request)
+        except Exception as error:  # told to the asking side, which names this host
+            answer = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+        print(MARK + json.dumps(answer), flush=True)
+
+
+def main() -> None:
+    """Joins, then measures what it is asked, and ends when standard input closes, whatever is under way."""
+    requests: queue.Queue[bytes] = queue.Queue()
+    threading.Thread(target=_answer_all, args=(requests,), daemon=True).start()
+    for line in sys.stdin.buffer:
+        requests.put(line)
+    os._exit(0)  # threads of torch may wait for peers that are gone
+
+
+if __name__ == "__main__":
+    main()
