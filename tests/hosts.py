@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -245,7 +246,7 @@ def _start_namespaces(options: Sequence[str], prepare: str, *arguments: str) -> 
 
 
 def _find(program: str) -> str | None:
-    return shutil.which(program) or shutil.which(program, path="/usr/sbin:/sbin")
+    return shutil.which(program) or shutil.which(program, path=f"{Path(sys.executable).parent}:/usr/sbin:/sbin")
 
 
 def missing_for_hosts(*programs: str) -> str | None:
