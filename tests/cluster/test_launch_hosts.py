@@ -17,7 +17,7 @@ import torch
 from beit3_ds.checkpoint.folder import CheckpointFolder
 from beit3_ds.checkpoint.rectangles import whole
 from tests.checkpoint.training_run import TrainingRun, check_same_state
-from tests.cluster.test_plain_launchers import PROGRAMS, check_run, needs
+from tests.cluster.test_plain_launchers import BIN, check_run, needs
 from tests.hosts import Host, namespace_hosts, write_hostfile
 from tests.slurm import PROGRAMS as SLURM_PROGRAMS
 from tests.slurm import start_slurm
@@ -35,7 +35,7 @@ class HostsLaunch:
     def __init__(self, hosts: list[Host], hostfile: Path, config: Path, *options: str) -> None:
         self.hosts, self._printed = hosts, config.with_name(f"printed_{time.monotonic_ns()}")
         environment = {
-            "PATH": f"{PROGRAMS}:{os.environ['PATH']}",
+            "PATH": f"{BIN}:{os.environ['PATH']}",
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
         }
