@@ -4,12 +4,10 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 
+from beit3_ds.cluster.attempt_plan import AttemptPlan, Outcome
 from beit3_ds.cluster.guarded_rank import Failure, GuardedRank, describe_status
-from beit3_ds.cluster.hostfile import HostSlots
 from beit3_ds.cluster.launcher_process import LauncherProcess
 from beit3_ds.cluster.messages import (
     BEAT_SECONDS,
@@ -40,58 +38,6 @@ _SILENCE_SECONDS = 4 * BEAT_SECONDS  # that is worth a mention
 _GRACE_SECONDS = 5.0  # for the other ranks after the first failure: they tell of it (parallel.roll_call)
 _LAUNCHER_SECONDS = 10.0  # for DeepSpeed's launcher to end once all guards have left
 _NEWS_SECONDS = 15.0  # between two lines that say what is waited for
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttemptPlan:
-    """What to start, and where."""
-
-    hosts: Sequence[HostSlots]
-    """In the order of their ranks."""
-    build_commands: Callable[[list[str]], list[list[str]]]
-    """Makes the commands that start a guard for every rank, from the guards' own arguments."""
-    launcher_environment: Mapping[str, str]
-    """Of those commands, whole."""
-    trainer: Sequence[str]
-    """The command of every rank."""
-    environment: Mapping[str, str]
-    """What the trainers get beside what the launcher sets; it also overrides how they find each other."""
-    folder: Path
-    """To run in, on all hosts."""
-    log_dir: Path
-    """Of this attempt, on storage that all hosts share."""
-    address: str
-    """Of this machine, by which the hosts reach it."""
-    port: int
-    """To listen on; 0 is any."""
-    keepalive_seconds: float
-    """Silence after which a host is lost, and after which guards give up their supervisor."""
-    start_seconds: float
-    """That guards have to come."""
-
-    @property
-    def world_size(self) -> int:
-        """Ranks in all."""
-        return sum(host.slots for host in self.hosts)
-
-    def host_of(self, rank: int) -> str:
-        """The host of the hostfile where a rank should be."""
-        names = [host.name for host in self.hosts for _ in range(host.slots)]
-        return names[rank]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """How an attempt ended; no rank of it is left on any host that can be reached."""
-
-    failure: Failure | None
-    """The first, if any."""
-    is_user_error: bool
-    """Whether a rank ended with status 2."""
-    lost_hosts: frozenset[str]
-    """Hosts of the hostfile that fell silent, or where no guard came from."""
-    clear_at: float
-    """On the monotonic clock: when guards that were lost have ended their trainers at the latest."""
 
 
 class Attempt:
@@ -263,11 +209,9 @@ class Attempt:
         def is_done() -> bool:
             return bool(self._failures) or self._orders.is_kill or not self._alive()
 
-        began: float | None = None
         while not await self._wait(is_done, _NEWS_SECONDS):
             if self._orders.first is not None:
-                began = began or time.monotonic()
-                seconds = time.monotonic() - began + _NEWS_SECONDS
+                seconds = time.monotonic() - self._orders.since
                 self._terminal.say(
                     f"waiting for {join_ranks(self._alive())} to save and stop, since {seconds:.0f} s; they end after "
                     "the step they are in, or at the first if they are still starting. Ctrl-C again kills them."
@@ -376,6 +320,8 @@ class Attempt:
             first = min(ranks, key=lambda rank: rank.rank)
             lines = first.ended.lines if first.ended is not None else []
             errors = [line for line in lines if "error on rank" in line or line.startswith("error")] or lines[-1:]
+            if len(ranks) > 1:
+                end = end.replace("was ", "were ", 1)
             self._terminal.say(f"{join_ranks(rank.rank for rank in ranks)} {end}", errors[-1:])
 
     def _outcome(self) -> Outcome:

@@ -83,7 +83,8 @@ class GuardedRank:
             return self.ended.error
         if self.ended.status is None:
             return "was not started"
-        return describe_status(self.ended.status) + (" by the launcher" if self.is_killed else "")
+        is_ours = self.is_killed and self.ended.status == -signal.SIGKILL
+        return describe_status(self.ended.status) + (" by the launcher" if is_ours else "")
 
     def failure(self, text: str) -> Failure:
         """That something happened to this rank, with its last lines from its guard or, if that is lost, its log."""

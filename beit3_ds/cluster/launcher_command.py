@@ -51,8 +51,11 @@ def build_commands(launcher: Launcher, hostfile: Hostfile, guard: Sequence[str])
         arguments = "--launcher_args=--bind-to none"  # else each rank gets one core
         return [[*common, "--force_multi", "--launcher", "openmpi", arguments, "--module", _GUARD, *guard]]
     # DeepSpeed leaves --module out of its commands for the other two, or puts it where it does not work.
-    chosen = ["--include", "@".join(hostfile.names)] if launcher == "slurm" else []
-    return [[*common, "--force_multi", "--launcher", launcher, *chosen, str(_GUARD_FILE), *guard]]
+    options: list[str] = []
+    if launcher == "slurm":
+        arguments = f"--launcher_args=--ntasks-per-node={hostfile.hosts[0].slots} --cpu-bind=none"
+        options = ["--include", "@".join(hostfile.names), arguments]
+    return [[*common, "--force_multi", "--launcher", launcher, *options, str(_GUARD_FILE), *guard]]
 
 
 def launcher_environment(launcher: Launcher, environment: Mapping[str, str]) -> dict[str, str]:

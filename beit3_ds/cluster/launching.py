@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from beit3_ds.cluster.attempt import USER_ERROR, Attempt, AttemptPlan, Outcome
+from beit3_ds.cluster.attempt import USER_ERROR, Attempt
+from beit3_ds.cluster.attempt_plan import AttemptPlan, Outcome
 from beit3_ds.cluster.forwarding import forwarded_environment
 from beit3_ds.cluster.hostfile import Hostfile, HostSlots, read_hostfile, write_hostfile
 from beit3_ds.cluster.launcher_command import (
@@ -70,7 +71,8 @@ def launch(options: LaunchOptions) -> int:
     hostfile = read_hostfile(options.hostfile)
     config = load_run_config(options.config, options.changes)
     check_layout(config, hostfile.world_size)
-    check_launcher(options.launcher, hostfile, shutil.which)
+    path = launcher_environment(options.launcher, os.environ)["PATH"]
+    check_launcher(options.launcher, hostfile, lambda program: shutil.which(program, path=path))
     environment = forwarded_environment(os.environ, options.environment)
     log_dir = Path(options.log_dir or Path(config.training.output_dir) / "logs").absolute()
     try:

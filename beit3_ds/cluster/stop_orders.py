@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import time
 from collections.abc import Callable
 
 from beit3_ds.cluster.terminal import Terminal
@@ -18,6 +19,8 @@ class StopOrders:
         self._terminal = terminal
         self.first: signal.Signals | None = None
         """The signal that asked the run to stop, if any has."""
+        self.since = 0.0
+        """When that was, on the monotonic clock."""
         self.is_kill = False
         """Whether the ranks shall not even save."""
         self.on_change: Callable[[], None] = lambda: None
@@ -44,7 +47,7 @@ class StopOrders:
             origin: what was received and where, if it was not this signal here.
         """
         if self.first is None:
-            self.first = number
+            self.first, self.since = number, time.monotonic()
             self._terminal.say(f"{origin or number.name}: asking all ranks to save and stop")
         elif number == signal.SIGINT and not origin and not self.is_kill:
             self.is_kill = True

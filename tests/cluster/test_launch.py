@@ -142,7 +142,7 @@ def test_a_stopped_rank_is_found_and_killed(launch: Callable[..., Launch]) -> No
     assert run.wait() == 1
     assert re.search(r"FAILED .* rank 1 on host \S+ has been stopped \(state T\) for \d+ s", run.printed())
     assert "    | rank 1 meets SIGSTOP" in run.printed()
-    assert "ranks 0, 2 was killed by SIGKILL by the launcher" in run.printed()
+    assert "ranks 0, 2 were killed by SIGKILL by the launcher" in run.printed()
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ def test_slurm(started: dict[str, list[str]]) -> None:
     command = started["slurm"]
     assert command[:3] == ["srun", "-n", "4"]
     assert command[command.index("--nodelist") + 1] == "node0,node1"
+    assert "--ntasks-per-node=2" in command and "--cpu-bind=none" in command
     assert command[-7:-5] == [sys.executable, "-u"]
     assert Path(command[-5]).name == "rank_guard.py" and Path(command[-5]).is_file() and command[-4:] == GUARD
 
