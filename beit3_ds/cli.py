@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from beit3_ds.cli_bench import add_bench_commands
 from beit3_ds.cli_cluster import add_cluster_commands
+from beit3_ds.cli_launch import add_launch_command
 from beit3_ds.cli_weights import add_weight_commands
 from beit3_ds.config import ConfigError
 from beit3_ds.config.arguments import add_config_arguments
@@ -85,6 +86,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     compare.set_defaults(run=_compare_runs)
     add_cluster_commands(commands)
+    add_launch_command(commands)
     add_bench_commands(commands)
     return parser
 

@@ -34,23 +34,25 @@ from beit3_ds.training.optimizer import check_optimizer
 from beit3_ds.training.progress import Progress
 from beit3_ds.training.report import write_report
 from beit3_ds.training.setup import describe_setup
+from beit3_ds.training.stop_request import StopSignals
 from beit3_ds.training.stragglers import Stragglers, TimedSteps
 
 
 def pretrain(config: RunConfig) -> None:
     """Trains a run to its end, going on from its newest whole checkpoint if there is one, and writes its report.
 
-    SIGTERM ends it early, with a checkpoint and without a report (`training.loop.train`).
+    SIGTERM, SIGINT or SIGUSR1 ends it early, with a checkpoint and without a report (`training.loop.train`).
 
     Raises:
         ConfigError: for a configuration, tokenizer, data file or checkpoint that cannot work.
         NonFiniteLossError: if training diverges.
     """
-    inputs = open_inputs(config)
-    with joined_ranks(config.parallel) as mesh:
-        run, steps = build_run(config, inputs, mesh)
-        if train(run, steps):
-            write_report(run, inputs.text_tokenizer)
+    with StopSignals().listening() as signals:
+        inputs = open_inputs(config)
+        with joined_ranks(config.parallel) as mesh:
+            run, steps = build_run(config, inputs, mesh)
+            if train(run, steps, signals):
+                write_report(run, inputs.text_tokenizer)
 
 
 @dataclass(frozen=True, kw_only=True)

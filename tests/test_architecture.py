@@ -45,6 +45,7 @@ ENTRY_POINTS = {
     "cli",
     "cli_bench",
     "cli_cluster",
+    "cli_launch",
     "cli_weights",
     "__init__",
 }

@@ -1,7 +1,7 @@
 """Configuration: frozen dataclasses and the strict loading of one JSON file a run."""
 
 from beit3_ds.config.data import DataConfig, SourceConfig, StreamConfig, TextTokenizerConfig, TokenizersConfig
-from beit3_ds.config.layouts import check_layout
+from beit3_ds.config.layouts import check_layout, fits_layout
 from beit3_ds.config.model import MODEL_SIZES, ModelConfig
 from beit3_ds.config.parallel import ParallelConfig, Place
 from beit3_ds.config.run import MicroBatchSize, RunConfig, build_run_config, load_run_config
@@ -29,5 +29,6 @@ __all__ = [
     "VisualTokenizerConfig",
     "build_run_config",
     "check_layout",
+    "fits_layout",
     "load_run_config",
 ]

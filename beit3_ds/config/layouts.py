@@ -32,15 +32,18 @@ def check_layout(config: RunConfig, world_size: int) -> int:
         raise ConfigError(f"{error}\n{world_size} ranks. {hint}") from None
 
 
+def fits_layout(config: RunConfig, world_size: int) -> bool:
+    """Whether `check_layout` would accept as many ranks; faster than its refusals."""
+    try:
+        _check(config, world_size)
+    except ConfigError:
+        return False
+    return True
+
+
 def nearest_layouts(config: RunConfig, world_size: int) -> list[RunConfig]:
     """The run on other layouts of `world_size` ranks that fit, nearest first, three at most."""
-    fitting = []
-    for candidate in _candidates(config, world_size):
-        try:
-            _check(candidate, world_size)
-        except ConfigError:
-            continue
-        fitting.append(candidate)
+    fitting = [candidate for candidate in _candidates(config, world_size) if fits_layout(candidate, world_size)]
     return sorted(fitting, key=lambda candidate: _distance(config, candidate))[:_SUGGESTIONS]
 
 

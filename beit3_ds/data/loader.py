@@ -47,13 +47,13 @@ def build_train_loader(dataset: StepDataset, config: DataConfig, first_step: int
 
 
 def _start_server_of_workers() -> None:
-    """Starts the process from which workers are forked, if there is none, so that it and they are deaf to SIGTERM.
+    """Starts the process from which workers are forked, if there is none, so that it and they are deaf to some signals.
 
-    Clusters send it to all processes of a run, where it asks the ranks to end their step and save. What a step needs
-    must still be there then.
+    Clusters send SIGTERM or SIGUSR1, and terminals SIGINT, to all processes of a run, where they ask the ranks to end
+    their step and save. What a step needs must still be there then.
     """
-    resource_tracker.ensure_running()  # else the server starts it first, which unblocks the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # processes inherit it
+    resource_tracker.ensure_running()  # else the server starts it first, which unblocks the signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})  # inherited
     forkserver.ensure_running()
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

@@ -25,7 +25,7 @@ from beit3_ds.training.loss import BrokenRecordBudget, build_loss_factors
 from beit3_ds.training.loss_spikes import LossSpikes, format_spike
 from beit3_ds.training.progress import Progress, Update, format_evaluation, format_line
 from beit3_ds.training.skipped_steps import NonFiniteLossError, SkippedSteps
-from beit3_ds.training.stop_request import StopRequest
+from beit3_ds.training.stop_request import StopRequest, StopSignals
 from beit3_ds.training.stragglers import Stragglers
 from beit3_ds.training.targets import prepare_batch
 
@@ -78,15 +78,16 @@ def resume(engine: DeepSpeedEngine, state: EngineState, store: CheckpointStore, 
     return first_step
 
 
-def train(run: Run, steps: Iterable[StepBatch]) -> bool:
+def train(run: Run, steps: Iterable[StepBatch], signals: StopSignals) -> bool:
     """Trains from `run.first_step` to the end, with progress lines, evaluations and checkpoints on the way.
 
-    After SIGTERM, on whichever rank, all ranks end the step they are in, save and return: that takes at most one step,
-    the save that is under way and one more.
+    After a signal to stop, on whichever rank, all ranks end the step they are in, save and return: that takes at most
+    one step, the save that is under way and one more. If it came before the first step, they return at once.
 
     Args:
         run: the parts.
         steps: this rank's share of every step from `first_step` on.
+        signals: that this rank has received, and receives meanwhile.
 
     Returns:
         Whether the run is finished; False if it was asked to stop before.
@@ -96,10 +97,12 @@ def train(run: Run, steps: Iterable[StepBatch]) -> bool:
         NonFiniteLossError: if loss or gradients are not finite in `training.max_skipped_steps` steps in a row. The
             newest checkpoint then holds the weights from before them.
     """
-    stop = StopRequest(run.mesh, run.device)
+    stop = StopRequest(signals, run.mesh, run.device)
+    if stop.agreed() and run.first_step < run.config.training.total_steps:
+        _say(run, f"stopped on {stop.reason} before step {run.first_step + 1}; the same command goes on from there")
+        return False
     try:
-        with stop.listening():
-            return _train(run, steps, stop)
+        return _train(run, steps, stop)
     except (ConfigError, NonFiniteLossError):  # which all ranks meet at the same step
         run.store.finish()
         raise
@@ -142,7 +145,7 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: StopRequest) -> bool:
             "from there."
         )
     if done < config.total_steps:
-        _say(run, f"stopped after step {done} on SIGTERM; the same command goes on from there")
+        _say(run, f"stopped after step {done} on {stop.reason}; the same command goes on from there")
     return done == config.total_steps
 
 

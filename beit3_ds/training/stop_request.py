@@ -1,4 +1,4 @@
-"""SIGTERM ends a run after the step it is in, with a checkpoint."""
+"""SIGTERM, SIGINT and SIGUSR1 end a run after the step it is in, with a checkpoint."""
 
 import signal
 from collections.abc import Iterator
@@ -9,27 +9,49 @@ import torch
 
 from beit3_ds.parallel import Mesh
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Clusters send the first or the last some time before they kill; the second is Ctrl-C."""
 
-class StopRequest:
-    """Whether any rank was asked to stop; clusters send SIGTERM some time before they kill."""
 
-    def __init__(self, mesh: Mesh, device: torch.device) -> None:
-        self._mesh, self._device = mesh, device
-        self._received = False
+class StopSignals:
+    """Which of them this process has received."""
+
+    def __init__(self) -> None:
+        self.received: set[int] = set()
+        """Their numbers."""
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Notes SIGTERM instead of dying of it, until the block ends. Only in a process's main thread."""
-        before = signal.signal(signal.SIGTERM, self._note)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    def listening(self) -> Iterator["StopSignals"]:
+        """Notes the signals instead of dying of them, until the block ends. Only in a process's main thread.
 
-    def agreed(self) -> bool:
-        """Whether any rank has received the signal: the same answer on all of them. Sends one integer."""
-        received = torch.tensor(int(self._received), device=self._device)
-        return bool(self._mesh.sum_over_all(received))
+        Takes those, too, that were held back until now (`beit3 launch` starts ranks with the signals blocked). A second
+        SIGINT ends the process as it always does.
+        """
+        before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._received = True
+        if number == signal.SIGINT and number in self.received:
+            raise KeyboardInterrupt
+        self.received.add(number)
+
+
+class StopRequest:
+    """Whether any rank was asked to stop."""
+
+    def __init__(self, signals: StopSignals, mesh: Mesh, device: torch.device) -> None:
+        self._signals, self._mesh, self._device = signals, mesh, device
+        self.reason = ""
+        """The signals that any rank had received when they last agreed, by name."""
+
+    def agreed(self) -> bool:
+        """Whether any rank has received a signal: the same answer on all of them. Sends three integers."""
+        received = torch.tensor([int(number in self._signals.received) for number in STOP_SIGNALS], device=self._device)
+        counts = self._mesh.sum_over_all(received).tolist()
+        self.reason = " and ".join(number.name for number, count in zip(STOP_SIGNALS, counts, strict=True) if count)
+        return bool(self.reason)

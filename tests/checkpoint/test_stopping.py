@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,20 +13,27 @@ from typing import Any
 import pytest
 
 from beit3_ds.checkpoint.folder import CheckpointFolder
+from beit3_ds.training.stop_request import STOP_SIGNALS
 from tests.checkpoint.training_run import TrainingRun, check_same_state
 from tests.test_pretrain import losses
 
 NO_EVALUATION = {"eval_interval": 1000}
 
 
-def test_sigterm_on_one_rank_stops_all_with_a_checkpoint(run_mapping: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGUSR1))]
+)
+def test_signal_to_one_rank_stops_all_with_a_checkpoint(
+    number: signal.Signals, run_mapping: dict[str, Any], tmp_path: Path
+) -> None:
     """Catches ranks that leave at different steps, and a step that is lost."""
     settings = {**NO_EVALUATION, "total_steps": 24, "save_interval": 1000}
     run = TrainingRun(run_mapping, tmp_path / "stopped", 2, **settings)
     with run.started():
         run.wait_until(lambda: "step 2/24" in run.output())
-        os.kill(run.ranks[1].pid, signal.SIGTERM)
+        os.kill(run.ranks[1].pid, number)
         assert run.wait() == [0, 0]
+    assert f" on {number.name}; the same command" in run.output()
     done = int(run.output().split("stopped after step ")[1].split()[0])
     assert 2 <= done < 24
     assert run.output().count("stopped after") == 1
@@ -40,6 +49,24 @@ def test_sigterm_on_one_rank_stops_all_with_a_checkpoint(run_mapping: dict[str, 
     assert losses(run.output_dir) == losses(undisturbed.output_dir)
 
 
+def test_signal_during_the_start_stops_before_the_first_step(run_mapping: dict[str, Any], tmp_path: Path) -> None:
+    """Catches a rank that dies of a signal which came before it could take it (`beit3 launch` holds it back)."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(run_mapping))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "beit3_ds.pretrain", str(config)],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS),
+    )
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "stopped on SIGUSR1 before step 1; the same command goes on from there" in output
+    assert "step 1/" not in output
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def others(run: TrainingRun) -> list[int]:
     """The processes that the only rank of a run has started, as far as they are alive."""
     leader, found = run.ranks[0].pid, []
@@ -52,7 +79,7 @@ def others(run: TrainingRun) -> list[int]:
 
 
 def test_workers_live_as_long_as_their_rank(run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """Cluster managers send SIGTERM to all processes: what prepares steps is needed until the last one is done.
+    """Cluster managers and terminals signal all processes: what prepares steps is needed until the last one is done.
 
     But a rank that is killed takes its workers with it.
     """
@@ -62,7 +89,8 @@ def test_workers_live_as_long_as_their_rank(run_mapping: dict[str, Any], tmp_pat
         run.wait_until(lambda: "step 2/" in run.output())
         assert len(others(run)) >= 3  # two workers, and the server that they are forked from
         for pid in others(run):
-            os.kill(pid, signal.SIGTERM)
+            for number in STOP_SIGNALS:
+                os.kill(pid, number)
         run.wait_until(lambda: "step 16/" in run.output())  # more than was prepared by then
         run.ranks[0].kill()
         deadline = time.monotonic() + 30

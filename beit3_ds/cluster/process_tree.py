@@ -1,0 +1,90 @@
+"""The processes that DeepSpeed's launcher has on this machine, to be ended one by one if it does not end by itself.
+
+It is never sent SIGTERM or SIGINT: its handlers run `pkill -f` on every host of the run, which also reaches the runs
+of others.
+"""
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+from typing import NamedTuple
+
+
+class ProcessId(NamedTuple):
+    """A process that no later one is mistaken for."""
+
+    pid: int
+    start_time: int
+    """Clock ticks between the machine's start and its own."""
+
+
+class ProcessTree:
+    """Some processes and all that they start, as far as it was seen."""
+
+    def __init__(self, roots: list[int]) -> None:
+        """Takes note of the roots, as far as they still run; they must not have been waited for."""
+        table = _read_table()
+        self._found = {ProcessId(pid, table[pid][1]): 0 for pid in roots if pid in table}  # with the depth below a root
+
+    def watch(self) -> None:
+        """Takes note of what was started since: what loses its parent is not found later."""
+        table = _read_table()
+        children: dict[int, list[int]] = {}
+        for pid, (parent, _) in table.items():
+            children.setdefault(parent, []).append(pid)
+        left = [(found, depth) for found, depth in self._found.items() if table.get(found.pid, (0, 0))[1] == found[1]]
+        while left:
+            found, depth = left.pop()
+            for pid in children.get(found.pid, ()):
+                child = ProcessId(pid, table[pid][1])
+                if child not in self._found:
+                    self._found[child] = depth + 1
+                    left.append((child, depth + 1))
+
+    def kill(self) -> list[int]:
+        """Kills all that are left, children first; returns their numbers."""
+        self.watch()
+        return [
+            found.pid for found in sorted(self._found, key=lambda found: -self._found[found]) if kill_process(found)
+        ]
+
+
+def kill_process(process: ProcessId) -> bool:
+    """Kills one process; returns whether it was still there."""
+    try:
+        pidfd = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return False
+    try:
+        if _stat(process.pid) != process:  # asked while the number cannot be given to another
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            return True
+        return False
+    finally:
+        os.close(pidfd)
+
+
+def _read_table() -> dict[int, tuple[int, int]]:
+    """Parent and start time of every process."""
+    table = {}
+    for path in Path("/proc").iterdir():
+        if path.name.isdecimal() and (fields := _fields(int(path.name))):
+            table[int(path.name)] = (int(fields[1]), int(fields[19]))
+    return table
+
+
+def _stat(pid: int) -> ProcessId | None:
+    fields = _fields(pid)
+    return ProcessId(pid, int(fields[19])) if fields else None
+
+
+def _fields(pid: int) -> list[str]:
+    """Of /proc/PID/stat, from the state on; none if it is gone or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+    return [] if fields[0] in "ZX" else fields

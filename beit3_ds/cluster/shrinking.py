@@ -1,0 +1,42 @@
+"""The largest part of some hosts on which a run fits."""
+
+from collections.abc import Callable, Sequence
+
+from beit3_ds.cluster.hostfile import HostSlots
+
+
+def largest_fit(
+    hosts: Sequence[HostSlots], fits: Callable[[int], bool], *, equal_slots: bool, smallest: int = 1
+) -> list[HostSlots] | None:
+    """Chooses hosts and slots for as many ranks as fit.
+
+    Args:
+        hosts: that can be used, in the order of their ranks.
+        fits: whether a run can have a number of ranks.
+        equal_slots: whether all hosts must have the same number of ranks.
+        smallest: number of ranks that is accepted.
+
+    Returns:
+        The hosts in their order, filled one after the other, the last perhaps in part; with `equal_slots` the fewest
+        hosts that give the number. None if nothing fits.
+    """
+    for world_size in range(sum(host.slots for host in hosts), smallest - 1, -1):
+        if fits(world_size) and (chosen := _choose(hosts, world_size, equal_slots)):
+            return chosen
+    return None
+
+
+def _choose(hosts: Sequence[HostSlots], world_size: int, equal_slots: bool) -> list[HostSlots] | None:
+    if not equal_slots:
+        chosen, left = [], world_size
+        for host in hosts:
+            if left > 0:
+                chosen.append(HostSlots(host.name, min(host.slots, left)))
+                left -= host.slots
+        return chosen
+    for count in range(1, len(hosts) + 1):
+        slots, rest = divmod(world_size, count)
+        large_enough = [host for host in hosts if host.slots >= slots]
+        if rest == 0 and len(large_enough) >= count:
+            return [HostSlots(host.name, slots) for host in large_enough[:count]]
+    return None

@@ -1,0 +1,56 @@
+"""Where `beit3 launch` speaks: the terminal, and a file beside the ranks' logs."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+_PREFIX = "beit3 launch: "
+
+
+class Terminal:
+    """The launcher's own lines go to stderr and to a file, what rank 0 prints to stdout.
+
+    A terminal that is gone, or a full disk, is no reason to lose a run.
+    """
+
+    def __init__(self, log: Path) -> None:
+        """Takes the file for the launcher's lines; it is appended to."""
+        self._log = log
+
+    def say(self, text: str, lines: Iterable[str] = ()) -> None:
+        """Prints a message of the launcher, and below it what it quotes."""
+        quoted = "".join(f"    | {line}\n" for line in lines)
+        with contextlib.suppress(OSError, ValueError):
+            print(f"{_PREFIX}{text}\n{quoted}", end="", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n{quoted}")
+
+    def show(self, text: str) -> None:
+        """Passes on what rank 0 has printed."""
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+
+def last_lines(path: Path, count: int = 20) -> list[str]:
+    """The end of a log; nothing if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 500 * count))
+            return file.read().decode(errors="replace").splitlines()[-count:]
+    except OSError:
+        return []
+
+
+def join_ranks(ranks: Iterable[int]) -> str:
+    """`rank 3`, or `ranks 0-2, 5`."""
+    spans: list[list[int]] = []
+    for rank in sorted(ranks):
+        if spans and spans[-1][-1] == rank - 1:
+            spans[-1].append(rank)
+        else:
+            spans.append([rank])
+    texts = [str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans]
+    return f"{'rank' if len(spans) == 1 and len(spans[0]) == 1 else 'ranks'} {', '.join(texts)}"

@@ -1,0 +1,35 @@
+"""The largest part of some hosts on which a run fits."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from beit3_ds.cluster.hostfile import HostSlots
+from beit3_ds.cluster.shrinking import largest_fit
+
+HOSTS = st.lists(st.integers(1, 8), min_size=0, max_size=5).map(
+    lambda slots: [HostSlots(f"node{index}", count) for index, count in enumerate(slots)]
+)
+FITTING = st.sets(st.integers(1, 40))
+
+
+@given(HOSTS, FITTING, st.booleans(), st.integers(1, 10))
+def test_largest_fit(hosts: list[HostSlots], fitting: set[int], equal_slots: bool, smallest: int) -> None:
+    chosen = largest_fit(hosts, fitting.__contains__, equal_slots=equal_slots, smallest=smallest)
+    counts = [host.slots for host in hosts]
+    if equal_slots:
+        possible = {slots * n for slots in range(1, 9) for n in range(1, sum(c >= slots for c in counts) + 1)}
+    else:
+        possible = set(range(1, sum(counts) + 1))
+    best = max((n for n in possible & fitting if n >= smallest), default=None)
+    if best is None:
+        assert chosen is None
+        return
+    assert chosen is not None and sum(host.slots for host in chosen) == best
+    slots_of = {host.name: host.slots for host in hosts}
+    assert all(1 <= host.slots <= slots_of[host.name] for host in chosen)
+    names = [host.name for host in chosen]
+    assert names == sorted(set(names))  # each once, in the order of the ranks
+    if equal_slots:
+        assert len({host.slots for host in chosen}) == 1
+    else:
+        assert all(host.slots == slots_of[host.name] for host in chosen[:-1])  # tensor-parallel peers stay together

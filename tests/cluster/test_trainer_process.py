@@ -1,0 +1,95 @@
+"""A trainer under its guard: the whole session ends, and a log that cannot be written costs nothing else."""
+
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from beit3_ds.cluster.messages import Start
+from beit3_ds.cluster.trainer_process import TrainerProcess
+
+LINES = [f"line {number}" for number in range(50)]
+PRINT_LINES = f"import sys; print('\\n'.join({LINES!r})); print('progress 1\\rprogress 2')"
+
+
+def run(code: str, log: Path, shown: list[str], troubles: list[str]) -> TrainerProcess:
+    start = Start(command=[sys.executable, "-c", code], environment={}, folder="/", log=str(log), send_output=True)
+    return TrainerProcess(start, shown.append, troubles.append)
+
+
+def wait(trainer: TrainerProcess) -> int:
+    assert select.select([trainer.pidfd], [], [], 60)[0], "it does not end"
+    return trainer.finish()
+
+
+@pytest.mark.parametrize("log", ["log", "/dev/full", "no/such/folder/log"])
+def test_output_survives_a_full_disk(tmp_path: Path, log: str) -> None:
+    shown: list[str] = []
+    troubles: list[str] = []
+    trainer = run(f"{PRINT_LINES}; sys.exit(3)", tmp_path / log, shown, troubles)
+    assert wait(trainer) == 3
+    assert "".join(shown) == "\n".join([*LINES, "progress 1\rprogress 2", ""])
+    assert trainer.last_lines() == [*LINES[-19:], "progress 2"]
+    if log == "log":
+        assert (tmp_path / log).read_bytes().decode() == "".join(shown) and not troubles
+    else:
+        (trouble,) = troubles
+        assert trouble.endswith("No space left on device" if "full" in log else "No such file or directory")
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_all_processes_of_a_session_are_killed(tmp_path: Path, is_stopped: bool) -> None:
+    """Those that data-loaders have forked too, and stopped ones."""
+    code = "import os, time; os.fork(); print(os.getpid(), flush=True); time.sleep(1000)"
+    shown: list[str] = []
+    trainer = run(code, tmp_path / "log", shown, [])
+    while len("".join(shown).split()) < 2:
+        time.sleep(0.01)
+    pids = [int(word) for word in "".join(shown).split()]
+    if is_stopped:
+        trainer.send_signal(signal.SIGSTOP)
+        while trainer.state() != "T":
+            time.sleep(0.01)
+    trainer.kill()
+    assert wait(trainer) == -signal.SIGKILL
+    deadline = time.monotonic() + 60
+    while any(is_running(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_what_a_trainer_leaves_behind_is_ended(tmp_path: Path) -> None:
+    """It would hold the pipe open, and the memory of a GPU."""
+    code = "import os, time; print(os.fork(), flush=True) or time.sleep(1000 * (os.getpid() != os.getsid(0)))"
+    shown: list[str] = []
+    trainer = run(code, tmp_path / "log", shown, [])
+    before = time.monotonic()
+    assert wait(trainer) == 0
+    assert time.monotonic() - before < 30
+    deadline = time.monotonic() + 60
+    while any(is_running(int(word)) for word in "".join(shown).split() if word != "0"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_signals_wait_until_the_trainer_can_take_them(tmp_path: Path) -> None:
+    """Catches one that dies while it still imports torch."""
+    code = (
+        "import signal, time; time.sleep(0.3); signal.signal(signal.SIGUSR1, lambda *_: print('taken', flush=True));"
+        "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])"
+    )
+    shown: list[str] = []
+    trainer = run(code, tmp_path / "log", shown, [])
+    trainer.send_signal(signal.SIGUSR1)
+    assert wait(trainer) == 0
+    assert shown == ["taken\n"]
