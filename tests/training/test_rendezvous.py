@@ -125,6 +125,17 @@ def test_a_program_that_never_answers_ends_the_rank(
     assert line.startswith("error on rank 1: host ") and "does not answer. The run ends." in line
 
 
+def test_a_name_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> list[object]:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    place = "MASTER_ADDR=nodeO, MASTER_PORT=29500: Name or service not known"
+    first, second = (meet(launch(rank, 2, 29500, "nodeO"), 1) for rank in (0, 1))
+    assert "does not know its own name" in first and place in first
+    assert "cannot reach rank 0" in second and place in second
+
+
 def test_what_gloo_says_is_explained() -> None:
     meeting = Rendezvous(launch(1, 2, 29500, "node0"), 1)
     line = str(meeting.explain(RuntimeError("Gloo connectFullMesh failed with Connection refused\nmore")))
