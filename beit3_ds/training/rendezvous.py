@@ -71,7 +71,9 @@ class Rendezvous:
                 ranks come within the seconds given.
         """
         serves = self._launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        if not serves:
+        if serves:
+            self._check_own_name()
+        else:
             self._reach_rank_0()
         self._waits_for = f"the store at {self._place()}, which takes connections but does not answer"
         self._store = self._open_store(serves)
@@ -84,6 +86,7 @@ class Rendezvous:
             f"the process group to form: all ranks met at {self._place()} and connect to each other, at any port, over "
             f"GLOO_SOCKET_IFNAME={os.environ.get('GLOO_SOCKET_IFNAME')} or NCCL's choice"
         )
+        self._start = time.monotonic()  # this takes as long again, at most
 
     def explain(self, error: RuntimeError) -> ConfigError:
         """Says what a failure to form the process group means, once the ranks have met."""
@@ -96,6 +99,15 @@ class Rendezvous:
 
     def _place(self) -> str:
         return f"MASTER_ADDR={self._launch.master_addr}, MASTER_PORT={self._launch.master_port}"
+
+    def _check_own_name(self) -> None:
+        try:
+            _own_address(*self._target())
+        except OSError as error:
+            raise ConfigError(
+                f"rank 0 on host {self._host} does not know its own name, {self._place()}: {error.strerror or error}. "
+                f"{_WAYS_OUT}"
+            ) from None
 
     def _reach_rank_0(self) -> None:
         silent_since = time.monotonic()
