@@ -3,6 +3,7 @@
 This module wires the rooms in the order in which data flows.
 """
 
+import os
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -23,16 +24,11 @@ from beit3_ds.parallel import Mesh, Shared
 from beit3_ds.rank_program import run_rank_program
 from beit3_ds.tokenizers import TextTokenizer, VisualTokenizer, check_visual_tokenizer_fits, load_visual_tokenizer
 from beit3_ds.tokenizers.text import load_text_tokenizer
-from beit3_ds.training.engine import (
-    build_schedule,
-    compute_device,
-    joined_ranks,
-    rank_from_environment,
-    world_size_from_environment,
-)
+from beit3_ds.training.engine import build_schedule, compute_device, joined_ranks
 from beit3_ds.training.flops import peak_flops
 from beit3_ds.training.history import History
 from beit3_ds.training.initial_weights import InitialWeights, open_initial_weights
+from beit3_ds.training.launcher import read_launch
 from beit3_ds.training.loop import Run, resume, train
 from beit3_ds.training.optimizer import check_optimizer
 from beit3_ds.training.progress import Progress
@@ -79,12 +75,12 @@ def open_inputs(config: RunConfig) -> Inputs:
         ConfigError: for a layout that does not fit, an optimizer that is not installed, kernels that are not built, an
             output folder that cannot be written, or a file that cannot be read or does not fit the model.
     """
-    world_size = world_size_from_environment()
-    data_parallel_size = check_layout(config, world_size)
+    launch = read_launch(os.environ)
+    data_parallel_size = check_layout(config, launch.world_size)
     check_optimizer(config.training)
     _check_kernels(config.training)
     _check_writable(Path(config.training.output_dir))
-    place = config.parallel.place(rank_from_environment(), world_size)
+    place = config.parallel.place(launch.rank, launch.world_size)
     has_heads = place.pipeline == config.parallel.pipeline_parallel_size - 1
     text_tokenizer = load_text_tokenizer(config)
     visual_tokenizer = load_visual_tokenizer(config.tokenizers.visual.path) if has_heads else None

@@ -1,12 +1,13 @@
 """The command line of a program that the `deepspeed` launcher starts on every rank."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 from beit3_ds.config import ConfigError, RunConfig, load_run_config
 from beit3_ds.config.arguments import add_config_arguments
-from beit3_ds.training.engine import rank_from_environment
+from beit3_ds.training.launcher import read_launch
 from beit3_ds.training.loop import NonFiniteLossError
 
 
@@ -28,9 +29,11 @@ def run_rank_program(
     add_config_arguments(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     options = parser.parse_args(arguments)
+    rank: int | str = "?"  # until it is known
     try:
+        rank = read_launch(os.environ).rank
         program(load_run_config(options.config, options.set))
     except (ConfigError, NonFiniteLossError) as error:
-        print(f"error on rank {rank_from_environment()}: {error}", file=sys.stderr, flush=True)
+        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         return 2
     return 0

@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -86,6 +87,8 @@ class Host:
         self._unshare = _start_namespaces(options, _PREPARE_HOST, str(folder), name)
         self._init_pid = int(Path(f"/proc/{self._unshare.pid}/task/{self._unshare.pid}/children").read_text())
         self._namespace = os.readlink(f"/proc/{self._init_pid}/ns/pid")
+        # Tests kill every process of a host: without processes of its own, that would be every one of this machine.
+        assert self._namespace != os.readlink("/proc/self/ns/pid"), f"{name} shares the processes of this machine"
         switch.connect(name, self._init_pid)
         network = f"ip link set lo up; ip address add {address}/24 dev {INTERFACE}; ip link set {INTERFACE} up"
         self.run(["bash", "-c", network])
@@ -135,8 +138,18 @@ class Host:
                     found.append(int(folder.name))
         return [pid for pid in found if pid != self._init_pid]
 
-    def signal(self, pid: int, number: signal.Signals) -> None:
-        """Sends a signal to one of `pids`."""
+    def signal(self, pid: int, number: int) -> None:
+        """Sends a signal to one of `pids`.
+
+        Raises:
+            ProcessLookupError: if it has ended, or is none of the host's.
+        """
+        try:
+            namespace = os.readlink(f"/proc/{pid}/ns/pid")
+        except FileNotFoundError:
+            namespace = ""
+        if namespace != self._namespace:
+            raise ProcessLookupError(f"process {pid} is not one of {self.name}'s")
         os.kill(pid, number)
 
     def add_name(self, line: str) -> None:
@@ -245,7 +258,7 @@ def _start_namespaces(options: Sequence[str], prepare: str, *arguments: str) -> 
 
 
 def _find(program: str) -> str | None:
-    return shutil.which(program) or shutil.which(program, path="/usr/sbin:/sbin")
+    return shutil.which(program) or shutil.which(program, path=f"{Path(sys.executable).parent}:/usr/sbin:/sbin")
 
 
 def missing_for_hosts(*programs: str) -> str | None:
@@ -253,7 +266,7 @@ def missing_for_hosts(*programs: str) -> str | None:
     if os.geteuid() != 0:
         return "hosts made of namespaces need root: run the tests as root, for example in a container"
     if lacking := [program for program in (*_PROGRAMS, *programs) if _find(program) is None]:
-        return f"{', '.join(lacking)} not installed: tests/install_cluster_programs.sh"
+        return f"{', '.join(lacking)} not installed: .ci/install_cluster_programs, or pip install '.[test]' for mpirun"
     trial = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "true"]
     tried = subprocess.run(trial, capture_output=True, text=True)
     if tried.returncode != 0:

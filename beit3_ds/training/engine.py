@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import socket
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,9 @@ from beit3_ds.parallel import Mesh, ModelParallelUnit, RollCall, TensorParallel,
 from beit3_ds.pipeline import seams
 from beit3_ds.pipeline.schedule import Schedule
 from beit3_ds.pipeline.stages import cut_layers, stage_layers
+from beit3_ds.training.launcher import discover_through_mpi, read_launch
 from beit3_ds.training.optimizer import allocate_moments, build_optimizer
+from beit3_ds.training.rendezvous import Rendezvous
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _LARGEST_INT = 2**31 - 1
@@ -28,19 +29,39 @@ _LARGEST_INT = 2**31 - 1
 def init_process_group(parallel: ParallelConfig) -> Mesh:
     """Joins the process group that the launcher described in the environment, or makes one of a single process.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT (set by `deepspeed`), or discovers them
-    through MPI. Divides the CPU cores among the machine's ranks unless OMP_NUM_THREADS is set.
+    Whatever launcher it was, torch's variables (RANK, MASTER_ADDR and so on) are in the environment afterwards. Divides
+    the CPU cores among the machine's ranks unless OMP_NUM_THREADS is set.
+
+    Raises:
+        ConfigError: if the environment makes no sense, or ranks cannot reach each other or do not come in time.
     """
     _avoid_compiling_shm_comm()
     _keep_freed_memory()
-    _share_cores()
     # DeepSpeed's calls into torch.distributed are renamed there; a warning a call would bury the run's own lines.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    _describe_single_process()
-    deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=parallel.timeout_seconds))
+    launch = read_launch(os.environ)
+    if launch.master_addr is None:
+        launch = discover_through_mpi(launch)
+    os.environ.update(launch.variables())
+    _share_cores(launch.local_size or 1)
+    if launch.world_size == 1:
+        _init_distributed(parallel)
+    else:
+        with Rendezvous(launch, parallel.timeout_seconds) as rendezvous:
+            rendezvous.meet()
+            try:
+                _init_distributed(parallel)
+            except RuntimeError as error:
+                if not _is_lost_contact(error):
+                    raise
+                raise rendezvous.explain(error) from error
     # DeepSpeed's engine would do this, but too late for what is put on the rank's device before there is an engine.
-    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    get_accelerator().set_device(launch.local_rank)
     return build_mesh(parallel)
+
+
+def _init_distributed(parallel: ParallelConfig) -> None:
+    deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=parallel.timeout_seconds))
 
 
 @contextmanager
@@ -71,22 +92,6 @@ def _is_lost_contact(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and (
         isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Gloo"))
     )
-
-
-def world_size_from_environment() -> int:
-    """The number of ranks that the launcher announced; 1 without a launcher."""
-    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if name in os.environ:
-            return int(os.environ[name])
-    return 1
-
-
-def rank_from_environment() -> int:
-    """This process's number among the ranks that the launcher started; 0 without a launcher."""
-    for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
-        if name in os.environ:
-            return int(os.environ[name])
-    return 0
 
 
 def build_model(
@@ -172,19 +177,8 @@ def _keep_freed_memory() -> None:
             libc.mallopt(option, _LARGEST_INT)
 
 
-def _share_cores() -> None:
+def _share_cores(local_ranks: int) -> None:
     # Every rank on a machine would start a thread a core, and they would wait for each other at every barrier:
     # ten times slower with two ranks on two cores.
     if "OMP_NUM_THREADS" not in os.environ:
-        local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1")))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
-
-
-def _describe_single_process() -> None:
-    if "RANK" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ or "PMI_RANK" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    address = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ.update(address)

@@ -1,6 +1,7 @@
 """The test hosts are hosts: apart from each other and from this machine, and they fail as hosts do."""
 
 import contextlib
+import os
 import signal
 import time
 from pathlib import Path
@@ -33,6 +34,8 @@ def test_hosts_have_names_addresses_and_processes_of_their_own(two_hosts: list[H
     assert not second.pids("^sleep")
     first.signal(pids[0], signal.SIGTERM)
     assert sleeper.wait(60) != 0
+    with pytest.raises(ProcessLookupError):  # tests kill all that a host has
+        first.signal(os.getpid(), 0)
     (file := tmp_path / "shared").write_text("")
     assert first.run(["ssh", second.name, f"ls {file}"]).returncode == 0  # the file system is shared
     assert write_hostfile(file, two_hosts, 8).read_text() == "node0 slots=8\nnode1 slots=8\n"

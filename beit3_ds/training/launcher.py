@@ -1,0 +1,209 @@
+"""What a launcher says about a rank. The one place where its variables are read."""
+
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from beit3_ds.config import ConfigError
+
+_DEFAULT_PORT = 29500  # torch's and DeepSpeed's
+_FIRST_JOB_PORT, _NUM_JOB_PORTS = 20_000, 10_000  # below the ports that Linux hands out by itself
+_STEPS_A_JOB = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """A rank among those that a launcher started, in the launcher's own words translated to torch's."""
+
+    launcher: str
+    """Who started it, for messages."""
+    rank: int
+    """Its number among all ranks."""
+    world_size: int
+    """How many ranks there are."""
+    local_rank: int
+    """The number of its device: its own among the ranks of its host, or 0 if it sees one device only."""
+    local_size: int | None
+    """How many ranks its host has; None if the launcher does not say."""
+    master_addr: str | None
+    """Where rank 0 is: the name or address of its host; None if only MPI can find out (`discover_through_mpi`)."""
+    master_port: int
+    """Where rank 0 listens."""
+
+    def variables(self) -> dict[str, str]:
+        """What torch and DeepSpeed look for in the environment."""
+        values = {
+            "RANK": self.rank,
+            "WORLD_SIZE": self.world_size,
+            "LOCAL_RANK": self.local_rank,
+            "LOCAL_SIZE": self.local_size,
+            "MASTER_ADDR": self.master_addr,
+            "MASTER_PORT": self.master_port,
+        }
+        return {name: str(value) for name, value in values.items() if value is not None}
+
+
+def read_launch(environment: Mapping[str, str]) -> Launch:
+    """Reads the variables of whoever started this process: torch's own (`deepspeed`, `torchrun`), MPI's or Slurm's.
+
+    Torch's come first: whoever sets them meant it. MPI's come before Slurm's, for mpirun starts its daemons with srun;
+    but PMI's, which srun also sets, only with Hydra's own. What Slurm says of a job and not of a step of srun is passed
+    over: a batch script's own process is no rank, nor is a shell. MASTER_ADDR and MASTER_PORT are taken from the
+    environment if they are there.
+
+    Raises:
+        ConfigError: if variables are missing, are no numbers, or contradict each other.
+    """
+    if "RANK" in environment:
+        launch = _read_torch(environment)
+    elif "OMPI_COMM_WORLD_RANK" in environment:
+        launch = _read_mpi(environment, "mpirun (Open MPI)", "OMPI_COMM_WORLD_{}")
+    elif "PMI_RANK" in environment and "MPI_LOCALRANKID" in environment:
+        launch = _read_hydra(environment)
+    elif environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        launch = _read_slurm(environment)
+    else:
+        launch = _single_process()
+    _check(launch)
+    return launch
+
+
+def discover_through_mpi(launch: Launch) -> Launch:
+    """Asks the other ranks through MPI where rank 0 is; returns the launch with that address.
+
+    It is the first of `hostname -I` there. Communicates: a broadcast and a gather of host names, through MPI.
+
+    Raises:
+        ConfigError: if mpi4py is missing.
+    """
+    try:
+        import mpi4py  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"{launch.launcher} does not say where rank 0 runs, and mpi4py, which finds out, cannot be imported "
+            f"({error}). Install it (pip install mpi4py), or name the first host: mpirun -x MASTER_ADDR=HOST ..."
+        ) from None
+    from deepspeed.comm import mpi_discovery
+
+    mpi_discovery(distributed_port=launch.master_port, verbose=False)  # into the environment
+    return replace(launch, master_addr=os.environ["MASTER_ADDR"])
+
+
+def _read_torch(environment: Mapping[str, str]) -> Launch:
+    needed = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in needed if not environment.get(name)]:
+        raise ConfigError(
+            f"launcher: RANK={environment['RANK']} is set, but {', '.join(missing)} not. A launcher sets them all "
+            "(deepspeed, torchrun); unset RANK to train in one process, or under srun and mpirun, which need none."
+        )
+    local_size = "LOCAL_SIZE" if "LOCAL_SIZE" in environment else "LOCAL_WORLD_SIZE"
+    return Launch(
+        launcher="the launcher",
+        rank=_number(environment, "RANK"),
+        world_size=_number(environment, "WORLD_SIZE"),
+        local_rank=_number(environment, "LOCAL_RANK") if "LOCAL_RANK" in environment else 0,
+        local_size=_number(environment, local_size) if local_size in environment else None,
+        master_addr=environment["MASTER_ADDR"],
+        master_port=_number(environment, "MASTER_PORT"),
+    )
+
+
+def _read_mpi(environment: Mapping[str, str], launcher: str, name: str) -> Launch:
+    return Launch(
+        launcher=launcher,
+        rank=_number(environment, name.format("RANK")),
+        world_size=_number(environment, name.format("SIZE")),
+        local_rank=_device(environment, name.format("LOCAL_RANK")),
+        local_size=_number(environment, name.format("LOCAL_SIZE")),
+        master_addr=environment.get("MASTER_ADDR"),
+        master_port=_port(environment, _DEFAULT_PORT),
+    )
+
+
+def _read_hydra(environment: Mapping[str, str]) -> Launch:
+    return Launch(
+        launcher="mpirun (Hydra: MPICH, Intel MPI)",
+        rank=_number(environment, "PMI_RANK"),
+        world_size=_number(environment, "PMI_SIZE"),
+        local_rank=_device(environment, "MPI_LOCALRANKID"),
+        local_size=_number(environment, "MPI_LOCALNRANKS"),
+        master_addr=environment.get("MASTER_ADDR"),
+        master_port=_port(environment, _DEFAULT_PORT),
+    )
+
+
+def _read_slurm(environment: Mapping[str, str]) -> Launch:
+    tasks = expand_tasks(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    node = _number(environment, "SLURM_NODEID")
+    # Jobs that share a host must not share a port, and every rank must come to the same one.
+    job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID")
+    port = _FIRST_JOB_PORT + (job * _STEPS_A_JOB + step) % _NUM_JOB_PORTS
+    return Launch(
+        launcher="srun",
+        rank=_number(environment, "SLURM_PROCID"),
+        world_size=_number(environment, "SLURM_STEP_NUM_TASKS"),
+        local_rank=_device(environment, "SLURM_LOCALID"),
+        local_size=tasks[node] if node < len(tasks) else None,
+        # Not SLURM_LAUNCH_NODE_IPADDR: that is where srun was typed, often a login node.
+        master_addr=environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_STEP_NODELIST", "")),
+        master_port=_port(environment, port),
+    )
+
+
+def _single_process() -> Launch:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return Launch(
+        launcher="no launcher",
+        rank=0,
+        world_size=1,
+        local_rank=0,
+        local_size=1,
+        master_addr="127.0.0.1",
+        master_port=port,
+    )
+
+
+def first_host(hosts: str) -> str:
+    """The first of the hosts that Slurm writes as "node[08-11,20],gpu1"."""
+    first = re.split(r",(?![^\[]*\])", hosts)[0]
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
+
+
+def expand_tasks(counts: str) -> list[int]:
+    """The ranks of every host, which Slurm writes as "8(x3),4"."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
+    return [int(count) for count, times in found for _ in range(int(times or 1))]
+
+
+def _device(environment: Mapping[str, str], local_rank: str) -> int:
+    # srun --gpus-per-task=1 shows every rank its own GPU alone, which is number 0 there.
+    sees_one = re.fullmatch(r"[^,]+", environment.get("CUDA_VISIBLE_DEVICES", ""))
+    return 0 if sees_one else _number(environment, local_rank)
+
+
+def _port(environment: Mapping[str, str], default: int) -> int:
+    return _number(environment, "MASTER_PORT") if environment.get("MASTER_PORT") else default
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    value = environment.get(name)
+    if value is None or not re.fullmatch(r"\d+", value):
+        raise ConfigError(
+            f"launcher: the environment has {name}={value!r} where a whole number is expected. It is set by the "
+            "launcher: deepspeed, torchrun, mpirun or srun. Do not set it by hand, or set it right."
+        )
+    return int(value)
+
+
+def _check(launch: Launch) -> None:
+    if not launch.rank < launch.world_size:
+        raise ConfigError(
+            f"{launch.launcher}: rank {launch.rank} is not below the number of ranks, {launch.world_size}. Variables "
+            "of two launchers may be mixed: start the run from a fresh shell."
+        )
+    if not 0 < launch.master_port < 2**16:
+        raise ConfigError(f"launcher: MASTER_PORT={launch.master_port} is no port. Choose one from 1024 to 65535.")
