@@ -96,7 +96,7 @@ def _check_cluster(options: argparse.Namespace) -> int:
     if options.bandwidth:
         faults += _check_bandwidth(inspection, faults, options.expect_gbit)
     print(describe_faults(hostfile, faults))
-    return 1 if faults else 0
+    return 1 if any(not fault.is_note for fault in faults) else 0
 
 
 def _check_bandwidth(inspection: "Inspection", faults: "list[Fault]", expect_gbit: float | None) -> "list[Fault]":
@@ -105,7 +105,7 @@ def _check_bandwidth(inspection: "Inspection", faults: "list[Fault]", expect_gbi
     if len(inspection.answers) == 1:
         print("links: there are none, the hostfile names one machine")
         return []
-    if hindering := {fault.check for fault in faults} & {"answer", "torch", "network", "port"}:
+    if hindering := {fault.check for fault in faults if not fault.is_note} & {"answer", "torch", "network", "port"}:
         print(f"links: not measured; first mend what stands in the way ({', '.join(sorted(hindering))})")
         return []
     print(f"measuring the links between {len(inspection.answers)} nodes ...", file=sys.stderr)

@@ -21,6 +21,8 @@ class Fault:
     """One of CHECKS, or "layout" for what concerns no single host."""
     text: str
     """Value, rule and way out, without the host."""
+    is_note: bool = False
+    """Whether runs get by all the same: it is told, but nothing need be mended."""
 
     def __str__(self) -> str:
         return f"{self.host}: {self.text}" if self.host else self.text

@@ -53,15 +53,18 @@ def _own_names(inspection: Inspection) -> Iterator[Fault]:
                 )
         elif address is None or ipaddress.ip_address(address.partition("%")[0]).is_loopback:
             found = "does not resolve" if address is None else f"resolves to {address}"
-            use = node.interface or "the interface that reaches the others"
-            yield Fault(
-                node.name,
-                "network",
-                f"its own name '{hostname}' {found} there, which no other node can reach, and gloo would tell them to "
-                f"connect to it ('connectFullMesh ... Connection refused'). Give '{hostname}' its real address "
-                f"in /etc/hosts, or set GLOO_SOCKET_IFNAME={use} where you start the run (plain deepspeed reads "
-                "it from .deepspeed_env).",
-            )
+            text = f"its own name '{hostname}' {found} there, which no other node can reach. "
+            if node.interface in (None, "lo"):
+                text += (
+                    "Gloo would tell them to connect to it ('connectFullMesh ... Connection refused'). Give "
+                    f"'{hostname}' its real address in /etc/hosts, or set GLOO_SOCKET_IFNAME."
+                )
+            else:  # what `training.rendezvous` sets
+                text += (
+                    f"Ranks of beit3_ds let gloo use {node.interface} by themselves; other programs fail "
+                    f"('connectFullMesh ... Connection refused') until '{hostname}' has its real address in /etc/hosts."
+                )
+            yield Fault(node.name, "network", text, is_note=node.interface not in (None, "lo"))
 
 
 def _master_port(inspection: Inspection) -> Iterator[Fault]:

@@ -7,16 +7,17 @@ from beit3_ds.cluster.fault import CHECKS, Fault, show_bytes
 from beit3_ds.cluster.hostfile import Hostfile
 from beit3_ds.cluster.inspection import Answers, Inspection
 
-_WRONG = "!"  # before a value that is wrong
+_WRONG, _NOTED = "!", "~"  # before a value
 
 
 def describe_nodes(inspection: Inspection, faults: Sequence[Fault]) -> str:
-    """The table of all hosts, in which `!` marks what is wrong."""
-    wrong = {(fault.host, fault.check) for fault in faults}
+    """The table of all hosts, in which `!` marks what is wrong and `~` what is noted."""
+    marks = {(fault.host, fault.check): _NOTED for fault in faults if fault.is_note}
+    marks |= {(fault.host, fault.check): _WRONG for fault in faults if not fault.is_note}
     rows = [["host", "slots", *CHECKS]]
     for node in inspection.answers:
         cells = [(check, _CELLS[check](node)) for check in CHECKS]
-        marked = [f"{_WRONG if wrong & {(node.name, check), ('', check)} else ''}{cell}" for check, cell in cells]
+        marked = [marks.get((node.name, check), marks.get(("", check), "")) + cell for check, cell in cells]
         rows.append([node.name, str(node.slots), *marked])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -25,11 +26,13 @@ def describe_nodes(inspection: Inspection, faults: Sequence[Fault]) -> str:
 
 
 def describe_faults(hostfile: Hostfile, faults: Sequence[Fault]) -> str:
-    """How many, and a line for each, with what to do about it."""
+    """How many, and a line for each, with what to do about it; notes first."""
     ranks = f"{_count(len(hostfile.hosts), 'host')}, {_count(hostfile.world_size, 'rank')}"
-    if not faults:
-        return f"{ranks}: no fault found"
-    return "\n".join([f"{ranks}, {_count(len(faults), 'fault')}:", *(f"* {fault}" for fault in faults)])
+    notes = [f"note: {fault}" for fault in faults if fault.is_note]
+    lines = [f"* {fault}" for fault in faults if not fault.is_note]
+    if not lines:
+        return "\n".join([*notes, f"{ranks}: no fault found"])
+    return "\n".join([*notes, f"{ranks}, {_count(len(lines), 'fault')}:", *lines])
 
 
 def _count(number: int, noun: str) -> str:

@@ -283,11 +283,24 @@ def test_names_that_lead_astray(tmp_path: Path) -> None:
         for change in (["del", "10.1.0.1/24"], ["add", "172.17.0.1/16"], ["add", "10.1.0.1/24"]):
             hosts[0].run(["ip", "address", *change, "dev", "eth0"])
         bridge = check(hosts[0], hostfile, environment={"GLOO_SOCKET_IFNAME": "eth0"})
+
+        # Where the other host has such a bridge too, the address leads to itself, and something may listen there.
+        hosts[1].run(["ip", "address", "add", "172.17.0.1/16", "dev", "lo"])
+        program = (
+            "import socket; s = socket.create_server(('', 29500)); print('up', flush=True)\nwhile True: s.accept()"
+        )
+        other = hosts[1].start([sys.executable, "-c", program], stdout=subprocess.PIPE)
+        assert other.stdout is not None and other.stdout.readline() == b"up\n"
+        itself = check(hosts[0], hostfile, environment={"GLOO_SOCKET_IFNAME": "eth0"})
+        hosts[1].clear()
+        other.communicate()
     assert_one_fault(twice, "answer", "is the same machine as node1", host="other")
-    assert_one_fault(trap, "network", "its own name 'node1' resolves to 127.0.1.1", "GLOO_SOCKET_IFNAME=eth0")
-    assert named[0] == 0
+    note = "note: node1: its own name 'node1' resolves to 127.0.1.1 there, which no other node can reach. Ranks of"
+    assert trap[0] == 0 and note in trap[1] and cell(trap[1], "node1", "network").startswith("~"), trap[1]
+    assert named[0] == 0 and "note" not in named[1]
     assert "node1: GLOO_SOCKET_IFNAME=ib0 is set, but its interfaces are lo, eth0" in misnamed[1]
     assert_one_fault(bridge, "network", "cannot connect to node0 (172.17.0.1, port 29500", "--master_addr node0")
+    assert_one_fault(itself, "network", "cannot connect to node0 (172.17.0.1", "another machine or program answers")
 
 
 @pytest.mark.slow

@@ -134,8 +134,6 @@ PLANTED: dict[str, tuple[Callable[[Answers], Any], str]] = {
     "shared memory": (lambda n: machine(n).update(shared_memory=2**26), "/dev/shm holds 64.0 MiB"),
     "clock ahead": (lambda n: setattr(n, "clock", 1003.0), "s ahead of that of"),
     "clock behind": (lambda n: setattr(n, "clock", 997.0), "s behind that of"),
-    "no name": (lambda n: machine(n).update(own_name=None), "does not resolve there"),
-    "name in IPv6": (lambda n: machine(n).update(own_name="::1"), "resolves to ::1"),
     "interface": (lambda n: machine(n).update(gloo_interface="ib0"), "GLOO_SOCKET_IFNAME=ib0 is set, but"),
     "token": (lambda n: setattr(n, "token_error", "Permission denied"), "cannot write into /out"),
     "tokens": (lambda n: setattr(n, "tokens_missing", ("node0", "node1", "node2", "node3")), "do not see what"),
@@ -158,6 +156,20 @@ def test_the_odd_one_of_four_is_blamed_wherever_it_stands(
     (fault,) = all_faults(inspection)
     assert fault.startswith(f"node{place}: ") and words in fault and fault.endswith("."), fault
     assert describe_nodes(inspection, [*node_faults(inspection, None), *link_faults(inspection)]).count("!") == 1
+
+
+@pytest.mark.parametrize(("address", "words"), [(None, "does not resolve"), ("::1", "resolves to ::1")])
+def test_an_own_name_that_others_cannot_use_is_noted_if_ranks_get_by(address: str | None, words: str) -> None:
+    inspection = healthy(2)
+    machine(inspection.answers[1])["own_name"] = address
+    (note,) = link_faults(inspection)
+    assert note.is_note and note.host == "node1" and f"'node1' {words} there" in note.text
+    assert "~eth0 10.0.0.2" in describe_nodes(inspection, [note])
+    said = describe_faults(parse_hostfile("a slots=1\n", "hosts"), [note])
+    assert said.startswith("note: node1: ") and said.endswith("no fault found")
+    inspection.answers[1].interface = None  # nobody knows which to take
+    (fault,) = link_faults(inspection)
+    assert not fault.is_note and "set GLOO_SOCKET_IFNAME" in fault.text
 
 
 def test_of_two_that_differ_the_second_is_blamed() -> None:

@@ -32,7 +32,7 @@ def _measure() -> dict[str, Any]:
         backend="gloo",
     )
     rates = worker.measure([[list(pair) for pair in pairs] for pairs in pair_rounds(3)])
-    return {"rates": rates, "all_reduce": worker.all_reduce(min(rates.values()))}
+    return {"rates": rates, "all_reduce": worker.all_reduce(1e9)}
 
 
 def test_every_rank_measures_its_links() -> None:
