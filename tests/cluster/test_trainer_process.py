@@ -2,6 +2,7 @@
 
 import select
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -61,6 +62,26 @@ def test_all_processes_of_a_session_are_killed(tmp_path: Path, is_stopped: bool)
         time.sleep(0.01)
 
 
+def test_a_trainer_dies_with_its_guard(tmp_path: Path) -> None:
+    """Also when nobody else on its host is left to end it."""
+    code = (
+        "import sys, time; from beit3_ds.cluster.messages import Start;"
+        "from beit3_ds.cluster.trainer_process import TrainerProcess;"
+        f"start = Start(command=['sleep', '1000'], environment={{}}, folder='/', log={str(tmp_path / 'log')!r}, "
+        "send_output=False); print(TrainerProcess(start, None, print).pid, flush=True); time.sleep(1000)"
+    )
+    guard = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert guard.stdout is not None
+    pid = int(guard.stdout.readline())
+    assert is_running(pid)
+    guard.kill()
+    guard.communicate()
+    deadline = time.monotonic() + 30
+    while is_running(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
@@ -92,4 +113,4 @@ def test_signals_wait_until_the_trainer_can_take_them(tmp_path: Path) -> None:
     trainer = run(code, tmp_path / "log", shown, [])
     trainer.send_signal(signal.SIGUSR1)
     assert wait(trainer) == 0
-    assert shown == ["taken\n"]
+    assert "".join(shown) == "taken\n"
