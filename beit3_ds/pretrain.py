@@ -33,7 +33,9 @@ from beit3_ds.training.loop import Run, resume, train
 from beit3_ds.training.optimizer import check_optimizer
 from beit3_ds.training.progress import Progress
 from beit3_ds.training.report import write_report
+from beit3_ds.training.setup import describe_setup
 from beit3_ds.training.stop_request import StopSignals
+from beit3_ds.training.stragglers import Stragglers, TimedSteps
 
 
 def pretrain(config: RunConfig) -> None:
@@ -159,7 +161,11 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh) -> tuple[Run, Itera
         weights.load(state)
         if mesh.is_main:
             print(weights.describe(), flush=True)
+    setup = describe_setup(config, mesh, state, device, first_step)
+    if mesh.is_main:
+        print(setup, flush=True)
     dtype = next(schedule.engine.module.parameters()).dtype
+    steps = TimedSteps(build_train_loader(inputs.dataset, config.data, first_step) if inputs.dataset else ())
     run = Run(
         config=config,
         schedule=schedule,
@@ -171,10 +177,10 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh) -> tuple[Run, Itera
         store=store,
         history=history,
         progress=Progress(config.model, config.training.total_steps, peak_flops(device, dtype), mesh),
+        stragglers=Stragglers(mesh, schedule.own_work, steps.stopwatch),
         first_step=first_step,
     )
-    dataset = inputs.dataset
-    return run, Shared(build_train_loader(dataset, config.data, first_step) if dataset else (), mesh)
+    return run, Shared(steps, mesh)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

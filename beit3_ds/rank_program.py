@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from beit3_ds.config import ConfigError, RunConfig, load_run_config
 from beit3_ds.config.arguments import add_config_arguments
 from beit3_ds.training.launcher import read_launch
-from beit3_ds.training.loop import NonFiniteLossError
+from beit3_ds.training.skipped_steps import NonFiniteLossError
 
 
 def run_rank_program(

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from beit3_ds.kernels.expert_rows import fits_kernels, row_lengths, row_tiling
 from beit3_ds.kernels.multiway_linear import Slices
+from beit3_ds.kernels.remade_rows import RowRecipe, RowSource
 from beit3_ds.kernels.rule import check_rule, with_gradients
 from beit3_ds.kernels.self_check import passes
 from torch import Tensor
@@ -55,6 +56,22 @@ def multiway_layer_norm(
     stops = tuple(stop for _, stop in slices)
     stream_TD, h_TD = _MultiwayLayerNorm.apply(x_TD, stops, epsilon, runs_kernels(x_TD), *weights, *biases)
     return stream_TD, h_TD
+
+
+def row_source(
+    x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
+) -> RowSource:
+    """From what the rows h_TD of `multiway_layer_norm` are made again, bit by bit, with the same arguments.
+
+    The parameters are kept, so they must not be ones that ZeRO-3 divides.
+    """
+    make = partial(_make_rows, tuple(stop for _, stop in slices), epsilon)
+    return RowSource(RowRecipe(make), tuple(tensor.detach() for tensor in (x_TD, *weights, *biases)))
+
+
+def _make_rows(stops: tuple[int, ...], epsilon: float, x_TD: Tensor, *parameters: Tensor) -> Tensor:
+    norm = torch.ops.beit3_ds.multiway_layer_norm if runs_kernels(x_TD) else _forward_plain
+    return norm(x_TD.contiguous(), stops, parameters[: len(stops)], parameters[len(stops) :], epsilon)[0]
 
 
 def runs_kernels(x_TD: Tensor) -> bool:
@@ -143,7 +160,8 @@ def _forward_plain(
         h_TD, and the mean and 1 / deviation of each expert's rows, (rows, 1).
     """
     lengths, several = row_lengths(stops), len(stops) > 1
-    h_TD = torch.empty_like(x_TD) if several else None
+    # A row more than is used: once it is freed, glibc has room for the next rows there, which it aligns.
+    h_TD = x_TD.new_empty(len(x_TD) + 1, x_TD.shape[1])[:-1] if several else None
     h_parts = [None] if h_TD is None else h_TD.split_with_sizes(lengths)
     statistics = []
     weights, biases = _native(weights, x_TD), _native(biases, x_TD)

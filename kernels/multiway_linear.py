@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from beit3_ds.kernels.remade_rows import RowSource, kept_rows, taken_rows
 from beit3_ds.kernels.rule import check_rule
 from beit3_ds.kernels.self_check import passes
 from torch import Tensor
@@ -30,7 +31,13 @@ def multiway_linear_reference(
     return torch.cat(parts)
 
 
-def multiway_linear(x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+def multiway_linear(
+    x_TD: Tensor,
+    slices: Slices,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    source: RowSource | None = None,
+) -> Tensor:
     """Applies each expert's linear layer to its own rows, writing into one output without copies.
 
     Computes y[start:stop] = x[start:stop] @ w_FD.T + b_F for every expert. An expert without rows gets zero gradients,
@@ -41,29 +48,33 @@ def multiway_linear(x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], bia
         slices: row range of each expert; together they cover [0, T) in order.
         weights: one (F, D) matrix an expert, of x's dtype; saved for the backward pass as they are.
         biases: one (F,) vector an expert.
+        source: of x, if x is normalised rows that are to be made again in the backward pass instead of kept.
 
     Returns:
         y_TF, of x's dtype.
     """
-    return _MultiwayLinear.apply(x_TD, ends_of(slices), *weights, *biases)
+    return _MultiwayLinear.apply(x_TD, source, ends_of(slices), *weights, *biases)
 
 
 class _MultiwayLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, ends: list[int], *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, source: RowSource | None, ends: list[int], *parameters: Tensor) -> Tensor:
         ctx.ends, weights, biases = ends, parameters[: len(ends)], parameters[len(ends) :]
         x_TD = x_TD.contiguous()
+        ctx.recipe, kept = kept_rows(x_TD, source)
         # The parameters themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
-        ctx.save_for_backward(x_TD, *weights)
+        ctx.save_for_backward(*weights, *kept)
         return torch.ops.beit3_ds.multiway_linear(x_TD, ends, weights, biases)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TF: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, *weights = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: checkpointing unpacks them for one reading
+        weights, kept = saved[: len(ctx.ends)], saved[len(ctx.ends) :]
         dy_TF = dy_TF.contiguous()
         dx_TD = torch.ops.beit3_ds.multiway_input_gradient(dy_TF, None, ctx.ends, weights)
-        return (dx_TD, None, *torch.ops.beit3_ds.multiway_weight_gradient(dy_TF, None, x_TD, ctx.ends, True))
+        x_TD = taken_rows(ctx.recipe, kept)
+        return (dx_TD, None, None, *torch.ops.beit3_ds.multiway_weight_gradient(dy_TF, None, x_TD, ctx.ends, True))
 
 
 def ends_of(slices: Slices) -> list[int]:

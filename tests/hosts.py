@@ -254,7 +254,7 @@ def missing_for_hosts(*programs: str) -> str | None:
     if os.geteuid() != 0:
         return "hosts made of namespaces need root: run the tests as root, for example in a container"
     if lacking := [program for program in (*_PROGRAMS, *programs) if _find(program) is None]:
-        return f"{', '.join(lacking)} not installed: tests/install_cluster_programs.sh"
+        return f"{', '.join(lacking)} not installed: .ci/install_cluster_programs, or pip install '.[test]' for mpirun"
     trial = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "true"]
     tried = subprocess.run(trial, capture_output=True, text=True)
     if tried.returncode != 0:

@@ -1,6 +1,8 @@
 """Slurm on the test hosts."""
 
+import contextlib
 import os
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +37,7 @@ PartitionName=test Nodes={names} Default=YES MaxTime=INFINITE State=UP OverSubsc
 
 
 def start_slurm(hosts: Sequence[Host], folder: Path) -> dict[str, str]:
-    """Starts Slurm with its controller on the first host and one partition of all hosts; it lives as long as they.
+    """Starts Slurm with its controller on the first host and one partition of all hosts: see `stop_slurm`.
 
     Args:
         hosts: on which jobs run, two ranks each.
@@ -59,6 +61,15 @@ def start_slurm(hosts: Sequence[Host], folder: Path) -> dict[str, str]:
         _run(host, "slurmd", environment)
     _wait_until_idle(hosts, environment)
     return environment
+
+
+def stop_slurm(hosts: Sequence[Host]) -> None:
+    """Ends Slurm and all its jobs, so that it can be started again on the same hosts."""
+    for host in hosts:
+        for pid in host.pids(r"slurm|munged"):
+            with contextlib.suppress(ProcessLookupError):
+                host.signal(pid, signal.SIGKILL)
+        _run(host, "rm -rf /run/munge /run/slurmctld /run/slurmd /run/slurmctld.pid /run/slurmd.pid /run/munged.pid")
 
 
 def _run(host: Host, line: str, environment: dict[str, str] | None = None) -> str:

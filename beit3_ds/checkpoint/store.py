@@ -84,6 +84,7 @@ class CheckpointStore:
     def save(self, state: EngineState, step: int) -> None:
         """Begins to save the state after `step` updates. All ranks call it, between two steps."""
         start = time.monotonic()
+        self._mesh.activity.begin("saving")
         self.finish()
         self._snapshot = self._snapshot or Snapshot(state)
         self._snapshot.take_memory()
@@ -96,6 +97,7 @@ class CheckpointStore:
     def finish(self) -> None:
         """Waits until the save that is under way, if any, has ended."""
         if self._thread is not None:
+            self._mesh.activity.begin("saving")
             self._thread.join()
             self._thread = None
 

@@ -37,6 +37,10 @@ class ParallelConfig:
     messages. Micro-batches must then be a multiple of the stages."""
     timeout_seconds: int = 1800
     """How long a rank waits for another before it ends the run. Longer than the slowest checkpoint and evaluation."""
+    heartbeat_timeout_seconds: int = 60
+    """How long a rank may give no sign of life before the run ends: its process was stopped or killed, its host is gone
+    or the link is down. A thread gives one six times in this time, whatever the main thread waits for, so a slow rank
+    is not lost. Longer than the host may be too busy to run that thread."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -44,6 +48,7 @@ class ParallelConfig:
             "pipeline_parallel_size",
             "virtual_pipeline_parallel_size",
             "timeout_seconds",
+            "heartbeat_timeout_seconds",
         ):
             check_range(f"parallel.{name}", getattr(self, name), 1)
         if self.virtual_pipeline_parallel_size > 1 and self.pipeline_parallel_size == 1:

@@ -67,6 +67,11 @@ class RunConfig:
                     f'zero_optimization.{section}.device="nvme" keeps state in files of DeepSpeed\'s own, which '
                     'checkpoints do not read. Use "cpu", or more ranks.'
                 )
+        if not zero.get("compute_grad_norm", True):
+            raise ConfigError(
+                "zero_optimization.compute_grad_norm=false leaves out the gradients' norm, by which steps with a NaN "
+                "are known and skipped. Leave it out."
+            )
         if self.training.optimizer == "apex_fused_adam":
             if zero.get("offload_optimizer", {}).get("device", "none") != "none":
                 raise ConfigError(

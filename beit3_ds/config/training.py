@@ -75,8 +75,13 @@ class TrainingConfig:
     keep_checkpoints: int = 3
     """Whole checkpoints that are kept; older ones are deleted once a newer one is whole."""
 
+    max_skipped_steps: int = 5
+    """Steps in a row that are skipped because a loss or a gradient is NaN or infinite, before the run stops, with a
+    checkpoint. One is the fault of a sample or of a device; in so many with other samples, training has diverged."""
+
     def __post_init__(self) -> None:
         for name in (
+            "max_skipped_steps",
             "total_steps",
             "log_interval",
             "eval_interval",

@@ -158,13 +158,20 @@ def block_activations(holding: Holding, layer: int, load: Load, checkpointing: s
     hidden = holding.config.model.hidden_size
     if checkpointing == "full":
         return own * hidden * size
-    gathered = own * holding.tensor.size if holding.tensor.divides_rows else load.rows
-    # Attention and FFN alike: the stream before the norm, two statistics a row, the normalised rows.
-    norms = 2 * (own * (hidden * size + 2 * _STATISTIC) + gathered * hidden * size)
+    # Attention and FFN alike: the stream before the norm, and two statistics a row.
+    norms = 2 * own * (hidden * size + 2 * _STATISTIC) + _normed_rows(holding, layer, load)
     factors = 2 * own * size if load.drops else 0
     return (
         norms + factors + _attention_core(holding, load) + _ffn_core(holding, load) + _sub_norms(holding, layer, load)
     )
+
+
+def _normed_rows(holding: Holding, layer: int, load: Load) -> int:
+    """Of both norms: scales and shifts, copied to make the rows again, or the rows where they were gathered."""
+    model, size = holding.config.model, holding.element_size
+    if holding.tensor.divides_rows:
+        return 2 * _own_rows(holding, load) * holding.tensor.size * model.hidden_size * size
+    return 2 * (len(model.attention_experts) + len(model.experts(layer))) * model.hidden_size * size
 
 
 def _attention_core(holding: Holding, load: Load) -> int:

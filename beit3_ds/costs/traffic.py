@@ -194,7 +194,7 @@ def _reduce(
 
 
 def _add_update(traffic: Traffic, holding: Holding) -> None:
-    """The gradient norm, the check for overflow, and the new weights under ZeRO-1 and 2."""
+    """The gradient norm, and the new weights under ZeRO-1 and 2."""
     stage, groups = holding.zero_stage, len(holding.groups)
     if stage == 3:
         traffic.add("world", "all-reduce", 4)
@@ -203,8 +203,6 @@ def _add_update(traffic: Traffic, holding: Holding) -> None:
     else:
         for axis in ("data", "model") if stage else ("model",):
             traffic.add(axis, "all-reduce", groups * 4, groups)
-            if holding.is_bf16:
-                traffic.add(axis, "all-reduce", 1)
     if stage in (1, 2):
         for group in holding.groups:
             elements = padded(sum(p.numel() for p in group), 2 * holding.data_size)

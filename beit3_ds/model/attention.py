@@ -49,11 +49,11 @@ class MultiwayAttention(nn.Module):
             batch: tells where sequences and experts' rows are.
         """
         slices, num_rows = batch.expert_slices(self.experts), batch.num_rows
-        x_TD, h_TD = self.norm(x_TD, self.tensor.own_slices(slices, num_rows))
-        h_TD = self.tensor.gather_in(h_TD, num_rows)
-        q_THK, k_THK, v_THK = (
-            proj(h_TD, batch).unflatten(1, (-1, self.head_size)) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        own_slices = self.tensor.own_slices(slices, num_rows)
+        x_TD, h_TD, *copies = self.norm(x_TD, own_slices)
+        h_TD, source = self.tensor.gather_in(h_TD, num_rows), self.norm.source(x_TD, own_slices, copies)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q_THK, k_THK, v_THK = (proj(h_TD, batch, source).unflatten(1, (-1, self.head_size)) for proj in projections)
         y_TD = packed_attention(q_THK, k_THK, v_THK, batch.sequence_ranges, cuda_cpp=self.cuda_cpp).flatten(1)
         norm = None if self.sub_norm is None else self.sub_norm.build(self.sub_norm())
         return self.out_proj(Activation(y_TD), x_TD, factor_T, batch, norm=norm)

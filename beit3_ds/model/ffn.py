@@ -44,8 +44,9 @@ class MultiwayFFN(nn.Module):
             batch: tells where the experts' rows are.
         """
         slices, num_rows = batch.expert_slices(self.experts), batch.num_rows
-        x_TD, h_TD = self.norm(x_TD, self.tensor.own_slices(slices, num_rows))
-        h_TD = self.tensor.gather_in(h_TD, num_rows)
-        activation = self.fc1(h_TD, batch, with_statistics=self.sub_norm is not None)
+        own_slices = self.tensor.own_slices(slices, num_rows)
+        x_TD, h_TD, *copies = self.norm(x_TD, own_slices)
+        h_TD, source = self.tensor.gather_in(h_TD, num_rows), self.norm.source(x_TD, own_slices, copies)
+        activation = self.fc1(h_TD, batch, source, with_statistics=self.sub_norm is not None)
         norm = None if self.sub_norm is None else self.sub_norm.build(self.sub_norm())
         return self.fc2(activation, x_TD, factor_T, batch, gelu=True, norm=norm)

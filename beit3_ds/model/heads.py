@@ -32,7 +32,7 @@ class Heads(nn.Module):
         patches, tokens = batch.masked_patch_rows, batch.masked_token_rows
         rows = torch.cat([patches, tokens])
         x_TD = self.tensor.gather_rows(x_TD, batch.num_rows)
-        _, h_MD = self.norm(x_TD.index_select(0, rows), self._slices(len(patches), len(rows)))
+        _, h_MD, *_ = self.norm(x_TD.index_select(0, rows), self._slices(len(patches), len(rows)))
         h_patches, h_tokens = h_MD.split([len(patches), len(tokens)])
         if not with_loss:
             return self.mim.logits(h_patches), self.mlm.logits(h_tokens)
@@ -41,7 +41,7 @@ class Heads(nn.Module):
 
     def normalize(self, x_TD: Tensor, batch: PackedBatch) -> Tensor:
         """Returns all rows after the final norm, (T, D)."""
-        _, h_TD = self.norm(self.tensor.gather_rows(x_TD, batch.num_rows), batch.expert_slices(self.experts))
+        _, h_TD, *_ = self.norm(self.tensor.gather_rows(x_TD, batch.num_rows), batch.expert_slices(self.experts))
         return h_TD
 
     def _slices(self, num_patches: int, num_rows: int) -> list[tuple[int, int]]:

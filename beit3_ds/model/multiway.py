@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.kernels.add_branch import add_branch
-from beit3_ds.kernels.multiway_layer_norm import multiway_layer_norm
+from beit3_ds.kernels.multiway_layer_norm import multiway_layer_norm, row_source
 from beit3_ds.kernels.multiway_linear import multiway_linear
 from beit3_ds.kernels.out_projection import out_projection
+from beit3_ds.kernels.remade_rows import RowSource
 from beit3_ds.kernels.sub_norm import SubNorm
 from beit3_ds.kernels.up_projection import Activation, up_projection
 from beit3_ds.parallel import TensorParallel, split_parameter
@@ -35,9 +36,15 @@ class ColumnParallelMultiwayLinear(nn.Module):
             self.register_parameter(f"weight_{expert}", split_parameter(split, out_features, in_features))
             self.register_parameter(f"bias_{expert}", split_parameter(split, out_features))
 
-    def forward(self, x_TD: Tensor, batch: PackedBatch) -> Tensor:
-        """Returns this rank's features (T, F / P), each row from its own expert; a single expert takes all rows."""
-        return multiway_linear(x_TD, batch.expert_slices(self.experts), _weights(self), _biases(self))
+    def forward(self, x_TD: Tensor, batch: PackedBatch, source: RowSource | None = None) -> Tensor:
+        """Returns this rank's features (T, F / P), each row from its own expert; a single expert takes all rows.
+
+        Args:
+            x_TD: all rows.
+            batch: tells the experts' slices.
+            source: of x, if it is to be made again in the backward pass instead of kept.
+        """
+        return multiway_linear(x_TD, batch.expert_slices(self.experts), _weights(self), _biases(self), source)
 
 
 class UpProjection(ColumnParallelMultiwayLinear):
@@ -54,16 +61,20 @@ class UpProjection(ColumnParallelMultiwayLinear):
         super().__init__(in_features, out_features, experts, tensor)
         self.cuda_cpp = cuda_cpp
 
-    def forward(self, x_TD: Tensor, batch: PackedBatch, *, with_statistics: bool) -> Activation:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x_TD: Tensor, batch: PackedBatch, source: RowSource | None = None, *, with_statistics: bool
+    ) -> Activation:
         """Returns this rank's features (T, F / P) for a RowParallelMultiwayLinear with a GELU.
 
         Args:
             x_TD: all rows.
             batch: tells the experts' slices.
+            source: of x, if it is to be made again in the backward pass instead of kept.
             with_statistics: whether a sub-LN follows.
         """
         arguments = batch.expert_slices(self.experts), _weights(self), _biases(self)
-        return up_projection(x_TD, *arguments, with_statistics=with_statistics, cuda_cpp=self.cuda_cpp)
+        form = {"with_statistics": with_statistics, "source": source, "cuda_cpp": self.cuda_cpp}
+        return up_projection(x_TD, *arguments, **form)
 
 
 class RowParallelMultiwayLinear(nn.Module):
@@ -129,7 +140,7 @@ class MultiwayLayerNorm(nn.Module):
             self.register_parameter(f"weight_{expert}", nn.Parameter(torch.empty(hidden_size)))
             self.register_parameter(f"bias_{expert}", nn.Parameter(torch.empty(hidden_size)))
 
-    def forward(self, x_TD: Tensor, slices: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    def forward(self, x_TD: Tensor, slices: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
         """Normalises every row and scales it with the parameters of its expert.
 
         Communicates the parameters' gradients where ranks divide the rows (`TensorParallel.share`).
@@ -139,11 +150,26 @@ class MultiwayLayerNorm(nn.Module):
             slices: the experts' row ranges in x, in the order of `experts`.
 
         Returns:
-            x itself, for the residual: its gradient is then added where the norm's is made; and the normalised rows.
+            x itself, for the residual: its gradient is then added where the norm's is made; the normalised rows; and
+            copies of all scales and shifts for `source`, without gradients. Copies, for another module keeps them:
+            ZeRO-3 divides a module's own parameters again after its call.
         """
         parameters = self.tensor.share(*_weights(self), *_biases(self))
         weights, biases = parameters[: len(slices)], parameters[len(slices) :]
-        return multiway_layer_norm(x_TD, slices, weights, biases, self.epsilon)
+        copies = (parameter.detach().clone() for parameter in parameters)
+        return (*multiway_layer_norm(x_TD, slices, weights, biases, self.epsilon), *copies)
+
+    def source(self, x_TD: Tensor, slices: Sequence[tuple[int, int]], copies: Sequence[Tensor]) -> RowSource | None:
+        """What layers keep instead of the normalised rows; None where ranks divide them: they would be gathered twice.
+
+        Args:
+            x_TD: what `forward` took.
+            slices: likewise.
+            copies: what it returned of the parameters.
+        """
+        if self.tensor.divides_rows:
+            return None
+        return row_source(x_TD, slices, copies[: len(slices)], copies[len(slices) :], self.epsilon)
 
 
 class MultiwaySubLayerNorm(nn.Module):

@@ -1,6 +1,7 @@
 """The mesh of ranks, passed to whoever communicates."""
 
 import hashlib
+import socket
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from beit3_ds.config import ConfigError, ParallelConfig, Place
+from beit3_ds.parallel.activity import Activity
 from beit3_ds.parallel.pipeline import PipelineParallel, build_pipeline_parallel
 from beit3_ds.parallel.tensor import TensorParallel
 
@@ -34,6 +36,12 @@ class Mesh:
     """Ranks that hold different parts of every layer and the same samples."""
     pipeline: PipelineParallel = field(default_factory=PipelineParallel)
     """Ranks that hold different layers and the same samples."""
+    places: tuple[Place, ...] = (Place(0, 0, 0),)
+    """Of every global rank."""
+    hosts: tuple[str, ...] = field(default_factory=lambda: (socket.gethostname(),))
+    """Of every global rank."""
+    activity: Activity = field(default_factory=Activity)
+    """What this rank does right now; the roll call tells the others."""
 
     @property
     def place(self) -> Place:
@@ -64,6 +72,10 @@ class Mesh:
         """The numbers of ranks along the axes, for people."""
         axes = f"{self.data_parallel_size} data-parallel x {self.tensor.size} tensor-parallel ranks"
         return axes if self.pipeline.size == 1 else f"{self.pipeline.size} stages of {axes}"
+
+    def describe(self, rank: int) -> str:
+        """Names a global rank, its place and its host, for messages."""
+        return f"rank {rank} ({self.places[rank]}, host {self.hosts[rank]})"
 
     def sum_over_data(self, values: Tensor) -> Tensor:
         """Returns the sum of `values` over the data-parallel ranks; sends values.numel() elements."""
@@ -160,7 +172,7 @@ class ModelParallelUnit:
 
 
 def build_mesh(parallel: ParallelConfig) -> Mesh:
-    """Builds the mesh over all ranks of the initialised process group; all ranks call it.
+    """Builds the mesh over all ranks of the initialised process group; all ranks call it, and learn each other's hosts.
 
     Raises:
         ConfigError: if the layout does not divide the number of ranks.
@@ -174,7 +186,11 @@ def build_mesh(parallel: ParallelConfig) -> Mesh:
     tensor_group = own_group(ranks.flatten(0, 1), timeout)
     data_group = own_group(ranks.transpose(1, 2).flatten(0, 1), timeout)
     model_group = own_group(ranks.transpose(0, 1).flatten(1), timeout)
+    hosts: list[Any] = [None] * world_size
+    dist.all_gather_object(hosts, socket.gethostname())
     return Mesh(
+        places=tuple(parallel.place(rank, world_size) for rank in range(world_size)),
+        hosts=tuple(hosts),
         data_parallel_group=data_group,
         data_parallel_rank=place.data,
         data_parallel_size=data_size,

@@ -2,6 +2,7 @@
 
 # T packed rows (of this rank), D hidden.
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -13,8 +14,10 @@ from beit3_ds.batch import LOSS_TERMS, PackedBatch
 from beit3_ds.model import Logits, LossOutput
 from beit3_ds.parallel import Mesh, Message
 from beit3_ds.pipeline import seams
+from beit3_ds.pipeline.gradient_probe import GradientProbe
 from beit3_ds.pipeline.order import Action, one_forward_one_backward
 from beit3_ds.pipeline.stages import stage_layers
+from beit3_ds.pipeline.stopwatch import Stopwatch
 from beit3_ds.pipeline.tied import TiedWordEmbedding
 
 Prepare = Callable[[PackedBatch], PackedBatch]
@@ -38,11 +41,21 @@ class Schedule:
             mesh: the ranks.
         """
         self.engine, self.chunks, self.mesh = engine, tuple(chunks), mesh
+        self.probe = GradientProbe()
+        self.probe.watch(engine.module.parameters())  # before the tied table's gradient from another stage is added
         self.tied = TiedWordEmbedding(engine.module, mesh)
+        self.probe.watch(self.tied.copies)
         self.runs = stage_layers(chunks, mesh.pipeline.rank, mesh.pipeline.size)
         parameter = next(engine.module.parameters())
         self._dtype, self._hidden_size = parameter.dtype, engine.module.config.hidden_size
         self.sending: list[Message] = []
+        self.own_work = Stopwatch(engine.device)
+        """Runs while a step works without a collective: see `training.stragglers`."""
+
+    @property
+    def forward_is_own(self) -> bool:
+        """Whether a forward pass waits for no other rank."""
+        return self.mesh.tensor.size == 1 and self.engine.zero_optimization_stage() < 3
 
     def accumulate_gradients(
         self, micro_batches: Sequence[PackedBatch], loss_factors: Tensor, prepare: Prepare
@@ -67,6 +80,7 @@ class Schedule:
         actions = one_forward_one_backward(len(micro_batches), pipeline.rank, pipeline.size, len(self.runs))
         step = _Step(self, micro_batches, loss_factors, prepare)
         seams.begin_step(self.engine, len(self.runs))
+        self.probe.begin_step()
         self.tied.synchronize()
         arriving = step.receive(actions[0])
         for action, following in zip(actions, [*actions[1:], None], strict=True):
@@ -97,6 +111,7 @@ class Schedule:
         self.engine.eval()
         try:
             for batch in batches:
+                self.mesh.activity.begin("evaluation")
                 prepared = prepare(batch)
                 yield prepared, self._run_forward(prepared, loss_factors)
         finally:
@@ -158,18 +173,22 @@ class _Step:
 
     def forward(self, action: Action, x_TD: Tensor | None) -> None:
         schedule, number = self._schedule, action.micro_batch
+        schedule.mesh.activity.begin(f"forward of micro-batch {number}")
         if number not in self._prepared:
-            self._prepared[number] = self._prepare(self._micro_batches[number])
+            with schedule.own_work.running():
+                self._prepared[number] = self._prepare(self._micro_batches[number])
         if x_TD is not None:
             x_TD.requires_grad_()
         layers = schedule.runs[action.run]
-        output = schedule.engine(self._prepared[number], self._loss_factors, x_TD, layers)
+        with schedule.own_work.running() if schedule.forward_is_own else contextlib.nullcontext():
+            output = schedule.engine(self._prepared[number], self._loss_factors, x_TD, layers)
         if action.run == len(schedule.runs) - 1:
             del self._prepared[number]  # no other run of this stage needs it
         gradient: list[Tensor] = []
         if isinstance(output, LossOutput):
             self.sums += output.sums
-            loss = output.total
+            # A loss that is not finite may have finite gradients. They become NaN: then the norm tells all ranks.
+            loss = output.total * (1 + 0 * output.total.detach())
         else:
             loss = _TakeGradient.apply(output, gradient)
             schedule.send(output, forward=True)
@@ -180,7 +199,9 @@ class _Step:
         pending = self._pending.pop((action.micro_batch, action.run))
         if gradient_TD is not None:
             pending.gradient.append(gradient_TD)
+        schedule.mesh.activity.begin(f"backward of micro-batch {action.micro_batch}")
         schedule.tied.before_backward(is_last=is_last)
+        schedule.probe.begin_backward(action.micro_batch)
         seams.backward(schedule.engine, pending.loss, is_last=is_last)
         if pending.x_TD is not None:
             assert pending.x_TD.grad is not None

@@ -13,8 +13,10 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from beit3_ds.parallel import Mesh, is_split
@@ -37,6 +39,7 @@ def adapt_engine(engine: DeepSpeedEngine, mesh: Mesh) -> None:
             engine.enable_backward_allreduce = False
         # It would work out the norm that `clip_gradients` is given, and multiply even by 1.
         engine.clip_fp32_gradients = lambda: None
+    _judge_gradients_by_norm(optimizer)
     if not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         return
     _compare_traces_among_data_parallel_ranks(mesh)
@@ -91,6 +94,29 @@ def begin_update(engine: DeepSpeedEngine) -> None:
     for parameter in engine.module.parameters():
         if parameter.grad is not None and is_split(parameter):
             parameter.grad.tensor_model_parallel = True
+
+
+def skip_update(engine: DeepSpeedEngine) -> None:
+    """Drops a step's gradients and counts the step: what DeepSpeed's other optimizers do if the norm is not finite.
+
+    Args:
+        engine: in float32 without ZeRO.
+    """
+    engine.zero_grad()
+    engine.global_steps += 1
+
+
+def _judge_gradients_by_norm(optimizer: Any) -> None:
+    """Makes the norm alone say whether an update is skipped: all ranks have the same one, and need it anyway.
+
+    DeepSpeed also searches bf16 gradients for what is not finite: a second pass over them, and a message. With
+    `bf16.check_grad_overflow` false it would do neither, and update with NaN.
+    """
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        optimizer.check_grad_overflow = True
+        optimizer.check_overflow = lambda partition_gradients=True: None
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        optimizer.overflow_checker.check = lambda param_groups=None: False
 
 
 def _zero3_gradient_norm(optimizer: DeepSpeedZeroOptimizer_Stage3, mesh: Mesh) -> Tensor:

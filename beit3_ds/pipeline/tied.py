@@ -33,6 +33,11 @@ class TiedWordEmbedding:
             self._copy.requires_grad_()
             self._sum = torch.zeros_like(self._copy, dtype=torch.float32, requires_grad=False)
 
+    @property
+    def copies(self) -> list[Tensor]:
+        """The last stage's copy, which is none of its parameters."""
+        return [] if self._copy is None else [self._copy]
+
     def synchronize(self) -> None:
         """Sends the table from the first to the last stage; the data-parallel ranks of the first gather it."""
         if self._owned is not None:

@@ -1,6 +1,7 @@
 """The one place where DeepSpeed is set up."""
 
 import ctypes
+import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -41,8 +42,7 @@ def init_process_group(parallel: ParallelConfig) -> Mesh:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     launch = read_launch(os.environ)
     if launch.master_addr is None:
-        discover_through_mpi(launch)
-        launch = read_launch(os.environ)
+        launch = discover_through_mpi(launch)
     os.environ.update(launch.variables())
     _share_cores(launch.local_size or 1)
     if launch.world_size == 1:
@@ -70,17 +70,17 @@ def joined_ranks(parallel: ParallelConfig) -> Iterator[Mesh]:
     """Joins the process group for the time of a program, and ends the program on all ranks if one of them fails.
 
     An error that a user can mend leaves as it came. Any other is told to the other ranks, which end with a line that
-    names this one; a rank that lost contact with another ends with a line that names that one (`RollCall`).
+    names this one; a rank that lost contact with another ends with a line that names that one, and so do all if a rank
+    is lost or stalled (`RollCall`).
     """
     mesh = init_process_group(parallel)
-    roll_call = RollCall(parallel)
+    roll_call = RollCall(parallel, mesh)
     try:
         yield mesh
     except Exception as error:
         if _is_lost_contact(error):
-            roll_call.announce(None)
-            roll_call.wait_for_the_end()
-        roll_call.announce(f"{type(error).__name__}: {error}")
+            roll_call.announce_lost_contact(error)
+        roll_call.announce_failure(error)
         roll_call.stop()
         mesh.leave()
         raise
@@ -140,12 +140,19 @@ def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh) -> deepspeed.D
 def apply_update(engine: deepspeed.DeepSpeedEngine, mesh: Mesh) -> float:
     """Clips the accumulated gradients, updates the parameters and clears the gradients.
 
+    If a gradient is not finite on any rank, the update is skipped on all: weights, moments and AdamW's count of updates
+    stay as they are, gradients are cleared.
+
     Returns:
-        The gradients' global 2-norm before clipping, over all parts of the model.
+        The gradients' global 2-norm before clipping, over all parts of the model, the same on all ranks; infinity or
+        NaN if the update was skipped.
     """
     norm = None
     if not engine.zero_optimization() and not engine.bfloat16_enabled():
         norm = float(_gradient_norm(engine.module, mesh))
+        if not math.isfinite(norm):
+            seams.skip_update(engine)
+            return norm
         seams.clip_gradients(engine, norm)
     seams.begin_update(engine)
     engine.step()

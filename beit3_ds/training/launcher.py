@@ -1,10 +1,10 @@
 """What a launcher says about a rank. The one place where its variables are read."""
 
+import os
 import re
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib.util import find_spec
+from dataclasses import dataclass, replace
 
 from beit3_ds.config import ConfigError
 
@@ -24,7 +24,7 @@ class Launch:
     world_size: int
     """How many ranks there are."""
     local_rank: int
-    """Its number among the ranks of its host: the number of its device."""
+    """The number of its device: its own among the ranks of its host, or 0 if it sees one device only."""
     local_size: int | None
     """How many ranks its host has; None if the launcher does not say."""
     master_addr: str | None
@@ -44,17 +44,14 @@ class Launch:
         }
         return {name: str(value) for name, value in values.items() if value is not None}
 
-    def spans_hosts(self) -> bool:
-        """Whether ranks run on several hosts, as far as the launcher says."""
-        return self.local_size is not None and self.local_size < self.world_size
-
 
 def read_launch(environment: Mapping[str, str]) -> Launch:
     """Reads the variables of whoever started this process: torch's own (`deepspeed`, `torchrun`), MPI's or Slurm's.
 
     Torch's come first: whoever sets them meant it. MPI's come before Slurm's, for mpirun starts its daemons with srun;
-    but PMI's, which srun also sets, after. What Slurm says of a job and not of a step of srun is passed over: a batch
-    script's own process is no rank. MASTER_ADDR and MASTER_PORT are taken from the environment if they are there.
+    but PMI's, which srun also sets, only with Hydra's own. What Slurm says of a job and not of a step of srun is passed
+    over: a batch script's own process is no rank, nor is a shell. MASTER_ADDR and MASTER_PORT are taken from the
+    environment if they are there.
 
     Raises:
         ConfigError: if variables are missing, are no numbers, or contradict each other.
@@ -65,7 +62,7 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
         launch = _read_mpi(environment, "mpirun (Open MPI)", "OMPI_COMM_WORLD_{}")
     elif "PMI_RANK" in environment and "MPI_LOCALRANKID" in environment:
         launch = _read_hydra(environment)
-    elif "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment:
+    elif environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         launch = _read_slurm(environment)
     else:
         launch = _single_process()
@@ -73,22 +70,25 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
     return launch
 
 
-def discover_through_mpi(launch: Launch) -> None:
-    """Asks the other ranks through MPI where rank 0 is, and puts that and the rest into the environment.
+def discover_through_mpi(launch: Launch) -> Launch:
+    """Asks the other ranks through MPI where rank 0 is; returns the launch with that address.
 
-    Communicates: a broadcast and a gather of host names, through MPI.
+    It is the first of `hostname -I` there. Communicates: a broadcast and a gather of host names, through MPI.
 
     Raises:
         ConfigError: if mpi4py is missing.
     """
-    if find_spec("mpi4py") is None:
+    try:
+        import mpi4py  # noqa: F401
+    except ImportError as error:
         raise ConfigError(
-            f"{launch.launcher} does not say where rank 0 runs, and mpi4py, which finds out, is not installed. Install "
-            "it (pip install mpi4py), or name the first host: mpirun -x MASTER_ADDR=HOST ..."
-        )
+            f"{launch.launcher} does not say where rank 0 runs, and mpi4py, which finds out, cannot be imported "
+            f"({error}). Install it (pip install mpi4py), or name the first host: mpirun -x MASTER_ADDR=HOST ..."
+        ) from None
     from deepspeed.comm import mpi_discovery
 
-    mpi_discovery(distributed_port=launch.master_port, verbose=False)
+    mpi_discovery(distributed_port=launch.master_port, verbose=False)  # into the environment
+    return replace(launch, master_addr=os.environ["MASTER_ADDR"])
 
 
 def _read_torch(environment: Mapping[str, str]) -> Launch:
@@ -115,7 +115,7 @@ def _read_mpi(environment: Mapping[str, str], launcher: str, name: str) -> Launc
         launcher=launcher,
         rank=_number(environment, name.format("RANK")),
         world_size=_number(environment, name.format("SIZE")),
-        local_rank=_number(environment, name.format("LOCAL_RANK")),
+        local_rank=_device(environment, name.format("LOCAL_RANK")),
         local_size=_number(environment, name.format("LOCAL_SIZE")),
         master_addr=environment.get("MASTER_ADDR"),
         master_port=_port(environment, _DEFAULT_PORT),
@@ -127,7 +127,7 @@ def _read_hydra(environment: Mapping[str, str]) -> Launch:
         launcher="mpirun (Hydra: MPICH, Intel MPI)",
         rank=_number(environment, "PMI_RANK"),
         world_size=_number(environment, "PMI_SIZE"),
-        local_rank=_number(environment, "MPI_LOCALRANKID"),
+        local_rank=_device(environment, "MPI_LOCALRANKID"),
         local_size=_number(environment, "MPI_LOCALNRANKS"),
         master_addr=environment.get("MASTER_ADDR"),
         master_port=_port(environment, _DEFAULT_PORT),
@@ -144,7 +144,7 @@ def _read_slurm(environment: Mapping[str, str]) -> Launch:
         launcher="srun",
         rank=_number(environment, "SLURM_PROCID"),
         world_size=_number(environment, "SLURM_STEP_NUM_TASKS"),
-        local_rank=_number(environment, "SLURM_LOCALID"),
+        local_rank=_device(environment, "SLURM_LOCALID"),
         local_size=tasks[node] if node < len(tasks) else None,
         # Not SLURM_LAUNCH_NODE_IPADDR: that is where srun was typed, often a login node.
         master_addr=environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_STEP_NODELIST", "")),
@@ -177,6 +177,12 @@ def expand_tasks(counts: str) -> list[int]:
     """The ranks of every host, which Slurm writes as "8(x3),4"."""
     found = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
     return [int(count) for count, times in found for _ in range(int(times or 1))]
+
+
+def _device(environment: Mapping[str, str], local_rank: str) -> int:
+    # srun --gpus-per-task=1 shows every rank its own GPU alone, which is number 0 there.
+    sees_one = re.fullmatch(r"[^,]+", environment.get("CUDA_VISIBLE_DEVICES", ""))
+    return 0 if sees_one else _number(environment, local_rank)
 
 
 def _port(environment: Mapping[str, str], default: int) -> int:

@@ -1,10 +1,10 @@
 """The training loop."""
 
-import math
+import itertools
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -22,13 +22,12 @@ from beit3_ds.training.evaluation import evaluate
 from beit3_ds.training.history import History
 from beit3_ds.training.learning_rate import learning_rate
 from beit3_ds.training.loss import BrokenRecordBudget, build_loss_factors
-from beit3_ds.training.progress import Progress, format_evaluation, format_line
+from beit3_ds.training.loss_spikes import LossSpikes, format_spike
+from beit3_ds.training.progress import Progress, Update, format_evaluation, format_line
+from beit3_ds.training.skipped_steps import NonFiniteLossError, SkippedSteps
 from beit3_ds.training.stop_request import StopRequest, StopSignals
+from beit3_ds.training.stragglers import Stragglers
 from beit3_ds.training.targets import prepare_batch
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss or the gradient norm is not a number; going on would destroy the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +45,7 @@ class Run:
     store: CheckpointStore
     history: History
     progress: Progress
+    stragglers: Stragglers
     first_step: int
     """Updates already done when this process started."""
 
@@ -94,7 +94,8 @@ def train(run: Run, steps: Iterable[StepBatch], signals: StopSignals) -> bool:
 
     Raises:
         ConfigError: if too many records are broken, or the last checkpoint cannot be written.
-        NonFiniteLossError: if loss or gradient norm is not finite.
+        NonFiniteLossError: if loss or gradients are not finite in `training.max_skipped_steps` steps in a row. The
+            newest checkpoint then holds the weights from before them.
     """
     stop = StopRequest(signals, run.mesh, run.device)
     if stop.agreed() and run.first_step < run.config.training.total_steps:
@@ -110,25 +111,29 @@ def train(run: Run, steps: Iterable[StepBatch], signals: StopSignals) -> bool:
 def _train(run: Run, steps: Iterable[StepBatch], stop: StopRequest) -> bool:
     config = run.config.training
     budget = BrokenRecordBudget(run.config.data.max_broken_records, run.mesh)
+    skipped, spikes = SkippedSteps(config.max_skipped_steps, run.mesh), LossSpikes()
     run.store.prepare(run.state)
-    done, is_stopping = run.first_step, False
+    done, is_stopping, is_saved = run.first_step, False, True
     if done == 0:
         _evaluate_and_record(run, 0)
-    for step_batch, data_seconds in _timed(steps):
+    for step_batch, data_seconds in _timed(run, steps):
         start = time.perf_counter()
-        counts = budget.agree(step_batch)
-        rate = learning_rate(config, step_batch.step)
-        sums, grad_norm = _update(run, step_batch, counts, rate)
+        update = _update(run, step_batch, budget.agree(step_batch), learning_rate(config, step_batch.step))
         done = step_batch.step + 1
-        run.progress.add(step_batch, sums, data_seconds, data_seconds + time.perf_counter() - start)
+        run.progress.add(step_batch, update, data_seconds, data_seconds + time.perf_counter() - start)
+        is_saved = is_saved and update.is_skipped
+        _note_skip(run, skipped, step_batch, update)
         is_last, is_stopping = done == config.total_steps, stop.agreed()
-        if done % config.log_interval == 0 or is_last or is_stopping:
-            _report(run, done, rate, grad_norm, budget)
+        if (done % config.log_interval == 0 or is_last or is_stopping) and run.progress.has_updates:
+            _report(run, done, budget, skipped, spikes)
+        if skipped.are_too_many:
+            _end_diverged(run, done, skipped, is_saved=is_saved)
         if (done % config.eval_interval == 0 or is_last) and not is_stopping:
             _evaluate_and_record(run, done)
         _report_saves(run)  # not after the save: how the last one ends must be left for the end
         if done % config.save_interval == 0 or is_last or is_stopping:
             run.store.save(run.state, done)
+            is_saved = True
         if is_stopping and not is_last:
             break
     run.store.finish()
@@ -142,6 +147,34 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: StopRequest) -> bool:
     if done < config.total_steps:
         _say(run, f"stopped after step {done} on {stop.reason}; the same command goes on from there")
     return done == config.total_steps
+
+
+def _note_skip(run: Run, skipped: SkippedSteps, step_batch: StepBatch, update: Update) -> None:
+    """Counts a step that was skipped, and says whose gradients were at fault."""
+    if not update.is_skipped:
+        skipped.note_update()
+        return
+    record = skipped.add(step_batch, update.grad_norm, run.schedule.probe)
+    _record(run, record)
+    _say(run, skipped.describe(record))
+
+
+def _end_diverged(run: Run, done: int, skipped: SkippedSteps, *, is_saved: bool) -> NoReturn:
+    """Ends the run with a checkpoint of the weights, which are those from before the steps that were skipped.
+
+    If the newest checkpoint has them already, none is added: starting again and again must not push out older ones.
+    """
+    if not is_saved:
+        run.store.save(run.state, done)
+    run.store.finish()
+    _report_saves(run)
+    raise NonFiniteLossError(
+        f"steps {done - skipped.in_a_row + 1} to {done} were skipped because losses or gradients were not finite: "
+        f"training.max_skipped_steps={skipped.limit} in a row. The run stops here; the newest checkpoint, "
+        f"{run.store.newest_path()}, holds the weights from before them. If the same rank is named above each time, "
+        "look at its device and samples; else training diverged: lower training.learning_rate or gradient_clipping, "
+        "perhaps from an older checkpoint (delete the newer ones)."
+    )
 
 
 def _report_saves(run: Run) -> list[SaveOutcome]:
@@ -159,26 +192,28 @@ def _report_saves(run: Run) -> list[SaveOutcome]:
     return outcomes
 
 
-def _update(run: Run, step_batch: StepBatch, counts: Tensor, rate: float) -> tuple[Tensor, float]:
+def _update(run: Run, step_batch: StepBatch, counts: Tensor, rate: float) -> Update:
     for group in run.engine.optimizer.param_groups:
         group["lr"] = rate
-    factors = build_loss_factors(counts, run.config.training.loss_weights, run.mesh.data_parallel_size)
-    sums = run.schedule.accumulate_gradients(step_batch.micro_batches, factors.to(run.device), run.prepare)
-    return sums, apply_update(run.engine, run.mesh)
+    mesh = run.mesh
+    factors = build_loss_factors(counts, run.config.training.loss_weights, mesh.data_parallel_size).to(run.device)
+    sums = run.schedule.accumulate_gradients(step_batch.micro_batches, factors, run.prepare)
+    loss = (sums * factors).sum() / mesh.data_parallel_size * (mesh.tensor.rank == 0)  # its peers have the same sums
+    mesh.activity.begin("update")
+    return Update(sums, apply_update(run.engine, mesh), rate, loss)
 
 
-def _report(run: Run, done: int, rate: float, grad_norm: float, budget: BrokenRecordBudget) -> None:
-    record = run.progress.report(done, rate, grad_norm)
-    if budget.total:
-        record["broken_records"] = budget.total
+def _report(run: Run, done: int, budget: BrokenRecordBudget, skipped: SkippedSteps, spikes: LossSpikes) -> None:
+    steps, seconds = run.progress.interval.steps, run.progress.interval.seconds
+    figures, lines = run.stragglers.report(steps, seconds / steps)
+    for spike in spikes.find(run.progress.losses()):
+        _record(run, spike)
+        lines.append(format_spike(spike))
+    record = run.progress.report(done) | figures
+    totals = {"broken_records": budget.total, "skipped_steps": skipped.total, "loss_spikes": spikes.total}
+    record |= {name: total for name, total in totals.items() if total}
     _record(run, record)
-    _say(run, format_line(record, run.config.training.total_steps))
-    if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
-        raise NonFiniteLossError(
-            f"step {done}: loss {record['loss']}, gradient norm {record['grad_norm']}. The run stops here; the "
-            f"newest checkpoint is {run.store.newest_path()}. A lower training.learning_rate or gradient_clipping "
-            "usually helps."
-        )
+    _say(run, "\n".join([format_line(record, run.config.training.total_steps), *lines]))
 
 
 def _evaluate_and_record(run: Run, done: int) -> None:
@@ -193,7 +228,7 @@ def _record(run: Run, record: dict[str, Any]) -> None:
     if not run.mesh.is_main:
         return
     run.history.append(record)
-    values = {key: value for key, value in record.items() if key not in ("step", "kind")}
+    values = {key: value for key, value in record.items() if key != "step" and isinstance(value, int | float)}
     run.engine.monitor.write_events(
         [(f"{record['kind']}/{key}", value, record["step"]) for key, value in values.items()]
     )
@@ -204,10 +239,11 @@ def _say(run: Run, line: str) -> None:
         print(line, flush=True)
 
 
-def _timed(steps: Iterable[StepBatch]) -> Iterator[tuple[StepBatch, float]]:
+def _timed(run: Run, steps: Iterable[StepBatch]) -> Iterator[tuple[StepBatch, float]]:
     """Yields each step with the seconds that were spent waiting for it."""
     iterator = iter(steps)
-    while True:
+    for number in itertools.count(run.first_step + 1):
+        run.mesh.activity.begin("reading data", number)
         start = time.perf_counter()
         step_batch = next(iterator, None)
         if step_batch is None:

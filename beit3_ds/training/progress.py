@@ -1,9 +1,10 @@
 """What happened since the last progress line, and the line itself."""
 
+import math
 import resource
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +16,31 @@ from beit3_ds.training.evaluation import mean_terms
 from beit3_ds.training.flops import training_flops
 
 
+class Update(NamedTuple):
+    """What one step came to."""
+
+    sums: Tensor
+    """This rank's sum of cross entropies of each of `LOSS_TERMS`, (4,) float32."""
+    grad_norm: float
+    """Of all ranks' gradients, before clipping; not finite if the update was skipped."""
+    learning_rate: float
+    """Of the step."""
+    loss: Tensor
+    """This rank's share of the loss that is minimised, a scalar; all ranks' add up to it."""
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether weights stayed as they were, on all ranks."""
+        return not math.isfinite(self.grad_norm)
+
+
 @dataclass
 class Interval:
     """Sums over the steps since the last progress line, on this rank."""
 
     steps: int = 0
+    updates: list[tuple[int, Update]] = field(default_factory=list)
+    """Those that were not skipped, with their steps, from 1."""
     seconds: float = 0.0
     data_seconds: float = 0.0
     samples: int = 0
@@ -44,28 +65,44 @@ class Progress:
         self.model, self.total_steps, self.peak_flops, self.mesh = model, total_steps, peak_flops, mesh
         self.interval = Interval()
 
-    def add(self, step_batch: StepBatch, sums: Tensor, data_seconds: float, seconds: float) -> None:
-        """Adds one finished step: its loss sums on this rank, and the time it took, waiting for data included."""
+    @property
+    def has_updates(self) -> bool:
+        """Whether there are losses to report: not if all steps since the last line were skipped."""
+        return bool(self.interval.updates)
+
+    def add(self, step_batch: StepBatch, update: Update, data_seconds: float, seconds: float) -> None:
+        """Adds one finished step and the time it took, waiting for data included.
+
+        A skipped step counts as time and work, but its losses do not.
+        """
         interval = self.interval
         interval.steps += 1
         interval.seconds += seconds
         interval.data_seconds += data_seconds
-        interval.sums += sums.double().cpu()
         for batch in step_batch.micro_batches:
             interval.samples += batch.num_sequences
             interval.tokens += batch.num_rows
             interval.flops += training_flops(self.model, batch)
-            interval.counts += torch.tensor(batch.num_masked)
+        if not update.is_skipped:
+            interval.updates.append((step_batch.step + 1, update))
+            interval.sums += update.sums.double().cpu()
+            for batch in step_batch.micro_batches:
+                interval.counts += torch.tensor(batch.num_masked)
 
-    def report(self, step: int, learning_rate: float, grad_norm: float) -> dict[str, Any]:
+    def losses(self) -> list[tuple[int, float]]:
+        """The steps since the last line, but for skipped ones, each with its loss. Sends as many numbers."""
+        losses = torch.stack([update.loss for _, update in self.interval.updates]).double().cpu()
+        steps = [step for step, _ in self.interval.updates]
+        return list(zip(steps, self.mesh.sum_over_all(losses).tolist(), strict=True))
+
+    def report(self, step: int) -> dict[str, Any]:
         """Closes the interval: sums it over ranks and returns the record of progress line, CSV and TensorBoard.
 
         Args:
-            step: updates done so far.
-            learning_rate: of the last update.
-            grad_norm: of the last update, before clipping.
+            step: done so far.
         """
         done, self.interval = self.interval, Interval()
+        _, last = done.updates[-1]
         terms = mean_terms(done.sums, done.counts, self.mesh)
         work = torch.tensor([done.samples, done.tokens, done.flops], dtype=torch.float64)
         samples, tokens, flops = self.mesh.sum_over_data(work).tolist()
@@ -74,8 +111,8 @@ class Progress:
             "kind": "train",
             "loss": sum(terms.values()),
             **terms,
-            "learning_rate": learning_rate,
-            "grad_norm": grad_norm,
+            "learning_rate": last.learning_rate,
+            "grad_norm": last.grad_norm,
             "samples_per_second": samples / done.seconds,
             "tokens_per_second": tokens / done.seconds,
             "mfu": flops / done.seconds / (self.peak_flops * self.mesh.num_ranks),

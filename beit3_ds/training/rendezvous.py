@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
 
@@ -35,14 +36,15 @@ class Rendezvous:
     the process if a call into torch does not come back.
     """
 
-    def __init__(self, launch: Launch, seconds: float) -> None:
+    def __init__(self, launch: Launch, seconds: float, end: Callable[[int], None] = os._exit) -> None:
         """Nothing happens before `meet`.
 
         Args:
             launch: this rank, with the address of rank 0.
             seconds: how long ranks wait for each other.
+            end: what ends this process: its main thread may be in a call that does not come back.
         """
-        self._launch, self._seconds = launch, seconds
+        self._launch, self._seconds, self._end = launch, seconds, end
         self._host = socket.gethostname()
         self._waits_for: str | None = None
         self._over = threading.Event()
@@ -75,10 +77,13 @@ class Rendezvous:
         self._store = self._open_store(serves)
         self._store.set(f"rendezvous/{self._launch.rank}", _own_address(*self._target()))
         addresses = self._gather(self._store) if self._launch.rank == 0 else self._hear(self._store)
-        self._waits_for = f"the process group of the ranks that met at {self._place()} to form"
         # By itself gloo takes the address of the host's name, which is 127.0.1.1 on a Debian host, or the loopback.
         if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := self._interface(addresses)):
             os.environ["GLOO_SOCKET_IFNAME"] = interface
+        self._waits_for = (
+            f"the process group to form: all ranks met at {self._place()} and connect to each other, at any port, over "
+            f"GLOO_SOCKET_IFNAME={os.environ.get('GLOO_SOCKET_IFNAME')} or NCCL's choice"
+        )
 
     def explain(self, error: RuntimeError) -> ConfigError:
         """Says what a failure to form the process group means, once the ranks have met."""
@@ -190,12 +195,14 @@ class Rendezvous:
 
     def _watch(self) -> None:
         limit = self._seconds + 2 * _GRACE_SECONDS
-        while not self._over.wait(min(NOTICE_SECONDS, limit)):
+        waited = 0.0
+        while not self._over.wait(min(NOTICE_SECONDS, limit - waited)):
             waited = time.monotonic() - self._start
             if waited >= limit:
                 line = f"error on rank {self._launch.rank}: host {self._host} has waited {waited:.0f} s for "
                 print(f"{line}{self._waits_for or 'rank 0'}. The run ends.", file=sys.stderr, flush=True)
-                os._exit(2)
+                self._end(2)
+                return
             if self._waits_for is not None:
                 line = f"rank {self._launch.rank} (host {self._host}) has waited {waited:.0f} s for {self._waits_for}"
                 print(line, file=sys.stderr, flush=True)

@@ -107,6 +107,8 @@ class _Training:
         for step, pixels in enumerate(self._batches(self.first_step, visual.training_steps), start=self.first_step):
             if step == visual.continuous_steps:
                 self._start_codebook()
+            if self.mesh is not None:
+                self.mesh.activity.begin("training the visual tokenizer", step + 1)
             losses, codes = self._update(step, pixels)
             if codes is not None:
                 counter.add(codes)

@@ -15,6 +15,17 @@ def _module_hosts() -> Iterator[list[Host]]:
         yield hosts
 
 
+@pytest.fixture(scope="module")
+def debian_hosts() -> Iterator[list[Host]]:
+    """Two hosts as Debian sets them up: their own names lead to the loopback, which is where gloo would listen."""
+    if reason := missing_for_hosts():
+        pytest.skip(reason)
+    with namespace_hosts(2) as hosts:
+        for host in hosts:
+            host.add_name(f"127.0.1.1 {host.name}")
+        yield hosts
+
+
 @pytest.fixture
 def two_hosts(_module_hosts: list[Host]) -> Iterator[list[Host]]:
     """Two hosts, shared by a file's tests; what a test leaves running is killed, and links are whole again.

@@ -13,8 +13,8 @@ REASON = missing_for_hosts()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 
 
-def _is_answered(host: Host, other: Host) -> bool:
-    return host.run(["ssh", "-o", "ConnectTimeout=2", other.name, "true"]).returncode == 0
+def _is_answered(host: Host, other: Host, seconds: int = 30) -> bool:
+    return host.run(["ssh", "-o", f"ConnectTimeout={seconds}", other.name, "true"]).returncode == 0
 
 
 def test_hosts_have_names_addresses_and_processes_of_their_own(two_hosts: list[Host], tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_hosts_have_names_addresses_and_processes_of_their_own(two_hosts: list[H
 def test_links_and_sshd_can_fail(two_hosts: list[Host]) -> None:
     first, second = two_hosts
     second.cut_link()
-    assert not _is_answered(first, second)
+    assert not _is_answered(first, second, seconds=2)
     second.restore_link()
     assert _is_answered(first, second)
     second.stop_sshd()
@@ -55,7 +55,7 @@ def test_nothing_survives_a_crash_or_the_end() -> None:
         started = [host.start(["bash", "-c", "trap '' TERM INT HUP; sleep 1000"]) for host in (first, second)]
         second.crash()
         assert started[1].wait(60) != 0 and started[0].poll() is None
-        assert not _is_answered(first, second) and not second.pids()
+        assert not _is_answered(first, second, seconds=2) and not second.pids()
         folder = first.folder
     assert started[0].wait(60) != 0
     assert not folder.exists()

@@ -1,31 +1,30 @@
 """Launchers as users type them start a run across hosts, and it learns what one process learns."""
 
 import os
+import re
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.checkpoint.training_run import TrainingRun
-from tests.hosts import Host, missing_for_hosts, namespace_hosts, write_hostfile
+from tests.hosts import Host, missing_for_hosts, write_hostfile
 from tests.slurm import PROGRAMS as SLURM
-from tests.slurm import start_slurm
+from tests.slurm import start_slurm, stop_slurm
 from tests.test_pretrain import losses, write
 
 STEPS = 3
 TOLERANCE = 1e-5
-BIN = Path(sys.executable).parent
-
-
-@pytest.fixture(scope="module")
-def hosts() -> Iterator[list[Host]]:
-    """Two hosts as Debian sets them up: their own names lead to the loopback, which is where gloo would listen."""
-    with namespace_hosts(2) as hosts:
-        for host in hosts:
-            host.add_name(f"127.0.1.1 {host.name}")
-        yield hosts
+ENVIRONMENT = {
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+}
+MPI_ENVIRONMENT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+HOSTFILES = Path(__file__).parents[2] / "hostfiles" / "README.md"
 
 
 @pytest.fixture
@@ -41,11 +40,14 @@ def needs(*programs: str) -> pytest.MarkDecorator:
 
 
 def check_run(
-    host: Host, argv: Sequence[str], mapping: dict[str, Any], folder: Path, environment: dict[str, str]
+    host: Host,
+    argv: Sequence[str],
+    mapping: dict[str, Any],
+    folder: Path,
+    environment: dict[str, str] | None = None,
 ) -> str:
     """Launches a run from a host, and compares its record with that of one process; returns what it printed."""
-    common = {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = host.run(argv, {**common, **environment}, timeout=300)
+    done = host.run(argv, ENVIRONMENT | (environment or {}), timeout=300)
     assert done.returncode == 0, done.stdout
     alone = TrainingRun(mapping, folder / "alone")
     assert alone.finish() == [0], alone.output()
@@ -57,45 +59,101 @@ def check_run(
     return done.stdout
 
 
+@needs(*SLURM)
+def test_srun(debian_hosts: list[Host], config: Path, run_mapping: dict[str, Any], tmp_path: Path) -> None:
+    """The cheapest of them, so it is the one that CI runs."""
+    environment = start_slurm(debian_hosts, tmp_path)
+    argv = ["srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, "-m", "beit3_ds.pretrain", str(config)]
+    check_run(debian_hosts[0], argv, run_mapping, tmp_path, environment)
+    stop_slurm(debian_hosts)
+
+
+@pytest.mark.slow
 @needs("pdsh")
-def test_deepspeed_with_pdsh(hosts: list[Host], config: Path, run_mapping: dict[str, Any], tmp_path: Path) -> None:
+def test_deepspeed_with_pdsh(
+    debian_hosts: list[Host], config: Path, run_mapping: dict[str, Any], tmp_path: Path
+) -> None:
     (tmp_path / "environment").write_text("DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n")
     environment = {"DS_ENV_FILE": str(tmp_path / "environment")}  # in the place of .deepspeed_env in the working folder
-    hostfile = write_hostfile(tmp_path / "hostfile", hosts)
+    hostfile = write_hostfile(tmp_path / "hostfile", debian_hosts)
     argv = ["deepspeed", "--hostfile", str(hostfile), "--module", "beit3_ds.pretrain", str(config)]
-    output = check_run(hosts[0], argv, run_mapping, tmp_path, environment)
-    assert all(f"\n{host.name}: " in output for host in hosts)  # pdsh says who prints: both took part
-
-
-MPI_ENVIRONMENT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    output = check_run(debian_hosts[0], argv, run_mapping, tmp_path, environment)
+    assert all(f"\n{host.name}: " in output for host in debian_hosts)  # pdsh says who prints: both took part
 
 
 @pytest.mark.slow
 @needs("mpirun")
-def test_deepspeed_with_open_mpi(hosts: list[Host], config: Path, run_mapping: dict[str, Any], tmp_path: Path) -> None:
+def test_deepspeed_with_open_mpi(
+    debian_hosts: list[Host], config: Path, run_mapping: dict[str, Any], tmp_path: Path
+) -> None:
     pytest.importorskip("mpi4py")
-    hostfile = write_hostfile(tmp_path / "hostfile", hosts)
+    hostfile = write_hostfile(tmp_path / "hostfile", debian_hosts)
     options = ["--launcher", "openmpi", "--launcher_args", "--bind-to none", "--hostfile", str(hostfile)]
     argv = ["deepspeed", *options, "--module", "beit3_ds.pretrain", str(config)]
-    check_run(hosts[0], argv, run_mapping, tmp_path, MPI_ENVIRONMENT)
+    check_run(debian_hosts[0], argv, run_mapping, tmp_path, MPI_ENVIRONMENT)
 
 
 @pytest.mark.slow
 @needs("mpirun")
 @pytest.mark.parametrize("address", ["discovered", "given"])
-def test_mpirun(hosts: list[Host], config: Path, run_mapping: dict[str, Any], tmp_path: Path, address: str) -> None:
+def test_mpirun(
+    debian_hosts: list[Host], config: Path, run_mapping: dict[str, Any], tmp_path: Path, address: str
+) -> None:
     """With the address of rank 0 mpi4py is not needed, and the port can be chosen."""
-    place = ["--host", ",".join(f"{host.name}:1" for host in hosts), "-n", "2", "--bind-to", "none"]
+    if address == "discovered":
+        pytest.importorskip("mpi4py")
+    place = ["--host", ",".join(f"{host.name}:1" for host in debian_hosts), "-n", "2", "--bind-to", "none"]
     export = [option for name in ("PYTHONPATH", "DS_ACCELERATOR", "OMP_NUM_THREADS") for option in ("-x", name)]
     if address == "given":
-        export += ["-x", f"MASTER_ADDR={hosts[0].name}", "-x", "MASTER_PORT=29601"]
+        export += ["-x", f"MASTER_ADDR={debian_hosts[0].name}", "-x", "MASTER_PORT=29601"]
     argv = ["mpirun", *place, *export, sys.executable, "-m", "beit3_ds.pretrain", str(config)]
-    check_run(hosts[0], argv, run_mapping, tmp_path, MPI_ENVIRONMENT)
+    check_run(debian_hosts[0], argv, run_mapping, tmp_path, MPI_ENVIRONMENT)
 
 
-@needs(*SLURM)
 @pytest.mark.slow
-def test_srun(hosts: list[Host], config: Path, run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    environment = start_slurm(hosts, tmp_path)
-    argv = ["srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, "-m", "beit3_ds.pretrain", str(config)]
-    check_run(hosts[0], argv, run_mapping, tmp_path, environment)
+@needs()
+def test_torchrun(debian_hosts: list[Host], config: Path, run_mapping: dict[str, Any], tmp_path: Path) -> None:
+    """Its agent on the first host, and not rank 0, holds the store where ranks meet."""
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={debian_hosts[0].address}:29400"]
+    argv = ["torchrun", "--nnodes=2", "--nproc-per-node=1", *meeting, "-m", "beit3_ds.pretrain", str(config)]
+    with open(tmp_path / "second.log", "w") as log:
+        second = debian_hosts[1].start(argv, ENVIRONMENT, stdout=log, stderr=log)
+        check_run(debian_hosts[0], argv, run_mapping, tmp_path)
+    assert second.wait(60) == 0, (tmp_path / "second.log").read_text()
+
+
+def batch_script(folder: Path) -> list[str]:
+    """The start of the command that submits the script in hostfiles/README.md, made to fit the test hosts."""
+    (text,) = re.findall(r"```bash\n(.*?)```", HOSTFILES.read_text(encoding="utf-8"), re.DOTALL)
+    (folder / "pretrain.sbatch").write_text(text)
+    fitting = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
+    return ["sbatch", "--wait", *fitting, f"--output={folder / 'job.log'}", str(folder / "pretrain.sbatch")]
+
+
+@pytest.mark.slow
+@needs(*SLURM)
+def test_sbatch(debian_hosts: list[Host], config: Path, run_mapping: dict[str, Any], tmp_path: Path) -> None:
+    environment = start_slurm(debian_hosts, tmp_path)
+    check_run(debian_hosts[0], [*batch_script(tmp_path), str(config)], run_mapping, tmp_path, environment)
+    log = (tmp_path / "job.log").read_text()
+    assert "\n0: " in log and "Traceback" not in log
+    stop_slurm(debian_hosts)
+
+
+@pytest.mark.slow
+@needs(*SLURM)
+def test_slurm_can_end_a_run_early(debian_hosts: list[Host], config: Path, tmp_path: Path) -> None:
+    """As `--signal=TERM@600` does; the job counts as completed, so what depends on it goes on."""
+    environment = ENVIRONMENT | start_slurm(debian_hosts, tmp_path)
+    argv = [*batch_script(tmp_path), str(config), "--set", "training.total_steps=100000"]
+    job = debian_hosts[0].start(argv, environment)
+    deadline = time.monotonic() + 120
+    log = tmp_path / "job.log"
+    while not log.exists() or "step 2/" not in log.read_text():
+        assert time.monotonic() < deadline and job.poll() is None, log.read_text()
+        time.sleep(0.1)
+    assert debian_hosts[0].run(["scancel", "--signal=TERM", "1"], environment).returncode == 0
+    assert job.wait(120) == 0, log.read_text()
+    assert "stopped after step" in log.read_text()
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    stop_slurm(debian_hosts)

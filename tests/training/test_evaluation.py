@@ -36,6 +36,7 @@ class CountingEngine:
     def __init__(self) -> None:
         self.training = True
         self.modes: list[bool] = []
+        self.device = CPU
         self.module = BEiT3(CONFIG)
 
     def eval(self) -> None:
@@ -95,7 +96,7 @@ def test_an_update_gets_its_own_learning_rate(monkeypatch: pytest.MonkeyPatch) -
     """DeepSpeed is given no schedule: a rate that is not set here stays at its peak."""
     used: list[float] = []
     group = {"lr": 1.0}
-    monkeypatch.setattr(loop, "apply_update", lambda engine, mesh: used.append(group["lr"]))
+    monkeypatch.setattr(loop, "apply_update", lambda engine, mesh: used.append(group["lr"]) or 1.0)
     weights = SimpleNamespace(image_mim=1.0, text_mlm=1.0, pair_mim=1.0, pair_mlm=1.0)
     run: Any = SimpleNamespace(
         engine=SimpleNamespace(optimizer=SimpleNamespace(param_groups=[group])),

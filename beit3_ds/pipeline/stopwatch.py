@@ -1,0 +1,43 @@
+"""Seconds that this rank works by itself."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Stopwatch:
+    """Adds up the time of pieces of work: the host's, or on a GPU the device's, between events in its stream.
+
+    Events cost nothing until `take` reads them. That form has never run: there was no GPU here.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Takes the device that does the work."""
+        self._is_on_gpu = device.type == "cuda"
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Measures a piece of work."""
+        if self._is_on_gpu:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._events.append((start, end))
+        else:
+            begin = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - begin
+
+    def take(self) -> float:
+        """The seconds since the last call; on a GPU it waits for the end of the work."""
+        for start, end in self._events:
+            end.synchronize()
+            self._seconds += start.elapsed_time(end) / 1000
+        taken, self._seconds = self._seconds, 0.0
+        self._events.clear()
+        return taken

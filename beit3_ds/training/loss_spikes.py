@@ -1,0 +1,54 @@
+"""Steps whose loss stands out from those before."""
+
+from collections import deque
+from typing import Any
+
+import numpy as np
+
+WINDOW = 100
+_AT_LEAST = 20
+_SPREADS = 6
+_SHARE = 0.02  # of the median: where losses hardly vary, no small step is a spike
+_DEVIATIONS_PER_SPREAD = 1.4826  # of a normal distribution
+
+
+class LossSpikes:
+    """Compares each step's loss with the median of the last 100, in units of their spread.
+
+    The spread is the median distance from the median, scaled to the standard deviation of a normal distribution, so a
+    spike hides none that follows. Nothing is done about a spike: it is reported and counted, since this process began.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._losses: deque[float] = deque(maxlen=WINDOW)
+
+    def find(self, losses: list[tuple[int, float]]) -> list[dict[str, Any]]:
+        """Looks at the losses of more steps, in order.
+
+        Args:
+            losses: each a step, counted from 1, and its loss, which is finite.
+
+        Returns:
+            A record of metrics.jsonl for each spike.
+        """
+        found = []
+        for step, loss in losses:
+            if len(self._losses) >= _AT_LEAST:
+                before = np.array(self._losses)
+                median = float(np.median(before))
+                spread = _DEVIATIONS_PER_SPREAD * float(np.median(np.abs(before - median)))
+                if loss - median > max(_SPREADS * spread, _SHARE * abs(median)):
+                    found.append({"step": step, "kind": "loss_spike", "loss": loss, "median": median, "spread": spread})
+            self._losses.append(loss)
+        self.total += len(found)
+        return found
+
+
+def format_spike(record: dict[str, Any]) -> str:
+    """One line for people."""
+    return (
+        f"loss spike at step {record['step']}: loss {record['loss']:.3f}, median of up to {WINDOW} steps before "
+        f"{record['median']:.3f}, spread {record['spread']:.3f}. Its samples are those of step {record['step']} in any "
+        "run with this seed and data"
+    )

@@ -1,0 +1,80 @@
+"""One line at the start of a run that says what it runs on, with and as."""
+
+import subprocess
+from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from beit3_ds.checkpoint.engine_state import EngineState
+from beit3_ds.config import RunConfig
+from beit3_ds.parallel import Mesh
+
+
+def describe_setup(config: RunConfig, mesh: Mesh, state: EngineState, device: torch.device, first_step: int) -> str:
+    """Gathers the line from all ranks, which all call it; sends a few words a rank.
+
+    Args:
+        config: of the run.
+        mesh: the ranks.
+        state: of this rank's stage.
+        device: that this rank trains on.
+        first_step: steps that are done already.
+    """
+    elements = sum(part.shape.numel() for part in state.parts.values())
+    own = (_describe_device(device), elements if mesh.place == (mesh.pipeline.rank, 0, 0) else 0)
+    found: list[Any] = [own]
+    if mesh.num_ranks > 1:
+        found = [None] * mesh.num_ranks
+        dist.all_gather_object(found, own)
+    devices, parameters = [device for device, _ in found], sum(number for _, number in found)
+    training, parallel = config.training, config.parallel
+    zero_stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    precision = "bf16" if config.deepspeed.get("bf16", {}).get("enabled") else "fp32"
+    return " | ".join(
+        [
+            f"beit3_ds {version('beit3_ds')}{_find_commit()}, torch {torch.__version__}, "
+            f"DeepSpeed {deepspeed.__version__}",
+            _describe_hosts(mesh.hosts),
+            ", ".join(f"{number} x {device}" for device, number in Counter(devices).items()),
+            f"{mesh.describe_layout()}, ZeRO-{zero_stage}, {precision}",
+            f"{config.samples_per_step} samples a step in {config.gradient_accumulation_steps} micro-batches a rank",
+            f"{parameters:,} parameters",
+            f"steps {first_step + 1} to {training.total_steps}, seed {training.seed}",
+            f"a rank is lost after {parallel.heartbeat_timeout_seconds} s, stalled after {parallel.timeout_seconds} s",
+            f"output in {Path(training.output_dir).resolve()}",
+        ]
+    )
+
+
+def _describe_hosts(hosts: Sequence[str]) -> str:
+    counts = Counter(hosts)
+    first = next(iter(counts))
+    numbers = sorted(set(counts.values()))
+    ranks = " or ".join(map(str, numbers))
+    names = first if len(counts) == 1 else f"first {first}, last {hosts[-1]}"
+    return f"{len(counts)} host{'s' if len(counts) > 1 else ''} x {ranks} ranks ({names})"
+
+
+def _describe_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU with {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
+
+
+def _find_commit() -> str:
+    """The commit of the sources, if they lie in a repository of their own."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return f" ({found})"

@@ -1,0 +1,170 @@
+"""Ranks that stop, stall, leave or fail, without a training around them: each a process with an output of its own."""
+
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from beit3_ds.config import ParallelConfig
+from beit3_ds.parallel.activity import Activity
+
+NUM_RANKS = 3
+HEARTBEAT_SECONDS = 3  # much longer than a busy machine keeps a thread from running
+LONG = 1000
+
+
+def run_rank(rank: int, port: int, folder: str, config: ParallelConfig, main: Callable[[int, Activity], None]) -> None:
+    from beit3_ds.training.engine import joined_ranks
+
+    log = os.open(f"{folder}/rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": NUM_RANKS, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
+    with joined_ranks(config) as mesh:
+        print("watched", flush=True)
+        main(rank, mesh.activity)
+
+
+class Ranks:
+    """The processes and what they have printed."""
+
+    def __init__(self, folder: Path, processes: list[Any]) -> None:
+        self.folder, self.processes = folder, processes
+
+    def output(self, rank: int) -> str:
+        path = self.folder / f"rank{rank}.log"
+        return path.read_text() if path.exists() else ""
+
+    def wait_for(self, text: str, ranks: range = range(NUM_RANKS)) -> None:
+        deadline = time.monotonic() + 60
+        while not all(text in self.output(rank) for rank in ranks):
+            assert time.monotonic() < deadline, [self.output(rank) for rank in range(NUM_RANKS)]
+            time.sleep(0.05)
+
+    def signal(self, number: int, *ranks: int) -> None:
+        for rank in ranks:
+            os.kill(self.processes[rank].pid, number)
+
+    def statuses(self, *ranks: int) -> list[int | None]:
+        """Of ranks that end in time."""
+        for rank in ranks:
+            self.processes[rank].join(60)
+        return [self.processes[rank].exitcode for rank in ranks]
+
+    def error(self, rank: int) -> str:
+        """The one line with which a rank ended."""
+        (line,) = (line for line in self.output(rank).splitlines() if line.startswith("error on"))
+        return line
+
+
+@contextmanager
+def started(folder: Path, main: Callable[[int, Activity], None], **parallel: int) -> Iterator[Ranks]:
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torch", "deepspeed"])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config = ParallelConfig(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **parallel)
+    arguments = (port, str(folder), config, main)
+    ranks = Ranks(folder, [context.Process(target=run_rank, args=(rank, *arguments)) for rank in range(NUM_RANKS)])
+    for process in ranks.processes:
+        process.start()
+    try:
+        ranks.wait_for("watched")
+        yield ranks
+    finally:
+        for process in ranks.processes:
+            process.kill()
+            process.join()
+
+
+def wait_in_collective(rank: int, activity: Activity) -> None:
+    """The last rank never comes, so nobody returns."""
+    import torch.distributed as dist
+
+    if rank == NUM_RANKS - 1:
+        time.sleep(LONG)
+    dist.barrier()
+
+
+@pytest.mark.parametrize("lost", [pytest.param(1, marks=pytest.mark.slow), pytest.param(0, id="the store's")])
+def test_stopped_rank_is_found_by_its_heartbeat(tmp_path: Path, lost: int) -> None:
+    """Long before any collective times out; a request to a store that was stopped waits for ever."""
+    with started(tmp_path, wait_in_collective) as ranks:
+        ranks.signal(signal.SIGSTOP, lost)
+        others = [rank for rank in range(NUM_RANKS) if rank != lost]
+        assert ranks.statuses(*others) == [1, 1]
+        for rank in others:
+            assert f": rank {lost} (stage 0, data-parallel rank {lost}, " in ranks.error(rank)
+            assert "does not answer" in ranks.error(rank)
+
+
+def stall(rank: int, activity: Activity) -> None:
+    import torch.distributed as dist
+
+    activity.begin("reading data", 12)
+    if rank == 1:
+        read_for_ever()
+    dist.barrier()
+
+
+def read_for_ever() -> None:
+    time.sleep(LONG)
+
+
+def test_stalled_rank_is_slow_first(tmp_path: Path) -> None:
+    """It is not the one that waits; its stack shows the line that it stands in, those of the others the barrier."""
+    with started(tmp_path, stall, timeout_seconds=3 * HEARTBEAT_SECONDS) as ranks:
+        ranks.wait_for("slow: rank 1 (", range(1))
+        assert all(process.is_alive() for process in ranks.processes)
+        assert ranks.statuses(0, 1, 2) == [1, 1, 1]
+        place = (
+            r"rank 1 \(stage 0, data-parallel rank 1, tensor-parallel rank 0, host [^)]+\) is in step 12, reading data"
+        )
+        (slow, *_) = re.findall(rf"slow: {place}, for (\d+) s; 2 ranks wait for it", ranks.output(0))
+        assert HEARTBEAT_SECONDS <= int(slow) < 3 * HEARTBEAT_SECONDS
+        for rank in range(NUM_RANKS):
+            assert re.search(rf"stalled: {place}, for \d+ s; 2 ranks wait for it", ranks.error(rank))
+            where = "read_for_ever" if rank == 1 else "barrier"
+            assert f"in {where}\n" in ranks.output(rank).split("stacks of rank")[1], ranks.output(rank)
+
+
+def come_late(rank: int, activity: Activity) -> None:
+    """The first rank needs no more watching at once, the last one after others have long been silent."""
+    for _ in range(rank * HEARTBEAT_SECONDS):
+        time.sleep(1)
+
+
+@pytest.mark.slow
+def test_a_job_that_was_suspended_goes_on(tmp_path: Path) -> None:
+    """Nobody was lost: all were stopped at once, as by `scontrol suspend`; and who has left is not missed."""
+    with started(tmp_path, come_late) as ranks:
+        ranks.signal(signal.SIGSTOP, *range(NUM_RANKS))
+        time.sleep(2 * HEARTBEAT_SECONDS)
+        ranks.signal(signal.SIGCONT, *range(NUM_RANKS))
+        assert ranks.statuses(0, 1, 2) == [0, 0, 0], [ranks.output(rank) for rank in range(NUM_RANKS)]
+
+
+def fail(rank: int, activity: Activity) -> None:
+    import torch.distributed as dist
+
+    if rank == 2:
+        raise OSError("no space\nsecond line")
+    dist.barrier()
+
+
+def test_failing_rank_is_named_at_once(tmp_path: Path) -> None:
+    with started(tmp_path, fail) as ranks:
+        assert ranks.statuses(0, 1, 2) == [1, 1, 1]
+        for rank in (0, 1):
+            line = ranks.error(rank)
+            assert ": rank 2 (stage 0, " in line and line.endswith(" failed: OSError: no space. The run ends.")
