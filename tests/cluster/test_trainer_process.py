@@ -44,7 +44,7 @@ def test_output_survives_a_full_disk(tmp_path: Path, log: str) -> None:
 @pytest.mark.parametrize("is_stopped", [False, True])
 def test_all_processes_of_a_session_are_killed(tmp_path: Path, is_stopped: bool) -> None:
     """Those that data-loaders have forked too, and stopped ones."""
-    code = "import os, time; os.fork(); print(os.getpid(), flush=True); time.sleep(1000)"
+    code = "import os, time; os.fork(); os.write(1, b'%d\\n' % os.getpid()); time.sleep(1000)"  # in one write
     shown: list[str] = []
     trainer = run(code, tmp_path / "log", shown, [])
     while len("".join(shown).split()) < 2:
