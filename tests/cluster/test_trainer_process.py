@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,13 @@ def run(code: str, log: Path, shown: list[str], troubles: list[str]) -> TrainerP
 def wait(trainer: TrainerProcess) -> int:
     assert select.select([trainer.pidfd], [], [], 60)[0], "it does not end"
     return trainer.finish()
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("log", ["log", "/dev/full", "no/such/folder/log"])
@@ -47,19 +55,14 @@ def test_all_processes_of_a_session_are_killed(tmp_path: Path, is_stopped: bool)
     code = "import os, time; os.fork(); os.write(1, b'%d\\n' % os.getpid()); time.sleep(1000)"  # in one write
     shown: list[str] = []
     trainer = run(code, tmp_path / "log", shown, [])
-    while len("".join(shown).split()) < 2:
-        time.sleep(0.01)
+    wait_until(lambda: len("".join(shown).split()) == 2)
     pids = [int(word) for word in "".join(shown).split()]
     if is_stopped:
         trainer.send_signal(signal.SIGSTOP)
-        while trainer.state() != "T":
-            time.sleep(0.01)
+        wait_until(lambda: trainer.state() == "T")
     trainer.kill()
     assert wait(trainer) == -signal.SIGKILL
-    deadline = time.monotonic() + 60
-    while any(is_running(pid) for pid in pids):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: not any(is_running(pid) for pid in pids))
 
 
 def test_a_trainer_dies_with_its_guard(tmp_path: Path) -> None:
@@ -76,10 +79,7 @@ def test_a_trainer_dies_with_its_guard(tmp_path: Path) -> None:
     assert is_running(pid)
     guard.kill()
     guard.communicate()
-    deadline = time.monotonic() + 30
-    while is_running(pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: not is_running(pid))
 
 
 def is_running(pid: int) -> bool:
@@ -91,16 +91,13 @@ def is_running(pid: int) -> bool:
 
 def test_what_a_trainer_leaves_behind_is_ended(tmp_path: Path) -> None:
     """It would hold the pipe open, and the memory of a GPU."""
-    code = "import os, time; print(os.fork(), flush=True) or time.sleep(1000 * (os.getpid() != os.getsid(0)))"
+    code = "import os, time; pid = os.fork(); pid and os.write(1, b'%d\\n' % pid); time.sleep(0 if pid else 1000)"
     shown: list[str] = []
     trainer = run(code, tmp_path / "log", shown, [])
     before = time.monotonic()
     assert wait(trainer) == 0
     assert time.monotonic() - before < 30
-    deadline = time.monotonic() + 60
-    while any(is_running(int(word)) for word in "".join(shown).split() if word != "0"):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: not is_running(int("".join(shown))))
 
 
 def test_signals_wait_until_the_trainer_can_take_them(tmp_path: Path) -> None:
