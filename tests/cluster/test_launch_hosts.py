@@ -17,10 +17,10 @@ import torch
 from beit3_ds.checkpoint.folder import CheckpointFolder
 from beit3_ds.checkpoint.rectangles import whole
 from tests.checkpoint.training_run import TrainingRun, check_same_state
-from tests.cluster.test_plain_launchers import BIN, check_run, needs
+from tests.cluster.test_plain_launchers import ENVIRONMENT, check_run, needs
 from tests.hosts import Host, namespace_hosts, write_hostfile
 from tests.slurm import PROGRAMS as SLURM_PROGRAMS
-from tests.slurm import start_slurm
+from tests.slurm import start_slurm, stop_slurm
 from tests.test_pretrain import write
 
 END_SECONDS = 30
@@ -34,14 +34,9 @@ class HostsLaunch:
 
     def __init__(self, hosts: list[Host], hostfile: Path, config: Path, *options: str) -> None:
         self.hosts, self._printed = hosts, config.with_name(f"printed_{time.monotonic_ns()}")
-        environment = {
-            "PATH": f"{BIN}:{os.environ['PATH']}",
-            "DS_ACCELERATOR": "cpu",
-            "OMP_NUM_THREADS": "1",
-        }
         with self._printed.open("w") as file:
             argv = [*BEIT3, str(hostfile), str(config), *options]
-            self.process = hosts[0].start(argv, environment, stdout=file, stderr=subprocess.STDOUT)
+            self.process = hosts[0].start(argv, ENVIRONMENT, stdout=file, stderr=subprocess.STDOUT)
 
     def printed(self) -> str:
         return self._printed.read_text()
@@ -99,18 +94,20 @@ def long_run(run_mapping: dict[str, Any]) -> dict[str, Any]:
     ],
 )
 def test_it_trains_what_one_process_trains(
-    launcher: str, two_hosts: list[Host], run_mapping: dict[str, Any], tmp_path: Path
+    launcher: str, debian_hosts: list[Host], run_mapping: dict[str, Any], tmp_path: Path
 ) -> None:
     run_mapping["beit3_ds"]["training"] |= {"total_steps": 3, "eval_interval": 3, "save_interval": 3}
-    hostfile = write_hostfile(tmp_path / "hostfile", two_hosts)
+    hostfile = write_hostfile(tmp_path / "hostfile", debian_hosts)
     argv = [*BEIT3, str(hostfile), str(write(run_mapping, tmp_path)), "--launcher", launcher]
-    environment = start_slurm(two_hosts, tmp_path) if launcher == "slurm" else {}
-    printed = check_run(two_hosts[0], argv, run_mapping, tmp_path, environment)
+    environment = start_slurm(debian_hosts, tmp_path) if launcher == "slurm" else {}
+    printed = check_run(debian_hosts[0], argv, run_mapping, tmp_path, environment)
+    if launcher == "slurm":
+        stop_slurm(debian_hosts)
     assert "beit3 launch: started 2 ranks on node0, node1" in printed
     assert "beit3 launch: finished: 3 steps" in printed
     for rank in range(2):
         assert (tmp_path / "run" / "logs" / "attempt_1" / f"rank_{rank}.log").exists()
-    assert not [pid for host in two_hosts for pid in host.pids("beit3_ds|deepspeed|^pdsh")]
+    assert not [pid for host in debian_hosts for pid in host.pids("beit3_ds|deepspeed|^pdsh")]
 
 
 @pytest.mark.slow

@@ -2,8 +2,10 @@
 
 import select
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,13 @@ def wait(trainer: TrainerProcess) -> int:
     return trainer.finish()
 
 
+def wait_until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("log", ["log", "/dev/full", "no/such/folder/log"])
 def test_output_survives_a_full_disk(tmp_path: Path, log: str) -> None:
     shown: list[str] = []
@@ -43,22 +52,34 @@ def test_output_survives_a_full_disk(tmp_path: Path, log: str) -> None:
 @pytest.mark.parametrize("is_stopped", [False, True])
 def test_all_processes_of_a_session_are_killed(tmp_path: Path, is_stopped: bool) -> None:
     """Those that data-loaders have forked too, and stopped ones."""
-    code = "import os, time; os.fork(); print(os.getpid(), flush=True); time.sleep(1000)"
+    code = "import os, time; os.fork(); os.write(1, b'%d\\n' % os.getpid()); time.sleep(1000)"  # in one write
     shown: list[str] = []
     trainer = run(code, tmp_path / "log", shown, [])
-    while len("".join(shown).split()) < 2:
-        time.sleep(0.01)
+    wait_until(lambda: len("".join(shown).split()) == 2)
     pids = [int(word) for word in "".join(shown).split()]
     if is_stopped:
         trainer.send_signal(signal.SIGSTOP)
-        while trainer.state() != "T":
-            time.sleep(0.01)
+        wait_until(lambda: trainer.state() == "T")
     trainer.kill()
     assert wait(trainer) == -signal.SIGKILL
-    deadline = time.monotonic() + 60
-    while any(is_running(pid) for pid in pids):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: not any(is_running(pid) for pid in pids))
+
+
+def test_a_trainer_dies_with_its_guard(tmp_path: Path) -> None:
+    """Also when nobody else on its host is left to end it."""
+    code = (
+        "import sys, time; from beit3_ds.cluster.messages import Start;"
+        "from beit3_ds.cluster.trainer_process import TrainerProcess;"
+        f"start = Start(command=['sleep', '1000'], environment={{}}, folder='/', log={str(tmp_path / 'log')!r}, "
+        "send_output=False); print(TrainerProcess(start, None, print).pid, flush=True); time.sleep(1000)"
+    )
+    guard = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert guard.stdout is not None
+    pid = int(guard.stdout.readline())
+    assert is_running(pid)
+    guard.kill()
+    guard.communicate()
+    wait_until(lambda: not is_running(pid))
 
 
 def is_running(pid: int) -> bool:
@@ -70,16 +91,13 @@ def is_running(pid: int) -> bool:
 
 def test_what_a_trainer_leaves_behind_is_ended(tmp_path: Path) -> None:
     """It would hold the pipe open, and the memory of a GPU."""
-    code = "import os, time; print(os.fork(), flush=True) or time.sleep(1000 * (os.getpid() != os.getsid(0)))"
+    code = "import os, time; pid = os.fork(); pid and os.write(1, b'%d\\n' % pid); time.sleep(0 if pid else 1000)"
     shown: list[str] = []
     trainer = run(code, tmp_path / "log", shown, [])
     before = time.monotonic()
     assert wait(trainer) == 0
     assert time.monotonic() - before < 30
-    deadline = time.monotonic() + 60
-    while any(is_running(int(word)) for word in "".join(shown).split() if word != "0"):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: not is_running(int("".join(shown))))
 
 
 def test_signals_wait_until_the_trainer_can_take_them(tmp_path: Path) -> None:
@@ -92,4 +110,4 @@ def test_signals_wait_until_the_trainer_can_take_them(tmp_path: Path) -> None:
     trainer = run(code, tmp_path / "log", shown, [])
     trainer.send_signal(signal.SIGUSR1)
     assert wait(trainer) == 0
-    assert shown == ["taken\n"]
+    assert "".join(shown) == "taken\n"
