@@ -37,6 +37,7 @@ _SETTLE_SECONDS = 0.5  # after the first failure: its consequences may be heard 
 _SILENCE_SECONDS = 4 * BEAT_SECONDS  # that is worth a mention
 _GRACE_SECONDS = 5.0  # for the other ranks after the first failure: they tell of it (parallel.roll_call)
 _LAUNCHER_SECONDS = 10.0  # for DeepSpeed's launcher to end once all guards have left
+_CUT_OFF_SECONDS = 4.0  # the same if a host was lost: pdsh and mpirun would wait for it
 _NEWS_SECONDS = 15.0  # between two lines that say what is waited for
 
 
@@ -85,7 +86,8 @@ class Attempt:
                 rank.channel.send(Leave())
             beats.cancel()
             server.close()
-            await launcher.end(_LAUNCHER_SECONDS)
+            is_cut_off = any(rank.is_lost for rank in self._ranks.values())
+            await launcher.end(_CUT_OFF_SECONDS if is_cut_off else _LAUNCHER_SECONDS)
             for rank in self._ranks.values():
                 rank.channel.close()
             token_path.unlink(missing_ok=True)
