@@ -49,8 +49,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_dead_rank_is_lost_after_the_heartbeat_timeout(clock: Clock) -> None:
-    """Not called slow before, though the others wait for it: nothing is known of what it does."""
-    assert clock.run(30) is None
+    """Not called slow before, though it was busy when it was last heard and the others wait: nobody knows more."""
+    assert clock.run(30, busy={2}) is None
     assert clock.run(100, dead={2}) == Verdict("rank 2 does not answer")
     assert 90 <= clock.now <= 102 and not clock.slow
 
