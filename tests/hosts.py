@@ -86,6 +86,7 @@ class Host:
         options = ["--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         self._unshare = _start_namespaces(options, _PREPARE_HOST, str(folder), name)
         self._init_pid = int(Path(f"/proc/{self._unshare.pid}/task/{self._unshare.pid}/children").read_text())
+        self._init = os.pidfd_open(self._init_pid)  # its number may be another's once it has ended
         self._namespace = os.readlink(f"/proc/{self._init_pid}/ns/pid")
         # Tests kill every process of a host: without processes of its own, that would be every one of this machine.
         assert self._namespace != os.readlink("/proc/self/ns/pid"), f"{name} shares the processes of this machine"
@@ -199,7 +200,7 @@ class Host:
     def close(self) -> None:
         """Ends the host and everything on it; nothing of it can catch that."""
         with suppress(ProcessLookupError):
-            os.kill(self._init_pid, signal.SIGKILL)  # the kernel kills the rest
+            signal.pidfd_send_signal(self._init, signal.SIGKILL)  # the kernel kills the rest
         self._unshare.communicate()
 
 
