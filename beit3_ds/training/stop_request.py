@@ -19,13 +19,17 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: set[int] = set()
         """Their numbers."""
+        self.are_heeded = False
+        """Whether the ranks have agreed to stop because of them."""
 
     @contextmanager
     def listening(self) -> Iterator["StopSignals"]:
         """Notes the signals instead of dying of them, until the block ends. Only in a process's main thread.
 
         Takes those, too, that were held back until now (`beit3 launch` starts ranks with the signals blocked). A second
-        SIGINT ends the process as it always does.
+        SIGINT ends the process as it always does. Once the ranks have agreed to stop, they are ignored from then on: a
+        rank may get its own after all others have stopped, and would die of it with its work done, so that the
+        launcher reports a failure.
         """
         before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -33,7 +37,7 @@ class StopSignals:
             yield self
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if self.are_heeded else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and number in self.received:
@@ -54,4 +58,5 @@ class StopRequest:
         received = torch.tensor([int(number in self._signals.received) for number in STOP_SIGNALS], device=self._device)
         counts = self._mesh.sum_over_all(received).tolist()
         self.reason = " and ".join(number.name for number, count in zip(STOP_SIGNALS, counts, strict=True) if count)
-        return bool(self.reason)
+        self._signals.are_heeded = bool(self.reason)
+        return self._signals.are_heeded
