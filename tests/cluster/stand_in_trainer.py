@@ -63,7 +63,7 @@ def main() -> int:
     ranks = Ranks(folder)
     latest = folder / "checkpoints" / "latest"
     first = int(latest.read_text().strip().removeprefix("step-")) if latest.exists() else 0
-    worker = subprocess.Popen(["sleep", "1000"])
+    worker = subprocess.Popen(["sleep", "60"], env={**os.environ, "RUN": str(folder)})
     greeting = os.environ.get("GREETING")
     print(f"rank {ranks.rank} of {ranks.size}, worker {worker.pid}, from step {first}, {greeting}", flush=True)
     ignores = False
