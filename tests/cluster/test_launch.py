@@ -274,6 +274,7 @@ def test_no_restart_below_the_smallest_number_of_ranks(launch: Callable[..., Lau
     assert "fits no number of ranks between 4 (--min-ranks) and 3" in run.printed()
 
 
+@pytest.mark.slow
 def test_hosts_that_do_not_come_are_named(launch: Callable[..., Launch]) -> None:
     """And what still waits for them on this machine is ended."""
     run = launch([], "a slots=2\nabsent slots=2\n", start_seconds=4.0)

@@ -100,7 +100,7 @@ def test_it_trains_what_one_process_trains(
     hostfile = write_hostfile(tmp_path / "hostfile", debian_hosts)
     argv = [*BEIT3, str(hostfile), str(write(run_mapping, tmp_path)), "--launcher", launcher]
     environment = start_slurm(debian_hosts, tmp_path) if launcher == "slurm" else {}
-    printed = check_run(debian_hosts[0], argv, run_mapping, tmp_path, environment)
+    printed = check_run(debian_hosts, argv, run_mapping, tmp_path, environment)
     if launcher == "slurm":
         stop_slurm(debian_hosts)
     assert "beit3 launch: started 2 ranks on node0, node1" in printed

@@ -42,6 +42,7 @@ def test_srun_starts_ranks_that_meet(debian_hosts: list[Host], tmp_path: Path) -
     assert said == [f"rank {rank}: sum 111 over {INTERFACE}" for rank in range(3)]
 
 
+@pytest.mark.slow
 def test_an_unreachable_host_is_named_by_all(debian_hosts: list[Host]) -> None:
     """As with a wrong address or a closed firewall; nobody waits for ever."""
     debian_hosts[1].cut_link()

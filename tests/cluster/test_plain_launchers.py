@@ -48,8 +48,8 @@ def check_run(
     mapping: dict[str, Any],
     folder: Path,
     environment: dict[str, str] | None = None,
-) -> None:
-    """Launches a run from the first host, and compares its record with that of one process."""
+) -> str:
+    """Launches a run from the first host and compares its record with that of one process; returns what was printed."""
     with ThreadPoolExecutor(1) as pool:
         run = pool.submit(hosts[0].run, argv, ENVIRONMENT | (environment or {}), timeout=300)
         reached = False
@@ -68,11 +68,12 @@ def check_run(
     for record, other in zip(ours, expected, strict=True):
         assert record.pop("kind") == other.pop("kind")
         assert record == pytest.approx(other, rel=TOLERANCE, abs=TOLERANCE)
+    return done.stdout
 
 
+@pytest.mark.slow
 @needs(*SLURM)
 def test_srun(debian_hosts: list[Host], config: Path, run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """The cheapest of them, so it is the one that CI runs."""
     environment = start_slurm(debian_hosts, tmp_path)
     argv = ["srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, "-m", "beit3_ds.pretrain", str(config)]
     check_run(debian_hosts, argv, run_mapping, tmp_path, environment)

@@ -17,6 +17,7 @@ from beit3_ds.checkpoint.folder import CheckpointFolder
 from tests.ranks import run_ranks
 
 FAULTY_RANK = 1
+FAULTY_STEPS = [1, 2, 4, 6, 7, 8, 9, 10, 11]
 
 
 def train_with_faults(config: str, faulty_steps: list[int]) -> tuple[int, str, list[tuple[str, ...]]]:
@@ -42,18 +43,22 @@ def train_with_faults(config: str, faulty_steps: list[int]) -> tuple[int, str, l
     return status, output.getvalue(), names
 
 
-def test_skipped_steps_are_named_and_too_many_end_the_run(run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """Catches a count that a good step does not reset, a checkpoint that is lost, and restarts that push out older."""
+@pytest.fixture
+def config(run_mapping: dict[str, Any], tmp_path: Path) -> str:
+    """A run of 14 steps that stops after three skipped ones in a row."""
     run_mapping["gradient_accumulation_steps"] = 2
     for stream in ("images", "pairs", "texts"):
         run_mapping["beit3_ds"]["data"][stream]["samples_per_step"] = 4
     run_mapping["beit3_ds"]["training"] |= {"total_steps": 14, "save_interval": 5, "eval_interval": 100}
     run_mapping["beit3_ds"]["training"] |= {"max_skipped_steps": 3, "log_interval": 2}
     (tmp_path / "config.json").write_text(json.dumps(run_mapping))
-    config, checkpoints = str(tmp_path / "config.json"), tmp_path / "run" / "checkpoints"
+    return str(tmp_path / "config.json")
 
-    faulty_steps = [1, 2, 4, 6, 7, 8, 9, 10, 11]
-    (status, output, _), (other_status, other_output, names) = run_ranks(train_with_faults, 2, config, faulty_steps)
+
+def test_skipped_steps_are_named_and_too_many_end_the_run(config: str, tmp_path: Path) -> None:
+    """Catches a count that a good step does not reset, and a checkpoint that is lost."""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (status, output, _), (other_status, other_output, names) = run_ranks(train_with_faults, 2, config, FAULTY_STEPS)
     assert (status, other_status) == (2, 2), output
     (setup,) = (line for line in output.splitlines() if line.startswith("beit3_ds "))
     for words in ("1 host x 2 ranks (", "ZeRO-3, fp32", "12 samples a step in 2", "steps 1 to 14, seed 1"):
@@ -86,7 +91,12 @@ def test_skipped_steps_are_named_and_too_many_end_the_run(run_mapping: dict[str,
     with contextlib.closing(CheckpointFolder(checkpoints / "step-00000009")) as newest:
         assert newest.index.optimizer_step == 3 and newest.find_damage(newest.index.files) is None
 
-    ((status, output, _), _) = run_ranks(train_with_faults, 2, config, faulty_steps)
+
+@pytest.mark.slow
+def test_restarts_push_out_no_older_checkpoint(config: str, tmp_path: Path) -> None:
+    checkpoints = tmp_path / "run" / "checkpoints"
+    run_ranks(train_with_faults, 2, config, FAULTY_STEPS)
+    ((status, output, _), _) = run_ranks(train_with_faults, 2, config, FAULTY_STEPS)
     assert status == 2 and "resuming after step 9" in output and "steps 10 to 12 were skipped" in output
     assert f"newest checkpoint, {checkpoints / 'step-00000010'}," in output, "saved at its interval only"
     assert not (checkpoints / "step-00000012").exists()

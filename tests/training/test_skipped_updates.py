@@ -99,14 +99,13 @@ def compare(layout: Layout, cells: list[tuple[int, dict[str, Any], dict[str, Any
 Cells = list[tuple[int, dict[str, Any], dict[str, Any]]]
 QUICK: list[tuple[Layout, Cells]] = [
     (DATA, [(0, {}, {}), (3, {}, BF16)]),
-    (PIPELINE, [(0, {}, BF16), (1, {}, UNCHECKED)]),
 ]
 PERSISTENT = {"stage3_param_persistence_threshold": 40}  # some parameters stay whole
 SLOW: list[tuple[Layout, Cells]] = [
     (DATA, [(1, {}, {}), (2, {}, {}), (3, {}, {}), (3, PERSISTENT, {})]),
     (DATA, [(0, {}, BF16), (1, {}, BF16), (2, {}, UNCHECKED), (1, {}, FP32_ACCUMULATION)]),
     (TENSOR, [(0, {}, {}), (1, {}, {}), (0, {}, BF16), (3, {}, BF16)]),
-    (PIPELINE, [(0, {}, {}), (3, {}, {})]),
+    (PIPELINE, [(0, {}, {}), (0, {}, BF16), (1, {}, UNCHECKED), (3, {}, {})]),
 ]
 
 

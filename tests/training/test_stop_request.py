@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from beit3_ds.training.stop_request import StopRequest
+from beit3_ds.training.stop_request import StopRequest, StopSignals
 
 
 @pytest.mark.parametrize("others", [0, 1])
@@ -15,10 +15,10 @@ def test_a_rank_that_stops_does_not_die_of_its_own_late_signal(others: int) -> N
     """Seen under srun: the other host's ranks had got it, all had saved, and this one ended with status 143."""
     mesh: Any = Mock(sum_over_all=lambda received: received + others)
     before = signal.getsignal(signal.SIGTERM)
-    stop = StopRequest(mesh, torch.device("cpu"))
+    signals = StopSignals()
     try:
-        with stop.listening():
-            assert stop.agreed() == bool(others)
+        with signals.listening():
+            assert StopRequest(signals, mesh, torch.device("cpu")).agreed() == bool(others)
         after = signal.getsignal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)

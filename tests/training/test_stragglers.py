@@ -31,9 +31,12 @@ def compare(work: list[float], data: list[float], step_seconds: float) -> tuple[
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(0, 7), st.lists(st.floats(0.9, 1.1), min_size=8, max_size=8))
+@given(st.integers(0, 7), st.lists(st.floats(0.95, 1.05), min_size=8, max_size=8))
 def test_one_slow_rank_of_a_stage(slow: int, noise: list[float]) -> None:
-    """The stages do different work: only ranks of one stage are compared."""
+    """The stages do different work: only ranks of one stage are compared.
+
+    With more noise than 5%, a rank of the first stage would lose more by it than one of the second by its fault.
+    """
     work = [value * (1.0 if rank < RANKS_A_STAGE else 0.2) for rank, value in enumerate(noise)]
     figures, lines = compare(work, [0.0] * 8, 1.0)
     assert lines == []
