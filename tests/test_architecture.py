@@ -19,7 +19,18 @@ ARROWS: dict[str, set[str]] = {
     "model": {"batch", "config", "kernels", "parallel", "positions"},
     "pipeline": {"batch", "config", "model", "parallel"},
     "checkpoint": {"batch", "config", "foreign_tensors", "model", "parallel", "positions"},
-    "training": {"batch", "checkpoint", "config", "costs", "data", "model", "parallel", "pipeline", "tokenizers"},
+    "training": {
+        "batch",
+        "checkpoint",
+        "cluster",
+        "config",
+        "costs",
+        "data",
+        "model",
+        "parallel",
+        "pipeline",
+        "tokenizers",
+    },
     "costs": {"batch", "config", "kernels", "model", "parallel", "pipeline"},
     "benchmarks": {
         *(

@@ -210,7 +210,7 @@ class _Launch:
         before = sum(host.slots for host in self._hosts)
         self._hosts = hosts
         ranks = sum(host.slots for host in hosts)
-        size = f"{ranks} ranks" if ranks == before else f"{ranks} ranks instead of {before}"
+        size = f"{ranks} rank{'' if ranks == 1 else 's'}{'' if ranks == before else f' instead of {before}'}"
         self._terminal.say(
             f"restart {number} of {self._options.restarts}{without}: {size} on {_describe_hosts(hosts)}, "
             f"{self._from_where()}"
@@ -227,7 +227,7 @@ class _Launch:
         why = (
             f"it was asked to stop by {self._orders.first.name}"
             if self._orders.first is not None
-            else f"restarted {restarts} times"
+            else f"restarted {restarts} time{'' if restarts == 1 else 's'}"
             if restarts
             else "no restarts were asked for (--restarts N)"
         )

@@ -2,20 +2,23 @@
 
 import errno
 import ipaddress
+import json
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
+from typing import Any, NoReturn
 
 import psutil
 import torch.distributed as dist
 
 from beit3_ds.config import ConfigError
 from beit3_ds.training.launcher import Launch
+from beit3_ds.training.software import describe_software
 
 SILENCE_SECONDS = 60.0
 """How long rank 0's host may give no answer at all. One that refuses is up: its rank may still open its files."""
@@ -23,6 +26,7 @@ NOTICE_SECONDS = 30.0
 """How often a rank says what it waits for."""
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 10.0  # for the other ranks to hear from rank 0 that one is missing, or to fail by themselves
+_LISTED = 8  # differences that are named
 _WAYS_OUT = (
     "Name an address of rank 0's host that all others reach, and a port that is free there: deepspeed --master_addr A "
     "--master_port P; mpirun -x MASTER_ADDR=A -x MASTER_PORT=P; export MASTER_ADDR=A MASTER_PORT=P before srun."
@@ -32,8 +36,8 @@ _WAYS_OUT = (
 class Rendezvous:
     """The time from a rank's start to its process group; within it a rank that waits says for what.
 
-    Ranks meet in the store of rank 0, where each writes its address. A thread prints what this rank waits for, and ends
-    the process if a call into torch does not come back.
+    Ranks meet in the store of rank 0, where each writes its address and what software it runs. A thread prints what
+    this rank waits for, and ends the process if a call into torch does not come back.
     """
 
     def __init__(self, launch: Launch, seconds: float, end: Callable[[int], None] = os._exit) -> None:
@@ -67,8 +71,8 @@ class Rendezvous:
         """Waits until all ranks are there, and chooses the network interface of gloo. Sends a few bytes a rank.
 
         Raises:
-            ConfigError: if rank 0's host gives no answer for `SILENCE_SECONDS`, if it cannot listen, or if not all
-                ranks come within the seconds given.
+            ConfigError: if rank 0's host gives no answer for `SILENCE_SECONDS`, if it cannot listen, if not all ranks
+                come within the seconds given, or if some run other versions or code than rank 0.
         """
         serves = self._launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         if serves:
@@ -77,7 +81,8 @@ class Rendezvous:
             self._reach_rank_0()
         self._waits_for = f"the store at {self._place()}, which takes connections but does not answer"
         self._store = self._open_store(serves)
-        self._store.set(f"rendezvous/{self._launch.rank}", _own_address(*self._target()))
+        own = {"address": _own_address(*self._target()), "host": self._host, "software": describe_software()}
+        self._store.set(f"rendezvous/{self._launch.rank}", json.dumps(own))
         addresses = self._gather(self._store) if self._launch.rank == 0 else self._hear(self._store)
         # By itself gloo takes the address of the host's name, which is 127.0.1.1 on a Debian host, or the loopback.
         if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := self._interface(addresses)):
@@ -153,16 +158,27 @@ class Rendezvous:
         while missing := [rank for rank in missing if not store.check([f"rendezvous/{rank}"])]:
             self._waits_for = f"{_name_ranks(missing)} of {size} to come to {self._place()}"
             if time.monotonic() - self._start >= self._seconds:
-                verdict = f"{_name_ranks(missing)} of {size} did not come within {self._seconds:.0f} s"
-                store.set("rendezvous/verdict", verdict)
-                time.sleep(min(_GRACE_SECONDS, self._seconds) / 5)  # the store ends with this rank
-                raise ConfigError(self._describe_missing(verdict))
+                self._refuse(
+                    store,
+                    f"{_name_ranks(missing)} of {size} did not come within {self._seconds:.0f} s to {self._place()}. A "
+                    "line of theirs may say why; or a host is down, unreachable, or slower to open its files than "
+                    "parallel.timeout_seconds allows.",
+                )
             time.sleep(_POLL_SECONDS / 5)
         self._waits_for = None
-        addresses = [store.get(f"rendezvous/{rank}").decode() for rank in range(size)]
+        ranks = [json.loads(store.get(f"rendezvous/{rank}")) for rank in range(size)]
+        if differences := find_differences(ranks):
+            self._refuse(store, differences)
+        addresses = [rank["address"] for rank in ranks]
         store.set("rendezvous/addresses", " ".join(addresses))
         store.set("rendezvous/verdict", "")
         return addresses
+
+    def _refuse(self, store: dist.TCPStore, verdict: str) -> NoReturn:
+        """Tells all ranks why they cannot meet."""
+        store.set("rendezvous/verdict", verdict)
+        time.sleep(min(_GRACE_SECONDS, self._seconds) / 5)  # the store ends with this rank
+        raise ConfigError(verdict)
 
     def _hear(self, store: dist.TCPStore) -> list[str]:
         self._waits_for = None  # rank 0 says who is missing
@@ -176,14 +192,8 @@ class Rendezvous:
                 "Its own line says why."
             ) from None
         if verdict:
-            raise ConfigError(self._describe_missing(verdict))
+            raise ConfigError(verdict)
         return addresses
-
-    def _describe_missing(self, verdict: str) -> str:
-        return (
-            f"{verdict} to {self._place()}. A line of theirs may say why; or a host is down, unreachable, or slower to "
-            "open its files than parallel.timeout_seconds allows."
-        )
 
     def _target(self) -> tuple[str, int]:
         assert self._launch.master_addr is not None
@@ -218,6 +228,33 @@ class Rendezvous:
             if self._waits_for is not None:
                 line = f"rank {self._launch.rank} (host {self._host}) has waited {waited:.0f} s for {self._waits_for}"
                 print(line, file=sys.stderr, flush=True)
+
+
+def find_differences(ranks: Sequence[Mapping[str, Any]]) -> str | None:
+    """What other ranks run than rank 0, as one sentence for each kind of software, and the way out; None if nothing.
+
+    Args:
+        ranks: of each rank its "host", and its "software" by name.
+    """
+    first, sentences = ranks[0], []
+    for name, expected in first["software"].items():
+        other: dict[tuple[str, str], list[int]] = {}
+        for number, rank in enumerate(ranks):
+            if rank["software"][name] != expected:
+                other.setdefault((rank["host"], rank["software"][name]), []).append(number)
+        what = "the project's code in another state" if name == "code" else name
+        sentences += [
+            f"{_name_ranks(numbers)} (host {host}) {'has' if len(numbers) == 1 else 'have'} {what} "
+            f"{'(' + found + ')' if name == 'code' else found}, rank 0 (host {first['host']}) has {expected}"
+            for (host, found), numbers in other.items()
+        ]
+    if not sentences:
+        return None
+    more = f"; and {len(sentences) - _LISTED} more" if len(sentences) > _LISTED else ""
+    return (
+        f"{'; '.join(sentences[:_LISTED])}{more}. All ranks must run the same software: install the same there, or "
+        "share the environment. 'beit3 check-cluster HOSTFILE' names what differs on every host before a run."
+    )
 
 
 def _own_address(host: str, port: int) -> str:

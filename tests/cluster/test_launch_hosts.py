@@ -201,9 +201,7 @@ def test_restarts_survive_three_faults(long_run: dict[str, Any], tmp_path: Path)
             launch.wait_for("restart 2 of 3: 2 ranks on node0 (1), node1 (1), from the checkpoint of step ")
             launch.wait_for("step 25/40")
             hosts[1].crash()
-            launch.wait_for(
-                "restart 3 of 3 without node1 (not reachable): 1 ranks instead of 2 on node0 (1), from the "
-            )
+            launch.wait_for("restart 3 of 3 without node1 (not reachable): 1 rank instead of 2 on node0 (1), from the ")
             assert launch.wait(START_SECONDS) == 0
         # Only what was done after the newest checkpoint is done again.
         steps = [int(step) for step in re.findall(r"^step (\d+)/40", launch.printed(), re.MULTILINE)]
@@ -215,6 +213,25 @@ def test_restarts_survive_three_faults(long_run: dict[str, Any], tmp_path: Path)
     assert undisturbed.finish() == [0, 0]
     check_same_state(CheckpointFolder(checkpoints / f"step-{resumed[2]:08d}"), undisturbed.checkpoint(resumed[2]))
     check_close(CheckpointFolder(checkpoints / "step-00000040"), undisturbed.checkpoint(40))
+
+
+@pytest.mark.slow
+@needs("pdsh")
+def test_other_software_on_a_host_is_named(run_mapping: dict[str, Any], tmp_path: Path) -> None:
+    """Not restarted either: somebody must install the same version."""
+    (metadata := tmp_path / "planted" / "torch-9.9.9.dist-info").mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9.9\n")
+    (only := tmp_path / "only").mkdir()
+    with namespace_hosts(2) as hosts:
+        hosts[1].run(["mount", "--bind", str(metadata.parent), str(only)])
+        hostfile, config = write_hostfile(tmp_path / "hostfile", hosts), write(run_mapping, tmp_path)
+        options = ("--restarts", "3", "--env", f"PYTHONPATH={only}")
+        with launched(hosts, hostfile, config, *options) as launch:
+            launch.wait_for("FAILED")
+            assert launch.wait(END_SECONDS) == 2
+    said = r"error on rank \d: rank 1 \(host node1\) has torch 9\.9\.9, rank 0 \(host node0\) has 2\."
+    assert re.search(said, launch.printed()), launch.printed()
+    assert "restart 1" not in launch.printed()
 
 
 @pytest.mark.slow

@@ -21,21 +21,24 @@ def measure_seed(folder: str, visual_tokenizer: str, seed: int) -> tuple[float, 
     """Trains the quickstart's model on pairs; returns the held-out caption loss with the right and wrong images."""
     from beit3_ds.config import build_run_config
     from beit3_ds.data.shards import TarShards
-    from beit3_ds.pretrain import build_run
+    from beit3_ds.pretrain import build_run, open_inputs
     from beit3_ds.tokenizers import train_text_tokenizer
-    from beit3_ds.tokenizers.text import load_text_tokenizer
+    from beit3_ds.training.engine import joined_ranks
     from beit3_ds.training.evaluation import evaluate
     from beit3_ds.training.loop import train
+    from beit3_ds.training.stop_request import StopSignals
 
     config = build_run_config(pairs_only_mapping(folder, visual_tokenizer, seed))
     # Pieces learned from captions alone, so that a masked piece is mostly a word and not a letter of one.
     shards = TarShards([source.path for source in config.data.pairs.train])
     train_text_tokenizer(config.tokenizers.text, [shards.caption(i) for i in range(len(shards))])
-    run, steps = build_run(config, load_text_tokenizer(config))
-    train(run, steps)
-    parts = (run.visual_tokenizer, run.mesh, run.device)
-    right = evaluate(run.engine, run.heldout, *parts)["pair_mlm"]
-    wrong = evaluate(run.engine, [with_wrong_images(batch) for batch in run.heldout], *parts)["pair_mlm"]
+    inputs = open_inputs(config)
+    with joined_ranks(config.parallel) as mesh:
+        run, steps = build_run(config, inputs, mesh)
+        train(run, steps, StopSignals())
+        parts = (run.visual_tokenizer, run.mesh, run.device)
+        right = evaluate(run.schedule, run.heldout, *parts)["pair_mlm"]
+        wrong = evaluate(run.schedule, [with_wrong_images(batch) for batch in run.heldout], *parts)["pair_mlm"]
     return right, wrong
 
 

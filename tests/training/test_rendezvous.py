@@ -7,13 +7,14 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
 from beit3_ds.config import ConfigError
 from beit3_ds.training import rendezvous
 from beit3_ds.training.launcher import Launch
-from beit3_ds.training.rendezvous import Rendezvous
+from beit3_ds.training.rendezvous import Rendezvous, find_differences
 
 
 @pytest.fixture(autouse=True)
@@ -141,3 +142,29 @@ def test_what_gloo_says_is_explained() -> None:
     line = str(meeting.explain(RuntimeError("Gloo connectFullMesh failed with Connection refused\nmore")))
     assert "met at MASTER_ADDR=node0, MASTER_PORT=29500, but could not all connect to each other: Gloo" in line
     assert "GLOO_SOCKET_IFNAME (lo here)" in line and "\n" not in line
+
+
+def test_other_software_is_named_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One host kept an older torch, or the state of yesterday's code."""
+    versions = iter(["2.14.1", "2.13.0", "2.14.1"])
+    monkeypatch.setattr(rendezvous, "describe_software", lambda: {"torch": next(versions), "code": "a"})
+    port, together = free_port(), threading.Barrier(3)
+    with ThreadPoolExecutor(3) as pool:
+        said = list(pool.map(lambda rank: meet(launch(rank, 3, port), 60, together), range(3)))
+    assert len(set(said)) == 1
+    assert "has torch 2.13.0, rank 0 (host " in said[0] or "have torch 2.14.1, rank 0" in said[0], said[0]
+    assert "check-cluster" in said[0]
+
+
+def test_differences_are_grouped_by_host() -> None:
+    def rank(host: str, torch: str, code: str = "a") -> dict[str, Any]:
+        return {"host": host, "software": {"torch": torch, "code": code}}
+
+    ranks = [rank("h0", "2.14"), rank("h0", "2.14"), rank("h1", "2.13"), rank("h1", "2.13"), rank("h2", "2.14", "b")]
+    said = find_differences(ranks)
+    assert said is not None
+    assert said.startswith(
+        "ranks 2-3 (host h1) have torch 2.13, rank 0 (host h0) has 2.14; rank 4 (host h2) has the project's code in "
+        "another state (b), rank 0 (host h0) has a. All ranks must run the same software"
+    )
+    assert find_differences(ranks[:2]) is None
