@@ -248,7 +248,7 @@ def test_restarts_go_on_from_the_newest_checkpoint(launch: Callable[..., Launch]
 def test_restarts_are_counted(launch: Callable[..., Launch]) -> None:
     run = launch([[1, 5, 3], [1, 6, 3], [1, 7, 3]], restarts=1)
     assert run.wait() == 1
-    assert "the run has failed (restarted 1 times); the same command goes on from the checkpoint of step 6" in (
+    assert "the run has failed (restarted 1 time); the same command goes on from the checkpoint of step 6" in (
         run.printed()
     )
 
