@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from beit3_ds.kernels.host_memory import empty, empty_like
 from beit3_ds.kernels.rule import check_rule, with_gradients
 from beit3_ds.kernels.self_check import passes
 from beit3_ds.kernels.vocabulary_blocks import VocabularyBlocks, divide_for_cpu, divide_for_gpu
@@ -153,8 +154,8 @@ def forward_plain(
     """
     dtype = _loss_dtype(h_MD)
     partials_3M = _no_partials(h_MD)
-    kept_KMS = h_MD.new_empty(blocks.num_buffers, len(h_MD), blocks.stride, dtype=dtype)
-    largest_BM = h_MD.new_empty(len(blocks.columns), len(h_MD), dtype=dtype)
+    kept_KMS = empty(h_MD, blocks.num_buffers, len(h_MD), blocks.stride, dtype=dtype)
+    largest_BM = empty(h_MD, len(blocks.columns), len(h_MD), dtype=dtype)
     for index, columns in enumerate(blocks.columns):
         logits_MN = kept_KMS[blocks.buffer(index), :, : columns.stop - columns.start]
         _fill_logits(logits_MN, h_MD, w_VD[columns], b_V[columns])
@@ -186,8 +187,8 @@ def backward_plain(
         dh_MD (partial if w is a shard of the vocabulary), dw_VD and db_V.
     """
     dh_MD = torch.zeros_like(h_MD, dtype=lse_M.dtype)  # half precision would round the sum once a block
-    dw_VD, db_V = torch.empty_like(w_VD), torch.empty_like(b_V)
-    work_MS = torch.empty_like(kept_KMS[0])
+    dw_VD, db_V = empty_like(w_VD, lasting=True), empty_like(b_V, lasting=True)
+    work_MS = empty_like(kept_KMS[0])
     for index, columns in enumerate(blocks.columns):
         d_MN = work_MS[:, : columns.stop - columns.start]
         if blocks.is_kept(index):

@@ -9,13 +9,16 @@ compiled ahead of time and interpreted, but never run on a GPU.
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from itertools import repeat
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from beit3_ds.kernels.expert_rows import fits_kernels, row_lengths, row_tiling
+from beit3_ds.kernels.host_memory import empty_like, settle
 from beit3_ds.kernels.multiway_linear import Slices
 from beit3_ds.kernels.remade_rows import RowRecipe, RowSource
+from beit3_ds.kernels.row_pieces import add_parts, piece_length
 from beit3_ds.kernels.rule import check_rule, with_gradients
 from beit3_ds.kernels.self_check import passes
 from torch import Tensor
@@ -153,26 +156,21 @@ class _MultiwayLayerNorm(torch.autograd.Function):
 def _forward_plain(
     x_TD: Tensor, stops: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
 ) -> list[Tensor]:
-    """PyTorch's LayerNorm an expert; several experts' results go through a copy, which costs less than a second pass
-    that scales and shifts (BENCHMARKS.md).
+    """PyTorch's LayerNorm on pieces of each expert's rows, copied from the cache to their place.
 
     Returns:
         h_TD, and the mean and 1 / deviation of each expert's rows, (rows, 1).
     """
-    lengths, several = row_lengths(stops), len(stops) > 1
-    # A row more than is used: once it is freed, glibc has room for the next rows there, which it aligns.
-    h_TD = x_TD.new_empty(len(x_TD) + 1, x_TD.shape[1])[:-1] if several else None
-    h_parts = [None] if h_TD is None else h_TD.split_with_sizes(lengths)
-    statistics = []
-    weights, biases = _native(weights, x_TD), _native(biases, x_TD)
-    for x_part, h_part, w_D, b_D in zip(x_TD.split_with_sizes(lengths), h_parts, weights, biases, strict=True):
-        part_TD, mean_T1, rstd_T1 = torch.native_layer_norm(x_part, w_D.shape, w_D, b_D, epsilon)
-        if h_part is None:
-            h_TD = part_TD
-        else:
-            h_part.copy_(part_TD)
-        statistics += [mean_T1, rstd_T1]
-    assert h_TD is not None
+    lengths, h_TD, length = row_lengths(stops), empty_like(x_TD), piece_length(x_TD)
+    statistics: list[Tensor] = []
+    parts = zip(x_TD.split(lengths), h_TD.split(lengths), _native(weights, x_TD), _native(biases, x_TD), strict=True)
+    for x_part, h_part, w_D, b_D in parts:
+        of_pieces = []
+        for x_piece, h_piece in zip(x_part.split(length), h_part.split(length), strict=True):
+            normalized, *of_piece = torch.native_layer_norm(x_piece, w_D.shape, w_D, b_D, epsilon)
+            h_piece.copy_(normalized)
+            of_pieces.append(of_piece)
+        statistics += [settle(torch.cat(pieces)) for pieces in zip(*of_pieces, strict=True)]
     return [h_TD, *statistics]
 
 
@@ -185,34 +183,32 @@ def _backward_plain(
     weights: Sequence[Tensor],
 ) -> list[Tensor]:
     """Returns dx_TD and the gradients of all scales and then of all shifts, from the statistics of `_forward_plain`."""
-    lengths, d_weights, d_biases = row_lengths(stops), [], []
-    dx_TD = None if len(stops) == 1 else torch.empty_like(x_TD)
-    absent = [None] * len(stops)
+    lengths, dx_TD, length = row_lengths(stops), empty_like(x_TD), piece_length(x_TD)
+    d_parameters: list[list[Tensor]] = []
     parts = zip(
-        dh_TD.split_with_sizes(lengths),
-        absent if d_stream_TD is None else d_stream_TD.split_with_sizes(lengths),
-        x_TD.split_with_sizes(lengths),
-        absent if dx_TD is None else dx_TD.split_with_sizes(lengths),
+        dh_TD.split(lengths),
+        [None] * len(stops) if d_stream_TD is None else d_stream_TD.split(lengths),
+        x_TD.split(lengths),
+        dx_TD.split(lengths),
         statistics[::2],
         statistics[1::2],
         _native(weights, x_TD),
         strict=True,
     )
     for dh_part, d_stream_part, x_part, dx_part, mean_T1, rstd_T1, w_D in parts:
-        # The shift's values are not looked at, only that there is one: its scale serves.
-        part_TD, dw_D, db_D = torch.ops.aten.native_layer_norm_backward.default(
-            dh_part, x_part, w_D.shape, mean_T1, rstd_T1, w_D, w_D, [True, True, True]
-        )
-        if dx_part is None:
-            dx_TD = part_TD if d_stream_part is None else part_TD.add_(d_stream_part)
-        elif d_stream_part is None:
-            dx_part.copy_(part_TD)
-        else:
-            torch.add(part_TD, d_stream_part, out=dx_part)
-        d_weights.append(dw_D)
-        d_biases.append(db_D)
-    assert dx_TD is not None
-    return [dx_TD, *(gradient.to(weights[0].dtype) for gradient in d_weights + d_biases)]
+        totals: list[Tensor] = []
+        kept = (rows.split(length) for rows in (dh_part, x_part, mean_T1, rstd_T1, dx_part))
+        d_streams = repeat(None) if d_stream_part is None else iter(d_stream_part.split(length))
+        for dh, x, mean, rstd, dx in zip(*kept, strict=True):
+            # The shift's values are not looked at, only that there is one: its scale serves.
+            piece, *of_parameters = torch.ops.aten.native_layer_norm_backward.default(
+                dh, x, w_D.shape, mean, rstd, w_D, w_D, [True, True, True]
+            )
+            d_stream = next(d_streams)
+            dx.copy_(piece) if d_stream is None else torch.add(piece, d_stream, out=dx)
+            totals = add_parts(totals, of_parameters)
+        d_parameters.append([total.to(weights[0].dtype) for total in totals])
+    return [dx_TD, *(of_expert[kind] for kind in range(2) for of_expert in d_parameters)]
 
 
 _LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from beit3_ds.kernels.host_memory import empty, empty_like
+from beit3_ds.kernels.native_product import product
 from beit3_ds.kernels.remade_rows import RowSource, kept_rows, taken_rows
 from beit3_ds.kernels.rule import check_rule
 from beit3_ds.kernels.self_check import passes
@@ -89,7 +91,7 @@ def slices_of(ends: Sequence[int]) -> list[tuple[int, int]]:
 
 def scale_rows(x_TD: Tensor, factor_T: Tensor | None) -> Tensor:
     """Rows times their factors; None stands for ones."""
-    return x_TD if factor_T is None else x_TD * factor_T.unsqueeze(1)
+    return x_TD if factor_T is None else torch.mul(x_TD, factor_T.unsqueeze(1), out=empty_like(x_TD))
 
 
 _LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
@@ -101,25 +103,18 @@ _LIBRARY.define("multiway_weight_gradient(Tensor dy, Tensor? factor, Tensor x, i
 
 @torch.library.impl(_LIBRARY, "multiway_linear", "CPU")
 def _linear(x_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    y_TF = x_TD.new_empty(len(x_TD), len(weights[0]))
+    y_TF = empty(x_TD, len(x_TD), len(weights[0]))
     for i, (start, stop) in enumerate(slices_of(ends)):
         product(x_TD[start:stop], weights[i], biases[i] if biases else None, y_TF[start:stop])
     return y_TF
 
 
-def product(x_TD: Tensor, w_FD: Tensor, b_F: Tensor | None, out_TF: Tensor) -> Tensor:
-    """x @ w.T, plus a bias if there is one, into `out_TF`."""
-    if b_F is None:
-        return torch.mm(x_TD, w_FD.t(), out=out_TF)
-    return torch.addmm(b_F, x_TD, w_FD.t(), out=out_TF)
-
-
 @torch.library.impl(_LIBRARY, "multiway_input_gradient", "CPU")
 def _input_gradient(dy_TF: Tensor, factor_T: Tensor | None, ends: Sequence[int], weights: Sequence[Tensor]) -> Tensor:
     dy_TF = scale_rows(dy_TF, factor_T)
-    dx_TD = dy_TF.new_empty(len(dy_TF), weights[0].shape[1])
+    dx_TD = empty(dy_TF, len(dy_TF), weights[0].shape[1])
     for (start, stop), w_FD in zip(slices_of(ends), weights, strict=True):
-        torch.mm(dy_TF[start:stop], w_FD, out=dx_TD[start:stop])
+        product(dy_TF[start:stop], w_FD.t(), None, dx_TD[start:stop])
     return dx_TD
 
 
@@ -129,8 +124,10 @@ def _weight_gradient(
 ) -> list[Tensor]:
     dy_TF = scale_rows(dy_TF, factor_T)
     parts = [(dy_TF[start:stop], x_TD[start:stop]) for start, stop in slices_of(ends)]
-    d_biases = [dy.sum(0) for dy, _ in parts] if with_bias else []
-    return [*(dy.t() @ x for dy, x in parts), *d_biases]
+    width, inner = dy_TF.shape[1], x_TD.shape[1]
+    d_weights = [torch.mm(dy.t(), x, out=empty(dy, width, inner, lasting=True)) for dy, x in parts]
+    d_biases = [torch.sum(dy, 0, out=empty(dy, width, lasting=True)) for dy, _ in parts] if with_bias else []
+    return [*d_weights, *d_biases]
 
 
 @torch.library.impl(_LIBRARY, "multiway_linear", "CUDA")

@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from beit3_ds.kernels.multiway_linear import Slices, ends_of, product, scale_rows, slices_of
+from beit3_ds.kernels.host_memory import empty, empty_like
+from beit3_ds.kernels.multiway_linear import Slices, ends_of, scale_rows, slices_of
+from beit3_ds.kernels.native_product import product
+from beit3_ds.kernels.row_pieces import add_parts, piece_length
 from beit3_ds.kernels.rule import check_rule
 from beit3_ds.kernels.self_check import passes
 from beit3_ds.kernels.sub_norm import SubNorm
@@ -79,7 +82,7 @@ def out_projection(
     return _OutProjection.apply(form, activation, residual_TD, factor_T, activation.x_TF.contiguous(), *parameters)
 
 
-_CHUNK_ROWS = 512
+_CHUNK_ROWS = 2048
 """Rows that the CPU takes at a time: what lies between two products stays in cache, and takes little memory."""
 
 
@@ -141,7 +144,8 @@ class _OutProjection(torch.autograd.Function):
         weights, _, scales, shifts = form._replace(has_biases=False).split(parameters)
         dy_TD = dy_TD.contiguous()
         if mean_T is None and not _runs_kernels(x_TF):
-            gradients = _backward_natively(scale_rows(dy_TD, factor_T), x_TF, form, weights, scales, shifts)
+            saved_norm = None if form.norm is None else form.norm._replace(scales=scales, shifts=shifts)
+            gradients = _backward_natively(dy_TD, factor_T, x_TF, form._replace(norm=saved_norm), weights)
         else:
             norm = None if form.norm is None else (mean_T, rstd_T, scales, shifts)
             gradients = _backward_by_operators(dy_TD, factor_T, x_TF, form, weights, norm)
@@ -156,56 +160,72 @@ def _forward_natively(
     residual_TD: Tensor | None,
     factor_T: Tensor | None,
 ) -> Tensor:
-    norm, y_TD = form.norm, x_TF.new_empty(len(x_TF), len(weights[0]))
+    y_TD = empty(x_TF, len(x_TF), len(weights[0]))
     for i, start, stop in _chunks(form):
-        n_TF = _activate(x_TF[start:stop], form.gelu)
-        if norm is not None:
-            n_TF = F.layer_norm(n_TF, n_TF.shape[1:], norm.scales[i], norm.shifts[i], norm.epsilon)
-        product(n_TF, weights[i], biases[i] if biases else None, y_TD[start:stop])
+        _, n_CF, _ = _normalize_natively(x_TF[start:stop], form, i)
+        product(n_CF, weights[i], biases[i] if biases else None, y_TD[start:stop])
     return _join(y_TD, residual_TD, factor_T)
 
 
 def _backward_natively(
-    d_TD: Tensor,
-    x_TF: Tensor,
-    form: _Form,
-    weights: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    shifts: Sequence[Tensor],
+    dy_TD: Tensor, factor_T: Tensor | None, x_TF: Tensor, form: _Form, weights: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Gradients of x, weights, biases, scales and shifts; `d_TD` is that of the branch, its factor included."""
-    dx_TF, experts = torch.empty_like(x_TF), range(len(form.ends))
-    of_weights = [torch.empty_like(w) for w in weights]
-    sums: list[list[Tensor]] = [[] for _ in experts]  # of biases, scales and shifts
-    seen: set[int] = set()
+    """Gradients of x, weights, biases, scales and shifts; `dy_TD` is that of the stream."""
+    dx_TF, of_weights = empty_like(x_TF), [empty_like(w, lasting=True) for w in weights]
+    of_biases: list[list[Tensor]] = [[] for _ in weights]
+    of_norms: list[list[Tensor]] = [[] for _ in weights]  # scale and shift
     for i, start, stop in _chunks(form):
-        x, d, dx = x_TF[start:stop], d_TD[start:stop], dx_TF[start:stop]
-        a = n = _activate(x, form.gelu)
-        if form.norm is not None:
-            shape = a.shape[1:]
-            n, mean, rstd = torch.native_layer_norm(a, shape, scales[i], shifts[i], form.norm.epsilon)
-        if i in seen:
-            of_weights[i].addmm_(d.t(), n)
-        else:
-            torch.mm(d.t(), n, out=of_weights[i])
-        parts = [d.sum(0)] if form.has_biases else []
-        if form.norm is None:
-            torch.mm(d, weights[i], out=dx)
-            if form.gelu:
-                torch.ops.aten.gelu_backward.grad_input(dx, x, grad_input=dx)
-        else:
-            dn = torch.mm(d, weights[i], out=n)  # n has served
-            da, *of_norm = torch.ops.aten.native_layer_norm_backward(
-                dn, a, shape, mean, rstd, scales[i], shifts[i], [True, True, True]
-            )
-            parts += of_norm
+        x_CF, dx_CF = x_TF[start:stop], dx_TF[start:stop]
+        d_CD = scale_rows(dy_TD[start:stop], None if factor_T is None else factor_T[start:stop])
+        a_CF, n_CF, statistics = _normalize_natively(x_CF, form, i, keeps_activated=True)
+        of_weights[i].addmm_(d_CD.t(), n_CF, beta=0 if start == slices_of(form.ends)[i][0] else 1)
+        if form.has_biases:
+            of_biases[i] = add_parts(of_biases[i], [d_CD.sum(0)])
+        dn_CF = product(d_CD, weights[i].t(), None, dx_CF if form.norm is None else n_CF)  # n has served
+        length = piece_length(x_CF)
+        for number, (dn, a, x, dx) in enumerate(
+            zip(*(rows.split(length) for rows in (dn_CF, a_CF, x_CF, dx_CF)), strict=True)
+        ):
+            da = dn
+            if form.norm is not None:
+                scale, shift = form.norm.scales[i], form.norm.shifts[i]
+                da, *of_norm = torch.ops.aten.native_layer_norm_backward(
+                    dn, a, scale.shape, *statistics[number], scale, shift, [True, True, True]
+                )
+                of_norms[i] = add_parts(of_norms[i], of_norm)
             if form.gelu:
                 torch.ops.aten.gelu_backward.grad_input(da, x, grad_input=dx)
-            else:
+            elif form.norm is not None:
                 dx.copy_(da)
-        sums[i] = [total.add_(part) for total, part in zip(sums[i], parts, strict=True)] if i in seen else parts
-        seen.add(i)
-    return [dx_TF, *of_weights, *(sums[i][kind] for kind in range(len(sums[0])) for i in experts)]
+    totals = [[*of_bias, *of_norm] for of_bias, of_norm in zip(of_biases, of_norms, strict=True)]
+    by_kind = [total.to(x_TF.dtype) for kind in zip(*totals, strict=True) for total in kind]
+    return [dx_TF, *of_weights, *by_kind]
+
+
+def _normalize_natively(
+    x_CF: Tensor, form: _Form, i: int, keeps_activated: bool = False
+) -> tuple[Tensor, Tensor, list[list[Tensor]]]:
+    """What lies between an expert's input and its product.
+
+    Returns:
+        GELU(x), if it is to be kept; the same normalised; mean and 1 / deviation of its rows, of every piece. Where
+        there is no GELU or no norm, the tensor before it.
+    """
+    norm = form.norm
+    n_CF = empty_like(x_CF) if form.gelu or norm is not None else x_CF
+    a_CF = n_CF if form.gelu else x_CF
+    if keeps_activated and form.gelu and norm is not None:
+        a_CF = empty_like(x_CF)
+    statistics, length = [], piece_length(x_CF)
+    for x, a, n in zip(x_CF.split(length), a_CF.split(length), n_CF.split(length), strict=True):
+        if form.gelu:
+            torch.ops.aten.gelu.out(x, out=a)
+        if norm is not None:
+            scale, shift = norm.scales[i], norm.shifts[i]
+            normalized, *of_piece = torch.native_layer_norm(a, scale.shape, scale, shift, norm.epsilon)
+            n.copy_(normalized)
+            statistics.append(of_piece)
+    return a_CF, n_CF, statistics
 
 
 def _chunks(form: _Form) -> Iterator[tuple[int, int, int]]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from beit3_ds.kernels import cuda_kernels
+from beit3_ds.kernels.host_memory import empty, empty_like, settle
 from beit3_ds.kernels.rule import check_rule, with_gradients
 from beit3_ds.kernels.self_check import passes
 from torch import Tensor
@@ -24,6 +25,10 @@ Ranges = tuple[tuple[tuple[int, int], ...], ...]
 
 PADDING_ALLOWANCE = 1.5
 """Sequences share a padded bucket while the longest is at most this much longer than the shortest (BENCHMARKS.md)."""
+
+CPU_ROWS = 256
+"""Rows of several sequences that a bucket has at most on a CPU: more are no faster there, and what PyTorch allocates
+for a bucket comes beside all else (BENCHMARKS.md)."""
 
 
 class Bucket(NamedTuple):
@@ -172,14 +177,31 @@ def plan_tiles(ranges: Ranges, tile_size: int, device: torch.device) -> TilePlan
 @lru_cache(maxsize=16)
 def plan_attention(ranges: Ranges, device: torch.device, causal_captions: bool = False) -> AttentionPlan:
     """Batches sequences of similar length, those of equal length without padding."""
-    return build_plan(ranges, bucket_by_length(ranges, PADDING_ALLOWANCE), device, causal_captions)
+    most_rows = CPU_ROWS if device.type == "cpu" else None
+    return build_plan(ranges, bucket_by_length(ranges, PADDING_ALLOWANCE, most_rows), device, causal_captions)
 
 
-def bucket_by_length(ranges: Ranges, allowance: float) -> list[list[int]]:
+def bucket_by_length(ranges: Ranges, allowance: float, most_rows: int | None) -> list[list[int]]:
     """Groups sequences with rows by length; a group's longest is at most `allowance` times its shortest.
 
-    Equal sequences that stand one after the other, as images do, are a group of their own: a view serves.
+    Equal sequences that stand one after the other, as images do, are groups of their own: a view serves.
+
+    Args:
+        ranges: of the sequences.
+        allowance: as said.
+        most_rows: of a group of several sequences, padding included; None is any number.
     """
+    groups = _group_by_length(ranges, allowance)
+    if most_rows is None:
+        return groups
+    cut: list[list[int]] = []
+    for group in groups:
+        size = max(1, most_rows // max(_length(ranges[index]) for index in group))
+        cut += [group[first : first + size] for first in range(0, len(group), size)]
+    return cut
+
+
+def _group_by_length(ranges: Ranges, allowance: float) -> list[list[int]]:
     lengths = [_length(sequence) for sequence in ranges]
     groups = _consecutive_equals(ranges)
     apart, first = {index for group in groups for index in group}, len(groups)
@@ -260,7 +282,7 @@ class _AttendOnCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, buckets: tuple[Bucket, ...]) -> Tensor:
-        y_THK = q_THK.new_empty(q_THK.shape)
+        y_THK = empty_like(q_THK)
         lses = []
         for bucket in buckets:
             take = _row_reader(bucket)
@@ -268,7 +290,7 @@ class _AttendOnCPU(torch.autograd.Function):
                 take(q_THK), take(k_THK), take(v_THK), attn_mask=_additive_mask(bucket, q_THK.dtype)
             )
             _write_rows(y_THK, y_nHSK, bucket)
-            lses.append(lse)
+            lses.append(settle(lse))
         ctx.buckets = buckets
         ctx.save_for_backward(q_THK, k_THK, v_THK, y_THK, *lses)
         return y_THK
@@ -277,13 +299,13 @@ class _AttendOnCPU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_THK: Tensor) -> tuple[Tensor | None, ...]:
         q_THK, k_THK, v_THK, y_THK, *lses = ctx.saved_tensors
-        gradients = [x_THK.new_empty(x_THK.shape) for x_THK in (q_THK, k_THK, v_THK)]
+        gradients = [empty_like(x_THK) for x_THK in (q_THK, k_THK, v_THK)]
         for bucket, lse in zip(ctx.buckets, lses, strict=True):
             take = _row_reader(bucket)
             dy_nHSK = take(dy_THK)
             if bucket.real is not None:  # what padding repeats must not count twice
                 is_real = torch.zeros_like(bucket.rows, dtype=torch.bool).index_fill_(0, bucket.real, True)
-                dy_nHSK = dy_nHSK * is_real.view(bucket.num_sequences, 1, -1, 1)
+                dy_nHSK.mul_(is_real.view(bucket.num_sequences, 1, -1, 1))  # a copy: its rows were selected
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 dy_nHSK,
                 *(take(x_THK) for x_THK in (q_THK, k_THK, v_THK, y_THK)),
@@ -312,18 +334,24 @@ def _write_rows(out_THK: Tensor, x_nHSK: Tensor, bucket: Bucket) -> None:
     elif bucket.real is None:
         out_THK.index_copy_(0, rows, x_rHK)
     else:
-        out_THK.index_copy_(0, rows[bucket.real], x_rHK.index_select(0, bucket.real))
+        out_THK.index_copy_(0, rows[bucket.real], _select_rows(x_rHK, bucket.real))
 
 
 def _row_reader(bucket: Bucket) -> Callable[[Tensor], Tensor]:
     def take(x_THK: Tensor) -> Tensor:
         if bucket.first_row is None:
-            rows = x_THK.index_select(0, bucket.rows)
+            rows = _select_rows(x_THK, bucket.rows)
         else:
             rows = x_THK[bucket.first_row : bucket.first_row + len(bucket.rows)]
         return rows.unflatten(0, (bucket.num_sequences, -1)).transpose(1, 2)
 
     return take
+
+
+def _select_rows(x_THK: Tensor, rows: Tensor) -> Tensor:
+    if x_THK.device.type != "cpu":  # autograd differentiates this
+        return x_THK.index_select(0, rows)
+    return torch.index_select(x_THK, 0, rows, out=empty(x_THK, len(rows), *x_THK.shape[1:]))
 
 
 def _length(sequence: tuple[tuple[int, int], ...]) -> int:

@@ -326,10 +326,5 @@ class GatherReplay:
                 distance += p.numel()
 
     def _own(self, module: nn.Module) -> list[nn.Parameter]:
-        """What is gathered for a module; the embeddings ask the convolution's weight for its dtype, so theirs too."""
-        own = list(module.parameters(recurse=False))
-        embeddings = self.holding.model.embeddings
-        if embeddings is not None and module is embeddings:
-            assert isinstance(embeddings.patch.weight, nn.Parameter)
-            own.append(embeddings.patch.weight)
-        return own
+        """What is gathered for a module."""
+        return list(module.parameters(recurse=False))

@@ -1,13 +1,25 @@
 """Patches, words and positions become the packed stream."""
 
-# T packed rows, D hidden, B images with pixels, N patches an image, S text tokens.
+# T packed rows, D hidden, B images with pixels, N patches an image, P pixels of a patch, S text tokens.
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ModelConfig
 from beit3_ds.parallel import TensorParallel, VocabParallelEmbedding
+
+
+class PatchProjection(nn.Conv2d):
+    """A convolution of patches that do not overlap, worked out as a product: pixels need no gradient."""
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """Returns (B, N, D), row by row of patches, of the weight's dtype."""
+        size = self.kernel_size[0]
+        patches = pixels_BCHW.to(self.weight.dtype).unflatten(3, (-1, size)).unflatten(2, (-1, size))
+        rows_BNP = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return F.linear(rows_BNP, self.weight.flatten(1), self.bias)
 
 
 class Embeddings(nn.Module):
@@ -21,7 +33,7 @@ class Embeddings(nn.Module):
     def __init__(self, config: ModelConfig, tensor: TensorParallel) -> None:
         super().__init__()
         hidden, self.tensor = config.hidden_size, tensor
-        self.patch = nn.Conv2d(3, hidden, kernel_size=config.patch_size, stride=config.patch_size)
+        self.patch = PatchProjection(3, hidden, kernel_size=config.patch_size, stride=config.patch_size)
         self.word = VocabParallelEmbedding(config.text_vocab_size, hidden, tensor)
         self.cls_token = nn.Parameter(torch.empty(hidden))
         self.mask_token = nn.Parameter(torch.empty(hidden))
@@ -34,7 +46,7 @@ class Embeddings(nn.Module):
 
     def _embed_images(self, batch: PackedBatch) -> Tensor:
         assert batch.pixels is not None, "the batch has no model's view: another stage of the pipeline reads it"
-        x_BND = self.patch(batch.pixels.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)
+        x_BND = self.patch(batch.pixels)
         x_BND = torch.where(batch.patch_mask.unsqueeze(2), self.mask_token, x_BND)
         cls_B1D = self.cls_token.expand(len(x_BND), 1, -1)
         return (torch.cat([cls_B1D, x_BND], dim=1) + self.image_position).flatten(0, 1)

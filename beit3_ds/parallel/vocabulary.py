@@ -7,6 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from beit3_ds.kernels.embedding import embedding
 from beit3_ds.kernels.linear_cross_entropy import Partials, linear_cross_entropy
 from beit3_ds.parallel.tensor import TensorParallel, split_parameter
 
@@ -30,10 +31,10 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, ids_S: Tensor) -> Tensor:
         """Looks up tokens, (S,) int64 in [0, vocabulary) -> (S, D)."""
         if self.tensor.size == 1:
-            return F.embedding(ids_S, self.weight)
+            return embedding(ids_S, self.weight)
         local_S = ids_S - self.split.start
         absent_S = (local_S < 0) | (ids_S >= self.split.stop)
-        rows_SD = F.embedding(local_S.masked_fill(absent_S, 0), self.weight)
+        rows_SD = embedding(local_S.masked_fill(absent_S, 0), self.weight)
         return self.tensor.sum_out(rows_SD.masked_fill(absent_S.unsqueeze(1), 0))
 
 

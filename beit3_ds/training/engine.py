@@ -1,6 +1,5 @@
 """The one place where DeepSpeed is set up."""
 
-import ctypes
 import math
 import os
 import warnings
@@ -14,6 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from beit3_ds.config import ParallelConfig, RunConfig
+from beit3_ds.kernels.host_memory import keep_freed_memory
 from beit3_ds.model import BEiT3, initialize_parameters
 from beit3_ds.parallel import Mesh, ModelParallelUnit, RollCall, TensorParallel, build_mesh, is_split
 from beit3_ds.pipeline import seams
@@ -22,9 +22,6 @@ from beit3_ds.pipeline.stages import cut_layers, stage_layers
 from beit3_ds.training.launcher import discover_through_mpi, read_launch
 from beit3_ds.training.optimizer import allocate_moments, build_optimizer
 from beit3_ds.training.rendezvous import Rendezvous
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-_LARGEST_INT = 2**31 - 1
 
 
 def init_process_group(parallel: ParallelConfig) -> Mesh:
@@ -37,7 +34,6 @@ def init_process_group(parallel: ParallelConfig) -> Mesh:
         ConfigError: if the environment makes no sense, or ranks cannot reach each other or do not come in time.
     """
     _avoid_compiling_shm_comm()
-    _keep_freed_memory()
     # DeepSpeed's calls into torch.distributed are renamed there; a warning a call would bury the run's own lines.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     launch = read_launch(os.environ)
@@ -122,6 +118,8 @@ def build_schedule(config: RunConfig, mesh: Mesh) -> Schedule:
 
 def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh) -> deepspeed.DeepSpeedEngine:
     """Wraps the model in DeepSpeed's engine with AdamW; the engine broadcasts and partitions the parameters."""
+    if compute_device().type == "cpu":
+        keep_freed_memory(lasting=_gradient_bytes(config, model))
     optimizer = build_optimizer(model, config.training)
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -135,6 +133,13 @@ def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh) -> deepspeed.D
     if not engine.zero_optimization() and isinstance(adamw, torch.optim.AdamW):
         allocate_moments(adamw)  # as DeepSpeed does under ZeRO
     return engine
+
+
+def _gradient_bytes(config: RunConfig, model: nn.Module) -> int:
+    """Of the gradients that wait for the update as the backward pass made them: ZeRO's stages reduce them before."""
+    if config.deepspeed.get("zero_optimization", {}).get("stage", 0):
+        return 0
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def apply_update(engine: deepspeed.DeepSpeedEngine, mesh: Mesh) -> float:
@@ -174,15 +179,6 @@ def _avoid_compiling_shm_comm() -> None:
     # On CPU DeepSpeed compiles this extension at the first collective: a minute, and a build lock that has been seen to
     # hang. Without it gloo does the work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def _keep_freed_memory() -> None:
-    # Where the model is in host memory, every step allocates the same gigabytes of activations and gradients. As it is
-    # set, glibc gives much of it back to the kernel when it is freed, which then zeroes the same pages again.
-    libc = ctypes.CDLL(None)
-    if get_accelerator().device_name() == "cpu" and hasattr(libc, "mallopt"):
-        for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
-            libc.mallopt(option, _LARGEST_INT)
 
 
 def _share_cores(local_ranks: int) -> None:

@@ -1,0 +1,34 @@
+"""Rows of a table and the table's gradient."""
+
+# S ids, V rows of the table, D width.
+
+import pytest
+import torch
+import torch.nn.functional as F
+from beit3_ds.kernels.embedding import embedding
+from beit3_ds.kernels.rule import check_rule
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@given(st.lists(st.integers(0, 6), max_size=30))
+@settings(deadline=None)
+def test_embedding_and_its_gradient_are_torchs(dtype: torch.dtype, ids: list[int]) -> None:
+    ids_S, weight_VD = torch.tensor(ids, dtype=torch.int64), torch.randn(7, 5).to(dtype).requires_grad_()
+    d_SD = torch.randn(len(ids), 5).to(dtype)
+    rows_SD = embedding(ids_S, weight_VD)
+    assert torch.equal(rows_SD, F.embedding(ids_S, weight_VD))
+    (ours,) = torch.autograd.grad(rows_SD, weight_VD, d_SD)
+
+    def gradient_of_torch(weight_VD: Tensor, d_SD: Tensor) -> tuple[Tensor, ...]:
+        leaf = weight_VD.detach().requires_grad_()
+        return torch.autograd.grad(F.embedding(ids_S, leaf), leaf, d_SD)
+
+    check_rule(("d_weight",), (ours,), gradient_of_torch, (weight_VD.detach(), d_SD))
+
+
+def test_an_id_outside_the_table_is_refused() -> None:
+    with pytest.raises(IndexError):
+        embedding(torch.tensor([7]), torch.randn(7, 5))
