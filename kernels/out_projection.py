@@ -1,8 +1,8 @@
 """The way back into the stream: GELU, sub-LN, linear layer, bias, drop-path factor and residual, as one op.
 
 It ends the FFN (with GELU) and attention (without). It keeps its input alone for the backward pass and makes the rest
-again. On the CPU an expert's rows go through PyTorch's fused norms, some hundred at a time, in buffers that are used
-twice. On a GPU, kernels of `multiway_ffn_triton` normalise on the way into the product and add bias and residual
+again. On the CPU an expert's rows go through PyTorch's fused norms piece by piece, between products of a whole chunk of
+them. On a GPU, kernels of `multiway_ffn_triton` normalise on the way into the product and add bias and residual
 on the way out; they were compiled ahead of time and interpreted, but never run on a GPU.
 """
 
@@ -83,7 +83,7 @@ def out_projection(
 
 
 _CHUNK_ROWS = 2048
-"""Rows that the CPU takes at a time: what lies between two products stays in cache, and takes little memory."""
+"""Rows that the CPU takes at a time: what lies between two products takes memory, and a product wants many rows."""
 
 
 class _Form(NamedTuple):
