@@ -10,6 +10,7 @@ from pathlib import Path
 
 from beit3_ds.config import ParallelConfig, RunConfig
 from beit3_ds.data import TokenizerImages
+from beit3_ds.kernels.host_memory import keep_freed_memory
 from beit3_ds.rank_program import run_rank_program
 from beit3_ds.tokenizers import load_visual_tokenizer
 from beit3_ds.training.code_picture import write_code_picture
@@ -25,6 +26,7 @@ def train(config: RunConfig) -> None:
     """
     images = TokenizerImages(config)  # before a process group exists, so that one rank's error leaves none waiting
     with joined_ranks(ParallelConfig()) as mesh:  # the tokenizer is small: every rank is data-parallel
+        keep_freed_memory(compute_device())
         train_visual_tokenizer(config, images, mesh=mesh, device=compute_device())
         if mesh.is_main:
             path = Path(config.tokenizers.visual.path)

@@ -66,7 +66,7 @@ class Gaps:
         self._starts[joined] = [min(start, *self._starts[joined], start)]
         self._stops[joined] = [max(stop, *self._stops[joined], stop)]
 
-    def list(self) -> list[tuple[int, int]]:
+    def ranges(self) -> list[tuple[int, int]]:
         """Start and stop of all, in ascending order."""
         return list(zip(self._starts, self._stops, strict=True))
 
@@ -137,17 +137,18 @@ class HostMemory:
 _memory: HostMemory | None = None
 
 
-def keep_freed_memory(lasting: int = 0) -> None:
-    """Lets this process keep the host memory that it frees, for its next tensors, from here on.
+def keep_freed_memory(device: torch.device, lasting: int = 0) -> None:
+    """Lets a process that trains on the CPU keep the memory that it frees, for its next tensors, from here on.
 
     What `empty` makes has a range of its own, if the kernel grants one. Of what torch makes itself, glibc would give
     much back to the kernel, which then zeroes the same pages again in every step.
 
     Args:
+        device: that it trains on; for any but the CPU nothing is done.
         lasting: bytes of all tensors together that stay to the end of a step, or 0 if there are few.
     """
     global _memory
-    if sys.platform != "linux":
+    if device.type != "cpu" or sys.platform != "linux":
         return
     if _memory is None:
         libc = ctypes.CDLL(None)

@@ -1,7 +1,8 @@
 """A linear layer's products on a CPU, into memory that is given.
 
-PyTorch multiplies matrices of float32 with MKL. oneDNN, which it has for convolutions, is up to a fifth faster where
-the rows are many (BENCHMARKS.md), and reaches such memory as a convolution of one pixel that adds to what is there.
+PyTorch multiplies matrices of float32 with MKL. oneDNN, which it has for convolutions, is often faster by a tenth
+to a third where rows are many (BENCHMARKS.md), and reaches such memory as a convolution of single pixels that adds to
+what is there.
 """
 
 # R rows, D input width, F output width.

@@ -118,8 +118,7 @@ def build_schedule(config: RunConfig, mesh: Mesh) -> Schedule:
 
 def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh) -> deepspeed.DeepSpeedEngine:
     """Wraps the model in DeepSpeed's engine with AdamW; the engine broadcasts and partitions the parameters."""
-    if compute_device().type == "cpu":
-        keep_freed_memory(lasting=_gradient_bytes(config, model))
+    keep_freed_memory(compute_device(), lasting=_gradient_bytes(config, model))
     optimizer = build_optimizer(model, config.training)
     engine, *_ = deepspeed.initialize(
         model=model,

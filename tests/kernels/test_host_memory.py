@@ -35,7 +35,7 @@ def gaps_of(memory: HostMemory) -> list[tuple[int, int]]:
     """The free ranges once everything that died is free."""
     gc.collect()
     memory._collect()
-    return memory._gaps.list()
+    return memory._gaps.ranges()
 
 
 requests = st.lists(st.tuples(st.integers(1, 300), st.booleans(), st.integers(0, 99)), max_size=60)
@@ -47,7 +47,7 @@ def test_gaps_and_what_was_taken_tile_the_range(requests: list[tuple[int, bool, 
     size, gaps = 1000, Gaps(1000)
     taken: list[tuple[int, int]] = []
     for length, high, choice in requests:
-        largest = max((stop - start for start, stop in gaps.list()), default=0)
+        largest = max((stop - start for start, stop in gaps.ranges()), default=0)
         start = gaps.take_high(length, ceiling) if high else gaps.take_low(length)
         if start is None:
             assert high or length > largest
@@ -57,12 +57,12 @@ def test_gaps_and_what_was_taken_tile_the_range(requests: list[tuple[int, bool, 
         if taken and choice % 3 == 0:
             begin, stop = taken.pop(choice % len(taken))
             gaps.give(begin, stop - begin)
-        pieces = sorted(taken + gaps.list())
+        pieces = sorted(taken + gaps.ranges())
         assert [begin for begin, _ in pieces] == [0, *(stop for _, stop in pieces[:-1])] and pieces[-1][1] == size
-        assert all(before[1] < after[0] for before, after in zip(gaps.list(), gaps.list()[1:], strict=False))
+        assert all(before[1] < after[0] for before, after in zip(gaps.ranges(), gaps.ranges()[1:], strict=False))
     for begin, stop in taken:
         gaps.give(begin, stop - begin)
-    assert gaps.list() == [(0, size)]
+    assert gaps.ranges() == [(0, size)]
 
 
 def test_low_is_the_lowest_and_high_the_highest_below_the_ceiling() -> None:
@@ -169,14 +169,20 @@ def test_threads_do_not_get_the_same_memory(memory: HostMemory) -> None:
 
 def test_a_kernel_that_refuses_leaves_torchs_allocator() -> None:
     with mock.patch.object(host_memory, "_memory", None), mock.patch("mmap.mmap", side_effect=OSError(12, "no memory")):
-        keep_freed_memory(lasting=100)
+        keep_freed_memory(torch.device("cpu"), lasting=100)
         assert host_memory._memory is None
         assert empty(torch.zeros(()), 3).shape == (3,)
 
 
+def test_on_a_gpu_nothing_is_kept() -> None:
+    with mock.patch.object(host_memory, "_memory", None):
+        keep_freed_memory(torch.device("cuda"), lasting=100)
+        assert host_memory._memory is None
+
+
 def count_faults(makes: str) -> list[int]:
     """Pages that a process asks the kernel for whenever it makes 64 MiB after it freed as much; 16384 if all."""
-    keep_freed_memory()
+    keep_freed_memory(torch.device("cpu"))
     like, faults = torch.zeros(()), []
     for _ in range(16):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

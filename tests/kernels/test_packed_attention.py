@@ -3,6 +3,7 @@
 import pytest
 import torch
 from beit3_ds.kernels.packed_attention import (
+    bucket_by_length,
     packed_attention,
     packed_attention_reference,
     plan_attention,
@@ -104,6 +105,12 @@ def test_equal_images_are_a_view() -> None:
     assert images.first_row == 0 and images.num_sequences == 2
     assert images.key_mask is None and images.real is None
     assert pairs.num_sequences == 2
+
+
+def test_a_group_has_at_most_so_many_rows() -> None:
+    ranges = tuple(((start, start + 100),) for start in range(0, 500, 100)) + (((500, 900),),)
+    assert bucket_by_length(ranges, 1.5, 256) == [[0, 1], [2, 3], [4], [5]]
+    assert bucket_by_length(ranges, 1.5, None) == [[0, 1, 2, 3, 4], [5]]
 
 
 def test_one_token_sequences() -> None:
