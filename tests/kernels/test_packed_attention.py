@@ -108,7 +108,7 @@ def test_equal_images_are_a_view() -> None:
 
 
 def test_a_group_has_at_most_so_many_rows() -> None:
-    ranges = tuple(((start, start + 100),) for start in range(0, 500, 100)) + (((500, 900),),)
+    ranges = (*(((start, start + 100),) for start in range(0, 500, 100)), ((500, 900),))
     assert bucket_by_length(ranges, 1.5, 256) == [[0, 1], [2, 3], [4], [5]]
     assert bucket_by_length(ranges, 1.5, None) == [[0, 1, 2, 3, 4], [5]]
 
