@@ -26,6 +26,7 @@ ARROWS: dict[str, set[str]] = {
         "config",
         "costs",
         "data",
+        "kernels",
         "model",
         "parallel",
         "pipeline",
