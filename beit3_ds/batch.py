@@ -21,6 +21,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from beit3_ds.layout import KeptSequences, PickedRows, RowLayout, SequenceLayout
+
 ImageViews = Literal["both", "model", "tokenizer"]
 """Which views of an image a rank needs: the first stage of a pipeline the model's, the last the visual tokenizer's."""
 
@@ -29,7 +31,7 @@ LOSS_TERMS = ("image_mim", "text_mlm", "pair_mim", "pair_mlm")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedBatch:
+class PackedBatch(RowLayout):
     """One micro-batch of images, pairs and texts; any of the three may be absent."""
 
     num_images: int
@@ -87,47 +89,34 @@ class PackedBatch:
         """Rows of one image: CLS and its patches."""
         return 1 + self.patch_mask.shape[1]
 
+    @cached_property
+    def layout(self) -> SequenceLayout:
+        """Where sequences and experts' rows are."""
+        return SequenceLayout(self.num_images, self.caption_lengths, self.text_lengths, self.image_length)
+
     @property
     def boundaries(self) -> tuple[int, int, int, int]:
         """The row numbers (a, b, c, T) of the module's picture."""
-        a = self.num_images * self.image_length
-        b = a + self.num_pairs * self.image_length
-        c = b + sum(self.caption_lengths)
-        return a, b, c, c + sum(self.text_lengths)
+        return self.layout.boundaries
 
     @property
-    def num_rows(self) -> int:
-        """Rows of the stream, T."""
-        return self.boundaries[3]
-
-    def expert_slices(self, experts: tuple[str, ...]) -> list[tuple[int, int]]:
-        """The rows [start, stop) of each expert, in row order; every expert is named, with no rows if need be.
-
-        Args:
-            experts: ("shared",), ("vision", "language") or ("vision", "vision_language", "language").
-        """
-        a, b, c, t = self.boundaries
-        if experts == ("shared",):
-            return [(0, t)]
-        if experts == ("vision", "language"):
-            return [(0, b), (b, t)]
-        assert experts == ("vision", "vision_language", "language"), f"unknown experts {experts}"
-        return [(0, a), (a, c), (c, t)]
-
-    @cached_property
     def sequence_ranges(self) -> tuple[tuple[tuple[int, int], ...], ...]:
         """Row ranges [start, stop) of each sequence: one, or two for a pair (image, then caption)."""
-        a, b, _, _ = self.boundaries
-        length = self.image_length
-        ranges: list[tuple[tuple[int, int], ...]] = [((i * length, (i + 1) * length),) for i in range(self.num_images)]
-        row = b
-        for i, caption_length in enumerate(self.caption_lengths):
-            ranges.append(((a + i * length, a + (i + 1) * length), (row, row + caption_length)))
-            row += caption_length
-        for text_length in self.text_lengths:
-            ranges.append(((row, row + text_length),))
-            row += text_length
-        return tuple(ranges)
+        return self.layout.sequence_ranges
+
+    def kept_sequences(self, layer: int, branch: int) -> KeptSequences:
+        """The sequences of which stochastic depth does not drop a branch; waits for the device, once a micro-batch.
+
+        Args:
+            layer: from 0.
+            branch: 0 for attention, 1 for the FFN.
+        """
+        return self.layout.keep(self._keeps[:, layer, branch].tolist())
+
+    @cached_property
+    def _keeps(self) -> Tensor:
+        assert self.drop_path is not None, "nothing is dropped"
+        return self.drop_path.cpu() != 0
 
     @cached_property
     def row_sequence(self) -> Tensor:
@@ -147,15 +136,12 @@ class PackedBatch:
         return (torch.arange(len(starts)) - starts).to(self.token_ids.device)
 
     @cached_property
-    def masked_patch_rows(self) -> Tensor:
-        """Rows of the masked patches, images before pairs, (masked patches,) int64."""
+    def masked_rows(self) -> PickedRows:
+        """The rows that the heads read: masked patches, those of images first, then masked tokens, captions first."""
         image, patch = self.patch_mask.nonzero(as_tuple=True)
-        return image * self.image_length + 1 + patch
-
-    @property
-    def masked_token_rows(self) -> Tensor:
-        """Rows of the masked tokens, captions before texts, (M,) int64."""
-        return self.masked_tokens + self.boundaries[1]
+        rows = torch.cat([image * self.image_length + 1 + patch, self.masked_tokens + self.boundaries[1]])
+        image_mim, text_mlm, pair_mim, pair_mlm = self.num_masked
+        return PickedRows(rows, (image_mim, pair_mim, pair_mlm, text_mlm))
 
     @cached_property
     def num_masked(self) -> tuple[int, int, int, int]:

@@ -10,6 +10,7 @@ what is there.
 from functools import lru_cache
 
 import torch
+from beit3_ds.kernels.host_memory import empty
 from beit3_ds.kernels.rule import check_rule
 from beit3_ds.kernels.self_check import passes
 from torch import Tensor
@@ -18,6 +19,9 @@ _FEWEST_ROWS = 256
 """For fewer rows, oneDNN's copy of the matrix, in an order of its own, takes longer than it saves."""
 _FEWEST_ROWS_TRANSPOSED = 1024
 """The same where the copy is of a transposed matrix."""
+_STRIP, _STRIP_OF_LONG_ROWS, _LONG_ROW = 512, 16, 2048
+"""Rows that are transposed at a time. Of long rows the elements of a column lie so far apart that they compete for the
+same lines of the cache."""
 
 
 def product(x_RD: Tensor, w_FD: Tensor, b_F: Tensor | None, out_RF: Tensor) -> Tensor:
@@ -44,11 +48,22 @@ def _takes_onednn(x_RD: Tensor, w_FD: Tensor) -> bool:
 
 
 def _add_by_onednn(x_RD: Tensor, w_FD: Tensor, b_F: Tensor | None, out_RF: Tensor) -> None:
+    if not w_FD.is_contiguous():
+        w_FD = _transpose(w_FD.t())
     # Rows are pixels of one image, whose channels lie side by side.
     x_1DR1, out_1FR1 = (rows.unflatten(0, (1, -1, 1)).permute(0, 3, 1, 2) for rows in (x_RD, out_RF))
     form = ([0, 0], [1, 1], [1, 1], 1)  # padding, stride, dilation, groups
     add = torch.ops.mkldnn._convolution_pointwise_.binary
     add(out_1FR1, x_1DR1, w_FD[:, :, None, None], b_F, *form, "add", 1.0, None, [], None)
+
+
+def _transpose(x_RD: Tensor) -> Tensor:
+    """x.T, contiguous; in one piece PyTorch copies it with one thread, as it would for oneDNN (BENCHMARKS.md)."""
+    out_DR = empty(x_RD, x_RD.shape[1], len(x_RD))
+    rows = _STRIP_OF_LONG_ROWS if x_RD.shape[1] >= _LONG_ROW else _STRIP
+    for strip_rD, out_Dr in zip(x_RD.split(rows), out_DR.split(rows, dim=1), strict=True):
+        out_Dr.copy_(strip_rD.t())
+    return out_DR
 
 
 @lru_cache

@@ -10,13 +10,14 @@ ROOT = Path(__file__).parents[1]
 ARROWS: dict[str, set[str]] = {
     "kernels": set(),
     "config": set(),
-    "batch": set(),
+    "layout": set(),
+    "batch": {"layout"},
     "positions": set(),
     "foreign_tensors": {"config"},
     "parallel": {"config", "kernels"},
     "tokenizers": {"config", "foreign_tensors", "parallel", "positions"},
     "data": {"batch", "config", "tokenizers"},
-    "model": {"batch", "config", "kernels", "parallel", "positions"},
+    "model": {"batch", "config", "kernels", "layout", "parallel", "positions"},
     "pipeline": {"batch", "config", "model", "parallel"},
     "checkpoint": {"batch", "config", "foreign_tensors", "model", "parallel", "positions"},
     "training": {
@@ -32,7 +33,7 @@ ARROWS: dict[str, set[str]] = {
         "pipeline",
         "tokenizers",
     },
-    "costs": {"batch", "config", "kernels", "model", "parallel", "pipeline"},
+    "costs": {"batch", "config", "kernels", "layout", "model", "parallel", "pipeline"},
     "benchmarks": {
         *(
             "batch",

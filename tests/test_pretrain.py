@@ -89,7 +89,7 @@ DIVISIONS = {
 }
 
 
-@pytest.mark.parametrize("division", DIVISIONS)
+@pytest.mark.parametrize("division", ["tensor", pytest.param("pipeline", marks=pytest.mark.slow)])
 def test_divided_run_lies_on_that_of_one_rank(run_mapping: dict[str, Any], tmp_path: Path, division: str) -> None:
     """Two ranks that divide the model see one rank's data and losses; both they and one rank go on from their save."""
     own = run_mapping["beit3_ds"]

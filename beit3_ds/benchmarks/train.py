@@ -47,7 +47,8 @@ def benchmark_train(
             as its users' code does.
         json_path: where to write `rows` and `summary` as JSON. `summary.ratio` is this project's samples a second over
             the reference's, `gemm_share` the products' time over this project's, `memory_ratio` this project's peak
-            over the reference's.
+            over the reference's. The products are those of the model as it is defined, as for model FLOPs utilisation;
+            `needed_gemm_share` leaves out what is dropped and what no head reads (`train_products.needed_flops`).
 
     Raises:
         ConfigError: if torchscale is not installed, there is no such size, or the file cannot be written.
@@ -145,6 +146,12 @@ def _summarize(rows: list[Row]) -> dict[str, Any]:
         "cpu_ratio": ratio(REFERENCE, OURS, "cpu_seconds"),
         "gemm_share": ratio(PRODUCTS, OURS),
         "reference_gemm_share": ratio(PRODUCTS, REFERENCE),
+        "needed_gemm_share": median_with_interval(
+            [
+                row[PRODUCTS]["seconds"] / row[OURS]["seconds"] * row[PRODUCTS]["needed_flops"] / row[PRODUCTS]["flops"]
+                for row in rows
+            ]
+        ),
     }
     peaks = {side: rows[-1][side]["peak_bytes"] for side in (OURS, REFERENCE)}
     return {
@@ -176,7 +183,8 @@ def _describe(rows: list[Row], summary: dict[str, Any]) -> str:
             share, peak = summary["intervals"][shares[side]], rows[-1][side]["peak_bytes"] / 2**30
             cells += [f"{summary['samples'] / seconds['median']:.2f}", _show(share), f"{peak:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    figures = ", ".join(f"{name} {_show(summary['intervals'][name])}" for name in ("ratio", "gemm_share"))
+    names = ("ratio", "gemm_share", "needed_gemm_share")
+    figures = ", ".join(f"{name} {_show(summary['intervals'][name])}" for name in names)
     return "\n".join([*lines, "", f"{figures}, memory_ratio {summary['memory_ratio']:.2f}"])
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ModelConfig
+from beit3_ds.model.flops import attention_flops, ffn_flops, layer_flops, work_of
 
 
 class Product(NamedTuple):
@@ -37,7 +38,10 @@ class Layer(NamedTuple):
 
 
 class Products:
-    """Every product that a step cannot do without, each once.
+    """Every product of the model as it is defined, each once: its model FLOPs (`model.flops`).
+
+    Among them are those that a step can do without: of branches that stochastic depth drops, and of rows after the last
+    attention that no head reads. `needed_flops` leaves them out.
 
     Every expert multiplies its own rows; queries, keys and values are one product, as they can be; attention's products
     are made sequence by sequence, on heads that lie one after the other; the heads see masked rows only. The backward
@@ -78,8 +82,37 @@ class Products:
                 product.run()
 
 
+def needed_flops(config: ModelConfig, batch: PackedBatch) -> float:
+    """Operations of a step's products without those of branches that stochastic depth drops, and without those of rows
+    of the last FFN that no head reads: neither loss nor gradients depend on them.
+
+    Args:
+        config: of the model.
+        batch: with the factors of stochastic depth, if there are any.
+    """
+    embeddings, *_, heads = layer_flops(config, work_of(batch))
+    blocks = 0.0
+    for layer in range(config.num_layers):
+        attention, ffn = (
+            batch.layout if batch.drop_path is None else batch.kept_sequences(layer, branch).layout
+            for branch in range(2)
+        )
+        lengths = [sum(stop - start for start, stop in ranges) for ranges in attention.sequence_ranges]
+        blocks += attention_flops(config, attention.num_rows, sum(length * length for length in lengths))
+        if layer < config.num_layers - 1:
+            blocks += ffn_flops(config, ffn.num_rows)
+    masked_Q = batch.row_sequence[batch.masked_rows.rows].bincount(minlength=batch.num_sequences)
+    kept_Q = torch.ones(batch.num_sequences) if batch.drop_path is None else batch.drop_path[:, -1, 1] != 0
+    blocks += ffn_flops(config, float((masked_Q * kept_Q).sum()))
+    # Forward, and twice as much backward; pixels have no gradient.
+    return 2 * embeddings + 3 * (blocks + heads)
+
+
 class _Operands:
-    """Makes the layers' operands, of random values: the speed of products on zeros or on garbage may differ."""
+    """Makes the layers' operands, of random values: the speed of products on zeros or on garbage may differ.
+
+    Results are written once beforehand, so that a product finds its memory there.
+    """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
@@ -89,14 +122,14 @@ class _Operands:
 
     def linear(self, rows: int, inputs: int, outputs: int, *, input_gradient: bool = True) -> Layer:
         x, w, y = self(rows, inputs), self(outputs, inputs), self(rows, outputs)  # y serves as its own gradient
-        weight_gradient = Product(y.t(), x, torch.empty_like(w))
-        dx = (Product(y, w, torch.empty_like(x)),) if input_gradient else ()
+        weight_gradient = Product(y.t(), x, torch.zeros_like(w))
+        dx = (Product(y, w, torch.zeros_like(x)),) if input_gradient else ()
         return Layer((Product(x, w.t(), y),), (*dx, weight_gradient))
 
     def attention(self, heads: int, length: int, width: int) -> Layer:
         q, k, v, y = (self(heads, length, width) for _ in range(4))
         p, dp = (self(heads, length, length) for _ in range(2))
-        dq, dk, dv = (torch.empty_like(q) for _ in range(3))
+        dq, dk, dv = (torch.zeros_like(q) for _ in range(3))
         backward = Product(p.mT, y, dv), Product(y, v.mT, dp), Product(dp, k, dq), Product(dp.mT, q, dk)
         return Layer((Product(q, k.mT, p), Product(p, v, y)), backward)
 

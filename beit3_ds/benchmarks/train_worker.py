@@ -20,7 +20,7 @@ from beit3_ds.batch import PackedBatch
 from beit3_ds.benchmarks.peak_memory import peak_bytes
 from beit3_ds.benchmarks.train import OURS, PRODUCTS, REFERENCE, REFERENCE_TO_LONGEST
 from beit3_ds.benchmarks.train_batches import build_batch, describe_batch, step_config
-from beit3_ds.benchmarks.train_products import Products
+from beit3_ds.benchmarks.train_products import Products, needed_flops
 from beit3_ds.benchmarks.train_reference import ReferenceTrainer, unpack_streams
 from beit3_ds.config import RunConfig
 
@@ -81,7 +81,8 @@ def multiply(config: RunConfig) -> Callable[[PackedBatch], Turn]:
             products.run()
             return 0.0
 
-        return step, {"flops": products.flops, "batch": describe_batch(batch)}
+        needed = needed_flops(config.model, batch)
+        return step, {"flops": products.flops, "needed_flops": needed, "batch": describe_batch(batch)}
 
     return prepare
 

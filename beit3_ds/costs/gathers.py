@@ -171,10 +171,10 @@ class GatherReplay:
         self._available.discard(id(table))
 
     def _run_modules(self, run: range) -> list[nn.Module]:
-        model, last = self.holding.model, self.holding.config.model.num_layers
+        model = self.holding.model
         modules: list[nn.Module | None] = [model.embeddings] if run.start == 0 else []
-        modules += [model.blocks[str(layer - 1)] for layer in range(max(run.start, 1), min(run.stop, last + 1))]
-        modules += [model.heads] if run.stop == last + 2 else []
+        modules += [model.blocks[str(layer - 1)] for layer in self.holding.blocks_of(run)]
+        modules += [model.heads] if run.stop == self.holding.config.model.num_pipeline_layers else []
         return [module for module in modules if module is not None]
 
     def _is_input(self, module: nn.Module) -> bool:

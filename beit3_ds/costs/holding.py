@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from beit3_ds.config import RunConfig
+from beit3_ds.costs.load import BlockRows, Load
 from beit3_ds.model import BEiT3
 from beit3_ds.parallel import TensorParallel
 from beit3_ds.pipeline.stages import cut_layers, stage_layers
@@ -81,14 +82,29 @@ class Holding:
         split = self.tensor.split_vocabulary(model.text_vocab_size)
         return split.local_size * model.hidden_size
 
+    def blocks_of(self, run: range) -> range:
+        """The blocks of one run of layers, by their numbers in the list of all layers: from 1 to L."""
+        return range(max(run.start, 1), min(run.stop, self.config.model.num_layers + 1))
+
+    def block_rows(self, run: range, layer: int, load: Load) -> BlockRows:
+        """The rows that a block in this run computes, given by its number in the list of layers."""
+        rows = load.every_row
+        if load.kept_rows and not self.tensor.divides_rows:
+            rows = load.kept_rows[layer - 1]
+        return rows._replace(ffn=load.masked) if self.cuts_rows(run, layer) else rows
+
+    def cuts_rows(self, run: range, layer: int) -> bool:
+        """Whether the FFN of a block in this run computes masked rows only: that of the last, if the heads follow."""
+        model = self.config.model
+        return layer == model.num_layers and run.stop == model.num_pipeline_layers
+
     def parameters_of(self, run: range) -> list[nn.Parameter]:
         """The parameters that a pass through one run of layers uses, in the model's order, each once."""
         modules: list[nn.Module] = []
         if run.start == 0 and self.model.embeddings is not None:
             modules.append(self.model.embeddings)
-        last = self.config.model.num_layers
-        modules += [self.model.blocks[str(layer - 1)] for layer in range(max(run.start, 1), min(run.stop, last + 1))]
-        if run.stop == last + 2 and self.model.heads is not None:
+        modules += [self.model.blocks[str(layer - 1)] for layer in self.blocks_of(run)]
+        if run.stop == self.config.model.num_pipeline_layers and self.model.heads is not None:
             modules.append(self.model.heads)
         return list({id(p): p for module in modules for p in module.parameters()}.values())
 

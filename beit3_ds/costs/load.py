@@ -7,6 +7,19 @@ import torch
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import RunConfig
 from beit3_ds.kernels.packed_attention import plan_attention
+from beit3_ds.layout import SequenceLayout
+from beit3_ds.model.block import kept_sequences
+
+
+class BlockRows(NamedTuple):
+    """What one block computes of a micro-batch."""
+
+    attention: int
+    """Rows of the stream that attention computes."""
+    attended: int
+    """Rows of all calls of attention (`kernels.packed_attention.AttentionPlan`), padding included."""
+    ffn: int
+    """Rows that the FFN computes, if not only the masked ones."""
 
 
 class Load(NamedTuple):
@@ -24,14 +37,21 @@ class Load(NamedTuple):
     """Rows of the MLM head."""
     drops: bool
     """Whether branches carry factors of stochastic depth."""
-    attended: int
-    """Rows of all calls of attention (`kernels.packed_attention.AttentionPlan`), padding included."""
+    every_row: BlockRows
+    """Of a block that computes all."""
+    kept_rows: tuple[BlockRows, ...] = ()
+    """Of each block, where branches are not computed that stochastic depth drops; nothing is dropped without."""
+
+    @property
+    def masked(self) -> int:
+        """Rows at masked positions, M."""
+        return self.masked_patches + self.masked_tokens
 
 
 def load_of(batch: PackedBatch) -> Load:
     """The load of one micro-batch."""
     image_mim, text_mlm, pair_mim, pair_mlm = batch.num_masked
-    plan = plan_attention(batch.sequence_ranges, batch.token_ids.device)
+    num_layers = 0 if batch.drop_path is None else batch.drop_path.shape[1]
     return Load(
         rows=batch.num_rows,
         tokens=len(batch.token_ids),
@@ -39,12 +59,25 @@ def load_of(batch: PackedBatch) -> Load:
         masked_patches=image_mim + pair_mim,
         masked_tokens=text_mlm + pair_mlm,
         drops=batch.drop_path is not None,
-        attended=sum(len(bucket.rows) for bucket in plan.buckets),
+        every_row=BlockRows(batch.num_rows, _attended(batch, batch.layout), batch.num_rows),
+        kept_rows=tuple(_kept_rows(batch, layer) for layer in range(num_layers)),
     )
 
 
+def _kept_rows(batch: PackedBatch, layer: int) -> BlockRows:
+    attention, ffn = (
+        batch.layout if kept is None else kept.layout for kept in (kept_sequences(batch, layer, i) for i in range(2))
+    )
+    return BlockRows(attention.num_rows, _attended(batch, attention), ffn.num_rows)
+
+
+def _attended(batch: PackedBatch, layout: SequenceLayout) -> int:
+    plan = plan_attention(layout.sequence_ranges, batch.token_ids.device)
+    return sum(len(bucket.rows) for bucket in plan.buckets)
+
+
 def expected_load(config: RunConfig, data_parallel_size: int) -> Load:
-    """The load of a micro-batch whose texts all have full length.
+    """The load of a micro-batch whose texts all have full length, and of which no branch is dropped.
 
     Raises:
         ConfigError: if the batch sizes do not divide over the ranks.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from beit3_ds.costs.gathers import GatherReplay, padded, persistent_parameters
 from beit3_ds.costs.holding import Holding
-from beit3_ds.costs.load import Load
+from beit3_ds.costs.load import BlockRows, Load
 from beit3_ds.kernels.vocabulary_blocks import divide_for_cpu
 from beit3_ds.pipeline.order import one_forward_one_backward
 
@@ -141,9 +141,8 @@ def activation_peak(holding: Holding, loads: Sequence[Load]) -> int:
 def run_activations(holding: Holding, run: range, load: Load) -> int:
     """Bytes that autograd keeps of one micro-batch's pass through one run of layers."""
     model = holding.config.model
-    blocks = range(max(run.start, 1), min(run.stop, model.num_layers + 1))
     mode = holding.config.training.activation_checkpointing
-    kept = sum(block_activations(holding, layer - 1, load, mode) for layer in blocks)
+    kept = sum(block_activations(holding, run, layer, load, mode) for layer in holding.blocks_of(run))
     if run.start == 0:
         kept += _embedding_activations(holding, load)
     if run.stop == model.num_pipeline_layers:
@@ -151,50 +150,51 @@ def run_activations(holding: Holding, run: range, load: Load) -> int:
     return kept
 
 
-def block_activations(holding: Holding, layer: int, load: Load, checkpointing: str) -> int:
-    """Bytes that autograd keeps of one micro-batch in one block; parameters and row numbers are not among them."""
-    size = holding.element_size
-    own = _own_rows(holding, load)
-    hidden = holding.config.model.hidden_size
+def block_activations(holding: Holding, run: range, layer: int, load: Load, checkpointing: str) -> int:
+    """Bytes that autograd keeps of one micro-batch in one block; parameters and row numbers are not among them.
+
+    Args:
+        holding: the rank's part of the model.
+        run: of layers, among which the block is.
+        layer: the block's number in the list of layers.
+        load: of the micro-batch.
+        checkpointing: `training.activation_checkpointing`.
+    """
+    model = holding.config.model
     if checkpointing == "full":
-        return own * hidden * size
-    # Attention and FFN alike: the stream before the norm, and two statistics a row.
-    norms = 2 * own * (hidden * size + 2 * _STATISTIC) + _normed_rows(holding, layer, load)
-    factors = 2 * own * size if load.drops else 0
-    return (
-        norms + factors + _attention_core(holding, load) + _ffn_core(holding, load) + _sub_norms(holding, layer, load)
-    )
+        return _own_rows(holding, load.rows) * model.hidden_size * holding.element_size
+    rows = holding.block_rows(run, layer, load)
+    attention = _branch(holding, model.attention_experts, model.hidden_size, rows.attention, load.drops)
+    ffn = _branch(holding, model.experts(layer - 1), model.ffn_hidden_size, rows.ffn, load.drops)
+    return attention + _attention_core(holding, rows) + ffn + _ffn_core(holding, rows)
 
 
-def _normed_rows(holding: Holding, layer: int, load: Load) -> int:
-    """Of both norms: scales and shifts, copied to make the rows again, or the rows where they were gathered."""
-    model, size = holding.config.model, holding.element_size
+def _branch(holding: Holding, experts: Sequence[str], width: int, rows: int, drops: bool) -> int:
+    """What attention and FFN keep alike: the stream and statistics of its norm, factors, and a sub-LN's parameters."""
+    model, size, ranks = holding.config.model, holding.element_size, holding.tensor.size
+    own = _own_rows(holding, rows)
+    kept = own * (model.hidden_size * size + 2 * _STATISTIC + size * drops)
     if holding.tensor.divides_rows:
-        return 2 * _own_rows(holding, load) * holding.tensor.size * model.hidden_size * size
-    return 2 * (len(model.attention_experts) + len(model.experts(layer))) * model.hidden_size * size
+        kept += own * ranks * model.hidden_size * size  # the normalised rows, which were gathered
+    else:
+        kept += 2 * len(experts) * model.hidden_size * size  # scales and shifts, copied to make the rows again
+    if model.sub_layernorm:
+        # Scales and shifts, copied for another module, and two statistics a row where ranks divide it.
+        kept += 2 * len(experts) * width // ranks * size + (2 * rows * _STATISTIC if ranks > 1 else 0)
+    return kept
 
 
-def _attention_core(holding: Holding, load: Load) -> int:
+def _attention_core(holding: Holding, rows: BlockRows) -> int:
     """Queries, keys, values, what the attention op makes of them for the output projection, and log-sums."""
     model = holding.config.model
     width = model.hidden_size // holding.tensor.size
     heads = model.num_attention_heads // holding.tensor.size
-    return 4 * load.rows * width * holding.element_size + load.attended * heads * _STATISTIC
+    return 4 * rows.attention * width * holding.element_size + rows.attended * heads * _STATISTIC
 
 
-def _ffn_core(holding: Holding, load: Load) -> int:
+def _ffn_core(holding: Holding, rows: BlockRows) -> int:
     """The GELU's input; the rest is made again."""
-    return load.rows * holding.config.model.ffn_hidden_size // holding.tensor.size * holding.element_size
-
-
-def _sub_norms(holding: Holding, layer: int, load: Load) -> int:
-    """Both norms' scales and shifts, copied for another module, and two statistics a row where ranks divide it."""
-    model, ranks = holding.config.model, holding.tensor.size
-    if not model.sub_layernorm:
-        return 0
-    widths = len(model.attention_experts) * model.hidden_size + len(model.experts(layer)) * model.ffn_hidden_size
-    statistics = 2 * 2 * load.rows * _STATISTIC if ranks > 1 else 0
-    return 2 * widths // ranks * holding.element_size + statistics
+    return rows.ffn * holding.config.model.ffn_hidden_size // holding.tensor.size * holding.element_size
 
 
 def _embedding_activations(holding: Holding, load: Load) -> int:
@@ -206,9 +206,8 @@ def _embedding_activations(holding: Holding, load: Load) -> int:
 
 def _head_activations(holding: Holding, load: Load) -> int:
     model, size = holding.config.model, holding.element_size
-    masked = load.masked_patches + load.masked_tokens
     # Both heads: rows before the norm and after it, its statistics, targets and row numbers, log-sums.
-    kept = masked * (2 * model.hidden_size * size + 3 * _STATISTIC + 2 * _INDEX)
+    kept = load.masked * (2 * model.hidden_size * size + 3 * _STATISTIC + 2 * _INDEX)
     kept += _kept_logits(holding, load.masked_patches, model.visual_vocab_size, None)
     return kept + _kept_logits(holding, load.masked_tokens, model.text_vocab_size, model.cross_entropy_chunk_size)
 
@@ -219,16 +218,17 @@ def _kept_logits(holding: Holding, rows: int, vocabulary: int, chunk_size: int |
     return rows * (blocks.num_buffers * blocks.stride + len(blocks.columns)) * _STATISTIC
 
 
-def _own_rows(holding: Holding, load: Load) -> int:
-    return -(-load.rows // holding.tensor.size) if holding.tensor.divides_rows else load.rows
+def _own_rows(holding: Holding, rows: int) -> int:
+    return -(-rows // holding.tensor.size) if holding.tensor.divides_rows else rows
 
 
 def _recomputed(holding: Holding, loads: Sequence[Load]) -> int:
     if holding.config.training.activation_checkpointing == "none":
         return 0
     saved = (
-        block_activations(holding, int(layer), load, "none") - block_activations(holding, int(layer), load, "full")
-        for layer in holding.model.blocks
+        block_activations(holding, run, layer, load, "none") - block_activations(holding, run, layer, load, "full")
+        for run in holding.runs
+        for layer in holding.blocks_of(run)
         for load in loads
     )
     return max(saved, default=0)

@@ -87,15 +87,15 @@ def _add_tensor_traffic(traffic: Traffic, holding: Holding, run: range, load: Lo
     model = holding.config.model
     if run.start == 0:
         _add_embeddings(traffic, holding, load)
-    for layer in range(max(run.start, 1), min(run.stop, model.num_layers + 1)):
-        _add_block(traffic, holding, layer - 1, load)
+    for layer in holding.blocks_of(run):
+        _add_block(traffic, holding, run, layer, load)
     if run.stop == model.num_pipeline_layers:
-        _add_heads(traffic, holding, load)
+        _add_heads(traffic, holding, run, load)
 
 
-def _stream_bytes(holding: Holding, load: Load) -> int:
+def _stream_bytes(holding: Holding, rows: int) -> int:
     """T D e, with sequence parallelism T rounded up to a multiple of P."""
-    rows = padded(load.rows, holding.tensor.size) if holding.tensor.divides_rows else load.rows
+    rows = padded(rows, holding.tensor.size) if holding.tensor.divides_rows else rows
     return rows * holding.config.model.hidden_size * holding.element_size
 
 
@@ -103,36 +103,45 @@ def _add_embeddings(traffic: Traffic, holding: Holding, load: Load) -> None:
     words = load.tokens * holding.config.model.hidden_size * holding.element_size
     traffic.add("tensor", "all-reduce", words, int(words > 0))
     if holding.tensor.divides_rows:
-        traffic.add("tensor", "all-gather", _stream_bytes(holding, load))
+        traffic.add("tensor", "all-gather", _stream_bytes(holding, load.rows))
 
 
-def _add_block(traffic: Traffic, holding: Holding, layer: int, load: Load) -> None:
+def _add_block(traffic: Traffic, holding: Holding, run: range, layer: int, load: Load) -> None:
     config, model = holding.config, holding.config.model
-    stream = _stream_bytes(holding, load)
-    recomputes = config.training.activation_checkpointing
     # Attention and FFN hand the stream in and sum it out, forward, backward, and forward again if recomputed; without
     # factors of stochastic depth recomputation stops before the last sum.
-    enters, leaves = (2, 2) if recomputes != "full" else (4, 4 if load.drops else 3)
-    if holding.tensor.divides_rows:
-        gathers, scatters = enters + 2, leaves + 2
-        traffic.add("tensor", "all-gather", gathers * stream, gathers)
-        traffic.add("tensor", "reduce-scatter", scatters * stream, scatters)
-        for experts in (model.attention_experts, model.experts(layer)):
-            width = len(experts) * model.hidden_size * holding.element_size
-            traffic.add("tensor", "all-reduce", 2 * width + width, 2)  # the norm's weights and biases; output biases
-    else:
-        sums = 2 + leaves
-        traffic.add("tensor", "all-reduce", sums * stream, sums)
-    if model.sub_layernorm:
-        gathers = {"none": 2, "full": 4}[recomputes]
-        floats = 2 * load.rows * 4
-        traffic.add("tensor", "all-gather", gathers * holding.tensor.size * floats, gathers)
-        traffic.add("tensor", "all-reduce", 2 * floats, 2)
+    passes = 2 if config.training.activation_checkpointing == "full" else 1
+    rows = holding.block_rows(run, layer, load)
+    _add_branch(traffic, holding, model.attention_experts, rows.attention, passes, passes)
+    _add_branch(traffic, holding, model.experts(layer - 1), rows.ffn, passes, passes if load.drops else 1)
+    if holding.cuts_rows(run, layer) and holding.tensor.divides_rows:  # the rows are gathered and divided anew
+        traffic.add("tensor", "all-gather", passes * _stream_bytes(holding, load.rows), passes)
+        traffic.add("tensor", "all-gather", _stream_bytes(holding, load.masked), int(load.masked > 0))
 
 
-def _add_heads(traffic: Traffic, holding: Holding, load: Load) -> None:
+def _add_branch(
+    traffic: Traffic, holding: Holding, experts: Sequence[str], rows: int, enters: int, leaves: int
+) -> None:
+    """One attention or FFN over `rows` rows, which enter and leave it so often; the backward pass adds one of each."""
+    model, stream = holding.config.model, _stream_bytes(holding, rows)
     if holding.tensor.divides_rows:
-        traffic.add("tensor", "all-gather", _stream_bytes(holding, load))
+        if rows:
+            traffic.add("tensor", "all-gather", (enters + 1) * stream, enters + 1)
+            traffic.add("tensor", "reduce-scatter", (leaves + 1) * stream, leaves + 1)
+        width = len(experts) * model.hidden_size * holding.element_size
+        traffic.add("tensor", "all-reduce", 2 * width + width, 2)  # the norm's weights and biases; output biases
+    elif rows:
+        traffic.add("tensor", "all-reduce", (leaves + 1) * stream, leaves + 1)
+    if model.sub_layernorm and rows:
+        floats = 2 * rows * 4
+        traffic.add("tensor", "all-gather", enters * holding.tensor.size * floats, enters)
+        traffic.add("tensor", "all-reduce", floats)
+
+
+def _add_heads(traffic: Traffic, holding: Holding, run: range, load: Load) -> None:
+    rows = load.masked if holding.config.model.num_layers in run else load.rows
+    if holding.tensor.divides_rows and rows:
+        traffic.add("tensor", "all-gather", _stream_bytes(holding, rows))
     for rows in (load.masked_patches, load.masked_tokens):
         if rows:
             gradient = rows * holding.config.model.hidden_size * holding.element_size
@@ -140,7 +149,7 @@ def _add_heads(traffic: Traffic, holding: Holding, load: Load) -> None:
 
 
 def _add_messages(traffic: Traffic, holding: Holding, run: range, load: Load) -> None:
-    own = _stream_bytes(holding, load) // (holding.tensor.size if holding.tensor.divides_rows else 1)
+    own = _stream_bytes(holding, load.rows) // (holding.tensor.size if holding.tensor.divides_rows else 1)
     receives, sends = int(run.start > 0), int(run.stop < holding.config.model.num_pipeline_layers)
     # An activation comes in and its gradient goes back; an activation goes out and its gradient comes back.
     traffic.add("pipeline", "receive", (receives + sends) * own, receives + sends)

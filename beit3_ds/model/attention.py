@@ -4,10 +4,10 @@
 
 from torch import Tensor, nn
 
-from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ModelConfig
 from beit3_ds.kernels.packed_attention import packed_attention
 from beit3_ds.kernels.up_projection import Activation
+from beit3_ds.layout import SequenceLayout
 from beit3_ds.model.multiway import (
     ColumnParallelMultiwayLinear,
     MultiwayLayerNorm,
@@ -40,20 +40,20 @@ class MultiwayAttention(nn.Module):
         self.sub_norm = MultiwaySubLayerNorm(hidden, epsilon, experts, tensor) if config.sub_layernorm else None
         self.out_proj = RowParallelMultiwayLinear(hidden, hidden, experts, tensor)
 
-    def forward(self, x_TD: Tensor, factor_T: Tensor | None, batch: PackedBatch) -> Tensor:
+    def forward(self, x_TD: Tensor, factor_T: Tensor | None, layout: SequenceLayout) -> Tensor:
         """Returns the stream after this branch, (T, D); of both, this rank's rows.
 
         Args:
             x_TD: the stream.
             factor_T: what stochastic depth multiplies these rows of the branch with, or None.
-            batch: tells where sequences and experts' rows are.
+            layout: tells where sequences and experts' rows are.
         """
-        slices, num_rows = batch.expert_slices(self.experts), batch.num_rows
+        slices, num_rows = layout.expert_slices(self.experts), layout.num_rows
         own_slices = self.tensor.own_slices(slices, num_rows)
         x_TD, h_TD, *copies = self.norm(x_TD, own_slices)
         h_TD, source = self.tensor.gather_in(h_TD, num_rows), self.norm.source(x_TD, own_slices, copies)
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        q_THK, k_THK, v_THK = (proj(h_TD, batch, source).unflatten(1, (-1, self.head_size)) for proj in projections)
-        y_TD = packed_attention(q_THK, k_THK, v_THK, batch.sequence_ranges, cuda_cpp=self.cuda_cpp).flatten(1)
+        q_THK, k_THK, v_THK = (proj(h_TD, layout, source).unflatten(1, (-1, self.head_size)) for proj in projections)
+        y_TD = packed_attention(q_THK, k_THK, v_THK, layout.sequence_ranges, cuda_cpp=self.cuda_cpp).flatten(1)
         norm = None if self.sub_norm is None else self.sub_norm.build(self.sub_norm())
-        return self.out_proj(Activation(y_TD), x_TD, factor_T, batch, norm=norm)
+        return self.out_proj(Activation(y_TD), x_TD, factor_T, layout, norm=norm)

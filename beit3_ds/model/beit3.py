@@ -156,13 +156,18 @@ class BEiT3(nn.Module):
         if layers.start == 0:
             assert self.embeddings is not None, "this stage of the pipeline does not embed"
             x_TD = self.embeddings(batch)
-        for layer in range(max(layers.start, 1), min(layers.stop, self.config.num_layers + 1)):
-            x_TD = self._run_block(self.blocks[str(layer - 1)], x_TD, batch)
-        if layers.stop <= self._all_layers[-1]:
+        heads = self._all_layers[-1]
+        blocks = range(max(layers.start, 1), min(layers.stop, heads))
+        # The heads read masked rows only, so a last block that runs with them need not make the others.
+        cuts_rows = len(blocks) > 0 and heads in layers
+        for layer in blocks:
+            only_masked = cuts_rows and layer == blocks[-1]
+            x_TD = self._run_block(self.blocks[str(layer - 1)], x_TD, batch, only_masked)
+        if heads not in layers:
             assert x_TD is not None, f"no layers in {layers}"
             return x_TD
         assert self.heads is not None, "this stage of the pipeline has no heads"
-        visual, text = self.heads(x_TD, batch, with_loss=loss_factors is not None)
+        visual, text = self.heads(x_TD, batch, loss_factors is not None, only_masked=cuts_rows)
         if loss_factors is None:
             return Logits(visual, text)
         sums = _sum_terms(visual, text, batch)
@@ -172,10 +177,10 @@ class BEiT3(nn.Module):
         if self.config.tie_word_embeddings and self.heads is not None:
             self.heads.mlm.tie_weight(None if self.embeddings is None else self.embeddings.word.weight)
 
-    def _run_block(self, block: nn.Module, x_TD: Tensor | None, batch: PackedBatch) -> Tensor:
+    def _run_block(self, block: nn.Module, x_TD: Tensor | None, batch: PackedBatch, only_masked: bool) -> Tensor:
         if self.recompute_blocks and torch.is_grad_enabled():
-            return checkpoint(block, x_TD, batch, use_reentrant=False, preserve_rng_state=False)
-        return block(x_TD, batch)
+            return checkpoint(block, x_TD, batch, only_masked, use_reentrant=False, preserve_rng_state=False)
+        return block(x_TD, batch, only_masked)
 
 
 def _sum_terms(visual_losses: Tensor, text_losses: Tensor, batch: PackedBatch) -> Tensor:

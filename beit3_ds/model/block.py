@@ -1,21 +1,28 @@
 """One Multiway Transformer block."""
 
-# T packed rows, D hidden, Q sequences, L layers.
+# T packed rows, K rows of sequences whose branch is not dropped, M masked rows, D hidden, Q sequences, L layers.
 
 from torch import Tensor, nn
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ModelConfig
+from beit3_ds.kernels.row_subset import put_rows, take_rows
+from beit3_ds.layout import KeptSequences
 from beit3_ds.model.attention import MultiwayAttention
 from beit3_ds.model.ffn import MultiwayFFN
 from beit3_ds.parallel import TensorParallel
+
+_LEAST_DROPPED, _LEAST_DROPPED_ON_CPU = 1 / 8, 1 / 32
+"""The share of rows from which on a dropped branch is not computed: copying the others must cost less. On a CPU
+that was measured; for GPUs it is modelled (BENCHMARKS.md)."""
 
 
 class Block(nn.Module):
     """x += drop_path(attention(x)), then x += drop_path(ffn(x)); both branches normalise their input.
 
     Stochastic depth (paper section 2.3) is drawn with the batch, per sample, one draw for both parts of a pair, so the
-    forward pass itself is deterministic and may be recomputed or reordered.
+    forward pass itself is deterministic and may be recomputed or reordered. A branch does not see the sequences that
+    drop it, if that saves time: `kept_sequences`.
     """
 
     def __init__(self, config: ModelConfig, layer: int, tensor: TensorParallel, cuda_cpp: bool = False) -> None:
@@ -24,13 +31,52 @@ class Block(nn.Module):
         self.attention = MultiwayAttention(config, tensor, cuda_cpp)
         self.ffn = MultiwayFFN(config, layer, tensor, cuda_cpp)
 
-    def forward(self, x_TD: Tensor, batch: PackedBatch) -> Tensor:
-        """Returns the stream after this block, (T, D); of both, this rank's rows."""
-        x_TD = self.attention(x_TD, self._factors(x_TD, batch, branch=0), batch)
-        return self.ffn(x_TD, self._factors(x_TD, batch, branch=1), batch)
+    def forward(self, x_TD: Tensor, batch: PackedBatch, only_masked: bool = False) -> Tensor:
+        """Returns the stream after this block, (T, D), or of its masked rows, (M, D); of all, this rank's rows.
 
-    def _factors(self, x_TD: Tensor, batch: PackedBatch, branch: int) -> Tensor | None:
+        Args:
+            x_TD: the stream.
+            batch: tells where sequences and experts' rows are.
+            only_masked: whether nothing reads any but the masked rows, as the heads do: then the FFN, for which no row
+                depends on another, computes no others. Where ranks divide the rows they are gathered and divided anew
+                (`TensorParallel.gather_rows`, `scatter_rows`).
+        """
+        x_TD = self._add_branch(0, x_TD, batch)
+        if not only_masked:
+            return self._add_branch(1, x_TD, batch)
+        masked = batch.masked_rows
+        x_MD = self.tensor.scatter_rows(self.tensor.gather_rows(x_TD, batch.num_rows).index_select(0, masked.rows))
+        return self.ffn(x_MD, self._factors(x_MD, batch.row_sequence[masked.rows], batch, branch=1), masked)
+
+    def _add_branch(self, branch: int, x_TD: Tensor, batch: PackedBatch) -> Tensor:
+        module = (self.attention, self.ffn)[branch]
+        kept = None if self.tensor.divides_rows else kept_sequences(batch, self.layer, branch)
+        if kept is None:
+            return module(x_TD, self._factors(x_TD, batch.row_sequence, batch, branch), batch.layout)
+        rows_K = kept.rows.to(x_TD.device, non_blocking=True)
+        x_TD, x_KD = take_rows(x_TD, rows_K)
+        y_KD = module(x_KD, self._factors(x_KD, batch.row_sequence[rows_K], batch, branch), kept.layout)
+        return put_rows(x_TD, y_KD, rows_K)
+
+    def _factors(self, x_TD: Tensor, sequence_T: Tensor, batch: PackedBatch, branch: int) -> Tensor | None:
+        """Of this rank's rows, given the sequence of every row."""
         if batch.drop_path is None:
             return None
         factor_Q = batch.drop_path[:, self.layer, branch].to(x_TD.dtype)
-        return factor_Q[self.tensor.own_rows(batch.row_sequence)]
+        return factor_Q[self.tensor.own_rows(sequence_T)]
+
+
+def kept_sequences(batch: PackedBatch, layer: int, branch: int) -> KeptSequences | None:
+    """The sequences on which alone a branch is computed; None if it is computed on all.
+
+    Args:
+        batch: with the factors of stochastic depth, if there are any.
+        layer: from 0.
+        branch: 0 for attention, 1 for the FFN.
+    """
+    if batch.drop_path is None:
+        return None
+    kept = batch.kept_sequences(layer, branch)
+    least = _LEAST_DROPPED_ON_CPU if batch.token_ids.device.type == "cpu" else _LEAST_DROPPED
+    num_dropped = batch.num_rows - kept.layout.num_rows
+    return kept if num_dropped and num_dropped >= least * batch.num_rows else None

@@ -4,8 +4,8 @@
 
 from torch import Tensor, nn
 
-from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ModelConfig
+from beit3_ds.layout import RowLayout
 from beit3_ds.model.multiway import (
     MultiwayLayerNorm,
     MultiwaySubLayerNorm,
@@ -35,18 +35,18 @@ class MultiwayFFN(nn.Module):
         self.sub_norm = MultiwaySubLayerNorm(ffn_hidden, epsilon, experts, tensor) if config.sub_layernorm else None
         self.fc2 = RowParallelMultiwayLinear(ffn_hidden, hidden, experts, tensor)
 
-    def forward(self, x_TD: Tensor, factor_T: Tensor | None, batch: PackedBatch) -> Tensor:
+    def forward(self, x_TD: Tensor, factor_T: Tensor | None, layout: RowLayout) -> Tensor:
         """Returns the stream after this branch, (T, D); of both, this rank's rows.
 
         Args:
-            x_TD: the stream.
+            x_TD: the stream, or rows picked from it.
             factor_T: what stochastic depth multiplies these rows of the branch with, or None.
-            batch: tells where the experts' rows are.
+            layout: tells where the experts' rows are.
         """
-        slices, num_rows = batch.expert_slices(self.experts), batch.num_rows
+        slices, num_rows = layout.expert_slices(self.experts), layout.num_rows
         own_slices = self.tensor.own_slices(slices, num_rows)
         x_TD, h_TD, *copies = self.norm(x_TD, own_slices)
         h_TD, source = self.tensor.gather_in(h_TD, num_rows), self.norm.source(x_TD, own_slices, copies)
-        activation = self.fc1(h_TD, batch, source, with_statistics=self.sub_norm is not None)
+        activation = self.fc1(h_TD, layout, source, with_statistics=self.sub_norm is not None)
         norm = None if self.sub_norm is None else self.sub_norm.build(self.sub_norm())
-        return self.fc2(activation, x_TD, factor_T, batch, gelu=True, norm=norm)
+        return self.fc2(activation, x_TD, factor_T, layout, gelu=True, norm=norm)

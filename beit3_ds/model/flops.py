@@ -32,11 +32,21 @@ def work_of(batch: PackedBatch) -> Work:
 def layer_flops(config: ModelConfig, work: Work) -> list[float]:
     """Operations of the forward pass of every layer: embeddings, blocks, heads; a multiply-add counts 2.
 
-    Counts matrix products only, as model FLOPs utilisation is usually stated. Every row meets one expert, so all blocks
-    cost the same.
+    Counts matrix products only, as model FLOPs utilisation is usually stated: those of the model as it is defined, of
+    which `Block` leaves some out. Every row meets one expert, so all blocks cost the same.
     """
-    hidden, ffn = config.hidden_size, config.ffn_hidden_size
+    hidden = config.hidden_size
     embeddings = 2 * work.patches * 3 * config.patch_size**2 * hidden
-    block = 2 * work.rows * (4 * hidden * hidden + 2 * hidden * ffn) + 4 * work.attended * hidden
+    block = attention_flops(config, work.rows, work.attended) + ffn_flops(config, work.rows)
     heads = 2 * hidden * (work.masked_patches * config.visual_vocab_size + work.masked_tokens * config.text_vocab_size)
     return [embeddings, *[block] * config.num_layers, heads]
+
+
+def attention_flops(config: ModelConfig, rows: float, attended: float) -> float:
+    """Operations of the forward pass of one attention; `rows` and `attended` as in `Work`."""
+    return 2 * rows * 4 * config.hidden_size**2 + 4 * attended * config.hidden_size
+
+
+def ffn_flops(config: ModelConfig, rows: float) -> float:
+    """Operations of the forward pass of one FFN."""
+    return 2 * rows * 2 * config.hidden_size * config.ffn_hidden_size

@@ -2,7 +2,6 @@
 
 # T packed rows, D hidden, V vocabulary, M rows at masked positions.
 
-import torch
 from torch import Tensor, nn
 
 from beit3_ds.batch import PackedBatch
@@ -27,13 +26,24 @@ class Heads(nn.Module):
             config.hidden_size, config.text_vocab_size, config.cross_entropy_chunk_size, tensor
         )
 
-    def forward(self, x_TD: Tensor, batch: PackedBatch, with_loss: bool) -> tuple[Tensor, Tensor]:
-        """Returns (MIM, MLM) cross entropies of the masked patches and of the masked tokens, or their logits."""
-        patches, tokens = batch.masked_patch_rows, batch.masked_token_rows
-        rows = torch.cat([patches, tokens])
-        x_TD = self.tensor.gather_rows(x_TD, batch.num_rows)
-        _, h_MD, *_ = self.norm(x_TD.index_select(0, rows), self._slices(len(patches), len(rows)))
-        h_patches, h_tokens = h_MD.split([len(patches), len(tokens)])
+    def forward(
+        self, x_TD: Tensor, batch: PackedBatch, with_loss: bool, only_masked: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Returns (MIM, MLM) cross entropies of the masked patches and of the masked tokens, or their logits.
+
+        Args:
+            x_TD: this rank's rows of the stream, or of its masked rows.
+            batch: tells the masked rows and their targets.
+            with_loss: whether cross entropies are wanted.
+            only_masked: whether x holds the masked rows alone.
+        """
+        masked = batch.masked_rows
+        x_MD = self.tensor.gather_rows(x_TD, masked.num_rows if only_masked else batch.num_rows)
+        if not only_masked:
+            x_MD = x_MD.index_select(0, masked.rows)
+        _, h_MD, *_ = self.norm(x_MD, masked.expert_slices(self.experts))
+        num_patches = masked.boundaries[1]
+        h_patches, h_tokens = h_MD.split([num_patches, masked.num_rows - num_patches])
         if not with_loss:
             return self.mim.logits(h_patches), self.mlm.logits(h_tokens)
         assert batch.visual_targets is not None, "the batch has no visual targets: call with_visual_codes first"
@@ -43,6 +53,3 @@ class Heads(nn.Module):
         """Returns all rows after the final norm, (T, D)."""
         _, h_TD, *_ = self.norm(self.tensor.gather_rows(x_TD, batch.num_rows), batch.expert_slices(self.experts))
         return h_TD
-
-    def _slices(self, num_patches: int, num_rows: int) -> list[tuple[int, int]]:
-        return [(0, num_rows)] if self.experts == ("shared",) else [(0, num_patches), (num_patches, num_rows)]

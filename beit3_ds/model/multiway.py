@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from beit3_ds.batch import PackedBatch
 from beit3_ds.kernels.add_branch import add_branch
 from beit3_ds.kernels.multiway_layer_norm import multiway_layer_norm, row_source
 from beit3_ds.kernels.multiway_linear import multiway_linear
@@ -16,6 +15,7 @@ from beit3_ds.kernels.out_projection import out_projection
 from beit3_ds.kernels.remade_rows import RowSource
 from beit3_ds.kernels.sub_norm import SubNorm
 from beit3_ds.kernels.up_projection import Activation, up_projection
+from beit3_ds.layout import RowLayout
 from beit3_ds.parallel import TensorParallel, split_parameter
 
 
@@ -36,15 +36,15 @@ class ColumnParallelMultiwayLinear(nn.Module):
             self.register_parameter(f"weight_{expert}", split_parameter(split, out_features, in_features))
             self.register_parameter(f"bias_{expert}", split_parameter(split, out_features))
 
-    def forward(self, x_TD: Tensor, batch: PackedBatch, source: RowSource | None = None) -> Tensor:
+    def forward(self, x_TD: Tensor, layout: RowLayout, source: RowSource | None = None) -> Tensor:
         """Returns this rank's features (T, F / P), each row from its own expert; a single expert takes all rows.
 
         Args:
             x_TD: all rows.
-            batch: tells the experts' slices.
+            layout: tells the experts' slices.
             source: of x, if it is to be made again in the backward pass instead of kept.
         """
-        return multiway_linear(x_TD, batch.expert_slices(self.experts), _weights(self), _biases(self), source)
+        return multiway_linear(x_TD, layout.expert_slices(self.experts), _weights(self), _biases(self), source)
 
 
 class UpProjection(ColumnParallelMultiwayLinear):
@@ -62,17 +62,17 @@ class UpProjection(ColumnParallelMultiwayLinear):
         self.cuda_cpp = cuda_cpp
 
     def forward(  # type: ignore[override]
-        self, x_TD: Tensor, batch: PackedBatch, source: RowSource | None = None, *, with_statistics: bool
+        self, x_TD: Tensor, layout: RowLayout, source: RowSource | None = None, *, with_statistics: bool
     ) -> Activation:
         """Returns this rank's features (T, F / P) for a RowParallelMultiwayLinear with a GELU.
 
         Args:
             x_TD: all rows.
-            batch: tells the experts' slices.
+            layout: tells the experts' slices.
             source: of x, if it is to be made again in the backward pass instead of kept.
             with_statistics: whether a sub-LN follows.
         """
-        arguments = batch.expert_slices(self.experts), _weights(self), _biases(self)
+        arguments = layout.expert_slices(self.experts), _weights(self), _biases(self)
         form = {"with_statistics": with_statistics, "source": source, "cuda_cpp": self.cuda_cpp}
         return up_projection(x_TD, *arguments, **form)
 
@@ -98,7 +98,7 @@ class RowParallelMultiwayLinear(nn.Module):
         activation: Activation,
         residual_TD: Tensor,
         factor_T: Tensor | None,
-        batch: PackedBatch,
+        layout: RowLayout,
         *,
         gelu: bool = False,
         norm: SubNorm | None = None,
@@ -109,16 +109,16 @@ class RowParallelMultiwayLinear(nn.Module):
             activation: this rank's input features of all rows, (T, F / P).
             residual_TD: this rank's rows of the stream.
             factor_T: what stochastic depth multiplies these rows of the branch with, or None.
-            batch: tells the experts' slices.
+            layout: tells the experts' slices.
             gelu: whether the input is to be activated first.
             norm: the sub-LN, or None.
         """
-        slices = batch.expert_slices(self.experts)
+        slices = layout.expert_slices(self.experts)
         if self.tensor.size == 1:
             stream = {"residual_TD": residual_TD, "factor_T": factor_T}
             return out_projection(activation, slices, _weights(self), _biases(self), gelu=gelu, norm=norm, **stream)
         partial_TD = self.tensor.scatter_out(out_projection(activation, slices, _weights(self), gelu=gelu, norm=norm))
-        own_slices = self.tensor.own_slices(slices, batch.num_rows)
+        own_slices = self.tensor.own_slices(slices, layout.num_rows)
         return add_branch(residual_TD, partial_TD, own_slices, self.tensor.share(*_biases(self)), factor_T)
 
 

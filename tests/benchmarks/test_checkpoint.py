@@ -10,6 +10,7 @@ from beit3_ds.benchmarks import checkpoint as bench
 from beit3_ds.config import ConfigError
 
 
+@pytest.mark.slow
 def test_figures_are_written_and_nothing_stays_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_SAVES", "_LOADS", "_EXPORTS"):
         monkeypatch.setattr(bench, name, 1)

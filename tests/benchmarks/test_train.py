@@ -15,11 +15,12 @@ from beit3_ds import cli
 from beit3_ds.benchmarks import train as bench
 from beit3_ds.benchmarks import train_reference
 from beit3_ds.benchmarks.train_batches import build_batch, step_config
-from beit3_ds.benchmarks.train_products import Products
+from beit3_ds.benchmarks.train_products import Products, needed_flops
 from beit3_ds.benchmarks.train_reference import ReferenceTrainer, unpack_streams
 from beit3_ds.checkpoint.export import export_weights
 from beit3_ds.config import RunConfig
 from beit3_ds.model.flops import layer_flops, work_of
+from beit3_ds.model.multiway import ColumnParallelMultiwayLinear, RowParallelMultiwayLinear
 from beit3_ds.training.loss import build_loss_factors
 from tests.checkpoint.models import ModelSource, random_model
 
@@ -91,14 +92,43 @@ def test_the_ceiling_multiplies_what_the_model_must(config: RunConfig, layout: s
         torch.testing.assert_close(product.out, product.a @ product.b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("drops", [False, True])
+def test_needed_products_are_those_that_a_step_multiplies(config: RunConfig, drops: bool) -> None:
+    """Counts what reaches the products of attention and FFN in every layer, and so what a block leaves out."""
+    batch = build_batch(config, 1)
+    if drops:
+        drop_path = torch.full((batch.num_sequences, config.model.num_layers, 2), 1.25)
+        drop_path[[0, 3, 5], [0, 1, 1], [0, 0, 1]] = 0  # an image, a pair and a text; the last FFN takes all
+        batch = replace(batch, drop_path=drop_path)
+    model, seen = random_model(config.model), []
+    for module in model.modules():
+        if isinstance(module, ColumnParallelMultiwayLinear | RowParallelMultiwayLinear):
+            module.register_forward_pre_hook(
+                lambda module, args: seen.append(getattr(args[0], "x_TF", args[0]).shape[0] * module.weight_numel)
+            )
+            module.weight_numel = getattr(module, f"weight_{module.experts[0]}").numel()
+    model(batch, torch.ones(4))
+    embeddings, *_, heads = layer_flops(config.model, work_of(batch))
+    attended = 0.0
+    for layer in range(config.model.num_layers):
+        lengths = [sum(stop - start for start, stop in ranges) for ranges in batch.sequence_ranges]
+        if drops:
+            lengths = [n for n, f in zip(lengths, batch.drop_path[:, layer, 0].tolist(), strict=True) if f]
+        attended += 4 * config.model.hidden_size * sum(n * n for n in lengths)
+    expected = 2 * embeddings + 3 * (2 * sum(seen) + attended + heads)
+    assert needed_flops(config.model, batch) == pytest.approx(expected, rel=1e-12)
+    assert expected < Products(config.model, batch, torch.float32, torch.device("cpu")).flops
+
+
 def test_ratios_are_the_right_way_up() -> None:
     row = {
-        "products": {"seconds": 9.0},
+        "products": {"seconds": 9.0, "flops": 30, "needed_flops": 20},
         "beit3_ds": {"seconds": 10.0, "cpu_seconds": 20.0, "peak_bytes": 6},
         "torchscale": {"seconds": 15.0, "cpu_seconds": 25.0, "peak_bytes": 8},
     }
     summary = bench._summarize([row])
     ratios = {"ratio": 1.5, "cpu_ratio": 1.25, "gemm_share": 0.9, "reference_gemm_share": 0.6, "memory_ratio": 0.75}
+    ratios["needed_gemm_share"] = 0.6
     assert {name: summary[name] for name in ratios} == pytest.approx(ratios)
 
 

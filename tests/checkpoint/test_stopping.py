@@ -117,7 +117,7 @@ def test_failed_saves_are_reported(run_mapping: dict[str, Any], tmp_path: Path) 
     run.checkpoint(4).close()
 
 
-@pytest.mark.parametrize("left", ["nothing", "file"])
+@pytest.mark.parametrize("left", [pytest.param("nothing", marks=pytest.mark.slow), "file"])
 def test_lost_folder_is_reported(run_mapping: dict[str, Any], tmp_path: Path, left: str) -> None:
     """Nothing that was saved there is lost, and training ends; without a place to write, with an error."""
     run = TrainingRun(run_mapping, tmp_path / "lost", total_steps=24, keep_checkpoints=2, **NO_EVALUATION)

@@ -58,3 +58,11 @@ def test_without_onednn_mkl_serves() -> None:
     ):
         assert worst_error(1111, True, True) < 8
     native_product._has_onednn.cache_clear()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (513, 40), (1100, 768), (16, 2048), (33, 3000)])
+def test_a_matrix_is_transposed_whole(shape: tuple[int, int]) -> None:
+    """In strips, whose last may be narrower."""
+    x = torch.randn(shape)
+    result = native_product._transpose(x)
+    assert result.is_contiguous() and torch.equal(result, x.t())

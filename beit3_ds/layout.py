@@ -1,0 +1,129 @@
+"""Which rows of a packed stream belong to which expert and to which sequence.
+
+A stream is modality-major and has no padding:
+
+    [ images | images of pairs | texts of pairs | texts ]
+      0      a                 b                c       T
+"""
+
+# T rows; I images, P pairs, X texts, Q = I + P + X sequences, numbered in this order.
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+class RowLayout:
+    """The four parts of a stream, or of rows picked from one in their order, and so the experts' rows."""
+
+    @property
+    def boundaries(self) -> tuple[int, int, int, int]:
+        """The row numbers (a, b, c, T) of the module's picture, among these rows."""
+        raise NotImplementedError
+
+    @property
+    def num_rows(self) -> int:
+        """Rows, T."""
+        return self.boundaries[3]
+
+    def expert_slices(self, experts: tuple[str, ...]) -> list[tuple[int, int]]:
+        """The rows [start, stop) of each expert, in row order; every expert is named, with no rows if need be.
+
+        Args:
+            experts: ("shared",), ("vision", "language") or ("vision", "vision_language", "language").
+        """
+        a, b, c, t = self.boundaries
+        if experts == ("shared",):
+            return [(0, t)]
+        if experts == ("vision", "language"):
+            return [(0, b), (b, t)]
+        assert experts == ("vision", "vision_language", "language"), f"unknown experts {experts}"
+        return [(0, a), (a, c), (c, t)]
+
+
+@dataclass(frozen=True)
+class PickedRows(RowLayout):
+    """Single rows of a stream."""
+
+    rows: Tensor
+    """Their numbers in the stream, ascending, int64."""
+    counts: tuple[int, int, int, int]
+    """How many of them lie in each of the four parts."""
+
+    @property
+    def boundaries(self) -> tuple[int, int, int, int]:
+        """The row numbers (a, b, c, T) of the module's picture, among these rows."""
+        a, b, c, t = accumulate(self.counts)
+        return a, b, c, t
+
+
+@dataclass(frozen=True)
+class SequenceLayout(RowLayout):
+    """A stream of whole sequences."""
+
+    num_images: int
+    """Images without texts, I."""
+    caption_lengths: tuple[int, ...]
+    """Tokens of each caption; P values."""
+    text_lengths: tuple[int, ...]
+    """Tokens of each text; X values."""
+    image_length: int
+    """Rows of one image."""
+
+    @property
+    def boundaries(self) -> tuple[int, int, int, int]:
+        """The row numbers (a, b, c, T) of the module's picture."""
+        a = self.num_images * self.image_length
+        b = a + len(self.caption_lengths) * self.image_length
+        c = b + sum(self.caption_lengths)
+        return a, b, c, c + sum(self.text_lengths)
+
+    @cached_property
+    def sequence_ranges(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """Row ranges [start, stop) of each sequence: one, or two for a pair (image, then caption)."""
+        a, b, _, _ = self.boundaries
+        length = self.image_length
+        ranges: list[tuple[tuple[int, int], ...]] = [((i * length, (i + 1) * length),) for i in range(self.num_images)]
+        row = b
+        for i, caption_length in enumerate(self.caption_lengths):
+            ranges.append(((a + i * length, a + (i + 1) * length), (row, row + caption_length)))
+            row += caption_length
+        for text_length in self.text_lengths:
+            ranges.append(((row, row + text_length),))
+            row += text_length
+        return tuple(ranges)
+
+    def keep(self, kept: Sequence[bool]) -> "KeptSequences":
+        """A stream of some of the sequences, in their order.
+
+        Args:
+            kept: whether to keep each of the Q sequences.
+        """
+        pairs = self.num_images + len(self.caption_lengths)
+        layout = SequenceLayout(
+            sum(kept[: self.num_images]),
+            tuple(length for length, keep in zip(self.caption_lengths, kept[self.num_images :], strict=False) if keep),
+            tuple(length for length, keep in zip(self.text_lengths, kept[pairs:], strict=True) if keep),
+            self.image_length,
+        )
+        ranges = [sequence for sequence, keep in zip(self.sequence_ranges, kept, strict=True) if keep]
+        # First parts of all, which for pairs are images, then captions; those of texts come after captions.
+        images, pairs = layout.num_images, layout.num_images + len(layout.caption_lengths)
+        parts = [sequence[0] for sequence in ranges[:pairs]]
+        parts += [sequence[1] for sequence in ranges[images:pairs]] + [sequence[0] for sequence in ranges[pairs:]]
+        rows = [torch.arange(start, stop) for start, stop in parts]
+        return KeptSequences(torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64), layout)
+
+
+@dataclass(frozen=True)
+class KeptSequences:
+    """Some sequences of a stream, which make a stream of their own."""
+
+    rows: Tensor
+    """The numbers of their rows in the whole stream, ascending, int64, in host memory."""
+    layout: SequenceLayout
+    """Of the stream that these rows make."""

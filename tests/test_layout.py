@@ -1,0 +1,29 @@
+"""Sequences that are kept of a stream make a stream of their own, made of the same rows."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from beit3_ds.layout import SequenceLayout
+
+LENGTHS = st.lists(st.integers(1, 9), max_size=4).map(tuple)
+
+
+@given(st.data(), st.integers(0, 4), LENGTHS, LENGTHS, st.integers(2, 6))
+def test_kept_sequences_are_the_same_rows(
+    data: st.DataObject, images: int, captions: tuple[int, ...], texts: tuple[int, ...], image_length: int
+) -> None:
+    layout = SequenceLayout(images, captions, texts, image_length)
+    total = len(layout.sequence_ranges)
+    flags = data.draw(st.lists(st.booleans(), min_size=total, max_size=total))
+    kept = layout.keep(flags)
+    expected = [ranges for ranges, keep in zip(layout.sequence_ranges, flags, strict=True) if keep]
+    assert len(kept.rows) == kept.layout.num_rows
+    assert torch.equal(kept.rows, kept.rows.unique()), "ascending, each row once"
+    for new_ranges, old_ranges in zip(kept.layout.sequence_ranges, expected, strict=True):
+        for (start, stop), old in zip(new_ranges, old_ranges, strict=True):
+            assert kept.rows[start:stop].tolist() == list(range(*old))
+    for experts in (("shared",), ("vision", "language"), ("vision", "vision_language", "language")):
+        new, old = kept.layout.expert_slices(experts), layout.expert_slices(experts)
+        for (start, stop), (first, last) in zip(new, old, strict=True):
+            assert all(first <= row < last for row in kept.rows[start:stop].tolist())
