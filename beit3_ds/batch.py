@@ -114,6 +114,14 @@ class PackedBatch(RowLayout):
         return self.layout.keep(self._keeps[:, layer, branch].tolist())
 
     @cached_property
+    def dropped_rows(self) -> list[list[int]]:
+        """Rows that are dropped, by layer and branch, L x 2; waits for the device, once a micro-batch."""
+        lengths = [sum(stop - start for start, stop in ranges) for ranges in self.sequence_ranges]
+        lengths_Q = torch.tensor(lengths, dtype=torch.int64)
+        rows: list[list[int]] = torch.where(self._keeps, 0, lengths_Q[:, None, None]).sum(0).tolist()
+        return rows
+
+    @cached_property
     def _keeps(self) -> Tensor:
         assert self.drop_path is not None, "nothing is dropped"
         return self.drop_path.cpu() != 0

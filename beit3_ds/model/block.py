@@ -76,7 +76,6 @@ def kept_sequences(batch: PackedBatch, layer: int, branch: int) -> KeptSequences
     """
     if batch.drop_path is None:
         return None
-    kept = batch.kept_sequences(layer, branch)
     least = _LEAST_DROPPED_ON_CPU if batch.token_ids.device.type == "cpu" else _LEAST_DROPPED
-    num_dropped = batch.num_rows - kept.layout.num_rows
-    return kept if num_dropped and num_dropped >= least * batch.num_rows else None
+    num_dropped = batch.dropped_rows[layer][branch]
+    return batch.kept_sequences(layer, branch) if num_dropped and num_dropped >= least * batch.num_rows else None
