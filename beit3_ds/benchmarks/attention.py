@@ -6,7 +6,8 @@ import time
 import numpy as np
 import torch
 
-from beit3_ds.kernels.packed_attention import AttentionPlan, Ranges, attend, bucket_by_length, build_plan
+from beit3_ds.kernels.attention_plan import AttentionPlan, Ranges, bucket_by_length, build_plan
+from beit3_ds.kernels.packed_attention import attend
 
 _HEADS, _HEAD_SIZE, _IMAGE_LENGTH = 12, 64, 197
 _ROUNDS = 7

@@ -6,7 +6,7 @@ import numpy as np
 
 from beit3_ds.benchmarks.train_batches import CAPTION_TOKENS, TEXT_TOKENS, draw_length
 from beit3_ds.config.model import MODEL_SIZES
-from beit3_ds.kernels.packed_attention import Ranges
+from beit3_ds.kernels.attention_plan import Ranges
 
 
 class Mix(NamedTuple):

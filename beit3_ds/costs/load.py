@@ -6,7 +6,7 @@ import torch
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import RunConfig
-from beit3_ds.kernels.packed_attention import plan_attention
+from beit3_ds.kernels.attention_plan import plan_attention
 from beit3_ds.layout import SequenceLayout
 from beit3_ds.model.block import kept_sequences
 
@@ -17,7 +17,7 @@ class BlockRows(NamedTuple):
     attention: int
     """Rows of the stream that attention computes."""
     attended: int
-    """Rows of all calls of attention (`kernels.packed_attention.AttentionPlan`), padding included."""
+    """Rows of all calls of attention (`kernels.attention_plan.AttentionPlan`), padding included."""
     ffn: int
     """Rows that the FFN computes, if not only the masked ones."""
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from beit3_ds.kernels import cuda_kernels
 from beit3_ds.kernels import packed_attention as attention_module
+from beit3_ds.kernels.attention_plan import plan_tiles
 from beit3_ds.kernels.cuda_kernels import MAX_EXPERTS, TILE_ROWS, check_grouped_gemm, is_built, plan_row_tiles
-from beit3_ds.kernels.packed_attention import check_kernels, packed_attention_reference, plan_tiles
+from beit3_ds.kernels.packed_attention import check_kernels, packed_attention_reference
 from beit3_ds.kernels.rule import check_rule, with_gradients
 from hypothesis import given
 from hypothesis import strategies as st

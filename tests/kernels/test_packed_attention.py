@@ -2,13 +2,8 @@
 
 import pytest
 import torch
-from beit3_ds.kernels.packed_attention import (
-    bucket_by_length,
-    packed_attention,
-    packed_attention_reference,
-    plan_attention,
-    plan_tiles,
-)
+from beit3_ds.kernels.attention_plan import bucket_by_length, plan_attention, plan_tiles
+from beit3_ds.kernels.packed_attention import packed_attention, packed_attention_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

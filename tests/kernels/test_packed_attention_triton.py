@@ -8,13 +8,8 @@ import torch
 import triton
 from beit3_ds.kernels import packed_attention as packed_attention_module
 from beit3_ds.kernels import packed_attention_launch
-from beit3_ds.kernels.packed_attention import (
-    Ranges,
-    packed_attention,
-    packed_attention_reference,
-    plan_tiles,
-    runs_kernels,
-)
+from beit3_ds.kernels.attention_plan import Ranges, plan_tiles
+from beit3_ds.kernels.packed_attention import packed_attention, packed_attention_reference, runs_kernels
 from beit3_ds.kernels.packed_attention_launch import (
     Schedule,
     Tiling,

@@ -5,7 +5,8 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from beit3_ds.kernels.packed_attention import Ranges, packed_attention_reference, plan_tiles
+from beit3_ds.kernels.attention_plan import Ranges, plan_tiles
+from beit3_ds.kernels.packed_attention import packed_attention_reference
 from beit3_ds.kernels.rule import WrongResultError, check_rule
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -1,0 +1,163 @@
+"""How the sequences of a micro-batch are batched for attention: buckets of rows on a CPU, tiles on a GPU."""
+
+# T packed rows, Q sequences, N tiles; a bucket holds n sequences of at most S rows.
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Ranges = tuple[tuple[tuple[int, int], ...], ...]
+"""The row ranges [start, stop) of each sequence, e.g. (((0, 197),), ((197, 394), (591, 612)))."""
+
+PADDING_ALLOWANCE = 1.5
+"""Sequences share a padded bucket while the longest is at most this much longer than the shortest (BENCHMARKS.md)."""
+
+CPU_ROWS = 256
+"""Rows of several sequences that a bucket has at most on a CPU: more are no faster there, and what PyTorch allocates
+for a bucket comes beside all else (BENCHMARKS.md)."""
+
+
+class Bucket(NamedTuple):
+    """Sequences that one call of scaled_dot_product_attention handles."""
+
+    rows: Tensor
+    """Rows of the stream, (n * S,) int64, sequence by sequence; padding repeats a row of the same sequence."""
+    num_sequences: int
+    """n."""
+    first_row: int | None
+    """Set if the rows are first_row, first_row + 1, ...: a view serves and nothing is gathered."""
+    real: Tensor | None
+    """Which of `rows` are no padding, ascending, int64; None if all are."""
+    key_mask: Tensor | None
+    """True where a key is real, (n, 1, 1, S) bool, and seen by the query, (n, 1, S, S), under a causal mask; None if
+    all are."""
+
+
+class AttentionPlan(NamedTuple):
+    """How a micro-batch's sequences are batched; a pure function of their ranges."""
+
+    buckets: tuple[Bucket, ...]
+    """Every sequence with rows stands in one bucket."""
+    output_rows: Tensor | None
+    """Where row t of the stream stands in the buckets' concatenated outputs, (T,) int64; None if they are in order."""
+
+
+class TilePlan(NamedTuple):
+    """What the GPU's kernels read of a micro-batch's sequences; a pure function of their ranges."""
+
+    sequences_Q4: Tensor
+    """Start and length of both ranges of every sequence, int32; the second is empty where there is one range."""
+    tiles_N2: Tensor
+    """Sequence and first position in it of every tile, int32; long sequences first."""
+
+
+@lru_cache(maxsize=16)  # every layer of a micro-batch asks for the same plan
+def plan_tiles(ranges: Ranges, tile_size: int, device: torch.device) -> TilePlan:
+    """Lists the tiles of `tile_size` positions of all sequences."""
+    sequences = [[(start, stop - start) for start, stop in (*sequence, (0, 0))[:2]] for sequence in ranges]
+    assert all(len(sequence) in (1, 2) for sequence in ranges), "packed_attention: a sequence is one or two ranges"
+    order = sorted(range(len(ranges)), key=lambda i: -_length(ranges[i]))
+    tiles = [(index, first) for index in order for first in range(0, _length(ranges[index]), tile_size)]
+    sequences_Q4 = torch.tensor(sequences, dtype=torch.int32).view(-1, 4)
+    tiles_N2 = torch.tensor(tiles, dtype=torch.int32).view(-1, 2)
+    return TilePlan(sequences_Q4.to(device, non_blocking=True), tiles_N2.to(device, non_blocking=True))
+
+
+@lru_cache(maxsize=16)
+def plan_attention(ranges: Ranges, device: torch.device, causal_captions: bool = False) -> AttentionPlan:
+    """Batches sequences of similar length, those of equal length without padding."""
+    most_rows = CPU_ROWS if device.type == "cpu" else None
+    return build_plan(ranges, bucket_by_length(ranges, PADDING_ALLOWANCE, most_rows), device, causal_captions)
+
+
+def bucket_by_length(ranges: Ranges, allowance: float, most_rows: int | None) -> list[list[int]]:
+    """Groups sequences with rows by length; a group's longest is at most `allowance` times its shortest.
+
+    Equal sequences that stand one after the other, as images do, are groups of their own: a view serves.
+
+    Args:
+        ranges: of the sequences.
+        allowance: as said.
+        most_rows: of a group of several sequences, padding included; None is any number.
+    """
+    groups = _group_by_length(ranges, allowance)
+    if most_rows is None:
+        return groups
+    cut: list[list[int]] = []
+    for group in groups:
+        size = max(1, most_rows // max(_length(ranges[index]) for index in group))
+        cut += [group[first : first + size] for first in range(0, len(group), size)]
+    return cut
+
+
+def _group_by_length(ranges: Ranges, allowance: float) -> list[list[int]]:
+    lengths = [_length(sequence) for sequence in ranges]
+    groups = _consecutive_equals(ranges)
+    apart, first = {index for group in groups for index in group}, len(groups)
+    for index in sorted((i for i, length in enumerate(lengths) if length and i not in apart), key=lengths.__getitem__):
+        if len(groups) > first and lengths[index] <= allowance * lengths[groups[-1][0]]:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def _consecutive_equals(ranges: Ranges) -> list[list[int]]:
+    """Two or more sequences of one range and one length, each beginning where the one before it ends."""
+    runs: list[list[int]] = []
+    for index, sequence in enumerate(ranges):
+        if len(sequence) != 1 or not _length(sequence):
+            continue
+        before = ranges[runs[-1][-1]][0] if runs else (0, 0)
+        if before[1] == sequence[0][0] and before[1] - before[0] == _length(sequence):
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return [run for run in runs if len(run) > 1]
+
+
+def build_plan(
+    ranges: Ranges, groups: list[list[int]], device: torch.device, causal_captions: bool = False
+) -> AttentionPlan:
+    """Turns groups of sequence numbers into row indices and masks."""
+    buckets, order = [], []
+    offset = 0
+    for group in groups:
+        rows = [torch.cat([torch.arange(start, stop) for start, stop in ranges[index]]) for index in group]
+        longest = max(len(r) for r in rows)
+        padded = torch.stack([torch.cat([r, r[:1].expand(longest - len(r))]) for r in rows])
+        real = torch.stack([torch.arange(longest) < len(r) for r in rows])
+        position = offset + torch.arange(real.numel()).view_as(real)
+        order.append(torch.stack([padded[real], position[real]]))
+        offset += real.numel()
+        flat = padded.flatten()
+        consecutive = bool(real.all()) and bool((flat == flat[0] + torch.arange(len(flat))).all())
+        seen = real[:, None, None, :]
+        if causal_captions and any(len(ranges[index]) == 2 for index in group):
+            visible = [visible_rows(longest, image_rows(ranges[index]), real.device) for index in group]
+            seen = seen & torch.stack(visible)[:, None]
+        mask = None if bool(seen.all()) else seen.to(device)
+        kept = None if bool(real.all()) else real.flatten().nonzero().squeeze(1).to(device)
+        buckets.append(Bucket(flat.to(device), len(group), int(flat[0]) if consecutive else None, kept, mask))
+    row, position = torch.cat(order, dim=1) if order else torch.empty(2, 0, dtype=torch.int64)
+    output_rows = torch.empty_like(position)
+    output_rows[row] = position
+    in_order = bool((output_rows == torch.arange(len(output_rows))).all())
+    return AttentionPlan(tuple(buckets), None if in_order else output_rows.to(device))
+
+
+def _length(sequence: tuple[tuple[int, int], ...]) -> int:
+    return sum(stop - start for start, stop in sequence)
+
+
+def image_rows(sequence: tuple[tuple[int, int], ...]) -> int:
+    """Rows that all rows of the sequence see, however captions are masked."""
+    return _length(sequence[:1])
+
+
+def visible_rows(length: int, image_length: int, device: torch.device) -> Tensor:
+    """Whether a query (row) sees a key (column) of a sequence under the mask of captioning, (length, length) bool."""
+    positions = torch.arange(length, device=device)
+    return positions < (positions + 1).clamp(min=image_length).unsqueeze(1)
