@@ -8,6 +8,7 @@ A stream is modality-major and has no padding:
 
 # T rows; I images, P pairs, X texts, Q = I + P + X sequences, numbered in this order.
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,13 +18,13 @@ import torch
 from torch import Tensor
 
 
-class RowLayout:
+class RowLayout(ABC):
     """The four parts of a stream, or of rows picked from one in their order, and so the experts' rows."""
 
     @property
+    @abstractmethod
     def boundaries(self) -> tuple[int, int, int, int]:
         """The row numbers (a, b, c, T) of the module's picture, among these rows."""
-        raise NotImplementedError
 
     @property
     def num_rows(self) -> int:
