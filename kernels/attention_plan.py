@@ -53,7 +53,7 @@ class TilePlan(NamedTuple):
     """Sequence and first position in it of every tile, int32; long sequences first."""
 
 
-@lru_cache(maxsize=16)  # every layer of a micro-batch asks for the same plan
+@lru_cache(maxsize=16)  # layers that compute all sequences ask for the same plan
 def plan_tiles(ranges: Ranges, tile_size: int, device: torch.device) -> TilePlan:
     """Lists the tiles of `tile_size` positions of all sequences."""
     sequences = [[(start, stop - start) for start, stop in (*sequence, (0, 0))[:2]] for sequence in ranges]
