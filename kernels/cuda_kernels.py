@@ -63,7 +63,7 @@ def grouped_gemm(
     return _operators().grouped_gemm(x_TD, list(weights), list(biases), tiles_N3, TILE_ROWS, gelu)
 
 
-@lru_cache(maxsize=16)  # every layer of a micro-batch asks for the same plan
+@lru_cache(maxsize=16)  # layers that compute all sequences ask for the same plan
 def plan_row_tiles(slices: Slices, tile_rows: int, device: torch.device) -> Tensor:
     """Lists expert, first row and stop row of every tile of at most `tile_rows` rows, (N, 3) int32."""
     tiles = [

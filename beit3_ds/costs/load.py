@@ -8,7 +8,7 @@ from beit3_ds.batch import PackedBatch
 from beit3_ds.config import RunConfig
 from beit3_ds.kernels.attention_plan import plan_attention
 from beit3_ds.layout import SequenceLayout
-from beit3_ds.model.block import kept_sequences
+from beit3_ds.model.block import computed_sequences
 
 
 class BlockRows(NamedTuple):
@@ -65,9 +65,8 @@ def load_of(batch: PackedBatch) -> Load:
 
 
 def _kept_rows(batch: PackedBatch, layer: int) -> BlockRows:
-    attention, ffn = (
-        batch.layout if kept is None else kept.layout for kept in (kept_sequences(batch, layer, i) for i in range(2))
-    )
+    branches = (computed_sequences(batch, layer, branch) for branch in range(2))
+    attention, ffn = (batch.layout if kept is None else kept.layout for kept in branches)
     return BlockRows(attention.num_rows, _attended(batch, attention), ffn.num_rows)
 
 

@@ -22,7 +22,7 @@ class Block(nn.Module):
 
     Stochastic depth (paper section 2.3) is drawn with the batch, per sample, one draw for both parts of a pair, so the
     forward pass itself is deterministic and may be recomputed or reordered. A branch does not see the sequences that
-    drop it, if that saves time: `kept_sequences`.
+    drop it, if that saves time: `computed_sequences`.
     """
 
     def __init__(self, config: ModelConfig, layer: int, tensor: TensorParallel, cuda_cpp: bool = False) -> None:
@@ -50,7 +50,7 @@ class Block(nn.Module):
 
     def _add_branch(self, branch: int, x_TD: Tensor, batch: PackedBatch) -> Tensor:
         module = (self.attention, self.ffn)[branch]
-        kept = None if self.tensor.divides_rows else kept_sequences(batch, self.layer, branch)
+        kept = None if self.tensor.divides_rows else computed_sequences(batch, self.layer, branch)
         if kept is None:
             return module(x_TD, self._factors(x_TD, batch.row_sequence, batch, branch), batch.layout)
         rows_K = kept.rows.to(x_TD.device, non_blocking=True)
@@ -66,7 +66,7 @@ class Block(nn.Module):
         return factor_Q[self.tensor.own_rows(sequence_T)]
 
 
-def kept_sequences(batch: PackedBatch, layer: int, branch: int) -> KeptSequences | None:
+def computed_sequences(batch: PackedBatch, layer: int, branch: int) -> KeptSequences | None:
     """The sequences on which alone a branch is computed; None if it is computed on all.
 
     Args:

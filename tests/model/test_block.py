@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from beit3_ds.model import BEiT3, initialize_parameters
-from beit3_ds.model.block import kept_sequences
+from beit3_ds.model.block import computed_sequences
 from tests.batches import random_batch, small_model_config
 
 CONFIG = small_model_config()
@@ -54,4 +54,4 @@ def test_few_dropped_rows_are_computed_with_the_others(dropped: int, skips: bool
     drop_path = torch.ones(40, 3, 2)
     drop_path[:dropped] = 0
     batch = dataclasses.replace(random_batch(CONFIG, 40, 0, 0), drop_path=drop_path)
-    assert (kept_sequences(batch, 0, 0) is not None) == skips
+    assert (computed_sequences(batch, 0, 0) is not None) == skips
