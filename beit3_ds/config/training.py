@@ -39,7 +39,7 @@ class TrainingConfig:
     learning_rate: float
     """Peak learning rate (paper: 1e-3)."""
     min_learning_rate: float = 0.0
-    """Learning rate at the last step."""
+    """Learning rate of the last step, an absolute value; the paper does not say where its cosine ends."""
     weight_decay: float = 0.05
     """Decoupled weight decay of matrices; biases, norms, positions, CLS and mask token have none (paper: 0.05)."""
     optimizer: Literal["adamw", "apex_fused_adam"] = "adamw"

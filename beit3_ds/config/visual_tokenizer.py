@@ -51,12 +51,15 @@ class VisualTokenizerConfig:
     """Optimizer steps (BEiT v2: 100 ImageNet epochs at batch 512)."""
     batch_size: int = 512
     """Images a step, over all ranks."""
-    learning_rate: float = 5e-5
-    """Peak learning rate of AdamW (0.9, 0.99)."""
+    learning_rate: float = 2e-4
+    """Peak learning rate of AdamW (0.9, 0.99), not scaled by the batch size. BEiT v2 uses 5e-5 for every 128 images of
+    a batch, which is 2e-4 at its 512."""
+    min_learning_rate: float = 1e-5
+    """Learning rate of the last step (BEiT v2's), an absolute value, not a share of the peak."""
     weight_decay: float = 1e-4
     """Weight decay."""
     warmup_steps: int = 25_000
-    """Linear warmup, then cosine to 1e-5 of the peak."""
+    """Steps of linear warmup, after which a cosine falls to `min_learning_rate` (BEiT v2: 10 of 100 epochs)."""
     continuous_steps: int = 0
     """First steps in which the decoder sees the encoder's vectors themselves; then k-means starts the codebook. 0 is
     BEiT v2's way. A short training needs some: the encoder changes so fast at first that it leaves its codes behind."""
@@ -75,6 +78,8 @@ class VisualTokenizerConfig:
         for name in ("patch_size", "hidden_size", "num_layers", "num_attention_heads", "batch_size", "save_interval"):
             check_range(f"tokenizers.visual.{name}", getattr(self, name), 1)
         check_range("tokenizers.visual.decoder_layers", self.decoder_layers, 0)
+        check_range("tokenizers.visual.learning_rate", self.learning_rate, 0)
+        check_range("tokenizers.visual.min_learning_rate", self.min_learning_rate, 0, self.learning_rate)
         library, _, name = self.teacher.partition(":")
         if self.teacher != "oriented_gradients" and not (library in _TEACHER_LIBRARIES and name):
             raise ConfigError(

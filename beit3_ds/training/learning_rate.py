@@ -1,14 +1,48 @@
-"""Learning rate: linear warmup, then cosine (paper section 2.3)."""
+"""Learning rates of pretraining and of the visual tokenizer: linear warmup, then cosine."""
 
 import math
 
-from beit3_ds.config import TrainingConfig
+from beit3_ds.config import TrainingConfig, VisualTokenizerConfig
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
-    """The learning rate of the update that ends `step` (from 0): the first is peak / warmup, the last the minimum."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step + 1 - config.warmup_steps) / max(1, config.total_steps - config.warmup_steps)
+    """Returns the learning rate of pretraining in `step`, counted from 0 (paper section 2.3)."""
+    return warmup_then_cosine(
+        step,
+        peak=config.learning_rate,
+        minimum=config.min_learning_rate,
+        warmup_steps=config.warmup_steps,
+        total_steps=config.total_steps,
+    )
+
+
+def tokenizer_learning_rate(visual: VisualTokenizerConfig, step: int) -> float:
+    """Returns the learning rate of the visual tokenizer's training in `step`, counted from 0."""
+    return warmup_then_cosine(
+        step,
+        peak=visual.learning_rate,
+        minimum=visual.min_learning_rate,
+        warmup_steps=visual.warmup_steps,
+        total_steps=visual.training_steps,
+    )
+
+
+def warmup_then_cosine(step: int, *, peak: float, minimum: float, warmup_steps: int, total_steps: int) -> float:
+    """Returns the learning rate of one step of a schedule: linear warmup, then half a cosine.
+
+    No step is wasted on a rate of 0: the first has peak / warmup_steps, the last of the warmup has the peak, and the
+    last of all has the minimum. BEiT v2 counts one step later: its first step has rate 0 and its last one stays above
+    the minimum by less than one step's decay.
+
+    Args:
+        step: counted from 0.
+        peak: highest rate.
+        minimum: rate of step total_steps - 1, and of every later one.
+        warmup_steps: steps of the linear rise; 0 begins with the cosine.
+        total_steps: steps of the schedule.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step + 1 - warmup_steps) / max(1, total_steps - warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * cosine
+    return minimum + (peak - minimum) * cosine

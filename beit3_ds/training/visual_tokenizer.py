@@ -4,7 +4,6 @@ Ranks are joined by torch's DistributedDataParallel instead of DeepSpeed's engin
 parameters, which fit every device whole, and the DeepSpeed keys of the JSON file describe the pretraining.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -21,10 +20,10 @@ from beit3_ds.data import build_view_loader
 from beit3_ds.parallel import Mesh
 from beit3_ds.tokenizers import VisualTokenizer, build_teacher, save_visual_tokenizer
 from beit3_ds.training.code_usage import CodeCounter, CodeUsage, measure_code_usage
+from beit3_ds.training.learning_rate import tokenizer_learning_rate
 from beit3_ds.training.tokenizer_checkpoint import TokenizerCheckpoint
 
 _ADAM_BETAS = (0.9, 0.99)
-_FINAL_LEARNING_RATE = 1e-5  # share of the peak
 _USAGE_IMAGES = 1024  # images over which the finished tokenizer's codes are counted, at most
 _START_VECTORS_PER_CODE = 16  # BEiT v2's first batch has 512 * 196 / 8192 = 12
 
@@ -186,15 +185,6 @@ def build_tokenizer_optimizer(tokenizer: VisualTokenizer) -> AdamW:
     weight_decay = tokenizer.config.weight_decay
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return AdamW(groups, lr=tokenizer.config.learning_rate, betas=_ADAM_BETAS)
-
-
-def tokenizer_learning_rate(visual: VisualTokenizerConfig, step: int) -> float:
-    """The learning rate of `step` (from 0): linear warmup, then cosine to 1e-5 of the peak."""
-    if step < visual.warmup_steps:
-        return visual.learning_rate * (step + 1) / visual.warmup_steps
-    done = (step - visual.warmup_steps) / max(1, visual.training_steps - visual.warmup_steps)
-    cosine = (1 + math.cos(math.pi * done)) / 2
-    return visual.learning_rate * (_FINAL_LEARNING_RATE + (1 - _FINAL_LEARNING_RATE) * cosine)
 
 
 def _join_ranks(tokenizer: VisualTokenizer, group: dist.ProcessGroup | None) -> nn.Module:

@@ -22,7 +22,6 @@ from beit3_ds.tokenizers import VisualTokenizer, load_visual_tokenizer
 from beit3_ds.training.code_usage import CodeUsage, measure_code_usage
 from beit3_ds.training.visual_tokenizer import (
     build_tokenizer_optimizer,
-    tokenizer_learning_rate,
     train_visual_tokenizer,
 )
 
@@ -91,13 +90,6 @@ def test_without_continuous_steps_codes_are_there_from_the_first(tmp_path: Path)
     config = run_config(tmp_path, **SMALL, **(SHORT | {"continuous_steps": 0}))
     train_visual_tokenizer(config, random_views(), report=lines.append)
     assert "codes used" in lines[0]
-
-
-def test_learning_rate_warms_up_and_ends_near_zero(tmp_path: Path) -> None:
-    visual = run_config(tmp_path, **SMALL, **SHORT).tokenizers.visual
-    rates = [tokenizer_learning_rate(visual, step) / visual.learning_rate for step in range(visual.training_steps + 1)]
-    assert rates[:3] == pytest.approx([0.5, 1.0, 1.0])  # catches a first step at zero
-    assert rates[-1] == pytest.approx(1e-5)
 
 
 def test_weight_decay_spares_biases_norms_and_positions(tmp_path: Path) -> None:

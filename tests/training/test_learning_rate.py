@@ -1,0 +1,121 @@
+"""The learning-rate curve and the optimizer's numbers of every shipped recipe, beside those of the papers."""
+
+import itertools
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from beit3_ds.config import ConfigError, RunConfig, load_run_config
+from beit3_ds.config.visual_tokenizer import VisualTokenizerConfig
+from beit3_ds.tokenizers import VisualTokenizer
+from beit3_ds.training.learning_rate import learning_rate, tokenizer_learning_rate, warmup_then_cosine
+from beit3_ds.training.visual_tokenizer import build_tokenizer_optimizer
+
+FOLDER = Path(__file__).parents[2] / "ds_configs"
+
+
+class Curve(NamedTuple):
+    """A schedule at the steps where a mistake shows."""
+
+    total_steps: int
+    warmup_steps: int
+    first: float
+    warmed_up: float
+    """The last step of the warmup."""
+    middle: float
+    """Halfway between the end of the warmup and the last step."""
+    last: float
+
+
+PAPER = Curve(1_000_000, 10_000, 1e-3 / 10_000, 1e-3, 5e-4, 0.0)
+"""BEiT-3, section 2.3: 1M steps, peak 1e-3, 10k steps of linear warmup, cosine. Its end is not stated."""
+
+BEIT_V2 = Curve(250_000, 25_000, 2e-4 / 25_000, 2e-4, (2e-4 + 1e-5) / 2, 1e-5)
+"""BEiT v2's VQ-KD: 100 ImageNet epochs at batch 8 x 64 = 512, 10 of warmup; from 512 / 128 * 5e-5 down to 1e-5."""
+
+SAMPLE_TOKENIZER = Curve(600, 40, 3e-3 / 40, 3e-3, (3e-3 + 1e-5) / 2, 1e-5)
+"""The small tokenizers of the sample data: a recipe of this project's own."""
+
+PRETRAINING = {
+    "giant_zero3_64gpu": PAPER,
+    "giant_tp2_pp4_zero3": PAPER,
+    "beit3_4b_tp2_pp2_zero1": PAPER,
+    "beit3_10b_tp4_pp4_zero1": PAPER,
+    "base_8gpu": PAPER._replace(total_steps=200_000),
+    "quickstart_cpu": Curve(320, 40, 3e-3 / 40, 3e-3, 1.5e-3, 0.0),
+    "demo_tp2_pp2_dp2_zero3": Curve(100, 20, 3e-3 / 20, 3e-3, 1.5e-3, 0.0),
+    "giant_tp2_pp4_zero3_cpu_twin": Curve(100, 20, 3e-3 / 20, 3e-3, 1.5e-3, 0.0),
+}
+ON_SAMPLE_DATA = ("quickstart_cpu", "demo_tp2_pp2_dp2_zero3", "giant_tp2_pp4_zero3_cpu_twin")
+
+
+def load(name: str) -> RunConfig:
+    return load_run_config(FOLDER / f"{name}.json")
+
+
+def test_every_recipe_is_listed() -> None:
+    assert {path.stem for path in FOLDER.glob("*.json")} == set(PRETRAINING)
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_pretraining_follows_the_paper(name: str) -> None:
+    training = load(name).training
+    total, warmup = training.total_steps, training.warmup_steps
+    steps = (0, warmup - 1, (warmup + total) // 2 - 1, total - 1)
+    curve = Curve(total, warmup, *(learning_rate(training, step) for step in steps))
+    print(f"{name}: {curve}")
+    assert [*curve] == pytest.approx([*PRETRAINING[name]], abs=1e-12)
+    assert (training.adam_betas, training.adam_epsilon, training.weight_decay) == ((0.9, 0.98), 1e-6, 0.05)
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_the_visual_tokenizer_follows_beit_v2(name: str) -> None:
+    visual = load(name).tokenizers.visual
+    total, warmup = visual.training_steps, visual.warmup_steps
+    steps = (0, warmup - 1, (warmup + total) // 2 - 1, total - 1)
+    curve = Curve(total, warmup, *(tokenizer_learning_rate(visual, step) for step in steps))
+    print(f"{name}: {curve}")
+    own = name in ON_SAMPLE_DATA
+    # Catches a peak that is not scaled by the batch, and an end that is a share of the peak.
+    assert [*curve] == pytest.approx([*(SAMPLE_TOKENIZER if own else BEIT_V2)], rel=1e-9)
+    if not own:
+        assert visual.learning_rate == pytest.approx(visual.batch_size / 128 * 5e-5)
+        assert (visual.batch_size, visual.decoder_layers, visual.ema_decay) == (512, 3, 0.99)
+    assert visual.weight_decay == 1e-4
+
+
+def test_the_visual_tokenizers_adamw_is_beit_v2s() -> None:
+    sizes = {"hidden_size": 32, "num_layers": 1, "decoder_layers": 1, "num_attention_heads": 2, "codebook_size": 8}
+    tokenizer = VisualTokenizer(VisualTokenizerConfig(path="unused", image_size=32, **sizes), teacher_width=3)
+    decayed, _ = build_tokenizer_optimizer(tokenizer).param_groups
+    found = (decayed["lr"], decayed["betas"], decayed["eps"], decayed["weight_decay"])
+    assert found == (2e-4, (0.9, 0.99), 1e-8, 1e-4)
+
+
+@given(
+    st.integers(0, 40),
+    st.integers(1, 60),
+    st.floats(1e-6, 1.0),
+    st.floats(0.0, 1.0),
+)
+def test_schedule_rises_to_its_peak_and_falls_to_its_minimum(
+    warmup_steps: int, cosine_steps: int, peak: float, share: float
+) -> None:
+    minimum, total = share * peak, warmup_steps + cosine_steps
+    schedule = {"peak": peak, "minimum": minimum, "warmup_steps": warmup_steps, "total_steps": total}
+    rates = [warmup_then_cosine(step, **schedule) for step in range(total + 2)]
+    rise, fall = rates[:warmup_steps], rates[warmup_steps:]
+    assert rise == pytest.approx([peak * (step + 1) / warmup_steps for step in range(warmup_steps)])
+    # Catches a cosine that is one step early or late: it ends at the last step, and not before.
+    assert rates[total - 1 :] == pytest.approx([minimum] * 3)
+    assert all(later <= earlier * (1 + 1e-12) for earlier, later in itertools.pairwise(fall))
+    if cosine_steps > 1 and share < 0.9:
+        assert rates[total - 2] > minimum
+
+
+def test_a_minimum_above_the_peak_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"min_learning_rate is 0.001; it must be between 0 and 0.0002"):
+        VisualTokenizerConfig(path="unused", min_learning_rate=1e-3)
