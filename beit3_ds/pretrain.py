@@ -155,7 +155,7 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh) -> tuple[Run, Itera
         config.parallel.timeout_seconds,
     )
     history = History(output / "metrics.jsonl")
-    first_step = resume(schedule.engine, state, store, history, mesh)
+    first_step, checkpoint = resume(schedule.engine, state, store, history, mesh, config.training.total_steps)
     # Not opened before if there were checkpoints; none of them may be whole.
     if first_step == 0 and (weights := inputs.initial_weights or open_initial_weights(config)):
         weights.load(state)
@@ -179,6 +179,7 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh) -> tuple[Run, Itera
         progress=Progress(config.model, config.training.total_steps, peak_flops(device, dtype), mesh),
         stragglers=Stragglers(mesh, schedule.own_work, steps.stopwatch),
         first_step=first_step,
+        data=checkpoint.data if checkpoint else {},
     )
     return run, Shared(steps, mesh)
 

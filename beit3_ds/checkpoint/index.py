@@ -13,7 +13,7 @@ whole model, so nothing in the folder depends on the ranks that wrote it but how
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,6 +56,9 @@ class Index:
     """Of every tensor."""
     files: Mapping[str, WrittenFile]
     """Size and digest of every file beside the index."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """State of the run's data as plain JSON, independent of the layout, one key per kind; empty in a checkpoint of an
+    older version."""
 
     def to_json(self) -> bytes:
         """The content of the index's file; the digest of everything else in it stands at its end."""
@@ -65,6 +68,7 @@ class Index:
             "step": self.step,
             "optimizer_step": self.optimizer_step,
             **{name: getattr(self.run, name) for name in RunDescription.__dataclass_fields__},
+            "data": self.data,
             "files": {name: list(file) for name, file in sorted(self.files.items())},
             "tensors": {
                 name: {"shape": list(self.shapes[name]), "pieces": [[rank, *part] for rank, part in self.pieces[name]]}
@@ -109,6 +113,7 @@ def _parse(content: dict[str, Any]) -> Index:
             for name, tensor in tensors.items()
         },
         files={name: WrittenFile(*file) for name, file in content["files"].items()},
+        data=content.get("data", {}),
     )
     check_cover(index.shapes, index.pieces)
     return index

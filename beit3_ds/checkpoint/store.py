@@ -4,9 +4,10 @@ import contextlib
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,14 @@ class CheckpointStore:
         self._thread = threading.Thread(target=self._snapshot.take_memory, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def save(self, state: EngineState, step: int) -> None:
-        """Begins to save the state after `step` updates. All ranks call it, between two steps."""
+    def save(self, state: EngineState, step: int, data: Mapping[str, Any] | None = None) -> None:
+        """Begins to save the state after `step` updates. All ranks call it, between two steps.
+
+        Args:
+            state: weights and moments.
+            step: updates done.
+            data: the data's state after as many updates (`Index.data`); the main rank's is saved.
+        """
         start = time.monotonic()
         self._mesh.activity.begin("saving")
         self.finish()
@@ -90,7 +97,7 @@ class CheckpointStore:
         self._snapshot.take_memory()
         self._snapshot.take()
         held_up = time.monotonic() - start
-        arguments = (self._snapshot, step, start, held_up)
+        arguments = (self._snapshot, step, dict(data or {}), start, held_up)
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -176,11 +183,11 @@ class CheckpointStore:
         """Those whose files are all there, as far as this process knows."""
         return (path for path in checkpoint_paths(self.root) if path not in self._refused and _open(path))
 
-    def _write(self, snapshot: Snapshot, step: int, start: float, held_up: float) -> None:
+    def _write(self, snapshot: Snapshot, step: int, data: Mapping[str, Any], start: float, held_up: float) -> None:
         """In the thread: writes what the snapshot holds, with the threads of all ranks."""
         target = self.root / _folder_name(step)
         try:
-            error = self._write_together(snapshot, step, target)
+            error = self._write_together(snapshot, step, data, target)
         except RuntimeError as failure:
             # Another rank is gone: its training thread meets that, too, and the run ends.
             error = f"lost contact with another rank while saving: {_one_line(failure)}"
@@ -194,7 +201,7 @@ class CheckpointStore:
             )
         )
 
-    def _write_together(self, snapshot: Snapshot, step: int, target: Path) -> str | None:
+    def _write_together(self, snapshot: Snapshot, step: int, data: Mapping[str, Any], target: Path) -> str | None:
         """Returns what went wrong on any rank, or None once the checkpoint is whole."""
         aside = self.root / f".writing-{target.name}"
         error = self._from_main(self._attempt(self._make_folder, aside) if self._mesh.is_main else None)
@@ -207,7 +214,8 @@ class CheckpointStore:
         dist.gather_object(share, shares, dst=0, group=self._group)
         if shares is not None:
             error = next((failed for failed, *_ in shares if failed), None)
-            error = error or self._attempt(self._complete, aside, target, step, snapshot.optimizer_step, shares)
+            index = partial(Index, step=step, optimizer_step=snapshot.optimizer_step, run=self._run, data=data)
+            error = error or self._attempt(self._complete, aside, target, index, shares)
             if error:
                 shutil.rmtree(aside, ignore_errors=True)
         error = self._from_main(error)
@@ -244,16 +252,13 @@ class CheckpointStore:
         aside.mkdir(exist_ok=True)  # a network file system may show it late
         return snapshot.write(aside, self._rank)
 
-    def _complete(self, aside: Path, target: Path, step: int, optimizer_step: int, shares: list[Any]) -> None:
+    def _complete(self, aside: Path, target: Path, build_index: Callable[..., Index], shares: list[Any]) -> None:
         """On the main rank: writes the index, and puts the checkpoint where it is found."""
         pieces: dict[str, list[Piece]] = {}
         for _, _, _, own_pieces in shares:
             for name, piece in own_pieces:
                 pieces.setdefault(name, []).append(piece)
-        index = Index(
-            step=step,
-            optimizer_step=optimizer_step,
-            run=self._run,
+        index = build_index(
             shapes={name: shape for _, _, shapes, _ in shares for name, shape in shapes.items()},
             pieces=pieces,
             files={name: file for _, files, _, _ in shares for name, file in files.items()},

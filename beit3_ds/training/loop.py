@@ -2,9 +2,9 @@
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from beit3_ds.batch import PackedBatch, StepBatch
 from beit3_ds.checkpoint.engine_state import EngineState
+from beit3_ds.checkpoint.index import Index
 from beit3_ds.checkpoint.store import CheckpointStore, SaveOutcome
 from beit3_ds.config import ConfigError, RunConfig
 from beit3_ds.parallel import Mesh
@@ -48,6 +49,8 @@ class Run:
     stragglers: Stragglers
     first_step: int
     """Updates already done when this process started."""
+    data: Mapping[str, Any]
+    """State of the data in the checkpoint that was resumed (`Index.data`); empty if there was none."""
 
     @property
     def engine(self) -> DeepSpeedEngine:
@@ -59,23 +62,47 @@ class Run:
         return prepare_batch(batch, self.visual_tokenizer, self.device)
 
 
-def resume(engine: DeepSpeedEngine, state: EngineState, store: CheckpointStore, history: History, mesh: Mesh) -> int:
+class Resumption(NamedTuple):
+    """Where a run starts."""
+
+    first_step: int
+    """Updates already done; 0 without a checkpoint."""
+    checkpoint: Index | None
+    """The checkpoint's index, whose `data` says where the data goes on; None without a checkpoint."""
+
+
+def resume(
+    engine: DeepSpeedEngine,
+    state: EngineState,
+    store: CheckpointStore,
+    history: History,
+    mesh: Mesh,
+    total_steps: int,
+) -> Resumption:
     """Loads the newest whole checkpoint, if any, and drops what the history says of later steps. All ranks call it.
 
-    Returns:
-        The number of updates done, which is the step to go on with.
-
     Raises:
-        ConfigError: if the checkpoint holds another model, or belongs to other tokenizers.
+        ConfigError: if the checkpoint holds another model, belongs to other tokenizers, or is past `total_steps`.
     """
     newest = store.newest()
+    if newest and newest.step > total_steps:
+        raise ConfigError(
+            f"training.total_steps={total_steps} is below the {newest.step} steps that checkpoint {newest.path} has "
+            f"done. Set it to {newest.step} or more, or use another training.output_dir for a shorter run."
+        )
     first_step = store.load(state, newest) if newest else 0
     engine.global_steps = first_step  # what DeepSpeed's own logs count
     if mesh.is_main:
         history.forget_after(first_step if newest else -1)
         if newest:
             print(f"resuming after step {first_step} from {newest.path}", flush=True)
-    return first_step
+            if first_step == total_steps:
+                print(
+                    f"nothing is left to train: the checkpoint holds all training.total_steps={total_steps} steps. "
+                    "Raise total_steps to train longer.",
+                    flush=True,
+                )
+    return Resumption(first_step, newest.index if newest else None)
 
 
 def train(run: Run, steps: Iterable[StepBatch], signals: StopSignals) -> bool:
@@ -132,7 +159,7 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: StopRequest) -> bool:
             _evaluate_and_record(run, done)
         _report_saves(run)  # not after the save: how the last one ends must be left for the end
         if done % config.save_interval == 0 or is_last or is_stopping:
-            run.store.save(run.state, done)
+            run.store.save(run.state, done, _data_state(run, done))
             is_saved = True
         if is_stopping and not is_last:
             break
@@ -147,6 +174,11 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: StopRequest) -> bool:
     if done < config.total_steps:
         _say(run, f"stopped after step {done} on {stop.reason}; the same command goes on from there")
     return done == config.total_steps
+
+
+def _data_state(run: Run, done: int) -> dict[str, Any]:
+    """What a checkpoint after `done` steps says of the data (`Index.data`)."""
+    return {}
 
 
 def _note_skip(run: Run, skipped: SkippedSteps, step_batch: StepBatch, update: Update) -> None:
@@ -165,7 +197,7 @@ def _end_diverged(run: Run, done: int, skipped: SkippedSteps, *, is_saved: bool)
     If the newest checkpoint has them already, none is added: starting again and again must not push out older ones.
     """
     if not is_saved:
-        run.store.save(run.state, done)
+        run.store.save(run.state, done, _data_state(run, done))
     run.store.finish()
     _report_saves(run)
     raise NonFiniteLossError(
