@@ -8,23 +8,30 @@ file of the package that knows DeepSpeed's optimizers.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from random import Random
 from typing import Any, NamedTuple
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from beit3_ds.checkpoint.index import MOMENTS, WEIGHT
 from beit3_ds.checkpoint.rectangles import Rectangle, own_block, run_of
+from beit3_ds.checkpoint.state_check import HeldWeights, find_mismatch
 from beit3_ds.parallel import Mesh, is_split, logical_shape
 
 ReadPart = Callable[[str, str, Rectangle], Tensor]
 """Gives a kind of a tensor of a name: the rectangle, a matrix."""
+
+_GATHERED_PARAMETERS = 4
+"""Parameters that ZeRO-3's ranks gather per save to compare them; a forward pass gathers all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +118,42 @@ class EngineState:
                 share = fragment.cut(size * number // copies, size * (number + 1) // copies)
                 if len(share.weight):
                     yield share
+
+    @torch.no_grad()
+    def find_mismatch(self, step: int) -> str | None:
+        """Compares what `fragments_to_save` gives with the parameters that the forward pass uses. All ranks call it.
+
+        A checkpoint is assembled from DeepSpeed's flat buffers, so an option that lays them out differently would make
+        it garbage while training stays right. Compared are samples of every parameter that this rank owns elements of.
+        Under ZeRO-3, where a rank holds only its own partition, a few parameters are gathered as well, others at each
+        step: the data-parallel ranks send as many elements as these have.
+
+        Args:
+            step: updates done; chooses the samples, the same ones on all ranks.
+
+        Returns:
+            The first tensor that differs and how, in a few words; None if all is equal.
+        """
+        return find_mismatch(self._held_weights(step), step)
+
+    def _held_weights(self, step: int) -> Iterator[HeldWeights]:
+        """Every owned run beside the model's own elements of it."""
+        names = sorted(self._parameters)
+        gathered = set(Random(step).sample(names, min(_GATHERED_PARAMETERS, len(names))))
+        for fragment in self._fragments():
+            parameter: Any = self._parameters[fragment.name]
+            stop = fragment.start + len(fragment.weight)
+            moments = tuple(fragment.optimizer_state.values())
+            if not hasattr(parameter, "ds_tensor"):
+                yield HeldWeights(
+                    fragment.name, fragment.weight, parameter.data.view(-1)[fragment.start : stop], moments
+                )
+                continue
+            own = parameter.ds_tensor.data.flatten()[: len(fragment.weight)]
+            yield HeldWeights(fragment.name, fragment.weight, own, moments)
+            if fragment.name in gathered:
+                whole = _gather(parameter)
+                yield HeldWeights(fragment.name, fragment.weight, whole[fragment.start : stop], moments)
 
     @torch.no_grad()
     def load(self, read: ReadPart, optimizer_step: int) -> None:
@@ -211,9 +254,8 @@ class EngineState:
         if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
             yield from zip(optimizer.fp32_partitioned_groups_flat, map(_zero3_runs, optimizer.fp16_groups), strict=True)
         elif isinstance(optimizer, DeepSpeedZeroOptimizer):
-            yield from zip(
-                optimizer.single_partition_of_fp32_groups, map(_flat_runs, optimizer.bit16_groups), strict=True
-            )
+            for group, weights in enumerate(optimizer.single_partition_of_fp32_groups):
+                yield weights, _zero12_runs(optimizer, group)
         elif isinstance(optimizer, BF16_Optimizer):
             yield from zip(optimizer.fp32_groups_flat_partition, map(_flat_runs, optimizer.bf16_groups), strict=True)
         else:
@@ -249,6 +291,31 @@ def _zero3_runs(parameters: list[Any]) -> list[tuple[nn.Parameter, int, int, int
         runs.append((parameter, start, position, max(0, min(size, parameter.ds_numel - start))))
         position += size
     return runs
+
+
+def _zero12_runs(optimizer: DeepSpeedZeroOptimizer, group: int) -> list[tuple[nn.Parameter, int, int, int]]:
+    """The parameters of which a piece is in this rank's share of a flattened group.
+
+    The order is that of the flat buffer, which `round_robin_gradients` and `parameter_alignment` change. DeepSpeed's
+    own mapping of parameters (`_hp_mapping`) ignores the former.
+    """
+    size = optimizer.partition_size[group]
+    first = size * dist.get_rank(optimizer.real_dp_process_group[group])
+    runs = []
+    places = zip(optimizer.round_robin_bit16_groups[group], optimizer.round_robin_bit16_offsets[group], strict=True)
+    for parameter, offset in places:
+        start, stop = max(offset, first), min(offset + parameter.numel(), first + size)
+        if start < stop:
+            runs.append((parameter, start - offset, start - first, stop - start))
+    return runs
+
+
+def _gather(parameter: Any) -> Tensor:
+    """A copy of a parameter that ZeRO-3 has partitioned, flat; its data-parallel ranks all call it."""
+    if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # kept whole between steps
+        return parameter.data.flatten()
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.data.flatten().clone()
 
 
 def _flat_runs(parameters: list[Any]) -> list[tuple[nn.Parameter, int, int, int]]:

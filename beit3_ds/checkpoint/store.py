@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from beit3_ds.checkpoint.disk import NewFile, rename, sync_folder, write_whole
@@ -89,10 +90,15 @@ class CheckpointStore:
             state: weights and moments.
             step: updates done.
             data: the data's state after as many updates (`Index.data`); the main rank's is saved.
+
+        Raises:
+            ConfigError: on all ranks, if what would be saved is not what the model holds (`EngineState.find_mismatch`).
+                No later save would be right either, so that the run has to end; earlier checkpoints stay.
         """
         start = time.monotonic()
         self._mesh.activity.begin("saving")
         self.finish()
+        self._check_state(state, step)
         self._snapshot = self._snapshot or Snapshot(state)
         self._snapshot.take_memory()
         self._snapshot.take()
@@ -100,6 +106,24 @@ class CheckpointStore:
         arguments = (self._snapshot, step, dict(data or {}), start, held_up)
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
+
+    def _check_state(self, state: EngineState, step: int) -> None:
+        own = state.find_mismatch(step)
+        found = torch.tensor(int(own is not None))
+        dist.all_reduce(found, group=self._group)
+        if not int(found):
+            return
+        faults: list[Any] = [None] * self._mesh.num_ranks
+        dist.all_gather_object(faults, own, group=self._group)
+        rank, fault = next((rank, fault) for rank, fault in enumerate(faults) if fault)
+        newest = self.newest_path()
+        raise ConfigError(
+            f"the checkpoint of step {step} is not written, because it would not hold the model's weights: on "
+            f"{self._mesh.describe(rank)} {fault}. DeepSpeed keeps its flat buffers in another order than this program "
+            "reads them, which its options can cause. Leave out those keys of zero_optimization, bf16 and data_types "
+            f"that docs/tested_deepspeed_keys.md does not list as tested, then start the same command again: "
+            + (f"it resumes from {newest}, which is untouched." if newest else "there is no checkpoint yet.")
+        )
 
     def finish(self) -> None:
         """Waits until the save that is under way, if any, has ended."""

@@ -57,6 +57,9 @@ class SmallState:
             fragments.append(fragment.cut(start, stop))
         return [fragment for fragment in fragments if len(fragment.weight)]
 
+    def find_mismatch(self, step: int) -> str | None:
+        return None
+
     def rectangles(self, fragment: Fragment) -> Iterator[tuple[int, Rectangle]]:
         return run_of(self.parts[fragment.name].block, fragment.start, fragment.start + len(fragment.weight))
 

@@ -1,0 +1,124 @@
+"""What is about to be saved is compared with what the model holds."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from beit3_ds.checkpoint.folder import checkpoint_paths
+from beit3_ds.checkpoint.state_check import HeldWeights, find_mismatch
+from beit3_ds.config import ConfigError
+from tests.checkpoint.resharding import Setup, start, train
+from tests.ranks import run_ranks
+from tests.training.layouts import Layout
+
+SETUPS = [
+    Setup(Layout(1, 1, 2), 1),
+    Setup(Layout(1, 1, 2), 3),
+    Setup(Layout(1, 1, 2), 0, bf16=True),
+    Setup(Layout(1, 1, 2), 2, bf16=True),
+]
+
+
+@given(
+    sizes=st.lists(st.integers(1, 9000), min_size=2, max_size=4),
+    step=st.integers(0, 10**6),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    data=st.data(),
+)
+def test_runs_in_another_order_are_found(sizes: list[int], step: int, dtype: torch.dtype, data: st.DataObject) -> None:
+    """Whatever the sizes and the step: a flat buffer that is read in another order than it was written."""
+    values = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(step))
+    held = [part.to(dtype) for part in values.split(sizes)]
+
+    def runs(flat: torch.Tensor) -> list[HeldWeights]:
+        parts = zip(flat.split(sizes), held, strict=True)
+        return [HeldWeights(f"tensor {i}", ours, theirs, (ours, ours)) for i, (ours, theirs) in enumerate(parts)]
+
+    assert find_mismatch(runs(values), step) is None
+    shift = data.draw(st.integers(1, len(values) - 1))
+    fault = find_mismatch(runs(values.roll(shift)), step)
+    assert fault is not None and "tensor " in fault
+
+
+def test_nan_is_no_mismatch_and_lost_moments_are_one() -> None:
+    values = torch.tensor([1.0, float("nan"), float("inf")])
+    assert find_mismatch([HeldWeights("norm", values, values.bfloat16(), (values,))], 0) is None
+    assert find_mismatch([HeldWeights("norm", values, values, (values[:2],))], 0) == (
+        "norm has 3 weights, but moments of [2]"
+    )
+    assert find_mismatch([HeldWeights("norm", values, values[:2], ())], 0) == (
+        "norm has 2 elements in the model, but 3 in the optimizer"
+    )
+
+
+def masters(optimizer: Any) -> list[torch.Tensor]:
+    """The flat float32 weights of a rank, or its first matrices where they are not flattened."""
+    names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups")
+    found = next(getattr(optimizer, name) for name in names if hasattr(optimizer, name))
+    return [group if isinstance(group, torch.Tensor) else group[0] for group in found]
+
+
+def permute_masters(rank: int, optimizer: Any) -> None:
+    """Rank 1 alone holds its weights in another order."""
+    if rank == 1:
+        for flat in masters(optimizer):
+            flat.data.copy_(flat.data.flatten().roll(3).view(flat.shape))
+
+
+def reverse_shares(rank: int, optimizer: Any) -> None:
+    """ZeRO-3's shares are taken for those of the other rank, as a partition in another order would have them."""
+    from beit3_ds.checkpoint import engine_state
+
+    original = engine_state._zero3_runs
+
+    def reversed_runs(parameters: list[Any]) -> list[tuple[Any, int, int, int]]:
+        runs = []
+        for parameter, first, position, length in original(parameters):
+            other = parameter.partition_numel() - first  # two ranks
+            runs.append((parameter, other, position, min(length, max(0, parameter.ds_numel - other))))
+        return runs
+
+    engine_state._zero3_runs = reversed_runs
+
+
+def save_planted(setups: list[Setup], root: Path, plant: Callable[[int, Any], None]) -> list[str]:
+    """On one rank: for each setup, a save, then a step, a planted fault and a save that must be refused."""
+    mesh, messages = None, []
+    for setup in setups:
+        mesh, schedule, state, store = start(setup, root / setup.folder, seed=1, mesh=mesh)
+        train(setup, schedule, mesh, range(1))
+        store.save(state, 1)
+        train(setup, schedule, mesh, range(1, 2))
+        with torch.no_grad():
+            plant(torch.distributed.get_rank(), schedule.engine.optimizer)
+        with pytest.raises(ConfigError) as caught:
+            store.save(state, 2)
+        messages.append(str(caught.value))
+        schedule.engine.destroy()
+    assert mesh is not None
+    mesh.close()
+    return messages
+
+
+def check_refused(setups: list[Setup], root: Path, plant: Callable[[int, Any], None], where: str) -> None:
+    messages = run_ranks(save_planted, 2, setups, root, plant)
+    assert messages[0] == messages[1]  # all ranks end alike, whichever has the fault
+    for setup, message in zip(setups, messages[0], strict=True):
+        assert where in message and "compared elements of" in message and "untouched" in message, (setup, message)
+        names = [path.name for path in checkpoint_paths(root / setup.folder)]
+        assert names == ["step-00000001"], setup  # what was saved stays, nothing half-written is added
+        assert not list((root / setup.folder).glob(".writing-*"))
+
+
+def test_a_planted_permutation_is_refused(tmp_path: Path) -> None:
+    check_refused(SETUPS, tmp_path, permute_masters, "rank 1 (")
+
+
+def test_other_shares_of_zero3_are_refused(tmp_path: Path) -> None:
+    """The rank's own memory is consistent then: only gathering a parameter shows it."""
+    check_refused([SETUPS[1]], tmp_path, reverse_shares, "rank 0 (")
