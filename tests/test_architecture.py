@@ -17,6 +17,7 @@ ARROWS: dict[str, set[str]] = {
     "parallel": {"config", "kernels"},
     "tokenizers": {"config", "foreign_tensors", "parallel", "positions"},
     "data": {"batch", "config", "tokenizers"},
+    "preprocess": {"data"},
     "model": {"batch", "config", "kernels", "layout", "parallel", "positions"},
     "pipeline": {"batch", "config", "model", "parallel"},
     "checkpoint": {"batch", "config", "foreign_tensors", "model", "parallel", "positions"},

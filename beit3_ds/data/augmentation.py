@@ -18,6 +18,9 @@ _CROP_ATTEMPTS = 10
 _CROP_ASPECTS = (3 / 4, 4 / 3)
 _BRIGHTNESS, _CONTRAST, _SATURATION = range(3)
 
+ResizeFilter = Literal["bicubic", "lanczos"]
+"""How pixels are resampled; both with antialiasing."""
+
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom of a crop, in pixels."""
 
@@ -97,17 +100,25 @@ class CenterViews:
     """Pixels on a side of the tokenizer's view."""
 
     @property
-    def min_side(self) -> int:
-        """Pixels on a side of the larger view."""
-        return max(self.image_size, self.tokenizer_image_size)
+    def min_side(self) -> None:
+        """All pixels are decoded, so that one view does not depend on the other's size, nor on the image's format."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Returns both views of an RGB image; draws nothing."""
-        width, height = image.size
-        side = min(width, height)
-        crop = image.crop(_center_box(image.size, side, side))
-        model_view, tokenizer_view = _two_views(crop, self.image_size, self.tokenizer_image_size)
-        return _normalize(model_view.float()), _normalize(tokenizer_view.float())
+        return center_view(image, self.image_size), center_view(image, self.tokenizer_image_size, "lanczos")
+
+
+def center_view(image: Image.Image, size: int, filter: ResizeFilter = "bicubic") -> Tensor:
+    """Returns the largest square in the middle of an RGB image, resized and normalised: (3, size, size) in [-1, 1].
+
+    Args:
+        image: upright and in RGB, with all its pixels.
+        size: pixels on a side of the view.
+        filter: bicubic for the model, Lanczos for the visual tokenizer, as in BEiT.
+    """
+    side = min(image.size)
+    crop = image.crop(_center_box(image.size, side, side))
+    return _normalize(_resize(_pixels(crop), size, filter).float())
 
 
 def random_crop_box(size: tuple[int, int], min_scale: float, rng: np.random.Generator) -> Box:
@@ -145,11 +156,16 @@ def _two_views(crop: Image.Image, image_size: int, tokenizer_image_size: int) ->
     Returns:
         (3, s, s) uint8 each.
     """
-    pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1)
+    pixels = _pixels(crop)
     return _resize(pixels, image_size, "bicubic"), _resize(pixels, tokenizer_image_size, "lanczos")
 
 
-def _resize(pixels: Tensor, size: int, mode: Literal["bicubic", "lanczos"]) -> Tensor:
+def _pixels(image: Image.Image) -> Tensor:
+    """An RGB image as (3, h, w) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _resize(pixels: Tensor, size: int, mode: ResizeFilter) -> Tensor:
     """Resizes (3, h, w) uint8 within one level of Pillow's result; torch's kernels take half the time or less."""
     return F.interpolate(pixels[None], (size, size), mode=mode, antialias=True)[0]
 

@@ -53,9 +53,18 @@ def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
             if min_side is not None:
                 image.draft(None, (min_side, min_side))  # does nothing to other formats
             image.load()
-            return _upright(_to_rgb(image), _orientation(image))
+            return upright_rgb(image)
     except Exception as error:  # decoders raise nearly anything on corrupt bytes, SyntaxError and struct.error included
         raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Turns an open image upright by its EXIF orientation and brings it to RGB on white, as `decode_image` does.
+
+    Raises:
+        ValueError: for a pixel format without a known white.
+    """
+    return _upright(_to_rgb(image), _orientation(image))
 
 
 def _orientation(image: Image.Image) -> object:

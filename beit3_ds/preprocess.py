@@ -1,0 +1,44 @@
+"""One image as a model takes it: the pixels that the held-out loss is computed on."""
+
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from beit3_ds.data.augmentation import center_view
+from beit3_ds.data.images import decode_image, upright_rgb
+
+
+def preprocess(image: str | Path | bytes | Image.Image, image_size: int) -> Tensor:
+    """Turns an image into the pixels that `BEiT3.encode` takes, exactly as the loader does for held-out images.
+
+    The image is turned upright by its EXIF orientation, brought to RGB (transparent parts become white, 16 bits are
+    scaled to 8), cut to the largest square in its middle, resized bicubically with antialiasing, and normalised with
+    mean and deviation 0.5.
+
+    Args:
+        image: path of an image file, its bytes, or an image that Pillow has opened.
+        image_size: pixels on a side, `model.config.image_size`.
+
+    Returns:
+        (3, image_size, image_size) float32 in [-1, 1]; `torch.stack` makes a batch of several.
+
+    Raises:
+        OSError: if the file cannot be read.
+        TypeError: if `image` is none of the three.
+        ValueError: if it is not a whole JPEG, PNG, WebP, GIF, BMP or TIFF image, or `image_size` is not positive.
+    """
+    if not isinstance(image_size, int) or image_size < 1:
+        raise ValueError(f"image_size={image_size!r} is no number of pixels. Pass model.config.image_size.")
+    if isinstance(image, Image.Image):
+        return center_view(upright_rgb(image), image_size)
+    if isinstance(image, bytes):
+        return center_view(decode_image(image), image_size)
+    if not isinstance(image, str | Path):
+        raise TypeError(
+            f"image is a {type(image).__name__}. Pass the path of an image file, its bytes, or a PIL.Image.Image."
+        )
+    try:
+        return center_view(decode_image(Path(image).read_bytes()), image_size)
+    except ValueError as error:
+        raise ValueError(f"{image}: {error}") from error

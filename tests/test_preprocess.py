@@ -1,0 +1,111 @@
+"""What a user's image becomes is what the loader makes of it for the held-out loss."""
+
+import io
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from beit3_ds.config import build_run_config
+from beit3_ds.data.samples import HELDOUT_EPOCH, SampleKey, build_heldout_streams
+from beit3_ds.preprocess import preprocess
+from tests.run_config import small_run_mapping
+
+
+def heldout_pixels(image: Path, image_size: int, tokenizer_image_size: int = 24) -> Tensor:
+    """The pixels, (1, 3, s, s), that a run with the file `image` in a held-out folder computes its loss on."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(image, folder)
+        mapping = small_run_mapping(0, image_size=image_size, patch_size=image_size // 4)
+        own = mapping["beit3_ds"]
+        own["tokenizers"]["visual"] |= {"image_size": tokenizer_image_size, "patch_size": tokenizer_image_size // 4}
+        source = [{"path": folder, "format": "folder"}]
+        own["data"]["images"] |= {"train": source, "heldout": source}
+        for stream in ("pairs", "texts"):
+            own["data"][stream] |= {"heldout": []}
+        config = build_run_config(mapping)
+        streams = build_heldout_streams(config, tokenizer=_NO_TEXT)  # type: ignore[arg-type]
+        return streams["images"].prepare(SampleKey(1, "images", HELDOUT_EPOCH, 0)).model_view[None]
+
+
+class _NoText:
+    def word_starts(self) -> None:
+        return None
+
+
+_NO_TEXT = _NoText()
+
+
+def noise(width: int, height: int, channels: int = 3) -> np.ndarray:
+    rng = np.random.default_rng([width, height, channels])
+    small = Image.fromarray(rng.integers(0, 256, (9, 13, channels), dtype=np.uint8).squeeze())
+    return np.asarray(small.resize((width, height), Image.Resampling.BILINEAR))
+
+
+def write(path: Path, image: Image.Image, **options: object) -> Path:
+    image.save(path, **options)  # type: ignore[arg-type]
+    return path
+
+
+def turned(number: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = number
+    return exif
+
+
+FILES: dict[str, Callable[[Path], Path]] = {
+    "large jpeg, EXIF": lambda f: write(f / "a.jpg", Image.fromarray(noise(490, 350)), exif=turned(6)),
+    "mirrored": lambda f: write(f / "a.jpg", Image.fromarray(noise(70, 90)), exif=turned(5)),
+    "alpha": lambda f: write(f / "a.png", Image.fromarray(noise(50, 61, 4))),
+    "grey with alpha": lambda f: write(f / "a.png", Image.fromarray(noise(50, 61, 2), "LA")),
+    "palette": lambda f: write(f / "a.png", Image.fromarray(noise(64, 33)).quantize(9), transparency=3),
+    "16 bit": lambda f: write(f / "a.png", Image.fromarray(noise(40, 40, 1).astype(np.uint16) * 257)),
+    "CMYK": lambda f: write(f / "a.jpg", Image.fromarray(noise(40, 44)).convert("CMYK")),
+    "tiny": lambda f: write(f / "a.gif", Image.fromarray(noise(3, 2))),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_every_form_of_an_image_gives_the_loaders_pixels(kind: str, tmp_path: Path) -> None:
+    path = FILES[kind](tmp_path)
+    expected = heldout_pixels(path, 16)[0]
+    with Image.open(path) as opened:
+        forms = [path, str(path), path.read_bytes(), opened]
+        for form in forms:
+            assert torch.equal(preprocess(form, 16), expected), f"{kind} as {type(form).__name__}"
+    assert expected.shape == (3, 16, 16) and -1 <= expected.min() < expected.max() <= 1
+
+
+@settings(max_examples=15, deadline=None)
+@given(width=st.integers(1, 300), height=st.integers(1, 300), size=st.sampled_from([8, 16, 28]), jpeg=st.booleans())
+def test_pixels_do_not_depend_on_the_tokenizer(width: int, height: int, size: int, jpeg: bool) -> None:
+    """Catches a JPEG that is decoded at a fraction of its size, which the other view's size decides."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder) / ("a.jpg" if jpeg else "a.png"), Image.fromarray(noise(width, height)))
+        for tokenizer_image_size in (8, 40):
+            found = heldout_pixels(path, size, tokenizer_image_size)
+            assert torch.equal(found[0], preprocess(path, size))
+
+
+def test_what_is_no_image_says_so(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_text("no image")
+    with pytest.raises(ValueError, match=r"a\.jpg: .*cannot identify image"):
+        preprocess(tmp_path / "a.jpg", 16)
+    with pytest.raises(OSError, match=r"absent\.jpg"):
+        preprocess(tmp_path / "absent.jpg", 16)
+    with pytest.raises(TypeError, match=r"image is a ndarray\. Pass the path"):
+        preprocess(np.zeros((4, 4, 3), np.uint8), 16)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="image_size=0"):
+        preprocess(Image.new("RGB", (4, 4)), 0)
+    buffer = io.BytesIO()
+    Image.new("F", (4, 4)).save(buffer, "tiff")
+    with pytest.raises(ValueError, match="does not say which value is white"):
+        preprocess(buffer.getvalue(), 16)
