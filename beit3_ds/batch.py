@@ -181,6 +181,15 @@ class PackedBatch(RowLayout):
                 digest.update(tensor.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
+    def as_value(self) -> dict[str, Any]:
+        """All fields, as `parallel.HostGroup` sends them: numbers, strings, tuples and tensors in host memory."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def from_value(cls, value: dict[str, Any]) -> "PackedBatch":
+        """Builds the batch that `as_value` described."""
+        return cls(**value)
+
     def to(self, device: torch.device) -> "PackedBatch":
         """Returns the batch with all its tensors on `device`."""
         moved: dict[str, Any] = {
@@ -209,3 +218,14 @@ class StepBatch:
     def fingerprint(self) -> str:
         """A digest of all but the pixels; see `PackedBatch.fingerprint`."""
         return f"step {self.step}: {[batch.fingerprint() for batch in self.micro_batches]}"
+
+    def as_value(self) -> dict[str, Any]:
+        """All fields, as `parallel.HostGroup` sends them."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return fields | {"micro_batches": tuple(batch.as_value() for batch in self.micro_batches)}
+
+    @classmethod
+    def from_value(cls, value: dict[str, Any]) -> "StepBatch":
+        """Builds the step that `as_value` described."""
+        batches = tuple(PackedBatch.from_value(batch) for batch in value["micro_batches"])
+        return cls(**value | {"micro_batches": batches})

@@ -173,7 +173,7 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh) -> tuple[Run, Itera
         mesh=mesh,
         device=device,
         visual_tokenizer=None if inputs.visual_tokenizer is None else inputs.visual_tokenizer.to(device),
-        heldout=Shared(inputs.heldout, mesh),
+        heldout=Shared(inputs.heldout, mesh, PackedBatch),
         store=store,
         history=history,
         progress=Progress(config.model, config.training.total_steps, peak_flops(device, dtype), mesh),
@@ -181,7 +181,7 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh) -> tuple[Run, Itera
         first_step=first_step,
         data=checkpoint.data if checkpoint else {},
     )
-    return run, Shared(steps, mesh)
+    return run, Shared(steps, mesh, StepBatch)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -130,7 +130,7 @@ def run_steps(zero_stage: int, shares: int, share: int) -> dict[str, float]:
     mesh = init_process_group(config.parallel)
     schedule = build_schedule(config, mesh)
     batch = build_batch(config, range(share * _SAMPLES // shares, (share + 1) * _SAMPLES // shares))
-    counts = mesh.sum_over_data(torch.tensor(batch.num_masked))
+    counts = mesh.data_host.sum(torch.tensor(batch.num_masked))
     factors = build_loss_factors(counts, config.training.loss_weights, mesh.data_parallel_size)
     seconds: dict[str, list[float]] = {"step": [], "passes": [], "update": []}
     for _ in range(_STEPS):

@@ -1,15 +1,16 @@
 """The checkpoints of a run: whole or absent, written beside training, loaded by any layout of ranks."""
 
 import contextlib
+import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,11 +19,12 @@ from beit3_ds.checkpoint.disk import NewFile, rename, sync_folder, write_whole
 from beit3_ds.checkpoint.engine_state import EngineState
 from beit3_ds.checkpoint.folder import CheckpointFolder, check_files, checkpoint_paths
 from beit3_ds.checkpoint.index import INDEX_NAME, BrokenIndexError, Index, Piece, check_cover
+from beit3_ds.checkpoint.rectangles import Rectangle
 from beit3_ds.checkpoint.run_description import RunDescription
 from beit3_ds.checkpoint.snapshot import Snapshot
 from beit3_ds.checkpoint.tensor_file import BrokenTensorFileError, WrittenFile
 from beit3_ds.config import ConfigError
-from beit3_ds.parallel import Mesh
+from beit3_ds.parallel import Mesh, build_host_group
 
 _LATEST = "latest"
 _LONG_CHECK_BYTES = 1 << 30
@@ -67,9 +69,7 @@ class CheckpointStore:
         """
         self.root, self._keep, self._mesh, self._run = root, keep, mesh, run
         self._rank = dist.get_rank()
-        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
-        assert isinstance(group, dist.ProcessGroup)
-        self._group = group
+        self._host = build_host_group(timedelta(seconds=timeout_seconds))  # the threads' own
         self._snapshot: Snapshot | None = None
         self._thread: threading.Thread | None = None
         self._outcomes: list[SaveOutcome] = []
@@ -149,13 +149,9 @@ class CheckpointStore:
 
         Torn and changed ones are passed over, and named on the main rank.
         """
-        paths = [[path.name for path in checkpoint_paths(self.root)]]
-        dist.broadcast_object_list(paths, src=0, group=self._group)
-        for name in paths[0]:
+        for name in self._host.broadcast([path.name for path in checkpoint_paths(self.root)]):
             folder, fault = self._examine(self.root / name)
-            faults: list[Any] = [None] * self._mesh.num_ranks
-            dist.all_gather_object(faults, fault, group=self._group)
-            first = next((found for found in faults if found), None)
+            first = next((found for found in self._host.gather(fault) if found), None)
             if first is None:
                 return folder
             self._refused.add(self.root / name)
@@ -233,11 +229,11 @@ class CheckpointStore:
             return error
         written: dict[str, WrittenFile] = {}
         error = self._attempt(lambda: written.update(self._write_files(snapshot, aside)))
-        share = (error, written, snapshot.shapes(), snapshot.pieces(self._rank))
-        shares: list[Any] | None = [None] * self._mesh.num_ranks if self._mesh.is_main else None
-        dist.gather_object(share, shares, dst=0, group=self._group)
-        if shares is not None:
-            error = next((failed for failed, *_ in shares if failed), None)
+        share = _Share(error, written, snapshot.shapes(), snapshot.pieces(self._rank))
+        collected = self._host.collect(share.to_json())
+        if collected is not None:
+            shares = [_Share.from_json(text) for text in collected]
+            error = next((other.error for other in shares if other.error), None)
             index = partial(Index, step=step, optimizer_step=snapshot.optimizer_step, run=self._run, data=data)
             error = error or self._attempt(self._complete, aside, target, index, shares)
             if error:
@@ -256,9 +252,8 @@ class CheckpointStore:
         return None
 
     def _from_main(self, value: str | None) -> str | None:
-        values = [value]
-        dist.broadcast_object_list(values, src=0, group=self._group)
-        return values[0]
+        answer: str | None = self._host.broadcast(value)
+        return answer
 
     def _make_folder(self, aside: Path) -> None:
         for left_over in (*self.root.glob(".writing-*"), *self.root.glob(".deleted-*")):
@@ -276,16 +271,18 @@ class CheckpointStore:
         aside.mkdir(exist_ok=True)  # a network file system may show it late
         return snapshot.write(aside, self._rank)
 
-    def _complete(self, aside: Path, target: Path, build_index: Callable[..., Index], shares: list[Any]) -> None:
+    def _complete(
+        self, aside: Path, target: Path, build_index: Callable[..., Index], shares: Sequence["_Share"]
+    ) -> None:
         """On the main rank: writes the index, and puts the checkpoint where it is found."""
         pieces: dict[str, list[Piece]] = {}
-        for _, _, _, own_pieces in shares:
-            for name, piece in own_pieces:
+        for share in shares:
+            for name, piece in share.pieces:
                 pieces.setdefault(name, []).append(piece)
         index = build_index(
-            shapes={name: shape for _, _, shapes, _ in shares for name, shape in shapes.items()},
+            shapes={name: shape for share in shares for name, shape in share.shapes.items()},
             pieces=pieces,
-            files={name: file for _, files, _, _ in shares for name, file in files.items()},
+            files={name: file for share in shares for name, file in share.files.items()},
         )
         check_cover(index.shapes, index.pieces)
         with NewFile(aside / INDEX_NAME) as file:
@@ -315,6 +312,28 @@ class CheckpointStore:
         hidden = path.with_name(f".deleted-{path.name}")
         rename(path, hidden)
         shutil.rmtree(hidden)
+
+
+class _Share(NamedTuple):
+    """What a rank tells the main one of its part of a save."""
+
+    error: str | None
+    files: dict[str, WrittenFile]
+    shapes: dict[str, torch.Size]
+    pieces: list[tuple[str, Piece]]
+
+    def to_json(self) -> str:
+        return json.dumps(self, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "_Share":
+        error, files, shapes, pieces = json.loads(text)
+        return cls(
+            error,
+            {name: WrittenFile(*file) for name, file in files.items()},
+            {name: torch.Size(shape) for name, shape in shapes.items()},
+            [(name, Piece(rank, Rectangle(*part))) for name, (rank, part) in pieces],
+        )
 
 
 def _folder_name(step: int) -> str:

@@ -1,5 +1,6 @@
 """The mesh of ranks, its collectives and tensor-parallel parts of a network; knows nothing of BEiT-3."""
 
+from beit3_ds.parallel.host_group import HostGroup, build_host_group
 from beit3_ds.parallel.mesh import Mesh, ModelParallelUnit, build_mesh
 from beit3_ds.parallel.pipeline import Message, PipelineParallel
 from beit3_ds.parallel.roll_call import RollCall
@@ -16,6 +17,7 @@ from beit3_ds.parallel.tensor import (
 from beit3_ds.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
 
 __all__ = [
+    "HostGroup",
     "Mesh",
     "Message",
     "ModelParallelUnit",
@@ -26,6 +28,7 @@ __all__ = [
     "TensorParallel",
     "VocabParallelEmbedding",
     "VocabParallelHead",
+    "build_host_group",
     "build_mesh",
     "is_split",
     "logical_part",

@@ -4,7 +4,6 @@ import hashlib
 import socket
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from beit3_ds.config import ConfigError, ParallelConfig, Place
 from beit3_ds.parallel.activity import Activity
+from beit3_ds.parallel.host_group import HostGroup, build_host_group
 from beit3_ds.parallel.pipeline import PipelineParallel, build_pipeline_parallel
 from beit3_ds.parallel.tensor import TensorParallel
 
@@ -22,7 +22,15 @@ class Mesh:
 
     Global rank = (pipeline rank * data_parallel_size + data rank) * tensor_parallel_size + tensor rank, so that
     tensor-parallel peers, which talk most, are neighbours on one node.
+
+    Process groups and `sum_*` are of the devices: they take tensors on this rank's device only, as NCCL does. What
+    hosts know, such as counts and names, goes through `host`, or `host` of an axis.
     """
+
+    host: HostGroup = field(default_factory=HostGroup)
+    """All ranks, for values of the hosts."""
+    data_host: HostGroup = field(default_factory=HostGroup)
+    """The ranks of `data_parallel_group`, for values of the hosts."""
 
     data_parallel_group: dist.ProcessGroup | None = None
     """Ranks that hold the same part of the model and different samples."""
@@ -78,21 +86,21 @@ class Mesh:
         return f"rank {rank} ({self.places[rank]}, host {self.hosts[rank]})"
 
     def sum_over_data(self, values: Tensor) -> Tensor:
-        """Returns the sum of `values` over the data-parallel ranks; sends values.numel() elements."""
+        """Returns the sum of a device's `values` over the data-parallel ranks; sends values.numel() elements."""
         if self.data_parallel_size > 1:
             values = values.clone()
             dist.all_reduce(values, group=self.data_parallel_group)
         return values
 
     def sum_over_model(self, values: Tensor) -> Tensor:
-        """Returns the sum of `values` over the ranks of one copy of the model; sends values.numel() elements."""
+        """Returns the sum of a device's `values` over one copy of the model's ranks; sends values.numel() elements."""
         if self.model_parallel_size > 1:
             values = values.clone()
             dist.all_reduce(values, group=self.model_parallel_group)
         return values
 
     def sum_over_all(self, values: Tensor) -> Tensor:
-        """Returns the sum of `values` over all ranks; sends values.numel() elements."""
+        """Returns the sum of a device's `values` over all ranks; sends values.numel() elements."""
         if self.num_ranks > 1:
             values = values.clone()
             dist.all_reduce(values)
@@ -111,8 +119,7 @@ class Mesh:
         if self.num_ranks == 1:
             return
         digest = int.from_bytes(hashlib.sha256(value.encode()).digest()[:8], "big", signed=True)
-        digests: list[Any] = [None] * self.num_ranks
-        dist.all_gather_object(digests, digest)
+        digests = self.host.gather(digest)
         others = [rank for rank, other in enumerate(digests) if other != digests[0]]
         if others:
             raise ConfigError(
@@ -121,8 +128,8 @@ class Mesh:
             )
 
     def barrier(self) -> None:
-        """Waits until every rank of all axes is here."""
-        dist.barrier()
+        """Waits until every rank of all axes is here; their devices may still work."""
+        self.host.barrier()
 
     def close(self) -> None:
         """Leaves the process group once every rank is here, so that none asks a store that is gone."""
@@ -183,22 +190,29 @@ def build_mesh(parallel: ParallelConfig) -> Mesh:
     # Every rank makes every group, in one order: tensor, data, model, then those of the pipelines.
     ranks = torch.arange(world_size).view(parallel.pipeline_parallel_size, data_size, parallel.tensor_parallel_size)
     timeout = timedelta(seconds=parallel.timeout_seconds)
+    host = build_host_group(timeout)
     tensor_group = own_group(ranks.flatten(0, 1), timeout)
     data_group = own_group(ranks.transpose(1, 2).flatten(0, 1), timeout)
     model_group = own_group(ranks.transpose(0, 1).flatten(1), timeout)
-    hosts: list[Any] = [None] * world_size
-    dist.all_gather_object(hosts, socket.gethostname())
     return Mesh(
+        host=host,
+        data_host=host.among(ranks[place.pipeline, :, place.tensor].tolist()),
         places=tuple(parallel.place(rank, world_size) for rank in range(world_size)),
-        hosts=tuple(hosts),
+        hosts=tuple(host.gather(socket.gethostname())),
         data_parallel_group=data_group,
         data_parallel_rank=place.data,
         data_parallel_size=data_size,
         model_parallel_group=model_group,
         tensor=TensorParallel(
-            tensor_group, place.tensor, parallel.tensor_parallel_size, sequence_parallel=parallel.sequence_parallel
+            tensor_group,
+            place.tensor,
+            parallel.tensor_parallel_size,
+            host=host.among(ranks[place.pipeline, place.data].tolist()),
+            sequence_parallel=parallel.sequence_parallel,
         ),
-        pipeline=build_pipeline_parallel(ranks.flatten(1).t(), place.pipeline, lambda rows: own_group(rows, timeout)),
+        pipeline=build_pipeline_parallel(
+            ranks.flatten(1).t(), place.pipeline, host, lambda rows: own_group(rows, timeout)
+        ),
     )
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from beit3_ds.parallel.host_group import HostGroup
+
 ChannelKey = tuple[bool, bool]
 """Whether activations (not gradients) travel, and whether to a stage of a higher number."""
 
@@ -20,14 +22,14 @@ class PipelineParallel:
     send to each other at the same time never wait for each other's receive: within a group a pair sends one way only.
     """
 
-    group: dist.ProcessGroup | None = None
-    """The stages of this rank's pipeline; None if there is one."""
     ranks: tuple[int, ...] = (0,)
     """Their global ranks, in order."""
     rank: int = 0
     """This rank's stage."""
     channels: Mapping[ChannelKey, dist.ProcessGroup] = field(default_factory=dict)
-    """The groups of the messages."""
+    """The groups of the messages, which are tensors on the device."""
+    host: HostGroup = field(default_factory=HostGroup)
+    """The stages, in order, for values of the hosts."""
 
     @property
     def size(self) -> int:
@@ -54,20 +56,6 @@ class PipelineParallel:
         source = self._next(not forward)
         work = dist.irecv(x, group=self._channel(forward, source, self.rank), src=self.ranks[source])
         return Message(x, work)
-
-    def all_gather_object(self, value: Any) -> list[Any]:
-        """The values of all stages, in order; sends them pickled."""
-        values = [value] * self.size
-        if self.size > 1:
-            dist.all_gather_object(values, value, group=self.group)
-        return values
-
-    def broadcast_from_last(self, values: Tensor) -> Tensor:
-        """Returns the last stage's `values` on all stages; sends values.numel() elements."""
-        if self.size > 1:
-            values = values.clone()
-            dist.broadcast(values, src=self.ranks[-1], group=self.group)
-        return values
 
     def _next(self, forward: bool) -> int:
         return (self.rank + (1 if forward else -1)) % self.size
@@ -98,18 +86,18 @@ class Message:
 
 
 def build_pipeline_parallel(
-    rows: Tensor, rank: int, own_group: Callable[[Tensor], dist.ProcessGroup]
+    rows: Tensor, rank: int, host: HostGroup, own_group: Callable[[Tensor], dist.ProcessGroup]
 ) -> PipelineParallel:
     """Makes the groups of all pipelines; all ranks call it.
 
     Args:
         rows: global ranks of one pipeline a row, by stage.
         rank: this rank's stage.
+        host: all ranks.
         own_group: makes the groups of rows and returns this rank's.
     """
     if rows.shape[1] == 1:
         return PipelineParallel()
     (own,) = (row for row in rows.tolist() if dist.get_rank() in row)
-    group = own_group(rows)
     channels = {(forward, upwards): own_group(rows) for forward in (True, False) for upwards in (True, False)}
-    return PipelineParallel(group, tuple(own), rank, channels)
+    return PipelineParallel(tuple(own), rank, channels, host.among(own))

@@ -16,6 +16,13 @@ class Shareable(Protocol):
     def fingerprint(self) -> str:
         """Equal for items that two ranks read from the same samples."""
 
+    def as_value(self) -> Any:
+        """The item as `HostGroup` can send it."""
+
+    @classmethod
+    def from_value(cls, value: Any) -> Self:
+        """The item again."""
+
 
 ItemT = TypeVar("ItemT", bound=Shareable)
 
@@ -24,18 +31,20 @@ class Shared(Generic[ItemT]):
     """Iterates over the items that the reading ranks (`Mesh.is_reader`) bring, on all ranks of a copy of the model.
 
     So one tensor-parallel rank of the first and of the last stage decodes images, each the view that its stage needs.
-    The first stage sends its abridged items to the others; the last compares them with its own. Each item is sent,
-    pickled, when it is asked for; all ranks must ask for as many. An error in the user's data is raised on all of them.
+    The first stage sends its abridged items to the others; the last compares them with its own. Each item is sent, from
+    host memory to host memory, when it is asked for; all ranks must ask for as many. An error in the user's data is
+    raised on all of them.
     """
 
-    def __init__(self, items: Iterable[ItemT], mesh: Mesh) -> None:
+    def __init__(self, items: Iterable[ItemT], mesh: Mesh, item_type: type[ItemT]) -> None:
         """Reads nothing yet.
 
         Args:
             items: read on the reading ranks only, anew for every iteration.
             mesh: the ranks that share them.
+            item_type: of the items.
         """
-        self._items, self._mesh = items, mesh
+        self._items, self._mesh, self._type = items, mesh, item_type
 
     def __iter__(self) -> Iterator[ItemT]:
         """Yields this stage's items; sends each abridged to the other stages, and whole to tensor-parallel peers."""
@@ -51,29 +60,44 @@ class Shared(Generic[ItemT]):
                 return
             yield item
 
-    def _share(self, own: Any) -> Any:
+    def _share(self, own: ItemT | ConfigError | None) -> ItemT | ConfigError | None:
         mesh = self._mesh
         if mesh.tensor.rank == 0 and mesh.pipeline.size > 1:
             own = self._share_with_stages(own)
-        return mesh.tensor.broadcast_object(own)
+        shared = self._unpack(mesh.tensor.host.broadcast(_pack(own) if mesh.tensor.rank == 0 else None))
+        return own if mesh.tensor.rank == 0 else shared
 
-    def _share_with_stages(self, own: Any) -> Any:
-        pipeline = self._mesh.pipeline
-        abridged, fingerprint = None, None
-        if own is not None and not isinstance(own, ConfigError):
-            fingerprint = own.fingerprint()
-            abridged = own.abridged() if pipeline.is_first else None
-        brought = pipeline.all_gather_object(own if isinstance(own, ConfigError) else (abridged, fingerprint))
-        for value in brought:
-            if isinstance(value, ConfigError):
-                return value
-        if brought[0][1] != brought[-1][1]:
+    def _share_with_stages(self, own: ItemT | ConfigError | None) -> ItemT | ConfigError | None:
+        pipeline, is_reader = self._mesh.pipeline, self._mesh.is_reader
+        if isinstance(own, ConfigError):
+            brought = pipeline.host.gather({"error": str(own)})
+        else:
+            brought = pipeline.host.gather({"fingerprint": None if own is None else own.fingerprint()})
+        for found in brought:
+            if "error" in found:
+                return ConfigError(found["error"])
+        first, last = brought[0]["fingerprint"], brought[-1]["fingerprint"]
+        if first != last:
             return ConfigError(
                 "data: the first and the last stage of the pipeline read different samples: a record that one could "
                 "read the other could not, or they see different files. Check that every node sees the same data. "
-                f"First: {brought[0][1]}; last: {brought[-1][1]}."
+                f"First: {first}; last: {last}."
             )
-        return own if self._mesh.is_reader else brought[0][0]
+        assert not isinstance(own, ConfigError)
+        abridged = own.abridged() if own is not None and pipeline.is_first else None
+        shared = self._unpack(pipeline.host.broadcast(_pack(abridged)))
+        return own if is_reader else shared
+
+    def _unpack(self, value: Any) -> ItemT | ConfigError | None:
+        if value is None:
+            return None
+        return ConfigError(value["error"]) if "error" in value else self._type.from_value(value["item"])
+
+
+def _pack(item: Shareable | ConfigError | None) -> Any:
+    if item is None:
+        return None
+    return {"error": str(item)} if isinstance(item, ConfigError) else {"item": item.as_value()}
 
 
 def _next(iterator: Iterator[ItemT]) -> ItemT | ConfigError | None:

@@ -11,7 +11,7 @@ a run of them: T rows are rounded up to P * n by rows of zeros at the end, and r
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from beit3_ds.parallel.host_group import HostGroup
 
 _VOCAB_ALIGNMENT = 64  # rows, so that the shards' matrix products keep the hardware's tile sizes
 
@@ -59,6 +61,8 @@ class TensorParallel:
     """This rank's number in the group."""
     size: int = 1
     """Ranks in the group, P."""
+    host: HostGroup = field(default_factory=HostGroup)
+    """The same ranks, for values of the hosts; `group` takes tensors on the device only."""
     sequence_parallel: bool = False
     """Whether the ranks divide the stream's rows where they do not divide its width."""
 
@@ -174,15 +178,6 @@ class TensorParallel:
         if self.size > 1 and x.numel():
             dist.all_gather(parts, x.contiguous(), group=self.group)
         return torch.stack(parts)
-
-    def broadcast_object(self, value: Any) -> Any:
-        """Returns the first rank's `value` on all ranks; sends it pickled."""
-        if self.size == 1:
-            return value
-        assert self.group is not None
-        values = [value]
-        dist.broadcast_object_list(values, src=dist.get_global_rank(self.group, 0), group=self.group)
-        return values[0]
 
 
 def split_parameter(split: Split, *shape: int, padding_value: float = 0.0) -> nn.Parameter:

@@ -11,7 +11,6 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero import partitioned_param_coordinator
@@ -132,7 +131,9 @@ def _zero3_gradient_norm(optimizer: DeepSpeedZeroOptimizer_Stage3, mesh: Mesh) -
     squares = torch.zeros((), device=optimizer.device)
     for norm in counted:
         squares += norm.to(squares.device).square()
-    return mesh.sum_over_all(squares).sqrt()
+    # DeepSpeed keeps the norms of offloaded gradients on the host.
+    total = mesh.host.sum(squares) if optimizer.offload_optimizer else mesh.sum_over_all(squares)
+    return total.sqrt()
 
 
 def _gradient_partitions(optimizer: DeepSpeedZeroOptimizer_Stage3) -> Iterator[tuple[nn.Parameter, Tensor | float]]:
@@ -151,8 +152,7 @@ def _compare_traces_among_data_parallel_ranks(mesh: Mesh) -> None:
     def check(values: Sequence[int]) -> None:
         if mesh.data_parallel_size == 1:
             return
-        all_values: list[Any] = [None] * mesh.data_parallel_size
-        dist.all_gather_object(all_values, list(values), group=mesh.data_parallel_group)
+        all_values = mesh.data_host.gather(list(values))
         if any(other != all_values[0] for other in all_values):
             raise RuntimeError(f"{mesh.place}: data-parallel ranks ran different modules: {all_values}")
 

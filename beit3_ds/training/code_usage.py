@@ -59,8 +59,9 @@ class CodeCounter:
         self._counts.index_add_(0, codes, torch.ones_like(codes))
 
     def usage(self, mesh: Mesh | None = None) -> CodeUsage:
-        """The usage over all ranks; all-reduces the counts. At least one code must have been counted."""
-        counts = (self._counts if mesh is None else mesh.sum_over_data(self._counts)).cpu().double()
+        """The usage over all ranks; sums the counts there. At least one code must have been counted."""
+        own = self._counts.cpu()
+        counts = (own if mesh is None else mesh.data_host.sum(own)).double()
         shares = counts[counts > 0] / counts.sum()
         perplexity = math.exp(-(shares * shares.log()).sum().item())
         return CodeUsage(

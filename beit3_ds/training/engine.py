@@ -41,24 +41,28 @@ def init_process_group(parallel: ParallelConfig) -> Mesh:
         launch = discover_through_mpi(launch)
     os.environ.update(launch.variables())
     _share_cores(launch.local_size or 1)
-    if launch.world_size == 1:
-        _init_distributed(parallel)
-    else:
-        with Rendezvous(launch, parallel.timeout_seconds) as rendezvous:
-            rendezvous.meet()
-            try:
-                _init_distributed(parallel)
-            except RuntimeError as error:
-                if not _is_lost_contact(error):
-                    raise
-                raise rendezvous.explain(error) from error
-    # DeepSpeed's engine would do this, but too late for what is put on the rank's device before there is an engine.
+    # DeepSpeed's engine would do this, but too late: NCCL connects this device, and there is work before an engine.
     get_accelerator().set_device(launch.local_rank)
-    return build_mesh(parallel)
+    if launch.world_size == 1:
+        return _join(parallel)
+    with Rendezvous(launch, parallel.timeout_seconds) as rendezvous:
+        rendezvous.meet()
+        try:
+            return _join(parallel)
+        except RuntimeError as error:
+            if not _is_lost_contact(error):
+                raise
+            raise rendezvous.explain(error) from error
 
 
-def _init_distributed(parallel: ParallelConfig) -> None:
+def _join(parallel: ParallelConfig) -> Mesh:
+    """Makes the groups of the devices, which serve no other device, and those of the hosts."""
+    if get_accelerator().communication_backend_name() != "gloo":
+        # The group of the hosts connects few pairs of ranks. Where the devices' groups are gloo's too, they connect all
+        # pairs now, which shows a link that is down.
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=parallel.timeout_seconds))
+    return build_mesh(parallel)
 
 
 @contextmanager
@@ -166,7 +170,8 @@ def apply_update(engine: deepspeed.DeepSpeedEngine, mesh: Mesh) -> float:
 def _gradient_norm(model: nn.Module, mesh: Mesh) -> torch.Tensor:
     """The 2-norm over all parts of the model; what tensor-parallel ranks hold alike counts once. Sends one element."""
     counted = [p.grad for p in model.parameters() if p.grad is not None and (is_split(p) or mesh.tensor.rank == 0)]
-    return mesh.sum_over_model(torch.nn.utils.get_total_norm(counted).square()).sqrt()
+    norm = torch.nn.utils.get_total_norm(counted).to(compute_device())  # without gradients it is on the CPU
+    return mesh.sum_over_model(norm.square()).sqrt()
 
 
 def compute_device() -> torch.device:

@@ -50,8 +50,8 @@ def mean_terms(sums: Tensor, counts: Tensor, mesh: Mesh) -> dict[str, float]:
         counts: of its masked positions, (4,), known to all stages.
         mesh: the ranks.
     """
-    sums = mesh.pipeline.broadcast_from_last(sums.double().cpu())
-    sums, counts = mesh.sum_over_data(torch.stack([sums, counts.double().cpu()]))
+    sums = mesh.pipeline.host.broadcast(sums.double().cpu(), source=-1)
+    sums, counts = mesh.data_host.sum(torch.stack([sums, counts.double().cpu()]))
     means = zip(LOSS_TERMS, sums.tolist(), counts.tolist(), strict=True)
     return {term: total / count for term, total, count in means if count}
 
@@ -94,7 +94,8 @@ def unigram_entropies(
         ids |= {"pair_mlm": original[caption_rows & asked], "text_mlm": original[~caption_rows & asked]}
         for term, values in ids.items():
             counts[term] += torch.bincount(values.flatten(), minlength=sizes[term])
-    totals = {term: mesh.sum_over_data(mesh.pipeline.broadcast_from_last(count)) for term, count in counts.items()}
+    # The last stage has counted; the others add their zeros.
+    totals = {term: mesh.data_host.sum(mesh.pipeline.host.sum(count)) for term, count in counts.items()}
     return {term: entropy(total) for term, total in totals.items() if total.sum()}
 
 

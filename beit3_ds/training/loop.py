@@ -124,7 +124,7 @@ def train(run: Run, steps: Iterable[StepBatch], signals: StopSignals) -> bool:
         NonFiniteLossError: if loss or gradients are not finite in `training.max_skipped_steps` steps in a row. The
             newest checkpoint then holds the weights from before them.
     """
-    stop = StopRequest(signals, run.mesh, run.device)
+    stop = StopRequest(signals, run.mesh)
     if stop.agreed() and run.first_step < run.config.training.total_steps:
         _say(run, f"stopped on {stop.reason} before step {run.first_step + 1}; the same command goes on from there")
         return False

@@ -48,7 +48,7 @@ class BrokenRecordBudget:
             ConfigError: on every rank at the same step, if more than `limit` records were broken so far.
         """
         broken = torch.tensor([len(step_batch.broken_records)])
-        *counts, broken_now = self.mesh.sum_over_data(torch.cat([count_masked(step_batch), broken])).tolist()
+        *counts, broken_now = self.mesh.data_host.sum(torch.cat([count_masked(step_batch), broken])).tolist()
         self.total += broken_now
         self.seen.extend(step_batch.broken_records)
         if self.total > self.limit:

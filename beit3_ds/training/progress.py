@@ -93,7 +93,7 @@ class Progress:
         """The steps since the last line, but for skipped ones, each with its loss. Sends as many numbers."""
         losses = torch.stack([update.loss for _, update in self.interval.updates]).double().cpu()
         steps = [step for step, _ in self.interval.updates]
-        return list(zip(steps, self.mesh.sum_over_all(losses).tolist(), strict=True))
+        return list(zip(steps, self.mesh.host.sum(losses).tolist(), strict=True))
 
     def report(self, step: int) -> dict[str, Any]:
         """Closes the interval: sums it over ranks and returns the record of progress line, CSV and TensorBoard.
@@ -105,7 +105,7 @@ class Progress:
         _, last = done.updates[-1]
         terms = mean_terms(done.sums, done.counts, self.mesh)
         work = torch.tensor([done.samples, done.tokens, done.flops], dtype=torch.float64)
-        samples, tokens, flops = self.mesh.sum_over_data(work).tolist()
+        samples, tokens, flops = self.mesh.data_host.sum(work).tolist()
         return {
             "step": step,
             "kind": "train",

@@ -24,7 +24,7 @@ def write_report(run: Run, text_tokenizer: TextTokenizer) -> None:
     baselines = unigram_entropies(run.heldout, run.visual_tokenizer, run.config.model, run.mesh, run.device)
     _write_predictions(run, text_tokenizer, folder / "predictions.html")
     teacher = run.visual_tokenizer.teacher_description if run.visual_tokenizer else None
-    teacher = run.mesh.pipeline.all_gather_object(teacher)[-1]
+    teacher = run.mesh.pipeline.host.broadcast(teacher, source=-1)
     if not run.mesh.is_main:
         return
     records = run.history.records()

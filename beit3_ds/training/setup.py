@@ -5,11 +5,9 @@ from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 
 from beit3_ds.checkpoint.engine_state import EngineState
 from beit3_ds.config import RunConfig
@@ -28,10 +26,7 @@ def describe_setup(config: RunConfig, mesh: Mesh, state: EngineState, device: to
     """
     elements = sum(part.shape.numel() for part in state.parts.values())
     own = (_describe_device(device), elements if mesh.place == (mesh.pipeline.rank, 0, 0) else 0)
-    found: list[Any] = [own]
-    if mesh.num_ranks > 1:
-        found = [None] * mesh.num_ranks
-        dist.all_gather_object(found, own)
+    found = mesh.host.gather(own)
     devices, parameters = [device for device, _ in found], sum(number for _, number in found)
     training, parallel = config.training, config.parallel
     zero_stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch.distributed as dist
-
 from beit3_ds.batch import StepBatch
 from beit3_ds.parallel import Mesh
 from beit3_ds.pipeline.gradient_probe import GradientProbe
@@ -52,10 +50,7 @@ class SkippedSteps:
             {"micro_batch": number, "samples": list(step_batch.micro_batches[number].sample_names)}
             for number in probe.find_non_finite()
         ]
-        found: list[Any] = [own]
-        if self._mesh.num_ranks > 1:
-            found = [None] * self._mesh.num_ranks
-            dist.all_gather_object(found, own)
+        found = self._mesh.host.gather(own)
         return {
             "step": step_batch.step + 1,
             "kind": "skipped_step",

@@ -48,15 +48,15 @@ class StopSignals:
 class StopRequest:
     """Whether any rank was asked to stop."""
 
-    def __init__(self, signals: StopSignals, mesh: Mesh, device: torch.device) -> None:
-        self._signals, self._mesh, self._device = signals, mesh, device
+    def __init__(self, signals: StopSignals, mesh: Mesh) -> None:
+        self._signals, self._mesh = signals, mesh
         self.reason = ""
         """The signals that any rank had received when they last agreed, by name."""
 
     def agreed(self) -> bool:
         """Whether any rank has received a signal: the same answer on all of them. Sends three integers."""
-        received = torch.tensor([int(number in self._signals.received) for number in STOP_SIGNALS], device=self._device)
-        counts = self._mesh.sum_over_all(received).tolist()
+        received = torch.tensor([int(number in self._signals.received) for number in STOP_SIGNALS])
+        counts = self._mesh.host.sum(received).tolist()
         self.reason = " and ".join(number.name for number, count in zip(STOP_SIGNALS, counts, strict=True) if count)
         self._signals.are_heeded = bool(self.reason)
         return self._signals.are_heeded

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from beit3_ds.batch import StepBatch
 from beit3_ds.parallel import Mesh
@@ -61,9 +60,8 @@ class Stragglers:
             twentieth of the step.
         """
         seconds = torch.zeros(self._mesh.num_ranks, len(_MEASURES), dtype=torch.float64)
-        own = dist.get_rank() if self._mesh.num_ranks > 1 else 0
-        seconds[own] = torch.tensor([stopwatch.take() / steps for stopwatch in self._stopwatches])
-        return self._compare(self._mesh.sum_over_all(seconds), step_seconds)
+        seconds[self._mesh.host.rank] = torch.tensor([stopwatch.take() / steps for stopwatch in self._stopwatches])
+        return self._compare(self._mesh.host.sum(seconds), step_seconds)
 
     def _compare(self, seconds: torch.Tensor, step_seconds: float) -> tuple[dict[str, Any], list[str]]:
         figures: dict[str, Any] = {}

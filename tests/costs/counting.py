@@ -32,14 +32,13 @@ _KINDS = {
     "alltoall_": ("all-to-all", 1),
     "alltoall_base_": ("all-to-all", 1),
 }
-_OBJECT_KINDS = {"all-gather", "broadcast"}
 
 
 class Call(NamedTuple):
     """One collective call of one rank."""
 
     axis: str
-    """data, tensor, model, pipeline, world or objects."""
+    """data, tensor, model, pipeline, world or host."""
     kind: str
     num_bytes: int
     dtype: torch.dtype
@@ -48,8 +47,7 @@ class Call(NamedTuple):
 class CollectiveCounter(TorchDispatchMode):
     """Notes every collective call while it is entered, on this thread; on the CPU backward passes run there too.
 
-    Calls over one rank move nothing and are left out. Pickled objects, which travel as gathered or broadcast int64
-    sizes and uint8 payloads, are noted under the axis `objects`: their bytes depend on pickle, not on the model.
+    Calls over one rank move nothing and are left out. What the hosts tell each other is noted under the axis `host`.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -86,8 +84,7 @@ class CollectiveCounter(TorchDispatchMode):
         tensors = list(_tensors(args[index]))
         dtypes = {tensor.dtype for tensor in tensors}
         (dtype,) = dtypes
-        is_object = kind in _OBJECT_KINDS and dtype in (torch.int64, torch.uint8)
-        axis = "objects" if is_object else self._axes.get(group.group_name, "unknown")
+        axis = self._axes.get(group.group_name, "unknown")
         self.calls.append(Call(axis, kind, sum(t.numel() * t.element_size() for t in tensors), dtype))
 
 
@@ -105,6 +102,6 @@ def _tensors(value: Any) -> Any:
 
 def _named_groups(mesh: Mesh) -> list[tuple[str, dist.ProcessGroup]]:
     named = [("world", dist.group.WORLD), ("model", mesh.model_parallel_group), ("data", mesh.data_parallel_group)]
-    named += [("tensor", mesh.tensor.group), ("pipeline", mesh.pipeline.group)]
+    named += [("tensor", mesh.tensor.group), ("host", mesh.host.group)]
     named += [("pipeline", group) for group in mesh.pipeline.channels.values()]
     return [(axis, group) for axis, group in named if group is not None]

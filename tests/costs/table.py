@@ -48,7 +48,7 @@ def run(measure, ranks: int, cells: dict[str, RunConfig]) -> list[tuple]:  # typ
 def print_traffic(name: str, config: RunConfig, ranks: int, seen: SeenTraffic) -> None:
     """One line a layout, of the first rank."""
     volumes = step_traffic(holding_of(config, ranks, seen.place), loads_of(config, seen.place.data)).volumes
-    counted = {key: volume for key, volume in seen.traffic.items() if key[0] != "objects"}
+    counted = {key: volume for key, volume in seen.traffic.items() if key[0] != "host"}
     texts = [f"{axis} {kind} {calls}, {size:,}" for (axis, kind), (calls, size) in sorted(counted.items())]
     equal = counted == {key: tuple(volume) for key, volume in volumes.items()}
     print(f"| {name} | {'; '.join(texts) or 'nothing'} | {'equal' if equal else 'NOT EQUAL'} |")

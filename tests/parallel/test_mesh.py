@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,7 +33,10 @@ def measure_sums() -> tuple[Place, list[float]]:
     mesh = build_mesh(ParallelConfig(pipeline_parallel_size=2, tensor_parallel_size=2))
     digit = torch.tensor(10.0 ** (4 * mesh.pipeline.rank + 2 * mesh.data_parallel_rank + mesh.tensor.rank))
     sums = [mesh.sum_over_data(digit), mesh.sum_over_model(digit), mesh.tensor.all_reduce(digit.clone())]
-    sums.append(mesh.pipeline.broadcast_from_last(digit))
+    hosts = (mesh.host, mesh.data_host, mesh.tensor.host, mesh.pipeline.host)
+    sums += [group.sum(digit) for group in hosts]
+    sums.append(mesh.pipeline.host.broadcast(digit, source=-1))
+    assert mesh.host.rank == torch.distributed.get_rank()
     mesh.close()  # rank 0 holds the store that the others still ask
     return mesh.place, [float(value) for value in sums]
 
@@ -41,11 +45,18 @@ def test_groups_run_along_their_axes() -> None:
     """Every rank holds a digit of its own, so a sum shows which ranks it is over."""
     results = run_ranks(measure_sums, 8)
     assert [place for place, _ in results] == [Place(p, d, t) for p in (0, 1) for d in (0, 1) for t in (0, 1)]
-    for place, (data, model, tensor, last) in results:
+    for place, (data, model, tensor, *of_hosts, last) in results:
         p, d, t = place
         assert data == sum(10 ** (4 * p + 2 * i + t) for i in (0, 1))
         assert model == sum(10 ** (4 * i + 2 * d + j) for i in (0, 1) for j in (0, 1))
         assert tensor == sum(10 ** (4 * p + 2 * d + i) for i in (0, 1))
+        stages = sum(10 ** (4 * i + 2 * d + t) for i in (0, 1))
+        assert of_hosts == [
+            sum(10 ** (4 * i + 2 * j + k) for i in (0, 1) for j in (0, 1) for k in (0, 1)),
+            data,
+            tensor,
+            stages,
+        ]
         assert last == 10 ** (4 + 2 * d + t)
 
 
@@ -62,6 +73,13 @@ class Item:
     def fingerprint(self) -> str:
         return str(self.number)
 
+    def as_value(self) -> dict[str, Any]:
+        return {"number": self.number, "pixels": self.pixels}
+
+    @classmethod
+    def from_value(cls, value: dict[str, Any]) -> "Item":
+        return cls(**value)
+
 
 def measure_sharing(stages: int, fault: str) -> tuple[list[tuple[int, str | None]], str]:
     mesh = build_mesh(ParallelConfig(tensor_parallel_size=2, pipeline_parallel_size=stages))
@@ -75,7 +93,7 @@ def measure_sharing(stages: int, fault: str) -> tuple[list[tuple[int, str | None
 
     seen, message = [], ""
     try:
-        for item in Shared(items(), mesh):
+        for item in Shared(items(), mesh, Item):
             seen.append((item.number, item.pixels))
     except ConfigError as error:
         message = str(error)

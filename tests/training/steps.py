@@ -87,7 +87,7 @@ def accumulate_step(schedule: "Schedule", config: RunConfig, mesh: Mesh, deal: D
     counts = BrokenRecordBudget(0, mesh).agree(StepBatch(step=step, micro_batches=batches))
     factors = build_loss_factors(counts, config.training.loss_weights, mesh.data_parallel_size)
     sums = schedule.accumulate_gradients(batches, factors, lambda batch: batch)
-    return mesh.pipeline.broadcast_from_last(mesh.sum_over_data(sums)) / counts
+    return mesh.pipeline.host.broadcast(mesh.data_host.sum(sums), source=-1) / counts
 
 
 def logical_tensors(
@@ -95,9 +95,7 @@ def logical_tensors(
 ) -> dict[str, Tensor]:
     """The logical tensors of which this rank holds parts; what tensor-parallel ranks hold alike is so to the bit."""
     own = {name: logical_part(parameters[name], part).detach().clone() for name, part in parts.items()}
-    gathered: list[dict[str, Tensor]] = [own] * mesh.tensor.size
-    if mesh.tensor.size > 1:
-        torch.distributed.all_gather_object(gathered, own, group=mesh.tensor.group)
+    gathered: list[dict[str, Tensor]] = mesh.tensor.host.gather(own)
     whole: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         pieces = [peer[name] for peer in gathered]

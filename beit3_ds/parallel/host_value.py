@@ -1,0 +1,78 @@
+"""Plain values as bytes that another rank may read: JSON, and tensors beside it; nothing is pickled."""
+
+import json
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+        *(torch.bfloat16, torch.float16, torch.float32, torch.float64),
+    )
+}
+
+
+def pack(value: Any) -> tuple[bytes, list[Tensor]]:
+    """Returns a value as JSON and the tensors that it holds, contiguous and in host memory.
+
+    Args:
+        value: None, a bool, an int, a float, a string, a tensor, or a list, tuple, `torch.Size` or dict (whose keys are
+            strings) of such values. NaN, infinities and strings that are no valid Unicode are kept.
+
+    Raises:
+        TypeError: for a value of another type.
+    """
+    tensors: list[Tensor] = []
+    body = _to_json(value, tensors)
+    kinds = [[str(tensor.dtype).removeprefix("torch."), *tensor.shape] for tensor in tensors]
+    return json.dumps([kinds, body], separators=(",", ":")).encode("ascii"), tensors
+
+
+def unpack_tensors(header: bytes) -> list[Tensor]:
+    """Returns uninitialised tensors for what `pack` returned beside a header."""
+    kinds, _ = json.loads(header)
+    return [torch.empty(shape, dtype=_DTYPES[dtype]) for dtype, *shape in kinds]
+
+
+def unpack(header: bytes, tensors: list[Tensor]) -> Any:
+    """Returns the value that `pack` was given; tuples and `torch.Size` come back as such."""
+    _, body = json.loads(header)
+    return _from_json(body, tensors)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The memory of a contiguous tensor, uint8, (bytes,)."""
+    return tensor.view(-1).view(torch.uint8)
+
+
+def _to_json(value: Any, tensors: list[Tensor]) -> Any:
+    # What JSON does not have becomes a list that begins with its name, so lists begin with theirs.
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case Tensor():
+            if value.device.type != "cpu":
+                raise TypeError(f"a tensor on {value.device} is no value of the host: copy it to the CPU first")
+            tensors.append(value.detach().contiguous())
+            return ["tensor", len(tensors) - 1]
+        case Size() | tuple() | list() if type(value) in (Size, tuple, list):  # a NamedTuple would lose its type
+            kind = "size" if isinstance(value, Size) else "tuple" if isinstance(value, tuple) else "list"
+            return [kind, *(_to_json(item, tensors) for item in value)]
+        case dict() if all(isinstance(key, str) for key in value):
+            return {key: _to_json(item, tensors) for key, item in value.items()}
+    raise TypeError(f"{type(value).__name__} cannot be sent to another rank as JSON and tensors")
+
+
+def _from_json(body: Any, tensors: list[Tensor]) -> Any:
+    if isinstance(body, dict):
+        return {key: _from_json(item, tensors) for key, item in body.items()}
+    if not isinstance(body, list):
+        return body
+    kind, *items = body
+    if kind == "tensor":
+        return tensors[items[0]]
+    values = (_from_json(item, tensors) for item in items)
+    return Size(values) if kind == "size" else tuple(values) if kind == "tuple" else list(values)
