@@ -109,12 +109,9 @@ class CheckpointStore:
 
     def _check_state(self, state: EngineState, step: int) -> None:
         own = state.find_mismatch(step)
-        found = torch.tensor(int(own is not None))
-        dist.all_reduce(found, group=self._group)
-        if not int(found):
+        faults = self._host.gather(own)
+        if not any(faults):
             return
-        faults: list[Any] = [None] * self._mesh.num_ranks
-        dist.all_gather_object(faults, own, group=self._group)
         rank, fault = next((rank, fault) for rank, fault in enumerate(faults) if fault)
         newest = self.newest_path()
         raise ConfigError(
