@@ -10,6 +10,7 @@ from beit3_ds.cli_launch import add_launch_command
 from beit3_ds.cli_weights import add_weight_commands
 from beit3_ds.config import ConfigError
 from beit3_ds.config.arguments import add_config_arguments
+from beit3_ds.storage_error import StorageError
 
 _Commands = argparse._SubParsersAction  # the type of a group of subcommands has no public name
 
@@ -27,7 +28,8 @@ training, parallel).
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit status.
 
-    That is 0, 1 if what it was asked to check is not so, or 2 after one clear line about what the user can mend.
+    That is 0, 1 if what it was asked to check is not so or the file system of the data fails, or 2 after one clear line
+    about what the user can fix.
     """
     options = _build_parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
@@ -36,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except StorageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 def _build_parser() -> argparse.ArgumentParser:

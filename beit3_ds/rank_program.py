@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from beit3_ds.config import ConfigError, RunConfig, load_run_config
 from beit3_ds.config.arguments import add_config_arguments
+from beit3_ds.storage_error import StorageError
 from beit3_ds.training.launcher import read_launch
 from beit3_ds.training.skipped_steps import NonFiniteLossError
 
@@ -23,7 +24,7 @@ def run_rank_program(
         arguments: of the command line; None takes those of the process.
 
     Returns:
-        0, or 2 after one clear line about what the user can mend.
+        0, 2 after one clear line about what the user can fix, or 1 after one about a file system that fails.
     """
     parser = argparse.ArgumentParser(prog=name, description=description)
     add_config_arguments(parser)
@@ -36,4 +37,7 @@ def run_rank_program(
     except (ConfigError, NonFiniteLossError) as error:
         print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         return 2
+    except StorageError as error:  # not 2: nothing needs to be changed before a restart
+        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        return 1
     return 0

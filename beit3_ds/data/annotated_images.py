@@ -1,6 +1,5 @@
 """Images of a folder with captions from an annotation file: one sample a caption."""
 
-import os
 from array import array
 
 import numpy as np
@@ -9,8 +8,8 @@ from PIL import Image
 
 from beit3_ds.data.captions import clean_caption
 from beit3_ds.data.compact_strings import CompactStrings, StoredStrings
-from beit3_ds.data.image_folder import printable, read_image
-from beit3_ds.data.image_source import BrokenRecord, Skipped
+from beit3_ds.data.image_folder import open_folder, read_image
+from beit3_ds.data.image_source import BrokenRecord, Skipped, printable
 
 NO_IMAGE = -1
 """Number of the image of a caption whose annotation names none."""
@@ -40,8 +39,11 @@ class AnnotatedImages:
             captions: the caption of each sample.
             image_numbers: the number of the image of each sample in `paths`, or `NO_IMAGE`.
             skipped: rows and files left out, by reason.
+
+        Raises:
+            ConfigError: if the folder is none.
         """
-        self.annotations, self.folder, self.skipped = annotations, os.path.realpath(folder), skipped
+        self.annotations, self.images, self.skipped = annotations, open_folder(folder), skipped
         self.paths, self.captions, self.image_numbers = paths, captions, image_numbers
 
     def __len__(self) -> int:
@@ -64,7 +66,7 @@ class AnnotatedImages:
         if number == NO_IMAGE:
             raise BrokenRecord(f"{self.name(index)}: the annotation names an image that the file does not list")
         try:
-            return read_image(self.folder, self.paths[number], min_side)
+            return read_image(self.images, self.paths[number], min_side)
         except ValueError as error:
             raise BrokenRecord(f"{self.name(index)}: broken image: {error}") from error
 

@@ -75,7 +75,7 @@ class StoredAnnotations(AnnotatedImages):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # NumPy would pickle a map as a copy of all it shows.
-        return StoredAnnotations, (self._path, self._files, self.folder)
+        return StoredAnnotations, (self._path, self._files, self.images.path)
 
 
 def table_path(prepared_dir: str, kind: str, annotations: str, folder: str) -> str:

@@ -118,7 +118,7 @@ def read_conceptual_captions(
 
 def _add_rows(samples: CollectedAnnotations, captions: Iterable[object]) -> None:
     """Adds the rows that have an image; None is a row that holds no caption."""
-    paths, skipped = list_images(samples.folder)
+    paths, skipped = list_images(samples.images)
     for reason, found in skipped.items():
         samples.skip(reason, found.example, found.num_members)
     rows, numbers = _image_rows(paths, samples)

@@ -1,25 +1,29 @@
 """Images that lie as files in a folder, and captions beside them."""
 
+import heapq
 import os
-import stat
-from collections.abc import Iterator
 
 from PIL import Image
 
 from beit3_ds.config import ConfigError
 from beit3_ds.data.captions import MAX_CAPTION_BYTES, decode_caption
 from beit3_ds.data.compact_strings import CompactStrings
-from beit3_ds.data.image_source import BrokenRecord, Skipped
+from beit3_ds.data.file_reading import FILE_ERRORS, read_with_retries
+from beit3_ds.data.folder import Folder
+from beit3_ds.data.image_source import BrokenRecord, Skipped, printable
 from beit3_ds.data.images import MAX_IMAGE_BYTES, decode_image
-from beit3_ds.data.shard_index import IMAGE_EXTENSIONS
+from beit3_ds.data.shard_index import IMAGE_EXTENSIONS, reason_to_skip
+
+_CAPTION, _METADATA = "txt", "json"
 
 
 class ImageFolder:
     """The images below a folder, sorted by path; the caption of `NAME.jpg` is in `NAME.txt`, if there is one.
 
-    Hidden files and folders are left out. Links to folders are not followed, and nothing is read that lies outside the
-    folder: files that are links out of it are left out and counted, as are dangling ones. Paths are kept at 8 bytes
-    beside their text.
+    Links to folders are followed, also out of the folder, as ImageNet's classes are often linked together. A folder
+    that several links lead to is listed once, so links that form a loop end. A link to a single file outside is not
+    read, and neither are hidden files. `skipped` counts all that is left out. Paths are kept at 8 bytes beside their
+    text.
     """
 
     def __init__(self, path: str) -> None:
@@ -27,9 +31,11 @@ class ImageFolder:
 
         Raises:
             ConfigError: if it is no folder or cannot be read, or no image lies in it.
+            StorageError: if the file system fails.
         """
-        self.path = os.path.realpath(path)
-        self._names, self.skipped = list_images(self.path)
+        self._folder = open_folder(path)
+        self.path = self._folder.path
+        self._names, self.skipped = list_images(self._folder)
 
     def __len__(self) -> int:
         """Images, broken ones included."""
@@ -44,9 +50,10 @@ class ImageFolder:
 
         Raises:
             BrokenRecord: if it cannot be read.
+            StorageError: if the file system fails.
         """
         try:
-            return read_image(self.path, self._names[index], min_side)
+            return read_image(self._folder, self._names[index], min_side)
         except ValueError as error:
             raise BrokenRecord(f"{self.name(index)}: broken image: {error}") from error
 
@@ -55,101 +62,144 @@ class ImageFolder:
 
         Raises:
             BrokenRecord: if it has none, or one that cannot be read.
+            StorageError: if the file system fails.
         """
-        name = os.path.splitext(self._names[index])[0] + ".txt"
+        stem = os.path.splitext(self._names[index])[0]
+        name = f"{stem}.{_CAPTION}"
+        in_capitals = f"{stem}.{_CAPTION.upper()}"
+        if not self._exists(name) and self._exists(in_capitals):
+            name = in_capitals
         try:
-            return decode_caption(read_file(self.path, name, MAX_CAPTION_BYTES))
+            return decode_caption(self._folder.read(name, MAX_CAPTION_BYTES))
         except ValueError as error:
             raise BrokenRecord(f"{self.name(index)}: broken caption: {error}") from error
 
+    def _exists(self, name: str) -> bool:
+        return os.path.lexists(os.path.join(self.path, name))
 
-def list_images(folder: str) -> tuple[CompactStrings, dict[str, Skipped]]:
+
+def open_folder(path: str) -> Folder:
+    """Opens a folder of images.
+
+    Raises:
+        ConfigError: if it is none, or cannot be read.
+        StorageError: if the file system fails.
+    """
+    try:
+        return Folder(path)
+    except OSError as error:
+        raise ConfigError(
+            f"data: folder {printable(path)} cannot be listed: {error}. Correct the path in the config."
+        ) from error
+
+
+def list_images(folder: Folder) -> tuple[CompactStrings, dict[str, Skipped]]:
     """Lists the images below a folder by their paths in it, sorted, and what was left out.
 
     Raises:
-        ConfigError: if it is no folder or cannot be read, or no image lies in it.
+        ConfigError: if a folder below cannot be read, or no image lies in it.
+        StorageError: if the file system fails.
     """
-    names: list[str] = []
-    links: list[str] = []
+    listing = _Listing(folder)
     try:
-        for name in _walk(folder):
-            path = os.path.join(folder, name)
-            is_file_inside = not os.path.islink(path) or (is_inside(folder, name) and os.path.isfile(path))
-            (names if is_file_inside else links).append(name)
+        listing.walk()
     except OSError as error:
         raise ConfigError(
-            f"data: folder {folder} cannot be listed: {error}. Correct the path in the config."
+            f"data: folder {printable(folder.path)} cannot be listed: {error}. Make it readable, or move it."
         ) from error
-    if not names:
-        raise ConfigError(
-            f"data: no image ({', '.join(IMAGE_EXTENSIONS)}) lies below {folder}. Correct the path in the config."
+    if not listing.names:
+        left_out = "; ".join(
+            f"{found.num_members:,} left out, {reason} ({printable(found.example)})"
+            for reason, found in listing.skipped.items()
         )
-    skipped = {"link out of the folder, or to no file": Skipped(len(links), printable(min(links)))} if links else {}
-    return CompactStrings(sorted(names)), skipped
+        raise ConfigError(
+            f"data: no image ({', '.join(IMAGE_EXTENSIONS)}) lies below {printable(folder.path)}"
+            f"{f': {left_out}' if left_out else ''}. Correct the path in the config."
+        )
+    return CompactStrings(sorted(listing.names)), listing.skipped
 
 
-def read_image(folder: str, name: str, min_side: int | None) -> Image.Image:
-    """Decodes the image `name` in a folder, which must be a real path, as `decode_image` does.
+def read_image(folder: Folder, name: str, min_side: int | None) -> Image.Image:
+    """Decodes the image `name` in a folder as `decode_image` does.
 
     Raises:
         ValueError: if it cannot be read, or lies outside.
+        StorageError: if the file system fails.
     """
-    return decode_image(read_file(folder, name, MAX_IMAGE_BYTES), min_side)
+    return decode_image(folder.read(name, MAX_IMAGE_BYTES), min_side)
 
 
-def read_file(folder: str, name: str, limit: int) -> bytes:
-    """Reads the file `name` in a folder, which must be a real path.
+class _Listing:
+    """What lies below a folder. Every real folder is listed once: by its own path, else by the first link to it."""
 
-    Raises:
-        ValueError: if it lies outside the folder (by `..`, as an absolute path or through a link), is no plain file, is
-            longer than `limit` bytes or cannot be read.
-    """
+    def __init__(self, folder: Folder) -> None:
+        self.names: list[str] = []
+        self.skipped: dict[str, Skipped] = {}
+        self._folder = folder
+        self._seen: set[tuple[int, int]] = set()
+        self._folders = [""]
+        self._links: list[str] = []  # a heap: which link comes first must not depend on the file system
+
+    def walk(self) -> None:
+        while self._folders or self._links:
+            inside = self._folders.pop() if self._folders else heapq.heappop(self._links)
+            path = os.path.join(self._folder.path, inside)
+            status = read_with_retries(lambda path=path: os.stat(path), path)  # type: ignore[misc]
+            if (status.st_dev, status.st_ino) in self._seen:
+                self._skip("folder that was listed by another path", inside)
+                continue
+            self._seen.add((status.st_dev, status.st_ino))
+            self._list(inside, read_with_retries(lambda path=path: _entries(path), path))  # type: ignore[misc]
+
+    def _list(self, inside: str, entries: list[os.DirEntry[str]]) -> None:
+        images: set[str] = set()
+        texts: list[tuple[str, str]] = []
+        for entry in entries:
+            name, (stem, _, extension) = os.path.join(inside, entry.name), entry.name.rpartition(".")
+            extension = extension.lower()
+            if entry.name.startswith("."):
+                self._skip("hidden file or folder", name)
+            elif _is_folder(entry):
+                if entry.is_symlink():
+                    heapq.heappush(self._links, name)
+                else:
+                    self._folders.append(name)
+            elif extension in IMAGE_EXTENSIONS:
+                if self._add_image(entry, name):
+                    images.add(stem)
+            elif extension in (_CAPTION, _METADATA):
+                texts.append((stem, name))
+            else:
+                self._skip(reason_to_skip(extension), name)
+        for stem, name in texts:
+            if stem not in images:
+                self._skip("text or JSON file without an image", name)
+
+    def _add_image(self, entry: os.DirEntry[str], name: str) -> bool:
+        path = os.path.join(self._folder.path, name)
+        if entry.is_symlink() and not (self._folder.contains(name) and os.path.isfile(path)):
+            self._skip("link to a file out of the folder, or to no file", name)
+        elif not entry.is_symlink() and not entry.is_file():
+            self._skip("no plain file", name)
+        else:
+            self.names.append(name)
+            return True
+        return False
+
+    def _skip(self, reason: str, example: str) -> None:
+        count, first = self.skipped.get(reason, (0, example))
+        self.skipped[reason] = Skipped(count + 1, min(first, example))
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return list(entries)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
-        return _read_file(folder, name, limit)
-    except OSError as error:  # its text names the file, which would make every message another reason
-        raise ValueError(error.strerror) from error
-
-
-def is_inside(folder: str, name: str) -> bool:
-    """Whether `name` in a folder, which must be a real path, lies in it after all links.
-
-    Raises:
-        ValueError: for a name with NUL.
-    """
-    return os.path.realpath(os.path.join(folder, name)).startswith(os.path.join(folder, ""))
-
-
-def printable(path: str) -> str:
-    """A path for messages: bytes that are not UTF-8 are spelled out."""
-    return path.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _read_file(folder: str, name: str, limit: int) -> bytes:
-    if not is_inside(folder, name):
-        raise ValueError(f"it leads out of the folder {folder}")
-    # Opening a pipe would wait for its other end.
-    with open(os.open(os.path.join(folder, name), os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("no plain file")
-        if status.st_size > limit:
-            raise ValueError(f"{status.st_size} bytes exceed the limit of {limit}")
-        return file.read(limit)
-
-
-def _walk(folder: str) -> Iterator[str]:
-    """Yields the paths of files with an image's extension, without opening them; devices and pipes left out."""
-    pending = [""]
-    while pending:
-        inside = pending.pop()
-        with os.scandir(os.path.join(folder, inside)) as entries:
-            for entry in entries:
-                name = os.path.join(inside, entry.name)
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append(name)
-                elif entry.name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and (
-                    entry.is_symlink() or entry.is_file(follow_symlinks=False)
-                ):
-                    yield name
+        return entry.is_dir()
+    except OSError as error:  # a link to itself
+        if error.errno in FILE_ERRORS:
+            return False
+        raise

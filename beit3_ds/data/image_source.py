@@ -18,6 +18,11 @@ class Skipped(NamedTuple):
     """Name of the first."""
 
 
+def printable(path: str) -> str:
+    """Returns a path for messages: bytes that are not UTF-8 are spelled out."""
+    return path.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 class ImageSource(Protocol):
     """Images, with captions if the corpus has them, by number.
 
@@ -44,6 +49,7 @@ class ImageSource(Protocol):
 
         Raises:
             BrokenRecord: if it has none, or one that cannot be read.
+            StorageError: if the file system fails.
         """
 
     def caption(self, index: int) -> str:
@@ -51,4 +57,5 @@ class ImageSource(Protocol):
 
         Raises:
             BrokenRecord: if it has none, or one that cannot be read.
+            StorageError: if the file system fails.
         """

@@ -61,6 +61,6 @@ def _verify(stored: StoredAnnotations, read: AnnotatedImages, path: str) -> None
     if all(np.array_equal(then, now) for then, now in columns) and stored.skipped == read.skipped:
         return
     raise ConfigError(
-        f"data: {read.annotations} or the images in {read.folder} no longer fit the table {path}. If the change is "
-        "meant, run `beit3 prepare index` without --verify; else fetch them again."
+        f"data: {read.annotations} or the images in {read.images.path} no longer fit the table {path}. If the change "
+        "is meant, run `beit3 prepare index` without --verify; else fetch them again."
     )

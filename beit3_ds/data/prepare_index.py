@@ -14,8 +14,7 @@ from tqdm import tqdm
 
 from beit3_ds.config import ConfigError, DataConfig
 from beit3_ds.data.files import expand_patterns
-from beit3_ds.data.image_folder import printable
-from beit3_ds.data.image_source import Skipped
+from beit3_ds.data.image_source import Skipped, printable
 from beit3_ds.data.shard_index import StoredIndex, index_path, scan_shard, write_index
 from beit3_ds.data.sources import image_format
 

@@ -5,6 +5,7 @@ was left out and why), then one record of fixed width a sample. So a record is o
 to be kept in memory, and the system's page cache serves all processes of a machine.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from beit3_ds.config import ConfigError
+from beit3_ds.data.file_kinds import kind_of_file
+from beit3_ds.data.file_reading import read_range, read_with_retries, storage_error
 from beit3_ds.data.files import written_aside
 from beit3_ds.data.image_source import Skipped
 from beit3_ds.data.tar_members import TarError, TarMember, iterate_tar_members
@@ -25,10 +28,32 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 """Extensions of a sample's image, in lower case; the format itself is told by content."""
 CAPTION_EXTENSIONS = ("txt", "json")
 """Extensions of a sample's caption, the first one preferred; of JSON the value of `caption`, as img2dataset writes."""
+UNREAD_IMAGE_EXTENSIONS = (
+    *(
+        "avif",
+        "heic",
+        "heif",
+        "jp2",
+        "j2k",
+        "jxl",
+        "jfif",
+        "svg",
+        "ico",
+        "psd",
+        "tga",
+        "ppm",
+        "pgm",
+        "pbm",
+        "exr",
+        "hdr",
+    ),
+    *("dng", "cr2", "nef", "arw", "raw", "eps"),
+)
+"""Extensions of images in formats that `images.decode_image` does not read."""
 NO_MEMBER = -1
 """Size of a member that a sample does not have."""
 
-_FORMAT = 1
+_FORMAT = 2  # of the file and of the rule that groups members into samples
 _MAX_HEADER_BYTES = 1 << 20
 _MEMBER = np.dtype([("offset", "<i8"), ("size", "<i8"), ("crc32", "<u4")])
 _EXTENSIONS = (*IMAGE_EXTENSIONS, *CAPTION_EXTENSIONS)
@@ -95,7 +120,7 @@ class StoredIndex:
         """Reads the record of one sample.
 
         Raises:
-            OSError: if the index file has vanished or shrunk.
+            StorageError: if the index file has vanished or shrunk, or cannot be read.
         """
         return self._read(index, 1)[0]
 
@@ -111,10 +136,10 @@ class StoredIndex:
         return records
 
     def _read(self, first: int, count: int) -> NDArray[np.void]:
-        with open(self.path, "rb", buffering=0) as file:
-            data = os.pread(file.fileno(), count * self._type.itemsize, self._start + first * self._type.itemsize)
-        if len(data) < count * self._type.itemsize:
-            raise OSError(f"index {self.path} is cut off")
+        size = count * self._type.itemsize
+        data = read_range(self.path, self._start + first * self._type.itemsize, size)
+        if len(data) < size:
+            raise storage_error(self.path, OSError("the index file is cut off"), attempts=1)
         return np.frombuffer(data, self._type)
 
     def _check_tar(self, tar: str, made_from: tuple[int, int]) -> None:
@@ -135,35 +160,32 @@ def index_path(prepared_dir: str, tar: str) -> str:
 
 
 def scan_shard(tar: str, with_checksums: bool = False) -> ShardIndex:
-    """Indexes a tar from its headers; with checksums it reads the images and captions, too.
+    """Indexes a tar from its headers; with checksums it reads the images and captions, too. It may hold no samples.
 
     Of several members with one name, or several images of one sample, the first counts.
 
     Raises:
-        ConfigError: if it is unreadable, no tar, damaged, cut off, empty, or changes meanwhile.
+        ConfigError: if it is unreadable, no tar, damaged, cut off, or changes meanwhile.
+        StorageError: if the file system fails.
     """
-    samples: dict[str, _Sample] = {}
-    skipped: dict[str, Skipped] = {}
     before = _stat(tar)
     try:
-        with open(tar, "rb", buffering=0) as file:
-            for member in iterate_tar_members(file.fileno()):
-                reason = member.skip_reason or _add(samples, member, file.fileno() if with_checksums else None)
-                if reason:
-                    count, example = skipped.get(reason, (0, member.name))
-                    skipped[reason] = Skipped(count + 1, example)
+        samples, skipped = read_with_retries(lambda: _scan(tar, with_checksums), tar)
     except (OSError, TarError) as error:
         raise ConfigError(
-            f"data: {tar} cannot be read as an uncompressed tar shard: {error}. Fetch it again, or leave it out of "
-            "the config: a tar is used whole or not at all."
+            f"data: {tar} cannot be read as an uncompressed tar shard: {error}. {_advice(tar)}"
         ) from error
-    if not samples:
-        raise ConfigError(f"data: {tar} holds no samples. Leave it out of the config.")
     if (before.st_size, before.st_mtime_ns) != (_stat(tar).st_size, _stat(tar).st_mtime_ns):
         raise ConfigError(f"data: {tar} changed while it was read. Wait until it is complete.")
     return ShardIndex(
         records=_to_records(samples), tar_size=before.st_size, tar_mtime_ns=before.st_mtime_ns, skipped=skipped
     )
+
+
+def reason_to_skip(extension: str) -> str:
+    """Says why a file with an extension, in lower case, is no part of a sample."""
+    is_image = extension in UNREAD_IMAGE_EXTENSIONS
+    return "image in a format that is not read" if is_image else "neither image nor caption, by its extension"
 
 
 def write_index(index: ShardIndex, path: str) -> None:
@@ -192,14 +214,59 @@ class _Sample(NamedTuple):
     """Offset, size and CRC-32 by extension."""
 
 
-def _add(samples: dict[str, _Sample], member: TarMember, descriptor: int | None) -> str:
+class _Candidate(NamedTuple):
+    """A member whose extension is one of a sample's members."""
+
+    key: str
+    """Its name without the extension."""
+    extension: str
+    """In lower case."""
+    member: TarMember
+    """Where it lies."""
+
+
+def _scan(tar: str, with_checksums: bool) -> tuple[dict[str, _Sample], dict[str, Skipped]]:
+    """Groups the members of a tar into samples; returns them by key, and the members left out, by reason."""
+    samples: dict[str, _Sample] = {}
+    skipped: dict[str, Skipped] = {}
+    candidates: list[_Candidate] = []
+
+    def skip(reason: str, name: str) -> None:
+        count, example = skipped.get(reason, (0, name))
+        skipped[reason] = Skipped(count + 1, example)
+
+    with open(tar, "rb", buffering=0) as file:
+        for member in iterate_tar_members(file.fileno()):
+            key, _, extension = member.name.rpartition(".")
+            extension = extension.lower()
+            if member.skip_reason:
+                skip(member.skip_reason, member.name)
+            elif member.name.rpartition("/")[2].startswith("."):
+                skip("hidden file", member.name)  # such as those that macOS adds
+            elif not key or extension not in _EXTENSIONS:
+                skip(reason_to_skip(extension), member.name)
+            else:
+                candidates.append(_Candidate(key, extension, member))
+        keys = {candidate.key for candidate in candidates}
+        for candidate in candidates:
+            if (first := _key_to_first_dot(candidate.key)) != candidate.key and first in keys:
+                reason = "further part of a sample (KEY.PART.png beside KEY.png or KEY.txt)"
+            else:
+                reason = _add(samples, candidate, file.fileno() if with_checksums else None)
+            if reason:
+                skip(reason, candidate.member.name)
+    return samples, skipped
+
+
+def _key_to_first_dot(key: str) -> str:
+    folder, slash, name = key.rpartition("/")
+    return f"{folder}{slash}{name.partition('.')[0]}"
+
+
+def _add(samples: dict[str, _Sample], candidate: _Candidate, descriptor: int | None) -> str:
     """Files a member under its sample; returns the reason if it is left out."""
-    folder, _, name = member.name.rpartition("/")
-    stem, _, extension = name.partition(".")
-    extension = extension.lower()
-    if not stem or extension not in _EXTENSIONS:
-        return ""  # a hidden file, such as those that macOS adds, or one that is none of ours
-    members = samples.setdefault(f"{folder}/{stem}" if folder else stem, _Sample({})).members
+    extension, member = candidate.extension, candidate.member
+    members = samples.setdefault(candidate.key, _Sample({})).members
     if extension in members:
         return "name twice"
     if extension in IMAGE_EXTENSIONS and not members.keys().isdisjoint(IMAGE_EXTENSIONS):
@@ -207,6 +274,22 @@ def _add(samples: dict[str, _Sample], member: TarMember, descriptor: int | None)
     crc32 = 0 if descriptor is None else _checksum(descriptor, member)
     members[extension] = (member.offset, member.size, crc32)
     return ""
+
+
+def _advice(tar: str) -> str:
+    """Says what to do with a file that is no tar."""
+    with contextlib.suppress(OSError):
+        kind = kind_of_file(tar)
+        if kind.endswith(("gzip data", "Zstandard data", "bzip2 data", "xz data", "LZ4 data")):
+            return f"It holds {kind}: decompress it, since single samples are read from their places in the tar."
+        if kind and kind != "a tar archive":
+            return f"It holds {kind}: leave it out of the pattern."
+    if tar.lower().endswith((".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt")):
+        return (
+            'A file of captions needs its own format, such as "format": "conceptual_captions" with "images": '
+            "FOLDER, or leave it out of the pattern (write *.tar)."
+        )
+    return "Fetch it again, or leave it out of the config: a tar is used whole or not at all."
 
 
 def _checksum(descriptor: int, member: TarMember) -> int:
@@ -221,7 +304,7 @@ def _checksum(descriptor: int, member: TarMember) -> int:
 
 def _to_records(samples: dict[str, _Sample]) -> NDArray[np.void]:
     keys = [key.encode("utf-8", "surrogateescape") for key in samples]
-    records = np.zeros(len(keys), dtype=_record_type(max(map(len, keys))))
+    records = np.zeros(len(keys), dtype=_record_type(max(map(len, keys), default=1)))
     records["key"] = keys
     missing = (0, NO_MEMBER, 0)
     for record, sample in zip(records, samples.values(), strict=True):
@@ -234,6 +317,6 @@ def _to_records(samples: dict[str, _Sample]) -> NDArray[np.void]:
 
 def _stat(tar: str) -> os.stat_result:
     try:
-        return os.stat(tar)
+        return read_with_retries(lambda: os.stat(tar), tar)
     except OSError as error:
         raise ConfigError(f"data: {tar} cannot be read: {error}. Correct the path in the config.") from error

@@ -1,12 +1,14 @@
 """Random access to the images and captions in WebDataset tar shards, without unpacking them."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from PIL import Image
 
+from beit3_ds.config import ConfigError
 from beit3_ds.data.captions import MAX_JSON_BYTES, decode_caption, decode_json_caption
+from beit3_ds.data.file_reading import read_range
 from beit3_ds.data.files import expand_patterns
 from beit3_ds.data.image_source import BrokenRecord, Skipped
 from beit3_ds.data.images import MAX_IMAGE_BYTES, decode_image
@@ -20,15 +22,18 @@ from beit3_ds.data.shard_index import (
     scan_shard,
 )
 
+_EMPTY = "tar without samples"
 _KINDS = {"image": (IMAGE_EXTENSIONS, MAX_IMAGE_BYTES), "caption": (CAPTION_EXTENSIONS, MAX_JSON_BYTES)}
 
 
 class TarShards:
     """The samples of uncompressed tar files, in the order of files and of each sample's first member.
 
-    By WebDataset's rule the members `folder/KEY.webp` and `folder/KEY.txt` are the image and the caption of the
-    sample `folder/KEY`: the key ends at the first dot of the file name. Without `KEY.txt` the caption is the value of
-    `caption` in `KEY.json`. Other members are left alone.
+    The members `folder/KEY.webp` and `folder/KEY.txt` are the image and the caption of the sample `folder/KEY`. Without
+    `KEY.txt` the caption is the value of `caption` in `KEY.json`. A key may hold dots: `v.one.jpg` and `v.two.jpg` are
+    two samples. WebDataset ends a key at its first dot instead, for samples of several parts: where `KEY.jpg`,
+    `KEY.txt` or `KEY.json` is there, too, `KEY.seg.png` is a further part of that sample and is left out. So nothing
+    that either rule takes for a sample is lost without a count. All other members are counted in `skipped`.
 
     What is found in real corpora, and what becomes of it:
 
@@ -37,7 +42,10 @@ class TarShards:
     | tar cut off, also between two members; damaged header; second tar appended | refused: `ConfigError` |
     | tar unlike its index in size or modification time | refused: `ConfigError` |
     | changed bytes under an old date | found by `beit3 prepare index --verify` |
-    | one name twice; a second image of a sample | the first counts, the others are in `skipped` |
+    | one name twice; a second image or a further part of a sample | the first counts, the others are in `skipped` |
+    | hidden files; other extensions, image formats that are not read | in `skipped` |
+    | tar without samples | in `skipped`; refused if no tar has any: `ConfigError` |
+    | tar or index gone, unreadable after retries | the run ends: `StorageError` |
     | links, devices, sparse files, names with `..` or a leading `/` | never read, in `skipped` |
     | image empty, cut off, too large, no image, of unknown white | `BrokenRecord` |
     | image under another format's extension | read: the content tells |
@@ -57,12 +65,15 @@ class TarShards:
             prepared_dir: the folder that `beit3 prepare index` wrote; None scans.
 
         Raises:
-            ConfigError: for a pattern without a match, a file that is unreadable, no tar, damaged, cut off or empty,
-                or one that no longer fits its index.
+            ConfigError: for a pattern without a match, a file that is unreadable, no tar, damaged or cut off, one that
+                no longer fits its index, or tars that hold no samples at all.
+            StorageError: if the file system fails.
         """
         self.paths = expand_patterns(patterns)
         self._indices = [_open_index(path, prepared_dir) for path in self.paths]
         self._ends = np.cumsum([len(index) for index in self._indices])
+        if not len(self):
+            raise ConfigError(f"data: {_shorten(self.paths)} holds no samples{_all_left_out(self.skipped)}.")
 
     def __len__(self) -> int:
         """Samples in all shards, broken ones included: what stands where must not depend on what can be read."""
@@ -73,6 +84,9 @@ class TarShards:
         """Members of all shards that are left out, by reason; an example is named with its shard."""
         total: dict[str, Skipped] = {}
         for path, index in zip(self.paths, self._indices, strict=True):
+            if not len(index):
+                count, example = total.get(_EMPTY, (0, path))
+                total[_EMPTY] = Skipped(count + 1, example)
             for reason, found in index.skipped.items():
                 count, example = total.get(reason, (0, f"{path}:{found.example}"))
                 total[reason] = Skipped(count + found.num_members, example)
@@ -115,10 +129,7 @@ class TarShards:
         shard = int(np.searchsorted(self._ends, index, side="right"))
         found = self._indices[shard]
         number = index - int(self._ends[shard]) + len(found)
-        try:
-            return shard, found.record(number)
-        except OSError as error:
-            raise BrokenRecord(f"{self.paths[shard]}: sample {number}: {error}") from error
+        return shard, found.record(number)
 
 
 def _open_index(tar: str, prepared_dir: str | None) -> ShardIndex | StoredIndex:
@@ -127,6 +138,15 @@ def _open_index(tar: str, prepared_dir: str | None) -> ShardIndex | StoredIndex:
         if os.path.exists(path):
             return StoredIndex(path, tar)
     return scan_shard(tar)
+
+
+def _shorten(paths: Sequence[str]) -> str:
+    return paths[0] if len(paths) == 1 else f"none of {len(paths)} tars, {paths[0]} to {paths[-1]},"
+
+
+def _all_left_out(skipped: Mapping[str, Skipped]) -> str:
+    reasons = [f"{found.num_members:,} {reason} ({found.example})" for reason, found in skipped.items()]
+    return f": left out are {'; '.join(reasons)}" if reasons else ""
 
 
 def _name(tar: str, record: np.void) -> str:
@@ -141,9 +161,8 @@ def _read(tar: str, record: np.void, kind: str) -> bytes:
     if not 0 <= size <= limit:
         raise BrokenRecord(f"{_name(tar, record)}: {kind} of {size} bytes exceeds the limit of {limit}")
     try:
-        with open(tar, "rb", buffering=0) as file:
-            data = os.pread(file.fileno(), size, offset)
-    except (OSError, OverflowError) as error:
+        data = read_range(tar, offset, size)
+    except (ValueError, OverflowError) as error:  # a damaged index
         raise BrokenRecord(f"{_name(tar, record)}: {error}") from error
     if len(data) < size:
         raise BrokenRecord(f"{_name(tar, record)}: only {len(data)} of {size} bytes left; has the shard changed?")

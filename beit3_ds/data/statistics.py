@@ -12,8 +12,7 @@ import numpy as np
 
 from beit3_ds.config import DataConfig
 from beit3_ds.data.files import expand_patterns
-from beit3_ds.data.image_folder import printable
-from beit3_ds.data.image_source import BrokenRecord, ImageSource, Skipped
+from beit3_ds.data.image_source import BrokenRecord, ImageSource, Skipped, printable
 from beit3_ds.data.sources import open_images
 from beit3_ds.data.text_files import BrokenLines, read_paragraphs, whole_file
 from beit3_ds.data.texts import texts_folder

@@ -9,8 +9,10 @@ import pytest
 
 from beit3_ds.config import ConfigError
 from beit3_ds.data.compact_strings import CompactStrings
-from beit3_ds.data.image_folder import ImageFolder, is_inside
+from beit3_ds.data.folder import Folder
+from beit3_ds.data.image_folder import ImageFolder
 from beit3_ds.data.image_source import BrokenRecord
+from beit3_ds.storage_error import StorageError
 
 
 def _write(folder: Path, files: dict[str, bytes]) -> str:
@@ -31,7 +33,11 @@ def test_images_sorted_with_captions(tmp_path: Path, png: bytes) -> None:
     with pytest.raises(BrokenRecord, match=r"z\.JPG: broken caption: .*No such file"):
         source.caption(1)
     assert all(source.image(i).mode == "RGB" for i in range(3))
-    assert source.skipped == {}
+    assert source.skipped == {
+        "hidden file or folder": (3, ".cache"),
+        "neither image nor caption, by its extension": (1, "a.png.part"),
+        "text or JSON file without an image": (1, "notes.txt"),
+    }
 
 
 def test_links_out_of_the_folder_are_left_out(tmp_path: Path, png: bytes) -> None:
@@ -41,13 +47,11 @@ def test_links_out_of_the_folder_are_left_out(tmp_path: Path, png: bytes) -> Non
     (folder / "2-in.png").symlink_to("real/a.png")
     (folder / "3-dangling.png").symlink_to("nowhere.png")
     (folder / "4-loop.png").symlink_to("4-loop.png")
-    (folder / "5-folder").symlink_to(tmp_path / "inside-or-not")
-    (folder / "6-above").symlink_to("..")
     (folder / "real/c.txt").symlink_to(tmp_path / "inside-or-not/c.txt")
     source = ImageFolder(str(folder))
     names = [os.path.relpath(source.name(i), folder) for i in range(len(source))]
     assert names == ["2-in.png", "real/a.png", "real/b.png", "real/c.png"]
-    assert source.skipped == {"link out of the folder, or to no file": (3, "1-out.png")}
+    assert source.skipped == {"link to a file out of the folder, or to no file": (3, "1-out.png")}
     with pytest.raises(BrokenRecord, match="leads out of the folder"):
         source.caption(3)
     (folder / "real/b.png").unlink()  # after the listing
@@ -56,9 +60,45 @@ def test_links_out_of_the_folder_are_left_out(tmp_path: Path, png: bytes) -> Non
         source.image(2)
 
 
+def test_class_folders_behind_links_are_read_once(tmp_path: Path, png: bytes) -> None:
+    _write(tmp_path / "disk", {"cat/1.png": png, "cat/1.txt": b"a cat", "dog/2.png": png, "dog/more/3.png": png})
+    folder = Path(_write(tmp_path / "train", {"bird/0.png": png, "bird/0.TXT": b"a bird"}))
+    (folder / "cat").symlink_to(tmp_path / "disk/cat")
+    (folder / "dog").symlink_to(tmp_path / "disk/dog")
+    (folder / "a-second-cat").symlink_to(tmp_path / "disk/cat")
+    (folder / "zoo").symlink_to("bird")
+    (tmp_path / "disk/dog/more/up").symlink_to(tmp_path / "disk/dog")  # a loop
+    (folder / "bird/above").symlink_to("../..")  # a loop through folders above
+    (folder / "gone").symlink_to("nowhere")
+    source = pickle.loads(pickle.dumps(ImageFolder(str(folder))))
+    names = [os.path.relpath(source.name(i), folder) for i in range(len(source))]
+    # catches links that are not followed, an endless walk, and images that count twice
+    assert sorted(os.path.basename(name) for name in names) == ["0.png", "1.png", "2.png", "3.png"]
+    assert "bird/0.png" in names  # by its own path, although `zoo` leads there, too
+    assert all(source.image(i).mode == "RGB" for i in range(4))
+    assert {source.caption(i) for i, name in enumerate(names) if name[-5] in "01"} == {"a bird", "a cat"}
+    assert source.skipped["folder that was listed by another path"].num_members >= 4
+    assert source.skipped["neither image nor caption, by its extension"] == (1, "gone")
+
+
+def test_a_folder_that_is_gone_ends_the_run(tmp_path: Path, png: bytes) -> None:
+    source = ImageFolder(_write(tmp_path / "mount", {"a.png": png, "b.png": png}))
+    (tmp_path / "mount/a.png").unlink()
+    with pytest.raises(BrokenRecord, match=r"a\.png: broken image: No such file"):
+        source.image(0)  # one deleted file is a broken record
+    (tmp_path / "mount").rename(tmp_path / "elsewhere")
+    with pytest.raises(StorageError, match=rf"{tmp_path}/mount.*no longer mounted"):
+        source.image(1)
+    (tmp_path / "mount").mkdir()  # what is left of a mount point
+    with pytest.raises(StorageError, match="another folder is there now"):
+        source.image(1)  # catches a run whose budget is used up by a file system that was unmounted
+
+
 def test_a_folder_beside_with_the_same_beginning_is_outside(tmp_path: Path) -> None:
-    assert is_inside(str(tmp_path / "a"), "b.png")
-    assert not is_inside(str(tmp_path / "a"), "../ab.png")  # catches a comparison without the separator
+    for name in ("a", "ab"):
+        _write(tmp_path / name, {"b.png": b""})
+    assert Folder(str(tmp_path / "a")).contains("b.png")
+    assert not Folder(str(tmp_path / "a")).contains("../ab/b.png")  # catches a comparison without the separator
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path, png: bytes) -> None:

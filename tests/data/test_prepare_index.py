@@ -106,7 +106,7 @@ def test_a_damaged_index_is_named(tars: list[str], tmp_path: Path) -> None:
     prepare_indices(tars, str(tmp_path), num_processes=1)
     path = Path(index_path(str(tmp_path), tars[0]))
     whole = path.read_bytes()
-    for damaged in (b"", whole[:-1], whole[:20], b"[]\n", b"{}\n", whole.replace(b'"format": 1', b'"format": 9')):
+    for damaged in (b"", whole[:-1], whole[:20], b"[]\n", b"{}\n", whole.replace(b'"format": 2', b'"format": 9')):
         path.write_bytes(damaged)
         with pytest.raises(ConfigError, match=rf"{path.name} of .* is damaged"):
             TarShards(tars, str(tmp_path))

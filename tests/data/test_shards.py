@@ -1,11 +1,19 @@
 """Tar shards: grouping, reading, and errors that name the file."""
 
+import gzip
+import os
+import socket
 from pathlib import Path
 
 import pytest
 
 from beit3_ds.config import ConfigError
+from beit3_ds.data import file_reading
+from beit3_ds.data.files import expand_patterns
+from beit3_ds.data.prepare_index import prepare_indices
+from beit3_ds.data.shard_index import index_path
 from beit3_ds.data.shards import BrokenRecord, TarShards
+from beit3_ds.storage_error import StorageError
 from tests.data.conftest import WriteTar
 
 
@@ -24,6 +32,25 @@ def test_members_are_grouped_by_webdatasets_rule(tmp_path: Path, write_tar: Writ
     assert [shards.name(i).rpartition(":")[2] for i in range(len(shards))] == ["a/1", "b/1", "c.1/2"]
     assert [shards.caption(i) for i in range(2)] == ["one", "another"]
     assert all(shards.image(i).mode == "RGB" for i in range(3))
+
+
+def test_keys_with_dots_are_samples_of_their_own(tmp_path: Path, write_tar: WriteTar, png: bytes) -> None:
+    members = {f"v.{name}.{kind}": data for name in ("one", "two") for kind, data in (("jpg", png), ("txt", b"cap"))}
+    members |= {"1.5 m/a.b/Dr. No.JPEG": png, "1.5 m/a.b/Dr. No.json": b'{"caption": "a doctor"}'}
+    members |= {"x.png": png, "x.left.png": png, "x.0.txt": b"of x", "c.txt": b"c", "c.seg.png": png}
+    members |= {"y.avif": b"", "z.cls": b"3", "noext": b"", "w/.DS_Store": b"", "w/._x.png": b""}
+    shards = TarShards([write_tar(tmp_path / "s.tar", members)])
+    names = [shards.name(i).rpartition(":")[2] for i in range(len(shards))]
+    assert names == ["v.one", "v.two", "1.5 m/a.b/Dr. No", "x", "c"]  # catches samples lost at their first dot
+    assert [shards.caption(i) for i in range(3)] == ["cap", "cap", "a doctor"]
+    assert all(shards.image(i).mode == "RGB" for i in range(4))
+    # catches a member that is neither read nor counted
+    assert {reason: found.num_members for reason, found in shards.skipped.items()} == {
+        "further part of a sample (KEY.PART.png beside KEY.png or KEY.txt)": 3,
+        "image in a format that is not read": 1,
+        "neither image nor caption, by its extension": 2,
+        "hidden file": 2,
+    }
 
 
 def test_several_shards_in_sorted_order(tmp_path: Path, write_tar: WriteTar, png: bytes) -> None:
@@ -71,6 +98,37 @@ def test_other_files_and_empty_tars_are_refused(tmp_path: Path, write_tar: Write
         TarShards([write_tar(tmp_path / "empty.tar", {})])
 
 
+def test_an_empty_tar_among_others_is_counted(tmp_path: Path, write_tar: WriteTar, png: bytes) -> None:
+    for name, members in {"0": {}, "1": {"a.png": png}, "2": {"x.mp4": b""}, "3": {"b.png": png}, "4": {}}.items():
+        write_tar(tmp_path / f"{name}.tar", members)
+    pattern = str(tmp_path / "*.tar")
+    prepare_indices(expand_patterns([pattern]), str(tmp_path), num_processes=1)
+    for shards in (TarShards([pattern]), TarShards([pattern], str(tmp_path))):
+        assert [shards.name(i).rpartition("/")[2] for i in range(2)] == ["1.tar:a", "3.tar:b"]
+        assert shards.image(1).mode == "RGB"
+        assert shards.skipped["tar without samples"] == (3, str(tmp_path / "0.tar"))
+        assert shards.skipped["neither image nor caption, by its extension"].num_members == 1
+    with pytest.raises(ConfigError, match=r"none of 2 tars.*holds no samples.*x\.mp4"):
+        TarShards([str(tmp_path / "[24].tar")])
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "advice"),
+    [
+        ("a.tar", gzip.compress(b"some members"), "gzip data: decompress it"),
+        ("a.tar.gz", gzip.compress(b"some members"), "gzip data: decompress it"),
+        ("a.csv", b"http://x/1.jpg,a dog\n" * 99, 'needs its own format, such as "format": "conceptual_captions"'),
+        ("a.zip", b"PK\x03\x04" + bytes(600), "a zip archive: leave it out"),
+        ("a.tar", b"", "Fetch it again"),
+    ],
+)
+def test_a_file_that_is_no_tar_is_told_what_to_do(tmp_path: Path, name: str, data: bytes, advice: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ConfigError) as caught:
+        TarShards([str(tmp_path / name)])
+    assert advice in str(caught.value)
+
+
 def test_broken_records_name_shard_key_and_reason(tmp_path: Path, write_tar: WriteTar, png: bytes) -> None:
     members = {
         "cut.png": png[:60],
@@ -90,12 +148,27 @@ def test_broken_records_name_shard_key_and_reason(tmp_path: Path, write_tar: Wri
         shards.caption(2)
 
 
-def test_a_shard_that_vanishes_or_shrinks_breaks_its_records(tmp_path: Path, write_tar: WriteTar, png: bytes) -> None:
+def test_a_shard_that_shrinks_breaks_its_records(tmp_path: Path, write_tar: WriteTar, png: bytes) -> None:
     path = Path(write_tar(tmp_path / "s.tar", {"a.png": png}))
     shards = TarShards([str(path)])
     path.write_bytes(path.read_bytes()[:600])
     with pytest.raises(BrokenRecord, match=r"88 of \d+ bytes"):
         shards.image(0)
-    path.unlink()
-    with pytest.raises(BrokenRecord, match=r"s\.tar:a"):
-        shards.image(0)
+
+
+def test_a_shard_or_index_that_vanishes_ends_the_run(
+    tmp_path: Path, write_tar: WriteTar, png: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_reading, "_PAUSES", (0.0, 0.0, 0.0))
+    tar = write_tar(tmp_path / "s.tar", {"a.png": png})
+    prepare_indices([tar], str(tmp_path), num_processes=1)
+    scanned, indexed = TarShards([tar]), TarShards([tar], str(tmp_path))
+    os.unlink(tar)
+    for shards in (scanned, indexed):
+        with pytest.raises(
+            StorageError, match=rf"{socket.gethostname()} cannot read {tar} in 4 attempts.*No such file"
+        ):
+            shards.image(0)  # catches a lost mount that is counted record by record
+    os.unlink(index_path(str(tmp_path), tar))
+    with pytest.raises(StorageError, match=r"s\.tar.*\.index"):
+        indexed.name(0)

@@ -1,0 +1,153 @@
+"""Reads that outlast a short failure of the file system and name the file when the failure lasts.
+
+An error of a read is about one of two things. A file that is missing, forbidden or no plain file is a fault of the
+data: whoever reads decides what that means. Anything else (EIO, ESTALE, ETIMEDOUT, ENOTCONN, EMFILE, ...) is a fault of
+the file system, its mount or the machine: the read is tried again a few times, then it ends the run. Such a fault would
+otherwise count every record behind it as broken, and would use up `data.max_broken_records` without being named.
+"""
+
+import errno
+import io
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import BinaryIO, TypeVar, cast
+
+from beit3_ds.storage_error import StorageError
+
+ResultT = TypeVar("ResultT")
+
+FILE_ERRORS = frozenset(
+    (
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.EACCES,
+        errno.EPERM,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENXIO,  # a socket
+        errno.EINVAL,
+    )
+)
+"""Error numbers that are about one file, not about the file system that holds it."""
+
+_PAUSES = (0.1, 0.4, 1.5)  # seconds before the second, third and fourth attempt: a server's failover takes about that
+_BUFFER_BYTES = 1 << 20
+
+
+def read_with_retries(read: Callable[[], ResultT], path: str, file_errors: frozenset[int] = FILE_ERRORS) -> ResultT:
+    """Calls `read` until it succeeds: four times at most, within about two seconds.
+
+    Args:
+        read: opens what it reads anew, because a descriptor can be stale.
+        path: names the file in the message.
+        file_errors: error numbers that are the caller's to judge; they are raised as they come.
+
+    Raises:
+        OSError: with a number in `file_errors`, or without a number, as decompressors raise it.
+        StorageError: if the last attempt fails, too.
+    """
+    for pause in (*_PAUSES, None):
+        try:
+            return read()
+        except OSError as error:
+            if error.errno is None or error.errno in file_errors:
+                raise
+            if pause is None:
+                raise storage_error(path, error, len(_PAUSES) + 1) from error
+            time.sleep(pause)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def storage_error(path: str, error: OSError, attempts: int) -> StorageError:
+    """Builds the error that ends a run because of `path`, for a read that failed `attempts` times."""
+    shown = path.encode("utf-8", "backslashreplace").decode("utf-8")  # bytes that are not UTF-8 are spelled out
+    times = "" if attempts == 1 else f" in {attempts} attempts"
+    return StorageError(
+        f"data: host {socket.gethostname()} cannot read {shown}{times}: {error.strerror or error}. The file system "
+        "fails or is no longer mounted; no record was counted as broken. Repair it and start the same command again: "
+        "it resumes from the newest checkpoint."
+    )
+
+
+def read_range(path: str, offset: int, size: int) -> bytes:
+    """Reads `size` bytes at `offset` of a file that must be there: fewer at its end.
+
+    Raises:
+        ValueError: for a negative number.
+        StorageError: for any error that lasts; a file that was found before and is gone is a fault of its mount.
+    """
+    if min(offset, size) < 0:
+        raise ValueError(f"{size} bytes at {offset} are no place in a file")
+
+    def read() -> bytes:
+        with open(path, "rb", buffering=0) as file:
+            return os.pread(file.fileno(), size, offset)
+
+    return read_with_retries(read, path, file_errors=frozenset())
+
+
+def open_for_reading(path: str) -> BinaryIO:
+    """Opens a file for buffered reading; every read is tried again as `read_with_retries` says.
+
+    Raises:
+        OSError: for an error that is about the file.
+        StorageError: for one that is not and lasts; also from later reads.
+    """
+    return cast(BinaryIO, io.BufferedReader(_RetryingFile(path), _BUFFER_BYTES))
+
+
+class _RetryingFile(io.RawIOBase):
+    """A file that opens itself anew after a failed read."""
+
+    def __init__(self, path: str) -> None:
+        self._path, self._position = path, 0
+        self._file: io.FileIO | None = None
+        read_with_retries(self._open, path)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_END:
+            offset += read_with_retries(lambda: os.fstat(self._open().fileno()).st_size, self._path)
+        elif whence == os.SEEK_CUR:
+            offset += self._position
+        self._position = offset
+        return offset
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        count = read_with_retries(lambda: self._read_once(buffer), self._path)
+        self._position += count
+        return count
+
+    def close(self) -> None:
+        self._drop()
+        super().close()
+
+    def _read_once(self, buffer: memoryview) -> int:
+        try:
+            file = self._open()
+            file.seek(self._position)
+            return file.readinto(buffer) or 0
+        except OSError:
+            self._drop()
+            raise
+
+    def _open(self) -> io.FileIO:
+        if self._file is None:
+            self._file = open(self._path, "rb", buffering=0)  # noqa: SIM115, closed by close()
+        return self._file
+
+    def _drop(self) -> None:
+        file, self._file = getattr(self, "_file", None), None
+        if file is not None:
+            file.close()

@@ -1,0 +1,151 @@
+"""Failures of file systems: one is outlasted, lasting ones end the run, and neither is a broken record."""
+
+import builtins
+import errno
+import gzip
+import io
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from beit3_ds.data import file_reading
+from beit3_ds.data.file_reading import open_for_reading, read_range, read_with_retries
+from beit3_ds.data.image_folder import ImageFolder
+from beit3_ds.data.shards import BrokenRecord, TarShards
+from beit3_ds.storage_error import StorageError
+from tests.data.conftest import WriteTar
+
+FaultyReads = Callable[[str, int, int], None]
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_reading, "_PAUSES", (0.0, 0.0, 0.0))
+
+
+@pytest.fixture
+def faulty_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyReads]:
+    """Lets the next `count` reads below a path fail with an error number, however they are made."""
+    faults: dict[str, list[int]] = {}
+
+    def fail(path: object) -> None:
+        for prefix, numbers in faults.items():
+            if numbers and isinstance(path, str) and path.startswith(prefix):
+                number = numbers.pop()
+                raise OSError(number, os.strerror(number), path)
+
+    class File(io.FileIO):
+        def readinto(self, buffer: Any) -> int | None:
+            fail(self.name)
+            return super().readinto(buffer)
+
+    def faulty_open(file: Any, mode: str = "r", buffering: int = -1, **options: Any) -> Any:
+        if buffering == 0 and mode == "rb" and isinstance(file, str):
+            return File(file)
+        return own_open(file, mode, buffering, **options)
+
+    def faulty_pread(descriptor: int, size: int, offset: int) -> bytes:
+        fail(os.readlink(f"/proc/self/fd/{descriptor}"))
+        return own_pread(descriptor, size, offset)
+
+    def faulty_os_open(path: Any, *arguments: Any, **options: Any) -> int:
+        fail(path)
+        return own_os_open(path, *arguments, **options)
+
+    own_open, own_pread, own_os_open = builtins.open, os.pread, os.open
+    monkeypatch.setattr(builtins, "open", faulty_open)
+    monkeypatch.setattr(os, "pread", faulty_pread)
+    monkeypatch.setattr(os, "open", faulty_os_open)
+
+    def schedule(path: str, count: int, number: int) -> None:
+        faults[path] = [number] * count
+
+    yield schedule
+    monkeypatch.undo()
+
+
+TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOTCONN, errno.EMFILE)
+
+
+@pytest.mark.parametrize("number", TRANSIENT, ids=errno.errorcode.get)
+def test_one_failure_is_outlasted_and_a_lasting_one_ends_the_run(
+    tmp_path: Path, write_tar: WriteTar, png: bytes, faulty_reads: FaultyReads, number: int
+) -> None:
+    (tmp_path / "folder").mkdir()
+    for name, data in (("a.png", png), ("a.txt", b"in a folder")):
+        (tmp_path / "folder" / name).write_bytes(data)
+    tar = TarShards([write_tar(tmp_path / "s.tar", {"a.png": png, "a.txt": b"in a tar"})])
+    folder = ImageFolder(str(tmp_path / "folder"))
+    reads: list[tuple[str, Callable[[], object]]] = [
+        (tar.paths[0], lambda: tar.image(0)),
+        (tar.paths[0], lambda: tar.caption(0)),
+        (tar.paths[0], lambda: TarShards(tar.paths)),
+        (folder.path, lambda: folder.image(0)),
+        (folder.path, lambda: folder.caption(0)),
+    ]
+    for path, read in reads:
+        faulty_reads(path, 1, number)
+        read()  # catches an error that is counted as a broken record at once
+        faulty_reads(path, 1000, number)
+        # catches a failing file system that is counted, and a message that does not say where it fails
+        with pytest.raises(StorageError, match=rf"{socket.gethostname()} cannot read {path}.*{os.strerror(number)}"):
+            read()
+        faulty_reads(path, 0, number)
+
+
+def test_a_forbidden_image_is_a_broken_record(tmp_path: Path, png: bytes, faulty_reads: FaultyReads) -> None:
+    (tmp_path / "a.png").write_bytes(png)
+    folder = ImageFolder(str(tmp_path))
+    faulty_reads(str(tmp_path / "a.png"), 1, errno.EACCES)
+    with pytest.raises(BrokenRecord, match="Permission denied"):
+        folder.image(0)  # catches one file's permissions that end the run, and a retry that hides them
+
+
+def test_a_stream_goes_on_where_its_read_failed(tmp_path: Path, faulty_reads: FaultyReads) -> None:
+    data = b"".join(b"line %d\n" % i for i in range(400_000))  # several reads
+    plain, packed = tmp_path / "a.txt", tmp_path / "a.txt.gz"
+    plain.write_bytes(data)
+    packed.write_bytes(gzip.compress(data, 1))
+    with open_for_reading(str(plain)) as file:
+        head = file.read(2_000_000)
+        faulty_reads(str(plain), 3, errno.EIO)
+        assert head + file.read() == data  # catches a read that starts over after it was opened anew
+        file.seek(-8, os.SEEK_END)
+        assert file.read() == data[-8:]
+    faulty_reads(str(packed), 2, errno.ESTALE)
+    with gzip.GzipFile(fileobj=open_for_reading(str(packed))) as unpacked:
+        assert unpacked.read() == data
+    faulty_reads(str(plain), 4, errno.EIO)
+    with pytest.raises(StorageError, match="4 attempts"):
+        open_for_reading(str(plain)).read(1)
+
+
+def test_errors_about_the_file_are_the_callers(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        open_for_reading(str(tmp_path / "nowhere"))
+    with pytest.raises(IsADirectoryError):
+        open_for_reading(str(tmp_path))
+    with pytest.raises(StorageError, match="No such file"):
+        read_range(str(tmp_path / "nowhere"), 0, 1)
+    (tmp_path / "a").write_bytes(b"abc")
+    assert read_range(str(tmp_path / "a"), 1, 5) == b"bc"
+    with pytest.raises(ValueError, match="no place"):
+        read_range(str(tmp_path / "a"), -1, 5)  # catches a damaged index that looks like a failing file system
+
+
+def test_pauses_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    pauses: list[float] = []
+    monkeypatch.setattr(file_reading.time, "sleep", pauses.append)
+
+    def read() -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(StorageError):
+        read_with_retries(read, "x")
+    assert 1 <= len(pauses) <= 5
+    assert sum(pauses) <= 5  # seconds; catches a data worker that looks dead
