@@ -53,13 +53,12 @@ def work_out_needs(config: RunConfig, hostfile: Hostfile, decays: Callable[[str]
         check_layout(config, world_size)
     except ConfigError as error:
         return Needs(layout_fault=str(error))
-    from beit3_ds.costs import build_holding, expected_load, rank_memory
+    from beit3_ds.costs import build_holding, expected_loads, rank_memory
 
     stage_bytes, numel = [], 0
     for stage in range(config.parallel.pipeline_parallel_size):
         holding = build_holding(config, world_size, decays, stage)
-        loads = [expected_load(config, holding.data_size)] * config.gradient_accumulation_steps
-        stage_bytes.append(rank_memory(holding, loads).total)
+        stage_bytes.append(rank_memory(holding, expected_loads(config, holding.data_size)).total)
         numel += sum(p.numel() for p in holding.model.parameters()) * config.parallel.tensor_parallel_size
     places = (config.parallel.place(rank, world_size) for rank in range(world_size))
     return Needs(

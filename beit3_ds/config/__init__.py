@@ -4,7 +4,8 @@ from beit3_ds.config.data import DataConfig, SourceConfig, StreamConfig, TextTok
 from beit3_ds.config.layouts import check_layout, fits_layout
 from beit3_ds.config.model import MODEL_SIZES, ModelConfig
 from beit3_ds.config.parallel import ParallelConfig, Place
-from beit3_ds.config.run import MicroBatchSize, RunConfig, build_run_config, load_run_config
+from beit3_ds.config.run import RunConfig, build_run_config, load_run_config
+from beit3_ds.config.step_shares import MicroBatchSize, StepShares
 from beit3_ds.config.strict import ConfigError
 from beit3_ds.config.training import ActivationCheckpointing, Kernels, LossWeights, TrainingConfig
 from beit3_ds.config.visual_tokenizer import VisualTokenizerConfig
@@ -22,6 +23,7 @@ __all__ = [
     "Place",
     "RunConfig",
     "SourceConfig",
+    "StepShares",
     "StreamConfig",
     "TextTokenizerConfig",
     "TokenizersConfig",

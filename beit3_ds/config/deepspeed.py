@@ -53,11 +53,12 @@ def check_deepspeed_keys(mapping: Mapping[str, Any], where: str) -> None:
 def engine_config(mapping: Mapping[str, Any], samples_per_step: int, data_parallel_size: int) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`: the user's, with batch sizes for an engine that never accumulates.
 
-    Micro-batches belong to this project's schedule, so the engine's accumulation is always 1.
+    Micro-batches belong to this project's schedule, so the engine's accumulation is always 1. DeepSpeed asserts that
+    its batch sizes are products of each other, which uneven shares are not: it is told the largest share alone, and
+    uses it for figures in its own log only.
     """
     return {
-        **mapping,
-        "train_batch_size": samples_per_step,
-        "train_micro_batch_size_per_gpu": samples_per_step // data_parallel_size,
+        **{key: value for key, value in mapping.items() if key != "train_batch_size"},
+        "train_micro_batch_size_per_gpu": -(-samples_per_step // data_parallel_size),
         "gradient_accumulation_steps": 1,
     }

@@ -44,13 +44,13 @@ def fits_layout(config: RunConfig, world_size: int) -> bool:
 def nearest_layouts(config: RunConfig, world_size: int) -> list[RunConfig]:
     """The run on other layouts of `world_size` ranks that fit, nearest first, three at most."""
     fitting = [candidate for candidate in _candidates(config, world_size) if fits_layout(candidate, world_size)]
-    return sorted(fitting, key=lambda candidate: _distance(config, candidate))[:_SUGGESTIONS]
+    return sorted(fitting, key=lambda candidate: _distance(config, candidate, world_size))[:_SUGGESTIONS]
 
 
 def _check(config: RunConfig, world_size: int) -> int:
     data_parallel_size = config.parallel.data_parallel_size(world_size)
     config.parallel.check_model(config.model, config.gradient_accumulation_steps)
-    config.micro_batch_size(data_parallel_size)
+    config.step_shares(data_parallel_size)
     config.check_engine()
     return data_parallel_size
 
@@ -72,8 +72,11 @@ def _candidates(config: RunConfig, world_size: int) -> Iterator[RunConfig]:
                     yield dataclasses.replace(config, parallel=parallel, gradient_accumulation_steps=accumulation)
 
 
-def _distance(config: RunConfig, other: RunConfig) -> tuple[float, int]:
-    """By how many doublings the sizes differ, micro-batches counting least; ties go to fewer model-parallel ranks."""
+def _distance(config: RunConfig, other: RunConfig, world_size: int) -> tuple[float, int]:
+    """By how many doublings the sizes differ, micro-batches counting least; ties go to fewer model-parallel ranks.
+
+    Uneven shares of the samples count as much as halving the ranks of one axis, since ranks then wait for the largest.
+    """
 
     def doublings(a: int, b: int) -> float:
         return abs(math.log2(a / b))
@@ -85,7 +88,8 @@ def _distance(config: RunConfig, other: RunConfig) -> tuple[float, int]:
         + doublings(old.virtual_pipeline_parallel_size, new.virtual_pipeline_parallel_size)
         + doublings(config.gradient_accumulation_steps, other.gradient_accumulation_steps) / 4
     )
-    return total, new.model_parallel_size
+    shares = other.step_shares(new.data_parallel_size(world_size))
+    return total + (other != config and not shares.is_even), new.model_parallel_size
 
 
 def _describe(config: RunConfig, world_size: int) -> str:
@@ -97,4 +101,6 @@ def _describe(config: RunConfig, world_size: int) -> str:
     ]
     if parallel.virtual_pipeline_parallel_size > 1:
         sizes.insert(2, f"virtual_pipeline_parallel_size={parallel.virtual_pipeline_parallel_size}")
-    return f"{', '.join(sizes)} ({parallel.data_parallel_size(world_size)} data-parallel ranks)"
+    ranks = parallel.data_parallel_size(world_size)
+    uneven = "" if config.step_shares(ranks).is_even else ", uneven shares"
+    return f"{', '.join(sizes)} ({ranks} data-parallel ranks{uneven})"

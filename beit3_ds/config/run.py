@@ -4,25 +4,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from beit3_ds.config.data import DataConfig, TokenizersConfig
 from beit3_ds.config.deepspeed import OWN_SECTION, check_deepspeed_keys, engine_config
 from beit3_ds.config.model import ModelConfig, load_model_section
 from beit3_ds.config.parallel import ParallelConfig
+from beit3_ds.config.step_shares import MicroBatchSize, StepShares
 from beit3_ds.config.strict import ConfigError, check_known_keys, check_range, load_section
 from beit3_ds.config.training import TrainingConfig
 
 SECTIONS = ("model", "data", "tokenizers", "training", "parallel")
 """The sections inside "beit3_ds"; the last may be left out."""
-
-
-class MicroBatchSize(NamedTuple):
-    """Samples of each stream in one micro-batch of one rank."""
-
-    images: int
-    pairs: int
-    texts: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +37,19 @@ class RunConfig:
         """Samples of all streams in one optimizer step."""
         return sum(stream.samples_per_step for stream in self.data.streams().values())
 
-    def micro_batch_size(self, data_parallel_size: int) -> MicroBatchSize:
-        """Divides every stream's samples a step over ranks and micro-batches.
+    def step_shares(self, data_parallel_size: int) -> StepShares:
+        """Divides every stream's samples per step over ranks and micro-batches, as evenly as possible.
 
         Raises:
-            ConfigError: if they do not divide, with the nearest numbers of samples that do.
+            ConfigError: if there are fewer samples than ranks, or DeepSpeed's own batch sizes say something else.
         """
-        check_batch_sizes(self, data_parallel_size)
-        parts = data_parallel_size * self.gradient_accumulation_steps
-        return MicroBatchSize(*(stream.samples_per_step // parts for stream in self.data.streams().values()))
+        shares = StepShares(
+            samples=MicroBatchSize(*(stream.samples_per_step for stream in self.data.streams().values())),
+            num_ranks=data_parallel_size,
+            num_micro_batches=self.gradient_accumulation_steps,
+        )
+        shares.check(self.deepspeed)
+        return shares
 
     def check_engine(self) -> None:
         """Refuses options of DeepSpeed that give wrong gradients in this layout, or state that cannot be saved.
@@ -170,34 +167,6 @@ def build_run_config(mapping: Any) -> RunConfig:
     )
     _check_sections_agree(config)
     return config
-
-
-def check_batch_sizes(config: RunConfig, data_parallel_size: int) -> None:
-    """Refuses batch sizes that do not divide over `data_parallel_size` ranks or contradict DeepSpeed's keys.
-
-    Raises:
-        ConfigError: with the values, the rule and the nearest sizes that fit.
-    """
-    steps = config.gradient_accumulation_steps
-    parts = data_parallel_size * steps
-    for name, stream in config.data.streams().items():
-        samples = stream.samples_per_step
-        if samples % parts:
-            below, above = samples // parts * parts, -(-samples // parts) * parts
-            choices = f"{below} or {above}" if below else f"{above}"
-            raise ConfigError(
-                f"data.{name}.samples_per_step={samples} does not divide by data-parallel size {data_parallel_size} x "
-                f"gradient_accumulation_steps {steps} = {parts}. Use {choices}, or change ranks or accumulation."
-            )
-    total = config.samples_per_step
-    expected = {"train_batch_size": total, "train_micro_batch_size_per_gpu": total // parts}
-    for key, value in expected.items():
-        given = config.deepspeed.get(key, value)
-        if given != value:
-            raise ConfigError(
-                f"{key}={given} contradicts the streams: {total} samples a step / ({data_parallel_size} ranks x "
-                f"{steps} micro-batches) gives {value}. Leave the key out: it is derived."
-            )
 
 
 def _check_sections_agree(config: RunConfig) -> None:

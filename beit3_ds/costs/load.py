@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from beit3_ds.batch import PackedBatch
-from beit3_ds.config import RunConfig
+from beit3_ds.config import MicroBatchSize, RunConfig
 from beit3_ds.kernels.attention_plan import plan_attention
 from beit3_ds.layout import SequenceLayout
 from beit3_ds.model.block import computed_sequences
@@ -75,14 +75,23 @@ def _attended(batch: PackedBatch, layout: SequenceLayout) -> int:
     return sum(len(bucket.rows) for bucket in plan.buckets)
 
 
-def expected_load(config: RunConfig, data_parallel_size: int) -> Load:
-    """The load of a micro-batch whose texts all have full length, and of which no branch is dropped.
+def expected_loads(config: RunConfig, data_parallel_size: int) -> list[Load]:
+    """The loads of the micro-batches of a data-parallel rank with the largest share of a step.
+
+    All texts have full length, and no branch is dropped.
 
     Raises:
-        ConfigError: if the batch sizes do not divide over the ranks.
+        ConfigError: if there are fewer samples than ranks.
     """
+    shares = config.step_shares(data_parallel_size)
+    sizes = shares.divide_rank(shares.rank_samples(0))
+    loads = {size: _expected_load(config, size) for size in set(sizes)}
+    return [loads[size] for size in sizes]
+
+
+def _expected_load(config: RunConfig, size: MicroBatchSize) -> Load:
     model, data = config.model, config.data
-    images, pairs, texts = config.micro_batch_size(data_parallel_size)
+    images, pairs, texts = size
     tokens = pairs * data.pair_text_length + texts * data.text_length
     masked_tokens = pairs * data.pair_text_length * data.pair_text_mask_ratio
     masked_tokens += texts * data.text_length * data.text_mask_ratio

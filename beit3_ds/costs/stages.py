@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from beit3_ds.config import RunConfig
 from beit3_ds.costs.holding import Holding, build_holding
-from beit3_ds.costs.load import expected_load
+from beit3_ds.costs.load import expected_loads
 from beit3_ds.costs.memory import Memory, rank_memory
 from beit3_ds.costs.traffic import step_traffic
 from beit3_ds.pipeline.stages import cut_layers, layer_costs
@@ -22,7 +22,7 @@ def describe_stages(config: RunConfig, world_size: int, decays: Callable[[str], 
         decays: whether the optimizer decays the parameter of a name, which is how it groups them.
 
     Raises:
-        ConfigError: if the layout does not divide the ranks, or the batch sizes do not divide.
+        ConfigError: if the layout does not divide the ranks, or there are fewer samples than data-parallel ranks.
     """
     stages = range(config.parallel.pipeline_parallel_size)
     columns = [_stage_rows(build_holding(config, world_size, decays, stage)) for stage in stages]
@@ -42,7 +42,7 @@ def describe_stages(config: RunConfig, world_size: int, decays: Callable[[str], 
 
 def _stage_rows(holding: Holding) -> dict[str, str]:
     config = holding.config
-    loads = [expected_load(config, holding.data_size)] * config.gradient_accumulation_steps
+    loads = expected_loads(config, holding.data_size)
     memory, traffic = rank_memory(holding, loads), step_traffic(holding, loads)
     sent = {axis: traffic.sent_bytes(axis) for axis in _AXES}
     others = traffic.sent_bytes("model") + traffic.sent_bytes("world")

@@ -63,14 +63,15 @@ def build_heldout_batches(
     """Divides the first `training.eval_samples` held-out samples of every stream over the ranks.
 
     The samples, their middle crops and their masks are the same under every layout; only the cut into batches follows
-    the ranks. A batch has at most a micro-batch's samples of each stream. Every rank has the same number of batches,
-    of which the last may be smaller or empty, so that collectives meet. Streams without held-out files are absent.
+    the ranks. A batch has at most the largest micro-batch's samples of each stream. Every rank has the same number of
+    batches, of which the last may be smaller or empty, so that collectives meet. Streams without held-out files are
+    absent.
 
     Raises:
-        ConfigError: for files that cannot be read, or samples that do not divide over ranks and micro-batches.
+        ConfigError: for files that cannot be read, or fewer samples per step than ranks.
     """
     streams = build_heldout_streams(config, text_tokenizer)
-    micro_batch = config.micro_batch_size(data_parallel_size)
+    micro_batch = config.step_shares(data_parallel_size).upper_bound
     # A stream that is evaluated but not trained has no micro-batch size of its own.
     sizes = {name: size or max(micro_batch) for name, size in micro_batch._asdict().items() if name in streams}
     totals = {name: min(len(stream), config.training.eval_samples) for name, stream in streams.items()}

@@ -18,8 +18,7 @@ class StepDataset(Dataset[StepBatch]):
 
     Which samples make up a step depends on seed, step and data alone: a stream with K samples a step takes the
     positions [step*K, (step+1)*K) of its order, and position step*K + slot lies in slot `slot`. Ranks and micro-batches
-    only divide the slots: with k samples a micro-batch, sample j of micro-batch m of rank r of R has slot
-    (m*R + r)*k + j. A record that cannot be read leaves its slot empty and moves no other.
+    only divide the slots (`StepShares.slots`). A record that cannot be read leaves its slot empty and moves no other.
     """
 
     def __init__(
@@ -41,12 +40,11 @@ class StepDataset(Dataset[StepBatch]):
                 its mean from the other.
 
         Raises:
-            ConfigError: for files that cannot be read, or samples that do not divide over ranks and micro-batches.
+            ConfigError: for files that cannot be read, or fewer samples than ranks.
         """
         assert 0 <= data_parallel_rank < data_parallel_size, f"rank {data_parallel_rank} of {data_parallel_size}"
         self._config = config
-        self._rank, self._size = data_parallel_rank, data_parallel_size
-        self._micro_batch_size = config.micro_batch_size(data_parallel_size)._asdict()
+        self._slots = config.step_shares(data_parallel_size).slots(data_parallel_rank)
         self._streams = build_train_streams(config, text_tokenizer)
         self._orders = {
             name: StreamOrder(
@@ -87,9 +85,8 @@ class StepDataset(Dataset[StepBatch]):
     def _keys(self, stream: str, step: int, micro_batch: int) -> list[tuple[Slot, SampleKey]]:
         """The slots of one stream in one of this rank's micro-batches, and the samples that fill them."""
         seed = self._config.training.seed
-        num_samples = self._micro_batch_size[stream]
-        first = (micro_batch * self._size + self._rank) * num_samples
-        numbers = np.arange(first, first + num_samples)
+        slots = self._slots[micro_batch][stream]
+        numbers = np.arange(slots.start, slots.stop)
         start = step * self._config.data.streams()[stream].samples_per_step
         epochs, samples = self._orders[stream](start + numbers)
         rows = zip(numbers.tolist(), epochs.tolist(), samples.tolist(), strict=True)

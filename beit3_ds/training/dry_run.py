@@ -1,8 +1,10 @@
 """What a config would train and what that would cost, without reading data or starting anything."""
 
+from collections.abc import Collection
+
 import torch
 
-from beit3_ds.config import RunConfig, check_layout
+from beit3_ds.config import MicroBatchSize, RunConfig, StepShares, check_layout
 from beit3_ds.costs import describe_stages
 from beit3_ds.model import BEiT3
 from beit3_ds.training.optimizer import decays
@@ -17,14 +19,14 @@ def describe_run(config: RunConfig, world_size: int) -> str:
         ConfigError: if the layout does not fit, as `check_layout` says.
     """
     data_parallel_size = check_layout(config, world_size)
-    micro_batch = config.micro_batch_size(data_parallel_size)
+    shares = config.step_shares(data_parallel_size)
     with torch.device("meta"):
         model = BEiT3(config.model)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     backbone = sum(size for name, size in sizes.items() if not name.startswith(("heads.mim", "heads.mlm")))
     total = sum(sizes.values())
     decayed = sum(size for name, size in sizes.items() if decays(name))
-    training, engine = config.training, config.engine_config(data_parallel_size)
+    training = config.training
     stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
     precision = "bf16" if config.deepspeed.get("bf16", {}).get("enabled") else "fp32"
     rows = {
@@ -33,13 +35,32 @@ def describe_run(config: RunConfig, world_size: int) -> str:
         f"{config.model.grid_size} x {config.model.grid_size} patches, text up to {config.model.max_text_length}",
         "ranks": f"{world_size} = {data_parallel_size} data x {config.parallel.tensor_parallel_size} tensor x "
         f"{config.parallel.pipeline_parallel_size} pipeline, ZeRO-{stage}, {precision}",
-        "step": f"{engine['train_batch_size']} samples: "
+        "step": f"{config.samples_per_step} samples: "
         + ", ".join(f"{stream.samples_per_step} {name}" for name, stream in config.data.streams().items()),
-        "micro-batch": f"{sum(micro_batch)} samples a data-parallel rank: "
-        + ", ".join(f"{value} {name}" for name, value in micro_batch._asdict().items())
-        + f"; {config.gradient_accumulation_steps} a step",
+        "micro-batch": _describe_shares(shares),
         "schedule": f"{training.total_steps:,} steps, {training.warmup_steps:,} warmup, lr {training.learning_rate:g}",
         "output": training.output_dir,
     }
     lines = [f"{name:<12} {value}" for name, value in rows.items()]
     return "\n".join([*lines, "", describe_stages(config, world_size, decays)])
+
+
+def _describe_shares(shares: StepShares) -> str:
+    """The samples of a micro-batch; with uneven shares the fewest and most, and how long ranks wait for the largest."""
+    per_rank = {shares.rank_samples(rank) for rank in range(shares.num_ranks)}
+    sizes = [size for samples in per_rank for size in shares.divide_rank(samples)]
+    counts = zip(MicroBatchSize._fields, zip(*sizes, strict=True), strict=True)
+    streams = ", ".join(f"{_span(values)} {name}" for name, values in counts)
+    total = _span([sum(size) for size in sizes])
+    text = f"{total} samples a data-parallel rank: {streams}; {shares.num_micro_batches} a step"
+    if shares.is_even:
+        return text
+    waiting = 1 - sum(shares.samples) / (shares.num_ranks * shares.largest_rank)
+    return (
+        f"{text}. Uneven: {shares.smallest_rank} or {shares.largest_rank} samples a rank and step, "
+        f"{waiting:.1%} of the ranks' time waits for the largest"
+    )
+
+
+def _span(counts: Collection[int]) -> str:
+    return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"

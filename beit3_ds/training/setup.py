@@ -38,13 +38,19 @@ def describe_setup(config: RunConfig, mesh: Mesh, state: EngineState, device: to
             _describe_hosts(mesh.hosts),
             ", ".join(f"{number} x {device}" for device, number in Counter(devices).items()),
             f"{mesh.describe_layout()}, ZeRO-{zero_stage}, {precision}",
-            f"{config.samples_per_step} samples a step in {config.gradient_accumulation_steps} micro-batches a rank",
+            _describe_step(config, mesh.data_parallel_size),
             f"{parameters:,} parameters",
             f"steps {first_step + 1} to {training.total_steps}, seed {training.seed}",
             f"a rank is lost after {parallel.heartbeat_timeout_seconds} s, stalled after {parallel.timeout_seconds} s",
             f"output in {Path(training.output_dir).resolve()}",
         ]
     )
+
+
+def _describe_step(config: RunConfig, data_parallel_size: int) -> str:
+    shares = config.step_shares(data_parallel_size)
+    text = f"{config.samples_per_step} samples a step in {config.gradient_accumulation_steps} micro-batches a rank"
+    return text if shares.is_even else f"{text}, uneven: {shares.smallest_rank} or {shares.largest_rank} a rank"
 
 
 def _describe_hosts(hosts: Sequence[str]) -> str:

@@ -32,7 +32,7 @@ def config(accumulation: int = 4, zero: dict[str, Any] | None = None, **parallel
             {"pipeline_parallel_size": 2, "virtual_pipeline_parallel_size": 2},
             r"=3 is no multiple of .*=2, which interleaving needs. The nearest that fit: 2 or 4",
         ),
-        (3, 4, {}, r"images.samples_per_step=16 does not divide by data-parallel size 3"),
+        (49, 4, {}, r"48 samples per step are fewer than the 49 data-parallel ranks.* at most 48 data-parallel ranks"),
     ],
 )
 def test_misfit_names_the_rule(world_size: int, accumulation: int, parallel: dict[str, Any], rule: str) -> None:

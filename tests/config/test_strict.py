@@ -76,24 +76,6 @@ def test_bad_config(case: str) -> None:
         build_run_config(mapping)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "message"),
-    [
-        (3, r"pairs.samples_per_step=16 does not divide by data-parallel size 3 .* = 3. Use 15 or 18"),
-        (64, r"Use 64, or"),
-    ],
-)
-def test_batch_that_does_not_divide(ranks: int, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        build_run_config(quickstart_mapping()).micro_batch_size(ranks)
-
-
-def test_contradicting_batch_size() -> None:
-    mapping = quickstart_mapping() | {"train_batch_size": 100}
-    with pytest.raises(ConfigError, match=r"train_batch_size=100 contradicts the streams.*Leave the key out"):
-        build_run_config(mapping).micro_batch_size(1)
-
-
 def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such config file"):
         load_run_config(tmp_path / "absent.json")

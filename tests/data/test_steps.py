@@ -54,7 +54,7 @@ def _assert_same(ours: Sequences, theirs: Sequences) -> None:
             assert all(torch.equal(a, b) for a, b in zip(our_tensors, their_tensors, strict=True))
 
 
-@pytest.mark.parametrize(("size", "accumulation"), [(1, 2), (2, 1), (2, 2), (4, 1)])
+@pytest.mark.parametrize(("size", "accumulation"), [(1, 2), (2, 1), (2, 2), (4, 1), (3, 1), (3, 2), (7, 2)])
 def test_a_step_is_the_same_under_every_layout(
     build_config: BuildConfig, tokenizer: TextTokenizer, size: int, accumulation: int
 ) -> None:

@@ -83,7 +83,11 @@ def accumulate_step(schedule: "Schedule", config: RunConfig, mesh: Mesh, deal: D
     from beit3_ds.training.loss import BrokenRecordBudget, build_loss_factors
 
     samples = build_samples(config, step)
-    batches = tuple(merge_batches([samples[i] for i in numbers]) for numbers in deal[mesh.data_parallel_rank])
+    nothing = random_batch(config.model, 0, 0, 0, drop_path=True)
+    batches = tuple(
+        merge_batches([samples[i] for i in numbers]) if numbers else nothing
+        for numbers in deal[mesh.data_parallel_rank]
+    )
     counts = BrokenRecordBudget(0, mesh).agree(StepBatch(step=step, micro_batches=batches))
     factors = build_loss_factors(counts, config.training.loss_weights, mesh.data_parallel_size)
     sums = schedule.accumulate_gradients(batches, factors, lambda batch: batch)

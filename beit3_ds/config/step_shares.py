@@ -1,0 +1,124 @@
+"""How one step's samples are shared over data-parallel ranks and micro-batches."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from beit3_ds.config.strict import ConfigError
+
+
+class MicroBatchSize(NamedTuple):
+    """Samples of each stream in one micro-batch of one rank."""
+
+    images: int
+    pairs: int
+    texts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepShares:
+    """The division of one step's samples, as even as it can be.
+
+    The streams are dealt to the ranks like cards, one stream after the other, and each rank deals its own samples to
+    its micro-batches in the same way. So two ranks differ by at most one sample of a stream and by at most one sample
+    over all streams; so do two micro-batches of a rank. Rank 0 and micro-batch 0 have the most. Uneven shares change no
+    loss: every term is divided by its count over the whole step.
+    """
+
+    samples: MicroBatchSize
+    """Samples of each stream in one step, over all ranks."""
+    num_ranks: int
+    """Data-parallel ranks."""
+    num_micro_batches: int
+    """Micro-batches of every rank; some may be empty, but every rank runs as many."""
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all micro-batches of all ranks are alike."""
+        return not any(samples % (self.num_ranks * self.num_micro_batches) for samples in self.samples)
+
+    @property
+    def largest_rank(self) -> int:
+        """Samples of all streams that the ranks with most samples have in one step."""
+        return -(-sum(self.samples) // self.num_ranks)
+
+    @property
+    def smallest_rank(self) -> int:
+        """Samples of all streams that the ranks with fewest samples have in one step."""
+        return sum(self.samples) // self.num_ranks
+
+    @property
+    def upper_bound(self) -> MicroBatchSize:
+        """The most samples of each stream in any micro-batch; no single micro-batch need reach it in all streams."""
+        parts = self.num_ranks * self.num_micro_batches
+        return MicroBatchSize(*(-(-samples // parts) for samples in self.samples))
+
+    def rank_samples(self, rank: int) -> MicroBatchSize:
+        """Samples of each stream that one data-parallel rank has in one step."""
+        return _deal(self.samples, self.num_ranks, rank)
+
+    def divide_rank(self, samples: MicroBatchSize) -> list[MicroBatchSize]:
+        """Divides one rank's samples (`rank_samples`) over its micro-batches."""
+        return [_deal(samples, self.num_micro_batches, number) for number in range(self.num_micro_batches)]
+
+    def slots(self, rank: int) -> list[dict[str, range]]:
+        """The slots of each stream in each micro-batch of one rank.
+
+        Slots of a stream are numbered through its step: those of micro-batch 0 of rank 0, then of rank 1, and so on,
+        then those of micro-batch 1. With even shares of k samples, micro-batch m of rank r of R begins at (m*R + r)*k.
+        """
+        sizes = [self.divide_rank(self.rank_samples(other)) for other in range(self.num_ranks)]
+        found: list[dict[str, range]] = []
+        starts = [0] * len(self.samples)
+        for micro_batch in range(self.num_micro_batches):
+            for other in range(self.num_ranks):
+                size = sizes[other][micro_batch]
+                if other == rank:
+                    ranges = (range(start, start + count) for start, count in zip(starts, size, strict=True))
+                    found.append(dict(zip(MicroBatchSize._fields, ranges, strict=True)))
+                starts = [start + count for start, count in zip(starts, size, strict=True)]
+        return found
+
+    def check(self, deepspeed: Mapping[str, Any]) -> None:
+        """Refuses ranks without a sample, and DeepSpeed's own batch sizes where they contradict the streams.
+
+        Args:
+            deepspeed: the run's DeepSpeed keys.
+
+        Raises:
+            ConfigError: with the values, the rule and a way out.
+        """
+        total, parts = sum(self.samples), self.num_ranks * self.num_micro_batches
+        if total < self.num_ranks:
+            raise ConfigError(
+                f"data: {total} samples per step are fewer than the {self.num_ranks} data-parallel ranks, so some "
+                f"ranks would have none. Raise data.*.samples_per_step, or use at most {total} data-parallel ranks."
+            )
+        division = f"{total} samples per step / ({self.num_ranks} ranks x {self.num_micro_batches} micro-batches)"
+        given = deepspeed.get("train_batch_size", total)
+        if given != total:
+            raise ConfigError(
+                f"train_batch_size={given} contradicts the streams, which have {total} samples per step. Leave the key "
+                "out: it is derived."
+            )
+        given = deepspeed.get("train_micro_batch_size_per_gpu")
+        if given is not None and total % parts:
+            raise ConfigError(
+                f"train_micro_batch_size_per_gpu={given} cannot hold for every micro-batch: {division} is no whole "
+                "number, so micro-batches differ by one sample. Leave the key out: it is derived."
+            )
+        if given is not None and given != total // parts:
+            raise ConfigError(
+                f"train_micro_batch_size_per_gpu={given} contradicts the streams: {division} gives {total // parts}. "
+                "Leave the key out: it is derived."
+            )
+
+
+def _deal(samples: MicroBatchSize, num_hands: int, hand: int) -> MicroBatchSize:
+    """What one hand gets if the streams are dealt to `num_hands` hands one after the other, beginning with hand 0."""
+    counts, dealt = [], 0
+    for number in samples:
+        every, rest = divmod(number, num_hands)
+        counts.append(every + ((hand - dealt) % num_hands < rest))
+        dealt += number
+    return MicroBatchSize(*counts)
