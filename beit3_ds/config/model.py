@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from beit3_ds.config.strict import ConfigError, check_known_keys, check_range, load_section
+from beit3_ds.config.strict import ConfigError, check_known_keys, check_range, load_section, show
 
 MODEL_SIZES: dict[str, dict[str, int]] = {
     "tiny": {"num_layers": 12, "hidden_size": 192, "ffn_hidden_size": 768, "num_attention_heads": 3, "patch_size": 16},
@@ -140,8 +140,8 @@ def load_model_section(mapping: Any, where: str) -> ModelConfig:
     """
     if isinstance(mapping, Mapping) and "size" in mapping:
         size = mapping["size"]
-        if size not in MODEL_SIZES:
-            raise ConfigError(f"{where}.size: {size!r} is not one of {', '.join(map(repr, MODEL_SIZES))}.")
+        if not isinstance(size, str) or size not in MODEL_SIZES:
+            raise ConfigError(f"{where}.size: {show(size)} is not one of {', '.join(map(repr, MODEL_SIZES))}.")
         rest = {key: value for key, value in mapping.items() if key != "size"}
         check_known_keys(rest, [*ModelConfig.__dataclass_fields__, "size"], where)
         mapping = MODEL_SIZES[size] | rest

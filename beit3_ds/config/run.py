@@ -1,17 +1,26 @@
 """One JSON file is one run: DeepSpeed's keys beside a "beit3_ds" section."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from beit3_ds.config.data import DataConfig, TokenizersConfig
-from beit3_ds.config.deepspeed import OWN_SECTION, check_deepspeed_keys, engine_config
+from beit3_ds.config.deepspeed import OWN_SECTION, engine_config, read_deepspeed_keys
+from beit3_ds.config.deepspeed_keys import DEEPSPEED_KEYS
+from beit3_ds.config.deepspeed_rules import check_deepspeed_rules
 from beit3_ds.config.model import ModelConfig, load_model_section
 from beit3_ds.config.parallel import ParallelConfig
 from beit3_ds.config.step_shares import MicroBatchSize, StepShares
-from beit3_ds.config.strict import ConfigError, check_known_keys, check_range, load_section
+from beit3_ds.config.strict import (
+    ConfigError,
+    check_known_keys,
+    check_plain,
+    load_section,
+    parse_json,
+    parse_json_or_text,
+    show,
+)
 from beit3_ds.config.training import TrainingConfig
 
 SECTIONS = ("model", "data", "tokenizers", "training", "parallel")
@@ -57,52 +66,11 @@ class RunConfig:
         Raises:
             ConfigError: with what to leave out.
         """
-        zero = self.deepspeed.get("zero_optimization", {})
-        for section in ("offload_optimizer", "offload_param"):
-            if zero.get(section, {}).get("device") == "nvme":
-                raise ConfigError(
-                    f'zero_optimization.{section}.device="nvme" keeps state in files of DeepSpeed\'s own, which '
-                    'checkpoints do not read. Use "cpu", or more ranks.'
-                )
-        if not zero.get("compute_grad_norm", True):
-            raise ConfigError(
-                "zero_optimization.compute_grad_norm=false leaves out the gradients' norm, by which steps with a NaN "
-                "are known and skipped. Leave it out."
-            )
-        if self.training.optimizer == "apex_fused_adam":
-            if zero.get("offload_optimizer", {}).get("device", "none") != "none":
-                raise ConfigError(
-                    'training.optimizer="apex_fused_adam" runs on GPUs only, but zero_optimization.offload_optimizer '
-                    "updates on the host. Leave one of the two out."
-                )
-            if zero.get("stage", 0) == 3:
-                raise ConfigError(
-                    'training.optimizer="apex_fused_adam" counts updates by parameter group, but '
-                    "zero_optimization.stage=3 updates a group in pieces, each of which would count. Use stage 1 or 2."
-                )
-            if self.deepspeed.get("bf16", {}).get("enabled") and not zero.get("stage", 0):
-                raise ConfigError(
-                    'training.optimizer="apex_fused_adam" with bf16 and without ZeRO makes DeepSpeed keep state in a '
-                    "form that checkpoints do not read. Use zero_optimization.stage 1 or 2."
-                )
-        if self.parallel.virtual_pipeline_parallel_size == 1:
-            return
-        if zero.get("stage", 0) == 1 and zero.get("overlap_comm"):
-            raise ConfigError(
-                "zero_optimization.overlap_comm=true under stage 1 reduces the gradients of a step's last backward "
-                "pass alone, which with parallel.virtual_pipeline_parallel_size > 1 goes through some of a stage's "
-                "layers. Leave it out, or use ZeRO stage 0, 2 or 3."
-            )
-        if zero.get("offload_optimizer", {}).get("device", "none") != "none":
-            raise ConfigError(
-                "zero_optimization.offload_optimizer takes the gradients of a step's last backward pass alone, which "
-                "with parallel.virtual_pipeline_parallel_size > 1 goes through some of a stage's layers. Leave one of "
-                "the two out."
-            )
+        check_deepspeed_rules(self.deepspeed, self.training, self.parallel)
 
     def engine_config(self, data_parallel_size: int) -> dict[str, Any]:
         """The dictionary that the DeepSpeed engine is built from; its own accumulation is 1."""
-        return engine_config(self.deepspeed, self.samples_per_step, data_parallel_size)
+        return engine_config(self.deepspeed, self.samples_per_step, data_parallel_size, self.training.output_dir)
 
 
 def load_run_config(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
@@ -117,15 +85,14 @@ def load_run_config(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: for an unreadable file, invalid JSON, an unknown key at any level or values that do not fit.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
-        mapping = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file (looked in {Path.cwd()}).") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}.") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}.") from None
+    mapping = parse_json(text, str(path))
     try:
         for change in changes:
             _apply_change(mapping, change)
@@ -141,31 +108,32 @@ def build_run_config(mapping: Any) -> RunConfig:
         ConfigError: as `load_run_config`.
     """
     if not isinstance(mapping, Mapping):
-        raise ConfigError(f"expected a JSON object at the top, got {type(mapping).__name__}.")
-    check_deepspeed_keys(mapping, "top level")
+        raise ConfigError(f"expected a JSON object at the top, got {show(mapping)}.")
+    for section in SECTIONS:
+        if section in mapping:
+            raise ConfigError(f"the section '{section}' stands at the top; move it into '{OWN_SECTION}'.")
+    deepspeed = read_deepspeed_keys(mapping, "top level")
     if OWN_SECTION not in mapping:
         raise ConfigError(f"the section '{OWN_SECTION}' is missing; see ds_configs/quickstart_cpu.json for an example.")
     own = mapping[OWN_SECTION]
     if not isinstance(own, Mapping):
-        raise ConfigError(f"{OWN_SECTION}: expected a JSON object, got {type(own).__name__}.")
+        raise ConfigError(f"{OWN_SECTION}: expected a JSON object, got {show(own)}.")
     check_known_keys(own, SECTIONS, OWN_SECTION)
     for section in SECTIONS:
         if section not in own and section != "parallel":
             raise ConfigError(f"{OWN_SECTION}: the section '{section}' is missing.")
-    accumulation = mapping.get("gradient_accumulation_steps", 1)
-    if not isinstance(accumulation, int) or isinstance(accumulation, bool):
-        raise ConfigError(f"gradient_accumulation_steps: expected int, got {accumulation!r}.")
-    check_range("gradient_accumulation_steps", accumulation, 1)
+    check_plain(own, OWN_SECTION)
     config = RunConfig(
         model=load_model_section(own["model"], f"{OWN_SECTION}.model"),
         data=load_section(DataConfig, own["data"], f"{OWN_SECTION}.data"),
         tokenizers=load_section(TokenizersConfig, own["tokenizers"], f"{OWN_SECTION}.tokenizers"),
         training=load_section(TrainingConfig, own["training"], f"{OWN_SECTION}.training"),
         parallel=load_section(ParallelConfig, own.get("parallel", {}), f"{OWN_SECTION}.parallel"),
-        gradient_accumulation_steps=accumulation,
-        deepspeed={key: value for key, value in mapping.items() if key != OWN_SECTION},
+        gradient_accumulation_steps=deepspeed.get("gradient_accumulation_steps", 1),
+        deepspeed=deepspeed,
     )
     _check_sections_agree(config)
+    config.check_engine()
     return config
 
 
@@ -200,25 +168,16 @@ def _check_sections_agree(config: RunConfig) -> None:
 
 def _apply_change(mapping: Any, change: str) -> None:
     key, separator, text = change.partition("=")
-    if not separator or not all(key.split(".")):
-        raise ConfigError(f"--set {change}: expected KEY=VALUE, e.g. training.total_steps=100.")
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text
     keys = key.split(".")
+    if not separator or not all(keys):
+        raise ConfigError(f"--set {change}: expected KEY=VALUE, e.g. training.total_steps=100.")
+    known = [*SECTIONS, OWN_SECTION, *DEEPSPEED_KEYS]
+    if keys[0] not in known:
+        check_known_keys(dict.fromkeys(keys[:1]), known, f"--set {change}")
+    value = parse_json_or_text(text, f"--set {change}")
     *sections, last = [OWN_SECTION, *keys] if keys[0] in SECTIONS else keys
     for section in sections:
         if not isinstance(mapping, dict) or not isinstance(mapping.setdefault(section, {}), dict):
             raise ConfigError(f"--set {change}: '{section}' is no section of the file.")
         mapping = mapping[section]
     mapping[last] = value
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    mapping = dict(pairs)
-    if len(mapping) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ConfigError(f"the key '{twice}' stands twice in one object.")
-    return mapping

@@ -2,15 +2,30 @@
 
 import dataclasses
 import difflib
+import json
+import os
 import types
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from beit3_ds.config.numbers import Range, show_number
 
 T = TypeVar("T")
+
+_MAX_SHOWN = 80
+"""Characters of a value that a message repeats."""
 
 
 class ConfigError(ValueError):
     """A user's configuration or input cannot work; the message names the values, the rule and a way out."""
+
+
+class FilePath:
+    """Marks a string field as a file, folder or pattern: it is not empty, and `~` stands for the home folder."""
+
+
+PathString = Annotated[str, FilePath()]
+"""A path in a configuration. `$NAME` is left as it is."""
 
 
 def check_known_keys(mapping: Mapping[str, Any], known: Iterable[str], where: str) -> None:
@@ -21,24 +36,30 @@ def check_known_keys(mapping: Mapping[str, Any], known: Iterable[str], where: st
     """
     known = list(known)
     for key in mapping:
-        if key in known:
-            continue
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-        hint = f"Did you mean '{near[0]}'?" if near else f"Valid keys: {', '.join(sorted(known))}."
-        raise ConfigError(f"{where}: unknown key '{key}'. {hint}")
+        if key not in known:
+            near = nearest(key, known)
+            hint = f"Did you mean '{near}'?" if near else f"Valid keys: {', '.join(sorted(known))}."
+            raise ConfigError(f"{where}: unknown key '{key[:_MAX_SHOWN]}'. {hint}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that a misspelt one most resembles; None if it resembles none."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return near[0] if near else None
 
 
 def load_section(cls: type[T], mapping: Any, where: str) -> T:
     """Builds the dataclass `cls` from a JSON object, recursing into nested dataclasses.
 
-    A nested dataclass with a class variable SHORTHAND may also stand as a string, the value of the field so named.
+    A number must lie in the `Range` of its field's annotation. A nested dataclass with a class variable SHORTHAND may
+    also stand as a string, the value of the field so named.
 
     Raises:
-        ConfigError: for an unknown key, a missing required key or a value of the wrong type.
+        ConfigError: for an unknown key, a missing required key or a value of the wrong type or out of range.
     """
     if not isinstance(mapping, Mapping):
-        raise ConfigError(f"{where}: expected a JSON object, got {_show(mapping)}.")
-    hints = get_type_hints(cls)
+        raise ConfigError(f"{where}: expected a JSON object, got {show(mapping)}.")
+    hints = get_type_hints(cls, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     check_known_keys(mapping, fields, where)
     values: dict[str, Any] = {}
@@ -53,6 +74,12 @@ def load_section(cls: type[T], mapping: Any, where: str) -> T:
 def _convert(hint: Any, value: Any, where: str) -> Any:
     """Checks one JSON value against a field's type; lists become tuples and integers may stand for floats."""
     origin = get_origin(hint)
+    if origin is Annotated:
+        base, *marks = get_args(hint)
+        value = _convert(base, value, where)
+        for mark in marks:
+            value = _check_mark(mark, value, where)
+        return value
     if dataclasses.is_dataclass(hint):
         shorthand = getattr(hint, "SHORTHAND", None)
         if shorthand and isinstance(value, str):
@@ -64,35 +91,147 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert(next(arg for arg in get_args(hint) if arg is not type(None)), value, where)
     if origin is Literal:
         if value not in get_args(hint):
-            raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(repr, get_args(hint)))}.")
+            raise ConfigError(f"{where}: {show(value)} is not one of {', '.join(map(repr, get_args(hint)))}.")
         return value
     if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{where}: expected a list, got {_show(value)}.")
-        item_hints = get_args(hint)
-        if item_hints[-1] is Ellipsis:
-            item_hints = (item_hints[0],) * len(value)
-        if len(value) != len(item_hints):
-            raise ConfigError(f"{where}: expected {len(item_hints)} values, got {len(value)}.")
-        pairs = enumerate(zip(item_hints, value, strict=True))
-        return tuple(_convert(item_hint, item, f"{where}[{i}]") for i, (item_hint, item) in pairs)
+        return _convert_list(get_args(hint), value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{where}: expected {hint.__name__}, got {_show(value)}.")
+        raise ConfigError(f"{where}: expected {hint.__name__}, got {show(value)}.{_remedy(hint, value)}")
     return value
 
 
-def _show(value: Any) -> str:
-    return f"{type(value).__name__} {value!r}"
+def _convert_list(hints: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{where}: expected a list, got {show(value)}.")
+    if hints[-1] is Ellipsis:
+        hints = (hints[0],) * len(value)
+    if len(value) != len(hints):
+        raise ConfigError(f"{where}: expected {len(hints)} values, got {len(value)}.")
+    return tuple(_convert(hint, item, f"{where}[{i}]") for i, (hint, item) in enumerate(zip(hints, value, strict=True)))
+
+
+def _check_mark(mark: Any, value: Any, where: str) -> Any:
+    if isinstance(mark, Range) and value not in mark:
+        raise ConfigError(f"{where} is {show_number(value)}; it must be {mark}.")
+    if isinstance(mark, FilePath):
+        return expand_home(value, where)
+    return value
+
+
+def _remedy(hint: Any, value: Any) -> str:
+    """What to write instead, where a value shows what was meant."""
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return f" Write {int(value)}."
+    if hint is str and isinstance(value, int | float):
+        return " Write it in quotes."
+    return ""
+
+
+def expand_home(path: str, where: str) -> str:
+    """The path with `~` and `~name` replaced by the home folder.
+
+    Raises:
+        ConfigError: if the path is empty or the user is unknown.
+    """
+    if not path:
+        raise ConfigError(f"{where} is empty. Name a path, e.g. '.' for the working directory.")
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ConfigError(f"{where}: {path!r} names the home folder of an unknown user. Write './{path}' for a file.")
+    return expanded
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Parses JSON as its standard has it: no NaN, no infinity, no key twice in one object.
+
+    Raises:
+        ConfigError: saying what is wrong, and where in the text.
+    """
+    try:
+        return _parse(text, where)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where}: not valid JSON: {error}.") from None
+
+
+def parse_json_or_text(text: str, where: str) -> Any:
+    """Parses JSON, or returns the text itself where it is none, so that words need no quotes.
+
+    Raises:
+        ConfigError: for NaN, infinities and other values that JSON does not have.
+    """
+    try:
+        return _parse(text, where)
+    except json.JSONDecodeError:
+        return text
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+    except json.JSONDecodeError:
+        raise
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: objects or lists are nested too deep.") from None
+    except ValueError:
+        raise ConfigError(f"{where}: an integer has more digits than any computer integer.") from None
+
+
+def check_plain(value: Any, where: str) -> None:
+    """Refuses what no key may hold, at any depth: NaN, infinities, integers above 64 bits, unprintable strings.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_string(key, f"{where}: the key {show(key)}")
+            check_plain(item, f"{where}.{key}" if where else key)
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            check_plain(item, f"{where}[{i}]")
+    elif isinstance(value, str):
+        _check_string(value, where)
+    elif isinstance(value, float) and not abs(value) < float("inf"):
+        raise ConfigError(f"{where} is {value}; a finite number is needed.")
+    elif isinstance(value, int) and abs(value) >= 2**64:
+        raise ConfigError(f"{where} is {show_number(value)}, which no computer integer holds.")
+
+
+def _check_string(value: str, where: str) -> None:
+    if any(character < " " or character == "\x7f" or "\ud800" <= character <= "\udfff" for character in value):
+        raise ConfigError(f"{where}: {show(value)} holds characters that no path or name can have. Remove them.")
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ConfigError(f"{name} is no number of JSON. A finite number is needed.")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ConfigError(f"the key '{twice}' stands twice in one object.")
+    return mapping
+
+
+def show(value: Any) -> str:
+    """A value with its type, short enough for a message."""
+    text = show_number(value) if isinstance(value, int) and not isinstance(value, bool) else repr(value)
+    text = text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+    return f"{type(value).__name__} {text}"
 
 
 def check_range(where: str, value: float, low: float, high: float = float("inf")) -> None:
-    """Refuses a number outside [low, high].
+    """Refuses a number outside [low, high], and NaN.
 
     Raises:
         ConfigError: naming the key, the value and the interval.
     """
-    if not low <= value <= high:
-        interval = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
-        raise ConfigError(f"{where} is {value:g}; it must be {interval}.")
+    allowed = Range(low, high)
+    if value not in allowed:
+        raise ConfigError(f"{where} is {show_number(value)}; it must be {allowed}.")

@@ -80,11 +80,11 @@ def test_what_deepspeed_gets_wrong_when_interleaved_is_refused(zero: dict[str, A
 
 @pytest.mark.parametrize("section", ["offload_optimizer", "offload_param"])
 def test_state_that_cannot_be_saved_is_refused(section: str) -> None:
-    with pytest.raises(ConfigError, match=rf'{section}\.device="nvme" keeps state'):
-        check_layout(config(zero={"stage": 3, section: {"device": "nvme"}}), 1)
+    with pytest.raises(ConfigError, match=rf'{section}\.device: expected "none" or "cpu", got str \'nvme\''):
+        config(zero={"stage": 3, section: {"device": "nvme"}})
 
 
 def test_steps_without_a_gradient_norm_are_refused() -> None:
     """By it steps with a NaN are known."""
-    with pytest.raises(ConfigError, match=r"compute_grad_norm=false leaves out the gradients' norm"):
-        check_layout(config(zero={"stage": 2, "compute_grad_norm": False}), 1)
+    with pytest.raises(ConfigError, match=r"compute_grad_norm: .* known by the gradients' norm"):
+        config(zero={"stage": 2, "compute_grad_norm": False})

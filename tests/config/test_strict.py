@@ -61,9 +61,12 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "their optimizer": (
         lambda m: m.update(optimizer={"type": "AdamW"}),
-        r"'optimizer' is not used.*beit3_ds\.training",
+        r"optimizer is not supported: use beit3_ds\.training",
     ),
-    "accumulation": (lambda m: m.update(gradient_accumulation_steps=0), r"must be at least 1"),
+    "accumulation": (
+        lambda m: m.update(gradient_accumulation_steps=0),
+        r"gradient_accumulation_steps: expected an integer between 1 and",
+    ),
 }
 
 

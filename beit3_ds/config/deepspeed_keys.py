@@ -1,0 +1,400 @@
+"""Every key of DeepSpeed 0.19.8's configuration: which values a run may give, and why others are refused.
+
+An accepted key was run, saved, exported, loaded and resumed with the samples listed here
+(tests/checkpoint/test_deepspeed_keys.py). A key that changes nothing here is refused too: a setting without effect is
+a user's mistake. `deepspeed_rules` holds the rules between keys.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from beit3_ds.config.key_specs import Choice, Fixed, Flag, Number, Refused, Section, Spec, Text
+from beit3_ds.config.numbers import Range
+
+_LARGEST_BUCKET = 2**31 - 2
+"""Elements: DeepSpeed allocates a bucket whole, 8 GiB in float32 at this size."""
+
+_REMOVED = "DeepSpeed 0.19 removed it. Leave it out."
+_NO_EFFECT = "it has no effect here. Leave it out."
+_DEPRECATED = "DeepSpeed deprecates it. Use {}."
+_OWN_DATA = "the order of the data is a pure function of seed and step. Leave it out."
+_OWN_CHECKPOINTS = "checkpoints are this project's own (docs/checkpoints.md). Leave it out."
+_OWN_MODEL = "it rewrites the modules of models that it knows. Leave it out."
+_NVME = "it belongs to offloading to NVMe, whose files checkpoints do not read. Leave it out."
+_ORDER = "it moves parameters to other places of the flat buffers, and updates went wrong when it was tried."
+_PACKING = "checkpoints were not tried with it, and it saves nothing but padding. Leave it out."
+_QUANTIZED = "parameters or gradients lose precision that checkpoints and the loss's comparison rely on."
+
+_OFFLOAD_PARAM = Section(
+    example='{"device": "cpu"}',
+    keys={
+        "device": Choice(
+            values=("none", "cpu"), stages=(3,), samples=("cpu",), effect="Parameters wait in host memory."
+        ),
+        "pin_memory": Flag(stages=(3,), effect="Pages of that memory are locked, which makes copies to a GPU faster."),
+        **dict.fromkeys(("nvme_path", "buffer_count", "buffer_size", "max_in_cpu"), Refused(reason=_NVME)),
+    },
+)
+
+_OFFLOAD_OPTIMIZER = Section(
+    example='{"device": "cpu"}',
+    keys={
+        "device": Choice(
+            values=("none", "cpu"),
+            stages=(1, 2, 3),
+            samples=("cpu",),
+            effect="Weights in float32 and moments live in host memory, where torch's AdamW updates them.",
+        ),
+        "pin_memory": Flag(
+            stages=(1, 2, 3), effect="Pages of that memory are locked, which makes copies to a GPU faster."
+        ),
+        "ratio": Fixed(value=1.0, reason="it needs DeepSpeed's own CPU Adam; the optimizer here is torch's AdamW."),
+        "super_offload": Fixed(value=False, reason="it needs DeepSpeed's own CPU Adam and CUDA."),
+        "cpuadam_cores_perc": Refused(reason="it belongs to super_offload. Leave it out."),
+        **dict.fromkeys(
+            ("nvme_path", "buffer_count", "pipeline_read", "pipeline_write", "fast_init"), Refused(reason=_NVME)
+        ),
+    },
+)
+
+_ZERO = Section(
+    example='{"stage": 1}',
+    keys={
+        "stage": Choice(
+            values=(0, 1, 2, 3),
+            samples=(0, 1, 2, 3),
+            effect="What data-parallel ranks divide: nothing, optimizer state, gradients too, parameters too.",
+        ),
+        "contiguous_gradients": Flag(
+            stages=(1, 2, 3), effect="Gradients are copied into one buffer before they are reduced."
+        ),
+        "reduce_scatter": Flag(
+            stages=(1, 2, 3), effect="Each rank receives its own part of the gradients, not all of them."
+        ),
+        "reduce_bucket_size": Number(
+            range=Range(1, _LARGEST_BUCKET),
+            stages=(1, 2, 3),
+            samples=(1000, 500_000_000),
+            effect="Elements of gradients that are reduced at a time.",
+        ),
+        "use_multi_rank_bucket_allreduce": Flag(
+            stages=(1, 2), effect="One all-reduce for the parts of several ranks instead of one reduce each."
+        ),
+        "allgather_bucket_size": Number(
+            range=Range(2, _LARGEST_BUCKET),
+            multiple_of=2,
+            stages=(1, 2),
+            samples=(1000, 500_000_000),
+            effect="Elements of updated parameters that are gathered at a time.",
+        ),
+        "overlap_comm": Flag(stages=(1, 2, 3), effect="Gradients are reduced while the backward pass goes on."),
+        "sub_group_size": Number(
+            range=Range(1),
+            stages=(3,),
+            samples=(10_000, 1_000_000_000),
+            effect="Elements that AdamW updates at a time.",
+        ),
+        "stage3_prefetch_bucket_size": Number(
+            range=Range(0, _LARGEST_BUCKET),
+            stages=(3,),
+            samples=(0, 50_000_000),
+            effect="Elements of parameters that are gathered ahead of use.",
+        ),
+        "stage3_param_persistence_threshold": Number(
+            range=Range(0),
+            stages=(3,),
+            samples=(0, 20_000),
+            effect="Parameters of fewer elements stay whole on every rank.",
+        ),
+        "stage3_model_persistence_threshold": Number(
+            range=Range(0),
+            stages=(3,),
+            samples=(0, 10_000),
+            effect="Elements that may stay whole on a rank.",
+        ),
+        "stage3_max_live_parameters": Number(
+            range=Range(0),
+            stages=(3,),
+            samples=(0, 1_000_000_000),
+            effect="Gathered elements that a rank keeps before it releases some.",
+        ),
+        "stage3_max_reuse_distance": Number(
+            range=Range(0),
+            stages=(3,),
+            samples=(0, 1_000_000_000),
+            effect="A parameter used again within so many elements is not released.",
+        ),
+        "stage3_use_all_reduce_for_fetch_params": Flag(
+            stages=(3,), effect="Parameters are gathered by an all-reduce instead of an all-gather."
+        ),
+        "stage3_allgather_sequential": Flag(
+            stages=(3,), effect="Parameters are gathered one by one, without a bucket to copy them to."
+        ),
+        "log_trace_cache_warnings": Flag(
+            stages=(3,), effect="DeepSpeed says when the order of modules differs from the step before."
+        ),
+        "enable_sanity_checks": Flag(stages=(3,), effect="DeepSpeed compares its bookkeeping among ranks."),
+        "offload_param": _OFFLOAD_PARAM,
+        "offload_optimizer": _OFFLOAD_OPTIMIZER,
+        "compute_grad_norm": Fixed(
+            value=True, reason="steps with a NaN are known by the gradients' norm, and skipped."
+        ),
+        "ignore_unused_parameters": Fixed(
+            value=True, reason="every parameter takes part in every micro-batch; there is nothing to report."
+        ),
+        "round_robin_gradients": Fixed(value=False, reason=_ORDER),
+        "parameter_alignment": Fixed(value=False, reason=_PACKING),
+        "zero_hpz_partition_size": Fixed(
+            value=1, reason="a second copy of the parameters inside a node, which was not tried here."
+        ),
+        "zero_quantized_weights": Fixed(value=False, reason=_QUANTIZED),
+        "zero_quantized_nontrainable_weights": Fixed(value=False, reason=_QUANTIZED),
+        "zero_quantized_gradients": Fixed(value=False, reason=_QUANTIZED),
+        "stage3_module_granularity_threshold": Fixed(
+            value=0, reason="blocks would be gathered whole, against what `beit3 check` works out."
+        ),
+        "legacy_stage1": Fixed(value=False, reason=_REMOVED),
+        "elastic_checkpoint": Fixed(value=False, reason=_OWN_CHECKPOINTS),
+        "pipeline_loading_checkpoint": Fixed(value=False, reason=_OWN_CHECKPOINTS),
+        "load_from_fp32_weights": Fixed(value=True, reason=_OWN_CHECKPOINTS),
+        "stage3_gather_16bit_weights_on_model_save": Fixed(
+            value=False, reason="it belongs to save_16bit_model(). Use `beit3 export`."
+        ),
+        "allgather_partitions": Fixed(value=True, reason="DeepSpeed 0.19 no longer reads it."),
+        "memory_efficient_linear": Fixed(
+            value=True, reason="it belongs to zero.Init, which is not used. Leave it out."
+        ),
+        "override_module_apply": Fixed(value=True, reason="it belongs to zero.Init, which is not used. Leave it out."),
+        "leaf_module": Refused(reason="blocks would be gathered whole, against what `beit3 check` works out."),
+        "save_muon_momentum_buffer_in_memory": Refused(reason="the optimizer is AdamW. Leave it out."),
+        "zenflow": Refused(reason="it updates important columns more often, which is another recipe. Leave it out."),
+        "cpu_offload": Refused(reason=_DEPRECATED.format('"offload_optimizer": {"device": "cpu"}')),
+        "cpu_offload_param": Refused(reason=_DEPRECATED.format('"offload_param": {"device": "cpu"}')),
+        "cpu_offload_use_pin_memory": Refused(reason=_DEPRECATED.format("pin_memory in the offload sections")),
+        "stage3_gather_fp16_weights_on_model_save": Refused(reason="DeepSpeed deprecates it. Use `beit3 export`."),
+        "mics_shard_size": Refused(reason=_REMOVED),
+        "mics_hierarchical_params_gather": Refused(reason=_REMOVED),
+        "zeropp_loco_param": Refused(reason=_REMOVED),
+        **{
+            name: Refused(reason=f"one name for one setting: write stage3_{name}.")
+            for name in (
+                "prefetch_bucket_size",
+                "param_persistence_threshold",
+                "model_persistence_threshold",
+                "max_live_parameters",
+                "max_reuse_distance",
+                "gather_16bit_weights_on_model_save",
+                "module_granularity_threshold",
+                "use_all_reduce_for_fetch_params",
+                "allgather_sequential",
+            )
+        },
+    },
+)
+
+_BF16 = Section(
+    example='{"enabled": true}',
+    keys={
+        "enabled": Flag(effect="Parameters and activations are bf16; AdamW keeps float32 copies of the weights."),
+        "check_grad_overflow": Fixed(value=True, reason="the gradients' norm says whether a step is skipped."),
+        "immediate_grad_update": Fixed(value=False, reason="gradients would be added up in another order."),
+        "bf16_master_weights_and_grads": Fixed(value=False, reason="checkpoints keep weights in float32."),
+        "bf16_optimizer_states": Fixed(value=False, reason="checkpoints keep moments in float32."),
+    },
+)
+
+_DATA_TYPES = Section(
+    example='{"grad_accum_dtype": "fp32"}',
+    keys={
+        "grad_accum_dtype": Choice(
+            values=("fp32", "bf16"),
+            samples=("fp32", "bf16"),
+            effect="Type in which the gradients of micro-batches are added up; without this key that of the weights.",
+        ),
+        "param_dtype": Refused(reason="bf16.enabled says it. Leave it out."),
+        "buffer_dtype": Refused(reason="the model has no buffers. Leave it out."),
+        "keep_in_fp32_modules": Refused(reason="the model has no buffers. Leave it out."),
+    },
+)
+
+
+def _file_monitor(package: str) -> Section:
+    return Section(
+        example='{"enabled": true}',
+        keys={
+            "enabled": Flag(effect=f"Writes what metrics.jsonl holds to {package} as well."),
+            "output_path": Text(
+                is_path=True,
+                effect="Folder of the files, from training.output_dir if it is relative; `logs` without this key.",
+            ),
+            "job_name": Text(is_folder_name=True, effect="Folder below output_path."),
+        },
+    )
+
+
+_WANDB = Section(
+    example='{"enabled": true, "project": "beit3"}',
+    keys={
+        "enabled": Flag(samples=(False,), effect="Sends what metrics.jsonl holds to Weights & Biases."),
+        "group": Text(effect="Group of runs."),
+        "team": Text(effect="Team that owns the project."),
+        "project": Text(effect="Project."),
+    },
+)
+
+_COMMS_LOGGER = Section(
+    example='{"enabled": true, "verbose": true}',
+    keys={
+        "enabled": Flag(effect="DeepSpeed logs its collectives."),
+        "verbose": Flag(effect="Logs each one as it ends."),
+        "prof_all": Flag(effect="Logs all of them, not only those of prof_ops."),
+        "debug": Flag(effect="Names the caller too."),
+        "prof_ops": Refused(reason="it is a list, and prof_all logs them all. Leave it out."),
+    },
+)
+
+_TIMERS = Section(
+    example='{"throughput": {"enabled": false}}',
+    keys={
+        "throughput": Section(
+            example='{"enabled": false}',
+            keys={
+                "enabled": Flag(effect="DeepSpeed times steps for its own log lines."),
+                "synchronized": Flag(effect="The device is waited for at each of these times."),
+            },
+        )
+    },
+)
+
+DEEPSPEED_KEYS: Mapping[str, Spec | Refused | Section] = {
+    "train_batch_size": Number(
+        range=Range(1), effect="Samples of a step; may be left out, and must be what the streams add up to."
+    ),
+    "train_micro_batch_size_per_gpu": Number(
+        range=Range(1), effect="Samples of a micro-batch; may be left out, and must be what follows from the streams."
+    ),
+    "gradient_accumulation_steps": Number(
+        range=Range(1, 2**20), samples=(1, 2), effect="Micro-batches of a rank in a step."
+    ),
+    "gradient_clipping": Number(
+        range=Range(0, 1e6, above=True),
+        whole=False,
+        samples=(0.05, 3.0),
+        effect="Largest norm of all gradients; without this key they are not clipped.",
+    ),
+    "steps_per_print": Number(
+        range=Range(1), samples=(1, 1_000_000), effect="Steps between DeepSpeed's own log lines."
+    ),
+    "zero_optimization": _ZERO,
+    "bf16": _BF16,
+    "data_types": _DATA_TYPES,
+    "communication_data_type": Choice(
+        values=("fp32", "bf16"), samples=("fp32", "bf16"), effect="Type in which gradients are sent."
+    ),
+    "csv_monitor": _file_monitor("CSV files"),
+    "tensorboard": _file_monitor("TensorBoard"),
+    "wandb": _WANDB,
+    "comms_logger": _COMMS_LOGGER,
+    "timers": _TIMERS,
+    "dump_state": Flag(effect="DeepSpeed prints its configuration at the start."),
+    "memory_breakdown": Flag(effect="DeepSpeed logs memory before and after each pass."),
+    "wall_clock_breakdown": Flag(effect="DeepSpeed logs the time of each pass."),
+    "log_level": Choice(
+        values=("debug", "info", "warning", "error", "critical"),
+        samples=("warning", "error"),
+        effect="Which of DeepSpeed's own log lines appear.",
+    ),
+    "managed_gradient_accumulation": Fixed(
+        value=True, reason="the schedule of micro-batches tells the engine when to reduce."
+    ),
+    "gradient_allreduce_op": Fixed(value="mean", reason="the loss is scaled for a mean over the data-parallel ranks."),
+    "prescale_gradients": Fixed(value=False, reason="it guards sums in fp16, which is not used."),
+    "gradient_predivide_factor": Fixed(value=1.0, reason="it guards sums in fp16, which is not used."),
+    "zero_force_ds_cpu_optimizer": Fixed(
+        value=False, reason="the optimizer is torch's AdamW, and with offload_optimizer this is set by itself."
+    ),
+    "disable_python_gc": Fixed(value=False, reason="nothing here would collect cyclic garbage instead."),
+    "fp16": Refused(reason="losses are not scaled. Use bf16, or neither for fp32."),
+    "bfloat16": Refused(reason='it is the old name. Write "bf16".'),
+    "torch_autocast": Refused(reason='kernels choose their types themselves. Use "bf16": {"enabled": true}.'),
+    "optimizer": Refused(
+        reason="use beit3_ds.training (learning_rate, adam_betas, weight_decay, ...), which knows what must not decay."
+    ),
+    "scheduler": Refused(reason="use beit3_ds.training (warmup_steps, total_steps, min_learning_rate)."),
+    "activation_checkpointing": Refused(reason='use beit3_ds.training.activation_checkpointing: "none" or "full".'),
+    "tensor_parallel": Refused(reason="use beit3_ds.parallel.tensor_parallel_size."),
+    "pipeline": Refused(reason="use beit3_ds.parallel.pipeline_parallel_size."),
+    "comet": Refused(reason="it was never tried. Use csv_monitor, tensorboard or wandb."),
+    "flops_profiler": Refused(
+        reason="it does not see the kernels' products. Progress lines and metrics.jsonl give FLOP/s."
+    ),
+    "autotuning": Refused(reason="it starts runs of its own. `beit3 check` gives memory and traffic of a layout."),
+    "data_efficiency": Refused(reason=_OWN_DATA),
+    "curriculum_learning": Refused(reason=_OWN_DATA),
+    "dataloader_drop_last": Refused(reason=_OWN_DATA),
+    "checkpoint": Refused(reason=_OWN_CHECKPOINTS),
+    "datastates_ckpt": Refused(reason=_OWN_CHECKPOINTS),
+    "nebula": Refused(reason=_REMOVED),
+    "hybrid_engine": Refused(reason=_OWN_MODEL),
+    "expert_parallel": Refused(reason=_OWN_MODEL),
+    "use_data_before_expert_parallelism": Refused(reason=_OWN_MODEL),
+    "weight_quantization": Refused(reason=_OWN_MODEL),
+    "compile": Refused(
+        reason="the model's kernels are compiled already, and DeepCompile was never tried. Leave it out."
+    ),
+    "aio": Refused(reason=_NVME),
+    "amp": Refused(reason="DeepSpeed 0.19 removed it. Use bf16, or neither for fp32."),
+    "progressive_layer_drop": Refused(reason="DeepSpeed 0.19 removed it. Use beit3_ds.model.drop_path_rate."),
+    **dict.fromkeys(
+        (
+            "compression_training",
+            "eigenvalue",
+            "elasticity",
+            "graph_harvesting",
+            "quantize_training",
+            "sparse_attention",
+            "sparse_gradients",
+        ),
+        Refused(reason=_REMOVED),
+    ),
+    **dict.fromkeys(
+        (
+            "disable_allgather",
+            "seq_parallel_communication_data_type",
+            "vocabulary_size",
+            "zero_allow_untested_optimizer",
+        ),
+        Refused(reason=_NO_EFFECT),
+    ),
+}
+"""DeepSpeed's top-level keys, each with what it may hold."""
+
+
+class AcceptedKey(NamedTuple):
+    """One key that a run may give."""
+
+    path: tuple[str, ...]
+    """From the top of the file."""
+    spec: Spec
+
+    @property
+    def name(self) -> str:
+        """The path with dots, as messages and `--set` write it."""
+        return ".".join(self.path)
+
+
+def accepted_keys() -> Iterator[AcceptedKey]:
+    """Yields every key that may hold more than one value, at every level."""
+    for path, spec in _walk(DEEPSPEED_KEYS, ()):
+        if isinstance(spec, Spec) and not isinstance(spec, Fixed):
+            yield AcceptedKey(path, spec)
+
+
+def _walk(
+    keys: Mapping[str, Spec | Refused | Section], path: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], Spec | Refused]]:
+    for name, spec in keys.items():
+        if isinstance(spec, Section):
+            yield from _walk(spec.keys, (*path, name))
+        else:
+            yield (*path, name), spec
