@@ -72,23 +72,6 @@ def storage_error(path: str, error: OSError, attempts: int) -> StorageError:
     )
 
 
-def read_range(path: str, offset: int, size: int) -> bytes:
-    """Reads `size` bytes at `offset` of a file that must be there: fewer at its end.
-
-    Raises:
-        ValueError: for a negative number.
-        StorageError: for any error that lasts; a file that was found before and is gone is a fault of its mount.
-    """
-    if min(offset, size) < 0:
-        raise ValueError(f"{size} bytes at {offset} are no place in a file")
-
-    def read() -> bytes:
-        with open(path, "rb", buffering=0) as file:
-            return os.pread(file.fileno(), size, offset)
-
-    return read_with_retries(read, path, file_errors=frozenset())
-
-
 def open_for_reading(path: str) -> BinaryIO:
     """Opens a file for buffered reading; every read is tried again as `read_with_retries` says.
 

@@ -74,6 +74,15 @@ class ImageFolder:
         except ValueError as error:
             raise BrokenRecord(f"{self.name(index)}: broken caption: {error}") from error
 
+    def pair(self, index: int, min_side: int | None = None) -> tuple[Image.Image, str]:
+        """Returns the image and the caption of a sample.
+
+        Raises:
+            BrokenRecord: if either is missing or cannot be read.
+        """
+        caption = self.caption(index)  # first: it costs less
+        return self.image(index, min_side), caption
+
     def _exists(self, name: str) -> bool:
         return os.path.lexists(os.path.join(self.path, name))
 

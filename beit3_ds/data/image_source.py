@@ -59,3 +59,14 @@ class ImageSource(Protocol):
             BrokenRecord: if it has none, or one that cannot be read.
             StorageError: if the file system fails.
         """
+
+    def pair(self, index: int, min_side: int | None = None) -> tuple[Image.Image, str]:
+        """The image and the caption of a sample, read together where the files allow it.
+
+        Args:
+            index: number of the sample.
+            min_side: as of `image`.
+
+        Raises:
+            BrokenRecord: if either is missing or cannot be read.
+        """

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from beit3_ds.config import RunConfig, SourceConfig
 from beit3_ds.data.augmentation import CenterViews, Views, build_augmentation
@@ -62,7 +63,10 @@ class ImageSamples:
         Raises:
             BrokenRecord: if it cannot be read.
         """
-        image = self.source.image(index, self.views.min_side)
+        return self.augment(self.source.image(index, self.views.min_side), index, key)
+
+    def augment(self, image: Image.Image, index: int, key: SampleKey) -> ImageSample:
+        """Draws the crop and the mask of sample `index`, whose image was read, by `key`."""
         model_view, tokenizer_view = self.views(image, key.rng("augmentation"))
         return ImageSample(
             name=self.source.name(index),
@@ -96,13 +100,14 @@ class PairSamples:
             BrokenRecord: if its image or its caption cannot be read.
         """
         source, tokenizer = self.images.source, self.tokenizer
-        pieces = tokenizer.encode(source.caption(index))[: self.length - 2]
+        image, text = source.pair(index, self.images.views.min_side)
+        pieces = tokenizer.encode(text)[: self.length - 2]
         name = source.name(index)
         if not pieces:
             raise BrokenRecord(f"{name}: the caption holds nothing that the tokenizer keeps")
         ids = np.array([tokenizer.bos_id, *pieces, tokenizer.eos_id], dtype=np.int64)
         caption = _masked_text(name, ids, self.masking, key)
-        return PairSample(image=self.images.prepare(index, key), caption=caption)
+        return PairSample(image=self.images.augment(image, index, key), caption=caption)
 
 
 @dataclass(frozen=True, kw_only=True)

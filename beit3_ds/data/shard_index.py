@@ -1,8 +1,8 @@
 """Where the members of one tar shard lie: scanned from its headers, or read from an index file.
 
 An index file is one line of JSON (the tar's size and modification time, the records' number, width and checksum, what
-was left out and why), then one record of fixed width a sample. So a record is one read at a known place, nothing needs
-to be kept in memory, and the system's page cache serves all processes of a machine.
+was left out and why), then one record of fixed width per sample. Records are mapped, so finding one calls no file
+system, nothing is copied into a process, and the system's page cache serves all processes of a machine.
 """
 
 import contextlib
@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from beit3_ds.config import ConfigError
 from beit3_ds.data.file_kinds import kind_of_file
-from beit3_ds.data.file_reading import read_range, read_with_retries, storage_error
+from beit3_ds.data.file_reading import read_with_retries, storage_error
 from beit3_ds.data.files import written_aside
 from beit3_ds.data.image_source import Skipped
+from beit3_ds.data.open_files import OpenFiles
 from beit3_ds.data.tar_members import TarError, TarMember, iterate_tar_members
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
@@ -87,15 +88,20 @@ class ShardIndex:
 
 
 class StoredIndex:
-    """The samples of one tar, in an index file; each record is read when it is asked for."""
+    """The samples of one tar, in an index file whose records are mapped at their first use."""
 
-    def __init__(self, path: str, tar: str) -> None:
+    def __init__(self, path: str, tar: str, files: OpenFiles | None = None) -> None:
         """Reads the header of index file `path` and checks that the tar is still the one it was made from.
+
+        Args:
+            path: the index file.
+            tar: the tar.
+            files: keeps the map; None keeps it in a set of its own.
 
         Raises:
             ConfigError: if the index is damaged, or the tar's size or modification time is another.
         """
-        self.path = path
+        self.path, self._files = path, files or OpenFiles()
         try:
             with open(path, "rb") as file:
                 line = file.readline(_MAX_HEADER_BYTES)
@@ -106,23 +112,25 @@ class StoredIndex:
             self._start, self._length = len(line), int(header["num_samples"])
             if os.path.getsize(path) != self._start + self._length * self._type.itemsize:
                 raise ValueError("cut off or overwritten")
-            self._crc32, made_from = header["records_crc32"], (header["tar_size"], header["tar_mtime_ns"])
+            self._crc32, self.tar_size, self.tar_mtime_ns = (
+                header[key] for key in ("records_crc32", "tar_size", "tar_mtime_ns")
+            )
             self.skipped = {reason: Skipped(*found) for reason, found in header["skipped"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"data: index {path} of {tar} is damaged: {error}. Run `beit3 prepare index`.") from error
-        self._check_tar(tar, made_from)
+        self._check_tar(tar, (self.tar_size, self.tar_mtime_ns))
 
     def __len__(self) -> int:
         """Samples."""
         return self._length
 
     def record(self, index: int) -> np.void:
-        """Reads the record of one sample.
+        """The record of one sample.
 
         Raises:
             StorageError: if the index file has vanished or shrunk, or cannot be read.
         """
-        return self._read(index, 1)[0]
+        return self._records()[index].copy()
 
     def load(self) -> NDArray[np.void]:
         """Reads all records.
@@ -130,17 +138,18 @@ class StoredIndex:
         Raises:
             ConfigError: if they are not those that were written.
         """
-        records = self._read(0, self._length)
+        records = self._records().copy()
         if zlib.crc32(records.tobytes()) != self._crc32:
             raise ConfigError(f"data: index {self.path} is damaged: checksum. Delete it and run `beit3 prepare index`.")
         return records
 
-    def _read(self, first: int, count: int) -> NDArray[np.void]:
-        size = count * self._type.itemsize
-        data = read_range(self.path, self._start + first * self._type.itemsize, size)
-        if len(data) < size:
-            raise storage_error(self.path, OSError("the index file is cut off"), attempts=1)
-        return np.frombuffer(data, self._type)
+    def _records(self) -> NDArray[np.void]:
+        size = self._start + self._length * self._type.itemsize
+        try:
+            data = read_with_retries(lambda: self._files.map(self.path, size), self.path, file_errors=frozenset())
+        except OSError as error:
+            raise storage_error(self.path, error, attempts=1) from error
+        return data[self._start :].view(self._type)
 
     def _check_tar(self, tar: str, made_from: tuple[int, int]) -> None:
         status = _stat(tar)

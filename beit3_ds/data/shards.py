@@ -2,16 +2,18 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image
 
 from beit3_ds.config import ConfigError
 from beit3_ds.data.captions import MAX_JSON_BYTES, decode_caption, decode_json_caption
-from beit3_ds.data.file_reading import read_range
+from beit3_ds.data.file_reading import read_with_retries
 from beit3_ds.data.files import expand_patterns
 from beit3_ds.data.image_source import BrokenRecord, Skipped
 from beit3_ds.data.images import MAX_IMAGE_BYTES, decode_image
+from beit3_ds.data.open_files import FileChangedError, OpenFiles
 from beit3_ds.data.shard_index import (
     CAPTION_EXTENSIONS,
     IMAGE_EXTENSIONS,
@@ -23,6 +25,8 @@ from beit3_ds.data.shard_index import (
 )
 
 _EMPTY = "tar without samples"
+_MAX_GAP = 1 << 18  # bytes between the image and the caption of a sample that are read along rather than skipped
+_OPENING_THREADS = 16
 _KINDS = {"image": (IMAGE_EXTENSIONS, MAX_IMAGE_BYTES), "caption": (CAPTION_EXTENSIONS, MAX_JSON_BYTES)}
 
 
@@ -52,17 +56,20 @@ class TarShards:
     | grey, palette, CMYK, 16 bits, alpha, animation, EXIF rotation | upright RGB on white, first frame |
     | caption missing, empty, too long, not UTF-8, with NUL or half a surrogate pair | `BrokenRecord` |
 
-    Opening reads the index files of `prepared_dir`, one short read each; where there is none, it reads the tar's
-    headers and keeps about 50 bytes a sample, in each process. Reading a member takes one open and one read of the tar
-    (and before it of the index); nothing is held open, so instances may be pickled.
+    Opening reads the headers of the index files of `prepared_dir`; where there is none, it reads the tar's headers and
+    keeps about 50 bytes per sample, in each process. Indices are mapped and tars stay open (`OpenFiles`), so an image,
+    a caption, or a pair whose members are neighbours in the tar takes one read and no open. Instances may be pickled.
     """
 
-    def __init__(self, patterns: Iterable[str], prepared_dir: str | None = None) -> None:
+    def __init__(
+        self, patterns: Iterable[str], prepared_dir: str | None = None, files: OpenFiles | None = None
+    ) -> None:
         """Finds the files and their indices.
 
         Args:
             patterns: files or glob patterns.
             prepared_dir: the folder that `beit3 prepare index` wrote; None scans.
+            files: keeps tars and indices open; None keeps them in a set of its own.
 
         Raises:
             ConfigError: for a pattern without a match, a file that is unreadable, no tar, damaged or cut off, one that
@@ -70,7 +77,8 @@ class TarShards:
             StorageError: if the file system fails.
         """
         self.paths = expand_patterns(patterns)
-        self._indices = [_open_index(path, prepared_dir) for path in self.paths]
+        self._files = files or OpenFiles()
+        self._indices = _open_indices(self.paths, prepared_dir, self._files)
         self._ends = np.cumsum([len(index) for index in self._indices])
         if not len(self):
             raise ConfigError(f"data: {_shorten(self.paths)} holds no samples{_all_left_out(self.skipped)}.")
@@ -104,11 +112,7 @@ class TarShards:
             BrokenRecord: if it has none, or one that cannot be read.
         """
         shard, record = self._record(index)
-        data = _read(self.paths[shard], record, "image")
-        try:
-            return decode_image(data, min_side)
-        except ValueError as error:
-            raise BrokenRecord(f"{_name(self.paths[shard], record)}: broken image: {error}") from error
+        return self._decode_image(shard, record, self._read(shard, record, "image"), min_side)
 
     def caption(self, index: int) -> str:
         """Returns the caption of a sample, without white space around it.
@@ -117,11 +121,56 @@ class TarShards:
             BrokenRecord: if it has none, or one that cannot be read.
         """
         shard, record = self._record(index)
-        data = _read(self.paths[shard], record, "caption")
+        return self._decode_caption(shard, record, self._read(shard, record, "caption"))
+
+    def pair(self, index: int, min_side: int | None = None) -> tuple[Image.Image, str]:
+        """Returns the image and the caption of a sample; one read fetches both if they are neighbours in the tar.
+
+        Raises:
+            BrokenRecord: if either is missing or cannot be read.
+        """
+        shard, record = self._record(index)
+        caption_data, image_data = self._read_both(shard, record)
+        caption = self._decode_caption(shard, record, caption_data)
+        return self._decode_image(shard, record, image_data, min_side), caption
+
+    def _decode_image(self, shard: int, record: np.void, data: bytes, min_side: int | None) -> Image.Image:
+        try:
+            return decode_image(data, min_side)
+        except ValueError as error:
+            raise BrokenRecord(f"{_name(self.paths[shard], record)}: broken image: {error}") from error
+
+    def _decode_caption(self, shard: int, record: np.void, data: bytes) -> str:
         try:
             return decode_json_caption(data) if record["caption_is_json"] else decode_caption(data)
         except ValueError as error:
             raise BrokenRecord(f"{_name(self.paths[shard], record)}: broken caption: {error}") from error
+
+    def _read_both(self, shard: int, record: np.void) -> tuple[bytes, bytes]:
+        """The bytes of the caption and of the image."""
+        places = [_place(self.paths[shard], record, kind) for kind in ("caption", "image")]
+        start, end = min(offset for offset, _ in places), max(offset + size for offset, size in places)
+        if end - start > sum(size for _, size in places) + _MAX_GAP:
+            return self._read(shard, record, "caption"), self._read(shard, record, "image")
+        data = self._read_range(shard, record, start, end - start)
+        caption, image = (data[offset - start : offset - start + size] for offset, size in places)
+        return caption, image
+
+    def _read(self, shard: int, record: np.void, kind: str) -> bytes:
+        return self._read_range(shard, record, *_place(self.paths[shard], record, kind))
+
+    def _read_range(self, shard: int, record: np.void, offset: int, size: int) -> bytes:
+        tar, index = self.paths[shard], self._indices[shard]
+        expected = index.tar_size, index.tar_mtime_ns
+        try:
+            data = read_with_retries(
+                lambda: self._files.read(tar, offset, size, expected), tar, file_errors=frozenset()
+            )
+        except (FileChangedError, ValueError, OverflowError) as error:  # another tar, or a damaged index
+            raise BrokenRecord(f"{_name(tar, record)}: {error}") from error
+        if len(data) < size:
+            raise BrokenRecord(f"{_name(tar, record)}: only {len(data)} of {size} bytes left; has the shard changed?")
+        return data
 
     def _record(self, index: int) -> tuple[int, np.void]:
         if not 0 <= index < len(self):
@@ -132,11 +181,17 @@ class TarShards:
         return shard, found.record(number)
 
 
-def _open_index(tar: str, prepared_dir: str | None) -> ShardIndex | StoredIndex:
+def _open_indices(tars: Sequence[str], prepared_dir: str | None, files: OpenFiles) -> list[ShardIndex | StoredIndex]:
+    """Opens the index of every tar, many at a time: a shared file system takes long to answer, but answers many."""
+    with ThreadPoolExecutor(_OPENING_THREADS) as pool:
+        return list(pool.map(lambda tar: _open_index(tar, prepared_dir, files), tars))
+
+
+def _open_index(tar: str, prepared_dir: str | None, files: OpenFiles) -> ShardIndex | StoredIndex:
     if prepared_dir is not None:
         path = index_path(prepared_dir, tar)
         if os.path.exists(path):
-            return StoredIndex(path, tar)
+            return StoredIndex(path, tar, files)
     return scan_shard(tar)
 
 
@@ -153,17 +208,16 @@ def _name(tar: str, record: np.void) -> str:
     return f"{tar}:{record['key'].decode('utf-8', 'backslashreplace')}"
 
 
-def _read(tar: str, record: np.void, kind: str) -> bytes:
+def _place(tar: str, record: np.void, kind: str) -> tuple[int, int]:
+    """Offset and size of a sample's image or caption.
+
+    Raises:
+        BrokenRecord: if it has none, or one that is too large.
+    """
     extensions, limit = _KINDS[kind]
     offset, size = int(record[kind]["offset"]), int(record[kind]["size"])
     if size == NO_MEMBER:
         raise BrokenRecord(f"{_name(tar, record)}: no {kind} (.{', .'.join(extensions)})")
     if not 0 <= size <= limit:
         raise BrokenRecord(f"{_name(tar, record)}: {kind} of {size} bytes exceeds the limit of {limit}")
-    try:
-        data = read_range(tar, offset, size)
-    except (ValueError, OverflowError) as error:  # a damaged index
-        raise BrokenRecord(f"{_name(tar, record)}: {error}") from error
-    if len(data) < size:
-        raise BrokenRecord(f"{_name(tar, record)}: only {len(data)} of {size} bytes left; has the shard changed?")
-    return data
+    return offset, size

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from beit3_ds.data import file_reading
-from beit3_ds.data.file_reading import open_for_reading, read_range, read_with_retries
+from beit3_ds.data.file_reading import open_for_reading, read_with_retries
 from beit3_ds.data.image_folder import ImageFolder
 from beit3_ds.data.shards import BrokenRecord, TarShards
 from beit3_ds.storage_error import StorageError
@@ -129,12 +129,6 @@ def test_errors_about_the_file_are_the_callers(tmp_path: Path) -> None:
         open_for_reading(str(tmp_path / "nowhere"))
     with pytest.raises(IsADirectoryError):
         open_for_reading(str(tmp_path))
-    with pytest.raises(StorageError, match="No such file"):
-        read_range(str(tmp_path / "nowhere"), 0, 1)
-    (tmp_path / "a").write_bytes(b"abc")
-    assert read_range(str(tmp_path / "a"), 1, 5) == b"bc"
-    with pytest.raises(ValueError, match="no place"):
-        read_range(str(tmp_path / "a"), -1, 5)  # catches a damaged index that looks like a failing file system
 
 
 def test_pauses_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

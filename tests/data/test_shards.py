@@ -152,7 +152,7 @@ def test_a_shard_that_shrinks_breaks_its_records(tmp_path: Path, write_tar: Writ
     path = Path(write_tar(tmp_path / "s.tar", {"a.png": png}))
     shards = TarShards([str(path)])
     path.write_bytes(path.read_bytes()[:600])
-    with pytest.raises(BrokenRecord, match=r"88 of \d+ bytes"):
+    with pytest.raises(BrokenRecord, match=r"size and mtime_ns \(600, \d+\), but had"):
         shards.image(0)
 
 
@@ -162,7 +162,7 @@ def test_a_shard_or_index_that_vanishes_ends_the_run(
     monkeypatch.setattr(file_reading, "_PAUSES", (0.0, 0.0, 0.0))
     tar = write_tar(tmp_path / "s.tar", {"a.png": png})
     prepare_indices([tar], str(tmp_path), num_processes=1)
-    scanned, indexed = TarShards([tar]), TarShards([tar], str(tmp_path))
+    scanned, indexed, unread = TarShards([tar]), TarShards([tar], str(tmp_path)), TarShards([tar], str(tmp_path))
     os.unlink(tar)
     for shards in (scanned, indexed):
         with pytest.raises(
@@ -171,4 +171,41 @@ def test_a_shard_or_index_that_vanishes_ends_the_run(
             shards.image(0)  # catches a lost mount that is counted record by record
     os.unlink(index_path(str(tmp_path), tar))
     with pytest.raises(StorageError, match=r"s\.tar.*\.index"):
-        indexed.name(0)
+        unread.name(0)
+    assert indexed.name(0) == f"{tar}:a"  # what is mapped stays
+
+
+def test_a_shard_that_shrinks_while_it_is_open_breaks_what_is_gone(
+    tmp_path: Path, write_tar: WriteTar, png: bytes
+) -> None:
+    path = Path(write_tar(tmp_path / "s.tar", {"a.txt": b"first", "b.png": png}))
+    shards = TarShards([str(path)])
+    assert shards.caption(0) == "first"
+    os.truncate(path, 512 + 512 + 512 + 88)
+    with pytest.raises(BrokenRecord, match=r"s\.tar:b: only 88 of \d+ bytes left"):
+        shards.image(1)
+
+
+@pytest.mark.parametrize("between", [b"", b"x" * 3000, b"x" * 300_000])
+@pytest.mark.parametrize("caption_first", [True, False])
+def test_a_pair_is_its_image_and_its_caption(
+    tmp_path: Path, write_tar: WriteTar, png: bytes, between: bytes, caption_first: bool
+) -> None:
+    members = {"p.png": png, "p.txt": b"a caption"}
+    first, second = sorted(members, reverse=caption_first)
+    path = write_tar(tmp_path / "s.tar", {first: members[first], "p.other": between, second: members[second]})
+    shards = TarShards([path])
+    image, caption = shards.pair(0)
+    # catches offsets in the common range that are mixed up, and a wide gap that is read along
+    assert (caption, image.tobytes()) == ("a caption", shards.image(0).tobytes())
+
+
+def test_a_pair_without_one_of_its_halves_names_what_is_missing(
+    tmp_path: Path, write_tar: WriteTar, png: bytes
+) -> None:
+    shards = TarShards(
+        [write_tar(tmp_path / "s.tar", {"a.png": png, "b.txt": b"text", "c.png": b"", "c.txt": b"text"})]
+    )
+    for index, fault in enumerate(("a: no caption", "b: no image", "c: broken image: .*empty file")):
+        with pytest.raises(BrokenRecord, match=fault):
+            shards.pair(index)

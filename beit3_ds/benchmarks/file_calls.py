@@ -1,0 +1,55 @@
+"""Counts file calls of this process: opens as Python's audit hook sees them, reads as Linux counts them."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+_IO = "/proc/self/io"
+
+
+@dataclass
+class FileCalls:
+    """Calls of this process, all its threads included, while they were counted."""
+
+    opens: int = 0
+    """Calls of `open` and `os.open`. Maps that torch makes are not among them."""
+    reads: int = 0
+    """Read system calls (read, pread, readv), by the kernel's count `syscr`. Accesses to maps are none."""
+    num_bytes: int = 0
+    """Bytes that they returned, by the kernel's count `rchar`."""
+
+
+@contextmanager
+def count_file_calls() -> Iterator[FileCalls]:
+    """Counts from here to the end of the block; the result is complete after it, `opens` at any time.
+
+    The kernel's counts are those of the whole process, read from /proc/self/io (Linux); what reading them costs is
+    taken off.
+    """
+    calls = FileCalls()
+    counting = True
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal counting
+        if counting and event == "open":
+            calls.opens += 1
+
+    before = _read_counts()
+    overhead = [b - a for a, b in zip(before, _read_counts(), strict=True)]
+    before = _read_counts()
+    sys.addaudithook(count)  # can never be removed, so it is silenced instead
+    try:
+        yield calls
+    finally:
+        counting = False
+        used = [b - a - extra for a, b, extra in zip(before, _read_counts(), overhead, strict=True)]
+        calls.reads, calls.num_bytes = used
+
+
+def _read_counts() -> tuple[int, int]:
+    """Read calls and bytes so far."""
+    with open(_IO, encoding="ascii") as file:
+        counts = dict(line.split(": ") for line in file.read().splitlines())
+    return int(counts["syscr"]), int(counts["rchar"])

@@ -1,0 +1,218 @@
+"""Files that stay open between reads: descriptors and maps, bounded in number.
+
+Opening is what a shared file system does slowest. A process that keeps its shards open reads a record with one call.
+"""
+
+import errno
+import os
+import resource
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+DEFAULT_MAX_OPEN_FILES = 4096
+"""Files that a process keeps open at most, unless `data.max_open_files` says otherwise."""
+
+_MAX_MAPS = 32_768  # Linux allows a process 65,530 maps, libraries included (vm.max_map_count)
+_TOO_MANY = (errno.EMFILE, errno.ENFILE)
+
+ItemT = TypeVar("ItemT")
+
+
+class FileChangedError(OSError):
+    """A file is another one than when it was indexed."""
+
+
+class OpenFiles:
+    """Reads byte ranges of many files and maps others; keeps both open, the least recently used closed first.
+
+    At most `limit` descriptors stay open, and never more than half of what the process may open: sockets, workers and
+    tensors in shared memory need the rest. If the system still refuses one more, half of those kept are closed. A
+    descriptor that a network file system has invalidated (ESTALE) is opened anew, once. Maps hold no descriptor.
+
+    Instances may be shared by threads, inherited through fork, and pickled: a copy starts with nothing open.
+    """
+
+    def __init__(self, limit: int = DEFAULT_MAX_OPEN_FILES) -> None:
+        """Opens nothing yet.
+
+        Args:
+            limit: descriptors that may stay open, at least 1.
+        """
+        assert limit >= 1, f"at least one file must be open to be read, not {limit}"
+        self._limit = limit
+        self._start()
+
+    def read(self, path: str, offset: int, size: int, expected: tuple[int, int] | None = None) -> bytes:
+        """Reads up to `size` bytes from `offset` in one call; fewer only where the file ends.
+
+        Args:
+            path: of the file.
+            offset: of the first byte.
+            size: bytes.
+            expected: size and modification time in nanoseconds that the file must have when it is opened.
+
+        Raises:
+            FileChangedError: if it has others.
+            OSError: if it cannot be opened or read.
+            ValueError: for a negative number.
+            OverflowError: for an offset that no file has.
+        """
+        if min(offset, size) < 0:
+            raise ValueError(f"{size} bytes at {offset} are no place in a file")
+        with self._exclusive():
+            for is_last_attempt in (False, True):
+                try:
+                    return _read_all(self._descriptor(path, expected), size, offset)
+                except OSError as error:
+                    self._descriptors.pop(path)
+                    if is_last_attempt or error.errno != errno.ESTALE:
+                        raise
+        raise AssertionError("the last attempt returns or raises")
+
+    def map(self, path: str, size: int) -> NDArray[np.uint8]:
+        """Returns the first `size` bytes of a file, mapped read-only: processes share what the system has cached.
+
+        Raises:
+            OSError: if the file is missing or shorter.
+        """
+        with self._exclusive():
+            found = self._maps.get(path)
+            if found is None or len(found) < size:
+                found = _map(path, size)
+                self._maps.put(path, found)
+            return found[:size]
+
+    @property
+    def num_open(self) -> int:
+        """Descriptors that are open now."""
+        return len(self._descriptors)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_limit": self._limit}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._limit = state["_limit"]
+        self._start()
+
+    def _start(self) -> None:
+        self._descriptors: _Recent[int] = _Recent(os.close)
+        self._maps: _Recent[NDArray[np.uint8]] = _Recent(_forget)
+        self._lock, self._process = threading.Lock(), os.getpid()
+
+    def _exclusive(self) -> threading.Lock:
+        if self._process != os.getpid():
+            # Another thread may have held the lock during the fork. Descriptors are this process's own copies, and
+            # reads at a given offset share no position with the parent's.
+            self._lock, self._process = threading.Lock(), os.getpid()
+        return self._lock
+
+    def _descriptor(self, path: str, expected: tuple[int, int] | None) -> int:
+        descriptor = self._descriptors.get(path)
+        if descriptor is None:
+            descriptor = self._open(path)
+            # Before it is checked: whatever happens then, it is closed one day.
+            self._descriptors.put(path, descriptor)
+            self._descriptors.shrink_to(self._capacity())
+            if expected is not None:
+                _check_unchanged(descriptor, expected)
+        return descriptor
+
+    def _open(self, path: str) -> int:
+        while True:
+            try:
+                return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                if error.errno not in _TOO_MANY or not len(self._descriptors):
+                    raise
+            self._descriptors.shrink_to(len(self._descriptors) // 2)
+
+    def _capacity(self) -> int:
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return self._limit if soft == resource.RLIM_INFINITY else max(1, min(self._limit, soft // 2))
+
+
+def raise_open_file_limit(max_open_files: int) -> None:
+    """Raises what this process may open so that it can keep `max_open_files`, as far as its hard limit allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * max_open_files  # OpenFiles takes half
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+class _Recent(Generic[ItemT]):
+    """Items by path, in the order of their last use; every item that leaves is released."""
+
+    def __init__(self, release: Callable[[ItemT], None]) -> None:
+        self._items: OrderedDict[str, ItemT] = OrderedDict()
+        self._release = release
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def get(self, path: str) -> ItemT | None:
+        if path not in self._items:
+            return None
+        self._items.move_to_end(path)
+        return self._items[path]
+
+    def put(self, path: str, item: ItemT) -> None:
+        self.pop(path)
+        self._items[path] = item
+        self.shrink_to(_MAX_MAPS)
+
+    def pop(self, path: str) -> None:
+        if path in self._items:
+            self._release(self._items.pop(path))
+
+    def shrink_to(self, count: int) -> None:
+        while len(self._items) > count:
+            self._release(self._items.popitem(last=False)[1])
+
+    def __del__(self) -> None:
+        self.shrink_to(0)
+
+
+def _forget(item: object) -> None:
+    """A map ends with the last array that shows it."""
+
+
+def _check_unchanged(descriptor: int, expected: tuple[int, int]) -> None:
+    status = os.fstat(descriptor)
+    found = status.st_size, status.st_mtime_ns
+    if found != expected:
+        raise FileChangedError(f"it has size and mtime_ns {found}, but had {expected} when it was indexed")
+
+
+def _read_all(descriptor: int, size: int, offset: int) -> bytes:
+    data = os.pread(descriptor, size, offset)
+    if len(data) == size:
+        return data
+    parts = [data]  # a signal, or a file system that returns less at a time
+    while data:
+        offset, size = offset + len(data), size - len(data)
+        data = os.pread(descriptor, size, offset) if size else b""
+        parts.append(data)
+    return b"".join(parts)
+
+
+def _map(path: str, size: int) -> NDArray[np.uint8]:
+    if size == 0:  # nothing cannot be mapped
+        return np.empty(0, dtype=np.uint8)
+    if os.stat(path).st_size < size:
+        raise OSError("the file is cut off")
+    try:
+        # Python's own maps keep a duplicate of the descriptor, so thousands of them would exhaust what a process may
+        # open. Private, so that the file may be read-only; nothing is ever written.
+        data = torch.from_file(path, shared=False, size=size, dtype=torch.uint8).numpy()
+    except RuntimeError as error:
+        raise OSError(f"it cannot be mapped: {str(error).splitlines()[0]}") from error
+    data.flags.writeable = False
+    return data
