@@ -1,8 +1,9 @@
 """One checkpoint on disk, read by any rank of any layout."""
 
 import os
+import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +26,9 @@ from beit3_ds.checkpoint.rectangles import Rectangle, whole
 from beit3_ds.checkpoint.tensor_file import BrokenTensorFileError, TensorEntry, TensorFile
 from beit3_ds.config import ConfigError, ModelConfig
 
+_NAME = re.compile("step-([0-9]{8}|[1-9][0-9]{8,})")
+_LEFT_OVER = re.compile(rf"\.(writing|deleted)-{_NAME.pattern}")
+_FILE_NAME = re.compile(rf"{re.escape(INDEX_NAME)}|({'|'.join(FILE_KINDS)})-\d{{5,}}\.safetensors")
 _FILE_OF_KIND = {kind: file for file, kinds in FILE_KINDS.items() for kind in kinds}
 
 
@@ -140,9 +144,55 @@ def check_files(path: Path, index: Index) -> None:
             raise BrokenIndexError(f"{name} has {size} bytes instead of {written.num_bytes}")
 
 
+def checkpoint_name(step: int) -> str:
+    """The name of a checkpoint's folder."""
+    return f"step-{step:08d}"
+
+
 def checkpoint_paths(folder: Path) -> list[Path]:
-    """The checkpoints in a folder of them, newest first, whole or not."""
-    return sorted(folder.glob("step-*"), reverse=True)
+    """The folders inside `folder` that have the name of a checkpoint, newest first, whole or not.
+
+    Anything else there is somebody else's: copies such as `step-00000002.bak`, files, and links to other places.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            found = [entry.name for entry in entries if _NAME.fullmatch(entry.name) and _is_folder(entry)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [folder / name for name in sorted(found, key=lambda name: int(name.partition("-")[2]), reverse=True)]
+
+
+def is_own_checkpoint(path: Path) -> bool:
+    """Whether a folder may be deleted as a checkpoint: its index says so, fits its name, and knows all that is in it.
+
+    The files may be damaged or missing. A folder without a readable index, or with a file that the index does not name,
+    holds what this program did not write.
+    """
+    try:
+        index = read_index(path)
+        return path.name == checkpoint_name(index.step) and _holds_only(path, lambda name: name in index.files)
+    except (BrokenIndexError, OSError):
+        return False
+
+
+def left_over_paths(folder: Path) -> list[Path]:
+    """The folders inside `folder` that killed saves and deletions left: named so, and with nothing but such files."""
+    found = [path for path in folder.glob(".*-step-*") if _LEFT_OVER.fullmatch(path.name)]
+    return [path for path in found if _holds_only(path, lambda name: _FILE_NAME.fullmatch(name) is not None)]
+
+
+def _holds_only(folder: Path, is_own: Callable[[str], bool]) -> bool:
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    with os.scandir(folder) as entries:
+        return all(
+            entry.is_file(follow_symlinks=False) and (entry.name == INDEX_NAME or is_own(entry.name))
+            for entry in entries
+        )
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    return entry.is_dir(follow_symlinks=False)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -160,14 +210,15 @@ def open_checkpoint(path: Path, kind: str | None = "weights") -> CheckpointFolde
     Raises:
         ConfigError: if there is none, or it is torn or changed; what is wrong with newer ones goes to stderr.
     """
-    own = [path] if (path / INDEX_NAME).is_file() or path.name.startswith("step-") else []
+    own = [path] if (path / INDEX_NAME).is_file() or _NAME.fullmatch(path.name) else []
     for candidate in own or checkpoint_paths(path) or checkpoint_paths(path / "checkpoints"):
         try:
             folder = CheckpointFolder(candidate)
         except BrokenIndexError as error:
             fault: str | None = str(error)
         else:
-            fault = _find_damage_fast(folder, folder.files(kind))
+            misnamed = not own and candidate.name != checkpoint_name(folder.step)
+            fault = f"it holds step {folder.step}" if misnamed else _find_damage_fast(folder, folder.files(kind))
             if fault is None:
                 return folder
         print(f"checkpoint {candidate} is not whole: {fault}", file=sys.stderr)

@@ -1,7 +1,9 @@
 """The checkpoints of a run: whole or absent, written beside training, loaded by any layout of ranks."""
 
 import contextlib
+import itertools
 import json
+import os
 import shutil
 import threading
 import time
@@ -17,7 +19,14 @@ import torch.distributed as dist
 
 from beit3_ds.checkpoint.disk import NewFile, rename, sync_folder, write_whole
 from beit3_ds.checkpoint.engine_state import EngineState
-from beit3_ds.checkpoint.folder import CheckpointFolder, check_files, checkpoint_paths
+from beit3_ds.checkpoint.folder import (
+    CheckpointFolder,
+    check_files,
+    checkpoint_name,
+    checkpoint_paths,
+    is_own_checkpoint,
+    left_over_paths,
+)
 from beit3_ds.checkpoint.index import INDEX_NAME, BrokenIndexError, Index, Piece, check_cover
 from beit3_ds.checkpoint.rectangles import Rectangle
 from beit3_ds.checkpoint.run_description import RunDescription
@@ -192,17 +201,17 @@ class CheckpointStore:
         num_bytes = sum(written.num_bytes for written in folder.index.files.values())
         if self._mesh.is_main and num_bytes > _LONG_CHECK_BYTES:
             print(f"checking {path} ({num_bytes / 1e9:.1f} GB)", flush=True)
-        if path.name != _folder_name(folder.step):
+        if path.name != checkpoint_name(folder.step):
             return None, f"it holds step {folder.step}"
         return folder, folder.find_damage(folder.files()[self._rank :: self._mesh.num_ranks])
 
     def _whole_paths(self) -> Iterator[Path]:
         """Those whose files are all there, as far as this process knows."""
-        return (path for path in checkpoint_paths(self.root) if path not in self._refused and _open(path))
+        return (path for path in checkpoint_paths(self.root) if path not in self._refused and _is_whole(path))
 
     def _write(self, snapshot: Snapshot, step: int, data: Mapping[str, Any], start: float, held_up: float) -> None:
         """In the thread: writes what the snapshot holds, with the threads of all ranks."""
-        target = self.root / _folder_name(step)
+        target = self.root / checkpoint_name(step)
         try:
             error = self._write_together(snapshot, step, data, target)
         except RuntimeError as failure:
@@ -253,10 +262,12 @@ class CheckpointStore:
         return answer
 
     def _make_folder(self, aside: Path) -> None:
-        for left_over in (*self.root.glob(".writing-*"), *self.root.glob(".deleted-*")):
+        for left_over in left_over_paths(self.root):
             shutil.rmtree(left_over, ignore_errors=left_over != aside)  # only that one is in the way
         try:
             aside.mkdir()
+        except FileExistsError:
+            raise OSError(f"{aside} is in the way and holds files that this program did not write; move it") from None
         except FileNotFoundError:
             if self._was_there:
                 print(f"WARNING: {self.root} is gone, with the checkpoints in it; it is made anew", flush=True)
@@ -289,21 +300,41 @@ class CheckpointStore:
             check_files(aside, index)
         except BrokenIndexError as error:
             raise OSError(f"{error} on the main rank: is {self.root} on a file system that all ranks share?") from None
-        if target.exists():  # torn, or this run would have begun behind it
-            self._delete(target)
+        if os.path.lexists(target):
+            self._clear(target)
         rename(aside, target)
         self._refused.discard(target)  # before pruning counts
-        write_whole(self.root / _LATEST, f"{target.name}\n".encode())
+        self._write_latest(target.name)
         with contextlib.suppress(OSError):  # the new one is safe; what could not be deleted now is deleted next time
             self._prune()
 
+    def _clear(self, target: Path) -> None:
+        """Frees the place of a checkpoint: deletes one of that step, which this run began before, or moves the rest."""
+        if is_own_checkpoint(target):
+            self._delete(target)
+            return
+        names = itertools.chain(
+            [f"{target.name}.replaced"], (f"{target.name}.replaced-{i}" for i in itertools.count(2))
+        )
+        moved = next(path for name in names if not os.path.lexists(path := self.root / name))
+        rename(target, moved)
+        print(f"WARNING: {target} was no whole checkpoint of this program; it is now {moved}", flush=True)
+
+    def _write_latest(self, name: str) -> None:
+        latest = self.root / _LATEST
+        if latest.is_symlink() or (latest.exists() and not latest.is_file()):
+            print(f"WARNING: {latest} is not a file of this program and is left as it is", flush=True)
+            return
+        write_whole(latest, f"{name}\n".encode())
+
     def _prune(self) -> None:
-        """Deletes what is older than the oldest of the whole checkpoints that are kept."""
+        """Deletes the checkpoints of this program that are older than the oldest of the whole ones that are kept."""
         paths = checkpoint_paths(self.root)
-        whole = list(self._whole_paths())
+        whole = [path for path in self._whole_paths() if is_own_checkpoint(path)]
         if len(whole) > self._keep:
             for path in paths[paths.index(whole[self._keep]) :]:
-                self._delete(path)
+                if is_own_checkpoint(path):
+                    self._delete(path)
 
     def _delete(self, path: Path) -> None:
         hidden = path.with_name(f".deleted-{path.name}")
@@ -333,15 +364,12 @@ class _Share(NamedTuple):
         )
 
 
-def _folder_name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def _open(path: Path) -> CheckpointFolder | None:
+def _is_whole(path: Path) -> bool:
+    """Whether a folder is the checkpoint that its name says, and its files have the right sizes."""
     try:
-        return CheckpointFolder(path)
+        return path.name == checkpoint_name(CheckpointFolder(path).step)
     except BrokenIndexError:
-        return None
+        return False
 
 
 def _one_line(error: Exception) -> str:

@@ -30,6 +30,7 @@ from beit3_ds.cluster.terminal import Terminal
 from beit3_ds.config import ConfigError, RunConfig, check_layout, fits_layout, load_run_config
 
 _STEP = re.compile(r"step-(\d+)")
+_ATTEMPT = re.compile("attempt_([0-9]+)")
 _RESTART_SECONDS = 2.0  # so that a fault that ends every attempt at once cannot flood anything
 
 
@@ -161,7 +162,8 @@ class _Launch:
             raise ConfigError(f"the launch failed: {error}. Logs are in {folder}.") from error
 
     def _new_folder(self) -> Path:
-        taken = [int(path.name.partition("_")[2]) for path in self._log_dir.glob("attempt_[0-9]*")]
+        # A copy, such as attempt_1.bak, is somebody else's.
+        taken = [int(match[1]) for path in self._log_dir.iterdir() if (match := _ATTEMPT.fullmatch(path.name))]
         folder = self._log_dir / f"attempt_{max(taken, default=0) + 1}"
         folder.mkdir()
         return folder
