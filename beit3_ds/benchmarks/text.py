@@ -79,7 +79,7 @@ def _compare_speed(folder: Path, model: str, tokenizer: TextTokenizer) -> list[d
     corpus = folder / "speed.txt"
     write_corpus(corpus, _SPEED_BYTES)
     piece = whole_file(str(corpus))
-    paragraphs = list(read_paragraphs(piece, BrokenLines(0)))
+    paragraphs = [paragraph.text for paragraph in read_paragraphs(piece, BrokenLines(0))]
     reference = sentencepiece.SentencePieceProcessor(model_file=model)
     ways = {
         "sentencepiece": lambda: reference.encode(paragraphs, num_threads=1),

@@ -94,6 +94,9 @@ class DataConfig:
     """Texts alone: MLM only."""
     text_length: int = 128
     """Tokens of a text sample at most, BOS and EOS included. The paper is silent; 128 is near an image's length."""
+    document_separator: bool = True
+    """Put EOS between documents that share a sequence of `texts`, as RoBERTa does. False joins them without a mark. A
+    document is a JSON object, or the lines between two blank ones of plain text."""
     pair_text_length: int = 64
     """Tokens of a caption at most, BOS and EOS included (the released models' fine-tuning length)."""
     image_mask_ratio: float = 0.4

@@ -192,7 +192,12 @@ def _build_samples(
     word_starts = tokenizer.word_starts() if data.text_masking == "whole_word" else None
     if name == "texts":
         sequences = TextSequences(
-            [source.path], tokenizer, data.text_length, data.prepared_dir, max_broken_lines=data.max_broken_records
+            [source.path],
+            tokenizer,
+            data.text_length,
+            data.prepared_dir,
+            max_broken_lines=data.max_broken_records,
+            document_separator=data.document_separator,
         )
         masking = TextMasking(ratio=data.text_mask_ratio, mask_id=tokenizer.mask_id, word_starts=word_starts)
         return TextSamples(sequences=sequences, masking=masking)

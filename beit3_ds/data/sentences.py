@@ -28,10 +28,25 @@ class ParagraphCutter:
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         """Reads what the pieces of the tokenizer say about sentences."""
-        self._starts_word = tokenizer.word_starts()
+        self._starts_word, self._eos_id = tokenizer.word_starts(), tokenizer.eos_id
         pieces = (tokenizer.piece(id_) for id_ in range(tokenizer.vocab_size))
         kinds = (_kind(piece, bool(starts)) for piece, starts in zip(pieces, self._starts_word, strict=True))
         self._kinds = np.fromiter(kinds, dtype=np.uint8, count=tokenizer.vocab_size)
+
+    def content_lengths(self, ids: NDArray[np.generic], lengths: NDArray[np.generic]) -> NDArray[np.int64]:
+        """Counts the ids of each paragraph without the separator (EOS) that may be its last one.
+
+        Args:
+            ids: all ids of the paragraphs, (n,).
+            lengths: ids of each paragraph, (paragraphs,).
+
+        Returns:
+            (paragraphs,).
+        """
+        contents = lengths.astype(np.int64)
+        (filled,) = np.nonzero(contents)
+        contents[filled] -= ids[np.cumsum(contents)[filled] - 1] == self._eos_id
+        return contents
 
     def sentence_starts(self, ids: NDArray[np.generic], lengths: NDArray[np.generic]) -> NDArray[np.int64]:
         """Finds the sentences of paragraphs behind their first ones.
@@ -53,7 +68,7 @@ class ParagraphCutter:
         return starts[(kinds[starts] & opens) > 0]
 
     def cuts(self, ids: NDArray[np.generic], lengths: NDArray[np.generic], limit: int) -> Iterator[int]:
-        """Cuts paragraphs longer than `limit` into sequences of at most `limit` ids.
+        """Cuts paragraphs longer than `limit` into sequences of at most `limit` ids, separators not counted.
 
         A sequence ends at the last end of a sentence that it has room for; within a sentence longer than a sequence
         before the last start of a word, and within such a word where it is full.
@@ -66,8 +81,8 @@ class ParagraphCutter:
         Yields:
             Number of the first id of each sequence but the first of its paragraph, rising.
         """
-        stops = np.cumsum(lengths, dtype=np.int64)
-        starts = np.concatenate([[0], stops[:-1]])
+        starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)[:-1]])
+        stops = starts + self.content_lengths(ids, lengths)
         long = np.flatnonzero(stops - starts > limit)
         sentences = self.sentence_starts(ids, lengths).tolist() if len(long) else []
         for start, end in zip(starts[long].tolist(), stops[long].tolist(), strict=True):

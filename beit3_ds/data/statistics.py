@@ -130,7 +130,9 @@ def _describe_texts(name: str, paths: list[str], prepared_dir: str | None, max_e
         yield f"  {num_tokens:,} tokens prepared so far" if num_tokens else "  not prepared yet"
     each = -(-max_examined // len(paths))
     broken = BrokenLines(math.inf)
-    paragraphs = [line for path in paths for line in islice(read_paragraphs(whole_file(path), broken), each)]
+    paragraphs = [
+        paragraph.text for path in paths for paragraph in islice(read_paragraphs(whole_file(path), broken), each)
+    ]
     examined = len(paragraphs) + len(broken.lines)  # a broken line counts as a paragraph
     statistics = SourceStatistics(num_samples=0, num_examined=examined, skipped={})
     statistics.broken.update(_reason(re.sub(r"^.*?:\d+: ", "", line)) for line in broken.lines)

@@ -1,30 +1,27 @@
-"""Paragraphs of text files, streamed: plain text or JSONL, as it is or compressed with gzip or Zstandard.
+"""Paragraphs of text files, streamed: plain text or JSON, as it is or compressed.
 
-| name | what a line is |
-|---|---|
-| `*.jsonl` | a JSON object; its `text` is a document, of which every line is a paragraph |
-| any other | a paragraph; blank lines, between documents or paragraphs, carry no meaning |
-
-Either may end in `.gz` or `.zst`. At most one line is in memory, and a line of more than 16 MiB is left out, so memory
-is bounded whatever the file. Lines end with a newline byte; a carriage return before it is white space.
+`text_formats` says which file holds what. In plain text a line is a paragraph, and blank lines stand between documents.
+In JSON every object is a document; the lines of its `text` are the paragraphs. At most one line or JSON value is in
+memory, and a line of more than 16 MiB is left out, so memory is bounded whatever the file. Lines end with a newline, a
+carriage return, or both.
 """
 
-import gzip
 import io
 import json
 import math
 import os
-import zlib
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple, cast
-
-import zstandard
+from typing import BinaryIO, NamedTuple
 
 from beit3_ds.config import ConfigError
+from beit3_ds.data.file_reading import open_for_reading
+from beit3_ds.data.image_source import printable
+from beit3_ds.data.json_values import iterate_json_values
+from beit3_ds.data.text_check import check_is_text
+from beit3_ds.data.text_formats import DECOMPRESSION_ERRORS, TextFormat, find_text_format, open_decompressed
 
 _MAX_LINE_BYTES = 16 << 20
 _CHUNK_BYTES = 1 << 20
-_COMPRESSED_BYTES = 8 << 10  # zstandard gives out at once all that they hold
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SHOWN = 10
 
@@ -37,7 +34,16 @@ class TextPiece(NamedTuple):
     start: int
     """First byte."""
     stop: int
-    """One past the last byte. A compressed file can only be read whole: its piece ends with the file."""
+    """One past the last byte. Compressed files and JSON values can only be read whole: their piece is the file."""
+
+
+class Paragraph(NamedTuple):
+    """A paragraph of a text."""
+
+    text: str
+    """Not blank, without white space around it."""
+    ends_document: bool
+    """Whether it is the last one of its document."""
 
 
 class BrokenLines:
@@ -76,74 +82,120 @@ def whole_file(path: str) -> TextPiece:
     """The piece that is all of a file.
 
     Raises:
-        ConfigError: if the file cannot be read.
+        ConfigError: if the file cannot be read, or holds no text.
+        StorageError: if the file system fails.
     """
     return cut_into_pieces(path, math.inf)[0]
 
 
 def cut_into_pieces(path: str, piece_bytes: float) -> list[TextPiece]:
-    """Cuts a file into pieces of `piece_bytes` that can be read apart; a compressed file is one piece.
+    """Cuts a file into pieces of `piece_bytes` that can be read apart; what must be read whole is one piece.
 
     Raises:
-        ConfigError: if the file cannot be read.
+        ConfigError: if the file cannot be read, or holds no text.
+        StorageError: if the file system fails.
     """
-    try:
-        size = os.path.getsize(path)
-    except OSError as error:
-        raise ConfigError(f"data: {path} cannot be read: {error}.") from error
-    if _is_compressed(path) or size <= piece_bytes:
+    text_format, size = find_text_format(path), os.path.getsize(path)
+    if text_format.is_read_whole or size <= piece_bytes:
         return [TextPiece(path, 0, size)]
     step = int(piece_bytes)
     return [TextPiece(path, start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def read_paragraphs(piece: TextPiece, broken: BrokenLines) -> Iterator[str]:
-    """Yields the paragraphs of a piece, without blank ones and without white space around them.
+def read_paragraphs(piece: TextPiece, broken: BrokenLines) -> Iterator[Paragraph]:
+    """Yields the paragraphs of a piece.
 
     Args:
         piece: what to read.
-        broken: where lines that are not UTF-8, no JSON object with a `text`, or too long are counted.
+        broken: where lines and JSON values are counted that are no text (`check_is_text`), no UTF-8, no JSON object
+            with a `text`, or too long.
 
     Raises:
-        ConfigError: if the file cannot be read or decompressed, or the budget of broken lines is used up.
+        ConfigError: if the file cannot be read, decompressed or, as JSON values, parsed, or the budget of broken lines
+            is used up.
+        StorageError: if the file system fails.
     """
-    parse = _parse_json if _is_json(piece.path) else _parse_plain
+    text_format = find_text_format(piece.path)
     try:
-        with _open(piece.path) as file:
-            first = _find_first_line(file, piece)
-            lines_before: int | None = None
-            for number, line in enumerate(_read_lines(file, piece, first), 1):
-                try:
-                    yield from parse(line)
-                except ValueError as error:
-                    if lines_before is None:  # seldom needed, and reads the file up to the piece
-                        lines_before = _count_lines(piece.path, first)
-                    broken.add(f"{piece.path}:{lines_before + number}: {error}")
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise ConfigError(f"data: {piece.path} cannot be read: {error}. Fetch it again.") from error
+        with open_decompressed(piece.path, text_format.compression) as file:
+            if text_format.kind == "json_values":
+                yield from _paragraphs_of_values(file, piece.path, broken)
+            else:
+                yield from _paragraphs_of_lines(file, piece, text_format, broken)
+    except DECOMPRESSION_ERRORS as error:
+        raise ConfigError(f"data: {printable(piece.path)} cannot be read: {error}. Fetch it again.") from error
 
 
-def _parse_plain(line: bytes) -> list[str]:
-    text = _decode(line).strip()
-    return [text] if text else []
+def _paragraphs_of_values(file: BinaryIO, path: str, broken: BrokenLines) -> Iterator[Paragraph]:
+    values = iterate_json_values(io.TextIOWrapper(file, encoding="utf-8-sig"), _MAX_LINE_BYTES)
+    number = 0
+    try:
+        for number, value in enumerate(values, 1):
+            try:
+                yield from _mark(_paragraphs_of_record(value))
+            except ValueError as error:
+                broken.add(f"{path}:{number}: {error}")
+    except ValueError as error:  # not of the value, whose own are counted above
+        raise ConfigError(
+            f"data: {printable(path)} cannot be read as JSON behind value {number}: {error}. Repair it, or write one "
+            "object a line (JSONL), of which a broken one is left out by itself."
+        ) from error
 
 
-def _parse_json(line: bytes) -> list[str]:
-    decoded = _decode(line)
-    if not decoded or decoded.isspace():
+def _paragraphs_of_lines(
+    file: BinaryIO, piece: TextPiece, text_format: TextFormat, broken: BrokenLines
+) -> Iterator[Paragraph]:
+    first = _find_first_line(file, piece)
+    lines_before: int | None = None
+    held: str | None = None  # a paragraph of which it is not known yet whether it ends its document
+    is_plain = text_format.kind == "plain"
+    for number, is_inside, part in _read_parts(file, first, math.inf if text_format.is_read_whole else piece.stop):
+        if not is_inside and held is None:
+            break
+        try:
+            line = _decode(part)
+            if not is_plain:
+                yield from _mark(_parse_json(line))
+                continue
+            text = line.strip()
+            check_is_text(text)
+        except ValueError as error:
+            if not is_inside:  # the next piece counts it
+                continue
+            if lines_before is None:  # seldom needed, and reads the file up to the piece
+                lines_before = _count_lines(piece.path, first)
+            broken.add(f"{piece.path}:{lines_before + number}: {error}")
+            continue
+        if held is not None:
+            yield Paragraph(held, ends_document=not text)
+        held = (text or None) if is_inside else None
+    if held is not None:
+        yield Paragraph(held, ends_document=True)
+
+
+def _mark(paragraphs: list[str]) -> Iterator[Paragraph]:
+    """The paragraphs of one document."""
+    for number, paragraph in enumerate(paragraphs, 1):
+        yield Paragraph(paragraph, ends_document=number == len(paragraphs))
+
+
+def _parse_json(line: str) -> list[str]:
+    if not line or line.isspace():
         return []
     try:
-        record = json.loads(decoded)
+        record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from error
+    return _paragraphs_of_record(record)
+
+
+def _paragraphs_of_record(record: object) -> list[str]:
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise ValueError("no JSON object with a string under 'text'")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # "\ud800" is valid JSON and no valid text
-        raise ValueError(f"half a surrogate pair at character {error.start} of 'text'") from error
-    return [paragraph.strip() for paragraph in text.split("\n") if paragraph and not paragraph.isspace()]
+    check_is_text(text)
+    lines = text.replace("\r", "\n").split("\n")
+    return [paragraph.strip() for paragraph in lines if paragraph and not paragraph.isspace()]
 
 
 def _decode(line: bytes) -> str:
@@ -163,14 +215,21 @@ def _find_first_line(file: BinaryIO, piece: TextPiece) -> int:
     return piece.start - 1 + _skip_line(file)
 
 
-def _read_lines(file: BinaryIO, piece: TextPiece, position: int) -> Iterator[bytes]:
-    """Yields the lines that start between `position` and the end of the piece; one too long is yielded cut."""
-    stop = math.inf if _is_compressed(piece.path) else piece.stop
-    while position < stop and (line := file.readline(_MAX_LINE_BYTES + 1)):
-        length = len(line)
+def _read_parts(file: BinaryIO, position: int, stop: float) -> Iterator[tuple[int, bool, bytes]]:
+    """Yields the lines from `position` on, cut at carriage returns.
+
+    Each comes with the number of its newline's line, from 1, and whether that starts before `stop`. A line that is too
+    long is yielded whole, but cut off.
+    """
+    number = 0
+    while line := file.readline(_MAX_LINE_BYTES + 1):
+        number, length = number + 1, len(line)
         if length > _MAX_LINE_BYTES and not line.endswith(b"\n"):
             length += _skip_line(file)
-        yield line.removeprefix(_BYTE_ORDER_MARK) if position == 0 else line
+        line = line.removeprefix(_BYTE_ORDER_MARK) if position == 0 else line
+        is_long = len(line) > _MAX_LINE_BYTES
+        for part in [line] if is_long else line.rstrip(b"\r\n").split(b"\r"):
+            yield number, position < stop, part
         position += length
 
 
@@ -187,58 +246,8 @@ def _skip_line(file: BinaryIO) -> int:
 def _count_lines(path: str, stop: int) -> int:
     """The lines that end before byte `stop`; 0 for a compressed file, whose one piece starts at 0."""
     count = 0
-    with open(path, "rb") as file:
+    with open_for_reading(path) as file:
         while chunk := file.read(min(_CHUNK_BYTES, stop)):
             count += chunk.count(b"\n")
             stop -= len(chunk)
     return count
-
-
-def _is_compressed(path: str) -> bool:
-    return path.endswith((".gz", ".zst"))
-
-
-def _is_json(path: str) -> bool:
-    return path.removesuffix(".gz").removesuffix(".zst").endswith(".jsonl")
-
-
-def _open(path: str) -> BinaryIO:
-    if path.endswith(".gz"):
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    if path.endswith(".zst"):
-        return cast(BinaryIO, io.BufferedReader(_ZstandardFrames(path), _CHUNK_BYTES))
-    return open(path, "rb", buffering=_CHUNK_BYTES)
-
-
-class _ZstandardFrames(io.RawIOBase):
-    """All frames of a .zst file; a file that ends within a frame is an error, which zstandard's own reader hides."""
-
-    def __init__(self, path: str) -> None:
-        self._file = open(path, "rb")  # noqa: SIM115, closed by close()
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._inside = False
-        self._compressed = b""
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        while not self._ready:
-            self._compressed = self._compressed or self._file.read(_COMPRESSED_BYTES)
-            if not self._compressed:
-                if self._inside:
-                    raise EOFError("it ends within a Zstandard frame")
-                return 0
-            self._ready = memoryview(self._frame.decompress(self._compressed))
-            self._inside, self._compressed = not self._frame.eof, self._frame.unused_data
-            if self._frame.eof:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-        size = min(len(buffer), len(self._ready))
-        buffer[:size] = self._ready[:size]
-        self._ready = self._ready[size:]
-        return size
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()

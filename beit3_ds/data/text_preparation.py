@@ -2,10 +2,11 @@
 
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -104,17 +105,21 @@ def prepare_texts(
     for pieces_of_source in pieces:
         remove_other_pieces(folder, pieces_of_source)
     share = [piece for pieces_of_source in pieces for piece in pieces_of_source][part.number - 1 :: part.count]
-    kept = [done for piece in share if (done := _finished(folder, piece, tokenizer))]
+    separator = data.document_separator
+    kept = [done for piece in share if (done := _finished(folder, piece, tokenizer, separator))]
     finished = {done.source for done in kept}
     todo = [piece for piece in share if piece not in finished]
     broken = BrokenLines(data.max_broken_records)
     broken.extend([line for done in kept for line in done.broken])
     num_tokens = sum(done.num_tokens for done in kept)
-    for done in _with_progress(_write_all(folder, todo, tokenizer, data.max_broken_records, processes), todo):
+    write = partial(
+        write_tokens, folder, tokenizer=tokenizer, budget=data.max_broken_records, document_separator=separator
+    )
+    for done in _with_progress(_write_all(todo, write, processes), todo):
         broken.extend(list(done.broken))
         num_tokens += done.num_tokens
     cutter = ParagraphCutter(tokenizer)
-    left = [s for s in sources if not _cut_into_sequences(folder, s, tokenizer, data.text_length, cutter)]
+    left = [s for s in sources if not _cut_into_sequences(folder, s, tokenizer, data, cutter)]
     return TextPreparation(
         pieces_written=len(todo),
         pieces_kept=len(kept),
@@ -130,27 +135,28 @@ def _text_sources(data: DataConfig) -> list[str]:
     return list(dict.fromkeys(file for part in sources for file in expand_patterns([source.path for source in part])))
 
 
-def _finished(folder: Path, piece: TextPiece, tokenizer: TextTokenizer) -> TokenPiece | None:
+def _finished(folder: Path, piece: TextPiece, tokenizer: TextTokenizer, document_separator: bool) -> TokenPiece | None:
     """The token file of a piece if it need not be written again."""
     with suppress(ConfigError):  # missing or damaged
         done = read_token_piece(token_path(folder, piece))
-        if (done.source, done.tokenizer) == (piece, tokenizer.fingerprint) and done.fits(os.stat(piece.path)):
+        made_with = (done.source, done.tokenizer, done.document_separator)
+        if made_with == (piece, tokenizer.fingerprint, document_separator) and done.fits(os.stat(piece.path)):
             return done
     return None
 
 
 def _write_all(
-    folder: Path, pieces: Sequence[TextPiece], tokenizer: TextTokenizer, budget: int, processes: int | None
+    pieces: Sequence[TextPiece], write: Callable[[TextPiece], TokenPiece], processes: int | None
 ) -> Iterator[TokenPiece]:
     """Yields the token files as they are finished."""
     processes = min(processes or len(os.sched_getaffinity(0)), len(pieces))
     if processes <= 1:
-        yield from (write_tokens(folder, piece, tokenizer, budget) for piece in pieces)
+        yield from map(write, pieces)
         return
     context = multiprocessing.get_context("forkserver")  # a fork would inherit the threads of whoever calls
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(processes, context) as pool:
-        futures = [pool.submit(write_tokens, folder, piece, tokenizer, budget) for piece in pieces]
+        futures = [pool.submit(write, piece) for piece in pieces]
         try:
             for future in as_completed(futures):
                 yield future.result()
@@ -172,12 +178,12 @@ def _with_progress(finished: Iterable[TokenPiece], pieces: Sequence[TextPiece]) 
 
 
 def _cut_into_sequences(
-    folder: Path, source: str, tokenizer: TextTokenizer, length: int, cutter: ParagraphCutter
+    folder: Path, source: str, tokenizer: TextTokenizer, data: DataConfig, cutter: ParagraphCutter
 ) -> bool:
     """Writes the borders of a source file, or returns False if some of its pieces are still to be done."""
     try:
-        pieces = find_token_pieces(folder, source, tokenizer)
+        pieces = find_token_pieces(folder, source, tokenizer, data.document_separator)
     except ConfigError:
         return False
-    write_borders(folder, source, pieces, length, cutter)
+    write_borders(folder, source, pieces, data.text_length, cutter)
     return True

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from beit3_ds.config import ConfigError
 from beit3_ds.data.files import expand_patterns
+from beit3_ds.data.image_source import printable
 from beit3_ds.data.sentences import ParagraphCutter
 from beit3_ds.data.text_files import BrokenLines, read_paragraphs, whole_file
 from beit3_ds.data.token_files import PreparedText
@@ -18,10 +19,11 @@ from beit3_ds.tokenizers.text import TextTokenizer
 class TextSequences:
     """The texts of files, cut into sequences of at most `length` tokens.
 
-    Consecutive paragraphs of a file share a sequence as long as the next one fits whole. Only a paragraph longer than
-    a sequence is cut, at ends of sentences, and its rest goes on with the next paragraph; only a sentence longer than
-    a sequence is cut in itself, between words if it can be. `beit3_ds.data.text_files` says which files can be read
-    and what a paragraph is, `beit3_ds.data.sentences` where a sentence ends.
+    Consecutive paragraphs of a file share a sequence as long as the next one fits whole, also those of several
+    documents, which EOS separates unless `document_separator` is false. Only a paragraph longer than a sequence is cut,
+    at ends of sentences, and its rest goes on with the next paragraph; only a sentence longer than a sequence is cut in
+    itself, between words if it can be. `beit3_ds.data.text_files` says which files can be read and what paragraphs and
+    documents are, `beit3_ds.data.sentences` where a sentence ends.
 
     Without `prepared_dir` all is tokenised at the start and kept in memory, two bytes a token with a vocabulary below
     65536, in each process: fit for some gigabytes of text. With it the token files that `beit3 prepare texts` wrote are
@@ -30,6 +32,7 @@ class TextSequences:
     Attributes:
         paths: the files.
         broken: the lines that were left out: file, line number and reason.
+        empty: the files that hold no text.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class TextSequences:
         length: int,
         prepared_dir: str | None = None,
         max_broken_lines: int = 0,
+        document_separator: bool = True,
     ) -> None:
         """Opens the files.
 
@@ -48,10 +52,12 @@ class TextSequences:
             length: tokens of a sequence at most, BOS and EOS included; at least 3.
             prepared_dir: `data.prepared_dir`.
             max_broken_lines: lines that may be unreadable, over all files.
+            document_separator: `data.document_separator`.
 
         Raises:
-            ConfigError: for a pattern without a match, a file that is unreadable or without text, more broken lines
-                than allowed, or a token file that is missing, damaged or out of date.
+            ConfigError: for a pattern without a match, a file that is unreadable, files without any text, more broken
+                lines than allowed, or a token file that is missing, damaged or out of date.
+            StorageError: if the file system fails.
         """
         self.paths = expand_patterns(patterns)
         self._bos_id, self._eos_id = tokenizer.bos_id, tokenizer.eos_id
@@ -59,16 +65,20 @@ class TextSequences:
         self._files: Sequence[_TextInMemory | PreparedText]
         if prepared_dir is None:
             cutter = ParagraphCutter(tokenizer)
-            self._files = [_TextInMemory(path, tokenizer, length, cutter, broken) for path in self.paths]
+            self._files = [
+                _TextInMemory(path, tokenizer, length, cutter, broken, document_separator) for path in self.paths
+            ]
         else:
-            prepared = [PreparedText(texts_folder(prepared_dir), path, tokenizer, length) for path in self.paths]
+            folder = texts_folder(prepared_dir)
+            prepared = [PreparedText(folder, path, tokenizer, length, document_separator) for path in self.paths]
             for file in prepared:
                 broken.extend(list(file.broken))
             self._files = prepared
-        for path, text in zip(self.paths, self._files, strict=True):
-            if not len(text):
-                raise ConfigError(f"data: {path} holds no text. Leave it out of the config.")
         self.broken = tuple(broken.lines)
+        self.empty = tuple(path for path, text in zip(self.paths, self._files, strict=True) if not len(text))
+        if len(self.empty) == len(self.paths):
+            more = f" and {len(self.paths) - 1} more" if len(self.paths) > 1 else ""
+            raise ConfigError(f"data: {printable(self.paths[0])}{more} holds no text. Leave it out of the config.")
         self._first_of_file = np.cumsum([0, *(len(file) for file in self._files)])
 
     def __len__(self) -> int:
@@ -79,6 +89,8 @@ class TextSequences:
         """Returns the ids of a sequence, BOS and EOS included, (n,) int64."""
         file = self._file_of(index)
         ids = self._files[file].ids(index - int(self._first_of_file[file]))
+        if ids[-1] == self._eos_id:  # a document ends where the sequence does
+            ids = ids[:-1]
         return np.concatenate([[self._bos_id], ids, [self._eos_id]]).astype(np.int64)
 
     def name(self, index: int) -> str:
@@ -101,9 +113,16 @@ class _TextInMemory:
     """The sequences of one source file, read and tokenised at once."""
 
     def __init__(
-        self, path: str, tokenizer: TextTokenizer, length: int, cutter: ParagraphCutter, broken: BrokenLines
+        self,
+        path: str,
+        tokenizer: TextTokenizer,
+        length: int,
+        cutter: ParagraphCutter,
+        broken: BrokenLines,
+        document_separator: bool,
     ) -> None:
-        blocks = list(encode_paragraphs(read_paragraphs(whole_file(path), broken), tokenizer))
+        paragraphs = read_paragraphs(whole_file(path), broken)
+        blocks = list(encode_paragraphs(paragraphs, tokenizer, document_separator))
         self._ids = np.concatenate([np.empty(0, dtype=np.uint16), *(ids for ids, _ in blocks)])
         self._borders = np.array([*sequence_starts(blocks, length - 2, cutter), len(self._ids)], dtype=np.int64)
 

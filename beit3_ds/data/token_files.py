@@ -32,7 +32,7 @@ from beit3_ds.data.tokenisation import TokenBlock, encode_paragraphs, sequence_s
 from beit3_ds.tokenizers.text import TextTokenizer
 
 _MAGIC = b"BEIT3TOK"
-_VERSION = 2  # of the format and of the rule that cuts sequences
+_VERSION = 3  # of the format and of the rule that cuts sequences
 _SUFFIX = ".tokens"
 _COPY_NUMBERS = 1 << 18
 _BLOCK_TOKENS = 1 << 20
@@ -52,6 +52,8 @@ class TokenPiece(NamedTuple):
     """Paragraphs in it."""
     tokenizer: str
     """Fingerprint of the tokenizer that made them."""
+    document_separator: bool
+    """Whether every document ends with EOS."""
     source: TextPiece
     """What was read."""
     source_size: int
@@ -81,7 +83,9 @@ def token_path(folder: Path, piece: TextPiece) -> Path:
     return folder / f"{_stem(piece.path)}.{piece.start:012d}{_SUFFIX}"
 
 
-def write_tokens(folder: Path, piece: TextPiece, tokenizer: TextTokenizer, budget: int) -> TokenPiece:
+def write_tokens(
+    folder: Path, piece: TextPiece, tokenizer: TextTokenizer, budget: int, document_separator: bool = True
+) -> TokenPiece:
     """Tokenises a piece into its token file, in bounded memory.
 
     Raises:
@@ -91,7 +95,7 @@ def write_tokens(folder: Path, piece: TextPiece, tokenizer: TextTokenizer, budge
     dtype = token_dtype(tokenizer.vocab_size).newbyteorder("<")
     num_tokens = num_paragraphs = 0
     with written_aside(path) as file, written_aside(path.with_suffix(".lengths"), keep=False) as lengths_file:
-        for ids, lengths in encode_paragraphs(read_paragraphs(piece, broken), tokenizer):
+        for ids, lengths in encode_paragraphs(read_paragraphs(piece, broken), tokenizer, document_separator):
             file.write(ids.astype(dtype, copy=False).data)
             lengths_file.write(lengths.astype("<u4").data)
             num_tokens += len(ids)
@@ -105,6 +109,7 @@ def write_tokens(folder: Path, piece: TextPiece, tokenizer: TextTokenizer, budge
             "num_tokens": num_tokens,
             "num_paragraphs": num_paragraphs,
             "tokenizer": tokenizer.fingerprint,
+            "document_separator": document_separator,
             "source": piece,
             "source_size": status.st_size,
             "source_mtime_ns": status.st_mtime_ns,
@@ -133,7 +138,9 @@ def count_tokens(folder: Path, source: str) -> int:
     return sum(read_token_piece(folder / name).num_tokens for name in _names(folder, source))
 
 
-def find_token_pieces(folder: Path, source: str, tokenizer: TextTokenizer) -> list[TokenPiece]:
+def find_token_pieces(
+    folder: Path, source: str, tokenizer: TextTokenizer, document_separator: bool = True
+) -> list[TokenPiece]:
     """The token files of a source file, in the order of its bytes, checked to be all and up to date.
 
     Raises:
@@ -145,6 +152,11 @@ def find_token_pieces(folder: Path, source: str, tokenizer: TextTokenizer) -> li
         piece = read_token_piece(folder / name)
         if piece.tokenizer != tokenizer.fingerprint:
             raise ConfigError(f"data: {piece.path} was made with another text tokenizer. {_REDO}")
+        if piece.document_separator != document_separator:
+            raise ConfigError(
+                f"data: {piece.path} was made with document_separator={piece.document_separator}, the config has "
+                f"{document_separator}. {_REDO}"
+            )
         if not piece.fits(status):
             raise ConfigError(
                 f"data: {piece.path} was made when {source} had {piece.source_size} bytes and mtime_ns "
@@ -195,7 +207,9 @@ class PreparedText:
     pickled copy maps the files anew.
     """
 
-    def __init__(self, folder: Path, source: str, tokenizer: TextTokenizer, length: int) -> None:
+    def __init__(
+        self, folder: Path, source: str, tokenizer: TextTokenizer, length: int, document_separator: bool = True
+    ) -> None:
         """Opens the files and reads their footers.
 
         Args:
@@ -203,11 +217,12 @@ class PreparedText:
             source: the source file, as the config names it.
             tokenizer: what they must have been made with.
             length: tokens of a sequence at most, BOS and EOS included.
+            document_separator: what they must have been made with.
 
         Raises:
             ConfigError: naming the file that is missing, damaged or out of date.
         """
-        self._pieces = find_token_pieces(folder, source, tokenizer)
+        self._pieces = find_token_pieces(folder, source, tokenizer, document_separator)
         self.broken = tuple(line for piece in self._pieces for line in piece.broken)
         self._borders_path = _borders_path(folder, source, length)
         if not self._borders_path.exists():
@@ -226,7 +241,7 @@ class PreparedText:
         return self._num_borders - 1
 
     def ids(self, index: int) -> NDArray[np.generic]:
-        """The ids of a sequence, without BOS and EOS."""
+        """The ids of a sequence, without BOS; the last one is EOS if a document ends there."""
         start, stop = (int(border) for border in self._borders[index : index + 2])
         parts = []
         number = int(np.searchsorted(self._piece_starts, start, side="right")) - 1
@@ -272,7 +287,10 @@ def _borders_path(folder: Path, source: str, length: int) -> Path:
 
 def _fingerprint(pieces: Sequence[TokenPiece]) -> str:
     """Digest of what borders depend on beside the length: which tokens there are."""
-    facts = [(piece.tokenizer, piece.source.start, piece.source_size, piece.source_mtime_ns) for piece in pieces]
+    facts = [
+        (piece.tokenizer, piece.document_separator, piece.source.start, piece.source_size, piece.source_mtime_ns)
+        for piece in pieces
+    ]
     return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
 
 

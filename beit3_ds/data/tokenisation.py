@@ -1,4 +1,9 @@
-"""From paragraphs to ids, and from ids to the borders of sequences; all streamed."""
+"""From paragraphs to ids, and from ids to the borders of sequences; all streamed.
+
+Documents are separated by EOS, as RoBERTa does where sequences cross documents (Liu et al., 2019, arXiv:1907.11692,
+section 4.2, FULL-SENTENCES): the separator is the last id of a document's last paragraph. At the end of a sequence it
+is the sequence's own EOS, and takes no room.
+"""
 
 from collections.abc import Iterable, Iterator
 from typing import TypeAlias
@@ -7,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from beit3_ds.data.sentences import ParagraphCutter
+from beit3_ds.data.text_files import Paragraph
 from beit3_ds.tokenizers.text import TextTokenizer
 
 TokenBlock: TypeAlias = tuple[NDArray[np.generic], NDArray[np.generic]]
@@ -21,11 +27,27 @@ def token_dtype(vocab_size: int) -> np.dtype[np.generic]:
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
-def encode_paragraphs(paragraphs: Iterable[str], tokenizer: TextTokenizer) -> Iterator[TokenBlock]:
-    """Yields the ids of consecutive paragraphs, a block of about a million characters at a time."""
+def encode_paragraphs(
+    paragraphs: Iterable[Paragraph], tokenizer: TextTokenizer, document_separator: bool
+) -> Iterator[TokenBlock]:
+    """Yields the ids of consecutive paragraphs, a block of about a million characters at a time.
+
+    Args:
+        paragraphs: of one file or piece.
+        tokenizer: turns them into ids.
+        document_separator: end every document with EOS, unless nothing of it is left in ids.
+    """
     dtype = token_dtype(tokenizer.vocab_size)
+    is_open = False  # whether ids came since the last separator
     for block in _blocks(paragraphs):
-        ids, lengths = tokenizer.encode_batch(block)
+        ids, lengths = tokenizer.encode_batch([paragraph.text for paragraph in block])
+        if document_separator:
+            ends = np.flatnonzero([paragraph.ends_document for paragraph in block])
+            totals = np.concatenate([[0 if not is_open else -1], np.cumsum(lengths)[ends]])
+            ends = ends[np.diff(totals) > 0]
+            is_open = int(lengths.sum()) > totals[-1]
+            ids = np.insert(ids, np.cumsum(lengths)[ends], tokenizer.eos_id)
+            lengths[ends] += 1
         yield ids.astype(dtype), lengths
 
 
@@ -36,9 +58,8 @@ def sequence_starts(blocks: Iterable[TokenBlock], limit: int, cutter: ParagraphC
     goes on with the next paragraph.
 
     Args:
-        blocks: the paragraphs, as `encode_paragraphs` gives them; empty ones change nothing, and ids are read only of
-            blocks that hold a long one.
-        limit: tokens of a sequence at most.
+        blocks: the paragraphs, as `encode_paragraphs` gives them; empty ones change nothing.
+        limit: tokens of a sequence at most, without a separator at its end.
         cutter: cuts long paragraphs.
 
     Yields:
@@ -48,25 +69,26 @@ def sequence_starts(blocks: Iterable[TokenBlock], limit: int, cutter: ParagraphC
     start = end = 0  # the open sequence
     for ids, lengths in blocks:
         block_start = end
+        contents = cutter.content_lengths(ids, lengths)
         cuts = cutter.cuts(ids, lengths, limit)
-        for length in lengths.tolist():
-            if end + length - start > limit and end > start:
+        for length, content in zip(lengths.tolist(), contents.tolist(), strict=True):
+            if end + content - start > limit and end > start:
                 yield start
                 start = end
-            end += length
-            while end - start > limit:
+            while end + content - start > limit:
                 yield start
                 start = block_start + next(cuts)
+            end += length
     if end > start:
         yield start
 
 
-def _blocks(paragraphs: Iterable[str]) -> Iterator[list[str]]:
-    block: list[str] = []
+def _blocks(paragraphs: Iterable[Paragraph]) -> Iterator[list[Paragraph]]:
+    block: list[Paragraph] = []
     num_characters = 0
     for paragraph in paragraphs:
         block.append(paragraph)
-        num_characters += len(paragraph)
+        num_characters += len(paragraph.text)
         if len(block) == _BLOCK_PARAGRAPHS or num_characters >= _BLOCK_CHARACTERS:
             yield block
             block, num_characters = [], 0

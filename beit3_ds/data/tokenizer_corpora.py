@@ -31,7 +31,7 @@ def read_training_lines(config: DataConfig) -> Iterator[str]:
     """
     broken = BrokenLines(config.max_broken_records)
     for path in expand_patterns([source.path for source in config.texts.train]):
-        yield from read_paragraphs(whole_file(path), broken)
+        yield from (paragraph.text for paragraph in read_paragraphs(whole_file(path), broken))
     for line in broken.lines:
         warnings.warn(f"left out: {line}", stacklevel=2)
     for source in config.pairs.train:

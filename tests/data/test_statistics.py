@@ -86,7 +86,7 @@ def test_broken_lines_of_one_reason_are_counted_together(tmp_path: Path) -> None
     report = describe_streams(DataConfig(images=none, pairs=none, texts=texts), 10)
     # catches a reason that keeps the place or the file's name
     assert "  3 paragraphs examined\n  paragraph characters: " in report
-    assert report.endswith("broken: 2 of 3: not UTF-8: invalid continuation byte at byte N of the line")
+    assert report.endswith("broken: 2 of 3: not UTF-8: unexpected end of data at byte N of the line")
 
 
 @pytest.fixture

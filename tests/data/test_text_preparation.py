@@ -27,7 +27,7 @@ def corpus(tmp_path: Path) -> str:
     rng = np.random.default_rng(3)
     words = np.array([*WORDS, *(f"{word}." for word in WORDS[:6])])
     paragraphs = [" ".join(rng.choice(words, rng.integers(1, 40))) for _ in range(200)]
-    (tmp_path / "a.txt").write_text("\n\n".join(paragraphs[:120]))
+    (tmp_path / "a.txt").write_text("".join(text + "\n" * rng.integers(1, 4) for text in paragraphs[:120]))
     (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in paragraphs[120:160]))
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress("\n".join(paragraphs[160:]).encode()))
     return str(tmp_path / "[abc].*")
@@ -46,6 +46,18 @@ def rows(sequences: TextSequences) -> list[list[int]]:
     return [sequences[i].tolist() for i in range(len(sequences))]
 
 
+def test_another_separator_is_refused_and_prepared_anew(tmp_path: Path, corpus: str, tokenizer: TextTokenizer) -> None:
+    folder = tmp_path / "prepared"
+    prepare_texts(data_config(corpus, folder), tokenizer, processes=1)
+    with pytest.raises(ConfigError, match=r"a\.txt.*document_separator=True, the config has False.*prepare texts"):
+        TextSequences([corpus], tokenizer, LENGTH, str(folder), document_separator=False)
+    done = prepare_texts(data_config(corpus, folder, document_separator=False), tokenizer, processes=1)
+    assert (done.pieces_written, done.pieces_kept) == (3, 0)  # catches tokens of the other kind that are kept
+    prepared = TextSequences([corpus], tokenizer, LENGTH, str(folder), document_separator=False)
+    assert rows(prepared) == rows(TextSequences([corpus], tokenizer, LENGTH, document_separator=False))
+    assert done.num_tokens == sum(len(prepared[i]) - 2 for i in range(len(prepared)))
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "texts").iterdir())
 
@@ -60,7 +72,10 @@ def test_prepared_and_unprepared_texts_are_the_same(
     plain = TextSequences([corpus], tokenizer, LENGTH)
     prepared = TextSequences([corpus], tokenizer, LENGTH, prepared_dir=str(folder))
     assert done.pieces_written > 20
-    assert done.num_tokens == sum(len(plain[i]) - 2 for i in range(len(plain)))
+    ends = sum(row.count(tokenizer.eos_id) for row in rows(plain))
+    assert ends > len(plain)  # catches documents without separators
+    # The last separator of a sequence is its own EOS.
+    assert 0 <= done.num_tokens - sum(len(plain[i]) - 2 for i in range(len(plain))) <= len(plain)
     # catches tokens lost at the border of a piece, and sequences that end there
     assert rows(prepared) == rows(plain)
     assert [prepared.name(i) for i in range(len(prepared))] == [plain.name(i) for i in range(len(plain))]

@@ -1,5 +1,7 @@
 """Paragraphs to ids and to sequences: no token lost, borders kept."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from beit3_ds.data import tokenisation
 from beit3_ds.data.sentences import ParagraphCutter
+from beit3_ds.data.text_files import Paragraph
 from beit3_ds.data.tokenisation import encode_paragraphs, sequence_starts, token_dtype
 from beit3_ds.tokenizers.text import TextTokenizer
 
@@ -59,10 +62,52 @@ def test_blocks_of_paragraphs_join_to_what_each_gives(
     expected = [tokenizer.encode(paragraph) for paragraph in paragraphs]
     monkeypatch.setattr(tokenisation, "_BLOCK_PARAGRAPHS", 2)
     monkeypatch.setattr(tokenisation, "_BLOCK_CHARACTERS", 100)
-    blocks = list(encode_paragraphs(iter(paragraphs), tokenizer))
+    blocks = list(encode_paragraphs((Paragraph(text, True) for text in paragraphs), tokenizer, False))
     assert [len(lengths) for _, lengths in blocks] == [2, 2, 1]  # catches a block without an end, and a lost last one
     assert [id_ for ids, _ in blocks for id_ in ids.tolist()] == [id_ for ids in expected for id_ in ids]
     assert [n for _, lengths in blocks for n in lengths.tolist()] == [len(ids) for ids in expected]
+
+
+DOCUMENTS = st.lists(st.lists(st.sampled_from(["", "snow", "a red bird.", "two boats near water. " * 3]), max_size=4))
+
+
+@settings(deadline=None)
+@given(documents=DOCUMENTS, limit=st.integers(3, 20), block_size=st.integers(1, 5))
+def test_documents_are_separated_inside_sequences_and_nowhere_else(
+    tokenizer: TextTokenizer, documents: list[list[str]], limit: int, block_size: int
+) -> None:
+    paragraphs = [
+        Paragraph(text, number == len(document)) for document in documents for number, text in enumerate(document, 1)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenisation, "_BLOCK_PARAGRAPHS", block_size)
+        blocks = list(encode_paragraphs(paragraphs, tokenizer, True))
+    ids = [id_ for block, _ in blocks for id_ in block.tolist()]
+    contents = [[id_ for text in document for id_ in tokenizer.encode(text)] for document in documents]
+    expected = [content for content in contents if content]
+    # catches a separator that is missing, doubled (a document of nothing), or in a wrong place
+    assert ids == [id_ for content in expected for id_ in (*content, tokenizer.eos_id)]
+
+    starts = list(sequence_starts(blocks, limit, ParagraphCutter(tokenizer)))
+    plain = list(encode_paragraphs(paragraphs, tokenizer, False))
+    for start, stop in itertools.pairwise([*starts, len(ids)]):
+        sequence = ids[start:stop]
+        inside = sequence[:-1] if sequence[-1] == tokenizer.eos_id else sequence
+        assert 1 <= len(inside) <= limit  # catches a sequence of a separator alone, and one beyond its budget
+        assert sequence[0] != tokenizer.eos_id
+    if len(documents) == 1:  # then no separator takes room: catches a paragraph cut because of its own
+        assert starts == list(sequence_starts(plain, limit, ParagraphCutter(tokenizer)))
+
+
+def test_a_separator_takes_no_room_at_the_end(tokenizer: TextTokenizer) -> None:
+    inside = int(np.flatnonzero(~tokenizer.word_starts())[-1])
+    document = [*[inside] * 4, tokenizer.eos_id]
+    blocks = [(np.array(document * 3, dtype=np.uint16), np.array([5, 5, 5]))]
+    cutter = ParagraphCutter(tokenizer)
+    assert list(sequence_starts(blocks, 9, cutter)) == [0, 10]  # 4, EOS, 4: the last EOS is the sequence's own
+    assert list(sequence_starts(blocks, 8, cutter)) == [0, 5, 10]  # catches a budget that leaves the separator out
+    assert list(sequence_starts(blocks, 4, cutter)) == [0, 5, 10]  # catches a full paragraph cut for its separator
+    assert list(sequence_starts(blocks, 3, cutter)) == [0, 3, 5, 8, 10, 13]
 
 
 def test_ids_fit_their_type() -> None:

@@ -1,0 +1,49 @@
+"""A stream of JSON values: objects one after the other, alone or in lists, in memory for one."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+_CHUNK = 1 << 20
+_BLANKS = re.compile(r"[ \t\r\n]*")
+_BLANKS_AND_COMMAS = re.compile(r"[ \t\r\n,]*")
+
+
+def iterate_json_values(file: TextIO, max_characters: int) -> Iterator[Any]:
+    """Yields the values of a file; of a list at the top, its elements.
+
+    Raises:
+        ValueError: for a file that is cut off or damaged, or for a value of more than `max_characters`.
+    """
+    decoder = json.JSONDecoder()
+    buffer, position, is_in_list = "", 0, False
+    while True:
+        blanks = (_BLANKS_AND_COMMAS if is_in_list else _BLANKS).match(buffer, position)
+        position = blanks.end() if blanks else position
+        if position < len(buffer) and buffer[position] == ("]" if is_in_list else "["):
+            position, is_in_list = position + 1, not is_in_list
+            continue
+        reason, value, end, is_parsed = "cut off within a list", None, len(buffer), False
+        if position < len(buffer):
+            try:
+                value, end = decoder.raw_decode(buffer, position)
+                is_parsed = True
+            except (json.JSONDecodeError, RecursionError) as error:
+                reason = f"not JSON: {getattr(error, 'msg', 'nested too deeply')}"
+        if end < len(buffer):  # else the value may go on in what is not read yet
+            yield value
+            position = end
+            continue
+        # Twice as much each time, so that a long value does not take quadratic time.
+        if not (more := file.read(max(_CHUNK, len(buffer) - position))):
+            if is_parsed:
+                yield value
+            elif position < len(buffer):
+                raise ValueError(reason)
+            if is_in_list:
+                raise ValueError("cut off within a list")
+            return
+        if len(buffer) - position > max_characters:
+            raise ValueError(f"a value of more than {max_characters} characters, or {reason}")
+        buffer, position = buffer[position:] + more, 0

@@ -1,0 +1,24 @@
+"""Telling text from what only decodes as text."""
+
+import re
+
+_NO_TEXT = re.compile("[\x01-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ufffe\uffff]")  # controls but white space, noncharacters
+_TEXT_PER_CONTROL = 10
+
+
+def check_is_text(text: str) -> None:
+    """Refuses what cannot be text: NUL, half a surrogate pair, or more than a tenth of control characters.
+
+    Fewer control characters are let through: web pages hold some, and SentencePiece's normalisation drops them.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    if "\0" in text:
+        raise ValueError("NUL: binary data or UTF-16?")
+    if _NO_TEXT.search(text) and (count := len(_NO_TEXT.findall(text))) * _TEXT_PER_CONTROL > len(text):
+        raise ValueError(f"{count} of {len(text)} characters are control characters: binary data?")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # "\ud800" is valid JSON and no valid text
+        raise ValueError(f"half a surrogate pair at character {error.start}") from error

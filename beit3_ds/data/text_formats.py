@@ -1,0 +1,173 @@
+"""Which format a text file has, by its name and its first bytes; files of other formats are refused.
+
+| name, in small or capital letters | what it holds |
+|---|---|
+| `*.jsonl`, `*.ndjson`, `*.jsonlines`, `*.ldjson` | a JSON object a line, or JSON values if it starts with `[` |
+| `*.json` | the same; JSON values also if its first line is no JSON by itself |
+| tables, markup, documents, archives, images and others in `_OTHERS` | refused |
+| any other | plain text |
+
+Each may be compressed: `.gz`, `.gzip`, `.zst`, `.zstd`. JSON values are objects, alone or in lists, over any number of
+lines.
+"""
+
+import gzip
+import io
+import json
+import os
+import zlib
+from typing import BinaryIO, Literal, NamedTuple, cast
+
+import zstandard
+
+from beit3_ds.config import ConfigError
+from beit3_ds.data.file_kinds import kind_of_bytes
+from beit3_ds.data.file_reading import open_for_reading
+from beit3_ds.data.image_source import printable
+from beit3_ds.data.shard_index import IMAGE_EXTENSIONS, UNREAD_IMAGE_EXTENSIONS
+
+DECOMPRESSION_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
+"""What reading a damaged or missing file raises."""
+
+_JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".ldjson")
+_GZIP, _ZSTANDARD = (".gz", ".gzip"), (".zst", ".zstd")
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_HEAD_BYTES = 1 << 16
+_COMPRESSED_BYTES = 8 << 10  # zstandard gives out at once all that they hold
+_CHUNK_BYTES = 1 << 20
+
+_TO_JSONL = 'write the column of texts as JSONL, one {"text": ...} a line'
+_OTHERS = {
+    **dict.fromkeys((".csv", ".tsv", ".psv"), f"is a table: {_TO_JSONL}"),
+    **dict.fromkeys((".parquet", ".arrow", ".feather", ".orc", ".avro"), f"is a binary table: {_TO_JSONL}"),
+    **dict.fromkeys((".xls", ".xlsx", ".ods", ".sqlite", ".db"), f"is a binary table: {_TO_JSONL}"),
+    **dict.fromkeys((".html", ".htm", ".xml", ".xhtml", ".rtf", ".tex"), "is markup: extract its text"),
+    **dict.fromkeys((".pdf", ".doc", ".docx", ".odt", ".epub", ".ps"), "is a document: extract its text"),
+    **dict.fromkeys((".tar", ".tgz", ".zip", ".7z", ".rar"), "is an archive: unpack it"),
+    **dict.fromkeys((".bz2", ".xz", ".lz4", ".lzma", ".br", ".z"), "is compressed: use gzip or Zstandard"),
+    **dict.fromkeys((".npy", ".npz", ".bin", ".pt", ".pkl", ".h5", ".hdf5", ".safetensors", ".spm"), "is no text"),
+    **dict.fromkeys((f".{name}" for name in (*IMAGE_EXTENSIONS, *UNREAD_IMAGE_EXTENSIONS)), "is an image"),
+    **dict.fromkeys((".mp3", ".mp4", ".wav", ".flac", ".webm", ".mkv"), "is no text"),
+}
+
+
+class TextFormat(NamedTuple):
+    """How a file is read."""
+
+    kind: Literal["plain", "json_lines", "json_values"]
+    """What it holds, decompressed."""
+    compression: Literal["", "gzip", "zstandard"]
+    """How it is compressed."""
+
+    @property
+    def is_read_whole(self) -> bool:
+        """Whether it cannot be read from the middle."""
+        return bool(self.compression) or self.kind == "json_values"
+
+
+def find_text_format(path: str) -> TextFormat:
+    """Finds the format of a file.
+
+    Raises:
+        ConfigError: if it is not a text file that can be read, with what to do; or if it cannot be opened.
+        StorageError: if the file system fails.
+    """
+    compression, extension = _split_name(path)
+    if extension in _OTHERS:
+        raise ConfigError(f"data: {printable(path)} {_OTHERS[extension]}, or leave it out of data.texts.")
+    try:
+        with open_decompressed(path, compression) as file:
+            head = file.read(_HEAD_BYTES)
+    except IsADirectoryError:
+        pattern = printable(os.path.join(path, "*.txt"))
+        raise ConfigError(f"data: {printable(path)} is a folder. Name its files, for example {pattern}.") from None
+    except DECOMPRESSION_ERRORS as error:
+        raise ConfigError(f"data: {printable(path)} cannot be read: {error}. Fetch it again.") from error
+    if kind := kind_of_bytes(head):
+        advice = "Convert it with iconv" if "UTF" in kind else "Give it the name of its format, or leave it out"
+        raise ConfigError(f"data: {printable(path)} holds {kind}, no UTF-8 text. {advice}.")
+    if extension != ".json" and extension not in _JSON_LINES:
+        if _is_record(head.partition(b"\n")[0]):
+            raise ConfigError(
+                f"data: {printable(path)} holds JSON with 'text' a line. Name it *.jsonl, else every line "
+                "would be read as it stands, braces and keys included."
+            )
+        return TextFormat("plain", compression)
+    return TextFormat(_kind_of_json(head, extension), compression)
+
+
+def open_decompressed(path: str, compression: Literal["", "gzip", "zstandard"]) -> BinaryIO:
+    """Opens a file for reading what it holds, with retries (`file_reading`); a cut compressed file raises EOFError."""
+    if compression == "gzip":
+        return cast(BinaryIO, gzip.GzipFile(fileobj=open_for_reading(path)))
+    if compression == "zstandard":
+        return cast(BinaryIO, io.BufferedReader(_ZstandardFrames(path), _CHUNK_BYTES))
+    return open_for_reading(path)
+
+
+def _split_name(path: str) -> tuple[Literal["", "gzip", "zstandard"], str]:
+    """The compression that a name ends with, and the extension before it, in lower case."""
+    stem, extension = os.path.splitext(path.lower())
+    if extension in _GZIP:
+        return "gzip", os.path.splitext(stem)[1]
+    if extension in _ZSTANDARD:
+        return "zstandard", os.path.splitext(stem)[1]
+    return "", extension
+
+
+def _kind_of_json(head: bytes, extension: str) -> Literal["json_lines", "json_values"]:
+    head = head.removeprefix(_BYTE_ORDER_MARK).lstrip()
+    if head.startswith(b"["):
+        return "json_values"
+    line, newline, _ = head.partition(b"\n")
+    if extension in _JSON_LINES or not newline:
+        return "json_lines"
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return "json_values"
+    return "json_lines"
+
+
+def _is_record(line: bytes) -> bool:
+    if not line.lstrip(_BYTE_ORDER_MARK).startswith(b"{"):
+        return False
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and isinstance(record.get("text"), str)
+
+
+class _ZstandardFrames(io.RawIOBase):
+    """All frames of a .zst file; a file that ends within a frame is an error, which zstandard's own reader hides."""
+
+    def __init__(self, path: str) -> None:
+        self._file = open_for_reading(path)
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._inside = False
+        self._compressed = b""
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        while not self._ready:
+            self._compressed = self._compressed or self._file.read(_COMPRESSED_BYTES)
+            if not self._compressed:
+                if self._inside:
+                    raise EOFError("it ends within a Zstandard frame")
+                return 0
+            self._ready = memoryview(self._frame.decompress(self._compressed))
+            self._inside, self._compressed = not self._frame.eof, self._frame.unused_data
+            if self._frame.eof:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
