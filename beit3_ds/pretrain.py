@@ -6,7 +6,7 @@ This module wires the rooms in the order in which data flows.
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +19,14 @@ from beit3_ds.checkpoint.run_description import describe_run
 from beit3_ds.checkpoint.store import CheckpointStore
 from beit3_ds.config import ConfigError, Place, RunConfig, TrainingConfig, check_layout
 from beit3_ds.data import StepDataset, build_heldout_batches, build_train_loader
+from beit3_ds.data.fingerprint import HasFiles
+from beit3_ds.data.samples import name_sources
 from beit3_ds.kernels import cuda_kernels
 from beit3_ds.parallel import Mesh, Shared
 from beit3_ds.rank_program import run_rank_program
 from beit3_ds.tokenizers import TextTokenizer, VisualTokenizer, check_visual_tokenizer_fits, load_visual_tokenizer
 from beit3_ds.tokenizers.text import load_text_tokenizer
+from beit3_ds.training.agreement import check_same_files, check_same_sources
 from beit3_ds.training.engine import build_schedule, compute_device, joined_ranks
 from beit3_ds.training.flops import peak_flops
 from beit3_ds.training.history import History
@@ -68,6 +71,8 @@ class Inputs:
     """None on ranks that are sent what others read (`Mesh.is_reader`)."""
     heldout: Iterable[PackedBatch]
     """None of them on such ranks."""
+    sources: Mapping[str, HasFiles]
+    """The samples of every source that both read, by what the config calls it."""
     initial_weights: InitialWeights | None
     """What a run begins with that has no checkpoint; None is initial values drawn from the seed."""
 
@@ -94,16 +99,19 @@ def open_inputs(config: RunConfig) -> Inputs:
     initial_weights = None if has_begun else open_initial_weights(config)
     dataset: StepDataset | None = None
     heldout: Iterable[PackedBatch] = ()
+    sources: dict[str, HasFiles] = {}
     if place.tensor == 0 and (place.pipeline == 0 or has_heads):
         views: ImageViews = "model" if not has_heads else "both" if place.pipeline == 0 else "tokenizer"
         dataset = StepDataset(config, text_tokenizer, place.data, data_parallel_size, views)
         heldout = build_heldout_batches(config, text_tokenizer, place.data, data_parallel_size, views)
+        sources = dataset.sources() | name_sources("heldout", heldout.streams, config.data)
     return Inputs(
         place=place,
         text_tokenizer=text_tokenizer,
         visual_tokenizer=visual_tokenizer,
         dataset=dataset,
         heldout=heldout,
+        sources=sources,
         initial_weights=initial_weights,
     )
 
@@ -142,7 +150,12 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh) -> tuple[Run, Itera
     """
     assert mesh.place == inputs.place, f"the mesh gives {inputs.place} the place {mesh.place}"
     assert mesh.is_reader == (inputs.dataset is not None), f"{mesh.place} reads what it should not, or does not"
-    mesh.check_agreement("configuration", repr(config))
+    mesh.check_agreement("configuration", repr(config), "Start all ranks with the same file and the same --set.")
+    tokenizers = config.tokenizers
+    check_same_files(
+        mesh, {"tokenizers.text.path": tokenizers.text.path, "tokenizers.visual.path": tokenizers.visual.path}
+    )
+    check_same_sources(mesh, inputs.sources)
     device = compute_device()
     schedule = build_schedule(config, mesh)
     output = Path(config.training.output_dir)
@@ -158,6 +171,7 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh) -> tuple[Run, Itera
     first_step, checkpoint = resume(schedule.engine, state, store, history, mesh, config.training.total_steps)
     # Not opened before if there were checkpoints; none of them may be whole.
     if first_step == 0 and (weights := inputs.initial_weights or open_initial_weights(config)):
+        check_same_files(mesh, {"training.initial_weights": config.training.initial_weights})
         weights.load(state)
         if mesh.is_main:
             print(weights.describe(), flush=True)

@@ -13,6 +13,7 @@ from beit3_ds.data import TokenizerImages
 from beit3_ds.kernels.host_memory import keep_freed_memory
 from beit3_ds.rank_program import run_rank_program
 from beit3_ds.tokenizers import load_visual_tokenizer
+from beit3_ds.training.agreement import check_same_files, check_same_sources
 from beit3_ds.training.code_picture import write_code_picture
 from beit3_ds.training.engine import compute_device, joined_ranks
 from beit3_ds.training.visual_tokenizer import train_visual_tokenizer
@@ -26,6 +27,10 @@ def train(config: RunConfig) -> None:
     """
     images = TokenizerImages(config)  # before a process group exists, so that one rank's error leaves none waiting
     with joined_ranks(ParallelConfig()) as mesh:  # the tokenizer is small: every rank is data-parallel
+        mesh.check_agreement("configuration", repr(config), "Start all ranks with the same file and the same --set.")
+        visual = config.tokenizers.visual
+        check_same_files(mesh, {"tokenizers.visual.teacher_weights": visual.teacher_weights})
+        check_same_sources(mesh, images.sources())
         keep_freed_memory(compute_device())
         train_visual_tokenizer(config, images, mesh=mesh, device=compute_device())
         if mesh.is_main:

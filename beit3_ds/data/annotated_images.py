@@ -1,13 +1,17 @@
 """Images of a folder with captions from an annotation file: one sample a caption."""
 
+import os
 from array import array
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from beit3_ds.config import ConfigError
 from beit3_ds.data.captions import clean_caption
 from beit3_ds.data.compact_strings import CompactStrings, StoredStrings
+from beit3_ds.data.fingerprint import SourceFile
 from beit3_ds.data.image_folder import open_folder, read_image
 from beit3_ds.data.image_source import BrokenRecord, Skipped, printable
 
@@ -49,6 +53,15 @@ class AnnotatedImages:
     def __len__(self) -> int:
         """Samples, broken ones included."""
         return len(self.captions)
+
+    def files(self) -> Iterator[SourceFile]:
+        """The annotation file: it tells the samples and their order.
+
+        Raises:
+            ConfigError: if it is no longer there.
+        """
+        ((num_bytes, _),) = describe_files([self.annotations])
+        yield SourceFile(os.path.basename(self.annotations), num_bytes, len(self))
 
     def name(self, index: int) -> str:
         """Annotation file, number of the sample in it, and path of its image."""
@@ -113,3 +126,15 @@ class CollectedAnnotations(AnnotatedImages):
         """Counts what is no sample."""
         before, first = self.skipped.get(reason, (0, printable(example)))
         self.skipped[reason] = Skipped(before + count, first)
+
+
+def describe_files(files: Sequence[str]) -> list[list[int]]:
+    """Size in bytes and modification time in nanoseconds since 1970 of each file.
+
+    Raises:
+        ConfigError: naming one that cannot be read.
+    """
+    try:
+        return [[status.st_size, status.st_mtime_ns] for status in map(os.stat, files)]
+    except OSError as error:
+        raise ConfigError(f"data: {error.filename} cannot be read: {error}. Correct the path in the config.") from error

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from beit3_ds.config import ConfigError
-from beit3_ds.data.annotated_images import AnnotatedImages
+from beit3_ds.data.annotated_images import AnnotatedImages, describe_files
 from beit3_ds.data.compact_strings import StoredStrings
 from beit3_ds.data.files import written_aside
 from beit3_ds.data.image_source import Skipped
@@ -83,18 +83,6 @@ def table_path(prepared_dir: str, kind: str, annotations: str, folder: str) -> s
     facts = "\0".join((kind, os.path.abspath(annotations), os.path.abspath(folder)))
     digest = hashlib.sha256(os.fsencode(facts)).hexdigest()[:12]
     return os.path.join(prepared_dir, "index", f"{os.path.basename(annotations)}.{digest}.table")
-
-
-def describe_files(files: Sequence[str]) -> list[list[int]]:
-    """Size in bytes and modification time in nanoseconds since 1970 of each file.
-
-    Raises:
-        ConfigError: naming one that cannot be read.
-    """
-    try:
-        return [[status.st_size, status.st_mtime_ns] for status in map(os.stat, files)]
-    except OSError as error:
-        raise ConfigError(f"data: {error.filename} cannot be read: {error}. Correct the path in the config.") from error
 
 
 def write_table(samples: AnnotatedImages, path: str, made_from: list[list[int]]) -> None:

@@ -32,6 +32,11 @@ class HeldoutBatches:
         """Batches, the same number on every rank; 0 if no stream has held-out files."""
         return len(self._plan)
 
+    @property
+    def streams(self) -> Mapping[str, Stream]:
+        """The held-out samples of each stream."""
+        return self._streams
+
     def __iter__(self) -> Iterator[PackedBatch]:
         """Yields the batches, the same at every pass.
 

@@ -1,8 +1,11 @@
 """What every source of images offers, however its files are laid out."""
 
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 from PIL import Image
+
+from beit3_ds.data.fingerprint import SourceFile
 
 
 class BrokenRecord(Exception):
@@ -36,6 +39,9 @@ class ImageSource(Protocol):
 
     def __len__(self) -> int:
         """Samples, broken ones included."""
+
+    def files(self) -> Iterable[SourceFile]:
+        """The files that the samples come from, in their order."""
 
     def name(self, index: int) -> str:
         """File and key of a sample, for messages."""

@@ -1,14 +1,16 @@
 """The three streams: from the number of a sample to the sample, read, cropped, tokenised and masked."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from beit3_ds.config import RunConfig, SourceConfig
+from beit3_ds.config import DataConfig, RunConfig, SourceConfig
 from beit3_ds.data.augmentation import CenterViews, Views, build_augmentation
+from beit3_ds.data.fingerprint import HasFiles, SourceFile
 from beit3_ds.data.image_source import BrokenRecord, ImageSource
 from beit3_ds.data.masking import TextMasking, block_mask
 from beit3_ds.data.packing import ImageSample, PairSample, Sample, TextSample
@@ -57,6 +59,10 @@ class ImageSamples:
         """Samples of the source, broken ones included."""
         return len(self.source)
 
+    def files(self) -> Iterable[SourceFile]:
+        """The files of the source."""
+        return self.source.files()
+
     def prepare(self, index: int, key: SampleKey) -> ImageSample:
         """Reads sample `index` of the source and draws its crop and its mask by `key`.
 
@@ -93,6 +99,10 @@ class PairSamples:
         """Samples of the source, broken ones included."""
         return len(self.images)
 
+    def files(self) -> Iterable[SourceFile]:
+        """The files of the source."""
+        return self.images.files()
+
     def prepare(self, index: int, key: SampleKey) -> PairSample:
         """Reads sample `index` of the source and draws its crop and both its masks by `key`.
 
@@ -122,6 +132,10 @@ class TextSamples:
     def __len__(self) -> int:
         """Samples of the source."""
         return len(self.sequences)
+
+    def files(self) -> Iterable[SourceFile]:
+        """The files of the source."""
+        return self.sequences.files()
 
     def prepare(self, index: int, key: SampleKey) -> TextSample:
         """Draws the mask of sample `index` of the source by `key`."""
@@ -175,6 +189,17 @@ def build_heldout_streams(config: RunConfig, tokenizer: TextTokenizer) -> dict[s
         name: _build_stream(name, stream.heldout, config, tokenizer, views)
         for name, stream in config.data.streams().items()
         if stream.heldout
+    }
+
+
+def name_sources(
+    part: Literal["train", "heldout"], streams: Mapping[str, Stream], data: DataConfig
+) -> dict[str, HasFiles]:
+    """The sources of streams by what the config calls them, such as "data.images.train[0] (images/*.tar)"."""
+    return {
+        f"data.{name}.{part}[{number}] ({source.path})": samples
+        for name, stream in streams.items()
+        for number, (source, samples) in enumerate(zip(getattr(data.streams()[name], part), stream.parts, strict=True))
     }
 
 

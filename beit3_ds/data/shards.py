@@ -1,7 +1,7 @@
 """Random access to the images and captions in WebDataset tar shards, without unpacking them."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,6 +11,7 @@ from beit3_ds.config import ConfigError
 from beit3_ds.data.captions import MAX_JSON_BYTES, decode_caption, decode_json_caption
 from beit3_ds.data.file_reading import read_with_retries
 from beit3_ds.data.files import expand_patterns
+from beit3_ds.data.fingerprint import SourceFile
 from beit3_ds.data.image_source import BrokenRecord, Skipped
 from beit3_ds.data.images import MAX_IMAGE_BYTES, decode_image
 from beit3_ds.data.open_files import FileChangedError, OpenFiles
@@ -86,6 +87,11 @@ class TarShards:
     def __len__(self) -> int:
         """Samples in all shards, broken ones included: what stands where must not depend on what can be read."""
         return int(self._ends[-1]) if self.paths else 0
+
+    def files(self) -> Iterator[SourceFile]:
+        """The shards, with the sizes that they had when they were opened."""
+        for path, index in zip(self.paths, self._indices, strict=True):
+            yield SourceFile(os.path.basename(path), index.tar_size, len(index))
 
     @property
     def skipped(self) -> dict[str, Skipped]:

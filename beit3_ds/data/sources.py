@@ -3,7 +3,7 @@
 import bisect
 import itertools
 import os
-from collections.abc import Sequence, Sized
+from collections.abc import Iterator, Sequence, Sized
 from typing import Generic, TypeVar
 
 from beit3_ds.config import SourceConfig
@@ -35,6 +35,10 @@ class Parts(Generic[PartT]):
     def __len__(self) -> int:
         """Samples of all parts."""
         return self._ends[-1] if self._ends else 0
+
+    def __iter__(self) -> Iterator[PartT]:
+        """Yields the parts."""
+        return iter(self._parts)
 
     def locate(self, index: int) -> tuple[PartT, int]:
         """Returns the part that holds sample `index` and the sample's number there."""

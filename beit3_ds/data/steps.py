@@ -6,9 +6,10 @@ from torch.utils.data import Dataset
 from beit3_ds.batch import ImageViews, PackedBatch, StepBatch
 from beit3_ds.config import RunConfig
 from beit3_ds.data.drop_path import Slot, draw_drop_path
+from beit3_ds.data.fingerprint import HasFiles
 from beit3_ds.data.order import StreamOrder
 from beit3_ds.data.packing import Sample, image_shape, pack
-from beit3_ds.data.samples import SampleKey, build_train_streams
+from beit3_ds.data.samples import SampleKey, build_train_streams, name_sources
 from beit3_ds.data.shards import BrokenRecord
 from beit3_ds.tokenizers.text import TextTokenizer
 
@@ -60,6 +61,10 @@ class StepDataset(Dataset[StepBatch]):
     def __len__(self) -> int:
         """Steps of the run."""
         return self._config.training.total_steps
+
+    def sources(self) -> dict[str, HasFiles]:
+        """The samples of every source, by what the config calls it."""
+        return name_sources("train", self._streams, self._config.data)
 
     def __getitem__(self, step: int) -> StepBatch:
         """Reads, augments, masks and packs this rank's samples of optimizer step `step`."""

@@ -1,6 +1,7 @@
 """Text files as token sequences of bounded length."""
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 
 from beit3_ds.config import ConfigError
 from beit3_ds.data.files import expand_patterns
+from beit3_ds.data.fingerprint import SourceFile
 from beit3_ds.data.image_source import printable
 from beit3_ds.data.sentences import ParagraphCutter
 from beit3_ds.data.text_files import BrokenLines, read_paragraphs, whole_file
@@ -84,6 +86,19 @@ class TextSequences:
     def __len__(self) -> int:
         """Sequences in all files."""
         return int(self._first_of_file[-1])
+
+    def files(self) -> Iterator[SourceFile]:
+        """The text files, with their numbers of sequences, which the tokenizer decides too.
+
+        Raises:
+            ConfigError: if one is no longer there.
+        """
+        for path, sequences in zip(self.paths, self._files, strict=True):
+            try:
+                num_bytes = os.stat(path).st_size
+            except OSError as error:
+                raise ConfigError(f"data: {path} cannot be read: {error}. Fetch it again.") from error
+            yield SourceFile(os.path.basename(path), num_bytes, len(sequences))
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
         """Returns the ids of a sequence, BOS and EOS included, (n,) int64."""

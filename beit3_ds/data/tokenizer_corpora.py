@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from beit3_ds.config import ConfigError, DataConfig, RunConfig
 from beit3_ds.data.augmentation import build_augmentation
 from beit3_ds.data.files import expand_patterns
+from beit3_ds.data.fingerprint import HasFiles
 from beit3_ds.data.order import samples_at
 from beit3_ds.data.randomness import sample_rng
 from beit3_ds.data.shards import BrokenRecord
@@ -63,12 +64,17 @@ class TokenizerImages(Dataset[Tensor]):
         if not unweighted:
             raise ConfigError("data: the visual tokenizer needs sources in images.train or pairs.train.")
         self._images = Parts([open_images(source, config.data.prepared_dir) for source in unweighted])
+        self._paths = [f"data source {number} ({source.path})" for number, source in enumerate(unweighted)]
         self._seed = config.training.seed
         self._augmentation = build_augmentation(config, config.data.flip_probability)
 
     def __len__(self) -> int:
         """Images of one epoch; positions go on beyond it."""
         return len(self._images)
+
+    def sources(self) -> dict[str, HasFiles]:
+        """The images of every source, by its number and its path in the config."""
+        return dict(zip(self._paths, self._images, strict=True))
 
     def __getitem__(self, position: int) -> Tensor:
         """Returns the view at a position, (3, image_size, image_size) float32 in [-1, 1].

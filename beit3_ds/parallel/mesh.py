@@ -2,6 +2,7 @@
 
 import hashlib
 import socket
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -14,6 +15,8 @@ from beit3_ds.parallel.activity import Activity
 from beit3_ds.parallel.host_group import HostGroup, build_host_group
 from beit3_ds.parallel.pipeline import PipelineParallel, build_pipeline_parallel
 from beit3_ds.parallel.tensor import TensorParallel
+
+_LISTED = 8  # hosts that a message names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +109,22 @@ class Mesh:
             dist.all_reduce(values)
         return values
 
-    def check_agreement(self, what: str, value: str) -> None:
+    def name_ranks(self, ranks: Iterable[int]) -> str:
+        """Names global ranks by host, such as "ranks 4-7 (host b) and rank 9 (host c)"."""
+        by_host: dict[str, list[int]] = {}
+        for rank in ranks:
+            by_host.setdefault(self.hosts[rank], []).append(rank)
+        names = [f"{join_ranks(numbers)} (host {host})" for host, numbers in by_host.items()]
+        more = f" and ranks of {len(names) - _LISTED} more hosts" if len(names) > _LISTED else ""
+        return ", ".join(names[:_LISTED]) + more
+
+    def check_agreement(self, what: str, value: str, way_out: str) -> None:
         """Refuses ranks that hold different values of something that must be one; sends a digest of 8 bytes a rank.
 
         Args:
             what: its name, for the message.
             value: of this rank.
+            way_out: a sentence for the user.
 
         Raises:
             ConfigError: on all ranks, naming those that differ from the first.
@@ -123,8 +136,7 @@ class Mesh:
         others = [rank for rank, other in enumerate(digests) if other != digests[0]]
         if others:
             raise ConfigError(
-                f"ranks {', '.join(map(str, others))} were started with another {what} than rank 0. Start all ranks "
-                "with the same file and the same --set."
+                f"{self.name_ranks(others)} started with another {what} than rank 0 (host {self.hosts[0]}). {way_out}"
             )
 
     def barrier(self) -> None:
@@ -214,6 +226,18 @@ def build_mesh(parallel: ParallelConfig) -> Mesh:
             ranks.flatten(1).t(), place.pipeline, host, lambda rows: own_group(rows, timeout)
         ),
     )
+
+
+def join_ranks(ranks: Sequence[int]) -> str:
+    """Names ascending ranks as "ranks 3-7, 12"."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    names = ", ".join(f"{first}-{last}" if first < last else f"{first}" for first, last in runs)
+    return f"{'ranks' if len(ranks) > 1 else 'rank'} {names}"
 
 
 def own_group(rows: Tensor, timeout: timedelta) -> dist.ProcessGroup:

@@ -17,6 +17,7 @@ import psutil
 import torch.distributed as dist
 
 from beit3_ds.config import ConfigError
+from beit3_ds.parallel.mesh import join_ranks
 from beit3_ds.training.launcher import Launch
 from beit3_ds.training.software import describe_software
 
@@ -156,11 +157,11 @@ class Rendezvous:
         size = self._launch.world_size
         missing = list(range(size))
         while missing := [rank for rank in missing if not store.check([f"rendezvous/{rank}"])]:
-            self._waits_for = f"{_name_ranks(missing)} of {size} to come to {self._place()}"
+            self._waits_for = f"{join_ranks(missing)} of {size} to come to {self._place()}"
             if time.monotonic() - self._start >= self._seconds:
                 self._refuse(
                     store,
-                    f"{_name_ranks(missing)} of {size} did not come within {self._seconds:.0f} s to {self._place()}. A "
+                    f"{join_ranks(missing)} of {size} did not come within {self._seconds:.0f} s to {self._place()}. A "
                     "line of theirs may say why; or a host is down, unreachable, or slower to open its files than "
                     "parallel.timeout_seconds allows.",
                 )
@@ -244,7 +245,7 @@ def find_differences(ranks: Sequence[Mapping[str, Any]]) -> str | None:
                 other.setdefault((rank["host"], rank["software"][name]), []).append(number)
         what = "the project's code in another state" if name == "code" else name
         sentences += [
-            f"{_name_ranks(numbers)} (host {host}) {'has' if len(numbers) == 1 else 'have'} {what} "
+            f"{join_ranks(numbers)} (host {host}) {'has' if len(numbers) == 1 else 'have'} {what} "
             f"{'(' + found + ')' if name == 'code' else found}, rank 0 (host {first['host']}) has {expected}"
             for (host, found), numbers in other.items()
         ]
@@ -267,15 +268,3 @@ def _own_address(host: str, port: int) -> str:
 
 def _is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address).is_loopback
-
-
-def _name_ranks(ranks: list[int]) -> str:
-    """Names ascending ranks as "ranks 3-7, 12"."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    names = ", ".join(f"{first}-{last}" if first < last else f"{first}" for first, last in runs)
-    return f"{'ranks' if len(ranks) > 1 else 'rank'} {names}"

@@ -19,6 +19,7 @@ from beit3_ds.config import ConfigError, RunConfig, VisualTokenizerConfig
 from beit3_ds.data import build_view_loader
 from beit3_ds.parallel import Mesh
 from beit3_ds.tokenizers import VisualTokenizer, build_teacher, save_visual_tokenizer
+from beit3_ds.training.agreement import check_same_files
 from beit3_ds.training.code_usage import CodeCounter, CodeUsage, measure_code_usage
 from beit3_ds.training.learning_rate import tokenizer_learning_rate
 from beit3_ds.training.tokenizer_checkpoint import TokenizerCheckpoint
@@ -92,6 +93,8 @@ class _Training:
         self.optimizer = build_tokenizer_optimizer(self.tokenizer)
         self.network = _join_ranks(self.tokenizer, self.group)
         self.checkpoint = TokenizerCheckpoint(config)
+        if mesh is not None:  # or some would resume and others begin
+            check_same_files(mesh, {"the unfinished training of tokenizers.visual.path": str(self.checkpoint.path)})
         restored = self.checkpoint.load(self.tokenizer, self.optimizer)
         self.first_step = 0 if restored is None else restored[0]
         self.center = self._mean_features() if restored is None else restored[1].to(device)

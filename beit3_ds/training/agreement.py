@@ -1,0 +1,101 @@
+"""Whether all ranks found the same files, asked before the first step."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from beit3_ds.checkpoint.disk import file_sha256
+from beit3_ds.config import ConfigError
+from beit3_ds.data.fingerprint import HasFiles, SourceFile, fingerprint, first_difference
+from beit3_ds.parallel import Mesh
+
+_SAME_FILES = "Copy the same files to every host (rsync --checksum), or name a folder that all hosts share."
+_NAMED = 4  # sources in one message
+_WHOLE_BYTES = 1 << 28
+_BLOCK_BYTES, _BLOCKS = 1 << 20, 64
+
+
+def check_same_sources(mesh: Mesh, sources: Mapping[str, HasFiles]) -> None:
+    """Refuses ranks that found other files in a source: each would draw other samples for the same step.
+
+    Names, sizes and numbers of samples of all files are compared by digest. All ranks call it. Sends a digest per rank;
+    where they differ also the list of files of those sources that do.
+
+    Args:
+        mesh: the ranks.
+        sources: the samples of every source that this rank reads, by what the config calls it; empty on ranks that read
+            none.
+
+    Raises:
+        ConfigError: on all ranks, naming host, source, numbers and the first file that differs.
+    """
+    own = {name: fingerprint(source) for name, source in sources.items()}
+    digests = mesh.host.gather(hashlib.sha256(json.dumps(own).encode()).hexdigest() if own else None)
+    readers = [rank for rank, digest in enumerate(digests) if digest]
+    if len({digests[rank] for rank in readers}) <= 1:
+        return
+    first = readers[0]
+    expected = mesh.host.broadcast(own, source=first)
+    differing = [name for name, found in own.items() if found != expected.get(name)]
+    asked = sorted({name for names in mesh.host.gather(differing) for name in names})[:_NAMED]
+    files = mesh.host.broadcast(
+        {name: [list(file) for file in sources[name].files()] for name in asked if name in sources}, source=first
+    )
+    sentences = []
+    for name in differing:
+        if name in files and name in expected:
+            found, theirs = own[name], expected[name]
+            listed = [SourceFile(*file) for file in files[name]]
+            difference = first_difference(list(sources[name].files()), listed, f"rank {first}")
+            sentences.append(
+                f"{name} has {found['num_files']} files and {found['num_samples']} samples, {theirs['num_files']} and "
+                f"{theirs['num_samples']} on rank {first}; {difference}"
+            )
+    reports: dict[str, list[int]] = {}
+    for rank, report in enumerate(mesh.host.gather("; ".join(sentences))):
+        if report:
+            reports.setdefault(report, []).append(rank)
+    found_there = " And ".join(f"on {mesh.name_ranks(ranks)}: {report}." for report, ranks in reports.items())
+    raise ConfigError(
+        f"data: not all ranks found the same files as rank {first} (host {mesh.hosts[first]}), so they would train on "
+        f"different samples. {found_there} {_SAME_FILES}"
+    )
+
+
+def check_same_files(mesh: Mesh, paths: Mapping[str, str | None]) -> None:
+    """Refuses ranks whose files of one name differ. All ranks call it; sends 8 bytes per rank and file.
+
+    Files of more than 256 MiB are compared by their size and by 64 blocks of 1 MiB, spread over the file.
+
+    Args:
+        mesh: the ranks.
+        paths: files or folders by the keys of the config that name them; None where the config names none.
+
+    Raises:
+        ConfigError: on all ranks, naming the key, the path and the ranks that differ.
+    """
+    if mesh.num_ranks == 1:
+        return
+    for key, path in paths.items():
+        if path is not None:
+            mesh.check_agreement(f"file {key}={path} (its contents differ)", _digest(Path(path)), _SAME_FILES)
+
+
+def _digest(path: Path) -> str:
+    try:
+        if path.is_dir():
+            names = sorted(found.relative_to(path) for found in path.rglob("*") if found.is_file())
+            return json.dumps([(os.fsdecode(name), _digest(path / name)) for name in names])
+        size = path.stat().st_size
+        if size <= _WHOLE_BYTES:
+            return file_sha256(path)
+        digest = hashlib.sha256(str(size).encode())
+        with path.open("rb") as file:
+            for number in range(_BLOCKS):
+                file.seek((size - _BLOCK_BYTES) * number // (_BLOCKS - 1))
+                digest.update(file.read(_BLOCK_BYTES))
+        return digest.hexdigest()
+    except OSError as error:  # the others must not wait for this rank
+        return f"unreadable: {error.strerror}"
