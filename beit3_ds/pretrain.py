@@ -178,6 +178,11 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh) -> tuple[Run, Itera
     setup = describe_setup(config, mesh, state, device, first_step)
     if mesh.is_main:
         print(setup, flush=True)
+    if checkpoint and inputs.dataset:
+        changes = inputs.dataset.order.resume(first_step, checkpoint.data, checkpoint.run.config)
+        if mesh.is_main:
+            for line in changes:
+                print(line, flush=True)
     dtype = next(schedule.engine.module.parameters()).dtype
     steps = TimedSteps(build_train_loader(inputs.dataset, config.data, first_step) if inputs.dataset else ())
     run = Run(
@@ -193,6 +198,7 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh) -> tuple[Run, Itera
         progress=Progress(config.model, config.training.total_steps, peak_flops(device, dtype), mesh),
         stragglers=Stragglers(mesh, schedule.own_work, steps.stopwatch),
         first_step=first_step,
+        order=None if inputs.dataset is None else inputs.dataset.order,
         data=checkpoint.data if checkpoint else {},
     )
     return run, Shared(steps, mesh, StepBatch)

@@ -28,7 +28,7 @@ from beit3_ds.config import ConfigError
 from beit3_ds.data.augmentation import Augmentation
 from beit3_ds.data.images import decode_image
 from beit3_ds.data.masking import block_mask
-from beit3_ds.data.order import StreamOrder
+from beit3_ds.data.order import order_from_start
 from beit3_ds.data.packing import ImageShape, pack
 from beit3_ds.data.samples import ImageSamples, SampleKey
 from beit3_ds.data.shards import TarShards
@@ -107,7 +107,7 @@ def _ours(folder: str) -> Batches:
     )
     shards = TarShards([os.path.join(folder, "images.tar")])
     samples = ImageSamples(source=shards, views=augmentation, grid_size=_GRID, num_masked=_NUM_MASKED)
-    order = StreamOrder(seed=0, stream="images", sizes=(len(samples),), weights=None)
+    order = order_from_start(0, "images", [len(samples)])
     shape = ImageShape(_IMAGE_SIZE, _IMAGE_SIZE, _GRID**2)
     step = 0
     while True:

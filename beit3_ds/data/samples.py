@@ -1,8 +1,9 @@
 """The three streams: from the number of a sample to the sample, read, cropped, tokenised and masked."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +47,8 @@ class SampleKey:
 class ImageSamples:
     """Images of one source for masked image modeling."""
 
+    is_last_open: ClassVar[bool] = False
+
     source: ImageSource
     """Where the images lie."""
     views: Views
@@ -62,6 +65,10 @@ class ImageSamples:
     def files(self) -> Iterable[SourceFile]:
         """The files of the source."""
         return self.source.files()
+
+    def identity(self, index: int) -> bytes:
+        """Name of a sample in its file or folder; see `numbering.Numbered`."""
+        return os.path.basename(self.source.name(index)).encode()
 
     def prepare(self, index: int, key: SampleKey) -> ImageSample:
         """Reads sample `index` of the source and draws its crop and its mask by `key`.
@@ -86,6 +93,8 @@ class ImageSamples:
 class PairSamples:
     """Images with captions of one source for masked vision-language modeling."""
 
+    is_last_open: ClassVar[bool] = False
+
     images: ImageSamples
     """The images, of a source that holds captions too."""
     tokenizer: TextTokenizer
@@ -102,6 +111,10 @@ class PairSamples:
     def files(self) -> Iterable[SourceFile]:
         """The files of the source."""
         return self.images.files()
+
+    def identity(self, index: int) -> bytes:
+        """Name of a sample in its file or folder; see `numbering.Numbered`."""
+        return self.images.identity(index)
 
     def prepare(self, index: int, key: SampleKey) -> PairSample:
         """Reads sample `index` of the source and draws its crop and both its masks by `key`.
@@ -124,6 +137,8 @@ class PairSamples:
 class TextSamples:
     """Texts of one source for masked language modeling."""
 
+    is_last_open: ClassVar[bool] = True
+
     sequences: TextSequences
     """The tokenised texts."""
     masking: TextMasking
@@ -136,6 +151,10 @@ class TextSamples:
     def files(self) -> Iterable[SourceFile]:
         """The files of the source."""
         return self.sequences.files()
+
+    def identity(self, index: int) -> bytes:
+        """Tokens of a sample; see `numbering.Numbered`."""
+        return self.sequences[index].tobytes()
 
     def prepare(self, index: int, key: SampleKey) -> TextSample:
         """Draws the mask of sample `index` of the source by `key`."""

@@ -1,14 +1,13 @@
 """What one rank processes in one optimizer step, as a pure function of the step."""
 
-import numpy as np
 from torch.utils.data import Dataset
 
 from beit3_ds.batch import ImageViews, PackedBatch, StepBatch
 from beit3_ds.config import RunConfig
 from beit3_ds.data.drop_path import Slot, draw_drop_path
 from beit3_ds.data.fingerprint import HasFiles
-from beit3_ds.data.order import StreamOrder
 from beit3_ds.data.packing import Sample, image_shape, pack
+from beit3_ds.data.run_order import RunOrder
 from beit3_ds.data.samples import SampleKey, build_train_streams, name_sources
 from beit3_ds.data.shards import BrokenRecord
 from beit3_ds.tokenizers.text import TextTokenizer
@@ -17,9 +16,12 @@ from beit3_ds.tokenizers.text import TextTokenizer
 class StepDataset(Dataset[StepBatch]):
     """Map-style dataset whose item `step` is the share of one data-parallel rank in that step.
 
-    Which samples make up a step depends on seed, step and data alone: a stream with K samples a step takes the
-    positions [step*K, (step+1)*K) of its order, and position step*K + slot lies in slot `slot`. Ranks and micro-batches
-    only divide the slots (`StepShares.slots`). A record that cannot be read leaves its slot empty and moves no other.
+    Which samples make up a step depends on seed, step and data alone (`RunOrder`); those of a stream fill its slots in
+    order. Ranks and micro-batches only divide the slots (`StepShares.slots`). A record that cannot be read leaves its
+    slot empty and moves no other.
+
+    Attributes:
+        order: of the run's samples, to be resumed before the first step is asked for.
     """
 
     def __init__(
@@ -47,15 +49,7 @@ class StepDataset(Dataset[StepBatch]):
         self._config = config
         self._slots = config.step_shares(data_parallel_size).slots(data_parallel_rank)
         self._streams = build_train_streams(config, text_tokenizer)
-        self._orders = {
-            name: StreamOrder(
-                seed=config.training.seed,
-                stream=name,
-                sizes=stream.parts.sizes,
-                weights=config.data.streams()[name].weights(),
-            )
-            for name, stream in self._streams.items()
-        }
+        self.order = RunOrder(config.data, config.training.seed, self._streams)
         self._shape, self._views = image_shape(config), views
 
     def __len__(self) -> int:
@@ -91,8 +85,6 @@ class StepDataset(Dataset[StepBatch]):
         """The slots of one stream in one of this rank's micro-batches, and the samples that fill them."""
         seed = self._config.training.seed
         slots = self._slots[micro_batch][stream]
-        numbers = np.arange(slots.start, slots.stop)
-        start = step * self._config.data.streams()[stream].samples_per_step
-        epochs, samples = self._orders[stream](start + numbers)
-        rows = zip(numbers.tolist(), epochs.tolist(), samples.tolist(), strict=True)
+        epochs, samples = self.order.samples(stream, step, slots)
+        rows = zip(slots, epochs.tolist(), samples.tolist(), strict=True)
         return [(Slot(stream, number), SampleKey(seed, stream, epoch, index)) for number, epoch, index in rows]

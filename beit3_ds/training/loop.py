@@ -15,6 +15,7 @@ from beit3_ds.checkpoint.engine_state import EngineState
 from beit3_ds.checkpoint.index import Index
 from beit3_ds.checkpoint.store import CheckpointStore, SaveOutcome
 from beit3_ds.config import ConfigError, RunConfig
+from beit3_ds.data.run_order import POSITIONS, RunOrder
 from beit3_ds.parallel import Mesh
 from beit3_ds.pipeline.schedule import Schedule
 from beit3_ds.tokenizers.visual import VisualTokenizer
@@ -49,6 +50,8 @@ class Run:
     stragglers: Stragglers
     first_step: int
     """Updates already done when this process started."""
+    order: RunOrder | None
+    """Of the samples; None on ranks that are sent what others read."""
     data: Mapping[str, Any]
     """State of the data in the checkpoint that was resumed (`Index.data`); empty if there was none."""
 
@@ -177,8 +180,8 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: StopRequest) -> bool:
 
 
 def _data_state(run: Run, done: int) -> dict[str, Any]:
-    """What a checkpoint after `done` steps says of the data (`Index.data`)."""
-    return {}
+    """What a checkpoint after `done` steps says of the data (`Index.data`); the main rank reads, so it knows."""
+    return {} if run.order is None else {POSITIONS: run.order.state_after(done)}
 
 
 def _note_skip(run: Run, skipped: SkippedSteps, step_batch: StepBatch, update: Update) -> None:

@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beit3_ds.data.order import KeyedPermutation, StreamOrder, samples_at, take_turns
+from beit3_ds.data.order import order_from_start, samples_at
+from beit3_ds.data.permutation import KeyedPermutation
+from beit3_ds.data.turns import take_turns, turns_taken
 
 
 @settings(max_examples=150, deadline=None)
@@ -101,7 +103,7 @@ def test_first_places_are_zero() -> None:
 
 
 def test_weighted_sources_have_epochs_of_their_own() -> None:
-    order = StreamOrder(seed=1, stream="pairs", sizes=(5, 40, 5), weights=(0.25, 0.5, 0.25))
+    order = order_from_start(1, "pairs", (5, 40, 5), (0.25, 0.5, 0.25))
     epochs, samples = order(np.arange(400))
     for low, high, num_epochs in ((0, 5, 20), (5, 45, 5), (45, 50, 20)):
         here = (samples >= low) & (samples < high)
@@ -115,5 +117,12 @@ def test_weighted_sources_have_epochs_of_their_own() -> None:
 
 def test_without_weights_the_sources_are_one_set() -> None:
     positions = np.arange(50)
-    several = StreamOrder(seed=1, stream="pairs", sizes=(5, 8, 7), weights=None)(positions)
+    several = order_from_start(1, "pairs", (5, 8, 7))(positions)
     assert np.array_equal(several, samples_at(1, ("pairs",), positions, 20))
+
+
+@settings(max_examples=60, deadline=None)
+@given(weights=st.lists(st.floats(0.001, 100), min_size=1, max_size=6), count=st.integers(0, 2000))
+def test_turns_are_counted(weights: list[float], count: int) -> None:
+    turns, _ = take_turns(weights, np.arange(count))
+    assert turns_taken(weights, count) == np.bincount(turns, minlength=len(weights)).tolist()

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from beit3_ds.checkpoint.index import read_index
 from tests.test_pretrain import finish, write
 
 
@@ -23,3 +24,22 @@ def test_total_steps_below_the_checkpoint_are_refused(run_mapping: dict[str, Any
     # catches status 0 with neither a step nor a word
     assert "training.total_steps=1 is below the 2 steps that checkpoint" in output
     assert "Traceback" not in output
+
+
+def test_a_resumed_run_continues_at_its_position_in_the_data(run_mapping: dict[str, Any], tmp_path: Path) -> None:
+    own = run_mapping["beit3_ds"]
+    own["training"] |= {"total_steps": 2, "eval_interval": 100, "save_interval": 100}
+    status, output = finish(write(run_mapping, tmp_path))
+    assert status == 0, output
+    positions = read_index(tmp_path / "run" / "checkpoints" / "step-00000002").data["positions"]
+    assert {name: position["sets"][0]["taken"] for name, position in positions.items()} == dict.fromkeys(positions, 4)
+
+    own["data"]["images"]["samples_per_step"] = 3
+    own["training"]["total_steps"] = 4
+    status, output = finish(write(run_mapping, tmp_path))
+    assert status == 0, output
+    assert "\ndata.images: samples_per_step 2 -> 3: every source continues there\n" in output
+    positions = read_index(tmp_path / "run" / "checkpoints" / "step-00000004").data["positions"]
+    # catches a position that is worked out from the step and the samples of now, which would be 12
+    assert positions["images"]["sets"][0]["taken"] == 4 + 2 * 3
+    assert positions["texts"]["sets"][0]["taken"] == 8

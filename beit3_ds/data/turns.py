@@ -1,0 +1,51 @@
+"""Which of several weighted sources has which position of an endless order."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+_SHARE_PARTS = 10**6
+
+
+def take_turns(weights: Sequence[float], positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Divides an endless order between sources, as evenly as their weights allow.
+
+    Of n positions source 0 takes floor(n * its share), source 1 its share of what remains, and so on; the source whose
+    number grows from p to p + 1 has position p. So every source goes through its own places 0, 1, 2, ... without a gap,
+    and its number differs from its share of the first n positions by less than the number of sources. Shares are
+    rounded to a millionth: with integers alone this stays exact up to 9e12 positions.
+
+    Args:
+        weights: of each source, above 0.
+        positions: (n,) int64.
+
+    Returns:
+        The source of each position and its place in the order of that source, (n,) int64 each.
+    """
+    parts = share_parts(weights)
+    turns, places = np.empty_like(positions), np.empty_like(positions)
+    left = positions  # of the positions so far, those that the sources before this one did not take
+    unassigned = np.ones(len(positions), dtype=bool)
+    for source, part in enumerate(parts):
+        remaining = sum(parts[source:])
+        taken = left * part // remaining
+        here = unassigned & ((left + 1) * part // remaining > taken)
+        turns[here], places[here] = source, taken[here]
+        unassigned &= ~here
+        left = left - taken
+    return turns, places
+
+
+def turns_taken(weights: Sequence[float], positions: int) -> list[int]:
+    """Counts how many of the first `positions` positions each source has in `take_turns`."""
+    parts, left, taken = share_parts(weights), positions, []
+    for source, part in enumerate(parts):
+        taken.append(left * part // sum(parts[source:]))
+        left -= taken[-1]
+    return taken
+
+
+def share_parts(weights: Sequence[float]) -> list[int]:
+    """The sources' shares in millionths, at least one each. Equal parts mean equal turns."""
+    return [max(1, round(weight / sum(weights) * _SHARE_PARTS)) for weight in weights]
