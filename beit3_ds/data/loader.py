@@ -18,10 +18,10 @@ from beit3_ds.data.steps import StepDataset
 def build_train_loader(dataset: StepDataset, config: DataConfig, first_step: int) -> Iterable[StepBatch]:
     """Iterates over the steps of a rank's `dataset` from `first_step` to the end of the run.
 
-    Resuming needs nothing but the step once the dataset's order was resumed (`RunOrder.resume`). With `num_workers` > 0,
-    each worker process prepares every num_workers-th step; without `data.prepared_dir` it also holds a shard index and
-    tokens of its own. The steps still come in order. A record that cannot be read is reported in its step and stops no
-    worker.
+    Resuming needs nothing but the step once the dataset's order was resumed (`RunOrder.resume`). With `num_workers`
+    above 0, each worker process prepares every num_workers-th step; without `data.prepared_dir` it also holds a shard
+    index and tokens of its own. The steps still come in order. A record that cannot be read is reported in its step and
+    stops no worker.
 
     Prefetching is bounded: the workers of a rank hold num_workers x prefetch_steps finished steps at most, in shared
     memory. Nearly all of a step is pixels, 24 bytes for every pixel of a view where both views have one size: 1.2 MB
