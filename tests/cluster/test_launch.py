@@ -24,7 +24,7 @@ class Launch:
 
     def __init__(self, folder: Path, hosts: str, faults: list[Any], steps: int = STEPS, **options: Any) -> None:
         self.output_dir = folder / "run"
-        mapping = small_run_mapping(0, samples=(12, 12, 12))  # fits 1, 2, 3, 4, 6 and 12 ranks
+        mapping = small_run_mapping(0, samples=(12, 12, 12))
         mapping["beit3_ds"]["training"] |= {"output_dir": str(self.output_dir), "total_steps": steps, "warmup_steps": 1}
         (folder / "config.json").write_text(json.dumps(mapping))
         (folder / "hosts").write_text(hosts)
@@ -254,15 +254,15 @@ def test_restarts_are_counted(launch: Callable[..., Launch]) -> None:
 
 
 def test_a_restart_without_a_host_has_fewer_ranks(launch: Callable[..., Launch], tmp_path: Path) -> None:
-    """Five slots are left, of which the samples of a step allow four."""
+    """Five slots are left, and all are used, though the samples of a step do not divide by five."""
     run = launch([[3, 5, "SIGKILL"]], "a slots=1\nb slots=3\nc slots=2\n", restarts=1)
     run.wait_until(lambda: "FAILED" in run.printed())
     (tmp_path / "unreachable").write_text("a")
     assert run.wait() == 0
-    expected = "without a (not reachable): 4 ranks instead of 6 on b (3), c (1), from the checkpoint of step 5\n"
+    expected = "without a (not reachable): 5 ranks instead of 6 on b (3), c (2), from the checkpoint of step 5\n"
     assert f"restart 1 of 1 {expected}" in run.printed()
-    assert run.log(3, 2).startswith("rank 3 of 4, ")
-    assert (run.output_dir / "logs" / "attempt_2" / "hostfile").read_text() == "b slots=3\nc slots=1\n"
+    assert run.log(3, 2).startswith("rank 3 of 5, ")
+    assert (run.output_dir / "logs" / "attempt_2" / "hostfile").read_text() == "b slots=3\nc slots=2\n"
 
 
 def test_no_restart_below_the_smallest_number_of_ranks(launch: Callable[..., Launch], tmp_path: Path) -> None:
