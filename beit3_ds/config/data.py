@@ -1,9 +1,10 @@
 """The three data streams, masking, augmentation, and the text tokenizer."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from beit3_ds.config.strict import ConfigError, check_range
+from beit3_ds.config.numbers import Count, MaskRatio, Range, Share
+from beit3_ds.config.strict import ConfigError, PathString
 from beit3_ds.config.visual_tokenizer import VisualTokenizerConfig
 
 ImageFormat = Literal["tar", "folder", "coco", "visual_genome", "sbu", "conceptual_captions", "conceptual_12m"]
@@ -12,6 +13,9 @@ ImageFormat = Literal["tar", "folder", "coco", "visual_genome", "sbu", "conceptu
 ANNOTATION_FORMATS = ("coco", "visual_genome", "sbu", "conceptual_captions", "conceptual_12m")
 """The formats whose path is an annotation file beside a folder of images."""
 
+TextLength = Annotated[int, Range(4, 2**18)]
+"""Tokens of a text: BOS, EOS, one to mask and one to see."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
@@ -19,31 +23,25 @@ class SourceConfig:
 
     SHORTHAND: ClassVar[str] = "path"
 
-    path: str
-    """File, folder or glob pattern, from the working directory."""
+    path: PathString
+    """File, folder or glob pattern, from the working directory; `~` is the home folder."""
     format: ImageFormat | None = None
     """Of images and pairs. `tar`: WebDataset shards; `folder`: image files with captions in .txt files beside them;
     `coco`, `visual_genome` (path: region_descriptions.json, with image_data.json beside it), `sbu`,
     `conceptual_captions` and `conceptual_12m`: the corpora's own annotation files (beit3_ds/data/annotations.py). None:
     `folder` for a folder, else `tar`. Texts have no format: a name with .jsonl holds one document a line under `text`,
     any other one paragraph a line in UTF-8, and both may be compressed (.gz, .zst)."""
-    images: str = ""
+    images: PathString = ""
     """Folder of the images that an annotation file names; only for formats with such a file."""
-    weight: float | None = None
+    weight: Annotated[float, Range(1e-6, 1e6)] | None = None
     """This source's share of the stream's samples, relative to the weights of the stream's other sources. None for all
     of them: by size, so that every sample of the stream comes once an epoch."""
 
     def __post_init__(self) -> None:
-        if not self.path:
-            raise ConfigError("data: a source has an empty path. Name a file, a folder or a pattern.")
         if (self.format in ANNOTATION_FORMATS) != bool(self.images):
             raise ConfigError(
                 f"data: source '{self.path}' of format {self.format} has images='{self.images}'. The formats "
                 f"{', '.join(ANNOTATION_FORMATS)} need the folder of their images; no other format has one."
-            )
-        if self.weight is not None and not 0 < self.weight < float("inf"):
-            raise ConfigError(
-                f"data: weight={self.weight:g} of source '{self.path}' must be above 0. Leave the source out instead."
             )
 
 
@@ -56,11 +54,10 @@ class StreamConfig:
     its own and takes turns with the others."""
     heldout: tuple[SourceConfig, ...] = ()
     """The same for the held-out loss, read in order and without weights; empty: the stream is not evaluated."""
-    samples_per_step: int
+    samples_per_step: Annotated[int, Range(0, 2**24)]
     """Samples of this stream in one optimizer step, over all ranks (paper: 2048). 0 leaves the stream out."""
 
     def __post_init__(self) -> None:
-        check_range("data.*.samples_per_step", self.samples_per_step, 0)
         if self.samples_per_step and not self.train:
             raise ConfigError("data: a stream with samples_per_step > 0 needs at least one source in 'train'.")
         without = [source.path for source in self.train if source.weight is None]
@@ -92,50 +89,40 @@ class DataConfig:
     """Images with captions: MIM and MLM."""
     texts: StreamConfig
     """Texts alone: MLM only."""
-    text_length: int = 128
+    text_length: TextLength = 128
     """Tokens of a text sample at most, BOS and EOS included. The paper is silent; 128 is near an image's length."""
     document_separator: bool = True
     """Put EOS between documents that share a sequence of `texts`, as RoBERTa does. False joins them without a mark. A
     document is a JSON object, or the lines between two blank ones of plain text."""
-    pair_text_length: int = 64
+    pair_text_length: TextLength = 64
     """Tokens of a caption at most, BOS and EOS included (the released models' fine-tuning length)."""
-    image_mask_ratio: float = 0.4
+    image_mask_ratio: MaskRatio = 0.4
     """Share of an image's patches that block-wise masking hides, exactly (paper: 40%)."""
-    text_mask_ratio: float = 0.15
+    text_mask_ratio: MaskRatio = 0.15
     """Share of a text's tokens to be predicted (paper: 15%)."""
-    pair_text_mask_ratio: float = 0.5
+    pair_text_mask_ratio: MaskRatio = 0.5
     """Share of a caption's tokens to be predicted (paper: 50%)."""
     text_masking: Literal["token", "whole_word"] = "token"
     """What is masked of texts and captions: single tokens, as the paper has it, or whole words (VLMo's choice)."""
-    min_crop_scale: float = 0.2
+    min_crop_scale: Annotated[float, Range(0, 1, above=True)] = 0.2
     """Smallest share of the area that the random resized crop keeps (BEiT v2's value; the paper is silent)."""
-    color_jitter: float = 0.4
+    color_jitter: Share = 0.4
     """Strength of brightness, contrast and saturation jitter (paper: "color jittering"; BEiT's value)."""
-    flip_probability: float = 0.5
+    flip_probability: Share = 0.5
     """Horizontal flip of images without texts."""
-    pair_flip_probability: float = 0.5
+    pair_flip_probability: Share = 0.5
     """Horizontal flip of images with captions. The paper's augmentation flips; 0 keeps "left" and "right" true."""
-    prepared_dir: str | None = None
+    prepared_dir: PathString | None = None
     """Folder of what `beit3 prepare` writes: shard indices, tables of annotations and token files. None scans shards,
     parses annotations and tokenises texts at the start of every run, in memory: fit for a small corpus."""
-    num_workers: int = 2
+    num_workers: Annotated[int, Range(0, 1024)] = 2
     """Processes that prepare batches, for each rank; 0 prepares them in the training process."""
-    prefetch_steps: int = 2
+    prefetch_steps: Annotated[int, Range(1, 1024)] = 2
     """Steps that each worker prepares ahead; memory is workers x prefetch_steps x one rank's step."""
-    max_broken_records: int = 100
+    max_broken_records: Count = 100
     """Unreadable records that are counted and left out before the run stops with their list."""
 
     def __post_init__(self) -> None:
-        for name in ("image_mask_ratio", "text_mask_ratio", "pair_text_mask_ratio"):
-            check_range(f"data.{name}", getattr(self, name), 0.01, 0.99)
-        for name in ("min_crop_scale", "flip_probability", "pair_flip_probability"):
-            check_range(f"data.{name}", getattr(self, name), 0, 1)
-        for name in ("text_length", "pair_text_length"):
-            check_range(f"data.{name}", getattr(self, name), 4)
-        check_range("data.color_jitter", self.color_jitter, 0, 1)
-        check_range("data.num_workers", self.num_workers, 0)
-        check_range("data.prefetch_steps", self.prefetch_steps, 1)
-        check_range("data.max_broken_records", self.max_broken_records, 0)
         for source in (*self.texts.train, *self.texts.heldout):
             if source.format is not None:
                 raise ConfigError(
@@ -152,20 +139,15 @@ class DataConfig:
 class TextTokenizerConfig:
     """SentencePiece model of the texts, and how `beit3 train-text-tokenizer` makes it."""
 
-    path: str
+    path: PathString
     """The .spm file, read by pretraining and written by training the tokenizer."""
-    vocab_size: int = 64000
+    vocab_size: Annotated[int, Range(8, 2**24 - 2)] = 64000
     """Pieces that SentencePiece learns, its own <unk>, <s> and </s> included (reference: 64000, so <mask> is 64001)."""
-    character_coverage: float = 0.9995
+    character_coverage: Annotated[float, Range(0.9, 1)] = 0.9995
     """Share of the characters that get a piece of their own."""
-    max_sentences: int = 10_000_000
+    max_sentences: Annotated[int, Range(101, 2**40)] = 10_000_000
     """Lines drawn from the whole corpus for training, all equally likely; only they are kept in memory. More than
     100, as SentencePiece asks."""
-
-    def __post_init__(self) -> None:
-        check_range("tokenizers.text.vocab_size", self.vocab_size, 8)
-        check_range("tokenizers.text.character_coverage", self.character_coverage, 0.9, 1)
-        check_range("tokenizers.text.max_sentences", self.max_sentences, 101)
 
 
 @dataclass(frozen=True, kw_only=True)

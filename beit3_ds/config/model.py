@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from beit3_ds.config.strict import ConfigError, check_known_keys, check_range, load_section, show
+from beit3_ds.config.numbers import Decay, Epsilon, Layers, Range, Size, Vocabulary
+from beit3_ds.config.strict import ConfigError, check_known_keys, load_section, show
 
 MODEL_SIZES: dict[str, dict[str, int]] = {
     "tiny": {"num_layers": 12, "hidden_size": 192, "ffn_hidden_size": 768, "num_attention_heads": 3, "patch_size": 16},
@@ -37,39 +38,39 @@ MODEL_SIZES: dict[str, dict[str, int]] = {
 class ModelConfig:
     """A BEiT-3 backbone with its two masked-modeling heads (paper section 2.1)."""
 
-    num_layers: int
+    num_layers: Layers
     """Multiway blocks."""
-    hidden_size: int
+    hidden_size: Size
     """Width D of the token stream."""
-    ffn_hidden_size: int
+    ffn_hidden_size: Size
     """Width F inside every expert."""
-    num_attention_heads: int
+    num_attention_heads: Size
     """Attention heads; they must divide `hidden_size`."""
-    patch_size: int
+    patch_size: Size
     """Pixels on a side of one image patch; it must divide `image_size`."""
-    image_size: int = 224
+    image_size: Size = 224
     """Pixels on a side of the model's view of an image."""
     layout: Literal["shared", "decoupled"] = "shared"
     """`shared`: the paper's layout, one attention for all modalities. `decoupled`: the released models' layout,
     in which projections and norms exist once for vision and once for language and only the softmax is shared."""
-    num_vision_language_layers: int = 3
+    num_vision_language_layers: Annotated[int, Range(0, 1000)] = 3
     """How many top blocks have a vision-language expert for pairs (paper: 3). Must be 0 in the decoupled layout."""
     sub_layernorm: bool = False
     """Adds Magneto's inner LayerNorms and its initialisation (Wang et al., 2022, arXiv:2210.06423). The paper names
     neither, so the default is off; the released models have them."""
-    layer_norm_epsilon: float = 1e-5
+    layer_norm_epsilon: Epsilon = 1e-5
     """Added to the variance in every LayerNorm."""
-    drop_path_rate: float = 0.0
+    drop_path_rate: Decay = 0.0
     """Stochastic depth at the last block; it grows linearly from 0 at the first (paper, appendix: 0.1)."""
-    text_vocab_size: int = 64010
+    text_vocab_size: Vocabulary = 64010
     """Rows of the word embedding and of the MLM head. The reference rounds its 64002 ids up to 64010."""
-    visual_vocab_size: int = 8192
+    visual_vocab_size: Vocabulary = 8192
     """Codes of the visual tokenizer, rows of the MIM head."""
-    max_text_length: int = 128
+    max_text_length: Annotated[int, Range(4, 2**18)] = 128
     """Rows of the text position table; no text may be longer, BOS and EOS included."""
     tie_word_embeddings: bool = False
     """Uses the word table as the MLM head's matrix too. The released models have one of each, so the default is off."""
-    cross_entropy_chunk_size: int = 128
+    cross_entropy_chunk_size: Annotated[int, Range(2, 2**24)] = 128
     """Room for logits, in masked text positions: at most as many logits as these have exist at a time."""
 
     @property
@@ -104,11 +105,6 @@ class ModelConfig:
         return ("shared",) if self.layout == "shared" else ("vision", "language")
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "patch_size", "image_size"):
-            check_range(f"model.{name}", getattr(self, name), 1)
-        for name in ("text_vocab_size", "visual_vocab_size", "max_text_length", "cross_entropy_chunk_size"):
-            check_range(f"model.{name}", getattr(self, name), 2)
-        check_range("model.drop_path_rate", self.drop_path_rate, 0, 0.99)
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"model: num_attention_heads={self.num_attention_heads} does not divide hidden_size="

@@ -45,9 +45,35 @@ Count = Annotated[int, Range(0)]
 """Zero or more."""
 Positive = Annotated[int, Range(1)]
 """One or more."""
+Size = Annotated[int, Range(1, 2**18)]
+"""A width, a side in pixels or a length: larger ones are mistakes, and overflow what counts elements."""
+Layers = Annotated[int, Range(1, 1000)]
+"""Blocks of a network."""
+Vocabulary = Annotated[int, Range(2, 2**24)]
+"""Rows of a table: as many as float32 counts exactly."""
+Samples = Annotated[int, Range(1, 2**24)]
+"""Samples of a step."""
+Steps = Annotated[int, Range(1, 10**12)]
+"""Optimizer steps."""
+Ranks = Annotated[int, Range(1, 2**20)]
+"""Processes."""
 Share = Annotated[float, Range(0, 1)]
 """A share or a probability."""
+MaskRatio = Annotated[float, Range(0.01, 0.99)]
+"""A share that leaves something masked and something visible."""
+LearningRate = Annotated[float, Range(0, 1, above=True)]
+"""AdamW moves every weight by about this much a step."""
+FinalLearningRate = Annotated[float, Range(0, 1)]
+"""A learning rate that may be zero."""
+WeightDecay = Annotated[float, Range(0, 10)]
+"""Share of a weight that is taken off it, in units of the learning rate."""
+Decay = Annotated[float, Range(0, 1, below=True)]
+"""Share of a moving average that stays; with 1 it would never move."""
+Epsilon = Annotated[float, Range(0, 0.1, above=True)]
+"""Added to a denominator, which must not be zero."""
+Weight = Annotated[float, Range(0, 1e6)]
+"""A factor of a term of the loss."""
 Seconds = Annotated[int, Range(1, 30 * 24 * 3600)]
 """A time to wait: up to thirty days, which sockets and process groups can still count in milliseconds."""
 Seed = Annotated[int, Range(0, LARGEST_INT)]
-"""What torch, numpy and random all take."""
+"""What torch and numpy both take."""

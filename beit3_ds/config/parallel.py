@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from beit3_ds.config.model import ModelConfig
-from beit3_ds.config.strict import ConfigError, check_range
+from beit3_ds.config.numbers import Ranks, Seconds
+from beit3_ds.config.strict import ConfigError
 
 
 class Place(NamedTuple):
@@ -22,35 +23,27 @@ class Place(NamedTuple):
 class ParallelConfig:
     """The mesh of ranks, pipeline x data x tensor: those that two axes leave over are data-parallel."""
 
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: Ranks = 1
     """Ranks that divide every layer's attention heads, FFN width and vocabulary (Megatron-LM: Shoeybi et al., 2019,
     arXiv:1909.08053). They should share a node: they exchange activations in every layer."""
     sequence_parallel: bool = False
     """Between attention and FFN, where tensor-parallel ranks would all do the same, each keeps its part of the rows
     (Korthikanti et al., 2022, arXiv:2205.05198). Sends as many bytes and saves activation memory; off by default
     because the rounding of sums differs with it."""
-    pipeline_parallel_size: int = 1
+    pipeline_parallel_size: Ranks = 1
     """Stages that divide the ordered list of layers (1F1B: Narayanan et al., 2021, arXiv:2104.04473). At least as many
     micro-batches (`gradient_accumulation_steps`) are needed."""
-    virtual_pipeline_parallel_size: int = 1
+    virtual_pipeline_parallel_size: Ranks = 1
     """Runs of layers a stage holds, interleaved with those of the other stages: 1 / this the bubble, as many times the
     messages. Micro-batches must then be a multiple of the stages."""
-    timeout_seconds: int = 1800
+    timeout_seconds: Seconds = 1800
     """How long a rank waits for another before it ends the run. Longer than the slowest checkpoint and evaluation."""
-    heartbeat_timeout_seconds: int = 60
+    heartbeat_timeout_seconds: Seconds = 60
     """How long a rank may give no sign of life before the run ends: its process was stopped or killed, its host is gone
     or the link is down. A thread gives one six times in this time, whatever the main thread waits for, so a slow rank
     is not lost. Longer than the host may be too busy to run that thread."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "tensor_parallel_size",
-            "pipeline_parallel_size",
-            "virtual_pipeline_parallel_size",
-            "timeout_seconds",
-            "heartbeat_timeout_seconds",
-        ):
-            check_range(f"parallel.{name}", getattr(self, name), 1)
         if self.virtual_pipeline_parallel_size > 1 and self.pipeline_parallel_size == 1:
             raise ConfigError(
                 f"parallel: virtual_pipeline_parallel_size={self.virtual_pipeline_parallel_size} interleaves the "

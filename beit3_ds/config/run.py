@@ -17,6 +17,7 @@ from beit3_ds.config.strict import (
     check_known_keys,
     check_plain,
     load_section,
+    nearest,
     parse_json,
     parse_json_or_text,
     show,
@@ -141,6 +142,7 @@ def _check_sections_agree(config: RunConfig) -> None:
     model, data, visual = config.model, config.data, config.tokenizers.visual
     if config.samples_per_step == 0:
         raise ConfigError("data: samples_per_step is 0 for all three streams; nothing would be trained.")
+    _check_some_term_counts(config)
     if visual.grid_size != model.grid_size:
         raise ConfigError(
             f"tokenizers.visual: {visual.image_size} px / patch {visual.patch_size} gives a grid of "
@@ -166,6 +168,33 @@ def _check_sections_agree(config: RunConfig) -> None:
         )
 
 
+def _check_some_term_counts(config: RunConfig) -> None:
+    """Refuses loss weights of zero for all terms that have samples: weights would only decay."""
+    data, weights = config.data, config.training.loss_weights
+    terms = {"image_mim": data.images, "text_mlm": data.texts, "pair_mim": data.pairs, "pair_mlm": data.pairs}
+    if not any(stream.samples_per_step and getattr(weights, name) for name, stream in terms.items()):
+        raise ConfigError(
+            "training.loss_weights: every term that has samples has weight 0; nothing would be trained. Give one of "
+            "them a weight."
+        )
+
+
+_SECTION_CLASSES: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "tokenizers": TokenizersConfig,
+    "training": TrainingConfig,
+    "parallel": ParallelConfig,
+}
+
+
+def _find_key(name: str, known: Sequence[str]) -> str:
+    """Where a key may be that `--set` does not find at the top: with its section left out, or misspelt."""
+    inside = [f"{section}.{name}" for section, cls in _SECTION_CLASSES.items() if name in cls.__annotations__]
+    near = inside[0] if inside else nearest(name, known)
+    return f"Did you mean '{near}'?" if near else f"Sections: {', '.join(SECTIONS)}; or a key of DeepSpeed's."
+
+
 def _apply_change(mapping: Any, change: str) -> None:
     key, separator, text = change.partition("=")
     keys = key.split(".")
@@ -173,7 +202,7 @@ def _apply_change(mapping: Any, change: str) -> None:
         raise ConfigError(f"--set {change}: expected KEY=VALUE, e.g. training.total_steps=100.")
     known = [*SECTIONS, OWN_SECTION, *DEEPSPEED_KEYS]
     if keys[0] not in known:
-        check_known_keys(dict.fromkeys(keys[:1]), known, f"--set {change}")
+        raise ConfigError(f"--set {change}: unknown key '{keys[0]}'. {_find_key(keys[0], known)}")
     value = parse_json_or_text(text, f"--set {change}")
     *sections, last = [OWN_SECTION, *keys] if keys[0] in SECTIONS else keys
     for section in sections:

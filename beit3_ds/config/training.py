@@ -3,7 +3,19 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from beit3_ds.config.strict import ConfigError, check_range
+from beit3_ds.config.numbers import (
+    Count,
+    Decay,
+    Epsilon,
+    FinalLearningRate,
+    LearningRate,
+    Positive,
+    Seed,
+    Steps,
+    Weight,
+    WeightDecay,
+)
+from beit3_ds.config.strict import ConfigError, PathString
 
 ActivationCheckpointing = Literal["none", "full"]
 """What the backward pass recomputes beyond what ops make again anyway: nothing, or whole blocks."""
@@ -16,13 +28,13 @@ Kernels = Literal["triton", "cuda"]
 class LossWeights:
     """Factors of the four loss terms; the paper names none, so each is 1."""
 
-    image_mim: float = 1.0
+    image_mim: Weight = 1.0
     """Masked patches of images."""
-    text_mlm: float = 1.0
+    text_mlm: Weight = 1.0
     """Masked tokens of texts."""
-    pair_mim: float = 1.0
+    pair_mim: Weight = 1.0
     """Masked patches of pairs."""
-    pair_mlm: float = 1.0
+    pair_mlm: Weight = 1.0
     """Masked tokens of captions."""
 
 
@@ -30,28 +42,28 @@ class LossWeights:
 class TrainingConfig:
     """The optimizer's recipe (paper section 2.3) and the run's bookkeeping."""
 
-    output_dir: str
+    output_dir: PathString
     """Where checkpoints, logs, plot and predictions go."""
-    total_steps: int
+    total_steps: Steps
     """Optimizer steps of the run (paper: 1M); the cosine schedule ends here."""
-    warmup_steps: int
+    warmup_steps: Count
     """Steps of linear warmup (paper: 10k)."""
-    learning_rate: float
+    learning_rate: LearningRate
     """Peak learning rate (paper: 1e-3)."""
-    min_learning_rate: float = 0.0
+    min_learning_rate: FinalLearningRate = 0.0
     """Learning rate of the last step, an absolute value; the paper does not say where its cosine ends."""
-    weight_decay: float = 0.05
+    weight_decay: WeightDecay = 0.05
     """Decoupled weight decay of matrices; biases, norms, positions, CLS and mask token have none (paper: 0.05)."""
     optimizer: Literal["adamw", "apex_fused_adam"] = "adamw"
     """`adamw`: torch's fused AdamW. `apex_fused_adam`: FusedAdam of NVIDIA's apex in its AdamW mode, for GPUs; apex is
     built from its source, for the package of that name on PyPI is another one. Checkpoints of both are the same."""
-    adam_betas: tuple[float, float] = (0.9, 0.98)
+    adam_betas: tuple[Decay, Decay] = (0.9, 0.98)
     """AdamW's betas (paper)."""
-    adam_epsilon: float = 1e-6
+    adam_epsilon: Epsilon = 1e-6
     """AdamW's epsilon (paper)."""
     loss_weights: LossWeights = field(default_factory=LossWeights)
     """Factors of the four terms."""
-    initial_weights: str | None = None
+    initial_weights: PathString | None = None
     """Exported or imported weights (`beit3 export`, `beit3 import`) that a new run begins with, under any layout of
     ranks. A run that has a checkpoint goes on from that instead. None: initial values drawn from the seed."""
     activation_checkpointing: ActivationCheckpointing = "none"
@@ -62,38 +74,32 @@ class TrainingConfig:
     """In which language the kernels are that a GPU runs. `triton` needs no build. `cuda`: CUDA C++ where there is such
     a kernel (the forward passes of attention and of the FFN's up projection), in half precision; the rest stays
     Triton's. docs/kernels_cuda.md says how to build it; neither was ever timed on a GPU."""
-    seed: int = 1
+    seed: Seed = 1
     """Seeds initial values, data order, masks, augmentation and stochastic depth."""
-    log_interval: int = 10
+    log_interval: Positive = 10
     """Steps between progress lines."""
-    eval_interval: int = 1000
+    eval_interval: Positive = 1000
     """Steps between held-out evaluations; one also opens and closes the run."""
-    eval_samples: int = 1024
+    eval_samples: Positive = 1024
     """Held-out samples a stream, at most."""
-    save_interval: int = 1000
+    save_interval: Positive = 1000
     """Steps between checkpoints; one also closes the run."""
-    keep_checkpoints: int = 3
+    keep_checkpoints: Positive = 3
     """Whole checkpoints that are kept; older ones are deleted once a newer one is whole."""
 
-    max_skipped_steps: int = 5
+    max_skipped_steps: Positive = 5
     """Steps in a row that are skipped because a loss or a gradient is NaN or infinite, before the run stops, with a
     checkpoint. One is the fault of a sample or of a device; in so many with other samples, training has diverged."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "max_skipped_steps",
-            "total_steps",
-            "log_interval",
-            "eval_interval",
-            "eval_samples",
-            "save_interval",
-            "keep_checkpoints",
-        ):
-            check_range(f"training.{name}", getattr(self, name), 1)
-        check_range("training.warmup_steps", self.warmup_steps, 0)
-        check_range("training.learning_rate", self.learning_rate, 0)
-        check_range("training.weight_decay", self.weight_decay, 0)
         if self.warmup_steps > self.total_steps:
             raise ConfigError(
-                f"training: warmup_steps={self.warmup_steps} exceeds total_steps={self.total_steps}; lower the warmup."
+                f"training: warmup_steps={self.warmup_steps} exceeds total_steps={self.total_steps}, so the learning "
+                "rate would never reach its peak. A shorter run needs a shorter warmup: add --set "
+                f"training.warmup_steps={self.total_steps // 10}, or change both in the file."
+            )
+        if self.min_learning_rate > self.learning_rate:
+            raise ConfigError(
+                f"training: min_learning_rate={self.min_learning_rate:g} exceeds learning_rate={self.learning_rate:g}, "
+                "from which the schedule falls to it. Lower the first or raise the second."
             )

