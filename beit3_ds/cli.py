@@ -108,10 +108,11 @@ def _add_prepare_index(commands: _Commands) -> None:
 
 
 def _add_prepare_stats(commands: _Commands) -> None:
-    text = "print what the files of a run hold: samples, sizes, lengths of captions, what is broken or left out"
-    command = commands.add_parser("stats", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    text = "print what the files of a run hold: samples, sizes, lengths, some texts, what is broken or left out"
+    about = f"{text[0].upper()}{text[1:]}. Ends with status 1 if a run over them would fail."
+    command = commands.add_parser("stats", help=text, description=about)
     add_config_arguments(command)
-    command.add_argument("--samples", type=int, default=1000, metavar="N", help="read of each stream (default: 1000)")
+    command.add_argument("--samples", type=int, default=1000, metavar="N", help="read of each source (default: 1000)")
     command.add_argument("--out", metavar="FILE.png", help="draw some samples with their captions into this picture")
     command.set_defaults(run=_prepare_stats)
 
@@ -208,6 +209,7 @@ def _compare_runs(options: argparse.Namespace) -> int:
 def _prepare_index(options: argparse.Namespace) -> int:
     from beit3_ds.config import load_run_config
     from beit3_ds.config.strict import check_range
+    from beit3_ds.data.heldout_overlap import check_heldout_apart
     from beit3_ds.data.prepare_annotations import prepare_annotations
     from beit3_ds.data.prepare_index import describe_indices, prepare_indices, shard_paths
 
@@ -216,6 +218,7 @@ def _prepare_index(options: argparse.Namespace) -> int:
         raise ConfigError("data: prepared_dir is not set. Name a folder for the indices in the config.")
     if options.processes is not None:
         check_range("--processes", options.processes, 1)
+    check_heldout_apart(data)
     tars = shard_paths(data)
     shards = prepare_indices(tars, data.prepared_dir, verify=options.verify, num_processes=options.processes)
     print(describe_indices(shards))
@@ -232,23 +235,28 @@ def _prepare_stats(options: argparse.Namespace) -> int:
 
     data = load_run_config(options.config, options.set).data
     check_range("--samples", options.samples, 1)
-    print(describe_streams(data, options.samples))
+    report = describe_streams(data, options.samples)
+    print(report.text)
     if options.out:
         try:
             draw_contact_sheet(open_sources(data)).save(options.out, "png")
         except OSError as error:
             raise ConfigError(f"--out {options.out} cannot be written: {error}. Name another file.") from error
         print(f"wrote {options.out}")
-    return 0
+    for problem in report.problems:
+        print(f"problem: {problem}", file=sys.stderr)
+    return 1 if report.problems else 0
 
 
 def _prepare_texts(options: argparse.Namespace) -> int:
     from beit3_ds.config import load_run_config
+    from beit3_ds.data.heldout_overlap import check_heldout_apart
     from beit3_ds.data.text_preparation import Part, prepare_texts
     from beit3_ds.tokenizers.text import load_text_tokenizer
 
     part = Part.parse(options.part)
     config = load_run_config(options.config, options.set)
+    check_heldout_apart(config.data)
     done = prepare_texts(config.data, load_text_tokenizer(config), part, options.processes)
     for line in done.broken:
         print(f"left out: {line}", file=sys.stderr)

@@ -20,6 +20,7 @@ from beit3_ds.checkpoint.store import CheckpointStore
 from beit3_ds.config import ConfigError, Place, RunConfig, TrainingConfig, check_layout
 from beit3_ds.data import StepDataset, build_heldout_batches, build_train_loader
 from beit3_ds.data.fingerprint import HasFiles
+from beit3_ds.data.heldout_overlap import check_heldout_apart
 from beit3_ds.data.samples import name_sources
 from beit3_ds.kernels import cuda_kernels
 from beit3_ds.parallel import Mesh, Shared
@@ -101,6 +102,7 @@ def open_inputs(config: RunConfig) -> Inputs:
     heldout: Iterable[PackedBatch] = ()
     sources: dict[str, HasFiles] = {}
     if place.tensor == 0 and (place.pipeline == 0 or has_heads):
+        check_heldout_apart(config.data)
         views: ImageViews = "model" if not has_heads else "both" if place.pipeline == 0 else "tokenizer"
         dataset = StepDataset(config, text_tokenizer, place.data, data_parallel_size, views)
         heldout = build_heldout_batches(config, text_tokenizer, place.data, data_parallel_size, views)

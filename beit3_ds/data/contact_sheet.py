@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from beit3_ds.data.image_source import BrokenRecord, ImageSource
-from beit3_ds.data.statistics import spread
+from beit3_ds.data.sources import spread
 
 _COLUMNS = 6
 _SIDE, _MARGIN = 180, 8  # pixels

@@ -43,6 +43,18 @@ class Folder:
             return False
         return _lies_in(real, os.path.realpath(os.path.dirname(path)))
 
+    def holds(self, name: str) -> bool:
+        """Whether `read` would find a file `name`; opens none.
+
+        Raises:
+            StorageError: if the file system fails.
+        """
+        path = os.path.join(self.path, name)
+        try:
+            return self.contains(name) and stat.S_ISREG(read_with_retries(lambda: os.stat(path), path).st_mode)
+        except (OSError, ValueError):  # a name with NUL
+            return False
+
     def read(self, name: str, limit: int) -> bytes:
         """Reads the file `name`.
 

@@ -8,7 +8,7 @@ from tqdm import tqdm
 from beit3_ds.config import ConfigError, DataConfig, SourceConfig
 from beit3_ds.data.annotated_images import AnnotatedImages
 from beit3_ds.data.annotation_table import StoredAnnotations, describe_files, write_table
-from beit3_ds.data.sources import annotation_files, read_annotations, source_table
+from beit3_ds.data.sources import annotation_files, check_images_are_there, read_annotations, source_table
 
 
 def prepare_annotations(config: DataConfig, *, verify: bool = False) -> str:
@@ -21,17 +21,23 @@ def prepare_annotations(config: DataConfig, *, verify: bool = False) -> str:
         verify: compare the tables that are there instead.
 
     Returns:
-        What was done, in a line; empty without annotation files.
+        What was done, in a line, and a line for each source with missing images; empty without annotation files.
 
     Raises:
-        ConfigError: naming a file that cannot be read, or with `verify` one that does not fit its table.
+        ConfigError: naming a file that cannot be read, a folder that holds none of the images, or with `verify` a file
+            that does not fit its table.
     """
     assert config.prepared_dir is not None, "tables need data.prepared_dir"
     tables = {source_table(source, config.prepared_dir): source for source in _annotated_sources(config)}
     num_samples = num_verified = 0
+    missing: list[str] = []
     for path, source in tqdm(tables.items(), desc="reading annotations", unit="file", disable=None):
         made_from = describe_files(annotation_files(source))
         samples = read_annotations(source)
+        num_missing, example = check_images_are_there(samples)
+        if num_missing:
+            of_all = f"{num_missing:,} of {len(samples.paths):,} images are missing"
+            missing.append(f"{samples.annotations}: {of_all} in {samples.images.path}, such as {example}")
         num_samples += len(samples)
         if verify and os.path.exists(path):
             _verify(StoredAnnotations(path, annotation_files(source), source.images), samples, path)
@@ -41,7 +47,7 @@ def prepare_annotations(config: DataConfig, *, verify: bool = False) -> str:
     if not tables:
         return ""
     actions = f"{len(tables) - num_verified} tables written, {num_verified} verified"
-    return f"{len(tables)} annotation files with {num_samples:,} samples: {actions}"
+    return "\n".join([f"{len(tables)} annotation files with {num_samples:,} samples: {actions}", *missing])
 
 
 def _annotated_sources(config: DataConfig) -> list[SourceConfig]:

@@ -53,6 +53,8 @@ def describe_indices(shards: Sequence[IndexedShard]) -> str:
     actions = Counter(shard.action for shard in shards)
     done = ", ".join(f"{count} {action}" for action, count in sorted(actions.items()))
     lines = [f"{len(shards)} tars with {sum(shard.num_samples for shard in shards):,} samples: {done or 'none'}"]
+    if empty := [shard.tar for shard in shards if shard.action != "failed" and not shard.num_samples]:
+        lines.append(f"without samples: {len(empty):,} tars (such as {printable(empty[0])})")
     for reason in sorted({reason for shard in shards for reason in shard.skipped}):
         found = [(shard.tar, shard.skipped[reason]) for shard in shards if reason in shard.skipped]
         total = sum(skipped.num_members for _, skipped in found)

@@ -6,7 +6,9 @@ import os
 from collections.abc import Iterator, Sequence, Sized
 from typing import Generic, TypeVar
 
-from beit3_ds.config import SourceConfig
+import numpy as np
+
+from beit3_ds.config import ConfigError, SourceConfig
 from beit3_ds.data.annotated_images import AnnotatedImages
 from beit3_ds.data.annotation_table import StoredAnnotations, table_path
 from beit3_ds.data.annotations import (
@@ -17,9 +19,10 @@ from beit3_ds.data.annotations import (
 )
 from beit3_ds.data.files import expand_patterns
 from beit3_ds.data.image_folder import ImageFolder
-from beit3_ds.data.image_source import ImageSource
+from beit3_ds.data.image_source import ImageSource, printable
 from beit3_ds.data.shards import TarShards
 
+_IMAGES_AT_START = 16  # looked for when annotations are opened, by every process; `beit3 prepare index` looks for all
 PartT = TypeVar("PartT", bound=Sized)
 
 
@@ -95,6 +98,43 @@ def read_annotations(source: SourceConfig) -> AnnotatedImages:
             raise AssertionError(f"no reader for the format {kind}")
 
 
+def check_images_are_there(samples: AnnotatedImages, num_examined: int | None = None) -> tuple[int, str]:
+    """Looks for the images that annotations name.
+
+    Args:
+        samples: an opened source of an annotation format.
+        num_examined: how many to look for, evenly spread; None looks for all.
+
+    Returns:
+        How many of them are missing, and the path of the first such one.
+
+    Raises:
+        ConfigError: if there are no samples, or none of the images is there.
+        StorageError: if the file system fails.
+    """
+    if not len(samples):
+        reasons = "; ".join(f"{found.num_members:,} {reason}" for reason, found in samples.skipped.items())
+        raise ConfigError(
+            f"data: no row of {printable(samples.annotations)} has an image in {printable(samples.images.path)}"
+            f"{f' ({reasons})' if reasons else ''}. Correct 'images' or the path in the config."
+        )
+    count = len(samples.paths)
+    places = range(count) if num_examined is None else spread(count, num_examined)
+    missing = [number for number in places if not samples.images.holds(samples.paths[number])]
+    if missing and len(missing) == len(places):
+        raise ConfigError(
+            f"data: none of {len(places):,} images that {printable(samples.annotations)} names is in "
+            f"{printable(samples.images.path)}, such as {printable(samples.paths[missing[0]])}. Correct 'images' in "
+            "the config: it must be the folder in which these names lie."
+        )
+    return len(missing), printable(samples.paths[missing[0]]) if missing else ""
+
+
+def spread(length: int, count: int) -> list[int]:
+    """Up to `count` indices of a sequence, evenly spread from the first to the last."""
+    return np.unique(np.linspace(0, length - 1, min(length, count)).round().astype(np.int64)).tolist()
+
+
 def open_images(source: SourceConfig, prepared_dir: str | None) -> ImageSource:
     """Opens a source of images.
 
@@ -112,5 +152,8 @@ def open_images(source: SourceConfig, prepared_dir: str | None) -> ImageSource:
         case "folder":
             return ImageFolder(source.path)
     if prepared_dir is not None and os.path.exists(table := source_table(source, prepared_dir)):
-        return StoredAnnotations(table, annotation_files(source), source.images)
-    return read_annotations(source)
+        samples: AnnotatedImages = StoredAnnotations(table, annotation_files(source), source.images)
+    else:
+        samples = read_annotations(source)
+    check_images_are_there(samples, _IMAGES_AT_START)
+    return samples

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -72,6 +73,7 @@ def sample_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             members |= {f"pair{i}.png": _random_png(rng), f"pair{i}.txt": _sentence(rng).encode()}
         _write_tar(folder / f"pairs-{shard}.tar", members)
     (folder / "text.txt").write_text("\n\n".join(_sentence(rng) for _ in range(60)))
+    shutil.copytree(folder, folder / "heldout")
     return {name: str(folder / pattern) for name, pattern in _PATTERNS.items()}
 
 
@@ -82,8 +84,8 @@ _PATTERNS = {"images": "images-*.tar", "pairs": "pairs-*.tar", "texts": "text.tx
 def build_config(sample_files: dict[str, str]) -> BuildConfig:
     """Builds a tiny run: grid 8 x 8, model's view 32 px, tokenizer's view 64 px.
 
-    Keyword arguments: samples a step of each stream, `accumulation`, `files` instead of the sample files, and `data`
-    and `training` with more keys of these sections.
+    Keyword arguments: samples a step of each stream, `accumulation`, `files` instead of the sample files (of which
+    copies are held out), and `data` and `training` with more keys of these sections.
     """
 
     def build(
@@ -95,10 +97,11 @@ def build_config(sample_files: dict[str, str]) -> BuildConfig:
         data: Mapping[str, object] | None = None,
         training: Mapping[str, object] | None = None,
     ) -> RunConfig:
-        files = sample_files | dict(files or {})
+        heldout = {name: str(Path(path).parent / "heldout" / Path(path).name) for name, path in sample_files.items()}
+        heldout, files = heldout | dict(files or {}), sample_files | dict(files or {})
         sizes = {"images": images, "pairs": pairs, "texts": texts}
         streams = {
-            name: {"train": [files[name]], "heldout": [files[name]], "samples_per_step": size}
+            name: {"train": [files[name]], "heldout": [heldout[name]], "samples_per_step": size}
             for name, size in sizes.items()
         }
         model = {"num_layers": 3, "hidden_size": 16, "ffn_hidden_size": 16, "num_attention_heads": 2}

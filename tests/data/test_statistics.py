@@ -13,7 +13,8 @@ from beit3_ds import cli
 from beit3_ds.config import DataConfig, SourceConfig, StreamConfig
 from beit3_ds.data.contact_sheet import draw_contact_sheet
 from beit3_ds.data.shards import TarShards
-from beit3_ds.data.statistics import describe_streams, examine_source, spread
+from beit3_ds.data.sources import spread
+from beit3_ds.data.statistics import describe_streams, examine_source
 from tests.data.conftest import BuildConfig, WriteTar
 
 
@@ -35,20 +36,53 @@ def test_statistics_count_what_is_there_and_what_is_broken(pairs: TarShards) -> 
     statistics = examine_source(pairs, with_captions=True, max_examined=100)
     assert statistics.numbers["image width"] == [10, 20, 30, 40]
     assert statistics.numbers["caption words"] == [1, 2, 3, 4, 5]  # of the broken image 4, too
-    assert statistics.broken == {"broken image: empty file": 2, "broken caption: empty caption": 1}
+    tar = pairs.paths[0]
+    assert sorted(message for messages in statistics.broken.values() for message in messages) == [
+        f"{tar}:4: broken image: empty file",
+        f"{tar}:5: broken caption: empty caption",
+        f"{tar}:5: broken image: empty file",
+    ]
+    assert statistics.num_broken == 2
     lines = statistics.describe()
     assert lines[0] == "6 samples, 6 of them examined"
     assert "image width: 0%: 10, 10%: 13, 50%: 25, 90%: 37, 100%: 40" in lines
-    assert "broken: 2 of 6: broken image: empty file" in lines
+    place = lines.index("broken: 2 of 6:")
+    # catches broken files without their names
+    assert lines[place + 1 : place + 3] == [f"  {tar}:{key}: broken image: empty file" for key in (4, 5)]
+    assert "text: 'word word word word word'" in lines
     assert lines[-1].startswith("left out: 1: unsafe name")
+    assert statistics.problems(max_broken_records=2) == []
+    assert "2 of 6 examined samples are broken" in statistics.problems(max_broken_records=1)[0]
 
 
 def test_reasons_do_not_differ_from_record_to_record(tmp_path: Path, write_tar: WriteTar) -> None:
     broken = {f"{i}.png": _png(9, 9)[: 40 + i] for i in range(4)} | {"x.png": b"none", "y.png": b"of"}
     statistics = examine_source(TarShards([write_tar(tmp_path / "b.tar", broken)]), False, 100)
-    assert sum(statistics.broken.values()) == 6
-    assert sorted(statistics.broken.values())[-1] >= 2  # catches names or addresses kept in a reason
+    assert statistics.num_broken == 6
+    assert max(map(len, statistics.broken.values())) >= 2  # catches names or addresses kept in a reason
     assert len(statistics.broken) <= 3
+    assert statistics.problems(max_broken_records=100) == ["none of 6 examined samples can be read"]
+
+
+def test_numbers_of_a_message_are_shown_and_names_are_bounded(tmp_path: Path, write_tar: WriteTar) -> None:
+    members = {f"{i:02}.png": bytes(1) for i in range(15)} | {f"{i:02}.txt": b"x" * (70000 + i) for i in range(15)}
+    lines = examine_source(TarShards([write_tar(tmp_path / "b.tar", members)]), True, 100).describe()
+    assert any("caption of 70003 bytes exceeds the limit of 65536" in line for line in lines)  # catches blanked numbers
+    assert sum("caption of 700" in line for line in lines) == 10
+    assert lines.count("  ... and 5 more of this kind") == 2
+
+
+def test_texts_that_a_person_would_notice_are_shown(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(
+        "fine caf\u00e9\ncaf\u00c3\u00a9\n\u00e2\u20ac\u2122s\nbroken \ufffd\n" + "\x1b[1m" + "long " * 99
+    )
+    none = StreamConfig(train=(), samples_per_step=0)
+    texts = StreamConfig(train=(SourceConfig(path=str(tmp_path / "a.txt")),), samples_per_step=1)
+    report = describe_streams(DataConfig(images=none, pairs=none, texts=texts), 10).text
+    assert "suspicious: 2 of 5 texts hold what looks like UTF-8 read as Latin-1, such as 'caf\u00c3\u00a9'" in report
+    assert "suspicious: 1 of 5 texts hold U+FFFD" in report
+    assert "text: 'fine caf\u00e9'" in report
+    assert "text: '\\x1b[1mlong long" in report  # catches control characters that change the terminal
 
 
 def test_samples_are_spread() -> None:
@@ -69,7 +103,7 @@ def test_contact_sheet_shows_every_sample(pairs: TarShards, tmp_path: Path, writ
 
 def test_all_streams_are_described(build_config: BuildConfig) -> None:
     config = build_config().data
-    text = describe_streams(config, 10)
+    text = describe_streams(config, 10).text
     (images,), (pairs,) = config.images.train, config.pairs.heldout
     assert f"images train {images.path}:\n  22 samples, 10 of them examined" in text
     assert f"pairs heldout {pairs.path}:\n  13 samples" in text
@@ -83,10 +117,12 @@ def test_broken_lines_of_one_reason_are_counted_together(tmp_path: Path) -> None
     (tmp_path / "a: b.txt").write_bytes(b"one\ncaf\xe9\nlonger caf\xe9\n")
     none = StreamConfig(train=(), samples_per_step=0)
     texts = StreamConfig(train=(SourceConfig(path=str(tmp_path / "a: b.txt")),), samples_per_step=1)
-    report = describe_streams(DataConfig(images=none, pairs=none, texts=texts), 10)
-    # catches a reason that keeps the place or the file's name
+    report = describe_streams(DataConfig(images=none, pairs=none, texts=texts), 10).text
     assert "  3 paragraphs examined\n  paragraph characters: " in report
-    assert report.endswith("broken: 2 of 3: not UTF-8: unexpected end of data at byte N of the line")
+    # catches a reason that keeps the place or the file's name, and lines that are not named
+    reason = "not UTF-8: unexpected end of data at byte"
+    named = [f"    {tmp_path}/a: b.txt:{number}: {reason} {byte} of the line" for number, byte in ((2, 3), (3, 10))]
+    assert report.endswith("\n".join(["  broken: 2 of 3:", *named]))
 
 
 @pytest.fixture
@@ -94,10 +130,11 @@ def config_file(tmp_path: Path, sample_files: dict[str, str]) -> Path:
     """The quickstart with a copy of the small sample files, and a folder for indices."""
     content = json.loads((Path(cli.__file__).parents[1] / "ds_configs/quickstart_cpu.json").read_text())
     data = content["beit3_ds"]["data"]
-    shutil.copytree(Path(sample_files["texts"]).parent, tmp_path / "samples")
+    for part in ("samples", "heldout"):
+        shutil.copytree(Path(sample_files["texts"]).parent, tmp_path / part)
     for name, path in sample_files.items():
-        pattern = str(tmp_path / "samples" / Path(path).name)
-        data[name] |= {"train": [pattern], "heldout": [pattern]}
+        parts = (str(tmp_path / part / Path(path).name) for part in ("samples", "heldout"))
+        data[name] |= {part: [pattern] for part, pattern in zip(("train", "heldout"), parts, strict=True)}
     data["prepared_dir"] = str(tmp_path / "prepared")
     (tmp_path / "run.json").write_text(json.dumps(content))
     return tmp_path / "run.json"
@@ -105,9 +142,9 @@ def config_file(tmp_path: Path, sample_files: dict[str, str]) -> Path:
 
 def test_prepare_commands(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     index = ["prepare", "index", str(config_file), "--processes", "1"]
-    for arguments, expected in ((index, "4 written"), (index, "4 kept"), ([*index, "--verify"], "4 verified")):
+    for arguments, expected in ((index, "8 written"), (index, "8 kept"), ([*index, "--verify"], "8 verified")):
         assert cli.main(arguments) == 0
-        assert capsys.readouterr().out == f"4 tars with 35 samples: {expected}\n"  # held-out repeats: once
+        assert capsys.readouterr().out == f"8 tars with 70 samples: {expected}\n"
     out = config_file.parent / "sheet.png"
     assert cli.main(["prepare", "stats", str(config_file), "--samples", "3", "--out", str(out)]) == 0
     assert "22 samples, 3 of them examined" in capsys.readouterr().out
@@ -129,7 +166,45 @@ def test_prepare_index_writes_tables_of_annotations(config_file: Path, capsys: p
     content = json.loads(config_file.read_text())
     source = {"path": str(config_file.parent / "captions.json"), "format": "coco", "images": str(config_file.parent)}
     content["beit3_ds"]["data"]["pairs"]["heldout"] = [source]
+    (config_file.parent / "1.png").write_bytes(_png(3, 3))
     config_file.write_text(json.dumps(content))
     for arguments, expected in (([], "1 tables written, 0 verified"), (["--verify"], "0 tables written, 1 verified")):
         assert cli.main(["prepare", "index", str(config_file), "--processes", "1", *arguments]) == 0
         assert capsys.readouterr().out.endswith(f"\n1 annotation files with 1 samples: {expected}\n")
+
+
+def test_stats_of_broken_files_end_with_a_status(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = config_file.parent / "broken"
+    folder.mkdir()
+    for number in range(60):
+        (folder / f"{number}.jpg").write_bytes(b"no image")
+    stats = ["prepare", "stats", str(config_file), f'--set=data.images.train=["{folder}"]']
+    assert cli.main(stats) == 1  # catches 60 of 60 broken files and status 0
+    assert f"problem: images train {folder}: none of 60 examined samples can be read" in capsys.readouterr().err
+
+
+def test_a_wrong_folder_of_images_is_refused(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = config_file.parent
+    (folder / "images").mkdir()
+    shutil.copy(folder / "samples/text.txt", folder / "images/here.png")
+    (folder / "images/picture.png").write_bytes(_png(3, 3))
+    captions = {
+        "images": [{"id": i, "file_name": f"{name}.png"} for i, name in enumerate(("here", "there", "gone"))],
+        "annotations": [{"image_id": i, "caption": "a bird"} for i in range(3)],
+    }
+    (folder / "captions.json").write_text(json.dumps(captions))
+    (folder / "rows.tsv").write_text("a bird\thttp://x/0.png\n")
+
+    def index(path: str, form: str, images: str) -> int:
+        source = {"path": str(folder / path), "format": form, "images": str(folder / images)}
+        setting = f"--set=data.pairs.heldout={json.dumps([source])}"
+        return cli.main(["prepare", "index", str(config_file), "--processes", "1", setting])
+
+    assert index("captions.json", "coco", "samples") == 2  # catches a table that is written without an image
+    assert "none of 3 images that" in capsys.readouterr().err
+    assert index("captions.json", "coco", "nowhere") == 2
+    assert "nowhere cannot be listed" in capsys.readouterr().err
+    assert index("rows.tsv", "conceptual_captions", "images") == 2
+    assert "no row of" in capsys.readouterr().err
+    assert index("captions.json", "coco", "images") == 0
+    assert "2 of 3 images are missing" in capsys.readouterr().out

@@ -1,0 +1,80 @@
+"""Held-out files that are trained on are refused, whatever names them."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from beit3_ds.config import ConfigError, DataConfig, SourceConfig, StreamConfig
+from beit3_ds.data.heldout_overlap import check_heldout_apart
+
+Files = Mapping[str, tuple[Sequence[str], Sequence[str]]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Files of all kinds, and links to some of them."""
+    for name in ("a.tar", "b.tar", "c.tar", "a.txt", "b.txt", "c.json", "d.json", "images/x/1.png", "other/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"the same bytes everywhere")
+    (tmp_path / "link.tar").symlink_to("a.tar")
+    os.link(tmp_path / "a.txt", tmp_path / "hard.txt")
+    (tmp_path / "linked").symlink_to("images")
+    return tmp_path
+
+
+def _config(folder: Path, samples_per_step: int = 1, **files: tuple[Sequence[str], Sequence[str]]) -> DataConfig:
+    def source(name: str) -> SourceConfig:
+        if name.endswith(".json"):
+            return SourceConfig(path=str(folder / name), format="coco", images=str(folder))
+        return SourceConfig(path=str(folder / name))
+
+    streams = {
+        stream: StreamConfig(
+            train=tuple(map(source, train)), heldout=tuple(map(source, heldout)), samples_per_step=samples_per_step
+        )
+        for stream, (train, heldout) in files.items()
+    }
+    none = StreamConfig(train=(), samples_per_step=0)
+    return DataConfig(**{name: streams.get(name, none) for name in ("images", "pairs", "texts")})
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"images": (["a.tar"], ["a.tar"])},
+        {"images": (["[ab].tar"], ["link.tar"])},  # catches names that are compared
+        {"images": (["{a,b}.tar"], ["[bc].tar"])},
+        {"pairs": (["a.tar"], ["b.tar"]), "images": (["b.tar"], [])},
+        {"texts": (["a.txt"], ["hard.txt"])},
+        {"texts": (["*.txt"], ["b.txt"])},
+        {"images": (["images"], ["linked"])},
+        {"images": (["images"], ["images/x"])},
+        {"images": (["images/x"], ["linked"])},
+        {"pairs": (["c.json"], ["c.json"])},
+    ],
+)
+def test_shared_files_are_refused(folder: Path, files: Files) -> None:
+    with pytest.raises(
+        ConfigError, match=r"training source .* and the held-out source .*(are the same|in one another)"
+    ):
+        check_heldout_apart(_config(folder, **files))
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"images": (["a.tar"], ["b.tar"]), "texts": (["a.txt"], ["b.txt"])},
+        {"images": (["a.tar"], ["b.tar"]), "pairs": (["a.tar"], ["b.tar"])},  # streams may share sources
+        {"images": (["images"], ["other"])},
+        {"pairs": (["c.json"], ["d.json"])},  # two lists of captions of one folder
+        {"images": (["a.tar"], [])},
+    ],
+)
+def test_other_files_are_accepted(folder: Path, files: Files) -> None:
+    check_heldout_apart(_config(folder, **files))
+
+
+def test_a_stream_that_is_left_out_trains_on_nothing(folder: Path) -> None:
+    check_heldout_apart(_config(folder, samples_per_step=0, images=(["a.tar"], ["a.tar"])))
