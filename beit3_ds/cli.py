@@ -70,7 +70,7 @@ def _build_parser() -> argparse.ArgumentParser:
         add_config_arguments(command)
         command.set_defaults(run=run)
         if name == "check":
-            command.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks (default: 1)")
+            _add_check_arguments(command)
     show = commands.add_parser("show-codes", help="draw training images, their masks and their codes as colours")
     add_config_arguments(show)
     show.add_argument(
@@ -94,6 +94,18 @@ def _build_parser() -> argparse.ArgumentParser:
     add_launch_command(commands)
     add_bench_commands(commands)
     return parser
+
+
+def _add_check_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks (default: 1)")
+    command.add_argument("--ranks-per-node", type=int, metavar="N", help="ranks of a node (default: 8, or all)")
+    for name, text in (("memory", "memory"), ("shm", "/dev/shm")):
+        command.add_argument(
+            f"--node-{name}", type=float, metavar="GIB", help=f"refuse a run that needs more {text} on a node"
+        )
+    command.add_argument(
+        "--step-seconds", type=float, default=1.0, metavar="S", help="assumed time of a step, for rates (default: 1)"
+    )
 
 
 def _add_prepare_index(commands: _Commands) -> None:
@@ -138,9 +150,21 @@ def _config_arguments(options: argparse.Namespace) -> list[str]:
 
 def _check(options: argparse.Namespace) -> int:
     from beit3_ds.config import load_run_config
+    from beit3_ds.config.strict import check_range
+
+    config = load_run_config(options.config, options.set)
+    check_range("--world-size", options.world_size, 1)
+    if options.ranks_per_node is not None:
+        check_range("--ranks-per-node", options.ranks_per_node, 1)
+    check_range("--step-seconds", options.step_seconds, 0.001)
+    from beit3_ds.costs import NodeSize
     from beit3_ds.training.dry_run import describe_run
 
-    print(describe_run(load_run_config(options.config, options.set), options.world_size))
+    memory, shm = (None if gib is None else int(gib * 2**30) for gib in (options.node_memory, options.node_shm))
+    node = NodeSize(memory=memory, shm=shm)
+    print(describe_run(config, options.world_size, options.ranks_per_node, node, options.step_seconds))
+    if memory is None and shm is None:
+        print("not compared with a machine: --node-memory and --node-shm do that; the run itself does it on every node")
     return 0
 
 

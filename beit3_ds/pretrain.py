@@ -18,6 +18,7 @@ from beit3_ds.checkpoint.folder import is_checkpoint
 from beit3_ds.checkpoint.run_description import describe_run
 from beit3_ds.checkpoint.store import CheckpointStore
 from beit3_ds.config import ConfigError, Place, RunConfig, TrainingConfig, check_layout
+from beit3_ds.costs import check_node, host_needs
 from beit3_ds.data import StepDataset, build_heldout_batches, build_train_loader
 from beit3_ds.data.fingerprint import HasFiles
 from beit3_ds.data.heldout_overlap import check_heldout_apart
@@ -32,9 +33,10 @@ from beit3_ds.training.engine import build_schedule, compute_device, joined_rank
 from beit3_ds.training.flops import peak_flops
 from beit3_ds.training.history import History
 from beit3_ds.training.initial_weights import InitialWeights, open_initial_weights
-from beit3_ds.training.launcher import read_launch
+from beit3_ds.training.launcher import Launch, read_launch
 from beit3_ds.training.loop import Run, resume, train
-from beit3_ds.training.optimizer import check_optimizer
+from beit3_ds.training.node_size import measure_node
+from beit3_ds.training.optimizer import check_optimizer, decays
 from beit3_ds.training.progress import Progress
 from beit3_ds.training.report import write_report
 from beit3_ds.training.setup import describe_setup
@@ -82,11 +84,13 @@ def open_inputs(config: RunConfig) -> Inputs:
     """Checks the layout and opens the files that this rank reads.
 
     Raises:
-        ConfigError: for a layout that does not fit, an optimizer that is not installed, kernels that are not built, an
-            output folder that cannot be written, or a file that cannot be read or does not fit the model.
+        ConfigError: for a layout that does not fit, a machine without the memory that its ranks need, an optimizer
+            that is not installed, kernels that are not built, an output folder that cannot be written, or a file that
+            cannot be read or does not fit the model.
     """
     launch = read_launch(os.environ)
     data_parallel_size = check_layout(config, launch.world_size)
+    _check_this_node(config, launch)
     check_optimizer(config.training)
     _check_kernels(config.training)
     _check_writable(Path(config.training.output_dir))
@@ -116,6 +120,13 @@ def open_inputs(config: RunConfig) -> Inputs:
         sources=sources,
         initial_weights=initial_weights,
     )
+
+
+def _check_this_node(config: RunConfig, launch: Launch) -> None:
+    """Compares what the ranks of this machine need with what it has, if the launcher says how many they are."""
+    ranks_here = 1 if launch.world_size == 1 else launch.local_size
+    if ranks_here:
+        check_node(host_needs(config, launch.world_size, ranks_here, decays), config, measure_node())
 
 
 def _check_kernels(config: TrainingConfig) -> None:

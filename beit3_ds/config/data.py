@@ -118,7 +118,15 @@ class DataConfig:
     num_workers: Annotated[int, Range(0, 1024)] = 2
     """Processes that prepare batches, for each rank; 0 prepares them in the training process."""
     prefetch_steps: Annotated[int, Range(1, 1024)] = 2
-    """Steps that each worker prepares ahead; memory is workers x prefetch_steps x one rank's step."""
+    """Steps that each worker prepares ahead, unless `prefetch_gib` allows fewer."""
+    prefetch_gib: Annotated[float, Range(0.001, 2**20)] = 8.0
+    """Shared memory that one rank's prefetched steps may take, in GiB. If num_workers x prefetch_steps steps take more,
+    fewer are prepared ahead, by fewer workers if need be. 8 ranks of a node then take 64 GiB at most: half the memory
+    of a node with 128 GiB, which is the usual size of /dev/shm."""
+    max_open_files: Annotated[int, Range(1, 2**20)] = 4096
+    """Shards that each process keeps open, so that reading a record opens no file. The limit of the system
+    (`ulimit -n`) is raised towards twice as many in worker processes, as far as its hard limit allows; a process takes
+    at most half of its limit."""
     max_broken_records: Count = 100
     """Unreadable records that are counted and left out before the run stops with their list."""
 

@@ -1,6 +1,7 @@
 """What a layout costs: the traffic of every rank in a step and the memory that it needs, worked out from shapes."""
 
 from beit3_ds.costs.holding import Holding, build_holding
+from beit3_ds.costs.host import HostNeeds, NodeSize, check_node, describe_host, host_needs
 from beit3_ds.costs.load import Load, expected_loads, load_of
 from beit3_ds.costs.memory import Memory, rank_memory
 from beit3_ds.costs.stages import bubble_share, describe_stages
@@ -8,13 +9,18 @@ from beit3_ds.costs.traffic import Traffic, step_traffic
 
 __all__ = [
     "Holding",
+    "HostNeeds",
     "Load",
     "Memory",
+    "NodeSize",
     "Traffic",
     "bubble_share",
     "build_holding",
+    "check_node",
+    "describe_host",
     "describe_stages",
     "expected_loads",
+    "host_needs",
     "load_of",
     "rank_memory",
     "step_traffic",

@@ -1,5 +1,6 @@
 """The iterator over training steps, prepared ahead by worker processes."""
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from beit3_ds.batch import StepBatch
 from beit3_ds.config import DataConfig
+from beit3_ds.data.open_files import raise_open_file_limit
 from beit3_ds.data.steps import StepDataset
 
 
@@ -19,18 +21,19 @@ def build_train_loader(dataset: StepDataset, config: DataConfig, first_step: int
     """Iterates over the steps of a rank's `dataset` from `first_step` to the end of the run.
 
     Resuming needs nothing but the step once the dataset's order was resumed (`RunOrder.resume`). With `num_workers`
-    above 0, each worker process prepares every num_workers-th step; without `data.prepared_dir` it also holds a shard
-    index and tokens of its own. The steps still come in order. A record that cannot be read is reported in its step and
-    stops no worker.
+    above 0, each worker process prepares every n-th step of n workers; without `data.prepared_dir` it also holds a
+    shard index and tokens of its own. The steps still come in order. A record that cannot be read is reported in its
+    step and stops no worker.
 
-    Prefetching is bounded: the workers of a rank hold num_workers x prefetch_steps finished steps at most, in shared
-    memory. Nearly all of a step is pixels, 24 bytes for every pixel of a view where both views have one size: 1.2 MB
-    an image at 224 px, so 8 workers that prepare 2 steps of 64 images and pairs ahead hold 1.2 GB a rank.
+    Prefetching is bounded: the finished steps of a rank take at most `data.prefetch_gib` of shared memory
+    (`StepDataset.prefetch`). Nearly all of a step is pixels, 12 bytes for every pixel of a view: 1.2 MB per image with
+    two views of 224 px.
 
     Workers import the program's main module anew, which must start under `if __name__ == "__main__"`.
     """
     steps = range(first_step, len(dataset))
-    if config.num_workers == 0:
+    plan = dataset.prefetch
+    if plan.num_workers == 0:
         return DataLoader(dataset, batch_size=None, sampler=steps)
     # Plain fork would copy the locks of threads that exist by now, and CUDA does not survive it.
     context = multiprocessing.get_context("forkserver")
@@ -40,9 +43,9 @@ def build_train_loader(dataset: StepDataset, config: DataConfig, first_step: int
         dataset,
         batch_size=None,
         sampler=steps,
-        num_workers=config.num_workers,
-        prefetch_factor=config.prefetch_steps,
-        worker_init_fn=_prepare_worker,
+        num_workers=plan.num_workers,
+        prefetch_factor=plan.steps_per_worker,
+        worker_init_fn=functools.partial(_prepare_worker, config.max_open_files),
         multiprocessing_context=context,
     )
 
@@ -59,7 +62,8 @@ def _start_server_of_workers() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _prepare_worker(worker: int) -> None:
+def _prepare_worker(max_open_files: int, worker: int) -> None:
+    raise_open_file_limit(max_open_files)
     torch.set_num_threads(1)  # workers would fight with the training process for its cores
     threading.Thread(target=_end_with_rank, daemon=True).start()
 

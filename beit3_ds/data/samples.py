@@ -14,6 +14,7 @@ from beit3_ds.data.augmentation import CenterViews, Views, build_augmentation
 from beit3_ds.data.fingerprint import HasFiles, SourceFile
 from beit3_ds.data.image_source import BrokenRecord, ImageSource
 from beit3_ds.data.masking import TextMasking, block_mask
+from beit3_ds.data.open_files import OpenFiles
 from beit3_ds.data.packing import ImageSample, PairSample, Sample, TextSample
 from beit3_ds.data.randomness import sample_rng
 from beit3_ds.data.sources import Parts, check_no_file_twice, open_images
@@ -189,9 +190,10 @@ def build_train_streams(config: RunConfig, tokenizer: TextTokenizer) -> dict[str
         ConfigError: for files that are missing or cannot be read.
     """
     data = config.data
+    files = OpenFiles(data.max_open_files)
     flips = {"images": data.flip_probability, "pairs": data.pair_flip_probability, "texts": 0.0}
     return {
-        name: _build_stream(name, stream.train, config, tokenizer, build_augmentation(config, flips[name]))
+        name: _build_stream(name, stream.train, config, tokenizer, build_augmentation(config, flips[name]), files)
         for name, stream in data.streams().items()
         if stream.samples_per_step
     }
@@ -204,8 +206,9 @@ def build_heldout_streams(config: RunConfig, tokenizer: TextTokenizer) -> dict[s
         ConfigError: for files that are missing or cannot be read.
     """
     views = CenterViews(image_size=config.model.image_size, tokenizer_image_size=config.tokenizers.visual.image_size)
+    files = OpenFiles(config.data.max_open_files)
     return {
-        name: _build_stream(name, stream.heldout, config, tokenizer, views)
+        name: _build_stream(name, stream.heldout, config, tokenizer, views, files)
         for name, stream in config.data.streams().items()
         if stream.heldout
     }
@@ -223,14 +226,19 @@ def name_sources(
 
 
 def _build_stream(
-    name: str, sources: Sequence[SourceConfig], config: RunConfig, tokenizer: TextTokenizer, views: Views
+    name: str,
+    sources: Sequence[SourceConfig],
+    config: RunConfig,
+    tokenizer: TextTokenizer,
+    views: Views,
+    files: OpenFiles,
 ) -> Stream:
     check_no_file_twice(sources)
-    return Stream(Parts([_build_samples(name, source, config, tokenizer, views) for source in sources]))
+    return Stream(Parts([_build_samples(name, source, config, tokenizer, views, files) for source in sources]))
 
 
 def _build_samples(
-    name: str, source: SourceConfig, config: RunConfig, tokenizer: TextTokenizer, views: Views
+    name: str, source: SourceConfig, config: RunConfig, tokenizer: TextTokenizer, views: Views, files: OpenFiles
 ) -> ImageSamples | PairSamples | TextSamples:
     data = config.data
     word_starts = tokenizer.word_starts() if data.text_masking == "whole_word" else None
@@ -246,7 +254,7 @@ def _build_samples(
         masking = TextMasking(ratio=data.text_mask_ratio, mask_id=tokenizer.mask_id, word_starts=word_starts)
         return TextSamples(sequences=sequences, masking=masking)
     images = ImageSamples(
-        source=open_images(source, data.prepared_dir),
+        source=open_images(source, data.prepared_dir, files),
         views=views,
         grid_size=config.model.grid_size,
         num_masked=max(1, round(config.model.num_patches * data.image_mask_ratio)),

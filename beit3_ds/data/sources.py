@@ -20,6 +20,7 @@ from beit3_ds.data.annotations import (
 from beit3_ds.data.files import expand_patterns
 from beit3_ds.data.image_folder import ImageFolder
 from beit3_ds.data.image_source import ImageSource, printable
+from beit3_ds.data.open_files import OpenFiles
 from beit3_ds.data.shards import TarShards
 
 _IMAGES_AT_START = 16  # looked for when annotations are opened, by every process; `beit3 prepare index` looks for all
@@ -135,20 +136,21 @@ def spread(length: int, count: int) -> list[int]:
     return np.unique(np.linspace(0, length - 1, min(length, count)).round().astype(np.int64)).tolist()
 
 
-def open_images(source: SourceConfig, prepared_dir: str | None) -> ImageSource:
+def open_images(source: SourceConfig, prepared_dir: str | None, files: OpenFiles | None = None) -> ImageSource:
     """Opens a source of images.
 
     Args:
         source: names format and files.
         prepared_dir: where `beit3 prepare index` wrote the indices of tars and the tables of annotations; what has none
             is scanned or parsed, as all is if this is None.
+        files: keeps tars and indices open; sources of one process should share it.
 
     Raises:
         ConfigError: for files that are missing or cannot be read, or that no longer fit what was prepared.
     """
     match image_format(source):
         case "tar":
-            return TarShards([source.path], prepared_dir)
+            return TarShards([source.path], prepared_dir, files)
         case "folder":
             return ImageFolder(source.path)
     if prepared_dir is not None and os.path.exists(table := source_table(source, prepared_dir)):

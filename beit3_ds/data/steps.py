@@ -4,6 +4,7 @@ from torch.utils.data import Dataset
 
 from beit3_ds.batch import ImageViews, PackedBatch, StepBatch
 from beit3_ds.config import RunConfig
+from beit3_ds.config.prefetch import plan_prefetch
 from beit3_ds.data.drop_path import Slot, draw_drop_path
 from beit3_ds.data.fingerprint import HasFiles
 from beit3_ds.data.packing import Sample, image_shape, pack
@@ -22,6 +23,7 @@ class StepDataset(Dataset[StepBatch]):
 
     Attributes:
         order: of the run's samples, to be resumed before the first step is asked for.
+        prefetch: how many steps workers may prepare ahead.
     """
 
     def __init__(
@@ -43,11 +45,12 @@ class StepDataset(Dataset[StepBatch]):
                 its mean from the other.
 
         Raises:
-            ConfigError: for files that cannot be read, or fewer samples than ranks.
+            ConfigError: for files that cannot be read, fewer samples than ranks, or steps above `data.prefetch_gib`.
         """
         assert 0 <= data_parallel_rank < data_parallel_size, f"rank {data_parallel_rank} of {data_parallel_size}"
         self._config = config
         self._slots = config.step_shares(data_parallel_size).slots(data_parallel_rank)
+        self.prefetch = plan_prefetch(config, data_parallel_size, views)
         self._streams = build_train_streams(config, text_tokenizer)
         self.order = RunOrder(config.data, config.training.seed, self._streams)
         self._shape, self._views = image_shape(config), views

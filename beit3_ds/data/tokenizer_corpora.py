@@ -14,6 +14,7 @@ from beit3_ds.config import ConfigError, DataConfig, RunConfig
 from beit3_ds.data.augmentation import build_augmentation
 from beit3_ds.data.files import expand_patterns
 from beit3_ds.data.fingerprint import HasFiles
+from beit3_ds.data.open_files import OpenFiles
 from beit3_ds.data.order import samples_at
 from beit3_ds.data.randomness import sample_rng
 from beit3_ds.data.shards import BrokenRecord
@@ -63,7 +64,8 @@ class TokenizerImages(Dataset[Tensor]):
         unweighted = dict.fromkeys(dataclasses.replace(source, weight=None) for source in sources)
         if not unweighted:
             raise ConfigError("data: the visual tokenizer needs sources in images.train or pairs.train.")
-        self._images = Parts([open_images(source, config.data.prepared_dir) for source in unweighted])
+        files = OpenFiles(config.data.max_open_files)
+        self._images = Parts([open_images(source, config.data.prepared_dir, files) for source in unweighted])
         self._paths = [f"data source {number} ({source.path})" for number, source in enumerate(unweighted)]
         self._seed = config.training.seed
         self._augmentation = build_augmentation(config, config.data.flip_probability)

@@ -5,18 +5,34 @@ from collections.abc import Collection
 import torch
 
 from beit3_ds.config import MicroBatchSize, RunConfig, StepShares, check_layout
-from beit3_ds.costs import describe_stages
+from beit3_ds.costs import NodeSize, check_node, describe_host, describe_stages, host_needs
 from beit3_ds.model import BEiT3
 from beit3_ds.training.optimizer import decays
 
+_RANKS_PER_NODE = 8  # GPUs of a usual node
 
-def describe_run(config: RunConfig, world_size: int) -> str:
+
+def describe_run(
+    config: RunConfig,
+    world_size: int,
+    ranks_per_node: int | None = None,
+    node: NodeSize | None = None,
+    step_seconds: float = 1.0,
+) -> str:
     """Checks batch sizes for `world_size` ranks, builds the model on the meta device and says what would run.
 
-    Ends with a table of every pipeline stage's memory and traffic, which are modelled (`costs.describe_stages`).
+    Ends with two modelled tables: every pipeline stage's memory and traffic (`costs.describe_stages`), and what a node
+    needs beside its GPUs (`costs.describe_host`).
+
+    Args:
+        config: of the run.
+        world_size: ranks.
+        ranks_per_node: ranks of a node; None takes 8, or all if they are fewer.
+        node: what a node has; None compares with none, because the run is for other machines.
+        step_seconds: assumed time of one step, for rates.
 
     Raises:
-        ConfigError: if the layout does not fit, as `check_layout` says.
+        ConfigError: if the layout does not fit, as `check_layout` says, or a node is too small.
     """
     data_parallel_size = check_layout(config, world_size)
     shares = config.step_shares(data_parallel_size)
@@ -42,7 +58,14 @@ def describe_run(config: RunConfig, world_size: int) -> str:
         "output": training.output_dir,
     }
     lines = [f"{name:<12} {value}" for name, value in rows.items()]
-    return "\n".join([*lines, "", describe_stages(config, world_size, decays)])
+    ranks_per_node = min(ranks_per_node or _RANKS_PER_NODE, world_size)
+    needs = host_needs(config, world_size, ranks_per_node, decays)
+    check_node(needs, config, node or NodeSize())
+    tables = [
+        describe_stages(config, world_size, decays),
+        describe_host(config, needs, ranks_per_node, step_seconds),
+    ]
+    return "\n".join([*lines, "", "\n\n".join(tables)])
 
 
 def _describe_shares(shares: StepShares) -> str:

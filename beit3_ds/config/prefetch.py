@@ -1,0 +1,74 @@
+"""How many steps a rank's data workers prepare ahead, within a bound on shared memory."""
+
+from dataclasses import dataclass
+
+from beit3_ds.config.run import RunConfig
+from beit3_ds.config.strict import ConfigError
+
+_GIB = 1 << 30
+_CHANNELS, _PIXEL_BYTES, _ID_BYTES = 3, 4, 8  # pixels travel as float32, ids as int64
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefetchPlan:
+    """The workers of one rank and what they hold in shared memory."""
+
+    step_bytes: int
+    """One finished step of one rank."""
+    num_workers: int
+    """Processes; 0 prepares steps in the training process, without shared memory."""
+    steps_per_worker: int
+    """Steps that each worker prepares ahead."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Shared memory of one rank: all its prefetched steps are finished at once, at most."""
+        return self.num_workers * self.steps_per_worker * self.step_bytes
+
+
+def plan_prefetch(config: RunConfig, data_parallel_size: int, views: str = "both") -> PrefetchPlan:
+    """Divides `data.prefetch_gib` into steps.
+
+    Args:
+        config: of the run.
+        data_parallel_size: ranks that share a step.
+        views: the views of an image that the rank keeps: "both", "model" or "tokenizer".
+
+    Raises:
+        ConfigError: if not even one step fits.
+    """
+    data, num_bytes = config.data, step_bytes(config, data_parallel_size, views)
+    if data.num_workers == 0:
+        return PrefetchPlan(step_bytes=num_bytes, num_workers=0, steps_per_worker=0)
+    num_fitting = int(data.prefetch_gib * _GIB // num_bytes)
+    if num_fitting == 0:
+        raise ConfigError(
+            f"data.prefetch_gib={data.prefetch_gib:g} holds no step of one rank, which takes {num_bytes / _GIB:.2f} "
+            f"GiB of shared memory. Raise it, use more ranks, or set data.num_workers=0."
+        )
+    num_steps = min(data.num_workers * data.prefetch_steps, num_fitting)
+    num_workers = min(data.num_workers, num_steps)
+    return PrefetchPlan(step_bytes=num_bytes, num_workers=num_workers, steps_per_worker=num_steps // num_workers)
+
+
+def step_bytes(config: RunConfig, data_parallel_size: int, views: str = "both") -> int:
+    """Bytes of one finished step of the rank with the largest share; all texts have full length.
+
+    Args:
+        config: of the run.
+        data_parallel_size: ranks that share a step.
+        views: as of `plan_prefetch`.
+    """
+    images, pairs, texts = config.step_shares(data_parallel_size).rank_samples(0)
+    data, model = config.data, config.model
+    # Ids, and positions and targets of those that are masked.
+    tokens = pairs * data.pair_text_length * (1 + 2 * data.pair_text_mask_ratio)
+    tokens += texts * data.text_length * (1 + 2 * data.text_mask_ratio)
+    draws = (images + pairs + texts) * model.num_layers * 2 * 4 if model.drop_path_rate else 0
+    return int((images + pairs) * (image_bytes(config, views) + model.num_patches) + tokens * _ID_BYTES + draws) + 1
+
+
+def image_bytes(config: RunConfig, views: str = "both") -> int:
+    """Bytes of the views of one image."""
+    sizes = {"model": config.model.image_size, "tokenizer": config.tokenizers.visual.image_size}
+    return sum(_CHANNELS * _PIXEL_BYTES * size**2 for view, size in sizes.items() if views in ("both", view))
