@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from beit3_ds.tokenizers.text import WordBorders
+
 FIRST_PIECE_ID = 4
 """The smallest id that is a piece of text; BOS, padding, EOS and unknown lie below."""
 
@@ -64,9 +66,9 @@ def mask_tokens(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Corrupts a text for masked language modeling, token by token.
 
-    Of n tokens, BOS and EOS included, min(round(n * ratio), n - 1) but at least 1 are to be predicted; BOS, the
-    text's summary, never is. Of these each becomes the mask token with probability 0.8, a random piece with 0.1, and
-    stays as it is with 0.1 (Devlin et al., 2018, arXiv:1810.04805, section 3.1).
+    Of n tokens, BOS and EOS included, min(round(n * ratio), n - 1) but at least 1 are to be predicted. BOS, the text's
+    summary, never is; an EOS may be, also one between documents. Of these each becomes the mask token with probability
+    0.8, a random piece with 0.1, and stays as it is with 0.1 (Devlin et al., 2018, arXiv:1810.04805, section 3.1).
 
     Args:
         ids: BOS, pieces, EOS, (n,) int64, n at least 2.
@@ -83,27 +85,27 @@ def mask_tokens(
 
 
 def mask_words(
-    ids: NDArray[np.int64], ratio: float, mask_id: int, word_starts: NDArray[np.bool_], rng: np.random.Generator
+    ids: NDArray[np.int64], ratio: float, mask_id: int, words: WordBorders, rng: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Corrupts a text for masked language modeling, word by word.
 
-    A word is a piece that starts one and the pieces up to the next start; EOS is a word, and so is the rest of a word
-    that a text begins with. Of all sets of whole words that are neither empty nor everything (a single word is taken),
-    one is drawn whose number of tokens is nearest to that of `mask_tokens`, the smaller of two equally near. Each token
-    of these words is then changed or kept as there, on its own.
+    A word is a piece that starts one and the pieces up to the next start; every EOS is a word, and so is the rest of a
+    word that a text begins with. Of all sets of whole words that are neither empty nor everything (a single word is
+    taken), one is drawn whose number of tokens is nearest to that of `mask_tokens`, the smaller of two equally near.
+    Each token of these words is then changed or kept as there, on its own.
 
     Args:
         ids: BOS, pieces, EOS, (n,) int64, n at least 2.
         ratio: share of the tokens to be predicted.
         mask_id: id of the mask token; the random pieces lie in [4, mask_id).
-        word_starts: which ids start a word, (vocab_size,) bool.
+        words: where words start.
         rng: where all draws come from.
 
     Returns:
         The corrupted ids, (n,) int64, and the positions to be predicted, ascending, (k,) int64.
     """
     assert len(ids) >= 2, "a text has BOS and EOS"
-    begins = word_starts[ids]
+    begins = words.begins(ids)
     begins[1] = begins[-1] = True
     starts = 1 + np.flatnonzero(begins[1:])
     stops = np.append(starts[1:], len(ids))
@@ -155,11 +157,11 @@ class TextMasking:
     """Share of a text's tokens to be predicted."""
     mask_id: int
     """Id of the mask token."""
-    word_starts: NDArray[np.bool_] | None
-    """Which ids start a word, to mask whole words; None masks tokens."""
+    words: WordBorders | None
+    """Where words start, to mask whole words; None masks tokens."""
 
     def __call__(self, ids: NDArray[np.int64], rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Returns corrupted ids and the positions to be predicted, as `mask_tokens` and `mask_words` do."""
-        if self.word_starts is None:
+        if self.words is None:
             return mask_tokens(ids, self.ratio, self.mask_id, rng)
-        return mask_words(ids, self.ratio, self.mask_id, self.word_starts, rng)
+        return mask_words(ids, self.ratio, self.mask_id, self.words, rng)

@@ -241,7 +241,7 @@ def _build_samples(
     name: str, source: SourceConfig, config: RunConfig, tokenizer: TextTokenizer, views: Views, files: OpenFiles
 ) -> ImageSamples | PairSamples | TextSamples:
     data = config.data
-    word_starts = tokenizer.word_starts() if data.text_masking == "whole_word" else None
+    words = tokenizer.word_borders() if data.text_masking == "whole_word" else None
     if name == "texts":
         sequences = TextSequences(
             [source.path],
@@ -251,7 +251,7 @@ def _build_samples(
             max_broken_lines=data.max_broken_records,
             document_separator=data.document_separator,
         )
-        masking = TextMasking(ratio=data.text_mask_ratio, mask_id=tokenizer.mask_id, word_starts=word_starts)
+        masking = TextMasking(ratio=data.text_mask_ratio, mask_id=tokenizer.mask_id, words=words)
         return TextSamples(sequences=sequences, masking=masking)
     images = ImageSamples(
         source=open_images(source, data.prepared_dir, files),
@@ -261,7 +261,7 @@ def _build_samples(
     )
     if name == "images":
         return images
-    masking = TextMasking(ratio=data.pair_text_mask_ratio, mask_id=tokenizer.mask_id, word_starts=word_starts)
+    masking = TextMasking(ratio=data.pair_text_mask_ratio, mask_id=tokenizer.mask_id, words=words)
     return PairSamples(images=images, tokenizer=tokenizer, length=data.pair_text_length, masking=masking)
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from beit3_ds.tokenizers.text import TextTokenizer
 
+_SPACE = "\u2581"  # as SentencePiece writes it
 _WIDE_MARKS = "。！？｡"  # noqa: RUF001, they are meant
 _MARKS = f".!?…{_WIDE_MARKS}"
 _ENDS, _ENDS_WIDE, _CLOSES, _OPENS, _OPENS_AFTER_WIDE = (1 << bit for bit in range(5))  # what pieces do to sentences
@@ -28,9 +29,9 @@ class ParagraphCutter:
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         """Reads what the pieces of the tokenizer say about sentences."""
-        self._starts_word, self._eos_id = tokenizer.word_starts(), tokenizer.eos_id
+        self._words, self._eos_id = tokenizer.word_borders(), tokenizer.eos_id
         pieces = (tokenizer.piece(id_) for id_ in range(tokenizer.vocab_size))
-        kinds = (_kind(piece, bool(starts)) for piece, starts in zip(pieces, self._starts_word, strict=True))
+        kinds = (_kind(piece, *map(bool, borders)) for piece, *borders in zip(pieces, *self._words, strict=True))
         self._kinds = np.fromiter(kinds, dtype=np.uint8, count=tokenizer.vocab_size)
 
     def content_lengths(self, ids: NDArray[np.generic], lengths: NDArray[np.generic]) -> NDArray[np.int64]:
@@ -91,7 +92,7 @@ class ParagraphCutter:
                 if last >= 0 and sentences[last] > start:
                     start = sentences[last]
                 else:
-                    words = np.flatnonzero(self._starts_word[ids[start + 1 : start + limit + 1]])
+                    words = np.flatnonzero(self._words.begins(ids[start : start + limit + 1])[1:])
                     start += 1 + int(words[-1]) if len(words) else limit
                 yield start
 
@@ -107,8 +108,12 @@ def _skip_runs(positions: NDArray[np.int64], skipped: NDArray[np.int64]) -> NDAr
     return moved
 
 
-def _kind(piece: str, starts_word: bool) -> int:
+def _kind(piece: str, starts_word: bool, ends_word: bool) -> int:
     """What a piece does to sentences: a sum of `_ENDS` and the others."""
+    if ends_word and piece.endswith(_SPACE):
+        # White space follows at once: any mark ends a sentence, whatever comes next.
+        kind = _kind(piece[:-1], starts_word, ends_word=False) if piece != _SPACE else 0
+        return kind & ~_ENDS | _ENDS_WIDE if kind & _ENDS else kind
     rest = piece
     while rest and _is_closer(rest[-1]):
         rest = rest[:-1]

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -19,9 +20,24 @@ from beit3_ds.config import ConfigError, RunConfig, TextTokenizerConfig
 
 _SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3
 _SENTENCEPIECE_SPECIALS = ("<unk>", "<s>", "</s>")  # SentencePiece's own ids 0 to 2
-_WORD_START = "\u2581"  # SentencePiece writes a leading space as this character
+_SPACE = "\u2581"  # SentencePiece writes a space as this character
 _MAX_LINE_BYTES = 1 << 16  # SentencePiece's 4192 would leave out longer paragraphs without a word
 _ERRORS_ONLY = 2  # SentencePiece's log level; below it, training prints a page
+
+
+class WordBorders(NamedTuple):
+    """Which ids lie at the borders of words, as a tokenizer's pieces mark them."""
+
+    starts: NDArray[np.bool_]
+    """Ids that start a word, (vocab_size,): pieces with white space before them, and BOS, padding and EOS."""
+    ends: NDArray[np.bool_]
+    """Ids behind which a word starts, (vocab_size,): pieces with white space behind them, and BOS, padding and EOS."""
+
+    def begins(self, ids: NDArray[np.generic]) -> NDArray[np.bool_]:
+        """Says which of consecutive ids start a word, (n,); the first one only if its own piece says so."""
+        begins = self.starts[ids]
+        begins[1:] |= self.ends[ids[:-1]]
+        return begins
 
 
 class TextTokenizer:
@@ -79,17 +95,30 @@ class TextTokenizer:
         Raises:
             IndexError: for an id outside [0, vocab_size).
         """
-        return "".join(self.piece(id_) for id_ in ids).replace(_WORD_START, " ").strip()
+        return "".join(self.piece(id_) for id_ in ids).replace(_SPACE, " ").strip()
 
-    def word_starts(self) -> NDArray[np.bool_]:
-        """Which ids start a word, (vocab_size,) bool: the pieces that begin with U+2581, and BOS, padding and EOS."""
+    def word_borders(self) -> WordBorders:
+        """Says between which ids words begin, for pieces that mark white space before or behind a word.
+
+        Most models mark it before (`\u2581dog`), those trained with `treat_whitespace_as_suffix` behind (`dog\u2581`).
+        """
         pieces = [self.piece(id_) for id_ in range(self.vocab_size)]
-        starts = np.array([piece.startswith(_WORD_START) for piece in pieces])
-        starts[[self.bos_id, self.pad_id, self.eos_id]] = True  # <unk> may stand inside a word
-        return starts
+        starts = np.array([piece.startswith(_SPACE) for piece in pieces])
+        ends = np.array([piece.endswith(_SPACE) for piece in pieces])
+        (starts if self._marks_ends(starts, ends) else ends)[:] = False
+        specials = [self.bos_id, self.pad_id, self.eos_id]  # <unk> may stand inside a word
+        starts[specials] = ends[specials] = True
+        return WordBorders(starts, ends)
+
+    def _marks_ends(self, starts: NDArray[np.bool_], ends: NDArray[np.bool_]) -> bool:
+        """Whether pieces mark the white space behind a word."""
+        shown = "".join(self.piece(id_) for id_ in self.encode("a a"))
+        if shown.startswith(_SPACE) != shown.endswith(_SPACE):  # the model's own: it puts one around a text
+            return shown.endswith(_SPACE)
+        return int(np.count_nonzero(ends & ~starts)) > int(np.count_nonzero(starts & ~ends))
 
     def piece(self, id_: int) -> str:
-        """The piece of one id; a leading U+2581 marks the start of a word.
+        """The piece of one id; U+2581 stands for white space.
 
         Raises:
             IndexError: for an id outside [0, vocab_size).

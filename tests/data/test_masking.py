@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beit3_ds.data.masking import block_mask, mask_tokens, mask_words
+from beit3_ds.tokenizers.text import WordBorders
 
 MASK_ID = 1001
 
@@ -94,6 +95,9 @@ def test_eighty_ten_ten() -> None:
 STARTS = np.arange(MASK_ID + 1) % 3 == 0  # every third piece starts a word
 
 
+WORDS = WordBorders(STARTS, np.zeros_like(STARTS))
+
+
 def _words(ids: np.ndarray) -> list[list[int]]:
     """Positions of each word, found one token at a time."""
     words: list[list[int]] = []
@@ -110,7 +114,7 @@ def test_whole_words_are_as_near_to_the_ratio_as_can_be(length: int, ratio: floa
     rng = np.random.default_rng(seed)
     ids = _ids(length, rng)
     before = ids.copy()
-    corrupted, positions = mask_words(ids, ratio, MASK_ID, STARTS, rng)
+    corrupted, positions = mask_words(ids, ratio, MASK_ID, WORDS, rng)
     words = _words(ids)
     masked = set(positions.tolist())
     assert all(masked.issuperset(word) or masked.isdisjoint(word) for word in words)  # catches a word cut in two
@@ -129,7 +133,7 @@ def test_whole_words_are_as_near_to_the_ratio_as_can_be(length: int, ratio: floa
 def test_every_word_may_be_masked() -> None:
     rng = np.random.default_rng(0)
     ids = np.array([0, 6, 7, 9, 12, 13, 14, 15, 2])  # words of 2, 1, 3 and 1 tokens, and EOS
-    draws = [mask_words(ids, 0.4, MASK_ID, STARTS, rng)[1] for _ in range(3000)]
+    draws = [mask_words(ids, 0.4, MASK_ID, WORDS, rng)[1] for _ in range(3000)]
     assert {len(positions) for positions in draws} == {4}
     shares = np.bincount(np.concatenate(draws), minlength=len(ids)) / len(draws)
     assert shares[0] == 0
@@ -140,7 +144,25 @@ def test_every_word_may_be_masked() -> None:
 def test_whole_words_share_the_fates_of_tokens() -> None:
     rng = np.random.default_rng(0)
     ids = np.array([0, *[500] * 20_000, 2])  # 500 % 3 is not 0: one word, and EOS
-    corrupted, positions = mask_words(ids, 0.99, MASK_ID, STARTS, rng)
+    corrupted, positions = mask_words(ids, 0.99, MASK_ID, WORDS, rng)
     new, old = corrupted[positions], ids[positions]
     assert np.mean(new == MASK_ID) == pytest.approx(0.8, abs=0.015)  # catches one fate for a whole word
     assert np.mean(new == old) == pytest.approx(0.1, abs=0.015)
+
+
+def test_words_are_whole_whatever_marks_their_borders() -> None:
+    rng = np.random.default_rng(0)
+    ends = np.arange(MASK_ID + 1) % 3 == 1
+    ids = np.array([0, 6, 7, 9, 2, 11, 14, 10, 13, 5, 2])  # EOS also between two documents
+    ends[2] = True
+    starts = STARTS.copy()
+    starts[2] = True
+    cases = {
+        "starts": (WordBorders(starts, np.arange(MASK_ID + 1) == 2), [[1, 2], [3], [4], [5, 6, 7, 8, 9], [10]]),
+        "ends": (WordBorders(np.arange(MASK_ID + 1) == 2, ends), [[1, 2], [3], [4], [5, 6, 7], [8], [9], [10]]),
+    }
+    for borders, words in cases.values():
+        for _ in range(50):
+            masked = set(mask_words(ids, 0.4, MASK_ID, borders, rng)[1].tolist())
+            # catches words cut in two where white space is marked behind them, and words joined over a separator
+            assert all(masked.issuperset(word) or masked.isdisjoint(word) for word in words)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -50,6 +51,32 @@ def test_sentences_start_where_the_text_has_them(punctuated: TextTokenizer, text
     assert set(ParagraphCutter(punctuated).sentence_starts(ids, np.array([len(ids)])).tolist()) == _starts(
         texts, punctuated
     )
+
+
+def test_pieces_that_end_words_are_cut_between_words_and_sentences(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lines = [" ".join(rng.choice(np.array(WORDS), 8)) + str(rng.choice(np.array([".", "!"]))) for _ in range(400)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_prefix=str(tmp_path / "m"),
+        vocab_size=60,
+        minloglevel=2,
+        hard_vocab_limit=False,
+        treat_whitespace_as_suffix=True,
+    )
+    tokenizer = TextTokenizer(tmp_path / "m.model")
+    cutter = ParagraphCutter(tokenizer)
+    parts = ["red 3.5 boats.", "u.s bird!", "old red ?q=1 boats."]
+    ids = _ids(" ".join(parts), tokenizer)
+    borders = [0, *cutter.sentence_starts(ids, np.array([len(ids)])).tolist(), len(ids)]
+    assert [tokenizer.decode(ids[start:stop]) for start, stop in pairwise(borders)] == parts
+    text = "red bird boats " * 20
+    ids = _ids(text, tokenizer)
+    cuts = [0, *cutter.cuts(ids, np.array([len(ids)]), 7), len(ids)]
+    # catches words cut in two, because no piece starts one
+    assert [
+        word for start, stop in pairwise(cuts) for word in tokenizer.decode(ids[start:stop]).split()
+    ] == text.split()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from beit3_ds.tokenizers.text import TextTokenizer
 
 def _starts(lengths: list[int], limit: int, tokenizer: TextTokenizer, block_size: int = 99) -> list[int]:
     """Starts of sequences of paragraphs that are one word each, in blocks of `block_size` paragraphs."""
-    inside = int(np.flatnonzero(~tokenizer.word_starts())[-1])
+    inside = int(np.flatnonzero(~tokenizer.word_borders().starts)[-1])
     blocks = [
         (np.full(sum(block), inside, dtype=np.uint16), np.array(block))
         for block in (lengths[i : i + block_size] for i in range(0, len(lengths), block_size))
@@ -100,7 +100,7 @@ def test_documents_are_separated_inside_sequences_and_nowhere_else(
 
 
 def test_a_separator_takes_no_room_at_the_end(tokenizer: TextTokenizer) -> None:
-    inside = int(np.flatnonzero(~tokenizer.word_starts())[-1])
+    inside = int(np.flatnonzero(~tokenizer.word_borders().starts)[-1])
     document = [*[inside] * 4, tokenizer.eos_id]
     blocks = [(np.array(document * 3, dtype=np.uint16), np.array([5, 5, 5]))]
     cutter = ParagraphCutter(tokenizer)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
@@ -92,13 +93,37 @@ def test_a_batch_is_what_each_text_gives(tokenizer: TextTokenizer) -> None:
 
 
 def test_word_starts_are_the_pieces_after_a_space(tokenizer: TextTokenizer) -> None:
-    starts = tokenizer.word_starts()
+    starts, ends = tokenizer.word_borders()
+    assert np.flatnonzero(ends).tolist() == [0, 1, 2]
     assert starts.shape == (tokenizer.vocab_size,)
     ids = tokenizer.encode("seven wizards brew")
     assert starts[ids].sum() == 3  # catches the ids of SentencePiece, off by one
     assert starts[ids[0]]
     assert not starts[tokenizer.unk_id]
     assert not starts[tokenizer.mask_id]
+
+
+@pytest.mark.parametrize("as_suffix", [False, True])
+@pytest.mark.parametrize("add_dummy_prefix", [False, True])
+def test_words_begin_where_white_space_does(tmp_path: Path, as_suffix: bool, add_dummy_prefix: bool) -> None:
+    options = {"treat_whitespace_as_suffix": as_suffix, "add_dummy_prefix": add_dummy_prefix}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus()),
+        model_prefix=str(tmp_path / "m"),
+        vocab_size=60,
+        minloglevel=2,
+        hard_vocab_limit=False,
+        **options,
+    )
+    tokenizer = TextTokenizer(tmp_path / "m.model")
+    text = "the lazy dog brews seven potions"
+    ids = np.array(tokenizer.encode(text))
+    begins = tokenizer.word_borders().begins(np.array([tokenizer.bos_id, *ids, tokenizer.eos_id]))[1:]
+    words = [tokenizer.decode(word) for word in np.split(ids, np.flatnonzero(begins[1:-1]) + 1)]
+    assert words == text.split()  # catches suffix pieces taken for starts: then all is one word
+    assert begins[0]
+    assert begins[-1]
+    assert tokenizer.decode(ids) == text
 
 
 @pytest.mark.parametrize("id_", [-1, VOCAB_SIZE + 2])
