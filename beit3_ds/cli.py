@@ -9,7 +9,8 @@ from beit3_ds.cli_cluster import add_cluster_commands
 from beit3_ds.cli_launch import add_launch_command
 from beit3_ds.cli_weights import add_weight_commands
 from beit3_ds.config import ConfigError
-from beit3_ds.config.arguments import add_config_arguments
+from beit3_ds.config.arguments import OneLineParser, add_config_arguments, integer, real
+from beit3_ds.config.numbers import PROCESSES, RANKS, Range
 from beit3_ds.storage_error import StorageError
 
 _Commands = argparse._SubParsersAction  # the type of a group of subcommands has no public name
@@ -31,9 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     That is 0, 1 if what it was asked to check is not so or the file system of the data fails, or 2 after one clear line
     about what the user can fix.
     """
-    options = _build_parser().parse_args(arguments)
-    run: Callable[[argparse.Namespace], int] = options.run
     try:
+        options = build_parser().parse_args(arguments)
+        run: Callable[[argparse.Namespace], int] = options.run
         return run(options)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -43,8 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> argparse.ArgumentParser:
+    """Builds the parser of all commands; each sets `run` to its function."""
+    parser: argparse.ArgumentParser = OneLineParser(
         prog="beit3",
         description="Pretrain BEiT-3 by masked modeling of images, texts and image-text pairs.",
         epilog=_EPILOG,
@@ -87,7 +89,7 @@ def _build_parser() -> argparse.ArgumentParser:
     compare.add_argument("runs", nargs=2, metavar="FOLDER", help="training.output_dir of a run")
     compare.add_argument("--out", metavar="FILE.png", help="also draw both curves and their difference")
     compare.add_argument(
-        "--tolerance", type=float, metavar="NATS", help="end with status 1 if the total losses differ by more"
+        "--tolerance", type=real(Range(0)), metavar="NATS", help="end with status 1 if the total losses differ by more"
     )
     compare.set_defaults(run=_compare_runs)
     add_cluster_commands(commands)
@@ -97,14 +99,14 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def _add_check_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks (default: 1)")
-    command.add_argument("--ranks-per-node", type=int, metavar="N", help="ranks of a node (default: 8, or all)")
+    command.add_argument("--world-size", type=integer(RANKS), default=1, metavar="N", help="ranks (default: 1)")
+    command.add_argument("--ranks-per-node", type=integer(Range(1, 1024)), metavar="N", help="ranks of a node (default: 8, or all)")
     for name, text in (("memory", "memory"), ("shm", "/dev/shm")):
         command.add_argument(
-            f"--node-{name}", type=float, metavar="GIB", help=f"refuse a run that needs more {text} on a node"
+            f"--node-{name}", type=real(Range(0, 1e6)), metavar="GIB", help=f"refuse a run that needs more {text} on a node"
         )
     command.add_argument(
-        "--step-seconds", type=float, default=1.0, metavar="S", help="assumed time of a step, for rates (default: 1)"
+        "--step-seconds", type=real(Range(0.001, 1e6)), default=1.0, metavar="S", help="assumed time of a step, for rates (default: 1)"
     )
 
 
@@ -115,7 +117,9 @@ def _add_prepare_index(commands: _Commands) -> None:
     command.add_argument(
         "--verify", action="store_true", help="compare the files with what is there: tars by CRC-32, annotations whole"
     )
-    command.add_argument("--processes", type=int, metavar="N", help="tars read at a time (default: one a core)")
+    command.add_argument(
+        "--processes", type=integer(PROCESSES), metavar="N", help="tars read at a time (default: one a core)"
+    )
     command.set_defaults(run=_prepare_index)
 
 
@@ -124,7 +128,9 @@ def _add_prepare_stats(commands: _Commands) -> None:
     about = f"{text[0].upper()}{text[1:]}. Ends with status 1 if a run over them would fail."
     command = commands.add_parser("stats", help=text, description=about)
     add_config_arguments(command)
-    command.add_argument("--samples", type=int, default=1000, metavar="N", help="read of each source (default: 1000)")
+    command.add_argument(
+        "--samples", type=integer(Range(1)), default=1000, metavar="N", help="read of each source (default: 1000)"
+    )
     command.add_argument("--out", metavar="FILE.png", help="draw some samples with their captions into this picture")
     command.set_defaults(run=_prepare_stats)
 
@@ -137,7 +143,9 @@ def _add_prepare_texts(commands: _Commands) -> None:
     )
     add_config_arguments(command)
     command.add_argument("--part", default="1/1", metavar="I/N", help="do share I of N, as in a Slurm array (from 1)")
-    command.add_argument("--processes", type=int, metavar="P", help="processes (default: one for each core)")
+    command.add_argument(
+        "--processes", type=integer(PROCESSES), metavar="P", help="processes (default: one for each core)"
+    )
     command.set_defaults(run=_prepare_texts)
 
 
@@ -150,13 +158,8 @@ def _config_arguments(options: argparse.Namespace) -> list[str]:
 
 def _check(options: argparse.Namespace) -> int:
     from beit3_ds.config import load_run_config
-    from beit3_ds.config.strict import check_range
 
     config = load_run_config(options.config, options.set)
-    check_range("--world-size", options.world_size, 1)
-    if options.ranks_per_node is not None:
-        check_range("--ranks-per-node", options.ranks_per_node, 1)
-    check_range("--step-seconds", options.step_seconds, 0.001)
     from beit3_ds.costs import NodeSize
     from beit3_ds.training.dry_run import describe_run
 
@@ -232,7 +235,6 @@ def _compare_runs(options: argparse.Namespace) -> int:
 
 def _prepare_index(options: argparse.Namespace) -> int:
     from beit3_ds.config import load_run_config
-    from beit3_ds.config.strict import check_range
     from beit3_ds.data.heldout_overlap import check_heldout_apart
     from beit3_ds.data.prepare_annotations import prepare_annotations
     from beit3_ds.data.prepare_index import describe_indices, prepare_indices, shard_paths
@@ -240,8 +242,6 @@ def _prepare_index(options: argparse.Namespace) -> int:
     data = load_run_config(options.config, options.set).data
     if data.prepared_dir is None:
         raise ConfigError("data: prepared_dir is not set. Name a folder for the indices in the config.")
-    if options.processes is not None:
-        check_range("--processes", options.processes, 1)
     check_heldout_apart(data)
     tars = shard_paths(data)
     shards = prepare_indices(tars, data.prepared_dir, verify=options.verify, num_processes=options.processes)
@@ -253,12 +253,10 @@ def _prepare_index(options: argparse.Namespace) -> int:
 
 def _prepare_stats(options: argparse.Namespace) -> int:
     from beit3_ds.config import load_run_config
-    from beit3_ds.config.strict import check_range
     from beit3_ds.data.contact_sheet import draw_contact_sheet
     from beit3_ds.data.statistics import describe_streams, open_sources
 
     data = load_run_config(options.config, options.set).data
-    check_range("--samples", options.samples, 1)
     report = describe_streams(data, options.samples)
     print(report.text)
     if options.out:

@@ -2,6 +2,9 @@
 
 import argparse
 
+from beit3_ds.config.arguments import integer, real
+from beit3_ds.config.numbers import PROCESSES, Range
+
 
 def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds both to a parser's group of subcommands."""
@@ -13,8 +16,12 @@ def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     data.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
     data.set_defaults(run=_bench_data)
     texts = benches.add_parser("text", help="preparing texts beside SentencePiece's own batch encoding, and its memory")
-    texts.add_argument("--gigabytes", type=float, default=0, metavar="G", help="prepare G GB and watch its memory")
-    texts.add_argument("--processes", type=int, metavar="P", help="processes for that (default: one for each core)")
+    texts.add_argument(
+        "--gigabytes", type=real(Range(0, 1e6)), default=0, metavar="G", help="prepare G GB and watch its memory"
+    )
+    texts.add_argument(
+        "--processes", type=integer(PROCESSES), metavar="P", help="processes for that (default: one for each core)"
+    )
     texts.add_argument("--json", metavar="FILE", help="write rows and summary there")
     texts.set_defaults(run=_bench_text)
     kernels = benches.add_parser(
@@ -25,7 +32,9 @@ def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     kernels.add_argument(
         "--size", nargs="+", metavar="SIZE", help="of the model (default: base, with a GPU also giant)"
     )
-    kernels.add_argument("--samples", type=int, metavar="N", help="of each stream (default: 4, with a GPU 16)")
+    kernels.add_argument(
+        "--samples", type=integer(Range(1, 2**24)), metavar="N", help="of each stream (default: 4, with a GPU 16)"
+    )
     kernels.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: fp32, with a GPU bf16")
     kernels.add_argument(
         "--model", metavar="GPU", help="add a column of times that this GPU's peak rates allow at best: modelled"
@@ -41,8 +50,10 @@ def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         "train", help="a training step beside torchscale's BEiT-3 on the same batches: speed, memory, share of products"
     )
     train.add_argument("--size", default="base", metavar="SIZE", help="of the model (default: base)")
-    train.add_argument("--samples", type=int, default=4, metavar="N", help="of each stream (default: 4)")
-    train.add_argument("--rounds", type=int, default=7, metavar="N", help="that count (default: 7)")
+    train.add_argument(
+        "--samples", type=integer(Range(1, 2**24)), default=4, metavar="N", help="of each stream (default: 4)"
+    )
+    train.add_argument("--rounds", type=integer(Range(1)), default=7, metavar="N", help="that count (default: 7)")
     train.add_argument(
         "--to-longest",
         action="store_true",
@@ -52,7 +63,7 @@ def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     train.set_defaults(run=_bench_train)
     checkpoint = benches.add_parser("checkpoint", help="saving, loading and exporting beside DeepSpeed's own ways")
     checkpoint.add_argument("--size", metavar="SIZE", help="of the model (default: the largest that fits this machine)")
-    checkpoint.add_argument("--ranks", type=int, default=2, metavar="N", help="processes (default: 2)")
+    checkpoint.add_argument("--ranks", type=integer(PROCESSES), default=2, metavar="N", help="processes (default: 2)")
     checkpoint.add_argument("--folder", metavar="DIR", help="for its files, deleted at the end (default: here)")
     checkpoint.add_argument("--json", metavar="FILE", help="write rows and summary there")
     checkpoint.set_defaults(run=_bench_checkpoint)
@@ -88,11 +99,9 @@ def _bench_kernels(options: argparse.Namespace) -> int:
     import torch
 
     from beit3_ds.benchmarks.kernels import benchmark_kernels
-    from beit3_ds.config.strict import check_range
 
     has_gpu = torch.cuda.is_available()
     samples = options.samples if options.samples is not None else 16 if has_gpu else 4
-    check_range("--samples", samples, 1)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = dtypes[options.dtype or ("bf16" if has_gpu else "fp32")]
     sizes = options.size or (["base", "giant"] if has_gpu else ["base"])
@@ -109,19 +118,14 @@ def _bench_parallel(options: argparse.Namespace) -> int:
 
 def _bench_train(options: argparse.Namespace) -> int:
     from beit3_ds.benchmarks.train import benchmark_train
-    from beit3_ds.config.strict import check_range
 
-    check_range("--samples", options.samples, 1)
-    check_range("--rounds", options.rounds, 1)
     print(benchmark_train(options.size, options.samples, options.rounds, options.json, options.to_longest))
     return 0
 
 
 def _bench_checkpoint(options: argparse.Namespace) -> int:
     from beit3_ds.benchmarks.checkpoint import benchmark_checkpoint
-    from beit3_ds.config.strict import check_range
 
-    check_range("--ranks", options.ranks, 1)
     print(benchmark_checkpoint(options.size, options.ranks, options.folder, options.json))
     return 0
 

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from beit3_ds.config.arguments import integer, real
+from beit3_ds.config.numbers import Range
+
 if TYPE_CHECKING:
     from beit3_ds.cluster.fault import Fault
     from beit3_ds.cluster.inspection import Inspection
@@ -44,14 +47,18 @@ def add_cluster_commands(commands: "argparse._SubParsersAction[argparse.Argument
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the config (repeatable)"
     )
     check.add_argument(
-        "--master-port", type=int, default=29500, metavar="N", help="on which rank 0 will listen (default: 29500)"
+        "--master-port",
+        type=integer(Range(1, 65535)),
+        default=29500,
+        metavar="N",
+        help="on which rank 0 will listen (default: 29500)",
     )
     check.add_argument(
         "--bandwidth", action="store_true", help="also measure every link between the nodes, about a second a node"
     )
     check.add_argument(
         "--expect-gbit",
-        type=float,
+        type=real(Range(0, 1e6)),
         metavar="G",
         help="with --bandwidth: what a link should carry, in Gbit/s; below half of it is a fault (default: half of "
         "what the others reach, and 0.5)",
@@ -67,11 +74,7 @@ def _check_cluster(options: argparse.Namespace) -> int:
     from beit3_ds.cluster.node_faults import node_faults
     from beit3_ds.cluster.report import describe_faults, describe_nodes
     from beit3_ds.config import ConfigError, load_run_config
-    from beit3_ds.config.strict import check_range
 
-    check_range("--master-port", options.master_port, 1, 65535)
-    if options.expect_gbit is not None:
-        check_range("--expect-gbit", options.expect_gbit, 0)
     hostfile = read_hostfile(options.hostfile)
     if options.set and options.config is None:
         raise ConfigError("--set changes a config, but none was named. Name it behind the hostfile.")

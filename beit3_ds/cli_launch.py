@@ -20,7 +20,8 @@ exit status: 0 the run is finished; 128 + n signal n stopped it, with a checkpoi
 def add_launch_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds it to a parser's group of subcommands."""
     from beit3_ds.cluster.launcher_command import LAUNCHERS
-    from beit3_ds.config.arguments import add_config_arguments
+    from beit3_ds.config.arguments import add_config_arguments, integer, real
+    from beit3_ds.config.numbers import RANKS, Range
 
     text = "pretrain, or resume, on the machines of a hostfile; survives the loss of ranks and machines"
     command = commands.add_parser(
@@ -37,14 +38,18 @@ def add_launch_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     )
     command.add_argument(
         "--restarts",
-        type=int,
+        type=integer(Range(0)),
         default=0,
         metavar="N",
         help="after a failure start again from the newest checkpoint, N times at most, without the machines that do "
         "not answer, on the largest number of ranks that the layout allows (default: 0)",
     )
     command.add_argument(
-        "--min-ranks", type=int, default=1, metavar="N", help="that a restart must still have (default: 1)"
+        "--min-ranks",
+        type=integer(RANKS),
+        default=1,
+        metavar="N",
+        help="that a restart must still have (default: 1)",
     )
     command.add_argument(
         "--log-dir",
@@ -61,30 +66,32 @@ def add_launch_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     )
     command.add_argument(
         "--keepalive",
-        type=float,
+        type=real(Range(3, 24 * 3600)),
         default=15.0,
         metavar="SECONDS",
         help="silence after which a machine is lost, and after which ranks end that have lost this command "
         "(default: 15)",
     )
     command.add_argument(
-        "--start-timeout", type=float, default=180.0, metavar="SECONDS", help="for all machines to come (default: 180)"
+        "--start-timeout",
+        type=real(Range(1, 24 * 3600)),
+        default=180.0,
+        metavar="SECONDS",
+        help="for all machines to come (default: 180)",
     )
     command.add_argument(
-        "--port", type=int, default=0, metavar="N", help="of this machine, to which the others connect (default: any)"
+        "--port",
+        type=integer(Range(0, 65535)),
+        default=0,
+        metavar="N",
+        help="of this machine, to which the others connect (default: any)",
     )
     command.set_defaults(run=_launch)
 
 
 def _launch(options: argparse.Namespace) -> int:
     from beit3_ds.cluster.launching import LaunchOptions, launch
-    from beit3_ds.config.strict import check_range
 
-    check_range("--restarts", options.restarts, 0)
-    check_range("--min-ranks", options.min_ranks, 1)
-    check_range("--keepalive", options.keepalive, 3)
-    check_range("--start-timeout", options.start_timeout, 1)
-    check_range("--port", options.port, 0, 65535)
     return launch(
         LaunchOptions(
             hostfile=options.hostfile,

@@ -2,6 +2,9 @@
 
 import argparse
 
+from beit3_ds.config.arguments import integer
+from beit3_ds.config.numbers import Range
+
 
 def add_weight_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the three to a parser's group of subcommands."""
@@ -35,7 +38,7 @@ def add_weight_commands(commands: "argparse._SubParsersAction[argparse.ArgumentP
     )
     importing.add_argument(
         "--image-size",
-        type=int,
+        type=integer(Range(1, 2**18)),
         metavar="PX",
         help="interpolate positions for images of PX pixels; a tokenizer beside a patch-14 model at 224 px needs 256",
     )

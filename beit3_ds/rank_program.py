@@ -6,7 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from beit3_ds.config import ConfigError, RunConfig, load_run_config
-from beit3_ds.config.arguments import add_config_arguments
+from beit3_ds.config.arguments import OneLineParser, add_config_arguments, integer
+from beit3_ds.config.numbers import Range
 from beit3_ds.storage_error import StorageError
 from beit3_ds.training.launcher import read_launch
 from beit3_ds.training.skipped_steps import NonFiniteLossError
@@ -26,12 +27,14 @@ def run_rank_program(
     Returns:
         0, 2 after one clear line about what the user can fix, or 1 after one about a file system that fails.
     """
-    parser = argparse.ArgumentParser(prog=name, description=description)
+    parser = OneLineParser(prog=name, description=description)
     add_config_arguments(parser)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--local_rank", type=integer(Range(0)), help=argparse.SUPPRESS
+    )  # DeepSpeed's launcher passes it
     rank: int | str = "?"  # until it is known
     try:
+        options = parser.parse_args(arguments)
         rank = read_launch(os.environ).rank
         program(load_run_config(options.config, options.set))
     except (ConfigError, NonFiniteLossError) as error:

@@ -1,6 +1,19 @@
-"""The arguments of every command that takes a run's configuration."""
+"""The command line: the arguments of every command that takes a run's configuration, and numbers with a range."""
 
 import argparse
+from collections.abc import Callable
+from typing import NoReturn
+
+from beit3_ds.config.numbers import Range, show_number
+from beit3_ds.config.strict import ConfigError
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Reports a wrong command line as a `ConfigError`: one line, without the usage of all options before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse with what is wrong."""
+        raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,3 +26,35 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="change a value of the file, e.g. training.total_steps=100 (repeatable)",
     )
+
+
+def integer(allowed: Range) -> Callable[[str], int]:
+    """Builds the `type` of an argument that is an integer of a range."""
+
+    def parse(text: str) -> int:
+        return int(_check(_number(int, text), allowed))
+
+    return parse
+
+
+def real(allowed: Range) -> Callable[[str], float]:
+    """Builds the `type` of an argument that is a number of a range."""
+
+    def parse(text: str) -> float:
+        return _check(_number(float, text), allowed)
+
+    return parse
+
+
+def _number(kind: type[int] | type[float], text: str) -> float:
+    try:
+        return kind(text)
+    except ValueError:
+        name = "an integer" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {name}") from None
+
+
+def _check(value: float, allowed: Range) -> float:
+    if value not in allowed:
+        raise argparse.ArgumentTypeError(f"it is {show_number(value)}; it must be {allowed}")
+    return value

@@ -55,5 +55,4 @@ def engine_config(
 
 
 def _below(output_dir: str, monitor: Mapping[str, Any]) -> str:
-    """The monitor's folder; an absolute one is taken as it is."""
     return os.path.join(output_dir, monitor.get("output_path", _MONITORS_FOLDER))

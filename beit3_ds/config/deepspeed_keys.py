@@ -224,8 +224,8 @@ def _file_monitor(package: str) -> Section:
         keys={
             "enabled": Flag(effect=f"Writes what metrics.jsonl holds to {package} as well."),
             "output_path": Text(
-                is_path=True,
-                effect="Folder of the files, from training.output_dir if it is relative; `logs` without this key.",
+                is_inner_path=True,
+                effect="Folder of the files inside training.output_dir; `logs` without this key.",
             ),
             "job_name": Text(is_folder_name=True, effect="Folder below output_path."),
         },

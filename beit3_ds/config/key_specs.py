@@ -4,10 +4,11 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from beit3_ds.config.numbers import Range
-from beit3_ds.config.strict import ConfigError, check_known_keys, expand_home, show
+from beit3_ds.config.strict import ConfigError, check_known_keys, show
 
 ALL_STAGES = (0, 1, 2, 3)
 """Every stage of ZeRO."""
@@ -136,8 +137,8 @@ class Text(Spec):
     """A name: not empty, and without a slash if it becomes the name of a folder."""
 
     is_folder_name: bool = False
-    is_path: bool = False
-    """Whether `~` stands for the home folder in it."""
+    is_inner_path: bool = False
+    """Whether it names a folder inside another: neither absolute nor with `..` or `~`."""
 
     def read(self, value: Any, where: str) -> str:
         """See `Spec`."""
@@ -145,12 +146,20 @@ class Text(Spec):
             raise self._refuse(value, where)
         if self.is_folder_name and (os.sep in value or value in (".", "..")):
             raise self._refuse(value, where)
-        return expand_home(value, where) if self.is_path else value
+        if self.is_inner_path and (value[0] in "/~" or ".." in Path(value).parts):
+            raise self._refuse(value, where)
+        return value
 
     @property
     def rule(self) -> str:
         """See `Spec`."""
-        return "the name of one folder" if self.is_folder_name else "a path" if self.is_path else "a name"
+        return (
+            "the name of one folder"
+            if self.is_folder_name
+            else "a folder inside training.output_dir"
+            if self.is_inner_path
+            else "a name"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

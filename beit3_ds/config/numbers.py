@@ -41,6 +41,11 @@ def show_number(value: float) -> str:
     return f"{value:g}"
 
 
+RANKS = Range(1, 2**20)
+"""Processes of a run."""
+PROCESSES = Range(1, 1024)
+"""Processes of one machine."""
+
 Count = Annotated[int, Range(0)]
 """Zero or more."""
 Positive = Annotated[int, Range(1)]
@@ -55,7 +60,7 @@ Samples = Annotated[int, Range(1, 2**24)]
 """Samples of a step."""
 Steps = Annotated[int, Range(1, 10**12)]
 """Optimizer steps."""
-Ranks = Annotated[int, Range(1, 2**20)]
+Ranks = Annotated[int, RANKS]
 """Processes."""
 Share = Annotated[float, Range(0, 1)]
 """A share or a probability."""

@@ -19,6 +19,7 @@ from beit3_ds.data.run_order import POSITIONS, RunOrder
 from beit3_ds.parallel import Mesh
 from beit3_ds.pipeline.schedule import Schedule
 from beit3_ds.tokenizers.visual import VisualTokenizer
+from beit3_ds.training.csv_monitor import continue_csv_files
 from beit3_ds.training.engine import apply_update
 from beit3_ds.training.evaluation import evaluate
 from beit3_ds.training.history import History
@@ -97,6 +98,7 @@ def resume(
     engine.global_steps = first_step  # what DeepSpeed's own logs count
     if mesh.is_main:
         history.forget_after(first_step if newest else -1)
+        continue_csv_files(engine.monitor, first_step if newest else -1)
         if newest:
             print(f"resuming after step {first_step} from {newest.path}", flush=True)
             if first_step == total_steps:

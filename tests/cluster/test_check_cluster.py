@@ -121,7 +121,10 @@ def test_localhost_needs_neither_ssh_nor_gpu(
         (["none"], "hostfile none does not exist"),
         (["hostfiles/localhost", "none.json"], "no such config file"),
         (["hostfiles/localhost", "--set", "training.seed=1"], "--set changes a config, but none was named"),
-        (["hostfiles/localhost", "--master-port", "0"], "--master-port is 0"),
+        (
+            ["hostfiles/localhost", "--master-port", "0"],
+            "argument --master-port: it is 0; it must be between 1 and 65535",
+        ),
     ],
 )
 def test_what_cannot_be_read_ends_with_status_2(

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import types
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
@@ -153,14 +152,20 @@ def test_a_shorter_training_of_the_tokenizer_names_the_way_out() -> None:
     assert "add --set tokenizers.visual.warmup_steps=3" in refusal(("tokenizers", "visual", "training_steps"), 39)
 
 
-def test_monitors_write_below_the_runs_folder(tmp_path: Path) -> None:
+def test_monitors_write_below_the_runs_folder() -> None:
     """With a path of its own, a monitor of a run with another output_dir wrote into the first run's files."""
     mapping = quickstart_mapping()
-    mapping["tensorboard"] = {"enabled": True, "output_path": str(tmp_path), "job_name": "mine"}
+    mapping["tensorboard"] = {"enabled": True, "output_path": "figures", "job_name": "mine"}
     mapping["csv_monitor"] = {"enabled": True, "output_path": "figures"}
     mapping["beit3_ds"]["training"]["output_dir"] = "runs/other"
     engine = build_run_config(mapping).engine_config(1)
     assert engine["csv_monitor"] == {"enabled": True, "output_path": "runs/other/figures", "job_name": "csv"}
-    assert engine["tensorboard"] == {"enabled": True, "output_path": str(tmp_path), "job_name": "mine"}
+    assert engine["tensorboard"] == {"enabled": True, "output_path": "runs/other/figures", "job_name": "mine"}
     mapping["csv_monitor"] = {"enabled": True}
     assert build_run_config(mapping).engine_config(1)["csv_monitor"]["output_path"] == "runs/other/logs"
+    for outside in ("/tmp/logs", "~/logs", "a/../../logs"):
+        mapping["csv_monitor"] = {"enabled": True, "output_path": outside}
+        with pytest.raises(
+            ConfigError, match=r"csv_monitor\.output_path: expected a folder inside training.output_dir"
+        ):
+            build_run_config(mapping)
