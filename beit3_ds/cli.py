@@ -100,13 +100,22 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_check_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--world-size", type=integer(RANKS), default=1, metavar="N", help="ranks (default: 1)")
-    command.add_argument("--ranks-per-node", type=integer(Range(1, 1024)), metavar="N", help="ranks of a node (default: 8, or all)")
+    command.add_argument(
+        "--ranks-per-node", type=integer(Range(1, 1024)), metavar="N", help="ranks of a node (default: 8, or all)"
+    )
     for name, text in (("memory", "memory"), ("shm", "/dev/shm")):
         command.add_argument(
-            f"--node-{name}", type=real(Range(0, 1e6)), metavar="GIB", help=f"refuse a run that needs more {text} on a node"
+            f"--node-{name}",
+            type=real(Range(0, 1e6)),
+            metavar="GIB",
+            help=f"refuse a run that needs more {text} on a node",
         )
     command.add_argument(
-        "--step-seconds", type=real(Range(0.001, 1e6)), default=1.0, metavar="S", help="assumed time of a step, for rates (default: 1)"
+        "--step-seconds",
+        type=real(Range(0.001, 1e6)),
+        default=1.0,
+        metavar="S",
+        help="assumed time of a step, for rates (default: 1)",
     )
 
 
