@@ -3,13 +3,19 @@
 # I images, P pairs, X texts, N patches an image, L tokens of a text, D hidden, S image size.
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ConfigError, ModelConfig
+
+_LARGEST_PIXEL = 8.0
+"""Beyond it pixels are not normalised at all. Between 1 and it they may be what a gradient or another filter made."""
+_SHOWN_LETTERS = 60
+_TOKENISE = "A text becomes [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]."
 
 TokenIds = Sequence[int] | Tensor
 """The ids of one text, BOS and EOS included."""
@@ -40,10 +46,10 @@ def pack_inputs(
     Raises:
         ConfigError: if there are no inputs, or one has another size, length or ids than the model's.
     """
-    pair_images, captions = pairs if pairs is not None else (None, ())
+    pair_images, captions = _check_pairs(pairs)
     pixels = [_check_pixels(config, name, x) for name, x in (("images", images), ("pairs", pair_images))]
-    caption_ids = [_check_text(config, f"pairs, caption {i}", ids) for i, ids in enumerate(captions)]
-    text_ids = [_check_text(config, f"texts, text {i}", ids) for i, ids in enumerate(texts or ())]
+    caption_ids = _check_texts(config, "pairs, caption", captions)
+    text_ids = _check_texts(config, "texts, text", texts)
     num_images, num_pairs = (len(part) for part in pixels)
     if num_pairs != len(caption_ids):
         raise ConfigError(f"pairs: {num_pairs} images and {len(caption_ids)} captions. Give one caption an image.")
@@ -77,23 +83,67 @@ def unpack_features(h_TD: Tensor, batch: PackedBatch) -> Features:
     )
 
 
-def _check_pixels(config: ModelConfig, name: str, pixels: Tensor | None) -> Tensor:
+def _check_pairs(pairs: Any) -> tuple[Any, Any]:
+    if pairs is None:
+        return None, None
+    if not isinstance(pairs, tuple | list) or len(pairs) != 2 or any(part is None for part in pairs):
+        raise ConfigError(
+            f"pairs: {_describe(pairs)}. Give (images, captions): pixels as for `images`, and the token ids of one "
+            "caption per image."
+        )
+    return pairs[0], pairs[1]
+
+
+def _check_pixels(config: ModelConfig, name: str, pixels: Any) -> Tensor:
     shape = (3, config.image_size, config.image_size)
     if pixels is None:
         return torch.empty(0, *shape)
-    if pixels.dim() != 4 or pixels.shape[1:] != shape:
+    wanted = f"(number, 3, {shape[1]}, {shape[2]})"
+    if not isinstance(pixels, Tensor):
         raise ConfigError(
-            f"{name}: pixels of shape {tuple(pixels.shape)}, but the model takes (number, 3, {shape[1]}, {shape[2]}). "
-            f"Resize them, or load the model with image_size=PIXELS, which interpolates its positions."
+            f"{name}: {_describe(pixels)}, but pixels are a tensor {wanted} of floats in [-1, 1]. Make each image with "
+            "beit3_ds.preprocess.preprocess(image, model.config.image_size), and a batch with torch.stack."
+        )
+    if pixels.dim() != 4 or pixels.shape[1:] != shape:
+        one = " One image is images[None]." if pixels.shape == shape else ""
+        raise ConfigError(
+            f"{name}: pixels of shape {tuple(pixels.shape)}, but the model takes {wanted}.{one} Resize them with "
+            "beit3_ds.preprocess, or load the model with image_size=PIXELS, which interpolates its positions."
         )
     if not pixels.is_floating_point():
         raise ConfigError(f"{name}: pixels are {pixels.dtype}. Scale them to floats in [-1, 1].")
+    if len(pixels):
+        low, high = (float(x) for x in pixels.detach().aminmax())
+        if not (low >= -_LARGEST_PIXEL and high <= _LARGEST_PIXEL):  # NaN as well
+            raise ConfigError(
+                f"{name}: pixels from {low:g} to {high:g}, but the model takes [-1, 1]. beit3_ds.preprocess makes them."
+            )
     return pixels
 
 
-def _check_text(config: ModelConfig, name: str, ids: TokenIds) -> Tensor:
-    tokens = torch.as_tensor(ids)
-    if tokens.dim() != 1 or tokens.is_floating_point() or not 1 <= len(tokens) <= config.max_text_length:
+def _check_texts(config: ModelConfig, name: str, texts: Any) -> list[Tensor]:
+    if texts is None:
+        return []
+    if isinstance(texts, str | bytes) or not isinstance(texts, Sequence | Tensor | np.ndarray):
+        raise ConfigError(f"{name}s: {_describe(texts)}. Give a list with the token ids of each. {_TOKENISE}")
+    if isinstance(texts, Tensor | np.ndarray) and texts.ndim == 0:
+        raise ConfigError(f"{name}s: a single number. Give a list with the token ids of each.")
+    return [_check_text(config, f"{name} {i}", ids) for i, ids in enumerate(texts)]
+
+
+def _check_text(config: ModelConfig, name: str, ids: Any) -> Tensor:
+    if isinstance(ids, str | bytes):
+        raise ConfigError(f"{name}: {_describe(ids)}, but a text is a list of token ids. {_TOKENISE}")
+    if isinstance(ids, int | np.integer) or (isinstance(ids, Tensor | np.ndarray) and ids.ndim == 0):
+        raise ConfigError(f"{name}: the number {ids}, but a text is a list of ids. One text alone is [ids].")
+    try:
+        tokens = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ConfigError(
+            f"{name}: {_describe(ids)} ({error}). Give a list of token ids, which are integers."
+        ) from None
+    wrong_type = tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool
+    if tokens.dim() != 1 or wrong_type or not 1 <= len(tokens) <= config.max_text_length:
         raise ConfigError(
             f"{name}: {tokens.dtype} of shape {tuple(tokens.shape)}. Give a list of 1 to max_text_length="
             f"{config.max_text_length} token ids, BOS and EOS included."
@@ -104,3 +154,9 @@ def _check_text(config: ModelConfig, name: str, ids: TokenIds) -> Tensor:
             f"[0, {config.text_vocab_size}). Use the tokenizer that the model was trained with."
         )
     return tokens.to("cpu", torch.int64)
+
+
+def _describe(value: Any) -> str:
+    """A value in a few words, for messages."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= _SHOWN_LETTERS else f'{text[:_SHOWN_LETTERS]}...'}"

@@ -74,7 +74,13 @@ class TextTokenizer:
         self.fingerprint: str = hashlib.blake2b(model, digest_size=16).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without BOS and EOS; what no piece covers becomes `unk_id`."""
+        """Returns the ids of a text, without BOS and EOS; what no piece covers becomes `unk_id`.
+
+        Raises:
+            TypeError: if it is no string.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"text is a {type(text).__name__}, but encode takes one string; encode_batch takes several")
         return [self._from_sentencepiece(piece) for piece in self._sentencepiece.encode(text)]
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:

@@ -62,7 +62,17 @@ class VisualTokenizer(nn.Module):
 
         Returns:
             (B, N) int64 in [0, codebook_size).
+
+        Raises:
+            ValueError: if pixels are no such tensor.
         """
+        size = self.config.image_size
+        found = (pixels.dtype, tuple(pixels.shape)) if isinstance(pixels, Tensor) else (type(pixels).__name__,)
+        if not isinstance(pixels, Tensor) or not pixels.is_floating_point() or pixels.shape[1:] != (3, size, size):
+            raise ValueError(
+                f"pixels: {' '.join(map(str, found))}, but the visual tokenizer takes floats in [-1, 1] of shape "
+                f"(number, 3, {size}, {size}). beit3_ds.preprocess makes them."
+            )
         return self.quantize.nearest(self.project(pixels))
 
     def project(self, pixels: Tensor) -> Tensor:

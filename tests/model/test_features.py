@@ -89,7 +89,40 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         ({"pairs": (pair_images, [*captions, [0, 2]])}, "1 images and 2 captions"),
         ({"pairs": (pair_images[..., 1:, :], captions)}, "pairs: pixels"),
         ({"pairs": (pair_images, [[0, 99]])}, "caption 0"),
+        # Each of these ended in an error of torch or of Python, or gave features of nothing.
+        ({"images": "photo.jpg"}, r"images: str 'photo\.jpg', but pixels are a tensor .*preprocess"),
+        ({"images": [images[0], images[1]]}, r"images: list .*torch\.stack"),
+        ({"images": images.numpy()}, r"images: ndarray "),
+        ({"images": images[0]}, r"One image is images\[None\]"),
+        ({"images": images * 127}, r"images: pixels from -1\d\d.* to 1\d\d"),
+        ({"images": images * float("nan")}, "from nan"),
+        ({"texts": "a dog"}, r"texts: str 'a dog'\. .*tokenizer\.encode\(text\)"),
+        ({"texts": ["a dog"]}, r"text 0: str 'a dog', but a text is a list of token ids.*tokenizer\.encode"),
+        ({"texts": [0, 5, 2]}, r"text 0: the number 0.* \[ids\]"),
+        ({"texts": torch.tensor([0, 5, 2])}, r"text 0: the number .*\[ids\]"),
+        ({"texts": torch.tensor(3)}, "texts: a single number"),
+        ({"texts": 5}, "texts: int 5"),
+        ({"texts": [["a", "dog"]]}, r"text 0: list \['a', 'dog'\]"),
+        ({"texts": [[[0, 1], [2]]]}, "text 0: list"),
+        ({"texts": [[1 << 70]]}, "text 0: list"),
+        ({"texts": [[True, False]]}, r"text 0: torch\.bool"),
+        ({"texts": [None]}, "text 0: NoneType"),
+        ({"texts": [torch.zeros(3)]}, r"text 0: torch\.float32 of shape \(3,\)"),
+        ({"pairs": pair_images}, r"pairs: Tensor .*Give \(images, captions\)"),
+        ({"pairs": (pair_images,)}, r"pairs: tuple .*Give \(images, captions\)"),
+        ({"pairs": (pair_images, None)}, r"pairs: tuple .*Give \(images, captions\)"),
+        ({"pairs": (pair_images, "a dog")}, "pairs, captions: str 'a dog'"),
+        ({"pairs": ("photo.jpg", captions)}, "pairs: str 'photo"),
+        ({"texts": []}, "nothing to encode"),
         ({}, "nothing to encode"),
     ):
         with pytest.raises(ConfigError, match=message):
             model.encode(**inputs)
+
+
+def test_ids_of_every_integer_type_are_taken() -> None:
+    model = random_model(small_model_config())
+    expected = model.encode(texts=[[0, 5, 2], [0, 7, 2]]).texts
+    ids = torch.tensor([[0, 5, 2], [0, 7, 2]])
+    for texts in (ids, list(ids.int()), ids.numpy(), tuple(ids.to(torch.uint8)), [ids[0].tolist(), ids[1].numpy()]):
+        torch.testing.assert_close(model.encode(texts=texts).texts, expected)
