@@ -28,11 +28,13 @@ def add_weight_commands(commands: "argparse._SubParsersAction[argparse.ArgumentP
     export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: as stored; checkpoints hold fp32")
     export.add_argument("--max-shard-size", metavar="SIZE", help="write a folder of files of at most SIZE, e.g. 5GB")
     export.set_defaults(run=_export)
-    text = "read what others released: BEiT-3 weights, or a visual tokenizer of BEiT v2"
+    text = "read what others released (BEiT-3 weights, a visual tokenizer of BEiT v2), or what export wrote for others"
     importing = commands.add_parser(
         "import", help=text, description=f"{text[0].upper()}{text[1:]}. Runs no code of it."
     )
-    importing.add_argument("file", help="the released .pth file; its tensors tell which of the two it is")
+    importing.add_argument(
+        "file", help="the released .pth file, or one that export wrote with --format; its tensors tell what it is"
+    )
     importing.add_argument(
         "out", help="the .safetensors file to write; of a tokenizer: tokenizers.visual.path of a run"
     )
@@ -85,7 +87,8 @@ def _import(options: argparse.Namespace) -> int:
     from pathlib import Path
 
     from beit3_ds.checkpoint.export import check_free, export_weights
-    from beit3_ds.checkpoint.released import ReleasedFile
+    from beit3_ds.checkpoint.source import open_foreign
+    from beit3_ds.checkpoint.timm_file import TimmFile
     from beit3_ds.foreign_tensors import read_tensors
     from beit3_ds.tokenizers import import_released_tokenizer, save_visual_tokenizer
 
@@ -97,10 +100,15 @@ def _import(options: argparse.Namespace) -> int:
         config = tokenizer.config
         print(f"wrote {out}: {config.codebook_size} codes, {config.image_size} px / patch {config.patch_size}")
         return 0
-    source = ReleasedFile(options.file, image_size=options.image_size)
+    source = open_foreign(options.file, image_size=options.image_size)
     done = export_weights(source, out, overwrite=options.force)
     model = source.model
     print(f"wrote {out}: {done.describe()}; {model.num_layers} layers of {model.hidden_size}, {model.image_size} px")
+    if isinstance(source, TimmFile):
+        print(
+            f"{options.file} holds a vision tower: {len(source.held)} tensors. The other "
+            f"{len(source.names()) - len(source.held)}, language and the masked-modeling heads, have initial values."
+        )
     return 0
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,19 +27,41 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     Raises:
         ConfigError: if the file cannot be read, holds objects that are no plain data, or no tensors by name.
     """
+    return read_tensors_with_note(path, None)[0]
+
+
+def read_tensors_with_note(path: str | Path, note_key: str | None) -> tuple[dict[str, Tensor], str | None]:
+    """Reads tensors as `read_tensors` does, and a text that the file holds beside them.
+
+    Args:
+        path: as there.
+        note_key: where the text is: in the metadata of a .safetensors file, or at the top of one of torch.
+
+    Returns:
+        The tensors, and the text, None if there is none.
+
+    Raises:
+        ConfigError: as there.
+    """
     path = Path(path)
-    state = _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
+    if path.suffix == ".safetensors":
+        state, note = _load_safetensors(path, note_key)
+    else:
+        state = _load_torch(path)
+        note = state.get(note_key) if isinstance(state, Mapping) and note_key else None
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ConfigError(f"{path} holds no tensors by name. Save the network's state_dict().")
-    return {str(name): value for name, value in state.items()}
+    return {str(name): value for name, value in state.items()}, note if isinstance(note, str) else None
 
 
-def _load_safetensors(path: Path) -> object:
+def _load_safetensors(path: Path, note_key: str | None) -> tuple[object, str | None]:
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            note = (file.metadata() or {}).get(note_key) if note_key else None
+        return load_file(path), note
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path} cannot be read as a file of tensors: {error}") from error
 

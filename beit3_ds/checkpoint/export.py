@@ -13,15 +13,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from beit3_ds.checkpoint.disk import rename, sync_folder, write_whole
+from beit3_ds.checkpoint.export_note import NOTE_KEY, ExportNote
 from beit3_ds.checkpoint.recipe import Recipe, copy_recipe
 from beit3_ds.checkpoint.source import TensorSource
 from beit3_ds.checkpoint.state_dict_file import write_state_dict_file
 from beit3_ds.checkpoint.tensor_file import TensorEntry, write_tensor_file
-from beit3_ds.checkpoint.timm_recipes import timm_arguments, timm_recipes
+from beit3_ds.checkpoint.timm_recipes import timm_recipe_lines, timm_recipes
 from beit3_ds.checkpoint.unilm_layout import reference_arguments
 from beit3_ds.checkpoint.unilm_recipes import unilm_recipes
 from beit3_ds.config import ConfigError, ModelConfig
-from beit3_ds.model.pretrained import INDEX_NAME, weights_metadata
+from beit3_ds.model.pretrained import EXTRA_PREFIX, INDEX_NAME, weights_metadata
 
 ExportFormat = Literal["beit3", "unilm-dual", "unilm-fusion", "timm"]
 
@@ -75,7 +76,7 @@ def export_weights(
     if dtype is not None:
         recipes = [recipe.cast(dtype) for recipe in recipes]
     aside = out.with_name(f".{out.name}.{os.getpid()}")
-    metadata = weights_metadata(source.model, source.step) if format == "beit3" else {}
+    metadata = _metadata(source, format)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         num_bytes = sum(recipe.num_bytes for recipe in recipes)
@@ -86,7 +87,7 @@ def export_weights(
             elif format in ("beit3", "timm"):
                 _write_safetensors(aside, recipes, metadata)
             else:
-                write_state_dict_file(aside, recipes)
+                write_state_dict_file(aside, recipes, metadata)
         _put(aside, out)
     except OSError as error:
         raise ConfigError(f"{out} cannot be written: {error}. Free space there, or name another place.") from error
@@ -101,8 +102,11 @@ def loading_hint(config: ModelConfig, out: Path, format: ExportFormat) -> str:
     if format == "beit3":
         return f"Load it with BEiT3.from_pretrained({str(out)!r})."
     if format == "timm":
-        arguments = timm_arguments(config) | {"checkpoint_path": str(out)}
-        return f"Load it with timm.create_model({_call_arguments(arguments)})."
+        return (
+            "Load it with timm; fc_norm is the model's final norm, before which forward_features ends:\n"
+            f"{timm_recipe_lines(config, str(out))}\n"
+            "They are BEiT3.encode(images=images).images of the model; model(images) is fc_norm of the patches' mean."
+        )
     hint = f"Build the reference with torchscale's EncoderConfig({_call_arguments(reference_arguments(config))})."
     if not config.sub_layernorm:
         hint += "\nThe model has no sub-LN, which unilm's own configurations have: subln=False is needed."
@@ -151,6 +155,14 @@ def format_bytes(count: float) -> str:
 
 def _call_arguments(arguments: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+
+
+def _metadata(source: TensorSource, format: ExportFormat) -> dict[str, str]:
+    """What this program needs to read the file back."""
+    if format == "beit3":
+        return weights_metadata(source.model, source.step)
+    has_extras = any(name.startswith(EXTRA_PREFIX) for name in source.names())
+    return {NOTE_KEY: ExportNote(format, source.model, source.step, has_extras).to_json()}
 
 
 def _recipes(source: TensorSource, format: ExportFormat) -> list[Recipe]:

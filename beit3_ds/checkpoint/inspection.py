@@ -14,6 +14,7 @@ from beit3_ds.checkpoint.folder import CheckpointFolder, is_checkpoint, open_che
 from beit3_ds.checkpoint.released import ReleasedFile
 from beit3_ds.checkpoint.run_description import flatten
 from beit3_ds.checkpoint.source import TensorSource, open_source
+from beit3_ds.checkpoint.timm_file import TimmFile
 from beit3_ds.model.pretrained import EXTRA_PREFIX
 
 _EXPERT = re.compile(r"_(vision_language|vision|language)$")
@@ -32,15 +33,14 @@ def describe_weights(path: Path, *, every_tensor: bool = False) -> str:
         ConfigError: if there is nothing to open, or a checkpoint is torn or changed.
     """
     source: TensorSource = open_checkpoint(path, kind=None) if is_checkpoint(path) else open_source(path)
-    kinds = {CheckpointFolder: "checkpoint", ReleasedFile: "released weights (unilm's layout)"}
     step = f", after {source.step} updates" if source.step else ""
     where = source.path if isinstance(source, CheckpointFolder) else path
-    lines = [f"{where}: {kinds.get(type(source), 'exported weights')}{step}"]
+    lines = [f"{where}: {_kind(source)}{step}"]
     if isinstance(source, CheckpointFolder):
         lines += [*_describe_run(source), "model:"]
     lines += [*_describe_model(source), "", *_part_table(source)]
     if every_tensor:
-        rows = [(name, _dtype(source.dtype(name)), str(list(source.shape(name)))) for name in source.names()]
+        rows = [(name, _dtype(source.dtype(name)), str(list(source.shape(name)))) for name in _held(source)]
         lines += ["", *_table(("tensor", "type", "shape"), rows)]
     return "\n".join(lines)
 
@@ -58,6 +58,17 @@ def part_of(name: str) -> str:
     if name.startswith("heads.norm."):
         return f"final norm{whose}"
     return {"heads.mim": "MIM head", "heads.mlm": "MLM head"}.get(name.rsplit(".", 1)[0], "embeddings")
+
+
+def _kind(source: TensorSource) -> str:
+    if isinstance(source, CheckpointFolder):
+        return "checkpoint"
+    return source.description if isinstance(source, ReleasedFile | TimmFile) else "exported weights"
+
+
+def _held(source: TensorSource) -> list[str]:
+    """The tensors that the file itself holds."""
+    return source.held if isinstance(source, TimmFile) else source.names()
 
 
 def _describe_run(folder: CheckpointFolder) -> list[str]:
@@ -83,11 +94,11 @@ def _describe_model(source: TensorSource) -> list[str]:
 
 def _part_table(source: TensorSource) -> list[str]:
     groups: dict[str, list[str]] = defaultdict(list)
-    for name in source.names():
+    for name in _held(source):
         groups[part_of(name)].append(name)
     rows = [_part_row(source, part, names) for part, names in groups.items()]
-    own = [name for name in source.names() if not name.startswith(EXTRA_PREFIX)]
-    rows.append(_part_row(source, "the model", own))
+    own = [name for name in _held(source) if not name.startswith(EXTRA_PREFIX)]
+    rows.append(_part_row(source, "the vision tower" if isinstance(source, TimmFile) else "the model", own))
     return _table(("part", "tensors", "parameters", "size", "type"), rows)
 
 

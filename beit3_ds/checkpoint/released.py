@@ -10,15 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from beit3_ds.checkpoint.export_note import NOTE_KEY, parse_note
 from beit3_ds.checkpoint.unilm_layout import (
     POSITION_TABLES,
+    TEXT_POSITION,
     TOKENS,
     UNUSED_POSITIONS,
     read_architecture,
     reference_keys,
 )
 from beit3_ds.config import ConfigError, ModelConfig
-from beit3_ds.foreign_tensors import read_tensors
+from beit3_ds.foreign_tensors import read_tensors_with_note
 from beit3_ds.model import BEiT3
 from beit3_ds.model.pretrained import EXTRA_PREFIX, IMAGE_POSITION, check_tensors, matrix_part
 from beit3_ds.positions import interpolate_positions
@@ -30,13 +32,16 @@ class ReleasedFile:
     What this project has no place for, such as task heads and unused rows of position tables, keeps its key behind
     `EXTRA_PREFIX`, so that an export in the reference's layout gives every tensor back.
 
+    A file that this program exported in that layout says what it was: its model is read back as it was, but for
+    vision-language experts, which the layout does not have.
+
     Attributes:
         path: the file.
-        model: the decoupled configuration that the shapes tell, with the image size that was asked for.
-        step: 0, unknown.
+        model: the configuration, with the image size that was asked for: a decoupled one that the shapes tell, or the
+            exported model's.
+        step: updates that made the weights; 0 if unknown.
+        description: what it is, for people.
     """
-
-    step = 0
 
     def __init__(self, path: str | Path, *, image_size: int | None = None) -> None:
         """Reads names and shapes.
@@ -50,9 +55,16 @@ class ReleasedFile:
             ConfigError: if the file cannot be read, holds objects that could run code, or is of another layout.
         """
         self.path = Path(path)
-        tensors = read_tensors(self.path)
-        stored = read_architecture({key: tensor.shape for key, tensor in tensors.items()}, str(path))
-        self._tensors = _by_logical_name(tensors, stored, str(path))
+        tensors, text = read_tensors_with_note(self.path, NOTE_KEY)
+        note = parse_note(text, str(path)) if text else None
+        if note is None:
+            self.step, self.description = 0, "released weights (unilm's layout)"
+            stored = read_architecture({key: tensor.shape for key, tensor in tensors.items()}, str(path))
+        else:
+            self.step, self.description = note.step, f"weights exported as {note.format}"
+            stored = dataclasses.replace(note.model, num_vision_language_layers=0)
+        has_extras = note is None or note.has_extras
+        self._tensors = _by_logical_name(tensors, stored, str(path), has_extras=has_extras)
         self.model: ModelConfig = stored if image_size is None else dataclasses.replace(stored, image_size=image_size)
         found = {name: x.shape for name, x in self._tensors.items() if not name.startswith(EXTRA_PREFIX)}
         check_tensors(str(path), found, _parameter_shapes(stored))
@@ -77,15 +89,28 @@ class ReleasedFile:
         return tensor if part is None else matrix_part(tensor, part)
 
 
-def _by_logical_name(tensors: dict[str, Tensor], config: ModelConfig, where: str) -> dict[str, Tensor]:
-    named, rest = {}, dict(tensors)
+def _by_logical_name(
+    tensors: dict[str, Tensor], config: ModelConfig, where: str, *, has_extras: bool
+) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = {}
+    rest = dict(tensors)
     for key, name in reference_keys(config).items():
         if key not in rest:
             continue
         tensor = rest.pop(key)
         if key in POSITION_TABLES:
-            named[EXTRA_PREFIX + key], tensor = tensor[:UNUSED_POSITIONS], tensor[UNUSED_POSITIONS:]
-        named[name] = tensor.flatten() if key in TOKENS else tensor
+            if has_extras:
+                named[EXTRA_PREFIX + key] = tensor[:UNUSED_POSITIONS]
+            tensor = tensor[UNUSED_POSITIONS:]
+            if not has_extras and name == TEXT_POSITION:
+                tensor = tensor[: config.max_text_length]  # behind it the export wrote filler
+        tensor = tensor.flatten() if key in TOKENS else tensor
+        if name in named and not torch.equal(named[name], tensor):
+            raise ConfigError(
+                f"{where}: {key} differs from another tensor that is the same in the exported model ({name}): the file "
+                "was changed since. Export it again."
+            )
+        named[name] = tensor
     if unknown := [key for key in rest if key.startswith("beit3.")]:
         raise ConfigError(
             f"{where}: {len(unknown)} tensors of the backbone are none of the released layout's ({unknown[0]}); "

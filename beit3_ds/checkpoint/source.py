@@ -6,10 +6,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from beit3_ds.checkpoint.export_note import NOTE_KEY, parse_note
 from beit3_ds.checkpoint.folder import is_checkpoint, open_checkpoint
 from beit3_ds.checkpoint.rectangles import Rectangle
 from beit3_ds.checkpoint.released import ReleasedFile
+from beit3_ds.checkpoint.timm_file import TimmFile
 from beit3_ds.config import ModelConfig
+from beit3_ds.foreign_tensors import read_tensors_with_note
 from beit3_ds.model.pretrained import PretrainedWeights, is_pretrained_file
 
 
@@ -56,5 +59,22 @@ def open_source(path: str | Path) -> TensorSource:
     if is_checkpoint(path):
         return open_checkpoint(path)
     if path.is_file() and not is_pretrained_file(path):
-        return ReleasedFile(path)
+        return open_foreign(path)
     return PretrainedWeights(path)
+
+
+def open_foreign(path: str | Path, *, image_size: int | None = None) -> ReleasedFile | TimmFile:
+    """Opens a file in another project's layout: what the reference released, or what `beit3 export` wrote for others.
+
+    Args:
+        path: the file.
+        image_size: pixels on a side, for which positions are interpolated; None keeps the file's.
+
+    Raises:
+        ConfigError: if it cannot be read, holds objects that could run code, or is of no known layout.
+    """
+    tensors, text = read_tensors_with_note(path, NOTE_KEY)
+    note = parse_note(text, str(path)) if text else None
+    if note is not None and note.format == "timm":
+        return TimmFile(path, tensors, note, image_size=image_size)
+    return ReleasedFile(path, image_size=image_size)

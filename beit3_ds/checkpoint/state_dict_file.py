@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,8 @@ from beit3_ds.checkpoint.recipe import Recipe
 _ALIGNMENT = 64  # bytes, as torch aligns its own tensors
 
 
-def write_state_dict_file(path: Path, recipes: Sequence[Recipe]) -> None:
-    """Writes {"model": state dict} as a new file that `torch.load(weights_only=True)` reads, and syncs it.
+def write_state_dict_file(path: Path, recipes: Sequence[Recipe], notes: Mapping[str, str]) -> None:
+    """Writes {"model": state dict, **notes} as a new file that `torch.load(weights_only=True)` reads, and syncs it.
 
     torch.save takes all tensors at once. They lie in a temporary file beside `path` by then, which is mapped and has no
     name, so that memory holds one tensor at a time and the disk twice the file for a while.
@@ -36,6 +36,6 @@ def write_state_dict_file(path: Path, recipes: Sequence[Recipe]) -> None:
             flat = torch.from_numpy(mapped[offset : offset + recipe.num_bytes])
             state[recipe.name] = flat.view(recipe.dtype).view(recipe.shape)
             state[recipe.name].copy_(recipe.make())
-        torch.save({"model": state}, file)
+        torch.save({"model": state, **notes}, file)
         file.flush()
         os.fsync(file.fileno())

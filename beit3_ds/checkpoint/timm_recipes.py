@@ -6,6 +6,7 @@ import torch
 
 from beit3_ds.checkpoint.recipe import Recipe, copy_recipe
 from beit3_ds.checkpoint.source import TensorSource
+from beit3_ds.checkpoint.timm_layout import timm_names
 from beit3_ds.config import MODEL_SIZES, ConfigError, ModelConfig
 
 _NAMED = {
@@ -20,12 +21,8 @@ _SIZES = {
     "patch_size": "patch_size",
 }
 _IMAGE_SIZE, _EPSILON = 224, 1e-5  # of all of them; the second is of every norm
-_EMBEDDINGS = {
-    "patch_embed.proj.weight": "embeddings.patch.weight",
-    "patch_embed.proj.bias": "embeddings.patch.bias",
-}
-_ATTENTION = {"norm1": "norm", "attn.norm": "sub_norm", "attn.proj": "out_proj"}
-_FFN = {"norm2": "norm", "mlp.fc1": "fc1", "mlp.norm": "sub_norm", "mlp.fc2": "fc2"}
+_BATCH_DIMS = {"cls_token": 2, "pos_embed": 1}
+"""Leading dimensions of size 1 that timm's tensors have and ours have not."""
 
 
 def timm_recipes(source: TensorSource) -> list[Recipe]:
@@ -42,29 +39,13 @@ def timm_recipes(source: TensorSource) -> list[Recipe]:
             f"timm: the model has layer_norm_epsilon={config.layer_norm_epsilon:g}, but timm's models have "
             f"{_EPSILON:g}. Use another format."
         )
-    shared = "shared" if config.layout == "shared" else "vision"
+    shared = config.attention_experts[0]
     if f"heads.norm.weight_{shared}" not in source.names():
         raise ConfigError(
             "timm: the weights have no final norm, which timm's model has: they were fine-tuned without it. Export "
             "pretrained weights."
         )
-    recipes = [
-        _with_batch_dims(source, "cls_token", "embeddings.cls_token", 2),
-        _with_batch_dims(source, "pos_embed", "embeddings.image_position", 1),
-        *(copy_recipe(source, name)._replace(name=key) for key, name in _EMBEDDINGS.items()),
-    ]
-    for kind in ("weight", "bias"):
-        recipes.append(copy_recipe(source, f"heads.norm.{kind}_{shared}")._replace(name=f"fc_norm.{kind}"))
-        for layer in range(config.num_layers):
-            names = {key: f"attention.{name}.{kind}_{shared}" for key, name in _ATTENTION.items()}
-            names |= {key: f"ffn.{name}.{kind}_vision" for key, name in _FFN.items()}
-            for key, name in names.items():
-                if config.sub_layernorm or "sub_norm" not in name:
-                    recipe = copy_recipe(source, f"blocks.{layer}.{name}")
-                    recipes.append(recipe._replace(name=f"blocks.{layer}.{key}.{kind}"))
-            parts = [f"blocks.{layer}.attention.{part}_proj.{kind}_{shared}" for part in "qkv"]
-            recipes.append(_joined(source, f"blocks.{layer}.attn.qkv.{kind}", parts))
-    return recipes
+    return [_recipe(source, key, names) for key, names in timm_names(config).items()]
 
 
 def timm_arguments(config: ModelConfig) -> dict[str, Any]:
@@ -81,6 +62,27 @@ def timm_arguments(config: ModelConfig) -> dict[str, Any]:
     if not config.sub_layernorm:
         arguments |= {"scale_attn_norm": False, "scale_mlp_norm": False}
     return arguments
+
+
+def timm_recipe_lines(config: ModelConfig, path: str) -> str:
+    """Python that loads an exported file in timm and computes the features that `BEiT3.encode` gives."""
+    arguments = timm_arguments(config) | {"checkpoint_path": path}
+    call = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    return (
+        "import timm\n"
+        "from beit3_ds.preprocess import preprocess\n"
+        f"model = timm.create_model({call}).eval()\n"
+        f'images = preprocess("photo.jpg", {config.image_size})[None]\n'
+        "features = model.fc_norm(model.forward_features(images))"
+    )
+
+
+def _recipe(source: TensorSource, key: str, names: tuple[str, ...]) -> Recipe:
+    if len(names) > 1:
+        return _joined(source, key, list(names))
+    if dims := _BATCH_DIMS.get(key, 0):
+        return _with_batch_dims(source, key, names[0], dims)
+    return copy_recipe(source, names[0])._replace(name=key)
 
 
 def _with_batch_dims(source: TensorSource, key: str, name: str, dims: int) -> Recipe:

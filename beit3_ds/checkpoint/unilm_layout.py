@@ -12,9 +12,10 @@ from beit3_ds.config import MODEL_SIZES, ConfigError, ModelConfig
 
 Shapes = dict[str, torch.Size]
 
+TEXT_POSITION = "embeddings.text_position"
 POSITION_TABLES = {
     "beit3.encoder.embed_positions.A.weight": "embeddings.image_position",
-    "beit3.encoder.embed_positions.B.weight": "embeddings.text_position",
+    "beit3.encoder.embed_positions.B.weight": TEXT_POSITION,
 }
 """The tables whose first `UNUSED_POSITIONS` rows the reference never uses, as fairseq's."""
 UNUSED_POSITIONS = 2

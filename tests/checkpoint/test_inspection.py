@@ -45,6 +45,8 @@ def test_every_parameter_has_its_part() -> None:
 def test_a_released_file_is_described_and_listed(tmp_path: Path) -> None:
     model = random_model(small_model_config(hidden_size=64, num_attention_heads=1))
     export_weights(ModelSource(model), tmp_path / "weights.pth", format="unilm-dual")
+    released = torch.load(tmp_path / "weights.pth", weights_only=True)
+    torch.save({"model": released["model"]}, tmp_path / "weights.pth")  # without what this program notes beside it
     text = describe_weights(tmp_path / "weights.pth", every_tensor=True)
     assert "released weights (unilm's layout)\n" in text  # without a step
     assert "layout: decoupled" in text and "max_text_length: 1022" in text

@@ -7,11 +7,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from beit3_ds.checkpoint.export import export_weights, loading_hint
 from beit3_ds.checkpoint.timm_recipes import timm_arguments
 from beit3_ds.config import MODEL_SIZES, ConfigError, ModelConfig
 from beit3_ds.model import BEiT3
+from beit3_ds.preprocess import preprocess
 from tests.batches import decoupled, small_model_config
 from tests.checkpoint.models import ModelSource, random_inputs, random_model
 
@@ -64,11 +66,27 @@ def test_named_sizes_need_no_more_than_their_name(size: str) -> None:
     assert len(tower.blocks) == sub_ln.num_layers and tower.patch_embed.patch_size[0] == sub_ln.patch_size
 
 
-def test_the_hint_is_a_call_that_works(tmp_path: Path) -> None:
-    model, path = random_model(small_model_config()), tmp_path / "vision.safetensors"
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_printed_recipe_gives_our_features(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a recipe that ends before the final norm, and one that preprocesses in its own way."""
+    monkeypatch.chdir(tmp_path)
+    model, path = random_model(LAYOUTS[layout]), tmp_path / "vision.safetensors"
     export_weights(ModelSource(model), path, format="timm")
-    call = loading_hint(model.config, path, "timm").removeprefix("Load it with ").removesuffix(".")
-    assert eval(call).embed_dim == model.config.hidden_size
+    Image.effect_noise((90, 60), 80).convert("RGB").save("photo.jpg")
+    lines = loading_hint(model.config, path, "timm").splitlines()
+    recipe = lines[1:-1]
+    assert recipe[0] == "import timm" and recipe[-1].startswith("features = ")
+    names: dict[str, Any] = {}
+    exec("\n".join(recipe), names)
+    with torch.no_grad():
+        ours = model.encode(images=preprocess("photo.jpg", model.config.image_size)[None]).images
+        torch.testing.assert_close(names["features"], ours, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            names["model"](names["images"]),
+            names["model"].fc_norm(names["model"].forward_features(names["images"])[:, 1:].mean(1)),
+            rtol=1e-5,
+            atol=1e-5,
+        )
 
 
 def test_other_norms_are_refused(tmp_path: Path) -> None:

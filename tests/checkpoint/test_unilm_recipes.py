@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from beit3_ds.checkpoint.export import ExportFormat, export_weights, loading_hint
+from beit3_ds.checkpoint.export_note import NOTE_KEY
 from beit3_ds.checkpoint.unilm_layout import reference_arguments
 from beit3_ds.config import ConfigError
 from beit3_ds.model import BEiT3, Features
@@ -26,7 +27,7 @@ def load_reference(model: BEiT3, path: Path, format: ExportFormat) -> Reference:
     export_weights(ModelSource(model), path, format=format)
     reference = Reference(reference_arguments(model.config), model.config.visual_vocab_size)
     state = torch.load(path, weights_only=True)
-    assert state.keys() == {"model"}
+    assert state.keys() == {"model", NOTE_KEY}  # its loader reads the first
     reference.load_state_dict(state["model"], strict=True)  # every name and shape of the reference
     return reference.eval()
 
