@@ -5,25 +5,21 @@ This module wires the rooms in the order in which data flows.
 
 import os
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from beit3_ds.batch import ImageViews, PackedBatch, StepBatch
 from beit3_ds.checkpoint.engine_state import EngineState
 from beit3_ds.checkpoint.folder import is_checkpoint
 from beit3_ds.checkpoint.run_description import describe_run
 from beit3_ds.checkpoint.store import CheckpointStore
-from beit3_ds.config import ConfigError, Place, RunConfig, TrainingConfig, check_layout
+from beit3_ds.config import Place, RunConfig, check_layout
 from beit3_ds.costs import check_node, host_needs
 from beit3_ds.data import StepDataset, build_heldout_batches, build_train_loader
 from beit3_ds.data.fingerprint import HasFiles
 from beit3_ds.data.heldout_overlap import check_heldout_apart
 from beit3_ds.data.samples import name_sources
-from beit3_ds.kernels import cuda_kernels
 from beit3_ds.parallel import Mesh, Shared
 from beit3_ds.rank_program import run_rank_program
 from beit3_ds.tokenizers import TextTokenizer, VisualTokenizer, check_visual_tokenizer_fits, load_visual_tokenizer
@@ -36,10 +32,11 @@ from beit3_ds.training.initial_weights import InitialWeights, open_initial_weigh
 from beit3_ds.training.launcher import Launch, read_launch
 from beit3_ds.training.loop import Run, resume, train
 from beit3_ds.training.node_size import measure_node
-from beit3_ds.training.optimizer import check_optimizer, decays
+from beit3_ds.training.optimizer import decays
 from beit3_ds.training.progress import Progress
 from beit3_ds.training.report import write_report
 from beit3_ds.training.setup import describe_setup
+from beit3_ds.training.start_checks import check_device, check_software, prepare_output_dir
 from beit3_ds.training.stop_request import StopSignals
 from beit3_ds.training.stragglers import Stragglers, TimedSteps
 
@@ -91,9 +88,9 @@ def open_inputs(config: RunConfig) -> Inputs:
     launch = read_launch(os.environ)
     data_parallel_size = check_layout(config, launch.world_size)
     _check_this_node(config, launch)
-    check_optimizer(config.training)
-    _check_kernels(config.training)
-    _check_writable(Path(config.training.output_dir))
+    check_software(config)
+    check_device(config.training)
+    prepare_output_dir(Path(config.training.output_dir))
     place = config.parallel.place(launch.rank, launch.world_size)
     has_heads = place.pipeline == config.parallel.pipeline_parallel_size - 1
     text_tokenizer = load_text_tokenizer(config)
@@ -127,32 +124,6 @@ def _check_this_node(config: RunConfig, launch: Launch) -> None:
     ranks_here = 1 if launch.world_size == 1 else launch.local_size
     if ranks_here:
         check_node(host_needs(config, launch.world_size, ranks_here, decays), config, measure_node())
-
-
-def _check_kernels(config: TrainingConfig) -> None:
-    if config.kernels == "triton":
-        return
-    if not cuda_kernels.is_built():
-        raise ConfigError(
-            f'training.kernels="{config.kernels}" needs the kernels in CUDA C++, which are not built. Build them with '
-            'nvcc: BEIT3_BUILD_CUDA=1 pip install --no-build-isolation . (docs/kernels_cuda.md), or set "triton".'
-        )
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            f'training.kernels="{config.kernels}" needs a CUDA device, and this machine has none that torch can use. '
-            "Leave the setting out."
-        )
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"0")
-    except OSError as error:
-        raise ConfigError(
-            f"training.output_dir={folder} cannot be written: {error}. Mend the folder, make room, or name another one."
-        ) from None
 
 
 def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh) -> tuple[Run, Iterable[StepBatch]]:

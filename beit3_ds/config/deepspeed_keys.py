@@ -6,7 +6,7 @@ a user's mistake. `deepspeed_rules` holds the rules between keys.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from beit3_ds.config.key_specs import Choice, Fixed, Flag, Number, Refused, Section, Spec, Text
 from beit3_ds.config.numbers import Range
@@ -20,6 +20,7 @@ _DEPRECATED = "DeepSpeed deprecates it. Use {}."
 _OWN_DATA = "the order of the data is a pure function of seed and step. Leave it out."
 _OWN_CHECKPOINTS = "checkpoints are this project's own (docs/checkpoints.md). Leave it out."
 _OWN_MODEL = "it rewrites the modules of models that it knows. Leave it out."
+_NO_NVME = "checkpoints do not read the files of nvme"
 _NVME = "it belongs to offloading to NVMe, whose files checkpoints do not read. Leave it out."
 _ORDER = "it moves parameters to other places of the flat buffers, and updates went wrong when it was tried."
 _PACKING = "checkpoints were not tried with it, and it saves nothing but padding. Leave it out."
@@ -29,7 +30,11 @@ _OFFLOAD_PARAM = Section(
     example='{"device": "cpu"}',
     keys={
         "device": Choice(
-            values=("none", "cpu"), stages=(3,), samples=("cpu",), effect="Parameters wait in host memory."
+            values=("none", "cpu"),
+            reason=_NO_NVME,
+            stages=(3,),
+            samples=("cpu",),
+            effect="Parameters wait in host memory.",
         ),
         "pin_memory": Flag(stages=(3,), effect="Pages of that memory are locked, which makes copies to a GPU faster."),
         **dict.fromkeys(("nvme_path", "buffer_count", "buffer_size", "max_in_cpu"), Refused(reason=_NVME)),
@@ -41,6 +46,7 @@ _OFFLOAD_OPTIMIZER = Section(
     keys={
         "device": Choice(
             values=("none", "cpu"),
+            reason=_NO_NVME,
             stages=(1, 2, 3),
             samples=("cpu",),
             effect="Weights in float32 and moments live in host memory, where torch's AdamW updates them.",
@@ -388,6 +394,20 @@ def accepted_keys() -> Iterator[AcceptedKey]:
     for path, spec in _walk(DEEPSPEED_KEYS, ()):
         if isinstance(spec, Spec) and not isinstance(spec, Fixed):
             yield AcceptedKey(path, spec)
+
+
+def unused_keys(deepspeed: Mapping[str, Any]) -> list[str]:
+    """Names of the keys of a run that have no effect in its ZeRO stage."""
+    stage = deepspeed.get("zero_optimization", {}).get("stage", 0)
+    return [key.name for key in accepted_keys() if stage not in key.spec.stages and _is_given(deepspeed, key.path)]
+
+
+def _is_given(mapping: Mapping[str, Any], path: tuple[str, ...]) -> bool:
+    for name in path:
+        if name not in mapping:
+            return False
+        mapping = mapping[name]
+    return True
 
 
 def _walk(

@@ -118,6 +118,8 @@ class Choice(Spec):
     """One of a few values."""
 
     values: tuple[str | int, ...]
+    reason: str = ""
+    """Why a value that DeepSpeed knows is not among them."""
 
     def read(self, value: Any, where: str) -> str | int:
         """See `Spec`."""
@@ -129,7 +131,8 @@ class Choice(Spec):
     def rule(self) -> str:
         """See `Spec`."""
         *first, last = map(json.dumps, self.values)
-        return f"{', '.join(first)} or {last}" if first else last
+        values = f"{', '.join(first)} or {last}" if first else last
+        return f"{values} ({self.reason})" if self.reason else values
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,16 @@
 """What a config would train and what that would cost, without reading data or starting anything."""
 
 from collections.abc import Collection
+from pathlib import Path
 
 import torch
 
 from beit3_ds.config import MicroBatchSize, RunConfig, StepShares, check_layout
+from beit3_ds.config.deepspeed_keys import unused_keys
 from beit3_ds.costs import NodeSize, check_node, describe_host, describe_stages, host_needs
 from beit3_ds.model import BEiT3
 from beit3_ds.training.optimizer import decays
+from beit3_ds.training.start_checks import check_output_dir, check_software
 
 _RANKS_PER_NODE = 8  # GPUs of a usual node
 
@@ -32,9 +35,12 @@ def describe_run(
         step_seconds: assumed time of one step, for rates.
 
     Raises:
-        ConfigError: if the layout does not fit, as `check_layout` says, or a node is too small.
+        ConfigError: if the layout does not fit, as `check_layout` says, a package is not installed, the output folder
+            could not be written, or a node is too small.
     """
     data_parallel_size = check_layout(config, world_size)
+    check_software(config)
+    check_output_dir(Path(config.training.output_dir))
     shares = config.step_shares(data_parallel_size)
     with torch.device("meta"):
         model = BEiT3(config.model)
@@ -57,6 +63,8 @@ def describe_run(
         "schedule": f"{training.total_steps:,} steps, {training.warmup_steps:,} warmup, lr {training.learning_rate:g}",
         "output": training.output_dir,
     }
+    if idle := unused_keys(config.deepspeed):
+        rows["no effect"] = f"in ZeRO stage {stage}: {', '.join(idle)}"
     lines = [f"{name:<12} {value}" for name, value in rows.items()]
     ranks_per_node = min(ranks_per_node or _RANKS_PER_NODE, world_size)
     needs = host_needs(config, world_size, ranks_per_node, decays)

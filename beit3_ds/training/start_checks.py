@@ -1,0 +1,85 @@
+"""What a start checks before it reads any data; `beit3 check` checks the same."""
+
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+from beit3_ds.config import ConfigError, RunConfig, TrainingConfig
+from beit3_ds.kernels import cuda_kernels
+from beit3_ds.training.optimizer import check_optimizer
+
+_MONITOR_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
+
+
+def check_software(config: RunConfig) -> None:
+    """Refuses a run that needs a package or kernels that are not installed.
+
+    Raises:
+        ConfigError: with what to install.
+    """
+    check_optimizer(config.training)
+    _check_kernels_are_built(config.training)
+    for monitor, package in _MONITOR_PACKAGES.items():
+        if config.deepspeed.get(monitor, {}).get("enabled") and importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"{monitor}.enabled needs the package {package}, which is not installed. Run: pip install {package}, "
+                f"or leave {monitor} out."
+            )
+
+
+def check_device(config: TrainingConfig) -> None:
+    """Refuses a run whose kernels need another device than this machine has.
+
+    Raises:
+        ConfigError: with what to leave out.
+    """
+    if config.kernels != "triton" and not torch.cuda.is_available():
+        raise ConfigError(
+            f'training.kernels="{config.kernels}" needs a CUDA device, and this machine has none that torch can use. '
+            "Leave the setting out."
+        )
+
+
+def check_output_dir(folder: Path) -> None:
+    """Refuses an output folder that could not be created or written; creates nothing.
+
+    Raises:
+        ConfigError: naming the folder that is in the way.
+    """
+    nearest = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(parent))
+    if not nearest.is_dir():
+        raise _unwritable(folder, f"{nearest} is no folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise _unwritable(folder, f"{nearest} gives no permission to write")
+
+
+def prepare_output_dir(folder: Path) -> None:
+    """Creates the output folder and writes to it once.
+
+    Raises:
+        ConfigError: if it cannot be written.
+    """
+    check_output_dir(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise _unwritable(folder, str(error)) from None
+
+
+def _unwritable(folder: Path, reason: str) -> ConfigError:
+    return ConfigError(
+        f"training.output_dir={folder} cannot be written: {reason}. Fix the folder, make room, or name another one."
+    )
+
+
+def _check_kernels_are_built(config: TrainingConfig) -> None:
+    if config.kernels != "triton" and not cuda_kernels.is_built():
+        raise ConfigError(
+            f'training.kernels="{config.kernels}" needs the kernels in CUDA C++, which are not built. Build them with '
+            'nvcc: BEIT3_BUILD_CUDA=1 pip install --no-build-isolation . (docs/kernels_cuda.md), or set "triton".'
+        )
