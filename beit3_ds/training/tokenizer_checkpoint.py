@@ -14,6 +14,7 @@ from beit3_ds.config import ConfigError, RunConfig
 from beit3_ds.tokenizers import VisualTokenizer
 
 _FREE_TO_CHANGE = ("path", "save_interval")
+_NUM_IMAGES = "number of training images"
 
 
 class TokenizerCheckpoint:
@@ -24,9 +25,10 @@ class TokenizerCheckpoint:
 
     Args:
         config: the run; what the training depends on is kept in the file and compared when it is read.
+        num_images: training images, whose number decides on their order; None if it is not to be compared.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, num_images: int | None = None) -> None:
         visual = config.tokenizers.visual
         self.path = Path(f"{visual.path}.training.pt")
         fields = {key: value for key, value in dataclasses.asdict(visual).items() if key not in _FREE_TO_CHANGE}
@@ -34,6 +36,8 @@ class TokenizerCheckpoint:
         files = {f"{stream}.train": data[stream]["train"] for stream in ("images", "pairs")}
         # Through JSON, which has no tuples, so that a saved recipe equals a new one.
         self._recipe = json.loads(json.dumps(fields | files | {"seed": config.training.seed}))
+        if num_images is not None:
+            self._recipe[_NUM_IMAGES] = num_images
 
     def save(self, step: int, tokenizer: VisualTokenizer, optimizer: Optimizer, center: Tensor) -> None:
         """Writes the state after `step` updates aside and renames it: a killed run leaves a whole file."""
@@ -75,6 +79,7 @@ class TokenizerCheckpoint:
 
     def _check_recipe(self, recipe: dict[str, object]) -> None:
         missing = object()
+        recipe = {_NUM_IMAGES: self._recipe.get(_NUM_IMAGES, missing), **recipe}  # older versions did not keep it
         keys = [key for key in self._recipe | recipe if self._recipe.get(key, missing) != recipe.get(key, missing)]
         if keys:
             changes = ", ".join(f"{key} from {recipe.get(key)!r} to {self._recipe.get(key)!r}" for key in keys)

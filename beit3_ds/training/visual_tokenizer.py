@@ -92,7 +92,7 @@ class _Training:
             self.tokenizer = VisualTokenizer(visual, self.teacher.width).to(device).train()
         self.optimizer = build_tokenizer_optimizer(self.tokenizer)
         self.network = _join_ranks(self.tokenizer, self.group)
-        self.checkpoint = TokenizerCheckpoint(config)
+        self.checkpoint = TokenizerCheckpoint(config, _length(images))
         if mesh is not None:  # or some would resume and others begin
             check_same_files(mesh, {"the unfinished training of tokenizers.visual.path": str(self.checkpoint.path)})
         restored = self.checkpoint.load(self.tokenizer, self.optimizer)

@@ -110,6 +110,8 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
         train(config, ViewsUntil(random_views(40).pixels, 5 * BATCH - 1), None)
     with pytest.raises(ConfigError, match=r"learning_rate from 0\.003 to 0\.1\. Undo"):
         train(tokenizer_run(tmp_path, learning_rate=0.1), random_views(40), None)
+    with pytest.raises(ConfigError, match=r"number of training images from 40 to 44\. Undo"):
+        train(config, random_views(44), None)  # would be shuffled anew, and repeat images of the epoch
     train(tokenizer_run(tmp_path, save_interval=3), random_views(40), None)  # does not change what is trained
     TokenizerCheckpoint(config).path.write_bytes(b"no tensors here")
     with pytest.raises(ConfigError, match=r"is not a checkpoint of a tokenizer's training"):
