@@ -20,6 +20,7 @@ _EPILOG = """typical order:
   beit3 train-text-tokenizer ds_configs/quickstart_cpu.json
   beit3 train-visual-tokenizer ds_configs/quickstart_cpu.json
   deepspeed --num_gpus 2 --module beit3_ds.pretrain ds_configs/quickstart_cpu.json
+with data.prepared_dir set, once: `beit3 prepare index` first, `beit3 prepare texts` after the text tokenizer
 
 One JSON file describes one run: DeepSpeed's own keys beside a "beit3_ds" section (model, data, tokenizers,
 training, parallel).

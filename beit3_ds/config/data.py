@@ -115,6 +115,16 @@ class DataConfig:
     prepared_dir: PathString | None = None
     """Folder of what `beit3 prepare` writes: shard indices, tables of annotations and token files. None scans shards,
     parses annotations and tokenises texts at the start of every run, in memory: fit for a small corpus."""
+    order: Literal["shuffled", "shard_sequential"] = "shuffled"
+    """How an epoch is shuffled. `shuffled`: as a whole, so neighbouring records are read far apart. `shard_sequential`:
+    blocks of `block_samples` neighbours are visited in a shuffled order, and `window_blocks` of them at a time are
+    shuffled together. Then few shards are in use at once: right for storage that reads ahead, or for more shards than a
+    process may keep open. The price is randomness: all samples of a stretch of window_blocks x block_samples come from
+    window_blocks places of the corpus. Do not use it where neighbours are alike, as in shards sorted by class."""
+    block_samples: Annotated[int, Range(1, 2**30)] = 1000
+    """Neighbouring samples of a block; with `order` "shard_sequential". A shard's samples or a part of them."""
+    window_blocks: Annotated[int, Range(1, 2**30)] = 64
+    """Blocks that are shuffled together; with `order` "shard_sequential". Should give many steps' samples."""
     num_workers: Annotated[int, Range(0, 1024)] = 2
     """Processes that prepare batches, for each rank; 0 prepares them in the training process."""
     prefetch_steps: Annotated[int, Range(1, 1024)] = 2
@@ -137,6 +147,10 @@ class DataConfig:
                     f"data.texts: source '{source.path}' has the format {source.format}, which is one of images. Leave "
                     f"it out: how a text is read follows from its name (.jsonl, else plain; .gz, .zst)."
                 )
+
+    def blocks(self) -> tuple[int, int] | None:
+        """Samples of a block and blocks of a window; None if an epoch is shuffled as a whole."""
+        return None if self.order == "shuffled" else (self.block_samples, self.window_blocks)
 
     def streams(self) -> dict[str, StreamConfig]:
         """The streams by name, in the order of the packed batch."""

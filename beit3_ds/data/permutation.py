@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from beit3_ds.data.randomness import sample_rng
 
 _ROUNDS = 8  # four make a Feistel network pseudo-random (Luby and Rackoff, 1988); tiny domains need some more
+_BLOCKS = "blocks "
 
 
 class KeyedPermutation:
@@ -38,9 +39,65 @@ class KeyedPermutation:
         return (left << self._half_bits) | right
 
 
-def order_permutation(seed: int, key: Sequence[str | int], size: int) -> KeyedPermutation:
-    """The permutation of (seed, key) over range(size)."""
+class BlockPermutation:
+    """A bijection of range(size) that visits neighbours soon after each other, in constant memory.
+
+    Blocks of consecutive samples are visited in a shuffled order. Each window of that order, a given number of blocks,
+    is shuffled as a whole. Where blocks begin is drawn, too: block 0 starts at a random sample, and counting goes on
+    with sample 0 after the last one. What is left beyond the last whole block belongs to the last window.
+    """
+
+    def __init__(self, size: int, seed: int, key: Sequence[str | int], block: int, window: int) -> None:
+        """Takes what the order depends on.
+
+        Args:
+            size: samples.
+            seed: of the run.
+            key: of this order.
+            block: samples of a block.
+            window: blocks of a window.
+        """
+        self._size, self._seed, self._key, self._block, self._window = size, seed, key, block, window
+        self._num_blocks = size // block
+        rng = sample_rng(seed, "order of blocks", *key)
+        self._shift = int(rng.integers(size))
+        self._blocks = KeyedPermutation(self._num_blocks, rng) if self._num_blocks else None
+
+    def __call__(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Maps positions in [0, size) to samples in [0, size); both (n,) int64."""
+        last_window = max(0, -(-self._num_blocks // self._window) - 1)
+        windows = np.minimum(positions // (self._block * self._window), last_window)
+        samples = np.empty_like(positions)
+        for window in np.unique(windows):
+            here = windows == window
+            samples[here] = self._within(int(window), window == last_window, positions[here])
+        return (samples + self._shift) % self._size
+
+    def _within(self, window: int, is_last: bool, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        first = window * self._window * self._block
+        size = self._size - first if is_last else self._window * self._block
+        rng = sample_rng(self._seed, "order in a window", *self._key, window)
+        places = first + KeyedPermutation(size, rng)(positions - first)
+        ranks, offsets = np.divmod(places, self._block)
+        in_block = ranks < self._num_blocks
+        samples = places.copy()  # those beyond the last whole block
+        if self._blocks is not None and in_block.any():
+            samples[in_block] = self._blocks(ranks[in_block]) * self._block + offsets[in_block]
+        return samples
+
+
+def order_permutation(seed: int, key: Sequence[str | int], size: int) -> KeyedPermutation | BlockPermutation:
+    """The permutation of (seed, key) over range(size): of blocks if `block_key` is part of the key."""
+    for part in key:
+        if isinstance(part, str) and part.startswith(_BLOCKS):
+            block, window = map(int, part.removeprefix(_BLOCKS).split("x"))
+            return BlockPermutation(size, seed, key, block, window)
     return KeyedPermutation(size, sample_rng(seed, "order", *key))
+
+
+def block_key(block: int, window: int) -> str:
+    """The part of a key that asks for a `BlockPermutation`; so a stored key tells how its epoch was shuffled."""
+    return f"{_BLOCKS}{block}x{window}"
 
 
 def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:

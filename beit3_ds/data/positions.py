@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from beit3_ds.data.permutation import block_key
 from beit3_ds.data.turns import turns_taken
 from beit3_ds.data.unseen import Unseen, from_nodes, gone_bounds
 
@@ -68,6 +69,8 @@ class StreamPosition:
     """Sources that are no longer in the config."""
     next_id: int
     """Id of the next new source."""
+    blocks: tuple[int, int] | None = None
+    """Samples of a block and blocks of a window (`permutation.BlockPermutation`); None shuffles an epoch as a whole."""
     changes: int = 0
     """How often the data were changed between two starts."""
 
@@ -78,7 +81,8 @@ class StreamPosition:
 
     def base_key(self, number: int) -> tuple[str | int, ...]:
         """The key of a set's shuffles, but for the epoch: sets of one size are not shuffled alike."""
-        return (self.stream,) if self.weights is None else (self.stream, number)
+        key = (self.stream,) if self.weights is None else (self.stream, number)
+        return key if self.blocks is None else (*key, block_key(*self.blocks))
 
     def set_bounds(self, number: int) -> tuple[int, int]:
         """First number in the stream of a set's samples, and one past the last."""
@@ -134,7 +138,12 @@ class StreamPosition:
 
 
 def start_position(
-    stream: str, seed: int, samples_per_step: int, weights: Sequence[float] | None, sources: Sequence[SourcePosition]
+    stream: str,
+    seed: int,
+    samples_per_step: int,
+    weights: Sequence[float] | None,
+    sources: Sequence[SourcePosition],
+    blocks: tuple[int, int] | None = None,
 ) -> StreamPosition:
     """The position before the first sample. The ids of the sources must be 0, 1, 2, ... in their order."""
     position = StreamPosition(
@@ -146,6 +155,7 @@ def start_position(
         sources=tuple(sources),
         sets=(),
         next_id=len(sources),
+        blocks=blocks,
     )
     sets = tuple(position.fresh_set(number, 0) for number in range(1 if weights is None else len(sources)))
     return dataclasses.replace(position, sets=sets)
@@ -155,6 +165,7 @@ def position_from_json(stream: str, content: Mapping[str, Any]) -> StreamPositio
     """Reads what `StreamPosition.to_json` wrote."""
     fields = dict(content)
     fields["weights"] = None if fields["weights"] is None else tuple(fields["weights"])
+    fields["blocks"] = None if fields.get("blocks") is None else tuple(fields["blocks"])
     fields["sources"] = tuple(SourcePosition(**source) for source in fields["sources"])
     fields["sets"] = tuple(_set_from_json(position) for position in fields["sets"])
     fields["parked"] = tuple(

@@ -49,10 +49,11 @@ def new_position(
     weights: Sequence[float] | None,
     sources: Sequence[FoundSource],
     first_epoch: int = 0,
+    blocks: tuple[int, int] | None = None,
 ) -> StreamPosition:
     """The position of a stream before its first sample."""
     described = [source.describe(number) for number, source in enumerate(sources)]
-    position = start_position(stream, seed, samples_per_step, weights, described)
+    position = start_position(stream, seed, samples_per_step, weights, described, blocks)
     sets = tuple(position.fresh_set(number, first_epoch) for number in range(len(position.sets)))
     return dataclasses.replace(position, sets=sets)
 
@@ -63,11 +64,12 @@ def continue_stream(
     samples_per_step: int,
     weights: Sequence[float] | None,
     sources: Sequence[FoundSource],
+    blocks: tuple[int, int] | None = None,
 ) -> Continued:
     """Continues a stored position with the run's settings and the sources that it finds.
 
     Without a change the position stays as it was, so the stream goes on as if it had never stopped; likewise if only
-    `samples_per_step` is another.
+    `samples_per_step` is another. Other `blocks` shuffle the next epoch; the one under way ends as it began.
     """
     matched = _match(stored, sources)
     changes = _describe_changes(stored, seed, samples_per_step, weights, matched)
@@ -81,9 +83,9 @@ def continue_stream(
         described = tuple(
             dataclasses.replace(old, path=m.found.path) for m, old in zip(matched, stored.sources, strict=True)
         )
-        same = dataclasses.replace(stored, samples_per_step=samples_per_step, sources=described)
+        same = dataclasses.replace(stored, samples_per_step=samples_per_step, sources=described, blocks=blocks)
         return Continued(same, changes)
-    return Continued(_Continuation(stored, seed, samples_per_step, weights, matched).position(changes), changes)
+    return Continued(_Continuation(stored, seed, samples_per_step, weights, matched, blocks).position(changes), changes)
 
 
 class _Match(NamedTuple):
@@ -139,6 +141,7 @@ class _Continuation:
         samples_per_step: int,
         weights: Sequence[float] | None,
         matched: Sequence[_Match],
+        blocks: tuple[int, int] | None,
     ) -> None:
         self._stored, self._matched, self._weights = stored, matched, weights
         self._kept = {match.id for match in matched}
@@ -152,6 +155,7 @@ class _Continuation:
             sources=tuple(match.found.describe(match.id) for match in matched),
             sets=(),
             next_id=max([stored.next_id, *(match.id + 1 for match in matched)]),
+            blocks=blocks,
             changes=stored.changes + 1,
         )
 

@@ -68,7 +68,9 @@ class RunOrder:
                 continue
             stream = self._config.streams()[name]
             found = self._found[name]
-            continued = continue_stream(position, self._seed, stream.samples_per_step, stream.weights(), found)
+            continued = continue_stream(
+                position, self._seed, stream.samples_per_step, stream.weights(), found, self._config.blocks()
+            )
             self._orders[name] = StreamOrder(continued.position)
             lines += continued.changes
         self._absent = stored
@@ -90,7 +92,14 @@ class RunOrder:
 
     def _new_position(self, name: str) -> StreamPosition:
         stream = self._config.streams()[name]
-        return new_position(name, self._seed, stream.samples_per_step, stream.weights(), self._found[name])
+        return new_position(
+            name,
+            self._seed,
+            stream.samples_per_step,
+            stream.weights(),
+            self._found[name],
+            blocks=self._config.blocks(),
+        )
 
     def _derive(self, name: str, step: int, before: Mapping[str, Any]) -> StreamPosition | None:
         """The position of a checkpoint without positions: that of a run whose data never changed.
