@@ -14,7 +14,7 @@ from beit3_ds.kernels.host_memory import keep_freed_memory
 from beit3_ds.rank_program import run_rank_program
 from beit3_ds.tokenizers import load_visual_tokenizer
 from beit3_ds.training.agreement import check_same_files, check_same_sources
-from beit3_ds.training.code_picture import write_code_picture
+from beit3_ds.training.code_picture import code_picture_path, write_code_picture
 from beit3_ds.training.engine import compute_device, joined_ranks
 from beit3_ds.training.visual_tokenizer import train_visual_tokenizer
 
@@ -35,7 +35,7 @@ def train(config: RunConfig) -> None:
         train_visual_tokenizer(config, images, mesh=mesh, device=compute_device())
         if mesh.is_main:
             path = Path(config.tokenizers.visual.path)
-            picture = path.with_suffix(".png")
+            picture = code_picture_path(path)
             write_code_picture(config, load_visual_tokenizer(path), picture)
             print(f"visual tokenizer: drew views, masked views and codes in {picture}", flush=True)
 

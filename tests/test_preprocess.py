@@ -37,7 +37,7 @@ def heldout_pixels(image: Path, image_size: int, tokenizer_image_size: int = 24)
 
 
 class _NoText:
-    def word_starts(self) -> None:
+    def word_borders(self) -> None:
         return None
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from beit3_ds.config import ConfigError
 from beit3_ds.data.annotated_images import AnnotatedImages, describe_files
 from beit3_ds.data.compact_strings import StoredStrings
-from beit3_ds.data.files import written_aside
+from beit3_ds.data.files import bounded_name, written_aside
 from beit3_ds.data.image_source import Skipped
 
 _FORMAT = 1
@@ -82,7 +82,7 @@ def table_path(prepared_dir: str, kind: str, annotations: str, folder: str) -> s
     """The table of an annotation file: its name and a digest of all that decides on what it holds."""
     facts = "\0".join((kind, os.path.abspath(annotations), os.path.abspath(folder)))
     digest = hashlib.sha256(os.fsencode(facts)).hexdigest()[:12]
-    return os.path.join(prepared_dir, "index", f"{os.path.basename(annotations)}.{digest}.table")
+    return os.path.join(prepared_dir, "index", f"{bounded_name(os.path.basename(annotations))}.{digest}.table")
 
 
 def write_table(samples: AnnotatedImages, path: str, made_from: list[list[int]]) -> None:

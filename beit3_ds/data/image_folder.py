@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from PIL import Image
 
 from beit3_ds.config import ConfigError
-from beit3_ds.data.captions import MAX_CAPTION_BYTES, decode_caption
+from beit3_ds.data.captions import MAX_CAPTION_BYTES, MAX_JSON_BYTES, decode_caption, decode_json_caption
 from beit3_ds.data.compact_strings import CompactStrings
 from beit3_ds.data.file_reading import FILE_ERRORS, read_with_retries
 from beit3_ds.data.fingerprint import SourceFile
@@ -16,14 +16,16 @@ from beit3_ds.data.image_source import BrokenRecord, Skipped, printable
 from beit3_ds.data.images import MAX_IMAGE_BYTES, decode_image
 from beit3_ds.data.shard_index import IMAGE_EXTENSIONS, reason_to_skip
 
-_CAPTION, _METADATA = "txt", "json"
+_CAPTIONS = ("txt", "TXT", "json", "JSON")  # the first that is there is read
 
 _SIZES_LOOKED_UP = 1024
 """A million requests to a network file system would take minutes."""
 
 
 class ImageFolder:
-    """The images below a folder, sorted by path; the caption of `NAME.jpg` is in `NAME.txt`, if there is one.
+    """The images below a folder, sorted by path.
+
+    The caption of `NAME.jpg` is in `NAME.txt`, or else under `caption` in `NAME.json`, if there is one.
 
     Links to folders are followed, also out of the folder, as ImageNet's classes are often linked together. A folder
     that several links lead to is listed once, so links that form a loop end. A link to a single file outside is not
@@ -78,11 +80,11 @@ class ImageFolder:
             StorageError: if the file system fails.
         """
         stem = os.path.splitext(self._names[index])[0]
-        name = f"{stem}.{_CAPTION}"
-        in_capitals = f"{stem}.{_CAPTION.upper()}"
-        if not self._exists(name) and self._exists(in_capitals):
-            name = in_capitals
+        found = (f"{stem}.{extension}" for extension in _CAPTIONS)
+        name = next(filter(self._exists, found), f"{stem}.{_CAPTIONS[0]}")
         try:
+            if name.lower().endswith("json"):
+                return decode_json_caption(self._folder.read(name, MAX_JSON_BYTES))
             return decode_caption(self._folder.read(name, MAX_CAPTION_BYTES))
         except ValueError as error:
             raise BrokenRecord(f"{self.name(index)}: broken caption: {error}") from error
@@ -182,10 +184,10 @@ class _Listing:
 
     def _list(self, inside: str, entries: list[os.DirEntry[str]]) -> None:
         images: set[str] = set()
-        texts: list[tuple[str, str]] = []
+        texts: set[tuple[str, str]] = set()
         for entry in entries:
-            name, (stem, _, extension) = os.path.join(inside, entry.name), entry.name.rpartition(".")
-            extension = extension.lower()
+            name, (stem, _, own_extension) = os.path.join(inside, entry.name), entry.name.rpartition(".")
+            extension = own_extension.lower()
             if entry.name.startswith("."):
                 self._skip("hidden file or folder", name)
             elif _is_folder(entry):
@@ -196,13 +198,16 @@ class _Listing:
             elif extension in IMAGE_EXTENSIONS:
                 if self._add_image(entry, name):
                     images.add(stem)
-            elif extension in (_CAPTION, _METADATA):
-                texts.append((stem, name))
+            elif own_extension in _CAPTIONS:
+                texts.add((stem, own_extension))
             else:
                 self._skip(reason_to_skip(extension), name)
-        for stem, name in texts:
+        for stem, extension in texts:
+            name = os.path.join(inside, f"{stem}.{extension}")
             if stem not in images:
                 self._skip("text or JSON file without an image", name)
+            elif extension.isupper() and (stem, extension.lower()) in texts:
+                self._skip("second caption of an image", name)
 
     def _add_image(self, entry: os.DirEntry[str], name: str) -> bool:
         path = os.path.join(self._folder.path, name)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from beit3_ds.config import ConfigError
 from beit3_ds.data.file_kinds import kind_of_file
 from beit3_ds.data.file_reading import read_with_retries, storage_error
-from beit3_ds.data.files import written_aside
+from beit3_ds.data.files import bounded_name, written_aside
 from beit3_ds.data.image_source import Skipped
 from beit3_ds.data.open_files import OpenFiles
 from beit3_ds.data.tar_members import TarError, TarMember, iterate_tar_members
@@ -165,7 +165,7 @@ def index_path(prepared_dir: str, tar: str) -> str:
     """The index file of a tar: its name and a digest of its folder, for tars of one name in several folders."""
     folder, name = os.path.split(os.path.abspath(tar))
     digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]
-    return os.path.join(prepared_dir, "index", f"{name}.{digest}.index")
+    return os.path.join(prepared_dir, "index", f"{bounded_name(name)}.{digest}.index")
 
 
 def scan_shard(tar: str, with_checksums: bool = False) -> ShardIndex:

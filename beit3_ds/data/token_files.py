@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from beit3_ds.config import ConfigError
-from beit3_ds.data.files import written_aside
+from beit3_ds.data.files import bounded_name, written_aside
 from beit3_ds.data.sentences import ParagraphCutter
 from beit3_ds.data.text_files import BrokenLines, TextPiece, read_paragraphs
 from beit3_ds.data.tokenisation import TokenBlock, encode_paragraphs, sequence_starts, token_dtype
@@ -268,7 +268,7 @@ class PreparedText:
 
 
 def _stem(source: str) -> str:
-    return f"{Path(source).name}-{hashlib.blake2b(os.fsencode(source), digest_size=6).hexdigest()}"
+    return f"{bounded_name(Path(source).name)}-{hashlib.blake2b(os.fsencode(source), digest_size=6).hexdigest()}"
 
 
 def _names(folder: Path, source: str) -> list[str]:

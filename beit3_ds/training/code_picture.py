@@ -24,6 +24,14 @@ _MARGIN = 4
 _GRAY = 0.5
 
 
+def code_picture_path(tokenizer: Path) -> Path:
+    """Returns where the picture of a tokenizer's file lies: beside it.
+
+    Only the usual extension is replaced, so that the tokenizers `v.one` and `v.two` have a picture each.
+    """
+    return tokenizer.with_name(f"{tokenizer.name.removesuffix('.safetensors')}.png")
+
+
 def write_code_picture(config: RunConfig, tokenizer: VisualTokenizer, path: str | Path) -> None:
     """Draws the first training views of a run into a PNG, a row each.
 

@@ -1,11 +1,20 @@
 """Patterns: what braces, home folders and stars name, in an order that follows from the names alone."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from beit3_ds.config import ConfigError
-from beit3_ds.data.files import expand_braces, expand_patterns
+from beit3_ds.config import ConfigError, DataConfig, SourceConfig, StreamConfig
+from beit3_ds.data.files import bounded_name, expand_braces, expand_patterns, written_aside
+from beit3_ds.data.prepare_annotations import prepare_annotations
+from beit3_ds.data.prepare_index import prepare_indices
+from beit3_ds.data.shards import TarShards
+from beit3_ds.data.sources import open_images
+from beit3_ds.data.text_preparation import prepare_texts
+from beit3_ds.data.texts import TextSequences
+from beit3_ds.tokenizers.text import TextTokenizer
+from tests.data.conftest import WriteTar
 
 
 @pytest.mark.parametrize(
@@ -46,3 +55,54 @@ def test_patterns_of_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         expand("~/*")  # catches files in a folder that are left out without a word
     with pytest.raises(ConfigError, match="more than 1,000,000 numbers"):
         expand("~/{0..99999999}.tar")
+
+
+LONG = "\u00e4" + "n" * 230  # bytes of a name: 232 and an extension
+
+
+def test_long_names_have_files_of_their_own(
+    tmp_path: Path, write_tar: WriteTar, png: bytes, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "h" * 64)
+    prepared, images = str(tmp_path / "prepared"), tmp_path / "images"
+    images.mkdir()
+    texts, annotations, tars = [], [], []
+    for end in "12":  # names that begin alike
+        image = images / f"{LONG}{end}.png"
+        image.write_bytes(png)
+        captions = {"images": [{"id": 1, "file_name": image.name}], "annotations": [{"image_id": 1, "caption": end}]}
+        annotations.append(tmp_path / f"{LONG}{end}.json")
+        annotations[-1].write_text(json.dumps(captions))
+        texts.append(tmp_path / f"{LONG}{end}.txt")
+        texts[-1].write_text("snow" * int(end))
+        tars.append(
+            write_tar(tmp_path / f"{LONG}{end}.tar", {f"{LONG}{end}.png": png, f"{LONG}{end}.txt": b"a" + end.encode()})
+        )
+    none = StreamConfig(train=(), samples_per_step=0)
+    sources = tuple(SourceConfig(path=str(path), format="coco", images=str(images)) for path in annotations)
+    text_sources = tuple(SourceConfig(path=str(path)) for path in texts)
+    data = DataConfig(
+        images=none,
+        pairs=StreamConfig(train=sources, samples_per_step=1),
+        texts=StreamConfig(train=text_sources, samples_per_step=1),
+        prepared_dir=prepared,
+        text_length=16,
+    )
+    prepare_indices(tars, prepared, num_processes=1)
+    prepare_annotations(data)
+    prepare_texts(data, tokenizer, processes=1)
+    shards = TarShards(tars, prepared)
+    assert [shards.caption(i) for i in range(2)] == ["a1", "a2"]  # catches two sources that share an index
+    assert [open_images(source, prepared).caption(0) for source in sources] == ["1", "2"]
+    assert open_images(SourceConfig(path=str(images)), None).image(1).mode == "RGB"
+    rows = [TextSequences([str(path)], tokenizer, 16, prepared)[0].tolist() for path in texts]
+    assert rows == [TextSequences([str(path)], tokenizer, 16)[0].tolist() for path in texts]
+    assert rows[0] != rows[1]
+    with written_aside(tmp_path / f"{LONG}.spm") as file:  # catches a temporary name that is too long
+        file.write(b"x")
+
+
+@pytest.mark.parametrize("name", ["a", "a.tar", "n" * 107])
+def test_short_names_stay_as_they_are(name: str) -> None:
+    assert bounded_name(name) == name
+    assert len(bounded_name(name + "n" * 200).encode()) <= 113

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from beit3_ds.tokenizers import VisualTokenizer
-from beit3_ds.training.code_picture import code_colors, draw_codes, write_code_picture
+from beit3_ds.training.code_picture import code_colors, code_picture_path, draw_codes, write_code_picture
 from tests.training.test_visual_tokenizer import SMALL, run_config
 
 
@@ -49,3 +49,10 @@ def test_a_file_is_written(tmp_path: Path) -> None:
     path = tmp_path / "new" / "codes.png"
     write_code_picture(run_config(tmp_path, **SMALL), started_tokenizer(tmp_path), path)
     assert Image.open(path).size == (600, 1600)
+
+
+def test_tokenizers_do_not_share_a_picture() -> None:
+    names = ["v.one", "v.two", "v.safetensors", "v.1.safetensors", "v.2.safetensors"]
+    pictures = [code_picture_path(Path("folder") / name) for name in names]
+    assert len(set(pictures)) == len(names)  # catches an extension that is any text behind a dot
+    assert pictures[2] == Path("folder/v.png")
