@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from beit3_ds.checkpoint.disk import file_sha256
-from beit3_ds.config import ConfigError, RunConfig
+from beit3_ds.config import FIELDS_WITHOUT_TENSORS, ConfigError, RunConfig
 
 _LIBRARIES = ("beit3_ds", "torch", "deepspeed", "safetensors")
-_MAY_CHANGE = frozenset({"drop_path_rate", "cross_entropy_chunk_size", "layer_norm_epsilon"})
-"""Fields of the model that change none of its tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +76,7 @@ def check_same_model(model: Mapping[str, Any], stored: Mapping[str, Any], where:
     changed = [
         f"{key} {json.dumps(stored.get(key))} there, {json.dumps(value)} here"
         for key, value in model.items()
-        if key not in _MAY_CHANGE and stored.get(key) != value
+        if key not in FIELDS_WITHOUT_TENSORS and stored.get(key) != value
     ]
     if changed:
         raise ConfigError(f"{where} holds another model: {'; '.join(changed)}. {advice}")

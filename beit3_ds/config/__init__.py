@@ -2,7 +2,7 @@
 
 from beit3_ds.config.data import DataConfig, SourceConfig, StreamConfig, TextTokenizerConfig, TokenizersConfig
 from beit3_ds.config.layouts import check_layout, fits_layout
-from beit3_ds.config.model import MODEL_SIZES, ModelConfig
+from beit3_ds.config.model import FIELDS_WITHOUT_TENSORS, MODEL_SIZES, ModelConfig
 from beit3_ds.config.parallel import ParallelConfig, Place
 from beit3_ds.config.run import RunConfig, build_run_config, load_run_config
 from beit3_ds.config.step_shares import MicroBatchSize, StepShares
@@ -11,6 +11,7 @@ from beit3_ds.config.training import ActivationCheckpointing, Kernels, LossWeigh
 from beit3_ds.config.visual_tokenizer import VisualTokenizerConfig
 
 __all__ = [
+    "FIELDS_WITHOUT_TENSORS",
     "MODEL_SIZES",
     "ActivationCheckpointing",
     "ConfigError",

@@ -34,6 +34,10 @@ MODEL_SIZES: dict[str, dict[str, int]] = {
 """Defaults of `"size": NAME`. Giant is the paper's Table 2 (patch 14 at 224 px); base and large are as released."""
 
 
+FIELDS_WITHOUT_TENSORS = frozenset({"drop_path_rate", "cross_entropy_chunk_size", "layer_norm_epsilon"})
+"""Fields of `ModelConfig` that change none of the model's tensors."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A BEiT-3 backbone with its two masked-modeling heads (paper section 2.1)."""

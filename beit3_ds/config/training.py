@@ -65,7 +65,9 @@ class TrainingConfig:
     """Factors of the four terms."""
     initial_weights: PathString | None = None
     """Exported or imported weights (`beit3 export`, `beit3 import`) that a new run begins with, under any layout of
-    ranks. A run that has a checkpoint goes on from that instead. None: initial values drawn from the seed."""
+    ranks. Image size, text length, vision-language experts and a decoupled layout may differ from the file's
+    (docs/checkpoints.md). A run that has a checkpoint goes on from that instead. None: initial values drawn from the
+    seed."""
     activation_checkpointing: ActivationCheckpointing = "none"
     """What the backward pass recomputes instead of keeping it. `none`: what is cheap to make again, GELUs, sub-LNs and
     the scores of attention (the selective recomputation of Korthikanti et al., 2022, arXiv:2205.05198), which the ops

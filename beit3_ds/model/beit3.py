@@ -2,9 +2,10 @@
 
 # T packed rows, D hidden, V vocabulary.
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ActivationCheckpointing, Kernels, ModelConfig
+from beit3_ds.model.adaptation import AdaptedWeights, fill_parameters
 from beit3_ds.model.block import Block
 from beit3_ds.model.embeddings import Embeddings
 from beit3_ds.model.features import Features, TokenIds, pack_inputs, unpack_features
 from beit3_ds.model.heads import Heads
-from beit3_ds.model.pretrained import PretrainedWeights, fill_parameters
+from beit3_ds.model.pretrained import PretrainedWeights
 from beit3_ds.parallel import TensorParallel
 
 
@@ -86,6 +88,9 @@ class BEiT3(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         image_size: int | None = None,
+        max_text_length: int | None = None,
+        layout: Literal["shared", "decoupled"] | None = None,
+        num_vision_language_layers: int | None = None,
     ) -> Self:
         """Loads exported or imported weights as a plain model of one device, in evaluation mode.
 
@@ -96,12 +101,25 @@ class BEiT3(nn.Module):
             path: what `beit3 export` or `beit3 import` wrote: a .safetensors file, or a folder of them.
             dtype: of the parameters, and of the computation.
             device: where the parameters are.
-            image_size: pixels on a side of the images to come; positions are interpolated. None keeps the file's.
+            image_size: pixels on a side of the images to come; positions are interpolated. None keeps the file's, as it
+                does for the other settings; how the weights are made to fit is said in `model.adaptation`.
+            max_text_length: tokens of the longest text to come; further positions have their initial values.
+            layout: "decoupled" gives vision and language copies of shared attention and norms.
+            num_vision_language_layers: top blocks with a vision-language expert; a new one is a copy of the vision one.
 
         Raises:
-            ConfigError: if there are no such weights, or their tensors are not those of their configuration.
+            ConfigError: if there are no such weights, their tensors are not those of their configuration, or they
+                cannot be made to fit the settings.
         """
-        weights = PretrainedWeights(path, image_size=image_size)
+        stored = PretrainedWeights(path)
+        settings: dict[str, Any] = {
+            "image_size": image_size,
+            "max_text_length": max_text_length,
+            "layout": layout,
+            "num_vision_language_layers": num_vision_language_layers,
+        }
+        changes = {name: value for name, value in settings.items() if value is not None}
+        weights = AdaptedWeights(stored, dataclasses.replace(stored.model, **changes), str(path))
         with torch.device("meta"):
             model = cls(weights.model).to(dtype)
         model.to_empty(device=device)

@@ -5,18 +5,16 @@ Tensors have their logical names; the header of every file holds the model's con
 
 import dataclasses
 import json
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from beit3_ds.config import ConfigError, ModelConfig
 from beit3_ds.config.strict import load_section
-from beit3_ds.model.initialization import initial_value
 from beit3_ds.positions import interpolate_positions
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -140,29 +138,6 @@ def check_tensors(where: str, found: Mapping[str, torch.Size], wanted: Mapping[s
                 f"Export or import the weights again."
             )
     return absent_heads
-
-
-def fill_parameters(model: nn.Module, weights: PretrainedWeights) -> None:
-    """Fills a model's parameters with weights, one after the other.
-
-    Heads that the weights lack get their initial values and are named in a warning.
-
-    Raises:
-        ConfigError: if the weights are not those of the model.
-    """
-    parameters = dict(model.named_parameters())
-    found = {name: weights.shape(name) for name in weights.names() if not name.startswith(EXTRA_PREFIX)}
-    absent = check_tensors(str(weights.path), found, {name: p.shape for name, p in parameters.items()})
-    if absent:
-        warnings.warn(
-            f"{weights.path} has no {', '.join(absent)}: these keep their initial values. Fine-tuned releases lack "
-            f"the masked-modeling heads, and some the final norm.",
-            stacklevel=3,
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            is_absent = name in absent
-            parameter.copy_(initial_value(name, parameter.shape, weights.model, 0) if is_absent else weights.read(name))
 
 
 def _weight_files(path: Path) -> list[Path]:

@@ -1,6 +1,5 @@
 """Beginning a run with weights that another one made."""
 
-import dataclasses
 from pathlib import Path
 
 import torch
@@ -8,37 +7,33 @@ from torch import Tensor
 
 from beit3_ds.checkpoint.engine_state import EngineState
 from beit3_ds.checkpoint.rectangles import Rectangle
-from beit3_ds.checkpoint.run_description import check_same_model
 from beit3_ds.config import ModelConfig, RunConfig
 from beit3_ds.model import BEiT3
-from beit3_ds.model.pretrained import EXTRA_PREFIX, PretrainedWeights, check_tensors
+from beit3_ds.model.adaptation import AdaptedWeights
+from beit3_ds.model.pretrained import PretrainedWeights
 
 
 class InitialWeights:
-    """Weights of a file that fit the model of a run; positions are interpolated to its size of images."""
+    """Weights of a file that are made to fit the model of a run (`model.adaptation` says which settings may differ)."""
 
-    def __init__(self, path: str | Path, model: ModelConfig) -> None:
+    def __init__(self, path: str | Path, model: ModelConfig, seed: int = 0) -> None:
         """Reads names and shapes.
 
         Args:
             path: a file or folder that `beit3 export` or `beit3 import` wrote.
             model: of the run.
+            seed: of the initial values of what the weights have nothing for.
 
         Raises:
-            ConfigError: if it cannot be read, or holds another model.
+            ConfigError: if it cannot be read, or holds a model that cannot be made to fit.
         """
-        self.weights = PretrainedWeights(path, image_size=model.image_size)
-        check_same_model(
-            dataclasses.asdict(model),
-            dataclasses.asdict(self.weights.model),
-            f"training.initial_weights={path}",
-            "Set the model section to that of the weights (`beit3 inspect` prints it), or name other weights.",
-        )
+        self.weights = AdaptedWeights(PretrainedWeights(path), model, f"training.initial_weights={path}", seed=seed)
         with torch.device("meta"):
             wanted = {name: parameter.shape for name, parameter in BEiT3(model).named_parameters()}
-        self._names = {name for name in self.weights.names() if not name.startswith(EXTRA_PREFIX)}
-        self.absent = check_tensors(str(path), {name: self.weights.shape(name) for name in self._names}, wanted)
+        self.absent = self.weights.check(wanted)
         """Tensors of the final norm and the heads that the file lacks; they keep their initial values."""
+
+        self._names = wanted.keys() - set(self.absent)
 
     def load(self, state: EngineState) -> None:
         """Overwrites the engine's initial values; every rank reads what it holds. All ranks call it."""
@@ -46,8 +41,10 @@ class InitialWeights:
 
     def describe(self) -> str:
         """What the run begins with, on one line."""
-        absent = f"; initial values are left to {', '.join(self.absent)}" if self.absent else ""
-        return f"begins with the weights of {self.weights.path}{absent}"
+        notes = list(self.weights.changes)
+        if self.absent:
+            notes.append(f"initial values for {', '.join(self.absent)}")
+        return "; ".join([f"begins with the weights of {self.weights.path}", *notes])
 
     def _read(self, kind: str, name: str, part: Rectangle) -> Tensor:
         return self.weights.read(name, part).float()
@@ -60,4 +57,4 @@ def open_initial_weights(config: RunConfig) -> InitialWeights | None:
         ConfigError: if they cannot be read, or are those of another model.
     """
     path = config.training.initial_weights
-    return InitialWeights(path, config.model) if path else None
+    return InitialWeights(path, config.model, config.training.seed) if path else None

@@ -19,7 +19,8 @@ from beit3_ds.checkpoint.export import ExportFormat, export_weights, format_byte
 from beit3_ds.checkpoint.rectangles import Rectangle
 from beit3_ds.config import ConfigError
 from beit3_ds.model import BEiT3, PretrainedWeights
-from beit3_ds.model.pretrained import INDEX_NAME, fill_parameters
+from beit3_ds.model.adaptation import AdaptedWeights, fill_parameters
+from beit3_ds.model.pretrained import INDEX_NAME
 from tests.batches import small_model_config
 from tests.checkpoint.models import ModelSource, random_model
 
@@ -252,6 +253,7 @@ def test_loading_takes_one_copy(tmp_path: Path) -> None:
     with peak_memory() as peak:
         loaded = BEiT3.from_pretrained(tmp_path / "weights")
     assert size > 60 * MEGABYTE and peak() < 1.2 * size
+    weights = PretrainedWeights(tmp_path / "weights")
     with peak_memory() as peak:
-        fill_parameters(loaded, PretrainedWeights(tmp_path / "weights"))
+        fill_parameters(loaded, AdaptedWeights(weights, weights.model, "weights"))
     assert peak() < 0.2 * size

@@ -50,6 +50,28 @@ def test_engine_holds_the_weights(setup: Setup, tmp_path: Path) -> None:
         assert float(found[f"{kind} heads.mim.bias"].abs().max()) == 0  # left as it was
 
 
+def test_engine_holds_adapted_weights(tmp_path: Path) -> None:
+    """Other lengths of texts, sizes of images and experts, read in parts by two ranks of ZeRO-3."""
+    from beit3_ds.training.initial_weights import InitialWeights
+
+    setup, path = FEW[1], tmp_path / "weights.safetensors"
+    model = setup.config().model
+    write_weights(path, setup, max_text_length=9, image_size=model.image_size * 2, num_vision_language_layers=0)
+    found: dict[str, Tensor] = {}
+    for rank in run_ranks(begin, setup.layout.num_ranks, setup, path, tmp_path):
+        found |= rank
+    settings = {name: getattr(model, name) for name in ("image_size", "max_text_length", "num_vision_language_layers")}
+    with pytest.warns(UserWarning, match=r"heads\.mim"):
+        expected = dict(BEiT3.from_pretrained(path, **settings).named_parameters())
+    for name, tensor in expected.items():
+        if not name.startswith("heads.mim"):
+            assert torch.equal(found[f"weight {name}"], tensor), name
+    line = InitialWeights(path, model).describe()
+    assert line.startswith(f"begins with the weights of {path}; positions of ")
+    assert "initial values for text positions 9 to" in line and "copied from their vision experts" in line
+    assert line.endswith("; initial values for heads.mim.weight, heads.mim.bias")
+
+
 def test_other_model_is_refused(tmp_path: Path) -> None:
     from beit3_ds.training.initial_weights import InitialWeights
 

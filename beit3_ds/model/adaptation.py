@@ -1,0 +1,166 @@
+"""Weights of one model, made to fit another that differs in a few settings.
+
+    image_size                   positions of patches are interpolated
+    max_text_length              shorter: the first positions; longer: the further ones have their initial values
+    layout                       shared -> decoupled: vision and language each begin with a copy
+    num_vision_language_layers   more: the new experts begin as copies of their block's vision experts, which in a pair
+                                 process most rows; fewer: the experts of the other blocks are left out
+
+Whatever else differs makes other tensors, which no rule here could fill.
+"""
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from beit3_ds.config import FIELDS_WITHOUT_TENSORS, ConfigError, ModelConfig
+from beit3_ds.model.initialization import initial_value
+from beit3_ds.model.pretrained import EXTRA_PREFIX, IMAGE_POSITION, PretrainedWeights, check_tensors, matrix_part
+from beit3_ds.positions import interpolate_positions
+
+TEXT_POSITION = "embeddings.text_position"
+"""The one tensor that depends on the length of texts."""
+
+_ADAPTABLE = frozenset({"image_size", "max_text_length", "layout", "num_vision_language_layers"})
+_DECOUPLED = re.compile(r"(\.attention\..*|^heads\.norm\..*)_(vision|language)$")
+
+
+class AdaptedWeights:
+    """The tensors of a model, each made from those of exported or imported weights when it is asked for.
+
+    Attributes:
+        path: the file or folder of the weights.
+        model: the configuration that they are made to fit.
+        changes: what is adapted, in words; empty if nothing is.
+    """
+
+    def __init__(self, weights: PretrainedWeights, model: ModelConfig, where: str, *, seed: int = 0) -> None:
+        """Compares the two models; reads nothing yet.
+
+        Args:
+            weights: of the file, as they are.
+            model: to be made.
+            where: names the weights, for messages.
+            seed: of the initial values of what the weights have nothing for.
+
+        Raises:
+            ConfigError: naming every setting that differs and cannot be adapted.
+        """
+        self.path, self.model = weights.path, model
+        self._weights, self._seed = weights, seed
+        _check_adaptable(weights.model, model, where)
+        self.changes = list(_describe_changes(weights.model, model))
+        self._held = {name for name in weights.names() if not name.startswith(EXTRA_PREFIX)}
+
+    def check(self, wanted: Mapping[str, torch.Size]) -> list[str]:
+        """Compares the tensors with those of the model.
+
+        Args:
+            wanted: shapes of all tensors of the model.
+
+        Returns:
+            Names of the final norm's and the heads' tensors that the weights lack.
+
+        Raises:
+            ConfigError: as `check_tensors`.
+        """
+        given = [name for name in wanted if self._source(name) in self._held]
+        used = {self._source(name) for name in given}
+        found = {name: self.read(name).shape for name in given}
+        unknown = [name for name in self._held - used if not self._is_dropped(name)]
+        return check_tensors(str(self.path), found | {name: self._weights.shape(name) for name in unknown}, wanted)
+
+    def read(self, name: str, part: tuple[int, int, int, int] | None = None) -> Tensor:
+        """A tensor of the model, or a part of it as `matrix_part` has it."""
+        if name not in (IMAGE_POSITION, TEXT_POSITION):
+            return self._weights.read(self._source(name), part)
+        tensor = self._weights.read(name)
+        if name == IMAGE_POSITION and self.model.grid_size != self._weights.model.grid_size:
+            tensor = interpolate_positions(tensor[None], self.model.grid_size)[0]
+        elif name == TEXT_POSITION and self.model.max_text_length != self._weights.model.max_text_length:
+            rows, shape = len(tensor), torch.Size((self.model.max_text_length, tensor.shape[1]))
+            further = initial_value(name, shape, self.model, self._seed)[rows:].to(tensor.dtype)
+            tensor = torch.cat([tensor[: self.model.max_text_length], further])
+        return tensor if part is None else matrix_part(tensor, part)
+
+    def _source(self, name: str) -> str:
+        """The tensor of the file that one of the model is made from."""
+        if self._weights.model.layout != self.model.layout:
+            name = _DECOUPLED.sub(r"\1_shared", name)
+        if name not in self._held and name.endswith("_vision_language"):
+            return name.removesuffix("_vision_language") + "_vision"
+        return name
+
+    def _is_dropped(self, name: str) -> bool:
+        match = re.match(r"blocks\.(\d+)\.ffn\..*_vision_language$", name)
+        return match is not None and "vision_language" not in self.model.experts(int(match[1]))
+
+
+def fill_parameters(model: nn.Module, weights: AdaptedWeights) -> None:
+    """Fills a model's parameters with weights, one after the other.
+
+    Heads that the weights lack get their initial values and are named in a warning.
+
+    Raises:
+        ConfigError: if the weights are not those of their configuration.
+    """
+    parameters = dict(model.named_parameters())
+    absent = weights.check({name: parameter.shape for name, parameter in parameters.items()})
+    if absent:
+        warnings.warn(
+            f"{weights.path} has no {', '.join(absent)}: these keep their initial values. Fine-tuned releases lack "
+            f"the masked-modeling heads, and some the final norm.",
+            stacklevel=3,
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            is_absent = name in absent
+            parameter.copy_(initial_value(name, parameter.shape, weights.model, 0) if is_absent else weights.read(name))
+
+
+def _check_adaptable(stored: ModelConfig, model: ModelConfig, where: str) -> None:
+    theirs, ours = dataclasses.asdict(stored), dataclasses.asdict(model)
+    fixed = [name for name in ours if name not in FIELDS_WITHOUT_TENSORS | _ADAPTABLE and theirs[name] != ours[name]]
+    if stored.layout != model.layout and model.layout != "decoupled":
+        fixed.append("layout")
+    if fixed:
+        differences = "; ".join(f"{name} {theirs[name]!r} there, {ours[name]!r} here" for name in fixed)
+        raise ConfigError(
+            f"{where} holds another model: {differences}. Set the model section to that of the weights (`beit3 "
+            "inspect` prints it), or name other weights. Only image_size, max_text_length, num_vision_language_layers "
+            'and layout (to "decoupled") may differ.'
+        )
+
+
+def _describe_changes(stored: ModelConfig, model: ModelConfig) -> list[str]:
+    changes = []
+    if stored.grid_size != model.grid_size:
+        changes.append(f"positions of {stored.image_size} px interpolated to {model.image_size} px")
+    if model.max_text_length < stored.max_text_length:
+        changes.append(f"the first {model.max_text_length} of {stored.max_text_length} text positions kept")
+    elif model.max_text_length > stored.max_text_length:
+        changes.append(
+            f"initial values for text positions {stored.max_text_length} to {model.max_text_length - 1}, which the "
+            "weights lack"
+        )
+    if stored.layout != model.layout:
+        changes.append("shared attention and norms copied for vision and language")
+    new, old = (
+        {layer for layer in range(m.num_layers) if "vision_language" in m.experts(layer)} for m in (model, stored)
+    )
+    if added := sorted(new - old):
+        changes.append(f"vision-language experts of {_blocks(added)} copied from their vision experts")
+    if dropped := sorted(old - new):
+        changes.append(
+            f"vision-language experts of {_blocks(dropped)} left out, so that pairs (not images or texts alone) have "
+            "other features"
+        )
+    return changes
+
+
+def _blocks(layers: list[int]) -> str:
+    return f"block {layers[0]}" if len(layers) == 1 else f"blocks {layers[0]} to {layers[-1]}"

@@ -1,0 +1,129 @@
+"""Weights that are made to fit a model with other settings compute what they computed, as far as that can be."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from beit3_ds.config import ConfigError, ModelConfig
+from beit3_ds.model import BEiT3, PretrainedWeights, initial_value
+from beit3_ds.model.adaptation import AdaptedWeights
+from tests.batches import decoupled, small_model_config
+from tests.checkpoint.models import assert_features_equal, exported, random_inputs, random_model
+
+SHARED = small_model_config(num_vision_language_layers=0, sub_layernorm=True)
+PAPER = small_model_config()  # a vision-language expert in the top one of three blocks
+
+
+def features_of(model: BEiT3, config: ModelConfig) -> Any:
+    with torch.no_grad():
+        return model.encode(*random_inputs(config))
+
+
+def changes(stored: ModelConfig, path: Path, **wanted: Any) -> list[str]:
+    return AdaptedWeights(PretrainedWeights(path), dataclasses.replace(stored, **wanted), "x").changes
+
+
+def test_shared_becomes_decoupled_with_the_same_outputs(tmp_path: Path) -> None:
+    model = random_model(SHARED)
+    path = exported(model, tmp_path / "w")
+    loaded = BEiT3.from_pretrained(path, layout="decoupled")
+    assert loaded.config == dataclasses.replace(SHARED, layout="decoupled")
+    assert_features_equal(features_of(loaded, SHARED), features_of(model, SHARED), 1e-6)
+    norm = loaded.heads.norm
+    assert torch.equal(norm.weight_vision, norm.weight_language) and norm.weight_vision is not norm.weight_language
+    assert changes(SHARED, path, layout="decoupled") == ["shared attention and norms copied for vision and language"]
+
+
+def test_decoupling_leaves_vision_language_experts_out(tmp_path: Path) -> None:
+    """Images and texts alone never go through one."""
+    model = random_model(PAPER)
+    path = exported(model, tmp_path / "w")
+    wanted = {"layout": "decoupled", "num_vision_language_layers": 0}
+    ours, theirs = features_of(BEiT3.from_pretrained(path, **wanted), PAPER), features_of(model, PAPER)
+    assert_features_equal(
+        ours._replace(pair_images=ours.images, pair_texts=()),
+        theirs._replace(pair_images=theirs.images, pair_texts=()),
+        1e-6,
+    )
+    assert "vision-language experts of block 2 left out" in changes(PAPER, path, **wanted)[-1]
+
+
+@pytest.mark.parametrize("stored", [SHARED, PAPER])
+def test_new_experts_are_those_of_vision(stored: ModelConfig, tmp_path: Path) -> None:
+    model = random_model(stored)
+    path = exported(model, tmp_path / "w")
+    loaded = BEiT3.from_pretrained(path, num_vision_language_layers=3)
+    state, old = dict(loaded.named_parameters()), dict(model.named_parameters())
+    for name, parameter in state.items():
+        source = name if name in old else name.replace("_vision_language", "_vision")
+        assert torch.equal(parameter, old[source]), name
+    first = 3 - stored.num_vision_language_layers  # experts that were there keep their own weights
+    assert first == 3 or not torch.equal(
+        state["blocks.2.ffn.fc1.weight_vision_language"], old["blocks.2.ffn.fc1.weight_vision"]
+    )
+    ours, theirs = features_of(loaded, stored), features_of(model, stored)
+    torch.testing.assert_close((ours.images, ours.texts), (theirs.images, theirs.texts), rtol=1e-6, atol=1e-6)
+    (note,) = changes(stored, path, num_vision_language_layers=3)
+    assert note.endswith("copied from their vision experts") and f"blocks 0 to {first - 1}" in note
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(length=st.integers(2, 60))
+def test_other_text_lengths(length: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Positions that were learned stay, others have the initial values of a new run."""
+    model = random_model(PAPER)
+    path = exported(model, tmp_path_factory.mktemp("w") / "w")
+    loaded = BEiT3.from_pretrained(path, max_text_length=length)
+    table, kept = loaded.embeddings.text_position, min(length, 20)
+    assert table.shape == (length, 24) and torch.equal(table[:kept], model.embeddings.text_position[:kept])
+    fresh = initial_value("embeddings.text_position", table.shape, loaded.config, 0)
+    assert torch.equal(table[kept:], fresh[kept:])
+    ids = [0, 5, 2][:length]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.encode(texts=[ids]).texts, model.encode(texts=[ids]).texts)
+        assert len(loaded.encode(texts=[[3] * length]).texts[0]) == length
+    notes = changes(PAPER, path, max_text_length=length)
+    assert [note.split()[0] for note in notes] == (["the"] if length < 20 else ["initial"] if length > 20 else [])
+
+
+def test_several_settings_at_once(tmp_path: Path) -> None:
+    path = exported(random_model(SHARED), tmp_path / "w")
+    loaded = BEiT3.from_pretrained(path, image_size=24, max_text_length=30, layout="decoupled")
+    assert features_of(loaded, loaded.config).images.shape == (2, 37, 24)
+    assert len(changes(SHARED, path, image_size=24, max_text_length=30, layout="decoupled")) == 3
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"num_layers": 4}, "num_layers 3 there, 4 here"),
+        ({"hidden_size": 48}, "hidden_size 24 there, 48 here"),
+        ({"patch_size": 8}, "patch_size 4 there, 8 here"),
+        ({"sub_layernorm": False}, "sub_layernorm True there, False here"),
+        (
+            {"text_vocab_size": 60, "tie_word_embeddings": True},
+            "text_vocab_size 50 there, 60 here; tie_word_embeddings",
+        ),
+    ],
+)
+def test_the_rest_is_refused(wanted: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = exported(random_model(SHARED), tmp_path / "w")
+    with pytest.raises(ConfigError, match=f"x holds another model: {message}.*may differ") as caught:
+        AdaptedWeights(PretrainedWeights(path), dataclasses.replace(SHARED, **wanted), "x")
+    assert "max_text_length 20" not in str(caught.value)
+
+
+def test_decoupled_does_not_become_shared(tmp_path: Path) -> None:
+    path = exported(random_model(decoupled()), tmp_path / "w")
+    with pytest.raises(ConfigError, match="layout 'decoupled' there, 'shared' here"):
+        BEiT3.from_pretrained(path, layout="shared")
+
+
+def test_settings_that_change_no_tensor_may_differ(tmp_path: Path) -> None:
+    path = exported(random_model(SHARED), tmp_path / "w")
+    assert changes(SHARED, path, drop_path_rate=0.3, cross_entropy_chunk_size=7) == []
