@@ -19,6 +19,7 @@ from beit3_ds.costs import check_node, host_needs
 from beit3_ds.data import StepDataset, build_heldout_batches, build_train_loader
 from beit3_ds.data.fingerprint import HasFiles
 from beit3_ds.data.heldout_overlap import check_heldout_apart
+from beit3_ds.data.left_out import describe_left_out
 from beit3_ds.data.samples import name_sources
 from beit3_ds.parallel import Mesh, Shared
 from beit3_ds.rank_program import run_rank_program
@@ -108,6 +109,9 @@ def open_inputs(config: RunConfig) -> Inputs:
         dataset = StepDataset(config, text_tokenizer, place.data, data_parallel_size, views)
         heldout = build_heldout_batches(config, text_tokenizer, place.data, data_parallel_size, views)
         sources = dataset.sources() | name_sources("heldout", heldout.streams, config.data)
+        if launch.rank == 0:
+            for line in describe_left_out(sources):
+                print(line, flush=True)
     return Inputs(
         place=place,
         text_tokenizer=text_tokenizer,

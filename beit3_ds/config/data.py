@@ -29,8 +29,8 @@ class SourceConfig:
     """Of images and pairs. `tar`: WebDataset shards; `folder`: image files with captions in .txt files beside them;
     `coco`, `visual_genome` (path: region_descriptions.json, with image_data.json beside it), `sbu`,
     `conceptual_captions` and `conceptual_12m`: the corpora's own annotation files (beit3_ds/data/annotations.py). None:
-    `folder` for a folder, else `tar`. Texts have no format: a name with .jsonl holds one document a line under `text`,
-    any other one paragraph a line in UTF-8, and both may be compressed (.gz, .zst)."""
+    `folder` for a folder, else `tar`. Texts have no format: their names say it
+    (beit3_ds/data/text_formats.py): JSON objects with `text`, else plain UTF-8, compressed or not."""
     images: PathString = ""
     """Folder of the images that an annotation file names; only for formats with such a file."""
     weight: Annotated[float, Range(1e-6, 1e6)] | None = None
@@ -145,7 +145,7 @@ class DataConfig:
             if source.format is not None:
                 raise ConfigError(
                     f"data.texts: source '{source.path}' has the format {source.format}, which is one of images. Leave "
-                    f"it out: how a text is read follows from its name (.jsonl, else plain; .gz, .zst)."
+                    f"it out: how a text is read follows from its name (.jsonl or .json, else plain; .gz, .zst)."
                 )
 
     def blocks(self) -> tuple[int, int] | None:

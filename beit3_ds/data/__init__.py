@@ -5,7 +5,8 @@ In the order of the flow: `shards` (with `tar_members` and `shard_index`), `imag
 `sources` opens what a config names, `order` picks samples, `augmentation` and `masking` prepare them in `samples`,
 `packing` joins them, `steps` makes a rank's share of a step, `loader` and `heldout` serve them. `tokenizer_corpora`
 reads the same files for the training of the two tokenizers; `prepare_index`, `prepare_annotations`, `text_preparation`,
-`statistics` and `contact_sheet` look at them beforehand.
+`statistics`, `heldout_overlap` and `contact_sheet` look at them beforehand. All reads go through `file_reading` or
+`open_files`, which outlast a short failure of the file system; `left_out` says what no sample is made of.
 """
 
 from beit3_ds.data.heldout import HeldoutBatches, build_heldout_batches

@@ -15,6 +15,7 @@ is a broken record.
 """
 
 import contextlib
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 from beit3_ds.config import ConfigError
 from beit3_ds.data.annotated_images import NO_IMAGE, AnnotatedImages, CollectedAnnotations
 from beit3_ds.data.compact_strings import CompactStrings
+from beit3_ds.data.file_reading import open_for_reading
 from beit3_ds.data.image_folder import list_images
 
 _CHUNK = 1 << 20
@@ -166,20 +168,25 @@ def _caption_column(table: str, caption_column: int) -> Iterator[str | None]:
 
 def _lines(path: str) -> Iterator[str]:
     # Bytes: only a newline ends a row, no other separator that Unicode knows; and one bad caption is one bad row.
-    with open(path, "rb") as file:
+    with open_for_reading(path) as file:
         for line in file:
             yield line.rstrip(b"\r\n").decode("utf-8", "surrogateescape")
 
 
 def _load_json(path: str) -> Any:
-    with open(path, encoding="utf-8") as file:
+    with _open_text(path) as file:
         return json.load(file)
+
+
+def _open_text(path: str) -> io.TextIOWrapper:
+    """Opens UTF-8 text, with or without a byte order mark; reads are tried again as `file_reading` says."""
+    return io.TextIOWrapper(open_for_reading(path), encoding="utf-8-sig")
 
 
 def _iterate_json_list(path: str) -> Iterator[Any]:
     """Yields the elements of a list, of which the file may be gigabytes long, in memory for one."""
     decoder = json.JSONDecoder()
-    with open(path, encoding="utf-8") as file:
+    with _open_text(path) as file:
         buffer = file.read(_CHUNK).lstrip()
         if not buffer.startswith("["):
             raise ValueError("it does not start with '['")

@@ -4,6 +4,7 @@ import builtins
 import errno
 import gzip
 import io
+import json
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -13,9 +14,11 @@ from typing import Any
 import pytest
 
 from beit3_ds.data import file_reading
+from beit3_ds.data.annotations import read_coco_captions, read_conceptual_captions
 from beit3_ds.data.file_reading import open_for_reading, read_with_retries
 from beit3_ds.data.image_folder import ImageFolder
 from beit3_ds.data.shards import BrokenRecord, TarShards
+from beit3_ds.data.text_files import BrokenLines, read_paragraphs, whole_file
 from beit3_ds.storage_error import StorageError
 from tests.data.conftest import WriteTar
 
@@ -80,12 +83,23 @@ def test_one_failure_is_outlasted_and_a_lasting_one_ends_the_run(
         (tmp_path / "folder" / name).write_bytes(data)
     tar = TarShards([write_tar(tmp_path / "s.tar", {"a.png": png, "a.txt": b"in a tar"})])
     folder = ImageFolder(str(tmp_path / "folder"))
+    captions = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 1, "caption": "in a list"}]}
+    annotations, rows, text = (str(tmp_path / name) for name in ("c.json", "c.tsv", "t.jsonl"))
+    Path(annotations).write_text(json.dumps(captions), encoding="utf-8-sig")
+    Path(rows).write_text("a caption\thttp://x/0.png\n")
+    Path(text).write_text('{"text": "in a text"}')
+    (tmp_path / "folder/0.png").write_bytes(png)
+    coco = read_coco_captions(annotations, folder.path)
     reads: list[tuple[str, Callable[[], object]]] = [
         (tar.paths[0], lambda: tar.image(0)),
         (tar.paths[0], lambda: tar.caption(0)),
         (tar.paths[0], lambda: TarShards(tar.paths)),
         (folder.path, lambda: folder.image(0)),
         (folder.path, lambda: folder.caption(0)),
+        (folder.path, lambda: coco.image(0)),
+        (annotations, lambda: read_coco_captions(annotations, folder.path)),
+        (rows, lambda: read_conceptual_captions(rows, folder.path, "caption_url")),
+        (text, lambda: list(read_paragraphs(whole_file(text), BrokenLines(0)))),
     ]
     for path, read in reads:
         faulty_reads(path, 1, number)
