@@ -84,7 +84,7 @@ class OpenFiles:
         with self._exclusive():
             found = self._maps.get(path)
             if found is None or len(found) < size:
-                found = _map(path, size)
+                found = map_file(path, size)
                 self._maps.put(path, found)
             return found[:size]
 
@@ -203,16 +203,26 @@ def _read_all(descriptor: int, size: int, offset: int) -> bytes:
     return b"".join(parts)
 
 
-def _map(path: str, size: int) -> NDArray[np.uint8]:
+def map_file(path: str, size: int) -> NDArray[np.uint8]:
+    """Maps the first `size` bytes of a file read-only, without keeping it open.
+
+    Raises:
+        OSError: if the file is missing or shorter.
+    """
     if size == 0:  # nothing cannot be mapped
         return np.empty(0, dtype=np.uint8)
-    if os.stat(path).st_size < size:
-        raise OSError("the file is cut off")
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
+        if os.fstat(descriptor).st_size < size:
+            raise OSError("the file is cut off")
         # Python's own maps keep a duplicate of the descriptor, so thousands of them would exhaust what a process may
-        # open. Private, so that the file may be read-only; nothing is ever written.
-        data = torch.from_file(path, shared=False, size=size, dtype=torch.uint8).numpy()
+        # open. Torch opens by name, and takes no name that is not UTF-8. Private, so that the file may be read-only;
+        # nothing is ever written.
+        name = f"/proc/self/fd/{descriptor}"
+        data = torch.from_file(name, shared=False, size=size, dtype=torch.uint8).numpy()
     except RuntimeError as error:
         raise OSError(f"it cannot be mapped: {str(error).splitlines()[0]}") from error
+    finally:
+        os.close(descriptor)
     data.flags.writeable = False
     return data

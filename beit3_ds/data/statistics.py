@@ -210,5 +210,5 @@ def _examine_texts(paths: list[str], max_examined: int) -> SourceStatistics:
 def _describe_tokens(paths: list[str], prepared_dir: str | None) -> list[str]:
     if prepared_dir is None:
         return []
-    num_tokens = sum(count_tokens(texts_folder(prepared_dir), path) for path in paths)
+    num_tokens = count_tokens(texts_folder(prepared_dir), paths)
     return [f"{num_tokens:,} tokens prepared so far" if num_tokens else "not prepared yet"]

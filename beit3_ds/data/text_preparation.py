@@ -102,8 +102,7 @@ def prepare_texts(
     folder.mkdir(parents=True, exist_ok=True)
     sources = _text_sources(data)
     pieces = [cut_into_pieces(source, piece_bytes) for source in sources]
-    for pieces_of_source in pieces:
-        remove_other_pieces(folder, pieces_of_source)
+    remove_other_pieces(folder, pieces)
     share = [piece for pieces_of_source in pieces for piece in pieces_of_source][part.number - 1 :: part.count]
     separator = data.document_separator
     kept = [done for piece in share if (done := _finished(folder, piece, tokenizer, separator))]

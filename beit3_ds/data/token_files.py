@@ -15,7 +15,7 @@ written aside and renamed, so one that is there is whole.
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from beit3_ds.config import ConfigError
 from beit3_ds.data.files import bounded_name, written_aside
+from beit3_ds.data.open_files import map_file
 from beit3_ds.data.sentences import ParagraphCutter
 from beit3_ds.data.text_files import BrokenLines, TextPiece, read_paragraphs
 from beit3_ds.data.tokenisation import TokenBlock, encode_paragraphs, sequence_starts, token_dtype
@@ -34,6 +35,7 @@ from beit3_ds.tokenizers.text import TextTokenizer
 _MAGIC = b"BEIT3TOK"
 _VERSION = 3  # of the format and of the rule that cuts sequences
 _SUFFIX = ".tokens"
+_BORDERS = -1  # number of the borders' map among those of pieces
 _COPY_NUMBERS = 1 << 18
 _BLOCK_TOKENS = 1 << 20
 _REDO = "Run `beit3 prepare texts CONFIG.json`: it does what is missing or out of date and keeps the rest."
@@ -80,7 +82,7 @@ class TokenPiece(NamedTuple):
 
 def token_path(folder: Path, piece: TextPiece) -> Path:
     """Where the tokens of a piece lie. The digest of the path, as the config has it, parts sources of one name."""
-    return folder / f"{_stem(piece.path)}.{piece.start:012d}{_SUFFIX}"
+    return _piece_path(folder, piece.path, piece.start)
 
 
 def write_tokens(
@@ -129,13 +131,15 @@ def read_token_piece(path: Path) -> TokenPiece:
     return TokenPiece(path, **footer | {"source": TextPiece(*footer["source"]), "broken": tuple(footer["broken"])})
 
 
-def count_tokens(folder: Path, source: str) -> int:
-    """Tokens of a source file in the token files that are there so far.
+def count_tokens(folder: Path, sources: Iterable[str]) -> int:
+    """Tokens of source files in the token files that are there so far.
 
     Raises:
         ConfigError: if one of them is damaged.
     """
-    return sum(read_token_piece(folder / name).num_tokens for name in _names(folder, source))
+    names = _names(folder)
+    found = (name for source in sources for name in names.get(_stem(source), ()))
+    return sum(read_token_piece(folder / name).num_tokens for name in found)
 
 
 def find_token_pieces(
@@ -148,8 +152,9 @@ def find_token_pieces(
     """
     status, end = os.stat(source), 0
     pieces: list[TokenPiece] = []
-    for name in sorted(_names(folder, source)):
-        piece = read_token_piece(folder / name)
+    # Each piece says where the next one starts, so the folder, which holds those of all sources, is never listed.
+    while (not pieces or end < status.st_size) and (path := _piece_path(folder, source, end)).exists():
+        piece = read_token_piece(path)
         if piece.tokenizer != tokenizer.fingerprint:
             raise ConfigError(f"data: {piece.path} was made with another text tokenizer. {_REDO}")
         if piece.document_separator != document_separator:
@@ -162,9 +167,10 @@ def find_token_pieces(
                 f"data: {piece.path} was made when {source} had {piece.source_size} bytes and mtime_ns "
                 f"{piece.source_mtime_ns}; now they are {status.st_size} and {status.st_mtime_ns}. {_REDO}"
             )
-        if piece.source.start == end:  # others are left from another cut of the file
-            pieces.append(piece)
-            end = piece.source.stop
+        if pieces and piece.source.stop <= end:
+            break  # it would follow itself
+        pieces.append(piece)
+        end = piece.source.stop
     if not pieces or end != status.st_size:
         raise ConfigError(
             f"data: {folder} holds no tokens of {source} from byte {end} of {status.st_size}; they are not prepared, "
@@ -173,12 +179,14 @@ def find_token_pieces(
     return pieces
 
 
-def remove_other_pieces(folder: Path, pieces: Sequence[TextPiece]) -> None:
-    """Deletes token files of a source that lie at other bytes than `pieces`, left from when it was larger."""
-    kept = {token_path(folder, piece).name for piece in pieces}
-    for name in _names(folder, pieces[0].path):
-        if name not in kept:
-            (folder / name).unlink(missing_ok=True)
+def remove_other_pieces(folder: Path, sources: Iterable[Sequence[TextPiece]]) -> None:
+    """Deletes token files of sources that lie at other bytes than their pieces, left from when a source was larger."""
+    names = _names(folder)
+    for pieces in sources:
+        kept = {token_path(folder, piece).name for piece in pieces}
+        for name in names.get(_stem(pieces[0].path), ()):
+            if name not in kept:
+                (folder / name).unlink(missing_ok=True)
 
 
 def write_borders(
@@ -203,8 +211,8 @@ def write_borders(
 class PreparedText:
     """The sequences of one source file, read from its token files.
 
-    Nothing is loaded: ids and borders are mapped, so all processes of a machine share what the system has cached. A
-    pickled copy maps the files anew.
+    Nothing is loaded: ids and borders are mapped at their first use, so all processes of a machine share what the
+    system has cached. Maps keep no file open. A pickled copy maps the files anew.
     """
 
     def __init__(
@@ -234,7 +242,8 @@ class PreparedText:
         if footer["pieces"] != _fingerprint(self._pieces):
             raise ConfigError(f"data: {self._borders_path} is older than the token files beside it. {_REDO}")
         self._num_borders: int = footer["count"]
-        self._open_maps()
+        self._piece_starts = np.cumsum([0, *(piece.num_tokens for piece in self._pieces)])
+        self._maps: dict[int, NDArray[np.generic]] = {}
 
     def __len__(self) -> int:
         """Sequences in the source."""
@@ -242,43 +251,48 @@ class PreparedText:
 
     def ids(self, index: int) -> NDArray[np.generic]:
         """The ids of a sequence, without BOS; the last one is EOS if a document ends there."""
-        start, stop = (int(border) for border in self._borders[index : index + 2])
+        start, stop = (int(border) for border in self._borders()[index : index + 2])
         parts = []
         number = int(np.searchsorted(self._piece_starts, start, side="right")) - 1
         while start < stop:
             first = int(self._piece_starts[number])
-            part = self._tokens[number][start - first : stop - first]
+            part = self._tokens(number)[start - first : stop - first]
             parts.append(part)
             start += len(part)
             number += 1
         return np.concatenate(parts)
 
-    def _open_maps(self) -> None:
-        self._borders = _map(self._borders_path, "<i8", 0, self._num_borders)
-        self._tokens = [piece.tokens() for piece in self._pieces]
-        self._piece_starts = np.cumsum([0, *(piece.num_tokens for piece in self._pieces)])
+    def _borders(self) -> NDArray[np.generic]:
+        if _BORDERS not in self._maps:
+            self._maps[_BORDERS] = _map(self._borders_path, "<i8", 0, self._num_borders)
+        return self._maps[_BORDERS]
+
+    def _tokens(self, number: int) -> NDArray[np.generic]:
+        if number not in self._maps:
+            self._maps[number] = self._pieces[number].tokens()
+        return self._maps[number]
 
     def __getstate__(self) -> dict[str, Any]:
         # NumPy would pickle a map as a copy of all it shows.
-        return {name: value for name, value in vars(self).items() if name not in ("_borders", "_tokens")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._open_maps()
+        return vars(self) | {"_maps": {}}
 
 
 def _stem(source: str) -> str:
     return f"{bounded_name(Path(source).name)}-{hashlib.blake2b(os.fsencode(source), digest_size=6).hexdigest()}"
 
 
-def _names(folder: Path, source: str) -> list[str]:
-    """Names of the token files of a source."""
-    prefix = f"{_stem(source)}."
-    if not folder.is_dir():
-        return []
-    return [
-        entry.name for entry in os.scandir(folder) if entry.name.startswith(prefix) and entry.name.endswith(_SUFFIX)
-    ]
+def _piece_path(folder: Path, source: str, start: int) -> Path:
+    return folder / f"{_stem(source)}.{start:012d}{_SUFFIX}"
+
+
+def _names(folder: Path) -> dict[str, list[str]]:
+    """Names of all token files, by the stem that those of one source share."""
+    names: dict[str, list[str]] = {}
+    if folder.is_dir():
+        for entry in os.scandir(folder):
+            if entry.name.endswith(_SUFFIX):
+                names.setdefault(entry.name.rsplit(".", 2)[0], []).append(entry.name)
+    return names
 
 
 def _borders_path(folder: Path, source: str, length: int) -> Path:
@@ -308,9 +322,7 @@ def _blocks(pieces: Sequence[TokenPiece]) -> Iterator[TokenBlock]:
 
 
 def _map(path: Path, dtype: str, offset: int, count: int) -> NDArray[np.generic]:
-    if count == 0:  # nothing cannot be mapped
-        return np.empty(0, dtype=dtype)
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))
+    return map_file(str(path), offset + count * np.dtype(dtype).itemsize)[offset:].view(dtype)
 
 
 def _aligned(offset: int) -> int:

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pickle
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from beit3_ds.data.text_preparation import Part, prepare_texts
 from beit3_ds.data.texts import TextSequences
 from beit3_ds.data.token_files import find_token_pieces
 from beit3_ds.tokenizers.text import TextTokenizer, train_text_tokenizer
+from tests.data.conftest import BuildConfig
 
 WORDS = ("red", "bird", "sits", "left", "of", "two", "green", "boats", "near", "water", "old", "trees", "in", "snow")
 PIECE = 500  # bytes: some dozens of pieces
@@ -234,3 +236,29 @@ def test_a_part_is_i_of_n(text: str) -> None:
 def test_a_folder_must_be_named(corpus: str, tokenizer: TextTokenizer) -> None:
     with pytest.raises(ConfigError, match=r"data\.prepared_dir is not set"):
         prepare_texts(data_config(corpus, None), tokenizer)
+
+
+def test_opening_many_prepared_texts_lists_no_folder_and_keeps_none_open(
+    tmp_path: Path, tokenizer: TextTokenizer, build_config: BuildConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(60):
+        (tmp_path / f"{number:02d}.txt").write_text("red bird sits left of two green boats. " * 3)
+    files = {"texts": str(tmp_path / "*.txt")}
+    data = build_config(files=files, data={"prepared_dir": str(tmp_path)}).data
+    prepare_texts(data, tokenizer, processes=1)
+    listed: list[object] = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path=".": (listed.append(str(path)), scandir(path))[1])
+    before = len(scandir_names("/proc/self/fd", scandir))
+    sequences = TextSequences([str(tmp_path / "*.txt")], tokenizer, data.text_length, str(tmp_path))
+    copy = pickle.loads(pickle.dumps(sequences))
+    for one in (sequences, copy):
+        assert [len(one[i]) for i in range(len(one))]
+    # catches one listing of all token files per source, which takes minutes for ten thousand of them
+    assert not [path for path in listed if path.endswith("texts")]
+    # catches maps that keep a descriptor each: 1,000 pieces, 64 GB of text, would exhaust the usual limit
+    assert len(scandir_names("/proc/self/fd", scandir)) <= before + 2
+
+
+def scandir_names(folder: str, scandir: Callable[[str], Iterable[os.DirEntry[str]]]) -> list[str]:
+    return [entry.name for entry in scandir(folder)]
