@@ -69,7 +69,7 @@ class ImageSamples:
 
     def identity(self, index: int) -> bytes:
         """Name of a sample in its file or folder; see `numbering.Numbered`."""
-        return os.path.basename(self.source.name(index)).encode()
+        return os.path.basename(self.source.name(index)).encode("utf-8", "surrogatepass")
 
     def prepare(self, index: int, key: SampleKey) -> ImageSample:
         """Reads sample `index` of the source and draws its crop and its mask by `key`.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -133,6 +134,15 @@ def test_inserted_and_exchanged_files_are_noticed(
     assert len(lines) == 2
     assert all("numbered otherwise" in line and "repeats" in line for line in lines)
     assert {line.split(":")[0] for line in lines} == {"data.images", "data.texts"}
+
+
+def test_names_that_are_not_utf8_have_a_position(
+    build_config: BuildConfig, tokenizer: TextTokenizer, tmp_path: Path, write_tar: WriteTar, png: bytes
+) -> None:
+    write_tar(tmp_path / os.fsdecode(b"images-\xff.tar"), {f"{i}.png": png for i in range(4)})
+    config = build_config(files={"images": str(tmp_path / "images-*.tar")})
+    dataset = StepDataset(config, tokenizer, 0, 1)
+    assert dataset.order.resume(2, _data_after(dataset, 2), _plain(config)) == []
 
 
 def test_a_stream_that_is_left_out_keeps_its_place(build_config: BuildConfig, tokenizer: TextTokenizer) -> None:
