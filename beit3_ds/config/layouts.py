@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from beit3_ds.config.parallel import ParallelConfig
 from beit3_ds.config.run import RunConfig
+from beit3_ds.config.step_shares import BATCH_KEYS
 from beit3_ds.config.strict import ConfigError
 
 _SUGGESTIONS = 3
@@ -25,17 +26,20 @@ def check_layout(config: RunConfig, world_size: int) -> int:
         ConfigError: with the rule that is broken and the nearest layouts on as many ranks that break none.
     """
     try:
-        return _check(config, world_size)
+        data_parallel_size = _check(config, world_size)
     except ConfigError as error:
         near = [_describe(layout, world_size) for layout in nearest_layouts(config, world_size)]
         hint = "\n  ".join(["Nearest layouts that fit:", *near]) if near else "No layout of this model and step fits."
         raise ConfigError(f"{error}\n{world_size} ranks. {hint}") from None
+    # Another layout is no remedy for a wrong number in the file.
+    config.step_shares(data_parallel_size).check_batch_keys(config.deepspeed)
+    return data_parallel_size
 
 
 def fits_layout(config: RunConfig, world_size: int) -> bool:
     """Whether `check_layout` would accept as many ranks; faster than its refusals."""
     try:
-        _check(config, world_size)
+        config.step_shares(_check(config, world_size)).check_batch_keys(config.deepspeed)
     except ConfigError:
         return False
     return True
@@ -43,7 +47,9 @@ def fits_layout(config: RunConfig, world_size: int) -> bool:
 
 def nearest_layouts(config: RunConfig, world_size: int) -> list[RunConfig]:
     """The run on other layouts of `world_size` ranks that fit, nearest first, three at most."""
-    fitting = [candidate for candidate in _candidates(config, world_size) if fits_layout(candidate, world_size)]
+    keys = {key: value for key, value in config.deepspeed.items() if key not in BATCH_KEYS}
+    asked = dataclasses.replace(config, deepspeed=keys)
+    fitting = [candidate for candidate in _candidates(asked, world_size) if fits_layout(candidate, world_size)]
     return sorted(fitting, key=lambda candidate: _distance(config, candidate, world_size))[:_SUGGESTIONS]
 
 

@@ -51,14 +51,14 @@ class RunConfig:
         """Divides every stream's samples per step over ranks and micro-batches, as evenly as possible.
 
         Raises:
-            ConfigError: if there are fewer samples than ranks, or DeepSpeed's own batch sizes say something else.
+            ConfigError: if there are fewer samples than ranks.
         """
         shares = StepShares(
             samples=MicroBatchSize(*(stream.samples_per_step for stream in self.data.streams().values())),
             num_ranks=data_parallel_size,
             num_micro_batches=self.gradient_accumulation_steps,
         )
-        shares.check(self.deepspeed)
+        shares.check_ranks()
         return shares
 
     def check_engine(self) -> None:

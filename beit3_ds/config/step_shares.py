@@ -6,6 +6,9 @@ from typing import Any, NamedTuple
 
 from beit3_ds.config.strict import ConfigError
 
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu")
+"""DeepSpeed's keys that follow from the streams and the layout."""
+
 
 class MicroBatchSize(NamedTuple):
     """Samples of each stream in one micro-batch of one rank."""
@@ -79,21 +82,29 @@ class StepShares:
                 starts = [start + count for start, count in zip(starts, size, strict=True)]
         return found
 
-    def check(self, deepspeed: Mapping[str, Any]) -> None:
-        """Refuses ranks without a sample, and DeepSpeed's own batch sizes where they contradict the streams.
-
-        Args:
-            deepspeed: the run's DeepSpeed keys.
+    def check_ranks(self) -> None:
+        """Refuses ranks without a sample.
 
         Raises:
             ConfigError: with the values, the rule and a way out.
         """
-        total, parts = sum(self.samples), self.num_ranks * self.num_micro_batches
+        total = sum(self.samples)
         if total < self.num_ranks:
             raise ConfigError(
                 f"data: {total} samples per step are fewer than the {self.num_ranks} data-parallel ranks, so some "
                 f"ranks would have none. Raise data.*.samples_per_step, or use at most {total} data-parallel ranks."
             )
+
+    def check_batch_keys(self, deepspeed: Mapping[str, Any]) -> None:
+        """Refuses DeepSpeed's own batch sizes where they contradict the streams, whatever the layout.
+
+        Args:
+            deepspeed: the run's DeepSpeed keys.
+
+        Raises:
+            ConfigError: with the values, and that the key is to be left out.
+        """
+        total, parts = sum(self.samples), self.num_ranks * self.num_micro_batches
         division = f"{total} samples per step / ({self.num_ranks} ranks x {self.num_micro_batches} micro-batches)"
         given = deepspeed.get("train_batch_size", total)
         if given != total:

@@ -144,7 +144,7 @@ def expand_home(path: str, where: str) -> str:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Parses JSON as its standard has it: no NaN, no infinity, no key twice in one object.
+    """Parses JSON without a key twice in one object; NaN and infinities pass, so that their keys can be named.
 
     Raises:
         ConfigError: saying what is wrong, and where in the text.
@@ -159,7 +159,7 @@ def parse_json_or_text(text: str, where: str) -> Any:
     """Parses JSON, or returns the text itself where it is none, so that words need no quotes.
 
     Raises:
-        ConfigError: for NaN, infinities and other values that JSON does not have.
+        ConfigError: for a key twice in one object, and what else `parse_json` refuses but words.
     """
     try:
         return _parse(text, where)
@@ -169,7 +169,7 @@ def parse_json_or_text(text: str, where: str) -> Any:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+        return json.loads(text, object_pairs_hook=_without_duplicates)
     except json.JSONDecodeError:
         raise
     except ConfigError as error:
@@ -204,10 +204,6 @@ def check_plain(value: Any, where: str) -> None:
 def _check_string(value: str, where: str) -> None:
     if any(character < " " or character == "\x7f" or "\ud800" <= character <= "\udfff" for character in value):
         raise ConfigError(f"{where}: {show(value)} holds characters that no path or name can have. Remove them.")
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ConfigError(f"{name} is no number of JSON. A finite number is needed.")
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

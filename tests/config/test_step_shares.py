@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beit3_ds.config import ConfigError, MicroBatchSize, StepShares, build_run_config, fits_layout
+from beit3_ds.config import ConfigError, MicroBatchSize, StepShares, build_run_config, check_layout, fits_layout
 from tests.run_config import small_run_mapping
 
 
@@ -77,14 +77,17 @@ def test_the_engine_is_told_the_largest_share(ranks: int) -> None:
 )
 def test_batch_sizes_that_cannot_be(keys: dict[str, int], ranks: int, message: str) -> None:
     config = build_run_config(small_run_mapping(1, samples=(8, 8, 8)) | keys)
-    with pytest.raises(ConfigError, match=message):
-        config.step_shares(ranks)
+    with pytest.raises(ConfigError, match=message) as caught:
+        check_layout(config, ranks)
+    # Other layouts are offered where they help: a wrong number in the file fits none.
+    assert ("layout" in str(caught.value).lower()) is not bool(keys)
 
 
 def test_batch_sizes_that_hold() -> None:
     keys = {"train_batch_size": 24, "train_micro_batch_size_per_gpu": 12}
     config = build_run_config(small_run_mapping(1, samples=(8, 8, 8)) | keys)
-    assert config.step_shares(2).is_even
+    assert check_layout(config, 2) == 2 and config.step_shares(2).is_even
+    assert not fits_layout(config, 3)
 
 
 @pytest.mark.parametrize(
