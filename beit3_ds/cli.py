@@ -171,8 +171,10 @@ def _check(options: argparse.Namespace) -> int:
 
     config = load_run_config(options.config, options.set)
     from beit3_ds.costs import NodeSize
+    from beit3_ds.data.heldout_overlap import check_heldout_apart
     from beit3_ds.training.dry_run import describe_run
 
+    check_heldout_apart(config.data, must_exist=False)  # the data may lie on other machines
     memory, shm = (None if gib is None else int(gib * 2**30) for gib in (options.node_memory, options.node_shm))
     node = NodeSize(memory=memory, shm=shm)
     print(describe_run(config, options.world_size, options.ranks_per_node, node, options.step_seconds))

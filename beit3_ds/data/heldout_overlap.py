@@ -12,11 +12,15 @@ from beit3_ds.data.sources import image_format
 _GROUPS = (("images", "pairs"), ("texts",))  # streams that can share files
 
 
-def check_heldout_apart(data: DataConfig) -> None:
+def check_heldout_apart(data: DataConfig, must_exist: bool = True) -> None:
     """Refuses held-out files that are also trained on, whatever patterns or links name them.
 
     Files are compared by device and inode. Images and pairs are compared with each other, too: an image that is trained
     on alone is no longer held out with its caption. A folder is refused inside another one. Copies are not seen.
+
+    Args:
+        data: names the files.
+        must_exist: refuse patterns without a match, too; else they count as no files.
 
     Raises:
         ConfigError: naming both files, or a pattern without a match.
@@ -27,12 +31,12 @@ def check_heldout_apart(data: DataConfig) -> None:
         heldout = {
             identity: path
             for name in names
-            for identity, path in _identified(streams[name].heldout, is_text=name == "texts")
+            for identity, path in _identified(streams[name].heldout, name == "texts", must_exist)
         }
         folders = [path for path in heldout.values() if os.path.isdir(path)]
         trained = [(name, streams[name].train) for name in names if streams[name].samples_per_step]
         for name, sources in trained if heldout else ():
-            for identity, path in _identified(sources, is_text=name == "texts"):
+            for identity, path in _identified(sources, name == "texts", must_exist):
                 if identity in heldout:
                     raise _overlap(path, heldout[identity], "are the same")
                 for folder in folders if os.path.isdir(path) else ():
@@ -40,11 +44,19 @@ def check_heldout_apart(data: DataConfig) -> None:
                         raise _overlap(path, folder, "lie in one another")
 
 
-def _identified(sources: Sequence[SourceConfig], is_text: bool) -> Iterator[tuple[tuple[int, int], str]]:
+def _identified(
+    sources: Sequence[SourceConfig], is_text: bool, must_exist: bool
+) -> Iterator[tuple[tuple[int, int], str]]:
     """What sources are read from, with device and inode; of annotated images the annotations."""
     for source in sources:
-        is_pattern = is_text or image_format(source) == "tar"
-        for path in expand_patterns([source.path]) if is_pattern else [source.path]:
+        paths = [source.path]
+        if is_text or image_format(source) == "tar":
+            try:
+                paths = expand_patterns(paths)
+            except ConfigError:
+                if must_exist:
+                    raise
+        for path in paths:
             try:
                 status = read_with_retries(lambda path=path: os.stat(path), path)  # type: ignore[misc]
             except OSError:  # who opens it says so

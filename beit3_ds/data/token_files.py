@@ -15,7 +15,7 @@ written aside and renamed, so one that is there is whole.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from beit3_ds.config import ConfigError
+from beit3_ds.data.file_reading import read_with_retries, storage_error
 from beit3_ds.data.files import bounded_name, written_aside
 from beit3_ds.data.open_files import map_file
 from beit3_ds.data.sentences import ParagraphCutter
@@ -250,7 +251,11 @@ class PreparedText:
         return self._num_borders - 1
 
     def ids(self, index: int) -> NDArray[np.generic]:
-        """The ids of a sequence, without BOS; the last one is EOS if a document ends there."""
+        """Reads the ids of a sequence, without BOS; the last one is EOS if a document ends there.
+
+        Raises:
+            StorageError: if a file cannot be mapped. One that fails later, while its map is read, ends the process.
+        """
         start, stop = (int(border) for border in self._borders()[index : index + 2])
         parts = []
         number = int(np.searchsorted(self._piece_starts, start, side="right")) - 1
@@ -264,17 +269,27 @@ class PreparedText:
 
     def _borders(self) -> NDArray[np.generic]:
         if _BORDERS not in self._maps:
-            self._maps[_BORDERS] = _map(self._borders_path, "<i8", 0, self._num_borders)
+            path, count = self._borders_path, self._num_borders
+            self._maps[_BORDERS] = _map_with_retries(path, lambda: _map(path, "<i8", 0, count))
         return self._maps[_BORDERS]
 
     def _tokens(self, number: int) -> NDArray[np.generic]:
         if number not in self._maps:
-            self._maps[number] = self._pieces[number].tokens()
+            piece = self._pieces[number]
+            self._maps[number] = _map_with_retries(piece.path, piece.tokens)
         return self._maps[number]
 
     def __getstate__(self) -> dict[str, Any]:
         # NumPy would pickle a map as a copy of all it shows.
         return vars(self) | {"_maps": {}}
+
+
+def _map_with_retries(path: Path, open_map: Callable[[], NDArray[np.generic]]) -> NDArray[np.generic]:
+    """Maps a file that was there when the run started: what cannot be mapped any more is a fault of its storage."""
+    try:
+        return read_with_retries(open_map, str(path), file_errors=frozenset())
+    except OSError as error:  # without a number: the file was cut off
+        raise storage_error(str(path), error, attempts=1) from error
 
 
 def _stem(source: str) -> str:

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import pickle
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,13 +14,17 @@ from typing import Any
 
 import pytest
 
+from beit3_ds.config import DataConfig, SourceConfig, StreamConfig
 from beit3_ds.data import file_reading
 from beit3_ds.data.annotations import read_coco_captions, read_conceptual_captions
 from beit3_ds.data.file_reading import open_for_reading, read_with_retries
 from beit3_ds.data.image_folder import ImageFolder
 from beit3_ds.data.shards import BrokenRecord, TarShards
 from beit3_ds.data.text_files import BrokenLines, read_paragraphs, whole_file
+from beit3_ds.data.text_preparation import prepare_texts
+from beit3_ds.data.texts import TextSequences
 from beit3_ds.storage_error import StorageError
+from beit3_ds.tokenizers.text import TextTokenizer
 from tests.data.conftest import WriteTar
 
 FaultyReads = Callable[[str, int, int], None]
@@ -76,7 +81,12 @@ TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOTC
 
 @pytest.mark.parametrize("number", TRANSIENT, ids=errno.errorcode.get)
 def test_one_failure_is_outlasted_and_a_lasting_one_ends_the_run(
-    tmp_path: Path, write_tar: WriteTar, png: bytes, faulty_reads: FaultyReads, number: int
+    tmp_path: Path,
+    write_tar: WriteTar,
+    png: bytes,
+    tokenizer: TextTokenizer,
+    faulty_reads: FaultyReads,
+    number: int,
 ) -> None:
     (tmp_path / "folder").mkdir()
     for name, data in (("a.png", png), ("a.txt", b"in a folder")):
@@ -89,6 +99,13 @@ def test_one_failure_is_outlasted_and_a_lasting_one_ends_the_run(
     Path(rows).write_text("a caption\thttp://x/0.png\n")
     Path(text).write_text('{"text": "in a text"}')
     (tmp_path / "folder/0.png").write_bytes(png)
+    none = StreamConfig(train=(), samples_per_step=0)
+    texts = StreamConfig(train=(SourceConfig(path=text),), samples_per_step=1)
+    prepared = str(tmp_path / "prepared")
+    prepare_texts(
+        DataConfig(images=none, pairs=none, texts=texts, prepared_dir=prepared, text_length=16), tokenizer, processes=1
+    )
+    sequences = TextSequences([text], tokenizer, 16, prepared)
     coco = read_coco_captions(annotations, folder.path)
     reads: list[tuple[str, Callable[[], object]]] = [
         (tar.paths[0], lambda: tar.image(0)),
@@ -99,6 +116,7 @@ def test_one_failure_is_outlasted_and_a_lasting_one_ends_the_run(
         (folder.path, lambda: coco.image(0)),
         (annotations, lambda: read_coco_captions(annotations, folder.path)),
         (rows, lambda: read_conceptual_captions(rows, folder.path, "caption_url")),
+        (f"{prepared}/texts/t.jsonl", lambda: pickle.loads(pickle.dumps(sequences))[0]),
         (text, lambda: list(read_paragraphs(whole_file(text), BrokenLines(0)))),
     ]
     for path, read in reads:

@@ -1,13 +1,16 @@
 """Held-out files that are trained on are refused, whatever names them."""
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
+from beit3_ds import cli
 from beit3_ds.config import ConfigError, DataConfig, SourceConfig, StreamConfig
 from beit3_ds.data.heldout_overlap import check_heldout_apart
+from tests.run_config import quickstart_mapping
 
 Files = Mapping[str, tuple[Sequence[str], Sequence[str]]]
 
@@ -78,3 +81,20 @@ def test_other_files_are_accepted(folder: Path, files: Files) -> None:
 
 def test_a_stream_that_is_left_out_trains_on_nothing(folder: Path) -> None:
     check_heldout_apart(_config(folder, samples_per_step=0, images=(["a.tar"], ["a.tar"])))
+
+
+def test_files_that_are_not_there_are_no_overlap(folder: Path) -> None:
+    config = _config(folder, images=(["gone-*.tar"], ["gone-*.tar"]), texts=(["a.txt"], ["hard.txt"]))
+    with pytest.raises(ConfigError, match="no file matches"):
+        check_heldout_apart(config)
+    with pytest.raises(ConfigError, match="are the same"):
+        check_heldout_apart(config, must_exist=False)
+    check_heldout_apart(_config(folder, images=(["gone.tar"], ["gone.tar"])), must_exist=False)
+
+
+def test_check_refuses_a_shared_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = quickstart_mapping()
+    content["beit3_ds"]["data"]["texts"] |= {"train": [str(folder / "a.txt")], "heldout": [str(folder / "hard.txt")]}
+    (folder / "run.json").write_text(json.dumps(content))
+    assert cli.main(["check", str(folder / "run.json")]) == 2
+    assert "are the same" in capsys.readouterr().err

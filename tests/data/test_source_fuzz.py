@@ -30,7 +30,7 @@ from beit3_ds.data.shard_index import scan_shard
 from beit3_ds.data.shards import TarShards
 from beit3_ds.data.text_files import BrokenLines, cut_into_pieces, read_paragraphs
 
-FAST, SLOW = 60, 3000  # cases
+FAST, SLOW = 60, 1000  # cases
 fast_and_slow = pytest.mark.parametrize(
     "cases", [FAST, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["fast", "slow"]
 )
