@@ -41,6 +41,13 @@ def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     )
     kernels.add_argument("--csv", metavar="FILE", help="also write all figures, with device and versions, to FILE")
     kernels.set_defaults(run=_bench_kernels)
+    precision = benches.add_parser(
+        "precision", help="error of bf16 gradients: bf16 or fp32 residual stream, bf16 or fp32 sums of micro-batches"
+    )
+    precision.add_argument("--layers", type=int, default=40, metavar="N", help="blocks of the model (default: 40)")
+    precision.add_argument("--width", type=int, default=64, metavar="D", help="of the stream (default: 64)")
+    precision.add_argument("--micro-batches", type=int, default=32, metavar="N", help="of a step (default: 32)")
+    precision.set_defaults(run=_bench_precision)
     parallel = benches.add_parser(
         "parallel", help="a step on two ranks of one thread beside one process of two threads, and where the rest goes"
     )
@@ -106,6 +113,17 @@ def _bench_kernels(options: argparse.Namespace) -> int:
     dtype = dtypes[options.dtype or ("bf16" if has_gpu else "fp32")]
     sizes = options.size or (["base", "giant"] if has_gpu else ["base"])
     print(benchmark_kernels(sizes, samples, dtype, options.model, options.csv))
+    return 0
+
+
+def _bench_precision(options: argparse.Namespace) -> int:
+    from beit3_ds.benchmarks.precision import benchmark_precision
+    from beit3_ds.config.strict import check_range
+
+    check_range("--layers", options.layers, 3)
+    check_range("--width", options.width, 4)
+    check_range("--micro-batches", options.micro_batches, 1)
+    print(benchmark_precision(options.layers, options.width, options.micro_batches))
     return 0
 
 

@@ -59,16 +59,22 @@ def forward(
     return y_TD
 
 
-def backward(dy_TD: Tensor, stops: Sequence[int], factor_T: Tensor | None, tiling: RowTiling) -> tuple[Tensor, Tensor]:
+def backward(
+    dy_TD: Tensor, stops: Sequence[int], factor_T: Tensor | None, tiling: RowTiling, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Launches the backward kernel and the sums over programs; no atomics, so the result is the same every time.
 
     Args:
         dy_TD: contiguous; as in `forward`, like the rest.
+        stops: where each expert's rows end.
+        factor_T: contiguous, or None.
+        tiling: how to compile.
+        dtype: of the results, which is the branch's.
 
     Returns:
-        d_partial_TD, without rows if it is dy itself; the gradients of the biases, (E, D).
+        d_partial_TD, without rows if all factors are 1; the gradients of the biases, (E, D).
     """
-    d_partial_TD = torch.empty_like(dy_TD if factor_T is not None else dy_TD[:0])
+    d_partial_TD = torch.empty_like(dy_TD if factor_T is not None else dy_TD[:0], dtype=dtype)
     programs = deal_rows(stops, tiling.backward_programs)
     sum_1PD = dy_TD.new_empty(1, programs.num_programs, dy_TD.shape[1], dtype=torch.float32)
     check_rows(dy_TD, *([] if factor_T is None else [factor_T]))
@@ -84,7 +90,7 @@ def backward(dy_TD: Tensor, stops: Sequence[int], factor_T: Tensor | None, tilin
             FACTOR=factor_T is not None,
             num_warps=tiling.num_warps,
         )
-    return d_partial_TD, sum_partials(sum_1PD, programs, len(stops), dy_TD.dtype)[0]
+    return d_partial_TD, sum_partials(sum_1PD, programs, len(stops), dtype)[0]
 
 
 def variants(architecture: int) -> list[Variant]:
@@ -98,7 +104,17 @@ def variants(architecture: int) -> list[Variant]:
         ("fp16", 1408),
         ("fp32", 768),
     ]
-    return [
+    # With a float32 residual stream it and its gradient are float32, as are the factors.
+    stream = dict.fromkeys(("residual_ptr", "factor_ptr", "y_ptr", "dy_ptr"), "fp32")
+    mixed = [
+        build_row_variant(
+            architecture, "add_branch", kernel, "bf16", width, {"FACTOR": factor}, f"{note} fp32 stream", stream
+        )
+        for width in (768, 1024, 1408)
+        for kernel in (forward_kernel, backward_kernel)
+        for factor, note in ((True, ""), (False, " alone"))
+    ]
+    return mixed + [
         build_row_variant(architecture, "add_branch", kernel, *case, {"FACTOR": factor}, "" if factor else " alone")
         for case in cases
         for kernel in (forward_kernel, backward_kernel)

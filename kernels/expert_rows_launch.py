@@ -2,7 +2,8 @@
 
 # T packed rows, D width, E experts (at most 3), P programs, S kinds of sums.
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -101,7 +102,14 @@ def sum_partials(partial_SPD: Tensor, programs: RowPrograms, num_experts: int, d
 
 
 def build_row_variant(
-    architecture: int, op: str, kernel: Any, element: str, width: int, constants: dict[str, Any], note: str = ""
+    architecture: int,
+    op: str,
+    kernel: Any,
+    element: str,
+    width: int,
+    constants: dict[str, Any],
+    note: str = "",
+    elements: Mapping[str, str] = MappingProxyType({}),
 ) -> Variant:
     """A kernel that streams rows, as it is compiled for one dtype and width.
 
@@ -113,11 +121,13 @@ def build_row_variant(
         width: D.
         constants: what it is specialised on beside `row_constants`.
         note: ends the name of the variant.
+        elements: of the pointers that have another dtype, by argument.
     """
     tiling = choose_row_tiling(architecture, width)
     values = {**row_constants(width, tiling), **constants}
     types = {name: f"*{element}" for name in kernel.arg_names if name.endswith("_ptr")}
     types |= {name: "*fp32" for name in ("statistics_ptr", "partial_sum_ptr") if name in types}
+    types |= {name: f"*{own}" for name, own in elements.items() if name in types}
     types |= {name: "i32" for name in kernel.arg_names if name not in types and name not in values}
     return build_variant(
         f"{op} {kernel.__name__.removesuffix('_kernel')} {element} D={width}{note}",

@@ -94,10 +94,10 @@ def out_projection(
         slices: row range of each expert.
         weights: one (D, F) matrix an expert.
         biases: one (D,) vector an expert; empty for none.
-        residual_TD: what is added last, or None.
+        residual_TD: what is added last, whose dtype y gets, or None.
         factor_T: drop-path's factor of each row, of any floating dtype, or None.
     """
-    y_TD = a_TF.new_empty(a_TF.shape[0], weights[0].shape[0])
+    y_TD = (a_TF if residual_TD is None else residual_TD).new_empty(a_TF.shape[0], weights[0].shape[0])
     mean_T, rstd_T, scales, shifts = norm or (a_TF, a_TF, (a_TF,), (a_TF,))
     tensors = (
         a_TF,
@@ -212,11 +212,16 @@ def variants(architecture: int) -> list[Variant]:
             for tiles in choices if is_giant and name != "linear" else choices[:1]:
                 common = is_common and tiles == choices[0]
                 result.append(_build_variant(f"{name} {element}", kernel, element, constants, tiles, common))
+                if name == "out_projection" and element == "bf16" and tiles == choices[0]:
+                    label = f"{name} {element} fp32 stream"
+                    result.append(_build_variant(label, kernel, element, constants, tiles, False, _FLOAT32_STREAM))
     return result
 
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _COMMON = ("out_projection", "weight_gradient")
+_FLOAT32_STREAM = ("residual_ptr", "factor_ptr", "y_ptr")
+"""Arguments of the projection that are float32 with a float32 residual stream."""
 _STATISTICS = ("mean_ptr", "rstd_ptr", "means_ptr", "squares_ptr")
 
 
@@ -235,12 +240,18 @@ def _build_cases(hidden: int, ffn_hidden: int) -> list[tuple[str, Any, dict[str,
 
 
 def _build_variant(
-    name: str, kernel: Any, element: str, constants: dict[str, int], tiles: Tiles, is_common: bool
+    name: str,
+    kernel: Any,
+    element: str,
+    constants: dict[str, int],
+    tiles: Tiles,
+    is_common: bool,
+    float32: Sequence[str] = (),
 ) -> Variant:
     config = _build_config(tiles)
     values = {**constants, **config.kwargs, "GROUP": GROUP}
     types = {argument: f"*{element}" for argument in kernel.arg_names if argument.endswith("_ptr")}
-    types |= {argument: "*fp32" for argument in types if argument in _STATISTICS}
+    types |= {argument: "*fp32" for argument in types if argument in (*_STATISTICS, *float32)}
     types |= dict.fromkeys(("stop_0", "stop_1", "stop_2"), "i32")
     out_width, in_width = (value for key, value in constants.items() if key in ("N", "K", "OUT", "IN"))
     size = f"{tiles.rows}x{tiles.columns}x{tiles.depth} x{tiles.num_stages}"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from beit3_ds.kernels.expert_rows import fits_kernels, row_lengths, row_tiling
-from beit3_ds.kernels.host_memory import empty_like, settle
+from beit3_ds.kernels.host_memory import empty, empty_like, settle
 from beit3_ds.kernels.multiway_linear import Slices
 from beit3_ds.kernels.remade_rows import RowRecipe, RowSource
 from beit3_ds.kernels.row_pieces import add_parts, piece_length
@@ -30,10 +30,10 @@ def multiway_layer_norm_reference(
 ) -> tuple[Tensor, Tensor]:
     """What `multiway_layer_norm` computes, in plain PyTorch."""
     parts = [
-        F.layer_norm(x_TD[start:stop], w_D.shape, w_D, b_D, epsilon)
+        F.layer_norm(x_TD[start:stop], w_D.shape, w_D.to(x_TD.dtype), b_D.to(x_TD.dtype), epsilon)
         for (start, stop), w_D, b_D in zip(slices, weights, biases, strict=True)
     ]
-    return x_TD.view_as(x_TD), torch.cat(parts)
+    return x_TD.view_as(x_TD), torch.cat(parts).to(weights[0].dtype)
 
 
 def multiway_layer_norm(
@@ -46,18 +46,19 @@ def multiway_layer_norm(
     An expert without rows gets zero gradients.
 
     Args:
-        x_TD: packed rows.
+        x_TD: packed rows, of the parameters' dtype or of float32.
         slices: row range of each expert; together they cover [0, T) in order.
-        weights: one scale (D,) an expert, of x's dtype.
-        biases: one shift (D,) an expert, of x's dtype.
+        weights: one scale (D,) per expert.
+        biases: one shift (D,) per expert, of the scales' dtype.
         epsilon: added to the variance.
 
     Returns:
-        x_TD itself, and h_TD = (x - mean) / sqrt(variance + epsilon) * w + b, of x's dtype; statistics are taken in
-        float32, in float64 of float64.
+        x_TD itself, and h_TD = (x - mean) / sqrt(variance + epsilon) * w + b, of the parameters' dtype; statistics are
+        taken in float32, in float64 of float64.
     """
     stops = tuple(stop for _, stop in slices)
-    stream_TD, h_TD = _MultiwayLayerNorm.apply(x_TD, stops, epsilon, runs_kernels(x_TD), *weights, *biases)
+    kernels = runs_kernels(x_TD, weights[0].dtype)
+    stream_TD, h_TD = _MultiwayLayerNorm.apply(x_TD, stops, epsilon, kernels, *weights, *biases)
     return stream_TD, h_TD
 
 
@@ -73,34 +74,46 @@ def row_source(
 
 
 def _make_rows(stops: tuple[int, ...], epsilon: float, x_TD: Tensor, *parameters: Tensor) -> Tensor:
-    norm = torch.ops.beit3_ds.multiway_layer_norm if runs_kernels(x_TD) else _forward_plain
+    kernels = runs_kernels(x_TD, parameters[0].dtype)
+    norm = torch.ops.beit3_ds.multiway_layer_norm if kernels else _forward_plain
     return norm(x_TD.contiguous(), stops, parameters[: len(stops)], parameters[len(stops) :], epsilon)[0]
 
 
-def runs_kernels(x_TD: Tensor) -> bool:
+def runs_kernels(x_TD: Tensor, dtype: torch.dtype) -> bool:
     """Whether `multiway_layer_norm` takes the GPU's kernels (`fits_kernels`); all else takes the CPU's way.
 
     So does everything on a device where the kernels fail their check at their first use (`self_check`).
+
+    Args:
+        x_TD: packed rows.
+        dtype: of the parameters.
     """
-    return fits_kernels(x_TD) and _are_trusted(x_TD.device, x_TD.dtype, x_TD.shape[1])
+    return fits_kernels(x_TD, dtype) and _are_trusted(x_TD.device, dtype, x_TD.shape[1], x_TD.dtype)
 
 
 @lru_cache
-def _are_trusted(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    return passes(
-        f"multiway_layer_norm in {dtype} of width {width}", device, lambda: check_kernels(device, dtype, width)
-    )
+def _are_trusted(device: torch.device, dtype: torch.dtype, width: int, stream: torch.dtype) -> bool:
+    rows = "" if stream == dtype else f", rows in {stream}"
+    name = f"multiway_layer_norm in {dtype} of width {width}{rows}"
+    return passes(name, device, lambda: check_kernels(device, dtype, width, stream))
 
 
-def check_kernels(device: torch.device, dtype: torch.dtype, width: int) -> None:
+def check_kernels(device: torch.device, dtype: torch.dtype, width: int, stream: torch.dtype | None = None) -> None:
     """Holds the operators to the reference, forward and backward, over three experts of which one has no rows.
+
+    Args:
+        device: where they run.
+        dtype: of the parameters and the normalised rows.
+        width: D.
+        stream: dtype of the packed rows; None is that of the parameters.
 
     Raises:
         WrongResultError: if a result is wrong.
     """
     slices, epsilon = ((0, 37), (37, 37), (37, 61)), 1e-5
     generator = torch.Generator().manual_seed(0)
-    x_TD, d_stream_TD, dh_TD = torch.randn(3, 61, width, generator=generator).to(device, dtype).unbind()
+    drawn = torch.randn(3, 61, width, generator=generator).to(device)
+    x_TD, d_stream_TD, dh_TD = drawn[0].to(stream or dtype), drawn[1].to(stream or dtype), drawn[2].to(dtype)
     parameters = torch.randn(6, width, generator=generator).to(device, dtype).unbind()
     names = ("y", "dx", *(f"d_{kind}_{expert}" for kind in ("weight", "bias") for expert in range(3)))
 
@@ -161,7 +174,8 @@ def _forward_plain(
     Returns:
         h_TD, and the mean and 1 / deviation of each expert's rows, (rows, 1).
     """
-    lengths, h_TD, length = row_lengths(stops), empty_like(x_TD), piece_length(x_TD)
+    lengths, length = row_lengths(stops), piece_length(x_TD)
+    h_TD = empty(x_TD, *x_TD.shape, dtype=weights[0].dtype)
     statistics: list[Tensor] = []
     parts = zip(x_TD.split(lengths), h_TD.split(lengths), _native(weights, x_TD), _native(biases, x_TD), strict=True)
     for x_part, h_part, w_D, b_D in parts:
@@ -202,7 +216,7 @@ def _backward_plain(
         for dh, x, mean, rstd, dx in zip(*kept, strict=True):
             # The shift's values are not looked at, only that there is one: its scale serves.
             piece, *of_parameters = torch.ops.aten.native_layer_norm_backward.default(
-                dh, x, w_D.shape, mean, rstd, w_D, w_D, [True, True, True]
+                dh.to(x.dtype), x, w_D.shape, mean, rstd, w_D, w_D, [True, True, True]
             )
             d_stream = next(d_streams)
             dx.copy_(piece) if d_stream is None else torch.add(piece, d_stream, out=dx)
@@ -273,7 +287,8 @@ def _backward_cuda(
 def _forward_fake(
     x_TD: Tensor, stops: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x_TD), x_TD.new_empty(2, len(x_TD), dtype=_accumulator(x_TD))
+    h_TD = torch.empty_like(x_TD, dtype=weights[0].dtype)
+    return h_TD, x_TD.new_empty(2, len(x_TD), dtype=_accumulator(x_TD))
 
 
 @torch.library.register_fake("beit3_ds::multiway_layer_norm_backward", lib=_LIBRARY)
@@ -289,9 +304,13 @@ def _backward_fake(
 
 
 def _native(parameters: Sequence[Tensor], x_TD: Tensor) -> Sequence[Tensor]:
-    """Of half precision on a CPU, PyTorch keeps statistics in float32 only if the parameters are float32."""
+    """Of half precision on a CPU, PyTorch keeps statistics in float32 only if the parameters are float32.
+
+    Float32 rows need float32 parameters everywhere.
+    """
     is_half_on_cpu = x_TD.dtype in (torch.float16, torch.bfloat16) and not x_TD.is_cuda
-    return [parameter_D.float() for parameter_D in parameters] if is_half_on_cpu else parameters
+    dtype = torch.float32 if is_half_on_cpu else x_TD.dtype
+    return [parameter_D.to(dtype) for parameter_D in parameters]
 
 
 def _accumulator(x: Tensor) -> torch.dtype:

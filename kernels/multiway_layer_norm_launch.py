@@ -30,9 +30,9 @@ def forward(
     """Launches the forward kernel.
 
     Args:
-        x_TD: contiguous.
+        x_TD: contiguous; float32, or of the parameters' dtype.
         stops: where each expert's rows end.
-        weights: (D,) an expert.
+        weights: (D,) an expert; h gets their dtype.
         biases: (D,) an expert.
         epsilon: added to the variance.
         tiling: how to compile.
@@ -40,7 +40,7 @@ def forward(
     Returns:
         h_TD; the mean of every row and 1 / its deviation, (2, T) float32.
     """
-    h_TD = torch.empty_like(x_TD)
+    h_TD = torch.empty_like(x_TD, dtype=weights[0].dtype)
     statistics_2T = x_TD.new_empty(2, len(x_TD), dtype=torch.float32)
     programs = deal_rows(stops, tiling.forward_programs)
     if programs.num_programs:
@@ -106,7 +106,14 @@ def variants(architecture: int) -> list[Variant]:
     """The kernels as `ahead_of_time` compiles them: widths of the stream and of the feed-forward's sub-LN."""
     cases = [("bf16", width) for width in (768, 1024, 1408, 3072, 4096, 6144)]
     cases += [("fp16", 768), ("fp16", 1024), ("fp16", 1408), ("fp16", 6144), ("fp32", 768), ("fp32", 6144)]
-    return [
+    # With a float32 residual stream its rows and their gradients are float32; h and the parameters are not.
+    stream = dict.fromkeys(("x_ptr", "d_residual_ptr", "dx_ptr"), "fp32")
+    mixed = [
+        build_row_variant(architecture, "multiway_layer_norm", kernel, "bf16", width, constants, " fp32 stream", stream)
+        for width in (768, 1024, 1408)
+        for kernel, constants in ((forward_kernel, {"EPSILON": 1e-5}), (backward_kernel, {"RESIDUAL": True}))
+    ]
+    return mixed + [
         build_row_variant(architecture, "multiway_layer_norm", kernel, *case, constants, note)
         for case in cases
         for kernel, constants, note in (

@@ -44,7 +44,7 @@ def out_projection_reference(
         if norm is not None:
             a = F.layer_norm(a, a.shape[1:], norm.scales[i], norm.shifts[i], norm.epsilon)
         parts.append(F.linear(a, weights[i], biases[i]))
-    return residual_TD + factor_T.unsqueeze(1) * torch.cat(parts)
+    return residual_TD + factor_T.unsqueeze(1) * torch.cat(parts).to(residual_TD.dtype)
 
 
 def out_projection(
@@ -75,7 +75,7 @@ def out_projection(
         factor_T: what stochastic depth multiplies every row of the branch with, or None for ones; without a gradient.
 
     Returns:
-        y_TD, of x's dtype.
+        y_TD, of the residual's dtype, which is x's or float32; without a residual of x's dtype.
     """
     form = _Form(ends_of(slices), gelu, norm, len(biases) > 0, residual_TD is not None)
     parameters = (*weights, *biases, *(() if norm is None else (*norm.scales, *norm.shifts)))
@@ -148,7 +148,9 @@ class _OutProjection(torch.autograd.Function):
             gradients = _backward_natively(dy_TD, factor_T, x_TF, form._replace(norm=saved_norm), weights)
         else:
             norm = None if form.norm is None else (mean_T, rstd_T, scales, shifts)
-            gradients = _backward_by_operators(dy_TD, factor_T, x_TF, form, weights, norm)
+            # The products take one dtype: the gradient of a float32 stream is rounded once, on its way into them.
+            of_branch = dy_TD.to(x_TF.dtype), None if factor_T is None else factor_T.to(x_TF.dtype)
+            gradients = _backward_by_operators(*of_branch, x_TF, form, weights, norm)
         return (None, None, dy_TD if form.has_residual else None, None, *gradients)
 
 
@@ -176,7 +178,7 @@ def _backward_natively(
     of_norms: list[list[Tensor]] = [[] for _ in weights]  # scale and shift
     for i, start, stop in _chunks(form):
         x_CF, dx_CF = x_TF[start:stop], dx_TF[start:stop]
-        d_CD = scale_rows(dy_TD[start:stop], None if factor_T is None else factor_T[start:stop])
+        d_CD = scale_rows(dy_TD[start:stop], None if factor_T is None else factor_T[start:stop]).to(x_TF.dtype)
         a_CF, n_CF, statistics = _normalize_natively(x_CF, form, i, keeps_activated=True)
         of_weights[i].addmm_(d_CD.t(), n_CF, beta=0 if start == slices_of(form.ends)[i][0] else 1)
         if form.has_biases:
@@ -261,7 +263,9 @@ def _activate(x_TF: Tensor, gelu: bool) -> Tensor:
 
 
 def _join(y_TD: Tensor, residual_TD: Tensor | None, factor_T: Tensor | None) -> Tensor:
-    """residual + factor * y, in place."""
+    """Returns residual + factor * y, in place of y if the residual has its dtype."""
+    if residual_TD is not None and residual_TD.dtype != y_TD.dtype:
+        y_TD = empty(y_TD, *y_TD.shape, dtype=residual_TD.dtype).copy_(y_TD)
     if factor_T is not None:
         y_TD.mul_(factor_T.unsqueeze(1))
     return y_TD if residual_TD is None else y_TD.add_(residual_TD)
@@ -317,8 +321,9 @@ def _out_projection_cuda(
 
 @torch.library.register_fake("beit3_ds::out_projection", lib=_LIBRARY)
 def _out_projection_fake(a_TF: Tensor, *rest: Any) -> Tensor:
-    weights = rest[5]
-    return a_TF.new_empty(len(a_TF), len(weights[0]))
+    weights, residual_TD = rest[5], rest[7]
+    like = a_TF if residual_TD is None else residual_TD
+    return like.new_empty(len(a_TF), len(weights[0]))
 
 
 def _runs_kernels(x: Tensor) -> bool:
@@ -329,11 +334,20 @@ def _runs_kernels(x: Tensor) -> bool:
 
 @lru_cache
 def _are_trusted(device: torch.device, dtype: torch.dtype) -> bool:
-    return passes(f"out_projection in {dtype}", device, lambda: check_kernels(device, dtype))
+    def check() -> None:
+        for stream in {dtype, torch.float32}:
+            check_kernels(device, dtype, stream)
+
+    return passes(f"out_projection in {dtype}", device, check)
 
 
-def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
+def check_kernels(device: torch.device, dtype: torch.dtype, stream: torch.dtype | None = None) -> None:
     """Holds the kernel to plain PyTorch on two experts, as a whole and as a partial product.
+
+    Args:
+        device: where it runs.
+        dtype: of the parameters.
+        stream: dtype of the residual; None is that of the parameters.
 
     Raises:
         WrongResultError: if a result is wrong.
@@ -345,7 +359,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
 
-    a, residual, factor = draw(137, 96), draw(137, 64), draw(137)
+    a, residual, factor = draw(137, 96), draw(137, 64).to(stream or dtype), draw(137).to(stream or dtype)
     weights, biases = [draw(64, 96, scale=0.1) for _ in slices], [draw(64) for _ in slices]
     scales, shifts = ([draw(96) for _ in slices] for _ in range(2))
     variance, mean = torch.var_mean(a.float(), 1, correction=0)

@@ -21,9 +21,9 @@ def check_rule(names: Sequence[str], results: Sequence[Tensor], function: Functi
 
     Args:
         names: of the results, for the message.
-        results: what the kernel made of the inputs, of the inputs' dtype or float32.
+        results: what the kernel made of the inputs, of an input's dtype or float32.
         function: the reference.
-        inputs: of the kernel's dtype.
+        inputs: of the kernel's dtype, or float32 for a stream beside parameters of another one.
 
     Raises:
         WrongResultError: if the rule is broken, or a result has another shape or dtype.
@@ -32,7 +32,7 @@ def check_rule(names: Sequence[str], results: Sequence[Tensor], function: Functi
     largest = max(x.abs().max().item() for x in (*inputs, *truths) if x.numel())
     floor = 8 * torch.finfo(torch.float32).eps * largest
     for name, result, truth, theirs in zip(names, results, truths, same_dtype, strict=True):
-        if result.shape != truth.shape or result.dtype not in (inputs[0].dtype, torch.float32):
+        if result.shape != truth.shape or result.dtype not in (torch.float32, *(x.dtype for x in inputs)):
             raise WrongResultError(f"{name} is {result.dtype} {tuple(result.shape)}, not of shape {tuple(truth.shape)}")
         if result.numel() == 0:
             continue

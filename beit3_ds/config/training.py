@@ -72,6 +72,12 @@ class TrainingConfig:
     """What the backward pass recomputes instead of keeping it. `none`: what is cheap to make again, GELUs, sub-LNs and
     the scores of attention (the selective recomputation of Korthikanti et al., 2022, arXiv:2205.05198), which the ops
     never keep. `full`: every block, for a third more compute."""
+    fp32_residual_connection: bool = True
+    """Whether the residual stream, to which every branch adds, stays float32 in a bf16 run (Megatron's option of that
+    name; an fp32 run is the same either way). Products and what they take stay bf16. Measured on 40 narrow layers
+    (BENCHMARKS.md), the gradients' error against float64 is a third of that with a bf16 stream. The price is memory and
+    bandwidth of the stream, twice as wide: `beit3 check` prints both. Mixed precision by autocast, as the reference
+    trains, also keeps it float32. Checkpoints are the same."""
     kernels: Kernels = "triton"
     """In which language the kernels are that a GPU runs. `triton` needs no build. `cuda`: CUDA C++ where there is such
     a kernel (the forward passes of attention and of the FFN's up projection), in half precision; the rest stays

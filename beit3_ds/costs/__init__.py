@@ -4,6 +4,7 @@ from beit3_ds.costs.holding import Holding, build_holding
 from beit3_ds.costs.host import HostNeeds, NodeSize, check_node, describe_host, host_needs
 from beit3_ds.costs.load import Load, expected_loads, load_of
 from beit3_ds.costs.memory import Memory, rank_memory
+from beit3_ds.costs.precision import PrecisionCost, describe_precision, precision_cost
 from beit3_ds.costs.stages import bubble_share, describe_stages
 from beit3_ds.costs.traffic import Traffic, step_traffic
 
@@ -13,15 +14,18 @@ __all__ = [
     "Load",
     "Memory",
     "NodeSize",
+    "PrecisionCost",
     "Traffic",
     "bubble_share",
     "build_holding",
     "check_node",
     "describe_host",
+    "describe_precision",
     "describe_stages",
     "expected_loads",
     "host_needs",
     "load_of",
+    "precision_cost",
     "rank_memory",
     "step_traffic",
 ]

@@ -13,6 +13,9 @@ from beit3_ds.model import BEiT3
 from beit3_ds.parallel import TensorParallel
 from beit3_ds.pipeline.stages import cut_layers, stage_layers
 
+_SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Bytes of an element, by DeepSpeed's names of dtypes; absent ones leave the choice to DeepSpeed."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Holding:
@@ -55,8 +58,25 @@ class Holding:
 
     @property
     def element_size(self) -> int:
-        """Bytes of an element of parameters, stream and gradients: 2 in bf16, else 4."""
+        """Bytes of an element of parameters, products and what they take: 2 in bf16, else 4."""
         return 2 if self.is_bf16 else 4
+
+    @property
+    def stream_size(self) -> int:
+        """Bytes of an element of the residual stream between the layers."""
+        return 4 if self.config.training.fp32_residual_connection else self.element_size
+
+    @property
+    def gradient_size(self) -> int:
+        """Bytes of an element of the sums of micro-batches' gradients (`data_types.grad_accum_dtype`)."""
+        dtype = self.config.deepspeed.get("data_types", {}).get("grad_accum_dtype")
+        return self.element_size if dtype is None else _SIZES[dtype]
+
+    @property
+    def reduced_size(self) -> int:
+        """Bytes of an element of gradients on their way between data-parallel ranks (`communication_data_type`)."""
+        dtype = self.config.deepspeed.get("communication_data_type")
+        return self.element_size if dtype is None else _SIZES[dtype]
 
     @property
     def is_bf16(self) -> bool:

@@ -74,12 +74,14 @@ def _parameters(holding: Holding) -> int:
 
 
 def _gradients(holding: Holding, data_rank: int) -> int:
-    size = holding.element_size
+    size = holding.gradient_size
     # The copy of a tied table sums its gradient in float32.
     tied = holding.tied_elements * 4 if holding.is_last and not holding.is_first else 0
     if holding.zero_stage < 2:
         return _numel(holding) * size + tied
     if holding.zero_stage == 3:
+        return sum(_partitions(holding)) * size + tied
+    if size > holding.element_size:  # ZeRO-2 then adds up this rank's partition alone
         return sum(_partitions(holding)) * size + tied
     elements = 0
     # Beside the gradients of a step's first backward pass ZeRO-2 keeps zeros for the other runs' parameters.
@@ -104,7 +106,8 @@ def _buckets(holding: Holding) -> int:
     if holding.zero_stage == 0 or not holding.zero.get("contiguous_gradients", True):
         return 0
     number = 2 if holding.zero_stage < 3 and holding.zero.get("overlap_comm") else 1
-    return number * int(holding.zero.get("reduce_bucket_size", 500_000_000)) * holding.element_size
+    size = holding.gradient_size if holding.zero_stage == 1 else holding.element_size
+    return number * int(holding.zero.get("reduce_bucket_size", 500_000_000)) * size
 
 
 def _gathered(holding: Holding, loads: Sequence[Load]) -> int:
@@ -162,7 +165,7 @@ def block_activations(holding: Holding, run: range, layer: int, load: Load, chec
     """
     model = holding.config.model
     if checkpointing == "full":
-        return _own_rows(holding, load.rows) * model.hidden_size * holding.element_size
+        return _own_rows(holding, load.rows) * model.hidden_size * holding.stream_size
     rows = holding.block_rows(run, layer, load)
     attention = _branch(holding, model.attention_experts, model.hidden_size, rows.attention, load.drops)
     ffn = _branch(holding, model.experts(layer - 1), model.ffn_hidden_size, rows.ffn, load.drops)
@@ -173,7 +176,7 @@ def _branch(holding: Holding, experts: Sequence[str], width: int, rows: int, dro
     """What attention and FFN keep alike: the stream and statistics of its norm, factors, and a sub-LN's parameters."""
     model, size, ranks = holding.config.model, holding.element_size, holding.tensor.size
     own = _own_rows(holding, rows)
-    kept = own * (model.hidden_size * size + 2 * _STATISTIC + size * drops)
+    kept = own * (model.hidden_size * holding.stream_size + 2 * _STATISTIC + holding.stream_size * drops)
     if holding.tensor.divides_rows:
         kept += own * ranks * model.hidden_size * size  # the normalised rows, which were gathered
     else:
@@ -207,7 +210,8 @@ def _embedding_activations(holding: Holding, load: Load) -> int:
 def _head_activations(holding: Holding, load: Load) -> int:
     model, size = holding.config.model, holding.element_size
     # Both heads: rows before the norm and after it, its statistics, targets and row numbers, log-sums.
-    kept = load.masked * (2 * model.hidden_size * size + 3 * _STATISTIC + 2 * _INDEX)
+    rows = model.hidden_size * (holding.stream_size + size)
+    kept = load.masked * (rows + 3 * _STATISTIC + 2 * _INDEX)
     kept += _kept_logits(holding, load.masked_patches, model.visual_vocab_size, None)
     return kept + _kept_logits(holding, load.masked_tokens, model.text_vocab_size, model.cross_entropy_chunk_size)
 

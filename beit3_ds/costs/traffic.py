@@ -93,17 +93,22 @@ def _add_tensor_traffic(traffic: Traffic, holding: Holding, run: range, load: Lo
         _add_heads(traffic, holding, run, load)
 
 
-def _stream_bytes(holding: Holding, rows: int) -> int:
-    """T D e, with sequence parallelism T rounded up to a multiple of P."""
+def _branch_bytes(holding: Holding, rows: int) -> int:
+    """T D e of what branches take and make, with sequence parallelism T rounded up to a multiple of P."""
     rows = padded(rows, holding.tensor.size) if holding.tensor.divides_rows else rows
     return rows * holding.config.model.hidden_size * holding.element_size
+
+
+def _stream_bytes(holding: Holding, rows: int) -> int:
+    """The same of the residual stream, whose elements may be wider."""
+    return _branch_bytes(holding, rows) // holding.element_size * holding.stream_size
 
 
 def _add_embeddings(traffic: Traffic, holding: Holding, load: Load) -> None:
     words = load.tokens * holding.config.model.hidden_size * holding.element_size
     traffic.add("tensor", "all-reduce", words, int(words > 0))
     if holding.tensor.divides_rows:
-        traffic.add("tensor", "all-gather", _stream_bytes(holding, load.rows))
+        traffic.add("tensor", "all-gather", _branch_bytes(holding, load.rows))
 
 
 def _add_block(traffic: Traffic, holding: Holding, run: range, layer: int, load: Load) -> None:
@@ -123,7 +128,7 @@ def _add_branch(
     traffic: Traffic, holding: Holding, experts: Sequence[str], rows: int, enters: int, leaves: int
 ) -> None:
     """One attention or FFN over `rows` rows, which enter and leave it so often; the backward pass adds one of each."""
-    model, stream = holding.config.model, _stream_bytes(holding, rows)
+    model, stream = holding.config.model, _branch_bytes(holding, rows)
     if holding.tensor.divides_rows:
         if rows:
             traffic.add("tensor", "all-gather", (enters + 1) * stream, enters + 1)
@@ -168,7 +173,7 @@ def _add_tied_table(traffic: Traffic, holding: Holding) -> None:
 
 
 def _add_gradients(traffic: Traffic, holding: Holding, num_micro_batches: int) -> None:
-    size = holding.element_size
+    size = holding.reduced_size
     bucket = int(holding.zero.get("reduce_bucket_size", 500_000_000))
     everything = list(holding.model.parameters())
     if holding.zero_stage == 0:

@@ -15,7 +15,7 @@ from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ActivationCheckpointing, Kernels, ModelConfig
 from beit3_ds.model.adaptation import AdaptedWeights, fill_parameters
 from beit3_ds.model.block import Block
-from beit3_ds.model.embeddings import Embeddings
+from beit3_ds.model.embeddings import Embeddings, stream_dtype
 from beit3_ds.model.features import Features, TokenIds, pack_inputs, unpack_features
 from beit3_ds.model.heads import Heads
 from beit3_ds.model.pretrained import PretrainedWeights
@@ -57,6 +57,8 @@ class BEiT3(nn.Module):
         layers: Sequence[range] | None = None,
         activation_checkpointing: ActivationCheckpointing = "none",
         kernels: Kernels = "triton",
+        *,
+        fp32_residual_connection: bool = False,
     ) -> None:
         """Builds the layers.
 
@@ -66,6 +68,7 @@ class BEiT3(nn.Module):
             layers: the runs of layers of a pipeline stage; None is all of them.
             activation_checkpointing: what the backward pass recomputes instead of keeping it.
             kernels: in which language the kernels are that a GPU runs; "cuda" must have been built.
+            fp32_residual_connection: whether the stream between the layers is float32 beside narrower parameters.
         """
         super().__init__()
         self.config = config
@@ -73,7 +76,10 @@ class BEiT3(nn.Module):
         tensor = tensor or TensorParallel()
         self._all_layers = range(config.num_pipeline_layers)
         held = {layer for run in layers or [self._all_layers] for layer in run}
-        self.embeddings = Embeddings(config, tensor) if 0 in held else None
+        self.fp32_residual_connection = fp32_residual_connection
+        self.embeddings = (
+            Embeddings(config, tensor, fp32_residual_connection=fp32_residual_connection) if 0 in held else None
+        )
         self.blocks = nn.ModuleDict(
             {str(i): Block(config, i, tensor, kernels == "cuda") for i in range(config.num_layers) if i + 1 in held}
         )
@@ -190,6 +196,12 @@ class BEiT3(nn.Module):
             return Logits(visual, text)
         sums = _sum_terms(visual, text, batch)
         return LossOutput((sums * loss_factors).sum(), sums.detach())
+
+    @property
+    def stream_dtype(self) -> torch.dtype:
+        """Dtype of the stream x_TD between the layers."""
+        dtype = next(self.parameters()).dtype
+        return stream_dtype(dtype) if self.fp32_residual_connection else dtype
 
     def _tie_word_embeddings(self) -> None:
         if self.config.tie_word_embeddings and self.heads is not None:

@@ -11,6 +11,11 @@ from beit3_ds.config import ModelConfig
 from beit3_ds.parallel import TensorParallel, VocabParallelEmbedding
 
 
+def stream_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype of a residual stream that is at least float32, beside parameters of `dtype`."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class PatchProjection(nn.Conv2d):
     """A convolution of patches that do not overlap, worked out as a product: pixels need no gradient."""
 
@@ -30,8 +35,9 @@ class Embeddings(nn.Module):
     elements in the forward pass; each embeds all rows and keeps its own (`TensorParallel.scatter_rows`).
     """
 
-    def __init__(self, config: ModelConfig, tensor: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, tensor: TensorParallel, *, fp32_residual_connection: bool = False) -> None:
         super().__init__()
+        self.fp32_residual_connection = fp32_residual_connection
         hidden, self.tensor = config.hidden_size, tensor
         self.patch = PatchProjection(3, hidden, kernel_size=config.patch_size, stride=config.patch_size)
         self.word = VocabParallelEmbedding(config.text_vocab_size, hidden, tensor)
@@ -41,8 +47,9 @@ class Embeddings(nn.Module):
         self.text_position = nn.Parameter(torch.empty(config.max_text_length, hidden))
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Returns this rank's rows of the stream x_TD: image rows, then text rows."""
-        return self.tensor.scatter_rows(torch.cat([self._embed_images(batch), self._embed_texts(batch)]))
+        """Returns this rank's rows of the stream x_TD, of the stream's dtype: image rows, then text rows."""
+        x_TD = self.tensor.scatter_rows(torch.cat([self._embed_images(batch), self._embed_texts(batch)]))
+        return x_TD.to(stream_dtype(x_TD.dtype)) if self.fp32_residual_connection else x_TD
 
     def _embed_images(self, batch: PackedBatch) -> Tensor:
         assert batch.pixels is not None, "the batch has no model's view: another stage of the pipeline reads it"

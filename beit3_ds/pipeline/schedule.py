@@ -46,8 +46,7 @@ class Schedule:
         self.tied = TiedWordEmbedding(engine.module, mesh)
         self.probe.watch(self.tied.copies)
         self.runs = stage_layers(chunks, mesh.pipeline.rank, mesh.pipeline.size)
-        parameter = next(engine.module.parameters())
-        self._dtype, self._hidden_size = parameter.dtype, engine.module.config.hidden_size
+        self._dtype, self._hidden_size = engine.module.stream_dtype, engine.module.config.hidden_size
         self.sending: list[Message] = []
         self.own_work = Stopwatch(engine.device)
         """Runs while a step works without a collective: see `training.stragglers`."""

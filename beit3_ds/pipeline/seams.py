@@ -7,11 +7,13 @@ layers takes part in every micro-batch.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -39,10 +41,46 @@ def adapt_engine(engine: DeepSpeedEngine, mesh: Mesh) -> None:
         # It would work out the norm that `clip_gradients` is given, and multiply even by 1.
         engine.clip_fp32_gradients = lambda: None
     _judge_gradients_by_norm(optimizer)
+    if isinstance(optimizer, DeepSpeedZeroOptimizer) and optimizer.use_grad_accum_attribute:
+        _keep_float32_sums(optimizer)
     if not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         return
     _compare_traces_among_data_parallel_ranks(mesh)
     optimizer._get_norm_groups = lambda: [_zero3_gradient_norm(optimizer, mesh)]
+
+
+@contextmanager
+def zero1_adds_up_in_float32() -> Iterator[None]:
+    """Lets an engine that is built meanwhile use ZeRO's own optimizer for bf16 with float32 sums under stage 1.
+
+    DeepSpeed would take its BF16_Optimizer there, which adds up as well but reduces gradients after the last backward
+    pass alone, in buckets of 500M elements: `overlap_comm` and `reduce_bucket_size` would have no effect.
+    """
+    chosen = DeepSpeedEngine._do_optimizer_sanity_check
+
+    def choose(engine: DeepSpeedEngine, basic_optimizer: Any) -> Any:
+        wrapper = chosen(engine, basic_optimizer)
+        return ZERO_OPTIMIZATION if wrapper == BFLOAT16 and engine.zero_optimization() else wrapper
+
+    DeepSpeedEngine._do_optimizer_sanity_check = choose
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._do_optimizer_sanity_check = chosen
+
+
+def _keep_float32_sums(optimizer: DeepSpeedZeroOptimizer) -> None:
+    """Keeps the float32 sums of gradients from one micro-batch of a step to the next; updates clear them.
+
+    ZeRO-1 clears them together with the marks of a finished backward pass, before the next forward pass.
+    """
+    clear_marks = optimizer.clear_backward_seen_flag
+
+    def clear_marks_alone() -> None:
+        optimizer._epilogue_ran_this_backward = False
+        clear_marks()
+
+    optimizer.clear_backward_seen_flag = clear_marks_alone
 
 
 def begin_step(engine: DeepSpeedEngine, num_runs: int) -> None:

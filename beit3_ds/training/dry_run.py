@@ -7,7 +7,7 @@ import torch
 
 from beit3_ds.config import MicroBatchSize, RunConfig, StepShares, check_layout
 from beit3_ds.config.deepspeed_keys import unused_keys
-from beit3_ds.costs import NodeSize, check_node, describe_host, describe_stages, host_needs
+from beit3_ds.costs import NodeSize, check_node, describe_host, describe_precision, describe_stages, host_needs
 from beit3_ds.model import BEiT3
 from beit3_ds.training.optimizer import decays
 from beit3_ds.training.start_checks import check_output_dir, check_software
@@ -71,9 +71,10 @@ def describe_run(
     check_node(needs, config, node or NodeSize())
     tables = [
         describe_stages(config, world_size, decays),
+        describe_precision(config, world_size, decays),
         describe_host(config, needs, ranks_per_node, step_seconds),
     ]
-    return "\n".join([*lines, "", "\n\n".join(tables)])
+    return "\n".join([*lines, "", "\n\n".join(table for table in tables if table)])
 
 
 def _describe_shares(shares: StepShares) -> str:

@@ -108,7 +108,14 @@ def build_model(
         layers: the runs of layers of this stage; None is all layers.
     """
     training = config.training
-    model = BEiT3(config.model, tensor, layers, training.activation_checkpointing, training.kernels)
+    model = BEiT3(
+        config.model,
+        tensor,
+        layers,
+        training.activation_checkpointing,
+        training.kernels,
+        fp32_residual_connection=training.fp32_residual_connection,
+    )
     initialize_parameters(model, config.model, training.seed)
     return model
 
@@ -124,13 +131,14 @@ def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh) -> deepspeed.D
     """Wraps the model in DeepSpeed's engine with AdamW; the engine broadcasts and partitions the parameters."""
     keep_freed_memory(compute_device(), lasting=_gradient_bytes(config, model))
     optimizer = build_optimizer(model, config.training)
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        config=config.engine_config(mesh.data_parallel_size),
-        mpu=ModelParallelUnit(mesh),
-        dist_init_required=False,
-    )
+    with seams.zero1_adds_up_in_float32():
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=config.engine_config(mesh.data_parallel_size),
+            mpu=ModelParallelUnit(mesh),
+            dist_init_required=False,
+        )
     seams.adapt_engine(engine, mesh)
     adamw = getattr(engine.optimizer, "optimizer", engine.optimizer)
     if not engine.zero_optimization() and isinstance(adamw, torch.optim.AdamW):

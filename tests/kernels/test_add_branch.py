@@ -27,16 +27,24 @@ class Case:
     """A stream, a branch, biases, factors and a gradient; what the reference makes of them."""
 
     def __init__(
-        self, lengths: Sequence[int], width: int, dtype: torch.dtype, with_factor: bool, device: str = "cpu"
+        self,
+        lengths: Sequence[int],
+        width: int,
+        dtype: torch.dtype,
+        with_factor: bool,
+        device: str = "cpu",
+        stream: torch.dtype | None = None,
     ) -> None:
+        stream = stream or dtype
         self.stops = tuple(sum(lengths[: i + 1]) for i in range(len(lengths)))
         self.slices = [(stop - length, stop) for stop, length in zip(self.stops, lengths, strict=True)]
         generator = torch.Generator().manual_seed(sum(lengths) + width)
         rows = torch.randn(3, sum(lengths), width, generator=generator)
-        self.residual, self.partial, self.dy = rows.to(device, dtype).unbind()
+        self.residual, self.partial, self.dy = rows[0].to(stream), rows[1].to(dtype), rows[2].to(stream)
+        self.residual, self.partial, self.dy = (x.to(device) for x in (self.residual, self.partial, self.dy))
         self.biases = torch.randn(len(lengths), width, generator=generator).to(device, dtype).unbind()
         kept = torch.rand(sum(lengths), generator=generator)
-        self.factor = torch.where(kept < 0.5, 0.0, 1 + kept).to(device, dtype) if with_factor else None
+        self.factor = torch.where(kept < 0.5, 0.0, 1 + kept).to(device, stream) if with_factor else None
 
     def apply(self, op: Callable[..., Tensor], residual: Tensor, partial: Tensor, *biases: Tensor) -> Tensor:
         factor = None if self.factor is None else self.factor.to(residual.dtype)
@@ -49,15 +57,16 @@ class Case:
     def check(self, results: Sequence[Tensor]) -> None:
         """Holds output and gradients to the rule."""
         names = ("y", "d_residual", "d_partial", *(f"d_bias_{i}" for i in range(len(self.biases))))
-        assert all(result.dtype == self.residual.dtype for result in results)
+        stream, dtype = self.residual.dtype, self.partial.dtype
+        assert [result.dtype for result in results] == [stream, stream, dtype, *[dtype] * len(self.biases)]
         check_rule(names, results, with_gradients(partial(self.apply, add_branch_reference)), self.inputs)
 
     def interpret(self, tiling: RowTiling) -> tuple[Tensor, ...]:
         """What the kernels make of it in Triton's interpreter."""
         with interpreted():
             y = forward(self.residual, self.partial, self.stops, self.biases, self.factor, tiling)
-            d_partial, d_biases = backward(self.dy, self.stops, self.factor, tiling)
-        return y, self.dy, self.dy if self.factor is None else d_partial, *d_biases
+            d_partial, d_biases = backward(self.dy, self.stops, self.factor, tiling, self.partial.dtype)
+        return y, self.dy, self.dy.to(self.partial.dtype) if self.factor is None else d_partial, *d_biases
 
     def differentiate(self, op: Callable[..., Tensor]) -> tuple[Tensor, ...]:
         return with_gradients(partial(self.apply, op))(*self.inputs)
@@ -106,7 +115,8 @@ def test_opcheck() -> None:
         case = Case((2, 0, 3), 8, torch.float32, with_factor)
         arguments = (case.residual, case.partial, case.stops, case.biases, case.factor)
         torch.library.opcheck(torch.ops.beit3_ds.add_branch.default, arguments)
-        torch.library.opcheck(torch.ops.beit3_ds.add_branch_backward.default, (case.dy, case.stops, case.factor))
+        backward_arguments = (case.dy, case.stops, case.factor, case.partial.dtype)
+        torch.library.opcheck(torch.ops.beit3_ds.add_branch_backward.default, backward_arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -123,6 +133,15 @@ def test_kernels_follow_the_reference(
     case.check(case.interpret(SMALL))
 
 
+@pytest.mark.parametrize("with_factor", [False, True])
+def test_a_float32_stream_beside_bf16_branches(with_factor: bool) -> None:
+    """Catches a sum that is rounded to the branch's dtype, and a gradient of the branch left in the stream's."""
+    case = Case((9, 0, 7), 24, torch.bfloat16, with_factor, stream=torch.float32)
+    for results in (case.interpret(SMALL), case.differentiate(add_branch), case.differentiate(operator)):
+        case.check(results)
+    check_kernels(CPU, torch.bfloat16, 24, torch.float32)
+
+
 def test_shipped_tiles() -> None:
     case = Case((2, 1, 1), 1408, torch.bfloat16, with_factor=True)
     case.check(case.interpret(choose_row_tiling(90, 1408)))
@@ -133,7 +152,7 @@ def test_launches_of_a_device() -> None:
     case = Case((2, 0, 3), 24, torch.float32, with_factor=True)
     with interpreted():
         y = module._forward_cuda(case.residual, case.partial, case.stops, case.biases, case.factor)
-        d_partial, d_biases = module._backward_cuda(case.dy, case.stops, case.factor)
+        d_partial, d_biases = module._backward_cuda(case.dy, case.stops, case.factor, case.partial.dtype)
     case.check((y, case.dy, d_partial, *d_biases))
 
 
@@ -192,7 +211,7 @@ def test_on_a_device(dtype: torch.dtype, width: int, with_factor: bool) -> None:
     """The same on a GPU, through the operators; twice, for the backward pass must be deterministic."""
     for lengths in ((700, 0, 333), (1, 5), (3000,), (0, 0, 0)):
         case = Case(lengths, width, dtype, with_factor, "cuda")
-        assert module.runs_kernels(case.residual)
+        assert module.runs_kernels(case.residual, dtype)
         first, second = (case.differentiate(add_branch) for _ in range(2))
         assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
         case.check(first)

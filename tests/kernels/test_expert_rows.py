@@ -29,4 +29,4 @@ def test_row_lengths() -> None:
 
 
 def test_a_cpu_has_no_kernels() -> None:
-    assert not fits_kernels(torch.randn(2, 8))
+    assert not fits_kernels(torch.randn(2, 8), torch.float32)

@@ -31,12 +31,21 @@ def build_slices(lengths: Sequence[int]) -> list[tuple[int, int]]:
 class Case:
     """Rows, parameters and gradients of both outputs; what the reference makes of them."""
 
-    def __init__(self, lengths: Sequence[int], width: int, dtype: torch.dtype, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        width: int,
+        dtype: torch.dtype,
+        device: str = "cpu",
+        stream: torch.dtype | None = None,
+    ) -> None:
+        stream = stream or dtype
         self.slices, self.experts = build_slices(lengths), len(lengths)
         generator = torch.Generator().manual_seed(sum(lengths) + width)
         rows = torch.randn(3, sum(lengths), width, generator=generator)
         rows[0] += 3  # a mean that a kernel must subtract before it squares
-        self.x, self.d_stream, self.dh = rows.to(device, dtype).unbind()
+        self.x, self.d_stream, self.dh = rows[0].to(stream), rows[1].to(stream), rows[2].to(dtype)
+        self.x, self.d_stream, self.dh = (x.to(device) for x in (self.x, self.d_stream, self.dh))
         self.parameters = torch.randn(2 * self.experts, width, generator=generator).to(device, dtype).unbind()
 
     def weights_and_biases(self, parameters: Sequence[torch.Tensor]) -> tuple:
@@ -53,7 +62,9 @@ class Case:
     def check(self, results: Sequence[torch.Tensor], with_stream: bool) -> None:
         """Holds output and gradients to the rule."""
         names = ("y", "dx", *(f"d_parameter_{i}" for i in range(len(self.parameters))))
-        assert all(result.dtype == self.x.dtype for result in results)
+        y, dx, *of_parameters = (result.dtype for result in results)
+        assert (y, dx) == (self.x.dtype if with_stream else self.dh.dtype, self.x.dtype)
+        assert set(of_parameters) == {self.dh.dtype}
         reference = with_gradients(partial(self.apply, multiway_layer_norm_reference, with_stream))
         check_rule(names, results, reference, self.inputs(with_stream))
 
@@ -97,6 +108,19 @@ def test_plain_form_follows_the_rule(lengths: tuple[int, ...], dtype: torch.dtyp
     case = Case(lengths, 24, dtype)
     for with_stream in (False, True):
         case.check(case.differentiate(multiway_layer_norm, with_stream), with_stream)
+
+
+@pytest.mark.parametrize("with_stream", [False, True])
+def test_a_float32_stream_beside_bf16_parameters(with_stream: bool) -> None:
+    """Catches statistics of rounded rows, and a gradient of the stream that is rounded on the way."""
+    case = Case((9, 0, 7), 24, torch.bfloat16, stream=torch.float32)
+    for results in (
+        case.interpret(SMALL, with_stream),
+        case.differentiate(multiway_layer_norm, with_stream),
+        case.differentiate(operator, with_stream),
+    ):
+        case.check(results, with_stream)
+    check_kernels(CPU, torch.bfloat16, 24, torch.float32)
 
 
 @pytest.mark.parametrize("op", [multiway_layer_norm_reference, multiway_layer_norm, operator])
@@ -256,7 +280,7 @@ def test_on_a_device(dtype: torch.dtype, width: int) -> None:
     """The same on a GPU, through the operators; twice, for the backward pass must be deterministic."""
     for lengths in ((700, 0, 333), (1, 5), (3000,), (0, 0, 0)):
         case = Case(lengths, width, dtype, "cuda")
-        assert module.runs_kernels(case.x)
+        assert module.runs_kernels(case.x, dtype)
         for with_stream in (False, True):
             first, second = (case.differentiate(multiway_layer_norm, with_stream) for _ in range(2))
             assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))

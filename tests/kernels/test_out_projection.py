@@ -88,6 +88,29 @@ def test_gradcheck(gelu: bool, by_operators: bool) -> None:
     assert torch.autograd.gradcheck(call, problem.leaves)
 
 
+@pytest.mark.parametrize("by_operators", [False, True])
+def test_a_float32_stream_beside_bf16_branches(by_operators: bool) -> None:
+    """Catches a stream or a gradient of it that is rounded to bf16, and a branch's gradient that is not."""
+    problem, exact = Problem([5, 0, 4], torch.bfloat16), Problem([5, 0, 4])
+    for mine, theirs in zip(exact.leaves, problem.leaves, strict=True):
+        with torch.no_grad():
+            mine.copy_(theirs)
+    problem.residual = (problem.residual.detach().float() + 1e-4).requires_grad_()
+    with torch.no_grad():
+        exact.residual.copy_(problem.residual)
+    problem.leaves[1], problem.factor, exact.factor = problem.residual, problem.factor.float(), problem.factor.double()
+    y, dx, d_residual, *rest = problem.run(out_projection, True, problem.norm(by_operators))
+    expected = exact.run(out_projection_reference, True, exact.norm())
+    assert (y.dtype, d_residual.dtype) == (torch.float32, torch.float32)
+    assert {gradient.dtype for gradient in (dx, *rest)} == {torch.bfloat16}
+    dropped = problem.factor == 0
+    assert dropped.any() and torch.equal(y[dropped], problem.residual[dropped])
+    upstream = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y)
+    torch.testing.assert_close(d_residual.double(), upstream, rtol=1e-6, atol=1e-7)
+    for found, truth in zip((y, dx, *rest), (expected[0], expected[1], *expected[3:]), strict=True):
+        assert (found.double() - truth).norm() <= 0.02 * truth.norm() + 1e-6
+
+
 def test_large_means_cancel_nothing() -> None:
     """E[x^2] - E[x]^2 leaves no digit of a variance of 1 beside a mean of 3000 in float32."""
     problem = Problem([40, 24], torch.float32)
