@@ -14,7 +14,7 @@ so that every expert works on a slice (`PackedBatch.expert_slices`) and every se
 
 import dataclasses
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -63,6 +63,8 @@ class PackedBatch(RowLayout):
     """Codes of the masked patches in row order, (patch_mask.sum(),) int64; filled by `with_visual_codes`."""
     sample_names: tuple[str, ...] = ()
     """Where each sequence came from, for logs and error messages; Q values or none."""
+    sources: dict[str, int] = field(default_factory=dict)
+    """Number of the only source of each stream in the batch, by the stream's name; empty where sources may mix."""
 
     def __post_init__(self) -> None:
         num_pixels = self.num_images + self.num_pairs
@@ -208,8 +210,9 @@ class StepBatch:
     """The optimizer step, from 0."""
     micro_batches: tuple[PackedBatch, ...]
     """This rank's micro-batches; every rank has the same number."""
-    broken_records: tuple[str, ...] = ()
-    """One line for each record of this rank's share that could not be read; its slot is left out."""
+    broken_records: dict[str, str] = field(default_factory=dict)
+    """Records of this rank's share that could not be read, by name, each with a line that says what is wrong; their
+    slots are left out."""
 
     def abridged(self) -> "StepBatch":
         """Returns the step with `PackedBatch.abridged` micro-batches."""

@@ -26,6 +26,7 @@ from beit3_ds.rank_program import run_rank_program
 from beit3_ds.tokenizers import TextTokenizer, VisualTokenizer, check_visual_tokenizer_fits, load_visual_tokenizer
 from beit3_ds.tokenizers.text import load_text_tokenizer
 from beit3_ds.training.agreement import check_same_files, check_same_sources
+from beit3_ds.training.broken_records import BrokenRecords, records_from
 from beit3_ds.training.engine import build_schedule, compute_device, joined_ranks
 from beit3_ds.training.flops import peak_flops
 from beit3_ds.training.history import History
@@ -188,6 +189,9 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh) -> tuple[Run, Itera
         first_step=first_step,
         order=None if inputs.dataset is None else inputs.dataset.order,
         data=checkpoint.data if checkpoint else {},
+        broken_records=BrokenRecords(
+            config.data.max_broken_records, mesh.data_host, records_from(checkpoint.data if checkpoint else {})
+        ),
     )
     return run, Shared(steps, mesh, StepBatch)
 

@@ -5,6 +5,7 @@ from beit3_ds.config.layouts import check_layout, fits_layout
 from beit3_ds.config.model import FIELDS_WITHOUT_TENSORS, MODEL_SIZES, ModelConfig
 from beit3_ds.config.parallel import ParallelConfig, Place
 from beit3_ds.config.run import RunConfig, build_run_config, load_run_config
+from beit3_ds.config.source_names import short_source_names
 from beit3_ds.config.step_shares import MicroBatchSize, StepShares
 from beit3_ds.config.strict import ConfigError
 from beit3_ds.config.training import ActivationCheckpointing, Kernels, LossWeights, TrainingConfig
@@ -34,4 +35,5 @@ __all__ = [
     "check_layout",
     "fits_layout",
     "load_run_config",
+    "short_source_names",
 ]

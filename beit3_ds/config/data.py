@@ -53,7 +53,8 @@ class StreamConfig:
     """Sources of the samples. Without weights they form one set, shuffled as a whole; with weights each has epochs of
     its own and takes turns with the others."""
     heldout: tuple[SourceConfig, ...] = ()
-    """The same for the held-out loss, read in order and without weights; empty: the stream is not evaluated."""
+    """The same for the validation loss, without weights: its samples are spread over the sources by size. Empty: the
+    stream is not evaluated."""
     samples_per_step: Annotated[int, Range(0, 2**24)]
     """Samples of this stream in one optimizer step, over all ranks (paper: 2048). 0 leaves the stream out."""
 
@@ -69,8 +70,8 @@ class StreamConfig:
         for source in self.heldout:
             if source.weight is not None:
                 raise ConfigError(
-                    f"data: weight={source.weight:g} of held-out source '{source.path}' has no meaning: the first "
-                    f"training.eval_samples are read in order. Remove it."
+                    f"data: weight={source.weight:g} of held-out source '{source.path}' has no meaning: "
+                    f"training.eval_samples are spread over the sources by size. Remove it."
                 )
 
     def weights(self) -> tuple[float, ...] | None:
@@ -138,7 +139,8 @@ class DataConfig:
     (`ulimit -n`) is raised towards twice as many in worker processes, as far as its hard limit allows; a process takes
     at most half of its limit."""
     max_broken_records: Count = 100
-    """Unreadable records that are counted and left out before the run stops with their list."""
+    """Unreadable records that are left out before the run stops with their list. Each counts once, however often, on
+    whichever rank and in however many starts of the run it is met."""
 
     def __post_init__(self) -> None:
         for source in (*self.texts.train, *self.texts.heldout):

@@ -84,12 +84,15 @@ class TrainingConfig:
     Triton's. docs/kernels_cuda.md says how to build it; neither was ever timed on a GPU."""
     seed: Seed = 1
     """Seeds initial values, data order, masks, augmentation and stochastic depth."""
+    validation_seed: Seed = 1
+    """Seeds the choice of the held-out samples that are evaluated, and their masks. Runs whose `seed` differs share it,
+    so that their validation losses compare."""
     log_interval: Positive = 10
     """Steps between progress lines."""
     eval_interval: Positive = 1000
     """Steps between held-out evaluations; one also opens and closes the run."""
     eval_samples: Positive = 1024
-    """Held-out samples a stream, at most."""
+    """Held-out samples of each stream that are evaluated, at most; spread over its sources by their sizes."""
     save_interval: Positive = 1000
     """Steps between checkpoints; one also closes the run."""
     keep_checkpoints: Positive = 3

@@ -1,10 +1,14 @@
-"""The fixed batches of the held-out loss."""
+"""The fixed batches of the validation loss."""
 
 from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
 
 from beit3_ds.batch import ImageViews, PackedBatch
 from beit3_ds.config import ConfigError, RunConfig
 from beit3_ds.data.packing import ImageShape, image_shape, pack
+from beit3_ds.data.permutation import KeyedPermutation
+from beit3_ds.data.randomness import sample_rng
 from beit3_ds.data.samples import HELDOUT_EPOCH, SampleKey, Stream, build_heldout_streams
 from beit3_ds.data.shards import BrokenRecord
 from beit3_ds.tokenizers.text import TextTokenizer
@@ -20,11 +24,11 @@ class HeldoutBatches:
     def __init__(
         self,
         streams: Mapping[str, Stream],
-        plan: Sequence[Sequence[SampleKey]],
+        plan: Sequence[Mapping[str, Sequence[SampleKey]]],
         shape: ImageShape,
         views: ImageViews = "both",
     ) -> None:
-        """Takes the samples of each batch as `plan`; reads nothing yet."""
+        """Takes the samples of each batch as `plan`, by stream, those of a stream of one source; reads nothing yet."""
         self._streams, self._plan, self._shape, self._views = streams, plan, shape, views
         self._batches: list[PackedBatch] = []
 
@@ -48,14 +52,15 @@ class HeldoutBatches:
                 self._batches.append(self._prepare(keys))
             yield self._batches[number]
 
-    def _prepare(self, keys: Sequence[SampleKey]) -> PackedBatch:
+    def _prepare(self, plan: Mapping[str, Sequence[SampleKey]]) -> PackedBatch:
         try:
-            samples = [self._streams[key.stream].prepare(key) for key in keys]
+            samples = [self._streams[stream].prepare(key) for stream, keys in plan.items() for key in keys]
         except BrokenRecord as error:
             raise ConfigError(
                 f"data: held-out record {error}. Repair it, or make the shard anew without it."
             ) from error
-        return pack(samples, None, self._shape, self._views)
+        sources = {stream: self._streams[stream].parts.part_of(keys[0].index) for stream, keys in plan.items() if keys}
+        return pack(samples, None, self._shape, self._views, sources)
 
 
 def build_heldout_batches(
@@ -65,12 +70,12 @@ def build_heldout_batches(
     data_parallel_size: int,
     views: ImageViews = "both",
 ) -> HeldoutBatches:
-    """Divides the first `training.eval_samples` held-out samples of every stream over the ranks.
+    """Divides `training.eval_samples` held-out samples of every stream over the ranks.
 
-    The samples, their middle crops and their masks are the same under every layout; only the cut into batches follows
-    the ranks. A batch has at most the largest micro-batch's samples of each stream. Every rank has the same number of
-    batches, of which the last may be smaller or empty, so that collectives meet. Streams without held-out files are
-    absent.
+    The samples (`choose_samples`), their middle crops and their masks follow from `training.validation_seed` alone and
+    are the same under every layout; only the cut into batches follows the ranks. A batch has samples of one source of
+    each stream, at most as many as the largest micro-batch. Every rank has the same number of batches, some of which
+    may be smaller or empty, so that collectives meet. Streams without held-out files are absent.
 
     Raises:
         ConfigError: for files that cannot be read, or fewer samples per step than ranks.
@@ -79,15 +84,63 @@ def build_heldout_batches(
     micro_batch = config.step_shares(data_parallel_size).upper_bound
     # A stream that is evaluated but not trained has no micro-batch size of its own.
     sizes = {name: size or max(micro_batch) for name, size in micro_batch._asdict().items() if name in streams}
-    totals = {name: min(len(stream), config.training.eval_samples) for name, stream in streams.items()}
-    num_batches = max((-(-totals[name] // (sizes[name] * data_parallel_size)) for name in streams), default=0)
+    seed = config.training.validation_seed
+    parts: dict[str, list[list[SampleKey]]] = {}
+    for name, size in sizes.items():
+        chosen = choose_samples(streams[name].parts.sizes, config.training.eval_samples, seed, name)
+        keys = [[SampleKey(seed, name, HELDOUT_EPOCH, index) for index in of_source] for of_source in chosen]
+        parts[name] = [of_source[i : i + size] for of_source in keys for i in range(0, len(of_source), size)]
+    num_batches = max((-(-len(of_stream) // data_parallel_size) for of_stream in parts.values()), default=0)
 
-    def share(number: int) -> list[SampleKey]:
-        keys: list[SampleKey] = []
-        for name, size in sizes.items():
-            first = (number * data_parallel_size + data_parallel_rank) * size
-            indices = range(first, min(first + size, totals[name]))
-            keys.extend(SampleKey(config.training.seed, name, HELDOUT_EPOCH, index) for index in indices)
-        return keys
+    def share(number: int) -> dict[str, list[SampleKey]]:
+        own = number * data_parallel_size + data_parallel_rank
+        return {name: of_stream[own] if own < len(of_stream) else [] for name, of_stream in parts.items()}
 
     return HeldoutBatches(streams, [share(number) for number in range(num_batches)], image_shape(config), views)
+
+
+def choose_samples(sizes: Sequence[int], limit: int, seed: int, stream: str) -> list[list[int]]:
+    """Chooses the samples of a stream that are evaluated, spread over its sources and over each of them.
+
+    Every source gives its share of `limit` by size, and at least one sample if there are so many; within a source they
+    are drawn at random, whatever the order of its files. With a higher limit the samples of a lower one stay among
+    those of each source, but for rounding.
+
+    Args:
+        sizes: samples of each source; the stream numbers them through.
+        limit: samples in all, at most.
+        seed: of the draw (`training.validation_seed`).
+        stream: its name.
+
+    Returns:
+        Numbers of the samples in the stream, by source, ascending.
+    """
+    starts = np.cumsum([0, *sizes[:-1]]).tolist()
+    chosen: list[list[int]] = []
+    for source, (start, size, share) in enumerate(zip(starts, sizes, divide_by_size(sizes, limit), strict=True)):
+        if share == 0:
+            chosen.append([])
+            continue
+        permutation = KeyedPermutation(size, sample_rng(seed, "validation samples", stream, source))
+        chosen.append(sorted((start + permutation(np.arange(share))).tolist()))
+    return chosen
+
+
+def divide_by_size(sizes: Sequence[int], limit: int) -> list[int]:
+    """Divides at most `limit` samples over sources in proportion to their sizes.
+
+    What the rounded-down shares leave goes to the sources with the largest remainders, the first among equals. A source
+    that would then have none gets one of the largest share, as long as that has two.
+    """
+    total = sum(sizes)
+    limit = min(limit, total)
+    exact = [limit * size / total if total else 0.0 for size in sizes]
+    shares = [int(share) for share in exact]
+    by_remainder = sorted(range(len(sizes)), key=lambda source: (shares[source] - exact[source], source))
+    for source in by_remainder[: limit - sum(shares)]:
+        shares[source] += 1
+    for source, size in enumerate(sizes):
+        largest = shares.index(max(shares))
+        if size and not shares[source] and shares[largest] > 1:
+            shares[source], shares[largest] = 1, shares[largest] - 1
+    return shares

@@ -2,7 +2,7 @@
 
 # Q samples, L layers, N patches an image, n tokens of one text, k masked tokens of one text.
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -69,7 +69,11 @@ def image_shape(config: RunConfig) -> ImageShape:
 
 
 def pack(
-    samples: Sequence[Sample], drop_path: Tensor | None, shape: ImageShape, views: ImageViews = "both"
+    samples: Sequence[Sample],
+    drop_path: Tensor | None,
+    shape: ImageShape,
+    views: ImageViews = "both",
+    sources: Mapping[str, int] | None = None,
 ) -> PackedBatch:
     """Packs samples; any stream may be absent, even all.
 
@@ -78,6 +82,7 @@ def pack(
         drop_path: factors of the samples in this order, (Q, L, 2) float32, or None.
         shape: sizes of the images.
         views: those that the batch keeps.
+        sources: `PackedBatch.sources`.
     """
     images = [sample for sample in samples if isinstance(sample, ImageSample)]
     pairs = [sample for sample in samples if isinstance(sample, PairSample)]
@@ -106,6 +111,7 @@ def pack(
         ),
         target_ids=_concatenate([text.target_ids for text in writings]),
         drop_path=drop_path,
+        sources=dict(sources or {}),
         sample_names=tuple([image.name for image in pictures] + [text.name for text in texts]),
     )
 

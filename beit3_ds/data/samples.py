@@ -71,6 +71,10 @@ class ImageSamples:
         """Name of a sample in its file or folder; see `numbering.Numbered`."""
         return os.path.basename(self.source.name(index)).encode("utf-8", "surrogatepass")
 
+    def name(self, index: int) -> str:
+        """File of a sample and its name there, for messages."""
+        return self.source.name(index)
+
     def prepare(self, index: int, key: SampleKey) -> ImageSample:
         """Reads sample `index` of the source and draws its crop and its mask by `key`.
 
@@ -117,6 +121,10 @@ class PairSamples:
         """Name of a sample in its file or folder; see `numbering.Numbered`."""
         return self.images.identity(index)
 
+    def name(self, index: int) -> str:
+        """File of a sample and its name there, for messages."""
+        return self.images.name(index)
+
     def prepare(self, index: int, key: SampleKey) -> PairSample:
         """Reads sample `index` of the source and draws its crop and both its masks by `key`.
 
@@ -157,6 +165,10 @@ class TextSamples:
         """Tokens of a sample; see `numbering.Numbered`."""
         return self.sequences[index].tobytes()
 
+    def name(self, index: int) -> str:
+        """File of a sample and its name there, for messages."""
+        return self.sequences.name(index)
+
     def prepare(self, index: int, key: SampleKey) -> TextSample:
         """Draws the mask of sample `index` of the source by `key`."""
         return _masked_text(self.sequences.name(index), self.sequences[index], self.masking, key)
@@ -172,6 +184,11 @@ class Stream:
     def __len__(self) -> int:
         """Samples of the stream, broken ones included."""
         return len(self.parts)
+
+    def name(self, index: int) -> str:
+        """File of a sample and its name there, for messages; the same in every run."""
+        part, number = self.parts.locate(index)
+        return part.name(number)
 
     def prepare(self, key: SampleKey) -> Sample:
         """Reads sample `key.index` and draws its crop and masks.

@@ -44,10 +44,14 @@ class Parts(Generic[PartT]):
         """Yields the parts."""
         return iter(self._parts)
 
+    def part_of(self, index: int) -> int:
+        """Returns the number of the part that holds sample `index`."""
+        assert 0 <= index < len(self), f"sample {index} of {len(self)}"
+        return bisect.bisect_right(self._ends, index)
+
     def locate(self, index: int) -> tuple[PartT, int]:
         """Returns the part that holds sample `index` and the sample's number there."""
-        assert 0 <= index < len(self), f"sample {index} of {len(self)}"
-        part = bisect.bisect_right(self._ends, index)
+        part = self.part_of(index)
         return self._parts[part], index - self._ends[part] + self.sizes[part]
 
 

@@ -65,11 +65,11 @@ class StepDataset(Dataset[StepBatch]):
 
     def __getitem__(self, step: int) -> StepBatch:
         """Reads, augments, masks and packs this rank's samples of optimizer step `step`."""
-        broken: list[str] = []
+        broken: dict[str, str] = {}
         micro_batches = [self._micro_batch(step, m, broken) for m in range(self._config.gradient_accumulation_steps)]
-        return StepBatch(step=step, micro_batches=tuple(micro_batches), broken_records=tuple(broken))
+        return StepBatch(step=step, micro_batches=tuple(micro_batches), broken_records=broken)
 
-    def _micro_batch(self, step: int, micro_batch: int, broken: list[str]) -> PackedBatch:
+    def _micro_batch(self, step: int, micro_batch: int, broken: dict[str, str]) -> PackedBatch:
         samples: list[Sample] = []
         slots: list[Slot] = []
         for stream in self._streams:
@@ -77,7 +77,7 @@ class StepDataset(Dataset[StepBatch]):
                 try:
                     samples.append(self._streams[stream].prepare(key))
                 except BrokenRecord as error:
-                    broken.append(str(error))
+                    broken[self._streams[stream].name(key.index)] = str(error)
                 else:
                     slots.append(slot)
         model, seed = self._config.model, self._config.training.seed

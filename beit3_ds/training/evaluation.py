@@ -1,17 +1,30 @@
 """Held-out loss of each stream, and what a predictor that ignores the input would reach."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from beit3_ds.batch import LOSS_TERMS, PackedBatch
-from beit3_ds.config import ModelConfig
+from beit3_ds.config import DataConfig, ModelConfig, short_source_names
 from beit3_ds.model import LossOutput
 from beit3_ds.parallel import Mesh
 from beit3_ds.pipeline.schedule import Schedule
 from beit3_ds.tokenizers.visual import VisualTokenizer
 from beit3_ds.training.targets import prepare_batch
+
+TERM_STREAMS = {"image_mim": "images", "text_mlm": "texts", "pair_mim": "pairs", "pair_mlm": "pairs"}
+"""The stream whose samples each of `LOSS_TERMS` is about."""
+
+SourceNames = Mapping[str, Sequence[str]]
+"""Short names of the held-out sources of each stream, in the order of the configuration."""
+
+
+def heldout_source_names(data: DataConfig) -> dict[str, list[str]]:
+    """Short names of the held-out sources of each stream (`short_source_names`)."""
+    return {
+        name: short_source_names([source.path for source in stream.heldout]) for name, stream in data.streams().items()
+    }
 
 
 def evaluate(
@@ -20,26 +33,50 @@ def evaluate(
     visual_tokenizer: VisualTokenizer | None,
     mesh: Mesh,
     device: torch.device,
+    source_names: SourceNames,
 ) -> dict[str, float]:
-    """Mean cross entropy of each loss term over the held-out batches of all ranks, in nats.
+    """Returns the mean cross entropy of each loss term over the held-out batches of all ranks, in nats.
 
-    Every rank brings the same number of batches. Sends 12 elements.
+    Every rank brings the same number of batches. Sends 8 elements per source of the stream that has most.
+
+    Args:
+        schedule: runs the batches forward.
+        batches: of this rank; each holds samples of one source of each stream (`PackedBatch.sources`).
+        visual_tokenizer: None on stages of a pipeline without heads.
+        mesh: the ranks.
+        device: that this rank computes on.
+        source_names: of the streams.
 
     Returns:
-        Terms with at least one masked position, by name.
+        Terms with at least one masked position, by name; behind a term whose stream has several sources the same of
+        each, as "TERM/SOURCE".
     """
-    sums = torch.zeros(len(LOSS_TERMS), dtype=torch.float64)
-    counts = torch.zeros(len(LOSS_TERMS), dtype=torch.float64)
+    num_sources = max((len(names) for names in source_names.values()), default=0)
+    sums = torch.zeros(len(LOSS_TERMS), max(1, num_sources), dtype=torch.float64)
+    counts = torch.zeros_like(sums)
     factors = torch.ones(len(LOSS_TERMS), device=device)
+    rows = torch.arange(len(LOSS_TERMS))
 
     def prepare(batch: PackedBatch) -> PackedBatch:
         return prepare_batch(batch, visual_tokenizer, device)
 
     for batch, output in schedule.run_forward(batches, factors, prepare):
-        counts += torch.tensor(batch.num_masked)
+        sources = torch.tensor([batch.sources.get(TERM_STREAMS[term], 0) for term in LOSS_TERMS])
+        counts[rows, sources] += torch.tensor(batch.num_masked, dtype=torch.float64)
         if isinstance(output, LossOutput):
-            sums += output.sums.double().cpu()
-    return mean_terms(sums, counts, mesh)
+            sums[rows, sources] += output.sums.double().cpu()
+    sums, counts = _sum_over_ranks(sums, counts, mesh)
+    means: dict[str, float] = {}
+    for row, term in enumerate(LOSS_TERMS):
+        total, count = sums[row].sum().item(), counts[row].sum().item()
+        if not count:
+            continue
+        means[term] = total / count
+        names = source_names.get(TERM_STREAMS[term], ())
+        if len(names) > 1:
+            own = zip(names, sums[row].tolist(), counts[row].tolist(), strict=False)
+            means |= {f"{term}/{name}": total / count for name, total, count in own if count}
+    return means
 
 
 def mean_terms(sums: Tensor, counts: Tensor, mesh: Mesh) -> dict[str, float]:
@@ -50,10 +87,15 @@ def mean_terms(sums: Tensor, counts: Tensor, mesh: Mesh) -> dict[str, float]:
         counts: of its masked positions, (4,), known to all stages.
         mesh: the ranks.
     """
-    sums = mesh.pipeline.host.broadcast(sums.double().cpu(), source=-1)
-    sums, counts = mesh.data_host.sum(torch.stack([sums, counts.double().cpu()]))
+    sums, counts = _sum_over_ranks(sums.double().cpu(), counts.double().cpu(), mesh)
     means = zip(LOSS_TERMS, sums.tolist(), counts.tolist(), strict=True)
     return {term: total / count for term, total, count in means if count}
+
+
+def _sum_over_ranks(sums: Tensor, counts: Tensor, mesh: Mesh) -> Tensor:
+    """Both over all data-parallel ranks, stacked; the last stage knows the sums."""
+    sums = mesh.pipeline.host.broadcast(sums, source=-1)
+    return mesh.data_host.sum(torch.stack([sums, counts]))
 
 
 @torch.no_grad()
@@ -63,11 +105,12 @@ def unigram_entropies(
     model: ModelConfig,
     mesh: Mesh,
     device: torch.device,
+    source_names: SourceNames,
 ) -> dict[str, float]:
     """For each loss term the cross entropy of the best predictor that ignores its input, in nats.
 
     That is the entropy of how often each id occurs among all patches or tokens (BOS left out: it is never asked for) of
-    the held-out samples of all ranks. Sends two visual and two text vocabularies of integers.
+    the held-out samples of all ranks. Sends two visual and two text vocabularies of integers per source.
 
     Args:
         batches: this rank's held-out batches.
@@ -75,13 +118,16 @@ def unigram_entropies(
         model: sizes of the vocabularies.
         mesh: the ranks.
         device: of the tokenizer.
+        source_names: of the streams.
 
     Returns:
-        Terms with at least one id, by name.
+        Terms with at least one id, by name; behind a term whose stream has several sources the same of each, of the ids
+        of that source alone, as "TERM/SOURCE".
     """
     sizes = {"image_mim": model.visual_vocab_size, "text_mlm": model.text_vocab_size}
     sizes |= {"pair_mim": model.visual_vocab_size, "pair_mlm": model.text_vocab_size}
-    counts = {term: torch.zeros(size, dtype=torch.int64) for term, size in sizes.items()}
+    num_sources = {term: max(1, len(source_names.get(TERM_STREAMS[term], ()))) for term in LOSS_TERMS}
+    counts = {term: torch.zeros(num_sources[term], size, dtype=torch.int64) for term, size in sizes.items()}
     for batch in batches:
         if visual_tokenizer is None:
             continue
@@ -93,10 +139,19 @@ def unigram_entropies(
         ids = {"image_mim": codes[: batch.num_images], "pair_mim": codes[batch.num_images :]}
         ids |= {"pair_mlm": original[caption_rows & asked], "text_mlm": original[~caption_rows & asked]}
         for term, values in ids.items():
-            counts[term] += torch.bincount(values.flatten(), minlength=sizes[term])
+            source = batch.sources.get(TERM_STREAMS[term], 0)
+            counts[term][source] += torch.bincount(values.flatten(), minlength=sizes[term])
     # The last stage has counted; the others add their zeros.
-    totals = {term: mesh.data_host.sum(mesh.pipeline.host.sum(count)) for term, count in counts.items()}
-    return {term: entropy(total) for term, total in totals.items() if total.sum()}
+    entropies: dict[str, float] = {}
+    for term, own in counts.items():
+        total = mesh.data_host.sum(mesh.pipeline.host.sum(own))
+        if not total.sum():
+            continue
+        entropies[term] = entropy(total.sum(0))
+        if num_sources[term] > 1:
+            named = zip(source_names[TERM_STREAMS[term]], total, strict=True)
+            entropies |= {f"{term}/{name}": entropy(of_source) for name, of_source in named if of_source.sum()}
+    return entropies
 
 
 def entropy(counts: Tensor) -> float:

@@ -19,12 +19,13 @@ from beit3_ds.data.run_order import POSITIONS, RunOrder
 from beit3_ds.parallel import Mesh
 from beit3_ds.pipeline.schedule import Schedule
 from beit3_ds.tokenizers.visual import VisualTokenizer
+from beit3_ds.training.broken_records import BROKEN_RECORDS, BrokenRecords, StepCounts, format_new_records
 from beit3_ds.training.csv_monitor import continue_csv_files
 from beit3_ds.training.engine import apply_update
-from beit3_ds.training.evaluation import evaluate
+from beit3_ds.training.evaluation import evaluate, heldout_source_names
 from beit3_ds.training.history import History
 from beit3_ds.training.learning_rate import learning_rate
-from beit3_ds.training.loss import BrokenRecordBudget, build_loss_factors
+from beit3_ds.training.loss import build_loss_factors
 from beit3_ds.training.loss_spikes import LossSpikes, format_spike
 from beit3_ds.training.progress import Progress, Update, format_evaluation, format_line
 from beit3_ds.training.skipped_steps import NonFiniteLossError, SkippedSteps
@@ -51,6 +52,8 @@ class Run:
     stragglers: Stragglers
     first_step: int
     """Updates already done when this process started."""
+    broken_records: BrokenRecords
+    """Those that this run has met, before it was resumed too."""
     order: RunOrder | None
     """Of the samples; None on ranks that are sent what others read."""
     data: Mapping[str, Any]
@@ -142,7 +145,7 @@ def train(run: Run, steps: Iterable[StepBatch], signals: StopSignals) -> bool:
 
 def _train(run: Run, steps: Iterable[StepBatch], stop: StopRequest) -> bool:
     config = run.config.training
-    budget = BrokenRecordBudget(run.config.data.max_broken_records, run.mesh)
+    step_counts = StepCounts(run.broken_records, run.mesh)
     skipped, spikes = SkippedSteps(config.max_skipped_steps, run.mesh), LossSpikes()
     run.store.prepare(run.state)
     done, is_stopping, is_saved = run.first_step, False, True
@@ -150,14 +153,17 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: StopRequest) -> bool:
         _evaluate_and_record(run, 0)
     for step_batch, data_seconds in _timed(run, steps):
         start = time.perf_counter()
-        update = _update(run, step_batch, budget.agree(step_batch), learning_rate(config, step_batch.step))
+        counts, new_records = step_counts.agree(step_batch)
+        for line in format_new_records(new_records, run.broken_records.total, run.config.data.max_broken_records):
+            _say(run, line)
+        update = _update(run, step_batch, counts, learning_rate(config, step_batch.step))
         done = step_batch.step + 1
         run.progress.add(step_batch, update, data_seconds, data_seconds + time.perf_counter() - start)
         is_saved = is_saved and update.is_skipped
         _note_skip(run, skipped, step_batch, update)
         is_last, is_stopping = done == config.total_steps, stop.agreed()
         if (done % config.log_interval == 0 or is_last or is_stopping) and run.progress.has_updates:
-            _report(run, done, budget, skipped, spikes)
+            _report(run, done, skipped, spikes)
         if skipped.are_too_many:
             _end_diverged(run, done, skipped, is_saved=is_saved)
         if (done % config.eval_interval == 0 or is_last) and not is_stopping:
@@ -183,7 +189,8 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: StopRequest) -> bool:
 
 def _data_state(run: Run, done: int) -> dict[str, Any]:
     """What a checkpoint after `done` steps says of the data (`Index.data`); the main rank reads, so it knows."""
-    return {} if run.order is None else {POSITIONS: run.order.state_after(done)}
+    positions = {} if run.order is None else {POSITIONS: run.order.state_after(done)}
+    return positions | {BROKEN_RECORDS: run.broken_records.state()}
 
 
 def _note_skip(run: Run, skipped: SkippedSteps, step_batch: StepBatch, update: Update) -> None:
@@ -240,21 +247,22 @@ def _update(run: Run, step_batch: StepBatch, counts: Tensor, rate: float) -> Upd
     return Update(sums, apply_update(run.engine, mesh), rate, loss)
 
 
-def _report(run: Run, done: int, budget: BrokenRecordBudget, skipped: SkippedSteps, spikes: LossSpikes) -> None:
+def _report(run: Run, done: int, skipped: SkippedSteps, spikes: LossSpikes) -> None:
     steps, seconds = run.progress.interval.steps, run.progress.interval.seconds
     figures, lines = run.stragglers.report(steps, seconds / steps)
     for spike in spikes.find(run.progress.losses()):
         _record(run, spike)
         lines.append(format_spike(spike))
     record = run.progress.report(done) | figures
-    totals = {"broken_records": budget.total, "skipped_steps": skipped.total, "loss_spikes": spikes.total}
+    totals = {BROKEN_RECORDS: run.broken_records.total, "skipped_steps": skipped.total, "loss_spikes": spikes.total}
     record |= {name: total for name, total in totals.items() if total}
     _record(run, record)
     _say(run, "\n".join([format_line(record, run.config.training.total_steps), *lines]))
 
 
 def _evaluate_and_record(run: Run, done: int) -> None:
-    terms = evaluate(run.schedule, run.heldout, run.visual_tokenizer, run.mesh, run.device)
+    names = heldout_source_names(run.config.data)
+    terms = evaluate(run.schedule, run.heldout, run.visual_tokenizer, run.mesh, run.device, names)
     record = {"step": done, "kind": "heldout", **terms}
     _record(run, record)
     _say(run, format_evaluation(record))

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from beit3_ds.batch import LOSS_TERMS, StepBatch
-from beit3_ds.config import ConfigError, LossWeights
-from beit3_ds.parallel import Mesh
+from beit3_ds.config import LossWeights
 
 
 def count_masked(step_batch: StepBatch) -> Tensor:
@@ -28,33 +27,3 @@ def build_loss_factors(counts: Tensor, weights: LossWeights, data_parallel_size:
     weight = torch.tensor([getattr(weights, term) for term in LOSS_TERMS], dtype=torch.float64)
     factors = torch.where(counts > 0, weight * data_parallel_size / counts.clamp(min=1), 0.0)
     return factors.float()
-
-
-class BrokenRecordBudget:
-    """Counts unreadable records over all ranks and stops the run once there are too many."""
-
-    def __init__(self, limit: int, mesh: Mesh) -> None:
-        self.limit, self.mesh = limit, mesh
-        self.total = 0
-        self.seen: list[str] = []
-
-    def agree(self, step_batch: StepBatch) -> Tensor:
-        """Sums the step's masked positions over all ranks, and its broken records with them: 5 integers are sent.
-
-        Returns:
-            Masked positions of each of `LOSS_TERMS` over all ranks, (4,) int64.
-
-        Raises:
-            ConfigError: on every rank at the same step, if more than `limit` records were broken so far.
-        """
-        broken = torch.tensor([len(step_batch.broken_records)])
-        *counts, broken_now = self.mesh.data_host.sum(torch.cat([count_masked(step_batch), broken])).tolist()
-        self.total += broken_now
-        self.seen.extend(step_batch.broken_records)
-        if self.total > self.limit:
-            lines = "\n".join(f"  {line}" for line in self.seen) or "  (all on other ranks: see their logs)"
-            raise ConfigError(
-                f"data: {self.total} broken records by step {step_batch.step}, more than data.max_broken_records="
-                f"{self.limit}. Mend or remove them, or raise the limit. This rank met:\n{lines}"
-            )
-        return torch.tensor(counts)

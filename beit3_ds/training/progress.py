@@ -125,6 +125,7 @@ class Progress:
 def format_line(record: dict[str, Any], total_steps: int) -> str:
     """One progress line a person can read."""
     terms = "  ".join(f"{term} {record[term]:.3f}" for term in LOSS_TERMS if term in record)
+    broken = f" | broken records {record['broken_records']}" if record.get("broken_records") else ""
     left = time.strftime("%H:%M:%S", time.gmtime(record["seconds_left"]))
     if record["seconds_left"] >= 86400:
         left = f"{int(record['seconds_left'] // 86400)}d {left}"
@@ -132,14 +133,20 @@ def format_line(record: dict[str, Any], total_steps: int) -> str:
         f"step {record['step']}/{total_steps} | loss {record['loss']:.3f} | {terms} | "
         f"lr {record['learning_rate']:.2e} | grad norm {record['grad_norm']:.2f} | "
         f"{record['samples_per_second']:.0f} samples/s | {record['tokens_per_second']:.0f} tokens/s | "
-        f"MFU {record['mfu']:.0%} | {record['memory_gib']:.1f} GiB | data wait {record['data_wait']:.0%} | left {left}"
+        f"MFU {record['mfu']:.0%} | {record['memory_gib']:.1f} GiB | "
+        f"data wait {record['data_wait']:.0%}{broken} | left {left}"
     )
 
 
 def format_evaluation(record: dict[str, Any]) -> str:
-    """One line of held-out losses."""
-    terms = "  ".join(f"{term} {record[term]:.3f}" for term in LOSS_TERMS if term in record)
-    return f"held-out at step {record['step']} | {terms}"
+    """One line of validation losses; behind a term of several sources the loss of each."""
+    terms = []
+    for term in LOSS_TERMS:
+        if term in record:
+            sources = [(key.partition("/")[2], loss) for key, loss in record.items() if key.startswith(f"{term}/")]
+            each = f" ({', '.join(f'{name} {loss:.3f}' for name, loss in sources)})" if sources else ""
+            terms.append(f"{term} {record[term]:.3f}{each}")
+    return f"held-out at step {record['step']} | {'  '.join(terms)}"
 
 
 def peak_memory_gib() -> float:

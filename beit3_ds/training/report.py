@@ -9,7 +9,7 @@ from typing import Any
 from beit3_ds.batch import LOSS_TERMS
 from beit3_ds.model import Logits
 from beit3_ds.tokenizers.text import TextTokenizer
-from beit3_ds.training.evaluation import unigram_entropies
+from beit3_ds.training.evaluation import heldout_source_names, unigram_entropies
 from beit3_ds.training.loop import Run
 from beit3_ds.training.plot import plot_losses
 from beit3_ds.training.predictions import write_predictions
@@ -21,7 +21,8 @@ def write_report(run: Run, text_tokenizer: TextTokenizer) -> None:
     All ranks call it, for the forward pass and the held-out entropies need them all.
     """
     folder = Path(run.config.training.output_dir)
-    baselines = unigram_entropies(run.heldout, run.visual_tokenizer, run.config.model, run.mesh, run.device)
+    names = heldout_source_names(run.config.data)
+    baselines = unigram_entropies(run.heldout, run.visual_tokenizer, run.config.model, run.mesh, run.device, names)
     _write_predictions(run, text_tokenizer, folder / "predictions.html")
     teacher = run.visual_tokenizer.teacher_description if run.visual_tokenizer else None
     teacher = run.mesh.pipeline.host.broadcast(teacher, source=-1)
@@ -37,10 +38,13 @@ def write_report(run: Run, text_tokenizer: TextTokenizer) -> None:
 def format_summary(summary: dict[str, Any]) -> str:
     """The summary as a table a person can read."""
     lines = [f"\nFinished {summary['steps']} steps. Held-out loss in nats:"]
-    lines.append(f"  {'term':<10} {'first':>8} {'last':>8} {'change':>8}  {'unigram entropy':>15} {'perplexity':>11}")
+    wide = max([10, *map(len, summary["heldout"])])
+    lines.append(
+        f"  {'term':<{wide}} {'first':>8} {'last':>8} {'change':>8}  {'unigram entropy':>15} {'perplexity':>11}"
+    )
     for term, row in summary["heldout"].items():
         lines.append(
-            f"  {term:<10} {row['first']:8.3f} {row['last']:8.3f} {row['last'] / row['first'] - 1:8.1%}  "
+            f"  {term:<{wide}} {row['first']:8.3f} {row['last']:8.3f} {row['last'] / row['first'] - 1:8.1%}  "
             f"{row['unigram_entropy']:15.3f} {math.exp(row['unigram_entropy']):11.1f}"
         )
     lines.append("  (unigram entropy: the best that a predictor can do without looking at the input)")
@@ -55,7 +59,9 @@ def _summarize(
     run: Run, records: list[dict[str, Any]], baselines: dict[str, float], folder: Path, teacher: str
 ) -> dict[str, Any]:
     heldout = [record for record in records if record["kind"] == "heldout"]
-    terms = [term for term in LOSS_TERMS if heldout and term in heldout[0]]
+    # A term, then its sources if there are several ("TERM/SOURCE"); all that both evaluations have.
+    both = [key for key in baselines if heldout and key in heldout[0] and key in heldout[-1]]
+    terms = [key for term in LOSS_TERMS for key in both if key.partition("/")[0] == term]
     rows = {
         term: {"first": heldout[0][term], "last": heldout[-1][term], "unigram_entropy": baselines[term]}
         for term in terms

@@ -80,7 +80,8 @@ def measure_steps(
 
 def accumulate_step(schedule: "Schedule", config: RunConfig, mesh: Mesh, deal: Deal, step: int) -> Tensor:
     """Runs forward and backward of one step; returns the mean loss of each term over all ranks, (4,)."""
-    from beit3_ds.training.loss import BrokenRecordBudget, build_loss_factors
+    from beit3_ds.training.broken_records import BrokenRecords, StepCounts
+    from beit3_ds.training.loss import build_loss_factors
 
     samples = build_samples(config, step)
     nothing = random_batch(config.model, 0, 0, 0, drop_path=True)
@@ -88,7 +89,7 @@ def accumulate_step(schedule: "Schedule", config: RunConfig, mesh: Mesh, deal: D
         merge_batches([samples[i] for i in numbers]) if numbers else nothing
         for numbers in deal[mesh.data_parallel_rank]
     )
-    counts = BrokenRecordBudget(0, mesh).agree(StepBatch(step=step, micro_batches=batches))
+    counts, _ = StepCounts(BrokenRecords(0, mesh.data_host), mesh).agree(StepBatch(step=step, micro_batches=batches))
     factors = build_loss_factors(counts, config.training.loss_weights, mesh.data_parallel_size)
     sums = schedule.accumulate_gradients(batches, factors, lambda batch: batch)
     return mesh.pipeline.host.broadcast(mesh.data_host.sum(sums), source=-1) / counts

@@ -16,6 +16,7 @@ from beit3_ds.parallel import Mesh
 from beit3_ds.pipeline.schedule import Schedule
 from beit3_ds.training import loop
 from beit3_ds.training.evaluation import evaluate, unigram_entropies
+from beit3_ds.training.progress import format_evaluation
 from beit3_ds.training.targets import prepare_batch
 from tests.batches import random_batch, small_model_config
 
@@ -60,10 +61,43 @@ def test_means_are_over_all_positions_of_all_batches() -> None:
     engine: Any = CountingEngine()
     tokenizer: Any = NumberedCodes()
     schedule = Schedule(engine, [range(CONFIG.num_pipeline_layers)], Mesh())
-    means = evaluate(schedule, batches(), tokenizer, Mesh(), CPU)
+    means = evaluate(schedule, batches(), tokenizer, Mesh(), CPU, {})
     assert means == pytest.approx({"image_mim": 1, "text_mlm": 2, "pair_mim": 3, "pair_mlm": 4})
     assert engine.modes == [False] * 3  # catches stochastic depth in the held-out loss
     assert engine.training  # catches a training that goes on without it
+
+
+class PerBatchEngine(CountingEngine):
+    """Stands in for an engine: every position of the n-th batch has loss n."""
+
+    def __call__(self, batch: PackedBatch, factors: Tensor, x_TD: None, layers: range) -> LossOutput:
+        self.modes.append(self.training)
+        return LossOutput(torch.zeros(()), torch.tensor(batch.num_masked) * float(len(self.modes)))
+
+
+def test_losses_and_entropies_of_each_source() -> None:
+    engine: Any = PerBatchEngine()
+    tokenizer: Any = NumberedCodes()
+    schedule = Schedule(engine, [range(CONFIG.num_pipeline_layers)], Mesh())
+    own = [dataclasses.replace(batch, sources={"texts": number % 2}) for number, batch in enumerate(batches() * 2)]
+    names = {"images": ["photos"], "pairs": ["coco"], "texts": ["books", "wiki", "absent"]}
+    means = evaluate(schedule, own, tokenizer, Mesh(), CPU, names)
+    counts = [batch.num_masked[1] for batch in own]
+    for source, name in enumerate(("books", "wiki")):
+        numbers = range(source, len(own), 2)
+        expected = sum(counts[n] * (n + 1) for n in numbers) / sum(counts[n] for n in numbers)
+        assert means[f"text_mlm/{name}"] == pytest.approx(expected)  # catches a sum that goes to another source
+    assert means["text_mlm"] == pytest.approx(sum(c * (n + 1) for n, c in enumerate(counts)) / sum(counts))
+    assert set(means) == {"image_mim", "pair_mim", "pair_mlm", "text_mlm", "text_mlm/books", "text_mlm/wiki"}
+
+    entropies = unigram_entropies(own, tokenizer, CONFIG, Mesh(), CPU, names)
+    assert set(entropies) == set(means)
+    books: Any = [batch for batch in own if batch.sources["texts"] == 0]
+    alone = unigram_entropies(books, tokenizer, CONFIG, Mesh(), CPU, {})
+    assert entropies["text_mlm/books"] == pytest.approx(alone["text_mlm"])
+
+    line = format_evaluation({"step": 3, "kind": "heldout", **means})
+    assert f"text_mlm {means['text_mlm']:.3f} (books {means['text_mlm/books']:.3f}, wiki" in line
 
 
 def test_targets_are_the_codes_of_the_masked_patches() -> None:
@@ -81,7 +115,7 @@ def test_targets_are_the_codes_of_the_masked_patches() -> None:
 def test_unigram_entropy_counts_what_may_be_asked_for() -> None:
     batch = batches()[0]
     tokenizer: Any = NumberedCodes()
-    entropies = unigram_entropies([batch], tokenizer, CONFIG, Mesh(), CPU)
+    entropies = unigram_entropies([batch], tokenizer, CONFIG, Mesh(), CPU, {})
     original = batch.token_ids.clone()
     original[batch.masked_tokens] = batch.target_ids  # catches the frequencies of mask tokens
     texts = original.split([*batch.caption_lengths, *batch.text_lengths])

@@ -3,14 +3,12 @@
 import pytest
 import torch
 
-from beit3_ds.batch import StepBatch
-from beit3_ds.config import ConfigError, LossWeights
+from beit3_ds.config import LossWeights
 from beit3_ds.model import BEiT3
-from beit3_ds.parallel import Mesh
 from beit3_ds.training.learning_rate import learning_rate
-from beit3_ds.training.loss import BrokenRecordBudget, build_loss_factors
+from beit3_ds.training.loss import build_loss_factors
 from beit3_ds.training.optimizer import build_optimizer, decays
-from tests.batches import decoupled, random_batch, small_model_config
+from tests.batches import decoupled, small_model_config
 from tests.run_config import small_run_config
 
 
@@ -41,14 +39,3 @@ def test_loss_factors_undo_the_average_over_ranks() -> None:
     weights = LossWeights(pair_mlm=2.0)
     factors = build_loss_factors(torch.tensor([4, 5, 0, 8]), weights, data_parallel_size=2)
     torch.testing.assert_close(factors, torch.tensor([2 / 4, 2 / 5, 0.0, 2 * 2 / 8]))  # a term without positions is 0
-
-
-def test_broken_record_budget() -> None:
-    budget = BrokenRecordBudget(limit=2, mesh=Mesh())
-    batch = random_batch(small_model_config(), 1, 1, 1)
-    steps = [StepBatch(step=s, micro_batches=(batch, batch), broken_records=(f"shard:{s}",)) for s in range(3)]
-    assert budget.agree(steps[0]).tolist() == [2 * count for count in batch.num_masked]
-    budget.agree(steps[1])
-    with pytest.raises(ConfigError, match=r"3 broken records by step 2.*max_broken_records=2") as caught:
-        budget.agree(steps[2])
-    assert all(f"shard:{s}" in str(caught.value) for s in range(3))

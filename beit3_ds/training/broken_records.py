@@ -1,0 +1,106 @@
+"""The records of a run's data that could not be read: each counts once, however often and on whichever rank."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from beit3_ds.batch import StepBatch
+from beit3_ds.config import ConfigError
+from beit3_ds.parallel import Mesh
+from beit3_ds.parallel.host_group import HostGroup
+from beit3_ds.training.loss import count_masked
+
+BROKEN_RECORDS = "broken_records"
+"""Key of the broken records in the state of the data that a checkpoint holds."""
+
+
+class BrokenRecords:
+    """The broken records that all ranks of a group have met, by their names, with a budget.
+
+    A name is stable: it is that of the file and of the record in it. So an epoch that meets a record again, another
+    rank that does, or a resumed run does not count it twice.
+    """
+
+    def __init__(self, limit: int, group: HostGroup, known: Mapping[str, str] | None = None) -> None:
+        """Starts with what a checkpoint knew.
+
+        Args:
+            limit: distinct records that may be broken (`data.max_broken_records`).
+            group: the ranks that read different records.
+            known: records met before, by name, each with the line that says what is wrong.
+        """
+        self._limit, self._group = limit, group
+        self._lines = dict(known or {})
+
+    @property
+    def total(self) -> int:
+        """Distinct records met so far, on all ranks."""
+        return len(self._lines)
+
+    def state(self) -> dict[str, str]:
+        """What `known` of a resumed run should be."""
+        return dict(self._lines)
+
+    def unknown(self, met: Mapping[str, str]) -> dict[str, str]:
+        """Those of the records that this rank has met which no rank had met before."""
+        return {name: line for name, line in met.items() if name not in self._lines}
+
+    def add(self, new: Mapping[str, str], where: str) -> list[str]:
+        """Shares newly met records with all ranks of the group, which all call it.
+
+        Args:
+            new: what `unknown` returned on this rank.
+            where: names the moment, for the error.
+
+        Returns:
+            The lines of records that no rank had met before, sorted by name, the same on all ranks.
+
+        Raises:
+            ConfigError: on all ranks, with all lines, if there are more than the limit now.
+        """
+        found: dict[str, str] = {}
+        for other in self._group.gather(dict(new)):
+            found |= {name: line for name, line in other.items() if name not in found}
+        self._lines |= found
+        if self.total > self._limit:
+            raise ConfigError(
+                f"data: {self.total} broken records {where}, more than data.max_broken_records={self._limit}. Repair "
+                f"or remove them, or raise the limit:\n" + "\n".join(f"  {line}" for line in self._lines.values())
+            )
+        return [found[name] for name in sorted(found)]
+
+
+class StepCounts:
+    """Agrees with all ranks on what a step consists of, before any forward pass."""
+
+    def __init__(self, records: BrokenRecords, mesh: Mesh) -> None:
+        self.records, self._mesh = records, mesh
+
+    def agree(self, step_batch: StepBatch) -> tuple[Tensor, list[str]]:
+        """Sums the step's masked positions over all ranks; sends 5 integers, and the names of new broken records.
+
+        Returns:
+            Masked positions of each of `batch.LOSS_TERMS` over all ranks, (4,) int64; one line for each broken record
+            that no rank had met before.
+
+        Raises:
+            ConfigError: on all ranks at the same step, if too many records are broken.
+        """
+        new = self.records.unknown(step_batch.broken_records)
+        own = torch.cat([count_masked(step_batch), torch.tensor([len(new)])])
+        *counts, num_new = self._mesh.data_host.sum(own).tolist()
+        lines = self.records.add(new, f"by step {step_batch.step + 1}") if num_new else []
+        return torch.tensor(counts), lines
+
+
+def records_from(data: Mapping[str, Any]) -> dict[str, str]:
+    """The broken records in the state of the data of a checkpoint; none in one of an older version."""
+    return dict(data.get(BROKEN_RECORDS, {}))
+
+
+def format_new_records(lines: Sequence[str], total: int, limit: int) -> list[str]:
+    """Lines for people that name records when they are first met."""
+    first = total - len(lines)
+    return [f"left out broken record {first + i + 1} of at most {limit}: {line}" for i, line in enumerate(lines)]
