@@ -55,14 +55,18 @@ def cell(
     model: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
     bf16: bool = False,
+    wide: bool = False,
     **parallel: Any,
 ) -> RunConfig:
-    """A run of a tiny model with one layout."""
+    """A run of a tiny model with one layout; in bf16 with stream and sums of gradients in float32 if they are `wide`."""
     sizes = {"num_layers": 4, "num_attention_heads": 4, "drop_path_rate": 0.1}
     mapping = small_run_mapping(zero_stage, accumulation=micro_batches, **(sizes | (model or {})))
     mapping["zero_optimization"] |= SMALL_BUCKET | (zero or {})
     if bf16:
         mapping["bf16"] = {"enabled": True}
+        mapping["beit3_ds"]["training"]["fp32_residual_connection"] = wide
+        if wide:
+            mapping["data_types"] = {"grad_accum_dtype": "fp32"}
     mapping["beit3_ds"]["parallel"] = parallel
     mapping["beit3_ds"]["training"] |= training or {}
     return build_run_config(mapping)

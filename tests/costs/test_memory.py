@@ -33,6 +33,7 @@ WIDE: dict[int, dict[str, RunConfig]] = {
     2: {
         "dp2 ZeRO-0": cell(0),
         **{f"dp2 ZeRO-{stage} bf16": cell(stage, bf16=True) for stage in range(4)},
+        **{f"dp2 ZeRO-{stage} bf16, wide": cell(stage, bf16=True, wide=True) for stage in (1, 2, 3)},
         "dp2 ZeRO-1, overlapped": cell(1, zero={"overlap_comm": True}),
         "dp2 ZeRO-3, persistent": cell(3, zero={"stage3_param_persistence_threshold": 100}),
         "full recomputation": cell(3, zero=STRICT, training=FULL),

@@ -63,6 +63,7 @@ WIDE_TWO_RANKS = {
         0, training=FULL, model={"drop_path_rate": 0.0}, **SEQUENCE
     ),
     "pp2 ZeRO-3 bf16": cell(3, 4, bf16=True, **PIPELINE),
+    "pp2 ZeRO-1 bf16, wide": cell(1, 4, bf16=True, wide=True, **PIPELINE),
 }
 WIDE_FOUR_RANKS = {
     "dp4 ZeRO-2, overlapped": cell(2, zero={"overlap_comm": True}),
