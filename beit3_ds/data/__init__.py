@@ -13,13 +13,15 @@ from beit3_ds.data.heldout import HeldoutBatches, build_heldout_batches
 from beit3_ds.data.loader import build_train_loader
 from beit3_ds.data.shards import TarShards
 from beit3_ds.data.steps import StepDataset
-from beit3_ds.data.tokenizer_corpora import TokenizerImages, build_view_loader, read_training_lines
+from beit3_ds.data.tokenizer_corpora import TokenizerImages, View, Views, build_view_loader, read_training_lines
 
 __all__ = [
     "HeldoutBatches",
     "StepDataset",
     "TarShards",
     "TokenizerImages",
+    "View",
+    "Views",
     "build_heldout_batches",
     "build_train_loader",
     "build_view_loader",

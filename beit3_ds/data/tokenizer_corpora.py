@@ -3,7 +3,8 @@
 import dataclasses
 import multiprocessing
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -36,17 +37,40 @@ def read_training_lines(config: DataConfig) -> Iterator[str]:
         yield from (paragraph.text for paragraph in read_paragraphs(whole_file(path), broken))
     for line in broken.lines:
         warnings.warn(f"left out: {line}", stacklevel=2)
+    left_out: set[str] = set()
     for source in config.pairs.train:
         images = open_images(source, config.prepared_dir)
         for index in range(len(images)):
             try:
                 yield images.caption(index)
             except BrokenRecord as error:
-                warnings.warn(f"left out: {error}", stacklevel=2)
+                if (name := images.name(index)) not in left_out:
+                    left_out.add(name)
+                    warnings.warn(f"left out: {error}", stacklevel=2)
+                    broken.add(str(error))
 
 
-class TokenizerImages(Dataset[Tensor]):
-    """Map-style dataset of the tokenizer's views of all training images, those of pairs included.
+class View(NamedTuple):
+    """One of the tokenizer's views, and what could not be read in its place."""
+
+    pixels: Tensor
+    """(3, image_size, image_size) float32 in [-1, 1]; of a batch (B, 3, image_size, image_size)."""
+    broken_records: dict[str, str]
+    """Broken images that were passed over, by name, each with a line that says what is wrong."""
+
+
+class Views(Protocol):
+    """The tokenizer's views by position in an endless order."""
+
+    def __len__(self) -> int:
+        """Images of one epoch; positions go on beyond it."""
+
+    def read(self, position: int) -> View:
+        """Reads the view at a position."""
+
+
+class TokenizerImages:
+    """The tokenizer's views of all training images, those of pairs included.
 
     Its items are the positions of the training's endless order: the k images of step s stand at [s*k, (s+1)*k),
     whatever the number of ranks. Every epoch holds each image once, in an order of its own and with a crop of its own.
@@ -79,9 +103,11 @@ class TokenizerImages(Dataset[Tensor]):
         return dict(zip(self._paths, self._images, strict=True))
 
     def __getitem__(self, position: int) -> Tensor:
-        """Returns the view at a position, (3, image_size, image_size) float32 in [-1, 1].
+        """Returns the pixels of the view at a position."""
+        return self.read(position).pixels
 
-        In the place of a broken image stands the next one, with a warning.
+    def read(self, position: int) -> View:
+        """Reads the view at a position; the next image replaces a broken one.
 
         Raises:
             ConfigError: if no image can be read.
@@ -89,19 +115,38 @@ class TokenizerImages(Dataset[Tensor]):
         count = len(self._images)
         epochs, samples = samples_at(self._seed, (_STREAM,), np.array([position]), count)
         epoch, sample = int(epochs[0]), int(samples[0])
+        broken: dict[str, str] = {}
         for index in range(sample, sample + count):
+            source, number = self._images.locate(index % count)
             try:
-                source, number = self._images.locate(index % count)
                 image = source.image(number, self._augmentation.min_side)
             except BrokenRecord as error:
-                warnings.warn(f"left out: {error}", stacklevel=2)
+                broken[source.name(number)] = str(error)
             else:
-                return self._augmentation(image, sample_rng(self._seed, "tokenizer view", epoch, sample))[1]
+                rng = sample_rng(self._seed, "tokenizer view", epoch, sample)
+                return View(self._augmentation(image, rng)[1], broken)
         raise ConfigError(f"data: none of the {count} training images can be read.")
 
 
-def build_view_loader(images: Dataset[Tensor], batches: Iterable[range], num_workers: int) -> DataLoader[Tensor]:
-    """Reads the views at the positions of each batch, in order: (positions, 3, S, S) float32 each.
+class _ViewDataset(Dataset[View]):
+    """Views as the loader asks for them."""
+
+    def __init__(self, views: Views) -> None:
+        self._views = views
+
+    def __getitem__(self, position: int) -> View:
+        return self._views.read(position)
+
+
+def _join_views(views: Sequence[View]) -> View:
+    broken: dict[str, str] = {}
+    for view in views:
+        broken |= view.broken_records
+    return View(torch.stack([view.pixels for view in views]), broken)
+
+
+def build_view_loader(images: Views, batches: Iterable[range], num_workers: int) -> DataLoader[View]:
+    """Reads the views at the positions of each batch, in order, as one `View` each.
 
     Workers import the program's main module anew, which must start under `if __name__ == "__main__"`.
 
@@ -110,14 +155,16 @@ def build_view_loader(images: Dataset[Tensor], batches: Iterable[range], num_wor
         batches: positions of one batch each; read once.
         num_workers: processes that read ahead; 0 reads in this one.
     """
-    if num_workers == 0:
-        return DataLoader(images, batch_sampler=batches)  # type: ignore[arg-type]  # any iterable of indices will do
+    dataset = _ViewDataset(images)
+    if num_workers == 0:  # any iterable of indices will do
+        return DataLoader(dataset, batch_sampler=batches, collate_fn=_join_views)  # type: ignore[arg-type]
     # Plain fork would copy the locks of threads that exist by now.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch"])
     return DataLoader(
-        images,
+        dataset,
         batch_sampler=batches,  # type: ignore[arg-type]
+        collate_fn=_join_views,
         num_workers=num_workers,
         worker_init_fn=_use_one_thread,
         multiprocessing_context=context,

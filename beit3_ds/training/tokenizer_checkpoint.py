@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,17 @@ from beit3_ds.tokenizers import VisualTokenizer
 
 _FREE_TO_CHANGE = ("path", "save_interval")
 _NUM_IMAGES = "number of training images"
+
+
+class Restored(NamedTuple):
+    """What a checkpoint holds beside weights, codebook and optimizer state, which are loaded in place."""
+
+    step: int
+    """Updates done."""
+    center: Tensor
+    """Mean of the teacher's features."""
+    broken_records: dict[str, str]
+    """Broken images met so far (`broken_records.BrokenRecords.state`)."""
 
 
 class TokenizerCheckpoint:
@@ -39,22 +51,29 @@ class TokenizerCheckpoint:
         if num_images is not None:
             self._recipe[_NUM_IMAGES] = num_images
 
-    def save(self, step: int, tokenizer: VisualTokenizer, optimizer: Optimizer, center: Tensor) -> None:
+    def save(
+        self,
+        step: int,
+        tokenizer: VisualTokenizer,
+        optimizer: Optimizer,
+        center: Tensor,
+        broken_records: dict[str, str],
+    ) -> None:
         """Writes the state after `step` updates aside and renames it: a killed run leaves a whole file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-        state = {"step": step, "recipe": self._recipe, "center": center}
+        state = {"step": step, "recipe": self._recipe, "center": center, "broken_records": broken_records}
         state |= {"tokenizer": tokenizer.state_dict(), "optimizer": optimizer.state_dict()}
         torch.save(state, temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         temporary.replace(self.path)
 
-    def load(self, tokenizer: VisualTokenizer, optimizer: Optimizer) -> tuple[int, Tensor] | None:
+    def load(self, tokenizer: VisualTokenizer, optimizer: Optimizer) -> Restored | None:
         """Restores weights, codebook and optimizer, if there is a checkpoint.
 
         Returns:
-            Updates done and the mean of the teacher's features; None if there is no checkpoint.
+            The rest of its content; None if there is no checkpoint.
 
         Raises:
             ConfigError: if the file is not a checkpoint, or one of another recipe.
@@ -71,7 +90,7 @@ class TokenizerCheckpoint:
         self._check_recipe(recipe)
         tokenizer.load_state_dict(state["tokenizer"])
         optimizer.load_state_dict(state["optimizer"])
-        return int(state["step"]), state["center"]
+        return Restored(int(state["step"]), state["center"], state.get("broken_records", {}))
 
     def remove(self) -> None:
         """Deletes the file once the tokenizer is finished."""

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
-from torch.utils.data import Dataset
 
 from beit3_ds.config import ConfigError, RunConfig, VisualTokenizerConfig
-from beit3_ds.data import build_view_loader
+from beit3_ds.data import Views, build_view_loader
 from beit3_ds.parallel import Mesh
+from beit3_ds.parallel.host_group import HostGroup
 from beit3_ds.tokenizers import VisualTokenizer, build_teacher, save_visual_tokenizer
 from beit3_ds.training.agreement import check_same_files
+from beit3_ds.training.broken_records import BrokenRecords, format_new_records
 from beit3_ds.training.code_usage import CodeCounter, CodeUsage, measure_code_usage
 from beit3_ds.training.learning_rate import tokenizer_learning_rate
 from beit3_ds.training.tokenizer_checkpoint import TokenizerCheckpoint
@@ -31,7 +32,7 @@ _START_VECTORS_PER_CODE = 16  # BEiT v2's first batch has 512 * 196 / 8192 = 12
 
 def train_visual_tokenizer(
     config: RunConfig,
-    images: Dataset[Tensor],
+    images: Views,
     *,
     mesh: Mesh | None = None,
     device: str | torch.device = "cpu",
@@ -50,9 +51,8 @@ def train_visual_tokenizer(
     Args:
         config: the run; `tokenizers.visual`, `training.seed`, `training.log_interval` and `data.num_workers` are read,
             and the train files, to know a checkpoint of other data.
-        images: a map-style dataset of (3, image_size, image_size) float32 views in [-1, 1] by position in an endless
-            order, whose length is that of one epoch: step s takes the positions [s * batch_size, (s + 1) * batch_size),
-            of which each rank reads its part.
+        images: views by position in an endless order, whose length is that of one epoch: step s takes the positions
+            [s * batch_size, (s + 1) * batch_size), of which each rank reads its part.
         mesh: the ranks that train together; None is this process alone.
         device: where this rank's networks run.
         report: receives progress lines on the main rank.
@@ -75,7 +75,7 @@ class _Training:
     def __init__(
         self,
         config: RunConfig,
-        images: Dataset[Tensor],
+        images: Views,
         mesh: Mesh | None,
         device: torch.device,
         report: Callable[[str], None],
@@ -92,12 +92,19 @@ class _Training:
             self.tokenizer = VisualTokenizer(visual, self.teacher.width).to(device).train()
         self.optimizer = build_tokenizer_optimizer(self.tokenizer)
         self.network = _join_ranks(self.tokenizer, self.group)
-        self.checkpoint = TokenizerCheckpoint(config, _length(images))
+        self.checkpoint = TokenizerCheckpoint(config, len(images))
         if mesh is not None:  # or some would resume and others begin
             check_same_files(mesh, {"the unfinished training of tokenizers.visual.path": str(self.checkpoint.path)})
         restored = self.checkpoint.load(self.tokenizer, self.optimizer)
-        self.first_step = 0 if restored is None else restored[0]
-        self.center = self._mean_features() if restored is None else restored[1].to(device)
+        self.first_step = 0 if restored is None else restored.step
+        self.broken_records = BrokenRecords(
+            config.data.max_broken_records,
+            HostGroup() if mesh is None else mesh.data_host,
+            {} if restored is None else restored.broken_records,
+        )
+        self.met: dict[str, str] = {}
+        """Broken images that this rank has met since it last told the others."""
+        self.center = self._mean_features() if restored is None else restored.center.to(device)
         if restored is not None:
             report(f"visual tokenizer: goes on from {self.checkpoint.path} after step {self.first_step}")
 
@@ -117,17 +124,19 @@ class _Training:
             done = step + 1
             if done == 1 or done % log_interval == 0 or done == visual.training_steps:
                 usage = None if codes is None else counter.usage(self.mesh)
-                progress.show(done, self._mean_over_ranks(losses), usage)
+                self._share_broken_records(f"by step {done}")
+                progress.show(done, self._mean_over_ranks(losses), usage, self.broken_records.total)
                 counter = CodeCounter(visual.codebook_size, self.device)
             if done % visual.save_interval == 0 and done < visual.training_steps and _is_main(self.mesh):
-                self.checkpoint.save(done, self.tokenizer, self.optimizer, self.center)
+                known = self.broken_records.state()
+                self.checkpoint.save(done, self.tokenizer, self.optimizer, self.center, known)
 
     def finish(self) -> CodeUsage:
         """Writes the tokenizer's file and counts its codes over training images."""
         if _is_main(self.mesh):
             save_visual_tokenizer(self.visual.path, self.tokenizer)
             self.checkpoint.remove()
-        num_batches = -(-min(_USAGE_IMAGES, _length(self.images)) // self.visual.batch_size)
+        num_batches = -(-min(_USAGE_IMAGES, len(self.images)) // self.visual.batch_size)
         codes = (self.tokenizer.encode(pixels) for pixels in self._batches(0, num_batches))
         usage = measure_code_usage(codes, self.visual.codebook_size, self.mesh)
         if _is_main(self.mesh):
@@ -158,7 +167,22 @@ class _Training:
         loader = build_view_loader(
             self.images, (range(start, start + share) for start in starts), self.config.data.num_workers
         )
-        return (pixels.to(self.device, non_blocking=True) for pixels in loader)
+        for view in loader:
+            self.met |= view.broken_records
+            yield view.pixels.to(self.device, non_blocking=True)
+
+    def _share_broken_records(self, where: str) -> None:
+        """Tells all ranks of broken images and names those that none had met; all ranks call it.
+
+        Raises:
+            ConfigError: on all ranks, if there are more than `data.max_broken_records`.
+        """
+        new = self.broken_records.unknown(self.met)
+        self.met = {}
+        lines = self.broken_records.add(new, f"{where} of the visual tokenizer's training")
+        limit = self.config.data.max_broken_records
+        for line in format_new_records(lines, self.broken_records.total, limit):
+            self.report(f"visual tokenizer: {line}")
 
     def _start_batches(self) -> Iterator[Tensor]:
         """Batches with enough patches to start the codebook: one, or more where a batch is small."""
@@ -205,14 +229,10 @@ def _silent(line: str) -> None:
     """Reports nothing: one rank's lines are enough."""
 
 
-def _length(images: Dataset[Tensor]) -> int:
-    return len(images)  # type: ignore[arg-type]  # Dataset itself declares no length; map-style ones have one
-
-
-def _check_images(images: Dataset[Tensor], image_size: int) -> None:
-    if _length(images) == 0:
+def _check_images(images: Views, image_size: int) -> None:
+    if len(images) == 0:
         raise ConfigError("tokenizers.visual: there are no images to train on; see data.images and data.pairs 'train'.")
-    shape, wanted = tuple(images[0].shape), (3, image_size, image_size)
+    shape, wanted = tuple(images.read(0).pixels.shape), (3, image_size, image_size)
     if shape != wanted:
         raise ConfigError(
             f"tokenizers.visual: training images have shape {shape}, image_size={image_size} needs {wanted}. "
@@ -238,14 +258,23 @@ class _Progress:
         self._start = time.perf_counter()
         self._warned = False
 
-    def show(self, step: int, losses: Tensor, usage: CodeUsage | None) -> None:
-        """Reports a step: `losses` are loss and cosine; `usage` is that since the last report, None without codes."""
+    def show(self, step: int, losses: Tensor, usage: CodeUsage | None, broken_records: int) -> None:
+        """Reports a step.
+
+        Args:
+            step: done so far.
+            losses: loss and cosine.
+            usage: since the last report; None without codes.
+            broken_records: met so far.
+        """
+        broken = f"  broken records {broken_records}" if broken_records else ""
         loss, cosine = losses.tolist()
         steps, seconds = step - self._first_step, time.perf_counter() - self._start
         left = seconds / steps * (self._visual.training_steps - step)
         self._report(
             f"visual tokenizer: step {step}/{self._visual.training_steps}  loss {loss:.4f}  cosine {cosine:.4f}  "
-            f"{usage or 'no codes yet'}  {steps * self._visual.batch_size / seconds:.0f} images/s  {left:.0f} s left"
+            f"{usage or 'no codes yet'}  {steps * self._visual.batch_size / seconds:.0f} images/s{broken}  "
+            f"{left:.0f} s left"
         )
         if usage is not None and usage.is_low and not self._warned:
             self._warned = True

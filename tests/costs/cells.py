@@ -58,7 +58,7 @@ def cell(
     wide: bool = False,
     **parallel: Any,
 ) -> RunConfig:
-    """A run of a tiny model with one layout; in bf16 with stream and sums of gradients in float32 if they are `wide`."""
+    """A run of a tiny model with one layout; `wide` keeps stream and sums of gradients of bf16 in float32."""
     sizes = {"num_layers": 4, "num_attention_heads": 4, "drop_path_rate": 0.1}
     mapping = small_run_mapping(zero_stage, accumulation=micro_batches, **(sizes | (model or {})))
     mapping["zero_optimization"] |= SMALL_BUCKET | (zero or {})

@@ -53,19 +53,18 @@ def flat_png(shade: int) -> bytes:
 def test_batches_come_in_order(build_config: BuildConfig, num_workers: int) -> None:
     images = TokenizerImages(build_config())
     loaded = list(build_view_loader(images, (range(start, start + 2) for start in (4, 0, 8)), num_workers))
-    assert [len(batch) for batch in loaded] == [2, 2, 2]
+    assert [len(batch.pixels) for batch in loaded] == [2, 2, 2]
     for start, batch in zip((4, 0, 8), loaded, strict=True):
-        assert torch.equal(batch, torch.stack([images[start], images[start + 1]]))
+        assert torch.equal(batch.pixels, torch.stack([images[start], images[start + 1]]))
 
 
 def test_broken_images_are_replaced(build_config: BuildConfig, tmp_path: Path, write_tar: WriteTar, png: bytes) -> None:
     shard = write_tar(tmp_path / "s.tar", {"bad.png": b"no image", "good.png": png})
     images = TokenizerImages(build_config(files={"images": shard, "pairs": shard}))  # one shard for both: counted once
-    with pytest.warns(UserWarning, match=r"s\.tar:bad"):
-        assert [images[position].shape for position in range(2)] == [(3, 64, 64)] * 2
+    (batch,) = build_view_loader(images, [range(4)], 0)  # two epochs: the record is met twice
+    assert batch.pixels.shape == (4, 3, 64, 64)
+    ((name, line),) = batch.broken_records.items()  # catches a count of encounters
+    assert name.endswith("s.tar:bad") and line.startswith(f"{name}: ")
     broken = write_tar(tmp_path / "broken.tar", {"bad.png": b"no image"})
-    with (
-        pytest.raises(ConfigError, match="none of the 1 training images"),  # catches a search without an end
-        pytest.warns(UserWarning, match="bad"),
-    ):
+    with pytest.raises(ConfigError, match="none of the 1 training images"):  # catches a search without an end
         TokenizerImages(build_config(files={"images": broken, "pairs": broken}))[0]

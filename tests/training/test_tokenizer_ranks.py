@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from beit3_ds.config import ConfigError, ParallelConfig, RunConfig
+from beit3_ds.data import View
 from beit3_ds.parallel import Mesh
 from beit3_ds.training.engine import init_process_group
 from beit3_ds.training.tokenizer_checkpoint import TokenizerCheckpoint
@@ -33,10 +34,10 @@ class ViewsUntil(Views):
         super().__init__(pixels)
         self.last_position = last_position
 
-    def __getitem__(self, item: int) -> Tensor:
-        if item > self.last_position:
-            raise KilledError(item)
-        return super().__getitem__(item)
+    def read(self, position: int) -> View:
+        if position > self.last_position:
+            raise KilledError(position)
+        return super().read(position)
 
 
 def tokenizer_run(folder: Path, **changes: int | float) -> RunConfig:

@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from beit3_ds.config import ConfigError, RunConfig, load_run_config
-from beit3_ds.data import TokenizerImages
+from beit3_ds.data import TokenizerImages, View
 from beit3_ds.tokenizers import VisualTokenizer, load_visual_tokenizer
 from beit3_ds.training.code_usage import CodeUsage, measure_code_usage
 from beit3_ds.training.visual_tokenizer import (
@@ -30,7 +29,7 @@ SAMPLE = ROOT / "beit3_ds" / "sample_data"
 QUICKSTART = ROOT / "ds_configs" / "quickstart_cpu.json"
 
 
-class Views(Dataset[Tensor]):
+class Views:
     """Given images as a dataset, in their order at the positions of every epoch."""
 
     def __init__(self, pixels: Tensor) -> None:
@@ -39,8 +38,8 @@ class Views(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def __getitem__(self, item: int) -> Tensor:
-        return self.pixels[item % len(self.pixels)]
+    def read(self, position: int) -> View:
+        return View(self.pixels[position % len(self.pixels)], {})
 
 
 def run_config(folder: Path, seed: int = 1, **visual: int | float) -> RunConfig:
@@ -184,3 +183,24 @@ def test_codes_of_the_sample_beat_clusters_of_pixels(trained_runs: list[tuple[Ru
     margin = 1.96 * difference.std(ddof=1) / math.sqrt(len(difference))
     print(f"codes - pixels: {difference.mean():.3f} +- {margin:.3f}")
     assert difference.mean() - margin > 0
+
+
+class ViewsWithBrokenImages(Views):
+    """Views in whose place up to three broken images stood, again and again."""
+
+    def read(self, position: int) -> View:
+        name = f"s.tar:{position % 3}"
+        return View(super().read(position).pixels, {name: f"{name}: empty file"})
+
+
+def test_broken_images_count_once_and_are_named_once(tmp_path: Path) -> None:
+    lines: list[str] = []
+    config = run_config(tmp_path, **SMALL, **SHORT)
+    views = ViewsWithBrokenImages(random_views().pixels)
+    train_visual_tokenizer(config, views, report=lines.append)
+    named = [line for line in lines if "left out broken record" in line]
+    assert [line.rpartition("s.tar:")[2] for line in named] == [f"{i}: empty file" for i in range(3)]
+    assert "broken records 3" in lines[-2]  # catches a count of encounters, and a progress line without one
+    too_many = dataclasses.replace(config, data=dataclasses.replace(config.data, max_broken_records=2))
+    with pytest.raises(ConfigError, match=r"3 broken records by step 1 .*max_broken_records=2"):
+        train_visual_tokenizer(too_many, views, report=lines.append)
