@@ -36,7 +36,14 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def config_for(
-    zero_stage: int, model: str = "paper", checkpointing: str = "none", *, bf16: bool = False, **parallel: Any
+    zero_stage: int,
+    model: str = "paper",
+    checkpointing: str = "none",
+    *,
+    bf16: bool = False,
+    training: Mapping[str, Any] | None = None,
+    deepspeed: Mapping[str, Any] | None = None,
+    **parallel: Any,
 ) -> RunConfig:
     """Six small blocks with stochastic depth, the top one with vision-language experts unless decoupled."""
     sizes = {"num_layers": 6, "num_attention_heads": 4, "drop_path_rate": 0.2}
@@ -46,6 +53,8 @@ def config_for(
         mapping["bf16"] = {"enabled": True}
     mapping["beit3_ds"]["parallel"] = parallel
     mapping["beit3_ds"]["training"] |= {"learning_rate": LEARNING_RATE, "activation_checkpointing": checkpointing}
+    mapping["beit3_ds"]["training"] |= training or {}
+    mapping |= deepspeed or {}
     return build_run_config(mapping)
 
 

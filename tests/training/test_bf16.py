@@ -1,16 +1,29 @@
-"""bf16 under a layout of ranks is at most twice as far from fp32 as bf16 in one process."""
+"""bf16 under a layout of ranks is at most twice as far from fp32 as bf16 in one process; sums and stream in fp32."""
 
 import functools
+from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from tests.ranks import run_ranks
 from tests.training.layouts import Layout, deals
-from tests.training.steps import Reference, config_for, measure_steps, norm_of_all
+from tests.training.steps import (
+    Deal,
+    Reference,
+    accumulate_step,
+    build_samples,
+    config_for,
+    measure_steps,
+    norm_of_all,
+)
 
 MODEL = "paper"
 ONE_PROCESS = Layout(1, 1, 1)
+
+
+FLOAT32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
 
 
 def measure_first_step(layout: Layout, zero_stages: tuple[int, ...]) -> list[dict[str, Tensor]]:
@@ -68,3 +81,70 @@ def test_bf16(
         times = {kind: error / one_process[kind] for kind, error in found.items()}
         print(f"{layout}, ZeRO-{stage}: errors {found}, times those of one process: {times}")
         assert max(times.values()) <= 2, f"{layout}, ZeRO-{stage}: {times} times the errors of one process"
+
+
+def measure_sums(zero_stages: tuple[int, ...]) -> list[tuple[float, float]]:
+    """On one rank: by ZeRO stage the errors of bf16 and of float32 sums of eight micro-batches' bf16 gradients."""
+    from beit3_ds.training.engine import build_model, init_process_group
+    from beit3_ds.training.loss import build_loss_factors
+
+    config = config_for(1, MODEL, bf16=True)
+    mesh = init_process_group(config.parallel)
+    samples = build_samples(config, 0)
+    model = build_model(config).to(torch.bfloat16)
+    counts = torch.tensor([batch.num_masked for batch in samples]).sum(0)
+    factors = build_loss_factors(counts, config.training.loss_weights, 1)
+    truth: dict[str, Tensor] = {}
+    for batch in samples:
+        gradients = torch.autograd.grad(model(batch, factors).total, list(model.parameters()))
+        for (name, _), gradient in zip(model.named_parameters(), gradients, strict=True):
+            key = f"gradient 0 {name}"
+            truth[key] = truth.get(key, torch.zeros(())) + gradient.double()
+    deal: Deal = [[[number] for number in range(len(samples))]]
+    found = []
+    for stage in zero_stages:
+        errors = []
+        for deepspeed in ({}, FLOAT32_SUMS):
+            steps = measure_steps(config_for(stage, MODEL, bf16=True, deepspeed=deepspeed), mesh, [deal], num_steps=1)
+            difference = {name: steps[name].double() - exact for name, exact in truth.items()}
+            errors.append(norm_of_all(difference, "gradient 0") / norm_of_all(truth, "gradient 0"))
+        found.append((errors[0], errors[1]))
+    mesh.close()
+    return found
+
+
+def test_micro_batches_add_up_in_float32_under_every_zero_stage() -> None:
+    """Catches sums that are rounded after a micro-batch, or cleared before the next, as ZeRO-1 would do."""
+    (found,) = run_ranks(measure_sums, 1, (1, 2, 3))
+    for stage, (rounded, exact) in zip((1, 2, 3), found, strict=True):
+        print(f"ZeRO-{stage}: errors {rounded:.2e} with bf16 sums, {exact:.2e} with float32 sums")
+        assert exact < 1e-6 < 1e-3 < rounded, f"ZeRO-{stage}: {exact} of float32 sums, {rounded} of bf16 sums"
+
+
+def stream_dtypes(layout: Layout) -> list[str]:
+    """On one rank: dtype of what stages send each other, with and without the option."""
+    from beit3_ds.training.engine import build_schedule, init_process_group
+
+    mesh = init_process_group(config_for(1, **layout.parallel).parallel)
+    found = []
+    for wide in (True, False):
+        config = config_for(1, MODEL, bf16=True, training={"fp32_residual_connection": wide}, **layout.parallel)
+        schedule = build_schedule(config, mesh)
+        sent: list[str] = []
+        send = schedule.send
+
+        def note(x_TD: Tensor, *, forward: bool, send: Any = send, sent: list[str] = sent) -> None:
+            sent.append(str(x_TD.dtype))
+            send(x_TD, forward=forward)
+
+        schedule.send = note  # type: ignore[method-assign]
+        accumulate_step(schedule, config, mesh, deals(layout, 1)[0], 0)
+        found += sorted(set(sent))
+        schedule.engine.destroy()
+    mesh.close()
+    return found
+
+
+def test_stages_send_the_stream_in_its_dtype() -> None:
+    """Catches an option without an effect, and messages that round the stream or its gradient."""
+    assert run_ranks(stream_dtypes, 2, Layout(1, 2, 1)) == [["torch.float32", "torch.bfloat16"]] * 2
