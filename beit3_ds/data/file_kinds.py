@@ -5,7 +5,7 @@ from beit3_ds.data.file_reading import open_for_reading
 _MAGIC = (
     (0, b"\x1f\x8b", "gzip data"),
     (0, b"\x28\xb5\x2f\xfd", "Zstandard data"),
-    (0, b"BZh", "bzip2 data"),
+    (4, b"1AY&SY", "bzip2 data"),
     (0, b"\xfd7zXZ\0", "xz data"),
     (0, b"\x04\x22\x4d\x18", "LZ4 data"),
     (0, b"PK\x03\x04", "a zip archive"),

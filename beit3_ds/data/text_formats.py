@@ -15,6 +15,7 @@ import gzip
 import io
 import json
 import os
+import re
 import zlib
 from typing import BinaryIO, Literal, NamedTuple, cast
 
@@ -32,6 +33,7 @@ DECOMPRESSION_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
 _JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".ldjson")
 _GZIP, _ZSTANDARD = (".gz", ".gzip"), (".zst", ".zstd")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_KEY_TEXT = re.compile(r'[{,]\s*"text"\s*:\s*"')
 _HEAD_BYTES = 1 << 16
 _COMPRESSED_BYTES = 8 << 10  # zstandard gives out at once all that they hold
 _CHUNK_BYTES = 1 << 20
@@ -87,9 +89,9 @@ def find_text_format(path: str) -> TextFormat:
         advice = "Convert it with iconv" if "UTF" in kind else "Give it the name of its format, or leave it out"
         raise ConfigError(f"data: {printable(path)} holds {kind}, no UTF-8 text. {advice}.")
     if extension != ".json" and extension not in _JSON_LINES:
-        if _is_record(head.partition(b"\n")[0]):
+        if _starts_with_record(head):
             raise ConfigError(
-                f"data: {printable(path)} holds JSON with 'text' a line. Name it *.jsonl, else every line "
+                f"data: {printable(path)} holds JSON objects with 'text'. Name it *.jsonl, else every line "
                 "would be read as it stands, braces and keys included."
             )
         return TextFormat("plain", compression)
@@ -129,13 +131,16 @@ def _kind_of_json(head: bytes, extension: str) -> Literal["json_lines", "json_va
     return "json_lines"
 
 
-def _is_record(line: bytes) -> bool:
-    if not line.lstrip(_BYTE_ORDER_MARK).startswith(b"{"):
+def _starts_with_record(head: bytes) -> bool:
+    """Whether a file starts with a JSON object that has a `text`, alone or in a list."""
+    text = head.removeprefix(_BYTE_ORDER_MARK).decode("utf-8", "ignore").lstrip()
+    text = text.removeprefix("[").lstrip()
+    if not text.startswith("{"):
         return False
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return False
+        record, _ = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):  # not JSON, or longer than what was read
+        return len(head) == _HEAD_BYTES and _KEY_TEXT.search(text) is not None
     return isinstance(record, dict) and isinstance(record.get("text"), str)
 
 

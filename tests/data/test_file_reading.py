@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from beit3_ds import cli
 from beit3_ds.config import DataConfig, SourceConfig, StreamConfig
 from beit3_ds.data import file_reading
 from beit3_ds.data.annotations import read_coco_captions, read_conceptual_captions
@@ -26,6 +27,7 @@ from beit3_ds.data.texts import TextSequences
 from beit3_ds.storage_error import StorageError
 from beit3_ds.tokenizers.text import TextTokenizer
 from tests.data.conftest import WriteTar
+from tests.run_config import quickstart_mapping
 
 FaultyReads = Callable[[str, int, int], None]
 
@@ -127,6 +129,25 @@ def test_one_failure_is_outlasted_and_a_lasting_one_ends_the_run(
         with pytest.raises(StorageError, match=rf"{socket.gethostname()} cannot read {path}.*{os.strerror(number)}"):
             read()
         faulty_reads(path, 0, number)
+
+
+def test_a_command_on_a_failing_file_system_ends_with_one_line(
+    tmp_path: Path,
+    write_tar: WriteTar,
+    png: bytes,
+    faulty_reads: FaultyReads,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    content = quickstart_mapping()
+    tar = write_tar(tmp_path / "s.tar", {f"{i}.png": png for i in range(9)})
+    content["beit3_ds"]["data"]["images"]["train"] = [tar]
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    faulty_reads(tar, 100_000, errno.EIO)
+    # 1: nothing needs to be changed before the same command can work, unlike 2
+    assert cli.main(["prepare", "stats", str(tmp_path / "run.json")]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{socket.gethostname()} cannot read {tar}" in error
 
 
 def test_a_forbidden_image_is_a_broken_record(tmp_path: Path, png: bytes, faulty_reads: FaultyReads) -> None:

@@ -1,5 +1,6 @@
 """Reading text files: every format gives the same paragraphs, cuts lose no line, broken lines are counted."""
 
+import bz2
 import gzip
 import json
 import tracemalloc
@@ -171,6 +172,9 @@ def test_every_name_is_read_as_what_it_holds(
         ("a.txt", "a text".encode("utf-32"), "holds UTF-32 text.*iconv"),
         ("a.jsonl", b"\xff\xfe" + LINES.encode("utf-16-le"), "holds UTF-16 text"),
         ("a.txt", LINES.encode(), "Name it \\*.jsonl"),
+        ("list.txt", json.dumps(RECORDS, indent=1).encode(), "Name it \\*.jsonl"),
+        ("long.txt", json.dumps({"id": 1, "text": "a " * 99_999}).encode(), "Name it \\*.jsonl"),
+        ("a.txt", bz2.compress(b"a"), "holds bzip2 data"),
         ("cut.json", json.dumps(RECORDS, indent=1).encode()[:-3], "behind value 2: not JSON"),
         ("open.json", json.dumps(RECORDS).encode()[:-1], "behind value 3: cut off within a list"),
         ("bad.json", b'[{"text": "a"}, nothing]', "behind value 1: not JSON"),
@@ -181,6 +185,12 @@ def test_what_is_no_text_is_refused_with_what_to_do(tmp_path: Path, name: str, d
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ConfigError, match=rf"{name} .*{message}"):
         read(tmp_path / name, 99)  # catches a budget of broken lines that hides a whole file
+
+
+@pytest.mark.parametrize("text", ["{braces} in a text", '{"a": 1} is an object', "BZh is a name", "[1] a note"])
+def test_plain_text_may_begin_like_another_format(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    assert read(tmp_path / "a.txt") == [text]
 
 
 def test_what_cannot_be_text_is_counted(tmp_path: Path) -> None:
