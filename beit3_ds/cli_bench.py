@@ -12,7 +12,11 @@ def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     benches = bench.add_subparsers(metavar="WHAT", required=True)
     attention = benches.add_parser("attention", help="ways to batch ragged sequences inside attention, on this device")
     attention.set_defaults(run=_bench_attention)
-    data = benches.add_parser("data", help="images a second of this loader, WebDataset and ImageFolder, on one core")
+    data = benches.add_parser("data", help="file calls per sample; speed of this loader, WebDataset and ImageFolder")
+    data.add_argument("--calls-only", action="store_true", help="count opens and reads per sample, and end")
+    data.add_argument(
+        "--shards", type=integer(Range(2, 100_000)), metavar="N", help="time the opening of N prepared shards, and end"
+    )
     data.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
     data.set_defaults(run=_bench_data)
     texts = benches.add_parser("text", help="preparing texts beside SentencePiece's own batch encoding, and its memory")
@@ -89,9 +93,17 @@ def _bench_attention(options: argparse.Namespace) -> int:
 
 
 def _bench_data(options: argparse.Namespace) -> int:
-    from beit3_ds.benchmarks.data import benchmark_data
+    from beit3_ds.benchmarks.data_files import count_calls, describe_calls, time_opening
 
-    print(benchmark_data(options.json))
+    if options.shards is not None:
+        print(time_opening(options.shards))
+        return 0
+    print(describe_calls(count_calls()))
+    if not options.calls_only:
+        from beit3_ds.benchmarks.data import benchmark_data
+
+        print()
+        print(benchmark_data(options.json))
     return 0
 
 

@@ -4,6 +4,7 @@ import os
 import stat
 
 from beit3_ds.data.file_reading import read_with_retries, storage_error
+from beit3_ds.data.open_files import read_fully
 
 
 class Folder:
@@ -74,13 +75,16 @@ class Folder:
         if not self.contains(name):
             raise ValueError(f"it leads out of the folder {self.path}")
         # Opening a pipe would wait for its other end.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            status = os.fstat(file.fileno())
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise ValueError("no plain file")
             if status.st_size > limit:
                 raise ValueError(f"{status.st_size} bytes exceed the limit of {limit}")
-            return file.read(limit)
+            return read_fully(descriptor, 0, status.st_size)  # one call: a file object asks once more for the end
+        finally:
+            os.close(descriptor)
 
     def _check_still_there(self) -> None:
         try:

@@ -68,7 +68,7 @@ class OpenFiles:
         with self._exclusive():
             for is_last_attempt in (False, True):
                 try:
-                    return _read_all(self._descriptor(path, expected), size, offset)
+                    return read_fully(self._descriptor(path, expected), offset, size)
                 except OSError as error:
                     self._descriptors.pop(path)
                     if is_last_attempt or error.errno != errno.ESTALE:
@@ -191,7 +191,12 @@ def _check_unchanged(descriptor: int, expected: tuple[int, int]) -> None:
         raise FileChangedError(f"it has size and mtime_ns {found}, but had {expected} when it was indexed")
 
 
-def _read_all(descriptor: int, size: int, offset: int) -> bytes:
+def read_fully(descriptor: int, offset: int, size: int) -> bytes:
+    """Reads `size` bytes of an open file, fewer only where it ends; with one call unless the system returns less.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
     data = os.pread(descriptor, size, offset)
     if len(data) == size:
         return data
