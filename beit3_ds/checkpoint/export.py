@@ -22,10 +22,11 @@ from beit3_ds.checkpoint.timm_recipes import timm_recipe_lines, timm_recipes
 from beit3_ds.checkpoint.unilm_layout import reference_arguments
 from beit3_ds.checkpoint.unilm_recipes import unilm_recipes
 from beit3_ds.config import ConfigError, ModelConfig
-from beit3_ds.model.pretrained import EXTRA_PREFIX, INDEX_NAME, weights_metadata
+from beit3_ds.model.pretrained import EXTRA_PREFIX, INDEX_NAME, is_pretrained_file, weights_metadata
 
 ExportFormat = Literal["beit3", "unilm-dual", "unilm-fusion", "timm"]
 
+_SHARD_NAME = re.compile(r"model-[0-9]{5,}-of-[0-9]{5,}\.safetensors")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
@@ -123,10 +124,22 @@ def check_free(out: Path, overwrite: bool) -> None:
     Raises:
         ConfigError: if it is.
     """
-    if out.is_dir() and not (out / INDEX_NAME).is_file():
-        raise ConfigError(f"{out} is a folder, but not one of exported weights. Name a file in it, or another folder.")
+    if out.is_dir():
+        foreign = next((file.name for file in sorted(out.iterdir()) if not _is_own_file(file)), None)
+        if foreign is not None or not (out / INDEX_NAME).is_file():
+            held = f" and holds {foreign}" if foreign else ""
+            raise ConfigError(
+                f"{out} is a folder, but not one of exported weights alone{held}. Name a file in it, or another folder."
+            )
     if out.exists() and not overwrite:
         raise ConfigError(f"{out} exists already. Name another place, or replace it with --force.")
+
+
+def _is_own_file(file: Path) -> bool:
+    """Whether a file of a folder is one that an export writes there."""
+    if file.is_symlink() or not file.is_file():
+        return False
+    return file.name == INDEX_NAME or (_SHARD_NAME.fullmatch(file.name) is not None and is_pretrained_file(file))
 
 
 def parse_byte_count(text: str) -> int:

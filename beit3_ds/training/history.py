@@ -1,8 +1,12 @@
 """The run's record on disk: one JSON object a line, in OUTPUT_DIR/metrics.jsonl."""
 
+import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
+
+from beit3_ds.checkpoint.disk import write_whole
 
 
 class History:
@@ -14,25 +18,47 @@ class History:
     def append(self, record: dict[str, Any]) -> None:
         """Adds one record."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        with open(self.path, "ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a kill cut the last line short
+                    file.write(b"\n")
+            file.write(f"{json.dumps(record)}\n".encode())
 
     def records(self) -> list[dict[str, Any]]:
-        """All whole records; a last line cut short by a kill is passed over."""
-        if not self.path.exists():
-            return []
-        records = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return records
+        """All whole records; lines that are none, such as one cut short by a kill, are passed over."""
+        return [record for record in map(_parse, self._lines()) if record is not None]
 
     def forget_after(self, step: int) -> None:
-        """Drops records of steps that a resumed run will repeat: those beyond `step` updates."""
-        kept = [record for record in self.records() if record["step"] <= step]
-        if self.path.exists():
-            aside = self.path.with_suffix(".tmp")
-            aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-            aside.rename(self.path)
+        """Drops records of steps that a resumed run will repeat: those beyond `step` updates.
+
+        Lines that are no records, which somebody else wrote, stay.
+        """
+        lines = self._lines()
+        kept = [line for line in lines if (record := _parse(line)) is None or record["step"] <= step]
+        if kept != lines:
+            write_whole(self.path.resolve(), "".join(f"{line}\n" for line in kept).encode("utf-8", "surrogateescape"))
+
+    def move_aside(self) -> Path | None:
+        """Gives the file of an earlier run another name, where a run begins anew; returns it, or None without one."""
+        if not self._lines():
+            return None
+        names = (f"{self.path.stem}-{number}{self.path.suffix}" for number in itertools.count(1))
+        moved = next(path for name in names if not os.path.lexists(path := self.path.with_name(name)))
+        self.path.rename(moved)
+        return moved
+
+    def _lines(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        text = self.path.read_bytes().decode("utf-8", errors="surrogateescape")
+        return text.removesuffix("\n").split("\n") if text else []
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """A record, or None for a line that is none."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None

@@ -100,9 +100,9 @@ def resume(
     first_step = store.load(state, newest) if newest else 0
     engine.global_steps = first_step  # what DeepSpeed's own logs count
     if mesh.is_main:
-        history.forget_after(first_step if newest else -1)
         continue_csv_files(engine.monitor, first_step if newest else -1)
         if newest:
+            history.forget_after(first_step)
             print(f"resuming after step {first_step} from {newest.path}", flush=True)
             if first_step == total_steps:
                 print(
@@ -110,6 +110,8 @@ def resume(
                     "Raise total_steps to train longer.",
                     flush=True,
                 )
+        elif moved := history.move_aside():
+            print(f"there is no checkpoint to resume from; records of an earlier run are now in {moved}", flush=True)
     return Resumption(first_step, newest.index if newest else None)
 
 

@@ -101,6 +101,21 @@ def test_nothing_is_overwritten_unasked(taken_by: str, max_shard_bytes: int | No
     assert out.is_dir() == (max_shard_bytes is not None) and list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.parametrize("name", ["text.spm", "model-00001-of-00009.safetensors", "notes"])
+def test_a_folder_with_somebody_elses_files_is_never_replaced(name: str, tmp_path: Path) -> None:
+    """Exported weights beside which somebody put a tokenizer, another project's shard or a folder."""
+    folder = tmp_path / "shards"
+    export_weights(SOURCE, folder, max_shard_bytes=20_000)
+    export_weights(SOURCE, folder, max_shard_bytes=20_000, overwrite=True)
+    if name == "notes":
+        (folder / name).mkdir()
+    else:
+        (folder / name).write_bytes(b"mine")
+    with pytest.raises(ConfigError, match=f"not one of exported weights alone and holds {name}"):
+        export_weights(SOURCE, folder, max_shard_bytes=20_000, overwrite=True)
+    assert (folder / name).exists()
+
+
 def test_a_folder_of_other_things_is_never_replaced(tmp_path: Path) -> None:
     precious = tmp_path / "thesis"
     precious.mkdir()
