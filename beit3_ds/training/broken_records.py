@@ -31,7 +31,7 @@ class BrokenRecords:
             group: the ranks that read different records.
             known: records met before, by name, each with the line that says what is wrong.
         """
-        self._limit, self._group = limit, group
+        self._limit, self._host = limit, group
         self._lines = dict(known or {})
 
     @property
@@ -61,7 +61,7 @@ class BrokenRecords:
             ConfigError: on all ranks, with all lines, if there are more than the limit now.
         """
         found: dict[str, str] = {}
-        for other in self._group.gather(dict(new)):
+        for other in self._host.gather(dict(new)):
             found |= {name: line for name, line in other.items() if name not in found}
         self._lines |= found
         if self.total > self._limit:

@@ -1,0 +1,76 @@
+"""Finds, in the source, whatever sends something to other ranks."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+ROOT = Path(__file__).parents[1]
+_SILENT = re.compile(r"get_|is_|supports_|destroy_|set_timeout|record_comm")
+_ALSO = {"sum_over_data", "sum_over_model", "sum_over_all", "GatheredParameters", "DistributedDataParallel"}
+_ALSO |= {"init_distributed", "allreduce", "allgather", "reduce_scatter_coalesced", "all_gather_coalesced"}
+_SHARED_WORDS = {"broadcast", "collect", "gather", "receive", "recv", "reduce", "scatter", "send", "sum", "barrier"}
+"""Words that tensors, arrays and pipes use too: they count where the receiver is a group or a module that sends."""
+_MODULES = ("torch.distributed", "deepspeed.comm", "torch.distributed.distributed_c10d")
+_RECEIVERS = re.compile(r"(^|[._])(dist|distributed|comm|host|group|mesh|pipeline|tensor|engine|deepspeed)$")
+_OF_ENGINES = {"backward", "step", "initialize"}
+
+SENDING = _ALSO | {
+    name
+    for name in dist.distributed_c10d.__all__
+    if name[0].islower()
+    and name != "group"
+    and not _SILENT.match(name)
+    and callable(getattr(dist.distributed_c10d, name))
+}
+"""Names of everything in torch that sends, and of what else here does."""
+
+
+class Call(NamedTuple):
+    """A place in the source."""
+
+    file: str
+    function: str
+    expression: str
+
+
+def find_calls() -> list[Call]:
+    """All places of the package and of the kernels, in order."""
+    files = [*(ROOT / "beit3_ds").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    return [call for path in sorted(files) for call in find_calls_in(path.read_text(), str(path.relative_to(ROOT)))]
+
+
+def find_calls_in(source: str, file: str = "") -> Iterator[Call]:
+    """Those of one file: what is called, and what is handed on to be called."""
+    tree = ast.parse(source)
+    modules, functions = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {alias.asname or alias.name for alias in node.names if alias.name in _MODULES}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {alias.asname or alias.name: alias.name for alias in node.names}
+            modules |= {own for own, name in names.items() if f"{node.module}.{name}" in _MODULES}
+            if node.module.startswith(_MODULES) or node.module.startswith("torch.nn.parallel"):
+                functions |= {own for own, name in names.items() if name in SENDING}
+    yield from _find(tree, file, "", modules, functions)
+
+
+def _find(node: ast.AST, file: str, function: str, modules: set[str], functions: set[str]) -> Iterator[Call]:
+    for child in ast.iter_child_nodes(node):
+        inner = child.name if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) else function
+        if isinstance(child, ast.Attribute) and isinstance(child.ctx, ast.Load) and _sends(child, modules):
+            yield Call(file, function, ast.unparse(child))
+        if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Load) and child.id in functions:
+            yield Call(file, function, child.id)
+        yield from _find(child, file, inner, modules, functions)
+
+
+def _sends(node: ast.Attribute, modules: set[str]) -> bool:
+    receiver = ast.unparse(node.value)
+    if node.attr in SENDING - _SHARED_WORDS:
+        return True
+    of_a_group = receiver in modules or _RECEIVERS.search(receiver) is not None
+    return of_a_group and node.attr in _SHARED_WORDS | _OF_ENGINES

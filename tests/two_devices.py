@@ -1,0 +1,226 @@
+"""A machine with a second device, on one that has none, whose process groups refuse tensors of the CPU as NCCL does.
+
+The second device is `cpu:0`. Torch keeps its tensors on the CPU but tells it apart from `cpu` wherever a device is
+named, so programs run on it unchanged. Two modes follow which memory is whose: what is made on `cpu:0`, moved there, or
+computed from a tensor there, is the device's; what is moved to `cpu`, or made without a device, is the host's. As on a
+GPU, a tensor of the device has no NumPy view, and most operations refuse to mix the two.
+
+Groups are made for `cuda` alone (`cuda:gloo`), so whatever is of the host is refused by torch itself, in the words that
+one hears from NCCL. A tensor of the device travels through a twin of the group, which gloo serves. Groups made for gloo
+by name are those of hosts: they refuse tensors of the device, which a GPU's pointer would make them read as if it were
+host memory.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+DEVICE, HOST = torch.device("cpu:0"), torch.device("cpu")
+ROOT = Path(__file__).parents[1]
+_MAY_MIX = {
+    *("copy_", "_to_copy", "_foreach_copy_", "set_", "lift_fresh", "_has_compatible_shallow_copy_type"),
+    *("index", "index_put", "index_put_", "_index_put_impl_"),
+    "index_add",  # in the gradient of index_select torch makes zeros on the gradient's device, which is `cpu` to it
+}
+"""Operations that CUDA allows between host and device; also all with a scalar of the host."""
+
+Site = tuple[str, str]
+"""A file of the project and a function in it."""
+
+
+def is_device(tensor: Tensor) -> bool:
+    """Whether a tensor lies on the second device."""
+    return getattr(tensor.untyped_storage(), "is_device", False)
+
+
+class TwoDevices:
+    """Follows tensors and routes collectives; `seen` holds where they were called from."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, set[Site]] = {"device": set(), "host": set()}
+        self._twins: dict[str, dist.ProcessGroup] = {}
+        self._new_group = dist.new_group
+
+    def init_process_group(self, **options: Any) -> None:
+        """Makes the default group, of devices."""
+        dist.init_process_group("cuda:gloo", **options)
+        self._add_twin(dist.group.WORLD, None)
+
+    def new_group(self, ranks: list[int] | None = None, **options: Any) -> Any:
+        """Makes a group of devices, or, if gloo is asked for, of hosts."""
+        group = self._new_group(ranks, **options)
+        if options.get("backend") is None:
+            self._add_twin(group, ranks)
+        return group
+
+    def _add_twin(self, group: Any, ranks: list[int] | None) -> None:
+        twin = self._new_group(ranks, backend="gloo")
+        if isinstance(group, dist.ProcessGroup):
+            self._twins[group.group_name] = twin
+
+    def barrier(self, group: dist.ProcessGroup | None = None, **options: Any) -> Any:
+        """NCCL's runs on the device."""
+        group = group or dist.group.WORLD
+        assert group is not None
+        twin = self._twins.get(group.group_name)
+        self._note("host" if twin is None else "device")
+        return (group if twin is None else twin).barrier().wait()
+
+    def noting(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The same call of a group of hosts, noted: threads beside the main one run without these modes."""
+
+        def noted(*arguments: Any, **options: Any) -> Any:
+            if options["group"].group_name not in self._twins:
+                self._note("host")
+            return call(*arguments, **options)
+
+        return noted
+
+    def route(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Sends what is on the right device, and lets torch refuse the rest."""
+        (boxed,) = (a for a in args if isinstance(a, torch.ScriptObject) and _is_group(a))
+        group = dist.ProcessGroup.unbox(boxed)
+        on_device = [is_device(leaf) for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        twin = self._twins.get(group.group_name)
+        if twin is None:
+            if any(on_device):
+                raise RuntimeError(f"{func}: a tensor of the device in a group of hosts")
+            self._note("host")
+        elif all(on_device):
+            self._note("device")
+            args = tuple(twin.boxed() if a is boxed else a for a in args)
+        return func(*args, **kwargs)  # a tensor of the host in a group of devices: torch refuses it
+
+    def _note(self, kind: str) -> None:
+        frame: Any = sys._getframe(1)
+        while frame is not None:
+            path = frame.f_code.co_filename
+            if path.startswith(f"{ROOT}/") and "/site-packages/" not in path and "/tests/" not in path:
+                self.seen[kind].add((str(Path(path).relative_to(ROOT)), frame.f_code.co_name))
+            frame = frame.f_back
+
+
+@contextmanager
+def two_devices() -> Iterator[TwoDevices]:
+    """Gives this process a second device for the time of the block; the process group must not exist yet."""
+    import deepspeed
+    from beit3_ds.kernels import host_memory
+    from deepspeed.accelerator import get_accelerator
+
+    from beit3_ds.training import engine
+
+    machine, accelerator, init = TwoDevices(), get_accelerator(), deepspeed.init_distributed
+    dist.new_group, dist.barrier = machine.new_group, machine.barrier
+    dist.send, dist.recv = machine.noting(dist.send), machine.noting(dist.recv)
+    host_memory.keep_freed_memory = engine.keep_freed_memory = lambda *arguments, **options: None  # nothing on a GPU
+
+    def init_distributed(*arguments: Any, timeout: Any, **options: Any) -> None:
+        machine.init_process_group(timeout=timeout)
+        init(*arguments, timeout=timeout, **options)
+
+    deepspeed.init_distributed = init_distributed
+    kind = type(accelerator)
+    kind.current_device_name = lambda self: str(DEVICE)
+    kind.device_name = lambda self, device_index=None: str(DEVICE)
+    kind.communication_backend_name = lambda self: "stands for nccl"
+    for name in (
+        "BFloat16Tensor",
+        "ByteTensor",
+        "DoubleTensor",
+        "FloatTensor",
+        "HalfTensor",
+        "IntTensor",
+        "LongTensor",
+    ):
+        make = getattr(torch, name)
+        setattr(kind, name, property(lambda self, make=make: lambda *values: make(*values).to(DEVICE)))
+    with _Devices(), _Dispatch(machine):
+        yield machine
+
+
+class _Devices(TorchFunctionMode):
+    """Answers which device a tensor is on, and moves tensors between the two."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__self__", None) is Tensor.device:
+            return DEVICE if is_device(args[0]) else HOST
+        name = getattr(func, "__name__", "")
+        if name in ("numpy", "__array__") and is_device(args[0]):
+            raise TypeError("can't convert a tensor of the device to numpy: copy it to the host first")
+        if name == "cpu":
+            return _move(func(*args, **kwargs), args[0], HOST)
+        target = _named_device(args[1:] if name in ("to", "to_dense") else (), kwargs)
+        if name == "to" and target is not None:
+            # To torch all are on the CPU: this only changes the type, if it is asked to.
+            arguments = (HOST if isinstance(a, torch.device) or _is_device_name(a) else a for a in args)
+            options = kwargs | ({"device": HOST} if "device" in kwargs else {})
+            return _move(func(*arguments, **options), args[0], target)
+        result = func(*args, **kwargs)
+        if target is not None and isinstance(result, Tensor) and not any(a is result for a in args):
+            result.untyped_storage().is_device = target == DEVICE  # type: ignore[attr-defined]
+        return result
+
+
+class _Dispatch(TorchDispatchMode):
+    """Follows whose memory the results of operations are, backward passes included."""
+
+    def __init__(self, machine: TwoDevices) -> None:
+        super().__init__()
+        self._machine = machine
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func.namespace == "c10d":
+            return self._machine.route(func, args, kwargs)
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        on_device = {is_device(tensor) for tensor in inputs if tensor.dim() and tensor.numel()}
+        name = func._schema.name.partition("::")[2]
+        if len(on_device) > 1 and name not in _MAY_MIX:
+            raise RuntimeError(f"{func}: expected all tensors to be on the same device")
+        target = kwargs.get("device")
+        on_target = target == DEVICE if target is not None else any(map(is_device, inputs))
+        result = func(*args, **kwargs)
+        storages = {tensor.untyped_storage()._cdata for tensor in inputs}
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and (storage := leaf.untyped_storage())._cdata not in storages:
+                storage.is_device = on_target
+        return result
+
+
+def _move(result: Tensor, source: Tensor, target: torch.device) -> Tensor:
+    """What a move to a device gives: a copy if it lies on the other one."""
+    if is_device(source) == (target == DEVICE):
+        return result
+    if result.untyped_storage()._cdata == source.untyped_storage()._cdata:
+        result = result.clone()
+    result.untyped_storage().is_device = target == DEVICE  # type: ignore[attr-defined]
+    return result
+
+
+def _named_device(arguments: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.device | None:
+    for value in (*arguments, kwargs.get("device")):
+        if isinstance(value, torch.device) or _is_device_name(value):
+            return torch.device(value)
+    return None
+
+
+def _is_device_name(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(("cpu", "cuda"))
+
+
+def _is_group(script_object: torch.ScriptObject) -> bool:
+    return "ProcessGroup" in script_object._type().qualified_name()
