@@ -156,7 +156,7 @@ def test_prepare_commands(config_file: Path, capsys: pytest.CaptureFixture[str])
     assert cli.main([*index, "--verify"]) == 2
     assert "pairs-0.tar has size" in capsys.readouterr().err
     assert cli.main([*index[:-1], "0"]) == 2
-    assert "--processes is 0" in capsys.readouterr().err
+    assert "--processes: it is 0" in capsys.readouterr().err
     assert cli.main(["prepare", "stats", str(config_file), "--out", "/no/such/folder/x.png"]) == 2
 
 
