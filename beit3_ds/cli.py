@@ -9,7 +9,7 @@ from beit3_ds.cli_cluster import add_cluster_commands
 from beit3_ds.cli_launch import add_launch_command
 from beit3_ds.cli_weights import add_weight_commands
 from beit3_ds.config import ConfigError
-from beit3_ds.config.arguments import OneLineParser, add_config_arguments, integer, real
+from beit3_ds.config.arguments import OneLineParser, add_config_arguments, add_force_argument, integer, real
 from beit3_ds.config.numbers import PROCESSES, RANKS, Range
 from beit3_ds.storage_error import StorageError
 
@@ -72,6 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         add_config_arguments(command)
         command.set_defaults(run=run)
+        if name.endswith("-tokenizer"):
+            add_force_argument(command)
         if name == "check":
             _add_check_arguments(command)
     show = commands.add_parser("show-codes", help="draw training images, their masks and their codes as colours")
@@ -186,11 +188,23 @@ def _check(options: argparse.Namespace) -> int:
 def _train_text_tokenizer(options: argparse.Namespace) -> int:
     from beit3_ds.config import load_run_config
     from beit3_ds.data import read_training_lines
-    from beit3_ds.tokenizers import train_text_tokenizer
+    from beit3_ds.tokenizers import TextTokenizer, train_text_tokenizer
+    from beit3_ds.tokenizers.recipe import describe_trained, is_trained, save_recipe, text_recipe
 
     config = load_run_config(options.config, options.set)
+    path, recipe = config.tokenizers.text.path, text_recipe(config)
+    if not path:
+        raise ConfigError("tokenizers.text.path is not set: a run without texts and pairs needs no text tokenizer.")
+
+    def read_known() -> dict[str, int]:
+        return {"vocab_size": TextTokenizer(path).num_pieces}
+
+    if not options.force and is_trained("tokenizers.text", path, recipe, read_known):
+        print(describe_trained("tokenizers.text", path))
+        return 0
     tokenizer = train_text_tokenizer(config.tokenizers.text, read_training_lines(config.data), config.training.seed)
-    print(f"wrote {config.tokenizers.text.path}: {tokenizer.vocab_size} ids, <mask> is {tokenizer.mask_id}")
+    save_recipe(path, recipe)
+    print(f"wrote {path}: {tokenizer.vocab_size} ids, <mask> is {tokenizer.mask_id}")
     return 0
 
 
@@ -200,7 +214,7 @@ def _train_visual_tokenizer(options: argparse.Namespace) -> int:
     load_run_config(options.config, options.set)  # before the seconds that DeepSpeed takes to import
     from beit3_ds.train_visual_tokenizer import main as train_main
 
-    return train_main(_config_arguments(options))
+    return train_main([*_config_arguments(options), *(["--force"] if options.force else [])])
 
 
 def _show_codes(options: argparse.Namespace) -> int:
@@ -233,7 +247,10 @@ def _compare_runs(options: argparse.Namespace) -> int:
     comparison = compare_runs(*(Path(folder) for folder in options.runs))
     print(comparison.describe())
     if options.out:
-        plot_comparison(comparison, Path(options.out))
+        try:
+            plot_comparison(comparison, Path(options.out))
+        except Exception as error:  # of matplotlib, which may be anything
+            raise ConfigError(f"--out {options.out} cannot be drawn: {type(error).__name__}: {error}.") from error
     if options.tolerance is None:
         return 0
     difference, step = comparison.largest_difference("loss")
@@ -256,7 +273,13 @@ def _prepare_index(options: argparse.Namespace) -> int:
         raise ConfigError("data: prepared_dir is not set. Name a folder for the indices in the config.")
     check_heldout_apart(data)
     tars = shard_paths(data)
-    shards = prepare_indices(tars, data.prepared_dir, verify=options.verify, num_processes=options.processes)
+    shards = prepare_indices(
+        tars,
+        data.prepared_dir,
+        verify=options.verify,
+        num_processes=options.processes,
+        timeout_seconds=data.timeout_seconds,
+    )
     print(describe_indices(shards))
     if done := prepare_annotations(data, verify=options.verify):
         print(done)
@@ -291,7 +314,11 @@ def _prepare_texts(options: argparse.Namespace) -> int:
     part = Part.parse(options.part)
     config = load_run_config(options.config, options.set)
     check_heldout_apart(config.data)
-    done = prepare_texts(config.data, load_text_tokenizer(config), part, options.processes)
+    tokenizer = load_text_tokenizer(config)
+    if tokenizer is None:
+        print("data.texts is left out of this run: there is nothing to tokenise")
+        return 0
+    done = prepare_texts(config.data, tokenizer, part, options.processes)
     for line in done.broken:
         print(f"left out: {line}", file=sys.stderr)
     print(

@@ -3,6 +3,7 @@
 This module wires the rooms in the order in which data flows.
 """
 
+import functools
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from beit3_ds.checkpoint.run_description import describe_run
 from beit3_ds.checkpoint.store import CheckpointStore
 from beit3_ds.config import Place, RunConfig, check_layout
 from beit3_ds.costs import check_node, host_needs
-from beit3_ds.data import StepDataset, build_heldout_batches, build_train_loader
+from beit3_ds.data import HeldoutBatches, StepDataset, WaitLimits, build_heldout_batches, build_train_loader
 from beit3_ds.data.fingerprint import HasFiles
 from beit3_ds.data.heldout_overlap import check_heldout_apart
 from beit3_ds.data.left_out import describe_left_out
@@ -55,7 +56,7 @@ def pretrain(config: RunConfig) -> None:
     with StopSignals().listening() as signals:
         inputs = open_inputs(config)
         with joined_ranks(config.parallel) as mesh:
-            run, steps = build_run(config, inputs, mesh)
+            run, steps = build_run(config, inputs, mesh, signals)
             if train(run, steps, signals):
                 write_report(run, inputs.text_tokenizer)
 
@@ -66,13 +67,14 @@ class Inputs:
 
     place: Place
     """Where this rank will stand on the mesh."""
-    text_tokenizer: TextTokenizer
+    text_tokenizer: TextTokenizer | None
+    """None in a run without texts and pairs."""
     visual_tokenizer: VisualTokenizer | None
-    """None on stages of a pipeline without heads."""
+    """None on stages of a pipeline without heads, and in a run without images and pairs."""
     dataset: StepDataset | None
     """None on ranks that are sent what others read (`Mesh.is_reader`)."""
-    heldout: Iterable[PackedBatch]
-    """None of them on such ranks."""
+    heldout: HeldoutBatches | None
+    """None on such ranks."""
     sources: Mapping[str, HasFiles]
     """The samples of every source that both read, by what the config calls it."""
     initial_weights: InitialWeights | None
@@ -96,13 +98,14 @@ def open_inputs(config: RunConfig) -> Inputs:
     place = config.parallel.place(launch.rank, launch.world_size)
     has_heads = place.pipeline == config.parallel.pipeline_parallel_size - 1
     text_tokenizer = load_text_tokenizer(config)
-    visual_tokenizer = load_visual_tokenizer(config.tokenizers.visual.path) if has_heads else None
-    if visual_tokenizer is not None:
+    visual_tokenizer: VisualTokenizer | None = None
+    if has_heads and config.data.has_images:
+        visual_tokenizer = load_visual_tokenizer(config.tokenizers.visual.path)
         check_visual_tokenizer_fits(visual_tokenizer, config)
     has_begun = is_checkpoint(Path(config.training.output_dir))  # then the weights may be gone
     initial_weights = None if has_begun else open_initial_weights(config)
     dataset: StepDataset | None = None
-    heldout: Iterable[PackedBatch] = ()
+    heldout: HeldoutBatches | None = None
     sources: dict[str, HasFiles] = {}
     if place.tensor == 0 and (place.pipeline == 0 or has_heads):
         check_heldout_apart(config.data)
@@ -131,7 +134,7 @@ def _check_this_node(config: RunConfig, launch: Launch) -> None:
         check_node(host_needs(config, launch.world_size, ranks_here, decays), config, measure_node())
 
 
-def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh) -> tuple[Run, Iterable[StepBatch]]:
+def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh, signals: StopSignals) -> tuple[Run, Iterable[StepBatch]]:
     """Builds all parts of a run and resumes it; returns them with this rank's steps that are left. All ranks call it.
 
     Raises:
@@ -142,7 +145,11 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh) -> tuple[Run, Itera
     mesh.check_agreement("configuration", repr(config), "Start all ranks with the same file and the same --set.")
     tokenizers = config.tokenizers
     check_same_files(
-        mesh, {"tokenizers.text.path": tokenizers.text.path, "tokenizers.visual.path": tokenizers.visual.path}
+        mesh,
+        {
+            "tokenizers.text.path": tokenizers.text.path if config.data.has_texts else None,
+            "tokenizers.visual.path": tokenizers.visual.path if config.data.has_images else None,
+        },
     )
     check_same_sources(mesh, inputs.sources)
     device = compute_device()
@@ -173,7 +180,9 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh) -> tuple[Run, Itera
             for line in changes:
                 print(line, flush=True)
     dtype = next(schedule.engine.module.parameters()).dtype
-    steps = TimedSteps(build_train_loader(inputs.dataset, config.data, first_step) if inputs.dataset else ())
+    who = mesh.describe(mesh.places.index(mesh.place))
+    limits = WaitLimits(seconds=config.data.timeout_seconds, is_stopping=signals.is_asked_to_stop, where=who)
+    steps = TimedSteps(build_train_loader(inputs.dataset, config.data, first_step, limits) if inputs.dataset else ())
     run = Run(
         config=config,
         schedule=schedule,
@@ -181,7 +190,8 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh) -> tuple[Run, Itera
         mesh=mesh,
         device=device,
         visual_tokenizer=None if inputs.visual_tokenizer is None else inputs.visual_tokenizer.to(device),
-        heldout=Shared(inputs.heldout, mesh, PackedBatch),
+        heldout=Shared(inputs.heldout or (), mesh, PackedBatch),
+        read_heldout=functools.partial(_read_heldout, inputs.heldout, limits),
         store=store,
         history=history,
         progress=Progress(config.model, config.training.total_steps, peak_flops(device, dtype), mesh),
@@ -196,9 +206,14 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh) -> tuple[Run, Itera
     return run, Shared(steps, mesh, StepBatch)
 
 
+def _read_heldout(heldout: HeldoutBatches | None, limits: WaitLimits) -> None:
+    if heldout is not None:
+        heldout.read(limits)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 0, or 2 after one clear line about what the user can mend."""
-    return run_rank_program(pretrain, "beit3_ds.pretrain", __doc__, arguments)
+    return run_rank_program(lambda config, options: pretrain(config), "beit3_ds.pretrain", __doc__, arguments)
 
 
 if __name__ == "__main__":

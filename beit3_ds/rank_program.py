@@ -14,15 +14,20 @@ from beit3_ds.training.skipped_steps import NonFiniteLossError
 
 
 def run_rank_program(
-    program: Callable[[RunConfig], None], name: str, description: str | None, arguments: Sequence[str] | None
+    program: Callable[[RunConfig, argparse.Namespace], None],
+    name: str,
+    description: str | None,
+    arguments: Sequence[str] | None,
+    more_options: Sequence[Callable[[argparse.ArgumentParser], None]] = (),
 ) -> int:
     """Reads the config that the command line names, runs the program and returns the exit status.
 
     Args:
-        program: what this rank does.
+        program: what this rank does, with the config and the command line's options.
         name: of the module, for the help text.
         description: for the help text.
         arguments: of the command line; None takes those of the process.
+        more_options: each adds options of the program's own.
 
     Returns:
         0, 2 after one clear line about what the user can fix, or 1 after one about a file system that fails.
@@ -32,11 +37,13 @@ def run_rank_program(
     parser.add_argument(
         "--local_rank", type=integer(Range(0)), help=argparse.SUPPRESS
     )  # DeepSpeed's launcher passes it
+    for add_options in more_options:
+        add_options(parser)
     rank: int | str = "?"  # until it is known
     try:
         options = parser.parse_args(arguments)
         rank = read_launch(os.environ).rank
-        program(load_run_config(options.config, options.set))
+        program(load_run_config(options.config, options.set), options)
     except (ConfigError, NonFiniteLossError) as error:
         print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         return 2

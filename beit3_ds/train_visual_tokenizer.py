@@ -4,31 +4,51 @@
 `beit3 train-visual-tokenizer CONFIG.json`.
 """
 
+import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from beit3_ds.config import ParallelConfig, RunConfig
+from beit3_ds.config import ConfigError, ParallelConfig, RunConfig, VisualTokenizerConfig
+from beit3_ds.config.arguments import add_force_argument
 from beit3_ds.data import TokenizerImages
 from beit3_ds.kernels.host_memory import keep_freed_memory
 from beit3_ds.rank_program import run_rank_program
 from beit3_ds.tokenizers import load_visual_tokenizer
+from beit3_ds.tokenizers.recipe import Recipe, describe_trained, is_trained, visual_recipe
 from beit3_ds.training.agreement import check_same_files, check_same_sources
 from beit3_ds.training.code_picture import code_picture_path, write_code_picture
 from beit3_ds.training.engine import compute_device, joined_ranks
+from beit3_ds.training.launcher import read_launch
+from beit3_ds.training.picture import try_to_write
 from beit3_ds.training.visual_tokenizer import train_visual_tokenizer
 
 
-def train(config: RunConfig) -> None:
-    """Trains to the end, going on from a checkpoint if any; writes the tokenizer's file and, beside it, a picture.
+def train(config: RunConfig, *, force: bool = False) -> None:
+    """Trains to the end, resuming from a checkpoint if any; writes the tokenizer's file and, beside it, a picture.
+
+    Does nothing if the finished tokenizer of this recipe is there: a job script may be submitted again.
+
+    Args:
+        config: of the run.
+        force: train it anew and overwrite it in the end.
 
     Raises:
         ConfigError: for a configuration, data file, teacher or checkpoint that cannot work.
     """
+    visual = config.tokenizers.visual
+    if not visual.path:
+        raise ConfigError(
+            "tokenizers.visual.path is not set: a run without images and pairs needs no visual tokenizer."
+        )
+    if not force and is_trained("tokenizers.visual", visual.path, visual_recipe(config), lambda: _read_known(visual)):
+        if read_launch(os.environ).rank == 0:
+            print(describe_trained("tokenizers.visual", visual.path), flush=True)
+        return
     images = TokenizerImages(config)  # before a process group exists, so that one rank's error leaves none waiting
     with joined_ranks(ParallelConfig()) as mesh:  # the tokenizer is small: every rank is data-parallel
         mesh.check_agreement("configuration", repr(config), "Start all ranks with the same file and the same --set.")
-        visual = config.tokenizers.visual
         check_same_files(mesh, {"tokenizers.visual.teacher_weights": visual.teacher_weights})
         check_same_sources(mesh, images.sources())
         keep_freed_memory(compute_device())
@@ -36,13 +56,23 @@ def train(config: RunConfig) -> None:
         if mesh.is_main:
             path = Path(config.tokenizers.visual.path)
             picture = code_picture_path(path)
-            write_code_picture(config, load_visual_tokenizer(path), picture)
-            print(f"visual tokenizer: drew views, masked views and codes in {picture}", flush=True)
+            if try_to_write(picture, lambda to: write_code_picture(config, load_visual_tokenizer(path), to)):
+                print(f"visual tokenizer: drew views, masked views and codes in {picture}", flush=True)
+
+
+def _read_known(visual: VisualTokenizerConfig) -> Recipe:
+    """What the tokenizer's own file says of its architecture, for one that was imported or copied."""
+    trained = load_visual_tokenizer(visual.path).config
+    return {name: getattr(trained, name) for name in ("image_size", "patch_size", "codebook_size")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 0, or 2 after one clear line about what the user can mend."""
-    return run_rank_program(train, "beit3_ds.train_visual_tokenizer", __doc__, arguments)
+
+    def run(config: RunConfig, options: argparse.Namespace) -> None:
+        train(config, force=options.force)
+
+    return run_rank_program(run, "beit3_ds.train_visual_tokenizer", __doc__, arguments, (add_force_argument,))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ def test_two_ranks_write_one_tokenizer_and_its_picture(tmp_path: Path) -> None:
     config = write_config(tmp_path, batch_size=4)
     assert run_ranks(main, 2, [str(config), "--local_rank", "0"]) == [0, 0]  # catches an option that stops the launcher
     assert load_visual_tokenizer(tmp_path / "visual.safetensors").quantize.started
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "visual.png", "visual.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("config.json", "visual.png", "visual.safetensors", "visual.safetensors.recipe.json"),
+    ]
 
 
 def test_what_the_user_can_mend_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

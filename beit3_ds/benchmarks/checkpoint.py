@@ -19,6 +19,7 @@ from safetensors import safe_open
 from beit3_ds.benchmarks.checkpoint_ranks import OURS, THEIRS, drop_from_cache, state_config
 from beit3_ds.benchmarks.peak_memory import status_bytes
 from beit3_ds.config import ConfigError
+from beit3_ds.cores import count_cores
 from beit3_ds.model import BEiT3
 from beit3_ds.model.pretrained import PretrainedWeights
 
@@ -135,7 +136,7 @@ def _run_ranks(folder: Path, operation: str, size: str, rounds: int, ranks: int)
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    threads = max(1, (os.cpu_count() or 1) // ranks)
+    threads = max(1, count_cores() // ranks)
     processes, results = [], [folder / f"{operation}-{rank}.json" for rank in range(ranks)]
     for rank, result in enumerate(results):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": str(threads)}

@@ -25,6 +25,7 @@ from beit3_ds.checkpoint.index import (
 from beit3_ds.checkpoint.rectangles import Rectangle, whole
 from beit3_ds.checkpoint.tensor_file import BrokenTensorFileError, TensorEntry, TensorFile
 from beit3_ds.config import ConfigError, ModelConfig
+from beit3_ds.cores import count_cores
 
 _NAME = re.compile("step-([0-9]{8}|[1-9][0-9]{8,})")
 _LEFT_OVER = re.compile(rf"\.(writing|deleted)-{_NAME.pattern}")
@@ -227,7 +228,7 @@ def open_checkpoint(path: Path, kind: str | None = "weights") -> CheckpointFolde
 
 def _find_damage_fast(folder: CheckpointFolder, names: Sequence[str]) -> str | None:
     """`find_damage` for a process that has the machine to itself: a file a core at a time, with a progress bar."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(count_cores()) as pool:
         faults = pool.map(folder.find_fault, names)
         text = f"checking {folder.path.name}"
         bar = tqdm(faults, total=len(names), desc=text, unit="file", disable=None, leave=False)

@@ -5,6 +5,8 @@ import itertools
 import json
 import os
 import shutil
+import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,9 +36,11 @@ from beit3_ds.checkpoint.snapshot import Snapshot
 from beit3_ds.checkpoint.tensor_file import BrokenTensorFileError, WrittenFile
 from beit3_ds.config import ConfigError
 from beit3_ds.parallel import Mesh, build_host_group
+from beit3_ds.storage_error import StorageError
 
 _LATEST = "latest"
 _LONG_CHECK_BYTES = 1 << 30
+_NOTICE_SECONDS = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +78,11 @@ class CheckpointStore:
             keep: whole checkpoints that are kept.
             mesh: the ranks.
             run: what checkpoints say of this run.
-            timeout_seconds: how long a rank's thread waits for the others'.
+            timeout_seconds: how long a rank's thread waits for the others', and training for a save.
         """
         self.root, self._keep, self._mesh, self._run = root, keep, mesh, run
         self._rank = dist.get_rank()
+        self._timeout_seconds = timeout_seconds
         self._host = build_host_group(timedelta(seconds=timeout_seconds))  # the threads' own
         self._snapshot: Snapshot | None = None
         self._thread: threading.Thread | None = None
@@ -132,11 +137,27 @@ class CheckpointStore:
         )
 
     def finish(self) -> None:
-        """Waits until the save that is under way, if any, has ended."""
-        if self._thread is not None:
-            self._mesh.activity.begin("saving")
-            self._thread.join()
-            self._thread = None
+        """Waits until the save that is under way, if any, has ended.
+
+        Raises:
+            StorageError: after `timeout_seconds`; the checkpoints saved before are untouched.
+        """
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        self._mesh.activity.begin("saving")
+        start = time.monotonic()
+        while thread.is_alive() and (waited := time.monotonic() - start) < self._timeout_seconds:
+            thread.join(min(_NOTICE_SECONDS, self._timeout_seconds - waited))
+            if thread.is_alive():
+                seconds = time.monotonic() - start
+                print(f"rank {self._rank} has waited {seconds:.0f} s for a save in {self.root}", file=sys.stderr)
+        if thread.is_alive():
+            raise StorageError(
+                f"rank {self._rank} (host {socket.gethostname()}) has waited {self._timeout_seconds:g} s for a save in "
+                f"{self.root}: its file system does not answer, or is slower than parallel.timeout_seconds allows. "
+                "Checkpoints that were saved before are untouched."
+            )
 
     def take_outcomes(self) -> list[SaveOutcome]:
         """The saves that ended since the last call; this never waits."""

@@ -37,7 +37,9 @@ def named_files(config: RunConfig) -> dict[str, bool]:
     streams = [stream for stream in config.data.streams().values() if stream.samples_per_step]
     sources = [source for stream in streams for source in (*stream.train, *stream.heldout)]
     patterns = dict.fromkeys([*(s.path for s in sources), *(s.images for s in sources if s.images)], True)
-    return patterns | {config.tokenizers.text.path: False, config.tokenizers.visual.path: False}
+    tokenizers = [config.tokenizers.text.path] if config.data.has_texts else []
+    tokenizers += [config.tokenizers.visual.path] if config.data.has_images else []
+    return patterns | dict.fromkeys(tokenizers, False)
 
 
 def work_out_needs(config: RunConfig, hostfile: Hostfile, decays: Callable[[str], bool]) -> Needs:

@@ -58,3 +58,10 @@ def _check(value: float, allowed: Range) -> float:
     if value not in allowed:
         raise argparse.ArgumentTypeError(f"it is {show_number(value)}; it must be {allowed}")
     return value
+
+
+def add_force_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `--force` to a command that trains a tokenizer."""
+    parser.add_argument(
+        "--force", action="store_true", help="train the tokenizer anew if it is there, and overwrite it"
+    )

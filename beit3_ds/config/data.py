@@ -1,9 +1,9 @@
 """The three data streams, masking, augmentation, and the text tokenizer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
-from beit3_ds.config.numbers import Count, MaskRatio, Range, Share
+from beit3_ds.config.numbers import Count, MaskRatio, Range, Seconds, Share
 from beit3_ds.config.strict import ConfigError, PathString
 from beit3_ds.config.visual_tokenizer import VisualTokenizerConfig
 
@@ -49,9 +49,9 @@ class SourceConfig:
 class StreamConfig:
     """One of the three streams: where its samples lie and how many of them make up a step."""
 
-    train: tuple[SourceConfig, ...]
-    """Sources of the samples. Without weights they form one set, shuffled as a whole; with weights each has epochs of
-    its own and takes turns with the others."""
+    train: tuple[SourceConfig, ...] = ()
+    """Sources of the samples; may be empty if the stream is left out. Without weights they form one set, shuffled as a
+    whole; with weights each has epochs of its own and takes turns with the others."""
     heldout: tuple[SourceConfig, ...] = ()
     """The same for the validation loss, without weights: its samples are spread over the sources by size. Empty: the
     stream is not evaluated."""
@@ -74,21 +74,30 @@ class StreamConfig:
                     f"training.eval_samples are spread over the sources by size. Remove it."
                 )
 
+    @property
+    def is_used(self) -> bool:
+        """Whether the run trains on the stream or evaluates it."""
+        return bool(self.samples_per_step or self.heldout)
+
     def weights(self) -> tuple[float, ...] | None:
         """The weights of the training sources; None if they are taken by size."""
         weights = tuple(source.weight for source in self.train if source.weight is not None)
         return weights or None
 
 
+def _no_stream() -> StreamConfig:
+    return StreamConfig(samples_per_step=0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is read and how it is masked (paper section 2.2 and 2.3)."""
 
-    images: StreamConfig
-    """Images without texts: MIM only."""
-    pairs: StreamConfig
+    images: StreamConfig = field(default_factory=_no_stream)
+    """Images without texts: MIM only. A stream that is not named is left out."""
+    pairs: StreamConfig = field(default_factory=_no_stream)
     """Images with captions: MIM and MLM."""
-    texts: StreamConfig
+    texts: StreamConfig = field(default_factory=_no_stream)
     """Texts alone: MLM only."""
     text_length: TextLength = 128
     """Tokens of a text sample at most, BOS and EOS included. The paper is silent; 128 is near an image's length."""
@@ -138,6 +147,11 @@ class DataConfig:
     """Shards that each process keeps open, so that reading a record opens no file. The limit of the system
     (`ulimit -n`) is raised towards twice as many in worker processes, as far as its hard limit allows; a process takes
     at most half of its limit."""
+    timeout_seconds: Seconds = 600
+    """How long a rank waits for the data of one step, or of one held-out batch, before the run saves and ends with the
+    name of what it waited for. Ten minutes are some hundred times a step's reading, and less than
+    parallel.timeout_seconds, after which the ranks that wait for this one give up. A worker that dies, or is stopped
+    for 10 seconds, is replaced before that."""
     max_broken_records: Count = 100
     """Unreadable records that are left out before the run stops with their list. Each counts once, however often, on
     whichever rank and in however many starts of the run it is met."""
@@ -154,6 +168,16 @@ class DataConfig:
         """Samples of a block and blocks of a window; None if an epoch is shuffled as a whole."""
         return None if self.order == "shuffled" else (self.block_samples, self.window_blocks)
 
+    @property
+    def has_images(self) -> bool:
+        """Whether a step or the held-out samples hold images, so that the run needs the visual tokenizer."""
+        return self.images.is_used or self.pairs.is_used
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether a step or the held-out samples hold texts or captions, so that the run needs the text tokenizer."""
+        return self.texts.is_used or self.pairs.is_used
+
     def streams(self) -> dict[str, StreamConfig]:
         """The streams by name, in the order of the packed batch."""
         return {"images": self.images, "pairs": self.pairs, "texts": self.texts}
@@ -163,8 +187,9 @@ class DataConfig:
 class TextTokenizerConfig:
     """SentencePiece model of the texts, and how `beit3 train-text-tokenizer` makes it."""
 
-    path: PathString
-    """The .spm file, read by pretraining and written by training the tokenizer."""
+    path: PathString = ""
+    """The .spm file, read by pretraining and written by training the tokenizer. Empty: a run without texts and pairs,
+    which needs none."""
     vocab_size: Annotated[int, Range(8, 2**24 - 2)] = 64000
     """Pieces that SentencePiece learns, its own <unk>, <s> and </s> included (reference: 64000, so <mask> is 64001)."""
     character_coverage: Annotated[float, Range(0.9, 1)] = 0.9995
@@ -178,7 +203,7 @@ class TextTokenizerConfig:
 class TokenizersConfig:
     """The two tokenizers of a run."""
 
-    text: TextTokenizerConfig
-    """Words to ids."""
-    visual: VisualTokenizerConfig
-    """Patches to codes."""
+    text: TextTokenizerConfig = field(default_factory=TextTokenizerConfig)
+    """Words to ids; may be left out of a run without texts and pairs."""
+    visual: VisualTokenizerConfig = field(default_factory=VisualTokenizerConfig)
+    """Patches to codes; may be left out of a run without images and pairs."""

@@ -139,10 +139,23 @@ def build_run_config(mapping: Any) -> RunConfig:
 
 
 def _check_sections_agree(config: RunConfig) -> None:
-    model, data, visual = config.model, config.data, config.tokenizers.visual
+    data = config.data
     if config.samples_per_step == 0:
         raise ConfigError("data: samples_per_step is 0 for all three streams; nothing would be trained.")
     _check_some_term_counts(config)
+    if data.has_images:
+        _check_visual_tokenizer(config)
+    if data.has_texts:
+        _check_text_tokenizer(config)
+
+
+def _check_visual_tokenizer(config: RunConfig) -> None:
+    model, visual = config.model, config.tokenizers.visual
+    if not visual.path:
+        raise ConfigError(
+            "tokenizers.visual.path is missing: images and pairs need a visual tokenizer. Name its file, or leave both "
+            "streams out (samples_per_step 0, no heldout) for a run on texts alone."
+        )
     if visual.grid_size != model.grid_size:
         raise ConfigError(
             f"tokenizers.visual: {visual.image_size} px / patch {visual.patch_size} gives a grid of "
@@ -153,6 +166,15 @@ def _check_sections_agree(config: RunConfig) -> None:
         raise ConfigError(
             f"model.visual_vocab_size={model.visual_vocab_size} must equal tokenizers.visual.codebook_size="
             f"{visual.codebook_size}."
+        )
+
+
+def _check_text_tokenizer(config: RunConfig) -> None:
+    model, data = config.model, config.data
+    if not config.tokenizers.text.path:
+        raise ConfigError(
+            "tokenizers.text.path is missing: texts and pairs need a text tokenizer. Name its file, or leave both "
+            "streams out (samples_per_step 0, no heldout) for a run on images alone."
         )
     if config.tokenizers.text.vocab_size + 2 > model.text_vocab_size:
         raise ConfigError(

@@ -27,8 +27,9 @@ _TEACHER_LIBRARIES = ("timm", "open_clip", "transformers")
 class VisualTokenizerConfig:
     """VQ-KD tokenizer of BEiT v2 (Peng et al., 2022, arXiv:2208.06366), and how it is trained."""
 
-    path: PathString
-    """The .safetensors file, read by pretraining and written by `beit3 train-visual-tokenizer`."""
+    path: PathString = ""
+    """The .safetensors file, read by pretraining and written by `beit3 train-visual-tokenizer`. Empty: a run without
+    images and pairs, which needs none."""
     image_size: Size = 224
     """Pixels on a side of the tokenizer's view. image_size / patch_size must give the model's grid: a patch-14 model
     at 224 px (16 x 16) goes with a patch-16 tokenizer at 256 px."""

@@ -3,7 +3,8 @@
 In the order of the flow: `shards` (with `tar_members` and `shard_index`), `image_folder`, `annotations` (or what
 `annotation_table` keeps of them) and `texts` (of `text_files` or `token_files`, cut by `sentences`) read files,
 `sources` opens what a config names, `order` picks samples, `augmentation` and `masking` prepare them in `samples`,
-`packing` joins them, `steps` makes a rank's share of a step, `loader` and `heldout` serve them. `tokenizer_corpora`
+`packing` joins them, `steps` makes a rank's share of a step, `loader` and `heldout` serve them, through the workers of
+`worker_pool` and with the bounds of `waiting`. `tokenizer_corpora`
 reads the same files for the training of the two tokenizers; `prepare_index`, `prepare_annotations`, `text_preparation`,
 `statistics`, `heldout_overlap` and `contact_sheet` look at them beforehand. All reads go through `file_reading` or
 `open_files`, which outlast a short failure of the file system; `left_out` says what no sample is made of.
@@ -14,6 +15,7 @@ from beit3_ds.data.loader import build_train_loader
 from beit3_ds.data.shards import TarShards
 from beit3_ds.data.steps import StepDataset
 from beit3_ds.data.tokenizer_corpora import TokenizerImages, View, Views, build_view_loader, read_training_lines
+from beit3_ds.data.waiting import WaitLimits
 
 __all__ = [
     "HeldoutBatches",
@@ -22,6 +24,7 @@ __all__ = [
     "TokenizerImages",
     "View",
     "Views",
+    "WaitLimits",
     "build_heldout_batches",
     "build_train_loader",
     "build_view_loader",

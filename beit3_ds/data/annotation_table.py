@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from beit3_ds.atomic_file import bounded_name, written_aside
 from beit3_ds.config import ConfigError
 from beit3_ds.data.annotated_images import AnnotatedImages, describe_files
 from beit3_ds.data.compact_strings import StoredStrings
-from beit3_ds.data.files import bounded_name, written_aside
 from beit3_ds.data.image_source import Skipped
 
 _FORMAT = 1

@@ -1,21 +1,15 @@
-"""Files: those that the glob patterns of a config name, and new ones that are whole or absent."""
+"""The files that the glob patterns of a config name."""
 
 import glob
-import hashlib
 import os
 import re
-import socket
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import BinaryIO
+from collections.abc import Iterable
 
 from beit3_ds.config import ConfigError
 
 # The innermost braces with a comma or a range.
 _BRACES = re.compile(r"\{(?:(?P<first>\d+)\.\.(?P<last>\d+)|(?P<list>[^{}]*,[^{}]*))\}")
 _MAX_RANGE = 1_000_000
-_LONG_NAME = 107  # bytes; file systems allow 255, of which a host's name may take 64 in a temporary name
 
 
 def expand_patterns(patterns: Iterable[str]) -> list[str]:
@@ -83,31 +77,3 @@ def _matches(path: str, pattern: str) -> list[str]:
             f"'{os.path.join(path, '*')}', or give each folder of images an entry of its own."
         )
     return [match for match in matches if not os.path.isdir(match)]
-
-
-def bounded_name(name: str) -> str:
-    """Returns a file's name, shortened to 113 bytes if it is long, so that others can be made of it.
-
-    Of a shortened name a digest of all of it is a part: names that begin alike stay apart.
-    """
-    encoded = os.fsencode(name)
-    if len(encoded) <= _LONG_NAME:
-        return name
-    digest = hashlib.sha256(encoded).hexdigest()[:12]
-    return f"{encoded[: _LONG_NAME - 7].decode('utf-8', 'ignore')}~{digest}"
-
-
-@contextmanager
-def written_aside(path: Path, keep: bool = True) -> Iterator[BinaryIO]:
-    """A new file that takes the name `path` when all is written, or none if `keep` is false or after an error."""
-    temporary = path.with_name(f"{bounded_name(path.name)}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w+b") as file:
-            yield file
-            if keep:
-                file.flush()
-                os.fsync(file.fileno())  # a name must not outlive a crash that the bytes do not
-        if keep:
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """The fixed batches of the validation loss."""
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ from beit3_ds.data.permutation import KeyedPermutation
 from beit3_ds.data.randomness import sample_rng
 from beit3_ds.data.samples import HELDOUT_EPOCH, SampleKey, Stream, build_heldout_streams
 from beit3_ds.data.shards import BrokenRecord
+from beit3_ds.data.waiting import ReaderThread, StopRequestedError, WaitLimits
 from beit3_ds.tokenizers.text import TextTokenizer
 
 
@@ -31,6 +33,7 @@ class HeldoutBatches:
         """Takes the samples of each batch as `plan`, by stream, those of a stream of one source; reads nothing yet."""
         self._streams, self._plan, self._shape, self._views = streams, plan, shape, views
         self._batches: list[PackedBatch] = []
+        self._reads = ""
 
     def __len__(self) -> int:
         """Batches, the same number on every rank; 0 if no stream has held-out files."""
@@ -40,6 +43,26 @@ class HeldoutBatches:
     def streams(self) -> Mapping[str, Stream]:
         """The held-out samples of each stream."""
         return self._streams
+
+    def read(self, limits: WaitLimits) -> None:
+        """Prepares the batches that are not in memory yet; returns early if the process is asked to stop meanwhile.
+
+        Raises:
+            ConfigError: naming a record that cannot be read, or what was being read when a batch did not come in time.
+        """
+        thread = ReaderThread("reading held-out data")
+        try:
+            for number in range(len(self._batches), len(self._plan)):
+                work = functools.partial(self._prepare, self._plan[number])
+                describe = functools.partial(self._describe, number)
+                self._batches.append(thread.call(work, limits, describe))
+        except StopRequestedError:
+            return
+        finally:
+            thread.close()
+
+    def _describe(self, number: int) -> str:
+        return f"held-out batch {number + 1} of {len(self._plan)}, reading {self._reads or 'its files'}"
 
     def __iter__(self) -> Iterator[PackedBatch]:
         """Yields the batches, the same at every pass.
@@ -54,7 +77,11 @@ class HeldoutBatches:
 
     def _prepare(self, plan: Mapping[str, Sequence[SampleKey]]) -> PackedBatch:
         try:
-            samples = [self._streams[stream].prepare(key) for stream, keys in plan.items() for key in keys]
+            samples = []
+            for stream, keys in plan.items():
+                for key in keys:
+                    self._reads = self._streams[stream].name(key.index)
+                    samples.append(self._streams[stream].prepare(key))
         except BrokenRecord as error:
             raise ConfigError(
                 f"data: held-out record {error}. Repair it, or make the shard anew without it."
@@ -65,7 +92,7 @@ class HeldoutBatches:
 
 def build_heldout_batches(
     config: RunConfig,
-    text_tokenizer: TextTokenizer,
+    text_tokenizer: TextTokenizer | None,
     data_parallel_rank: int,
     data_parallel_size: int,
     views: ImageViews = "both",

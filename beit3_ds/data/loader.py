@@ -1,79 +1,71 @@
 """The iterator over training steps, prepared ahead by worker processes."""
 
 import functools
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Iterable
-from multiprocessing import forkserver, resource_tracker
-
-import torch
-from torch.utils.data import DataLoader
+from collections.abc import Callable, Iterable, Iterator
 
 from beit3_ds.batch import StepBatch
 from beit3_ds.config import DataConfig
 from beit3_ds.data.open_files import raise_open_file_limit
 from beit3_ds.data.steps import StepDataset
+from beit3_ds.data.waiting import StopRequestedError, WaitLimits
+from beit3_ds.data.worker_pool import Preparation, prepare_in_order
 
 
-def build_train_loader(dataset: StepDataset, config: DataConfig, first_step: int) -> Iterable[StepBatch]:
+def build_train_loader(
+    dataset: StepDataset, config: DataConfig, first_step: int, limits: WaitLimits | None = None
+) -> Iterable[StepBatch]:
     """Iterates over the steps of a rank's `dataset` from `first_step` to the end of the run.
 
     Resuming needs nothing but the step once the dataset's order was resumed (`RunOrder.resume`). With `num_workers`
     above 0, each worker process prepares every n-th step of n workers; without `data.prepared_dir` it also holds a
     shard index and tokens of its own. The steps still come in order. A record that cannot be read is reported in its
-    step and stops no worker.
+    step and stops no worker. A worker that dies or is stopped is replaced: a step is a pure function of its number and
+    of that order.
 
     Prefetching is bounded: the finished steps of a rank take at most `data.prefetch_gib` of shared memory
     (`StepDataset.prefetch`). Nearly all of a step is pixels, 12 bytes for every pixel of a view: 1.2 MB per image with
-    two views of 224 px.
+    two views of 224 px. Without room there, each worker keeps one step in its own memory until it is asked for.
 
     Workers import the program's main module anew, which must start under `if __name__ == "__main__"`.
+
+    Args:
+        dataset: of this rank.
+        config: the time-out, and how many files a worker keeps open.
+        first_step: the first step.
+        limits: of the wait for a step; None takes `data.timeout_seconds` and heeds no request to stop. The iteration
+            ends early if the process is asked to stop while a step is waited for.
+
+    Raises:
+        DataTimeoutError: if a step does not come in time.
+        WorkerLossError: if workers die again and again over one step.
     """
-    steps = range(first_step, len(dataset))
-    plan = dataset.prefetch
-    if plan.num_workers == 0:
-        return DataLoader(dataset, batch_size=None, sampler=steps)
-    # Plain fork would copy the locks of threads that exist by now, and CUDA does not survive it.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])  # imported once instead of by every worker
-    _start_server_of_workers()
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=steps,
-        num_workers=plan.num_workers,
-        prefetch_factor=plan.steps_per_worker,
-        worker_init_fn=functools.partial(_prepare_worker, config.max_open_files),
-        multiprocessing_context=context,
-    )
+    limits = limits or WaitLimits(seconds=config.timeout_seconds)
+    return _Steps(dataset, config, range(first_step, len(dataset)), limits)
 
 
-def _start_server_of_workers() -> None:
-    """Starts the process from which workers are forked, if there is none, so that it and they are deaf to some signals.
+class _Steps:
+    def __init__(self, dataset: StepDataset, config: DataConfig, steps: range, limits: WaitLimits) -> None:
+        self._plan, self._steps = dataset.prefetch, steps
+        set_up = functools.partial(raise_open_file_limit, config.max_open_files)
+        self._preparation = Preparation(work=_StepWork(dataset), describe=_name_step, limits=limits, set_up=set_up)
 
-    Clusters send SIGTERM or SIGUSR1, and terminals SIGINT, to all processes of a run, where they ask the ranks to end
-    their step and save. What a step needs must still be there then.
-    """
-    resource_tracker.ensure_running()  # else the server starts it first, which unblocks the signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})  # inherited
-    forkserver.ensure_running()
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _prepare_worker(max_open_files: int, worker: int) -> None:
-    raise_open_file_limit(max_open_files)
-    torch.set_num_threads(1)  # workers would fight with the training process for its cores
-    threading.Thread(target=_end_with_rank, daemon=True).start()
+    def __iter__(self) -> Iterator[StepBatch]:
+        plan = self._plan
+        try:
+            yield from prepare_in_order(self._preparation, self._steps, plan.num_workers, plan.steps_per_worker)
+        except StopRequestedError:
+            return
 
 
-def _end_with_rank() -> None:
-    """Ends this worker when its rank is gone, killed perhaps.
+class _StepWork:
+    """Prepares a step, in a worker or here."""
 
-    Torch's own workers watch the process that they were forked from, which lives as long as one of them does.
-    """
-    rank = multiprocessing.parent_process()
-    assert rank is not None, "this is no worker"
-    rank.join()
-    os._exit(1)
+    def __init__(self, dataset: StepDataset) -> None:
+        self._dataset = dataset
+
+    def __call__(self, step: int, note: Callable[[str], None]) -> StepBatch:
+        return self._dataset.prepare(step, note)
+
+
+def _name_step(step: int) -> str:
+    return f"step {step + 1}"

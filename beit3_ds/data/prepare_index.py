@@ -1,10 +1,9 @@
 """Writing and verifying the index files of tar shards, with as many processes as the machine has cores."""
 
-import multiprocessing
+import functools
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,10 +12,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from beit3_ds.config import ConfigError, DataConfig
+from beit3_ds.cores import count_cores
 from beit3_ds.data.files import expand_patterns
 from beit3_ds.data.image_source import Skipped, printable
 from beit3_ds.data.shard_index import StoredIndex, index_path, scan_shard, write_index
 from beit3_ds.data.sources import image_format
+from beit3_ds.data.waiting import WaitLimits
+from beit3_ds.data.worker_pool import Preparation, prepare_in_any_order
 
 _MAX_NAMED = 10  # changed samples, or failed tars, that a message names
 
@@ -63,7 +65,12 @@ def describe_indices(shards: Sequence[IndexedShard]) -> str:
 
 
 def prepare_indices(
-    tars: Sequence[str], prepared_dir: str, *, verify: bool = False, num_processes: int | None = None
+    tars: Sequence[str],
+    prepared_dir: str,
+    *,
+    verify: bool = False,
+    num_processes: int | None = None,
+    timeout_seconds: float = 600,
 ) -> list[IndexedShard]:
     """Writes the index of every tar that has none or has changed; with `verify`, compares those that are there.
 
@@ -74,6 +81,7 @@ def prepare_indices(
         prepared_dir: folder of the indices; made if missing.
         verify: read the tars of indices that are there and compare place and CRC-32 of every member.
         num_processes: None takes as many as cores.
+        timeout_seconds: `data.timeout_seconds`: how long a process may neither compute nor end.
 
     Returns:
         One entry a tar, in their order.
@@ -81,8 +89,8 @@ def prepare_indices(
     Raises:
         ConfigError: naming the tars that failed, after all others are done.
     """
-    num_processes = min(num_processes or len(os.sched_getaffinity(0)), len(tars))
-    results = {shard.tar: shard for shard in _run(tars, prepared_dir, verify, num_processes)}
+    num_processes = min(num_processes or count_cores(), len(tars))
+    results = {shard.tar: shard for shard in _run(tars, prepared_dir, verify, num_processes, timeout_seconds)}
     shards = [results[tar] for tar in tars]
     failed = [shard.error for shard in shards if shard.action == "failed"]
     if failed:
@@ -93,21 +101,24 @@ def prepare_indices(
     return shards
 
 
-def _run(tars: Sequence[str], prepared_dir: str, verify: bool, num_processes: int) -> Iterator[IndexedShard]:
+def _run(
+    tars: Sequence[str], prepared_dir: str, verify: bool, num_processes: int, timeout_seconds: float
+) -> Iterator[IndexedShard]:
     description = "verifying shards" if verify else "indexing shards"
     if num_processes <= 1:
         for tar in tqdm(tars, desc=description, unit="tar", disable=None):
             yield _prepare_index(tar, prepared_dir, verify)
         return
-    # Forked before the progress bar starts its thread: a started interpreter would import torch again.
-    with ProcessPoolExecutor(num_processes, multiprocessing.get_context("fork")) as pool:
-        futures = [pool.submit(_prepare_index, tar, prepared_dir, verify) for tar in tars]
-        try:
-            for future in tqdm(as_completed(futures), total=len(futures), desc=description, unit="tar", disable=None):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    limits = WaitLimits(seconds=timeout_seconds, where="beit3 prepare index")
+    work = functools.partial(_prepare_index_in_worker, prepared_dir=prepared_dir, verify=verify)
+    preparation = Preparation(work=work, describe=str, limits=limits, preload=__name__)
+    finished = prepare_in_any_order(preparation, tars, num_processes)
+    yield from tqdm(finished, total=len(tars), desc=description, unit="tar", disable=None)
+
+
+def _prepare_index_in_worker(tar: str, note: Callable[[str], None], prepared_dir: str, verify: bool) -> IndexedShard:
+    note(tar)
+    return _prepare_index(tar, prepared_dir, verify)
 
 
 def _prepare_index(tar: str, prepared_dir: str, verify: bool) -> IndexedShard:

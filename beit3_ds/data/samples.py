@@ -200,7 +200,7 @@ class Stream:
         return part.prepare(index, key)
 
 
-def build_train_streams(config: RunConfig, tokenizer: TextTokenizer) -> dict[str, Stream]:
+def build_train_streams(config: RunConfig, tokenizer: TextTokenizer | None) -> dict[str, Stream]:
     """Opens the training files of every stream that has samples in a step, with augmentation.
 
     Raises:
@@ -216,7 +216,7 @@ def build_train_streams(config: RunConfig, tokenizer: TextTokenizer) -> dict[str
     }
 
 
-def build_heldout_streams(config: RunConfig, tokenizer: TextTokenizer) -> dict[str, Stream]:
+def build_heldout_streams(config: RunConfig, tokenizer: TextTokenizer | None) -> dict[str, Stream]:
     """Opens the held-out files of every stream that has some, with the crop in the middle.
 
     Raises:
@@ -246,7 +246,7 @@ def _build_stream(
     name: str,
     sources: Sequence[SourceConfig],
     config: RunConfig,
-    tokenizer: TextTokenizer,
+    tokenizer: TextTokenizer | None,
     views: Views,
     files: OpenFiles,
 ) -> Stream:
@@ -255,9 +255,12 @@ def _build_stream(
 
 
 def _build_samples(
-    name: str, source: SourceConfig, config: RunConfig, tokenizer: TextTokenizer, views: Views, files: OpenFiles
+    name: str, source: SourceConfig, config: RunConfig, tokenizer: TextTokenizer | None, views: Views, files: OpenFiles
 ) -> ImageSamples | PairSamples | TextSamples:
     data = config.data
+    if name == "images":
+        return _build_images(source, config, views, files)
+    assert tokenizer is not None, "a run with texts or pairs has a text tokenizer"
     words = tokenizer.word_borders() if data.text_masking == "whole_word" else None
     if name == "texts":
         sequences = TextSequences(
@@ -270,16 +273,19 @@ def _build_samples(
         )
         masking = TextMasking(ratio=data.text_mask_ratio, mask_id=tokenizer.mask_id, words=words)
         return TextSamples(sequences=sequences, masking=masking)
-    images = ImageSamples(
+    masking = TextMasking(ratio=data.pair_text_mask_ratio, mask_id=tokenizer.mask_id, words=words)
+    images = _build_images(source, config, views, files)
+    return PairSamples(images=images, tokenizer=tokenizer, length=data.pair_text_length, masking=masking)
+
+
+def _build_images(source: SourceConfig, config: RunConfig, views: Views, files: OpenFiles) -> ImageSamples:
+    data = config.data
+    return ImageSamples(
         source=open_images(source, data.prepared_dir, files),
         views=views,
         grid_size=config.model.grid_size,
         num_masked=max(1, round(config.model.num_patches * data.image_mask_ratio)),
     )
-    if name == "images":
-        return images
-    masking = TextMasking(ratio=data.pair_text_mask_ratio, mask_id=tokenizer.mask_id, words=words)
-    return PairSamples(images=images, tokenizer=tokenizer, length=data.pair_text_length, masking=masking)
 
 
 def _masked_text(name: str, ids: NDArray[np.int64], masking: TextMasking, key: SampleKey) -> TextSample:

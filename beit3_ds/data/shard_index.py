@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from beit3_ds.atomic_file import bounded_name, written_aside
 from beit3_ds.config import ConfigError
 from beit3_ds.data.file_kinds import kind_of_file
 from beit3_ds.data.file_reading import read_with_retries, storage_error
-from beit3_ds.data.files import bounded_name, written_aside
 from beit3_ds.data.image_source import Skipped
 from beit3_ds.data.open_files import OpenFiles
 from beit3_ds.data.tar_members import TarError, TarMember, iterate_tar_members

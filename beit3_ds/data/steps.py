@@ -1,5 +1,7 @@
 """What one rank processes in one optimizer step, as a pure function of the step."""
 
+from collections.abc import Callable
+
 from torch.utils.data import Dataset
 
 from beit3_ds.batch import ImageViews, PackedBatch, StepBatch
@@ -12,6 +14,10 @@ from beit3_ds.data.run_order import RunOrder
 from beit3_ds.data.samples import SampleKey, build_train_streams, name_sources
 from beit3_ds.data.shards import BrokenRecord
 from beit3_ds.tokenizers.text import TextTokenizer
+
+
+def _say_nothing(name: str) -> None:
+    """Where nobody asks what is being read."""
 
 
 class StepDataset(Dataset[StepBatch]):
@@ -29,7 +35,7 @@ class StepDataset(Dataset[StepBatch]):
     def __init__(
         self,
         config: RunConfig,
-        text_tokenizer: TextTokenizer,
+        text_tokenizer: TextTokenizer | None,
         data_parallel_rank: int,
         data_parallel_size: int,
         views: ImageViews = "both",
@@ -38,7 +44,7 @@ class StepDataset(Dataset[StepBatch]):
 
         Args:
             config: of the run.
-            text_tokenizer: of the run.
+            text_tokenizer: of the run; None if it has no texts.
             data_parallel_rank: whose share is read.
             data_parallel_size: ranks that share a step.
             views: those of each image that the batches keep. Both are made either way, since the jitter of one takes
@@ -65,15 +71,28 @@ class StepDataset(Dataset[StepBatch]):
 
     def __getitem__(self, step: int) -> StepBatch:
         """Reads, augments, masks and packs this rank's samples of optimizer step `step`."""
+        return self.prepare(step)
+
+    def prepare(self, step: int, note: Callable[[str], None] = _say_nothing) -> StepBatch:
+        """Reads, augments, masks and packs this rank's samples of optimizer step `step`.
+
+        Args:
+            step: from 0.
+            note: receives the name of each sample before it is read.
+        """
         broken: dict[str, str] = {}
-        micro_batches = [self._micro_batch(step, m, broken) for m in range(self._config.gradient_accumulation_steps)]
+        numbers = range(self._config.gradient_accumulation_steps)
+        micro_batches = [self._micro_batch(step, number, broken, note) for number in numbers]
         return StepBatch(step=step, micro_batches=tuple(micro_batches), broken_records=broken)
 
-    def _micro_batch(self, step: int, micro_batch: int, broken: dict[str, str]) -> PackedBatch:
+    def _micro_batch(
+        self, step: int, micro_batch: int, broken: dict[str, str], note: Callable[[str], None]
+    ) -> PackedBatch:
         samples: list[Sample] = []
         slots: list[Slot] = []
         for stream in self._streams:
             for slot, key in self._keys(stream, step, micro_batch):
+                note(self._streams[stream].name(key.index))
                 try:
                     samples.append(self._streams[stream].prepare(key))
                 except BrokenRecord as error:

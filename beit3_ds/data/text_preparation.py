@@ -1,9 +1,7 @@
 """Tokenises a run's texts once, by many processes and machines."""
 
-import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from beit3_ds.config import ConfigError, DataConfig
+from beit3_ds.cores import count_cores
 from beit3_ds.data.files import expand_patterns
 from beit3_ds.data.sentences import ParagraphCutter
 from beit3_ds.data.text_files import BrokenLines, TextPiece, cut_into_pieces
@@ -25,6 +24,8 @@ from beit3_ds.data.token_files import (
     write_borders,
     write_tokens,
 )
+from beit3_ds.data.waiting import WaitLimits
+from beit3_ds.data.worker_pool import Preparation, prepare_in_any_order
 from beit3_ds.tokenizers.text import TextTokenizer
 
 _PIECE_BYTES = 64 << 20  # some ten seconds' work: what an interruption costs, and what processes share out
@@ -114,7 +115,8 @@ def prepare_texts(
     write = partial(
         write_tokens, folder, tokenizer=tokenizer, budget=data.max_broken_records, document_separator=separator
     )
-    for done in _with_progress(_write_all(todo, write, processes), todo):
+    finished_now = _write_all(todo, write, processes, data.timeout_seconds)
+    for done in _with_progress(finished_now, todo):
         broken.extend(list(done.broken))
         num_tokens += done.num_tokens
     cutter = ParagraphCutter(tokenizer)
@@ -145,22 +147,28 @@ def _finished(folder: Path, piece: TextPiece, tokenizer: TextTokenizer, document
 
 
 def _write_all(
-    pieces: Sequence[TextPiece], write: Callable[[TextPiece], TokenPiece], processes: int | None
+    pieces: Sequence[TextPiece], write: Callable[[TextPiece], TokenPiece], processes: int | None, timeout_seconds: float
 ) -> Iterator[TokenPiece]:
     """Yields the token files as they are finished."""
-    processes = min(processes or len(os.sched_getaffinity(0)), len(pieces))
+    processes = min(processes or count_cores(), len(pieces))
     if processes <= 1:
         yield from map(write, pieces)
         return
-    context = multiprocessing.get_context("forkserver")  # a fork would inherit the threads of whoever calls
-    context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(processes, context) as pool:
-        futures = [pool.submit(write, piece) for piece in pieces]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)  # after an error, what has begun ends and is kept
+    limits = WaitLimits(seconds=timeout_seconds, where="beit3 prepare texts")
+    work = partial(_write_in_worker, write=write)
+    preparation = Preparation(work=work, describe=_name_piece, limits=limits, preload=__name__)
+    yield from prepare_in_any_order(preparation, pieces, processes)
+
+
+def _write_in_worker(
+    piece: TextPiece, note: Callable[[str], None], write: Callable[[TextPiece], TokenPiece]
+) -> TokenPiece:
+    note(_name_piece(piece))
+    return write(piece)
+
+
+def _name_piece(piece: TextPiece) -> str:
+    return f"{piece.path}, bytes {piece.start} to {piece.stop}"
 
 
 def _with_progress(finished: Iterable[TokenPiece], pieces: Sequence[TextPiece]) -> Iterator[TokenPiece]:

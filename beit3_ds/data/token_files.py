@@ -24,9 +24,9 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from beit3_ds.atomic_file import bounded_name, written_aside
 from beit3_ds.config import ConfigError
 from beit3_ds.data.file_reading import read_with_retries, storage_error
-from beit3_ds.data.files import bounded_name, written_aside
 from beit3_ds.data.open_files import map_file
 from beit3_ds.data.sentences import ParagraphCutter
 from beit3_ds.data.text_files import BrokenLines, TextPiece, read_paragraphs

@@ -1,15 +1,13 @@
 """What the two tokenizers learn from: the training files of a run."""
 
 import dataclasses
-import multiprocessing
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from beit3_ds.config import ConfigError, DataConfig, RunConfig
 from beit3_ds.data.augmentation import build_augmentation
@@ -21,8 +19,11 @@ from beit3_ds.data.randomness import sample_rng
 from beit3_ds.data.shards import BrokenRecord
 from beit3_ds.data.sources import Parts, open_images
 from beit3_ds.data.text_files import BrokenLines, read_paragraphs, whole_file
+from beit3_ds.data.waiting import WaitLimits
+from beit3_ds.data.worker_pool import Preparation, prepare_in_order
 
 _STREAM = "visual tokenizer"  # its own order, whatever the streams of the pretraining
+_BATCHES_AHEAD = 2  # of each worker
 
 
 def read_training_lines(config: DataConfig) -> Iterator[str]:
@@ -128,16 +129,6 @@ class TokenizerImages:
         raise ConfigError(f"data: none of the {count} training images can be read.")
 
 
-class _ViewDataset(Dataset[View]):
-    """Views as the loader asks for them."""
-
-    def __init__(self, views: Views) -> None:
-        self._views = views
-
-    def __getitem__(self, position: int) -> View:
-        return self._views.read(position)
-
-
 def _join_views(views: Sequence[View]) -> View:
     broken: dict[str, str] = {}
     for view in views:
@@ -145,7 +136,7 @@ def _join_views(views: Sequence[View]) -> View:
     return View(torch.stack([view.pixels for view in views]), broken)
 
 
-def build_view_loader(images: Views, batches: Iterable[range], num_workers: int) -> DataLoader[View]:
+def build_view_loader(images: Views, batches: Iterable[range], num_workers: int, limits: WaitLimits) -> Iterator[View]:
     """Reads the views at the positions of each batch, in order, as one `View` each.
 
     Workers import the program's main module anew, which must start under `if __name__ == "__main__"`.
@@ -154,23 +145,25 @@ def build_view_loader(images: Views, batches: Iterable[range], num_workers: int)
         images: views by position.
         batches: positions of one batch each; read once.
         num_workers: processes that read ahead; 0 reads in this one.
+        limits: of the wait for a batch.
+
+    Raises:
+        DataTimeoutError, WorkerLossError: as `prepare_in_order`.
     """
-    dataset = _ViewDataset(images)
-    if num_workers == 0:  # any iterable of indices will do
-        return DataLoader(dataset, batch_sampler=batches, collate_fn=_join_views)  # type: ignore[arg-type]
-    # Plain fork would copy the locks of threads that exist by now.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,  # type: ignore[arg-type]
-        collate_fn=_join_views,
-        num_workers=num_workers,
-        worker_init_fn=_use_one_thread,
-        multiprocessing_context=context,
-    )
+    preparation = Preparation(work=_ViewWork(images), describe=_name_views, limits=limits)
+    return prepare_in_order(preparation, batches, num_workers, _BATCHES_AHEAD)
 
 
-def _use_one_thread(worker: int) -> None:
-    """Keeps workers from fighting with the training process for its cores."""
-    torch.set_num_threads(1)
+class _ViewWork:
+    """Prepares a batch of views, in a worker or here."""
+
+    def __init__(self, images: Views) -> None:
+        self._images = images
+
+    def __call__(self, positions: range, note: Callable[[str], None]) -> View:
+        note(f"{_name_views(positions)} of the visual tokenizer")
+        return _join_views([self._images.read(position) for position in positions])
+
+
+def _name_views(positions: range) -> str:
+    return f"views {positions.start} to {positions.stop - 1}"

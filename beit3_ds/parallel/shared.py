@@ -5,6 +5,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 
 from beit3_ds.config import ConfigError
 from beit3_ds.parallel.mesh import Mesh
+from beit3_ds.storage_error import StorageError
 
 
 class Shareable(Protocol):
@@ -23,6 +24,9 @@ class Shareable(Protocol):
     def from_value(cls, value: Any) -> Self:
         """The item again."""
 
+
+Failure = ConfigError | StorageError
+"""What may go wrong with data: all ranks of a copy of the model meet it."""
 
 ItemT = TypeVar("ItemT", bound=Shareable)
 
@@ -54,54 +58,62 @@ class Shared(Generic[ItemT]):
         iterator = iter(self._items) if self._mesh.is_reader else iter(())
         while True:
             item = self._share(_next(iterator))
-            if isinstance(item, ConfigError):
+            if isinstance(item, Failure):
                 raise item
             if item is None:
                 return
             yield item
 
-    def _share(self, own: ItemT | ConfigError | None) -> ItemT | ConfigError | None:
+    def _share(self, own: ItemT | Failure | None) -> ItemT | Failure | None:
         mesh = self._mesh
         if mesh.tensor.rank == 0 and mesh.pipeline.size > 1:
             own = self._share_with_stages(own)
         shared = self._unpack(mesh.tensor.host.broadcast(_pack(own) if mesh.tensor.rank == 0 else None))
         return own if mesh.tensor.rank == 0 else shared
 
-    def _share_with_stages(self, own: ItemT | ConfigError | None) -> ItemT | ConfigError | None:
+    def _share_with_stages(self, own: ItemT | Failure | None) -> ItemT | Failure | None:
         pipeline, is_reader = self._mesh.pipeline, self._mesh.is_reader
-        if isinstance(own, ConfigError):
-            brought = pipeline.host.gather({"error": str(own)})
+        if isinstance(own, Failure):
+            brought = pipeline.host.gather(_pack(own))
         else:
             brought = pipeline.host.gather({"fingerprint": None if own is None else own.fingerprint()})
         for found in brought:
             if "error" in found:
-                return ConfigError(found["error"])
+                return _unpack_failure(found)
         first, last = brought[0]["fingerprint"], brought[-1]["fingerprint"]
+        if first is None or last is None:
+            return None  # one of them gave up a wait, asked to stop
         if first != last:
             return ConfigError(
                 "data: the first and the last stage of the pipeline read different samples: a record that one could "
                 "read the other could not, or they see different files. Check that every node sees the same data. "
                 f"First: {first}; last: {last}."
             )
-        assert not isinstance(own, ConfigError)
+        assert not isinstance(own, Failure)
         abridged = own.abridged() if own is not None and pipeline.is_first else None
         shared = self._unpack(pipeline.host.broadcast(_pack(abridged)))
         return own if is_reader else shared
 
-    def _unpack(self, value: Any) -> ItemT | ConfigError | None:
+    def _unpack(self, value: Any) -> ItemT | Failure | None:
         if value is None:
             return None
-        return ConfigError(value["error"]) if "error" in value else self._type.from_value(value["item"])
+        return _unpack_failure(value) if "error" in value else self._type.from_value(value["item"])
 
 
-def _pack(item: Shareable | ConfigError | None) -> Any:
+def _pack(item: Shareable | Failure | None) -> Any:
     if item is None:
         return None
-    return {"error": str(item)} if isinstance(item, ConfigError) else {"item": item.as_value()}
+    if isinstance(item, Failure):
+        return {"error": str(item), "is_storage": isinstance(item, StorageError)}
+    return {"item": item.as_value()}
 
 
-def _next(iterator: Iterator[ItemT]) -> ItemT | ConfigError | None:
+def _unpack_failure(value: Any) -> Failure:
+    return StorageError(value["error"]) if value["is_storage"] else ConfigError(value["error"])
+
+
+def _next(iterator: Iterator[ItemT]) -> ItemT | Failure | None:
     try:
         return next(iterator, None)
-    except ConfigError as error:
+    except (ConfigError, StorageError) as error:
         return error

@@ -6,7 +6,6 @@ piece into <unk> without an error.
 
 import hashlib
 import io
-import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
+from beit3_ds.atomic_file import written_aside
 from beit3_ds.config import ConfigError, RunConfig, TextTokenizerConfig
 
 _SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3
@@ -72,6 +72,11 @@ class TextTokenizer:
         self.vocab_size: int = self.mask_id + 1
         model = self._sentencepiece.serialized_model_proto()
         self.fingerprint: str = hashlib.blake2b(model, digest_size=16).hexdigest()
+
+    @property
+    def num_pieces(self) -> int:
+        """Pieces of the SentencePiece model with its own specials: the `tokenizers.text.vocab_size` of its training."""
+        return self.mask_id - 1
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without BOS and EOS; what no piece covers becomes `unk_id`.
@@ -142,12 +147,14 @@ class TextTokenizer:
         return self.unk_id if piece == 0 else piece + 1
 
 
-def load_text_tokenizer(config: RunConfig) -> TextTokenizer:
-    """Reads a run's tokenizer and checks that every id has a row in the model's word table.
+def load_text_tokenizer(config: RunConfig) -> TextTokenizer | None:
+    """Reads a run's tokenizer and checks that every id has a row in the model's word table; None if it has no texts.
 
     Raises:
         ConfigError: as `TextTokenizer`, or with both sizes.
     """
+    if not config.data.has_texts:
+        return None
     tokenizer, rows = TextTokenizer(config.tokenizers.text.path), config.model.text_vocab_size
     if tokenizer.vocab_size > rows:
         raise ConfigError(
@@ -186,9 +193,8 @@ def train_text_tokenizer(config: TextTokenizerConfig, lines: Iterable[str], seed
         raise ConfigError(_explain_training_error(str(error), config)) from None
     path = Path(config.path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(model.getvalue())
-    temporary.replace(path)  # a reader sees the old file or the whole new one, also after a kill
+    with written_aside(path) as file:
+        file.write(model.getvalue())
     return TextTokenizer(path)
 
 

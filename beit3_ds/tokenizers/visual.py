@@ -4,17 +4,18 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model
 from torch import Tensor, nn
 
+from beit3_ds.atomic_file import written_aside
 from beit3_ds.config import ConfigError, RunConfig, VisualTokenizerConfig
 from beit3_ds.config.strict import load_section
 from beit3_ds.tokenizers.quantizer import Quantizer
@@ -122,15 +123,17 @@ class VisualTokenizer(nn.Module):
 def save_visual_tokenizer(path: str | Path, tokenizer: VisualTokenizer) -> None:
     """Writes weights, codebook and, as JSON in the file's metadata, the configuration with the teacher's name.
 
-    The file is written aside and renamed: a killed run leaves the old file or the whole new one.
+    A killed run leaves the old file or the whole new one. Permissions follow the umask.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     description = {"config": dataclasses.asdict(tokenizer.config), "teacher_width": tokenizer.teacher_width}
     description["teacher"] = tokenizer.teacher_description
-    save_model(tokenizer, str(temporary), metadata={_METADATA_KEY: json.dumps(description)})
-    temporary.replace(path)
+    tensors = {name: value.contiguous() for name, value in tokenizer.state_dict().items()}
+    # As bytes: a file that safetensors creates can be read by its owner alone.
+    content = safetensors.torch.save(tensors, metadata={_METADATA_KEY: json.dumps(description)})
+    with written_aside(path) as file:
+        file.write(content)
 
 
 def load_visual_tokenizer(path: str | Path) -> VisualTokenizer:

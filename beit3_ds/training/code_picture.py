@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from beit3_ds.atomic_file import written_aside
 from beit3_ds.config import RunConfig
 from beit3_ds.data import TokenizerImages
 from beit3_ds.data.masking import block_mask
@@ -46,7 +47,8 @@ def write_code_picture(config: RunConfig, tokenizer: VisualTokenizer, path: str 
     masks = torch.from_numpy(np.stack([block_mask(grid_size, num_masked, rng) for rng in rngs]))
     picture = Image.fromarray(draw_codes(tokenizer.cpu(), views, masks))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, "PNG")
+    with written_aside(Path(path)) as file:
+        picture.save(file, "PNG")
 
 
 def draw_codes(tokenizer: VisualTokenizer, views: Tensor, masks: Tensor) -> NDArray[np.uint8]:

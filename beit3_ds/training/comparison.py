@@ -7,6 +7,7 @@ from typing import Any
 from beit3_ds.batch import LOSS_TERMS
 from beit3_ds.config import ConfigError
 from beit3_ds.training.history import History
+from beit3_ds.training.picture import new_figure, save_figure
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,7 @@ def plot_comparison(comparison: Comparison, path: Path) -> None:
         comparison: of two runs.
         path: the PNG to write.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 7), sharex=True, layout="constrained")
+    figure, (top, bottom) = new_figure(2, 1, (9, 7))
     for name, values, style in zip(comparison.names, comparison.losses["loss"], ("-", "--"), strict=True):
         top.plot(comparison.steps, values, style, label=name)
     top.set_ylabel("loss (nats, sum of the terms)")
@@ -86,5 +82,4 @@ def plot_comparison(comparison: Comparison, path: Path) -> None:
     bottom.legend(ncols=5, fontsize="small")
     for axis in (top, bottom):
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)

@@ -13,6 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from beit3_ds.config import ParallelConfig, RunConfig
+from beit3_ds.cores import count_cores
 from beit3_ds.kernels.host_memory import keep_freed_memory
 from beit3_ds.model import BEiT3, initialize_parameters
 from beit3_ds.parallel import Mesh, ModelParallelUnit, RollCall, TensorParallel, build_mesh, is_split
@@ -28,7 +29,7 @@ def init_process_group(parallel: ParallelConfig) -> Mesh:
     """Joins the process group that the launcher described in the environment, or makes one of a single process.
 
     Whatever launcher it was, torch's variables (RANK, MASTER_ADDR and so on) are in the environment afterwards. Divides
-    the CPU cores among the machine's ranks unless OMP_NUM_THREADS is set.
+    the CPU cores that the ranks of a host may use among them, unless OMP_NUM_THREADS is set.
 
     Raises:
         ConfigError: if the environment makes no sense, or ranks cannot reach each other or do not come in time.
@@ -40,13 +41,14 @@ def init_process_group(parallel: ParallelConfig) -> Mesh:
     if launch.master_addr is None:
         launch = discover_through_mpi(launch)
     os.environ.update(launch.variables())
-    _share_cores(launch.local_size or 1)
     # DeepSpeed's engine would do this, but too late: NCCL connects this device, and there is work before an engine.
     get_accelerator().set_device(launch.local_rank)
     if launch.world_size == 1:
+        _use_threads(count_cores())
         return _join(parallel)
     with Rendezvous(launch, parallel.timeout_seconds) as rendezvous:
         rendezvous.meet()
+        _use_threads(rendezvous.num_threads)
         try:
             return _join(parallel)
         except RuntimeError as error:
@@ -193,8 +195,8 @@ def _avoid_compiling_shm_comm() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _share_cores(local_ranks: int) -> None:
-    # Every rank on a machine would start a thread a core, and they would wait for each other at every barrier:
+def _use_threads(number: int) -> None:
+    # Every rank on a machine would start one thread per core, and they would wait for each other at every barrier:
     # ten times slower with two ranks on two cores.
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+        torch.set_num_threads(number)

@@ -11,7 +11,7 @@ from beit3_ds.model import LossOutput
 from beit3_ds.parallel import Mesh
 from beit3_ds.pipeline.schedule import Schedule
 from beit3_ds.tokenizers.visual import VisualTokenizer
-from beit3_ds.training.targets import prepare_batch
+from beit3_ds.training.targets import encode_images, prepare_batch
 
 TERM_STREAMS = {"image_mim": "images", "text_mlm": "texts", "pair_mim": "pairs", "pair_mlm": "pairs"}
 """The stream whose samples each of `LOSS_TERMS` is about."""
@@ -129,10 +129,9 @@ def unigram_entropies(
     num_sources = {term: max(1, len(source_names.get(TERM_STREAMS[term], ()))) for term in LOSS_TERMS}
     counts = {term: torch.zeros(num_sources[term], size, dtype=torch.int64) for term, size in sizes.items()}
     for batch in batches:
-        if visual_tokenizer is None:
-            continue
-        assert batch.tokenizer_pixels is not None, "the stage with the heads reads the tokenizer's view"
-        codes = visual_tokenizer.encode(batch.tokenizer_pixels.to(device)).cpu()
+        if batch.tokenizer_pixels is None:
+            continue  # of a stage without heads
+        codes = encode_images(batch.to(device), visual_tokenizer).cpu()
         original = batch.token_ids.index_copy(0, batch.masked_tokens, batch.target_ids)
         caption_rows = torch.arange(len(original)) < sum(batch.caption_lengths)
         asked = batch.text_positions > 0

@@ -1,8 +1,7 @@
 """The training loop."""
 
-import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -18,6 +17,7 @@ from beit3_ds.config import ConfigError, RunConfig
 from beit3_ds.data.run_order import POSITIONS, RunOrder
 from beit3_ds.parallel import Mesh
 from beit3_ds.pipeline.schedule import Schedule
+from beit3_ds.storage_error import StorageError
 from beit3_ds.tokenizers.visual import VisualTokenizer
 from beit3_ds.training.broken_records import BROKEN_RECORDS, BrokenRecords, StepCounts, format_new_records
 from beit3_ds.training.csv_monitor import continue_csv_files
@@ -29,6 +29,7 @@ from beit3_ds.training.loss import build_loss_factors
 from beit3_ds.training.loss_spikes import LossSpikes, format_spike
 from beit3_ds.training.progress import Progress, Update, format_evaluation, format_line
 from beit3_ds.training.skipped_steps import NonFiniteLossError, SkippedSteps
+from beit3_ds.training.step_feed import StepFeed
 from beit3_ds.training.stop_request import StopRequest, StopSignals
 from beit3_ds.training.stragglers import Stragglers
 from beit3_ds.training.targets import prepare_batch
@@ -46,6 +47,8 @@ class Run:
     visual_tokenizer: VisualTokenizer | None
     """None on stages of a pipeline without heads."""
     heldout: Iterable[PackedBatch]
+    read_heldout: Callable[[], None]
+    """Reads the held-out batches that this rank reads itself; returns early if it is asked to stop."""
     store: CheckpointStore
     history: History
     progress: Progress
@@ -119,7 +122,8 @@ def train(run: Run, steps: Iterable[StepBatch], signals: StopSignals) -> bool:
     """Trains from `run.first_step` to the end, with progress lines, evaluations and checkpoints on the way.
 
     After a signal to stop, on whichever rank, all ranks end the step they are in, save and return: that takes at most
-    one step, the save that is under way and one more. If it came before the first step, they return at once.
+    one step, the save that is under way and one more; a rank that waits for data gives up the wait. If it came before
+    the first step, they return at once.
 
     Args:
         run: the parts.
@@ -130,7 +134,8 @@ def train(run: Run, steps: Iterable[StepBatch], signals: StopSignals) -> bool:
         Whether the run is finished; False if it was asked to stop before.
 
     Raises:
-        ConfigError: if too many records are broken, or the last checkpoint cannot be written.
+        ConfigError: if too many records are broken, a rank gets no data, or the last checkpoint cannot be written.
+        StorageError: if a file system fails. As without data, the steps done so far are saved first.
         NonFiniteLossError: if loss or gradients are not finite in `training.max_skipped_steps` steps in a row. The
             newest checkpoint then holds the weights from before them.
     """
@@ -140,7 +145,7 @@ def train(run: Run, steps: Iterable[StepBatch], signals: StopSignals) -> bool:
         return False
     try:
         return _train(run, steps, stop)
-    except (ConfigError, NonFiniteLossError):  # which all ranks meet at the same step
+    except (ConfigError, StorageError, NonFiniteLossError):  # which all ranks meet at the same step
         run.store.finish()
         raise
 
@@ -150,32 +155,41 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: StopRequest) -> bool:
     step_counts = StepCounts(run.broken_records, run.mesh)
     skipped, spikes = SkippedSteps(config.max_skipped_steps, run.mesh), LossSpikes()
     run.store.prepare(run.state)
-    done, is_stopping, is_saved = run.first_step, False, True
-    if done == 0:
+    done, is_saved = run.first_step, True
+    feed = StepFeed(steps, run.mesh.activity, done)
+    feed.attempt(run.read_heldout)
+    if not stop.agreed(feed.error) and done == 0:
         _evaluate_and_record(run, 0)
-    for step_batch, data_seconds in _timed(run, steps):
+    if not stop.must_end and done < config.total_steps:
+        feed.fetch()
+        stop.agreed(feed.error)
+    while not stop.must_end and done < config.total_steps:
+        step_batch, data_seconds = feed.take()
         start = time.perf_counter()
         counts, new_records = step_counts.agree(step_batch)
         for line in format_new_records(new_records, run.broken_records.total, run.config.data.max_broken_records):
             _say(run, line)
         update = _update(run, step_batch, counts, learning_rate(config, step_batch.step))
+        seconds = data_seconds + time.perf_counter() - start
         done = step_batch.step + 1
-        run.progress.add(step_batch, update, data_seconds, data_seconds + time.perf_counter() - start)
+        run.progress.add(step_batch, update, data_seconds, seconds)
         is_saved = is_saved and update.is_skipped
         _note_skip(run, skipped, step_batch, update)
-        is_last, is_stopping = done == config.total_steps, stop.agreed()
-        if (done % config.log_interval == 0 or is_last or is_stopping) and run.progress.has_updates:
+        del step_batch
+        is_last = done == config.total_steps
+        if not is_last:
+            feed.fetch()  # before the ranks agree: one that gets no data must not leave the others in a step
+        stop.agreed(feed.error)
+        if (done % config.log_interval == 0 or is_last or stop.must_end) and run.progress.has_updates:
             _report(run, done, skipped, spikes)
         if skipped.are_too_many:
             _end_diverged(run, done, skipped, is_saved=is_saved)
-        if (done % config.eval_interval == 0 or is_last) and not is_stopping:
+        if (done % config.eval_interval == 0 or is_last) and not stop.must_end:
             _evaluate_and_record(run, done)
         _report_saves(run)  # not after the save: how the last one ends must be left for the end
-        if done % config.save_interval == 0 or is_last or is_stopping:
+        if done % config.save_interval == 0 or is_last or stop.must_end:
             run.store.save(run.state, done, _data_state(run, done))
             is_saved = True
-        if is_stopping and not is_last:
-            break
     run.store.finish()
     outcomes = _report_saves(run)
     if outcomes and outcomes[-1].error:
@@ -184,6 +198,9 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: StopRequest) -> bool:
             f"{run.store.newest_path()}; make room or mend the folder and start the same command again: it goes on "
             "from there."
         )
+    if stop.data_fault is not None:
+        _say(run, f"a rank got no data for step {done + 1}; the same command goes on from step {done}")
+        feed.raise_error(is_storage=stop.data_fault == "storage")
     if done < config.total_steps:
         _say(run, f"stopped after step {done} on {stop.reason}; the same command goes on from there")
     return done == config.total_steps
@@ -284,15 +301,3 @@ def _record(run: Run, record: dict[str, Any]) -> None:
 def _say(run: Run, line: str) -> None:
     if run.mesh.is_main:
         print(line, flush=True)
-
-
-def _timed(run: Run, steps: Iterable[StepBatch]) -> Iterator[tuple[StepBatch, float]]:
-    """Yields each step with the seconds that were spent waiting for it."""
-    iterator = iter(steps)
-    for number in itertools.count(run.first_step + 1):
-        run.mesh.activity.begin("reading data", number)
-        start = time.perf_counter()
-        step_batch = next(iterator, None)
-        if step_batch is None:
-            return
-        yield step_batch, time.perf_counter() - start

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from beit3_ds.batch import LOSS_TERMS
+from beit3_ds.training.picture import new_figure, save_figure
 
 _TITLES = {
     "image_mim": "images: masked patches",
@@ -21,12 +22,7 @@ def plot_losses(records: list[dict[str, Any]], baselines: dict[str, float], path
         baselines: unigram entropy of each term, in nats.
         path: the PNG to write.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, layout="constrained")
+    figure, axes = new_figure(2, 2, (10, 7))
     for axis, term in zip(axes.flat, LOSS_TERMS, strict=True):
         for kind, style in (("train", {"alpha": 0.6, "linewidth": 1}), ("heldout", {"marker": "o", "markersize": 4})):
             points = [(r["step"], r[term]) for r in records if r["kind"] == kind and term in r]
@@ -37,8 +33,10 @@ def plot_losses(records: list[dict[str, Any]], baselines: dict[str, float], path
         axis.set_title(_TITLES[term])
         axis.set_ylabel("cross entropy (nats)")
         axis.grid(alpha=0.3)
-    axes[0, 0].legend()
+    for axis in axes.flat:
+        if axis.get_legend_handles_labels()[0]:  # a stream may be neither trained nor evaluated
+            axis.legend()
+            break
     for axis in axes[1]:
         axis.set_xlabel("step")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)

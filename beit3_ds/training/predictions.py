@@ -9,10 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from beit3_ds.atomic_file import written_aside
 from beit3_ds.batch import PackedBatch
 from beit3_ds.model import Logits
 from beit3_ds.tokenizers.text import TextTokenizer
 from beit3_ds.tokenizers.visual import VisualTokenizer
+from beit3_ds.training.targets import encode_images
 
 _SHOWN = 12
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em}
@@ -24,8 +26,8 @@ small{color:#666}figure{display:inline-block;margin:0}figcaption{font-size:12px;
 def write_predictions(
     batch: PackedBatch,
     logits: Logits,
-    text_tokenizer: TextTokenizer,
-    visual_tokenizer: VisualTokenizer,
+    text_tokenizer: TextTokenizer | None,
+    visual_tokenizer: VisualTokenizer | None,
     path: Path,
 ) -> None:
     """Writes one self-contained HTML page.
@@ -36,8 +38,8 @@ def write_predictions(
     Args:
         batch: a held-out micro-batch.
         logits: the model's scores at its masked positions.
-        text_tokenizer: for the words.
-        visual_tokenizer: for the codes of the originals.
+        text_tokenizer: for the words; None if there are none.
+        visual_tokenizer: for the codes of the originals; None if there are no images.
         path: the .html to write.
     """
     mosaics = _Mosaics(batch, logits, visual_tokenizer)
@@ -59,15 +61,17 @@ def write_predictions(
         "shown batch that has it.</p>"
     )
     page = f"<!doctype html><meta charset=utf-8><title>Predictions</title><style>{_STYLE}</style><h1>Predictions</h1>"
-    path.write_text(page + note + body, encoding="utf-8")
+    with written_aside(path) as file:
+        file.write((page + note + body).encode())
 
 
 class _Words:
-    def __init__(self, batch: PackedBatch, logits: Logits, tokenizer: TextTokenizer) -> None:
+    def __init__(self, batch: PackedBatch, logits: Logits, tokenizer: TextTokenizer | None) -> None:
         self.tokenizer = tokenizer
         self.lengths = [*batch.caption_lengths, *batch.text_lengths]
         self.ids = batch.token_ids.tolist()
-        guesses = logits.text[:, : tokenizer.vocab_size].argmax(1).tolist()  # spare rows of the table stand for nothing
+        num_ids = tokenizer.vocab_size if tokenizer else logits.text.shape[1]
+        guesses = logits.text[:, :num_ids].argmax(1).tolist()  # spare rows of the table stand for nothing
         truths = batch.target_ids.tolist()
         self.masked = dict(zip(batch.masked_tokens.tolist(), zip(guesses, truths, strict=True), strict=True))
 
@@ -85,15 +89,16 @@ class _Words:
         return f'<span class="miss">{self._show(guess)}</span><small>{self._show(truth)}</small>'
 
     def _show(self, token: int) -> str:
+        assert self.tokenizer is not None, "words need a text tokenizer"
         return html.escape(self.tokenizer.piece(token).replace("\N{LOWER ONE EIGHTH BLOCK}", " "))
 
 
 class _Mosaics:
-    def __init__(self, batch: PackedBatch, logits: Logits, tokenizer: VisualTokenizer) -> None:
+    def __init__(self, batch: PackedBatch, logits: Logits, tokenizer: VisualTokenizer | None) -> None:
         self.batch = batch
         assert batch.tokenizer_pixels is not None, "the stage with the heads reads the tokenizer's view"
         self.patches = _cut(batch.tokenizer_pixels.cpu(), batch.patch_mask.shape[1])
-        self.codes = tokenizer.encode(batch.tokenizer_pixels).cpu()
+        self.codes = encode_images(batch, tokenizer).cpu()
         self.guessed = self.codes.clone()
         self.guessed[batch.patch_mask.cpu()] = logits.visual.argmax(1).cpu()
         self.palette = self._mean_patches(int(logits.visual.shape[1]))

@@ -17,6 +17,7 @@ import psutil
 import torch.distributed as dist
 
 from beit3_ds.config import ConfigError
+from beit3_ds.cores import describe_cores, divide_cores
 from beit3_ds.parallel.mesh import join_ranks
 from beit3_ds.training.launcher import Launch
 from beit3_ds.training.software import describe_software
@@ -55,6 +56,8 @@ class Rendezvous:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="rendezvous", daemon=True)
         self._store: dist.TCPStore | None = None
+        self.num_threads = 1
+        """Threads for this rank's share of its host's cores, once the ranks have met."""
 
     def __enter__(self) -> "Rendezvous":
         self._start = time.monotonic()
@@ -82,9 +85,11 @@ class Rendezvous:
             self._reach_rank_0()
         self._waits_for = f"the store at {self._place()}, which takes connections but does not answer"
         self._store = self._open_store(serves)
-        own = {"address": _own_address(*self._target()), "host": self._host, "software": describe_software()}
+        own: dict[str, Any] = {"address": _own_address(*self._target()), "host": self._host}
+        own |= {"software": describe_software(), "cores": describe_cores()}
         self._store.set(f"rendezvous/{self._launch.rank}", json.dumps(own))
         addresses = self._gather(self._store) if self._launch.rank == 0 else self._hear(self._store)
+        self.num_threads = json.loads(self._store.get("rendezvous/threads"))[self._launch.rank]
         # By itself gloo takes the address of the host's name, which is 127.0.1.1 on a Debian host, or the loopback.
         if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := self._interface(addresses)):
             os.environ["GLOO_SOCKET_IFNAME"] = interface
@@ -171,6 +176,8 @@ class Rendezvous:
         if differences := find_differences(ranks):
             self._refuse(store, differences)
         addresses = [rank["address"] for rank in ranks]
+        threads = divide_cores([(rank["host"], rank["cores"]) for rank in ranks])
+        store.set("rendezvous/threads", json.dumps(threads))
         store.set("rendezvous/addresses", " ".join(addresses))
         store.set("rendezvous/verdict", "")
         return addresses

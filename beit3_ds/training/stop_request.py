@@ -4,10 +4,12 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Literal
 
 import torch
 
 from beit3_ds.parallel import Mesh
+from beit3_ds.storage_error import StorageError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Clusters send the first or the last some time before they kill; the second is Ctrl-C."""
@@ -21,6 +23,10 @@ class StopSignals:
         """Their numbers."""
         self.are_heeded = False
         """Whether the ranks have agreed to stop because of them."""
+
+    def is_asked_to_stop(self) -> bool:
+        """Whether any was received."""
+        return bool(self.received)
 
     @contextmanager
     def listening(self) -> Iterator["StopSignals"]:
@@ -46,17 +52,30 @@ class StopSignals:
 
 
 class StopRequest:
-    """Whether any rank was asked to stop."""
+    """Whether any rank was asked to stop, or has no data to go on with."""
 
     def __init__(self, signals: StopSignals, mesh: Mesh) -> None:
         self._signals, self._mesh = signals, mesh
         self.reason = ""
         """The signals that any rank had received when they last agreed, by name."""
+        self.data_fault: Literal["data", "storage"] | None = None
+        """Why any rank had no data when they last agreed: its files or workers, or a file system that fails."""
 
-    def agreed(self) -> bool:
-        """Whether any rank has received a signal: the same answer on all of them. Sends three integers."""
-        received = torch.tensor([int(number in self._signals.received) for number in STOP_SIGNALS])
-        counts = self._mesh.host.sum(received).tolist()
-        self.reason = " and ".join(number.name for number, count in zip(STOP_SIGNALS, counts, strict=True) if count)
+    @property
+    def must_end(self) -> bool:
+        """Whether the run must end after the step that is done, for either cause."""
+        return bool(self.reason or self.data_fault)
+
+    def agreed(self, data_error: Exception | None = None) -> bool:
+        """Returns `must_end`, the same on all ranks. Sends five integers.
+
+        Args:
+            data_error: why this rank has no data.
+        """
+        faults = [data_error is not None, isinstance(data_error, StorageError)]
+        own = [*(number in self._signals.received for number in STOP_SIGNALS), *faults]
+        *received, failed, failed_storage = self._mesh.host.sum(torch.tensor(own, dtype=torch.int64)).tolist()
+        self.reason = " and ".join(number.name for number, count in zip(STOP_SIGNALS, received, strict=True) if count)
+        self.data_fault = "storage" if failed_storage else "data" if failed else None
         self._signals.are_heeded = bool(self.reason)
-        return self._signals.are_heeded
+        return self.must_end

@@ -1,8 +1,5 @@
 """The state of an unfinished training of the visual tokenizer: one file beside the tokenizer's own."""
 
-import dataclasses
-import json
-import os
 import pickle
 from pathlib import Path
 from typing import NamedTuple
@@ -11,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from beit3_ds.atomic_file import written_aside
 from beit3_ds.config import ConfigError, RunConfig
 from beit3_ds.tokenizers import VisualTokenizer
+from beit3_ds.tokenizers.recipe import find_changes, visual_recipe
 
-_FREE_TO_CHANGE = ("path", "save_interval")
 _NUM_IMAGES = "number of training images"
 
 
@@ -43,11 +41,7 @@ class TokenizerCheckpoint:
     def __init__(self, config: RunConfig, num_images: int | None = None) -> None:
         visual = config.tokenizers.visual
         self.path = Path(f"{visual.path}.training.pt")
-        fields = {key: value for key, value in dataclasses.asdict(visual).items() if key not in _FREE_TO_CHANGE}
-        data = dataclasses.asdict(config.data)
-        files = {f"{stream}.train": data[stream]["train"] for stream in ("images", "pairs")}
-        # Through JSON, which has no tuples, so that a saved recipe equals a new one.
-        self._recipe = json.loads(json.dumps(fields | files | {"seed": config.training.seed}))
+        self._recipe = visual_recipe(config)
         if num_images is not None:
             self._recipe[_NUM_IMAGES] = num_images
 
@@ -59,15 +53,12 @@ class TokenizerCheckpoint:
         center: Tensor,
         broken_records: dict[str, str],
     ) -> None:
-        """Writes the state after `step` updates aside and renames it: a killed run leaves a whole file."""
+        """Writes the state after `step` updates; a killed run leaves a whole file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
         state = {"step": step, "recipe": self._recipe, "center": center, "broken_records": broken_records}
         state |= {"tokenizer": tokenizer.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save(state, temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+        with written_aside(self.path) as file:
+            torch.save(state, file)
 
     def load(self, tokenizer: VisualTokenizer, optimizer: Optimizer) -> Restored | None:
         """Restores weights, codebook and optimizer, if there is a checkpoint.
@@ -97,11 +88,7 @@ class TokenizerCheckpoint:
         self.path.unlink(missing_ok=True)
 
     def _check_recipe(self, recipe: dict[str, object]) -> None:
-        missing = object()
-        recipe = {_NUM_IMAGES: self._recipe.get(_NUM_IMAGES, missing), **recipe}  # older versions did not keep it
-        keys = [key for key in self._recipe | recipe if self._recipe.get(key, missing) != recipe.get(key, missing)]
-        if keys:
-            changes = ", ".join(f"{key} from {recipe.get(key)!r} to {self._recipe.get(key)!r}" for key in keys)
+        if changes := find_changes(recipe, self._recipe):
             raise ConfigError(
                 f"tokenizers.visual: {self.path} was saved by a training with another recipe: {changes}. Undo the "
                 f"change to go on from it, or delete the file to start anew."

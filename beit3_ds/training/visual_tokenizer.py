@@ -4,6 +4,7 @@ Ranks are joined by torch's DistributedDataParallel instead of DeepSpeed's engin
 parameters, which fit every device whole, and the DeepSpeed keys of the JSON file describe the pretraining.
 """
 
+import socket
 import time
 from collections.abc import Callable, Iterator
 
@@ -15,10 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from beit3_ds.config import ConfigError, RunConfig, VisualTokenizerConfig
-from beit3_ds.data import Views, build_view_loader
+from beit3_ds.data import Views, WaitLimits, build_view_loader
 from beit3_ds.parallel import Mesh
 from beit3_ds.parallel.host_group import HostGroup
 from beit3_ds.tokenizers import VisualTokenizer, build_teacher, save_visual_tokenizer
+from beit3_ds.tokenizers.recipe import save_recipe, visual_recipe
 from beit3_ds.training.agreement import check_same_files
 from beit3_ds.training.broken_records import BrokenRecords, format_new_records
 from beit3_ds.training.code_usage import CodeCounter, CodeUsage, measure_code_usage
@@ -135,6 +137,7 @@ class _Training:
         """Writes the tokenizer's file and counts its codes over training images."""
         if _is_main(self.mesh):
             save_visual_tokenizer(self.visual.path, self.tokenizer)
+            save_recipe(self.visual.path, visual_recipe(self.config))
             self.checkpoint.remove()
         num_batches = -(-min(_USAGE_IMAGES, len(self.images)) // self.visual.batch_size)
         codes = (self.tokenizer.encode(pixels) for pixels in self._batches(0, num_batches))
@@ -164,9 +167,10 @@ class _Training:
         rank, size = (0, 1) if self.mesh is None else (self.mesh.data_parallel_rank, self.mesh.data_parallel_size)
         share = self.visual.batch_size // size
         starts = (step * self.visual.batch_size + rank * share for step in range(first_step, last_step))
-        loader = build_view_loader(
-            self.images, (range(start, start + share) for start in starts), self.config.data.num_workers
-        )
+        data = self.config.data
+        limits = WaitLimits(seconds=data.timeout_seconds, where=f"rank {rank} (host {socket.gethostname()})")
+        batches = (range(start, start + share) for start in starts)
+        loader = build_view_loader(self.images, batches, data.num_workers, limits)
         for view in loader:
             self.met |= view.broken_records
             yield view.pixels.to(self.device, non_blocking=True)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from beit3_ds.atomic_file import bounded_name, written_aside
 from beit3_ds.config import ConfigError, DataConfig, SourceConfig, StreamConfig
-from beit3_ds.data.files import bounded_name, expand_braces, expand_patterns, written_aside
+from beit3_ds.data.files import expand_braces, expand_patterns
 from beit3_ds.data.prepare_annotations import prepare_annotations
 from beit3_ds.data.prepare_index import prepare_indices
 from beit3_ds.data.shards import TarShards

@@ -9,6 +9,7 @@ from PIL import Image
 
 from beit3_ds.config import ConfigError
 from beit3_ds.data.tokenizer_corpora import TokenizerImages, build_view_loader, read_training_lines
+from beit3_ds.data.waiting import WaitLimits
 from tests.data.conftest import BuildConfig, WriteTar
 
 
@@ -52,7 +53,8 @@ def flat_png(shade: int) -> bytes:
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_batches_come_in_order(build_config: BuildConfig, num_workers: int) -> None:
     images = TokenizerImages(build_config())
-    loaded = list(build_view_loader(images, (range(start, start + 2) for start in (4, 0, 8)), num_workers))
+    batches = (range(start, start + 2) for start in (4, 0, 8))
+    loaded = list(build_view_loader(images, batches, num_workers, WaitLimits(seconds=60)))
     assert [len(batch.pixels) for batch in loaded] == [2, 2, 2]
     for start, batch in zip((4, 0, 8), loaded, strict=True):
         assert torch.equal(batch.pixels, torch.stack([images[start], images[start + 1]]))
@@ -61,7 +63,7 @@ def test_batches_come_in_order(build_config: BuildConfig, num_workers: int) -> N
 def test_broken_images_are_replaced(build_config: BuildConfig, tmp_path: Path, write_tar: WriteTar, png: bytes) -> None:
     shard = write_tar(tmp_path / "s.tar", {"bad.png": b"no image", "good.png": png})
     images = TokenizerImages(build_config(files={"images": shard, "pairs": shard}))  # one shard for both: counted once
-    (batch,) = build_view_loader(images, [range(4)], 0)  # two epochs: the record is met twice
+    (batch,) = build_view_loader(images, [range(4)], 0, WaitLimits(seconds=60))  # two epochs: the record is met twice
     assert batch.pixels.shape == (4, 3, 64, 64)
     ((name, line),) = batch.broken_records.items()  # catches a count of encounters
     assert name.endswith("s.tar:bad") and line.startswith(f"{name}: ")

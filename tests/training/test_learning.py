@@ -34,8 +34,9 @@ def measure_seed(folder: str, visual_tokenizer: str, seed: int) -> tuple[float, 
     train_text_tokenizer(config.tokenizers.text, [shards.caption(i) for i in range(len(shards))])
     inputs = open_inputs(config)
     with joined_ranks(config.parallel) as mesh:
-        run, steps = build_run(config, inputs, mesh)
-        train(run, steps, StopSignals())
+        signals = StopSignals()
+        run, steps = build_run(config, inputs, mesh, signals)
+        train(run, steps, signals)
         parts = (run.visual_tokenizer, run.mesh, run.device)
         right = evaluate(run.schedule, run.heldout, *parts)["pair_mlm"]
         wrong = evaluate(run.schedule, [with_wrong_images(batch) for batch in run.heldout], *parts)["pair_mlm"]

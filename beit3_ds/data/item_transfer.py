@@ -1,0 +1,168 @@
+"""Sends objects with large tensors from one process to another, which need not wait for the sender afterwards.
+
+Tensors go through a file in /dev/shm that has no name, whose descriptor travels with the message: nothing is left
+behind when a process is killed. Where there is no room they go through the socket, which is slower. Both ends see a
+dead partner as the end of the stream.
+"""
+
+import mmap
+import os
+import pickle
+import socket
+import struct
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_HEADER = struct.Struct("<QQQ")  # bytes of the pickle, bytes of the buffers behind it, number of buffers
+_ALIGNMENT = 64
+_CHUNK_BYTES = 1 << 20
+SHARED_MEMORY = "/dev/shm"
+"""Where large items lie while they are handed over."""
+
+
+class _Pickler(pickle.Pickler):
+    """Leaves the elements of tensors to the buffers."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if type(value) is not Tensor:
+            return NotImplemented
+        elements: Any = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        return _rebuild, (pickle.PickleBuffer(elements), value.dtype, tuple(value.shape))
+
+
+def _rebuild(elements: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    if 0 in shape:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(elements, dtype=dtype).view(shape)
+
+
+def send_item(connection: socket.socket, item: Any) -> None:
+    """Sends an object; waits until the other process has taken what did not fit into shared memory.
+
+    Args:
+        connection: a blocking AF_UNIX stream.
+        item: what can be pickled.
+    """
+    buffers: list[pickle.PickleBuffer] = []
+    stream = BytesIO()
+    _Pickler(stream, 5, buffer_callback=buffers.append).dump(item)
+    views = [buffer.raw() for buffer in buffers]
+    sizes = struct.pack(f"<{len(views)}Q", *map(len, views))
+    content = sizes + stream.getbuffer()
+    total = _offsets([len(view) for view in views])[-1]
+    descriptor = _write_shared(views) if total else None
+    if descriptor is not None:
+        try:
+            socket.send_fds(connection, [_HEADER.pack(len(content), 0, len(views))], [descriptor])
+        finally:
+            os.close(descriptor)
+        connection.sendall(content)
+        return
+    connection.sendall(_HEADER.pack(len(content), total, len(views)))
+    connection.sendall(content)
+    position = 0
+    for view, offset in zip(views, _offsets([len(view) for view in views]), strict=False):
+        connection.sendall(bytes(offset - position))
+        connection.sendall(view)
+        position = offset + len(view)
+    connection.sendall(bytes(total - position))
+
+
+class ItemReceiver:
+    """Puts objects together as their bytes arrive; never waits."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        """Takes the other end of `send_item`'s connection."""
+        self._connection = connection
+        self._arrived = bytearray()
+        self._descriptors: list[int] = []
+        self.slow_bytes = 0
+        """Bytes of the last object that found no room in shared memory."""
+
+    def receive(self) -> tuple[Any] | None:
+        """Takes what has arrived.
+
+        Returns:
+            The next object, in a tuple; None if it is not complete.
+
+        Raises:
+            EOFError: if the other process is gone.
+        """
+        while True:
+            missing = self._count_missing()
+            if missing <= 0:
+                return (self._build(),)
+            try:
+                flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+                # socket.recv_fds drops the flags
+                chunk, extra, _, _ = self._connection.recvmsg(min(missing, _CHUNK_BYTES), socket.CMSG_LEN(4), flags)
+            except BlockingIOError:
+                return None
+            except ConnectionError:
+                raise EOFError from None
+            self._descriptors += [struct.unpack_from("i", data)[0] for _, _, data in extra]
+            if not chunk:
+                raise EOFError
+            self._arrived += chunk
+
+    def close(self) -> None:
+        """Forgets what has arrived."""
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def _count_missing(self) -> int:
+        if len(self._arrived) < _HEADER.size:
+            return _HEADER.size - len(self._arrived)
+        num_pickled, num_inline, _ = _HEADER.unpack_from(self._arrived)
+        total: int = _HEADER.size + num_pickled + num_inline
+        return total - len(self._arrived)
+
+    def _build(self) -> Any:
+        num_pickled, num_inline, count = _HEADER.unpack_from(self._arrived)
+        message, self._arrived = memoryview(self._arrived), bytearray()
+        content = message[_HEADER.size : _HEADER.size + num_pickled]
+        sizes = struct.unpack_from(f"<{count}Q", content)
+        offsets = _offsets(sizes)
+        self.slow_bytes = num_inline
+        memory: Any = memoryview(bytearray(message[_HEADER.size + num_pickled :]))  # aligned
+        if not num_inline and offsets[-1]:
+            descriptor = self._descriptors.pop(0)
+            memory = memoryview(mmap.mmap(descriptor, offsets[-1]))  # lives as long as a tensor in it
+            os.close(descriptor)
+        buffers = [memory[offset : offset + size] for offset, size in zip(offsets, sizes, strict=False)]
+        return pickle.loads(content[8 * count :], buffers=buffers)
+
+
+def _write_shared(views: Sequence[memoryview]) -> int | None:
+    """Writes buffers to shared memory; returns the descriptor, or None if there is no room.
+
+    Written, not mapped: a file system without room then says so, where memory would end the process with SIGBUS.
+    """
+    descriptor = -1
+    try:
+        descriptor = os.open(SHARED_MEMORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        offsets = _offsets([len(view) for view in views])
+        for view, offset in zip(views, offsets, strict=False):
+            while view:
+                written = os.pwrite(descriptor, view, offset)
+                view, offset = view[written:], offset + written
+        if os.fstat(descriptor).st_size < offsets[-1]:
+            os.pwrite(descriptor, bytes(1), offsets[-1] - 1)  # the last page, so that the whole can be mapped
+    except OSError:
+        if descriptor >= 0:
+            os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _offsets(sizes: Sequence[int]) -> list[int]:
+    """Where each buffer begins, and where the last one ends, rounded up."""
+    offsets = [0]
+    for size in sizes:
+        offsets.append(offsets[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
+    return offsets

@@ -1,0 +1,113 @@
+"""What a finished tokenizer was trained with, so that no tokenizer is trained twice and overwritten by accident.
+
+A run's checkpoints belong to one tokenizer: a second training, even of the same recipe, may give other ids.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from beit3_ds.atomic_file import written_aside
+from beit3_ds.config import ConfigError, RunConfig
+
+Recipe = dict[str, Any]
+"""Plain JSON values by the names of their keys in the config."""
+
+FREE_TO_CHANGE = ("path", "save_interval")
+"""Keys of a tokenizer's section on which the result does not depend."""
+
+
+def text_recipe(config: RunConfig) -> Recipe:
+    """Returns what the run's text tokenizer depends on."""
+    return _recipe(config, config.tokenizers.text, ("texts", "pairs"))
+
+
+def visual_recipe(config: RunConfig) -> Recipe:
+    """Returns what the run's visual tokenizer depends on."""
+    return _recipe(config, config.tokenizers.visual, ("images", "pairs"))
+
+
+def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Names the values of a recipe that differ, "key from OLD to NEW"; empty if none does.
+
+    Keys that one of the two does not know, because it is of another version, are passed over.
+    """
+    changed = [key for key in before if key in now and before[key] != now[key]]
+    return ", ".join(f"{key} from {before[key]!r} to {now[key]!r}" for key in changed)
+
+
+def save_recipe(path: str | Path, recipe: Recipe) -> None:
+    """Records the recipe of a finished tokenizer in `PATH.recipe.json`."""
+    content = {"sha256": _digest(Path(path)), "recipe": recipe}
+    with written_aside(_recipe_path(path)) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
+
+
+def is_trained(section: str, path: str | Path, recipe: Recipe, read_known: Callable[[], Recipe]) -> bool:
+    """Whether the finished tokenizer of a recipe is there.
+
+    Args:
+        section: of the config, such as "tokenizers.text".
+        path: of the tokenizer.
+        recipe: that it should have.
+        read_known: reads the part of the recipe that the tokenizer's own file tells, for files without a record.
+
+    Raises:
+        ConfigError: if another tokenizer is there, naming what differs, or a file that is none.
+    """
+    if not Path(path).exists():
+        return False
+    way_out = (
+        f"Undo the change to use it, name another {section}.path, or train anew with --force: checkpoints of runs that "
+        "used it are then refused."
+    )
+    try:
+        before = _read_recipe(path) or read_known()
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error} The file is there: name another {section}.path, or overwrite it with --force."
+        ) from None
+    if changes := find_changes(before, recipe):
+        raise ConfigError(f"{section}: {path} was trained with another recipe: {changes}. {way_out}")
+    return True
+
+
+def describe_trained(section: str, path: str | Path) -> str:
+    """Says that there is nothing to train."""
+    return f"{section}: {path} is already trained with this recipe; nothing is done. --force trains it anew"
+
+
+def _recipe(config: RunConfig, section: Any, streams: tuple[str, ...]) -> Recipe:
+    fields = {key: value for key, value in dataclasses.asdict(section).items() if key not in FREE_TO_CHANGE}
+    named = config.data.streams()
+    files = {f"{stream}.train": [_plain_source(source) for source in named[stream].train] for stream in streams}
+    # Through JSON, which has no tuples, so that a saved recipe equals a new one.
+    recipe: Recipe = json.loads(json.dumps(fields | files | {"seed": config.training.seed}))
+    return recipe
+
+
+def _plain_source(source: Any) -> dict[str, Any]:
+    """What is set of a source, so that a key that a later version adds changes no recipe."""
+    return {key: value for key, value in dataclasses.asdict(source).items() if value not in (None, "", (), 0, False)}
+
+
+def _read_recipe(path: str | Path) -> Recipe | None:
+    """The record of a tokenizer; None if there is none, or it is of another file."""
+    try:
+        content = json.loads(_recipe_path(path).read_text(encoding="utf-8"))
+        recipe: Recipe = content["recipe"]
+        return recipe if content["sha256"] == _digest(Path(path)) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _recipe_path(path: str | Path) -> Path:
+    return Path(f"{path}.recipe.json")
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,71 @@
+"""The steps of a rank, fetched between two updates, where all ranks can still agree to save and to end."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+from beit3_ds.batch import StepBatch
+from beit3_ds.config import ConfigError
+from beit3_ds.parallel.activity import Activity
+from beit3_ds.storage_error import StorageError
+
+
+class StepFeed:
+    """Fetches steps and keeps what goes wrong, for the ranks to agree on (`StopRequest.agreed`).
+
+    Attributes:
+        error: why there is no data on this rank; None if there is.
+    """
+
+    def __init__(self, steps: Iterable[StepBatch], activity: Activity, first_step: int) -> None:
+        """Reads nothing yet.
+
+        Args:
+            steps: of this rank, from `first_step` on.
+            activity: what this rank does.
+            first_step: updates already done.
+        """
+        self._steps: Iterator[StepBatch] = iter(steps)
+        self._activity, self._next_step = activity, first_step
+        self._fetched: tuple[StepBatch, float] | None = None
+        self.error: ConfigError | StorageError | None = None
+
+    @property
+    def has_step(self) -> bool:
+        """Whether a step is fetched; False too if the process was asked to stop while it waited for one."""
+        return self._fetched is not None
+
+    def fetch(self) -> None:
+        """Waits for the next step."""
+        start = time.perf_counter()
+        self._next_step += 1
+        self._activity.begin("reading data", self._next_step)
+        self.attempt(lambda: self._fetch(start))
+
+    def take(self) -> tuple[StepBatch, float]:
+        """Returns the fetched step and the seconds that were spent waiting for it."""
+        assert self._fetched is not None, "fetch first"
+        fetched, self._fetched = self._fetched, None
+        return fetched
+
+    def attempt(self, read: Callable[[], None]) -> None:
+        """Calls what reads data; an error in it is kept for `raise_error`."""
+        try:
+            read()
+        except (ConfigError, StorageError) as error:
+            self.error = error
+
+    def raise_error(self, is_storage: bool) -> None:
+        """Ends the run on this rank, once the ranks have agreed that one of them has no data.
+
+        Args:
+            is_storage: whether a file system failed on that rank.
+        """
+        if self.error is not None:
+            raise self.error
+        kind = StorageError if is_storage else ConfigError
+        raise kind("another rank could not get its data: its own line says why. The run ends.")
+
+    def _fetch(self, start: float) -> None:
+        step_batch = next(self._steps, None)
+        if step_batch is not None:
+            self._fetched = (step_batch, time.perf_counter() - start)

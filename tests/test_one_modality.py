@@ -1,0 +1,82 @@
+"""Runs on texts alone and on images alone need neither the other's tokenizer nor its data."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from beit3_ds import cli
+from tests.ranks import run_ranks
+from tests.test_pretrain import finish, train_rank, write
+
+OTHERS = {"texts": "visual", "images": "text"}
+TERMS = {"texts": "text_mlm", "images": "image_mim"}
+
+
+def keep_only(mapping: dict[str, Any], stream: str) -> None:
+    """Takes everything else out of a run's file, and leaves a tokenizer's settings of a size that does not fit."""
+    own = mapping["beit3_ds"]
+    own["data"] = {key: value for key, value in own["data"].items() if key not in ("images", "pairs", "texts")} | {
+        stream: own["data"][stream]
+    }
+    del own["tokenizers"][OTHERS[stream]]
+    own["training"] |= {"total_steps": 2, "save_interval": 2}
+
+
+def check_results(folder: Path, stream: str) -> None:
+    summary = json.loads((folder / "summary.json").read_text())
+    assert list(summary["heldout"]) == [TERMS[stream]]
+    assert summary["heldout"][TERMS[stream]]["unigram_entropy"] > 0
+    assert Path(summary["predictions"]).stat().st_size > 0
+    assert ("visual_tokenizer_teacher" in summary and summary["visual_tokenizer_teacher"] is not None) == (
+        stream == "images"
+    )
+    index = json.loads((folder / "checkpoints" / "step-00000002" / "index.json").read_text())
+    assert list(index["run"]["tokenizers"]) == [{"texts": "text", "images": "visual"}[stream]]
+
+
+@pytest.mark.parametrize("stream", ["texts", "images"])
+def test_trains_evaluates_and_resumes_alone(run_mapping: dict[str, Any], tmp_path: Path, stream: str) -> None:
+    keep_only(run_mapping, stream)
+    config = write(run_mapping, tmp_path)
+    assert cli.main(["check", str(config)]) == 0
+    status, output = finish(config)
+    assert status == 0, output
+    check_results(tmp_path / "run", stream)
+    run_mapping["beit3_ds"]["training"]["total_steps"] = 3
+    status, output = finish(write(run_mapping, tmp_path))
+    assert status == 0 and "resuming after step 2" in output, output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("division", [{}, {"pipeline_parallel_size": 2}, {"tensor_parallel_size": 2}])
+@pytest.mark.parametrize("stream", ["texts", "images"])
+def test_two_ranks_train_alone(
+    run_mapping: dict[str, Any], tmp_path: Path, stream: str, division: dict[str, int]
+) -> None:
+    keep_only(run_mapping, stream)
+    run_mapping["gradient_accumulation_steps"] = 2 if division else 1
+    run_mapping["beit3_ds"]["parallel"] = division
+    assert run_ranks(train_rank, 2, str(write(run_mapping, tmp_path))) == [0, 0]
+    check_results(tmp_path / "run", stream)
+
+
+@pytest.mark.parametrize("stream", ["texts", "images"])
+def test_commands_for_the_other_tokenizer_say_that_none_is_needed(
+    run_mapping: dict[str, Any], tmp_path: Path, stream: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep_only(run_mapping, stream)
+    command = f"train-{OTHERS[stream]}-tokenizer"
+    assert cli.main([command, str(write(run_mapping, tmp_path))]) == 2
+    assert f"needs no {OTHERS[stream]} tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stream", ["texts", "images"])
+def test_missing_tokenizer_of_a_used_stream_is_named(run_mapping: dict[str, Any], stream: str) -> None:
+    from beit3_ds.config import ConfigError, build_run_config
+
+    kind = {"texts": "text", "images": "visual"}[stream]
+    del run_mapping["beit3_ds"]["tokenizers"][kind]
+    with pytest.raises(ConfigError, match=rf"tokenizers\.{kind}\.path is missing"):
+        build_run_config(run_mapping)

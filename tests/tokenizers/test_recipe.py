@@ -1,0 +1,81 @@
+"""A finished tokenizer is not trained again, nor overwritten, unless that is asked for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from beit3_ds import cli
+from tests.run_config import small_run_mapping
+
+
+@pytest.fixture
+def mapping(tmp_path: Path) -> dict[str, Any]:
+    mapping = small_run_mapping(0)
+    (tmp_path / "words.txt").write_text("\n\n".join(["a red dog", "an old cat", "a bird that sings"] * 50))
+    mapping["beit3_ds"]["data"]["texts"]["train"] = [str(tmp_path / "words.txt")]
+    mapping["beit3_ds"]["data"]["pairs"] |= {"train": [], "heldout": [], "samples_per_step": 0}
+    mapping["beit3_ds"]["tokenizers"]["text"] |= {"path": str(tmp_path / "text.spm"), "vocab_size": 21}
+    mapping["beit3_ds"]["tokenizers"]["visual"] |= {"path": str(tmp_path / "visual.safetensors")}
+    return mapping
+
+
+def run(mapping: dict[str, Any], folder: Path, command: str, *options: str) -> int:
+    path = folder / "config.json"
+    path.write_text(json.dumps(mapping))
+    return cli.main([command, str(path), *options])
+
+
+def test_finished_text_tokenizer_is_kept(
+    mapping: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a second training, whose ids may differ: the checkpoints of runs would be refused."""
+    path = tmp_path / "text.spm"
+    assert run(mapping, tmp_path, "train-text-tokenizer") == 0
+    before = path.stat().st_mtime_ns
+    capsys.readouterr()
+    assert run(mapping, tmp_path, "train-text-tokenizer") == 0  # a job script that is submitted again goes on
+    assert "already trained with this recipe" in capsys.readouterr().out
+
+    mapping["beit3_ds"]["tokenizers"]["text"]["vocab_size"] = 20
+    assert run(mapping, tmp_path, "train-text-tokenizer") == 2
+    error = capsys.readouterr().err
+    assert "vocab_size from 21 to 20" in error and "--force" in error
+    assert path.stat().st_mtime_ns == before
+    (tmp_path / "text.spm.recipe.json").unlink()  # as of a tokenizer that was copied: the file itself tells the size
+    assert run(mapping, tmp_path, "train-text-tokenizer") == 2
+    assert "vocab_size from 21 to 20" in capsys.readouterr().err
+    assert path.stat().st_mtime_ns == before
+
+    assert run(mapping, tmp_path, "train-text-tokenizer", "--force") == 0
+    assert path.stat().st_mtime_ns != before
+    assert run(mapping, tmp_path, "train-text-tokenizer") == 0
+
+
+def test_finished_visual_tokenizer_is_kept(
+    mapping: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The training would take minutes and end with another file."""
+    from beit3_ds.config import build_run_config
+    from beit3_ds.tokenizers import VisualTokenizer, save_visual_tokenizer
+    from beit3_ds.tokenizers.recipe import save_recipe, visual_recipe
+
+    config = build_run_config(mapping)
+    path = Path(config.tokenizers.visual.path)
+    save_visual_tokenizer(path, VisualTokenizer(config.tokenizers.visual, teacher_width=8))
+    before = path.read_bytes()
+    for has_recipe in (False, True):
+        if has_recipe:
+            save_recipe(path, visual_recipe(config))
+        assert run(mapping, tmp_path, "train-visual-tokenizer") == 0
+        assert "already trained" in capsys.readouterr().out
+    mapping["beit3_ds"]["tokenizers"]["visual"]["batch_size"] = 8
+    mapping["beit3_ds"]["training"]["seed"] = 9
+    assert run(mapping, tmp_path, "train-visual-tokenizer") == 2
+    assert "batch_size from 16 to 8, seed from 1 to 9" in capsys.readouterr().err
+    assert path.read_bytes() == before
+    path.write_bytes(b"no tokenizer")
+    assert run(mapping, tmp_path, "train-visual-tokenizer") == 2
+    assert "is not a visual tokenizer of this project" in capsys.readouterr().err
+    assert path.read_bytes() == b"no tokenizer"

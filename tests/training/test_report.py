@@ -1,0 +1,58 @@
+"""What a finished run leaves behind: its status never depends on pictures."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def finish(mapping: dict[str, Any], folder: Path, **environment: str) -> str:
+    """Trains to the end in a process of its own, which must end with status 0; returns its output."""
+    mapping["beit3_ds"]["training"] |= {"total_steps": 1, "save_interval": 1, "eval_interval": 1}
+    path = folder / "config.json"
+    path.write_text(json.dumps(mapping))
+    command = [sys.executable, "-m", "beit3_ds.pretrain", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=os.environ | environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    return done.stdout
+
+
+def test_notebook_backend_and_streams_without_heldout_data(run_mapping: dict[str, Any], tmp_path: Path) -> None:
+    """A notebook's MPLBACKEND is inherited by what it starts. Catches a report that needs images."""
+    for stream in ("images", "pairs"):
+        run_mapping["beit3_ds"]["data"][stream]["heldout"] = []
+    output = finish(run_mapping, tmp_path, MPLBACKEND="inline_of_a_notebook")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert list(summary["heldout"]) == ["text_mlm"]
+    for name in ("plot", "predictions"):
+        assert Path(summary[name]).stat().st_size > 0 and f"{name}: {summary[name]}" in output
+
+
+def test_run_without_matplotlib_or_heldout_data_finishes(run_mapping: dict[str, Any], tmp_path: Path) -> None:
+    """Catches a summary that names pages which were not written."""
+    for stream in ("images", "pairs", "texts"):
+        run_mapping["beit3_ds"]["data"][stream]["heldout"] = []
+    (tmp_path / "matplotlib").mkdir()
+    (tmp_path / "matplotlib" / "__init__.py").write_text("raise ImportError('libfreetype.so.6: no such file')")
+    search = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    output = finish(run_mapping, tmp_path, PYTHONPATH=search)
+    (line,) = (line for line in output.splitlines() if line.startswith("WARNING"))
+    assert line == f"WARNING: {tmp_path}/run/losses.png was not written: ImportError: libfreetype.so.6: no such file"
+    assert "No stream has held-out data" in output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert not {"plot", "predictions"} & summary.keys()
+    assert "predictions" not in output and "plot:" not in output
+
+
+def test_pages_that_cannot_be_written_are_named(run_mapping: dict[str, Any], tmp_path: Path) -> None:
+    """Folders stand where the files should go: a full disk or a lost file system raises the same kind of error."""
+    names = ("losses.png", "predictions.html", "summary.json")
+    for name in names:
+        (tmp_path / "run" / name / "in the way").mkdir(parents=True)
+    lines = [line for line in finish(run_mapping, tmp_path).splitlines() if line.startswith("WARNING")]
+    assert len(lines) == 3
+    for name in names:
+        assert any(f"{tmp_path}/run/{name} was not written: IsADirectoryError" in line for line in lines)
