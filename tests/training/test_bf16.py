@@ -78,7 +78,9 @@ def test_bf16(
 ) -> None:
     """ZeRO-0 catches a norm of unmarked gradients, 4% off; a reduction in a narrower type shows in the gradients."""
     for stage, found in zip(zero_stages, errors(layout, zero_stages, reference.load(MODEL)), strict=True):
-        times = {kind: error / one_process[kind] for kind, error in found.items()}
+        # One process may hit the norm, a single number, by chance; half a rounding to bf16 counts as its error, too.
+        floor = {"norm 0": 2**-10}
+        times = {kind: error / max(one_process[kind], floor.get(kind, 0)) for kind, error in found.items()}
         print(f"{layout}, ZeRO-{stage}: errors {found}, times those of one process: {times}")
         assert max(times.values()) <= 2, f"{layout}, ZeRO-{stage}: {times} times the errors of one process"
 
