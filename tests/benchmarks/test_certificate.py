@@ -9,7 +9,7 @@ import torch
 
 from beit3_ds.benchmarks import certificate, parity
 from beit3_ds.benchmarks.certificate import Step, certify, plan_steps
-from beit3_ds.cli import _build_parser
+from beit3_ds.cli import build_parser
 from beit3_ds.config import ConfigError
 
 MACHINE = {"devices": ["none"], "torch": torch.__version__}
@@ -76,7 +76,7 @@ def test_planned_commands_exist(num_gpus: int, tmp_path: Path) -> None:
         names.add(planned.name)
         for command in planned.commands:
             if Path(command[0]).name == "beit3":
-                _build_parser().parse_args(command[1:])
+                build_parser().parse_args(command[1:])
             for part in command:
                 if part.endswith(".json") and part.startswith("ds_configs/"):
                     assert (certificate.ROOT / part).exists()

@@ -13,7 +13,7 @@ QUICKSTART = "ds_configs/quickstart_cpu.json"
 def actions(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Action]]:
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            for child in set(action.choices.values()):
+            for child in dict.fromkeys(action.choices.values()):  # an alias is another name of one parser
                 yield from actions(child)
         else:
             yield parser.prog, action
