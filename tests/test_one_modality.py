@@ -27,13 +27,13 @@ def keep_only(mapping: dict[str, Any], stream: str) -> None:
 def check_results(folder: Path, stream: str) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     assert list(summary["heldout"]) == [TERMS[stream]]
-    assert summary["heldout"][TERMS[stream]]["unigram_entropy"] > 0
+    assert summary["heldout"][TERMS[stream]]["unigram_entropy"] >= 0  # an untrained tokenizer may have one code
     assert Path(summary["predictions"]).stat().st_size > 0
     assert ("visual_tokenizer_teacher" in summary and summary["visual_tokenizer_teacher"] is not None) == (
         stream == "images"
     )
     index = json.loads((folder / "checkpoints" / "step-00000002" / "index.json").read_text())
-    assert list(index["run"]["tokenizers"]) == [{"texts": "text", "images": "visual"}[stream]]
+    assert list(index["tokenizers"]) == [{"texts": "text", "images": "visual"}[stream]]
 
 
 @pytest.mark.parametrize("stream", ["texts", "images"])
