@@ -167,7 +167,7 @@ def test_every_name_is_read_as_what_it_holds(
         ("a.jpg", b"", "is an image"),
         ("a.txt", gzip.compress(b"a", mtime=0), "holds gzip data, no UTF-8 text"),
         ("a.zst", gzip.compress(b"a", mtime=0), "cannot be read"),
-        ("twice.txt.gz", gzip.compress(gzip.compress(b"a", mtime=0)), "holds gzip data"),
+        ("twice.txt.gz", gzip.compress(gzip.compress(b"a", mtime=0), mtime=0), "holds gzip data"),
         ("a.txt", "a text".encode("utf-16"), "holds UTF-16 text.*iconv"),
         ("a.txt", "a text".encode("utf-32"), "holds UTF-32 text.*iconv"),
         ("a.jsonl", b"\xff\xfe" + LINES.encode("utf-16-le"), "holds UTF-16 text"),
