@@ -22,8 +22,8 @@ _OWN_CHECKPOINTS = "checkpoints are this project's own (docs/checkpoints.md). Le
 _OWN_MODEL = "it rewrites the modules of models that it knows. Leave it out."
 _NO_NVME = "checkpoints do not read the files of nvme"
 _NVME = "it belongs to offloading to NVMe, whose files checkpoints do not read. Leave it out."
-_ORDER = "it moves parameters to other places of the flat buffers, and updates went wrong when it was tried."
-_PACKING = "checkpoints were not tried with it, and it saves nothing but padding. Leave it out."
+_ORDER = "it reorders the flat buffers, which DeepSpeed's own map of parameters to them does not follow. Leave it out."
+_PACKING = "it only changes the padding of the flat buffers. Leave it out."
 _QUANTIZED = "parameters or gradients lose precision that checkpoints and the loss's comparison rely on."
 
 _OFFLOAD_PARAM = Section(
