@@ -6,14 +6,17 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from beit3_ds.checkpoint.folder import CheckpointFolder
 from tests.checkpoint.test_stopping import others
 from tests.checkpoint.training_run import TrainingRun, check_same_state
-from tests.test_pretrain import losses
+from tests.test_pretrain import losses, write
 
 BOUND_SECONDS = 150
 SETTINGS = {"total_steps": 12, "save_interval": 1000, "eval_interval": 1000}
@@ -45,6 +48,83 @@ def test_lost_worker_changes_nothing(run_mapping: dict[str, Any], tmp_path: Path
     assert re.search(rf"lost data worker \d, which prepares step \d+: {how}", run.output()), run.output()
     check_same_state(run.checkpoint(12), undisturbed.checkpoint(12))
     assert losses(run.output_dir) == losses(undisturbed.output_dir)
+
+
+HANGING_READS = """
+import os, time
+_open = os.open
+def open_or_hang(path, *arguments, **options):
+    folder = os.environ["HANGING_FOLDER"]
+    if os.fsdecode(path).startswith(folder + os.sep) and os.path.exists(folder + ".hangs"):
+        time.sleep(10_000)
+    return _open(path, *arguments, **options)
+os.open = open_or_hang
+"""
+
+
+class HungRun:
+    """A run whose image files cannot be opened any more from some step on, as those of a file server that is gone."""
+
+    def __init__(self, mapping: dict[str, Any], folder: Path, timeout_seconds: int, num_workers: int) -> None:
+        self.images, self.log, self.output_dir = folder / "images", folder / "log", folder / "run"
+        self.images.mkdir()
+        for number in range(4):
+            Image.new("RGB", (64, 64), (number * 60, 0, 0)).save(self.images / f"{number}.png")
+        data = mapping["beit3_ds"]["data"]
+        data["images"] |= {"train": [str(self.images)], "heldout": []}
+        data |= {"timeout_seconds": timeout_seconds, "num_workers": num_workers, "prefetch_steps": 1}
+        never = {"total_steps": 100_000, "save_interval": 100_000, "eval_interval": 100_000}
+        mapping["beit3_ds"]["training"] |= {**never, "output_dir": str(self.output_dir)}
+        (folder / "sitecustomize.py").write_text(HANGING_READS)  # Python imports it first, in workers too
+        search = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {"PYTHONPATH": search, "HANGING_FOLDER": str(self.images), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "beit3_ds.pretrain", str(write(mapping, folder))]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        deadline = time.monotonic() + BOUND_SECONDS
+        while "step 2/" not in self.output():
+            assert time.monotonic() < deadline and self.process.poll() is None, self.output()
+            time.sleep(0.05)
+        self.images.with_suffix(".hangs").touch()
+
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def wait(self) -> int:
+        try:
+            return self.process.wait(BOUND_SECONDS)
+        finally:
+            self.process.kill()
+
+    def check_saved(self) -> int:
+        """Returns the step that was saved at the end: the one that was done last."""
+        saved = re.findall(r"^saved .*/step-(\d+) \(", self.output(), re.MULTILINE)
+        assert len(saved) == 1, self.output()
+        CheckpointFolder(self.output_dir / "checkpoints" / f"step-{saved[0]}").close()
+        return int(saved[0])
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_sigterm_saves_while_data_is_waited_for(run_mapping: dict[str, Any], tmp_path: Path, num_workers: int) -> None:
+    """The wait may last an hour, but a cluster kills half a minute after SIGTERM."""
+    hung = HungRun(run_mapping, tmp_path, 3600, num_workers)
+    time.sleep(3)
+    hung.process.send_signal(signal.SIGTERM)
+    assert hung.wait() == 0, hung.output()
+    step = hung.check_saved()
+    assert f"stopped after step {step} on SIGTERM; the same command goes on" in hung.output()
+
+
+@pytest.mark.parametrize("num_workers", [2, pytest.param(0, marks=pytest.mark.slow)])
+def test_read_that_never_returns_is_named_after_a_save(
+    run_mapping: dict[str, Any], tmp_path: Path, num_workers: int
+) -> None:
+    hung = HungRun(run_mapping, tmp_path, 8, num_workers)
+    assert hung.wait() == 2, hung.output()
+    step = hung.check_saved()
+    (line,) = (line for line in hung.output().splitlines() if line.startswith("error on rank 0"))
+    assert re.search(rf"has waited \d+ s for step {step + 1}\b.*reading {hung.images}/\d\.png", line), line
+    assert "data.timeout_seconds=8" in line and "Traceback" not in hung.output()
 
 
 def test_killed_process_of_a_preparation_is_replaced(tmp_path: Path) -> None:

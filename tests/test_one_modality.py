@@ -36,7 +36,7 @@ def check_results(folder: Path, stream: str) -> None:
     assert list(index["tokenizers"]) == [{"texts": "text", "images": "visual"}[stream]]
 
 
-@pytest.mark.parametrize("stream", ["texts", "images"])
+@pytest.mark.parametrize("stream", ["texts", pytest.param("images", marks=pytest.mark.slow)])
 def test_trains_evaluates_and_resumes_alone(run_mapping: dict[str, Any], tmp_path: Path, stream: str) -> None:
     keep_only(run_mapping, stream)
     config = write(run_mapping, tmp_path)

@@ -52,7 +52,7 @@ def prepare(work: Work, bounds: WaitLimits, num_workers: int = 2, tasks: int = 6
     return [number for number, _ in items]
 
 
-@pytest.mark.parametrize("fault", ["SIGKILL", "SIGBUS", "SIGSTOP"])
+@pytest.mark.parametrize("fault", ["SIGKILL", pytest.param("SIGBUS", marks=pytest.mark.slow), "SIGSTOP"])
 def test_lost_worker_is_named_and_replaced(fault: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Catches a wait for ever, and items that are lost, repeated or out of order after a replacement."""
     work = Work(fault, at=3, once=tmp_path / "happened")
@@ -103,6 +103,7 @@ def test_any_order_replaces_and_names(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert "which prepares tar 2" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_any_order_ends_when_a_worker_does_nothing() -> None:
     preparation = Preparation(work=Work("hang", at=1), describe=lambda task: f"tar {task}", limits=limits(seconds=2))
     with pytest.raises(DataTimeoutError, match="tar 1 from data worker"):
@@ -119,7 +120,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("means", ["limit", "mount"])
+@pytest.mark.parametrize("means", ["limit", pytest.param("mount", marks=pytest.mark.slow)])
 def test_no_room_in_shared_memory_is_named_and_survived(means: str, tmp_path: Path) -> None:
     """Torch's own workers die of SIGBUS there."""
     script = tmp_path / "no_room.py"

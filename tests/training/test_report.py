@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 
 def finish(mapping: dict[str, Any], folder: Path, **environment: str) -> str:
     """Trains to the end in a process of its own, which must end with status 0; returns its output."""
@@ -20,6 +22,7 @@ def finish(mapping: dict[str, Any], folder: Path, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_notebook_backend_and_streams_without_heldout_data(run_mapping: dict[str, Any], tmp_path: Path) -> None:
     """A notebook's MPLBACKEND is inherited by what it starts. Catches a report that needs images."""
     for stream in ("images", "pairs"):
