@@ -35,6 +35,7 @@ def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
     Keys that one of the two does not know, because it is of another version, are passed over.
     """
+    before = {key: _plain_value(value) for key, value in before.items()}
     changed = [key for key in before if key in now and before[key] != now[key]]
     return ", ".join(f"{key} from {before[key]!r} to {now[key]!r}" for key in changed)
 
@@ -83,15 +84,25 @@ def describe_trained(section: str, path: str | Path) -> str:
 def _recipe(config: RunConfig, section: Any, streams: tuple[str, ...]) -> Recipe:
     fields = {key: value for key, value in dataclasses.asdict(section).items() if key not in FREE_TO_CHANGE}
     named = config.data.streams()
-    files = {f"{stream}.train": [_plain_source(source) for source in named[stream].train] for stream in streams}
+    files = {
+        f"{stream}.train": [_plain_source(dataclasses.asdict(source)) for source in named[stream].train]
+        for stream in streams
+    }
     # Through JSON, which has no tuples, so that a saved recipe equals a new one.
     recipe: Recipe = json.loads(json.dumps(fields | files | {"seed": config.training.seed}))
     return recipe
 
 
-def _plain_source(source: Any) -> dict[str, Any]:
+def _plain_source(source: Mapping[str, Any]) -> dict[str, Any]:
     """What is set of a source, so that a key that a later version adds changes no recipe."""
-    return {key: value for key, value in dataclasses.asdict(source).items() if value not in (None, "", (), 0, False)}
+    return {key: value for key, value in source.items() if value not in (None, "", (), 0, False)}
+
+
+def _plain_value(value: Any) -> Any:
+    """A saved value in today's form: the first version kept every key of a source, set or not."""
+    if isinstance(value, list):
+        return [_plain_source(item) if isinstance(item, dict) else item for item in value]
+    return value
 
 
 def _read_recipe(path: str | Path) -> Recipe | None:

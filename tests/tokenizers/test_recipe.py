@@ -79,3 +79,18 @@ def test_finished_visual_tokenizer_is_kept(
     assert run(mapping, tmp_path, "train-visual-tokenizer") == 2
     assert "is not a visual tokenizer of this project" in capsys.readouterr().err
     assert path.read_bytes() == b"no tokenizer"
+
+
+def test_first_versions_form_of_a_recipe_is_known(mapping: dict[str, Any]) -> None:
+    """Catches an unfinished training that is refused after an upgrade, though nothing of its recipe changed."""
+    from beit3_ds.config import build_run_config
+    from beit3_ds.tokenizers.recipe import find_changes, visual_recipe
+
+    mapping["beit3_ds"]["data"]["images"]["train"] = ["photos.tar"]
+    recipe = visual_recipe(build_run_config(mapping))
+    # As that version wrote it: with every key of a source, set or not.
+    (source,) = recipe["images.train"]
+    before = recipe | {"images.train": [{"path": source["path"], "format": None, "images": "", "weight": None}]}
+    assert find_changes(before, recipe) == ""
+    before["images.train"][0]["weight"] = 2.0
+    assert "images.train from" in find_changes(before, recipe)
