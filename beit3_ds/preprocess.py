@@ -26,11 +26,14 @@ def preprocess(image: str | Path | bytes | Image.Image, image_size: int) -> Tens
     Raises:
         OSError: if the file cannot be read.
         TypeError: if `image` is none of the three.
-        ValueError: if it is not a whole JPEG, PNG, WebP, GIF, BMP or TIFF image, or `image_size` is not positive.
+        ValueError: if it is not a whole JPEG, PNG, WebP, GIF, BMP or TIFF image, has no pixels, or `image_size` is not
+            positive.
     """
-    if not isinstance(image_size, int) or image_size < 1:
+    if not isinstance(image_size, int) or isinstance(image_size, bool) or image_size < 1:
         raise ValueError(f"image_size={image_size!r} is no number of pixels. Pass model.config.image_size.")
     if isinstance(image, Image.Image):
+        if not all(image.size):
+            raise ValueError(f"the image has no pixels: {image.width} x {image.height}")
         return center_view(upright_rgb(image), image_size)
     if isinstance(image, bytes):
         return center_view(decode_image(image), image_size)

@@ -105,6 +105,8 @@ def test_what_is_no_image_says_so(tmp_path: Path) -> None:
         preprocess(np.zeros((4, 4, 3), np.uint8), 16)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="image_size=0"):
         preprocess(Image.new("RGB", (4, 4)), 0)
+    with pytest.raises(ValueError, match="no pixels: 0 x 4"):  # torch's own error names no image
+        preprocess(Image.new("RGB", (0, 4)), 16)
     buffer = io.BytesIO()
     Image.new("F", (4, 4)).save(buffer, "tiff")
     with pytest.raises(ValueError, match="does not say which value is white"):

@@ -14,6 +14,7 @@ from beit3_ds.config import ConfigError, ModelConfig
 
 _LARGEST_PIXEL = 8.0
 """Beyond it pixels are not normalised at all. Between 1 and it they may be what a gradient or another filter made."""
+_PIXEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SHOWN_LETTERS = 60
 _TOKENISE = "A text becomes [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]."
 
@@ -104,13 +105,17 @@ def _check_pixels(config: ModelConfig, name: str, pixels: Any) -> Tensor:
             f"{name}: {_describe(pixels)}, but pixels are a tensor {wanted} of floats in [-1, 1]. Make each image with "
             "beit3_ds.preprocess.preprocess(image, model.config.image_size), and a batch with torch.stack."
         )
+    if pixels.layout != torch.strided or pixels.is_meta or pixels.is_nested:
+        raise ConfigError(
+            f"{name}: a {pixels.layout} tensor on {pixels.device} has no pixels to read; give a dense one."
+        )
     if pixels.dim() != 4 or pixels.shape[1:] != shape:
         one = " One image is images[None]." if pixels.shape == shape else ""
         raise ConfigError(
             f"{name}: pixels of shape {tuple(pixels.shape)}, but the model takes {wanted}.{one} Resize them with "
             "beit3_ds.preprocess, or load the model with image_size=PIXELS, which interpolates its positions."
         )
-    if not pixels.is_floating_point():
+    if pixels.dtype not in _PIXEL_DTYPES:
         raise ConfigError(f"{name}: pixels are {pixels.dtype}. Scale them to floats in [-1, 1].")
     if len(pixels):
         low, high = (float(x) for x in pixels.detach().aminmax())
@@ -143,20 +148,23 @@ def _check_text(config: ModelConfig, name: str, ids: Any) -> Tensor:
             f"{name}: {_describe(ids)} ({error}). Give a list of token ids, which are integers."
         ) from None
     wrong_type = tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool
+    if tokens.layout != torch.strided or tokens.is_meta or tokens.is_nested:
+        raise ConfigError(f"{name}: a {tokens.layout} tensor on {tokens.device} has no ids to read; give a dense one.")
     if tokens.dim() != 1 or wrong_type or not 1 <= len(tokens) <= config.max_text_length:
         raise ConfigError(
             f"{name}: {tokens.dtype} of shape {tuple(tokens.shape)}. Give a list of 1 to max_text_length="
             f"{config.max_text_length} token ids, BOS and EOS included."
         )
+    tokens = tokens.to("cpu", torch.int64)  # torch finds no extremes of uint16, the type of token files
     if tokens.min() < 0 or tokens.max() >= config.text_vocab_size:
         raise ConfigError(
             f"{name}: ids from {int(tokens.min())} to {int(tokens.max())}, but the vocabulary is "
             f"[0, {config.text_vocab_size}). Use the tokenizer that the model was trained with."
         )
-    return tokens.to("cpu", torch.int64)
+    return tokens
 
 
 def _describe(value: Any) -> str:
     """A value in a few words, for messages."""
-    text = repr(value)
+    text = " ".join(repr(value).split())  # of a tensor it has many lines
     return f"{type(value).__name__} {text if len(text) <= _SHOWN_LETTERS else f'{text[:_SHOWN_LETTERS]}...'}"

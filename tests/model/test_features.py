@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -113,6 +114,11 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         ({"pairs": (pair_images, None)}, r"pairs: tuple .*Give \(images, captions\)"),
         ({"pairs": (pair_images, "a dog")}, "pairs, captions: str 'a dog'"),
         ({"pairs": ("photo.jpg", captions)}, "pairs: str 'photo"),
+        ({"images": images.to_sparse()}, r"images: a torch\.sparse_coo tensor"),
+        ({"images": images.to("meta")}, "images: a .* tensor on meta"),
+        ({"images": images.to(torch.float8_e4m3fn)}, r"images: pixels are torch\.float8"),
+        ({"texts": [torch.tensor([0, 2]).to_sparse()]}, r"text 0: a torch\.sparse_coo tensor"),
+        ({"texts": [np.array([0, 50], dtype=np.uint16)]}, r"ids from 0 to 50.*\[0, 50\)"),
         ({"texts": []}, "nothing to encode"),
         ({}, "nothing to encode"),
     ):
@@ -125,4 +131,7 @@ def test_ids_of_every_integer_type_are_taken() -> None:
     expected = model.encode(texts=[[0, 5, 2], [0, 7, 2]]).texts
     ids = torch.tensor([[0, 5, 2], [0, 7, 2]])
     for texts in (ids, list(ids.int()), ids.numpy(), tuple(ids.to(torch.uint8)), [ids[0].tolist(), ids[1].numpy()]):
+        torch.testing.assert_close(model.encode(texts=texts).texts, expected)
+    for dtype in (np.uint16, np.uint32, np.uint64):  # torch compares none of these; token files hold the first
+        texts = [row.numpy().astype(dtype) for row in ids]
         torch.testing.assert_close(model.encode(texts=texts).texts, expected)
