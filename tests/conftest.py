@@ -5,12 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 # Before torch is imported. Several test processes whose threads wait for each other are ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from beit3_ds.config import build_run_config
 from tests.run_config import quickstart_mapping, small_run_mapping
+
+# Tests share their cores: the time of one example says nothing about the code.
+settings.register_profile("shared cores", deadline=None)
+settings.load_profile("shared cores")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
