@@ -48,9 +48,15 @@ def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     precision = benches.add_parser(
         "precision", help="error of bf16 gradients: bf16 or fp32 residual stream, bf16 or fp32 sums of micro-batches"
     )
-    precision.add_argument("--layers", type=int, default=40, metavar="N", help="blocks of the model (default: 40)")
-    precision.add_argument("--width", type=int, default=64, metavar="D", help="of the stream (default: 64)")
-    precision.add_argument("--micro-batches", type=int, default=32, metavar="N", help="of a step (default: 32)")
+    precision.add_argument(
+        "--layers", type=integer(Range(3, 1000)), default=40, metavar="N", help="blocks of the model (default: 40)"
+    )
+    precision.add_argument(
+        "--width", type=integer(Range(4, 2**16)), default=64, metavar="D", help="of the stream (default: 64)"
+    )
+    precision.add_argument(
+        "--micro-batches", type=integer(Range(1, 2**20)), default=32, metavar="N", help="of a step (default: 32)"
+    )
     precision.set_defaults(run=_bench_precision)
     parallel = benches.add_parser(
         "parallel", help="a step on two ranks of one thread beside one process of two threads, and where the rest goes"
@@ -130,11 +136,7 @@ def _bench_kernels(options: argparse.Namespace) -> int:
 
 def _bench_precision(options: argparse.Namespace) -> int:
     from beit3_ds.benchmarks.precision import benchmark_precision
-    from beit3_ds.config.strict import check_range
 
-    check_range("--layers", options.layers, 3)
-    check_range("--width", options.width, 4)
-    check_range("--micro-batches", options.micro_batches, 1)
     print(benchmark_precision(options.layers, options.width, options.micro_batches))
     return 0
 

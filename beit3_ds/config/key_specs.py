@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from beit3_ds.config.numbers import Range
-from beit3_ds.config.strict import ConfigError, check_known_keys, show
+from beit3_ds.config.strict import ConfigError, check_known_keys, is_plain_text, show
 
 ALL_STAGES = (0, 1, 2, 3)
 """Every stage of ZeRO."""
+
+_LONGEST_NAME = 255
+"""Bytes that file systems allow in one name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +140,7 @@ class Choice(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class Text(Spec):
-    """A name: not empty, and without a slash if it becomes the name of a folder."""
+    """A name: not empty, printable, no longer than a file's name, and without a slash if it names one folder."""
 
     is_folder_name: bool = False
     is_inner_path: bool = False
@@ -145,7 +148,9 @@ class Text(Spec):
 
     def read(self, value: Any, where: str) -> str:
         """See `Spec`."""
-        if not isinstance(value, str) or not value or value == "auto":
+        if not isinstance(value, str) or not value or value == "auto" or not is_plain_text(value):
+            raise self._refuse(value, where)
+        if max(len(part.encode()) for part in value.split(os.sep)) > _LONGEST_NAME:
             raise self._refuse(value, where)
         if self.is_folder_name and (os.sep in value or value in (".", "..")):
             raise self._refuse(value, where)

@@ -16,6 +16,8 @@ from beit3_ds.config.strict import (
     ConfigError,
     check_known_keys,
     check_plain,
+    expand_home,
+    is_plain_text,
     load_section,
     nearest,
     parse_json,
@@ -26,6 +28,9 @@ from beit3_ds.config.training import TrainingConfig
 
 SECTIONS = ("model", "data", "tokenizers", "training", "parallel")
 """The sections inside "beit3_ds"; the last may be left out."""
+
+_MAX_SHOWN = 200
+"""Characters of a `--set` that a message repeats."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +91,12 @@ def load_run_config(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: for an unreadable file, invalid JSON, an unknown key at any level or values that do not fit.
     """
-    path = Path(path).expanduser()
+    path = Path(expand_home(str(path), "the path of the config file"))
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file (looked in {Path.cwd()}).") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # a name with NUL, or bytes that are not UTF-8
         raise ConfigError(f"{path}: cannot be read: {error}.") from None
     mapping = parse_json(text, str(path))
     try:
@@ -211,24 +216,29 @@ _SECTION_CLASSES: dict[str, type] = {
 
 
 def _find_key(name: str, known: Sequence[str]) -> str:
-    """Where a key may be that `--set` does not find at the top: with its section left out, or misspelt."""
-    inside = [f"{section}.{name}" for section, cls in _SECTION_CLASSES.items() if name in cls.__annotations__]
-    near = inside[0] if inside else nearest(name, known)
+    """Where a key may be that `--set` does not find at the top: misspelt, or with its section left out."""
+    inside = {key: f"{section}.{key}" for section, cls in _SECTION_CLASSES.items() for key in cls.__annotations__}
+    near = inside.get(name) or nearest(name, known)
+    if near is None and (key := nearest(name, inside)):
+        near = inside[key]
     return f"Did you mean '{near}'?" if near else f"Sections: {', '.join(SECTIONS)}; or a key of DeepSpeed's."
 
 
 def _apply_change(mapping: Any, change: str) -> None:
     key, separator, text = change.partition("=")
     keys = key.split(".")
-    if not separator or not all(keys):
-        raise ConfigError(f"--set {change}: expected KEY=VALUE, e.g. training.total_steps=100.")
+    where = f"--set {(change if is_plain_text(change) else repr(change))[:_MAX_SHOWN]}"
+    if not separator or not all(keys) or not is_plain_text(key):
+        raise ConfigError(f"{where}: expected KEY=VALUE, e.g. training.total_steps=100.")
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"expected a JSON object at the top, got {show(mapping)}.")
     known = [*SECTIONS, OWN_SECTION, *DEEPSPEED_KEYS]
     if keys[0] not in known:
-        raise ConfigError(f"--set {change}: unknown key '{keys[0]}'. {_find_key(keys[0], known)}")
-    value = parse_json_or_text(text, f"--set {change}")
+        raise ConfigError(f"{where}: unknown key '{keys[0][:_MAX_SHOWN]}'. {_find_key(keys[0], known)}")
+    value = parse_json_or_text(text, where)
     *sections, last = [OWN_SECTION, *keys] if keys[0] in SECTIONS else keys
     for section in sections:
         if not isinstance(mapping, dict) or not isinstance(mapping.setdefault(section, {}), dict):
-            raise ConfigError(f"--set {change}: '{section}' is no section of the file.")
+            raise ConfigError(f"{where}: '{section}' is no section of the file.")
         mapping = mapping[section]
     mapping[last] = value

@@ -8,7 +8,7 @@ import types
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from beit3_ds.config.numbers import Range, show_number
+from beit3_ds.config.numbers import LARGEST_INT, Range, show_number
 
 T = TypeVar("T")
 
@@ -39,13 +39,14 @@ def check_known_keys(mapping: Mapping[str, Any], known: Iterable[str], where: st
         if key not in known:
             near = nearest(key, known)
             hint = f"Did you mean '{near}'?" if near else f"Valid keys: {', '.join(sorted(known))}."
-            raise ConfigError(f"{where}: unknown key '{key[:_MAX_SHOWN]}'. {hint}")
+            raise ConfigError(f"{where}: unknown key {key[:_MAX_SHOWN]!r}. {hint}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that a misspelt one most resembles; None if it resembles none."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return near[0] if near else None
+    """The known name that a misspelt one most resembles, in small or capital letters; None if it resembles none."""
+    names = {known_name.casefold(): known_name for known_name in known}
+    near = difflib.get_close_matches(name.casefold(), list(names), n=1, cutoff=0.6)
+    return names[near[0]] if near else None
 
 
 def load_section(cls: type[T], mapping: Any, where: str) -> T:
@@ -104,7 +105,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 def _convert_list(hints: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
-        raise ConfigError(f"{where}: expected a list, got {show(value)}.")
+        remedy = f" Write it in brackets: {json.dumps([value])}." if isinstance(value, str) else ""
+        raise ConfigError(f"{where}: expected a list, got {show(value)}.{remedy}")
     if hints[-1] is Ellipsis:
         hints = (hints[0],) * len(value)
     if len(value) != len(hints):
@@ -181,7 +183,7 @@ def _parse(text: str, where: str) -> Any:
 
 
 def check_plain(value: Any, where: str) -> None:
-    """Refuses what no key may hold, at any depth: NaN, infinities, integers above 64 bits, unprintable strings.
+    """Refuses what no key may hold, at any depth: NaN, infinities, integers beyond 64 bits, unprintable strings.
 
     Raises:
         ConfigError: naming the key.
@@ -197,12 +199,17 @@ def check_plain(value: Any, where: str) -> None:
         _check_string(value, where)
     elif isinstance(value, float) and not abs(value) < float("inf"):
         raise ConfigError(f"{where} is {value}; a finite number is needed.")
-    elif isinstance(value, int) and abs(value) >= 2**64:
+    elif isinstance(value, int) and abs(value) > LARGEST_INT:
         raise ConfigError(f"{where} is {show_number(value)}, which no computer integer holds.")
 
 
+def is_plain_text(value: str) -> bool:
+    """Whether a string has neither control characters nor half a surrogate pair, which no path or name can have."""
+    return not any(character < " " or character == "\x7f" or "\ud800" <= character <= "\udfff" for character in value)
+
+
 def _check_string(value: str, where: str) -> None:
-    if any(character < " " or character == "\x7f" or "\ud800" <= character <= "\udfff" for character in value):
+    if not is_plain_text(value):
         raise ConfigError(f"{where}: {show(value)} holds characters that no path or name can have. Remove them.")
 
 
@@ -211,7 +218,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(mapping) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ConfigError(f"the key '{twice}' stands twice in one object.")
+        raise ConfigError(f"the key {twice[:_MAX_SHOWN]!r} stands twice in one object.")
     return mapping
 
 
@@ -220,14 +227,3 @@ def show(value: Any) -> str:
     text = show_number(value) if isinstance(value, int) and not isinstance(value, bool) else repr(value)
     text = text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
     return f"{type(value).__name__} {text}"
-
-
-def check_range(where: str, value: float, low: float, high: float = float("inf")) -> None:
-    """Refuses a number outside [low, high], and NaN.
-
-    Raises:
-        ConfigError: naming the key, the value and the interval.
-    """
-    allowed = Range(low, high)
-    if value not in allowed:
-        raise ConfigError(f"{where} is {show_number(value)}; it must be {allowed}.")

@@ -169,3 +169,28 @@ def test_monitors_write_below_the_runs_folder() -> None:
             ConfigError, match=r"csv_monitor\.output_path: expected a folder inside training.output_dir"
         ):
             build_run_config(mapping)
+
+
+@pytest.mark.parametrize(
+    "key", ["csv_monitor.job_name", "csv_monitor.output_path", "tensorboard.job_name", "wandb.team"]
+)
+@pytest.mark.parametrize("name", ["a\0b", "a\nb", "\ud800", "n" * 256, "\u00e4" * 128])
+def test_names_that_no_file_can_have_are_refused(key: str, name: str) -> None:
+    """Catches names that `beit3 check` accepts and the monitor cannot write."""
+    mapping = quickstart_mapping()
+    section, last = key.split(".")
+    mapping[section] = {last: name}
+    with pytest.raises(ConfigError, match=rf"^{key}: expected [^\n]* got str [^\n]*$"):
+        build_run_config(mapping)
+    mapping[section] = {last: "n" * 255}
+    build_run_config(mapping)
+
+
+def test_integers_beyond_64_bits_are_named_as_such() -> None:
+    """Catches "2**63 must be at least 0"."""
+    mapping = quickstart_mapping()
+    mapping["beit3_ds"]["training"]["seed"] = 2**63
+    with pytest.raises(ConfigError, match=r"training\.seed is 9223372036854775808, which no computer integer holds"):
+        build_run_config(mapping)
+    mapping["beit3_ds"]["training"]["seed"] = 2**63 - 1
+    build_run_config(mapping)

@@ -129,6 +129,22 @@ def test_unreadable_files(tmp_path: Path) -> None:
         load_run_config(broken)
     with pytest.raises(ConfigError, match="cannot be read"):
         load_run_config(tmp_path)
+    for text in ("[]", "null", "3"):
+        broken.write_text(text)
+        for change in ("train_batch_size=1", "training.total_steps=1"):
+            with pytest.raises(ConfigError, match="expected a JSON object at the top"):  # catches a raw TypeError
+                load_run_config(broken, [change])
+    for name, message in (
+        ("~no_such_user/run.json", "unknown user"),
+        ("a\0b.json", "cannot be read"),
+        ("", "is empty"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_run_config(name)
+    for text in ('{"a\\nb": 1}', '{"a\\nb": 1, "a\\nb": 2}', '{"beit3_ds": {"a\\nb": 1}}', '{"bf16": {"a\\nb": 1}}'):
+        broken.write_text(text)
+        with pytest.raises(ConfigError, match=r"^[^\n]*'a\\nb'[^\n]*$"):  # catches a message of two lines
+            load_run_config(broken)
     broken.write_text('{"a": 1, "a": 2}')
     with pytest.raises(ConfigError, match="the key 'a' stands twice"):
         load_run_config(broken)
@@ -167,6 +183,13 @@ def test_changes_reach_their_keys(tmp_path: Path) -> None:
         ("training.total_step=7", "unknown key 'total_step'. Did you mean 'total_steps'"),
         ("training.total_steps", "expected KEY=VALUE"),
         ("gradient_clipping.low=1", "'gradient_clipping' is no section"),
+        ("total_step=7", r"Did you mean 'training\.total_steps'"),  # neither the section nor the key is right
+        ("TRAINING.total_steps=7", "Did you mean 'training'"),
+        ("ZERO_OPTIMIZATION.stage=1", "Did you mean 'zero_optimization'"),
+        ("training.TOTAL_STEPS=7", "unknown key 'TOTAL_STEPS'. Did you mean 'total_steps'"),
+        ("data.texts.train=a.txt", r'expected a list, got str .a.txt.. Write it in brackets: \["a\.txt"\]'),
+        ("tr\nb=1", r"^[^\n]*--set 'tr\\nb=1': expected KEY=VALUE[^\n]*$"),  # catches a message of two lines
+        ("trainin=a\nb", r"^[^\n]*unknown key 'trainin'[^\n]*$"),
     ],
 )
 def test_wrong_changes_are_refused(tmp_path: Path, change: str, message: str) -> None:
