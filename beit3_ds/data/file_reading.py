@@ -10,6 +10,7 @@ import errno
 import io
 import os
 import socket
+import stat
 import time
 from collections.abc import Callable
 from typing import BinaryIO, TypeVar, cast
@@ -127,10 +128,18 @@ class _RetryingFile(io.RawIOBase):
 
     def _open(self) -> io.FileIO:
         if self._file is None:
-            self._file = open(self._path, "rb", buffering=0)  # noqa: SIM115, closed by close()
+            file = open(self._path, "rb", buffering=0, opener=_open_at_once)  # noqa: SIM115, closed by close()
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                file.close()
+                raise OSError(errno.EINVAL, "it is no plain file", self._path)
+            self._file = file
         return self._file
 
     def _drop(self) -> None:
         file, self._file = getattr(self, "_file", None), None
         if file is not None:
             file.close()
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # else opening a pipe waits for its other end

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from beit3_ds.config import ConfigError, DataConfig, SourceConfig
 from beit3_ds.data.file_reading import read_with_retries
-from beit3_ds.data.files import expand_patterns
+from beit3_ds.data.files import expand_patterns, is_inside
 from beit3_ds.data.image_source import printable
 from beit3_ds.data.sources import image_format
 
@@ -40,7 +40,7 @@ def check_heldout_apart(data: DataConfig, must_exist: bool = True) -> None:
                 if identity in heldout:
                     raise _overlap(path, heldout[identity], "are the same")
                 for folder in folders if os.path.isdir(path) else ():
-                    if _is_inside(folder, path) or _is_inside(path, folder):
+                    if is_inside(folder, path) or is_inside(path, folder):
                         raise _overlap(path, folder, "lie in one another")
 
 
@@ -62,10 +62,6 @@ def _identified(
             except OSError:  # who opens it says so
                 continue
             yield (status.st_dev, status.st_ino), path
-
-
-def _is_inside(path: str, folder: str) -> bool:
-    return os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), ""))
 
 
 def _overlap(trained: str, heldout: str, how: str) -> ConfigError:

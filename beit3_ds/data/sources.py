@@ -17,7 +17,7 @@ from beit3_ds.data.annotations import (
     read_sbu_captions,
     read_visual_genome,
 )
-from beit3_ds.data.files import expand_patterns
+from beit3_ds.data.files import check_no_hard_link, expand_patterns, is_inside
 from beit3_ds.data.image_folder import ImageFolder
 from beit3_ds.data.image_source import ImageSource, printable
 from beit3_ds.data.open_files import OpenFiles
@@ -56,12 +56,19 @@ class Parts(Generic[PartT]):
 
 
 def check_no_file_twice(sources: Sequence[SourceConfig]) -> None:
-    """Refuses sources of one stream that share a file: its samples would count twice.
+    """Refuses sources of one stream that share a file, or folders that lie in one another: samples would count twice.
 
     Raises:
-        ConfigError: naming the file, or a pattern without a match.
+        ConfigError: naming the file or the folders, or a pattern without a match.
     """
-    expand_patterns([source.path for source in sources])
+    check_no_hard_link(expand_patterns([source.path for source in sources]))
+    folders = [source.path for source in sources if os.path.isdir(source.path)]
+    for inner, outer in itertools.permutations(folders, 2):
+        if is_inside(inner, outer):
+            raise ConfigError(
+                f"data: the folder {printable(inner)} lies in {printable(outer)}, which is another source of its "
+                "stream, so its images would count twice. Leave one of the two out."
+            )
 
 
 def image_format(source: SourceConfig) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from beit3_ds import cli
-from beit3_ds.config import DataConfig, SourceConfig, StreamConfig
+from beit3_ds.config import ConfigError, DataConfig, SourceConfig, StreamConfig
 from beit3_ds.data import file_reading
 from beit3_ds.data.annotations import read_coco_captions, read_conceptual_captions
 from beit3_ds.data.file_reading import open_for_reading, read_with_retries
@@ -196,3 +196,17 @@ def test_pauses_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         read_with_retries(read, "x")
     assert 1 <= len(pauses) <= 5
     assert sum(pauses) <= 5  # seconds; catches a data worker that looks dead
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_never_ends_is_not_read(tmp_path: Path, kind: str) -> None:
+    """Catches an annotation file that is a pipe: opening it waits for a writer, for ever."""
+    path = tmp_path / "captions.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(OSError, match="it is no plain file"):
+        open_for_reading(str(path))
+    with pytest.raises(ConfigError, match="cannot be read as .*no plain file"):
+        read_coco_captions(str(path), str(tmp_path))

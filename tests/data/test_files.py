@@ -1,6 +1,8 @@
 """Patterns: what braces, home folders and stars name, in an order that follows from the names alone."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,10 @@ from beit3_ds.data.files import expand_braces, expand_patterns
 from beit3_ds.data.prepare_annotations import prepare_annotations
 from beit3_ds.data.prepare_index import prepare_indices
 from beit3_ds.data.shards import TarShards
-from beit3_ds.data.sources import open_images
+from beit3_ds.data.sources import check_no_file_twice, open_images
 from beit3_ds.data.text_preparation import prepare_texts
 from beit3_ds.data.texts import TextSequences
+from beit3_ds.storage_error import StorageError
 from beit3_ds.tokenizers.text import TextTokenizer
 from tests.data.conftest import WriteTar
 
@@ -56,6 +59,68 @@ def test_patterns_of_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         expand("~/*")  # catches files in a folder that are left out without a word
     with pytest.raises(ConfigError, match="more than 1,000,000 numbers"):
         expand("~/{0..99999999}.tar")
+
+
+def test_braces_that_spell_out_too_much_are_refused() -> None:
+    """Catches a product that fills the memory."""
+    with pytest.raises(ConfigError, match="spell out more than 1,000,000 names"):
+        expand_braces("{0..99999}{0..99999}")
+    assert expand_braces("{0..%s}" % ("9" * 5000)) == ["{0..%s}" % ("9" * 5000)]  # no number that anybody means
+    assert len(expand_braces("{a," * 2000 + "b" + "}" * 2000)) == 2  # catches recursion
+
+
+def test_folders_below_stars_are_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/x/1.txt", "a/.hidden/2.txt", "out/3.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for number in range(3):  # with two links that lead up, Python's own ** takes 2**40 steps
+        (tmp_path / f"a/x/up{number}").symlink_to("..")
+    (tmp_path / "a/b").symlink_to("../out")
+    expected = ["a/b/3.txt", "a/x/1.txt"]
+    assert expand_patterns([f"{tmp_path}/a/**/*.txt"]) == [f"{tmp_path}/{name}" for name in expected]
+    assert expand_patterns([f"{tmp_path}/o*/**"]) == [f"{tmp_path}/out/3.txt"]
+    monkeypatch.chdir(tmp_path / "a")
+    assert expand_patterns(["**/*.txt"]) == ["b/3.txt", "x/1.txt"]
+    assert expand_patterns(["**"]) == ["b/3.txt", "x/1.txt"]
+    scandir = os.scandir
+
+    def fail(path: str) -> object:
+        if str(path).endswith("x"):
+            raise OSError(errno.EIO, "Input/output error")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with pytest.raises(StorageError, match="cannot read x in 4 attempts"):  # catches files that are lost with a folder
+        expand_patterns(["**/*.txt"])
+
+
+@pytest.mark.parametrize("pattern", ["pipe.txt", "p*.txt", "zero.txt"])
+def test_pipes_and_devices_are_refused(tmp_path: Path, pattern: str) -> None:
+    """Catches a read that never ends."""
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "zero.txt").symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match=r"\.txt is a pipe, a socket or a device"):
+        expand_patterns([str(tmp_path / pattern)])
+
+
+def test_two_names_of_a_file_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "soft.txt").symlink_to("a.txt")
+    os.link(tmp_path / "a.txt", tmp_path / "hard.txt")
+    for names in (("a.txt", "a.txt"), ("a.txt", "soft.txt"), ("a.txt", "hard.txt"), ("[ah]*.txt",)):
+        with pytest.raises(ConfigError, match=r"is listed twice|are the same file"):
+            check_no_file_twice([SourceConfig(path=str(tmp_path / name)) for name in names])
+
+
+def test_folders_in_one_another_are_refused(tmp_path: Path) -> None:
+    for name in ("a/b", "ab"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "link").symlink_to("a/b")
+    check_no_file_twice([SourceConfig(path=str(tmp_path / name)) for name in ("a", "ab")])
+    for name in ("a/b", "link"):  # its images would be trained on twice an epoch
+        with pytest.raises(ConfigError, match=r"lies in .*count twice"):
+            check_no_file_twice([SourceConfig(path=str(tmp_path / other)) for other in ("a", name)])
 
 
 LONG = "\u00e4" + "n" * 230  # bytes of a name: 232 and an extension
