@@ -3,11 +3,11 @@
 In the order of the flow: `shards` (with `tar_members` and `shard_index`), `image_folder`, `annotations` (or what
 `annotation_table` keeps of them) and `texts` (of `text_files` or `token_files`, cut by `sentences`) read files,
 `sources` opens what a config names, `order` picks samples, `augmentation` and `masking` prepare them in `samples`,
-`packing` joins them, `steps` makes a rank's share of a step, `loader` and `heldout` serve them, through the workers of
-`worker_pool` and with the bounds of `waiting`. `tokenizer_corpora`
-reads the same files for the training of the two tokenizers; `prepare_index`, `prepare_annotations`, `text_preparation`,
-`statistics`, `heldout_overlap` and `contact_sheet` look at them beforehand. All reads go through `file_reading` or
-`open_files`, which outlast a short failure of the file system; `left_out` says what no sample is made of.
+`packing` joins them, `steps` makes a rank's share of a step, and `loader` and `heldout` serve the steps. They use the
+workers of `worker_pool` and the time limits of `waiting`. `tokenizer_corpora` reads the same files for the training of
+the two tokenizers; `prepare_index`, `prepare_annotations`, `text_preparation`, `statistics`, `heldout_overlap` and
+`contact_sheet` look at them beforehand. All reads go through `file_reading` or `open_files`, which outlast a short
+failure of the file system; `left_out` reports files and members that become no sample.
 """
 
 from beit3_ds.data.heldout import HeldoutBatches, build_heldout_batches

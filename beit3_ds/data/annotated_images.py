@@ -45,7 +45,7 @@ class AnnotatedImages:
             skipped: rows and files left out, by reason.
 
         Raises:
-            ConfigError: if the folder is none.
+            ConfigError: if `folder` is not a folder.
         """
         self.annotations, self.images, self.skipped = annotations, open_folder(folder), skipped
         self.paths, self.captions, self.image_numbers = paths, captions, image_numbers
@@ -55,7 +55,7 @@ class AnnotatedImages:
         return len(self.captions)
 
     def files(self) -> Iterator[SourceFile]:
-        """The annotation file: it tells the samples and their order.
+        """Yields the annotation file, which lists the samples in their order.
 
         Raises:
             ConfigError: if it is no longer there.
@@ -100,7 +100,7 @@ class AnnotatedImages:
         Raises:
             BrokenRecord: if either is missing or cannot be read.
         """
-        caption = self.caption(index)  # first: it costs less
+        caption = self.caption(index)  # first, because it costs less than the image
         return self.image(index, min_side), caption
 
 
@@ -129,7 +129,7 @@ class CollectedAnnotations(AnnotatedImages):
 
 
 def describe_files(files: Sequence[str]) -> list[list[int]]:
-    """Size in bytes and modification time in nanoseconds since 1970 of each file.
+    """Returns each file's size in bytes and modification time in nanoseconds since 1970.
 
     Raises:
         ConfigError: naming one that cannot be read.

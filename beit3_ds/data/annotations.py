@@ -179,7 +179,7 @@ def _load_json(path: str) -> Any:
 
 
 def _open_text(path: str) -> io.TextIOWrapper:
-    """Opens UTF-8 text, with or without a byte order mark; reads are tried again as `file_reading` says."""
+    """Opens UTF-8 text, with or without a byte order mark; failed reads are retried as in `file_reading`."""
     return io.TextIOWrapper(open_for_reading(path), encoding="utf-8-sig")
 
 

@@ -19,7 +19,7 @@ _CROP_ASPECTS = (3 / 4, 4 / 3)
 _BRIGHTNESS, _CONTRAST, _SATURATION = range(3)
 
 ResizeFilter = Literal["bicubic", "lanczos"]
-"""How pixels are resampled; both with antialiasing."""
+"""Filters that resize images; both antialias."""
 
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom of a crop, in pixels."""
@@ -101,7 +101,7 @@ class CenterViews:
 
     @property
     def min_side(self) -> None:
-        """All pixels are decoded, so that one view does not depend on the other's size, nor on the image's format."""
+        """Asks for all pixels, so that a view depends neither on the other view's size nor on the image's format."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Returns both views of an RGB image; draws nothing."""
@@ -161,7 +161,7 @@ def _two_views(crop: Image.Image, image_size: int, tokenizer_image_size: int) ->
 
 
 def _pixels(image: Image.Image) -> Tensor:
-    """An RGB image as (3, h, w) uint8."""
+    """Returns an RGB image as (3, h, w) uint8."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 

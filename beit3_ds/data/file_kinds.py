@@ -1,4 +1,4 @@
-"""What a file holds, told by its first bytes, where its name says something else."""
+"""Recognises what a file holds by its first bytes, whatever its name says."""
 
 from beit3_ds.data.file_reading import open_for_reading
 
@@ -30,7 +30,7 @@ _HEAD_BYTES = 512
 
 
 def kind_of_file(path: str) -> str:
-    """Names what a file holds by its first bytes, such as `gzip data`; empty if they are none of those known.
+    """Names what a file holds by its first bytes, such as `gzip data`; empty for unknown ones.
 
     Raises:
         OSError: if it cannot be opened.
@@ -41,7 +41,7 @@ def kind_of_file(path: str) -> str:
 
 
 def kind_of_bytes(head: bytes) -> str:
-    """Names what a file with these first bytes holds; empty if they are none of those known."""
+    """Names what a file with these first bytes holds; empty for unknown ones."""
     for offset, magic, kind in _MAGIC:
         if head.startswith(magic, offset):
             return kind

@@ -1,9 +1,9 @@
 """Reads that outlast a short failure of the file system and name the file when the failure lasts.
 
-An error of a read is about one of two things. A file that is missing, forbidden or no plain file is a fault of the
-data: whoever reads decides what that means. Anything else (EIO, ESTALE, ETIMEDOUT, ENOTCONN, EMFILE, ...) is a fault of
-the file system, its mount or the machine: the read is tried again a few times, then it ends the run. Such a fault would
-otherwise count every record behind it as broken, and would use up `data.max_broken_records` without being named.
+A read fails for one of two reasons. If a file is missing, forbidden or not a regular file, the data are at fault, and
+the caller decides what that means. Anything else (EIO, ESTALE, ETIMEDOUT, ENOTCONN, EMFILE, ...) is a fault of the file
+system, its mount or the machine: the read is retried a few times and then ends the run. Otherwise every record behind
+such a fault would count as broken and use up `data.max_broken_records`, and nothing would name the cause.
 """
 
 import errno
@@ -39,16 +39,16 @@ _BUFFER_BYTES = 1 << 20
 
 
 def read_with_retries(read: Callable[[], ResultT], path: str, file_errors: frozenset[int] = FILE_ERRORS) -> ResultT:
-    """Calls `read` until it succeeds: four times at most, within about two seconds.
+    """Calls `read` until it succeeds, at most four times within about two seconds.
 
     Args:
-        read: opens what it reads anew, because a descriptor can be stale.
+        read: must reopen the file in each call, because a descriptor can be stale.
         path: names the file in the message.
-        file_errors: error numbers that are the caller's to judge; they are raised as they come.
+        file_errors: error numbers that the caller handles; they are raised without a retry.
 
     Raises:
         OSError: with a number in `file_errors`, or without a number, as decompressors raise it.
-        StorageError: if the last attempt fails, too.
+        StorageError: if the last attempt fails too.
     """
     for pause in (*_PAUSES, None):
         try:
@@ -74,17 +74,17 @@ def storage_error(path: str, error: OSError, attempts: int) -> StorageError:
 
 
 def open_for_reading(path: str) -> BinaryIO:
-    """Opens a file for buffered reading; every read is tried again as `read_with_retries` says.
+    """Opens a file for buffered reading; every failed read is retried as in `read_with_retries`.
 
     Raises:
-        OSError: for an error that is about the file.
-        StorageError: for one that is not and lasts; also from later reads.
+        OSError: for an error that concerns this file only.
+        StorageError: for any other error that lasts; later reads raise it too.
     """
     return cast(BinaryIO, io.BufferedReader(_RetryingFile(path), _BUFFER_BYTES))
 
 
 class _RetryingFile(io.RawIOBase):
-    """A file that opens itself anew after a failed read."""
+    """A file that reopens itself after a failed read."""
 
     def __init__(self, path: str) -> None:
         self._path, self._position = path, 0

@@ -19,8 +19,8 @@ def expand_patterns(patterns: Iterable[str]) -> list[str]:
     """Lists the files that patterns name: in the order of the patterns, sorted within each.
 
     Patterns are those of a shell: `*`, `?`, `[abc]`, `**` across folders, `~`, and braces as WebDataset's users write
-    them, `shard-{0000..0127}.tar` and `{train,extra}-*.tar`. What braces spell out must all be there. The order is part
-    of the data order, so it must not depend on the file system.
+    them, `shard-{0000..0127}.tar` and `{train,extra}-*.tar`. Every path that braces expand to must match. The order is
+    part of the data order, so it must not depend on the file system.
 
     `**` follows links to folders, and lists each folder once, so links that form a loop end.
 
@@ -49,7 +49,7 @@ def expand_braces(pattern: str) -> list[str]:
     Raises:
         ConfigError: for more than a million numbers of a range, or names in all.
     """
-    # Innermost braces go first: what is around them may hold some more, and gives what is outside repeatedly.
+    # Each pass expands the innermost braces; the next one those around them, which may give a name repeatedly.
     names, is_done = {pattern: None}, False
     while not is_done:
         is_done, expanded = True, dict[str, None]()
@@ -77,15 +77,15 @@ def _choices(braces: re.Match[str], pattern: str) -> Iterable[str]:
 
 
 def is_inside(path: str, folder: str) -> bool:
-    """Whether a path, links followed, lies below a folder."""
+    """Returns whether a path is below a folder, after following links."""
     return os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), ""))
 
 
 def check_no_hard_link(files: Iterable[str]) -> None:
-    """Refuses two names of one file, which `expand_patterns` takes for two files.
+    """Refuses two hard links to one file, which `expand_patterns` takes for two files.
 
     Raises:
-        ConfigError: naming both.
+        ConfigError: naming both links.
         StorageError: if the file system fails.
     """
     seen: dict[tuple[int, int], str] = {}
@@ -108,7 +108,7 @@ def _check_is_file_or_folder(file: str) -> None:
 def _stat(file: str) -> os.stat_result | None:
     try:
         return read_with_retries(lambda: os.stat(file), file)
-    except OSError:  # who opens it says so
+    except OSError:  # opening the file reports it
         return None
 
 
@@ -123,7 +123,7 @@ def _matches(path: str, pattern: str) -> list[str]:
             f"data: no file matches '{path}'{within} (looked in {folder}). Correct the path in the config."
         )
     folders = [match for match in matches if os.path.isdir(match)]
-    if folders and not path.rstrip(os.sep).endswith("**"):  # which matches the files in them, too
+    if folders and not path.rstrip(os.sep).endswith("**"):  # `**` matches the files in folders too
         raise ConfigError(
             f"data: '{pattern}' matches the folder {folders[0]}. Match files, for example with "
             f"'{os.path.join(path, '*')}', or give each folder of images an entry of its own."

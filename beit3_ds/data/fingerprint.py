@@ -1,4 +1,4 @@
-"""What a source of samples consists of, in few bytes: so ranks see whether they found the same files."""
+"""Describes a source of samples in few bytes, so that ranks can compare the files that they found."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -9,9 +9,9 @@ class SourceFile(NamedTuple):
     """A file of a source."""
 
     name: str
-    """Without the folder that the config names: data may lie elsewhere on another host."""
+    """Its path inside the folder that the config names, because that folder may differ between hosts."""
     num_bytes: int | None
-    """Its size; None where looking would cost a request for each of millions of files."""
+    """Its size; None where it is not looked up, because millions of files would take one request each."""
     num_samples: int
     """Samples in it."""
 
@@ -20,14 +20,14 @@ class HasFiles(Protocol):
     """Samples of one source."""
 
     def __len__(self) -> int:
-        """Samples, broken ones included."""
+        """Returns the number of samples, broken ones included."""
 
     def files(self) -> Iterable[SourceFile]:
-        """The files that they come from, in the order of the samples."""
+        """Returns the files of the source, in the order of its samples."""
 
 
 class SourceFingerprint(TypedDict):
-    """A source in plain JSON. Equal digests mean the same numbers for the same samples, whatever folder they lie in."""
+    """A source as plain JSON; sources with equal digests number the same samples alike, whatever folder they are in."""
 
     num_files: int
     num_samples: int
@@ -36,7 +36,7 @@ class SourceFingerprint(TypedDict):
 
 
 def fingerprint(source: HasFiles) -> SourceFingerprint:
-    """Describes a source; takes about a microsecond for each file."""
+    """Describes a source; takes about a microsecond per file."""
     digest, num_files = hashlib.sha256(), 0
     for file in source.files():
         digest.update(repr(tuple(file)).encode("utf-8", "surrogatepass"))

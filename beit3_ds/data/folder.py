@@ -1,4 +1,4 @@
-"""One folder of files that are read by their paths in it."""
+"""A folder whose files are read by their paths inside it."""
 
 import os
 import stat
@@ -8,14 +8,14 @@ from beit3_ds.data.open_files import read_fully
 
 
 class Folder:
-    """A folder whose files are read whole, never outside of it by a name.
+    """A folder whose files are read whole; no name leads out of it.
 
-    A name may pass through links to folders: whoever made the folder made them, as ImageNet's classes are often linked
-    together. It may not lead out by `..` or as an absolute path, which an annotation file can claim, and a link to a
+    A name may pass through links to folders, which the owner of the folder made (ImageNet's classes are often linked
+    together). It may not lead out by `..` or as an absolute path, which an annotation file could contain. A link to a
     single file outside is not read.
 
-    A missing file is a fault of the data only while its folder is the one that was opened. A folder that is gone, or
-    another one at its path, was unmounted.
+    A missing file is a fault of the data only while the opened folder is still at its path. If the folder is gone, or
+    another one is at its path, it was unmounted.
 
     Attributes:
         path: its path without links.
@@ -25,13 +25,13 @@ class Folder:
         """Opens a folder.
 
         Raises:
-            OSError: if it is none, or cannot be read.
+            OSError: if it is not a folder, or cannot be read.
         """
         self.path = os.path.realpath(path)
         self._inode = read_with_retries(lambda: _inode(self.path), self.path)
 
     def contains(self, name: str) -> bool:
-        """Whether `name` lies in the folder, or in a folder that a link in it leads to.
+        """Returns whether `name` is in the folder, or in a folder that a link in it leads to.
 
         Raises:
             ValueError: for a name with NUL.
@@ -45,7 +45,7 @@ class Folder:
         return _lies_in(real, os.path.realpath(os.path.dirname(path)))
 
     def holds(self, name: str) -> bool:
-        """Whether `read` would find a file `name`; opens none.
+        """Returns whether `read` would find a file `name`; opens no file.
 
         Raises:
             StorageError: if the file system fails.
@@ -60,7 +60,7 @@ class Folder:
         """Reads the file `name`.
 
         Raises:
-            ValueError: if it lies outside, is missing, forbidden or no plain file, or is longer than `limit` bytes.
+            ValueError: if it is outside, missing, forbidden, not a regular file, or longer than `limit` bytes.
             StorageError: if the file system fails, or the folder is no longer there.
         """
         path = os.path.join(self.path, name)
@@ -96,7 +96,7 @@ class Folder:
 
 
 def _inode(path: str) -> int:
-    """Inode of a folder that can be listed. Its device number would change when an automounter mounts it again."""
+    """Returns the inode of a folder that can be listed; an automounter may change the device number, not this."""
     with os.scandir(path):
         return os.stat(path).st_ino
 

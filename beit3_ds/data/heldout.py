@@ -30,7 +30,7 @@ class HeldoutBatches:
         shape: ImageShape,
         views: ImageViews = "both",
     ) -> None:
-        """Takes the samples of each batch as `plan`, by stream, those of a stream of one source; reads nothing yet."""
+        """Takes the samples of each batch per stream (`plan`), each stream's from one source; reads nothing yet."""
         self._streams, self._plan, self._shape, self._views = streams, plan, shape, views
         self._batches: list[PackedBatch] = []
         self._reads = ""
@@ -41,14 +41,14 @@ class HeldoutBatches:
 
     @property
     def streams(self) -> Mapping[str, Stream]:
-        """The held-out samples of each stream."""
+        """Returns the held-out samples of each stream."""
         return self._streams
 
     def read(self, limits: WaitLimits) -> None:
-        """Prepares the batches that are not in memory yet; returns early if the process is asked to stop meanwhile.
+        """Prepares the batches that are not in memory yet; returns early if the process is asked to stop.
 
         Raises:
-            ConfigError: naming a record that cannot be read, or what was being read when a batch did not come in time.
+            ConfigError: naming a record that cannot be read, or the record that was being read when the time ran out.
         """
         thread = ReaderThread("reading held-out data")
         try:
@@ -127,17 +127,17 @@ def build_heldout_batches(
 
 
 def choose_samples(sizes: Sequence[int], limit: int, seed: int, stream: str) -> list[list[int]]:
-    """Chooses the samples of a stream that are evaluated, spread over its sources and over each of them.
+    """Chooses the samples of a stream that are evaluated, spread over all its sources.
 
-    Every source gives its share of `limit` by size, and at least one sample if there are so many; within a source they
-    are drawn at random, whatever the order of its files. With a higher limit the samples of a lower one stay among
-    those of each source, but for rounding.
+    Every source gives its share of `limit` by size, and at least one sample if `limit` allows. Within a source samples
+    are drawn at random, whatever the order of its files. A higher limit adds samples to those of a lower one, except
+    for rounding of the shares.
 
     Args:
-        sizes: samples of each source; the stream numbers them through.
+        sizes: number of samples of each source; the stream numbers all samples consecutively.
         limit: samples in all, at most.
-        seed: of the draw (`training.validation_seed`).
-        stream: its name.
+        seed: seeds the draw (`training.validation_seed`).
+        stream: name of the stream.
 
     Returns:
         Numbers of the samples in the stream, by source, ascending.
@@ -156,8 +156,8 @@ def choose_samples(sizes: Sequence[int], limit: int, seed: int, stream: str) -> 
 def divide_by_size(sizes: Sequence[int], limit: int) -> list[int]:
     """Divides at most `limit` samples over sources in proportion to their sizes.
 
-    What the rounded-down shares leave goes to the sources with the largest remainders, the first among equals. A source
-    that would then have none gets one of the largest share, as long as that has two.
+    Shares are rounded down; the samples left over go to the sources with the largest remainders, the first among
+    equals. A source without a sample then takes one from the largest share, as long as that has at least two.
     """
     total = sum(sizes)
     limit = min(limit, total)

@@ -1,4 +1,4 @@
-"""Held-out files that are training files: a held-out loss over them says nothing, so they are refused."""
+"""Refuses held-out files that are also training files, because a held-out loss over them says nothing."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -13,14 +13,15 @@ _GROUPS = (("images", "pairs"), ("texts",))  # streams that can share files
 
 
 def check_heldout_apart(data: DataConfig, must_exist: bool = True) -> None:
-    """Refuses held-out files that are also trained on, whatever patterns or links name them.
+    """Refuses held-out files that are also training files, whatever patterns or links name them.
 
-    Files are compared by device and inode. Images and pairs are compared with each other, too: an image that is trained
-    on alone is no longer held out with its caption. A folder is refused inside another one. Copies are not seen.
+    Files are compared by device and inode. Images and pairs are also compared with each other: an image that is trained
+    on alone is no longer held out with its caption. A held-out folder inside a training folder, or the reverse, is
+    refused. Copies of files are not detected.
 
     Args:
         data: names the files.
-        must_exist: refuse patterns without a match, too; else they count as no files.
+        must_exist: also refuse patterns without a match; otherwise they count as no files.
 
     Raises:
         ConfigError: naming both files, or a pattern without a match.
@@ -47,7 +48,7 @@ def check_heldout_apart(data: DataConfig, must_exist: bool = True) -> None:
 def _identified(
     sources: Sequence[SourceConfig], is_text: bool, must_exist: bool
 ) -> Iterator[tuple[tuple[int, int], str]]:
-    """What sources are read from, with device and inode; of annotated images the annotations."""
+    """Returns the files of sources with their device and inode; annotated images count by their annotation file."""
     for source in sources:
         paths = [source.path]
         if is_text or image_format(source) == "tar":
@@ -59,7 +60,7 @@ def _identified(
         for path in paths:
             try:
                 status = read_with_retries(lambda path=path: os.stat(path), path)  # type: ignore[misc]
-            except OSError:  # who opens it says so
+            except OSError:  # opening the source reports it
                 continue
             yield (status.st_dev, status.st_ino), path
 

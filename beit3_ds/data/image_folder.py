@@ -16,10 +16,10 @@ from beit3_ds.data.image_source import BrokenRecord, Skipped, printable
 from beit3_ds.data.images import MAX_IMAGE_BYTES, decode_image
 from beit3_ds.data.shard_index import IMAGE_EXTENSIONS, reason_to_skip
 
-_CAPTIONS = ("txt", "TXT", "json", "JSON")  # the first that is there is read
+_CAPTIONS = ("txt", "TXT", "json", "JSON")  # the first one found is read
 
 _SIZES_LOOKED_UP = 1024
-"""A million requests to a network file system would take minutes."""
+"""Images whose sizes are looked up; a million requests to a network file system would take minutes."""
 
 
 class ImageFolder:
@@ -27,10 +27,9 @@ class ImageFolder:
 
     The caption of `NAME.jpg` is in `NAME.txt`, or else under `caption` in `NAME.json`, if there is one.
 
-    Links to folders are followed, also out of the folder, as ImageNet's classes are often linked together. A folder
-    that several links lead to is listed once, so links that form a loop end. A link to a single file outside is not
-    read, and neither are hidden files. `skipped` counts all that is left out. Paths are kept at 8 bytes beside their
-    text.
+    Links to folders are followed, even out of the folder, because ImageNet's classes are often linked together. A
+    folder that several links lead to is listed once, so loops of links end. Links to single files outside and hidden
+    files are not read. `skipped` counts everything that is left out. A path takes 8 bytes beside its text.
     """
 
     def __init__(self, path: str) -> None:
@@ -49,7 +48,7 @@ class ImageFolder:
         return len(self._names)
 
     def files(self) -> Iterator[SourceFile]:
-        """The images, sorted; sizes are looked up for 1024 of them, spread over all."""
+        """Yields the images, sorted; the sizes of 1024 of them, evenly spread, are looked up."""
         every = -(-len(self) // _SIZES_LOOKED_UP)
         for number in range(len(self)):
             name = self._names[number]
@@ -95,7 +94,7 @@ class ImageFolder:
         Raises:
             BrokenRecord: if either is missing or cannot be read.
         """
-        caption = self.caption(index)  # first: it costs less
+        caption = self.caption(index)  # first, because it costs less than the image
         return self.image(index, min_side), caption
 
     def _exists(self, name: str) -> bool:
@@ -105,7 +104,7 @@ class ImageFolder:
 def _size(path: str) -> int | None:
     try:
         return os.stat(path).st_size
-    except OSError:  # it will be a broken record
+    except OSError:  # reading it counts it as a broken record
         return None
 
 
@@ -113,7 +112,7 @@ def open_folder(path: str) -> Folder:
     """Opens a folder of images.
 
     Raises:
-        ConfigError: if it is none, or cannot be read.
+        ConfigError: if it is not a folder, or cannot be read.
         StorageError: if the file system fails.
     """
     try:
@@ -161,7 +160,7 @@ def read_image(folder: Folder, name: str, min_side: int | None) -> Image.Image:
 
 
 class _Listing:
-    """What lies below a folder. Every real folder is listed once: by its own path, else by the first link to it."""
+    """Lists what is below a folder, every real folder once: by its own path, or else by the first link to it."""
 
     def __init__(self, folder: Folder) -> None:
         self.names: list[str] = []

@@ -22,7 +22,7 @@ class Skipped(NamedTuple):
 
 
 def printable(path: str) -> str:
-    """Returns a path for messages: bytes that are not UTF-8 are spelled out."""
+    """Returns a path for messages, with escapes for bytes that are not UTF-8."""
     return path.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -41,7 +41,7 @@ class ImageSource(Protocol):
         """Samples, broken ones included."""
 
     def files(self) -> Iterable[SourceFile]:
-        """The files that the samples come from, in their order."""
+        """Returns the files that the samples come from, in order."""
 
     def name(self, index: int) -> str:
         """File and key of a sample, for messages."""
@@ -67,11 +67,11 @@ class ImageSource(Protocol):
         """
 
     def pair(self, index: int, min_side: int | None = None) -> tuple[Image.Image, str]:
-        """The image and the caption of a sample, read together where the files allow it.
+        """Returns the image and the caption of a sample, read together where the files allow it.
 
         Args:
             index: number of the sample.
-            min_side: as of `image`.
+            min_side: as for `image`.
 
         Raises:
             BrokenRecord: if either is missing or cannot be read.

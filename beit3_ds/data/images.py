@@ -59,7 +59,7 @@ def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Turns an open image upright by its EXIF orientation and brings it to RGB on white, as `decode_image` does.
+    """Turns an open image upright by its EXIF orientation and converts it to RGB on white, as `decode_image` does.
 
     Raises:
         ValueError: for a pixel format without a known white.

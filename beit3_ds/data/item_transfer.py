@@ -1,8 +1,8 @@
-"""Sends objects with large tensors from one process to another, which need not wait for the sender afterwards.
+"""Sends objects with large tensors from one process to another; a received object no longer needs its sender.
 
-Tensors go through a file in /dev/shm that has no name, whose descriptor travels with the message: nothing is left
-behind when a process is killed. Where there is no room they go through the socket, which is slower. Both ends see a
-dead partner as the end of the stream.
+Tensors go through an unnamed file in /dev/shm, whose descriptor travels with the message, so a killed process leaves
+nothing behind. If /dev/shm has no room, they go through the socket, which is slower. Both ends see a dead partner as
+the end of the stream.
 """
 
 import mmap
@@ -21,11 +21,11 @@ _HEADER = struct.Struct("<QQQ")  # bytes of the pickle, bytes of the buffers beh
 _ALIGNMENT = 64
 _CHUNK_BYTES = 1 << 20
 SHARED_MEMORY = "/dev/shm"
-"""Where large items lie while they are handed over."""
+"""Folder that holds large items while they are sent."""
 
 
 class _Pickler(pickle.Pickler):
-    """Leaves the elements of tensors to the buffers."""
+    """Pickles an object without the elements of its tensors, which become buffers."""
 
     def reducer_override(self, value: Any) -> Any:
         if type(value) is not Tensor:
@@ -41,11 +41,11 @@ def _rebuild(elements: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> Tenso
 
 
 def send_item(connection: socket.socket, item: Any) -> None:
-    """Sends an object; waits until the other process has taken what did not fit into shared memory.
+    """Sends an object; waits only until the other process has taken bytes that did not fit into shared memory.
 
     Args:
         connection: a blocking AF_UNIX stream.
-        item: what can be pickled.
+        item: any object that can be pickled.
     """
     buffers: list[pickle.PickleBuffer] = []
     stream = BytesIO()
@@ -73,7 +73,7 @@ def send_item(connection: socket.socket, item: Any) -> None:
 
 
 class ItemReceiver:
-    """Puts objects together as their bytes arrive; never waits."""
+    """Assembles objects as their bytes arrive; never waits."""
 
     def __init__(self, connection: socket.socket) -> None:
         """Takes the other end of `send_item`'s connection."""
@@ -81,10 +81,10 @@ class ItemReceiver:
         self._arrived = bytearray()
         self._descriptors: list[int] = []
         self.slow_bytes = 0
-        """Bytes of the last object that found no room in shared memory."""
+        """Bytes of the last object that did not fit into shared memory."""
 
     def receive(self) -> tuple[Any] | None:
-        """Takes what has arrived.
+        """Takes the bytes that have arrived.
 
         Returns:
             The next object, in a tuple; None if it is not complete.
@@ -110,7 +110,7 @@ class ItemReceiver:
             self._arrived += chunk
 
     def close(self) -> None:
-        """Forgets what has arrived."""
+        """Drops the bytes that have arrived."""
         for descriptor in self._descriptors:
             os.close(descriptor)
         self._descriptors.clear()
@@ -141,7 +141,7 @@ class ItemReceiver:
 def _write_shared(views: Sequence[memoryview]) -> int | None:
     """Writes buffers to shared memory; returns the descriptor, or None if there is no room.
 
-    Written, not mapped: a file system without room then says so, where memory would end the process with SIGBUS.
+    The buffers are written, not mapped: a full file system then raises an error instead of killing with SIGBUS.
     """
     descriptor = -1
     try:
@@ -161,7 +161,7 @@ def _write_shared(views: Sequence[memoryview]) -> int | None:
 
 
 def _offsets(sizes: Sequence[int]) -> list[int]:
-    """Where each buffer begins, and where the last one ends, rounded up."""
+    """Returns where each buffer begins and where the last one ends, rounded up."""
     offsets = [0]
     for size in sizes:
         offsets.append(offsets[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)

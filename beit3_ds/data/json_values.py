@@ -1,4 +1,4 @@
-"""A stream of JSON values: objects one after the other, alone or in lists, in memory for one."""
+"""Streams JSON values, alone or in lists, with one value in memory at a time."""
 
 import json
 import re
@@ -11,10 +11,10 @@ _BLANKS_AND_COMMAS = re.compile(r"[ \t\r\n,]*")
 
 
 def iterate_json_values(file: TextIO, max_characters: int) -> Iterator[Any]:
-    """Yields the values of a file; of a list at the top, its elements.
+    """Yields the values of a file; a list at the top is replaced by its elements.
 
     Raises:
-        ValueError: for a file that is cut off or damaged, or for a value of more than `max_characters`.
+        ValueError: for a truncated or damaged file, or for a value of more than `max_characters`.
     """
     decoder = json.JSONDecoder()
     buffer, position, is_in_list = "", 0, False
@@ -31,11 +31,11 @@ def iterate_json_values(file: TextIO, max_characters: int) -> Iterator[Any]:
                 is_parsed = True
             except (json.JSONDecodeError, RecursionError) as error:
                 reason = f"not JSON: {getattr(error, 'msg', 'nested too deeply')}"
-        if end < len(buffer):  # else the value may go on in what is not read yet
+        if end < len(buffer):  # else the rest of the value may not be read yet
             yield value
             position = end
             continue
-        # Twice as much each time, so that a long value does not take quadratic time.
+        # Reads twice as much each time, so that a long value does not take quadratic time.
         if not (more := file.read(max(_CHUNK, len(buffer) - position))):
             if is_parsed:
                 yield value

@@ -1,4 +1,4 @@
-"""What the sources of a run leave out, so that a run says at its start what it does not train on."""
+"""Describes what the sources of a run leave out, so that a run can print at its start what it does not train on."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,10 +8,10 @@ from beit3_ds.data.samples import ImageSamples, PairSamples, TextSamples
 
 
 def describe_left_out(sources: Mapping[str, Any]) -> list[str]:
-    """Describes files, members, rows and lines that are no samples: a line for each source and reason, with an example.
+    """Describes files, members, rows and lines that are no samples, one line per source and reason, with an example.
 
     Args:
-        sources: samples by the name of their source, as `name_sources` gives them.
+        sources: samples by the name of their source, as from `name_sources`.
     """
     return [
         f"{name}: left out {found.num_members:,}: {reason} (such as {printable(found.example)})"

@@ -16,28 +16,27 @@ def build_train_loader(
 ) -> Iterable[StepBatch]:
     """Iterates over the steps of a rank's `dataset` from `first_step` to the end of the run.
 
-    Resuming needs nothing but the step once the dataset's order was resumed (`RunOrder.resume`). With `num_workers`
-    above 0, each worker process prepares every n-th step of n workers; without `data.prepared_dir` it also holds a
-    shard index and tokens of its own. The steps still come in order. A record that cannot be read is reported in its
-    step and stops no worker. A worker that dies or is stopped is replaced: a step is a pure function of its number and
-    of that order.
+    Once the dataset's order is resumed (`RunOrder.resume`), only the step is needed to resume. With `num_workers` above
+    0, each of n worker processes prepares every n-th step; without `data.prepared_dir` it also holds its own shard
+    index and tokens. The steps still come in order. A record that cannot be read is reported in its step and stops no
+    worker. A worker that dies or is stopped is replaced, because a step is a pure function of its number and the order.
 
-    Prefetching is bounded: the finished steps of a rank take at most `data.prefetch_gib` of shared memory
-    (`StepDataset.prefetch`). Nearly all of a step is pixels, 12 bytes for every pixel of a view: 1.2 MB per image with
-    two views of 224 px. Without room there, each worker keeps one step in its own memory until it is asked for.
+    The finished steps of a rank take at most `data.prefetch_gib` of shared memory (`StepDataset.prefetch`). Nearly all
+    of a step is pixels, 12 bytes per pixel of a view: 1.2 MB per image with two views of 224 px. If shared memory has
+    no room, each worker keeps one step in its own memory until it is asked for.
 
     Workers import the program's main module anew, which must start under `if __name__ == "__main__"`.
 
     Args:
-        dataset: of this rank.
-        config: the time-out, and how many files a worker keeps open.
+        dataset: this rank's share of the steps.
+        config: gives the time-out, and how many files a worker keeps open.
         first_step: the first step.
-        limits: of the wait for a step; None takes `data.timeout_seconds` and heeds no request to stop. The iteration
-            ends early if the process is asked to stop while a step is waited for.
+        limits: limits of the wait for a step; None takes `data.timeout_seconds` and ignores requests to stop. The
+            iteration ends early if the process is asked to stop while it waits for a step.
 
     Raises:
         DataTimeoutError: if a step does not come in time.
-        WorkerLossError: if workers die again and again over one step.
+        WorkerLossError: if workers die repeatedly over one step.
     """
     limits = limits or WaitLimits(seconds=config.timeout_seconds)
     return _Steps(dataset, config, range(first_step, len(dataset)), limits)
@@ -58,7 +57,7 @@ class _Steps:
 
 
 class _StepWork:
-    """Prepares a step, in a worker or here."""
+    """Prepares a step, in a worker or in this process."""
 
     def __init__(self, dataset: StepDataset) -> None:
         self._dataset = dataset

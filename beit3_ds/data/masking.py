@@ -67,8 +67,9 @@ def mask_tokens(
     """Corrupts a text for masked language modeling, token by token.
 
     Of n tokens, BOS and EOS included, min(round(n * ratio), n - 1) but at least 1 are to be predicted. BOS, the text's
-    summary, never is; an EOS may be, also one between documents. Of these each becomes the mask token with probability
-    0.8, a random piece with 0.1, and stays as it is with 0.1 (Devlin et al., 2018, arXiv:1810.04805, section 3.1).
+    summary, is never among them; an EOS may be, even between documents. Each of them becomes the mask token with
+    probability 0.8, a random piece with 0.1, and stays the same with 0.1 (Devlin et al., 2018, arXiv:1810.04805,
+    section 3.1).
 
     Args:
         ids: BOS, pieces, EOS, (n,) int64, n at least 2.
@@ -89,10 +90,10 @@ def mask_words(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Corrupts a text for masked language modeling, word by word.
 
-    A word is a piece that starts one and the pieces up to the next start; every EOS is a word, and so is the rest of a
-    word that a text begins with. Of all sets of whole words that are neither empty nor everything (a single word is
-    taken), one is drawn whose number of tokens is nearest to that of `mask_tokens`, the smaller of two equally near.
-    Each token of these words is then changed or kept as there, on its own.
+    A word is a piece that starts one and the pieces up to the next start. Every EOS is a word; if a text begins within
+    a word, the rest of that word counts as one. The drawn set of words is neither empty nor everything (except for a
+    single word), and its number of tokens is the nearest possible to that of `mask_tokens`; of two equally near numbers
+    the smaller one is taken. Each token of these words is then changed or kept independently, as in `mask_tokens`.
 
     Args:
         ids: BOS, pieces, EOS, (n,) int64, n at least 2.

@@ -1,4 +1,4 @@
-"""Whether the samples of a source have the numbers that they had."""
+"""Tells whether the samples of a source still have the same numbers."""
 
 import hashlib
 from typing import ClassVar, Protocol
@@ -14,19 +14,19 @@ class Numbered(HasFiles, Protocol):
     """The samples of one source, by number."""
 
     is_last_open: ClassVar[bool]
-    """Whether appending to the files may change the last sample: a text's last sequence is filled up."""
+    """Whether appending to the files may change the last sample, as it does for the last sequence of a text."""
 
     def identity(self, index: int) -> bytes:
-        """What tells a sample from others, whatever folder its files lie in."""
+        """Returns bytes that tell a sample from others, whatever folder its files are in."""
 
 
 def numbering_digest(samples: Numbered, count: int) -> str:
-    """A digest of the first `count` samples, which changes if samples are inserted, removed or ordered otherwise.
+    """Returns a digest of the first `count` samples, which changes if samples are inserted, removed or reordered.
 
-    Looks at the names of the files that hold them and at 256 samples, spread over all, of which one is the last:
-    whatever shifts numbers shifts the last one's. So a source was only appended to if the digest of as many samples as
-    it had is what it was. Not seen are samples that were exchanged for as many others in a file, between two that are
-    looked at.
+    It covers the names of the files that hold the samples, and 256 evenly spread samples including the last one: any
+    shift of numbers moves the last one. If the digest of a source's earlier number of samples is unchanged, the source
+    was only appended to. Samples that were replaced by the same number of others, between two of the 256, are not
+    detected.
     """
     last = count - 1 - samples.is_last_open
     digest, start = hashlib.sha256(), 0

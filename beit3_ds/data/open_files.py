@@ -1,6 +1,6 @@
-"""Files that stay open between reads: descriptors and maps, bounded in number.
+"""Keeps files open between reads, as a bounded number of descriptors and maps.
 
-Opening is what a shared file system does slowest. A process that keeps its shards open reads a record with one call.
+Opening is the slowest call of a shared file system. A process that keeps its shards open reads a record with one call.
 """
 
 import errno
@@ -25,15 +25,15 @@ ItemT = TypeVar("ItemT")
 
 
 class FileChangedError(OSError):
-    """A file is another one than when it was indexed."""
+    """A file has changed since it was indexed."""
 
 
 class OpenFiles:
     """Reads byte ranges of many files and maps others; keeps both open, the least recently used closed first.
 
-    At most `limit` descriptors stay open, and never more than half of what the process may open: sockets, workers and
-    tensors in shared memory need the rest. If the system still refuses one more, half of those kept are closed. A
-    descriptor that a network file system has invalidated (ESTALE) is opened anew, once. Maps hold no descriptor.
+    At most `limit` descriptors stay open, and never more than half of the process's limit, because sockets, workers and
+    tensors in shared memory need the rest. If the system still refuses one more, half of the open ones are closed. A
+    descriptor that a network file system has invalidated (ESTALE) is reopened once. Maps hold no descriptor.
 
     Instances may be shared by threads, inherited through fork, and pickled: a copy starts with nothing open.
     """
@@ -52,13 +52,13 @@ class OpenFiles:
         """Reads up to `size` bytes from `offset` in one call; fewer only where the file ends.
 
         Args:
-            path: of the file.
-            offset: of the first byte.
-            size: bytes.
+            path: path of the file.
+            offset: position of the first byte.
+            size: number of bytes.
             expected: size and modification time in nanoseconds that the file must have when it is opened.
 
         Raises:
-            FileChangedError: if it has others.
+            FileChangedError: if the file has another size or modification time.
             OSError: if it cannot be opened or read.
             ValueError: for a negative number.
             OverflowError: for an offset that no file has.
@@ -76,7 +76,7 @@ class OpenFiles:
         raise AssertionError("the last attempt returns or raises")
 
     def map(self, path: str, size: int) -> NDArray[np.uint8]:
-        """Returns the first `size` bytes of a file, mapped read-only: processes share what the system has cached.
+        """Returns the first `size` bytes of a file, mapped read-only; processes share the page cache.
 
         Raises:
             OSError: if the file is missing or shorter.
@@ -90,7 +90,7 @@ class OpenFiles:
 
     @property
     def num_open(self) -> int:
-        """Descriptors that are open now."""
+        """Number of descriptors that are open now."""
         return len(self._descriptors)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class OpenFiles:
         descriptor = self._descriptors.get(path)
         if descriptor is None:
             descriptor = self._open(path)
-            # Before it is checked: whatever happens then, it is closed one day.
+            # Kept before the check, so that it is closed even if the check fails.
             self._descriptors.put(path, descriptor)
             self._descriptors.shrink_to(self._capacity())
             if expected is not None:
@@ -138,7 +138,7 @@ class OpenFiles:
 
 
 def raise_open_file_limit(max_open_files: int) -> None:
-    """Raises what this process may open so that it can keep `max_open_files`, as far as its hard limit allows."""
+    """Raises this process's limit of open files so that it can keep `max_open_files`, up to its hard limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * max_open_files  # OpenFiles takes half
     if hard != resource.RLIM_INFINITY:
@@ -148,7 +148,7 @@ def raise_open_file_limit(max_open_files: int) -> None:
 
 
 class _Recent(Generic[ItemT]):
-    """Items by path, in the order of their last use; every item that leaves is released."""
+    """Items by path in the order of their last use; every item that is removed is also released."""
 
     def __init__(self, release: Callable[[ItemT], None]) -> None:
         self._items: OrderedDict[str, ItemT] = OrderedDict()
@@ -181,7 +181,7 @@ class _Recent(Generic[ItemT]):
 
 
 def _forget(item: object) -> None:
-    """A map ends with the last array that shows it."""
+    """Does nothing, because a map ends with the last array that shows it."""
 
 
 def _check_unchanged(descriptor: int, expected: tuple[int, int]) -> None:
@@ -192,7 +192,7 @@ def _check_unchanged(descriptor: int, expected: tuple[int, int]) -> None:
 
 
 def read_fully(descriptor: int, offset: int, size: int) -> bytes:
-    """Reads `size` bytes of an open file, fewer only where it ends; with one call unless the system returns less.
+    """Reads `size` bytes of an open file, or up to its end, with one call unless the system returns less.
 
     Raises:
         OSError: if it cannot be read.
@@ -214,7 +214,7 @@ def map_file(path: str, size: int) -> NDArray[np.uint8]:
     Raises:
         OSError: if the file is missing or shorter.
     """
-    if size == 0:  # nothing cannot be mapped
+    if size == 0:  # an empty range cannot be mapped
         return np.empty(0, dtype=np.uint8)
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:

@@ -1,7 +1,7 @@
-"""Which sample comes at which position: endless, shuffled anew every epoch, computed and never stored.
+"""Endless order of samples: reshuffled every epoch, computed and never stored.
 
-Randomness: the order of a stream's only set of samples is keyed by (seed, stream, epoch), that of one source among
-weighted ones by (seed, stream, source, epoch). Which source's turn it is, is not random at all (`turns.take_turns`).
+Randomness: the order of a stream's only set of samples is keyed by (seed, stream, epoch), the order of one of several
+weighted sources by (seed, stream, source, epoch). The turns of sources are not random (`turns.take_turns`).
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from beit3_ds.data.turns import take_turns, turns_taken
 
 
 class StreamOrder:
-    """The endless order of a stream from a position on: a pure function of that position and the samples since."""
+    """The endless order of a stream from a position on, a pure function of the position and the samples since."""
 
     def __init__(self, position: StreamPosition) -> None:
         """Takes the position to start from."""
@@ -24,10 +24,10 @@ class StreamOrder:
         self._places = None if position.weights is None else turns_taken(position.weights, position.turns)
 
     def __call__(self, since: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Finds the epochs and the samples after so many samples since the position; all (n,) int64.
+        """Finds the epoch and the sample at each number of samples since the position; all (n,) int64.
 
-        The epoch counts how often the sample's source was used up before, that of an unweighted stream how often all
-        of it was. Samples are numbered through the stream: those of source 0, then those of source 1, and so on.
+        The epoch is the number of times that the sample's source was used up before (without weights: the whole
+        stream). A stream numbers its samples consecutively: those of source 0, then those of source 1, and so on.
         """
         weights = self.position.weights
         if weights is None or self._places is None:
@@ -40,7 +40,7 @@ class StreamOrder:
         return epochs, samples
 
     def _find(self, number: int, since: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Epochs and samples of one set after so many samples of it."""
+        """Returns the epochs and samples of one set at each number of samples since the position."""
         position, unseen = self.position.sets[number], self._unseen[number]
         first, last = self.position.set_bounds(number)
         left = last - first if unseen is None else len(unseen)
@@ -63,7 +63,7 @@ class StreamOrder:
 def order_from_start(
     seed: int, stream: str, sizes: Sequence[int], weights: Sequence[float] | None = None
 ) -> StreamOrder:
-    """The order of a stream of sources of these sizes from the first sample on."""
+    """Builds the order of a stream from its first sample on, for sources of these sizes."""
     sources = [SourcePosition(id=i, path=str(i), size=size, digest="") for i, size in enumerate(sizes)]
     return StreamOrder(start_position(stream, seed, 0, weights, sources))
 
@@ -73,15 +73,15 @@ def samples_at(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Finds the samples at positions of one set's endless order.
 
-    Position p lies in epoch first_epoch + p // size; every epoch holds each sample once, in an order of its own. Step
-    s with k samples a step takes positions [s*k, (s+1)*k), so an epoch may end within a step.
+    Position p is in epoch first_epoch + p // size; every epoch holds each sample once, in its own order. Step s with k
+    samples per step takes positions [s*k, (s+1)*k), so an epoch may end within a step.
 
     Args:
         seed: the run's seed.
-        key: the stream and, if it has weights, the source: sets of one size are not shuffled alike.
+        key: the stream and, if it has weights, the source, so that sets of one size are shuffled differently.
         positions: (n,) int64.
         size: samples of the set.
-        first_epoch: in which position 0 lies.
+        first_epoch: epoch of position 0.
 
     Returns:
         The epoch and the sample of each position, (n,) int64 each.

@@ -81,7 +81,7 @@ def pack(
         samples: images, then pairs, then texts; Q in all.
         drop_path: factors of the samples in this order, (Q, L, 2) float32, or None.
         shape: sizes of the images.
-        views: those that the batch keeps.
+        views: views of each image that the batch keeps.
         sources: `PackedBatch.sources`.
     """
     images = [sample for sample in samples if isinstance(sample, ImageSample)]

@@ -14,8 +14,8 @@ _BLOCKS = "blocks "
 class KeyedPermutation:
     """A bijection of range(size), chosen by a generator's draws, in constant memory.
 
-    A Feistel network permutes the smallest domain of 2^(2b) numbers that holds `size`; a number that lands outside
-    range(size) is sent through again until it lands inside (cycle walking), fewer than four times on average.
+    A Feistel network permutes the smallest domain of 2^(2b) numbers that holds `size`. A number that comes out outside
+    range(size) passes through again until it is inside (cycle walking), fewer than four times on average.
     """
 
     def __init__(self, size: int, rng: np.random.Generator) -> None:
@@ -43,19 +43,19 @@ class BlockPermutation:
     """A bijection of range(size) that visits neighbours soon after each other, in constant memory.
 
     Blocks of consecutive samples are visited in a shuffled order. Each window of that order, a given number of blocks,
-    is shuffled as a whole. Where blocks begin is drawn, too: block 0 starts at a random sample, and counting goes on
-    with sample 0 after the last one. What is left beyond the last whole block belongs to the last window.
+    is shuffled as a whole. Block 0 starts at a random sample, and sample 0 follows the last one. The samples beyond
+    the last whole block belong to the last window.
     """
 
     def __init__(self, size: int, seed: int, key: Sequence[str | int], block: int, window: int) -> None:
         """Takes what the order depends on.
 
         Args:
-            size: samples.
-            seed: of the run.
-            key: of this order.
-            block: samples of a block.
-            window: blocks of a window.
+            size: number of samples.
+            seed: the run's seed.
+            key: key of this order.
+            block: samples per block.
+            window: blocks per window.
         """
         self._size, self._seed, self._key, self._block, self._window = size, seed, key, block, window
         self._num_blocks = size // block
@@ -87,7 +87,7 @@ class BlockPermutation:
 
 
 def order_permutation(seed: int, key: Sequence[str | int], size: int) -> KeyedPermutation | BlockPermutation:
-    """The permutation of (seed, key) over range(size): of blocks if `block_key` is part of the key."""
+    """Builds the permutation of (seed, key) over range(size), by blocks if `block_key` is part of the key."""
     for part in key:
         if isinstance(part, str) and part.startswith(_BLOCKS):
             block, window = map(int, part.removeprefix(_BLOCKS).split("x"))
@@ -96,12 +96,12 @@ def order_permutation(seed: int, key: Sequence[str | int], size: int) -> KeyedPe
 
 
 def block_key(block: int, window: int) -> str:
-    """The part of a key that asks for a `BlockPermutation`; so a stored key tells how its epoch was shuffled."""
+    """Returns the part of a key that asks for a `BlockPermutation`; so a stored key tells how an epoch was shuffled."""
     return f"{_BLOCKS}{block}x{window}"
 
 
 def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser: every output bit depends on every input bit (Steele et al., 2014)."""
+    """Applies SplitMix64's finaliser: every output bit depends on every input bit (Steele et al., 2014)."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""Where every source of a stream is in its epochs: what a checkpoint stores, and what an order starts from."""
+"""Positions of the sources of a stream in their epochs, which a checkpoint stores and an order starts from."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,34 +15,34 @@ class SourcePosition:
     """A source as it was when its position was stored."""
 
     id: int
-    """Number that it keeps in this stream, wherever it comes among the sources."""
+    """Number that it keeps in this stream, whatever its place among the sources."""
     path: str
-    """As the config names it."""
+    """Path in the config."""
     size: int
     """Samples."""
     digest: str
-    """Of which sample has which number (`numbering.numbering_digest`)."""
+    """Digest of the numbers of its samples (`numbering.numbering_digest`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SetPosition:
-    """Where a set of samples is in its epochs: one source of a stream with weights, or all sources of another one."""
+    """Position of a set of samples in its epochs: one source of a weighted stream, or all sources of another stream."""
 
     epoch: int
-    """The epoch that is under way, from 0."""
+    """The current epoch, from 0."""
     taken: int
     """Samples taken of the set that `key` shuffles."""
     key: tuple[str | int, ...]
-    """With the run's seed, of the permutation of what the epoch had left when the data last changed."""
+    """Key, beside the run's seed, of the permutation of the samples in `unseen`."""
     unseen: tuple[Any, ...] | None = None
-    """What the epoch had left then (`unseen.to_nodes`); None is all samples of the set."""
+    """Samples that the epoch had left when the data last changed (`unseen.to_nodes`); None is all of the set."""
     num_unseen: int | None = None
     """Samples in `unseen`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParkedSource:
-    """A source that was taken out of the config, with what its epoch had left: it may come back."""
+    """A source that was removed from the config, with the rest of its epoch in case it is added again."""
 
     source: SourcePosition
     epoch: int
@@ -51,41 +51,41 @@ class ParkedSource:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamPosition:
-    """Where a stream is; plain data that no layout of ranks changes."""
+    """Position of a stream, as plain data that does not depend on the layout of ranks."""
 
     stream: str
     seed: int
     """The run's seed, which shuffles the epochs."""
     samples_per_step: int
     weights: tuple[float, ...] | None
-    """Of the sources; None if they form one set."""
+    """Weights of the sources; None if they form one set."""
     turns: int
     """Samples taken since the weights were last changed."""
     sources: tuple[SourcePosition, ...]
-    """In the order of the config, which numbers the stream's samples through."""
+    """The sources in the order of the config, which also numbers the stream's samples."""
     sets: tuple[SetPosition, ...]
-    """One for each source if there are weights, else one."""
+    """One set per source if there are weights, else one set."""
     parked: tuple[ParkedSource, ...] = ()
     """Sources that are no longer in the config."""
     next_id: int
     """Id of the next new source."""
     blocks: tuple[int, int] | None = None
-    """Samples of a block and blocks of a window (`permutation.BlockPermutation`); None shuffles an epoch as a whole."""
+    """Samples per block and blocks per window (`permutation.BlockPermutation`); None shuffles an epoch as a whole."""
     changes: int = 0
-    """How often the data were changed between two starts."""
+    """Number of times that the data changed between two starts."""
 
     @property
     def total(self) -> int:
-        """Samples of the stream."""
+        """Number of samples of the stream."""
         return sum(source.size for source in self.sources)
 
     def base_key(self, number: int) -> tuple[str | int, ...]:
-        """The key of a set's shuffles, but for the epoch: sets of one size are not shuffled alike."""
+        """Returns the key of a set's shuffles without the epoch; sets of one size are shuffled differently."""
         key = (self.stream,) if self.weights is None else (self.stream, number)
         return key if self.blocks is None else (*key, block_key(*self.blocks))
 
     def set_bounds(self, number: int) -> tuple[int, int]:
-        """First number in the stream of a set's samples, and one past the last."""
+        """Returns the range of a set's sample numbers in the stream: the first, and one past the last."""
         if self.weights is None:
             return 0, self.total
         start = sum(source.size for source in self.sources[:number])
@@ -101,16 +101,16 @@ class StreamPosition:
         return gone_bounds(source_id)
 
     def unseen(self, number: int) -> Unseen | None:
-        """What a set's epoch had left when the data last changed; None is all."""
+        """Returns the samples that a set's epoch had left when the data last changed; None is all."""
         nodes = self.sets[number].unseen
         return None if nodes is None else from_nodes(nodes, self.bounds)
 
     def fresh_set(self, number: int, epoch: int) -> SetPosition:
-        """A set at the beginning of an epoch."""
+        """Returns a set at the beginning of an epoch."""
         return SetPosition(epoch=epoch, taken=0, key=(*self.base_key(number), epoch))
 
     def advanced(self, samples: int) -> "StreamPosition":
-        """The position after as many more samples."""
+        """Returns the position after a number of further samples."""
         if samples == 0:
             return self
         if self.weights is None:
@@ -131,7 +131,7 @@ class StreamPosition:
         return dataclasses.replace(self.fresh_set(number, position.epoch + 1 + epochs), taken=taken)
 
     def to_json(self) -> dict[str, Any]:
-        """The position as a JSON object, without the stream's name."""
+        """Returns the position as a JSON object, without the stream's name."""
         content = dataclasses.asdict(self)
         del content["stream"]
         return content
@@ -145,7 +145,7 @@ def start_position(
     sources: Sequence[SourcePosition],
     blocks: tuple[int, int] | None = None,
 ) -> StreamPosition:
-    """The position before the first sample. The ids of the sources must be 0, 1, 2, ... in their order."""
+    """Returns the position before the first sample; the ids of the sources must be 0, 1, 2, ... in their order."""
     position = StreamPosition(
         stream=stream,
         seed=seed,
@@ -162,7 +162,7 @@ def start_position(
 
 
 def position_from_json(stream: str, content: Mapping[str, Any]) -> StreamPosition:
-    """Reads what `StreamPosition.to_json` wrote."""
+    """Rebuilds a position from the JSON object of `StreamPosition.to_json`."""
     fields = dict(content)
     fields["weights"] = None if fields["weights"] is None else tuple(fields["weights"])
     fields["blocks"] = None if fields.get("blocks") is None else tuple(fields["blocks"])

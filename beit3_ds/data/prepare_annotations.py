@@ -14,14 +14,14 @@ from beit3_ds.data.sources import annotation_files, check_images_are_there, read
 def prepare_annotations(config: DataConfig, *, verify: bool = False) -> str:
     """Parses the annotation files of a run, training and held-out, and writes their tables into `prepared_dir`.
 
-    A table is made anew each time: images that came into their folder later can be seen in no file.
+    A table is rewritten each time, because no file shows that images were added to their folder.
 
     Args:
         config: names the files; `prepared_dir` must be set.
         verify: compare the tables that are there instead.
 
     Returns:
-        What was done, in a line, and a line for each source with missing images; empty without annotation files.
+        One line that says what was done, and one line per source with missing images; empty without annotation files.
 
     Raises:
         ConfigError: naming a file that cannot be read, a folder that holds none of the images, or with `verify` a file

@@ -81,10 +81,10 @@ def prepare_indices(
         prepared_dir: folder of the indices; made if missing.
         verify: read the tars of indices that are there and compare place and CRC-32 of every member.
         num_processes: None takes as many as cores.
-        timeout_seconds: `data.timeout_seconds`: how long a process may neither compute nor end.
+        timeout_seconds: `data.timeout_seconds`, how long a process may neither compute nor end.
 
     Returns:
-        One entry a tar, in their order.
+        One entry per tar, in their order.
 
     Raises:
         ConfigError: naming the tars that failed, after all others are done.

@@ -1,4 +1,4 @@
-"""What a process is reading, written by it and read by another one whatever it is doing."""
+"""Shares the name of what a process is reading with another process, even while the first one is blocked."""
 
 import mmap
 import os
@@ -13,22 +13,22 @@ class ReadingPlace:
         """Maps the memory.
 
         Args:
-            descriptor: of another process's `ReadingPlace`, which this one takes over; None makes new memory.
+            descriptor: descriptor of another `ReadingPlace`, which this one takes over; None allocates memory.
         """
         if descriptor is None:
             descriptor = os.memfd_create("beit3_ds reading place")
             os.ftruncate(descriptor, _BYTES)
         self.descriptor = descriptor
-        """Of the memory; to be sent to another process."""
+        """Descriptor of the memory, which can be sent to another process."""
         self._memory = mmap.mmap(descriptor, _BYTES)
 
     def note(self, name: str) -> None:
-        """Says what is being read now."""
+        """Records what is being read now."""
         text = name.encode("utf-8", "replace")[: _BYTES - 2]
         self._memory[: 2 + len(text)] = len(text).to_bytes(2, "little") + text
 
     def read(self) -> str:
-        """Returns what the last note said; empty before the first one."""
+        """Returns the name of the last note; empty before the first one."""
         length = min(int.from_bytes(self._memory[:2], "little"), _BYTES - 2)
         return self._memory[2 : 2 + length].decode("utf-8", "replace")
 

@@ -1,8 +1,8 @@
-"""Continues a stream whose sources, weights, seed or batch may be others than when its position was stored.
+"""Continues a stream whose sources, weights, seed or batch may have changed since its position was stored.
 
-No sample comes twice in an epoch: what the epoch had left goes on, joined with what is new. Sources are matched by
-their paths, else by what they hold. Where samples have other numbers than before, nothing tells which were seen: the
-source then begins its next epoch.
+No sample comes twice in an epoch: the rest of the epoch continues, joined with new samples. Sources are matched by
+path, or else by content. If the samples of a source are numbered differently than before, nothing tells which ones were
+seen, so the source begins its next epoch.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from beit3_ds.data.turns import share_parts
 from beit3_ds.data.unseen import Joined, Only, Range, Rest, Unseen, from_nodes, to_nodes
 
 _MAX_CHANGES = 100
-"""Changes within one epoch that are followed; each makes finding a sample slower, and the checkpoint's entry longer."""
+"""Changes within one epoch after which it ends; each one slows finding a sample and enlarges the checkpoint's entry."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,23 +23,23 @@ class FoundSource:
     """A source as the run finds it at its start."""
 
     path: str
-    """As the config names it."""
+    """Path in the config."""
     size: int
     """Samples."""
     digest: Callable[[int], str]
-    """Digest of the numbering of so many first samples (`numbering.numbering_digest`)."""
+    """Returns the digest of the numbers of a given count of first samples (`numbering.numbering_digest`)."""
 
     def describe(self, source_id: int) -> SourcePosition:
-        """The source as a checkpoint stores it."""
+        """Returns the source as a checkpoint stores it."""
         return SourcePosition(id=source_id, path=self.path, size=self.size, digest=self.digest(self.size))
 
 
 class Continued(NamedTuple):
-    """A stream's position in the data as they are now."""
+    """A stream's position in the data that the run found."""
 
     position: StreamPosition
     changes: list[str]
-    """One line for each change; empty if the stream is as it was."""
+    """One line per change; empty if nothing changed."""
 
 
 def new_position(
@@ -51,7 +51,7 @@ def new_position(
     first_epoch: int = 0,
     blocks: tuple[int, int] | None = None,
 ) -> StreamPosition:
-    """The position of a stream before its first sample."""
+    """Returns the position of a stream before its first sample."""
     described = [source.describe(number) for number, source in enumerate(sources)]
     position = start_position(stream, seed, samples_per_step, weights, described, blocks)
     sets = tuple(position.fresh_set(number, first_epoch) for number in range(len(position.sets)))
@@ -68,8 +68,8 @@ def continue_stream(
 ) -> Continued:
     """Continues a stored position with the run's settings and the sources that it finds.
 
-    Without a change the position stays as it was, so the stream goes on as if it had never stopped; likewise if only
-    `samples_per_step` is another. Other `blocks` shuffle the next epoch; the one under way ends as it began.
+    Without a change, or if only `samples_per_step` changed, the position stays the same, so the stream continues as if
+    it had never stopped. Changed `blocks` apply from the next epoch on; the current one keeps its order.
     """
     matched = _match(stored, sources)
     changes = _describe_changes(stored, seed, samples_per_step, weights, matched)
@@ -89,7 +89,7 @@ def continue_stream(
 
 
 class _Match(NamedTuple):
-    """A source that was found, and what it was when the position was stored."""
+    """A source that was found, and the same source when the position was stored."""
 
     found: FoundSource
     id: int
@@ -160,7 +160,7 @@ class _Continuation:
         )
 
     def position(self, changes: list[str]) -> StreamPosition:
-        """The stream's position now; appends to `changes` what could not be followed."""
+        """Returns the stream's position now; appends a line to `changes` for each epoch that had to end."""
         if self._weights is None:
             sets = [self._join_all()]
         else:
@@ -175,7 +175,7 @@ class _Continuation:
         return dataclasses.replace(self._now, sets=tuple(sets), parked=self._park())
 
     def _keeps_turns(self) -> bool:
-        """Whether the sources still take turns as before."""
+        """Returns whether the sources still take turns as before."""
         return (
             _same_weights(self._weights, self._stored.weights)
             and self._weights is not None
@@ -183,7 +183,7 @@ class _Continuation:
         )
 
     def _continue_source(self, number: int, match: _Match) -> SetPosition:
-        """The set of one source of a stream with weights."""
+        """Returns the set of one source of a stream with weights."""
         if match.kind == "renumbered" and match.before is not None:
             return self._now.fresh_set(number, self._epoch(match.before.id) + 1)
         if match.kind == "new" or match.before is None:
@@ -198,7 +198,7 @@ class _Continuation:
         return self._shuffle(number, self._epoch(match.id), [self._left_of(match), *self._growth(match)])
 
     def _join_all(self) -> SetPosition:
-        """The one set of a stream without weights."""
+        """Returns the one set of a stream without weights."""
         known = [match for match in self._matched if match.kind in ("same", "grown")]
         gone = [match for match in self._matched if match.kind == "renumbered" and match.before is not None]
         epochs = [self._epoch(match.id) for match in known]
@@ -217,7 +217,7 @@ class _Continuation:
         return self._shuffle(0, max(epochs, default=0), parts)
 
     def _shuffle(self, number: int, epoch: int, parts: Sequence[Unseen]) -> SetPosition:
-        """A set whose epoch has these samples left; its next epoch if there are none."""
+        """Returns a set whose epoch has these samples left, or its next epoch if there are none."""
         parts = [part for part in parts if len(part)]
         if not parts:
             return self._now.fresh_set(number, epoch + 1)
@@ -232,14 +232,14 @@ class _Continuation:
         return self._stored.sets[0 if self._stored.weights is None else self._number[source_id]].epoch
 
     def _left_of(self, match: _Match) -> Unseen:
-        """What the epoch of one source has left of the samples that it had before."""
+        """Returns the samples that one source had before and that its epoch has left."""
         for entry in self._stored.parked:
             if entry.source.id == match.id:
                 return from_nodes(entry.unseen, self._now.bounds)
         return self._left_of_set([match.id])
 
     def _left_of_set(self, ids: Sequence[int]) -> Unseen:
-        """What the epoch has left of sources that one stored set holds."""
+        """Returns the samples that the epoch has left of some sources of one stored set."""
         stored = self._stored
         number = 0 if stored.weights is None else self._number[ids[0]]
         old = stored.sets[number]
@@ -262,7 +262,7 @@ class _Continuation:
         return Range(match.id, first, match.found.size, self._now.bounds(match.id)[0])
 
     def _park(self) -> tuple[ParkedSource, ...]:
-        """Keeps what sources have left that are no longer in the config, and do not come back renumbered."""
+        """Keeps the rest of the epoch of sources that are no longer in the config and did not return renumbered."""
         replaced = {match.before.id for match in self._matched if match.before is not None}
         parked = [entry for entry in self._stored.parked if entry.source.id not in replaced]
         for source in self._stored.sources:
@@ -283,13 +283,13 @@ def _describe_changes(
     if samples_per_step != stored.samples_per_step:
         lines.append(f"samples_per_step {stored.samples_per_step} -> {samples_per_step}: every source continues there")
     if seed != stored.seed:
-        lines.append(f"training.seed {stored.seed} -> {seed}: what the epoch has left is shuffled anew")
+        lines.append(f"training.seed {stored.seed} -> {seed}: the rest of the epoch is reshuffled")
     if not _same_weights(weights, stored.weights):
         lines.append(f"weights {_show(stored.weights)} -> {_show(weights)}: each source continues in its own epoch")
     lines += [line for match in matched if (line := _describe_source(match))]
     found = {match.before.id for match in matched if match.before is not None}
     lines += [
-        f"source '{old.path}' is no longer in the config; what its epoch has left is kept, should it come back"
+        f"source '{old.path}' is no longer in the config; the rest of its epoch is kept in case it is added again"
         for old in stored.sources
         if old.id not in found
     ]
@@ -306,8 +306,8 @@ def _describe_source(match: _Match) -> str | None:
         return f"source '{path}' is new, with {match.found.size} samples"
     if match.kind == "renumbered":
         return (
-            f"source '{path}' has {match.found.size} samples instead of {before.size}, which are numbered otherwise: "
-            "it begins its next epoch, and repeats of what the last one had shown cannot be excluded"
+            f"source '{path}' has {match.found.size} samples instead of {before.size}, which are numbered differently: "
+            "it begins its next epoch, and repeats of samples from the last epoch cannot be excluded"
         )
     if match.kind == "grown":
         new = match.found.size - before.size

@@ -1,4 +1,4 @@
-"""The order of all streams of a run, from its first step or from where a checkpoint left it."""
+"""The order of all streams of a run, from its first step or from the positions in a checkpoint."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -19,9 +19,9 @@ POSITIONS = "positions"
 
 
 class RunOrder:
-    """Which samples make up a step: a pure function of where the run started from and of the step.
+    """Chooses the samples of every step, as a pure function of the run's start position and of the step.
 
-    A stream with K samples per step takes the K samples that follow those of the step before. Ranks and workers only
+    A stream with K samples per step takes the K samples that follow those of the previous step. Ranks and workers only
     divide them.
     """
 
@@ -29,8 +29,8 @@ class RunOrder:
         """Starts every stream at its first sample.
 
         Args:
-            config: samples per step and weights.
-            seed: of the run.
+            config: gives the samples per step and the weights.
+            seed: the run's seed.
             streams: the streams that have samples in a step, opened.
         """
         self._config, self._seed, self._first_step = config, seed, 0
@@ -39,15 +39,15 @@ class RunOrder:
         self._orders = {name: StreamOrder(self._new_position(name)) for name in streams}
 
     def resume(self, first_step: int, data: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
-        """Continues where a checkpoint left the streams.
+        """Continues the streams at their positions in a checkpoint.
 
         Args:
-            first_step: steps done.
-            data: state of the data in the checkpoint; without positions in a checkpoint of an older version.
-            before: the sections of the configuration that wrote it.
+            first_step: number of steps done.
+            data: state of the data in the checkpoint; a checkpoint of an older version has no positions.
+            before: sections of the configuration that wrote the checkpoint.
 
         Returns:
-            One line for each thing that is no longer as it was.
+            One line per change.
         """
         self._first_step = first_step
         stored: dict[str, Any] = dict(data.get(POSITIONS, {}))
@@ -77,11 +77,11 @@ class RunOrder:
         return lines
 
     def state_after(self, step: int) -> dict[str, Any]:
-        """The streams' positions after `step` steps, as a checkpoint stores them; also of streams that are left out."""
+        """Returns the streams' positions after `step` steps for a checkpoint, including streams that are left out."""
         return self._absent | {name: self._position_after(name, step).to_json() for name in self._orders}
 
     def samples(self, stream: str, step: int, slots: range) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Epochs and samples that fill some slots of a step, (len(slots),) int64 each."""
+        """Returns the epochs and samples that fill some slots of a step, (len(slots),) int64 each."""
         return self._orders[stream](self._samples_since(stream, step) + np.arange(slots.start, slots.stop))
 
     def _samples_since(self, stream: str, step: int) -> int:
@@ -102,9 +102,9 @@ class RunOrder:
         )
 
     def _derive(self, name: str, step: int, before: Mapping[str, Any]) -> StreamPosition | None:
-        """The position of a checkpoint without positions: that of a run whose data never changed.
+        """Returns the position after `step` steps for a checkpoint without positions, as if the data never changed.
 
-        Its sources are taken to have been what they are; None if one of them is no longer there.
+        Assumes that its sources held then what they hold now. None if one of them is missing.
         """
         stream = before["data"][name]
         found = {source.path: source for source in self._found[name]}

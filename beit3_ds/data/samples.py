@@ -64,15 +64,15 @@ class ImageSamples:
         return len(self.source)
 
     def files(self) -> Iterable[SourceFile]:
-        """The files of the source."""
+        """Returns the files of the source."""
         return self.source.files()
 
     def identity(self, index: int) -> bytes:
-        """Name of a sample in its file or folder; see `numbering.Numbered`."""
+        """Returns the name of a sample in its file or folder as bytes (`numbering.Numbered`)."""
         return os.path.basename(self.source.name(index)).encode("utf-8", "surrogatepass")
 
     def name(self, index: int) -> str:
-        """File of a sample and its name there, for messages."""
+        """Returns the file of a sample and its name there, for messages."""
         return self.source.name(index)
 
     def prepare(self, index: int, key: SampleKey) -> ImageSample:
@@ -84,7 +84,7 @@ class ImageSamples:
         return self.augment(self.source.image(index, self.views.min_side), index, key)
 
     def augment(self, image: Image.Image, index: int, key: SampleKey) -> ImageSample:
-        """Draws the crop and the mask of sample `index`, whose image was read, by `key`."""
+        """Draws the crop and the mask for the image of sample `index` by `key`."""
         model_view, tokenizer_view = self.views(image, key.rng("augmentation"))
         return ImageSample(
             name=self.source.name(index),
@@ -114,15 +114,15 @@ class PairSamples:
         return len(self.images)
 
     def files(self) -> Iterable[SourceFile]:
-        """The files of the source."""
+        """Returns the files of the source."""
         return self.images.files()
 
     def identity(self, index: int) -> bytes:
-        """Name of a sample in its file or folder; see `numbering.Numbered`."""
+        """Returns the name of a sample in its file or folder as bytes (`numbering.Numbered`)."""
         return self.images.identity(index)
 
     def name(self, index: int) -> str:
-        """File of a sample and its name there, for messages."""
+        """Returns the file of a sample and its name there, for messages."""
         return self.images.name(index)
 
     def prepare(self, index: int, key: SampleKey) -> PairSample:
@@ -158,15 +158,15 @@ class TextSamples:
         return len(self.sequences)
 
     def files(self) -> Iterable[SourceFile]:
-        """The files of the source."""
+        """Returns the files of the source."""
         return self.sequences.files()
 
     def identity(self, index: int) -> bytes:
-        """Tokens of a sample; see `numbering.Numbered`."""
+        """Returns the tokens of a sample as bytes (`numbering.Numbered`)."""
         return self.sequences[index].tobytes()
 
     def name(self, index: int) -> str:
-        """File of a sample and its name there, for messages."""
+        """Returns the file of a sample and its name there, for messages."""
         return self.sequences.name(index)
 
     def prepare(self, index: int, key: SampleKey) -> TextSample:
@@ -186,7 +186,7 @@ class Stream:
         return len(self.parts)
 
     def name(self, index: int) -> str:
-        """File of a sample and its name there, for messages; the same in every run."""
+        """Returns the file of a sample and its name there, for messages; the same in every run."""
         part, number = self.parts.locate(index)
         return part.name(number)
 
@@ -234,7 +234,7 @@ def build_heldout_streams(config: RunConfig, tokenizer: TextTokenizer | None) ->
 def name_sources(
     part: Literal["train", "heldout"], streams: Mapping[str, Stream], data: DataConfig
 ) -> dict[str, HasFiles]:
-    """The sources of streams by what the config calls them, such as "data.images.train[0] (images/*.tar)"."""
+    """Returns the sources of streams by their names in the config, such as "data.images.train[0] (images/*.tar)"."""
     return {
         f"data.{name}.{part}[{number}] ({source.path})": samples
         for name, stream in streams.items()

@@ -35,14 +35,14 @@ class ParagraphCutter:
         self._kinds = np.fromiter(kinds, dtype=np.uint8, count=tokenizer.vocab_size)
 
     def content_lengths(self, ids: NDArray[np.generic], lengths: NDArray[np.generic]) -> NDArray[np.int64]:
-        """Counts the ids of each paragraph without the separator (EOS) that may be its last one.
+        """Counts the ids of each paragraph, without a separator (EOS) at its end.
 
         Args:
             ids: all ids of the paragraphs, (n,).
-            lengths: ids of each paragraph, (paragraphs,).
+            lengths: number of ids of each paragraph, (paragraphs,).
 
         Returns:
-            (paragraphs,).
+            The counts, (paragraphs,).
         """
         contents = lengths.astype(np.int64)
         (filled,) = np.nonzero(contents)
@@ -71,16 +71,16 @@ class ParagraphCutter:
     def cuts(self, ids: NDArray[np.generic], lengths: NDArray[np.generic], limit: int) -> Iterator[int]:
         """Cuts paragraphs longer than `limit` into sequences of at most `limit` ids, separators not counted.
 
-        A sequence ends at the last end of a sentence that it has room for; within a sentence longer than a sequence
-        before the last start of a word, and within such a word where it is full.
+        A sequence ends at the last end of a sentence that fits. Within a sentence longer than a sequence it ends before
+        the last start of a word that fits, and within a word longer than a sequence where it is full.
 
         Args:
             ids: all ids of the paragraphs, (n,).
-            lengths: ids of each paragraph, (paragraphs,).
-            limit: ids of a sequence at most.
+            lengths: number of ids of each paragraph, (paragraphs,).
+            limit: most ids of a sequence.
 
         Yields:
-            Number of the first id of each sequence but the first of its paragraph, rising.
+            Number of the first id of each sequence except the first one of a paragraph, ascending.
         """
         starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)[:-1]])
         stops = starts + self.content_lengths(ids, lengths)

@@ -1,8 +1,8 @@
 """Where the members of one tar shard lie: scanned from its headers, or read from an index file.
 
-An index file is one line of JSON (the tar's size and modification time, the records' number, width and checksum, what
-was left out and why), then one record of fixed width per sample. Records are mapped, so finding one calls no file
-system, nothing is copied into a process, and the system's page cache serves all processes of a machine.
+An index file is one line of JSON (the tar's size and modification time, the records' number, width and checksum, and
+the members left out, by reason), then one record of fixed width per sample. Records are mapped: finding one makes no
+file system call, no process copies them, and all processes of a machine share the page cache.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ UNREAD_IMAGE_EXTENSIONS = (
 NO_MEMBER = -1
 """Size of a member that a sample does not have."""
 
-_FORMAT = 2  # of the file and of the rule that groups members into samples
+_FORMAT = 2  # version of the file and of the rule that groups members into samples
 _MAX_HEADER_BYTES = 1 << 20
 _MEMBER = np.dtype([("offset", "<i8"), ("size", "<i8"), ("crc32", "<u4")])
 _EXTENSIONS = (*IMAGE_EXTENSIONS, *CAPTION_EXTENSIONS)
@@ -83,7 +83,7 @@ class ShardIndex:
         return len(self.records)
 
     def record(self, index: int) -> np.void:
-        """The record of one sample."""
+        """Returns the record of one sample."""
         return self.records[index]
 
 
@@ -96,10 +96,10 @@ class StoredIndex:
         Args:
             path: the index file.
             tar: the tar.
-            files: keeps the map; None keeps it in a set of its own.
+            files: keeps the map open; None uses a new `OpenFiles`.
 
         Raises:
-            ConfigError: if the index is damaged, or the tar's size or modification time is another.
+            ConfigError: if the index is damaged, or the tar's size or modification time has changed.
         """
         self.path, self._files = path, files or OpenFiles()
         try:
@@ -125,7 +125,7 @@ class StoredIndex:
         return self._length
 
     def record(self, index: int) -> np.void:
-        """The record of one sample.
+        """Returns the record of one sample.
 
         Raises:
             StorageError: if the index file has vanished or shrunk, or cannot be read.
@@ -169,12 +169,12 @@ def index_path(prepared_dir: str, tar: str) -> str:
 
 
 def scan_shard(tar: str, with_checksums: bool = False) -> ShardIndex:
-    """Indexes a tar from its headers; with checksums it reads the images and captions, too. It may hold no samples.
+    """Indexes a tar from its headers; with checksums it also reads images and captions. The tar may have no samples.
 
-    Of several members with one name, or several images of one sample, the first counts.
+    The first of several members with one name, or of several images of one sample, counts.
 
     Raises:
-        ConfigError: if it is unreadable, no tar, damaged, cut off, or changes meanwhile.
+        ConfigError: if the file is unreadable, not a tar, damaged, truncated, or changes while it is read.
         StorageError: if the file system fails.
     """
     before = _stat(tar)
@@ -192,7 +192,7 @@ def scan_shard(tar: str, with_checksums: bool = False) -> ShardIndex:
 
 
 def reason_to_skip(extension: str) -> str:
-    """Says why a file with an extension, in lower case, is no part of a sample."""
+    """Returns why a file with this extension, in lower case, is not part of a sample."""
     is_image = extension in UNREAD_IMAGE_EXTENSIONS
     return "image in a format that is not read" if is_image else "neither image nor caption, by its extension"
 
@@ -224,14 +224,14 @@ class _Sample(NamedTuple):
 
 
 class _Candidate(NamedTuple):
-    """A member whose extension is one of a sample's members."""
+    """A tar member whose extension says that it belongs to a sample."""
 
     key: str
-    """Its name without the extension."""
+    """Name without the extension."""
     extension: str
-    """In lower case."""
+    """Extension in lower case."""
     member: TarMember
-    """Where it lies."""
+    """Place in the tar."""
 
 
 def _scan(tar: str, with_checksums: bool) -> tuple[dict[str, _Sample], dict[str, Skipped]]:
@@ -286,7 +286,7 @@ def _add(samples: dict[str, _Sample], candidate: _Candidate, descriptor: int | N
 
 
 def _advice(tar: str) -> str:
-    """Says what to do with a file that is no tar."""
+    """Returns advice for a file that is not a tar."""
     with contextlib.suppress(OSError):
         kind = kind_of_file(tar)
         if kind.endswith(("gzip data", "Zstandard data", "bzip2 data", "xz data", "LZ4 data")):

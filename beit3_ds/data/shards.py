@@ -36,18 +36,18 @@ class TarShards:
 
     The members `folder/KEY.webp` and `folder/KEY.txt` are the image and the caption of the sample `folder/KEY`. Without
     `KEY.txt` the caption is the value of `caption` in `KEY.json`. A key may hold dots: `v.one.jpg` and `v.two.jpg` are
-    two samples. WebDataset ends a key at its first dot instead, for samples of several parts: where `KEY.jpg`,
-    `KEY.txt` or `KEY.json` is there, too, `KEY.seg.png` is a further part of that sample and is left out. So nothing
-    that either rule takes for a sample is lost without a count. All other members are counted in `skipped`.
+    two samples. WebDataset ends a key at its first dot instead, for samples of several parts: beside `KEY.jpg`,
+    `KEY.txt` or `KEY.json`, `KEY.seg.png` is a further part of that sample and is left out. So every member that is a
+    sample by either rule is read or counted. All other members are counted in `skipped`.
 
-    What is found in real corpora, and what becomes of it:
+    What real corpora hold, and how it is handled:
 
     | found | rule |
     |---|---|
     | tar cut off, also between two members; damaged header; second tar appended | refused: `ConfigError` |
     | tar unlike its index in size or modification time | refused: `ConfigError` |
     | changed bytes under an old date | found by `beit3 prepare index --verify` |
-    | one name twice; a second image or a further part of a sample | the first counts, the others are in `skipped` |
+    | a repeated name; a second image or a further part of a sample | the first counts, the others are in `skipped` |
     | hidden files; other extensions, image formats that are not read | in `skipped` |
     | tar without samples | in `skipped`; refused if no tar has any: `ConfigError` |
     | tar or index gone, unreadable after retries | the run ends: `StorageError` |
@@ -57,9 +57,9 @@ class TarShards:
     | grey, palette, CMYK, 16 bits, alpha, animation, EXIF rotation | upright RGB on white, first frame |
     | caption missing, empty, too long, not UTF-8, with NUL or half a surrogate pair | `BrokenRecord` |
 
-    Opening reads the headers of the index files of `prepared_dir`; where there is none, it reads the tar's headers and
-    keeps about 50 bytes per sample, in each process. Indices are mapped and tars stay open (`OpenFiles`), so an image,
-    a caption, or a pair whose members are neighbours in the tar takes one read and no open. Instances may be pickled.
+    Opening reads the headers of the index files in `prepared_dir`. Without an index file it reads the tar's headers and
+    keeps about 50 bytes per sample in each process. Indices are mapped and tars stay open (`OpenFiles`), so an image, a
+    caption, or a pair whose members are neighbours in the tar takes one read and no open. Instances may be pickled.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class TarShards:
         Args:
             patterns: files or glob patterns.
             prepared_dir: the folder that `beit3 prepare index` wrote; None scans.
-            files: keeps tars and indices open; None keeps them in a set of its own.
+            files: keeps tars and indices open; None uses a new `OpenFiles`.
 
         Raises:
-            ConfigError: for a pattern without a match, a file that is unreadable, no tar, damaged or cut off, one that
-                no longer fits its index, or tars that hold no samples at all.
+            ConfigError: for a pattern without a match; for a file that is unreadable, not a tar, damaged, truncated or
+                changed since it was indexed; or if no tar has a sample.
             StorageError: if the file system fails.
         """
         self.paths = expand_patterns(patterns)
@@ -89,7 +89,7 @@ class TarShards:
         return int(self._ends[-1]) if self.paths else 0
 
     def files(self) -> Iterator[SourceFile]:
-        """The shards, with the sizes that they had when they were opened."""
+        """Yields the shards, with the sizes that they had when they were opened."""
         for path, index in zip(self.paths, self._indices, strict=True):
             yield SourceFile(os.path.basename(path), index.tar_size, len(index))
 
@@ -153,7 +153,7 @@ class TarShards:
             raise BrokenRecord(f"{_name(self.paths[shard], record)}: broken caption: {error}") from error
 
     def _read_both(self, shard: int, record: np.void) -> tuple[bytes, bytes]:
-        """The bytes of the caption and of the image."""
+        """Returns the bytes of the caption and of the image."""
         places = [_place(self.paths[shard], record, kind) for kind in ("caption", "image")]
         start, end = min(offset for offset, _ in places), max(offset + size for offset, size in places)
         if end - start > sum(size for _, size in places) + _MAX_GAP:
@@ -188,7 +188,7 @@ class TarShards:
 
 
 def _open_indices(tars: Sequence[str], prepared_dir: str | None, files: OpenFiles) -> list[ShardIndex | StoredIndex]:
-    """Opens the index of every tar, many at a time: a shared file system takes long to answer, but answers many."""
+    """Opens the index of every tar, many at a time, because a shared file system answers slowly but in parallel."""
     with ThreadPoolExecutor(_OPENING_THREADS) as pool:
         return list(pool.map(lambda tar: _open_index(tar, prepared_dir, files), tars))
 
@@ -215,10 +215,10 @@ def _name(tar: str, record: np.void) -> str:
 
 
 def _place(tar: str, record: np.void, kind: str) -> tuple[int, int]:
-    """Offset and size of a sample's image or caption.
+    """Returns offset and size of a sample's image or caption.
 
     Raises:
-        BrokenRecord: if it has none, or one that is too large.
+        BrokenRecord: if it is missing or too large.
     """
     extensions, limit = _KINDS[kind]
     offset, size = int(record[kind]["offset"]), int(record[kind]["size"])

@@ -23,7 +23,7 @@ from beit3_ds.data.image_source import ImageSource, printable
 from beit3_ds.data.open_files import OpenFiles
 from beit3_ds.data.shards import TarShards
 
-_IMAGES_AT_START = 16  # looked for when annotations are opened, by every process; `beit3 prepare index` looks for all
+_IMAGES_AT_START = 16  # every process looks for these when it opens annotations; `beit3 prepare index` looks for all
 PartT = TypeVar("PartT", bound=Sized)
 
 
@@ -115,13 +115,13 @@ def check_images_are_there(samples: AnnotatedImages, num_examined: int | None = 
 
     Args:
         samples: an opened source of an annotation format.
-        num_examined: how many to look for, evenly spread; None looks for all.
+        num_examined: number of images to look for, evenly spread; None looks for all.
 
     Returns:
-        How many of them are missing, and the path of the first such one.
+        The number of missing images, and the path of the first one.
 
     Raises:
-        ConfigError: if there are no samples, or none of the images is there.
+        ConfigError: if there are no samples, or all images are missing.
         StorageError: if the file system fails.
     """
     if not len(samples):
@@ -143,7 +143,7 @@ def check_images_are_there(samples: AnnotatedImages, num_examined: int | None = 
 
 
 def spread(length: int, count: int) -> list[int]:
-    """Up to `count` indices of a sequence, evenly spread from the first to the last."""
+    """Returns up to `count` indices of a sequence, evenly spread from the first to the last."""
     return np.unique(np.linspace(0, length - 1, min(length, count)).round().astype(np.int64)).tolist()
 
 
@@ -152,8 +152,8 @@ def open_images(source: SourceConfig, prepared_dir: str | None, files: OpenFiles
 
     Args:
         source: names format and files.
-        prepared_dir: where `beit3 prepare index` wrote the indices of tars and the tables of annotations; what has none
-            is scanned or parsed, as all is if this is None.
+        prepared_dir: where `beit3 prepare index` wrote the indices of tars and the tables of annotations. Files without
+            one are scanned or parsed; None scans or parses all.
         files: keeps tars and indices open; sources of one process should share it.
 
     Raises:

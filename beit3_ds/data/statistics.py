@@ -1,4 +1,4 @@
-"""What the files of a run hold: numbers of samples, sizes, lengths, some texts, and what is broken."""
+"""Describes the files of a run: numbers of samples, sizes, lengths, some texts, and broken records."""
 
 import math
 import os
@@ -18,8 +18,8 @@ from beit3_ds.data.texts import texts_folder
 from beit3_ds.data.token_files import count_tokens
 
 _PERCENTILES = (0, 10, 50, 90, 100)
-_MAX_NAMED = 10  # broken records of one reason
-_NUM_TEXTS, _TEXT_LENGTH = 4, 100  # shown of each source, in characters
+_MAX_NAMED = 10  # broken records per reason that a report names
+_NUM_TEXTS, _TEXT_LENGTH = 4, 100  # texts shown per source, and characters of each
 _SUSPECTS = {
     "U+FFFD, which stands for what could not be decoded": re.compile("\ufffd"),
     "what looks like UTF-8 read as Latin-1": re.compile("[\u00c2-\u00c3\u00e2][\u0080-\u00bf\u20ac\u201a-\u201e]"),
@@ -37,14 +37,14 @@ class SourceStatistics:
     skipped: dict[str, Skipped]
     """What the source leaves out, by reason."""
     numbers: dict[str, list[int]] = field(default_factory=dict)
-    """By name: widths and heights of images in pixels, characters and words of texts."""
+    """Measurements by name: widths and heights of images in pixels, characters and words of texts."""
     texts: list[str] = field(default_factory=list)
-    """The readable texts, in their order."""
+    """The readable texts, in order."""
     broken: dict[str, list[str]] = field(default_factory=dict)
-    """The messages about broken samples, by the reason without its numbers; one whose image and caption are broken is
-    in both."""
+    """Messages about broken samples, by the reason without its numbers; a sample whose image and caption are both
+    broken has two messages."""
     num_broken: int = 0
-    """Broken samples; one whose image and caption are broken counts once."""
+    """Number of broken samples; a sample whose image and caption are both broken counts once."""
 
     def describe(self) -> list[str]:
         """Lines of text; percentiles are those of the readable samples."""
@@ -64,7 +64,7 @@ class SourceStatistics:
         return lines
 
     def problems(self, max_broken_records: int) -> list[str]:
-        """Says why a run over these samples would fail; empty if nothing shows that it would."""
+        """Returns the reasons why a run over these samples would fail; empty if none is known."""
         if self.num_broken and self.num_broken == self.num_examined:
             return [f"none of {self.num_examined:,} examined samples can be read"]
         if self.num_broken > max_broken_records:
@@ -90,12 +90,12 @@ class SourceStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """What `describe_streams` found."""
+    """The result of `describe_streams`."""
 
     text: str
     """For people."""
     problems: list[str]
-    """Why a run over these files would fail, a line each."""
+    """Reasons why a run over these files would fail, one line each."""
 
 
 def open_sources(config: DataConfig) -> dict[str, ImageSource]:
@@ -141,11 +141,10 @@ def describe_streams(config: DataConfig, max_examined: int) -> DataReport:
 
     Args:
         config: names the files.
-        max_examined: samples of each source that are read, evenly spread; paragraphs of texts are the first ones of
-            every file.
+        max_examined: samples per source that are read, evenly spread; of texts the first paragraphs of every file.
 
     Raises:
-        ConfigError: for files that are missing or cannot be read, or held-out files that are trained on.
+        ConfigError: for files that are missing or cannot be read, or held-out files that are also training files.
         StorageError: if the file system fails.
     """
     check_heldout_apart(config)
@@ -176,13 +175,13 @@ def _add(statistics: SourceStatistics, numbers: dict[str, int]) -> None:
 
 
 def _reason(message: str) -> str:
-    """What messages of one reason share: numbers, addresses and the record's name are left out."""
+    """Returns the common part of messages with one reason, without numbers, addresses and the record's name."""
     _, _, reason = message.partition(": broken ")
     return re.sub(r"0x[0-9a-f]+|\d+", "", reason or re.sub(r"^.*?:\d+: |^.*: (?=no )", "", message))
 
 
 def _show(text: str) -> str:
-    """The beginning of a text, with escapes for what is not printable."""
+    """Returns the beginning of a text, with escapes for unprintable characters."""
     return repr(text[:_TEXT_LENGTH]) + ("..." if len(text) > _TEXT_LENGTH else "")
 
 

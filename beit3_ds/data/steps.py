@@ -17,19 +17,19 @@ from beit3_ds.tokenizers.text import TextTokenizer
 
 
 def _say_nothing(name: str) -> None:
-    """Where nobody asks what is being read."""
+    """Ignores what is being read, for callers that do not ask."""
 
 
 class StepDataset(Dataset[StepBatch]):
     """Map-style dataset whose item `step` is the share of one data-parallel rank in that step.
 
-    Which samples make up a step depends on seed, step and data alone (`RunOrder`); those of a stream fill its slots in
-    order. Ranks and micro-batches only divide the slots (`StepShares.slots`). A record that cannot be read leaves its
-    slot empty and moves no other.
+    The samples of a step depend on seed, step and data alone (`RunOrder`); a stream's samples fill its slots in order.
+    Ranks and micro-batches only divide the slots (`StepShares.slots`). A record that cannot be read leaves its slot
+    empty and moves no other.
 
     Attributes:
-        order: of the run's samples, to be resumed before the first step is asked for.
-        prefetch: how many steps workers may prepare ahead.
+        order: order of the run's samples; resume it before the first step is read.
+        prefetch: number of steps that workers may prepare ahead.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class StepDataset(Dataset[StepBatch]):
         """Opens the training files.
 
         Args:
-            config: of the run.
-            text_tokenizer: of the run; None if it has no texts.
-            data_parallel_rank: whose share is read.
-            data_parallel_size: ranks that share a step.
-            views: those of each image that the batches keep. Both are made either way, since the jitter of one takes
-                its mean from the other.
+            config: the run's configuration.
+            text_tokenizer: the run's tokenizer; None if it has no texts.
+            data_parallel_rank: rank whose share is read.
+            data_parallel_size: number of ranks that share a step.
+            views: views of each image that the batches keep. Both are always made, because the jitter of one takes its
+                mean from the other.
 
         Raises:
             ConfigError: for files that cannot be read, fewer samples than ranks, or steps above `data.prefetch_gib`.
@@ -66,7 +66,7 @@ class StepDataset(Dataset[StepBatch]):
         return self._config.training.total_steps
 
     def sources(self) -> dict[str, HasFiles]:
-        """The samples of every source, by what the config calls it."""
+        """Returns the samples of every source, by its name in the config."""
         return name_sources("train", self._streams, self._config.data)
 
     def __getitem__(self, step: int) -> StepBatch:
@@ -77,7 +77,7 @@ class StepDataset(Dataset[StepBatch]):
         """Reads, augments, masks and packs this rank's samples of optimizer step `step`.
 
         Args:
-            step: from 0.
+            step: number of the step, from 0.
             note: receives the name of each sample before it is read.
         """
         broken: dict[str, str] = {}

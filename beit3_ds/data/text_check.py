@@ -1,4 +1,4 @@
-"""Telling text from what only decodes as text."""
+"""Tells text from other data that merely decodes as text."""
 
 import re
 
@@ -7,9 +7,9 @@ _TEXT_PER_CONTROL = 10
 
 
 def check_is_text(text: str) -> None:
-    """Refuses what cannot be text: NUL, half a surrogate pair, or more than a tenth of control characters.
+    """Refuses a string with NUL, half a surrogate pair, or more than a tenth of control characters.
 
-    Fewer control characters are let through: web pages hold some, and SentencePiece's normalisation drops them.
+    A few control characters are accepted: web pages hold some, and SentencePiece's normalisation drops them.
 
     Raises:
         ValueError: with the reason.

@@ -1,8 +1,8 @@
-"""Paragraphs of text files, streamed: plain text or JSON, as it is or compressed.
+"""Streams the paragraphs of text files: plain text or JSON, compressed or not.
 
-`text_formats` says which file holds what. In plain text a line is a paragraph, and blank lines stand between documents.
-In JSON every object is a document; the lines of its `text` are the paragraphs. At most one line or JSON value is in
-memory, and a line of more than 16 MiB is left out, so memory is bounded whatever the file. Lines end with a newline, a
+`text_formats` finds the format of a file. In plain text a line is a paragraph, and blank lines separate documents. In
+JSON every object is a document; the lines of its `text` are the paragraphs. At most one line or JSON value is in
+memory, and a line of more than 16 MiB is left out, so memory is bounded for every file. Lines end with a newline, a
 carriage return, or both.
 """
 
@@ -34,16 +34,16 @@ class TextPiece(NamedTuple):
     start: int
     """First byte."""
     stop: int
-    """One past the last byte. Compressed files and JSON values can only be read whole: their piece is the file."""
+    """One past the last byte; a compressed file or one of JSON values is a single piece, as it is only read whole."""
 
 
 class Paragraph(NamedTuple):
     """A paragraph of a text."""
 
     text: str
-    """Not blank, without white space around it."""
+    """The text, which is not blank and has no white space around it."""
     ends_document: bool
-    """Whether it is the last one of its document."""
+    """Whether the paragraph is the last one of its document."""
 
 
 class BrokenLines:
@@ -79,7 +79,7 @@ class BrokenLines:
 
 
 def whole_file(path: str) -> TextPiece:
-    """The piece that is all of a file.
+    """Returns the piece that covers a whole file.
 
     Raises:
         ConfigError: if the file cannot be read, or holds no text.
@@ -89,7 +89,7 @@ def whole_file(path: str) -> TextPiece:
 
 
 def cut_into_pieces(path: str, piece_bytes: float) -> list[TextPiece]:
-    """Cuts a file into pieces of `piece_bytes` that can be read apart; what must be read whole is one piece.
+    """Cuts a file into pieces of `piece_bytes` that can be read separately, or one piece if it must be read whole.
 
     Raises:
         ConfigError: if the file cannot be read, or holds no text.
@@ -106,13 +106,12 @@ def read_paragraphs(piece: TextPiece, broken: BrokenLines) -> Iterator[Paragraph
     """Yields the paragraphs of a piece.
 
     Args:
-        piece: what to read.
-        broken: where lines and JSON values are counted that are no text (`check_is_text`), no UTF-8, no JSON object
-            with a `text`, or too long.
+        piece: the piece to read.
+        broken: counts lines and JSON values that are not text (`check_is_text`), not UTF-8, not JSON objects with a
+            `text`, or too long.
 
     Raises:
-        ConfigError: if the file cannot be read, decompressed or, as JSON values, parsed, or the budget of broken lines
-            is used up.
+        ConfigError: if the file cannot be read, decompressed or parsed as JSON values, or if too many lines are broken.
         StorageError: if the file system fails.
     """
     text_format = find_text_format(piece.path)
@@ -135,10 +134,10 @@ def _paragraphs_of_values(file: BinaryIO, path: str, broken: BrokenLines) -> Ite
                 yield from _mark(_paragraphs_of_record(value))
             except ValueError as error:
                 broken.add(f"{path}:{number}: {error}")
-    except ValueError as error:  # not of the value, whose own are counted above
+    except ValueError as error:  # of the file; errors of single values are counted above
         raise ConfigError(
-            f"data: {printable(path)} cannot be read as JSON behind value {number}: {error}. Repair it, or write one "
-            "object a line (JSONL), of which a broken one is left out by itself."
+            f"data: {printable(path)} cannot be read as JSON after value {number}: {error}. Repair it, or write one "
+            "object per line (JSONL): there a broken line is left out alone."
         ) from error
 
 
@@ -147,7 +146,7 @@ def _paragraphs_of_lines(
 ) -> Iterator[Paragraph]:
     first = _find_first_line(file, piece)
     lines_before: int | None = None
-    held: str | None = None  # a paragraph of which it is not known yet whether it ends its document
+    held: str | None = None  # a paragraph that may still turn out to end its document
     is_plain = text_format.kind == "plain"
     for number, is_inside, part in _read_parts(file, first, math.inf if text_format.is_read_whole else piece.stop):
         if not is_inside and held is None:
@@ -162,7 +161,7 @@ def _paragraphs_of_lines(
         except ValueError as error:
             if not is_inside:  # the next piece counts it
                 continue
-            if lines_before is None:  # seldom needed, and reads the file up to the piece
+            if lines_before is None:  # computed only here, because it reads the file up to the piece
                 lines_before = _count_lines(piece.path, first)
             broken.add(f"{piece.path}:{lines_before + number}: {error}")
             continue
@@ -174,7 +173,7 @@ def _paragraphs_of_lines(
 
 
 def _mark(paragraphs: list[str]) -> Iterator[Paragraph]:
-    """The paragraphs of one document."""
+    """Yields the paragraphs of one document and marks the last one."""
     for number, paragraph in enumerate(paragraphs, 1):
         yield Paragraph(paragraph, ends_document=number == len(paragraphs))
 
@@ -218,8 +217,8 @@ def _find_first_line(file: BinaryIO, piece: TextPiece) -> int:
 def _read_parts(file: BinaryIO, position: int, stop: float) -> Iterator[tuple[int, bool, bytes]]:
     """Yields the lines from `position` on, cut at carriage returns.
 
-    Each comes with the number of its newline's line, from 1, and whether that starts before `stop`. A line that is too
-    long is yielded whole, but cut off.
+    Each comes with its line number by newlines, from 1, and whether that line starts before `stop`. A line that is too
+    long is truncated.
     """
     number = 0
     while line := file.readline(_MAX_LINE_BYTES + 1):

@@ -1,14 +1,14 @@
-"""Which format a text file has, by its name and its first bytes; files of other formats are refused.
+"""Finds the format of a text file by its name and its first bytes; files of other formats are refused.
 
-| name, in small or capital letters | what it holds |
+| name, in lower or upper case | content |
 |---|---|
-| `*.jsonl`, `*.ndjson`, `*.jsonlines`, `*.ldjson` | a JSON object a line, or JSON values if it starts with `[` |
-| `*.json` | the same; JSON values also if its first line is no JSON by itself |
+| `*.jsonl`, `*.ndjson`, `*.jsonlines`, `*.ldjson` | one JSON object per line, or JSON values if it starts with `[` |
+| `*.json` | the same; JSON values also if its first line is not a complete JSON value |
 | tables, markup, documents, archives, images and others in `_OTHERS` | refused |
 | any other | plain text |
 
-Each may be compressed: `.gz`, `.gzip`, `.zst`, `.zstd`. JSON values are objects, alone or in lists, over any number of
-lines.
+Each may be compressed, with `.gz`, `.gzip`, `.zst` or `.zstd` at the end of its name. JSON values are objects, alone or
+in lists, over any number of lines.
 """
 
 import gzip
@@ -28,17 +28,17 @@ from beit3_ds.data.image_source import printable
 from beit3_ds.data.shard_index import IMAGE_EXTENSIONS, UNREAD_IMAGE_EXTENSIONS
 
 DECOMPRESSION_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
-"""What reading a damaged or missing file raises."""
+"""Exceptions of reading a damaged or missing file."""
 
 _JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".ldjson")
 _GZIP, _ZSTANDARD = (".gz", ".gzip"), (".zst", ".zstd")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _KEY_TEXT = re.compile(r'[{,]\s*"text"\s*:\s*"')
 _HEAD_BYTES = 1 << 16
-_COMPRESSED_BYTES = 8 << 10  # zstandard gives out at once all that they hold
+_COMPRESSED_BYTES = 8 << 10  # zstandard decompresses a whole block of input at once
 _CHUNK_BYTES = 1 << 20
 
-_TO_JSONL = 'write the column of texts as JSONL, one {"text": ...} a line'
+_TO_JSONL = 'write the column of texts as JSONL, one {"text": ...} per line'
 _OTHERS = {
     **dict.fromkeys((".csv", ".tsv", ".psv"), f"is a table: {_TO_JSONL}"),
     **dict.fromkeys((".parquet", ".arrow", ".feather", ".orc", ".avro"), f"is a binary table: {_TO_JSONL}"),
@@ -54,16 +54,16 @@ _OTHERS = {
 
 
 class TextFormat(NamedTuple):
-    """How a file is read."""
+    """Kind and compression of a text file, which decide how it is read."""
 
     kind: Literal["plain", "json_lines", "json_values"]
-    """What it holds, decompressed."""
+    """Kind of the decompressed content."""
     compression: Literal["", "gzip", "zstandard"]
-    """How it is compressed."""
+    """Compression of the file; empty for none."""
 
     @property
     def is_read_whole(self) -> bool:
-        """Whether it cannot be read from the middle."""
+        """Whether the file can only be read from its beginning."""
         return bool(self.compression) or self.kind == "json_values"
 
 
@@ -71,7 +71,7 @@ def find_text_format(path: str) -> TextFormat:
     """Finds the format of a file.
 
     Raises:
-        ConfigError: if it is not a text file that can be read, with what to do; or if it cannot be opened.
+        ConfigError: if the file has another format, with advice, or cannot be opened.
         StorageError: if the file system fails.
     """
     compression, extension = _split_name(path)
@@ -92,14 +92,14 @@ def find_text_format(path: str) -> TextFormat:
         if _starts_with_record(head):
             raise ConfigError(
                 f"data: {printable(path)} holds JSON objects with 'text'. Name it *.jsonl, else every line "
-                "would be read as it stands, braces and keys included."
+                "would be read as text, braces and keys included."
             )
         return TextFormat("plain", compression)
     return TextFormat(_kind_of_json(head, extension), compression)
 
 
 def open_decompressed(path: str, compression: Literal["", "gzip", "zstandard"]) -> BinaryIO:
-    """Opens a file for reading what it holds, with retries (`file_reading`); a cut compressed file raises EOFError."""
+    """Opens a file for reading its decompressed content, with retries; a truncated compressed file raises EOFError."""
     if compression == "gzip":
         return cast(BinaryIO, gzip.GzipFile(fileobj=open_for_reading(path)))
     if compression == "zstandard":
@@ -108,7 +108,7 @@ def open_decompressed(path: str, compression: Literal["", "gzip", "zstandard"]) 
 
 
 def _split_name(path: str) -> tuple[Literal["", "gzip", "zstandard"], str]:
-    """The compression that a name ends with, and the extension before it, in lower case."""
+    """Returns the compression that a name ends with, and the extension before it in lower case."""
     stem, extension = os.path.splitext(path.lower())
     if extension in _GZIP:
         return "gzip", os.path.splitext(stem)[1]
@@ -132,20 +132,20 @@ def _kind_of_json(head: bytes, extension: str) -> Literal["json_lines", "json_va
 
 
 def _starts_with_record(head: bytes) -> bool:
-    """Whether a file starts with a JSON object that has a `text`, alone or in a list."""
+    """Returns whether a file starts with a JSON object that has a `text`, alone or in a list."""
     text = head.removeprefix(_BYTE_ORDER_MARK).decode("utf-8", "ignore").lstrip()
     text = text.removeprefix("[").lstrip()
     if not text.startswith("{"):
         return False
     try:
         record, _ = json.JSONDecoder().raw_decode(text)
-    except (ValueError, RecursionError):  # not JSON, or longer than what was read
+    except (ValueError, RecursionError):  # not JSON, or longer than the bytes that were read
         return len(head) == _HEAD_BYTES and _KEY_TEXT.search(text) is not None
     return isinstance(record, dict) and isinstance(record.get("text"), str)
 
 
 class _ZstandardFrames(io.RawIOBase):
-    """All frames of a .zst file; a file that ends within a frame is an error, which zstandard's own reader hides."""
+    """Reads all frames of a .zst file; a truncated frame is an error, which zstandard's own reader hides."""
 
     def __init__(self, path: str) -> None:
         self._file = open_for_reading(path)

@@ -21,15 +21,15 @@ from beit3_ds.tokenizers.text import TextTokenizer
 class TextSequences:
     """The texts of files, cut into sequences of at most `length` tokens.
 
-    Consecutive paragraphs of a file share a sequence as long as the next one fits whole, also those of several
+    Consecutive paragraphs of a file share a sequence as long as the next one fits whole. They may belong to several
     documents, which EOS separates unless `document_separator` is false. Only a paragraph longer than a sequence is cut,
-    at ends of sentences, and its rest goes on with the next paragraph; only a sentence longer than a sequence is cut in
-    itself, between words if it can be. `beit3_ds.data.text_files` says which files can be read and what paragraphs and
-    documents are, `beit3_ds.data.sentences` where a sentence ends.
+    at ends of sentences, and its rest shares a sequence with the next paragraph. Only a sentence longer than a sequence
+    is cut inside, between words if possible. `beit3_ds.data.text_files` defines paragraphs, documents and readable
+    files; `beit3_ds.data.sentences` defines the end of a sentence.
 
-    Without `prepared_dir` all is tokenised at the start and kept in memory, two bytes a token with a vocabulary below
-    65536, in each process: fit for some gigabytes of text. With it the token files that `beit3 prepare texts` wrote are
-    mapped: opening takes one read of a footer for each 64 MiB of text. The sequences are the same.
+    Without `prepared_dir` all text is tokenised at the start and kept in the memory of each process, two bytes per
+    token with a vocabulary below 65536, which suits a few gigabytes of text. With `prepared_dir` the token files of
+    `beit3 prepare texts` are mapped, and opening reads one footer per 64 MiB of text. The sequences are the same.
 
     Attributes:
         paths: the files.
@@ -51,14 +51,14 @@ class TextSequences:
         Args:
             patterns: files or glob patterns.
             tokenizer: turns paragraphs into ids.
-            length: tokens of a sequence at most, BOS and EOS included; at least 3.
+            length: most tokens of a sequence, BOS and EOS included; at least 3.
             prepared_dir: `data.prepared_dir`.
-            max_broken_lines: lines that may be unreadable, over all files.
+            max_broken_lines: most lines that may be unreadable, over all files.
             document_separator: `data.document_separator`.
 
         Raises:
-            ConfigError: for a pattern without a match, a file that is unreadable, files without any text, more broken
-                lines than allowed, or a token file that is missing, damaged or out of date.
+            ConfigError: for a pattern without a match, an unreadable file, files without any text, too many broken
+                lines, or a token file that is missing, damaged or out of date.
             StorageError: if the file system fails.
         """
         self.paths = expand_patterns(patterns)
@@ -88,10 +88,10 @@ class TextSequences:
         return int(self._first_of_file[-1])
 
     def files(self) -> Iterator[SourceFile]:
-        """The text files, with their numbers of sequences, which the tokenizer decides too.
+        """Yields the text files with their numbers of sequences, which also depend on the tokenizer.
 
         Raises:
-            ConfigError: if one is no longer there.
+            ConfigError: if a file is no longer there.
         """
         for path, sequences in zip(self.paths, self._files, strict=True):
             try:

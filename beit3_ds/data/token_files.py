@@ -133,7 +133,7 @@ def read_token_piece(path: Path) -> TokenPiece:
 
 
 def count_tokens(folder: Path, sources: Iterable[str]) -> int:
-    """Tokens of source files in the token files that are there so far.
+    """Counts the tokens of source files in the token files that exist so far.
 
     Raises:
         ConfigError: if one of them is damaged.
@@ -153,7 +153,7 @@ def find_token_pieces(
     """
     status, end = os.stat(source), 0
     pieces: list[TokenPiece] = []
-    # Each piece says where the next one starts, so the folder, which holds those of all sources, is never listed.
+    # Each piece says where the next one starts, so the folder with the pieces of all sources is never listed.
     while (not pieces or end < status.st_size) and (path := _piece_path(folder, source, end)).exists():
         piece = read_token_piece(path)
         if piece.tokenizer != tokenizer.fingerprint:
@@ -181,7 +181,7 @@ def find_token_pieces(
 
 
 def remove_other_pieces(folder: Path, sources: Iterable[Sequence[TextPiece]]) -> None:
-    """Deletes token files of sources that lie at other bytes than their pieces, left from when a source was larger."""
+    """Deletes token files of sources whose bytes match no piece, left from when a source was larger."""
     names = _names(folder)
     for pieces in sources:
         kept = {token_path(folder, piece).name for piece in pieces}
@@ -212,8 +212,8 @@ def write_borders(
 class PreparedText:
     """The sequences of one source file, read from its token files.
 
-    Nothing is loaded: ids and borders are mapped at their first use, so all processes of a machine share what the
-    system has cached. Maps keep no file open. A pickled copy maps the files anew.
+    Nothing is loaded: ids and borders are mapped at their first use, so all processes of a machine share the page
+    cache. Maps keep no file open. A pickled copy maps the files again.
     """
 
     def __init__(
@@ -222,11 +222,11 @@ class PreparedText:
         """Opens the files and reads their footers.
 
         Args:
-            folder: where they lie.
-            source: the source file, as the config names it.
-            tokenizer: what they must have been made with.
-            length: tokens of a sequence at most, BOS and EOS included.
-            document_separator: what they must have been made with.
+            folder: folder of the token files.
+            source: the source file, by its path in the config.
+            tokenizer: tokenizer that must have made the token files.
+            length: most tokens of a sequence, BOS and EOS included.
+            document_separator: setting with which the token files must have been made.
 
         Raises:
             ConfigError: naming the file that is missing, damaged or out of date.
@@ -254,7 +254,7 @@ class PreparedText:
         """Reads the ids of a sequence, without BOS; the last one is EOS if a document ends there.
 
         Raises:
-            StorageError: if a file cannot be mapped. One that fails later, while its map is read, ends the process.
+            StorageError: if a file cannot be mapped. A file that fails later, when its map is read, ends the process.
         """
         start, stop = (int(border) for border in self._borders()[index : index + 2])
         parts = []
@@ -285,10 +285,10 @@ class PreparedText:
 
 
 def _map_with_retries(path: Path, open_map: Callable[[], NDArray[np.generic]]) -> NDArray[np.generic]:
-    """Maps a file that was there when the run started: what cannot be mapped any more is a fault of its storage."""
+    """Maps a file that existed when the run started; if it no longer can be mapped, its storage is at fault."""
     try:
         return read_with_retries(open_map, str(path), file_errors=frozenset())
-    except OSError as error:  # without a number: the file was cut off
+    except OSError as error:  # an error without a number: the file was truncated
         raise storage_error(str(path), error, attempts=1) from error
 
 
@@ -301,7 +301,7 @@ def _piece_path(folder: Path, source: str, start: int) -> Path:
 
 
 def _names(folder: Path) -> dict[str, list[str]]:
-    """Names of all token files, by the stem that those of one source share."""
+    """Returns the names of all token files, by the stem that the files of one source share."""
     names: dict[str, list[str]] = {}
     if folder.is_dir():
         for entry in os.scandir(folder):

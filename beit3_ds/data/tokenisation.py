@@ -1,8 +1,8 @@
-"""From paragraphs to ids, and from ids to the borders of sequences; all streamed.
+"""Streams paragraphs to ids, and ids to the borders of sequences.
 
-Documents are separated by EOS, as RoBERTa does where sequences cross documents (Liu et al., 2019, arXiv:1907.11692,
-section 4.2, FULL-SENTENCES): the separator is the last id of a document's last paragraph. At the end of a sequence it
-is the sequence's own EOS, and takes no room.
+EOS separates documents, as in RoBERTa's sequences that cross documents (Liu et al., 2019, arXiv:1907.11692, section
+4.2, FULL-SENTENCES). The separator is the last id of a document's last paragraph. At the end of a sequence it is the
+sequence's own EOS and takes no room.
 """
 
 from collections.abc import Iterable, Iterator
@@ -33,9 +33,9 @@ def encode_paragraphs(
     """Yields the ids of consecutive paragraphs, a block of about a million characters at a time.
 
     Args:
-        paragraphs: of one file or piece.
-        tokenizer: turns them into ids.
-        document_separator: end every document with EOS, unless nothing of it is left in ids.
+        paragraphs: paragraphs of one file or piece.
+        tokenizer: turns paragraphs into ids.
+        document_separator: end every document that has ids with EOS.
     """
     dtype = token_dtype(tokenizer.vocab_size)
     is_open = False  # whether ids came since the last separator
@@ -55,11 +55,11 @@ def sequence_starts(blocks: Iterable[TokenBlock], limit: int, cutter: ParagraphC
     """Packs consecutive paragraphs into sequences of at most `limit` tokens.
 
     A paragraph that fits into a sequence stays whole. A longer one starts a sequence and is cut at sentences; its rest
-    goes on with the next paragraph.
+    shares a sequence with the next paragraph.
 
     Args:
-        blocks: the paragraphs, as `encode_paragraphs` gives them; empty ones change nothing.
-        limit: tokens of a sequence at most, without a separator at its end.
+        blocks: paragraphs from `encode_paragraphs`; empty ones change nothing.
+        limit: most tokens of a sequence, without a separator at its end.
         cutter: cuts long paragraphs.
 
     Yields:

@@ -23,7 +23,7 @@ from beit3_ds.data.waiting import WaitLimits
 from beit3_ds.data.worker_pool import Preparation, prepare_in_order
 
 _STREAM = "visual tokenizer"  # its own order, whatever the streams of the pretraining
-_BATCHES_AHEAD = 2  # of each worker
+_BATCHES_AHEAD = 2  # batches that each worker prepares ahead
 
 
 def read_training_lines(config: DataConfig) -> Iterator[str]:
@@ -52,19 +52,19 @@ def read_training_lines(config: DataConfig) -> Iterator[str]:
 
 
 class View(NamedTuple):
-    """One of the tokenizer's views, and what could not be read in its place."""
+    """A view of the tokenizer, with the broken images that were skipped for it."""
 
     pixels: Tensor
-    """(3, image_size, image_size) float32 in [-1, 1]; of a batch (B, 3, image_size, image_size)."""
+    """Pixels (3, image_size, image_size) float32 in [-1, 1]; for a batch (B, 3, image_size, image_size)."""
     broken_records: dict[str, str]
-    """Broken images that were passed over, by name, each with a line that says what is wrong."""
+    """Broken images that were skipped, by name, each with a line that says what is wrong."""
 
 
 class Views(Protocol):
     """The tokenizer's views by position in an endless order."""
 
     def __len__(self) -> int:
-        """Images of one epoch; positions go on beyond it."""
+        """Returns the number of images of one epoch; positions continue beyond it."""
 
     def read(self, position: int) -> View:
         """Reads the view at a position."""
@@ -73,9 +73,9 @@ class Views(Protocol):
 class TokenizerImages:
     """The tokenizer's views of all training images, those of pairs included.
 
-    Its items are the positions of the training's endless order: the k images of step s stand at [s*k, (s+1)*k),
-    whatever the number of ranks. Every epoch holds each image once, in an order of its own and with a crop of its own.
-    Crops, flips and colors are those of the pretraining, so the tokenizer learns on what it will encode.
+    Its items are the positions of the training's endless order: step s takes the k images at [s*k, (s+1)*k), whatever
+    the number of ranks. Every epoch holds each image once, in a new order and with a new crop. Crops, flips and colors
+    are those of pretraining, so the tokenizer learns on the views that it will encode.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -96,11 +96,11 @@ class TokenizerImages:
         self._augmentation = build_augmentation(config, config.data.flip_probability)
 
     def __len__(self) -> int:
-        """Images of one epoch; positions go on beyond it."""
+        """Returns the number of images of one epoch; positions continue beyond it."""
         return len(self._images)
 
     def sources(self) -> dict[str, HasFiles]:
-        """The images of every source, by its number and its path in the config."""
+        """Returns the images of every source, by its number and its path in the config."""
         return dict(zip(self._paths, self._images, strict=True))
 
     def __getitem__(self, position: int) -> Tensor:
@@ -143,19 +143,19 @@ def build_view_loader(images: Views, batches: Iterable[range], num_workers: int,
 
     Args:
         images: views by position.
-        batches: positions of one batch each; read once.
+        batches: positions of one batch each; iterated once.
         num_workers: processes that read ahead; 0 reads in this one.
-        limits: of the wait for a batch.
+        limits: limits of the wait for a batch.
 
     Raises:
-        DataTimeoutError, WorkerLossError: as `prepare_in_order`.
+        DataTimeoutError, WorkerLossError: as `prepare_in_order` does.
     """
     preparation = Preparation(work=_ViewWork(images), describe=_name_views, limits=limits)
     return prepare_in_order(preparation, batches, num_workers, _BATCHES_AHEAD)
 
 
 class _ViewWork:
-    """Prepares a batch of views, in a worker or here."""
+    """Prepares a batch of views, in a worker or in this process."""
 
     def __init__(self, images: Views) -> None:
         self._images = images

@@ -1,4 +1,4 @@
-"""Which of several weighted sources has which position of an endless order."""
+"""Assigns the positions of an endless order to weighted sources."""
 
 from collections.abc import Sequence
 
@@ -11,13 +11,13 @@ _SHARE_PARTS = 10**6
 def take_turns(weights: Sequence[float], positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Divides an endless order between sources, as evenly as their weights allow.
 
-    Of n positions source 0 takes floor(n * its share), source 1 its share of what remains, and so on; the source whose
-    number grows from p to p + 1 has position p. So every source goes through its own places 0, 1, 2, ... without a gap,
-    and its number differs from its share of the first n positions by less than the number of sources. Shares are
-    rounded to a millionth: with integers alone this stays exact up to 9e12 positions.
+    Of n positions source 0 takes floor(n * its share), source 1 its share of the rest, and so on. Position p belongs to
+    the source whose count grows from p to p + 1 positions. So every source visits its own places 0, 1, 2, ... without a
+    gap, and its count differs from its share of the first n positions by less than the number of sources. Shares are
+    rounded to a millionth, so that integers keep this exact up to 9e12 positions.
 
     Args:
-        weights: of each source, above 0.
+        weights: weight of each source, above 0.
         positions: (n,) int64.
 
     Returns:
@@ -25,7 +25,7 @@ def take_turns(weights: Sequence[float], positions: NDArray[np.int64]) -> tuple[
     """
     parts = share_parts(weights)
     turns, places = np.empty_like(positions), np.empty_like(positions)
-    left = positions  # of the positions so far, those that the sources before this one did not take
+    left = positions  # positions so far that the sources before this one did not take
     unassigned = np.ones(len(positions), dtype=bool)
     for source, part in enumerate(parts):
         remaining = sum(parts[source:])
@@ -38,7 +38,7 @@ def take_turns(weights: Sequence[float], positions: NDArray[np.int64]) -> tuple[
 
 
 def turns_taken(weights: Sequence[float], positions: int) -> list[int]:
-    """Counts how many of the first `positions` positions each source has in `take_turns`."""
+    """Counts the positions that each source has in `take_turns`, of the first `positions` ones."""
     parts, left, taken = share_parts(weights), positions, []
     for source, part in enumerate(parts):
         taken.append(left * part // sum(parts[source:]))
@@ -47,5 +47,5 @@ def turns_taken(weights: Sequence[float], positions: int) -> list[int]:
 
 
 def share_parts(weights: Sequence[float]) -> list[int]:
-    """The sources' shares in millionths, at least one each. Equal parts mean equal turns."""
+    """Returns the sources' shares in millionths, at least one each; equal shares mean equal turns."""
     return [max(1, round(weight / sum(weights) * _SHARE_PARTS)) for weight in weights]

@@ -1,8 +1,8 @@
-"""The samples that an epoch has left: sets that are computed from how the epoch was shuffled, and never listed.
+"""The samples that an epoch has left, as sets that are computed from its shuffles and never listed.
 
-While the data stay the same, an epoch is one shuffle of all samples. When they change during an epoch, what is left of
-the shuffle is joined with what is new and shuffled again. So a set here is a formula over earlier shuffles, whose size
-does not depend on the number of samples: a checkpoint stores it as JSON.
+While the data stay the same, an epoch is one shuffle of all samples. When they change during an epoch, the rest of the
+shuffle is joined with the new samples and shuffled again. So a set is a formula over earlier shuffles. Its size does
+not depend on the number of samples, and a checkpoint stores it as JSON.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from beit3_ds.data.permutation import order_permutation
 
 _BLOCK = 128
-"""Samples that are counted together; finding one takes computing as many."""
+"""Samples that are counted together; finding one sample computes this many."""
 _CHUNK = 1 << 20
 _GONE = 1 << 40
-"""Numbers of samples whose source is gone begin here, and there are as many for each source."""
+"""First number for samples of removed sources, and count of numbers per removed source."""
 
 Bounds = Callable[[int], tuple[int, int]]
-"""First number in the stream of a source's samples, and one past the last, by the source's id."""
+"""Returns, for a source's id, the first number of its samples in the stream and one past the last."""
 
 
 class Unseen(Protocol):
@@ -31,10 +31,10 @@ class Unseen(Protocol):
         """Samples of the set."""
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The numbers in the stream of the samples at places of the set, (n,) int64 each."""
+        """Returns the numbers in the stream of the samples at places of the set; both (n,) int64."""
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the set to a list of JSON nodes, after the sets that it is made of; returns its own node's number."""
+        """Appends the set to a list of JSON nodes, after its parts; returns the number of its own node."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Range:
     """The samples [first, last) of one source."""
 
     source: int
-    """The source's id."""
+    """Id of the source."""
     first: int
     last: int
     start: int
-    """Number in the stream of the source's sample 0."""
+    """Number of the source's sample 0 in the stream."""
 
     def __len__(self) -> int:
         """Samples of the set."""
@@ -71,7 +71,7 @@ class Joined:
         self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
 
     def __len__(self) -> int:
-        """Samples of all parts."""
+        """Returns the number of samples of all parts."""
         return int(self._ends[-1])
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -91,16 +91,16 @@ class Joined:
 
 @dataclass(frozen=True)
 class Rest:
-    """What is left of a shuffled set after its first samples were taken."""
+    """The rest of a shuffled set after its first samples were taken."""
 
     whole: Unseen
     seed: int
     key: tuple[str | int, ...]
-    """With the seed, of the permutation that shuffled the set."""
+    """Key, beside the seed, of the permutation that shuffled the set."""
     taken: int
 
     def __len__(self) -> int:
-        """Samples that are left."""
+        """Returns the number of samples that are left."""
         return len(self.whole) - self.taken
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -117,16 +117,16 @@ class Rest:
 class Only:
     """The samples of a set that belong to some of its sources.
 
-    Building it counts them in blocks, which computes the whole set once: about 20 seconds for 100 million samples.
+    Building it computes the whole set once to count samples in blocks: about 20 seconds for 100 million samples.
     """
 
     whole: Unseen
     sources: tuple[int, ...]
     """Ids of the sources that stay."""
     bounds: tuple[tuple[int, int], ...]
-    """Of the numbers of each of their samples in the stream."""
+    """Range of the numbers of their samples in the stream, per source."""
     _counts: NDArray[np.int64] = field(init=False)
-    """Samples that stay in all blocks before each block, and in all."""
+    """Samples that stay in all blocks before each block, and in all blocks."""
 
     def __post_init__(self) -> None:
         counts = [0]
@@ -136,7 +136,7 @@ class Only:
         object.__setattr__(self, "_counts", np.cumsum(counts, dtype=np.int64))
 
     def __len__(self) -> int:
-        """Samples that stay."""
+        """Returns the number of samples that stay."""
         return int(self._counts[-1])
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -162,18 +162,18 @@ class Only:
 
 
 def to_nodes(unseen: Unseen) -> list[Any]:
-    """The set as a flat list of JSON nodes, the last of which is the set itself."""
+    """Returns the set as a flat list of JSON nodes, with the set itself as the last one."""
     nodes: list[Any] = []
     unseen.add_to(nodes)
     return nodes
 
 
 def from_nodes(nodes: Sequence[Any], bounds: Bounds) -> Unseen:
-    """Builds the set that `to_nodes` described, in a stream whose sources may have other numbers now.
+    """Rebuilds a set from the nodes of `to_nodes`, in a stream whose sources may be numbered differently now.
 
     Args:
-        nodes: from `to_nodes`.
-        bounds: of the sources' samples in the stream now; `gone_bounds` of sources that are gone.
+        nodes: result of `to_nodes`.
+        bounds: ranges of the sources' numbers in the stream now; `gone_bounds` for removed sources.
     """
     built: list[Unseen] = []
     for kind, *values in nodes:
@@ -195,5 +195,5 @@ def from_nodes(nodes: Sequence[Any], bounds: Bounds) -> Unseen:
 
 
 def gone_bounds(source: int) -> tuple[int, int]:
-    """Numbers that no sample of the stream has, for the samples of a source that is gone."""
+    """Returns a range of numbers that no sample of the stream has, for the samples of a removed source."""
     return (source + 1) * _GONE, (source + 2) * _GONE

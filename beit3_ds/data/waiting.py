@@ -1,4 +1,4 @@
-"""Waits for data: each has a bound, says what it waits for, and heeds a request to stop."""
+"""Waits for data with a time limit; each wait names what it waits for and reacts to a request to stop."""
 
 import queue
 import sys
@@ -13,13 +13,13 @@ from beit3_ds.config import ConfigError
 T = TypeVar("T")
 
 POLL_SECONDS = 0.2
-"""How often a wait looks whether it must end."""
+"""Interval at which a wait checks whether it must end."""
 _NOTICE_SECONDS = 30.0
 _START_SECONDS = 120.0
 
 
 class DataTimeoutError(ConfigError):
-    """Data did not come in time; the message names what was waited for."""
+    """Data did not come in time; the message names the item that was waited for."""
 
 
 class StopRequestedError(Exception):
@@ -32,14 +32,14 @@ def _never() -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class WaitLimits:
-    """When a wait for data must end."""
+    """Conditions under which a wait for data must end."""
 
     seconds: float
     """`data.timeout_seconds`."""
     is_stopping: Callable[[], bool] = _never
     """Whether this process was asked to stop."""
     where: str = "this process"
-    """Who waits, such as "rank 0 (host a)"."""
+    """Name of the waiting process, such as "rank 0 (host a)"."""
 
 
 class Patience:
@@ -53,19 +53,19 @@ class Patience:
 
     @property
     def waited(self) -> float:
-        """Seconds so far."""
+        """Seconds waited so far."""
         return time.monotonic() - self._start
 
     def restart(self) -> None:
-        """Begins the wait anew, for what was waited for has got on."""
+        """Restarts the wait, because the item that it waits for has made progress."""
         self._start, self._notice = time.monotonic(), _NOTICE_SECONDS
 
     def check(self, what: Callable[[], str], *, is_start: bool = False) -> None:
-        """Returns if the wait may go on; says on stderr every half a minute what is waited for.
+        """Returns if the wait may continue; prints every 30 seconds on stderr what it waits for.
 
         Args:
-            what: names it.
-            is_start: whether a process must start first: its imports take long, so the bound is two minutes at least.
+            what: names the item that is waited for.
+            is_start: whether a process must start first; its imports take long, so the limit is at least two minutes.
 
         Raises:
             StopRequestedError: if this process was asked to stop.
@@ -85,10 +85,10 @@ class Patience:
 
 
 class ReaderThread:
-    """A thread that does what may block for ever, so that the main thread can give up waiting for it."""
+    """A thread for calls that may block for ever, so that the main thread can give up waiting for them."""
 
     def __init__(self, name: str) -> None:
-        """Starts at the first call."""
+        """Takes the thread's name; the thread starts at the first call."""
         self._name = name
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -99,17 +99,17 @@ class ReaderThread:
         """Returns what `function` returns, or raises what it raises.
 
         Args:
-            function: runs in the thread; after a wait that was given up it is left behind there.
-            limits: of the wait.
-            what: says what is waited for.
-            is_start: as of `Patience.check`.
+            function: runs in the thread, and keeps running there if the wait is given up.
+            limits: limits of the wait.
+            what: names the item that is waited for.
+            is_start: as for `Patience.check`.
 
         Raises:
             StopRequestedError: if this process was asked to stop.
             DataTimeoutError: after `limits.seconds`.
         """
         if self._thread is None:
-            # A daemon, which does not hold up the end of the process.
+            # A daemon thread does not delay the end of the process.
             self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
             self._thread.start()
         done = threading.Event()

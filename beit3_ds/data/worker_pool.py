@@ -1,4 +1,4 @@
-"""Items prepared ahead by worker processes: a worker that dies or stops is replaced, and no wait is without a bound."""
+"""Prepares items ahead in worker processes; replaces workers that die or stop, and limits every wait."""
 
 import functools
 import os
@@ -20,29 +20,29 @@ TaskT = TypeVar("TaskT")
 ItemT = TypeVar("ItemT")
 
 _MAX_REPLACEMENTS = 3
-"""Workers that may die or stop over one item. One is an accident, of the kernel's memory killer perhaps; so many in a
-row are the fault of a record or of the machine."""
+"""Workers that may die or stop over one item. One may be an accident, such as the kernel's memory killer; more in a row
+are the fault of a record or of the machine."""
 _STOPPED_SECONDS = 10.0
-"""How long a worker may be stopped while its item is waited for; debuggers stop processes for less."""
+"""Time that a worker may be stopped while its item is waited for; debuggers stop processes for less."""
 
 
 class WorkerLossError(ConfigError):
-    """Workers died or stopped again and again over one item; the message says how and over what."""
+    """Workers died or stopped repeatedly over one item; the message names the item and the last loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation(Generic[TaskT, ItemT]):
-    """What workers do."""
+    """The work of a pool's workers."""
 
     work: Callable[[TaskT, Callable[[str], None]], ItemT]
-    """Prepares the item of a task, the same whenever it is called; says by its second argument what it reads. It is
-    pickled once for each worker."""
+    """Prepares the item of a task, the same in every call, and reports what it reads to its second argument. It is
+    pickled once per worker."""
     describe: Callable[[TaskT], str]
     """Names a task's item, for messages, such as "step 17"."""
     limits: WaitLimits
-    """Of each wait for an item."""
+    """Limits of each wait for an item."""
     set_up: Callable[[], object] | None = None
-    """What each worker process does first."""
+    """Called once in each worker process, before its first task."""
     preload: str = "torch"
     """Module that workers need, imported once for all of them."""
 
@@ -53,15 +53,15 @@ def prepare_in_order(
     """Yields the items of tasks in their order.
 
     Args:
-        preparation: what to do.
-        tasks: read as they are handed out.
-        num_workers: processes; each prepares every num_workers-th item. 0 prepares in a thread of this process.
-        ahead: items that each worker prepares ahead at most.
+        preparation: the work.
+        tasks: tasks, which are read only as workers get them.
+        num_workers: processes, of which each prepares every num_workers-th item; 0 uses a thread of this process.
+        ahead: most items that each worker prepares ahead.
 
     Raises:
         StopRequestedError: if this process was asked to stop while an item was waited for.
         DataTimeoutError: if an item did not come in time.
-        WorkerLossError: if workers die or stop again and again over one item.
+        WorkerLossError: if workers die or stop repeatedly over one item.
     """
     if num_workers == 0:
         yield from _prepare_here(preparation, tasks)
@@ -95,10 +95,10 @@ def prepare_in_any_order(
     """Yields the items of tasks as they are finished, by `num_workers` processes, at least one.
 
     An item may take any time as long as its worker computes; the wait ends once a worker has used no processor time for
-    as long as `limits.seconds`.
+    `limits.seconds`.
 
     Raises:
-        As `prepare_in_order`.
+        StopRequestedError, DataTimeoutError, WorkerLossError: as `prepare_in_order` does.
     """
     crew = _Crew(preparation)
     try:
@@ -120,7 +120,7 @@ def prepare_in_any_order(
                 del busy[worker]
                 try:
                     item = crew.take(worker, task, reply)
-                except Exception as raised:  # what others have begun is ended and kept
+                except Exception as raised:  # items that other workers have begun are finished and kept
                     error = error or raised
                     continue
                 for next_task in rest if error is None else ():
@@ -134,7 +134,7 @@ def prepare_in_any_order(
 
 
 class _Crew(Generic[TaskT, ItemT]):
-    """The workers of one pool, with what each of them was asked."""
+    """The workers of one pool, with the tasks of each."""
 
     def __init__(self, preparation: Preparation[TaskT, ItemT]) -> None:
         self._preparation, self._limits = preparation, preparation.limits
@@ -142,7 +142,7 @@ class _Crew(Generic[TaskT, ItemT]):
         self._asked: list[deque[TaskT]] = []
         self._replaced: list[int] = []
         self._stopped: list[float] = []
-        """For how long each worker has been seen stopped."""
+        """Seconds for which each worker has been seen stopped."""
         self._looked: list[float] = []
         self._told_slow = False
 
@@ -172,7 +172,7 @@ class _Crew(Generic[TaskT, ItemT]):
         return self.take(worker, task, reply)
 
     def wait(self, workers: list[int]) -> None:
-        """Waits until one of some workers has sent something, a moment at most."""
+        """Waits briefly until one of some workers has sent something."""
         poll = select.poll()
         for worker in workers:
             poll.register(self.workers[worker], select.POLLIN)
@@ -188,7 +188,7 @@ class _Crew(Generic[TaskT, ItemT]):
             self._replace(worker, task, str(death))
             return None
         if reply is None:
-            # Time in which this process was stopped too, by a scheduler that suspends jobs, does not count.
+            # Time in which a scheduler had suspended this process too does not count.
             now = time.monotonic()
             passed = min(now - self._looked[worker], 2 * POLL_SECONDS)
             self._looked[worker] = now
@@ -228,7 +228,7 @@ class _Crew(Generic[TaskT, ItemT]):
         return process
 
     def _replace(self, worker: int, task: TaskT, why: str) -> None:
-        """Starts another worker in the place of one that is lost, with the same tasks: they give the same items."""
+        """Replaces a lost worker by a new one with the same tasks, which gives the same items."""
         self.workers[worker].kill()
         self._replaced[worker] += 1
         what = f"data worker {worker}, which prepares {self._preparation.describe(task)}: {why}"
@@ -251,7 +251,7 @@ class _Crew(Generic[TaskT, ItemT]):
 
 
 def _prepare_here(preparation: Preparation[TaskT, ItemT], tasks: Iterable[TaskT]) -> Iterator[ItemT]:
-    """Prepares items one by one in a thread, so that a file system that hangs does not hold the main thread."""
+    """Prepares items one by one in a thread, so that a hanging file system does not block the main thread."""
     thread, place = ReaderThread("reading data"), ReadingPlace()
     place.close_descriptor()
     try:

@@ -1,4 +1,4 @@
-"""A process that prepares items for this one, which never waits for it without a bound."""
+"""A process that prepares items for this one; every wait for it has a time limit."""
 
 import atexit
 import contextlib
@@ -28,7 +28,7 @@ from beit3_ds.data.waiting import ReaderThread, WaitLimits
 
 Task = Any
 Work = Callable[[Task, Callable[[str], None]], Any]
-"""Prepares the item of a task; says by the second argument what it reads."""
+"""Prepares the item of a task, and reports what it reads to its second argument."""
 
 _SOCKET_NAME_BYTES = 107  # of an AF_UNIX address
 _SOCKET_SUFFIX_BYTES = 40  # of multiprocessing's "/pymp-xxxxxxxx/listener-xxxxxxxx"
@@ -42,11 +42,11 @@ class WorkerDiedError(Exception):
 
 
 class Reply(NamedTuple):
-    """What a worker sends for a task."""
+    """A worker's answer to a task."""
 
     item: Any
     error: BaseException | None
-    """What the work raised instead."""
+    """Exception that the work raised; None if it returned an item."""
     trace: str
     """Its traceback."""
 
@@ -54,29 +54,29 @@ class Reply(NamedTuple):
 class WorkerProcess:
     """One worker and the socket to it.
 
-    It is forked from a server process that runs no threads, deaf to the signals that ask a run to stop, and ends when
-    this process does. Its death shows as the end of its socket, at once; nothing that this process does waits for it
-    but `start`, which has a bound.
+    The worker is forked from a server process without threads, blocks the signals that ask a run to stop, and ends
+    when this process does. Its death shows at once as the end of its socket. Only `start`, `receive` and `kill` wait
+    for it, each with a time limit.
     """
 
     def __init__(self, work: Work, set_up: Callable[[], object] | None = None, preload: str = "torch") -> None:
-        """Nothing starts yet.
+        """Takes the work; starts nothing yet.
 
         Args:
-            work: can be pickled.
-            set_up: what the process does first.
-            preload: module that the server of workers imports once for all.
+            work: prepares an item; must be picklable.
+            set_up: called once in the process, before its first task.
+            preload: module that the server of workers imports once for all workers.
         """
         self._work, self._set_up, self._preload = work, set_up, preload
         self._process: BaseProcess | None = None
         self.is_ready = False
-        """Whether it has imported what it needs."""
+        """Whether the worker has finished its imports."""
 
     def start(self, limits: WaitLimits) -> None:
-        """Starts the process; the pickled work is sent to it meanwhile.
+        """Starts the process and sends it the pickled work.
 
         Raises:
-            DataTimeoutError, StopRequestedError: as `Patience.check`.
+            DataTimeoutError, StopRequestedError: as `Patience.check` does.
         """
         _start_server_of_workers(self._preload)
         own, other = socket.socketpair()
@@ -93,33 +93,33 @@ class WorkerProcess:
         self._place = ReadingPlace()
         socket.send_fds(own, [b"p"], [self._place.descriptor])
         self._place.close_descriptor()
-        handle = os.pidfd_open(self.pid)  # a number may be given to another process
+        handle = os.pidfd_open(self.pid)  # unlike this handle, a pid may be reused by another process
         self._kill = weakref.finalize(self, _kill, handle)  # also at exit, where a stopped worker would be waited for
 
     @property
     def pid(self) -> int:
-        """The process's number."""
+        """Process id."""
         assert self._process is not None and self._process.pid is not None, "not started"
         return self._process.pid
 
     def ask(self, task: Task) -> None:
-        """Sends a task; the worker does them in order. Nothing happens if the worker is dead."""
+        """Sends a task, which the worker does after those before it; does nothing if the worker is dead."""
         try:
             send_item(self._connection, task)
         except (BrokenPipeError, ConnectionResetError):
             return  # `receive` will tell
 
     def receive(self, seconds: float) -> Reply | None:
-        """Waits for the reply to the oldest task without one.
+        """Waits for the reply to the oldest unanswered task.
 
         Args:
-            seconds: at most.
+            seconds: longest wait.
 
         Returns:
-            None if it has not arrived by then. The first thing that arrives says that the worker is ready.
+            The reply; None if it has not arrived by then. The first message only says that the worker is ready.
 
         Raises:
-            WorkerDiedError: if the worker ended before it.
+            WorkerDiedError: if the worker ended without a reply.
         """
         try:
             arrived = self._receiver.receive()
@@ -136,29 +136,29 @@ class WorkerProcess:
 
     @property
     def slow_bytes(self) -> int:
-        """Bytes of the last reply that found no room in shared memory."""
+        """Bytes of the last reply that did not fit into shared memory."""
         return self._receiver.slow_bytes
 
     def fileno(self) -> int:
-        """Of the socket, for `select`."""
+        """Returns the socket's descriptor, for `select`."""
         return self._connection.fileno()
 
     def describe(self) -> str:
-        """The worker's number, state and what it reads, for messages."""
+        """Returns the worker's process id, state and current record, for messages."""
         reading = self._place.read()
         return f"pid {self.pid}, {describe_state(self.pid)}" + (f", reading {reading}" if reading else "")
 
     def is_stopped(self) -> bool:
-        """Whether the process was stopped, by SIGSTOP or a debugger."""
+        """Returns whether the process is stopped, by SIGSTOP or a debugger."""
         return read_stat(self.pid)[:1] in (["T"], ["t"])
 
     def cpu_ticks(self) -> int:
-        """Processor time that the process has used, in clock ticks; 0 if it is gone."""
+        """Returns the processor time of the process in clock ticks; 0 if it is gone."""
         fields = read_stat(self.pid)
         return int(fields[11]) + int(fields[12]) if fields else 0
 
     def kill(self) -> None:
-        """Ends the process, whatever it does; waits two seconds at most."""
+        """Kills the process; waits at most two seconds for its end."""
         if self._process is None or self._process.pid is None:
             return
         self._kill()
@@ -183,11 +183,11 @@ class WorkerProcess:
 
 
 def describe_state(pid: int) -> str:
-    """What the system says that a process is doing."""
+    """Describes the state of a process, as the system reports it."""
     words = {
         "R": "running",
         "S": "waiting",
-        "D": "in input or output that does not return",
+        "D": "blocked in input or output",
         "T": "stopped by a signal",
         "t": "stopped by a debugger",
         "Z": "dead",
@@ -196,7 +196,7 @@ def describe_state(pid: int) -> str:
 
 
 def read_stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the state on; empty if there is no such process."""
+    """Returns the fields of /proc/PID/stat from the state on; empty if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -210,11 +210,11 @@ def _kill(handle: int) -> None:
 
 
 def _start_server_of_workers(preload: str) -> None:
-    """Starts the process from which workers are forked, if there is none, so that it and they are deaf to some signals.
+    """Starts the server process from which workers are forked, if there is none; it and they block some signals.
 
     Plain fork would copy the locks of threads that exist by now, and CUDA does not survive it. Clusters send SIGTERM or
-    SIGUSR1, and terminals SIGINT, to all processes of a run, where they ask the ranks to end their step and save. What
-    a step needs must still be there then.
+    SIGUSR1, and terminals SIGINT, to all processes of a run, to ask the ranks to end their step and save. Workers must
+    survive these signals, because that step still needs them.
     """
     use_short_socket_folder()
     multiprocessing.get_context("forkserver").set_forkserver_preload([preload])  # once instead of by every worker
@@ -225,7 +225,7 @@ def _start_server_of_workers(preload: str) -> None:
 
 
 def use_short_socket_folder() -> None:
-    """Has multiprocessing keep its sockets in a folder whose name fits into an address, if TMPDIR's does not."""
+    """Moves multiprocessing's sockets to a folder with a short name, if TMPDIR is too long for a socket's address."""
     settings = multiprocessing.current_process()._config  # type: ignore[attr-defined]  # where its own folder is kept
     folder = settings.get("tempdir") or tempfile.gettempdir()
     if len(os.fsencode(folder)) + _SOCKET_SUFFIX_BYTES <= _SOCKET_NAME_BYTES:
@@ -246,7 +246,7 @@ def _find_short_folder() -> str:
 
 
 def _serve(connection: socket.socket, work: Work, set_up: Callable[[], object] | None) -> None:
-    """The worker: answers tasks in order until the other process is gone."""
+    """Runs in the worker: answers tasks in order until the other process is gone."""
     torch.set_num_threads(1)  # workers would fight with the training process for its cores
     threading.Thread(target=_end_with_rank, daemon=True).start()
     if set_up is not None:
@@ -278,7 +278,7 @@ def _do(work: Work, task: Task, place: ReadingPlace) -> Reply:
 
 
 def _end_with_rank() -> None:
-    """Ends this worker when its rank is gone, killed perhaps, also while it does not look at its socket."""
+    """Ends this worker when its rank is gone, even if the rank was killed and the worker is not reading its socket."""
     rank = multiprocessing.parent_process()
     assert rank is not None, "this is no worker"
     rank.join()

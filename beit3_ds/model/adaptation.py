@@ -1,12 +1,12 @@
-"""Weights of one model, made to fit another that differs in a few settings.
+"""Adapts the weights of one model to another model that differs in a few settings.
 
     image_size                   positions of patches are interpolated
-    max_text_length              shorter: the first positions; longer: the further ones have their initial values
+    max_text_length              shorter: the first positions are kept; longer: the others have initial values
     layout                       shared -> decoupled: vision and language each begin with a copy
     num_vision_language_layers   more: the new experts begin as copies of their block's vision experts, which in a pair
                                  process most rows; fewer: the experts of the other blocks are left out
 
-Whatever else differs makes other tensors, which no rule here could fill.
+Any other difference changes tensors that these rules cannot fill.
 """
 
 import dataclasses
@@ -30,22 +30,22 @@ _DECOUPLED = re.compile(r"(\.attention\..*|^heads\.norm\..*)_(vision|language)$"
 
 
 class AdaptedWeights:
-    """The tensors of a model, each made from those of exported or imported weights when it is asked for.
+    """The tensors of a model, each computed from exported or imported weights when it is read.
 
     Attributes:
         path: the file or folder of the weights.
-        model: the configuration that they are made to fit.
-        changes: what is adapted, in words; empty if nothing is.
+        model: the configuration that the weights are adapted to.
+        changes: one sentence per adapted setting; empty if nothing is adapted.
     """
 
     def __init__(self, weights: PretrainedWeights, model: ModelConfig, where: str, *, seed: int = 0) -> None:
         """Compares the two models; reads nothing yet.
 
         Args:
-            weights: of the file, as they are.
-            model: to be made.
+            weights: the weights of the file.
+            model: configuration of the model to fill.
             where: names the weights, for messages.
-            seed: of the initial values of what the weights have nothing for.
+            seed: seed of the initial values of tensors that the weights lack.
 
         Raises:
             ConfigError: naming every setting that differs and cannot be adapted.
@@ -66,7 +66,7 @@ class AdaptedWeights:
             Names of the final norm's and the heads' tensors that the weights lack.
 
         Raises:
-            ConfigError: as `check_tensors`.
+            ConfigError: as `check_tensors` does.
         """
         given = [name for name in wanted if self._source(name) in self._held]
         used = {self._source(name) for name in given}
@@ -75,7 +75,7 @@ class AdaptedWeights:
         return check_tensors(str(self.path), found | {name: self._weights.shape(name) for name in unknown}, wanted)
 
     def read(self, name: str, part: tuple[int, int, int, int] | None = None) -> Tensor:
-        """A tensor of the model, or a part of it as `matrix_part` has it."""
+        """Returns a tensor of the model, or a part of it as in `matrix_part`."""
         if name not in (IMAGE_POSITION, TEXT_POSITION):
             return self._weights.read(self._source(name), part)
         tensor = self._weights.read(name)
@@ -88,7 +88,7 @@ class AdaptedWeights:
         return tensor if part is None else matrix_part(tensor, part)
 
     def _source(self, name: str) -> str:
-        """The tensor of the file that one of the model is made from."""
+        """Returns the name of the file's tensor from which a tensor of the model is computed."""
         if self._weights.model.layout != self.model.layout:
             name = _DECOUPLED.sub(r"\1_shared", name)
         if name not in self._held and name.endswith("_vision_language"):
@@ -101,7 +101,7 @@ class AdaptedWeights:
 
 
 def fill_parameters(model: nn.Module, weights: AdaptedWeights) -> None:
-    """Fills a model's parameters with weights, one after the other.
+    """Fills a model's parameters with weights, one parameter at a time.
 
     Heads that the weights lack get their initial values and are named in a warning.
 

@@ -66,9 +66,9 @@ class BEiT3(nn.Module):
             config: sizes and layout.
             tensor: the ranks that divide every layer; None is this process alone.
             layers: the runs of layers of a pipeline stage; None is all of them.
-            activation_checkpointing: what the backward pass recomputes instead of keeping it.
-            kernels: in which language the kernels are that a GPU runs; "cuda" must have been built.
-            fp32_residual_connection: whether the stream between the layers is float32 beside narrower parameters.
+            activation_checkpointing: activations that the backward pass recomputes.
+            kernels: GPU kernel backend; "cuda" must have been built.
+            fp32_residual_connection: whether the stream between the layers stays float32 with bf16 parameters.
         """
         super().__init__()
         self.config = config
@@ -105,17 +105,17 @@ class BEiT3(nn.Module):
 
         Args:
             path: what `beit3 export` or `beit3 import` wrote: a .safetensors file, or a folder of them.
-            dtype: of the parameters, and of the computation.
-            device: where the parameters are.
-            image_size: pixels on a side of the images to come; positions are interpolated. None keeps the file's, as it
-                does for the other settings; how the weights are made to fit is said in `model.adaptation`.
-            max_text_length: tokens of the longest text to come; further positions have their initial values.
+            dtype: dtype of the parameters and of the computation.
+            device: device of the parameters.
+            image_size: pixels on a side of the input images; positions are interpolated. None keeps the file's value,
+                here and for the settings below. `model.adaptation` lists how weights are adapted.
+            max_text_length: tokens of the longest input text; added positions have initial values.
             layout: "decoupled" gives vision and language copies of shared attention and norms.
             num_vision_language_layers: top blocks with a vision-language expert; a new one is a copy of the vision one.
 
         Raises:
-            ConfigError: if there are no such weights, their tensors are not those of their configuration, or they
-                cannot be made to fit the settings.
+            ConfigError: if there are no such weights, their tensors do not match their configuration, or they cannot be
+                adapted to the settings.
         """
         stored = PretrainedWeights(path)
         settings: dict[str, Any] = {

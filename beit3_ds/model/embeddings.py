@@ -12,7 +12,7 @@ from beit3_ds.parallel import TensorParallel, VocabParallelEmbedding
 
 
 def stream_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype of a residual stream that is at least float32, beside parameters of `dtype`."""
+    """Returns the dtype of a residual stream that is at least as wide as float32, for parameters of `dtype`."""
     return torch.promote_types(dtype, torch.float32)
 
 

@@ -13,7 +13,7 @@ from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ConfigError, ModelConfig
 
 _LARGEST_PIXEL = 8.0
-"""Beyond it pixels are not normalised at all. Between 1 and it they may be what a gradient or another filter made."""
+"""Largest accepted absolute pixel value: larger ones were never normalised, and optimised pixels may exceed 1."""
 _PIXEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SHOWN_LETTERS = 60
 _TOKENISE = "A text becomes [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]."
@@ -165,6 +165,6 @@ def _check_text(config: ModelConfig, name: str, ids: Any) -> Tensor:
 
 
 def _describe(value: Any) -> str:
-    """A value in a few words, for messages."""
+    """Describes a value in a few words, for messages."""
     text = " ".join(repr(value).split())  # of a tensor it has many lines
     return f"{type(value).__name__} {text if len(text) <= _SHOWN_LETTERS else f'{text[:_SHOWN_LETTERS]}...'}"

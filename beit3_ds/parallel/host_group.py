@@ -1,4 +1,4 @@
-"""What ranks tell each other from host memory: counts, verdicts, names, batches; never tensors of a device."""
+"""Exchanges host values between ranks (counts, verdicts, names, batches), never device tensors."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,51 +12,52 @@ from torch import Tensor
 from beit3_ds.parallel.host_value import as_bytes, pack, unpack, unpack_tensors
 
 _FIRST_BYTES = 1024
-"""What the first message of a value holds of it, at least its length: a short value is one message."""
+"""Size of the first message of a value, which holds its length and its beginning, so a short value is one message."""
 _LENGTH_BYTES = 8
 
 
 @dataclass(frozen=True)
 class HostGroup:
-    """Ranks that exchange values of their hosts' memory over gloo. A group of one is valid and silent.
+    """Ranks that exchange values in host memory over gloo; a group of one rank sends nothing.
 
-    Groups of devices serve one type of device: NCCL refuses tensors of the CPU. So what the host knows goes through
-    this group, and device tensors never do. A process has one such group over all ranks, `Mesh.host`; the axes of the
-    mesh see parts of it (`among`), which costs no process group. Threads beside the main one need a group of their own
-    (`build_host_group`): the messages of one group arrive in the order in which they are sent.
+    A group of devices serves one type of device: NCCL refuses CPU tensors. So host values go through this group, and
+    device tensors never do. A process has one such group over all ranks, `Mesh.host`; the axes of the mesh use parts of
+    it (`among`), which need no further process group. Every thread beside the main one needs its own group
+    (`build_host_group`), because the messages of one group arrive in the order in which they are sent.
 
-    Everything is a message between two ranks, along binomial trees: a sum over P ranks takes 2 log2(P) messages after
-    another, 18 with 512 ranks, and a rank connects to log2(P) others. (gloo's own all-reduce is a ring of 2 P messages,
-    and a group that is not lazy connects each rank to all others.) Sums are equal on all ranks to the bit.
+    Each operation is a series of messages between two ranks, along binomial trees. A sum over P ranks takes 2 log2(P)
+    consecutive messages, 18 with 512 ranks, and a rank connects to at most log2(P) others. (gloo's own all-reduce is a
+    ring of 2 P messages, and a group that is not lazy connects each rank to all others.) Sums are bitwise equal on all
+    ranks.
 
-    All ranks of a group call its methods, in the same order. What they exchange are numbers, strings, tensors, and
-    lists, tuples and dicts of these (`host_value.pack`); nothing is pickled. An operation fails with gloo's
-    RuntimeError after the group's time-out.
+    All ranks of a group call its methods in the same order. Values are numbers, strings, tensors, and lists, tuples and
+    dicts of these (`host_value.pack`); nothing is pickled. An operation fails with gloo's RuntimeError after the
+    group's time-out.
     """
 
     group: dist.ProcessGroup | None = None
-    """gloo's group that carries the messages; None for a process alone."""
+    """gloo group that carries the messages; None for a single process."""
     ranks: tuple[int, ...] = (0,)
-    """The ranks that take part, by their numbers in `group`; methods number them from 0."""
+    """Ranks of this group, by their numbers in `group`; methods number them from 0."""
     rank: int = 0
-    """This rank's number among them."""
+    """This rank's number in `ranks`."""
 
     @property
     def size(self) -> int:
-        """Ranks that take part."""
+        """Number of ranks of this group."""
         return len(self.ranks)
 
     def among(self, ranks: Iterable[int]) -> "HostGroup":
-        """A part of this group that this rank is in; sends nothing.
+        """Returns a part of this group that contains this rank; sends nothing.
 
         Args:
-            ranks: their numbers in this group, in the order of their new numbers.
+            ranks: numbers in this group, in the order of the new numbers.
         """
         chosen = tuple(ranks)
         return HostGroup(self.group, tuple(self.ranks[rank] for rank in chosen), chosen.index(self.rank))
 
     def sum(self, values: Tensor) -> Tensor:
-        """Returns the sum of `values`, of one shape and type on all ranks, on the CPU."""
+        """Returns the sum of CPU tensors `values`, which have one shape and dtype on all ranks."""
         _check_host(values)
         total = values.clone(memory_format=torch.contiguous_format)
         if self.size > 1 and total.numel():
@@ -82,7 +83,7 @@ class HostGroup:
         return held
 
     def broadcast(self, value: Any, source: int = 0) -> Any:
-        """Returns the value that rank `source` of this group brings, on all of its ranks."""
+        """Returns the value of rank `source` of this group on all of its ranks."""
         if self.size == 1:
             return value
         source %= self.size
@@ -100,11 +101,11 @@ class HostGroup:
         self.sum(torch.zeros(1, dtype=torch.uint8))
 
     def _distances(self) -> list[int]:
-        """1, 2, 4 and so on: how far from each other the ranks of each round of a tree are."""
+        """Returns the distances 1, 2, 4, ... between the ranks of each round of a tree."""
         return [1 << number for number in range((self.size - 1).bit_length())]
 
     def _reduce(self, total: Tensor) -> None:
-        """Adds up tensors on rank 0, in place; the others' become partial sums."""
+        """Adds up tensors on rank 0, in place; on the other ranks they become partial sums."""
         arriving = torch.empty_like(total)
         for distance in self._distances():
             if self.rank & distance:
@@ -115,7 +116,7 @@ class HostGroup:
                 total += arriving
 
     def _spread(self, values: Tensor) -> None:
-        """Overwrites a tensor, of one size on all ranks, by that of rank 0."""
+        """Overwrites a tensor by that of rank 0; it has one size on all ranks."""
         for distance in reversed(self._distances()):
             if self.rank % (2 * distance) == distance:
                 self._receive(values, self.rank - distance)
@@ -161,10 +162,10 @@ class HostGroup:
 
 
 def build_host_group(timeout: timedelta) -> HostGroup:
-    """Makes a group over all ranks of the initialised process group; all ranks call it.
+    """Builds a group over all ranks of the initialised process group; all ranks call it.
 
     Args:
-        timeout: how long its operations wait.
+        timeout: longest wait of an operation.
     """
     if dist.get_world_size() == 1:
         return HostGroup()

@@ -1,4 +1,4 @@
-"""Plain values as bytes that another rank may read: JSON, and tensors beside it; nothing is pickled."""
+"""Converts plain values to JSON and tensors for another rank, and back; nothing is pickled."""
 
 import json
 from typing import Any
@@ -32,7 +32,7 @@ def pack(value: Any) -> tuple[bytes, list[Tensor]]:
 
 
 def unpack_tensors(header: bytes) -> list[Tensor]:
-    """Returns uninitialised tensors for what `pack` returned beside a header."""
+    """Returns uninitialised tensors of the shapes and dtypes that a header of `pack` describes."""
     kinds, _ = json.loads(header)
     return [torch.empty(shape, dtype=_DTYPES[dtype]) for dtype, *shape in kinds]
 
@@ -44,12 +44,12 @@ def unpack(header: bytes, tensors: list[Tensor]) -> Any:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """The memory of a contiguous tensor, uint8, (bytes,)."""
+    """Returns the memory of a contiguous tensor, uint8, (bytes,)."""
     return tensor.view(-1).view(torch.uint8)
 
 
 def _to_json(value: Any, tensors: list[Tensor]) -> Any:
-    # What JSON does not have becomes a list that begins with its name, so lists begin with theirs.
+    # A type that JSON lacks becomes a list that begins with the type's name; therefore plain lists do too.
     match value:
         case None | bool() | int() | float() | str():
             return value

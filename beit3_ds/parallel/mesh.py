@@ -16,7 +16,7 @@ from beit3_ds.parallel.host_group import HostGroup, build_host_group
 from beit3_ds.parallel.pipeline import PipelineParallel, build_pipeline_parallel
 from beit3_ds.parallel.tensor import TensorParallel
 
-_LISTED = 8  # hosts that a message names
+_LISTED = 8  # most hosts that a message names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +26,14 @@ class Mesh:
     Global rank = (pipeline rank * data_parallel_size + data rank) * tensor_parallel_size + tensor rank, so that
     tensor-parallel peers, which talk most, are neighbours on one node.
 
-    Process groups and `sum_*` are of the devices: they take tensors on this rank's device only, as NCCL does. What
-    hosts know, such as counts and names, goes through `host`, or `host` of an axis.
+    Process groups and `sum_*` take tensors on this rank's device only, as NCCL does. Host values, such as counts and
+    names, go through `host`, or `host` of an axis.
     """
 
     host: HostGroup = field(default_factory=HostGroup)
-    """All ranks, for values of the hosts."""
+    """All ranks, for host values."""
     data_host: HostGroup = field(default_factory=HostGroup)
-    """The ranks of `data_parallel_group`, for values of the hosts."""
+    """The ranks of `data_parallel_group`, for host values."""
 
     data_parallel_group: dist.ProcessGroup | None = None
     """Ranks that hold the same part of the model and different samples."""
@@ -89,21 +89,21 @@ class Mesh:
         return f"rank {rank} ({self.places[rank]}, host {self.hosts[rank]})"
 
     def sum_over_data(self, values: Tensor) -> Tensor:
-        """Returns the sum of a device's `values` over the data-parallel ranks; sends values.numel() elements."""
+        """Returns the sum of device tensors `values` over the data-parallel ranks; sends values.numel() elements."""
         if self.data_parallel_size > 1:
             values = values.clone()
             dist.all_reduce(values, group=self.data_parallel_group)
         return values
 
     def sum_over_model(self, values: Tensor) -> Tensor:
-        """Returns the sum of a device's `values` over one copy of the model's ranks; sends values.numel() elements."""
+        """Returns the sum of device tensors over the ranks of one copy of the model; sends values.numel() elements."""
         if self.model_parallel_size > 1:
             values = values.clone()
             dist.all_reduce(values, group=self.model_parallel_group)
         return values
 
     def sum_over_all(self, values: Tensor) -> Tensor:
-        """Returns the sum of a device's `values` over all ranks; sends values.numel() elements."""
+        """Returns the sum of device tensors `values` over all ranks; sends values.numel() elements."""
         if self.num_ranks > 1:
             values = values.clone()
             dist.all_reduce(values)
@@ -119,7 +119,7 @@ class Mesh:
         return ", ".join(names[:_LISTED]) + more
 
     def check_agreement(self, what: str, value: str, way_out: str) -> None:
-        """Refuses ranks that hold different values of something that must be one; sends a digest of 8 bytes a rank.
+        """Refuses ranks whose values of one setting differ; sends a digest of 8 bytes per rank.
 
         Args:
             what: its name, for the message.
@@ -140,7 +140,7 @@ class Mesh:
             )
 
     def barrier(self) -> None:
-        """Waits until every rank of all axes is here; their devices may still work."""
+        """Waits until all ranks have called it; their devices may still be working."""
         self.host.barrier()
 
     def close(self) -> None:

@@ -27,9 +27,9 @@ class PipelineParallel:
     rank: int = 0
     """This rank's stage."""
     channels: Mapping[ChannelKey, dist.ProcessGroup] = field(default_factory=dict)
-    """The groups of the messages, which are tensors on the device."""
+    """Process groups of the messages, which are device tensors."""
     host: HostGroup = field(default_factory=HostGroup)
-    """The stages, in order, for values of the hosts."""
+    """The stages, in order, for host values."""
 
     @property
     def size(self) -> int:
@@ -93,8 +93,8 @@ def build_pipeline_parallel(
     Args:
         rows: global ranks of one pipeline a row, by stage.
         rank: this rank's stage.
-        host: all ranks.
-        own_group: makes the groups of rows and returns this rank's.
+        host: all ranks, for host values.
+        own_group: builds the groups of rows and returns the group of this rank.
     """
     if rows.shape[1] == 1:
         return PipelineParallel()

@@ -75,7 +75,7 @@ class RollCall:
         if self._rank == 0:
             for key in ("failed", "called", "verdict"):
                 self._store.set(key, _NOTHING)
-        mesh.host.barrier()  # so that all keys are there
+        mesh.host.barrier()  # so that all ranks have written their keys
         watched = range(self._size) if self._rank == 0 else [0]
         self._standings = Standings(self._read_beats(watched), self._poll_seconds)
         self._judgement = Judgement(parallel, self._standings, self._describe)

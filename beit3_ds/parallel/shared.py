@@ -18,35 +18,35 @@ class Shareable(Protocol):
         """Equal for items that two ranks read from the same samples."""
 
     def as_value(self) -> Any:
-        """The item as `HostGroup` can send it."""
+        """Returns the item as a value that `HostGroup` can send."""
 
     @classmethod
     def from_value(cls, value: Any) -> Self:
-        """The item again."""
+        """Rebuilds an item from the value of `as_value`."""
 
 
 Failure = ConfigError | StorageError
-"""What may go wrong with data: all ranks of a copy of the model meet it."""
+"""Errors of data, which are raised on all ranks of a copy of the model."""
 
 ItemT = TypeVar("ItemT", bound=Shareable)
 
 
 class Shared(Generic[ItemT]):
-    """Iterates over the items that the reading ranks (`Mesh.is_reader`) bring, on all ranks of a copy of the model.
+    """Iterates on all ranks of a copy of the model over the items that the reading ranks (`Mesh.is_reader`) read.
 
-    So one tensor-parallel rank of the first and of the last stage decodes images, each the view that its stage needs.
-    The first stage sends its abridged items to the others; the last compares them with its own. Each item is sent, from
-    host memory to host memory, when it is asked for; all ranks must ask for as many. An error in the user's data is
-    raised on all of them.
+    One tensor-parallel rank of the first stage and one of the last stage decode images, each the view that its stage
+    needs. The first stage sends its abridged items to the others; the last stage compares them with its own. Each item
+    is sent from host memory to host memory when it is asked for, and all ranks must ask for the same number. An error
+    in the user's data is raised on all of them.
     """
 
     def __init__(self, items: Iterable[ItemT], mesh: Mesh, item_type: type[ItemT]) -> None:
         """Reads nothing yet.
 
         Args:
-            items: read on the reading ranks only, anew for every iteration.
+            items: items of the reading ranks; only these ranks iterate over them, once per iteration.
             mesh: the ranks that share them.
-            item_type: of the items.
+            item_type: type of the items.
         """
         self._items, self._mesh, self._type = items, mesh, item_type
 
@@ -82,7 +82,7 @@ class Shared(Generic[ItemT]):
                 return _unpack_failure(found)
         first, last = brought[0]["fingerprint"], brought[-1]["fingerprint"]
         if first is None or last is None:
-            return None  # one of them gave up a wait, asked to stop
+            return None  # a reading rank was asked to stop and gave up its wait
         if first != last:
             return ConfigError(
                 "data: the first and the last stage of the pipeline read different samples: a record that one could "

@@ -62,7 +62,7 @@ class TensorParallel:
     size: int = 1
     """Ranks in the group, P."""
     host: HostGroup = field(default_factory=HostGroup)
-    """The same ranks, for values of the hosts; `group` takes tensors on the device only."""
+    """The same ranks, for host values; `group` takes device tensors only."""
     sequence_parallel: bool = False
     """Whether the ranks divide the stream's rows where they do not divide its width."""
 

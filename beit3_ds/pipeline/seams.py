@@ -51,10 +51,10 @@ def adapt_engine(engine: DeepSpeedEngine, mesh: Mesh) -> None:
 
 @contextmanager
 def zero1_adds_up_in_float32() -> Iterator[None]:
-    """Lets an engine that is built meanwhile use ZeRO's own optimizer for bf16 with float32 sums under stage 1.
+    """Makes an engine built in this block use ZeRO's own optimizer for stage 1 in bf16 with float32 sums.
 
-    DeepSpeed would take its BF16_Optimizer there, which adds up as well but reduces gradients after the last backward
-    pass alone, in buckets of 500M elements: `overlap_comm` and `reduce_bucket_size` would have no effect.
+    DeepSpeed would choose its BF16_Optimizer, which also adds up in float32, but reduces gradients only after the last
+    backward pass, in buckets of 500M elements: `overlap_comm` and `reduce_bucket_size` would have no effect.
     """
     chosen = DeepSpeedEngine._do_optimizer_sanity_check
 
@@ -70,9 +70,9 @@ def zero1_adds_up_in_float32() -> Iterator[None]:
 
 
 def _keep_float32_sums(optimizer: DeepSpeedZeroOptimizer) -> None:
-    """Keeps the float32 sums of gradients from one micro-batch of a step to the next; updates clear them.
+    """Keeps the float32 sums of gradients between the micro-batches of a step; updates clear them.
 
-    ZeRO-1 clears them together with the marks of a finished backward pass, before the next forward pass.
+    ZeRO-1 would clear them before the next forward pass, together with its flags of a finished backward pass.
     """
     clear_marks = optimizer.clear_backward_seen_flag
 

@@ -1,6 +1,6 @@
-"""What a finished tokenizer was trained with, so that no tokenizer is trained twice and overwritten by accident.
+"""Records the settings of a finished tokenizer, so that no tokenizer is retrained and overwritten by accident.
 
-A run's checkpoints belong to one tokenizer: a second training, even of the same recipe, may give other ids.
+A run's checkpoints belong to one tokenizer, and a second training, even with the same recipe, may give different ids.
 """
 
 import dataclasses
@@ -14,26 +14,26 @@ from beit3_ds.atomic_file import written_aside
 from beit3_ds.config import ConfigError, RunConfig
 
 Recipe = dict[str, Any]
-"""Plain JSON values by the names of their keys in the config."""
+"""Plain JSON values, by their keys in the config."""
 
 FREE_TO_CHANGE = ("path", "save_interval")
-"""Keys of a tokenizer's section on which the result does not depend."""
+"""Keys of a tokenizer's section that do not change the result."""
 
 
 def text_recipe(config: RunConfig) -> Recipe:
-    """Returns what the run's text tokenizer depends on."""
+    """Returns the settings that the run's text tokenizer depends on."""
     return _recipe(config, config.tokenizers.text, ("texts", "pairs"))
 
 
 def visual_recipe(config: RunConfig) -> Recipe:
-    """Returns what the run's visual tokenizer depends on."""
+    """Returns the settings that the run's visual tokenizer depends on."""
     return _recipe(config, config.tokenizers.visual, ("images", "pairs"))
 
 
 def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Names the values of a recipe that differ, "key from OLD to NEW"; empty if none does.
+    """Lists the values of a recipe that differ as "key from OLD to NEW"; empty if none differs.
 
-    Keys that one of the two does not know, because it is of another version, are passed over.
+    Keys that only one of the two has, because it is from another version, are ignored.
     """
     before = {key: _plain_value(value) for key, value in before.items()}
     changed = [key for key in before if key in now and before[key] != now[key]]
@@ -48,21 +48,21 @@ def save_recipe(path: str | Path, recipe: Recipe) -> None:
 
 
 def is_trained(section: str, path: str | Path, recipe: Recipe, read_known: Callable[[], Recipe]) -> bool:
-    """Whether the finished tokenizer of a recipe is there.
+    """Returns whether the finished tokenizer of a recipe exists.
 
     Args:
-        section: of the config, such as "tokenizers.text".
-        path: of the tokenizer.
-        recipe: that it should have.
-        read_known: reads the part of the recipe that the tokenizer's own file tells, for files without a record.
+        section: section of the config, such as "tokenizers.text".
+        path: path of the tokenizer.
+        recipe: recipe that it should have.
+        read_known: reads the part of the recipe that the tokenizer's own file holds, for files without a record.
 
     Raises:
-        ConfigError: if another tokenizer is there, naming what differs, or a file that is none.
+        ConfigError: if the path holds a tokenizer of another recipe, naming the difference, or another kind of file.
     """
     if not Path(path).exists():
         return False
     way_out = (
-        f"Undo the change to use it, name another {section}.path, or train anew with --force: checkpoints of runs that "
+        f"Undo the change to use it, name another {section}.path, or retrain it with --force: checkpoints of runs that "
         "used it are then refused."
     )
     try:
@@ -77,8 +77,8 @@ def is_trained(section: str, path: str | Path, recipe: Recipe, read_known: Calla
 
 
 def describe_trained(section: str, path: str | Path) -> str:
-    """Says that there is nothing to train."""
-    return f"{section}: {path} is already trained with this recipe; nothing is done. --force trains it anew"
+    """Returns a line that says that there is nothing to train."""
+    return f"{section}: {path} is already trained with this recipe; nothing is done. --force retrains it"
 
 
 def _recipe(config: RunConfig, section: Any, streams: tuple[str, ...]) -> Recipe:
@@ -88,25 +88,25 @@ def _recipe(config: RunConfig, section: Any, streams: tuple[str, ...]) -> Recipe
         f"{stream}.train": [_plain_source(dataclasses.asdict(source)) for source in named[stream].train]
         for stream in streams
     }
-    # Through JSON, which has no tuples, so that a saved recipe equals a new one.
+    # Converted through JSON, which has no tuples, so that a saved recipe equals a new one.
     recipe: Recipe = json.loads(json.dumps(fields | files | {"seed": config.training.seed}))
     return recipe
 
 
 def _plain_source(source: Mapping[str, Any]) -> dict[str, Any]:
-    """What is set of a source, so that a key that a later version adds changes no recipe."""
+    """Returns the keys of a source that are set, so that a key of a later version changes no recipe."""
     return {key: value for key, value in source.items() if value not in (None, "", (), 0, False)}
 
 
 def _plain_value(value: Any) -> Any:
-    """A saved value in today's form: the first version kept every key of a source, set or not."""
+    """Returns a saved value in today's form, because the first version kept every key of a source, set or not."""
     if isinstance(value, list):
         return [_plain_source(item) if isinstance(item, dict) else item for item in value]
     return value
 
 
 def _read_recipe(path: str | Path) -> Recipe | None:
-    """The record of a tokenizer; None if there is none, or it is of another file."""
+    """Returns the recorded recipe of a tokenizer; None if there is none, or it belongs to another file."""
     try:
         content = json.loads(_recipe_path(path).read_text(encoding="utf-8"))
         recipe: Recipe = content["recipe"]

@@ -26,7 +26,7 @@ _ERRORS_ONLY = 2  # SentencePiece's log level; below it, training prints a page
 
 
 class WordBorders(NamedTuple):
-    """Which ids lie at the borders of words, as a tokenizer's pieces mark them."""
+    """Ids at the borders of words, as a tokenizer's pieces mark them."""
 
     starts: NDArray[np.bool_]
     """Ids that start a word, (vocab_size,): pieces with white space before them, and BOS, padding and EOS."""
@@ -34,7 +34,7 @@ class WordBorders(NamedTuple):
     """Ids behind which a word starts, (vocab_size,): pieces with white space behind them, and BOS, padding and EOS."""
 
     def begins(self, ids: NDArray[np.generic]) -> NDArray[np.bool_]:
-        """Says which of consecutive ids start a word, (n,); the first one only if its own piece says so."""
+        """Returns which of consecutive ids start a word, (n,); the first id does only if its own piece starts one."""
         begins = self.starts[ids]
         begins[1:] |= self.ends[ids[:-1]]
         return begins
@@ -75,14 +75,14 @@ class TextTokenizer:
 
     @property
     def num_pieces(self) -> int:
-        """Pieces of the SentencePiece model with its own specials: the `tokenizers.text.vocab_size` of its training."""
+        """Number of pieces of the SentencePiece model, specials included: `tokenizers.text.vocab_size` in training."""
         return self.mask_id - 1
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text, without BOS and EOS; what no piece covers becomes `unk_id`.
+        """Returns the ids of a text, without BOS and EOS; characters that no piece covers become `unk_id`.
 
         Raises:
-            TypeError: if it is no string.
+            TypeError: if `text` is not a string.
         """
         if not isinstance(text, str):
             raise TypeError(f"text is a {type(text).__name__}, but encode takes one string; encode_batch takes several")
@@ -109,9 +109,9 @@ class TextTokenizer:
         return "".join(self.piece(id_) for id_ in ids).replace(_SPACE, " ").strip()
 
     def word_borders(self) -> WordBorders:
-        """Says between which ids words begin, for pieces that mark white space before or behind a word.
+        """Returns the ids at the borders of words, for pieces that mark white space before or after a word.
 
-        Most models mark it before (`\u2581dog`), those trained with `treat_whitespace_as_suffix` behind (`dog\u2581`).
+        Most models mark it before (`\u2581dog`); those trained with `treat_whitespace_as_suffix` after (`dog\u2581`).
         """
         pieces = [self.piece(id_) for id_ in range(self.vocab_size)]
         starts = np.array([piece.startswith(_SPACE) for piece in pieces])
@@ -122,14 +122,14 @@ class TextTokenizer:
         return WordBorders(starts, ends)
 
     def _marks_ends(self, starts: NDArray[np.bool_], ends: NDArray[np.bool_]) -> bool:
-        """Whether pieces mark the white space behind a word."""
+        """Returns whether pieces mark the white space after a word."""
         shown = "".join(self.piece(id_) for id_ in self.encode("a a"))
-        if shown.startswith(_SPACE) != shown.endswith(_SPACE):  # the model's own: it puts one around a text
+        if shown.startswith(_SPACE) != shown.endswith(_SPACE):  # the model itself puts white space around a text
             return shown.endswith(_SPACE)
         return int(np.count_nonzero(ends & ~starts)) > int(np.count_nonzero(starts & ~ends))
 
     def piece(self, id_: int) -> str:
-        """The piece of one id; U+2581 stands for white space.
+        """Returns the piece of one id; U+2581 stands for white space.
 
         Raises:
             IndexError: for an id outside [0, vocab_size).
@@ -151,7 +151,7 @@ def load_text_tokenizer(config: RunConfig) -> TextTokenizer | None:
     """Reads a run's tokenizer and checks that every id has a row in the model's word table; None if it has no texts.
 
     Raises:
-        ConfigError: as `TextTokenizer`, or with both sizes.
+        ConfigError: as `TextTokenizer` does, or if the sizes differ, naming both.
     """
     if not config.data.has_texts:
         return None

@@ -65,7 +65,7 @@ class VisualTokenizer(nn.Module):
             (B, N) int64 in [0, codebook_size).
 
         Raises:
-            ValueError: if pixels are no such tensor.
+            ValueError: if `pixels` has another shape or dtype.
         """
         size = self.config.image_size
         found = (pixels.dtype, tuple(pixels.shape)) if isinstance(pixels, Tensor) else (type(pixels).__name__,)
@@ -121,9 +121,9 @@ class VisualTokenizer(nn.Module):
 
 
 def save_visual_tokenizer(path: str | Path, tokenizer: VisualTokenizer) -> None:
-    """Writes weights, codebook and, as JSON in the file's metadata, the configuration with the teacher's name.
+    """Writes weights and codebook, with the configuration and the teacher's name as JSON in the file's metadata.
 
-    A killed run leaves the old file or the whole new one. Permissions follow the umask.
+    A killed run leaves the old file or the complete new one. Permissions follow the umask.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Whether all ranks found the same files, asked before the first step."""
+"""Checks before the first step that all ranks found the same files."""
 
 import hashlib
 import json
@@ -12,21 +12,20 @@ from beit3_ds.data.fingerprint import HasFiles, SourceFile, fingerprint, first_d
 from beit3_ds.parallel import Mesh
 
 _SAME_FILES = "Copy the same files to every host (rsync --checksum), or name a folder that all hosts share."
-_NAMED = 4  # sources in one message
+_NAMED = 4  # most sources that a message names
 _WHOLE_BYTES = 1 << 28
 _BLOCK_BYTES, _BLOCKS = 1 << 20, 64
 
 
 def check_same_sources(mesh: Mesh, sources: Mapping[str, HasFiles]) -> None:
-    """Refuses ranks that found other files in a source: each would draw other samples for the same step.
+    """Refuses ranks that found different files in a source, because they would draw different samples for one step.
 
-    Names, sizes and numbers of samples of all files are compared by digest. All ranks call it. Sends a digest per rank;
-    where they differ also the list of files of those sources that do.
+    Names, sizes and numbers of samples of all files are compared by digest. All ranks call it. Sends one digest per
+    rank and, for sources that differ, their list of files.
 
     Args:
         mesh: the ranks.
-        sources: the samples of every source that this rank reads, by what the config calls it; empty on ranks that read
-            none.
+        sources: samples of every source that this rank reads, by its name in the config; empty on ranks that read none.
 
     Raises:
         ConfigError: on all ranks, naming host, source, numbers and the first file that differs.
@@ -65,7 +64,7 @@ def check_same_sources(mesh: Mesh, sources: Mapping[str, HasFiles]) -> None:
 
 
 def check_same_files(mesh: Mesh, paths: Mapping[str, str | None]) -> None:
-    """Refuses ranks whose files of one name differ. All ranks call it; sends 8 bytes per rank and file.
+    """Refuses ranks whose files under one key differ. All ranks call it; sends 8 bytes per rank and file.
 
     Files of more than 256 MiB are compared by their size and by 64 blocks of 1 MiB, spread over the file.
 
@@ -97,5 +96,5 @@ def _digest(path: Path) -> str:
                 file.seek((size - _BLOCK_BYTES) * number // (_BLOCKS - 1))
                 digest.update(file.read(_BLOCK_BYTES))
         return digest.hexdigest()
-    except OSError as error:  # the others must not wait for this rank
+    except OSError as error:  # compared like a digest, so that the others do not wait for this rank
         return f"unreadable: {error.strerror}"

@@ -1,4 +1,4 @@
-"""The records of a run's data that could not be read: each counts once, however often and on whichever rank."""
+"""Counts the records of a run that could not be read, each once, however often and on whichever rank it is read."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,48 +17,48 @@ BROKEN_RECORDS = "broken_records"
 
 
 class BrokenRecords:
-    """The broken records that all ranks of a group have met, by their names, with a budget.
+    """The broken records that the ranks of a group have found, by name, with an upper limit.
 
-    A name is stable: it is that of the file and of the record in it. So an epoch that meets a record again, another
-    rank that does, or a resumed run does not count it twice.
+    A record's name consists of its file and its name there, which never change. So a record that is read again, in
+    another epoch, on another rank or in a resumed run, does not count twice.
     """
 
     def __init__(self, limit: int, group: HostGroup, known: Mapping[str, str] | None = None) -> None:
-        """Starts with what a checkpoint knew.
+        """Starts with the broken records of a checkpoint.
 
         Args:
-            limit: distinct records that may be broken (`data.max_broken_records`).
+            limit: most distinct records that may be broken (`data.max_broken_records`).
             group: the ranks that read different records.
-            known: records met before, by name, each with the line that says what is wrong.
+            known: records found before, by name, each with the line that says what is wrong.
         """
         self._limit, self._host = limit, group
         self._lines = dict(known or {})
 
     @property
     def total(self) -> int:
-        """Distinct records met so far, on all ranks."""
+        """Number of distinct records found so far, on all ranks."""
         return len(self._lines)
 
     def state(self) -> dict[str, str]:
-        """What `known` of a resumed run should be."""
+        """Returns the records found so far, which become `known` in a resumed run."""
         return dict(self._lines)
 
     def unknown(self, met: Mapping[str, str]) -> dict[str, str]:
-        """Those of the records that this rank has met which no rank had met before."""
+        """Returns the records among `met` that no rank had found before."""
         return {name: line for name, line in met.items() if name not in self._lines}
 
     def add(self, new: Mapping[str, str], where: str) -> list[str]:
-        """Shares newly met records with all ranks of the group, which all call it.
+        """Shares newly found records with all ranks of the group, which all call it.
 
         Args:
-            new: what `unknown` returned on this rank.
+            new: result of `unknown` on this rank.
             where: names the moment, for the error.
 
         Returns:
-            The lines of records that no rank had met before, sorted by name, the same on all ranks.
+            The lines of records that no rank had found before, sorted by name, the same on all ranks.
 
         Raises:
-            ConfigError: on all ranks, with all lines, if there are more than the limit now.
+            ConfigError: on all ranks, with all lines, if there are now more than the limit.
         """
         found: dict[str, str] = {}
         for other in self._host.gather(dict(new)):
@@ -73,7 +73,7 @@ class BrokenRecords:
 
 
 class StepCounts:
-    """Agrees with all ranks on what a step consists of, before any forward pass."""
+    """Agrees with all ranks on the counts of a step, before any forward pass."""
 
     def __init__(self, records: BrokenRecords, mesh: Mesh) -> None:
         self.records, self._mesh = records, mesh
@@ -82,8 +82,8 @@ class StepCounts:
         """Sums the step's masked positions over all ranks; sends 5 integers, and the names of new broken records.
 
         Returns:
-            Masked positions of each of `batch.LOSS_TERMS` over all ranks, (4,) int64; one line for each broken record
-            that no rank had met before.
+            Masked positions of each of `batch.LOSS_TERMS` over all ranks, (4,) int64; one line per broken record that
+            no rank had found before.
 
         Raises:
             ConfigError: on all ranks at the same step, if too many records are broken.
@@ -96,11 +96,11 @@ class StepCounts:
 
 
 def records_from(data: Mapping[str, Any]) -> dict[str, str]:
-    """The broken records in the state of the data of a checkpoint; none in one of an older version."""
+    """Returns the broken records in a checkpoint's state of the data; none for a checkpoint of an older version."""
     return dict(data.get(BROKEN_RECORDS, {}))
 
 
 def format_new_records(lines: Sequence[str], total: int, limit: int) -> list[str]:
-    """Lines for people that name records when they are first met."""
+    """Formats lines that name records when they are first found."""
     first = total - len(lines)
     return [f"left out broken record {first + i + 1} of at most {limit}: {line}" for i, line in enumerate(lines)]

@@ -26,9 +26,9 @@ _GRAY = 0.5
 
 
 def code_picture_path(tokenizer: Path) -> Path:
-    """Returns where the picture of a tokenizer's file lies: beside it.
+    """Returns the path of a tokenizer's picture, which is beside the tokenizer's file.
 
-    Only the usual extension is replaced, so that the tokenizers `v.one` and `v.two` have a picture each.
+    Only the usual extension is replaced, so that the tokenizers `v.one` and `v.two` have separate pictures.
     """
     return tokenizer.with_name(f"{tokenizer.name.removesuffix('.safetensors')}.png")
 

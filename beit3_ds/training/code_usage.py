@@ -59,7 +59,7 @@ class CodeCounter:
         self._counts.index_add_(0, codes, torch.ones_like(codes))
 
     def usage(self, mesh: Mesh | None = None) -> CodeUsage:
-        """The usage over all ranks; sums the counts there. At least one code must have been counted."""
+        """Returns the usage over all ranks, summing their counts; at least one code must have been counted."""
         own = self._counts.cpu()
         counts = (own if mesh is None else mesh.data_host.sum(own)).double()
         shares = counts[counts > 0] / counts.sum()

@@ -1,4 +1,4 @@
-"""DeepSpeed's CSV monitor over several starts of one run: one table per file."""
+"""Keeps the files of DeepSpeed's CSV monitor as one table each over several starts of a run."""
 
 import csv
 from pathlib import Path
@@ -6,13 +6,13 @@ from typing import Any
 
 
 def continue_csv_files(monitor: Any, step: int) -> None:
-    """Makes a monitor add to the files of earlier starts: no second header, no step twice.
+    """Makes a monitor append to the files of earlier starts, without a second header or repeated steps.
 
-    DeepSpeed writes a header wherever this process has not written one, and keeps rows of steps that are repeated.
+    DeepSpeed writes a header into every file once per process, and keeps old rows of steps that are repeated.
 
     Args:
         monitor: `engine.monitor`, which has a `csv_monitor` on the rank that writes.
-        step: updates that are done; rows of later ones are dropped, all of them for -1.
+        step: number of updates done; rows of later steps are dropped, and all rows for -1.
     """
     files = getattr(monitor, "csv_monitor", None)
     if files is None or not files.enabled:

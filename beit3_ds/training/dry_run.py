@@ -22,21 +22,21 @@ def describe_run(
     node: NodeSize | None = None,
     step_seconds: float = 1.0,
 ) -> str:
-    """Checks batch sizes for `world_size` ranks, builds the model on the meta device and says what would run.
+    """Checks batch sizes for `world_size` ranks, builds the model on the meta device and describes the run.
 
-    Ends with two modelled tables: every pipeline stage's memory and traffic (`costs.describe_stages`), and what a node
-    needs beside its GPUs (`costs.describe_host`).
+    The text ends with two modelled tables: memory and traffic of every pipeline stage (`costs.describe_stages`), and
+    the needs of a node beside its GPUs (`costs.describe_host`).
 
     Args:
-        config: of the run.
-        world_size: ranks.
-        ranks_per_node: ranks of a node; None takes 8, or all if they are fewer.
-        node: what a node has; None compares with none, because the run is for other machines.
+        config: the run's configuration.
+        world_size: number of ranks.
+        ranks_per_node: ranks per node; None takes 8, or all if they are fewer.
+        node: memory of a node; None skips the comparison, for a run on other machines.
         step_seconds: assumed time of one step, for rates.
 
     Raises:
-        ConfigError: if the layout does not fit, as `check_layout` says, a package is not installed, the output folder
-            could not be written, or a node is too small.
+        ConfigError: if the layout does not fit (`check_layout`), a package is not installed, the output folder could
+            not be written, or a node is too small.
     """
     data_parallel_size = check_layout(config, world_size)
     check_software(config)
@@ -78,7 +78,7 @@ def describe_run(
 
 
 def _describe_shares(shares: StepShares) -> str:
-    """The samples of a micro-batch; with uneven shares the fewest and most, and how long ranks wait for the largest."""
+    """Describes the samples of a micro-batch; with uneven shares also the range and the ranks' waiting time."""
     per_rank = {shares.rank_samples(rank) for rank in range(shares.num_ranks)}
     sizes = [size for samples in per_rank for size in shares.divide_rank(samples)]
     counts = zip(MicroBatchSize._fields, zip(*sizes, strict=True), strict=True)

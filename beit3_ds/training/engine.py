@@ -28,11 +28,11 @@ from beit3_ds.training.rendezvous import Rendezvous
 def init_process_group(parallel: ParallelConfig) -> Mesh:
     """Joins the process group that the launcher described in the environment, or makes one of a single process.
 
-    Whatever launcher it was, torch's variables (RANK, MASTER_ADDR and so on) are in the environment afterwards. Divides
-    the CPU cores that the ranks of a host may use among them, unless OMP_NUM_THREADS is set.
+    Afterwards torch's variables (RANK, MASTER_ADDR and so on) are in the environment under every launcher. Divides the
+    CPU cores that the ranks of a host may use among them, unless OMP_NUM_THREADS is set.
 
     Raises:
-        ConfigError: if the environment makes no sense, or ranks cannot reach each other or do not come in time.
+        ConfigError: if the environment is contradictory, or ranks cannot reach each other or do not arrive in time.
     """
     _avoid_compiling_shm_comm()
     # DeepSpeed's calls into torch.distributed are renamed there; a warning a call would bury the run's own lines.
@@ -41,7 +41,7 @@ def init_process_group(parallel: ParallelConfig) -> Mesh:
     if launch.master_addr is None:
         launch = discover_through_mpi(launch)
     os.environ.update(launch.variables())
-    # DeepSpeed's engine would do this, but too late: NCCL connects this device, and there is work before an engine.
+    # DeepSpeed's engine would set the device too late: NCCL connects it, and there is work before the engine exists.
     get_accelerator().set_device(launch.local_rank)
     if launch.world_size == 1:
         _use_threads(count_cores())
@@ -58,9 +58,9 @@ def init_process_group(parallel: ParallelConfig) -> Mesh:
 
 
 def _join(parallel: ParallelConfig) -> Mesh:
-    """Makes the groups of the devices, which serve no other device, and those of the hosts."""
+    """Builds the process groups for device tensors, which accept no other tensors, and the group for host values."""
     if get_accelerator().communication_backend_name() != "gloo":
-        # The group of the hosts connects few pairs of ranks. Where the devices' groups are gloo's too, they connect all
+        # The group for host values connects few pairs of ranks. If the device groups are gloo's too, they connect all
         # pairs now, which shows a link that is down.
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=parallel.timeout_seconds))

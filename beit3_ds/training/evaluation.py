@@ -14,14 +14,14 @@ from beit3_ds.tokenizers.visual import VisualTokenizer
 from beit3_ds.training.targets import encode_images, prepare_batch
 
 TERM_STREAMS = {"image_mim": "images", "text_mlm": "texts", "pair_mim": "pairs", "pair_mlm": "pairs"}
-"""The stream whose samples each of `LOSS_TERMS` is about."""
+"""The stream whose samples each of `LOSS_TERMS` is computed on."""
 
 SourceNames = Mapping[str, Sequence[str]]
 """Short names of the held-out sources of each stream, in the order of the configuration."""
 
 
 def heldout_source_names(data: DataConfig) -> dict[str, list[str]]:
-    """Short names of the held-out sources of each stream (`short_source_names`)."""
+    """Returns short names of the held-out sources of each stream (`short_source_names`)."""
     return {
         name: short_source_names([source.path for source in stream.heldout]) for name, stream in data.streams().items()
     }
@@ -37,19 +37,19 @@ def evaluate(
 ) -> dict[str, float]:
     """Returns the mean cross entropy of each loss term over the held-out batches of all ranks, in nats.
 
-    Every rank brings the same number of batches. Sends 8 elements per source of the stream that has most.
+    Every rank has the same number of batches. Sends 8 elements per source of the stream with the most sources.
 
     Args:
         schedule: runs the batches forward.
-        batches: of this rank; each holds samples of one source of each stream (`PackedBatch.sources`).
+        batches: this rank's batches; each holds samples of one source of each stream (`PackedBatch.sources`).
         visual_tokenizer: None on stages of a pipeline without heads.
         mesh: the ranks.
-        device: that this rank computes on.
-        source_names: of the streams.
+        device: this rank's device.
+        source_names: source names of the streams.
 
     Returns:
-        Terms with at least one masked position, by name; behind a term whose stream has several sources the same of
-        each, as "TERM/SOURCE".
+        Losses of terms with at least one masked position, by name. A term whose stream has several sources is followed
+        by the loss of each source as "TERM/SOURCE".
     """
     num_sources = max((len(names) for names in source_names.values()), default=0)
     sums = torch.zeros(len(LOSS_TERMS), max(1, num_sources), dtype=torch.float64)
@@ -93,7 +93,7 @@ def mean_terms(sums: Tensor, counts: Tensor, mesh: Mesh) -> dict[str, float]:
 
 
 def _sum_over_ranks(sums: Tensor, counts: Tensor, mesh: Mesh) -> Tensor:
-    """Both over all data-parallel ranks, stacked; the last stage knows the sums."""
+    """Returns sums and counts over all data-parallel ranks, stacked; the last stage has the sums."""
     sums = mesh.pipeline.host.broadcast(sums, source=-1)
     return mesh.data_host.sum(torch.stack([sums, counts]))
 
@@ -107,22 +107,22 @@ def unigram_entropies(
     device: torch.device,
     source_names: SourceNames,
 ) -> dict[str, float]:
-    """For each loss term the cross entropy of the best predictor that ignores its input, in nats.
+    """Returns the cross entropy of the best predictor that ignores its input, in nats, for each loss term.
 
-    That is the entropy of how often each id occurs among all patches or tokens (BOS left out: it is never asked for) of
-    the held-out samples of all ranks. Sends two visual and two text vocabularies of integers per source.
+    It is the entropy of the frequencies of ids among all patches or tokens of the held-out samples of all ranks,
+    without BOS, which is never predicted. Sends two visual and two text vocabularies of integers per source.
 
     Args:
         batches: this rank's held-out batches.
         visual_tokenizer: None on stages of a pipeline without heads.
         model: sizes of the vocabularies.
         mesh: the ranks.
-        device: of the tokenizer.
-        source_names: of the streams.
+        device: device of the tokenizer.
+        source_names: source names of the streams.
 
     Returns:
-        Terms with at least one id, by name; behind a term whose stream has several sources the same of each, of the ids
-        of that source alone, as "TERM/SOURCE".
+        Entropies of terms with at least one id, by name. A term whose stream has several sources is followed by the
+        entropy of each source's own ids as "TERM/SOURCE".
     """
     sizes = {"image_mim": model.visual_vocab_size, "text_mlm": model.text_vocab_size}
     sizes |= {"pair_mim": model.visual_vocab_size, "pair_mlm": model.text_vocab_size}
@@ -130,7 +130,7 @@ def unigram_entropies(
     counts = {term: torch.zeros(num_sources[term], size, dtype=torch.int64) for term, size in sizes.items()}
     for batch in batches:
         if batch.tokenizer_pixels is None:
-            continue  # of a stage without heads
+            continue  # this stage has no heads
         codes = encode_images(batch.to(device), visual_tokenizer).cpu()
         original = batch.token_ids.index_copy(0, batch.masked_tokens, batch.target_ids)
         caption_rows = torch.arange(len(original)) < sum(batch.caption_lengths)

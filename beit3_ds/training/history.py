@@ -21,18 +21,18 @@ class History:
         with open(self.path, "ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # a kill cut the last line short
+                if file.read(1) != b"\n":  # a kill truncated the last line
                     file.write(b"\n")
             file.write(f"{json.dumps(record)}\n".encode())
 
     def records(self) -> list[dict[str, Any]]:
-        """All whole records; lines that are none, such as one cut short by a kill, are passed over."""
+        """Returns all complete records; ignores other lines, such as one that a kill truncated."""
         return [record for record in map(_parse, self._lines()) if record is not None]
 
     def forget_after(self, step: int) -> None:
-        """Drops records of steps that a resumed run will repeat: those beyond `step` updates.
+        """Drops records of steps that a resumed run will repeat, those after `step` updates.
 
-        Lines that are no records, which somebody else wrote, stay.
+        Lines that are not records, which somebody else wrote, stay.
         """
         lines = self._lines()
         kept = [line for line in lines if (record := _parse(line)) is None or record["step"] <= step]
@@ -40,7 +40,7 @@ class History:
             write_whole(self.path.resolve(), "".join(f"{line}\n" for line in kept).encode("utf-8", "surrogateescape"))
 
     def move_aside(self) -> Path | None:
-        """Gives the file of an earlier run another name, where a run begins anew; returns it, or None without one."""
+        """Renames the file of an earlier run when a new run starts; returns its new path, or None without a file."""
         if not self._lines():
             return None
         names = (f"{self.path.stem}-{number}{self.path.suffix}" for number in itertools.count(1))
@@ -56,7 +56,7 @@ class History:
 
 
 def _parse(line: str) -> dict[str, Any] | None:
-    """A record, or None for a line that is none."""
+    """Returns the record of a line, or None for any other line."""
     try:
         record = json.loads(line)
     except ValueError:

@@ -14,18 +14,18 @@ from beit3_ds.model.pretrained import PretrainedWeights
 
 
 class InitialWeights:
-    """Weights of a file that are made to fit the model of a run (`model.adaptation` says which settings may differ)."""
+    """Weights of a file, adapted to the model of a run (`model.adaptation` lists the settings that may differ)."""
 
     def __init__(self, path: str | Path, model: ModelConfig, seed: int = 0) -> None:
         """Reads names and shapes.
 
         Args:
             path: a file or folder that `beit3 export` or `beit3 import` wrote.
-            model: of the run.
-            seed: of the initial values of what the weights have nothing for.
+            model: the run's model.
+            seed: seed of the initial values of tensors that the weights lack.
 
         Raises:
-            ConfigError: if it cannot be read, or holds a model that cannot be made to fit.
+            ConfigError: if the weights cannot be read, or are of a model that cannot be adapted.
         """
         self.weights = AdaptedWeights(PretrainedWeights(path), model, f"training.initial_weights={path}", seed=seed)
         with torch.device("meta"):

@@ -30,14 +30,14 @@ def tokenizer_learning_rate(visual: VisualTokenizerConfig, step: int) -> float:
 def warmup_then_cosine(step: int, *, peak: float, minimum: float, warmup_steps: int, total_steps: int) -> float:
     """Returns the learning rate of one step of a schedule: linear warmup, then half a cosine.
 
-    No step is wasted on a rate of 0: the first has peak / warmup_steps, the last of the warmup has the peak, and the
-    last of all has the minimum. BEiT v2 counts one step later: its first step has rate 0 and its last one stays above
-    the minimum by less than one step's decay.
+    No step is wasted on a rate of 0: the first step has peak / warmup_steps, the last step of the warmup has the peak,
+    and the last step of the schedule has the minimum. BEiT v2 is one step later: its first step has rate 0, and its
+    last step is above the minimum by less than one step's decay.
 
     Args:
-        step: counted from 0.
+        step: number of the step, from 0.
         peak: highest rate.
-        minimum: rate of step total_steps - 1, and of every later one.
+        minimum: rate of step total_steps - 1 and of every later step.
         warmup_steps: steps of the linear rise; 0 begins with the cosine.
         total_steps: steps of the schedule.
     """

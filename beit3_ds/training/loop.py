@@ -48,7 +48,7 @@ class Run:
     """None on stages of a pipeline without heads."""
     heldout: Iterable[PackedBatch]
     read_heldout: Callable[[], None]
-    """Reads the held-out batches that this rank reads itself; returns early if it is asked to stop."""
+    """Reads this rank's own held-out batches; returns early if the rank is asked to stop."""
     store: CheckpointStore
     history: History
     progress: Progress
@@ -56,11 +56,11 @@ class Run:
     first_step: int
     """Updates already done when this process started."""
     broken_records: BrokenRecords
-    """Those that this run has met, before it was resumed too."""
+    """Broken records that this run has found, including those before it was resumed."""
     order: RunOrder | None
-    """Of the samples; None on ranks that are sent what others read."""
+    """Order of the samples; None on ranks that receive their samples from others."""
     data: Mapping[str, Any]
-    """State of the data in the checkpoint that was resumed (`Index.data`); empty if there was none."""
+    """State of the data in the resumed checkpoint (`Index.data`); empty without a checkpoint."""
 
     @property
     def engine(self) -> DeepSpeedEngine:
@@ -73,12 +73,12 @@ class Run:
 
 
 class Resumption(NamedTuple):
-    """Where a run starts."""
+    """The step and the checkpoint from which a run starts."""
 
     first_step: int
-    """Updates already done; 0 without a checkpoint."""
+    """Number of updates already done; 0 without a checkpoint."""
     checkpoint: Index | None
-    """The checkpoint's index, whose `data` says where the data goes on; None without a checkpoint."""
+    """Index of the checkpoint, whose `data` gives the position in the data; None without a checkpoint."""
 
 
 def resume(
@@ -89,7 +89,7 @@ def resume(
     mesh: Mesh,
     total_steps: int,
 ) -> Resumption:
-    """Loads the newest whole checkpoint, if any, and drops what the history says of later steps. All ranks call it.
+    """Loads the newest whole checkpoint, if any, and drops the history of later steps. All ranks call it.
 
     Raises:
         ConfigError: if the checkpoint holds another model, belongs to other tokenizers, or is past `total_steps`.
@@ -121,23 +121,23 @@ def resume(
 def train(run: Run, steps: Iterable[StepBatch], signals: StopSignals) -> bool:
     """Trains from `run.first_step` to the end, with progress lines, evaluations and checkpoints on the way.
 
-    After a signal to stop, on whichever rank, all ranks end the step they are in, save and return: that takes at most
-    one step, the save that is under way and one more; a rank that waits for data gives up the wait. If it came before
-    the first step, they return at once.
+    After a signal to stop, on any rank, all ranks finish their current step, save and return. That takes at most one
+    step, the current save and one more; a rank that waits for data gives up the wait. After a signal before the first
+    step, they return at once.
 
     Args:
-        run: the parts.
+        run: the parts of the run.
         steps: this rank's share of every step from `first_step` on.
-        signals: that this rank has received, and receives meanwhile.
+        signals: signals that this rank receives.
 
     Returns:
-        Whether the run is finished; False if it was asked to stop before.
+        Whether the run is finished; False if it was asked to stop earlier.
 
     Raises:
         ConfigError: if too many records are broken, a rank gets no data, or the last checkpoint cannot be written.
-        StorageError: if a file system fails. As without data, the steps done so far are saved first.
+        StorageError: if a file system fails. As for a rank without data, the steps done so far are saved first.
         NonFiniteLossError: if loss or gradients are not finite in `training.max_skipped_steps` steps in a row. The
-            newest checkpoint then holds the weights from before them.
+            newest checkpoint then holds the weights from before these steps.
     """
     stop = StopRequest(signals, run.mesh)
     if stop.agreed() and run.first_step < run.config.training.total_steps:
@@ -145,7 +145,7 @@ def train(run: Run, steps: Iterable[StepBatch], signals: StopSignals) -> bool:
         return False
     try:
         return _train(run, steps, stop)
-    except (ConfigError, StorageError, NonFiniteLossError):  # which all ranks meet at the same step
+    except (ConfigError, StorageError, NonFiniteLossError):  # raised on all ranks at the same step
         run.store.finish()
         raise
 
@@ -178,7 +178,7 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: StopRequest) -> bool:
         del step_batch
         is_last = done == config.total_steps
         if not is_last:
-            feed.fetch()  # before the ranks agree: one that gets no data must not leave the others in a step
+            feed.fetch()  # before the ranks agree, so that a rank without data leaves no other in a step
         stop.agreed(feed.error)
         if (done % config.log_interval == 0 or is_last or stop.must_end) and run.progress.has_updates:
             _report(run, done, skipped, spikes)
@@ -199,7 +199,7 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: StopRequest) -> bool:
             "from there."
         )
     if stop.data_fault is not None:
-        _say(run, f"a rank got no data for step {done + 1}; the same command goes on from step {done}")
+        _say(run, f"a rank got no data for step {done + 1}; the same command resumes from step {done}")
         feed.raise_error(is_storage=stop.data_fault == "storage")
     if done < config.total_steps:
         _say(run, f"stopped after step {done} on {stop.reason}; the same command goes on from there")
@@ -207,7 +207,7 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: StopRequest) -> bool:
 
 
 def _data_state(run: Run, done: int) -> dict[str, Any]:
-    """What a checkpoint after `done` steps says of the data (`Index.data`); the main rank reads, so it knows."""
+    """Returns the state of the data for a checkpoint after `done` steps (`Index.data`); only the main rank needs it."""
     positions = {} if run.order is None else {POSITIONS: run.order.state_after(done)}
     return positions | {BROKEN_RECORDS: run.broken_records.state()}
 

@@ -1,4 +1,4 @@
-"""Pictures and pages that a run leaves behind: a run never fails for want of one."""
+"""Writes the pictures and pages of a run, which never fails because one cannot be written."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -12,11 +12,11 @@ from beit3_ds.atomic_file import written_aside
 def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
     """Returns a matplotlib figure and its axes, which share the horizontal one; needs no backend and no display.
 
-    `pyplot` is not used: it would load the backend that MPLBACKEND names, which a notebook sets to one of its own.
+    `pyplot` is not used, because it would load the backend that MPLBACKEND names, which notebooks set to their own.
 
     Args:
-        rows: of axes.
-        columns: of axes.
+        rows: rows of axes.
+        columns: columns of axes.
         size: width and height in inches.
     """
     with _without_backend_choice():
@@ -30,7 +30,7 @@ def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any,
 
 @contextmanager
 def _without_backend_choice() -> Iterator[None]:
-    """Hides MPLBACKEND, whose name matplotlib checks on import even where no backend is loaded."""
+    """Hides MPLBACKEND, whose value matplotlib checks on import even if it loads no backend."""
     name = os.environ.pop("MPLBACKEND", None)
     try:
         yield
@@ -40,7 +40,7 @@ def _without_backend_choice() -> Iterator[None]:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Writes a figure of `new_figure` as a PNG, whole or not at all.
+    """Writes a figure of `new_figure` as a PNG that is complete or absent.
 
     Raises:
         OSError: if the file cannot be written.
@@ -50,12 +50,12 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def try_to_write(path: Path, write: Callable[[Path], None], report: Callable[[str], None] = print) -> bool:
-    """Writes a picture or page, or says in one line why it is missing.
+    """Writes a picture or page, or reports in one line why it is missing.
 
     Args:
-        path: of the new file.
-        write: writes it; whatever it raises is reported.
-        report: receives that line.
+        path: path of the new file.
+        write: writes the file; any exception is reported.
+        report: receives the line.
 
     Returns:
         Whether the file was written.

@@ -32,14 +32,14 @@ def write_predictions(
 ) -> None:
     """Writes one self-contained HTML page.
 
-    Masked words are shown with the model's guess (green if right) and the truth; masked patches as mosaics in which
-    every code is drawn as the mean of this batch's patches that have it.
+    Masked words are shown with the model's guess (green if right) and the truth. Masked patches are shown as mosaics:
+    every code is drawn as the mean of the patches with this code in the batch.
 
     Args:
         batch: a held-out micro-batch.
-        logits: the model's scores at its masked positions.
-        text_tokenizer: for the words; None if there are none.
-        visual_tokenizer: for the codes of the originals; None if there are no images.
+        logits: the model's scores at the masked positions of the batch.
+        text_tokenizer: turns ids into words; None without texts.
+        visual_tokenizer: gives the codes of the original images; None without images.
         path: the .html to write.
     """
     mosaics = _Mosaics(batch, logits, visual_tokenizer)

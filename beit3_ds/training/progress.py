@@ -139,7 +139,7 @@ def format_line(record: dict[str, Any], total_steps: int) -> str:
 
 
 def format_evaluation(record: dict[str, Any]) -> str:
-    """One line of validation losses; behind a term of several sources the loss of each."""
+    """Formats one line of validation losses; a term of several sources is followed by the loss of each source."""
     terms = []
     for term in LOSS_TERMS:
         if term in record:

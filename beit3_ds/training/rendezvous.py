@@ -57,7 +57,7 @@ class Rendezvous:
         self._thread = threading.Thread(target=self._watch, name="rendezvous", daemon=True)
         self._store: dist.TCPStore | None = None
         self.num_threads = 1
-        """Threads for this rank's share of its host's cores, once the ranks have met."""
+        """Number of threads for this rank's share of its host's cores, known once the ranks have met."""
 
     def __enter__(self) -> "Rendezvous":
         self._start = time.monotonic()

@@ -21,8 +21,8 @@ from beit3_ds.training.predictions import write_predictions
 def write_report(run: Run, text_tokenizer: TextTokenizer | None) -> None:
     """Writes losses.png, predictions.html and summary.json into the output folder and prints the summary.
 
-    What cannot be written is said in one line each, and the run has finished all the same. All ranks call it, for the
-    forward pass and the held-out entropies need them all.
+    A file that cannot be written is reported in one line, and the run still counts as finished. All ranks call it,
+    because the forward pass and the held-out entropies need them all.
     """
     folder = Path(run.config.training.output_dir)
     names = heldout_source_names(run.config.data)
@@ -44,7 +44,7 @@ def write_report(run: Run, text_tokenizer: TextTokenizer | None) -> None:
 
 
 def format_summary(summary: dict[str, Any]) -> str:
-    """The summary as a table a person can read; it names only files that were written."""
+    """Formats the summary as a readable table, which names only files that were written."""
     lines = [f"\nFinished {summary['steps']} steps."]
     wide = max([10, *map(len, summary["heldout"])])
     if summary["heldout"]:
@@ -83,10 +83,10 @@ def _summarize(run: Run, records: list[dict[str, Any]], baselines: dict[str, flo
 
 
 def _write_predictions(run: Run, text_tokenizer: TextTokenizer | None, path: Path) -> str | None:
-    """Writes the page on the first rank with heads, which has the logits, the codes and the tokenizer's view.
+    """Writes the page of predictions on the first rank with heads, which has logits, codes and the tokenizer's view.
 
     Returns:
-        Its path on that rank if it was written.
+        The page's path on that rank if it was written, else None.
     """
     written = False
     first_batch = itertools.islice(run.heldout, 1)

@@ -1,4 +1,4 @@
-"""What a start checks before it reads any data; `beit3 check` checks the same."""
+"""Checks of a start, and of `beit3 check`, before any data is read."""
 
 import importlib.util
 import os
@@ -18,7 +18,7 @@ def check_software(config: RunConfig) -> None:
     """Refuses a run that needs a package or kernels that are not installed.
 
     Raises:
-        ConfigError: with what to install.
+        ConfigError: naming the package or kernels to install.
     """
     check_optimizer(config.training)
     _check_kernels_are_built(config.training)
@@ -34,7 +34,7 @@ def check_device(config: TrainingConfig) -> None:
     """Refuses a run whose kernels need another device than this machine has.
 
     Raises:
-        ConfigError: with what to leave out.
+        ConfigError: naming the setting to leave out.
     """
     if config.kernels != "triton" and not torch.cuda.is_available():
         raise ConfigError(
@@ -47,13 +47,13 @@ def check_output_dir(folder: Path) -> None:
     """Refuses an output folder that could not be created or written; creates nothing.
 
     Raises:
-        ConfigError: naming the folder that is in the way.
+        ConfigError: naming the folder or file at fault.
     """
     nearest = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(parent))
     if not nearest.is_dir():
-        raise _unwritable(folder, f"{nearest} is no folder")
+        raise _unwritable(folder, f"{nearest} is not a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise _unwritable(folder, f"{nearest} gives no permission to write")
+        raise _unwritable(folder, f"{nearest} is not writable")
 
 
 def prepare_output_dir(folder: Path) -> None:

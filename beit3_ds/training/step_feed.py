@@ -1,4 +1,4 @@
-"""The steps of a rank, fetched between two updates, where all ranks can still agree to save and to end."""
+"""Fetches a rank's steps between two updates, when all ranks can still agree to save and to end."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -10,19 +10,19 @@ from beit3_ds.storage_error import StorageError
 
 
 class StepFeed:
-    """Fetches steps and keeps what goes wrong, for the ranks to agree on (`StopRequest.agreed`).
+    """Fetches steps and keeps errors, so that the ranks can agree on them (`StopRequest.agreed`).
 
     Attributes:
-        error: why there is no data on this rank; None if there is.
+        error: why this rank has no data; None if it has.
     """
 
     def __init__(self, steps: Iterable[StepBatch], activity: Activity, first_step: int) -> None:
         """Reads nothing yet.
 
         Args:
-            steps: of this rank, from `first_step` on.
-            activity: what this rank does.
-            first_step: updates already done.
+            steps: this rank's steps, from `first_step` on.
+            activity: receives what this rank is doing.
+            first_step: number of updates already done.
         """
         self._steps: Iterator[StepBatch] = iter(steps)
         self._activity, self._next_step = activity, first_step
@@ -31,7 +31,7 @@ class StepFeed:
 
     @property
     def has_step(self) -> bool:
-        """Whether a step is fetched; False too if the process was asked to stop while it waited for one."""
+        """Returns whether a step was fetched; False also if the process was asked to stop during the wait."""
         return self._fetched is not None
 
     def fetch(self) -> None:
@@ -42,13 +42,13 @@ class StepFeed:
         self.attempt(lambda: self._fetch(start))
 
     def take(self) -> tuple[StepBatch, float]:
-        """Returns the fetched step and the seconds that were spent waiting for it."""
+        """Returns the fetched step and the seconds of the wait for it."""
         assert self._fetched is not None, "fetch first"
         fetched, self._fetched = self._fetched, None
         return fetched
 
     def attempt(self, read: Callable[[], None]) -> None:
-        """Calls what reads data; an error in it is kept for `raise_error`."""
+        """Calls a function that reads data; keeps its error for `raise_error`."""
         try:
             read()
         except (ConfigError, StorageError) as error:
@@ -63,7 +63,7 @@ class StepFeed:
         if self.error is not None:
             raise self.error
         kind = StorageError if is_storage else ConfigError
-        raise kind("another rank could not get its data: its own line says why. The run ends.")
+        raise kind("another rank could not get its data; its own line says why. The run ends.")
 
     def _fetch(self, start: float) -> None:
         step_batch = next(self._steps, None)

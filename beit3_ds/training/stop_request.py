@@ -25,7 +25,7 @@ class StopSignals:
         """Whether the ranks have agreed to stop because of them."""
 
     def is_asked_to_stop(self) -> bool:
-        """Whether any was received."""
+        """Whether any stop signal was received."""
         return bool(self.received)
 
     @contextmanager
@@ -52,25 +52,25 @@ class StopSignals:
 
 
 class StopRequest:
-    """Whether any rank was asked to stop, or has no data to go on with."""
+    """Tells whether any rank was asked to stop, or has no data to continue with."""
 
     def __init__(self, signals: StopSignals, mesh: Mesh) -> None:
         self._signals, self._mesh = signals, mesh
         self.reason = ""
         """The signals that any rank had received when they last agreed, by name."""
         self.data_fault: Literal["data", "storage"] | None = None
-        """Why any rank had no data when they last agreed: its files or workers, or a file system that fails."""
+        """Cause when a rank had no data at the last agreement: its files or workers, or a failing file system."""
 
     @property
     def must_end(self) -> bool:
-        """Whether the run must end after the step that is done, for either cause."""
+        """Whether the run must end after the finished step, for either cause."""
         return bool(self.reason or self.data_fault)
 
     def agreed(self, data_error: Exception | None = None) -> bool:
         """Returns `must_end`, the same on all ranks. Sends five integers.
 
         Args:
-            data_error: why this rank has no data.
+            data_error: error for which this rank has no data; None if it has.
         """
         faults = [data_error is not None, isinstance(data_error, StorageError)]
         own = [*(number in self._signals.received for number in STOP_SIGNALS), *faults]

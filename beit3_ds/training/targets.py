@@ -11,13 +11,13 @@ def prepare_batch(batch: PackedBatch, visual_tokenizer: VisualTokenizer | None, 
     """Moves a micro-batch to `device` and fills in the codes of its masked patches.
 
     Args:
-        batch: as it was read.
+        batch: the batch as it was read.
         visual_tokenizer: None on stages of a pipeline without heads, which need no codes, and in a run without images.
-        device: of the model.
+        device: device of the model.
     """
     batch = batch.to(device)
     if batch.tokenizer_pixels is None:
-        return batch  # of a stage without heads
+        return batch  # this stage has no heads
     return batch.with_visual_codes(encode_images(batch, visual_tokenizer))
 
 
@@ -25,7 +25,7 @@ def encode_images(batch: PackedBatch, visual_tokenizer: VisualTokenizer | None) 
     """Returns the codes of a batch's images, (B, N) int64, on the device of its pixels.
 
     Args:
-        batch: with the tokenizer's view.
+        batch: a batch with the tokenizer's view.
         visual_tokenizer: None in a run without images, whose batches have none.
     """
     assert batch.tokenizer_pixels is not None, "the stage with the heads reads the tokenizer's view"

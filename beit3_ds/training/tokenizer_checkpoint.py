@@ -17,14 +17,14 @@ _NUM_IMAGES = "number of training images"
 
 
 class Restored(NamedTuple):
-    """What a checkpoint holds beside weights, codebook and optimizer state, which are loaded in place."""
+    """Content of a checkpoint beside weights, codebook and optimizer state, which are loaded in place."""
 
     step: int
     """Updates done."""
     center: Tensor
     """Mean of the teacher's features."""
     broken_records: dict[str, str]
-    """Broken images met so far (`broken_records.BrokenRecords.state`)."""
+    """Broken images found so far (`broken_records.BrokenRecords.state`)."""
 
 
 class TokenizerCheckpoint:
@@ -34,8 +34,8 @@ class TokenizerCheckpoint:
     tensors and plain values only and is read with `weights_only`.
 
     Args:
-        config: the run; what the training depends on is kept in the file and compared when it is read.
-        num_images: training images, whose number decides on their order; None if it is not to be compared.
+        config: the run; settings that the training depends on are kept in the file and compared when it is read.
+        num_images: number of training images, which decides their order; None skips the comparison.
     """
 
     def __init__(self, config: RunConfig, num_images: int | None = None) -> None:
@@ -53,7 +53,7 @@ class TokenizerCheckpoint:
         center: Tensor,
         broken_records: dict[str, str],
     ) -> None:
-        """Writes the state after `step` updates; a killed run leaves a whole file."""
+        """Writes the state after `step` updates; a killed run leaves a complete file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         state = {"step": step, "recipe": self._recipe, "center": center, "broken_records": broken_records}
         state |= {"tokenizer": tokenizer.state_dict(), "optimizer": optimizer.state_dict()}
@@ -64,7 +64,7 @@ class TokenizerCheckpoint:
         """Restores weights, codebook and optimizer, if there is a checkpoint.
 
         Returns:
-            The rest of its content; None if there is no checkpoint.
+            The rest of the checkpoint's content; None if there is no checkpoint.
 
         Raises:
             ConfigError: if the file is not a checkpoint, or one of another recipe.

@@ -40,21 +40,21 @@ def train_visual_tokenizer(
     device: str | torch.device = "cpu",
     report: Callable[[str], None] = print,
 ) -> CodeUsage:
-    """Trains the tokenizer of `config.tokenizers.visual` and writes its file, going on from a checkpoint if any.
+    """Trains the tokenizer of `config.tokenizers.visual` and writes its file, resuming from a checkpoint if any.
 
     Loss: mean of 1 - cos(reconstruction, teacher's features without their mean) over all patches, plus
     `commitment_weight` times the commitment loss. In the first `continuous_steps` the decoder sees the encoder's own
     vectors; then k-means starts the codebook.
 
-    The result depends on the seed and, but for rounding, not on the number of ranks; a resumed training repeats an
-    unbroken one bit for bit where all-reduce does. Communicates, each step: the gradients' mean, the codebook's
-    statistics.
+    The result depends on the seed and, except for rounding, not on the number of ranks. A resumed training equals an
+    uninterrupted one bit for bit if all-reduce is deterministic. Communicates, each step: the gradients' mean, the
+    codebook's statistics.
 
     Args:
         config: the run; `tokenizers.visual`, `training.seed`, `training.log_interval` and `data.num_workers` are read,
-            and the train files, to know a checkpoint of other data.
-        images: views by position in an endless order, whose length is that of one epoch: step s takes the positions
-            [s * batch_size, (s + 1) * batch_size), of which each rank reads its part.
+            and the train files, to detect a checkpoint of other data.
+        images: views by position in an endless order, whose length is that of one epoch. Step s takes the positions
+            [s * batch_size, (s + 1) * batch_size), and each rank reads its part of them.
         mesh: the ranks that train together; None is this process alone.
         device: where this rank's networks run.
         report: receives progress lines on the main rank.
@@ -63,7 +63,7 @@ def train_visual_tokenizer(
         The use of the finished tokenizer's codes over at most 1024 of the images.
 
     Raises:
-        ConfigError: if there are no images, they are not of the configured size, `batch_size` does not divide over the
+        ConfigError: if there are no images, they do not have the configured size, `batch_size` does not divide over the
             ranks, or a checkpoint is of another recipe.
     """
     training = _Training(config, images, mesh, torch.device(device), report if _is_main(mesh) else _silent)
@@ -95,7 +95,7 @@ class _Training:
         self.optimizer = build_tokenizer_optimizer(self.tokenizer)
         self.network = _join_ranks(self.tokenizer, self.group)
         self.checkpoint = TokenizerCheckpoint(config, len(images))
-        if mesh is not None:  # or some would resume and others begin
+        if mesh is not None:  # otherwise some ranks could resume and others begin
             check_same_files(mesh, {"the unfinished training of tokenizers.visual.path": str(self.checkpoint.path)})
         restored = self.checkpoint.load(self.tokenizer, self.optimizer)
         self.first_step = 0 if restored is None else restored.step
@@ -105,7 +105,7 @@ class _Training:
             {} if restored is None else restored.broken_records,
         )
         self.met: dict[str, str] = {}
-        """Broken images that this rank has met since it last told the others."""
+        """Broken images that this rank has found since it last shared them."""
         self.center = self._mean_features() if restored is None else restored.center.to(device)
         if restored is not None:
             report(f"visual tokenizer: goes on from {self.checkpoint.path} after step {self.first_step}")
@@ -176,7 +176,7 @@ class _Training:
             yield view.pixels.to(self.device, non_blocking=True)
 
     def _share_broken_records(self, where: str) -> None:
-        """Tells all ranks of broken images and names those that none had met; all ranks call it.
+        """Shares broken images with all ranks and names new ones; all ranks call it.
 
         Raises:
             ConfigError: on all ranks, if there are more than `data.max_broken_records`.
@@ -266,10 +266,10 @@ class _Progress:
         """Reports a step.
 
         Args:
-            step: done so far.
+            step: number of steps done.
             losses: loss and cosine.
-            usage: since the last report; None without codes.
-            broken_records: met so far.
+            usage: usage of codes since the last report; None without codes.
+            broken_records: number of broken records found so far.
         """
         broken = f"  broken records {broken_records}" if broken_records else ""
         loss, cosine = losses.tolist()

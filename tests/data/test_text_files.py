@@ -175,10 +175,10 @@ def test_every_name_is_read_as_what_it_holds(
         ("list.txt", json.dumps(RECORDS, indent=1).encode(), "Name it \\*.jsonl"),
         ("long.txt", json.dumps({"id": 1, "text": "a " * 99_999}).encode(), "Name it \\*.jsonl"),
         ("a.txt", bz2.compress(b"a"), "holds bzip2 data"),
-        ("cut.json", json.dumps(RECORDS, indent=1).encode()[:-3], "behind value 2: not JSON"),
-        ("open.json", json.dumps(RECORDS).encode()[:-1], "behind value 3: cut off within a list"),
-        ("bad.json", b'[{"text": "a"}, nothing]', "behind value 1: not JSON"),
-        ("latin.json", b'[{"text": "caf\xe9"}]', "behind value 0.*utf-8"),
+        ("cut.json", json.dumps(RECORDS, indent=1).encode()[:-3], "after value 2: not JSON"),
+        ("open.json", json.dumps(RECORDS).encode()[:-1], "after value 3: cut off within a list"),
+        ("bad.json", b'[{"text": "a"}, nothing]', "after value 1: not JSON"),
+        ("latin.json", b'[{"text": "caf\xe9"}]', "after value 0.*utf-8"),
     ],
 )
 def test_what_is_no_text_is_refused_with_what_to_do(tmp_path: Path, name: str, data: bytes, message: str) -> None:

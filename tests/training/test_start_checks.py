@@ -50,10 +50,10 @@ def test_a_monitor_without_its_package_is_refused(
 @pytest.mark.parametrize("begin", [check, start])
 def test_an_output_folder_that_cannot_be_written_is_refused(begin: Callable[[RunConfig], None], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"output_dir=.*/file/run cannot be written: .*/file is no folder"):
+    with pytest.raises(ConfigError, match=r"output_dir=.*/file/run cannot be written: .*/file is not a folder"):
         begin(config(tmp_path / "file" / "run"))
     (tmp_path / "link").symlink_to(tmp_path / "gone")
-    with pytest.raises(ConfigError, match=r"/link is no folder"):
+    with pytest.raises(ConfigError, match=r"/link is not a folder"):
         begin(config(tmp_path / "link"))
 
 
