@@ -27,10 +27,12 @@ from numpy.typing import NDArray
 from beit3_ds.config import ConfigError
 from beit3_ds.data.annotated_images import NO_IMAGE, AnnotatedImages, CollectedAnnotations
 from beit3_ds.data.compact_strings import CompactStrings
+from beit3_ds.data.file_kinds import kind_of_file
 from beit3_ds.data.file_reading import open_for_reading
 from beit3_ds.data.image_folder import list_images
 
 _CHUNK = 1 << 20
+_JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".ldjson")
 _SEPARATORS = re.compile(r"[ \t\r\n,]*")
 
 
@@ -94,7 +96,7 @@ def read_sbu_captions(captions: str, folder: str) -> AnnotatedImages:
     """
     samples = CollectedAnnotations(captions, folder)
     with _reading(captions, "one caption a line, or a JSON object with the list 'captions'"):
-        rows = _load_json(captions)["captions"] if captions.endswith(".json") else _lines(captions)
+        rows = _load_json(captions)["captions"] if captions.lower().endswith(".json") else _lines(captions)
         _add_rows(samples, rows)
     return samples
 
@@ -167,10 +169,20 @@ def _caption_column(table: str, caption_column: int) -> Iterator[str | None]:
 
 
 def _lines(path: str) -> Iterator[str]:
+    if path.lower().endswith(_JSON_LINES):
+        raise ValueError("it is JSON of one object a line, whose lines are no captions")
+    _check_kind(path)
     # Bytes: only a newline ends a row, no other separator that Unicode knows; and one bad caption is one bad row.
     with open_for_reading(path) as file:
         for line in file:
             yield line.rstrip(b"\r\n").decode("utf-8", "surrogateescape")
+
+
+def _check_kind(path: str) -> None:
+    """Refuses a file that is compressed, an archive, a table, an image or UTF-16 by its first bytes."""
+    if kind := kind_of_file(path):
+        advice = "convert it to UTF-8 with iconv" if "UTF" in kind else "unpack it first"
+        raise ValueError(f"it holds {kind}: {advice}")
 
 
 def _load_json(path: str) -> Any:
@@ -180,6 +192,7 @@ def _load_json(path: str) -> Any:
 
 def _open_text(path: str) -> io.TextIOWrapper:
     """Opens UTF-8 text, with or without a byte order mark; failed reads are retried as in `file_reading`."""
+    _check_kind(path)
     return io.TextIOWrapper(open_for_reading(path), encoding="utf-8-sig")
 
 

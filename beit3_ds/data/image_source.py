@@ -1,11 +1,14 @@
 """What every source of images offers, however its files are laid out."""
 
+import re
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 from PIL import Image
 
 from beit3_ds.data.fingerprint import SourceFile
+
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f]")
 
 
 class BrokenRecord(Exception):
@@ -22,8 +25,9 @@ class Skipped(NamedTuple):
 
 
 def printable(path: str) -> str:
-    """Returns a path for messages, with escapes for bytes that are not UTF-8."""
-    return path.encode("utf-8", "backslashreplace").decode("utf-8")
+    """Returns a path or a message as one line, with escapes for control characters and bytes that are not UTF-8."""
+    text = path.encode("utf-8", "backslashreplace").decode("utf-8")
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 class ImageSource(Protocol):

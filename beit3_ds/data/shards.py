@@ -12,7 +12,7 @@ from beit3_ds.data.captions import MAX_JSON_BYTES, decode_caption, decode_json_c
 from beit3_ds.data.file_reading import read_with_retries
 from beit3_ds.data.files import expand_patterns
 from beit3_ds.data.fingerprint import SourceFile
-from beit3_ds.data.image_source import BrokenRecord, Skipped
+from beit3_ds.data.image_source import BrokenRecord, Skipped, printable
 from beit3_ds.data.images import MAX_IMAGE_BYTES, decode_image
 from beit3_ds.data.open_files import FileChangedError, OpenFiles
 from beit3_ds.data.shard_index import (
@@ -211,7 +211,7 @@ def _all_left_out(skipped: Mapping[str, Skipped]) -> str:
 
 
 def _name(tar: str, record: np.void) -> str:
-    return f"{tar}:{record['key'].decode('utf-8', 'backslashreplace')}"
+    return printable(f"{tar}:{record['key'].decode('utf-8', 'backslashreplace')}")
 
 
 def _place(tar: str, record: np.void, kind: str) -> tuple[int, int]:

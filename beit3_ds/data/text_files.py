@@ -133,7 +133,7 @@ def _paragraphs_of_values(file: BinaryIO, path: str, broken: BrokenLines) -> Ite
             try:
                 yield from _mark(_paragraphs_of_record(value))
             except ValueError as error:
-                broken.add(f"{path}:{number}: {error}")
+                broken.add(f"{printable(path)}:{number}: {error}")
     except ValueError as error:  # of the file; errors of single values are counted above
         raise ConfigError(
             f"data: {printable(path)} cannot be read as JSON after value {number}: {error}. Repair it, or write one "
@@ -163,7 +163,7 @@ def _paragraphs_of_lines(
                 continue
             if lines_before is None:  # computed only here, because it reads the file up to the piece
                 lines_before = _count_lines(piece.path, first)
-            broken.add(f"{piece.path}:{lines_before + number}: {error}")
+            broken.add(f"{printable(piece.path)}:{lines_before + number}: {error}")
             continue
         if held is not None:
             yield Paragraph(held, ends_document=not text)

@@ -95,7 +95,7 @@ def find_text_format(path: str) -> TextFormat:
                 "would be read as text, braces and keys included."
             )
         return TextFormat("plain", compression)
-    return TextFormat(_kind_of_json(head, extension), compression)
+    return TextFormat(_kind_of_json(head, extension, is_whole=len(head) < _HEAD_BYTES), compression)
 
 
 def open_decompressed(path: str, compression: Literal["", "gzip", "zstandard"]) -> BinaryIO:
@@ -117,12 +117,13 @@ def _split_name(path: str) -> tuple[Literal["", "gzip", "zstandard"], str]:
     return "", extension
 
 
-def _kind_of_json(head: bytes, extension: str) -> Literal["json_lines", "json_values"]:
+def _kind_of_json(head: bytes, extension: str, is_whole: bool) -> Literal["json_lines", "json_values"]:
     head = head.removeprefix(_BYTE_ORDER_MARK).lstrip()
     if head.startswith(b"["):
         return "json_values"
     line, newline, _ = head.partition(b"\n")
-    if extension in _JSON_LINES or not newline:
+    # Of a line that is longer than what was read it is not known whether it is one value.
+    if extension in _JSON_LINES or not (newline or is_whole):
         return "json_lines"
     try:
         json.loads(line)

@@ -3,6 +3,7 @@
 The fixtures are written from the published descriptions of the formats; the official files were never read.
 """
 
+import gzip
 import json
 import pickle
 from collections.abc import Callable
@@ -206,3 +207,26 @@ def test_other_files_are_refused_with_the_form_that_is_meant(tmp_path: Path, png
     for read in readers:
         with pytest.raises(ConfigError, match=r"x\.json cannot be read as "):
             read()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.txt.gz", gzip.compress(b"one\ntwo\n", mtime=0), "it holds gzip data: unpack it first"),
+        ("c.json.gz", gzip.compress(b'{"captions": ["one"]}', mtime=0), "it holds gzip data"),
+        ("c.txt", "one\ntwo\n".encode("utf-16"), "it holds UTF-16 text: convert it to UTF-8 with iconv"),
+        ("c.JSONL", b'{"caption": "one"}\n', "JSON of one object a line"),
+    ],
+)
+def test_captions_of_another_kind_are_no_lines(
+    tmp_path: Path, png: bytes, name: str, content: bytes, message: str
+) -> None:
+    """Catches compressed bytes, or braces and keys, that pass for captions."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        read_sbu_captions(str(tmp_path / name), _images(tmp_path / "images", png, "0.png"))
+
+
+def test_json_of_captions_in_capital_letters(tmp_path: Path, png: bytes) -> None:
+    folder = _images(tmp_path / "images", png, "0.png")
+    assert _captions(read_sbu_captions(_json(tmp_path / "SBU.JSON", {"captions": ["one"]}), folder)) == ["one"]

@@ -11,8 +11,10 @@ from beit3_ds.config import ConfigError
 from beit3_ds.data.compact_strings import CompactStrings
 from beit3_ds.data.folder import Folder
 from beit3_ds.data.image_folder import ImageFolder
-from beit3_ds.data.image_source import BrokenRecord
+from beit3_ds.data.image_source import BrokenRecord, printable
+from beit3_ds.data.shards import TarShards
 from beit3_ds.storage_error import StorageError
+from tests.data.conftest import WriteTar
 
 
 def _write(folder: Path, files: dict[str, bytes]) -> str:
@@ -118,6 +120,18 @@ def test_zero_bytes_another_extension_and_strange_names(tmp_path: Path, png: byt
         source.image(0)
     assert source.image(1).size == source.image(2).size
     source.name(2).encode("utf-8")  # a message must be printable
+
+
+def test_names_of_two_lines_are_messages_of_one(tmp_path: Path, png: bytes, write_tar: WriteTar) -> None:
+    """Catches a name that takes the rest of its message to another line."""
+    folder = ImageFolder(_write(tmp_path / "f", {"a\nb.png": png, "c\r.heic": b""}))
+    tar = TarShards([write_tar(tmp_path / "s.tar", {"a\nb.png": png})])
+    for source in (folder, tar):
+        assert "a\\nb" in source.name(0)
+        with pytest.raises(BrokenRecord, match=r"^[^\n]*a\\nb[^\n]*$"):
+            source.caption(0)
+    ((_, found),) = folder.skipped.items()
+    assert printable(found.example) == "c\\r.heic"
 
 
 def test_folders_without_images_are_refused(tmp_path: Path) -> None:

@@ -134,6 +134,7 @@ def _documents(path: Path) -> list[list[str]]:
         ("a.jsonlines", "\ufeff" + LINES),
         ("a.json", LINES),
         ("one-line.json", json.dumps(RECORDS)),
+        ("joined.json", "".join(map(json.dumps, RECORDS))),  # one line, but not one value
         ("list.json", json.dumps(RECORDS, indent=2)),
         ("list.jsonl", "\ufeff \n" + json.dumps(RECORDS, indent=1)),
         ("objects.json", "\n".join(json.dumps(record, indent=1) for record in RECORDS)),
