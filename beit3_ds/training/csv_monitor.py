@@ -18,13 +18,28 @@ def continue_csv_files(monitor: Any, step: int) -> None:
     if files is None or not files.enabled:
         return
     for path in sorted(Path(files.log_dir).glob("*.csv")):
-        _drop_rows_after(path, step)
-        files.filenames.append(path.stem)
+        rows = _read_own_rows(path)
+        if rows is not None:
+            _drop_rows_after(path, rows, step)
+            files.filenames.append(path.stem)
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
-    with open(path, newline="", encoding="utf-8") as file:
-        header, *rows = list(csv.reader(file)) or [["step", path.stem]]
+def _read_own_rows(path: Path) -> list[list[str]] | None:
+    """The rows of a table that the monitor wrote, header first; None for a file that is somebody else's."""
+    if not path.is_file():
+        return None
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file)) or [["step", path.stem]]
+    except (UnicodeDecodeError, csv.Error):
+        return None
+    header = rows[0]
+    is_own = len(header) == 2 and header[0] == "step" and path.stem.endswith(header[1].replace(" ", "_"))
+    return rows if is_own else None
+
+
+def _drop_rows_after(path: Path, rows: list[list[str]], step: int) -> None:
+    header, *rows = rows
     kept = [row for row in rows if row and row[0].isdigit() and int(row[0]) <= step]
     aside = path.with_suffix(".tmp")
     with open(aside, "w", newline="", encoding="utf-8") as file:

@@ -42,3 +42,20 @@ def test_a_run_without_the_monitor_and_files_cut_by_a_kill(tmp_path: Path, monke
     start(tmp_path, 1, monkeypatch)
     assert (folder / "train_loss.csv").read_text().split() == ["step,loss", "1,4.0"]
     assert (folder / "empty.csv").read_text().split() == ["step,empty"]
+
+
+def test_tables_of_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches rows deleted from a user's own table, and a resumed run that fails for a file that it did not write."""
+    folder = tmp_path / "csv"
+    (folder / "folder.csv").mkdir(parents=True)
+    contents = {
+        "notes.csv": b"step,remark\r\n9,lowered the rate\r\nlater,look at it\r\n",
+        "steps.csv": b"step,loss,remark\r\n9,1.0,by hand\r\n",
+        "latin.csv": "step,latin\r\n9,gr\u00f6\u00dfer\r\n".encode("latin-1"),
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    resumed = start(tmp_path, 1, monkeypatch)
+    resumed.csv_monitor.write_events([("train/loss", 2.5, 2)])
+    assert {name: (folder / name).read_bytes() for name in contents} == contents
+    assert (folder / "train_loss.csv").read_text().split() == ["step,loss", "2,2.5"]
