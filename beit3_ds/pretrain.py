@@ -40,6 +40,7 @@ from beit3_ds.training.progress import Progress
 from beit3_ds.training.report import write_report
 from beit3_ds.training.setup import describe_setup
 from beit3_ds.training.start_checks import check_device, check_software, prepare_output_dir
+from beit3_ds.training.start_watch import watched_start
 from beit3_ds.training.stop_request import StopSignals
 from beit3_ds.training.stragglers import Stragglers, TimedSteps
 
@@ -53,10 +54,15 @@ def pretrain(config: RunConfig) -> None:
         ConfigError: for a configuration, tokenizer, data file or checkpoint that cannot work.
         NonFiniteLossError: if training diverges.
     """
-    with StopSignals().listening() as signals:
+    with (
+        StopSignals().listening() as signals,
+        watched_start(read_launch(os.environ).rank, signals.received, config.data.timeout_seconds) as start,
+    ):
         inputs = open_inputs(config)
+        start.end_opening()
         with joined_ranks(config.parallel) as mesh:
             run, steps = build_run(config, inputs, mesh, signals)
+            start.stop()
             if train(run, steps, signals):
                 write_report(run, inputs.text_tokenizer)
 

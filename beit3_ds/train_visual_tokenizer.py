@@ -22,6 +22,7 @@ from beit3_ds.training.code_picture import code_picture_path, write_code_picture
 from beit3_ds.training.engine import compute_device, joined_ranks
 from beit3_ds.training.launcher import read_launch
 from beit3_ds.training.picture import try_to_write
+from beit3_ds.training.start_watch import watched_start
 from beit3_ds.training.visual_tokenizer import train_visual_tokenizer
 
 
@@ -46,7 +47,9 @@ def train(config: RunConfig, *, force: bool = False) -> None:
         if read_launch(os.environ).rank == 0:
             print(describe_trained("tokenizers.visual", visual.path), flush=True)
         return
-    images = TokenizerImages(config)  # before a process group exists, so that one rank's error leaves none waiting
+    rank = read_launch(os.environ).rank
+    with watched_start(rank, (), config.data.timeout_seconds):  # signals end this program by themselves
+        images = TokenizerImages(config)  # before a process group exists, so that one rank's error leaves none waiting
     with joined_ranks(ParallelConfig()) as mesh:  # the tokenizer is small: every rank is data-parallel
         mesh.check_agreement("configuration", repr(config), "Start all ranks with the same file and the same --set.")
         check_same_files(mesh, {"tokenizers.visual.teacher_weights": visual.teacher_weights})

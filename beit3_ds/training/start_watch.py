@@ -1,0 +1,117 @@
+"""A watch over the start of a run, whose reads and calls no other bound covers: it names what hangs, and ends it."""
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+NOTICE_SECONDS = 60.0
+"""How often a start that does nothing says where it is."""
+STOP_SECONDS = 30.0
+"""How long a start may go on after a signal to stop. Usually it reaches the first step, where all ranks agree to stop;
+clusters kill half a minute after the signal or later. Nothing is lost: no step was done since the newest checkpoint."""
+_POLL_SECONDS = 0.5
+_IDLE_SHARE = 0.01
+"""A process that computes for less than this share of the time does nothing but wait."""
+_PACKAGE = str(Path(__file__).parents[1])
+
+
+class StartWatch:
+    """A thread that looks at the main one until the ranks take steps together.
+
+    A file system that hangs in the middle of opening files holds the main thread for ever, and signals with it: they
+    are only noted until the ranks can agree to stop.
+    """
+
+    def __init__(
+        self, rank: int, received: Iterable[int], seconds: float, end: Callable[[int], None] = os._exit
+    ) -> None:
+        """Begins to watch.
+
+        Args:
+            rank: of this process, for messages.
+            received: signals to stop that this process has received; read again and again.
+            seconds: how long opening files may stand still (`data.timeout_seconds`).
+            end: what ends this process: its main thread may be in a call that does not come back.
+        """
+        self._rank, self._received, self._seconds, self._end = rank, received, seconds, end
+        self._opens_files = True
+        self._over = threading.Event()
+        main = threading.main_thread()
+        assert main.ident is not None
+        self._ident, self._clock = main.ident, time.pthread_getcpuclockid(main.ident)
+        self._thread = threading.Thread(target=self._watch, name="start watch", daemon=True)
+        self._thread.start()
+
+    def end_opening(self) -> None:
+        """From here on only signals are watched for: waits for other ranks have bounds of their own."""
+        self._opens_files = False
+
+    def stop(self) -> None:
+        """The ranks take steps now."""
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        still_since, noticed, asked = time.monotonic(), 0.0, None
+        used = self._cpu_seconds()
+        while not self._over.wait(_POLL_SECONDS):
+            now, now_used = time.monotonic(), self._cpu_seconds()
+            still = now - still_since
+            if now_used[0] != used[0] or now_used[1] - used[1] > max(0.1, _IDLE_SHARE * still):
+                still_since, noticed, used, still = now, 0.0, now_used, 0.0
+            if received := sorted(self._received):
+                asked = asked or now
+                if now - asked >= STOP_SECONDS:
+                    name = signal.Signals(received[0]).name
+                    self._finish(
+                        f"{name} came during the start, which has not ended {STOP_SECONDS:.0f} s later",
+                        128 + received[0],
+                    )
+                    return
+            if self._opens_files and still >= self._seconds:
+                self._finish(f"the start has stood still for {still:.0f} s (data.timeout_seconds)", 1)
+                return
+            if self._opens_files and still - noticed >= NOTICE_SECONDS:
+                noticed = still
+                line = f"the start of rank {self._rank} has stood still for {still:.0f} s: {self._place()}"
+                print(line, file=sys.stderr, flush=True)
+
+    def _cpu_seconds(self) -> tuple[float, float]:
+        """Of the main thread, and of the whole process."""
+        return time.clock_gettime(self._clock), time.process_time()
+
+    def _place(self) -> str:
+        """Where the main thread is, and the names of files that its functions work with."""
+        frame = sys._current_frames().get(self._ident)
+        places, paths = [], []
+        for inner, line in traceback.walk_stack(frame):
+            if inner.f_code.co_filename.startswith(_PACKAGE) and inner.f_code.co_filename != __file__:
+                places.append(f"{Path(inner.f_code.co_filename).name}:{line} ({inner.f_code.co_name})")
+                values = [inner.f_locals.get(name) for name in ("path", "file", "name", "self")]
+                values += [getattr(values[-1], name, None) for name in ("path", "_path")]
+                paths += [os.fspath(value) for value in values if isinstance(value, str | Path)]
+        named = f"with {paths[0]}" if paths else "opening its files" if self._opens_files else "waiting for other ranks"
+        return f"{named}, at {places[0]}" if places else named
+
+    def _finish(self, why: str, status: int) -> None:
+        line = (
+            f"error on rank {self._rank}: {why}: {self._place()}. Nothing was trained; the same command starts again."
+        )
+        print(line, file=sys.stderr, flush=True)
+        self._end(status)
+
+
+@contextmanager
+def watched_start(rank: int, received: Iterable[int], seconds: float) -> Iterator[StartWatch]:
+    """Watches, with the arguments of `StartWatch`, until the block ends or until `StartWatch.stop`."""
+    watch = StartWatch(rank, received, seconds)
+    try:
+        yield watch
+    finally:
+        watch.stop()
