@@ -1,4 +1,4 @@
-"""The command line: the arguments of every command that takes a run's configuration, and numbers with a range."""
+"""Command-line arguments that commands share, and types for numbers with a range."""
 
 import argparse
 from collections.abc import Callable
@@ -9,10 +9,10 @@ from beit3_ds.config.strict import ConfigError
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Reports a wrong command line as a `ConfigError`: one line, without the usage of all options before it."""
+    """Reports a wrong command line as a `ConfigError` of one line, without printing the usage of all options."""
 
     def error(self, message: str) -> NoReturn:
-        """Called by argparse with what is wrong."""
+        """Raises the error that argparse found."""
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
@@ -29,7 +29,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def integer(allowed: Range) -> Callable[[str], int]:
-    """Builds the `type` of an argument that is an integer of a range."""
+    """Builds the `type` of an argument that takes integers in a range."""
 
     def parse(text: str) -> int:
         return int(_check(_number(int, text), allowed))
@@ -38,7 +38,7 @@ def integer(allowed: Range) -> Callable[[str], int]:
 
 
 def real(allowed: Range) -> Callable[[str], float]:
-    """Builds the `type` of an argument that is a number of a range."""
+    """Builds the `type` of an argument that takes numbers in a range."""
 
     def parse(text: str) -> float:
         return _check(_number(float, text), allowed)
@@ -62,6 +62,4 @@ def _check(value: float, allowed: Range) -> float:
 
 def add_force_argument(parser: argparse.ArgumentParser) -> None:
     """Adds `--force` to a command that trains a tokenizer."""
-    parser.add_argument(
-        "--force", action="store_true", help="train the tokenizer anew if it is there, and overwrite it"
-    )
+    parser.add_argument("--force", action="store_true", help="retrain the tokenizer and overwrite it if it exists")

@@ -26,11 +26,11 @@ class SourceConfig:
     path: PathString
     """File, folder or glob pattern, from the working directory; `~` is the home folder."""
     format: ImageFormat | None = None
-    """Of images and pairs. `tar`: WebDataset shards; `folder`: image files with captions in .txt files beside them;
+    """Format of images and pairs. `tar`: WebDataset shards; `folder`: image files with captions beside them;
     `coco`, `visual_genome` (path: region_descriptions.json, with image_data.json beside it), `sbu`,
     `conceptual_captions` and `conceptual_12m`: the corpora's own annotation files (beit3_ds/data/annotations.py). None:
-    `folder` for a folder, else `tar`. Texts have no format: their names say it
-    (beit3_ds/data/text_formats.py): JSON objects with `text`, else plain UTF-8, compressed or not."""
+    `folder` for a folder, else `tar`. Must be None for texts, whose format follows from their names
+    (beit3_ds/data/text_formats.py): JSON objects with `text`, or plain UTF-8, compressed or not."""
     images: PathString = ""
     """Folder of the images that an annotation file names; only for formats with such a file."""
     weight: Annotated[float, Range(1e-6, 1e6)] | None = None
@@ -50,10 +50,10 @@ class StreamConfig:
     """One of the three streams: where its samples lie and how many of them make up a step."""
 
     train: tuple[SourceConfig, ...] = ()
-    """Sources of the samples; may be empty if the stream is left out. Without weights they form one set, shuffled as a
-    whole; with weights each has epochs of its own and takes turns with the others."""
+    """Training sources; may be empty if the stream is left out. Without weights they form one set, shuffled as a whole;
+    with weights each source has its own epochs and takes turns with the others."""
     heldout: tuple[SourceConfig, ...] = ()
-    """The same for the validation loss, without weights: its samples are spread over the sources by size. Empty: the
+    """Sources of the validation loss, without weights: its samples are spread over the sources by size. Empty: the
     stream is not evaluated."""
     samples_per_step: Annotated[int, Range(0, 2**24)]
     """Samples of this stream in one optimizer step, over all ranks (paper: 2048). 0 leaves the stream out."""
@@ -76,7 +76,7 @@ class StreamConfig:
 
     @property
     def is_used(self) -> bool:
-        """Whether the run trains on the stream or evaluates it."""
+        """Returns whether the run trains on the stream or evaluates it."""
         return bool(self.samples_per_step or self.heldout)
 
     def weights(self) -> tuple[float, ...] | None:
@@ -94,7 +94,7 @@ class DataConfig:
     """What is read and how it is masked (paper section 2.2 and 2.3)."""
 
     images: StreamConfig = field(default_factory=_no_stream)
-    """Images without texts: MIM only. A stream that is not named is left out."""
+    """Images without texts, for MIM only. A stream without a section is left out."""
     pairs: StreamConfig = field(default_factory=_no_stream)
     """Images with captions: MIM and MLM."""
     texts: StreamConfig = field(default_factory=_no_stream)
@@ -103,7 +103,7 @@ class DataConfig:
     """Tokens of a text sample at most, BOS and EOS included. The paper is silent; 128 is near an image's length."""
     document_separator: bool = True
     """Put EOS between documents that share a sequence of `texts`, as RoBERTa does. False joins them without a mark. A
-    document is a JSON object, or the lines between two blank ones of plain text."""
+    document is a JSON object, or in plain text the lines between two blank lines."""
     pair_text_length: TextLength = 64
     """Tokens of a caption at most, BOS and EOS included (the released models' fine-tuning length)."""
     image_mask_ratio: MaskRatio = 0.4
@@ -128,33 +128,33 @@ class DataConfig:
     order: Literal["shuffled", "shard_sequential"] = "shuffled"
     """How an epoch is shuffled. `shuffled`: as a whole, so neighbouring records are read far apart. `shard_sequential`:
     blocks of `block_samples` neighbours are visited in a shuffled order, and `window_blocks` of them at a time are
-    shuffled together. Then few shards are in use at once: right for storage that reads ahead, or for more shards than a
+    shuffled together. Few shards are then in use at once, which suits storage that reads ahead, or more shards than a
     process may keep open. The price is randomness: all samples of a stretch of window_blocks x block_samples come from
-    window_blocks places of the corpus. Do not use it where neighbours are alike, as in shards sorted by class."""
+    window_blocks places in the corpus. Do not use it if neighbours are alike, as in shards sorted by class."""
     block_samples: Annotated[int, Range(1, 2**30)] = 1000
-    """Neighbouring samples of a block; with `order` "shard_sequential". A shard's samples or a part of them."""
+    """Neighbouring samples per block with `order` "shard_sequential"; choose at most the samples of a shard."""
     window_blocks: Annotated[int, Range(1, 2**30)] = 64
-    """Blocks that are shuffled together; with `order` "shard_sequential". Should give many steps' samples."""
+    """Blocks that are shuffled together with `order` "shard_sequential"; a window should last for many steps."""
     num_workers: Annotated[int, Range(0, 1024)] = 2
     """Processes that prepare batches, for each rank; 0 prepares them in the training process."""
     prefetch_steps: Annotated[int, Range(1, 1024)] = 2
-    """Steps that each worker prepares ahead, unless `prefetch_gib` allows fewer."""
+    """Steps that each worker prepares ahead; fewer if `prefetch_gib` does not allow as many."""
     prefetch_gib: Annotated[float, Range(0.001, 2**20)] = 8.0
     """Shared memory that one rank's prefetched steps may take, in GiB. If num_workers x prefetch_steps steps take more,
-    fewer are prepared ahead, by fewer workers if need be. 8 ranks of a node then take 64 GiB at most: half the memory
-    of a node with 128 GiB, which is the usual size of /dev/shm."""
+    fewer are prepared ahead, by fewer workers if necessary. By default 8 ranks of a node take at most 64 GiB, half the
+    memory of a node with 128 GiB; /dev/shm usually has half the memory."""
     max_open_files: Annotated[int, Range(1, 2**20)] = 4096
-    """Shards that each process keeps open, so that reading a record opens no file. The limit of the system
-    (`ulimit -n`) is raised towards twice as many in worker processes, as far as its hard limit allows; a process takes
-    at most half of its limit."""
+    """Shards that each process keeps open, so that reading a record opens no file. Worker processes raise the system's
+    limit (`ulimit -n`) to twice this number, as far as the hard limit allows; a process uses at most half of its
+    limit."""
     timeout_seconds: Seconds = 600
-    """How long a rank waits for the data of one step, or of one held-out batch, before the run saves and ends with the
-    name of what it waited for. Ten minutes are some hundred times a step's reading, and less than
-    parallel.timeout_seconds, after which the ranks that wait for this one give up. A worker that dies, or is stopped
-    for 10 seconds, is replaced before that."""
+    """Longest wait of a rank for the data of one step or one held-out batch; then the run saves, names what it waited
+    for, and ends. Ten minutes are about a hundred times the reading of a step, and less than parallel.timeout_seconds,
+    after which the ranks that wait for this one give up. A worker that dies, or is stopped for 10 seconds, is replaced
+    before that."""
     max_broken_records: Count = 100
-    """Unreadable records that are left out before the run stops with their list. Each counts once, however often, on
-    whichever rank and in however many starts of the run it is met."""
+    """Most unreadable records that are left out; with more the run stops and lists them. A record counts once per run,
+    however often, on whichever rank and after however many restarts it is read."""
 
     def __post_init__(self) -> None:
         for source in (*self.texts.train, *self.texts.heldout):
@@ -165,17 +165,17 @@ class DataConfig:
                 )
 
     def blocks(self) -> tuple[int, int] | None:
-        """Samples of a block and blocks of a window; None if an epoch is shuffled as a whole."""
+        """Returns the samples per block and blocks per window; None if an epoch is shuffled as a whole."""
         return None if self.order == "shuffled" else (self.block_samples, self.window_blocks)
 
     @property
     def has_images(self) -> bool:
-        """Whether a step or the held-out samples hold images, so that the run needs the visual tokenizer."""
+        """Returns whether a step or the held-out samples hold images, so that the run needs the visual tokenizer."""
         return self.images.is_used or self.pairs.is_used
 
     @property
     def has_texts(self) -> bool:
-        """Whether a step or the held-out samples hold texts or captions, so that the run needs the text tokenizer."""
+        """Returns whether a step or the held-out samples hold texts or captions, which need the text tokenizer."""
         return self.texts.is_used or self.pairs.is_used
 
     def streams(self) -> dict[str, StreamConfig]:
@@ -188,8 +188,8 @@ class TextTokenizerConfig:
     """SentencePiece model of the texts, and how `beit3 train-text-tokenizer` makes it."""
 
     path: PathString = ""
-    """The .spm file, read by pretraining and written by training the tokenizer. Empty: a run without texts and pairs,
-    which needs none."""
+    """The .spm file, which pretraining reads and `beit3 train-text-tokenizer` writes. May be empty for a run without
+    texts and pairs."""
     vocab_size: Annotated[int, Range(8, 2**24 - 2)] = 64000
     """Pieces that SentencePiece learns, its own <unk>, <s> and </s> included (reference: 64000, so <mask> is 64001)."""
     character_coverage: Annotated[float, Range(0.9, 1)] = 0.9995
@@ -204,6 +204,6 @@ class TokenizersConfig:
     """The two tokenizers of a run."""
 
     text: TextTokenizerConfig = field(default_factory=TextTokenizerConfig)
-    """Words to ids; may be left out of a run without texts and pairs."""
+    """Turns words into ids; may be left out of a run without texts and pairs."""
     visual: VisualTokenizerConfig = field(default_factory=VisualTokenizerConfig)
-    """Patches to codes; may be left out of a run without images and pairs."""
+    """Turns patches into codes; may be left out of a run without images and pairs."""

@@ -1,4 +1,4 @@
-"""DeepSpeed's part of a run's file, as the engine gets it."""
+"""Checks DeepSpeed's part of a run's file and builds the engine's configuration from it."""
 
 import os
 from collections.abc import Mapping
@@ -13,16 +13,16 @@ OWN_SECTION = "beit3_ds"
 """The key of this project's section in a DeepSpeed JSON file."""
 
 FILE_MONITORS = {"csv_monitor": "csv", "tensorboard": "tensorboard"}
-"""Monitors of DeepSpeed that write files, each with the folder it writes to where a run names none."""
+"""Monitors of DeepSpeed that write files, each with its default folder."""
 
 _MONITORS_FOLDER = "logs"
 
 
 def read_deepspeed_keys(mapping: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Checks all keys but this project's own section; returns them as the engine is to get them.
+    """Checks all keys except this project's own section; returns them in the form that the engine takes.
 
     Raises:
-        ConfigError: for a key that DeepSpeed does not know or this project does not take, or a wrong value.
+        ConfigError: for a key that DeepSpeed does not know or this project does not support, or a wrong value.
     """
     check_known_keys(mapping, [*DEEPSPEED_KEYS, OWN_SECTION], where)
     return {key: read_key(DEEPSPEED_KEYS[key], value, key) for key, value in mapping.items() if key != OWN_SECTION}
@@ -31,11 +31,11 @@ def read_deepspeed_keys(mapping: Mapping[str, Any], where: str) -> dict[str, Any
 def engine_config(
     mapping: Mapping[str, Any], samples_per_step: int, data_parallel_size: int, output_dir: str
 ) -> dict[str, Any]:
-    """The dictionary for `deepspeed.initialize`: the user's keys, and what follows from the run.
+    """Builds the dictionary for `deepspeed.initialize` from the user's keys and the run.
 
-    Micro-batches belong to this project's schedule, so the engine's accumulation is always 1. DeepSpeed asserts that
-    its batch sizes are products of each other, which uneven shares are not: it is told the largest share alone, and
-    uses it for figures in its own log only. Monitors write below the run's folder.
+    This project's schedule owns the micro-batches, so the engine's accumulation is always 1. DeepSpeed asserts that its
+    batch sizes are products of each other, which does not hold for uneven shares. So the engine gets only the largest
+    share, and uses it only for figures in its own log. Monitors write below the run's folder.
     """
     config = {
         **{key: value for key, value in mapping.items() if key != "train_batch_size"},
@@ -43,7 +43,7 @@ def engine_config(
         "gradient_accumulation_steps": 1,
     }
     if is_offloaded(mapping.get("zero_optimization", {}), "offload_optimizer"):
-        config["zero_force_ds_cpu_optimizer"] = False  # else DeepSpeed refuses torch's AdamW on the host
+        config["zero_force_ds_cpu_optimizer"] = False  # otherwise DeepSpeed refuses torch's AdamW on the host
     for monitor, folder in FILE_MONITORS.items():
         if monitor in mapping:
             config[monitor] = {

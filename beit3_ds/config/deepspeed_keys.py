@@ -1,8 +1,8 @@
-"""Every key of DeepSpeed 0.19.8's configuration: which values a run may give, and why others are refused.
+"""Table of every key of DeepSpeed 0.19.8's configuration: the values that a run may give, and why others are refused.
 
-An accepted key was run, saved, exported, loaded and resumed with the samples listed here
-(tests/checkpoint/test_deepspeed_keys.py). A key that changes nothing here is refused too: a setting without effect is
-a user's mistake. `deepspeed_rules` holds the rules between keys.
+The tests run, save, export, load and resume with the samples listed here of every accepted key that may change the
+training state (tests/checkpoint/test_deepspeed_keys.py). A key that changes nothing here is refused too, because a
+setting without effect is a user's mistake. `deepspeed_rules` holds the rules between keys.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from beit3_ds.config.key_specs import Choice, Fixed, Flag, Number, Refused, Sect
 from beit3_ds.config.numbers import Range
 
 _LARGEST_BUCKET = 2**31 - 2
-"""Elements: DeepSpeed allocates a bucket whole, 8 GiB in float32 at this size."""
+"""Largest bucket in elements; DeepSpeed allocates a whole bucket, which takes 8 GiB in float32 at this size."""
 
 _REMOVED = "DeepSpeed 0.19 removed it. Leave it out."
 _NO_EFFECT = "it has no effect here. Leave it out."
@@ -22,9 +22,9 @@ _OWN_CHECKPOINTS = "checkpoints are this project's own (docs/checkpoints.md). Le
 _OWN_MODEL = "it rewrites the modules of models that it knows. Leave it out."
 _NO_NVME = "checkpoints do not read the files of nvme"
 _NVME = "it belongs to offloading to NVMe, whose files checkpoints do not read. Leave it out."
-_ORDER = "it reorders the flat buffers, which DeepSpeed's own map of parameters to them does not follow. Leave it out."
+_ORDER = "it reorders the flat buffers, but DeepSpeed's map from parameters to them stays the same. Leave it out."
 _PACKING = "it only changes the padding of the flat buffers. Leave it out."
-_QUANTIZED = "parameters or gradients lose precision that checkpoints and the loss's comparison rely on."
+_QUANTIZED = "parameters or gradients would lose precision that checkpoints and the comparison of losses need."
 
 _OFFLOAD_PARAM = Section(
     example='{"device": "cpu"}',
@@ -34,9 +34,11 @@ _OFFLOAD_PARAM = Section(
             reason=_NO_NVME,
             stages=(3,),
             samples=("cpu",),
-            effect="Parameters wait in host memory.",
+            effect="Parameters are kept in host memory until they are used.",
         ),
-        "pin_memory": Flag(stages=(3,), effect="Pages of that memory are locked, which makes copies to a GPU faster."),
+        "pin_memory": Flag(
+            stages=(3,), effect="Offloaded parameters are page-locked, which speeds up copies to a GPU."
+        ),
         **dict.fromkeys(("nvme_path", "buffer_count", "buffer_size", "max_in_cpu"), Refused(reason=_NVME)),
     },
 )
@@ -49,10 +51,10 @@ _OFFLOAD_OPTIMIZER = Section(
             reason=_NO_NVME,
             stages=(1, 2, 3),
             samples=("cpu",),
-            effect="Weights in float32 and moments live in host memory, where torch's AdamW updates them.",
+            effect="Float32 weights and moments are kept in host memory, where torch's AdamW updates them.",
         ),
         "pin_memory": Flag(
-            stages=(1, 2, 3), effect="Pages of that memory are locked, which makes copies to a GPU faster."
+            stages=(1, 2, 3), effect="Offloaded optimizer state is page-locked, which speeds up copies to a GPU."
         ),
         "ratio": Fixed(value=1.0, reason="it needs DeepSpeed's own CPU Adam; the optimizer here is torch's AdamW."),
         "super_offload": Fixed(value=False, reason="it needs DeepSpeed's own CPU Adam and CUDA."),
@@ -69,7 +71,7 @@ _ZERO = Section(
         "stage": Choice(
             values=(0, 1, 2, 3),
             samples=(0, 1, 2, 3),
-            effect="What data-parallel ranks divide: nothing, optimizer state, gradients too, parameters too.",
+            effect="State divided over data-parallel ranks: none; optimizer state; also gradients; also parameters.",
         ),
         "contiguous_gradients": Flag(
             stages=(1, 2, 3), effect="Gradients are copied into one buffer before they are reduced."
@@ -81,7 +83,7 @@ _ZERO = Section(
             range=Range(1, _LARGEST_BUCKET),
             stages=(1, 2, 3),
             samples=(1000, 500_000_000),
-            effect="Elements of gradients that are reduced at a time.",
+            effect="Gradient elements that are reduced at a time.",
         ),
         "use_multi_rank_bucket_allreduce": Flag(
             stages=(1, 2), effect="One all-reduce for the parts of several ranks instead of one reduce each."
@@ -93,7 +95,7 @@ _ZERO = Section(
             samples=(1000, 500_000_000),
             effect="Elements of updated parameters that are gathered at a time.",
         ),
-        "overlap_comm": Flag(stages=(1, 2, 3), effect="Gradients are reduced while the backward pass goes on."),
+        "overlap_comm": Flag(stages=(1, 2, 3), effect="Gradients are reduced during the backward pass."),
         "sub_group_size": Number(
             range=Range(1),
             stages=(3,),
@@ -128,7 +130,7 @@ _ZERO = Section(
             range=Range(0),
             stages=(3,),
             samples=(0, 1_000_000_000),
-            effect="A parameter used again within so many elements is not released.",
+            effect="A parameter is not released if its next use is at most this many elements away.",
         ),
         "stage3_use_all_reduce_for_fetch_params": Flag(
             stages=(3,), effect="Parameters are gathered by an all-reduce instead of an all-gather."
@@ -137,21 +139,21 @@ _ZERO = Section(
             stages=(3,), effect="Parameters are gathered one by one, without a bucket to copy them to."
         ),
         "log_trace_cache_warnings": Flag(
-            stages=(3,), effect="DeepSpeed says when the order of modules differs from the step before."
+            stages=(3,), effect="DeepSpeed logs when the order of modules differs from the previous step."
         ),
         "enable_sanity_checks": Flag(stages=(3,), effect="DeepSpeed compares its bookkeeping among ranks."),
         "offload_param": _OFFLOAD_PARAM,
         "offload_optimizer": _OFFLOAD_OPTIMIZER,
         "compute_grad_norm": Fixed(
-            value=True, reason="steps with a NaN are known by the gradients' norm, and skipped."
+            value=True, reason="steps with a NaN are recognised by the gradients' norm and skipped."
         ),
         "ignore_unused_parameters": Fixed(
-            value=True, reason="every parameter takes part in every micro-batch; there is nothing to report."
+            value=True, reason="every parameter takes part in every micro-batch, so there is nothing to report."
         ),
         "round_robin_gradients": Fixed(value=False, reason=_ORDER),
         "parameter_alignment": Fixed(value=False, reason=_PACKING),
         "zero_hpz_partition_size": Fixed(
-            value=1, reason="a second copy of the parameters inside a node, which was not tried here."
+            value=1, reason="it keeps a second copy of the parameters inside a node, which was never tested here."
         ),
         "zero_quantized_weights": Fixed(value=False, reason=_QUANTIZED),
         "zero_quantized_nontrainable_weights": Fixed(value=False, reason=_QUANTIZED),
@@ -215,9 +217,9 @@ _DATA_TYPES = Section(
         "grad_accum_dtype": Choice(
             values=("fp32", "bf16"),
             samples=("fp32", "bf16"),
-            effect="Type in which the gradients of micro-batches are added up; without this key that of the weights.",
+            effect="Type in which the gradients of micro-batches are added up; by default the type of the weights.",
         ),
-        "param_dtype": Refused(reason="bf16.enabled says it. Leave it out."),
+        "param_dtype": Refused(reason="bf16.enabled sets it. Leave it out."),
         "buffer_dtype": Refused(reason="the model has no buffers. Leave it out."),
         "keep_in_fp32_modules": Refused(reason="the model has no buffers. Leave it out."),
     },
@@ -231,7 +233,7 @@ def _file_monitor(package: str) -> Section:
             "enabled": Flag(effect=f"Writes what metrics.jsonl holds to {package} as well."),
             "output_path": Text(
                 is_inner_path=True,
-                effect="Folder of the files inside training.output_dir; `logs` without this key.",
+                effect="Folder of the files inside training.output_dir; by default `logs`.",
             ),
             "job_name": Text(is_folder_name=True, effect="Folder below output_path."),
         },
@@ -266,7 +268,7 @@ _TIMERS = Section(
             example='{"enabled": false}',
             keys={
                 "enabled": Flag(effect="DeepSpeed times steps for its own log lines."),
-                "synchronized": Flag(effect="The device is waited for at each of these times."),
+                "synchronized": Flag(effect="DeepSpeed synchronises the device before it reads these times."),
             },
         )
     },
@@ -274,19 +276,20 @@ _TIMERS = Section(
 
 DEEPSPEED_KEYS: Mapping[str, Spec | Refused | Section] = {
     "train_batch_size": Number(
-        range=Range(1), effect="Samples of a step; may be left out, and must be what the streams add up to."
+        range=Range(1), effect="Samples per step; may be left out, and must equal the sum of the streams' samples."
     ),
     "train_micro_batch_size_per_gpu": Number(
-        range=Range(1), effect="Samples of a micro-batch; may be left out, and must be what follows from the streams."
+        range=Range(1),
+        effect="Samples per micro-batch; may be left out, and must equal the value that follows from the streams.",
     ),
     "gradient_accumulation_steps": Number(
-        range=Range(1, 2**20), samples=(1, 2), effect="Micro-batches of a rank in a step."
+        range=Range(1, 2**20), samples=(1, 2), effect="Micro-batches per rank and step."
     ),
     "gradient_clipping": Number(
         range=Range(0, 1e6, above=True),
         whole=False,
         samples=(0.05, 3.0),
-        effect="Largest norm of all gradients; without this key they are not clipped.",
+        effect="Largest norm of all gradients together; by default they are not clipped.",
     ),
     "steps_per_print": Number(
         range=Range(1), samples=(1, 1_000_000), effect="Steps between DeepSpeed's own log lines."
@@ -308,7 +311,7 @@ DEEPSPEED_KEYS: Mapping[str, Spec | Refused | Section] = {
     "log_level": Choice(
         values=("debug", "info", "warning", "error", "critical"),
         samples=("warning", "error"),
-        effect="Which of DeepSpeed's own log lines appear.",
+        effect="Level of DeepSpeed's own log lines.",
     ),
     "managed_gradient_accumulation": Fixed(
         value=True, reason="the schedule of micro-batches tells the engine when to reduce."
@@ -324,15 +327,15 @@ DEEPSPEED_KEYS: Mapping[str, Spec | Refused | Section] = {
     "bfloat16": Refused(reason='it is the old name. Write "bf16".'),
     "torch_autocast": Refused(reason='kernels choose their types themselves. Use "bf16": {"enabled": true}.'),
     "optimizer": Refused(
-        reason="use beit3_ds.training (learning_rate, adam_betas, weight_decay, ...), which knows what must not decay."
+        reason="use beit3_ds.training (learning_rate, weight_decay, ...), which exempts some parameters from decay."
     ),
     "scheduler": Refused(reason="use beit3_ds.training (warmup_steps, total_steps, min_learning_rate)."),
     "activation_checkpointing": Refused(reason='use beit3_ds.training.activation_checkpointing: "none" or "full".'),
     "tensor_parallel": Refused(reason="use beit3_ds.parallel.tensor_parallel_size."),
     "pipeline": Refused(reason="use beit3_ds.parallel.pipeline_parallel_size."),
-    "comet": Refused(reason="it was never tried. Use csv_monitor, tensorboard or wandb."),
+    "comet": Refused(reason="it was never tested here. Use csv_monitor, tensorboard or wandb."),
     "flops_profiler": Refused(
-        reason="it does not see the kernels' products. Progress lines and metrics.jsonl give FLOP/s."
+        reason="it does not count the kernels' products. Progress lines and metrics.jsonl give FLOP/s."
     ),
     "autotuning": Refused(reason="it starts runs of its own. `beit3 check` gives memory and traffic of a layout."),
     "data_efficiency": Refused(reason=_OWN_DATA),
@@ -346,7 +349,7 @@ DEEPSPEED_KEYS: Mapping[str, Spec | Refused | Section] = {
     "use_data_before_expert_parallelism": Refused(reason=_OWN_MODEL),
     "weight_quantization": Refused(reason=_OWN_MODEL),
     "compile": Refused(
-        reason="the model's kernels are compiled already, and DeepCompile was never tried. Leave it out."
+        reason="the model's kernels are compiled already, and DeepCompile was never tested here. Leave it out."
     ),
     "aio": Refused(reason=_NVME),
     "amp": Refused(reason="DeepSpeed 0.19 removed it. Use bf16, or neither for fp32."),
@@ -373,19 +376,19 @@ DEEPSPEED_KEYS: Mapping[str, Spec | Refused | Section] = {
         Refused(reason=_NO_EFFECT),
     ),
 }
-"""DeepSpeed's top-level keys, each with what it may hold."""
+"""DeepSpeed's top-level keys, each with its accepted values."""
 
 
 class AcceptedKey(NamedTuple):
-    """One key that a run may give."""
+    """A key that a run may give."""
 
     path: tuple[str, ...]
-    """From the top of the file."""
+    """Path from the top of the file."""
     spec: Spec
 
     @property
     def name(self) -> str:
-        """The path with dots, as messages and `--set` write it."""
+        """Path with dots, as in messages and `--set`."""
         return ".".join(self.path)
 
 
@@ -397,7 +400,7 @@ def accepted_keys() -> Iterator[AcceptedKey]:
 
 
 def unused_keys(deepspeed: Mapping[str, Any]) -> list[str]:
-    """Names of the keys of a run that have no effect in its ZeRO stage."""
+    """Returns the names of a run's keys that have no effect in its ZeRO stage."""
     stage = deepspeed.get("zero_optimization", {}).get("stage", 0)
     return [key.name for key in accepted_keys() if stage not in key.spec.stages and _is_given(deepspeed, key.path)]
 

@@ -1,4 +1,4 @@
-"""Rules between DeepSpeed's keys, and between them and a run's own: what each value alone cannot say."""
+"""Rules between DeepSpeed's keys, and between them and the run's own keys."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,15 +9,15 @@ from beit3_ds.config.training import TrainingConfig
 
 
 def check_deepspeed_rules(deepspeed: Mapping[str, Any], training: TrainingConfig, parallel: ParallelConfig) -> None:
-    """Refuses keys that DeepSpeed refuses together, or that give wrong gradients or state that cannot be saved.
+    """Refuses combinations of keys that DeepSpeed refuses, or that give wrong gradients or state that cannot be saved.
 
     Args:
-        deepspeed: DeepSpeed's keys of a run, each checked alone.
-        training: names the optimizer.
-        parallel: the layout.
+        deepspeed: DeepSpeed's keys of a run, each already checked.
+        training: gives the optimizer.
+        parallel: gives the layout.
 
     Raises:
-        ConfigError: with what to leave out.
+        ConfigError: naming the key to leave out.
     """
     zero = deepspeed.get("zero_optimization", {})
     _check_types(deepspeed, zero)
@@ -29,7 +29,7 @@ def check_deepspeed_rules(deepspeed: Mapping[str, Any], training: TrainingConfig
 
 
 def is_offloaded(zero: Mapping[str, Any], section: str) -> bool:
-    """Whether `offload_param` or `offload_optimizer` moves anything to the host."""
+    """Returns whether `offload_param` or `offload_optimizer` moves anything to the host."""
     return bool(zero.get(section, {}).get("device", "none") != "none")
 
 

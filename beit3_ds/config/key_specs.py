@@ -1,4 +1,4 @@
-"""What a value of one DeepSpeed key may be; `deepspeed_keys` builds its table from these."""
+"""Specifications of the values of one DeepSpeed key, from which `deepspeed_keys` builds its table."""
 
 import json
 import os
@@ -19,17 +19,17 @@ _LONGEST_NAME = 255
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """One accepted key."""
+    """An accepted key."""
 
     effect: str
-    """What it changes, for the documentation."""
+    """Effect of the key, for the documentation."""
     stages: tuple[int, ...] = ALL_STAGES
-    """The ZeRO stages in which it has an effect. In others it may be given, and `beit3 check` says so."""
+    """ZeRO stages in which the key has an effect; in other stages `beit3 check` reports that it has none."""
     samples: tuple[Any, ...] = ()
-    """Values that tests run with, each beside otherwise shipped settings."""
+    """Values that tests run with."""
 
     def read(self, value: Any, where: str) -> Any:
-        """The value as DeepSpeed is to get it.
+        """Returns the value in the form that DeepSpeed takes.
 
         Raises:
             ConfigError: naming key, value, rule and what to write instead.
@@ -38,7 +38,7 @@ class Spec:
 
     @property
     def rule(self) -> str:
-        """The values that are accepted, as words that follow "expected"."""
+        """Accepted values, as words that follow "expected"."""
         raise NotImplementedError
 
     def _refuse(self, value: Any, where: str) -> ConfigError:
@@ -52,7 +52,7 @@ class Spec:
 
 @dataclass(frozen=True, kw_only=True)
 class Flag(Spec):
-    """true or false."""
+    """A key that is true or false."""
 
     samples: tuple[Any, ...] = (True, False)
 
@@ -70,11 +70,11 @@ class Flag(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed(Spec):
-    """A key whose one value may be written; every other one is refused, with the reason."""
+    """A key with one accepted value; all others are refused with the reason."""
 
     value: Any
     reason: str
-    """Why no other value: what would go wrong, or what to use instead."""
+    """Reason against other values: what would go wrong, or what to use instead."""
     effect: str = ""
 
     def read(self, value: Any, where: str) -> Any:
@@ -91,7 +91,7 @@ class Fixed(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class Number(Spec):
-    """A number of a range; an integer may be written as 5e8, as DeepSpeed's documentation does."""
+    """A number in a range; an integer may be written as 5e8, as in DeepSpeed's documentation."""
 
     range: Range
     whole: bool = True
@@ -118,11 +118,11 @@ class Number(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class Choice(Spec):
-    """One of a few values."""
+    """A key with a few accepted values."""
 
     values: tuple[str | int, ...]
     reason: str = ""
-    """Why a value that DeepSpeed knows is not among them."""
+    """Reason why a value that DeepSpeed knows is not accepted."""
 
     def read(self, value: Any, where: str) -> str | int:
         """See `Spec`."""
@@ -144,7 +144,7 @@ class Text(Spec):
 
     is_folder_name: bool = False
     is_inner_path: bool = False
-    """Whether it names a folder inside another: neither absolute nor with `..` or `~`."""
+    """Whether the text names a folder inside another one, so that it is not absolute and has no `..` or `~`."""
 
     def read(self, value: Any, where: str) -> str:
         """See `Spec`."""
@@ -172,19 +172,19 @@ class Text(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """A key that DeepSpeed knows and this project does not take."""
+    """A key that DeepSpeed knows and this project refuses."""
 
     reason: str
-    """Why, and what to use instead."""
+    """Reason for the refusal, and what to use instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A JSON object with keys of its own."""
+    """A JSON object with its own keys."""
 
     keys: Mapping[str, "Spec | Refused | Section"]
     example: str
-    """What a user may have meant who wrote something else."""
+    """Example for the error message, which a user may have meant."""
 
     def read(self, value: Any, where: str) -> dict[str, Any]:
         """See `Spec`."""
@@ -195,10 +195,10 @@ class Section:
 
 
 def read_key(spec: Spec | Refused | Section, value: Any, where: str) -> Any:
-    """The value of one key as DeepSpeed is to get it.
+    """Returns the value of one key in the form that DeepSpeed takes.
 
     Raises:
-        ConfigError: as `Spec.read`, or for a key that is not taken at all.
+        ConfigError: as `Spec.read` does, or for a refused key.
     """
     if isinstance(spec, Refused):
         raise ConfigError(f"{where} is not supported: {spec.reason}")

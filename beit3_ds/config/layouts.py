@@ -31,7 +31,7 @@ def check_layout(config: RunConfig, world_size: int) -> int:
         near = [_describe(layout, world_size) for layout in nearest_layouts(config, world_size)]
         hint = "\n  ".join(["Nearest layouts that fit:", *near]) if near else "No layout of this model and step fits."
         raise ConfigError(f"{error}\n{world_size} ranks. {hint}") from None
-    # Another layout is no remedy for a wrong number in the file.
+    # Another layout does not fix a wrong number in the file.
     config.step_shares(data_parallel_size).check_batch_keys(config.deepspeed)
     return data_parallel_size
 
@@ -79,9 +79,10 @@ def _candidates(config: RunConfig, world_size: int) -> Iterator[RunConfig]:
 
 
 def _distance(config: RunConfig, other: RunConfig, world_size: int) -> tuple[float, int]:
-    """By how many doublings the sizes differ, micro-batches counting least; ties go to fewer model-parallel ranks.
+    """Returns by how many doublings sizes differ, with a low weight for micro-batches, and the model-parallel ranks.
 
-    Uneven shares of the samples count as much as halving the ranks of one axis, since ranks then wait for the largest.
+    Ties go to fewer model-parallel ranks. Uneven shares of the samples count as much as halving the ranks of one axis,
+    because ranks then wait for the largest share.
     """
 
     def doublings(a: int, b: int) -> float:

@@ -35,7 +35,7 @@ MODEL_SIZES: dict[str, dict[str, int]] = {
 
 
 FIELDS_WITHOUT_TENSORS = frozenset({"drop_path_rate", "cross_entropy_chunk_size", "layer_norm_epsilon"})
-"""Fields of `ModelConfig` that change none of the model's tensors."""
+"""Fields of `ModelConfig` that do not change the model's tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,10 @@
-"""Ranges of numbers, declared beside a field as `Annotated[int, Range(...)]`, and the usual ones by name."""
+"""Ranges of numbers, declared in a field's type as `Annotated[int, Range(...)]`, and names for the usual ones."""
 
 from dataclasses import dataclass
 from typing import Annotated
 
 LARGEST_INT = 2**63 - 1
-"""What torch, numpy and DeepSpeed can hold as an integer."""
+"""Largest integer that torch, numpy and DeepSpeed can hold."""
 
 
 @dataclass(frozen=True)
@@ -14,9 +14,9 @@ class Range:
     low: float
     high: float = LARGEST_INT
     above: bool = False
-    """Leaves `low` itself out."""
+    """Whether the range excludes `low` itself."""
     below: bool = False
-    """Leaves `high` itself out."""
+    """Whether the range excludes `high` itself."""
 
     def __contains__(self, value: float) -> bool:
         is_low_enough = value < self.high if self.below else value <= self.high
@@ -24,7 +24,7 @@ class Range:
         return is_low_enough and is_high_enough and abs(value) != float("inf")
 
     def __str__(self) -> str:
-        """The rule as words that follow "must be"."""
+        """Returns the rule as words that follow "must be"."""
         low = f"above {self.low:g}" if self.above else f"at least {show_number(self.low)}"
         if self.high >= LARGEST_INT:
             return low
@@ -35,7 +35,7 @@ class Range:
 
 
 def show_number(value: float) -> str:
-    """A number as a person would write it, without thousands of digits."""
+    """Returns a number as a person would write it, without thousands of digits."""
     if isinstance(value, int):
         return str(value) if abs(value) < 10**20 else f"a number of {len(str(abs(value)))} digits"
     return f"{value:g}"
@@ -51,11 +51,11 @@ Count = Annotated[int, Range(0)]
 Positive = Annotated[int, Range(1)]
 """One or more."""
 Size = Annotated[int, Range(1, 2**18)]
-"""A width, a side in pixels or a length: larger ones are mistakes, and overflow what counts elements."""
+"""A width, a side in pixels or a length; larger values are mistakes and would overflow counts of elements."""
 Layers = Annotated[int, Range(1, 1000)]
 """Blocks of a network."""
 Vocabulary = Annotated[int, Range(2, 2**24)]
-"""Rows of a table: as many as float32 counts exactly."""
+"""Rows of a table, up to the largest number that float32 counts exactly."""
 Samples = Annotated[int, Range(1, 2**24)]
 """Samples of a step."""
 Steps = Annotated[int, Range(1, 10**12)]
@@ -67,18 +67,18 @@ Share = Annotated[float, Range(0, 1)]
 MaskRatio = Annotated[float, Range(0.01, 0.99)]
 """A share that leaves something masked and something visible."""
 LearningRate = Annotated[float, Range(0, 1, above=True)]
-"""AdamW moves every weight by about this much a step."""
+"""A learning rate: AdamW moves every weight by about this much per step."""
 FinalLearningRate = Annotated[float, Range(0, 1)]
 """A learning rate that may be zero."""
 WeightDecay = Annotated[float, Range(0, 10)]
-"""Share of a weight that is taken off it, in units of the learning rate."""
+"""Share of a weight that a step subtracts from it, in units of the learning rate."""
 Decay = Annotated[float, Range(0, 1, below=True)]
-"""Share of a moving average that stays; with 1 it would never move."""
+"""Share of a moving average that each step keeps; with 1 it would never move."""
 Epsilon = Annotated[float, Range(0, 0.1, above=True)]
-"""Added to a denominator, which must not be zero."""
+"""A number added to a denominator to keep it above zero."""
 Weight = Annotated[float, Range(0, 1e6)]
 """A factor of a term of the loss."""
 Seconds = Annotated[int, Range(1, 30 * 24 * 3600)]
-"""A time to wait: up to thirty days, which sockets and process groups can still count in milliseconds."""
+"""A waiting time of up to thirty days, which sockets and process groups can still count in milliseconds."""
 Seed = Annotated[int, Range(0, LARGEST_INT)]
-"""What torch and numpy both take."""
+"""A seed that both torch and numpy accept."""

@@ -1,4 +1,4 @@
-"""How many steps a rank's data workers prepare ahead, within a bound on shared memory."""
+"""Plans how many steps a rank's data workers prepare ahead within a limit on shared memory."""
 
 from dataclasses import dataclass
 
@@ -11,18 +11,18 @@ _CHANNELS, _PIXEL_BYTES, _ID_BYTES = 3, 4, 8  # pixels travel as float32, ids as
 
 @dataclass(frozen=True, kw_only=True)
 class PrefetchPlan:
-    """The workers of one rank and what they hold in shared memory."""
+    """The data workers of one rank and the steps that they hold in shared memory."""
 
     step_bytes: int
-    """One finished step of one rank."""
+    """Bytes of one finished step of one rank."""
     num_workers: int
-    """Processes; 0 prepares steps in the training process, without shared memory."""
+    """Number of worker processes; 0 prepares steps in the training process, without shared memory."""
     steps_per_worker: int
     """Steps that each worker prepares ahead."""
 
     @property
     def num_bytes(self) -> int:
-        """Shared memory of one rank: all its prefetched steps are finished at once, at most."""
+        """Bytes of shared memory of one rank when all its prefetched steps are finished."""
         return self.num_workers * self.steps_per_worker * self.step_bytes
 
 
@@ -30,7 +30,7 @@ def plan_prefetch(config: RunConfig, data_parallel_size: int, views: str = "both
     """Divides `data.prefetch_gib` into steps.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         data_parallel_size: ranks that share a step.
         views: the views of an image that the rank keeps: "both", "model" or "tokenizer".
 
@@ -52,12 +52,12 @@ def plan_prefetch(config: RunConfig, data_parallel_size: int, views: str = "both
 
 
 def step_bytes(config: RunConfig, data_parallel_size: int, views: str = "both") -> int:
-    """Bytes of one finished step of the rank with the largest share; all texts have full length.
+    """Returns the bytes of one finished step of the rank with the largest share, if all texts have full length.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         data_parallel_size: ranks that share a step.
-        views: as of `plan_prefetch`.
+        views: as for `plan_prefetch`.
     """
     images, pairs, texts = config.step_shares(data_parallel_size).rank_samples(0)
     data, model = config.data, config.model
@@ -69,6 +69,6 @@ def step_bytes(config: RunConfig, data_parallel_size: int, views: str = "both") 
 
 
 def image_bytes(config: RunConfig, views: str = "both") -> int:
-    """Bytes of the views of one image."""
+    """Returns the bytes of the views of one image."""
     sizes = {"model": config.model.image_size, "tokenizer": config.tokenizers.visual.image_size}
     return sum(_CHANNELS * _PIXEL_BYTES * size**2 for view, size in sizes.items() if views in ("both", view))

@@ -196,7 +196,7 @@ def _check_text_tokenizer(config: RunConfig) -> None:
 
 
 def _check_some_term_counts(config: RunConfig) -> None:
-    """Refuses loss weights of zero for all terms that have samples: weights would only decay."""
+    """Refuses a run in which all loss terms with samples have weight 0, because its weights would only decay."""
     data, weights = config.data, config.training.loss_weights
     terms = {"image_mim": data.images, "text_mlm": data.texts, "pair_mim": data.pairs, "pair_mlm": data.pairs}
     if not any(stream.samples_per_step and getattr(weights, name) for name, stream in terms.items()):
@@ -216,7 +216,7 @@ _SECTION_CLASSES: dict[str, type] = {
 
 
 def _find_key(name: str, known: Sequence[str]) -> str:
-    """Where a key may be that `--set` does not find at the top: misspelt, or with its section left out."""
+    """Suggests the place of a key of `--set` that is not at the top: it is misspelt, or its section is missing."""
     inside = {key: f"{section}.{key}" for section, cls in _SECTION_CLASSES.items() for key in cls.__annotations__}
     near = inside.get(name) or nearest(name, known)
     if near is None and (key := nearest(name, inside)):

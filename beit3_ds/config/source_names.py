@@ -10,10 +10,10 @@ _EXTENSIONS = re.compile(r"(\.(tar|txt|json|jsonl|ndjson|jsonlines|tsv|csv|gz|zs
 
 
 def short_source_names(paths: Sequence[str]) -> list[str]:
-    """Returns one name per path, all different: the end of each path, with as many folders as tell it from the others.
+    """Returns a different name for each path: its end, with as many folders as make it unique.
 
-    Names have letters, digits, dots, hyphens and underscores only, so that they fit file names and tags; a name that
-    two paths would still share gets a number.
+    Names have only letters, digits, dots, hyphens and underscores, so that they suit file names and tags. If two paths
+    would still share a name, it gets a number.
 
     Args:
         paths: files, folders or patterns.

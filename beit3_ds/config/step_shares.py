@@ -1,4 +1,4 @@
-"""How one step's samples are shared over data-parallel ranks and micro-batches."""
+"""Divides the samples of a step over data-parallel ranks and micro-batches."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class MicroBatchSize(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class StepShares:
-    """The division of one step's samples, as even as it can be.
+    """The division of one step's samples, as even as possible.
 
     The streams are dealt to the ranks like cards, one stream after the other, and each rank deals its own samples to
     its micro-batches in the same way. So two ranks differ by at most one sample of a stream and by at most one sample
@@ -33,31 +33,31 @@ class StepShares:
     num_ranks: int
     """Data-parallel ranks."""
     num_micro_batches: int
-    """Micro-batches of every rank; some may be empty, but every rank runs as many."""
+    """Micro-batches per rank, the same for every rank; some may be empty."""
 
     @property
     def is_even(self) -> bool:
-        """Whether all micro-batches of all ranks are alike."""
+        """Whether all micro-batches of all ranks have equal numbers of samples."""
         return not any(samples % (self.num_ranks * self.num_micro_batches) for samples in self.samples)
 
     @property
     def largest_rank(self) -> int:
-        """Samples of all streams that the ranks with most samples have in one step."""
+        """Samples per step, over all streams, of a rank with the largest share."""
         return -(-sum(self.samples) // self.num_ranks)
 
     @property
     def smallest_rank(self) -> int:
-        """Samples of all streams that the ranks with fewest samples have in one step."""
+        """Samples per step, over all streams, of a rank with the smallest share."""
         return sum(self.samples) // self.num_ranks
 
     @property
     def upper_bound(self) -> MicroBatchSize:
-        """The most samples of each stream in any micro-batch; no single micro-batch need reach it in all streams."""
+        """Most samples of each stream in any micro-batch; a single micro-batch may not reach it in all streams."""
         parts = self.num_ranks * self.num_micro_batches
         return MicroBatchSize(*(-(-samples // parts) for samples in self.samples))
 
     def rank_samples(self, rank: int) -> MicroBatchSize:
-        """Samples of each stream that one data-parallel rank has in one step."""
+        """Returns the samples of each stream that one data-parallel rank has in one step."""
         return _deal(self.samples, self.num_ranks, rank)
 
     def divide_rank(self, samples: MicroBatchSize) -> list[MicroBatchSize]:
@@ -65,10 +65,10 @@ class StepShares:
         return [_deal(samples, self.num_micro_batches, number) for number in range(self.num_micro_batches)]
 
     def slots(self, rank: int) -> list[dict[str, range]]:
-        """The slots of each stream in each micro-batch of one rank.
+        """Returns the slots of each stream in each micro-batch of one rank.
 
-        Slots of a stream are numbered through its step: those of micro-batch 0 of rank 0, then of rank 1, and so on,
-        then those of micro-batch 1. With even shares of k samples, micro-batch m of rank r of R begins at (m*R + r)*k.
+        The slots of a stream are numbered within a step: micro-batch 0 of rank 0, of rank 1, and so on, then
+        micro-batch 1. With even shares of k samples, micro-batch m of rank r of R begins at (m*R + r)*k.
         """
         sizes = [self.divide_rank(self.rank_samples(other)) for other in range(self.num_ranks)]
         found: list[dict[str, range]] = []
@@ -86,7 +86,7 @@ class StepShares:
         """Refuses ranks without a sample.
 
         Raises:
-            ConfigError: with the values, the rule and a way out.
+            ConfigError: naming the values, the rule and a way out.
         """
         total = sum(self.samples)
         if total < self.num_ranks:
@@ -96,13 +96,13 @@ class StepShares:
             )
 
     def check_batch_keys(self, deepspeed: Mapping[str, Any]) -> None:
-        """Refuses DeepSpeed's own batch sizes where they contradict the streams, whatever the layout.
+        """Refuses DeepSpeed's own batch sizes if they contradict the streams, under any layout.
 
         Args:
             deepspeed: the run's DeepSpeed keys.
 
         Raises:
-            ConfigError: with the values, and that the key is to be left out.
+            ConfigError: naming the values and the key to leave out.
         """
         total, parts = sum(self.samples), self.num_ranks * self.num_micro_batches
         division = f"{total} samples per step / ({self.num_ranks} ranks x {self.num_micro_batches} micro-batches)"
@@ -126,7 +126,7 @@ class StepShares:
 
 
 def _deal(samples: MicroBatchSize, num_hands: int, hand: int) -> MicroBatchSize:
-    """What one hand gets if the streams are dealt to `num_hands` hands one after the other, beginning with hand 0."""
+    """Returns the samples of one hand if the streams are dealt like cards to `num_hands` hands, from hand 0 on."""
     counts, dealt = [], 0
     for number in samples:
         every, rest = divmod(number, num_hands)

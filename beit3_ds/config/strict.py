@@ -13,7 +13,7 @@ from beit3_ds.config.numbers import LARGEST_INT, Range, show_number
 T = TypeVar("T")
 
 _MAX_SHOWN = 80
-"""Characters of a value that a message repeats."""
+"""Most characters of a value that a message repeats."""
 
 
 class ConfigError(ValueError):
@@ -21,7 +21,7 @@ class ConfigError(ValueError):
 
 
 class FilePath:
-    """Marks a string field as a file, folder or pattern: it is not empty, and `~` stands for the home folder."""
+    """Marks a string field as a path or pattern, which is not empty and may begin with `~` for the home folder."""
 
 
 PathString = Annotated[str, FilePath()]
@@ -43,7 +43,7 @@ def check_known_keys(mapping: Mapping[str, Any], known: Iterable[str], where: st
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that a misspelt one most resembles, in small or capital letters; None if it resembles none."""
+    """Returns the known name that a misspelt one resembles most, ignoring case; None if it resembles none."""
     names = {known_name.casefold(): known_name for known_name in known}
     near = difflib.get_close_matches(name.casefold(), list(names), n=1, cutoff=0.6)
     return names[near[0]] if near else None
@@ -52,8 +52,8 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 def load_section(cls: type[T], mapping: Any, where: str) -> T:
     """Builds the dataclass `cls` from a JSON object, recursing into nested dataclasses.
 
-    A number must lie in the `Range` of its field's annotation. A nested dataclass with a class variable SHORTHAND may
-    also stand as a string, the value of the field so named.
+    A number must be in the `Range` of its field's annotation. A nested dataclass with a class variable SHORTHAND may
+    also be given as a string, which is the value of the field that SHORTHAND names.
 
     Raises:
         ConfigError: for an unknown key, a missing required key or a value of the wrong type or out of range.
@@ -123,7 +123,7 @@ def _check_mark(mark: Any, value: Any, where: str) -> Any:
 
 
 def _remedy(hint: Any, value: Any) -> str:
-    """What to write instead, where a value shows what was meant."""
+    """Returns what to write instead, if the value shows the intention."""
     if hint is int and isinstance(value, float) and value.is_integer():
         return f" Write {int(value)}."
     if hint is str and isinstance(value, int | float):
@@ -132,7 +132,7 @@ def _remedy(hint: Any, value: Any) -> str:
 
 
 def expand_home(path: str, where: str) -> str:
-    """The path with `~` and `~name` replaced by the home folder.
+    """Returns a path with `~` and `~name` replaced by the home folder.
 
     Raises:
         ConfigError: if the path is empty or the user is unknown.
@@ -146,10 +146,10 @@ def expand_home(path: str, where: str) -> str:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Parses JSON without a key twice in one object; NaN and infinities pass, so that their keys can be named.
+    """Parses JSON and refuses repeated keys; accepts NaN and infinities, so that a later check can name their keys.
 
     Raises:
-        ConfigError: saying what is wrong, and where in the text.
+        ConfigError: naming the mistake and its place in the text.
     """
     try:
         return _parse(text, where)
@@ -183,7 +183,7 @@ def _parse(text: str, where: str) -> Any:
 
 
 def check_plain(value: Any, where: str) -> None:
-    """Refuses what no key may hold, at any depth: NaN, infinities, integers beyond 64 bits, unprintable strings.
+    """Refuses NaN, infinities, integers beyond 64 bits and unprintable strings at any depth.
 
     Raises:
         ConfigError: naming the key.
@@ -223,7 +223,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def show(value: Any) -> str:
-    """A value with its type, short enough for a message."""
+    """Returns a value with its type, short enough for a message."""
     text = show_number(value) if isinstance(value, int) and not isinstance(value, bool) else repr(value)
     text = text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
     return f"{type(value).__name__} {text}"

@@ -66,18 +66,18 @@ class TrainingConfig:
     initial_weights: PathString | None = None
     """Exported or imported weights (`beit3 export`, `beit3 import`) that a new run begins with, under any layout of
     ranks. Image size, text length, vision-language experts and a decoupled layout may differ from the file's
-    (docs/checkpoints.md). A run that has a checkpoint goes on from that instead. None: initial values drawn from the
+    (docs/checkpoints.md). A run that has a checkpoint resumes from it instead. None: initial values drawn from the
     seed."""
     activation_checkpointing: ActivationCheckpointing = "none"
     """What the backward pass recomputes instead of keeping it. `none`: what is cheap to make again, GELUs, sub-LNs and
     the scores of attention (the selective recomputation of Korthikanti et al., 2022, arXiv:2205.05198), which the ops
     never keep. `full`: every block, for a third more compute."""
     fp32_residual_connection: bool = True
-    """Whether the residual stream, to which every branch adds, stays float32 in a bf16 run (Megatron's option of that
-    name; an fp32 run is the same either way). Products and what they take stay bf16. Measured on 40 narrow layers
-    (BENCHMARKS.md), the gradients' error against float64 is a third of that with a bf16 stream. The price is memory and
-    bandwidth of the stream, twice as wide: `beit3 check` prints both. Mixed precision by autocast, as the reference
-    trains, also keeps it float32. Checkpoints are the same."""
+    """Whether the residual stream, to which every branch adds, stays float32 in a bf16 run (Megatron's option of the
+    same name; no effect in an fp32 run). Products and their inputs stay bf16. On 40 narrow layers (BENCHMARKS.md) the
+    gradients' error against float64 was about a third of the error with a bf16 stream. The stream takes twice the
+    memory and bandwidth; `beit3 check` prints both. Autocast, which the reference trains with, also keeps the stream
+    float32. Checkpoints do not depend on this setting."""
     kernels: Kernels = "triton"
     """In which language the kernels are that a GPU runs. `triton` needs no build. `cuda`: CUDA C++ where there is such
     a kernel (the forward passes of attention and of the FFN's up projection), in half precision; the rest stays
@@ -85,14 +85,14 @@ class TrainingConfig:
     seed: Seed = 1
     """Seeds initial values, data order, masks, augmentation and stochastic depth."""
     validation_seed: Seed = 1
-    """Seeds the choice of the held-out samples that are evaluated, and their masks. Runs whose `seed` differs share it,
-    so that their validation losses compare."""
+    """Seeds the choice of held-out samples and their masks. It is apart from `seed`, so that the validation losses of
+    runs with different seeds are comparable."""
     log_interval: Positive = 10
     """Steps between progress lines."""
     eval_interval: Positive = 1000
     """Steps between held-out evaluations; one also opens and closes the run."""
     eval_samples: Positive = 1024
-    """Held-out samples of each stream that are evaluated, at most; spread over its sources by their sizes."""
+    """Most held-out samples per stream that are evaluated, spread over its sources by their sizes."""
     save_interval: Positive = 1000
     """Steps between checkpoints; one also closes the run."""
     keep_checkpoints: Positive = 3

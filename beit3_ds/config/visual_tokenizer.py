@@ -28,8 +28,8 @@ class VisualTokenizerConfig:
     """VQ-KD tokenizer of BEiT v2 (Peng et al., 2022, arXiv:2208.06366), and how it is trained."""
 
     path: PathString = ""
-    """The .safetensors file, read by pretraining and written by `beit3 train-visual-tokenizer`. Empty: a run without
-    images and pairs, which needs none."""
+    """The .safetensors file, which pretraining reads and `beit3 train-visual-tokenizer` writes. May be empty for a run
+    without images and pairs."""
     image_size: Size = 224
     """Pixels on a side of the tokenizer's view. image_size / patch_size must give the model's grid: a patch-14 model
     at 224 px (16 x 16) goes with a patch-16 tokenizer at 256 px."""
@@ -69,8 +69,8 @@ class VisualTokenizerConfig:
     batch_size: Samples = 512
     """Images a step, over all ranks."""
     learning_rate: LearningRate = 2e-4
-    """Peak learning rate of AdamW (0.9, 0.99), not scaled by the batch size. BEiT v2 uses 5e-5 for every 128 images of
-    a batch, which is 2e-4 at its 512."""
+    """Peak learning rate of AdamW (0.9, 0.99), not scaled by the batch size. BEiT v2 uses 5e-5 per 128 images of a
+    batch, which is 2e-4 at its batch size of 512."""
     min_learning_rate: FinalLearningRate = 1e-5
     """Learning rate of the last step (BEiT v2's), an absolute value, not a share of the peak."""
     weight_decay: WeightDecay = 1e-4

@@ -86,5 +86,5 @@ def test_state_that_cannot_be_saved_is_refused(section: str) -> None:
 
 def test_steps_without_a_gradient_norm_are_refused() -> None:
     """By it steps with a NaN are known."""
-    with pytest.raises(ConfigError, match=r"compute_grad_norm: .* known by the gradients' norm"):
+    with pytest.raises(ConfigError, match=r"compute_grad_norm: .* recognised by the gradients' norm"):
         config(zero={"stage": 2, "compute_grad_norm": False})
