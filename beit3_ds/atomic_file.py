@@ -1,4 +1,4 @@
-"""New files that are whole or absent."""
+"""Writes new files that are complete or absent."""
 
 import hashlib
 import os
@@ -12,9 +12,9 @@ _LONG_NAME = 107  # bytes; file systems allow 255, of which a host's name may ta
 
 
 def bounded_name(name: str) -> str:
-    """Returns a file's name, shortened to 113 bytes if it is long, so that others can be made of it.
+    """Returns a file's name, shortened to 113 bytes if it is long, so that further names can be derived from it.
 
-    Of a shortened name a digest of all of it is a part: names that begin alike stay apart.
+    A shortened name ends with a digest of the whole name, so that names that begin alike stay different.
     """
     encoded = os.fsencode(name)
     if len(encoded) <= _LONG_NAME:
@@ -25,9 +25,9 @@ def bounded_name(name: str) -> str:
 
 @contextmanager
 def written_aside(path: Path, keep: bool = True) -> Iterator[BinaryIO]:
-    """Opens a new file that takes the name `path` when all is written, or none if `keep` is false or after an error.
+    """Opens a new file that is renamed to `path` once it is complete, or dropped after an error or if `keep` is false.
 
-    A reader sees the old file or the whole new one, also after a kill. Its permissions follow the umask.
+    A reader sees the old file or the complete new one, even after a kill. Its permissions follow the umask.
 
     Raises:
         OSError: if the file cannot be written; the old one is still there.
@@ -38,7 +38,7 @@ def written_aside(path: Path, keep: bool = True) -> Iterator[BinaryIO]:
             yield file
             if keep:
                 file.flush()
-                os.fsync(file.fileno())  # a name must not outlive a crash that the bytes do not
+                os.fsync(file.fileno())  # otherwise the name could survive a crash without the bytes
         if keep:
             temporary.replace(path)
     finally:

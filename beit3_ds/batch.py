@@ -64,7 +64,7 @@ class PackedBatch(RowLayout):
     sample_names: tuple[str, ...] = ()
     """Where each sequence came from, for logs and error messages; Q values or none."""
     sources: dict[str, int] = field(default_factory=dict)
-    """Number of the only source of each stream in the batch, by the stream's name; empty where sources may mix."""
+    """Number of each stream's only source in the batch, by the stream's name; empty if sources may mix."""
 
     def __post_init__(self) -> None:
         num_pixels = self.num_images + self.num_pairs
@@ -184,12 +184,12 @@ class PackedBatch(RowLayout):
         return digest.hexdigest()
 
     def as_value(self) -> dict[str, Any]:
-        """All fields, as `parallel.HostGroup` sends them: numbers, strings, tuples and tensors in host memory."""
+        """Returns all fields as `parallel.HostGroup` sends them: numbers, strings, tuples and host tensors."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @classmethod
     def from_value(cls, value: dict[str, Any]) -> "PackedBatch":
-        """Builds the batch that `as_value` described."""
+        """Rebuilds a batch from the fields of `as_value`."""
         return cls(**value)
 
     def to(self, device: torch.device) -> "PackedBatch":
@@ -211,8 +211,8 @@ class StepBatch:
     micro_batches: tuple[PackedBatch, ...]
     """This rank's micro-batches; every rank has the same number."""
     broken_records: dict[str, str] = field(default_factory=dict)
-    """Records of this rank's share that could not be read, by name, each with a line that says what is wrong; their
-    slots are left out."""
+    """Records of this rank's share that could not be read, by name, each with a line that says what is wrong. Their
+    slots stay empty."""
 
     def abridged(self) -> "StepBatch":
         """Returns the step with `PackedBatch.abridged` micro-batches."""
@@ -223,12 +223,12 @@ class StepBatch:
         return f"step {self.step}: {[batch.fingerprint() for batch in self.micro_batches]}"
 
     def as_value(self) -> dict[str, Any]:
-        """All fields, as `parallel.HostGroup` sends them."""
+        """Returns all fields as `parallel.HostGroup` sends them."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return fields | {"micro_batches": tuple(batch.as_value() for batch in self.micro_batches)}
 
     @classmethod
     def from_value(cls, value: dict[str, Any]) -> "StepBatch":
-        """Builds the step that `as_value` described."""
+        """Rebuilds a step from the fields of `as_value`."""
         batches = tuple(PackedBatch.from_value(batch) for batch in value["micro_batches"])
         return cls(**value | {"micro_batches": batches})

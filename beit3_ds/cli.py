@@ -30,8 +30,8 @@ training, parallel).
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit status.
 
-    That is 0, 1 if what it was asked to check is not so or the file system of the data fails, or 2 after one clear line
-    about what the user can fix.
+    The status is 0 for success; 1 if a check fails or the file system of the data fails; 2 after one line about a
+    mistake that the user can fix.
     """
     try:
         options = build_parser().parse_args(arguments)
@@ -104,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_check_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--world-size", type=integer(RANKS), default=1, metavar="N", help="ranks (default: 1)")
     command.add_argument(
-        "--ranks-per-node", type=integer(Range(1, 1024)), metavar="N", help="ranks of a node (default: 8, or all)"
+        "--ranks-per-node", type=integer(Range(1, 1024)), metavar="N", help="ranks per node (default: 8, or all)"
     )
     for name, text in (("memory", "memory"), ("shm", "/dev/shm")):
         command.add_argument(
@@ -118,7 +118,7 @@ def _add_check_arguments(command: argparse.ArgumentParser) -> None:
         type=real(Range(0.001, 1e6)),
         default=1.0,
         metavar="S",
-        help="assumed time of a step, for rates (default: 1)",
+        help="assumed time of a step in seconds, for rates (default: 1)",
     )
 
 
@@ -130,7 +130,7 @@ def _add_prepare_index(commands: _Commands) -> None:
         "--verify", action="store_true", help="compare the files with what is there: tars by CRC-32, annotations whole"
     )
     command.add_argument(
-        "--processes", type=integer(PROCESSES), metavar="N", help="tars read at a time (default: one a core)"
+        "--processes", type=integer(PROCESSES), metavar="N", help="tars read at a time (default: one per core)"
     )
     command.set_defaults(run=_prepare_index)
 
@@ -141,7 +141,7 @@ def _add_prepare_stats(commands: _Commands) -> None:
     command = commands.add_parser("stats", help=text, description=about)
     add_config_arguments(command)
     command.add_argument(
-        "--samples", type=integer(Range(1)), default=1000, metavar="N", help="read of each source (default: 1000)"
+        "--samples", type=integer(Range(1)), default=1000, metavar="N", help="samples read per source (default: 1000)"
     )
     command.add_argument("--out", metavar="FILE.png", help="draw some samples with their captions into this picture")
     command.set_defaults(run=_prepare_stats)
@@ -155,9 +155,7 @@ def _add_prepare_texts(commands: _Commands) -> None:
     )
     add_config_arguments(command)
     command.add_argument("--part", default="1/1", metavar="I/N", help="do share I of N, as in a Slurm array (from 1)")
-    command.add_argument(
-        "--processes", type=integer(PROCESSES), metavar="P", help="processes (default: one for each core)"
-    )
+    command.add_argument("--processes", type=integer(PROCESSES), metavar="P", help="processes (default: one per core)")
     command.set_defaults(run=_prepare_texts)
 
 
@@ -249,7 +247,7 @@ def _compare_runs(options: argparse.Namespace) -> int:
     if options.out:
         try:
             plot_comparison(comparison, Path(options.out))
-        except Exception as error:  # of matplotlib, which may be anything
+        except Exception as error:  # matplotlib may raise any exception
             raise ConfigError(f"--out {options.out} cannot be drawn: {type(error).__name__}: {error}.") from error
     if options.tolerance is None:
         return 0

@@ -13,9 +13,9 @@ def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     attention = benches.add_parser("attention", help="ways to batch ragged sequences inside attention, on this device")
     attention.set_defaults(run=_bench_attention)
     data = benches.add_parser("data", help="file calls per sample; speed of this loader, WebDataset and ImageFolder")
-    data.add_argument("--calls-only", action="store_true", help="count opens and reads per sample, and end")
+    data.add_argument("--calls-only", action="store_true", help="only count opens and reads per sample")
     data.add_argument(
-        "--shards", type=integer(Range(2, 100_000)), metavar="N", help="time the opening of N prepared shards, and end"
+        "--shards", type=integer(Range(2, 100_000)), metavar="N", help="only time the opening of N prepared shards"
     )
     data.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
     data.set_defaults(run=_bench_data)
@@ -24,7 +24,7 @@ def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         "--gigabytes", type=real(Range(0, 1e6)), default=0, metavar="G", help="prepare G GB and watch its memory"
     )
     texts.add_argument(
-        "--processes", type=integer(PROCESSES), metavar="P", help="processes for that (default: one for each core)"
+        "--processes", type=integer(PROCESSES), metavar="P", help="processes for --gigabytes (default: one per core)"
     )
     texts.add_argument("--json", metavar="FILE", help="write rows and summary there")
     texts.set_defaults(run=_bench_text)
@@ -37,7 +37,7 @@ def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         "--size", nargs="+", metavar="SIZE", help="of the model (default: base, with a GPU also giant)"
     )
     kernels.add_argument(
-        "--samples", type=integer(Range(1, 2**24)), metavar="N", help="of each stream (default: 4, with a GPU 16)"
+        "--samples", type=integer(Range(1, 2**24)), metavar="N", help="samples per stream (default: 4, with a GPU 16)"
     )
     kernels.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: fp32, with a GPU bf16")
     kernels.add_argument(
@@ -52,10 +52,14 @@ def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         "--layers", type=integer(Range(3, 1000)), default=40, metavar="N", help="blocks of the model (default: 40)"
     )
     precision.add_argument(
-        "--width", type=integer(Range(4, 2**16)), default=64, metavar="D", help="of the stream (default: 64)"
+        "--width", type=integer(Range(4, 2**16)), default=64, metavar="D", help="width of the stream (default: 64)"
     )
     precision.add_argument(
-        "--micro-batches", type=integer(Range(1, 2**20)), default=32, metavar="N", help="of a step (default: 32)"
+        "--micro-batches",
+        type=integer(Range(1, 2**20)),
+        default=32,
+        metavar="N",
+        help="micro-batches per step (default: 32)",
     )
     precision.set_defaults(run=_bench_precision)
     parallel = benches.add_parser(
@@ -68,9 +72,9 @@ def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     )
     train.add_argument("--size", default="base", metavar="SIZE", help="of the model (default: base)")
     train.add_argument(
-        "--samples", type=integer(Range(1, 2**24)), default=4, metavar="N", help="of each stream (default: 4)"
+        "--samples", type=integer(Range(1, 2**24)), default=4, metavar="N", help="samples per stream (default: 4)"
     )
-    train.add_argument("--rounds", type=integer(Range(1)), default=7, metavar="N", help="that count (default: 7)")
+    train.add_argument("--rounds", type=integer(Range(1)), default=7, metavar="N", help="measured rounds (default: 7)")
     train.add_argument(
         "--to-longest",
         action="store_true",

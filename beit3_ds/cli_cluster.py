@@ -51,7 +51,7 @@ def add_cluster_commands(commands: "argparse._SubParsersAction[argparse.Argument
         type=integer(Range(1, 65535)),
         default=29500,
         metavar="N",
-        help="on which rank 0 will listen (default: 29500)",
+        help="port on which rank 0 will listen (default: 29500)",
     )
     check.add_argument(
         "--bandwidth", action="store_true", help="also measure every link between the nodes, about a second a node"

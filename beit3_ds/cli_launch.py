@@ -49,7 +49,7 @@ def add_launch_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         type=integer(RANKS),
         default=1,
         metavar="N",
-        help="that a restart must still have (default: 1)",
+        help="minimum ranks after a restart (default: 1)",
     )
     command.add_argument(
         "--log-dir",
@@ -77,14 +77,14 @@ def add_launch_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         type=real(Range(1, 24 * 3600)),
         default=180.0,
         metavar="SECONDS",
-        help="for all machines to come (default: 180)",
+        help="seconds to wait for all machines (default: 180)",
     )
     command.add_argument(
         "--port",
         type=integer(Range(0, 65535)),
         default=0,
         metavar="N",
-        help="of this machine, to which the others connect (default: any)",
+        help="port of this machine, to which the others connect (default: any)",
     )
     command.set_defaults(run=_launch)
 

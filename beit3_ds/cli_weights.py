@@ -33,7 +33,7 @@ def add_weight_commands(commands: "argparse._SubParsersAction[argparse.ArgumentP
         "import", help=text, description=f"{text[0].upper()}{text[1:]}. Runs no code of it."
     )
     importing.add_argument(
-        "file", help="the released .pth file, or one that export wrote with --format; its tensors tell what it is"
+        "file", help="the released .pth file, or one that export wrote with --format; its tensors tell its kind"
     )
     importing.add_argument(
         "out", help="the .safetensors file to write; of a tokenizer: tokenizers.visual.path of a run"

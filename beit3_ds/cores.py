@@ -1,4 +1,4 @@
-"""How many CPU cores this process may use, and how the ranks of a host divide them."""
+"""Counts the CPU cores that this process may use, and divides them among the ranks of a host."""
 
 import math
 import os
@@ -17,15 +17,15 @@ def count_cores() -> int:
 
 
 def describe_cores() -> dict[str, Any]:
-    """Returns what other ranks need to know of this rank's cores: their numbers and the CPU quota, as JSON values."""
+    """Returns this rank's core numbers and CPU quota as JSON values, for other ranks."""
     return {"affinity": sorted(os.sched_getaffinity(0)), "quota": cpu_quota()}
 
 
 def divide_cores(ranks: Sequence[tuple[str, Mapping[str, Any]]]) -> list[int]:
-    """Returns the threads of every rank, so that the ranks of a host do not wait for each other's.
+    """Returns the number of threads of every rank, so that the ranks of a host do not compete for cores.
 
-    A core that several ranks may use counts for each as a share of it; a rank that its launcher has bound to cores of
-    its own keeps them all.
+    A core that several ranks may use is shared equally among them; a rank that its launcher has bound to its own cores
+    keeps them all.
 
     Args:
         ranks: host and `describe_cores` of each.
@@ -41,11 +41,11 @@ def divide_cores(ranks: Sequence[tuple[str, Mapping[str, Any]]]) -> list[int]:
 
 
 def cpu_quota(root: Path = _CGROUP_ROOT, membership: Path = _CGROUP_OF_PROCESS) -> int | None:
-    """Returns the cores that the control groups of this process grant, rounded up; None without a limit.
+    """Returns the number of cores that this process's control groups grant, rounded up; None without a limit.
 
     Args:
-        root: where the control groups are mounted.
-        membership: the file that names the groups of this process.
+        root: mount point of the control groups.
+        membership: file that names the groups of this process.
     """
     try:
         lines = membership.read_text().splitlines()
@@ -57,7 +57,7 @@ def cpu_quota(root: Path = _CGROUP_ROOT, membership: Path = _CGROUP_OF_PROCESS) 
         if controllers and "cpu" not in controllers.split(","):
             continue
         folder = root / controllers if controllers else root
-        # A limit of any group above counts too. In a container the process sees its own group as the root.
+        # The limits of all parent groups count too. In a container the process sees its own group as the root.
         for group in (folder / own.lstrip("/"), *(folder / own.lstrip("/")).parents):
             if not group.is_relative_to(folder):
                 break
@@ -66,7 +66,7 @@ def cpu_quota(root: Path = _CGROUP_ROOT, membership: Path = _CGROUP_OF_PROCESS) 
 
 
 def _read_quota(group: Path) -> list[float]:
-    """The quota of one control group in cores: of version 2 (cpu.max) or version 1; empty without one."""
+    """Returns the quota of one control group in cores, of version 2 (cpu.max) or version 1; empty without one."""
     try:
         if (group / "cpu.max").exists():
             quota, period = (group / "cpu.max").read_text().split()

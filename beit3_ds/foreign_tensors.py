@@ -34,14 +34,14 @@ def read_tensors_with_note(path: str | Path, note_key: str | None) -> tuple[dict
     """Reads tensors as `read_tensors` does, and a text that the file holds beside them.
 
     Args:
-        path: as there.
-        note_key: where the text is: in the metadata of a .safetensors file, or at the top of one of torch.
+        path: the file, as for `read_tensors`.
+        note_key: key of the text, in the metadata of a .safetensors file or at the top of a torch file.
 
     Returns:
-        The tensors, and the text, None if there is none.
+        The tensors, and the text or None if there is none.
 
     Raises:
-        ConfigError: as there.
+        ConfigError: as `read_tensors` does.
     """
     path = Path(path)
     if path.suffix == ".safetensors":

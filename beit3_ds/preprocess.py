@@ -1,4 +1,4 @@
-"""One image as a model takes it: the pixels that the held-out loss is computed on."""
+"""Turns an image into a model's input, with the same pixels as for the held-out loss."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from beit3_ds.data.images import decode_image, upright_rgb
 def preprocess(image: str | Path | bytes | Image.Image, image_size: int) -> Tensor:
     """Turns an image into the pixels that `BEiT3.encode` takes, exactly as the loader does for held-out images.
 
-    The image is turned upright by its EXIF orientation, brought to RGB (transparent parts become white, 16 bits are
-    scaled to 8), cut to the largest square in its middle, resized bicubically with antialiasing, and normalised with
-    mean and deviation 0.5.
+    The image is turned upright by its EXIF orientation, converted to RGB (transparent parts become white, 16 bits are
+    scaled to 8), cropped to the largest square in its middle, resized bicubically with antialiasing, and normalised
+    with mean and deviation 0.5.
 
     Args:
         image: path of an image file, its bytes, or an image that Pillow has opened.
@@ -25,7 +25,7 @@ def preprocess(image: str | Path | bytes | Image.Image, image_size: int) -> Tens
 
     Raises:
         OSError: if the file cannot be read.
-        TypeError: if `image` is none of the three.
+        TypeError: if `image` has another type.
         ValueError: if it is not a whole JPEG, PNG, WebP, GIF, BMP or TIFF image, has no pixels, or `image_size` is not
             positive.
     """

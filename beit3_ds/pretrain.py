@@ -69,20 +69,20 @@ def pretrain(config: RunConfig) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What this rank reads; all that can be checked on one process is checked before a process group exists."""
+    """Inputs that this rank reads; all checks that one process can make are made before a process group exists."""
 
     place: Place
-    """Where this rank will stand on the mesh."""
+    """Place of this rank on the mesh."""
     text_tokenizer: TextTokenizer | None
-    """None in a run without texts and pairs."""
+    """Text tokenizer; None in a run without texts and pairs."""
     visual_tokenizer: VisualTokenizer | None
-    """None on stages of a pipeline without heads, and in a run without images and pairs."""
+    """Visual tokenizer; None on pipeline stages without heads, and in a run without images and pairs."""
     dataset: StepDataset | None
-    """None on ranks that are sent what others read (`Mesh.is_reader`)."""
+    """Training steps; None on ranks that receive their samples from others (`Mesh.is_reader`)."""
     heldout: HeldoutBatches | None
-    """None on such ranks."""
+    """Held-out batches; None on ranks that do not read them."""
     sources: Mapping[str, HasFiles]
-    """The samples of every source that both read, by what the config calls it."""
+    """Samples of every source that this rank reads, by its name in the config."""
     initial_weights: InitialWeights | None
     """What a run begins with that has no checkpoint; None is initial values drawn from the seed."""
 
@@ -91,9 +91,9 @@ def open_inputs(config: RunConfig) -> Inputs:
     """Checks the layout and opens the files that this rank reads.
 
     Raises:
-        ConfigError: for a layout that does not fit, a machine without the memory that its ranks need, an optimizer
-            that is not installed, kernels that are not built, an output folder that cannot be written, or a file that
-            cannot be read or does not fit the model.
+        ConfigError: for a layout that does not fit, a machine with too little memory for its ranks, an optimizer that
+            is not installed, kernels that are not built, an output folder that cannot be written, or a file that cannot
+            be read or does not fit the model.
     """
     launch = read_launch(os.environ)
     data_parallel_size = check_layout(config, launch.world_size)
@@ -134,7 +134,7 @@ def open_inputs(config: RunConfig) -> Inputs:
 
 
 def _check_this_node(config: RunConfig, launch: Launch) -> None:
-    """Compares what the ranks of this machine need with what it has, if the launcher says how many they are."""
+    """Compares this machine's memory with the needs of its ranks, if the launcher tells their number."""
     ranks_here = 1 if launch.world_size == 1 else launch.local_size
     if ranks_here:
         check_node(host_needs(config, launch.world_size, ranks_here, decays), config, measure_node())

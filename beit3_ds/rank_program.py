@@ -23,14 +23,15 @@ def run_rank_program(
     """Reads the config that the command line names, runs the program and returns the exit status.
 
     Args:
-        program: what this rank does, with the config and the command line's options.
-        name: of the module, for the help text.
-        description: for the help text.
-        arguments: of the command line; None takes those of the process.
-        more_options: each adds options of the program's own.
+        program: work of this rank, which takes the config and the command line's options.
+        name: name of the module, for the help text.
+        description: description for the help text.
+        arguments: arguments of the command line; None takes those of the process.
+        more_options: functions that each add an option of the program.
 
     Returns:
-        0, 2 after one clear line about what the user can fix, or 1 after one about a file system that fails.
+        0 for success; 2 after one line about a mistake that the user can fix; 1 after one line about a failing file
+        system.
     """
     parser = OneLineParser(prog=name, description=description)
     add_config_arguments(parser)

@@ -1,9 +1,9 @@
-"""The error of a file system that fails."""
+"""Error for a file system that fails."""
 
 
 class StorageError(Exception):
     """The file system that holds the data fails; the message names file, host and reason.
 
-    It is no `ConfigError`: the same command can work once the file system does. It is no `BrokenRecord`: nothing is
-    known about the record.
+    It is not a `ConfigError`, because the same command works once the file system does. It is not a `BrokenRecord`,
+    because nothing is known about the record.
     """

@@ -29,11 +29,11 @@ from beit3_ds.training.visual_tokenizer import train_visual_tokenizer
 def train(config: RunConfig, *, force: bool = False) -> None:
     """Trains to the end, resuming from a checkpoint if any; writes the tokenizer's file and, beside it, a picture.
 
-    Does nothing if the finished tokenizer of this recipe is there: a job script may be submitted again.
+    Does nothing if the finished tokenizer of this recipe exists, so that a job script may be submitted again.
 
     Args:
-        config: of the run.
-        force: train it anew and overwrite it in the end.
+        config: the run's configuration.
+        force: retrain an existing tokenizer and overwrite it in the end.
 
     Raises:
         ConfigError: for a configuration, data file, teacher or checkpoint that cannot work.
@@ -64,7 +64,7 @@ def train(config: RunConfig, *, force: bool = False) -> None:
 
 
 def _read_known(visual: VisualTokenizerConfig) -> Recipe:
-    """What the tokenizer's own file says of its architecture, for one that was imported or copied."""
+    """Returns the architecture in the tokenizer's own file, for a tokenizer that was imported or copied."""
     trained = load_visual_tokenizer(visual.path).config
     return {name: getattr(trained, name) for name in ("image_size", "patch_size", "codebook_size")}
 

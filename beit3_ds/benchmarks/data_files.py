@@ -1,7 +1,7 @@
-"""File opens and read calls per sample, for every format and order, and the time to open many shards.
+"""Counts file opens and read calls per sample for every format and order, and times the opening of many shards.
 
-The counts are those of real calls (`file_calls`): opens as Python's audit hook sees them, reads and bytes as the kernel
-counts them for this process. Files lie in the page cache; the counts do not depend on that.
+The counts are of real calls (`file_calls`): Python's audit hook counts opens, and the kernel counts this process's
+reads and bytes. Files are in the page cache, which does not change the counts.
 """
 
 import io
@@ -40,18 +40,18 @@ class CallCounts:
     """Calls per sample of one format in one order."""
 
     source: str
-    """Format, and what of a sample is read."""
+    """Format, and the parts of a sample that are read."""
     order: str
     """`data.order`."""
     open_shards: int
-    """Shards that may stay open."""
+    """Number of shards that may stay open."""
     opens: float
     reads: float
     kilobytes: float
 
 
 def count_calls() -> list[CallCounts]:
-    """Reads every format in both orders, one epoch each, and counts."""
+    """Reads every format in both orders, one epoch each, and counts the calls."""
     with tempfile.TemporaryDirectory() as folder:
         data = _write_corpora(Path(folder))
         return [
@@ -71,7 +71,7 @@ def count_calls() -> list[CallCounts]:
 
 
 def describe_calls(rows: Sequence[CallCounts]) -> str:
-    """The counts as a table."""
+    """Formats the counts as a table."""
     lines = [
         f"Calls per sample, prepared data: {_SHARDS} shards of {_PER_SHARD} samples, one epoch, one process",
         "| format | order | shards that may stay open | opens | reads | kB |",
@@ -103,7 +103,7 @@ def time_opening(num_shards: int) -> str:
 
 
 def _write_corpora(folder: Path) -> DataConfig:
-    """The same pairs as tars, as a folder and as COCO's annotations, and a text; all prepared."""
+    """Writes the same pairs as tars, as a folder and as COCO's annotations, and a text; prepares all of them."""
     (folder / "images").mkdir()
     annotations: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}
     for shard in range(_SHARDS):

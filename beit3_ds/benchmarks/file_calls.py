@@ -1,4 +1,4 @@
-"""Counts file calls of this process: opens as Python's audit hook sees them, reads as Linux counts them."""
+"""Counts file calls of this process: opens by Python's audit hook, reads by Linux."""
 
 import sys
 from collections.abc import Iterator
@@ -11,22 +11,22 @@ _IO = "/proc/self/io"
 
 @dataclass
 class FileCalls:
-    """Calls of this process, all its threads included, while they were counted."""
+    """Counted calls of this process, over all its threads."""
 
     opens: int = 0
-    """Calls of `open` and `os.open`. Maps that torch makes are not among them."""
+    """Calls of `open` and `os.open`, without maps that torch makes."""
     reads: int = 0
-    """Read system calls (read, pread, readv), by the kernel's count `syscr`. Accesses to maps are none."""
+    """Read system calls (read, pread, readv) by the kernel's count `syscr`, without accesses to maps."""
     num_bytes: int = 0
-    """Bytes that they returned, by the kernel's count `rchar`."""
+    """Bytes that the read calls returned, by the kernel's count `rchar`."""
 
 
 @contextmanager
 def count_file_calls() -> Iterator[FileCalls]:
     """Counts from here to the end of the block; the result is complete after it, `opens` at any time.
 
-    The kernel's counts are those of the whole process, read from /proc/self/io (Linux); what reading them costs is
-    taken off.
+    The kernel's counts cover the whole process and come from /proc/self/io (Linux); the calls that read this file are
+    subtracted.
     """
     calls = FileCalls()
     counting = True
@@ -39,7 +39,7 @@ def count_file_calls() -> Iterator[FileCalls]:
     before = _read_counts()
     overhead = [b - a for a, b in zip(before, _read_counts(), strict=True)]
     before = _read_counts()
-    sys.addaudithook(count)  # can never be removed, so it is silenced instead
+    sys.addaudithook(count)  # a hook cannot be removed, so it is silenced instead
     try:
         yield calls
     finally:
@@ -49,7 +49,7 @@ def count_file_calls() -> Iterator[FileCalls]:
 
 
 def _read_counts() -> tuple[int, int]:
-    """Read calls and bytes so far."""
+    """Returns the read calls and bytes so far."""
     with open(_IO, encoding="ascii") as file:
         counts = dict(line.split(": ") for line in file.read().splitlines())
     return int(counts["syscr"]), int(counts["rchar"])

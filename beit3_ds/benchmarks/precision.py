@@ -1,7 +1,7 @@
-"""How far bf16 gradients are from float64: with a bf16 or float32 residual stream, and sums of either type.
+"""Measures the error of bf16 gradients with a bf16 or float32 residual stream, and with sums of either type.
 
-Each table row is one way to compute the gradients of a step. Errors are those of all gradients together, in the 2-norm,
-relative to float64 gradients of the same weights, which are rounded to bf16 beforehand.
+Each table row is one way to compute the gradients of a step. Its error is that of all gradients together, in the
+2-norm, relative to float64 gradients of the same weights, which are rounded to bf16 beforehand.
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ class GradientError(NamedTuple):
     stream: str
     """Type of the residual stream."""
     sums: str
-    """Type in which micro-batches add up."""
+    """Type in which the gradients of micro-batches are added up."""
     error: float
-    """Relative to float64."""
+    """Error relative to float64 gradients."""
 
 
 def benchmark_precision(num_layers: int, width: int, micro_batches: int) -> str:
@@ -35,8 +35,8 @@ def benchmark_precision(num_layers: int, width: int, micro_batches: int) -> str:
 
     Args:
         num_layers: blocks of the model.
-        width: of the stream; the FFN is four times as wide.
-        micro_batches: of the step, each of one image, one pair and one text.
+        width: width of the stream; the FFN is four times as wide.
+        micro_batches: micro-batches of the step, each of one image, one pair and one text.
     """
     rows = measure_precision(num_layers, width, micro_batches)
     title = f"gradient error against float64: {num_layers} layers of width {width}, {micro_batches} micro-batches"

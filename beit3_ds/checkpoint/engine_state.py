@@ -31,7 +31,7 @@ ReadPart = Callable[[str, str, Rectangle], Tensor]
 """Gives a kind of a tensor of a name: the rectangle, a matrix."""
 
 _GATHERED_PARAMETERS = 4
-"""Parameters that ZeRO-3's ranks gather per save to compare them; a forward pass gathers all."""
+"""Parameters that ZeRO-3's ranks gather per save for a comparison; a forward pass gathers all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,21 +123,21 @@ class EngineState:
     def find_mismatch(self, step: int) -> str | None:
         """Compares what `fragments_to_save` gives with the parameters that the forward pass uses. All ranks call it.
 
-        A checkpoint is assembled from DeepSpeed's flat buffers, so an option that lays them out differently would make
-        it garbage while training stays right. Compared are samples of every parameter that this rank owns elements of.
-        Under ZeRO-3, where a rank holds only its own partition, a few parameters are gathered as well, others at each
-        step: the data-parallel ranks send as many elements as these have.
+        A checkpoint is assembled from DeepSpeed's flat buffers. An option that lays them out differently would make it
+        garbage although training stays right. So samples of every parameter are compared, among the elements that this
+        rank owns. Under ZeRO-3 a rank holds only its own partition, so a few parameters are also gathered, different
+        ones at each step; the data-parallel ranks send all elements of these.
 
         Args:
-            step: updates done; chooses the samples, the same ones on all ranks.
+            step: number of updates done; it chooses the samples, the same ones on all ranks.
 
         Returns:
-            The first tensor that differs and how, in a few words; None if all is equal.
+            The first tensor that differs and the difference, in a few words; None if all are equal.
         """
         return find_mismatch(self._held_weights(step), step)
 
     def _held_weights(self, step: int) -> Iterator[HeldWeights]:
-        """Every owned run beside the model's own elements of it."""
+        """Yields every owned run with the model's own elements of it."""
         names = sorted(self._parameters)
         gathered = set(Random(step).sample(names, min(_GATHERED_PARAMETERS, len(names))))
         for fragment in self._fragments():
@@ -294,10 +294,10 @@ def _zero3_runs(parameters: list[Any]) -> list[tuple[nn.Parameter, int, int, int
 
 
 def _zero12_runs(optimizer: DeepSpeedZeroOptimizer, group: int) -> list[tuple[nn.Parameter, int, int, int]]:
-    """The parameters of which a piece is in this rank's share of a flattened group.
+    """Lists the parameters that have a piece in this rank's share of a flattened group.
 
     The order is that of the flat buffer, which `round_robin_gradients` and `parameter_alignment` change. DeepSpeed's
-    own mapping of parameters (`_hp_mapping`) ignores the former.
+    own mapping of parameters (`_hp_mapping`) ignores `round_robin_gradients`.
     """
     size = optimizer.partition_size[group]
     first = size * dist.get_rank(optimizer.real_dp_process_group[group])
@@ -311,7 +311,7 @@ def _zero12_runs(optimizer: DeepSpeedZeroOptimizer, group: int) -> list[tuple[nn
 
 
 def _gather(parameter: Any) -> Tensor:
-    """A copy of a parameter that ZeRO-3 has partitioned, flat; its data-parallel ranks all call it."""
+    """Gathers a flat copy of a parameter that ZeRO-3 has partitioned; all its data-parallel ranks call it."""
     if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # kept whole between steps
         return parameter.data.flatten()
     with deepspeed.zero.GatheredParameters([parameter]):

@@ -104,7 +104,7 @@ def loading_hint(config: ModelConfig, out: Path, format: ExportFormat) -> str:
         return f"Load it with BEiT3.from_pretrained({str(out)!r})."
     if format == "timm":
         return (
-            "Load it with timm; fc_norm is the model's final norm, before which forward_features ends:\n"
+            "Load it with timm; fc_norm is the model's final norm, which forward_features does not apply:\n"
             f"{timm_recipe_lines(config, str(out))}\n"
             "They are BEiT3.encode(images=images).images of the model; model(images) is fc_norm of the patches' mean."
         )
@@ -136,7 +136,7 @@ def check_free(out: Path, overwrite: bool) -> None:
 
 
 def _is_own_file(file: Path) -> bool:
-    """Whether a file of a folder is one that an export writes there."""
+    """Returns whether a file of a folder is one that an export writes."""
     if file.is_symlink() or not file.is_file():
         return False
     return file.name == INDEX_NAME or (_SHARD_NAME.fullmatch(file.name) is not None and is_pretrained_file(file))
@@ -171,7 +171,7 @@ def _call_arguments(arguments: dict[str, Any]) -> str:
 
 
 def _metadata(source: TensorSource, format: ExportFormat) -> dict[str, str]:
-    """What this program needs to read the file back."""
+    """Returns the metadata that this program needs to read the file back."""
     if format == "beit3":
         return weights_metadata(source.model, source.step)
     has_extras = any(name.startswith(EXTRA_PREFIX) for name in source.names())

@@ -146,14 +146,14 @@ def check_files(path: Path, index: Index) -> None:
 
 
 def checkpoint_name(step: int) -> str:
-    """The name of a checkpoint's folder."""
+    """Returns the name of a checkpoint's folder."""
     return f"step-{step:08d}"
 
 
 def checkpoint_paths(folder: Path) -> list[Path]:
-    """The folders inside `folder` that have the name of a checkpoint, newest first, whole or not.
+    """Returns the folders inside `folder` that have the name of a checkpoint, newest first, whole or not.
 
-    Anything else there is somebody else's: copies such as `step-00000002.bak`, files, and links to other places.
+    Everything else belongs to somebody else: copies such as `step-00000002.bak`, files, and links.
     """
     try:
         with os.scandir(folder) as entries:
@@ -164,10 +164,10 @@ def checkpoint_paths(folder: Path) -> list[Path]:
 
 
 def is_own_checkpoint(path: Path) -> bool:
-    """Whether a folder may be deleted as a checkpoint: its index says so, fits its name, and knows all that is in it.
+    """Returns whether a folder may be deleted as a checkpoint: its index fits its name and lists all its files.
 
-    The files may be damaged or missing. A folder without a readable index, or with a file that the index does not name,
-    holds what this program did not write.
+    The files may be damaged or missing. A folder without a readable index, or with a file that the index does not list,
+    holds something that this program did not write.
     """
     try:
         index = read_index(path)
@@ -177,7 +177,7 @@ def is_own_checkpoint(path: Path) -> bool:
 
 
 def left_over_paths(folder: Path) -> list[Path]:
-    """The folders inside `folder` that killed saves and deletions left: named so, and with nothing but such files."""
+    """Returns the folders inside `folder` that killed saves and deletions left, by their names and contents."""
     found = [path for path in folder.glob(".*-step-*") if _LEFT_OVER.fullmatch(path.name)]
     return [path for path in found if _holds_only(path, lambda name: _FILE_NAME.fullmatch(name) is not None)]
 

@@ -57,8 +57,8 @@ class Index:
     files: Mapping[str, WrittenFile]
     """Size and digest of every file beside the index."""
     data: Mapping[str, Any] = field(default_factory=dict)
-    """State of the run's data as plain JSON, independent of the layout, one key per kind; empty in a checkpoint of an
-    older version."""
+    """State of the run's data as plain JSON, one key per kind of state; it does not depend on the layout. Empty in a
+    checkpoint of an older version."""
 
     def to_json(self) -> bytes:
         """The content of the index's file; the digest of everything else in it stands at its end."""

@@ -67,7 +67,7 @@ def _kind(source: TensorSource) -> str:
 
 
 def _held(source: TensorSource) -> list[str]:
-    """The tensors that the file itself holds."""
+    """Returns the names of the tensors that the file itself holds."""
     return source.held if isinstance(source, TimmFile) else source.names()
 
 

@@ -29,18 +29,18 @@ from beit3_ds.positions import interpolate_positions
 class ReleasedFile:
     """A pretrained, in-domain, contrastive or fine-tuned file of the reference; tensors are read when asked for.
 
-    What this project has no place for, such as task heads and unused rows of position tables, keeps its key behind
-    `EXTRA_PREFIX`, so that an export in the reference's layout gives every tensor back.
+    Tensors that this project has no place for, such as task heads and unused rows of position tables, keep their key
+    behind `EXTRA_PREFIX`, so that an export in the reference's layout gives every tensor back.
 
-    A file that this program exported in that layout says what it was: its model is read back as it was, but for
+    A file that this program exported in that layout has a note of its model, which is read back unchanged except for
     vision-language experts, which the layout does not have.
 
     Attributes:
         path: the file.
-        model: the configuration, with the image size that was asked for: a decoupled one that the shapes tell, or the
-            exported model's.
-        step: updates that made the weights; 0 if unknown.
-        description: what it is, for people.
+        model: the configuration with the requested image size: the exported model's, or a decoupled one that follows
+            from the shapes.
+        step: number of updates of the weights; 0 if unknown.
+        description: kind of the file, for people.
     """
 
     def __init__(self, path: str | Path, *, image_size: int | None = None) -> None:
@@ -103,7 +103,7 @@ def _by_logical_name(
                 named[EXTRA_PREFIX + key] = tensor[:UNUSED_POSITIONS]
             tensor = tensor[UNUSED_POSITIONS:]
             if not has_extras and name == TEXT_POSITION:
-                tensor = tensor[: config.max_text_length]  # behind it the export wrote filler
+                tensor = tensor[: config.max_text_length]  # the export filled the rows behind it
         tensor = tensor.flatten() if key in TOKENS else tensor
         if name in named and not torch.equal(named[name], tensor):
             raise ConfigError(

@@ -24,7 +24,7 @@ class RunDescription:
     config: Mapping[str, Any]
     """All sections of the run's configuration; `training.seed` is among them."""
     tokenizers: Mapping[str, str]
-    """SHA-256 of the tokenizers' files, "text" and "visual"; without the one that the run does not use."""
+    """SHA-256 of the tokenizers' files under "text" and "visual"; only of those that the run uses."""
     layout: str
     """The ranks that wrote it, for people."""
     versions: Mapping[str, str]
@@ -46,7 +46,7 @@ class RunDescription:
         advice = "Set the model section as it was, or use another training.output_dir."
         check_same_model(self.model, before.model, f"checkpoint {where}", advice)
         for kind, digest in self.tokenizers.items():
-            if before.tokenizers.get(kind, digest) != digest:  # a run without images may go on with some
+            if before.tokenizers.get(kind, digest) != digest:  # a run without images may resume with images
                 raise ConfigError(
                     f"checkpoint {where} was trained with another {kind} tokenizer than tokenizers.{kind}.path (their "
                     f"contents differ), so its ids mean something else. Put that file back, or use another "

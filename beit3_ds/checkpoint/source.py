@@ -64,14 +64,14 @@ def open_source(path: str | Path) -> TensorSource:
 
 
 def open_foreign(path: str | Path, *, image_size: int | None = None) -> ReleasedFile | TimmFile:
-    """Opens a file in another project's layout: what the reference released, or what `beit3 export` wrote for others.
+    """Opens a file in another project's layout: one that the reference released, or an export for other projects.
 
     Args:
         path: the file.
-        image_size: pixels on a side, for which positions are interpolated; None keeps the file's.
+        image_size: pixels on a side, for which positions are interpolated; None keeps the file's size.
 
     Raises:
-        ConfigError: if it cannot be read, holds objects that could run code, or is of no known layout.
+        ConfigError: if the file cannot be read, holds objects that could run code, or has an unknown layout.
     """
     tensors, text = read_tensors_with_note(path, NOTE_KEY)
     note = parse_note(text, str(path)) if text else None

@@ -1,4 +1,4 @@
-"""Compares what a checkpoint would hold with what the model holds, before anything is written."""
+"""Compares the weights of a checkpoint with the model's weights, before anything is written."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -7,20 +7,20 @@ import torch
 from torch import Tensor
 
 _SAMPLED_ELEMENTS = 4096
-"""Elements of a run that are compared, evenly spread: enough for any other order to show, and cheap."""
+"""Elements of a run that are compared, evenly spread; cheap, and enough to show any other order."""
 
 
 class HeldWeights(NamedTuple):
-    """A run of elements as the optimizer holds it, and as the model does."""
+    """A run of elements in the optimizer and in the model."""
 
     name: str
     """Logical name of the parameter."""
     saved: Tensor
-    """What a checkpoint would hold, one dimension."""
+    """Elements that a checkpoint would hold, one dimension."""
     held: Tensor
-    """What the model computes with: the same elements, rounded to its type."""
+    """The same elements as the model computes with, rounded to its dtype."""
     moments: tuple[Tensor, ...]
-    """AdamW's averages of the gradient and of its square, of the same elements."""
+    """AdamW's averages of the gradient and of its square for the same elements."""
 
 
 def find_mismatch(weights: Iterable[HeldWeights], step: int) -> str | None:
@@ -28,14 +28,19 @@ def find_mismatch(weights: Iterable[HeldWeights], step: int) -> str | None:
 
     Args:
         weights: the runs.
-        step: updates done; the samples move with it.
+        step: number of updates done; it chooses the samples.
 
     Returns:
-        The tensor and how many of the compared elements differ, in a few words; None if there is no such run.
+        The tensor and the number of compared elements that differ, in a few words; None if no run differs.
     """
     names, differing, num_compared = [], [], []
     fault: str | None = None
-    for name, saved, held, moments in weights:  # to the end: other ranks may take part in gathering what follows
+    for (
+        name,
+        saved,
+        held,
+        moments,
+    ) in weights:  # no early end, because other ranks may take part in gathering later runs
         if saved.shape != held.shape:
             fault = fault or f"{name} has {len(held)} elements in the model, but {len(saved)} in the optimizer"
         elif any(moment.shape != saved.shape for moment in moments):
@@ -48,7 +53,7 @@ def find_mismatch(weights: Iterable[HeldWeights], step: int) -> str | None:
             names.append(name)
             differing.append(differ.sum())
             num_compared.append(len(ours))
-    # Counts come to the host together: a GPU is waited for once.
+    # All counts are copied to the host at once, so that a GPU is synchronised only once.
     counts = torch.stack([count.to(differing[0].device) for count in differing]).tolist() if differing else []
     for name, count, compared in zip(names, counts, num_compared, strict=True):
         if count:

@@ -16,8 +16,8 @@ _ALIGNMENT = 64  # bytes, as torch aligns its own tensors
 def write_state_dict_file(path: Path, recipes: Sequence[Recipe], notes: Mapping[str, str]) -> None:
     """Writes {"model": state dict, **notes} as a new file that `torch.load(weights_only=True)` reads, and syncs it.
 
-    torch.save takes all tensors at once. They lie in a temporary file beside `path` by then, which is mapped and has no
-    name, so that memory holds one tensor at a time and the disk twice the file for a while.
+    torch.save takes all tensors at once. They are first written to an unnamed temporary file beside `path`, which is
+    mapped. So memory holds one tensor at a time, and the disk holds the file twice for a while.
 
     Raises:
         FileExistsError: if there is one already.

@@ -71,14 +71,14 @@ class CheckpointStore:
     """
 
     def __init__(self, root: Path, keep: int, mesh: Mesh, run: RunDescription, timeout_seconds: float) -> None:
-        """Opens the folder; it is made at the first save. All ranks call it: it makes a process group for the threads.
+        """Opens the folder, which the first save creates. All ranks call it: it builds a group for their threads.
 
         Args:
             root: the folder; all ranks must see the same one.
-            keep: whole checkpoints that are kept.
+            keep: number of whole checkpoints that are kept.
             mesh: the ranks.
-            run: what checkpoints say of this run.
-            timeout_seconds: how long a rank's thread waits for the others', and training for a save.
+            run: description of this run, which checkpoints hold.
+            timeout_seconds: longest wait of a rank's thread for the others' threads, and of training for a save.
         """
         self.root, self._keep, self._mesh, self._run = root, keep, mesh, run
         self._rank = dist.get_rank()
@@ -102,12 +102,12 @@ class CheckpointStore:
 
         Args:
             state: weights and moments.
-            step: updates done.
-            data: the data's state after as many updates (`Index.data`); the main rank's is saved.
+            step: number of updates done.
+            data: state of the data after these updates (`Index.data`); only the main rank's state is saved.
 
         Raises:
-            ConfigError: on all ranks, if what would be saved is not what the model holds (`EngineState.find_mismatch`).
-                No later save would be right either, so that the run has to end; earlier checkpoints stay.
+            ConfigError: on all ranks, if the optimizer's weights are not the model's (`EngineState.find_mismatch`).
+                Later saves would be wrong too, so the run has to end; earlier checkpoints stay.
         """
         start = time.monotonic()
         self._mesh.activity.begin("saving")
@@ -137,10 +137,10 @@ class CheckpointStore:
         )
 
     def finish(self) -> None:
-        """Waits until the save that is under way, if any, has ended.
+        """Waits for the end of the current save, if any.
 
         Raises:
-            StorageError: after `timeout_seconds`; the checkpoints saved before are untouched.
+            StorageError: after `timeout_seconds`; earlier checkpoints are untouched.
         """
         thread, self._thread = self._thread, None
         if thread is None:
@@ -330,7 +330,7 @@ class CheckpointStore:
             self._prune()
 
     def _clear(self, target: Path) -> None:
-        """Frees the place of a checkpoint: deletes one of that step, which this run began before, or moves the rest."""
+        """Frees the path of a checkpoint: deletes an own checkpoint of that step, and renames anything else."""
         if is_own_checkpoint(target):
             self._delete(target)
             return
@@ -349,7 +349,7 @@ class CheckpointStore:
         write_whole(latest, f"{name}\n".encode())
 
     def _prune(self) -> None:
-        """Deletes the checkpoints of this program that are older than the oldest of the whole ones that are kept."""
+        """Deletes this program's checkpoints that are older than the oldest kept one."""
         paths = checkpoint_paths(self.root)
         whole = [path for path in self._whole_paths() if is_own_checkpoint(path)]
         if len(whole) > self._keep:
@@ -364,7 +364,7 @@ class CheckpointStore:
 
 
 class _Share(NamedTuple):
-    """What a rank tells the main one of its part of a save."""
+    """A rank's report of its part of a save to the main rank."""
 
     error: str | None
     files: dict[str, WrittenFile]
@@ -386,7 +386,7 @@ class _Share(NamedTuple):
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a folder is the checkpoint that its name says, and its files have the right sizes."""
+    """Returns whether a folder holds the checkpoint that its name says, with files of the right sizes."""
     try:
         return path.name == checkpoint_name(CheckpointFolder(path).step)
     except BrokenIndexError:

@@ -1,4 +1,4 @@
-"""A vision tower that this program exported for timm, seen as the logical tensors of its model."""
+"""Reads a vision tower that this program exported for timm as the logical tensors of its model."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -16,13 +16,13 @@ from beit3_ds.positions import interpolate_positions
 
 
 class TimmFile:
-    """The vision tower of a model; the other tensors have their initial values, which `held` leaves out.
+    """A model whose vision tower comes from a file; the other tensors have initial values and are not in `held`.
 
     Attributes:
         path: the file.
-        model: the configuration of the model that was exported, with the image size that was asked for.
-        step: updates that made the weights.
-        description: what it is, for people.
+        model: the configuration of the exported model, with the requested image size.
+        step: number of updates of the weights.
+        description: kind of the file, for people.
         held: logical names of the tensors that the file holds.
     """
 
@@ -31,10 +31,10 @@ class TimmFile:
     def __init__(
         self, path: str | Path, tensors: Mapping[str, Tensor], note: ExportNote, *, image_size: int | None = None
     ) -> None:
-        """Takes the tensors apart.
+        """Splits timm's tensors into logical tensors.
 
         Raises:
-            ConfigError: if they are not those of the model.
+            ConfigError: if the tensors are not those of the model.
         """
         self.path, self.step = Path(path), note.step
         self.model = note.model
@@ -47,19 +47,19 @@ class TimmFile:
         self.held = list(self._tensors)
 
     def names(self) -> list[str]:
-        """Names of all tensors of the model."""
+        """Returns the names of all tensors of the model."""
         return list(self._shapes)
 
     def shape(self, name: str) -> torch.Size:
-        """The logical shape of a tensor."""
+        """Returns the logical shape of a tensor."""
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """The type of the file's tensors."""
+        """Returns the dtype of the file's tensors."""
         return next(iter(self._tensors.values())).dtype
 
     def read(self, name: str, part: tuple[int, int, int, int] | None = None) -> Tensor:
-        """A tensor of the file, or initial values of its type; or a part of it as `matrix_part` has it."""
+        """Returns a tensor of the file, or initial values of its dtype, or a part of it as in `matrix_part`."""
         if name in self._tensors:
             tensor = self._tensors[name]
             if name == IMAGE_POSITION:

@@ -1,4 +1,4 @@
-"""The names of timm's BEiT-3 vision towers, and what they are here."""
+"""Maps the tensor names of timm's BEiT-3 vision towers to logical names."""
 
 from beit3_ds.config import ModelConfig
 
@@ -11,7 +11,7 @@ _FFN = {"norm2": "norm", "mlp.fc1": "fc1", "mlp.norm": "sub_norm", "mlp.fc2": "f
 
 
 def timm_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Which logical tensors each of timm's tensors is made of; where they are several, one below the other."""
+    """Returns the logical tensors that make up each of timm's tensors, stacked along the rows if there are several."""
     shared = config.attention_experts[0]  # "shared" or "vision"
     names: dict[str, tuple[str, ...]] = {
         "cls_token": ("embeddings.cls_token",),

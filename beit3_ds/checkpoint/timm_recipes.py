@@ -22,7 +22,7 @@ _SIZES = {
 }
 _IMAGE_SIZE, _EPSILON = 224, 1e-5  # of all of them; the second is of every norm
 _BATCH_DIMS = {"cls_token": 2, "pos_embed": 1}
-"""Leading dimensions of size 1 that timm's tensors have and ours have not."""
+"""Leading dimensions of size 1 that timm's tensors have and ours do not."""
 
 
 def timm_recipes(source: TensorSource) -> list[Recipe]:
@@ -65,7 +65,7 @@ def timm_arguments(config: ModelConfig) -> dict[str, Any]:
 
 
 def timm_recipe_lines(config: ModelConfig, path: str) -> str:
-    """Python that loads an exported file in timm and computes the features that `BEiT3.encode` gives."""
+    """Returns Python code that loads an exported file in timm and computes the features of `BEiT3.encode`."""
     arguments = timm_arguments(config) | {"checkpoint_path": path}
     call = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     return (

@@ -162,7 +162,7 @@ class _Launch:
             raise ConfigError(f"the launch failed: {error}. Logs are in {folder}.") from error
 
     def _new_folder(self) -> Path:
-        # A copy, such as attempt_1.bak, is somebody else's.
+        # A copy, such as attempt_1.bak, belongs to somebody else.
         taken = [int(match[1]) for path in self._log_dir.iterdir() if (match := _ATTEMPT.fullmatch(path.name))]
         folder = self._log_dir / f"attempt_{max(taken, default=0) + 1}"
         folder.mkdir()

@@ -107,5 +107,5 @@ def test_a_changed_export_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"q_proj\.B\.weight differs from another tensor .*was changed since"):
         open_foreign(tmp_path / "trained.pth")
     torch.save(saved | {"beit3_ds_export": "{}"}, tmp_path / "note.pth")
-    with pytest.raises(ConfigError, match=r"what it says of its export cannot be read"):
+    with pytest.raises(ConfigError, match=r"the note about its export cannot be read"):
         open_foreign(tmp_path / "note.pth")
