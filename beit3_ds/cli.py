@@ -30,8 +30,8 @@ training, parallel).
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit status.
 
-    The status is 0 for success; 1 if a check fails or the file system of the data fails; 2 after one line about a
-    mistake that the user can fix.
+    The status is 0 for success; 1 if a check fails or a file system fails; 2 after one line about a mistake that the
+    user can fix.
     """
     try:
         options = build_parser().parse_args(arguments)
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except StorageError as error:
+    except (StorageError, OSError) as error:  # OSError: what the command writes to has no room, or forbids it
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -187,7 +187,7 @@ def _train_text_tokenizer(options: argparse.Namespace) -> int:
     from beit3_ds.config import load_run_config
     from beit3_ds.data import read_training_lines
     from beit3_ds.tokenizers import TextTokenizer, train_text_tokenizer
-    from beit3_ds.tokenizers.recipe import describe_trained, is_trained, save_recipe, text_recipe
+    from beit3_ds.tokenizers.recipe import check_can_be_written, describe_trained, is_trained, save_recipe, text_recipe
 
     config = load_run_config(options.config, options.set)
     path, recipe = config.tokenizers.text.path, text_recipe(config)
@@ -200,6 +200,7 @@ def _train_text_tokenizer(options: argparse.Namespace) -> int:
     if not options.force and is_trained("tokenizers.text", path, recipe, read_known):
         print(describe_trained("tokenizers.text", path))
         return 0
+    check_can_be_written("tokenizers.text", path)
     tokenizer = train_text_tokenizer(config.tokenizers.text, read_training_lines(config.data), config.training.seed)
     save_recipe(path, recipe)
     print(f"wrote {path}: {tokenizer.vocab_size} ids, <mask> is {tokenizer.mask_id}")

@@ -16,7 +16,7 @@ from beit3_ds.data import TokenizerImages
 from beit3_ds.kernels.host_memory import keep_freed_memory
 from beit3_ds.rank_program import run_rank_program
 from beit3_ds.tokenizers import load_visual_tokenizer
-from beit3_ds.tokenizers.recipe import Recipe, describe_trained, is_trained, visual_recipe
+from beit3_ds.tokenizers.recipe import Recipe, check_can_be_written, describe_trained, is_trained, visual_recipe
 from beit3_ds.training.agreement import check_same_files, check_same_sources
 from beit3_ds.training.code_picture import code_picture_path, write_code_picture
 from beit3_ds.training.engine import compute_device, joined_ranks
@@ -47,6 +47,7 @@ def train(config: RunConfig, *, force: bool = False) -> None:
         if read_launch(os.environ).rank == 0:
             print(describe_trained("tokenizers.visual", visual.path), flush=True)
         return
+    check_can_be_written("tokenizers.visual", visual.path)
     rank = read_launch(os.environ).rank
     with watched_start(rank, (), config.data.timeout_seconds):  # signals end this program by themselves
         images = TokenizerImages(config)  # before a process group exists, so that one rank's error leaves none waiting

@@ -28,6 +28,7 @@ from beit3_ds.data.waiting import WaitLimits
 from beit3_ds.data.worker_pool import Preparation, prepare_in_any_order
 from beit3_ds.tokenizers.text import TextTokenizer
 
+_MAX_DIGITS = 9  # of the number of parts
 _PIECE_BYTES = 64 << 20  # some ten seconds' work: what an interruption costs, and what processes share out
 
 
@@ -52,8 +53,8 @@ class Part:
             ConfigError: for anything else.
         """
         number, _, count = text.partition("/")
-        if not (number.isdecimal() and count.isdecimal()):
-            raise ConfigError(f"--part {text}: write I/N, for example 1/8.")
+        if not (number.isdecimal() and count.isdecimal() and max(len(number), len(count)) <= _MAX_DIGITS):
+            raise ConfigError(f"--part {text[:40]}: write I/N, for example 1/8.")
         return cls(number=int(number), count=int(count))
 
 

@@ -59,7 +59,7 @@ def is_trained(section: str, path: str | Path, recipe: Recipe, read_known: Calla
     Raises:
         ConfigError: if the path holds a tokenizer of another recipe, naming the difference, or another kind of file.
     """
-    if not Path(path).exists():
+    if not Path(path).is_file():
         return False
     way_out = (
         f"Undo the change to use it, name another {section}.path, or retrain it with --force: checkpoints of runs that "
@@ -74,6 +74,25 @@ def is_trained(section: str, path: str | Path, recipe: Recipe, read_known: Calla
     if changes := find_changes(before, recipe):
         raise ConfigError(f"{section}: {path} was trained with another recipe: {changes}. {way_out}")
     return True
+
+
+def check_can_be_written(section: str, path: str | Path) -> None:
+    """Creates the folder of a tokenizer's file and writes to it once, before hours of training that could not be saved.
+
+    Raises:
+        ConfigError: if the file cannot be written, or a folder has its name.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_aside(path, keep=False) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise ConfigError(
+            f"{section}.path={path} cannot be written: {error}. Fix its folder, make room, or name another file."
+        ) from None
 
 
 def describe_trained(section: str, path: str | Path) -> str:

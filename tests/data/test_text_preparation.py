@@ -227,7 +227,7 @@ def test_an_error_in_a_process_reaches_the_user(tmp_path: Path, tokenizer: TextT
     assert all("tmp" not in name for name in names(tmp_path / "prepared"))
 
 
-@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2"])
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2", "1/" + "9" * 5000])
 def test_a_part_is_i_of_n(text: str) -> None:
     with pytest.raises(ConfigError, match=r"1/8"):
         Part.parse(text)

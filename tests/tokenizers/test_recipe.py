@@ -24,7 +24,7 @@ def mapping(tmp_path: Path) -> dict[str, Any]:
 def run(mapping: dict[str, Any], folder: Path, command: str, *options: str) -> int:
     path = folder / "config.json"
     path.write_text(json.dumps(mapping))
-    return cli.main([command, str(path), *options])
+    return cli.main([*command.split(), str(path), *options])
 
 
 def test_finished_text_tokenizer_is_kept(
@@ -94,3 +94,38 @@ def test_first_versions_form_of_a_recipe_is_known(mapping: dict[str, Any]) -> No
     assert find_changes(before, recipe) == ""
     before["images.train"][0]["weight"] = 2.0
     assert "images.train from" in find_changes(before, recipe)
+
+
+@pytest.mark.parametrize("name", ["file/tokenizer", "folder", "/proc/no/tokenizer"])
+@pytest.mark.parametrize("kind", ["text", "visual"])
+@pytest.mark.parametrize("options", [[], ["--force"]])
+def test_a_tokenizer_that_could_not_be_saved_is_not_trained(
+    mapping: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    name: str,
+    options: list[str],
+) -> None:
+    """Catches a training whose end, after hours, is a traceback."""
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    mapping["beit3_ds"]["tokenizers"][kind]["path"] = path = str(tmp_path / name)
+    mapping["beit3_ds"]["tokenizers"]["visual"]["training_steps"] = 10**9
+    assert run(mapping, tmp_path, f"train-{kind}-tokenizer", *options) == 2
+    error = capsys.readouterr().err.strip()
+    assert f"tokenizers.{kind}.path={path} cannot be written: " in error and "\n" not in error
+    assert not list(tmp_path.glob("**/*.tmp"))
+
+
+def test_other_files_that_cannot_be_written_are_one_line(
+    mapping: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a traceback for a folder that is read-only, or full."""
+    assert run(mapping, tmp_path, "train-text-tokenizer") == 0
+    capsys.readouterr()
+    (tmp_path / "file").touch()
+    mapping["beit3_ds"]["data"]["prepared_dir"] = str(tmp_path / "file/prepared")
+    assert run(mapping, tmp_path, "prepare texts") == 1
+    error = capsys.readouterr().err.strip()
+    assert "Not a directory" in error and "\n" not in error
