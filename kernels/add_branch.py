@@ -34,15 +34,15 @@ def add_branch(
 ) -> Tensor:
     """Computes y = residual + factor * (partial + bias of the row's expert), of the residual's dtype.
 
-    Follows the reduction of a row-parallel layer: bias and factor are applied once, not once a rank. The residual's
+    Follows the reduction of a row-parallel layer: bias and factor are applied once, not once per rank. The residual's
     gradient is that of y itself, not a copy. An expert without rows gets a zero gradient.
 
     Args:
         residual_TD: the stream, (T, D), float32 or of the branch's dtype.
         partial_TD: the branch without its bias, (T, D).
         slices: row range of each expert; together they cover [0, T) in order.
-        biases: one (D,) vector an expert.
-        factor_T: what stochastic depth multiplies each row's branch with, without a gradient; None for 1.
+        biases: one (D,) vector per expert.
+        factor_T: factor of stochastic depth for each row's branch, without a gradient; None for 1.
 
     Returns:
         y_TD, a new tensor.
@@ -54,13 +54,13 @@ def add_branch(
 
 
 def runs_kernels(residual_TD: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `add_branch` takes the GPU's kernels (`fits_kernels`); all else takes the CPU's way.
+    """Returns whether `add_branch` uses the GPU's kernels (`fits_kernels`); otherwise it runs the CPU's code.
 
-    So does everything on a device where the kernels fail their check at their first use (`self_check`).
+    The CPU's code also runs on a device where the kernels fail their check at their first use (`self_check`).
 
     Args:
         residual_TD: the stream.
-        dtype: of the branch.
+        dtype: dtype of the branch.
     """
     device, width = residual_TD.device, residual_TD.shape[1]
     return fits_kernels(residual_TD, dtype) and _are_trusted(device, dtype, width, residual_TD.dtype)
@@ -74,13 +74,13 @@ def _are_trusted(device: torch.device, dtype: torch.dtype, width: int, stream: t
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype, width: int, stream: torch.dtype | None = None) -> None:
-    """Holds the operators to the reference, forward and backward, over three experts of which one has no rows.
+    """Compares the operators with the reference, forward and backward, over three experts, one of them without rows.
 
     Args:
-        device: where they run.
-        dtype: of the branch and the biases.
+        device: device of the operators.
+        dtype: dtype of the branch and the biases.
         width: D.
-        stream: dtype of the residual; None is that of the branch.
+        stream: dtype of the residual; None for that of the branch.
 
     Raises:
         WrongResultError: if a result is wrong.
@@ -155,7 +155,7 @@ def _forward_plain(
 def _backward_plain(
     dy_TD: Tensor, stops: Sequence[int], factor_T: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Returns d_partial, without rows if all factors are 1, and the gradients of the biases, (E, D), of `dtype`."""
+    """Returns d_partial, without rows if all factors are 1, and the biases' gradients, (E, D) of `dtype`."""
     d_partial_TD = dy_TD if factor_T is None else dy_TD * factor_T.unsqueeze(1)
     d_biases_ED = torch.stack([part.sum(0) for part in d_partial_TD.split(row_lengths(stops))]).to(dtype)
     return torch.empty_like(dy_TD[:0], dtype=dtype) if factor_T is None else d_partial_TD.to(dtype), d_biases_ED

@@ -104,7 +104,7 @@ def variants(architecture: int) -> list[Variant]:
         ("fp16", 1408),
         ("fp32", 768),
     ]
-    # With a float32 residual stream it and its gradient are float32, as are the factors.
+    # A float32 residual stream has a float32 gradient and float32 factors.
     stream = dict.fromkeys(("residual_ptr", "factor_ptr", "y_ptr", "dy_ptr"), "fp32")
     mixed = [
         build_row_variant(

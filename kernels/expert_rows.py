@@ -18,11 +18,11 @@ def row_lengths(stops: Sequence[int]) -> list[int]:
 
 
 def fits_kernels(x_TD: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a GPU's kernels exist for rows of this width and dtype: not for float64, and not beyond WIDEST.
+    """Returns whether GPU kernels exist for rows of this width and dtype: not for float64, and not beyond WIDEST.
 
     Args:
         x_TD: rows of the stream, float32 or of `dtype`.
-        dtype: of the parameters.
+        dtype: dtype of the parameters.
     """
     supported = dtype in (torch.float32, torch.float16, torch.bfloat16) and x_TD.dtype in (dtype, torch.float32)
     return x_TD.is_cuda and x_TD.shape[1] <= WIDEST and supported

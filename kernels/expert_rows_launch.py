@@ -121,7 +121,7 @@ def build_row_variant(
         width: D.
         constants: what it is specialised on beside `row_constants`.
         note: ends the name of the variant.
-        elements: of the pointers that have another dtype, by argument.
+        elements: element types of pointers with another dtype, by argument.
     """
     tiling = choose_row_tiling(architecture, width)
     values = {**row_constants(width, tiling), **constants}

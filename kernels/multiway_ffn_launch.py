@@ -92,9 +92,9 @@ def out_projection(
         a_TF: rows.
         norm: the sub-LN, or None.
         slices: row range of each expert.
-        weights: one (D, F) matrix an expert.
-        biases: one (D,) vector an expert; empty for none.
-        residual_TD: what is added last, whose dtype y gets, or None.
+        weights: one (D, F) matrix per expert.
+        biases: one (D,) vector per expert; empty for none.
+        residual_TD: stream that is added last and gives y its dtype, or None.
         factor_T: drop-path's factor of each row, of any floating dtype, or None.
     """
     y_TD = (a_TF if residual_TD is None else residual_TD).new_empty(a_TF.shape[0], weights[0].shape[0])
@@ -221,7 +221,7 @@ def variants(architecture: int) -> list[Variant]:
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _COMMON = ("out_projection", "weight_gradient")
 _FLOAT32_STREAM = ("residual_ptr", "factor_ptr", "y_ptr")
-"""Arguments of the projection that are float32 with a float32 residual stream."""
+"""Arguments of the projection that are float32 if the residual stream is."""
 _STATISTICS = ("mean_ptr", "rstd_ptr", "means_ptr", "squares_ptr")
 
 

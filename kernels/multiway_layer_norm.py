@@ -41,9 +41,9 @@ def multiway_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """Normalises every row and scales and shifts it with the parameters of its expert; passes the stream through.
 
-    A residual connection goes on with the stream that comes out: then its gradient is added where the norm's is made,
-    and not in a pass of its own. Kept for the backward pass are x, two numbers a row, and the parameters as they are.
-    An expert without rows gets zero gradients.
+    A residual connection should continue with the returned stream: its gradient is then added in the norm's backward
+    pass, without a separate pass. The backward pass keeps x, two numbers per row, and the parameters themselves. An
+    expert without rows gets zero gradients.
 
     Args:
         x_TD: packed rows, of the parameters' dtype or of float32.
@@ -80,13 +80,13 @@ def _make_rows(stops: tuple[int, ...], epsilon: float, x_TD: Tensor, *parameters
 
 
 def runs_kernels(x_TD: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `multiway_layer_norm` takes the GPU's kernels (`fits_kernels`); all else takes the CPU's way.
+    """Returns whether `multiway_layer_norm` uses the GPU's kernels (`fits_kernels`); otherwise it runs the CPU's code.
 
-    So does everything on a device where the kernels fail their check at their first use (`self_check`).
+    The CPU's code also runs on a device where the kernels fail their check at their first use (`self_check`).
 
     Args:
         x_TD: packed rows.
-        dtype: of the parameters.
+        dtype: dtype of the parameters.
     """
     return fits_kernels(x_TD, dtype) and _are_trusted(x_TD.device, dtype, x_TD.shape[1], x_TD.dtype)
 
@@ -99,13 +99,13 @@ def _are_trusted(device: torch.device, dtype: torch.dtype, width: int, stream: t
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype, width: int, stream: torch.dtype | None = None) -> None:
-    """Holds the operators to the reference, forward and backward, over three experts of which one has no rows.
+    """Compares the operators with the reference, forward and backward, over three experts, one of them without rows.
 
     Args:
-        device: where they run.
-        dtype: of the parameters and the normalised rows.
+        device: device of the operators.
+        dtype: dtype of the parameters and the normalised rows.
         width: D.
-        stream: dtype of the packed rows; None is that of the parameters.
+        stream: dtype of the packed rows; None for that of the parameters.
 
     Raises:
         WrongResultError: if a result is wrong.
@@ -304,9 +304,10 @@ def _backward_fake(
 
 
 def _native(parameters: Sequence[Tensor], x_TD: Tensor) -> Sequence[Tensor]:
-    """Of half precision on a CPU, PyTorch keeps statistics in float32 only if the parameters are float32.
+    """Returns the parameters in the dtype that PyTorch's layer norm needs for x.
 
-    Float32 rows need float32 parameters everywhere.
+    On a CPU half-precision rows keep float32 statistics only with float32 parameters. Float32 rows need float32
+    parameters everywhere.
     """
     is_half_on_cpu = x_TD.dtype in (torch.float16, torch.bfloat16) and not x_TD.is_cuda
     dtype = torch.float32 if is_half_on_cpu else x_TD.dtype

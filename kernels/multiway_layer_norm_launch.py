@@ -32,8 +32,8 @@ def forward(
     Args:
         x_TD: contiguous; float32, or of the parameters' dtype.
         stops: where each expert's rows end.
-        weights: (D,) an expert; h gets their dtype.
-        biases: (D,) an expert.
+        weights: (D,) per expert; h gets their dtype.
+        biases: (D,) per expert.
         epsilon: added to the variance.
         tiling: how to compile.
 
@@ -106,7 +106,7 @@ def variants(architecture: int) -> list[Variant]:
     """The kernels as `ahead_of_time` compiles them: widths of the stream and of the feed-forward's sub-LN."""
     cases = [("bf16", width) for width in (768, 1024, 1408, 3072, 4096, 6144)]
     cases += [("fp16", 768), ("fp16", 1024), ("fp16", 1408), ("fp16", 6144), ("fp32", 768), ("fp32", 6144)]
-    # With a float32 residual stream its rows and their gradients are float32; h and the parameters are not.
+    # A float32 residual stream has float32 rows and gradients; h and the parameters are narrower.
     stream = dict.fromkeys(("x_ptr", "d_residual_ptr", "dx_ptr"), "fp32")
     mixed = [
         build_row_variant(architecture, "multiway_layer_norm", kernel, "bf16", width, constants, " fp32 stream", stream)

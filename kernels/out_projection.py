@@ -58,24 +58,24 @@ def out_projection(
     residual_TD: Tensor | None = None,
     factor_T: Tensor | None = None,
 ) -> Tensor:
-    """residual + factor * (LN(GELU(x)) @ w.T + b), each row with its own expert's parameters.
+    """Computes residual + factor * (LN(GELU(x)) @ w.T + b), each row with its own expert's parameters.
 
-    Where ranks divide the width of x, the result is a partial one: it is called without biases, residual and factor,
-    to be summed over the ranks before `add_branch` adds these once. A sub-LN then gathers two floats a row, and its
-    backward pass all-reduces two.
+    If ranks divide the width of x, call it without biases, residual and factor: the result is then partial, is summed
+    over the ranks, and `add_branch` adds these once. A sub-LN then gathers two floats per row, and its backward pass
+    all-reduces two.
 
     Args:
-        activation: x_TF, which alone is kept for the backward pass, and what the up projection already made of it.
+        activation: x_TF, which alone is kept for the backward pass, and the up projection's results for it.
         slices: row range of each expert; together they cover [0, T) in order.
-        weights: one (D, F) matrix an expert, of x's dtype.
-        biases: one (D,) vector an expert, or none.
+        weights: one (D, F) matrix per expert, of x's dtype.
+        biases: one (D,) vector per expert, or none.
         gelu: activate x first, with the exact (erf) GELU.
         norm: the sub-LN, or None. Its parameters are kept, so they must not be ones that ZeRO-3 divides.
         residual_TD: the stream that the branch joins, or None.
-        factor_T: what stochastic depth multiplies every row of the branch with, or None for ones; without a gradient.
+        factor_T: factor of stochastic depth for every row of the branch, without a gradient; None for ones.
 
     Returns:
-        y_TD, of the residual's dtype, which is x's or float32; without a residual of x's dtype.
+        y_TD, of the residual's dtype (x's or float32); without a residual, of x's dtype.
     """
     form = _Form(ends_of(slices), gelu, norm, len(biases) > 0, residual_TD is not None)
     parameters = (*weights, *biases, *(() if norm is None else (*norm.scales, *norm.shifts)))
@@ -342,12 +342,12 @@ def _are_trusted(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype, stream: torch.dtype | None = None) -> None:
-    """Holds the kernel to plain PyTorch on two experts, as a whole and as a partial product.
+    """Compares the kernel with plain PyTorch on two experts, as a whole and as a partial product.
 
     Args:
-        device: where it runs.
-        dtype: of the parameters.
-        stream: dtype of the residual; None is that of the parameters.
+        device: device of the kernel.
+        dtype: dtype of the parameters.
+        stream: dtype of the residual; None for that of the parameters.
 
     Raises:
         WrongResultError: if a result is wrong.

@@ -16,14 +16,14 @@ class WrongResultError(ArithmeticError):
 def check_rule(names: Sequence[str], results: Sequence[Tensor], function: Function, inputs: Sequence[Tensor]) -> None:
     """Compares the results of a kernel with a function of the same inputs in float64.
 
-    On a handful of values the reference may hit the truth by chance, or because what it subtracts is equal to the bit.
-    Eight roundings to float32 of the largest number that takes part count as its error, too.
+    On few values the reference may be exact by chance, or because it subtracts equal numbers. So eight float32
+    roundings of the largest number involved are added to its error.
 
     Args:
-        names: of the results, for the message.
-        results: what the kernel made of the inputs, of an input's dtype or float32.
+        names: names of the results, for the message.
+        results: the kernel's results, of an input's dtype or float32.
         function: the reference.
-        inputs: of the kernel's dtype, or float32 for a stream beside parameters of another one.
+        inputs: inputs of the kernel's dtype, or float32 for a stream beside parameters of another dtype.
 
     Raises:
         WrongResultError: if the rule is broken, or a result has another shape or dtype.

@@ -26,11 +26,11 @@ SENDING = _ALSO | {
     and not _SILENT.match(name)
     and callable(getattr(dist.distributed_c10d, name))
 }
-"""Names of everything in torch that sends, and of what else here does."""
+"""Names of all functions that send, in torch and in this project."""
 
 
 class Call(NamedTuple):
-    """A place in the source."""
+    """A call at one place in the source."""
 
     file: str
     function: str
@@ -38,13 +38,13 @@ class Call(NamedTuple):
 
 
 def find_calls() -> list[Call]:
-    """All places of the package and of the kernels, in order."""
+    """Finds all calls of the package and of the kernels, in order."""
     files = [*(ROOT / "beit3_ds").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
     return [call for path in sorted(files) for call in find_calls_in(path.read_text(), str(path.relative_to(ROOT)))]
 
 
 def find_calls_in(source: str, file: str = "") -> Iterator[Call]:
-    """Those of one file: what is called, and what is handed on to be called."""
+    """Finds the calls of one file, and functions that it passes on to be called."""
     tree = ast.parse(source)
     modules, functions = set(), set()
     for node in ast.walk(tree):

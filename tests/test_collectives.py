@@ -15,19 +15,19 @@ from tests.ranks import run_ranks
 from tests.two_devices import DEVICE, Site, two_devices
 
 HOST, DEVICES, BOTH = ("host",), ("device",), ("host", "device")
-"""What travels: values of the hosts over gloo, or tensors of the devices; some wrappers carry either."""
+"""Kinds of content: host values over gloo, or device tensors; some wrappers carry both."""
 BY_READING = "by reading"
 
 
 class Row(NamedTuple):
-    """What a call sends, and the run in which that is seen."""
+    """Kind of content that a call sends, and the run that shows it."""
 
     kinds: tuple[str, ...]
     run: str
 
 
 def rows(file: str, kinds: tuple[str, ...], run: str, **functions: str) -> dict[Call, Row]:
-    """Rows of one file; by function, the expressions that are called."""
+    """Builds the rows of one file from the called expressions of each function."""
     return {
         Call(file, function, expression): Row(kinds, run)
         for function, expressions in functions.items()
@@ -179,7 +179,7 @@ TABLE: dict[Call, Row] = {
 
 
 def test_every_call_is_classified() -> None:
-    """Whoever adds a call says what it sends: a new one is not in the table, one that is gone still is."""
+    """Catches a new call that is missing in the table, and a row whose call is gone."""
     found = set(find_calls())
     assert found - TABLE.keys() == set(), "say in TABLE what these send, and in which run that is seen"
     assert TABLE.keys() - found == set(), "these are no longer in the source"
@@ -211,14 +211,14 @@ def test_search_finds_calls_under_other_names(source: str, expected: list[str]) 
 
 
 class Outcome(NamedTuple):
-    """What a rank of a run ends with."""
+    """Result of one rank of a run."""
 
     status: int
     seen: dict[str, set[Site]]
 
 
 def train(config: str, *, stops: bool = False) -> Outcome:
-    """A whole training, which rank 1 is asked to stop after its first step if `stops`."""
+    """Runs a whole training; if `stops`, rank 1 is asked to stop after its first step."""
     with two_devices() as machine:
         from beit3_ds.pretrain import main
         from beit3_ds.training.progress import Progress
@@ -274,7 +274,7 @@ def write_config(run: str, mapping: dict[str, Any], folder: Path) -> str:
 
 
 def check_seen(run: str, outcomes: list[Outcome]) -> None:
-    """All ranks succeeded, and what the table says of this run was there."""
+    """Checks that all ranks succeeded and that the run made all calls that the table lists for it."""
     assert [outcome.status for outcome in outcomes] == [0] * len(outcomes)
     for call, row in TABLE.items():
         if row.run == run:
@@ -315,7 +315,7 @@ MISTAKES = {
 
 
 def differ() -> tuple[dict[str, set[Site]], dict[str, str]]:
-    """What ranks say only when they differ or fail; and every mistake that this machine must refuse."""
+    """Makes the calls of ranks that differ or fail, and every mistake that the emulated machine must refuse."""
     from types import SimpleNamespace
 
     from beit3_ds.config import ConfigError, ParallelConfig
@@ -348,7 +348,7 @@ def differ() -> tuple[dict[str, set[Site]], dict[str, str]]:
 
 
 def test_what_is_on_the_wrong_side_is_refused() -> None:
-    """Else the runs above would show nothing."""
+    """Shows that the emulated machine refuses mistakes; otherwise the runs above would show nothing."""
     for seen, refusals in run_ranks(differ, 2):
         assert refusals.keys() == MISTAKES.keys()
         assert "No backend type associated with device type cpu" in refusals["counts over devices"]

@@ -1,4 +1,4 @@
-"""A machine with a second device, on one that has none, whose process groups refuse tensors of the CPU as NCCL does.
+"""Emulates a second device on the CPU, with process groups that refuse CPU tensors as NCCL does.
 
 The second device is `cpu:0`. Torch keeps its tensors on the CPU but tells it apart from `cpu` wherever a device is
 named, so programs run on it unchanged. Two modes follow which memory is whose: what is made on `cpu:0`, moved there, or
@@ -51,12 +51,12 @@ class TwoDevices:
         self._new_group = dist.new_group
 
     def init_process_group(self, **options: Any) -> None:
-        """Makes the default group, of devices."""
+        """Makes the default group, which takes device tensors."""
         dist.init_process_group("cuda:gloo", **options)
         self._add_twin(dist.group.WORLD, None)
 
     def new_group(self, ranks: list[int] | None = None, **options: Any) -> Any:
-        """Makes a group of devices, or, if gloo is asked for, of hosts."""
+        """Makes a group for device tensors, or for host values if gloo is asked for."""
         group = self._new_group(ranks, **options)
         if options.get("backend") is None:
             self._add_twin(group, ranks)
@@ -68,7 +68,7 @@ class TwoDevices:
             self._twins[group.group_name] = twin
 
     def barrier(self, group: dist.ProcessGroup | None = None, **options: Any) -> Any:
-        """NCCL's runs on the device."""
+        """Waits for all ranks; NCCL's barrier runs on the device, gloo's on the host."""
         group = group or dist.group.WORLD
         assert group is not None
         twin = self._twins.get(group.group_name)
@@ -76,7 +76,7 @@ class TwoDevices:
         return (group if twin is None else twin).barrier().wait()
 
     def noting(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The same call of a group of hosts, noted: threads beside the main one run without these modes."""
+        """Wraps a call of a host group to note it, because other threads run without these modes."""
 
         def noted(*arguments: Any, **options: Any) -> Any:
             if options["group"].group_name not in self._twins:
@@ -202,7 +202,7 @@ class _Dispatch(TorchDispatchMode):
 
 
 def _move(result: Tensor, source: Tensor, target: torch.device) -> Tensor:
-    """What a move to a device gives: a copy if it lies on the other one."""
+    """Moves a tensor to a device, which copies it if it is on the other one."""
     if is_device(source) == (target == DEVICE):
         return result
     if result.untyped_storage()._cdata == source.untyped_storage()._cdata:

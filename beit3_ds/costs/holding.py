@@ -14,7 +14,7 @@ from beit3_ds.parallel import TensorParallel
 from beit3_ds.pipeline.stages import cut_layers, stage_layers
 
 _SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
-"""Bytes of an element, by DeepSpeed's names of dtypes; absent ones leave the choice to DeepSpeed."""
+"""Bytes per element, by DeepSpeed's names of dtypes; without a name DeepSpeed chooses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,23 +58,23 @@ class Holding:
 
     @property
     def element_size(self) -> int:
-        """Bytes of an element of parameters, products and what they take: 2 in bf16, else 4."""
+        """Bytes per element of parameters, products and their inputs: 2 in bf16, else 4."""
         return 2 if self.is_bf16 else 4
 
     @property
     def stream_size(self) -> int:
-        """Bytes of an element of the residual stream between the layers."""
+        """Bytes per element of the residual stream between the layers."""
         return 4 if self.config.training.fp32_residual_connection else self.element_size
 
     @property
     def gradient_size(self) -> int:
-        """Bytes of an element of the sums of micro-batches' gradients (`data_types.grad_accum_dtype`)."""
+        """Bytes per element of the gradient sums of micro-batches (`data_types.grad_accum_dtype`)."""
         dtype = self.config.deepspeed.get("data_types", {}).get("grad_accum_dtype")
         return self.element_size if dtype is None else _SIZES[dtype]
 
     @property
     def reduced_size(self) -> int:
-        """Bytes of an element of gradients on their way between data-parallel ranks (`communication_data_type`)."""
+        """Bytes per element of gradients that data-parallel ranks send (`communication_data_type`)."""
         dtype = self.config.deepspeed.get("communication_data_type")
         return self.element_size if dtype is None else _SIZES[dtype]
 

@@ -1,4 +1,4 @@
-"""What one node must offer beside its GPUs: memory, shared memory and file system calls, modelled.
+"""Models the needs of one node beside its GPUs: memory, shared memory and file system calls.
 
 docs/traffic_and_memory.md explains the figures.
 """
@@ -20,7 +20,7 @@ _IMAGE_FILE_BYTES = 100_000  # assumed: a JPEG of about 500 x 400 pixels
 
 
 class HostNeeds(NamedTuple):
-    """What the node with most data-reading ranks needs, in bytes unless a name says otherwise."""
+    """Needs of the node with the most data-reading ranks, in bytes unless a name says otherwise."""
 
     shm: int
     """Prefetched steps of all its ranks, in /dev/shm."""
@@ -29,13 +29,13 @@ class HostNeeds(NamedTuple):
     workers: int
     """The data workers' own memory: libraries, and the step that each is preparing (twice while it is packed)."""
     heldout: int
-    """Held-out batches, which ranks keep after the first evaluation."""
+    """Held-out batches, which ranks keep in memory."""
     checkpoint: int
-    """The copy of the state from which a checkpoint is written while training goes on."""
+    """The copy of the state from which a checkpoint is written during training."""
     offloaded: int
     """Master weights, moments, gradients and parameters that DeepSpeed keeps on the host."""
     pinned: int
-    """The part of `offloaded` that DeepSpeed pins, which the system can never page out."""
+    """The part of `offloaded` that DeepSpeed pins, so that the system never pages it out."""
     num_workers: int
     """Data workers of all its ranks."""
     images_per_step: int
@@ -45,13 +45,13 @@ class HostNeeds(NamedTuple):
 
     @property
     def memory(self) -> int:
-        """Everything that takes the node's memory; /dev/shm is memory, too."""
+        """Memory of the node in all, /dev/shm included."""
         return self.shm + self.ranks + self.workers + self.heldout + self.checkpoint + self.offloaded
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodeSize:
-    """What a node has; None where that is not known."""
+    """Memory of a node; None for unknown figures."""
 
     memory: int | None = None
     """Bytes of memory that the run's processes may take."""
@@ -62,13 +62,13 @@ class NodeSize:
 
 
 def host_needs(config: RunConfig, world_size: int, ranks_per_node: int, decays: Callable[[str], bool]) -> HostNeeds:
-    """What the busiest node needs.
+    """Models the needs of the busiest node.
 
     Args:
-        config: of the run.
-        world_size: ranks.
+        config: the run's configuration.
+        world_size: number of ranks.
         ranks_per_node: ranks on every node, in the order of their numbers; the last node may have fewer.
-        decays: whether the optimizer decays the parameter of a name.
+        decays: returns whether the optimizer decays the parameter with a name.
 
     Raises:
         ConfigError: if the layout does not fit, or a step exceeds `data.prefetch_gib`.
@@ -83,10 +83,10 @@ def host_needs(config: RunConfig, world_size: int, ranks_per_node: int, decays: 
 
 
 def check_node(needs: HostNeeds, config: RunConfig, size: NodeSize) -> None:
-    """Refuses a run whose node cannot hold what it needs.
+    """Refuses a run whose node has too little memory.
 
     Raises:
-        ConfigError: naming what is too small, by how much, and the keys that lower it.
+        ConfigError: naming the needed and the available memory, and the keys that lower the need.
     """
     if size.shm is not None and needs.shm > size.shm:
         raise ConfigError(
@@ -104,12 +104,12 @@ def check_node(needs: HostNeeds, config: RunConfig, size: NodeSize) -> None:
 
 
 def describe_host(config: RunConfig, needs: HostNeeds, ranks_per_node: int, step_seconds: float) -> str:
-    """A table of one node's needs.
+    """Formats a table of one node's needs.
 
     Args:
-        config: of the run.
-        needs: of the node.
-        ranks_per_node: ranks on it.
+        config: the run's configuration.
+        needs: needs of the node.
+        ranks_per_node: ranks on the node.
         step_seconds: assumed time of one step.
     """
     plan = "prepared and mapped, shared through the page cache"
@@ -135,11 +135,11 @@ def describe_host(config: RunConfig, needs: HostNeeds, ranks_per_node: int, step
 
 
 class _Kind(NamedTuple):
-    """What a rank does on its node."""
+    """Kind of a rank, by its part in reading data."""
 
     stage: int
     views: str
-    """Views of images that it reads; empty if it reads nothing."""
+    """Views of images that the rank reads; empty if it reads nothing."""
 
 
 def _kind(config: RunConfig, rank: int, world_size: int) -> _Kind:
@@ -172,7 +172,7 @@ def _node_needs(
 
 
 def _worker_bytes(config: RunConfig, data_size: int, plan: PrefetchPlan) -> int:
-    """While a micro-batch is packed, its views exist twice; both views are made even where one is kept."""
+    """Models a worker's memory: both views are always made, and exist twice while a micro-batch is packed."""
     both = step_bytes(config, data_size, "both")
     return plan.num_workers * (_WORKER_BYTES + plan.step_bytes + both // config.gradient_accumulation_steps)
 
@@ -184,7 +184,7 @@ def _heldout_bytes(config: RunConfig, data_size: int, views: str) -> int:
 
 
 def _state_bytes(config: RunConfig, world_size: int, decays: Callable[[str], bool], stage: int) -> tuple[int, int, int]:
-    """Of one rank of a stage: the state that a checkpoint copies, what is offloaded, and what of it is pinned."""
+    """Returns, for one rank of a stage, the bytes that a checkpoint copies, that are offloaded, and that are pinned."""
     holding = build_holding(config, world_size, decays, stage)
     memory = rank_memory(holding, expected_loads(config, holding.data_size))
     offload = {key: holding.zero.get(f"offload_{key}") or {} for key in ("optimizer", "param")}

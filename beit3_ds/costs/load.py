@@ -76,7 +76,7 @@ def _attended(batch: PackedBatch, layout: SequenceLayout) -> int:
 
 
 def expected_loads(config: RunConfig, data_parallel_size: int) -> list[Load]:
-    """The loads of the micro-batches of a data-parallel rank with the largest share of a step.
+    """Returns the loads of the micro-batches of a data-parallel rank with the largest share of a step.
 
     All texts have full length, and no branch is dropped.
 

@@ -1,4 +1,4 @@
-"""What wider numbers cost a bf16 run: a float32 residual stream, and gradients that add up in float32."""
+"""Models the cost of float32 in a bf16 run: a float32 residual stream, and float32 sums of gradients."""
 
 # T rows of a micro-batch, D hidden, e bytes of an element of the stream.
 
@@ -13,32 +13,33 @@ from beit3_ds.costs.memory import rank_memory
 from beit3_ds.costs.traffic import step_traffic
 
 BANDWIDTH = 3.35e12
-"""Memory bandwidth that modelled times assume, bytes per second: an H100 SXM's, by its data sheet."""
+"""Memory bandwidth of modelled times in bytes per second, from the data sheet of an H100 SXM."""
 
 _FORWARD_PASSES = 3
-"""Passes over the stream per branch, forward: the norm reads it, the branch's end reads and writes it."""
+"""Passes over the stream per branch in the forward pass: the norm reads it, the branch's end reads and writes it."""
 _BACKWARD_PASSES = 4
-"""Backward: the norm reads the stream and its gradient and writes one, the branch's end reads it."""
+"""Passes in the backward pass: the norm reads the stream and its gradient and writes a gradient, which the branch's
+end reads."""
 
 
 class PrecisionCost(NamedTuple):
-    """What one choice costs the rank that needs most memory; all modelled."""
+    """Modelled cost of one choice for the rank that needs most memory."""
 
     memory: int
-    """Bytes that it keeps in all."""
+    """Bytes that the rank keeps in all."""
     sent: float
-    """Bytes that it sends in a step, over all axes."""
+    """Bytes that the rank sends per step, over all axes."""
     seconds: float
-    """Of a step, to read and write the stream and the sums of gradients at full memory bandwidth."""
+    """Seconds per step to read and write the stream and the sums of gradients at full memory bandwidth."""
 
 
 def describe_precision(config: RunConfig, world_size: int, decays: Callable[[str], bool]) -> str:
     """Returns lines that compare both choices with their opposites; empty for a float32 run, which has none.
 
     Args:
-        config: of the run.
-        world_size: ranks.
-        decays: whether the optimizer decays the parameter of a name, which is how it groups them.
+        config: the run's configuration.
+        world_size: number of ranks.
+        decays: returns whether the optimizer decays the parameter with a name, by which it groups them.
     """
     if not config.deepspeed.get("bf16", {}).get("enabled"):
         return ""

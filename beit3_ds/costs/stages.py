@@ -14,12 +14,12 @@ _DATA_KINDS = ("all-gather", "reduce-scatter", "all-reduce")
 
 
 def describe_stages(config: RunConfig, world_size: int, decays: Callable[[str], bool]) -> str:
-    """A table with a column a stage: layers, parameters, memory and traffic of its first rank, all modelled.
+    """Formats a table with one column per stage: layers, parameters, and its first rank's modelled memory and traffic.
 
     Args:
-        config: of the run.
-        world_size: ranks.
-        decays: whether the optimizer decays the parameter of a name, which is how it groups them.
+        config: the run's configuration.
+        world_size: number of ranks.
+        decays: returns whether the optimizer decays the parameter with a name, by which it groups them.
 
     Raises:
         ConfigError: if the layout does not divide the ranks, or there are fewer samples than data-parallel ranks.

@@ -94,13 +94,13 @@ def _add_tensor_traffic(traffic: Traffic, holding: Holding, run: range, load: Lo
 
 
 def _branch_bytes(holding: Holding, rows: int) -> int:
-    """T D e of what branches take and make, with sequence parallelism T rounded up to a multiple of P."""
+    """Returns the bytes T D e of a branch's input or output; sequence parallelism rounds T up to a multiple of P."""
     rows = padded(rows, holding.tensor.size) if holding.tensor.divides_rows else rows
     return rows * holding.config.model.hidden_size * holding.element_size
 
 
 def _stream_bytes(holding: Holding, rows: int) -> int:
-    """The same of the residual stream, whose elements may be wider."""
+    """Returns the bytes T D s of the residual stream, whose elements may be wider than a branch's."""
     return _branch_bytes(holding, rows) // holding.element_size * holding.stream_size
 
 

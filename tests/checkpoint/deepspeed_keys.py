@@ -41,12 +41,12 @@ class KeyCell(NamedTuple):
 
     @property
     def plain(self) -> "KeyCell":
-        """The same without options."""
+        """The same cell without options."""
         return KeyCell((), self.stage, self.bf16)
 
     @property
     def elsewhere(self) -> "KeyCell":
-        """Where the state is loaded, too: the other way to divide it, in float32."""
+        """A second cell that loads the state: the other way to divide it, in float32."""
         return KeyCell((), 1 if self.stage == 3 else 3)
 
     def config(self, seed: int) -> RunConfig:
@@ -106,15 +106,15 @@ def _fit(options: tuple[tuple[str, Any], ...], stage: int, bf16: bool) -> KeyCel
 
 
 class Trained(NamedTuple):
-    """What a few steps made."""
+    """Results of a few training steps."""
 
     losses: list[Tensor]
     weights: dict[str, Tensor]
-    """Whole, as the forward pass uses them."""
+    """Whole weights, as the forward pass uses them."""
 
 
 def check_cells(cells: list[KeyCell], root: Path) -> list[str | None]:
-    """On one of two ranks: what is wrong with each cell; None where nothing is."""
+    """Runs on each of two ranks; returns the fault of each cell, or None."""
     from beit3_ds.training.engine import init_process_group
 
     mesh = init_process_group(KeyCell((), 0).config(1).parallel)
@@ -199,14 +199,14 @@ def _live_weights(schedule: Schedule) -> dict[str, Tensor]:
 
 
 def _check_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
-    """In the type of `expected`, which may be narrower."""
+    """Compares tensors in the dtype of `expected`, which may be narrower."""
     assert found.keys() == expected.keys(), what
     for name, tensor in expected.items():
         assert torch.equal(found[name].to(tensor.dtype), tensor), f"{what}: {name} differs"
 
 
 def _check_exported(path: Path, weights: dict[str, Tensor], folder: Path, mesh: Mesh) -> None:
-    """On the main rank: an exported model is the one that was trained."""
+    """Checks on the main rank that the exported model is the trained one."""
     from beit3_ds.checkpoint.export import export_weights
     from beit3_ds.checkpoint.folder import open_checkpoint
     from beit3_ds.model import BEiT3

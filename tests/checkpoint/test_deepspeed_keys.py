@@ -11,7 +11,7 @@ from tests.ranks import run_ranks
 
 
 def check(cells: list[KeyCell], root: Path) -> None:
-    """On two ranks that are started once."""
+    """Checks cells on two ranks that are started once for all."""
     faults = run_ranks(check_cells, 2, cells, root, timeout=1800)
     for cell, *fault in zip(cells, *faults, strict=True):
         assert fault == [None, None], f"{cell}: {next(filter(None, fault))}"
@@ -25,7 +25,7 @@ def test_all_keys_of_a_stage_together(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [key.name for key in state_keys()])
 def test_every_key_alone(name: str, tmp_path: Path) -> None:
-    """All samples in all stages, in both precisions."""
+    """Runs each key with all its samples, in all its stages and in both precisions."""
     (key,) = [key for key in state_keys() if key.name == name]
     cells = list(cells_of(key))
     assert cells, "a key without samples is not tested"

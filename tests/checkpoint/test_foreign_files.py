@@ -35,7 +35,7 @@ def names() -> st.SearchStrategy[str]:
 
 
 def place(root: Path, name: str, kind: str, outside: Path) -> Path:
-    """Puts something of somebody else's beside the checkpoints."""
+    """Puts something foreign beside the checkpoints."""
     path = root / name
     if kind == "file":
         path.write_text("mine")
@@ -100,7 +100,7 @@ def _is_ours(name: str, kind: str) -> bool:
 @pytest.mark.usefixtures("lone_rank")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoints_name_alone_makes_nothing_ours(tmp_path: Path, kind: str) -> None:
-    """Under the name of another step, older and newer: never loaded, pruned or overwritten."""
+    """Foreign content under the name of an older or newer step is never loaded, pruned or overwritten."""
     root, outside = tmp_path / "checkpoints", tmp_path / "elsewhere"
     run = SmallRun(root, keep=1)
     assert run.save(2) == [None]

@@ -31,7 +31,7 @@ SETUPS = [
     data=st.data(),
 )
 def test_runs_in_another_order_are_found(sizes: list[int], step: int, dtype: torch.dtype, data: st.DataObject) -> None:
-    """Whatever the sizes and the step: a flat buffer that is read in another order than it was written."""
+    """Catches a flat buffer that is read in another order than it was written, for all sizes and steps."""
     values = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(step))
     held = [part.to(dtype) for part in values.split(sizes)]
 
@@ -87,7 +87,7 @@ def reverse_shares(rank: int, optimizer: Any) -> None:
 
 
 def save_planted(setups: list[Setup], root: Path, plant: Callable[[int, Any], None]) -> list[str]:
-    """On one rank: for each setup, a save, then a step, a planted fault and a save that must be refused."""
+    """Runs on one rank, for each setup, a save, a step, a planted fault and a save that must be refused."""
     mesh, messages = None, []
     for setup in setups:
         mesh, schedule, state, store = start(setup, root / setup.folder, seed=1, mesh=mesh)

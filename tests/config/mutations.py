@@ -29,7 +29,7 @@ def at(value: Any, path: Path) -> Any:
 
 
 def mutate(mapping: dict[str, Any], rng: random.Random) -> tuple[dict[str, Any], str]:
-    """A copy with one to three mistakes, and what they are."""
+    """Returns a copy with one to three mistakes, and their description."""
     mutant, said = copy.deepcopy(mapping), []
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         kind = rng.choice((_replace, _replace, _scale, _scale, _misspell, _remove, _add_key, _add_key, _move))
@@ -57,7 +57,7 @@ def _replace(mapping: Any, rng: random.Random) -> str:
 
 
 def _scale(mapping: Any, rng: random.Random) -> str:
-    """Another number of the same type, often one that fits."""
+    """Replaces a number by another one of the same type, which often fits."""
     numbers = [p for p in nodes(mapping) if p and type(at(mapping, p)) in (int, float)]
     if not numbers:
         return "nothing"
@@ -86,7 +86,7 @@ def _remove(mapping: Any, rng: random.Random) -> str:
 
 
 def _add_key(mapping: Any, rng: random.Random) -> str:
-    """A key that DeepSpeed knows, often with a value of its table."""
+    """Adds a key that DeepSpeed knows, often with a value from the table."""
     if rng.random() < 0.3:
         key = rng.choice(sorted(DEEPSPEED_KEYS))
         mapping[key] = value = copy.deepcopy(rng.choice(WRONG + NUMBERS))
@@ -111,5 +111,5 @@ def _move(mapping: Any, rng: random.Random) -> str:
 
 
 def to_text(mapping: dict[str, Any]) -> str:
-    """JSON, or what Python's writer makes of values that JSON does not have."""
+    """Returns JSON, with Python's spelling of values that JSON does not have."""
     return json.dumps(mapping, indent=1)

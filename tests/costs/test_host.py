@@ -34,7 +34,7 @@ def config(zero: dict[str, Any] | None = None, **parallel: int) -> RunConfig:
 
 @pytest.mark.parametrize("name", GPU_CONFIGS)
 def test_shipped_configs_fit_a_usual_node(name: str) -> None:
-    """8 GPUs, 512 GiB, of which Linux gives /dev/shm half."""
+    """A usual node has 8 GPUs and 512 GiB of memory, half of it for /dev/shm."""
     found = load_run_config(f"ds_configs/{name}.json")
     node = NodeSize(memory=512 * GIB, shm=256 * GIB)
     check_node(needs(found, GPU_CONFIGS[name], 8), found, node)

@@ -84,7 +84,7 @@ WIDE_FOUR_RANKS = {
 
 
 def check(ranks: int, cells: dict[str, RunConfig]) -> None:
-    """Calls and bytes of every axis and kind, on every rank. What hosts tell each other is left out."""
+    """Compares calls and bytes of every axis and kind on every rank, without host values."""
     wrong: list[str] = []
     by_rank = run_ranks(measure_traffic, ranks, list(cells.values()))
     for number, (name, config) in enumerate(cells.items()):

@@ -46,7 +46,7 @@ def _folder() -> Iterator[Path]:
 
 
 def _run(cases: int, test: object) -> None:
-    """Runs a property on so many cases."""
+    """Runs a property on a number of cases."""
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
     settings(max_examples=cases, deadline=None, suppress_health_check=checks, derandomize=True)(test)()  # type: ignore[operator]
 
@@ -83,7 +83,7 @@ def _content(name: str, kind: str, png: bytes) -> bytes:
 
 
 def _read(source: ImageSource, files: Mapping[str, str]) -> Counter[str]:
-    """Reads all samples; counts what becomes of their images and captions."""
+    """Reads all samples; counts the results of their images and captions."""
     counts: Counter[str] = Counter()
     for index in range(len(source)):
         for what, read in (("image", source.image), ("caption", source.caption)):

@@ -57,7 +57,7 @@ def test_wider_models_are_the_same_either_way(dtype: torch.dtype) -> None:
 
 
 def test_gradients_are_nearer_to_float64() -> None:
-    """Of a deep narrow model a float32 stream halves the error at least; float32 sums do not add to it."""
+    """In a deep narrow model a float32 stream at least halves the error, and float32 sums do not increase it."""
     errors = {(row.stream, row.sums): row.error for row in measure_precision(num_layers=16, width=32, micro_batches=2)}
     assert errors["fp32", "fp32"] < 0.5 * errors["bf16", "fp32"]
     assert errors["fp32", "fp32"] <= errors["fp32", "bf16"]

@@ -63,7 +63,7 @@ def test_values_come_back_as_they_were(value: Any) -> None:
 
 
 class Named(tuple):
-    """Would lose its type."""
+    """A tuple that would lose its type."""
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_what_would_change_is_refused(value: Any) -> None:
 
 
 def exchange(sizes: Sequence[int]) -> list[str]:
-    """Every operation over the first so many ranks, for each of the sizes."""
+    """Runs every operation over the first ranks, for each group size."""
 
     def refuse(*arguments: Any, **options: Any) -> Any:
         raise AssertionError("pickled")
@@ -112,7 +112,7 @@ def exchange(sizes: Sequence[int]) -> list[str]:
 
 
 def test_ranks_exchange_values() -> None:
-    """Sizes that are no power of two leave holes in the trees."""
+    """Catches a mistake in trees with holes, which sizes that are no power of two have."""
     assert run_ranks(exchange, 6, [1, 2, 3, 4, 5, 6]) == [[]] * 6
 
 

@@ -86,7 +86,7 @@ def test_bf16(
 
 
 def measure_sums(zero_stages: tuple[int, ...]) -> list[tuple[float, float]]:
-    """On one rank: by ZeRO stage the errors of bf16 and of float32 sums of eight micro-batches' bf16 gradients."""
+    """Runs on one rank; returns per ZeRO stage the errors of bf16 and of float32 sums of eight micro-batches."""
     from beit3_ds.training.engine import build_model, init_process_group
     from beit3_ds.training.loss import build_loss_factors
 
@@ -124,7 +124,7 @@ def test_micro_batches_add_up_in_float32_under_every_zero_stage() -> None:
 
 
 def stream_dtypes(layout: Layout) -> list[str]:
-    """On one rank: dtype of what stages send each other, with and without the option."""
+    """Runs on one rank; returns the dtypes of messages between stages, with and without the option."""
     from beit3_ds.training.engine import build_schedule, init_process_group
 
     mesh = init_process_group(config_for(1, **layout.parallel).parallel)

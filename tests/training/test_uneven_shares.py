@@ -18,7 +18,7 @@ MICRO_BATCHES = 4
 
 
 def deals(ranks: int) -> list[Deal]:
-    """The eight samples of three steps: as a run shares them, with empty micro-batches first, and as few as one rank's.
+    """Deals the eight samples of three steps: as a run does, with empty micro-batches first, and to one rank only.
 
     The last step leaves ranks without any sample, which a run refuses because it is a waste, not because it is wrong.
     """
@@ -38,7 +38,7 @@ VARIANTS: dict[str, Variants] = {
 
 
 def measure(layout: Layout, variants: Variants, reference: Reference) -> list[dict[str, float]]:
-    """On one rank: how much of the allowed error each loss, norm, gradient and weight has."""
+    """Runs on one rank; returns the ratio of error to bound of each loss, norm, gradient and weight."""
     from beit3_ds.training.engine import init_process_group
 
     mesh: Mesh = init_process_group(config_for(0, **layout.parallel).parallel)
