@@ -30,7 +30,9 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         if type(value) is not Tensor:
             return NotImplemented
-        elements: Any = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        flat = value.detach().cpu().contiguous()
+        # One element or none counts as contiguous whatever the stride is, which a view as bytes does not take.
+        elements: Any = flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy()
         return _rebuild, (pickle.PickleBuffer(elements), value.dtype, tuple(value.shape))
 
 

@@ -45,7 +45,8 @@ def unpack(header: bytes, tensors: list[Tensor]) -> Any:
 
 def as_bytes(tensor: Tensor) -> Tensor:
     """Returns the memory of a contiguous tensor, uint8, (bytes,)."""
-    return tensor.view(-1).view(torch.uint8)
+    # A tensor of one element or none counts as contiguous whatever its stride is, which a view as bytes does not take.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def _to_json(value: Any, tensors: list[Tensor]) -> Any:
