@@ -204,7 +204,7 @@ def check_plain(value: Any, where: str) -> None:
 
 
 def is_plain_text(value: str) -> bool:
-    """Whether a string has neither control characters nor half a surrogate pair, which no path or name can have."""
+    """Returns whether a string has no control characters and no half of a surrogate pair, as paths and names need."""
     return not any(character < " " or character == "\x7f" or "\ud800" <= character <= "\udfff" for character in value)
 
 

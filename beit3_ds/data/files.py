@@ -132,7 +132,7 @@ def _matches(path: str, pattern: str) -> list[str]:
 
 
 def _glob(path: str) -> list[str]:
-    """The matches of a pattern; Python's own `**` follows links in a loop, and passes over folders that cannot be read.
+    """Returns the matches of a pattern; Python's own `**` follows loops of links and ignores unreadable folders.
 
     Raises:
         ConfigError: if a folder below `**` cannot be read.
@@ -154,7 +154,7 @@ def _glob(path: str) -> list[str]:
 
 
 def _folders(base: str) -> Iterator[str]:
-    """A folder and all below that are not hidden: each once, by its own path, else by the first link to it."""
+    """Yields a folder and all visible folders below it, each once: by its own path, or else by the first link to it."""
     seen: set[tuple[int, int]] = set()
     folders, links = [base], list[str]()
     while folders or links:

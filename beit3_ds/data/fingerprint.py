@@ -45,7 +45,7 @@ def fingerprint(source: HasFiles) -> SourceFingerprint:
 
 
 def first_difference(own: Sequence[SourceFile], other: Sequence[SourceFile], name: str) -> str:
-    """Says, in a few words, how this process's files of a source differ from those of another one, called `name`."""
+    """Describes briefly how this process's files of a source differ from those of another process, called `name`."""
     ours, theirs = ({file.name: file for file in files} for files in (own, other))
     for file in other:
         if file.name not in ours:

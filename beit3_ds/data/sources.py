@@ -56,7 +56,7 @@ class Parts(Generic[PartT]):
 
 
 def check_no_file_twice(sources: Sequence[SourceConfig]) -> None:
-    """Refuses sources of one stream that share a file, or folders that lie in one another: samples would count twice.
+    """Refuses sources of one stream that share a file or contain each other, because samples would count twice.
 
     Raises:
         ConfigError: naming the file or the folders, or a pattern without a match.

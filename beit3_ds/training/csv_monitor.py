@@ -25,7 +25,7 @@ def continue_csv_files(monitor: Any, step: int) -> None:
 
 
 def _read_own_rows(path: Path) -> list[list[str]] | None:
-    """The rows of a table that the monitor wrote, header first; None for a file that is somebody else's."""
+    """Returns the rows of a table that the monitor wrote, header first; None for a file that somebody else wrote."""
     if not path.is_file():
         return None
     try:

@@ -1,4 +1,4 @@
-"""A watch over the start of a run, whose reads and calls no other bound covers: it names what hangs, and ends it."""
+"""Watches the start of a run, where no other time limit applies; names a call that hangs, and ends the process."""
 
 import os
 import signal
@@ -11,21 +11,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 NOTICE_SECONDS = 60.0
-"""How often a start that does nothing says where it is."""
+"""Interval at which a start that makes no progress prints its place."""
 STOP_SECONDS = 30.0
-"""How long a start may go on after a signal to stop. Usually it reaches the first step, where all ranks agree to stop;
-clusters kill half a minute after the signal or later. Nothing is lost: no step was done since the newest checkpoint."""
+"""Longest time of a start after a signal to stop. Usually it reaches the first step, where all ranks agree to stop;
+clusters kill half a minute after the signal or later. Nothing is lost, because no step was done since the newest
+checkpoint."""
 _POLL_SECONDS = 0.5
 _IDLE_SHARE = 0.01
-"""A process that computes for less than this share of the time does nothing but wait."""
+"""Share of the time below which a process that computes counts as waiting."""
 _PACKAGE = str(Path(__file__).parents[1])
 
 
 class StartWatch:
-    """A thread that looks at the main one until the ranks take steps together.
+    """A thread that watches the main thread until the ranks take steps together.
 
-    A file system that hangs in the middle of opening files holds the main thread for ever, and signals with it: they
-    are only noted until the ranks can agree to stop.
+    If the file system hangs while files are opened, the main thread blocks for ever. Signals to stop then have no
+    effect, because they are only recorded until the ranks can agree to stop.
     """
 
     def __init__(
@@ -34,10 +35,10 @@ class StartWatch:
         """Begins to watch.
 
         Args:
-            rank: of this process, for messages.
-            received: signals to stop that this process has received; read again and again.
-            seconds: how long opening files may stand still (`data.timeout_seconds`).
-            end: what ends this process: its main thread may be in a call that does not come back.
+            rank: rank of this process, for messages.
+            received: signals to stop that this process has received; read repeatedly.
+            seconds: longest time without progress while files are opened (`data.timeout_seconds`).
+            end: ends this process, even if its main thread is blocked in a call.
         """
         self._rank, self._received, self._seconds, self._end = rank, received, seconds, end
         self._opens_files = True
@@ -49,11 +50,11 @@ class StartWatch:
         self._thread.start()
 
     def end_opening(self) -> None:
-        """From here on only signals are watched for: waits for other ranks have bounds of their own."""
+        """Restricts the watch to signals from now on, because waits for other ranks have their own time limits."""
         self._opens_files = False
 
     def stop(self) -> None:
-        """The ranks take steps now."""
+        """Ends the watch, because the ranks take steps now."""
         self._over.set()
         self._thread.join()
 
@@ -83,11 +84,11 @@ class StartWatch:
                 print(line, file=sys.stderr, flush=True)
 
     def _cpu_seconds(self) -> tuple[float, float]:
-        """Of the main thread, and of the whole process."""
+        """Returns the processor time of the main thread and of the whole process, in seconds."""
         return time.clock_gettime(self._clock), time.process_time()
 
     def _place(self) -> str:
-        """Where the main thread is, and the names of files that its functions work with."""
+        """Describes where the main thread is, with the file that its functions work with."""
         frame = sys._current_frames().get(self._ident)
         places, paths = [], []
         for inner, line in traceback.walk_stack(frame):
@@ -109,7 +110,7 @@ class StartWatch:
 
 @contextmanager
 def watched_start(rank: int, received: Iterable[int], seconds: float) -> Iterator[StartWatch]:
-    """Watches, with the arguments of `StartWatch`, until the block ends or until `StartWatch.stop`."""
+    """Watches until the block ends or until `StartWatch.stop`; takes the arguments of `StartWatch`."""
     watch = StartWatch(rank, received, seconds)
     try:
         yield watch

@@ -25,7 +25,7 @@ class StopSignals:
         """Whether the ranks have agreed to stop because of them."""
 
     def is_asked_to_stop(self) -> bool:
-        """Whether any stop signal was received."""
+        """Returns whether any stop signal was received."""
         return bool(self.received)
 
     @contextmanager
