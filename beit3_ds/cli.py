@@ -265,7 +265,7 @@ def _prepare_index(options: argparse.Namespace) -> int:
     from beit3_ds.config import load_run_config
     from beit3_ds.data.heldout_overlap import check_heldout_apart
     from beit3_ds.data.prepare_annotations import prepare_annotations
-    from beit3_ds.data.prepare_index import describe_indices, prepare_indices, shard_paths
+    from beit3_ds.data.prepare_index import describe_folders, describe_indices, prepare_indices, shard_paths
 
     data = load_run_config(options.config, options.set).data
     if data.prepared_dir is None:
@@ -279,7 +279,7 @@ def _prepare_index(options: argparse.Namespace) -> int:
         num_processes=options.processes,
         timeout_seconds=data.timeout_seconds,
     )
-    print(describe_indices(shards))
+    print("\n".join([describe_indices(shards), *describe_folders(data)]))
     if done := prepare_annotations(data, verify=options.verify):
         print(done)
     return 0

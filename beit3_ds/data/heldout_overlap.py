@@ -7,7 +7,7 @@ from beit3_ds.config import ConfigError, DataConfig, SourceConfig
 from beit3_ds.data.file_reading import read_with_retries
 from beit3_ds.data.files import expand_patterns, is_inside
 from beit3_ds.data.image_source import printable
-from beit3_ds.data.sources import image_format
+from beit3_ds.data.sources import check_no_file_twice, image_format
 
 _GROUPS = (("images", "pairs"), ("texts",))  # streams that can share files
 
@@ -24,7 +24,7 @@ def check_heldout_apart(data: DataConfig, must_exist: bool = True) -> None:
         must_exist: also refuse patterns without a match; otherwise they count as no files.
 
     Raises:
-        ConfigError: naming both files, or a pattern without a match.
+        ConfigError: naming both files, or a pattern without a match; also for what `check_no_file_twice` refuses.
         StorageError: if the file system fails.
     """
     streams = data.streams()
@@ -43,6 +43,9 @@ def check_heldout_apart(data: DataConfig, must_exist: bool = True) -> None:
                 for folder in folders if os.path.isdir(path) else ():
                     if is_inside(folder, path) or is_inside(path, folder):
                         raise _overlap(path, folder, "lie in one another")
+    for stream in streams.values():
+        for sources in (stream.train if stream.samples_per_step else (), stream.heldout):
+            check_no_file_twice(sources, must_exist)
 
 
 def _identified(

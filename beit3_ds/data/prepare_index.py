@@ -14,6 +14,7 @@ from tqdm import tqdm
 from beit3_ds.config import ConfigError, DataConfig
 from beit3_ds.cores import count_cores
 from beit3_ds.data.files import expand_patterns
+from beit3_ds.data.image_folder import ImageFolder
 from beit3_ds.data.image_source import Skipped, printable
 from beit3_ds.data.shard_index import StoredIndex, index_path, scan_shard, write_index
 from beit3_ds.data.sources import image_format
@@ -48,6 +49,18 @@ def shard_paths(config: DataConfig) -> list[str]:
     sources = [source for stream in (config.images, config.pairs) for source in (*stream.train, *stream.heldout)]
     tars = [source.path for source in sources if image_format(source) == "tar"]
     return list(dict.fromkeys(path for pattern in tars for path in expand_patterns([pattern])))
+
+
+def describe_folders(config: DataConfig) -> list[str]:
+    """Lists the folders of images of a run as training does, which needs no index; one line per folder.
+
+    Raises:
+        ConfigError: for a folder that cannot be read, or holds no image.
+        StorageError: if the file system fails.
+    """
+    sources = [source for stream in (config.images, config.pairs) for source in (*stream.train, *stream.heldout)]
+    paths = dict.fromkeys(source.path for source in sources if image_format(source) == "folder")
+    return [f"folder {printable(path)}: {len(ImageFolder(path)):,} images; it needs no index" for path in paths]
 
 
 def describe_indices(shards: Sequence[IndexedShard]) -> str:

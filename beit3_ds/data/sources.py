@@ -55,13 +55,18 @@ class Parts(Generic[PartT]):
         return self._parts[part], index - self._ends[part] + self.sizes[part]
 
 
-def check_no_file_twice(sources: Sequence[SourceConfig]) -> None:
+def check_no_file_twice(sources: Sequence[SourceConfig], must_exist: bool = True) -> None:
     """Refuses sources of one stream that share a file or contain each other, because samples would count twice.
+
+    Args:
+        sources: of one stream.
+        must_exist: also refuse patterns without a match; otherwise they count as no files.
 
     Raises:
         ConfigError: naming the file or the folders, or a pattern without a match.
     """
-    check_no_hard_link(expand_patterns([source.path for source in sources]))
+    paths = [source.path for source in sources]
+    check_no_hard_link(expand_patterns(paths if must_exist else filter(_matches_files, paths)))
     folders = [source.path for source in sources if os.path.isdir(source.path)]
     for inner, outer in itertools.permutations(folders, 2):
         if is_inside(inner, outer):
@@ -69,6 +74,13 @@ def check_no_file_twice(sources: Sequence[SourceConfig]) -> None:
                 f"data: the folder {printable(inner)} lies in {printable(outer)}, which is another source of its "
                 "stream, so its images would count twice. Leave one of the two out."
             )
+
+
+def _matches_files(pattern: str) -> bool:
+    try:
+        return bool(expand_patterns([pattern]))
+    except ConfigError:
+        return False
 
 
 def image_format(source: SourceConfig) -> str:

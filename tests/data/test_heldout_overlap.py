@@ -98,3 +98,18 @@ def test_check_refuses_a_shared_file(folder: Path, capsys: pytest.CaptureFixture
     (folder / "run.json").write_text(json.dumps(content))
     assert cli.main(["check", str(folder / "run.json")]) == 2
     assert "are the same" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "sources", [["a.txt", "a.txt"], ["a.txt", "hard.txt"], ["*.txt", "b.txt"], ["a.txt", "b.txt", "gone.txt", "b.txt"]]
+)
+def test_check_refuses_a_file_of_two_sources(
+    folder: Path, sources: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches sources that `check` accepts and a run refuses."""
+    content = quickstart_mapping()
+    content["beit3_ds"]["data"]["texts"] |= {"train": [str(folder / name) for name in sources], "heldout": []}
+    (folder / "run.json").write_text(json.dumps(content))
+    assert cli.main(["check", str(folder / "run.json")]) == 2
+    error = capsys.readouterr().err
+    assert ("is listed twice" in error or "are the same file" in error) and error.count("\n") == 1

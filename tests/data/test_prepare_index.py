@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from beit3_ds.config import ConfigError
-from beit3_ds.data.prepare_index import prepare_indices
+from beit3_ds.config import ConfigError, DataConfig, SourceConfig, StreamConfig
+from beit3_ds.data.prepare_index import describe_folders, prepare_indices
 from beit3_ds.data.shard_index import index_path
 from beit3_ds.data.shards import BrokenRecord, TarShards
 from tests.data.conftest import WriteTar
@@ -136,3 +136,18 @@ def test_members_left_out_are_counted_with_an_example(tmp_path: Path, write_tar:
             "unsafe name": (2, f"{path}:../b.png"),
             "name twice": (1, f"{path}:c.txt"),
         }
+
+
+def test_folders_of_images_are_looked_at(tmp_path: Path, png: bytes) -> None:
+    """Catches a wrong folder that is accepted before the run and refused by it."""
+    for name in ("good", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "good/a.png").write_bytes(png)
+
+    def describe(name: str) -> list[str]:
+        stream = StreamConfig(train=(SourceConfig(path=str(tmp_path / name)),), samples_per_step=1)
+        return describe_folders(DataConfig(images=stream, pairs=stream))
+
+    assert describe("good") == [f"folder {tmp_path}/good: 1 images; it needs no index"]
+    with pytest.raises(ConfigError, match="no image"):
+        describe("empty")
