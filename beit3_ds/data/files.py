@@ -81,6 +81,32 @@ def is_inside(path: str, folder: str) -> bool:
     return os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), ""))
 
 
+def list_folders(base: str) -> Iterator[str]:
+    """Yields a folder and all visible folders below it, each once: by its own path, or else by the first link to it."""
+    seen: set[tuple[int, int]] = set()
+    folders, links = [base], list[str]()
+    while folders or links:
+        folder = folders.pop() if folders else heapq.heappop(links)
+        path = folder or os.curdir
+        try:
+            status = read_with_retries(lambda path=path: os.stat(path), path)  # type: ignore[misc]
+            if not stat.S_ISDIR(status.st_mode) or (status.st_dev, status.st_ino) in seen:
+                continue
+            entries = read_with_retries(lambda path=path: _visible(path), path)  # type: ignore[misc]
+        except OSError as error:
+            raise ConfigError(
+                f"data: folder {path} cannot be listed: {error}. Make it readable, or move it."
+            ) from error
+        seen.add((status.st_dev, status.st_ino))
+        yield folder
+        for entry in entries:
+            if entry.is_symlink():
+                if os.path.isdir(entry.path):
+                    heapq.heappush(links, os.path.join(folder, entry.name))
+            elif entry.is_dir():
+                folders.append(os.path.join(folder, entry.name))
+
+
 def check_no_hard_link(files: Iterable[str]) -> None:
     """Refuses two hard links to one file, which `expand_patterns` takes for two files.
 
@@ -148,35 +174,9 @@ def _glob(path: str) -> list[str]:
     return [
         match
         for base in bases
-        for folder in _folders(base)
+        for folder in list_folders(base)
         for match in _glob(os.path.join(glob.escape(folder), below))
     ]
-
-
-def _folders(base: str) -> Iterator[str]:
-    """Yields a folder and all visible folders below it, each once: by its own path, or else by the first link to it."""
-    seen: set[tuple[int, int]] = set()
-    folders, links = [base], list[str]()
-    while folders or links:
-        folder = folders.pop() if folders else heapq.heappop(links)
-        path = folder or os.curdir
-        try:
-            status = read_with_retries(lambda path=path: os.stat(path), path)  # type: ignore[misc]
-            if not stat.S_ISDIR(status.st_mode) or (status.st_dev, status.st_ino) in seen:
-                continue
-            entries = read_with_retries(lambda path=path: _visible(path), path)  # type: ignore[misc]
-        except OSError as error:
-            raise ConfigError(
-                f"data: folder {path} cannot be listed: {error}. Make it readable, or move it."
-            ) from error
-        seen.add((status.st_dev, status.st_ino))
-        yield folder
-        for entry in entries:
-            if entry.is_symlink():
-                if os.path.isdir(entry.path):
-                    heapq.heappush(links, os.path.join(folder, entry.name))
-            elif entry.is_dir():
-                folders.append(os.path.join(folder, entry.name))
 
 
 def _visible(folder: str) -> list[os.DirEntry[str]]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from beit3_ds.config import ConfigError, DataConfig, SourceConfig
 from beit3_ds.data.file_reading import read_with_retries
-from beit3_ds.data.files import expand_patterns, is_inside
+from beit3_ds.data.files import expand_patterns, is_inside, list_folders
 from beit3_ds.data.image_source import printable
 from beit3_ds.data.sources import check_no_file_twice, image_format
 
@@ -43,6 +43,8 @@ def check_heldout_apart(data: DataConfig, must_exist: bool = True) -> None:
                 for folder in folders if os.path.isdir(path) else ():
                     if is_inside(folder, path) or is_inside(path, folder):
                         raise _overlap(path, folder, "lie in one another")
+                    if shared := _shared_folder(path, folder):
+                        raise _overlap(path, folder, f"are the same in {printable(shared)}, to which links lead")
     for stream in streams.values():
         for sources in (stream.train if stream.samples_per_step else (), stream.heldout):
             check_no_file_twice(sources, must_exist)
@@ -66,6 +68,17 @@ def _identified(
             except OSError:  # opening the source reports it
                 continue
             yield (status.st_dev, status.st_ino), path
+
+
+def _shared_folder(trained: str, heldout: str) -> str:
+    """Returns the path below `trained` of a folder that is below `heldout`, too, because links lead to it."""
+    known = {_identity(folder) for folder in list_folders(heldout)}
+    return next((folder for folder in list_folders(trained) if _identity(folder) in known), "")
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def _overlap(trained: str, heldout: str, how: str) -> ConfigError:

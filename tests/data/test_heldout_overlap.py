@@ -24,6 +24,9 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "link.tar").symlink_to("a.tar")
     os.link(tmp_path / "a.txt", tmp_path / "hard.txt")
     (tmp_path / "linked").symlink_to("images")
+    (tmp_path / "classes").mkdir()
+    (tmp_path / "classes/x").symlink_to("../images/x")
+    (tmp_path / "classes/other").symlink_to("../other")
     return tmp_path
 
 
@@ -55,6 +58,8 @@ def _config(folder: Path, samples_per_step: int = 1, **files: tuple[Sequence[str
         {"images": (["images"], ["linked"])},
         {"images": (["images"], ["images/x"])},
         {"images": (["images/x"], ["linked"])},
+        {"images": (["classes"], ["images"])},  # catches classes that are linked together for training
+        {"images": (["other"], ["classes"])},
         {"pairs": (["c.json"], ["c.json"])},
     ],
 )
