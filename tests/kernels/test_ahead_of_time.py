@@ -75,7 +75,8 @@ def test_budgets_are_lean(key: tuple[str, int]) -> None:
         assert budget.narrow_accesses <= 11
         return
     assert budget.async_copies > 0
-    assert (budget.tensor_core > 0) == ("fp32" not in key[0])
+    products_in_fp32 = "fp32" in key[0].replace("fp32 stream", "")  # a wider residual stream leaves products in bf16
+    assert (budget.tensor_core > 0) == (not products_in_fp32)
 
 
 def test_excess() -> None:
