@@ -256,7 +256,7 @@ RUNS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         {"stage": 3},
         {"parallel": {"pipeline_parallel_size": 2}, "model": {"tie_word_embeddings": True}},
     ),
-    "replicated": (2, {"stage": 0}, {}),
+    "replicated": (4, {"stage": 0}, {"parallel": {"tensor_parallel_size": 2}}),
     "offload": (2, {"stage": 3, "offload_optimizer": {"device": "cpu"}}, {}),
     "offload in stage 2": (2, {"stage": 2, "offload_optimizer": {"device": "cpu"}}, {}),
 }
@@ -314,6 +314,17 @@ MISTAKES = {
 }
 
 
+def check_backward_hooks_see_the_device() -> None:
+    """Frees memory as ZeRO-3 does in a backward pass, where the emulation once named the host as its device."""
+    leaf = torch.ones(2, device=DEVICE, requires_grad=True)
+    freed: list[torch.Tensor] = []
+    leaf.register_hook(lambda gradient: freed.append(torch.empty(0, device=leaf.device)))
+    leaf.sum().backward()
+    torch.autograd.backward(leaf.sum())
+    torch.autograd.grad(leaf.sum(), leaf)
+    assert [tensor.device for tensor in freed] == [DEVICE] * 3
+
+
 def differ() -> tuple[dict[str, set[Site]], dict[str, str]]:
     """Makes the calls of ranks that differ or fail, and every mistake that the emulated machine must refuse."""
     from types import SimpleNamespace
@@ -343,6 +354,7 @@ def differ() -> tuple[dict[str, set[Site]], dict[str, str]]:
                 refusals[name] = str(error)
         doubled = mesh.sum_over_all(torch.ones(2, device=DEVICE)).cpu()
         assert doubled.tolist() == [2, 2]
+        check_backward_hooks_see_the_device()
         mesh.close()
     return machine.seen, refusals
 

@@ -131,6 +131,7 @@ def two_devices() -> Iterator[TwoDevices]:
     kind = type(accelerator)
     kind.current_device_name = lambda self: str(DEVICE)
     kind.device_name = lambda self, device_index=None: str(DEVICE)
+    kind.on_accelerator = lambda self, tensor: is_device(tensor)
     kind.communication_backend_name = lambda self: "stands for nccl"
     for name in (
         "BFloat16Tensor",
@@ -143,7 +144,16 @@ def two_devices() -> Iterator[TwoDevices]:
     ):
         make = getattr(torch, name)
         setattr(kind, name, property(lambda self, make=make: lambda *values: make(*values).to(DEVICE)))
-    with _Devices(), _Dispatch(machine):
+    devices, run_backward = _Devices(), torch.autograd._engine_run_backward
+
+    def run_backward_on_two_devices(*arguments: Any, **options: Any) -> Any:
+        # Torch turns the mode off while it handles a call, and so for all hooks of a backward pass: there ZeRO-3 would
+        # find its parameters on `cpu`.
+        with devices:
+            return run_backward(*arguments, **options)
+
+    torch.autograd._engine_run_backward = run_backward_on_two_devices
+    with devices, _Dispatch(machine):
         yield machine
 
 
@@ -192,7 +202,8 @@ class _Dispatch(TorchDispatchMode):
         if len(on_device) > 1 and name not in _MAY_MIX:
             raise RuntimeError(f"{func}: expected all tensors to be on the same device")
         target = kwargs.get("device")
-        on_target = target == DEVICE if target is not None else any(map(is_device, inputs))
+        # `cpu` is also what torch itself passes on, as the device of an input; `_Devices` sees what a caller names.
+        on_target = target == DEVICE or any(map(is_device, inputs))
         result = func(*args, **kwargs)
         storages = {tensor.untyped_storage()._cdata for tensor in inputs}
         for leaf in tree_leaves(result):
