@@ -311,7 +311,7 @@ def test_what_cannot_work_is_said_before_anything_starts(launch: Callable[..., L
     run = launch([], "a slots=3\nb slots=1\n")
     assert run.wait() == 2
     assert re.search(r"hosts: host b cannot be reached: no route to host\. Mend it or take it out", run.printed())
-    run = launch([], "a slots=5\n")
+    run = launch([], "a slots=999\n")
     assert run.wait() == 2
-    assert "5 ranks" in run.printed()
+    assert "999 ranks" in run.printed()  # more than the samples of a step
     assert not list(run.output_dir.glob("logs/attempt_*"))
