@@ -132,7 +132,7 @@ def test_inserted_and_exchanged_files_are_noticed(
     text.write_text("snow near the old green trees\n\n" + text.read_text())
     lines = StepDataset(config, tokenizer, 0, 1).order.resume(3, data, _plain(config))
     assert len(lines) == 2
-    assert all("numbered otherwise" in line and "repeats" in line for line in lines)
+    assert all("numbered differently" in line and "repeats" in line for line in lines)
     assert {line.split(":")[0] for line in lines} == {"data.images", "data.texts"}
 
 
