@@ -2,6 +2,7 @@
 
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ _LONGEST_NAME = 255
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spec:
+class Spec(ABC):
     """An accepted key."""
 
     effect: str
@@ -28,18 +29,18 @@ class Spec:
     samples: tuple[Any, ...] = ()
     """Values that tests run with."""
 
+    @abstractmethod
     def read(self, value: Any, where: str) -> Any:
         """Returns the value in the form that DeepSpeed takes.
 
         Raises:
             ConfigError: naming key, value, rule and what to write instead.
         """
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def rule(self) -> str:
         """Accepted values, as words that follow "expected"."""
-        raise NotImplementedError
 
     def _refuse(self, value: Any, where: str) -> ConfigError:
         if value == "auto":
