@@ -28,9 +28,7 @@ def check_layout(config: RunConfig, world_size: int) -> int:
     try:
         data_parallel_size = _check(config, world_size)
     except ConfigError as error:
-        near = [_describe(layout, world_size) for layout in nearest_layouts(config, world_size)]
-        hint = "\n  ".join(["Nearest layouts that fit:", *near]) if near else "No layout of this model and step fits."
-        raise ConfigError(f"{error}\n{world_size} ranks. {hint}") from None
+        raise ConfigError(f"{str(error).rstrip('.')}. {_suggest(config, world_size)}") from None
     # Another layout does not fix a wrong number in the file.
     config.step_shares(data_parallel_size).check_batch_keys(config.deepspeed)
     return data_parallel_size
@@ -97,6 +95,13 @@ def _distance(config: RunConfig, other: RunConfig, world_size: int) -> tuple[flo
     )
     shares = other.step_shares(new.data_parallel_size(world_size))
     return total + (other != config and not shares.is_even), new.model_parallel_size
+
+
+def _suggest(config: RunConfig, world_size: int) -> str:
+    near = "; ".join(_describe(layout, world_size) for layout in nearest_layouts(config, world_size))
+    if near:
+        return f"Nearest layouts of {world_size} ranks that fit: {near}."
+    return f"No layout of {world_size} ranks fits this model and step."
 
 
 def _describe(config: RunConfig, world_size: int) -> str:
