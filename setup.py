@@ -1,4 +1,4 @@
-"""Packages of two roots: `beit3_ds/` and `kernels/`, which is installed as `beit3_ds.kernels`.
+"""Installs `beit3_ds`, whose package `beit3_ds.kernels` is a link to the folder `kernels/`.
 
 A top-level module named `kernels` would shadow a package that transformers looks for. Nothing is compiled unless
 `BEIT3_BUILD_CUDA=1` asks for the kernels in CUDA C++ (docs/kernels_cuda.md).
@@ -36,8 +36,4 @@ def cuda_kernels() -> dict[str, Any]:
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 
 
-setup(
-    packages=[*find_packages(include=["beit3_ds", "beit3_ds.*"]), "beit3_ds.kernels"],
-    package_dir={"beit3_ds": "beit3_ds", "beit3_ds.kernels": "kernels"},
-    **cuda_kernels(),
-)
+setup(packages=find_packages(include=["beit3_ds", "beit3_ds.*"]), **cuda_kernels())

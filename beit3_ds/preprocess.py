@@ -5,8 +5,8 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from beit3_ds.data.augmentation import center_view
-from beit3_ds.data.images import decode_image, upright_rgb
+from beit3_ds.data.images.augmentation import center_view
+from beit3_ds.data.images.decoding import decode_image, upright_rgb
 
 
 def preprocess(image: str | Path | bytes | Image.Image, image_size: int) -> Tensor:

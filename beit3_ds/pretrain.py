@@ -16,32 +16,32 @@ from beit3_ds.checkpoint.folder import is_checkpoint
 from beit3_ds.checkpoint.run_description import describe_run
 from beit3_ds.checkpoint.store import CheckpointStore
 from beit3_ds.config import Place, RunConfig, check_layout
-from beit3_ds.costs import check_node, host_needs
 from beit3_ds.data import HeldoutBatches, StepDataset, WaitLimits, build_heldout_batches, build_train_loader
-from beit3_ds.data.fingerprint import HasFiles
-from beit3_ds.data.heldout_overlap import check_heldout_apart
-from beit3_ds.data.left_out import describe_left_out
+from beit3_ds.data.files.fingerprint import HasFiles
+from beit3_ds.data.files.left_out import describe_left_out
 from beit3_ds.data.samples import name_sources
+from beit3_ds.data.validation_overlap import check_heldout_apart
 from beit3_ds.parallel import Mesh, Shared
+from beit3_ds.planner import check_node, host_needs
 from beit3_ds.rank_program import run_rank_program
+from beit3_ds.runtime.launch_environment import Launch, read_launch
+from beit3_ds.runtime.node_size import measure_node
+from beit3_ds.runtime.startup_watchdog import watched_start
+from beit3_ds.runtime.stop_signals import StopSignals
 from beit3_ds.tokenizers import TextTokenizer, VisualTokenizer, check_visual_tokenizer_fits, load_visual_tokenizer
 from beit3_ds.tokenizers.text import load_text_tokenizer
 from beit3_ds.training.agreement import check_same_files, check_same_sources
 from beit3_ds.training.broken_records import BrokenRecords, records_from
 from beit3_ds.training.engine import build_schedule, compute_device, joined_ranks
 from beit3_ds.training.flops import peak_flops
-from beit3_ds.training.history import History
-from beit3_ds.training.initial_weights import InitialWeights, open_initial_weights
-from beit3_ds.training.launcher import Launch, read_launch
+from beit3_ds.training.init_from import InitialWeights, open_initial_weights
 from beit3_ds.training.loop import Run, resume, train
-from beit3_ds.training.node_size import measure_node
+from beit3_ds.training.metrics_log import History
 from beit3_ds.training.optimizer import decays
 from beit3_ds.training.progress import Progress
 from beit3_ds.training.report import write_report
-from beit3_ds.training.setup import describe_setup
 from beit3_ds.training.start_checks import check_device, check_software, prepare_output_dir
-from beit3_ds.training.start_watch import watched_start
-from beit3_ds.training.stop_request import StopSignals
+from beit3_ds.training.startup_summary import describe_setup
 from beit3_ds.training.stragglers import Stragglers, TimedSteps
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from beit3_ds.config import ConfigError, RunConfig, load_run_config
 from beit3_ds.config.arguments import OneLineParser, add_config_arguments, integer
 from beit3_ds.config.numbers import Range
+from beit3_ds.runtime.launch_environment import read_launch
 from beit3_ds.storage_error import StorageError
-from beit3_ds.training.launcher import read_launch
 from beit3_ds.training.skipped_steps import NonFiniteLossError
 
 

@@ -52,10 +52,10 @@ TABLE: dict[Call, Row] = {
         build_mesh="host.gather",
     ),
     **rows("beit3_ds/parallel/pipeline.py", DEVICES, "pipeline", send="dist.isend", receive="dist.irecv"),
-    **rows("beit3_ds/parallel/roll_call.py", HOST, "data", __init__="mesh.host.barrier"),
-    **rows("beit3_ds/parallel/shared.py", HOST, "tensor", _share="mesh.tensor.host.broadcast"),
+    **rows("beit3_ds/runtime/watchdog.py", HOST, "data", __init__="mesh.host.barrier"),
+    **rows("beit3_ds/parallel/broadcast_batches.py", HOST, "tensor", _share="mesh.tensor.host.broadcast"),
     **rows(
-        "beit3_ds/parallel/shared.py",
+        "beit3_ds/parallel/broadcast_batches.py",
         HOST,
         "pipeline",
         _share_with_stages="pipeline.host.gather pipeline.host.broadcast",
@@ -80,18 +80,20 @@ TABLE: dict[Call, Row] = {
     ),
     # The model: tensors of a forward or backward pass.
     **rows("beit3_ds/model/multiway.py", DEVICES, BY_READING, build="self.tensor.all_gather self.tensor.all_reduce"),
-    **rows("kernels/sub_norm.py", DEVICES, "tensor", join_statistics="self.all_gather"),
-    **rows("kernels/out_projection.py", DEVICES, "tensor", _backward_by_operators="form.norm.all_reduce"),
-    **rows("kernels/out_projection.py", (), BY_READING, has_whole_rows="self.norm.all_gather"),  # whether there is one
+    **rows("kernels/ops/sub_norm.py", DEVICES, "tensor", join_statistics="self.all_gather"),
+    **rows("kernels/ops/out_projection.py", DEVICES, "tensor", _backward_by_operators="form.norm.all_reduce"),
+    **rows(
+        "kernels/ops/out_projection.py", (), BY_READING, has_whole_rows="self.norm.all_gather"
+    ),  # whether there is one
     # The engine and the pipeline.
     **rows("beit3_ds/training/engine.py", DEVICES, "data", build_engine="deepspeed.initialize"),
     **rows("beit3_ds/training/engine.py", DEVICES, BY_READING, _join="deepspeed.init_distributed"),
     **rows("beit3_ds/training/engine.py", DEVICES, "data", apply_update="engine.step"),
     **rows("beit3_ds/training/engine.py", DEVICES, "replicated", _gradient_norm="mesh.sum_over_model"),
-    **rows("beit3_ds/pipeline/seams.py", DEVICES, "data", backward="engine.backward"),
-    **rows("beit3_ds/pipeline/seams.py", DEVICES, "data", _zero3_gradient_norm="mesh.sum_over_all"),
-    **rows("beit3_ds/pipeline/seams.py", HOST, "offload", _zero3_gradient_norm="mesh.host.sum"),
-    **rows("beit3_ds/pipeline/seams.py", HOST, "data", check="mesh.data_host.gather"),
+    **rows("beit3_ds/pipeline/deepspeed_compat.py", DEVICES, "data", backward="engine.backward"),
+    **rows("beit3_ds/pipeline/deepspeed_compat.py", DEVICES, "data", _zero3_gradient_norm="mesh.sum_over_all"),
+    **rows("beit3_ds/pipeline/deepspeed_compat.py", HOST, "offload", _zero3_gradient_norm="mesh.host.sum"),
+    **rows("beit3_ds/pipeline/deepspeed_compat.py", HOST, "data", check="mesh.data_host.gather"),
     **rows(
         "beit3_ds/pipeline/schedule.py",
         DEVICES,
@@ -117,10 +119,10 @@ TABLE: dict[Call, Row] = {
     ),
     **rows("beit3_ds/training/broken_records.py", HOST, "data", agree="self._mesh.data_host.sum"),
     **rows("beit3_ds/training/broken_records.py", HOST, "differing", add="self._host.gather"),
-    **rows("beit3_ds/training/stop_request.py", HOST, "data", agreed="self._mesh.host.sum"),
+    **rows("beit3_ds/runtime/stop_signals.py", HOST, "data", agreed="self._mesh.host.sum"),
     **rows("beit3_ds/training/stragglers.py", HOST, "data", report="self._mesh.host.sum"),
     **rows("beit3_ds/training/skipped_steps.py", HOST, "differing", add="self._mesh.host.gather"),
-    **rows("beit3_ds/training/setup.py", HOST, "data", describe_setup="mesh.host.gather"),
+    **rows("beit3_ds/training/startup_summary.py", HOST, "data", describe_setup="mesh.host.gather"),
     **rows(
         "beit3_ds/training/progress.py", HOST, "data", losses="self.mesh.host.sum", report="self.mesh.data_host.sum"
     ),
@@ -159,7 +161,7 @@ TABLE: dict[Call, Row] = {
     ),
     # Processes of their own, whose tensors are on the device of the backend that they choose.
     **rows(
-        "beit3_ds/cluster/link_worker.py",
+        "beit3_ds/cluster/check/link_worker.py",
         BOTH,
         BY_READING,
         __init__="dist.init_process_group",
@@ -170,10 +172,10 @@ TABLE: dict[Call, Row] = {
         _pass_number="self._dist.send",
         _receive_number="self._dist.recv",
     ),
-    **rows("beit3_ds/cluster/links.py", (), BY_READING, describe_links="links.all_reduce"),  # a figure
-    **rows("beit3_ds/benchmarks/parallel.py", HOST, BY_READING, run_steps="mesh.data_host.sum mesh.barrier"),
+    **rows("beit3_ds/cluster/check/links.py", (), BY_READING, describe_links="links.all_reduce"),  # a figure
+    **rows("beit3_ds/benchmarks/step/parallel.py", HOST, BY_READING, run_steps="mesh.data_host.sum mesh.barrier"),
     **rows(
-        "beit3_ds/benchmarks/checkpoint_ranks.py", HOST, BY_READING, row="self.mesh.barrier", save="rank.mesh.barrier"
+        "beit3_ds/benchmarks/checkpoint/ranks.py", HOST, BY_READING, row="self.mesh.barrier", save="rank.mesh.barrier"
     ),
 }
 
@@ -330,12 +332,12 @@ def differ() -> tuple[dict[str, set[Site]], dict[str, str]]:
     from types import SimpleNamespace
 
     from beit3_ds.config import ConfigError, ParallelConfig
-    from beit3_ds.data.fingerprint import SourceFile
+    from beit3_ds.data.files.fingerprint import SourceFile
     from beit3_ds.training.agreement import check_same_sources
     from beit3_ds.training.broken_records import BrokenRecords
     from beit3_ds.training.engine import init_process_group
     from beit3_ds.training.skipped_steps import SkippedSteps
-    from tests.data.test_fingerprint import Listed
+    from tests.data.files.test_fingerprint import Listed
 
     with two_devices() as machine:
         mesh = init_process_group(ParallelConfig())

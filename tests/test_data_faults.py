@@ -136,7 +136,7 @@ def test_killed_process_of_a_preparation_is_replaced(tmp_path: Path) -> None:
     script.write_text(
         "import json, os, signal, sys\n"
         "from beit3_ds.data import prepare_index\n"
-        "from beit3_ds.data.prepare_index import IndexedShard\n"
+        "from beit3_ds.data.prepare.index import IndexedShard\n"
         "def slow(tar, prepared_dir, verify):\n"
         "    mark = tar + '.tried'\n"
         "    if tar.endswith('1.tar') and not os.path.exists(mark):\n"

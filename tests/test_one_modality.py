@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from beit3_ds import cli
+from beit3_ds.cli import main as cli
 from tests.ranks import run_ranks
 from tests.test_pretrain import finish, train_rank, write
 

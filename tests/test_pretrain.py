@@ -125,7 +125,7 @@ def test_divided_run_lies_on_that_of_one_rank(run_mapping: dict[str, Any], tmp_p
 def test_misspelt_key_is_one_line(run_mapping: dict[str, Any], tmp_path: Path) -> None:
     run_mapping["beit3_ds"]["model"]["hidden_sise"] = 64
     config = write(run_mapping, tmp_path)
-    command = [sys.executable, "-m", "beit3_ds.cli", "pretrain", str(config)]
+    command = [sys.executable, "-m", "beit3_ds.cli.main", "pretrain", str(config)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2
     assert result.stdout == ""
@@ -172,7 +172,8 @@ def test_unreadable_shard_is_named(run_mapping: dict[str, Any], tmp_path: Path) 
 
 def test_kernels_that_cannot_run_are_named(run_mapping: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
-    from beit3_ds.kernels import cuda_kernels
+
+    from beit3_ds.kernels.ops import cuda_kernels
 
     run_mapping["beit3_ds"]["training"]["kernels"] = "cuda"
     monkeypatch.setattr(cuda_kernels, "is_built", lambda: False)

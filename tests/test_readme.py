@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from tests.batches import small_model_config
-from tests.checkpoint.models import exported, random_model
 from tests.test_preprocess import heldout_pixels
+from tests.weights.models import exported, random_model
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beit3_ds.cli import main
+from beit3_ds.cli.main import main
 from beit3_ds.config import RunConfig, load_run_config
 from tests.config.test_ds_configs import WORLD_SIZES
 from tests.ranks import run_ranks

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from beit3_ds.benchmarks.train_reference import build_torchscale
+from beit3_ds.benchmarks.step.reference import build_torchscale
 
 
 class Reference(nn.Module):

@@ -113,9 +113,9 @@ class TwoDevices:
 def two_devices() -> Iterator[TwoDevices]:
     """Gives this process a second device for the time of the block; the process group must not exist yet."""
     import deepspeed
-    from beit3_ds.kernels import host_memory
     from deepspeed.accelerator import get_accelerator
 
+    from beit3_ds.kernels.cpu import host_memory
     from beit3_ds.training import engine
 
     machine, accelerator, init = TwoDevices(), get_accelerator(), deepspeed.init_distributed

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from beit3_ds.benchmarks.train_batches import CAPTION_TOKENS, TEXT_TOKENS, draw_length
+from beit3_ds.benchmarks.step.batches import CAPTION_TOKENS, TEXT_TOKENS, draw_length
 from beit3_ds.config.model import MODEL_SIZES
-from beit3_ds.kernels.attention_plan import Ranges
+from beit3_ds.kernels.ops.attention_plan import Ranges
 
 
 class Mix(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from beit3_ds.batch import PackedBatch
-from beit3_ds.benchmarks.train_batches import build_batch, step_config
+from beit3_ds.benchmarks.step.batches import build_batch, step_config
 from beit3_ds.config import ModelConfig, RunConfig
 from beit3_ds.model import BEiT3, initialize_parameters
 

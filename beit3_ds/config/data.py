@@ -28,9 +28,9 @@ class SourceConfig:
     format: ImageFormat | None = None
     """Format of images and pairs. `tar`: WebDataset shards; `folder`: image files with captions beside them;
     `coco`, `visual_genome` (path: region_descriptions.json, with image_data.json beside it), `sbu`,
-    `conceptual_captions` and `conceptual_12m`: the corpora's own annotation files (beit3_ds/data/annotations.py). None:
-    `folder` for a folder, else `tar`. Must be None for texts, whose format follows from their names
-    (beit3_ds/data/text_formats.py): JSON objects with `text`, or plain UTF-8, compressed or not."""
+    `conceptual_captions` and `conceptual_12m`: the corpora's own annotation files
+    (beit3_ds/data/images/annotations.py). None: `folder` for a folder, else `tar`. Must be None for texts, whose format follows from their names
+    (beit3_ds/data/text/text_formats.py): JSON objects with `text`, or plain UTF-8, compressed or not."""
     images: PathString = ""
     """Folder of the images that an annotation file names; only for formats with such a file."""
     weight: Annotated[float, Range(1e-6, 1e6)] | None = None

@@ -10,12 +10,12 @@ the two tokenizers; `prepare_index`, `prepare_annotations`, `text_preparation`, 
 failure of the file system; `left_out` reports files and members that become no sample.
 """
 
-from beit3_ds.data.heldout import HeldoutBatches, build_heldout_batches
+from beit3_ds.data.images.shards import TarShards
 from beit3_ds.data.loader import build_train_loader
-from beit3_ds.data.shards import TarShards
 from beit3_ds.data.steps import StepDataset
 from beit3_ds.data.tokenizer_corpora import TokenizerImages, View, Views, build_view_loader, read_training_lines
-from beit3_ds.data.waiting import WaitLimits
+from beit3_ds.data.validation import HeldoutBatches, build_heldout_batches
+from beit3_ds.data.workers.waiting import WaitLimits
 
 __all__ = [
     "HeldoutBatches",

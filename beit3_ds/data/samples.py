@@ -10,15 +10,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from beit3_ds.config import DataConfig, RunConfig, SourceConfig
-from beit3_ds.data.augmentation import CenterViews, Views, build_augmentation
-from beit3_ds.data.fingerprint import HasFiles, SourceFile
-from beit3_ds.data.image_source import BrokenRecord, ImageSource
+from beit3_ds.data.files.fingerprint import HasFiles, SourceFile
+from beit3_ds.data.files.open_files import OpenFiles
+from beit3_ds.data.images.augmentation import CenterViews, Views, build_augmentation
+from beit3_ds.data.images.image_source import BrokenRecord, ImageSource
 from beit3_ds.data.masking import TextMasking, block_mask
-from beit3_ds.data.open_files import OpenFiles
 from beit3_ds.data.packing import ImageSample, PairSample, Sample, TextSample
 from beit3_ds.data.randomness import sample_rng
 from beit3_ds.data.sources import Parts, check_no_file_twice, open_images
-from beit3_ds.data.texts import TextSequences
+from beit3_ds.data.text.sequences import TextSequences
 from beit3_ds.tokenizers.text import TextTokenizer
 
 HELDOUT_EPOCH = -1

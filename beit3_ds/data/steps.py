@@ -8,11 +8,11 @@ from beit3_ds.batch import ImageViews, PackedBatch, StepBatch
 from beit3_ds.config import RunConfig
 from beit3_ds.config.prefetch import plan_prefetch
 from beit3_ds.data.drop_path import Slot, draw_drop_path
-from beit3_ds.data.fingerprint import HasFiles
+from beit3_ds.data.files.fingerprint import HasFiles
+from beit3_ds.data.images.shards import BrokenRecord
+from beit3_ds.data.order.run_order import RunOrder
 from beit3_ds.data.packing import Sample, image_shape, pack
-from beit3_ds.data.run_order import RunOrder
 from beit3_ds.data.samples import SampleKey, build_train_streams, name_sources
-from beit3_ds.data.shards import BrokenRecord
 from beit3_ds.tokenizers.text import TextTokenizer
 
 

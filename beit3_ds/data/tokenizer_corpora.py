@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from beit3_ds.config import ConfigError, DataConfig, RunConfig
-from beit3_ds.data.augmentation import build_augmentation
-from beit3_ds.data.files import expand_patterns
-from beit3_ds.data.fingerprint import HasFiles
-from beit3_ds.data.open_files import OpenFiles
-from beit3_ds.data.order import samples_at
+from beit3_ds.data.files.fingerprint import HasFiles
+from beit3_ds.data.files.open_files import OpenFiles
+from beit3_ds.data.files.patterns import expand_patterns
+from beit3_ds.data.images.augmentation import build_augmentation
+from beit3_ds.data.images.shards import BrokenRecord
+from beit3_ds.data.order.source_order import samples_at
 from beit3_ds.data.randomness import sample_rng
-from beit3_ds.data.shards import BrokenRecord
 from beit3_ds.data.sources import Parts, open_images
-from beit3_ds.data.text_files import BrokenLines, read_paragraphs, whole_file
-from beit3_ds.data.waiting import WaitLimits
-from beit3_ds.data.worker_pool import Preparation, prepare_in_order
+from beit3_ds.data.text.text_files import BrokenLines, read_paragraphs, whole_file
+from beit3_ds.data.workers.pool import Preparation, prepare_in_order
+from beit3_ds.data.workers.waiting import WaitLimits
 
 _STREAM = "visual tokenizer"  # its own order, whatever the streams of the pretraining
 _BATCHES_AHEAD = 2  # batches that each worker prepares ahead

@@ -5,8 +5,8 @@
 from torch import Tensor, nn
 
 from beit3_ds.config import ModelConfig
-from beit3_ds.kernels.packed_attention import packed_attention
-from beit3_ds.kernels.up_projection import Activation
+from beit3_ds.kernels.ops.packed_attention import packed_attention
+from beit3_ds.kernels.ops.up_projection import Activation
 from beit3_ds.layout import SequenceLayout
 from beit3_ds.model.multiway import (
     ColumnParallelMultiwayLinear,

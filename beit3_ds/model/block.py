@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ModelConfig
-from beit3_ds.kernels.row_subset import put_rows, take_rows
+from beit3_ds.kernels.ops.row_subset import put_rows, take_rows
 from beit3_ds.layout import KeptSequences
 from beit3_ds.model.attention import MultiwayAttention
 from beit3_ds.model.ffn import MultiwayFFN

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from beit3_ds.kernels.add_branch import add_branch
-from beit3_ds.kernels.multiway_layer_norm import multiway_layer_norm, row_source
-from beit3_ds.kernels.multiway_linear import multiway_linear
-from beit3_ds.kernels.out_projection import out_projection
-from beit3_ds.kernels.remade_rows import RowSource
-from beit3_ds.kernels.sub_norm import SubNorm
-from beit3_ds.kernels.up_projection import Activation, up_projection
+from beit3_ds.kernels.ops.multiway_layer_norm import multiway_layer_norm, row_source
+from beit3_ds.kernels.ops.multiway_linear import multiway_linear
+from beit3_ds.kernels.ops.out_projection import out_projection
+from beit3_ds.kernels.ops.recompute import RowSource
+from beit3_ds.kernels.ops.residual_add import add_branch
+from beit3_ds.kernels.ops.sub_norm import SubNorm
+from beit3_ds.kernels.ops.up_projection import Activation, up_projection
 from beit3_ds.layout import RowLayout
 from beit3_ds.parallel import TensorParallel, split_parameter
 
@@ -72,9 +72,15 @@ class UpProjection(ColumnParallelMultiwayLinear):
             source: of x, if it is to be made again in the backward pass instead of kept.
             with_statistics: whether a sub-LN follows.
         """
-        arguments = layout.expert_slices(self.experts), _weights(self), _biases(self)
-        form = {"with_statistics": with_statistics, "source": source, "cuda_cpp": self.cuda_cpp}
-        return up_projection(x_TD, *arguments, **form)
+        return up_projection(
+            x_TD,
+            layout.expert_slices(self.experts),
+            _weights(self),
+            _biases(self),
+            with_statistics=with_statistics,
+            source=source,
+            cuda_cpp=self.cuda_cpp,
+        )
 
 
 class RowParallelMultiwayLinear(nn.Module):

@@ -1,10 +1,9 @@
 """The mesh of ranks, its collectives and tensor-parallel parts of a network; knows nothing of BEiT-3."""
 
+from beit3_ds.parallel.broadcast_batches import Shared
 from beit3_ds.parallel.host_group import HostGroup, build_host_group
 from beit3_ds.parallel.mesh import Mesh, ModelParallelUnit, build_mesh
 from beit3_ds.parallel.pipeline import Message, PipelineParallel
-from beit3_ds.parallel.roll_call import RollCall
-from beit3_ds.parallel.shared import Shared
 from beit3_ds.parallel.tensor import (
     Split,
     TensorParallel,
@@ -22,7 +21,6 @@ __all__ = [
     "Message",
     "ModelParallelUnit",
     "PipelineParallel",
-    "RollCall",
     "Shared",
     "Split",
     "TensorParallel",

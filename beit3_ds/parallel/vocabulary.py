@@ -7,8 +7,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beit3_ds.kernels.embedding import embedding
-from beit3_ds.kernels.linear_cross_entropy import Partials, linear_cross_entropy
+from beit3_ds.kernels.ops.embedding import embedding
+from beit3_ds.kernels.ops.linear_cross_entropy import Partials, linear_cross_entropy
 from beit3_ds.parallel.tensor import TensorParallel, split_parameter
 
 PADDING_BIAS = -1e4

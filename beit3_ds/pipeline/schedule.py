@@ -13,9 +13,9 @@ from torch import Tensor
 from beit3_ds.batch import LOSS_TERMS, PackedBatch
 from beit3_ds.model import Logits, LossOutput
 from beit3_ds.parallel import Mesh, Message
-from beit3_ds.pipeline import seams
+from beit3_ds.pipeline import deepspeed_compat as seams
 from beit3_ds.pipeline.gradient_probe import GradientProbe
-from beit3_ds.pipeline.order import Action, one_forward_one_backward
+from beit3_ds.pipeline.schedule_1f1b import Action, one_forward_one_backward
 from beit3_ds.pipeline.stages import stage_layers
 from beit3_ds.pipeline.stopwatch import Stopwatch
 from beit3_ds.pipeline.tied import TiedWordEmbedding

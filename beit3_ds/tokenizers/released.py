@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from beit3_ds.config import ConfigError, VisualTokenizerConfig
-from beit3_ds.foreign_tensors import read_tensors
 from beit3_ds.positions import grid_size_of, interpolate_positions
 from beit3_ds.tokenizers.visual import VisualTokenizer
+from beit3_ds.untrusted_file import read_tensors
 
 _HEAD_SIZE = 64  # of all sizes of ViT; the file does not tell it
 _TEACHER = "open_clip:ViT-B-16-quickgelu/openai"  # OpenAI's CLIP, in open_clip's words

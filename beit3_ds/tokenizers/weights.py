@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from beit3_ds.config import ConfigError
-from beit3_ds.foreign_tensors import read_tensors
+from beit3_ds.untrusted_file import read_tensors
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from beit3_ds.checkpoint.disk import file_sha256
 from beit3_ds.config import ConfigError
-from beit3_ds.data.fingerprint import HasFiles, SourceFile, fingerprint, first_difference
+from beit3_ds.data.files.fingerprint import HasFiles, SourceFile, fingerprint, first_difference
 from beit3_ds.parallel import Mesh
 
 _SAME_FILES = "Copy the same files to every host (rsync --checksum), or name a folder that all hosts share."

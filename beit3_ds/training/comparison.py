@@ -6,7 +6,7 @@ from typing import Any
 
 from beit3_ds.batch import LOSS_TERMS
 from beit3_ds.config import ConfigError
-from beit3_ds.training.history import History
+from beit3_ds.training.metrics_log import History
 from beit3_ds.training.picture import new_figure, save_figure
 
 

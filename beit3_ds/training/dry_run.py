@@ -7,8 +7,8 @@ import torch
 
 from beit3_ds.config import MicroBatchSize, RunConfig, StepShares, check_layout
 from beit3_ds.config.deepspeed_keys import unused_keys
-from beit3_ds.costs import NodeSize, check_node, describe_host, describe_precision, describe_stages, host_needs
 from beit3_ds.model import BEiT3
+from beit3_ds.planner import NodeSize, check_node, describe_host, describe_precision, describe_stages, host_needs
 from beit3_ds.training.optimizer import decays
 from beit3_ds.training.start_checks import check_output_dir, check_software
 

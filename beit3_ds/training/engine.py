@@ -14,15 +14,16 @@ from torch import nn
 
 from beit3_ds.config import ParallelConfig, RunConfig
 from beit3_ds.cores import count_cores
-from beit3_ds.kernels.host_memory import keep_freed_memory
+from beit3_ds.kernels.cpu.host_memory import keep_freed_memory
 from beit3_ds.model import BEiT3, initialize_parameters
-from beit3_ds.parallel import Mesh, ModelParallelUnit, RollCall, TensorParallel, build_mesh, is_split
-from beit3_ds.pipeline import seams
+from beit3_ds.parallel import Mesh, ModelParallelUnit, TensorParallel, build_mesh, is_split
+from beit3_ds.pipeline import deepspeed_compat as seams
 from beit3_ds.pipeline.schedule import Schedule
 from beit3_ds.pipeline.stages import cut_layers, stage_layers
-from beit3_ds.training.launcher import discover_through_mpi, read_launch
+from beit3_ds.runtime.launch_environment import discover_through_mpi, read_launch
+from beit3_ds.runtime.rendezvous import Rendezvous
+from beit3_ds.runtime.watchdog import RollCall
 from beit3_ds.training.optimizer import allocate_moments, build_optimizer
-from beit3_ds.training.rendezvous import Rendezvous
 
 
 def init_process_group(parallel: ParallelConfig) -> Mesh:

@@ -14,23 +14,23 @@ from beit3_ds.checkpoint.engine_state import EngineState
 from beit3_ds.checkpoint.index import Index
 from beit3_ds.checkpoint.store import CheckpointStore, SaveOutcome
 from beit3_ds.config import ConfigError, RunConfig
-from beit3_ds.data.run_order import POSITIONS, RunOrder
+from beit3_ds.data.order.run_order import POSITIONS, RunOrder
 from beit3_ds.parallel import Mesh
 from beit3_ds.pipeline.schedule import Schedule
+from beit3_ds.runtime.stop_signals import StopRequest, StopSignals
 from beit3_ds.storage_error import StorageError
 from beit3_ds.tokenizers.visual import VisualTokenizer
 from beit3_ds.training.broken_records import BROKEN_RECORDS, BrokenRecords, StepCounts, format_new_records
 from beit3_ds.training.csv_monitor import continue_csv_files
 from beit3_ds.training.engine import apply_update
 from beit3_ds.training.evaluation import evaluate, heldout_source_names
-from beit3_ds.training.history import History
 from beit3_ds.training.learning_rate import learning_rate
 from beit3_ds.training.loss import build_loss_factors
 from beit3_ds.training.loss_spikes import LossSpikes, format_spike
+from beit3_ds.training.metrics_log import History
 from beit3_ds.training.progress import Progress, Update, format_evaluation, format_line
 from beit3_ds.training.skipped_steps import NonFiniteLossError, SkippedSteps
 from beit3_ds.training.step_feed import StepFeed
-from beit3_ds.training.stop_request import StopRequest, StopSignals
 from beit3_ds.training.stragglers import Stragglers
 from beit3_ds.training.targets import prepare_batch
 

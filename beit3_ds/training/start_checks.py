@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from beit3_ds.config import ConfigError, RunConfig, TrainingConfig
-from beit3_ds.kernels import cuda_kernels
+from beit3_ds.kernels.ops import cuda_kernels
 from beit3_ds.training.optimizer import check_optimizer
 
 _MONITOR_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}

@@ -1,4 +1,4 @@
-// The forward pass of packed attention: kernels/packed_attention.py says what it computes, and what the tables hold.
+// The forward pass of packed attention: kernels/ops/packed_attention.py says what it computes, and what the tables hold.
 //
 // T packed rows, H heads, K head width.
 //

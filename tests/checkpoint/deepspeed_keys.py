@@ -207,9 +207,9 @@ def _check_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], wh
 
 def _check_exported(path: Path, weights: dict[str, Tensor], folder: Path, mesh: Mesh) -> None:
     """Checks on the main rank that the exported model is the trained one."""
-    from beit3_ds.checkpoint.export import export_weights
     from beit3_ds.checkpoint.folder import open_checkpoint
     from beit3_ds.model import BEiT3
+    from beit3_ds.weights.export import export_weights
 
     if mesh.is_main:
         export_weights(open_checkpoint(path), folder / "exported.safetensors")

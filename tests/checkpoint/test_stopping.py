@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from beit3_ds.checkpoint.folder import CheckpointFolder
-from beit3_ds.training.stop_request import STOP_SIGNALS
+from beit3_ds.runtime.stop_signals import STOP_SIGNALS
 from tests.checkpoint.training_run import TrainingRun, check_same_state
 from tests.test_pretrain import losses
 

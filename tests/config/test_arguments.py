@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from beit3_ds.cli import build_parser, main
+from beit3_ds.cli.main import build_parser, main
 
 QUICKSTART = "ds_configs/quickstart_cpu.json"
 

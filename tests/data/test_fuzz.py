@@ -24,18 +24,18 @@ import pytest
 from PIL import Image
 
 from beit3_ds.config import ConfigError
-from beit3_ds.data.annotated_images import AnnotatedImages
-from beit3_ds.data.annotations import (
+from beit3_ds.data.images.annotated_images import AnnotatedImages
+from beit3_ds.data.images.annotations import (
     read_coco_captions,
     read_conceptual_captions,
     read_sbu_captions,
     read_visual_genome,
 )
-from beit3_ds.data.captions import decode_caption, decode_json_caption
-from beit3_ds.data.images import MAX_PIXELS, decode_image
-from beit3_ds.data.prepare_index import prepare_indices
-from beit3_ds.data.shard_index import ShardIndex, StoredIndex, index_path, scan_shard
-from beit3_ds.data.shards import BrokenRecord, TarShards
+from beit3_ds.data.images.captions import decode_caption, decode_json_caption
+from beit3_ds.data.images.decoding import MAX_PIXELS, decode_image
+from beit3_ds.data.images.shard_index import ShardIndex, StoredIndex, index_path, scan_shard
+from beit3_ds.data.images.shards import BrokenRecord, TarShards
+from beit3_ds.data.prepare.index import prepare_indices
 from tests.data.damage import GENERAL_DAMAGE, TAR_DAMAGE, fast_and_slow, time_limit
 
 # Tars.

@@ -22,13 +22,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from beit3_ds.config import ConfigError
-from beit3_ds.data.files import expand_patterns
-from beit3_ds.data.image_folder import ImageFolder
-from beit3_ds.data.image_source import BrokenRecord, ImageSource
-from beit3_ds.data.prepare_index import prepare_indices
-from beit3_ds.data.shard_index import scan_shard
-from beit3_ds.data.shards import TarShards
-from beit3_ds.data.text_files import BrokenLines, cut_into_pieces, read_paragraphs
+from beit3_ds.data.files.patterns import expand_patterns
+from beit3_ds.data.images.image_folder import ImageFolder
+from beit3_ds.data.images.image_source import BrokenRecord, ImageSource
+from beit3_ds.data.images.shard_index import scan_shard
+from beit3_ds.data.images.shards import TarShards
+from beit3_ds.data.prepare.index import prepare_indices
+from beit3_ds.data.text.text_files import BrokenLines, cut_into_pieces, read_paragraphs
 
 FAST, SLOW = 60, 1000  # cases
 fast_and_slow = pytest.mark.parametrize(

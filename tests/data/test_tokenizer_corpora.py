@@ -9,7 +9,7 @@ from PIL import Image
 
 from beit3_ds.config import ConfigError
 from beit3_ds.data.tokenizer_corpora import TokenizerImages, build_view_loader, read_training_lines
-from beit3_ds.data.waiting import WaitLimits
+from beit3_ds.data.workers.waiting import WaitLimits
 from tests.data.conftest import BuildConfig, WriteTar
 
 

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 import torch.nn.functional as F
-from beit3_ds.kernels.sub_norm_launch import Norm
 from hypothesis import strategies as st
 from torch import Tensor
+
+from beit3_ds.kernels.triton.sub_norm_launch import Norm
 
 Slices = list[tuple[int, int]]
 EPSILON = 1e-5

@@ -13,7 +13,7 @@ from beit3_ds.config import ConfigError, ModelConfig
 from beit3_ds.model import BEiT3, PretrainedWeights, initial_value
 from beit3_ds.model.adaptation import AdaptedWeights
 from tests.batches import decoupled, small_model_config
-from tests.checkpoint.models import assert_features_equal, exported, random_inputs, random_model
+from tests.weights.models import assert_features_equal, exported, random_inputs, random_model
 
 SHARED = small_model_config(num_vision_language_layers=0, sub_layernorm=True)
 PAPER = small_model_config()  # a vision-language expert in the top one of three blocks

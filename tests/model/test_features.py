@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from beit3_ds.config import ConfigError
 from beit3_ds.model import Features
 from tests.batches import decoupled, random_batch, small_model_config
-from tests.checkpoint.models import random_inputs, random_model
+from tests.weights.models import random_inputs, random_model
 
 LAYOUTS = {"paper": small_model_config(sub_layernorm=True), "decoupled": decoupled()}
 

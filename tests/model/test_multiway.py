@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from beit3_ds.kernels.up_projection import Activation
 from torch import Tensor
 
 from beit3_ds.config import ParallelConfig
+from beit3_ds.kernels.ops.up_projection import Activation
 from beit3_ds.model.multiway import MultiwaySubLayerNorm, RowParallelMultiwayLinear
 from beit3_ds.parallel import TensorParallel, own_part
 from tests.batches import random_batch, small_model_config

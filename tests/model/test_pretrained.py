@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from beit3_ds.checkpoint.export import export_weights
 from beit3_ds.checkpoint.rectangles import Rectangle, matrix_shape
 from beit3_ds.config import ConfigError
 from beit3_ds.model import BEiT3, PretrainedWeights
 from beit3_ds.model.pretrained import INDEX_NAME
+from beit3_ds.weights.export import export_weights
 from tests.batches import decoupled, small_model_config
-from tests.checkpoint.models import ModelSource, assert_features_equal, exported, random_inputs, random_model
+from tests.weights.models import ModelSource, assert_features_equal, exported, random_inputs, random_model
 
 LAYOUTS = {
     "paper": small_model_config(),

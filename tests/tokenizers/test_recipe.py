@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from beit3_ds import cli
+from beit3_ds.cli import main as cli
 from tests.run_config import small_run_mapping
 
 

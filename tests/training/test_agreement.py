@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from beit3_ds.config import ConfigError
-from beit3_ds.data.fingerprint import SourceFile
+from beit3_ds.data.files.fingerprint import SourceFile
 from tests.ranks import run_ranks
 
 SHARDS = [SourceFile(f"{name}.tar", 100, 10) for name in "abcde"]

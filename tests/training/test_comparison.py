@@ -6,7 +6,7 @@ import pytest
 
 from beit3_ds.config import ConfigError
 from beit3_ds.training.comparison import compare_runs, plot_comparison
-from beit3_ds.training.history import History
+from beit3_ds.training.metrics_log import History
 
 
 def write_run(folder: Path, losses: dict[int, float]) -> Path:

@@ -20,13 +20,13 @@ T_95_TWO_DEGREES = 4.303  # Student's t for a two-sided 95% interval over three 
 def measure_seed(folder: str, visual_tokenizer: str, seed: int) -> tuple[float, float]:
     """Trains the quickstart's model on pairs; returns the held-out caption loss with the right and wrong images."""
     from beit3_ds.config import build_run_config
-    from beit3_ds.data.shards import TarShards
+    from beit3_ds.data.images.shards import TarShards
     from beit3_ds.pretrain import build_run, open_inputs
+    from beit3_ds.runtime.stop_signals import StopSignals
     from beit3_ds.tokenizers import train_text_tokenizer
     from beit3_ds.training.engine import joined_ranks
     from beit3_ds.training.evaluation import evaluate
     from beit3_ds.training.loop import train
-    from beit3_ds.training.stop_request import StopSignals
 
     config = build_run_config(pairs_only_mapping(folder, visual_tokenizer, seed))
     # Pieces learned from captions alone, so that a masked piece is mostly a word and not a letter of one.

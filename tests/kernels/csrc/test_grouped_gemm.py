@@ -7,11 +7,11 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 import torch.nn.functional as F
-from beit3_ds.kernels.multiway_linear import multiway_linear_reference
-from beit3_ds.kernels.rule import WrongResultError, check_rule
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from beit3_ds.kernels.ops.multiway_linear import multiway_linear_reference
+from beit3_ds.kernels.ops.numerics import WrongResultError, check_rule
 from tests.kernels.csrc.emulated import ELEMENTS, FailedError, Mistake, build, needs_compiler, parameters, read, run
 
 pytestmark = needs_compiler

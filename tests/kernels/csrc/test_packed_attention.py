@@ -5,14 +5,14 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from beit3_ds.kernels.attention_plan import Ranges, plan_tiles
-from beit3_ds.kernels.packed_attention import packed_attention_reference
-from beit3_ds.kernels.rule import WrongResultError, check_rule
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from beit3_ds.kernels.ops.attention_plan import Ranges, plan_tiles
+from beit3_ds.kernels.ops.numerics import WrongResultError, check_rule
+from beit3_ds.kernels.ops.packed_attention import packed_attention_reference
 from tests.kernels.csrc.emulated import ELEMENTS, FailedError, Mistake, build, needs_compiler, parameters, read, run
-from tests.kernels.test_packed_attention_triton import build_ranges
+from tests.kernels.triton.test_packed_attention import build_ranges
 
 pytestmark = needs_compiler
 

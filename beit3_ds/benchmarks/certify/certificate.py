@@ -1,0 +1,202 @@
+"""One report about a machine with GPUs: are the kernels right there, do layouts agree, and how fast is it."""
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from beit3_ds.config import ConfigError
+
+ROOT = Path(__file__).parents[2]
+"""The clone: the tests, configs and sample data stand beside the package."""
+
+_TAIL_LINES = 15
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One part of the certificate."""
+
+    name: str
+    """What it shows."""
+    commands: tuple[tuple[str, ...], ...]
+    """Run one after the other in the clone; each must end with status 0."""
+    figures: str | None = None
+    """A JSON file that the commands write in the report's folder, whose content goes into the report."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """How a step ended."""
+
+    name: str
+    """Of the step."""
+    passed: bool
+    """Whether all its commands ended with status 0."""
+    seconds: float
+    """That it took."""
+    commands: list[str]
+    """What was run."""
+    tail: str
+    """The last lines that it printed."""
+    figures: Any
+    """Of its file; None without one."""
+
+
+def plan_steps(folder: Path, num_gpus: int) -> list[Step]:
+    """What a certificate consists of.
+
+    Args:
+        folder: of the report.
+        num_gpus: of this machine; more than one adds a layout over all of them.
+    """
+    python, beit3 = sys.executable, str(Path(sys.executable).with_name("beit3"))
+    tests = (python, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider")
+    return [
+        Step(name="kernels on the device", commands=((*tests, "tests", "-m", "gpu"),)),
+        Step(name="operators (opcheck)", commands=((*tests, "tests/kernels", "-k", "opcheck"),)),
+        Step(
+            name="a training step beside float64",
+            commands=((python, "-m", "beit3_ds.benchmarks.certify.parity", str(folder / "parity.json")),),
+            figures="parity.json",
+        ),
+        *_layout_steps(folder, num_gpus, python, beit3),
+        Step(
+            name="kernels beside their baselines",
+            commands=((beit3, "bench", "kernels", "--csv", str(folder / "kernels.csv")),),
+        ),
+        Step(
+            name="a training step beside the reference implementation",
+            commands=((beit3, "bench", "train", "--json", str(folder / "train.json")),),
+            figures="train.json",
+        ),
+    ]
+
+
+def certify(folder: Path, *, only: Sequence[str] = ()) -> int:
+    """Runs all steps, and writes `certificate.json` and `certificate.md` after each, so that nothing is lost.
+
+    Args:
+        folder: for the report and the steps' logs; made if it is not there.
+        only: names of steps, or parts of names; none is all of them.
+
+    Returns:
+        0 if every step passed, 1 if one failed or there is no device.
+
+    Raises:
+        ConfigError: if the package does not stand in a clone, no step has such a name, or the folder is not empty.
+    """
+    folder = folder.resolve()
+    if not (ROOT / "tests" / "kernels").is_dir():
+        raise ConfigError(f"certify: {ROOT} holds no tests. Install from a clone (README) and run it there.")
+    num_gpus = torch.cuda.device_count()
+    steps = [step for step in plan_steps(folder, num_gpus) if not only or any(part in step.name for part in only)]
+    if not steps:
+        names = ", ".join(repr(step.name) for step in plan_steps(folder, num_gpus))
+        raise ConfigError(f"certify: no step is called {' or '.join(map(repr, only))}; there are {names}.")
+    if num_gpus == 0:
+        print("No CUDA device: nothing is certified. On a machine with one this would run:")
+        for step in steps:
+            print(f"\n{step.name}:")
+            print("\n".join(f"  {shlex.join(command)}" for command in step.commands))
+        print("\nWith several GPUs the training is also divided over all of them and both losses are compared.")
+        return 1
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"certify: {folder} is not empty. Name another folder with --out, or delete it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    results: list[Result] = []
+    for number, step in enumerate(steps):
+        print(f"[{number + 1}/{len(steps)}] {step.name}", flush=True)
+        results.append(run_step(step, folder))
+        print(f"      {'passed' if results[-1].passed else 'FAILED'} in {results[-1].seconds:.0f} s", flush=True)
+        write_report(results, describe_machine(), folder)
+    print(f"report: {folder / 'certificate.md'} and {folder / 'certificate.json'}")
+    return 0 if all(result.passed for result in results) else 1
+
+
+def run_step(step: Step, folder: Path) -> Result:
+    """Runs a step's commands in the clone until one fails; what they print goes to `NAME.log` in the folder."""
+    log = folder / f"{step.name.replace(' ', '_')}.log"
+    start = time.monotonic()
+    with open(log, "w", encoding="utf-8") as output:
+        passed = all(
+            subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, check=False).returncode == 0
+            for command in step.commands
+        )
+    seconds = time.monotonic() - start
+    tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:])
+    figures = None
+    if step.figures and (folder / step.figures).exists():
+        figures = json.loads((folder / step.figures).read_text(encoding="utf-8"))
+    commands = [shlex.join(command) for command in step.commands]
+    return Result(name=step.name, passed=passed, seconds=seconds, commands=commands, tail=tail, figures=figures)
+
+
+def describe_machine() -> dict[str, Any]:
+    """Devices, versions and the commit."""
+    return {
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "deepspeed": version("deepspeed"),
+        "python": platform.python_version(),
+        "commit": _output("git", "rev-parse", "HEAD") + (" (changed)" if _output("git", "status", "--short") else ""),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def write_report(results: Sequence[Result], machine: dict[str, Any], folder: Path) -> None:
+    """Writes both forms of the report."""
+    content = {"machine": machine, "steps": [asdict(result) for result in results]}
+    (folder / "certificate.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+    lines = ["# Certificate", "", *(f"* {name}: {value}" for name, value in machine.items()), ""]
+    lines += ["| step | result | seconds |", "|---|---|---|"]
+    lines += [f"| {r.name} | {'passed' if r.passed else '**FAILED**'} | {r.seconds:.0f} |" for r in results]
+    for result in results:
+        lines += ["", f"## {result.name}", "", *(f"`{command}`" for command in result.commands)]
+        lines += ["", "```", result.tail, "```"]
+    (folder / "certificate.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _layout_steps(folder: Path, num_gpus: int, python: str, beit3: str) -> list[Step]:
+    """The same training on one GPU and divided over all of them."""
+    deepspeed, config = str(Path(python).with_name("deepspeed")), "ds_configs/demo_tp2_pp2_dp2_zero3.json"
+    tokenizers = ("runs/quickstart/text.spm", "runs/quickstart/visual_tokenizer.safetensors")
+    prepare = tuple(
+        (beit3, command, "ds_configs/quickstart_cpu.json")
+        for command, path in zip(("train-text-tokenizer", "train-visual-tokenizer"), tokenizers, strict=True)
+        if not (ROOT / path).exists()
+    )
+
+    def train(name: str, ranks: int, *settings: str) -> tuple[str, ...]:
+        run = (deepspeed, "--num_gpus", str(ranks), "--module", "beit3_ds.pretrain", config)
+        changes = (f"training.output_dir={folder / name}", "training.total_steps=40", *settings)
+        return (*run, *(part for change in changes for part in ("--set", change)))
+
+    one = train("one_gpu", 1, "parallel={}")
+    if num_gpus < 2:
+        return [Step(name="training on one GPU under ZeRO-3", commands=(*prepare, one))]
+    size = 1 << (num_gpus.bit_length() - 1)  # the largest power of two
+    parallel = {"tensor_parallel_size": 2, "sequence_parallel": True, "pipeline_parallel_size": 2 if size >= 4 else 1}
+    divided = train(f"{size}_gpus", size, f"parallel={json.dumps(parallel)}")
+    compare = (beit3, "compare-runs", str(folder / "one_gpu"), str(folder / f"{size}_gpus"), "--tolerance", "1e-2")
+    return [Step(name=f"one GPU beside {size}, divided on every axis", commands=(*prepare, one, divided, compare))]
+
+
+def _output(*command: str) -> str:
+    """What a command prints, or that it is absent."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"unknown ({error.__class__.__name__})"

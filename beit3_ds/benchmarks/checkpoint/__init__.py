@@ -1,0 +1,1 @@
+"""Benchmarks of saving, loading and exporting."""

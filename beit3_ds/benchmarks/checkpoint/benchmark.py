@@ -1,0 +1,312 @@
+"""Saving, loading and exporting a training state beside DeepSpeed's own checkpoints and its `zero_to_fp32`."""
+
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+
+from beit3_ds.benchmarks.checkpoint.ranks import OURS, THEIRS, drop_from_cache, state_config
+from beit3_ds.benchmarks.peak_memory import status_bytes
+from beit3_ds.config import ConfigError
+from beit3_ds.cores import count_cores
+from beit3_ds.model import BEiT3
+from beit3_ds.model.pretrained import PretrainedWeights
+
+SIZES = ("tiny", "base", "large", "giant")
+_SAVES, _LOADS, _EXPORTS = 3, 3, 5  # rounds
+_STATE_BYTES = 28
+"""Of a parameter while it is saved: bfloat16 weight and gradient, float32 master and moments (16), a copy to write
+(12); DeepSpeed needs as much while it loads."""
+_DISK_BYTES = 44
+"""Of a parameter: DeepSpeed's checkpoint (12), this project's newest and the next one (24), two exports (8)."""
+_PROCESS_BYTES = 1_000_000_000  # of a rank, whatever the model
+_CACHE_BYTES = 2_000_000_000  # left for pages of files, and for what else runs
+_POLL_SECONDS = 0.01
+_READ_BYTES = 1 << 24
+_EXPORTERS = {OURS: "export", THEIRS: "zero_to_fp32"}
+Row = dict[str, Any]
+
+
+class Choice(NamedTuple):
+    """The model that is measured."""
+
+    size: str
+    num_parameters: int
+    reason: str
+
+
+def benchmark_checkpoint(
+    size: str | None = None, ranks: int = 2, folder: str | None = None, json_path: str | None = None
+) -> str:
+    """Measures save, load and export of one state, this project's and DeepSpeed's in turn, and returns a report.
+
+    The ranks hold the state under ZeRO-3 in bfloat16; no step is trained. Every operation starts with all earlier
+    writes on the disk. Files to load are not in the page cache, files to export are. Peaks are the kernel's own count
+    of whole processes (VmHWM), torch and all: of all ranks together, or of the one process that exports.
+
+    Args:
+        size: of the model; None is the largest of base and its kind that fits memory and disk.
+        ranks: processes that hold the state.
+        folder: where the files go for the time of the benchmark; None is the working directory.
+        json_path: where to write `rows` and `summary` as JSON.
+
+    Raises:
+        ConfigError: if the size does not fit, or the file cannot be written.
+    """
+    if json_path and not Path(json_path).absolute().parent.is_dir():
+        raise ConfigError(f"{json_path}: cannot be written: there is no such folder.")
+    root = Path(folder or ".")
+    root.mkdir(parents=True, exist_ok=True)
+    choice = choose_size(size, ranks, root)
+    _say(f"{choice.size}, {choice.num_parameters / 1e6:.0f}M parameters: {choice.reason}")
+    load_average = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory(dir=root, prefix=".bench-checkpoint-") as scratch:
+        rows = _measure_ranks(Path(scratch), choice.size, ranks) + _measure_exports(Path(scratch))
+    summary = {**_summarize(rows), "size": choice.size, "ranks": ranks, "load_average": load_average}
+    if json_path:
+        Path(json_path).write_text(json.dumps({"rows": rows, "summary": summary}, indent=2))
+    return _describe(choice, rows, summary)
+
+
+def choose_size(size: str | None, ranks: int, folder: Path) -> Choice:
+    """The size asked for, or the largest that fits.
+
+    Raises:
+        ConfigError: if it does not.
+    """
+    memory, disk = _available_bytes(), shutil.disk_usage(folder).free
+    reason = f"{memory / 2**30:.1f} GiB of memory and {disk / 2**30:.0f} GiB of disk are free"
+    for candidate in [size] if size else SIZES[::-1]:
+        count = count_parameters(candidate)
+        needs = count * _STATE_BYTES + ranks * _PROCESS_BYTES + _CACHE_BYTES, count * _DISK_BYTES
+        words = f"{candidate} needs {needs[0] / 2**30:.1f} GiB and {needs[1] / 2**30:.0f} GiB"
+        if needs[0] <= memory and needs[1] <= disk:
+            return Choice(candidate, count, f"{reason}; {words}")
+        reason += f"; {words}"
+    raise ConfigError(f"bench checkpoint: {reason}. Name a smaller --size, fewer --ranks or another --folder.")
+
+
+def count_parameters(size: str) -> int:
+    """Of a model with one attention for all modalities."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in BEiT3(state_config(size, 1).model).parameters())
+
+
+def _available_bytes() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _measure_ranks(folder: Path, size: str, ranks: int) -> list[Row]:
+    """Saves, and loads in processes of their own; all that was loaded must be what was saved."""
+    saved = _run_ranks(folder, "save", size, _SAVES, ranks)
+    _say("saved")
+    loaded = _run_ranks(folder, "load", size, _LOADS, ranks)
+    _say("loaded")
+    for before, after in zip(saved, loaded, strict=True):
+        assert before["fingerprint"] != after["fingerprint"], "the ranks that load began with what was saved"
+        for row in after["rows"]:
+            assert row.pop("fingerprint") == before["fingerprint"], f"{row['by']} loaded something else"
+    return [_join(rows) for result in (saved, loaded) for rows in zip(*(rank["rows"] for rank in result), strict=True)]
+
+
+def _join(rows: Sequence[Row]) -> Row:
+    """One row of all ranks: the slowest one's times, and the memory of all."""
+    joined = {key: max(row[key] for row in rows) if key.endswith("seconds") else rows[0][key] for key in rows[0]}
+    return joined | {"peak_bytes": sum(row["peak_bytes"] for row in rows)}
+
+
+def _run_ranks(folder: Path, operation: str, size: str, rounds: int, ranks: int) -> list[dict[str, Any]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    threads = max(1, count_cores() // ranks)
+    processes, results = [], [folder / f"{operation}-{rank}.json" for rank in range(ranks)]
+    for rank, result in enumerate(results):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": str(threads)}
+        arguments = ("beit3_ds.benchmarks.checkpoint.ranks", operation, str(folder), size, str(rounds), str(result))
+        processes.append(_start(result.with_suffix(".log"), os.environ | shared | own, *arguments))
+    try:
+        # One that failed leaves the others waiting for it.
+        while any(process.poll() is None for process in processes) and not any(process.poll() for process in processes):
+            time.sleep(_POLL_SECONDS)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    for process, result in zip(processes, results, strict=True):
+        if not result.exists():
+            log = result.with_suffix(".log").read_text(errors="replace")
+            raise RuntimeError(f"a rank that was to {operation} ended with status {process.returncode}:\n{log[-2000:]}")
+    return [json.loads(result.read_text()) for result in results]
+
+
+def _start(log: Path, environment: Mapping[str, str], module: str, *arguments: str) -> "subprocess.Popen[bytes]":
+    with log.open("wb") as file:
+        command = [sys.executable, "-m", module, *arguments]
+        return subprocess.Popen(command, env=dict(environment), stdout=file, stderr=subprocess.STDOUT)
+
+
+def _measure_exports(folder: Path) -> list[Row]:
+    """Exports both checkpoints in turn; the files must hold the same tensors."""
+    ours, theirs = folder / f"{OURS}.safetensors", folder / "fp32"
+    (checkpoint,) = (folder / OURS).glob("step-*")
+    programs: dict[str, tuple[Path, Path, Sequence[str]]] = {
+        OURS: (checkpoint, ours, ("beit3_ds.cli.main", "export", str(checkpoint), str(ours))),
+        THEIRS: (
+            folder / THEIRS,
+            theirs,
+            ("deepspeed.utils.zero_to_fp32", str(folder / THEIRS), str(theirs), "--safe_serialization"),
+        ),
+    }
+    rows = []
+    for number in range(_EXPORTS):
+        # Every other round the other way round, so that a machine that slows down favours nobody.
+        for by in (OURS, THEIRS) if number % 2 == 0 else (THEIRS, OURS):
+            source, out, arguments = programs[by]
+            _remove(out)
+            drop_from_cache(folder)  # what the other one read and wrote would leave less memory to the second
+            _read_all(source)
+            rows.append({"operation": "export", "by": by} | _run_program(folder / by, out, *arguments))
+        _say(f"exported, round {number + 1} of {_EXPORTS}")
+    _check_equal(ours, theirs)
+    return rows
+
+
+def _run_program(folder: Path, out: Path, module: str, *arguments: str) -> Row:
+    """Runs a module in a process of its own, from start to end, and then waits until what it wrote is on the disk."""
+    os.sync()
+    log, peak = folder.with_suffix(".log"), folder.with_suffix(".peak")
+    start, anonymous = time.perf_counter(), 0
+    process = _start(log, os.environ, "beit3_ds.benchmarks.peak_memory", str(peak), module, *arguments)
+    ended, status = 0, 0
+    while not ended:
+        anonymous = max(anonymous, status_bytes(process.pid, "RssAnon"))
+        time.sleep(_POLL_SECONDS)
+        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+    seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(
+            f"{module} ended with status {process.returncode}:\n{log.read_text(errors='replace')[-2000:]}"
+        )
+    for path in _files(out):
+        with path.open("rb") as file:
+            os.fsync(file)
+    return {
+        "seconds": seconds,
+        "synced_seconds": time.perf_counter() - start,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_bytes": int(peak.read_text()),
+        "anonymous_bytes": anonymous,
+    }
+
+
+def _files(path: Path) -> list[Path]:
+    return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _read_all(folder: Path) -> None:
+    """Reads what is below a folder, so that the kernel has it in memory."""
+    for path in _files(folder):
+        with path.open("rb", buffering=0) as file:
+            while file.read(_READ_BYTES):
+                pass
+
+
+def _check_equal(ours: Path, theirs: Path) -> None:
+    left, names = PretrainedWeights(ours), []
+    for file in theirs.glob("*.safetensors"):
+        with safe_open(file, "pt") as right:
+            for name in right.keys():  # noqa: SIM118 - no mapping
+                assert torch.equal(left.read(name), right.get_tensor(name)), f"the exports differ in {name}"
+                names.append(name)
+    assert sorted(names) == sorted(left.names()), "the exports hold different tensors"
+
+
+def _summarize(rows: Sequence[Row]) -> dict[str, float]:
+    """The figures that matter, of medians over rounds."""
+    saves = [row for row in rows if row["operation"] == "save" and row["by"] == OURS]
+    blocking = statistics.median(row["seconds"] for row in saves)
+    later = [row["held_up_seconds"] for row in saves if not row["is_first"]] or [saves[0]["held_up_seconds"]]
+    held_up = statistics.median(later)
+
+    def ratio(operation: str, key: str) -> float:
+        return _median(rows, operation, THEIRS, key) / _median(rows, operation, OURS, key)
+
+    return {
+        "export_memory_ratio": ratio("export", "peak_bytes"),
+        "export_time_ratio": ratio("export", "seconds"),
+        "stall_share": held_up / blocking,
+        "worst_stall_share": max(later) / blocking,
+        "first_stall_share": saves[0]["held_up_seconds"] / blocking,
+        "stall_share_of_deepspeed": held_up / _median(rows, "save", THEIRS, "seconds"),
+        "export_anonymous_memory_ratio": ratio("export", "anonymous_bytes"),
+        "export_synced_time_ratio": ratio("export", "synced_seconds"),
+        "export_cpu_time_ratio": ratio("export", "cpu_seconds"),
+        "save_time_ratio": ratio("save", "synced_seconds"),
+        "load_time_ratio": ratio("load", "seconds"),
+        "load_memory_ratio": ratio("load", "peak_bytes"),
+    }
+
+
+def _median(rows: Sequence[Row], operation: str, by: str, key: str) -> float:
+    return statistics.median(row[key] for row in rows if (row["operation"], row["by"]) == (operation, by))
+
+
+def _describe(choice: Choice, rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
+    lines = [
+        f"{choice.size}, {choice.num_parameters / 1e6:.0f}M parameters, {summary['ranks']} ranks; {choice.reason}",
+        f"load average at the start {summary['load_average']:.1f}; medians (lowest to highest)",
+        "",
+        "| operation | by | seconds | until on the disk | peak memory (GB) |",
+        "|---|---|---|---|---|",
+    ]
+    for operation in ("save", "load", "export"):
+        for by in (OURS, THEIRS):
+            some = [row for row in rows if (row["operation"], row["by"]) == (operation, by)]
+            cells = [_spread([row[key] for row in some if key in row]) for key in ("seconds", "synced_seconds")]
+            name = _EXPORTERS[by] if operation == "export" else by
+            lines.append(f"| {operation} | {name} | {' | '.join(cells)} | {_peak(some) / 1e9:.2f} |")
+    figure = {name: f"{value:.2f}" for name, value in summary.items() if isinstance(value, float)}
+    lines += [
+        "",
+        f"export: zero_to_fp32 takes {figure['export_memory_ratio']} times the memory (pages of mapped files left out "
+        f"{figure['export_anonymous_memory_ratio']}) and {figure['export_time_ratio']} times the time (until on the "
+        f"disk {figure['export_synced_time_ratio']}, CPU time {figure['export_cpu_time_ratio']})",
+        f"save: training is held up for {figure['stall_share']} of a blocking save (at worst "
+        f"{figure['worst_stall_share']}, the first time {figure['first_stall_share']}), or "
+        f"{figure['stall_share_of_deepspeed']} of DeepSpeed's",
+    ]
+    return "\n".join(lines)
+
+
+def _peak(rows: Sequence[Row]) -> float:
+    """The median, but of DeepSpeed's saves the first: beside the others lies the copy that this project keeps."""
+    if (rows[0]["operation"], rows[0]["by"]) == ("save", THEIRS):
+        return float(rows[0]["peak_bytes"])
+    return statistics.median(row["peak_bytes"] for row in rows)
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else "-"

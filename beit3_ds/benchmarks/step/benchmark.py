@@ -1,0 +1,192 @@
+"""A whole training step of this project beside the same step on torchscale's BEiT-3, and beside its bare products."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from beit3_ds.benchmarks.medians import median_with_interval
+from beit3_ds.benchmarks.step.batches import STREAMS, step_config
+from beit3_ds.benchmarks.step.reference import check_torchscale
+from beit3_ds.config import ConfigError
+
+OURS, REFERENCE, PRODUCTS = "beit3_ds", "torchscale", "products"
+"""The three workers."""
+
+REFERENCE_TO_LONGEST = "torchscale, padded to the longest"
+"""A reference that pads the texts of a batch to the longest of them, which takes less time than the users' own code."""
+
+Row = dict[str, dict[str, Any]]
+"""The figures of each worker in one round."""
+
+
+def benchmark_train(
+    size: str = "base", samples: int = 4, rounds: int = 7, json_path: str | None = None, pads_to_longest: bool = False
+) -> str:
+    """Measures the step of both sides and the products in turn, on one batch a round, and returns a report.
+
+    Three processes are started, of which one computes at a time: this project's training step, the reference's, and the
+    model's own matrix products, which are the ceiling. All three get the batch of the round, and the sides change their
+    order every round. A first round warms up. Ratios are medians over rounds of the ratio within a round, with the
+    interval that holds the true one at 95% (from six rounds on; the extremes before). Peaks are the kernel's own count
+    of whole processes (VmHWM).
+
+    On a GPU both sides run in bfloat16, the reference under autocast, and peaks are those of torch's allocator; that
+    was never run.
+
+    Args:
+        size: of the model.
+        samples: images, pairs and texts, each, in a step.
+        rounds: that count.
+        pads_to_longest: whether the reference pads texts to the longest of the batch instead of to the data's limit,
+            as its users' code does.
+        json_path: where to write `rows` and `summary` as JSON. `summary.ratio` is this project's samples a second over
+            the reference's, `gemm_share` the products' time over this project's, `memory_ratio` this project's peak
+            over the reference's. The products are those of the model as it is defined, as for model FLOPs utilisation;
+            `needed_gemm_share` leaves out what is dropped and what no head reads (`train_products.needed_flops`).
+
+    Raises:
+        ConfigError: if torchscale is not installed, there is no such size, or the file cannot be written.
+    """
+    step_config(size, samples)
+    check_torchscale()
+    if json_path and not Path(json_path).absolute().parent.is_dir():
+        raise ConfigError(f"{json_path}: cannot be written: there is no such folder.")
+    rows = _measure(size, samples, rounds, REFERENCE_TO_LONGEST if pads_to_longest else REFERENCE)
+    summary = _summarize(rows) | {
+        "size": size,
+        "samples": samples * len(STREAMS),
+        "reference_pads_to": "longest" if pads_to_longest else "limit",
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+    }
+    if json_path:
+        Path(json_path).write_text(json.dumps({"rows": rows, "summary": summary}, indent=2) + "\n", encoding="utf-8")
+    return _describe(rows, summary)
+
+
+class _Worker:
+    """A process that takes turns."""
+
+    def __init__(self, side: str, size: str, samples: int) -> None:
+        self.side = side
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `stop`
+        reading, writing = os.pipe()
+        module, arguments = "beit3_ds.benchmarks.step.worker", (side, size, str(samples), str(writing))
+        environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=self.log,
+            stderr=self.log,
+            pass_fds=[writing],
+            text=True,
+        )
+        os.close(writing)
+        self.answers = os.fdopen(reading)
+
+    def take_turn(self, number: int) -> dict[str, Any]:
+        """Lets it work on a batch and waits for its figures."""
+        assert self.process.stdin is not None
+        try:
+            print(number, file=self.process.stdin, flush=True)
+            answer = self.answers.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            self.process.wait()
+            self.log.seek(0)
+            log = self.log.read().decode(errors="replace")
+            raise RuntimeError(f"{self.side} ended with status {self.process.returncode}:\n{log[-2000:]}")
+        figures: dict[str, Any] = json.loads(answer)
+        return figures
+
+    def stop(self) -> None:
+        """Ends the process."""
+        self.process.kill()
+        self.process.communicate()
+        self.answers.close()
+        self.log.close()
+
+
+def _measure(size: str, samples: int, rounds: int, reference: str) -> list[Row]:
+    rows = []
+    workers: dict[str, _Worker] = {}
+    try:
+        for name, side in ((PRODUCTS, PRODUCTS), (OURS, OURS), (REFERENCE, reference)):
+            workers[name] = _Worker(side, size, samples)
+        for number in range(rounds + 1):
+            # Every other round the other way round, so that a machine that slows down favours nobody.
+            sides = (OURS, REFERENCE) if number % 2 == 0 else (REFERENCE, OURS)
+            row = {side: workers[side].take_turn(number) for side in (PRODUCTS, *sides)}
+            assert row[OURS]["masked"] == row[REFERENCE]["masked"], f"not the same samples: {row}"
+            seconds = ", ".join(f"{side} {figures['seconds']:.2f} s" for side, figures in row.items())
+            name = f"round {number} of {rounds}" if number else "warm-up"
+            print(f"{name}: {seconds}", file=sys.stderr, flush=True)
+            rows.append(row)
+    finally:
+        for worker in workers.values():
+            worker.stop()
+    return rows[1:]
+
+
+def _summarize(rows: list[Row]) -> dict[str, Any]:
+    def ratio(above: str, below: str, key: str = "seconds") -> dict[str, float]:
+        return median_with_interval([row[above][key] / row[below][key] for row in rows])
+
+    intervals = {
+        "ratio": ratio(REFERENCE, OURS),
+        "cpu_ratio": ratio(REFERENCE, OURS, "cpu_seconds"),
+        "gemm_share": ratio(PRODUCTS, OURS),
+        "reference_gemm_share": ratio(PRODUCTS, REFERENCE),
+        "needed_gemm_share": median_with_interval(
+            [
+                row[PRODUCTS]["seconds"] / row[OURS]["seconds"] * row[PRODUCTS]["needed_flops"] / row[PRODUCTS]["flops"]
+                for row in rows
+            ]
+        ),
+    }
+    peaks = {side: rows[-1][side]["peak_bytes"] for side in (OURS, REFERENCE)}
+    return {
+        **{name: interval["median"] for name, interval in intervals.items()},
+        "memory_ratio": peaks[OURS] / peaks[REFERENCE],
+        "intervals": intervals,
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def _describe(rows: list[Row], summary: dict[str, Any]) -> str:
+    lines = [
+        f"{summary['size']}, {summary['samples']} samples: images, pairs and texts, as many of each; "
+        f"{summary['device']}, {summary['threads']} threads; {len(rows)} rounds in turn, median (95% interval); "
+        f"torch {torch.__version__}",
+        "",
+        "| | step (s) | CPU time (s) | samples/s | share of the products' rate | peak memory (GiB) |",
+        "|---|---|---|---|---|---|",
+    ]
+    shares = {OURS: "gemm_share", REFERENCE: "reference_gemm_share"}
+    for side in (OURS, REFERENCE, PRODUCTS):
+        seconds = median_with_interval([row[side]["seconds"] for row in rows])
+        cpu_seconds = median_with_interval([row[side]["cpu_seconds"] for row in rows])["median"]
+        cells = [side, _show(seconds), f"{cpu_seconds:.2f}"]
+        if side == PRODUCTS:
+            rate = median_with_interval([row[side]["flops"] / row[side]["seconds"] / 1e9 for row in rows])
+            cells += ["", f"{_show(rate, 0)} GFLOP/s", ""]
+        else:
+            share, peak = summary["intervals"][shares[side]], rows[-1][side]["peak_bytes"] / 2**30
+            cells += [f"{summary['samples'] / seconds['median']:.2f}", _show(share), f"{peak:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    names = ("ratio", "gemm_share", "needed_gemm_share")
+    figures = ", ".join(f"{name} {_show(summary['intervals'][name])}" for name in names)
+    return "\n".join([*lines, "", f"{figures}, memory_ratio {summary['memory_ratio']:.2f}"])
+
+
+def _show(values: dict[str, float], digits: int = 2) -> str:
+    return f"{values['median']:.{digits}f} ({values['low']:.{digits}f} to {values['high']:.{digits}f})"

@@ -1,0 +1,213 @@
+"""What dividing a training step over two processes costs on this machine, against one process with two threads."""
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.config import RunConfig, build_run_config
+from beit3_ds.data.packing import ImageSample, PairSample, Sample, TextSample, image_shape, pack
+
+_ROUNDS = 3
+_STEPS = 4  # of which the first, with its one-off work, is not counted
+_SAMPLES = 16  # of each stream
+
+
+class Variant(NamedTuple):
+    """One way to run the step."""
+
+    name: str
+    """Its row in the table."""
+    ranks: int
+    """Processes."""
+    threads: int
+    """Of each."""
+    zero_stage: int
+    """How they share the optimizer's work and the parameters."""
+    apart: bool = False
+    """Whether the ranks do not know of each other: each runs its half of the samples alone."""
+
+
+VARIANTS = (
+    Variant("one process, two threads", 1, 2, 0),
+    Variant("two processes that send nothing", 2, 1, 0, apart=True),
+    Variant("two ranks, ZeRO-0", 2, 1, 0),
+    Variant("two ranks, ZeRO-1", 2, 1, 1),
+    Variant("two ranks, ZeRO-3", 2, 1, 3),
+)
+"""Each adds something to the one before: a shared memory, reduced gradients, a shared update, shared weights."""
+
+
+def benchmark_parallel(json_path: str | None = None) -> str:
+    """Measures all variants of one step in turn, in several rounds, and returns a report.
+
+    The step is 16 images, 16 pairs and 16 texts through 6 blocks of width 384 with the vocabulary of 64k, forward,
+    backward and update, in float32. A round's ratio is the time of one process with two threads over that of two ranks
+    of one thread; 1 would mean that dividing costs nothing.
+
+    Args:
+        json_path: where to write `rows` and `summary` as JSON; `summary.efficiency` is the median ratio under ZeRO-3.
+    """
+    rows = []
+    for round_number in range(_ROUNDS):
+        # Every other round backwards, so that a machine that slows down favours nobody.
+        order = VARIANTS if round_number % 2 == 0 else VARIANTS[::-1]
+        rows.append({variant.name: _measure(variant) for variant in order})
+        print(f"round {round_number + 1} of {_ROUNDS} done", file=sys.stderr, flush=True)
+    ratios = {
+        variant.name: sorted(row[VARIANTS[0].name]["step"] / row[variant.name]["step"] for row in rows)
+        for variant in VARIANTS
+    }
+    efficiency = ratios[VARIANTS[-1].name]
+    summary = {"efficiency": statistics.median(efficiency), "low": efficiency[0], "high": efficiency[-1]}
+    if json_path:
+        Path(json_path).write_text(json.dumps({"rows": rows, "summary": summary}, indent=2))
+    return _describe(rows, ratios)
+
+
+def _describe(rows: list[dict[str, dict[str, float]]], ratios: dict[str, list[float]]) -> str:
+    lines = [
+        "| variant | step (s) | forward and backward | update | throughput against the first (lowest to highest) |"
+    ]
+    lines.append("|---|---|---|---|---|")
+    for variant in VARIANTS:
+        step, passes, update = (
+            statistics.median(row[variant.name][key] for row in rows) for key in ("step", "passes", "update")
+        )
+        ratio = ratios[variant.name]
+        lines.append(
+            f"| {variant.name} | {step:.2f} | {passes:.2f} | {update:.2f} | "
+            f"{statistics.median(ratio):.2f} ({ratio[0]:.2f} to {ratio[-1]:.2f}) |"
+        )
+    return "\n".join(lines)
+
+
+def _measure(variant: Variant) -> dict[str, float]:
+    """Starts the variant's processes and returns the medians of their steps, in seconds; the slowest rank counts."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(variant.ranks):
+        environment = dict(os.environ, OMP_NUM_THREADS=str(variant.threads), MASTER_ADDR="127.0.0.1")
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": str(port + rank)}
+        joined = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port)}
+        environment |= alone if variant.ranks == 1 or variant.apart else joined
+        command = [
+            sys.executable,
+            "-m",
+            "beit3_ds.benchmarks.step.parallel",
+            str(variant.zero_stage),
+            str(variant.ranks),
+        ]
+        command.append(str(rank))
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    results = []
+    for process in processes:
+        output, errors = process.communicate()
+        if process.returncode:
+            raise RuntimeError(f"{variant.name}: a process failed:\n{errors.decode()[-2000:]}")
+        results.append(json.loads(output.decode().splitlines()[-1]))
+    return {key: max(result[key] for result in results) for key in results[0]}
+
+
+def run_steps(zero_stage: int, shares: int, share: int) -> dict[str, float]:
+    """Runs the steps of one process and returns the medians of whole steps, of passes and of updates, in seconds.
+
+    Args:
+        zero_stage: of the engine.
+        shares: processes that divide the samples.
+        share: this one's.
+    """
+    from beit3_ds.training.engine import apply_update, build_schedule, init_process_group
+    from beit3_ds.training.loss import build_loss_factors
+
+    config = step_config(zero_stage)
+    mesh = init_process_group(config.parallel)
+    schedule = build_schedule(config, mesh)
+    batch = build_batch(config, range(share * _SAMPLES // shares, (share + 1) * _SAMPLES // shares))
+    counts = mesh.data_host.sum(torch.tensor(batch.num_masked))
+    factors = build_loss_factors(counts, config.training.loss_weights, mesh.data_parallel_size)
+    seconds: dict[str, list[float]] = {"step": [], "passes": [], "update": []}
+    for _ in range(_STEPS):
+        mesh.barrier()
+        start = time.perf_counter()
+        schedule.accumulate_gradients([batch], factors, lambda prepared: prepared)
+        middle = time.perf_counter()
+        apply_update(schedule.engine, mesh)
+        mesh.barrier()
+        end = time.perf_counter()
+        for name, value in (("step", end - start), ("passes", middle - start), ("update", end - middle)):
+            seconds[name].append(value)
+    mesh.close()
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def step_config(zero_stage: int) -> RunConfig:
+    """The configuration of the measured step."""
+    stream = {"train": ["none.tar"], "samples_per_step": _SAMPLES}
+    sizes = {"num_layers": 6, "hidden_size": 384, "ffn_hidden_size": 1536, "num_attention_heads": 6, "patch_size": 16}
+    zero: dict[str, Any] = {"stage": zero_stage}
+    if zero_stage == 3:
+        # Biases and norms stay whole; buckets hold the largest table, so that it is reduced in one message.
+        zero |= {"stage3_param_persistence_threshold": 20_000, "reduce_bucket_size": 50_000_000}
+    return build_run_config(
+        {
+            "gradient_clipping": 3.0,
+            "zero_optimization": zero,
+            "steps_per_print": 1_000_000_000,
+            "beit3_ds": {
+                "model": sizes,
+                "data": {"images": stream, "pairs": stream, "texts": stream},
+                "tokenizers": {
+                    "text": {"path": "none.spm", "vocab_size": 64000},
+                    "visual": {"path": "none.safetensors", "image_size": 224, "patch_size": 16},
+                },
+                "training": {
+                    "output_dir": "none",
+                    "total_steps": 100,
+                    "warmup_steps": 1,
+                    "learning_rate": 1e-3,
+                },
+            },
+        }
+    )
+
+
+def build_batch(config: RunConfig, samples: Sequence[int]) -> PackedBatch:
+    """Random samples of every stream with the paper's ratios of masks; sample i is the same in whatever share."""
+    model, data = config.model, config.data
+
+    def image(rng: np.random.Generator) -> ImageSample:
+        hidden = np.arange(model.num_patches) < round(model.num_patches * data.image_mask_ratio)
+        view = torch.from_numpy(rng.uniform(-1, 1, (3, model.image_size, model.image_size))).float()
+        return ImageSample(name="", model_view=view, tokenizer_view=view, patch_mask=rng.permutation(hidden))
+
+    def text(rng: np.random.Generator, longest: int, ratio: float) -> TextSample:
+        ids = rng.integers(0, model.text_vocab_size, rng.integers(longest // 2, longest + 1))
+        positions = np.flatnonzero(rng.random(len(ids)) < ratio)
+        return TextSample(name="", ids=ids, masked_positions=positions, target_ids=ids[positions])
+
+    packed: list[Sample] = [image(np.random.default_rng([0, i])) for i in samples]
+    for i in samples:
+        rng = np.random.default_rng([1, i])
+        caption = text(rng, data.pair_text_length, data.pair_text_mask_ratio)
+        packed.append(PairSample(image=image(rng), caption=caption))
+    packed += [text(np.random.default_rng([2, i]), data.text_length, data.text_mask_ratio) for i in samples]
+    batch = pack(packed, None, image_shape(config))
+    codes = torch.arange(batch.patch_mask.numel()).view(batch.patch_mask.shape) % model.visual_vocab_size
+    return batch.with_visual_codes(codes)
+
+
+if __name__ == "__main__":
+    print(json.dumps(run_steps(*(int(argument) for argument in sys.argv[1:]))))

@@ -1,0 +1,214 @@
+"""The step that `beit3 bench train` compares with: BEiT-3 of torchscale 0.3.0, pretrained as its users train it.
+
+Model, initial values, parameter groups and the order of the step follow microsoft/unilm's `beit3`; its pretraining was
+never released, so the masked-modeling losses are written as BEiT-2's are. Texts are padded to a fixed length, as
+`_get_text_segment` in its datasets.py pads them to `num_max_bpe_tokens`; to the longest of the batch if asked. Where
+else users' code differs in speed, the fast way stands here: logits exist at masked positions only, AdamW is torch's
+fused one and gradients are freed after every step.
+
+A ratio means nothing if what it is a ratio to may change: tests/benchmarks/step/test_benchmark.py fixes this file by
+its hash.
+"""
+
+# B samples of a stream, N patches an image, S tokens of the longest text, D hidden.
+
+import importlib.metadata
+import sys
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.config import ConfigError, RunConfig
+
+TORCHSCALE = "0.3.0"
+_PAD = 1
+_MAX_POSITIONS = 1024
+_NO_DECAY = ("beit3.encoder.embed_positions.A.weight", "beit3.vision_embed.cls_token")
+
+
+class Stream(NamedTuple):
+    """The samples of one stream, padded; what a stream lacks is None."""
+
+    pixels: Tensor | None
+    """(B, 3, image_size, image_size) float32."""
+    patch_mask: Tensor | None
+    """True where a patch is masked, (B, N) bool."""
+    codes: Tensor | None
+    """Targets of the masked patches."""
+    tokens: Tensor | None
+    """(B, S) int64."""
+    padding: Tensor | None
+    """True where there is no token, (B, S) bool."""
+    token_mask: Tensor | None
+    """True where a token is to be predicted, (B, S) bool."""
+    targets: Tensor | None
+    """Targets of the masked tokens."""
+
+    @property
+    def num_masked(self) -> tuple[int, int]:
+        """Masked patches and masked tokens."""
+        return 0 if self.codes is None else len(self.codes), 0 if self.targets is None else len(self.targets)
+
+
+def check_torchscale() -> None:
+    """Refuses to begin without the reference.
+
+    Raises:
+        ConfigError: with the command that installs what is missing.
+    """
+    for package, wanted in (("torchscale", TORCHSCALE), ("timm", None)):
+        try:
+            found = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found = "absent"
+        if found == "absent" or (wanted and found != wanted):
+            # Its own pins ask for versions that do not exist any more, hence --no-deps.
+            raise ConfigError(
+                f"bench train compares with torchscale {TORCHSCALE} (on timm), but {package} is {found}. Run: "
+                f"pip install --no-deps torchscale=={TORCHSCALE} && pip install timm"
+            )
+
+
+def build_torchscale(arguments: Mapping[str, Any]) -> Any:
+    """torchscale's BEiT3; fairscale, which it imports for FSDP only, need not be installed."""
+    if "fairscale" not in sys.modules:
+        stub: Any = types.ModuleType("fairscale.nn")
+        stub.checkpoint_wrapper = stub.wrap = lambda module, **_: module
+        sys.modules |= {"fairscale": types.ModuleType("fairscale"), "fairscale.nn": stub}
+    from torchscale.architecture.config import EncoderConfig
+    from torchscale.model.BEiT3 import BEiT3
+
+    return BEiT3(EncoderConfig(**arguments))
+
+
+class ReferenceModel(nn.Module):
+    """The backbone with its two heads."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__()
+        model = config.model
+        self.beit3 = build_torchscale(
+            {
+                "img_size": model.image_size,
+                "patch_size": model.patch_size,
+                "vocab_size": model.text_vocab_size,
+                "multiway": True,
+                "layernorm_embedding": False,
+                "normalize_output": True,
+                "no_output_layer": True,
+                "drop_path_rate": model.drop_path_rate,
+                "encoder_embed_dim": model.hidden_size,
+                "encoder_attention_heads": model.num_attention_heads,
+                "encoder_ffn_embed_dim": model.ffn_hidden_size,
+                "encoder_layers": model.num_layers,
+                "max_source_positions": _MAX_POSITIONS,
+            }
+        )
+        self.mlm_head = nn.Linear(model.hidden_size, model.text_vocab_size)
+        self.mim_head = nn.Linear(model.hidden_size, model.visual_vocab_size)
+        self.apply(_init_weights)
+
+    def forward(self, stream: Stream) -> list[Tensor]:
+        """The mean cross entropy of the masked patches, and that of the masked tokens, of what the stream has."""
+        y_BSD = self.beit3(
+            textual_tokens=stream.tokens,
+            visual_tokens=stream.pixels,
+            text_padding_position=stream.padding,
+            vision_masked_position=stream.patch_mask,
+        )["encoder_out"]
+        losses = []
+        if stream.patch_mask is not None and stream.codes is not None:
+            patches = y_BSD[:, 1 : 1 + stream.patch_mask.shape[1]]
+            losses.append(F.cross_entropy(self.mim_head(patches[stream.patch_mask]), stream.codes))
+        if stream.token_mask is not None and stream.targets is not None:
+            words = y_BSD[:, -stream.token_mask.shape[1] :]
+            losses.append(F.cross_entropy(self.mlm_head(words[stream.token_mask]), stream.targets))
+        return losses
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+class ReferenceTrainer:
+    """The model with its optimizer."""
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        training = config.training
+        self.device, self.max_norm = device, config.deepspeed["gradient_clipping"]
+        self.model = ReferenceModel(config).to(device)
+        decay: list[nn.Parameter] = []
+        no_decay: list[nn.Parameter] = []
+        for name, parameter in self.model.named_parameters():
+            (no_decay if parameter.ndim == 1 or name in _NO_DECAY else decay).append(parameter)
+        groups: list[dict[str, Any]] = [
+            {"params": decay, "weight_decay": training.weight_decay},
+            {"params": no_decay, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=training.learning_rate, betas=training.adam_betas, eps=training.adam_epsilon, fused=True
+        )
+
+    def step(self, streams: Sequence[Stream]) -> float:
+        """Trains on images, pairs and texts and returns the loss: a forward pass each, one backward pass, one update.
+
+        In float32; on a GPU under autocast to bfloat16.
+        """
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            loss = torch.stack([term for stream in streams for term in self.model(stream)]).sum()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+
+def unpack_streams(batch: PackedBatch, caption_length: int | None, text_length: int | None) -> list[Stream]:
+    """The same samples as images, pairs and texts, padded; what a data loader of the reference would bring.
+
+    Args:
+        batch: with pixels and codes.
+        caption_length: tokens of every padded caption; None is those of the longest.
+        text_length: tokens of every padded text; None is those of the longest.
+    """
+    assert batch.pixels is not None and batch.visual_targets is not None, "a batch with pixels and codes"
+    images, pairs = batch.num_images, batch.num_pairs
+    num_codes, num_tokens = int(batch.patch_mask[:images].sum()), sum(batch.caption_lengths)
+    num_targets = int((batch.masked_tokens < num_tokens).sum())
+    masked = torch.zeros_like(batch.token_ids, dtype=torch.bool).index_fill_(0, batch.masked_tokens, True)
+    pixels, patch_mask, codes = batch.pixels, batch.patch_mask, batch.visual_targets
+    captions = _pad(batch.token_ids[:num_tokens], masked[:num_tokens], batch.caption_lengths, caption_length)
+    texts = _pad(batch.token_ids[num_tokens:], masked[num_tokens:], batch.text_lengths, text_length)
+    no_image, no_text = (None, None, None), (None, None, None, None)
+    return [
+        Stream(pixels[:images], patch_mask[:images], codes[:num_codes], *no_text),
+        Stream(
+            pixels[images : images + pairs],
+            patch_mask[images : images + pairs],
+            codes[num_codes:],
+            *captions,
+            batch.target_ids[:num_targets],
+        ),
+        Stream(*no_image, *texts, batch.target_ids[num_targets:]),
+    ]
+
+
+def _pad(ids: Tensor, masked: Tensor, lengths: Sequence[int], length: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, padding and mask, (B, S) each."""
+    tokens = pad_sequence(list(ids.split(list(lengths))), batch_first=True, padding_value=_PAD)
+    token_mask = pad_sequence(list(masked.split(list(lengths))), batch_first=True, padding_value=False)
+    missing = 0 if length is None else length - tokens.shape[1]
+    tokens, token_mask = F.pad(tokens, (0, missing), value=_PAD), F.pad(token_mask, (0, missing), value=False)
+    padding = torch.arange(tokens.shape[1], device=ids.device) >= torch.tensor(lengths, device=ids.device)[:, None]
+    return tokens, padding, token_mask

@@ -1,0 +1,142 @@
+"""One process of `beit3 bench train`: it trains on a batch, or multiplies, whenever it is told to.
+
+It reads the number of a batch from each line of its standard input and answers with a line of JSON on a pipe of its
+own, since libraries print what they like. Between its turns it waits inside the read.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, TextIO
+
+import torch
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.benchmarks.peak_memory import peak_bytes
+from beit3_ds.benchmarks.step.batches import build_batch, describe_batch, step_config
+from beit3_ds.benchmarks.step.benchmark import OURS, PRODUCTS, REFERENCE, REFERENCE_TO_LONGEST
+from beit3_ds.benchmarks.step.products import Products, needed_flops
+from beit3_ds.benchmarks.step.reference import ReferenceTrainer, unpack_streams
+from beit3_ds.config import RunConfig
+
+Turn = tuple[Callable[[], float], dict[str, Any]]
+"""What is timed, returning the loss; and what it worked on."""
+
+
+def train_ours(config: RunConfig) -> Callable[[PackedBatch], Turn]:
+    """This project's step as a run of one process takes it, DeepSpeed's engine around it.
+
+    The learning rate does not follow a schedule, and the codes of the visual targets are there already.
+    """
+    # Not imported by the other workers: what DeepSpeed takes is part of this side's memory only.
+    from beit3_ds.training.engine import apply_update, build_schedule, compute_device, init_process_group
+    from beit3_ds.training.loss import build_loss_factors
+
+    mesh = init_process_group(config.parallel)
+    schedule, device = build_schedule(config, mesh), compute_device()
+
+    def prepare(batch: PackedBatch) -> Turn:
+        on_device = batch.to(device)
+        counts = torch.tensor(batch.num_masked)
+        factors = build_loss_factors(counts, config.training.loss_weights, mesh.data_parallel_size).to(device)
+
+        def step() -> float:
+            sums = schedule.accumulate_gradients([on_device], factors, lambda prepared: prepared)
+            apply_update(schedule.engine, mesh)
+            return float(sums @ factors)
+
+        return step, {"masked": [sum(batch.num_masked[::2]), sum(batch.num_masked[1::2])]}
+
+    return prepare
+
+
+def train_reference(config: RunConfig, pads_to_longest: bool) -> Callable[[PackedBatch], Turn]:
+    """The reference's step on the same samples."""
+    lengths = (None, None) if pads_to_longest else (config.data.pair_text_length, config.data.text_length)
+    device = _device()
+    torch.manual_seed(config.training.seed)
+    trainer = ReferenceTrainer(config, device)
+
+    def prepare(batch: PackedBatch) -> Turn:
+        streams = unpack_streams(batch.to(device), *lengths)
+        patches, tokens = zip(*(stream.num_masked for stream in streams), strict=True)
+        return lambda: trainer.step(streams), {"masked": [sum(patches), sum(tokens)]}
+
+    return prepare
+
+
+def multiply(config: RunConfig) -> Callable[[PackedBatch], Turn]:
+    """The products of the step."""
+    dtype = torch.bfloat16 if _device().type == "cuda" else torch.float32
+
+    def prepare(batch: PackedBatch) -> Turn:
+        products = Products(config.model, batch, dtype, _device())
+
+        def step() -> float:
+            products.run()
+            return 0.0
+
+        needed = needed_flops(config.model, batch)
+        return step, {"flops": products.flops, "needed_flops": needed, "batch": describe_batch(batch)}
+
+    return prepare
+
+
+SIDES: dict[str, Callable[[RunConfig], Callable[[PackedBatch], Turn]]] = {
+    OURS: train_ours,
+    REFERENCE: partial(train_reference, pads_to_longest=False),
+    REFERENCE_TO_LONGEST: partial(train_reference, pads_to_longest=True),
+    PRODUCTS: multiply,
+}
+
+
+def serve(side: str, size: str, samples: int, orders: TextIO, answers: TextIO) -> None:
+    """Takes a turn for every number of a batch among the orders, and answers with its figures.
+
+    `seconds` is wall time and `cpu_seconds` that of all threads, `page_faults` those that read nothing from a disk, and
+    `peak_bytes` the most that the process, or on a GPU torch's allocator, has held since it began.
+
+    Args:
+        side: a key of `SIDES`.
+        size: of the model.
+        samples: of each stream in a step.
+        orders: a line for each turn.
+        answers: where the figures go, a line of JSON for each turn.
+    """
+    config = step_config(size, samples)
+    if _device().type == "cuda":
+        config = replace(config, deepspeed={**config.deepspeed, "bf16": {"enabled": True}})
+    prepare = SIDES[side](config)
+    for order in orders:
+        turn, facts = prepare(build_batch(config, int(order)))
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        start, cpu_start = time.perf_counter(), time.process_time()
+        loss = turn()
+        _synchronize()
+        figures = {
+            "seconds": time.perf_counter() - start,
+            "cpu_seconds": time.process_time() - cpu_start,
+            "page_faults": resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults,
+            "loss": loss,
+            "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_bytes(),
+        }
+        print(json.dumps(figures | facts), file=answers, flush=True)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    _, side, size, samples, descriptor = sys.argv
+    serve(side, size, int(samples), sys.stdin, os.fdopen(int(descriptor), "w"))

@@ -1,0 +1,1 @@
+"""The `beit3` command: thin over the packages."""

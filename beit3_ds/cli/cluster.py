@@ -1,0 +1,139 @@
+"""The `beit3` commands for several machines: check-cluster."""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from beit3_ds.config.arguments import integer, real
+from beit3_ds.config.numbers import Range
+
+if TYPE_CHECKING:
+    from beit3_ds.cluster.check.fault import Fault
+    from beit3_ds.cluster.check.inspection import Inspection
+
+_CHECK_EXAMPLES = """examples:
+  beit3 check-cluster hostfiles/localhost
+  beit3 check-cluster my_hosts ds_configs/giant_zero3_64gpu.json
+  beit3 check-cluster my_hosts --bandwidth --expect-gbit 200
+
+Run it in the folder from where the run will be started. Every node is asked over ssh, all at once, with the Python that
+runs this command; nothing needs to be installed there for that, and nothing stays behind. Ends with status 0 if all is
+well, 1 if a fault was found, 2 if the hostfile or the config cannot be read.
+"""
+
+
+def add_cluster_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds them to a parser's group of subcommands."""
+    text = "find what would go wrong on the nodes of a hostfile before a run starts, in seconds"
+    check = commands.add_parser(
+        "check-cluster",
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=_CHECK_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    check.add_argument("hostfile", help="one machine a line: NAME slots=RANKS")
+    check.add_argument(
+        "config",
+        nargs="?",
+        help="the run's JSON file: also check that its layout fits the slots, its memory the GPUs and its checkpoints "
+        "the disk, and that its output folder is shared",
+    )
+    check.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the config (repeatable)"
+    )
+    check.add_argument(
+        "--master-port",
+        type=integer(Range(1, 65535)),
+        default=29500,
+        metavar="N",
+        help="port on which rank 0 will listen (default: 29500)",
+    )
+    check.add_argument(
+        "--bandwidth", action="store_true", help="also measure every link between the nodes, about a second a node"
+    )
+    check.add_argument(
+        "--expect-gbit",
+        type=real(Range(0, 1e6)),
+        metavar="G",
+        help="with --bandwidth: what a link should carry, in Gbit/s; below half of it is a fault (default: half of "
+        "what the others reach, and 0.5)",
+    )
+    check.set_defaults(run=_check_cluster)
+
+
+def _check_cluster(options: argparse.Namespace) -> int:
+    from beit3_ds.cluster import read_hostfile
+    from beit3_ds.cluster.check.inspection import Inquiry, inspect_cluster
+    from beit3_ds.cluster.check.link_faults import link_faults
+    from beit3_ds.cluster.check.node_faults import node_faults
+    from beit3_ds.cluster.check.report import describe_faults, describe_nodes
+    from beit3_ds.cluster.check.requirements import named_files, work_out_needs
+    from beit3_ds.config import ConfigError, load_run_config
+
+    hostfile = read_hostfile(options.hostfile)
+    if options.set and options.config is None:
+        raise ConfigError("--set changes a config, but none was named. Name it behind the hostfile.")
+    config = load_run_config(options.config, options.set) if options.config is not None else None
+    inquiry = Inquiry(
+        folder=Path.cwd(),
+        output_dir=Path(config.training.output_dir).absolute() if config is not None else None,
+        files=named_files(config) if config is not None else {},
+        master_port=options.master_port,
+        environment=_forwarded(os.environ),
+    )
+    inspection = inspect_cluster(hostfile, inquiry)
+    needs = None
+    if config is not None:  # after the inspection: its clocks would be late while torch is imported
+        needs = work_out_needs(config, hostfile, _decays)
+    faults = [*node_faults(inspection, needs), *link_faults(inspection)]
+    if needs is not None:
+        faults += needs.faults()
+    print(describe_nodes(inspection, faults))
+    if needs is not None:
+        print(needs.describe())
+    if options.bandwidth:
+        faults += _check_bandwidth(inspection, faults, options.expect_gbit)
+    print(describe_faults(hostfile, faults))
+    return 1 if any(not fault.is_note for fault in faults) else 0
+
+
+def _check_bandwidth(inspection: "Inspection", faults: "list[Fault]", expect_gbit: float | None) -> "list[Fault]":
+    from beit3_ds.cluster.check.links import describe_links, link_speed_faults, measure_links
+
+    if len(inspection.answers) == 1:
+        print("links: there are none, the hostfile names one machine")
+        return []
+    if hindering := {fault.check for fault in faults if not fault.is_note} & {"answer", "torch", "network", "port"}:
+        print(f"links: not measured; first mend what stands in the way ({', '.join(sorted(hindering))})")
+        return []
+    print(f"measuring the links between {len(inspection.answers)} nodes ...", file=sys.stderr)
+    expected_bits = None if expect_gbit is None else expect_gbit * 1e9
+    links = measure_links(inspection, expected_bits)
+    if isinstance(links, list):
+        return links
+    print(describe_links(links))
+    return list(link_speed_faults(links, expected_bits))
+
+
+def _decays(name: str) -> bool:
+    from beit3_ds.training.optimizer import decays
+
+    return decays(name)
+
+
+def _forwarded(environment: Mapping[str, str]) -> dict[str, str]:
+    """Of what the ranks would get: what decides which code they run and over which network they talk.
+
+    `deepspeed` reads .deepspeed_env at home, then here.
+    """
+    values = dict(environment)
+    for folder in (Path.home(), Path.cwd()):
+        with contextlib.suppress(OSError):
+            lines = (folder / ".deepspeed_env").read_text(encoding="utf-8", errors="replace").splitlines()
+            values |= {key: value for key, is_set, value in (line.partition("=") for line in lines) if is_set}
+    return {key: value for key, value in values.items() if key.startswith(("PYTHON", "GLOO_", "NCCL_"))}

@@ -1,0 +1,45 @@
+"""Whether the hosts of a run answer over ssh."""
+
+import asyncio
+from collections.abc import Iterable
+
+from beit3_ds.cluster.check.node_connection import remote_command
+
+_SECONDS = 15.0  # for a host that connects and does not answer
+_AT_A_TIME = 64
+
+
+async def find_unreachable(hosts: Iterable[str]) -> dict[str, str]:
+    """Runs `true` on all hosts over ssh, in parallel.
+
+    Returns:
+        Those that could not, with what ssh said; all of them within seconds.
+    """
+    limit = asyncio.Semaphore(_AT_A_TIME)
+    names = list(hosts)
+    faults = await asyncio.gather(*(_find_fault(name, limit) for name in names))
+    return {name: fault for name, fault in zip(names, faults, strict=True) if fault is not None}
+
+
+async def _find_fault(host: str, limit: asyncio.Semaphore) -> str | None:
+    async with limit:
+        try:
+            ssh = await asyncio.create_subprocess_exec(
+                *remote_command(host, ["true"], {}),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+                start_new_session=True,
+            )
+        except FileNotFoundError:
+            return "there is no ssh here"
+        try:
+            _, errors = await asyncio.wait_for(ssh.communicate(), _SECONDS)
+        except TimeoutError:
+            ssh.kill()
+            await ssh.wait()
+            return f"no answer within {_SECONDS:.0f} s"
+    if ssh.returncode == 0:
+        return None
+    lines = errors.decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else f"ssh ended with status {ssh.returncode}"

@@ -1,0 +1,1 @@
+"""What `beit3 launch` runs: attempts, guards of the ranks, and restarts."""

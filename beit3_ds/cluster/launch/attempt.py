@@ -1,0 +1,351 @@
+"""One attempt at a run: starts DeepSpeed's launcher, supervises the guards of all ranks, and ends when all are gone."""
+
+import asyncio
+import contextlib
+import signal
+import time
+from collections.abc import Callable
+
+from beit3_ds.cluster.launch.attempt_plan import AttemptPlan, Outcome
+from beit3_ds.cluster.launch.guarded_rank import Failure, GuardedRank, describe_status
+from beit3_ds.cluster.launch.launcher_process import LauncherProcess
+from beit3_ds.cluster.launch.messages import (
+    BEAT_SECONDS,
+    Asked,
+    Beat,
+    Channel,
+    Ended,
+    Kill,
+    Leave,
+    LogTrouble,
+    Message,
+    Output,
+    ProtocolError,
+    Register,
+    Signal,
+    Start,
+    listen,
+    write_token,
+)
+from beit3_ds.cluster.launch.stop_signals import StopOrders
+from beit3_ds.cluster.launch.terminal import Terminal, join_ranks, last_lines
+
+USER_ERROR = 2
+"""Status of a trainer that met what only the user can mend."""
+
+_SETTLE_SECONDS = 0.5  # after the first failure: its consequences may be heard of before it
+_SILENCE_SECONDS = 4 * BEAT_SECONDS  # that is worth a mention
+_GRACE_SECONDS = 5.0  # for the other ranks after the first failure: they tell of it (parallel.roll_call)
+_LAUNCHER_SECONDS = 10.0  # for DeepSpeed's launcher to end once all guards have left
+_CUT_OFF_SECONDS = 4.0  # the same if a host was lost: pdsh and mpirun would wait for it
+_NEWS_SECONDS = 15.0  # between two lines that say what is waited for
+
+
+class Attempt:
+    """Supervises the ranks of one attempt."""
+
+    def __init__(self, plan: AttemptPlan, orders: StopOrders, terminal: Terminal) -> None:
+        self._plan, self._orders, self._terminal = plan, orders, terminal
+        self._ranks: dict[int, GuardedRank] = {}
+        self._failures: list[Failure] = []
+        self._failure: Failure | None = None
+        self._changed = asyncio.Event()
+        self._has_started = self._is_over = self._has_passed_on = False
+        self._began = time.monotonic()
+        self._token = b""
+        orders.on_change = self._heed
+
+    async def run(self) -> Outcome:
+        """Runs the attempt.
+
+        Raises:
+            OSError: if the log folder cannot be written, the port is taken, or the launcher is not installed.
+        """
+        plan = self._plan
+        token_path = plan.log_dir / "token"
+        self._token = write_token(token_path)
+        server = await listen(plan.address, plan.port, self._serve)
+        port = server.sockets[0].getsockname()[1]
+        values = {"address": plan.address, "port": port, "token": token_path, "keepalive": plan.keepalive_seconds}
+        commands = plan.build_commands([f"--{name}={value}" for name, value in values.items()])
+        launcher = LauncherProcess(commands, plan.launcher_environment, plan.folder, plan.log_dir / "launcher.log")
+        beats = asyncio.create_task(self._beat(launcher))
+        beats.add_done_callback(self._check_beats)
+        try:
+            await self._gather(launcher)
+            if not self._failures and self._orders.first is None:
+                self._start_trainers()
+                await self._wait_for_end()
+            if self._failures:
+                await asyncio.sleep(_SETTLE_SECONDS)
+                self._tell_failure()
+            await self._end_ranks()
+        finally:
+            self._is_over = True
+            for rank in self._ranks.values():
+                rank.channel.send(Leave())
+            beats.cancel()
+            server.close()
+            is_cut_off = any(rank.is_lost for rank in self._ranks.values())
+            await launcher.end(_CUT_OFF_SECONDS if is_cut_off else _LAUNCHER_SECONDS)
+            for rank in self._ranks.values():
+                rank.channel.close()
+            token_path.unlink(missing_ok=True)
+        self._report_ends()
+        return self._outcome()
+
+    # What guards say.
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        channel = Channel(reader, writer)
+        try:
+            await channel.greet_guard(self._token)
+            message = await channel.receive()
+            if not isinstance(message, Register):
+                raise ProtocolError("it did not register")
+            rank = self._register(message, channel)
+        except ProtocolError as error:
+            self._terminal.say(f"refused a connection from {writer.get_extra_info('peername')}: {error}")
+            channel.close()
+            return
+        try:
+            while (message := await channel.receive()) is not None:
+                self._handle(rank, message)
+        except ProtocolError as error:
+            self._terminal.say(f"the guard of {rank.name} sent {error}")
+        if not rank.is_gone and not self._is_over:
+            rank.is_lost = True
+            self._fail(
+                rank.failure(
+                    f"lost its guard (process {rank.registered.pid}), which ends it: killed, or the host went down"
+                )
+            )
+
+    def _register(self, message: Register, channel: Channel) -> GuardedRank:
+        if not 0 <= message.rank < self._plan.world_size or message.rank in self._ranks:
+            raise ProtocolError(f"rank {message.rank} of {self._plan.world_size} is not expected from {message.host}")
+        log = self._plan.log_dir / f"rank_{message.rank}.log"
+        rank = self._ranks[message.rank] = GuardedRank(registered=message, channel=channel, log=log)
+        if self._is_over:
+            channel.send(Leave())
+        self._changed.set()
+        return rank
+
+    def _handle(self, rank: GuardedRank, message: Message) -> None:
+        match message:
+            case Beat():
+                rank.note_state(message.state)
+            case Output() if not self._failures:
+                self._terminal.show(message.text)
+            case LogTrouble():
+                self._terminal.say(f"{rank.name}: its output is lost, training goes on: {message.error}")
+            case Asked() if not self._failures and not rank.is_gone:
+                number = signal.Signals(message.signal_number)
+                self._orders.take(number, f"{rank.name} has received {number.name}")
+            case Ended():
+                rank.ended = message
+                self._changed.set()
+                if self._is_failure(rank, message):
+                    self._fail(rank.failure(rank.describe_end() + _hint(rank)))
+
+    def _is_failure(self, rank: GuardedRank, ended: Ended) -> bool:
+        stop = self._orders.first
+        is_stopped = stop is not None and ended.status in (None, -stop)
+        return not rank.is_killed and not is_stopped and ended.status != 0
+
+    # The course of an attempt.
+
+    async def _gather(self, launcher: LauncherProcess) -> None:
+        """Waits until the guards of all ranks have come."""
+
+        def is_done() -> bool:
+            everybody = len(self._ranks) == self._plan.world_size
+            return everybody or bool(self._failures) or self._orders.first is not None
+
+        deadline = time.monotonic() + self._plan.start_seconds
+        while not await self._wait(is_done, BEAT_SECONDS):
+            statuses = launcher.statuses()
+            if (statuses is None and time.monotonic() < deadline) or await self._wait(is_done, BEAT_SECONDS):
+                continue
+            missing = sorted(set(range(self._plan.world_size)) - set(self._ranks))
+            hosts = ", ".join(dict.fromkeys(map(self._plan.host_of, missing)))
+            what = (
+                f"did not start within {self._plan.start_seconds:.0f} s"
+                if statuses is None
+                else f"did not start: DeepSpeed's launcher {describe_status(next(filter(None, statuses), 0))}"
+            )
+            text = f"{join_ranks(missing)} (host {hosts}) {what}"
+            self._fail(Failure(text=text, lines=tuple(last_lines(launcher.log)), log=launcher.log))
+
+    def _start_trainers(self) -> None:
+        main = self._ranks[0].registered
+        address = self._plan.address if main.address.startswith("127.") else main.address
+        hosts: dict[str, list[int]] = {}
+        for number in sorted(self._ranks):
+            hosts.setdefault(self._ranks[number].registered.host, []).append(number)
+        for number, rank in self._ranks.items():
+            peers = hosts[rank.registered.host]
+            local_rank = rank.registered.local_rank
+            found = {
+                "RANK": number,
+                "LOCAL_RANK": peers.index(number) if local_rank is None else local_rank,
+                "WORLD_SIZE": self._plan.world_size,
+                "LOCAL_SIZE": len(peers),
+                "MASTER_ADDR": address,
+                "MASTER_PORT": main.free_port,
+            }
+            rank.channel.send(
+                Start(
+                    command=list(self._plan.trainer),
+                    environment={**{name: str(value) for name, value in found.items()}, **self._plan.environment},
+                    folder=str(self._plan.folder),
+                    log=str(rank.log),
+                    send_output=number == 0,
+                )
+            )
+        self._has_started = True
+        self._terminal.say(f"started {len(self._ranks)} ranks on {', '.join(hosts)}; logs in {self._plan.log_dir}")
+        self._heed()
+
+    async def _wait_for_end(self) -> None:
+        def is_done() -> bool:
+            return bool(self._failures) or self._orders.is_kill or not self._alive()
+
+        while not await self._wait(is_done, _NEWS_SECONDS):
+            if self._orders.first is not None:
+                seconds = time.monotonic() - self._orders.since
+                self._terminal.say(
+                    f"waiting for {join_ranks(self._alive())} to save and stop, since {seconds:.0f} s; they end after "
+                    "the step they are in, or at the first if they are still starting. Ctrl-C again kills them."
+                )
+
+    async def _end_ranks(self) -> None:
+        """Leaves the others a moment to tell of a failure, then ends those that are left, and waits for that."""
+        if not self._has_started:
+            return
+        await self._wait(lambda: self._orders.is_kill or not self._alive(), _GRACE_SECONDS)
+        for rank in self._alive().values():
+            rank.is_killed = True
+            rank.channel.send(Kill())
+        if not await self._wait(lambda: not self._alive(), self._plan.keepalive_seconds):
+            states = ", ".join(f"{rank.name} (state {rank.state or '?'})" for rank in self._alive().values())
+            self._terminal.say(
+                f"killed, but still there: {states}. In state D the kernel waits for storage or a device and ends them "
+                "once that answers; they do nothing more."
+            )
+
+    # Watching.
+
+    async def _beat(self, launcher: LauncherProcess) -> None:
+        while True:
+            before = time.monotonic()
+            for rank in self._ranks.values():
+                rank.channel.send(Beat())
+            launcher.watch()
+            self._find_lost()
+            await asyncio.sleep(BEAT_SECONDS)
+            late = max(0.0, time.monotonic() - before - 2 * BEAT_SECONDS)
+            for rank in self._ranks.values():  # what they sent while this process was held up is not read yet
+                rank.channel.last_heard += late
+
+    def _check_beats(self, beats: "asyncio.Task[None]") -> None:
+        if not beats.cancelled() and beats.exception() is not None:
+            self._fail(Failure(text=f"the supervisor itself: {beats.exception()!r}"))
+
+    def _find_lost(self) -> None:
+        silent: dict[str, list[GuardedRank]] = {}
+        for rank in self._ranks.values():
+            if not rank.is_gone and rank.silence > self._plan.keepalive_seconds:
+                silent.setdefault(rank.registered.host, []).append(rank)
+            if rank.is_stopped():
+                seconds = time.monotonic() - rank.state_since
+                self._fail(rank.failure(f"has been stopped (state T) for {seconds:.0f} s: something sent it SIGSTOP"))
+        for host, ranks in silent.items():
+            for rank in ranks:
+                rank.is_lost = True
+            who = join_ranks(rank.rank for rank in ranks)
+            seconds = self._plan.keepalive_seconds
+            text = (
+                f"host {host} ({who}) has not been heard of for {seconds:g} s: the host or its network is down, or "
+                f"its guards are stopped; they end their ranks after {seconds:g} s of silence"
+            )
+            first = ranks[0]
+            self._fail(Failure(text=text, lines=tuple(last_lines(first.log)), log=first.log, rank=first.rank))
+
+    def _fail(self, failure: Failure) -> None:
+        self._failures.append(failure)
+        self._changed.set()
+
+    def _tell_failure(self) -> None:
+        """Chooses the first failure that is no consequence of another, as far as that can be told, and shows it."""
+        failure = self._failure = min(self._failures, key=lambda failure: failure.is_consequence)
+        silent = [rank.name for rank in self._alive().values() if rank.silence > _SILENCE_SECONDS]
+        hint = f"; not heard of for some seconds: {', '.join(silent)}" if silent and failure.is_consequence else ""
+        where = f" (last lines of {failure.log})" if failure.lines else f" (see {failure.log})" if failure.log else ""
+        seconds = time.monotonic() - self._began
+        self._terminal.say(f"FAILED after {seconds:.0f} s: {failure.text}{hint}{where}", failure.lines)
+
+    def _heed(self) -> None:
+        """Passes the first order to stop on to all ranks."""
+        self._changed.set()
+        if self._has_started and self._orders.first is not None and not self._has_passed_on:
+            self._has_passed_on = True
+            for rank in self._alive().values():
+                rank.channel.send(Signal(signal_number=self._orders.first))
+
+    async def _wait(self, happened: Callable[[], bool], seconds: float) -> bool:
+        """Waits for something to happen; returns whether it did."""
+        deadline = time.monotonic() + seconds
+        while not happened():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), left)
+        return True
+
+    def _alive(self) -> dict[int, GuardedRank]:
+        return {number: rank for number, rank in self._ranks.items() if not rank.is_gone}
+
+    # How it ended.
+
+    def _report_ends(self) -> None:
+        """One line for each way in which the ranks that did not fail first have ended."""
+        if self._failure is None:
+            return
+        ends: dict[str, list[GuardedRank]] = {}
+        for rank in self._ranks.values():
+            if rank.rank != self._failure.rank and self._has_started:
+                ends.setdefault(rank.describe_end(), []).append(rank)
+        for end, ranks in ends.items():
+            first = min(ranks, key=lambda rank: rank.rank)
+            lines = first.ended.lines if first.ended is not None else []
+            errors = [line for line in lines if "error on rank" in line or line.startswith("error")] or lines[-1:]
+            if len(ranks) > 1:
+                end = end.replace("was ", "were ", 1)
+            self._terminal.say(f"{join_ranks(rank.rank for rank in ranks)} {end}", errors[-1:])
+
+    def _outcome(self) -> Outcome:
+        lost = [rank for rank in self._ranks.values() if rank.is_lost]
+        hosts = {self._host_name(rank) for rank in lost}
+        if self._failures and not self._has_started:
+            hosts |= {self._plan.host_of(rank) for rank in range(self._plan.world_size) if rank not in self._ranks}
+        return Outcome(
+            failure=self._failure,
+            is_user_error=any(rank.ended and rank.ended.status == USER_ERROR for rank in self._ranks.values()),
+            lost_hosts=frozenset(hosts),
+            clear_at=max((rank.channel.last_heard + self._plan.keepalive_seconds for rank in lost), default=0.0),
+        )
+
+    def _host_name(self, rank: GuardedRank) -> str:
+        """In the hostfile; Slurm may have its own order of hosts."""
+        own = rank.registered.host.partition(".")[0]
+        found = (host.name for host in self._plan.hosts if host.name.partition(".")[0] == own)
+        return next(found, self._plan.host_of(rank.rank))
+
+
+def _hint(rank: GuardedRank) -> str:
+    if rank.ended is not None and rank.ended.status == -9:
+        return f" (the kernel does that when memory runs out: see dmesg on {rank.registered.host})"
+    return ""

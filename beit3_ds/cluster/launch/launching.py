@@ -1,0 +1,276 @@
+"""`beit3 launch`: checks, attempts, and restarts from the newest checkpoint."""
+
+import asyncio
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from beit3_ds.cluster.check.reachability import find_unreachable
+from beit3_ds.cluster.hostfile import Hostfile, HostSlots, read_hostfile, write_hostfile
+from beit3_ds.cluster.launch.attempt import USER_ERROR, Attempt
+from beit3_ds.cluster.launch.attempt_plan import AttemptPlan, Outcome
+from beit3_ds.cluster.launch.elastic import largest_fit
+from beit3_ds.cluster.launch.forwarding import forwarded_environment
+from beit3_ds.cluster.launch.launcher_command import (
+    EQUAL_SLOTS,
+    Launcher,
+    build_commands,
+    check_launcher,
+    launcher_environment,
+)
+from beit3_ds.cluster.launch.stop_signals import StopOrders
+from beit3_ds.cluster.launch.terminal import Terminal
+from beit3_ds.config import ConfigError, RunConfig, check_layout, fits_layout, load_run_config
+
+_STEP = re.compile(r"step-(\d+)")
+_ATTEMPT = re.compile("attempt_([0-9]+)")
+_RESTART_SECONDS = 2.0  # so that a fault that ends every attempt at once cannot flood anything
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchOptions:
+    """What the command line of `beit3 launch` says."""
+
+    hostfile: str
+    config: str
+    changes: Sequence[str]
+    """Of the config (`--set`)."""
+    launcher: Launcher
+    restarts: int
+    """How often to start again after a failure."""
+    smallest: int
+    """Ranks that a restart must have."""
+    log_dir: str | None
+    """None is `logs` in the run's output folder."""
+    environment: Sequence[str]
+    """NAME or NAME=VALUE, beside what is forwarded anyway."""
+    keepalive_seconds: float
+    start_seconds: float
+    port: int
+    """To listen on; 0 is any."""
+    module: str = "beit3_ds.pretrain"
+    """What every rank runs, with the config and the changes as its arguments."""
+
+
+def launch(options: LaunchOptions) -> int:
+    """Runs a training on the machines of a hostfile to its end.
+
+    Returns:
+        0 if it is finished, 128 + n if signal n stopped it with its state saved, 2 if a rank met what only the user can
+        mend, 1 after any other failure.
+
+    Raises:
+        ConfigError: before anything is started, for what cannot work.
+    """
+    hostfile = read_hostfile(options.hostfile)
+    config = load_run_config(options.config, options.changes)
+    check_layout(config, hostfile.world_size)
+    path = launcher_environment(options.launcher, os.environ)["PATH"]
+    check_launcher(options.launcher, hostfile, lambda program: shutil.which(program, path=path))
+    environment = forwarded_environment(os.environ, options.environment)
+    log_dir = Path(options.log_dir or Path(config.training.output_dir) / "logs").absolute()
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the log folder {log_dir} cannot be made: {error.strerror}. Name one that all hosts share with --log-dir."
+        ) from None
+    return asyncio.run(_Launch(options, config, hostfile, environment, log_dir).run())
+
+
+class _Launch:
+    def __init__(
+        self,
+        options: LaunchOptions,
+        config: RunConfig,
+        hostfile: Hostfile,
+        environment: Mapping[str, str],
+        log_dir: Path,
+    ) -> None:
+        self._options, self._config, self._environment = options, config, environment
+        self._hosts = list(hostfile.hosts)
+        self._source, self._log_dir = hostfile, log_dir
+        self._terminal = Terminal(log_dir / "launch.log")
+        self._orders = StopOrders(self._terminal)
+
+    async def run(self) -> int:
+        self._orders.listen()
+        await self._check_reachable()
+        restarts = 0
+        while True:
+            outcome = await self._attempt()
+            status = self._status(outcome)
+            if status != 1:
+                return status
+            if self._orders.first is not None or restarts == self._options.restarts:
+                self._terminal.say(self._give_up(restarts))
+                return status
+            restarts += 1
+            if not await self._prepare_restart(outcome, restarts):
+                return status
+
+    async def _check_reachable(self) -> None:
+        faults = await self._find_unreachable([host.name for host in self._hosts])
+        if faults:
+            raise ConfigError(
+                f"hostfile {self._source.path}: "
+                + "; ".join(f"host {name} cannot be reached: {fault}" for name, fault in faults.items())
+                + ". Mend it or take it out of the hostfile."
+            )
+
+    async def _find_unreachable(self, names: Sequence[str]) -> dict[str, str]:
+        # Inside an allocation of Slurm srun and mpirun start processes without ssh, which the hosts may refuse.
+        uses_slurm = self._options.launcher == "slurm" or (
+            self._options.launcher in ("openmpi", "mpich") and "SLURM_JOB_ID" in os.environ
+        )
+        return {} if self._source.is_local or uses_slurm else await find_unreachable(names)
+
+    async def _attempt(self) -> Outcome:
+        folder = self._new_folder()
+        hostfile = write_hostfile(folder / "hostfile", self._hosts)
+        options = self._options
+        plan = AttemptPlan(
+            hosts=self._hosts,
+            build_commands=lambda guard: build_commands(options.launcher, hostfile, guard),
+            launcher_environment=launcher_environment(options.launcher, os.environ),
+            trainer=[
+                sys.executable,
+                "-u",
+                "-m",
+                options.module,
+                options.config,
+                *(f"--set={c}" for c in options.changes),
+            ],
+            environment=self._environment,
+            folder=Path.cwd(),
+            log_dir=folder,
+            address=_own_address(hostfile),
+            port=options.port,
+            keepalive_seconds=options.keepalive_seconds,
+            start_seconds=options.start_seconds,
+        )
+        try:
+            return await Attempt(plan, self._orders, self._terminal).run()
+        except OSError as error:
+            raise ConfigError(f"the launch failed: {error}. Logs are in {folder}.") from error
+
+    def _new_folder(self) -> Path:
+        # A copy, such as attempt_1.bak, belongs to somebody else.
+        taken = [int(match[1]) for path in self._log_dir.iterdir() if (match := _ATTEMPT.fullmatch(path.name))]
+        folder = self._log_dir / f"attempt_{max(taken, default=0) + 1}"
+        folder.mkdir()
+        return folder
+
+    def _status(self, outcome: Outcome) -> int:
+        """The exit status if this was the last attempt; tells how the run ended, unless it failed."""
+        if outcome.is_user_error:
+            self._terminal.say("a rank ended with status 2: this needs a change before the same command can go on")
+            return USER_ERROR
+        if outcome.failure is not None or self._orders.is_kill:
+            return 1
+        done, total = self._saved_step(), self._config.training.total_steps
+        if done is not None and done >= total:
+            self._terminal.say(f"finished: {total} steps")
+            return 0
+        number = self._orders.first or signal.SIGTERM  # which a rank may have had from elsewhere
+        saved = f"the checkpoint of step {done} of {total} is saved" if done else "no step was done, nothing to save"
+        self._terminal.say(f"stopped by {number.name}: {saved}; the same command goes on from there")
+        return 128 + number
+
+    async def _prepare_restart(self, outcome: Outcome, number: int) -> bool:
+        """Waits for lost ranks to be gone, and leaves out the hosts that are; returns whether to start again."""
+        await self._pause(max(_RESTART_SECONDS, outcome.clear_at - time.monotonic() + _RESTART_SECONDS))
+        unreachable = await self._find_unreachable([host.name for host in self._hosts])
+        if self._options.launcher == "slurm":  # which nobody has asked
+            unreachable |= dict.fromkeys(outcome.lost_hosts, "it fell silent")
+        left = [host for host in self._hosts if host.name not in unreachable]
+        hosts = largest_fit(
+            left,
+            lambda world_size: fits_layout(self._config, world_size),
+            equal_slots=self._options.launcher in EQUAL_SLOTS,
+            smallest=self._options.smallest,
+        )
+        without = f" without {', '.join(unreachable)} (not reachable)" if unreachable else ""
+        if self._orders.first is not None:
+            self._terminal.say(self._give_up(number - 1))
+            return False
+        if hosts is None:
+            num_slots = sum(host.slots for host in left)
+            self._terminal.say(
+                f"no restart{without}: the layout of {self._options.config} fits no number of ranks between "
+                f"{self._options.smallest} (--min-ranks) and {num_slots}. Once the hosts are back, the same command "
+                f"goes on {self._from_where()}."
+            )
+            return False
+        before = sum(host.slots for host in self._hosts)
+        self._hosts = hosts
+        ranks = sum(host.slots for host in hosts)
+        size = f"{ranks} rank{'' if ranks == 1 else 's'}{'' if ranks == before else f' instead of {before}'}"
+        self._terminal.say(
+            f"restart {number} of {self._options.restarts}{without}: {size} on {_describe_hosts(hosts)}, "
+            f"{self._from_where()}"
+        )
+        return True
+
+    async def _pause(self, seconds: float) -> None:
+        ended = asyncio.Event()
+        self._orders.on_change = ended.set
+        if self._orders.first is None:
+            await asyncio.wait([asyncio.create_task(ended.wait())], timeout=seconds)
+
+    def _give_up(self, restarts: int) -> str:
+        why = (
+            f"it was asked to stop by {self._orders.first.name}"
+            if self._orders.first is not None
+            else f"restarted {restarts} time{'' if restarts == 1 else 's'}"
+            if restarts
+            else "no restarts were asked for (--restarts N)"
+        )
+        return f"the run has failed ({why}); the same command goes on {self._from_where()}"
+
+    def _from_where(self) -> str:
+        done = self._saved_step()
+        return f"from the checkpoint of step {done}" if done else "from the beginning, for there is no checkpoint yet"
+
+    def _saved_step(self) -> int | None:
+        """The newest checkpoint, as the run itself has noted it; it checks it when it goes on."""
+        try:
+            text = (Path(self._config.training.output_dir) / "checkpoints" / "latest").read_text()
+        except OSError:
+            return None
+        match = _STEP.fullmatch(text.strip())
+        return int(match[1]) if match else None
+
+
+def _describe_hosts(hosts: Sequence[HostSlots]) -> str:
+    return ", ".join(f"{host.name} ({host.slots})" for host in hosts)
+
+
+def _own_address(hostfile: Hostfile) -> str:
+    """This machine's address on the network over which it reaches the hosts."""
+    if hostfile.is_local:
+        return "127.0.0.1"
+    faults = []
+    own = "127.0.0.1"
+    for name in hostfile.names:  # the first may be this machine itself
+        try:
+            found = socket.getaddrinfo(name, 9, type=socket.SOCK_DGRAM)
+        except OSError as error:
+            faults.append(f"{name}: {error.strerror}")
+            continue
+        family, kind, protocol, _, target = found[0]
+        with socket.socket(family, kind, protocol) as probe:  # sends nothing
+            probe.connect(target)
+            own = str(probe.getsockname()[0])
+        if not own.startswith("127.") and own != target[0]:
+            return own
+    if faults:
+        raise ConfigError(f"hostfile {hostfile.path}: names cannot be looked up here: {'; '.join(faults)}.")
+    return own

@@ -1,0 +1,233 @@
+"""The guard of one rank: what DeepSpeed's launcher starts in the trainer's place, on every host.
+
+It connects to the supervisor (`beit3 launch`), receives environment and command, runs the trainer as its child and
+reports how that ends. It ends the trainer when it is told to, and when it has lost the supervisor. Only the standard
+library is imported: a guard starts at once and can outlive any trouble of the trainer's.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+from beit3_ds.cluster.launch.messages import (
+    BEAT_SECONDS,
+    Asked,
+    Beat,
+    Channel,
+    Ended,
+    Kill,
+    Leave,
+    LogTrouble,
+    Message,
+    Output,
+    ProtocolError,
+    Register,
+    Signal,
+    Start,
+    connect,
+)
+from beit3_ds.cluster.launch.trainer_process import STOP_SIGNALS, TrainerProcess
+
+# Variables of the launchers: DeepSpeed's own, Open MPI's, MPICH's, Slurm's.
+_RANK_NAMES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
+_LOCAL_RANK_NAMES = (
+    "LOCAL_RANK",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "MPI_LOCALRANKID",
+    "PALS_LOCAL_RANKID",
+    "SLURM_LOCALID",
+)
+_ATTEMPTS = 4
+
+
+class RankGuard:
+    """Runs one rank's trainer as the supervisor orders."""
+
+    def __init__(self, channel: Channel, keepalive_seconds: float) -> None:
+        """Takes a connection over which both sides have proved themselves and this rank was registered."""
+        self._channel, self._keepalive = channel, keepalive_seconds
+        self._trainer: TrainerProcess | None = None
+        self._has_ended = False
+        self._is_lost = False
+        self._over = asyncio.Event()
+
+    async def run(self) -> int:
+        """Returns once the supervisor says so, or it is lost and the trainer gone: 0, or 1 if it was lost."""
+        loop = asyncio.get_running_loop()
+        for number in STOP_SIGNALS:
+            loop.add_signal_handler(number, self._channel.send, Asked(signal_number=number))
+        tasks = [loop.create_task(self._obey()), loop.create_task(self._beat())]
+        await self._over.wait()
+        for task in tasks:
+            task.cancel()
+        return 1 if self._is_lost else 0
+
+    async def _obey(self) -> None:
+        try:
+            while (message := await self._channel.receive()) is not None:
+                self._handle(message)
+        except ProtocolError as error:
+            print(f"beit3 launch: the supervisor sent {error}", file=sys.stderr, flush=True)
+        if self._over.is_set():
+            return
+        self._is_lost = True
+        if self._trainer is None or self._has_ended:
+            self._over.set()
+        else:  # time to save until the heartbeats are missed
+            self._trainer.send_signal(signal.SIGTERM)
+
+    def _handle(self, message: Message) -> None:
+        match message:
+            case Start():
+                self._start(message)
+            case Signal(signal_number=number) if self._trainer is not None and not self._has_ended:
+                self._trainer.send_signal(number)
+            case Kill():
+                self._kill()
+            case Leave():
+                self._over.set()
+
+    def _start(self, start: Start) -> None:
+        if self._has_ended:
+            return
+        loop = asyncio.get_running_loop()
+
+        def send(message: Message) -> None:  # from the thread that copies the output
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(self._channel.send, message)
+
+        try:
+            self._trainer = TrainerProcess(
+                start,
+                (lambda text: send(Output(text=text))) if start.send_output else None,
+                lambda error: send(LogTrouble(error=error)),
+            )
+        except (OSError, ValueError) as error:
+            self._has_ended = True
+            self._channel.send(Ended(status=None, lines=[], error=f"cannot start {start.command[0]}: {error}"))
+            return
+        loop.add_reader(self._trainer.pidfd, self._report_end, self._trainer)
+
+    def _kill(self) -> None:
+        if self._trainer is None and not self._has_ended:
+            self._has_ended = True  # before it has begun
+            self._channel.send(Ended(status=None, lines=[]))
+        elif self._trainer is not None and not self._has_ended:
+            self._trainer.kill()
+
+    def _report_end(self, trainer: TrainerProcess) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(trainer.pidfd)
+        self._has_ended = True
+        finished = loop.run_in_executor(None, trainer.finish)  # it may wait for output
+
+        def report(status: "asyncio.Future[int]") -> None:
+            self._channel.send(Ended(status=status.result(), lines=trainer.last_lines()))
+            if self._is_lost:
+                self._over.set()
+
+        finished.add_done_callback(report)
+
+    async def _beat(self) -> None:
+        while True:
+            before = time.monotonic()
+            state = "" if self._trainer is None or self._has_ended else self._trainer.state()
+            self._channel.send(Beat(state=state))
+            await asyncio.sleep(BEAT_SECONDS)
+            # If this machine itself was held up, the supervisor's messages lie unread.
+            self._channel.last_heard += max(0.0, time.monotonic() - before - 2 * BEAT_SECONDS)
+            if time.monotonic() - self._channel.last_heard > self._keepalive:
+                self._is_lost = True
+                if self._trainer is None or self._has_ended:
+                    self._over.set()
+                else:
+                    self._trainer.kill()
+
+
+def main() -> int:
+    """Runs the guard of the rank that the launcher's variables name; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="beit3_ds.cluster.launch.rank_guard", description=__doc__)
+    parser.add_argument("--address", required=True, help="of the supervisor")
+    parser.add_argument("--port", required=True, type=int, help="of the supervisor")
+    parser.add_argument("--token", required=True, type=Path, metavar="FILE", help="that both sides must have read")
+    parser.add_argument("--keepalive", required=True, type=float, metavar="SECONDS", help="without the supervisor")
+    options = parser.parse_args()
+    try:
+        return asyncio.run(_guard(options))
+    except (OSError, ProtocolError) as error:
+        print(f"beit3 launch: {error}", file=sys.stderr, flush=True)
+        return 1
+
+
+async def _guard(options: argparse.Namespace) -> int:
+    rank = _number(_RANK_NAMES)
+    if rank is None:
+        raise ProtocolError(f"the launcher has set none of {', '.join(_RANK_NAMES)}")
+    who = f"rank {rank} on host {socket.gethostname()}"
+    try:
+        token = await _read(options.token)
+    except OSError as error:
+        raise OSError(
+            f"{who} cannot read {options.token}: {error.strerror}. The log folder must be on storage that all hosts "
+            "share: name one with --log-dir."
+        ) from None
+    where = f"the supervisor at {options.address} port {options.port}"
+    try:
+        channel = await _connect(options.address, options.port)
+    except OSError as error:
+        raise OSError(
+            f"{who} cannot reach {where}: {error.strerror}. Let the hosts connect to that port (--port names it)."
+        ) from None
+    try:
+        await channel.greet_supervisor(token)
+    except ProtocolError as error:
+        raise ProtocolError(f"{who} does not trust {where}: {error}") from None
+    channel.send(
+        Register(
+            rank=rank,
+            local_rank=_number(_LOCAL_RANK_NAMES),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            address=channel.local_address,
+            free_port=_free_port(),
+        )
+    )
+    return await RankGuard(channel, options.keepalive).run()
+
+
+async def _read(path: Path) -> bytes:
+    for _ in range(_ATTEMPTS - 1):
+        with contextlib.suppress(FileNotFoundError):  # a network file system may show it late
+            return path.read_bytes()
+        await asyncio.sleep(BEAT_SECONDS)
+    return path.read_bytes()
+
+
+async def _connect(address: str, port: int) -> Channel:
+    for _ in range(_ATTEMPTS - 1):
+        try:
+            return await connect(address, port)
+        except OSError:
+            await asyncio.sleep(BEAT_SECONDS)
+    return await connect(address, port)
+
+
+def _number(names: tuple[str, ...]) -> int | None:
+    found = (os.environ[name] for name in names if os.environ.get(name, "").isdecimal())
+    return next(map(int, found), None)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Finds, opens and reads the files of a run, and describes them."""

@@ -1,0 +1,48 @@
+"""Recognises what a file holds by its first bytes, whatever its name says."""
+
+from beit3_ds.data.files.reading import open_for_reading
+
+_MAGIC = (
+    (0, b"\x1f\x8b", "gzip data"),
+    (0, b"\x28\xb5\x2f\xfd", "Zstandard data"),
+    (4, b"1AY&SY", "bzip2 data"),
+    (0, b"\xfd7zXZ\0", "xz data"),
+    (0, b"\x04\x22\x4d\x18", "LZ4 data"),
+    (0, b"PK\x03\x04", "a zip archive"),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    (0, b"Rar!\x1a\x07", "a rar archive"),
+    (257, b"ustar", "a tar archive"),
+    (0, b"PAR1", "a Parquet table"),
+    (0, b"ARROW1", "an Arrow table"),
+    (0, b"SQLite format 3\0", "an SQLite database"),
+    (0, b"\x89HDF\r\n", "HDF5 data"),
+    (0, b"\x93NUMPY", "a NumPy array"),
+    (0, b"%PDF-", "a PDF document"),
+    (0, b"\x89PNG\r\n", "a PNG image"),
+    (0, b"\xff\xd8\xff", "a JPEG image"),
+    (0, b"GIF8", "a GIF image"),
+    (0, b"\xff\xfe\0\0", "UTF-32 text"),
+    (0, b"\0\0\xfe\xff", "UTF-32 text"),
+    (0, b"\xff\xfe", "UTF-16 text"),
+    (0, b"\xfe\xff", "UTF-16 text"),
+)
+_HEAD_BYTES = 512
+
+
+def kind_of_file(path: str) -> str:
+    """Names what a file holds by its first bytes, such as `gzip data`; empty for unknown ones.
+
+    Raises:
+        OSError: if it cannot be opened.
+        StorageError: if the file system fails.
+    """
+    with open_for_reading(path) as file:
+        return kind_of_bytes(file.read(_HEAD_BYTES))
+
+
+def kind_of_bytes(head: bytes) -> str:
+    """Names what a file with these first bytes holds; empty for unknown ones."""
+    for offset, magic, kind in _MAGIC:
+        if head.startswith(magic, offset):
+            return kind
+    return ""

@@ -1,0 +1,32 @@
+"""Describes what the sources of a run leave out, so that a run can print at its start what it does not train on."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from beit3_ds.data.images.image_source import Skipped, printable
+from beit3_ds.data.samples import ImageSamples, PairSamples, TextSamples
+
+
+def describe_left_out(sources: Mapping[str, Any]) -> list[str]:
+    """Describes files, members, rows and lines that are no samples, one line per source and reason, with an example.
+
+    Args:
+        sources: samples by the name of their source, as from `name_sources`.
+    """
+    return [
+        f"{name}: left out {found.num_members:,}: {reason} (such as {printable(found.example)})"
+        for name, samples in sources.items()
+        for reason, found in _left_out(samples).items()
+    ]
+
+
+def _left_out(samples: object) -> dict[str, Skipped]:
+    match samples:
+        case ImageSamples():
+            return samples.source.skipped
+        case PairSamples():
+            return samples.images.source.skipped
+        case TextSamples(sequences=sequences):
+            found = {"line that is no text": sequences.broken, "file without text": sequences.empty}
+            return {reason: Skipped(len(names), names[0]) for reason, names in found.items() if names}
+    return {}

@@ -1,0 +1,184 @@
+"""The files that the glob patterns of a config name."""
+
+import glob
+import heapq
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+
+from beit3_ds.config import ConfigError
+from beit3_ds.data.files.reading import read_with_retries
+
+# The innermost braces with a comma or a range.
+_BRACES = re.compile(r"\{(?:(?P<first>[0-9]{1,18})\.\.(?P<last>[0-9]{1,18})|(?P<list>[^{}]*,[^{}]*))\}")
+_MAX_NAMES = 1_000_000
+
+
+def expand_patterns(patterns: Iterable[str]) -> list[str]:
+    """Lists the files that patterns name: in the order of the patterns, sorted within each.
+
+    Patterns are those of a shell: `*`, `?`, `[abc]`, `**` across folders, `~`, and braces as WebDataset's users write
+    them, `shard-{0000..0127}.tar` and `{train,extra}-*.tar`. Every path that braces expand to must match. The order is
+    part of the data order, so it must not depend on the file system.
+
+    `**` follows links to folders, and lists each folder once, so links that form a loop end.
+
+    Raises:
+        ConfigError: for a pattern, or a part of its braces, without a match; for a folder, pipe, socket or device among
+            the matches; for a file that two patterns or two links match (its samples would count twice).
+        StorageError: if the file system fails.
+    """
+    files: list[str] = []
+    for pattern in patterns:
+        # A name that exists is taken literally: it may hold brackets and braces.
+        for part in [pattern] if os.path.exists(pattern) else expand_braces(pattern):
+            files.extend(_matches(os.path.expanduser(part), pattern))
+    seen: set[str] = set()
+    for file in files:
+        _check_is_file_or_folder(file)
+        if os.path.realpath(file) in seen:
+            raise ConfigError(f"data: {file} is listed twice; let only one pattern match it.")
+        seen.add(os.path.realpath(file))
+    return files
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Expands `{a,b}` and `{008..012}` as bash does; braces of another form stay as they are.
+
+    Raises:
+        ConfigError: for more than a million numbers of a range, or names in all.
+    """
+    # Each pass expands the innermost braces; the next one those around them, which may give a name repeatedly.
+    names, is_done = {pattern: None}, False
+    while not is_done:
+        is_done, expanded = True, dict[str, None]()
+        for name in names:
+            match = _BRACES.search(name)
+            is_done = is_done and match is None
+            for choice in _choices(match, pattern) if match else ("",):
+                before, after = (name[: match.start()], name[match.end() :]) if match else (name, "")
+                expanded[f"{before}{choice}{after}"] = None
+                if len(expanded) > _MAX_NAMES:
+                    raise ConfigError(f"data: the braces of '{pattern}' spell out more than {_MAX_NAMES:,} names.")
+        names = expanded
+    return list(names)
+
+
+def _choices(braces: re.Match[str], pattern: str) -> Iterable[str]:
+    if braces["first"] is None:
+        return braces["list"].split(",")
+    first, last = braces["first"], braces["last"]
+    if abs(int(last) - int(first)) >= _MAX_NAMES:
+        raise ConfigError(f"data: the range {braces[0]} of '{pattern}' has more than {_MAX_NAMES:,} numbers.")
+    width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
+    step = 1 if int(first) <= int(last) else -1
+    return (f"{number:0{width}d}" for number in range(int(first), int(last) + step, step))
+
+
+def is_inside(path: str, folder: str) -> bool:
+    """Returns whether a path is below a folder, after following links."""
+    return os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), ""))
+
+
+def list_folders(base: str) -> Iterator[str]:
+    """Yields a folder and all visible folders below it, each once: by its own path, or else by the first link to it."""
+    seen: set[tuple[int, int]] = set()
+    folders, links = [base], list[str]()
+    while folders or links:
+        folder = folders.pop() if folders else heapq.heappop(links)
+        path = folder or os.curdir
+        try:
+            status = read_with_retries(lambda path=path: os.stat(path), path)  # type: ignore[misc]
+            if not stat.S_ISDIR(status.st_mode) or (status.st_dev, status.st_ino) in seen:
+                continue
+            entries = read_with_retries(lambda path=path: _visible(path), path)  # type: ignore[misc]
+        except OSError as error:
+            raise ConfigError(
+                f"data: folder {path} cannot be listed: {error}. Make it readable, or move it."
+            ) from error
+        seen.add((status.st_dev, status.st_ino))
+        yield folder
+        for entry in entries:
+            if entry.is_symlink():
+                if os.path.isdir(entry.path):
+                    heapq.heappush(links, os.path.join(folder, entry.name))
+            elif entry.is_dir():
+                folders.append(os.path.join(folder, entry.name))
+
+
+def check_no_hard_link(files: Iterable[str]) -> None:
+    """Refuses two hard links to one file, which `expand_patterns` takes for two files.
+
+    Raises:
+        ConfigError: naming both links.
+        StorageError: if the file system fails.
+    """
+    seen: dict[tuple[int, int], str] = {}
+    for file in files:
+        status = _stat(file)
+        if status is None or status.st_nlink < 2 or not stat.S_ISREG(status.st_mode):
+            continue
+        first = seen.setdefault((status.st_dev, status.st_ino), file)
+        if first != file:
+            raise ConfigError(f"data: {file} and {first} are the same file; let only one pattern match it.")
+
+
+def _check_is_file_or_folder(file: str) -> None:
+    """Refuses a pipe, a socket or a device: reading one may never end."""
+    status = _stat(file)
+    if status is not None and not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        raise ConfigError(f"data: {file} is a pipe, a socket or a device. Name files, or match them with a pattern.")
+
+
+def _stat(file: str) -> os.stat_result | None:
+    try:
+        return read_with_retries(lambda: os.stat(file), file)
+    except OSError:  # opening the file reports it
+        return None
+
+
+def _matches(path: str, pattern: str) -> list[str]:
+    if os.path.exists(path):
+        return [path]
+    matches = sorted(_glob(path))
+    if not matches:
+        within = "" if path == pattern else f", which is part of '{pattern}'"
+        folder = os.path.dirname(os.path.abspath(path))
+        raise ConfigError(
+            f"data: no file matches '{path}'{within} (looked in {folder}). Correct the path in the config."
+        )
+    folders = [match for match in matches if os.path.isdir(match)]
+    if folders and not path.rstrip(os.sep).endswith("**"):  # `**` matches the files in folders too
+        raise ConfigError(
+            f"data: '{pattern}' matches the folder {folders[0]}. Match files, for example with "
+            f"'{os.path.join(path, '*')}', or give each folder of images an entry of its own."
+        )
+    return [match for match in matches if not os.path.isdir(match)]
+
+
+def _glob(path: str) -> list[str]:
+    """Returns the matches of a pattern; Python's own `**` follows loops of links and ignores unreadable folders.
+
+    Raises:
+        ConfigError: if a folder below `**` cannot be read.
+        StorageError: if the file system fails.
+    """
+    parts = path.rstrip(os.sep).split(os.sep)
+    if "**" not in parts:
+        return glob.glob(path)
+    number = parts.index("**")
+    above = os.sep.join(parts[:number]) or (os.sep if path.startswith(os.sep) else "")
+    below = os.path.join("", *parts[number + 1 :]) or "*"
+    bases = glob.glob(above) if above else [""]
+    return [
+        match
+        for base in bases
+        for folder in list_folders(base)
+        for match in _glob(os.path.join(glob.escape(folder), below))
+    ]
+
+
+def _visible(folder: str) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if not entry.name.startswith(".")]

@@ -1,0 +1,1 @@
+"""Sources of images and captions, and the decoding and augmentation of images."""

@@ -1,0 +1,111 @@
+"""Tables of annotations: what `beit3 prepare index` writes of an annotation file, so that no run parses it anew.
+
+A table is one line of JSON (what it was made from, what was left out, sizes); then numbers (int64, little-endian): the
+image of each sample, where each path of an image ends, where each caption ends; then the paths and the captions, as
+UTF-8. All but the line is mapped, so all processes of a machine share what the system has cached.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from beit3_ds.atomic_file import bounded_name, written_aside
+from beit3_ds.config import ConfigError
+from beit3_ds.data.images.annotated_images import AnnotatedImages, describe_files
+from beit3_ds.data.images.compact_strings import StoredStrings
+from beit3_ds.data.images.image_source import Skipped
+
+_FORMAT = 1
+_MAX_HEADER_BYTES = 1 << 20
+
+
+class StoredAnnotations(AnnotatedImages):
+    """The samples of a table. A pickled copy maps it anew."""
+
+    def __init__(self, path: str, files: Sequence[str], folder: str) -> None:
+        """Opens table `path` and checks that its annotation files are still those that it was made from.
+
+        Args:
+            path: the table.
+            files: the annotation file, and a second one if the format has two.
+            folder: where the images lie.
+
+        Raises:
+            ConfigError: if the table is damaged, or an annotation file has another size or modification time.
+        """
+        self._path, self._files = path, files
+        try:
+            with open(path, "rb") as file:
+                line = file.readline(_MAX_HEADER_BYTES)
+            header = json.loads(line)
+            if header["format"] != _FORMAT:
+                raise ValueError(f"format {header['format']} instead of {_FORMAT}")
+            num_samples, num_images, path_bytes, caption_bytes = map(int, header["sizes"])
+            num_numbers = 2 * num_samples + num_images
+            if os.path.getsize(path) != len(line) + 8 * num_numbers + path_bytes + caption_bytes:
+                raise ValueError("cut off or overwritten")
+            skipped = {reason: Skipped(*found) for reason, found in header["skipped"].items()}
+            made_from = header["made_from"]
+            data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))[len(line) :]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"data: table {path} of {files[0]} is damaged: {error}. Run `beit3 prepare index`."
+            ) from error
+        for name, then, now in zip(files, made_from, describe_files(files), strict=True):
+            if then != now:
+                raise ConfigError(
+                    f"data: {name} has size and mtime_ns {now}, its table {path} was made from {then}. If the change "
+                    "is meant, run `beit3 prepare index` again; else fetch the file again."
+                )
+        numbers, paths, captions = np.split(data, np.cumsum([8 * num_numbers, path_bytes]))
+        image_numbers, path_ends, caption_ends = np.split(numbers.view("<i8"), np.cumsum([num_samples, num_images]))
+        super().__init__(
+            files[0],
+            folder,
+            StoredStrings(paths, path_ends),
+            StoredStrings(captions, caption_ends),
+            image_numbers,
+            skipped,
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # NumPy would pickle a map as a copy of all it shows.
+        return StoredAnnotations, (self._path, self._files, self.images.path)
+
+
+def table_path(prepared_dir: str, kind: str, annotations: str, folder: str) -> str:
+    """The table of an annotation file: its name and a digest of all that decides on what it holds."""
+    facts = "\0".join((kind, os.path.abspath(annotations), os.path.abspath(folder)))
+    digest = hashlib.sha256(os.fsencode(facts)).hexdigest()[:12]
+    return os.path.join(prepared_dir, "index", f"{bounded_name(os.path.basename(annotations))}.{digest}.table")
+
+
+def write_table(samples: AnnotatedImages, path: str, made_from: list[list[int]]) -> None:
+    """Writes the table of what was read, whole or not at all.
+
+    Args:
+        samples: what was read.
+        path: where to.
+        made_from: `describe_files` before reading.
+
+    Raises:
+        OSError: if the folder cannot be written.
+    """
+    header = {
+        "format": _FORMAT,
+        "made_from": made_from,
+        "sizes": (len(samples), len(samples.paths), len(samples.paths.text), len(samples.captions.text)),
+        "skipped": samples.skipped,
+    }
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with written_aside(Path(path)) as file:
+        file.write(json.dumps(header).encode("ascii") + b"\n")
+        for numbers in (samples.image_numbers, samples.paths.ends, samples.captions.ends):
+            file.write(np.asarray(numbers, dtype="<i8").data)
+        for text in (samples.paths.text, samples.captions.text):
+            file.write(np.asarray(text, dtype=np.uint8).data)

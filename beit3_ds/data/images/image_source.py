@@ -1,0 +1,82 @@
+"""What every source of images offers, however its files are laid out."""
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
+
+from PIL import Image
+
+from beit3_ds.data.files.fingerprint import SourceFile
+
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f]")
+
+
+class BrokenRecord(Exception):
+    """One sample cannot be read; the message names its file, its key and the reason."""
+
+
+class Skipped(NamedTuple):
+    """Files, members or rows that are no samples, for one reason."""
+
+    num_members: int
+    """How many."""
+    example: str
+    """Name of the first."""
+
+
+def printable(path: str) -> str:
+    """Returns a path or a message as one line, with escapes for control characters and bytes that are not UTF-8."""
+    text = path.encode("utf-8", "backslashreplace").decode("utf-8")
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+class ImageSource(Protocol):
+    """Images, with captions if the corpus has them, by number.
+
+    The order is part of the data order: it follows from the files alone. Broken samples keep their number. Instances
+    can be pickled and read from several processes.
+    """
+
+    @property
+    def skipped(self) -> dict[str, Skipped]:
+        """What is left out, by reason."""
+
+    def __len__(self) -> int:
+        """Samples, broken ones included."""
+
+    def files(self) -> Iterable[SourceFile]:
+        """Returns the files that the samples come from, in order."""
+
+    def name(self, index: int) -> str:
+        """File and key of a sample, for messages."""
+
+    def image(self, index: int, min_side: int | None = None) -> Image.Image:
+        """The image of a sample, upright and in RGB.
+
+        Args:
+            index: number of the sample.
+            min_side: pixels on the shorter side that are enough (`images.decode_image`); None asks for all.
+
+        Raises:
+            BrokenRecord: if it has none, or one that cannot be read.
+            StorageError: if the file system fails.
+        """
+
+    def caption(self, index: int) -> str:
+        """The caption of a sample: not empty, valid Unicode without NUL, no white space around it.
+
+        Raises:
+            BrokenRecord: if it has none, or one that cannot be read.
+            StorageError: if the file system fails.
+        """
+
+    def pair(self, index: int, min_side: int | None = None) -> tuple[Image.Image, str]:
+        """Returns the image and the caption of a sample, read together where the files allow it.
+
+        Args:
+            index: number of the sample.
+            min_side: as for `image`.
+
+        Raises:
+            BrokenRecord: if either is missing or cannot be read.
+        """

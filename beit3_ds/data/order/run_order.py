@@ -1,0 +1,124 @@
+"""The order of all streams of a run, from its first step or from the positions in a checkpoint."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from beit3_ds.config import DataConfig
+from beit3_ds.data.files.numbering import numbering_digest
+from beit3_ds.data.order.positions import StreamPosition, position_from_json
+from beit3_ds.data.order.resumption import FoundSource, continue_stream, new_position
+from beit3_ds.data.order.source_order import StreamOrder
+from beit3_ds.data.samples import Stream
+
+POSITIONS = "positions"
+"""Key of the streams' positions in the state of the data that a checkpoint holds."""
+
+
+class RunOrder:
+    """Chooses the samples of every step, as a pure function of the run's start position and of the step.
+
+    A stream with K samples per step takes the K samples that follow those of the previous step. Ranks and workers only
+    divide them.
+    """
+
+    def __init__(self, config: DataConfig, seed: int, streams: Mapping[str, Stream]) -> None:
+        """Starts every stream at its first sample.
+
+        Args:
+            config: gives the samples per step and the weights.
+            seed: the run's seed.
+            streams: the streams that have samples in a step, opened.
+        """
+        self._config, self._seed, self._first_step = config, seed, 0
+        self._found = {name: _find_sources(config, name, stream) for name, stream in streams.items()}
+        self._absent: dict[str, Any] = {}
+        self._orders = {name: StreamOrder(self._new_position(name)) for name in streams}
+
+    def resume(self, first_step: int, data: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+        """Continues the streams at their positions in a checkpoint.
+
+        Args:
+            first_step: number of steps done.
+            data: state of the data in the checkpoint; a checkpoint of an older version has no positions.
+            before: sections of the configuration that wrote the checkpoint.
+
+        Returns:
+            One line per change.
+        """
+        self._first_step = first_step
+        stored: dict[str, Any] = dict(data.get(POSITIONS, {}))
+        lines: list[str] = []
+        if POSITIONS not in data:
+            lines.append(
+                f"the checkpoint has no positions of its data, because an older version wrote it: they follow from its "
+                f"{first_step} steps and its settings. If files were changed since, repeats cannot be excluded"
+            )
+        for name in self._orders:
+            if POSITIONS in data:
+                position = position_from_json(name, stored.pop(name)) if name in stored else None
+            else:
+                position = self._derive(name, first_step, before)
+            if position is None:
+                lines.append(f"data.{name}: nothing is known of where the stream was; it begins with its first sample")
+                self._orders[name] = StreamOrder(self._new_position(name))
+                continue
+            stream = self._config.streams()[name]
+            found = self._found[name]
+            continued = continue_stream(
+                position, self._seed, stream.samples_per_step, stream.weights(), found, self._config.blocks()
+            )
+            self._orders[name] = StreamOrder(continued.position)
+            lines += continued.changes
+        self._absent = stored
+        return lines
+
+    def state_after(self, step: int) -> dict[str, Any]:
+        """Returns the streams' positions after `step` steps for a checkpoint, including streams that are left out."""
+        return self._absent | {name: self._position_after(name, step).to_json() for name in self._orders}
+
+    def samples(self, stream: str, step: int, slots: range) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Returns the epochs and samples that fill some slots of a step, (len(slots),) int64 each."""
+        return self._orders[stream](self._samples_since(stream, step) + np.arange(slots.start, slots.stop))
+
+    def _samples_since(self, stream: str, step: int) -> int:
+        return (step - self._first_step) * self._config.streams()[stream].samples_per_step
+
+    def _position_after(self, name: str, step: int) -> StreamPosition:
+        return self._orders[name].position.advanced(self._samples_since(name, step))
+
+    def _new_position(self, name: str) -> StreamPosition:
+        stream = self._config.streams()[name]
+        return new_position(
+            name,
+            self._seed,
+            stream.samples_per_step,
+            stream.weights(),
+            self._found[name],
+            blocks=self._config.blocks(),
+        )
+
+    def _derive(self, name: str, step: int, before: Mapping[str, Any]) -> StreamPosition | None:
+        """Returns the position after `step` steps for a checkpoint without positions, as if the data never changed.
+
+        Assumes that its sources held then what they hold now. None if one of them is missing.
+        """
+        stream = before["data"][name]
+        found = {source.path: source for source in self._found[name]}
+        paths = [source["path"] for source in stream["train"]]
+        if not stream["samples_per_step"] or any(path not in found for path in paths):
+            return None
+        weights = [source["weight"] for source in stream["train"] if source["weight"] is not None] or None
+        seed, samples = before["training"]["seed"], stream["samples_per_step"]
+        start = new_position(name, seed, samples, weights, [found[path] for path in paths])
+        return start.advanced(step * samples)
+
+
+def _find_sources(config: DataConfig, name: str, stream: Stream) -> list[FoundSource]:
+    parts = zip(config.streams()[name].train, stream.parts, strict=True)
+    return [
+        FoundSource(path=source.path, size=len(part), digest=partial(numbering_digest, part)) for source, part in parts
+    ]

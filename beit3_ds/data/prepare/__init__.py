@@ -1,0 +1,1 @@
+"""What `beit3 prepare` writes and shows before a run."""

@@ -1,0 +1,1 @@
+"""Sources of texts: files to paragraphs, paragraphs to ids, ids to sequences."""

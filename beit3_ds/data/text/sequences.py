@@ -1,0 +1,148 @@
+"""Text files as token sequences of bounded length."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from beit3_ds.config import ConfigError
+from beit3_ds.data.files.fingerprint import SourceFile
+from beit3_ds.data.files.patterns import expand_patterns
+from beit3_ds.data.images.image_source import printable
+from beit3_ds.data.text.sentences import ParagraphCutter
+from beit3_ds.data.text.text_files import BrokenLines, read_paragraphs, whole_file
+from beit3_ds.data.text.token_files import PreparedText
+from beit3_ds.data.text.tokenization import encode_paragraphs, sequence_starts
+from beit3_ds.tokenizers.text import TextTokenizer
+
+
+class TextSequences:
+    """The texts of files, cut into sequences of at most `length` tokens.
+
+    Consecutive paragraphs of a file share a sequence as long as the next one fits whole. They may belong to several
+    documents, which EOS separates unless `document_separator` is false. Only a paragraph longer than a sequence is cut,
+    at ends of sentences, and its rest shares a sequence with the next paragraph. Only a sentence longer than a sequence
+    is cut inside, between words if possible. `beit3_ds.data.text.text_files` defines paragraphs, documents and readable
+    files; `beit3_ds.data.text.sentences` defines the end of a sentence.
+
+    Without `prepared_dir` all text is tokenised at the start and kept in the memory of each process, two bytes per
+    token with a vocabulary below 65536, which suits a few gigabytes of text. With `prepared_dir` the token files of
+    `beit3 prepare texts` are mapped, and opening reads one footer per 64 MiB of text. The sequences are the same.
+
+    Attributes:
+        paths: the files.
+        broken: the lines that were left out: file, line number and reason.
+        empty: the files that hold no text.
+    """
+
+    def __init__(
+        self,
+        patterns: Iterable[str],
+        tokenizer: TextTokenizer,
+        length: int,
+        prepared_dir: str | None = None,
+        max_broken_lines: int = 0,
+        document_separator: bool = True,
+    ) -> None:
+        """Opens the files.
+
+        Args:
+            patterns: files or glob patterns.
+            tokenizer: turns paragraphs into ids.
+            length: most tokens of a sequence, BOS and EOS included; at least 3.
+            prepared_dir: `data.prepared_dir`.
+            max_broken_lines: most lines that may be unreadable, over all files.
+            document_separator: `data.document_separator`.
+
+        Raises:
+            ConfigError: for a pattern without a match, an unreadable file, files without any text, too many broken
+                lines, or a token file that is missing, damaged or out of date.
+            StorageError: if the file system fails.
+        """
+        self.paths = expand_patterns(patterns)
+        self._bos_id, self._eos_id = tokenizer.bos_id, tokenizer.eos_id
+        broken = BrokenLines(max_broken_lines)
+        self._files: Sequence[_TextInMemory | PreparedText]
+        if prepared_dir is None:
+            cutter = ParagraphCutter(tokenizer)
+            self._files = [
+                _TextInMemory(path, tokenizer, length, cutter, broken, document_separator) for path in self.paths
+            ]
+        else:
+            folder = texts_folder(prepared_dir)
+            prepared = [PreparedText(folder, path, tokenizer, length, document_separator) for path in self.paths]
+            for file in prepared:
+                broken.extend(list(file.broken))
+            self._files = prepared
+        self.broken = tuple(broken.lines)
+        self.empty = tuple(path for path, text in zip(self.paths, self._files, strict=True) if not len(text))
+        if len(self.empty) == len(self.paths):
+            more = f" and {len(self.paths) - 1} more" if len(self.paths) > 1 else ""
+            raise ConfigError(f"data: {printable(self.paths[0])}{more} holds no text. Leave it out of the config.")
+        self._first_of_file = np.cumsum([0, *(len(file) for file in self._files)])
+
+    def __len__(self) -> int:
+        """Sequences in all files."""
+        return int(self._first_of_file[-1])
+
+    def files(self) -> Iterator[SourceFile]:
+        """Yields the text files with their numbers of sequences, which also depend on the tokenizer.
+
+        Raises:
+            ConfigError: if a file is no longer there.
+        """
+        for path, sequences in zip(self.paths, self._files, strict=True):
+            try:
+                num_bytes = os.stat(path).st_size
+            except OSError as error:
+                raise ConfigError(f"data: {path} cannot be read: {error}. Fetch it again.") from error
+            yield SourceFile(os.path.basename(path), num_bytes, len(sequences))
+
+    def __getitem__(self, index: int) -> NDArray[np.int64]:
+        """Returns the ids of a sequence, BOS and EOS included, (n,) int64."""
+        file = self._file_of(index)
+        ids = self._files[file].ids(index - int(self._first_of_file[file]))
+        if ids[-1] == self._eos_id:  # a document ends where the sequence does
+            ids = ids[:-1]
+        return np.concatenate([[self._bos_id], ids, [self._eos_id]]).astype(np.int64)
+
+    def name(self, index: int) -> str:
+        """File of a sequence and its number there, for messages."""
+        file = self._file_of(index)
+        return f"{self.paths[file]}:{index - self._first_of_file[file]}"
+
+    def _file_of(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sequence {index} of {len(self)}")
+        return int(np.searchsorted(self._first_of_file, index, side="right")) - 1
+
+
+def texts_folder(prepared_dir: str) -> Path:
+    """Where the token files of a run lie."""
+    return Path(prepared_dir) / "texts"
+
+
+class _TextInMemory:
+    """The sequences of one source file, read and tokenised at once."""
+
+    def __init__(
+        self,
+        path: str,
+        tokenizer: TextTokenizer,
+        length: int,
+        cutter: ParagraphCutter,
+        broken: BrokenLines,
+        document_separator: bool,
+    ) -> None:
+        paragraphs = read_paragraphs(whole_file(path), broken)
+        blocks = list(encode_paragraphs(paragraphs, tokenizer, document_separator))
+        self._ids = np.concatenate([np.empty(0, dtype=np.uint16), *(ids for ids, _ in blocks)])
+        self._borders = np.array([*sequence_starts(blocks, length - 2, cutter), len(self._ids)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._borders) - 1
+
+    def ids(self, index: int) -> NDArray[np.generic]:
+        return self._ids[self._borders[index] : self._borders[index + 1]]

@@ -1,0 +1,252 @@
+"""Streams the paragraphs of text files: plain text or JSON, compressed or not.
+
+`text_formats` finds the format of a file. In plain text a line is a paragraph, and blank lines separate documents. In
+JSON every object is a document; the lines of its `text` are the paragraphs. At most one line or JSON value is in
+memory, and a line of more than 16 MiB is left out, so memory is bounded for every file. Lines end with a newline, a
+carriage return, or both.
+"""
+
+import io
+import json
+import math
+import os
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+from beit3_ds.config import ConfigError
+from beit3_ds.data.files.reading import open_for_reading
+from beit3_ds.data.images.image_source import printable
+from beit3_ds.data.text.json_values import iterate_json_values
+from beit3_ds.data.text.text_check import check_is_text
+from beit3_ds.data.text.text_formats import DECOMPRESSION_ERRORS, TextFormat, find_text_format, open_decompressed
+
+_MAX_LINE_BYTES = 16 << 20
+_CHUNK_BYTES = 1 << 20
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_SHOWN = 10
+
+
+class TextPiece(NamedTuple):
+    """The lines of a file that start in a range of its bytes."""
+
+    path: str
+    """The file."""
+    start: int
+    """First byte."""
+    stop: int
+    """One past the last byte; a compressed file or one of JSON values is a single piece, as it is only read whole."""
+
+
+class Paragraph(NamedTuple):
+    """A paragraph of a text."""
+
+    text: str
+    """The text, which is not blank and has no white space around it."""
+    ends_document: bool
+    """Whether the paragraph is the last one of its document."""
+
+
+class BrokenLines:
+    """Lines that were left out, counted against a budget.
+
+    Attributes:
+        lines: file, line number and reason of each.
+    """
+
+    def __init__(self, budget: float) -> None:
+        """Allows for `budget` lines."""
+        self.lines: list[str] = []
+        self._budget = budget
+
+    def add(self, line: str) -> None:
+        """Counts one line.
+
+        Raises:
+            ConfigError: with the first lines, if there are now more than the budget.
+        """
+        self.extend([line])
+
+    def extend(self, lines: list[str]) -> None:
+        """Counts several lines; raises as `add`."""
+        self.lines.extend(lines)
+        if len(self.lines) > self._budget:
+            shown = "\n  ".join(self.lines[:_SHOWN])
+            raise ConfigError(
+                f"data: {len(self.lines)} lines of text cannot be read; data.max_broken_records="
+                f"{self._budget} allows for fewer. Repair the files (iconv converts to UTF-8) or raise it. The first "
+                f"of them:\n  {shown}"
+            )
+
+
+def whole_file(path: str) -> TextPiece:
+    """Returns the piece that covers a whole file.
+
+    Raises:
+        ConfigError: if the file cannot be read, or holds no text.
+        StorageError: if the file system fails.
+    """
+    return cut_into_pieces(path, math.inf)[0]
+
+
+def cut_into_pieces(path: str, piece_bytes: float) -> list[TextPiece]:
+    """Cuts a file into pieces of `piece_bytes` that can be read separately, or one piece if it must be read whole.
+
+    Raises:
+        ConfigError: if the file cannot be read, or holds no text.
+        StorageError: if the file system fails.
+    """
+    text_format, size = find_text_format(path), os.path.getsize(path)
+    if text_format.is_read_whole or size <= piece_bytes:
+        return [TextPiece(path, 0, size)]
+    step = int(piece_bytes)
+    return [TextPiece(path, start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def read_paragraphs(piece: TextPiece, broken: BrokenLines) -> Iterator[Paragraph]:
+    """Yields the paragraphs of a piece.
+
+    Args:
+        piece: the piece to read.
+        broken: counts lines and JSON values that are not text (`check_is_text`), not UTF-8, not JSON objects with a
+            `text`, or too long.
+
+    Raises:
+        ConfigError: if the file cannot be read, decompressed or parsed as JSON values, or if too many lines are broken.
+        StorageError: if the file system fails.
+    """
+    text_format = find_text_format(piece.path)
+    try:
+        with open_decompressed(piece.path, text_format.compression) as file:
+            if text_format.kind == "json_values":
+                yield from _paragraphs_of_values(file, piece.path, broken)
+            else:
+                yield from _paragraphs_of_lines(file, piece, text_format, broken)
+    except DECOMPRESSION_ERRORS as error:
+        raise ConfigError(f"data: {printable(piece.path)} cannot be read: {error}. Fetch it again.") from error
+
+
+def _paragraphs_of_values(file: BinaryIO, path: str, broken: BrokenLines) -> Iterator[Paragraph]:
+    values = iterate_json_values(io.TextIOWrapper(file, encoding="utf-8-sig"), _MAX_LINE_BYTES)
+    number = 0
+    try:
+        for number, value in enumerate(values, 1):
+            try:
+                yield from _mark(_paragraphs_of_record(value))
+            except ValueError as error:
+                broken.add(f"{printable(path)}:{number}: {error}")
+    except ValueError as error:  # of the file; errors of single values are counted above
+        raise ConfigError(
+            f"data: {printable(path)} cannot be read as JSON after value {number}: {error}. Repair it, or write one "
+            "object per line (JSONL): there a broken line is left out alone."
+        ) from error
+
+
+def _paragraphs_of_lines(
+    file: BinaryIO, piece: TextPiece, text_format: TextFormat, broken: BrokenLines
+) -> Iterator[Paragraph]:
+    first = _find_first_line(file, piece)
+    lines_before: int | None = None
+    held: str | None = None  # a paragraph that may still turn out to end its document
+    is_plain = text_format.kind == "plain"
+    for number, is_inside, part in _read_parts(file, first, math.inf if text_format.is_read_whole else piece.stop):
+        if not is_inside and held is None:
+            break
+        try:
+            line = _decode(part)
+            if not is_plain:
+                yield from _mark(_parse_json(line))
+                continue
+            text = line.strip()
+            check_is_text(text)
+        except ValueError as error:
+            if not is_inside:  # the next piece counts it
+                continue
+            if lines_before is None:  # computed only here, because it reads the file up to the piece
+                lines_before = _count_lines(piece.path, first)
+            broken.add(f"{printable(piece.path)}:{lines_before + number}: {error}")
+            continue
+        if held is not None:
+            yield Paragraph(held, ends_document=not text)
+        held = (text or None) if is_inside else None
+    if held is not None:
+        yield Paragraph(held, ends_document=True)
+
+
+def _mark(paragraphs: list[str]) -> Iterator[Paragraph]:
+    """Yields the paragraphs of one document and marks the last one."""
+    for number, paragraph in enumerate(paragraphs, 1):
+        yield Paragraph(paragraph, ends_document=number == len(paragraphs))
+
+
+def _parse_json(line: str) -> list[str]:
+    if not line or line.isspace():
+        return []
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from error
+    return _paragraphs_of_record(record)
+
+
+def _paragraphs_of_record(record: object) -> list[str]:
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise ValueError("no JSON object with a string under 'text'")
+    check_is_text(text)
+    lines = text.replace("\r", "\n").split("\n")
+    return [paragraph.strip() for paragraph in lines if paragraph and not paragraph.isspace()]
+
+
+def _decode(line: bytes) -> str:
+    if len(line) > _MAX_LINE_BYTES:
+        raise ValueError(f"longer than {_MAX_LINE_BYTES >> 20} MiB")
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start} of the line") from error
+
+
+def _find_first_line(file: BinaryIO, piece: TextPiece) -> int:
+    """Moves to the first line that starts in the piece and returns where that is."""
+    if piece.start == 0:
+        return 0
+    file.seek(piece.start - 1)  # the byte before may be the newline that makes piece.start a start of a line
+    return piece.start - 1 + _skip_line(file)
+
+
+def _read_parts(file: BinaryIO, position: int, stop: float) -> Iterator[tuple[int, bool, bytes]]:
+    """Yields the lines from `position` on, cut at carriage returns.
+
+    Each comes with its line number by newlines, from 1, and whether that line starts before `stop`. A line that is too
+    long is truncated.
+    """
+    number = 0
+    while line := file.readline(_MAX_LINE_BYTES + 1):
+        number, length = number + 1, len(line)
+        if length > _MAX_LINE_BYTES and not line.endswith(b"\n"):
+            length += _skip_line(file)
+        line = line.removeprefix(_BYTE_ORDER_MARK) if position == 0 else line
+        is_long = len(line) > _MAX_LINE_BYTES
+        for part in [line] if is_long else line.rstrip(b"\r\n").split(b"\r"):
+            yield number, position < stop, part
+        position += length
+
+
+def _skip_line(file: BinaryIO) -> int:
+    """Reads to the end of the line in bounded memory and returns the number of bytes."""
+    skipped = 0
+    while part := file.readline(_CHUNK_BYTES):
+        skipped += len(part)
+        if part.endswith(b"\n"):
+            break
+    return skipped
+
+
+def _count_lines(path: str, stop: int) -> int:
+    """The lines that end before byte `stop`; 0 for a compressed file, whose one piece starts at 0."""
+    count = 0
+    with open_for_reading(path) as file:
+        while chunk := file.read(min(_CHUNK_BYTES, stop)):
+            count += chunk.count(b"\n")
+            stop -= len(chunk)
+    return count

@@ -1,0 +1,179 @@
+"""Finds the format of a text file by its name and its first bytes; files of other formats are refused.
+
+| name, in lower or upper case | content |
+|---|---|
+| `*.jsonl`, `*.ndjson`, `*.jsonlines`, `*.ldjson` | one JSON object per line, or JSON values if it starts with `[` |
+| `*.json` | the same; JSON values also if its first line is not a complete JSON value |
+| tables, markup, documents, archives, images and others in `_OTHERS` | refused |
+| any other | plain text |
+
+Each may be compressed, with `.gz`, `.gzip`, `.zst` or `.zstd` at the end of its name. JSON values are objects, alone or
+in lists, over any number of lines.
+"""
+
+import gzip
+import io
+import json
+import os
+import re
+import zlib
+from typing import BinaryIO, Literal, NamedTuple, cast
+
+import zstandard
+
+from beit3_ds.config import ConfigError
+from beit3_ds.data.files.kinds import kind_of_bytes
+from beit3_ds.data.files.reading import open_for_reading
+from beit3_ds.data.images.image_source import printable
+from beit3_ds.data.images.shard_index import IMAGE_EXTENSIONS, UNREAD_IMAGE_EXTENSIONS
+
+DECOMPRESSION_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
+"""Exceptions of reading a damaged or missing file."""
+
+_JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".ldjson")
+_GZIP, _ZSTANDARD = (".gz", ".gzip"), (".zst", ".zstd")
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_KEY_TEXT = re.compile(r'[{,]\s*"text"\s*:\s*"')
+_HEAD_BYTES = 1 << 16
+_COMPRESSED_BYTES = 8 << 10  # zstandard decompresses a whole block of input at once
+_CHUNK_BYTES = 1 << 20
+
+_TO_JSONL = 'write the column of texts as JSONL, one {"text": ...} per line'
+_OTHERS = {
+    **dict.fromkeys((".csv", ".tsv", ".psv"), f"is a table: {_TO_JSONL}"),
+    **dict.fromkeys((".parquet", ".arrow", ".feather", ".orc", ".avro"), f"is a binary table: {_TO_JSONL}"),
+    **dict.fromkeys((".xls", ".xlsx", ".ods", ".sqlite", ".db"), f"is a binary table: {_TO_JSONL}"),
+    **dict.fromkeys((".html", ".htm", ".xml", ".xhtml", ".rtf", ".tex"), "is markup: extract its text"),
+    **dict.fromkeys((".pdf", ".doc", ".docx", ".odt", ".epub", ".ps"), "is a document: extract its text"),
+    **dict.fromkeys((".tar", ".tgz", ".zip", ".7z", ".rar"), "is an archive: unpack it"),
+    **dict.fromkeys((".bz2", ".xz", ".lz4", ".lzma", ".br", ".z"), "is compressed: use gzip or Zstandard"),
+    **dict.fromkeys((".npy", ".npz", ".bin", ".pt", ".pkl", ".h5", ".hdf5", ".safetensors", ".spm"), "is no text"),
+    **dict.fromkeys((f".{name}" for name in (*IMAGE_EXTENSIONS, *UNREAD_IMAGE_EXTENSIONS)), "is an image"),
+    **dict.fromkeys((".mp3", ".mp4", ".wav", ".flac", ".webm", ".mkv"), "is no text"),
+}
+
+
+class TextFormat(NamedTuple):
+    """Kind and compression of a text file, which decide how it is read."""
+
+    kind: Literal["plain", "json_lines", "json_values"]
+    """Kind of the decompressed content."""
+    compression: Literal["", "gzip", "zstandard"]
+    """Compression of the file; empty for none."""
+
+    @property
+    def is_read_whole(self) -> bool:
+        """Whether the file can only be read from its beginning."""
+        return bool(self.compression) or self.kind == "json_values"
+
+
+def find_text_format(path: str) -> TextFormat:
+    """Finds the format of a file.
+
+    Raises:
+        ConfigError: if the file has another format, with advice, or cannot be opened.
+        StorageError: if the file system fails.
+    """
+    compression, extension = _split_name(path)
+    if extension in _OTHERS:
+        raise ConfigError(f"data: {printable(path)} {_OTHERS[extension]}, or leave it out of data.texts.")
+    try:
+        with open_decompressed(path, compression) as file:
+            head = file.read(_HEAD_BYTES)
+    except IsADirectoryError:
+        pattern = printable(os.path.join(path, "*.txt"))
+        raise ConfigError(f"data: {printable(path)} is a folder. Name its files, for example {pattern}.") from None
+    except DECOMPRESSION_ERRORS as error:
+        raise ConfigError(f"data: {printable(path)} cannot be read: {error}. Fetch it again.") from error
+    if kind := kind_of_bytes(head):
+        advice = "Convert it with iconv" if "UTF" in kind else "Give it the name of its format, or leave it out"
+        raise ConfigError(f"data: {printable(path)} holds {kind}, no UTF-8 text. {advice}.")
+    if extension != ".json" and extension not in _JSON_LINES:
+        if _starts_with_record(head):
+            raise ConfigError(
+                f"data: {printable(path)} holds JSON objects with 'text'. Name it *.jsonl, else every line "
+                "would be read as text, braces and keys included."
+            )
+        return TextFormat("plain", compression)
+    return TextFormat(_kind_of_json(head, extension, is_whole=len(head) < _HEAD_BYTES), compression)
+
+
+def open_decompressed(path: str, compression: Literal["", "gzip", "zstandard"]) -> BinaryIO:
+    """Opens a file for reading its decompressed content, with retries; a truncated compressed file raises EOFError."""
+    if compression == "gzip":
+        return cast(BinaryIO, gzip.GzipFile(fileobj=open_for_reading(path)))
+    if compression == "zstandard":
+        return cast(BinaryIO, io.BufferedReader(_ZstandardFrames(path), _CHUNK_BYTES))
+    return open_for_reading(path)
+
+
+def _split_name(path: str) -> tuple[Literal["", "gzip", "zstandard"], str]:
+    """Returns the compression that a name ends with, and the extension before it in lower case."""
+    stem, extension = os.path.splitext(path.lower())
+    if extension in _GZIP:
+        return "gzip", os.path.splitext(stem)[1]
+    if extension in _ZSTANDARD:
+        return "zstandard", os.path.splitext(stem)[1]
+    return "", extension
+
+
+def _kind_of_json(head: bytes, extension: str, is_whole: bool) -> Literal["json_lines", "json_values"]:
+    head = head.removeprefix(_BYTE_ORDER_MARK).lstrip()
+    if head.startswith(b"["):
+        return "json_values"
+    line, newline, _ = head.partition(b"\n")
+    # Of a line that is longer than what was read it is not known whether it is one value.
+    if extension in _JSON_LINES or not (newline or is_whole):
+        return "json_lines"
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return "json_values"
+    return "json_lines"
+
+
+def _starts_with_record(head: bytes) -> bool:
+    """Returns whether a file starts with a JSON object that has a `text`, alone or in a list."""
+    text = head.removeprefix(_BYTE_ORDER_MARK).decode("utf-8", "ignore").lstrip()
+    text = text.removeprefix("[").lstrip()
+    if not text.startswith("{"):
+        return False
+    try:
+        record, _ = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):  # not JSON, or longer than the bytes that were read
+        return len(head) == _HEAD_BYTES and _KEY_TEXT.search(text) is not None
+    return isinstance(record, dict) and isinstance(record.get("text"), str)
+
+
+class _ZstandardFrames(io.RawIOBase):
+    """Reads all frames of a .zst file; a truncated frame is an error, which zstandard's own reader hides."""
+
+    def __init__(self, path: str) -> None:
+        self._file = open_for_reading(path)
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._inside = False
+        self._compressed = b""
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        while not self._ready:
+            self._compressed = self._compressed or self._file.read(_COMPRESSED_BYTES)
+            if not self._compressed:
+                if self._inside:
+                    raise EOFError("it ends within a Zstandard frame")
+                return 0
+            self._ready = memoryview(self._frame.decompress(self._compressed))
+            self._inside, self._compressed = not self._frame.eof, self._frame.unused_data
+            if self._frame.eof:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()

@@ -1,0 +1,96 @@
+"""Streams paragraphs to ids, and ids to the borders of sequences.
+
+EOS separates documents, as in RoBERTa's sequences that cross documents (Liu et al., 2019, arXiv:1907.11692, section
+4.2, FULL-SENTENCES). The separator is the last id of a document's last paragraph. At the end of a sequence it is the
+sequence's own EOS and takes no room.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from beit3_ds.data.text.sentences import ParagraphCutter
+from beit3_ds.data.text.text_files import Paragraph
+from beit3_ds.tokenizers.text import TextTokenizer
+
+TokenBlock: TypeAlias = tuple[NDArray[np.generic], NDArray[np.generic]]
+"""All ids of consecutive paragraphs, (n,) in `token_dtype`, and how many each of them has, (paragraphs,)."""
+
+_BLOCK_PARAGRAPHS = 4096
+_BLOCK_CHARACTERS = 1 << 20
+
+
+def token_dtype(vocab_size: int) -> np.dtype[np.generic]:
+    """The smallest type that ids are stored in: two bytes up to 65536 ids, else four."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def encode_paragraphs(
+    paragraphs: Iterable[Paragraph], tokenizer: TextTokenizer, document_separator: bool
+) -> Iterator[TokenBlock]:
+    """Yields the ids of consecutive paragraphs, a block of about a million characters at a time.
+
+    Args:
+        paragraphs: paragraphs of one file or piece.
+        tokenizer: turns paragraphs into ids.
+        document_separator: end every document that has ids with EOS.
+    """
+    dtype = token_dtype(tokenizer.vocab_size)
+    is_open = False  # whether ids came since the last separator
+    for block in _blocks(paragraphs):
+        ids, lengths = tokenizer.encode_batch([paragraph.text for paragraph in block])
+        if document_separator:
+            ends = np.flatnonzero([paragraph.ends_document for paragraph in block])
+            totals = np.concatenate([[0 if not is_open else -1], np.cumsum(lengths)[ends]])
+            ends = ends[np.diff(totals) > 0]
+            is_open = int(lengths.sum()) > totals[-1]
+            ids = np.insert(ids, np.cumsum(lengths)[ends], tokenizer.eos_id)
+            lengths[ends] += 1
+        yield ids.astype(dtype), lengths
+
+
+def sequence_starts(blocks: Iterable[TokenBlock], limit: int, cutter: ParagraphCutter) -> Iterator[int]:
+    """Packs consecutive paragraphs into sequences of at most `limit` tokens.
+
+    A paragraph that fits into a sequence stays whole. A longer one starts a sequence and is cut at sentences; its rest
+    shares a sequence with the next paragraph.
+
+    Args:
+        blocks: paragraphs from `encode_paragraphs`; empty ones change nothing.
+        limit: most tokens of a sequence, without a separator at its end.
+        cutter: cuts long paragraphs.
+
+    Yields:
+        Where each sequence starts, counted in tokens from the first paragraph.
+    """
+    assert limit >= 1, f"a sequence of {limit} tokens holds no text"
+    start = end = 0  # the open sequence
+    for ids, lengths in blocks:
+        block_start = end
+        contents = cutter.content_lengths(ids, lengths)
+        cuts = cutter.cuts(ids, lengths, limit)
+        for length, content in zip(lengths.tolist(), contents.tolist(), strict=True):
+            if end + content - start > limit and end > start:
+                yield start
+                start = end
+            while end + content - start > limit:
+                yield start
+                start = block_start + next(cuts)
+            end += length
+    if end > start:
+        yield start
+
+
+def _blocks(paragraphs: Iterable[Paragraph]) -> Iterator[list[Paragraph]]:
+    block: list[Paragraph] = []
+    num_characters = 0
+    for paragraph in paragraphs:
+        block.append(paragraph)
+        num_characters += len(paragraph.text)
+        if len(block) == _BLOCK_PARAGRAPHS or num_characters >= _BLOCK_CHARACTERS:
+            yield block
+            block, num_characters = [], 0
+    if block:
+        yield block

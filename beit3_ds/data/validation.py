@@ -1,0 +1,173 @@
+"""The fixed batches of the validation loss."""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from beit3_ds.batch import ImageViews, PackedBatch
+from beit3_ds.config import ConfigError, RunConfig
+from beit3_ds.data.images.shards import BrokenRecord
+from beit3_ds.data.order.permutation import KeyedPermutation
+from beit3_ds.data.packing import ImageShape, image_shape, pack
+from beit3_ds.data.randomness import sample_rng
+from beit3_ds.data.samples import HELDOUT_EPOCH, SampleKey, Stream, build_heldout_streams
+from beit3_ds.data.workers.waiting import ReaderThread, StopRequestedError, WaitLimits
+from beit3_ds.tokenizers.text import TextTokenizer
+
+
+class HeldoutBatches:
+    """A list of batches that can be iterated at every evaluation.
+
+    The first pass prepares the batches and keeps them in memory, about 1.2 MB an image with two views of 224 px;
+    later passes only hand them out.
+    """
+
+    def __init__(
+        self,
+        streams: Mapping[str, Stream],
+        plan: Sequence[Mapping[str, Sequence[SampleKey]]],
+        shape: ImageShape,
+        views: ImageViews = "both",
+    ) -> None:
+        """Takes the samples of each batch per stream (`plan`), each stream's from one source; reads nothing yet."""
+        self._streams, self._plan, self._shape, self._views = streams, plan, shape, views
+        self._batches: list[PackedBatch] = []
+        self._reads = ""
+
+    def __len__(self) -> int:
+        """Batches, the same number on every rank; 0 if no stream has held-out files."""
+        return len(self._plan)
+
+    @property
+    def streams(self) -> Mapping[str, Stream]:
+        """Returns the held-out samples of each stream."""
+        return self._streams
+
+    def read(self, limits: WaitLimits) -> None:
+        """Prepares the batches that are not in memory yet; returns early if the process is asked to stop.
+
+        Raises:
+            ConfigError: naming a record that cannot be read, or the record that was being read when the time ran out.
+        """
+        thread = ReaderThread("reading held-out data")
+        try:
+            for number in range(len(self._batches), len(self._plan)):
+                work = functools.partial(self._prepare, self._plan[number])
+                describe = functools.partial(self._describe, number)
+                self._batches.append(thread.call(work, limits, describe))
+        except StopRequestedError:
+            return
+        finally:
+            thread.close()
+
+    def _describe(self, number: int) -> str:
+        return f"held-out batch {number + 1} of {len(self._plan)}, reading {self._reads or 'its files'}"
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        """Yields the batches, the same at every pass.
+
+        Raises:
+            ConfigError: naming a record that cannot be read: a mean over fewer samples would not compare.
+        """
+        for number, keys in enumerate(self._plan):
+            if number == len(self._batches):
+                self._batches.append(self._prepare(keys))
+            yield self._batches[number]
+
+    def _prepare(self, plan: Mapping[str, Sequence[SampleKey]]) -> PackedBatch:
+        try:
+            samples = []
+            for stream, keys in plan.items():
+                for key in keys:
+                    self._reads = self._streams[stream].name(key.index)
+                    samples.append(self._streams[stream].prepare(key))
+        except BrokenRecord as error:
+            raise ConfigError(
+                f"data: held-out record {error}. Repair it, or make the shard anew without it."
+            ) from error
+        sources = {stream: self._streams[stream].parts.part_of(keys[0].index) for stream, keys in plan.items() if keys}
+        return pack(samples, None, self._shape, self._views, sources)
+
+
+def build_heldout_batches(
+    config: RunConfig,
+    text_tokenizer: TextTokenizer | None,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    views: ImageViews = "both",
+) -> HeldoutBatches:
+    """Divides `training.eval_samples` held-out samples of every stream over the ranks.
+
+    The samples (`choose_samples`), their middle crops and their masks follow from `training.validation_seed` alone and
+    are the same under every layout; only the cut into batches follows the ranks. A batch has samples of one source of
+    each stream, at most as many as the largest micro-batch. Every rank has the same number of batches, some of which
+    may be smaller or empty, so that collectives meet. Streams without held-out files are absent.
+
+    Raises:
+        ConfigError: for files that cannot be read, or fewer samples per step than ranks.
+    """
+    streams = build_heldout_streams(config, text_tokenizer)
+    micro_batch = config.step_shares(data_parallel_size).upper_bound
+    # A stream that is evaluated but not trained has no micro-batch size of its own.
+    sizes = {name: size or max(micro_batch) for name, size in micro_batch._asdict().items() if name in streams}
+    seed = config.training.validation_seed
+    parts: dict[str, list[list[SampleKey]]] = {}
+    for name, size in sizes.items():
+        chosen = choose_samples(streams[name].parts.sizes, config.training.eval_samples, seed, name)
+        keys = [[SampleKey(seed, name, HELDOUT_EPOCH, index) for index in of_source] for of_source in chosen]
+        parts[name] = [of_source[i : i + size] for of_source in keys for i in range(0, len(of_source), size)]
+    num_batches = max((-(-len(of_stream) // data_parallel_size) for of_stream in parts.values()), default=0)
+
+    def share(number: int) -> dict[str, list[SampleKey]]:
+        own = number * data_parallel_size + data_parallel_rank
+        return {name: of_stream[own] if own < len(of_stream) else [] for name, of_stream in parts.items()}
+
+    return HeldoutBatches(streams, [share(number) for number in range(num_batches)], image_shape(config), views)
+
+
+def choose_samples(sizes: Sequence[int], limit: int, seed: int, stream: str) -> list[list[int]]:
+    """Chooses the samples of a stream that are evaluated, spread over all its sources.
+
+    Every source gives its share of `limit` by size, and at least one sample if `limit` allows. Within a source samples
+    are drawn at random, whatever the order of its files. A higher limit adds samples to those of a lower one, except
+    for rounding of the shares.
+
+    Args:
+        sizes: number of samples of each source; the stream numbers all samples consecutively.
+        limit: samples in all, at most.
+        seed: seeds the draw (`training.validation_seed`).
+        stream: name of the stream.
+
+    Returns:
+        Numbers of the samples in the stream, by source, ascending.
+    """
+    starts = np.cumsum([0, *sizes[:-1]]).tolist()
+    chosen: list[list[int]] = []
+    for source, (start, size, share) in enumerate(zip(starts, sizes, divide_by_size(sizes, limit), strict=True)):
+        if share == 0:
+            chosen.append([])
+            continue
+        permutation = KeyedPermutation(size, sample_rng(seed, "validation samples", stream, source))
+        chosen.append(sorted((start + permutation(np.arange(share))).tolist()))
+    return chosen
+
+
+def divide_by_size(sizes: Sequence[int], limit: int) -> list[int]:
+    """Divides at most `limit` samples over sources in proportion to their sizes.
+
+    Shares are rounded down; the samples left over go to the sources with the largest remainders, the first among
+    equals. A source without a sample then takes one from the largest share, as long as that has at least two.
+    """
+    total = sum(sizes)
+    limit = min(limit, total)
+    exact = [limit * size / total if total else 0.0 for size in sizes]
+    shares = [int(share) for share in exact]
+    by_remainder = sorted(range(len(sizes)), key=lambda source: (shares[source] - exact[source], source))
+    for source in by_remainder[: limit - sum(shares)]:
+        shares[source] += 1
+    for source, size in enumerate(sizes):
+        largest = shares.index(max(shares))
+        if size and not shares[source] and shares[largest] > 1:
+            shares[source], shares[largest] = 1, shares[largest] - 1
+    return shares

@@ -1,0 +1,88 @@
+"""Refuses held-out files that are also training files, because a held-out loss over them says nothing."""
+
+import os
+from collections.abc import Iterator, Sequence
+
+from beit3_ds.config import ConfigError, DataConfig, SourceConfig
+from beit3_ds.data.files.patterns import expand_patterns, is_inside, list_folders
+from beit3_ds.data.files.reading import read_with_retries
+from beit3_ds.data.images.image_source import printable
+from beit3_ds.data.sources import check_no_file_twice, image_format
+
+_GROUPS = (("images", "pairs"), ("texts",))  # streams that can share files
+
+
+def check_heldout_apart(data: DataConfig, must_exist: bool = True) -> None:
+    """Refuses held-out files that are also training files, whatever patterns or links name them.
+
+    Files are compared by device and inode. Images and pairs are also compared with each other: an image that is trained
+    on alone is no longer held out with its caption. A held-out folder inside a training folder, or the reverse, is
+    refused. Copies of files are not detected.
+
+    Args:
+        data: names the files.
+        must_exist: also refuse patterns without a match; otherwise they count as no files.
+
+    Raises:
+        ConfigError: naming both files, or a pattern without a match; also for what `check_no_file_twice` refuses.
+        StorageError: if the file system fails.
+    """
+    streams = data.streams()
+    for names in _GROUPS:
+        heldout = {
+            identity: path
+            for name in names
+            for identity, path in _identified(streams[name].heldout, name == "texts", must_exist)
+        }
+        folders = [path for path in heldout.values() if os.path.isdir(path)]
+        trained = [(name, streams[name].train) for name in names if streams[name].samples_per_step]
+        for name, sources in trained if heldout else ():
+            for identity, path in _identified(sources, name == "texts", must_exist):
+                if identity in heldout:
+                    raise _overlap(path, heldout[identity], "are the same")
+                for folder in folders if os.path.isdir(path) else ():
+                    if is_inside(folder, path) or is_inside(path, folder):
+                        raise _overlap(path, folder, "lie in one another")
+                    if shared := _shared_folder(path, folder):
+                        raise _overlap(path, folder, f"are the same in {printable(shared)}, to which links lead")
+    for stream in streams.values():
+        for sources in (stream.train if stream.samples_per_step else (), stream.heldout):
+            check_no_file_twice(sources, must_exist)
+
+
+def _identified(
+    sources: Sequence[SourceConfig], is_text: bool, must_exist: bool
+) -> Iterator[tuple[tuple[int, int], str]]:
+    """Returns the files of sources with their device and inode; annotated images count by their annotation file."""
+    for source in sources:
+        paths = [source.path]
+        if is_text or image_format(source) == "tar":
+            try:
+                paths = expand_patterns(paths)
+            except ConfigError:
+                if must_exist:
+                    raise
+        for path in paths:
+            try:
+                status = read_with_retries(lambda path=path: os.stat(path), path)  # type: ignore[misc]
+            except OSError:  # opening the source reports it
+                continue
+            yield (status.st_dev, status.st_ino), path
+
+
+def _shared_folder(trained: str, heldout: str) -> str:
+    """Returns the path below `trained` of a folder that is below `heldout`, too, because links lead to it."""
+    known = {_identity(folder) for folder in list_folders(heldout)}
+    return next((folder for folder in list_folders(trained) if _identity(folder) in known), "")
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _overlap(trained: str, heldout: str, how: str) -> ConfigError:
+    return ConfigError(
+        f"data: the training source {printable(trained)} and the held-out source {printable(heldout)} {how}. The "
+        "held-out loss would be that of samples which are trained on: hold others out, or leave 'heldout' empty."
+    )

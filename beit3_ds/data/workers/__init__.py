@@ -1,0 +1,1 @@
+"""Worker processes that prepare items ahead; every wait for them has a time limit."""

@@ -1,0 +1,285 @@
+"""A process that prepares items for this one; every wait for it has a time limit."""
+
+import atexit
+import contextlib
+import multiprocessing
+import os
+import pickle
+import select
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import traceback
+import weakref
+from collections.abc import Callable
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from beit3_ds.config import ConfigError
+from beit3_ds.data.files.reading_place import ReadingPlace
+from beit3_ds.data.workers.item_transfer import ItemReceiver, send_item
+from beit3_ds.data.workers.waiting import ReaderThread, WaitLimits
+
+Task = Any
+Work = Callable[[Task, Callable[[str], None]], Any]
+"""Prepares the item of a task, and reports what it reads to its second argument."""
+
+_SOCKET_NAME_BYTES = 107  # of an AF_UNIX address
+_SOCKET_SUFFIX_BYTES = 40  # of multiprocessing's "/pymp-xxxxxxxx/listener-xxxxxxxx"
+_SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
+_EXIT_SECONDS = 2.0
+_READY = "ready"
+
+
+class WorkerDiedError(Exception):
+    """A worker process ended; the message says how."""
+
+
+class Reply(NamedTuple):
+    """A worker's answer to a task."""
+
+    item: Any
+    error: BaseException | None
+    """Exception that the work raised; None if it returned an item."""
+    trace: str
+    """Its traceback."""
+
+
+class WorkerProcess:
+    """One worker and the socket to it.
+
+    The worker is forked from a server process without threads, blocks the signals that ask a run to stop, and ends
+    when this process does. Its death shows at once as the end of its socket. Only `start`, `receive` and `kill` wait
+    for it, each with a time limit.
+    """
+
+    def __init__(self, work: Work, set_up: Callable[[], object] | None = None, preload: str = "torch") -> None:
+        """Takes the work; starts nothing yet.
+
+        Args:
+            work: prepares an item; must be picklable.
+            set_up: called once in the process, before its first task.
+            preload: module that the server of workers imports once for all workers.
+        """
+        self._work, self._set_up, self._preload = work, set_up, preload
+        self._process: BaseProcess | None = None
+        self.is_ready = False
+        """Whether the worker has finished its imports."""
+
+    def start(self, limits: WaitLimits) -> None:
+        """Starts the process and sends it the pickled work.
+
+        Raises:
+            DataTimeoutError, StopRequestedError: as `Patience.check` does.
+        """
+        _start_server_of_workers(self._preload)
+        own, other = socket.socketpair()
+        context = multiprocessing.get_context("forkserver")
+        self._process = context.Process(target=_serve, args=(other, self._work, self._set_up), daemon=True)
+        thread = ReaderThread("starting a data worker")
+        try:
+            what = "the server of data workers, which does not answer"
+            thread.call(self._process.start, limits, lambda: what, is_start=True)
+        finally:
+            other.close()
+            thread.close()
+        self._connection, self._receiver = own, ItemReceiver(own)
+        self._place = ReadingPlace()
+        socket.send_fds(own, [b"p"], [self._place.descriptor])
+        self._place.close_descriptor()
+        handle = os.pidfd_open(self.pid)  # unlike this handle, a pid may be reused by another process
+        self._kill = weakref.finalize(self, _kill, handle)  # also at exit, where a stopped worker would be waited for
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        assert self._process is not None and self._process.pid is not None, "not started"
+        return self._process.pid
+
+    def ask(self, task: Task) -> None:
+        """Sends a task, which the worker does after those before it; does nothing if the worker is dead."""
+        try:
+            send_item(self._connection, task)
+        except (BrokenPipeError, ConnectionResetError):
+            return  # `receive` will tell
+
+    def receive(self, seconds: float) -> Reply | None:
+        """Waits for the reply to the oldest unanswered task.
+
+        Args:
+            seconds: longest wait.
+
+        Returns:
+            The reply; None if it has not arrived by then. The first message only says that the worker is ready.
+
+        Raises:
+            WorkerDiedError: if the worker ended without a reply.
+        """
+        try:
+            arrived = self._receiver.receive()
+            if arrived is None and seconds:
+                poll = select.poll()  # select.select fails above 1024 open files
+                poll.register(self._connection, select.POLLIN)
+                poll.poll(seconds * 1000)
+                arrived = self._receiver.receive()
+        except EOFError:
+            raise WorkerDiedError(self._describe_end()) from None
+        if arrived is not None and not self.is_ready:
+            self.is_ready, arrived = True, None
+        return None if arrived is None else Reply(*arrived[0])
+
+    @property
+    def slow_bytes(self) -> int:
+        """Bytes of the last reply that did not fit into shared memory."""
+        return self._receiver.slow_bytes
+
+    def fileno(self) -> int:
+        """Returns the socket's descriptor, for `select`."""
+        return self._connection.fileno()
+
+    def describe(self) -> str:
+        """Returns the worker's process id, state and current record, for messages."""
+        reading = self._place.read()
+        return f"pid {self.pid}, {describe_state(self.pid)}" + (f", reading {reading}" if reading else "")
+
+    def is_stopped(self) -> bool:
+        """Returns whether the process is stopped, by SIGSTOP or a debugger."""
+        return read_stat(self.pid)[:1] in (["T"], ["t"])
+
+    def cpu_ticks(self) -> int:
+        """Returns the processor time of the process in clock ticks; 0 if it is gone."""
+        fields = read_stat(self.pid)
+        return int(fields[11]) + int(fields[12]) if fields else 0
+
+    def kill(self) -> None:
+        """Kills the process; waits at most two seconds for its end."""
+        if self._process is None or self._process.pid is None:
+            return
+        self._kill()
+        self._process.join(_EXIT_SECONDS)
+        self._connection.close()
+        self._receiver.close()
+
+    def _describe_end(self) -> str:
+        assert self._process is not None
+        self._process.join(_EXIT_SECONDS)
+        status = self._process.exitcode
+        if status is None:
+            how = "closed its connection"
+        elif status >= 0:
+            how = f"ended with status {status}"
+        else:
+            how = f"died of {signal.Signals(-status).name}"
+            if -status == signal.SIGKILL:
+                how += " (the kernel sends it when memory is short)"
+        reading = self._place.read()
+        return f"pid {self.pid} {how}" + (f", reading {reading}" if reading else "")
+
+
+def describe_state(pid: int) -> str:
+    """Describes the state of a process, as the system reports it."""
+    words = {
+        "R": "running",
+        "S": "waiting",
+        "D": "blocked in input or output",
+        "T": "stopped by a signal",
+        "t": "stopped by a debugger",
+        "Z": "dead",
+    }
+    return words.get("".join(read_stat(pid)[:1]), "gone")
+
+
+def read_stat(pid: int) -> list[str]:
+    """Returns the fields of /proc/PID/stat from the state on; empty if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def _kill(handle: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(handle, signal.SIGKILL)
+    os.close(handle)
+
+
+def _start_server_of_workers(preload: str) -> None:
+    """Starts the server process from which workers are forked, if there is none; it and they block some signals.
+
+    Plain fork would copy the locks of threads that exist by now, and CUDA does not survive it. Clusters send SIGTERM or
+    SIGUSR1, and terminals SIGINT, to all processes of a run, to ask the ranks to end their step and save. Workers must
+    survive these signals, because that step still needs them.
+    """
+    use_short_socket_folder()
+    multiprocessing.get_context("forkserver").set_forkserver_preload([preload])  # once instead of by every worker
+    resource_tracker.ensure_running()  # else the server starts it first, which unblocks the signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})  # inherited
+    forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def use_short_socket_folder() -> None:
+    """Moves multiprocessing's sockets to a folder with a short name, if TMPDIR is too long for a socket's address."""
+    settings = multiprocessing.current_process()._config  # type: ignore[attr-defined]  # where its own folder is kept
+    folder = settings.get("tempdir") or tempfile.gettempdir()
+    if len(os.fsencode(folder)) + _SOCKET_SUFFIX_BYTES <= _SOCKET_NAME_BYTES:
+        return
+    short = tempfile.mkdtemp(prefix="b3-", dir=_find_short_folder())
+    atexit.register(shutil.rmtree, short, ignore_errors=True)
+    settings["tempdir"] = short
+
+
+def _find_short_folder() -> str:
+    for folder in _SHORT_FOLDERS:
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    raise ConfigError(
+        f"TMPDIR={tempfile.gettempdir()} is too long for a socket's name, and none of {', '.join(_SHORT_FOLDERS)} can "
+        "be written. Set TMPDIR to a shorter name."
+    )
+
+
+def _serve(connection: socket.socket, work: Work, set_up: Callable[[], object] | None) -> None:
+    """Runs in the worker: answers tasks in order until the other process is gone."""
+    torch.set_num_threads(1)  # workers would fight with the training process for its cores
+    threading.Thread(target=_end_with_rank, daemon=True).start()
+    if set_up is not None:
+        set_up()
+    _, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
+    if not descriptors:
+        return
+    place, receiver = ReadingPlace(descriptors[0]), ItemReceiver(connection)
+    try:
+        send_item(connection, _READY)
+        while True:
+            while (arrived := receiver.receive()) is None:
+                select.select([connection], [], [])
+            send_item(connection, tuple(_do(work, arrived[0], place)))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+
+
+def _do(work: Work, task: Task, place: ReadingPlace) -> Reply:
+    try:
+        return Reply(work(task, place.note), None, "")
+    except Exception as error:
+        trace = traceback.format_exc()
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # an exception of a library that cannot be pickled
+            error = RuntimeError(f"{type(error).__name__}: {error}")
+        return Reply(None, error, trace)
+
+
+def _end_with_rank() -> None:
+    """Ends this worker when its rank is gone, even if the rank was killed and the worker is not reading its socket."""
+    rank = multiprocessing.parent_process()
+    assert rank is not None, "this is no worker"
+    rank.join()
+    os._exit(1)

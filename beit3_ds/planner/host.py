@@ -1,0 +1,198 @@
+"""Models the needs of one node beside its GPUs: memory, shared memory and file system calls.
+
+docs/traffic_and_memory.md explains the figures.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from beit3_ds.config import ConfigError, RunConfig
+from beit3_ds.config.prefetch import PrefetchPlan, image_bytes, plan_prefetch, step_bytes
+from beit3_ds.planner.memory import rank_memory
+from beit3_ds.planner.rank_model import build_holding
+from beit3_ds.planner.workload import expected_loads
+
+_GIB = 1 << 30
+_RANK_BYTES = int(0.6 * _GIB)  # 0.54 measured on a CPU after all imports; what a CUDA context adds is not in it
+_WORKER_BYTES = int(0.05 * _GIB)  # 0.02 measured after all imports, beside what its parent shares; decoding
+_IMAGE_FILE_BYTES = 100_000  # assumed: a JPEG of about 500 x 400 pixels
+
+
+class HostNeeds(NamedTuple):
+    """Needs of the node with the most data-reading ranks, in bytes unless a name says otherwise."""
+
+    shm: int
+    """Prefetched steps of all its ranks, in /dev/shm."""
+    ranks: int
+    """The ranks' processes with their libraries, without what CUDA adds."""
+    workers: int
+    """The data workers' own memory: libraries, and the step that each is preparing (twice while it is packed)."""
+    heldout: int
+    """Held-out batches, which ranks keep in memory."""
+    checkpoint: int
+    """The copy of the state from which a checkpoint is written during training."""
+    offloaded: int
+    """Master weights, moments, gradients and parameters that DeepSpeed keeps on the host."""
+    pinned: int
+    """The part of `offloaded` that DeepSpeed pins, so that the system never pages it out."""
+    num_workers: int
+    """Data workers of all its ranks."""
+    images_per_step: int
+    """Images of one step that its ranks decode."""
+    records_per_step: int
+    """Images, pairs and texts of one step that its ranks read."""
+
+    @property
+    def memory(self) -> int:
+        """Memory of the node in all, /dev/shm included."""
+        return self.shm + self.ranks + self.workers + self.heldout + self.checkpoint + self.offloaded
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeSize:
+    """Memory of a node; None for unknown figures."""
+
+    memory: int | None = None
+    """Bytes of memory that the run's processes may take."""
+    shm: int | None = None
+    """Bytes of /dev/shm."""
+    name: str = "a node"
+    """For messages."""
+
+
+def host_needs(config: RunConfig, world_size: int, ranks_per_node: int, decays: Callable[[str], bool]) -> HostNeeds:
+    """Models the needs of the busiest node.
+
+    Args:
+        config: the run's configuration.
+        world_size: number of ranks.
+        ranks_per_node: ranks on every node, in the order of their numbers; the last node may have fewer.
+        decays: returns whether the optimizer decays the parameter with a name.
+
+    Raises:
+        ConfigError: if the layout does not fit, or a step exceeds `data.prefetch_gib`.
+    """
+    holding_bytes = {
+        stage: _state_bytes(config, world_size, decays, stage)
+        for stage in range(config.parallel.pipeline_parallel_size)
+    }
+    nodes = [range(first, min(first + ranks_per_node, world_size)) for first in range(0, world_size, ranks_per_node)]
+    kinds = {tuple(_kind(config, rank, world_size) for rank in node): None for node in nodes}
+    return max((_node_needs(config, world_size, node, holding_bytes) for node in kinds), key=lambda needs: needs.memory)
+
+
+def check_node(needs: HostNeeds, config: RunConfig, size: NodeSize) -> None:
+    """Refuses a run whose node has too little memory.
+
+    Raises:
+        ConfigError: naming the needed and the available memory, and the keys that lower the need.
+    """
+    if size.shm is not None and needs.shm > size.shm:
+        raise ConfigError(
+            f"data: prefetched steps take {needs.shm / _GIB:.1f} GiB of /dev/shm on a node, but {size.name} has "
+            f"{size.shm / _GIB:.1f} GiB. Lower data.prefetch_gib (now {config.data.prefetch_gib:g} per rank), "
+            "data.num_workers or data.prefetch_steps, or enlarge /dev/shm (containers: --shm-size)."
+        )
+    if size.memory is not None and needs.memory > size.memory:
+        raise ConfigError(
+            f"this run takes about {needs.memory / _GIB:.1f} GiB of memory on a node (modelled; `beit3 check` lists "
+            f"the parts), but {size.name} has {size.memory / _GIB:.1f} GiB. Lower data.prefetch_gib, "
+            "data.num_workers or training.eval_samples, use fewer ranks per node, or leave out "
+            "zero_optimization.offload_*."
+        )
+
+
+def describe_host(config: RunConfig, needs: HostNeeds, ranks_per_node: int, step_seconds: float) -> str:
+    """Formats a table of one node's needs.
+
+    Args:
+        config: the run's configuration.
+        needs: needs of the node.
+        ranks_per_node: ranks on the node.
+        step_seconds: assumed time of one step.
+    """
+    plan = "prepared and mapped, shared through the page cache"
+    unprepared = "in every rank and worker: set data.prepared_dir and run `beit3 prepare`"
+    kept = config.data.max_open_files
+    rates = (needs.records_per_step / step_seconds, needs.images_per_step * _IMAGE_FILE_BYTES / step_seconds / 1e9)
+    rows = {
+        f"one node of {ranks_per_node} ranks, modelled": f"{needs.num_workers} data workers",
+        "/dev/shm, prefetched steps, GiB": _gib(needs.shm),
+        "memory, rank processes without CUDA, GiB": _gib(needs.ranks),
+        "memory, data workers, GiB": _gib(needs.workers),
+        "memory, held-out batches, GiB": _gib(needs.heldout),
+        "memory, copy for checkpoints, GiB": _gib(needs.checkpoint),
+        "memory, offloaded state, GiB": f"{_gib(needs.offloaded)}, {_gib(needs.pinned)} of it pinned",
+        "memory, total with /dev/shm, GiB": _gib(needs.memory),
+        "token maps and indices": unprepared if config.data.prepared_dir is None else plan,
+        f"file reads per second, {step_seconds:g} s per step": f"{rates[0]:,.0f}",
+        "file opens per second": f"at most {rates[0]:,.0f}; none once a worker has its tars open ({kept:,} at most)",
+        "file GB per second, 100 kB per image": f"{rates[1]:,.2f}",
+    }
+    wide = max(map(len, rows))
+    return "\n".join(f"{name.ljust(wide)}  {value}" for name, value in rows.items())
+
+
+class _Kind(NamedTuple):
+    """Kind of a rank, by its part in reading data."""
+
+    stage: int
+    views: str
+    """Views of images that the rank reads; empty if it reads nothing."""
+
+
+def _kind(config: RunConfig, rank: int, world_size: int) -> _Kind:
+    place, last = config.parallel.place(rank, world_size), config.parallel.pipeline_parallel_size - 1
+    if place.tensor or place.pipeline not in (0, last):
+        return _Kind(place.pipeline, "")
+    return _Kind(place.pipeline, "both" if last == 0 else "model" if place.pipeline == 0 else "tokenizer")
+
+
+def _node_needs(
+    config: RunConfig, world_size: int, node: tuple[_Kind, ...], holding_bytes: dict[int, tuple[int, int, int]]
+) -> HostNeeds:
+    data_size = config.parallel.data_parallel_size(world_size)
+    readers = [kind.views for kind in node if kind.views]
+    plans = {views: plan_prefetch(config, data_size, views) for views in set(readers)}
+    samples = config.step_shares(data_size).rank_samples(0)
+    state, offloaded, pinned = (sum(holding_bytes[kind.stage][part] for kind in node) for part in range(3))
+    return HostNeeds(
+        shm=sum(plans[views].num_bytes for views in readers),
+        ranks=len(node) * _RANK_BYTES,
+        workers=sum(_worker_bytes(config, data_size, plans[views]) for views in readers),
+        heldout=sum(_heldout_bytes(config, data_size, views) for views in readers),
+        checkpoint=state,
+        offloaded=offloaded,
+        pinned=pinned,
+        num_workers=sum(plans[views].num_workers for views in readers),
+        images_per_step=len(readers) * (samples.images + samples.pairs),
+        records_per_step=len(readers) * (samples.images + samples.pairs),
+    )
+
+
+def _worker_bytes(config: RunConfig, data_size: int, plan: PrefetchPlan) -> int:
+    """Models a worker's memory: both views are always made, and exist twice while a micro-batch is packed."""
+    both = step_bytes(config, data_size, "both")
+    return plan.num_workers * (_WORKER_BYTES + plan.step_bytes + both // config.gradient_accumulation_steps)
+
+
+def _heldout_bytes(config: RunConfig, data_size: int, views: str) -> int:
+    streams = [config.data.images, config.data.pairs]
+    images = sum(-(-config.training.eval_samples // data_size) for stream in streams if stream.heldout)
+    return images * image_bytes(config, views)
+
+
+def _state_bytes(config: RunConfig, world_size: int, decays: Callable[[str], bool], stage: int) -> tuple[int, int, int]:
+    """Returns, for one rank of a stage, the bytes that a checkpoint copies, that are offloaded, and that are pinned."""
+    holding = build_holding(config, world_size, decays, stage)
+    memory = rank_memory(holding, expected_loads(config, holding.data_size))
+    offload = {key: holding.zero.get(f"offload_{key}") or {} for key in ("optimizer", "param")}
+    parts = {"optimizer": memory.optimizer + memory.gradients, "param": memory.parameters}
+    on_host = {key: parts[key] for key in parts if offload[key].get("device", "none") == "cpu"}
+    pinned = sum(size for key, size in on_host.items() if offload[key].get("pin_memory"))
+    return memory.optimizer, sum(on_host.values()), pinned
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / _GIB:,.1f}"

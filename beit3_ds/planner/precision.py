@@ -1,0 +1,93 @@
+"""Models the cost of float32 in a bf16 run: a float32 residual stream, and float32 sums of gradients."""
+
+# T rows of a micro-batch, D hidden, e bytes of an element of the stream.
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from beit3_ds.config import RunConfig
+from beit3_ds.planner.memory import rank_memory
+from beit3_ds.planner.rank_model import Holding, build_holding
+from beit3_ds.planner.traffic import step_traffic
+from beit3_ds.planner.workload import expected_loads
+
+BANDWIDTH = 3.35e12
+"""Memory bandwidth of modelled times in bytes per second, from the data sheet of an H100 SXM."""
+
+_FORWARD_PASSES = 3
+"""Passes over the stream per branch in the forward pass: the norm reads it, the branch's end reads and writes it."""
+_BACKWARD_PASSES = 4
+"""Passes in the backward pass: the norm reads the stream and its gradient and writes a gradient, which the branch's
+end reads."""
+
+
+class PrecisionCost(NamedTuple):
+    """Modelled cost of one choice for the rank that needs most memory."""
+
+    memory: int
+    """Bytes that the rank keeps in all."""
+    sent: float
+    """Bytes that the rank sends per step, over all axes."""
+    seconds: float
+    """Seconds per step to read and write the stream and the sums of gradients at full memory bandwidth."""
+
+
+def describe_precision(config: RunConfig, world_size: int, decays: Callable[[str], bool]) -> str:
+    """Returns lines that compare both choices with their opposites; empty for a float32 run, which has none.
+
+    Args:
+        config: the run's configuration.
+        world_size: number of ranks.
+        decays: returns whether the optimizer decays the parameter with a name, by which it groups them.
+    """
+    if not config.deepspeed.get("bf16", {}).get("enabled"):
+        return ""
+    chosen_stream = config.training.fp32_residual_connection
+    chosen_sums = config.deepspeed.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+    lines = [f"precision, modelled, of the fullest rank; time at {BANDWIDTH / 1e12:g} TB/s"]
+    for name, chosen, change in (
+        ("residual stream", chosen_stream, _with_stream),
+        ("sums of gradients", chosen_sums, _with_sums),
+    ):
+        for wide in (True, False):
+            cost = precision_cost(change(config, wide), world_size, decays)
+            mark = "  (set)" if wide == chosen else ""
+            dtype = "fp32" if wide else "bf16"
+            lines.append(
+                f"  {f'{name} in {dtype}':<26}{cost.memory / 2**30:8.2f} GiB{cost.sent / 1e9:10.2f} GB sent per step"
+                f"{cost.seconds * 1e3:10.1f} ms per step{mark}"
+            )
+    return "\n".join(lines)
+
+
+def precision_cost(config: RunConfig, world_size: int, decays: Callable[[str], bool]) -> PrecisionCost:
+    """Models the rank of the pipeline stage that needs most memory."""
+    stages = range(config.parallel.pipeline_parallel_size)
+    return max(_stage_cost(build_holding(config, world_size, decays, stage)) for stage in stages)
+
+
+def _stage_cost(holding: Holding) -> PrecisionCost:
+    config = holding.config
+    loads = expected_loads(config, holding.data_size)
+    traffic = step_traffic(holding, loads)
+    own_rows = sum(load.rows // (holding.tensor.size if holding.tensor.divides_rows else 1) for load in loads)
+    branches = 2 * sum(len(holding.blocks_of(run)) for run in holding.runs)
+    recomputed = config.training.activation_checkpointing == "full"
+    passes = _FORWARD_PASSES * (1 + recomputed) + _BACKWARD_PASSES
+    stream = own_rows * config.model.hidden_size * holding.stream_size * branches * passes
+    # Every micro-batch's gradients are read once and added to the sums, which are read and written.
+    numel = sum(p.numel() for p in holding.model.parameters()) // (holding.data_size if holding.zero_stage >= 2 else 1)
+    sums = len(loads) * numel * (holding.element_size + 2 * holding.gradient_size)
+    sent = sum(traffic.sent_bytes(axis) for axis in traffic.sizes)
+    return PrecisionCost(rank_memory(holding, loads).total, sent, (stream + sums) / BANDWIDTH)
+
+
+def _with_stream(config: RunConfig, wide: bool) -> RunConfig:
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, fp32_residual_connection=wide))
+
+
+def _with_sums(config: RunConfig, wide: bool) -> RunConfig:
+    types: Mapping[str, Any] = config.deepspeed.get("data_types", {})
+    changed = {**types, "grad_accum_dtype": "fp32" if wide else "bf16"}
+    return dataclasses.replace(config, deepspeed={**config.deepspeed, "data_types": changed})

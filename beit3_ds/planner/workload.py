@@ -1,0 +1,112 @@
+"""What the costs of one micro-batch depend on."""
+
+from typing import NamedTuple
+
+import torch
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.config import MicroBatchSize, RunConfig
+from beit3_ds.kernels.ops.attention_plan import plan_attention
+from beit3_ds.layout import SequenceLayout
+from beit3_ds.model.block import computed_sequences
+
+
+class BlockRows(NamedTuple):
+    """What one block computes of a micro-batch."""
+
+    attention: int
+    """Rows of the stream that attention computes."""
+    attended: int
+    """Rows of all calls of attention (`kernels.attention_plan.AttentionPlan`), padding included."""
+    ffn: int
+    """Rows that the FFN computes, if not only the masked ones."""
+
+
+class Load(NamedTuple):
+    """One micro-batch, as traffic and memory see it."""
+
+    rows: int
+    """Packed rows, T."""
+    tokens: int
+    """Text tokens, S."""
+    images: int
+    """Images with pixels, B."""
+    masked_patches: int
+    """Rows of the MIM head."""
+    masked_tokens: int
+    """Rows of the MLM head."""
+    drops: bool
+    """Whether branches carry factors of stochastic depth."""
+    every_row: BlockRows
+    """Of a block that computes all."""
+    kept_rows: tuple[BlockRows, ...] = ()
+    """Of each block, where branches are not computed that stochastic depth drops; nothing is dropped without."""
+
+    @property
+    def masked(self) -> int:
+        """Rows at masked positions, M."""
+        return self.masked_patches + self.masked_tokens
+
+
+def load_of(batch: PackedBatch) -> Load:
+    """The load of one micro-batch."""
+    image_mim, text_mlm, pair_mim, pair_mlm = batch.num_masked
+    num_layers = 0 if batch.drop_path is None else batch.drop_path.shape[1]
+    return Load(
+        rows=batch.num_rows,
+        tokens=len(batch.token_ids),
+        images=len(batch.patch_mask),
+        masked_patches=image_mim + pair_mim,
+        masked_tokens=text_mlm + pair_mlm,
+        drops=batch.drop_path is not None,
+        every_row=BlockRows(batch.num_rows, _attended(batch, batch.layout), batch.num_rows),
+        kept_rows=tuple(_kept_rows(batch, layer) for layer in range(num_layers)),
+    )
+
+
+def _kept_rows(batch: PackedBatch, layer: int) -> BlockRows:
+    branches = (computed_sequences(batch, layer, branch) for branch in range(2))
+    attention, ffn = (batch.layout if kept is None else kept.layout for kept in branches)
+    return BlockRows(attention.num_rows, _attended(batch, attention), ffn.num_rows)
+
+
+def _attended(batch: PackedBatch, layout: SequenceLayout) -> int:
+    plan = plan_attention(layout.sequence_ranges, batch.token_ids.device)
+    return sum(len(bucket.rows) for bucket in plan.buckets)
+
+
+def expected_loads(config: RunConfig, data_parallel_size: int) -> list[Load]:
+    """Returns the loads of the micro-batches of a data-parallel rank with the largest share of a step.
+
+    All texts have full length, and no branch is dropped.
+
+    Raises:
+        ConfigError: if there are fewer samples than ranks.
+    """
+    shares = config.step_shares(data_parallel_size)
+    sizes = shares.divide_rank(shares.rank_samples(0))
+    loads = {size: _expected_load(config, size) for size in set(sizes)}
+    return [loads[size] for size in sizes]
+
+
+def _expected_load(config: RunConfig, size: MicroBatchSize) -> Load:
+    model, data = config.model, config.data
+    images, pairs, texts = size
+    tokens = pairs * data.pair_text_length + texts * data.text_length
+    masked_tokens = pairs * data.pair_text_length * data.pair_text_mask_ratio
+    masked_tokens += texts * data.text_length * data.text_mask_ratio
+    patch_mask = torch.zeros(images + pairs, model.num_patches, dtype=torch.bool)
+    patch_mask[:, : round(model.num_patches * data.image_mask_ratio)] = True
+    batch = PackedBatch(
+        num_images=images,
+        num_pairs=pairs,
+        caption_lengths=(data.pair_text_length,) * pairs,
+        text_lengths=(data.text_length,) * texts,
+        pixels=None,
+        tokenizer_pixels=None,
+        patch_mask=patch_mask,
+        token_ids=torch.zeros(tokens, dtype=torch.int64),
+        masked_tokens=torch.arange(round(masked_tokens)),
+        target_ids=torch.zeros(round(masked_tokens), dtype=torch.int64),
+    )
+    return load_of(batch)._replace(drops=model.drop_path_rate > 0)

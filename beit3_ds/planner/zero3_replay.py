@@ -1,0 +1,330 @@
+"""When ZeRO-3 gathers parameters: DeepSpeed's coordinator of parameters, replayed without tensors."""
+
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from beit3_ds.model.multiway import MultiwayLayerNorm, MultiwaySubLayerNorm
+from beit3_ds.pipeline.schedule_1f1b import one_forward_one_backward
+from beit3_ds.planner.rank_model import Holding
+
+_DEFAULTS = {
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_max_reuse_distance": 1_000_000_000,
+    "stage3_max_live_parameters": 1_000_000_000,
+    "stage3_param_persistence_threshold": 100_000,
+}
+
+
+def persistent_parameters(holding: Holding) -> list[nn.Parameter]:
+    """The parameters that ZeRO-3 keeps whole on every rank because they are small."""
+    if holding.zero_stage != 3:
+        return []
+    threshold = setting(holding, "stage3_param_persistence_threshold")
+    return [p for p in holding.model.parameters() if p.numel() <= threshold]
+
+
+def setting(holding: Holding, key: str) -> int:
+    """An option of ZeRO-3, or DeepSpeed's default for it."""
+    return int(holding.zero.get(key, _DEFAULTS[key]))
+
+
+def padded(numel: int, ranks: int) -> int:
+    """Elements of a parameter of which every rank holds as many."""
+    return -(-numel // ranks) * ranks
+
+
+class GatherReplay:
+    """Follows which parameters are gathered, step after step, for one rank.
+
+    Replays `PartitionedParameterCoordinator` and the hooks of `DeepSpeedZeRoOffload` (DeepSpeed 0.19.8): a module's own
+    parameters are gathered before its forward and its backward pass and released after each. Once it has recorded the
+    order of modules of a forward and backward pass, the coordinator also gathers up to `stage3_prefetch_bucket_size`
+    elements ahead, and does not release what `stage3_max_reuse_distance` elements will reach again. A pass that does
+    not follow the recorded order, as in a pipeline, makes it record anew.
+    """
+
+    def __init__(self, holding: Holding) -> None:
+        """Starts with everything divided, as the engine does.
+
+        Args:
+            holding: the rank's part of the model.
+        """
+        self.holding = holding
+        self.calls, self.elements, self.peak_elements = 0, 0, 0
+        self._order = {id(p): number for number, p in enumerate(holding.model.parameters())}
+        self._persistent = {id(p): p for p in persistent_parameters(holding)}
+        self._blocks = set(holding.model.blocks.values())
+        self._available: set[int] = set()
+        self._inflight: set[int] = set()
+        self._active: dict[int, set[nn.Module]] = defaultdict(set)
+        self._active_backward: dict[nn.Module, None] = {}
+        self._grads_remaining: dict[nn.Module, int] = defaultdict(int)
+        self._num_available, self._whole = 0, 0
+        self._mode = "invalid"
+        self._modules: list[nn.Module] = []
+        self._trace: list[tuple[nn.Parameter, int]] = []
+        self._kept: dict[tuple[nn.Module, int], set[int]] = {}
+        self._begin_pass()
+
+    def run_step(self, num_micro_batches: int) -> tuple[int, int]:
+        """Goes through one optimizer step.
+
+        Returns:
+            Calls and gathered elements, padding included, of the step.
+        """
+        self.calls, self.elements = 0, 0
+        holding = self.holding
+        if holding.tied_elements and holding.is_first:
+            self._gather_word_table()
+        actions = one_forward_one_backward(num_micro_batches, holding.stage, holding.num_stages, len(holding.runs))
+        for action in actions:
+            if action.forward:
+                self._forward(holding.runs[action.run])
+            else:
+                self._backward(holding.runs[action.run])
+        self._step()
+        return self.calls, self.elements
+
+    # The passes.
+
+    def _forward(self, run: range) -> None:
+        self._reset()
+        self._fetch(self.holding.model)
+        for module in self._run_modules(run):
+            self._forward_module(module)
+        self._release(self.holding.model)
+        self._grads_remaining[self.holding.model] = int(run.start > 0)
+
+    def _forward_module(self, module: nn.Module) -> None:
+        self._enter(module)
+        for child in module.children():
+            self._forward_module(child)
+        self._release(module)
+
+    def _enter(self, module: nn.Module) -> None:
+        self._grads_remaining[module] = int(not self._is_input(module))
+        self._fetch(module)
+
+    def _backward(self, run: range) -> None:
+        self._fetch_backward(self.holding.model)
+        for module in reversed(self._run_modules(run)):
+            self._backward_module(module)
+        self._release_backward(self.holding.model)
+        for module in reversed(self._active_backward):  # DeepSpeed's release_backward_leftovers
+            for p in self._own(module):
+                self._active[id(p)].discard(module)
+                if id(p) not in self._persistent:
+                    self._drop(p)
+        self._active_backward.clear()
+
+    def _backward_module(self, module: nn.Module) -> None:
+        for _ in range(self._num_outputs(module)):
+            self._fetch_backward(module)
+        if self.holding.model.recompute_blocks and module in self._blocks:
+            self._backward_recomputed(module)
+        else:
+            for child in reversed(list(module.children())):
+                self._backward_module(child)
+        self._release_backward(module)
+
+    def _backward_recomputed(self, block: nn.Module) -> None:
+        """The block's forward pass is repeated as soon as something it would have saved is asked for.
+
+        That is inside its last linear layer. Recomputation stops once nothing is missing, so the modules that it is in
+        by then are not left.
+        """
+        attention, ffn = block.attention, block.ffn
+        assert isinstance(attention, nn.Module) and isinstance(ffn, nn.Module)
+        self._fetch_backward(ffn)
+        self._fetch_backward(ffn.fc2)  # type: ignore[arg-type]
+        self._enter(block)
+        self._forward_module(attention)
+        self._enter(ffn)
+        *before, last = ffn.children()
+        for child in before:
+            self._forward_module(child)
+        self._enter(last)
+        self._release_backward(last)
+        for child in reversed(before):
+            self._backward_module(child)
+        self._release_backward(ffn)
+        self._backward_module(attention)
+
+    def _step(self) -> None:
+        """The optimizer's step works on partitions; afterwards persistent parameters are gathered, one a call."""
+        self._inflight.clear()
+        self._active.clear()
+        for p in self.holding.model.parameters():
+            self._drop(p)
+        for p in self._persistent.values():
+            self._count([p])
+            self._available.add(id(p))
+
+    def _gather_word_table(self) -> None:
+        embeddings = self.holding.model.embeddings
+        assert embeddings is not None
+        table = embeddings.word.weight
+        if id(table) not in self._available:
+            self._count([table])
+        self._available.discard(id(table))
+
+    def _run_modules(self, run: range) -> list[nn.Module]:
+        model = self.holding.model
+        modules: list[nn.Module | None] = [model.embeddings] if run.start == 0 else []
+        modules += [model.blocks[str(layer - 1)] for layer in self.holding.blocks_of(run)]
+        modules += [model.heads] if run.stop == self.holding.config.model.num_pipeline_layers else []
+        return [module for module in modules if module is not None]
+
+    def _is_input(self, module: nn.Module) -> bool:
+        """Modules that are fed no tensor with a gradient have no hook after their backward pass."""
+        embeddings = self.holding.model.embeddings
+        if isinstance(module, MultiwaySubLayerNorm):
+            return True
+        return embeddings is not None and module in (embeddings, embeddings.patch, embeddings.word)
+
+    def _num_outputs(self, module: nn.Module) -> int:
+        """A module is fetched before its backward pass once for each output that has a gradient."""
+        heads = self.holding.model.heads
+        if isinstance(module, MultiwaySubLayerNorm):
+            return 2 * len(module.experts)
+        is_final_norm = heads is not None and module is heads.norm
+        return 2 if module is heads or (isinstance(module, MultiwayLayerNorm) and not is_final_norm) else 1
+
+    # DeepSpeed's coordinator; names follow it.
+
+    def _begin_pass(self) -> None:
+        self._queue = deque(self._trace)
+        self._most_recent: dict[int, int] = defaultdict(lambda: -1)
+        self._step_id = 0
+        self._num_available = 0
+
+    def _reset(self) -> None:
+        """`reset_step`, before each forward pass."""
+        self._clear_inflight()
+        if self._mode == "record":
+            self._trace = [
+                (p, step) for step, m in enumerate(self._modules) for p in sorted(self._own(m), key=self._number)
+            ]
+            self._mode = "complete"
+        elif self._mode == "invalid":
+            self._mode = "record"
+        self._begin_pass()
+
+    def _number(self, parameter: nn.Parameter) -> int:
+        return self._order[id(parameter)]
+
+    def _trace_prologue(self, module: nn.Module) -> None:
+        if self._mode == "complete" and (
+            self._step_id >= len(self._modules) or self._modules[self._step_id] is not module
+        ):
+            self._mode, self._modules, self._trace = "invalid", [], []
+            self._queue.clear()
+            self._most_recent.clear()
+            self._clear_inflight()
+        if self._mode == "record":
+            self._modules.append(module)
+
+    def _clear_inflight(self) -> None:
+        for p in [p for p in self.holding.model.parameters() if id(p) in self._inflight]:
+            self._drop(p)
+        self._inflight.clear()
+
+    def _fetch(self, module: nn.Module) -> None:
+        self._trace_prologue(module)
+        self._fetch_sub_module(module)
+
+    def _fetch_backward(self, module: nn.Module) -> None:
+        self._trace_prologue(module)
+        self._active_backward[module] = None
+        self._fetch_sub_module(module)
+
+    def _fetch_sub_module(self, module: nn.Module) -> None:
+        own = self._own(module)
+        self._gather([p for p in own if id(p) not in self._available])
+        for p in own:
+            self._active[id(p)].add(module)
+            self._inflight.discard(id(p))
+        if self._mode == "complete":
+            self._advance_queue(own)
+            self._prefetch()
+        self._step_id += 1
+
+    def _advance_queue(self, own: Iterable[nn.Parameter]) -> None:
+        missing = {id(p) for p in own if self._most_recent[id(p)] < self._step_id}
+        passed: set[int] = set()
+        while self._queue and len(passed) < len(missing):
+            p, step = self._queue.popleft()
+            self._most_recent[id(p)] = step
+            passed.add(id(p))
+        assert passed == missing, "the replay left the recorded order"
+
+    def _prefetch(self) -> None:
+        bucket = setting(self.holding, "stage3_prefetch_bucket_size")
+        room = min(setting(self.holding, "stage3_max_live_parameters") - self._num_available, bucket)
+        ahead: dict[int, nn.Parameter] = {}
+        while bucket and self._queue and sum(p.numel() for p in ahead.values()) < room:
+            p, step = self._queue.popleft()
+            self._most_recent[id(p)] = max(self._most_recent[id(p)], step)
+            if id(p) not in self._available:
+                ahead[id(p)] = p
+        self._gather(list(ahead.values()))
+        self._inflight |= set(ahead)
+
+    def _gather(self, parameters: list[nn.Parameter]) -> None:
+        if parameters:
+            self._count(parameters)
+            self._available |= {id(p) for p in parameters}
+            self._num_available += sum(p.numel() for p in parameters)
+            self._whole += sum(self._padded(p) for p in parameters if id(p) not in self._persistent)
+            self.peak_elements = max(self.peak_elements, self._whole)
+
+    def _padded(self, parameter: nn.Parameter) -> int:
+        return padded(parameter.numel(), self.holding.data_size)
+
+    def _count(self, parameters: list[nn.Parameter]) -> None:
+        self.calls += 1
+        self.elements += sum(self._padded(p) for p in parameters)
+
+    def _release(self, module: nn.Module) -> None:
+        kept = self._kept_for_reuse(module) if self._mode == "complete" else set()
+        for p in self._own(module):
+            self._active[id(p)].discard(module)
+            if id(p) not in kept:
+                self._drop(p)
+
+    def _release_backward(self, module: nn.Module) -> None:
+        self._grads_remaining[module] -= 1
+        if self._grads_remaining[module] == 0:
+            self._active_backward.pop(module, None)
+            self._release(module)
+
+    def _drop(self, parameter: nn.Parameter) -> None:
+        if id(parameter) in self._available and not self._active[id(parameter)]:
+            self._available.discard(id(parameter))
+            self._num_available -= parameter.numel()
+            if id(parameter) not in self._persistent:
+                self._whole -= self._padded(parameter)
+
+    def _kept_for_reuse(self, module: nn.Module) -> set[int]:
+        """`__params_to_release`, which DeepSpeed caches by module and place in the order, across recordings."""
+        key = module, self._step_id
+        if key not in self._kept:
+            kept = {id(p) for p in self._own(module) if id(p) in self._persistent}
+            kept |= {id(p) for p in self._own(module) if self._most_recent[id(p)] > self._step_id}
+            self._kept[key] = kept | set(self._soon_used())
+        return self._kept[key]
+
+    def _soon_used(self) -> Iterator[int]:
+        distance, limit = 0, setting(self.holding, "stage3_max_reuse_distance")
+        for module in self._modules[self._step_id :]:
+            if distance >= limit:
+                return
+            for p in self._own(module):
+                yield id(p)
+                distance += p.numel()
+
+    def _own(self, module: nn.Module) -> list[nn.Parameter]:
+        """What is gathered for a module."""
+        return list(module.parameters(recurse=False))

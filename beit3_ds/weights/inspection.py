@@ -1,0 +1,127 @@
+"""What `beit3 inspect` says of weights on disk."""
+
+import dataclasses
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from beit3_ds.checkpoint.folder import CheckpointFolder, is_checkpoint, open_checkpoint
+from beit3_ds.checkpoint.run_description import flatten
+from beit3_ds.model.pretrained import EXTRA_PREFIX
+from beit3_ds.weights.export import format_bytes
+from beit3_ds.weights.released import ReleasedFile
+from beit3_ds.weights.source import TensorSource, open_source
+from beit3_ds.weights.timm_file import TimmFile
+
+_EXPERT = re.compile(r"_(vision_language|vision|language)$")
+
+
+def describe_weights(path: Path, *, every_tensor: bool = False) -> str:
+    """Describes a checkpoint, exported weights or a released file: configuration, parameters of each part, size.
+
+    A checkpoint's files are all compared with their digests; of its run it tells settings, ranks and versions.
+
+    Args:
+        path: what `open_source` opens.
+        every_tensor: whether to list every tensor too.
+
+    Raises:
+        ConfigError: if there is nothing to open, or a checkpoint is torn or changed.
+    """
+    source: TensorSource = open_checkpoint(path, kind=None) if is_checkpoint(path) else open_source(path)
+    step = f", after {source.step} updates" if source.step else ""
+    where = source.path if isinstance(source, CheckpointFolder) else path
+    lines = [f"{where}: {_kind(source)}{step}"]
+    if isinstance(source, CheckpointFolder):
+        lines += [*_describe_run(source), "model:"]
+    lines += [*_describe_model(source), "", *_part_table(source)]
+    if every_tensor:
+        rows = [(name, _dtype(source.dtype(name)), str(list(source.shape(name)))) for name in _held(source)]
+        lines += ["", *_table(("tensor", "type", "shape"), rows)]
+    return "\n".join(lines)
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a logical tensor belongs to, as a reader would call it."""
+    if name.startswith(EXTRA_PREFIX):
+        return "kept for unilm's layout"
+    expert = _EXPERT.search(name)
+    whose = f", {expert[1].replace('_', '-')}" if expert else ""
+    if ".attention." in name:
+        return f"attention{whose}"
+    if ".ffn." in name:
+        return f"experts{whose}"
+    if name.startswith("heads.norm."):
+        return f"final norm{whose}"
+    return {"heads.mim": "MIM head", "heads.mlm": "MLM head"}.get(name.rsplit(".", 1)[0], "embeddings")
+
+
+def _kind(source: TensorSource) -> str:
+    if isinstance(source, CheckpointFolder):
+        return "checkpoint"
+    return source.description if isinstance(source, ReleasedFile | TimmFile) else "exported weights"
+
+
+def _held(source: TensorSource) -> list[str]:
+    """Returns the names of the tensors that the file itself holds."""
+    return source.held if isinstance(source, TimmFile) else source.names()
+
+
+def _describe_run(folder: CheckpointFolder) -> list[str]:
+    """What the index says beside the model, and how large the files are."""
+    run, files = folder.index.run, folder.index.files
+    num_pieces = sum(len(pieces) for pieces in folder.index.pieces.values())
+    num_bytes = sum(file.num_bytes for file in files.values())
+    return [
+        f"  {len(files)} files of {format_bytes(num_bytes)} are as their digests say: {num_pieces} pieces of "
+        f"{len(folder.index.shapes)} tensors, float32 weights and both moments of AdamW",
+        f"  AdamW has counted {folder.index.optimizer_step} updates",
+        f"  written by {run.layout}",
+        f"  with {', '.join(f'{name} {number}' for name, number in run.versions.items())}",
+        *(f"  {kind} tokenizer: SHA-256 {digest}" for kind, digest in run.tokenizers.items()),
+        "settings:",
+        *(f"  {key}: {json.dumps(value)}" for key, value in flatten(run.config)),
+    ]
+
+
+def _describe_model(source: TensorSource) -> list[str]:
+    return [f"  {name}: {value}" for name, value in dataclasses.asdict(source.model).items()]
+
+
+def _part_table(source: TensorSource) -> list[str]:
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in _held(source):
+        groups[part_of(name)].append(name)
+    rows = [_part_row(source, part, names) for part, names in groups.items()]
+    own = [name for name in _held(source) if not name.startswith(EXTRA_PREFIX)]
+    rows.append(_part_row(source, "the vision tower" if isinstance(source, TimmFile) else "the model", own))
+    return _table(("part", "tensors", "parameters", "size", "type"), rows)
+
+
+def _part_row(source: TensorSource, part: str, names: list[str]) -> tuple[str, ...]:
+    sizes = [(source.shape(name).numel(), source.dtype(name)) for name in names]
+    num_bytes = sum(count * dtype.itemsize for count, dtype in sizes)
+    types = ", ".join(sorted({_dtype(dtype) for _, dtype in sizes}))
+    return part, f"{len(names)}", f"{sum(count for count, _ in sizes):,}", format_bytes(num_bytes), types
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Columns as wide as their longest cell; numbers to the right."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    numeric = [all(line[column][:1].isdigit() for line in lines[1:]) for column in range(len(header))]
+    return [
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, numeric, strict=True)
+        ).rstrip()
+        for line in lines
+    ]

@@ -1,0 +1,124 @@
+"""Released BEiT-3 weights, seen as the logical tensors of a decoupled model.
+
+The layout follows the reference's code and was tested on tensors of its names and shapes; the official files themselves
+were never read here.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from beit3_ds.config import ConfigError, ModelConfig
+from beit3_ds.model import BEiT3
+from beit3_ds.model.pretrained import EXTRA_PREFIX, IMAGE_POSITION, check_tensors, matrix_part
+from beit3_ds.positions import interpolate_positions
+from beit3_ds.untrusted_file import read_tensors_with_note
+from beit3_ds.weights.export_note import NOTE_KEY, parse_note
+from beit3_ds.weights.unilm_layout import (
+    POSITION_TABLES,
+    TEXT_POSITION,
+    TOKENS,
+    UNUSED_POSITIONS,
+    read_architecture,
+    reference_keys,
+)
+
+
+class ReleasedFile:
+    """A pretrained, in-domain, contrastive or fine-tuned file of the reference; tensors are read when asked for.
+
+    Tensors that this project has no place for, such as task heads and unused rows of position tables, keep their key
+    behind `EXTRA_PREFIX`, so that an export in the reference's layout gives every tensor back.
+
+    A file that this program exported in that layout has a note of its model, which is read back unchanged except for
+    vision-language experts, which the layout does not have.
+
+    Attributes:
+        path: the file.
+        model: the configuration with the requested image size: the exported model's, or a decoupled one that follows
+            from the shapes.
+        step: number of updates of the weights; 0 if unknown.
+        description: kind of the file, for people.
+    """
+
+    def __init__(self, path: str | Path, *, image_size: int | None = None) -> None:
+        """Reads names and shapes.
+
+        Args:
+            path: what `foreign_tensors.read_tensors` reads.
+            image_size: pixels on a side, for which positions are interpolated as the reference does before fine-tuning;
+                None keeps the file's.
+
+        Raises:
+            ConfigError: if the file cannot be read, holds objects that could run code, or is of another layout.
+        """
+        self.path = Path(path)
+        tensors, text = read_tensors_with_note(self.path, NOTE_KEY)
+        note = parse_note(text, str(path)) if text else None
+        if note is None:
+            self.step, self.description = 0, "released weights (unilm's layout)"
+            stored = read_architecture({key: tensor.shape for key, tensor in tensors.items()}, str(path))
+        else:
+            self.step, self.description = note.step, f"weights exported as {note.format}"
+            stored = dataclasses.replace(note.model, num_vision_language_layers=0)
+        has_extras = note is None or note.has_extras
+        self._tensors = _by_logical_name(tensors, stored, str(path), has_extras=has_extras)
+        self.model: ModelConfig = stored if image_size is None else dataclasses.replace(stored, image_size=image_size)
+        found = {name: x.shape for name, x in self._tensors.items() if not name.startswith(EXTRA_PREFIX)}
+        check_tensors(str(path), found, _parameter_shapes(stored))
+
+    def names(self) -> list[str]:
+        """Names of all tensors, those under `EXTRA_PREFIX` included."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> torch.Size:
+        """The logical shape of a tensor."""
+        return self.read(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of a tensor's elements in the file."""
+        return self._tensors[name].dtype
+
+    def read(self, name: str, part: tuple[int, int, int, int] | None = None) -> Tensor:
+        """A tensor as stored, or a part of it as `matrix_part` has it; its pages are read from disk when it is used."""
+        tensor = self._tensors[name]
+        if name == IMAGE_POSITION:
+            tensor = interpolate_positions(tensor[None], self.model.grid_size)[0]
+        return tensor if part is None else matrix_part(tensor, part)
+
+
+def _by_logical_name(
+    tensors: dict[str, Tensor], config: ModelConfig, where: str, *, has_extras: bool
+) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = {}
+    rest = dict(tensors)
+    for key, name in reference_keys(config).items():
+        if key not in rest:
+            continue
+        tensor = rest.pop(key)
+        if key in POSITION_TABLES:
+            if has_extras:
+                named[EXTRA_PREFIX + key] = tensor[:UNUSED_POSITIONS]
+            tensor = tensor[UNUSED_POSITIONS:]
+            if not has_extras and name == TEXT_POSITION:
+                tensor = tensor[: config.max_text_length]  # the export filled the rows behind it
+        tensor = tensor.flatten() if key in TOKENS else tensor
+        if name in named and not torch.equal(named[name], tensor):
+            raise ConfigError(
+                f"{where}: {key} differs from another tensor that is the same in the exported model ({name}): the file "
+                "was changed since. Export it again."
+            )
+        named[name] = tensor
+    if unknown := [key for key in rest if key.startswith("beit3.")]:
+        raise ConfigError(
+            f"{where}: {len(unknown)} tensors of the backbone are none of the released layout's ({unknown[0]}); "
+            f"without them the model would compute something else. Use a released file."
+        )
+    return named | {EXTRA_PREFIX + key: tensor for key, tensor in rest.items()}
+
+
+def _parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in BEiT3(config).named_parameters()}

@@ -1,0 +1,84 @@
+"""Reads a vision tower that this program exported for timm as the logical tensors of its model."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from beit3_ds.config import ConfigError
+from beit3_ds.model import BEiT3, initial_value
+from beit3_ds.model.pretrained import IMAGE_POSITION, matrix_part
+from beit3_ds.positions import interpolate_positions
+from beit3_ds.weights.export_note import ExportNote
+from beit3_ds.weights.timm_layout import timm_names
+
+
+class TimmFile:
+    """A model whose vision tower comes from a file; the other tensors have initial values and are not in `held`.
+
+    Attributes:
+        path: the file.
+        model: the configuration of the exported model, with the requested image size.
+        step: number of updates of the weights.
+        description: kind of the file, for people.
+        held: logical names of the tensors that the file holds.
+    """
+
+    description = "vision tower exported for timm"
+
+    def __init__(
+        self, path: str | Path, tensors: Mapping[str, Tensor], note: ExportNote, *, image_size: int | None = None
+    ) -> None:
+        """Splits timm's tensors into logical tensors.
+
+        Raises:
+            ConfigError: if the tensors are not those of the model.
+        """
+        self.path, self.step = Path(path), note.step
+        self.model = note.model
+        if image_size is not None:
+            self.model = dataclasses.replace(note.model, image_size=image_size)
+        with torch.device("meta"):
+            self._shapes = {name: parameter.shape for name, parameter in BEiT3(self.model).named_parameters()}
+            stored = {name: parameter.shape for name, parameter in BEiT3(note.model).named_parameters()}
+        self._tensors = dict(_by_logical_name(tensors, note, stored, str(path)))
+        self.held = list(self._tensors)
+
+    def names(self) -> list[str]:
+        """Returns the names of all tensors of the model."""
+        return list(self._shapes)
+
+    def shape(self, name: str) -> torch.Size:
+        """Returns the logical shape of a tensor."""
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Returns the dtype of the file's tensors."""
+        return next(iter(self._tensors.values())).dtype
+
+    def read(self, name: str, part: tuple[int, int, int, int] | None = None) -> Tensor:
+        """Returns a tensor of the file, or initial values of its dtype, or a part of it as in `matrix_part`."""
+        if name in self._tensors:
+            tensor = self._tensors[name]
+            if name == IMAGE_POSITION:
+                tensor = interpolate_positions(tensor[None], self.model.grid_size)[0]
+        else:
+            tensor = initial_value(name, self._shapes[name], self.model, 0).to(self.dtype(name))
+        return tensor if part is None else matrix_part(tensor, part)
+
+
+def _by_logical_name(
+    tensors: Mapping[str, Tensor], note: ExportNote, shapes: Mapping[str, torch.Size], where: str
+) -> Iterator[tuple[str, Tensor]]:
+    wanted = timm_names(note.model)
+    if wanted.keys() != tensors.keys():
+        odd = sorted(wanted.keys() ^ tensors.keys())
+        raise ConfigError(f"{where}: the tensors are not those of its export: {odd[0]}. Export it again.")
+    for key, names in wanted.items():
+        if tensors[key].numel() != sum(shapes[name].numel() for name in names):
+            raise ConfigError(f"{where}: {key} has the shape {tuple(tensors[key].shape)}. Export it again.")
+        parts = tensors[key].chunk(len(names)) if len(names) > 1 else [tensors[key]]
+        for name, part in zip(names, parts, strict=True):
+            yield name, part.reshape(shapes[name])

@@ -1,0 +1,96 @@
+"""The vision tower of a model in timm's layout: `beit3_base_patch16_224` and its siblings."""
+
+from typing import Any
+
+import torch
+
+from beit3_ds.config import MODEL_SIZES, ConfigError, ModelConfig
+from beit3_ds.weights.recipe import Recipe, copy_recipe
+from beit3_ds.weights.source import TensorSource
+from beit3_ds.weights.timm_layout import timm_names
+
+_NAMED = {
+    "beit3_base_patch16_224": MODEL_SIZES["base"],
+    "beit3_large_patch16_224": MODEL_SIZES["large"],
+    "beit3_giant_patch14_224": MODEL_SIZES["giant"],
+}
+_SIZES = {
+    "embed_dim": "hidden_size",
+    "depth": "num_layers",
+    "num_heads": "num_attention_heads",
+    "patch_size": "patch_size",
+}
+_IMAGE_SIZE, _EPSILON = 224, 1e-5  # of all of them; the second is of every norm
+_BATCH_DIMS = {"cls_token": 2, "pos_embed": 1}
+"""Leading dimensions of size 1 that timm's tensors have and ours do not."""
+
+
+def timm_recipes(source: TensorSource) -> list[Recipe]:
+    """Every tensor of timm's model without a classifier.
+
+    Its `forward_features` ends before the final norm, which is its `fc_norm` and follows the mean of the patches.
+
+    Raises:
+        ConfigError: if the source has no final norm, as some fine-tuned releases, or norms of another epsilon.
+    """
+    config = source.model
+    if config.layer_norm_epsilon != _EPSILON:
+        raise ConfigError(
+            f"timm: the model has layer_norm_epsilon={config.layer_norm_epsilon:g}, but timm's models have "
+            f"{_EPSILON:g}. Use another format."
+        )
+    shared = config.attention_experts[0]
+    if f"heads.norm.weight_{shared}" not in source.names():
+        raise ConfigError(
+            "timm: the weights have no final norm, which timm's model has: they were fine-tuned without it. Export "
+            "pretrained weights."
+        )
+    return [_recipe(source, key, names) for key, names in timm_names(config).items()]
+
+
+def timm_arguments(config: ModelConfig) -> dict[str, Any]:
+    """The arguments of `timm.create_model` for the model of the file: a name, and where it differs from it."""
+    same_width = (name for name, size in _NAMED.items() if size["hidden_size"] == config.hidden_size)
+    name = next(same_width, "beit3_base_patch16_224")
+    size = _NAMED[name]
+    arguments: dict[str, Any] = {"model_name": name, "num_classes": 0}
+    arguments |= {key: getattr(config, ours) for key, ours in _SIZES.items() if getattr(config, ours) != size[ours]}
+    if config.ffn_hidden_size * size["hidden_size"] != size["ffn_hidden_size"] * config.hidden_size:
+        arguments["mlp_ratio"] = (config.ffn_hidden_size + 0.5) / config.hidden_size  # timm rounds the product down
+    if config.image_size != _IMAGE_SIZE:
+        arguments["img_size"] = config.image_size
+    if not config.sub_layernorm:
+        arguments |= {"scale_attn_norm": False, "scale_mlp_norm": False}
+    return arguments
+
+
+def timm_recipe_lines(config: ModelConfig, path: str) -> str:
+    """Returns Python code that loads an exported file in timm and computes the features of `BEiT3.encode`."""
+    arguments = timm_arguments(config) | {"checkpoint_path": path}
+    call = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    return (
+        "import timm\n"
+        "from beit3_ds.preprocess import preprocess\n"
+        f"model = timm.create_model({call}).eval()\n"
+        f'images = preprocess("photo.jpg", {config.image_size})[None]\n'
+        "features = model.fc_norm(model.forward_features(images))"
+    )
+
+
+def _recipe(source: TensorSource, key: str, names: tuple[str, ...]) -> Recipe:
+    if len(names) > 1:
+        return _joined(source, key, list(names))
+    if dims := _BATCH_DIMS.get(key, 0):
+        return _with_batch_dims(source, key, names[0], dims)
+    return copy_recipe(source, names[0])._replace(name=key)
+
+
+def _with_batch_dims(source: TensorSource, key: str, name: str, dims: int) -> Recipe:
+    shape = (1,) * dims + tuple(source.shape(name))
+    return Recipe(key, source.dtype(name), shape, lambda: source.read(name).view(shape))
+
+
+def _joined(source: TensorSource, key: str, names: list[str]) -> Recipe:
+    rows, *rest = source.shape(names[0])
+    shape = (len(names) * rows, *rest)
+    return Recipe(key, source.dtype(names[0]), shape, lambda: torch.cat([source.read(name) for name in names]))

@@ -1,0 +1,1 @@
+"""What the operations use on a CPU."""

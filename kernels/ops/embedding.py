@@ -1,0 +1,43 @@
+"""Rows of a table by their ids, whose gradient is a table, too."""
+
+# S ids, V rows of the table, D width.
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from beit3_ds.kernels.cpu.host_memory import empty
+
+
+def embedding(ids_S: Tensor, weight_VD: Tensor) -> Tensor:
+    """Looks up rows; the table takes part, with a gradient of zeros, even without ids.
+
+    Args:
+        ids_S: int64 in [0, V).
+        weight_VD: the table.
+
+    Returns:
+        (S, D), of the table's dtype.
+    """
+    rows_SD: Tensor = _Embedding.apply(ids_S, weight_VD)
+    return rows_SD
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids_S: Tensor, weight_VD: Tensor) -> Tensor:
+        ctx.save_for_backward(ids_S)
+        ctx.table_size = len(weight_VD)
+        return F.embedding(ids_S, weight_VD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_rows_SD: Tensor) -> tuple[None, Tensor]:
+        (ids_S,) = ctx.saved_tensors
+        if d_rows_SD.is_cuda:  # sorts the ids, so that no two threads add to one row
+            return None, torch.ops.aten.embedding_dense_backward(d_rows_SD, ids_S, ctx.table_size, -1, False)
+        d_weight_VD = empty(d_rows_SD, ctx.table_size, d_rows_SD.shape[1], lasting=True)
+        return None, d_weight_VD.zero_().index_add_(0, ids_S, d_rows_SD)

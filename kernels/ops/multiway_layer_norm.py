@@ -1,0 +1,320 @@
+"""LayerNorm of a packed stream with a scale and a shift an expert, which also takes in the residual's gradient.
+
+On the CPU it is PyTorch's own LayerNorm over each expert's rows. On a GPU it is the operator
+`beit3_ds::multiway_layer_norm` with the kernels of `multiway_layer_norm_triton`, one launch for all experts, which were
+compiled ahead of time and interpreted, but never run on a GPU.
+"""
+
+# T packed rows, D width, E experts; expert e owns rows [stops[e - 1], stops[e]).
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from itertools import repeat
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from beit3_ds.kernels.cpu.chunks import add_parts, piece_length
+from beit3_ds.kernels.cpu.host_memory import empty, empty_like, settle
+from beit3_ds.kernels.ops.expert_rows import fits_kernels, row_lengths, row_tiling
+from beit3_ds.kernels.ops.multiway_linear import Slices
+from beit3_ds.kernels.ops.numerics import check_rule, with_gradients
+from beit3_ds.kernels.ops.recompute import RowRecipe, RowSource
+from beit3_ds.kernels.ops.self_check import passes
+
+
+def multiway_layer_norm_reference(
+    x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """What `multiway_layer_norm` computes, in plain PyTorch."""
+    parts = [
+        F.layer_norm(x_TD[start:stop], w_D.shape, w_D.to(x_TD.dtype), b_D.to(x_TD.dtype), epsilon)
+        for (start, stop), w_D, b_D in zip(slices, weights, biases, strict=True)
+    ]
+    return x_TD.view_as(x_TD), torch.cat(parts).to(weights[0].dtype)
+
+
+def multiway_layer_norm(
+    x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """Normalises every row and scales and shifts it with the parameters of its expert; passes the stream through.
+
+    A residual connection should continue with the returned stream: its gradient is then added in the norm's backward
+    pass, without a separate pass. The backward pass keeps x, two numbers per row, and the parameters themselves. An
+    expert without rows gets zero gradients.
+
+    Args:
+        x_TD: packed rows, of the parameters' dtype or of float32.
+        slices: row range of each expert; together they cover [0, T) in order.
+        weights: one scale (D,) per expert.
+        biases: one shift (D,) per expert, of the scales' dtype.
+        epsilon: added to the variance.
+
+    Returns:
+        x_TD itself, and h_TD = (x - mean) / sqrt(variance + epsilon) * w + b, of the parameters' dtype; statistics are
+        taken in float32, in float64 of float64.
+    """
+    stops = tuple(stop for _, stop in slices)
+    kernels = runs_kernels(x_TD, weights[0].dtype)
+    stream_TD, h_TD = _MultiwayLayerNorm.apply(x_TD, stops, epsilon, kernels, *weights, *biases)
+    return stream_TD, h_TD
+
+
+def row_source(
+    x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
+) -> RowSource:
+    """From what the rows h_TD of `multiway_layer_norm` are made again, bit by bit, with the same arguments.
+
+    The parameters are kept, so they must not be ones that ZeRO-3 divides.
+    """
+    make = partial(_make_rows, tuple(stop for _, stop in slices), epsilon)
+    return RowSource(RowRecipe(make), tuple(tensor.detach() for tensor in (x_TD, *weights, *biases)))
+
+
+def _make_rows(stops: tuple[int, ...], epsilon: float, x_TD: Tensor, *parameters: Tensor) -> Tensor:
+    kernels = runs_kernels(x_TD, parameters[0].dtype)
+    norm = torch.ops.beit3_ds.multiway_layer_norm if kernels else _forward_plain
+    return norm(x_TD.contiguous(), stops, parameters[: len(stops)], parameters[len(stops) :], epsilon)[0]
+
+
+def runs_kernels(x_TD: Tensor, dtype: torch.dtype) -> bool:
+    """Returns whether `multiway_layer_norm` uses the GPU's kernels (`fits_kernels`); otherwise it runs the CPU's code.
+
+    The CPU's code also runs on a device where the kernels fail their check at their first use (`self_check`).
+
+    Args:
+        x_TD: packed rows.
+        dtype: dtype of the parameters.
+    """
+    return fits_kernels(x_TD, dtype) and _are_trusted(x_TD.device, dtype, x_TD.shape[1], x_TD.dtype)
+
+
+@lru_cache
+def _are_trusted(device: torch.device, dtype: torch.dtype, width: int, stream: torch.dtype) -> bool:
+    rows = "" if stream == dtype else f", rows in {stream}"
+    name = f"multiway_layer_norm in {dtype} of width {width}{rows}"
+    return passes(name, device, lambda: check_kernels(device, dtype, width, stream))
+
+
+def check_kernels(device: torch.device, dtype: torch.dtype, width: int, stream: torch.dtype | None = None) -> None:
+    """Compares the operators with the reference, forward and backward, over three experts, one of them without rows.
+
+    Args:
+        device: device of the operators.
+        dtype: dtype of the parameters and the normalised rows.
+        width: D.
+        stream: dtype of the packed rows; None for that of the parameters.
+
+    Raises:
+        WrongResultError: if a result is wrong.
+    """
+    slices, epsilon = ((0, 37), (37, 37), (37, 61)), 1e-5
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(3, 61, width, generator=generator).to(device)
+    x_TD, d_stream_TD, dh_TD = drawn[0].to(stream or dtype), drawn[1].to(stream or dtype), drawn[2].to(dtype)
+    parameters = torch.randn(6, width, generator=generator).to(device, dtype).unbind()
+    names = ("y", "dx", *(f"d_{kind}_{expert}" for kind in ("weight", "bias") for expert in range(3)))
+
+    def operator(x_TD: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.stack(_MultiwayLayerNorm.apply(x_TD, (37, 37, 61), epsilon, True, *parameters))
+
+    def reference(x_TD: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.stack(multiway_layer_norm_reference(x_TD, slices, parameters[:3], parameters[3:], epsilon))
+
+    def norm_alone(function: Callable[..., Tensor], *leaves: Tensor) -> Tensor:
+        return function(*leaves)[1]
+
+    inputs = (x_TD, *parameters)
+    both = (*inputs, torch.stack((d_stream_TD, dh_TD)))
+    check_rule(names, with_gradients(operator)(*both), with_gradients(reference), both)
+    alone = (*inputs, dh_TD)
+    ours, expected = (with_gradients(partial(norm_alone, function)) for function in (operator, reference))
+    check_rule(names, ours(*alone), expected, alone)
+
+
+class _MultiwayLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, stops: tuple[int, ...], epsilon: float, kernels: bool, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        weights, biases = parameters[: len(stops)], parameters[len(stops) :]
+        norm = torch.ops.beit3_ds.multiway_layer_norm if kernels else _forward_plain
+        h_TD, *statistics = norm(x_TD.contiguous(), stops, weights, biases, epsilon)
+        # The parameters themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
+        ctx.save_for_backward(x_TD, *weights, *statistics)
+        ctx.stops, ctx.kernels = stops, kernels
+        ctx.set_materialize_grads(False)  # the stream's gradient may be absent, and is not to be made of zeros
+        return x_TD, h_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_stream_TD: Tensor | None, dh_TD: Tensor | None) -> tuple[Tensor | None, ...]:
+        x_TD, *saved = ctx.saved_tensors
+        weights, statistics = saved[: len(ctx.stops)], saved[len(ctx.stops) :]
+        if dh_TD is None:
+            return (d_stream_TD, None, None, None, *[torch.zeros_like(w_D) for w_D in weights * 2])
+        d_stream_TD = None if d_stream_TD is None else d_stream_TD.contiguous()
+        tensors = dh_TD.contiguous(), d_stream_TD, x_TD.contiguous()
+        if ctx.kernels:
+            differentiate = torch.ops.beit3_ds.multiway_layer_norm_backward
+            dx_TD, d_parameters_2ED = differentiate(*tensors, *statistics, ctx.stops, weights)
+            d_parameters = d_parameters_2ED.flatten(0, 1).unbind()
+        else:
+            dx_TD, *d_parameters = _backward_plain(*tensors, statistics, ctx.stops, weights)
+        return (dx_TD, None, None, None, *d_parameters)
+
+
+def _forward_plain(
+    x_TD: Tensor, stops: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
+) -> list[Tensor]:
+    """PyTorch's LayerNorm on pieces of each expert's rows, copied from the cache to their place.
+
+    Returns:
+        h_TD, and the mean and 1 / deviation of each expert's rows, (rows, 1).
+    """
+    lengths, length = row_lengths(stops), piece_length(x_TD)
+    h_TD = empty(x_TD, *x_TD.shape, dtype=weights[0].dtype)
+    statistics: list[Tensor] = []
+    parts = zip(x_TD.split(lengths), h_TD.split(lengths), _native(weights, x_TD), _native(biases, x_TD), strict=True)
+    for x_part, h_part, w_D, b_D in parts:
+        of_pieces = []
+        for x_piece, h_piece in zip(x_part.split(length), h_part.split(length), strict=True):
+            normalized, *of_piece = torch.native_layer_norm(x_piece, w_D.shape, w_D, b_D, epsilon)
+            h_piece.copy_(normalized)
+            of_pieces.append(of_piece)
+        statistics += [settle(torch.cat(pieces)) for pieces in zip(*of_pieces, strict=True)]
+    return [h_TD, *statistics]
+
+
+def _backward_plain(
+    dh_TD: Tensor,
+    d_stream_TD: Tensor | None,
+    x_TD: Tensor,
+    statistics: Sequence[Tensor],
+    stops: Sequence[int],
+    weights: Sequence[Tensor],
+) -> list[Tensor]:
+    """Returns dx_TD and the gradients of all scales and then of all shifts, from the statistics of `_forward_plain`."""
+    lengths, dx_TD, length = row_lengths(stops), empty_like(x_TD), piece_length(x_TD)
+    d_parameters: list[list[Tensor]] = []
+    parts = zip(
+        dh_TD.split(lengths),
+        [None] * len(stops) if d_stream_TD is None else d_stream_TD.split(lengths),
+        x_TD.split(lengths),
+        dx_TD.split(lengths),
+        statistics[::2],
+        statistics[1::2],
+        _native(weights, x_TD),
+        strict=True,
+    )
+    for dh_part, d_stream_part, x_part, dx_part, mean_T1, rstd_T1, w_D in parts:
+        totals: list[Tensor] = []
+        kept = (rows.split(length) for rows in (dh_part, x_part, mean_T1, rstd_T1, dx_part))
+        d_streams = repeat(None) if d_stream_part is None else iter(d_stream_part.split(length))
+        for dh, x, mean, rstd, dx in zip(*kept, strict=True):
+            # The shift's values are not looked at, only that there is one: its scale serves.
+            piece, *of_parameters = torch.ops.aten.native_layer_norm_backward.default(
+                dh.to(x.dtype), x, w_D.shape, mean, rstd, w_D, w_D, [True, True, True]
+            )
+            d_stream = next(d_streams)
+            dx.copy_(piece) if d_stream is None else torch.add(piece, d_stream, out=dx)
+            totals = add_parts(totals, of_parameters)
+        d_parameters.append([total.to(weights[0].dtype) for total in totals])
+    return [dx_TD, *(of_expert[kind] for kind in range(2) for of_expert in d_parameters)]
+
+
+_LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
+_LIBRARY.define(
+    "multiway_layer_norm(Tensor x, int[] stops, Tensor[] weights, Tensor[] biases, float epsilon) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "multiway_layer_norm_backward(Tensor dh, Tensor? d_stream, Tensor x, Tensor statistics, int[] stops, "
+    "Tensor[] weights) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_LIBRARY, "multiway_layer_norm", "CPU")
+def _forward_cpu(
+    x_TD: Tensor, stops: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """The operator for checks: the model on a CPU never takes it. Returns h and the statistics, (2, T)."""
+    h_TD, *statistics = _forward_plain(x_TD, stops, weights, biases, epsilon)
+    return h_TD, torch.stack((torch.cat(statistics[::2]), torch.cat(statistics[1::2]))).squeeze(2)
+
+
+@torch.library.impl(_LIBRARY, "multiway_layer_norm_backward", "CPU")
+def _backward_cpu(
+    dh_TD: Tensor,
+    d_stream_TD: Tensor | None,
+    x_TD: Tensor,
+    statistics_2T: Tensor,
+    stops: Sequence[int],
+    weights: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The operator for checks. Returns dx and the gradients of the scales and of the shifts, (2, E, D)."""
+    parts = statistics_2T.unsqueeze(2).split(row_lengths(stops), dim=1)
+    statistics = [statistic for part in parts for statistic in part.unbind()]
+    dx_TD, *d_parameters = _backward_plain(dh_TD, d_stream_TD, x_TD, statistics, stops, weights)
+    return dx_TD, torch.stack(d_parameters).unflatten(0, (2, -1))
+
+
+@torch.library.impl(_LIBRARY, "multiway_layer_norm", "CUDA")
+def _forward_cuda(
+    x_TD: Tensor, stops: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
+) -> tuple[Tensor, Tensor]:
+    from beit3_ds.kernels.triton.multiway_layer_norm_launch import forward
+
+    return forward(x_TD, stops, weights, biases, epsilon, row_tiling(x_TD))
+
+
+@torch.library.impl(_LIBRARY, "multiway_layer_norm_backward", "CUDA")
+def _backward_cuda(
+    dh_TD: Tensor,
+    d_stream_TD: Tensor | None,
+    x_TD: Tensor,
+    statistics_2T: Tensor,
+    stops: Sequence[int],
+    weights: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    from beit3_ds.kernels.triton.multiway_layer_norm_launch import backward
+
+    return backward(dh_TD, d_stream_TD, x_TD, statistics_2T, stops, weights, row_tiling(x_TD))
+
+
+@torch.library.register_fake("beit3_ds::multiway_layer_norm", lib=_LIBRARY)
+def _forward_fake(
+    x_TD: Tensor, stops: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
+) -> tuple[Tensor, Tensor]:
+    h_TD = torch.empty_like(x_TD, dtype=weights[0].dtype)
+    return h_TD, x_TD.new_empty(2, len(x_TD), dtype=_accumulator(x_TD))
+
+
+@torch.library.register_fake("beit3_ds::multiway_layer_norm_backward", lib=_LIBRARY)
+def _backward_fake(
+    dh_TD: Tensor,
+    d_stream_TD: Tensor | None,
+    x_TD: Tensor,
+    statistics_2T: Tensor,
+    stops: Sequence[int],
+    weights: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x_TD), weights[0].new_empty(2, len(stops), x_TD.shape[1])
+
+
+def _native(parameters: Sequence[Tensor], x_TD: Tensor) -> Sequence[Tensor]:
+    """Returns the parameters in the dtype that PyTorch's layer norm needs for x.
+
+    On a CPU half-precision rows keep float32 statistics only with float32 parameters. Float32 rows need float32
+    parameters everywhere.
+    """
+    is_half_on_cpu = x_TD.dtype in (torch.float16, torch.bfloat16) and not x_TD.is_cuda
+    dtype = torch.float32 if is_half_on_cpu else x_TD.dtype
+    return [parameter_D.to(dtype) for parameter_D in parameters]
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    """float32 for half precision; float32 and float64 stay as they are."""
+    return torch.promote_types(x.dtype, torch.float32)

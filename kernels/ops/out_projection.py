@@ -1,0 +1,380 @@
+"""The way back into the stream: GELU, sub-LN, linear layer, bias, drop-path factor and residual, as one op.
+
+It ends the FFN (with GELU) and attention (without). It keeps its input alone for the backward pass and makes the rest
+again. On the CPU an expert's rows go through PyTorch's fused norms piece by piece, between products of a whole chunk of
+them. On a GPU, kernels of `multiway_ffn_triton` normalise on the way into the product and add bias and residual
+on the way out; they were compiled ahead of time and interpreted, but never run on a GPU.
+"""
+
+# T packed rows, F input width (of this rank), D output width.
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from beit3_ds.kernels.cpu.chunks import add_parts, piece_length
+from beit3_ds.kernels.cpu.host_memory import empty, empty_like
+from beit3_ds.kernels.cpu.matmul import product
+from beit3_ds.kernels.ops.multiway_linear import Slices, ends_of, scale_rows, slices_of
+from beit3_ds.kernels.ops.numerics import check_rule
+from beit3_ds.kernels.ops.self_check import passes
+from beit3_ds.kernels.ops.sub_norm import SubNorm
+from beit3_ds.kernels.ops.up_projection import Activation
+
+
+def out_projection_reference(
+    x_TF: Tensor,
+    slices: Slices,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    gelu: bool,
+    norm: SubNorm | None,
+    residual_TD: Tensor,
+    factor_T: Tensor,
+) -> Tensor:
+    """What `out_projection` computes where no ranks divide the width, in plain PyTorch."""
+    parts = []
+    for i, (start, stop) in enumerate(slices):
+        a = F.gelu(x_TF[start:stop]) if gelu else x_TF[start:stop]
+        if norm is not None:
+            a = F.layer_norm(a, a.shape[1:], norm.scales[i], norm.shifts[i], norm.epsilon)
+        parts.append(F.linear(a, weights[i], biases[i]))
+    return residual_TD + factor_T.unsqueeze(1) * torch.cat(parts).to(residual_TD.dtype)
+
+
+def out_projection(
+    activation: Activation,
+    slices: Slices,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] = (),
+    *,
+    gelu: bool,
+    norm: SubNorm | None = None,
+    residual_TD: Tensor | None = None,
+    factor_T: Tensor | None = None,
+) -> Tensor:
+    """Computes residual + factor * (LN(GELU(x)) @ w.T + b), each row with its own expert's parameters.
+
+    If ranks divide the width of x, call it without biases, residual and factor: the result is then partial, is summed
+    over the ranks, and `add_branch` adds these once. A sub-LN then gathers two floats per row, and its backward pass
+    all-reduces two.
+
+    Args:
+        activation: x_TF, which alone is kept for the backward pass, and the up projection's results for it.
+        slices: row range of each expert; together they cover [0, T) in order.
+        weights: one (D, F) matrix per expert, of x's dtype.
+        biases: one (D,) vector per expert, or none.
+        gelu: activate x first, with the exact (erf) GELU.
+        norm: the sub-LN, or None. Its parameters are kept, so they must not be ones that ZeRO-3 divides.
+        residual_TD: the stream that the branch joins, or None.
+        factor_T: factor of stochastic depth for every row of the branch, without a gradient; None for ones.
+
+    Returns:
+        y_TD, of the residual's dtype (x's or float32); without a residual, of x's dtype.
+    """
+    form = _Form(ends_of(slices), gelu, norm, len(biases) > 0, residual_TD is not None)
+    parameters = (*weights, *biases, *(() if norm is None else (*norm.scales, *norm.shifts)))
+    return _OutProjection.apply(form, activation, residual_TD, factor_T, activation.x_TF.contiguous(), *parameters)
+
+
+_CHUNK_ROWS = 2048
+"""Rows that the CPU takes at a time: what lies between two products takes memory, and a product wants many rows."""
+
+
+class _Form(NamedTuple):
+    """What a call is besides its tensors."""
+
+    ends: list[int]
+    gelu: bool
+    norm: SubNorm | None
+    has_biases: bool
+    has_residual: bool
+
+    @property
+    def has_whole_rows(self) -> bool:
+        """Whether a norm, if there is one, needs no other rank."""
+        return self.norm is None or self.norm.all_gather is None
+
+    def split(self, parameters: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
+        """Weights, biases, scales and shifts."""
+        experts, parts, start = len(self.ends), [], 0
+        for is_there in (True, self.has_biases, self.norm is not None, self.norm is not None):
+            parts.append(parameters[start : start + experts] if is_there else ())
+            start += experts * is_there
+        return tuple(parts)
+
+
+class _OutProjection(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        form: _Form,
+        activation: Activation,
+        residual_TD: Tensor | None,
+        factor_T: Tensor | None,
+        x_TF: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        weights, biases, scales, shifts = form.split(parameters)
+        mean_T = rstd_T = None
+        if form.has_whole_rows and not _runs_kernels(x_TF):
+            y_TD = _forward_natively(x_TF, form, weights, biases, residual_TD, factor_T)
+        else:
+            a_TF = activation.a_TF if activation.a_TF is not None else _activate(x_TF, form.gelu)
+            if form.norm is not None:
+                statistics = activation.statistics or torch.ops.beit3_ds.row_statistics(a_TF)
+                mean_T, rstd_T = form.norm.join_statistics(statistics[0], statistics[1], x_TF.shape[1])
+            arguments = (scales, shifts, form.ends, weights, biases, residual_TD, factor_T)
+            y_TD = torch.ops.beit3_ds.out_projection(a_TF, mean_T, rstd_T, *arguments)
+        # The matrices themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
+        ctx.save_for_backward(x_TF, factor_T, mean_T, rstd_T, *weights, *scales, *shifts)
+        ctx.form = form
+        return y_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+        form: _Form = ctx.form
+        x_TF, factor_T, mean_T, rstd_T, *parameters = ctx.saved_tensors
+        weights, _, scales, shifts = form._replace(has_biases=False).split(parameters)
+        dy_TD = dy_TD.contiguous()
+        if mean_T is None and not _runs_kernels(x_TF):
+            saved_norm = None if form.norm is None else form.norm._replace(scales=scales, shifts=shifts)
+            gradients = _backward_natively(dy_TD, factor_T, x_TF, form._replace(norm=saved_norm), weights)
+        else:
+            norm = None if form.norm is None else (mean_T, rstd_T, scales, shifts)
+            # The products take one dtype: the gradient of a float32 stream is rounded once, on its way into them.
+            of_branch = dy_TD.to(x_TF.dtype), None if factor_T is None else factor_T.to(x_TF.dtype)
+            gradients = _backward_by_operators(*of_branch, x_TF, form, weights, norm)
+        return (None, None, dy_TD if form.has_residual else None, None, *gradients)
+
+
+def _forward_natively(
+    x_TF: Tensor,
+    form: _Form,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    residual_TD: Tensor | None,
+    factor_T: Tensor | None,
+) -> Tensor:
+    y_TD = empty(x_TF, len(x_TF), len(weights[0]))
+    for i, start, stop in _chunks(form):
+        _, n_CF, _ = _normalize_natively(x_TF[start:stop], form, i)
+        product(n_CF, weights[i], biases[i] if biases else None, y_TD[start:stop])
+    return _join(y_TD, residual_TD, factor_T)
+
+
+def _backward_natively(
+    dy_TD: Tensor, factor_T: Tensor | None, x_TF: Tensor, form: _Form, weights: Sequence[Tensor]
+) -> list[Tensor]:
+    """Gradients of x, weights, biases, scales and shifts; `dy_TD` is that of the stream."""
+    dx_TF, of_weights = empty_like(x_TF), [empty_like(w, lasting=True) for w in weights]
+    of_biases: list[list[Tensor]] = [[] for _ in weights]
+    of_norms: list[list[Tensor]] = [[] for _ in weights]  # scale and shift
+    for i, start, stop in _chunks(form):
+        x_CF, dx_CF = x_TF[start:stop], dx_TF[start:stop]
+        d_CD = scale_rows(dy_TD[start:stop], None if factor_T is None else factor_T[start:stop]).to(x_TF.dtype)
+        a_CF, n_CF, statistics = _normalize_natively(x_CF, form, i, keeps_activated=True)
+        of_weights[i].addmm_(d_CD.t(), n_CF, beta=0 if start == slices_of(form.ends)[i][0] else 1)
+        if form.has_biases:
+            of_biases[i] = add_parts(of_biases[i], [d_CD.sum(0)])
+        dn_CF = product(d_CD, weights[i].t(), None, dx_CF if form.norm is None else n_CF)  # n has served
+        length = piece_length(x_CF)
+        for number, (dn, a, x, dx) in enumerate(
+            zip(*(rows.split(length) for rows in (dn_CF, a_CF, x_CF, dx_CF)), strict=True)
+        ):
+            da = dn
+            if form.norm is not None:
+                scale, shift = form.norm.scales[i], form.norm.shifts[i]
+                da, *of_norm = torch.ops.aten.native_layer_norm_backward(
+                    dn, a, scale.shape, *statistics[number], scale, shift, [True, True, True]
+                )
+                of_norms[i] = add_parts(of_norms[i], of_norm)
+            if form.gelu:
+                torch.ops.aten.gelu_backward.grad_input(da, x, grad_input=dx)
+            elif form.norm is not None:
+                dx.copy_(da)
+    totals = [[*of_bias, *of_norm] for of_bias, of_norm in zip(of_biases, of_norms, strict=True)]
+    by_kind = [total.to(x_TF.dtype) for kind in zip(*totals, strict=True) for total in kind]
+    return [dx_TF, *of_weights, *by_kind]
+
+
+def _normalize_natively(
+    x_CF: Tensor, form: _Form, i: int, keeps_activated: bool = False
+) -> tuple[Tensor, Tensor, list[list[Tensor]]]:
+    """What lies between an expert's input and its product.
+
+    Returns:
+        GELU(x), if it is to be kept; the same normalised; mean and 1 / deviation of its rows, of every piece. Where
+        there is no GELU or no norm, the tensor before it.
+    """
+    norm = form.norm
+    n_CF = empty_like(x_CF) if form.gelu or norm is not None else x_CF
+    a_CF = n_CF if form.gelu else x_CF
+    if keeps_activated and form.gelu and norm is not None:
+        a_CF = empty_like(x_CF)
+    statistics, length = [], piece_length(x_CF)
+    for x, a, n in zip(x_CF.split(length), a_CF.split(length), n_CF.split(length), strict=True):
+        if form.gelu:
+            torch.ops.aten.gelu.out(x, out=a)
+        if norm is not None:
+            scale, shift = norm.scales[i], norm.shifts[i]
+            normalized, *of_piece = torch.native_layer_norm(a, scale.shape, scale, shift, norm.epsilon)
+            n.copy_(normalized)
+            statistics.append(of_piece)
+    return a_CF, n_CF, statistics
+
+
+def _chunks(form: _Form) -> Iterator[tuple[int, int, int]]:
+    """Expert, first row and stop of every piece of an expert's rows; an expert without rows has one empty piece."""
+    for i, (start, stop) in enumerate(slices_of(form.ends)):
+        for first in range(start, max(stop, start + 1), _CHUNK_ROWS):
+            yield i, first, min(first + _CHUNK_ROWS, stop)
+
+
+def _backward_by_operators(
+    dy_TD: Tensor, factor_T: Tensor | None, x_TF: Tensor, form: _Form, weights: Sequence[Tensor], norm: Any
+) -> list[Tensor]:
+    """The same with statistics that were kept; sums over rows are reduced over ranks that divide the width."""
+    ops, ends, of_norm = torch.ops.beit3_ds, form.ends, []
+    n_TF = ops.sub_norm(x_TF, form.gelu, *norm, ends) if norm else _activate(x_TF, form.gelu)
+    of_linear = ops.multiway_weight_gradient(dy_TD, factor_T, n_TF, ends, form.has_biases)
+    dx_TF = ops.multiway_input_gradient(dy_TD, factor_T, ends, weights)
+    if norm is not None:
+        assert form.norm is not None
+        mean_T, rstd_T, scales, _ = norm
+        sums_2T, *of_norm = ops.sub_norm_sums(dx_TF, x_TF, form.gelu, mean_T, rstd_T, scales, ends)
+        if form.norm.all_reduce is not None:
+            sums_2T = form.norm.all_reduce(sums_2T)
+        arguments = (mean_T, rstd_T, scales, sums_2T, form.norm.width, ends)
+        dx_TF = ops.sub_norm_gradient(dx_TF, x_TF, form.gelu, *arguments)
+    elif form.gelu:
+        dx_TF = torch.ops.aten.gelu_backward(dx_TF, x_TF)
+    return [dx_TF, *of_linear, *of_norm]
+
+
+def _activate(x_TF: Tensor, gelu: bool) -> Tensor:
+    return F.gelu(x_TF) if gelu else x_TF
+
+
+def _join(y_TD: Tensor, residual_TD: Tensor | None, factor_T: Tensor | None) -> Tensor:
+    """Returns residual + factor * y, in place of y if the residual has its dtype."""
+    if residual_TD is not None and residual_TD.dtype != y_TD.dtype:
+        y_TD = empty(y_TD, *y_TD.shape, dtype=residual_TD.dtype).copy_(y_TD)
+    if factor_T is not None:
+        y_TD.mul_(factor_T.unsqueeze(1))
+    return y_TD if residual_TD is None else y_TD.add_(residual_TD)
+
+
+_LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
+# residual + factor * (LN(a) @ w.T + b), the norm with given statistics.
+_LIBRARY.define(
+    "out_projection(Tensor a, Tensor? mean, Tensor? rstd, Tensor[] scales, Tensor[] shifts, int[] ends, "
+    "Tensor[] weights, Tensor[] biases, Tensor? residual, Tensor? factor) -> Tensor"
+)
+
+
+@torch.library.impl(_LIBRARY, "out_projection", "CPU")
+def _out_projection(
+    a_TF: Tensor,
+    mean_T: Tensor | None,
+    rstd_T: Tensor | None,
+    scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    ends: Sequence[int],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    residual_TD: Tensor | None,
+    factor_T: Tensor | None,
+) -> Tensor:
+    if mean_T is not None:
+        a_TF = torch.ops.beit3_ds.sub_norm(a_TF, False, mean_T, rstd_T, scales, shifts, ends)
+    return _join(torch.ops.beit3_ds.multiway_linear(a_TF, ends, weights, biases), residual_TD, factor_T)
+
+
+@torch.library.impl(_LIBRARY, "out_projection", "CUDA")
+def _out_projection_cuda(
+    a_TF: Tensor,
+    mean_T: Tensor | None,
+    rstd_T: Tensor | None,
+    scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    ends: Sequence[int],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    residual_TD: Tensor | None,
+    factor_T: Tensor | None,
+) -> Tensor:
+    norm = None if mean_T is None or rstd_T is None else (mean_T, rstd_T, scales, shifts)
+    if not _runs_kernels(a_TF):
+        arguments = (scales, shifts, ends, weights, biases, residual_TD, factor_T)
+        return _out_projection(a_TF, mean_T, rstd_T, *arguments)
+    from beit3_ds.kernels.triton import multiway_ffn_launch
+
+    return multiway_ffn_launch.out_projection(a_TF, norm, slices_of(ends), weights, biases, residual_TD, factor_T)
+
+
+@torch.library.register_fake("beit3_ds::out_projection", lib=_LIBRARY)
+def _out_projection_fake(a_TF: Tensor, *rest: Any) -> Tensor:
+    weights, residual_TD = rest[5], rest[7]
+    like = a_TF if residual_TD is None else residual_TD
+    return like.new_empty(len(a_TF), len(weights[0]))
+
+
+def _runs_kernels(x: Tensor) -> bool:
+    """Whether the GPU's kernels serve rows of `x`: not in float64, nor where they failed their check at first use."""
+    supported = x.is_cuda and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return supported and _are_trusted(x.device, x.dtype)
+
+
+@lru_cache
+def _are_trusted(device: torch.device, dtype: torch.dtype) -> bool:
+    def check() -> None:
+        for stream in {dtype, torch.float32}:
+            check_kernels(device, dtype, stream)
+
+    return passes(f"out_projection in {dtype}", device, check)
+
+
+def check_kernels(device: torch.device, dtype: torch.dtype, stream: torch.dtype | None = None) -> None:
+    """Compares the kernel with plain PyTorch on two experts, as a whole and as a partial product.
+
+    Args:
+        device: device of the kernel.
+        dtype: dtype of the parameters.
+        stream: dtype of the residual; None for that of the parameters.
+
+    Raises:
+        WrongResultError: if a result is wrong.
+    """
+    from beit3_ds.kernels.triton import multiway_ffn_launch as launch
+
+    slices, generator = [(0, 130), (130, 137)], torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
+
+    a, residual, factor = draw(137, 96), draw(137, 64).to(stream or dtype), draw(137).to(stream or dtype)
+    weights, biases = [draw(64, 96, scale=0.1) for _ in slices], [draw(64) for _ in slices]
+    scales, shifts = ([draw(96) for _ in slices] for _ in range(2))
+    variance, mean = torch.var_mean(a.float(), 1, correction=0)
+    norm = (mean, (variance + 1e-5).rsqrt(), scales, shifts)
+
+    def whole(a: Tensor, residual: Tensor, factor: Tensor, *p: Tensor) -> tuple[Tensor, ...]:
+        sub_norm = SubNorm(p[4:6], p[6:8], 1e-5, 96)
+        y = out_projection_reference(
+            a, slices, p[:2], p[2:4], gelu=False, norm=sub_norm, residual_TD=residual, factor_T=factor
+        )
+        return (y,)
+
+    y = launch.out_projection(a, norm, slices, weights, biases, residual, factor)
+    check_rule(("y",), (y,), whole, (a, residual, factor, *weights, *biases, *scales, *shifts))
+    partial = launch.out_projection(a, None, slices, weights, [], None, None)
+    plain = lambda a, *w: (torch.cat([F.linear(a[i:j], w[k]) for k, (i, j) in enumerate(slices)]),)  # noqa: E731
+    check_rule(("partial",), (partial,), plain, (a, *weights))

@@ -1,0 +1,195 @@
+"""Adds a branch to the residual stream, after the ranks that worked on it have been summed.
+
+On the CPU it is two passes of PyTorch's over one new tensor. On a GPU it is the operator `beit3_ds::add_branch` with
+the kernels of `add_branch_triton`, one pass, which were compiled ahead of time and interpreted, but never run on a GPU.
+"""
+
+# T packed rows, D width, E experts; expert e owns rows [stops[e - 1], stops[e]).
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from beit3_ds.kernels.ops.expert_rows import fits_kernels, row_lengths, row_tiling
+from beit3_ds.kernels.ops.multiway_linear import Slices
+from beit3_ds.kernels.ops.numerics import check_rule, with_gradients
+from beit3_ds.kernels.ops.self_check import passes
+
+
+def add_branch_reference(
+    residual_TD: Tensor, partial_TD: Tensor, slices: Slices, biases: Sequence[Tensor], factor_T: Tensor | None
+) -> Tensor:
+    """What `add_branch` computes, in plain PyTorch."""
+    stream = residual_TD.dtype
+    parts = [partial_TD[start:stop].to(stream) + b_D for (start, stop), b_D in zip(slices, biases, strict=True)]
+    branch_TD = torch.cat(parts)
+    return residual_TD + (branch_TD if factor_T is None else factor_T.unsqueeze(1) * branch_TD)
+
+
+def add_branch(
+    residual_TD: Tensor, partial_TD: Tensor, slices: Slices, biases: Sequence[Tensor], factor_T: Tensor | None
+) -> Tensor:
+    """Computes y = residual + factor * (partial + bias of the row's expert), of the residual's dtype.
+
+    Follows the reduction of a row-parallel layer: bias and factor are applied once, not once per rank. The residual's
+    gradient is that of y itself, not a copy. An expert without rows gets a zero gradient.
+
+    Args:
+        residual_TD: the stream, (T, D), float32 or of the branch's dtype.
+        partial_TD: the branch without its bias, (T, D).
+        slices: row range of each expert; together they cover [0, T) in order.
+        biases: one (D,) vector per expert.
+        factor_T: factor of stochastic depth for each row's branch, without a gradient; None for 1.
+
+    Returns:
+        y_TD, a new tensor.
+    """
+    stops = tuple(stop for _, stop in slices)
+    kernels = runs_kernels(residual_TD, partial_TD.dtype)
+    y_TD: Tensor = _AddBranch.apply(residual_TD, partial_TD, factor_T, stops, kernels, *biases)
+    return y_TD
+
+
+def runs_kernels(residual_TD: Tensor, dtype: torch.dtype) -> bool:
+    """Returns whether `add_branch` uses the GPU's kernels (`fits_kernels`); otherwise it runs the CPU's code.
+
+    The CPU's code also runs on a device where the kernels fail their check at their first use (`self_check`).
+
+    Args:
+        residual_TD: the stream.
+        dtype: dtype of the branch.
+    """
+    device, width = residual_TD.device, residual_TD.shape[1]
+    return fits_kernels(residual_TD, dtype) and _are_trusted(device, dtype, width, residual_TD.dtype)
+
+
+@lru_cache
+def _are_trusted(device: torch.device, dtype: torch.dtype, width: int, stream: torch.dtype) -> bool:
+    rows = "" if stream == dtype else f", stream in {stream}"
+    name = f"add_branch in {dtype} of width {width}{rows}"
+    return passes(name, device, lambda: check_kernels(device, dtype, width, stream))
+
+
+def check_kernels(device: torch.device, dtype: torch.dtype, width: int, stream: torch.dtype | None = None) -> None:
+    """Compares the operators with the reference, forward and backward, over three experts, one of them without rows.
+
+    Args:
+        device: device of the operators.
+        dtype: dtype of the branch and the biases.
+        width: D.
+        stream: dtype of the residual; None for that of the branch.
+
+    Raises:
+        WrongResultError: if a result is wrong.
+    """
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(3, 61, width, generator=generator).to(device)
+    residual_TD, partial_TD, dy_TD = drawn[0].to(stream or dtype), drawn[1].to(dtype), drawn[2].to(stream or dtype)
+    biases = torch.randn(3, width, generator=generator).to(device, dtype).unbind()
+    factors = torch.rand(61, generator=generator).to(device, stream or dtype)
+    inputs = (residual_TD, partial_TD, *biases, dy_TD)
+    names = ("y", "d_residual", "d_partial", *(f"d_bias_{expert}" for expert in range(3)))
+    for factor_T in (None, factors):
+
+        def operator(residual_TD: Tensor, partial_TD: Tensor, *biases: Tensor, factor_T: Any = factor_T) -> Tensor:
+            y_TD: Tensor = _AddBranch.apply(residual_TD, partial_TD, factor_T, (37, 37, 61), True, *biases)
+            return y_TD
+
+        def reference(residual_TD: Tensor, partial_TD: Tensor, *biases: Tensor, factor_T: Any = factor_T) -> Tensor:
+            factor_T = None if factor_T is None else factor_T.to(residual_TD.dtype)
+            return add_branch_reference(residual_TD, partial_TD, ((0, 37), (37, 37), (37, 61)), biases, factor_T)
+
+        check_rule(names, with_gradients(operator)(*inputs), with_gradients(reference), inputs)
+
+
+class _AddBranch(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        residual_TD: Tensor,
+        partial_TD: Tensor,
+        factor_T: Tensor | None,
+        stops: tuple[int, ...],
+        kernels: bool,
+        *biases: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(factor_T)
+        ctx.stops, ctx.kernels, ctx.dtype = stops, kernels, partial_TD.dtype
+        add = torch.ops.beit3_ds.add_branch if kernels else _forward_plain
+        y_TD: Tensor = add(residual_TD.contiguous(), partial_TD.contiguous(), stops, biases, factor_T)
+        return y_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+        (factor_T,) = ctx.saved_tensors
+        differentiate = torch.ops.beit3_ds.add_branch_backward if ctx.kernels else _backward_plain
+        d_partial_TD, d_biases_ED = differentiate(dy_TD.contiguous(), ctx.stops, factor_T, ctx.dtype)
+        if factor_T is None:
+            d_partial_TD = dy_TD.to(ctx.dtype)  # dy itself, if the branch has the stream's dtype
+        return (dy_TD, d_partial_TD, None, None, None, *d_biases_ED.unbind())
+
+
+_LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
+_LIBRARY.define("add_branch(Tensor residual, Tensor partial, int[] stops, Tensor[] biases, Tensor? factor) -> Tensor")
+_LIBRARY.define("add_branch_backward(Tensor dy, int[] stops, Tensor? factor, ScalarType dtype) -> (Tensor, Tensor)")
+
+
+@torch.library.impl(_LIBRARY, "add_branch", "CPU")
+def _forward_plain(
+    residual_TD: Tensor, partial_TD: Tensor, stops: Sequence[int], biases: Sequence[Tensor], factor_T: Tensor | None
+) -> Tensor:
+    y_TD = torch.empty_like(residual_TD)
+    lengths = row_lengths(stops)
+    for partial_part, y_part, b_D in zip(partial_TD.split(lengths), y_TD.split(lengths), biases, strict=True):
+        torch.add(partial_part.to(y_part.dtype), b_D, out=y_part)
+    if factor_T is None:
+        return y_TD.add_(residual_TD)
+    return torch.addcmul(residual_TD, y_TD, factor_T.unsqueeze(1), out=y_TD)
+
+
+@torch.library.impl(_LIBRARY, "add_branch_backward", "CPU")
+def _backward_plain(
+    dy_TD: Tensor, stops: Sequence[int], factor_T: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Returns d_partial, without rows if all factors are 1, and the biases' gradients, (E, D) of `dtype`."""
+    d_partial_TD = dy_TD if factor_T is None else dy_TD * factor_T.unsqueeze(1)
+    d_biases_ED = torch.stack([part.sum(0) for part in d_partial_TD.split(row_lengths(stops))]).to(dtype)
+    return torch.empty_like(dy_TD[:0], dtype=dtype) if factor_T is None else d_partial_TD.to(dtype), d_biases_ED
+
+
+@torch.library.impl(_LIBRARY, "add_branch", "CUDA")
+def _forward_cuda(
+    residual_TD: Tensor, partial_TD: Tensor, stops: Sequence[int], biases: Sequence[Tensor], factor_T: Tensor | None
+) -> Tensor:
+    from beit3_ds.kernels.triton.residual_add_launch import forward
+
+    return forward(residual_TD, partial_TD, stops, biases, factor_T, row_tiling(residual_TD))
+
+
+@torch.library.impl(_LIBRARY, "add_branch_backward", "CUDA")
+def _backward_cuda(
+    dy_TD: Tensor, stops: Sequence[int], factor_T: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    from beit3_ds.kernels.triton.residual_add_launch import backward
+
+    return backward(dy_TD, stops, factor_T, row_tiling(dy_TD), dtype)
+
+
+@torch.library.register_fake("beit3_ds::add_branch", lib=_LIBRARY)
+def _forward_fake(
+    residual_TD: Tensor, partial_TD: Tensor, stops: Sequence[int], biases: Sequence[Tensor], factor_T: Tensor | None
+) -> Tensor:
+    return torch.empty_like(residual_TD)
+
+
+@torch.library.register_fake("beit3_ds::add_branch_backward", lib=_LIBRARY)
+def _backward_fake(
+    dy_TD: Tensor, stops: Sequence[int], factor_T: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    d_partial_TD = torch.empty_like(dy_TD if factor_T is not None else dy_TD[:0], dtype=dtype)
+    return d_partial_TD, dy_TD.new_empty(len(stops), dy_TD.shape[1], dtype=dtype)

@@ -1,0 +1,79 @@
+"""Part of a network on some rows of a stream: they are copied out, and what becomes of them is put in their place."""
+
+# T rows of the stream, K picked rows, D width.
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from beit3_ds.kernels.cpu.host_memory import empty, empty_like
+
+
+def take_rows(x_TD: Tensor, rows_K: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies rows out of a stream.
+
+    Args:
+        x_TD: the stream.
+        rows_K: different row numbers, int64.
+
+    Returns:
+        The stream, for `put_rows` and nothing else, and the rows (K, D).
+    """
+    stream_TD, x_KD = _TakeRows.apply(x_TD, rows_K)
+    return stream_TD, x_KD
+
+
+def put_rows(stream_TD: Tensor, y_KD: Tensor, rows_K: Tensor) -> Tensor:
+    """Puts what became of the rows in their place.
+
+    The two are made for each other. Between them the gradient of the stream still has that of the new rows, which
+    `take_rows` replaces by that of the old ones: clearing and adding would be two more passes.
+
+    Args:
+        stream_TD: from `take_rows`.
+        y_KD: the new rows.
+        rows_K: their numbers, as `take_rows` had them.
+
+    Returns:
+        A new stream (T, D).
+    """
+    y_TD: Tensor = _PutRows.apply(stream_TD, y_KD, rows_K)
+    return y_TD
+
+
+# The row numbers are kept as they are and not with `save_for_backward`: recomputation of a block ends once it has made
+# the last tensor that was saved so. Under ZeRO-3 it must end at the same module on ranks that take all rows.
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, rows_K: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.rows_K = rows_K
+        return x_TD.view_as(x_TD), _select(x_TD, rows_K)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_stream_TD: Tensor, dx_KD: Tensor) -> tuple[Tensor, None]:
+        return _replace(d_stream_TD, dx_KD, ctx.rows_K), None
+
+
+class _PutRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, stream_TD: Tensor, y_KD: Tensor, rows_K: Tensor) -> Tensor:
+        ctx.rows_K = rows_K
+        return _replace(stream_TD, y_KD, rows_K)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, Tensor, None]:
+        return dy_TD, _select(dy_TD, ctx.rows_K), None
+
+
+def _select(x_TD: Tensor, rows_K: Tensor) -> Tensor:
+    return torch.index_select(x_TD, 0, rows_K, out=empty(x_TD, len(rows_K), x_TD.shape[1]))
+
+
+def _replace(x_TD: Tensor, y_KD: Tensor, rows_K: Tensor) -> Tensor:
+    return empty_like(x_TD).copy_(x_TD).index_copy_(0, rows_K, y_KD)

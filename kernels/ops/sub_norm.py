@@ -1,0 +1,305 @@
+"""GELU and sub-LN, the row-wise work before an output projection, where ranks divide the width of a row.
+
+The sub-LN (Magneto, Wang et al., 2022, arXiv:2210.06423) normalises what an output projection is given: the FFN's
+activations or attention's merged heads. Statistics are those of whole rows, so ranks exchange two numbers a row each
+way; nothing else is kept for the backward pass. A rank that holds whole rows goes through `out_projection` alone.
+"""
+
+# T packed rows, F local width, P ranks that divide the width.
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from beit3_ds.kernels.ops.multiway_linear import slices_of
+from beit3_ds.kernels.ops.numerics import check_rule
+from beit3_ds.kernels.ops.self_check import passes
+
+
+class SubNorm(NamedTuple):
+    """A LayerNorm an expert, with what joins the ranks that divide its width."""
+
+    scales: Sequence[Tensor]
+    """(F,) an expert."""
+    shifts: Sequence[Tensor]
+    """(F,) an expert."""
+    epsilon: float
+    """Added to the variance."""
+    width: int
+    """Of a row, over all ranks."""
+    all_gather: Callable[[Tensor], Tensor] | None = None
+    """Stacks all ranks' tensors of one shape, (P, ...); None if this rank holds whole rows."""
+    all_reduce: Callable[[Tensor], Tensor] | None = None
+    """Sums all ranks' tensors; None if this rank holds whole rows."""
+
+    def join_statistics(self, mean_T: Tensor, squares_T: Tensor, local_width: int) -> tuple[Tensor, Tensor]:
+        """Mean and reciprocal deviation of whole rows; gathers two floats a row.
+
+        Combined about the common mean (Chan et al., 1979), so that nothing cancels as it does in E[x^2] - E[x]^2.
+
+        Args:
+            mean_T: of this rank's columns.
+            squares_T: sum of the squared deviations from it.
+            local_width: this rank's columns, as many on every rank.
+        """
+        if self.all_gather is not None:
+            means_PT, squares_PT = self.all_gather(torch.stack([mean_T, squares_T])).unbind(1)
+            mean_T = means_PT.mean(0)
+            squares_T = squares_PT.sum(0) + local_width * (means_PT - mean_T).square().sum(0)
+        return mean_T, (squares_T / self.width + self.epsilon).rsqrt()
+
+
+_LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
+# Mean of every row and the sum of squared deviations from it, (T,) float32 (float64 for float64).
+_LIBRARY.define("row_statistics(Tensor x) -> (Tensor, Tensor)")
+# LN(GELU(x)), or LN(x), with the given statistics.
+_LIBRARY.define(
+    "sub_norm(Tensor x, bool gelu, Tensor mean, Tensor rstd, Tensor[] scales, Tensor[] shifts, int[] ends) -> Tensor"
+)
+# Sums over the local width of dn * scale, and of dn * scale * (standardised row), (2, T) like the statistics; then the
+# gradient of every expert's scale, and of every shift.
+_LIBRARY.define(
+    "sub_norm_sums(Tensor dn, Tensor x, bool gelu, Tensor mean, Tensor rstd, Tensor[] scales, int[] ends) -> Tensor[]"
+)
+# The gradient of x, given those sums over whole rows, `width` elements each.
+_LIBRARY.define(
+    "sub_norm_gradient(Tensor dn, Tensor x, bool gelu, Tensor mean, Tensor rstd, Tensor[] scales, Tensor sums, "
+    "int width, int[] ends) -> Tensor"
+)
+
+
+@torch.library.impl(_LIBRARY, "row_statistics", "CPU")
+def _row_statistics(x_TF: Tensor) -> tuple[Tensor, Tensor]:
+    wide_TF = _widen(x_TF)
+    mean_T = wide_TF.mean(1)
+    return mean_T, (wide_TF - mean_T.unsqueeze(1)).square_().sum(1)
+
+
+@torch.library.impl(_LIBRARY, "sub_norm", "CPU")
+def _sub_norm(
+    x_TF: Tensor,
+    gelu: bool,
+    mean_T: Tensor,
+    rstd_T: Tensor,
+    scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    ends: Sequence[int],
+) -> Tensor:
+    n_TF = _standardize(x_TF, gelu, mean_T, rstd_T)
+    for (start, stop), scale, shift in zip(slices_of(ends), scales, shifts, strict=True):
+        n_TF[start:stop].mul_(scale).add_(shift)
+    return n_TF.to(x_TF.dtype)
+
+
+@torch.library.impl(_LIBRARY, "sub_norm_sums", "CPU")
+def _sub_norm_sums(
+    dn_TF: Tensor,
+    x_TF: Tensor,
+    gelu: bool,
+    mean_T: Tensor,
+    rstd_T: Tensor,
+    scales: Sequence[Tensor],
+    ends: Sequence[int],
+) -> list[Tensor]:
+    standard_TF, sums_2T = _standardize(x_TF, gelu, mean_T, rstd_T), mean_T.new_empty(2, len(x_TF))
+    d_scales, d_shifts = [], []
+    for (start, stop), scale in zip(slices_of(ends), scales, strict=True):
+        d_TF = _widen(dn_TF[start:stop])
+        product_TF = d_TF * standard_TF[start:stop]
+        d_scales.append(product_TF.sum(0).to(scale.dtype))
+        d_shifts.append(d_TF.sum(0).to(scale.dtype))
+        sums_2T[0, start:stop] = d_TF @ _widen(scale)
+        sums_2T[1, start:stop] = product_TF @ _widen(scale)
+    return [sums_2T, *d_scales, *d_shifts]
+
+
+@torch.library.impl(_LIBRARY, "sub_norm_gradient", "CPU")
+def _sub_norm_gradient(
+    dn_TF: Tensor,
+    x_TF: Tensor,
+    gelu: bool,
+    mean_T: Tensor,
+    rstd_T: Tensor,
+    scales: Sequence[Tensor],
+    sums_2T: Tensor,
+    width: int,
+    ends: Sequence[int],
+) -> Tensor:
+    standard_TF, d_TF = _standardize(x_TF, gelu, mean_T, rstd_T), _widen(dn_TF)
+    d_mean_T1, d_deviation_T1 = (sums_2T / width).unsqueeze(2).unbind(0)
+    da_TF = standard_TF.mul_(d_deviation_T1).add_(d_mean_T1).neg_()
+    for (start, stop), scale in zip(slices_of(ends), scales, strict=True):
+        da_TF[start:stop].addcmul_(d_TF[start:stop], _widen(scale))
+    da_TF = da_TF.mul_(rstd_T.unsqueeze(1)).to(x_TF.dtype)
+    return torch.ops.aten.gelu_backward(da_TF, x_TF) if gelu else da_TF
+
+
+@torch.library.impl(_LIBRARY, "row_statistics", "CUDA")
+def _row_statistics_cuda(x_TF: Tensor) -> tuple[Tensor, Tensor]:
+    if not _runs_kernels(x_TF):
+        return _row_statistics(x_TF)
+    from beit3_ds.kernels.triton import sub_norm_launch
+
+    return sub_norm_launch.row_statistics(x_TF)
+
+
+@torch.library.impl(_LIBRARY, "sub_norm", "CUDA")
+def _sub_norm_cuda(
+    x_TF: Tensor,
+    gelu: bool,
+    mean_T: Tensor,
+    rstd_T: Tensor,
+    scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    ends: Sequence[int],
+) -> Tensor:
+    if not _runs_kernels(x_TF):
+        return _sub_norm(x_TF, gelu, mean_T, rstd_T, scales, shifts, ends)
+    from beit3_ds.kernels.triton import sub_norm_launch
+
+    return sub_norm_launch.normalize(x_TF, gelu, (mean_T, rstd_T, scales, shifts), slices_of(ends))
+
+
+@torch.library.impl(_LIBRARY, "sub_norm_sums", "CUDA")
+def _sub_norm_sums_cuda(
+    dn_TF: Tensor,
+    x_TF: Tensor,
+    gelu: bool,
+    mean_T: Tensor,
+    rstd_T: Tensor,
+    scales: Sequence[Tensor],
+    ends: Sequence[int],
+) -> list[Tensor]:
+    if not _runs_kernels(x_TF):
+        return _sub_norm_sums(dn_TF, x_TF, gelu, mean_T, rstd_T, scales, ends)
+    from beit3_ds.kernels.triton import sub_norm_launch
+
+    norm: tuple[Any, ...] = (mean_T, rstd_T, scales, [])
+    sums_2T, d_scales, d_shifts = sub_norm_launch.norm_gradient_sums(dn_TF, x_TF, gelu, norm, slices_of(ends))
+    return [sums_2T, *d_scales, *d_shifts]
+
+
+@torch.library.impl(_LIBRARY, "sub_norm_gradient", "CUDA")
+def _sub_norm_gradient_cuda(
+    dn_TF: Tensor,
+    x_TF: Tensor,
+    gelu: bool,
+    mean_T: Tensor,
+    rstd_T: Tensor,
+    scales: Sequence[Tensor],
+    sums_2T: Tensor,
+    width: int,
+    ends: Sequence[int],
+) -> Tensor:
+    if not _runs_kernels(x_TF):
+        return _sub_norm_gradient(dn_TF, x_TF, gelu, mean_T, rstd_T, scales, sums_2T, width, ends)
+    from beit3_ds.kernels.triton import sub_norm_launch
+
+    norm: tuple[Any, ...] = (mean_T, rstd_T, scales, [])
+    return sub_norm_launch.norm_gradient(dn_TF, x_TF, gelu, norm, sums_2T, width, slices_of(ends))
+
+
+@torch.library.register_fake("beit3_ds::row_statistics", lib=_LIBRARY)
+def _row_statistics_fake(x_TF: Tensor) -> tuple[Tensor, Tensor]:
+    mean_T = x_TF.new_empty(len(x_TF), dtype=wide_dtype(x_TF))
+    return mean_T, torch.empty_like(mean_T)
+
+
+@torch.library.register_fake("beit3_ds::sub_norm", lib=_LIBRARY)
+def _sub_norm_fake(x_TF: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(x_TF)
+
+
+@torch.library.register_fake("beit3_ds::sub_norm_sums", lib=_LIBRARY)
+def _sub_norm_sums_fake(
+    dn_TF: Tensor, x_TF: Tensor, gelu: bool, mean_T: Tensor, rstd_T: Tensor, scales: Sequence[Tensor], ends: Any
+) -> list[Tensor]:
+    return [mean_T.new_empty(2, len(x_TF)), *(torch.empty_like(scale) for scale in (*scales, *scales))]
+
+
+@torch.library.register_fake("beit3_ds::sub_norm_gradient", lib=_LIBRARY)
+def _sub_norm_gradient_fake(dn_TF: Tensor, x_TF: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(x_TF)
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """Of statistics: float32 for half precision; float32 and float64 stay as they are."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.to(wide_dtype(x))
+
+
+def _standardize(x_TF: Tensor, gelu: bool, mean_T: Tensor, rstd_T: Tensor) -> Tensor:
+    """(GELU(x) - mean) * rstd, a new tensor."""
+    a_TF = _widen(F.gelu(x_TF) if gelu else x_TF)
+    return (a_TF - mean_T.unsqueeze(1)).mul_(rstd_T.unsqueeze(1))
+
+
+def _runs_kernels(x: Tensor) -> bool:
+    """Whether the GPU's kernels serve rows of `x`: not in float64, nor where they failed their check at first use."""
+    supported = x.is_cuda and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return supported and _are_trusted(x.device, x.dtype)
+
+
+@lru_cache
+def _are_trusted(device: torch.device, dtype: torch.dtype) -> bool:
+    return passes(f"sub_norm in {dtype}", device, lambda: check_kernels(device, dtype))
+
+
+def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """Holds the kernels to the CPU's forms on two experts, with and without GELU.
+
+    Raises:
+        WrongResultError: if a result is wrong.
+    """
+    from beit3_ds.kernels.triton import sub_norm_launch as launch
+
+    slices, ends = [(0, 130), (130, 137)], [130, 137]
+    generator = torch.Generator().manual_seed(0)
+    x, dn = (torch.randn(137, 96, generator=generator).to(device, dtype) for _ in range(2))
+    scales, shifts = ([torch.randn(96, generator=generator).to(device, dtype) for _ in slices] for _ in range(2))
+    check_rule(("mean", "squares"), launch.row_statistics(x), _row_statistics, (x,))
+    for gelu in (False, True):
+        mean, squares = _row_statistics(F.gelu(x) if gelu else x)
+        rstd = (squares / 96 + 1e-5).rsqrt()
+        sums = _sub_norm_sums(dn, x, gelu, mean, rstd, scales, ends)[0]
+        norm = (mean, rstd, scales, shifts)
+        n = launch.normalize(x, gelu, norm, slices)
+        check_rule(("n",), (n,), partial(_check_norm, gelu, ends), (x, mean, rstd, *scales, *shifts))
+        sums_2T, d_scales, d_shifts = launch.norm_gradient_sums(dn, x, gelu, norm, slices)
+        names = ("sums", *(f"d_{kind} {expert}" for kind in ("scale", "shift") for expert in range(2)))
+        results = (sums_2T, *d_scales, *d_shifts)
+        check_rule(names, results, partial(_check_sums, gelu, ends), (dn, x, mean, rstd, *scales))
+        dx = launch.norm_gradient(dn.clone(), x, gelu, norm, sums, 96, slices)
+        check_rule(("dx",), (dx,), partial(_check_gradient, gelu, ends), (dn, x, mean, rstd, sums, *scales))
+
+
+def _check_norm(
+    gelu: bool, ends: list[int], x_TF: Tensor, mean_T: Tensor, rstd_T: Tensor, *p: Tensor
+) -> tuple[Tensor, ...]:
+    return (_sub_norm(x_TF, gelu, mean_T, rstd_T, p[: len(ends)], p[len(ends) :], ends),)
+
+
+def _check_sums(
+    gelu: bool, ends: list[int], dn_TF: Tensor, x_TF: Tensor, mean_T: Tensor, rstd_T: Tensor, *scales: Tensor
+) -> tuple[Tensor, ...]:
+    return tuple(_sub_norm_sums(dn_TF, x_TF, gelu, mean_T, rstd_T, scales, ends))
+
+
+def _check_gradient(
+    gelu: bool,
+    ends: list[int],
+    dn_TF: Tensor,
+    x_TF: Tensor,
+    mean_T: Tensor,
+    rstd_T: Tensor,
+    sums_2T: Tensor,
+    *scales: Tensor,
+) -> tuple[Tensor, ...]:
+    return (_sub_norm_gradient(dn_TF, x_TF, gelu, mean_T, rstd_T, scales, sums_2T, x_TF.shape[1], ends),)

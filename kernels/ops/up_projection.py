@@ -1,0 +1,189 @@
+"""The FFN's first layer: a multiway linear layer whose GELU, and its sub-LN's statistics, come with the product.
+
+On a GPU they are made where the product still lies in registers (kernels of `multiway_ffn_triton`, compiled ahead of
+time and interpreted, but never run on a GPU). On the CPU `out_projection` makes them, in buffers that stay in cache.
+"""
+
+# T packed rows, D input width, F output width (of this rank).
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from beit3_ds.kernels.ops.cuda_kernels import grouped_gemm, runs_grouped_gemm
+from beit3_ds.kernels.ops.multiway_linear import Slices, ends_of, multiway_linear, slices_of
+from beit3_ds.kernels.ops.numerics import check_rule
+from beit3_ds.kernels.ops.recompute import RowSource, kept_rows, taken_rows
+from beit3_ds.kernels.ops.self_check import passes
+from beit3_ds.kernels.ops.sub_norm import wide_dtype
+
+
+class Activation(NamedTuple):
+    """What an output projection starts from; gradients flow through `x_TF` alone."""
+
+    x_TF: Tensor
+    """The up projection's result before the GELU, or attention's merged heads."""
+    a_TF: Tensor | None = None
+    """GELU(x), if it was made already."""
+    statistics: tuple[Tensor, Tensor] | None = None
+    """Mean and sum of squared deviations of a's rows, (T,) float32, if they were taken already."""
+
+
+def up_projection(
+    h_TD: Tensor,
+    slices: Slices,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    with_statistics: bool,
+    source: RowSource | None = None,
+    cuda_cpp: bool = False,
+) -> Activation:
+    """x = h @ w.T + b, each row with its own expert's parameters, and on a GPU also GELU(x) and its statistics.
+
+    Args:
+        h_TD: packed rows.
+        slices: row range of each expert; together they cover [0, T) in order.
+        weights: one (F, D) matrix an expert, of h's dtype.
+        biases: one (F,) vector an expert.
+        with_statistics: whether a sub-LN follows.
+        source: of h, if it is to be made again in the backward pass instead of kept.
+        cuda_cpp: on a GPU, take the kernel in CUDA C++ (`cuda_kernels`, which must be built) where it takes such rows;
+            the statistics and the backward pass are Triton's.
+    """
+    if not _runs_kernels(h_TD):
+        return Activation(multiway_linear(h_TD, slices, weights, biases, source))
+    cuda_cpp = cuda_cpp and runs_grouped_gemm(h_TD, weights)
+    form = (ends_of(slices), with_statistics, cuda_cpp)
+    x_TF, a_TF, *statistics = _UpProjection.apply(h_TD.contiguous(), source, *form, *weights, *biases)
+    return Activation(x_TF, a_TF, tuple(statistics) if with_statistics else None)
+
+
+class _UpProjection(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h_TD: Tensor,
+        source: RowSource | None,
+        ends: list[int],
+        with_statistics: bool,
+        cuda_cpp: bool,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.ends, weights, biases = ends, parameters[: len(ends)], parameters[len(ends) :]
+        ctx.recipe, kept = kept_rows(h_TD, source)
+        # The parameters themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
+        ctx.save_for_backward(*weights, *kept)
+        outputs = torch.ops.beit3_ds.up_projection(h_TD, ends, weights, biases, with_statistics, cuda_cpp)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx_TF: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: checkpointing unpacks them for one reading
+        weights, kept = saved[: len(ctx.ends)], saved[len(ctx.ends) :]
+        dx_TF = dx_TF.contiguous()
+        dh_TD = torch.ops.beit3_ds.multiway_input_gradient(dx_TF, None, ctx.ends, weights)
+        h_TD = taken_rows(ctx.recipe, kept)
+        gradients = torch.ops.beit3_ds.multiway_weight_gradient(dx_TF, None, h_TD, ctx.ends, True)
+        return (dh_TD, None, None, None, None, *gradients)
+
+
+_LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
+# x, GELU(x), and mean and sum of squared deviations of its rows (empty without statistics).
+_LIBRARY.define(
+    "up_projection(Tensor h, int[] ends, Tensor[] weights, Tensor[] biases, bool with_statistics, "
+    "bool cuda_cpp=False) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_LIBRARY, "up_projection", "CPU")
+def _up_projection(
+    h_TD: Tensor,
+    ends: Sequence[int],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    with_statistics: bool,
+    cuda_cpp: bool = False,
+) -> tuple[Tensor, ...]:
+    """The operator for checks: the model on a CPU never takes it."""
+    x_TF = torch.ops.beit3_ds.multiway_linear(h_TD, ends, weights, biases)
+    a_TF = F.gelu(x_TF)
+    if with_statistics:
+        return (x_TF, a_TF, *torch.ops.beit3_ds.row_statistics(a_TF))
+    return x_TF, a_TF, *(h_TD.new_empty(0, dtype=wide_dtype(h_TD)) for _ in range(2))
+
+
+@torch.library.impl(_LIBRARY, "up_projection", "CUDA")
+def _up_projection_cuda(
+    h_TD: Tensor,
+    ends: Sequence[int],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    with_statistics: bool,
+    cuda_cpp: bool = False,
+) -> tuple[Tensor, ...]:
+    if cuda_cpp:
+        x_TF, a_TF = grouped_gemm(h_TD, slices_of(ends), weights, biases, gelu=True)
+        if with_statistics:
+            return (x_TF, a_TF, *torch.ops.beit3_ds.row_statistics(a_TF))
+        return x_TF, a_TF, *(h_TD.new_empty(0, dtype=wide_dtype(h_TD)) for _ in range(2))
+    from beit3_ds.kernels.triton import multiway_ffn_launch
+
+    return multiway_ffn_launch.up_projection(h_TD, slices_of(ends), weights, biases, with_statistics)
+
+
+@torch.library.register_fake("beit3_ds::up_projection", lib=_LIBRARY)
+def _up_projection_fake(
+    h_TD: Tensor,
+    ends: Sequence[int],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    with_statistics: bool,
+    cuda_cpp: bool = False,
+) -> tuple[Tensor, ...]:
+    rows = len(h_TD)
+    x_TF = h_TD.new_empty(rows, len(weights[0]))
+    statistics = (h_TD.new_empty(rows if with_statistics else 0, dtype=wide_dtype(h_TD)) for _ in range(2))
+    return x_TF, torch.empty_like(x_TF), *statistics
+
+
+def _runs_kernels(h: Tensor) -> bool:
+    supported = h.is_cuda and h.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return supported and _are_trusted(h.device, h.dtype)
+
+
+@lru_cache
+def _are_trusted(device: torch.device, dtype: torch.dtype) -> bool:
+    return passes(f"up_projection in {dtype}", device, lambda: check_kernels(device, dtype))
+
+
+def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """Holds the kernel to plain PyTorch on three experts, one of them without rows.
+
+    Raises:
+        WrongResultError: if a result is wrong.
+    """
+    from beit3_ds.kernels.triton import multiway_ffn_launch as launch
+
+    slices, generator = [(0, 130), (130, 130), (130, 137)], torch.Generator().manual_seed(0)
+    h = torch.randn(137, 96, generator=generator).to(device, dtype)
+    weights = [(torch.randn(160, 96, generator=generator) / 10).to(device, dtype) for _ in slices]
+    biases = [torch.randn(160, generator=generator).to(device, dtype) for _ in slices]
+
+    def plain(h: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        x = torch.cat(
+            [F.linear(h[start:stop], parameters[i], parameters[3 + i]) for i, (start, stop) in enumerate(slices)]
+        )
+        a = F.gelu(x)
+        variance, mean = torch.var_mean(a, 1, correction=0)
+        return x, a, mean, variance * a.shape[1]
+
+    results = launch.up_projection(h, slices, weights, biases, True)
+    check_rule(("x", "gelu", "mean", "squares"), results, plain, (h, *weights, *biases))

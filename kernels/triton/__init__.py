@@ -1,0 +1,1 @@
+"""Triton kernels, their launching, and their compilation ahead of time."""

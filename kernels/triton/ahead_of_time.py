@@ -1,0 +1,201 @@
+"""Compiles every GPU kernel for every architecture without a GPU and compares what came out with `budgets.json`.
+
+    python -m beit3_ds.kernels.triton.ahead_of_time            # compare
+    python -m beit3_ds.kernels.triton.ahead_of_time --write    # store what came out as the new budgets
+
+A budget is a fact about machine code: registers, spills, shared memory, tensor-core instructions, widths of accesses.
+It says that a kernel was compiled as intended; it says nothing of its speed, and none of these kernels was ever run on
+a GPU.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from beit3_ds.kernels.triton import (
+    expert_rows_launch,
+    linear_cross_entropy_launch,
+    multiway_ffn_launch,
+    multiway_layer_norm_launch,
+    packed_attention_launch,
+    residual_add_launch,
+    sub_norm_launch,
+)
+from beit3_ds.kernels.triton.variant import Variant
+
+SOURCES = (
+    packed_attention_launch.variants,
+    multiway_ffn_launch.variants,
+    sub_norm_launch.variants,
+    expert_rows_launch.variants,
+    multiway_layer_norm_launch.variants,
+    residual_add_launch.variants,
+    linear_cross_entropy_launch.variants,
+)
+"""One function a file of kernels: architecture -> its variants. A new kernel is added here, and to the budgets."""
+
+ARCHITECTURES = (80, 90, 100)
+BUDGETS = Path(__file__).with_name("budgets.json")
+
+_SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+_TENSOR_CORE = {80: r"HMMA", 90: r"HGMMA", 100: r"UTC\w*MMA"}
+_ASYNC_COPY = r"LDGSTS|UTMALDG|UBLKCP"
+_SPILL = r"LDL|STL"
+_GLOBAL_ACCESS = r"\b(?:LDG|STG|LDGSTS)\.[\w.]+"
+
+
+class Report(NamedTuple):
+    """What the machine code of one variant is like."""
+
+    registers: int
+    """A thread, at most 255."""
+    stack: int
+    """Bytes a thread; all of it is spilled registers."""
+    spills: int
+    """Instructions that load or store local memory."""
+    shared_memory: int
+    """Bytes a program."""
+    tensor_core: int
+    """Instructions that multiply on tensor cores: HMMA, HGMMA or UTCxMMA."""
+    async_copies: int
+    """Instructions that copy from global to shared memory while others run."""
+    wide_accesses: int
+    """Instructions that load, store or copy 128 bits of global memory a thread."""
+    narrow_accesses: int
+    """Those that do with fewer bits: statistics of rows, and whatever the compiler could not vectorise."""
+
+
+def all_variants(architecture: int) -> list[Variant]:
+    """Every kernel as it is compiled for one architecture."""
+    variants = [variant for source in SOURCES for variant in source(architecture)]
+    assert len({variant.name for variant in variants}) == len(variants), "two variants share a name"
+    return variants
+
+
+def compile_variant(variant: Variant, architecture: int) -> Report:
+    """Compiles one variant and reads its machine code."""
+    source = ASTSource(
+        variant.kernel,
+        variant.signature,
+        variant.constants,
+        # What a launch would find: PyTorch's allocations are aligned to far more than 16 bytes.
+        {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(variant.signature.values()) if kind.startswith("*")},
+    )
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    compiled: Any = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = _run("cuobjdump", "-res-usage", cubin.name)
+        code = _run("nvdisasm", "-c", cubin.name)
+
+    def count(pattern: str) -> int:
+        return len(re.findall(rf"\b(?:{pattern})\b", code))
+
+    def used(resource: str) -> int:
+        found = re.search(rf"\b{resource}:(\d+)", usage)
+        assert found, f"no {resource} in {usage!r}"
+        return int(found[1])
+
+    accesses = re.findall(_GLOBAL_ACCESS, code)
+    num_wide = sum("128" in access.split(".") for access in accesses)
+    return Report(
+        registers=used("REG"),
+        stack=used("STACK"),
+        spills=count(_SPILL),
+        shared_memory=compiled.metadata.shared,
+        tensor_core=count(_TENSOR_CORE[architecture]),
+        async_copies=count(_ASYNC_COPY),
+        wide_accesses=num_wide,
+        narrow_accesses=len(accesses) - num_wide,
+    )
+
+
+def find_excess(report: Report, budget: Report | None, architecture: int) -> list[str]:
+    """How a variant is worse than its budget, or than any kernel may be; empty if it is not."""
+    problems = []
+    if report.shared_memory > _SHARED_MEMORY[architecture]:
+        problems.append(f"shared memory {report.shared_memory} > {_SHARED_MEMORY[architecture]} of sm_{architecture}")
+    if budget is None:
+        return [*problems, "no budget: run with --write"]
+    for name in ("registers", "stack", "spills", "shared_memory", "narrow_accesses"):
+        if getattr(report, name) > getattr(budget, name):
+            problems.append(f"{name} {getattr(report, name)} > {getattr(budget, name)}")
+    # Fewer of these: an operand that is no longer copied ahead, a product that left the tensor cores, or a kernel that
+    # Triton silently compiled to nothing.
+    for name in ("tensor_core", "async_copies", "wide_accesses"):
+        if getattr(report, name) < getattr(budget, name):
+            problems.append(f"{name} {getattr(report, name)} < {getattr(budget, name)}")
+    return problems
+
+
+def read_budgets() -> dict[tuple[str, int], Report]:
+    """Stored budgets by variant and architecture."""
+    if not BUDGETS.exists():
+        return {}
+    stored = json.loads(BUDGETS.read_text(encoding="utf-8"))["budgets"]
+    return {
+        (name, int(architecture.removeprefix("sm_"))): Report(**values)
+        for name, by_architecture in stored.items()
+        for architecture, values in by_architecture.items()
+    }
+
+
+def write_budgets(reports: dict[tuple[str, int], Report]) -> None:
+    """Stores reports as budgets, in order, with the version of Triton that they hold for."""
+    nested: dict[str, dict[str, dict[str, int]]] = {}
+    for (name, architecture), report in sorted(reports.items()):
+        nested.setdefault(name, {})[f"sm_{architecture}"] = report._asdict()
+    lines = []
+    for name, by_architecture in nested.items():
+        rows = [f"      {json.dumps(key)}: {json.dumps(values)}" for key, values in by_architecture.items()]
+        lines.append(f"    {json.dumps(name)}: {{\n" + ",\n".join(rows) + "\n    }")
+    head = f'{{\n  "triton": {json.dumps(triton.__version__)},\n  "budgets": {{\n'
+    BUDGETS.write_text(head + ",\n".join(lines) + "\n  }\n}\n", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compiles, prints a table, and compares or stores."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="store what came out as the new budgets")
+    parser.add_argument("--architecture", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--name", default="", help="only variants whose name contains this")
+    options = parser.parse_args(arguments)
+    budgets = read_budgets()
+    reports: dict[tuple[str, int], Report] = {}
+    excess = []
+    print("| variant | sm | " + " | ".join(Report._fields) + " |", "|---" * (2 + len(Report._fields)) + "|", sep="\n")
+    for variant, architecture in _selected(options.architecture, options.name):
+        key = variant.name, architecture
+        reports[key] = compile_variant(variant, architecture)
+        print(f"| {variant.name} | {architecture} | " + " | ".join(map(str, reports[key])) + " |", flush=True)
+        excess += [f"{key}: {problem}" for problem in find_excess(reports[key], budgets.get(key), architecture)]
+    if options.write:
+        known = {(variant.name, architecture) for variant, architecture in _selected(ARCHITECTURES, "")}
+        write_budgets({key: report for key, report in (budgets | reports).items() if key in known})
+        return 0
+    print("\n".join(excess), file=sys.stderr)
+    return 1 if excess else 0
+
+
+def _selected(architectures: Iterable[int], name: str) -> list[tuple[Variant, int]]:
+    return [(v, architecture) for architecture in architectures for v in all_variants(architecture) if name in v.name]
+
+
+def _run(tool: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+if __name__ == "__main__":
+    sys.exit(main())

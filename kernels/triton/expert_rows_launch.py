@@ -1,0 +1,161 @@
+"""Launching of kernels in which every expert has parameters of its own: which program works on which rows."""
+
+# T packed rows, D width, E experts (at most 3), P programs, S kinds of sums.
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from beit3_ds.kernels.triton.expert_rows import sum_kernel
+from beit3_ds.kernels.triton.variant import Variant, build_variant
+
+NUM_EXPERTS = 3
+"""That the kernels have arguments for; experts that a call has not are empty ones."""
+
+NUM_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+"""Of an A100, an H100 and a B200: what programs are counted for."""
+
+_SUM_COLUMNS, _SUM_PROGRAMS, _SUM_WARPS = 128, 32, 4
+
+
+class RowTiling(NamedTuple):
+    """How kernels that stream rows are compiled for one architecture and width."""
+
+    num_warps: int
+    """Of a program, which holds a row."""
+    num_stages: int
+    """Rows of a program that are worked on or on their way."""
+    forward_programs: int
+    """At most; their rows are worked on one after the other."""
+    backward_programs: int
+    """At most; each writes sums of a row's width in float32, so there are no more than run at once."""
+
+
+def choose_row_tiling(architecture: int, width: int) -> RowTiling:
+    """What compiles without spilled registers (budgets.json); its speed was never measured on a GPU.
+
+    Args:
+        architecture: 80, 90 or 100.
+        width: D, at most 8192: then a thread holds 16 columns.
+    """
+    block = triton.next_power_of_2(width)
+    num_warps = max(4, block // 512)
+    resident = NUM_MULTIPROCESSORS[architecture] * 16 // num_warps  # of programs with 128 registers a thread
+    return RowTiling(num_warps, 2 if block > 4096 else 3, 4 * resident, resident)
+
+
+def row_constants(width: int, tiling: RowTiling) -> dict[str, int]:
+    """What kernels that stream rows are specialised on."""
+    return {"D": width, "BLOCK": triton.next_power_of_2(width), "STAGES": tiling.num_stages}
+
+
+def check_rows(*tensors: Tensor) -> None:
+    """Asserts what the kernels take for granted."""
+    for x in tensors:
+        assert x.is_contiguous(), "the kernels' strides are those of (T, D)"
+        assert x.numel() < 2**31, f"{tuple(x.shape)} has offsets beyond 32 bits"
+
+
+class RowPrograms(NamedTuple):
+    """How rows are dealt out to programs: up to `rows` consecutive rows of one expert each."""
+
+    rows: int
+    """Of a program, at most."""
+    stops: tuple[int, ...]
+    """Where each of NUM_EXPERTS experts' rows end."""
+    num_programs: int
+    """P."""
+
+
+def deal_rows(stops: Sequence[int], most_programs: int) -> RowPrograms:
+    """Deals rows out to at most `most_programs` programs: one more than run at once would take as long as all others.
+
+    Args:
+        stops: where each expert's rows end; the first begin at 0.
+        most_programs: more than the number of experts.
+    """
+    assert len(stops) <= NUM_EXPERTS < most_programs, f"{len(stops)} experts, {most_programs} programs"
+    all_stops = (*stops, *[stops[-1]] * (NUM_EXPERTS - len(stops)))
+    rows = max(1, triton.cdiv(all_stops[-1], most_programs - NUM_EXPERTS))
+    starts = (0, *all_stops[:-1])
+    num_programs = sum(triton.cdiv(stop - start, rows) for start, stop in zip(starts, all_stops, strict=True))
+    return RowPrograms(rows, all_stops, num_programs)
+
+
+def for_experts(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """One parameter for each of NUM_EXPERTS experts; those without rows get the last one."""
+    assert all(parameter.is_contiguous() for parameter in parameters), "a parameter is not contiguous"
+    return [*parameters, *[parameters[-1]] * (NUM_EXPERTS - len(parameters))]
+
+
+def sum_partials(partial_SPD: Tensor, programs: RowPrograms, num_experts: int, dtype: torch.dtype) -> Tensor:
+    """Sums what programs summed over their rows over each expert's programs, (S, E, D); without any, to 0."""
+    num_kinds, _, width = partial_SPD.shape
+    sum_SED = partial_SPD.new_empty(num_kinds, num_experts, width, dtype=dtype)
+    grid = (triton.cdiv(width, _SUM_COLUMNS), num_experts, num_kinds)
+    constants = {"D": width, "E": num_experts, "BLOCK": _SUM_COLUMNS, "PROGRAMS": _SUM_PROGRAMS}
+    sum_kernel[grid](partial_SPD, sum_SED, programs.rows, *programs.stops, **constants, num_warps=_SUM_WARPS)
+    return sum_SED
+
+
+def build_row_variant(
+    architecture: int,
+    op: str,
+    kernel: Any,
+    element: str,
+    width: int,
+    constants: dict[str, Any],
+    note: str = "",
+    elements: Mapping[str, str] = MappingProxyType({}),
+) -> Variant:
+    """A kernel that streams rows, as it is compiled for one dtype and width.
+
+    Args:
+        architecture: 80, 90 or 100.
+        op: its name begins that of the variant.
+        kernel: the function under `triton.jit`; pointers that its statistics and sums have are float32's.
+        element: "bf16", "fp16" or "fp32".
+        width: D.
+        constants: what it is specialised on beside `row_constants`.
+        note: ends the name of the variant.
+        elements: element types of pointers with another dtype, by argument.
+    """
+    tiling = choose_row_tiling(architecture, width)
+    values = {**row_constants(width, tiling), **constants}
+    types = {name: f"*{element}" for name in kernel.arg_names if name.endswith("_ptr")}
+    types |= {name: "*fp32" for name in ("statistics_ptr", "partial_sum_ptr") if name in types}
+    types |= {name: f"*{own}" for name, own in elements.items() if name in types}
+    types |= {name: "i32" for name in kernel.arg_names if name not in types and name not in values}
+    return build_variant(
+        f"{op} {kernel.__name__.removesuffix('_kernel')} {element} D={width}{note}",
+        kernel,
+        types,
+        values,
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
+        is_common=(element, width, note) == ("bf16", 1408, ""),
+        is_memory_bound=True,
+    )
+
+
+def variants(architecture: int) -> list[Variant]:
+    """The kernel of sums as `ahead_of_time` compiles it."""
+    types = {"partial_sum_ptr": "*fp32", "rows": "i32", **{f"stop_{expert}": "i32" for expert in range(NUM_EXPERTS)}}
+    constants = {"E": NUM_EXPERTS, "BLOCK": _SUM_COLUMNS, "PROGRAMS": _SUM_PROGRAMS}
+    return [
+        build_variant(
+            f"expert_rows sum {element} D={width}",
+            sum_kernel,
+            {**types, "sum_ptr": f"*{element}"},
+            {**constants, "D": width},
+            num_warps=_SUM_WARPS,
+            num_stages=1,
+            is_common=(element, width) == ("bf16", 1408),
+            is_memory_bound=True,
+        )
+        for element, width in (("bf16", 1408), ("fp16", 1408), ("bf16", 6144), ("fp32", 768))
+    ]

@@ -1,0 +1,99 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Triton kernels that make of logits what the cross entropy needs of them: partials of rows, and gradients in place.
+
+They were interpreted on the CPU and compiled ahead of time, but never run on a GPU.
+"""
+
+# M rows, N logits of a row (`width`), G groups of rows.
+#
+# Logits come without their bias. Rows lie `steps` x 64 elements apart, their stride, and the bias is as long as that: a
+# multiple that the compiler sees, so every access to them is 128 bits wide. What lies between N and the stride is not
+# defined and counts as minus infinity.
+
+import math
+
+import triton
+import triton.language as tl
+
+from beit3_ds.kernels.ops.vocabulary_blocks import ALIGNMENT
+
+LOG2E = tl.constexpr(math.log2(math.e))
+STEP = tl.constexpr(ALIGNMENT)
+
+
+@triton.jit(do_not_specialize=["num_rows", "width", "steps", "first"])
+def partials_kernel(
+    logits_ptr,
+    bias_ptr,
+    target_ptr,
+    partials_ptr,
+    num_rows,
+    width,
+    steps,
+    first,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Adds the logits of one row to its partials: largest, sum of exp(logit - largest), target's logit, (3, M)."""
+    row = tl.program_id(0)
+    stride = steps * STEP
+    known = tl.load(partials_ptr + row)
+    largest = known
+    sums = tl.zeros([BLOCK], tl.float32)
+    for begin in tl.range(0, width, BLOCK, num_stages=STAGES):
+        columns = begin + tl.arange(0, BLOCK)
+        there = columns < stride
+        logits = tl.load(logits_ptr + row * stride + columns, mask=there, other=0.0).to(tl.float32)
+        logits += tl.load(bias_ptr + columns, mask=there, other=0.0).to(tl.float32)
+        logits = tl.where(columns < width, logits, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(logits, 0))
+        sums = sums * tl.exp2((largest - new_largest) * LOG2E) + tl.exp2((logits - new_largest) * LOG2E)
+        largest = new_largest
+    total = tl.load(partials_ptr + num_rows + row) * tl.exp2((known - largest) * LOG2E) + tl.sum(sums, 0)
+    tl.store(partials_ptr + row, largest)
+    tl.store(partials_ptr + num_rows + row, total)
+    target = tl.load(target_ptr + row) - first
+    if (target >= 0) & (target < width):  # one logit of one call: the others find it elsewhere, or in another shard
+        logit = tl.load(logits_ptr + row * stride + target).to(tl.float32) + tl.load(bias_ptr + target).to(tl.float32)
+        tl.store(partials_ptr + 2 * num_rows + row, logit)
+
+
+@triton.jit(do_not_specialize=["num_rows", "rows", "width", "steps", "first"])
+def gradient_kernel(
+    logits_ptr,
+    bias_ptr,
+    target_ptr,
+    lse_ptr,
+    d_loss_ptr,
+    partial_sum_ptr,
+    num_rows,
+    rows,
+    width,
+    steps,
+    first,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Makes of the logits of one group of rows their gradients, in place, and the sum over the group, (G, stride)."""
+    group = tl.program_id(1)
+    stride = steps * STEP
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = columns < stride
+    bias = tl.load(bias_ptr + columns, mask=there, other=0.0).to(tl.float32)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    stop = tl.minimum((group + 1) * rows, num_rows)
+    for begin in tl.range(group * rows, stop, ROWS, num_stages=STAGES):
+        numbers = begin + tl.arange(0, ROWS)
+        real = numbers < stop
+        offsets = numbers[:, None] * stride + columns[None, :]
+        mask = real[:, None] & there[None, :]
+        logits = tl.load(logits_ptr + offsets, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
+        lse = tl.load(lse_ptr + numbers, mask=real, other=float("inf"))  # p = 0 where there is no row
+        d_loss = tl.load(d_loss_ptr + numbers, mask=real, other=0.0)
+        target = tl.load(target_ptr + numbers, mask=real, other=-1) - first
+        p = tl.exp2((logits - lse[:, None]) * LOG2E)
+        d = tl.where(columns[None, :] == target[:, None], p - 1.0, p) * d_loss[:, None]
+        tl.store(logits_ptr + offsets, d.to(logits_ptr.dtype.element_ty), mask=mask)
+        total += d
+    tl.store(partial_sum_ptr + group * stride + columns, tl.sum(total, 0), mask=there)

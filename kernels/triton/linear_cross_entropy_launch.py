@@ -1,0 +1,149 @@
+"""Launching of the cross entropy's kernels, and the variants that are compiled ahead of time."""
+
+# M rows, N logits of a row, G groups of rows.
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from beit3_ds.kernels.ops.vocabulary_blocks import ALIGNMENT
+from beit3_ds.kernels.triton.linear_cross_entropy import gradient_kernel, partials_kernel
+from beit3_ds.kernels.triton.variant import Variant, build_variant
+
+
+class Tiling(NamedTuple):
+    """How both kernels are compiled; their speed was never measured on a GPU."""
+
+    partials_block: int
+    """Logits of a row that one step of the loop takes."""
+    gradient_block: int
+    """Logits of a row that one program works on."""
+    gradient_rows: int
+    """Rows that one step of the loop takes."""
+    gradient_programs: int
+    """Into about as many groups of rows times blocks the rows are divided: as many as run at once on an H100."""
+    num_stages: int
+    """Steps of a loop whose loads are in flight together."""
+
+
+def choose_tiling(dtype: torch.dtype) -> Tiling:
+    """What compiles without spilled registers (budgets.json): a warp takes 512 consecutive bytes."""
+    return Tiling(4096, 512 // dtype.itemsize, 8, 528, 3)
+
+
+PARTIALS_WARPS, GRADIENT_WARPS = 8, 4
+
+
+def partials(
+    logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: int, partials_3M: Tensor, tiling: Tiling
+) -> None:
+    """Launches the kernel of partials.
+
+    Args:
+        logits_MN: without the bias; rows a multiple of ALIGNMENT elements apart.
+        bias_N: its bias.
+        target_M: int64.
+        first: the target that column 0 is.
+        partials_3M: float32, contiguous; brought up to date in place.
+        tiling: how to compile.
+    """
+    stride = _stride(logits_MN)
+    if len(logits_MN) == 0:
+        return
+    assert partials_3M.is_contiguous() and target_M.is_contiguous(), "linear_cross_entropy: rows are next to each other"
+    partials_kernel[(len(logits_MN),)](
+        logits_MN,
+        _padded(bias_N, stride),
+        target_M,
+        partials_3M,
+        *logits_MN.shape,
+        stride // ALIGNMENT,
+        first,
+        BLOCK=tiling.partials_block,
+        STAGES=tiling.num_stages,
+        num_warps=PARTIALS_WARPS,
+    )
+
+
+def gradient(
+    logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: int, lse_M: Tensor, d_loss_M: Tensor, tiling: Tiling
+) -> Tensor:
+    """Launches the kernel of gradients, which writes them over the logits.
+
+    Args:
+        logits_MN: as in `partials`, like bias, target, first and tiling.
+        lse_M: log(sum exp(logits)) over the whole vocabulary, float32, contiguous.
+        d_loss_M: gradient of every row's loss, float32, contiguous.
+
+    Returns:
+        Their sum over the rows, (N,) float32; no atomics, so it is the same every time.
+    """
+    (num_rows, width), stride = logits_MN.shape, _stride(logits_MN)
+    assert all(x.is_contiguous() for x in (target_M, lse_M, d_loss_M)), "linear_cross_entropy: rows are not contiguous"
+    num_blocks = triton.cdiv(stride, tiling.gradient_block)
+    rows = triton.cdiv(num_rows, max(1, tiling.gradient_programs // num_blocks))
+    rows = triton.cdiv(max(1, rows), tiling.gradient_rows) * tiling.gradient_rows
+    groups = triton.cdiv(num_rows, rows)
+    sum_GS = lse_M.new_empty(groups, stride)
+    if groups:
+        gradient_kernel[(num_blocks, groups)](
+            logits_MN,
+            _padded(bias_N, stride),
+            target_M,
+            lse_M,
+            d_loss_M,
+            sum_GS,
+            num_rows,
+            rows,
+            width,
+            stride // ALIGNMENT,
+            first,
+            BLOCK=tiling.gradient_block,
+            ROWS=tiling.gradient_rows,
+            STAGES=tiling.num_stages,
+            num_warps=GRADIENT_WARPS,
+        )
+    return sum_GS[:, :width].sum(0)
+
+
+def variants(architecture: int) -> list[Variant]:
+    """The kernels as `ahead_of_time` compiles them: one for all sizes, which are no constants."""
+    result = []
+    for element, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
+        tiling = choose_tiling(dtype)
+        constants = {
+            partials_kernel: {"BLOCK": tiling.partials_block},
+            gradient_kernel: {"BLOCK": tiling.gradient_block, "ROWS": tiling.gradient_rows},
+        }
+        for kernel, num_warps in ((partials_kernel, PARTIALS_WARPS), (gradient_kernel, GRADIENT_WARPS)):
+            values = {**constants[kernel], "STAGES": tiling.num_stages}
+            types = dict.fromkeys((name for name in kernel.arg_names if name not in values), "i32")
+            types |= {name: "*fp32" for name in types if name.endswith("_ptr")}
+            types |= {"logits_ptr": f"*{element}", "bias_ptr": f"*{element}", "target_ptr": "*i64"}
+            result.append(
+                build_variant(
+                    f"linear_cross_entropy {kernel.__name__.removesuffix('_kernel')} {element}",
+                    kernel,
+                    types,
+                    values,
+                    num_warps=num_warps,
+                    num_stages=tiling.num_stages,
+                    is_common=element == "bf16",
+                    is_memory_bound=True,
+                )
+            )
+    return result
+
+
+def _stride(logits_MN: Tensor) -> int:
+    stride = logits_MN.stride(0)
+    assert logits_MN.stride(1) == 1 and stride % ALIGNMENT == 0, "linear_cross_entropy: rows are not aligned"
+    assert len(logits_MN) * stride < 2**31, "linear_cross_entropy: offsets beyond 32 bits"
+    return stride
+
+
+def _padded(bias_N: Tensor, stride: int) -> Tensor:
+    return F.pad(bias_N, (0, stride - len(bias_N)))

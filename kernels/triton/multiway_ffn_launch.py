@@ -1,0 +1,316 @@
+"""Launching of the multiway FFN's products: tiles by architecture, tuning, and variants compiled ahead of time."""
+
+# T packed rows, D hidden, F ffn hidden (or any other two widths).
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from beit3_ds.kernels.triton.multiway_ffn import (
+    input_gradient_kernel,
+    projection_kernel,
+    up_projection_kernel,
+    weight_gradient_kernel,
+)
+from beit3_ds.kernels.triton.packed_attention_launch import architecture_of
+from beit3_ds.kernels.triton.sub_norm_launch import (
+    Norm,
+    Slices,
+    build_parameters,
+    build_stops,
+    combine_statistics,
+    count_row_tiles,
+)
+from beit3_ds.kernels.triton.variant import Variant, build_variant
+
+
+class Tiles(NamedTuple):
+    """How a kernel with a product is compiled."""
+
+    rows: int
+    """Of the result that one program makes."""
+    columns: int
+    """Of the result that one program makes."""
+    depth: int
+    """Of the sum that one step of the loop takes."""
+    num_warps: int
+    """Warps of a program."""
+    num_stages: int
+    """Steps of the loop whose loads are in flight together."""
+
+
+GROUP = 8
+"""Row tiles whose programs run together, so that they share columns of the weights in the L2 cache."""
+
+
+def choose_tiles(kernel: Any, architecture: int, dtype: torch.dtype) -> list[Tiles]:
+    """Tiles that compile without spilled registers (budgets.json), from which a device chooses the fastest.
+
+    The first are taken where there is no device to measure on; none was ever measured.
+
+    Args:
+        kernel: one of `multiway_ffn_triton`.
+        architecture: 80, 90 or 100 (`architecture_of`).
+        dtype: of the operands. float32 is multiplied as it is, on no tensor core, for the results to be float32's.
+    """
+    if dtype == torch.float32:
+        return [Tiles(64, 64, 32, 4, 2)]
+    if kernel is up_projection_kernel:  # its statistics have a place for each column tile: that stays 128 wide
+        return [Tiles(128, 128, 64, 8, 3), Tiles(128, 128, 64, 8, 2), Tiles(64, 128, 64, 8, 3)]
+    if kernel is weight_gradient_kernel and architecture == 80:
+        return [Tiles(128, 128, 32, 8, 4), Tiles(128, 64, 32, 4, 4), Tiles(64, 64, 64, 4, 3)]
+    return [Tiles(128, 128, 64, 8, 3), Tiles(128, 128, 64, 8, 4), Tiles(128, 64, 64, 8, 4), Tiles(64, 128, 64, 4, 3)]
+
+
+def linear(x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """Applies each expert's linear layer to its own rows: y_TF = x_TD @ w_FD.T + b_F.
+
+    Args:
+        x_TD: contiguous, as are all tensors of this file; bfloat16, float16 or float32, as are weights and biases.
+        slices: row range of each expert.
+        weights: one (F, D) matrix an expert.
+        biases: one (F,) vector an expert; empty for none.
+    """
+    return out_projection(x_TD, None, slices, weights, biases, None, None)
+
+
+def out_projection(
+    a_TF: Tensor,
+    norm: Norm | None,
+    slices: Slices,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    residual_TD: Tensor | None,
+    factor_T: Tensor | None,
+) -> Tensor:
+    """Returns y_TD = residual + factor * (LN(a) @ w_DF.T + b); the norm is applied on the way into the product.
+
+    Args:
+        a_TF: rows.
+        norm: the sub-LN, or None.
+        slices: row range of each expert.
+        weights: one (D, F) matrix per expert.
+        biases: one (D,) vector per expert; empty for none.
+        residual_TD: stream that is added last and gives y its dtype, or None.
+        factor_T: drop-path's factor of each row, of any floating dtype, or None.
+    """
+    y_TD = (a_TF if residual_TD is None else residual_TD).new_empty(a_TF.shape[0], weights[0].shape[0])
+    mean_T, rstd_T, scales, shifts = norm or (a_TF, a_TF, (a_TF,), (a_TF,))
+    tensors = (
+        a_TF,
+        *build_parameters(weights),
+        *build_parameters(biases or (a_TF,)),
+        mean_T,
+        rstd_T,
+        *build_parameters(scales),
+        *build_parameters(shifts),
+        a_TF if residual_TD is None else residual_TD,
+        a_TF if factor_T is None else factor_T,
+        y_TD,
+    )
+    flags = {"BIAS": bool(biases), "NORM": norm is not None}
+    flags |= {"RESIDUAL": residual_TD is not None, "FACTOR": factor_T is not None}
+    _launch_rows(projection_kernel, tensors, slices, y_TD.shape[1], a_TF.shape[1], flags)
+    return y_TD
+
+
+def up_projection(
+    h_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor], with_statistics: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Each expert's first linear layer, the exact GELU and the statistics of the sub-LN that follows.
+
+    Args:
+        h_TD: rows.
+        slices: row range of each expert.
+        weights: one (F, D) matrix an expert.
+        biases: one (F,) vector an expert; empty for none.
+        with_statistics: whether a sub-LN follows.
+
+    Returns:
+        u_TF = h @ w.T + b, a_TF = gelu(u_TF), and of a's rows mean_T and squares_T, the sum of squared deviations from
+        the mean, float32; these two are empty without statistics.
+    """
+    (num_rows, width), out_width = h_TD.shape, weights[0].shape[0]
+    u_TF = h_TD.new_empty(num_rows, out_width)
+    a_TF = torch.empty_like(u_TF)
+    tiles = choose_tiles(up_projection_kernel, architecture_of(h_TD.device), h_TD.dtype)
+    column_tiles = triton.cdiv(out_width, tiles[0].columns) if with_statistics else 0
+    means, squares = h_TD.new_empty(2, column_tiles, num_rows, dtype=torch.float32)
+    tensors = (h_TD, *build_parameters(weights), *build_parameters(biases or (h_TD,)), u_TF, a_TF, means, squares)
+    flags = {"BIAS": bool(biases), "STATISTICS": with_statistics}
+    _launch_rows(up_projection_kernel, tensors, slices, out_width, width, flags)
+    if not with_statistics:
+        return u_TF, a_TF, means.view(-1), squares.view(-1)
+    return u_TF, a_TF, *combine_statistics(means, squares, out_width, tiles[0].columns)
+
+
+def input_gradient(dy_TD: Tensor, factor_T: Tensor | None, slices: Slices, weights: Sequence[Tensor]) -> Tensor:
+    """Returns dx_TF = factor * dy_TD @ w_DF, the gradient of a linear layer's rows.
+
+    Args:
+        dy_TD: gradient of the layer's output.
+        factor_T: factor of each row, or None.
+        slices: row range of each expert.
+        weights: one (D, F) matrix an expert.
+    """
+    dx_TF = dy_TD.new_empty(dy_TD.shape[0], weights[0].shape[1])
+    tensors = (dy_TD, dy_TD if factor_T is None else factor_T, *build_parameters(weights), dx_TF)
+    flags = {"FACTOR": factor_T is not None}
+    _launch_rows(input_gradient_kernel, tensors, slices, dx_TF.shape[1], dy_TD.shape[1], flags)
+    return dx_TF
+
+
+def weight_gradient(
+    dy_TD: Tensor, factor_T: Tensor | None, x_TF: Tensor, slices: Slices, with_bias: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Each expert's dw_DF = (factor * dy)[rows].T @ x[rows], and db_D, the sum of (factor * dy)[rows]; always the same.
+
+    Args:
+        dy_TD: gradient of a linear layer's output.
+        factor_T: factor of each row, or None.
+        x_TF: the layer's input.
+        slices: row range of each expert; one without rows gets zeros.
+        with_bias: whether to return db.
+
+    Returns:
+        dw and db of each expert; db is an empty list if it is not asked for.
+    """
+    out_width, in_width = dy_TD.shape[1], x_TF.shape[1]
+    d_weights = [dy_TD.new_empty(out_width, in_width) for _ in slices]
+    d_biases = [dy_TD.new_empty(out_width) for _ in slices] if with_bias else []
+    parameters = (*build_parameters(d_weights), *build_parameters(d_biases or (dy_TD,)))
+    tensors = (dy_TD, dy_TD if factor_T is None else factor_T, x_TF, *parameters)
+
+    def grid(meta: dict[str, Any]) -> tuple[int]:
+        return (len(slices) * triton.cdiv(out_width, meta["ROWS"]) * triton.cdiv(in_width, meta["COLUMNS"]),)
+
+    flags = {"BIAS": with_bias, "FACTOR": factor_T is not None}
+    _launch(weight_gradient_kernel, grid, tensors, slices, {"OUT": out_width, "IN": in_width, **flags})
+    return d_weights, d_biases
+
+
+def variants(architecture: int) -> list[Variant]:
+    """The kernels as `ahead_of_time` compiles them: for base, large and giant, and with all tiles for giant's FFN.
+
+    The default tests compile a few of giant's with their first tiles: the up projection everywhere, others for sm_90.
+    """
+    result = []
+    for element, hidden, ffn_hidden in (
+        ("bf16", 768, 3072),
+        ("bf16", 1024, 4096),
+        ("bf16", 1408, 6144),
+        ("fp16", 1024, 4096),
+        ("fp32", 768, 3072),
+    ):
+        is_giant = hidden == 1408
+        for name, kernel, constants in _build_cases(hidden, ffn_hidden):
+            choices = choose_tiles(kernel, architecture, _DTYPES[element])
+            is_common = is_giant and (kernel is up_projection_kernel or (architecture == 90 and name in _COMMON))
+            for tiles in choices if is_giant and name != "linear" else choices[:1]:
+                common = is_common and tiles == choices[0]
+                result.append(_build_variant(f"{name} {element}", kernel, element, constants, tiles, common))
+                if name == "out_projection" and element == "bf16" and tiles == choices[0]:
+                    label = f"{name} {element} fp32 stream"
+                    result.append(_build_variant(label, kernel, element, constants, tiles, False, _FLOAT32_STREAM))
+    return result
+
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_COMMON = ("out_projection", "weight_gradient")
+_FLOAT32_STREAM = ("residual_ptr", "factor_ptr", "y_ptr")
+"""Arguments of the projection that are float32 if the residual stream is."""
+_STATISTICS = ("mean_ptr", "rstd_ptr", "means_ptr", "squares_ptr")
+
+
+def _build_cases(hidden: int, ffn_hidden: int) -> list[tuple[str, Any, dict[str, int]]]:
+    """Kernels and constants of a block: attention's projections, the FFN's, and the gradients of these."""
+    plain = {"NORM": False, "RESIDUAL": False, "FACTOR": False}
+    whole = dict.fromkeys(("BIAS", "NORM", "RESIDUAL", "FACTOR"), True)
+    return [
+        ("linear", projection_kernel, {"N": hidden, "K": hidden, "BIAS": True, **plain}),
+        ("up_projection", up_projection_kernel, {"N": ffn_hidden, "K": hidden, "BIAS": True, "STATISTICS": True}),
+        ("out_projection", projection_kernel, {"N": hidden, "K": ffn_hidden, **whole}),
+        ("input_gradient", input_gradient_kernel, {"N": ffn_hidden, "K": hidden, "FACTOR": True}),
+        ("weight_gradient", weight_gradient_kernel, {"OUT": ffn_hidden, "IN": hidden, "BIAS": True, "FACTOR": False}),
+        ("weight_gradient", weight_gradient_kernel, {"OUT": hidden, "IN": ffn_hidden, "BIAS": True, "FACTOR": True}),
+    ]
+
+
+def _build_variant(
+    name: str,
+    kernel: Any,
+    element: str,
+    constants: dict[str, int],
+    tiles: Tiles,
+    is_common: bool,
+    float32: Sequence[str] = (),
+) -> Variant:
+    config = _build_config(tiles)
+    values = {**constants, **config.kwargs, "GROUP": GROUP}
+    types = {argument: f"*{element}" for argument in kernel.arg_names if argument.endswith("_ptr")}
+    types |= {argument: "*fp32" for argument in types if argument in (*_STATISTICS, *float32)}
+    types |= dict.fromkeys(("stop_0", "stop_1", "stop_2"), "i32")
+    out_width, in_width = (value for key, value in constants.items() if key in ("N", "K", "OUT", "IN"))
+    size = f"{tiles.rows}x{tiles.columns}x{tiles.depth} x{tiles.num_stages}"
+    return build_variant(
+        f"multiway_ffn {name} {in_width}->{out_width} tile {size}",
+        kernel,
+        types,
+        values,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        is_common=is_common,
+    )
+
+
+def _launch_rows(
+    kernel: Any, tensors: tuple[Tensor, ...], slices: Slices, out_width: int, in_width: int, flags: dict[str, bool]
+) -> None:
+    """Launches a kernel that makes rows of `out_width` columns."""
+    if not slices or slices[-1][1] == 0:
+        return
+
+    def grid(meta: dict[str, Any]) -> tuple[int]:
+        return (count_row_tiles(slices, meta["ROWS"]) * triton.cdiv(out_width, meta["COLUMNS"]),)
+
+    _launch(kernel, grid, tensors, slices, {"N": out_width, "K": in_width, **flags})
+
+
+def _launch(
+    kernel: Any,
+    grid: Callable[[dict[str, Any]], tuple[int]],
+    tensors: tuple[Tensor, ...],
+    slices: Slices,
+    constants: dict[str, int],
+) -> None:
+    assert all(x.is_contiguous() for x in tensors), "multiway FFN: the kernels' strides are those of contiguous rows"
+    device, dtype = tensors[0].device, tensors[0].dtype
+    choices = tuple(choose_tiles(kernel, architecture_of(device), dtype))
+    stops = build_stops(slices)
+    if _is_tuned(device):
+        _tuned(kernel, choices)[grid](*tensors, *stops, **constants, GROUP=GROUP)
+    else:
+        config = _build_config(choices[0])
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        kernel[grid](*tensors, *stops, **constants, GROUP=GROUP, **config.kwargs, **options)
+
+
+def _is_tuned(device: torch.device) -> bool:
+    """Without a device kernels can only be interpreted."""
+    return device.type == "cuda"
+
+
+@lru_cache
+def _tuned(kernel: Any, choices: tuple[Tiles, ...]) -> Any:
+    """The kernel with the tiles that are fastest on this device for its widths, found at their first launch."""
+    key = [name for name in ("N", "K", "OUT", "IN", "BIAS", "NORM", "FACTOR") if name in kernel.arg_names]
+    return triton.autotune([_build_config(tiles) for tiles in choices], key=key)(kernel)
+
+
+def _build_config(tiles: Tiles) -> Any:
+    sizes = {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth}
+    return triton.Config(sizes, num_warps=tiles.num_warps, num_stages=tiles.num_stages)

@@ -1,0 +1,103 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Triton kernels of the multiway LayerNorm, forward and backward.
+
+They were interpreted on the CPU and compiled ahead of time, but never run on a GPU.
+"""
+
+# T packed rows, D width, P programs.
+#
+# A program works on consecutive rows of one expert (`expert_rows_triton`), one row at a time, whole, in registers; the
+# expert's parameters stay there, and the next rows are on their way while one is worked on. D is a constant of the
+# compilation, so that the compiler sees how rows are aligned and takes 128 bits at a time.
+
+import triton
+import triton.language as tl
+
+from beit3_ds.kernels.triton.expert_rows import load_of_expert, rows_of
+
+
+@triton.jit(do_not_specialize=["rows", "stop_0", "stop_1", "stop_2"])
+def forward_kernel(
+    x_ptr,
+    w_0_ptr,
+    w_1_ptr,
+    w_2_ptr,
+    b_0_ptr,
+    b_1_ptr,
+    b_2_ptr,
+    h_ptr,
+    statistics_ptr,
+    rows,
+    stop_0,
+    stop_1,
+    stop_2,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    EPSILON: tl.constexpr,
+):
+    """h of one program's rows and their statistics: means, then 1 / deviations, (2, T) float32."""
+    expert, start, stop = rows_of(tl.program_id(0), rows, stop_0, stop_1, stop_2)
+    w = load_of_expert(expert, w_0_ptr, w_1_ptr, w_2_ptr, D, BLOCK)
+    b = load_of_expert(expert, b_0_ptr, b_1_ptr, b_2_ptr, D, BLOCK)
+    columns = tl.arange(0, BLOCK)
+    real = columns < D
+    num_rows = stop_2
+    for row in tl.range(start, stop, num_stages=STAGES):
+        x = tl.load(x_ptr + row * D + columns, mask=real, other=0.0).to(tl.float32)
+        mean = tl.sum(x, 0) / D
+        centred = tl.where(real, x - mean, 0.0)
+        rstd = tl.rsqrt(tl.sum(centred * centred, 0) / D + EPSILON)
+        h = centred * rstd * w + b
+        tl.store(h_ptr + row * D + columns, h.to(h_ptr.dtype.element_ty), mask=real)
+        tl.store(statistics_ptr + row, mean)
+        tl.store(statistics_ptr + num_rows + row, rstd)
+
+
+@triton.jit(do_not_specialize=["rows", "num_programs", "stop_0", "stop_1", "stop_2"])
+def backward_kernel(
+    dh_ptr,
+    d_residual_ptr,
+    x_ptr,
+    statistics_ptr,
+    w_0_ptr,
+    w_1_ptr,
+    w_2_ptr,
+    dx_ptr,
+    partial_sum_ptr,
+    rows,
+    num_programs,
+    stop_0,
+    stop_1,
+    stop_2,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    """dx of one program's rows, and their part of the scale's and the shift's gradients, (2, P, D) float32."""
+    program = tl.program_id(0)
+    expert, start, stop = rows_of(program, rows, stop_0, stop_1, stop_2)
+    w = load_of_expert(expert, w_0_ptr, w_1_ptr, w_2_ptr, D, BLOCK)
+    columns = tl.arange(0, BLOCK)
+    real = columns < D
+    num_rows = stop_2
+    dw = tl.zeros([BLOCK], tl.float32)
+    db = tl.zeros([BLOCK], tl.float32)
+    for row in tl.range(start, stop, num_stages=STAGES):
+        offsets = row * D + columns
+        x = tl.load(x_ptr + offsets, mask=real, other=0.0).to(tl.float32)
+        dh = tl.load(dh_ptr + offsets, mask=real, other=0.0).to(tl.float32)
+        rstd = tl.load(statistics_ptr + num_rows + row)
+        normed = (x - tl.load(statistics_ptr + row)) * rstd
+        dw += dh * normed
+        db += dh
+        scaled = dh * w
+        d_mean = tl.sum(scaled, 0) / D
+        d_scale = tl.sum(scaled * normed, 0) / D  # beyond D, scaled is 0
+        dx = rstd * (scaled - d_mean - normed * d_scale)
+        if RESIDUAL:
+            dx += tl.load(d_residual_ptr + offsets, mask=real, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=real)
+    tl.store(partial_sum_ptr + program * D + columns, dw, mask=real)
+    tl.store(partial_sum_ptr + (num_programs + program) * D + columns, db, mask=real)

@@ -1,0 +1,125 @@
+"""Launching of the LayerNorm kernels: their arguments, and the variants that are compiled ahead of time."""
+
+# T packed rows, D width, E experts, P programs.
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from beit3_ds.kernels.triton.expert_rows_launch import (
+    RowTiling,
+    build_row_variant,
+    check_rows,
+    deal_rows,
+    for_experts,
+    row_constants,
+    sum_partials,
+)
+from beit3_ds.kernels.triton.multiway_layer_norm import backward_kernel, forward_kernel
+from beit3_ds.kernels.triton.variant import Variant
+
+
+def forward(
+    x_TD: Tensor,
+    stops: Sequence[int],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    epsilon: float,
+    tiling: RowTiling,
+) -> tuple[Tensor, Tensor]:
+    """Launches the forward kernel.
+
+    Args:
+        x_TD: contiguous; float32, or of the parameters' dtype.
+        stops: where each expert's rows end.
+        weights: (D,) per expert; h gets their dtype.
+        biases: (D,) per expert.
+        epsilon: added to the variance.
+        tiling: how to compile.
+
+    Returns:
+        h_TD; the mean of every row and 1 / its deviation, (2, T) float32.
+    """
+    h_TD = torch.empty_like(x_TD, dtype=weights[0].dtype)
+    statistics_2T = x_TD.new_empty(2, len(x_TD), dtype=torch.float32)
+    programs = deal_rows(stops, tiling.forward_programs)
+    if programs.num_programs:
+        check_rows(x_TD)
+        forward_kernel[(programs.num_programs,)](
+            x_TD,
+            *for_experts(weights),
+            *for_experts(biases),
+            h_TD,
+            statistics_2T,
+            programs.rows,
+            *programs.stops,
+            **row_constants(x_TD.shape[1], tiling),
+            EPSILON=epsilon,
+            num_warps=tiling.num_warps,
+        )
+    return h_TD, statistics_2T
+
+
+def backward(
+    dh_TD: Tensor,
+    d_residual_TD: Tensor | None,
+    x_TD: Tensor,
+    statistics_2T: Tensor,
+    stops: Sequence[int],
+    weights: Sequence[Tensor],
+    tiling: RowTiling,
+) -> tuple[Tensor, Tensor]:
+    """Launches the backward kernel and the sums over programs; no atomics, so the result is the same every time.
+
+    Args:
+        dh_TD: contiguous gradient of h.
+        d_residual_TD: contiguous gradient of the stream that was passed through, added to dx; None for none.
+        x_TD: as in `forward`, like the rest.
+
+    Returns:
+        dx_TD; the gradients of the scales and of the shifts, (2, E, D) of the scales' dtype.
+    """
+    dx_TD = torch.empty_like(x_TD)
+    programs = deal_rows(stops, tiling.backward_programs)
+    partial_2PD = x_TD.new_empty(2, programs.num_programs, x_TD.shape[1], dtype=torch.float32)
+    if programs.num_programs:
+        check_rows(dh_TD, x_TD if d_residual_TD is None else d_residual_TD, x_TD)
+        backward_kernel[(programs.num_programs,)](
+            dh_TD,
+            d_residual_TD if d_residual_TD is not None else dh_TD,
+            x_TD,
+            statistics_2T,
+            *for_experts(weights),
+            dx_TD,
+            partial_2PD,
+            programs.rows,
+            programs.num_programs,
+            *programs.stops,
+            **row_constants(x_TD.shape[1], tiling),
+            RESIDUAL=d_residual_TD is not None,
+            num_warps=tiling.num_warps,
+        )
+    return dx_TD, sum_partials(partial_2PD, programs, len(stops), weights[0].dtype)
+
+
+def variants(architecture: int) -> list[Variant]:
+    """The kernels as `ahead_of_time` compiles them: widths of the stream and of the feed-forward's sub-LN."""
+    cases = [("bf16", width) for width in (768, 1024, 1408, 3072, 4096, 6144)]
+    cases += [("fp16", 768), ("fp16", 1024), ("fp16", 1408), ("fp16", 6144), ("fp32", 768), ("fp32", 6144)]
+    # A float32 residual stream has float32 rows and gradients; h and the parameters are narrower.
+    stream = dict.fromkeys(("x_ptr", "d_residual_ptr", "dx_ptr"), "fp32")
+    mixed = [
+        build_row_variant(architecture, "multiway_layer_norm", kernel, "bf16", width, constants, " fp32 stream", stream)
+        for width in (768, 1024, 1408)
+        for kernel, constants in ((forward_kernel, {"EPSILON": 1e-5}), (backward_kernel, {"RESIDUAL": True}))
+    ]
+    return mixed + [
+        build_row_variant(architecture, "multiway_layer_norm", kernel, *case, constants, note)
+        for case in cases
+        for kernel, constants, note in (
+            (forward_kernel, {"EPSILON": 1e-5}, ""),
+            (backward_kernel, {"RESIDUAL": True}, ""),
+            (backward_kernel, {"RESIDUAL": False}, " alone"),
+        )
+    ]

@@ -1,0 +1,198 @@
+"""Launching of the attention kernels: tiles by architecture, and the variants that are compiled ahead of time."""
+
+# T packed rows, H heads, K head width, Q sequences, N tiles.
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from beit3_ds.kernels.triton.packed_attention import forward_kernel, key_value_gradient_kernel, query_gradient_kernel
+from beit3_ds.kernels.triton.variant import Variant, build_variant
+
+
+class Schedule(NamedTuple):
+    """How one kernel is compiled."""
+
+    block: int
+    """Positions of the other side that one step of the loop takes."""
+    num_warps: int
+    """Warps of a program."""
+    num_stages: int
+    """Steps of the loop whose loads are in flight together."""
+
+
+class Tiling(NamedTuple):
+    """How the three kernels are compiled for one architecture, head width and dtype."""
+
+    tile: int
+    """Positions of one program: queries, or keys in `key_value_gradient_kernel`."""
+    forward: Schedule
+    query_gradient: Schedule
+    key_value_gradient: Schedule
+
+
+def choose_tiling(architecture: int, head_size: int, dtype: torch.dtype) -> Tiling:
+    """Tiles that compile without spilled registers (budgets.json); their speed was never measured on a GPU.
+
+    Args:
+        architecture: 80, 90 or 100 (sm_80: also what is like it, with at least 99 KB of shared memory a program).
+        head_size: K, at most 128.
+        dtype: of q, k and v. float32 is multiplied as it is, on no tensor core, for the results to be float32's.
+    """
+    if dtype == torch.float32:
+        return Tiling(32, Schedule(32, 8, 2), Schedule(16, 8, 2), Schedule(32, 8, 2))
+    if architecture == 80 and head_size <= 88:
+        return Tiling(128, Schedule(64, 8, 3), Schedule(32, 8, 3), Schedule(32, 8, 2))
+    if architecture == 80:
+        return Tiling(64, Schedule(64, 8, 2), Schedule(32, 8, 2), Schedule(32, 8, 2))
+    forward = Schedule(128, 8, 2) if architecture == 100 and head_size <= 64 else Schedule(64, 8, 3)
+    return Tiling(128, forward, Schedule(64, 8, 2), Schedule(64 if head_size <= 96 else 32, 8, 2))
+
+
+def architecture_of(device: torch.device) -> int:
+    """Which of 80, 90 and 100 a device is treated as."""
+    if device.type != "cuda":
+        return 80
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: 90, 10: 100}.get(major, 80)
+
+
+def column_blocks(head_size: int) -> tuple[int, int]:
+    """Widths of blocks A and B: two powers of two, at least 16, that together are narrower than one, or one and 0."""
+    whole = max(16, triton.next_power_of_2(head_size))
+    block_a = whole // 2
+    block_b = max(16, triton.next_power_of_2(head_size - block_a))
+    return (block_a, block_b) if block_a >= 16 and block_a + block_b < whole else (whole, 0)
+
+
+def forward(
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THK: Tensor,
+    sequences_Q4: Tensor,
+    tiles_N2: Tensor,
+    tiling: Tiling,
+    causal_captions: bool,
+) -> tuple[Tensor, Tensor]:
+    """Launches the forward kernel.
+
+    Args:
+        q_THK: contiguous, like k_THK and v_THK.
+        sequences_Q4: start and length of both ranges of every sequence, int32.
+        tiles_N2: sequence and first position of every tile of `tiling.tile` positions, int32.
+        tiling: how to compile.
+        causal_captions: whether the second range is a caption under the causal mask.
+
+    Returns:
+        y_THK and the log-sum-exp of every query's scaled scores, (H, T) float32. Rows of no sequence are undefined.
+    """
+    y_THK = torch.empty_like(q_THK)
+    lse_HT = q_THK.new_empty(q_THK.shape[1], q_THK.shape[0], dtype=torch.float32)
+    tensors = (q_THK, k_THK, v_THK, y_THK, lse_HT, sequences_Q4, tiles_N2)
+    _launch(forward_kernel, tensors, tiling.tile, tiling.forward, causal_captions)
+    return y_THK, lse_HT
+
+
+def backward(
+    dy_THK: Tensor,
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THK: Tensor,
+    y_THK: Tensor,
+    lse_HT: Tensor,
+    sequences_Q4: Tensor,
+    tiles_N2: Tensor,
+    tiling: Tiling,
+    causal_captions: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches both backward kernels; no atomics, so the result is the same every time. Arguments as in `forward`."""
+    dq_THK, dk_THK, dv_THK = torch.empty_like(q_THK), torch.empty_like(k_THK), torch.empty_like(v_THK)
+    delta_HT = torch.empty_like(lse_HT)
+    tensors = (q_THK, k_THK, v_THK, y_THK, dy_THK, lse_HT, delta_HT, dq_THK, sequences_Q4, tiles_N2)
+    _launch(query_gradient_kernel, tensors, tiling.tile, tiling.query_gradient, causal_captions)
+    tensors = (q_THK, k_THK, v_THK, dy_THK, lse_HT, delta_HT, dk_THK, dv_THK, sequences_Q4, tiles_N2)
+    _launch(key_value_gradient_kernel, tensors, tiling.tile, tiling.key_value_gradient, causal_captions)
+    return dq_THK, dk_THK, dv_THK
+
+
+def constants(num_heads: int, head_size: int, tile: int, block: int, causal_captions: bool) -> dict[str, Any]:
+    """What all three kernels are specialised on."""
+    block_a, block_b = column_blocks(head_size)
+    return {
+        "H": num_heads,
+        "K": head_size,
+        "A": block_a,
+        "B": block_b,
+        "TILE": tile,
+        "BLOCK": block,
+        "CAPTIONS": causal_captions,
+        "SCALE": head_size**-0.5,
+    }
+
+
+def variants(architecture: int) -> list[Variant]:
+    """The kernels as `ahead_of_time` compiles them: giant's head width, the others' 64, and the widest."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    cases = [(bf16, 88, False), (bf16, 88, True), (bf16, 64, False), (bf16, 96, False), (bf16, 128, True)]
+    cases += [(fp16, 88, False), (fp32, 88, True), (fp32, 128, False)]
+    return [variant for case in cases for variant in _case_variants(architecture, *case)]
+
+
+def _case_variants(architecture: int, dtype: torch.dtype, head_size: int, causal_captions: bool) -> list[Variant]:
+    tiling = choose_tiling(architecture, head_size, dtype)
+    element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    result = []
+    for kernel, schedule in (
+        (forward_kernel, tiling.forward),
+        (query_gradient_kernel, tiling.query_gradient),
+        (key_value_gradient_kernel, tiling.key_value_gradient),
+    ):
+        values = constants(16, head_size, tiling.tile, schedule.block, causal_captions)
+        types = dict.fromkeys((name for name in kernel.arg_names if name not in values), f"*{element}")
+        types |= {"sequences_ptr": "*i32", "tiles_ptr": "*i32", "lse_ptr": "*fp32", "num_rows": "i32"}
+        types |= {"delta_ptr": "*fp32"} if "delta_ptr" in types else {}
+        name = f"packed_attention {kernel.__name__.removesuffix('_kernel')} {element} K={head_size}"
+        result.append(
+            build_variant(
+                name + (" captions" if causal_captions else ""),
+                kernel,
+                types,
+                values,
+                num_warps=schedule.num_warps,
+                num_stages=schedule.num_stages,
+                is_common=(dtype, head_size, causal_captions) == (torch.bfloat16, 88, False),
+            )
+        )
+    return result
+
+
+def _launch(kernel: Any, tensors: tuple[Tensor, ...], tile: int, schedule: Schedule, causal_captions: bool) -> None:
+    q_THK, tiles_N2 = tensors[0], tensors[-1]
+    num_rows, num_heads, head_size = q_THK.shape
+    if len(tiles_N2) == 0 or num_heads == 0:
+        return
+    assert q_THK.numel() < 2**31, f"packed_attention: {tuple(q_THK.shape)} has offsets beyond 32 bits"
+    assert all(x.is_contiguous() for x in tensors), "packed_attention: the kernels' strides are those of (T, H, K)"
+    values = constants(num_heads, head_size, tile, schedule.block, causal_captions)
+    grid = (len(tiles_N2), num_heads)
+    if _is_tuned(q_THK):
+        del values["BLOCK"]
+        _tuned(kernel, schedule)[grid](*tensors, num_rows, **values)
+    else:
+        kernel[grid](*tensors, num_rows, **values)
+
+
+def _is_tuned(q_THK: Tensor) -> bool:
+    """Without a device kernels can only be interpreted."""
+    return q_THK.is_cuda
+
+
+@lru_cache
+def _tuned(kernel: Any, schedule: Schedule) -> Any:
+    """The kernel with the number of stages that is fastest on this device; the block stays, and with it the result."""
+    block, warps, stages = schedule
+    configs = [triton.Config({"BLOCK": block}, num_warps=warps, num_stages=n) for n in (stages - 1, stages, stages + 1)]
+    return triton.autotune(configs, key=["H", "K", "CAPTIONS", "TILE"])(kernel)

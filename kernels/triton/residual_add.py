@@ -1,0 +1,75 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Triton kernels that add a branch to the residual stream, forward and backward.
+
+They were interpreted on the CPU and compiled ahead of time, but never run on a GPU.
+"""
+
+# T packed rows, D width, P programs; programs and rows as in `expert_rows_triton`.
+
+import triton
+import triton.language as tl
+
+from beit3_ds.kernels.triton.expert_rows import load_of_expert, rows_of
+
+
+@triton.jit(do_not_specialize=["rows", "stop_0", "stop_1", "stop_2"])
+def forward_kernel(
+    residual_ptr,
+    partial_ptr,
+    b_0_ptr,
+    b_1_ptr,
+    b_2_ptr,
+    factor_ptr,
+    y_ptr,
+    rows,
+    stop_0,
+    stop_1,
+    stop_2,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    FACTOR: tl.constexpr,
+):
+    """y of one program's rows; without FACTOR all factors are 1."""
+    expert, start, stop = rows_of(tl.program_id(0), rows, stop_0, stop_1, stop_2)
+    b = load_of_expert(expert, b_0_ptr, b_1_ptr, b_2_ptr, D, BLOCK)
+    columns = tl.arange(0, BLOCK)
+    real = columns < D
+    for row in tl.range(start, stop, num_stages=STAGES):
+        offsets = row * D + columns
+        branch = tl.load(partial_ptr + offsets, mask=real, other=0.0).to(tl.float32) + b
+        if FACTOR:
+            branch *= tl.load(factor_ptr + row).to(tl.float32)
+        y = tl.load(residual_ptr + offsets, mask=real, other=0.0).to(tl.float32) + branch
+        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=real)
+
+
+@triton.jit(do_not_specialize=["rows", "stop_0", "stop_1", "stop_2"])
+def backward_kernel(
+    dy_ptr,
+    factor_ptr,
+    d_partial_ptr,
+    partial_sum_ptr,
+    rows,
+    stop_0,
+    stop_1,
+    stop_2,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    FACTOR: tl.constexpr,
+):
+    """Gradient of one program's partial rows and the sum of them, (P, D) float32; without FACTOR the sum alone."""
+    program = tl.program_id(0)
+    _, start, stop = rows_of(program, rows, stop_0, stop_1, stop_2)
+    columns = tl.arange(0, BLOCK)
+    real = columns < D
+    total = tl.zeros([BLOCK], tl.float32)
+    for row in tl.range(start, stop, num_stages=STAGES):
+        offsets = row * D + columns
+        d_partial = tl.load(dy_ptr + offsets, mask=real, other=0.0).to(tl.float32)
+        if FACTOR:
+            d_partial *= tl.load(factor_ptr + row).to(tl.float32)
+            tl.store(d_partial_ptr + offsets, d_partial.to(d_partial_ptr.dtype.element_ty), mask=real)
+        total += d_partial
+    tl.store(partial_sum_ptr + program * D + columns, total, mask=real)

@@ -1,0 +1,123 @@
+"""Launching of the kernels that add a branch, and the variants that are compiled ahead of time."""
+
+# T packed rows, D width, E experts, P programs.
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from beit3_ds.kernels.triton.expert_rows_launch import (
+    RowTiling,
+    build_row_variant,
+    check_rows,
+    deal_rows,
+    for_experts,
+    row_constants,
+    sum_partials,
+)
+from beit3_ds.kernels.triton.residual_add import backward_kernel, forward_kernel
+from beit3_ds.kernels.triton.variant import Variant
+
+
+def forward(
+    residual_TD: Tensor,
+    partial_TD: Tensor,
+    stops: Sequence[int],
+    biases: Sequence[Tensor],
+    factor_T: Tensor | None,
+    tiling: RowTiling,
+) -> Tensor:
+    """Launches the forward kernel.
+
+    Args:
+        residual_TD: contiguous.
+        partial_TD: contiguous.
+        stops: where each expert's rows end.
+        biases: (D,) an expert.
+        factor_T: contiguous, or None.
+        tiling: how to compile.
+
+    Returns:
+        y_TD.
+    """
+    y_TD = torch.empty_like(residual_TD)
+    programs = deal_rows(stops, tiling.forward_programs)
+    check_rows(residual_TD, partial_TD, *([] if factor_T is None else [factor_T]))
+    if programs.num_programs:
+        forward_kernel[(programs.num_programs,)](
+            residual_TD,
+            partial_TD,
+            *for_experts(biases),
+            residual_TD if factor_T is None else factor_T,  # not read
+            y_TD,
+            programs.rows,
+            *programs.stops,
+            **row_constants(residual_TD.shape[1], tiling),
+            FACTOR=factor_T is not None,
+            num_warps=tiling.num_warps,
+        )
+    return y_TD
+
+
+def backward(
+    dy_TD: Tensor, stops: Sequence[int], factor_T: Tensor | None, tiling: RowTiling, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Launches the backward kernel and the sums over programs; no atomics, so the result is the same every time.
+
+    Args:
+        dy_TD: contiguous; as in `forward`, like the rest.
+        stops: where each expert's rows end.
+        factor_T: contiguous, or None.
+        tiling: how to compile.
+        dtype: of the results, which is the branch's.
+
+    Returns:
+        d_partial_TD, without rows if all factors are 1; the gradients of the biases, (E, D).
+    """
+    d_partial_TD = torch.empty_like(dy_TD if factor_T is not None else dy_TD[:0], dtype=dtype)
+    programs = deal_rows(stops, tiling.backward_programs)
+    sum_1PD = dy_TD.new_empty(1, programs.num_programs, dy_TD.shape[1], dtype=torch.float32)
+    check_rows(dy_TD, *([] if factor_T is None else [factor_T]))
+    if programs.num_programs:
+        backward_kernel[(programs.num_programs,)](
+            dy_TD,
+            dy_TD if factor_T is None else factor_T,  # not read
+            d_partial_TD,
+            sum_1PD,
+            programs.rows,
+            *programs.stops,
+            **row_constants(dy_TD.shape[1], tiling),
+            FACTOR=factor_T is not None,
+            num_warps=tiling.num_warps,
+        )
+    return d_partial_TD, sum_partials(sum_1PD, programs, len(stops), dtype)[0]
+
+
+def variants(architecture: int) -> list[Variant]:
+    """The kernels as `ahead_of_time` compiles them: widths of the stream."""
+    cases = [
+        ("bf16", 768),
+        ("bf16", 1024),
+        ("bf16", 1408),
+        ("fp16", 768),
+        ("fp16", 1024),
+        ("fp16", 1408),
+        ("fp32", 768),
+    ]
+    # A float32 residual stream has a float32 gradient and float32 factors.
+    stream = dict.fromkeys(("residual_ptr", "factor_ptr", "y_ptr", "dy_ptr"), "fp32")
+    mixed = [
+        build_row_variant(
+            architecture, "add_branch", kernel, "bf16", width, {"FACTOR": factor}, f"{note} fp32 stream", stream
+        )
+        for width in (768, 1024, 1408)
+        for kernel in (forward_kernel, backward_kernel)
+        for factor, note in ((True, ""), (False, " alone"))
+    ]
+    return mixed + [
+        build_row_variant(architecture, "add_branch", kernel, *case, {"FACTOR": factor}, "" if factor else " alone")
+        for case in cases
+        for kernel in (forward_kernel, backward_kernel)
+        for factor in (True, False)
+    ]

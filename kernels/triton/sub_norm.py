@@ -1,0 +1,218 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Triton kernels of the sub-LayerNorms (Magneto, arXiv:2210.06423), row by row: statistics, operands and gradients.
+
+They were interpreted on the CPU and compiled ahead of time, but never run on a GPU.
+"""
+
+# T packed rows, N columns; a program works on blocks of ROWS x COLUMNS of one expert's rows (`find_row_tile`).
+#
+# The norm is xhat * scale + shift with xhat = (a - mean) * rstd, where a is x or gelu(x), rounded to x's dtype as the
+# forward pass stored it. Where tensor-parallel ranks hold a part of the columns each, the mean and rstd are those of
+# the whole row. Everything is computed in float32. Sums have a fixed order, so results are the same every time.
+
+import triton
+import triton.language as tl
+
+from beit3_ds.kernels.triton.multiway_ffn import SQRT_HALF, find_row_tile, gelu, select_expert
+
+INVERSE_SQRT_2_PI = tl.constexpr(0.3989422804014327)
+
+
+@triton.jit
+def _activate(x, GELU: tl.constexpr):
+    """The activations a in float32, of x as it was loaded."""
+    if GELU:
+        return gelu(x.to(tl.float32)).to(x.dtype).to(tl.float32)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _place(stop_0, stop_1, stop_2, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Expert, first row and offsets in rows of N columns of a program's block; which of its rows and columns exist."""
+    expert, first, stop = find_row_tile(tl.program_id(0), stop_0, stop_1, stop_2, ROWS)
+    rows = tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    return expert, first.to(tl.int64), rows, rows < stop - first, columns, columns < N
+
+
+@triton.jit
+def _column_values(expert, of_0_ptr, of_1_ptr, of_2_ptr, columns, real_columns):
+    pointer = select_expert(expert, of_0_ptr, of_1_ptr, of_2_ptr)
+    return tl.load(pointer + columns, mask=real_columns, other=0.0)[None, :].to(tl.float32)
+
+
+@triton.jit
+def row_statistics_kernel(y_ptr, mean_ptr, squares_ptr, N: tl.constexpr, BLOCK: tl.constexpr):
+    """Mean and sum of squared deviations of one row, which stays in registers: a program reads it once."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    y = tl.load(y_ptr + row * N + columns, mask=columns < N, other=0.0).to(tl.float32)
+    mean = tl.sum(y) / N
+    deviations = tl.where(columns < N, y - mean, 0.0)
+    tl.store(mean_ptr + row, mean)
+    tl.store(squares_ptr + row, tl.sum(deviations * deviations))
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def combine_statistics_kernel(
+    means_ptr,
+    squares_ptr,
+    mean_ptr,
+    square_ptr,
+    num_rows,
+    N: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Statistics of rows of N columns from those of their tiles of COLUMNS columns, (tiles, T) each.
+
+    A row's squared deviations are its tiles' own and those of the tiles' means from the row's (Chan et al., 1979):
+    nothing large is subtracted.
+    """
+    tiles: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    real = rows < num_rows
+    mean = tl.zeros([ROWS], tl.float32)
+    for tile in range(tiles):
+        width = tl.minimum(N - tile * COLUMNS, COLUMNS)
+        mean += tl.load(means_ptr + tile * tl.cast(num_rows, tl.int64) + rows, mask=real, other=0.0) * (width / N)
+    square = tl.zeros([ROWS], tl.float32)
+    for tile in range(tiles):
+        width = tl.minimum(N - tile * COLUMNS, COLUMNS)
+        deviation = tl.load(means_ptr + tile * tl.cast(num_rows, tl.int64) + rows, mask=real, other=0.0) - mean
+        square += tl.load(squares_ptr + tile * tl.cast(num_rows, tl.int64) + rows, mask=real, other=0.0)
+        square += deviation * deviation * width
+    tl.store(mean_ptr + rows, mean, mask=real)
+    tl.store(square_ptr + rows, square, mask=real)
+
+
+@triton.jit(do_not_specialize=["stop_0", "stop_1", "stop_2"])
+def normalize_kernel(
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    scale_0_ptr,
+    scale_1_ptr,
+    scale_2_ptr,
+    shift_0_ptr,
+    shift_1_ptr,
+    shift_2_ptr,
+    n_ptr,
+    stop_0,
+    stop_1,
+    stop_2,
+    N: tl.constexpr,
+    GELU: tl.constexpr,
+    NORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """n = LN(a), or a without NORM: the operand of the weights' gradient, which the forward pass did not keep."""
+    expert, first, rows, real_rows, columns, real_columns = _place(stop_0, stop_1, stop_2, N, ROWS, COLUMNS)
+    offsets = rows[:, None] * N + columns[None, :]
+    present = real_rows[:, None] & real_columns[None, :]
+    n = _activate(tl.load(x_ptr + first * N + offsets, mask=present, other=0.0), GELU)
+    if NORM:
+        mean = tl.load(mean_ptr + first + rows, mask=real_rows, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + first + rows, mask=real_rows, other=0.0)[:, None]
+        scale = _column_values(expert, scale_0_ptr, scale_1_ptr, scale_2_ptr, columns, real_columns)
+        shift = _column_values(expert, shift_0_ptr, shift_1_ptr, shift_2_ptr, columns, real_columns)
+        n = (n - mean) * rstd * scale + shift
+    tl.store(n_ptr + first * N + offsets, n.to(n_ptr.dtype.element_ty), mask=present)
+
+
+@triton.jit(do_not_specialize=["stop_0", "stop_1", "stop_2"])
+def norm_gradient_sums_kernel(
+    dn_ptr,
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    scale_0_ptr,
+    scale_1_ptr,
+    scale_2_ptr,
+    row_sums_ptr,
+    column_sums_ptr,
+    stop_0,
+    stop_1,
+    stop_2,
+    N: tl.constexpr,
+    GELU: tl.constexpr,
+    SPAN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Partial sums of one tile of SPAN rows and COLUMNS columns.
+
+    Of its rows, sums of dn * scale and dn * scale * xhat, (column tiles, 2, T); of its columns, sums of dn * xhat and
+    dn, (row tiles, 2, N).
+    """
+    expert, first, stop = find_row_tile(tl.program_id(0), stop_0, stop_1, stop_2, SPAN)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    real_columns = columns < N
+    scale = _column_values(expert, scale_0_ptr, scale_1_ptr, scale_2_ptr, columns, real_columns)
+    d_scale = tl.zeros([ROWS, COLUMNS], tl.float32)
+    d_shift = tl.zeros([ROWS, COLUMNS], tl.float32)
+    row_sums_ptr += tl.program_id(1).to(tl.int64) * 2 * stop_2
+    for begin in tl.range(first, stop, ROWS):
+        rows = tl.cast(begin, tl.int64) + tl.arange(0, ROWS)
+        real_rows = rows < stop
+        mean = tl.load(mean_ptr + rows, mask=real_rows, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + rows, mask=real_rows, other=0.0)[:, None]
+        offsets = rows[:, None] * N + columns[None, :]
+        present = real_rows[:, None] & real_columns[None, :]
+        dn = tl.load(dn_ptr + offsets, mask=present, other=0.0).to(tl.float32)
+        xhat = (_activate(tl.load(x_ptr + offsets, mask=present, other=0.0), GELU) - mean) * rstd
+        d_scale += dn * xhat
+        d_shift += dn
+        dn *= scale
+        tl.store(row_sums_ptr + rows, tl.sum(dn, 1), mask=real_rows)
+        tl.store(row_sums_ptr + stop_2 + rows, tl.sum(dn * xhat, 1), mask=real_rows)
+    column_sums_ptr += tl.program_id(0).to(tl.int64) * 2 * N
+    tl.store(column_sums_ptr + columns, tl.sum(d_scale, 0), mask=real_columns)
+    tl.store(column_sums_ptr + N + columns, tl.sum(d_shift, 0), mask=real_columns)
+
+
+@triton.jit(do_not_specialize=["stop_0", "stop_1", "stop_2"])
+def norm_gradient_kernel(
+    dn_ptr,
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    scale_0_ptr,
+    scale_1_ptr,
+    scale_2_ptr,
+    sums_ptr,
+    dx_ptr,
+    stop_0,
+    stop_1,
+    stop_2,
+    N: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GELU: tl.constexpr,
+    NORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """dx = da * gelu'(x) with da = rstd * (dn * scale - sums_0 / WIDTH - xhat * sums_1 / WIDTH), or dn without NORM.
+
+    WIDTH is that of whole rows, over all ranks, and so are the sums, (2, T). dx may be dn: a block is read before it is
+    written, by the same program.
+    """
+    expert, first, rows, real_rows, columns, real_columns = _place(stop_0, stop_1, stop_2, N, ROWS, COLUMNS)
+    offsets = rows[:, None] * N + columns[None, :]
+    present = real_rows[:, None] & real_columns[None, :]
+    x = tl.load(x_ptr + first * N + offsets, mask=present, other=0.0)
+    dx = tl.load(dn_ptr + first * N + offsets, mask=present, other=0.0).to(tl.float32)
+    if NORM:
+        mean = tl.load(mean_ptr + first + rows, mask=real_rows, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + first + rows, mask=real_rows, other=0.0)[:, None]
+        sum_0 = tl.load(sums_ptr + first + rows, mask=real_rows, other=0.0)[:, None]
+        sum_1 = tl.load(sums_ptr + stop_2 + first + rows, mask=real_rows, other=0.0)[:, None]
+        scale = _column_values(expert, scale_0_ptr, scale_1_ptr, scale_2_ptr, columns, real_columns)
+        xhat = (_activate(x, GELU) - mean) * rstd
+        dx = rstd * (dx * scale - (sum_0 + xhat * sum_1) / WIDTH)
+    if GELU:
+        x = x.to(tl.float32)
+        density = INVERSE_SQRT_2_PI * tl.exp(-0.5 * x * x)
+        dx *= 0.5 * (1 + tl.erf(x * SQRT_HALF)) + x * density
+    tl.store(dx_ptr + first * N + offsets, dx.to(dx_ptr.dtype.element_ty), mask=present)

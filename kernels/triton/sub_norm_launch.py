@@ -1,0 +1,208 @@
+"""Launching of the sub-LayerNorms' kernels, row by row, and what all launches over experts' rows share."""
+
+# T packed rows, F columns at hand (of rows that are wider, if tensor-parallel ranks divide them).
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from beit3_ds.kernels.triton.sub_norm import (
+    combine_statistics_kernel,
+    norm_gradient_kernel,
+    norm_gradient_sums_kernel,
+    normalize_kernel,
+    row_statistics_kernel,
+)
+from beit3_ds.kernels.triton.variant import Variant, build_variant
+
+Slices = Sequence[tuple[int, int]]
+"""Row ranges [start, stop) in ascending order that cover the stream, one an expert; at most three."""
+
+Norm = tuple[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]]
+"""A sub-LN: mean_T and rstd_T of whole rows, float32; each expert's scale_F and shift_F of the columns at hand."""
+
+BLOCK = {"ROWS": 16, "COLUMNS": 128}
+"""What a program of 4 warps works on at a time: 16 values a thread, loaded 8 at a time."""
+
+SPAN = 128
+"""Rows over which one program sums the gradients of a norm's parameters."""
+
+NUM_WARPS = 4
+
+
+def build_stops(slices: Slices) -> tuple[int, int, int]:
+    """The row after the last of three experts: those that are not there have no rows."""
+    assert 1 <= len(slices) <= 3, f"multiway FFN: the kernels take one to three experts, not {len(slices)}"
+    stops = [stop for _, stop in slices]
+    first, second, third = stops + stops[-1:] * (3 - len(stops))
+    return first, second, third
+
+
+def build_parameters(parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """A parameter of three experts: the last again for those that are not there."""
+    return (*parameters, *[parameters[-1]] * (3 - len(parameters)))
+
+
+def count_row_tiles(slices: Slices, rows: int) -> int:
+    """Tiles of at most `rows` rows, none of which belongs to two experts."""
+    return sum(triton.cdiv(stop - start, rows) for start, stop in slices)
+
+
+def row_statistics(y_TF: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns of each row mean_T and squares_T, the sum of squared deviations from the mean; float32.
+
+    Args:
+        y_TF: contiguous, as are all tensors of this file.
+    """
+    num_rows, width = y_TF.shape
+    mean_T, squares_T = y_TF.new_empty(2, num_rows, dtype=torch.float32)
+    if num_rows:
+        block = triton.next_power_of_2(width)
+        row_statistics_kernel[(num_rows,)](y_TF, mean_T, squares_T, N=width, BLOCK=block, num_warps=NUM_WARPS)
+    return mean_T, squares_T
+
+
+def combine_statistics(means: Tensor, squares: Tensor, width: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Returns mean_T and squares_T of rows, float32, from those of their column tiles.
+
+    Args:
+        means: of each tile's part of each row, (tiles, T) float32.
+        squares: sums of squared deviations from these, alike.
+        width: columns of a row.
+        columns: of a tile; the last may have fewer.
+    """
+    num_rows = means.shape[1]
+    mean_T, squares_T = means.new_empty(2, num_rows)
+    if num_rows:
+        constants: dict[str, Any] = {"N": width, "COLUMNS": columns, "ROWS": 128, "num_warps": NUM_WARPS}
+        grid = (triton.cdiv(num_rows, 128),)
+        combine_statistics_kernel[grid](means, squares, mean_T, squares_T, num_rows, **constants)
+    return mean_T, squares_T
+
+
+def normalize(x_TF: Tensor, gelu: bool, norm: Norm | None, slices: Slices) -> Tensor:
+    """Returns LN(gelu(x)), gelu(x) or LN(x): the operand of a weight's gradient that the forward pass did not keep.
+
+    Args:
+        x_TF: rows.
+        gelu: apply the exact GELU first.
+        norm: the sub-LN, or None.
+        slices: row range of each expert.
+    """
+    n_TF = torch.empty_like(x_TF)
+    mean_T, rstd_T, scales, shifts = norm or (x_TF, x_TF, (x_TF,), (x_TF,))
+    tensors = (x_TF, mean_T, rstd_T, *build_parameters(scales), *build_parameters(shifts), n_TF)
+    flags = {"GELU": gelu, "NORM": norm is not None}
+    _launch(normalize_kernel, tensors, slices, x_TF.shape[1], flags, BLOCK["ROWS"])
+    return n_TF
+
+
+def norm_gradient_sums(
+    dn_TF: Tensor, x_TF: Tensor, gelu: bool, norm: Norm, slices: Slices
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The sums that the gradient of a sub-LN needs, over the columns at hand, and the gradients of its parameters.
+
+    Args:
+        dn_TF: gradient of the norm's output.
+        x_TF: the norm's input, or that of the GELU before it.
+        gelu: whether there is one.
+        norm: the sub-LN.
+        slices: row range of each expert; one without rows gets zeros.
+
+    Returns:
+        sums_2T, float32: of each row sum(dn * scale) and sum(dn * scale * xhat), to be added up over the ranks that
+        hold other columns; the gradients of each expert's scale_F and shift_F, of x's dtype. Always the same.
+    """
+    (num_rows, width), (mean_T, rstd_T, scales, _) = x_TF.shape, norm
+    row_tiles = [count_row_tiles(slices[:index], SPAN) for index in range(len(slices) + 1)]
+    column_tiles = triton.cdiv(width, BLOCK["COLUMNS"])
+    row_sums = mean_T.new_empty(column_tiles, 2, num_rows)
+    column_sums = mean_T.new_empty(row_tiles[-1], 2, width)
+    tensors = (dn_TF, x_TF, mean_T, rstd_T, *build_parameters(scales), row_sums, column_sums)
+    _launch(norm_gradient_sums_kernel, tensors, slices, width, {"GELU": gelu, "SPAN": SPAN}, SPAN)
+    gradients = [column_sums[first:stop].sum(0).to(x_TF.dtype).unbind() for first, stop in pairwise(row_tiles)]
+    return row_sums.sum(0), [d_scale for d_scale, _ in gradients], [d_shift for _, d_shift in gradients]
+
+
+def norm_gradient(
+    dn_TF: Tensor,
+    x_TF: Tensor,
+    gelu: bool,
+    norm: Norm | None,
+    sums_2T: Tensor | None,
+    total_width: int,
+    slices: Slices,
+) -> Tensor:
+    """Returns dx_TF, the gradient through the sub-LN and the GELU before it, written over dn_TF.
+
+    dx = gelu'(x) * rstd * (dn * scale - sums[0] / total_width - xhat * sums[1] / total_width).
+
+    Args:
+        dn_TF: gradient of the norm's output; without a norm, of the GELU's.
+        x_TF: the norm's input, or that of the GELU before it.
+        gelu: whether there is one.
+        norm: the sub-LN, or None.
+        sums_2T: of `norm_gradient_sums`, over all ranks; None without a norm.
+        total_width: columns of a row over all ranks.
+        slices: row range of each expert.
+    """
+    assert (norm is None) == (sums_2T is None), "multiway FFN: sums belong to a norm"
+    mean_T, rstd_T, scales, _ = norm or (x_TF, x_TF, (x_TF,), ())
+    sums_2T = x_TF if sums_2T is None else sums_2T
+    tensors = (dn_TF, x_TF, mean_T, rstd_T, *build_parameters(scales), sums_2T, dn_TF)
+    flags = {"WIDTH": total_width, "GELU": gelu, "NORM": norm is not None}
+    _launch(norm_gradient_kernel, tensors, slices, dn_TF.shape[1], flags, BLOCK["ROWS"])
+    return dn_TF
+
+
+def variants(architecture: int) -> list[Variant]:
+    """The kernels as `ahead_of_time` compiles them, alike for all architectures."""
+    result = []
+    for element, width in (("bf16", 6144), ("bf16", 3072)):
+        flags = {"GELU": True, "NORM": True}
+        for kernel, constants in (
+            (row_statistics_kernel, {"BLOCK": triton.next_power_of_2(width)}),
+            (combine_statistics_kernel, {"COLUMNS": 128, "ROWS": 128}),
+            (normalize_kernel, {**flags, **BLOCK}),
+            (norm_gradient_sums_kernel, {"GELU": True, "SPAN": SPAN, **BLOCK}),
+            (norm_gradient_kernel, {"WIDTH": width, **flags, **BLOCK}),
+        ):
+            types = dict.fromkeys((x for x in kernel.arg_names if x in _ELEMENTS or x[:5] in _ELEMENTS), f"*{element}")
+            types |= {x: "*fp32" for x in kernel.arg_names if x.endswith("_ptr") and x not in types}
+            types |= {x: "i32" for x in kernel.arg_names if x in ("stop_0", "stop_1", "stop_2", "num_rows")}
+            result.append(
+                build_variant(
+                    f"sub_norm {kernel.__name__.removesuffix('_kernel')} {element} {width}",
+                    kernel,
+                    types,
+                    {"N": width, **constants},
+                    num_warps=NUM_WARPS,
+                    num_stages=3,
+                    is_common=False,
+                    is_memory_bound=True,
+                )
+            )
+    return result
+
+
+_ELEMENTS = ("y_ptr", "x_ptr", "n_ptr", "dn_ptr", "dx_ptr", "scale", "shift")
+"""Arguments, or their first letters, of the dtype of rows; the others are float32."""
+
+
+def _launch(
+    kernel: Any,
+    tensors: tuple[Tensor, ...],
+    slices: Slices,
+    width: int,
+    constants: Mapping[str, int],
+    rows: int,
+) -> None:
+    """Launches a kernel whose programs take tiles of `rows` rows and BLOCK["COLUMNS"] columns."""
+    assert all(x.is_contiguous() for x in tensors), "sub-LN: the kernels' strides are those of contiguous rows"
+    grid = (count_row_tiles(slices, rows), triton.cdiv(width, BLOCK["COLUMNS"]))
+    if grid[0]:
+        kernel[grid](*tensors, *build_stops(slices), N=width, **constants, **BLOCK, num_warps=NUM_WARPS)

@@ -1,0 +1,52 @@
+"""`beit3 launch` in this process with stand-ins for DeepSpeed's launcher, for the trainer and for ssh.
+
+Called with the fields of `LaunchOptions` that matter, as JSON. Hosts are all this machine; the file `unreachable`
+beside the hostfile names those that would not answer. Waits are short.
+"""
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from beit3_ds.cluster.launch import attempt, guarded_rank, launching
+from beit3_ds.cluster.launch.launching import LaunchOptions, launch
+from beit3_ds.config import ConfigError
+
+values = json.loads(sys.argv[1])
+unreachable_file = Path(values["hostfile"]).with_name("unreachable")
+
+
+async def find_unreachable(names: Iterable[str]) -> dict[str, str]:
+    found = unreachable_file.read_text().split() if unreachable_file.exists() else []
+    return {name: "no route to host" for name in names if name in found}
+
+
+def start_guards(launcher: str, hostfile: launching.Hostfile, guard: list[str]) -> list[list[str]]:
+    return [[sys.executable, "-m", "tests.cluster.launch.start_guards", str(hostfile.path), *guard]]
+
+
+guarded_rank.STOPPED_SECONDS = 1.0
+attempt._GRACE_SECONDS = 1.0
+attempt._LAUNCHER_SECONDS = 2.0
+launching._RESTART_SECONDS = 0.2
+launching.find_unreachable = find_unreachable
+launching.build_commands = start_guards
+launching._own_address = lambda hostfile: "127.0.0.1"
+defaults = {
+    "changes": [],
+    "launcher": "ssh",
+    "restarts": 0,
+    "smallest": 1,
+    "log_dir": None,
+    "environment": [],
+    "keepalive_seconds": 3.0,
+    "start_seconds": 60.0,
+    "port": 0,
+    "module": "tests.cluster.launch.stand_in_trainer",
+}
+try:
+    sys.exit(launch(LaunchOptions(**{**defaults, **values})))
+except ConfigError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)

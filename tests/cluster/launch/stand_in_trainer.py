@@ -1,0 +1,98 @@
+"""Stands in for the trainer: steps of a few milliseconds, a checkpoint after each, and faults at will.
+
+Called as the trainer is: CONFIG --set=... . The config's training.output_dir and total_steps count. FAULTS is a JSON
+list of [rank, step, what], each of which happens once in a run; `what` is a signal that the rank sends itself, a status
+that it ends with, or "ignore", for a rank that does not stop when asked. Ranks wait for each other in every step. Of a
+fault they hear and fail as well, but not of a rank that is stopped: for that one they wait for ever.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from beit3_ds.cluster.launch.trainer_process import STOP_SIGNALS
+from beit3_ds.config import load_run_config
+
+STEP_SECONDS = 0.02
+
+
+class Ranks:
+    """The ranks of one attempt, which meet through files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self._folder = folder / f"meeting_{os.environ['MASTER_PORT']}"
+        self._folder.mkdir(exist_ok=True, parents=True)
+
+    def meet(self, step: int, vote: bool) -> bool:
+        """Waits until all have come to a step; returns whether any has voted for the end of the run.
+
+        Ends this process if a rank has told of a fault.
+        """
+        self._write(f"{self.rank}_{step}", str(int(vote)))
+        files = [self._folder / f"{rank}_{step}" for rank in range(self.size)]
+        while not all(file.exists() for file in files):
+            for fault in self._folder.glob("fault_*"):
+                time.sleep(0.3)  # as the trainers take theirs
+                print(f"error on rank {self.rank}: {fault.read_text()}", flush=True)
+                os._exit(1)
+            time.sleep(0.005)
+        return any(file.read_text() == "1" for file in files)
+
+    def tell(self, what: str) -> None:
+        """Tells the others that this rank is about to fail."""
+        self._write(f"fault_{self.rank}", f"rank {self.rank} does not answer ({what})")
+
+    def _write(self, name: str, text: str) -> None:
+        new = self._folder / f"new_{self.rank}"
+        new.write_text(text)
+        new.rename(self._folder / name)
+
+
+def main() -> int:
+    received: list[int] = []
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda number, frame: received.append(number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    config = load_run_config(sys.argv[1], [argument.removeprefix("--set=") for argument in sys.argv[2:]]).training
+    folder = Path(config.output_dir)
+    ranks = Ranks(folder)
+    latest = folder / "checkpoints" / "latest"
+    first = int(latest.read_text().strip().removeprefix("step-")) if latest.exists() else 0
+    worker = subprocess.Popen(["sleep", "60"], env={**os.environ, "RUN": str(folder)})
+    greeting = os.environ.get("GREETING")
+    print(f"rank {ranks.rank} of {ranks.size}, worker {worker.pid}, from step {first}, {greeting}", flush=True)
+    ignores = False
+    for step in range(first, config.total_steps):
+        for number, (its_rank, its_step, what) in enumerate(json.loads(os.environ.get("FAULTS", "[]"))):
+            mark = folder / f"fault_{number}"
+            if (its_rank, its_step) == (ranks.rank, step) and not mark.exists():
+                mark.touch()
+                print(f"rank {ranks.rank} meets {what}", flush=True)
+                if what == "ignore":
+                    ignores = True
+                    continue
+                if what != "SIGSTOP":
+                    ranks.tell(what)
+                if isinstance(what, str):
+                    os.kill(os.getpid(), signal.Signals[what])
+                else:
+                    return what
+        if ranks.meet(step, bool(received)) and not ignores:
+            print(f"rank {ranks.rank} stops on {[signal.Signals(number).name for number in received]}", flush=True)
+            break
+        time.sleep(STEP_SECONDS)
+        if ranks.rank == 0:
+            print(f"step {step + 1}", flush=True)
+            latest.parent.mkdir(exist_ok=True, parents=True)
+            latest.with_suffix(".new").write_text(f"step-{step + 1:08d}\n")
+            latest.with_suffix(".new").replace(latest)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

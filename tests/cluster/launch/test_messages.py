@@ -1,0 +1,144 @@
+"""Messages come back as they were sent, and only between those that share a token."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from beit3_ds.cluster.launch.messages import (
+    Asked,
+    Beat,
+    Channel,
+    Ended,
+    Kill,
+    Leave,
+    LogTrouble,
+    Message,
+    Output,
+    ProtocolError,
+    Register,
+    Signal,
+    Start,
+    connect,
+    decode,
+    encode,
+    listen,
+    write_token,
+)
+
+TEXT = st.text(st.characters(codec="utf-8"))
+NUMBER = st.integers(0, 1 << 40)
+MESSAGES = st.one_of(
+    st.builds(
+        Register,
+        rank=NUMBER,
+        local_rank=st.none() | NUMBER,
+        host=TEXT,
+        pid=NUMBER,
+        address=TEXT,
+        free_port=NUMBER,
+    ),
+    st.builds(
+        Start,
+        command=st.lists(TEXT),
+        environment=st.dictionaries(TEXT, TEXT),
+        folder=TEXT,
+        log=TEXT,
+        send_output=st.booleans(),
+    ),
+    st.builds(Beat, state=TEXT),
+    st.builds(Output, text=TEXT),
+    st.builds(LogTrouble, error=TEXT),
+    st.builds(Asked, signal_number=NUMBER),
+    st.builds(Ended, status=st.none() | st.integers(-64, 255), lines=st.lists(TEXT), error=TEXT),
+    st.builds(Signal, signal_number=NUMBER),
+    st.sampled_from([Kill(), Leave()]),
+)
+
+
+@given(MESSAGES)
+def test_messages_come_back(message: Message) -> None:
+    line = encode(message)
+    assert line.count(b"\n") == 1 and line.endswith(b"\n")  # catches texts that would be two messages
+    assert decode(line) == message
+
+
+@given(st.binary() | st.recursive(st.none() | st.integers() | TEXT, lambda x: st.lists(x) | st.dictionaries(TEXT, x)))
+def test_anything_else_is_refused(value: object) -> None:
+    line = value if isinstance(value, bytes) else json.dumps(value).encode()
+    with pytest.raises(ProtocolError):
+        decode(line)
+
+
+def test_unknown_fields_are_refused() -> None:
+    with pytest.raises(ProtocolError, match="Beat message with the fields"):
+        decode(b'{"kind": "Beat", "state": "", "more": 1}')
+
+
+def greet(tokens: tuple[bytes, bytes]) -> list[str]:
+    """Lets a supervisor and a guard greet each other; returns what each of them complains of."""
+
+    async def run() -> list[str]:
+        complaints = []
+        done = asyncio.Event()
+
+        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            channel = Channel(reader, writer)
+            try:
+                await channel.greet_guard(tokens[0])
+            except ProtocolError as error:
+                complaints.append(f"supervisor: {error}")
+            channel.close()
+            done.set()
+
+        server = await listen("127.0.0.1", 0, accept)
+        channel = await connect("127.0.0.1", server.sockets[0].getsockname()[1])
+        try:
+            await channel.greet_supervisor(tokens[1])
+        except ProtocolError as error:
+            complaints.append(f"guard: {error}")
+        await done.wait()
+        channel.close()
+        server.close()
+        return complaints
+
+    return asyncio.run(run())
+
+
+def test_both_sides_prove_themselves() -> None:
+    assert greet((b"a" * 64, b"a" * 64)) == []
+    assert greet((b"a" * 64, b"b" * 64)) == [
+        "supervisor: it does not have the token of this attempt",
+        "guard: it does not speak as it should",
+    ]
+
+
+def test_a_guard_trusts_no_supervisor_without_the_token() -> None:
+    """It would start whatever that one says."""
+
+    async def run() -> None:
+        async def pretend(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b"00\n")
+            await reader.readline()
+            proof = await reader.readline()  # what the guard itself has just said
+            writer.write(proof)
+
+        server = await listen("127.0.0.1", 0, pretend)
+        channel = await connect("127.0.0.1", server.sockets[0].getsockname()[1])
+        with pytest.raises(ProtocolError, match="does not have the token"):
+            await channel.greet_supervisor(b"a" * 64)
+        channel.close()
+        server.close()
+
+    asyncio.run(run())
+
+
+def test_a_token_is_for_its_owner(tmp_path: Path) -> None:
+    token = write_token(tmp_path / "token")
+    assert (tmp_path / "token").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "token").read_bytes() == token != write_token(tmp_path / "other")
+    with pytest.raises(FileExistsError):
+        write_token(tmp_path / "token")

@@ -1,0 +1,217 @@
+"""Adding a branch: its plain form and operator against the reference, its kernels by `check_rule`."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from beit3_ds.kernels.ops import residual_add as module
+from beit3_ds.kernels.ops.numerics import WrongResultError, check_rule, with_gradients
+from beit3_ds.kernels.ops.residual_add import add_branch, add_branch_reference, check_kernels
+from beit3_ds.kernels.ops.self_check import passes
+from beit3_ds.kernels.triton.expert_rows_launch import RowTiling, choose_row_tiling
+from beit3_ds.kernels.triton.residual_add_launch import backward, forward
+from tests.kernels.interpreter import interpreted
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SMALL = RowTiling(num_warps=1, num_stages=2, forward_programs=4, backward_programs=5)
+"""One or two programs an expert, each with many rows."""
+
+
+class Case:
+    """A stream, a branch, biases, factors and a gradient; what the reference makes of them."""
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        width: int,
+        dtype: torch.dtype,
+        with_factor: bool,
+        device: str = "cpu",
+        stream: torch.dtype | None = None,
+    ) -> None:
+        stream = stream or dtype
+        self.stops = tuple(sum(lengths[: i + 1]) for i in range(len(lengths)))
+        self.slices = [(stop - length, stop) for stop, length in zip(self.stops, lengths, strict=True)]
+        generator = torch.Generator().manual_seed(sum(lengths) + width)
+        rows = torch.randn(3, sum(lengths), width, generator=generator)
+        self.residual, self.partial, self.dy = rows[0].to(stream), rows[1].to(dtype), rows[2].to(stream)
+        self.residual, self.partial, self.dy = (x.to(device) for x in (self.residual, self.partial, self.dy))
+        self.biases = torch.randn(len(lengths), width, generator=generator).to(device, dtype).unbind()
+        kept = torch.rand(sum(lengths), generator=generator)
+        self.factor = torch.where(kept < 0.5, 0.0, 1 + kept).to(device, stream) if with_factor else None
+
+    def apply(self, op: Callable[..., Tensor], residual: Tensor, partial: Tensor, *biases: Tensor) -> Tensor:
+        factor = None if self.factor is None else self.factor.to(residual.dtype)
+        return op(residual, partial, self.slices, biases, factor)
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return self.residual, self.partial, *self.biases, self.dy
+
+    def check(self, results: Sequence[Tensor]) -> None:
+        """Holds output and gradients to the rule."""
+        names = ("y", "d_residual", "d_partial", *(f"d_bias_{i}" for i in range(len(self.biases))))
+        stream, dtype = self.residual.dtype, self.partial.dtype
+        assert [result.dtype for result in results] == [stream, stream, dtype, *[dtype] * len(self.biases)]
+        check_rule(names, results, with_gradients(partial(self.apply, add_branch_reference)), self.inputs)
+
+    def interpret(self, tiling: RowTiling) -> tuple[Tensor, ...]:
+        """What the kernels make of it in Triton's interpreter."""
+        with interpreted():
+            y = forward(self.residual, self.partial, self.stops, self.biases, self.factor, tiling)
+            d_partial, d_biases = backward(self.dy, self.stops, self.factor, tiling, self.partial.dtype)
+        return y, self.dy, self.dy.to(self.partial.dtype) if self.factor is None else d_partial, *d_biases
+
+    def differentiate(self, op: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        return with_gradients(partial(self.apply, op))(*self.inputs)
+
+
+def operator(residual, partial, slices, biases, factor):  # type: ignore[no-untyped-def]
+    """The way that a GPU's tensors go, with the operators' implementation for the CPU."""
+    stops = tuple(stop for _, stop in slices)
+    return module._AddBranch.apply(residual, partial, factor, stops, True, *biases)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 4), min_size=1, max_size=3),
+    with_factor=st.booleans(),
+    op=st.sampled_from([add_branch, operator]),
+)
+@settings(max_examples=40, deadline=None)
+def test_equals_reference(lengths, with_factor, op) -> None:  # type: ignore[no-untyped-def]
+    case = Case(lengths, 5, torch.float64, with_factor)
+    results, expected = case.differentiate(op), case.differentiate(add_branch_reference)
+    for ours, theirs in zip(results, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("with_factor", [False, True])
+@pytest.mark.parametrize("op", [add_branch_reference, add_branch, operator])
+def test_gradcheck(op: Callable[..., Tensor], with_factor: bool) -> None:
+    case = Case((2, 0, 3), 4, torch.float64, with_factor)
+    leaves = [x.clone().requires_grad_() for x in case.inputs[:-1]]
+    assert torch.autograd.gradcheck(partial(case.apply, op), leaves)
+
+
+@pytest.mark.parametrize("with_factor", [False, True])
+def test_inputs_stay_as_they_are(with_factor: bool) -> None:
+    """And the residual's gradient is no copy of y's."""
+    case = Case((2, 3), 4, torch.float32, with_factor)
+    before = [x.clone() for x in case.inputs]
+    gradients = case.differentiate(add_branch)[1:]
+    assert all(torch.equal(x, y) for x, y in zip(case.inputs, before, strict=True))
+    assert gradients[0].data_ptr() == case.dy.data_ptr()
+    assert (gradients[1].data_ptr() == case.dy.data_ptr()) != with_factor
+
+
+def test_opcheck() -> None:
+    for with_factor in (False, True):
+        case = Case((2, 0, 3), 8, torch.float32, with_factor)
+        arguments = (case.residual, case.partial, case.stops, case.biases, case.factor)
+        torch.library.opcheck(torch.ops.beit3_ds.add_branch.default, arguments)
+        backward_arguments = (case.dy, case.stops, case.factor, case.partial.dtype)
+        torch.library.opcheck(torch.ops.beit3_ds.add_branch_backward.default, backward_arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "width", "with_factor"),
+    [((9, 0, 7), 24, True), ((1, 8), 768, True), ((0, 5, 1), 1408, False)],
+    ids=str,
+)
+def test_kernels_follow_the_reference(
+    lengths: tuple[int, ...], width: int, with_factor: bool, dtype: torch.dtype
+) -> None:
+    """Ragged, empty and one-row experts, many rows a program, widths that are no power of two."""
+    case = Case(lengths, width, dtype, with_factor)
+    case.check(case.interpret(SMALL))
+
+
+@pytest.mark.parametrize("with_factor", [False, True])
+def test_a_float32_stream_beside_bf16_branches(with_factor: bool) -> None:
+    """Catches a sum that is rounded to the branch's dtype, and a gradient of the branch left in the stream's."""
+    case = Case((9, 0, 7), 24, torch.bfloat16, with_factor, stream=torch.float32)
+    for results in (case.interpret(SMALL), case.differentiate(add_branch), case.differentiate(operator)):
+        case.check(results)
+    check_kernels(CPU, torch.bfloat16, 24, torch.float32)
+
+
+def test_shipped_tiles() -> None:
+    case = Case((2, 1, 1), 1408, torch.bfloat16, with_factor=True)
+    case.check(case.interpret(choose_row_tiling(90, 1408)))
+
+
+def test_launches_of_a_device() -> None:
+    """The operators' CUDA implementations get every argument in its place."""
+    case = Case((2, 0, 3), 24, torch.float32, with_factor=True)
+    with interpreted():
+        y = module._forward_cuda(case.residual, case.partial, case.stops, case.biases, case.factor)
+        d_partial, d_biases = module._backward_cuda(case.dy, case.stops, case.factor, case.partial.dtype)
+    case.check((y, case.dy, d_partial, *d_biases))
+
+
+@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=3), with_factor=st.booleans())
+@settings(max_examples=8, deadline=None)
+def test_any_lengths(lengths: list[int], with_factor: bool) -> None:
+    case = Case(lengths, 12, torch.float32, with_factor)
+    case.check(case.interpret(SMALL))
+
+
+@pytest.mark.slow
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=3),
+    width=st.integers(1, 300),
+    dtype=st.sampled_from(DTYPES),
+    with_factor=st.booleans(),
+    programs=st.integers(4, 40),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_lengths_widths_and_dtypes(lengths, width, dtype, with_factor, programs) -> None:  # type: ignore[no-untyped-def]
+    case = Case(lengths, width, dtype, with_factor)
+    case.check(case.interpret(RowTiling(1, 2, programs, programs)))
+
+
+def test_self_check(recwarn: pytest.WarningsRecorder) -> None:
+    assert passes("add_branch", CPU, lambda: check_kernels(CPU, torch.bfloat16, 24))
+    assert not recwarn
+
+
+@pytest.mark.parametrize("wrong", ["y", "d_partial", "d_biases"])
+def test_self_check_finds_wrong_kernels(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain_forward, plain_backward = module._forward_plain, module._backward_plain
+
+    def fail(name: str, x: Tensor) -> Tensor:
+        return x * 1.001 if name == wrong else x
+
+    class Operators:
+        @staticmethod
+        def add_branch(*arguments):  # type: ignore[no-untyped-def]
+            return fail("y", plain_forward(*arguments))
+
+        @staticmethod
+        def add_branch_backward(*arguments):  # type: ignore[no-untyped-def]
+            return tuple(map(fail, ("d_partial", "d_biases"), plain_backward(*arguments)))
+
+    monkeypatch.setattr(torch.ops, "beit3_ds", Operators)
+    with pytest.raises(WrongResultError):
+        check_kernels(CPU, torch.float32, 24)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("with_factor", [False, True])
+@pytest.mark.parametrize("width", [24, 768, 1024, 1408, 8192])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_on_a_device(dtype: torch.dtype, width: int, with_factor: bool) -> None:
+    """The same on a GPU, through the operators; twice, for the backward pass must be deterministic."""
+    for lengths in ((700, 0, 333), (1, 5), (3000,), (0, 0, 0)):
+        case = Case(lengths, width, dtype, with_factor, "cuda")
+        assert module.runs_kernels(case.residual, dtype)
+        first, second = (case.differentiate(add_branch) for _ in range(2))
+        assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+        case.check(first)

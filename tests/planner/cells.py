@@ -1,0 +1,167 @@
+"""The layouts whose costs are measured, and the measurement of several of them on one set of ranks."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.config import Place, RunConfig, build_run_config
+from beit3_ds.planner import Holding, Load, build_holding, load_of
+from tests.batches import random_batch
+from tests.run_config import small_run_mapping
+
+# Images, pairs and texts of the micro-batches of a step, in turn: nothing is sent for a modality that is absent.
+MIXES = [(1, 1, 2), (2, 0, 0), (0, 0, 3), (0, 2, 1)]
+
+# ZeRO-3 without prefetching and reuse follows a formula that a reader can check; with DeepSpeed's defaults a replay of
+# its coordinator is needed.
+STRICT = {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
+SMALL_BUCKET = {"reduce_bucket_size": 1_000_000}  # elements; holds all gradients, and is small beside the default
+FULL = {"activation_checkpointing": "full"}
+SUB_LN = {"sub_layernorm": True}
+DECOUPLED = {"sub_layernorm": True, "layout": "decoupled", "num_vision_language_layers": 0}
+TIED = {"tie_word_embeddings": True}
+
+
+class SeenTraffic(NamedTuple):
+    """What one rank was seen to send in the second step."""
+
+    place: Place
+    traffic: dict[tuple[str, str], tuple[int, int]]
+    """Calls and bytes by axis and kind."""
+
+
+class SeenMemory(NamedTuple):
+    """What one rank was seen to keep in the second step."""
+
+    place: Place
+    states: dict[str, int]
+    """Bytes by part, while the last micro-batch is under way."""
+    buckets: int
+    """Bytes of DeepSpeed's buckets, at most."""
+    gathered: int
+    """Bytes of whole parameters under ZeRO-3, persistent ones left out, at most."""
+    activations: int
+    """Bytes that autograd saved, at most."""
+
+
+def cell(
+    zero_stage: int,
+    micro_batches: int = 2,
+    *,
+    zero: dict[str, int] | None = None,
+    model: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
+    bf16: bool = False,
+    wide: bool = False,
+    **parallel: Any,
+) -> RunConfig:
+    """A run of a tiny model with one layout; `wide` keeps stream and sums of gradients of bf16 in float32."""
+    sizes = {"num_layers": 4, "num_attention_heads": 4, "drop_path_rate": 0.1}
+    mapping = small_run_mapping(zero_stage, accumulation=micro_batches, **(sizes | (model or {})))
+    mapping["zero_optimization"] |= SMALL_BUCKET | (zero or {})
+    if bf16:
+        mapping["bf16"] = {"enabled": True}
+        mapping["beit3_ds"]["training"]["fp32_residual_connection"] = wide
+        if wide:
+            mapping["data_types"] = {"grad_accum_dtype": "fp32"}
+    mapping["beit3_ds"]["parallel"] = parallel
+    mapping["beit3_ds"]["training"] |= training or {}
+    return build_run_config(mapping)
+
+
+def micro_batches_of(config: RunConfig, data_rank: int, step: int) -> list[PackedBatch]:
+    """The micro-batches of one data-parallel rank in one step; ranks and steps have different ones."""
+    return [
+        random_batch(
+            config.model, *MIXES[i % len(MIXES)], seed=100 * data_rank + 10 * step + i, drop_path=drops(config)
+        )
+        for i in range(config.gradient_accumulation_steps)
+    ]
+
+
+def drops(config: RunConfig) -> bool:
+    """Whether stochastic depth is on."""
+    return config.model.drop_path_rate > 0
+
+
+def loads_of(config: RunConfig, data_rank: int) -> list[Load]:
+    """What the model of costs is told of the second step."""
+    return [load_of(batch) for batch in micro_batches_of(config, data_rank, step=1)]
+
+
+def holding_of(config: RunConfig, ranks: int, place: Place) -> Holding:
+    """The part of the model at one place."""
+    from beit3_ds.training.optimizer import decays
+
+    return build_holding(config, ranks, decays, place.pipeline, place.tensor)
+
+
+def measure_traffic(configs: list[RunConfig]) -> list[SeenTraffic]:
+    """Counts the traffic of every layout's second step on these ranks; see `_measure`."""
+    return _measure(configs, _count_step)
+
+
+def measure_memory(configs: list[RunConfig]) -> list[SeenMemory]:
+    """Measures the memory of every layout's second step on these ranks; see `_measure`."""
+    return _measure(configs, _weigh_step)
+
+
+def _measure(configs: list[RunConfig], observe: Callable[..., Any]) -> list[Any]:
+    """Runs two steps of every layout and observes the second; the first one has one-off traffic.
+
+    ZeRO-3 compares the numbers of modules, which DeepSpeed counts on through all engines of a process: ranks that are
+    data-parallel peers must have had as many modules before. So layouts with a pipeline come last.
+    """
+    from beit3_ds.parallel import build_mesh
+    from beit3_ds.training.engine import build_schedule, init_process_group
+    from beit3_ds.training.loss import build_loss_factors
+
+    mesh = init_process_group(configs[0].parallel)
+    results = []
+    for config in configs:
+        if config is not configs[0]:
+            mesh = build_mesh(config.parallel)
+        schedule = build_schedule(config, mesh)
+        factors = build_loss_factors(torch.full((4,), 8), config.training.loss_weights, mesh.data_parallel_size)
+        for step in range(2):
+            seen = observe(schedule, micro_batches_of(config, mesh.data_parallel_rank, step), factors)
+        results.append(seen)
+        schedule.engine.destroy()
+    mesh.barrier()
+    return results
+
+
+def _count_step(schedule: Any, batches: list[PackedBatch], factors: Tensor) -> SeenTraffic:
+    from beit3_ds.training.engine import apply_update
+    from tests.planner.counting import CollectiveCounter
+
+    with CollectiveCounter(schedule.mesh) as counter:
+        schedule.accumulate_gradients(batches, factors, lambda batch: batch)
+        apply_update(schedule.engine, schedule.mesh)
+    return SeenTraffic(schedule.mesh.place, counter.totals())
+
+
+def _weigh_step(schedule: Any, batches: list[PackedBatch], factors: Tensor) -> SeenMemory:
+    from beit3_ds.training.engine import apply_update
+    from tests.planner.live_memory import SavedTensors, bucket_bytes, gathered_bytes, state_bytes
+
+    engine, states, buckets, gathered = schedule.engine, {}, 0, 0
+
+    def prepare(batch: PackedBatch) -> PackedBatch:
+        if batch is batches[-1]:
+            states.update(state_bytes(schedule))
+        return batch
+
+    def look() -> None:
+        nonlocal buckets, gathered
+        buckets = max(buckets, bucket_bytes(engine.optimizer))
+        gathered = max(gathered, gathered_bytes(engine.module))
+
+    with SavedTensors(engine.module, look) as saved:
+        schedule.accumulate_gradients(batches, factors, prepare)
+    apply_update(engine, schedule.mesh)
+    assert saved.live == 0, "autograd kept something beyond the step"
+    return SeenMemory(schedule.mesh.place, states, buckets, gathered, saved.peak)

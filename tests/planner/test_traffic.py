@@ -1,0 +1,136 @@
+"""What ranks send in a step, counted at the process groups, equals the formulas of docs/traffic_and_memory.md."""
+
+from typing import Any
+
+import pytest
+
+from beit3_ds.config import Place, RunConfig
+from beit3_ds.planner import step_traffic
+from beit3_ds.planner.zero3_replay import GatherReplay, padded
+from tests.planner.cells import (
+    DECOUPLED,
+    FULL,
+    STRICT,
+    SUB_LN,
+    TIED,
+    cell,
+    holding_of,
+    loads_of,
+    measure_traffic,
+)
+from tests.ranks import run_ranks
+
+PERSIST = {"stage3_param_persistence_threshold": 100}
+SEQUENCE = {"tensor_parallel_size": 2, "sequence_parallel": True}
+PIPELINE = {"pipeline_parallel_size": 2}
+INTERLEAVED = {"pipeline_parallel_size": 2, "virtual_pipeline_parallel_size": 2}
+
+ONE_RANK = {"dp1 ZeRO-3": cell(3), "dp1 ZeRO-1 bf16": cell(1, bf16=True)}
+TWO_RANKS = {
+    "dp2 ZeRO-0": cell(0),
+    "dp2 ZeRO-1": cell(1),
+    "dp2 ZeRO-2": cell(2),
+    "dp2 ZeRO-3": cell(3, zero=STRICT),
+    "dp2 ZeRO-3, persistent": cell(3, zero=STRICT | PERSIST),
+    "dp2 ZeRO-3, DeepSpeed's prefetch and reuse": cell(3, zero=PERSIST),
+    "dp2 ZeRO-3, some prefetch and reuse": cell(
+        3, zero={"stage3_prefetch_bucket_size": 3000, "stage3_max_reuse_distance": 30000}
+    ),
+    "dp2 ZeRO-3, full recomputation": cell(3, zero=STRICT, training=FULL),
+    "tp2": cell(0, tensor_parallel_size=2),
+    "tp2 sequence parallel, sub-LN": cell(1, model=SUB_LN, **SEQUENCE),
+    "tp2 full recomputation": cell(0, model=SUB_LN, training=FULL, tensor_parallel_size=2),
+    "pp2, 2 micro-batches": cell(1, 2, **PIPELINE),
+    "pp2, 4 micro-batches, tied": cell(1, 4, model=TIED, **PIPELINE),
+    "pp2 x 2 interleaved": cell(1, 4, **INTERLEAVED),
+}
+EIGHT_RANKS = {"tp2 pp2 dp2 ZeRO-3": cell(3, 4, zero=STRICT, tensor_parallel_size=2, **PIPELINE)}
+
+WIDE_TWO_RANKS = {
+    **{f"dp2 ZeRO-{stage} bf16": cell(stage, bf16=True) for stage in range(4)},
+    "dp2 ZeRO-3, sub-LN": cell(3, zero=STRICT, model=SUB_LN),
+    "dp2 ZeRO-3, sub-LN, defaults": cell(3, model=SUB_LN),
+    "dp2 ZeRO-3, full, no stochastic depth": cell(3, zero=STRICT, training=FULL, model={"drop_path_rate": 0.0}),
+    "dp2 ZeRO-3, full, defaults": cell(3, zero=PERSIST, training=FULL),
+    "dp2 ZeRO-3, tied": cell(3, zero=STRICT, model=TIED),
+    "dp2 ZeRO-2, decoupled": cell(2, model=DECOUPLED),
+    "tp2 bf16": cell(0, bf16=True, tensor_parallel_size=2),
+    "tp2 ZeRO-3": cell(3, tensor_parallel_size=2),
+    "tp2 sub-LN": cell(0, model=SUB_LN, tensor_parallel_size=2),
+    "tp2 full, no stochastic depth": cell(0, training=FULL, model={"drop_path_rate": 0.0}, tensor_parallel_size=2),
+    "tp2 sequence parallel, full": cell(0, model=DECOUPLED, training=FULL, **SEQUENCE),
+    "tp2 sequence parallel, full, no stochastic depth": cell(
+        0, training=FULL, model={"drop_path_rate": 0.0}, **SEQUENCE
+    ),
+    "pp2 ZeRO-3 bf16": cell(3, 4, bf16=True, **PIPELINE),
+    "pp2 ZeRO-1 bf16, wide": cell(1, 4, bf16=True, wide=True, **PIPELINE),
+}
+WIDE_FOUR_RANKS = {
+    "dp4 ZeRO-2, overlapped": cell(2, zero={"overlap_comm": True}),
+    "dp4 ZeRO-3": cell(3, zero=PERSIST),
+    "tp4 sequence parallel": cell(1, tensor_parallel_size=4, sequence_parallel=True),
+    "tp2 dp2 ZeRO-3 sequence parallel, full": cell(3, zero=STRICT, training=FULL, **SEQUENCE),
+    "tp2 dp2 ZeRO-1 bf16": cell(1, bf16=True, tensor_parallel_size=2),
+    "pp2 dp2 ZeRO-0": cell(0, 4, **PIPELINE),
+    "pp2 dp2 ZeRO-2": cell(2, 4, **PIPELINE),
+    "pp2 dp2 ZeRO-3": cell(3, 4, zero=STRICT, **PIPELINE),
+    "pp2 dp2 ZeRO-3, defaults, persistent": cell(3, 4, zero=PERSIST, **PIPELINE),
+    "pp2 dp2 ZeRO-3, full": cell(3, 4, zero=PERSIST, training=FULL, **PIPELINE),
+    "pp2 dp2 ZeRO-3, tied": cell(3, 4, zero=STRICT, model=TIED, **PIPELINE),
+    "pp2 dp2 ZeRO-2, interleaved": cell(2, 4, **INTERLEAVED),
+    "pp2 dp2 ZeRO-3, interleaved": cell(3, 4, zero=PERSIST, **INTERLEAVED),
+    "pp2 tp2 sequence parallel": cell(1, 4, **SEQUENCE, **PIPELINE),
+}
+
+
+def check(ranks: int, cells: dict[str, RunConfig]) -> None:
+    """Compares calls and bytes of every axis and kind on every rank, without host values."""
+    wrong: list[str] = []
+    by_rank = run_ranks(measure_traffic, ranks, list(cells.values()))
+    for number, (name, config) in enumerate(cells.items()):
+        for seen in (results[number] for results in by_rank):
+            traffic = step_traffic(holding_of(config, ranks, seen.place), loads_of(config, seen.place.data))
+            counted: dict[Any, Any] = {key: value for key, value in seen.traffic.items() if key[0] != "host"}
+            expected = {key: tuple(volume) for key, volume in traffic.volumes.items()}
+            wrong += [
+                f"{name}, {seen.place}: {key} counted {counted.get(key)}, expected {expected.get(key)}"
+                for key in sorted(counted.keys() | expected.keys())
+                if counted.get(key) != expected.get(key)
+            ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cells"),
+    [
+        pytest.param(1, ONE_RANK, id="1 rank"),
+        pytest.param(2, TWO_RANKS, id="2 ranks"),
+        pytest.param(8, EIGHT_RANKS, id="8 ranks"),
+        pytest.param(2, WIDE_TWO_RANKS, id="wide, 2 ranks", marks=pytest.mark.slow),
+        pytest.param(4, WIDE_FOUR_RANKS, id="wide, 4 ranks", marks=pytest.mark.slow),
+    ],
+)
+def test_counted_traffic_equals_the_formula(ranks: int, cells: dict[str, RunConfig]) -> None:
+    """Catches a second all-reduce, a lost gather, a message of another size, on any axis."""
+    check(ranks, cells)
+
+
+@pytest.mark.parametrize(("checkpointing", "block_gathers"), [("none", 2), ("full", 3)])
+def test_zero3_without_prefetch_gathers_before_every_use(checkpointing: str, block_gathers: int) -> None:
+    """The replay of DeepSpeed's coordinator against the formula that holds where it neither prefetches nor reuses."""
+    config = cell(3, 4, zero=STRICT, training={"activation_checkpointing": checkpointing})
+    holding = holding_of(config, 3, Place(0, 0, 0))
+    calls, elements = GatherReplay(holding).run_step(4)
+    blocks, rest = 0, 0
+    for name, parameter in holding.model.named_parameters():
+        size = padded(parameter.numel(), 3)
+        blocks, rest = (blocks + size, rest) if name.startswith("blocks.") else (blocks, rest + size)
+    modules = [m for m in holding.model.modules() if list(m.parameters(recurse=False))]
+    in_blocks = [
+        m for block in holding.model.blocks.values() for m in block.modules() if list(m.parameters(recurse=False))
+    ]
+    # Recomputation begins inside the block's last linear layer, which is gathered already.
+    last = [block.ffn.fc2 for block in holding.model.blocks.values()] if checkpointing == "full" else []
+    again = sum(padded(p.numel(), 3) for module in last for p in module.parameters())
+    assert elements == 4 * (block_gathers * blocks - again + 2 * rest)
+    assert calls == 4 * (block_gathers * len(in_blocks) - len(last) + 2 * (len(modules) - len(in_blocks)))

@@ -1,0 +1,40 @@
+"""A rank that meets the others as a run's ranks do, adds up with them, and says which interface that took.
+
+It imports half as much as a run. Command line: the seconds to wait for others.
+"""
+
+import os
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from beit3_ds.config import ConfigError
+from beit3_ds.runtime.launch_environment import read_launch
+from beit3_ds.runtime.rendezvous import Rendezvous
+
+
+def main() -> int:
+    """Returns the exit status: 0, or 2 after the line that says what went wrong."""
+    launch = read_launch(os.environ)
+    os.environ.update(launch.variables())
+    seconds = float(sys.argv[1])
+    try:
+        with Rendezvous(launch, seconds) as rendezvous:
+            rendezvous.meet()
+            try:
+                dist.init_process_group("gloo", timeout=timedelta(seconds=seconds))
+                dist.all_reduce(total := torch.tensor([10.0**launch.rank]))
+            except RuntimeError as error:
+                raise rendezvous.explain(error) from error
+    except ConfigError as error:
+        print(f"rank {launch.rank}: {error}", flush=True)
+        return 2
+    print(f"rank {launch.rank}: sum {total.item():.0f} over {os.environ['GLOO_SOCKET_IFNAME']}", flush=True)
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

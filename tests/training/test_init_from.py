@@ -1,0 +1,80 @@
+"""A run under any layout begins with the weights of a file."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from beit3_ds.config import ConfigError
+from beit3_ds.model import BEiT3, initialize_parameters
+from beit3_ds.model.pretrained import weights_metadata
+from tests.checkpoint.resharding import Setup, gather_state, start
+from tests.checkpoint.test_resharding import FEW
+from tests.ranks import run_ranks
+
+
+def begin(setup: Setup, weights: Path, folder: Path) -> dict[str, Tensor]:
+    """On one rank: the engine's state after it took over the weights."""
+    from beit3_ds.training.init_from import InitialWeights
+
+    mesh, schedule, state, _ = start(setup, folder, seed=1)
+    InitialWeights(weights, setup.config().model).load(state)
+    found = gather_state(schedule, mesh, setup, kinds=("weight",))
+    mesh.close()
+    return found
+
+
+def write_weights(path: Path, setup: Setup, **changes: object) -> dict[str, Tensor]:
+    """Other values than the run's own, in the exported format, and without the MIM head."""
+    from safetensors.torch import save_file
+
+    config = dataclasses.replace(setup.config().model, **changes)  # type: ignore[arg-type]
+    model = BEiT3(config)
+    initialize_parameters(model, config, seed=77)
+    tensors = {name: p.detach() + 0.01 for name, p in model.named_parameters() if not name.startswith("heads.mim")}
+    save_file(tensors, path, metadata=weights_metadata(config, 5))
+    return tensors
+
+
+@pytest.mark.parametrize("setup", FEW[1:3], ids=str)
+def test_engine_holds_the_weights(setup: Setup, tmp_path: Path) -> None:
+    expected = write_weights(tmp_path / "weights.safetensors", setup)
+    found: dict[str, Tensor] = {}
+    for rank in run_ranks(begin, setup.layout.num_ranks, setup, tmp_path / "weights.safetensors", tmp_path):
+        found |= rank
+    for kind in ("weight", "used"):
+        for name, tensor in expected.items():
+            assert torch.equal(found[f"{kind} {name}"], tensor), f"{kind} {name}"
+        assert float(found[f"{kind} heads.mim.bias"].abs().max()) == 0  # left as it was
+
+
+def test_engine_holds_adapted_weights(tmp_path: Path) -> None:
+    """Other lengths of texts, sizes of images and experts, read in parts by two ranks of ZeRO-3."""
+    from beit3_ds.training.init_from import InitialWeights
+
+    setup, path = FEW[1], tmp_path / "weights.safetensors"
+    model = setup.config().model
+    write_weights(path, setup, max_text_length=9, image_size=model.image_size * 2, num_vision_language_layers=0)
+    found: dict[str, Tensor] = {}
+    for rank in run_ranks(begin, setup.layout.num_ranks, setup, path, tmp_path):
+        found |= rank
+    settings = {name: getattr(model, name) for name in ("image_size", "max_text_length", "num_vision_language_layers")}
+    with pytest.warns(UserWarning, match=r"heads\.mim"):
+        expected = dict(BEiT3.from_pretrained(path, **settings).named_parameters())
+    for name, tensor in expected.items():
+        if not name.startswith("heads.mim"):
+            assert torch.equal(found[f"weight {name}"], tensor), name
+    line = InitialWeights(path, model).describe()
+    assert line.startswith(f"begins with the weights of {path}; positions of ")
+    assert "initial values for text positions 9 to" in line and "copied from their vision experts" in line
+    assert line.endswith("; initial values for heads.mim.weight, heads.mim.bias")
+
+
+def test_other_model_is_refused(tmp_path: Path) -> None:
+    from beit3_ds.training.init_from import InitialWeights
+
+    write_weights(tmp_path / "weights.safetensors", FEW[0], num_layers=5)
+    with pytest.raises(ConfigError, match=r"holds another model: num_layers 5 there, 6 here\. Set the model section"):
+        InitialWeights(tmp_path / "weights.safetensors", FEW[0].config().model)
