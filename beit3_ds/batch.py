@@ -170,7 +170,7 @@ class PackedBatch(RowLayout):
         assert codes.shape == self.patch_mask.shape, f"codes {tuple(codes.shape)} do not fit {self.patch_mask.shape}"
         return dataclasses.replace(self, visual_targets=codes[self.patch_mask])
 
-    def abridged(self) -> "PackedBatch":
+    def without_pixels(self) -> "PackedBatch":
         """Returns the batch without pixels, as stages of a pipeline see it that neither embed nor predict."""
         return dataclasses.replace(self, pixels=None, tokenizer_pixels=None)
 
@@ -214,9 +214,9 @@ class StepBatch:
     """Records of this rank's share that could not be read, by name, each with a line that says what is wrong. Their
     slots stay empty."""
 
-    def abridged(self) -> "StepBatch":
-        """Returns the step with `PackedBatch.abridged` micro-batches."""
-        return dataclasses.replace(self, micro_batches=tuple(batch.abridged() for batch in self.micro_batches))
+    def without_pixels(self) -> "StepBatch":
+        """Returns the step with `PackedBatch.without_pixels` micro-batches."""
+        return dataclasses.replace(self, micro_batches=tuple(batch.without_pixels() for batch in self.micro_batches))
 
     def fingerprint(self) -> str:
         """A digest of all but the pixels; see `PackedBatch.fingerprint`."""

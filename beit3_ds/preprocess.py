@@ -1,4 +1,4 @@
-"""Turns an image into a model's input, with the same pixels as for the held-out loss."""
+"""Turns an image into a model's input, with the same pixels as for the validation loss."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from beit3_ds.data.images.decoding import decode_image, upright_rgb
 
 
 def preprocess(image: str | Path | bytes | Image.Image, image_size: int) -> Tensor:
-    """Turns an image into the pixels that `BEiT3.encode` takes, exactly as the loader does for held-out images.
+    """Turns an image into the pixels that `BEiT3.encode` takes, exactly as the loader does for validation images.
 
     The image is turned upright by its EXIF orientation, converted to RGB (transparent parts become white, 16 bits are
     scaled to 8), cropped to the largest square in its middle, resized bicubically with antialiasing, and normalised

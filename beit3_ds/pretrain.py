@@ -15,33 +15,34 @@ from beit3_ds.checkpoint.engine_state import EngineState
 from beit3_ds.checkpoint.folder import is_checkpoint
 from beit3_ds.checkpoint.run_description import describe_run
 from beit3_ds.checkpoint.store import CheckpointStore
-from beit3_ds.config import Place, RunConfig, check_layout
-from beit3_ds.data import HeldoutBatches, StepDataset, WaitLimits, build_heldout_batches, build_train_loader
+from beit3_ds.config import RankCoords, RunConfig, check_layout
+from beit3_ds.data import StepDataset, ValidationBatches, WaitLimits, build_train_loader, build_validation_batches
 from beit3_ds.data.files.fingerprint import HasFiles
 from beit3_ds.data.files.left_out import describe_left_out
 from beit3_ds.data.samples import name_sources
-from beit3_ds.data.validation_overlap import check_heldout_apart
-from beit3_ds.parallel import Mesh, Shared
-from beit3_ds.planner import check_node, host_needs
+from beit3_ds.data.validation_overlap import check_validation_apart
+from beit3_ds.parallel import BroadcastBatches, Mesh
+from beit3_ds.planner import check_node, host_requirements
 from beit3_ds.rank_program import run_rank_program
 from beit3_ds.runtime.launch_environment import Launch, read_launch
 from beit3_ds.runtime.node_size import measure_node
+from beit3_ds.runtime.process_group import compute_device, joined_ranks
 from beit3_ds.runtime.startup_watchdog import watched_start
 from beit3_ds.runtime.stop_signals import StopSignals
 from beit3_ds.tokenizers import TextTokenizer, VisualTokenizer, check_visual_tokenizer_fits, load_visual_tokenizer
 from beit3_ds.tokenizers.text import load_text_tokenizer
 from beit3_ds.training.agreement import check_same_files, check_same_sources
 from beit3_ds.training.broken_records import BrokenRecords, records_from
-from beit3_ds.training.engine import build_schedule, compute_device, joined_ranks
+from beit3_ds.training.engine import build_schedule
 from beit3_ds.training.flops import peak_flops
 from beit3_ds.training.init_from import InitialWeights, open_initial_weights
 from beit3_ds.training.loop import Run, resume, train
-from beit3_ds.training.metrics_log import History
+from beit3_ds.training.metrics_log import MetricsLog
 from beit3_ds.training.optimizer import decays
 from beit3_ds.training.progress import Progress
 from beit3_ds.training.report import write_report
 from beit3_ds.training.start_checks import check_device, check_software, prepare_output_dir
-from beit3_ds.training.startup_summary import describe_setup
+from beit3_ds.training.startup_summary import describe_startup
 from beit3_ds.training.stragglers import Stragglers, TimedSteps
 
 
@@ -71,19 +72,19 @@ def pretrain(config: RunConfig) -> None:
 class Inputs:
     """Inputs that this rank reads; all checks that one process can make are made before a process group exists."""
 
-    place: Place
-    """Place of this rank on the mesh."""
+    place: RankCoords
+    """Coordinates of this rank on the mesh."""
     text_tokenizer: TextTokenizer | None
     """Text tokenizer; None in a run without texts and pairs."""
     visual_tokenizer: VisualTokenizer | None
     """Visual tokenizer; None on pipeline stages without heads, and in a run without images and pairs."""
     dataset: StepDataset | None
     """Training steps; None on ranks that receive their samples from others (`Mesh.is_reader`)."""
-    heldout: HeldoutBatches | None
-    """Held-out batches; None on ranks that do not read them."""
+    validation: ValidationBatches | None
+    """Validation batches; None on ranks that do not read them."""
     sources: Mapping[str, HasFiles]
     """Samples of every source that this rank reads, by its name in the config."""
-    initial_weights: InitialWeights | None
+    init_from: InitialWeights | None
     """What a run begins with that has no checkpoint; None is initial values drawn from the seed."""
 
 
@@ -109,16 +110,16 @@ def open_inputs(config: RunConfig) -> Inputs:
         visual_tokenizer = load_visual_tokenizer(config.tokenizers.visual.path)
         check_visual_tokenizer_fits(visual_tokenizer, config)
     has_begun = is_checkpoint(Path(config.training.output_dir))  # then the weights may be gone
-    initial_weights = None if has_begun else open_initial_weights(config)
+    init_from = None if has_begun else open_initial_weights(config)
     dataset: StepDataset | None = None
-    heldout: HeldoutBatches | None = None
+    validation: ValidationBatches | None = None
     sources: dict[str, HasFiles] = {}
     if place.tensor == 0 and (place.pipeline == 0 or has_heads):
-        check_heldout_apart(config.data)
+        check_validation_apart(config.data)
         views: ImageViews = "model" if not has_heads else "both" if place.pipeline == 0 else "tokenizer"
         dataset = StepDataset(config, text_tokenizer, place.data, data_parallel_size, views)
-        heldout = build_heldout_batches(config, text_tokenizer, place.data, data_parallel_size, views)
-        sources = dataset.sources() | name_sources("heldout", heldout.streams, config.data)
+        validation = build_validation_batches(config, text_tokenizer, place.data, data_parallel_size, views)
+        sources = dataset.sources() | name_sources("validation", validation.streams, config.data)
         if launch.rank == 0:
             for line in describe_left_out(sources):
                 print(line, flush=True)
@@ -127,9 +128,9 @@ def open_inputs(config: RunConfig) -> Inputs:
         text_tokenizer=text_tokenizer,
         visual_tokenizer=visual_tokenizer,
         dataset=dataset,
-        heldout=heldout,
+        validation=validation,
         sources=sources,
-        initial_weights=initial_weights,
+        init_from=init_from,
     )
 
 
@@ -137,7 +138,7 @@ def _check_this_node(config: RunConfig, launch: Launch) -> None:
     """Compares this machine's memory with the needs of its ranks, if the launcher tells their number."""
     ranks_here = 1 if launch.world_size == 1 else launch.local_size
     if ranks_here:
-        check_node(host_needs(config, launch.world_size, ranks_here, decays), config, measure_node())
+        check_node(host_requirements(config, launch.world_size, ranks_here, decays), config, measure_node())
 
 
 def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh, signals: StopSignals) -> tuple[Run, Iterable[StepBatch]]:
@@ -169,15 +170,15 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh, signals: StopSignal
         describe_run(config, mesh.describe_layout()),
         config.parallel.timeout_seconds,
     )
-    history = History(output / "metrics.jsonl")
-    first_step, checkpoint = resume(schedule.engine, state, store, history, mesh, config.training.total_steps)
+    metrics_log = MetricsLog(output / "metrics.jsonl")
+    first_step, checkpoint = resume(schedule.engine, state, store, metrics_log, mesh, config.training.total_steps)
     # Not opened before if there were checkpoints; none of them may be whole.
-    if first_step == 0 and (weights := inputs.initial_weights or open_initial_weights(config)):
-        check_same_files(mesh, {"training.initial_weights": config.training.initial_weights})
+    if first_step == 0 and (weights := inputs.init_from or open_initial_weights(config)):
+        check_same_files(mesh, {"training.init_from": config.training.init_from})
         weights.load(state)
         if mesh.is_main:
             print(weights.describe(), flush=True)
-    setup = describe_setup(config, mesh, state, device, first_step)
+    setup = describe_startup(config, mesh, state, device, first_step)
     if mesh.is_main:
         print(setup, flush=True)
     if checkpoint and inputs.dataset:
@@ -196,10 +197,10 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh, signals: StopSignal
         mesh=mesh,
         device=device,
         visual_tokenizer=None if inputs.visual_tokenizer is None else inputs.visual_tokenizer.to(device),
-        heldout=Shared(inputs.heldout or (), mesh, PackedBatch),
-        read_heldout=functools.partial(_read_heldout, inputs.heldout, limits),
+        validation=BroadcastBatches(inputs.validation or (), mesh, PackedBatch),
+        read_validation=functools.partial(_read_validation, inputs.validation, limits),
         store=store,
-        history=history,
+        metrics_log=metrics_log,
         progress=Progress(config.model, config.training.total_steps, peak_flops(device, dtype), mesh),
         stragglers=Stragglers(mesh, schedule.own_work, steps.stopwatch),
         first_step=first_step,
@@ -209,12 +210,12 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh, signals: StopSignal
             config.data.max_broken_records, mesh.data_host, records_from(checkpoint.data if checkpoint else {})
         ),
     )
-    return run, Shared(steps, mesh, StepBatch)
+    return run, BroadcastBatches(steps, mesh, StepBatch)
 
 
-def _read_heldout(heldout: HeldoutBatches | None, limits: WaitLimits) -> None:
-    if heldout is not None:
-        heldout.read(limits)
+def _read_validation(validation: ValidationBatches | None, limits: WaitLimits) -> None:
+    if validation is not None:
+        validation.read(limits)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -87,7 +87,7 @@ TABLE: dict[Call, Row] = {
     ),  # whether there is one
     # The engine and the pipeline.
     **rows("beit3_ds/training/engine.py", DEVICES, "data", build_engine="deepspeed.initialize"),
-    **rows("beit3_ds/training/engine.py", DEVICES, BY_READING, _join="deepspeed.init_distributed"),
+    **rows("beit3_ds/runtime/process_group.py", DEVICES, BY_READING, _join="deepspeed.init_distributed"),
     **rows("beit3_ds/training/engine.py", DEVICES, "data", apply_update="engine.step"),
     **rows("beit3_ds/training/engine.py", DEVICES, "replicated", _gradient_norm="mesh.sum_over_model"),
     **rows("beit3_ds/pipeline/deepspeed_compat.py", DEVICES, "data", backward="engine.backward"),
@@ -122,7 +122,7 @@ TABLE: dict[Call, Row] = {
     **rows("beit3_ds/runtime/stop_signals.py", HOST, "data", agreed="self._mesh.host.sum"),
     **rows("beit3_ds/training/stragglers.py", HOST, "data", report="self._mesh.host.sum"),
     **rows("beit3_ds/training/skipped_steps.py", HOST, "differing", add="self._mesh.host.gather"),
-    **rows("beit3_ds/training/startup_summary.py", HOST, "data", describe_setup="mesh.host.gather"),
+    **rows("beit3_ds/training/startup_summary.py", HOST, "data", describe_startup="mesh.host.gather"),
     **rows(
         "beit3_ds/training/progress.py", HOST, "data", losses="self.mesh.host.sum", report="self.mesh.data_host.sum"
     ),
@@ -333,9 +333,9 @@ def differ() -> tuple[dict[str, set[Site]], dict[str, str]]:
 
     from beit3_ds.config import ConfigError, ParallelConfig
     from beit3_ds.data.files.fingerprint import SourceFile
+    from beit3_ds.runtime.process_group import init_process_group
     from beit3_ds.training.agreement import check_same_sources
     from beit3_ds.training.broken_records import BrokenRecords
-    from beit3_ds.training.engine import init_process_group
     from beit3_ds.training.skipped_steps import SkippedSteps
     from tests.data.files.test_fingerprint import Listed
 

@@ -14,7 +14,7 @@ def test_affinity_is_heeded_by_a_rank_of_its_own() -> None:
     """Catches os.cpu_count(), which a launcher's binding (taskset, srun --cpu-bind) does not change."""
     core = min(os.sched_getaffinity(0))
     code = (
-        "import torch; from beit3_ds.config import ParallelConfig; from beit3_ds.training.engine import *;"
+        "import torch; from beit3_ds.config import ParallelConfig; from beit3_ds.runtime.process_group import *;"
         "init_process_group(ParallelConfig()); print('threads', torch.get_num_threads())"
     )
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}

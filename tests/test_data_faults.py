@@ -71,7 +71,7 @@ class HungRun:
         for number in range(4):
             Image.new("RGB", (64, 64), (number * 60, 0, 0)).save(self.images / f"{number}.png")
         data = mapping["beit3_ds"]["data"]
-        data["images"] |= {"train": [str(self.images)], "heldout": []}
+        data["images"] |= {"train": [str(self.images)], "validation": []}
         data |= {"timeout_seconds": timeout_seconds, "num_workers": num_workers, "prefetch_steps": 1}
         never = {"total_steps": 100_000, "save_interval": 100_000, "eval_interval": 100_000}
         mapping["beit3_ds"]["training"] |= {**never, "output_dir": str(self.output_dir)}
@@ -137,7 +137,7 @@ def test_killed_process_of_a_preparation_is_replaced(tmp_path: Path) -> None:
         "import json, os, signal, sys\n"
         "from beit3_ds.data import prepare_index\n"
         "from beit3_ds.data.prepare.index import IndexedShard\n"
-        "def slow(tar, prepared_dir, verify):\n"
+        "def slow(tar, cache_dir, verify):\n"
         "    mark = tar + '.tried'\n"
         "    if tar.endswith('1.tar') and not os.path.exists(mark):\n"
         "        open(mark, 'w').close()\n"

@@ -26,8 +26,8 @@ def keep_only(mapping: dict[str, Any], stream: str) -> None:
 
 def check_results(folder: Path, stream: str) -> None:
     summary = json.loads((folder / "summary.json").read_text())
-    assert list(summary["heldout"]) == [TERMS[stream]]
-    assert summary["heldout"][TERMS[stream]]["unigram_entropy"] >= 0  # an untrained tokenizer may have one code
+    assert list(summary["validation"]) == [TERMS[stream]]
+    assert summary["validation"][TERMS[stream]]["unigram_entropy"] >= 0  # an untrained tokenizer may have one code
     assert Path(summary["predictions"]).stat().st_size > 0
     assert ("visual_tokenizer_teacher" in summary and summary["visual_tokenizer_teacher"] is not None) == (
         stream == "images"

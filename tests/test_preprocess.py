@@ -1,4 +1,4 @@
-"""What a user's image becomes is what the loader makes of it for the held-out loss."""
+"""What a user's image becomes is what the loader makes of it for the validation loss."""
 
 import io
 import shutil
@@ -15,25 +15,25 @@ from PIL import Image
 from torch import Tensor
 
 from beit3_ds.config import build_run_config
-from beit3_ds.data.samples import HELDOUT_EPOCH, SampleKey, build_heldout_streams
+from beit3_ds.data.samples import VALIDATION_EPOCH, SampleKey, build_validation_streams
 from beit3_ds.preprocess import preprocess
 from tests.run_config import small_run_mapping
 
 
-def heldout_pixels(image: Path, image_size: int, tokenizer_image_size: int = 24) -> Tensor:
-    """The pixels, (1, 3, s, s), that a run with the file `image` in a held-out folder computes its loss on."""
+def validation_pixels(image: Path, image_size: int, tokenizer_image_size: int = 24) -> Tensor:
+    """The pixels, (1, 3, s, s), that a run with the file `image` in a validation folder computes its loss on."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(image, folder)
         mapping = small_run_mapping(0, image_size=image_size, patch_size=image_size // 4)
         own = mapping["beit3_ds"]
         own["tokenizers"]["visual"] |= {"image_size": tokenizer_image_size, "patch_size": tokenizer_image_size // 4}
         source = [{"path": folder, "format": "folder"}]
-        own["data"]["images"] |= {"train": source, "heldout": source}
+        own["data"]["images"] |= {"train": source, "validation": source}
         for stream in ("pairs", "texts"):
-            own["data"][stream] |= {"heldout": []}
+            own["data"][stream] |= {"validation": []}
         config = build_run_config(mapping)
-        streams = build_heldout_streams(config, tokenizer=_NO_TEXT)  # type: ignore[arg-type]
-        return streams["images"].prepare(SampleKey(1, "images", HELDOUT_EPOCH, 0)).model_view[None]
+        streams = build_validation_streams(config, tokenizer=_NO_TEXT)  # type: ignore[arg-type]
+        return streams["images"].prepare(SampleKey(1, "images", VALIDATION_EPOCH, 0)).model_view[None]
 
 
 class _NoText:
@@ -76,7 +76,7 @@ FILES: dict[str, Callable[[Path], Path]] = {
 @pytest.mark.parametrize("kind", FILES)
 def test_every_form_of_an_image_gives_the_loaders_pixels(kind: str, tmp_path: Path) -> None:
     path = FILES[kind](tmp_path)
-    expected = heldout_pixels(path, 16)[0]
+    expected = validation_pixels(path, 16)[0]
     with Image.open(path) as opened:
         forms = [path, str(path), path.read_bytes(), opened]
         for form in forms:
@@ -91,7 +91,7 @@ def test_pixels_do_not_depend_on_the_tokenizer(width: int, height: int, size: in
     with tempfile.TemporaryDirectory() as folder:
         path = write(Path(folder) / ("a.jpg" if jpeg else "a.png"), Image.fromarray(noise(width, height)))
         for tokenizer_image_size in (8, 40):
-            found = heldout_pixels(path, size, tokenizer_image_size)
+            found = validation_pixels(path, size, tokenizer_image_size)
             assert torch.equal(found[0], preprocess(path, size))
 
 

@@ -68,7 +68,7 @@ def test_killed_run_resumes_bit_for_bit(run_mapping: dict[str, Any], tmp_path: P
     torn = max((path for path in newest.rglob("*.safetensors")), key=lambda path: path.stat().st_size)
     os.truncate(torn, torn.stat().st_size // 2)
 
-    own["training"]["initial_weights"] = "/no/longer/there.safetensors"  # a run that has begun does not need them
+    own["training"]["init_from"] = "/no/longer/there.safetensors"  # a run that has begun does not need them
     config = write(run_mapping, tmp_path)
     status, output = finish(config)
     assert status == 0, output
@@ -147,7 +147,7 @@ def pretrain_error(mapping: dict[str, Any]) -> str:
 
 
 def test_missing_initial_weights_are_named(run_mapping: dict[str, Any]) -> None:
-    run_mapping["beit3_ds"]["training"]["initial_weights"] = "/no/weights.safetensors"
+    run_mapping["beit3_ds"]["training"]["init_from"] = "/no/weights.safetensors"
     assert "there is no /no/weights.safetensors" in pretrain_error(run_mapping)
 
 
@@ -164,7 +164,7 @@ def test_unwritable_output_folder_is_named(run_mapping: dict[str, Any], tmp_path
 
 def test_unreadable_shard_is_named(run_mapping: dict[str, Any], tmp_path: Path) -> None:
     shard = tmp_path / "cut.tar"
-    shutil.copy("beit3_ds/sample_data/images-heldout.tar", shard)
+    shutil.copy("beit3_ds/sample_data/images-validation.tar", shard)
     os.truncate(shard, 30_000)
     run_mapping["beit3_ds"]["data"]["images"]["train"] = [str(shard)]
     assert str(shard) in pretrain_error(run_mapping)

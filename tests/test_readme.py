@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from tests.batches import small_model_config
-from tests.test_preprocess import heldout_pixels
+from tests.test_preprocess import validation_pixels
 from tests.weights.models import exported, random_model
 
 README = Path(__file__).parents[1] / "README.md"
@@ -36,5 +36,5 @@ def test_the_example_runs(
     assert names["features"].pair_texts[0].shape == names["features"].texts[0].shape
     assert -1 <= names["images"].min() < names["images"].max() <= 1
     with torch.no_grad():  # catches a recipe of its own in the example: EXIF ignored, the image squeezed
-        pixels = heldout_pixels(Path("photo.jpg"), image_size=16)
+        pixels = validation_pixels(Path("photo.jpg"), image_size=16)
         assert torch.equal(names["model"].encode(images=pixels).images, names["features"].images)

@@ -21,7 +21,7 @@ def write_config(folder: Path, batch_size: int) -> Path:
         "warmup_steps": 1,
     }
     for stream in ("images", "pairs"):  # the smaller files: the end counts the codes of every image
-        mapping["beit3_ds"]["data"][stream]["train"] = mapping["beit3_ds"]["data"][stream]["heldout"]
+        mapping["beit3_ds"]["data"][stream]["train"] = mapping["beit3_ds"]["data"][stream]["validation"]
     path = folder / "config.json"
     path.write_text(json.dumps(mapping))
     return path

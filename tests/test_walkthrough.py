@@ -91,7 +91,7 @@ def write_stand_in(config: RunConfig) -> None:
     """Two small files for each pattern of the config, below the working directory."""
     rng = np.random.default_rng(0)
     for name, stream in config.data.streams().items():
-        for source in (*stream.train, *stream.heldout):
+        for source in (*stream.train, *stream.validation):
             for number in range(2):
                 path = Path(source.path.replace("*", f"{number:05d}"))
                 assert not path.is_absolute() and "*" in source.path

@@ -22,6 +22,7 @@ import torch
 from beit3_ds.checkpoint.rectangles import Rectangle, whole
 from beit3_ds.checkpoint.run_description import RunDescription
 from beit3_ds.checkpoint.tensor_file import WrittenFile
+from beit3_ds.config.renamed_keys import with_new_keys
 
 INDEX_NAME = "index.json"
 FORMAT = "beit3_ds checkpoint"
@@ -102,6 +103,7 @@ def _parse(content: dict[str, Any]) -> Index:
         raise BrokenIndexError(f"{INDEX_NAME} is of format {content['format']!r}, version {content['version']!r}")
     if hashlib.sha256(_serialize(content)).hexdigest() != digest:
         raise BrokenIndexError(f"{INDEX_NAME} was changed: its digest is another")
+    content["config"] = with_new_keys(content["config"])
     tensors = content["tensors"]
     index = Index(
         step=content["step"],

@@ -72,7 +72,7 @@ def _check_cluster(options: argparse.Namespace) -> int:
     from beit3_ds.cluster.check.link_faults import link_faults
     from beit3_ds.cluster.check.node_faults import node_faults
     from beit3_ds.cluster.check.report import describe_faults, describe_nodes
-    from beit3_ds.cluster.check.requirements import named_files, work_out_needs
+    from beit3_ds.cluster.check.requirements import named_files, work_out_requirements
     from beit3_ds.config import ConfigError, load_run_config
 
     hostfile = read_hostfile(options.hostfile)
@@ -89,7 +89,7 @@ def _check_cluster(options: argparse.Namespace) -> int:
     inspection = inspect_cluster(hostfile, inquiry)
     needs = None
     if config is not None:  # after the inspection: its clocks would be late while torch is imported
-        needs = work_out_needs(config, hostfile, _decays)
+        needs = work_out_requirements(config, hostfile, _decays)
     faults = [*node_faults(inspection, needs), *link_faults(inspection)]
     if needs is not None:
         faults += needs.faults()

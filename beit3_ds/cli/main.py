@@ -20,7 +20,7 @@ _EPILOG = """typical order:
   beit3 train-text-tokenizer ds_configs/quickstart_cpu.json
   beit3 train-visual-tokenizer ds_configs/quickstart_cpu.json
   deepspeed --num_gpus 2 --module beit3_ds.pretrain ds_configs/quickstart_cpu.json
-with data.prepared_dir set, once: `beit3 prepare index` first, `beit3 prepare texts` after the text tokenizer
+with data.cache_dir set, once: `beit3 prepare index` first, `beit3 prepare texts` after the text tokenizer
 
 One JSON file describes one run: DeepSpeed's own keys beside a "beit3_ds" section (model, data, tokenizers,
 training, parallel).
@@ -123,7 +123,7 @@ def _add_check_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _add_prepare_index(commands: _Commands) -> None:
-    text = "write indices of tars and tables of annotations to data.prepared_dir, so that a run starts at once"
+    text = "write indices of tars and tables of annotations to data.cache_dir, so that a run starts at once"
     command = commands.add_parser("index", help=text, description=f"{text[0].upper()}{text[1:]}. Goes on if restarted.")
     add_config_arguments(command)
     command.add_argument(
@@ -150,8 +150,8 @@ def _add_prepare_stats(commands: _Commands) -> None:
 def _add_prepare_texts(commands: _Commands) -> None:
     command = commands.add_parser(
         "texts",
-        help="tokenise all texts of a run into token files",
-        description="Tokenise all training and held-out texts of a run. Started again, it goes on where it was.",
+        help="tokenize all texts of a run into token files",
+        description="Tokenize all training and validation texts of a run. Started again, it goes on where it was.",
     )
     add_config_arguments(command)
     command.add_argument("--part", default="1/1", metavar="I/N", help="do share I of N, as in a Slurm array (from 1)")
@@ -170,11 +170,11 @@ def _check(options: argparse.Namespace) -> int:
     from beit3_ds.config import load_run_config
 
     config = load_run_config(options.config, options.set)
-    from beit3_ds.data.validation_overlap import check_heldout_apart
+    from beit3_ds.data.validation_overlap import check_validation_apart
     from beit3_ds.planner import NodeSize
     from beit3_ds.training.dry_run import describe_run
 
-    check_heldout_apart(config.data, must_exist=False)  # the data may lie on other machines
+    check_validation_apart(config.data, must_exist=False)  # the data may lie on other machines
     memory, shm = (None if gib is None else int(gib * 2**30) for gib in (options.node_memory, options.node_shm))
     node = NodeSize(memory=memory, shm=shm)
     print(describe_run(config, options.world_size, options.ranks_per_node, node, options.step_seconds))
@@ -265,16 +265,16 @@ def _prepare_index(options: argparse.Namespace) -> int:
     from beit3_ds.config import load_run_config
     from beit3_ds.data.prepare.annotations import prepare_annotations
     from beit3_ds.data.prepare.index import describe_folders, describe_indices, prepare_indices, shard_paths
-    from beit3_ds.data.validation_overlap import check_heldout_apart
+    from beit3_ds.data.validation_overlap import check_validation_apart
 
     data = load_run_config(options.config, options.set).data
-    if data.prepared_dir is None:
-        raise ConfigError("data: prepared_dir is not set. Name a folder for the indices in the config.")
-    check_heldout_apart(data)
+    if data.cache_dir is None:
+        raise ConfigError("data: cache_dir is not set. Name a folder for the indices in the config.")
+    check_validation_apart(data)
     tars = shard_paths(data)
     shards = prepare_indices(
         tars,
-        data.prepared_dir,
+        data.cache_dir,
         verify=options.verify,
         num_processes=options.processes,
         timeout_seconds=data.timeout_seconds,
@@ -307,15 +307,15 @@ def _prepare_stats(options: argparse.Namespace) -> int:
 def _prepare_texts(options: argparse.Namespace) -> int:
     from beit3_ds.config import load_run_config
     from beit3_ds.data.prepare.texts import Part, prepare_texts
-    from beit3_ds.data.validation_overlap import check_heldout_apart
+    from beit3_ds.data.validation_overlap import check_validation_apart
     from beit3_ds.tokenizers.text import load_text_tokenizer
 
     part = Part.parse(options.part)
     config = load_run_config(options.config, options.set)
-    check_heldout_apart(config.data)
+    check_validation_apart(config.data)
     tokenizer = load_text_tokenizer(config)
     if tokenizer is None:
-        print("data.texts is left out of this run: there is nothing to tokenise")
+        print("data.texts is left out of this run: there is nothing to tokenize")
         return 0
     done = prepare_texts(config.data, tokenizer, part, options.processes)
     for line in done.broken:

@@ -3,7 +3,7 @@
 from beit3_ds.config.data import DataConfig, SourceConfig, StreamConfig, TextTokenizerConfig, TokenizersConfig
 from beit3_ds.config.layouts import check_layout, fits_layout
 from beit3_ds.config.model import FIELDS_WITHOUT_TENSORS, MODEL_SIZES, ModelConfig
-from beit3_ds.config.parallel import ParallelConfig, Place
+from beit3_ds.config.parallel import ParallelConfig, RankCoords
 from beit3_ds.config.run import RunConfig, build_run_config, load_run_config
 from beit3_ds.config.source_names import short_source_names
 from beit3_ds.config.step_shares import MicroBatchSize, StepShares
@@ -22,7 +22,7 @@ __all__ = [
     "MicroBatchSize",
     "ModelConfig",
     "ParallelConfig",
-    "Place",
+    "RankCoords",
     "RunConfig",
     "SourceConfig",
     "StepShares",

@@ -29,8 +29,9 @@ class SourceConfig:
     """Format of images and pairs. `tar`: WebDataset shards; `folder`: image files with captions beside them;
     `coco`, `visual_genome` (path: region_descriptions.json, with image_data.json beside it), `sbu`,
     `conceptual_captions` and `conceptual_12m`: the corpora's own annotation files
-    (beit3_ds/data/images/annotations.py). None: `folder` for a folder, else `tar`. Must be None for texts, whose format follows from their names
-    (beit3_ds/data/text/text_formats.py): JSON objects with `text`, or plain UTF-8, compressed or not."""
+    (beit3_ds/data/images/annotations.py). None: `folder` for a folder, else `tar`. Must be None for texts, whose
+    format follows from their names (beit3_ds/data/text/text_formats.py): JSON objects with `text`, or plain UTF-8,
+    compressed or not."""
     images: PathString = ""
     """Folder of the images that an annotation file names; only for formats with such a file."""
     weight: Annotated[float, Range(1e-6, 1e6)] | None = None
@@ -52,7 +53,7 @@ class StreamConfig:
     train: tuple[SourceConfig, ...] = ()
     """Training sources; may be empty if the stream is left out. Without weights they form one set, shuffled as a whole;
     with weights each source has its own epochs and takes turns with the others."""
-    heldout: tuple[SourceConfig, ...] = ()
+    validation: tuple[SourceConfig, ...] = ()
     """Sources of the validation loss, without weights: its samples are spread over the sources by size. Empty: the
     stream is not evaluated."""
     samples_per_step: Annotated[int, Range(0, 2**24)]
@@ -67,17 +68,17 @@ class StreamConfig:
                 f"data: source '{without[0]}' has no weight, but others of its stream have one. Give a weight to every "
                 f"source of the stream, or to none (then every sample comes once an epoch)."
             )
-        for source in self.heldout:
+        for source in self.validation:
             if source.weight is not None:
                 raise ConfigError(
-                    f"data: weight={source.weight:g} of held-out source '{source.path}' has no meaning: "
+                    f"data: weight={source.weight:g} of validation source '{source.path}' has no meaning: "
                     f"training.eval_samples are spread over the sources by size. Remove it."
                 )
 
     @property
     def is_used(self) -> bool:
         """Returns whether the run trains on the stream or evaluates it."""
-        return bool(self.samples_per_step or self.heldout)
+        return bool(self.samples_per_step or self.validation)
 
     def weights(self) -> tuple[float, ...] | None:
         """The weights of the training sources; None if they are taken by size."""
@@ -122,9 +123,9 @@ class DataConfig:
     """Horizontal flip of images without texts."""
     pair_flip_probability: Share = 0.5
     """Horizontal flip of images with captions. The paper's augmentation flips; 0 keeps "left" and "right" true."""
-    prepared_dir: PathString | None = None
+    cache_dir: PathString | None = None
     """Folder of what `beit3 prepare` writes: shard indices, tables of annotations and token files. None scans shards,
-    parses annotations and tokenises texts at the start of every run, in memory: fit for a small corpus."""
+    parses annotations and tokenizes texts at the start of every run, in memory: fit for a small corpus."""
     order: Literal["shuffled", "shard_sequential"] = "shuffled"
     """How an epoch is shuffled. `shuffled`: as a whole, so neighbouring records are read far apart. `shard_sequential`:
     blocks of `block_samples` neighbours are visited in a shuffled order, and `window_blocks` of them at a time are
@@ -148,7 +149,7 @@ class DataConfig:
     limit (`ulimit -n`) to twice this number, as far as the hard limit allows; a process uses at most half of its
     limit."""
     timeout_seconds: Seconds = 600
-    """Longest wait of a rank for the data of one step or one held-out batch; then the run saves, names what it waited
+    """Longest wait of a rank for the data of one step or one validation batch; then the run saves, names what it waited
     for, and ends. Ten minutes are about a hundred times the reading of a step, and less than parallel.timeout_seconds,
     after which the ranks that wait for this one give up. A worker that dies, or is stopped for 10 seconds, is replaced
     before that."""
@@ -157,7 +158,7 @@ class DataConfig:
     however often, on whichever rank and after however many restarts it is read."""
 
     def __post_init__(self) -> None:
-        for source in (*self.texts.train, *self.texts.heldout):
+        for source in (*self.texts.train, *self.texts.validation):
             if source.format is not None:
                 raise ConfigError(
                     f"data.texts: source '{source.path}' has the format {source.format}, which is one of images. Leave "
@@ -170,12 +171,12 @@ class DataConfig:
 
     @property
     def has_images(self) -> bool:
-        """Returns whether a step or the held-out samples hold images, so that the run needs the visual tokenizer."""
+        """Returns whether a step or the validation samples hold images, so that the run needs the visual tokenizer."""
         return self.images.is_used or self.pairs.is_used
 
     @property
     def has_texts(self) -> bool:
-        """Returns whether a step or the held-out samples hold texts or captions, which need the text tokenizer."""
+        """Returns whether a step or the validation samples hold texts or captions, which need the text tokenizer."""
         return self.texts.is_used or self.pairs.is_used
 
     def streams(self) -> dict[str, StreamConfig]:

@@ -8,7 +8,7 @@ from beit3_ds.config.numbers import Ranks, Seconds
 from beit3_ds.config.strict import ConfigError
 
 
-class Place(NamedTuple):
+class RankCoords(NamedTuple):
     """A rank's coordinates on the mesh pipeline x data x tensor."""
 
     pipeline: int
@@ -75,13 +75,13 @@ class ParallelConfig:
             )
         return world_size // self.model_parallel_size
 
-    def place(self, rank: int, world_size: int) -> Place:
+    def place(self, rank: int, world_size: int) -> RankCoords:
         """A rank's coordinates: tensor peers are neighbours, then data-parallel ranks, then stages.
 
         So tensor peers, which talk most, share a node, and stages, which talk least, are far apart.
         """
         pipeline, rest = divmod(rank, world_size // self.pipeline_parallel_size)
-        return Place(pipeline, *divmod(rest, self.tensor_parallel_size))
+        return RankCoords(pipeline, *divmod(rest, self.tensor_parallel_size))
 
     def check_model(self, model: ModelConfig, micro_batches: int) -> None:
         """Refuses a layout that does not fit the model or the micro-batches of a step.

@@ -159,7 +159,7 @@ def _check_visual_tokenizer(config: RunConfig) -> None:
     if not visual.path:
         raise ConfigError(
             "tokenizers.visual.path is missing: images and pairs need a visual tokenizer. Name its file, or leave both "
-            "streams out (samples_per_step 0, no heldout) for a run on texts alone."
+            "streams out (samples_per_step 0, no validation) for a run on texts alone."
         )
     if visual.grid_size != model.grid_size:
         raise ConfigError(
@@ -179,7 +179,7 @@ def _check_text_tokenizer(config: RunConfig) -> None:
     if not config.tokenizers.text.path:
         raise ConfigError(
             "tokenizers.text.path is missing: texts and pairs need a text tokenizer. Name its file, or leave both "
-            "streams out (samples_per_step 0, no heldout) for a run on images alone."
+            "streams out (samples_per_step 0, no validation) for a run on images alone."
         )
     if config.tokenizers.text.vocab_size + 2 > model.text_vocab_size:
         raise ConfigError(

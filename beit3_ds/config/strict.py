@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from beit3_ds.config.numbers import LARGEST_INT, Range, show_number
+from beit3_ds.config.renamed_keys import RENAMED_KEYS
 
 T = TypeVar("T")
 
@@ -32,11 +33,13 @@ def check_known_keys(mapping: Mapping[str, Any], known: Iterable[str], where: st
     """Refuses the first key of `mapping` that is not in `known`, naming the nearest valid ones.
 
     Raises:
-        ConfigError: for an unknown key; `where` says in which section it stands.
+        ConfigError: for an unknown key, or an old name of a renamed one; `where` is the key's section.
     """
     known = list(known)
     for key in mapping:
         if key not in known:
+            if RENAMED_KEYS.get(key) in known:
+                raise ConfigError(f"{where}: the key {key!r} is called {RENAMED_KEYS[key]!r} now. Rename it.")
             near = nearest(key, known)
             hint = f"Did you mean '{near}'?" if near else f"Valid keys: {', '.join(sorted(known))}."
             raise ConfigError(f"{where}: unknown key {key[:_MAX_SHOWN]!r}. {hint}")

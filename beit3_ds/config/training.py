@@ -63,7 +63,7 @@ class TrainingConfig:
     """AdamW's epsilon (paper)."""
     loss_weights: LossWeights = field(default_factory=LossWeights)
     """Factors of the four terms."""
-    initial_weights: PathString | None = None
+    init_from: PathString | None = None
     """Exported or imported weights (`beit3 export`, `beit3 import`) that a new run begins with, under any layout of
     ranks. Image size, text length, vision-language experts and a decoupled layout may differ from the file's
     (docs/checkpoints.md). A run that has a checkpoint resumes from it instead. None: initial values drawn from the
@@ -85,14 +85,14 @@ class TrainingConfig:
     seed: Seed = 1
     """Seeds initial values, data order, masks, augmentation and stochastic depth."""
     validation_seed: Seed = 1
-    """Seeds the choice of held-out samples and their masks. It is apart from `seed`, so that the validation losses of
+    """Seeds the choice of validation samples and their masks. It is apart from `seed`, so that the validation losses of
     runs with different seeds are comparable."""
     log_interval: Positive = 10
     """Steps between progress lines."""
     eval_interval: Positive = 1000
-    """Steps between held-out evaluations; one also opens and closes the run."""
+    """Steps between validation evaluations; one also opens and closes the run."""
     eval_samples: Positive = 1024
-    """Most held-out samples per stream that are evaluated, spread over its sources by their sizes."""
+    """Most validation samples per stream that are evaluated, spread over its sources by their sizes."""
     save_interval: Positive = 1000
     """Steps between checkpoints; one also closes the run."""
     keep_checkpoints: Positive = 3

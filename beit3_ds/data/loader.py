@@ -17,7 +17,7 @@ def build_train_loader(
     """Iterates over the steps of a rank's `dataset` from `first_step` to the end of the run.
 
     Once the dataset's order is resumed (`RunOrder.resume`), only the step is needed to resume. With `num_workers` above
-    0, each of n worker processes prepares every n-th step; without `data.prepared_dir` it also holds its own shard
+    0, each of n worker processes prepares every n-th step; without `data.cache_dir` it also holds its own shard
     index and tokens. The steps still come in order. A record that cannot be read is reported in its step and stops no
     worker. A worker that dies or is stopped is replaced, because a step is a pure function of its number and the order.
 

@@ -31,7 +31,7 @@ class ImageSample:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TextSample:
-    """A text, tokenised and masked."""
+    """A text, tokenized and masked."""
 
     name: str
     """Where it came from."""

@@ -1,4 +1,4 @@
-"""The three streams: from the number of a sample to the sample, read, cropped, tokenised and masked."""
+"""The three streams: from the number of a sample to the sample, read, cropped, tokenized and masked."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,8 +21,8 @@ from beit3_ds.data.sources import Parts, check_no_file_twice, open_images
 from beit3_ds.data.text.sequences import TextSequences
 from beit3_ds.tokenizers.text import TextTokenizer
 
-HELDOUT_EPOCH = -1
-"""Epoch of held-out samples: one draw for all evaluations, and none of those of training."""
+VALIDATION_EPOCH = -1
+"""Epoch of validation samples: one draw for all evaluations, and none of those of training."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class SampleKey:
     stream: str
     """Name of the stream."""
     epoch: int
-    """How often the sample's source, or the unweighted stream, was used up before; `HELDOUT_EPOCH` for held-out
+    """How often the sample's source, or the unweighted stream, was used up before; `VALIDATION_EPOCH` for validation
     samples."""
     index: int
     """Number of the sample in its stream."""
@@ -149,7 +149,7 @@ class TextSamples:
     is_last_open: ClassVar[bool] = True
 
     sequences: TextSequences
-    """The tokenised texts."""
+    """The tokenized texts."""
     masking: TextMasking
     """Hides tokens of the text."""
 
@@ -176,7 +176,7 @@ class TextSamples:
 
 @dataclass(frozen=True)
 class Stream:
-    """What `build_train_streams` and `build_heldout_streams` make: the samples of all sources, numbered through."""
+    """What `build_train_streams` and `build_validation_streams` make: the samples of all sources, numbered through."""
 
     parts: Parts[ImageSamples | PairSamples | TextSamples]
     """The samples of each source."""
@@ -216,8 +216,8 @@ def build_train_streams(config: RunConfig, tokenizer: TextTokenizer | None) -> d
     }
 
 
-def build_heldout_streams(config: RunConfig, tokenizer: TextTokenizer | None) -> dict[str, Stream]:
-    """Opens the held-out files of every stream that has some, with the crop in the middle.
+def build_validation_streams(config: RunConfig, tokenizer: TextTokenizer | None) -> dict[str, Stream]:
+    """Opens the validation files of every stream that has some, with the crop in the middle.
 
     Raises:
         ConfigError: for files that are missing or cannot be read.
@@ -225,14 +225,14 @@ def build_heldout_streams(config: RunConfig, tokenizer: TextTokenizer | None) ->
     views = CenterViews(image_size=config.model.image_size, tokenizer_image_size=config.tokenizers.visual.image_size)
     files = OpenFiles(config.data.max_open_files)
     return {
-        name: _build_stream(name, stream.heldout, config, tokenizer, views, files)
+        name: _build_stream(name, stream.validation, config, tokenizer, views, files)
         for name, stream in config.data.streams().items()
-        if stream.heldout
+        if stream.validation
     }
 
 
 def name_sources(
-    part: Literal["train", "heldout"], streams: Mapping[str, Stream], data: DataConfig
+    part: Literal["train", "validation"], streams: Mapping[str, Stream], data: DataConfig
 ) -> dict[str, HasFiles]:
     """Returns the sources of streams by their names in the config, such as "data.images.train[0] (images/*.tar)"."""
     return {
@@ -267,7 +267,7 @@ def _build_samples(
             [source.path],
             tokenizer,
             data.text_length,
-            data.prepared_dir,
+            data.cache_dir,
             max_broken_lines=data.max_broken_records,
             document_separator=data.document_separator,
         )
@@ -281,7 +281,7 @@ def _build_samples(
 def _build_images(source: SourceConfig, config: RunConfig, views: Views, files: OpenFiles) -> ImageSamples:
     data = config.data
     return ImageSamples(
-        source=open_images(source, data.prepared_dir, files),
+        source=open_images(source, data.cache_dir, files),
         views=views,
         grid_size=config.model.grid_size,
         num_masked=max(1, round(config.model.num_patches * data.image_mask_ratio)),

@@ -95,9 +95,9 @@ def annotation_files(source: SourceConfig) -> list[str]:
     return [source.path]
 
 
-def source_table(source: SourceConfig, prepared_dir: str) -> str:
+def source_table(source: SourceConfig, cache_dir: str) -> str:
     """Where the table of a source of an annotation format lies."""
-    return table_path(prepared_dir, image_format(source), source.path, source.images)
+    return table_path(cache_dir, image_format(source), source.path, source.images)
 
 
 def read_annotations(source: SourceConfig) -> AnnotatedImages:
@@ -159,12 +159,12 @@ def spread(length: int, count: int) -> list[int]:
     return np.unique(np.linspace(0, length - 1, min(length, count)).round().astype(np.int64)).tolist()
 
 
-def open_images(source: SourceConfig, prepared_dir: str | None, files: OpenFiles | None = None) -> ImageSource:
+def open_images(source: SourceConfig, cache_dir: str | None, files: OpenFiles | None = None) -> ImageSource:
     """Opens a source of images.
 
     Args:
         source: names format and files.
-        prepared_dir: where `beit3 prepare index` wrote the indices of tars and the tables of annotations. Files without
+        cache_dir: where `beit3 prepare index` wrote the indices of tars and the tables of annotations. Files without
             one are scanned or parsed; None scans or parses all.
         files: keeps tars and indices open; sources of one process should share it.
 
@@ -173,10 +173,10 @@ def open_images(source: SourceConfig, prepared_dir: str | None, files: OpenFiles
     """
     match image_format(source):
         case "tar":
-            return TarShards([source.path], prepared_dir, files)
+            return TarShards([source.path], cache_dir, files)
         case "folder":
             return ImageFolder(source.path)
-    if prepared_dir is not None and os.path.exists(table := source_table(source, prepared_dir)):
+    if cache_dir is not None and os.path.exists(table := source_table(source, cache_dir)):
         samples: AnnotatedImages = StoredAnnotations(table, annotation_files(source), source.images)
     else:
         samples = read_annotations(source)

@@ -40,7 +40,7 @@ def read_training_lines(config: DataConfig) -> Iterator[str]:
         warnings.warn(f"left out: {line}", stacklevel=2)
     left_out: set[str] = set()
     for source in config.pairs.train:
-        images = open_images(source, config.prepared_dir)
+        images = open_images(source, config.cache_dir)
         for index in range(len(images)):
             try:
                 yield images.caption(index)
@@ -90,7 +90,7 @@ class TokenizerImages:
         if not unweighted:
             raise ConfigError("data: the visual tokenizer needs sources in images.train or pairs.train.")
         files = OpenFiles(config.data.max_open_files)
-        self._images = Parts([open_images(source, config.data.prepared_dir, files) for source in unweighted])
+        self._images = Parts([open_images(source, config.data.cache_dir, files) for source in unweighted])
         self._paths = [f"data source {number} ({source.path})" for number, source in enumerate(unweighted)]
         self._seed = config.training.seed
         self._augmentation = build_augmentation(config, config.data.flip_probability)

@@ -11,12 +11,12 @@ from beit3_ds.data.images.shards import BrokenRecord
 from beit3_ds.data.order.permutation import KeyedPermutation
 from beit3_ds.data.packing import ImageShape, image_shape, pack
 from beit3_ds.data.randomness import sample_rng
-from beit3_ds.data.samples import HELDOUT_EPOCH, SampleKey, Stream, build_heldout_streams
+from beit3_ds.data.samples import VALIDATION_EPOCH, SampleKey, Stream, build_validation_streams
 from beit3_ds.data.workers.waiting import ReaderThread, StopRequestedError, WaitLimits
 from beit3_ds.tokenizers.text import TextTokenizer
 
 
-class HeldoutBatches:
+class ValidationBatches:
     """A list of batches that can be iterated at every evaluation.
 
     The first pass prepares the batches and keeps them in memory, about 1.2 MB an image with two views of 224 px;
@@ -36,12 +36,12 @@ class HeldoutBatches:
         self._reads = ""
 
     def __len__(self) -> int:
-        """Batches, the same number on every rank; 0 if no stream has held-out files."""
+        """Batches, the same number on every rank; 0 if no stream has validation files."""
         return len(self._plan)
 
     @property
     def streams(self) -> Mapping[str, Stream]:
-        """Returns the held-out samples of each stream."""
+        """Returns the validation samples of each stream."""
         return self._streams
 
     def read(self, limits: WaitLimits) -> None:
@@ -50,7 +50,7 @@ class HeldoutBatches:
         Raises:
             ConfigError: naming a record that cannot be read, or the record that was being read when the time ran out.
         """
-        thread = ReaderThread("reading held-out data")
+        thread = ReaderThread("reading validation data")
         try:
             for number in range(len(self._batches), len(self._plan)):
                 work = functools.partial(self._prepare, self._plan[number])
@@ -62,7 +62,7 @@ class HeldoutBatches:
             thread.close()
 
     def _describe(self, number: int) -> str:
-        return f"held-out batch {number + 1} of {len(self._plan)}, reading {self._reads or 'its files'}"
+        return f"validation batch {number + 1} of {len(self._plan)}, reading {self._reads or 'its files'}"
 
     def __iter__(self) -> Iterator[PackedBatch]:
         """Yields the batches, the same at every pass.
@@ -84,30 +84,30 @@ class HeldoutBatches:
                     samples.append(self._streams[stream].prepare(key))
         except BrokenRecord as error:
             raise ConfigError(
-                f"data: held-out record {error}. Repair it, or make the shard anew without it."
+                f"data: validation record {error}. Repair it, or make the shard anew without it."
             ) from error
         sources = {stream: self._streams[stream].parts.part_of(keys[0].index) for stream, keys in plan.items() if keys}
         return pack(samples, None, self._shape, self._views, sources)
 
 
-def build_heldout_batches(
+def build_validation_batches(
     config: RunConfig,
     text_tokenizer: TextTokenizer | None,
     data_parallel_rank: int,
     data_parallel_size: int,
     views: ImageViews = "both",
-) -> HeldoutBatches:
-    """Divides `training.eval_samples` held-out samples of every stream over the ranks.
+) -> ValidationBatches:
+    """Divides `training.eval_samples` validation samples of every stream over the ranks.
 
     The samples (`choose_samples`), their middle crops and their masks follow from `training.validation_seed` alone and
     are the same under every layout; only the cut into batches follows the ranks. A batch has samples of one source of
     each stream, at most as many as the largest micro-batch. Every rank has the same number of batches, some of which
-    may be smaller or empty, so that collectives meet. Streams without held-out files are absent.
+    may be smaller or empty, so that collectives meet. Streams without validation files are absent.
 
     Raises:
         ConfigError: for files that cannot be read, or fewer samples per step than ranks.
     """
-    streams = build_heldout_streams(config, text_tokenizer)
+    streams = build_validation_streams(config, text_tokenizer)
     micro_batch = config.step_shares(data_parallel_size).upper_bound
     # A stream that is evaluated but not trained has no micro-batch size of its own.
     sizes = {name: size or max(micro_batch) for name, size in micro_batch._asdict().items() if name in streams}
@@ -115,7 +115,7 @@ def build_heldout_batches(
     parts: dict[str, list[list[SampleKey]]] = {}
     for name, size in sizes.items():
         chosen = choose_samples(streams[name].parts.sizes, config.training.eval_samples, seed, name)
-        keys = [[SampleKey(seed, name, HELDOUT_EPOCH, index) for index in of_source] for of_source in chosen]
+        keys = [[SampleKey(seed, name, VALIDATION_EPOCH, index) for index in of_source] for of_source in chosen]
         parts[name] = [of_source[i : i + size] for of_source in keys for i in range(0, len(of_source), size)]
     num_batches = max((-(-len(of_stream) // data_parallel_size) for of_stream in parts.values()), default=0)
 
@@ -123,7 +123,7 @@ def build_heldout_batches(
         own = number * data_parallel_size + data_parallel_rank
         return {name: of_stream[own] if own < len(of_stream) else [] for name, of_stream in parts.items()}
 
-    return HeldoutBatches(streams, [share(number) for number in range(num_batches)], image_shape(config), views)
+    return ValidationBatches(streams, [share(number) for number in range(num_batches)], image_shape(config), views)
 
 
 def choose_samples(sizes: Sequence[int], limit: int, seed: int, stream: str) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Refuses held-out files that are also training files, because a held-out loss over them says nothing."""
+"""Refuses validation files that are also training files, because a validation loss over them says nothing."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -12,11 +12,11 @@ from beit3_ds.data.sources import check_no_file_twice, image_format
 _GROUPS = (("images", "pairs"), ("texts",))  # streams that can share files
 
 
-def check_heldout_apart(data: DataConfig, must_exist: bool = True) -> None:
-    """Refuses held-out files that are also training files, whatever patterns or links name them.
+def check_validation_apart(data: DataConfig, must_exist: bool = True) -> None:
+    """Refuses validation files that are also training files, whatever patterns or links name them.
 
     Files are compared by device and inode. Images and pairs are also compared with each other: an image that is trained
-    on alone is no longer held out with its caption. A held-out folder inside a training folder, or the reverse, is
+    on alone is no longer held out with its caption. A validation folder inside a training folder, or the reverse, is
     refused. Copies of files are not detected.
 
     Args:
@@ -29,24 +29,24 @@ def check_heldout_apart(data: DataConfig, must_exist: bool = True) -> None:
     """
     streams = data.streams()
     for names in _GROUPS:
-        heldout = {
+        validation = {
             identity: path
             for name in names
-            for identity, path in _identified(streams[name].heldout, name == "texts", must_exist)
+            for identity, path in _identified(streams[name].validation, name == "texts", must_exist)
         }
-        folders = [path for path in heldout.values() if os.path.isdir(path)]
+        folders = [path for path in validation.values() if os.path.isdir(path)]
         trained = [(name, streams[name].train) for name in names if streams[name].samples_per_step]
-        for name, sources in trained if heldout else ():
+        for name, sources in trained if validation else ():
             for identity, path in _identified(sources, name == "texts", must_exist):
-                if identity in heldout:
-                    raise _overlap(path, heldout[identity], "are the same")
+                if identity in validation:
+                    raise _overlap(path, validation[identity], "are the same")
                 for folder in folders if os.path.isdir(path) else ():
                     if is_inside(folder, path) or is_inside(path, folder):
                         raise _overlap(path, folder, "lie in one another")
                     if shared := _shared_folder(path, folder):
                         raise _overlap(path, folder, f"are the same in {printable(shared)}, to which links lead")
     for stream in streams.values():
-        for sources in (stream.train if stream.samples_per_step else (), stream.heldout):
+        for sources in (stream.train if stream.samples_per_step else (), stream.validation):
             check_no_file_twice(sources, must_exist)
 
 
@@ -70,9 +70,9 @@ def _identified(
             yield (status.st_dev, status.st_ino), path
 
 
-def _shared_folder(trained: str, heldout: str) -> str:
-    """Returns the path below `trained` of a folder that is below `heldout`, too, because links lead to it."""
-    known = {_identity(folder) for folder in list_folders(heldout)}
+def _shared_folder(trained: str, validation: str) -> str:
+    """Returns the path below `trained` of a folder that is below `validation`, too, because links lead to it."""
+    known = {_identity(folder) for folder in list_folders(validation)}
     return next((folder for folder in list_folders(trained) if _identity(folder) in known), "")
 
 
@@ -81,8 +81,8 @@ def _identity(folder: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _overlap(trained: str, heldout: str, how: str) -> ConfigError:
+def _overlap(trained: str, validation: str, how: str) -> ConfigError:
     return ConfigError(
-        f"data: the training source {printable(trained)} and the held-out source {printable(heldout)} {how}. The "
-        "held-out loss would be that of samples which are trained on: hold others out, or leave 'heldout' empty."
+        f"data: the training source {printable(trained)} and the validation source {printable(validation)} {how}. The "
+        "validation loss would be that of samples which are trained on: hold others out, or leave 'validation' empty."
     )

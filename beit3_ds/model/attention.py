@@ -24,8 +24,8 @@ class MultiwayAttention(nn.Module):
     their own projections and norms and meet only in the softmax. With `sub_layernorm` the merged heads are normalised
     before the output projection (Magneto, arXiv:2210.06423).
 
-    The tensor-parallel ranks divide the heads. They exchange T * D elements each way (`TensorParallel.gather_in`,
-    `scatter_out`), and two floats a row for a sub-LN.
+    The tensor-parallel ranks divide the heads. They exchange T * D elements each way (`TensorParallel.gather_from`,
+    `reduce_scatter_to`), and two floats a row for a sub-LN.
     """
 
     def __init__(self, config: ModelConfig, tensor: TensorParallel, cuda_cpp: bool = False) -> None:
@@ -51,7 +51,7 @@ class MultiwayAttention(nn.Module):
         slices, num_rows = layout.expert_slices(self.experts), layout.num_rows
         own_slices = self.tensor.own_slices(slices, num_rows)
         x_TD, h_TD, *copies = self.norm(x_TD, own_slices)
-        h_TD, source = self.tensor.gather_in(h_TD, num_rows), self.norm.source(x_TD, own_slices, copies)
+        h_TD, source = self.tensor.gather_from(h_TD, num_rows), self.norm.source(x_TD, own_slices, copies)
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q_THK, k_THK, v_THK = (proj(h_TD, layout, source).unflatten(1, (-1, self.head_size)) for proj in projections)
         y_TD = packed_attention(q_THK, k_THK, v_THK, layout.sequence_ranges, cuda_cpp=self.cuda_cpp).flatten(1)

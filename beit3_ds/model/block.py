@@ -41,14 +41,14 @@ class Block(nn.Module):
                 depends on another, computes no others. Where ranks divide the rows they are gathered and divided anew
                 (`TensorParallel.gather_rows`, `scatter_rows`).
         """
-        x_TD = self._add_branch(0, x_TD, batch)
+        x_TD = self._residual_add(0, x_TD, batch)
         if not only_masked:
-            return self._add_branch(1, x_TD, batch)
+            return self._residual_add(1, x_TD, batch)
         masked = batch.masked_rows
         x_MD = self.tensor.scatter_rows(self.tensor.gather_rows(x_TD, batch.num_rows).index_select(0, masked.rows))
         return self.ffn(x_MD, self._factors(x_MD, batch.row_sequence[masked.rows], batch, branch=1), masked)
 
-    def _add_branch(self, branch: int, x_TD: Tensor, batch: PackedBatch) -> Tensor:
+    def _residual_add(self, branch: int, x_TD: Tensor, batch: PackedBatch) -> Tensor:
         module = (self.attention, self.ffn)[branch]
         kept = None if self.tensor.divides_rows else computed_sequences(batch, self.layer, branch)
         if kept is None:

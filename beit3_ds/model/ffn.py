@@ -22,7 +22,7 @@ class MultiwayFFN(nn.Module):
     is as wide as the FFN, the backward pass keeps the GELU's input alone and makes the rest again.
 
     The tensor-parallel ranks divide every expert's width. They exchange T * D elements each way
-    (`TensorParallel.gather_in`, `scatter_out`), and two floats a row for a sub-LN.
+    (`TensorParallel.gather_from`, `reduce_scatter_to`), and two floats a row for a sub-LN.
     """
 
     def __init__(self, config: ModelConfig, layer: int, tensor: TensorParallel, cuda_cpp: bool = False) -> None:
@@ -46,7 +46,7 @@ class MultiwayFFN(nn.Module):
         slices, num_rows = layout.expert_slices(self.experts), layout.num_rows
         own_slices = self.tensor.own_slices(slices, num_rows)
         x_TD, h_TD, *copies = self.norm(x_TD, own_slices)
-        h_TD, source = self.tensor.gather_in(h_TD, num_rows), self.norm.source(x_TD, own_slices, copies)
+        h_TD, source = self.tensor.gather_from(h_TD, num_rows), self.norm.source(x_TD, own_slices, copies)
         activation = self.fc1(h_TD, layout, source, with_statistics=self.sub_norm is not None)
         norm = None if self.sub_norm is None else self.sub_norm.build(self.sub_norm())
         return self.fc2(activation, x_TD, factor_T, layout, gelu=True, norm=norm)

@@ -12,7 +12,7 @@ from beit3_ds.kernels.ops.multiway_layer_norm import multiway_layer_norm, row_so
 from beit3_ds.kernels.ops.multiway_linear import multiway_linear
 from beit3_ds.kernels.ops.out_projection import out_projection
 from beit3_ds.kernels.ops.recompute import RowSource
-from beit3_ds.kernels.ops.residual_add import add_branch
+from beit3_ds.kernels.ops.residual_add import residual_add
 from beit3_ds.kernels.ops.sub_norm import SubNorm
 from beit3_ds.kernels.ops.up_projection import Activation, up_projection
 from beit3_ds.layout import RowLayout
@@ -22,7 +22,7 @@ from beit3_ds.parallel import TensorParallel, split_parameter
 class ColumnParallelMultiwayLinear(nn.Module):
     """One linear layer an expert (paper section 2.1), its output features split over the tensor-parallel ranks.
 
-    Follow it with RowParallelMultiwayLinear, and hand its input in through `TensorParallel.gather_in`, once for all the
+    Follow it with RowParallelMultiwayLinear, and pass its input through `TensorParallel.gather_from` once for all
     layers that share it. Sends nothing itself. Parameters are `weight_EXPERT` and `bias_EXPERT`; they belong to this
     module, not to children, so that a ZeRO-3 hook gathers them for the one call that uses them all. They are left
     uninitialised: see `initialization.initialize_parameters`.
@@ -86,9 +86,9 @@ class UpProjection(ColumnParallelMultiwayLinear):
 class RowParallelMultiwayLinear(nn.Module):
     """One linear layer an expert that ends a branch, its input features split over the tensor-parallel ranks.
 
-    It applies GELU and sub-LN on the way in, and joins the branch to the stream. Sends what
-    `TensorParallel.scatter_out` does, and two floats a row each way for a sub-LN. The bias is held by every rank and
-    added once, after the reduction, with the residual. Parameters as in ColumnParallelMultiwayLinear.
+    Applies GELU and sub-LN to its input and adds the branch to the stream. Sends what
+    `TensorParallel.reduce_scatter_to` sends, and two floats per row each way for a sub-LN. Every rank holds the bias;
+    it is added once, after the reduction, with the residual. Parameters as in ColumnParallelMultiwayLinear.
     """
 
     def __init__(self, in_features: int, out_features: int, experts: tuple[str, ...], tensor: TensorParallel) -> None:
@@ -123,9 +123,11 @@ class RowParallelMultiwayLinear(nn.Module):
         if self.tensor.size == 1:
             stream = {"residual_TD": residual_TD, "factor_T": factor_T}
             return out_projection(activation, slices, _weights(self), _biases(self), gelu=gelu, norm=norm, **stream)
-        partial_TD = self.tensor.scatter_out(out_projection(activation, slices, _weights(self), gelu=gelu, norm=norm))
+        partial_TD = self.tensor.reduce_scatter_to(
+            out_projection(activation, slices, _weights(self), gelu=gelu, norm=norm)
+        )
         own_slices = self.tensor.own_slices(slices, layout.num_rows)
-        return add_branch(residual_TD, partial_TD, own_slices, self.tensor.share(*_biases(self)), factor_T)
+        return residual_add(residual_TD, partial_TD, own_slices, self.tensor.share(*_biases(self)), factor_T)
 
 
 class MultiwayLayerNorm(nn.Module):

@@ -1,6 +1,6 @@
 """The mesh of ranks, its collectives and tensor-parallel parts of a network; knows nothing of BEiT-3."""
 
-from beit3_ds.parallel.broadcast_batches import Shared
+from beit3_ds.parallel.broadcast_batches import BroadcastBatches
 from beit3_ds.parallel.host_group import HostGroup, build_host_group
 from beit3_ds.parallel.mesh import Mesh, ModelParallelUnit, build_mesh
 from beit3_ds.parallel.pipeline import Message, PipelineParallel
@@ -16,12 +16,12 @@ from beit3_ds.parallel.tensor import (
 from beit3_ds.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
 
 __all__ = [
+    "BroadcastBatches",
     "HostGroup",
     "Mesh",
     "Message",
     "ModelParallelUnit",
     "PipelineParallel",
-    "Shared",
     "Split",
     "TensorParallel",
     "VocabParallelEmbedding",

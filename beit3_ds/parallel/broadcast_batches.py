@@ -11,7 +11,7 @@ from beit3_ds.storage_error import StorageError
 class Shareable(Protocol):
     """An item of which most ranks need only a part."""
 
-    def abridged(self) -> Self:
+    def without_pixels(self) -> Self:
         """What ranks need that neither embed nor predict."""
 
     def fingerprint(self) -> str:
@@ -31,13 +31,13 @@ Failure = ConfigError | StorageError
 ItemT = TypeVar("ItemT", bound=Shareable)
 
 
-class Shared(Generic[ItemT]):
+class BroadcastBatches(Generic[ItemT]):
     """Iterates on all ranks of a copy of the model over the items that the reading ranks (`Mesh.is_reader`) read.
 
     One tensor-parallel rank of the first stage and one of the last stage decode images, each the view that its stage
-    needs. The first stage sends its abridged items to the others; the last stage compares them with its own. Each item
-    is sent from host memory to host memory when it is asked for, and all ranks must ask for the same number. An error
-    in the user's data is raised on all of them.
+    needs. The first stage sends its items without pixels to the others; the last stage compares them with its own.
+    Each item is sent from host memory to host memory when it is asked for, and all ranks must ask for the same number.
+    An error in the user's data is raised on all of them.
     """
 
     def __init__(self, items: Iterable[ItemT], mesh: Mesh, item_type: type[ItemT]) -> None:
@@ -51,7 +51,7 @@ class Shared(Generic[ItemT]):
         self._items, self._mesh, self._type = items, mesh, item_type
 
     def __iter__(self) -> Iterator[ItemT]:
-        """Yields this stage's items; sends each abridged to the other stages, and whole to tensor-parallel peers."""
+        """Yields this stage's items; sends them without pixels to other stages and whole to tensor-parallel peers."""
         if self._mesh.model_parallel_size == 1:
             yield from self._items
             return
@@ -90,8 +90,8 @@ class Shared(Generic[ItemT]):
                 f"First: {first}; last: {last}."
             )
         assert not isinstance(own, Failure)
-        abridged = own.abridged() if own is not None and pipeline.is_first else None
-        shared = self._unpack(pipeline.host.broadcast(_pack(abridged)))
+        without_pixels = own.without_pixels() if own is not None and pipeline.is_first else None
+        shared = self._unpack(pipeline.host.broadcast(_pack(without_pixels)))
         return own if is_reader else shared
 
     def _unpack(self, value: Any) -> ItemT | Failure | None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from beit3_ds.config import ConfigError, ParallelConfig, Place
+from beit3_ds.config import ConfigError, ParallelConfig, RankCoords
 from beit3_ds.parallel.activity import Activity
 from beit3_ds.parallel.host_group import HostGroup, build_host_group
 from beit3_ds.parallel.pipeline import PipelineParallel, build_pipeline_parallel
@@ -47,7 +47,7 @@ class Mesh:
     """Ranks that hold different parts of every layer and the same samples."""
     pipeline: PipelineParallel = field(default_factory=PipelineParallel)
     """Ranks that hold different layers and the same samples."""
-    places: tuple[Place, ...] = (Place(0, 0, 0),)
+    places: tuple[RankCoords, ...] = (RankCoords(0, 0, 0),)
     """Of every global rank."""
     hosts: tuple[str, ...] = field(default_factory=lambda: (socket.gethostname(),))
     """Of every global rank."""
@@ -55,9 +55,9 @@ class Mesh:
     """What this rank does right now; the roll call tells the others."""
 
     @property
-    def place(self) -> Place:
+    def place(self) -> RankCoords:
         """This rank's coordinates, for messages."""
-        return Place(self.pipeline.rank, self.data_parallel_rank, self.tensor.rank)
+        return RankCoords(self.pipeline.rank, self.data_parallel_rank, self.tensor.rank)
 
     @property
     def is_main(self) -> bool:

@@ -111,19 +111,19 @@ class TensorParallel:
         """
         return _GatherRows.apply(x, self, num_rows) if self.divides_rows else x
 
-    def gather_in(self, x: Tensor, num_rows: int) -> Tensor:
-        """Hands the stream to layers of which each rank holds a part: `copy_in` of all its rows, (T, D).
+    def gather_from(self, x: Tensor, num_rows: int) -> Tensor:
+        """Hands the stream to layers of which each rank holds a part: `copy_to` of all its rows, (T, D).
 
         With sequence parallelism forward all-gathers and backward reduce-scatters P * n * D elements.
         """
-        return _GatherIn.apply(x, self, num_rows) if self.divides_rows else self.copy_in(x)
+        return _GatherIn.apply(x, self, num_rows) if self.divides_rows else self.copy_to(x)
 
-    def scatter_out(self, x: Tensor) -> Tensor:
-        """Sums the ranks' partial results, (T, D): `sum_out`, of which each rank keeps its rows.
+    def reduce_scatter_to(self, x: Tensor) -> Tensor:
+        """Sums the ranks' partial results, (T, D): `reduce_from`, of which each rank keeps its rows.
 
         With sequence parallelism forward reduce-scatters and backward all-gathers P * n * D elements.
         """
-        return _ScatterOut.apply(x, self) if self.divides_rows else self.sum_out(x)
+        return _ScatterOut.apply(x, self) if self.divides_rows else self.reduce_from(x)
 
     def share(self, *parameters: Tensor) -> tuple[Tensor, ...]:
         """Parameters that every rank holds and applies to its own rows, so that their gradients add up over ranks.
@@ -152,14 +152,14 @@ class TensorParallel:
         start, stop = (min(rank * part, size) for rank in (self.rank, self.rank + 1))
         return Split(0, start, stop, size, part - (stop - start))
 
-    def copy_in(self, x: Tensor) -> Tensor:
+    def copy_to(self, x: Tensor) -> Tensor:
         """Hands a tensor that all ranks hold alike to layers of which each holds a part (operator f).
 
         Forward sends nothing; backward all-reduces x.numel() elements.
         """
         return x if self.size == 1 else _CopyIn.apply(x, self.group)
 
-    def sum_out(self, x: Tensor) -> Tensor:
+    def reduce_from(self, x: Tensor) -> Tensor:
         """Sums the ranks' partial results (operator g).
 
         Forward all-reduces x.numel() elements; backward sends nothing.

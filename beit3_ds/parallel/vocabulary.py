@@ -35,7 +35,7 @@ class VocabParallelEmbedding(nn.Module):
         local_S = ids_S - self.split.start
         absent_S = (local_S < 0) | (ids_S >= self.split.stop)
         rows_SD = embedding(local_S.masked_fill(absent_S, 0), self.weight)
-        return self.tensor.sum_out(rows_SD.masked_fill(absent_S.unsqueeze(1), 0))
+        return self.tensor.reduce_from(rows_SD.masked_fill(absent_S.unsqueeze(1), 0))
 
 
 class VocabParallelHead(nn.Module):
@@ -80,7 +80,7 @@ class VocabParallelHead(nn.Module):
         Returns:
             (M,) float32.
         """
-        h_MD, target_M = self.tensor.copy_in(h_MD), target_M - self.split.start
+        h_MD, target_M = self.tensor.copy_to(h_MD), target_M - self.split.start
         return linear_cross_entropy(h_MD, self.weight, self.bias, target_M, self.chunk_size, self._reduce)
 
     def logits(self, h_MD: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
 """The layers cut into stages, and the one schedule that owns micro-batches.
 
-`order` and `stages` are pure functions of sizes; `schedule`, `seams` and `tied` import DeepSpeed, which takes seconds.
+`schedule_1f1b` and `stages` are pure functions of sizes; `schedule`, `deepspeed_compat` and `tied` import DeepSpeed,
+which takes seconds.
 """

@@ -13,9 +13,9 @@ from torch import Tensor
 from beit3_ds.batch import LOSS_TERMS, PackedBatch
 from beit3_ds.model import Logits, LossOutput
 from beit3_ds.parallel import Mesh, Message
-from beit3_ds.pipeline import deepspeed_compat as seams
+from beit3_ds.pipeline import deepspeed_compat as deepspeed_compat
 from beit3_ds.pipeline.gradient_probe import GradientProbe
-from beit3_ds.pipeline.schedule_1f1b import Action, one_forward_one_backward
+from beit3_ds.pipeline.schedule_1f1b import Action, schedule_1f1b
 from beit3_ds.pipeline.stages import stage_layers
 from beit3_ds.pipeline.stopwatch import Stopwatch
 from beit3_ds.pipeline.tied import TiedWordEmbedding
@@ -76,9 +76,9 @@ class Schedule:
             elsewhere.
         """
         pipeline = self.mesh.pipeline
-        actions = one_forward_one_backward(len(micro_batches), pipeline.rank, pipeline.size, len(self.runs))
+        actions = schedule_1f1b(len(micro_batches), pipeline.rank, pipeline.size, len(self.runs))
         step = _Step(self, micro_batches, loss_factors, prepare)
-        seams.begin_step(self.engine, len(self.runs))
+        deepspeed_compat.begin_step(self.engine, len(self.runs))
         self.probe.begin_step()
         self.tied.synchronize()
         arriving = step.receive(actions[0])
@@ -201,7 +201,7 @@ class _Step:
         schedule.mesh.activity.begin(f"backward of micro-batch {action.micro_batch}")
         schedule.tied.before_backward(is_last=is_last)
         schedule.probe.begin_backward(action.micro_batch)
-        seams.backward(schedule.engine, pending.loss, is_last=is_last)
+        deepspeed_compat.backward(schedule.engine, pending.loss, is_last=is_last)
         if pending.x_TD is not None:
             assert pending.x_TD.grad is not None
             schedule.send(pending.x_TD.grad, forward=False)

@@ -12,7 +12,7 @@ class Action(NamedTuple):
     """Number among the stage's own runs, from 0."""
 
 
-def one_forward_one_backward(num_micro_batches: int, stage: int, num_stages: int, num_runs: int = 1) -> list[Action]:
+def schedule_1f1b(num_micro_batches: int, stage: int, num_stages: int, num_runs: int = 1) -> list[Action]:
     """The order of 1F1B, interleaved if a stage holds several runs (Narayanan et al., 2021, arXiv:2104.04473, 2.2).
 
     After a warm-up of forward passes every forward is followed by a backward, so a stage keeps the activations of as

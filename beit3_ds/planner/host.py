@@ -10,8 +10,8 @@ from typing import NamedTuple
 from beit3_ds.config import ConfigError, RunConfig
 from beit3_ds.config.prefetch import PrefetchPlan, image_bytes, plan_prefetch, step_bytes
 from beit3_ds.planner.memory import rank_memory
-from beit3_ds.planner.rank_model import build_holding
-from beit3_ds.planner.workload import expected_loads
+from beit3_ds.planner.rank_model import build_rank_model
+from beit3_ds.planner.workload import expected_workloads
 
 _GIB = 1 << 30
 _RANK_BYTES = int(0.6 * _GIB)  # 0.54 measured on a CPU after all imports; what a CUDA context adds is not in it
@@ -19,8 +19,8 @@ _WORKER_BYTES = int(0.05 * _GIB)  # 0.02 measured after all imports, beside what
 _IMAGE_FILE_BYTES = 100_000  # assumed: a JPEG of about 500 x 400 pixels
 
 
-class HostNeeds(NamedTuple):
-    """Needs of the node with the most data-reading ranks, in bytes unless a name says otherwise."""
+class HostRequirements(NamedTuple):
+    """Requirements of the node with the most data-reading ranks, in bytes unless a name says otherwise."""
 
     shm: int
     """Prefetched steps of all its ranks, in /dev/shm."""
@@ -28,8 +28,8 @@ class HostNeeds(NamedTuple):
     """The ranks' processes with their libraries, without what CUDA adds."""
     workers: int
     """The data workers' own memory: libraries, and the step that each is preparing (twice while it is packed)."""
-    heldout: int
-    """Held-out batches, which ranks keep in memory."""
+    validation: int
+    """Validation batches, which ranks keep in memory."""
     checkpoint: int
     """The copy of the state from which a checkpoint is written during training."""
     offloaded: int
@@ -46,7 +46,7 @@ class HostNeeds(NamedTuple):
     @property
     def memory(self) -> int:
         """Memory of the node in all, /dev/shm included."""
-        return self.shm + self.ranks + self.workers + self.heldout + self.checkpoint + self.offloaded
+        return self.shm + self.ranks + self.workers + self.validation + self.checkpoint + self.offloaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,9 @@ class NodeSize:
     """For messages."""
 
 
-def host_needs(config: RunConfig, world_size: int, ranks_per_node: int, decays: Callable[[str], bool]) -> HostNeeds:
+def host_requirements(
+    config: RunConfig, world_size: int, ranks_per_node: int, decays: Callable[[str], bool]
+) -> HostRequirements:
     """Models the needs of the busiest node.
 
     Args:
@@ -82,7 +84,7 @@ def host_needs(config: RunConfig, world_size: int, ranks_per_node: int, decays: 
     return max((_node_needs(config, world_size, node, holding_bytes) for node in kinds), key=lambda needs: needs.memory)
 
 
-def check_node(needs: HostNeeds, config: RunConfig, size: NodeSize) -> None:
+def check_node(needs: HostRequirements, config: RunConfig, size: NodeSize) -> None:
     """Refuses a run whose node has too little memory.
 
     Raises:
@@ -103,7 +105,7 @@ def check_node(needs: HostNeeds, config: RunConfig, size: NodeSize) -> None:
         )
 
 
-def describe_host(config: RunConfig, needs: HostNeeds, ranks_per_node: int, step_seconds: float) -> str:
+def describe_host(config: RunConfig, needs: HostRequirements, ranks_per_node: int, step_seconds: float) -> str:
     """Formats a table of one node's needs.
 
     Args:
@@ -113,7 +115,7 @@ def describe_host(config: RunConfig, needs: HostNeeds, ranks_per_node: int, step
         step_seconds: assumed time of one step.
     """
     plan = "prepared and mapped, shared through the page cache"
-    unprepared = "in every rank and worker: set data.prepared_dir and run `beit3 prepare`"
+    unprepared = "in every rank and worker: set data.cache_dir and run `beit3 prepare`"
     kept = config.data.max_open_files
     rates = (needs.records_per_step / step_seconds, needs.images_per_step * _IMAGE_FILE_BYTES / step_seconds / 1e9)
     rows = {
@@ -121,11 +123,11 @@ def describe_host(config: RunConfig, needs: HostNeeds, ranks_per_node: int, step
         "/dev/shm, prefetched steps, GiB": _gib(needs.shm),
         "memory, rank processes without CUDA, GiB": _gib(needs.ranks),
         "memory, data workers, GiB": _gib(needs.workers),
-        "memory, held-out batches, GiB": _gib(needs.heldout),
+        "memory, validation batches, GiB": _gib(needs.validation),
         "memory, copy for checkpoints, GiB": _gib(needs.checkpoint),
         "memory, offloaded state, GiB": f"{_gib(needs.offloaded)}, {_gib(needs.pinned)} of it pinned",
         "memory, total with /dev/shm, GiB": _gib(needs.memory),
-        "token maps and indices": unprepared if config.data.prepared_dir is None else plan,
+        "token maps and indices": unprepared if config.data.cache_dir is None else plan,
         f"file reads per second, {step_seconds:g} s per step": f"{rates[0]:,.0f}",
         "file opens per second": f"at most {rates[0]:,.0f}; none once a worker has its tars open ({kept:,} at most)",
         "file GB per second, 100 kB per image": f"{rates[1]:,.2f}",
@@ -151,17 +153,17 @@ def _kind(config: RunConfig, rank: int, world_size: int) -> _Kind:
 
 def _node_needs(
     config: RunConfig, world_size: int, node: tuple[_Kind, ...], holding_bytes: dict[int, tuple[int, int, int]]
-) -> HostNeeds:
+) -> HostRequirements:
     data_size = config.parallel.data_parallel_size(world_size)
     readers = [kind.views for kind in node if kind.views]
     plans = {views: plan_prefetch(config, data_size, views) for views in set(readers)}
     samples = config.step_shares(data_size).rank_samples(0)
     state, offloaded, pinned = (sum(holding_bytes[kind.stage][part] for kind in node) for part in range(3))
-    return HostNeeds(
+    return HostRequirements(
         shm=sum(plans[views].num_bytes for views in readers),
         ranks=len(node) * _RANK_BYTES,
         workers=sum(_worker_bytes(config, data_size, plans[views]) for views in readers),
-        heldout=sum(_heldout_bytes(config, data_size, views) for views in readers),
+        validation=sum(_validation_bytes(config, data_size, views) for views in readers),
         checkpoint=state,
         offloaded=offloaded,
         pinned=pinned,
@@ -177,16 +179,16 @@ def _worker_bytes(config: RunConfig, data_size: int, plan: PrefetchPlan) -> int:
     return plan.num_workers * (_WORKER_BYTES + plan.step_bytes + both // config.gradient_accumulation_steps)
 
 
-def _heldout_bytes(config: RunConfig, data_size: int, views: str) -> int:
+def _validation_bytes(config: RunConfig, data_size: int, views: str) -> int:
     streams = [config.data.images, config.data.pairs]
-    images = sum(-(-config.training.eval_samples // data_size) for stream in streams if stream.heldout)
+    images = sum(-(-config.training.eval_samples // data_size) for stream in streams if stream.validation)
     return images * image_bytes(config, views)
 
 
 def _state_bytes(config: RunConfig, world_size: int, decays: Callable[[str], bool], stage: int) -> tuple[int, int, int]:
     """Returns, for one rank of a stage, the bytes that a checkpoint copies, that are offloaded, and that are pinned."""
-    holding = build_holding(config, world_size, decays, stage)
-    memory = rank_memory(holding, expected_loads(config, holding.data_size))
+    holding = build_rank_model(config, world_size, decays, stage)
+    memory = rank_memory(holding, expected_workloads(config, holding.data_size))
     offload = {key: holding.zero.get(f"offload_{key}") or {} for key in ("optimizer", "param")}
     parts = {"optimizer": memory.optimizer + memory.gradients, "param": memory.parameters}
     on_host = {key: parts[key] for key in parts if offload[key].get("device", "none") == "cpu"}

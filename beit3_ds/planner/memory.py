@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from beit3_ds.kernels.ops.vocabulary_blocks import divide_for_cpu
-from beit3_ds.pipeline.schedule_1f1b import one_forward_one_backward
-from beit3_ds.planner.rank_model import Holding
-from beit3_ds.planner.workload import BlockRows, Load
+from beit3_ds.pipeline.schedule_1f1b import schedule_1f1b
+from beit3_ds.planner.rank_model import RankModel
+from beit3_ds.planner.workload import BlockRows, Workload
 from beit3_ds.planner.zero3_replay import GatherReplay, padded, persistent_parameters
 
 _STATISTIC = 4  # bytes of what is kept in float32 whatever the stream's type
@@ -40,7 +40,7 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-def rank_memory(holding: Holding, loads: Sequence[Load], data_rank: int = 0) -> Memory:
+def rank_memory(holding: RankModel, loads: Sequence[Workload], data_rank: int = 0) -> Memory:
     """What one rank keeps.
 
     Args:
@@ -59,7 +59,7 @@ def rank_memory(holding: Holding, loads: Sequence[Load], data_rank: int = 0) -> 
     )
 
 
-def _parameters(holding: Holding) -> int:
+def _parameters(holding: RankModel) -> int:
     size, ranks = holding.element_size, holding.data_size
     copy = 0 if holding.is_first else holding.tied_elements if holding.is_last else 0
     if holding.zero_stage == 0:
@@ -73,7 +73,7 @@ def _parameters(holding: Holding) -> int:
     return (elements + copy) * size
 
 
-def _gradients(holding: Holding, data_rank: int) -> int:
+def _gradients(holding: RankModel, data_rank: int) -> int:
     size = holding.gradient_size
     # The copy of a tied table sums its gradient in float32.
     tied = holding.tied_elements * 4 if holding.is_last and not holding.is_first else 0
@@ -96,13 +96,13 @@ def _gradients(holding: Holding, data_rank: int) -> int:
     return elements * size + tied
 
 
-def _optimizer(holding: Holding) -> int:
+def _optimizer(holding: RankModel) -> int:
     if holding.zero_stage == 0:
         return _numel(holding) * (12 if holding.is_bf16 else 8)  # in float32 the parameters are the master weights
     return sum(_partitions(holding)) * 12
 
 
-def _buckets(holding: Holding) -> int:
+def _buckets(holding: RankModel) -> int:
     if holding.zero_stage == 0 or not holding.zero.get("contiguous_gradients", True):
         return 0
     number = 2 if holding.zero_stage < 3 and holding.zero.get("overlap_comm") else 1
@@ -110,7 +110,7 @@ def _buckets(holding: Holding) -> int:
     return number * int(holding.zero.get("reduce_bucket_size", 500_000_000)) * size
 
 
-def _gathered(holding: Holding, loads: Sequence[Load]) -> int:
+def _gathered(holding: RankModel, loads: Sequence[Workload]) -> int:
     if holding.zero_stage < 3 or holding.data_size == 1:
         return 0
     replay = GatherReplay(holding)
@@ -119,7 +119,7 @@ def _gathered(holding: Holding, loads: Sequence[Load]) -> int:
     return replay.peak_elements * holding.element_size
 
 
-def _partitions(holding: Holding) -> list[int]:
+def _partitions(holding: RankModel) -> list[int]:
     """Elements that one data-parallel rank holds of each parameter group."""
     ranks = holding.data_size
     if holding.zero_stage == 3:
@@ -127,21 +127,21 @@ def _partitions(holding: Holding) -> list[int]:
     return [padded(sum(p.numel() for p in group), 2 * ranks) // ranks for group in holding.groups]
 
 
-def _numel(holding: Holding) -> int:
+def _numel(holding: RankModel) -> int:
     return sum(p.numel() for p in holding.model.parameters())
 
 
-def activation_peak(holding: Holding, loads: Sequence[Load]) -> int:
+def activation_peak(holding: RankModel, loads: Sequence[Workload]) -> int:
     """Bytes that autograd keeps at the fullest moment of the schedule, which is after some forward pass."""
     live, peak = 0, 0
-    for action in one_forward_one_backward(len(loads), holding.stage, holding.num_stages, len(holding.runs)):
+    for action in schedule_1f1b(len(loads), holding.stage, holding.num_stages, len(holding.runs)):
         kept = run_activations(holding, holding.runs[action.run], loads[action.micro_batch])
         live += kept if action.forward else -kept
         peak = max(peak, live)
     return peak
 
 
-def run_activations(holding: Holding, run: range, load: Load) -> int:
+def run_activations(holding: RankModel, run: range, load: Workload) -> int:
     """Bytes that autograd keeps of one micro-batch's pass through one run of layers."""
     model = holding.config.model
     mode = holding.config.training.activation_checkpointing
@@ -153,7 +153,7 @@ def run_activations(holding: Holding, run: range, load: Load) -> int:
     return kept
 
 
-def block_activations(holding: Holding, run: range, layer: int, load: Load, checkpointing: str) -> int:
+def block_activations(holding: RankModel, run: range, layer: int, load: Workload, checkpointing: str) -> int:
     """Bytes that autograd keeps of one micro-batch in one block; parameters and row numbers are not among them.
 
     Args:
@@ -172,7 +172,7 @@ def block_activations(holding: Holding, run: range, layer: int, load: Load, chec
     return attention + _attention_core(holding, rows) + ffn + _ffn_core(holding, rows)
 
 
-def _branch(holding: Holding, experts: Sequence[str], width: int, rows: int, drops: bool) -> int:
+def _branch(holding: RankModel, experts: Sequence[str], width: int, rows: int, drops: bool) -> int:
     """What attention and FFN keep alike: the stream and statistics of its norm, factors, and a sub-LN's parameters."""
     model, size, ranks = holding.config.model, holding.element_size, holding.tensor.size
     own = _own_rows(holding, rows)
@@ -187,7 +187,7 @@ def _branch(holding: Holding, experts: Sequence[str], width: int, rows: int, dro
     return kept
 
 
-def _attention_core(holding: Holding, rows: BlockRows) -> int:
+def _attention_core(holding: RankModel, rows: BlockRows) -> int:
     """Queries, keys, values, what the attention op makes of them for the output projection, and log-sums."""
     model = holding.config.model
     width = model.hidden_size // holding.tensor.size
@@ -195,19 +195,19 @@ def _attention_core(holding: Holding, rows: BlockRows) -> int:
     return 4 * rows.attention * width * holding.element_size + rows.attended * heads * _STATISTIC
 
 
-def _ffn_core(holding: Holding, rows: BlockRows) -> int:
+def _ffn_core(holding: RankModel, rows: BlockRows) -> int:
     """The GELU's input; the rest is made again."""
     return rows.ffn * holding.config.model.ffn_hidden_size // holding.tensor.size * holding.element_size
 
 
-def _embedding_activations(holding: Holding, load: Load) -> int:
+def _embedding_activations(holding: RankModel, load: Workload) -> int:
     model = holding.config.model
     pixels = load.images * 3 * model.image_size**2 * holding.element_size
     absent = load.tokens if holding.tensor.size > 1 else 0
     return pixels + load.images * model.num_patches + 2 * load.tokens * _INDEX + absent
 
 
-def _head_activations(holding: Holding, load: Load) -> int:
+def _head_activations(holding: RankModel, load: Workload) -> int:
     model, size = holding.config.model, holding.element_size
     # Both heads: rows before the norm and after it, its statistics, targets and row numbers, log-sums.
     rows = model.hidden_size * (holding.stream_size + size)
@@ -216,17 +216,17 @@ def _head_activations(holding: Holding, load: Load) -> int:
     return kept + _kept_logits(holding, load.masked_tokens, model.text_vocab_size, model.cross_entropy_chunk_size)
 
 
-def _kept_logits(holding: Holding, rows: int, vocabulary: int, chunk_size: int | None) -> int:
+def _kept_logits(holding: RankModel, rows: int, vocabulary: int, chunk_size: int | None) -> int:
     """Buffers of logits, and the largest of every row as each block of the vocabulary found it."""
     blocks = divide_for_cpu(rows, holding.tensor.split_vocabulary(vocabulary).local_size, chunk_size)
     return rows * (blocks.num_buffers * blocks.stride + len(blocks.columns)) * _STATISTIC
 
 
-def _own_rows(holding: Holding, rows: int) -> int:
+def _own_rows(holding: RankModel, rows: int) -> int:
     return -(-rows // holding.tensor.size) if holding.tensor.divides_rows else rows
 
 
-def _recomputed(holding: Holding, loads: Sequence[Load]) -> int:
+def _recomputed(holding: RankModel, loads: Sequence[Workload]) -> int:
     if holding.config.training.activation_checkpointing == "none":
         return 0
     saved = (

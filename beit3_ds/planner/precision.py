@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from beit3_ds.config import RunConfig
 from beit3_ds.planner.memory import rank_memory
-from beit3_ds.planner.rank_model import Holding, build_holding
+from beit3_ds.planner.rank_model import RankModel, build_rank_model
 from beit3_ds.planner.traffic import step_traffic
-from beit3_ds.planner.workload import expected_loads
+from beit3_ds.planner.workload import expected_workloads
 
 BANDWIDTH = 3.35e12
 """Memory bandwidth of modelled times in bytes per second, from the data sheet of an H100 SXM."""
@@ -64,12 +64,12 @@ def describe_precision(config: RunConfig, world_size: int, decays: Callable[[str
 def precision_cost(config: RunConfig, world_size: int, decays: Callable[[str], bool]) -> PrecisionCost:
     """Models the rank of the pipeline stage that needs most memory."""
     stages = range(config.parallel.pipeline_parallel_size)
-    return max(_stage_cost(build_holding(config, world_size, decays, stage)) for stage in stages)
+    return max(_stage_cost(build_rank_model(config, world_size, decays, stage)) for stage in stages)
 
 
-def _stage_cost(holding: Holding) -> PrecisionCost:
+def _stage_cost(holding: RankModel) -> PrecisionCost:
     config = holding.config
-    loads = expected_loads(config, holding.data_size)
+    loads = expected_workloads(config, holding.data_size)
     traffic = step_traffic(holding, loads)
     own_rows = sum(load.rows // (holding.tensor.size if holding.tensor.divides_rows else 1) for load in loads)
     branches = 2 * sum(len(holding.blocks_of(run)) for run in holding.runs)

@@ -11,14 +11,14 @@ from beit3_ds.config import RunConfig
 from beit3_ds.model import BEiT3
 from beit3_ds.parallel import TensorParallel
 from beit3_ds.pipeline.stages import cut_layers, stage_layers
-from beit3_ds.planner.workload import BlockRows, Load
+from beit3_ds.planner.workload import BlockRows, Workload
 
 _SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes per element, by DeepSpeed's names of dtypes; without a name DeepSpeed chooses."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Holding:
+class RankModel:
     """One rank's part of the model, on the meta device, and the sizes of the mesh around it."""
 
     config: RunConfig
@@ -106,7 +106,7 @@ class Holding:
         """The blocks of one run of layers, by their numbers in the list of all layers: from 1 to L."""
         return range(max(run.start, 1), min(run.stop, self.config.model.num_layers + 1))
 
-    def block_rows(self, run: range, layer: int, load: Load) -> BlockRows:
+    def block_rows(self, run: range, layer: int, load: Workload) -> BlockRows:
         """The rows that a block in this run computes, given by its number in the list of layers."""
         rows = load.every_row
         if load.kept_rows and not self.tensor.divides_rows:
@@ -129,9 +129,9 @@ class Holding:
         return list({id(p): p for module in modules for p in module.parameters()}.values())
 
 
-def build_holding(
+def build_rank_model(
     config: RunConfig, world_size: int, decays: Callable[[str], bool], stage: int = 0, tensor_rank: int = 0
-) -> Holding:
+) -> RankModel:
     """Builds one rank's part of the model on the meta device.
 
     Args:
@@ -154,7 +154,7 @@ def build_holding(
         model = BEiT3(config.model, tensor, runs, config.training.activation_checkpointing)
     named = list(model.named_parameters())
     groups = (tuple(p for n, p in named if decays(n)), tuple(p for n, p in named if not decays(n)))
-    return Holding(
+    return RankModel(
         config=config,
         model=model,
         tensor=tensor,

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from beit3_ds.config import RunConfig
 from beit3_ds.pipeline.stages import cut_layers, layer_costs
 from beit3_ds.planner.memory import Memory, rank_memory
-from beit3_ds.planner.rank_model import Holding, build_holding
+from beit3_ds.planner.rank_model import RankModel, build_rank_model
 from beit3_ds.planner.traffic import step_traffic
-from beit3_ds.planner.workload import expected_loads
+from beit3_ds.planner.workload import expected_workloads
 
 _AXES = ("tensor", "pipeline", "data")
 _DATA_KINDS = ("all-gather", "reduce-scatter", "all-reduce")
@@ -25,7 +25,7 @@ def describe_stages(config: RunConfig, world_size: int, decays: Callable[[str], 
         ConfigError: if the layout does not divide the ranks, or there are fewer samples than data-parallel ranks.
     """
     stages = range(config.parallel.pipeline_parallel_size)
-    columns = [_stage_rows(build_holding(config, world_size, decays, stage)) for stage in stages]
+    columns = [_stage_rows(build_rank_model(config, world_size, decays, stage)) for stage in stages]
     rows = [("modelled, of one rank", [f"stage {stage}" for stage in stages])]
     rows += [(name, [column[name] for column in columns]) for name in columns[0]]
     wide = max(len(name) for name, _ in rows)
@@ -40,9 +40,9 @@ def describe_stages(config: RunConfig, world_size: int, decays: Callable[[str], 
     return "\n".join(lines)
 
 
-def _stage_rows(holding: Holding) -> dict[str, str]:
+def _stage_rows(holding: RankModel) -> dict[str, str]:
     config = holding.config
-    loads = expected_loads(config, holding.data_size)
+    loads = expected_workloads(config, holding.data_size)
     memory, traffic = rank_memory(holding, loads), step_traffic(holding, loads)
     sent = {axis: traffic.sent_bytes(axis) for axis in _AXES}
     others = traffic.sent_bytes("model") + traffic.sent_bytes("world")

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from beit3_ds.planner.rank_model import Holding
-from beit3_ds.planner.workload import Load
+from beit3_ds.planner.rank_model import RankModel
+from beit3_ds.planner.workload import Workload
 from beit3_ds.planner.zero3_replay import GatherReplay, padded
 
 _ALLREDUCE_BUCKET = 500_000_000  # elements; what the engine reduces at once without ZeRO
@@ -29,7 +29,7 @@ class Traffic:
     `model` are the ranks of one copy of the model. Calls over a single rank move nothing and are left out.
     """
 
-    def __init__(self, holding: Holding) -> None:
+    def __init__(self, holding: RankModel) -> None:
         """Starts with nothing sent; the sizes of the axes are those of the holding's mesh."""
         data, model = holding.data_size, holding.model_size
         self.sizes = {"data": data, "tensor": holding.tensor.size, "model": model, "world": data * model}
@@ -57,7 +57,7 @@ class Traffic:
         )
 
 
-def step_traffic(holding: Holding, loads: Sequence[Load], step: int = 1) -> Traffic:
+def step_traffic(holding: RankModel, loads: Sequence[Workload], step: int = 1) -> Traffic:
     """What one rank sends in one optimizer step: `Schedule.accumulate_gradients` and `apply_update`.
 
     Args:
@@ -81,7 +81,7 @@ def step_traffic(holding: Holding, loads: Sequence[Load], step: int = 1) -> Traf
     return traffic
 
 
-def _add_tensor_traffic(traffic: Traffic, holding: Holding, run: range, load: Load) -> None:
+def _add_tensor_traffic(traffic: Traffic, holding: RankModel, run: range, load: Workload) -> None:
     if holding.tensor.size == 1:
         return
     model = holding.config.model
@@ -93,39 +93,39 @@ def _add_tensor_traffic(traffic: Traffic, holding: Holding, run: range, load: Lo
         _add_heads(traffic, holding, run, load)
 
 
-def _branch_bytes(holding: Holding, rows: int) -> int:
+def _branch_bytes(holding: RankModel, rows: int) -> int:
     """Returns the bytes T D e of a branch's input or output; sequence parallelism rounds T up to a multiple of P."""
     rows = padded(rows, holding.tensor.size) if holding.tensor.divides_rows else rows
     return rows * holding.config.model.hidden_size * holding.element_size
 
 
-def _stream_bytes(holding: Holding, rows: int) -> int:
+def _stream_bytes(holding: RankModel, rows: int) -> int:
     """Returns the bytes T D s of the residual stream, whose elements may be wider than a branch's."""
     return _branch_bytes(holding, rows) // holding.element_size * holding.stream_size
 
 
-def _add_embeddings(traffic: Traffic, holding: Holding, load: Load) -> None:
+def _add_embeddings(traffic: Traffic, holding: RankModel, load: Workload) -> None:
     words = load.tokens * holding.config.model.hidden_size * holding.element_size
     traffic.add("tensor", "all-reduce", words, int(words > 0))
     if holding.tensor.divides_rows:
         traffic.add("tensor", "all-gather", _branch_bytes(holding, load.rows))
 
 
-def _add_block(traffic: Traffic, holding: Holding, run: range, layer: int, load: Load) -> None:
+def _add_block(traffic: Traffic, holding: RankModel, run: range, layer: int, load: Workload) -> None:
     config, model = holding.config, holding.config.model
     # Attention and FFN hand the stream in and sum it out, forward, backward, and forward again if recomputed; without
     # factors of stochastic depth recomputation stops before the last sum.
     passes = 2 if config.training.activation_checkpointing == "full" else 1
     rows = holding.block_rows(run, layer, load)
-    _add_branch(traffic, holding, model.attention_experts, rows.attention, passes, passes)
-    _add_branch(traffic, holding, model.experts(layer - 1), rows.ffn, passes, passes if load.drops else 1)
+    _residual_add(traffic, holding, model.attention_experts, rows.attention, passes, passes)
+    _residual_add(traffic, holding, model.experts(layer - 1), rows.ffn, passes, passes if load.drops else 1)
     if holding.cuts_rows(run, layer) and holding.tensor.divides_rows:  # the rows are gathered and divided anew
         traffic.add("tensor", "all-gather", passes * _stream_bytes(holding, load.rows), passes)
         traffic.add("tensor", "all-gather", _stream_bytes(holding, load.masked), int(load.masked > 0))
 
 
-def _add_branch(
-    traffic: Traffic, holding: Holding, experts: Sequence[str], rows: int, enters: int, leaves: int
+def _residual_add(
+    traffic: Traffic, holding: RankModel, experts: Sequence[str], rows: int, enters: int, leaves: int
 ) -> None:
     """One attention or FFN over `rows` rows, which enter and leave it so often; the backward pass adds one of each."""
     model, stream = holding.config.model, _branch_bytes(holding, rows)
@@ -143,7 +143,7 @@ def _add_branch(
         traffic.add("tensor", "all-reduce", floats)
 
 
-def _add_heads(traffic: Traffic, holding: Holding, run: range, load: Load) -> None:
+def _add_heads(traffic: Traffic, holding: RankModel, run: range, load: Workload) -> None:
     rows = load.masked if holding.config.model.num_layers in run else load.rows
     if holding.tensor.divides_rows and rows:
         traffic.add("tensor", "all-gather", _stream_bytes(holding, rows))
@@ -153,7 +153,7 @@ def _add_heads(traffic: Traffic, holding: Holding, run: range, load: Load) -> No
             traffic.add("tensor", "all-reduce", gradient + 3 * rows * 4, 3)
 
 
-def _add_messages(traffic: Traffic, holding: Holding, run: range, load: Load) -> None:
+def _add_messages(traffic: Traffic, holding: RankModel, run: range, load: Workload) -> None:
     own = _stream_bytes(holding, load.rows) // (holding.tensor.size if holding.tensor.divides_rows else 1)
     receives, sends = int(run.start > 0), int(run.stop < holding.config.model.num_pipeline_layers)
     # An activation comes in and its gradient goes back; an activation goes out and its gradient comes back.
@@ -161,7 +161,7 @@ def _add_messages(traffic: Traffic, holding: Holding, run: range, load: Load) ->
     traffic.add("pipeline", "send", (receives + sends) * own, receives + sends)
 
 
-def _add_tied_table(traffic: Traffic, holding: Holding) -> None:
+def _add_tied_table(traffic: Traffic, holding: RankModel) -> None:
     elements = holding.tied_elements
     table, gradient = elements * holding.element_size, elements * 4
     if elements and holding.is_first:
@@ -172,7 +172,7 @@ def _add_tied_table(traffic: Traffic, holding: Holding) -> None:
         traffic.add("pipeline", "send", gradient)
 
 
-def _add_gradients(traffic: Traffic, holding: Holding, num_micro_batches: int) -> None:
+def _add_gradients(traffic: Traffic, holding: RankModel, num_micro_batches: int) -> None:
     size = holding.reduced_size
     bucket = int(holding.zero.get("reduce_bucket_size", 500_000_000))
     everything = list(holding.model.parameters())
@@ -207,7 +207,7 @@ def _reduce(
     traffic.add("data", kind, elements * element_size, calls + int(held > 0))
 
 
-def _add_update(traffic: Traffic, holding: Holding) -> None:
+def _add_update(traffic: Traffic, holding: RankModel) -> None:
     """The gradient norm, and the new weights under ZeRO-1 and 2."""
     stage, groups = holding.zero_stage, len(holding.groups)
     if stage == 3:

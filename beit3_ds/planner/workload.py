@@ -22,7 +22,7 @@ class BlockRows(NamedTuple):
     """Rows that the FFN computes, if not only the masked ones."""
 
 
-class Load(NamedTuple):
+class Workload(NamedTuple):
     """One micro-batch, as traffic and memory see it."""
 
     rows: int
@@ -48,11 +48,11 @@ class Load(NamedTuple):
         return self.masked_patches + self.masked_tokens
 
 
-def load_of(batch: PackedBatch) -> Load:
+def workload_of(batch: PackedBatch) -> Workload:
     """The load of one micro-batch."""
     image_mim, text_mlm, pair_mim, pair_mlm = batch.num_masked
     num_layers = 0 if batch.drop_path is None else batch.drop_path.shape[1]
-    return Load(
+    return Workload(
         rows=batch.num_rows,
         tokens=len(batch.token_ids),
         images=len(batch.patch_mask),
@@ -75,7 +75,7 @@ def _attended(batch: PackedBatch, layout: SequenceLayout) -> int:
     return sum(len(bucket.rows) for bucket in plan.buckets)
 
 
-def expected_loads(config: RunConfig, data_parallel_size: int) -> list[Load]:
+def expected_workloads(config: RunConfig, data_parallel_size: int) -> list[Workload]:
     """Returns the loads of the micro-batches of a data-parallel rank with the largest share of a step.
 
     All texts have full length, and no branch is dropped.
@@ -85,11 +85,11 @@ def expected_loads(config: RunConfig, data_parallel_size: int) -> list[Load]:
     """
     shares = config.step_shares(data_parallel_size)
     sizes = shares.divide_rank(shares.rank_samples(0))
-    loads = {size: _expected_load(config, size) for size in set(sizes)}
+    loads = {size: _expected_workload(config, size) for size in set(sizes)}
     return [loads[size] for size in sizes]
 
 
-def _expected_load(config: RunConfig, size: MicroBatchSize) -> Load:
+def _expected_workload(config: RunConfig, size: MicroBatchSize) -> Workload:
     model, data = config.model, config.data
     images, pairs, texts = size
     tokens = pairs * data.pair_text_length + texts * data.text_length
@@ -109,4 +109,4 @@ def _expected_load(config: RunConfig, size: MicroBatchSize) -> Load:
         masked_tokens=torch.arange(round(masked_tokens)),
         target_ids=torch.zeros(round(masked_tokens), dtype=torch.int64),
     )
-    return load_of(batch)._replace(drops=model.drop_path_rate > 0)
+    return workload_of(batch)._replace(drops=model.drop_path_rate > 0)

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from beit3_ds.model.multiway import MultiwayLayerNorm, MultiwaySubLayerNorm
-from beit3_ds.pipeline.schedule_1f1b import one_forward_one_backward
-from beit3_ds.planner.rank_model import Holding
+from beit3_ds.pipeline.schedule_1f1b import schedule_1f1b
+from beit3_ds.planner.rank_model import RankModel
 
 _DEFAULTS = {
     "stage3_prefetch_bucket_size": 50_000_000,
@@ -17,7 +17,7 @@ _DEFAULTS = {
 }
 
 
-def persistent_parameters(holding: Holding) -> list[nn.Parameter]:
+def persistent_parameters(holding: RankModel) -> list[nn.Parameter]:
     """The parameters that ZeRO-3 keeps whole on every rank because they are small."""
     if holding.zero_stage != 3:
         return []
@@ -25,7 +25,7 @@ def persistent_parameters(holding: Holding) -> list[nn.Parameter]:
     return [p for p in holding.model.parameters() if p.numel() <= threshold]
 
 
-def setting(holding: Holding, key: str) -> int:
+def setting(holding: RankModel, key: str) -> int:
     """An option of ZeRO-3, or DeepSpeed's default for it."""
     return int(holding.zero.get(key, _DEFAULTS[key]))
 
@@ -45,7 +45,7 @@ class GatherReplay:
     not follow the recorded order, as in a pipeline, makes it record anew.
     """
 
-    def __init__(self, holding: Holding) -> None:
+    def __init__(self, holding: RankModel) -> None:
         """Starts with everything divided, as the engine does.
 
         Args:
@@ -78,7 +78,7 @@ class GatherReplay:
         holding = self.holding
         if holding.tied_elements and holding.is_first:
             self._gather_word_table()
-        actions = one_forward_one_backward(num_micro_batches, holding.stage, holding.num_stages, len(holding.runs))
+        actions = schedule_1f1b(num_micro_batches, holding.stage, holding.num_stages, len(holding.runs))
         for action in actions:
             if action.forward:
                 self._forward(holding.runs[action.run])

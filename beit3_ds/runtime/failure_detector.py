@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from beit3_ds.config import ParallelConfig
-from beit3_ds.runtime.heartbeat import Standings
+from beit3_ds.runtime.heartbeat import RankStatuses
 
 CALL_SECONDS = 5.0
 """How long ranks have to beat once they are called."""
@@ -21,10 +21,10 @@ class Verdict(NamedTuple):
     """Whether all ranks write the stacks of their threads first."""
 
 
-class Judgement:
-    """What rank 0 concludes from the beats of all ranks; `RollCall` says which verdicts there are."""
+class FailureDetector:
+    """What rank 0 concludes from the beats of all ranks; `Watchdog` says which verdicts there are."""
 
-    def __init__(self, parallel: ParallelConfig, standings: Standings, describe: Callable[[int], str]) -> None:
+    def __init__(self, parallel: ParallelConfig, standings: RankStatuses, describe: Callable[[int], str]) -> None:
         """Begins without a suspicion.
 
         Args:

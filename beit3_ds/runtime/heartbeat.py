@@ -40,14 +40,14 @@ def find_sleep(seconds: float, interval: float) -> float:
     return seconds - interval if seconds > 2 * interval else 0.0
 
 
-class _Standing:
+class _RankStatus:
     """What is known of one rank."""
 
     def __init__(self, beat: Heartbeat, now: float) -> None:
         self.beat, self.heard, self.unchanged_since = beat, now, now
 
 
-class Standings:
+class RankStatuses:
     """How long ago each rank gave a sign of life, and how long its main thread has been where it is.
 
     A rank is *lost* if its thread no longer beats: its process was stopped or killed, or its host or the link is down.
@@ -63,7 +63,7 @@ class Standings:
             interval: seconds between two calls of `update`; ages do not grow by what this process sleeps beyond them.
         """
         self._interval, self._updated = interval, time.monotonic()
-        self._ranks = [_Standing(beat, self._updated) for beat in beats]
+        self._ranks = [_RankStatus(beat, self._updated) for beat in beats]
 
     def update(self, beats: Sequence[Heartbeat]) -> None:
         """Takes the newest beats, rank by rank."""
@@ -125,6 +125,6 @@ class Standings:
         beat = standing.beat
         return f"step {beat.step}, {beat.phase}, for {self._age(standing):.0f} s"
 
-    def _age(self, standing: _Standing) -> float:
+    def _age(self, standing: _RankStatus) -> float:
         """How long the rank has said that it is where it is; what it has not said since, nobody knows."""
         return standing.heard - standing.unchanged_since

@@ -20,7 +20,7 @@ from beit3_ds.config import ConfigError
 from beit3_ds.cores import describe_cores, divide_cores
 from beit3_ds.parallel.mesh import join_ranks
 from beit3_ds.runtime.launch_environment import Launch
-from beit3_ds.runtime.versions import describe_software
+from beit3_ds.runtime.versions import describe_versions
 
 SILENCE_SECONDS = 60.0
 """How long rank 0's host may give no answer at all. One that refuses is up: its rank may still open its files."""
@@ -86,7 +86,7 @@ class Rendezvous:
         self._waits_for = f"the store at {self._place()}, which takes connections but does not answer"
         self._store = self._open_store(serves)
         own: dict[str, Any] = {"address": _own_address(*self._target()), "host": self._host}
-        own |= {"software": describe_software(), "cores": describe_cores()}
+        own |= {"software": describe_versions(), "cores": describe_cores()}
         self._store.set(f"rendezvous/{self._launch.rank}", json.dumps(own))
         addresses = self._gather(self._store) if self._launch.rank == 0 else self._hear(self._store)
         self.num_threads = json.loads(self._store.get("rendezvous/threads"))[self._launch.rank]

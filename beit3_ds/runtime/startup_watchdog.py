@@ -22,7 +22,7 @@ _IDLE_SHARE = 0.01
 _PACKAGE = str(Path(__file__).parents[1])
 
 
-class StartWatch:
+class StartupWatchdog:
     """A thread that watches the main thread until the ranks take steps together.
 
     If the file system hangs while files are opened, the main thread blocks for ever. Signals to stop then have no
@@ -109,9 +109,9 @@ class StartWatch:
 
 
 @contextmanager
-def watched_start(rank: int, received: Iterable[int], seconds: float) -> Iterator[StartWatch]:
-    """Watches until the block ends or until `StartWatch.stop`; takes the arguments of `StartWatch`."""
-    watch = StartWatch(rank, received, seconds)
+def watched_start(rank: int, received: Iterable[int], seconds: float) -> Iterator[StartupWatchdog]:
+    """Watches until the block ends or until `StartupWatchdog.stop`; takes the arguments of `StartupWatchdog`."""
+    watch = StartupWatchdog(rank, received, seconds)
     try:
         yield watch
     finally:

@@ -51,7 +51,7 @@ class StopSignals:
         self.received.add(number)
 
 
-class StopRequest:
+class SharedStopSignals:
     """Tells whether any rank was asked to stop, or has no data to continue with."""
 
     def __init__(self, signals: StopSignals, mesh: Mesh) -> None:

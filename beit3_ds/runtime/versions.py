@@ -6,7 +6,7 @@ import sys
 from beit3_ds.cluster.check.probe import Probe
 
 
-def describe_software() -> dict[str, str]:
+def describe_versions() -> dict[str, str]:
     """Versions of Python and of the packages that ranks must share, and a digest of the project's code.
 
     Of Python the first two numbers count, on which bytecode and wheels depend. Nothing is imported; the code is read.

@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from beit3_ds.config import ParallelConfig
 from beit3_ds.parallel.mesh import Mesh
-from beit3_ds.runtime.failure_detector import Judgement, Verdict
-from beit3_ds.runtime.heartbeat import Heartbeat, Standings, find_sleep
+from beit3_ds.runtime.failure_detector import FailureDetector, Verdict
+from beit3_ds.runtime.heartbeat import Heartbeat, RankStatuses, find_sleep
 
 _POLL_SECONDS = 1.0
 _GRACE_SECONDS = 5.0
@@ -26,7 +26,7 @@ _NOTHING = "nothing"
 _STORE_ERRORS = (RuntimeError, dist.DistError)
 
 
-class RollCall:
+class Watchdog:
     """Two threads on every rank: one talks to the other ranks through the rendezvous store, one watches that it can.
 
     Every rank beats: it writes what its main thread is doing, `Heartbeat`, under a key of its own. Rank 0 reads all
@@ -68,7 +68,7 @@ class RollCall:
             timeout=timedelta(seconds=_GRACE_SECONDS),
         )
         # torchrun's agents keep one store for all restarts.
-        self._store = dist.PrefixStore(f"roll_call/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        self._store = dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         self._lost_contact = ""
         self._count, self._beaten_at, self._state = 0, 0.0, "running"
         self._beat()
@@ -77,8 +77,8 @@ class RollCall:
                 self._store.set(key, _NOTHING)
         mesh.host.barrier()  # so that all ranks have written their keys
         watched = range(self._size) if self._rank == 0 else [0]
-        self._standings = Standings(self._read_beats(watched), self._poll_seconds)
-        self._judgement = Judgement(parallel, self._standings, self._describe)
+        self._standings = RankStatuses(self._read_beats(watched), self._poll_seconds)
+        self._judgement = FailureDetector(parallel, self._standings, self._describe)
         self._stopped, self._ended = threading.Event(), threading.Event()
         self._talked, self._obeys = time.monotonic(), False
         self._thread = threading.Thread(target=self._talk, name="roll call", daemon=True)

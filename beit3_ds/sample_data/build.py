@@ -30,21 +30,21 @@ MAX_IMAGE_BYTES = 1024
 IMAGE_SIZE = 64  # pixels, square
 NUM_PAIRS = 880
 NUM_IMAGES_PER_CATEGORY = 80
-PAIRS_HELDOUT_FRACTION = 0.10
-IMAGES_HELDOUT_FRACTION = 0.15
+PAIRS_VALIDATION_FRACTION = 0.10
+IMAGES_VALIDATION_FRACTION = 0.15
 MAX_SOURCE_PIXELS = 16_000_000
 
 # Novel -> (first, last) chapter taken, in this order; the last chapters of all are held out.
 CHAPTERS = {"NORTHANGER ABBEY": (1, 28), "PERSUASION": (1, 24)}
-NUM_HELDOUT_CHAPTERS = 2
+NUM_VALIDATION_CHAPTERS = 2
 
 OUTPUTS = (
     "pairs-train.tar",
-    "pairs-heldout.tar",
+    "pairs-validation.tar",
     "images-train.tar",
-    "images-heldout.tar",
+    "images-validation.tar",
     "text-train.txt",
-    "text-heldout.txt",
+    "text-validation.txt",
 )
 
 
@@ -162,17 +162,17 @@ def _split(groups: list[list[Sample]], fraction: float) -> tuple[list[Sample], l
     order = sorted(groups, key=lambda group: min(sample.candidate.name for sample in group))
     random.Random(1).shuffle(order)
     train: list[Sample] = []
-    heldout: list[Sample] = []
+    validation: list[Sample] = []
     for group in order:
         # The parts of a group that crosses categories go together: hold it out only if all of them have room.
         parts = [sample.candidate.category for sample in group]
         if len(group) <= 4 and all(parts.count(category) <= wanted[category] for category in parts):
-            heldout += group
+            validation += group
             for category in parts:
                 wanted[category] -= 1
         else:
             train += group
-    return train, heldout
+    return train, validation
 
 
 def write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
@@ -194,10 +194,10 @@ def _members(samples: list[Sample], prefix: str, suffix: str, first: int) -> Ite
 
 
 def _write_split(out: Path, kind: str, suffix: str, groups: list[list[Sample]], fraction: float) -> None:
-    """Write `KINDs-train.tar` and `KINDs-heldout.tar`; keys run on from one to the other."""
-    train, heldout = _split(groups, fraction)
+    """Write `KINDs-train.tar` and `KINDs-validation.tar`; keys run on from one to the other."""
+    train, validation = _split(groups, fraction)
     write_shard(out / f"{kind}s-train.tar", _members(train, kind, suffix, 0))
-    write_shard(out / f"{kind}s-heldout.tar", _members(heldout, kind, suffix, len(train)))
+    write_shard(out / f"{kind}s-validation.tar", _members(validation, kind, suffix, len(train)))
 
 
 def build_pairs(sources: Path, out: Path) -> None:
@@ -205,7 +205,7 @@ def build_pairs(sources: Path, out: Path) -> None:
     samples = [sample for sample in map(_process, read_pairs(sources)) if sample]
     # Faces differ in few pixels but in meaning, hence the high bounds.
     chosen = _choose(samples, NUM_PAIRS, duplicate=0.998)
-    _write_split(out, "pair", "txt", _group(chosen, alike=0.965), PAIRS_HELDOUT_FRACTION)
+    _write_split(out, "pair", "txt", _group(chosen, alike=0.965), PAIRS_VALIDATION_FRACTION)
 
 
 def build_images(sources: Path, out: Path) -> None:
@@ -220,7 +220,7 @@ def build_images(sources: Path, out: Path) -> None:
         for samples in by_category.values()
         for sample in _choose(samples, NUM_IMAGES_PER_CATEGORY, duplicate=0.96)
     ]
-    _write_split(out, "image", "json", _group(chosen, alike=0.93), IMAGES_HELDOUT_FRACTION)
+    _write_split(out, "image", "json", _group(chosen, alike=0.93), IMAGES_VALIDATION_FRACTION)
 
 
 def _chapters(lines: list[str]) -> list[list[str]]:
@@ -246,8 +246,8 @@ def build_text(sources: Path, out: Path) -> None:
         chapter for title, (first, last) in CHAPTERS.items() for chapter in _chapters(novels[title])[first - 1 : last]
     ]
     for name, part in (
-        ("train", chapters[:-NUM_HELDOUT_CHAPTERS]),
-        ("heldout", chapters[-NUM_HELDOUT_CHAPTERS:]),
+        ("train", chapters[:-NUM_VALIDATION_CHAPTERS]),
+        ("validation", chapters[-NUM_VALIDATION_CHAPTERS:]),
     ):
         paragraphs = [paragraph for chapter in part for paragraph in chapter]
         (out / f"text-{name}.txt").write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8", newline="\n")

@@ -28,7 +28,7 @@ class Candidate:
     name: str
     """Where it comes from inside its package; unique within a source."""
     series: str
-    """Look-alikes share a series, and a series is never cut by the held-out split."""
+    """Look-alikes share a series, and a series is never cut by the validation split."""
     category: str
     """The label to balance over; empty for pairs."""
     text: str

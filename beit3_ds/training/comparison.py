@@ -6,7 +6,7 @@ from typing import Any
 
 from beit3_ds.batch import LOSS_TERMS
 from beit3_ds.config import ConfigError
-from beit3_ds.training.metrics_log import History
+from beit3_ds.training.metrics_log import MetricsLog
 from beit3_ds.training.picture import new_figure, save_figure
 
 
@@ -56,7 +56,7 @@ def compare_runs(first: Path, second: Path) -> Comparison:
 
 
 def _train_records(folder: Path) -> dict[int, dict[str, Any]]:
-    records = History(folder / "metrics.jsonl").records()
+    records = MetricsLog(folder / "metrics.jsonl").records()
     if not records:
         raise ConfigError(f"{folder}: holds no metrics.jsonl of a run (training.output_dir).")
     return {record["step"]: record for record in records if record["kind"] == "train"}

@@ -8,7 +8,7 @@ import torch
 from beit3_ds.config import MicroBatchSize, RunConfig, StepShares, check_layout
 from beit3_ds.config.deepspeed_keys import unused_keys
 from beit3_ds.model import BEiT3
-from beit3_ds.planner import NodeSize, check_node, describe_host, describe_precision, describe_stages, host_needs
+from beit3_ds.planner import NodeSize, check_node, describe_host, describe_precision, describe_stages, host_requirements
 from beit3_ds.training.optimizer import decays
 from beit3_ds.training.start_checks import check_output_dir, check_software
 
@@ -67,7 +67,7 @@ def describe_run(
         rows["no effect"] = f"in ZeRO stage {stage}: {', '.join(idle)}"
     lines = [f"{name:<12} {value}" for name, value in rows.items()]
     ranks_per_node = min(ranks_per_node or _RANKS_PER_NODE, world_size)
-    needs = host_needs(config, world_size, ranks_per_node, decays)
+    needs = host_requirements(config, world_size, ranks_per_node, decays)
     check_node(needs, config, node or NodeSize())
     tables = [
         describe_stages(config, world_size, decays),

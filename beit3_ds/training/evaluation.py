@@ -1,4 +1,4 @@
-"""Held-out loss of each stream, and what a predictor that ignores the input would reach."""
+"""Validation loss of each stream, and what a predictor that ignores the input would reach."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -17,13 +17,14 @@ TERM_STREAMS = {"image_mim": "images", "text_mlm": "texts", "pair_mim": "pairs",
 """The stream whose samples each of `LOSS_TERMS` is computed on."""
 
 SourceNames = Mapping[str, Sequence[str]]
-"""Short names of the held-out sources of each stream, in the order of the configuration."""
+"""Short names of the validation sources of each stream, in the order of the configuration."""
 
 
-def heldout_source_names(data: DataConfig) -> dict[str, list[str]]:
-    """Returns short names of the held-out sources of each stream (`short_source_names`)."""
+def validation_source_names(data: DataConfig) -> dict[str, list[str]]:
+    """Returns short names of the validation sources of each stream (`short_source_names`)."""
     return {
-        name: short_source_names([source.path for source in stream.heldout]) for name, stream in data.streams().items()
+        name: short_source_names([source.path for source in stream.validation])
+        for name, stream in data.streams().items()
     }
 
 
@@ -35,7 +36,7 @@ def evaluate(
     device: torch.device,
     source_names: SourceNames,
 ) -> dict[str, float]:
-    """Returns the mean cross entropy of each loss term over the held-out batches of all ranks, in nats.
+    """Returns the mean cross entropy of each loss term over the validation batches of all ranks, in nats.
 
     Every rank has the same number of batches. Sends 8 elements per source of the stream with the most sources.
 
@@ -109,11 +110,11 @@ def unigram_entropies(
 ) -> dict[str, float]:
     """Returns the cross entropy of the best predictor that ignores its input, in nats, for each loss term.
 
-    It is the entropy of the frequencies of ids among all patches or tokens of the held-out samples of all ranks,
+    It is the entropy of the frequencies of ids among all patches or tokens of the validation samples of all ranks,
     without BOS, which is never predicted. Sends two visual and two text vocabularies of integers per source.
 
     Args:
-        batches: this rank's held-out batches.
+        batches: this rank's validation batches.
         visual_tokenizer: None on stages of a pipeline without heads.
         model: sizes of the vocabularies.
         mesh: the ranks.

@@ -27,7 +27,7 @@ class InitialWeights:
         Raises:
             ConfigError: if the weights cannot be read, or are of a model that cannot be adapted.
         """
-        self.weights = AdaptedWeights(PretrainedWeights(path), model, f"training.initial_weights={path}", seed=seed)
+        self.weights = AdaptedWeights(PretrainedWeights(path), model, f"training.init_from={path}", seed=seed)
         with torch.device("meta"):
             wanted = {name: parameter.shape for name, parameter in BEiT3(model).named_parameters()}
         self.absent = self.weights.check(wanted)
@@ -51,10 +51,10 @@ class InitialWeights:
 
 
 def open_initial_weights(config: RunConfig) -> InitialWeights | None:
-    """The weights that `training.initial_weights` names, if any.
+    """The weights that `training.init_from` names, if any.
 
     Raises:
         ConfigError: if they cannot be read, or are those of another model.
     """
-    path = config.training.initial_weights
+    path = config.training.init_from
     return InitialWeights(path, config.model, config.training.seed) if path else None

@@ -17,17 +17,17 @@ from beit3_ds.config import ConfigError, RunConfig
 from beit3_ds.data.order.run_order import POSITIONS, RunOrder
 from beit3_ds.parallel import Mesh
 from beit3_ds.pipeline.schedule import Schedule
-from beit3_ds.runtime.stop_signals import StopRequest, StopSignals
+from beit3_ds.runtime.stop_signals import SharedStopSignals, StopSignals
 from beit3_ds.storage_error import StorageError
 from beit3_ds.tokenizers.visual import VisualTokenizer
 from beit3_ds.training.broken_records import BROKEN_RECORDS, BrokenRecords, StepCounts, format_new_records
 from beit3_ds.training.csv_monitor import continue_csv_files
 from beit3_ds.training.engine import apply_update
-from beit3_ds.training.evaluation import evaluate, heldout_source_names
+from beit3_ds.training.evaluation import evaluate, validation_source_names
 from beit3_ds.training.learning_rate import learning_rate
 from beit3_ds.training.loss import build_loss_factors
 from beit3_ds.training.loss_spikes import LossSpikes, format_spike
-from beit3_ds.training.metrics_log import History
+from beit3_ds.training.metrics_log import MetricsLog
 from beit3_ds.training.progress import Progress, Update, format_evaluation, format_line
 from beit3_ds.training.skipped_steps import NonFiniteLossError, SkippedSteps
 from beit3_ds.training.step_feed import StepFeed
@@ -46,11 +46,11 @@ class Run:
     device: torch.device
     visual_tokenizer: VisualTokenizer | None
     """None on stages of a pipeline without heads."""
-    heldout: Iterable[PackedBatch]
-    read_heldout: Callable[[], None]
-    """Reads this rank's own held-out batches; returns early if the rank is asked to stop."""
+    validation: Iterable[PackedBatch]
+    read_validation: Callable[[], None]
+    """Reads this rank's own validation batches; returns early if the rank is asked to stop."""
     store: CheckpointStore
-    history: History
+    metrics_log: MetricsLog
     progress: Progress
     stragglers: Stragglers
     first_step: int
@@ -85,11 +85,11 @@ def resume(
     engine: DeepSpeedEngine,
     state: EngineState,
     store: CheckpointStore,
-    history: History,
+    metrics_log: MetricsLog,
     mesh: Mesh,
     total_steps: int,
 ) -> Resumption:
-    """Loads the newest whole checkpoint, if any, and drops the history of later steps. All ranks call it.
+    """Loads the newest whole checkpoint, if any, and drops the metrics of later steps. All ranks call it.
 
     Raises:
         ConfigError: if the checkpoint holds another model, belongs to other tokenizers, or is past `total_steps`.
@@ -105,7 +105,7 @@ def resume(
     if mesh.is_main:
         continue_csv_files(engine.monitor, first_step if newest else -1)
         if newest:
-            history.forget_after(first_step)
+            metrics_log.forget_after(first_step)
             print(f"resuming after step {first_step} from {newest.path}", flush=True)
             if first_step == total_steps:
                 print(
@@ -113,7 +113,7 @@ def resume(
                     "Raise total_steps to train longer.",
                     flush=True,
                 )
-        elif moved := history.move_aside():
+        elif moved := metrics_log.move_aside():
             print(f"there is no checkpoint to resume from; records of an earlier run are now in {moved}", flush=True)
     return Resumption(first_step, newest.index if newest else None)
 
@@ -139,7 +139,7 @@ def train(run: Run, steps: Iterable[StepBatch], signals: StopSignals) -> bool:
         NonFiniteLossError: if loss or gradients are not finite in `training.max_skipped_steps` steps in a row. The
             newest checkpoint then holds the weights from before these steps.
     """
-    stop = StopRequest(signals, run.mesh)
+    stop = SharedStopSignals(signals, run.mesh)
     if stop.agreed() and run.first_step < run.config.training.total_steps:
         _say(run, f"stopped on {stop.reason} before step {run.first_step + 1}; the same command goes on from there")
         return False
@@ -150,14 +150,14 @@ def train(run: Run, steps: Iterable[StepBatch], signals: StopSignals) -> bool:
         raise
 
 
-def _train(run: Run, steps: Iterable[StepBatch], stop: StopRequest) -> bool:
+def _train(run: Run, steps: Iterable[StepBatch], stop: SharedStopSignals) -> bool:
     config = run.config.training
     step_counts = StepCounts(run.broken_records, run.mesh)
     skipped, spikes = SkippedSteps(config.max_skipped_steps, run.mesh), LossSpikes()
     run.store.prepare(run.state)
     done, is_saved = run.first_step, True
     feed = StepFeed(steps, run.mesh.activity, done)
-    feed.attempt(run.read_heldout)
+    feed.attempt(run.read_validation)
     if not stop.agreed(feed.error) and done == 0:
         _evaluate_and_record(run, 0)
     if not stop.must_end and done < config.total_steps:
@@ -280,9 +280,9 @@ def _report(run: Run, done: int, skipped: SkippedSteps, spikes: LossSpikes) -> N
 
 
 def _evaluate_and_record(run: Run, done: int) -> None:
-    names = heldout_source_names(run.config.data)
-    terms = evaluate(run.schedule, run.heldout, run.visual_tokenizer, run.mesh, run.device, names)
-    record = {"step": done, "kind": "heldout", **terms}
+    names = validation_source_names(run.config.data)
+    terms = evaluate(run.schedule, run.validation, run.visual_tokenizer, run.mesh, run.device, names)
+    record = {"step": done, "kind": "validation", **terms}
     _record(run, record)
     _say(run, format_evaluation(record))
 
@@ -291,7 +291,7 @@ def _record(run: Run, record: dict[str, Any]) -> None:
     """Writes to metrics.jsonl and, through DeepSpeed's monitor, to CSV and TensorBoard."""
     if not run.mesh.is_main:
         return
-    run.history.append(record)
+    run.metrics_log.append(record)
     values = {key: value for key, value in record.items() if key != "step" and isinstance(value, int | float)}
     run.engine.monitor.write_events(
         [(f"{record['kind']}/{key}", value, record["step"]) for key, value in values.items()]

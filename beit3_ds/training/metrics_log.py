@@ -9,7 +9,7 @@ from typing import Any
 from beit3_ds.checkpoint.disk import write_whole
 
 
-class History:
+class MetricsLog:
     """Appends records and reads them back; each record has a "step"."""
 
     def __init__(self, path: Path) -> None:
@@ -61,4 +61,8 @@ def _parse(line: str) -> dict[str, Any] | None:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return None
+    if record.get("kind") == "heldout":  # its name in version 0.1
+        record["kind"] = "validation"
+    return record

@@ -18,16 +18,21 @@ def plot_losses(records: list[dict[str, Any]], baselines: dict[str, float], path
     """Draws each loss term in training and held out, with the unigram entropy as a dashed line.
 
     Args:
-        records: the run's history.
+        records: the run's metrics_log.
         baselines: unigram entropy of each term, in nats.
         path: the PNG to write.
     """
     figure, axes = new_figure(2, 2, (10, 7))
     for axis, term in zip(axes.flat, LOSS_TERMS, strict=True):
-        for kind, style in (("train", {"alpha": 0.6, "linewidth": 1}), ("heldout", {"marker": "o", "markersize": 4})):
+        for kind, style in (
+            ("train", {"alpha": 0.6, "linewidth": 1}),
+            ("validation", {"marker": "o", "markersize": 4}),
+        ):
             points = [(r["step"], r[term]) for r in records if r["kind"] == kind and term in r]
             if points:
-                axis.plot(*zip(*points, strict=True), label={"train": "training", "heldout": "held out"}[kind], **style)
+                axis.plot(
+                    *zip(*points, strict=True), label={"train": "training", "validation": "held out"}[kind], **style
+                )
         if term in baselines:
             axis.axhline(baselines[term], linestyle="--", color="gray", label="unigram entropy")
         axis.set_title(_TITLES[term])

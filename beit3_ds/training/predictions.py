@@ -1,4 +1,4 @@
-"""A page on which a person can look at what the model predicts for held-out samples."""
+"""A page on which a person can look at what the model predicts for validation samples."""
 
 import base64
 import html
@@ -36,7 +36,7 @@ def write_predictions(
     every code is drawn as the mean of the patches with this code in the batch.
 
     Args:
-        batch: a held-out micro-batch.
+        batch: a validation micro-batch.
         logits: the model's scores at the masked positions of the batch.
         text_tokenizer: turns ids into words; None without texts.
         visual_tokenizer: gives the codes of the original images; None without images.
@@ -56,7 +56,7 @@ def write_predictions(
     sections = [("Image-text pairs", pairs), ("Images", images), ("Texts", texts)]
     body = "".join(f"<h2>{title}</h2>{''.join(rows)}" for title, rows in sections if rows)
     note = (
-        "<p>Held-out samples. A masked token shows the guess, then the truth: <span class=hit>right</span>, "
+        "<p>Validation samples. A masked token shows the guess, then the truth: <span class=hit>right</span>, "
         "<span class=miss>guess</span> <small>truth</small>. Mosaics draw every visual code as the mean patch of the "
         "shown batch that has it.</p>"
     )

@@ -146,7 +146,7 @@ def format_evaluation(record: dict[str, Any]) -> str:
             sources = [(key.partition("/")[2], loss) for key, loss in record.items() if key.startswith(f"{term}/")]
             each = f" ({', '.join(f'{name} {loss:.3f}' for name, loss in sources)})" if sources else ""
             terms.append(f"{term} {record[term]:.3f}{each}")
-    return f"held-out at step {record['step']} | {'  '.join(terms)}"
+    return f"validation at step {record['step']} | {'  '.join(terms)}"
 
 
 def peak_memory_gib() -> float:

@@ -14,7 +14,7 @@ from beit3_ds.config import RunConfig
 from beit3_ds.parallel import Mesh
 
 
-def describe_setup(config: RunConfig, mesh: Mesh, state: EngineState, device: torch.device, first_step: int) -> str:
+def describe_startup(config: RunConfig, mesh: Mesh, state: EngineState, device: torch.device, first_step: int) -> str:
     """Gathers the line from all ranks, which all call it; sends a few words a rank.
 
     Args:

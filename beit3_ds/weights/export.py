@@ -101,10 +101,10 @@ def export_weights(
 def loading_hint(config: ModelConfig, out: Path, format: ExportFormat) -> str:
     """How to load what was exported, and for what it is exact."""
     if format == "beit3":
-        return f"Load it with BEiT3.from_pretrained({str(out)!r})."
+        return f"Workload it with BEiT3.from_pretrained({str(out)!r})."
     if format == "timm":
         return (
-            "Load it with timm; fc_norm is the model's final norm, which forward_features does not apply:\n"
+            "Workload it with timm; fc_norm is the model's final norm, which forward_features does not apply:\n"
             f"{timm_recipe_lines(config, str(out))}\n"
             "They are BEiT3.encode(images=images).images of the model; model(images) is fc_norm of the patches' mean."
         )

@@ -62,7 +62,7 @@ def out_projection(
     """Computes residual + factor * (LN(GELU(x)) @ w.T + b), each row with its own expert's parameters.
 
     If ranks divide the width of x, call it without biases, residual and factor: the result is then partial, is summed
-    over the ranks, and `add_branch` adds these once. A sub-LN then gathers two floats per row, and its backward pass
+    over the ranks, and `residual_add` adds these once. A sub-LN then gathers two floats per row, and its backward pass
     all-reduces two.
 
     Args:

@@ -1,7 +1,7 @@
 """Adds a branch to the residual stream, after the ranks that worked on it have been summed.
 
-On the CPU it is two passes of PyTorch's over one new tensor. On a GPU it is the operator `beit3_ds::add_branch` with
-the kernels of `add_branch_triton`, one pass, which were compiled ahead of time and interpreted, but never run on a GPU.
+On the CPU it is two passes of PyTorch's over one new tensor. On a GPU it is the operator `beit3_ds::residual_add` with
+the kernels of `kernels/triton/residual_add.py`, one pass (docs/kernels.md says what ran on a GPU).
 """
 
 # T packed rows, D width, E experts; expert e owns rows [stops[e - 1], stops[e]).
@@ -20,17 +20,17 @@ from beit3_ds.kernels.ops.numerics import check_rule, with_gradients
 from beit3_ds.kernels.ops.self_check import passes
 
 
-def add_branch_reference(
+def residual_add_reference(
     residual_TD: Tensor, partial_TD: Tensor, slices: Slices, biases: Sequence[Tensor], factor_T: Tensor | None
 ) -> Tensor:
-    """What `add_branch` computes, in plain PyTorch."""
+    """What `residual_add` computes, in plain PyTorch."""
     stream = residual_TD.dtype
     parts = [partial_TD[start:stop].to(stream) + b_D for (start, stop), b_D in zip(slices, biases, strict=True)]
     branch_TD = torch.cat(parts)
     return residual_TD + (branch_TD if factor_T is None else factor_T.unsqueeze(1) * branch_TD)
 
 
-def add_branch(
+def residual_add(
     residual_TD: Tensor, partial_TD: Tensor, slices: Slices, biases: Sequence[Tensor], factor_T: Tensor | None
 ) -> Tensor:
     """Computes y = residual + factor * (partial + bias of the row's expert), of the residual's dtype.
@@ -50,12 +50,12 @@ def add_branch(
     """
     stops = tuple(stop for _, stop in slices)
     kernels = runs_kernels(residual_TD, partial_TD.dtype)
-    y_TD: Tensor = _AddBranch.apply(residual_TD, partial_TD, factor_T, stops, kernels, *biases)
+    y_TD: Tensor = _ResidualAdd.apply(residual_TD, partial_TD, factor_T, stops, kernels, *biases)
     return y_TD
 
 
 def runs_kernels(residual_TD: Tensor, dtype: torch.dtype) -> bool:
-    """Returns whether `add_branch` uses the GPU's kernels (`fits_kernels`); otherwise it runs the CPU's code.
+    """Returns whether `residual_add` uses the GPU's kernels (`fits_kernels`); otherwise it runs the CPU's code.
 
     The CPU's code also runs on a device where the kernels fail their check at their first use (`self_check`).
 
@@ -70,7 +70,7 @@ def runs_kernels(residual_TD: Tensor, dtype: torch.dtype) -> bool:
 @lru_cache
 def _are_trusted(device: torch.device, dtype: torch.dtype, width: int, stream: torch.dtype) -> bool:
     rows = "" if stream == dtype else f", stream in {stream}"
-    name = f"add_branch in {dtype} of width {width}{rows}"
+    name = f"residual_add in {dtype} of width {width}{rows}"
     return passes(name, device, lambda: check_kernels(device, dtype, width, stream))
 
 
@@ -96,17 +96,17 @@ def check_kernels(device: torch.device, dtype: torch.dtype, width: int, stream: 
     for factor_T in (None, factors):
 
         def operator(residual_TD: Tensor, partial_TD: Tensor, *biases: Tensor, factor_T: Any = factor_T) -> Tensor:
-            y_TD: Tensor = _AddBranch.apply(residual_TD, partial_TD, factor_T, (37, 37, 61), True, *biases)
+            y_TD: Tensor = _ResidualAdd.apply(residual_TD, partial_TD, factor_T, (37, 37, 61), True, *biases)
             return y_TD
 
         def reference(residual_TD: Tensor, partial_TD: Tensor, *biases: Tensor, factor_T: Any = factor_T) -> Tensor:
             factor_T = None if factor_T is None else factor_T.to(residual_TD.dtype)
-            return add_branch_reference(residual_TD, partial_TD, ((0, 37), (37, 37), (37, 61)), biases, factor_T)
+            return residual_add_reference(residual_TD, partial_TD, ((0, 37), (37, 37), (37, 61)), biases, factor_T)
 
         check_rule(names, with_gradients(operator)(*inputs), with_gradients(reference), inputs)
 
 
-class _AddBranch(torch.autograd.Function):
+class _ResidualAdd(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -119,7 +119,7 @@ class _AddBranch(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(factor_T)
         ctx.stops, ctx.kernels, ctx.dtype = stops, kernels, partial_TD.dtype
-        add = torch.ops.beit3_ds.add_branch if kernels else _forward_plain
+        add = torch.ops.beit3_ds.residual_add if kernels else _forward_plain
         y_TD: Tensor = add(residual_TD.contiguous(), partial_TD.contiguous(), stops, biases, factor_T)
         return y_TD
 
@@ -127,7 +127,7 @@ class _AddBranch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         (factor_T,) = ctx.saved_tensors
-        differentiate = torch.ops.beit3_ds.add_branch_backward if ctx.kernels else _backward_plain
+        differentiate = torch.ops.beit3_ds.residual_add_backward if ctx.kernels else _backward_plain
         d_partial_TD, d_biases_ED = differentiate(dy_TD.contiguous(), ctx.stops, factor_T, ctx.dtype)
         if factor_T is None:
             d_partial_TD = dy_TD.to(ctx.dtype)  # dy itself, if the branch has the stream's dtype
@@ -135,11 +135,11 @@ class _AddBranch(torch.autograd.Function):
 
 
 _LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
-_LIBRARY.define("add_branch(Tensor residual, Tensor partial, int[] stops, Tensor[] biases, Tensor? factor) -> Tensor")
-_LIBRARY.define("add_branch_backward(Tensor dy, int[] stops, Tensor? factor, ScalarType dtype) -> (Tensor, Tensor)")
+_LIBRARY.define("residual_add(Tensor residual, Tensor partial, int[] stops, Tensor[] biases, Tensor? factor) -> Tensor")
+_LIBRARY.define("residual_add_backward(Tensor dy, int[] stops, Tensor? factor, ScalarType dtype) -> (Tensor, Tensor)")
 
 
-@torch.library.impl(_LIBRARY, "add_branch", "CPU")
+@torch.library.impl(_LIBRARY, "residual_add", "CPU")
 def _forward_plain(
     residual_TD: Tensor, partial_TD: Tensor, stops: Sequence[int], biases: Sequence[Tensor], factor_T: Tensor | None
 ) -> Tensor:
@@ -152,7 +152,7 @@ def _forward_plain(
     return torch.addcmul(residual_TD, y_TD, factor_T.unsqueeze(1), out=y_TD)
 
 
-@torch.library.impl(_LIBRARY, "add_branch_backward", "CPU")
+@torch.library.impl(_LIBRARY, "residual_add_backward", "CPU")
 def _backward_plain(
     dy_TD: Tensor, stops: Sequence[int], factor_T: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -162,7 +162,7 @@ def _backward_plain(
     return torch.empty_like(dy_TD[:0], dtype=dtype) if factor_T is None else d_partial_TD.to(dtype), d_biases_ED
 
 
-@torch.library.impl(_LIBRARY, "add_branch", "CUDA")
+@torch.library.impl(_LIBRARY, "residual_add", "CUDA")
 def _forward_cuda(
     residual_TD: Tensor, partial_TD: Tensor, stops: Sequence[int], biases: Sequence[Tensor], factor_T: Tensor | None
 ) -> Tensor:
@@ -171,7 +171,7 @@ def _forward_cuda(
     return forward(residual_TD, partial_TD, stops, biases, factor_T, row_tiling(residual_TD))
 
 
-@torch.library.impl(_LIBRARY, "add_branch_backward", "CUDA")
+@torch.library.impl(_LIBRARY, "residual_add_backward", "CUDA")
 def _backward_cuda(
     dy_TD: Tensor, stops: Sequence[int], factor_T: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -180,14 +180,14 @@ def _backward_cuda(
     return backward(dy_TD, stops, factor_T, row_tiling(dy_TD), dtype)
 
 
-@torch.library.register_fake("beit3_ds::add_branch", lib=_LIBRARY)
+@torch.library.register_fake("beit3_ds::residual_add", lib=_LIBRARY)
 def _forward_fake(
     residual_TD: Tensor, partial_TD: Tensor, stops: Sequence[int], biases: Sequence[Tensor], factor_T: Tensor | None
 ) -> Tensor:
     return torch.empty_like(residual_TD)
 
 
-@torch.library.register_fake("beit3_ds::add_branch_backward", lib=_LIBRARY)
+@torch.library.register_fake("beit3_ds::residual_add_backward", lib=_LIBRARY)
 def _backward_fake(
     dy_TD: Tensor, stops: Sequence[int], factor_T: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:

@@ -109,14 +109,14 @@ def variants(architecture: int) -> list[Variant]:
     stream = dict.fromkeys(("residual_ptr", "factor_ptr", "y_ptr", "dy_ptr"), "fp32")
     mixed = [
         build_row_variant(
-            architecture, "add_branch", kernel, "bf16", width, {"FACTOR": factor}, f"{note} fp32 stream", stream
+            architecture, "residual_add", kernel, "bf16", width, {"FACTOR": factor}, f"{note} fp32 stream", stream
         )
         for width in (768, 1024, 1408)
         for kernel in (forward_kernel, backward_kernel)
         for factor, note in ((True, ""), (False, " alone"))
     ]
     return mixed + [
-        build_row_variant(architecture, "add_branch", kernel, *case, {"FACTOR": factor}, "" if factor else " alone")
+        build_row_variant(architecture, "residual_add", kernel, *case, {"FACTOR": factor}, "" if factor else " alone")
         for case in cases
         for kernel in (forward_kernel, backward_kernel)
         for factor in (True, False)

@@ -115,7 +115,7 @@ class Trained(NamedTuple):
 
 def check_cells(cells: list[KeyCell], root: Path) -> list[str | None]:
     """Runs on each of two ranks; returns the fault of each cell, or None."""
-    from beit3_ds.training.engine import init_process_group
+    from beit3_ds.runtime.process_group import init_process_group
 
     mesh = init_process_group(KeyCell((), 0).config(1).parallel)
     plain: dict[KeyCell, list[Tensor]] = {}

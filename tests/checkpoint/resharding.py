@@ -90,7 +90,8 @@ def start(
     setup: Setup, folder: Path, *, seed: int, mesh: Mesh | None = None
 ) -> tuple[Mesh, Schedule, EngineState, CheckpointStore]:
     """A fresh engine with initial values drawn from `seed`, and the checkpoints in `folder`."""
-    from beit3_ds.training.engine import build_schedule, init_process_group
+    from beit3_ds.runtime.process_group import init_process_group
+    from beit3_ds.training.engine import build_schedule
 
     config = setup.config(seed)
     mesh = mesh or init_process_group(config.parallel)

@@ -51,7 +51,7 @@ def run_with_kills(run: TrainingRun, duration: float, max_kills: int, draw: rand
         if resumed := re.search(r"^resuming after step (\d+) ", run.output(), re.MULTILINE):
             assert int(resumed[1]) >= told, run.output()
         elif told:
-            assert not re.search(r"^(step|held-out)", run.output(), re.MULTILINE), "it began anew"
+            assert not re.search(r"^(step|validation)", run.output(), re.MULTILINE), "it began anew"
         assert "is not whole" not in run.output(), "kill -9 tore a checkpoint that had its name"
         told = max(told, run.reported_step())
         if statuses == [0] * len(statuses):

@@ -11,11 +11,11 @@ from beit3_ds.cli.main import main
 
 def test_prepares_and_goes_on(run_mapping: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "run.json"
-    run_mapping["beit3_ds"]["data"]["prepared_dir"] = str(tmp_path / "prepared")
+    run_mapping["beit3_ds"]["data"]["cache_dir"] = str(tmp_path / "prepared")
     config.write_text(json.dumps(run_mapping))
     stats = ["prepare", "stats", str(config), "--samples", "2"]
     assert main(stats) == 0
-    assert capsys.readouterr().out.count("not prepared yet") == 2  # training and held-out texts
+    assert capsys.readouterr().out.count("not prepared yet") == 2  # training and validation texts
     assert main(["prepare", "texts", str(config), "--part", "1/2", "--processes", "1"]) == 0
     assert "1 files wait for pieces of other parts" in capsys.readouterr().out
     assert main(["prepare", "texts", str(config), "--processes", "1"]) == 0

@@ -24,7 +24,16 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "section": (lambda m: m["beit3_ds"].update(trainning={}), r"unknown key 'trainning'.*'training'"),
     "model": (lambda m: own(m, "model").update(hidden_sise=1), r"beit3_ds\.model.*'hidden_sise'.*'hidden_size'"),
     "with a size": (lambda m: own(m, "model").update(size="base", num_heds=1), r"unknown key 'num_heds'"),
-    "stream": (lambda m: own(m, "data")["pairs"].update(held_out=[]), r"data\.pairs.*'held_out'.*'heldout'"),
+    "stream": (lambda m: own(m, "data")["pairs"].update(validatoin=[]), r"data\.pairs.*'validatoin'.*'validation'"),
+    "old name": (
+        lambda m: own(m, "data")["pairs"].update(heldout=[]),
+        r"data\.pairs.*'heldout' is called 'validation'",
+    ),
+    "old folder": (lambda m: own(m, "data").update(prepared_dir="x"), r"'prepared_dir' is called 'cache_dir' now"),
+    "old weights": (
+        lambda m: own(m, "training").update(initial_weights="x"),
+        r"'initial_weights' is called 'init_from'",
+    ),
     "source": (lambda m: own(m, "data")["pairs"].update(train=[{"pth": "a"}]), r"train\[0\].*'pth'.*'path'"),
     "no pattern": (lambda m: own(m, "data")["pairs"].update(train=[3]), r"train\[0\]: expected a JSON object, got int"),
     "some weights": (
@@ -35,9 +44,9 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda m: own(m, "data")["pairs"].update(train=[{"path": "b.tar", "weight": 0}]),
         r"data\.pairs\.train\[0\]\.weight is 0; it must be between 1e-06 and",
     ),
-    "held-out weight": (
-        lambda m: own(m, "data")["pairs"].update(heldout=[{"path": "b.tar", "weight": 1}]),
-        r"held-out source 'b\.tar'.*Remove it",
+    "validation weight": (
+        lambda m: own(m, "data")["pairs"].update(validation=[{"path": "b.tar", "weight": 1}]),
+        r"validation source 'b\.tar'.*Remove it",
     ),
     "images as texts": (
         lambda m: own(m, "data")["texts"].update(train=[{"path": "b.tar", "format": "tar"}]),

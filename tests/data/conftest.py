@@ -73,7 +73,7 @@ def sample_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             members |= {f"pair{i}.png": _random_png(rng), f"pair{i}.txt": _sentence(rng).encode()}
         _write_tar(folder / f"pairs-{shard}.tar", members)
     (folder / "text.txt").write_text("\n\n".join(_sentence(rng) for _ in range(60)))
-    shutil.copytree(folder, folder / "heldout")
+    shutil.copytree(folder, folder / "validation")
     return {name: str(folder / pattern) for name, pattern in _PATTERNS.items()}
 
 
@@ -97,11 +97,13 @@ def build_config(sample_files: dict[str, str]) -> BuildConfig:
         data: Mapping[str, object] | None = None,
         training: Mapping[str, object] | None = None,
     ) -> RunConfig:
-        heldout = {name: str(Path(path).parent / "heldout" / Path(path).name) for name, path in sample_files.items()}
-        heldout, files = heldout | dict(files or {}), sample_files | dict(files or {})
+        validation = {
+            name: str(Path(path).parent / "validation" / Path(path).name) for name, path in sample_files.items()
+        }
+        validation, files = validation | dict(files or {}), sample_files | dict(files or {})
         sizes = {"images": images, "pairs": pairs, "texts": texts}
         streams = {
-            name: {"train": [files[name]], "heldout": [heldout[name]], "samples_per_step": size}
+            name: {"train": [files[name]], "validation": [validation[name]], "samples_per_step": size}
             for name, size in sizes.items()
         }
         model = {"num_layers": 3, "hidden_size": 16, "ffn_hidden_size": 16, "num_attention_heads": 2}

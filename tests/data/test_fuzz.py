@@ -45,7 +45,7 @@ class Tar(NamedTuple):
     path: Path
     data: bytes
     index: ShardIndex
-    prepared_dir: str
+    cache_dir: str
 
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
@@ -120,16 +120,16 @@ def check_indexed(tar: Tar, data: bytes) -> None:
     """A tar with the index of the sound one."""
     if len(data) != len(tar.data):
         with pytest.raises(ConfigError, match="has size"):
-            TarShards([str(tar.path)], tar.prepared_dir)
+            TarShards([str(tar.path)], tar.cache_dir)
         return
-    shards = TarShards([str(tar.path)], tar.prepared_dir)
+    shards = TarShards([str(tar.path)], tar.cache_dir)
     for i in range(len(shards)):
         for read in (shards.image, shards.caption):
             with contextlib.suppress(BrokenRecord):
                 read(i)
     own = all(data[o : o + s] == tar.data[o : o + s] for o, s in members(tar.index).values())
     try:
-        prepare_indices([str(tar.path)], tar.prepared_dir, verify=True, num_processes=1)
+        prepare_indices([str(tar.path)], tar.cache_dir, verify=True, num_processes=1)
     except ConfigError:
         assert data != tar.data  # damage to members that are no samples is a reason, too
     else:
@@ -165,11 +165,11 @@ def test_damaged_index_files(tars: list[Tar], cases: range) -> None:
     opened = 0
     for case in cases:
         rng, tar = np.random.default_rng(case), tars[case % len(tars)]
-        path = Path(index_path(tar.prepared_dir, str(tar.path)))
+        path = Path(index_path(tar.cache_dir, str(tar.path)))
         whole = path.read_bytes()
         path.write_bytes(GENERAL_DAMAGE[rng.integers(len(GENERAL_DAMAGE))](whole, rng))
         with time_limit(), contextlib.suppress(ConfigError):
-            shards = TarShards([str(tar.path)], tar.prepared_dir)
+            shards = TarShards([str(tar.path)], tar.cache_dir)
             opened += 1
             for i in range(len(shards)):
                 for read in (shards.image, shards.caption):

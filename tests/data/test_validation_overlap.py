@@ -1,4 +1,4 @@
-"""Held-out files that are trained on are refused, whatever names them."""
+"""Validation files that are trained on are refused, whatever names them."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import pytest
 
 from beit3_ds.cli import main as cli
 from beit3_ds.config import ConfigError, DataConfig, SourceConfig, StreamConfig
-from beit3_ds.data.validation_overlap import check_heldout_apart
+from beit3_ds.data.validation_overlap import check_validation_apart
 from tests.run_config import quickstart_mapping
 
 Files = Mapping[str, tuple[Sequence[str], Sequence[str]]]
@@ -38,9 +38,11 @@ def _config(folder: Path, samples_per_step: int = 1, **files: tuple[Sequence[str
 
     streams = {
         stream: StreamConfig(
-            train=tuple(map(source, train)), heldout=tuple(map(source, heldout)), samples_per_step=samples_per_step
+            train=tuple(map(source, train)),
+            validation=tuple(map(source, validation)),
+            samples_per_step=samples_per_step,
         )
-        for stream, (train, heldout) in files.items()
+        for stream, (train, validation) in files.items()
     }
     none = StreamConfig(train=(), samples_per_step=0)
     return DataConfig(**{name: streams.get(name, none) for name in ("images", "pairs", "texts")})
@@ -65,9 +67,9 @@ def _config(folder: Path, samples_per_step: int = 1, **files: tuple[Sequence[str
 )
 def test_shared_files_are_refused(folder: Path, files: Files) -> None:
     with pytest.raises(
-        ConfigError, match=r"training source .* and the held-out source .*(are the same|in one another)"
+        ConfigError, match=r"training source .* and the validation source .*(are the same|in one another)"
     ):
-        check_heldout_apart(_config(folder, **files))
+        check_validation_apart(_config(folder, **files))
 
 
 @pytest.mark.parametrize(
@@ -81,25 +83,25 @@ def test_shared_files_are_refused(folder: Path, files: Files) -> None:
     ],
 )
 def test_other_files_are_accepted(folder: Path, files: Files) -> None:
-    check_heldout_apart(_config(folder, **files))
+    check_validation_apart(_config(folder, **files))
 
 
 def test_a_stream_that_is_left_out_trains_on_nothing(folder: Path) -> None:
-    check_heldout_apart(_config(folder, samples_per_step=0, images=(["a.tar"], ["a.tar"])))
+    check_validation_apart(_config(folder, samples_per_step=0, images=(["a.tar"], ["a.tar"])))
 
 
 def test_files_that_are_not_there_are_no_overlap(folder: Path) -> None:
     config = _config(folder, images=(["gone-*.tar"], ["gone-*.tar"]), texts=(["a.txt"], ["hard.txt"]))
     with pytest.raises(ConfigError, match="no file matches"):
-        check_heldout_apart(config)
+        check_validation_apart(config)
     with pytest.raises(ConfigError, match="are the same"):
-        check_heldout_apart(config, must_exist=False)
-    check_heldout_apart(_config(folder, images=(["gone.tar"], ["gone.tar"])), must_exist=False)
+        check_validation_apart(config, must_exist=False)
+    check_validation_apart(_config(folder, images=(["gone.tar"], ["gone.tar"])), must_exist=False)
 
 
 def test_check_refuses_a_shared_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = quickstart_mapping()
-    content["beit3_ds"]["data"]["texts"] |= {"train": [str(folder / "a.txt")], "heldout": [str(folder / "hard.txt")]}
+    content["beit3_ds"]["data"]["texts"] |= {"train": [str(folder / "a.txt")], "validation": [str(folder / "hard.txt")]}
     (folder / "run.json").write_text(json.dumps(content))
     assert cli.main(["check", str(folder / "run.json")]) == 2
     assert "are the same" in capsys.readouterr().err
@@ -113,7 +115,7 @@ def test_check_refuses_a_file_of_two_sources(
 ) -> None:
     """Catches sources that `check` accepts and a run refuses."""
     content = quickstart_mapping()
-    content["beit3_ds"]["data"]["texts"] |= {"train": [str(folder / name) for name in sources], "heldout": []}
+    content["beit3_ds"]["data"]["texts"] |= {"train": [str(folder / name) for name in sources], "validation": []}
     (folder / "run.json").write_text(json.dumps(content))
     assert cli.main(["check", str(folder / "run.json")]) == 2
     error = capsys.readouterr().err

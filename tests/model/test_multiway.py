@@ -17,7 +17,7 @@ EXPERTS = ("vision", "language")
 
 def measure(offset: float, gelu: bool) -> list[tuple[Tensor, Tensor]]:
     """Ours and expected, of one rank: output and all gradients."""
-    from beit3_ds.training.engine import init_process_group
+    from beit3_ds.runtime.process_group import init_process_group
 
     mesh = init_process_group(ParallelConfig(tensor_parallel_size=RANKS))
     batch = random_batch(small_model_config(), 1, 1, 2)

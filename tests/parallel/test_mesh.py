@@ -7,13 +7,13 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beit3_ds.config import ConfigError, ParallelConfig, Place
-from beit3_ds.parallel import Mesh, Shared
+from beit3_ds.config import ConfigError, ParallelConfig, RankCoords
+from beit3_ds.parallel import BroadcastBatches, Mesh
 from tests.ranks import run_ranks
 
 
 def build_mesh(parallel: ParallelConfig) -> Mesh:
-    from beit3_ds.training.engine import init_process_group
+    from beit3_ds.runtime.process_group import init_process_group
 
     return init_process_group(parallel)
 
@@ -24,10 +24,10 @@ def test_every_rank_has_a_place_of_its_own(pipeline: int, data: int, tensor: int
     world_size = pipeline * data * tensor
     assert parallel.data_parallel_size(world_size) == data
     places = [parallel.place(rank, world_size) for rank in range(world_size)]
-    assert places == [Place(p, d, t) for p in range(pipeline) for d in range(data) for t in range(tensor)]
+    assert places == [RankCoords(p, d, t) for p in range(pipeline) for d in range(data) for t in range(tensor)]
 
 
-def measure_sums() -> tuple[Place, list[float]]:
+def measure_sums() -> tuple[RankCoords, list[float]]:
     import torch
 
     mesh = build_mesh(ParallelConfig(pipeline_parallel_size=2, tensor_parallel_size=2))
@@ -44,7 +44,7 @@ def measure_sums() -> tuple[Place, list[float]]:
 def test_groups_run_along_their_axes() -> None:
     """Every rank holds a digit of its own, so a sum shows which ranks it is over."""
     results = run_ranks(measure_sums, 8)
-    assert [place for place, _ in results] == [Place(p, d, t) for p in (0, 1) for d in (0, 1) for t in (0, 1)]
+    assert [place for place, _ in results] == [RankCoords(p, d, t) for p in (0, 1) for d in (0, 1) for t in (0, 1)]
     for place, (data, model, tensor, *of_hosts, last) in results:
         p, d, t = place
         assert data == sum(10 ** (4 * p + 2 * i + t) for i in (0, 1))
@@ -67,7 +67,7 @@ class Item:
     number: int
     pixels: str | None
 
-    def abridged(self) -> "Item":
+    def without_pixels(self) -> "Item":
         return Item(self.number, None)
 
     def fingerprint(self) -> str:
@@ -93,7 +93,7 @@ def measure_sharing(stages: int, fault: str) -> tuple[list[tuple[int, str | None
 
     seen, message = [], ""
     try:
-        for item in Shared(items(), mesh, Item):
+        for item in BroadcastBatches(items(), mesh, Item):
             seen.append((item.number, item.pixels))
     except ConfigError as error:
         message = str(error)

@@ -39,7 +39,7 @@ def test_vocabulary_parts_cover_it_once_and_are_equal(size: int, vocab: int) -> 
 
 
 def build_mesh() -> Mesh:
-    from beit3_ds.training.engine import init_process_group
+    from beit3_ds.runtime.process_group import init_process_group
 
     return init_process_group(ParallelConfig(tensor_parallel_size=RANKS))
 

@@ -1,4 +1,4 @@
-"""DeepSpeed is still wrong where `pipeline.seams` and `ModelParallelUnit` work around it.
+"""DeepSpeed is still wrong where `pipeline.deepspeed_compat` and `ModelParallelUnit` work around it.
 
 Each workaround is undone inside the ranks. A test that fails here says that a new DeepSpeed may no longer need it.
 """
@@ -27,27 +27,27 @@ MODEL = "paper"
 
 
 def undo_trace_check(patch: pytest.MonkeyPatch) -> None:
-    from beit3_ds.pipeline import deepspeed_compat as seams
+    from beit3_ds.pipeline import deepspeed_compat as deepspeed_compat
 
-    patch.setattr(seams, "_compare_traces_among_data_parallel_ranks", lambda mesh: None)
+    patch.setattr(deepspeed_compat, "_compare_traces_among_data_parallel_ranks", lambda mesh: None)
 
 
 def undo_clearing_of_marks(patch: pytest.MonkeyPatch) -> None:
-    from beit3_ds.pipeline import deepspeed_compat as seams
+    from beit3_ds.pipeline import deepspeed_compat as deepspeed_compat
 
     def backward(engine: Any, loss: torch.Tensor, *, is_last: bool) -> None:
         engine.set_gradient_accumulation_boundary(is_last)
         engine.backward(loss)
 
-    patch.setattr(seams, "backward", backward)
+    patch.setattr(deepspeed_compat, "backward", backward)
 
 
 def undo_zero3_norm(patch: pytest.MonkeyPatch) -> None:
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
-    from beit3_ds.pipeline import deepspeed_compat as seams
+    from beit3_ds.pipeline import deepspeed_compat as deepspeed_compat
 
-    adapt_engine = seams.adapt_engine
+    adapt_engine = deepspeed_compat.adapt_engine
 
     def adapt(engine: Any, mesh: Any) -> None:
         adapt_engine(engine, mesh)
@@ -55,7 +55,7 @@ def undo_zero3_norm(patch: pytest.MonkeyPatch) -> None:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=SECONDS), mesh.model_parallel_group)
         engine.optimizer._get_norm_groups = DeepSpeedZeroOptimizer_Stage3._get_norm_groups.__get__(engine.optimizer)
 
-    patch.setattr(seams, "adapt_engine", adapt)
+    patch.setattr(deepspeed_compat, "adapt_engine", adapt)
 
 
 def undo_model_parallel_group(patch: pytest.MonkeyPatch) -> None:
@@ -68,9 +68,9 @@ def undo_model_parallel_group(patch: pytest.MonkeyPatch) -> None:
 
 
 def undo_clearing_of_buffer(patch: pytest.MonkeyPatch) -> None:
-    from beit3_ds.pipeline import deepspeed_compat as seams
+    from beit3_ds.pipeline import deepspeed_compat as deepspeed_compat
 
-    patch.setattr(seams, "begin_step", lambda engine, num_runs: None)
+    patch.setattr(deepspeed_compat, "begin_step", lambda engine, num_runs: None)
 
 
 def let_engine_accumulate(patch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,7 @@ def measure(
     seconds: int,
 ) -> list[dict[str, float] | str]:
     """On one rank: how much of the allowed error each tensor has without a workaround, or the error that ended it."""
-    from beit3_ds.training.engine import init_process_group
+    from beit3_ds.runtime.process_group import init_process_group
 
     mesh = init_process_group(config_for(0, **layout.parallel | {"timeout_seconds": seconds}).parallel)
     results: list[dict[str, float] | str] = []
@@ -194,15 +194,15 @@ def test_gradients_of_the_step_before_stay_in_the_buffer(reference: Reference) -
 
 def measure_bf16_norms() -> tuple[float, float]:
     """On one rank: with and without marks."""
-    from beit3_ds.pipeline import deepspeed_compat as seams
-    from beit3_ds.training.engine import init_process_group
+    from beit3_ds.pipeline import deepspeed_compat as deepspeed_compat
+    from beit3_ds.runtime.process_group import init_process_group
 
     layout = Layout(2, 1, 1)
     mesh = init_process_group(config_for(0, **layout.parallel).parallel)
     config = config_for(0, MODEL, bf16=True, **layout.parallel)
     norm = measure_steps(config, mesh, DEALS, num_steps=1)["norm 0"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(seams, "begin_update", lambda engine: None)
+        patch.setattr(deepspeed_compat, "begin_update", lambda engine: None)
         return float(norm), float(measure_steps(config, mesh, DEALS, num_steps=1)["norm 0"])
 
 
@@ -217,12 +217,12 @@ def count_reductions() -> list[int]:
     """Buffers of gradients that a step on one rank without ZeRO copies: as it is, and with the workaround undone."""
     from deepspeed import DeepSpeedEngine
 
-    from beit3_ds.pipeline import deepspeed_compat as seams
-    from beit3_ds.training.engine import init_process_group
+    from beit3_ds.pipeline import deepspeed_compat as deepspeed_compat
+    from beit3_ds.runtime.process_group import init_process_group
 
     config = config_for(0, MODEL)
     mesh = init_process_group(config.parallel)
-    adapt_engine, copy = seams.adapt_engine, DeepSpeedEngine.allreduce_and_copy
+    adapt_engine, copy = deepspeed_compat.adapt_engine, DeepSpeedEngine.allreduce_and_copy
     counts = []
 
     def undo(engine: Any, mesh: Any) -> None:
@@ -236,7 +236,7 @@ def count_reductions() -> list[int]:
     for adapt in (adapt_engine, undo):
         counts.append(0)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(seams, "adapt_engine", adapt)
+            patch.setattr(deepspeed_compat, "adapt_engine", adapt)
             patch.setattr(DeepSpeedEngine, "allreduce_and_copy", count)
             measure_steps(config, mesh, DEALS, num_steps=1)
     return counts
@@ -250,9 +250,9 @@ def test_one_rank_copies_all_gradients_to_reduce_them() -> None:
 def test_another_version_of_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import deepspeed
 
-    from beit3_ds.pipeline import deepspeed_compat as seams
+    from beit3_ds.pipeline import deepspeed_compat as deepspeed_compat
 
-    spec = importlib.util.spec_from_file_location("another_seams", str(seams.__file__))
+    spec = importlib.util.spec_from_file_location("another_seams", str(deepspeed_compat.__file__))
     assert spec is not None and spec.loader is not None
     monkeypatch.setattr(deepspeed, "__version__", "0.0.1")
     with pytest.raises(ImportError, match=r"DeepSpeed 0\.0\.1 is installed, but .* pip install deepspeed=="):

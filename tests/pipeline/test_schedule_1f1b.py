@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beit3_ds.pipeline.schedule_1f1b import Action, one_forward_one_backward
+from beit3_ds.pipeline.schedule_1f1b import Action, schedule_1f1b
 
 Channel = tuple[bool, int, int]
 """Whether activations travel, the sending and the receiving stage."""
@@ -28,7 +28,7 @@ class Stage:
     def __init__(self, stage: int, sizes: tuple[int, int, int], channels: dict[Channel, deque[Any]]) -> None:
         micro_batches, self.num_stages, self.num_runs = sizes
         self.stage, self.channels = stage, channels
-        self.actions = deque(one_forward_one_backward(micro_batches, stage, self.num_stages, self.num_runs))
+        self.actions = deque(schedule_1f1b(micro_batches, stage, self.num_stages, self.num_runs))
         self.asked = self.source(self.actions[0])
         self.in_flight = self.most_in_flight = 0
 
@@ -65,7 +65,7 @@ class Stage:
 def test_every_pass_once_and_forward_first(sizes: tuple[int, int, int]) -> None:
     micro_batches, num_stages, num_runs = sizes
     for stage in range(num_stages):
-        actions = one_forward_one_backward(micro_batches, stage, num_stages, num_runs)
+        actions = schedule_1f1b(micro_batches, stage, num_stages, num_runs)
         expected = {Action(f, m, r) for f in (True, False) for m in range(micro_batches) for r in range(num_runs)}
         assert len(actions) == len(expected) and set(actions) == expected
         place = {action: i for i, action in enumerate(actions)}

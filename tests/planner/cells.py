@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from beit3_ds.batch import PackedBatch
-from beit3_ds.config import Place, RunConfig, build_run_config
-from beit3_ds.planner import Holding, Load, build_holding, load_of
+from beit3_ds.config import RankCoords, RunConfig, build_run_config
+from beit3_ds.planner import RankModel, Workload, build_rank_model, workload_of
 from tests.batches import random_batch
 from tests.run_config import small_run_mapping
 
@@ -28,7 +28,7 @@ TIED = {"tie_word_embeddings": True}
 class SeenTraffic(NamedTuple):
     """What one rank was seen to send in the second step."""
 
-    place: Place
+    place: RankCoords
     traffic: dict[tuple[str, str], tuple[int, int]]
     """Calls and bytes by axis and kind."""
 
@@ -36,7 +36,7 @@ class SeenTraffic(NamedTuple):
 class SeenMemory(NamedTuple):
     """What one rank was seen to keep in the second step."""
 
-    place: Place
+    place: RankCoords
     states: dict[str, int]
     """Bytes by part, while the last micro-batch is under way."""
     buckets: int
@@ -87,16 +87,16 @@ def drops(config: RunConfig) -> bool:
     return config.model.drop_path_rate > 0
 
 
-def loads_of(config: RunConfig, data_rank: int) -> list[Load]:
+def loads_of(config: RunConfig, data_rank: int) -> list[Workload]:
     """What the model of costs is told of the second step."""
-    return [load_of(batch) for batch in micro_batches_of(config, data_rank, step=1)]
+    return [workload_of(batch) for batch in micro_batches_of(config, data_rank, step=1)]
 
 
-def holding_of(config: RunConfig, ranks: int, place: Place) -> Holding:
+def holding_of(config: RunConfig, ranks: int, place: RankCoords) -> RankModel:
     """The part of the model at one place."""
     from beit3_ds.training.optimizer import decays
 
-    return build_holding(config, ranks, decays, place.pipeline, place.tensor)
+    return build_rank_model(config, ranks, decays, place.pipeline, place.tensor)
 
 
 def measure_traffic(configs: list[RunConfig]) -> list[SeenTraffic]:
@@ -116,7 +116,8 @@ def _measure(configs: list[RunConfig], observe: Callable[..., Any]) -> list[Any]
     data-parallel peers must have had as many modules before. So layouts with a pipeline come last.
     """
     from beit3_ds.parallel import build_mesh
-    from beit3_ds.training.engine import build_schedule, init_process_group
+    from beit3_ds.runtime.process_group import init_process_group
+    from beit3_ds.training.engine import build_schedule
     from beit3_ds.training.loss import build_loss_factors
 
     mesh = init_process_group(configs[0].parallel)

@@ -7,7 +7,7 @@ import pytest
 
 from beit3_ds.config import ConfigError, RunConfig, build_run_config, load_run_config
 from beit3_ds.config.prefetch import plan_prefetch
-from beit3_ds.planner import HostNeeds, NodeSize, check_node, describe_host, host_needs
+from beit3_ds.planner import HostRequirements, NodeSize, check_node, describe_host, host_requirements
 from tests.run_config import small_run_mapping
 
 GIB = 1 << 30
@@ -20,8 +20,8 @@ GPU_CONFIGS = {
 }
 
 
-def needs(config: RunConfig, world_size: int, ranks_per_node: int) -> HostNeeds:
-    return host_needs(config, world_size, ranks_per_node, lambda name: name.endswith("weight"))
+def needs(config: RunConfig, world_size: int, ranks_per_node: int) -> HostRequirements:
+    return host_requirements(config, world_size, ranks_per_node, lambda name: name.endswith("weight"))
 
 
 def config(zero: dict[str, Any] | None = None, **parallel: int) -> RunConfig:
@@ -38,7 +38,7 @@ def test_shipped_configs_fit_a_usual_node(name: str) -> None:
     found = load_run_config(f"ds_configs/{name}.json")
     node = NodeSize(memory=512 * GIB, shm=256 * GIB)
     check_node(needs(found, GPU_CONFIGS[name], 8), found, node)
-    assert found.data.prepared_dir  # else every rank and worker holds all tokens
+    assert found.data.cache_dir  # else every rank and worker holds all tokens
     assert needs(found, GPU_CONFIGS[name], 8).shm <= 64 * GIB  # catches a bound that more workers pass
 
 
@@ -79,5 +79,5 @@ def test_the_table_says_what_is_modelled_and_what_every_worker_would_hold() -> N
     run = config()
     lines = describe_host(run, needs(run, 4, 4), 4, step_seconds=0.5).splitlines()
     assert lines[0].startswith("one node of 4 ranks, modelled")
-    assert any("in every rank and worker: set data.prepared_dir" in line for line in lines)
+    assert any("in every rank and worker: set data.cache_dir" in line for line in lines)
     assert any(line.startswith("file reads per second, 0.5 s per step") and line.endswith(" 32") for line in lines)

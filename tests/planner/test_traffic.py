@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from beit3_ds.config import Place, RunConfig
+from beit3_ds.config import RankCoords, RunConfig
 from beit3_ds.planner import step_traffic
 from beit3_ds.planner.zero3_replay import GatherReplay, padded
 from tests.planner.cells import (
@@ -119,7 +119,7 @@ def test_counted_traffic_equals_the_formula(ranks: int, cells: dict[str, RunConf
 def test_zero3_without_prefetch_gathers_before_every_use(checkpointing: str, block_gathers: int) -> None:
     """The replay of DeepSpeed's coordinator against the formula that holds where it neither prefetches nor reuses."""
     config = cell(3, 4, zero=STRICT, training={"activation_checkpointing": checkpointing})
-    holding = holding_of(config, 3, Place(0, 0, 0))
+    holding = holding_of(config, 3, RankCoords(0, 0, 0))
     calls, elements = GatherReplay(holding).run_step(4)
     blocks, rest = 0, 0
     for name, parameter in holding.model.named_parameters():

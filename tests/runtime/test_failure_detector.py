@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from beit3_ds.config import ParallelConfig
 from beit3_ds.runtime import heartbeat
-from beit3_ds.runtime.failure_detector import Judgement, Verdict
-from beit3_ds.runtime.heartbeat import Heartbeat, Standings
+from beit3_ds.runtime.failure_detector import FailureDetector, Verdict
+from beit3_ds.runtime.heartbeat import Heartbeat, RankStatuses
 
 PARALLEL = ParallelConfig(heartbeat_timeout_seconds=60, timeout_seconds=600)
 BEAT_SECONDS = 10
@@ -22,8 +22,8 @@ class Clock:
         self.now = 0.0
         patch.setattr(heartbeat.time, "monotonic", lambda: self.now)
         self.beats = [Heartbeat(1, 0, 1, "starting", False) for _ in range(num_ranks)]
-        self.standings = Standings(self.beats, 1.0)
-        self.judgement = Judgement(PARALLEL, self.standings, lambda rank: f"rank {rank}")
+        self.standings = RankStatuses(self.beats, 1.0)
+        self.judgement = FailureDetector(PARALLEL, self.standings, lambda rank: f"rank {rank}")
         self.slow: list[str] = []
 
     def run(

@@ -147,7 +147,7 @@ def test_what_gloo_says_is_explained() -> None:
 def test_other_software_is_named_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """One host kept an older torch, or the state of yesterday's code."""
     versions = iter(["2.14.1", "2.13.0", "2.14.1"])
-    monkeypatch.setattr(rendezvous, "describe_software", lambda: {"torch": next(versions), "code": "a"})
+    monkeypatch.setattr(rendezvous, "describe_versions", lambda: {"torch": next(versions), "code": "a"})
     port, together = free_port(), threading.Barrier(3)
     with ThreadPoolExecutor(3) as pool:
         said = list(pool.map(lambda rank: meet(launch(rank, 3, port), 60, together), range(3)))

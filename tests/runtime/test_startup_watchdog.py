@@ -9,7 +9,7 @@ import pytest
 
 from beit3_ds.checkpoint.disk import file_sha256
 from beit3_ds.runtime import startup_watchdog as start_watch
-from beit3_ds.runtime.startup_watchdog import StartWatch
+from beit3_ds.runtime.startup_watchdog import StartupWatchdog
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def hang(pipe: Path, received: set[int], seconds: float) -> list[int]:
         statuses.append(status)
         os.close(os.open(pipe, os.O_WRONLY))  # lets the main thread of this process go on
 
-    watch = StartWatch(3, received, seconds, end)
+    watch = StartupWatchdog(3, received, seconds, end)
     file_sha256(pipe)  # as of a tokenizer
     watch.stop()
     return statuses
@@ -50,9 +50,9 @@ def test_signal_ends_a_start_that_hangs(
 
 
 def test_a_start_that_works_is_let_alone() -> None:
-    """Catches a bound on the whole start: texts may take hours to tokenise."""
+    """Catches a bound on the whole start: texts may take hours to tokenize."""
     statuses: list[int] = []
-    watch = StartWatch(0, set(), 1.0, statuses.append)
+    watch = StartupWatchdog(0, set(), 1.0, statuses.append)
     deadline = time.monotonic() + 3
     while time.monotonic() < deadline:
         sum(range(1000))

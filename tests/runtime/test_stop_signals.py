@@ -6,7 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from beit3_ds.runtime.stop_signals import StopRequest, StopSignals
+from beit3_ds.runtime.stop_signals import SharedStopSignals, StopSignals
 
 
 @pytest.mark.parametrize("others", [0, 1])
@@ -17,7 +17,7 @@ def test_a_rank_that_stops_does_not_die_of_its_own_late_signal(others: int) -> N
     signals = StopSignals()
     try:
         with signals.listening():
-            assert StopRequest(signals, mesh).agreed() == bool(others)
+            assert SharedStopSignals(signals, mesh).agreed() == bool(others)
         after = signal.getsignal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)

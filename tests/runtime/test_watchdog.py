@@ -22,7 +22,7 @@ LONG = 1000
 
 
 def run_rank(rank: int, port: int, folder: str, config: ParallelConfig, main: Callable[[int, Activity], None]) -> None:
-    from beit3_ds.training.engine import joined_ranks
+    from beit3_ds.runtime.process_group import joined_ranks
 
     log = os.open(f"{folder}/rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)

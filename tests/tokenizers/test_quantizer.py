@@ -89,7 +89,7 @@ def test_evaluation_changes_nothing() -> None:
     before = {name: value.clone() for name, value in quantizer.state_dict().items()}
     quantizer(unit_vectors(50, 4, seed=1))
     for name, value in quantizer.state_dict().items():
-        assert torch.equal(value, before[name]), name  # catches learning from held-out images
+        assert torch.equal(value, before[name]), name  # catches learning from validation images
 
 
 def test_rows_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

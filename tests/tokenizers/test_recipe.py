@@ -15,7 +15,7 @@ def mapping(tmp_path: Path) -> dict[str, Any]:
     mapping = small_run_mapping(0)
     (tmp_path / "words.txt").write_text("\n\n".join(["a red dog", "an old cat", "a bird that sings"] * 50))
     mapping["beit3_ds"]["data"]["texts"]["train"] = [str(tmp_path / "words.txt")]
-    mapping["beit3_ds"]["data"]["pairs"] |= {"train": [], "heldout": [], "samples_per_step": 0}
+    mapping["beit3_ds"]["data"]["pairs"] |= {"train": [], "validation": [], "samples_per_step": 0}
     mapping["beit3_ds"]["tokenizers"]["text"] |= {"path": str(tmp_path / "text.spm"), "vocab_size": 21}
     mapping["beit3_ds"]["tokenizers"]["visual"] |= {"path": str(tmp_path / "visual.safetensors")}
     return mapping
@@ -125,7 +125,7 @@ def test_other_files_that_cannot_be_written_are_one_line(
     assert run(mapping, tmp_path, "train-text-tokenizer") == 0
     capsys.readouterr()
     (tmp_path / "file").touch()
-    mapping["beit3_ds"]["data"]["prepared_dir"] = str(tmp_path / "file/prepared")
+    mapping["beit3_ds"]["data"]["cache_dir"] = str(tmp_path / "file/prepared")
     assert run(mapping, tmp_path, "prepare texts") == 1
     error = capsys.readouterr().err.strip()
     assert "Not a directory" in error and "\n" not in error

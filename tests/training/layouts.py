@@ -154,7 +154,7 @@ def deal_number(cell: Cell, position: int) -> int:
 
 def measure_cells(cells: list[Cell], reference: Reference) -> list[dict[str, float]]:
     """On one rank: runs cells of one layout, and returns how much of the allowed error each tensor has."""
-    from beit3_ds.training.engine import init_process_group
+    from beit3_ds.runtime.process_group import init_process_group
 
     mesh: Mesh = init_process_group(config_for(0, **cells[0].layout.parallel).parallel)
     results = []

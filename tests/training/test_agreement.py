@@ -56,8 +56,8 @@ def compare(folders: list[str]) -> dict[str, str]:
     import dataclasses
 
     from beit3_ds.config import ParallelConfig
+    from beit3_ds.runtime.process_group import init_process_group
     from beit3_ds.training.agreement import check_same_files, check_same_sources
-    from beit3_ds.training.engine import init_process_group
 
     mesh = init_process_group(ParallelConfig())
     mesh = dataclasses.replace(mesh, hosts=("a", "a", "b", "b"))
@@ -76,7 +76,7 @@ def compare(folders: list[str]) -> dict[str, str]:
     for path in ("same", "other", "only"):
         messages[path] = ""
         try:
-            check_same_files(mesh, {"tokenizers.text.path": path, "training.initial_weights": None})
+            check_same_files(mesh, {"tokenizers.text.path": path, "training.init_from": None})
         except ConfigError as error:
             messages[path] = str(error)
     mesh.close()
@@ -117,9 +117,9 @@ def test_a_shard_that_one_host_lacks(run_mapping: dict[str, Any], tmp_path: Path
     """Both ranks trained, each on a permutation of its own, with status 0."""
     own = run_mapping["beit3_ds"]
     for stream in ("images", "pairs", "texts"):
-        for part in ("train", "heldout"):
+        for part in ("train", "validation"):
             own["data"][stream][part] = [str(Path(path).absolute()) for path in own["data"][stream][part]]
-    shard = Path(own["data"]["images"]["heldout"][0])
+    shard = Path(own["data"]["images"]["validation"][0])
     folders = [tmp_path / "host_a", tmp_path / "host_b"]
     for folder, names in zip(folders, ("abc", "ab"), strict=True):
         (folder / "shards").mkdir(parents=True)

@@ -30,7 +30,7 @@ def measure_first_step(layout: Layout, zero_stages: tuple[int, ...]) -> list[dic
     """On one rank: the first step only. Later ones start from other weights, as Adam takes full steps where bf16
     rounds a tiny gradient to another sign.
     """
-    from beit3_ds.training.engine import init_process_group
+    from beit3_ds.runtime.process_group import init_process_group
 
     mesh = init_process_group(config_for(0, **layout.parallel).parallel)
     found = [
@@ -87,7 +87,8 @@ def test_bf16(
 
 def measure_sums(zero_stages: tuple[int, ...]) -> list[tuple[float, float]]:
     """Runs on one rank; returns per ZeRO stage the errors of bf16 and of float32 sums of eight micro-batches."""
-    from beit3_ds.training.engine import build_model, init_process_group
+    from beit3_ds.runtime.process_group import init_process_group
+    from beit3_ds.training.engine import build_model
     from beit3_ds.training.loss import build_loss_factors
 
     config = config_for(1, MODEL, bf16=True)
@@ -125,7 +126,8 @@ def test_micro_batches_add_up_in_float32_under_every_zero_stage() -> None:
 
 def stream_dtypes(layout: Layout) -> list[str]:
     """Runs on one rank; returns the dtypes of messages between stages, with and without the option."""
-    from beit3_ds.training.engine import build_schedule, init_process_group
+    from beit3_ds.runtime.process_group import init_process_group
+    from beit3_ds.training.engine import build_schedule
 
     mesh = init_process_group(config_for(1, **layout.parallel).parallel)
     found = []

@@ -73,7 +73,7 @@ def test_lines_say_how_many_there_may_be() -> None:
 
 
 def meet_on_a_rank() -> list[object]:
-    from beit3_ds.training.engine import init_process_group
+    from beit3_ds.runtime.process_group import init_process_group
     from tests.run_config import small_run_config
 
     mesh = init_process_group(small_run_config(0).parallel)

@@ -6,14 +6,14 @@ import pytest
 
 from beit3_ds.config import ConfigError
 from beit3_ds.training.comparison import compare_runs, plot_comparison
-from beit3_ds.training.metrics_log import History
+from beit3_ds.training.metrics_log import MetricsLog
 
 
 def write_run(folder: Path, losses: dict[int, float]) -> Path:
-    history = History(folder / "metrics.jsonl")
-    history.append({"step": 0, "kind": "heldout", "image_mim": 9.0})
+    metrics_log = MetricsLog(folder / "metrics.jsonl")
+    metrics_log.append({"step": 0, "kind": "validation", "image_mim": 9.0})
     for step, loss in losses.items():
-        history.append({"step": step, "kind": "train", "loss": loss, "image_mim": loss / 2})
+        metrics_log.append({"step": step, "kind": "train", "loss": loss, "image_mim": loss / 2})
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Held-out losses and entropies, visual targets, and the learning rate that an update gets."""
+"""Validation losses and entropies, visual targets, and the learning rate that an update gets."""
 
 import dataclasses
 import math
@@ -63,7 +63,7 @@ def test_means_are_over_all_positions_of_all_batches() -> None:
     schedule = Schedule(engine, [range(CONFIG.num_pipeline_layers)], Mesh())
     means = evaluate(schedule, batches(), tokenizer, Mesh(), CPU, {})
     assert means == pytest.approx({"image_mim": 1, "text_mlm": 2, "pair_mim": 3, "pair_mlm": 4})
-    assert engine.modes == [False] * 3  # catches stochastic depth in the held-out loss
+    assert engine.modes == [False] * 3  # catches stochastic depth in the validation loss
     assert engine.training  # catches a training that goes on without it
 
 
@@ -96,7 +96,7 @@ def test_losses_and_entropies_of_each_source() -> None:
     alone = unigram_entropies(books, tokenizer, CONFIG, Mesh(), CPU, {})
     assert entropies["text_mlm/books"] == pytest.approx(alone["text_mlm"])
 
-    line = format_evaluation({"step": 3, "kind": "heldout", **means})
+    line = format_evaluation({"step": 3, "kind": "validation", **means})
     assert f"text_mlm {means['text_mlm']:.3f} (books {means['text_mlm/books']:.3f}, wiki" in line
 
 

@@ -18,13 +18,13 @@ T_95_TWO_DEGREES = 4.303  # Student's t for a two-sided 95% interval over three 
 
 
 def measure_seed(folder: str, visual_tokenizer: str, seed: int) -> tuple[float, float]:
-    """Trains the quickstart's model on pairs; returns the held-out caption loss with the right and wrong images."""
+    """Trains the quickstart's model on pairs; returns the validation caption loss with the right and wrong images."""
     from beit3_ds.config import build_run_config
     from beit3_ds.data.images.shards import TarShards
     from beit3_ds.pretrain import build_run, open_inputs
+    from beit3_ds.runtime.process_group import joined_ranks
     from beit3_ds.runtime.stop_signals import StopSignals
     from beit3_ds.tokenizers import train_text_tokenizer
-    from beit3_ds.training.engine import joined_ranks
     from beit3_ds.training.evaluation import evaluate
     from beit3_ds.training.loop import train
 
@@ -38,8 +38,8 @@ def measure_seed(folder: str, visual_tokenizer: str, seed: int) -> tuple[float, 
         run, steps = build_run(config, inputs, mesh, signals)
         train(run, steps, signals)
         parts = (run.visual_tokenizer, run.mesh, run.device)
-        right = evaluate(run.schedule, run.heldout, *parts)["pair_mlm"]
-        wrong = evaluate(run.schedule, [with_wrong_images(batch) for batch in run.heldout], *parts)["pair_mlm"]
+        right = evaluate(run.schedule, run.validation, *parts)["pair_mlm"]
+        wrong = evaluate(run.schedule, [with_wrong_images(batch) for batch in run.validation], *parts)["pair_mlm"]
     return right, wrong
 
 
@@ -74,7 +74,7 @@ def test_captions_are_read_off_images(trained_visual_tokenizer: str, tmp_path: P
     for seed in SEEDS:
         arguments = (str(tmp_path / str(seed)), trained_visual_tokenizer, seed)
         ((right, wrong),) = run_ranks(measure_seed, 1, *arguments, timeout=1800)
-        print(f"seed {seed}: held-out pair MLM {right:.4f} with the right image, {wrong:.4f} with a wrong one")
+        print(f"seed {seed}: validation pair MLM {right:.4f} with the right image, {wrong:.4f} with a wrong one")
         differences.append(wrong - right)
     mean = statistics.mean(differences)
     half = T_95_TWO_DEGREES * statistics.stdev(differences) / math.sqrt(len(differences))

@@ -23,28 +23,28 @@ def finish(mapping: dict[str, Any], folder: Path, **environment: str) -> str:
 
 
 @pytest.mark.slow
-def test_notebook_backend_and_streams_without_heldout_data(run_mapping: dict[str, Any], tmp_path: Path) -> None:
+def test_notebook_backend_and_streams_without_validation_data(run_mapping: dict[str, Any], tmp_path: Path) -> None:
     """A notebook's MPLBACKEND is inherited by what it starts. Catches a report that needs images."""
     for stream in ("images", "pairs"):
-        run_mapping["beit3_ds"]["data"][stream]["heldout"] = []
+        run_mapping["beit3_ds"]["data"][stream]["validation"] = []
     output = finish(run_mapping, tmp_path, MPLBACKEND="inline_of_a_notebook")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert list(summary["heldout"]) == ["text_mlm"]
+    assert list(summary["validation"]) == ["text_mlm"]
     for name in ("plot", "predictions"):
         assert Path(summary[name]).stat().st_size > 0 and f"{name}: {summary[name]}" in output
 
 
-def test_run_without_matplotlib_or_heldout_data_finishes(run_mapping: dict[str, Any], tmp_path: Path) -> None:
+def test_run_without_matplotlib_or_validation_data_finishes(run_mapping: dict[str, Any], tmp_path: Path) -> None:
     """Catches a summary that names pages which were not written."""
     for stream in ("images", "pairs", "texts"):
-        run_mapping["beit3_ds"]["data"][stream]["heldout"] = []
+        run_mapping["beit3_ds"]["data"][stream]["validation"] = []
     (tmp_path / "matplotlib").mkdir()
     (tmp_path / "matplotlib" / "__init__.py").write_text("raise ImportError('libfreetype.so.6: no such file')")
     search = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     output = finish(run_mapping, tmp_path, PYTHONPATH=search)
     (line,) = (line for line in output.splitlines() if line.startswith("WARNING"))
     assert line == f"WARNING: {tmp_path}/run/losses.png was not written: ImportError: libfreetype.so.6: no such file"
-    assert "No stream has held-out data" in output
+    assert "No stream has validation data" in output
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert not {"plot", "predictions"} & summary.keys()
     assert "predictions" not in output and "plot:" not in output

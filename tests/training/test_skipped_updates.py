@@ -76,7 +76,7 @@ def run_steps(
 
 def compare(layout: Layout, cells: list[tuple[int, dict[str, Any], dict[str, Any]]]) -> list[Any]:
     """On one rank: runs with the fault and without the faulty step; the fault is on the last rank."""
-    from beit3_ds.training.engine import init_process_group
+    from beit3_ds.runtime.process_group import init_process_group
 
     mesh = init_process_group(config_for(0, **layout.parallel).parallel)
     results = []

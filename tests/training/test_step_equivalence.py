@@ -25,7 +25,7 @@ TWO_RANKS: list[list[Deal]] = [
 
 def measure_stages(dealings: list[list[Deal]], reference: Reference) -> list[tuple[str, dict[str, float]]]:
     """On one rank: every ZeRO stage with every dealing of the samples."""
-    from beit3_ds.training.engine import init_process_group
+    from beit3_ds.runtime.process_group import init_process_group
 
     mesh = init_process_group(config_for(0).parallel)
     results = []

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beit3_ds.config import Place
+from beit3_ds.config import RankCoords
 from beit3_ds.parallel import Mesh, PipelineParallel
 from beit3_ds.pipeline.stopwatch import Stopwatch
 from beit3_ds.training.stragglers import Stragglers
@@ -23,7 +23,7 @@ STAGES, RANKS_A_STAGE = 2, 4
 
 def compare(work: list[float], data: list[float], step_seconds: float) -> tuple[dict[str, Any], list[str]]:
     """The comparison of two stages of four data-parallel ranks each."""
-    places = tuple(Place(stage, data, 0) for stage in range(STAGES) for data in range(RANKS_A_STAGE))
+    places = tuple(RankCoords(stage, data, 0) for stage in range(STAGES) for data in range(RANKS_A_STAGE))
     hosts = tuple(f"node{rank // 4}" for rank in range(len(places)))
     mesh = Mesh(places=places, hosts=hosts, pipeline=PipelineParallel(ranks=(0, RANKS_A_STAGE)))
     watch = Stopwatch(torch.device("cpu"))

@@ -11,7 +11,7 @@ from torch import Tensor
 from beit3_ds.config import ConfigError, ParallelConfig, RunConfig
 from beit3_ds.data import View
 from beit3_ds.parallel import Mesh
-from beit3_ds.training.engine import init_process_group
+from beit3_ds.runtime.process_group import init_process_group
 from beit3_ds.training.tokenizer_checkpoint import TokenizerCheckpoint
 from beit3_ds.training.visual_tokenizer import _silent, _Training, train_visual_tokenizer
 from tests.ranks import run_ranks

@@ -39,7 +39,7 @@ VARIANTS: dict[str, Variants] = {
 
 def measure(layout: Layout, variants: Variants, reference: Reference) -> list[dict[str, float]]:
     """Runs on one rank; returns the ratio of error to bound of each loss, norm, gradient and weight."""
-    from beit3_ds.training.engine import init_process_group
+    from beit3_ds.runtime.process_group import init_process_group
 
     mesh: Mesh = init_process_group(config_for(0, **layout.parallel).parallel)
     results = []
@@ -92,7 +92,7 @@ def test_layouts(layout: Layout, variants: str, reference: Reference) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", [{}, {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}], ids=str)
 def test_a_run_lies_on_that_of_one_rank(run_mapping: dict[str, Any], tmp_path: Path, parallel: dict[str, int]) -> None:
-    """Training and held-out losses, norms and the order of the data, through the loader; then one rank goes on."""
+    """Training and validation losses, norms and the order of the data, through the loader; then one rank goes on."""
     own = run_mapping["beit3_ds"]
     run_mapping["gradient_accumulation_steps"] = 2
     own["model"]["drop_path_rate"] = 0.2
@@ -116,5 +116,5 @@ def test_a_run_lies_on_that_of_one_rank(run_mapping: dict[str, Any], tmp_path: P
     assert (status, "resuming after step 3" in output) == (0, True), output
     assert "data." not in output.split("resuming after step 3")[1].split("| loss")[0]  # the data are as they were
     last = losses(tmp_path / "uneven")[-1]
-    assert last.pop("kind") == "heldout"
+    assert last.pop("kind") == "validation"
     assert last == pytest.approx(found[-1], rel=1e-5)

@@ -119,7 +119,7 @@ def test_images_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def labelled_images() -> tuple[Tensor, npt.NDArray[np.str_]]:
     """All images of the sample with a category, (616 or so, 3, 64, 64), and the categories."""
     pixels, categories = [], []
-    for split in ("train", "heldout"):
+    for split in ("train", "validation"):
         with tarfile.open(SAMPLE / f"images-{split}.tar") as tar:
             members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
         for name in sorted(name for name in members if name.endswith(".webp")):

@@ -61,7 +61,8 @@ class _Rank:
     """An engine with a state as after some updates: random weights, and moments that are no zeros."""
 
     def __init__(self, folder: Path, size: str, seed: int) -> None:
-        from beit3_ds.training.engine import build_engine, init_process_group
+        from beit3_ds.runtime.process_group import init_process_group
+        from beit3_ds.training.engine import build_engine
 
         config = state_config(size, seed)
         self.mesh: Mesh = init_process_group(config.parallel)

@@ -62,7 +62,7 @@ def count_calls() -> list[CallCounts]:
                 for order in ("shuffled", "shard_sequential")
             ),
             *(
-                _count(f"{source.format}, pairs", order, _SHARDS, open_images(source, data.prepared_dir), "pairs")
+                _count(f"{source.format}, pairs", order, _SHARDS, open_images(source, data.cache_dir), "pairs")
                 for source in data.pairs.train[1:]
                 for order in ("shuffled", "shard_sequential")
             ),
@@ -125,7 +125,7 @@ def _write_corpora(folder: Path) -> DataConfig:
         images=StreamConfig(train=(), samples_per_step=0),
         pairs=StreamConfig(train=sources, samples_per_step=1),
         texts=StreamConfig(train=(SourceConfig(path=str(folder / "text.txt")),), samples_per_step=1),
-        prepared_dir=str(folder / "prepared"),
+        cache_dir=str(folder / "prepared"),
         text_length=32,
     )
     prepare_indices(shard_paths(data), str(folder / "prepared"), num_processes=1)
@@ -151,7 +151,7 @@ def _jpeg(key: int) -> bytes:
 
 
 def _open_tars(data: DataConfig, limit: int) -> ImageSource:
-    return TarShards([data.pairs.train[0].path], data.prepared_dir, OpenFiles(limit))
+    return TarShards([data.pairs.train[0].path], data.cache_dir, OpenFiles(limit))
 
 
 def _count(source: str, order: str, limit: int, images: ImageSource, what: str) -> CallCounts:
@@ -168,7 +168,7 @@ def _count_texts(data: DataConfig, folder: Path, order: str) -> CallCounts:
     config = TextTokenizerConfig(path=str(folder / "text.spm"), vocab_size=24, character_coverage=1.0)
     tokenizer = train_text_tokenizer(config, list(_SENTENCES) * 60)
     prepare_texts(data, tokenizer, processes=1)
-    sequences = TextSequences([data.texts.train[0].path], tokenizer, data.text_length, data.prepared_dir)
+    sequences = TextSequences([data.texts.train[0].path], tokenizer, data.text_length, data.cache_dir)
     return _count_reads("texts, prepared", order, _SHARDS, len(sequences), lambda index: sequences[index])
 
 

@@ -31,7 +31,7 @@ _SAMPLE_SECONDS = 0.2
 def benchmark_text(num_bytes: int = 0, processes: int | None = None, json_path: str | None = None) -> str:
     """Measures on a corpus made from the embedded sample's sentences, shuffled, and returns a report.
 
-    Speed, in CPU time of one core: all that `beit3 prepare texts` does with a file (read, decode, tokenise, write)
+    Speed, in CPU time of one core: all that `beit3 prepare texts` does with a file (read, decode, tokenize, write)
     against SentencePiece's batch encoding of the same paragraphs from memory, in turn, with the same model. Cores
     share nothing but the disk: each works on a piece of its own.
 
@@ -103,7 +103,7 @@ def _measure_memory(folder: Path, tokenizer: TextTokenizer, num_bytes: int, proc
     write_corpus(corpus, num_bytes)
     none = StreamConfig(train=(), samples_per_step=0)
     texts = StreamConfig(train=(SourceConfig(path=str(corpus)),), samples_per_step=1)
-    data = DataConfig(images=none, pairs=none, texts=texts, prepared_dir=str(prepared))
+    data = DataConfig(images=none, pairs=none, texts=texts, cache_dir=str(prepared))
     with _MemorySampler(texts_folder(str(prepared)), num_bytes) as sampler:
         start = time.perf_counter()
         done = prepare_texts(data, tokenizer, processes=processes)

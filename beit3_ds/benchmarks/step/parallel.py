@@ -129,7 +129,8 @@ def run_steps(zero_stage: int, shares: int, share: int) -> dict[str, float]:
         shares: processes that divide the samples.
         share: this one's.
     """
-    from beit3_ds.training.engine import apply_update, build_schedule, init_process_group
+    from beit3_ds.runtime.process_group import init_process_group
+    from beit3_ds.training.engine import apply_update, build_schedule
     from beit3_ds.training.loss import build_loss_factors
 
     config = step_config(zero_stage)

@@ -34,7 +34,8 @@ def train_ours(config: RunConfig) -> Callable[[PackedBatch], Turn]:
     The learning rate does not follow a schedule, and the codes of the visual targets are there already.
     """
     # Not imported by the other workers: what DeepSpeed takes is part of this side's memory only.
-    from beit3_ds.training.engine import apply_update, build_schedule, compute_device, init_process_group
+    from beit3_ds.runtime.process_group import compute_device, init_process_group
+    from beit3_ds.training.engine import apply_update, build_schedule
     from beit3_ds.training.loss import build_loss_factors
 
     mesh = init_process_group(config.parallel)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from beit3_ds.cluster.check.node_connection import ANSWER_SECONDS, Conversation, NoAnswer
+from beit3_ds.cluster.check.node_connection import ANSWER_SECONDS, NoAnswer, NodeConnection
 from beit3_ds.cluster.hostfile import Hostfile
 
 _CLOCK_SAMPLES = 3
@@ -104,7 +104,7 @@ class _Inspector:
     def __init__(self, hostfile: Hostfile, inquiry: Inquiry) -> None:
         self._inquiry = inquiry
         self._answers = [Answers(name=host.name, slots=host.slots) for host in hostfile.hosts]
-        self._talks = [Conversation(host.name, inquiry.environment) for host in hostfile.hosts]
+        self._talks = [NodeConnection(host.name, inquiry.environment) for host in hostfile.hosts]
         self._tokens = [secrets.token_hex(8) for _ in self._talks]
         self._named_master: dict[str, dict[str, Any]] = {}
         self._shared_folder: str | None = None

@@ -11,7 +11,7 @@ from beit3_ds.cluster.check import link_worker
 from beit3_ds.cluster.check.fault import Fault
 from beit3_ds.cluster.check.inspection import Inspection
 from beit3_ds.cluster.check.link_worker import pair_rounds
-from beit3_ds.cluster.check.node_connection import Conversation, NoAnswer
+from beit3_ds.cluster.check.node_connection import NoAnswer, NodeConnection
 
 FLOOR_BITS = 0.5e9
 """Half of 1 GbE, the slowest network that clusters have: where nothing better is expected, less is a fault."""
@@ -74,7 +74,7 @@ class _Measurement:
             environment = dict(inspection.inquiry.environment)
             if node.interface is not None:  # so that the machine's own name does not matter
                 environment.setdefault("GLOO_SOCKET_IFNAME", node.interface)
-            self._talks.append(Conversation(node.name, environment, Path(link_worker.__file__)))
+            self._talks.append(NodeConnection(node.name, environment, Path(link_worker.__file__)))
         self._faults: list[Fault] = []
 
     async def run(self) -> Links | list[Fault]:

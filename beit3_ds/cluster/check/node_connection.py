@@ -41,7 +41,7 @@ def remote_command(name: str, argv: list[str], environment: Mapping[str, str]) -
     return ["ssh", "-T", *(f"-o{option}" for option in options), name, f"exec {shlex.join(command)}"]
 
 
-class Conversation:
+class NodeConnection:
     """One node's probe, or another program that answers like it; one question at a time."""
 
     def __init__(self, name: str, environment: Mapping[str, str], program: Path = Path(probe.__file__)) -> None:

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from beit3_ds.cluster.check.fault import Fault, join_names, show_bytes
 from beit3_ds.cluster.check.inspection import Answers, Inspection
-from beit3_ds.cluster.check.requirements import Needs
+from beit3_ds.cluster.check.requirements import Requirements
 
 T = TypeVar("T", bound=Hashable)
 
@@ -20,7 +20,7 @@ _OPEN_FILES = 1024  # Linux's default; connections to all peers and files of dat
 _SHARED_MEMORY_BYTES = 2**30  # what NVIDIA asks of containers for NCCL; Docker gives 64 MiB
 
 
-def node_faults(inspection: Inspection, needs: Needs | None) -> Iterator[Fault]:
+def node_faults(inspection: Inspection, needs: Requirements | None) -> Iterator[Fault]:
     """Faults of single nodes, host after host for each check; those that fell silent lack the rest."""
     yield from _silence(inspection)
     yield from _folder(inspection)
@@ -118,7 +118,7 @@ def _code(inspection: Inspection) -> Iterator[Fault]:
         )
 
 
-def _gpus(inspection: Inspection, needs: Needs | None) -> Iterator[Fault]:
+def _gpus(inspection: Inspection, needs: Requirements | None) -> Iterator[Fault]:
     nodes = [node for node in inspection.answers if node.gpus is not None]
     any_gpus = any(node.gpus["gpus"] for node in nodes if node.gpus)
     first = 0
@@ -173,7 +173,7 @@ def _gpu_memory(node: Answers, gpus: list[dict], ranks: range, rank_bytes: tuple
         )
 
 
-def _disks(inspection: Inspection, needs: Needs | None) -> Iterator[Fault]:
+def _disks(inspection: Inspection, needs: Requirements | None) -> Iterator[Fault]:
     for node in inspection.answers:
         for purpose, disk in node.disks.items():
             where = inspection.inquiry.disks[purpose]

@@ -9,7 +9,7 @@ from beit3_ds.config import ConfigError, RunConfig, check_layout
 
 
 @dataclass(frozen=True, kw_only=True)
-class Needs:
+class Requirements:
     """Of a run, on the ranks that a hostfile gives."""
 
     layout_fault: str | None
@@ -35,15 +35,15 @@ class Needs:
 def named_files(config: RunConfig) -> dict[str, bool]:
     """Glob patterns of what a run reads, and whether it is there before the first command: tokenizers are trained."""
     streams = [stream for stream in config.data.streams().values() if stream.samples_per_step]
-    sources = [source for stream in streams for source in (*stream.train, *stream.heldout)]
+    sources = [source for stream in streams for source in (*stream.train, *stream.validation)]
     patterns = dict.fromkeys([*(s.path for s in sources), *(s.images for s in sources if s.images)], True)
     tokenizers = [config.tokenizers.text.path] if config.data.has_texts else []
     tokenizers += [config.tokenizers.visual.path] if config.data.has_images else []
     return patterns | dict.fromkeys(tokenizers, False)
 
 
-def work_out_needs(config: RunConfig, hostfile: Hostfile, decays: Callable[[str], bool]) -> Needs:
-    """Needs of a run on all slots of a hostfile; imports torch, which takes seconds, unless the layout does not fit.
+def work_out_requirements(config: RunConfig, hostfile: Hostfile, decays: Callable[[str], bool]) -> Requirements:
+    """Returns what a run needs on all slots of a hostfile; imports torch, which takes seconds, if the layout fits.
 
     Args:
         config: of the run.
@@ -54,16 +54,16 @@ def work_out_needs(config: RunConfig, hostfile: Hostfile, decays: Callable[[str]
     try:
         check_layout(config, world_size)
     except ConfigError as error:
-        return Needs(layout_fault=str(error))
-    from beit3_ds.planner import build_holding, expected_loads, rank_memory
+        return Requirements(layout_fault=str(error))
+    from beit3_ds.planner import build_rank_model, expected_workloads, rank_memory
 
     stage_bytes, numel = [], 0
     for stage in range(config.parallel.pipeline_parallel_size):
-        holding = build_holding(config, world_size, decays, stage)
-        stage_bytes.append(rank_memory(holding, expected_loads(config, holding.data_size)).total)
+        holding = build_rank_model(config, world_size, decays, stage)
+        stage_bytes.append(rank_memory(holding, expected_workloads(config, holding.data_size)).total)
         numel += sum(p.numel() for p in holding.model.parameters()) * config.parallel.tensor_parallel_size
     places = (config.parallel.place(rank, world_size) for rank in range(world_size))
-    return Needs(
+    return Requirements(
         layout_fault=None,
         rank_bytes=tuple(stage_bytes[place.pipeline] for place in places),
         checkpoint_bytes=12 * numel,

@@ -27,7 +27,7 @@ from beit3_ds.cluster.launch.messages import (
     listen,
     write_token,
 )
-from beit3_ds.cluster.launch.stop_signals import StopOrders
+from beit3_ds.cluster.launch.stop_signals import LauncherStopSignals
 from beit3_ds.cluster.launch.terminal import Terminal, join_ranks, last_lines
 
 USER_ERROR = 2
@@ -35,7 +35,7 @@ USER_ERROR = 2
 
 _SETTLE_SECONDS = 0.5  # after the first failure: its consequences may be heard of before it
 _SILENCE_SECONDS = 4 * BEAT_SECONDS  # that is worth a mention
-_GRACE_SECONDS = 5.0  # for the other ranks after the first failure: they tell of it (parallel.roll_call)
+_GRACE_SECONDS = 5.0  # for the other ranks after the first failure: they tell of it (parallel.watchdog)
 _LAUNCHER_SECONDS = 10.0  # for DeepSpeed's launcher to end once all guards have left
 _CUT_OFF_SECONDS = 4.0  # the same if a host was lost: pdsh and mpirun would wait for it
 _NEWS_SECONDS = 15.0  # between two lines that say what is waited for
@@ -44,7 +44,7 @@ _NEWS_SECONDS = 15.0  # between two lines that say what is waited for
 class Attempt:
     """Supervises the ranks of one attempt."""
 
-    def __init__(self, plan: AttemptPlan, orders: StopOrders, terminal: Terminal) -> None:
+    def __init__(self, plan: AttemptPlan, orders: LauncherStopSignals, terminal: Terminal) -> None:
         self._plan, self._orders, self._terminal = plan, orders, terminal
         self._ranks: dict[int, GuardedRank] = {}
         self._failures: list[Failure] = []

@@ -25,7 +25,7 @@ from beit3_ds.cluster.launch.launcher_command import (
     check_launcher,
     launcher_environment,
 )
-from beit3_ds.cluster.launch.stop_signals import StopOrders
+from beit3_ds.cluster.launch.stop_signals import LauncherStopSignals
 from beit3_ds.cluster.launch.terminal import Terminal
 from beit3_ds.config import ConfigError, RunConfig, check_layout, fits_layout, load_run_config
 
@@ -98,7 +98,7 @@ class _Launch:
         self._hosts = list(hostfile.hosts)
         self._source, self._log_dir = hostfile, log_dir
         self._terminal = Terminal(log_dir / "launch.log")
-        self._orders = StopOrders(self._terminal)
+        self._orders = LauncherStopSignals(self._terminal)
 
     async def run(self) -> int:
         self._orders.listen()

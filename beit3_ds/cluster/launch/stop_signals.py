@@ -8,7 +8,7 @@ from collections.abc import Callable
 from beit3_ds.cluster.launch.terminal import Terminal
 
 
-class StopOrders:
+class LauncherStopSignals:
     """The first SIGTERM, SIGINT or SIGUSR1 is passed to all ranks; a second SIGINT kills them.
 
     SIGHUP, of a terminal that is closed, counts as SIGTERM. SIGTSTP (Ctrl-Z) is refused: ranks end when their

@@ -78,11 +78,11 @@ class StoredAnnotations(AnnotatedImages):
         return StoredAnnotations, (self._path, self._files, self.images.path)
 
 
-def table_path(prepared_dir: str, kind: str, annotations: str, folder: str) -> str:
+def table_path(cache_dir: str, kind: str, annotations: str, folder: str) -> str:
     """The table of an annotation file: its name and a digest of all that decides on what it holds."""
     facts = "\0".join((kind, os.path.abspath(annotations), os.path.abspath(folder)))
     digest = hashlib.sha256(os.fsencode(facts)).hexdigest()[:12]
-    return os.path.join(prepared_dir, "index", f"{bounded_name(os.path.basename(annotations))}.{digest}.table")
+    return os.path.join(cache_dir, "index", f"{bounded_name(os.path.basename(annotations))}.{digest}.table")
 
 
 def write_table(samples: AnnotatedImages, path: str, made_from: list[list[int]]) -> None:

@@ -161,11 +161,11 @@ class StoredIndex:
                 )
 
 
-def index_path(prepared_dir: str, tar: str) -> str:
+def index_path(cache_dir: str, tar: str) -> str:
     """The index file of a tar: its name and a digest of its folder, for tars of one name in several folders."""
     folder, name = os.path.split(os.path.abspath(tar))
     digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]
-    return os.path.join(prepared_dir, "index", f"{bounded_name(name)}.{digest}.index")
+    return os.path.join(cache_dir, "index", f"{bounded_name(name)}.{digest}.index")
 
 
 def scan_shard(tar: str, with_checksums: bool = False) -> ShardIndex:

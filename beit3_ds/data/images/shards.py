@@ -57,19 +57,17 @@ class TarShards:
     | grey, palette, CMYK, 16 bits, alpha, animation, EXIF rotation | upright RGB on white, first frame |
     | caption missing, empty, too long, not UTF-8, with NUL or half a surrogate pair | `BrokenRecord` |
 
-    Opening reads the headers of the index files in `prepared_dir`. Without an index file it reads the tar's headers and
+    Opening reads the headers of the index files in `cache_dir`. Without an index file it reads the tar's headers and
     keeps about 50 bytes per sample in each process. Indices are mapped and tars stay open (`OpenFiles`), so an image, a
     caption, or a pair whose members are neighbours in the tar takes one read and no open. Instances may be pickled.
     """
 
-    def __init__(
-        self, patterns: Iterable[str], prepared_dir: str | None = None, files: OpenFiles | None = None
-    ) -> None:
+    def __init__(self, patterns: Iterable[str], cache_dir: str | None = None, files: OpenFiles | None = None) -> None:
         """Finds the files and their indices.
 
         Args:
             patterns: files or glob patterns.
-            prepared_dir: the folder that `beit3 prepare index` wrote; None scans.
+            cache_dir: the folder that `beit3 prepare index` wrote; None scans.
             files: keeps tars and indices open; None uses a new `OpenFiles`.
 
         Raises:
@@ -79,7 +77,7 @@ class TarShards:
         """
         self.paths = expand_patterns(patterns)
         self._files = files or OpenFiles()
-        self._indices = _open_indices(self.paths, prepared_dir, self._files)
+        self._indices = _open_indices(self.paths, cache_dir, self._files)
         self._ends = np.cumsum([len(index) for index in self._indices])
         if not len(self):
             raise ConfigError(f"data: {_shorten(self.paths)} holds no samples{_all_left_out(self.skipped)}.")
@@ -187,15 +185,15 @@ class TarShards:
         return shard, found.record(number)
 
 
-def _open_indices(tars: Sequence[str], prepared_dir: str | None, files: OpenFiles) -> list[ShardIndex | StoredIndex]:
+def _open_indices(tars: Sequence[str], cache_dir: str | None, files: OpenFiles) -> list[ShardIndex | StoredIndex]:
     """Opens the index of every tar, many at a time, because a shared file system answers slowly but in parallel."""
     with ThreadPoolExecutor(_OPENING_THREADS) as pool:
-        return list(pool.map(lambda tar: _open_index(tar, prepared_dir, files), tars))
+        return list(pool.map(lambda tar: _open_index(tar, cache_dir, files), tars))
 
 
-def _open_index(tar: str, prepared_dir: str | None, files: OpenFiles) -> ShardIndex | StoredIndex:
-    if prepared_dir is not None:
-        path = index_path(prepared_dir, tar)
+def _open_index(tar: str, cache_dir: str | None, files: OpenFiles) -> ShardIndex | StoredIndex:
+    if cache_dir is not None:
+        path = index_path(cache_dir, tar)
         if os.path.exists(path):
             return StoredIndex(path, tar, files)
     return scan_shard(tar)

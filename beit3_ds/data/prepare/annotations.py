@@ -12,12 +12,12 @@ from beit3_ds.data.sources import annotation_files, check_images_are_there, read
 
 
 def prepare_annotations(config: DataConfig, *, verify: bool = False) -> str:
-    """Parses the annotation files of a run, training and held-out, and writes their tables into `prepared_dir`.
+    """Parses the annotation files of a run, training and validation, and writes their tables into `cache_dir`.
 
     A table is rewritten each time, because no file shows that images were added to their folder.
 
     Args:
-        config: names the files; `prepared_dir` must be set.
+        config: names the files; `cache_dir` must be set.
         verify: compare the tables that are there instead.
 
     Returns:
@@ -27,8 +27,8 @@ def prepare_annotations(config: DataConfig, *, verify: bool = False) -> str:
         ConfigError: naming a file that cannot be read, a folder that holds none of the images, or with `verify` a file
             that does not fit its table.
     """
-    assert config.prepared_dir is not None, "tables need data.prepared_dir"
-    tables = {source_table(source, config.prepared_dir): source for source in _annotated_sources(config)}
+    assert config.cache_dir is not None, "tables need data.cache_dir"
+    tables = {source_table(source, config.cache_dir): source for source in _annotated_sources(config)}
     num_samples = num_verified = 0
     missing: list[str] = []
     for path, source in tqdm(tables.items(), desc="reading annotations", unit="file", disable=None):
@@ -52,7 +52,7 @@ def prepare_annotations(config: DataConfig, *, verify: bool = False) -> str:
 
 def _annotated_sources(config: DataConfig) -> list[SourceConfig]:
     streams = (config.images, config.pairs)
-    sources = [source for stream in streams for source in (*stream.train, *stream.heldout)]
+    sources = [source for stream in streams for source in (*stream.train, *stream.validation)]
     return [source for source in sources if source.images]
 
 

@@ -41,12 +41,12 @@ class IndexedShard:
 
 
 def shard_paths(config: DataConfig) -> list[str]:
-    """Lists the tars of a run, training and held-out; one that two streams read comes once.
+    """Lists the tars of a run, training and validation; one that two streams read comes once.
 
     Raises:
         ConfigError: for a pattern without a match.
     """
-    sources = [source for stream in (config.images, config.pairs) for source in (*stream.train, *stream.heldout)]
+    sources = [source for stream in (config.images, config.pairs) for source in (*stream.train, *stream.validation)]
     tars = [source.path for source in sources if image_format(source) == "tar"]
     return list(dict.fromkeys(path for pattern in tars for path in expand_patterns([pattern])))
 
@@ -58,7 +58,7 @@ def describe_folders(config: DataConfig) -> list[str]:
         ConfigError: for a folder that cannot be read, or holds no image.
         StorageError: if the file system fails.
     """
-    sources = [source for stream in (config.images, config.pairs) for source in (*stream.train, *stream.heldout)]
+    sources = [source for stream in (config.images, config.pairs) for source in (*stream.train, *stream.validation)]
     paths = dict.fromkeys(source.path for source in sources if image_format(source) == "folder")
     return [f"folder {printable(path)}: {len(ImageFolder(path)):,} images; it needs no index" for path in paths]
 
@@ -79,7 +79,7 @@ def describe_indices(shards: Sequence[IndexedShard]) -> str:
 
 def prepare_indices(
     tars: Sequence[str],
-    prepared_dir: str,
+    cache_dir: str,
     *,
     verify: bool = False,
     num_processes: int | None = None,
@@ -91,7 +91,7 @@ def prepare_indices(
 
     Args:
         tars: paths, as `expand_patterns` lists them.
-        prepared_dir: folder of the indices; made if missing.
+        cache_dir: folder of the indices; made if missing.
         verify: read the tars of indices that are there and compare place and CRC-32 of every member.
         num_processes: None takes as many as cores.
         timeout_seconds: `data.timeout_seconds`, how long a process may neither compute nor end.
@@ -103,7 +103,7 @@ def prepare_indices(
         ConfigError: naming the tars that failed, after all others are done.
     """
     num_processes = min(num_processes or count_cores(), len(tars))
-    results = {shard.tar: shard for shard in _run(tars, prepared_dir, verify, num_processes, timeout_seconds)}
+    results = {shard.tar: shard for shard in _run(tars, cache_dir, verify, num_processes, timeout_seconds)}
     shards = [results[tar] for tar in tars]
     failed = [shard.error for shard in shards if shard.action == "failed"]
     if failed:
@@ -115,27 +115,27 @@ def prepare_indices(
 
 
 def _run(
-    tars: Sequence[str], prepared_dir: str, verify: bool, num_processes: int, timeout_seconds: float
+    tars: Sequence[str], cache_dir: str, verify: bool, num_processes: int, timeout_seconds: float
 ) -> Iterator[IndexedShard]:
     description = "verifying shards" if verify else "indexing shards"
     if num_processes <= 1:
         for tar in tqdm(tars, desc=description, unit="tar", disable=None):
-            yield _prepare_index(tar, prepared_dir, verify)
+            yield _prepare_index(tar, cache_dir, verify)
         return
     limits = WaitLimits(seconds=timeout_seconds, where="beit3 prepare index")
-    work = functools.partial(_prepare_index_in_worker, prepared_dir=prepared_dir, verify=verify)
+    work = functools.partial(_prepare_index_in_worker, cache_dir=cache_dir, verify=verify)
     preparation = Preparation(work=work, describe=str, limits=limits, preload=__name__)
     finished = prepare_in_any_order(preparation, tars, num_processes)
     yield from tqdm(finished, total=len(tars), desc=description, unit="tar", disable=None)
 
 
-def _prepare_index_in_worker(tar: str, note: Callable[[str], None], prepared_dir: str, verify: bool) -> IndexedShard:
+def _prepare_index_in_worker(tar: str, note: Callable[[str], None], cache_dir: str, verify: bool) -> IndexedShard:
     note(tar)
-    return _prepare_index(tar, prepared_dir, verify)
+    return _prepare_index(tar, cache_dir, verify)
 
 
-def _prepare_index(tar: str, prepared_dir: str, verify: bool) -> IndexedShard:
-    path = index_path(prepared_dir, tar)
+def _prepare_index(tar: str, cache_dir: str, verify: bool) -> IndexedShard:
+    path = index_path(cache_dir, tar)
     try:
         stored = _fitting_index(path, tar, must_fit=verify)
         if stored is not None and verify:

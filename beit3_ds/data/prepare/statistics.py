@@ -15,7 +15,7 @@ from beit3_ds.data.sources import open_images, spread
 from beit3_ds.data.text.sequences import texts_folder
 from beit3_ds.data.text.text_files import BrokenLines, read_paragraphs, whole_file
 from beit3_ds.data.text.token_files import count_tokens
-from beit3_ds.data.validation_overlap import check_heldout_apart
+from beit3_ds.data.validation_overlap import check_validation_apart
 
 _PERCENTILES = (0, 10, 50, 90, 100)
 _MAX_NAMED = 10  # broken records per reason that a report names
@@ -105,9 +105,9 @@ def open_sources(config: DataConfig) -> dict[str, ImageSource]:
         ConfigError: for files that are missing or cannot be read.
     """
     return {
-        f"{name} {part} {source.path}": open_images(source, config.prepared_dir)
+        f"{name} {part} {source.path}": open_images(source, config.cache_dir)
         for name, stream in (("images", config.images), ("pairs", config.pairs))
-        for part, sources in (("train", stream.train), ("heldout", stream.heldout))
+        for part, sources in (("train", stream.train), ("validation", stream.validation))
         for source in sources
     }
 
@@ -137,30 +137,30 @@ def examine_source(source: ImageSource, with_captions: bool, max_examined: int) 
 
 
 def describe_streams(config: DataConfig, max_examined: int) -> DataReport:
-    """Describes all files of a run, training and held-out.
+    """Describes all files of a run, training and validation.
 
     Args:
         config: names the files.
         max_examined: samples per source that are read, evenly spread; of texts the first paragraphs of every file.
 
     Raises:
-        ConfigError: for files that are missing or cannot be read, or held-out files that are also training files.
+        ConfigError: for files that are missing or cannot be read, or validation files that are also training files.
         StorageError: if the file system fails.
     """
-    check_heldout_apart(config)
+    check_validation_apart(config)
     lines: list[str] = []
     problems: list[str] = []
     for name, source in open_sources(config).items():
         statistics = examine_source(source, name.startswith("pairs"), max_examined)
         lines += [f"{name}:", *(f"  {line}" for line in statistics.describe())]
         problems += [f"{name}: {problem}" for problem in statistics.problems(config.max_broken_records)]
-    for part, sources in (("train", config.texts.train), ("heldout", config.texts.heldout)):
+    for part, sources in (("train", config.texts.train), ("validation", config.texts.validation)):
         for text in sources:
             name, paths = f"texts {part} {text.path}", expand_patterns([text.path])
             num_bytes = sum(os.path.getsize(path) for path in paths)
             statistics = _examine_texts(paths, max_examined)
             lines.append(f"{name}: {len(paths):,} files of {num_bytes:,} bytes")
-            lines += [f"  {line}" for line in _describe_tokens(paths, config.prepared_dir)]
+            lines += [f"  {line}" for line in _describe_tokens(paths, config.cache_dir)]
             lines.append(f"  {statistics.num_examined:,} paragraphs examined")
             lines += [f"  {line}" for line in statistics.describe()[1:]]
             problems += [f"{name}: {problem}" for problem in statistics.problems(config.max_broken_records)]
@@ -206,8 +206,8 @@ def _examine_texts(paths: list[str], max_examined: int) -> SourceStatistics:
     return statistics
 
 
-def _describe_tokens(paths: list[str], prepared_dir: str | None) -> list[str]:
-    if prepared_dir is None:
+def _describe_tokens(paths: list[str], cache_dir: str | None) -> list[str]:
+    if cache_dir is None:
         return []
-    num_tokens = count_tokens(texts_folder(prepared_dir), paths)
+    num_tokens = count_tokens(texts_folder(cache_dir), paths)
     return [f"{num_tokens:,} tokens prepared so far" if num_tokens else "not prepared yet"]

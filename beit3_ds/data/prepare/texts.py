@@ -1,4 +1,4 @@
-"""Tokenises a run's texts once, by many processes and machines."""
+"""Tokenizes a run's texts once, by many processes and machines."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -63,7 +63,7 @@ class TextPreparation:
     """What `prepare_texts` did."""
 
     pieces_written: int
-    """Pieces that were tokenised now."""
+    """Pieces that were tokenized now."""
     pieces_kept: int
     """Pieces of this part that were there."""
     num_tokens: int
@@ -81,7 +81,7 @@ def prepare_texts(
     processes: int | None = None,
     piece_bytes: int = _PIECE_BYTES,
 ) -> TextPreparation:
-    """Tokenises the training and held-out texts of a run into `data.prepared_dir`.
+    """Tokenizes the training and validation texts of a run into `data.cache_dir`.
 
     Files are cut into pieces, which are divided over parts and processes; nobody waits for anybody. A piece that is
     there and up to date is not done again, so an interrupted preparation goes on where it was. Whoever finds all pieces
@@ -91,16 +91,16 @@ def prepare_texts(
         data: the data of a run.
         tokenizer: the run's text tokenizer.
         part: this share of the pieces; all if None.
-        processes: how many tokenise; as many as cores if None.
+        processes: how many tokenize; as many as cores if None.
         piece_bytes: bytes of a piece; all parts must use the same.
 
     Raises:
-        ConfigError: without `data.prepared_dir`, for files that cannot be read, or for more broken lines than
+        ConfigError: without `data.cache_dir`, for files that cannot be read, or for more broken lines than
             `data.max_broken_records`.
     """
-    if data.prepared_dir is None:
-        raise ConfigError("data.prepared_dir is not set: name the folder for the token files in the config.")
-    folder, part = texts_folder(data.prepared_dir), part or Part()
+    if data.cache_dir is None:
+        raise ConfigError("data.cache_dir is not set: name the folder for the token files in the config.")
+    folder, part = texts_folder(data.cache_dir), part or Part()
     folder.mkdir(parents=True, exist_ok=True)
     sources = _text_sources(data)
     pieces = [cut_into_pieces(source, piece_bytes) for source in sources]
@@ -133,7 +133,7 @@ def prepare_texts(
 
 def _text_sources(data: DataConfig) -> list[str]:
     """All text files of a run; one that is both trained on and held out counts once."""
-    sources = (data.texts.train, data.texts.heldout)
+    sources = (data.texts.train, data.texts.validation)
     return list(dict.fromkeys(file for part in sources for file in expand_patterns([source.path for source in part])))
 
 
@@ -176,7 +176,7 @@ def _with_progress(finished: Iterable[TokenPiece], pieces: Sequence[TextPiece]) 
     """Shows the bytes that are done and the tokens a second, where standard error is a terminal."""
     num_bytes = sum(piece.stop - piece.start for piece in pieces)
     num_tokens = 0
-    with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="tokenising", disable=None) as bar:
+    with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
         for done in finished:
             num_tokens += done.num_tokens
             rate = num_tokens / max(bar.format_dict["elapsed"], 1e-9)

@@ -27,8 +27,8 @@ class TextSequences:
     is cut inside, between words if possible. `beit3_ds.data.text.text_files` defines paragraphs, documents and readable
     files; `beit3_ds.data.text.sentences` defines the end of a sentence.
 
-    Without `prepared_dir` all text is tokenised at the start and kept in the memory of each process, two bytes per
-    token with a vocabulary below 65536, which suits a few gigabytes of text. With `prepared_dir` the token files of
+    Without `cache_dir` all text is tokenized at the start and kept in the memory of each process, two bytes per
+    token with a vocabulary below 65536, which suits a few gigabytes of text. With `cache_dir` the token files of
     `beit3 prepare texts` are mapped, and opening reads one footer per 64 MiB of text. The sequences are the same.
 
     Attributes:
@@ -42,7 +42,7 @@ class TextSequences:
         patterns: Iterable[str],
         tokenizer: TextTokenizer,
         length: int,
-        prepared_dir: str | None = None,
+        cache_dir: str | None = None,
         max_broken_lines: int = 0,
         document_separator: bool = True,
     ) -> None:
@@ -52,7 +52,7 @@ class TextSequences:
             patterns: files or glob patterns.
             tokenizer: turns paragraphs into ids.
             length: most tokens of a sequence, BOS and EOS included; at least 3.
-            prepared_dir: `data.prepared_dir`.
+            cache_dir: `data.cache_dir`.
             max_broken_lines: most lines that may be unreadable, over all files.
             document_separator: `data.document_separator`.
 
@@ -65,13 +65,13 @@ class TextSequences:
         self._bos_id, self._eos_id = tokenizer.bos_id, tokenizer.eos_id
         broken = BrokenLines(max_broken_lines)
         self._files: Sequence[_TextInMemory | PreparedText]
-        if prepared_dir is None:
+        if cache_dir is None:
             cutter = ParagraphCutter(tokenizer)
             self._files = [
                 _TextInMemory(path, tokenizer, length, cutter, broken, document_separator) for path in self.paths
             ]
         else:
-            folder = texts_folder(prepared_dir)
+            folder = texts_folder(cache_dir)
             prepared = [PreparedText(folder, path, tokenizer, length, document_separator) for path in self.paths]
             for file in prepared:
                 broken.extend(list(file.broken))
@@ -119,13 +119,13 @@ class TextSequences:
         return int(np.searchsorted(self._first_of_file, index, side="right")) - 1
 
 
-def texts_folder(prepared_dir: str) -> Path:
+def texts_folder(cache_dir: str) -> Path:
     """Where the token files of a run lie."""
-    return Path(prepared_dir) / "texts"
+    return Path(cache_dir) / "texts"
 
 
 class _TextInMemory:
-    """The sequences of one source file, read and tokenised at once."""
+    """The sequences of one source file, read and tokenized at once."""
 
     def __init__(
         self,

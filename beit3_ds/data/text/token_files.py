@@ -89,7 +89,7 @@ def token_path(folder: Path, piece: TextPiece) -> Path:
 def write_tokens(
     folder: Path, piece: TextPiece, tokenizer: TextTokenizer, budget: int, document_separator: bool = True
 ) -> TokenPiece:
-    """Tokenises a piece into its token file, in bounded memory.
+    """Tokenizes a piece into its token file, in bounded memory.
 
     Raises:
         ConfigError: if the source cannot be read, or more than `budget` of its lines are broken.
@@ -236,7 +236,7 @@ class PreparedText:
         self._borders_path = _borders_path(folder, source, length)
         if not self._borders_path.exists():
             raise ConfigError(
-                f"data: {self._borders_path} is missing: {source} is tokenised, but not cut into sequences of "
+                f"data: {self._borders_path} is missing: {source} is tokenized, but not cut into sequences of "
                 f"data.text_length={length} tokens. {_REDO}"
             )
         footer = _read_footer(self._borders_path)

@@ -13,7 +13,7 @@ from beit3_ds.cluster.check.link_faults import link_faults
 from beit3_ds.cluster.check.node_faults import node_faults
 from beit3_ds.cluster.check.probe import parse_gpus
 from beit3_ds.cluster.check.report import describe_faults, describe_nodes
-from beit3_ds.cluster.check.requirements import Needs, named_files, work_out_needs
+from beit3_ds.cluster.check.requirements import Requirements, named_files, work_out_requirements
 from beit3_ds.cluster.hostfile import parse_hostfile
 from beit3_ds.config import load_run_config
 from beit3_ds.training.optimizer import decays
@@ -88,14 +88,14 @@ def healthy(count: int, slots: int = 8) -> Inspection:
     )
 
 
-def all_faults(inspection: Inspection, needs: Needs | None = None) -> list[str]:
+def all_faults(inspection: Inspection, needs: Requirements | None = None) -> list[str]:
     return [str(fault) for fault in (*node_faults(inspection, needs), *link_faults(inspection))]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 64])
 def test_healthy_nodes_have_no_fault(count: int) -> None:
     inspection = healthy(count)
-    needs = Needs(layout_fault=None, rank_bytes=(70 * 2**30,) * 8 * count, checkpoint_bytes=2**31)
+    needs = Requirements(layout_fault=None, rank_bytes=(70 * 2**30,) * 8 * count, checkpoint_bytes=2**31)
     assert not all_faults(inspection) and not all_faults(inspection, needs)
 
 
@@ -228,24 +228,24 @@ def test_one_machine_in_two_lines_is_told() -> None:
 def test_a_run_must_fit_gpus_and_disk() -> None:
     inspection = healthy(2)
     rank_bytes = [10 * 2**30] * 15 + [73 * 2**30]  # of 80
-    (fault,) = all_faults(inspection, Needs(layout_fault=None, rank_bytes=tuple(rank_bytes)))
+    (fault,) = all_faults(inspection, Requirements(layout_fault=None, rank_bytes=tuple(rank_bytes)))
     assert fault.startswith("node1: rank 15 needs 73.0 GiB by the model of memory, more than 90% of the 80.0 GiB")
-    few = Needs(layout_fault=None, rank_bytes=(0,) * 16, checkpoint_bytes=2**31 + 1)
+    few = Requirements(layout_fault=None, rank_bytes=(0,) * 16, checkpoint_bytes=2**31 + 1)
     assert ["one checkpoint needs 2.0 GiB" in fault for fault in all_faults(inspection, few)] == [True, True]
     for node in inspection.answers:
         gpus(node)[0]["total"] = None  # what nvidia-smi does not know is not compared
-    assert not all_faults(inspection, Needs(layout_fault=None, rank_bytes=(2**40, *[0] * 7) * 2))
+    assert not all_faults(inspection, Requirements(layout_fault=None, rank_bytes=(2**40, *[0] * 7) * 2))
 
 
 def test_needs_follow_from_the_config_and_the_hostfile() -> None:
     config = load_run_config("ds_configs/demo_tp2_pp2_dp2_zero3.json")
-    needs = work_out_needs(config, parse_hostfile("a slots=4\nb slots=4\n", "hosts"), decays)
+    needs = work_out_requirements(config, parse_hostfile("a slots=4\nb slots=4\n", "hosts"), decays)
     assert needs.layout_fault is None and not needs.faults() and len(needs.rank_bytes) == 8
     # Ranks 0 to 3 hold the first stage.
     assert len(set(needs.rank_bytes[:4])) == len(set(needs.rank_bytes[4:])) == 1 < len(set(needs.rank_bytes))
     files = named_files(config)
     assert files["beit3_ds/sample_data/images-train.tar"] and not files[config.tokenizers.text.path]
-    alone = work_out_needs(config, parse_hostfile("a slots=3\n", "hosts"), decays)
+    alone = work_out_requirements(config, parse_hostfile("a slots=3\n", "hosts"), decays)
     assert len(alone.faults()) == 1 and "does not divide world_size=3" in str(alone.faults()[0])
 
 

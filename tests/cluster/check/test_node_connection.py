@@ -13,11 +13,11 @@ import pytest
 
 from beit3_ds.cluster.check import node_connection as conversation
 from beit3_ds.cluster.check import probe
-from beit3_ds.cluster.check.node_connection import Conversation, NoAnswer, remote_command
+from beit3_ds.cluster.check.node_connection import NoAnswer, NodeConnection, remote_command
 
 
 async def _ask(question: str, seconds: float = 30.0, program: Path = Path(probe.__file__), **arguments: Any) -> Any:
-    talk = Conversation("localhost", {}, program)
+    talk = NodeConnection("localhost", {}, program)
     try:
         await talk.start()
         return await talk.ask(question, seconds, **arguments)
@@ -65,9 +65,9 @@ def test_a_probe_ends_and_deletes_its_files_when_the_asking_side_dies(tmp_path: 
     token = tmp_path / "token"
     program = (
         "import asyncio, sys\n"
-        "from beit3_ds.cluster.check.node_connection import Conversation\n"
+        "from beit3_ds.cluster.check.node_connection import NodeConnection\n"
         "async def main():\n"
-        "    talk = Conversation('localhost', {})\n"
+        "    talk = NodeConnection('localhost', {})\n"
         "    await talk.start()\n"
         f"    print(await talk.ask('write_token', path={str(token)!r}, token='x'), talk._process.pid, flush=True)\n"
         "    await asyncio.sleep(1000)\n"

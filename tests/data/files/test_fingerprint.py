@@ -42,7 +42,7 @@ def place(folder: Path) -> Path:
     """Three shards, images in a folder, and a text."""
     for name in ("a", "b", "c"):
         (folder / "shards").mkdir(parents=True, exist_ok=True)
-        shutil.copy(SAMPLE / "images-heldout.tar", folder / "shards" / f"{name}.tar")
+        shutil.copy(SAMPLE / "images-validation.tar", folder / "shards" / f"{name}.tar")
         (folder / "images").mkdir(exist_ok=True)
         (folder / "images" / f"{name}.jpg").write_bytes(b"no picture is opened")
     (folder / "text.txt").write_text("Some words.\n" * 20)

@@ -151,7 +151,7 @@ def test_long_names_have_files_of_their_own(
         images=none,
         pairs=StreamConfig(train=sources, samples_per_step=1),
         texts=StreamConfig(train=text_sources, samples_per_step=1),
-        prepared_dir=prepared,
+        cache_dir=prepared,
         text_length=16,
     )
     prepare_indices(tars, prepared, num_processes=1)

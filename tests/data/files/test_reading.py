@@ -105,7 +105,7 @@ def test_one_failure_is_outlasted_and_a_lasting_one_ends_the_run(
     texts = StreamConfig(train=(SourceConfig(path=text),), samples_per_step=1)
     prepared = str(tmp_path / "prepared")
     prepare_texts(
-        DataConfig(images=none, pairs=none, texts=texts, prepared_dir=prepared, text_length=16), tokenizer, processes=1
+        DataConfig(images=none, pairs=none, texts=texts, cache_dir=prepared, text_length=16), tokenizer, processes=1
     )
     sequences = TextSequences([text], tokenizer, 16, prepared)
     coco = read_coco_captions(annotations, folder.path)

@@ -40,8 +40,8 @@ def data(tmp_path: Path, png: bytes) -> DataConfig:
         folder = tmp_path if form == "visual_genome" else tmp_path / "images"
         train.append(SourceConfig(path=str(tmp_path / f"{form}.x"), format=form, images=str(folder)))  # type: ignore[arg-type]
     none = StreamConfig(train=(), samples_per_step=0)
-    pairs = StreamConfig(train=tuple(train), heldout=(train[0],), samples_per_step=1)
-    return DataConfig(images=none, pairs=pairs, texts=none, prepared_dir=str(tmp_path / "prepared"))
+    pairs = StreamConfig(train=tuple(train), validation=(train[0],), samples_per_step=1)
+    return DataConfig(images=none, pairs=pairs, texts=none, cache_dir=str(tmp_path / "prepared"))
 
 
 def _samples(source: AnnotatedImages) -> list[tuple[str, str]]:
@@ -62,7 +62,7 @@ def test_tables_hold_what_parsing_gives(data: DataConfig, monkeypatch: pytest.Mo
     # catches a table that is written but not used
     monkeypatch.setattr(sources, "read_annotations", lambda source: pytest.fail("parsed"))
     for source, expected in zip(data.pairs.train, parsed, strict=True):
-        opened = open_images(source, data.prepared_dir)
+        opened = open_images(source, data.cache_dir)
         for stored in (opened, pickle.loads(pickle.dumps(opened))):
             assert isinstance(stored, AnnotatedImages)
             assert _samples(stored) == _samples(expected)
@@ -80,7 +80,7 @@ def test_copies_map_anew(data: DataConfig) -> None:
         (folder / f"{row}.jpg").write_bytes(b"")
     prepare_annotations(data)
     # catches a map that is pickled as what it shows: each worker would hold all captions
-    assert len(pickle.dumps(open_images(data.pairs.train[2], data.prepared_dir))) < 1000
+    assert len(pickle.dumps(open_images(data.pairs.train[2], data.cache_dir))) < 1000
 
 
 @pytest.mark.parametrize("name", ["coco.x", "image_data.json", "sbu.x"])
@@ -89,9 +89,9 @@ def test_a_changed_annotation_file_is_named(data: DataConfig, tmp_path: Path, na
     os.utime(tmp_path / name, ns=(1, 1))
     number = {"coco.x": 0, "image_data.json": 1, "sbu.x": 2}[name]
     with pytest.raises(ConfigError, match=rf"{name} has size .*, its table .*beit3 prepare index"):
-        open_images(data.pairs.train[number], data.prepared_dir)
+        open_images(data.pairs.train[number], data.cache_dir)
     prepare_annotations(data)
-    assert len(open_images(data.pairs.train[number], data.prepared_dir))
+    assert len(open_images(data.pairs.train[number], data.cache_dir))
 
 
 def test_verify_finds_other_annotations_and_images(data: DataConfig, tmp_path: Path, png: bytes) -> None:
@@ -106,26 +106,26 @@ def test_verify_finds_other_annotations_and_images(data: DataConfig, tmp_path: P
     (tmp_path / "images" / "1.png").write_bytes(png)
     with pytest.raises(ConfigError, match=r"sbu\.x or the images in .* no longer fit the table"):
         prepare_annotations(data, verify=True)
-    assert len(open_images(data.pairs.train[2], data.prepared_dir)) == 2
+    assert len(open_images(data.pairs.train[2], data.cache_dir)) == 2
     prepare_annotations(data)
-    assert len(open_images(data.pairs.train[2], data.prepared_dir)) == 3  # catches a table that is kept
+    assert len(open_images(data.pairs.train[2], data.cache_dir)) == 3  # catches a table that is kept
 
 
 def test_a_damaged_table_is_named(data: DataConfig) -> None:
     prepare_annotations(data)
     source = data.pairs.train[0]
-    assert data.prepared_dir is not None
-    path = Path(source_table(source, data.prepared_dir))
+    assert data.cache_dir is not None
+    path = Path(source_table(source, data.cache_dir))
     whole = path.read_bytes()
     for damaged in (b"", whole[:-1], whole[:20], b"[]\n", b"{}\n", whole.replace(b'"format": 1', b'"format": 9')):
         path.write_bytes(damaged)
         with pytest.raises(ConfigError, match=rf"{path.name} of .* is damaged"):
-            open_images(source, data.prepared_dir)
+            open_images(source, data.cache_dir)
     path.unlink()
-    assert len(open_images(source, data.prepared_dir)) == len(CAPTIONS)  # without a table it parses
+    assert len(open_images(source, data.cache_dir)) == len(CAPTIONS)  # without a table it parses
 
 
 def test_without_annotation_files_nothing_is_done(data: DataConfig, tmp_path: Path) -> None:
     none = StreamConfig(train=(), samples_per_step=0)
-    assert prepare_annotations(DataConfig(images=none, pairs=none, texts=none, prepared_dir=str(tmp_path / "p"))) == ""
+    assert prepare_annotations(DataConfig(images=none, pairs=none, texts=none, cache_dir=str(tmp_path / "p"))) == ""
     assert not (tmp_path / "p").exists()

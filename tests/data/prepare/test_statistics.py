@@ -104,9 +104,9 @@ def test_contact_sheet_shows_every_sample(pairs: TarShards, tmp_path: Path, writ
 def test_all_streams_are_described(build_config: BuildConfig) -> None:
     config = build_config().data
     text = describe_streams(config, 10).text
-    (images,), (pairs,) = config.images.train, config.pairs.heldout
+    (images,), (pairs,) = config.images.train, config.pairs.validation
     assert f"images train {images.path}:\n  22 samples, 10 of them examined" in text
-    assert f"pairs heldout {pairs.path}:\n  13 samples" in text
+    assert f"pairs validation {pairs.path}:\n  13 samples" in text
     assert "caption words" in text.partition("pairs train")[2]
     assert "caption" not in text.partition("pairs train")[0]
     assert "1 files of " in text.partition("texts train")[2]
@@ -130,12 +130,12 @@ def config_file(tmp_path: Path, sample_files: dict[str, str]) -> Path:
     """The quickstart with a copy of the small sample files, and a folder for indices."""
     content = json.loads((Path(cli.__file__).parents[1] / "ds_configs/quickstart_cpu.json").read_text())
     data = content["beit3_ds"]["data"]
-    for part in ("samples", "heldout"):
+    for part in ("samples", "validation"):
         shutil.copytree(Path(sample_files["texts"]).parent, tmp_path / part)
     for name, path in sample_files.items():
-        parts = (str(tmp_path / part / Path(path).name) for part in ("samples", "heldout"))
-        data[name] |= {part: [pattern] for part, pattern in zip(("train", "heldout"), parts, strict=True)}
-    data["prepared_dir"] = str(tmp_path / "prepared")
+        parts = (str(tmp_path / part / Path(path).name) for part in ("samples", "validation"))
+        data[name] |= {part: [pattern] for part, pattern in zip(("train", "validation"), parts, strict=True)}
+    data["cache_dir"] = str(tmp_path / "prepared")
     (tmp_path / "run.json").write_text(json.dumps(content))
     return tmp_path / "run.json"
 
@@ -165,7 +165,7 @@ def test_prepare_index_writes_tables_of_annotations(config_file: Path, capsys: p
     (config_file.parent / "captions.json").write_text(json.dumps(captions))
     content = json.loads(config_file.read_text())
     source = {"path": str(config_file.parent / "captions.json"), "format": "coco", "images": str(config_file.parent)}
-    content["beit3_ds"]["data"]["pairs"]["heldout"] = [source]
+    content["beit3_ds"]["data"]["pairs"]["validation"] = [source]
     (config_file.parent / "1.png").write_bytes(_png(3, 3))
     config_file.write_text(json.dumps(content))
     for arguments, expected in (([], "1 tables written, 0 verified"), (["--verify"], "0 tables written, 1 verified")):
@@ -197,7 +197,7 @@ def test_a_wrong_folder_of_images_is_refused(config_file: Path, capsys: pytest.C
 
     def index(path: str, form: str, images: str) -> int:
         source = {"path": str(folder / path), "format": form, "images": str(folder / images)}
-        setting = f"--set=data.pairs.heldout={json.dumps([source])}"
+        setting = f"--set=data.pairs.validation={json.dumps([source])}"
         return cli.main(["prepare", "index", str(config_file), "--processes", "1", setting])
 
     assert index("captions.json", "coco", "samples") == 2  # catches a table that is written without an image

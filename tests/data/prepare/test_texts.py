@@ -35,13 +35,13 @@ def corpus(tmp_path: Path) -> str:
     return str(tmp_path / "[abc].*")
 
 
-def data_config(train: str, folder: Path | None, heldout: str | None = None, **changes: int) -> DataConfig:
+def data_config(train: str, folder: Path | None, validation: str | None = None, **changes: int) -> DataConfig:
     none = StreamConfig(train=(), samples_per_step=0)
     texts = StreamConfig(
-        train=(SourceConfig(path=train),), heldout=(SourceConfig(path=heldout or train),), samples_per_step=1
+        train=(SourceConfig(path=train),), validation=(SourceConfig(path=validation or train),), samples_per_step=1
     )
     prepared = None if folder is None else str(folder)
-    return DataConfig(images=none, pairs=none, texts=texts, prepared_dir=prepared, text_length=LENGTH, **changes)
+    return DataConfig(images=none, pairs=none, texts=texts, cache_dir=prepared, text_length=LENGTH, **changes)
 
 
 def rows(sequences: TextSequences) -> list[list[int]]:
@@ -72,7 +72,7 @@ def test_prepared_and_unprepared_texts_are_the_same(
     folder = tmp_path / "prepared"
     done = prepare_texts(data_config(corpus, folder), tokenizer, processes=processes, piece_bytes=PIECE)
     plain = TextSequences([corpus], tokenizer, LENGTH)
-    prepared = TextSequences([corpus], tokenizer, LENGTH, prepared_dir=str(folder))
+    prepared = TextSequences([corpus], tokenizer, LENGTH, cache_dir=str(folder))
     assert done.pieces_written > 20
     ends = sum(row.count(tokenizer.eos_id) for row in rows(plain))
     assert ends > len(plain)  # catches documents without separators
@@ -101,7 +101,7 @@ def test_few_tokens_are_mapped_at_a_time(
 def test_opening_loads_nothing_and_copies_map_anew(tmp_path: Path, corpus: str, tokenizer: TextTokenizer) -> None:
     folder = tmp_path / "prepared"
     prepare_texts(data_config(corpus, folder), tokenizer, processes=1)
-    sequences = TextSequences([corpus], tokenizer, LENGTH, prepared_dir=str(folder))
+    sequences = TextSequences([corpus], tokenizer, LENGTH, cache_dir=str(folder))
     pickled = pickle.dumps(sequences)
     # catches maps that are pickled as what they show: each worker would hold the corpus
     assert len(pickled) < 4000 < sum(path.stat().st_size for path in (folder / "texts").iterdir())
@@ -140,7 +140,7 @@ def test_stale_files_are_refused_by_name(tmp_path: Path, corpus: str, tokenizer:
     folder = tmp_path / "prepared"
 
     def open_prepared(tokenizer: TextTokenizer = tokenizer, length: int = LENGTH) -> TextSequences:
-        return TextSequences([corpus], tokenizer, length, prepared_dir=str(folder))
+        return TextSequences([corpus], tokenizer, length, cache_dir=str(folder))
 
     with pytest.raises(ConfigError, match=r"holds no tokens of .*a\.txt from byte 0"):
         open_prepared()
@@ -234,7 +234,7 @@ def test_a_part_is_i_of_n(text: str) -> None:
 
 
 def test_a_folder_must_be_named(corpus: str, tokenizer: TextTokenizer) -> None:
-    with pytest.raises(ConfigError, match=r"data\.prepared_dir is not set"):
+    with pytest.raises(ConfigError, match=r"data\.cache_dir is not set"):
         prepare_texts(data_config(corpus, None), tokenizer)
 
 
@@ -244,7 +244,7 @@ def test_opening_many_prepared_texts_lists_no_folder_and_keeps_none_open(
     for number in range(60):
         (tmp_path / f"{number:02d}.txt").write_text("red bird sits left of two green boats. " * 3)
     files = {"texts": str(tmp_path / "*.txt")}
-    data = build_config(files=files, data={"prepared_dir": str(tmp_path)}).data
+    data = build_config(files=files, data={"cache_dir": str(tmp_path)}).data
     prepare_texts(data, tokenizer, processes=1)
     listed: list[object] = []
     scandir = os.scandir

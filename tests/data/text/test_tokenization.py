@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beit3_ds.data.text import tokenization as tokenisation
+from beit3_ds.data.text import tokenization as tokenization
 from beit3_ds.data.text.sentences import ParagraphCutter
 from beit3_ds.data.text.text_files import Paragraph
 from beit3_ds.data.text.tokenization import encode_paragraphs, sequence_starts, token_dtype
@@ -60,8 +60,8 @@ def test_blocks_of_paragraphs_join_to_what_each_gives(
 ) -> None:
     paragraphs = ["a red bird", "two green boats", "☃ near", "water " * 20, "snow"]
     expected = [tokenizer.encode(paragraph) for paragraph in paragraphs]
-    monkeypatch.setattr(tokenisation, "_BLOCK_PARAGRAPHS", 2)
-    monkeypatch.setattr(tokenisation, "_BLOCK_CHARACTERS", 100)
+    monkeypatch.setattr(tokenization, "_BLOCK_PARAGRAPHS", 2)
+    monkeypatch.setattr(tokenization, "_BLOCK_CHARACTERS", 100)
     blocks = list(encode_paragraphs((Paragraph(text, True) for text in paragraphs), tokenizer, False))
     assert [len(lengths) for _, lengths in blocks] == [2, 2, 1]  # catches a block without an end, and a lost last one
     assert [id_ for ids, _ in blocks for id_ in ids.tolist()] == [id_ for ids in expected for id_ in ids]
@@ -80,7 +80,7 @@ def test_documents_are_separated_inside_sequences_and_nowhere_else(
         Paragraph(text, number == len(document)) for document in documents for number, text in enumerate(document, 1)
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenisation, "_BLOCK_PARAGRAPHS", block_size)
+        patch.setattr(tokenization, "_BLOCK_PARAGRAPHS", block_size)
         blocks = list(encode_paragraphs(paragraphs, tokenizer, True))
     ids = [id_ for block, _ in blocks for id_ in block.tolist()]
     contents = [[id_ for text in document for id_ in tokenizer.encode(text)] for document in documents]

@@ -7,15 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from beit3_ds.kernels import (
-    multiway_ffn_launch,
-    multiway_linear,
-    out_projection,
-    sub_norm,
-    sub_norm_launch,
-    up_projection,
-)
+from beit3_ds.kernels.ops import multiway_linear, out_projection, sub_norm, up_projection
 from beit3_ds.kernels.ops.numerics import WrongResultError
+from beit3_ds.kernels.triton import multiway_ffn_launch, sub_norm_launch
 from tests.kernels.interpreter import interpreted
 from tests.kernels.ops.test_out_projection import operator_calls
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from beit3_ds.kernels.ops import residual_add as module
 from beit3_ds.kernels.ops.numerics import WrongResultError, check_rule, with_gradients
-from beit3_ds.kernels.ops.residual_add import add_branch, add_branch_reference, check_kernels
+from beit3_ds.kernels.ops.residual_add import check_kernels, residual_add, residual_add_reference
 from beit3_ds.kernels.ops.self_check import passes
 from beit3_ds.kernels.triton.expert_rows_launch import RowTiling, choose_row_tiling
 from beit3_ds.kernels.triton.residual_add_launch import backward, forward
@@ -59,7 +59,7 @@ class Case:
         names = ("y", "d_residual", "d_partial", *(f"d_bias_{i}" for i in range(len(self.biases))))
         stream, dtype = self.residual.dtype, self.partial.dtype
         assert [result.dtype for result in results] == [stream, stream, dtype, *[dtype] * len(self.biases)]
-        check_rule(names, results, with_gradients(partial(self.apply, add_branch_reference)), self.inputs)
+        check_rule(names, results, with_gradients(partial(self.apply, residual_add_reference)), self.inputs)
 
     def interpret(self, tiling: RowTiling) -> tuple[Tensor, ...]:
         """What the kernels make of it in Triton's interpreter."""
@@ -75,24 +75,24 @@ class Case:
 def operator(residual, partial, slices, biases, factor):  # type: ignore[no-untyped-def]
     """The way that a GPU's tensors go, with the operators' implementation for the CPU."""
     stops = tuple(stop for _, stop in slices)
-    return module._AddBranch.apply(residual, partial, factor, stops, True, *biases)
+    return module._ResidualAdd.apply(residual, partial, factor, stops, True, *biases)
 
 
 @given(
     lengths=st.lists(st.integers(0, 4), min_size=1, max_size=3),
     with_factor=st.booleans(),
-    op=st.sampled_from([add_branch, operator]),
+    op=st.sampled_from([residual_add, operator]),
 )
 @settings(max_examples=40, deadline=None)
 def test_equals_reference(lengths, with_factor, op) -> None:  # type: ignore[no-untyped-def]
     case = Case(lengths, 5, torch.float64, with_factor)
-    results, expected = case.differentiate(op), case.differentiate(add_branch_reference)
+    results, expected = case.differentiate(op), case.differentiate(residual_add_reference)
     for ours, theirs in zip(results, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("with_factor", [False, True])
-@pytest.mark.parametrize("op", [add_branch_reference, add_branch, operator])
+@pytest.mark.parametrize("op", [residual_add_reference, residual_add, operator])
 def test_gradcheck(op: Callable[..., Tensor], with_factor: bool) -> None:
     case = Case((2, 0, 3), 4, torch.float64, with_factor)
     leaves = [x.clone().requires_grad_() for x in case.inputs[:-1]]
@@ -104,7 +104,7 @@ def test_inputs_stay_as_they_are(with_factor: bool) -> None:
     """And the residual's gradient is no copy of y's."""
     case = Case((2, 3), 4, torch.float32, with_factor)
     before = [x.clone() for x in case.inputs]
-    gradients = case.differentiate(add_branch)[1:]
+    gradients = case.differentiate(residual_add)[1:]
     assert all(torch.equal(x, y) for x, y in zip(case.inputs, before, strict=True))
     assert gradients[0].data_ptr() == case.dy.data_ptr()
     assert (gradients[1].data_ptr() == case.dy.data_ptr()) != with_factor
@@ -114,9 +114,9 @@ def test_opcheck() -> None:
     for with_factor in (False, True):
         case = Case((2, 0, 3), 8, torch.float32, with_factor)
         arguments = (case.residual, case.partial, case.stops, case.biases, case.factor)
-        torch.library.opcheck(torch.ops.beit3_ds.add_branch.default, arguments)
+        torch.library.opcheck(torch.ops.beit3_ds.residual_add.default, arguments)
         backward_arguments = (case.dy, case.stops, case.factor, case.partial.dtype)
-        torch.library.opcheck(torch.ops.beit3_ds.add_branch_backward.default, backward_arguments)
+        torch.library.opcheck(torch.ops.beit3_ds.residual_add_backward.default, backward_arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -137,7 +137,7 @@ def test_kernels_follow_the_reference(
 def test_a_float32_stream_beside_bf16_branches(with_factor: bool) -> None:
     """Catches a sum that is rounded to the branch's dtype, and a gradient of the branch left in the stream's."""
     case = Case((9, 0, 7), 24, torch.bfloat16, with_factor, stream=torch.float32)
-    for results in (case.interpret(SMALL), case.differentiate(add_branch), case.differentiate(operator)):
+    for results in (case.interpret(SMALL), case.differentiate(residual_add), case.differentiate(operator)):
         case.check(results)
     check_kernels(CPU, torch.bfloat16, 24, torch.float32)
 
@@ -178,7 +178,7 @@ def test_any_lengths_widths_and_dtypes(lengths, width, dtype, with_factor, progr
 
 
 def test_self_check(recwarn: pytest.WarningsRecorder) -> None:
-    assert passes("add_branch", CPU, lambda: check_kernels(CPU, torch.bfloat16, 24))
+    assert passes("residual_add", CPU, lambda: check_kernels(CPU, torch.bfloat16, 24))
     assert not recwarn
 
 
@@ -191,11 +191,11 @@ def test_self_check_finds_wrong_kernels(wrong: str, monkeypatch: pytest.MonkeyPa
 
     class Operators:
         @staticmethod
-        def add_branch(*arguments):  # type: ignore[no-untyped-def]
+        def residual_add(*arguments):  # type: ignore[no-untyped-def]
             return fail("y", plain_forward(*arguments))
 
         @staticmethod
-        def add_branch_backward(*arguments):  # type: ignore[no-untyped-def]
+        def residual_add_backward(*arguments):  # type: ignore[no-untyped-def]
             return tuple(map(fail, ("d_partial", "d_biases"), plain_backward(*arguments)))
 
     monkeypatch.setattr(torch.ops, "beit3_ds", Operators)
@@ -212,6 +212,6 @@ def test_on_a_device(dtype: torch.dtype, width: int, with_factor: bool) -> None:
     for lengths in ((700, 0, 333), (1, 5), (3000,), (0, 0, 0)):
         case = Case(lengths, width, dtype, with_factor, "cuda")
         assert module.runs_kernels(case.residual, dtype)
-        first, second = (case.differentiate(add_branch) for _ in range(2))
+        first, second = (case.differentiate(residual_add) for _ in range(2))
         assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
         case.check(first)
