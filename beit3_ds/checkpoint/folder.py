@@ -105,7 +105,7 @@ class CheckpointFolder:
             if common := part.intersection(rectangle):
                 file = self._open(file_name(_FILE_OF_KIND[kind], rank))
                 rows, columns = common.inside(rectangle)
-                key = tensor_key(kind, name, rectangle)
+                key = tensor_key(kind, self.index.stored_name(name), rectangle)
                 if file.entries.get(key) != TensorEntry(key, torch.float32, rectangle.shape):
                     raise BrokenTensorFileError(f"{file.path} has no {key} in float32")
                 target = values[common.inside(part)]

@@ -23,6 +23,7 @@ from beit3_ds.checkpoint.rectangles import Rectangle, whole
 from beit3_ds.checkpoint.run_description import RunDescription
 from beit3_ds.checkpoint.tensor_file import WrittenFile
 from beit3_ds.config.renamed_keys import with_new_keys
+from beit3_ds.model.renamed_tensors import stored_names
 
 INDEX_NAME = "index.json"
 FORMAT = "beit3_ds checkpoint"
@@ -60,6 +61,12 @@ class Index:
     data: Mapping[str, Any] = field(default_factory=dict)
     """State of the run's data as plain JSON, one key per kind of state; it does not depend on the layout. Empty in a
     checkpoint of an older version."""
+    old_names: Mapping[str, str] = field(default_factory=dict)
+    """Names in the files of tensors that have another name now, by the current name."""
+
+    def stored_name(self, name: str) -> str:
+        """Returns the name of a tensor in the checkpoint's files."""
+        return self.old_names.get(name, name)
 
     def to_json(self) -> bytes:
         """The content of the index's file; the digest of everything else in it stands at its end."""
@@ -72,8 +79,11 @@ class Index:
             "data": self.data,
             "files": {name: list(file) for name, file in sorted(self.files.items())},
             "tensors": {
-                name: {"shape": list(self.shapes[name]), "pieces": [[rank, *part] for rank, part in self.pieces[name]]}
-                for name in sorted(self.shapes)
+                self.stored_name(name): {
+                    "shape": list(self.shapes[name]),
+                    "pieces": [[rank, *part] for rank, part in self.pieces[name]],
+                }
+                for name in sorted(self.shapes, key=self.stored_name)
             },
         }
         return _serialize({**content, "sha256": hashlib.sha256(_serialize(content)).hexdigest()})
@@ -104,7 +114,8 @@ def _parse(content: dict[str, Any]) -> Index:
     if hashlib.sha256(_serialize(content)).hexdigest() != digest:
         raise BrokenIndexError(f"{INDEX_NAME} was changed: its digest is another")
     content["config"] = with_new_keys(content["config"])
-    tensors = content["tensors"]
+    names = stored_names(content["tensors"])
+    tensors = {name: content["tensors"][stored] for name, stored in names.items()}
     index = Index(
         step=content["step"],
         optimizer_step=content["optimizer_step"],
@@ -116,6 +127,7 @@ def _parse(content: dict[str, Any]) -> Index:
         },
         files={name: WrittenFile(*file) for name, file in content["files"].items()},
         data=content.get("data", {}),
+        old_names={name: stored for name, stored in names.items() if name != stored},
     )
     check_cover(index.shapes, index.pieces)
     return index

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from beit3_ds.config import ConfigError, ModelConfig
 from beit3_ds.config.strict import load_section
+from beit3_ds.model.renamed_tensors import stored_names
 from beit3_ds.positions import interpolate_positions
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -50,7 +51,9 @@ class PretrainedWeights:
         """
         self.path = Path(path)
         readers = [_open(file) for file in _weight_files(self.path)]
-        self._reader = {name: reader for reader in readers for name in reader.keys()}  # noqa: SIM118
+        self._places = {
+            name: (reader, stored) for reader in readers for name, stored in stored_names(reader.keys()).items()
+        }
         headers = {(reader.metadata() or {}).get(_METADATA_KEY) for reader in readers}
         if len(headers) > 1:
             raise ConfigError(f"{path}: its files belong to different exports. Export the weights again.")
@@ -61,7 +64,7 @@ class PretrainedWeights:
 
     def names(self) -> list[str]:
         """Names of all tensors, those under `EXTRA_PREFIX` included."""
-        return list(self._reader)
+        return list(self._places)
 
     def shape(self, name: str) -> torch.Size:
         """The logical shape of a tensor."""
@@ -82,9 +85,10 @@ class PretrainedWeights:
         Raises:
             ConfigError: if there is no such tensor.
         """
-        if name not in self._reader:
+        if name not in self._places:
             raise ConfigError(f"{self.path} has no tensor '{name}'. Export or import the weights again.")
-        tensor = self._reader[name].get_tensor(name)
+        reader, stored = self._places[name]
+        tensor = reader.get_tensor(stored)
         if name == IMAGE_POSITION and self._resized:
             tensor = interpolate_positions(tensor[None], self.model.grid_size)[0]
         return tensor if part is None else matrix_part(tensor, part)

@@ -5,9 +5,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from beit3_ds.checkpoint.index import INDEX_NAME, read_index
-from tests.checkpoint.small_state import SmallRun
+from beit3_ds.checkpoint.folder import CheckpointFolder
+from beit3_ds.checkpoint.index import INDEX_NAME, KINDS, read_index
+from beit3_ds.checkpoint.rectangles import Rectangle, whole
+from beit3_ds.model.renamed_tensors import RENAMED_TENSORS
+from tests.checkpoint.small_state import SHAPES, SmallRun, values_at
 
 DATA = {"positions": {"texts": {"turns": 2**40, "sources": [["é.txt", 0.5, None]]}}}
 
@@ -35,3 +39,20 @@ def test_an_index_without_state_of_the_data_loads(tmp_path: Path) -> None:
     path.write_text(json.dumps(content))
     assert read_index(path.parent).data == {}
     assert run.resume() == 3
+
+
+@pytest.mark.usefixtures("lone_rank")
+def test_weights_and_moments_of_an_old_checkpoint_have_their_new_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert SmallRun(tmp_path).save(3) == [None]
+    written = (tmp_path / "step-00000003" / INDEX_NAME).read_bytes()
+    monkeypatch.setitem(RENAMED_TENSORS, "norm.", "final_norm.")
+    folder = CheckpointFolder(tmp_path / "step-00000003")
+    assert folder.names() == ["embedding.weight", "final_norm.weight", "scale"]
+    assert folder.shape("final_norm.weight") == SHAPES["norm.weight"]
+    for kind in KINDS:
+        values = folder.read_kind(kind, "final_norm.weight", whole(SHAPES["norm.weight"]))
+        assert torch.equal(values.flatten(), values_at(3, kind, "norm.weight"))
+    assert folder.read("final_norm.weight", Rectangle(1, 3, 0, 1)).shape == (2, 1)
+    assert read_index(folder.path).to_json() == written  # files keep their names, so the index must
