@@ -13,7 +13,7 @@ from pathlib import Path
 from beit3_ds.batch import ImageViews, PackedBatch, StepBatch
 from beit3_ds.checkpoint.engine_state import EngineState
 from beit3_ds.checkpoint.folder import is_checkpoint
-from beit3_ds.checkpoint.run_description import describe_run
+from beit3_ds.checkpoint.run_description import build_run_description
 from beit3_ds.checkpoint.store import CheckpointStore
 from beit3_ds.config import RankCoords, RunConfig, check_layout
 from beit3_ds.data import StepDataset, ValidationBatches, WaitLimits, build_train_loader, build_validation_batches
@@ -72,7 +72,7 @@ def pretrain(config: RunConfig) -> None:
 class Inputs:
     """Inputs that this rank reads; all checks that one process can make are made before a process group exists."""
 
-    place: RankCoords
+    coords: RankCoords
     """Coordinates of this rank on the mesh."""
     text_tokenizer: TextTokenizer | None
     """Text tokenizer; None in a run without texts and pairs."""
@@ -102,8 +102,8 @@ def open_inputs(config: RunConfig) -> Inputs:
     check_software(config)
     check_device(config.training)
     prepare_output_dir(Path(config.training.output_dir))
-    place = config.parallel.place(launch.rank, launch.world_size)
-    has_heads = place.pipeline == config.parallel.pipeline_parallel_size - 1
+    coords = config.parallel.rank_coords(launch.rank, launch.world_size)
+    has_heads = coords.pipeline == config.parallel.pipeline_parallel_size - 1
     text_tokenizer = load_text_tokenizer(config)
     visual_tokenizer: VisualTokenizer | None = None
     if has_heads and config.data.has_images:
@@ -114,17 +114,17 @@ def open_inputs(config: RunConfig) -> Inputs:
     dataset: StepDataset | None = None
     validation: ValidationBatches | None = None
     sources: dict[str, HasFiles] = {}
-    if place.tensor == 0 and (place.pipeline == 0 or has_heads):
+    if coords.tensor == 0 and (coords.pipeline == 0 or has_heads):
         check_validation_apart(config.data)
-        views: ImageViews = "model" if not has_heads else "both" if place.pipeline == 0 else "tokenizer"
-        dataset = StepDataset(config, text_tokenizer, place.data, data_parallel_size, views)
-        validation = build_validation_batches(config, text_tokenizer, place.data, data_parallel_size, views)
+        views: ImageViews = "model" if not has_heads else "both" if coords.pipeline == 0 else "tokenizer"
+        dataset = StepDataset(config, text_tokenizer, coords.data, data_parallel_size, views)
+        validation = build_validation_batches(config, text_tokenizer, coords.data, data_parallel_size, views)
         sources = dataset.sources() | name_sources("validation", validation.streams, config.data)
         if launch.rank == 0:
             for line in describe_left_out(sources):
                 print(line, flush=True)
     return Inputs(
-        place=place,
+        coords=coords,
         text_tokenizer=text_tokenizer,
         visual_tokenizer=visual_tokenizer,
         dataset=dataset,
@@ -147,8 +147,8 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh, signals: StopSignal
     Raises:
         ConfigError: if ranks were started with different configurations, or a checkpoint does not fit.
     """
-    assert mesh.place == inputs.place, f"the mesh gives {inputs.place} the place {mesh.place}"
-    assert mesh.is_reader == (inputs.dataset is not None), f"{mesh.place} reads what it should not, or does not"
+    assert mesh.coords == inputs.coords, f"the mesh gives {inputs.coords} the coords {mesh.coords}"
+    assert mesh.is_reader == (inputs.dataset is not None), f"{mesh.coords} reads what it should not, or does not"
     mesh.check_agreement("configuration", repr(config), "Start all ranks with the same file and the same --set.")
     tokenizers = config.tokenizers
     check_same_files(
@@ -167,7 +167,7 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh, signals: StopSignal
         output / "checkpoints",
         config.training.keep_checkpoints,
         mesh,
-        describe_run(config, mesh.describe_layout()),
+        build_run_description(config, mesh.describe_layout()),
         config.parallel.timeout_seconds,
     )
     metrics_log = MetricsLog(output / "metrics.jsonl")
@@ -187,7 +187,7 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh, signals: StopSignal
             for line in changes:
                 print(line, flush=True)
     dtype = next(schedule.engine.module.parameters()).dtype
-    who = mesh.describe(mesh.places.index(mesh.place))
+    who = mesh.describe(mesh.all_coords.index(mesh.coords))
     limits = WaitLimits(seconds=config.data.timeout_seconds, is_stopping=signals.is_asked_to_stop, where=who)
     steps = TimedSteps(build_train_loader(inputs.dataset, config.data, first_step, limits) if inputs.dataset else ())
     run = Run(

@@ -82,7 +82,7 @@ def check_same_model(model: Mapping[str, Any], stored: Mapping[str, Any], where:
         raise ConfigError(f"{where} holds another model: {'; '.join(changed)}. {advice}")
 
 
-def describe_run(config: RunConfig, layout: str) -> RunDescription:
+def build_run_description(config: RunConfig, layout: str) -> RunDescription:
     """Describes the run that `config` starts; reads the tokenizers' files.
 
     Args:

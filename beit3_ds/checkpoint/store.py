@@ -275,7 +275,7 @@ class CheckpointStore:
         try:
             work(*arguments)
         except Exception as error:  # the other ranks wait to hear of it
-            return f"{_one_line(error)} (rank {self._rank}, {self._mesh.place})"
+            return f"{_one_line(error)} (rank {self._rank}, {self._mesh.coords})"
         return None
 
     def _from_main(self, value: str | None) -> str | None:

@@ -172,12 +172,12 @@ def _check(options: argparse.Namespace) -> int:
     config = load_run_config(options.config, options.set)
     from beit3_ds.data.validation_overlap import check_validation_apart
     from beit3_ds.planner import NodeSize
-    from beit3_ds.training.dry_run import describe_run
+    from beit3_ds.training.dry_run import describe_dry_run
 
     check_validation_apart(config.data, must_exist=False)  # the data may lie on other machines
     memory, shm = (None if gib is None else int(gib * 2**30) for gib in (options.node_memory, options.node_shm))
     node = NodeSize(memory=memory, shm=shm)
-    print(describe_run(config, options.world_size, options.ranks_per_node, node, options.step_seconds))
+    print(describe_dry_run(config, options.world_size, options.ranks_per_node, node, options.step_seconds))
     if memory is None and shm is None:
         print("not compared with a machine: --node-memory and --node-shm do that; the run itself does it on every node")
     return 0

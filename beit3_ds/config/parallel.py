@@ -75,7 +75,7 @@ class ParallelConfig:
             )
         return world_size // self.model_parallel_size
 
-    def place(self, rank: int, world_size: int) -> RankCoords:
+    def rank_coords(self, rank: int, world_size: int) -> RankCoords:
         """A rank's coordinates: tensor peers are neighbours, then data-parallel ranks, then stages.
 
         So tensor peers, which talk most, share a node, and stages, which talk least, are far apart.

@@ -21,7 +21,7 @@ _LISTED = 8  # most hosts that a message names
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """This rank's place on the axes pipeline x data x tensor, and the groups along them; a lone rank by default.
+    """The ranks on the axes pipeline x data x tensor and the groups along them; a single rank by default.
 
     Global rank = (pipeline rank * data_parallel_size + data rank) * tensor_parallel_size + tensor rank, so that
     tensor-parallel peers, which talk most, are neighbours on one node.
@@ -47,7 +47,7 @@ class Mesh:
     """Ranks that hold different parts of every layer and the same samples."""
     pipeline: PipelineParallel = field(default_factory=PipelineParallel)
     """Ranks that hold different layers and the same samples."""
-    places: tuple[RankCoords, ...] = (RankCoords(0, 0, 0),)
+    all_coords: tuple[RankCoords, ...] = (RankCoords(0, 0, 0),)
     """Of every global rank."""
     hosts: tuple[str, ...] = field(default_factory=lambda: (socket.gethostname(),))
     """Of every global rank."""
@@ -55,7 +55,7 @@ class Mesh:
     """What this rank does right now; the roll call tells the others."""
 
     @property
-    def place(self) -> RankCoords:
+    def coords(self) -> RankCoords:
         """This rank's coordinates, for messages."""
         return RankCoords(self.pipeline.rank, self.data_parallel_rank, self.tensor.rank)
 
@@ -85,8 +85,8 @@ class Mesh:
         return axes if self.pipeline.size == 1 else f"{self.pipeline.size} stages of {axes}"
 
     def describe(self, rank: int) -> str:
-        """Names a global rank, its place and its host, for messages."""
-        return f"rank {rank} ({self.places[rank]}, host {self.hosts[rank]})"
+        """Names a global rank, its coordinates and its host, for messages."""
+        return f"rank {rank} ({self.all_coords[rank]}, host {self.hosts[rank]})"
 
     def sum_over_data(self, values: Tensor) -> Tensor:
         """Returns the sum of device tensors `values` over the data-parallel ranks; sends values.numel() elements."""
@@ -198,7 +198,7 @@ def build_mesh(parallel: ParallelConfig) -> Mesh:
     """
     world_size = dist.get_world_size()
     data_size = parallel.data_parallel_size(world_size)
-    place = parallel.place(dist.get_rank(), world_size)
+    coords = parallel.rank_coords(dist.get_rank(), world_size)
     # Every rank makes every group, in one order: tensor, data, model, then those of the pipelines.
     ranks = torch.arange(world_size).view(parallel.pipeline_parallel_size, data_size, parallel.tensor_parallel_size)
     timeout = timedelta(seconds=parallel.timeout_seconds)
@@ -208,22 +208,22 @@ def build_mesh(parallel: ParallelConfig) -> Mesh:
     model_group = own_group(ranks.transpose(0, 1).flatten(1), timeout)
     return Mesh(
         host=host,
-        data_host=host.among(ranks[place.pipeline, :, place.tensor].tolist()),
-        places=tuple(parallel.place(rank, world_size) for rank in range(world_size)),
+        data_host=host.among(ranks[coords.pipeline, :, coords.tensor].tolist()),
+        all_coords=tuple(parallel.rank_coords(rank, world_size) for rank in range(world_size)),
         hosts=tuple(host.gather(socket.gethostname())),
         data_parallel_group=data_group,
-        data_parallel_rank=place.data,
+        data_parallel_rank=coords.data,
         data_parallel_size=data_size,
         model_parallel_group=model_group,
         tensor=TensorParallel(
             tensor_group,
-            place.tensor,
+            coords.tensor,
             parallel.tensor_parallel_size,
-            host=host.among(ranks[place.pipeline, place.data].tolist()),
+            host=host.among(ranks[coords.pipeline, coords.data].tolist()),
             sequence_parallel=parallel.sequence_parallel,
         ),
         pipeline=build_pipeline_parallel(
-            ranks.flatten(1).t(), place.pipeline, host, lambda rows: own_group(rows, timeout)
+            ranks.flatten(1).t(), coords.pipeline, host, lambda rows: own_group(rows, timeout)
         ),
     )
 

@@ -192,6 +192,6 @@ def _compare_traces_among_data_parallel_ranks(mesh: Mesh) -> None:
             return
         all_values = mesh.data_host.gather(list(values))
         if any(other != all_values[0] for other in all_values):
-            raise RuntimeError(f"{mesh.place}: data-parallel ranks ran different modules: {all_values}")
+            raise RuntimeError(f"{mesh.coords}: data-parallel ranks ran different modules: {all_values}")
 
     partitioned_param_coordinator.assert_ints_same_as_other_ranks = check

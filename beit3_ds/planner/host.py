@@ -145,10 +145,10 @@ class _Kind(NamedTuple):
 
 
 def _kind(config: RunConfig, rank: int, world_size: int) -> _Kind:
-    place, last = config.parallel.place(rank, world_size), config.parallel.pipeline_parallel_size - 1
-    if place.tensor or place.pipeline not in (0, last):
-        return _Kind(place.pipeline, "")
-    return _Kind(place.pipeline, "both" if last == 0 else "model" if place.pipeline == 0 else "tokenizer")
+    coords, last = config.parallel.rank_coords(rank, world_size), config.parallel.pipeline_parallel_size - 1
+    if coords.tensor or coords.pipeline not in (0, last):
+        return _Kind(coords.pipeline, "")
+    return _Kind(coords.pipeline, "both" if last == 0 else "model" if coords.pipeline == 0 else "tokenizer")
 
 
 def _node_needs(

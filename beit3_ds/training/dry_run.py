@@ -15,7 +15,7 @@ from beit3_ds.training.start_checks import check_output_dir, check_software
 _RANKS_PER_NODE = 8  # GPUs of a usual node
 
 
-def describe_run(
+def describe_dry_run(
     config: RunConfig,
     world_size: int,
     ranks_per_node: int | None = None,

@@ -25,7 +25,7 @@ def describe_startup(config: RunConfig, mesh: Mesh, state: EngineState, device: 
         first_step: steps that are done already.
     """
     elements = sum(part.shape.numel() for part in state.parts.values())
-    own = (_describe_device(device), elements if mesh.place == (mesh.pipeline.rank, 0, 0) else 0)
+    own = (_describe_device(device), elements if mesh.coords == (mesh.pipeline.rank, 0, 0) else 0)
     found = mesh.host.gather(own)
     devices, parameters = [device for device, _ in found], sum(number for _, number in found)
     training, parallel = config.training, config.parallel

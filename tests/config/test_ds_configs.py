@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from beit3_ds.config import build_run_config, check_layout, load_run_config
-from beit3_ds.training.dry_run import describe_run
+from beit3_ds.training.dry_run import describe_dry_run
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
 WORLD_SIZES = {
@@ -31,7 +31,7 @@ def test_dry_run(name: str) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     config = load_run_config(FOLDER / f"{name}.json")
-    text = describe_run(config, WORLD_SIZES[name])
+    text = describe_dry_run(config, WORLD_SIZES[name])
     assert "parameters" in text
     stages = config.parallel.pipeline_parallel_size
     (header,) = (line for line in text.splitlines() if line.startswith("modelled"))
@@ -68,7 +68,7 @@ def giant_stages(stage: int, **parallel: int) -> dict[str, list[str]]:
     mapping["zero_optimization"]["stage"] = stage
     mapping["gradient_accumulation_steps"] = 16 if "pipeline_parallel_size" in parallel else 1
     mapping["beit3_ds"]["parallel"] = parallel
-    table = describe_run(build_run_config(mapping), 64).split("\n\n")[1]
+    table = describe_dry_run(build_run_config(mapping), 64).split("\n\n")[1]
     cells = [re.split(r"\s{2,}", line.strip()) for line in table.splitlines()]
     return {name: values for name, *values in cells}
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from beit3_ds.config import ConfigError, RunConfig, check_layout, load_run_config
-from beit3_ds.training.dry_run import describe_run
+from beit3_ds.training.dry_run import describe_dry_run
 from tests.config.mutations import duplicate_key, mutate, to_text
 from tests.ranks import run_ranks
 
@@ -85,7 +85,7 @@ def fuzz_runs(mapping: dict[str, Any], folder: Path, seed: int, count: int) -> d
             ends["too large to run here"] += 1
         else:
             try:
-                describe_run(config, 1)
+                describe_dry_run(config, 1)
             except ConfigError:
                 ends["refused"] += 1
                 continue

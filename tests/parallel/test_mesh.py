@@ -23,8 +23,8 @@ def test_every_rank_has_a_place_of_its_own(pipeline: int, data: int, tensor: int
     parallel = ParallelConfig(pipeline_parallel_size=pipeline, tensor_parallel_size=tensor)
     world_size = pipeline * data * tensor
     assert parallel.data_parallel_size(world_size) == data
-    places = [parallel.place(rank, world_size) for rank in range(world_size)]
-    assert places == [RankCoords(p, d, t) for p in range(pipeline) for d in range(data) for t in range(tensor)]
+    all_coords = [parallel.rank_coords(rank, world_size) for rank in range(world_size)]
+    assert all_coords == [RankCoords(p, d, t) for p in range(pipeline) for d in range(data) for t in range(tensor)]
 
 
 def measure_sums() -> tuple[RankCoords, list[float]]:
@@ -38,15 +38,15 @@ def measure_sums() -> tuple[RankCoords, list[float]]:
     sums.append(mesh.pipeline.host.broadcast(digit, source=-1))
     assert mesh.host.rank == torch.distributed.get_rank()
     mesh.close()  # rank 0 holds the store that the others still ask
-    return mesh.place, [float(value) for value in sums]
+    return mesh.coords, [float(value) for value in sums]
 
 
 def test_groups_run_along_their_axes() -> None:
     """Every rank holds a digit of its own, so a sum shows which ranks it is over."""
     results = run_ranks(measure_sums, 8)
-    assert [place for place, _ in results] == [RankCoords(p, d, t) for p in (0, 1) for d in (0, 1) for t in (0, 1)]
-    for place, (data, model, tensor, *of_hosts, last) in results:
-        p, d, t = place
+    assert [coords for coords, _ in results] == [RankCoords(p, d, t) for p in (0, 1) for d in (0, 1) for t in (0, 1)]
+    for coords, (data, model, tensor, *of_hosts, last) in results:
+        p, d, t = coords
         assert data == sum(10 ** (4 * p + 2 * i + t) for i in (0, 1))
         assert model == sum(10 ** (4 * i + 2 * d + j) for i in (0, 1) for j in (0, 1))
         assert tensor == sum(10 ** (4 * p + 2 * d + i) for i in (0, 1))

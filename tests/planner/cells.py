@@ -28,7 +28,7 @@ TIED = {"tie_word_embeddings": True}
 class SeenTraffic(NamedTuple):
     """What one rank was seen to send in the second step."""
 
-    place: RankCoords
+    coords: RankCoords
     traffic: dict[tuple[str, str], tuple[int, int]]
     """Calls and bytes by axis and kind."""
 
@@ -36,7 +36,7 @@ class SeenTraffic(NamedTuple):
 class SeenMemory(NamedTuple):
     """What one rank was seen to keep in the second step."""
 
-    place: RankCoords
+    coords: RankCoords
     states: dict[str, int]
     """Bytes by part, while the last micro-batch is under way."""
     buckets: int
@@ -92,11 +92,11 @@ def loads_of(config: RunConfig, data_rank: int) -> list[Workload]:
     return [workload_of(batch) for batch in micro_batches_of(config, data_rank, step=1)]
 
 
-def holding_of(config: RunConfig, ranks: int, place: RankCoords) -> RankModel:
-    """The part of the model at one place."""
+def holding_of(config: RunConfig, ranks: int, coords: RankCoords) -> RankModel:
+    """The part of the model held by the rank with these coordinates."""
     from beit3_ds.training.optimizer import decays
 
-    return build_rank_model(config, ranks, decays, place.pipeline, place.tensor)
+    return build_rank_model(config, ranks, decays, coords.pipeline, coords.tensor)
 
 
 def measure_traffic(configs: list[RunConfig]) -> list[SeenTraffic]:
@@ -142,7 +142,7 @@ def _count_step(schedule: Any, batches: list[PackedBatch], factors: Tensor) -> S
     with CollectiveCounter(schedule.mesh) as counter:
         schedule.accumulate_gradients(batches, factors, lambda batch: batch)
         apply_update(schedule.engine, schedule.mesh)
-    return SeenTraffic(schedule.mesh.place, counter.totals())
+    return SeenTraffic(schedule.mesh.coords, counter.totals())
 
 
 def _weigh_step(schedule: Any, batches: list[PackedBatch], factors: Tensor) -> SeenMemory:
@@ -165,4 +165,4 @@ def _weigh_step(schedule: Any, batches: list[PackedBatch], factors: Tensor) -> S
         schedule.accumulate_gradients(batches, factors, prepare)
     apply_update(engine, schedule.mesh)
     assert saved.live == 0, "autograd kept something beyond the step"
-    return SeenMemory(schedule.mesh.place, states, buckets, gathered, saved.peak)
+    return SeenMemory(schedule.mesh.coords, states, buckets, gathered, saved.peak)

@@ -64,7 +64,7 @@ def measured(ranks: int) -> list[list[SeenMemory]]:
 
 def modelled(config: RunConfig, ranks: int, seen: SeenMemory) -> Memory:
     """What the formulas say of the same rank."""
-    return rank_memory(holding_of(config, ranks, seen.place), loads_of(config, seen.place.data), seen.place.data)
+    return rank_memory(holding_of(config, ranks, seen.coords), loads_of(config, seen.coords.data), seen.coords.data)
 
 
 def check(config: RunConfig, ranks: int, seen: SeenMemory, name: str) -> None:
@@ -75,7 +75,7 @@ def check(config: RunConfig, ranks: int, seen: SeenMemory, name: str) -> None:
     for part, num_bytes in counted.items():
         difference = abs(getattr(expected, part) - num_bytes)
         assert difference <= TOLERANCE * num_bytes, (
-            f"{name}, {seen.place}: {part} measured {num_bytes}, modelled {getattr(expected, part)}"
+            f"{name}, {seen.coords}: {part} measured {num_bytes}, modelled {getattr(expected, part)}"
         )
     assert seen.states.get("other", 0) < 100, f"{name}: tensors that belong to no part: {seen.states}"
 

@@ -89,11 +89,11 @@ def check(ranks: int, cells: dict[str, RunConfig]) -> None:
     by_rank = run_ranks(measure_traffic, ranks, list(cells.values()))
     for number, (name, config) in enumerate(cells.items()):
         for seen in (results[number] for results in by_rank):
-            traffic = step_traffic(holding_of(config, ranks, seen.place), loads_of(config, seen.place.data))
+            traffic = step_traffic(holding_of(config, ranks, seen.coords), loads_of(config, seen.coords.data))
             counted: dict[Any, Any] = {key: value for key, value in seen.traffic.items() if key[0] != "host"}
             expected = {key: tuple(volume) for key, volume in traffic.volumes.items()}
             wrong += [
-                f"{name}, {seen.place}: {key} counted {counted.get(key)}, expected {expected.get(key)}"
+                f"{name}, {seen.coords}: {key} counted {counted.get(key)}, expected {expected.get(key)}"
                 for key in sorted(counted.keys() | expected.keys())
                 if counted.get(key) != expected.get(key)
             ]

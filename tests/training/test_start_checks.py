@@ -10,7 +10,7 @@ import pytest
 
 from beit3_ds.config import ConfigError, RunConfig, build_run_config
 from beit3_ds.pretrain import open_inputs
-from beit3_ds.training.dry_run import describe_run
+from beit3_ds.training.dry_run import describe_dry_run
 from tests.run_config import small_run_mapping
 
 
@@ -21,7 +21,7 @@ def config(folder: Path, **deepspeed: Any) -> RunConfig:
 
 
 def check(run: RunConfig) -> None:
-    describe_run(run, 1)
+    describe_dry_run(run, 1)
 
 
 def start(run: RunConfig) -> None:
@@ -73,7 +73,7 @@ def test_check_creates_nothing(tmp_path: Path) -> None:
 def test_keys_without_effect_are_named(tmp_path: Path) -> None:
     """Such a key is easily taken for a setting that works."""
     zero = {"stage": 1, "stage3_max_live_parameters": 1, "overlap_comm": True}
-    text = describe_run(config(tmp_path, zero_optimization=zero), 1)
+    text = describe_dry_run(config(tmp_path, zero_optimization=zero), 1)
     (line,) = (line for line in text.splitlines() if line.startswith("no effect"))
     assert line.split(maxsplit=2)[2] == "in ZeRO stage 1: zero_optimization.stage3_max_live_parameters"
-    assert "no effect" not in describe_run(config(tmp_path), 1)
+    assert "no effect" not in describe_dry_run(config(tmp_path), 1)

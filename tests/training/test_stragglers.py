@@ -23,9 +23,9 @@ STAGES, RANKS_A_STAGE = 2, 4
 
 def compare(work: list[float], data: list[float], step_seconds: float) -> tuple[dict[str, Any], list[str]]:
     """The comparison of two stages of four data-parallel ranks each."""
-    places = tuple(RankCoords(stage, data, 0) for stage in range(STAGES) for data in range(RANKS_A_STAGE))
-    hosts = tuple(f"node{rank // 4}" for rank in range(len(places)))
-    mesh = Mesh(places=places, hosts=hosts, pipeline=PipelineParallel(ranks=(0, RANKS_A_STAGE)))
+    all_coords = tuple(RankCoords(stage, data, 0) for stage in range(STAGES) for data in range(RANKS_A_STAGE))
+    hosts = tuple(f"node{rank // 4}" for rank in range(len(all_coords)))
+    mesh = Mesh(all_coords=all_coords, hosts=hosts, pipeline=PipelineParallel(ranks=(0, RANKS_A_STAGE)))
     watch = Stopwatch(torch.device("cpu"))
     return Stragglers(mesh, watch, watch)._compare(torch.tensor([work, data], dtype=torch.float64).T, step_seconds)
 
@@ -43,8 +43,8 @@ def test_one_slow_rank_of_a_stage(slow: int, noise: list[float]) -> None:
     work[slow] *= 2
     figures, (line,) = compare(work, [0.0] * 8, 1.0)
     assert figures["work_slowest_rank"] == slow and figures["work_seconds"] == pytest.approx(work[slow])
-    place = f"stage {slow // 4}, data-parallel rank {slow % 4}, tensor-parallel rank 0, host node{slow // 4}"
-    assert line.startswith(f"straggler: rank {slow} ({place}) takes {work[slow]:.3f} s a step for its own work, ")
+    coords = f"stage {slow // 4}, data-parallel rank {slow % 4}, tensor-parallel rank 0, host node{slow // 4}"
+    assert line.startswith(f"straggler: rank {slow} ({coords}) takes {work[slow]:.3f} s a step for its own work, ")
     assert figures["work_seconds_median"] < 1.2 and work[slow] / figures["work_seconds_median"] > 1.6
 
 

@@ -62,9 +62,9 @@ def work_out_requirements(config: RunConfig, hostfile: Hostfile, decays: Callabl
         holding = build_rank_model(config, world_size, decays, stage)
         stage_bytes.append(rank_memory(holding, expected_workloads(config, holding.data_size)).total)
         numel += sum(p.numel() for p in holding.model.parameters()) * config.parallel.tensor_parallel_size
-    places = (config.parallel.place(rank, world_size) for rank in range(world_size))
+    all_coords = (config.parallel.rank_coords(rank, world_size) for rank in range(world_size))
     return Requirements(
         layout_fault=None,
-        rank_bytes=tuple(stage_bytes[place.pipeline] for place in places),
+        rank_bytes=tuple(stage_bytes[coords.pipeline] for coords in all_coords),
         checkpoint_bytes=12 * numel,
     )
