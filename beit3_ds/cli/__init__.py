@@ -1,1 +1,1 @@
-"""The `beit3` command: thin over the packages."""
+"""The `beit3` command: one module per command, each thin over the packages."""

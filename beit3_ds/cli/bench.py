@@ -1,58 +1,79 @@
-"""The `beit3` commands that measure: bench, certify."""
+"""`beit3 bench`: measures the choices that were made by measurement."""
 
 import argparse
 
+from beit3_ds.cli.command import Subparsers, add_command
 from beit3_ds.config.arguments import integer, real
 from beit3_ds.config.numbers import PROCESSES, Range
 
 
-def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds both to a parser's group of subcommands."""
-    bench = commands.add_parser("bench", help="measure a choice that was made by measurement")
+def add_bench_command(subparsers: Subparsers) -> None:
+    """Adds `bench` with one subcommand per benchmark to a parser's subcommands."""
+    bench = subparsers.add_parser("bench", help="measure speed, memory or precision beside a baseline")
     benches = bench.add_subparsers(metavar="WHAT", required=True)
-    attention = benches.add_parser("attention", help="ways to batch ragged sequences inside attention, on this device")
-    attention.set_defaults(run=_bench_attention)
-    data = benches.add_parser("data", help="file calls per sample; speed of this loader, WebDataset and ImageFolder")
+    add_command(
+        benches, "attention", _run_attention, "compare ways to batch sequences of unequal lengths inside attention"
+    )
+    _add_data(benches)
+    _add_text(benches)
+    _add_kernels(benches)
+    _add_precision(benches)
+    _add_parallel(benches)
+    _add_train(benches)
+    _add_checkpoint(benches)
+
+
+def _add_data(benches: Subparsers) -> None:
+    summary = "count file calls per sample, and compare this loader's speed with WebDataset and ImageFolder"
+    data = add_command(benches, "data", _run_data, summary)
     data.add_argument("--calls-only", action="store_true", help="only count opens and reads per sample")
     data.add_argument(
         "--shards", type=integer(Range(2, 100_000)), metavar="N", help="only time the opening of N prepared shards"
     )
-    data.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
-    data.set_defaults(run=_bench_data)
-    texts = benches.add_parser("text", help="preparing texts beside SentencePiece's own batch encoding, and its memory")
-    texts.add_argument(
-        "--gigabytes", type=real(Range(0, 1e6)), default=0, metavar="G", help="prepare G GB and watch its memory"
+    _add_json_argument(data)
+
+
+def _add_text(benches: Subparsers) -> None:
+    summary = "compare the preparation of texts with SentencePiece's batch encoding, and measure its memory"
+    text = add_command(benches, "text", _run_text, summary)
+    text.add_argument(
+        "--gigabytes",
+        type=real(Range(0, 1e6)),
+        default=0,
+        metavar="G",
+        help="also prepare G GB and measure memory meanwhile",
     )
-    texts.add_argument(
+    text.add_argument(
         "--processes", type=integer(PROCESSES), metavar="P", help="processes for --gigabytes (default: one per core)"
     )
-    texts.add_argument("--json", metavar="FILE", help="write rows and summary there")
-    texts.set_defaults(run=_bench_text)
-    kernels = benches.add_parser(
-        "kernels",
-        help="every op beside its baselines: time, rate, share of what the device reaches, memory",
-        description="Every op beside its baselines, forward and backward. On a CPU, the forms that CPUs get.",
+    _add_json_argument(text)
+
+
+def _add_kernels(benches: Subparsers) -> None:
+    summary = "compare every op with its baselines: time, rate, share of the device's peak, memory"
+    details = "Forward and backward are measured; on a CPU, those of the implementations for CPUs."
+    kernels = add_command(benches, "kernels", _run_kernels, summary, details=details)
+    kernels.add_argument(
+        "--size", nargs="+", metavar="SIZE", help="sizes of the model (default: base; on a GPU base and giant)"
     )
     kernels.add_argument(
-        "--size", nargs="+", metavar="SIZE", help="of the model (default: base, with a GPU also giant)"
+        "--samples", type=integer(Range(1, 2**24)), metavar="N", help="samples per stream (default: 4; on a GPU 16)"
     )
+    kernels.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: fp32; on a GPU bf16")
     kernels.add_argument(
-        "--samples", type=integer(Range(1, 2**24)), metavar="N", help="samples per stream (default: 4, with a GPU 16)"
-    )
-    kernels.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: fp32, with a GPU bf16")
-    kernels.add_argument(
-        "--model", metavar="GPU", help="add a column of times that this GPU's peak rates allow at best: modelled"
+        "--roofline", metavar="GPU", help="add the least times that this GPU's peak rates allow; they are modelled"
     )
     kernels.add_argument("--csv", metavar="FILE", help="also write all figures, with device and versions, to FILE")
-    kernels.set_defaults(run=_bench_kernels)
-    precision = benches.add_parser(
-        "precision", help="error of bf16 gradients: bf16 or fp32 residual stream, bf16 or fp32 sums of micro-batches"
-    )
+
+
+def _add_precision(benches: Subparsers) -> None:
+    summary = "measure the error of bf16 gradients with a bf16 or fp32 residual stream and bf16 or fp32 sums"
+    precision = add_command(benches, "precision", _run_precision, summary)
     precision.add_argument(
         "--layers", type=integer(Range(3, 1000)), default=40, metavar="N", help="blocks of the model (default: 40)"
     )
     precision.add_argument(
-        "--width", type=integer(Range(4, 2**16)), default=64, metavar="D", help="width of the stream (default: 64)"
+        "--width", type=integer(Range(4, 2**16)), default=64, metavar="D", help="hidden size (default: 64)"
     )
     precision.add_argument(
         "--micro-batches",
@@ -61,16 +82,17 @@ def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         metavar="N",
         help="micro-batches per step (default: 32)",
     )
-    precision.set_defaults(run=_bench_precision)
-    parallel = benches.add_parser(
-        "parallel", help="a step on two ranks of one thread beside one process of two threads, and where the rest goes"
-    )
-    parallel.add_argument("--json", metavar="FILE", help="write rows and summary there")
-    parallel.set_defaults(run=_bench_parallel)
-    train = benches.add_parser(
-        "train", help="a training step beside torchscale's BEiT-3 on the same batches: speed, memory, share of products"
-    )
-    train.add_argument("--size", default="base", metavar="SIZE", help="of the model (default: base)")
+
+
+def _add_parallel(benches: Subparsers) -> None:
+    summary = "compare a step on two ranks of one thread with one process of two threads"
+    _add_json_argument(add_command(benches, "parallel", _run_parallel, summary))
+
+
+def _add_train(benches: Subparsers) -> None:
+    summary = "compare a training step with torchscale's BEiT-3 on the same batches: speed, memory, share of products"
+    train = add_command(benches, "train", _run_train, summary)
+    train.add_argument("--size", default="base", metavar="SIZE", help="size of the model (default: base)")
     train.add_argument(
         "--samples", type=integer(Range(1, 2**24)), default=4, metavar="N", help="samples per stream (default: 4)"
     )
@@ -78,31 +100,36 @@ def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     train.add_argument(
         "--to-longest",
         action="store_true",
-        help="let the reference pad texts to the longest of a batch, not to the data's limit as its users' code does",
+        help="let the reference pad texts to the longest of a batch; its users' code pads to the data's limit",
     )
-    train.add_argument("--json", metavar="FILE", help="write rows and summary there")
-    train.set_defaults(run=_bench_train)
-    checkpoint = benches.add_parser("checkpoint", help="saving, loading and exporting beside DeepSpeed's own ways")
-    checkpoint.add_argument("--size", metavar="SIZE", help="of the model (default: the largest that fits this machine)")
+    _add_json_argument(train)
+
+
+def _add_checkpoint(benches: Subparsers) -> None:
+    summary = "compare saving, loading and exporting with DeepSpeed's own ways"
+    checkpoint = add_command(benches, "checkpoint", _run_checkpoint, summary)
+    checkpoint.add_argument(
+        "--size", metavar="SIZE", help="size of the model (default: the largest that fits this machine)"
+    )
     checkpoint.add_argument("--ranks", type=integer(PROCESSES), default=2, metavar="N", help="processes (default: 2)")
-    checkpoint.add_argument("--folder", metavar="DIR", help="for its files, deleted at the end (default: here)")
-    checkpoint.add_argument("--json", metavar="FILE", help="write rows and summary there")
-    checkpoint.set_defaults(run=_bench_checkpoint)
-    text = "test the kernels, a step and a layout on this machine's GPUs, measure them, and write one report"
-    certify = commands.add_parser("certify", help=text, description=f"{text[0].upper()}{text[1:]}.")
-    certify.add_argument("--out", default="certificate", metavar="DIR", help="of the report (default: certificate)")
-    certify.add_argument("--only", nargs="+", default=[], metavar="PART", help="steps whose names contain one of these")
-    certify.set_defaults(run=_certify)
+    checkpoint.add_argument(
+        "--folder", metavar="DIR", help="folder for its files, which it deletes at the end (default: here)"
+    )
+    _add_json_argument(checkpoint)
 
 
-def _bench_attention(options: argparse.Namespace) -> int:
+def _add_json_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
+
+
+def _run_attention(options: argparse.Namespace) -> int:
     from beit3_ds.benchmarks.kernels.attention import benchmark_attention
 
     print(benchmark_attention())
     return 0
 
 
-def _bench_data(options: argparse.Namespace) -> int:
+def _run_data(options: argparse.Namespace) -> int:
     from beit3_ds.benchmarks.data.files import count_calls, describe_calls, time_opening
 
     if options.shards is not None:
@@ -117,14 +144,14 @@ def _bench_data(options: argparse.Namespace) -> int:
     return 0
 
 
-def _bench_text(options: argparse.Namespace) -> int:
+def _run_text(options: argparse.Namespace) -> int:
     from beit3_ds.benchmarks.data.text import benchmark_text
 
     print(benchmark_text(int(options.gigabytes * 1e9), options.processes, options.json))
     return 0
 
 
-def _bench_kernels(options: argparse.Namespace) -> int:
+def _run_kernels(options: argparse.Namespace) -> int:
     import torch
 
     from beit3_ds.benchmarks.kernels.benchmark import benchmark_kernels
@@ -134,41 +161,33 @@ def _bench_kernels(options: argparse.Namespace) -> int:
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = dtypes[options.dtype or ("bf16" if has_gpu else "fp32")]
     sizes = options.size or (["base", "giant"] if has_gpu else ["base"])
-    print(benchmark_kernels(sizes, samples, dtype, options.model, options.csv))
+    print(benchmark_kernels(sizes, samples, dtype, options.roofline, options.csv))
     return 0
 
 
-def _bench_precision(options: argparse.Namespace) -> int:
+def _run_precision(options: argparse.Namespace) -> int:
     from beit3_ds.benchmarks.precision import benchmark_precision
 
     print(benchmark_precision(options.layers, options.width, options.micro_batches))
     return 0
 
 
-def _bench_parallel(options: argparse.Namespace) -> int:
+def _run_parallel(options: argparse.Namespace) -> int:
     from beit3_ds.benchmarks.step.parallel import benchmark_parallel
 
     print(benchmark_parallel(options.json))
     return 0
 
 
-def _bench_train(options: argparse.Namespace) -> int:
+def _run_train(options: argparse.Namespace) -> int:
     from beit3_ds.benchmarks.step.benchmark import benchmark_train
 
     print(benchmark_train(options.size, options.samples, options.rounds, options.json, options.to_longest))
     return 0
 
 
-def _bench_checkpoint(options: argparse.Namespace) -> int:
+def _run_checkpoint(options: argparse.Namespace) -> int:
     from beit3_ds.benchmarks.checkpoint.benchmark import benchmark_checkpoint
 
     print(benchmark_checkpoint(options.size, options.ranks, options.folder, options.json))
     return 0
-
-
-def _certify(options: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from beit3_ds.benchmarks.certify.certificate import certify
-
-    return certify(Path(options.out), only=options.only)

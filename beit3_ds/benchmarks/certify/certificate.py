@@ -16,7 +16,7 @@ import torch
 
 from beit3_ds.config import ConfigError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 """The clone: the tests, configs and sample data stand beside the package."""
 
 _TAIL_LINES = 15

@@ -128,7 +128,7 @@ def test_broken_lines_of_one_reason_are_counted_together(tmp_path: Path) -> None
 @pytest.fixture
 def config_file(tmp_path: Path, sample_files: dict[str, str]) -> Path:
     """The quickstart with a copy of the small sample files, and a folder for indices."""
-    content = json.loads((Path(cli.__file__).parents[1] / "ds_configs/quickstart_cpu.json").read_text())
+    content = json.loads((Path(cli.__file__).parents[2] / "ds_configs/quickstart_cpu.json").read_text())
     data = content["beit3_ds"]["data"]
     for part in ("samples", "validation"):
         shutil.copytree(Path(sample_files["texts"]).parent, tmp_path / part)

@@ -1,4 +1,4 @@
-"""The `beit3` commands for several machines: check-cluster."""
+"""`beit3 check-cluster`: finds faults on the nodes of a hostfile before a run starts."""
 
 import argparse
 import contextlib
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from beit3_ds.cli.command import Subparsers, add_command
 from beit3_ds.config.arguments import integer, real
 from beit3_ds.config.numbers import Range
 
@@ -15,55 +16,50 @@ if TYPE_CHECKING:
     from beit3_ds.cluster.check.fault import Fault
     from beit3_ds.cluster.check.inspection import Inspection
 
-_CHECK_EXAMPLES = """examples:
+_EXAMPLES = """examples:
   beit3 check-cluster hostfiles/localhost
   beit3 check-cluster my_hosts ds_configs/giant_zero3_64gpu.json
   beit3 check-cluster my_hosts --bandwidth --expect-gbit 200
 
-Run it in the folder from where the run will be started. Every node is asked over ssh, all at once, with the Python that
-runs this command; nothing needs to be installed there for that, and nothing stays behind. Ends with status 0 if all is
-well, 1 if a fault was found, 2 if the hostfile or the config cannot be read.
+Run it in the folder from which the run will be started. It asks every node over ssh, all at once, with the Python that
+runs this command. Nodes need no installation for that, and nothing stays behind on them. The exit status is 0 if all is
+well, 1 if a fault was found, and 2 if the hostfile or the config cannot be read.
 """
 
 
-def add_cluster_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds them to a parser's group of subcommands."""
-    text = "find what would go wrong on the nodes of a hostfile before a run starts, in seconds"
-    check = commands.add_parser(
-        "check-cluster",
-        help=text,
-        description=f"{text[0].upper()}{text[1:]}.",
-        epilog=_CHECK_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    check.add_argument("hostfile", help="one machine a line: NAME slots=RANKS")
-    check.add_argument(
+def add_check_cluster_command(subparsers: Subparsers) -> None:
+    """Adds `check-cluster` to a parser's subcommands."""
+    summary = "find in seconds what would go wrong on the nodes of a hostfile, before a run starts"
+    command = add_command(subparsers, "check-cluster", _check_cluster, summary, epilog=_EXAMPLES)
+    command.add_argument("hostfile", help="one machine per line: NAME slots=RANKS")
+    command.add_argument(
         "config",
         nargs="?",
-        help="the run's JSON file: also check that its layout fits the slots, its memory the GPUs and its checkpoints "
-        "the disk, and that its output folder is shared",
+        help="the run's JSON file: also check that its layout fits the slots, that its memory fits the GPUs, that its "
+        "checkpoints fit the disk, and that its output folder is shared",
     )
-    check.add_argument(
+    command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the config (repeatable)"
     )
-    check.add_argument(
+    command.add_argument(
         "--master-port",
         type=integer(Range(1, 65535)),
         default=29500,
         metavar="N",
         help="port on which rank 0 will listen (default: 29500)",
     )
-    check.add_argument(
-        "--bandwidth", action="store_true", help="also measure every link between the nodes, about a second a node"
+    command.add_argument(
+        "--bandwidth",
+        action="store_true",
+        help="also measure every link between the nodes, about one second per node",
     )
-    check.add_argument(
+    command.add_argument(
         "--expect-gbit",
         type=real(Range(0, 1e6)),
         metavar="G",
-        help="with --bandwidth: what a link should carry, in Gbit/s; below half of it is a fault (default: half of "
+        help="with --bandwidth: expected speed of a link in Gbit/s; less than half of it is a fault (default: half of "
         "what the others reach, and 0.5)",
     )
-    check.set_defaults(run=_check_cluster)
 
 
 def _check_cluster(options: argparse.Namespace) -> int:
@@ -109,7 +105,7 @@ def _check_bandwidth(inspection: "Inspection", faults: "list[Fault]", expect_gbi
         print("links: there are none, the hostfile names one machine")
         return []
     if hindering := {fault.check for fault in faults if not fault.is_note} & {"answer", "torch", "network", "port"}:
-        print(f"links: not measured; first mend what stands in the way ({', '.join(sorted(hindering))})")
+        print(f"links: not measured; first fix what prevents it ({', '.join(sorted(hindering))})")
         return []
     print(f"measuring the links between {len(inspection.answers)} nodes ...", file=sys.stderr)
     expected_bits = None if expect_gbit is None else expect_gbit * 1e9
@@ -127,9 +123,9 @@ def _decays(name: str) -> bool:
 
 
 def _forwarded(environment: Mapping[str, str]) -> dict[str, str]:
-    """Of what the ranks would get: what decides which code they run and over which network they talk.
+    """Returns the variables that ranks would get and that decide which code they run and which network they use.
 
-    `deepspeed` reads .deepspeed_env at home, then here.
+    `deepspeed` reads .deepspeed_env in the home folder, then in the working directory.
     """
     values = dict(environment)
     for folder in (Path.home(), Path.cwd()):

@@ -1,0 +1,51 @@
+"""`beit3 export`: writes a model's weights as plain tensors."""
+
+import argparse
+
+from beit3_ds.cli.command import Subparsers, add_command
+
+
+def add_export_command(subparsers: Subparsers) -> None:
+    """Adds `export` to a parser's subcommands."""
+    summary = "write a model's weights for one device, for the reference's code, or for timm"
+    command = add_command(subparsers, "export", _export, summary, details="Only one tensor is in memory at a time.")
+    command.add_argument(
+        "checkpoint",
+        help="a checkpoint, a run's output folder (its newest checkpoint is taken), or exported or imported weights",
+    )
+    command.add_argument("out", help="the file to write; with --max-shard-size, the folder")
+    command.add_argument(
+        "--format",
+        choices=("beit3", "unilm-dual", "unilm-fusion", "timm"),
+        default="beit3",
+        help="beit3 (default): safetensors for BEiT3.from_pretrained; unilm-dual: a .pth of the reference, exact for "
+        "images and texts, and for pairs of a model without vision-language experts; unilm-fusion: the same with "
+        "vision-language experts, exact for pairs; timm: safetensors of the vision tower",
+    )
+    command.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: as stored; checkpoints hold fp32")
+    command.add_argument("--max-shard-size", metavar="SIZE", help="write a folder of files of at most SIZE, e.g. 5GB")
+    command.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
+
+
+def _export(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    import torch
+
+    from beit3_ds.weights.export import export_weights, loading_hint, parse_byte_count
+    from beit3_ds.weights.source import open_source
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    limit = parse_byte_count(options.max_shard_size) if options.max_shard_size else None
+    source, out = open_source(options.checkpoint), Path(options.out)
+    done = export_weights(
+        source,
+        out,
+        format=options.format,
+        dtype=dtypes.get(options.dtype),
+        max_shard_bytes=limit,
+        overwrite=options.force,
+    )
+    print(f"wrote {out}: {done.describe()}")
+    print(loading_hint(source.model, out, options.format))
+    return 0

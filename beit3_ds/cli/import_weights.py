@@ -1,0 +1,55 @@
+"""`beit3 import`: reads weights and tokenizers that others released."""
+
+import argparse
+
+from beit3_ds.cli.command import Subparsers, add_command
+from beit3_ds.config.arguments import integer
+from beit3_ds.config.numbers import Range
+
+
+def add_import_command(subparsers: Subparsers) -> None:
+    """Adds `import` to a parser's subcommands."""
+    summary = "read released BEiT-3 weights, a released visual tokenizer of BEiT v2, or a file that `export` wrote"
+    command = add_command(subparsers, "import", _import, summary, details="Code inside the file is never run.")
+    command.add_argument(
+        "file", help="the released .pth file, or one that export wrote with --format; its tensors tell its kind"
+    )
+    command.add_argument(
+        "out", help="the .safetensors file to write; for a tokenizer, the tokenizers.visual.path of a run"
+    )
+    command.add_argument(
+        "--image-size",
+        type=integer(Range(1, 2**18)),
+        metavar="PX",
+        help="interpolate positions for images of PX pixels; a tokenizer for a patch-14 model at 224 px needs 256",
+    )
+    command.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
+
+
+def _import(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from beit3_ds.tokenizers import import_released_tokenizer, save_visual_tokenizer
+    from beit3_ds.untrusted_file import read_tensors
+    from beit3_ds.weights.export import check_free, export_weights
+    from beit3_ds.weights.source import open_foreign
+    from beit3_ds.weights.timm_file import TimmFile
+
+    out = Path(options.out)
+    if "quantize.embedding.weight" in read_tensors(options.file):
+        check_free(out, options.force)
+        tokenizer = import_released_tokenizer(options.file, out, image_size=options.image_size)
+        save_visual_tokenizer(out, tokenizer)
+        config = tokenizer.config
+        print(f"wrote {out}: {config.codebook_size} codes, {config.image_size} px / patch {config.patch_size}")
+        return 0
+    source = open_foreign(options.file, image_size=options.image_size)
+    done = export_weights(source, out, overwrite=options.force)
+    model = source.model
+    print(f"wrote {out}: {done.describe()}; {model.num_layers} layers of {model.hidden_size}, {model.image_size} px")
+    if isinstance(source, TimmFile):
+        print(
+            f"{options.file} holds a vision tower: {len(source.held)} tensors. The other "
+            f"{len(source.names()) - len(source.held)}, language and the masked-modeling heads, have initial values."
+        )
+    return 0

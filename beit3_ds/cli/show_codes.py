@@ -1,0 +1,29 @@
+"""`beit3 show-codes`: draws images, masks and visual codes."""
+
+import argparse
+
+from beit3_ds.cli.command import Subparsers, add_command
+from beit3_ds.config.arguments import add_config_arguments
+
+
+def add_show_codes_command(subparsers: Subparsers) -> None:
+    """Adds `show-codes` to a parser's subcommands."""
+    summary = "draw training images, their masks and, as colours, their visual codes"
+    command = add_command(subparsers, "show-codes", _show_codes, summary)
+    add_config_arguments(command)
+    command.add_argument(
+        "--out", default="codes.png", metavar="FILE.png", help="the picture to write (default: codes.png)"
+    )
+
+
+def _show_codes(options: argparse.Namespace) -> int:
+    from beit3_ds.config import load_run_config
+    from beit3_ds.tokenizers import check_visual_tokenizer_fits, load_visual_tokenizer
+    from beit3_ds.training.code_picture import write_code_picture
+
+    config = load_run_config(options.config, options.set)
+    tokenizer = load_visual_tokenizer(config.tokenizers.visual.path)
+    check_visual_tokenizer_fits(tokenizer, config)
+    write_code_picture(config, tokenizer, options.out)
+    print(f"wrote {options.out}: views, masked views and codes; teacher: {tokenizer.teacher_description}")
+    return 0

@@ -1,0 +1,39 @@
+"""`beit3 train-text-tokenizer`: trains the SentencePiece model of a run."""
+
+import argparse
+
+from beit3_ds.cli.command import Subparsers, add_command
+from beit3_ds.config import ConfigError
+from beit3_ds.config.arguments import add_config_arguments, add_force_argument
+
+
+def add_train_text_tokenizer_command(subparsers: Subparsers) -> None:
+    """Adds `train-text-tokenizer` to a parser's subcommands."""
+    summary = "train the run's SentencePiece model on its texts and captions"
+    command = add_command(subparsers, "train-text-tokenizer", _train_text_tokenizer, summary)
+    add_config_arguments(command)
+    add_force_argument(command)
+
+
+def _train_text_tokenizer(options: argparse.Namespace) -> int:
+    from beit3_ds.config import load_run_config
+    from beit3_ds.data import read_training_lines
+    from beit3_ds.tokenizers import TextTokenizer, train_text_tokenizer
+    from beit3_ds.tokenizers.recipe import check_can_be_written, describe_trained, is_trained, save_recipe, text_recipe
+
+    config = load_run_config(options.config, options.set)
+    path, recipe = config.tokenizers.text.path, text_recipe(config)
+    if not path:
+        raise ConfigError("tokenizers.text.path is not set: a run without texts and pairs needs no text tokenizer.")
+
+    def read_known() -> dict[str, int]:
+        return {"vocab_size": TextTokenizer(path).num_pieces}
+
+    if not options.force and is_trained("tokenizers.text", path, recipe, read_known):
+        print(describe_trained("tokenizers.text", path))
+        return 0
+    check_can_be_written("tokenizers.text", path)
+    tokenizer = train_text_tokenizer(config.tokenizers.text, read_training_lines(config.data), config.training.seed)
+    save_recipe(path, recipe)
+    print(f"wrote {path}: {tokenizer.vocab_size} ids, <mask> is {tokenizer.mask_id}")
+    return 0
