@@ -1,4 +1,4 @@
-"""Command-line arguments that commands share, and types for numbers with a range."""
+"""Defines command-line arguments that several commands share, and argument types for numbers in a range."""
 
 import argparse
 from collections.abc import Callable
@@ -9,15 +9,15 @@ from beit3_ds.config.strict import ConfigError
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Reports a wrong command line as a `ConfigError` of one line, without printing the usage of all options."""
+    """Parses a command line and reports a mistake as a one-line `ConfigError`, without the usage of all options."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises the error that argparse found."""
+        """Raises the mistake that argparse found as a `ConfigError`."""
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds `config` and the repeatable `--set KEY=VALUE`, what `load_run_config` takes."""
+    """Adds `config` and the repeatable `--set KEY=VALUE`, the arguments of `load_run_config`."""
     parser.add_argument("config", help="the run's JSON file, e.g. ds_configs/quickstart_cpu.json")
     parser.add_argument(
         "--set",
@@ -29,7 +29,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def integer(allowed: Range) -> Callable[[str], int]:
-    """Builds the `type` of an argument that takes integers in a range."""
+    """Returns an argparse `type` that accepts the integers in a range."""
 
     def parse(text: str) -> int:
         return int(_check(_number(int, text), allowed))
@@ -38,7 +38,7 @@ def integer(allowed: Range) -> Callable[[str], int]:
 
 
 def real(allowed: Range) -> Callable[[str], float]:
-    """Builds the `type` of an argument that takes numbers in a range."""
+    """Returns an argparse `type` that accepts the numbers in a range."""
 
     def parse(text: str) -> float:
         return _check(_number(float, text), allowed)

@@ -1,4 +1,4 @@
-"""The shape of the Multiway Transformer and the named sizes."""
+"""Defines the "model" section: the shape of the Multiway Transformer, and its named sizes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,16 +31,16 @@ MODEL_SIZES: dict[str, dict[str, int]] = {
         "patch_size": 14,
     },
 }
-"""Defaults of `"size": NAME`. Giant is the paper's Table 2 (patch 14 at 224 px); base and large are as released."""
+"""Fields that `"size": NAME` sets: giant from the paper's Table 2 (224 px), base and large from the released models."""
 
 
 FIELDS_WITHOUT_TENSORS = frozenset({"drop_path_rate", "cross_entropy_chunk_size", "layer_norm_epsilon"})
-"""Fields of `ModelConfig` that do not change the model's tensors."""
+"""Fields of `ModelConfig` that do not affect the model's tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A BEiT-3 backbone with its two masked-modeling heads (paper section 2.1)."""
+    """A BEiT-3 backbone with its two masked-modeling heads (paper, section 2.1)."""
 
     num_layers: Layers
     """Multiway blocks."""
@@ -55,57 +55,58 @@ class ModelConfig:
     image_size: Size = 224
     """Pixels on a side of the model's view of an image."""
     layout: Literal["shared", "decoupled"] = "shared"
-    """`shared`: the paper's layout, one attention for all modalities. `decoupled`: the released models' layout,
-    in which projections and norms exist once for vision and once for language and only the softmax is shared."""
+    """Which attention weights modalities share. `shared` is the paper's layout: one attention for all modalities.
+    `decoupled` is the released models' layout: vision and language have projections and norms of their own and share
+    only the softmax."""
     num_vision_language_layers: Annotated[int, Range(0, 1000)] = 3
-    """How many top blocks have a vision-language expert for pairs (paper: 3). Must be 0 in the decoupled layout."""
+    """Number of top blocks with a vision-language expert for pairs (paper: 3); must be 0 in the decoupled layout."""
     sub_layernorm: bool = False
-    """Adds Magneto's inner LayerNorms and its initialisation (Wang et al., 2022, arXiv:2210.06423). The paper names
-    neither, so the default is off; the released models have them."""
+    """Adds Magneto's inner LayerNorms and its initialisation (Wang et al., 2022, arXiv:2210.06423). The released models
+    have them; the paper mentions neither, so the default is off."""
     layer_norm_epsilon: Epsilon = 1e-5
-    """Added to the variance in every LayerNorm."""
+    """Term added to the variance in every LayerNorm."""
     drop_path_rate: Decay = 0.0
-    """Stochastic depth at the last block; it grows linearly from 0 at the first (paper, appendix: 0.1)."""
+    """Stochastic-depth rate of the last block; rates rise linearly from 0 at the first (paper, appendix: 0.1)."""
     text_vocab_size: Vocabulary = 64010
     """Rows of the word embedding and of the MLM head. The reference rounds its 64002 ids up to 64010."""
     visual_vocab_size: Vocabulary = 8192
-    """Codes of the visual tokenizer, rows of the MIM head."""
+    """Codes of the visual tokenizer, which are the rows of the MIM head."""
     max_text_length: Annotated[int, Range(4, 2**18)] = 128
-    """Rows of the text position table; no text may be longer, BOS and EOS included."""
+    """Rows of the text position table, and so the longest text, BOS and EOS included."""
     tie_word_embeddings: bool = False
-    """Uses the word table as the MLM head's matrix too. The released models have one of each, so the default is off."""
+    """Uses the word embedding as the MLM head's matrix. The released models have separate ones, so the default is off."""
     cross_entropy_chunk_size: Annotated[int, Range(2, 2**24)] = 128
-    """Room for logits, in masked text positions: at most as many logits as these have exist at a time."""
+    """Most logits of the MLM cross entropy in memory at a time, in text positions of text_vocab_size logits each."""
 
     @property
     def head_size(self) -> int:
-        """Width of one attention head."""
+        """Returns the width of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def num_pipeline_layers(self) -> int:
-        """Layers that a pipeline can be cut between: embeddings, blocks, heads."""
+        """Returns the number of layers between which a pipeline can be cut: embeddings, blocks, heads."""
         return self.num_layers + 2
 
     @property
     def grid_size(self) -> int:
-        """Patches on a side of an image."""
+        """Returns the patches along one side of an image."""
         return self.image_size // self.patch_size
 
     @property
     def num_patches(self) -> int:
-        """Patches of an image."""
+        """Returns the patches per image."""
         return self.grid_size**2
 
     def experts(self, layer: int) -> tuple[str, ...]:
-        """Names of the feed-forward experts of block `layer` (0-based), in the order of the packed batch."""
+        """Returns the feed-forward experts of block `layer` (0-based) by name, in the order of the packed batch."""
         if layer >= self.num_layers - self.num_vision_language_layers:
             return ("vision", "vision_language", "language")
         return ("vision", "language")
 
     @property
     def attention_experts(self) -> tuple[str, ...]:
-        """Names of the attention's weight sets: one that all rows share, or one a modality."""
+        """Returns the names of the attention's weight sets: one for all rows, or one per modality."""
         return ("shared",) if self.layout == "shared" else ("vision", "language")
 
     def __post_init__(self) -> None:
@@ -118,11 +119,11 @@ class ModelConfig:
         if self.image_size % self.patch_size:
             raise ConfigError(
                 f"model: patch_size={self.patch_size} does not divide image_size={self.image_size}. "
-                f"{_nearest_divisors(self.image_size, self.patch_size, 'pixels a patch')}"
+                f"{_nearest_divisors(self.image_size, self.patch_size, 'pixels per patch')}"
             )
         if not 0 <= self.num_vision_language_layers <= self.num_layers:
             raise ConfigError(
-                f"model: num_vision_language_layers={self.num_vision_language_layers} must lie between 0 and "
+                f"model: num_vision_language_layers={self.num_vision_language_layers} must be between 0 and "
                 f"num_layers={self.num_layers}."
             )
         if self.layout == "decoupled" and self.num_vision_language_layers:
@@ -133,10 +134,10 @@ class ModelConfig:
 
 
 def load_model_section(mapping: Any, where: str) -> ModelConfig:
-    """Loads the "model" section, in which `"size": NAME` stands for the fields of `MODEL_SIZES`.
+    """Loads the "model" section and expands `"size": NAME` to the fields in `MODEL_SIZES`.
 
     Raises:
-        ConfigError: for an unknown size or key, or sizes that do not fit each other.
+        ConfigError: for an unknown size or key, or for values that contradict each other.
     """
     if isinstance(mapping, Mapping) and "size" in mapping:
         size = mapping["size"]

@@ -1,4 +1,4 @@
-"""One JSON file is one run: DeepSpeed's keys beside a "beit3_ds" section."""
+"""Reads a run's JSON file: DeepSpeed's keys at the top and a "beit3_ds" section."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,10 +27,10 @@ from beit3_ds.config.strict import (
 from beit3_ds.config.training import TrainingConfig
 
 SECTIONS = ("model", "data", "tokenizers", "training", "parallel")
-"""The sections inside "beit3_ds"; the last may be left out."""
+"""Sections inside "beit3_ds"; only the last may be left out."""
 
 _MAX_SHOWN = 200
-"""Characters of a `--set` that a message repeats."""
+"""Most characters of a `--set` that a message repeats."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +43,13 @@ class RunConfig:
     training: TrainingConfig
     parallel: ParallelConfig
     gradient_accumulation_steps: int
-    """Micro-batches of one rank in one optimizer step."""
+    """Micro-batches per rank and optimizer step."""
     deepspeed: Mapping[str, Any]
     """DeepSpeed's own keys, verbatim."""
 
     @property
     def samples_per_step(self) -> int:
-        """Samples of all streams in one optimizer step."""
+        """Returns the samples per optimizer step, summed over all streams."""
         return sum(stream.samples_per_step for stream in self.data.streams().values())
 
     def step_shares(self, data_parallel_size: int) -> StepShares:
@@ -67,15 +67,15 @@ class RunConfig:
         return shares
 
     def check_engine(self) -> None:
-        """Refuses options of DeepSpeed that give wrong gradients in this layout, or state that cannot be saved.
+        """Refuses DeepSpeed options that give wrong gradients in this layout or state that cannot be saved.
 
         Raises:
-            ConfigError: with what to leave out.
+            ConfigError: naming the option to leave out.
         """
         check_deepspeed_rules(self.deepspeed, self.training, self.parallel)
 
     def engine_config(self, data_parallel_size: int) -> dict[str, Any]:
-        """The dictionary that the DeepSpeed engine is built from; its own accumulation is 1."""
+        """Returns the dictionary from which the DeepSpeed engine is built; its own accumulation is 1."""
         return engine_config(self.deepspeed, self.samples_per_step, data_parallel_size, self.training.output_dir)
 
 
@@ -84,9 +84,9 @@ def load_run_config(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
 
     Args:
         path: the file.
-        changes: `KEY=VALUE` each, applied in order before anything is checked. KEY is a path of dots from the top of
-            the file or inside "beit3_ds", e.g. `gradient_accumulation_steps=4` or `training.total_steps=100`; VALUE is
-            JSON, or a string that needs no quotes.
+        changes: strings `KEY=VALUE`, applied in order before anything is checked. KEY is a dotted path from the top of
+            the file or inside "beit3_ds", e.g. `gradient_accumulation_steps=4` or `training.total_steps=100`. VALUE is
+            JSON, or a string without quotes.
 
     Raises:
         ConfigError: for an unreadable file, invalid JSON, an unknown key at any level or values that do not fit.
@@ -117,7 +117,7 @@ def build_run_config(mapping: Any) -> RunConfig:
         raise ConfigError(f"expected a JSON object at the top, got {show(mapping)}.")
     for section in SECTIONS:
         if section in mapping:
-            raise ConfigError(f"the section '{section}' stands at the top; move it into '{OWN_SECTION}'.")
+            raise ConfigError(f"the section '{section}' is at the top of the file; move it into '{OWN_SECTION}'.")
     deepspeed = read_deepspeed_keys(mapping, "top level")
     if OWN_SECTION not in mapping:
         raise ConfigError(f"the section '{OWN_SECTION}' is missing; see ds_configs/quickstart_cpu.json for an example.")
@@ -196,7 +196,7 @@ def _check_text_tokenizer(config: RunConfig) -> None:
 
 
 def _check_some_term_counts(config: RunConfig) -> None:
-    """Refuses a run in which all loss terms with samples have weight 0, because its weights would only decay."""
+    """Refuses a run whose loss terms with samples all have weight 0; its weights would only decay."""
     data, weights = config.data, config.training.loss_weights
     terms = {"image_mim": data.images, "text_mlm": data.texts, "pair_mim": data.pairs, "pair_mlm": data.pairs}
     if not any(stream.samples_per_step and getattr(weights, name) for name, stream in terms.items()):
@@ -216,7 +216,7 @@ _SECTION_CLASSES: dict[str, type] = {
 
 
 def _find_key(name: str, known: Sequence[str]) -> str:
-    """Suggests the place of a key of `--set` that is not at the top: it is misspelt, or its section is missing."""
+    """Returns a hint for an unknown first key of `--set`, which is misspelt or lacks its section."""
     inside = {key: f"{section}.{key}" for section, cls in _SECTION_CLASSES.items() for key in cls.__annotations__}
     near = inside.get(name) or nearest(name, known)
     if near is None and (key := nearest(name, inside)):

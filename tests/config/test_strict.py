@@ -70,7 +70,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda m: own(m, "training").update(min_learning_rate=0.1),
         r"min_learning_rate=0.1 exceeds learning_rate=0.003",
     ),
-    "a section of ours at the top": (lambda m: m.update(training={}), r"'training' stands at the top; move it into"),
+    "a section of ours at the top": (lambda m: m.update(training={}), r"'training' .* move it into 'beit3_ds'"),
     "size that is a list": (lambda m: own(m, "model").update(size=[]), r"model\.size: list \[\] is not one of"),
     "float for int": (lambda m: own(m, "training").update(total_steps=1e3), r"expected int, got float .* Write 1000"),
     "number for a path": (lambda m: own(m, "training").update(output_dir=7), r"expected str, .* Write it in quotes"),
