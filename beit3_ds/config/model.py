@@ -76,7 +76,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     """Uses the word embedding as the MLM head's matrix. The released models have separate ones, so the default is off."""
     cross_entropy_chunk_size: Annotated[int, Range(2, 2**24)] = 128
-    """Most logits of the MLM cross entropy in memory at a time, in text positions of text_vocab_size logits each."""
+    """Most logits of the MLM cross entropy in memory at a time, in text positions of text_vocab_size logits."""
 
     @property
     def head_size(self) -> int:
