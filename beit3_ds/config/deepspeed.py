@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from beit3_ds.config.deepspeed_keys import DEEPSPEED_KEYS
-from beit3_ds.config.deepspeed_rules import is_offloaded
+from beit3_ds.config.deepspeed_options import DeepSpeedOptions
 from beit3_ds.config.key_specs import read_key
 from beit3_ds.config.strict import check_known_keys
 
@@ -42,7 +42,7 @@ def engine_config(
         "train_micro_batch_size_per_gpu": -(-samples_per_step // data_parallel_size),
         "gradient_accumulation_steps": 1,
     }
-    if is_offloaded(mapping.get("zero_optimization", {}), "offload_optimizer"):
+    if DeepSpeedOptions(mapping).offloads_optimizer:
         config["zero_force_ds_cpu_optimizer"] = False  # otherwise DeepSpeed refuses torch's AdamW on the host
     for monitor, folder in FILE_MONITORS.items():
         if monitor in mapping:

@@ -8,197 +8,14 @@ setting without effect is a user's mistake. `deepspeed_rules` holds the rules be
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from beit3_ds.config.deepspeed_options import DeepSpeedOptions
 from beit3_ds.config.key_specs import Choice, Fixed, Flag, Number, Refused, Section, Spec, Text
 from beit3_ds.config.numbers import Range
+from beit3_ds.config.zero_keys import NVME, OWN_CHECKPOINTS, REMOVED, ZERO
 
-_LARGEST_BUCKET = 2**31 - 2
-"""Largest bucket in elements; DeepSpeed allocates a whole bucket, which takes 8 GiB in float32 at this size."""
-
-_REMOVED = "DeepSpeed 0.19 removed it. Leave it out."
 _NO_EFFECT = "it has no effect here. Leave it out."
-_DEPRECATED = "DeepSpeed deprecates it. Use {}."
 _OWN_DATA = "the order of the data is a pure function of seed and step. Leave it out."
-_OWN_CHECKPOINTS = "checkpoints are this project's own (docs/checkpoints.md). Leave it out."
 _OWN_MODEL = "it rewrites the modules of models that it knows. Leave it out."
-_NO_NVME = "checkpoints do not read the files of nvme"
-_NVME = "it belongs to offloading to NVMe, whose files checkpoints do not read. Leave it out."
-_ORDER = "it reorders the flat buffers, but DeepSpeed's map from parameters to them stays the same. Leave it out."
-_PACKING = "it only changes the padding of the flat buffers. Leave it out."
-_QUANTIZED = "parameters or gradients would lose precision that checkpoints and the comparison of losses need."
-
-_OFFLOAD_PARAM = Section(
-    example='{"device": "cpu"}',
-    keys={
-        "device": Choice(
-            values=("none", "cpu"),
-            reason=_NO_NVME,
-            stages=(3,),
-            samples=("cpu",),
-            effect="Parameters are kept in host memory until they are used.",
-        ),
-        "pin_memory": Flag(
-            stages=(3,), effect="Offloaded parameters are page-locked, which speeds up copies to a GPU."
-        ),
-        **dict.fromkeys(("nvme_path", "buffer_count", "buffer_size", "max_in_cpu"), Refused(reason=_NVME)),
-    },
-)
-
-_OFFLOAD_OPTIMIZER = Section(
-    example='{"device": "cpu"}',
-    keys={
-        "device": Choice(
-            values=("none", "cpu"),
-            reason=_NO_NVME,
-            stages=(1, 2, 3),
-            samples=("cpu",),
-            effect="Float32 weights and moments are kept in host memory, where torch's AdamW updates them.",
-        ),
-        "pin_memory": Flag(
-            stages=(1, 2, 3), effect="Offloaded optimizer state is page-locked, which speeds up copies to a GPU."
-        ),
-        "ratio": Fixed(value=1.0, reason="it needs DeepSpeed's own CPU Adam; the optimizer here is torch's AdamW."),
-        "super_offload": Fixed(value=False, reason="it needs DeepSpeed's own CPU Adam and CUDA."),
-        "cpuadam_cores_perc": Refused(reason="it belongs to super_offload. Leave it out."),
-        **dict.fromkeys(
-            ("nvme_path", "buffer_count", "pipeline_read", "pipeline_write", "fast_init"), Refused(reason=_NVME)
-        ),
-    },
-)
-
-_ZERO = Section(
-    example='{"stage": 1}',
-    keys={
-        "stage": Choice(
-            values=(0, 1, 2, 3),
-            samples=(0, 1, 2, 3),
-            effect="State divided over data-parallel ranks: none; optimizer state; also gradients; also parameters.",
-        ),
-        "contiguous_gradients": Flag(
-            stages=(1, 2, 3), effect="Gradients are copied into one buffer before they are reduced."
-        ),
-        "reduce_scatter": Flag(
-            stages=(1, 2, 3), effect="Each rank receives its own part of the gradients, not all of them."
-        ),
-        "reduce_bucket_size": Number(
-            range=Range(1, _LARGEST_BUCKET),
-            stages=(1, 2, 3),
-            samples=(1000, 500_000_000),
-            effect="Gradient elements that are reduced at a time.",
-        ),
-        "use_multi_rank_bucket_allreduce": Flag(
-            stages=(1, 2), effect="One all-reduce for the parts of several ranks instead of one reduce each."
-        ),
-        "allgather_bucket_size": Number(
-            range=Range(2, _LARGEST_BUCKET),
-            multiple_of=2,
-            stages=(1, 2),
-            samples=(1000, 500_000_000),
-            effect="Elements of updated parameters that are gathered at a time.",
-        ),
-        "overlap_comm": Flag(stages=(1, 2, 3), effect="Gradients are reduced during the backward pass."),
-        "sub_group_size": Number(
-            range=Range(1),
-            stages=(3,),
-            samples=(10_000, 1_000_000_000),
-            effect="Elements that AdamW updates at a time.",
-        ),
-        "stage3_prefetch_bucket_size": Number(
-            range=Range(0, _LARGEST_BUCKET),
-            stages=(3,),
-            samples=(0, 50_000_000),
-            effect="Elements of parameters that are gathered ahead of use.",
-        ),
-        "stage3_param_persistence_threshold": Number(
-            range=Range(0),
-            stages=(3,),
-            samples=(0, 20_000),
-            effect="Parameters of fewer elements stay whole on every rank.",
-        ),
-        "stage3_model_persistence_threshold": Number(
-            range=Range(0),
-            stages=(3,),
-            samples=(0, 10_000),
-            effect="Elements that may stay whole on a rank.",
-        ),
-        "stage3_max_live_parameters": Number(
-            range=Range(0),
-            stages=(3,),
-            samples=(0, 1_000_000_000),
-            effect="Gathered elements that a rank keeps before it releases some.",
-        ),
-        "stage3_max_reuse_distance": Number(
-            range=Range(0),
-            stages=(3,),
-            samples=(0, 1_000_000_000),
-            effect="A parameter is not released if its next use is at most this many elements away.",
-        ),
-        "stage3_use_all_reduce_for_fetch_params": Flag(
-            stages=(3,), effect="Parameters are gathered by an all-reduce instead of an all-gather."
-        ),
-        "stage3_allgather_sequential": Flag(
-            stages=(3,), effect="Parameters are gathered one by one, without a bucket to copy them to."
-        ),
-        "log_trace_cache_warnings": Flag(
-            stages=(3,), effect="DeepSpeed logs when the order of modules differs from the previous step."
-        ),
-        "enable_sanity_checks": Flag(stages=(3,), effect="DeepSpeed compares its bookkeeping among ranks."),
-        "offload_param": _OFFLOAD_PARAM,
-        "offload_optimizer": _OFFLOAD_OPTIMIZER,
-        "compute_grad_norm": Fixed(
-            value=True, reason="steps with a NaN are recognised by the gradients' norm and skipped."
-        ),
-        "ignore_unused_parameters": Fixed(
-            value=True, reason="every parameter takes part in every micro-batch, so there is nothing to report."
-        ),
-        "round_robin_gradients": Fixed(value=False, reason=_ORDER),
-        "parameter_alignment": Fixed(value=False, reason=_PACKING),
-        "zero_hpz_partition_size": Fixed(
-            value=1, reason="it keeps a second copy of the parameters inside a node, which was never tested here."
-        ),
-        "zero_quantized_weights": Fixed(value=False, reason=_QUANTIZED),
-        "zero_quantized_nontrainable_weights": Fixed(value=False, reason=_QUANTIZED),
-        "zero_quantized_gradients": Fixed(value=False, reason=_QUANTIZED),
-        "stage3_module_granularity_threshold": Fixed(
-            value=0, reason="blocks would be gathered whole, against what `beit3 check` works out."
-        ),
-        "legacy_stage1": Fixed(value=False, reason=_REMOVED),
-        "elastic_checkpoint": Fixed(value=False, reason=_OWN_CHECKPOINTS),
-        "pipeline_loading_checkpoint": Fixed(value=False, reason=_OWN_CHECKPOINTS),
-        "load_from_fp32_weights": Fixed(value=True, reason=_OWN_CHECKPOINTS),
-        "stage3_gather_16bit_weights_on_model_save": Fixed(
-            value=False, reason="it belongs to save_16bit_model(). Use `beit3 export`."
-        ),
-        "allgather_partitions": Fixed(value=True, reason="DeepSpeed 0.19 no longer reads it."),
-        "memory_efficient_linear": Fixed(
-            value=True, reason="it belongs to zero.Init, which is not used. Leave it out."
-        ),
-        "override_module_apply": Fixed(value=True, reason="it belongs to zero.Init, which is not used. Leave it out."),
-        "leaf_module": Refused(reason="blocks would be gathered whole, against what `beit3 check` works out."),
-        "save_muon_momentum_buffer_in_memory": Refused(reason="the optimizer is AdamW. Leave it out."),
-        "zenflow": Refused(reason="it updates important columns more often, which is another recipe. Leave it out."),
-        "cpu_offload": Refused(reason=_DEPRECATED.format('"offload_optimizer": {"device": "cpu"}')),
-        "cpu_offload_param": Refused(reason=_DEPRECATED.format('"offload_param": {"device": "cpu"}')),
-        "cpu_offload_use_pin_memory": Refused(reason=_DEPRECATED.format("pin_memory in the offload sections")),
-        "stage3_gather_fp16_weights_on_model_save": Refused(reason="DeepSpeed deprecates it. Use `beit3 export`."),
-        "mics_shard_size": Refused(reason=_REMOVED),
-        "mics_hierarchical_params_gather": Refused(reason=_REMOVED),
-        "zeropp_loco_param": Refused(reason=_REMOVED),
-        **{
-            name: Refused(reason=f"one name for one setting: write stage3_{name}.")
-            for name in (
-                "prefetch_bucket_size",
-                "param_persistence_threshold",
-                "model_persistence_threshold",
-                "max_live_parameters",
-                "max_reuse_distance",
-                "gather_16bit_weights_on_model_save",
-                "module_granularity_threshold",
-                "use_all_reduce_for_fetch_params",
-                "allgather_sequential",
-            )
-        },
-    },
-)
 
 _BF16 = Section(
     example='{"enabled": true}',
@@ -294,7 +111,7 @@ DEEPSPEED_KEYS: Mapping[str, Spec | Refused | Section] = {
     "steps_per_print": Number(
         range=Range(1), samples=(1, 1_000_000), effect="Steps between DeepSpeed's own log lines."
     ),
-    "zero_optimization": _ZERO,
+    "zero_optimization": ZERO,
     "bf16": _BF16,
     "data_types": _DATA_TYPES,
     "communication_data_type": Choice(
@@ -341,9 +158,9 @@ DEEPSPEED_KEYS: Mapping[str, Spec | Refused | Section] = {
     "data_efficiency": Refused(reason=_OWN_DATA),
     "curriculum_learning": Refused(reason=_OWN_DATA),
     "dataloader_drop_last": Refused(reason=_OWN_DATA),
-    "checkpoint": Refused(reason=_OWN_CHECKPOINTS),
-    "datastates_ckpt": Refused(reason=_OWN_CHECKPOINTS),
-    "nebula": Refused(reason=_REMOVED),
+    "checkpoint": Refused(reason=OWN_CHECKPOINTS),
+    "datastates_ckpt": Refused(reason=OWN_CHECKPOINTS),
+    "nebula": Refused(reason=REMOVED),
     "hybrid_engine": Refused(reason=_OWN_MODEL),
     "expert_parallel": Refused(reason=_OWN_MODEL),
     "use_data_before_expert_parallelism": Refused(reason=_OWN_MODEL),
@@ -351,7 +168,7 @@ DEEPSPEED_KEYS: Mapping[str, Spec | Refused | Section] = {
     "compile": Refused(
         reason="the model's kernels are compiled already, and DeepCompile was never tested here. Leave it out."
     ),
-    "aio": Refused(reason=_NVME),
+    "aio": Refused(reason=NVME),
     "amp": Refused(reason="DeepSpeed 0.19 removed it. Use bf16, or neither for fp32."),
     "progressive_layer_drop": Refused(reason="DeepSpeed 0.19 removed it. Use beit3_ds.model.drop_path_rate."),
     **dict.fromkeys(
@@ -364,7 +181,7 @@ DEEPSPEED_KEYS: Mapping[str, Spec | Refused | Section] = {
             "sparse_attention",
             "sparse_gradients",
         ),
-        Refused(reason=_REMOVED),
+        Refused(reason=REMOVED),
     ),
     **dict.fromkeys(
         (
@@ -401,7 +218,7 @@ def accepted_keys() -> Iterator[AcceptedKey]:
 
 def unused_keys(deepspeed: Mapping[str, Any]) -> list[str]:
     """Returns the names of a run's keys that have no effect in its ZeRO stage."""
-    stage = deepspeed.get("zero_optimization", {}).get("stage", 0)
+    stage = DeepSpeedOptions(deepspeed).zero_stage
     return [key.name for key in accepted_keys() if stage not in key.spec.stages and _is_given(deepspeed, key.path)]
 
 

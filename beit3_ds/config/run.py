@@ -8,6 +8,7 @@ from typing import Any
 from beit3_ds.config.data import DataConfig, TokenizersConfig
 from beit3_ds.config.deepspeed import OWN_SECTION, engine_config, read_deepspeed_keys
 from beit3_ds.config.deepspeed_keys import DEEPSPEED_KEYS
+from beit3_ds.config.deepspeed_options import DeepSpeedOptions
 from beit3_ds.config.deepspeed_rules import check_deepspeed_rules
 from beit3_ds.config.model import ModelConfig, load_model_section
 from beit3_ds.config.parallel import ParallelConfig
@@ -48,6 +49,11 @@ class RunConfig:
     """DeepSpeed's own keys, verbatim."""
 
     @property
+    def options(self) -> DeepSpeedOptions:
+        """DeepSpeed's options of this run: stage of ZeRO, offloading, types."""
+        return DeepSpeedOptions(self.deepspeed)
+
+    @property
     def samples_per_step(self) -> int:
         """Returns the samples per optimizer step, summed over all streams."""
         return sum(stream.samples_per_step for stream in self.data.streams().values())
@@ -72,7 +78,7 @@ class RunConfig:
         Raises:
             ConfigError: naming the option to leave out.
         """
-        check_deepspeed_rules(self.deepspeed, self.training, self.parallel)
+        check_deepspeed_rules(self.options, self.training, self.parallel)
 
     def engine_config(self, data_parallel_size: int) -> dict[str, Any]:
         """Returns the dictionary from which the DeepSpeed engine is built; its own accumulation is 1."""

@@ -1,4 +1,4 @@
-"""What a layout costs: the traffic of every rank in a step and the memory that it needs, worked out from shapes."""
+"""Models the cost of a layout from shapes: traffic per step, and memory of ranks and nodes."""
 
 from beit3_ds.planner.host import HostRequirements, NodeSize, check_node, describe_host, host_requirements
 from beit3_ds.planner.memory import Memory, rank_memory

@@ -1,4 +1,4 @@
-"""Models the needs of one node beside its GPUs: memory, shared memory and file system calls.
+"""Models what one node needs beside its GPUs: memory, shared memory and file system calls.
 
 docs/traffic_and_memory.md explains the figures.
 """
@@ -29,7 +29,7 @@ class HostRequirements(NamedTuple):
     workers: int
     """The data workers' own memory: libraries, and the step that each is preparing (twice while it is packed)."""
     validation: int
-    """Validation batches, which ranks keep in memory."""
+    """Validation batches that the ranks keep in memory."""
     checkpoint: int
     """The copy of the state from which a checkpoint is written during training."""
     offloaded: int
@@ -64,7 +64,7 @@ class NodeSize:
 def host_requirements(
     config: RunConfig, world_size: int, ranks_per_node: int, decays: Callable[[str], bool]
 ) -> HostRequirements:
-    """Models the needs of the busiest node.
+    """Models the requirements of the busiest node.
 
     Args:
         config: the run's configuration.
@@ -75,58 +75,63 @@ def host_requirements(
     Raises:
         ConfigError: if the layout does not fit, or a step exceeds `data.prefetch_gib`.
     """
-    holding_bytes = {
+    state_bytes = {
         stage: _state_bytes(config, world_size, decays, stage)
         for stage in range(config.parallel.pipeline_parallel_size)
     }
     nodes = [range(first, min(first + ranks_per_node, world_size)) for first in range(0, world_size, ranks_per_node)]
     kinds = {tuple(_kind(config, rank, world_size) for rank in node): None for node in nodes}
-    return max((_node_needs(config, world_size, node, holding_bytes) for node in kinds), key=lambda needs: needs.memory)
+    return max(
+        (_node_requirements(config, world_size, node, state_bytes) for node in kinds), key=lambda one: one.memory
+    )
 
 
-def check_node(needs: HostRequirements, config: RunConfig, size: NodeSize) -> None:
+def check_node(requirements: HostRequirements, config: RunConfig, size: NodeSize) -> None:
     """Refuses a run whose node has too little memory.
 
     Raises:
         ConfigError: naming the needed and the available memory, and the keys that lower the need.
     """
-    if size.shm is not None and needs.shm > size.shm:
+    if size.shm is not None and requirements.shm > size.shm:
         raise ConfigError(
-            f"data: prefetched steps take {needs.shm / _GIB:.1f} GiB of /dev/shm on a node, but {size.name} has "
+            f"data: prefetched steps take {requirements.shm / _GIB:.1f} GiB of /dev/shm on a node, but {size.name} has "
             f"{size.shm / _GIB:.1f} GiB. Lower data.prefetch_gib (now {config.data.prefetch_gib:g} per rank), "
             "data.num_workers or data.prefetch_steps, or enlarge /dev/shm (containers: --shm-size)."
         )
-    if size.memory is not None and needs.memory > size.memory:
+    if size.memory is not None and requirements.memory > size.memory:
         raise ConfigError(
-            f"this run takes about {needs.memory / _GIB:.1f} GiB of memory on a node (modelled; `beit3 check` lists "
-            f"the parts), but {size.name} has {size.memory / _GIB:.1f} GiB. Lower data.prefetch_gib, "
+            f"this run takes about {requirements.memory / _GIB:.1f} GiB of memory on a node (modelled; `beit3 check` "
+            f"lists the parts), but {size.name} has {size.memory / _GIB:.1f} GiB. Lower data.prefetch_gib, "
             "data.num_workers or training.eval_samples, use fewer ranks per node, or leave out "
             "zero_optimization.offload_*."
         )
 
 
-def describe_host(config: RunConfig, needs: HostRequirements, ranks_per_node: int, step_seconds: float) -> str:
-    """Formats a table of one node's needs.
+def describe_host(config: RunConfig, requirements: HostRequirements, ranks_per_node: int, step_seconds: float) -> str:
+    """Formats a table of one node's requirements.
 
     Args:
         config: the run's configuration.
-        needs: needs of the node.
+        requirements: requirements of the node.
         ranks_per_node: ranks on the node.
         step_seconds: assumed time of one step.
     """
     plan = "prepared and mapped, shared through the page cache"
     unprepared = "in every rank and worker: set data.cache_dir and run `beit3 prepare`"
     kept = config.data.max_open_files
-    rates = (needs.records_per_step / step_seconds, needs.images_per_step * _IMAGE_FILE_BYTES / step_seconds / 1e9)
+    rates = (
+        requirements.records_per_step / step_seconds,
+        requirements.images_per_step * _IMAGE_FILE_BYTES / step_seconds / 1e9,
+    )
     rows = {
-        f"one node of {ranks_per_node} ranks, modelled": f"{needs.num_workers} data workers",
-        "/dev/shm, prefetched steps, GiB": _gib(needs.shm),
-        "memory, rank processes without CUDA, GiB": _gib(needs.ranks),
-        "memory, data workers, GiB": _gib(needs.workers),
-        "memory, validation batches, GiB": _gib(needs.validation),
-        "memory, copy for checkpoints, GiB": _gib(needs.checkpoint),
-        "memory, offloaded state, GiB": f"{_gib(needs.offloaded)}, {_gib(needs.pinned)} of it pinned",
-        "memory, total with /dev/shm, GiB": _gib(needs.memory),
+        f"one node of {ranks_per_node} ranks, modelled": f"{requirements.num_workers} data workers",
+        "/dev/shm, prefetched steps, GiB": _gib(requirements.shm),
+        "memory, rank processes without CUDA, GiB": _gib(requirements.ranks),
+        "memory, data workers, GiB": _gib(requirements.workers),
+        "memory, validation batches, GiB": _gib(requirements.validation),
+        "memory, copy for checkpoints, GiB": _gib(requirements.checkpoint),
+        "memory, offloaded state, GiB": f"{_gib(requirements.offloaded)}, {_gib(requirements.pinned)} of it pinned",
+        "memory, total with /dev/shm, GiB": _gib(requirements.memory),
         "token maps and indices": unprepared if config.data.cache_dir is None else plan,
         f"file reads per second, {step_seconds:g} s per step": f"{rates[0]:,.0f}",
         "file opens per second": f"at most {rates[0]:,.0f}; none once a worker has its tars open ({kept:,} at most)",
@@ -151,19 +156,19 @@ def _kind(config: RunConfig, rank: int, world_size: int) -> _Kind:
     return _Kind(coords.pipeline, "both" if last == 0 else "model" if coords.pipeline == 0 else "tokenizer")
 
 
-def _node_needs(
-    config: RunConfig, world_size: int, node: tuple[_Kind, ...], holding_bytes: dict[int, tuple[int, int, int]]
+def _node_requirements(
+    config: RunConfig, world_size: int, node: tuple[_Kind, ...], state_bytes: dict[int, tuple[int, int, int]]
 ) -> HostRequirements:
-    data_size = config.parallel.data_parallel_size(world_size)
+    data_parallel_size = config.parallel.data_parallel_size(world_size)
     readers = [kind.views for kind in node if kind.views]
-    plans = {views: plan_prefetch(config, data_size, views) for views in set(readers)}
-    samples = config.step_shares(data_size).rank_samples(0)
-    state, offloaded, pinned = (sum(holding_bytes[kind.stage][part] for kind in node) for part in range(3))
+    plans = {views: plan_prefetch(config, data_parallel_size, views) for views in set(readers)}
+    samples = config.step_shares(data_parallel_size).rank_samples(0)
+    state, offloaded, pinned = (sum(state_bytes[kind.stage][part] for kind in node) for part in range(3))
     return HostRequirements(
         shm=sum(plans[views].num_bytes for views in readers),
         ranks=len(node) * _RANK_BYTES,
-        workers=sum(_worker_bytes(config, data_size, plans[views]) for views in readers),
-        validation=sum(_validation_bytes(config, data_size, views) for views in readers),
+        workers=sum(_worker_bytes(config, data_parallel_size, plans[views]) for views in readers),
+        validation=sum(_validation_bytes(config, data_parallel_size, views) for views in readers),
         checkpoint=state,
         offloaded=offloaded,
         pinned=pinned,
@@ -173,26 +178,28 @@ def _node_needs(
     )
 
 
-def _worker_bytes(config: RunConfig, data_size: int, plan: PrefetchPlan) -> int:
+def _worker_bytes(config: RunConfig, data_parallel_size: int, plan: PrefetchPlan) -> int:
     """Models a worker's memory: both views are always made, and exist twice while a micro-batch is packed."""
-    both = step_bytes(config, data_size, "both")
+    both = step_bytes(config, data_parallel_size, "both")
     return plan.num_workers * (_WORKER_BYTES + plan.step_bytes + both // config.gradient_accumulation_steps)
 
 
-def _validation_bytes(config: RunConfig, data_size: int, views: str) -> int:
+def _validation_bytes(config: RunConfig, data_parallel_size: int, views: str) -> int:
     streams = [config.data.images, config.data.pairs]
-    images = sum(-(-config.training.eval_samples // data_size) for stream in streams if stream.validation)
+    images = sum(-(-config.training.eval_samples // data_parallel_size) for stream in streams if stream.validation)
     return images * image_bytes(config, views)
 
 
 def _state_bytes(config: RunConfig, world_size: int, decays: Callable[[str], bool], stage: int) -> tuple[int, int, int]:
     """Returns, for one rank of a stage, the bytes that a checkpoint copies, that are offloaded, and that are pinned."""
-    holding = build_rank_model(config, world_size, decays, stage)
-    memory = rank_memory(holding, expected_workloads(config, holding.data_size))
-    offload = {key: holding.zero.get(f"offload_{key}") or {} for key in ("optimizer", "param")}
-    parts = {"optimizer": memory.optimizer + memory.gradients, "param": memory.parameters}
-    on_host = {key: parts[key] for key in parts if offload[key].get("device", "none") == "cpu"}
-    pinned = sum(size for key, size in on_host.items() if offload[key].get("pin_memory"))
+    rank_model = build_rank_model(config, world_size, decays, stage)
+    memory = rank_memory(rank_model, expected_workloads(config, rank_model.data_parallel_size))
+    options, on_host = config.options, {}
+    if options.offloads_optimizer:
+        on_host["offload_optimizer"] = memory.optimizer + memory.gradients
+    if options.offloads_parameters:
+        on_host["offload_param"] = memory.parameters
+    pinned = sum(size for section, size in on_host.items() if options.zero[section].get("pin_memory"))
     return memory.optimizer, sum(on_host.values()), pinned
 
 

@@ -41,10 +41,10 @@ def describe_precision(config: RunConfig, world_size: int, decays: Callable[[str
         world_size: number of ranks.
         decays: returns whether the optimizer decays the parameter with a name, by which it groups them.
     """
-    if not config.deepspeed.get("bf16", {}).get("enabled"):
+    if not config.options.is_bf16:
         return ""
     chosen_stream = config.training.fp32_residual_connection
-    chosen_sums = config.deepspeed.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+    chosen_sums = config.options.grad_accum_dtype == "fp32"
     lines = [f"precision, modelled, of the fullest rank; time at {BANDWIDTH / 1e12:g} TB/s"]
     for name, chosen, change in (
         ("residual stream", chosen_stream, _with_stream),
@@ -67,20 +67,24 @@ def precision_cost(config: RunConfig, world_size: int, decays: Callable[[str], b
     return max(_stage_cost(build_rank_model(config, world_size, decays, stage)) for stage in stages)
 
 
-def _stage_cost(holding: RankModel) -> PrecisionCost:
-    config = holding.config
-    loads = expected_workloads(config, holding.data_size)
-    traffic = step_traffic(holding, loads)
-    own_rows = sum(load.rows // (holding.tensor.size if holding.tensor.divides_rows else 1) for load in loads)
-    branches = 2 * sum(len(holding.blocks_of(run)) for run in holding.runs)
+def _stage_cost(rank_model: RankModel) -> PrecisionCost:
+    config = rank_model.config
+    workloads = expected_workloads(config, rank_model.data_parallel_size)
+    traffic = step_traffic(rank_model, workloads)
+    own_rows = sum(
+        workload.rows // (rank_model.tensor.size if rank_model.tensor.divides_rows else 1) for workload in workloads
+    )
+    branches = 2 * sum(len(rank_model.blocks_of(chunk)) for chunk in rank_model.chunks)
     recomputed = config.training.activation_checkpointing == "full"
     passes = _FORWARD_PASSES * (1 + recomputed) + _BACKWARD_PASSES
-    stream = own_rows * config.model.hidden_size * holding.stream_size * branches * passes
+    stream = own_rows * config.model.hidden_size * rank_model.stream_size * branches * passes
     # Every micro-batch's gradients are read once and added to the sums, which are read and written.
-    numel = sum(p.numel() for p in holding.model.parameters()) // (holding.data_size if holding.zero_stage >= 2 else 1)
-    sums = len(loads) * numel * (holding.element_size + 2 * holding.gradient_size)
+    numel = sum(p.numel() for p in rank_model.model.parameters()) // (
+        rank_model.data_parallel_size if rank_model.zero_stage >= 2 else 1
+    )
+    sums = len(workloads) * numel * (rank_model.element_size + 2 * rank_model.gradient_size)
     sent = sum(traffic.sent_bytes(axis) for axis in traffic.sizes)
-    return PrecisionCost(rank_memory(holding, loads).total, sent, (stream + sums) / BANDWIDTH)
+    return PrecisionCost(rank_memory(rank_model, workloads).total, sent, (stream + sums) / BANDWIDTH)
 
 
 def _with_stream(config: RunConfig, wide: bool) -> RunConfig:

@@ -1,8 +1,7 @@
-"""What one rank holds of a model, without storage: the shapes that traffic and memory follow from."""
+"""Builds one rank's part of a model without storage; traffic and memory follow from its shapes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,8 +12,17 @@ from beit3_ds.parallel import TensorParallel
 from beit3_ds.pipeline.stages import cut_layers, stage_layers
 from beit3_ds.planner.workload import BlockRows, Workload
 
-_SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
-"""Bytes per element, by DeepSpeed's names of dtypes; without a name DeepSpeed chooses."""
+_SIZES = {"fp32": 4, "bf16": 2}
+"""Bytes per element, by DeepSpeed's names of types."""
+
+_ZERO_DEFAULTS = {
+    "reduce_bucket_size": 500_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_max_reuse_distance": 1_000_000_000,
+    "stage3_max_live_parameters": 1_000_000_000,
+    "stage3_param_persistence_threshold": 100_000,
+}
+"""DeepSpeed's defaults for keys of `zero_optimization`, in elements."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,44 +30,44 @@ class RankModel:
     """One rank's part of the model, on the meta device, and the sizes of the mesh around it."""
 
     config: RunConfig
-    """Of the run."""
+    """The run's configuration."""
     model: BEiT3
-    """This rank's layers, tensor-parallel part only."""
+    """This rank's layers, each with only this rank's tensor-parallel part."""
     tensor: TensorParallel
-    """Its place among the ranks that divide every layer; without a group, so nothing can be sent."""
-    data_size: int
-    """Ranks that hold the same part."""
+    """This rank's number among the tensor-parallel ranks; it has no process group, so nothing can be sent."""
+    data_parallel_size: int
+    """Ranks that hold the same part of the model."""
     stage: int
-    """Of the pipeline."""
-    runs: tuple[range, ...]
-    """The runs of layers that the stage holds."""
+    """Pipeline stage, from 0."""
+    chunks: tuple[range, ...]
+    """Model chunks of the stage: ranges in the ordered list of layers."""
     groups: tuple[tuple[nn.Parameter, ...], ...]
-    """The optimizer's parameter groups, in its order: decayed, not decayed; none is empty."""
+    """The optimizer's parameter groups in its order, decayed before not decayed; no group is empty."""
 
     @property
     def num_stages(self) -> int:
-        """Stages of the pipeline."""
+        """Number of pipeline stages."""
         return self.config.parallel.pipeline_parallel_size
 
     @property
-    def model_size(self) -> int:
-        """Ranks of one copy of the model."""
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model: tensor x pipeline."""
         return self.config.parallel.model_parallel_size
 
     @property
     def is_first(self) -> bool:
-        """Whether the stage embeds."""
+        """Returns whether the stage holds the embeddings."""
         return self.stage == 0
 
     @property
     def is_last(self) -> bool:
-        """Whether the stage holds the heads."""
+        """Returns whether the stage holds the heads."""
         return self.stage == self.num_stages - 1
 
     @property
     def element_size(self) -> int:
         """Bytes per element of parameters, products and their inputs: 2 in bf16, else 4."""
-        return 2 if self.is_bf16 else 4
+        return _SIZES[self.config.options.precision]
 
     @property
     def stream_size(self) -> int:
@@ -69,62 +77,54 @@ class RankModel:
     @property
     def gradient_size(self) -> int:
         """Bytes per element of the gradient sums of micro-batches (`data_types.grad_accum_dtype`)."""
-        dtype = self.config.deepspeed.get("data_types", {}).get("grad_accum_dtype")
-        return self.element_size if dtype is None else _SIZES[dtype]
+        return _SIZES[self.config.options.grad_accum_dtype]
 
     @property
     def reduced_size(self) -> int:
         """Bytes per element of gradients that data-parallel ranks send (`communication_data_type`)."""
-        dtype = self.config.deepspeed.get("communication_data_type")
-        return self.element_size if dtype is None else _SIZES[dtype]
-
-    @property
-    def is_bf16(self) -> bool:
-        """Whether parameters and activations are bf16."""
-        return bool(self.config.deepspeed.get("bf16", {}).get("enabled", False))
-
-    @property
-    def zero(self) -> dict[str, Any]:
-        """DeepSpeed's `zero_optimization` section."""
-        return dict(self.config.deepspeed.get("zero_optimization", {}))
+        return _SIZES[self.config.options.communication_data_type]
 
     @property
     def zero_stage(self) -> int:
-        """0 to 3."""
-        return int(self.zero.get("stage", 0))
+        """Stage of ZeRO, 0 to 3."""
+        return self.config.options.zero_stage
+
+    def zero_elements(self, key: str) -> int:
+        """Returns a key of `zero_optimization` that counts elements, or DeepSpeed's default for it."""
+        return int(self.config.options.zero.get(key, _ZERO_DEFAULTS[key]))
 
     @property
     def tied_elements(self) -> int:
-        """Elements of this rank's part of the word table, with padding, if first and last stage share it; else 0."""
+        """Elements of this rank's part of a word table that first and last stage share, padding included; else 0."""
         model = self.config.model
         if not model.tie_word_embeddings or self.num_stages == 1:
             return 0
         split = self.tensor.split_vocabulary(model.text_vocab_size)
         return split.local_size * model.hidden_size
 
-    def blocks_of(self, run: range) -> range:
-        """The blocks of one run of layers, by their numbers in the list of all layers: from 1 to L."""
-        return range(max(run.start, 1), min(run.stop, self.config.model.num_layers + 1))
+    def blocks_of(self, chunk: range) -> range:
+        """Returns the blocks of one model chunk, by their numbers in the list of all layers: from 1 to L."""
+        return range(max(chunk.start, 1), min(chunk.stop, self.config.model.num_layers + 1))
 
-    def block_rows(self, run: range, layer: int, load: Workload) -> BlockRows:
-        """The rows that a block in this run computes, given by its number in the list of layers."""
-        rows = load.every_row
-        if load.kept_rows and not self.tensor.divides_rows:
-            rows = load.kept_rows[layer - 1]
-        return rows._replace(ffn=load.masked) if self.cuts_rows(run, layer) else rows
+    def block_rows(self, chunk: range, layer: int, workload: Workload) -> BlockRows:
+        """Returns the rows that a block of this chunk computes; `layer` is its number in the list of layers."""
+        rows = workload.every_row
+        if workload.kept_rows and not self.tensor.divides_rows:
+            rows = workload.kept_rows[layer - 1]
+        return rows._replace(ffn=workload.masked) if self.cuts_rows(chunk, layer) else rows
 
-    def cuts_rows(self, run: range, layer: int) -> bool:
-        """Whether the FFN of a block in this run computes masked rows only: that of the last, if the heads follow."""
+    def cuts_rows(self, chunk: range, layer: int) -> bool:
+        """Returns whether a block's FFN computes masked rows only: that of the last block, if the heads follow it."""
         model = self.config.model
-        return layer == model.num_layers and run.stop == model.num_pipeline_layers
+        return layer == model.num_layers and chunk.stop == model.num_pipeline_layers
 
-    def parameters_of(self, run: range) -> list[nn.Parameter]:
-        """The parameters that a pass through one run of layers uses, in the model's order, each once."""
+    def parameters_of(self, chunk: range) -> list[nn.Parameter]:
+        """Returns the parameters that a pass through one model chunk uses, in the model's order, each once."""
         modules: list[nn.Module] = []
-        if run.start == 0 and self.model.embeddings is not None:
+        if chunk.start == 0 and self.model.embeddings is not None:
             modules.append(self.model.embeddings)
-        modules += [self.model.blocks[str(layer - 1)] for layer in self.blocks_of(run)]
-        if run.stop == self.config.model.num_pipeline_layers and self.model.heads is not None:
+        modules += [self.model.blocks[str(layer - 1)] for layer in self.blocks_of(chunk)]
+        if chunk.stop == self.config.model.num_pipeline_layers and self.model.heads is not None:
             modules.append(self.model.heads)
         return list({id(p): p for module in modules for p in module.parameters()}.values())
 
@@ -135,31 +135,31 @@ def build_rank_model(
     """Builds one rank's part of the model on the meta device.
 
     Args:
-        config: of the run.
-        world_size: ranks.
-        decays: whether the optimizer decays the parameter of a name, which is how it groups them.
-        stage: whose part of the pipeline.
-        tensor_rank: whose part of every layer.
+        config: the run's configuration.
+        world_size: number of ranks.
+        decays: returns whether the optimizer decays the parameter with a name, by which it groups them.
+        stage: pipeline stage of the rank.
+        tensor_rank: number of the rank among its tensor-parallel ranks.
 
     Raises:
         ConfigError: if the layout does not divide the ranks.
     """
     parallel = config.parallel
-    data_size = parallel.data_parallel_size(world_size)
+    data_parallel_size = parallel.data_parallel_size(world_size)
     tensor = TensorParallel(
         None, tensor_rank, parallel.tensor_parallel_size, sequence_parallel=parallel.sequence_parallel
     )
-    runs = stage_layers(cut_layers(config), stage, parallel.pipeline_parallel_size)
+    chunks = stage_layers(cut_layers(config), stage, parallel.pipeline_parallel_size)
     with torch.device("meta"):
-        model = BEiT3(config.model, tensor, runs, config.training.activation_checkpointing)
+        model = BEiT3(config.model, tensor, chunks, config.training.activation_checkpointing)
     named = list(model.named_parameters())
     groups = (tuple(p for n, p in named if decays(n)), tuple(p for n, p in named if not decays(n)))
     return RankModel(
         config=config,
         model=model,
         tensor=tensor,
-        data_size=data_size,
+        data_parallel_size=data_parallel_size,
         stage=stage,
-        runs=tuple(runs),
+        chunks=tuple(chunks),
         groups=tuple(group for group in groups if group),
     )

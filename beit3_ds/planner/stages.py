@@ -1,4 +1,4 @@
-"""The costs of every pipeline stage, as a table to read."""
+"""Formats the modelled cost of every pipeline stage as a table."""
 
 from collections.abc import Callable
 
@@ -40,15 +40,15 @@ def describe_stages(config: RunConfig, world_size: int, decays: Callable[[str], 
     return "\n".join(lines)
 
 
-def _stage_rows(holding: RankModel) -> dict[str, str]:
-    config = holding.config
-    loads = expected_workloads(config, holding.data_size)
-    memory, traffic = rank_memory(holding, loads), step_traffic(holding, loads)
+def _stage_rows(rank_model: RankModel) -> dict[str, str]:
+    config = rank_model.config
+    workloads = expected_workloads(config, rank_model.data_parallel_size)
+    memory, traffic = rank_memory(rank_model, workloads), step_traffic(rank_model, workloads)
     sent = {axis: traffic.sent_bytes(axis) for axis in _AXES}
     others = traffic.sent_bytes("model") + traffic.sent_bytes("world")
-    numel = sum(p.numel() for p in holding.model.parameters())
+    numel = sum(p.numel() for p in rank_model.model.parameters())
     return {
-        "layers": ", ".join(_name_layers(run, config) for run in holding.runs),
+        "layers": ", ".join(_name_layers(chunk, config) for chunk in rank_model.chunks),
         "parameters, millions": f"{numel / 1e6:,.1f}",
         **{f"memory, {part}, GiB": _gib(getattr(memory, part)) for part in Memory._fields},
         "memory, total, GiB": _gib(memory.total),
@@ -58,32 +58,32 @@ def _stage_rows(holding: RankModel) -> dict[str, str]:
     }
 
 
-def _name_layers(run: range, config: RunConfig) -> str:
+def _name_layers(chunk: range, config: RunConfig) -> str:
     heads = config.model.num_pipeline_layers - 1
-    blocks = range(max(run.start, 1), min(run.stop, heads))
-    names = ["embeddings"] if run.start == 0 else []
+    blocks = range(max(chunk.start, 1), min(chunk.stop, heads))
+    names = ["embeddings"] if chunk.start == 0 else []
     names += [f"{len(blocks)} blocks"] if blocks else []
-    names += ["heads"] if run.stop > heads else []
+    names += ["heads"] if chunk.stop > heads else []
     return "+".join(names)
 
 
 def bubble_share(config: RunConfig) -> float:
-    """The share of a step in which a stage of an even pipeline idles while it fills and empties.
+    """Returns the share of a step in which a stage of an even pipeline idles while the pipeline fills and empties.
 
-    (S - 1) / (V m + S - 1) of S stages, m micro-batches and V runs a stage (Narayanan et al., 2021, arXiv:2104.04473,
-    section 2.2).
+    It is (S - 1) / (V m + S - 1) with S stages, m micro-batches and V model chunks per stage (Narayanan et al., 2021,
+    arXiv:2104.04473, section 2.2).
     """
-    stages, runs = config.parallel.pipeline_parallel_size, config.parallel.virtual_pipeline_parallel_size
+    stages, stage_chunks = config.parallel.pipeline_parallel_size, config.parallel.virtual_pipeline_parallel_size
     if stages == 1:
         return 0.0
-    return (stages - 1) / (runs * config.gradient_accumulation_steps + stages - 1)
+    return (stages - 1) / (stage_chunks * config.gradient_accumulation_steps + stages - 1)
 
 
 def imbalance(config: RunConfig) -> float:
-    """How much longer the slowest stage works than the average one, 0 if they are even."""
+    """Returns how much longer the slowest stage works than the average one, as a share; 0 if all are even."""
     stages = config.parallel.pipeline_parallel_size
     costs, chunks = layer_costs(config), cut_layers(config)
-    work = [sum(costs[layer] for run in chunks[stage::stages] for layer in run) for stage in range(stages)]
+    work = [sum(costs[layer] for chunk in chunks[stage::stages] for layer in chunk) for stage in range(stages)]
     return max(work) * stages / sum(work) - 1
 
 

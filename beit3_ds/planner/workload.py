@@ -1,4 +1,4 @@
-"""What the costs of one micro-batch depend on."""
+"""Holds the sizes of one micro-batch on which its traffic and memory depend."""
 
 from typing import NamedTuple
 
@@ -12,18 +12,18 @@ from beit3_ds.model.block import computed_sequences
 
 
 class BlockRows(NamedTuple):
-    """What one block computes of a micro-batch."""
+    """Rows of a micro-batch that one block computes."""
 
     attention: int
-    """Rows of the stream that attention computes."""
+    """Rows of the residual stream that attention computes."""
     attended: int
-    """Rows of all calls of attention (`kernels.attention_plan.AttentionPlan`), padding included."""
+    """Rows of all calls of attention (`kernels.ops.attention_plan.AttentionPlan`), padding included."""
     ffn: int
-    """Rows that the FFN computes, if not only the masked ones."""
+    """Rows that the FFN computes, unless it computes the masked ones only."""
 
 
 class Workload(NamedTuple):
-    """One micro-batch, as traffic and memory see it."""
+    """Sizes of one micro-batch."""
 
     rows: int
     """Packed rows, T."""
@@ -36,11 +36,11 @@ class Workload(NamedTuple):
     masked_tokens: int
     """Rows of the MLM head."""
     drops: bool
-    """Whether branches carry factors of stochastic depth."""
+    """Whether branches are multiplied by factors of stochastic depth."""
     every_row: BlockRows
-    """Of a block that computes all."""
+    """Rows of a block that computes every row."""
     kept_rows: tuple[BlockRows, ...] = ()
-    """Of each block, where branches are not computed that stochastic depth drops; nothing is dropped without."""
+    """Rows of each block when dropped branches are skipped; empty without stochastic depth."""
 
     @property
     def masked(self) -> int:
@@ -49,7 +49,7 @@ class Workload(NamedTuple):
 
 
 def workload_of(batch: PackedBatch) -> Workload:
-    """The load of one micro-batch."""
+    """Returns the workload of one micro-batch."""
     image_mim, text_mlm, pair_mim, pair_mlm = batch.num_masked
     num_layers = 0 if batch.drop_path is None else batch.drop_path.shape[1]
     return Workload(
@@ -76,7 +76,7 @@ def _attended(batch: PackedBatch, layout: SequenceLayout) -> int:
 
 
 def expected_workloads(config: RunConfig, data_parallel_size: int) -> list[Workload]:
-    """Returns the loads of the micro-batches of a data-parallel rank with the largest share of a step.
+    """Returns the workload of every micro-batch of a data-parallel rank with the largest share of a step.
 
     All texts have full length, and no branch is dropped.
 
@@ -85,8 +85,8 @@ def expected_workloads(config: RunConfig, data_parallel_size: int) -> list[Workl
     """
     shares = config.step_shares(data_parallel_size)
     sizes = shares.divide_rank(shares.rank_samples(0))
-    loads = {size: _expected_workload(config, size) for size in set(sizes)}
-    return [loads[size] for size in sizes]
+    workloads = {size: _expected_workload(config, size) for size in set(sizes)}
+    return [workloads[size] for size in sizes]
 
 
 def _expected_workload(config: RunConfig, size: MicroBatchSize) -> Workload:

@@ -1,4 +1,4 @@
-"""When ZeRO-3 gathers parameters: DeepSpeed's coordinator of parameters, replayed without tensors."""
+"""Replays without tensors when ZeRO-3 gathers parameters, as DeepSpeed's parameter coordinator does."""
 
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
@@ -9,53 +9,41 @@ from beit3_ds.model.multiway import MultiwayLayerNorm, MultiwaySubLayerNorm
 from beit3_ds.pipeline.schedule_1f1b import schedule_1f1b
 from beit3_ds.planner.rank_model import RankModel
 
-_DEFAULTS = {
-    "stage3_prefetch_bucket_size": 50_000_000,
-    "stage3_max_reuse_distance": 1_000_000_000,
-    "stage3_max_live_parameters": 1_000_000_000,
-    "stage3_param_persistence_threshold": 100_000,
-}
 
-
-def persistent_parameters(holding: RankModel) -> list[nn.Parameter]:
-    """The parameters that ZeRO-3 keeps whole on every rank because they are small."""
-    if holding.zero_stage != 3:
+def persistent_parameters(rank_model: RankModel) -> list[nn.Parameter]:
+    """Returns the parameters that ZeRO-3 keeps whole on every rank because they are small."""
+    if rank_model.zero_stage != 3:
         return []
-    threshold = setting(holding, "stage3_param_persistence_threshold")
-    return [p for p in holding.model.parameters() if p.numel() <= threshold]
-
-
-def setting(holding: RankModel, key: str) -> int:
-    """An option of ZeRO-3, or DeepSpeed's default for it."""
-    return int(holding.zero.get(key, _DEFAULTS[key]))
+    threshold = rank_model.zero_elements("stage3_param_persistence_threshold")
+    return [p for p in rank_model.model.parameters() if p.numel() <= threshold]
 
 
 def padded(numel: int, ranks: int) -> int:
-    """Elements of a parameter of which every rank holds as many."""
+    """Returns a number of elements, rounded up to a multiple of the ranks."""
     return -(-numel // ranks) * ranks
 
 
-class GatherReplay:
-    """Follows which parameters are gathered, step after step, for one rank.
+class Zero3Replay:
+    """Follows which parameters one rank gathers, step after step.
 
-    Replays `PartitionedParameterCoordinator` and the hooks of `DeepSpeedZeRoOffload` (DeepSpeed 0.19.8): a module's own
-    parameters are gathered before its forward and its backward pass and released after each. Once it has recorded the
-    order of modules of a forward and backward pass, the coordinator also gathers up to `stage3_prefetch_bucket_size`
-    elements ahead, and does not release what `stage3_max_reuse_distance` elements will reach again. A pass that does
-    not follow the recorded order, as in a pipeline, makes it record anew.
+    Replays `PartitionedParameterCoordinator` and the hooks of `DeepSpeedZeRoOffload` (DeepSpeed 0.19.8). A module's own
+    parameters are gathered before its forward pass and before its backward pass, and are released after each. The
+    coordinator records the order of modules in one forward and backward pass. From then on it also gathers up to
+    `stage3_prefetch_bucket_size` elements ahead, and keeps parameters whose next use is at most
+    `stage3_max_reuse_distance` elements away. If a pass leaves the recorded order, as in a pipeline, it records again.
     """
 
-    def __init__(self, holding: RankModel) -> None:
-        """Starts with everything divided, as the engine does.
+    def __init__(self, rank_model: RankModel) -> None:
+        """Starts with every parameter partitioned, as the engine does.
 
         Args:
-            holding: the rank's part of the model.
+            rank_model: the rank's part of the model.
         """
-        self.holding = holding
+        self.rank_model = rank_model
         self.calls, self.elements, self.peak_elements = 0, 0, 0
-        self._order = {id(p): number for number, p in enumerate(holding.model.parameters())}
-        self._persistent = {id(p): p for p in persistent_parameters(holding)}
-        self._blocks = set(holding.model.blocks.values())
+        self._order = {id(p): number for number, p in enumerate(rank_model.model.parameters())}
+        self._persistent = {id(p): p for p in persistent_parameters(rank_model)}
+        self._blocks = set(rank_model.model.blocks.values())
         self._available: set[int] = set()
         self._inflight: set[int] = set()
         self._active: dict[int, set[nn.Module]] = defaultdict(set)
@@ -69,33 +57,33 @@ class GatherReplay:
         self._begin_pass()
 
     def run_step(self, num_micro_batches: int) -> tuple[int, int]:
-        """Goes through one optimizer step.
+        """Replays one optimizer step.
 
         Returns:
-            Calls and gathered elements, padding included, of the step.
+            The step's calls and gathered elements, padding included.
         """
         self.calls, self.elements = 0, 0
-        holding = self.holding
-        if holding.tied_elements and holding.is_first:
+        rank_model = self.rank_model
+        if rank_model.tied_elements and rank_model.is_first:
             self._gather_word_table()
-        actions = schedule_1f1b(num_micro_batches, holding.stage, holding.num_stages, len(holding.runs))
+        actions = schedule_1f1b(num_micro_batches, rank_model.stage, rank_model.num_stages, len(rank_model.chunks))
         for action in actions:
             if action.forward:
-                self._forward(holding.runs[action.run])
+                self._forward(rank_model.chunks[action.run])
             else:
-                self._backward(holding.runs[action.run])
+                self._backward(rank_model.chunks[action.run])
         self._step()
         return self.calls, self.elements
 
     # The passes.
 
-    def _forward(self, run: range) -> None:
+    def _forward(self, chunk: range) -> None:
         self._reset()
-        self._fetch(self.holding.model)
-        for module in self._run_modules(run):
+        self._fetch(self.rank_model.model)
+        for module in self._chunk_modules(chunk):
             self._forward_module(module)
-        self._release(self.holding.model)
-        self._grads_remaining[self.holding.model] = int(run.start > 0)
+        self._release(self.rank_model.model)
+        self._grads_remaining[self.rank_model.model] = int(chunk.start > 0)
 
     def _forward_module(self, module: nn.Module) -> None:
         self._enter(module)
@@ -107,11 +95,11 @@ class GatherReplay:
         self._grads_remaining[module] = int(not self._is_input(module))
         self._fetch(module)
 
-    def _backward(self, run: range) -> None:
-        self._fetch_backward(self.holding.model)
-        for module in reversed(self._run_modules(run)):
+    def _backward(self, chunk: range) -> None:
+        self._fetch_backward(self.rank_model.model)
+        for module in reversed(self._chunk_modules(chunk)):
             self._backward_module(module)
-        self._release_backward(self.holding.model)
+        self._release_backward(self.rank_model.model)
         for module in reversed(self._active_backward):  # DeepSpeed's release_backward_leftovers
             for p in self._own(module):
                 self._active[id(p)].discard(module)
@@ -122,7 +110,7 @@ class GatherReplay:
     def _backward_module(self, module: nn.Module) -> None:
         for _ in range(self._num_outputs(module)):
             self._fetch_backward(module)
-        if self.holding.model.recompute_blocks and module in self._blocks:
+        if self.rank_model.model.recompute_blocks and module in self._blocks:
             self._backward_recomputed(module)
         else:
             for child in reversed(list(module.children())):
@@ -130,10 +118,10 @@ class GatherReplay:
         self._release_backward(module)
 
     def _backward_recomputed(self, block: nn.Module) -> None:
-        """The block's forward pass is repeated as soon as something it would have saved is asked for.
+        """Replays the backward pass of a block that is recomputed.
 
-        That is inside its last linear layer. Recomputation stops once nothing is missing, so the modules that it is in
-        by then are not left.
+        Recomputation begins when the first tensor that the block did not save is needed, inside its last linear layer.
+        It stops once nothing is missing, so the modules that it has entered by then are never left.
         """
         attention, ffn = block.attention, block.ffn
         assert isinstance(attention, nn.Module) and isinstance(ffn, nn.Module)
@@ -153,40 +141,40 @@ class GatherReplay:
         self._backward_module(attention)
 
     def _step(self) -> None:
-        """The optimizer's step works on partitions; afterwards persistent parameters are gathered, one a call."""
+        """Replays the optimizer's step: it updates partitions, then gathers persistent parameters, one per call."""
         self._inflight.clear()
         self._active.clear()
-        for p in self.holding.model.parameters():
+        for p in self.rank_model.model.parameters():
             self._drop(p)
         for p in self._persistent.values():
             self._count([p])
             self._available.add(id(p))
 
     def _gather_word_table(self) -> None:
-        embeddings = self.holding.model.embeddings
+        embeddings = self.rank_model.model.embeddings
         assert embeddings is not None
         table = embeddings.word.weight
         if id(table) not in self._available:
             self._count([table])
         self._available.discard(id(table))
 
-    def _run_modules(self, run: range) -> list[nn.Module]:
-        model = self.holding.model
-        modules: list[nn.Module | None] = [model.embeddings] if run.start == 0 else []
-        modules += [model.blocks[str(layer - 1)] for layer in self.holding.blocks_of(run)]
-        modules += [model.heads] if run.stop == self.holding.config.model.num_pipeline_layers else []
+    def _chunk_modules(self, chunk: range) -> list[nn.Module]:
+        model = self.rank_model.model
+        modules: list[nn.Module | None] = [model.embeddings] if chunk.start == 0 else []
+        modules += [model.blocks[str(layer - 1)] for layer in self.rank_model.blocks_of(chunk)]
+        modules += [model.heads] if chunk.stop == self.rank_model.config.model.num_pipeline_layers else []
         return [module for module in modules if module is not None]
 
     def _is_input(self, module: nn.Module) -> bool:
-        """Modules that are fed no tensor with a gradient have no hook after their backward pass."""
-        embeddings = self.holding.model.embeddings
+        """Returns whether a module gets no tensor with a gradient, so that no hook follows its backward pass."""
+        embeddings = self.rank_model.model.embeddings
         if isinstance(module, MultiwaySubLayerNorm):
             return True
         return embeddings is not None and module in (embeddings, embeddings.patch, embeddings.word)
 
     def _num_outputs(self, module: nn.Module) -> int:
-        """A module is fetched before its backward pass once for each output that has a gradient."""
-        heads = self.holding.model.heads
+        """Returns how often a module is fetched before its backward pass: once per output that has a gradient."""
+        heads = self.rank_model.model.heads
         if isinstance(module, MultiwaySubLayerNorm):
             return 2 * len(module.experts)
         is_final_norm = heads is not None and module is heads.norm
@@ -201,7 +189,7 @@ class GatherReplay:
         self._num_available = 0
 
     def _reset(self) -> None:
-        """`reset_step`, before each forward pass."""
+        """Replays `reset_step`, which comes before each forward pass."""
         self._clear_inflight()
         if self._mode == "record":
             self._trace = [
@@ -227,7 +215,7 @@ class GatherReplay:
             self._modules.append(module)
 
     def _clear_inflight(self) -> None:
-        for p in [p for p in self.holding.model.parameters() if id(p) in self._inflight]:
+        for p in [p for p in self.rank_model.model.parameters() if id(p) in self._inflight]:
             self._drop(p)
         self._inflight.clear()
 
@@ -261,8 +249,8 @@ class GatherReplay:
         assert passed == missing, "the replay left the recorded order"
 
     def _prefetch(self) -> None:
-        bucket = setting(self.holding, "stage3_prefetch_bucket_size")
-        room = min(setting(self.holding, "stage3_max_live_parameters") - self._num_available, bucket)
+        bucket = self.rank_model.zero_elements("stage3_prefetch_bucket_size")
+        room = min(self.rank_model.zero_elements("stage3_max_live_parameters") - self._num_available, bucket)
         ahead: dict[int, nn.Parameter] = {}
         while bucket and self._queue and sum(p.numel() for p in ahead.values()) < room:
             p, step = self._queue.popleft()
@@ -281,7 +269,7 @@ class GatherReplay:
             self.peak_elements = max(self.peak_elements, self._whole)
 
     def _padded(self, parameter: nn.Parameter) -> int:
-        return padded(parameter.numel(), self.holding.data_size)
+        return padded(parameter.numel(), self.rank_model.data_parallel_size)
 
     def _count(self, parameters: list[nn.Parameter]) -> None:
         self.calls += 1
@@ -308,7 +296,7 @@ class GatherReplay:
                 self._whole -= self._padded(parameter)
 
     def _kept_for_reuse(self, module: nn.Module) -> set[int]:
-        """`__params_to_release`, which DeepSpeed caches by module and place in the order, across recordings."""
+        """Replays `__params_to_release`, which DeepSpeed caches by module and position, across recordings."""
         key = module, self._step_id
         if key not in self._kept:
             kept = {id(p) for p in self._own(module) if id(p) in self._persistent}
@@ -317,7 +305,7 @@ class GatherReplay:
         return self._kept[key]
 
     def _soon_used(self) -> Iterator[int]:
-        distance, limit = 0, setting(self.holding, "stage3_max_reuse_distance")
+        distance, limit = 0, self.rank_model.zero_elements("stage3_max_reuse_distance")
         for module in self._modules[self._step_id :]:
             if distance >= limit:
                 return
@@ -326,5 +314,5 @@ class GatherReplay:
                 distance += p.numel()
 
     def _own(self, module: nn.Module) -> list[nn.Parameter]:
-        """What is gathered for a module."""
+        """Returns the parameters that are gathered for a module."""
         return list(module.parameters(recurse=False))

@@ -24,8 +24,8 @@ def describe_dry_run(
 ) -> str:
     """Checks batch sizes for `world_size` ranks, builds the model on the meta device and describes the run.
 
-    The text ends with two modelled tables: memory and traffic of every pipeline stage (`costs.describe_stages`), and
-    the needs of a node beside its GPUs (`costs.describe_host`).
+    The text ends with two modelled tables: memory and traffic of every pipeline stage (`planner.describe_stages`), and
+    the requirements of a node beside its GPUs (`planner.describe_host`).
 
     Args:
         config: the run's configuration.
@@ -49,14 +49,13 @@ def describe_dry_run(
     total = sum(sizes.values())
     decayed = sum(size for name, size in sizes.items() if decays(name))
     training = config.training
-    stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
-    precision = "bf16" if config.deepspeed.get("bf16", {}).get("enabled") else "fp32"
+    stage = config.options.zero_stage
     rows = {
         "parameters": f"{total / 1e6:,.1f}M, of which backbone {backbone / 1e6:,.1f}M; {decayed / total:.1%} decay",
         "model": f"{config.model.num_layers} x {config.model.hidden_size} ({config.model.layout}), "
         f"{config.model.grid_size} x {config.model.grid_size} patches, text up to {config.model.max_text_length}",
         "ranks": f"{world_size} = {data_parallel_size} data x {config.parallel.tensor_parallel_size} tensor x "
-        f"{config.parallel.pipeline_parallel_size} pipeline, ZeRO-{stage}, {precision}",
+        f"{config.parallel.pipeline_parallel_size} pipeline, ZeRO-{stage}, {config.options.precision}",
         "step": f"{config.samples_per_step} samples: "
         + ", ".join(f"{stream.samples_per_step} {name}" for name, stream in config.data.streams().items()),
         "micro-batch": _describe_shares(shares),
@@ -67,12 +66,12 @@ def describe_dry_run(
         rows["no effect"] = f"in ZeRO stage {stage}: {', '.join(idle)}"
     lines = [f"{name:<12} {value}" for name, value in rows.items()]
     ranks_per_node = min(ranks_per_node or _RANKS_PER_NODE, world_size)
-    needs = host_requirements(config, world_size, ranks_per_node, decays)
-    check_node(needs, config, node or NodeSize())
+    requirements = host_requirements(config, world_size, ranks_per_node, decays)
+    check_node(requirements, config, node or NodeSize())
     tables = [
         describe_stages(config, world_size, decays),
         describe_precision(config, world_size, decays),
-        describe_host(config, needs, ranks_per_node, step_seconds),
+        describe_host(config, requirements, ranks_per_node, step_seconds),
     ]
     return "\n".join([*lines, "", "\n\n".join(table for table in tables if table)])
 

@@ -71,7 +71,7 @@ def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh) -> deepspeed.D
 
 def _gradient_bytes(config: RunConfig, model: nn.Module) -> int:
     """Of the gradients that wait for the update as the backward pass made them: ZeRO's stages reduce them before."""
-    if config.deepspeed.get("zero_optimization", {}).get("stage", 0):
+    if config.options.zero_stage:
         return 0
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 

@@ -29,15 +29,13 @@ def describe_startup(config: RunConfig, mesh: Mesh, state: EngineState, device: 
     found = mesh.host.gather(own)
     devices, parameters = [device for device, _ in found], sum(number for _, number in found)
     training, parallel = config.training, config.parallel
-    zero_stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
-    precision = "bf16" if config.deepspeed.get("bf16", {}).get("enabled") else "fp32"
     return " | ".join(
         [
             f"beit3_ds {version('beit3_ds')}{_find_commit()}, torch {torch.__version__}, "
             f"DeepSpeed {deepspeed.__version__}",
             _describe_hosts(mesh.hosts),
             ", ".join(f"{number} x {device}" for device, number in Counter(devices).items()),
-            f"{mesh.describe_layout()}, ZeRO-{zero_stage}, {precision}",
+            f"{mesh.describe_layout()}, ZeRO-{config.options.zero_stage}, {config.options.precision}",
             _describe_step(config, mesh.data_parallel_size),
             f"{parameters:,} parameters",
             f"steps {first_step + 1} to {training.total_steps}, seed {training.seed}",

@@ -87,12 +87,12 @@ def drops(config: RunConfig) -> bool:
     return config.model.drop_path_rate > 0
 
 
-def loads_of(config: RunConfig, data_rank: int) -> list[Workload]:
+def workloads_of(config: RunConfig, data_rank: int) -> list[Workload]:
     """What the model of costs is told of the second step."""
     return [workload_of(batch) for batch in micro_batches_of(config, data_rank, step=1)]
 
 
-def holding_of(config: RunConfig, ranks: int, coords: RankCoords) -> RankModel:
+def rank_model_of(config: RunConfig, ranks: int, coords: RankCoords) -> RankModel:
     """The part of the model held by the rank with these coordinates."""
     from beit3_ds.training.optimizer import decays
 

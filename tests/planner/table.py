@@ -3,7 +3,7 @@
 from beit3_ds.config import RunConfig
 from beit3_ds.planner import rank_memory, step_traffic
 from tests.planner import test_memory, test_traffic
-from tests.planner.cells import SeenMemory, SeenTraffic, holding_of, loads_of, measure_memory, measure_traffic
+from tests.planner.cells import SeenMemory, SeenTraffic, measure_memory, measure_traffic, rank_model_of, workloads_of
 from tests.ranks import run_ranks
 
 TRAFFIC = [
@@ -47,7 +47,7 @@ def run(measure, ranks: int, cells: dict[str, RunConfig]) -> list[tuple]:  # typ
 
 def print_traffic(name: str, config: RunConfig, ranks: int, seen: SeenTraffic) -> None:
     """One line a layout, of the first rank."""
-    volumes = step_traffic(holding_of(config, ranks, seen.coords), loads_of(config, seen.coords.data)).volumes
+    volumes = step_traffic(rank_model_of(config, ranks, seen.coords), workloads_of(config, seen.coords.data)).volumes
     counted = {key: volume for key, volume in seen.traffic.items() if key[0] != "host"}
     texts = [f"{axis} {kind} {calls}, {size:,}" for (axis, kind), (calls, size) in sorted(counted.items())]
     equal = counted == {key: tuple(volume) for key, volume in volumes.items()}
@@ -56,7 +56,9 @@ def print_traffic(name: str, config: RunConfig, ranks: int, seen: SeenTraffic) -
 
 def print_memory(name: str, config: RunConfig, ranks: int, seen: SeenMemory) -> None:
     """One line a layout, of the first rank: measured bytes, and by how much the formula differs from 0.01% on."""
-    memory = rank_memory(holding_of(config, ranks, seen.coords), loads_of(config, seen.coords.data), seen.coords.data)
+    memory = rank_memory(
+        rank_model_of(config, ranks, seen.coords), workloads_of(config, seen.coords.data), seen.coords.data
+    )
     measured = seen.states | {"buckets": seen.buckets, "gathered": seen.gathered, "activations": seen.activations}
     texts = []
     for part in PARTS:

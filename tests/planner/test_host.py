@@ -20,7 +20,7 @@ GPU_CONFIGS = {
 }
 
 
-def needs(config: RunConfig, world_size: int, ranks_per_node: int) -> HostRequirements:
+def requirements(config: RunConfig, world_size: int, ranks_per_node: int) -> HostRequirements:
     return host_requirements(config, world_size, ranks_per_node, lambda name: name.endswith("weight"))
 
 
@@ -37,25 +37,25 @@ def test_shipped_configs_fit_a_usual_node(name: str) -> None:
     """A usual node has 8 GPUs and 512 GiB of memory, half of it for /dev/shm."""
     found = load_run_config(f"ds_configs/{name}.json")
     node = NodeSize(memory=512 * GIB, shm=256 * GIB)
-    check_node(needs(found, GPU_CONFIGS[name], 8), found, node)
+    check_node(requirements(found, GPU_CONFIGS[name], 8), found, node)
     assert found.data.cache_dir  # else every rank and worker holds all tokens
-    assert needs(found, GPU_CONFIGS[name], 8).shm <= 64 * GIB  # catches a bound that more workers pass
+    assert requirements(found, GPU_CONFIGS[name], 8).shm <= 64 * GIB  # catches a bound that more workers pass
 
 
 def test_shared_memory_is_that_of_the_ranks_that_read() -> None:
     plain = config()
-    assert needs(plain, 4, 4).shm == 4 * plan_prefetch(plain, 4).num_bytes
+    assert requirements(plain, 4, 4).shm == 4 * plan_prefetch(plain, 4).num_bytes
     divided = config(tensor_parallel_size=2, pipeline_parallel_size=2)
     # of 8 ranks, 2 data-parallel ones on the first stage and 2 on the last read, each one view
     views = [plan_prefetch(divided, 2, view).num_bytes for view in ("model", "tokenizer")]
-    assert needs(divided, 8, 8).shm == 2 * sum(views)
-    assert needs(divided, 8, 4).shm == 2 * max(views)  # catches the average of the nodes
-    assert needs(divided, 8, 8).num_workers == 4 * 2
+    assert requirements(divided, 8, 8).shm == 2 * sum(views)
+    assert requirements(divided, 8, 4).shm == 2 * max(views)  # catches the average of the nodes
+    assert requirements(divided, 8, 8).num_workers == 4 * 2
 
 
 def test_offloaded_state_is_host_memory() -> None:
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
-    kept, moved = needs(config(), 2, 2), needs(config(offload), 2, 2)
+    kept, moved = requirements(config(), 2, 2), requirements(config(offload), 2, 2)
     assert (kept.offloaded, kept.pinned) == (0, 0)
     assert moved.offloaded == moved.pinned > 2 * moved.checkpoint / 2
     assert moved.memory - kept.memory == moved.offloaded
@@ -70,14 +70,14 @@ def test_offloaded_state_is_host_memory() -> None:
 )
 def test_what_a_node_lacks_is_named(node: NodeSize, named: str) -> None:
     run = config()
-    check_node(needs(run, 4, 4), run, dataclasses.replace(node, memory=None, shm=None))
+    check_node(requirements(run, 4, 4), run, dataclasses.replace(node, memory=None, shm=None))
     with pytest.raises(ConfigError, match=named):
-        check_node(needs(run, 4, 4), run, node)
+        check_node(requirements(run, 4, 4), run, node)
 
 
 def test_the_table_says_what_is_modelled_and_what_every_worker_would_hold() -> None:
     run = config()
-    lines = describe_host(run, needs(run, 4, 4), 4, step_seconds=0.5).splitlines()
+    lines = describe_host(run, requirements(run, 4, 4), 4, step_seconds=0.5).splitlines()
     assert lines[0].startswith("one node of 4 ranks, modelled")
     assert any("in every rank and worker: set data.cache_dir" in line for line in lines)
     assert any(line.startswith("file reads per second, 0.5 s per step") and line.endswith(" 32") for line in lines)

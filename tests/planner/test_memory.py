@@ -14,9 +14,9 @@ from tests.planner.cells import (
     TIED,
     SeenMemory,
     cell,
-    holding_of,
-    loads_of,
     measure_memory,
+    rank_model_of,
+    workloads_of,
 )
 from tests.ranks import run_ranks
 
@@ -64,7 +64,9 @@ def measured(ranks: int) -> list[list[SeenMemory]]:
 
 def modelled(config: RunConfig, ranks: int, seen: SeenMemory) -> Memory:
     """What the formulas say of the same rank."""
-    return rank_memory(holding_of(config, ranks, seen.coords), loads_of(config, seen.coords.data), seen.coords.data)
+    return rank_memory(
+        rank_model_of(config, ranks, seen.coords), workloads_of(config, seen.coords.data), seen.coords.data
+    )
 
 
 def check(config: RunConfig, ranks: int, seen: SeenMemory, name: str) -> None:

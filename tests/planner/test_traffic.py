@@ -6,7 +6,7 @@ import pytest
 
 from beit3_ds.config import RankCoords, RunConfig
 from beit3_ds.planner import step_traffic
-from beit3_ds.planner.zero3_replay import GatherReplay, padded
+from beit3_ds.planner.zero3_replay import Zero3Replay, padded
 from tests.planner.cells import (
     DECOUPLED,
     FULL,
@@ -14,9 +14,9 @@ from tests.planner.cells import (
     SUB_LN,
     TIED,
     cell,
-    holding_of,
-    loads_of,
     measure_traffic,
+    rank_model_of,
+    workloads_of,
 )
 from tests.ranks import run_ranks
 
@@ -89,7 +89,7 @@ def check(ranks: int, cells: dict[str, RunConfig]) -> None:
     by_rank = run_ranks(measure_traffic, ranks, list(cells.values()))
     for number, (name, config) in enumerate(cells.items()):
         for seen in (results[number] for results in by_rank):
-            traffic = step_traffic(holding_of(config, ranks, seen.coords), loads_of(config, seen.coords.data))
+            traffic = step_traffic(rank_model_of(config, ranks, seen.coords), workloads_of(config, seen.coords.data))
             counted: dict[Any, Any] = {key: value for key, value in seen.traffic.items() if key[0] != "host"}
             expected = {key: tuple(volume) for key, volume in traffic.volumes.items()}
             wrong += [
@@ -119,18 +119,18 @@ def test_counted_traffic_equals_the_formula(ranks: int, cells: dict[str, RunConf
 def test_zero3_without_prefetch_gathers_before_every_use(checkpointing: str, block_gathers: int) -> None:
     """The replay of DeepSpeed's coordinator against the formula that holds where it neither prefetches nor reuses."""
     config = cell(3, 4, zero=STRICT, training={"activation_checkpointing": checkpointing})
-    holding = holding_of(config, 3, RankCoords(0, 0, 0))
-    calls, elements = GatherReplay(holding).run_step(4)
+    rank_model = rank_model_of(config, 3, RankCoords(0, 0, 0))
+    calls, elements = Zero3Replay(rank_model).run_step(4)
     blocks, rest = 0, 0
-    for name, parameter in holding.model.named_parameters():
+    for name, parameter in rank_model.model.named_parameters():
         size = padded(parameter.numel(), 3)
         blocks, rest = (blocks + size, rest) if name.startswith("blocks.") else (blocks, rest + size)
-    modules = [m for m in holding.model.modules() if list(m.parameters(recurse=False))]
+    modules = [m for m in rank_model.model.modules() if list(m.parameters(recurse=False))]
     in_blocks = [
-        m for block in holding.model.blocks.values() for m in block.modules() if list(m.parameters(recurse=False))
+        m for block in rank_model.model.blocks.values() for m in block.modules() if list(m.parameters(recurse=False))
     ]
     # Recomputation begins inside the block's last linear layer, which is gathered already.
-    last = [block.ffn.fc2 for block in holding.model.blocks.values()] if checkpointing == "full" else []
+    last = [block.ffn.fc2 for block in rank_model.model.blocks.values()] if checkpointing == "full" else []
     again = sum(padded(p.numel(), 3) for module in last for p in module.parameters())
     assert elements == 4 * (block_gathers * blocks - again + 2 * rest)
     assert calls == 4 * (block_gathers * len(in_blocks) - len(last) + 2 * (len(modules) - len(in_blocks)))

@@ -15,7 +15,7 @@ class Requirements:
     layout_fault: str | None
     """Why the run does not fit the number of ranks; the rest is then empty."""
     rank_bytes: tuple[int, ...] = ()
-    """Memory of each rank, modelled (`costs.rank_memory`)."""
+    """Memory of each rank, modelled (`planner.rank_memory`)."""
     checkpoint_bytes: int = 0
     """Size of one checkpoint: weights and two moments in float32."""
 
@@ -59,9 +59,9 @@ def work_out_requirements(config: RunConfig, hostfile: Hostfile, decays: Callabl
 
     stage_bytes, numel = [], 0
     for stage in range(config.parallel.pipeline_parallel_size):
-        holding = build_rank_model(config, world_size, decays, stage)
-        stage_bytes.append(rank_memory(holding, expected_workloads(config, holding.data_size)).total)
-        numel += sum(p.numel() for p in holding.model.parameters()) * config.parallel.tensor_parallel_size
+        rank_model = build_rank_model(config, world_size, decays, stage)
+        stage_bytes.append(rank_memory(rank_model, expected_workloads(config, rank_model.data_parallel_size)).total)
+        numel += sum(p.numel() for p in rank_model.model.parameters()) * config.parallel.tensor_parallel_size
     all_coords = (config.parallel.rank_coords(rank, world_size) for rank in range(world_size))
     return Requirements(
         layout_fault=None,

@@ -1,0 +1,62 @@
+"""Reads what DeepSpeed's keys of a run mean: the stage of ZeRO, what is offloaded, and the types of numbers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Precision = Literal["fp32", "bf16"]
+"""DeepSpeed's names of types."""
+
+
+@dataclass(frozen=True)
+class DeepSpeedOptions:
+    """DeepSpeed's keys of a run, with DeepSpeed's defaults for keys that are left out."""
+
+    keys: Mapping[str, Any]
+    """The keys as in the file, each already checked."""
+
+    @property
+    def zero(self) -> Mapping[str, Any]:
+        """The section `zero_optimization`; empty if it is left out."""
+        section: Mapping[str, Any] = self.keys.get("zero_optimization", {})
+        return section
+
+    @property
+    def zero_stage(self) -> int:
+        """Stage of ZeRO, 0 to 3."""
+        return int(self.zero.get("stage", 0))
+
+    @property
+    def is_bf16(self) -> bool:
+        """Returns whether parameters and activations are bf16; otherwise they are float32."""
+        return bool(self.keys.get("bf16", {}).get("enabled", False))
+
+    @property
+    def precision(self) -> Precision:
+        """Type of parameters and activations."""
+        return "bf16" if self.is_bf16 else "fp32"
+
+    @property
+    def grad_accum_dtype(self) -> Precision:
+        """Type in which the gradients of micro-batches are added up; by default that of the parameters."""
+        dtype: Precision = self.keys.get("data_types", {}).get("grad_accum_dtype", self.precision)
+        return dtype
+
+    @property
+    def communication_data_type(self) -> Precision:
+        """Type in which data-parallel ranks send gradients; by default that of the parameters."""
+        dtype: Precision = self.keys.get("communication_data_type", self.precision)
+        return dtype
+
+    @property
+    def offloads_parameters(self) -> bool:
+        """Returns whether parameters are kept in host memory."""
+        return self._is_offloaded("offload_param")
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Returns whether the optimizer's state is kept in host memory."""
+        return self._is_offloaded("offload_optimizer")
+
+    def _is_offloaded(self, section: str) -> bool:
+        return bool(self.zero.get(section, {}).get("device", "none") != "none")
