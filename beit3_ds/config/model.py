@@ -74,9 +74,9 @@ class ModelConfig:
     max_text_length: Annotated[int, Range(4, 2**18)] = 128
     """Rows of the text position table, and so the longest text, BOS and EOS included."""
     tie_word_embeddings: bool = False
-    """Uses the word embedding as the MLM head's matrix. The released models have separate ones, so the default is off."""
+    """Uses the word embedding as the MLM head's matrix; off by default, as in the released models."""
     cross_entropy_chunk_size: Annotated[int, Range(2, 2**24)] = 128
-    """Most logits of the MLM cross entropy in memory at a time, in text positions of text_vocab_size logits."""
+    """Most MLM logits in memory at a time, in text positions of text_vocab_size logits each."""
 
     @property
     def head_size(self) -> int:

@@ -1,6 +1,6 @@
-"""Pretrained networks as teachers of the visual tokenizer, from three optional libraries."""
+"""Loads pretrained networks as teachers of the visual tokenizer, from three optional libraries."""
 
-# B images, N patches of the codes' grid, E features of a patch, S pixels on a side of what the network sees.
+# B images, N patches of the codes' grid, E features per patch, S pixels on a side of the network's input.
 
 import importlib
 import inspect
@@ -21,25 +21,25 @@ _PACKAGES = {"timm": "timm", "open_clip": "open_clip_torch", "transformers": "tr
 
 @dataclass(frozen=True, kw_only=True)
 class _Network:
-    """A frozen network and what it needs."""
+    """A frozen network with its patch features and the normalisation of its input."""
 
     module: nn.Module
     patch_features: Callable[[Tensor], Tensor]
-    """Normalised images (B, 3, S, S) to the features of every patch (B, N, E)."""
+    """Maps normalised images (B, 3, S, S) to the features of every patch (B, N, E)."""
     stride: int
-    """Pixels on a side of one patch of its features."""
+    """Pixels on a side of the patch that one of its features describes."""
     mean: Sequence[float]
     std: Sequence[float]
 
 
 class NetworkTeacher:
-    """A frozen network's features of the patches that the codes stand for.
+    """Describes each patch that gets a code by a frozen network's features.
 
-    The view is resized so that the network's features fall on the codes' own grid: no feature is resampled. A grid of
-    14 x 14 asks a network with patches of 16 px for 224 px, whatever the tokenizer's own view.
+    The view is resized so that the network's patches match the codes' grid; no feature is resampled. For a grid of
+    14 x 14, a network with patches of 16 px gets 224 px, whatever the size of the tokenizer's own view.
 
     Attributes:
-        width: features E of one patch.
+        width: features E per patch.
     """
 
     def __init__(self, network: _Network, grid_size: int, device: torch.device | str) -> None:
@@ -54,7 +54,7 @@ class NetworkTeacher:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
-        """The features of every patch.
+        """Returns the features of every patch.
 
         Args:
             pixels: (B, 3, image_size, image_size) float in [-1, 1].
@@ -72,12 +72,13 @@ class NetworkTeacher:
 def load_network_teacher(config: VisualTokenizerConfig, device: torch.device | str = "cpu") -> NetworkTeacher:
     """Loads the network that `config.teacher` names.
 
-    * `timm:NAME` takes feature map `teacher_stage`: of a transformer the patch tokens of that block, of a convolutional
-      network the map of that stage. `teacher_weights` is a local file (.safetensors, or .pth with plain tensors).
+    * `timm:NAME` takes the feature map `teacher_stage`: a transformer's patch tokens after that block, or a
+      convolutional network's map of that stage. `teacher_weights` is a local file (.safetensors, or .pth with plain
+      tensors).
     * `open_clip:NAME/TAG` takes the image encoder's patch tokens in the space shared with texts, as BEiT v2 does with
-      CLIP. `teacher_weights` is a local file in the place of TAG.
-    * `transformers:NAME` takes the last layer's patch tokens, of CLIP projected into the space shared with texts. NAME
-      may be a local folder.
+      CLIP. `teacher_weights` is a local file that replaces TAG.
+    * `transformers:NAME` takes the last layer's patch tokens; those of CLIP are projected into the space shared with
+      texts. NAME may be a local folder.
 
     Raises:
         ConfigError: if the library is not installed, the network or its weights cannot be loaded, or it has no patches.
@@ -142,8 +143,8 @@ def _load_open_clip(open_clip: Any, name: str, config: VisualTokenizerConfig) ->
     if not pretrained or known is None or "patch_size" not in known["vision_cfg"]:
         raise ConfigError(
             f"tokenizers.visual.teacher: {config.teacher!r} must be open_clip:ARCHITECTURE/TAG with a vision "
-            f"transformer and its pretrained weights, such as open_clip:ViT-B-16/openai, or have a file of them in "
-            f"teacher_weights."
+            f"transformer and its pretrained weights, such as open_clip:ViT-B-16/openai, or teacher_weights must name "
+            f"a file of them."
         )
     patch_size = known["vision_cfg"]["patch_size"]
     model = open_clip.create_model(
@@ -169,8 +170,8 @@ def _load_open_clip(open_clip: Any, name: str, config: VisualTokenizerConfig) ->
 def _load_transformers(transformers: Any, name: str, config: VisualTokenizerConfig) -> _Network:
     if config.teacher_weights is not None:
         raise ConfigError(
-            f"tokenizers.visual.teacher_weights: {config.teacher} reads its weights from the folder that its name "
-            f"tells; write transformers:FOLDER and leave teacher_weights out."
+            f"tokenizers.visual.teacher_weights: {config.teacher} reads its weights from the folder in its name. Write "
+            f"transformers:FOLDER and leave teacher_weights out."
         )
     model = transformers.AutoModel.from_pretrained(name)
     vision = getattr(model, "vision_model", model)

@@ -1,6 +1,6 @@
-"""What the visual tokenizer learns to reconstruct when no pretrained network is at hand: gradients and colours."""
+"""Computes gradients and colours of patches, a teacher of the visual tokenizer that needs no pretrained network."""
 
-# B images, N patches an image, G patches on a side, S pixels on a side, E features of a patch, c channels.
+# B images, N patches per image, G patches on a side, S pixels on a side, E features per patch, c channels.
 
 import math
 
@@ -11,29 +11,29 @@ from torch import Tensor
 from beit3_ds.config import ConfigError
 
 _NUM_ORIENTATIONS = 9  # bins over [0, pi); Dalal and Triggs' choice
-_CELLS = 2  # means of colour on a side of a patch
-_NEIGHBORHOOD = 3  # patches on a side
+_CELLS = 2  # mean colours along one side of a patch
+_NEIGHBORHOOD = 3  # patches along one side
 _FAINT = 0.1  # norm below which gradients are noise of the image's compression rather than strokes
 
 
 class OrientedGradients:
-    """Describes each patch by its gradients and colours and by those around it.
+    """Describes each patch by the gradients and colours of the patch and of its neighbourhood.
 
-    A hand-made descriptor, not a pretrained network: it knows strokes, textures, colours and where in a figure a patch
-    lies, but nothing of objects. It stands in for BEiT v2's CLIP or DINO so that the system runs without a download;
-    codes for serious use deserve a real teacher.
+    It is a hand-made descriptor, not a pretrained network. It captures strokes, textures, colours and the position of a
+    patch within a figure, but not objects. It replaces BEiT v2's CLIP or DINO so that the system runs without a
+    download; use a pretrained teacher for serious codes.
 
     Gradients are histograms of orientation (HOG: Dalal and Triggs, 2005, "Histograms of Oriented Gradients for Human
-    Detection"), which MaskFeat (Wei et al., 2022, arXiv:2112.09133) found to be as good a target of masked prediction
-    as a pretrained network's features. They see no difference between two flat colours, so means of colour stand
-    beside them. Both are taken at two scales: the patch (one histogram, 2 x 2 colours) and the 3 x 3 patches around it.
-    Every histogram is normalised over its scale, so that a faint drawing counts nearly like a bold one.
+    Detection"). MaskFeat (Wei et al., 2022, arXiv:2112.09133) found them as good a target of masked prediction as a
+    pretrained network's features. They cannot distinguish two flat colours, so mean colours are added. Both are
+    computed at two scales: the patch (one histogram, 2 x 2 colours) and the 3 x 3 patches around it. Every histogram is
+    normalised over its scale, so that a faint drawing counts nearly as much as a bold one.
 
     Args:
         patch_size: pixels on a side of a patch; even.
 
     Attributes:
-        width: features E of one patch.
+        width: features E per patch.
 
     Raises:
         ConfigError: if `patch_size` is odd.
@@ -50,7 +50,7 @@ class OrientedGradients:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
-        """The features of every patch.
+        """Returns the features of every patch.
 
         Args:
             pixels: (B, 3, S, S) float in [-1, 1]; `patch_size` divides S.
@@ -68,10 +68,10 @@ class OrientedGradients:
 
 
 def _orientation_votes(pixels: Tensor) -> Tensor:
-    """Each pixel's gradient magnitude, shared between its two nearest orientations: (B, 9, S, S).
+    """Divides each pixel's gradient magnitude between its two nearest orientations: (B, 9, S, S).
 
-    The gradient is that of the colour channel where it is strongest, by differences of the two neighbours. A contour
-    and its negative vote alike: the sign of the direction is dropped.
+    The gradient is the difference of a pixel's two neighbours in the colour channel where it is strongest. The sign of
+    the direction is dropped, so a contour and its negative give equal votes.
     """
     padded = F.pad(pixels, (1, 1, 1, 1), mode="replicate")
     horizontal = (padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]) / 2
@@ -89,17 +89,17 @@ def _orientation_votes(pixels: Tensor) -> Tensor:
 
 
 def _neighborhood(features: Tensor) -> Tensor:
-    """Means over the 3 x 3 patches around each: (B, c, G, G) -> (B, c, G, G)."""
+    """Averages features over the 3 x 3 patches around each patch: (B, c, G, G) -> (B, c, G, G)."""
     margin = _NEIGHBORHOOD // 2
     padded = F.pad(features, (margin,) * 4, mode="replicate")
     return F.avg_pool2d(padded, _NEIGHBORHOOD, stride=1)
 
 
 def _unit_length(histograms: Tensor) -> Tensor:
-    """Contrast normalisation over all channels; what is almost flat stays near zero."""
+    """Normalises contrast over all channels; histograms of almost flat patches stay near zero."""
     return histograms / (histograms.square().sum(dim=1, keepdim=True) + _FAINT**2).sqrt()
 
 
 def _equal_share(colors: Tensor) -> Tensor:
-    """Scales colours so that white, like a histogram, has length 1."""
+    """Scales colours so that white has length 1, as a histogram has."""
     return colors / math.sqrt(colors.shape[1])

@@ -1,4 +1,4 @@
-"""The codebook of the visual tokenizer: nearest code by cosine, learnt by moving averages instead of gradients.
+"""Defines the visual tokenizer's codebook: nearest code by cosine, learnt by moving averages, not by gradients.
 
 Follows BEiT v2 (Peng et al., 2022, arXiv:2208.06366, sec. 2.2 and 3.1), after VQ-VAE (van den Oord et al., 2017,
 arXiv:1711.00937, appendix A.1).
@@ -11,21 +11,21 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_START_ROUNDS = 10  # k-means rounds on the first batch (BEiT v2)
-_ROWS_AT_ONCE = 16384  # vectors compared with the codebook at a time: 0.5 GiB of similarities to 8192 codes
+_KMEANS_ROUNDS = 10  # k-means rounds on the first batch (BEiT v2)
+_CHUNK_ROWS = 16384  # vectors compared with the codebook at a time: 0.5 GiB of similarities to 8192 codes
 
 
 class Quantizer(nn.Module):
-    """Replaces vectors by their nearest of V unit-length codes.
+    """Replaces each vector by the nearest of V unit-length codes.
 
-    In training mode the first call starts the codebook with k-means on its batch, and every call then moves each code
-    towards the mean of the vectors that chose it. In evaluation mode nothing changes. The codebook is a buffer: no
-    gradient or optimizer touches it.
+    In training mode the first call initialises the codebook with k-means on its batch, and each call moves every code
+    towards the mean of the vectors that chose it. In evaluation mode the codebook is fixed. It is a buffer, so no
+    gradient or optimizer changes it.
 
     Args:
-        codebook_size: codes V.
+        codebook_size: number of codes V.
         codebook_dim: width C of a code.
-        ema_decay: share of the old code that stays in one update.
+        ema_decay: share of the old code that an update keeps.
     """
 
     weight: Tensor
@@ -40,7 +40,7 @@ class Quantizer(nn.Module):
         self.register_buffer("started", torch.tensor(False))
 
     def nearest(self, vectors: Tensor) -> Tensor:
-        """The code of each vector.
+        """Returns the code of each vector.
 
         Args:
             vectors: (..., C) float32 of length 1.
@@ -51,18 +51,18 @@ class Quantizer(nn.Module):
         return _nearest(vectors.flatten(0, -2), self.weight).view(vectors.shape[:-1])
 
     def forward(self, vectors: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantizes vectors; in training mode also learns from them.
+        """Quantizes vectors; in training mode it also updates the codebook.
 
-        Communicates, in training mode and with a group: all-gathers the vectors once, at the start; all-reduces
-        V * (C + 1) sums and counts in every call.
+        In training mode with a group it all-gathers the vectors in the first call, and all-reduces V * (C + 1) sums
+        and counts in every call.
 
         Args:
             vectors: (..., C) float32 of length 1; the same number on every rank.
             group: ranks that hold parts of one batch; None is this process alone.
 
         Returns:
-            The codes' vectors (..., C), whose gradient goes straight through to `vectors`; the commitment loss, a
-            scalar: mean squared distance of `vectors` from their fixed codes; the codes (...) int64.
+            The codes' vectors (..., C), whose gradient passes unchanged to `vectors`; the commitment loss, a scalar,
+            the mean squared distance of `vectors` from their codes, which are held fixed; the codes (...) int64.
         """
         if self.training and not self.started:
             self.start(vectors.detach().flatten(0, -2)[None], group)
@@ -75,18 +75,18 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def start(self, vectors: Tensor, group: dist.ProcessGroup | None = None) -> None:
-        """Sets the codebook to the centres of a cosine k-means of the vectors of all ranks, the same on every rank.
+        """Sets the codebook to the centres of a cosine k-means over the vectors of all ranks, equally on every rank.
 
-        Communicates: all-gathers the vectors, so that each rank draws and moves the centres by itself.
+        All-gathers the vectors, from which each rank computes the centres.
 
         Args:
-            vectors: (batches, rows, C) float32 of length 1; the same number on every rank. Batch by batch the ranks'
-                rows are joined in rank order: the codebook does not depend on how many ranks share the batches.
+            vectors: (batches, rows, C) float32 of length 1; the same number on every rank. The rows of each batch are
+                joined in rank order, so the codebook does not depend on the number of ranks.
             group: ranks that hold parts of the batches; None is this process alone.
         """
         vectors_MC = torch.cat([_gather(rows, group) for rows in vectors])
         centers_VC = _draw_centers(vectors_MC, self.weight.shape[0])
-        for _ in range(_START_ROUNDS):
+        for _ in range(_KMEANS_ROUNDS):
             codes_M = _nearest(vectors_MC, centers_VC)
             centers_VC, counts_V = _mean_directions(vectors_MC, codes_M, centers_VC, None)
         self.weight.copy_(centers_VC)
@@ -95,27 +95,27 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def update(self, vectors_MC: Tensor, codes_M: Tensor, group: dist.ProcessGroup | None = None) -> None:
-        """Moves each code towards the mean direction of its vectors, back onto the unit sphere.
+        """Moves each code towards the mean direction of its vectors and normalises it to length 1.
 
-        A code that no vector on any rank chose keeps its value.
+        A code that no vector chose on any rank keeps its value.
         """
         means_VC, counts_V = _mean_directions(vectors_MC, codes_M, self.weight, group)
         moved_VC = F.normalize(self.weight.lerp(means_VC, 1 - self.ema_decay), dim=-1)
-        # Where nothing was counted the value stays to the last bit, or rounding would let unused codes drift.
+        # An unused code keeps its value bit for bit; rounding would let it drift.
         self.weight.copy_(torch.where(counts_V[:, None] > 0, moved_VC, self.weight))
         self.cluster_size.lerp_(counts_V, 1 - self.ema_decay)
 
 
 def _nearest(vectors_MC: Tensor, codebook_VC: Tensor) -> Tensor:
-    # Among unit vectors the nearest is the one with the largest inner product. Never in bfloat16: near ties decide.
+    # The nearest unit vector has the largest inner product. Never in bfloat16: near ties decide the code.
     with torch.autocast(vectors_MC.device.type, enabled=False):
-        return torch.cat([(rows @ codebook_VC.T).argmax(-1) for rows in vectors_MC.split(_ROWS_AT_ONCE)])
+        return torch.cat([(rows @ codebook_VC.T).argmax(-1) for rows in vectors_MC.split(_CHUNK_ROWS)])
 
 
 def _mean_directions(
     vectors_MC: Tensor, codes_M: Tensor, fallback_VC: Tensor, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
-    """Normalised mean of each code's vectors over all ranks, (V, C), or `fallback_VC` if there is none; counts (V,)."""
+    """Returns each code's normalised mean over all ranks, (V, C), `fallback_VC` where it has no vector; counts (V,)."""
     ones_M1 = vectors_MC.new_ones(len(vectors_MC), 1)
     totals = vectors_MC.new_zeros(fallback_VC.shape[0], fallback_VC.shape[1] + 1)
     totals.index_add_(0, codes_M, torch.cat([vectors_MC, ones_M1], dim=1))
@@ -127,16 +127,17 @@ def _mean_directions(
 
 
 def _draw_centers(vectors_MC: Tensor, num_centers: int) -> Tensor:
-    """First centres by k-means++ (Arthur and Vassilvitskii, 2007): each drawn by its distance from those before it.
+    """Draws the first centres by k-means++ (Arthur and Vassilvitskii, 2007).
 
-    Uniform draws would spend most of them on white backgrounds, which are one and the same vector.
+    A vector's chance to become the next centre is its distance from the nearest centre so far. Uniform draws would
+    spend most centres on white backgrounds, which are all the same vector.
     """
     generator = torch.Generator().manual_seed(0)  # every rank draws the same centres from the gathered vectors
     picks = torch.rand(num_centers, generator=generator, dtype=torch.float64).to(vectors_MC.device)
     centers_VC = vectors_MC.new_empty(num_centers, vectors_MC.shape[1])
     distance_M = torch.ones(len(vectors_MC), dtype=torch.float64, device=vectors_MC.device)
     for index in range(num_centers):
-        # The small term draws uniformly once every distance is 0, when there are fewer different vectors than codes.
+        # The small term makes draws uniform once all distances are 0, if there are fewer distinct vectors than codes.
         cumulative_M = (distance_M + 1e-12).cumsum(0)
         chosen = torch.searchsorted(cumulative_M, picks[index] * cumulative_M[-1])
         centers_VC[index] = vectors_MC[chosen.clamp(max=len(vectors_MC) - 1)]
@@ -145,7 +146,7 @@ def _draw_centers(vectors_MC: Tensor, num_centers: int) -> Tensor:
 
 
 def _gather(vectors_MC: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The vectors of all ranks, in rank order."""
+    """Returns the vectors of all ranks in rank order."""
     if group is None:
         return vectors_MC
     parts = [torch.empty_like(vectors_MC) for _ in range(dist.get_world_size(group))]

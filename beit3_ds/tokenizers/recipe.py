@@ -1,4 +1,4 @@
-"""Records the settings of a finished tokenizer, so that no tokenizer is retrained and overwritten by accident.
+"""Records the recipe of a finished tokenizer, so that it is not retrained and overwritten by accident.
 
 A run's checkpoints belong to one tokenizer, and a second training, even with the same recipe, may give different ids.
 """
@@ -14,7 +14,7 @@ from beit3_ds.atomic_file import written_aside
 from beit3_ds.config import ConfigError, RunConfig
 
 Recipe = dict[str, Any]
-"""Plain JSON values, by their keys in the config."""
+"""Settings of a tokenizer, as plain JSON values by their keys in the config."""
 
 FREE_TO_CHANGE = ("path", "save_interval")
 """Keys of a tokenizer's section that do not change the result."""
@@ -31,9 +31,9 @@ def visual_recipe(config: RunConfig) -> Recipe:
 
 
 def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Lists the values of a recipe that differ as "key from OLD to NEW"; empty if none differs.
+    """Returns the differences of two recipes as "key from OLD to NEW", or an empty string if there are none.
 
-    Keys that only one of the two has, because it is from another version, are ignored.
+    Keys that only one of them has are ignored: another version wrote it.
     """
     before = {key: _plain_value(value) for key, value in before.items()}
     changed = [key for key in before if key in now and before[key] != now[key]]
@@ -53,11 +53,11 @@ def is_trained(section: str, path: str | Path, recipe: Recipe, read_known: Calla
     Args:
         section: section of the config, such as "tokenizers.text".
         path: path of the tokenizer.
-        recipe: recipe that it should have.
-        read_known: reads the part of the recipe that the tokenizer's own file holds, for files without a record.
+        recipe: recipe that the tokenizer should have.
+        read_known: returns the part of the recipe that the tokenizer's own file contains, for files without a record.
 
     Raises:
-        ConfigError: if the path holds a tokenizer of another recipe, naming the difference, or another kind of file.
+        ConfigError: if the path is a tokenizer of another recipe, naming the difference, or another kind of file.
     """
     if not Path(path).is_file():
         return False
@@ -77,7 +77,7 @@ def is_trained(section: str, path: str | Path, recipe: Recipe, read_known: Calla
 
 
 def check_can_be_written(section: str, path: str | Path) -> None:
-    """Creates the folder of a tokenizer's file and writes to it once, before hours of training that could not be saved.
+    """Creates the folder of a tokenizer's file and writes to it once, so that training does not end without a file.
 
     Raises:
         ConfigError: if the file cannot be written, or a folder has its name.
@@ -96,7 +96,7 @@ def check_can_be_written(section: str, path: str | Path) -> None:
 
 
 def describe_trained(section: str, path: str | Path) -> str:
-    """Returns a line that says that there is nothing to train."""
+    """Returns the line that is printed if the tokenizer is already trained."""
     return f"{section}: {path} is already trained with this recipe; nothing is done. --force retrains it"
 
 
@@ -118,7 +118,7 @@ def _plain_source(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain_value(value: Any) -> Any:
-    """Returns a saved value in today's form, because the first version kept every key of a source, set or not."""
+    """Returns a saved value in the current form; version 0.1 also saved the keys of a source that were not set."""
     if isinstance(value, list):
         return [_plain_source(item) if isinstance(item, dict) else item for item in value]
     return value

@@ -1,7 +1,7 @@
-"""Import of BEiT v2's released tokenizers (`vqkd_encoder_base_decoder_3x768x12_clip` and its siblings).
+"""Imports BEiT v2's released tokenizers, such as `vqkd_encoder_base_decoder_3x768x12_clip`.
 
-The conversion follows the published description of their networks and was tested on tensors of those names and shapes;
-the released files themselves were never read here.
+The conversion follows the published description of their networks. Tests use tensors of the same names and shapes; the
+released files themselves were never read here.
 """
 
 import re
@@ -15,9 +15,9 @@ from beit3_ds.positions import grid_size_of, interpolate_positions
 from beit3_ds.tokenizers.visual import VisualTokenizer
 from beit3_ds.untrusted_file import read_tensors
 
-_HEAD_SIZE = 64  # of all sizes of ViT; the file does not tell it
+_HEAD_SIZE = 64  # the file does not contain it; every size of ViT has 64
 _TEACHER = "open_clip:ViT-B-16-quickgelu/openai"  # OpenAI's CLIP, in open_clip's words
-_NOT_THE_TOKENIZERS = ("teacher_model.", "scaling_layer.", "loss")
+_FOREIGN_PREFIXES = ("teacher_model.", "scaling_layer.", "loss")
 _UNUSED = ("quantize.embedding.cluster_size", "quantize.embedding.embed_avg", "quantize.embedding.initted")
 
 
@@ -29,12 +29,12 @@ def import_released_tokenizer(
     Args:
         source: the released .pth file, read with `weights_only`.
         target: path that the configuration will name.
-        image_size: pixels on a side of the tokenizer's view; None keeps the file's 224. A model of patches of 14 px at
-            224 px has a grid of 16 x 16: it goes with 256, for which the positions are interpolated.
-        teacher: the teacher that the file's description names: the default is that of the `_clip` files.
+        image_size: pixels on a side of the tokenizer's view; None keeps the file's 224. For a model with patches of
+            14 px at 224 px (a grid of 16 x 16) it must be 256, to which the positions are interpolated.
+        teacher: the teacher to name in the tokenizer's description; the default is that of the `_clip` files.
 
     Raises:
-        ConfigError: if the file cannot be read, its codebook is not a trained one, or its tensors are others.
+        ConfigError: if the file cannot be read, its codebook is not trained, or its tensors do not match.
     """
     released = read_tensors(source)
     try:
@@ -49,19 +49,20 @@ def import_released_tokenizer(
 def convert_released_state(
     released: dict[str, Tensor], target: str | Path, *, image_size: int | None, teacher: str
 ) -> tuple[VisualTokenizerConfig, dict[str, Tensor]]:
-    """Renames a released state dict and reads its architecture off the shapes.
+    """Renames the tensors of a released state dict and derives its architecture from their shapes.
 
-    Differences: queries and values have biases of their own and keys none; the last norm stands behind the choice of
-    patch tokens and is called `fc_norm`; the codebook has the moving averages of another update rule.
+    The released networks differ from ours in three points. Queries and values have separate biases and keys have none.
+    The last norm follows the choice of patch tokens and is called `fc_norm`. The codebook has the moving averages of
+    another update rule.
 
     Returns:
         The tokenizer's configuration and its state dict.
 
     Raises:
-        ConfigError: if the codebook was never started or its codes are not of length 1.
-        KeyError: if a tensor is missing that tells the architecture.
+        ConfigError: if the codebook was never initialised or its codes do not have length 1.
+        KeyError: if a tensor that determines the architecture is missing.
     """
-    released = {name: value for name, value in released.items() if not name.startswith(_NOT_THE_TOKENIZERS)}
+    released = {name: value for name, value in released.items() if not name.startswith(_FOREIGN_PREFIXES)}
     _check_codebook(released["quantize.embedding.weight"], released["quantize.embedding.initted"])
     state = {"quantize.weight": released.pop("quantize.embedding.weight"), "quantize.started": torch.tensor(True)}
     for name, value in released.items():
@@ -94,12 +95,12 @@ def convert_released_state(
 
 def _check_codebook(codes: Tensor, started: Tensor) -> None:
     if not started.is_meta and not started.bool().all():
-        raise ConfigError("the codebook was never started: this is no trained tokenizer. Use a released file.")
+        raise ConfigError("the codebook was never initialised, so this tokenizer is not trained. Use a released file.")
     lengths = codes.norm(dim=-1)
     if not codes.is_meta and not torch.allclose(lengths, torch.ones_like(lengths), atol=1e-3):
         raise ConfigError(
-            f"the codes have lengths from {lengths.min():.3f} to {lengths.max():.3f}, but VQ-KD's lie on the unit "
-            f"sphere. Use a released file."
+            f"the codes have lengths from {lengths.min():.3f} to {lengths.max():.3f}, but codes of VQ-KD have "
+            f"length 1. Use a released file."
         )
 
 

@@ -1,4 +1,4 @@
-"""Whose features the visual tokenizer learns to reconstruct."""
+"""Builds the teacher, whose features the visual tokenizer learns to reconstruct."""
 
 from typing import Protocol
 
@@ -11,20 +11,20 @@ from beit3_ds.tokenizers.oriented_gradients import OrientedGradients
 
 
 class Teacher(Protocol):
-    """Describes every patch of an image; frozen, and a function of the pixels alone."""
+    """Describes every patch of an image; its result depends on the pixels alone."""
 
     width: int
-    """Features of one patch."""
+    """Features per patch."""
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Maps (B, 3, image_size, image_size) float in [-1, 1] to (B, N, width) float32, patches row by row."""
+        """Maps (B, 3, image_size, image_size) float in [-1, 1] to (B, N, width) float32, in row-major order."""
 
 
 def build_teacher(config: VisualTokenizerConfig, device: torch.device | str = "cpu") -> Teacher:
     """Builds `config.teacher` on a device.
 
     Raises:
-        ConfigError: for a network whose library is missing, whose weights do not fit, or that has no patch features.
+        ConfigError: if a network's library is missing, its weights do not fit, or it has no patch features.
     """
     if config.teacher == "oriented_gradients":
         return OrientedGradients(config.patch_size)
@@ -32,7 +32,7 @@ def build_teacher(config: VisualTokenizerConfig, device: torch.device | str = "c
 
 
 def describe_teacher(config: VisualTokenizerConfig) -> str:
-    """Whose features gave the codes their meaning, in words, for files and reports."""
+    """Returns a phrase for files and reports that names the source of the teacher's features."""
     if config.teacher == "oriented_gradients":
         return (
             "histograms of oriented gradients and colours, computed from the image itself: a hand-made descriptor, not "

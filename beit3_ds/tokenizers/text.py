@@ -1,7 +1,7 @@
-"""The text tokenizer: a SentencePiece model behind the reference's id layout.
+"""Trains and reads the text tokenizer, a SentencePiece model with the reference's numbering of ids.
 
-SentencePiece is wrapped directly: transformers >= 5 reads such a file through XLMRobertaTokenizer, which turns every
-piece into <unk> without an error.
+It calls SentencePiece directly, because transformers >= 5 reads such a file through XLMRobertaTokenizer, which turns
+every piece into <unk> without an error.
 """
 
 import hashlib
@@ -21,30 +21,30 @@ from beit3_ds.config import ConfigError, RunConfig, TextTokenizerConfig
 _SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3
 _SENTENCEPIECE_SPECIALS = ("<unk>", "<s>", "</s>")  # SentencePiece's own ids 0 to 2
 _SPACE = "\u2581"  # SentencePiece writes a space as this character
-_MAX_LINE_BYTES = 1 << 16  # SentencePiece's 4192 would leave out longer paragraphs without a word
-_ERRORS_ONLY = 2  # SentencePiece's log level; below it, training prints a page
+_MAX_LINE_BYTES = 1 << 16  # with its default of 4192, SentencePiece silently skips longer paragraphs
+_ERRORS_ONLY = 2  # SentencePiece's log level; lower levels print a page during training
 
 
 class WordBorders(NamedTuple):
-    """Ids at the borders of words, as a tokenizer's pieces mark them."""
+    """Ids at the borders of words, according to the white space in a tokenizer's pieces."""
 
     starts: NDArray[np.bool_]
-    """Ids that start a word, (vocab_size,): pieces with white space before them, and BOS, padding and EOS."""
+    """Whether an id starts a word, (vocab_size,): pieces with leading white space, BOS, padding and EOS."""
     ends: NDArray[np.bool_]
-    """Ids behind which a word starts, (vocab_size,): pieces with white space behind them, and BOS, padding and EOS."""
+    """Whether a word starts after an id, (vocab_size,): pieces with trailing white space, BOS, padding and EOS."""
 
     def begins(self, ids: NDArray[np.generic]) -> NDArray[np.bool_]:
-        """Returns which of consecutive ids start a word, (n,); the first id does only if its own piece starts one."""
+        """Returns which of consecutive ids start a word, (n,); the first does only if its own piece starts one."""
         begins = self.starts[ids]
         begins[1:] |= self.ends[ids[:-1]]
         return begins
 
 
 class TextTokenizer:
-    """Words to ids and back, in the id layout of the released BEiT-3.
+    """Converts texts to ids and back, with the ids of the released BEiT-3.
 
-    `<s>` = 0 (BOS, a text's CLS), `<pad>` = 1, `</s>` = 2 (EOS), `<unk>` = 3, a piece = its SentencePiece id + 1, and
-    `<mask>` is the last id: 64000 pieces put it at 64001. A tokenizer can be pickled; the copy needs no file.
+    `<s>` is 0 (BOS, a text's CLS), `<pad>` 1, `</s>` 2 (EOS) and `<unk>` 3. A piece has its SentencePiece id + 1.
+    `<mask>` is the last id, 64001 with 64000 pieces. A tokenizer can be pickled; the copy needs no file.
 
     Attributes:
         bos_id: id of `<s>`.
@@ -53,7 +53,7 @@ class TextTokenizer:
         unk_id: id of `<unk>`.
         mask_id: id of `<mask>`.
         vocab_size: number of ids, `mask_id` + 1.
-        fingerprint: digest of the model; equal if and only if every text gets the same ids.
+        fingerprint: digest of the model; two tokenizers with equal digests give every text the same ids.
     """
 
     bos_id = 0
@@ -65,7 +65,7 @@ class TextTokenizer:
         """Reads a SentencePiece model.
 
         Raises:
-            ConfigError: if the file is missing, is no SentencePiece model or numbers its own specials otherwise.
+            ConfigError: if the file is missing, is not a SentencePiece model, or numbers its special ids differently.
         """
         self._sentencepiece = _load_sentencepiece(Path(path))
         self.mask_id: int = self._sentencepiece.vocab_size() + 1
@@ -75,11 +75,11 @@ class TextTokenizer:
 
     @property
     def num_pieces(self) -> int:
-        """Number of pieces of the SentencePiece model, specials included: `tokenizers.text.vocab_size` in training."""
+        """Returns the number of pieces, specials included: `tokenizers.text.vocab_size` in training."""
         return self.mask_id - 1
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text, without BOS and EOS; characters that no piece covers become `unk_id`.
+        """Returns the ids of a text without BOS and EOS; characters that no piece covers become `unk_id`.
 
         Raises:
             TypeError: if `text` is not a string.
@@ -89,10 +89,10 @@ class TextTokenizer:
         return [self._from_sentencepiece(piece) for piece in self._sentencepiece.encode(text)]
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """The ids of several texts, each as `encode` gives them, without a Python object for each.
+        """Returns the ids of several texts, each as `encode` does, without a Python object per id.
 
         Returns:
-            All ids, one text after the other, (n,) int32, and the number of ids of each text, (texts,) int64.
+            The concatenated ids of all texts, (n,) int32, and the number of ids per text, (texts,) int64.
         """
         encoded = self._sentencepiece.encode(list(texts), return_type="numpy", num_threads=1)
         ids = np.concatenate(encoded) if encoded else np.empty(0, dtype=np.int32)
@@ -101,7 +101,7 @@ class TextTokenizer:
         return ids, np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids; special ids are shown by name, for example `<mask>`.
+        """Returns the text of ids, with special ids by name, for example `<mask>`.
 
         Raises:
             IndexError: for an id outside [0, vocab_size).
@@ -109,27 +109,27 @@ class TextTokenizer:
         return "".join(self.piece(id_) for id_ in ids).replace(_SPACE, " ").strip()
 
     def word_borders(self) -> WordBorders:
-        """Returns the ids at the borders of words, for pieces that mark white space before or after a word.
+        """Returns the ids at the borders of words, for pieces with white space before or after a word.
 
-        Most models mark it before (`\u2581dog`); those trained with `treat_whitespace_as_suffix` after (`dog\u2581`).
+        Most models have it before (`\u2581dog`), those trained with `treat_whitespace_as_suffix` after (`dog\u2581`).
         """
         pieces = [self.piece(id_) for id_ in range(self.vocab_size)]
         starts = np.array([piece.startswith(_SPACE) for piece in pieces])
         ends = np.array([piece.endswith(_SPACE) for piece in pieces])
         (starts if self._marks_ends(starts, ends) else ends)[:] = False
-        specials = [self.bos_id, self.pad_id, self.eos_id]  # <unk> may stand inside a word
+        specials = [self.bos_id, self.pad_id, self.eos_id]  # <unk> may be inside a word
         starts[specials] = ends[specials] = True
         return WordBorders(starts, ends)
 
     def _marks_ends(self, starts: NDArray[np.bool_], ends: NDArray[np.bool_]) -> bool:
-        """Returns whether pieces mark the white space after a word."""
+        """Returns whether pieces have their white space after a word."""
         shown = "".join(self.piece(id_) for id_ in self.encode("a a"))
         if shown.startswith(_SPACE) != shown.endswith(_SPACE):  # the model itself puts white space around a text
             return shown.endswith(_SPACE)
         return int(np.count_nonzero(ends & ~starts)) > int(np.count_nonzero(starts & ~ends))
 
     def piece(self, id_: int) -> str:
-        """Returns the piece of one id; U+2581 stands for white space.
+        """Returns the piece of one id, in which U+2581 is white space.
 
         Raises:
             IndexError: for an id outside [0, vocab_size).
@@ -148,10 +148,10 @@ class TextTokenizer:
 
 
 def load_text_tokenizer(config: RunConfig) -> TextTokenizer | None:
-    """Reads a run's tokenizer and checks that every id has a row in the model's word table; None if it has no texts.
+    """Reads a run's tokenizer and checks that the word embedding has a row per id; returns None without texts.
 
     Raises:
-        ConfigError: as `TextTokenizer` does, or if the sizes differ, naming both.
+        ConfigError: as `TextTokenizer` does, or if the word embedding is too small, naming both sizes.
     """
     if not config.data.has_texts:
         return None
@@ -168,12 +168,12 @@ def train_text_tokenizer(config: TextTokenizerConfig, lines: Iterable[str], seed
     """Trains a unigram model (Kudo, 2018, arXiv:1804.10959) and writes it to `config.path`.
 
     Args:
-        config: path, number of pieces, coverage and sample size.
-        lines: what the pieces are learnt from: the lines of the texts, then the captions of the pairs.
-        seed: draws the sample if there are more than `config.max_sentences` lines.
+        config: path, number of pieces, coverage, and most sentences to train on.
+        lines: the training corpus: lines of the texts, then captions of the pairs.
+        seed: seed of the sample that is drawn from more than `config.max_sentences` lines.
 
     Raises:
-        ConfigError: if there is no text, or if `config.vocab_size` does not fit it, with the size that does.
+        ConfigError: if there is no text, or if `config.vocab_size` does not suit it, naming a size that does.
     """
     sentencepiece.set_random_generator_seed(seed % 2**32)  # it takes no more bits
     model = io.BytesIO()
@@ -199,30 +199,30 @@ def train_text_tokenizer(config: TextTokenizerConfig, lines: Iterable[str], seed
 
 
 def _load_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
-    """Reads a model and checks that it numbers <unk>, <s>, </s> as 0, 1, 2."""
+    """Reads a SentencePiece model and checks that it numbers <unk>, <s>, </s> as 0, 1, 2."""
     if not path.is_file():
         raise ConfigError(
             f"tokenizers.text: {path} does not exist (looked in {Path.cwd()}). "
-            f"Make it with `beit3 train-text-tokenizer CONFIG.json`."
+            f"Train it with `beit3 train-text-tokenizer CONFIG.json`."
         )
     try:
         model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     except RuntimeError:
         raise ConfigError(
             f"tokenizers.text: {path} is not a SentencePiece model. "
-            f"Make one with `beit3 train-text-tokenizer CONFIG.json`."
+            f"Train one with `beit3 train-text-tokenizer CONFIG.json`."
         ) from None
     own_ids = (model.unk_id(), model.bos_id(), model.eos_id())
     if own_ids != (0, 1, 2):
         raise ConfigError(
-            f"tokenizers.text: {path} numbers {', '.join(_SENTENCEPIECE_SPECIALS)} as {own_ids}; the id layout of "
-            f"BEiT-3 needs SentencePiece's default (0, 1, 2). Train the model without --unk_id, --bos_id and --eos_id."
+            f"tokenizers.text: {path} numbers {', '.join(_SENTENCEPIECE_SPECIALS)} as {own_ids}; BEiT-3's numbering "
+            f"of ids needs SentencePiece's default (0, 1, 2). Train the model without --unk_id, --bos_id and --eos_id."
         )
     return model
 
 
 def _explain_training_error(message: str, config: TextTokenizerConfig) -> str:
-    """A user's reading of what SentencePiece says when the number of pieces does not fit the text."""
+    """Translates SentencePiece's error about a number of pieces that does not suit the text."""
     if match := re.search(r"value <= (\d+)", message):
         return (
             f"tokenizers.text.vocab_size={config.vocab_size} is more than this corpus supports. Use at most "

@@ -1,6 +1,6 @@
-"""The visual tokenizer, VQ-KD of BEiT v2 (Peng et al., 2022, arXiv:2208.06366, sec. 2.2): patches to codes."""
+"""Defines the visual tokenizer, VQ-KD of BEiT v2 (Peng et al., 2022, arXiv:2208.06366, sec. 2.2)."""
 
-# B images, N patches an image, G grid size, D hidden, C width of a code, E width of the teacher's features.
+# B images, N patches per image, G grid size, D hidden, C width of a code, E width of the teacher's features.
 
 import dataclasses
 import json
@@ -28,12 +28,12 @@ _METADATA_KEY = "beit3_ds.visual_tokenizer"
 class VisualTokenizer(nn.Module):
     """Encodes each patch of an image as one of `codebook_size` codes.
 
-    A ViT encoder, a codebook, and a ViT decoder that reconstructs a teacher's features from the codes alone. Only
-    `encode` serves pretraining; the decoder gives the codes their meaning during the tokenizer's own training.
+    It has a ViT encoder, a codebook, and a ViT decoder that reconstructs a teacher's features from the codes alone.
+    Pretraining only uses `encode`; the decoder gives the codes their meaning during the tokenizer's own training.
 
     Args:
-        config: architecture, and what the tokenizer was or will be trained with.
-        teacher_width: features E of the teacher for one patch.
+        config: architecture and training recipe of the tokenizer.
+        teacher_width: features E of the teacher per patch.
     """
 
     def __init__(self, config: VisualTokenizerConfig, teacher_width: int) -> None:
@@ -51,12 +51,12 @@ class VisualTokenizer(nn.Module):
 
     @property
     def teacher_description(self) -> str:
-        """Whose features gave the codes their meaning, for reports."""
+        """Returns the source of the features that gave the codes their meaning, in words for reports."""
         return describe_teacher(self.config)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """The codes of images, in row-major order; changes nothing, also in training mode.
+        """Returns the codes of images in row-major order; it changes no state, not even in training mode.
 
         Args:
             pixels: (B, 3, image_size, image_size) float in [-1, 1].
@@ -77,13 +77,13 @@ class VisualTokenizer(nn.Module):
         return self.quantize.nearest(self.project(pixels))
 
     def project(self, pixels: Tensor) -> Tensor:
-        """What the codebook sees of images.
+        """Returns the unit vectors that the codebook quantizes.
 
         Args:
             pixels: (B, 3, image_size, image_size) float in [-1, 1].
 
         Returns:
-            (B, N, C) float32 of length 1, also under autocast, because near ties decide the code.
+            (B, N, C) float32 of length 1. The dtype also holds under autocast, because near ties decide the code.
         """
         features_BND = self.encoder(pixels)
         with torch.autocast(pixels.device.type, enabled=False):
@@ -91,7 +91,7 @@ class VisualTokenizer(nn.Module):
             return F.normalize(vectors_BNC, dim=-1)
 
     def decode(self, vectors_BNC: Tensor) -> Tensor:
-        """Reconstructs the teacher's features, (B, N, E), from codes' vectors or from what `project` gives."""
+        """Reconstructs the teacher's features, (B, N, E), from vectors of codes or of `project`."""
         grid = (self.config.grid_size, self.config.grid_size)
         vector_map = vectors_BNC.transpose(1, 2).unflatten(2, grid)  # (B, C, G, G)
         reconstruction_BNE: Tensor = self.decode_task_layer(self.decoder(vector_map))
@@ -100,18 +100,18 @@ class VisualTokenizer(nn.Module):
     def forward(
         self, pixels: Tensor, group: dist.ProcessGroup | None = None, *, quantized: bool = True
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Reconstructs the teacher's features from the codes; in training mode the codebook learns.
+        """Reconstructs the teacher's features from the codes; in training mode it also updates the codebook.
 
-        Communicates what `Quantizer.forward` does.
+        Communicates as `Quantizer.forward` does.
 
         Args:
             pixels: (B, 3, image_size, image_size) float in [-1, 1].
             group: ranks that hold parts of one batch; None is this process alone.
-            quantized: False reconstructs from the encoder's own vectors and leaves the codebook alone.
+            quantized: False reconstructs from the encoder's vectors and leaves the codebook unchanged.
 
         Returns:
             The reconstruction (B, N, E); the commitment loss, a float32 scalar; the codes (B, N) int64. Without
-            quantization the loss is 0 and the codes are None.
+            quantization, the loss is 0 and the codes are None.
         """
         vectors_BNC = self.project(pixels)
         if not quantized:
@@ -121,26 +121,26 @@ class VisualTokenizer(nn.Module):
 
 
 def save_visual_tokenizer(path: str | Path, tokenizer: VisualTokenizer) -> None:
-    """Writes weights and codebook, with the configuration and the teacher's name as JSON in the file's metadata.
+    """Writes weights and codebook to a file, with configuration and teacher as JSON in its metadata.
 
-    A killed run leaves the old file or the complete new one. Permissions follow the umask.
+    After a kill, the path holds the old file or the complete new one. Permissions follow the umask.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     description = {"config": dataclasses.asdict(tokenizer.config), "teacher_width": tokenizer.teacher_width}
     description["teacher"] = tokenizer.teacher_description
     tensors = {name: value.contiguous() for name, value in tokenizer.state_dict().items()}
-    # As bytes: a file that safetensors creates can be read by its owner alone.
+    # Written as bytes, because only the owner can read a file that safetensors creates.
     content = safetensors.torch.save(tensors, metadata={_METADATA_KEY: json.dumps(description)})
     with written_aside(path) as file:
         file.write(content)
 
 
 def load_visual_tokenizer(path: str | Path) -> VisualTokenizer:
-    """Reads a trained tokenizer for encoding: on the CPU, in evaluation mode, without gradients.
+    """Reads a trained tokenizer for encoding, on the CPU, in evaluation mode and without gradients.
 
     Raises:
-        ConfigError: if the file is missing or is not such a file.
+        ConfigError: if the file is missing or is not a visual tokenizer.
     """
     path = Path(path)
     description = _read_description(path)
@@ -151,7 +151,7 @@ def load_visual_tokenizer(path: str | Path) -> VisualTokenizer:
 
 
 def check_visual_tokenizer_fits(tokenizer: VisualTokenizer, config: RunConfig) -> None:
-    """Refuses a trained tokenizer whose codes or view differ from those of the run.
+    """Refuses a trained tokenizer whose number of codes or image size differs from the run's.
 
     Raises:
         ConfigError: naming the values and the keys to change.
@@ -185,8 +185,8 @@ def _build_transformer(
 
 
 def _read_description(path: Path) -> dict[str, Any]:
-    """The JSON object of the file's metadata."""
-    remedy = "Make it with `beit3 train-visual-tokenizer CONFIG.json`."
+    """Returns the JSON object in the file's metadata."""
+    remedy = "Train it with `beit3 train-visual-tokenizer CONFIG.json`."
     if not path.is_file():
         raise ConfigError(f"tokenizers.visual: {path} does not exist (looked in {Path.cwd()}). {remedy}")
     try:

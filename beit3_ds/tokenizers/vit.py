@@ -1,6 +1,6 @@
-"""The plain Vision Transformer (Dosovitskiy et al., 2021, arXiv:2010.11929) of the visual tokenizer.
+"""Defines the plain Vision Transformer (Dosovitskiy et al., 2021, arXiv:2010.11929) of the visual tokenizer.
 
-Encoder and decoder are both this network. Parameter names are those of timm and of the released VQ-KD files.
+The encoder and the decoder are this network. Parameters have the names of timm and of the released VQ-KD files.
 """
 
 # B images, N patches, L = N + 1 tokens with the class token, D hidden, H heads, K head dim.
@@ -25,8 +25,8 @@ class PatchEmbed(nn.Module):
         return patches.flatten(2).transpose(1, 2)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention: (B, L, D) -> (B, L, D)."""
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over the tokens of one image: (B, L, D) -> (B, L, D)."""
 
     def __init__(self, hidden_size: int, num_attention_heads: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers around a GELU, four times as wide inside: (B, L, D) -> (B, L, D)."""
+    """Two linear layers around a GELU, with an inner width of 4 * D: (B, L, D) -> (B, L, D)."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -52,18 +52,18 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(4 * hidden_size, hidden_size)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        """Transforms every token by itself."""
+        """Transforms each token on its own."""
         out: Tensor = self.fc2(F.gelu(self.fc1(x_BLD)))
         return out
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Pre-norm attention and MLP with residuals: (B, L, D) -> (B, L, D)."""
 
     def __init__(self, hidden_size: int, num_attention_heads: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, eps=_LAYER_NORM_EPSILON)
-        self.attn = Attention(hidden_size, num_attention_heads)
+        self.attn = SelfAttention(hidden_size, num_attention_heads)
         self.norm2 = nn.LayerNorm(hidden_size, eps=_LAYER_NORM_EPSILON)
         self.mlp = Mlp(hidden_size)
 
@@ -74,12 +74,12 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Patches, a class token and absolute positions through pre-norm blocks: (B, C, S, S) -> (B, N, D).
+    """Vision Transformer with a class token and absolute positions: (B, C, S, S) -> (B, N, D).
 
     Args:
         in_channels: channels C of the input: 3 for pixels, the code's width for a grid of codes.
-        grid_size: patches on a side; N is its square.
-        patch_size: pixels (or codes) on a side of a patch; S = grid_size * patch_size.
+        grid_size: patches along one side; N is its square.
+        patch_size: pixels (or codes) along one side of a patch; S = grid_size * patch_size.
         hidden_size: width D.
         num_layers: blocks.
         num_attention_heads: heads; they divide `hidden_size`.
@@ -99,12 +99,12 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(in_channels, hidden_size, patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, hidden_size))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid_size**2, hidden_size))
-        self.blocks = nn.ModuleList(Block(hidden_size, num_attention_heads) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(TransformerBlock(hidden_size, num_attention_heads) for _ in range(num_layers))
         self.norm = nn.LayerNorm(hidden_size, eps=_LAYER_NORM_EPSILON)
         self._initialize()
 
     def forward(self, image: Tensor) -> Tensor:
-        """The last layer's patch tokens in row-major order; the class token only takes part in attention."""
+        """Returns the last layer's patch tokens in row-major order; the class token only takes part in attention."""
         patches_BND = self.patch_embed(image)
         class_token = self.cls_token.expand(patches_BND.shape[0], -1, -1)
         x_BLD = torch.cat([class_token, patches_BND], dim=1) + self.pos_embed
@@ -115,12 +115,12 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def _initialize(self) -> None:
-        """Xavier's initial values, residual outputs of layer l divided by sqrt(2 l) as in BEiT."""
+        """Draws Xavier's initial values and, as in BEiT, divides the residual outputs of layer l by sqrt(2 l)."""
         initialize_linear_layers(self)
         for parameter in (self.cls_token, self.pos_embed):
             nn.init.trunc_normal_(parameter, std=0.02, a=-0.02, b=0.02)
         for layer, block in enumerate(self.blocks, start=1):
-            assert isinstance(block, Block)
+            assert isinstance(block, TransformerBlock)
             block.attn.proj.weight.div_((2 * layer) ** 0.5)
             block.mlp.fc2.weight.div_((2 * layer) ** 0.5)
 
@@ -128,7 +128,7 @@ class VisionTransformer(nn.Module):
 def initialize_linear_layers(module: nn.Module) -> None:
     """Draws Xavier's initial values for every linear layer and convolution inside `module`; biases start at 0.
 
-    BEiT's fixed .02 suits a width of 768; at the width of a small tokenizer it starts every branch near zero.
+    BEiT's fixed .02 suits a width of 768; at the width of a small tokenizer every branch would start near zero.
     """
     for child in module.modules():
         if isinstance(child, nn.Linear | nn.Conv2d):

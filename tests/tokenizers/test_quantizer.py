@@ -96,7 +96,7 @@ def test_rows_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     quantizer = started_quantizer(unit_vectors(6, 4))
     vectors = unit_vectors(50, 4, seed=1)
     whole = quantizer.nearest(vectors)
-    monkeypatch.setattr("beit3_ds.tokenizers.quantizer._ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("beit3_ds.tokenizers.quantizer._CHUNK_ROWS", 7)
     assert torch.equal(quantizer.nearest(vectors), whole)  # catches a lost last part
 
 

@@ -135,10 +135,10 @@ def test_the_base_tokenizer_fits_in_every_name_and_shape(image_size: int | None,
 def test_other_files_are_refused(tmp_path: Path) -> None:
     state = released_state(**SMALL)
     untrained = state | {"quantize.embedding.initted": torch.zeros(1)}
-    with pytest.raises(ConfigError, match="never started"):
+    with pytest.raises(ConfigError, match="codebook was never initialised"):
         import_released_tokenizer(write(tmp_path, untrained), "x")
     outside = state | {"quantize.embedding.weight": 2 * state["quantize.embedding.weight"]}
-    with pytest.raises(ConfigError, match="unit sphere"):
+    with pytest.raises(ConfigError, match="codes have lengths from 2.000 to 2.000"):
         import_released_tokenizer(write(tmp_path, outside), "x")
     with pytest.raises(ConfigError, match=r"(?s)not a VQ-KD tokenizer.*0\.gamma_1"):  # layer scale: another network
         import_released_tokenizer(write(tmp_path, state | {"encoder.blocks.0.gamma_1": torch.ones(128)}), "x")
