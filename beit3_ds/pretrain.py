@@ -18,8 +18,8 @@ from beit3_ds.checkpoint.store import CheckpointStore
 from beit3_ds.config import RankCoords, RunConfig, check_layout
 from beit3_ds.data import StepDataset, ValidationBatches, WaitLimits, build_train_loader, build_validation_batches
 from beit3_ds.data.files.fingerprint import HasFiles
-from beit3_ds.data.files.left_out import describe_left_out
 from beit3_ds.data.samples import name_sources
+from beit3_ds.data.skipped_report import describe_skipped
 from beit3_ds.data.validation_overlap import check_validation_apart
 from beit3_ds.parallel import BroadcastBatches, Mesh
 from beit3_ds.planner import check_node, host_requirements
@@ -121,7 +121,7 @@ def open_inputs(config: RunConfig) -> Inputs:
         validation = build_validation_batches(config, text_tokenizer, coords.data, data_parallel_size, views)
         sources = dataset.sources() | name_sources("validation", validation.streams, config.data)
         if launch.rank == 0:
-            for line in describe_left_out(sources):
+            for line in describe_skipped(sources):
                 print(line, flush=True)
     return Inputs(
         coords=coords,

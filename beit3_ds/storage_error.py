@@ -4,6 +4,6 @@
 class StorageError(Exception):
     """The file system that holds the data fails; the message names file, host and reason.
 
-    It is not a `ConfigError`, because the same command works once the file system does. It is not a `BrokenRecord`,
-    because nothing is known about the record.
+    It is not a `ConfigError`, because the same command works once the file system does. It is not a
+    `BrokenRecordError`, because nothing is known about the record.
     """

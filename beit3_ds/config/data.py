@@ -30,7 +30,7 @@ class SourceConfig:
     `coco`, `visual_genome` (path: region_descriptions.json, with image_data.json beside it), `sbu`,
     `conceptual_captions` and `conceptual_12m`: the corpora's own annotation files
     (beit3_ds/data/images/annotations.py). None: `folder` for a folder, else `tar`. Must be None for texts, whose
-    format follows from their names (beit3_ds/data/text/text_formats.py): JSON objects with `text`, or plain UTF-8,
+    format follows from their names (beit3_ds/data/text/formats.py): JSON objects with `text`, or plain UTF-8,
     compressed or not."""
     images: PathString = ""
     """Folder of the images that an annotation file names; only for formats with such a file."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from beit3_ds.batch import StepBatch
 from beit3_ds.config import DataConfig
-from beit3_ds.data.files.open_files import raise_open_file_limit
+from beit3_ds.data.files.descriptors import raise_open_file_limit
 from beit3_ds.data.steps import StepDataset
 from beit3_ds.data.workers.pool import Preparation, prepare_in_order
 from beit3_ds.data.workers.waiting import StopRequestedError, WaitLimits

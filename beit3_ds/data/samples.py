@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from beit3_ds.config import DataConfig, RunConfig, SourceConfig
+from beit3_ds.data.files.descriptors import OpenFiles
 from beit3_ds.data.files.fingerprint import HasFiles, SourceFile
-from beit3_ds.data.files.open_files import OpenFiles
+from beit3_ds.data.files.records import BrokenRecordError
 from beit3_ds.data.images.augmentation import CenterViews, Views, build_augmentation
-from beit3_ds.data.images.image_source import BrokenRecord, ImageSource
+from beit3_ds.data.images.source import ImageSource
 from beit3_ds.data.masking import TextMasking, block_mask
 from beit3_ds.data.packing import ImageSample, PairSample, Sample, TextSample
 from beit3_ds.data.randomness import sample_rng
@@ -68,7 +69,7 @@ class ImageSamples:
         return self.source.files()
 
     def identity(self, index: int) -> bytes:
-        """Returns the name of a sample in its file or folder as bytes (`numbering.Numbered`)."""
+        """Returns the name of a sample in its file or folder as bytes (`numbering.IdentifiedSamples`)."""
         return os.path.basename(self.source.name(index)).encode("utf-8", "surrogatepass")
 
     def name(self, index: int) -> str:
@@ -79,7 +80,7 @@ class ImageSamples:
         """Reads sample `index` of the source and draws its crop and its mask by `key`.
 
         Raises:
-            BrokenRecord: if it cannot be read.
+            BrokenRecordError: if it cannot be read.
         """
         return self.augment(self.source.image(index, self.views.min_side), index, key)
 
@@ -118,7 +119,7 @@ class PairSamples:
         return self.images.files()
 
     def identity(self, index: int) -> bytes:
-        """Returns the name of a sample in its file or folder as bytes (`numbering.Numbered`)."""
+        """Returns the name of a sample in its file or folder as bytes (`numbering.IdentifiedSamples`)."""
         return self.images.identity(index)
 
     def name(self, index: int) -> str:
@@ -129,14 +130,14 @@ class PairSamples:
         """Reads sample `index` of the source and draws its crop and both its masks by `key`.
 
         Raises:
-            BrokenRecord: if its image or its caption cannot be read.
+            BrokenRecordError: if its image or its caption cannot be read.
         """
         source, tokenizer = self.images.source, self.tokenizer
         image, text = source.pair(index, self.images.views.min_side)
         pieces = tokenizer.encode(text)[: self.length - 2]
         name = source.name(index)
         if not pieces:
-            raise BrokenRecord(f"{name}: the caption holds nothing that the tokenizer keeps")
+            raise BrokenRecordError(f"{name}: the caption holds nothing that the tokenizer keeps")
         ids = np.array([tokenizer.bos_id, *pieces, tokenizer.eos_id], dtype=np.int64)
         caption = _masked_text(name, ids, self.masking, key)
         return PairSample(image=self.images.augment(image, index, key), caption=caption)
@@ -162,7 +163,7 @@ class TextSamples:
         return self.sequences.files()
 
     def identity(self, index: int) -> bytes:
-        """Returns the tokens of a sample as bytes (`numbering.Numbered`)."""
+        """Returns the tokens of a sample as bytes (`numbering.IdentifiedSamples`)."""
         return self.sequences[index].tobytes()
 
     def name(self, index: int) -> str:
@@ -194,7 +195,7 @@ class Stream:
         """Reads sample `key.index` and draws its crop and masks.
 
         Raises:
-            BrokenRecord: if it cannot be read.
+            BrokenRecordError: if it cannot be read.
         """
         part, index = self.parts.locate(key.index)
         return part.prepare(index, key)

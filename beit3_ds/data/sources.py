@@ -9,9 +9,10 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from beit3_ds.config import ConfigError, SourceConfig
-from beit3_ds.data.files.open_files import OpenFiles
+from beit3_ds.data.files.descriptors import OpenFiles
 from beit3_ds.data.files.patterns import check_no_hard_link, expand_patterns, is_inside
-from beit3_ds.data.images.annotated_images import AnnotatedImages
+from beit3_ds.data.files.printing import printable
+from beit3_ds.data.images.annotated import AnnotatedImages
 from beit3_ds.data.images.annotation_table import StoredAnnotations, table_path
 from beit3_ds.data.images.annotations import (
     read_coco_captions,
@@ -19,9 +20,9 @@ from beit3_ds.data.images.annotations import (
     read_sbu_captions,
     read_visual_genome,
 )
-from beit3_ds.data.images.image_folder import ImageFolder
-from beit3_ds.data.images.image_source import ImageSource, printable
+from beit3_ds.data.images.folder import ImageFolder
 from beit3_ds.data.images.shards import TarShards
+from beit3_ds.data.images.source import ImageSource
 
 _IMAGES_AT_START = 16  # every process looks for these when it opens annotations; `beit3 prepare index` looks for all
 PartT = TypeVar("PartT", bound=Sized)

@@ -9,8 +9,8 @@ from beit3_ds.config import RunConfig
 from beit3_ds.config.prefetch import plan_prefetch
 from beit3_ds.data.drop_path import Slot, draw_drop_path
 from beit3_ds.data.files.fingerprint import HasFiles
-from beit3_ds.data.images.shards import BrokenRecord
-from beit3_ds.data.order.run_order import RunOrder
+from beit3_ds.data.files.records import BrokenRecordError
+from beit3_ds.data.order.run import RunOrder
 from beit3_ds.data.packing import Sample, image_shape, pack
 from beit3_ds.data.samples import SampleKey, build_train_streams, name_sources
 from beit3_ds.tokenizers.text import TextTokenizer
@@ -95,7 +95,7 @@ class StepDataset(Dataset[StepBatch]):
                 note(self._streams[stream].name(key.index))
                 try:
                     samples.append(self._streams[stream].prepare(key))
-                except BrokenRecord as error:
+                except BrokenRecordError as error:
                     broken[self._streams[stream].name(key.index)] = str(error)
                 else:
                     slots.append(slot)

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from beit3_ds.config import ConfigError, DataConfig, RunConfig
+from beit3_ds.data.files.descriptors import OpenFiles
 from beit3_ds.data.files.fingerprint import HasFiles
-from beit3_ds.data.files.open_files import OpenFiles
 from beit3_ds.data.files.patterns import expand_patterns
+from beit3_ds.data.files.records import BrokenRecordError
 from beit3_ds.data.images.augmentation import build_augmentation
-from beit3_ds.data.images.shards import BrokenRecord
-from beit3_ds.data.order.source_order import samples_at
+from beit3_ds.data.order.stream import samples_at
 from beit3_ds.data.randomness import sample_rng
 from beit3_ds.data.sources import Parts, open_images
-from beit3_ds.data.text.text_files import BrokenLines, read_paragraphs, whole_file
+from beit3_ds.data.text.paragraphs import BrokenLines, read_paragraphs, whole_file
 from beit3_ds.data.workers.pool import Preparation, prepare_in_order
 from beit3_ds.data.workers.waiting import WaitLimits
 
@@ -44,7 +44,7 @@ def read_training_lines(config: DataConfig) -> Iterator[str]:
         for index in range(len(images)):
             try:
                 yield images.caption(index)
-            except BrokenRecord as error:
+            except BrokenRecordError as error:
                 if (name := images.name(index)) not in left_out:
                     left_out.add(name)
                     warnings.warn(f"left out: {error}", stacklevel=2)
@@ -121,7 +121,7 @@ class TokenizerImages:
             source, number = self._images.locate(index % count)
             try:
                 image = source.image(number, self._augmentation.min_side)
-            except BrokenRecord as error:
+            except BrokenRecordError as error:
                 broken[source.name(number)] = str(error)
             else:
                 rng = sample_rng(self._seed, "tokenizer view", epoch, sample)

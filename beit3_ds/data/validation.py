@@ -7,7 +7,7 @@ import numpy as np
 
 from beit3_ds.batch import ImageViews, PackedBatch
 from beit3_ds.config import ConfigError, RunConfig
-from beit3_ds.data.images.shards import BrokenRecord
+from beit3_ds.data.files.records import BrokenRecordError
 from beit3_ds.data.order.permutation import KeyedPermutation
 from beit3_ds.data.packing import ImageShape, image_shape, pack
 from beit3_ds.data.randomness import sample_rng
@@ -82,7 +82,7 @@ class ValidationBatches:
                 for key in keys:
                     self._reads = self._streams[stream].name(key.index)
                     samples.append(self._streams[stream].prepare(key))
-        except BrokenRecord as error:
+        except BrokenRecordError as error:
             raise ConfigError(
                 f"data: validation record {error}. Repair it, or make the shard anew without it."
             ) from error

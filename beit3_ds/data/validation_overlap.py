@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 
 from beit3_ds.config import ConfigError, DataConfig, SourceConfig
 from beit3_ds.data.files.patterns import expand_patterns, is_inside, list_folders
+from beit3_ds.data.files.printing import printable
 from beit3_ds.data.files.reading import read_with_retries
-from beit3_ds.data.images.image_source import printable
 from beit3_ds.data.sources import check_no_file_twice, image_format
 
 _GROUPS = (("images", "pairs"), ("texts",))  # streams that can share files

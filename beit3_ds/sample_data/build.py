@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from beit3_ds.sample_data.sources import Candidate, SourceError, read_clipart, read_novels, read_pairs
+from beit3_ds.sample_data.packages import Candidate, PackageError, read_clipart, read_novels, read_pairs
 
 # A tar member costs a 512-byte header and whole 512-byte blocks, so a sample with an image of at most 1024
 # bytes takes 2.5 kB. These sizes keep everything, this file included, below MAX_TOTAL_BYTES.
@@ -278,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for build in (build_text, build_pairs, build_images):
             build(arguments.sources, arguments.out)
-    except SourceError as error:
+    except PackageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     total = 0

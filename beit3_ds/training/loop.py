@@ -14,7 +14,7 @@ from beit3_ds.checkpoint.engine_state import EngineState
 from beit3_ds.checkpoint.index import Index
 from beit3_ds.checkpoint.store import CheckpointStore, SaveOutcome
 from beit3_ds.config import ConfigError, RunConfig
-from beit3_ds.data.order.run_order import POSITIONS, RunOrder
+from beit3_ds.data.order.run import POSITIONS, RunOrder
 from beit3_ds.parallel import Mesh
 from beit3_ds.pipeline.schedule import Schedule
 from beit3_ds.runtime.stop_signals import SharedStopSignals, StopSignals

@@ -24,7 +24,8 @@ import pytest
 from PIL import Image
 
 from beit3_ds.config import ConfigError
-from beit3_ds.data.images.annotated_images import AnnotatedImages
+from beit3_ds.data.files.records import BrokenRecordError
+from beit3_ds.data.images.annotated import AnnotatedImages
 from beit3_ds.data.images.annotations import (
     read_coco_captions,
     read_conceptual_captions,
@@ -33,8 +34,9 @@ from beit3_ds.data.images.annotations import (
 )
 from beit3_ds.data.images.captions import decode_caption, decode_json_caption
 from beit3_ds.data.images.decoding import MAX_PIXELS, decode_image
-from beit3_ds.data.images.shard_index import ShardIndex, StoredIndex, index_path, scan_shard
-from beit3_ds.data.images.shards import BrokenRecord, TarShards
+from beit3_ds.data.images.shard_index import ShardIndex, StoredIndex, index_path
+from beit3_ds.data.images.shard_scan import scan_shard
+from beit3_ds.data.images.shards import TarShards
 from beit3_ds.data.prepare.index import prepare_indices
 from tests.data.damage import GENERAL_DAMAGE, TAR_DAMAGE, fast_and_slow, time_limit
 
@@ -125,7 +127,7 @@ def check_indexed(tar: Tar, data: bytes) -> None:
     shards = TarShards([str(tar.path)], tar.cache_dir)
     for i in range(len(shards)):
         for read in (shards.image, shards.caption):
-            with contextlib.suppress(BrokenRecord):
+            with contextlib.suppress(BrokenRecordError):
                 read(i)
     own = all(data[o : o + s] == tar.data[o : o + s] for o, s in members(tar.index).values())
     try:
@@ -173,7 +175,7 @@ def test_damaged_index_files(tars: list[Tar], cases: range) -> None:
             opened += 1
             for i in range(len(shards)):
                 for read in (shards.image, shards.caption):
-                    with contextlib.suppress(BrokenRecord):
+                    with contextlib.suppress(BrokenRecordError):
                         read(i)
             stored = StoredIndex(str(path), str(tar.path))
             assert stored.load().tolist() == tar.index.records.tolist()  # or its checksum is a ConfigError
@@ -307,7 +309,7 @@ def test_damaged_annotations(tmp_path: Path, cases: range) -> None:
             source = reader()
             for i in range(len(source)):
                 for get in (source.image, source.caption, source.name):
-                    with contextlib.suppress(BrokenRecord):
+                    with contextlib.suppress(BrokenRecordError):
                         get(i)
             read += 1
     assert 0 < read < len(cases)

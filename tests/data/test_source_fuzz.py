@@ -23,12 +23,13 @@ from hypothesis import strategies as st
 
 from beit3_ds.config import ConfigError
 from beit3_ds.data.files.patterns import expand_patterns
-from beit3_ds.data.images.image_folder import ImageFolder
-from beit3_ds.data.images.image_source import BrokenRecord, ImageSource
-from beit3_ds.data.images.shard_index import scan_shard
+from beit3_ds.data.files.records import BrokenRecordError
+from beit3_ds.data.images.folder import ImageFolder
+from beit3_ds.data.images.shard_scan import scan_shard
 from beit3_ds.data.images.shards import TarShards
+from beit3_ds.data.images.source import ImageSource
 from beit3_ds.data.prepare.index import prepare_indices
-from beit3_ds.data.text.text_files import BrokenLines, cut_into_pieces, read_paragraphs
+from beit3_ds.data.text.paragraphs import BrokenLines, cut_into_pieces, read_paragraphs
 
 FAST, SLOW = 60, 1000  # cases
 fast_and_slow = pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def _read(source: ImageSource, files: Mapping[str, str]) -> Counter[str]:
         for what, read in (("image", source.image), ("caption", source.caption)):
             try:
                 found = read(index)
-            except BrokenRecord as error:
+            except BrokenRecordError as error:
                 assert source.name(index) in str(error)  # noqa: PT017, what is raised is one of two right ways
                 absent = f"no {what} (" in str(error) or "No such file" in str(error)
                 counts[f"no {what}" if absent else f"broken {what}"] += 1

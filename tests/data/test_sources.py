@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from beit3_ds.config import ConfigError, SourceConfig
-from beit3_ds.data.images.image_folder import ImageFolder
+from beit3_ds.data.images.folder import ImageFolder
 from beit3_ds.data.images.shards import TarShards
 from beit3_ds.data.sources import Parts, check_no_file_twice, open_images
 from tests.data.conftest import WriteTar

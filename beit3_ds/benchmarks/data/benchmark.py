@@ -29,7 +29,7 @@ from beit3_ds.data.images.augmentation import Augmentation
 from beit3_ds.data.images.decoding import decode_image
 from beit3_ds.data.images.shards import TarShards
 from beit3_ds.data.masking import block_mask
-from beit3_ds.data.order.source_order import order_from_start
+from beit3_ds.data.order.stream import order_from_start
 from beit3_ds.data.packing import ImageShape, pack
 from beit3_ds.data.samples import ImageSamples, SampleKey
 

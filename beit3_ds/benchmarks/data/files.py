@@ -19,9 +19,9 @@ from PIL import Image
 
 from beit3_ds.benchmarks.data.file_calls import count_file_calls
 from beit3_ds.config import DataConfig, SourceConfig, StreamConfig, TextTokenizerConfig
-from beit3_ds.data.files.open_files import OpenFiles
-from beit3_ds.data.images.image_source import ImageSource
+from beit3_ds.data.files.descriptors import OpenFiles
 from beit3_ds.data.images.shards import TarShards
+from beit3_ds.data.images.source import ImageSource
 from beit3_ds.data.order.permutation import block_key, order_permutation
 from beit3_ds.data.prepare.annotations import prepare_annotations
 from beit3_ds.data.prepare.index import prepare_indices, shard_paths

@@ -16,8 +16,8 @@ import sentencepiece
 
 from beit3_ds.config import DataConfig, SourceConfig, StreamConfig, TextTokenizerConfig
 from beit3_ds.data.prepare.texts import prepare_texts
+from beit3_ds.data.text.paragraphs import BrokenLines, read_paragraphs, whole_file
 from beit3_ds.data.text.sequences import TextSequences, texts_folder
-from beit3_ds.data.text.text_files import BrokenLines, read_paragraphs, whole_file
 from beit3_ds.data.text.token_files import write_tokens
 from beit3_ds.tokenizers.text import TextTokenizer, train_text_tokenizer
 

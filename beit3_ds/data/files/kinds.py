@@ -2,6 +2,14 @@
 
 from beit3_ds.data.files.reading import open_for_reading
 
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+"""Extensions of a sample's image, in lower case; the format itself is told by content."""
+UNREAD_IMAGE_EXTENSIONS = (
+    *("avif", "heic", "heif", "jp2", "j2k", "jxl", "jfif", "svg", "ico", "psd", "tga", "ppm", "pgm", "pbm", "exr"),
+    *("hdr", "dng", "cr2", "nef", "arw", "raw", "eps"),
+)
+"""Extensions of images in formats that `images.decoding.decode_image` does not read."""
+
 _MAGIC = (
     (0, b"\x1f\x8b", "gzip data"),
     (0, b"\x28\xb5\x2f\xfd", "Zstandard data"),

@@ -16,9 +16,9 @@ import numpy as np
 
 from beit3_ds.atomic_file import bounded_name, written_aside
 from beit3_ds.config import ConfigError
-from beit3_ds.data.images.annotated_images import AnnotatedImages, describe_files
+from beit3_ds.data.files.records import Skipped
+from beit3_ds.data.images.annotated import AnnotatedImages, describe_files
 from beit3_ds.data.images.compact_strings import StoredStrings
-from beit3_ds.data.images.image_source import Skipped
 
 _FORMAT = 1
 _MAX_HEADER_BYTES = 1 << 20

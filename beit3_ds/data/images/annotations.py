@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from beit3_ds.config import ConfigError
 from beit3_ds.data.files.kinds import kind_of_file
 from beit3_ds.data.files.reading import open_for_reading
-from beit3_ds.data.images.annotated_images import NO_IMAGE, AnnotatedImages, CollectedAnnotations
+from beit3_ds.data.images.annotated import NO_IMAGE, AnnotatedImages, CollectedAnnotations
 from beit3_ds.data.images.compact_strings import CompactStrings
-from beit3_ds.data.images.image_folder import list_images
+from beit3_ds.data.images.folder import list_images
 
 _CHUNK = 1 << 20
 _JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".ldjson")

@@ -1,105 +1,240 @@
-"""A folder whose files are read by their paths inside it."""
+"""Images that lie as files in a folder, and captions beside them."""
 
+import heapq
 import os
-import stat
+from collections.abc import Iterator
 
-from beit3_ds.data.files.open_files import read_fully
-from beit3_ds.data.files.reading import read_with_retries, storage_error
+from PIL import Image
+
+from beit3_ds.config import ConfigError
+from beit3_ds.data.files.fingerprint import SourceFile
+from beit3_ds.data.files.folder import Folder
+from beit3_ds.data.files.kinds import IMAGE_EXTENSIONS
+from beit3_ds.data.files.printing import printable
+from beit3_ds.data.files.reading import FILE_ERRORS, read_with_retries
+from beit3_ds.data.files.records import BrokenRecordError, Skipped
+from beit3_ds.data.images.captions import MAX_CAPTION_BYTES, MAX_JSON_BYTES, decode_caption, decode_json_caption
+from beit3_ds.data.images.compact_strings import CompactStrings
+from beit3_ds.data.images.decoding import MAX_IMAGE_BYTES, decode_image
+from beit3_ds.data.images.shard_scan import reason_to_skip
+
+_CAPTIONS = ("txt", "TXT", "json", "JSON")  # the first one found is read
+
+_SIZES_LOOKED_UP = 1024
+"""Images whose sizes are looked up; a million requests to a network file system would take minutes."""
 
 
-class Folder:
-    """A folder whose files are read whole; no name leads out of it.
+class ImageFolder:
+    """The images below a folder, sorted by path.
 
-    A name may pass through links to folders, which the owner of the folder made (ImageNet's classes are often linked
-    together). It may not lead out by `..` or as an absolute path, which an annotation file could contain. A link to a
-    single file outside is not read.
+    The caption of `NAME.jpg` is in `NAME.txt`, or else under `caption` in `NAME.json`, if there is one.
 
-    A missing file is a fault of the data only while the opened folder is still at its path. If the folder is gone, or
-    another one is at its path, it was unmounted.
-
-    Attributes:
-        path: its path without links.
+    Links to folders are followed, even out of the folder, because ImageNet's classes are often linked together. A
+    folder that several links lead to is listed once, so loops of links end. Links to single files outside and hidden
+    files are not read. `skipped` counts everything that is left out. A path takes 8 bytes beside its text.
     """
 
     def __init__(self, path: str) -> None:
-        """Opens a folder.
+        """Lists the folder; opens no image.
 
         Raises:
-            OSError: if it is not a folder, or cannot be read.
-        """
-        self.path = os.path.realpath(path)
-        self._inode = read_with_retries(lambda: _inode(self.path), self.path)
-
-    def contains(self, name: str) -> bool:
-        """Returns whether `name` is in the folder, or in a folder that a link in it leads to.
-
-        Raises:
-            ValueError: for a name with NUL.
-        """
-        path = os.path.join(self.path, name)
-        real = os.path.realpath(path)
-        if _lies_in(real, self.path):
-            return True
-        if os.path.isabs(name) or ".." in name.split(os.sep):
-            return False
-        return _lies_in(real, os.path.realpath(os.path.dirname(path)))
-
-    def holds(self, name: str) -> bool:
-        """Returns whether `read` would find a file `name`; opens no file.
-
-        Raises:
+            ConfigError: if it is no folder or cannot be read, or no image lies in it.
             StorageError: if the file system fails.
         """
-        path = os.path.join(self.path, name)
-        try:
-            return self.contains(name) and stat.S_ISREG(read_with_retries(lambda: os.stat(path), path).st_mode)
-        except (OSError, ValueError):  # a name with NUL
-            return False
+        self._folder = open_folder(path)
+        self.path = self._folder.path
+        self._names, self.skipped = list_images(self._folder)
 
-    def read(self, name: str, limit: int) -> bytes:
-        """Reads the file `name`.
+    def __len__(self) -> int:
+        """Images, broken ones included."""
+        return len(self._names)
+
+    def files(self) -> Iterator[SourceFile]:
+        """Yields the images, sorted; the sizes of 1024 of them, evenly spread, are looked up."""
+        every = -(-len(self) // _SIZES_LOOKED_UP)
+        for number in range(len(self)):
+            name = self._names[number]
+            num_bytes = None if number % every else _size(os.path.join(self.path, name))
+            yield SourceFile(name, num_bytes, 1)
+
+    def name(self, index: int) -> str:
+        """Path of an image."""
+        return printable(os.path.join(self.path, self._names[index]))
+
+    def image(self, index: int, min_side: int | None = None) -> Image.Image:
+        """Decodes an image, upright and in RGB.
 
         Raises:
-            ValueError: if it is outside, missing, forbidden, not a regular file, or longer than `limit` bytes.
-            StorageError: if the file system fails, or the folder is no longer there.
+            BrokenRecordError: if it cannot be read.
+            StorageError: if the file system fails.
         """
-        path = os.path.join(self.path, name)
         try:
-            return read_with_retries(lambda: self._read(name, path, limit), path)
-        except OSError as error:
-            self._check_still_there()
-            # The text of the error names the file, which would make every message another reason.
-            raise ValueError(error.strerror) from error
+            return read_image(self._folder, self._names[index], min_side)
+        except ValueError as error:
+            raise BrokenRecordError(f"{self.name(index)}: broken image: {error}") from error
 
-    def _read(self, name: str, path: str, limit: int) -> bytes:
-        if not self.contains(name):
-            raise ValueError(f"it leads out of the folder {self.path}")
-        # Opening a pipe would wait for its other end.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    def caption(self, index: int) -> str:
+        """Returns the caption of an image, without white space around it.
+
+        Raises:
+            BrokenRecordError: if it has none, or one that cannot be read.
+            StorageError: if the file system fails.
+        """
+        stem = os.path.splitext(self._names[index])[0]
+        found = (f"{stem}.{extension}" for extension in _CAPTIONS)
+        name = next(filter(self._exists, found), f"{stem}.{_CAPTIONS[0]}")
         try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise ValueError("no plain file")
-            if status.st_size > limit:
-                raise ValueError(f"{status.st_size} bytes exceed the limit of {limit}")
-            return read_fully(descriptor, 0, status.st_size)  # one call: a file object asks once more for the end
-        finally:
-            os.close(descriptor)
+            if name.lower().endswith("json"):
+                return decode_json_caption(self._folder.read(name, MAX_JSON_BYTES))
+            return decode_caption(self._folder.read(name, MAX_CAPTION_BYTES))
+        except ValueError as error:
+            raise BrokenRecordError(f"{self.name(index)}: broken caption: {error}") from error
 
-    def _check_still_there(self) -> None:
-        try:
-            found = read_with_retries(lambda: _inode(self.path), self.path)
-        except OSError as error:
-            raise storage_error(self.path, error, attempts=1) from error
-        if found != self._inode:
-            raise storage_error(self.path, OSError("another folder is there now"), attempts=1)
+    def pair(self, index: int, min_side: int | None = None) -> tuple[Image.Image, str]:
+        """Returns the image and the caption of a sample.
 
+        Raises:
+            BrokenRecordError: if either is missing or cannot be read.
+        """
+        caption = self.caption(index)  # first, because it costs less than the image
+        return self.image(index, min_side), caption
 
-def _inode(path: str) -> int:
-    """Returns the inode of a folder that can be listed; an automounter may change the device number, not this."""
-    with os.scandir(path):
-        return os.stat(path).st_ino
+    def _exists(self, name: str) -> bool:
+        return os.path.lexists(os.path.join(self.path, name))
 
 
-def _lies_in(path: str, folder: str) -> bool:
-    return path.startswith(os.path.join(folder, ""))
+def _size(path: str) -> int | None:
+    try:
+        return os.stat(path).st_size
+    except OSError:  # reading it counts it as a broken record
+        return None
+
+
+def open_folder(path: str) -> Folder:
+    """Opens a folder of images.
+
+    Raises:
+        ConfigError: if it is not a folder, or cannot be read.
+        StorageError: if the file system fails.
+    """
+    try:
+        return Folder(path)
+    except OSError as error:
+        raise ConfigError(
+            f"data: folder {printable(path)} cannot be listed: {error}. Correct the path in the config."
+        ) from error
+
+
+def list_images(folder: Folder) -> tuple[CompactStrings, dict[str, Skipped]]:
+    """Lists the images below a folder by their paths in it, sorted, and what was left out.
+
+    Raises:
+        ConfigError: if a folder below cannot be read, or no image lies in it.
+        StorageError: if the file system fails.
+    """
+    listing = _Listing(folder)
+    try:
+        listing.walk()
+    except OSError as error:
+        raise ConfigError(
+            f"data: folder {printable(folder.path)} cannot be listed: {error}. Make it readable, or move it."
+        ) from error
+    if not listing.names:
+        left_out = "; ".join(
+            f"{found.num_members:,} left out, {reason} ({printable(found.example)})"
+            for reason, found in listing.skipped.items()
+        )
+        raise ConfigError(
+            f"data: no image ({', '.join(IMAGE_EXTENSIONS)}) lies below {printable(folder.path)}"
+            f"{f': {left_out}' if left_out else ''}. Correct the path in the config."
+        )
+    return CompactStrings(sorted(listing.names)), listing.skipped
+
+
+def read_image(folder: Folder, name: str, min_side: int | None) -> Image.Image:
+    """Decodes the image `name` in a folder as `decode_image` does.
+
+    Raises:
+        ValueError: if it cannot be read, or lies outside.
+        StorageError: if the file system fails.
+    """
+    return decode_image(folder.read(name, MAX_IMAGE_BYTES), min_side)
+
+
+class _Listing:
+    """Lists what is below a folder, every real folder once: by its own path, or else by the first link to it."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.names: list[str] = []
+        self.skipped: dict[str, Skipped] = {}
+        self._folder = folder
+        self._seen: set[tuple[int, int]] = set()
+        self._folders = [""]
+        self._links: list[str] = []  # a heap: which link comes first must not depend on the file system
+
+    def walk(self) -> None:
+        while self._folders or self._links:
+            inside = self._folders.pop() if self._folders else heapq.heappop(self._links)
+            path = os.path.join(self._folder.path, inside)
+            status = read_with_retries(lambda path=path: os.stat(path), path)  # type: ignore[misc]
+            if (status.st_dev, status.st_ino) in self._seen:
+                self._skip("folder that was listed by another path", inside)
+                continue
+            self._seen.add((status.st_dev, status.st_ino))
+            self._list(inside, read_with_retries(lambda path=path: _entries(path), path))  # type: ignore[misc]
+
+    def _list(self, inside: str, entries: list[os.DirEntry[str]]) -> None:
+        images: set[str] = set()
+        texts: set[tuple[str, str]] = set()
+        for entry in entries:
+            name, (stem, _, own_extension) = os.path.join(inside, entry.name), entry.name.rpartition(".")
+            extension = own_extension.lower()
+            if entry.name.startswith("."):
+                self._skip("hidden file or folder", name)
+            elif _is_folder(entry):
+                if entry.is_symlink():
+                    heapq.heappush(self._links, name)
+                else:
+                    self._folders.append(name)
+            elif extension in IMAGE_EXTENSIONS:
+                if self._add_image(entry, name):
+                    images.add(stem)
+            elif own_extension in _CAPTIONS:
+                texts.add((stem, own_extension))
+            else:
+                self._skip(reason_to_skip(extension), name)
+        for stem, extension in texts:
+            name = os.path.join(inside, f"{stem}.{extension}")
+            if stem not in images:
+                self._skip("text or JSON file without an image", name)
+            elif extension.isupper() and (stem, extension.lower()) in texts:
+                self._skip("second caption of an image", name)
+
+    def _add_image(self, entry: os.DirEntry[str], name: str) -> bool:
+        path = os.path.join(self._folder.path, name)
+        if entry.is_symlink() and not (self._folder.contains(name) and os.path.isfile(path)):
+            self._skip("link to a file out of the folder, or to no file", name)
+        elif not entry.is_symlink() and not entry.is_file():
+            self._skip("no plain file", name)
+        else:
+            self.names.append(name)
+            return True
+        return False
+
+    def _skip(self, reason: str, example: str) -> None:
+        count, first = self.skipped.get(reason, (0, example))
+        self.skipped[reason] = Skipped(count + 1, min(first, example))
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return list(entries)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:  # a link to itself
+        if error.errno in FILE_ERRORS:
+            return False
+        raise

@@ -5,62 +5,32 @@ the members left out, by reason), then one record of fixed width per sample. Rec
 file system call, no process copies them, and all processes of a machine share the page cache.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from beit3_ds.atomic_file import bounded_name, written_aside
 from beit3_ds.config import ConfigError
-from beit3_ds.data.files.kinds import kind_of_file
-from beit3_ds.data.files.open_files import OpenFiles
+from beit3_ds.data.files.descriptors import OpenFiles
 from beit3_ds.data.files.reading import read_with_retries, storage_error
-from beit3_ds.data.images.image_source import Skipped
-from beit3_ds.data.images.tar_members import TarError, TarMember, iterate_tar_members
+from beit3_ds.data.files.records import Skipped
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
-"""Extensions of a sample's image, in lower case; the format itself is told by content."""
-CAPTION_EXTENSIONS = ("txt", "json")
-"""Extensions of a sample's caption, the first one preferred; of JSON the value of `caption`, as img2dataset writes."""
-UNREAD_IMAGE_EXTENSIONS = (
-    *(
-        "avif",
-        "heic",
-        "heif",
-        "jp2",
-        "j2k",
-        "jxl",
-        "jfif",
-        "svg",
-        "ico",
-        "psd",
-        "tga",
-        "ppm",
-        "pgm",
-        "pbm",
-        "exr",
-        "hdr",
-    ),
-    *("dng", "cr2", "nef", "arw", "raw", "eps"),
-)
-"""Extensions of images in formats that `images.decode_image` does not read."""
 NO_MEMBER = -1
 """Size of a member that a sample does not have."""
 
 _FORMAT = 2  # version of the file and of the rule that groups members into samples
 _MAX_HEADER_BYTES = 1 << 20
 _MEMBER = np.dtype([("offset", "<i8"), ("size", "<i8"), ("crc32", "<u4")])
-_EXTENSIONS = (*IMAGE_EXTENSIONS, *CAPTION_EXTENSIONS)
 
 
-def _record_type(key_width: int) -> np.dtype[Any]:
+def record_type(key_width: int) -> np.dtype[Any]:
     return np.dtype([("image", _MEMBER), ("caption", _MEMBER), ("caption_is_json", "u1"), ("key", f"S{key_width}")])
 
 
@@ -108,7 +78,7 @@ class StoredIndex:
                 header = json.loads(line)
             if header["format"] != _FORMAT:
                 raise ValueError(f"format {header['format']} instead of {_FORMAT}")
-            self._type = _record_type(int(header["key_width"]))
+            self._type = record_type(int(header["key_width"]))
             self._start, self._length = len(line), int(header["num_samples"])
             if os.path.getsize(path) != self._start + self._length * self._type.itemsize:
                 raise ValueError("cut off or overwritten")
@@ -152,7 +122,7 @@ class StoredIndex:
         return data[self._start :].view(self._type)
 
     def _check_tar(self, tar: str, made_from: tuple[int, int]) -> None:
-        status = _stat(tar)
+        status = stat_tar(tar)
         for what, now, then in zip(("size", "mtime_ns"), (status.st_size, status.st_mtime_ns), made_from, strict=True):
             if now != then:
                 raise ConfigError(
@@ -166,35 +136,6 @@ def index_path(cache_dir: str, tar: str) -> str:
     folder, name = os.path.split(os.path.abspath(tar))
     digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]
     return os.path.join(cache_dir, "index", f"{bounded_name(name)}.{digest}.index")
-
-
-def scan_shard(tar: str, with_checksums: bool = False) -> ShardIndex:
-    """Indexes a tar from its headers; with checksums it also reads images and captions. The tar may have no samples.
-
-    The first of several members with one name, or of several images of one sample, counts.
-
-    Raises:
-        ConfigError: if the file is unreadable, not a tar, damaged, truncated, or changes while it is read.
-        StorageError: if the file system fails.
-    """
-    before = _stat(tar)
-    try:
-        samples, skipped = read_with_retries(lambda: _scan(tar, with_checksums), tar)
-    except (OSError, TarError) as error:
-        raise ConfigError(
-            f"data: {tar} cannot be read as an uncompressed tar shard: {error}. {_advice(tar)}"
-        ) from error
-    if (before.st_size, before.st_mtime_ns) != (_stat(tar).st_size, _stat(tar).st_mtime_ns):
-        raise ConfigError(f"data: {tar} changed while it was read. Wait until it is complete.")
-    return ShardIndex(
-        records=_to_records(samples), tar_size=before.st_size, tar_mtime_ns=before.st_mtime_ns, skipped=skipped
-    )
-
-
-def reason_to_skip(extension: str) -> str:
-    """Returns why a file with this extension, in lower case, is not part of a sample."""
-    is_image = extension in UNREAD_IMAGE_EXTENSIONS
-    return "image in a format that is not read" if is_image else "neither image nor caption, by its extension"
 
 
 def write_index(index: ShardIndex, path: str) -> None:
@@ -218,113 +159,7 @@ def write_index(index: ShardIndex, path: str) -> None:
         file.write(json.dumps(header).encode("ascii") + b"\n" + data)
 
 
-class _Sample(NamedTuple):
-    members: dict[str, tuple[int, int, int]]
-    """Offset, size and CRC-32 by extension."""
-
-
-class _Candidate(NamedTuple):
-    """A tar member whose extension says that it belongs to a sample."""
-
-    key: str
-    """Name without the extension."""
-    extension: str
-    """Extension in lower case."""
-    member: TarMember
-    """Place in the tar."""
-
-
-def _scan(tar: str, with_checksums: bool) -> tuple[dict[str, _Sample], dict[str, Skipped]]:
-    """Groups the members of a tar into samples; returns them by key, and the members left out, by reason."""
-    samples: dict[str, _Sample] = {}
-    skipped: dict[str, Skipped] = {}
-    candidates: list[_Candidate] = []
-
-    def skip(reason: str, name: str) -> None:
-        count, example = skipped.get(reason, (0, name))
-        skipped[reason] = Skipped(count + 1, example)
-
-    with open(tar, "rb", buffering=0) as file:
-        for member in iterate_tar_members(file.fileno()):
-            key, _, extension = member.name.rpartition(".")
-            extension = extension.lower()
-            if member.skip_reason:
-                skip(member.skip_reason, member.name)
-            elif member.name.rpartition("/")[2].startswith("."):
-                skip("hidden file", member.name)  # such as those that macOS adds
-            elif not key or extension not in _EXTENSIONS:
-                skip(reason_to_skip(extension), member.name)
-            else:
-                candidates.append(_Candidate(key, extension, member))
-        keys = {candidate.key for candidate in candidates}
-        for candidate in candidates:
-            if (first := _key_to_first_dot(candidate.key)) != candidate.key and first in keys:
-                reason = "further part of a sample (KEY.PART.png beside KEY.png or KEY.txt)"
-            else:
-                reason = _add(samples, candidate, file.fileno() if with_checksums else None)
-            if reason:
-                skip(reason, candidate.member.name)
-    return samples, skipped
-
-
-def _key_to_first_dot(key: str) -> str:
-    folder, slash, name = key.rpartition("/")
-    return f"{folder}{slash}{name.partition('.')[0]}"
-
-
-def _add(samples: dict[str, _Sample], candidate: _Candidate, descriptor: int | None) -> str:
-    """Files a member under its sample; returns the reason if it is left out."""
-    extension, member = candidate.extension, candidate.member
-    members = samples.setdefault(candidate.key, _Sample({})).members
-    if extension in members:
-        return "name twice"
-    if extension in IMAGE_EXTENSIONS and not members.keys().isdisjoint(IMAGE_EXTENSIONS):
-        return "second image of a sample"
-    crc32 = 0 if descriptor is None else _checksum(descriptor, member)
-    members[extension] = (member.offset, member.size, crc32)
-    return ""
-
-
-def _advice(tar: str) -> str:
-    """Returns advice for a file that is not a tar."""
-    with contextlib.suppress(OSError):
-        kind = kind_of_file(tar)
-        if kind.endswith(("gzip data", "Zstandard data", "bzip2 data", "xz data", "LZ4 data")):
-            return f"It holds {kind}: decompress it, since single samples are read from their places in the tar."
-        if kind and kind != "a tar archive":
-            return f"It holds {kind}: leave it out of the pattern."
-    if tar.lower().endswith((".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt")):
-        return (
-            'A file of captions needs its own format, such as "format": "conceptual_captions" with "images": '
-            "FOLDER, or leave it out of the pattern (write *.tar)."
-        )
-    return "Fetch it again, or leave it out of the config: a tar is used whole or not at all."
-
-
-def _checksum(descriptor: int, member: TarMember) -> int:
-    crc32, position, end = 0, member.offset, member.offset + member.size
-    while position < end:
-        chunk = os.pread(descriptor, min(end - position, 1 << 22), position)
-        if not chunk:
-            raise TarError(f"cut off at byte {position}")
-        crc32, position = zlib.crc32(chunk, crc32), position + len(chunk)
-    return crc32
-
-
-def _to_records(samples: dict[str, _Sample]) -> NDArray[np.void]:
-    keys = [key.encode("utf-8", "surrogateescape") for key in samples]
-    records = np.zeros(len(keys), dtype=_record_type(max(map(len, keys), default=1)))
-    records["key"] = keys
-    missing = (0, NO_MEMBER, 0)
-    for record, sample in zip(records, samples.values(), strict=True):
-        record["image"] = next((sample.members[e] for e in IMAGE_EXTENSIONS if e in sample.members), missing)
-        captions = [e for e in CAPTION_EXTENSIONS if e in sample.members]
-        record["caption"] = sample.members[captions[0]] if captions else missing
-        record["caption_is_json"] = captions[:1] == ["json"]
-    return records
-
-
-def _stat(tar: str) -> os.stat_result:
+def stat_tar(tar: str) -> os.stat_result:
     try:
         return read_with_retries(lambda: os.stat(tar), tar)
     except OSError as error:

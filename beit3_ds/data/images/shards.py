@@ -8,22 +8,17 @@ import numpy as np
 from PIL import Image
 
 from beit3_ds.config import ConfigError
+from beit3_ds.data.files.descriptors import FileChangedError, OpenFiles
 from beit3_ds.data.files.fingerprint import SourceFile
-from beit3_ds.data.files.open_files import FileChangedError, OpenFiles
+from beit3_ds.data.files.kinds import IMAGE_EXTENSIONS
 from beit3_ds.data.files.patterns import expand_patterns
+from beit3_ds.data.files.printing import printable
 from beit3_ds.data.files.reading import read_with_retries
+from beit3_ds.data.files.records import BrokenRecordError, Skipped
 from beit3_ds.data.images.captions import MAX_JSON_BYTES, decode_caption, decode_json_caption
 from beit3_ds.data.images.decoding import MAX_IMAGE_BYTES, decode_image
-from beit3_ds.data.images.image_source import BrokenRecord, Skipped, printable
-from beit3_ds.data.images.shard_index import (
-    CAPTION_EXTENSIONS,
-    IMAGE_EXTENSIONS,
-    NO_MEMBER,
-    ShardIndex,
-    StoredIndex,
-    index_path,
-    scan_shard,
-)
+from beit3_ds.data.images.shard_index import NO_MEMBER, ShardIndex, StoredIndex, index_path
+from beit3_ds.data.images.shard_scan import CAPTION_EXTENSIONS, scan_shard
 
 _EMPTY = "tar without samples"
 _MAX_GAP = 1 << 18  # bytes between the image and the caption of a sample that are read along rather than skipped
@@ -52,10 +47,10 @@ class TarShards:
     | tar without samples | in `skipped`; refused if no tar has any: `ConfigError` |
     | tar or index gone, unreadable after retries | the run ends: `StorageError` |
     | links, devices, sparse files, names with `..` or a leading `/` | never read, in `skipped` |
-    | image empty, cut off, too large, no image, of unknown white | `BrokenRecord` |
+    | image empty, cut off, too large, no image, of unknown white | `BrokenRecordError` |
     | image under another format's extension | read: the content tells |
     | grey, palette, CMYK, 16 bits, alpha, animation, EXIF rotation | upright RGB on white, first frame |
-    | caption missing, empty, too long, not UTF-8, with NUL or half a surrogate pair | `BrokenRecord` |
+    | caption missing, empty, too long, not UTF-8, with NUL or half a surrogate pair | `BrokenRecordError` |
 
     Opening reads the headers of the index files in `cache_dir`. Without an index file it reads the tar's headers and
     keeps about 50 bytes per sample in each process. Indices are mapped and tars stay open (`OpenFiles`), so an image, a
@@ -113,7 +108,7 @@ class TarShards:
         """Decodes the image of a sample, upright and in RGB.
 
         Raises:
-            BrokenRecord: if it has none, or one that cannot be read.
+            BrokenRecordError: if it has none, or one that cannot be read.
         """
         shard, record = self._record(index)
         return self._decode_image(shard, record, self._read(shard, record, "image"), min_side)
@@ -122,7 +117,7 @@ class TarShards:
         """Returns the caption of a sample, without white space around it.
 
         Raises:
-            BrokenRecord: if it has none, or one that cannot be read.
+            BrokenRecordError: if it has none, or one that cannot be read.
         """
         shard, record = self._record(index)
         return self._decode_caption(shard, record, self._read(shard, record, "caption"))
@@ -131,7 +126,7 @@ class TarShards:
         """Returns the image and the caption of a sample; one read fetches both if they are neighbours in the tar.
 
         Raises:
-            BrokenRecord: if either is missing or cannot be read.
+            BrokenRecordError: if either is missing or cannot be read.
         """
         shard, record = self._record(index)
         caption_data, image_data = self._read_both(shard, record)
@@ -142,13 +137,13 @@ class TarShards:
         try:
             return decode_image(data, min_side)
         except ValueError as error:
-            raise BrokenRecord(f"{_name(self.paths[shard], record)}: broken image: {error}") from error
+            raise BrokenRecordError(f"{_name(self.paths[shard], record)}: broken image: {error}") from error
 
     def _decode_caption(self, shard: int, record: np.void, data: bytes) -> str:
         try:
             return decode_json_caption(data) if record["caption_is_json"] else decode_caption(data)
         except ValueError as error:
-            raise BrokenRecord(f"{_name(self.paths[shard], record)}: broken caption: {error}") from error
+            raise BrokenRecordError(f"{_name(self.paths[shard], record)}: broken caption: {error}") from error
 
     def _read_both(self, shard: int, record: np.void) -> tuple[bytes, bytes]:
         """Returns the bytes of the caption and of the image."""
@@ -171,9 +166,11 @@ class TarShards:
                 lambda: self._files.read(tar, offset, size, expected), tar, file_errors=frozenset()
             )
         except (FileChangedError, ValueError, OverflowError) as error:  # another tar, or a damaged index
-            raise BrokenRecord(f"{_name(tar, record)}: {error}") from error
+            raise BrokenRecordError(f"{_name(tar, record)}: {error}") from error
         if len(data) < size:
-            raise BrokenRecord(f"{_name(tar, record)}: only {len(data)} of {size} bytes left; has the shard changed?")
+            raise BrokenRecordError(
+                f"{_name(tar, record)}: only {len(data)} of {size} bytes left; has the shard changed?"
+            )
         return data
 
     def _record(self, index: int) -> tuple[int, np.void]:
@@ -216,12 +213,12 @@ def _place(tar: str, record: np.void, kind: str) -> tuple[int, int]:
     """Returns offset and size of a sample's image or caption.
 
     Raises:
-        BrokenRecord: if it is missing or too large.
+        BrokenRecordError: if it is missing or too large.
     """
     extensions, limit = _KINDS[kind]
     offset, size = int(record[kind]["offset"]), int(record[kind]["size"])
     if size == NO_MEMBER:
-        raise BrokenRecord(f"{_name(tar, record)}: no {kind} (.{', .'.join(extensions)})")
+        raise BrokenRecordError(f"{_name(tar, record)}: no {kind} (.{', .'.join(extensions)})")
     if not 0 <= size <= limit:
-        raise BrokenRecord(f"{_name(tar, record)}: {kind} of {size} bytes exceeds the limit of {limit}")
+        raise BrokenRecordError(f"{_name(tar, record)}: {kind} of {size} bytes exceeds the limit of {limit}")
     return offset, size

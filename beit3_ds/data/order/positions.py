@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from beit3_ds.data.order.mixture import positions_per_source
 from beit3_ds.data.order.permutation import block_key
-from beit3_ds.data.order.turns import turns_taken
-from beit3_ds.data.order.unseen import Unseen, from_nodes, gone_bounds
+from beit3_ds.data.order.remaining import RemainingSamples, from_nodes, gone_bounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class SourcePosition:
     size: int
     """Samples."""
     digest: str
-    """Digest of the numbers of its samples (`numbering.numbering_digest`)."""
+    """Digest of the numbers of its samples (`numbering.prefix_digest`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +36,12 @@ class SetPosition:
     """Key, beside the run's seed, of the permutation of the samples in `unseen`."""
     unseen: tuple[Any, ...] | None = None
     """Samples that the epoch had left when the data last changed (`unseen.to_nodes`); None is all of the set."""
-    num_unseen: int | None = None
+    num_remaining: int | None = None
     """Samples in `unseen`."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParkedSource:
+class RemovedSource:
     """A source that was removed from the config, with the rest of its epoch in case it is added again."""
 
     source: SourcePosition
@@ -65,7 +65,7 @@ class StreamPosition:
     """The sources in the order of the config, which also numbers the stream's samples."""
     sets: tuple[SetPosition, ...]
     """One set per source if there are weights, else one set."""
-    parked: tuple[ParkedSource, ...] = ()
+    parked: tuple[RemovedSource, ...] = ()
     """Sources that are no longer in the config."""
     next_id: int
     """Id of the next new source."""
@@ -100,12 +100,12 @@ class StreamPosition:
             start += source.size
         return gone_bounds(source_id)
 
-    def unseen(self, number: int) -> Unseen | None:
+    def unseen(self, number: int) -> RemainingSamples | None:
         """Returns the samples that a set's epoch had left when the data last changed; None is all."""
         nodes = self.sets[number].unseen
         return None if nodes is None else from_nodes(nodes, self.bounds)
 
-    def fresh_set(self, number: int, epoch: int) -> SetPosition:
+    def start_epoch(self, number: int, epoch: int) -> SetPosition:
         """Returns a set at the beginning of an epoch."""
         return SetPosition(epoch=epoch, taken=0, key=(*self.base_key(number), epoch))
 
@@ -116,7 +116,7 @@ class StreamPosition:
         if self.weights is None:
             moves = [samples]
         else:
-            before, after = (turns_taken(self.weights, turns) for turns in (self.turns, self.turns + samples))
+            before, after = (positions_per_source(self.weights, turns) for turns in (self.turns, self.turns + samples))
             moves = [last - first for first, last in zip(before, after, strict=True)]
         sets = tuple(self._moved(number, move) for number, move in enumerate(moves))
         return dataclasses.replace(self, turns=self.turns + samples, sets=sets)
@@ -124,11 +124,11 @@ class StreamPosition:
     def _moved(self, number: int, samples: int) -> SetPosition:
         position = self.sets[number]
         first, last = self.set_bounds(number)
-        left = (last - first if position.num_unseen is None else position.num_unseen) - position.taken
+        left = (last - first if position.num_remaining is None else position.num_remaining) - position.taken
         if samples < left:
             return dataclasses.replace(position, taken=position.taken + samples)
         epochs, taken = divmod(samples - left, last - first)
-        return dataclasses.replace(self.fresh_set(number, position.epoch + 1 + epochs), taken=taken)
+        return dataclasses.replace(self.start_epoch(number, position.epoch + 1 + epochs), taken=taken)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the position as a JSON object, without the stream's name."""
@@ -157,7 +157,7 @@ def start_position(
         next_id=len(sources),
         blocks=blocks,
     )
-    sets = tuple(position.fresh_set(number, 0) for number in range(1 if weights is None else len(sources)))
+    sets = tuple(position.start_epoch(number, 0) for number in range(1 if weights is None else len(sources)))
     return dataclasses.replace(position, sets=sets)
 
 
@@ -169,7 +169,7 @@ def position_from_json(stream: str, content: Mapping[str, Any]) -> StreamPositio
     fields["sources"] = tuple(SourcePosition(**source) for source in fields["sources"])
     fields["sets"] = tuple(_set_from_json(position) for position in fields["sets"])
     fields["parked"] = tuple(
-        ParkedSource(source=SourcePosition(**parked["source"]), epoch=parked["epoch"], unseen=tuple(parked["unseen"]))
+        RemovedSource(source=SourcePosition(**parked["source"]), epoch=parked["epoch"], unseen=tuple(parked["unseen"]))
         for parked in fields["parked"]
     )
     return StreamPosition(stream=stream, **fields)
@@ -182,5 +182,5 @@ def _set_from_json(content: Mapping[str, Any]) -> SetPosition:
         taken=content["taken"],
         key=tuple(content["key"]),
         unseen=None if unseen is None else tuple(unseen),
-        num_unseen=content["num_unseen"],
+        num_remaining=content["num_remaining"],
     )

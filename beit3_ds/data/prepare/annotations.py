@@ -6,7 +6,7 @@ import numpy as np
 from tqdm import tqdm
 
 from beit3_ds.config import ConfigError, DataConfig, SourceConfig
-from beit3_ds.data.images.annotated_images import AnnotatedImages
+from beit3_ds.data.images.annotated import AnnotatedImages
 from beit3_ds.data.images.annotation_table import StoredAnnotations, describe_files, write_table
 from beit3_ds.data.sources import annotation_files, check_images_are_there, read_annotations, source_table
 

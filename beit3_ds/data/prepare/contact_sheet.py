@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from beit3_ds.data.images.image_source import BrokenRecord, ImageSource
+from beit3_ds.data.files.records import BrokenRecordError
+from beit3_ds.data.images.source import ImageSource
 from beit3_ds.data.sources import spread
 
 _COLUMNS = 6
@@ -40,11 +41,11 @@ def draw_contact_sheet(sources: Mapping[str, ImageSource], samples_per_source: i
 def _sample(source: ImageSource, index: int) -> tuple[Image.Image, str]:
     try:
         image = ImageOps.pad(source.image(index), (_SIDE, _SIDE), color="lightgrey")
-    except BrokenRecord as error:
+    except BrokenRecordError as error:
         return Image.new("RGB", (_SIDE, _SIDE), "mistyrose"), _wrap(str(error)[-_NUM_LINES * _LINE_LENGTH :])
     try:
         return image, _wrap(source.caption(index))
-    except BrokenRecord:
+    except BrokenRecordError:
         return image, _wrap(source.name(index)[-_NUM_LINES * _LINE_LENGTH :])
 
 

@@ -14,9 +14,11 @@ from tqdm import tqdm
 from beit3_ds.config import ConfigError, DataConfig
 from beit3_ds.cores import count_cores
 from beit3_ds.data.files.patterns import expand_patterns
-from beit3_ds.data.images.image_folder import ImageFolder
-from beit3_ds.data.images.image_source import Skipped, printable
-from beit3_ds.data.images.shard_index import StoredIndex, index_path, scan_shard, write_index
+from beit3_ds.data.files.printing import printable
+from beit3_ds.data.files.records import Skipped
+from beit3_ds.data.images.folder import ImageFolder
+from beit3_ds.data.images.shard_index import StoredIndex, index_path, write_index
+from beit3_ds.data.images.shard_scan import scan_shard
 from beit3_ds.data.sources import image_format
 from beit3_ds.data.workers.pool import Preparation, prepare_in_any_order
 from beit3_ds.data.workers.waiting import WaitLimits

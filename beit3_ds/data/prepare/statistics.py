@@ -10,10 +10,12 @@ import numpy as np
 
 from beit3_ds.config import DataConfig
 from beit3_ds.data.files.patterns import expand_patterns
-from beit3_ds.data.images.image_source import BrokenRecord, ImageSource, Skipped, printable
+from beit3_ds.data.files.printing import printable
+from beit3_ds.data.files.records import BrokenRecordError, Skipped
+from beit3_ds.data.images.source import ImageSource
 from beit3_ds.data.sources import open_images, spread
+from beit3_ds.data.text.paragraphs import BrokenLines, read_paragraphs, whole_file
 from beit3_ds.data.text.sequences import texts_folder
-from beit3_ds.data.text.text_files import BrokenLines, read_paragraphs, whole_file
 from beit3_ds.data.text.token_files import count_tokens
 from beit3_ds.data.validation_overlap import check_validation_apart
 
@@ -121,14 +123,14 @@ def examine_source(source: ImageSource, with_captions: bool, max_examined: int) 
         try:
             width, height = source.image(index).size
             _add(statistics, {"image width": width, "image height": height})
-        except BrokenRecord as error:
+        except BrokenRecordError as error:
             messages.append(str(error))
         if with_captions:
             try:
                 caption = source.caption(index)
                 statistics.texts.append(caption)
                 _add(statistics, {"caption characters": len(caption), "caption words": len(caption.split())})
-            except BrokenRecord as error:
+            except BrokenRecordError as error:
                 messages.append(str(error))
         for message in messages:
             statistics.add_broken(message)

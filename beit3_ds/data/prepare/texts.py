@@ -12,16 +12,16 @@ from tqdm import tqdm
 from beit3_ds.config import ConfigError, DataConfig
 from beit3_ds.cores import count_cores
 from beit3_ds.data.files.patterns import expand_patterns
+from beit3_ds.data.text.paragraphs import BrokenLines, TextPiece, cut_into_pieces
 from beit3_ds.data.text.sentences import ParagraphCutter
+from beit3_ds.data.text.sequence_borders import write_borders
 from beit3_ds.data.text.sequences import texts_folder
-from beit3_ds.data.text.text_files import BrokenLines, TextPiece, cut_into_pieces
 from beit3_ds.data.text.token_files import (
     TokenPiece,
     find_token_pieces,
     read_token_piece,
     remove_other_pieces,
     token_path,
-    write_borders,
     write_tokens,
 )
 from beit3_ds.data.workers.pool import Preparation, prepare_in_any_order

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from beit3_ds.config import ConfigError
 from beit3_ds.data.files.fingerprint import SourceFile
 from beit3_ds.data.files.patterns import expand_patterns
-from beit3_ds.data.images.image_source import printable
+from beit3_ds.data.files.printing import printable
+from beit3_ds.data.text.paragraphs import BrokenLines, read_paragraphs, whole_file
 from beit3_ds.data.text.sentences import ParagraphCutter
-from beit3_ds.data.text.text_files import BrokenLines, read_paragraphs, whole_file
-from beit3_ds.data.text.token_files import PreparedText
+from beit3_ds.data.text.sequence_borders import PreparedText
 from beit3_ds.data.text.tokenization import encode_paragraphs, sequence_starts
 from beit3_ds.tokenizers.text import TextTokenizer
 
@@ -24,7 +24,7 @@ class TextSequences:
     Consecutive paragraphs of a file share a sequence as long as the next one fits whole. They may belong to several
     documents, which EOS separates unless `document_separator` is false. Only a paragraph longer than a sequence is cut,
     at ends of sentences, and its rest shares a sequence with the next paragraph. Only a sentence longer than a sequence
-    is cut inside, between words if possible. `beit3_ds.data.text.text_files` defines paragraphs, documents and readable
+    is cut inside, between words if possible. `beit3_ds.data.text.paragraphs` defines paragraphs, documents and readable
     files; `beit3_ds.data.text.sentences` defines the end of a sentence.
 
     Without `cache_dir` all text is tokenized at the start and kept in the memory of each process, two bytes per

@@ -15,9 +15,7 @@ written aside and renamed, so one that is there is whole.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
-from itertools import chain, islice
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -26,20 +24,16 @@ from numpy.typing import NDArray
 
 from beit3_ds.atomic_file import bounded_name, written_aside
 from beit3_ds.config import ConfigError
-from beit3_ds.data.files.open_files import map_file
-from beit3_ds.data.files.reading import read_with_retries, storage_error
-from beit3_ds.data.text.sentences import ParagraphCutter
-from beit3_ds.data.text.text_files import BrokenLines, TextPiece, read_paragraphs
-from beit3_ds.data.text.tokenization import TokenBlock, encode_paragraphs, sequence_starts, token_dtype
+from beit3_ds.data.files.descriptors import map_file
+from beit3_ds.data.text.paragraphs import BrokenLines, TextPiece, read_paragraphs
+from beit3_ds.data.text.tokenization import encode_paragraphs, token_dtype
 from beit3_ds.tokenizers.text import TextTokenizer
 
 _MAGIC = b"BEIT3TOK"
 _VERSION = 3  # of the format and of the rule that cuts sequences
 _SUFFIX = ".tokens"
-_BORDERS = -1  # number of the borders' map among those of pieces
-_COPY_NUMBERS = 1 << 18
-_BLOCK_TOKENS = 1 << 20
-_REDO = "Run `beit3 prepare texts CONFIG.json`: it does what is missing or out of date and keeps the rest."
+COPY_NUMBERS = 1 << 18
+REDO = "Run `beit3 prepare texts CONFIG.json`: it does what is missing or out of date and keeps the rest."
 
 
 class TokenPiece(NamedTuple):
@@ -73,12 +67,12 @@ class TokenPiece(NamedTuple):
     def tokens(self, start: int = 0, stop: int | None = None) -> NDArray[np.generic]:
         """The ids from `start` to `stop`, (stop - start,), memory-mapped."""
         stop = self.num_tokens if stop is None else stop
-        return _map(self.path, self.dtype, start * np.dtype(self.dtype).itemsize, stop - start)
+        return map_array(self.path, self.dtype, start * np.dtype(self.dtype).itemsize, stop - start)
 
     def paragraph_lengths(self) -> NDArray[np.generic]:
         """Tokens of each paragraph, (num_paragraphs,) uint32, memory-mapped."""
         offset = _aligned(self.num_tokens * np.dtype(self.dtype).itemsize)
-        return _map(self.path, "<u4", offset, self.num_paragraphs)
+        return map_array(self.path, "<u4", offset, self.num_paragraphs)
 
 
 def token_path(folder: Path, piece: TextPiece) -> Path:
@@ -105,7 +99,7 @@ def write_tokens(
             num_paragraphs += len(lengths)
         file.write(bytes(_aligned(file.tell()) - file.tell()))
         lengths_file.seek(0)
-        while chunk := lengths_file.read(4 * _COPY_NUMBERS):
+        while chunk := lengths_file.read(4 * COPY_NUMBERS):
             file.write(chunk)
         footer = {
             "dtype": dtype.str,
@@ -118,7 +112,7 @@ def write_tokens(
             "source_mtime_ns": status.st_mtime_ns,
             "broken": broken.lines,
         }
-        _write_footer(file, footer)
+        write_footer(file, footer)
     return TokenPiece(path, **footer | {"broken": tuple(broken.lines)})  # type: ignore[arg-type]
 
 
@@ -128,7 +122,7 @@ def read_token_piece(path: Path) -> TokenPiece:
     Raises:
         ConfigError: if it is damaged.
     """
-    footer = _read_footer(path)
+    footer = read_footer(path)
     return TokenPiece(path, **footer | {"source": TextPiece(*footer["source"]), "broken": tuple(footer["broken"])})
 
 
@@ -139,7 +133,7 @@ def count_tokens(folder: Path, sources: Iterable[str]) -> int:
         ConfigError: if one of them is damaged.
     """
     names = _names(folder)
-    found = (name for source in sources for name in names.get(_stem(source), ()))
+    found = (name for source in sources for name in names.get(file_stem(source), ()))
     return sum(read_token_piece(folder / name).num_tokens for name in found)
 
 
@@ -157,16 +151,16 @@ def find_token_pieces(
     while (not pieces or end < status.st_size) and (path := _piece_path(folder, source, end)).exists():
         piece = read_token_piece(path)
         if piece.tokenizer != tokenizer.fingerprint:
-            raise ConfigError(f"data: {piece.path} was made with another text tokenizer. {_REDO}")
+            raise ConfigError(f"data: {piece.path} was made with another text tokenizer. {REDO}")
         if piece.document_separator != document_separator:
             raise ConfigError(
                 f"data: {piece.path} was made with document_separator={piece.document_separator}, the config has "
-                f"{document_separator}. {_REDO}"
+                f"{document_separator}. {REDO}"
             )
         if not piece.fits(status):
             raise ConfigError(
                 f"data: {piece.path} was made when {source} had {piece.source_size} bytes and mtime_ns "
-                f"{piece.source_mtime_ns}; now they are {status.st_size} and {status.st_mtime_ns}. {_REDO}"
+                f"{piece.source_mtime_ns}; now they are {status.st_size} and {status.st_mtime_ns}. {REDO}"
             )
         if pieces and piece.source.stop <= end:
             break  # it would follow itself
@@ -175,7 +169,7 @@ def find_token_pieces(
     if not pieces or end != status.st_size:
         raise ConfigError(
             f"data: {folder} holds no tokens of {source} from byte {end} of {status.st_size}; they are not prepared, "
-            f"or not all parts have ended. {_REDO}"
+            f"or not all parts have ended. {REDO}"
         )
     return pieces
 
@@ -185,119 +179,17 @@ def remove_other_pieces(folder: Path, sources: Iterable[Sequence[TextPiece]]) ->
     names = _names(folder)
     for pieces in sources:
         kept = {token_path(folder, piece).name for piece in pieces}
-        for name in names.get(_stem(pieces[0].path), ()):
+        for name in names.get(file_stem(pieces[0].path), ()):
             if name not in kept:
                 (folder / name).unlink(missing_ok=True)
 
 
-def write_borders(
-    folder: Path, source: str, pieces: Sequence[TokenPiece], length: int, cutter: ParagraphCutter
-) -> None:
-    """Writes where the sequences of at most `length` tokens, BOS and EOS included, start, unless that is done."""
-    path = _borders_path(folder, source, length)
-    fingerprint = _fingerprint(pieces)
-    with suppress(ConfigError):  # missing or damaged
-        if _read_footer(path)["pieces"] == fingerprint:
-            return
-    total = sum(piece.num_tokens for piece in pieces)
-    starts = chain(sequence_starts(_blocks(pieces), length - 2, cutter), [total])
-    count = 0
-    with written_aside(path) as file:
-        while len(block := np.fromiter(islice(starts, _COPY_NUMBERS), dtype="<i8")):
-            file.write(block.tobytes())
-            count += len(block)
-        _write_footer(file, {"count": count, "pieces": fingerprint})
-
-
-class PreparedText:
-    """The sequences of one source file, read from its token files.
-
-    Nothing is loaded: ids and borders are mapped at their first use, so all processes of a machine share the page
-    cache. Maps keep no file open. A pickled copy maps the files again.
-    """
-
-    def __init__(
-        self, folder: Path, source: str, tokenizer: TextTokenizer, length: int, document_separator: bool = True
-    ) -> None:
-        """Opens the files and reads their footers.
-
-        Args:
-            folder: folder of the token files.
-            source: the source file, by its path in the config.
-            tokenizer: tokenizer that must have made the token files.
-            length: most tokens of a sequence, BOS and EOS included.
-            document_separator: setting with which the token files must have been made.
-
-        Raises:
-            ConfigError: naming the file that is missing, damaged or out of date.
-        """
-        self._pieces = find_token_pieces(folder, source, tokenizer, document_separator)
-        self.broken = tuple(line for piece in self._pieces for line in piece.broken)
-        self._borders_path = _borders_path(folder, source, length)
-        if not self._borders_path.exists():
-            raise ConfigError(
-                f"data: {self._borders_path} is missing: {source} is tokenized, but not cut into sequences of "
-                f"data.text_length={length} tokens. {_REDO}"
-            )
-        footer = _read_footer(self._borders_path)
-        if footer["pieces"] != _fingerprint(self._pieces):
-            raise ConfigError(f"data: {self._borders_path} is older than the token files beside it. {_REDO}")
-        self._num_borders: int = footer["count"]
-        self._piece_starts = np.cumsum([0, *(piece.num_tokens for piece in self._pieces)])
-        self._maps: dict[int, NDArray[np.generic]] = {}
-
-    def __len__(self) -> int:
-        """Sequences in the source."""
-        return self._num_borders - 1
-
-    def ids(self, index: int) -> NDArray[np.generic]:
-        """Reads the ids of a sequence, without BOS; the last one is EOS if a document ends there.
-
-        Raises:
-            StorageError: if a file cannot be mapped. A file that fails later, when its map is read, ends the process.
-        """
-        start, stop = (int(border) for border in self._borders()[index : index + 2])
-        parts = []
-        number = int(np.searchsorted(self._piece_starts, start, side="right")) - 1
-        while start < stop:
-            first = int(self._piece_starts[number])
-            part = self._tokens(number)[start - first : stop - first]
-            parts.append(part)
-            start += len(part)
-            number += 1
-        return np.concatenate(parts)
-
-    def _borders(self) -> NDArray[np.generic]:
-        if _BORDERS not in self._maps:
-            path, count = self._borders_path, self._num_borders
-            self._maps[_BORDERS] = _map_with_retries(path, lambda: _map(path, "<i8", 0, count))
-        return self._maps[_BORDERS]
-
-    def _tokens(self, number: int) -> NDArray[np.generic]:
-        if number not in self._maps:
-            piece = self._pieces[number]
-            self._maps[number] = _map_with_retries(piece.path, piece.tokens)
-        return self._maps[number]
-
-    def __getstate__(self) -> dict[str, Any]:
-        # NumPy would pickle a map as a copy of all it shows.
-        return vars(self) | {"_maps": {}}
-
-
-def _map_with_retries(path: Path, open_map: Callable[[], NDArray[np.generic]]) -> NDArray[np.generic]:
-    """Maps a file that existed when the run started; if it no longer can be mapped, its storage is at fault."""
-    try:
-        return read_with_retries(open_map, str(path), file_errors=frozenset())
-    except OSError as error:  # an error without a number: the file was truncated
-        raise storage_error(str(path), error, attempts=1) from error
-
-
-def _stem(source: str) -> str:
+def file_stem(source: str) -> str:
     return f"{bounded_name(Path(source).name)}-{hashlib.blake2b(os.fsencode(source), digest_size=6).hexdigest()}"
 
 
 def _piece_path(folder: Path, source: str, start: int) -> Path:
-    return folder / f"{_stem(source)}.{start:012d}{_SUFFIX}"
+    return folder / f"{file_stem(source)}.{start:012d}{_SUFFIX}"
 
 
 def _names(folder: Path) -> dict[str, list[str]]:
@@ -310,33 +202,7 @@ def _names(folder: Path) -> dict[str, list[str]]:
     return names
 
 
-def _borders_path(folder: Path, source: str, length: int) -> Path:
-    return folder / f"{_stem(source)}.length-{length}.borders"
-
-
-def _fingerprint(pieces: Sequence[TokenPiece]) -> str:
-    """Digest of what borders depend on beside the length: which tokens there are."""
-    facts = [
-        (piece.tokenizer, piece.document_separator, piece.source.start, piece.source_size, piece.source_mtime_ns)
-        for piece in pieces
-    ]
-    return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
-
-
-def _blocks(pieces: Sequence[TokenPiece]) -> Iterator[TokenBlock]:
-    """All paragraphs, in blocks of about `_BLOCK_TOKENS` that are mapped one by one: few pages stay in memory."""
-    for piece in pieces:
-        lengths, position = piece.paragraph_lengths(), 0
-        for first in range(0, len(lengths), _COPY_NUMBERS):
-            some = lengths[first : first + _COPY_NUMBERS]
-            borders = np.flatnonzero(np.diff(np.cumsum(some, dtype=np.int64) // _BLOCK_TOKENS)) + 1
-            for block in np.split(some, borders):
-                count = int(block.sum(dtype=np.int64))
-                yield piece.tokens(position, position + count), block
-                position += count
-
-
-def _map(path: Path, dtype: str, offset: int, count: int) -> NDArray[np.generic]:
+def map_array(path: Path, dtype: str, offset: int, count: int) -> NDArray[np.generic]:
     return map_file(str(path), offset + count * np.dtype(dtype).itemsize)[offset:].view(dtype)
 
 
@@ -344,12 +210,12 @@ def _aligned(offset: int) -> int:
     return -(-offset // 4) * 4
 
 
-def _write_footer(file: BinaryIO, footer: dict[str, Any]) -> None:
+def write_footer(file: BinaryIO, footer: dict[str, Any]) -> None:
     data = json.dumps({"version": _VERSION, **footer}).encode()
     file.write(data + len(data).to_bytes(8, "little") + _MAGIC)
 
 
-def _read_footer(path: Path) -> dict[str, Any]:
+def read_footer(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             end = file.seek(0, os.SEEK_END)
@@ -363,5 +229,5 @@ def _read_footer(path: Path) -> dict[str, Any]:
             if footer.pop("version") != _VERSION:
                 raise ValueError(f"it was not written by version {_VERSION} of the format")
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"data: {path} cannot be read: {error}. {_REDO}") from error
+        raise ConfigError(f"data: {path} cannot be read: {error}. {REDO}") from error
     return dict(footer)

@@ -11,11 +11,11 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from beit3_ds.data.text.paragraphs import Paragraph
 from beit3_ds.data.text.sentences import ParagraphCutter
-from beit3_ds.data.text.text_files import Paragraph
 from beit3_ds.tokenizers.text import TextTokenizer
 
-TokenBlock: TypeAlias = tuple[NDArray[np.generic], NDArray[np.generic]]
+TokenizedParagraphs: TypeAlias = tuple[NDArray[np.generic], NDArray[np.generic]]
 """All ids of consecutive paragraphs, (n,) in `token_dtype`, and how many each of them has, (paragraphs,)."""
 
 _BLOCK_PARAGRAPHS = 4096
@@ -29,7 +29,7 @@ def token_dtype(vocab_size: int) -> np.dtype[np.generic]:
 
 def encode_paragraphs(
     paragraphs: Iterable[Paragraph], tokenizer: TextTokenizer, document_separator: bool
-) -> Iterator[TokenBlock]:
+) -> Iterator[TokenizedParagraphs]:
     """Yields the ids of consecutive paragraphs, a block of about a million characters at a time.
 
     Args:
@@ -51,7 +51,7 @@ def encode_paragraphs(
         yield ids.astype(dtype), lengths
 
 
-def sequence_starts(blocks: Iterable[TokenBlock], limit: int, cutter: ParagraphCutter) -> Iterator[int]:
+def sequence_starts(blocks: Iterable[TokenizedParagraphs], limit: int, cutter: ParagraphCutter) -> Iterator[int]:
     """Packs consecutive paragraphs into sequences of at most `limit` tokens.
 
     A paragraph that fits into a sequence stays whole. A longer one starts a sequence and is cut at sentences; its rest

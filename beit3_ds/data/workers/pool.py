@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from beit3_ds.config import ConfigError
-from beit3_ds.data.files.reading_place import ReadingPlace
-from beit3_ds.data.workers.item_transfer import SHARED_MEMORY
+from beit3_ds.data.workers.current_record import CurrentRecord
 from beit3_ds.data.workers.process import Reply, WorkerDiedError, WorkerProcess
-from beit3_ds.data.workers.waiting import POLL_SECONDS, Patience, ReaderThread, WaitLimits
+from beit3_ds.data.workers.transport import SHARED_MEMORY
+from beit3_ds.data.workers.waiting import POLL_SECONDS, ReaderThread, WaitLimits, WaitTimer
 
 TaskT = TypeVar("TaskT")
 ItemT = TypeVar("ItemT")
@@ -103,7 +103,7 @@ def prepare_in_any_order(
     crew = _Crew(preparation)
     try:
         rest = iter(tasks)
-        busy: dict[int, tuple[TaskT, Patience, int]] = {}
+        busy: dict[int, tuple[TaskT, WaitTimer, int]] = {}
         error: Exception | None = None
         for worker, task in zip(range(num_workers), rest, strict=False):
             crew.hire()
@@ -159,14 +159,14 @@ class _Crew(Generic[TaskT, ItemT]):
         self._asked[worker].append(task)
         self.workers[worker].ask(task)
 
-    def begin(self, worker: int, task: TaskT) -> tuple[TaskT, Patience, int]:
+    def begin(self, worker: int, task: TaskT) -> tuple[TaskT, WaitTimer, int]:
         """Gives an idle worker a task."""
         self.ask(worker, task)
-        return task, Patience(self._limits), self.workers[worker].cpu_ticks()
+        return task, WaitTimer(self._limits), self.workers[worker].cpu_ticks()
 
     def receive(self, worker: int, task: TaskT) -> ItemT:
         """Waits for the item of a worker's oldest task."""
-        patience = Patience(self._limits)
+        patience = WaitTimer(self._limits)
         while (reply := self.look(worker, task, patience, POLL_SECONDS)) is None:
             pass
         return self.take(worker, task, reply)
@@ -178,7 +178,7 @@ class _Crew(Generic[TaskT, ItemT]):
             poll.register(self.workers[worker], select.POLLIN)
         poll.poll(POLL_SECONDS * 1000)
 
-    def look(self, worker: int, task: TaskT, patience: Patience, seconds: float) -> Reply | None:
+    def look(self, worker: int, task: TaskT, patience: WaitTimer, seconds: float) -> Reply | None:
         """Returns the reply of a worker if it arrives within some seconds; replaces the worker if it is lost."""
         process = self.workers[worker]
         was_ready = process.is_ready
@@ -207,7 +207,7 @@ class _Crew(Generic[TaskT, ItemT]):
         self._replaced[worker], self._stopped[worker] = 0, 0.0
         if reply.error is not None:
             raise reply.error from (None if isinstance(reply.error, ConfigError) else RuntimeError(f"\n{reply.trace}"))
-        if (slow := self.workers[worker].slow_bytes) and not self._told_slow:
+        if (slow := self.workers[worker].inline_bytes) and not self._told_slow:
             self._told_slow = True
             self._tell(
                 f"{slow / 1e6:.1f} MB of {self._preparation.describe(task)} found no room in {SHARED_MEMORY} "
@@ -252,7 +252,7 @@ class _Crew(Generic[TaskT, ItemT]):
 
 def _prepare_here(preparation: Preparation[TaskT, ItemT], tasks: Iterable[TaskT]) -> Iterator[ItemT]:
     """Prepares items one by one in a thread, so that a hanging file system does not block the main thread."""
-    thread, place = ReaderThread("reading data"), ReadingPlace()
+    thread, place = ReaderThread("reading data"), CurrentRecord()
     place.close_descriptor()
     try:
         for task in tasks:
@@ -262,7 +262,7 @@ def _prepare_here(preparation: Preparation[TaskT, ItemT], tasks: Iterable[TaskT]
         thread.close()
 
 
-def _describe_reading(preparation: Preparation[TaskT, ItemT], task: TaskT, place: ReadingPlace) -> str:
+def _describe_reading(preparation: Preparation[TaskT, ItemT], task: TaskT, place: CurrentRecord) -> str:
     return f"{preparation.describe(task)}, reading {place.read() or 'its files'}"
 
 

@@ -1,38 +1,31 @@
 """A process that prepares items for this one; every wait for it has a time limit."""
 
-import atexit
 import contextlib
 import multiprocessing
 import os
 import pickle
 import select
-import shutil
 import signal
 import socket
-import tempfile
 import threading
 import traceback
 import weakref
 from collections.abc import Callable
-from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from beit3_ds.config import ConfigError
-from beit3_ds.data.files.reading_place import ReadingPlace
-from beit3_ds.data.workers.item_transfer import ItemReceiver, send_item
+from beit3_ds.data.workers.current_record import CurrentRecord
+from beit3_ds.data.workers.fork_server import start_fork_server
+from beit3_ds.data.workers.transport import ItemReceiver, send_item
 from beit3_ds.data.workers.waiting import ReaderThread, WaitLimits
 
 Task = Any
 Work = Callable[[Task, Callable[[str], None]], Any]
 """Prepares the item of a task, and reports what it reads to its second argument."""
 
-_SOCKET_NAME_BYTES = 107  # of an AF_UNIX address
-_SOCKET_SUFFIX_BYTES = 40  # of multiprocessing's "/pymp-xxxxxxxx/listener-xxxxxxxx"
-_SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 _EXIT_SECONDS = 2.0
 _READY = "ready"
 
@@ -76,9 +69,9 @@ class WorkerProcess:
         """Starts the process and sends it the pickled work.
 
         Raises:
-            DataTimeoutError, StopRequestedError: as `Patience.check` does.
+            DataTimeoutError, StopRequestedError: as `WaitTimer.check` does.
         """
-        _start_server_of_workers(self._preload)
+        start_fork_server(self._preload)
         own, other = socket.socketpair()
         context = multiprocessing.get_context("forkserver")
         self._process = context.Process(target=_serve, args=(other, self._work, self._set_up), daemon=True)
@@ -90,7 +83,7 @@ class WorkerProcess:
             other.close()
             thread.close()
         self._connection, self._receiver = own, ItemReceiver(own)
-        self._place = ReadingPlace()
+        self._place = CurrentRecord()
         socket.send_fds(own, [b"p"], [self._place.descriptor])
         self._place.close_descriptor()
         handle = os.pidfd_open(self.pid)  # unlike this handle, a pid may be reused by another process
@@ -135,9 +128,9 @@ class WorkerProcess:
         return None if arrived is None else Reply(*arrived[0])
 
     @property
-    def slow_bytes(self) -> int:
+    def inline_bytes(self) -> int:
         """Bytes of the last reply that did not fit into shared memory."""
-        return self._receiver.slow_bytes
+        return self._receiver.inline_bytes
 
     def fileno(self) -> int:
         """Returns the socket's descriptor, for `select`."""
@@ -209,42 +202,6 @@ def _kill(handle: int) -> None:
     os.close(handle)
 
 
-def _start_server_of_workers(preload: str) -> None:
-    """Starts the server process from which workers are forked, if there is none; it and they block some signals.
-
-    Plain fork would copy the locks of threads that exist by now, and CUDA does not survive it. Clusters send SIGTERM or
-    SIGUSR1, and terminals SIGINT, to all processes of a run, to ask the ranks to end their step and save. Workers must
-    survive these signals, because that step still needs them.
-    """
-    use_short_socket_folder()
-    multiprocessing.get_context("forkserver").set_forkserver_preload([preload])  # once instead of by every worker
-    resource_tracker.ensure_running()  # else the server starts it first, which unblocks the signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})  # inherited
-    forkserver.ensure_running()
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def use_short_socket_folder() -> None:
-    """Moves multiprocessing's sockets to a folder with a short name, if TMPDIR is too long for a socket's address."""
-    settings = multiprocessing.current_process()._config  # type: ignore[attr-defined]  # where its own folder is kept
-    folder = settings.get("tempdir") or tempfile.gettempdir()
-    if len(os.fsencode(folder)) + _SOCKET_SUFFIX_BYTES <= _SOCKET_NAME_BYTES:
-        return
-    short = tempfile.mkdtemp(prefix="b3-", dir=_find_short_folder())
-    atexit.register(shutil.rmtree, short, ignore_errors=True)
-    settings["tempdir"] = short
-
-
-def _find_short_folder() -> str:
-    for folder in _SHORT_FOLDERS:
-        if os.access(folder, os.W_OK | os.X_OK):
-            return folder
-    raise ConfigError(
-        f"TMPDIR={tempfile.gettempdir()} is too long for a socket's name, and none of {', '.join(_SHORT_FOLDERS)} can "
-        "be written. Set TMPDIR to a shorter name."
-    )
-
-
 def _serve(connection: socket.socket, work: Work, set_up: Callable[[], object] | None) -> None:
     """Runs in the worker: answers tasks in order until the other process is gone."""
     torch.set_num_threads(1)  # workers would fight with the training process for its cores
@@ -254,7 +211,7 @@ def _serve(connection: socket.socket, work: Work, set_up: Callable[[], object] |
     _, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
     if not descriptors:
         return
-    place, receiver = ReadingPlace(descriptors[0]), ItemReceiver(connection)
+    place, receiver = CurrentRecord(descriptors[0]), ItemReceiver(connection)
     try:
         send_item(connection, _READY)
         while True:
@@ -265,7 +222,7 @@ def _serve(connection: socket.socket, work: Work, set_up: Callable[[], object] |
         return
 
 
-def _do(work: Work, task: Task, place: ReadingPlace) -> Reply:
+def _do(work: Work, task: Task, place: CurrentRecord) -> Reply:
     try:
         return Reply(work(task, place.note), None, "")
     except Exception as error:

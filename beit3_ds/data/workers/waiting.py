@@ -42,7 +42,7 @@ class WaitLimits:
     """Name of the waiting process, such as "rank 0 (host a)"."""
 
 
-class Patience:
+class WaitTimer:
     """One wait, from its beginning."""
 
     def __init__(self, limits: WaitLimits) -> None:
@@ -102,7 +102,7 @@ class ReaderThread:
             function: runs in the thread, and keeps running there if the wait is given up.
             limits: limits of the wait.
             what: names the item that is waited for.
-            is_start: as for `Patience.check`.
+            is_start: as for `WaitTimer.check`.
 
         Raises:
             StopRequestedError: if this process was asked to stop.
@@ -124,7 +124,7 @@ class ReaderThread:
             done.set()
 
         self._work.put(work)
-        patience = Patience(limits)
+        patience = WaitTimer(limits)
         while not done.wait(POLL_SECONDS):
             patience.check(what, is_start=is_start)
         if errors:

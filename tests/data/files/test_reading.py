@@ -18,12 +18,13 @@ from beit3_ds.cli import main as cli
 from beit3_ds.config import ConfigError, DataConfig, SourceConfig, StreamConfig
 from beit3_ds.data.files import reading as file_reading
 from beit3_ds.data.files.reading import open_for_reading, read_with_retries
+from beit3_ds.data.files.records import BrokenRecordError
 from beit3_ds.data.images.annotations import read_coco_captions, read_conceptual_captions
-from beit3_ds.data.images.image_folder import ImageFolder
-from beit3_ds.data.images.shards import BrokenRecord, TarShards
+from beit3_ds.data.images.folder import ImageFolder
+from beit3_ds.data.images.shards import TarShards
 from beit3_ds.data.prepare.texts import prepare_texts
+from beit3_ds.data.text.paragraphs import BrokenLines, read_paragraphs, whole_file
 from beit3_ds.data.text.sequences import TextSequences
-from beit3_ds.data.text.text_files import BrokenLines, read_paragraphs, whole_file
 from beit3_ds.storage_error import StorageError
 from beit3_ds.tokenizers.text import TextTokenizer
 from tests.data.conftest import WriteTar
@@ -154,7 +155,7 @@ def test_a_forbidden_image_is_a_broken_record(tmp_path: Path, png: bytes, faulty
     (tmp_path / "a.png").write_bytes(png)
     folder = ImageFolder(str(tmp_path))
     faulty_reads(str(tmp_path / "a.png"), 1, errno.EACCES)
-    with pytest.raises(BrokenRecord, match="Permission denied"):
+    with pytest.raises(BrokenRecordError, match="Permission denied"):
         folder.image(0)  # catches one file's permissions that end the run, and a retry that hides them
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from beit3_ds.config import ConfigError, DataConfig, SourceConfig, StreamConfig
 from beit3_ds.data import sources
-from beit3_ds.data.images.annotated_images import AnnotatedImages
-from beit3_ds.data.images.image_source import BrokenRecord
+from beit3_ds.data.files.records import BrokenRecordError
+from beit3_ds.data.images.annotated import AnnotatedImages
 from beit3_ds.data.prepare.annotations import prepare_annotations
 from beit3_ds.data.sources import open_images, read_annotations, source_table
 
@@ -48,7 +48,7 @@ def _samples(source: AnnotatedImages) -> list[tuple[str, str]]:
     def caption(index: int) -> str:
         try:
             return source.caption(index)
-        except BrokenRecord as error:
+        except BrokenRecordError as error:
             return str(error)
 
     return [(source.name(i), caption(i)) for i in range(len(source))]

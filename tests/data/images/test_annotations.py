@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 
 from beit3_ds.config import ConfigError
+from beit3_ds.data.files.records import BrokenRecordError
 from beit3_ds.data.images import annotations
-from beit3_ds.data.images.annotated_images import AnnotatedImages
+from beit3_ds.data.images.annotated import AnnotatedImages
 from beit3_ds.data.images.annotations import (
     read_coco_captions,
     read_conceptual_captions,
     read_sbu_captions,
     read_visual_genome,
 )
-from beit3_ds.data.images.image_source import BrokenRecord
 
 
 def _json(path: Path, content: object) -> str:
@@ -89,10 +89,10 @@ def test_damaged_annotations_are_broken_records_in_their_places(tmp_path: Path, 
     assert source.image(0).mode == "RGB"
     reasons = ["leads out", "leads out", "No such file", "null", "the file does not list"]
     for index, reason in enumerate(reasons, start=1):
-        with pytest.raises(BrokenRecord, match=rf"c\.json:{index} .*{reason}"):
+        with pytest.raises(BrokenRecordError, match=rf"c\.json:{index} .*{reason}"):
             source.image(index)
     for index in range(6, len(rows)):
-        with pytest.raises(BrokenRecord, match=rf"c\.json:{index} .*broken caption"):
+        with pytest.raises(BrokenRecordError, match=rf"c\.json:{index} .*broken caption"):
             source.caption(index)
     assert source.skipped == {"image id twice": (1, "1")}
 
@@ -131,7 +131,7 @@ def test_visual_genome(tmp_path: Path, png: bytes, monkeypatch: pytest.MonkeyPat
     assert _captions(source) == [f"phrase {j}, ]}} {i}" for i in range(8, 0, -1) for j in range(i % 3)]
     assert _image_names(source)[:3] == ["VG_100K/8.jpg", "VG_100K/8.jpg", "VG_100K_2/7.jpg"]
     assert source.image(2).mode == "RGB"
-    with pytest.raises(BrokenRecord, match=r"VG_100K_2/5\.jpg.*No such file"):
+    with pytest.raises(BrokenRecordError, match=r"VG_100K_2/5\.jpg.*No such file"):
         source.image(3)
 
 
@@ -182,7 +182,7 @@ def test_conceptual_captions(tmp_path: Path, png: bytes, columns: str) -> None:
     source = read_conceptual_captions(str(tmp_path / "train.tsv"), folder, columns)  # type: ignore[arg-type]
     assert _image_names(source) == ["0.jpg", "2.jpg", "3.jpg"]
     assert [source.caption(i) for i in (0, 2)] == [ROWS[0][0], ROWS[1][0]]
-    with pytest.raises(BrokenRecord, match="broken caption"):
+    with pytest.raises(BrokenRecordError, match="broken caption"):
         source.caption(1)
     assert source.skipped == {"row without two columns": (1, "row 1")}
     other = "url_caption" if columns == "caption_url" else "caption_url"

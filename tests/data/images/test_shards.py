@@ -10,8 +10,9 @@ import pytest
 from beit3_ds.config import ConfigError
 from beit3_ds.data.files import reading as file_reading
 from beit3_ds.data.files.patterns import expand_patterns
+from beit3_ds.data.files.records import BrokenRecordError
 from beit3_ds.data.images.shard_index import index_path
-from beit3_ds.data.images.shards import BrokenRecord, TarShards
+from beit3_ds.data.images.shards import TarShards
 from beit3_ds.data.prepare.index import prepare_indices
 from beit3_ds.storage_error import StorageError
 from tests.data.conftest import WriteTar
@@ -138,13 +139,13 @@ def test_broken_records_name_shard_key_and_reason(tmp_path: Path, write_tar: Wri
         "blank.txt": b" \n",
     }
     shards = TarShards([write_tar(tmp_path / "s.tar", members)])  # catches a scan that fails for one broken record
-    with pytest.raises(BrokenRecord, match=r"s\.tar:cut: broken image"):
+    with pytest.raises(BrokenRecordError, match=r"s\.tar:cut: broken image"):
         shards.image(0)
-    with pytest.raises(BrokenRecord, match=r"s\.tar:latin: broken caption"):
+    with pytest.raises(BrokenRecordError, match=r"s\.tar:latin: broken caption"):
         shards.caption(1)
-    with pytest.raises(BrokenRecord, match=r"s\.tar:blank: no image \(\.jpg"):
+    with pytest.raises(BrokenRecordError, match=r"s\.tar:blank: no image \(\.jpg"):
         shards.image(2)
-    with pytest.raises(BrokenRecord, match=r"s\.tar:blank: broken caption: empty"):
+    with pytest.raises(BrokenRecordError, match=r"s\.tar:blank: broken caption: empty"):
         shards.caption(2)
 
 
@@ -152,7 +153,7 @@ def test_a_shard_that_shrinks_breaks_its_records(tmp_path: Path, write_tar: Writ
     path = Path(write_tar(tmp_path / "s.tar", {"a.png": png}))
     shards = TarShards([str(path)])
     path.write_bytes(path.read_bytes()[:600])
-    with pytest.raises(BrokenRecord, match=r"size and mtime_ns \(600, \d+\), but had"):
+    with pytest.raises(BrokenRecordError, match=r"size and mtime_ns \(600, \d+\), but had"):
         shards.image(0)
 
 
@@ -182,7 +183,7 @@ def test_a_shard_that_shrinks_while_it_is_open_breaks_what_is_gone(
     shards = TarShards([str(path)])
     assert shards.caption(0) == "first"
     os.truncate(path, 512 + 512 + 512 + 88)
-    with pytest.raises(BrokenRecord, match=r"s\.tar:b: only 88 of \d+ bytes left"):
+    with pytest.raises(BrokenRecordError, match=r"s\.tar:b: only 88 of \d+ bytes left"):
         shards.image(1)
 
 
@@ -207,5 +208,5 @@ def test_a_pair_without_one_of_its_halves_names_what_is_missing(
         [write_tar(tmp_path / "s.tar", {"a.png": png, "b.txt": b"text", "c.png": b"", "c.txt": b"text"})]
     )
     for index, fault in enumerate(("a: no caption", "b: no image", "c: broken image: .*empty file")):
-        with pytest.raises(BrokenRecord, match=fault):
+        with pytest.raises(BrokenRecordError, match=fault):
             shards.pair(index)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from beit3_ds.config import ConfigError, DataConfig, SourceConfig, StreamConfig
+from beit3_ds.data.files.records import BrokenRecordError
 from beit3_ds.data.images.shard_index import index_path
-from beit3_ds.data.images.shards import BrokenRecord, TarShards
+from beit3_ds.data.images.shards import TarShards
 from beit3_ds.data.prepare.index import describe_folders, prepare_indices
 from tests.data.conftest import WriteTar
 
@@ -56,7 +57,7 @@ def test_opening_with_an_index_reads_no_headers(tars: list[str], tmp_path: Path)
     Path(tars[0]).write_bytes(bytes(status.st_size))
     os.utime(tars[0], ns=(status.st_atime_ns, status.st_mtime_ns))
     shards = TarShards(tars, prepared)  # catches an index that is written but not used
-    with pytest.raises(BrokenRecord, match="a0: broken image"):
+    with pytest.raises(BrokenRecordError, match="a0: broken image"):
         shards.image(0)
 
 

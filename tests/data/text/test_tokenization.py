@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beit3_ds.data.text import tokenization as tokenization
+from beit3_ds.data.text.paragraphs import Paragraph
 from beit3_ds.data.text.sentences import ParagraphCutter
-from beit3_ds.data.text.text_files import Paragraph
 from beit3_ds.data.text.tokenization import encode_paragraphs, sequence_starts, token_dtype
 from beit3_ds.tokenizers.text import TextTokenizer
 

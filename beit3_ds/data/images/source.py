@@ -1,33 +1,12 @@
 """What every source of images offers, however its files are laid out."""
 
-import re
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from PIL import Image
 
 from beit3_ds.data.files.fingerprint import SourceFile
-
-_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f]")
-
-
-class BrokenRecord(Exception):
-    """One sample cannot be read; the message names its file, its key and the reason."""
-
-
-class Skipped(NamedTuple):
-    """Files, members or rows that are no samples, for one reason."""
-
-    num_members: int
-    """How many."""
-    example: str
-    """Name of the first."""
-
-
-def printable(path: str) -> str:
-    """Returns a path or a message as one line, with escapes for control characters and bytes that are not UTF-8."""
-    text = path.encode("utf-8", "backslashreplace").decode("utf-8")
-    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+from beit3_ds.data.files.records import Skipped
 
 
 class ImageSource(Protocol):
@@ -58,7 +37,7 @@ class ImageSource(Protocol):
             min_side: pixels on the shorter side that are enough (`images.decode_image`); None asks for all.
 
         Raises:
-            BrokenRecord: if it has none, or one that cannot be read.
+            BrokenRecordError: if it has none, or one that cannot be read.
             StorageError: if the file system fails.
         """
 
@@ -66,7 +45,7 @@ class ImageSource(Protocol):
         """The caption of a sample: not empty, valid Unicode without NUL, no white space around it.
 
         Raises:
-            BrokenRecord: if it has none, or one that cannot be read.
+            BrokenRecordError: if it has none, or one that cannot be read.
             StorageError: if the file system fails.
         """
 
@@ -78,5 +57,5 @@ class ImageSource(Protocol):
             min_side: as for `image`.
 
         Raises:
-            BrokenRecord: if either is missing or cannot be read.
+            BrokenRecordError: if either is missing or cannot be read.
         """

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from beit3_ds.data.order.mixture import assign_sources, positions_per_source
 from beit3_ds.data.order.permutation import KeyedPermutation
-from beit3_ds.data.order.source_order import order_from_start, samples_at
-from beit3_ds.data.order.turns import take_turns, turns_taken
+from beit3_ds.data.order.stream import order_from_start, samples_at
 
 
 @settings(max_examples=150, deadline=None)
@@ -76,7 +76,7 @@ def test_permutation_is_a_bijection_of_the_paper_s_36_million_images() -> None:
 
 def test_turns_follow_the_weights_over_any_stretch() -> None:
     weights = (0.3, 0.05, 0.65)
-    turns, _ = take_turns(weights, np.arange(20_000))
+    turns, _ = assign_sources(weights, np.arange(20_000))
     for source, weight in enumerate(weights):
         counts = np.concatenate([[0], np.cumsum(turns == source)])
         for length in (100, 6144, 20_000):
@@ -88,17 +88,17 @@ def test_turns_follow_the_weights_over_any_stretch() -> None:
 @settings(max_examples=60, deadline=None)
 @given(weights=st.lists(st.floats(0.001, 100), min_size=1, max_size=6), start=st.integers(0, 10**10))
 def test_each_source_takes_its_places_in_turn(weights: list[float], start: int) -> None:
-    turns, places = take_turns(weights, np.arange(start, start + 500))
+    turns, places = assign_sources(weights, np.arange(start, start + 500))
     for source in range(len(weights)):
         own = places[turns == source]
         assert (np.diff(own) == 1).all()  # catches a place that two positions share, and one that none has
-    alone = [take_turns(weights, np.array([start + i])) for i in range(0, 500, 50)]
+    alone = [assign_sources(weights, np.array([start + i])) for i in range(0, 500, 50)]
     assert [int(turn[0]) for turn, _ in alone] == turns[::50].tolist()
     assert [int(place[0]) for _, place in alone] == places[::50].tolist()
 
 
 def test_first_places_are_zero() -> None:
-    turns, places = take_turns((1, 2), np.arange(30))
+    turns, places = assign_sources((1, 2), np.arange(30))
     assert [int(places[turns == source][0]) for source in range(2)] == [0, 0]
 
 
@@ -124,5 +124,5 @@ def test_without_weights_the_sources_are_one_set() -> None:
 @settings(max_examples=60, deadline=None)
 @given(weights=st.lists(st.floats(0.001, 100), min_size=1, max_size=6), count=st.integers(0, 2000))
 def test_turns_are_counted(weights: list[float], count: int) -> None:
-    turns, _ = take_turns(weights, np.arange(count))
-    assert turns_taken(weights, count) == np.bincount(turns, minlength=len(weights)).tolist()
+    turns, _ = assign_sources(weights, np.arange(count))
+    assert positions_per_source(weights, count) == np.bincount(turns, minlength=len(weights)).tolist()

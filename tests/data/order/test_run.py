@@ -12,8 +12,8 @@ import pytest
 
 from beit3_ds.config import RunConfig
 from beit3_ds.data.files.fingerprint import SourceFile
-from beit3_ds.data.files.numbering import numbering_digest
-from beit3_ds.data.order.run_order import POSITIONS
+from beit3_ds.data.order.prefix_digest import prefix_digest
+from beit3_ds.data.order.run import POSITIONS
 from beit3_ds.data.steps import StepDataset
 from beit3_ds.tokenizers.text import TextTokenizer
 from tests.data.conftest import BuildConfig, WriteTar
@@ -174,5 +174,5 @@ def test_whatever_shifts_numbers_changes_the_digest(count: int) -> None:
         def identity(self, index: int) -> bytes:
             return str(index + self.first).encode()
 
-    assert numbering_digest(Samples(0), count) == numbering_digest(Samples(0), count)
-    assert (numbering_digest(Samples(0), count) == numbering_digest(Samples(1), count)) == (count == 0)
+    assert prefix_digest(Samples(0), count) == prefix_digest(Samples(0), count)
+    assert (prefix_digest(Samples(0), count) == prefix_digest(Samples(1), count)) == (count == 0)

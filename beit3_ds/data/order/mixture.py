@@ -8,7 +8,9 @@ from numpy.typing import NDArray
 _SHARE_PARTS = 10**6
 
 
-def take_turns(weights: Sequence[float], positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def assign_sources(
+    weights: Sequence[float], positions: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Divides an endless order between sources, as evenly as their weights allow.
 
     Of n positions source 0 takes floor(n * its share), source 1 its share of the rest, and so on. Position p belongs to
@@ -23,7 +25,7 @@ def take_turns(weights: Sequence[float], positions: NDArray[np.int64]) -> tuple[
     Returns:
         The source of each position and its place in the order of that source, (n,) int64 each.
     """
-    parts = share_parts(weights)
+    parts = mixture_shares(weights)
     turns, places = np.empty_like(positions), np.empty_like(positions)
     left = positions  # positions so far that the sources before this one did not take
     unassigned = np.ones(len(positions), dtype=bool)
@@ -37,15 +39,15 @@ def take_turns(weights: Sequence[float], positions: NDArray[np.int64]) -> tuple[
     return turns, places
 
 
-def turns_taken(weights: Sequence[float], positions: int) -> list[int]:
-    """Counts the positions that each source has in `take_turns`, of the first `positions` ones."""
-    parts, left, taken = share_parts(weights), positions, []
+def positions_per_source(weights: Sequence[float], positions: int) -> list[int]:
+    """Counts the positions that each source has in `assign_sources`, of the first `positions` ones."""
+    parts, left, taken = mixture_shares(weights), positions, []
     for source, part in enumerate(parts):
         taken.append(left * part // sum(parts[source:]))
         left -= taken[-1]
     return taken
 
 
-def share_parts(weights: Sequence[float]) -> list[int]:
+def mixture_shares(weights: Sequence[float]) -> list[int]:
     """Returns the sources' shares in millionths, at least one each; equal shares mean equal turns."""
     return [max(1, round(weight / sum(weights) * _SHARE_PARTS)) for weight in weights]

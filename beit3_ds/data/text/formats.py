@@ -22,10 +22,9 @@ from typing import BinaryIO, Literal, NamedTuple, cast
 import zstandard
 
 from beit3_ds.config import ConfigError
-from beit3_ds.data.files.kinds import kind_of_bytes
+from beit3_ds.data.files.kinds import IMAGE_EXTENSIONS, UNREAD_IMAGE_EXTENSIONS, kind_of_bytes
+from beit3_ds.data.files.printing import printable
 from beit3_ds.data.files.reading import open_for_reading
-from beit3_ds.data.images.image_source import printable
-from beit3_ds.data.images.shard_index import IMAGE_EXTENSIONS, UNREAD_IMAGE_EXTENSIONS
 
 DECOMPRESSION_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
 """Exceptions of reading a damaged or missing file."""

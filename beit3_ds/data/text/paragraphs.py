@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from beit3_ds.config import ConfigError
+from beit3_ds.data.files.printing import printable
 from beit3_ds.data.files.reading import open_for_reading
-from beit3_ds.data.images.image_source import printable
+from beit3_ds.data.text.formats import DECOMPRESSION_ERRORS, TextFormat, find_text_format, open_decompressed
 from beit3_ds.data.text.json_values import iterate_json_values
-from beit3_ds.data.text.text_check import check_is_text
-from beit3_ds.data.text.text_formats import DECOMPRESSION_ERRORS, TextFormat, find_text_format, open_decompressed
+from beit3_ds.data.text.validity import check_is_text
 
 _MAX_LINE_BYTES = 16 << 20
 _CHUNK_BYTES = 1 << 20

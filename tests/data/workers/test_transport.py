@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from beit3_ds.data.workers.item_transfer import ItemReceiver, send_item
+from beit3_ds.data.workers.transport import ItemReceiver, send_item
 
 TENSORS = {
     # As what a batch holds of a stream without samples.

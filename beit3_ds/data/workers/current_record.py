@@ -6,14 +6,14 @@ import os
 _BYTES = 1024
 
 
-class ReadingPlace:
+class CurrentRecord:
     """A name of at most a kilobyte in memory that two processes can share."""
 
     def __init__(self, descriptor: int | None = None) -> None:
         """Maps the memory.
 
         Args:
-            descriptor: descriptor of another `ReadingPlace`, which this one takes over; None allocates memory.
+            descriptor: descriptor of another `CurrentRecord`, which this one takes over; None allocates memory.
         """
         if descriptor is None:
             descriptor = os.memfd_create("beit3_ds reading place")

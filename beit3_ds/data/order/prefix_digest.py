@@ -10,7 +10,7 @@ from beit3_ds.data.files.fingerprint import HasFiles
 _LOOKED_AT = 256
 
 
-class Numbered(HasFiles, Protocol):
+class IdentifiedSamples(HasFiles, Protocol):
     """The samples of one source, by number."""
 
     is_last_open: ClassVar[bool]
@@ -20,7 +20,7 @@ class Numbered(HasFiles, Protocol):
         """Returns bytes that tell a sample from others, whatever folder its files are in."""
 
 
-def numbering_digest(samples: Numbered, count: int) -> str:
+def prefix_digest(samples: IdentifiedSamples, count: int) -> str:
     """Returns a digest of the first `count` samples, which changes if samples are inserted, removed or reordered.
 
     It covers the names of the files that hold the samples, and 256 evenly spread samples including the last one: any

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from beit3_ds.config import ConfigError
 from beit3_ds.data.text import json_values, text_files
-from beit3_ds.data.text.text_files import BrokenLines, TextPiece, cut_into_pieces, read_paragraphs, whole_file
+from beit3_ds.data.text.paragraphs import BrokenLines, TextPiece, cut_into_pieces, read_paragraphs, whole_file
 
 PARAGRAPHS = ["One.", "Zwei Äpfel.", "三 words", "four"]
 PLAIN = "\ufeffOne.\r\n\n Zwei Äpfel. \n三 words\n \t\nfour".encode()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from beit3_ds.benchmarks.data.file_calls import count_file_calls
-from beit3_ds.data.files.open_files import FileChangedError, OpenFiles, raise_open_file_limit
+from beit3_ds.data.files.descriptors import FileChangedError, OpenFiles, raise_open_file_limit
 
 
 @pytest.fixture

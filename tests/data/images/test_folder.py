@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from beit3_ds.config import ConfigError
+from beit3_ds.data.files.folder import Folder
+from beit3_ds.data.files.printing import printable
+from beit3_ds.data.files.records import BrokenRecordError
 from beit3_ds.data.images.compact_strings import CompactStrings
-from beit3_ds.data.images.folder import Folder
-from beit3_ds.data.images.image_folder import ImageFolder
-from beit3_ds.data.images.image_source import BrokenRecord, printable
+from beit3_ds.data.images.folder import ImageFolder
 from beit3_ds.data.images.shards import TarShards
 from beit3_ds.storage_error import StorageError
 from tests.data.conftest import WriteTar
@@ -32,7 +33,7 @@ def test_images_sorted_with_captions(tmp_path: Path, png: bytes) -> None:
     names = [os.path.relpath(source.name(i), tmp_path) for i in range(len(source))]
     assert names == ["a/c.d.webp", "a/z.JPG", "b.png"]  # catches the file system's order
     assert source.caption(0) == "a dot in the name"
-    with pytest.raises(BrokenRecord, match=r"z\.JPG: broken caption: .*No such file"):
+    with pytest.raises(BrokenRecordError, match=r"z\.JPG: broken caption: .*No such file"):
         source.caption(1)
     assert all(source.image(i).mode == "RGB" for i in range(3))
     assert source.skipped == {
@@ -54,11 +55,11 @@ def test_links_out_of_the_folder_are_left_out(tmp_path: Path, png: bytes) -> Non
     names = [os.path.relpath(source.name(i), folder) for i in range(len(source))]
     assert names == ["2-in.png", "real/a.png", "real/b.png", "real/c.png"]
     assert source.skipped == {"link to a file out of the folder, or to no file": (3, "1-out.png")}
-    with pytest.raises(BrokenRecord, match="leads out of the folder"):
+    with pytest.raises(BrokenRecordError, match="leads out of the folder"):
         source.caption(3)
     (folder / "real/b.png").unlink()  # after the listing
     (folder / "real/b.png").symlink_to(tmp_path / "inside-or-not/x.png")
-    with pytest.raises(BrokenRecord, match="leads out of the folder"):
+    with pytest.raises(BrokenRecordError, match="leads out of the folder"):
         source.image(2)
 
 
@@ -86,7 +87,7 @@ def test_class_folders_behind_links_are_read_once(tmp_path: Path, png: bytes) ->
 def test_a_folder_that_is_gone_ends_the_run(tmp_path: Path, png: bytes) -> None:
     source = ImageFolder(_write(tmp_path / "mount", {"a.png": png, "b.png": png}))
     (tmp_path / "mount/a.png").unlink()
-    with pytest.raises(BrokenRecord, match=r"a\.png: broken image: No such file"):
+    with pytest.raises(BrokenRecordError, match=r"a\.png: broken image: No such file"):
         source.image(0)  # one deleted file is a broken record
     (tmp_path / "mount").rename(tmp_path / "elsewhere")
     with pytest.raises(StorageError, match=rf"{tmp_path}/mount.*no longer mounted"):
@@ -108,7 +109,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path, png: bytes) -> None:
     (tmp_path / "a.png").unlink()
     os.mkfifo(tmp_path / "a.png")
     signal.alarm(20)  # ends the test where it would wait for ever
-    with pytest.raises(BrokenRecord, match="no plain file"):
+    with pytest.raises(BrokenRecordError, match="no plain file"):
         source.image(0)
     signal.alarm(0)
     assert len(ImageFolder(str(tmp_path))) == 1
@@ -116,7 +117,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path, png: bytes) -> None:
 
 def test_zero_bytes_another_extension_and_strange_names(tmp_path: Path, png: bytes) -> None:
     source = ImageFolder(_write(tmp_path, {"0.png": b"", "1.gif": png, os.fsdecode(b"caf\xe9.jpg"): png}))
-    with pytest.raises(BrokenRecord, match=r"0\.png: broken image: empty file"):
+    with pytest.raises(BrokenRecordError, match=r"0\.png: broken image: empty file"):
         source.image(0)
     assert source.image(1).size == source.image(2).size
     source.name(2).encode("utf-8")  # a message must be printable
@@ -128,7 +129,7 @@ def test_names_of_two_lines_are_messages_of_one(tmp_path: Path, png: bytes, writ
     tar = TarShards([write_tar(tmp_path / "s.tar", {"a\nb.png": png})])
     for source in (folder, tar):
         assert "a\\nb" in source.name(0)
-        with pytest.raises(BrokenRecord, match=r"^[^\n]*a\\nb[^\n]*$"):
+        with pytest.raises(BrokenRecordError, match=r"^[^\n]*a\\nb[^\n]*$"):
             source.caption(0)
     ((_, found),) = folder.skipped.items()
     assert printable(found.example) == "c\\r.heic"

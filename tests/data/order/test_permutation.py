@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beit3_ds.data.files.open_files import OpenFiles
+from beit3_ds.data.files.descriptors import OpenFiles
 from beit3_ds.data.images.shards import TarShards
 from beit3_ds.data.order.permutation import BlockPermutation, block_key, order_permutation
 from beit3_ds.data.order.positions import StreamPosition, position_from_json
-from beit3_ds.data.order.resumption import FoundSource, continue_stream, new_position
-from beit3_ds.data.order.source_order import StreamOrder
+from beit3_ds.data.order.resuming import continue_stream, new_position
+from beit3_ds.data.order.source_matching import FoundSource
+from beit3_ds.data.order.stream import StreamOrder
 from tests.data.conftest import BuildConfig, WriteTar
 
 

@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from beit3_ds.config import DataConfig
-from beit3_ds.data.files.numbering import numbering_digest
 from beit3_ds.data.order.positions import StreamPosition, position_from_json
-from beit3_ds.data.order.resumption import FoundSource, continue_stream, new_position
-from beit3_ds.data.order.source_order import StreamOrder
+from beit3_ds.data.order.prefix_digest import prefix_digest
+from beit3_ds.data.order.resuming import continue_stream, new_position
+from beit3_ds.data.order.source_matching import FoundSource
+from beit3_ds.data.order.stream import StreamOrder
 from beit3_ds.data.samples import Stream
 
 POSITIONS = "positions"
@@ -120,5 +121,5 @@ class RunOrder:
 def _find_sources(config: DataConfig, name: str, stream: Stream) -> list[FoundSource]:
     parts = zip(config.streams()[name].train, stream.parts, strict=True)
     return [
-        FoundSource(path=source.path, size=len(part), digest=partial(numbering_digest, part)) for source, part in parts
+        FoundSource(path=source.path, size=len(part), digest=partial(prefix_digest, part)) for source, part in parts
     ]

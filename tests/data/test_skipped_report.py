@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from beit3_ds.data.files.left_out import describe_left_out
 from beit3_ds.data.samples import build_train_streams, name_sources
+from beit3_ds.data.skipped_report import describe_skipped
 from beit3_ds.tokenizers.text import TextTokenizer
 from tests.data.conftest import BuildConfig, WriteTar
 
@@ -19,7 +19,7 @@ def test_every_source_says_what_it_leaves_out(
     (tmp_path / "t.txt").write_bytes(b"snow\ncaf\xe9\n")
     (tmp_path / "u.txt").touch()
     config = build_config(files=files)
-    lines = describe_left_out(name_sources("train", build_train_streams(config, tokenizer), config.data))
+    lines = describe_skipped(name_sources("train", build_train_streams(config, tokenizer), config.data))
     # catches a source whose reasons are kept to itself
     assert [line.partition("]")[0] for line in lines] == [
         "data.images.train[0",

@@ -10,10 +10,11 @@ from PIL import Image
 
 from beit3_ds.config import ConfigError
 from beit3_ds.data.files.fingerprint import SourceFile
+from beit3_ds.data.files.printing import printable
+from beit3_ds.data.files.records import BrokenRecordError, Skipped
 from beit3_ds.data.images.captions import clean_caption
 from beit3_ds.data.images.compact_strings import CompactStrings, StoredStrings
-from beit3_ds.data.images.image_folder import open_folder, read_image
-from beit3_ds.data.images.image_source import BrokenRecord, Skipped, printable
+from beit3_ds.data.images.folder import open_folder, read_image
 
 NO_IMAGE = -1
 """Number of the image of a caption whose annotation names none."""
@@ -73,32 +74,32 @@ class AnnotatedImages:
         """Decodes the image of a sample, upright and in RGB.
 
         Raises:
-            BrokenRecord: if its annotation names none, or one that cannot be read or lies outside the folder.
+            BrokenRecordError: if its annotation names none, or one that cannot be read or lies outside the folder.
         """
         number = self.image_numbers[index]
         if number == NO_IMAGE:
-            raise BrokenRecord(f"{self.name(index)}: the annotation names an image that the file does not list")
+            raise BrokenRecordError(f"{self.name(index)}: the annotation names an image that the file does not list")
         try:
             return read_image(self.images, self.paths[number], min_side)
         except ValueError as error:
-            raise BrokenRecord(f"{self.name(index)}: broken image: {error}") from error
+            raise BrokenRecordError(f"{self.name(index)}: broken image: {error}") from error
 
     def caption(self, index: int) -> str:
         """Returns the caption of a sample, without white space around it.
 
         Raises:
-            BrokenRecord: if it is missing, empty, overlong or no valid text.
+            BrokenRecordError: if it is missing, empty, overlong or no valid text.
         """
         try:
             return clean_caption(self.captions[index])
         except ValueError as error:
-            raise BrokenRecord(f"{self.name(index)}: broken caption: {error}") from error
+            raise BrokenRecordError(f"{self.name(index)}: broken caption: {error}") from error
 
     def pair(self, index: int, min_side: int | None = None) -> tuple[Image.Image, str]:
         """Returns the image and the caption of a sample.
 
         Raises:
-            BrokenRecord: if either is missing or cannot be read.
+            BrokenRecordError: if either is missing or cannot be read.
         """
         caption = self.caption(index)  # first, because it costs less than the image
         return self.image(index, min_side), caption

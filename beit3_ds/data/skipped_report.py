@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from beit3_ds.data.images.image_source import Skipped, printable
+from beit3_ds.data.files.printing import printable
+from beit3_ds.data.files.records import Skipped
 from beit3_ds.data.samples import ImageSamples, PairSamples, TextSamples
 
 
-def describe_left_out(sources: Mapping[str, Any]) -> list[str]:
+def describe_skipped(sources: Mapping[str, Any]) -> list[str]:
     """Describes files, members, rows and lines that are no samples, one line per source and reason, with an example.
 
     Args:

@@ -82,7 +82,7 @@ class ItemReceiver:
         self._connection = connection
         self._arrived = bytearray()
         self._descriptors: list[int] = []
-        self.slow_bytes = 0
+        self.inline_bytes = 0
         """Bytes of the last object that did not fit into shared memory."""
 
     def receive(self) -> tuple[Any] | None:
@@ -130,7 +130,7 @@ class ItemReceiver:
         content = message[_HEADER.size : _HEADER.size + num_pickled]
         sizes = struct.unpack_from(f"<{count}Q", content)
         offsets = _offsets(sizes)
-        self.slow_bytes = num_inline
+        self.inline_bytes = num_inline
         memory: Any = memoryview(bytearray(message[_HEADER.size + num_pickled :]))  # aligned
         if not num_inline and offsets[-1]:
             descriptor = self._descriptors.pop(0)

@@ -1,7 +1,7 @@
 """Endless order of samples: reshuffled every epoch, computed and never stored.
 
 Randomness: the order of a stream's only set of samples is keyed by (seed, stream, epoch), the order of one of several
-weighted sources by (seed, stream, source, epoch). The turns of sources are not random (`turns.take_turns`).
+weighted sources by (seed, stream, source, epoch). The turns of sources are not random (`turns.assign_sources`).
 """
 
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from beit3_ds.data.order.mixture import assign_sources, positions_per_source
 from beit3_ds.data.order.permutation import order_permutation
 from beit3_ds.data.order.positions import SourcePosition, StreamPosition, start_position
-from beit3_ds.data.order.turns import take_turns, turns_taken
 
 
 class StreamOrder:
@@ -21,7 +21,7 @@ class StreamOrder:
         """Takes the position to start from."""
         self.position = position
         self._unseen = [position.unseen(number) for number in range(len(position.sets))]
-        self._places = None if position.weights is None else turns_taken(position.weights, position.turns)
+        self._places = None if position.weights is None else positions_per_source(position.weights, position.turns)
 
     def __call__(self, since: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Finds the epoch and the sample at each number of samples since the position; all (n,) int64.
@@ -32,7 +32,7 @@ class StreamOrder:
         weights = self.position.weights
         if weights is None or self._places is None:
             return self._find(0, since)
-        turns, places = take_turns(weights, since + self.position.turns)
+        turns, places = assign_sources(weights, since + self.position.turns)
         epochs, samples = np.empty_like(since), np.empty_like(since)
         for source in np.unique(turns):
             here = turns == source

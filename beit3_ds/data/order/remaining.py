@@ -24,7 +24,7 @@ Bounds = Callable[[int], tuple[int, int]]
 """Returns, for a source's id, the first number of its samples in the stream and one past the last."""
 
 
-class Unseen(Protocol):
+class RemainingSamples(Protocol):
     """A set of samples, numbered from 0."""
 
     def __len__(self) -> int:
@@ -53,11 +53,11 @@ class Range:
         return self.last - self.first
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """See `Unseen`."""
+        """See `RemainingSamples`."""
         return places + (self.start + self.first)
 
     def add_to(self, nodes: list[Any]) -> int:
-        """See `Unseen`."""
+        """See `RemainingSamples`."""
         nodes.append(["range", self.source, self.first, self.last])
         return len(nodes) - 1
 
@@ -65,7 +65,7 @@ class Range:
 class Joined:
     """Several sets, one after the other."""
 
-    def __init__(self, parts: Sequence[Unseen]) -> None:
+    def __init__(self, parts: Sequence[RemainingSamples]) -> None:
         """Takes the parts, none of which share a sample."""
         self._parts = parts
         self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
@@ -75,7 +75,7 @@ class Joined:
         return int(self._ends[-1])
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """See `Unseen`."""
+        """See `RemainingSamples`."""
         numbers = np.empty_like(places)
         owners = np.searchsorted(self._ends, places, side="right")
         for owner in np.unique(owners):
@@ -84,7 +84,7 @@ class Joined:
         return numbers
 
     def add_to(self, nodes: list[Any]) -> int:
-        """See `Unseen`."""
+        """See `RemainingSamples`."""
         nodes.append(["joined", [part.add_to(nodes) for part in self._parts]])
         return len(nodes) - 1
 
@@ -93,7 +93,7 @@ class Joined:
 class Rest:
     """The rest of a shuffled set after its first samples were taken."""
 
-    whole: Unseen
+    whole: RemainingSamples
     seed: int
     key: tuple[str | int, ...]
     """Key, beside the seed, of the permutation that shuffled the set."""
@@ -104,11 +104,11 @@ class Rest:
         return len(self.whole) - self.taken
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """See `Unseen`."""
+        """See `RemainingSamples`."""
         return self.whole(order_permutation(self.seed, self.key, len(self.whole))(places + self.taken))
 
     def add_to(self, nodes: list[Any]) -> int:
-        """See `Unseen`."""
+        """See `RemainingSamples`."""
         nodes.append(["rest", self.whole.add_to(nodes), self.seed, list(self.key), self.taken])
         return len(nodes) - 1
 
@@ -120,7 +120,7 @@ class Only:
     Building it computes the whole set once to count samples in blocks: about 20 seconds for 100 million samples.
     """
 
-    whole: Unseen
+    whole: RemainingSamples
     sources: tuple[int, ...]
     """Ids of the sources that stay."""
     bounds: tuple[tuple[int, int], ...]
@@ -140,7 +140,7 @@ class Only:
         return int(self._counts[-1])
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """See `Unseen`."""
+        """See `RemainingSamples`."""
         blocks = np.searchsorted(self._counts, places, side="right") - 1
         wanted, owners = np.unique(blocks, return_inverse=True)
         inside = wanted[:, None] * _BLOCK + np.arange(_BLOCK)  # the places of whole blocks in the whole set
@@ -150,7 +150,7 @@ class Only:
         return candidates[owners, ordinals.argmax(axis=1)]
 
     def add_to(self, nodes: list[Any]) -> int:
-        """See `Unseen`."""
+        """See `RemainingSamples`."""
         nodes.append(["only", self.whole.add_to(nodes), list(self.sources)])
         return len(nodes) - 1
 
@@ -161,21 +161,21 @@ class Only:
         return stays
 
 
-def to_nodes(unseen: Unseen) -> list[Any]:
+def to_nodes(unseen: RemainingSamples) -> list[Any]:
     """Returns the set as a flat list of JSON nodes, with the set itself as the last one."""
     nodes: list[Any] = []
     unseen.add_to(nodes)
     return nodes
 
 
-def from_nodes(nodes: Sequence[Any], bounds: Bounds) -> Unseen:
+def from_nodes(nodes: Sequence[Any], bounds: Bounds) -> RemainingSamples:
     """Rebuilds a set from the nodes of `to_nodes`, in a stream whose sources may be numbered differently now.
 
     Args:
         nodes: result of `to_nodes`.
         bounds: ranges of the sources' numbers in the stream now; `gone_bounds` for removed sources.
     """
-    built: list[Unseen] = []
+    built: list[RemainingSamples] = []
     for kind, *values in nodes:
         match kind:
             case "range":

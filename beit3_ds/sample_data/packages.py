@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-class SourceError(ValueError):
+class PackageError(ValueError):
     """A package is missing, ambiguous or not in the form this reader knows."""
 
 
@@ -41,12 +41,12 @@ def find_package(folder: Path, pattern: str, how: str) -> Path:
     """Return the one file in `folder` that matches `pattern`.
 
     Raises:
-        SourceError: if none or several match; `how` is the command that fetches it.
+        PackageError: if none or several match; `how` is the command that fetches it.
     """
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise SourceError(
+        raise PackageError(
             f"sample_data: expected one file {pattern} in {folder}, found {names}. Fetch it with `{how}`, "
             f"and keep one version of it there."
         )
@@ -57,7 +57,7 @@ def unpack_deb(folder: Path, package: str, out: Path) -> None:
     """Unpack the Debian package `package` from `folder` below `out`."""
     deb = find_package(folder, f"{package}_*.deb", f"apt-get download {package}")
     if shutil.which("dpkg-deb") is None:
-        raise SourceError("sample_data: dpkg-deb is not on the PATH; it unpacks .deb files (package dpkg).")
+        raise PackageError("sample_data: dpkg-deb is not on the PATH; it unpacks .deb files (package dpkg).")
     subprocess.run(["dpkg-deb", "-x", str(deb), str(out)], check=True)
 
 
@@ -241,12 +241,12 @@ def read_clipart(folder: Path, scratch: Path) -> Iterator[Candidate]:
 def _read_strings(record: bytes) -> list[str]:
     """Return the character vector in one R serialisation (format 3, big-endian XDR)."""
     if record[:6] != b"X\n\x00\x00\x00\x03":
-        raise SourceError(f"sample_data: expected an R serialisation of format 3, got {record[:6]!r}.")
+        raise PackageError(f"sample_data: expected an R serialisation of format 3, got {record[:6]!r}.")
     (encoding_length,) = struct.unpack_from(">I", record, 14)
     at = 18 + encoding_length
     kind, count = struct.unpack_from(">II", record, at)
     if kind & 0xFF != 16:  # STRSXP
-        raise SourceError(f"sample_data: expected an R character vector (type 16), got type {kind & 0xFF}.")
+        raise PackageError(f"sample_data: expected an R character vector (type 16), got type {kind & 0xFF}.")
     at += 8
     strings = []
     for _ in range(count):

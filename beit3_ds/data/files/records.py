@@ -1,0 +1,16 @@
+"""Records that a source cannot use: broken ones, which are counted, and skipped ones, which are no samples."""
+
+from typing import NamedTuple
+
+
+class BrokenRecordError(Exception):
+    """One sample cannot be read; the message names its file, its key and the reason."""
+
+
+class Skipped(NamedTuple):
+    """Files, members or rows that are not samples, all for the same reason."""
+
+    num_members: int
+    """How many."""
+    example: str
+    """Name of the first."""

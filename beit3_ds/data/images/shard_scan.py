@@ -1,0 +1,155 @@
+"""Groups the members of a tar shard into samples."""
+
+import contextlib
+import os
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from beit3_ds.config import ConfigError
+from beit3_ds.data.files.kinds import IMAGE_EXTENSIONS, UNREAD_IMAGE_EXTENSIONS, kind_of_file
+from beit3_ds.data.files.reading import read_with_retries
+from beit3_ds.data.files.records import Skipped
+from beit3_ds.data.images.shard_index import NO_MEMBER, ShardIndex, record_type, stat_tar
+from beit3_ds.data.images.tar_members import TarError, TarMember, iterate_tar_members
+
+CAPTION_EXTENSIONS = ("txt", "json")
+"""Extensions of a sample's caption, the first one preferred; of JSON the value of `caption`, as img2dataset writes."""
+_EXTENSIONS = (*IMAGE_EXTENSIONS, *CAPTION_EXTENSIONS)
+
+
+def scan_shard(tar: str, with_checksums: bool = False) -> ShardIndex:
+    """Indexes a tar from its headers; with checksums it also reads images and captions. The tar may have no samples.
+
+    The first of several members with one name, or of several images of one sample, counts.
+
+    Raises:
+        ConfigError: if the file is unreadable, not a tar, damaged, truncated, or changes while it is read.
+        StorageError: if the file system fails.
+    """
+    before = stat_tar(tar)
+    try:
+        samples, skipped = read_with_retries(lambda: _scan(tar, with_checksums), tar)
+    except (OSError, TarError) as error:
+        raise ConfigError(
+            f"data: {tar} cannot be read as an uncompressed tar shard: {error}. {_advice(tar)}"
+        ) from error
+    if (before.st_size, before.st_mtime_ns) != (stat_tar(tar).st_size, stat_tar(tar).st_mtime_ns):
+        raise ConfigError(f"data: {tar} changed while it was read. Wait until it is complete.")
+    return ShardIndex(
+        records=_to_records(samples), tar_size=before.st_size, tar_mtime_ns=before.st_mtime_ns, skipped=skipped
+    )
+
+
+def reason_to_skip(extension: str) -> str:
+    """Returns why a file with this extension, in lower case, is not part of a sample."""
+    is_image = extension in UNREAD_IMAGE_EXTENSIONS
+    return "image in a format that is not read" if is_image else "neither image nor caption, by its extension"
+
+
+class _Sample(NamedTuple):
+    members: dict[str, tuple[int, int, int]]
+    """Offset, size and CRC-32 by extension."""
+
+
+class _Candidate(NamedTuple):
+    """A tar member whose extension says that it belongs to a sample."""
+
+    key: str
+    """Name without the extension."""
+    extension: str
+    """Extension in lower case."""
+    member: TarMember
+    """Place in the tar."""
+
+
+def _scan(tar: str, with_checksums: bool) -> tuple[dict[str, _Sample], dict[str, Skipped]]:
+    """Groups the members of a tar into samples; returns them by key, and the members left out, by reason."""
+    samples: dict[str, _Sample] = {}
+    skipped: dict[str, Skipped] = {}
+    candidates: list[_Candidate] = []
+
+    def skip(reason: str, name: str) -> None:
+        count, example = skipped.get(reason, (0, name))
+        skipped[reason] = Skipped(count + 1, example)
+
+    with open(tar, "rb", buffering=0) as file:
+        for member in iterate_tar_members(file.fileno()):
+            key, _, extension = member.name.rpartition(".")
+            extension = extension.lower()
+            if member.skip_reason:
+                skip(member.skip_reason, member.name)
+            elif member.name.rpartition("/")[2].startswith("."):
+                skip("hidden file", member.name)  # such as those that macOS adds
+            elif not key or extension not in _EXTENSIONS:
+                skip(reason_to_skip(extension), member.name)
+            else:
+                candidates.append(_Candidate(key, extension, member))
+        keys = {candidate.key for candidate in candidates}
+        for candidate in candidates:
+            if (first := _key_to_first_dot(candidate.key)) != candidate.key and first in keys:
+                reason = "further part of a sample (KEY.PART.png beside KEY.png or KEY.txt)"
+            else:
+                reason = _add(samples, candidate, file.fileno() if with_checksums else None)
+            if reason:
+                skip(reason, candidate.member.name)
+    return samples, skipped
+
+
+def _key_to_first_dot(key: str) -> str:
+    folder, slash, name = key.rpartition("/")
+    return f"{folder}{slash}{name.partition('.')[0]}"
+
+
+def _add(samples: dict[str, _Sample], candidate: _Candidate, descriptor: int | None) -> str:
+    """Files a member under its sample; returns the reason if it is left out."""
+    extension, member = candidate.extension, candidate.member
+    members = samples.setdefault(candidate.key, _Sample({})).members
+    if extension in members:
+        return "name twice"
+    if extension in IMAGE_EXTENSIONS and not members.keys().isdisjoint(IMAGE_EXTENSIONS):
+        return "second image of a sample"
+    crc32 = 0 if descriptor is None else _checksum(descriptor, member)
+    members[extension] = (member.offset, member.size, crc32)
+    return ""
+
+
+def _advice(tar: str) -> str:
+    """Returns advice for a file that is not a tar."""
+    with contextlib.suppress(OSError):
+        kind = kind_of_file(tar)
+        if kind.endswith(("gzip data", "Zstandard data", "bzip2 data", "xz data", "LZ4 data")):
+            return f"It holds {kind}: decompress it, since single samples are read from their places in the tar."
+        if kind and kind != "a tar archive":
+            return f"It holds {kind}: leave it out of the pattern."
+    if tar.lower().endswith((".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt")):
+        return (
+            'A file of captions needs its own format, such as "format": "conceptual_captions" with "images": '
+            "FOLDER, or leave it out of the pattern (write *.tar)."
+        )
+    return "Fetch it again, or leave it out of the config: a tar is used whole or not at all."
+
+
+def _checksum(descriptor: int, member: TarMember) -> int:
+    crc32, position, end = 0, member.offset, member.offset + member.size
+    while position < end:
+        chunk = os.pread(descriptor, min(end - position, 1 << 22), position)
+        if not chunk:
+            raise TarError(f"cut off at byte {position}")
+        crc32, position = zlib.crc32(chunk, crc32), position + len(chunk)
+    return crc32
+
+
+def _to_records(samples: dict[str, _Sample]) -> NDArray[np.void]:
+    keys = [key.encode("utf-8", "surrogateescape") for key in samples]
+    records = np.zeros(len(keys), dtype=record_type(max(map(len, keys), default=1)))
+    records["key"] = keys
+    missing = (0, NO_MEMBER, 0)
+    for record, sample in zip(records, samples.values(), strict=True):
+        record["image"] = next((sample.members[e] for e in IMAGE_EXTENSIONS if e in sample.members), missing)
+        captions = [e for e in CAPTION_EXTENSIONS if e in sample.members]
+        record["caption"] = sample.members[captions[0]] if captions else missing
+        record["caption_is_json"] = captions[:1] == ["json"]
+    return records

@@ -1,0 +1,118 @@
+"""Matches the sources that a run finds with those of a stored position, and describes the changes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from beit3_ds.data.order.mixture import mixture_shares
+from beit3_ds.data.order.positions import RemovedSource, SourcePosition, StreamPosition
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundSource:
+    """A source as the run finds it at its start."""
+
+    path: str
+    """Path in the config."""
+    size: int
+    """Samples."""
+    digest: Callable[[int], str]
+    """Returns the digest of the numbers of a given count of first samples (`numbering.prefix_digest`)."""
+
+    def describe(self, source_id: int) -> SourcePosition:
+        """Returns the source as a checkpoint stores it."""
+        return SourcePosition(id=source_id, path=self.path, size=self.size, digest=self.digest(self.size))
+
+
+class SourceMatch(NamedTuple):
+    """A source that was found, and the same source when the position was stored."""
+
+    found: FoundSource
+    id: int
+    kind: str
+    """`same`, `grown`, `renumbered` or `new`."""
+    before: SourcePosition | None
+    parked: RemovedSource | None
+
+
+def match_sources(stored: StreamPosition, sources: Sequence[FoundSource]) -> list[SourceMatch]:
+    by_path = {source.path: source for source in stored.sources}
+    parked = {entry.source.path: entry for entry in stored.parked}
+    paths = {source.path for source in sources}
+    moved = [source for source in stored.sources if source.path not in paths]
+    matched, next_id = [], stored.next_id
+    for found in sources:
+        entry = parked.get(found.path) if found.path not in by_path else None
+        before = by_path.get(found.path) or (entry.source if entry else None)
+        if before is None:
+            digest = found.digest(found.size)
+            before = next((old for old in moved if (old.size, old.digest) == (found.size, digest)), None)
+            moved = [old for old in moved if old is not before]
+        kind = "new" if before is None else _compare(found, before)
+        is_known = before is not None and kind in ("same", "grown")
+        matched.append(SourceMatch(found, before.id if before and is_known else next_id, kind, before, entry))
+        next_id += not is_known
+    return matched
+
+
+def _compare(found: FoundSource, before: SourcePosition) -> str:
+    if found.size < before.size or found.digest(before.size) != before.digest:
+        return "renumbered"
+    return "same" if found.size == before.size else "grown"
+
+
+def same_weights(weights: Sequence[float] | None, before: Sequence[float] | None) -> bool:
+    if weights is None or before is None:
+        return weights is before is None
+    return mixture_shares(weights) == mixture_shares(before)
+
+
+def describe_changes(
+    stored: StreamPosition,
+    seed: int,
+    samples_per_step: int,
+    weights: Sequence[float] | None,
+    matched: Sequence[SourceMatch],
+) -> list[str]:
+    lines = []
+    if samples_per_step != stored.samples_per_step:
+        lines.append(f"samples_per_step {stored.samples_per_step} -> {samples_per_step}: every source continues there")
+    if seed != stored.seed:
+        lines.append(f"training.seed {stored.seed} -> {seed}: the rest of the epoch is reshuffled")
+    if not same_weights(weights, stored.weights):
+        lines.append(f"weights {_show(stored.weights)} -> {_show(weights)}: each source continues in its own epoch")
+    lines += [line for match in matched if (line := _describe_source(match))]
+    found = {match.before.id for match in matched if match.before is not None}
+    lines += [
+        f"source '{old.path}' is no longer in the config; the rest of its epoch is kept in case it is added again"
+        for old in stored.sources
+        if old.id not in found
+    ]
+    kept = [match.id for match in matched if match.id < stored.next_id]
+    before = [old.id for old in stored.sources if old.id in kept]
+    if [one for one in kept if one in before] != before:
+        lines.append("the sources come in another order; each continues where it was")
+    return [f"data.{stored.stream}: {line}" for line in lines]
+
+
+def _describe_source(match: SourceMatch) -> str | None:
+    path, before = match.found.path, match.before
+    if before is None:
+        return f"source '{path}' is new, with {match.found.size} samples"
+    if match.kind == "renumbered":
+        return (
+            f"source '{path}' has {match.found.size} samples instead of {before.size}, which are numbered differently: "
+            "it begins its next epoch, and repeats of samples from the last epoch cannot be excluded"
+        )
+    if match.kind == "grown":
+        new = match.found.size - before.size
+        return (
+            f"source '{path}' grew from {before.size} to {match.found.size} samples: the {new} new ones join its epoch"
+        )
+    if match.parked is not None:
+        return f"source '{path}' is back and continues where it was"
+    return f"source '{before.path}' is now '{path}'" if path != before.path else None
+
+
+def _show(weights: Sequence[float] | None) -> str:
+    return "by size" if weights is None else ":".join(f"{weight:g}" for weight in weights)
