@@ -58,7 +58,8 @@ class StepDataset(Dataset[StepBatch]):
         self._slots = config.step_shares(data_parallel_size).slots(data_parallel_rank)
         self.prefetch = plan_prefetch(config, data_parallel_size, views)
         self._streams = build_train_streams(config, text_tokenizer)
-        self.order = RunOrder(config.data, config.training.seed, self._streams)
+        sources = {name: stream.parts for name, stream in self._streams.items()}
+        self.order = RunOrder(config.data, config.training.seed, sources)
         self._shape, self._views = image_shape(config), views
 
     def __len__(self) -> int:

@@ -1,6 +1,6 @@
 """The order of all streams of a run, from its first step or from the positions in a checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -9,11 +9,10 @@ from numpy.typing import NDArray
 
 from beit3_ds.config import DataConfig
 from beit3_ds.data.order.positions import StreamPosition, position_from_json
-from beit3_ds.data.order.prefix_digest import prefix_digest
+from beit3_ds.data.order.prefix_digest import IdentifiedSamples, prefix_digest
 from beit3_ds.data.order.resuming import continue_stream, new_position
 from beit3_ds.data.order.source_matching import FoundSource
 from beit3_ds.data.order.stream import StreamOrder
-from beit3_ds.data.samples import Stream
 
 POSITIONS = "positions"
 """Key of the streams' positions in the state of the data that a checkpoint holds."""
@@ -26,16 +25,16 @@ class RunOrder:
     divide them.
     """
 
-    def __init__(self, config: DataConfig, seed: int, streams: Mapping[str, Stream]) -> None:
+    def __init__(self, config: DataConfig, seed: int, streams: Mapping[str, Iterable[IdentifiedSamples]]) -> None:
         """Starts every stream at its first sample.
 
         Args:
             config: gives the samples per step and the weights.
             seed: the run's seed.
-            streams: the streams that have samples in a step, opened.
+            streams: the samples of each source, in the order of the config, of every stream that has samples in a step.
         """
         self._config, self._seed, self._first_step = config, seed, 0
-        self._found = {name: _find_sources(config, name, stream) for name, stream in streams.items()}
+        self._found = {name: _find_sources(config, name, sources) for name, sources in streams.items()}
         self._absent: dict[str, Any] = {}
         self._orders = {name: StreamOrder(self._new_position(name)) for name in streams}
 
@@ -118,8 +117,8 @@ class RunOrder:
         return start.advanced(step * samples)
 
 
-def _find_sources(config: DataConfig, name: str, stream: Stream) -> list[FoundSource]:
-    parts = zip(config.streams()[name].train, stream.parts, strict=True)
+def _find_sources(config: DataConfig, name: str, sources: Iterable[IdentifiedSamples]) -> list[FoundSource]:
     return [
-        FoundSource(path=source.path, size=len(part), digest=partial(prefix_digest, part)) for source, part in parts
+        FoundSource(path=source.path, size=len(samples), digest=partial(prefix_digest, samples))
+        for source, samples in zip(config.streams()[name].train, sources, strict=True)
     ]
