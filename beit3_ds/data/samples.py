@@ -69,7 +69,7 @@ class ImageSamples:
         return self.source.files()
 
     def identity(self, index: int) -> bytes:
-        """Returns the name of a sample in its file or folder as bytes (`numbering.IdentifiedSamples`)."""
+        """Returns the name of a sample in its file or folder as bytes (`prefix_digest.IdentifiedSamples`)."""
         return os.path.basename(self.source.name(index)).encode("utf-8", "surrogatepass")
 
     def name(self, index: int) -> str:
@@ -119,7 +119,7 @@ class PairSamples:
         return self.images.files()
 
     def identity(self, index: int) -> bytes:
-        """Returns the name of a sample in its file or folder as bytes (`numbering.IdentifiedSamples`)."""
+        """Returns the name of a sample in its file or folder as bytes (`prefix_digest.IdentifiedSamples`)."""
         return self.images.identity(index)
 
     def name(self, index: int) -> str:
@@ -163,7 +163,7 @@ class TextSamples:
         return self.sequences.files()
 
     def identity(self, index: int) -> bytes:
-        """Returns the tokens of a sample as bytes (`numbering.IdentifiedSamples`)."""
+        """Returns the tokens of a sample as bytes (`prefix_digest.IdentifiedSamples`)."""
         return self.sequences[index].tobytes()
 
     def name(self, index: int) -> str:

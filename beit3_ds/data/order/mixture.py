@@ -26,17 +26,17 @@ def assign_sources(
         The source of each position and its place in the order of that source, (n,) int64 each.
     """
     parts = mixture_shares(weights)
-    turns, places = np.empty_like(positions), np.empty_like(positions)
+    sources, places = np.empty_like(positions), np.empty_like(positions)
     left = positions  # positions so far that the sources before this one did not take
     unassigned = np.ones(len(positions), dtype=bool)
     for source, part in enumerate(parts):
         remaining = sum(parts[source:])
         taken = left * part // remaining
         here = unassigned & ((left + 1) * part // remaining > taken)
-        turns[here], places[here] = source, taken[here]
+        sources[here], places[here] = source, taken[here]
         unassigned &= ~here
         left = left - taken
-    return turns, places
+    return sources, places
 
 
 def positions_per_source(weights: Sequence[float], positions: int) -> list[int]:

@@ -9,6 +9,14 @@ from beit3_ds.data.order.mixture import positions_per_source
 from beit3_ds.data.order.permutation import block_key
 from beit3_ds.data.order.remaining import RemainingSamples, from_nodes, gone_bounds
 
+_OLD_NAMES = {
+    "turns": "mixture_position",
+    "unseen": "remaining",
+    "num_unseen": "num_remaining",
+    "parked": "removed",
+}
+"""Names of fields in checkpoints of development versions before 0.2, with their names now."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourcePosition:
@@ -21,7 +29,7 @@ class SourcePosition:
     size: int
     """Samples."""
     digest: str
-    """Digest of the numbers of its samples (`numbering.prefix_digest`)."""
+    """Digest of the numbers of its samples (`prefix_digest.prefix_digest`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +41,11 @@ class SetPosition:
     taken: int
     """Samples taken of the set that `key` shuffles."""
     key: tuple[str | int, ...]
-    """Key, beside the run's seed, of the permutation of the samples in `unseen`."""
-    unseen: tuple[Any, ...] | None = None
-    """Samples that the epoch had left when the data last changed (`unseen.to_nodes`); None is all of the set."""
+    """Key, beside the run's seed, of the permutation of the samples in `remaining`."""
+    remaining: tuple[Any, ...] | None = None
+    """Samples that the epoch had left when the data last changed (`remaining.to_nodes`); None is all of the set."""
     num_remaining: int | None = None
-    """Samples in `unseen`."""
+    """Samples in `remaining`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +54,7 @@ class RemovedSource:
 
     source: SourcePosition
     epoch: int
-    unseen: tuple[Any, ...]
+    remaining: tuple[Any, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +67,13 @@ class StreamPosition:
     samples_per_step: int
     weights: tuple[float, ...] | None
     """Weights of the sources; None if they form one set."""
-    turns: int
+    mixture_position: int
     """Samples taken since the weights were last changed."""
     sources: tuple[SourcePosition, ...]
     """The sources in the order of the config, which also numbers the stream's samples."""
     sets: tuple[SetPosition, ...]
     """One set per source if there are weights, else one set."""
-    parked: tuple[RemovedSource, ...] = ()
+    removed: tuple[RemovedSource, ...] = ()
     """Sources that are no longer in the config."""
     next_id: int
     """Id of the next new source."""
@@ -92,7 +100,7 @@ class StreamPosition:
         return start, start + self.sources[number].size
 
     def bounds(self, source_id: int) -> tuple[int, int]:
-        """See `unseen.Bounds`."""
+        """See `remaining.Bounds`."""
         start = 0
         for source in self.sources:
             if source.id == source_id:
@@ -100,9 +108,9 @@ class StreamPosition:
             start += source.size
         return gone_bounds(source_id)
 
-    def unseen(self, number: int) -> RemainingSamples | None:
+    def remaining(self, number: int) -> RemainingSamples | None:
         """Returns the samples that a set's epoch had left when the data last changed; None is all."""
-        nodes = self.sets[number].unseen
+        nodes = self.sets[number].remaining
         return None if nodes is None else from_nodes(nodes, self.bounds)
 
     def start_epoch(self, number: int, epoch: int) -> SetPosition:
@@ -116,10 +124,13 @@ class StreamPosition:
         if self.weights is None:
             moves = [samples]
         else:
-            before, after = (positions_per_source(self.weights, turns) for turns in (self.turns, self.turns + samples))
+            before, after = (
+                positions_per_source(self.weights, position)
+                for position in (self.mixture_position, self.mixture_position + samples)
+            )
             moves = [last - first for first, last in zip(before, after, strict=True)]
         sets = tuple(self._moved(number, move) for number, move in enumerate(moves))
-        return dataclasses.replace(self, turns=self.turns + samples, sets=sets)
+        return dataclasses.replace(self, mixture_position=self.mixture_position + samples, sets=sets)
 
     def _moved(self, number: int, samples: int) -> SetPosition:
         position = self.sets[number]
@@ -151,7 +162,7 @@ def start_position(
         seed=seed,
         samples_per_step=samples_per_step,
         weights=None if weights is None else tuple(weights),
-        turns=0,
+        mixture_position=0,
         sources=tuple(sources),
         sets=(),
         next_id=len(sources),
@@ -163,24 +174,34 @@ def start_position(
 
 def position_from_json(stream: str, content: Mapping[str, Any]) -> StreamPosition:
     """Rebuilds a position from the JSON object of `StreamPosition.to_json`."""
-    fields = dict(content)
+    fields = _with_current_names(content)
     fields["weights"] = None if fields["weights"] is None else tuple(fields["weights"])
     fields["blocks"] = None if fields.get("blocks") is None else tuple(fields["blocks"])
     fields["sources"] = tuple(SourcePosition(**source) for source in fields["sources"])
     fields["sets"] = tuple(_set_from_json(position) for position in fields["sets"])
-    fields["parked"] = tuple(
-        RemovedSource(source=SourcePosition(**parked["source"]), epoch=parked["epoch"], unseen=tuple(parked["unseen"]))
-        for parked in fields["parked"]
+    fields["removed"] = tuple(
+        RemovedSource(
+            source=SourcePosition(**removed["source"]),
+            epoch=removed["epoch"],
+            remaining=tuple(removed["remaining"]),
+        )
+        for removed in fields["removed"]
     )
     return StreamPosition(stream=stream, **fields)
 
 
 def _set_from_json(content: Mapping[str, Any]) -> SetPosition:
-    unseen = content["unseen"]
+    remaining = content["remaining"]
     return SetPosition(
         epoch=content["epoch"],
         taken=content["taken"],
         key=tuple(content["key"]),
-        unseen=None if unseen is None else tuple(unseen),
+        remaining=None if remaining is None else tuple(remaining),
         num_remaining=content["num_remaining"],
     )
+
+
+def _with_current_names(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {_OLD_NAMES.get(name, name): _with_current_names(value) for name, value in content.items()}
+    return [_with_current_names(value) for value in content] if isinstance(content, list | tuple) else content

@@ -161,10 +161,10 @@ class Only:
         return stays
 
 
-def to_nodes(unseen: RemainingSamples) -> list[Any]:
+def to_nodes(remaining: RemainingSamples) -> list[Any]:
     """Returns the set as a flat list of JSON nodes, with the set itself as the last one."""
     nodes: list[Any] = []
-    unseen.add_to(nodes)
+    remaining.add_to(nodes)
     return nodes
 
 

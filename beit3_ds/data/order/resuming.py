@@ -91,7 +91,7 @@ class _Continuation:
             seed=seed,
             samples_per_step=samples_per_step,
             weights=None if weights is None else tuple(weights),
-            turns=stored.turns if self._keeps_turns() else 0,
+            mixture_position=stored.mixture_position if self._keeps_mixture() else 0,
             sources=tuple(match.found.describe(match.id) for match in matched),
             sets=(),
             next_id=max([stored.next_id, *(match.id + 1 for match in matched)]),
@@ -106,15 +106,15 @@ class _Continuation:
         else:
             sets = [self._continue_source(number, match) for number, match in enumerate(self._matched)]
         for number, one in enumerate(sets):
-            if one.unseen is not None and sum(node[0] == "rest" for node in one.unseen) > _MAX_CHANGES:
+            if one.remaining is not None and sum(node[0] == "rest" for node in one.remaining) > _MAX_CHANGES:
                 sets[number] = self._now.start_epoch(number, one.epoch + 1)
                 changes.append(
                     f"data.{self._stored.stream}: epoch {one.epoch} was changed {_MAX_CHANGES} times and ends here; "
                     "repeats cannot be excluded"
                 )
-        return dataclasses.replace(self._now, sets=tuple(sets), parked=self._park())
+        return dataclasses.replace(self._now, sets=tuple(sets), removed=self._keep_removed())
 
-    def _keeps_turns(self) -> bool:
+    def _keeps_mixture(self) -> bool:
         """Returns whether the sources still take turns as before."""
         return (
             same_weights(self._weights, self._stored.weights)
@@ -133,7 +133,7 @@ class _Continuation:
             old = self._stored.sets[old_number]
             if self._now.seed == self._stored.seed:
                 return old
-            if old.unseen is None and old.taken == 0:
+            if old.remaining is None and old.taken == 0:
                 return self._now.start_epoch(number, old.epoch)
         return self._shuffle(number, self._epoch(match.id), [self._left_of(match), *self._growth(match)])
 
@@ -163,19 +163,19 @@ class _Continuation:
             return self._now.start_epoch(number, epoch + 1)
         left = parts[0] if len(parts) == 1 else Joined(parts)
         key = (*self._now.base_key(number), epoch, "left", self._now.changes)
-        return SetPosition(epoch=epoch, taken=0, key=key, unseen=tuple(to_nodes(left)), num_remaining=len(left))
+        return SetPosition(epoch=epoch, taken=0, key=key, remaining=tuple(to_nodes(left)), num_remaining=len(left))
 
     def _epoch(self, source_id: int) -> int:
-        for entry in self._stored.parked:
+        for entry in self._stored.removed:
             if entry.source.id == source_id:
                 return entry.epoch
         return self._stored.sets[0 if self._stored.weights is None else self._number[source_id]].epoch
 
     def _left_of(self, match: SourceMatch) -> RemainingSamples:
         """Returns the samples that one source had before and that its epoch has left."""
-        for entry in self._stored.parked:
+        for entry in self._stored.removed:
             if entry.source.id == match.id:
-                return from_nodes(entry.unseen, self._now.bounds)
+                return from_nodes(entry.remaining, self._now.bounds)
         return self._left_of_set([match.id])
 
     def _left_of_set(self, ids: Sequence[int]) -> RemainingSamples:
@@ -185,8 +185,8 @@ class _Continuation:
         old = stored.sets[number]
         members = stored.sources if stored.weights is None else stored.sources[number : number + 1]
         whole: RemainingSamples
-        if old.unseen is not None:
-            whole = from_nodes(old.unseen, self._now.bounds)
+        if old.remaining is not None:
+            whole = from_nodes(old.remaining, self._now.bounds)
         else:
             whole = Joined([Range(m.id, 0, m.size, self._now.bounds(m.id)[0]) for m in members])
         left: RemainingSamples = Rest(whole, stored.seed, old.key, old.taken) if old.taken else whole
@@ -201,12 +201,12 @@ class _Continuation:
     def _range(self, match: SourceMatch, first: int) -> RemainingSamples:
         return Range(match.id, first, match.found.size, self._now.bounds(match.id)[0])
 
-    def _park(self) -> tuple[RemovedSource, ...]:
+    def _keep_removed(self) -> tuple[RemovedSource, ...]:
         """Keeps the rest of the epoch of sources that are no longer in the config and did not return renumbered."""
         replaced = {match.before.id for match in self._matched if match.before is not None}
-        parked = [entry for entry in self._stored.parked if entry.source.id not in replaced]
+        removed = [entry for entry in self._stored.removed if entry.source.id not in replaced]
         for source in self._stored.sources:
             if source.id not in self._kept | replaced:
                 left = to_nodes(self._left_of_set([source.id]))
-                parked.append(RemovedSource(source=source, epoch=self._epoch(source.id), unseen=tuple(left)))
-        return tuple(parked)
+                removed.append(RemovedSource(source=source, epoch=self._epoch(source.id), remaining=tuple(left)))
+        return tuple(removed)

@@ -17,7 +17,7 @@ class FoundSource:
     size: int
     """Samples."""
     digest: Callable[[int], str]
-    """Returns the digest of the numbers of a given count of first samples (`numbering.prefix_digest`)."""
+    """Returns the digest of the numbers of a given count of first samples (`prefix_digest.prefix_digest`)."""
 
     def describe(self, source_id: int) -> SourcePosition:
         """Returns the source as a checkpoint stores it."""
@@ -32,17 +32,17 @@ class SourceMatch(NamedTuple):
     kind: str
     """`same`, `grown`, `renumbered` or `new`."""
     before: SourcePosition | None
-    parked: RemovedSource | None
+    removed: RemovedSource | None
 
 
 def match_sources(stored: StreamPosition, sources: Sequence[FoundSource]) -> list[SourceMatch]:
     by_path = {source.path: source for source in stored.sources}
-    parked = {entry.source.path: entry for entry in stored.parked}
+    removed = {entry.source.path: entry for entry in stored.removed}
     paths = {source.path for source in sources}
     moved = [source for source in stored.sources if source.path not in paths]
     matched, next_id = [], stored.next_id
     for found in sources:
-        entry = parked.get(found.path) if found.path not in by_path else None
+        entry = removed.get(found.path) if found.path not in by_path else None
         before = by_path.get(found.path) or (entry.source if entry else None)
         if before is None:
             digest = found.digest(found.size)
@@ -109,7 +109,7 @@ def _describe_source(match: SourceMatch) -> str | None:
         return (
             f"source '{path}' grew from {before.size} to {match.found.size} samples: the {new} new ones join its epoch"
         )
-    if match.parked is not None:
+    if match.removed is not None:
         return f"source '{path}' is back and continues where it was"
     return f"source '{before.path}' is now '{path}'" if path != before.path else None
 

@@ -1,7 +1,7 @@
 """Endless order of samples: reshuffled every epoch, computed and never stored.
 
 Randomness: the order of a stream's only set of samples is keyed by (seed, stream, epoch), the order of one of several
-weighted sources by (seed, stream, source, epoch). The turns of sources are not random (`turns.assign_sources`).
+weighted sources by (seed, stream, source, epoch). The turns of sources are not random (`mixture.assign_sources`).
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,10 @@ class StreamOrder:
     def __init__(self, position: StreamPosition) -> None:
         """Takes the position to start from."""
         self.position = position
-        self._unseen = [position.unseen(number) for number in range(len(position.sets))]
-        self._places = None if position.weights is None else positions_per_source(position.weights, position.turns)
+        self._remaining = [position.remaining(number) for number in range(len(position.sets))]
+        self._places = (
+            None if position.weights is None else positions_per_source(position.weights, position.mixture_position)
+        )
 
     def __call__(self, since: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Finds the epoch and the sample at each number of samples since the position; all (n,) int64.
@@ -32,25 +34,25 @@ class StreamOrder:
         weights = self.position.weights
         if weights is None or self._places is None:
             return self._find(0, since)
-        turns, places = assign_sources(weights, since + self.position.turns)
+        sources, places = assign_sources(weights, since + self.position.mixture_position)
         epochs, samples = np.empty_like(since), np.empty_like(since)
-        for source in np.unique(turns):
-            here = turns == source
+        for source in np.unique(sources):
+            here = sources == source
             epochs[here], samples[here] = self._find(int(source), places[here] - self._places[source])
         return epochs, samples
 
     def _find(self, number: int, since: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Returns the epochs and samples of one set at each number of samples since the position."""
-        position, unseen = self.position.sets[number], self._unseen[number]
+        position, remaining = self.position.sets[number], self._remaining[number]
         first, last = self.position.set_bounds(number)
-        left = last - first if unseen is None else len(unseen)
+        left = last - first if remaining is None else len(remaining)
         places = since + position.taken
         now = places < left
         epochs, samples = np.empty_like(since), np.empty_like(since)
         if now.any():
             chosen = order_permutation(self.position.seed, position.key, left)(places[now])
             epochs[now] = position.epoch
-            samples[now] = chosen + first if unseen is None else unseen(chosen)
+            samples[now] = chosen + first if remaining is None else remaining(chosen)
         if not now.all():
             later = places[~now] - left
             found, chosen = samples_at(

@@ -1,8 +1,6 @@
-"""The order that visits blocks of neighbours: still every sample once per epoch, and resumable anywhere."""
+"""Permutations: every sample once, in no order that shows, or in blocks of neighbours."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,25 +9,8 @@ from hypothesis import strategies as st
 
 from beit3_ds.data.files.descriptors import OpenFiles
 from beit3_ds.data.images.shards import TarShards
-from beit3_ds.data.order.permutation import BlockPermutation, block_key, order_permutation
-from beit3_ds.data.order.positions import StreamPosition, position_from_json
-from beit3_ds.data.order.resuming import continue_stream, new_position
-from beit3_ds.data.order.source_matching import FoundSource
-from beit3_ds.data.order.stream import StreamOrder
+from beit3_ds.data.order.permutation import BlockPermutation, KeyedPermutation, block_key, order_permutation
 from tests.data.conftest import BuildConfig, WriteTar
-
-
-def found(sizes: list[int]) -> list[FoundSource]:
-    return [FoundSource(path=str(i), size=size, digest=lambda count, i=i: f"{i}") for i, size in enumerate(sizes)]
-
-
-def position(sizes: list[int], blocks: tuple[int, int] | None, weights: Any = None) -> StreamPosition:
-    return new_position("images", 3, 4, weights, found(sizes), blocks=blocks)
-
-
-def samples(start: StreamPosition, first: int, count: int) -> list[tuple[int, int]]:
-    epochs, numbers = StreamOrder(start)(np.arange(first, first + count))
-    return list(zip(epochs.tolist(), numbers.tolist(), strict=True))
 
 
 @given(size=st.integers(1, 400), block=st.integers(1, 50), window=st.integers(1, 9), seed=st.integers(0, 9))
@@ -56,32 +37,6 @@ def test_a_stretch_comes_from_few_blocks_and_epochs_differ() -> None:
         assert abs(np.diff(starts)).mean() > 10  # catches blocks that are visited in their order
 
 
-@given(st.lists(st.integers(3, 60), min_size=1, max_size=3), st.integers(0, 200), st.integers(1, 80), st.booleans())
-@settings(max_examples=60, deadline=None)
-def test_a_stored_position_goes_on(sizes: list[int], first: int, count: int, weighted: bool) -> None:
-    weights = [1.0 + i for i in range(len(sizes))] if weighted else None
-    start = position(sizes, (7, 2), weights)
-    stored = position_from_json("images", json.loads(json.dumps(start.advanced(first).to_json())))
-    assert samples(stored, 0, count) == samples(start, first, count)
-
-
-@pytest.mark.parametrize(("before", "after"), [(None, (7, 2)), ((7, 2), None), ((7, 2), (5, 3))])
-def test_another_order_begins_with_the_next_epoch(before: Any, after: Any) -> None:
-    start = position([50], before)
-    stored = start.advanced(20)
-    continued, _ = continue_stream(stored, 3, 4, None, found([50]), after)
-    epoch = [number for _, number in [*samples(start, 0, 20), *samples(continued, 0, 30)]]
-    assert sorted(epoch) == list(range(50))  # catches samples seen twice after a change of data.order
-    assert samples(continued, 30, 50) == samples(position([50], after), 50, 50)
-
-
-def test_a_grown_source_goes_on_without_repeats() -> None:
-    start = position([50], (7, 2))
-    continued, _ = continue_stream(start.advanced(20), 3, 4, None, found([64]), (7, 2))
-    seen = [number for _, number in samples(start, 0, 20)]
-    assert sorted([*seen, *(number for _, number in samples(continued, 0, 44))]) == list(range(64))
-
-
 def test_the_config_chooses_the_order(build_config: BuildConfig) -> None:
     assert build_config().data.blocks() is None
     data = {"order": "shard_sequential", "block_samples": 9, "window_blocks": 2}
@@ -106,3 +61,39 @@ def test_few_shards_are_open_at_a_time(tmp_path: Path, write_tar: WriteTar) -> N
         opens[name] = calls.opens
     assert opens["shuffled"] > 300
     assert opens["blocks"] <= 22  # a block lies in two shards at most
+
+
+@settings(max_examples=150, deadline=None)
+@given(size=st.integers(1, 3000), seed=st.integers(0, 2**32))
+def test_permutation_is_a_bijection(size: int, seed: int) -> None:
+    samples = KeyedPermutation(size, np.random.default_rng(seed))(np.arange(size))
+    # catches walking that stops outside, and halves of different width mixed up
+    assert np.array_equal(np.sort(samples), np.arange(size))
+
+
+@pytest.mark.parametrize("size", [2**20, 2**20 + 1, 36_000_000])
+def test_large_permutation_stays_inside_and_never_repeats(size: int) -> None:
+    positions = np.concatenate([np.arange(50_000), np.arange(size - 50_000, size)])
+    samples = KeyedPermutation(size, np.random.default_rng(0))(positions)
+    assert samples.min() >= 0
+    assert samples.max() < size
+    assert len(np.unique(samples)) == len(positions)
+    assert abs(np.corrcoef(positions, samples)[0, 1]) < 0.02  # catches a network that leaves the order almost as it is
+
+
+def test_every_sample_comes_first_equally_often() -> None:
+    size, rng = 5, np.random.default_rng(0)
+    first = [int(KeyedPermutation(size, rng)(np.array([0]))[0]) for _ in range(2000)]
+    # catches too few rounds on a tiny domain; 400 expected, deviation 18
+    assert min(np.bincount(first, minlength=size)) > 310
+
+
+@pytest.mark.slow
+def test_permutation_is_a_bijection_of_the_paper_s_36_million_images() -> None:
+    size, chunk = 36_000_000, 1_000_000
+    permutation, seen = KeyedPermutation(size, np.random.default_rng(0)), np.zeros(size, dtype=bool)
+    for start in range(0, size, chunk):
+        samples = permutation(np.arange(start, start + chunk))
+        assert not seen[samples].any()
+        seen[samples] = True
+    assert seen.all()

@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 
 from beit3_ds.config import RunConfig
-from beit3_ds.data.files.fingerprint import SourceFile
-from beit3_ds.data.order.prefix_digest import prefix_digest
 from beit3_ds.data.order.run import POSITIONS
 from beit3_ds.data.steps import StepDataset
 from beit3_ds.tokenizers.text import TextTokenizer
@@ -155,24 +153,3 @@ def test_a_stream_that_is_left_out_keeps_its_place(build_config: BuildConfig, to
     back = StepDataset(config, tokenizer, 0, 1)
     back.order.resume(5, _data_after(dataset, 5), _plain(without))
     assert _names(back, 5, 6)["pairs"] == _names(whole, 3, 4)["pairs"]
-
-
-@pytest.mark.parametrize("count", [0, 1, 2, 7, 300, 1000])
-def test_whatever_shifts_numbers_changes_the_digest(count: int) -> None:
-    class Samples:
-        is_last_open = False
-
-        def __init__(self, first: int) -> None:
-            self.first = first
-
-        def __len__(self) -> int:
-            return 2000
-
-        def files(self) -> list[SourceFile]:
-            return [SourceFile("file", None, 1500), SourceFile("next", None, 500)]
-
-        def identity(self, index: int) -> bytes:
-            return str(index + self.first).encode()
-
-    assert prefix_digest(Samples(0), count) == prefix_digest(Samples(0), count)
-    assert (prefix_digest(Samples(0), count) == prefix_digest(Samples(1), count)) == (count == 0)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beit3_ds.config import ConfigError
-from beit3_ds.data.text import json_values, text_files
+from beit3_ds.data.text import json_values, paragraphs
 from beit3_ds.data.text.paragraphs import BrokenLines, TextPiece, cut_into_pieces, read_paragraphs, whole_file
 
 PARAGRAPHS = ["One.", "Zwei Äpfel.", "三 words", "four"]
@@ -75,7 +75,7 @@ def test_compressed_files_stay_whole(tmp_path: Path) -> None:
 
 
 def test_broken_lines_are_named_with_their_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_files, "_MAX_LINE_BYTES", 40)
+    monkeypatch.setattr(paragraphs, "_MAX_LINE_BYTES", 40)
     lines = {
         b'{"text": "fine"}': None,
         b'{"text": "caf\xe9"}': "not UTF-8: .* at byte 13",
@@ -226,7 +226,7 @@ def test_long_lists_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(json_values, "_CHUNK", 7)
     (tmp_path / "a.json").write_text(json.dumps(RECORDS * 9 + [{"text": "x" * 300, "n": 123456}], indent=1))
     assert _documents(tmp_path / "a.json") == [*DOCUMENTS * 9, ["x" * 300]]
-    monkeypatch.setattr(text_files, "_MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(paragraphs, "_MAX_LINE_BYTES", 100)
     with pytest.raises(ConfigError, match="a value of more than 100 characters"):
         read(tmp_path / "a.json")
 
@@ -250,7 +250,7 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, data: bytes) -> None
 def test_memory_is_bounded_by_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compress: Callable[[bytes], bytes] | None
 ) -> None:
-    monkeypatch.setattr(text_files, "_MAX_LINE_BYTES", 1 << 16)
+    monkeypatch.setattr(paragraphs, "_MAX_LINE_BYTES", 1 << 16)
     letters = np.random.default_rng(0).integers(97, 123, 12 << 20, dtype=np.uint8).tobytes()
     data = letters + b"\n" + b"short line\n" * 1000
     path = tmp_path / {None: "a.txt", gzip.compress: "a.txt.gz", zstandard.compress: "a.txt.zst"}[compress]
