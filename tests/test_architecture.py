@@ -1,8 +1,11 @@
 """Which package may import which, and how large files and functions are."""
 
 import ast
+import graphlib
 import warnings
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,6 +42,15 @@ ARROWS: dict[str, set[str]] = {
     "cluster": {"config", "planner"},
 }
 ENTRY_POINTS = {"pretrain", "train_visual_tokenizer", "rank_program", "cli", "__init__"}
+# The parts of a room in the order in which they are read: each may import only those before it.
+READING_ORDER: dict[str, tuple[str, ...]] = {
+    "data": (
+        *("randomness", "files", "images", "text", "sources", "validation_overlap", "order", "workers", "drop_path"),
+        *("masking", "packing", "samples", "skipped_report", "steps", "loader", "validation", "tokenizer_corpora"),
+        "prepare",
+    ),
+    "cluster": ("hostfile", "check", "launch"),
+}
 MAY_IMPORT_DEEPSPEED = {"training", "pipeline", "checkpoint", "runtime"}
 
 FILE_LINES, FUNCTION_LINES = 400, 60
@@ -76,6 +88,36 @@ def test_import_arrows() -> None:
                 if target != room and target not in ARROWS[room]:
                     wrong.append(f"{path.relative_to(ROOT)} imports {name}; {room} may import {sorted(ARROWS[room])}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("room", READING_ORDER)
+def test_parts_of_a_room_are_read_in_order(room: str) -> None:
+    folder, order = ROOT / "beit3_ds" / room, READING_ORDER[room]
+    parts = {path.relative_to(folder).parts[0].removesuffix(".py") for path in folder.rglob("*.py")}
+    assert parts - {"__init__"} == set(order), f"list the parts of {room} in READING_ORDER"
+    wrong = []
+    for number, part in enumerate(order):
+        for path in (folder / part).rglob("*.py") if (folder / part).is_dir() else (folder / f"{part}.py",):
+            for name in imports(path):
+                target = name.removeprefix(f"beit3_ds.{room}.").split(".")[0]
+                if name.startswith(f"beit3_ds.{room}.") and target in order[number + 1 :]:
+                    wrong.append(f"{path.relative_to(ROOT)} imports {name}, which is read after {part}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_circle_of_imports() -> None:
+    by_name = {}
+    for path in modules():
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        by_name[f"beit3_ds.{name.removeprefix('beit3_ds.')}"] = path
+    graph = {}
+    for name, path in by_name.items():
+        targets = {found for target in imports(path) for found in (target, target.rpartition(".")[0])}
+        graph[name] = targets & by_name.keys() - {name}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        raise AssertionError("modules import each other: " + " -> ".join(error.args[1])) from None
 
 
 def test_every_room_is_listed() -> None:
