@@ -28,7 +28,7 @@ from beit3_ds.data.text.tokenization import TokenizedParagraphs, sequence_starts
 from beit3_ds.tokenizers.text import TextTokenizer
 
 _BORDERS = -1  # number of the borders' map among those of pieces
-_BLOCK_TOKENS = 1 << 20
+_CHUNK_TOKENS = 1 << 20
 
 
 def write_borders(
@@ -41,12 +41,12 @@ def write_borders(
         if read_footer(path)["pieces"] == fingerprint:
             return
     total = sum(piece.num_tokens for piece in pieces)
-    starts = chain(sequence_starts(_blocks(pieces), length - 2, cutter), [total])
+    starts = chain(sequence_starts(_chunks(pieces), length - 2, cutter), [total])
     count = 0
     with written_aside(path) as file:
-        while len(block := np.fromiter(islice(starts, COPY_NUMBERS), dtype="<i8")):
-            file.write(block.tobytes())
-            count += len(block)
+        while len(chunk := np.fromiter(islice(starts, COPY_NUMBERS), dtype="<i8")):
+            file.write(chunk.tobytes())
+            count += len(chunk)
         write_footer(file, {"count": count, "pieces": fingerprint})
 
 
@@ -146,14 +146,14 @@ def _fingerprint(pieces: Sequence[TokenPiece]) -> str:
     return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
 
 
-def _blocks(pieces: Sequence[TokenPiece]) -> Iterator[TokenizedParagraphs]:
-    """All paragraphs, in blocks of about `_BLOCK_TOKENS` that are mapped one by one: few pages stay in memory."""
+def _chunks(pieces: Sequence[TokenPiece]) -> Iterator[TokenizedParagraphs]:
+    """All paragraphs, in chunks of about `_CHUNK_TOKENS` that are mapped one by one: few pages stay in memory."""
     for piece in pieces:
         lengths, position = piece.paragraph_lengths(), 0
         for first in range(0, len(lengths), COPY_NUMBERS):
             some = lengths[first : first + COPY_NUMBERS]
-            borders = np.flatnonzero(np.diff(np.cumsum(some, dtype=np.int64) // _BLOCK_TOKENS)) + 1
-            for block in np.split(some, borders):
-                count = int(block.sum(dtype=np.int64))
-                yield piece.tokens(position, position + count), block
+            borders = np.flatnonzero(np.diff(np.cumsum(some, dtype=np.int64) // _CHUNK_TOKENS)) + 1
+            for chunk in np.split(some, borders):
+                count = int(chunk.sum(dtype=np.int64))
+                yield piece.tokens(position, position + count), chunk
                 position += count

@@ -137,9 +137,9 @@ class _TextInMemory:
         document_separator: bool,
     ) -> None:
         paragraphs = read_paragraphs(whole_file(path), broken)
-        blocks = list(encode_paragraphs(paragraphs, tokenizer, document_separator))
-        self._ids = np.concatenate([np.empty(0, dtype=np.uint16), *(ids for ids, _ in blocks)])
-        self._borders = np.array([*sequence_starts(blocks, length - 2, cutter), len(self._ids)], dtype=np.int64)
+        chunks = list(encode_paragraphs(paragraphs, tokenizer, document_separator))
+        self._ids = np.concatenate([np.empty(0, dtype=np.uint16), *(ids for ids, _ in chunks)])
+        self._borders = np.array([*sequence_starts(chunks, length - 2, cutter), len(self._ids)], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._borders) - 1

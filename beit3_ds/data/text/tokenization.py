@@ -18,8 +18,8 @@ from beit3_ds.tokenizers.text import TextTokenizer
 TokenizedParagraphs: TypeAlias = tuple[NDArray[np.generic], NDArray[np.generic]]
 """All ids of consecutive paragraphs, (n,) in `token_dtype`, and how many each of them has, (paragraphs,)."""
 
-_BLOCK_PARAGRAPHS = 4096
-_BLOCK_CHARACTERS = 1 << 20
+_CHUNK_PARAGRAPHS = 4096
+_CHUNK_CHARACTERS = 1 << 20
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.generic]:
@@ -30,7 +30,7 @@ def token_dtype(vocab_size: int) -> np.dtype[np.generic]:
 def encode_paragraphs(
     paragraphs: Iterable[Paragraph], tokenizer: TextTokenizer, document_separator: bool
 ) -> Iterator[TokenizedParagraphs]:
-    """Yields the ids of consecutive paragraphs, a block of about a million characters at a time.
+    """Yields the ids of consecutive paragraphs, a chunk of about a million characters at a time.
 
     Args:
         paragraphs: paragraphs of one file or piece.
@@ -39,10 +39,10 @@ def encode_paragraphs(
     """
     dtype = token_dtype(tokenizer.vocab_size)
     is_open = False  # whether ids came since the last separator
-    for block in _blocks(paragraphs):
-        ids, lengths = tokenizer.encode_batch([paragraph.text for paragraph in block])
+    for chunk in _chunks(paragraphs):
+        ids, lengths = tokenizer.encode_batch([paragraph.text for paragraph in chunk])
         if document_separator:
-            ends = np.flatnonzero([paragraph.ends_document for paragraph in block])
+            ends = np.flatnonzero([paragraph.ends_document for paragraph in chunk])
             totals = np.concatenate([[0 if not is_open else -1], np.cumsum(lengths)[ends]])
             ends = ends[np.diff(totals) > 0]
             is_open = int(lengths.sum()) > totals[-1]
@@ -51,14 +51,14 @@ def encode_paragraphs(
         yield ids.astype(dtype), lengths
 
 
-def sequence_starts(blocks: Iterable[TokenizedParagraphs], limit: int, cutter: ParagraphCutter) -> Iterator[int]:
+def sequence_starts(chunks: Iterable[TokenizedParagraphs], limit: int, cutter: ParagraphCutter) -> Iterator[int]:
     """Packs consecutive paragraphs into sequences of at most `limit` tokens.
 
     A paragraph that fits into a sequence stays whole. A longer one starts a sequence and is cut at sentences; its rest
     shares a sequence with the next paragraph.
 
     Args:
-        blocks: paragraphs from `encode_paragraphs`; empty ones change nothing.
+        chunks: paragraphs from `encode_paragraphs`; empty ones change nothing.
         limit: most tokens of a sequence, without a separator at its end.
         cutter: cuts long paragraphs.
 
@@ -67,8 +67,8 @@ def sequence_starts(blocks: Iterable[TokenizedParagraphs], limit: int, cutter: P
     """
     assert limit >= 1, f"a sequence of {limit} tokens holds no text"
     start = end = 0  # the open sequence
-    for ids, lengths in blocks:
-        block_start = end
+    for ids, lengths in chunks:
+        chunk_start = end
         contents = cutter.content_lengths(ids, lengths)
         cuts = cutter.cuts(ids, lengths, limit)
         for length, content in zip(lengths.tolist(), contents.tolist(), strict=True):
@@ -77,20 +77,20 @@ def sequence_starts(blocks: Iterable[TokenizedParagraphs], limit: int, cutter: P
                 start = end
             while end + content - start > limit:
                 yield start
-                start = block_start + next(cuts)
+                start = chunk_start + next(cuts)
             end += length
     if end > start:
         yield start
 
 
-def _blocks(paragraphs: Iterable[Paragraph]) -> Iterator[list[Paragraph]]:
-    block: list[Paragraph] = []
+def _chunks(paragraphs: Iterable[Paragraph]) -> Iterator[list[Paragraph]]:
+    chunk: list[Paragraph] = []
     num_characters = 0
     for paragraph in paragraphs:
-        block.append(paragraph)
+        chunk.append(paragraph)
         num_characters += len(paragraph.text)
-        if len(block) == _BLOCK_PARAGRAPHS or num_characters >= _BLOCK_CHARACTERS:
-            yield block
-            block, num_characters = [], 0
-    if block:
-        yield block
+        if len(chunk) == _CHUNK_PARAGRAPHS or num_characters >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, num_characters = [], 0
+    if chunk:
+        yield chunk

@@ -12,7 +12,7 @@ import pytest
 
 from beit3_ds.config import ConfigError, DataConfig, SourceConfig, StreamConfig, TextTokenizerConfig
 from beit3_ds.data.prepare.texts import Part, prepare_texts
-from beit3_ds.data.text import token_files
+from beit3_ds.data.text import sequence_borders, token_files
 from beit3_ds.data.text.sequences import TextSequences
 from beit3_ds.data.text.token_files import find_token_pieces
 from beit3_ds.tokenizers.text import TextTokenizer, train_text_tokenizer
@@ -68,7 +68,7 @@ def names(folder: Path) -> list[str]:
 def test_prepared_and_unprepared_texts_are_the_same(
     tmp_path: Path, corpus: str, tokenizer: TextTokenizer, processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_files, "_BLOCK_TOKENS", 100)  # catches a paragraph that is cut by the ids of another
+    monkeypatch.setattr(sequence_borders, "_CHUNK_TOKENS", 100)  # catches a paragraph that is cut by the ids of another
     folder = tmp_path / "prepared"
     done = prepare_texts(data_config(corpus, folder), tokenizer, processes=processes, piece_bytes=PIECE)
     plain = TextSequences([corpus], tokenizer, LENGTH)
@@ -90,12 +90,12 @@ def test_few_tokens_are_mapped_at_a_time(
 ) -> None:
     prepare_texts(data_config(corpus, tmp_path), tokenizer, processes=1, piece_bytes=5000)
     pieces = find_token_pieces(tmp_path / "texts", corpus.replace("[abc].*", "a.txt"), tokenizer)
-    monkeypatch.setattr(token_files, "_BLOCK_TOKENS", 100)
-    blocks = list(token_files._blocks(pieces))
-    longest = max(int(lengths.max()) for _, lengths in blocks)
-    assert max(len(ids) for ids, _ in blocks) < 100 + longest < 300 < sum(len(ids) for ids, _ in blocks)
-    assert [ids for block, _ in blocks for ids in block] == [ids for piece in pieces for ids in piece.tokens()]
-    assert all(len(ids) == lengths.sum() for ids, lengths in blocks)
+    monkeypatch.setattr(sequence_borders, "_CHUNK_TOKENS", 100)
+    chunks = list(sequence_borders._chunks(pieces))
+    longest = max(int(lengths.max()) for _, lengths in chunks)
+    assert max(len(ids) for ids, _ in chunks) < 100 + longest < 300 < sum(len(ids) for ids, _ in chunks)
+    assert [ids for chunk, _ in chunks for ids in chunk] == [ids for piece in pieces for ids in piece.tokens()]
+    assert all(len(ids) == lengths.sum() for ids, lengths in chunks)
 
 
 def test_opening_loads_nothing_and_copies_map_anew(tmp_path: Path, corpus: str, tokenizer: TextTokenizer) -> None:

@@ -14,26 +14,26 @@ from beit3_ds.data.text.tokenization import encode_paragraphs, sequence_starts, 
 from beit3_ds.tokenizers.text import TextTokenizer
 
 
-def _starts(lengths: list[int], limit: int, tokenizer: TextTokenizer, block_size: int = 99) -> list[int]:
-    """Starts of sequences of paragraphs that are one word each, in blocks of `block_size` paragraphs."""
+def _starts(lengths: list[int], limit: int, tokenizer: TextTokenizer, chunk_size: int = 99) -> list[int]:
+    """Starts of sequences of paragraphs that are one word each, in chunks of `chunk_size` paragraphs."""
     inside = int(np.flatnonzero(~tokenizer.word_borders().starts)[-1])
-    blocks = [
-        (np.full(sum(block), inside, dtype=np.uint16), np.array(block))
-        for block in (lengths[i : i + block_size] for i in range(0, len(lengths), block_size))
+    chunks = [
+        (np.full(sum(chunk), inside, dtype=np.uint16), np.array(chunk))
+        for chunk in (lengths[i : i + chunk_size] for i in range(0, len(lengths), chunk_size))
     ]
-    return list(sequence_starts(blocks, limit, ParagraphCutter(tokenizer)))
+    return list(sequence_starts(chunks, limit, ParagraphCutter(tokenizer)))
 
 
 @settings(deadline=None)
-@given(lengths=st.lists(st.integers(0, 30), min_size=1), limit=st.integers(1, 12), block_size=st.integers(1, 9))
+@given(lengths=st.lists(st.integers(0, 30), min_size=1), limit=st.integers(1, 12), chunk_size=st.integers(1, 9))
 def test_sequences_are_bounded_and_whole(
-    tokenizer: TextTokenizer, lengths: list[int], limit: int, block_size: int
+    tokenizer: TextTokenizer, lengths: list[int], limit: int, chunk_size: int
 ) -> None:
-    borders = [*_starts(lengths, limit, tokenizer, block_size), sum(lengths)]
+    borders = [*_starts(lengths, limit, tokenizer, chunk_size), sum(lengths)]
     sizes = np.diff(borders)
     assert borders[0] == 0  # catches tokens lost at the start
     assert len(sizes) == 0 or (sizes.min() >= 1 and sizes.max() <= limit)
-    assert borders == [*_starts(lengths, limit, tokenizer), sum(lengths)]  # catches a block that ends a sequence
+    assert borders == [*_starts(lengths, limit, tokenizer), sum(lengths)]  # catches a chunk that ends a sequence
     paragraph_borders = set(np.cumsum([0, *lengths]).tolist())
     for start in set(borders) - paragraph_borders:
         # catches a short paragraph cut in two
@@ -55,40 +55,40 @@ def test_greedy_rule(tokenizer: TextTokenizer, lengths: list[int], expected: lis
     assert _starts(lengths, 8, tokenizer) == expected
 
 
-def test_blocks_of_paragraphs_join_to_what_each_gives(
+def test_chunks_of_paragraphs_join_to_what_each_gives(
     tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paragraphs = ["a red bird", "two green boats", "☃ near", "water " * 20, "snow"]
     expected = [tokenizer.encode(paragraph) for paragraph in paragraphs]
-    monkeypatch.setattr(tokenization, "_BLOCK_PARAGRAPHS", 2)
-    monkeypatch.setattr(tokenization, "_BLOCK_CHARACTERS", 100)
-    blocks = list(encode_paragraphs((Paragraph(text, True) for text in paragraphs), tokenizer, False))
-    assert [len(lengths) for _, lengths in blocks] == [2, 2, 1]  # catches a block without an end, and a lost last one
-    assert [id_ for ids, _ in blocks for id_ in ids.tolist()] == [id_ for ids in expected for id_ in ids]
-    assert [n for _, lengths in blocks for n in lengths.tolist()] == [len(ids) for ids in expected]
+    monkeypatch.setattr(tokenization, "_CHUNK_PARAGRAPHS", 2)
+    monkeypatch.setattr(tokenization, "_CHUNK_CHARACTERS", 100)
+    chunks = list(encode_paragraphs((Paragraph(text, True) for text in paragraphs), tokenizer, False))
+    assert [len(lengths) for _, lengths in chunks] == [2, 2, 1]  # catches a chunk without an end, and a lost last one
+    assert [id_ for ids, _ in chunks for id_ in ids.tolist()] == [id_ for ids in expected for id_ in ids]
+    assert [n for _, lengths in chunks for n in lengths.tolist()] == [len(ids) for ids in expected]
 
 
 DOCUMENTS = st.lists(st.lists(st.sampled_from(["", "snow", "a red bird.", "two boats near water. " * 3]), max_size=4))
 
 
 @settings(deadline=None)
-@given(documents=DOCUMENTS, limit=st.integers(3, 20), block_size=st.integers(1, 5))
+@given(documents=DOCUMENTS, limit=st.integers(3, 20), chunk_size=st.integers(1, 5))
 def test_documents_are_separated_inside_sequences_and_nowhere_else(
-    tokenizer: TextTokenizer, documents: list[list[str]], limit: int, block_size: int
+    tokenizer: TextTokenizer, documents: list[list[str]], limit: int, chunk_size: int
 ) -> None:
     paragraphs = [
         Paragraph(text, number == len(document)) for document in documents for number, text in enumerate(document, 1)
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenization, "_BLOCK_PARAGRAPHS", block_size)
-        blocks = list(encode_paragraphs(paragraphs, tokenizer, True))
-    ids = [id_ for block, _ in blocks for id_ in block.tolist()]
+        patch.setattr(tokenization, "_CHUNK_PARAGRAPHS", chunk_size)
+        chunks = list(encode_paragraphs(paragraphs, tokenizer, True))
+    ids = [id_ for chunk, _ in chunks for id_ in chunk.tolist()]
     contents = [[id_ for text in document for id_ in tokenizer.encode(text)] for document in documents]
     expected = [content for content in contents if content]
     # catches a separator that is missing, doubled (a document of nothing), or in a wrong place
     assert ids == [id_ for content in expected for id_ in (*content, tokenizer.eos_id)]
 
-    starts = list(sequence_starts(blocks, limit, ParagraphCutter(tokenizer)))
+    starts = list(sequence_starts(chunks, limit, ParagraphCutter(tokenizer)))
     plain = list(encode_paragraphs(paragraphs, tokenizer, False))
     for start, stop in itertools.pairwise([*starts, len(ids)]):
         sequence = ids[start:stop]
@@ -102,12 +102,12 @@ def test_documents_are_separated_inside_sequences_and_nowhere_else(
 def test_a_separator_takes_no_room_at_the_end(tokenizer: TextTokenizer) -> None:
     inside = int(np.flatnonzero(~tokenizer.word_borders().starts)[-1])
     document = [*[inside] * 4, tokenizer.eos_id]
-    blocks = [(np.array(document * 3, dtype=np.uint16), np.array([5, 5, 5]))]
+    chunks = [(np.array(document * 3, dtype=np.uint16), np.array([5, 5, 5]))]
     cutter = ParagraphCutter(tokenizer)
-    assert list(sequence_starts(blocks, 9, cutter)) == [0, 10]  # 4, EOS, 4: the last EOS is the sequence's own
-    assert list(sequence_starts(blocks, 8, cutter)) == [0, 5, 10]  # catches a budget that leaves the separator out
-    assert list(sequence_starts(blocks, 4, cutter)) == [0, 5, 10]  # catches a full paragraph cut for its separator
-    assert list(sequence_starts(blocks, 3, cutter)) == [0, 3, 5, 8, 10, 13]
+    assert list(sequence_starts(chunks, 9, cutter)) == [0, 10]  # 4, EOS, 4: the last EOS is the sequence's own
+    assert list(sequence_starts(chunks, 8, cutter)) == [0, 5, 10]  # catches a budget that leaves the separator out
+    assert list(sequence_starts(chunks, 4, cutter)) == [0, 5, 10]  # catches a full paragraph cut for its separator
+    assert list(sequence_starts(chunks, 3, cutter)) == [0, 3, 5, 8, 10, 13]
 
 
 def test_ids_fit_their_type() -> None:
