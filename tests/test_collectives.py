@@ -79,7 +79,7 @@ TABLE: dict[Call, Row] = {
         _reduce="self.tensor.all_reduce",
     ),
     # The model: tensors of a forward or backward pass.
-    **rows("beit3_ds/model/multiway.py", DEVICES, BY_READING, build="self.tensor.all_gather self.tensor.all_reduce"),
+    **rows("beit3_ds/model/multiway.py", DEVICES, BY_READING, forward="self.tensor.all_gather self.tensor.all_reduce"),
     **rows("kernels/ops/sub_norm.py", DEVICES, "tensor", join_statistics="self.all_gather"),
     **rows("kernels/ops/out_projection.py", DEVICES, "tensor", _backward_by_operators="form.norm.all_reduce"),
     **rows(

@@ -14,6 +14,7 @@ host memory.
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,14 @@ class TwoDevices:
         while frame is not None:
             path = frame.f_code.co_filename
             if path.startswith(f"{ROOT}/") and "/site-packages/" not in path and "/tests/" not in path:
-                self.seen[kind].add((str(Path(path).relative_to(ROOT)), frame.f_code.co_name))
+                self.seen[kind].add((_source_file(path), frame.f_code.co_name))
             frame = frame.f_back
+
+
+@cache
+def _source_file(path: str) -> str:
+    """Returns the project's path of a file; `beit3_ds/kernels` is a link."""
+    return str(Path(path).resolve().relative_to(ROOT))
 
 
 @contextmanager

@@ -28,9 +28,11 @@ class MultiwayAttention(nn.Module):
     `reduce_scatter_to`), and two floats a row for a sub-LN.
     """
 
-    def __init__(self, config: ModelConfig, tensor: TensorParallel, cuda_cpp: bool = False) -> None:
+    cuda_cpp = False
+    """Whether to use the forward kernel in CUDA C++ (`kernel_backend.select_kernels`)."""
+
+    def __init__(self, config: ModelConfig, tensor: TensorParallel) -> None:
         super().__init__()
-        self.cuda_cpp = cuda_cpp
         hidden, experts, epsilon = config.hidden_size, config.attention_experts, config.layer_norm_epsilon
         self.experts, self.head_size, self.tensor = experts, config.head_size, tensor
         self.norm = MultiwayLayerNorm(hidden, epsilon, experts, tensor)
@@ -50,10 +52,11 @@ class MultiwayAttention(nn.Module):
         """
         slices, num_rows = layout.expert_slices(self.experts), layout.num_rows
         own_slices = self.tensor.own_slices(slices, num_rows)
-        x_TD, h_TD, *copies = self.norm(x_TD, own_slices)
-        h_TD, source = self.tensor.gather_from(h_TD, num_rows), self.norm.source(x_TD, own_slices, copies)
+        normed = self.norm(x_TD, own_slices)
+        recompute = self.norm.recompute(normed, own_slices)
+        h_TD = self.tensor.gather_from(normed.h_TD, num_rows)
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        q_THK, k_THK, v_THK = (proj(h_TD, layout, source).unflatten(1, (-1, self.head_size)) for proj in projections)
+        q_THK, k_THK, v_THK = (proj(h_TD, layout, recompute).unflatten(1, (-1, self.head_size)) for proj in projections)
         y_TD = packed_attention(q_THK, k_THK, v_THK, layout.sequence_ranges, cuda_cpp=self.cuda_cpp).flatten(1)
-        norm = None if self.sub_norm is None else self.sub_norm.build(self.sub_norm())
-        return self.out_proj(Activation(y_TD), x_TD, factor_T, layout, norm=norm)
+        norm = None if self.sub_norm is None else self.sub_norm()
+        return self.out_proj(Activation(y_TD), normed.stream_TD, factor_T, layout, norm=norm)

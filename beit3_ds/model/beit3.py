@@ -18,6 +18,7 @@ from beit3_ds.model.block import Block
 from beit3_ds.model.embeddings import Embeddings, stream_dtype
 from beit3_ds.model.features import Features, TokenIds, pack_inputs, unpack_features
 from beit3_ds.model.heads import Heads
+from beit3_ds.model.kernel_backend import select_kernels
 from beit3_ds.model.pretrained import PretrainedWeights
 from beit3_ds.parallel import TensorParallel
 
@@ -81,9 +82,10 @@ class BEiT3(nn.Module):
             Embeddings(config, tensor, fp32_residual_connection=fp32_residual_connection) if 0 in held else None
         )
         self.blocks = nn.ModuleDict(
-            {str(i): Block(config, i, tensor, kernels == "cuda") for i in range(config.num_layers) if i + 1 in held}
+            {str(i): Block(config, i, tensor) for i in range(config.num_layers) if i + 1 in held}
         )
         self.heads = Heads(config, tensor) if self._all_layers[-1] in held else None
+        select_kernels(self, kernels)
         self._tie_word_embeddings()
 
     @classmethod

@@ -25,11 +25,11 @@ class Block(nn.Module):
     drop it, if that saves time: `computed_sequences`.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, tensor: TensorParallel, cuda_cpp: bool = False) -> None:
+    def __init__(self, config: ModelConfig, layer: int, tensor: TensorParallel) -> None:
         super().__init__()
         self.layer, self.tensor = layer, tensor
-        self.attention = MultiwayAttention(config, tensor, cuda_cpp)
-        self.ffn = MultiwayFFN(config, layer, tensor, cuda_cpp)
+        self.attention = MultiwayAttention(config, tensor)
+        self.ffn = MultiwayFFN(config, layer, tensor)
 
     def forward(self, x_TD: Tensor, batch: PackedBatch, only_masked: bool = False) -> Tensor:
         """Returns the stream after this block, (T, D), or of its masked rows, (M, D); of all, this rank's rows.

@@ -18,20 +18,20 @@ from beit3_ds.parallel import TensorParallel
 class MultiwayFFN(nn.Module):
     """Pre-norm feed-forward network of which every expert has its own; rows are routed by their place in the stream.
 
-    With `sub_layernorm` the activations are normalised before the down projection (Magneto, arXiv:2210.06423). Of what
-    is as wide as the FFN, the backward pass keeps the GELU's input alone and makes the rest again.
+    With `sub_layernorm` the activations are normalised before the down projection (Magneto, arXiv:2210.06423). Of
+    the tensors as wide as the FFN, only the GELU's input is saved; the backward pass recomputes the others.
 
     The tensor-parallel ranks divide every expert's width. They exchange T * D elements each way
     (`TensorParallel.gather_from`, `reduce_scatter_to`), and two floats a row for a sub-LN.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, tensor: TensorParallel, cuda_cpp: bool = False) -> None:
+    def __init__(self, config: ModelConfig, layer: int, tensor: TensorParallel) -> None:
         super().__init__()
         hidden, ffn_hidden, experts = config.hidden_size, config.ffn_hidden_size, config.experts(layer)
         epsilon = config.layer_norm_epsilon
         self.experts, self.tensor = experts, tensor
         self.norm = MultiwayLayerNorm(hidden, epsilon, experts, tensor)
-        self.fc1 = UpProjection(hidden, ffn_hidden, experts, tensor, cuda_cpp)
+        self.fc1 = UpProjection(hidden, ffn_hidden, experts, tensor)
         self.sub_norm = MultiwaySubLayerNorm(ffn_hidden, epsilon, experts, tensor) if config.sub_layernorm else None
         self.fc2 = RowParallelMultiwayLinear(ffn_hidden, hidden, experts, tensor)
 
@@ -45,8 +45,9 @@ class MultiwayFFN(nn.Module):
         """
         slices, num_rows = layout.expert_slices(self.experts), layout.num_rows
         own_slices = self.tensor.own_slices(slices, num_rows)
-        x_TD, h_TD, *copies = self.norm(x_TD, own_slices)
-        h_TD, source = self.tensor.gather_from(h_TD, num_rows), self.norm.source(x_TD, own_slices, copies)
-        activation = self.fc1(h_TD, layout, source, with_statistics=self.sub_norm is not None)
-        norm = None if self.sub_norm is None else self.sub_norm.build(self.sub_norm())
-        return self.fc2(activation, x_TD, factor_T, layout, gelu=True, norm=norm)
+        normed = self.norm(x_TD, own_slices)
+        recompute = self.norm.recompute(normed, own_slices)
+        h_TD = self.tensor.gather_from(normed.h_TD, num_rows)
+        activation = self.fc1(h_TD, layout, recompute, with_statistics=self.sub_norm is not None)
+        norm = None if self.sub_norm is None else self.sub_norm()
+        return self.fc2(activation, normed.stream_TD, factor_T, layout, gelu=True, norm=norm)

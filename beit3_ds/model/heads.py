@@ -41,7 +41,7 @@ class Heads(nn.Module):
         x_MD = self.tensor.gather_rows(x_TD, masked.num_rows if only_masked else batch.num_rows)
         if not only_masked:
             x_MD = x_MD.index_select(0, masked.rows)
-        _, h_MD, *_ = self.norm(x_MD, masked.expert_slices(self.experts))
+        h_MD = self.norm(x_MD, masked.expert_slices(self.experts)).h_TD
         num_patches = masked.boundaries[1]
         h_patches, h_tokens = h_MD.split([num_patches, masked.num_rows - num_patches])
         if not with_loss:
@@ -51,5 +51,4 @@ class Heads(nn.Module):
 
     def normalize(self, x_TD: Tensor, batch: PackedBatch) -> Tensor:
         """Returns all rows after the final norm, (T, D)."""
-        _, h_TD, *_ = self.norm(self.tensor.gather_rows(x_TD, batch.num_rows), batch.expert_slices(self.experts))
-        return h_TD
+        return self.norm(self.tensor.gather_rows(x_TD, batch.num_rows), batch.expert_slices(self.experts)).h_TD

@@ -3,15 +3,15 @@
 # T packed rows, D input width, F output width.
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from beit3_ds.kernels.ops.multiway_layer_norm import multiway_layer_norm, row_source
+from beit3_ds.kernels.ops.multiway_layer_norm import multiway_layer_norm, recomputable_rows
 from beit3_ds.kernels.ops.multiway_linear import multiway_linear
 from beit3_ds.kernels.ops.out_projection import out_projection
-from beit3_ds.kernels.ops.recompute import RowSource
+from beit3_ds.kernels.ops.recompute import Recomputable
 from beit3_ds.kernels.ops.residual_add import residual_add
 from beit3_ds.kernels.ops.sub_norm import SubNorm
 from beit3_ds.kernels.ops.up_projection import Activation, up_projection
@@ -36,40 +36,32 @@ class ColumnParallelMultiwayLinear(nn.Module):
             self.register_parameter(f"weight_{expert}", split_parameter(split, out_features, in_features))
             self.register_parameter(f"bias_{expert}", split_parameter(split, out_features))
 
-    def forward(self, x_TD: Tensor, layout: RowLayout, source: RowSource | None = None) -> Tensor:
+    def forward(self, x_TD: Tensor, layout: RowLayout, recompute: Recomputable | None = None) -> Tensor:
         """Returns this rank's features (T, F / P), each row from its own expert; a single expert takes all rows.
 
         Args:
             x_TD: all rows.
             layout: tells the experts' slices.
-            source: of x, if it is to be made again in the backward pass instead of kept.
+            recompute: recomputes x in the backward pass, instead of saving it; None saves it.
         """
-        return multiway_linear(x_TD, layout.expert_slices(self.experts), _weights(self), _biases(self), source)
+        return multiway_linear(x_TD, layout.expert_slices(self.experts), _weights(self), _biases(self), recompute)
 
 
 class UpProjection(ColumnParallelMultiwayLinear):
-    """The FFN's first layer, which may activate its output while it is at hand."""
+    """The FFN's first layer, which on a GPU also applies the GELU that follows."""
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        experts: tuple[str, ...],
-        tensor: TensorParallel,
-        cuda_cpp: bool = False,
-    ) -> None:
-        super().__init__(in_features, out_features, experts, tensor)
-        self.cuda_cpp = cuda_cpp
+    cuda_cpp = False
+    """Whether to use the kernel in CUDA C++ (`kernel_backend.select_kernels`)."""
 
     def forward(  # type: ignore[override]
-        self, x_TD: Tensor, layout: RowLayout, source: RowSource | None = None, *, with_statistics: bool
+        self, x_TD: Tensor, layout: RowLayout, recompute: Recomputable | None = None, *, with_statistics: bool
     ) -> Activation:
         """Returns this rank's features (T, F / P) for a RowParallelMultiwayLinear with a GELU.
 
         Args:
             x_TD: all rows.
             layout: tells the experts' slices.
-            source: of x, if it is to be made again in the backward pass instead of kept.
+            recompute: recomputes x in the backward pass, instead of saving it; None saves it.
             with_statistics: whether a sub-LN follows.
         """
         return up_projection(
@@ -78,7 +70,7 @@ class UpProjection(ColumnParallelMultiwayLinear):
             _weights(self),
             _biases(self),
             with_statistics=with_statistics,
-            source=source,
+            recompute=recompute,
             cuda_cpp=self.cuda_cpp,
         )
 
@@ -130,6 +122,22 @@ class RowParallelMultiwayLinear(nn.Module):
         return residual_add(residual_TD, partial_TD, own_slices, self.tensor.share(*_biases(self)), factor_T)
 
 
+class NormOutput(NamedTuple):
+    """The stream and the normalised rows, with copies of the parameters that recompute these rows.
+
+    They are copies because another module saves them: ZeRO-3 partitions a module's own parameters after its forward.
+    """
+
+    stream_TD: Tensor
+    """The input itself, for the residual: its gradient is added in the norm's backward pass."""
+    h_TD: Tensor
+    """The normalised rows."""
+    scales: tuple[Tensor, ...]
+    """(D,) per expert, without a gradient."""
+    shifts: tuple[Tensor, ...]
+    """(D,) per expert, without a gradient."""
+
+
 class MultiwayLayerNorm(nn.Module):
     """One LayerNorm an expert; parameters are `weight_EXPERT` and `bias_EXPERT`, left uninitialised."""
 
@@ -148,7 +156,7 @@ class MultiwayLayerNorm(nn.Module):
             self.register_parameter(f"weight_{expert}", nn.Parameter(torch.empty(hidden_size)))
             self.register_parameter(f"bias_{expert}", nn.Parameter(torch.empty(hidden_size)))
 
-    def forward(self, x_TD: Tensor, slices: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
+    def forward(self, x_TD: Tensor, slices: Sequence[tuple[int, int]]) -> NormOutput:
         """Normalises every row and scales it with the parameters of its expert.
 
         Communicates the parameters' gradients where ranks divide the rows (`TensorParallel.share`).
@@ -156,28 +164,24 @@ class MultiwayLayerNorm(nn.Module):
         Args:
             x_TD: rows of the stream, or rows gathered from it.
             slices: the experts' row ranges in x, in the order of `experts`.
-
-        Returns:
-            x itself, for the residual: its gradient is then added where the norm's is made; the normalised rows; and
-            copies of all scales and shifts for `source`, without gradients. Copies, for another module keeps them:
-            ZeRO-3 divides a module's own parameters again after its call.
         """
         parameters = self.tensor.share(*_weights(self), *_biases(self))
         weights, biases = parameters[: len(slices)], parameters[len(slices) :]
-        copies = (parameter.detach().clone() for parameter in parameters)
-        return (*multiway_layer_norm(x_TD, slices, weights, biases, self.epsilon), *copies)
+        scales, shifts = (tuple(p.detach().clone() for p in group) for group in (weights, biases))
+        return NormOutput(*multiway_layer_norm(x_TD, slices, weights, biases, self.epsilon), scales, shifts)
 
-    def source(self, x_TD: Tensor, slices: Sequence[tuple[int, int]], copies: Sequence[Tensor]) -> RowSource | None:
-        """What layers keep instead of the normalised rows; None where ranks divide them: they would be gathered twice.
+    def recompute(self, output: NormOutput, slices: Sequence[tuple[int, int]]) -> Recomputable | None:
+        """Returns what recomputes the normalised rows in the layers that use them.
+
+        None where ranks divide the rows: recomputed rows would be gathered twice.
 
         Args:
-            x_TD: what `forward` took.
-            slices: likewise.
-            copies: what it returned of the parameters.
+            output: result of `forward`.
+            slices: the experts' row ranges, as in `forward`.
         """
         if self.tensor.divides_rows:
             return None
-        return row_source(x_TD, slices, copies[: len(slices)], copies[len(slices) :], self.epsilon)
+        return recomputable_rows(output.stream_TD, slices, output.scales, output.shifts, self.epsilon)
 
 
 class MultiwaySubLayerNorm(nn.Module):
@@ -202,23 +206,19 @@ class MultiwaySubLayerNorm(nn.Module):
             self.register_parameter(f"weight_{expert}", split_parameter(split, width))
             self.register_parameter(f"bias_{expert}", split_parameter(split, width))
 
-    def forward(self) -> tuple[Tensor, ...]:
-        """Returns copies of all scales, then of all shifts.
+    def forward(self) -> SubNorm:
+        """Returns the norm with copies of its parameters.
 
-        Copies, for another module works with them: ZeRO-3 divides a module's own parameters again after its call.
+        They are copies because another module uses them: ZeRO-3 partitions a module's own parameters after its forward.
         """
-        return tuple(parameter.clone() for parameter in (*_weights(self), *_biases(self)))
-
-    def build(self, parameters: Sequence[Tensor]) -> SubNorm:
-        """The norm with what `forward` returned."""
-        experts, divided = len(self.experts), self.tensor.size > 1
+        is_divided = self.tensor.size > 1
         return SubNorm(
-            parameters[:experts],
-            parameters[experts:],
+            [parameter.clone() for parameter in _weights(self)],
+            [parameter.clone() for parameter in _biases(self)],
             self.epsilon,
             self.width,
-            self.tensor.all_gather if divided else None,
-            self.tensor.all_reduce if divided else None,
+            self.tensor.all_gather if is_divided else None,
+            self.tensor.all_reduce if is_divided else None,
         )
 
 

@@ -22,7 +22,7 @@ from beit3_ds.kernels.cpu.host_memory import empty, empty_like, settle
 from beit3_ds.kernels.ops.expert_rows import fits_kernels, row_lengths, row_tiling
 from beit3_ds.kernels.ops.multiway_linear import Slices
 from beit3_ds.kernels.ops.numerics import check_rule, with_gradients
-from beit3_ds.kernels.ops.recompute import RowRecipe, RowSource
+from beit3_ds.kernels.ops.recompute import Recomputable, RecomputeFunction
 from beit3_ds.kernels.ops.self_check import passes
 
 
@@ -63,18 +63,18 @@ def multiway_layer_norm(
     return stream_TD, h_TD
 
 
-def row_source(
+def recomputable_rows(
     x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
-) -> RowSource:
-    """From what the rows h_TD of `multiway_layer_norm` are made again, bit by bit, with the same arguments.
+) -> Recomputable:
+    """Returns what recomputes h_TD of `multiway_layer_norm`, bit for bit, from the same arguments.
 
-    The parameters are kept, so they must not be ones that ZeRO-3 divides.
+    The parameters are saved as they are, so pass copies of parameters that ZeRO-3 partitions.
     """
-    make = partial(_make_rows, tuple(stop for _, stop in slices), epsilon)
-    return RowSource(RowRecipe(make), tuple(tensor.detach() for tensor in (x_TD, *weights, *biases)))
+    compute = partial(_recompute_rows, tuple(stop for _, stop in slices), epsilon)
+    return Recomputable(RecomputeFunction(compute), tuple(tensor.detach() for tensor in (x_TD, *weights, *biases)))
 
 
-def _make_rows(stops: tuple[int, ...], epsilon: float, x_TD: Tensor, *parameters: Tensor) -> Tensor:
+def _recompute_rows(stops: tuple[int, ...], epsilon: float, x_TD: Tensor, *parameters: Tensor) -> Tensor:
     kernels = runs_kernels(x_TD, parameters[0].dtype)
     norm = torch.ops.beit3_ds.multiway_layer_norm if kernels else _forward_plain
     return norm(x_TD.contiguous(), stops, parameters[: len(stops)], parameters[len(stops) :], epsilon)[0]

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from beit3_ds.kernels.cpu.host_memory import empty, empty_like
 from beit3_ds.kernels.cpu.matmul import product
 from beit3_ds.kernels.ops.numerics import check_rule
-from beit3_ds.kernels.ops.recompute import RowSource, kept_rows, taken_rows
+from beit3_ds.kernels.ops.recompute import Recomputable, restore_rows, rows_to_save
 from beit3_ds.kernels.ops.self_check import passes
 
 Slices = Sequence[tuple[int, int]]
@@ -39,7 +39,7 @@ def multiway_linear(
     slices: Slices,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
-    source: RowSource | None = None,
+    recompute: Recomputable | None = None,
 ) -> Tensor:
     """Applies each expert's linear layer to its own rows, writing into one output without copies.
 
@@ -51,20 +51,20 @@ def multiway_linear(
         slices: row range of each expert; together they cover [0, T) in order.
         weights: one (F, D) matrix an expert, of x's dtype; saved for the backward pass as they are.
         biases: one (F,) vector an expert.
-        source: of x, if x is normalised rows that are to be made again in the backward pass instead of kept.
+        recompute: recomputes x in the backward pass, instead of saving it; None saves it.
 
     Returns:
         y_TF, of x's dtype.
     """
-    return _MultiwayLinear.apply(x_TD, source, ends_of(slices), *weights, *biases)
+    return _MultiwayLinear.apply(x_TD, recompute, ends_of(slices), *weights, *biases)
 
 
 class _MultiwayLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, source: RowSource | None, ends: list[int], *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, recompute: Recomputable | None, ends: list[int], *parameters: Tensor) -> Tensor:
         ctx.ends, weights, biases = ends, parameters[: len(ends)], parameters[len(ends) :]
         x_TD = x_TD.contiguous()
-        ctx.recipe, kept = kept_rows(x_TD, source)
+        ctx.recompute, kept = rows_to_save(x_TD, recompute)
         # The parameters themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
         ctx.save_for_backward(*weights, *kept)
         return torch.ops.beit3_ds.multiway_linear(x_TD, ends, weights, biases)
@@ -76,7 +76,7 @@ class _MultiwayLinear(torch.autograd.Function):
         weights, kept = saved[: len(ctx.ends)], saved[len(ctx.ends) :]
         dy_TF = dy_TF.contiguous()
         dx_TD = torch.ops.beit3_ds.multiway_input_gradient(dy_TF, None, ctx.ends, weights)
-        x_TD = taken_rows(ctx.recipe, kept)
+        x_TD = restore_rows(ctx.recompute, kept)
         return (dx_TD, None, None, *torch.ops.beit3_ds.multiway_weight_gradient(dy_TF, None, x_TD, ctx.ends, True))
 
 

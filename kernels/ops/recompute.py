@@ -1,4 +1,4 @@
-"""Rows that the backward pass makes again, so that the layers which take them need not keep them."""
+"""Rows that the backward pass recomputes, so that the layers which use them need not save them."""
 
 # T packed rows, D width.
 
@@ -9,56 +9,57 @@ import torch
 from torch import Tensor
 
 
-class RowRecipe:
-    """How to make rows again from tensors that are kept anyway, once for all layers that took them.
+class RecomputeFunction:
+    """Recomputes rows from saved tensors, once for all layers that share the rows.
 
-    It holds no tensors between two backward passes: what autograd frees, or recomputes, is truly gone.
+    Between two backward passes it holds no tensors, so memory that autograd frees is free.
     """
 
-    def __init__(self, make: Callable[..., Tensor]) -> None:
-        """Takes the function that makes the rows (T, D) from the tensors of `RowSource`."""
-        self._make = make
-        self._takers = self._waiting = 0
+    def __init__(self, compute: Callable[..., Tensor]) -> None:
+        """Wraps the function that computes the rows (T, D) from `Recomputable.tensors`."""
+        self._compute = compute
+        self._num_users = self._num_waiting = 0
         self._rows_TD: Tensor | None = None
 
-    def join(self) -> None:
-        """Counts a layer that will take the rows in the backward pass."""
-        self._takers += 1
+    def add_user(self) -> None:
+        """Counts one more layer that needs the rows in the backward pass."""
+        self._num_users += 1
 
-    def make(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Returns the rows (T, D), and lets go of them when the last layer has taken them.
+    def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Returns the rows (T, D) and releases them when the last layer has asked for them.
 
         Args:
-            tensors: those of `RowSource`.
+            tensors: saved values of `Recomputable.tensors`.
         """
         if self._rows_TD is None:
-            self._rows_TD, self._waiting = self._make(*tensors), self._takers
-        rows_TD, self._waiting = self._rows_TD, self._waiting - 1
-        if self._waiting == 0:
+            self._rows_TD, self._num_waiting = self._compute(*tensors), self._num_users
+        rows_TD, self._num_waiting = self._rows_TD, self._num_waiting - 1
+        if self._num_waiting == 0:
             self._rows_TD = None
         return rows_TD
 
 
-class RowSource(NamedTuple):
-    """What a layer keeps instead of its input."""
+class Recomputable(NamedTuple):
+    """Rows that a layer recomputes in the backward pass instead of saving them."""
 
-    recipe: RowRecipe
+    function: RecomputeFunction
+    """Computes the rows from the tensors."""
     tensors: tuple[Tensor, ...]
-    """Without gradients; they cost nothing if something else keeps them anyway."""
+    """Inputs of the function, without gradients; they cost no memory if something else saves them anyway."""
 
 
-def kept_rows(x_TD: Tensor, source: RowSource | None) -> tuple[RowRecipe | None, tuple[Tensor, ...]]:
-    """What a layer keeps of its input for the backward pass: the input itself, or its source."""
-    if source is None:
+def rows_to_save(x_TD: Tensor, recompute: Recomputable | None) -> tuple[RecomputeFunction | None, tuple[Tensor, ...]]:
+    """Returns what a layer saves for its backward pass: its input, or what recomputes it."""
+    if recompute is None:
         return None, (x_TD,)
-    source.recipe.join()
-    return source
+    recompute.function.add_user()
+    return recompute
 
 
-def taken_rows(recipe: RowRecipe | None, tensors: Sequence[Tensor]) -> Tensor:
-    """The input, in the backward pass, from what `kept_rows` returned."""
-    if recipe is None:
+def restore_rows(function: RecomputeFunction | None, tensors: Sequence[Tensor]) -> Tensor:
+    """Returns a layer's input in the backward pass from the result of `rows_to_save`."""
+    if function is None:
         (x_TD,) = tensors
         return x_TD
     with torch.no_grad():
-        return recipe.make(tensors)
+        return function(tensors)

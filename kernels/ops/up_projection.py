@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from beit3_ds.kernels.ops.cuda_kernels import grouped_gemm, runs_grouped_gemm
 from beit3_ds.kernels.ops.multiway_linear import Slices, ends_of, multiway_linear, slices_of
 from beit3_ds.kernels.ops.numerics import check_rule
-from beit3_ds.kernels.ops.recompute import RowSource, kept_rows, taken_rows
+from beit3_ds.kernels.ops.recompute import Recomputable, restore_rows, rows_to_save
 from beit3_ds.kernels.ops.self_check import passes
 from beit3_ds.kernels.ops.sub_norm import wide_dtype
 
@@ -41,7 +41,7 @@ def up_projection(
     biases: Sequence[Tensor],
     *,
     with_statistics: bool,
-    source: RowSource | None = None,
+    recompute: Recomputable | None = None,
     cuda_cpp: bool = False,
 ) -> Activation:
     """x = h @ w.T + b, each row with its own expert's parameters, and on a GPU also GELU(x) and its statistics.
@@ -52,15 +52,15 @@ def up_projection(
         weights: one (F, D) matrix an expert, of h's dtype.
         biases: one (F,) vector an expert.
         with_statistics: whether a sub-LN follows.
-        source: of h, if it is to be made again in the backward pass instead of kept.
+        recompute: recomputes h in the backward pass, instead of saving it; None saves it.
         cuda_cpp: on a GPU, take the kernel in CUDA C++ (`cuda_kernels`, which must be built) where it takes such rows;
             the statistics and the backward pass are Triton's.
     """
     if not _runs_kernels(h_TD):
-        return Activation(multiway_linear(h_TD, slices, weights, biases, source))
+        return Activation(multiway_linear(h_TD, slices, weights, biases, recompute))
     cuda_cpp = cuda_cpp and runs_grouped_gemm(h_TD, weights)
     form = (ends_of(slices), with_statistics, cuda_cpp)
-    x_TF, a_TF, *statistics = _UpProjection.apply(h_TD.contiguous(), source, *form, *weights, *biases)
+    x_TF, a_TF, *statistics = _UpProjection.apply(h_TD.contiguous(), recompute, *form, *weights, *biases)
     return Activation(x_TF, a_TF, tuple(statistics) if with_statistics else None)
 
 
@@ -69,14 +69,14 @@ class _UpProjection(torch.autograd.Function):
     def forward(
         ctx: Any,
         h_TD: Tensor,
-        source: RowSource | None,
+        recompute: Recomputable | None,
         ends: list[int],
         with_statistics: bool,
         cuda_cpp: bool,
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.ends, weights, biases = ends, parameters[: len(ends)], parameters[len(ends) :]
-        ctx.recipe, kept = kept_rows(h_TD, source)
+        ctx.recompute, kept = rows_to_save(h_TD, recompute)
         # The parameters themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
         ctx.save_for_backward(*weights, *kept)
         outputs = torch.ops.beit3_ds.up_projection(h_TD, ends, weights, biases, with_statistics, cuda_cpp)
@@ -90,7 +90,7 @@ class _UpProjection(torch.autograd.Function):
         weights, kept = saved[: len(ctx.ends)], saved[len(ctx.ends) :]
         dx_TF = dx_TF.contiguous()
         dh_TD = torch.ops.beit3_ds.multiway_input_gradient(dx_TF, None, ctx.ends, weights)
-        h_TD = taken_rows(ctx.recipe, kept)
+        h_TD = restore_rows(ctx.recompute, kept)
         gradients = torch.ops.beit3_ds.multiway_weight_gradient(dx_TF, None, h_TD, ctx.ends, True)
         return (dh_TD, None, None, None, None, *gradients)
 

@@ -36,7 +36,7 @@ def measure(offset: float, gelu: bool) -> list[tuple[Tensor, Tensor]]:
             parameter.data.copy_(own_part(parameter, values[name]))
         part = tensor.split(WIDTH, dim=1).take(x).clone().requires_grad_()
         residual = stream.clone().requires_grad_()
-        y = linear(Activation(part), residual, factor, batch, gelu=gelu, norm=norm.build(norm()))
+        y = linear(Activation(part), residual, factor, batch, gelu=gelu, norm=norm())
         results.append(
             (named, [y, *torch.autograd.grad((y * upstream).sum(), [part, residual, *(p for _, p in named)])])
         )
