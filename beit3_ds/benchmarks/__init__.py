@@ -1,1 +1,1 @@
-"""Measurements behind `beit3 bench`; their results stand in BENCHMARKS.md."""
+"""Benchmarks that `beit3 bench` runs; BENCHMARKS.md has their results."""

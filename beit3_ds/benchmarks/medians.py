@@ -1,4 +1,4 @@
-"""Medians of repeated measurements, and how sure they are."""
+"""Computes medians of repeated measurements and their 95% intervals."""
 
 import math
 import statistics
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 
 def median_with_interval(values: Sequence[float]) -> dict[str, float]:
-    """The median, and the narrowest pair of order statistics that holds the true one with a chance of 95% or more."""
+    """Returns the median and the narrowest pair of order statistics that contains the true median at 95% or more."""
     ordered, n = sorted(values), len(values)
-    # The k-th smallest lies above the true median with the chance that a fair coin shows heads less than k times.
+    # The k-th smallest exceeds the true median with the chance of fewer than k heads in n fair tosses.
     tail = [sum(math.comb(n, j) for j in range(k)) / 2**n for k in range(1, n // 2 + 1)]
     k = max((k for k, chance in enumerate(tail, start=1) if chance <= 0.025), default=1)
     return {"median": statistics.median(ordered), "low": ordered[k - 1], "high": ordered[n - k]}

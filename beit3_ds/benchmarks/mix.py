@@ -1,4 +1,4 @@
-"""A micro-batch of the paper's mix, as shapes: what lengths its sequences have, and how many positions are masked."""
+"""Describes a micro-batch of the paper's mix by shapes: the lengths of its sequences and its masked positions."""
 
 from typing import NamedTuple
 
@@ -10,12 +10,12 @@ from beit3_ds.kernels.ops.attention_plan import Ranges
 
 
 class Mix(NamedTuple):
-    """Images, pairs and texts, as many of each, in the packed order."""
+    """The sequence lengths of a micro-batch with equal numbers of images, pairs and texts, in packed order."""
 
     samples: int
-    """Of each stream."""
+    """Samples per stream."""
     image_length: int
-    """Rows of an image."""
+    """Rows per image."""
     caption_lengths: tuple[int, ...]
     """Rows of every caption."""
     text_lengths: tuple[int, ...]
@@ -23,19 +23,19 @@ class Mix(NamedTuple):
 
     @property
     def boundaries(self) -> tuple[int, int, int, int]:
-        """End of the images, of the pairs' images, of the captions, of the texts."""
+        """Returns the row after the images, after the pairs' images, after the captions and after the texts."""
         a = self.samples * self.image_length
         c = 2 * a + sum(self.caption_lengths)
         return a, 2 * a, c, c + sum(self.text_lengths)
 
     @property
     def num_rows(self) -> int:
-        """T."""
+        """Returns the packed rows T."""
         return self.boundaries[3]
 
     @property
     def ranges(self) -> Ranges:
-        """The row ranges of every sequence."""
+        """Returns the row ranges of every sequence: one for an image or a text, two for a pair."""
         _, b, c, _ = self.boundaries
         images = [(i * self.image_length, (i + 1) * self.image_length) for i in range(2 * self.samples)]
         captions, texts = _consecutive(b, self.caption_lengths), _consecutive(c, self.text_lengths)
@@ -44,29 +44,29 @@ class Mix(NamedTuple):
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Rows of every sequence."""
+        """Returns the rows of every sequence."""
         return tuple(sum(stop - start for start, stop in ranges) for ranges in self.ranges)
 
     @property
     def num_masked_tokens(self) -> int:
-        """15% of the texts' tokens and half of the captions' (paper section 2.2)."""
+        """Returns the masked tokens: 15% of the texts' and half of the captions' (paper, section 2.2)."""
         return round(0.15 * sum(self.text_lengths) + 0.5 * sum(self.caption_lengths))
 
     def describe(self) -> str:
-        """Samples and rows."""
+        """Returns samples and rows as words for a table."""
         return f"{self.samples}+{self.samples}+{self.samples} T={self.num_rows}"
 
 
 def draw_mix(size: str, samples: int, seed: int = 0) -> Mix:
-    """Images at 224 px, captions and texts of the lengths that `train_batches` draws.
+    """Returns a mix of images at 224 px with captions and texts of the lengths that `step.batches` draws.
 
     Args:
         size: a name in MODEL_SIZES.
-        samples: of each stream.
-        seed: of the lengths.
+        samples: samples per stream.
+        seed: seed of the lengths.
     """
     rng = np.random.default_rng(seed)
-    laws = (CAPTION_TOKENS, 64), (TEXT_TOKENS, 128)  # the longest are the defaults of a run
+    laws = (CAPTION_TOKENS, 64), (TEXT_TOKENS, 128)  # a run's default limits
     captions, texts = (tuple(draw_length(rng, law, longest) for _ in range(samples)) for law, longest in laws)
     patches = (224 // MODEL_SIZES[size]["patch_size"]) ** 2
     return Mix(samples, 1 + patches, captions, texts)

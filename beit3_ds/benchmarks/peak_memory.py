@@ -1,4 +1,4 @@
-"""The most memory that a process had at once, as the kernel counted it (Linux)."""
+"""Reads the peak memory of a process, as counted by the Linux kernel."""
 
 import runpy
 import sys
@@ -6,17 +6,17 @@ from pathlib import Path
 
 
 def peak_bytes() -> int:
-    """The largest resident size of this process, pages of mapped files included, since its start or `reset_peak`."""
+    """Returns this process's peak resident bytes, mapped files included, since its start or `reset_peak`."""
     return status_bytes("self", "VmHWM")
 
 
 def reset_peak() -> None:
-    """Lets the kernel count from what is resident now."""
+    """Resets the kernel's peak to the current resident size."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def status_bytes(pid: int | str, field: str) -> int:
-    """A size from a process's status file; 0 of a process that has just ended."""
+    """Returns a size in bytes from a process's status file; 0 if the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -25,7 +25,7 @@ def status_bytes(pid: int | str, field: str) -> int:
 
 
 def main(result_path: str, module: str, *arguments: str) -> None:
-    """Runs a module as `python -m` does, and writes its peak to a file."""
+    """Runs a module as `python -m` does and writes its peak memory in bytes to a file."""
     sys.argv = [module, *arguments]
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -1,7 +1,7 @@
 """Measures the error of bf16 gradients with a bf16 or float32 residual stream, and with sums of either type.
 
-Each table row is one way to compute the gradients of a step. Its error is that of all gradients together, in the
-2-norm, relative to float64 gradients of the same weights, which are rounded to bf16 beforehand.
+Each row of the table is one way to compute the gradients of a step. Its error is the 2-norm error of all gradients
+together, relative to float64 gradients of the same weights, which are rounded to bf16 beforehand.
 """
 
 import dataclasses
@@ -25,18 +25,18 @@ class GradientError(NamedTuple):
     stream: str
     """Type of the residual stream."""
     sums: str
-    """Type in which the gradients of micro-batches are added up."""
+    """Type in which the gradients of micro-batches are summed."""
     error: float
-    """Error relative to float64 gradients."""
+    """2-norm error relative to float64 gradients."""
 
 
 def benchmark_precision(num_layers: int, width: int, micro_batches: int) -> str:
-    """Measures all ways and returns them as a table.
+    """Measures all combinations of types and returns a table.
 
     Args:
         num_layers: blocks of the model.
         width: width of the stream; the FFN is four times as wide.
-        micro_batches: micro-batches of the step, each of one image, one pair and one text.
+        micro_batches: micro-batches per step, each with one image, one pair and one text.
     """
     rows = measure_precision(num_layers, width, micro_batches)
     title = f"gradient error against float64: {num_layers} layers of width {width}, {micro_batches} micro-batches"
@@ -45,7 +45,7 @@ def benchmark_precision(num_layers: int, width: int, micro_batches: int) -> str:
 
 
 def measure_precision(num_layers: int, width: int, micro_batches: int) -> list[GradientError]:
-    """Measures all ways on this device's CPU, on the same weights and batches."""
+    """Measures all combinations of types on the CPU, with the same weights and batches."""
     config = _narrow_config(num_layers, width)
     weights = BEiT3(config.model)
     initialize_parameters(weights, config.model, seed=1)

@@ -130,14 +130,14 @@ def _run_attention(options: argparse.Namespace) -> int:
 
 
 def _run_data(options: argparse.Namespace) -> int:
-    from beit3_ds.benchmarks.data.files import count_calls, describe_calls, time_opening
+    from beit3_ds.benchmarks.data.call_counts import count_calls, describe_calls, time_opening
 
     if options.shards is not None:
         print(time_opening(options.shards))
         return 0
     print(describe_calls(count_calls()))
     if not options.calls_only:
-        from beit3_ds.benchmarks.data.benchmark import benchmark_data
+        from beit3_ds.benchmarks.data.loaders import benchmark_data
 
         print()
         print(benchmark_data(options.json))

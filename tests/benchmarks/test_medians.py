@@ -1,4 +1,4 @@
-"""Medians and their intervals."""
+"""Tests medians and their intervals."""
 
 from beit3_ds.benchmarks.medians import median_with_interval
 

@@ -1,1 +1,1 @@
-"""The report of `beit3 certify` about a machine with GPUs."""
+"""Writes the report of `beit3 certify` about a machine with GPUs."""

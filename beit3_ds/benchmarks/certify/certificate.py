@@ -1,4 +1,4 @@
-"""One report about a machine with GPUs: are the kernels right there, do layouts agree, and how fast is it."""
+"""Writes one report about a machine with GPUs: correctness of the kernels, agreement of layouts, and speed."""
 
 import json
 import platform
@@ -17,47 +17,47 @@ import torch
 from beit3_ds.config import ConfigError
 
 ROOT = Path(__file__).parents[3]
-"""The clone: the tests, configs and sample data stand beside the package."""
+"""The clone, in which tests and configs are beside the package."""
 
 _TAIL_LINES = 15
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One part of the certificate."""
+    """A part of the certificate, with the commands that it runs."""
 
     name: str
-    """What it shows."""
+    """What the step shows, as the report's heading."""
     commands: tuple[tuple[str, ...], ...]
-    """Run one after the other in the clone; each must end with status 0."""
+    """Commands to run in order in the clone; each must exit with status 0."""
     figures: str | None = None
-    """A JSON file that the commands write in the report's folder, whose content goes into the report."""
+    """JSON file in the report's folder that the commands write and the report includes; None without figures."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """How a step ended."""
+    """The outcome of a step."""
 
     name: str
-    """Of the step."""
+    """Name of the step."""
     passed: bool
-    """Whether all its commands ended with status 0."""
+    """Whether all its commands exited with status 0."""
     seconds: float
-    """That it took."""
+    """Wall time of its commands."""
     commands: list[str]
-    """What was run."""
+    """Commands that were run."""
     tail: str
-    """The last lines that it printed."""
+    """Last lines that the commands printed."""
     figures: Any
-    """Of its file; None without one."""
+    """Content of its JSON file; None without one."""
 
 
 def plan_steps(folder: Path, num_gpus: int) -> list[Step]:
-    """What a certificate consists of.
+    """Returns the steps of a certificate in order.
 
     Args:
-        folder: of the report.
-        num_gpus: of this machine; more than one adds a layout over all of them.
+        folder: the report's folder.
+        num_gpus: GPUs of this machine; more than one adds a run that is divided over all of them.
     """
     python, beit3 = sys.executable, str(Path(sys.executable).with_name("beit3"))
     tests = (python, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider")
@@ -83,17 +83,17 @@ def plan_steps(folder: Path, num_gpus: int) -> list[Step]:
 
 
 def certify(folder: Path, *, only: Sequence[str] = ()) -> int:
-    """Runs all steps, and writes `certificate.json` and `certificate.md` after each, so that nothing is lost.
+    """Runs the steps and rewrites `certificate.json` and `certificate.md` after each, so that no result is lost.
 
     Args:
-        folder: for the report and the steps' logs; made if it is not there.
-        only: names of steps, or parts of names; none is all of them.
+        folder: folder for the report and the steps' logs; created if it does not exist.
+        only: names of steps, or parts of names; empty runs all steps.
 
     Returns:
         0 if every step passed, 1 if one failed or there is no device.
 
     Raises:
-        ConfigError: if the package does not stand in a clone, no step has such a name, or the folder is not empty.
+        ConfigError: if the package is not installed from a clone, no step has such a name, or the folder is not empty.
     """
     folder = folder.resolve()
     if not (ROOT / "tests" / "kernels").is_dir():
@@ -118,13 +118,13 @@ def certify(folder: Path, *, only: Sequence[str] = ()) -> int:
         print(f"[{number + 1}/{len(steps)}] {step.name}", flush=True)
         results.append(run_step(step, folder))
         print(f"      {'passed' if results[-1].passed else 'FAILED'} in {results[-1].seconds:.0f} s", flush=True)
-        write_report(results, describe_machine(), folder)
+        write_certificate(results, describe_machine(), folder)
     print(f"report: {folder / 'certificate.md'} and {folder / 'certificate.json'}")
     return 0 if all(result.passed for result in results) else 1
 
 
 def run_step(step: Step, folder: Path) -> Result:
-    """Runs a step's commands in the clone until one fails; what they print goes to `NAME.log` in the folder."""
+    """Runs a step's commands in the clone until one fails, and writes their output to `NAME.log` in the folder."""
     log = folder / f"{step.name.replace(' ', '_')}.log"
     start = time.monotonic()
     with open(log, "w", encoding="utf-8") as output:
@@ -142,7 +142,7 @@ def run_step(step: Step, folder: Path) -> Result:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Devices, versions and the commit."""
+    """Returns the devices, the versions of driver and libraries, the commit and the date."""
     return {
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
@@ -156,8 +156,8 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def write_report(results: Sequence[Result], machine: dict[str, Any], folder: Path) -> None:
-    """Writes both forms of the report."""
+def write_certificate(results: Sequence[Result], machine: dict[str, Any], folder: Path) -> None:
+    """Writes the report as JSON and as Markdown."""
     content = {"machine": machine, "steps": [asdict(result) for result in results]}
     (folder / "certificate.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
     lines = ["# Certificate", "", *(f"* {name}: {value}" for name, value in machine.items()), ""]
@@ -170,7 +170,7 @@ def write_report(results: Sequence[Result], machine: dict[str, Any], folder: Pat
 
 
 def _layout_steps(folder: Path, num_gpus: int, python: str, beit3: str) -> list[Step]:
-    """The same training on one GPU and divided over all of them."""
+    """Returns the steps that train on one GPU and, with several, also divided over all of them."""
     deepspeed, config = str(Path(python).with_name("deepspeed")), "ds_configs/demo_tp2_pp2_dp2_zero3.json"
     tokenizers = ("runs/quickstart/text.spm", "runs/quickstart/visual_tokenizer.safetensors")
     prepare = tuple(
@@ -195,7 +195,7 @@ def _layout_steps(folder: Path, num_gpus: int, python: str, beit3: str) -> list[
 
 
 def _output(*command: str) -> str:
-    """What a command prints, or that it is absent."""
+    """Returns the output of a command, or "unknown" with the reason if it cannot run."""
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError) as error:

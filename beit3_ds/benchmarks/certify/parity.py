@@ -1,4 +1,4 @@
-"""One training step of a small model on a GPU beside the same step in float64 on the CPU."""
+"""Compares a training step of a small model on a GPU with the same step in float64 on the CPU."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from beit3_ds.model import BEiT3, initialize_parameters
 
 _SIZES: dict[str, Any] = {
     "num_layers": 4,
-    "hidden_size": 176,  # heads of 88, as giant has them
+    "hidden_size": 176,  # heads of 88, as in giant
     "ffn_hidden_size": 704,
     "num_attention_heads": 2,
 }
@@ -29,17 +29,17 @@ _FLOAT32_ERROR = 1e-4
 
 
 def check_parity(device: torch.device) -> list[dict[str, Any]]:
-    """Compares the gradients by layout of the model and dtype.
+    """Compares the gradients on a device with float64, for each layout of the model and each dtype.
 
-    The rule: the error of the device's gradients is at most twice that of the CPU's in the same dtype, or in float32
-    below 1e-4 of their norm (the CPU adds up in another order, and is lucky now and then).
+    A row passes if the error of the device's gradients is at most twice the CPU's error in the same dtype, or in
+    float32 below 1e-4 of their norm (the CPU sums in another order and is sometimes more accurate by chance).
 
     Args:
-        device: beside the CPU.
+        device: the device to compare.
 
     Returns:
-        A row for each, with `layout`, `dtype`, `loss_error` in nats, `gradient_error` as a share of the norm of all
-        gradients, both against float64, `allowed` for the latter, and `passed`.
+        One row per layout and dtype: `layout`, `dtype`, `loss_error` in nats, `gradient_error` as a share of the norm
+        of all gradients, both against float64, `allowed` (the largest `gradient_error` that passes), and `passed`.
     """
     rows = []
     for layout, changes in _LAYOUTS.items():
@@ -68,7 +68,7 @@ def check_parity(device: torch.device) -> list[dict[str, Any]]:
 def _step(
     config: ModelConfig, batch: PackedBatch, device: torch.device, dtype: torch.dtype
 ) -> tuple[float, torch.Tensor]:
-    """The loss, and all gradients as one vector on the CPU in float64."""
+    """Returns the loss, and all gradients as one float64 vector on the CPU."""
     model = BEiT3(config)
     initialize_parameters(model, config, seed=0)
     model.to(device, dtype)
@@ -83,7 +83,7 @@ def _distance(gradient: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def main(json_path: str) -> int:
-    """Prints all rows, writes them to a file, and returns 1 if one did not pass."""
+    """Prints all rows, writes them to a file, and returns 1 if one failed."""
     rows = check_parity(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     Path(json_path).write_text(json.dumps(rows, indent=2), encoding="utf-8")
     for row in rows:

@@ -1,1 +1,1 @@
-"""Benchmarks of reading and preparing data."""
+"""Benchmarks that read and prepare data."""

@@ -11,7 +11,7 @@ _IO = "/proc/self/io"
 
 @dataclass
 class FileCalls:
-    """Counted calls of this process, over all its threads."""
+    """File calls of this process, over all its threads."""
 
     opens: int = 0
     """Calls of `open` and `os.open`, without maps that torch makes."""

@@ -1,4 +1,4 @@
-"""Preparing texts: its speed beside SentencePiece's own batch encoding, and its memory while a corpus goes through."""
+"""Measures the preparation of texts: speed beside SentencePiece's own batch encoding, and memory on a large corpus."""
 
 import json
 import os
@@ -29,16 +29,16 @@ _SAMPLE_SECONDS = 0.2
 
 
 def benchmark_text(num_bytes: int = 0, processes: int | None = None, json_path: str | None = None) -> str:
-    """Measures on a corpus made from the embedded sample's sentences, shuffled, and returns a report.
+    """Measures on a corpus of the embedded sample's sentences in random order, and returns a report.
 
-    Speed, in CPU time of one core: all that `beit3 prepare texts` does with a file (read, decode, tokenize, write)
-    against SentencePiece's batch encoding of the same paragraphs from memory, in turn, with the same model. Cores
-    share nothing but the disk: each works on a piece of its own.
+    The speed is in CPU time of one core. It compares all that `beit3 prepare texts` does with a file (read, decode,
+    tokenize, write) with SentencePiece's batch encoding of the same paragraphs from memory, in turn, with the same
+    model. In a preparation cores share only the disk, because each works on its own piece.
 
     Args:
-        num_bytes: if not 0, also prepares a corpus of this size and compares memory early on with its peak.
-        processes: processes of that preparation; as many as cores if None.
-        json_path: where to write `rows` and `summary` as JSON.
+        num_bytes: if not 0, also prepare a corpus of this size and compare memory in its first 5% with the peak.
+        processes: processes of that preparation; None is one per core.
+        json_path: file for `rows` and `summary` as JSON.
     """
     with tempfile.TemporaryDirectory() as folder:
         tokenizer_config = TextTokenizerConfig(path=str(Path(folder) / "text.spm"), vocab_size=4000)
@@ -58,7 +58,7 @@ def benchmark_text(num_bytes: int = 0, processes: int | None = None, json_path: 
 
 
 def write_corpus(path: Path, num_bytes: int, seed: int = 0) -> None:
-    """Writes a text file of about `num_bytes`: the sample's sentences in random order, streamed."""
+    """Writes a text file of `num_bytes` with the sample's sentences in random order."""
     sentences = np.array([sentence.encode() for sentence in _sample_sentences()], dtype=object)
     rng = np.random.default_rng(seed)
     with path.open("wb") as file:
@@ -75,7 +75,7 @@ def _sample_sentences() -> Iterator[str]:
 
 
 def _compare_speed(folder: Path, model: str, tokenizer: TextTokenizer) -> list[dict[str, float]]:
-    """Times both ways in turn in one thread."""
+    """Times both ways in turn in one thread and returns a row per round."""
     corpus = folder / "speed.txt"
     write_corpus(corpus, _SPEED_BYTES)
     piece = whole_file(str(corpus))
@@ -88,9 +88,9 @@ def _compare_speed(folder: Path, model: str, tokenizer: TextTokenizer) -> list[d
     rows: list[dict[str, float]] = []
     for _ in range(_ROUNDS + 1):  # the first round warms up
         seconds = dict.fromkeys(ways, 0.0)
-        # There and back: a way is faster after itself than after the other one.
+        # Each row runs both orders, because a way is faster after itself than after the other.
         for name in (*ways, *reversed(ways)):
-            start = time.process_time()  # both keep one core busy; what else runs on the machine does not count
+            start = time.process_time()  # both keep one core busy; other processes do not count
             ways[name]()
             seconds[name] += time.process_time() - start
         row = {f"{name}_cpu_seconds": value for name, value in seconds.items()}
@@ -123,7 +123,7 @@ def _measure_memory(folder: Path, tokenizer: TextTokenizer, num_bytes: int, proc
 
 
 class _MemorySampler(threading.Thread):
-    """Watches the resident memory of this process and its descendants, until and after 5% of the corpus is done."""
+    """Samples the resident memory of this process and its descendants, in the first 5% of the corpus and after."""
 
     def __init__(self, folder: Path, num_bytes: int) -> None:
         super().__init__(daemon=True)
@@ -147,13 +147,13 @@ class _MemorySampler(threading.Thread):
                 self.early_bytes = self.peak_bytes
 
     def _is_past_early(self) -> bool:
-        # Two bytes a token and some four bytes of text: what is written tells how far the work is.
+        # A token has two bytes and is about four bytes of text, so the written bytes show the progress.
         written = sum(path.stat(follow_symlinks=False).st_size for path in self._folder.glob("*.tokens"))
         return 2 * written > self._early_done
 
 
 def _resident_bytes(pid: int) -> int:
-    """Resident bytes of a process and its descendants; pages that they share count for each."""
+    """Returns the resident bytes of a process and its descendants; shared pages count for each process."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         tasks = [(task / "children").read_text().split() for task in Path(f"/proc/{pid}/task").iterdir()]

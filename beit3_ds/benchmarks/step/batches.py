@@ -1,4 +1,4 @@
-"""The batches and the configuration that `beit3 bench train` measures."""
+"""Builds the batches and the configuration that `beit3 bench train` measures."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,20 +14,20 @@ from beit3_ds.data.packing import ImageSample, PairSample, Sample, TextSample, i
 
 STREAMS = ("images", "pairs", "texts")
 CAPTION_TOKENS = (16, 0.45)
-"""Median and spread (of the logarithm) of a log-normal law for the tokens of a caption, BOS and EOS included. Captions
-of COCO have about 11 words, of Conceptual Captions 10 to 20; few are long."""
+"""Median, and standard deviation of the logarithm, of a log-normal law for the tokens per caption, with BOS and EOS.
+Captions of COCO have about 11 words, those of Conceptual Captions 10 to 20; few are long."""
 TEXT_TOKENS = (105, 0.6)
-"""The same for texts: sequences that are filled with whole paragraphs up to the limit of 128 tokens, which about a
-third reaches, while the last paragraph of others did not fit."""
+"""Median, and standard deviation of the logarithm, of a log-normal law for the tokens per text. Texts are filled with
+whole paragraphs up to 128 tokens. About a third reach this limit; in the others the next paragraph did not fit."""
 _MIN_TOKENS = 6
 
 
 def step_config(size: str, samples: int = 4, **model: Any) -> RunConfig:
-    """A run of one rank in the released layout with the paper's ratios of masks, in float32.
+    """Returns the config of a run on one rank in float32, with the released layout and the paper's mask ratios.
 
     Args:
-        size: of the model.
-        samples: of each stream in a step.
+        size: size of the model.
+        samples: samples per stream and step.
         model: further keys of the section "model".
     """
     stream = {"train": ["none.tar"], "samples_per_step": samples}
@@ -51,7 +51,7 @@ def step_config(size: str, samples: int = 4, **model: Any) -> RunConfig:
 
 
 def build_batch(config: RunConfig, number: int) -> PackedBatch:
-    """Batch `number`, with random pixels, ids and codes; the same wherever it is built."""
+    """Builds batch `number` with random pixels, ids and codes, equal in every process."""
     rng, count = np.random.default_rng([17, number]), config.samples_per_step // len(STREAMS)
     samples: list[Sample] = [_image(config, rng) for _ in range(count)]
     for _ in range(count):
@@ -68,7 +68,7 @@ def build_batch(config: RunConfig, number: int) -> PackedBatch:
 
 
 def describe_batch(batch: PackedBatch) -> Mapping[str, Any]:
-    """What a figure depends on."""
+    """Returns the facts about a batch on which a figure depends."""
     return {
         "caption_tokens": batch.caption_lengths,
         "text_tokens": batch.text_lengths,
@@ -78,7 +78,7 @@ def describe_batch(batch: PackedBatch) -> Mapping[str, Any]:
 
 
 def draw_length(rng: np.random.Generator, law: tuple[float, float], longest: int) -> int:
-    """Tokens of a text by a law as above, at most `longest`."""
+    """Draws a number of tokens from a law (median, standard deviation of the logarithm), at most `longest`."""
     median, spread = law
     return int(np.clip(round(median * float(np.exp(spread * rng.standard_normal()))), _MIN_TOKENS, longest))
 

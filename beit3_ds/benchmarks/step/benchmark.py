@@ -1,4 +1,4 @@
-"""A whole training step of this project beside the same step on torchscale's BEiT-3, and beside its bare products."""
+"""Compares a whole training step with the same step on torchscale's BEiT-3 and with the step's bare products."""
 
 import json
 import os
@@ -16,39 +16,37 @@ from beit3_ds.benchmarks.step.reference import check_torchscale
 from beit3_ds.config import ConfigError
 
 OURS, REFERENCE, PRODUCTS = "beit3_ds", "torchscale", "products"
-"""The three workers."""
+"""Names of the three workers in the figures."""
 
 REFERENCE_TO_LONGEST = "torchscale, padded to the longest"
-"""A reference that pads the texts of a batch to the longest of them, which takes less time than the users' own code."""
+"""Name of a reference that pads texts to the longest of the batch and so takes less time than its users' code."""
 
 Row = dict[str, dict[str, Any]]
-"""The figures of each worker in one round."""
+"""Figures of one round, by worker."""
 
 
 def benchmark_train(
     size: str = "base", samples: int = 4, rounds: int = 7, json_path: str | None = None, pads_to_longest: bool = False
 ) -> str:
-    """Measures the step of both sides and the products in turn, on one batch a round, and returns a report.
+    """Measures both training steps and the products in turn, on one batch per round, and returns a report.
 
-    Three processes are started, of which one computes at a time: this project's training step, the reference's, and the
-    model's own matrix products, which are the ceiling. All three get the batch of the round, and the sides change their
-    order every round. A first round warms up. Ratios are medians over rounds of the ratio within a round, with the
-    interval that holds the true one at 95% (from six rounds on; the extremes before). Peaks are the kernel's own count
-    of whole processes (VmHWM).
+    It starts three processes, of which one computes at a time: this project's training step, the reference's, and the
+    model's matrix products, which are the ceiling. All three get the batch of the round. The two steps swap their order
+    every round, and a first round warms up. Ratios are medians over rounds of the ratio within a round, with their 95%
+    interval (the extremes, if there are fewer than six rounds). Peaks are the kernel's count for whole processes
+    (VmHWM).
 
-    On a GPU both sides run in bfloat16, the reference under autocast, and peaks are those of torch's allocator; that
-    was never run.
+    On a GPU both sides run in bfloat16, the reference under autocast, and peaks are those of torch's allocator.
 
     Args:
-        size: of the model.
-        samples: images, pairs and texts, each, in a step.
-        rounds: that count.
-        pads_to_longest: whether the reference pads texts to the longest of the batch instead of to the data's limit,
-            as its users' code does.
-        json_path: where to write `rows` and `summary` as JSON. `summary.ratio` is this project's samples a second over
-            the reference's, `gemm_share` the products' time over this project's, `memory_ratio` this project's peak
-            over the reference's. The products are those of the model as it is defined, as for model FLOPs utilisation;
-            `needed_gemm_share` leaves out what is dropped and what no head reads (`train_products.needed_flops`).
+        size: size of the model.
+        samples: samples per stream and step.
+        rounds: rounds after the one that warms up.
+        pads_to_longest: pad the reference's texts to the batch's longest; its users' code pads to the data's limit.
+        json_path: file for `rows` and `summary` as JSON. `summary.ratio` is this project's samples per second over the
+            reference's, `gemm_share` the products' time over this project's, and `memory_ratio` this project's peak
+            over the reference's. The products are those of the model as defined, as in model FLOPs utilisation;
+            `needed_gemm_share` omits dropped branches and rows that no head reads (`products.needed_flops`).
 
     Raises:
         ConfigError: if torchscale is not installed, there is no such size, or the file cannot be written.
@@ -72,7 +70,7 @@ def benchmark_train(
 
 
 class _Worker:
-    """A process that takes turns."""
+    """A process that computes one turn at a time, on request."""
 
     def __init__(self, side: str, size: str, samples: int) -> None:
         self.side = side
@@ -93,7 +91,7 @@ class _Worker:
         self.answers = os.fdopen(reading)
 
     def take_turn(self, number: int) -> dict[str, Any]:
-        """Lets it work on a batch and waits for its figures."""
+        """Lets the process work on batch `number` and returns its figures."""
         assert self.process.stdin is not None
         try:
             print(number, file=self.process.stdin, flush=True)
@@ -109,7 +107,7 @@ class _Worker:
         return figures
 
     def stop(self) -> None:
-        """Ends the process."""
+        """Kills the process and closes its pipes."""
         self.process.kill()
         self.process.communicate()
         self.answers.close()
@@ -123,7 +121,7 @@ def _measure(size: str, samples: int, rounds: int, reference: str) -> list[Row]:
         for name, side in ((PRODUCTS, PRODUCTS), (OURS, OURS), (REFERENCE, reference)):
             workers[name] = _Worker(side, size, samples)
         for number in range(rounds + 1):
-            # Every other round the other way round, so that a machine that slows down favours nobody.
+            # The order alternates, so that a machine that slows down favours neither side.
             sides = (OURS, REFERENCE) if number % 2 == 0 else (REFERENCE, OURS)
             row = {side: workers[side].take_turn(number) for side in (PRODUCTS, *sides)}
             assert row[OURS]["masked"] == row[REFERENCE]["masked"], f"not the same samples: {row}"
@@ -164,7 +162,7 @@ def _summarize(rows: list[Row]) -> dict[str, Any]:
 
 def _describe(rows: list[Row], summary: dict[str, Any]) -> str:
     lines = [
-        f"{summary['size']}, {summary['samples']} samples: images, pairs and texts, as many of each; "
+        f"{summary['size']}, {summary['samples']} samples, equally many images, pairs and texts; "
         f"{summary['device']}, {summary['threads']} threads; {len(rows)} rounds in turn, median (95% interval); "
         f"torch {torch.__version__}",
         "",

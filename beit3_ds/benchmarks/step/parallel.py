@@ -1,4 +1,4 @@
-"""What dividing a training step over two processes costs on this machine, against one process with two threads."""
+"""Measures the cost of dividing a training step over two processes, against one process with two threads."""
 
 import json
 import os
@@ -19,33 +19,33 @@ from beit3_ds.config import RunConfig, build_run_config
 from beit3_ds.data.packing import ImageSample, PairSample, Sample, TextSample, image_shape, pack
 
 _ROUNDS = 3
-_STEPS = 4  # of which the first, with its one-off work, is not counted
-_SAMPLES = 16  # of each stream
+_STEPS = 4  # the first has one-off work and is not counted
+_SAMPLES = 16  # per stream
 
 
-class Variant(NamedTuple):
-    """One way to run the step."""
+class StepVariant(NamedTuple):
+    """A way to run the measured step."""
 
     name: str
-    """Its row in the table."""
+    """Name of its row in the table."""
     ranks: int
-    """Processes."""
+    """Number of processes."""
     threads: int
-    """Of each."""
+    """Threads per process."""
     zero_stage: int
-    """How they share the optimizer's work and the parameters."""
+    """ZeRO stage, which sets what the ranks divide: optimizer states, gradients, parameters."""
     apart: bool = False
-    """Whether the ranks do not know of each other: each runs its half of the samples alone."""
+    """Runs each process alone on its half of the samples, without communication."""
 
 
 VARIANTS = (
-    Variant("one process, two threads", 1, 2, 0),
-    Variant("two processes that send nothing", 2, 1, 0, apart=True),
-    Variant("two ranks, ZeRO-0", 2, 1, 0),
-    Variant("two ranks, ZeRO-1", 2, 1, 1),
-    Variant("two ranks, ZeRO-3", 2, 1, 3),
+    StepVariant("one process, two threads", 1, 2, 0),
+    StepVariant("two processes that send nothing", 2, 1, 0, apart=True),
+    StepVariant("two ranks, ZeRO-0", 2, 1, 0),
+    StepVariant("two ranks, ZeRO-1", 2, 1, 1),
+    StepVariant("two ranks, ZeRO-3", 2, 1, 3),
 )
-"""Each adds something to the one before: a shared memory, reduced gradients, a shared update, shared weights."""
+"""Ways to run the step; each adds a cost: a shared memory, reduced gradients, a divided update, divided weights."""
 
 
 def benchmark_parallel(json_path: str | None = None) -> str:
@@ -56,11 +56,11 @@ def benchmark_parallel(json_path: str | None = None) -> str:
     of one thread; 1 would mean that dividing costs nothing.
 
     Args:
-        json_path: where to write `rows` and `summary` as JSON; `summary.efficiency` is the median ratio under ZeRO-3.
+        json_path: file for `rows` and `summary` as JSON; `summary.efficiency` is the median ratio under ZeRO-3.
     """
     rows = []
     for round_number in range(_ROUNDS):
-        # Every other round backwards, so that a machine that slows down favours nobody.
+        # The order alternates, so that a machine that slows down favours no variant.
         order = VARIANTS if round_number % 2 == 0 else VARIANTS[::-1]
         rows.append({variant.name: _measure(variant) for variant in order})
         print(f"round {round_number + 1} of {_ROUNDS} done", file=sys.stderr, flush=True)
@@ -92,8 +92,8 @@ def _describe(rows: list[dict[str, dict[str, float]]], ratios: dict[str, list[fl
     return "\n".join(lines)
 
 
-def _measure(variant: Variant) -> dict[str, float]:
-    """Starts the variant's processes and returns the medians of their steps, in seconds; the slowest rank counts."""
+def _measure(variant: StepVariant) -> dict[str, float]:
+    """Runs a variant's processes and returns the median seconds of the slowest rank's steps, passes and updates."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -122,21 +122,21 @@ def _measure(variant: Variant) -> dict[str, float]:
 
 
 def run_steps(zero_stage: int, shares: int, share: int) -> dict[str, float]:
-    """Runs the steps of one process and returns the medians of whole steps, of passes and of updates, in seconds.
+    """Runs the steps of one process and returns the median seconds of whole steps, of passes and of updates.
 
     Args:
-        zero_stage: of the engine.
-        shares: processes that divide the samples.
-        share: this one's.
+        zero_stage: ZeRO stage of the engine.
+        shares: number of processes that divide the samples.
+        share: index of this process among them.
     """
     from beit3_ds.runtime.process_group import init_process_group
     from beit3_ds.training.engine import apply_update, build_schedule
     from beit3_ds.training.loss import build_loss_factors
 
-    config = step_config(zero_stage)
+    config = parallel_config(zero_stage)
     mesh = init_process_group(config.parallel)
     schedule = build_schedule(config, mesh)
-    batch = build_batch(config, range(share * _SAMPLES // shares, (share + 1) * _SAMPLES // shares))
+    batch = build_share(config, range(share * _SAMPLES // shares, (share + 1) * _SAMPLES // shares))
     counts = mesh.data_host.sum(torch.tensor(batch.num_masked))
     factors = build_loss_factors(counts, config.training.loss_weights, mesh.data_parallel_size)
     seconds: dict[str, list[float]] = {"step": [], "passes": [], "update": []}
@@ -154,8 +154,8 @@ def run_steps(zero_stage: int, shares: int, share: int) -> dict[str, float]:
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
-def step_config(zero_stage: int) -> RunConfig:
-    """The configuration of the measured step."""
+def parallel_config(zero_stage: int) -> RunConfig:
+    """Returns the configuration of the measured step."""
     stream = {"train": ["none.tar"], "samples_per_step": _SAMPLES}
     sizes = {"num_layers": 6, "hidden_size": 384, "ffn_hidden_size": 1536, "num_attention_heads": 6, "patch_size": 16}
     zero: dict[str, Any] = {"stage": zero_stage}
@@ -185,8 +185,11 @@ def step_config(zero_stage: int) -> RunConfig:
     )
 
 
-def build_batch(config: RunConfig, samples: Sequence[int]) -> PackedBatch:
-    """Random samples of every stream with the paper's ratios of masks; sample i is the same in whatever share."""
+def build_share(config: RunConfig, samples: Sequence[int]) -> PackedBatch:
+    """Builds a batch of the random samples with the given numbers, of every stream, with the paper's mask ratios.
+
+    Sample i is equal in every share.
+    """
     model, data = config.model, config.data
 
     def image(rng: np.random.Generator) -> ImageSample:

@@ -1,6 +1,6 @@
-"""The model's own matrix products of one training step and nothing else: the ceiling of `beit3 bench train`."""
+"""Computes only the matrix products of one training step, the ceiling of `beit3 bench train`."""
 
-# T packed rows, D hidden, F ffn hidden, H heads, K head width, S rows of a sequence, M masked rows, V vocabulary.
+# T packed rows, D hidden, F ffn hidden, H heads, K head dim, S rows of a sequence, M masked rows, V vocabulary.
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from beit3_ds.model.flops import attention_flops, ffn_flops, layer_flops, work_o
 
 
 class Product(NamedTuple):
-    """out = a @ b, of matrices or of batches of them."""
+    """A product out = a @ b of matrices or of batches of matrices."""
 
     a: Tensor
     b: Tensor
@@ -22,41 +22,41 @@ class Product(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """A multiply-add counts 2."""
+        """Returns its operations; a multiply-add counts 2."""
         return 2 * self.out.numel() * self.a.shape[-1]
 
     def run(self) -> None:
-        """Computes it, into the memory that is there."""
+        """Computes the product into `out`."""
         (torch.mm if self.a.ndim == 2 else torch.bmm)(self.a, self.b, out=self.out)
 
 
 class Layer(NamedTuple):
-    """The products of a layer, in the order of its passes."""
+    """The products of a layer's forward and backward pass, each in order."""
 
     forward: tuple[Product, ...]
     backward: tuple[Product, ...]
 
 
 class Products:
-    """Every product of the model as it is defined, each once: its model FLOPs (`model.flops`).
+    """The products of the model as defined, each computed once: its model FLOPs (`model.flops`).
 
-    Among them are those that a step can do without: of branches that stochastic depth drops, and of rows after the last
-    attention that no head reads. `needed_flops` leaves them out.
+    They include products that a step can omit: those of branches that stochastic depth drops, and those of rows after
+    the last attention that no head reads. `needed_flops` leaves them out.
 
-    Every expert multiplies its own rows; queries, keys and values are one product, as they can be; attention's products
-    are made sequence by sequence, on heads that lie one after the other; the heads see masked rows only. The backward
-    pass multiplies for the gradients of inputs and of weights, but not for that of the pixels, and recomputes nothing.
-    All blocks of one kind share their operands: those of one block of `base` are larger than a cache.
+    Each expert multiplies its own rows. Queries, keys and values are one product. Attention's products are computed
+    sequence by sequence with contiguous heads. The heads get masked rows only. The backward pass has products for the
+    gradients of inputs and weights, but not of pixels, and recomputes nothing. Blocks of one kind share their operands,
+    which exceed a cache already in one block of `base`.
     """
 
     def __init__(self, config: ModelConfig, batch: PackedBatch, dtype: torch.dtype, device: torch.device) -> None:
-        """Makes the operands.
+        """Allocates the operands.
 
         Args:
-            config: sizes and layout.
-            batch: whose rows, sequences and masked positions count.
-            dtype: of the products.
-            device: where they are made.
+            config: sizes and layout of the model.
+            batch: the batch whose rows, sequences and masked positions set the shapes.
+            dtype: dtype of the products.
+            device: device of the products.
         """
         make = _Operands(dtype, device)
         kinds = dict.fromkeys(config.experts(layer) for layer in range(config.num_layers))
@@ -69,11 +69,11 @@ class Products:
 
     @property
     def flops(self) -> int:
-        """Of a step."""
+        """Returns the operations per step."""
         return sum(product.flops for layer in self.layers for product in (*layer.forward, *layer.backward))
 
     def run(self) -> None:
-        """Runs forward through all layers and back."""
+        """Computes the products of all layers, forward and then backward."""
         for layer in self.layers:
             for product in layer.forward:
                 product.run()
@@ -83,12 +83,13 @@ class Products:
 
 
 def needed_flops(config: ModelConfig, batch: PackedBatch) -> float:
-    """Operations of a step's products without those of branches that stochastic depth drops, and without those of rows
-    of the last FFN that no head reads: neither loss nor gradients depend on them.
+    """Returns the operations of a step's products that loss and gradients depend on.
+
+    It omits branches that stochastic depth drops and rows of the last FFN that no head reads.
 
     Args:
-        config: of the model.
-        batch: with the factors of stochastic depth, if there are any.
+        config: configuration of the model.
+        batch: the batch, with the factors of stochastic depth if there are any.
     """
     embeddings, *_, heads = layer_flops(config, work_of(batch))
     blocks = 0.0
@@ -104,14 +105,14 @@ def needed_flops(config: ModelConfig, batch: PackedBatch) -> float:
     masked_Q = batch.row_sequence[batch.masked_rows.rows].bincount(minlength=batch.num_sequences)
     kept_Q = torch.ones(batch.num_sequences) if batch.drop_path is None else batch.drop_path[:, -1, 1] != 0
     blocks += ffn_flops(config, float((masked_Q * kept_Q).sum()))
-    # Forward, and twice as much backward; pixels have no gradient.
+    # The backward pass has twice the products of the forward pass, except for pixels, which have no gradient.
     return 2 * embeddings + 3 * (blocks + heads)
 
 
 class _Operands:
-    """Makes the layers' operands, of random values: the speed of products on zeros or on garbage may differ.
+    """Allocates the layers' operands with random values, because products of zeros may differ in speed.
 
-    Results are written once beforehand, so that a product finds its memory there.
+    Results are written once beforehand, so that no product has to fault in its memory.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:

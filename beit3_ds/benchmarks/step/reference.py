@@ -1,16 +1,15 @@
-"""The step that `beit3 bench train` compares with: BEiT-3 of torchscale 0.3.0, pretrained as its users train it.
+"""Trains BEiT-3 of torchscale 0.3.0 as its users do, the reference of `beit3 bench train`.
 
-Model, initial values, parameter groups and the order of the step follow microsoft/unilm's `beit3`; its pretraining was
-never released, so the masked-modeling losses are written as BEiT-2's are. Texts are padded to a fixed length, as
-`_get_text_segment` in its datasets.py pads them to `num_max_bpe_tokens`; to the longest of the batch if asked. Where
-else users' code differs in speed, the fast way stands here: logits exist at masked positions only, AdamW is torch's
-fused one and gradients are freed after every step.
+Model, initial values, parameter groups and the order of the step follow microsoft/unilm's `beit3`. Its pretraining was
+never released, so the masked-modeling losses follow BEiT v2's. Texts are padded to a fixed length, as
+`_get_text_segment` in its datasets.py pads them to `num_max_bpe_tokens`, or to the longest of the batch on request.
+Where users' code differs in speed otherwise, this file has the faster way: logits exist at masked positions only, AdamW
+is torch's fused one, and gradients are freed after every step.
 
-A ratio means nothing if what it is a ratio to may change: tests/benchmarks/step/test_benchmark.py fixes this file by
-its hash.
+A change of this code would make ratios incomparable, so tests/benchmarks/step/test_benchmark.py fixes its hash.
 """
 
-# B samples of a stream, N patches an image, S tokens of the longest text, D hidden.
+# B samples of a stream, N patches per image, S tokens of the longest text, D hidden.
 
 import importlib.metadata
 import sys
@@ -32,35 +31,35 @@ _MAX_POSITIONS = 1024
 _NO_DECAY = ("beit3.encoder.embed_positions.A.weight", "beit3.vision_embed.cls_token")
 
 
-class Stream(NamedTuple):
-    """The samples of one stream, padded; what a stream lacks is None."""
+class PaddedStream(NamedTuple):
+    """The padded samples of one stream; a modality that it lacks is None."""
 
     pixels: Tensor | None
     """(B, 3, image_size, image_size) float32."""
     patch_mask: Tensor | None
     """True where a patch is masked, (B, N) bool."""
     codes: Tensor | None
-    """Targets of the masked patches."""
+    """Target codes of the masked patches, in order, (masked patches,) int64."""
     tokens: Tensor | None
     """(B, S) int64."""
     padding: Tensor | None
     """True where there is no token, (B, S) bool."""
     token_mask: Tensor | None
-    """True where a token is to be predicted, (B, S) bool."""
+    """True where a token is masked, (B, S) bool."""
     targets: Tensor | None
-    """Targets of the masked tokens."""
+    """Target ids of the masked tokens, in order, (masked tokens,) int64."""
 
     @property
     def num_masked(self) -> tuple[int, int]:
-        """Masked patches and masked tokens."""
+        """Returns the numbers of masked patches and of masked tokens."""
         return 0 if self.codes is None else len(self.codes), 0 if self.targets is None else len(self.targets)
 
 
 def check_torchscale() -> None:
-    """Refuses to begin without the reference.
+    """Checks that the reference's packages are installed in the right versions.
 
     Raises:
-        ConfigError: with the command that installs what is missing.
+        ConfigError: naming the command that installs the missing package.
     """
     for package, wanted in (("torchscale", TORCHSCALE), ("timm", None)):
         try:
@@ -68,7 +67,7 @@ def check_torchscale() -> None:
         except importlib.metadata.PackageNotFoundError:
             found = "absent"
         if found == "absent" or (wanted and found != wanted):
-            # Its own pins ask for versions that do not exist any more, hence --no-deps.
+            # Its pins require versions that no longer exist, hence --no-deps.
             raise ConfigError(
                 f"bench train compares with torchscale {TORCHSCALE} (on timm), but {package} is {found}. Run: "
                 f"pip install --no-deps torchscale=={TORCHSCALE} && pip install timm"
@@ -76,7 +75,7 @@ def check_torchscale() -> None:
 
 
 def build_torchscale(arguments: Mapping[str, Any]) -> Any:
-    """torchscale's BEiT3; fairscale, which it imports for FSDP only, need not be installed."""
+    """Builds torchscale's BEiT3 without fairscale, which it imports for FSDP only."""
     if "fairscale" not in sys.modules:
         stub: Any = types.ModuleType("fairscale.nn")
         stub.checkpoint_wrapper = stub.wrap = lambda module, **_: module
@@ -88,7 +87,7 @@ def build_torchscale(arguments: Mapping[str, Any]) -> Any:
 
 
 class ReferenceModel(nn.Module):
-    """The backbone with its two heads."""
+    """torchscale's backbone with the two masked-modeling heads."""
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
@@ -114,8 +113,8 @@ class ReferenceModel(nn.Module):
         self.mim_head = nn.Linear(model.hidden_size, model.visual_vocab_size)
         self.apply(_init_weights)
 
-    def forward(self, stream: Stream) -> list[Tensor]:
-        """The mean cross entropy of the masked patches, and that of the masked tokens, of what the stream has."""
+    def forward(self, stream: PaddedStream) -> list[Tensor]:
+        """Returns the mean cross entropies of masked patches and of masked tokens, whichever the stream has."""
         y_BSD = self.beit3(
             textual_tokens=stream.tokens,
             visual_tokens=stream.pixels,
@@ -142,7 +141,7 @@ def _init_weights(module: nn.Module) -> None:
 
 
 class ReferenceTrainer:
-    """The model with its optimizer."""
+    """Trains a `ReferenceModel` with AdamW and gradient clipping."""
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         training = config.training
@@ -160,10 +159,10 @@ class ReferenceTrainer:
             groups, lr=training.learning_rate, betas=training.adam_betas, eps=training.adam_epsilon, fused=True
         )
 
-    def step(self, streams: Sequence[Stream]) -> float:
-        """Trains on images, pairs and texts and returns the loss: a forward pass each, one backward pass, one update.
+    def step(self, streams: Sequence[PaddedStream]) -> float:
+        """Trains one step and returns its loss: one forward pass per stream, one backward pass, one update.
 
-        In float32; on a GPU under autocast to bfloat16.
+        It computes in float32, and on a GPU under autocast to bfloat16.
         """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             loss = torch.stack([term for stream in streams for term in self.model(stream)]).sum()
@@ -174,13 +173,13 @@ class ReferenceTrainer:
         return loss.item()
 
 
-def unpack_streams(batch: PackedBatch, caption_length: int | None, text_length: int | None) -> list[Stream]:
-    """The same samples as images, pairs and texts, padded; what a data loader of the reference would bring.
+def unpack_streams(batch: PackedBatch, caption_length: int | None, text_length: int | None) -> list[PaddedStream]:
+    """Returns a batch's images, pairs and texts as padded streams, as a data loader of the reference would.
 
     Args:
-        batch: with pixels and codes.
-        caption_length: tokens of every padded caption; None is those of the longest.
-        text_length: tokens of every padded text; None is those of the longest.
+        batch: a batch with pixels and codes.
+        caption_length: length to which captions are padded; None pads to the longest.
+        text_length: length to which texts are padded; None pads to the longest.
     """
     assert batch.pixels is not None and batch.visual_targets is not None, "a batch with pixels and codes"
     images, pairs = batch.num_images, batch.num_pairs
@@ -192,20 +191,20 @@ def unpack_streams(batch: PackedBatch, caption_length: int | None, text_length: 
     texts = _pad(batch.token_ids[num_tokens:], masked[num_tokens:], batch.text_lengths, text_length)
     no_image, no_text = (None, None, None), (None, None, None, None)
     return [
-        Stream(pixels[:images], patch_mask[:images], codes[:num_codes], *no_text),
-        Stream(
+        PaddedStream(pixels[:images], patch_mask[:images], codes[:num_codes], *no_text),
+        PaddedStream(
             pixels[images : images + pairs],
             patch_mask[images : images + pairs],
             codes[num_codes:],
             *captions,
             batch.target_ids[:num_targets],
         ),
-        Stream(*no_image, *texts, batch.target_ids[num_targets:]),
+        PaddedStream(*no_image, *texts, batch.target_ids[num_targets:]),
     ]
 
 
 def _pad(ids: Tensor, masked: Tensor, lengths: Sequence[int], length: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, padding and mask, (B, S) each."""
+    """Returns padded tokens, the padding and the mask of tokens, (B, S) each."""
     tokens = pad_sequence(list(ids.split(list(lengths))), batch_first=True, padding_value=_PAD)
     token_mask = pad_sequence(list(masked.split(list(lengths))), batch_first=True, padding_value=False)
     missing = 0 if length is None else length - tokens.shape[1]

@@ -1,7 +1,7 @@
-"""One process of `beit3 bench train`: it trains on a batch, or multiplies, whenever it is told to.
+"""Runs one process of `beit3 bench train`, which trains on a batch or computes its products on request.
 
-It reads the number of a batch from each line of its standard input and answers with a line of JSON on a pipe of its
-own, since libraries print what they like. Between its turns it waits inside the read.
+It reads the number of a batch from each line of its standard input and answers with a line of JSON on a separate pipe,
+because libraries also print to standard output. Between its turns it waits in the read.
 """
 
 import json
@@ -25,15 +25,15 @@ from beit3_ds.benchmarks.step.reference import ReferenceTrainer, unpack_streams
 from beit3_ds.config import RunConfig
 
 Turn = tuple[Callable[[], float], dict[str, Any]]
-"""What is timed, returning the loss; and what it worked on."""
+"""A function to time, which returns the loss, and facts about its batch."""
 
 
 def train_ours(config: RunConfig) -> Callable[[PackedBatch], Turn]:
-    """This project's step as a run of one process takes it, DeepSpeed's engine around it.
+    """Prepares this project's training step, as a run of one process takes it through DeepSpeed's engine.
 
-    The learning rate does not follow a schedule, and the codes of the visual targets are there already.
+    The learning rate follows no schedule, and the batch already contains its visual codes.
     """
-    # Not imported by the other workers: what DeepSpeed takes is part of this side's memory only.
+    # Imported here, so that DeepSpeed takes memory on this side only.
     from beit3_ds.runtime.process_group import compute_device, init_process_group
     from beit3_ds.training.engine import apply_update, build_schedule
     from beit3_ds.training.loss import build_loss_factors
@@ -57,7 +57,7 @@ def train_ours(config: RunConfig) -> Callable[[PackedBatch], Turn]:
 
 
 def train_reference(config: RunConfig, pads_to_longest: bool) -> Callable[[PackedBatch], Turn]:
-    """The reference's step on the same samples."""
+    """Prepares the reference's training step on the same samples."""
     lengths = (None, None) if pads_to_longest else (config.data.pair_text_length, config.data.text_length)
     device = _device()
     torch.manual_seed(config.training.seed)
@@ -72,7 +72,7 @@ def train_reference(config: RunConfig, pads_to_longest: bool) -> Callable[[Packe
 
 
 def multiply(config: RunConfig) -> Callable[[PackedBatch], Turn]:
-    """The products of the step."""
+    """Prepares the products of the step."""
     dtype = torch.bfloat16 if _device().type == "cuda" else torch.float32
 
     def prepare(batch: PackedBatch) -> Turn:
@@ -97,17 +97,17 @@ SIDES: dict[str, Callable[[RunConfig], Callable[[PackedBatch], Turn]]] = {
 
 
 def serve(side: str, size: str, samples: int, orders: TextIO, answers: TextIO) -> None:
-    """Takes a turn for every number of a batch among the orders, and answers with its figures.
+    """Takes a turn for every batch number that it reads, and answers with its figures.
 
-    `seconds` is wall time and `cpu_seconds` that of all threads, `page_faults` those that read nothing from a disk, and
-    `peak_bytes` the most that the process, or on a GPU torch's allocator, has held since it began.
+    `seconds` is wall time, `cpu_seconds` the time of all threads, `page_faults` those that read nothing from a disk,
+    and `peak_bytes` the peak of the process, or on a GPU of torch's allocator, since the start.
 
     Args:
         side: a key of `SIDES`.
-        size: of the model.
-        samples: of each stream in a step.
-        orders: a line for each turn.
-        answers: where the figures go, a line of JSON for each turn.
+        size: size of the model.
+        samples: samples per stream and step.
+        orders: lines with the number of a batch, one per turn.
+        answers: receives the figures, one line of JSON per turn.
     """
     config = step_config(size, samples)
     if _device().type == "cuda":

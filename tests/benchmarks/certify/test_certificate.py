@@ -1,4 +1,4 @@
-"""The report about a machine: its steps can be run as written, and a failing one shows."""
+"""Tests the report about a machine: its commands exist, and a failing step shows."""
 
 import json
 import sys
@@ -44,7 +44,7 @@ def test_without_a_device_it_says_what_it_would_run(tmp_path: Path, capsys: pyte
 
 
 def test_report(one_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failing step neither hides nor stops the others."""
+    """Catches a failing step that hides or stops the others."""
     figures = f"import pathlib; pathlib.Path({str(tmp_path)!r}, 'out', 'f.json').write_text('[1.5]')"
     steps = [step("good", "print('all well')"), step("bad", "print('oh'); raise SystemExit(3)"), step("f", figures)]
     steps[2] = Step(name="figures", commands=steps[2].commands, figures="f.json")
@@ -77,7 +77,7 @@ def test_a_step_ends_at_its_first_failing_command(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("num_gpus", [1, 2, 7, 8])
 def test_planned_commands_exist(num_gpus: int, tmp_path: Path) -> None:
-    """Catches a flag that the command line does not have, and files that are not there."""
+    """Catches an option that the command line does not have, and files that do not exist."""
     names = set()
     for planned in plan_steps(tmp_path, num_gpus):
         names.add(planned.name)

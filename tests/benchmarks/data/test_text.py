@@ -1,4 +1,4 @@
-"""The text benchmark: its corpus, its files, and memory that does not grow with the corpus."""
+"""Tests the text benchmark: its corpus, its files, and memory that does not grow with the corpus."""
 
 import json
 from pathlib import Path

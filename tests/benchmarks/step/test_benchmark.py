@@ -1,5 +1,6 @@
-"""The benchmark of the training step: an honest opponent, an honest ceiling, and ratios the right way up."""
+"""Tests the benchmark of the training step: a fast reference, a true ceiling, and ratios the right way up."""
 
+import ast
 import hashlib
 import importlib.metadata
 import json
@@ -24,23 +25,28 @@ from beit3_ds.training.loss import build_loss_factors
 from beit3_ds.weights.export import export_weights
 from tests.weights.models import ModelSource, random_model
 
-REFERENCE_HASH = "856518b3ca8bedb739ca3c52d353a0f9ba09cf759f2b9984f6cd6d51d1a0ba93"
+REFERENCE_HASH = "7a6c7f35ba7c4ba63ae690788cee44e70858fba62525485db965de4d68a01f36"
 
 
 @pytest.fixture
 def config() -> RunConfig:
-    """Narrow, with all features and few words."""
+    """Returns a narrow model with all features and few words."""
     run = step_config("tiny", 2, num_layers=3, drop_path_rate=0.0)
     return replace(run, model=replace(run.model, text_vocab_size=301, visual_vocab_size=67))
 
 
 def test_the_reference_is_not_slowed() -> None:
-    """The step that ratios in BENCHMARKS.md refer to. A change makes old and new ratios incomparable.
+    """Catches a change of the reference's code, which makes old and new ratios in BENCHMARKS.md incomparable.
 
-    Whoever changes it measures both before and after, says so in BENCHMARKS.md, and then writes the new hash here.
+    After a change of what it computes, measure before and after, say so in BENCHMARKS.md, and write the new hash here.
+    Docstrings and comments are not part of the hash.
     """
-    source = Path(train_reference.__file__).read_bytes()
-    assert hashlib.sha256(source).hexdigest() == REFERENCE_HASH
+    tree = ast.parse(Path(train_reference.__file__).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            strings = [s for s in node.body if isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)]
+            node.body = [statement for statement in node.body if statement not in strings]
+    assert hashlib.sha256(ast.unparse(tree).encode()).hexdigest() == REFERENCE_HASH
 
 
 @pytest.mark.parametrize("lengths", [(64, 128), (None, None)])
@@ -94,7 +100,7 @@ def test_the_ceiling_multiplies_what_the_model_must(config: RunConfig, layout: s
 
 @pytest.mark.parametrize("drops", [False, True])
 def test_needed_products_are_those_that_a_step_multiplies(config: RunConfig, drops: bool) -> None:
-    """Counts what reaches the products of attention and FFN in every layer, and so what a block leaves out."""
+    """Counts the rows that reach the products of attention and FFN in every layer; a block may leave rows out."""
     batch = build_batch(config, 1)
     if drops:
         drop_path = torch.full((batch.num_sequences, config.model.num_layers, 2), 1.25)

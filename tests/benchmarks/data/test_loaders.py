@@ -1,4 +1,4 @@
-"""The loaders' benchmark: all do the work, and the figures mean what they say."""
+"""Tests the benchmark of loaders: each does the whole work, and ratios are the right way up."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from beit3_ds.benchmarks.data import benchmark as bench
+from beit3_ds.benchmarks.data import loaders as bench
 from beit3_ds.config import ConfigError
 
 pytest.importorskip("webdataset")

@@ -31,7 +31,7 @@ from beit3_ds.data.text.sequences import TextSequences
 from beit3_ds.tokenizers.text import train_text_tokenizer
 
 _SHARDS, _PER_SHARD, _WINDOW = 64, 32, 4
-_FEW_OPEN = 8  # shards that may stay open in the rows that stand for a corpus of more shards than a process may open
+_FEW_OPEN = 8  # shards that may stay open in rows for a corpus with more shards than a process may open
 _SENTENCES = ("a red bird sits left of two green boats.", "old trees stand in the snow near the water.")
 
 
@@ -46,8 +46,11 @@ class CallCounts:
     open_shards: int
     """Number of shards that may stay open."""
     opens: float
+    """Opens per sample."""
     reads: float
+    """Read calls per sample."""
     kilobytes: float
+    """Kilobytes per sample that the read calls returned."""
 
 
 def count_calls() -> list[CallCounts]:
@@ -85,7 +88,7 @@ def describe_calls(rows: Sequence[CallCounts]) -> str:
 
 
 def time_opening(num_shards: int) -> str:
-    """Writes and indexes `num_shards` small tars and says how long opening all of them takes."""
+    """Writes and indexes `num_shards` small tars, opens all of them and returns the time that this took as words."""
     with tempfile.TemporaryDirectory() as folder:
         first = Path(folder) / "00000.tar"
         _write_tar(first, 0, 4)
@@ -103,7 +106,7 @@ def time_opening(num_shards: int) -> str:
 
 
 def _write_corpora(folder: Path) -> DataConfig:
-    """Writes the same pairs as tars, as a folder and as COCO's annotations, and a text; prepares all of them."""
+    """Writes and prepares the same pairs as tars, as a folder and as COCO's annotations, and a text."""
     (folder / "images").mkdir()
     annotations: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}
     for shard in range(_SHARDS):

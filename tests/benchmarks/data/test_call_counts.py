@@ -1,6 +1,6 @@
-"""File calls per sample stay few in every format."""
+"""Tests that every format needs few file calls per sample."""
 
-from beit3_ds.benchmarks.data.files import count_calls, describe_calls, time_opening
+from beit3_ds.benchmarks.data.call_counts import count_calls, describe_calls, time_opening
 
 
 def test_calls_per_sample() -> None:

@@ -1,9 +1,9 @@
-"""Images a second and core of this loader, of WebDataset and of torchvision's ImageFolder, on the same JPEGs.
+"""Compares images per second and core of this loader, WebDataset and torchvision's ImageFolder on the same JPEGs.
 
 All three decode with Pillow and make two views of one jittered, flipped crop and a block mask. The baselines are
-written as BEiT's users write them: jitter of the whole image, then crop and flip, two resizes and two normalisations,
-all by torchvision's transforms. One process and one thread each; the measure is CPU time, so that other processes on
-the machine disturb less.
+written as BEiT's users write them: torchvision's transforms jitter the whole image, then crop and flip, resize twice
+and normalise twice. Each has one process and one thread. The measure is CPU time, on which other processes of the
+machine have little influence.
 """
 
 import io
@@ -39,13 +39,13 @@ _ROUNDS = 11
 _RATIOS = {"ratio_webdataset": "webdataset", "ratio_torchvision": "torchvision", "decode_limit_share": "decode alone"}
 
 Batches = Iterator[Any]
-"""An endless iterator; each item has cost the preparation of `_BATCH` images."""
+"""An endless iterator that prepares `_BATCH` images per item."""
 
 
 def benchmark_data(json_path: str | None = None) -> str:
-    """Measures all loaders in turn and returns a table; `json_path` receives its rows and a summary.
+    """Measures all loaders in turn and returns a table; also writes its rows and a summary to `json_path`.
 
-    Ratios are medians over rounds of the ratio within a round, with the interval that holds the true median at 95%.
+    Ratios are medians over rounds of the ratio within a round, with their 95% interval.
 
     Raises:
         ConfigError: if the package webdataset is not installed, or `json_path` cannot be written.
@@ -72,7 +72,7 @@ def benchmark_data(json_path: str | None = None) -> str:
 
 
 def _write_images(folder: Path) -> list[bytes]:
-    """Writes the same JPEGs as a tar shard and as a folder with one class."""
+    """Writes the same JPEGs as a tar shard and as a folder with one class, and returns them."""
     (folder / "class").mkdir()
     jpegs = [_photo(np.random.default_rng(i)) for i in range(_NUM_IMAGES)]
     with tarfile.open(folder / "images.tar", "w") as archive:
@@ -85,7 +85,7 @@ def _write_images(folder: Path) -> list[bytes]:
 
 
 def _photo(rng: np.random.Generator) -> bytes:
-    """Noise whose contrast falls with its frequency, as in photos, so that the file is as large as one."""
+    """Returns a JPEG of noise whose contrast falls with its frequency; its size is that of a photo."""
     pixels = np.full((_HEIGHT, _WIDTH, 3), 128.0)
     for columns, contrast in ((4, 60), (16, 35), (64, 18), (200, 8)):
         noise = rng.normal(128, contrast, (columns * 4 // 5, columns, 3)).clip(0, 255).astype(np.uint8)
@@ -97,7 +97,7 @@ def _photo(rng: np.random.Generator) -> bytes:
 
 
 def _ours(folder: str) -> Batches:
-    """The image stream as a rank's steps prepare it."""
+    """Yields the image stream as a rank's steps prepare it."""
     augmentation = Augmentation(
         image_size=_IMAGE_SIZE,
         tokenizer_image_size=_IMAGE_SIZE,
@@ -118,7 +118,7 @@ def _ours(folder: str) -> Batches:
 
 
 class _BeitTransform:
-    """What BEiT's pretraining does to an image, with torchvision's transforms."""
+    """Prepares an image as BEiT's pretraining does, with torchvision's transforms."""
 
     def __init__(self) -> None:
         from torchvision import transforms
@@ -166,7 +166,7 @@ def _image_folder(folder: str) -> Batches:
 
 
 def _decode(jpegs: list[bytes]) -> Batches:
-    """The limit: what is left if everything but decoding were free."""
+    """Decodes the images and does nothing else, which is the limit of every loader."""
     while True:
         for start in range(0, len(jpegs), _BATCH):
             for jpeg in jpegs[start : start + _BATCH]:
@@ -175,7 +175,7 @@ def _decode(jpegs: list[bytes]) -> Batches:
 
 
 def _measure_in_turn(contestants: dict[str, Batches]) -> dict[str, list[float]]:
-    """Images a CPU second of every contestant in each round, after a round that warms up."""
+    """Returns each contestant's images per CPU second in every round, after a round that warms up."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
