@@ -1,7 +1,7 @@
 """Replays without tensors when ZeRO-3 gathers parameters, as DeepSpeed's parameter coordinator does."""
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -54,6 +54,8 @@ class Zero3Replay:
         self._modules: list[nn.Module] = []
         self._trace: list[tuple[nn.Parameter, int]] = []
         self._kept: dict[tuple[nn.Module, int], set[int]] = {}
+        self._owned: dict[nn.Module, list[nn.Parameter]] = {}
+        self._sizes: dict[nn.Module, tuple[frozenset[int], int]] = {}
         self._begin_pass()
 
     def run_step(self, num_micro_batches: int) -> tuple[int, int]:
@@ -301,18 +303,30 @@ class Zero3Replay:
         if key not in self._kept:
             kept = {id(p) for p in self._own(module) if id(p) in self._persistent}
             kept |= {id(p) for p in self._own(module) if self._most_recent[id(p)] > self._step_id}
-            self._kept[key] = kept | set(self._soon_used())
+            self._kept[key] = kept | self._soon_used()
         return self._kept[key]
 
-    def _soon_used(self) -> Iterator[int]:
+    def _soon_used(self) -> set[int]:
+        used: set[int] = set()
         distance, limit = 0, self.rank_model.zero_elements("stage3_max_reuse_distance")
         for module in self._modules[self._step_id :]:
             if distance >= limit:
-                return
-            for p in self._own(module):
-                yield id(p)
-                distance += p.numel()
+                break
+            ids, numel = self._own_sizes(module)
+            used |= ids
+            distance += numel
+        return used
 
     def _own(self, module: nn.Module) -> list[nn.Parameter]:
         """Returns the parameters that are gathered for a module."""
-        return list(module.parameters(recurse=False))
+        # Modules are asked for them millions of times, and torch builds the list from dictionaries.
+        if module not in self._owned:
+            self._owned[module] = list(module.parameters(recurse=False))
+        return self._owned[module]
+
+    def _own_sizes(self, module: nn.Module) -> tuple[frozenset[int], int]:
+        """Returns the ids and the elements of the parameters that are gathered for a module."""
+        if module not in self._sizes:
+            own = self._own(module)
+            self._sizes[module] = frozenset(map(id, own)), sum(p.numel() for p in own)
+        return self._sizes[module]
