@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,24 +143,33 @@ class Reference:
 
     def load(self, model: str) -> dict[str, Tensor]:
         """Losses, norms, gradients and weights by name, as `measure_steps` names them."""
-        return torch.load(self._path(model))
+        return _load(self._path(model))
 
     def ratios(self, found: Mapping[str, Tensor], model: str) -> dict[str, float]:
         """How much of the allowed error each tensor has: |a - b| <= 1e-5 |b| + 1e-7 |all| in the 2-norm, by tensor."""
         expected = self.load(model)
-        return {name: _ratio(name, value, expected) for name, value in found.items()}
+        kinds = {name.rsplit(" ", 1)[0] for name in found}
+        norms = {kind: norm_of_all(expected, kind) for kind in kinds}
+        return {
+            name: _ratio(name, value, expected[name], norms[name.rsplit(" ", 1)[0]]) for name, value in found.items()
+        }
 
     def _path(self, model: str) -> Path:
         return self._folder / f"{model}.pt"
 
 
-def _ratio(name: str, value: Tensor, expected: Mapping[str, Tensor]) -> float:
-    difference = value.float() - expected[name]
+@cache
+def _load(path: Path) -> dict[str, Tensor]:
+    return torch.load(path)
+
+
+def _ratio(name: str, value: Tensor, expected: Tensor, norm: float) -> float:
+    difference = value.float() - expected
     if is_key_bias(name):
         # Zero in theory; what rounding leaves has a random sign, which Adam turns into a full step.
         limit = 1e-6 if name.startswith("gradient") else NUM_STEPS * LEARNING_RATE
         return float(difference.abs().max()) / limit
-    limit = 1e-5 * float(expected[name].norm()) + 1e-7 * norm_of_all(expected, name.rsplit(" ", 1)[0])
+    limit = 1e-5 * float(expected.norm()) + 1e-7 * norm
     return float(difference.norm()) / limit if difference.isfinite().all() else float("inf")
 
 
