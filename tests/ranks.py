@@ -3,11 +3,14 @@
 import os
 import pickle
 import socket
+import sys
 import traceback
 from collections.abc import Callable
-from multiprocessing import get_context
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from tests.preloaded import start_module
 
 _TIMEOUT_SECONDS = 180
 
@@ -20,26 +23,23 @@ def run_ranks(
     The environment is the one that the `deepspeed` launcher makes. A rank's exception fails the caller with its
     traceback; ranks that hang are ended after `timeout` seconds.
     """
-    context = get_context("forkserver")  # with torch preloaded a rank starts in half a second
-    context.set_forkserver_preload(["torch", "deepspeed"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes, pipes = [], []
     for rank in range(world_size):
-        ours, theirs = context.Pipe(duplex=False)
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
-        process = context.Process(target=_run_rank, args=(theirs, environment, function, arguments), daemon=True)
-        process.start()
-        theirs.close()
-        processes.append(process)
+        ours, theirs = Pipe()
+        with theirs:
+            processes.append(start_module("tests.ranks", [], passed=[theirs.fileno()]))
         pipes.append(ours)
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+        ours.send((environment, function, arguments))
     try:
         return _collect(pipes, timeout)
     finally:
         for process in processes:
             process.kill()
-            process.join()
+            process.wait()
 
 
 def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
@@ -60,7 +60,8 @@ def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
     return results
 
 
-def _run_rank(pipe: Connection, environment: dict[str, int], function: Callable[..., Any], arguments: Any) -> None:
+def _run_rank(pipe: Connection) -> None:
+    environment, function, arguments = pipe.recv()
     os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1")
     import torch
 
@@ -71,3 +72,9 @@ def _run_rank(pipe: Connection, environment: dict[str, int], function: Callable[
         outcome = (traceback.format_exc(), None)
     # Plain pickle: multiprocessing's own shares tensors by handles that die with this process.
     pipe.send_bytes(pickle.dumps(outcome))
+
+
+if __name__ == "__main__":
+    _run_rank(Connection(int(sys.argv[1])))
+    sys.stdout.flush()
+    os._exit(0)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from beit3_ds.batch import LOSS_TERMS
+from tests.preloaded import ModuleProcess, start_module
 from tests.ranks import run_ranks
 
 
@@ -22,10 +23,9 @@ def write(mapping: dict[str, Any], folder: Path, name: str = "config.json") -> P
     return path
 
 
-def start(config: Path) -> subprocess.Popen[str]:
+def start(config: Path) -> ModuleProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "beit3_ds.pretrain", str(config)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    return start_module("beit3_ds.pretrain", [config], env=environment, output=subprocess.PIPE)
 
 
 def finish(config: Path) -> tuple[int, str]:

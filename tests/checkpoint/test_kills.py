@@ -85,13 +85,13 @@ def kill_one(run: TrainingRun, duration: float, draw: random.Random) -> None:
 def wait_for_save(run: TrainingRun) -> None:
     """Waits until another save begins, or a rank has ended."""
     for is_there in (False, True):
-        while any(run.checkpoints.glob(".writing-*")) != is_there and all(rank.is_alive() for rank in run.ranks):
+        while any(run.checkpoints.glob(".writing-*")) != is_there and all(rank.poll() is None for rank in run.ranks):
             time.sleep(0.001)
 
 
 def sleep_or_end(run: TrainingRun, seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and all(rank.is_alive() for rank in run.ranks):
+    while time.monotonic() < deadline and all(rank.poll() is None for rank in run.ranks):
         time.sleep(0.01)
 
 

@@ -3,14 +3,12 @@
 import json
 import os
 import re
-import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import get_context
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from beit3_ds.checkpoint.folder import CheckpointFolder
 from beit3_ds.checkpoint.index import KINDS
 from beit3_ds.checkpoint.rectangles import whole
 from beit3_ds.checkpoint.store import CheckpointStore
+from tests.preloaded import ModuleProcess, start_module
 
 _TIMEOUT_SECONDS = 120
 
@@ -34,7 +33,7 @@ class TrainingRun:
         self.checkpoints = self.output_dir / "checkpoints"
         mapping["beit3_ds"]["training"] |= {**training, "output_dir": str(self.output_dir)}
         (folder / "config.json").write_text(json.dumps(mapping))
-        self.ranks: list[BaseProcess] = []
+        self.ranks: list[ModuleProcess] = []
 
     @contextmanager
     def started(self, failing_saves: Sequence[int] = ()) -> Iterator["TrainingRun"]:
@@ -44,42 +43,41 @@ class TrainingRun:
             failing_saves: steps whose checkpoints cannot be renamed to where they are found. If there are any, all
                 saves end before the loop goes on, as on a disk that is faster than anything else.
         """
-        context = get_context("forkserver")  # with its imports done a rank starts in half a second
-        context.set_forkserver_preload(["torch", "deepspeed"])
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.ranks = []
         for rank in range(self._num_ranks):
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self._num_ranks, "MASTER_PORT": port}
-            arguments = (names, str(self._folder), list(failing_saves))
-            self._log(rank).unlink(missing_ok=True)
-            self.ranks.append(context.Process(target=_train, args=arguments))  # not a daemon: these have no workers
-            self.ranks[-1].start()
+            environment = os.environ | {name: str(value) for name, value in names.items()}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+            arguments = [self._folder, *map(str, failing_saves)]
+            with self._log(rank).open("w") as log:
+                self.ranks.append(start_module("tests.checkpoint.training_run", arguments, env=environment, output=log))
         try:
             yield self
         finally:
             for process in self.ranks:
                 process.kill()
-                process.join()
+                process.wait()
 
-    def finish(self, failing_saves: Sequence[int] = ()) -> list[int | None]:
+    def finish(self, failing_saves: Sequence[int] = ()) -> list[int]:
         """Starts the ranks and waits until they end; returns their statuses."""
         with self.started(failing_saves):
             return self.wait()
 
-    def wait(self) -> list[int | None]:
+    def wait(self) -> list[int]:
         """Waits until all ranks have ended; returns their statuses."""
-        for process in self.ranks:
-            process.join(_TIMEOUT_SECONDS)
-            assert process.exitcode is not None, f"a rank does not end: {self.output()}"
-        return [process.exitcode for process in self.ranks]
+        try:
+            return [process.wait(_TIMEOUT_SECONDS) for process in self.ranks]
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"a rank does not end: {self.output()}") from None
 
     def wait_until(self, happened: Callable[[], Any], interval: float = 0.005) -> None:
         """Waits for something to happen while all ranks run."""
         deadline = time.monotonic() + _TIMEOUT_SECONDS
         while not happened():
-            assert time.monotonic() < deadline and all(rank.is_alive() for rank in self.ranks), self.output()
+            assert time.monotonic() < deadline and all(rank.poll() is None for rank in self.ranks), self.output()
             time.sleep(interval)
 
     def output(self, rank: int = 0) -> str:
@@ -113,16 +111,11 @@ def check_same_state(ours: CheckpointFolder, expected: CheckpointFolder) -> None
     expected.close()
 
 
-def _train(environment: dict[str, int], folder: str, failing_saves: list[int]) -> None:
+def _train(folder: str, failing_saves: list[str]) -> None:
     os.setsid()  # so that whatever it starts can be found
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the server that forks this may block it for workers
-    log = os.open(f"{folder}/rank{environment['RANK']}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
     if failing_saves:
-        _fail_saves({f"step-{step:08d}" for step in failing_saves})
+        _fail_saves({f"step-{int(step):08d}" for step in failing_saves})
     from beit3_ds.pretrain import main
 
     sys.exit(main([f"{folder}/config.json"]))
@@ -141,3 +134,7 @@ def _fail_saves(names: set[str]) -> None:
         replace(source, target)
 
     os.replace, CheckpointStore.save = failing, save_at_once
+
+
+if __name__ == "__main__":
+    _train(sys.argv[1], sys.argv[2:])

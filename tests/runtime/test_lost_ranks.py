@@ -4,13 +4,13 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.preloaded import start_module
 
 TIMEOUT_SECONDS = 8  # parallel.timeout_seconds of the runs here
 BOUND_SECONDS = 30
@@ -30,9 +30,9 @@ def start_ranks(mapping: dict[str, Any], folder: Path, extra: dict[int, list[str
     for rank in range(2):
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
         environment = {**os.environ, **{name: str(value) for name, value in names.items()}, "MASTER_ADDR": "127.0.0.1"}
-        command = [sys.executable, "-m", "beit3_ds.pretrain", str(config), *(extra or {}).get(rank, [])]
+        arguments = [config, *(extra or {}).get(rank, [])]
         with open(folder / f"rank{rank}.log", "w") as log:
-            ranks.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
+            ranks.append(start_module("beit3_ds.pretrain", arguments, env=environment, output=log))
     return ranks
 
 
