@@ -1,4 +1,4 @@
-"""`beit3 export`, `import` and `inspect`: the commands and what they print."""
+"""Tests `beit3 export`, `import` and `inspect`: what they write and print."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tests.weights.models import exported, random_model
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    """Exported weights whose attention heads are as wide as the released ones."""
+    """Writes exported weights with attention heads as wide as the released ones."""
     config = decoupled(hidden_size=64, num_attention_heads=1)
     return exported(random_model(config), tmp_path / "weights.safetensors")
 
@@ -74,7 +74,7 @@ def test_import_tells_a_tokenizer_by_its_tensors(tmp_path: Path, capsys: pytest.
         (["inspect", "absent"], "there is no absent"),
     ],
 )
-def test_what_the_user_can_mend_is_one_line(
+def test_what_the_user_can_fix_is_one_line(
     command: list[str], message: str, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     places = {"WEIGHTS": str(weights), "OUT": str(tmp_path / "out")}

@@ -1,4 +1,4 @@
-"""Random mistakes in a run's file."""
+"""Makes random mistakes in a run's file."""
 
 import copy
 import json
@@ -15,7 +15,7 @@ Path = tuple[str | int, ...]
 
 
 def nodes(value: Any, path: Path = ()) -> Iterator[Path]:
-    """Every place in a JSON value, the whole first."""
+    """Yields every place in a JSON value, the whole first."""
     yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
@@ -38,7 +38,7 @@ def mutate(mapping: dict[str, Any], rng: random.Random) -> tuple[dict[str, Any],
 
 
 def duplicate_key(text: str, rng: random.Random) -> str:
-    """The JSON text with one line that holds a key written twice."""
+    """Returns the JSON text with a key that appears twice."""
     lines = text.splitlines()
     number = rng.choice([i for i, line in enumerate(lines) if line.rstrip().endswith(",") and '": ' in line])
     return "\n".join([*lines[: number + 1], *lines[number:]])
@@ -57,7 +57,7 @@ def _replace(mapping: Any, rng: random.Random) -> str:
 
 
 def _scale(mapping: Any, rng: random.Random) -> str:
-    """Replaces a number by another one of the same type, which often fits."""
+    """Replaces a number by another of the same type, which is often valid."""
     numbers = [p for p in nodes(mapping) if p and type(at(mapping, p)) in (int, float)]
     if not numbers:
         return "nothing"
@@ -86,7 +86,7 @@ def _remove(mapping: Any, rng: random.Random) -> str:
 
 
 def _add_key(mapping: Any, rng: random.Random) -> str:
-    """Adds a key that DeepSpeed knows, often with a value from the table."""
+    """Adds a key that DeepSpeed knows, often with a value from the table of keys."""
     if rng.random() < 0.3:
         key = rng.choice(sorted(DEEPSPEED_KEYS))
         mapping[key] = value = copy.deepcopy(rng.choice(WRONG + NUMBERS))
@@ -111,5 +111,5 @@ def _move(mapping: Any, rng: random.Random) -> str:
 
 
 def to_text(mapping: dict[str, Any]) -> str:
-    """Returns JSON, with Python's spelling of values that JSON does not have."""
+    """Returns JSON text, with Python's spelling of values that JSON lacks."""
     return json.dumps(mapping, indent=1)

@@ -1,4 +1,4 @@
-"""Every number on a command line has a range; a wrong command line is one line and status 2."""
+"""Tests that every number on a command line has a range, and that a mistake is one line and status 2."""
 
 import argparse
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The table of DeepSpeed's keys is complete, and a key is accepted only with values of its type and range."""
+"""Tests that the table of DeepSpeed's keys is complete and checks each value's type and range."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,11 +13,11 @@ from tests.run_config import small_run_mapping
 ACCEPTED = list(accepted_keys())
 
 NO_VALUE_OF_A_KEY = [None, "auto", "true", "on", [], {}, [1], float("nan"), float("inf"), -1, -1.5, 10**30, "", "1"]
-"""What no number, flag or choice of DeepSpeed's keys may be."""
+"""Values that no number, flag or choice among DeepSpeed's keys may have."""
 
 
 def with_key(path: tuple[str, ...], value: Any) -> dict[str, Any]:
-    """A small run with one key of DeepSpeed's."""
+    """Returns a small run with one of DeepSpeed's keys."""
     mapping = small_run_mapping(1)
     section = mapping
     for name in path[:-1]:
@@ -40,7 +40,7 @@ def specs(keys: Any = DEEPSPEED_KEYS, path: tuple[str, ...] = ()) -> Iterator[tu
 
 
 def test_top_level_keys_are_those_of_the_pinned_version() -> None:
-    """Watches which top-level keys DeepSpeed's own parser asks for; catches a key that a new version adds or drops."""
+    """Catches a top-level key that a new version of DeepSpeed adds or drops, by watching what its parser reads."""
     from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, DeepSpeedConfig
 
     asked: set[str] = set()
@@ -109,7 +109,7 @@ def test_nested_keys_are_those_of_the_pinned_version() -> None:
 
 
 def test_fixed_values_are_what_deepspeed_does_without_the_key() -> None:
-    """Catches a value that would be written and change something."""
+    """Catches a fixed value that differs from DeepSpeed's default and so would change something."""
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -129,7 +129,7 @@ def test_fixed_values_are_what_deepspeed_does_without_the_key() -> None:
 
 @pytest.mark.parametrize("key", ACCEPTED, ids=lambda key: key.name)
 def test_values_of_other_types_and_ranges_are_refused_by_name(key: AcceptedKey) -> None:
-    """Whatever a key is given, one line names it; catches a key that is passed to DeepSpeed unread."""
+    """Catches a key that is passed to DeepSpeed unread: any wrong value gives one line that names its key."""
     for value in NO_VALUE_OF_A_KEY:
         if isinstance(key.spec, Text) and isinstance(value, str) and value not in ("", "auto"):
             continue
@@ -152,7 +152,7 @@ def test_deepspeed_takes_every_accepted_value(key: AcceptedKey) -> None:
 
 
 def accepted(key: AcceptedKey, value: Any) -> RunConfig:
-    """A run with this value, and whatever else it needs."""
+    """Returns a run with this value and whatever else it needs."""
     mapping = with_key(key.path, value)
     if key.path[0] == "zero_optimization" and key.path[1:] != ("stage",):
         mapping["zero_optimization"]["stage"] = key.spec.stages[-1]
@@ -178,7 +178,7 @@ def test_only_the_fixed_value_may_be_written(path: tuple[str, ...], spec: Fixed)
 
 @pytest.mark.parametrize(("path", "spec"), [(path, spec) for path, spec in specs() if isinstance(spec, Section)])
 def test_sections_are_objects_of_known_keys(path: tuple[str, ...], spec: Section) -> None:
-    """DeepSpeed's own answers are tracebacks, and `zero_optimization: true` is stage 1 to it."""
+    """Catches values that DeepSpeed answers with a traceback; it reads `zero_optimization: true` as stage 1."""
     for value in (True, False, None, 1, "auto", [], [{}]):
         message = refusal(with_key(path, value))
         assert message.startswith(f"{'.'.join(path)}: expected a JSON object such as {spec.example}")

@@ -1,4 +1,4 @@
-"""Every shipped config is parsed, checked and dry-run; the paper's settings stand in the giant one."""
+"""Tests that every shipped config loads and passes a dry run, and that the giant one has the paper's settings."""
 
 import json
 import re
@@ -63,7 +63,7 @@ def test_giant_holds_the_papers_settings() -> None:
 
 
 def giant_stages(stage: int, **parallel: int) -> dict[str, list[str]]:
-    """The dry run's table of the giant model on 64 ranks, by row, with another ZeRO stage and layout."""
+    """Returns the dry run's table of the giant model on 64 ranks, by row, with another ZeRO stage and layout."""
     mapping = json.loads((FOLDER / "giant_zero3_64gpu.json").read_text())
     mapping["zero_optimization"]["stage"] = stage
     mapping["gradient_accumulation_steps"] = 16 if "pipeline_parallel_size" in parallel else 1
@@ -73,9 +73,12 @@ def giant_stages(stage: int, **parallel: int) -> dict[str, list[str]]:
     return {name: values for name, *values in cells}
 
 
-def test_giant_costs_what_was_worked_out_by_hand() -> None:
-    """Independent estimates for 64 ranks: 18 bytes per parameter over 64 (2 of weights, 4 of gradients, 12 of the
-    optimizer); along the tensor axis 4 T D e per layer; between stages a float32 stream."""
+def test_giant_costs_equal_estimates_by_hand() -> None:
+    """Compares the planner with independent estimates for 64 ranks.
+
+    States take 18 bytes per parameter over 64 ranks (2 of weights, 4 of gradients, 12 of the optimizer). The tensor
+    axis sends 4 T D e per layer, and a float32 stream passes between stages.
+    """
     states = ("memory, parameters, GiB", "memory, gradients, GiB", "memory, optimizer, GiB")
     zero3 = giant_stages(3)
     numel = 1_947.7e6

@@ -1,4 +1,4 @@
-"""Any mistake in a run's file is one line and status 2; and what `beit3 check` accepts, a start accepts too."""
+"""Tests that any mistake in a run's file is one line and status 2, and that a start accepts what `check` accepts."""
 
 import json
 import random
@@ -19,7 +19,7 @@ WORLD_SIZES = {"quickstart_cpu": 1, "base_8gpu": 8, "giant_zero3_64gpu": 64, "be
 
 
 def outcome(path: Path, world_size: int) -> RunConfig | None:
-    """The configuration if it is accepted; fails for an error that is not one clear line."""
+    """Returns the configuration, or None if it is refused; fails if the error is not one clear line."""
     try:
         config = load_run_config(path)
         check_layout(config, world_size)
@@ -32,7 +32,7 @@ def outcome(path: Path, world_size: int) -> RunConfig | None:
 
 
 def fuzz_files(folder: Path, seed: int, count: int) -> int:
-    """Loads mutants of the shipped files; returns how many were accepted."""
+    """Loads mutants of the shipped files and returns how many were accepted."""
     rng, num_accepted = random.Random(seed), 0
     originals = [(path.stem, json.loads(path.read_text())) for path in SHIPPED]
     for number in range(count):
@@ -53,7 +53,7 @@ def fuzz_files(folder: Path, seed: int, count: int) -> int:
 
 
 def test_mistakes_in_files_are_one_line(tmp_path: Path) -> None:
-    """Catches a value that nothing looks at before it raises whatever it raises."""
+    """Catches a value that is not checked before it raises an error elsewhere."""
     num_accepted = fuzz_files(tmp_path, seed=0, count=600)
     assert 60 < num_accepted < 540  # else the mutants say nothing of one side
 
@@ -65,7 +65,7 @@ def test_thousands_of_mistakes_in_files_are_one_line(tmp_path: Path, seed: int) 
 
 
 def fuzz_runs(mapping: dict[str, Any], folder: Path, seed: int, count: int) -> dict[str, int]:
-    """Trains two steps of every mutant of a small run that `beit3 check` accepts; counts how mutants end."""
+    """Trains two steps of every mutant of a small run that `beit3 check` accepts, and counts the outcomes."""
     rng = random.Random(seed)
     ends = {"refused": 0, "too large to run here": 0, "trained": 0}
     paths, descriptions = [], []
@@ -122,14 +122,14 @@ def _is_small(config: RunConfig) -> bool:
 
 
 def _is_agreed(said: str, status: int, error: str) -> bool:
-    """Whether a start that `beit3 check` accepted went well, or was refused for what only the files can tell."""
+    """Returns whether an accepted start succeeded or was refused for a reason that only the files can give."""
     if status == 0:
         return True
     return status == 2 and error.count("\n") <= 1 and bool(re.search(r"tokenizer|\.tar|\.spm|matches no file", error))
 
 
 def _train_all(paths: list[str]) -> list[tuple[int, str]]:
-    """On one rank: runs each file; returns its status and what it printed as an error."""
+    """Runs each file on one rank and returns its status and its error output."""
     import contextlib
     import io
     import os
@@ -153,7 +153,7 @@ def _train_all(paths: list[str]) -> list[tuple[int, str]]:
 
 @pytest.fixture
 def tiny_mapping(run_mapping: dict[str, Any]) -> dict[str, Any]:
-    """Two steps of two samples; some of the settings that a user is most likely to change are there to be mutated."""
+    """Returns a run of two steps of two samples, with settings that users often change, to be mutated."""
     own = run_mapping["beit3_ds"]
     own["training"] |= {
         "min_learning_rate": 1e-5,
@@ -169,7 +169,7 @@ def tiny_mapping(run_mapping: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_what_check_accepts_trains(tiny_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """Catches a key that `beit3 check` passes and DeepSpeed, the model or the data refuse."""
+    """Catches a key that `beit3 check` accepts and DeepSpeed, the model or the data refuse."""
     ends = fuzz_runs(tiny_mapping, tmp_path, seed=0, count=10)
     assert ends["trained"] >= 5, ends
 

@@ -1,4 +1,4 @@
-"""Layouts that do not fit are refused with the rule and with the nearest ones that do."""
+"""Tests that a layout that does not fit is refused with the rule and the nearest ones that fit."""
 
 import re
 from typing import Any
@@ -51,7 +51,7 @@ def test_nearest_layouts_are_named() -> None:
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 16), st.integers(1, 8), st.integers(1, 4), st.integers(1, 4))
 def test_suggestions_fit(world_size: int, accumulation: int, tensor: int, stages: int) -> None:
-    """A layout that fits is suggested first, as it is; what is suggested for another one fits."""
+    """Catches suggestions that do not fit; a layout that fits is itself the first suggestion."""
     asked = config(accumulation, tensor_parallel_size=tensor, pipeline_parallel_size=stages)
     near = nearest_layouts(asked, world_size)
     for layout in near:
@@ -85,6 +85,6 @@ def test_state_that_cannot_be_saved_is_refused(section: str) -> None:
 
 
 def test_steps_without_a_gradient_norm_are_refused() -> None:
-    """By it steps with a NaN are known."""
+    """Catches a run without gradient norms, by which steps with a NaN are recognised."""
     with pytest.raises(ConfigError, match=r"compute_grad_norm: .* recognised by the gradients' norm"):
         config(zero={"stage": 2, "compute_grad_norm": False})

@@ -1,4 +1,4 @@
-"""How many steps are prepared ahead within a bound on shared memory."""
+"""Tests how many steps are prepared ahead within a bound on shared memory."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Short names of sources: readable, all different, and fit for file names."""
+"""Tests that short names of sources are readable, all different, and valid in file names."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Bad configurations are refused with a message that names the key, the rule and a way out."""
+"""Tests that a bad configuration is refused with a message that names the key, the rule and a way out."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Pretrained networks as teachers; their libraries are optional, their weights random here."""
+"""Tests networks of the three optional libraries as teachers, with random weights."""
 
 import dataclasses
 import sys
@@ -48,7 +48,7 @@ def test_transformers_of_timm_see_their_own_normalisation_and_grid(tmp_path: Pat
     model.set_input_size(img_size=(48, 48))
     pixels = torch.rand(2, 3, 48, 48) * 2 - 1
     expected = model.forward_features(((pixels + 1) / 2 - mean) / std)[:, 1:]
-    torch.testing.assert_close(teacher(pixels), expected.detach())  # patch tokens behind the last norm, without CLS
+    torch.testing.assert_close(teacher(pixels), expected.detach())  # patch tokens after the last norm, without CLS
 
 
 def test_a_teacher_is_frozen_and_does_not_learn(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the hand-made teacher sees and what it must not see."""
+"""Tests what the hand-made teacher distinguishes and what it must ignore."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from beit3_ds.tokenizers.oriented_gradients import _orientation_votes
 
 
 @pytest.mark.parametrize(("patch_size", "image_size"), [(8, 64), (14, 224), (16, 96)])
-def test_features_have_one_row_a_patch(patch_size: int, image_size: int) -> None:
+def test_features_have_one_row_per_patch(patch_size: int, image_size: int) -> None:
     teacher = OrientedGradients(patch_size)
     features = teacher(torch.rand(2, 3, image_size, image_size) * 2 - 1)
     assert features.shape == (2, (image_size // patch_size) ** 2, teacher.width)

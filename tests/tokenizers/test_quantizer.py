@@ -1,4 +1,4 @@
-"""The codebook: its start, its moving averages, and the gradient past it."""
+"""Tests the codebook: its initialisation, its moving averages, and the gradient that bypasses it."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_kmeans_start_finds_every_cluster() -> None:
     centers = torch.eye(32)
     noise = 0.003 * torch.randn(2000, 32, generator=torch.Generator().manual_seed(1))
     cluster = torch.arange(2000) % 32
-    cluster[:1000] = 0  # half of the vectors lie in one cluster, like white backgrounds
+    cluster[:1000] = 0  # half of the vectors are in one cluster, like white backgrounds
     quantizer = Quantizer(32, 32, DECAY)
     quantizer(F.normalize(centers[cluster] + noise, dim=-1))
     # Catches uniform draws, which start many codes in the large cluster and none in some of the others.

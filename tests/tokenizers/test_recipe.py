@@ -1,4 +1,4 @@
-"""A finished tokenizer is not trained again, nor overwritten, unless that is asked for."""
+"""Tests that a finished tokenizer is neither retrained nor overwritten without `--force`."""
 
 import json
 from pathlib import Path
@@ -30,12 +30,12 @@ def run(mapping: dict[str, Any], folder: Path, command: str, *options: str) -> i
 def test_finished_text_tokenizer_is_kept(
     mapping: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a second training, whose ids may differ: the checkpoints of runs would be refused."""
+    """Catches a second training, whose ids may differ, so that checkpoints of runs would be refused."""
     path = tmp_path / "text.spm"
     assert run(mapping, tmp_path, "train-text-tokenizer") == 0
     before = path.stat().st_mtime_ns
     capsys.readouterr()
-    assert run(mapping, tmp_path, "train-text-tokenizer") == 0  # a job script that is submitted again goes on
+    assert run(mapping, tmp_path, "train-text-tokenizer") == 0  # a job script that is submitted again continues
     assert "already trained with this recipe" in capsys.readouterr().out
 
     mapping["beit3_ds"]["tokenizers"]["text"]["vocab_size"] = 20
@@ -43,7 +43,7 @@ def test_finished_text_tokenizer_is_kept(
     error = capsys.readouterr().err
     assert "vocab_size from 21 to 20" in error and "--force" in error
     assert path.stat().st_mtime_ns == before
-    (tmp_path / "text.spm.recipe.json").unlink()  # as of a tokenizer that was copied: the file itself tells the size
+    (tmp_path / "text.spm.recipe.json").unlink()  # as after copying a tokenizer: the file itself gives the size
     assert run(mapping, tmp_path, "train-text-tokenizer") == 2
     assert "vocab_size from 21 to 20" in capsys.readouterr().err
     assert path.stat().st_mtime_ns == before
@@ -56,7 +56,7 @@ def test_finished_text_tokenizer_is_kept(
 def test_finished_visual_tokenizer_is_kept(
     mapping: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The training would take minutes and end with another file."""
+    """Catches a second training, which would take minutes and end with another file."""
     from beit3_ds.config import build_run_config
     from beit3_ds.tokenizers import VisualTokenizer, save_visual_tokenizer
     from beit3_ds.tokenizers.recipe import save_recipe, visual_recipe
@@ -82,7 +82,7 @@ def test_finished_visual_tokenizer_is_kept(
 
 
 def test_first_versions_form_of_a_recipe_is_known(mapping: dict[str, Any]) -> None:
-    """Catches an unfinished training that is refused after an upgrade, though nothing of its recipe changed."""
+    """Catches an unfinished training that an upgrade refuses although its recipe is the same."""
     from beit3_ds.config import build_run_config
     from beit3_ds.tokenizers.recipe import find_changes, visual_recipe
 
@@ -107,7 +107,7 @@ def test_a_tokenizer_that_could_not_be_saved_is_not_trained(
     name: str,
     options: list[str],
 ) -> None:
-    """Catches a training whose end, after hours, is a traceback."""
+    """Catches a training that ends in a traceback after hours."""
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     mapping["beit3_ds"]["tokenizers"][kind]["path"] = path = str(tmp_path / name)
@@ -121,7 +121,7 @@ def test_a_tokenizer_that_could_not_be_saved_is_not_trained(
 def test_other_files_that_cannot_be_written_are_one_line(
     mapping: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a traceback for a folder that is read-only, or full."""
+    """Catches a traceback for a folder that is read-only or full."""
     assert run(mapping, tmp_path, "train-text-tokenizer") == 0
     capsys.readouterr()
     (tmp_path / "file").touch()

@@ -1,4 +1,4 @@
-"""The id layout of the text tokenizer, its training and its messages."""
+"""Tests the text tokenizer: its numbering of ids, its training and its messages."""
 
 import pickle
 import random
@@ -147,7 +147,7 @@ def test_training_leaves_no_temporary_file(tmp_path: Path) -> None:
 
 
 def test_long_lines_are_learnt_from(tmp_path: Path) -> None:
-    # Catches SentencePiece's limit of 4192 bytes, which leaves longer paragraphs out without a word.
+    # Catches SentencePiece's limit of 4192 bytes, which silently skips longer paragraphs.
     tokenizer = train_text_tokenizer(config(tmp_path / "text.spm"), [*corpus(), "zzz " * 1100 + "ß"])
     assert tokenizer.unk_id not in tokenizer.encode("ß")
 

@@ -1,4 +1,4 @@
-"""The visual tokenizer: shapes, its file, and its fit to a run."""
+"""Tests the visual tokenizer: shapes, its file, and its fit to a run."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ def small_config(path: Path | str = "unused", **changes: int) -> VisualTokenizer
 def small_tokenizer() -> VisualTokenizer:
     torch.manual_seed(0)
     tokenizer = VisualTokenizer(small_config(), TEACHER_WIDTH).train()
-    tokenizer(torch.rand(8, 3, 24, 24) * 2 - 1)  # starts the codebook
+    tokenizer(torch.rand(8, 3, 24, 24) * 2 - 1)  # initialises the codebook
     return tokenizer.eval()
 
 
@@ -62,7 +62,7 @@ def test_every_parameter_gets_a_gradient() -> None:
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
-def test_each_code_sits_where_its_patch_is() -> None:
+def test_each_code_is_at_the_place_of_its_patch() -> None:
     tokenizer = small_tokenizer()
     tokenizer.encoder.pos_embed.data.zero_()
     tokenizer.encoder.blocks = torch.nn.ModuleList()  # without attention a code depends on its patch alone
@@ -95,9 +95,9 @@ def test_a_saved_tokenizer_gives_the_same_codes(tmp_path: Path) -> None:
     loaded = load_visual_tokenizer(path)
     assert torch.equal(loaded.encode(pixels), tokenizer.encode(pixels))
     assert loaded.config == tokenizer.config
-    assert not loaded.training  # catches a codebook that goes on learning during pretraining
+    assert not loaded.training  # catches a codebook that keeps learning during pretraining
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
-    assert loaded.quantize.started  # catches a codebook that would be started anew
+    assert loaded.quantize.started  # catches a codebook that would be initialised again
     assert [file.name for file in path.parent.iterdir()] == ["visual.safetensors"]
 
 

@@ -1,4 +1,4 @@
-"""The checkpoint benchmark: its choice of a size, and figures that mean what they say."""
+"""Tests the checkpoint benchmark: its choice of a size, and ratios that are the right way up."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The benchmark of kernels: complete tables, and baselines that compute the same."""
+"""Tests the benchmark of kernels: its tables are complete, and baselines compute the same."""
 
 import csv
 from pathlib import Path

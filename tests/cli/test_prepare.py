@@ -1,4 +1,4 @@
-"""`beit3 prepare texts`: the command and what it prints."""
+"""Tests `beit3 prepare texts`: its resuming and what it prints."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 from beit3_ds.cli.main import main
 
 
-def test_prepares_and_goes_on(run_mapping: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepares_and_resumes(run_mapping: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "run.json"
     run_mapping["beit3_ds"]["data"]["cache_dir"] = str(tmp_path / "prepared")
     config.write_text(json.dumps(run_mapping))
