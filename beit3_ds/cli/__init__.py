@@ -1,1 +1,1 @@
-"""The `beit3` command: one module per command, each thin over the packages."""
+"""Defines the `beit3` command, with one module per subcommand, each thin over the packages."""

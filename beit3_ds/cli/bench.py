@@ -1,4 +1,4 @@
-"""`beit3 bench`: measures the choices that were made by measurement."""
+"""`beit3 bench`: measures speed, memory and precision beside baselines."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""The group of subcommands that commands are added to, and the function that adds one."""
+"""Adds a command to a parser's group of subcommands."""
 
 import argparse
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The `beit3` command: builds the parser of all commands and runs one of them.
+"""Runs the `beit3` command: builds the parser of all subcommands and runs one of them.
 
 Every command has a module of its own, which imports torch and DeepSpeed inside its function: they take seconds to
 import, and a mistake on the command line should be answered at once.

@@ -1,4 +1,4 @@
-"""`beit3 pretrain` and `beit3 train-visual-tokenizer`: training in one process."""
+"""`beit3 pretrain` and `beit3 train-visual-tokenizer`: trains in one process."""
 
 import argparse
 

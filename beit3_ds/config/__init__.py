@@ -1,4 +1,4 @@
-"""Configuration: frozen dataclasses and the strict loading of one JSON file a run."""
+"""Defines a run's configuration as frozen dataclasses, and loads one JSON file per run strictly."""
 
 from beit3_ds.config.data import DataConfig, SourceConfig, StreamConfig, TextTokenizerConfig, TokenizersConfig
 from beit3_ds.config.layouts import check_layout, fits_layout
