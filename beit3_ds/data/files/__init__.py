@@ -1,1 +1,1 @@
-"""Finds, opens and reads the files of a run, and describes them."""
+"""Files of a run: how they are found, opened, read and described."""

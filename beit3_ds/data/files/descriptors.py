@@ -1,4 +1,4 @@
-"""Keeps files open between reads, as a bounded number of descriptors and maps.
+"""Keeps files open between reads: a bounded cache of file descriptors and memory maps.
 
 Opening is the slowest call of a shared file system. A process that keeps its shards open reads a record with one call.
 """
@@ -16,40 +16,40 @@ import torch
 from numpy.typing import NDArray
 
 DEFAULT_MAX_OPEN_FILES = 4096
-"""Files that a process keeps open at most, unless `data.max_open_files` says otherwise."""
+"""Most files that a process keeps open; the default of `data.max_open_files`."""
 
-_MAX_MAPS = 32_768  # Linux allows a process 65,530 maps, libraries included (vm.max_map_count)
+_MAX_MAPS = 32_768  # Linux allows 65,530 maps per process, including those of libraries (vm.max_map_count)
 _TOO_MANY = (errno.EMFILE, errno.ENFILE)
 
 ItemT = TypeVar("ItemT")
 
 
 class FileChangedError(OSError):
-    """A file has changed since it was indexed."""
+    """The size or the modification time of a file is not the expected one."""
 
 
 class OpenFiles:
-    """Reads byte ranges of many files and maps others; keeps both open, the least recently used closed first.
+    """Cache of open files: reads byte ranges of many files, maps others, and closes the least recently used first.
 
     At most `limit` descriptors stay open, and never more than half of the process's limit, because sockets, workers and
-    tensors in shared memory need the rest. If the system still refuses one more, half of the open ones are closed. A
-    descriptor that a network file system has invalidated (ESTALE) is reopened once. Maps hold no descriptor.
+    tensors in shared memory need the rest. If the system still refuses to open a file, half of the open ones are
+    closed. A descriptor that a network file system has invalidated (ESTALE) is reopened once. Maps keep no descriptor.
 
-    Instances may be shared by threads, inherited through fork, and pickled: a copy starts with nothing open.
+    Instances may be shared by threads, inherited through fork, and pickled. A pickled copy starts with no open file.
     """
 
     def __init__(self, limit: int = DEFAULT_MAX_OPEN_FILES) -> None:
-        """Opens nothing yet.
+        """Creates an empty cache.
 
         Args:
-            limit: descriptors that may stay open, at least 1.
+            limit: most descriptors that stay open, at least 1.
         """
-        assert limit >= 1, f"at least one file must be open to be read, not {limit}"
+        assert limit >= 1, f"at least one file must stay open, not {limit}"
         self._limit = limit
         self._start()
 
     def read(self, path: str, offset: int, size: int, expected: tuple[int, int] | None = None) -> bytes:
-        """Reads up to `size` bytes from `offset` in one call; fewer only where the file ends.
+        """Reads `size` bytes from `offset` in one call, or fewer where the file ends.
 
         Args:
             path: path of the file.
@@ -61,10 +61,10 @@ class OpenFiles:
             FileChangedError: if the file has another size or modification time.
             OSError: if it cannot be opened or read.
             ValueError: for a negative number.
-            OverflowError: for an offset that no file has.
+            OverflowError: for an offset beyond the largest possible file.
         """
         if min(offset, size) < 0:
-            raise ValueError(f"{size} bytes at {offset} are no place in a file")
+            raise ValueError(f"{size} bytes at {offset} are not a range of a file")
         with self._exclusive():
             for is_last_attempt in (False, True):
                 try:
@@ -76,7 +76,7 @@ class OpenFiles:
         raise AssertionError("the last attempt returns or raises")
 
     def map(self, path: str, size: int) -> NDArray[np.uint8]:
-        """Returns the first `size` bytes of a file, mapped read-only; processes share the page cache.
+        """Returns the first `size` bytes of a file as a read-only map; processes share the page cache.
 
         Raises:
             OSError: if the file is missing or shorter.
@@ -107,8 +107,8 @@ class OpenFiles:
 
     def _exclusive(self) -> threading.Lock:
         if self._process != os.getpid():
-            # Another thread may have held the lock during the fork. Descriptors are this process's own copies, and
-            # reads at a given offset share no position with the parent's.
+            # Another thread may have held the lock during the fork. The descriptors are copies of this process, and
+            # reads at a given offset do not share a position with the parent.
             self._lock, self._process = threading.Lock(), os.getpid()
         return self._lock
 
@@ -116,7 +116,7 @@ class OpenFiles:
         descriptor = self._descriptors.get(path)
         if descriptor is None:
             descriptor = self._open(path)
-            # Kept before the check, so that it is closed even if the check fails.
+            # Stored before the check, so that it is closed even if the check fails.
             self._descriptors.put(path, descriptor)
             self._descriptors.shrink_to(self._capacity())
             if expected is not None:
@@ -138,9 +138,9 @@ class OpenFiles:
 
 
 def raise_open_file_limit(max_open_files: int) -> None:
-    """Raises this process's limit of open files so that it can keep `max_open_files`, up to its hard limit."""
+    """Raises the limit of open files of this process so that it can keep `max_open_files`, up to the hard limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * max_open_files  # OpenFiles takes half
+    wanted = 2 * max_open_files  # OpenFiles uses half of the limit
     if hard != resource.RLIM_INFINITY:
         wanted = min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -148,7 +148,7 @@ def raise_open_file_limit(max_open_files: int) -> None:
 
 
 class _Recent(Generic[ItemT]):
-    """Items by path in the order of their last use; every item that is removed is also released."""
+    """Items by path in the order of their last use; removing an item also releases it."""
 
     def __init__(self, release: Callable[[ItemT], None]) -> None:
         self._items: OrderedDict[str, ItemT] = OrderedDict()
@@ -181,7 +181,7 @@ class _Recent(Generic[ItemT]):
 
 
 def _forget(item: object) -> None:
-    """Does nothing, because a map ends with the last array that shows it."""
+    """Does nothing, because a map is closed with the last array that uses it."""
 
 
 def _check_unchanged(descriptor: int, expected: tuple[int, int]) -> None:
@@ -192,15 +192,15 @@ def _check_unchanged(descriptor: int, expected: tuple[int, int]) -> None:
 
 
 def read_fully(descriptor: int, offset: int, size: int) -> bytes:
-    """Reads `size` bytes of an open file, or up to its end, with one call unless the system returns less.
+    """Reads `size` bytes of an open file, or to its end, with one call unless the system returns less.
 
     Raises:
-        OSError: if it cannot be read.
+        OSError: if the file cannot be read.
     """
     data = os.pread(descriptor, size, offset)
     if len(data) == size:
         return data
-    parts = [data]  # a signal, or a file system that returns less at a time
+    parts = [data]  # after a signal, or on a file system that returns less at a time
     while data:
         offset, size = offset + len(data), size - len(data)
         data = os.pread(descriptor, size, offset) if size else b""
@@ -219,10 +219,10 @@ def map_file(path: str, size: int) -> NDArray[np.uint8]:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         if os.fstat(descriptor).st_size < size:
-            raise OSError("the file is cut off")
-        # Python's own maps keep a duplicate of the descriptor, so thousands of them would exhaust what a process may
-        # open. Torch opens by name, and takes no name that is not UTF-8. Private, so that the file may be read-only;
-        # nothing is ever written.
+            raise OSError("the file is truncated")
+        # Python's maps keep a duplicate of the descriptor, so thousands of them would exceed the limit of open files.
+        # Torch opens files by name, and refuses names that are not UTF-8, hence the name in /proc. The map is private,
+        # so that the file may be read-only; nothing is ever written.
         name = f"/proc/self/fd/{descriptor}"
         data = torch.from_file(name, shared=False, size=size, dtype=torch.uint8).numpy()
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Describes a source of samples in few bytes, so that ranks can compare the files that they found."""
+"""Fingerprints of sources: a few bytes with which ranks compare the files that they found."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -6,18 +6,18 @@ from typing import NamedTuple, Protocol, TypedDict
 
 
 class SourceFile(NamedTuple):
-    """A file of a source."""
+    """A file of a source, as ranks compare it."""
 
     name: str
-    """Its path inside the folder that the config names, because that folder may differ between hosts."""
+    """Path of the file inside the folder that the config names, because that folder may differ between hosts."""
     num_bytes: int | None
-    """Its size; None where it is not looked up, because millions of files would take one request each."""
+    """Size of the file; None if it is not looked up, because millions of files would take one request each."""
     num_samples: int
-    """Samples in it."""
+    """Samples in the file."""
 
 
 class HasFiles(Protocol):
-    """Samples of one source."""
+    """Samples of one source, with the files that they come from."""
 
     def __len__(self) -> int:
         """Returns the number of samples, broken ones included."""
@@ -27,16 +27,16 @@ class HasFiles(Protocol):
 
 
 class SourceFingerprint(TypedDict):
-    """A source as plain JSON; sources with equal digests number the same samples alike, whatever folder they are in."""
+    """A source as plain JSON; with equal digests, equal numbers mean equal samples, whatever folder they are in."""
 
     num_files: int
     num_samples: int
     digest: str
-    """SHA-256 of names, sizes and numbers of samples of all files, in order, as 64 hexadecimal digits."""
+    """SHA-256 over the name, size and number of samples of every file, in order, as 64 hexadecimal digits."""
 
 
 def fingerprint(source: HasFiles) -> SourceFingerprint:
-    """Describes a source; takes about a microsecond per file."""
+    """Computes the fingerprint of a source; takes about a microsecond per file."""
     digest, num_files = hashlib.sha256(), 0
     for file in source.files():
         digest.update(repr(tuple(file)).encode("utf-8", "surrogatepass"))
@@ -45,7 +45,7 @@ def fingerprint(source: HasFiles) -> SourceFingerprint:
 
 
 def first_difference(own: Sequence[SourceFile], other: Sequence[SourceFile], name: str) -> str:
-    """Describes briefly how this process's files of a source differ from those of another process, called `name`."""
+    """Describes the first difference between two lists of files: this process's own, and those of process `name`."""
     ours, theirs = ({file.name: file for file in files} for files in (own, other))
     for file in other:
         if file.name not in ours:

@@ -1,4 +1,4 @@
-"""A folder whose files are read by their paths inside it."""
+"""Reads the files of a folder by their paths inside it."""
 
 import os
 import stat
@@ -8,44 +8,44 @@ from beit3_ds.data.files.reading import read_with_retries, storage_error
 
 
 class Folder:
-    """A folder whose files are read whole; no name leads out of it.
+    """A folder whose files are read whole; files outside it are never read.
 
-    A name may pass through links to folders, which the owner of the folder made (ImageNet's classes are often linked
-    together). It may not lead out by `..` or as an absolute path, which an annotation file could contain. A link to a
-    single file outside is not read.
+    A name may pass through links to folders, because the owner of the folder made them (ImageNet's classes are often
+    linked together). It may not lead out of the folder by `..` or as an absolute path, because names come from
+    annotation files. A link to a single file outside is not read.
 
     A missing file is a fault of the data only while the opened folder is still at its path. If the folder is gone, or
-    another one is at its path, it was unmounted.
+    another folder is at its path, it was unmounted.
 
     Attributes:
-        path: its path without links.
+        path: path of the folder, without links.
     """
 
     def __init__(self, path: str) -> None:
         """Opens a folder.
 
         Raises:
-            OSError: if it is not a folder, or cannot be read.
+            OSError: if the path is not a folder, or the folder cannot be read.
         """
         self.path = os.path.realpath(path)
         self._inode = read_with_retries(lambda: _inode(self.path), self.path)
 
     def contains(self, name: str) -> bool:
-        """Returns whether `name` is in the folder, or in a folder that a link in it leads to.
+        """Returns whether `name` is in the folder, or in a folder that is linked there.
 
         Raises:
-            ValueError: for a name with NUL.
+            ValueError: if the name contains NUL.
         """
         path = os.path.join(self.path, name)
         real = os.path.realpath(path)
-        if _lies_in(real, self.path):
+        if _is_below(real, self.path):
             return True
         if os.path.isabs(name) or ".." in name.split(os.sep):
             return False
-        return _lies_in(real, os.path.realpath(os.path.dirname(path)))
+        return _is_below(real, os.path.realpath(os.path.dirname(path)))
 
     def holds(self, name: str) -> bool:
-        """Returns whether `read` would find a file `name`; opens no file.
+        """Returns whether the folder has a file `name` that may be read; opens no file.
 
         Raises:
             StorageError: if the file system fails.
@@ -60,15 +60,15 @@ class Folder:
         """Reads the file `name`.
 
         Raises:
-            ValueError: if it is outside, missing, forbidden, not a regular file, or longer than `limit` bytes.
-            StorageError: if the file system fails, or the folder is no longer there.
+            ValueError: if the file is outside, missing, forbidden, not a regular file, or longer than `limit` bytes.
+            StorageError: if the file system fails, or the folder is gone.
         """
         path = os.path.join(self.path, name)
         try:
             return read_with_retries(lambda: self._read(name, path, limit), path)
         except OSError as error:
-            self._check_still_there()
-            # The text of the error names the file, which would make every message another reason.
+            self._check_is_there()
+            # Without the name of the file, so that equal reasons give equal messages.
             raise ValueError(error.strerror) from error
 
     def _read(self, name: str, path: str, limit: int) -> bytes:
@@ -79,14 +79,16 @@ class Folder:
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise ValueError("no plain file")
+                raise ValueError("not a regular file")
             if status.st_size > limit:
                 raise ValueError(f"{status.st_size} bytes exceed the limit of {limit}")
-            return read_fully(descriptor, 0, status.st_size)  # one call: a file object asks once more for the end
+            return read_fully(
+                descriptor, 0, status.st_size
+            )  # one call; a file object needs a second one to see the end
         finally:
             os.close(descriptor)
 
-    def _check_still_there(self) -> None:
+    def _check_is_there(self) -> None:
         try:
             found = read_with_retries(lambda: _inode(self.path), self.path)
         except OSError as error:
@@ -96,10 +98,10 @@ class Folder:
 
 
 def _inode(path: str) -> int:
-    """Returns the inode of a folder that can be listed; an automounter may change the device number, not this."""
+    """Returns the inode of a folder that can be listed; unlike the device number, an automounter does not change it."""
     with os.scandir(path):
         return os.stat(path).st_ino
 
 
-def _lies_in(path: str, folder: str) -> bool:
+def _is_below(path: str, folder: str) -> bool:
     return path.startswith(os.path.join(folder, ""))

@@ -1,9 +1,9 @@
-"""Recognises what a file holds by its first bytes, whatever its name says."""
+"""Kinds of files: by the first bytes, whatever the name says, and by the extensions of images."""
 
 from beit3_ds.data.files.reading import open_for_reading
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
-"""Extensions of a sample's image, in lower case; the format itself is told by content."""
+"""Extensions of images that are read, in lower case; the content decides on the format."""
 UNREAD_IMAGE_EXTENSIONS = (
     *("avif", "heic", "heif", "jp2", "j2k", "jxl", "jfif", "svg", "ico", "psd", "tga", "ppm", "pgm", "pbm", "exr"),
     *("hdr", "dng", "cr2", "nef", "arw", "raw", "eps"),
@@ -38,10 +38,10 @@ _HEAD_BYTES = 512
 
 
 def kind_of_file(path: str) -> str:
-    """Names what a file holds by its first bytes, such as `gzip data`; empty for unknown ones.
+    """Names the kind of a file by its first bytes, such as `gzip data`; empty for an unknown kind.
 
     Raises:
-        OSError: if it cannot be opened.
+        OSError: if the file cannot be opened.
         StorageError: if the file system fails.
     """
     with open_for_reading(path) as file:
@@ -49,7 +49,7 @@ def kind_of_file(path: str) -> str:
 
 
 def kind_of_bytes(head: bytes) -> str:
-    """Names what a file with these first bytes holds; empty for unknown ones."""
+    """Names the kind of a file with these first bytes; empty for an unknown kind."""
     for offset, magic, kind in _MAGIC:
         if head.startswith(magic, offset):
             return kind

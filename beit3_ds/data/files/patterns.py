@@ -1,4 +1,4 @@
-"""The files that the glob patterns of a config name."""
+"""Expands the glob patterns of a config to files."""
 
 import glob
 import heapq
@@ -10,28 +10,28 @@ from collections.abc import Iterable, Iterator
 from beit3_ds.config import ConfigError
 from beit3_ds.data.files.reading import read_with_retries
 
-# The innermost braces with a comma or a range.
+# Matches the innermost braces that contain a comma or a range.
 _BRACES = re.compile(r"\{(?:(?P<first>[0-9]{1,18})\.\.(?P<last>[0-9]{1,18})|(?P<list>[^{}]*,[^{}]*))\}")
 _MAX_NAMES = 1_000_000
 
 
 def expand_patterns(patterns: Iterable[str]) -> list[str]:
-    """Lists the files that patterns name: in the order of the patterns, sorted within each.
+    """Lists the files that match patterns: in the order of the patterns, and sorted within each pattern.
 
     Patterns are those of a shell: `*`, `?`, `[abc]`, `**` across folders, `~`, and braces as WebDataset's users write
-    them, `shard-{0000..0127}.tar` and `{train,extra}-*.tar`. Every path that braces expand to must match. The order is
-    part of the data order, so it must not depend on the file system.
+    them, `shard-{0000..0127}.tar` and `{train,extra}-*.tar`. Every path that braces expand to must match a file. The
+    order is part of the data order, so it must not depend on the file system.
 
-    `**` follows links to folders, and lists each folder once, so links that form a loop end.
+    `**` follows links to folders. It lists each folder once, so it ends even if links form a loop.
 
     Raises:
-        ConfigError: for a pattern, or a part of its braces, without a match; for a folder, pipe, socket or device among
-            the matches; for a file that two patterns or two links match (its samples would count twice).
+        ConfigError: if a pattern, or a part of its braces, has no match; if a match is a folder, pipe, socket or
+            device; if two patterns or two links match one file, because its samples would count twice.
         StorageError: if the file system fails.
     """
     files: list[str] = []
     for pattern in patterns:
-        # A name that exists is taken literally: it may hold brackets and braces.
+        # A path that exists is taken literally: it may contain brackets and braces.
         for part in [pattern] if os.path.exists(pattern) else expand_braces(pattern):
             files.extend(_matches(os.path.expanduser(part), pattern))
     seen: set[str] = set()
@@ -44,12 +44,12 @@ def expand_patterns(patterns: Iterable[str]) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expands `{a,b}` and `{008..012}` as bash does; braces of another form stay as they are.
+    """Expands `{a,b}` and `{008..012}` as bash does, and keeps all other braces.
 
     Raises:
-        ConfigError: for more than a million numbers of a range, or names in all.
+        ConfigError: if a range has more than a million numbers, or there are more than a million names.
     """
-    # Each pass expands the innermost braces; the next one those around them, which may give a name repeatedly.
+    # Each pass expands the innermost braces, and the next pass those around them. The dict drops repeated names.
     names, is_done = {pattern: None}, False
     while not is_done:
         is_done, expanded = True, dict[str, None]()
@@ -77,12 +77,12 @@ def _choices(braces: re.Match[str], pattern: str) -> Iterable[str]:
 
 
 def is_inside(path: str, folder: str) -> bool:
-    """Returns whether a path is below a folder, after following links."""
+    """Returns whether a path is below a folder once all links are followed."""
     return os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), ""))
 
 
 def list_folders(base: str) -> Iterator[str]:
-    """Yields a folder and all visible folders below it, each once: by its own path, or else by the first link to it."""
+    """Yields a folder and all visible folders below it, each once: under its own path, or else under its first link."""
     seen: set[tuple[int, int]] = set()
     folders, links = [base], list[str]()
     while folders or links:
@@ -108,10 +108,10 @@ def list_folders(base: str) -> Iterator[str]:
 
 
 def check_no_hard_link(files: Iterable[str]) -> None:
-    """Refuses two hard links to one file, which `expand_patterns` takes for two files.
+    """Refuses two hard links to one file, which `expand_patterns` counts as two files.
 
     Raises:
-        ConfigError: naming both links.
+        ConfigError: with the names of both links.
         StorageError: if the file system fails.
     """
     seen: dict[tuple[int, int], str] = {}
@@ -125,7 +125,7 @@ def check_no_hard_link(files: Iterable[str]) -> None:
 
 
 def _check_is_file_or_folder(file: str) -> None:
-    """Refuses a pipe, a socket or a device: reading one may never end."""
+    """Refuses a pipe, a socket or a device, because reading one may never end."""
     status = _stat(file)
     if status is not None and not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
         raise ConfigError(f"data: {file} is a pipe, a socket or a device. Name files, or match them with a pattern.")
@@ -134,7 +134,7 @@ def _check_is_file_or_folder(file: str) -> None:
 def _stat(file: str) -> os.stat_result | None:
     try:
         return read_with_retries(lambda: os.stat(file), file)
-    except OSError:  # opening the file reports it
+    except OSError:  # opening the file reports the error
         return None
 
 
@@ -149,7 +149,7 @@ def _matches(path: str, pattern: str) -> list[str]:
             f"data: no file matches '{path}'{within} (looked in {folder}). Correct the path in the config."
         )
     folders = [match for match in matches if os.path.isdir(match)]
-    if folders and not path.rstrip(os.sep).endswith("**"):  # `**` matches the files in folders too
+    if folders and not path.rstrip(os.sep).endswith("**"):  # `**` matches folders together with the files in them
         raise ConfigError(
             f"data: '{pattern}' matches the folder {folders[0]}. Match files, for example with "
             f"'{os.path.join(path, '*')}', or give each folder of images an entry of its own."
@@ -158,7 +158,9 @@ def _matches(path: str, pattern: str) -> list[str]:
 
 
 def _glob(path: str) -> list[str]:
-    """Returns the matches of a pattern; Python's own `**` follows loops of links and ignores unreadable folders.
+    """Returns the matches of a pattern.
+
+    Replaces the `**` of Python, which follows loops of links and ignores unreadable folders.
 
     Raises:
         ConfigError: if a folder below `**` cannot be read.

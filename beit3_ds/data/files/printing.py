@@ -1,4 +1,4 @@
-"""Makes names of files safe to print."""
+"""Makes names of files printable."""
 
 import re
 

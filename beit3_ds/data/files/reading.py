@@ -1,9 +1,10 @@
-"""Reads that outlast a short failure of the file system and name the file when the failure lasts.
+"""Reads files with retries, so that a short failure of the file system does not end a run.
 
 A read fails for one of two reasons. If a file is missing, forbidden or not a regular file, the data are at fault, and
-the caller decides what that means. Anything else (EIO, ESTALE, ETIMEDOUT, ENOTCONN, EMFILE, ...) is a fault of the file
-system, its mount or the machine: the read is retried a few times and then ends the run. Otherwise every record behind
-such a fault would count as broken and use up `data.max_broken_records`, and nothing would name the cause.
+the caller decides what that means. Any other error (EIO, ESTALE, ETIMEDOUT, ENOTCONN, EMFILE, ...) is a fault of the
+file system, its mount or the machine. Then the read is retried a few times, and if it still fails, the run ends and
+names the file. Without this distinction every record on a failed file system would count as broken, against
+`data.max_broken_records`, and no message would name the cause.
 """
 
 import errno
@@ -32,9 +33,9 @@ FILE_ERRORS = frozenset(
         errno.EINVAL,
     )
 )
-"""Error numbers that are about one file, not about the file system that holds it."""
+"""Error numbers that concern one file and not the file system it is on."""
 
-_PAUSES = (0.1, 0.4, 1.5)  # seconds before the second, third and fourth attempt: a server's failover takes about that
+_PAUSES = (0.1, 0.4, 1.5)  # seconds before attempts 2 to 4; the failover of a server takes about as long
 _BUFFER_BYTES = 1 << 20
 
 
@@ -42,12 +43,12 @@ def read_with_retries(read: Callable[[], ResultT], path: str, file_errors: froze
     """Calls `read` until it succeeds, at most four times within about two seconds.
 
     Args:
-        read: must reopen the file in each call, because a descriptor can be stale.
-        path: names the file in the message.
+        read: reopens the file in each call, because a descriptor can be stale.
+        path: name of the file in the message.
         file_errors: error numbers that the caller handles; they are raised without a retry.
 
     Raises:
-        OSError: with a number in `file_errors`, or without a number, as decompressors raise it.
+        OSError: with a number in `file_errors`, or without a number as decompressors raise it.
         StorageError: if the last attempt fails too.
     """
     for pause in (*_PAUSES, None):
@@ -63,8 +64,8 @@ def read_with_retries(read: Callable[[], ResultT], path: str, file_errors: froze
 
 
 def storage_error(path: str, error: OSError, attempts: int) -> StorageError:
-    """Builds the error that ends a run because of `path`, for a read that failed `attempts` times."""
-    shown = path.encode("utf-8", "backslashreplace").decode("utf-8")  # bytes that are not UTF-8 are spelled out
+    """Builds the error that ends a run after `attempts` failed reads of `path`."""
+    shown = path.encode("utf-8", "backslashreplace").decode("utf-8")  # writes bytes that are not UTF-8 as escapes
     times = "" if attempts == 1 else f" in {attempts} attempts"
     return StorageError(
         f"data: host {socket.gethostname()} cannot read {shown}{times}: {error.strerror or error}. The file system "
@@ -74,11 +75,11 @@ def storage_error(path: str, error: OSError, attempts: int) -> StorageError:
 
 
 def open_for_reading(path: str) -> BinaryIO:
-    """Opens a file for buffered reading; every failed read is retried as in `read_with_retries`.
+    """Opens a file for buffered reading, with the retries of `read_with_retries` for every read.
 
     Raises:
-        OSError: for an error that concerns this file only.
-        StorageError: for any other error that lasts; later reads raise it too.
+        OSError: if an error concerns this file only.
+        StorageError: if any other error lasts; later reads raise it too.
     """
     return cast(BinaryIO, io.BufferedReader(_RetryingFile(path), _BUFFER_BYTES))
 
@@ -131,7 +132,7 @@ class _RetryingFile(io.RawIOBase):
             file = open(self._path, "rb", buffering=0, opener=_open_at_once)  # noqa: SIM115, closed by close()
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 file.close()
-                raise OSError(errno.EINVAL, "it is no plain file", self._path)
+                raise OSError(errno.EINVAL, "not a regular file", self._path)
             self._file = file
         return self._file
 
@@ -142,4 +143,4 @@ class _RetryingFile(io.RawIOBase):
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # else opening a pipe waits for its other end
+    return os.open(path, flags | os.O_NONBLOCK)  # without O_NONBLOCK, opening a pipe waits for its other end

@@ -1,4 +1,4 @@
-"""Records that a source cannot use: broken ones, which are counted, and skipped ones, which are no samples."""
+"""Records that do not become samples: broken ones, and skipped ones that never were samples."""
 
 from typing import NamedTuple
 

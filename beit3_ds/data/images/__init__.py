@@ -1,1 +1,1 @@
-"""Sources of images and captions, and the decoding and augmentation of images."""
+"""Sources of images and captions; decoding and augmentation of images."""

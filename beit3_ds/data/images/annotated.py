@@ -1,4 +1,4 @@
-"""Images of a folder with captions from an annotation file: one sample a caption."""
+"""Images of a folder with captions from an annotation file: one sample per caption."""
 
 import os
 from array import array
@@ -17,13 +17,13 @@ from beit3_ds.data.images.compact_strings import CompactStrings, StoredStrings
 from beit3_ds.data.images.folder import open_folder, read_image
 
 NO_IMAGE = -1
-"""Number of the image of a caption whose annotation names none."""
+"""Image number of a caption whose annotation names no image of the file."""
 
 
 class AnnotatedImages:
-    """Samples that an annotation file lists; an image with five captions is five samples.
+    """The samples of an annotation file; an image with five captions is five samples.
 
-    Takes 16 bytes a sample beside its caption, and 8 an image beside its path.
+    Takes 16 bytes per sample beside its caption, and 8 bytes per image beside its path.
     """
 
     def __init__(
@@ -35,14 +35,14 @@ class AnnotatedImages:
         image_numbers: "array[int] | NDArray[np.int64]",
         skipped: dict[str, Skipped],
     ) -> None:
-        """Takes what is known of the samples.
+        """Stores the samples and opens the folder of their images.
 
         Args:
             annotations: path of the annotation file, for messages.
-            folder: where the images lie. Nothing outside it is read, whatever paths the annotations name.
-            paths: the images, by their paths in the folder.
+            folder: folder of the images. Nothing outside it is read, whatever paths the annotations name.
+            paths: path of each image in the folder.
             captions: the caption of each sample.
-            image_numbers: the number of the image of each sample in `paths`, or `NO_IMAGE`.
+            image_numbers: index in `paths` of each sample's image, or `NO_IMAGE`.
             skipped: rows and files left out, by reason.
 
         Raises:
@@ -52,20 +52,20 @@ class AnnotatedImages:
         self.paths, self.captions, self.image_numbers = paths, captions, image_numbers
 
     def __len__(self) -> int:
-        """Samples, broken ones included."""
+        """Returns the number of samples, broken ones included."""
         return len(self.captions)
 
     def files(self) -> Iterator[SourceFile]:
-        """Yields the annotation file, which lists the samples in their order.
+        """Yields the annotation file, in which the samples are listed in their order.
 
         Raises:
-            ConfigError: if it is no longer there.
+            ConfigError: if the file is gone.
         """
         ((num_bytes, _),) = describe_files([self.annotations])
         yield SourceFile(os.path.basename(self.annotations), num_bytes, len(self))
 
     def name(self, index: int) -> str:
-        """Annotation file, number of the sample in it, and path of its image."""
+        """Returns the annotation file, the number of the sample in it, and the path of its image, for messages."""
         number = self.image_numbers[index]
         image = "no image" if number == NO_IMAGE else self.paths[number]
         return printable(f"{self.annotations}:{index} ({image})")
@@ -74,7 +74,8 @@ class AnnotatedImages:
         """Decodes the image of a sample, upright and in RGB.
 
         Raises:
-            BrokenRecordError: if its annotation names none, or one that cannot be read or lies outside the folder.
+            BrokenRecordError: if the annotation names no image of the file, or if the image cannot be read or is
+                outside the folder.
         """
         number = self.image_numbers[index]
         if number == NO_IMAGE:
@@ -88,7 +89,7 @@ class AnnotatedImages:
         """Returns the caption of a sample, without white space around it.
 
         Raises:
-            BrokenRecordError: if it is missing, empty, overlong or no valid text.
+            BrokenRecordError: if it is missing, empty, too long or not valid text.
         """
         try:
             return clean_caption(self.captions[index])
@@ -101,39 +102,39 @@ class AnnotatedImages:
         Raises:
             BrokenRecordError: if either is missing or cannot be read.
         """
-        caption = self.caption(index)  # first, because it costs less than the image
+        caption = self.caption(index)  # first, because it is cheaper to read than the image
         return self.image(index, min_side), caption
 
 
 class CollectedAnnotations(AnnotatedImages):
-    """Samples that are added one by one; the readers in `annotations` do so."""
+    """Samples to which the readers in `annotations` add one after another."""
 
     def __init__(self, annotations: str, folder: str) -> None:
-        """Starts without samples; arguments as those of `AnnotatedImages`."""
+        """Starts without samples; the arguments are those of `AnnotatedImages`."""
         self._paths, self._captions, self._image_numbers = CompactStrings(), CompactStrings(), array("q")
         super().__init__(annotations, folder, self._paths, self._captions, self._image_numbers, {})
 
     def add_image(self, path: str) -> int:
-        """Adds an image by its path in the folder and returns its number."""
+        """Adds an image by its path in the folder; returns its number."""
         self._paths.append(path)
         return len(self._paths) - 1
 
     def add_sample(self, image_number: int, caption: object) -> None:
-        """Adds a caption of an image; one that is no text is kept as a broken sample."""
+        """Adds a caption of an image; a caption that is not a string becomes a broken sample."""
         self._image_numbers.append(image_number)
         self._captions.append(caption if isinstance(caption, str) else "")
 
     def skip(self, reason: str, example: str, count: int = 1) -> None:
-        """Counts what is no sample."""
+        """Counts rows or files that are not samples."""
         before, first = self.skipped.get(reason, (0, printable(example)))
         self.skipped[reason] = Skipped(before + count, first)
 
 
 def describe_files(files: Sequence[str]) -> list[list[int]]:
-    """Returns each file's size in bytes and modification time in nanoseconds since 1970.
+    """Returns the size in bytes and the modification time in nanoseconds since 1970 of each file.
 
     Raises:
-        ConfigError: naming one that cannot be read.
+        ConfigError: if a file cannot be read, with its name.
     """
     try:
         return [[status.st_size, status.st_mtime_ns] for status in map(os.stat, files)]

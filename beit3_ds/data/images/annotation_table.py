@@ -1,8 +1,9 @@
-"""Tables of annotations: what `beit3 prepare index` writes of an annotation file, so that no run parses it anew.
+"""Tables of annotations, which `beit3 prepare index` writes so that runs need not parse annotation files.
 
-A table is one line of JSON (what it was made from, what was left out, sizes); then numbers (int64, little-endian): the
-image of each sample, where each path of an image ends, where each caption ends; then the paths and the captions, as
-UTF-8. All but the line is mapped, so all processes of a machine share what the system has cached.
+A table starts with one line of JSON: the state of the annotation files, the skipped rows and files, and the sizes.
+Numbers follow (int64, little-endian): the image of each sample, the end of each image path, the end of each caption.
+Then come the paths and the captions as UTF-8. All but the first line is mapped, so all processes of a machine share the
+page cache.
 """
 
 import hashlib
@@ -25,15 +26,15 @@ _MAX_HEADER_BYTES = 1 << 20
 
 
 class StoredAnnotations(AnnotatedImages):
-    """The samples of a table. A pickled copy maps it anew."""
+    """The samples of a table. A pickled copy maps the table again."""
 
     def __init__(self, path: str, files: Sequence[str], folder: str) -> None:
-        """Opens table `path` and checks that its annotation files are still those that it was made from.
+        """Opens a table and checks that its annotation files have not changed since it was written.
 
         Args:
-            path: the table.
+            path: path of the table.
             files: the annotation file, and a second one if the format has two.
-            folder: where the images lie.
+            folder: folder of the images.
 
         Raises:
             ConfigError: if the table is damaged, or an annotation file has another size or modification time.
@@ -48,7 +49,7 @@ class StoredAnnotations(AnnotatedImages):
             num_samples, num_images, path_bytes, caption_bytes = map(int, header["sizes"])
             num_numbers = 2 * num_samples + num_images
             if os.path.getsize(path) != len(line) + 8 * num_numbers + path_bytes + caption_bytes:
-                raise ValueError("cut off or overwritten")
+                raise ValueError("truncated or overwritten")
             skipped = {reason: Skipped(*found) for reason, found in header["skipped"].items()}
             made_from = header["made_from"]
             data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))[len(line) :]
@@ -74,24 +75,24 @@ class StoredAnnotations(AnnotatedImages):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # NumPy would pickle a map as a copy of all it shows.
+        # NumPy would pickle a map as a copy of its contents.
         return StoredAnnotations, (self._path, self._files, self.images.path)
 
 
 def table_path(cache_dir: str, kind: str, annotations: str, folder: str) -> str:
-    """The table of an annotation file: its name and a digest of all that decides on what it holds."""
+    """Returns the path of a table: the name of the annotation file, and a digest of all that the contents depend on."""
     facts = "\0".join((kind, os.path.abspath(annotations), os.path.abspath(folder)))
     digest = hashlib.sha256(os.fsencode(facts)).hexdigest()[:12]
     return os.path.join(cache_dir, "index", f"{bounded_name(os.path.basename(annotations))}.{digest}.table")
 
 
 def write_table(samples: AnnotatedImages, path: str, made_from: list[list[int]]) -> None:
-    """Writes the table of what was read, whole or not at all.
+    """Writes the table of some samples, whole or not at all.
 
     Args:
-        samples: what was read.
-        path: where to.
-        made_from: `describe_files` before reading.
+        samples: samples of the annotation files.
+        path: path of the table.
+        made_from: result of `describe_files` before the annotation files were read.
 
     Raises:
         OSError: if the folder cannot be written.

@@ -1,17 +1,17 @@
 """Readers of the annotation files of public image-text corpora.
 
-They follow the published descriptions of the formats; the official files themselves have not been read by them yet.
+They follow the published descriptions of the formats (docs/data.md says what was tested).
 
 | corpus | annotation file | image of a row |
 |---|---|---|
 | COCO Captions | `captions_*.json` | `file_name` of the image with its `image_id`, in the folder |
 | Visual Genome | `region_descriptions.json` and `image_data.json` | last two parts of its URL: `VG_100K/2.jpg` |
-| SBU Captions | `*_captions.txt`, one a line, or JSON with `captions` | file named by the row's number |
+| SBU Captions | `*_captions.txt`, one per line, or JSON with `captions` | file named by the row's number |
 | Conceptual Captions | TSV: caption, URL; Conceptual 12M: URL, caption | file named by the row's number |
 
 Rows are numbered from 0; `7.jpg`, `00007.png` and `00000/000000007.jpg` are images of row 7. Downloads of the last two
-corpora are never complete, so rows without an image are no samples, but counted in `skipped`; elsewhere a missing image
-is a broken record.
+corpora are never complete, so a row without an image is skipped and counted in `skipped`. In the other formats a
+missing image is a broken record.
 """
 
 import contextlib
@@ -37,14 +37,14 @@ _SEPARATORS = re.compile(r"[ \t\r\n,]*")
 
 
 def read_coco_captions(annotations: str, folder: str) -> AnnotatedImages:
-    """Reads COCO's captions (Chen et al., 2015, arXiv:1504.00325): one sample an annotation, in their order.
+    """Reads COCO's captions (Chen et al., 2015, arXiv:1504.00325): one sample per annotation, in the order of the file.
 
     Args:
         annotations: JSON object with `images` (`id`, `file_name`) and `annotations` (`image_id`, `caption`).
-        folder: where the files `file_name` lie, such as `train2014`.
+        folder: folder of the files `file_name`, such as `train2014`.
 
     Raises:
-        ConfigError: if the file cannot be read or has another form.
+        ConfigError: if the file cannot be read or does not have this form.
     """
     samples = CollectedAnnotations(annotations, folder)
     with _reading(annotations, "an object with 'images' (id, file_name) and 'annotations' (image_id, caption)"):
@@ -61,15 +61,15 @@ def read_coco_captions(annotations: str, folder: str) -> AnnotatedImages:
 
 
 def read_visual_genome(region_descriptions: str, image_data: str, folder: str) -> AnnotatedImages:
-    """Reads Visual Genome (Krishna et al., 2017, arXiv:1602.07332): every region's phrase is a caption of its image.
+    """Reads Visual Genome (Krishna et al., 2017, arXiv:1602.07332): the phrase of each region is a caption.
 
     Args:
-        region_descriptions: JSON list of images (`id`, `regions`: a list of `phrase`); read as a stream.
+        region_descriptions: JSON list of images (`id`, `regions`: a list of `phrase`); read one image at a time.
         image_data: JSON list of images (`image_id`, `url`).
-        folder: where `VG_100K` and `VG_100K_2` lie.
+        folder: folder of `VG_100K` and `VG_100K_2`.
 
     Raises:
-        ConfigError: if a file cannot be read or has another form.
+        ConfigError: if a file cannot be read or does not have this form.
     """
     samples = CollectedAnnotations(region_descriptions, folder)
     with _reading(image_data, "a list of objects with 'image_id' and 'url'"):
@@ -85,17 +85,17 @@ def read_visual_genome(region_descriptions: str, image_data: str, folder: str) -
 
 
 def read_sbu_captions(captions: str, folder: str) -> AnnotatedImages:
-    """Reads SBU Captions (Ordonez et al., 2011): one caption a row; the file of URLs is not needed.
+    """Reads SBU Captions (Ordonez et al., 2011): one caption per row; the file of URLs is not needed.
 
     Args:
-        captions: text file of one caption a line, or JSON object with the list `captions` (a name that ends in .json).
-        folder: images that are named by their row's number, also in folders below.
+        captions: text file with one caption per line, or, if its name ends in .json, object with the list `captions`.
+        folder: folder of images that are named by their row's number; folders below it are searched too.
 
     Raises:
-        ConfigError: if a file cannot be read or has another form, or the folder holds no images.
+        ConfigError: if a file cannot be read or does not have this form, or the folder has no images.
     """
     samples = CollectedAnnotations(captions, folder)
-    with _reading(captions, "one caption a line, or a JSON object with the list 'captions'"):
+    with _reading(captions, "one caption per line, or a JSON object with the list 'captions'"):
         rows = _load_json(captions)["captions"] if captions.lower().endswith(".json") else _lines(captions)
         _add_rows(samples, rows)
     return samples
@@ -108,11 +108,11 @@ def read_conceptual_captions(
 
     Args:
         table: tab-separated values without a header line.
-        folder: images that are named by their row's number, also in folders below.
+        folder: folder of images that are named by their row's number; folders below it are searched too.
         columns: `caption_url` for Conceptual Captions, `url_caption` for Conceptual 12M.
 
     Raises:
-        ConfigError: if the file cannot be read, the columns stand the other way round, or the folder has no images.
+        ConfigError: if the file cannot be read, the columns are in the other order, or the folder has no images.
     """
     samples = CollectedAnnotations(table, folder)
     with _reading(table, f"lines of {columns.replace('_', ', tab, ')}"):
@@ -121,12 +121,12 @@ def read_conceptual_captions(
 
 
 def _add_rows(samples: CollectedAnnotations, captions: Iterable[object]) -> None:
-    """Adds the rows that have an image; None is a row that holds no caption."""
+    """Adds the rows that have an image; a row that is None has no caption."""
     paths, skipped = list_images(samples.images)
     for reason, found in skipped.items():
         samples.skip(reason, found.example, found.num_members)
     rows, numbers = _image_rows(paths, samples)
-    position = 0  # both go up together
+    position = 0  # rows and captions are both in ascending order
     for row, caption in enumerate(captions):
         has_image = position < len(rows) and rows[position] == row
         if caption is None:
@@ -141,7 +141,7 @@ def _add_rows(samples: CollectedAnnotations, captions: Iterable[object]) -> None
 
 
 def _image_rows(paths: CompactStrings, samples: CollectedAnnotations) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows that have an image, rising, and the numbers of their paths."""
+    """Returns the rows that have an image, ascending, and the index of each one's path."""
     rows = np.full(len(paths), -1, dtype=np.int64)
     for number in range(len(paths)):
         stem = paths[number].rpartition("/")[2].partition(".")[0]
@@ -170,16 +170,16 @@ def _caption_column(table: str, caption_column: int) -> Iterator[str | None]:
 
 def _lines(path: str) -> Iterator[str]:
     if path.lower().endswith(_JSON_LINES):
-        raise ValueError("it is JSON of one object a line, whose lines are no captions")
+        raise ValueError("it is JSON with one object per line, not one caption per line")
     _check_kind(path)
-    # Bytes: only a newline ends a row, no other separator that Unicode knows; and one bad caption is one bad row.
+    # Reads bytes: only a newline ends a row, no other separator of Unicode, and one bad caption breaks one row.
     with open_for_reading(path) as file:
         for line in file:
             yield line.rstrip(b"\r\n").decode("utf-8", "surrogateescape")
 
 
 def _check_kind(path: str) -> None:
-    """Refuses a file that is compressed, an archive, a table, an image or UTF-16 by its first bytes."""
+    """Refuses a compressed file, an archive, a table, an image or UTF-16, recognised by the first bytes."""
     if kind := kind_of_file(path):
         advice = "convert it to UTF-8 with iconv" if "UTF" in kind else "unpack it first"
         raise ValueError(f"it holds {kind}: {advice}")
@@ -191,13 +191,13 @@ def _load_json(path: str) -> Any:
 
 
 def _open_text(path: str) -> io.TextIOWrapper:
-    """Opens UTF-8 text, with or without a byte order mark; failed reads are retried as in `file_reading`."""
+    """Opens UTF-8 text, with or without a byte order mark; failed reads are retried (`files.reading`)."""
     _check_kind(path)
     return io.TextIOWrapper(open_for_reading(path), encoding="utf-8-sig")
 
 
 def _iterate_json_list(path: str) -> Iterator[Any]:
-    """Yields the elements of a list, of which the file may be gigabytes long, in memory for one."""
+    """Yields the elements of a JSON list of any size, with one element in memory at a time."""
     decoder = json.JSONDecoder()
     with _open_text(path) as file:
         buffer = file.read(_CHUNK).lstrip()
@@ -212,10 +212,10 @@ def _iterate_json_list(path: str) -> Iterator[Any]:
             try:
                 element, position = decoder.raw_decode(buffer, position)
             except json.JSONDecodeError as error:
-                # Cut within an element; twice as much each time, so that a long one does not take quadratic time.
+                # The buffer ends within an element. Reading twice as much each time avoids quadratic time.
                 more = file.read(max(_CHUNK, len(buffer) - position))
                 if not more:
-                    raise ValueError(f"cut off or damaged: {error.msg}") from error
+                    raise ValueError(f"truncated or damaged: {error.msg}") from error
                 buffer, position = buffer[position:] + more, 0
                 continue
             yield element
@@ -223,7 +223,7 @@ def _iterate_json_list(path: str) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _reading(path: str, form: str) -> Iterator[None]:
-    """Turns what another form of file raises into one clear error."""
+    """Turns the exceptions that a file of another form causes into one clear error."""
     try:
         yield
     except ConfigError:

@@ -1,4 +1,4 @@
-"""One crop of an image, seen twice: by the model and by the visual tokenizer (paper section 2.3)."""
+"""Augmentation: one crop of an image, as one view for the model and one for the visual tokenizer (section 2.3)."""
 
 # s pixels on a side of a view, h and w of a crop.
 
@@ -19,33 +19,33 @@ _CROP_ASPECTS = (3 / 4, 4 / 3)
 _BRIGHTNESS, _CONTRAST, _SATURATION = range(3)
 
 ResizeFilter = Literal["bicubic", "lanczos"]
-"""Filters that resize images; both antialias."""
+"""Filters for resizing images, both with antialiasing."""
 
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom of a crop, in pixels."""
 
 
 class Views(Protocol):
-    """Makes the two views of one crop: the model's and the tokenizer's, (3, s, s) float32 in [-1, 1] each."""
+    """Makes two views of one crop, for the model and for the tokenizer: (3, s, s) float32 in [-1, 1] each."""
 
     @property
     def min_side(self) -> int | None:
-        """Pixels on the shorter side of an image from which no view has to be enlarged; None: there is no such size."""
+        """Shorter side of an image, in pixels, from which no view is enlarged; None if there is no such size."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Makes both views of an RGB image; all draws come from `rng`."""
+        """Makes both views of an RGB image, with all draws from `rng`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Random resized crop, flip and color jitter, the paper's augmentation for training.
+    """Random resized crop, flip and color jitter: the paper's augmentation for training.
 
     BEiT jitters the whole image before it crops and resizes. Here the jitter comes last, on the views, which have the
-    fewest pixels: brightness, contrast and saturation are linear in the pixels, as is a resize, so the order matters
-    only where values are cut off at 0 or 255, and for contrast, which now turns about the mean of the crop instead of
-    the image. Against Pillow's jitter of the crop, in 8 bits and before the resizes, pixels differ by at most 6 of 255
-    levels (1.5 on average, 8-bit rounding) where nothing is cut off, and on noise over all levels, the worst case, by
-    2.6 on average and 81 at most. Both views have the same factors and turn about the same mean.
+    fewest pixels. Brightness, contrast and saturation are linear in the pixels, and so is a resize. The order therefore
+    matters only for values that are clamped to 0 or 255, and for contrast, whose mean is that of the crop instead of
+    the image. Compared with Pillow's jitter of the crop (8 bits, before the resizes), pixels without clamping differ by
+    at most 6 of 255 levels, 1.5 on average, by 8-bit rounding. On noise over all levels, the worst case, they differ by
+    2.6 on average and by at most 81. Both views have the same factors and the same mean.
     """
 
     image_size: int
@@ -53,22 +53,24 @@ class Augmentation:
     tokenizer_image_size: int
     """Pixels on a side of the tokenizer's view."""
     min_crop_scale: float
-    """Smallest share of the area that a crop keeps."""
+    """Smallest share of the image's area that a crop keeps."""
     color_jitter: float
-    """Factors of brightness, contrast and saturation lie in [1 - color_jitter, 1 + color_jitter]."""
+    """Factors of brightness, contrast and saturation are in [1 - color_jitter, 1 + color_jitter]."""
     flip_probability: float
-    """Probability that left and right change places."""
+    """Probability of a horizontal flip."""
 
     @property
     def min_side(self) -> int | None:
-        """Pixels on the shorter side of an image of which even the smallest crop has as many as the larger view."""
+        """Shorter side of an image, in pixels, whose smallest crop is as large as the larger view."""
         if self.min_crop_scale == 0:
             return None
-        smallest_crop = math.sqrt(self.min_crop_scale * min(_CROP_ASPECTS))  # its shorter side, of the image's
+        smallest_crop = math.sqrt(
+            self.min_crop_scale * min(_CROP_ASPECTS)
+        )  # its shorter side, as a share of the image's
         return math.ceil(max(self.image_size, self.tokenizer_image_size) / smallest_crop)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Draws one crop of an RGB image and returns the model's and the tokenizer's view of it."""
+        """Draws one crop of an RGB image; returns the views of the model and of the tokenizer."""
         box = random_crop_box(image.size, self.min_crop_scale, rng)
         flipped = rng.random() < self.flip_probability
         views = _two_views(image.crop(box), self.image_size, self.tokenizer_image_size)
@@ -80,7 +82,7 @@ class Augmentation:
 
 
 def build_augmentation(config: RunConfig, flip_probability: float) -> Augmentation:
-    """The augmentation of a run; images and pairs may differ in how often they are flipped."""
+    """Builds the augmentation of a run; images and pairs may have different flip probabilities."""
     return Augmentation(
         image_size=config.model.image_size,
         tokenizer_image_size=config.tokenizers.visual.image_size,
@@ -92,7 +94,7 @@ def build_augmentation(config: RunConfig, flip_probability: float) -> Augmentati
 
 @dataclass(frozen=True, kw_only=True)
 class CenterViews:
-    """The largest square in the middle, the same at every evaluation."""
+    """Views of the largest square in the middle of an image, the same at every evaluation."""
 
     image_size: int
     """Pixels on a side of the model's view."""
@@ -101,15 +103,15 @@ class CenterViews:
 
     @property
     def min_side(self) -> None:
-        """Asks for all pixels, so that a view depends neither on the other view's size nor on the image's format."""
+        """Asks for all pixels: a view must not depend on the size of the other view or on the image's format."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Returns both views of an RGB image; draws nothing."""
+        """Returns both views of an RGB image, without random draws."""
         return center_view(image, self.image_size), center_view(image, self.tokenizer_image_size, "lanczos")
 
 
 def center_view(image: Image.Image, size: int, filter: ResizeFilter = "bicubic") -> Tensor:
-    """Returns the largest square in the middle of an RGB image, resized and normalised: (3, size, size) in [-1, 1].
+    """Resizes and normalises the largest square in the middle of an RGB image, to (3, size, size) in [-1, 1].
 
     Args:
         image: upright and in RGB, with all its pixels.
@@ -124,13 +126,13 @@ def center_view(image: Image.Image, size: int, filter: ResizeFilter = "bicubic")
 def random_crop_box(size: tuple[int, int], min_scale: float, rng: np.random.Generator) -> Box:
     """Draws a crop of random area and aspect (Szegedy et al., 2014, arXiv:1409.4842, section 6).
 
-    The area's share is uniform in [min_scale, 1] and the aspect log-uniform in [3/4, 4/3]; if ten attempts do not fit
-    into the image, the largest crop in its middle with an aspect in that interval is taken.
+    The share of the area is uniform in [min_scale, 1], and the aspect ratio is log-uniform in [3/4, 4/3]. If ten
+    attempts do not fit into the image, the result is the largest crop in its middle with such an aspect ratio.
 
     Args:
         size: width and height of the image.
         min_scale: smallest share of the image's area.
-        rng: where all draws come from.
+        rng: generator of all draws.
     """
     width, height = size
     for _ in range(_CROP_ATTEMPTS):
@@ -151,7 +153,7 @@ def _center_box(size: tuple[int, int], crop_width: int, crop_height: int) -> Box
 
 
 def _two_views(crop: Image.Image, image_size: int, tokenizer_image_size: int) -> tuple[Tensor, Tensor]:
-    """Resizes one RGB crop for the model (bicubic) and for the tokenizer (Lanczos), the filters of BEiT.
+    """Resizes one RGB crop for the model (bicubic) and for the tokenizer (Lanczos), with the filters of BEiT.
 
     Returns:
         (3, s, s) uint8 each.
@@ -171,10 +173,10 @@ def _resize(pixels: Tensor, size: int, mode: ResizeFilter) -> Tensor:
 
 
 def _jitter(views: tuple[Tensor, Tensor], strength: float, rng: np.random.Generator) -> None:
-    """Brightness, contrast and saturation in random order, in place on (3, s, s) float32 in [0, 255].
+    """Changes brightness, contrast and saturation in random order, in place on (3, s, s) float32 in [0, 255].
 
-    Every step blends the view with another one (black, the mean grey, its own grey) and cuts off, as Pillow's
-    ImageEnhance does. Contrast takes the mean of the first view for both: they must show the same colors.
+    Every step blends the view with another one (black, the mean grey, its own grey) and clamps, as Pillow's
+    ImageEnhance does. Contrast uses the mean of the first view for both views, because they must show the same colors.
     """
     for kind in rng.permutation((_BRIGHTNESS, _CONTRAST, _SATURATION)):
         factor = rng.uniform(1 - strength, 1 + strength)
@@ -185,10 +187,10 @@ def _jitter(views: tuple[Tensor, Tensor], strength: float, rng: np.random.Genera
 
 
 def _grey(view: Tensor) -> Tensor:
-    """Luma of ITU-R 601, as Pillow's mode L: (3, s, s) to (s, s)."""
+    """Computes the luma of ITU-R 601, as Pillow's mode L does: (3, s, s) to (s, s)."""
     return (view[0] * 0.299).add_(view[1], alpha=0.587).add_(view[2], alpha=0.114)
 
 
 def _normalize(view: Tensor) -> Tensor:
-    """Pixels 0..255 to [-1, 1], in place: mean and deviation 0.5."""
+    """Maps pixels from [0, 255] to [-1, 1] in place: mean and standard deviation 0.5."""
     return view.div_(127.5).sub_(1)

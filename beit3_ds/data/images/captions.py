@@ -1,29 +1,29 @@
-"""Caption bytes to text."""
+"""Decodes the bytes of captions to text."""
 
 import json
 
 MAX_CAPTION_BYTES = 1 << 16
-"""A longer text is a page or a binary file, not a caption; no model reads so far, but the tokenizer would."""
+"""Most bytes of a caption; a longer text is a page or a binary file, which no model reads to its end."""
 MAX_JSON_BYTES = 1 << 20
-"""The same for a JSON file that holds a caption beside metadata."""
+"""Most bytes of a JSON file that contains a caption beside metadata."""
 
 
 def decode_caption(data: bytes) -> str:
     """Decodes a caption file: UTF-8, with or without a byte order mark.
 
     Raises:
-        ValueError: for an empty, overlong or binary caption.
+        ValueError: if the caption is empty, too long or binary.
     """
-    if len(data) > MAX_CAPTION_BYTES:  # before the work of decoding
+    if len(data) > MAX_CAPTION_BYTES:  # before decoding, which takes time
         raise ValueError(f"caption of {len(data)} bytes exceeds the limit of {MAX_CAPTION_BYTES}")
     return clean_caption(data.decode("utf-8-sig"))
 
 
 def decode_json_caption(data: bytes) -> str:
-    """Takes the value of `caption` from a JSON object, as img2dataset writes them.
+    """Decodes the caption in a JSON object, the value of `caption`, as img2dataset writes it.
 
     Raises:
-        ValueError: for anything else, and as `decode_caption`.
+        ValueError: if there is no such caption, or as `decode_caption` raises it.
     """
     if len(data) > MAX_JSON_BYTES:
         raise ValueError(f"JSON of {len(data)} bytes exceeds the limit of {MAX_JSON_BYTES}")
@@ -41,8 +41,8 @@ def clean_caption(caption: str) -> str:
     """Returns a caption without white space around it.
 
     Raises:
-        ValueError: if it is empty, longer than `MAX_CAPTION_BYTES`, holds NUL or half a surrogate pair, which `\\u`
-            escapes of JSON can spell and no tokenizer takes.
+        ValueError: if it is empty, longer than `MAX_CAPTION_BYTES`, or contains NUL or half a surrogate pair. JSON can
+            spell these as `\\u` escapes, but no tokenizer accepts them.
     """
     caption = caption.strip()
     if not caption:

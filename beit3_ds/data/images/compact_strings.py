@@ -1,4 +1,4 @@
-"""Millions of strings in two buffers."""
+"""Stores millions of strings in two buffers."""
 
 from array import array
 from collections.abc import Iterable
@@ -8,21 +8,21 @@ from numpy.typing import NDArray
 
 
 class StoredStrings:
-    """Strings that lie in buffers, in memory or mapped: 8 bytes a string beside its text."""
+    """Strings in two buffers, in memory or mapped: 8 bytes per string beside its text."""
 
     def __init__(self, text: bytearray | NDArray[np.uint8], ends: "array[int] | NDArray[np.int64]") -> None:
-        """Takes their text, one after the other, and where each ends in it."""
+        """Stores the joined text of all strings and the end of each string in it."""
         self.text, self.ends = text, ends
 
     def __len__(self) -> int:
-        """Strings."""
+        """Returns the number of strings."""
         return len(self.ends)
 
     def __getitem__(self, index: int) -> str:
-        """One string.
+        """Returns one string.
 
         Raises:
-            IndexError: for an index outside [0, len).
+            IndexError: if the index is outside [0, len).
         """
         if not 0 <= index < len(self):
             raise IndexError(f"string {index} of {len(self)}")
@@ -31,19 +31,19 @@ class StoredStrings:
 
 
 class CompactStrings(StoredStrings):
-    """A list of strings that takes 8 bytes a string beside its text; a list of `str` takes 57 and more.
+    """A list of strings with 8 bytes per string beside its text; a list of `str` needs at least 57.
 
-    Any Python string is kept as it is, file names that are not UTF-8 included. It is only ever appended to.
+    Stores any Python string unchanged, even a file name that is not UTF-8. Strings can only be appended.
     """
 
     def __init__(self, strings: Iterable[str] = ()) -> None:
-        """Starts with these strings."""
+        """Starts with some strings."""
         self._bytes, self._ends = bytearray(), array("q")
         super().__init__(self._bytes, self._ends)
         for string in strings:
             self.append(string)
 
     def append(self, string: str) -> None:
-        """Adds one string at the end."""
+        """Appends one string."""
         self._bytes += string.encode("utf-8", "surrogatepass")
         self._ends.append(len(self._bytes))

@@ -1,4 +1,4 @@
-"""Images that lie as files in a folder, and captions beside them."""
+"""Image files in a folder, with captions beside them."""
 
 import heapq
 import os
@@ -18,19 +18,19 @@ from beit3_ds.data.images.compact_strings import CompactStrings
 from beit3_ds.data.images.decoding import MAX_IMAGE_BYTES, decode_image
 from beit3_ds.data.images.shard_scan import reason_to_skip
 
-_CAPTIONS = ("txt", "TXT", "json", "JSON")  # the first one found is read
+_CAPTIONS = ("txt", "TXT", "json", "JSON")  # the first that exists is read
 
 _SIZES_LOOKED_UP = 1024
-"""Images whose sizes are looked up; a million requests to a network file system would take minutes."""
+"""Most images whose sizes are looked up; a million requests to a network file system would take minutes."""
 
 
 class ImageFolder:
     """The images below a folder, sorted by path.
 
-    The caption of `NAME.jpg` is in `NAME.txt`, or else under `caption` in `NAME.json`, if there is one.
+    The caption of `NAME.jpg`, if there is one, is in `NAME.txt` or else under `caption` in `NAME.json`.
 
     Links to folders are followed, even out of the folder, because ImageNet's classes are often linked together. A
-    folder that several links lead to is listed once, so loops of links end. Links to single files outside and hidden
+    folder with several links to it is listed once, so loops of links end. Links to single files outside and hidden
     files are not read. `skipped` counts everything that is left out. A path takes 8 bytes beside its text.
     """
 
@@ -38,7 +38,7 @@ class ImageFolder:
         """Lists the folder; opens no image.
 
         Raises:
-            ConfigError: if it is no folder or cannot be read, or no image lies in it.
+            ConfigError: if the path is not a folder, cannot be read, or has no image below it.
             StorageError: if the file system fails.
         """
         self._folder = open_folder(path)
@@ -46,11 +46,11 @@ class ImageFolder:
         self._names, self.skipped = list_images(self._folder)
 
     def __len__(self) -> int:
-        """Images, broken ones included."""
+        """Returns the number of images, broken ones included."""
         return len(self._names)
 
     def files(self) -> Iterator[SourceFile]:
-        """Yields the images, sorted; the sizes of 1024 of them, evenly spread, are looked up."""
+        """Yields the images, sorted by path, with the sizes of 1024 evenly spread ones."""
         every = -(-len(self) // _SIZES_LOOKED_UP)
         for number in range(len(self)):
             name = self._names[number]
@@ -58,7 +58,7 @@ class ImageFolder:
             yield SourceFile(name, num_bytes, 1)
 
     def name(self, index: int) -> str:
-        """Path of an image."""
+        """Returns the path of an image, for messages."""
         return printable(os.path.join(self.path, self._names[index]))
 
     def image(self, index: int, min_side: int | None = None) -> Image.Image:
@@ -77,7 +77,7 @@ class ImageFolder:
         """Returns the caption of an image, without white space around it.
 
         Raises:
-            BrokenRecordError: if it has none, or one that cannot be read.
+            BrokenRecordError: if the image has none, or it cannot be read.
             StorageError: if the file system fails.
         """
         stem = os.path.splitext(self._names[index])[0]
@@ -96,7 +96,7 @@ class ImageFolder:
         Raises:
             BrokenRecordError: if either is missing or cannot be read.
         """
-        caption = self.caption(index)  # first, because it costs less than the image
+        caption = self.caption(index)  # first, because it is cheaper to read than the image
         return self.image(index, min_side), caption
 
     def _exists(self, name: str) -> bool:
@@ -106,7 +106,7 @@ class ImageFolder:
 def _size(path: str) -> int | None:
     try:
         return os.stat(path).st_size
-    except OSError:  # reading it counts it as a broken record
+    except OSError:  # counts as a broken record once it is read
         return None
 
 
@@ -114,7 +114,7 @@ def open_folder(path: str) -> Folder:
     """Opens a folder of images.
 
     Raises:
-        ConfigError: if it is not a folder, or cannot be read.
+        ConfigError: if the path is not a folder, or the folder cannot be read.
         StorageError: if the file system fails.
     """
     try:
@@ -126,10 +126,10 @@ def open_folder(path: str) -> Folder:
 
 
 def list_images(folder: Folder) -> tuple[CompactStrings, dict[str, Skipped]]:
-    """Lists the images below a folder by their paths in it, sorted, and what was left out.
+    """Returns the paths of the images below a folder, sorted, and the files that are left out, by reason.
 
     Raises:
-        ConfigError: if a folder below cannot be read, or no image lies in it.
+        ConfigError: if a folder below it cannot be read, or there is no image.
         StorageError: if the file system fails.
     """
     listing = _Listing(folder)
@@ -140,13 +140,13 @@ def list_images(folder: Folder) -> tuple[CompactStrings, dict[str, Skipped]]:
             f"data: folder {printable(folder.path)} cannot be listed: {error}. Make it readable, or move it."
         ) from error
     if not listing.names:
-        left_out = "; ".join(
+        skipped = "; ".join(
             f"{found.num_members:,} left out, {reason} ({printable(found.example)})"
             for reason, found in listing.skipped.items()
         )
         raise ConfigError(
-            f"data: no image ({', '.join(IMAGE_EXTENSIONS)}) lies below {printable(folder.path)}"
-            f"{f': {left_out}' if left_out else ''}. Correct the path in the config."
+            f"data: there is no image ({', '.join(IMAGE_EXTENSIONS)}) below {printable(folder.path)}"
+            f"{f': {skipped}' if skipped else ''}. Correct the path in the config."
         )
     return CompactStrings(sorted(listing.names)), listing.skipped
 
@@ -155,14 +155,14 @@ def read_image(folder: Folder, name: str, min_side: int | None) -> Image.Image:
     """Decodes the image `name` in a folder as `decode_image` does.
 
     Raises:
-        ValueError: if it cannot be read, or lies outside.
+        ValueError: if the image cannot be read, or is outside the folder.
         StorageError: if the file system fails.
     """
     return decode_image(folder.read(name, MAX_IMAGE_BYTES), min_side)
 
 
 class _Listing:
-    """Lists what is below a folder, every real folder once: by its own path, or else by the first link to it."""
+    """Lists the files below a folder, each real folder once: under its own path, or else under its first link."""
 
     def __init__(self, folder: Folder) -> None:
         self.names: list[str] = []
@@ -170,7 +170,7 @@ class _Listing:
         self._folder = folder
         self._seen: set[tuple[int, int]] = set()
         self._folders = [""]
-        self._links: list[str] = []  # a heap: which link comes first must not depend on the file system
+        self._links: list[str] = []  # a heap, because the order of links must not depend on the file system
 
     def walk(self) -> None:
         while self._folders or self._links:

@@ -1,8 +1,8 @@
-"""Where the members of one tar shard lie: scanned from its headers, or read from an index file.
+"""Index of one tar shard: offset and size of each sample's members, in memory or in an index file.
 
-An index file is one line of JSON (the tar's size and modification time, the records' number, width and checksum, and
-the members left out, by reason), then one record of fixed width per sample. Records are mapped: finding one makes no
-file system call, no process copies them, and all processes of a machine share the page cache.
+An index file starts with one line of JSON: the size and modification time of the tar, the number, width and checksum of
+the records, and the skipped members by reason. One record of fixed width per sample follows. Records are mapped, so
+reading one makes no system call, no process copies them, and all processes of a machine share the page cache.
 """
 
 import hashlib
@@ -23,33 +23,34 @@ from beit3_ds.data.files.reading import read_with_retries, storage_error
 from beit3_ds.data.files.records import Skipped
 
 NO_MEMBER = -1
-"""Size of a member that a sample does not have."""
+"""Size in the record of a sample for a member that it does not have."""
 
-_FORMAT = 2  # version of the file and of the rule that groups members into samples
+_FORMAT = 2  # version of the file format, and of the rule that groups members into samples
 _MAX_HEADER_BYTES = 1 << 20
 _MEMBER = np.dtype([("offset", "<i8"), ("size", "<i8"), ("crc32", "<u4")])
 
 
 def record_type(key_width: int) -> np.dtype[Any]:
+    """Returns the type of the records of an index whose keys have at most `key_width` bytes."""
     return np.dtype([("image", _MEMBER), ("caption", _MEMBER), ("caption_is_json", "u1"), ("key", f"S{key_width}")])
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardIndex:
-    """The samples of one tar, in memory."""
+    """Index of one tar, in memory."""
 
     records: NDArray[np.void]
-    """(samples,), a structured array: for `image` and `caption` offset and size in bytes (size `NO_MEMBER` if missing)
-    and CRC-32 (0 if only headers were read); `caption_is_json`; `key`, as bytes."""
+    """Structured array, (samples,). `image` and `caption`: offset and size in bytes (size `NO_MEMBER` if missing) and
+    CRC-32 (0 if only headers were read); `caption_is_json`; `key` as bytes."""
     tar_size: int
-    """Bytes of the tar."""
+    """Size of the tar in bytes."""
     tar_mtime_ns: int
-    """When the tar was last changed, in nanoseconds since 1970."""
+    """Modification time of the tar, in nanoseconds since 1970."""
     skipped: dict[str, Skipped] = field(default_factory=dict)
-    """Members left out, by reason."""
+    """Members that are left out, by reason."""
 
     def __len__(self) -> int:
-        """Samples."""
+        """Returns the number of samples."""
         return len(self.records)
 
     def record(self, index: int) -> np.void:
@@ -58,14 +59,14 @@ class ShardIndex:
 
 
 class StoredIndex:
-    """The samples of one tar, in an index file whose records are mapped at their first use."""
+    """Index of one tar in a file, whose records are mapped at the first use."""
 
     def __init__(self, path: str, tar: str, files: OpenFiles | None = None) -> None:
-        """Reads the header of index file `path` and checks that the tar is still the one it was made from.
+        """Reads the header of an index file and checks that the tar has not changed since it was written.
 
         Args:
-            path: the index file.
-            tar: the tar.
+            path: path of the index file.
+            tar: path of the tar.
             files: keeps the map open; None uses a new `OpenFiles`.
 
         Raises:
@@ -81,7 +82,7 @@ class StoredIndex:
             self._type = record_type(int(header["key_width"]))
             self._start, self._length = len(line), int(header["num_samples"])
             if os.path.getsize(path) != self._start + self._length * self._type.itemsize:
-                raise ValueError("cut off or overwritten")
+                raise ValueError("truncated or overwritten")
             self._crc32, self.tar_size, self.tar_mtime_ns = (
                 header[key] for key in ("records_crc32", "tar_size", "tar_mtime_ns")
             )
@@ -91,14 +92,14 @@ class StoredIndex:
         self._check_tar(tar, (self.tar_size, self.tar_mtime_ns))
 
     def __len__(self) -> int:
-        """Samples."""
+        """Returns the number of samples."""
         return self._length
 
     def record(self, index: int) -> np.void:
         """Returns the record of one sample.
 
         Raises:
-            StorageError: if the index file has vanished or shrunk, or cannot be read.
+            StorageError: if the index file is gone, has shrunk, or cannot be read.
         """
         return self._records()[index].copy()
 
@@ -106,7 +107,7 @@ class StoredIndex:
         """Reads all records.
 
         Raises:
-            ConfigError: if they are not those that were written.
+            ConfigError: if their checksum is wrong.
         """
         records = self._records().copy()
         if zlib.crc32(records.tobytes()) != self._crc32:
@@ -132,14 +133,14 @@ class StoredIndex:
 
 
 def index_path(cache_dir: str, tar: str) -> str:
-    """The index file of a tar: its name and a digest of its folder, for tars of one name in several folders."""
+    """Returns the path of a tar's index file: the name of the tar, and a digest of its folder."""
     folder, name = os.path.split(os.path.abspath(tar))
     digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]
     return os.path.join(cache_dir, "index", f"{bounded_name(name)}.{digest}.index")
 
 
 def write_index(index: ShardIndex, path: str) -> None:
-    """Writes an index file aside and renames it, so that it is whole or absent.
+    """Writes an index file under a temporary name and renames it, so that it is complete or absent.
 
     Raises:
         OSError: if the folder cannot be written.
@@ -160,6 +161,12 @@ def write_index(index: ShardIndex, path: str) -> None:
 
 
 def stat_tar(tar: str) -> os.stat_result:
+    """Returns the status of a tar.
+
+    Raises:
+        ConfigError: if it cannot be read.
+        StorageError: if the file system fails.
+    """
     try:
         return read_with_retries(lambda: os.stat(tar), tar)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Groups the members of a tar shard into samples."""
+"""Indexes a tar shard: groups its members into samples."""
 
 import contextlib
 import os
@@ -16,17 +16,21 @@ from beit3_ds.data.images.shard_index import NO_MEMBER, ShardIndex, record_type,
 from beit3_ds.data.images.tar_members import TarError, TarMember, iterate_tar_members
 
 CAPTION_EXTENSIONS = ("txt", "json")
-"""Extensions of a sample's caption, the first one preferred; of JSON the value of `caption`, as img2dataset writes."""
+"""Extensions of captions, the first preferred; JSON has the caption under `caption`, as img2dataset writes it."""
 _EXTENSIONS = (*IMAGE_EXTENSIONS, *CAPTION_EXTENSIONS)
 
 
 def scan_shard(tar: str, with_checksums: bool = False) -> ShardIndex:
-    """Indexes a tar from its headers; with checksums it also reads images and captions. The tar may have no samples.
+    """Indexes a tar from its headers; it may have no samples.
 
-    The first of several members with one name, or of several images of one sample, counts.
+    If several members have one name, or a sample has several images, the first one counts.
+
+    Args:
+        tar: path of the tar.
+        with_checksums: also read images and captions, to compute their CRC-32.
 
     Raises:
-        ConfigError: if the file is unreadable, not a tar, damaged, truncated, or changes while it is read.
+        ConfigError: if the file is unreadable, not a tar, damaged or truncated, or if it changes during the scan.
         StorageError: if the file system fails.
     """
     before = stat_tar(tar)
@@ -50,6 +54,8 @@ def reason_to_skip(extension: str) -> str:
 
 
 class _Sample(NamedTuple):
+    """The members of one sample."""
+
     members: dict[str, tuple[int, int, int]]
     """Offset, size and CRC-32 by extension."""
 
@@ -62,11 +68,11 @@ class _Candidate(NamedTuple):
     extension: str
     """Extension in lower case."""
     member: TarMember
-    """Place in the tar."""
+    """Offset and size in the tar."""
 
 
 def _scan(tar: str, with_checksums: bool) -> tuple[dict[str, _Sample], dict[str, Skipped]]:
-    """Groups the members of a tar into samples; returns them by key, and the members left out, by reason."""
+    """Groups the members of a tar; returns the samples by key, and the skipped members by reason."""
     samples: dict[str, _Sample] = {}
     skipped: dict[str, Skipped] = {}
     candidates: list[_Candidate] = []
@@ -82,7 +88,7 @@ def _scan(tar: str, with_checksums: bool) -> tuple[dict[str, _Sample], dict[str,
             if member.skip_reason:
                 skip(member.skip_reason, member.name)
             elif member.name.rpartition("/")[2].startswith("."):
-                skip("hidden file", member.name)  # such as those that macOS adds
+                skip("hidden file", member.name)  # macOS adds some
             elif not key or extension not in _EXTENSIONS:
                 skip(reason_to_skip(extension), member.name)
             else:
@@ -104,7 +110,7 @@ def _key_to_first_dot(key: str) -> str:
 
 
 def _add(samples: dict[str, _Sample], candidate: _Candidate, descriptor: int | None) -> str:
-    """Files a member under its sample; returns the reason if it is left out."""
+    """Adds a member to its sample; returns the reason if it is left out."""
     extension, member = candidate.extension, candidate.member
     members = samples.setdefault(candidate.key, _Sample({})).members
     if extension in members:
@@ -117,11 +123,11 @@ def _add(samples: dict[str, _Sample], candidate: _Candidate, descriptor: int | N
 
 
 def _advice(tar: str) -> str:
-    """Returns advice for a file that is not a tar."""
+    """Returns advice about a file that is not a valid tar."""
     with contextlib.suppress(OSError):
         kind = kind_of_file(tar)
         if kind.endswith(("gzip data", "Zstandard data", "bzip2 data", "xz data", "LZ4 data")):
-            return f"It holds {kind}: decompress it, since single samples are read from their places in the tar."
+            return f"It holds {kind}: decompress it, because samples are read at random offsets of the tar."
         if kind and kind != "a tar archive":
             return f"It holds {kind}: leave it out of the pattern."
     if tar.lower().endswith((".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt")):
@@ -137,7 +143,7 @@ def _checksum(descriptor: int, member: TarMember) -> int:
     while position < end:
         chunk = os.pread(descriptor, min(end - position, 1 << 22), position)
         if not chunk:
-            raise TarError(f"cut off at byte {position}")
+            raise TarError(f"truncated at byte {position}")
         crc32, position = zlib.crc32(chunk, crc32), position + len(chunk)
     return crc32
 

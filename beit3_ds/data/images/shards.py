@@ -1,4 +1,4 @@
-"""Random access to the images and captions in WebDataset tar shards, without unpacking them."""
+"""Reads images and captions from WebDataset tar shards at random, without unpacking them."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,53 +21,54 @@ from beit3_ds.data.images.shard_index import NO_MEMBER, ShardIndex, StoredIndex,
 from beit3_ds.data.images.shard_scan import CAPTION_EXTENSIONS, scan_shard
 
 _EMPTY = "tar without samples"
-_MAX_GAP = 1 << 18  # bytes between the image and the caption of a sample that are read along rather than skipped
+_MAX_GAP = 1 << 18  # most bytes between a sample's image and caption that one read includes
 _OPENING_THREADS = 16
 _KINDS = {"image": (IMAGE_EXTENSIONS, MAX_IMAGE_BYTES), "caption": (CAPTION_EXTENSIONS, MAX_JSON_BYTES)}
 
 
 class TarShards:
-    """The samples of uncompressed tar files, in the order of files and of each sample's first member.
+    """The samples of uncompressed tar files, in the order of the files and of each sample's first member.
 
     The members `folder/KEY.webp` and `folder/KEY.txt` are the image and the caption of the sample `folder/KEY`. Without
     `KEY.txt` the caption is the value of `caption` in `KEY.json`. A key may hold dots: `v.one.jpg` and `v.two.jpg` are
     two samples. WebDataset ends a key at its first dot instead, for samples of several parts: beside `KEY.jpg`,
-    `KEY.txt` or `KEY.json`, `KEY.seg.png` is a further part of that sample and is left out. So every member that is a
-    sample by either rule is read or counted. All other members are counted in `skipped`.
+    `KEY.txt` or `KEY.json`, `KEY.seg.png` is a further part of that sample and is left out. So a member that belongs to
+    a sample by either rule is read or counted. All other members are counted in `skipped`.
 
-    What real corpora hold, and how it is handled:
+    The rules for what real corpora contain:
 
     | found | rule |
     |---|---|
-    | tar cut off, also between two members; damaged header; second tar appended | refused: `ConfigError` |
-    | tar unlike its index in size or modification time | refused: `ConfigError` |
-    | changed bytes under an old date | found by `beit3 prepare index --verify` |
+    | truncated tar, also between two members; damaged header; second tar appended | refused: `ConfigError` |
+    | tar whose size or modification time is not that in its index | refused: `ConfigError` |
+    | changed bytes with an old modification time | found by `beit3 prepare index --verify` |
     | a repeated name; a second image or a further part of a sample | the first counts, the others are in `skipped` |
     | hidden files; other extensions, image formats that are not read | in `skipped` |
     | tar without samples | in `skipped`; refused if no tar has any: `ConfigError` |
-    | tar or index gone, unreadable after retries | the run ends: `StorageError` |
+    | tar or index that is gone, or unreadable after retries | the run ends: `StorageError` |
     | links, devices, sparse files, names with `..` or a leading `/` | never read, in `skipped` |
-    | image empty, cut off, too large, no image, of unknown white | `BrokenRecordError` |
-    | image under another format's extension | read: the content tells |
+    | image that is empty, truncated, too large, not an image, or of unknown white | `BrokenRecordError` |
+    | image with the extension of another format | read: the content decides |
     | grey, palette, CMYK, 16 bits, alpha, animation, EXIF rotation | upright RGB on white, first frame |
     | caption missing, empty, too long, not UTF-8, with NUL or half a surrogate pair | `BrokenRecordError` |
 
-    Opening reads the headers of the index files in `cache_dir`. Without an index file it reads the tar's headers and
-    keeps about 50 bytes per sample in each process. Indices are mapped and tars stay open (`OpenFiles`), so an image, a
-    caption, or a pair whose members are neighbours in the tar takes one read and no open. Instances may be pickled.
+    Opening reads the headers of the index files in `cache_dir`. For a tar without an index file it reads the tar's
+    headers and keeps about 50 bytes per sample in each process. Indices are mapped and tars stay open (`OpenFiles`). So
+    an image, a caption, or a pair whose members are neighbours in the tar takes one read, and opens no file. Instances
+    may be pickled.
     """
 
     def __init__(self, patterns: Iterable[str], cache_dir: str | None = None, files: OpenFiles | None = None) -> None:
-        """Finds the files and their indices.
+        """Opens the tars and their indices.
 
         Args:
             patterns: files or glob patterns.
-            cache_dir: the folder that `beit3 prepare index` wrote; None scans.
+            cache_dir: folder of the indices that `beit3 prepare index` wrote; None scans the tars.
             files: keeps tars and indices open; None uses a new `OpenFiles`.
 
         Raises:
-            ConfigError: for a pattern without a match; for a file that is unreadable, not a tar, damaged, truncated or
-                changed since it was indexed; or if no tar has a sample.
+            ConfigError: if a pattern has no match; if a file is unreadable, not a tar, damaged, truncated, or changed
+                since it was indexed; or if no tar has a sample.
             StorageError: if the file system fails.
         """
         self.paths = expand_patterns(patterns)
@@ -75,20 +76,20 @@ class TarShards:
         self._indices = _open_indices(self.paths, cache_dir, self._files)
         self._ends = np.cumsum([len(index) for index in self._indices])
         if not len(self):
-            raise ConfigError(f"data: {_shorten(self.paths)} holds no samples{_all_left_out(self.skipped)}.")
+            raise ConfigError(f"data: {_shorten(self.paths)} holds no samples{_describe_skipped(self.skipped)}.")
 
     def __len__(self) -> int:
-        """Samples in all shards, broken ones included: what stands where must not depend on what can be read."""
+        """Returns the number of samples in all shards; broken ones count, so that the order does not depend on them."""
         return int(self._ends[-1]) if self.paths else 0
 
     def files(self) -> Iterator[SourceFile]:
-        """Yields the shards, with the sizes that they had when they were opened."""
+        """Yields the shards with their sizes at the time of opening."""
         for path, index in zip(self.paths, self._indices, strict=True):
             yield SourceFile(os.path.basename(path), index.tar_size, len(index))
 
     @property
     def skipped(self) -> dict[str, Skipped]:
-        """Members of all shards that are left out, by reason; an example is named with its shard."""
+        """Members of all shards that are left out, by reason; examples are named with their shards."""
         total: dict[str, Skipped] = {}
         for path, index in zip(self.paths, self._indices, strict=True):
             if not len(index):
@@ -100,7 +101,7 @@ class TarShards:
         return total
 
     def name(self, index: int) -> str:
-        """Shard and key of a sample, for messages."""
+        """Returns the shard and the key of a sample, for messages."""
         shard, record = self._record(index)
         return _name(self.paths[shard], record)
 
@@ -108,7 +109,7 @@ class TarShards:
         """Decodes the image of a sample, upright and in RGB.
 
         Raises:
-            BrokenRecordError: if it has none, or one that cannot be read.
+            BrokenRecordError: if the sample has none, or it cannot be read.
         """
         shard, record = self._record(index)
         return self._decode_image(shard, record, self._read(shard, record, "image"), min_side)
@@ -117,13 +118,13 @@ class TarShards:
         """Returns the caption of a sample, without white space around it.
 
         Raises:
-            BrokenRecordError: if it has none, or one that cannot be read.
+            BrokenRecordError: if the sample has none, or it cannot be read.
         """
         shard, record = self._record(index)
         return self._decode_caption(shard, record, self._read(shard, record, "caption"))
 
     def pair(self, index: int, min_side: int | None = None) -> tuple[Image.Image, str]:
-        """Returns the image and the caption of a sample; one read fetches both if they are neighbours in the tar.
+        """Returns the image and the caption of a sample, with one read if they are neighbours in the tar.
 
         Raises:
             BrokenRecordError: if either is missing or cannot be read.
@@ -146,17 +147,17 @@ class TarShards:
             raise BrokenRecordError(f"{_name(self.paths[shard], record)}: broken caption: {error}") from error
 
     def _read_both(self, shard: int, record: np.void) -> tuple[bytes, bytes]:
-        """Returns the bytes of the caption and of the image."""
-        places = [_place(self.paths[shard], record, kind) for kind in ("caption", "image")]
-        start, end = min(offset for offset, _ in places), max(offset + size for offset, size in places)
-        if end - start > sum(size for _, size in places) + _MAX_GAP:
+        """Reads the bytes of the caption and of the image."""
+        extents = [_extent(self.paths[shard], record, kind) for kind in ("caption", "image")]
+        start, end = min(offset for offset, _ in extents), max(offset + size for offset, size in extents)
+        if end - start > sum(size for _, size in extents) + _MAX_GAP:
             return self._read(shard, record, "caption"), self._read(shard, record, "image")
         data = self._read_range(shard, record, start, end - start)
-        caption, image = (data[offset - start : offset - start + size] for offset, size in places)
+        caption, image = (data[offset - start : offset - start + size] for offset, size in extents)
         return caption, image
 
     def _read(self, shard: int, record: np.void, kind: str) -> bytes:
-        return self._read_range(shard, record, *_place(self.paths[shard], record, kind))
+        return self._read_range(shard, record, *_extent(self.paths[shard], record, kind))
 
     def _read_range(self, shard: int, record: np.void, offset: int, size: int) -> bytes:
         tar, index = self.paths[shard], self._indices[shard]
@@ -165,7 +166,7 @@ class TarShards:
             data = read_with_retries(
                 lambda: self._files.read(tar, offset, size, expected), tar, file_errors=frozenset()
             )
-        except (FileChangedError, ValueError, OverflowError) as error:  # another tar, or a damaged index
+        except (FileChangedError, ValueError, OverflowError) as error:  # the tar was replaced, or the index is damaged
             raise BrokenRecordError(f"{_name(tar, record)}: {error}") from error
         if len(data) < size:
             raise BrokenRecordError(
@@ -183,7 +184,7 @@ class TarShards:
 
 
 def _open_indices(tars: Sequence[str], cache_dir: str | None, files: OpenFiles) -> list[ShardIndex | StoredIndex]:
-    """Opens the index of every tar, many at a time, because a shared file system answers slowly but in parallel."""
+    """Opens the indices of all tars in several threads: a shared file system is slow but serves many at once."""
     with ThreadPoolExecutor(_OPENING_THREADS) as pool:
         return list(pool.map(lambda tar: _open_index(tar, cache_dir, files), tars))
 
@@ -200,7 +201,7 @@ def _shorten(paths: Sequence[str]) -> str:
     return paths[0] if len(paths) == 1 else f"none of {len(paths)} tars, {paths[0]} to {paths[-1]},"
 
 
-def _all_left_out(skipped: Mapping[str, Skipped]) -> str:
+def _describe_skipped(skipped: Mapping[str, Skipped]) -> str:
     reasons = [f"{found.num_members:,} {reason} ({found.example})" for reason, found in skipped.items()]
     return f": left out are {'; '.join(reasons)}" if reasons else ""
 
@@ -209,8 +210,8 @@ def _name(tar: str, record: np.void) -> str:
     return printable(f"{tar}:{record['key'].decode('utf-8', 'backslashreplace')}")
 
 
-def _place(tar: str, record: np.void, kind: str) -> tuple[int, int]:
-    """Returns offset and size of a sample's image or caption.
+def _extent(tar: str, record: np.void, kind: str) -> tuple[int, int]:
+    """Returns the offset and the size in bytes of a sample's image or caption.
 
     Raises:
         BrokenRecordError: if it is missing or too large.

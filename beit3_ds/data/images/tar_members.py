@@ -1,8 +1,8 @@
 """The members of an uncompressed tar file, header by header.
 
-The standard library's `tarfile` takes a damaged header for the end of the archive, stops at the first end although a
-second archive may follow, follows negative sizes backwards and reads an extended header of any claimed size. For
-training data these are lost or wrong samples and hangs, so the headers are read here: ustar, GNU and pax.
+The standard library's `tarfile` treats a damaged header as the end of the archive, ignores a second archive after the
+first one, follows negative sizes backwards, and reads extended headers of any claimed size. With training data this
+loses samples, reads wrong ones, or hangs. So this module reads the headers itself: ustar, GNU and pax.
 """
 
 import os
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 _BLOCK = 512
-_MAX_EXTENDED_SIZE = 1 << 20  # of a long name or pax header; real ones hold some hundred bytes
+_MAX_EXTENDED_SIZE = 1 << 20  # of a long name or a pax header; real ones have some hundred bytes
 _CHECKSUM = slice(148, 156)
 _OCTAL = re.compile(rb" *([0-7]*)[ \0]*")
 _PAX_RECORD = re.compile(rb"(\d{1,20}) ([^=]+)=")
@@ -19,24 +19,24 @@ _NOT_FILES = {b"1": "link", b"2": "link", b"3": "special file", b"4": "special f
 
 
 class TarError(Exception):
-    """A tar file is damaged or cut off; the message says where."""
+    """A tar file is damaged or truncated; the message says where."""
 
 
 class TarMember(NamedTuple):
-    """One member that is not a folder."""
+    """One member of a tar file that is not a folder."""
 
     name: str
     """Full name; bytes that are not UTF-8 are surrogate escapes."""
     offset: int
-    """Byte at which its data begin."""
+    """Offset of its data, in bytes."""
     size: int
-    """Bytes of its data."""
+    """Size of its data, in bytes."""
     skip_reason: str
     """Why it must not be read (`link`, `special file`, `sparse file`, `unsafe name`); empty for a plain file."""
 
 
 class _Extended(NamedTuple):
-    """What extended headers say about the next member."""
+    """Facts about the next member from extended headers."""
 
     name: bytes | None = None
     size: int | None = None
@@ -44,20 +44,20 @@ class _Extended(NamedTuple):
 
 
 def iterate_tar_members(descriptor: int) -> Iterator[TarMember]:
-    """Yields the members of an open tar file in their order, folders left out; reads headers only.
+    """Yields the members of an open tar file in order, without folders; reads headers only.
 
-    Links are never followed. Memory and time are bounded by the file's size, whatever its headers claim.
+    Links are never followed. The size of the file bounds memory and time, whatever the headers claim.
 
     Raises:
-        TarError: for a damaged header, a file that is cut off (also where a member ends: the end-of-archive block must
-            be there), or data behind that block, such as those of a second tar appended to the first.
+        TarError: if a header is damaged; if the file is truncated, even at the end of a member, because the
+            end-of-archive block is required; or if data follow that block, such as a second tar.
     """
     file_size = os.fstat(descriptor).st_size
     position, extended = 0, _Extended()
     while True:
         block = os.pread(descriptor, _BLOCK, position)
         if len(block) < _BLOCK:
-            raise TarError(f"cut off at byte {position}: the end-of-archive block is missing")
+            raise TarError(f"truncated at byte {position}: the end-of-archive block is missing")
         if not any(block):
             break
         _check_header(block, position)
@@ -70,9 +70,9 @@ def iterate_tar_members(descriptor: int) -> Iterator[TarMember]:
         if kind == b"S":
             data = _end_of_sparse_map(descriptor, block, data)
         member = _member(block, kind, data, size, extended)
-        has_data = kind not in b"123456"  # of these only a header is stored, whatever size it names
+        has_data = kind not in b"123456"  # these have only a header, whatever size it names
         if has_data and data + member.size > file_size:
-            raise TarError(f"cut off at byte {file_size}, in the data of {member.name!r}")
+            raise TarError(f"truncated at byte {file_size}, in the data of {member.name!r}")
         position = data + _padded(member.size) if has_data else data
         extended = _Extended()
         if kind != b"5" and not (kind == b"\0" and member.name.endswith("/")):
@@ -92,15 +92,15 @@ def _check_header(block: bytes, position: int) -> None:
     unsigned = sum(rest) + 8 * ord(" ")
     # Some old writers summed signed bytes.
     if stored != unsigned and stored != unsigned - 256 * sum(byte > 127 for byte in rest):
-        raise TarError(f"damaged at byte {position}: the header's checksum does not fit")
+        raise TarError(f"damaged at byte {position}: the checksum of the header is wrong")
 
 
 def _number(field: bytes, position: int) -> int:
-    if field[0] == 0x80:  # GNU's binary form, for sizes beyond 8 GiB
+    if field[0] == 0x80:  # binary form of GNU, for sizes above 8 GiB
         return int.from_bytes(field[1:], "big")
     match = _OCTAL.fullmatch(field)
     if match is None:
-        raise TarError(f"damaged at byte {position}: {field!r} is no number")
+        raise TarError(f"damaged at byte {position}: {field!r} is not a number")
     return int(match[1] or b"0", 8)
 
 
@@ -114,7 +114,7 @@ def _member(block: bytes, kind: bytes, data: int, size: int, extended: _Extended
     name = raw_name.decode("utf-8", "surrogateescape")
     reason = _NOT_FILES.get(kind, "")
     if kind == b"S" or extended.is_sparse:
-        reason = "sparse file"  # its data are not the file's bytes
+        reason = "sparse file"  # its data are not the bytes of the file
     elif kind not in b"\x0007" and not reason:
         reason = "special file"
     elif name.startswith("/") or ".." in name.split("/") or "\0" in name:
@@ -127,7 +127,7 @@ def _read_extended(descriptor: int, kind: bytes, data: int, size: int, extended:
         raise TarError(f"damaged at byte {data}: an extended header of {size} bytes")
     content = os.pread(descriptor, size, data)
     if len(content) < size:
-        raise TarError(f"cut off in the extended header at byte {data}")
+        raise TarError(f"truncated in the extended header at byte {data}")
     if kind == b"L":
         return extended._replace(name=content.partition(b"\0")[0])
     if kind == b"K":  # the target of a link
@@ -147,7 +147,7 @@ def _read_extended(descriptor: int, kind: bytes, data: int, size: int, extended:
 
 def _pax_size(value: bytes, position: int) -> int:
     if not (value.isdigit() and len(value) <= 20):
-        raise TarError(f"damaged at byte {position}: {value!r} is no number")
+        raise TarError(f"damaged at byte {position}: {value!r} is not a number")
     return int(value)
 
 

@@ -1,1 +1,1 @@
-"""The order of samples as a pure function of seed and position."""
+"""Order of the samples: a pure function of the seed and the position."""

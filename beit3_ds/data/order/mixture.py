@@ -1,4 +1,4 @@
-"""Assigns the positions of an endless order to weighted sources."""
+"""Mixes weighted sources: assigns each position of a stream to a source."""
 
 from collections.abc import Sequence
 
@@ -11,23 +11,23 @@ _SHARE_PARTS = 10**6
 def assign_sources(
     weights: Sequence[float], positions: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Divides an endless order between sources, as evenly as their weights allow.
+    """Assigns positions of a stream to its sources, as evenly as the weights allow.
 
-    Of n positions source 0 takes floor(n * its share), source 1 its share of the rest, and so on. Position p belongs to
-    the source whose count grows from p to p + 1 positions. So every source visits its own places 0, 1, 2, ... without a
-    gap, and its count differs from its share of the first n positions by less than the number of sources. Shares are
-    rounded to a millionth, so that integers keep this exact up to 9e12 positions.
+    Of the first n positions source 0 takes floor(n * its share), source 1 takes its share of the rest, and so on.
+    Position p belongs to the source whose count grows between p and p + 1 positions. So every source visits its own
+    places 0, 1, 2, ... without a gap, and its count differs from its share of the first n positions by less than the
+    number of sources. Shares are rounded to a millionth, so integers are exact up to 9e12 positions.
 
     Args:
         weights: weight of each source, above 0.
-        positions: (n,) int64.
+        positions: positions in the stream, (n,) int64.
 
     Returns:
-        The source of each position and its place in the order of that source, (n,) int64 each.
+        The source of each position, and the place of the position in the order of that source, (n,) int64 each.
     """
     parts = mixture_shares(weights)
     sources, places = np.empty_like(positions), np.empty_like(positions)
-    left = positions  # positions so far that the sources before this one did not take
+    left = positions  # earlier positions that no source before this one takes
     unassigned = np.ones(len(positions), dtype=bool)
     for source, part in enumerate(parts):
         remaining = sum(parts[source:])
@@ -40,7 +40,7 @@ def assign_sources(
 
 
 def positions_per_source(weights: Sequence[float], positions: int) -> list[int]:
-    """Counts the positions that each source has in `assign_sources`, of the first `positions` ones."""
+    """Returns the number of positions that `assign_sources` gives to each source, among the first `positions` ones."""
     parts, left, taken = mixture_shares(weights), positions, []
     for source, part in enumerate(parts):
         taken.append(left * part // sum(parts[source:]))
@@ -49,5 +49,5 @@ def positions_per_source(weights: Sequence[float], positions: int) -> list[int]:
 
 
 def mixture_shares(weights: Sequence[float]) -> list[int]:
-    """Returns the sources' shares in millionths, at least one each; equal shares mean equal turns."""
+    """Returns the share of each source in millionths, at least 1; equal shares give equal assignments."""
     return [max(1, round(weight / sum(weights) * _SHARE_PARTS)) for weight in weights]

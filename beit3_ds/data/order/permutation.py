@@ -7,14 +7,14 @@ from numpy.typing import NDArray
 
 from beit3_ds.data.randomness import sample_rng
 
-_ROUNDS = 8  # four make a Feistel network pseudo-random (Luby and Rackoff, 1988); tiny domains need some more
+_ROUNDS = 8  # four make a Feistel network pseudo-random (Luby and Rackoff, 1988); tiny domains need more
 _BLOCKS = "blocks "
 
 
 class KeyedPermutation:
     """A bijection of range(size), chosen by a generator's draws, in constant memory.
 
-    A Feistel network permutes the smallest domain of 2^(2b) numbers that holds `size`. A number that comes out outside
+    A Feistel network permutes the smallest domain of 2^(2b) numbers that holds `size`. A result outside
     range(size) passes through again until it is inside (cycle walking), fewer than four times on average.
     """
 
@@ -40,7 +40,7 @@ class KeyedPermutation:
 
 
 class BlockPermutation:
-    """A bijection of range(size) that visits neighbours soon after each other, in constant memory.
+    """A bijection of range(size) that visits neighbours within a short time, in constant memory.
 
     Blocks of consecutive samples are visited in a shuffled order. Each window of that order, a given number of blocks,
     is shuffled as a whole. Block 0 starts at a random sample, and sample 0 follows the last one. The samples beyond
@@ -48,12 +48,12 @@ class BlockPermutation:
     """
 
     def __init__(self, size: int, seed: int, key: Sequence[str | int], block: int, window: int) -> None:
-        """Takes what the order depends on.
+        """Draws the order of the blocks.
 
         Args:
             size: number of samples.
             seed: the run's seed.
-            key: key of this order.
+            key: distinguishes the orders of one run.
             block: samples per block.
             window: blocks per window.
         """
@@ -80,14 +80,14 @@ class BlockPermutation:
         places = first + KeyedPermutation(size, rng)(positions - first)
         ranks, offsets = np.divmod(places, self._block)
         in_block = ranks < self._num_blocks
-        samples = places.copy()  # those beyond the last whole block
+        samples = places.copy()  # the samples beyond the last whole block
         if self._blocks is not None and in_block.any():
             samples[in_block] = self._blocks(ranks[in_block]) * self._block + offsets[in_block]
         return samples
 
 
 def order_permutation(seed: int, key: Sequence[str | int], size: int) -> KeyedPermutation | BlockPermutation:
-    """Builds the permutation of (seed, key) over range(size), by blocks if `block_key` is part of the key."""
+    """Builds the permutation of range(size) for (seed, key); by blocks if the key contains a `block_key`."""
     for part in key:
         if isinstance(part, str) and part.startswith(_BLOCKS):
             block, window = map(int, part.removeprefix(_BLOCKS).split("x"))
@@ -96,7 +96,7 @@ def order_permutation(seed: int, key: Sequence[str | int], size: int) -> KeyedPe
 
 
 def block_key(block: int, window: int) -> str:
-    """Returns the part of a key that asks for a `BlockPermutation`; so a stored key tells how an epoch was shuffled."""
+    """Returns the part of a key that selects `BlockPermutation`; a stored key then says how an epoch was shuffled."""
     return f"{_BLOCKS}{block}x{window}"
 
 

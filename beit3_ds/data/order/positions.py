@@ -1,4 +1,4 @@
-"""Positions of the sources of a stream in their epochs, which a checkpoint stores and an order starts from."""
+"""Position of a stream: how far each source is in its epoch, as a checkpoint stores it and an order starts from it."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ _OLD_NAMES = {
     "num_unseen": "num_remaining",
     "parked": "removed",
 }
-"""Names of fields in checkpoints of development versions before 0.2, with their names now."""
+"""Current names of fields by their names in checkpoints from before version 0.2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,34 +23,34 @@ class SourcePosition:
     """A source as it was when its position was stored."""
 
     id: int
-    """Number that it keeps in this stream, whatever its place among the sources."""
+    """Number of the source in this stream, which never changes, whatever its place among the sources."""
     path: str
     """Path in the config."""
     size: int
-    """Samples."""
+    """Number of samples."""
     digest: str
-    """Digest of the numbers of its samples (`prefix_digest.prefix_digest`)."""
+    """Digest of all its samples (`prefix_digest.prefix_digest`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SetPosition:
-    """Position of a set of samples in its epochs: one source of a weighted stream, or all sources of another stream."""
+    """Position in the epochs of a set of samples: one source of a weighted stream, or all sources of another stream."""
 
     epoch: int
     """The current epoch, from 0."""
     taken: int
-    """Samples taken of the set that `key` shuffles."""
+    """Samples taken so far from the set that `key` shuffles."""
     key: tuple[str | int, ...]
-    """Key, beside the run's seed, of the permutation of the samples in `remaining`."""
+    """Key of the permutation of the samples in `remaining`, beside the run's seed."""
     remaining: tuple[Any, ...] | None = None
-    """Samples that the epoch had left when the data last changed (`remaining.to_nodes`); None is all of the set."""
+    """Samples that remained when the data last changed (`remaining.to_nodes`); None means the whole set."""
     num_remaining: int | None = None
-    """Samples in `remaining`."""
+    """Number of samples in `remaining`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RemovedSource:
-    """A source that was removed from the config, with the rest of its epoch in case it is added again."""
+    """A source that was removed from the config, and the rest of its epoch in case the source is added again."""
 
     source: SourcePosition
     epoch: int
@@ -59,36 +59,36 @@ class RemovedSource:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamPosition:
-    """Position of a stream, as plain data that does not depend on the layout of ranks."""
+    """Position of a stream as plain data, the same under every layout of ranks."""
 
     stream: str
     seed: int
-    """The run's seed, which shuffles the epochs."""
+    """Seed of the run, which shuffles the epochs."""
     samples_per_step: int
     weights: tuple[float, ...] | None
     """Weights of the sources; None if they form one set."""
     mixture_position: int
-    """Samples taken since the weights were last changed."""
+    """Samples taken from all sources since the weights last changed."""
     sources: tuple[SourcePosition, ...]
-    """The sources in the order of the config, which also numbers the stream's samples."""
+    """The sources in the order of the config, which numbers the samples of the stream."""
     sets: tuple[SetPosition, ...]
     """One set per source if there are weights, else one set."""
     removed: tuple[RemovedSource, ...] = ()
     """Sources that are no longer in the config."""
     next_id: int
-    """Id of the next new source."""
+    """Id that the next new source gets."""
     blocks: tuple[int, int] | None = None
-    """Samples per block and blocks per window (`permutation.BlockPermutation`); None shuffles an epoch as a whole."""
+    """Samples per block and blocks per window (`permutation.BlockPermutation`); None shuffles whole epochs."""
     changes: int = 0
-    """Number of times that the data changed between two starts."""
+    """Number of starts at which the data had changed."""
 
     @property
     def total(self) -> int:
-        """Number of samples of the stream."""
+        """Number of samples in the stream."""
         return sum(source.size for source in self.sources)
 
     def base_key(self, number: int) -> tuple[str | int, ...]:
-        """Returns the key of a set's shuffles without the epoch; sets of one size are shuffled differently."""
+        """Returns the key of a set's shuffles, without the epoch; sets of equal size are shuffled differently."""
         key = (self.stream,) if self.weights is None else (self.stream, number)
         return key if self.blocks is None else (*key, block_key(*self.blocks))
 
@@ -100,7 +100,7 @@ class StreamPosition:
         return start, start + self.sources[number].size
 
     def bounds(self, source_id: int) -> tuple[int, int]:
-        """See `remaining.Bounds`."""
+        """Returns the range of a source's sample numbers in the stream (`remaining.Bounds`)."""
         start = 0
         for source in self.sources:
             if source.id == source_id:
@@ -109,16 +109,16 @@ class StreamPosition:
         return gone_bounds(source_id)
 
     def remaining(self, number: int) -> RemainingSamples | None:
-        """Returns the samples that a set's epoch had left when the data last changed; None is all."""
+        """Returns the samples that remained in a set's epoch when the data last changed; None means the whole set."""
         nodes = self.sets[number].remaining
         return None if nodes is None else from_nodes(nodes, self.bounds)
 
     def start_epoch(self, number: int, epoch: int) -> SetPosition:
-        """Returns a set at the beginning of an epoch."""
+        """Returns the position of a set at the beginning of an epoch."""
         return SetPosition(epoch=epoch, taken=0, key=(*self.base_key(number), epoch))
 
     def advanced(self, samples: int) -> "StreamPosition":
-        """Returns the position after a number of further samples."""
+        """Returns the position after a number of further samples of the stream."""
         if samples == 0:
             return self
         if self.weights is None:
@@ -142,7 +142,7 @@ class StreamPosition:
         return dataclasses.replace(self.start_epoch(number, position.epoch + 1 + epochs), taken=taken)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the position as a JSON object, without the stream's name."""
+        """Returns the position as a JSON object, without the name of the stream."""
         content = dataclasses.asdict(self)
         del content["stream"]
         return content
@@ -156,7 +156,7 @@ def start_position(
     sources: Sequence[SourcePosition],
     blocks: tuple[int, int] | None = None,
 ) -> StreamPosition:
-    """Returns the position before the first sample; the ids of the sources must be 0, 1, 2, ... in their order."""
+    """Builds the position before the first sample; the ids of the sources must be 0, 1, 2, ... in their order."""
     position = StreamPosition(
         stream=stream,
         seed=seed,

@@ -1,8 +1,7 @@
-"""Continues a stream whose sources, weights, seed or batch may have changed since its position was stored.
+"""Resumes a stream from a stored position, even if its sources, weights, seed or batch have changed since.
 
-No sample comes twice in an epoch: the rest of the epoch continues, joined with new samples. Sources are matched by
-path, or else by content. If the samples of a source are numbered differently than before, nothing tells which ones were
-seen, so the source begins its next epoch.
+No sample comes twice in an epoch: the rest of the epoch is joined with new samples and continues. If samples were
+inserted, removed or reordered within a source, nothing tells which ones were used, so the source begins its next epoch.
 """
 
 import dataclasses
@@ -10,15 +9,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from beit3_ds.data.order.positions import RemovedSource, SetPosition, StreamPosition, start_position
-from beit3_ds.data.order.remaining import Joined, Only, Range, RemainingSamples, Rest, from_nodes, to_nodes
+from beit3_ds.data.order.remaining import Joined, Range, RemainingSamples, Rest, SourceSubset, from_nodes, to_nodes
 from beit3_ds.data.order.source_matching import FoundSource, SourceMatch, describe_changes, match_sources, same_weights
 
 _MAX_CHANGES = 100
-"""Changes within one epoch after which it ends; each one slows finding a sample and enlarges the checkpoint's entry."""
+"""Most changes of the data within one epoch, which then ends; each costs time per sample and room in checkpoints."""
 
 
 class Continued(NamedTuple):
-    """A stream's position in the data that the run found."""
+    """Position of a resumed stream in the data that the run found."""
 
     position: StreamPosition
     changes: list[str]
@@ -34,7 +33,7 @@ def new_position(
     first_epoch: int = 0,
     blocks: tuple[int, int] | None = None,
 ) -> StreamPosition:
-    """Returns the position of a stream before its first sample."""
+    """Builds the position of a stream before its first sample, for the sources that the run found."""
     described = [source.describe(number) for number, source in enumerate(sources)]
     position = start_position(stream, seed, samples_per_step, weights, described, blocks)
     sets = tuple(position.start_epoch(number, first_epoch) for number in range(len(position.sets)))
@@ -49,10 +48,10 @@ def continue_stream(
     sources: Sequence[FoundSource],
     blocks: tuple[int, int] | None = None,
 ) -> Continued:
-    """Continues a stored position with the run's settings and the sources that it finds.
+    """Resumes a stored position with the settings of the run and the sources that it found.
 
-    Without a change, or if only `samples_per_step` changed, the position stays the same, so the stream continues as if
-    it had never stopped. Changed `blocks` apply from the next epoch on; the current one keeps its order.
+    If nothing changed, or only `samples_per_step`, the position stays the same and the stream continues as if it had
+    never stopped. Changed `blocks` apply from the next epoch on; the current epoch keeps its order.
     """
     matched = match_sources(stored, sources)
     changes = describe_changes(stored, seed, samples_per_step, weights, matched)
@@ -72,7 +71,7 @@ def continue_stream(
 
 
 class _Continuation:
-    """Builds the position of a stream after its data were changed."""
+    """Builds the position of a stream whose data have changed."""
 
     def __init__(
         self,
@@ -100,7 +99,7 @@ class _Continuation:
         )
 
     def position(self, changes: list[str]) -> StreamPosition:
-        """Returns the stream's position now; appends a line to `changes` for each epoch that had to end."""
+        """Returns the new position; appends a line to `changes` for each epoch that had to end."""
         if self._weights is None:
             sets = [self._join_all()]
         else:
@@ -115,7 +114,7 @@ class _Continuation:
         return dataclasses.replace(self._now, sets=tuple(sets), removed=self._keep_removed())
 
     def _keeps_mixture(self) -> bool:
-        """Returns whether the sources still take turns as before."""
+        """Returns whether sources and weights are the same, so that positions are assigned as before."""
         return (
             same_weights(self._weights, self._stored.weights)
             and self._weights is not None
@@ -123,7 +122,7 @@ class _Continuation:
         )
 
     def _continue_source(self, number: int, match: SourceMatch) -> SetPosition:
-        """Returns the set of one source of a stream with weights."""
+        """Returns the position of one source of a stream with weights."""
         if match.kind == "renumbered" and match.before is not None:
             return self._now.start_epoch(number, self._epoch(match.before.id) + 1)
         if match.kind == "new" or match.before is None:
@@ -138,7 +137,7 @@ class _Continuation:
         return self._shuffle(number, self._epoch(match.id), [self._left_of(match), *self._growth(match)])
 
     def _join_all(self) -> SetPosition:
-        """Returns the one set of a stream without weights."""
+        """Returns the position of the only set of a stream without weights."""
         known = [match for match in self._matched if match.kind in ("same", "grown")]
         gone = [match for match in self._matched if match.kind == "renumbered" and match.before is not None]
         epochs = [self._epoch(match.id) for match in known]
@@ -157,7 +156,7 @@ class _Continuation:
         return self._shuffle(0, max(epochs, default=0), parts)
 
     def _shuffle(self, number: int, epoch: int, parts: Sequence[RemainingSamples]) -> SetPosition:
-        """Returns a set whose epoch has these samples left, or its next epoch if there are none."""
+        """Returns a set with these samples remaining in its epoch; without samples, the start of its next epoch."""
         parts = [part for part in parts if len(part)]
         if not parts:
             return self._now.start_epoch(number, epoch + 1)
@@ -172,14 +171,14 @@ class _Continuation:
         return self._stored.sets[0 if self._stored.weights is None else self._number[source_id]].epoch
 
     def _left_of(self, match: SourceMatch) -> RemainingSamples:
-        """Returns the samples that one source had before and that its epoch has left."""
+        """Returns the samples that a source had before and that remain in its epoch."""
         for entry in self._stored.removed:
             if entry.source.id == match.id:
                 return from_nodes(entry.remaining, self._now.bounds)
         return self._left_of_set([match.id])
 
     def _left_of_set(self, ids: Sequence[int]) -> RemainingSamples:
-        """Returns the samples that the epoch has left of some sources of one stored set."""
+        """Returns the samples of some sources that remain in the epoch of one stored set."""
         stored = self._stored
         number = 0 if stored.weights is None else self._number[ids[0]]
         old = stored.sets[number]
@@ -192,17 +191,17 @@ class _Continuation:
         left: RemainingSamples = Rest(whole, stored.seed, old.key, old.taken) if old.taken else whole
         if {member.id for member in members} <= set(ids):
             return left
-        return Only(left, tuple(ids), tuple(self._now.bounds(one) for one in ids))
+        return SourceSubset(left, tuple(ids), tuple(self._now.bounds(one) for one in ids))
 
     def _growth(self, match: SourceMatch) -> list[RemainingSamples]:
-        assert match.before is not None, "only what was there before grows"
+        assert match.before is not None, "a new source cannot have grown"
         return [self._range(match, match.before.size)] if match.kind == "grown" else []
 
     def _range(self, match: SourceMatch, first: int) -> RemainingSamples:
         return Range(match.id, first, match.found.size, self._now.bounds(match.id)[0])
 
     def _keep_removed(self) -> tuple[RemovedSource, ...]:
-        """Keeps the rest of the epoch of sources that are no longer in the config and did not return renumbered."""
+        """Returns the sources that are no longer in the config, each with the rest of its epoch."""
         replaced = {match.before.id for match in self._matched if match.before is not None}
         removed = [entry for entry in self._stored.removed if entry.source.id not in replaced]
         for source in self._stored.sources:

@@ -1,4 +1,4 @@
-"""The order of all streams of a run, from its first step or from the positions in a checkpoint."""
+"""Order of all streams of a run, from its first step or from the positions in a checkpoint."""
 
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -15,14 +15,14 @@ from beit3_ds.data.order.source_matching import FoundSource
 from beit3_ds.data.order.stream import StreamOrder
 
 POSITIONS = "positions"
-"""Key of the streams' positions in the state of the data that a checkpoint holds."""
+"""Key of the positions in the data state of a checkpoint."""
 
 
 class RunOrder:
-    """Chooses the samples of every step, as a pure function of the run's start position and of the step.
+    """Chooses the samples of every step, as a pure function of the start position and the step.
 
-    A stream with K samples per step takes the K samples that follow those of the previous step. Ranks and workers only
-    divide them.
+    A stream with K samples per step takes the K samples after those of the previous step. Ranks and workers only divide
+    them.
     """
 
     def __init__(self, config: DataConfig, seed: int, streams: Mapping[str, Iterable[IdentifiedSamples]]) -> None:
@@ -39,11 +39,11 @@ class RunOrder:
         self._orders = {name: StreamOrder(self._new_position(name)) for name in streams}
 
     def resume(self, first_step: int, data: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
-        """Continues the streams at their positions in a checkpoint.
+        """Moves the streams to their positions in a checkpoint.
 
         Args:
             first_step: number of steps done.
-            data: state of the data in the checkpoint; a checkpoint of an older version has no positions.
+            data: data state of the checkpoint; a checkpoint of version 0.1 has no positions.
             before: sections of the configuration that wrote the checkpoint.
 
         Returns:
@@ -54,8 +54,8 @@ class RunOrder:
         lines: list[str] = []
         if POSITIONS not in data:
             lines.append(
-                f"the checkpoint has no positions of its data, because an older version wrote it: they follow from its "
-                f"{first_step} steps and its settings. If files were changed since, repeats cannot be excluded"
+                f"the checkpoint has no positions of its data, because an older version wrote it: they are computed "
+                f"from its {first_step} steps and its settings. If files have changed since, repeats cannot be excluded"
             )
         for name in self._orders:
             if POSITIONS in data:
@@ -63,7 +63,7 @@ class RunOrder:
             else:
                 position = self._derive(name, first_step, before)
             if position is None:
-                lines.append(f"data.{name}: nothing is known of where the stream was; it begins with its first sample")
+                lines.append(f"data.{name}: its position is unknown; it begins with its first sample")
                 self._orders[name] = StreamOrder(self._new_position(name))
                 continue
             stream = self._config.streams()[name]
@@ -77,11 +77,11 @@ class RunOrder:
         return lines
 
     def state_after(self, step: int) -> dict[str, Any]:
-        """Returns the streams' positions after `step` steps for a checkpoint, including streams that are left out."""
+        """Returns the positions after `step` steps, for a checkpoint; streams that the run leaves out keep theirs."""
         return self._absent | {name: self._position_after(name, step).to_json() for name in self._orders}
 
     def samples(self, stream: str, step: int, slots: range) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns the epochs and samples that fill some slots of a step, (len(slots),) int64 each."""
+        """Returns the epoch and the sample for each of some slots of a step, (len(slots),) int64 each."""
         return self._orders[stream](self._samples_since(stream, step) + np.arange(slots.start, slots.stop))
 
     def _samples_since(self, stream: str, step: int) -> int:
@@ -102,9 +102,9 @@ class RunOrder:
         )
 
     def _derive(self, name: str, step: int, before: Mapping[str, Any]) -> StreamPosition | None:
-        """Returns the position after `step` steps for a checkpoint without positions, as if the data never changed.
+        """Computes the position after `step` steps for a checkpoint without positions; None if a source is missing.
 
-        Assumes that its sources held then what they hold now. None if one of them is missing.
+        Assumes that the data have not changed since.
         """
         stream = before["data"][name]
         found = {source.path: source for source in self._found[name]}

@@ -10,32 +10,36 @@ from beit3_ds.data.order.positions import RemovedSource, SourcePosition, StreamP
 
 @dataclass(frozen=True, kw_only=True)
 class FoundSource:
-    """A source as the run finds it at its start."""
+    """A source as a run finds it at its start."""
 
     path: str
     """Path in the config."""
     size: int
-    """Samples."""
+    """Number of samples."""
     digest: Callable[[int], str]
-    """Returns the digest of the numbers of a given count of first samples (`prefix_digest.prefix_digest`)."""
+    """Returns the digest of the first samples, for a given count (`prefix_digest.prefix_digest`)."""
 
     def describe(self, source_id: int) -> SourcePosition:
-        """Returns the source as a checkpoint stores it."""
+        """Describes the source for a checkpoint."""
         return SourcePosition(id=source_id, path=self.path, size=self.size, digest=self.digest(self.size))
 
 
 class SourceMatch(NamedTuple):
-    """A source that was found, and the same source when the position was stored."""
+    """A source that the run found, and the same source as the stored position describes it."""
 
     found: FoundSource
     id: int
+    """Id of the source in the stream; a new one if nothing is known about its samples."""
     kind: str
     """`same`, `grown`, `renumbered` or `new`."""
     before: SourcePosition | None
+    """Description of the source in the stored position; None if it is new."""
     removed: RemovedSource | None
+    """Rest of the source's epoch, if the source was removed from the config and is now back."""
 
 
 def match_sources(stored: StreamPosition, sources: Sequence[FoundSource]) -> list[SourceMatch]:
+    """Matches found sources with stored ones by path, or else by content; returns one match per found source."""
     by_path = {source.path: source for source in stored.sources}
     removed = {entry.source.path: entry for entry in stored.removed}
     paths = {source.path for source in sources}

@@ -1,7 +1,8 @@
-"""Endless order of samples: reshuffled every epoch, computed and never stored.
+"""Endless order of a stream's samples: reshuffled every epoch, computed and never stored.
 
-Randomness: the order of a stream's only set of samples is keyed by (seed, stream, epoch), the order of one of several
-weighted sources by (seed, stream, source, epoch). The turns of sources are not random (`mixture.assign_sources`).
+Randomness: without weights all samples of a stream are one set, whose order is keyed by (seed, stream, epoch). With
+weights the order of each source is keyed by (seed, stream, source, epoch); the choice of the source is not random
+(`mixture.assign_sources`).
 """
 
 from collections.abc import Sequence
@@ -15,10 +16,10 @@ from beit3_ds.data.order.positions import SourcePosition, StreamPosition, start_
 
 
 class StreamOrder:
-    """The endless order of a stream from a position on, a pure function of the position and the samples since."""
+    """Endless order of a stream after a position: a pure function of the position and the samples since then."""
 
     def __init__(self, position: StreamPosition) -> None:
-        """Takes the position to start from."""
+        """Starts the order at a position."""
         self.position = position
         self._remaining = [position.remaining(number) for number in range(len(position.sets))]
         self._places = (
@@ -26,10 +27,10 @@ class StreamOrder:
         )
 
     def __call__(self, since: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Finds the epoch and the sample at each number of samples since the position; all (n,) int64.
+        """Returns the epoch and the sample at each number of samples since the position; all (n,) int64.
 
-        The epoch is the number of times that the sample's source was used up before (without weights: the whole
-        stream). A stream numbers its samples consecutively: those of source 0, then those of source 1, and so on.
+        The epoch says how often the sample's source was used up before; without weights, how often the stream was. A
+        stream numbers its samples consecutively: those of source 0, then those of source 1, and so on.
         """
         weights = self.position.weights
         if weights is None or self._places is None:
@@ -42,7 +43,7 @@ class StreamOrder:
         return epochs, samples
 
     def _find(self, number: int, since: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns the epochs and samples of one set at each number of samples since the position."""
+        """Returns the epoch and the sample of one set at each number of its samples since the position."""
         position, remaining = self.position.sets[number], self._remaining[number]
         first, last = self.position.set_bounds(number)
         left = last - first if remaining is None else len(remaining)
@@ -65,7 +66,7 @@ class StreamOrder:
 def order_from_start(
     seed: int, stream: str, sizes: Sequence[int], weights: Sequence[float] | None = None
 ) -> StreamOrder:
-    """Builds the order of a stream from its first sample on, for sources of these sizes."""
+    """Builds the order of a stream from its first sample, for sources of given sizes."""
     sources = [SourcePosition(id=i, path=str(i), size=size, digest="") for i, size in enumerate(sizes)]
     return StreamOrder(start_position(stream, seed, 0, weights, sources))
 
@@ -73,16 +74,16 @@ def order_from_start(
 def samples_at(
     seed: int, key: tuple[str | int, ...], positions: NDArray[np.int64], size: int, first_epoch: int = 0
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Finds the samples at positions of one set's endless order.
+    """Returns the epoch and the sample at each position in the endless order of one set.
 
-    Position p is in epoch first_epoch + p // size; every epoch holds each sample once, in its own order. Step s with k
-    samples per step takes positions [s*k, (s+1)*k), so an epoch may end within a step.
+    Position p is in epoch first_epoch + p // size. Every epoch contains each sample once, in its own order. With k
+    samples per step, step s takes the positions [s*k, (s+1)*k), so an epoch may end within a step.
 
     Args:
         seed: the run's seed.
-        key: the stream and, if it has weights, the source, so that sets of one size are shuffled differently.
-        positions: (n,) int64.
-        size: samples of the set.
+        key: the stream and, if it has weights, the source, so that sets of equal size are shuffled differently.
+        positions: positions in the order, (n,) int64.
+        size: samples in the set.
         first_epoch: epoch of position 0.
 
     Returns:

@@ -108,7 +108,7 @@ def prepare_texts(
     share = [piece for pieces_of_source in pieces for piece in pieces_of_source][part.number - 1 :: part.count]
     separator = data.document_separator
     kept = [done for piece in share if (done := _finished(folder, piece, tokenizer, separator))]
-    finished = {done.source for done in kept}
+    finished = {done.piece for done in kept}
     todo = [piece for piece in share if piece not in finished]
     broken = BrokenLines(data.max_broken_records)
     broken.extend([line for done in kept for line in done.broken])
@@ -141,7 +141,7 @@ def _finished(folder: Path, piece: TextPiece, tokenizer: TextTokenizer, document
     """The token file of a piece if it need not be written again."""
     with suppress(ConfigError):  # missing or damaged
         done = read_token_piece(token_path(folder, piece))
-        made_with = (done.source, done.tokenizer, done.document_separator)
+        made_with = (done.piece, done.tokenizer, done.document_separator)
         if made_with == (piece, tokenizer.fingerprint, document_separator) and done.fits(os.stat(piece.path)):
             return done
     return None
@@ -181,7 +181,7 @@ def _with_progress(finished: Iterable[TokenPiece], pieces: Sequence[TextPiece]) 
             num_tokens += done.num_tokens
             rate = num_tokens / max(bar.format_dict["elapsed"], 1e-9)
             bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-            bar.update(done.source.stop - done.source.start)
+            bar.update(done.piece.stop - done.piece.start)
             yield done
 
 

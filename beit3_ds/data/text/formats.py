@@ -1,4 +1,4 @@
-"""Finds the format of a text file by its name and its first bytes; files of other formats are refused.
+"""Finds the format of a text file by its name and its first bytes, and refuses files of other formats.
 
 | name, in lower or upper case | content |
 |---|---|
@@ -27,14 +27,14 @@ from beit3_ds.data.files.printing import printable
 from beit3_ds.data.files.reading import open_for_reading
 
 DECOMPRESSION_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
-"""Exceptions of reading a damaged or missing file."""
+"""Exceptions that reading a damaged or missing file raises."""
 
 _JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".ldjson")
 _GZIP, _ZSTANDARD = (".gz", ".gzip"), (".zst", ".zstd")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _KEY_TEXT = re.compile(r'[{,]\s*"text"\s*:\s*"')
 _HEAD_BYTES = 1 << 16
-_COMPRESSED_BYTES = 8 << 10  # zstandard decompresses a whole block of input at once
+_COMPRESSED_BYTES = 8 << 10  # zstandard decompresses all of its input at once
 _CHUNK_BYTES = 1 << 20
 
 _TO_JSONL = 'write the column of texts as JSONL, one {"text": ...} per line'
@@ -46,14 +46,14 @@ _OTHERS = {
     **dict.fromkeys((".pdf", ".doc", ".docx", ".odt", ".epub", ".ps"), "is a document: extract its text"),
     **dict.fromkeys((".tar", ".tgz", ".zip", ".7z", ".rar"), "is an archive: unpack it"),
     **dict.fromkeys((".bz2", ".xz", ".lz4", ".lzma", ".br", ".z"), "is compressed: use gzip or Zstandard"),
-    **dict.fromkeys((".npy", ".npz", ".bin", ".pt", ".pkl", ".h5", ".hdf5", ".safetensors", ".spm"), "is no text"),
+    **dict.fromkeys((".npy", ".npz", ".bin", ".pt", ".pkl", ".h5", ".hdf5", ".safetensors", ".spm"), "is not text"),
     **dict.fromkeys((f".{name}" for name in (*IMAGE_EXTENSIONS, *UNREAD_IMAGE_EXTENSIONS)), "is an image"),
-    **dict.fromkeys((".mp3", ".mp4", ".wav", ".flac", ".webm", ".mkv"), "is no text"),
+    **dict.fromkeys((".mp3", ".mp4", ".wav", ".flac", ".webm", ".mkv"), "is not text"),
 }
 
 
 class TextFormat(NamedTuple):
-    """Kind and compression of a text file, which decide how it is read."""
+    """Kind and compression of a text file."""
 
     kind: Literal["plain", "json_lines", "json_values"]
     """Kind of the decompressed content."""
@@ -62,7 +62,7 @@ class TextFormat(NamedTuple):
 
     @property
     def is_read_whole(self) -> bool:
-        """Whether the file can only be read from its beginning."""
+        """Returns whether the file can only be read from its beginning."""
         return bool(self.compression) or self.kind == "json_values"
 
 
@@ -70,7 +70,7 @@ def find_text_format(path: str) -> TextFormat:
     """Finds the format of a file.
 
     Raises:
-        ConfigError: if the file has another format, with advice, or cannot be opened.
+        ConfigError: if the file has another format, or cannot be opened.
         StorageError: if the file system fails.
     """
     compression, extension = _split_name(path)
@@ -86,19 +86,19 @@ def find_text_format(path: str) -> TextFormat:
         raise ConfigError(f"data: {printable(path)} cannot be read: {error}. Fetch it again.") from error
     if kind := kind_of_bytes(head):
         advice = "Convert it with iconv" if "UTF" in kind else "Give it the name of its format, or leave it out"
-        raise ConfigError(f"data: {printable(path)} holds {kind}, no UTF-8 text. {advice}.")
+        raise ConfigError(f"data: {printable(path)} holds {kind}, not UTF-8 text. {advice}.")
     if extension != ".json" and extension not in _JSON_LINES:
         if _starts_with_record(head):
             raise ConfigError(
-                f"data: {printable(path)} holds JSON objects with 'text'. Name it *.jsonl, else every line "
-                "would be read as text, braces and keys included."
+                f"data: {printable(path)} holds JSON objects with 'text'. Name it *.jsonl; otherwise every line "
+                "is read as text, braces and keys included."
             )
         return TextFormat("plain", compression)
     return TextFormat(_kind_of_json(head, extension, is_whole=len(head) < _HEAD_BYTES), compression)
 
 
 def open_decompressed(path: str, compression: Literal["", "gzip", "zstandard"]) -> BinaryIO:
-    """Opens a file for reading its decompressed content, with retries; a truncated compressed file raises EOFError."""
+    """Opens a file to read its decompressed content, with retries; a truncated compressed file raises EOFError."""
     if compression == "gzip":
         return cast(BinaryIO, gzip.GzipFile(fileobj=open_for_reading(path)))
     if compression == "zstandard":
@@ -121,7 +121,7 @@ def _kind_of_json(head: bytes, extension: str, is_whole: bool) -> Literal["json_
     if head.startswith(b"["):
         return "json_values"
     line, newline, _ = head.partition(b"\n")
-    # Of a line that is longer than what was read it is not known whether it is one value.
+    # If the line is longer than the bytes that were read, it may or may not be one value.
     if extension in _JSON_LINES or not (newline or is_whole):
         return "json_lines"
     try:
@@ -139,13 +139,13 @@ def _starts_with_record(head: bytes) -> bool:
         return False
     try:
         record, _ = json.JSONDecoder().raw_decode(text)
-    except (ValueError, RecursionError):  # not JSON, or longer than the bytes that were read
+    except (ValueError, RecursionError):  # not JSON, or longer than `head`
         return len(head) == _HEAD_BYTES and _KEY_TEXT.search(text) is not None
     return isinstance(record, dict) and isinstance(record.get("text"), str)
 
 
 class _ZstandardFrames(io.RawIOBase):
-    """Reads all frames of a .zst file; a truncated frame is an error, which zstandard's own reader hides."""
+    """Reads all frames of a .zst file; unlike zstandard's reader, raises an error for a truncated frame."""
 
     def __init__(self, path: str) -> None:
         self._file = open_for_reading(path)

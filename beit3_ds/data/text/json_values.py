@@ -1,4 +1,4 @@
-"""Streams JSON values, alone or in lists, with one value in memory at a time."""
+"""Reads the JSON values of a file, alone or in lists, with one value in memory at a time."""
 
 import json
 import re
@@ -11,10 +11,10 @@ _BLANKS_AND_COMMAS = re.compile(r"[ \t\r\n,]*")
 
 
 def iterate_json_values(file: TextIO, max_characters: int) -> Iterator[Any]:
-    """Yields the values of a file; a list at the top is replaced by its elements.
+    """Yields the values of a file; of a list at the top level it yields the elements.
 
     Raises:
-        ValueError: for a truncated or damaged file, or for a value of more than `max_characters`.
+        ValueError: if the file is truncated or damaged, or a value has more than `max_characters`.
     """
     decoder = json.JSONDecoder()
     buffer, position, is_in_list = "", 0, False
@@ -24,25 +24,25 @@ def iterate_json_values(file: TextIO, max_characters: int) -> Iterator[Any]:
         if position < len(buffer) and buffer[position] == ("]" if is_in_list else "["):
             position, is_in_list = position + 1, not is_in_list
             continue
-        reason, value, end, is_parsed = "cut off within a list", None, len(buffer), False
+        reason, value, end, is_parsed = "truncated within a list", None, len(buffer), False
         if position < len(buffer):
             try:
                 value, end = decoder.raw_decode(buffer, position)
                 is_parsed = True
             except (json.JSONDecodeError, RecursionError) as error:
                 reason = f"not JSON: {getattr(error, 'msg', 'nested too deeply')}"
-        if end < len(buffer):  # else the rest of the value may not be read yet
+        if end < len(buffer):  # otherwise the buffer may end within the value
             yield value
             position = end
             continue
-        # Reads twice as much each time, so that a long value does not take quadratic time.
+        # Reading twice as much each time avoids quadratic time for a long value.
         if not (more := file.read(max(_CHUNK, len(buffer) - position))):
             if is_parsed:
                 yield value
             elif position < len(buffer):
                 raise ValueError(reason)
             if is_in_list:
-                raise ValueError("cut off within a list")
+                raise ValueError("truncated within a list")
             return
         if len(buffer) - position > max_characters:
             raise ValueError(f"a value of more than {max_characters} characters, or {reason}")

@@ -1,9 +1,9 @@
-"""Streams the paragraphs of text files: plain text or JSON, compressed or not.
+"""Reads the paragraphs of text files: plain text or JSON, compressed or not.
 
-`text_formats` finds the format of a file. In plain text a line is a paragraph, and blank lines separate documents. In
-JSON every object is a document; the lines of its `text` are the paragraphs. At most one line or JSON value is in
-memory, and a line of more than 16 MiB is left out, so memory is bounded for every file. Lines end with a newline, a
-carriage return, or both.
+`formats` finds the format of a file. In plain text a line is a paragraph, and blank lines separate documents. In JSON
+every object is a document, and the lines of its `text` are the paragraphs. At most one line or JSON value is in memory,
+and a line of more than 16 MiB is left out, so memory is bounded for every file. Lines end with a newline, a carriage
+return, or both.
 """
 
 import io
@@ -30,31 +30,31 @@ class TextPiece(NamedTuple):
     """The lines of a file that start in a range of its bytes."""
 
     path: str
-    """The file."""
+    """Path of the file."""
     start: int
-    """First byte."""
+    """First byte of the range."""
     stop: int
-    """One past the last byte; a compressed file or one of JSON values is a single piece, as it is only read whole."""
+    """One past the last byte. A compressed file and a file of JSON values is one piece, because it is read whole."""
 
 
 class Paragraph(NamedTuple):
     """A paragraph of a text."""
 
     text: str
-    """The text, which is not blank and has no white space around it."""
+    """The text; it is not blank, and has no white space around it."""
     ends_document: bool
     """Whether the paragraph is the last one of its document."""
 
 
 class BrokenLines:
-    """Lines that were left out, counted against a budget.
+    """Counts the lines that are left out, against a budget.
 
     Attributes:
         lines: file, line number and reason of each.
     """
 
     def __init__(self, budget: float) -> None:
-        """Allows for `budget` lines."""
+        """Allows `budget` lines."""
         self.lines: list[str] = []
         self._budget = budget
 
@@ -62,18 +62,18 @@ class BrokenLines:
         """Counts one line.
 
         Raises:
-            ConfigError: with the first lines, if there are now more than the budget.
+            ConfigError: if there are more lines than the budget, with the first ones.
         """
         self.extend([line])
 
     def extend(self, lines: list[str]) -> None:
-        """Counts several lines; raises as `add`."""
+        """Counts several lines, and raises as `add` does."""
         self.lines.extend(lines)
         if len(self.lines) > self._budget:
             shown = "\n  ".join(self.lines[:_SHOWN])
             raise ConfigError(
                 f"data: {len(self.lines)} lines of text cannot be read; data.max_broken_records="
-                f"{self._budget} allows for fewer. Repair the files (iconv converts to UTF-8) or raise it. The first "
+                f"{self._budget} allows fewer. Repair the files (iconv converts to UTF-8) or raise it. The first "
                 f"of them:\n  {shown}"
             )
 
@@ -82,17 +82,17 @@ def whole_file(path: str) -> TextPiece:
     """Returns the piece that covers a whole file.
 
     Raises:
-        ConfigError: if the file cannot be read, or holds no text.
+        ConfigError: if the file cannot be read, or is not a text file.
         StorageError: if the file system fails.
     """
     return cut_into_pieces(path, math.inf)[0]
 
 
 def cut_into_pieces(path: str, piece_bytes: float) -> list[TextPiece]:
-    """Cuts a file into pieces of `piece_bytes` that can be read separately, or one piece if it must be read whole.
+    """Cuts a file into pieces of `piece_bytes` that can be read separately; one piece if it must be read whole.
 
     Raises:
-        ConfigError: if the file cannot be read, or holds no text.
+        ConfigError: if the file cannot be read, or is not a text file.
         StorageError: if the file system fails.
     """
     text_format, size = find_text_format(path), os.path.getsize(path)
@@ -107,8 +107,8 @@ def read_paragraphs(piece: TextPiece, broken: BrokenLines) -> Iterator[Paragraph
 
     Args:
         piece: the piece to read.
-        broken: counts lines and JSON values that are not text (`check_is_text`), not UTF-8, not JSON objects with a
-            `text`, or too long.
+        broken: counts lines and JSON values that are not valid text (`check_is_text`), not UTF-8, not JSON objects
+            with a `text`, or too long.
 
     Raises:
         ConfigError: if the file cannot be read, decompressed or parsed as JSON values, or if too many lines are broken.
@@ -134,10 +134,10 @@ def _paragraphs_of_values(file: BinaryIO, path: str, broken: BrokenLines) -> Ite
                 yield from _mark(_paragraphs_of_record(value))
             except ValueError as error:
                 broken.add(f"{printable(path)}:{number}: {error}")
-    except ValueError as error:  # of the file; errors of single values are counted above
+    except ValueError as error:  # an error of the file; errors of single values are counted above
         raise ConfigError(
             f"data: {printable(path)} cannot be read as JSON after value {number}: {error}. Repair it, or write one "
-            "object per line (JSONL): there a broken line is left out alone."
+            "object per line (JSONL), where only the broken line is left out."
         ) from error
 
 
@@ -146,7 +146,7 @@ def _paragraphs_of_lines(
 ) -> Iterator[Paragraph]:
     first = _find_first_line(file, piece)
     lines_before: int | None = None
-    held: str | None = None  # a paragraph that may still turn out to end its document
+    held: str | None = None  # a paragraph that may be the last one of its document
     is_plain = text_format.kind == "plain"
     for number, is_inside, part in _read_parts(file, first, math.inf if text_format.is_read_whole else piece.stop):
         if not is_inside and held is None:
@@ -161,7 +161,7 @@ def _paragraphs_of_lines(
         except ValueError as error:
             if not is_inside:  # the next piece counts it
                 continue
-            if lines_before is None:  # computed only here, because it reads the file up to the piece
+            if lines_before is None:  # counted only when needed, because it reads the file up to the piece
                 lines_before = _count_lines(piece.path, first)
             broken.add(f"{printable(piece.path)}:{lines_before + number}: {error}")
             continue
@@ -173,7 +173,7 @@ def _paragraphs_of_lines(
 
 
 def _mark(paragraphs: list[str]) -> Iterator[Paragraph]:
-    """Yields the paragraphs of one document and marks the last one."""
+    """Yields the paragraphs of one document, the last one marked."""
     for number, paragraph in enumerate(paragraphs, 1):
         yield Paragraph(paragraph, ends_document=number == len(paragraphs))
 
@@ -207,18 +207,18 @@ def _decode(line: bytes) -> str:
 
 
 def _find_first_line(file: BinaryIO, piece: TextPiece) -> int:
-    """Moves to the first line that starts in the piece and returns where that is."""
+    """Seeks the first line that starts in the piece; returns its offset."""
     if piece.start == 0:
         return 0
-    file.seek(piece.start - 1)  # the byte before may be the newline that makes piece.start a start of a line
+    file.seek(piece.start - 1)  # if the byte before is a newline, a line starts at piece.start
     return piece.start - 1 + _skip_line(file)
 
 
 def _read_parts(file: BinaryIO, position: int, stop: float) -> Iterator[tuple[int, bool, bytes]]:
     """Yields the lines from `position` on, cut at carriage returns.
 
-    Each comes with its line number by newlines, from 1, and whether that line starts before `stop`. A line that is too
-    long is truncated.
+    Yields tuples: the number of the line, counted from 1 by newlines; whether that line starts before `stop`; and the
+    bytes, truncated if the line is too long.
     """
     number = 0
     while line := file.readline(_MAX_LINE_BYTES + 1):
@@ -233,7 +233,7 @@ def _read_parts(file: BinaryIO, position: int, stop: float) -> Iterator[tuple[in
 
 
 def _skip_line(file: BinaryIO) -> int:
-    """Reads to the end of the line in bounded memory and returns the number of bytes."""
+    """Reads to the end of the line in bounded memory; returns the number of bytes."""
     skipped = 0
     while part := file.readline(_CHUNK_BYTES):
         skipped += len(part)
@@ -243,7 +243,7 @@ def _skip_line(file: BinaryIO) -> int:
 
 
 def _count_lines(path: str, stop: int) -> int:
-    """The lines that end before byte `stop`; 0 for a compressed file, whose one piece starts at 0."""
+    """Counts the lines that end before byte `stop`; 0 for a compressed file, whose only piece starts at 0."""
     count = 0
     with open_for_reading(path) as file:
         while chunk := file.read(min(_CHUNK_BYTES, stop)):

@@ -1,12 +1,12 @@
-"""Where sentences start in a paragraph of ids, and where one longer than a sequence is cut.
+"""Finds the sentences in paragraphs of ids, and cuts paragraphs that are longer than a sequence.
 
 A sentence ends with `.`, `!`, `?` or `…` before white space or an East Asian character, or with `。` or a full-width
-`!` or `?` before anything; closing quotes and brackets that follow at once belong to it. So "3.5" and "?q=" hold no
-end, and "Mr. Smith" holds one: the rule knows no abbreviations.
+`!` or `?` before anything. Closing quotes and brackets that follow directly belong to the sentence. So "3.5" and "?q="
+contain no end, and "Mr. Smith" contains one, because the rule knows no abbreviations.
 
-It reads the pieces that ids stand for, not the text: one look-up a token where paragraphs are long. Ids stay those of
-the whole paragraph, and token files need no marks. An end that no border of pieces shows, because the vocabulary lacks
-its character or a piece goes on behind it, is not seen.
+The rule reads the pieces that ids mean, not the text, with one look-up per token of a long paragraph. So the ids stay
+those of the whole paragraph, and token files need no marks. It misses an end that is not a border of pieces, because
+the vocabulary lacks the character or the piece continues after it.
 """
 
 from bisect import bisect_right
@@ -18,28 +18,28 @@ from numpy.typing import NDArray
 
 from beit3_ds.tokenizers.text import TextTokenizer
 
-_SPACE = "\u2581"  # as SentencePiece writes it
-_WIDE_MARKS = "。！？｡"  # noqa: RUF001, they are meant
+_SPACE = "\u2581"  # SentencePiece's symbol for white space
+_WIDE_MARKS = "。！？｡"  # noqa: RUF001, these characters are intended
 _MARKS = f".!?…{_WIDE_MARKS}"
-_ENDS, _ENDS_WIDE, _CLOSES, _OPENS, _OPENS_AFTER_WIDE = (1 << bit for bit in range(5))  # what pieces do to sentences
+_ENDS, _ENDS_WIDE, _CLOSES, _OPENS, _OPENS_AFTER_WIDE = (1 << bit for bit in range(5))  # effects of pieces on sentences
 
 
 class ParagraphCutter:
-    """Cuts paragraphs of one tokenizer's ids at sentences. Holds two bytes an id of the vocabulary."""
+    """Cuts paragraphs of one tokenizer's ids at sentences; takes two bytes per id of the vocabulary."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
-        """Reads what the pieces of the tokenizer say about sentences."""
+        """Finds the effect of every piece of the tokenizer on sentences."""
         self._words, self._eos_id = tokenizer.word_borders(), tokenizer.eos_id
         pieces = (tokenizer.piece(id_) for id_ in range(tokenizer.vocab_size))
         kinds = (_kind(piece, *map(bool, borders)) for piece, *borders in zip(pieces, *self._words, strict=True))
         self._kinds = np.fromiter(kinds, dtype=np.uint8, count=tokenizer.vocab_size)
 
     def content_lengths(self, ids: NDArray[np.generic], lengths: NDArray[np.generic]) -> NDArray[np.int64]:
-        """Counts the ids of each paragraph, without a separator (EOS) at its end.
+        """Counts the ids of each paragraph, without the separator (EOS) at its end.
 
         Args:
             ids: all ids of the paragraphs, (n,).
-            lengths: number of ids of each paragraph, (paragraphs,).
+            lengths: number of ids per paragraph, (paragraphs,).
 
         Returns:
             The counts, (paragraphs,).
@@ -50,14 +50,14 @@ class ParagraphCutter:
         return contents
 
     def sentence_starts(self, ids: NDArray[np.generic], lengths: NDArray[np.generic]) -> NDArray[np.int64]:
-        """Finds the sentences of paragraphs behind their first ones.
+        """Finds the starts of all sentences of paragraphs except the first of each.
 
         Args:
             ids: all ids of the paragraphs, (n,).
-            lengths: ids of each paragraph, (paragraphs,).
+            lengths: number of ids per paragraph, (paragraphs,).
 
         Returns:
-            Number of the first id of each, rising.
+            Number of the first id of each sentence, ascending.
         """
         kinds = self._kinds[ids]
         ends = np.flatnonzero(kinds & (_ENDS | _ENDS_WIDE))
@@ -69,14 +69,14 @@ class ParagraphCutter:
         return starts[(kinds[starts] & opens) > 0]
 
     def cuts(self, ids: NDArray[np.generic], lengths: NDArray[np.generic], limit: int) -> Iterator[int]:
-        """Cuts paragraphs longer than `limit` into sequences of at most `limit` ids, separators not counted.
+        """Cuts paragraphs longer than `limit` into sequences of at most `limit` ids, not counting separators.
 
-        A sequence ends at the last end of a sentence that fits. Within a sentence longer than a sequence it ends before
-        the last start of a word that fits, and within a word longer than a sequence where it is full.
+        A sequence ends with the last sentence that fits. A sentence longer than a sequence is cut before the last word
+        that does not fit whole, and a word longer than a sequence is cut where the sequence is full.
 
         Args:
             ids: all ids of the paragraphs, (n,).
-            lengths: number of ids of each paragraph, (paragraphs,).
+            lengths: number of ids per paragraph, (paragraphs,).
             limit: most ids of a sequence.
 
         Yields:
@@ -98,7 +98,7 @@ class ParagraphCutter:
 
 
 def _skip_runs(positions: NDArray[np.int64], skipped: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Moves each position that is in `skipped`, rising, behind the run of numbers there that it is in."""
+    """Moves each position that is in `skipped` (ascending) past the consecutive numbers there."""
     if not len(skipped):
         return positions
     run_ends = skipped[np.append(np.flatnonzero(np.diff(skipped) > 1), len(skipped) - 1)] + 1
@@ -109,9 +109,9 @@ def _skip_runs(positions: NDArray[np.int64], skipped: NDArray[np.int64]) -> NDAr
 
 
 def _kind(piece: str, starts_word: bool, ends_word: bool) -> int:
-    """What a piece does to sentences: a sum of `_ENDS` and the others."""
+    """Returns the effect of a piece on sentences: a sum of `_ENDS` and the other flags."""
     if ends_word and piece.endswith(_SPACE):
-        # White space follows at once: any mark ends a sentence, whatever comes next.
+        # White space follows, so any mark ends a sentence, whatever comes next.
         kind = _kind(piece[:-1], starts_word, ends_word=False) if piece != _SPACE else 0
         return kind & ~_ENDS | _ENDS_WIDE if kind & _ENDS else kind
     rest = piece
@@ -122,10 +122,10 @@ def _kind(piece: str, starts_word: bool, ends_word: bool) -> int:
     kind = 0
     if rest[-1] in _MARKS:
         kind = _ENDS_WIDE if rest[-1] in _WIDE_MARKS else _ENDS
-    goes_on = piece[0] in _MARKS or _is_closer(piece[0])
-    if not goes_on:
+    continues = piece[0] in _MARKS or _is_closer(piece[0])
+    if not continues:
         kind |= _OPENS_AFTER_WIDE
-    if starts_word or (east_asian_width(piece[0]) in ("W", "F") and not goes_on):
+    if starts_word or (east_asian_width(piece[0]) in ("W", "F") and not continues):
         kind |= _OPENS
     return kind
 

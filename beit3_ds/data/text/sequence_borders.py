@@ -1,4 +1,4 @@
-"""Sequences of a prepared text: where they start, and how they are read from the token files."""
+"""Sequences of a prepared text file: writes their borders, and reads them from the token files."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -27,15 +27,21 @@ from beit3_ds.data.text.token_files import (
 from beit3_ds.data.text.tokenization import TokenizedParagraphs, sequence_starts
 from beit3_ds.tokenizers.text import TextTokenizer
 
-_BORDERS = -1  # number of the borders' map among those of pieces
+_BORDERS = -1  # key of the map of borders among the maps of the pieces
 _CHUNK_TOKENS = 1 << 20
 
 
-def write_borders(
-    folder: Path, source: str, pieces: Sequence[TokenPiece], length: int, cutter: ParagraphCutter
-) -> None:
-    """Writes where the sequences of at most `length` tokens, BOS and EOS included, start, unless that is done."""
-    path = _borders_path(folder, source, length)
+def write_borders(folder: Path, text: str, pieces: Sequence[TokenPiece], length: int, cutter: ParagraphCutter) -> None:
+    """Writes the borders of a text file's sequences, unless they are up to date.
+
+    Args:
+        folder: folder of the token files.
+        text: the text file, by its path in the config.
+        pieces: all token files of the text file.
+        length: most tokens of a sequence, BOS and EOS included.
+        cutter: cuts long paragraphs.
+    """
+    path = _borders_path(folder, text, length)
     fingerprint = _fingerprint(pieces)
     with suppress(ConfigError):  # missing or damaged
         if read_footer(path)["pieces"] == fingerprint:
@@ -51,51 +57,51 @@ def write_borders(
 
 
 class PreparedText:
-    """The sequences of one source file, read from its token files.
+    """The sequences of one text file, read from its token files.
 
-    Nothing is loaded: ids and borders are mapped at their first use, so all processes of a machine share the page
-    cache. Maps keep no file open. A pickled copy maps the files again.
+    Ids and borders are mapped at their first use and never loaded, so all processes of a machine share the page cache.
+    Maps keep no file open. A pickled copy maps the files again.
     """
 
     def __init__(
-        self, folder: Path, source: str, tokenizer: TextTokenizer, length: int, document_separator: bool = True
+        self, folder: Path, text: str, tokenizer: TextTokenizer, length: int, document_separator: bool = True
     ) -> None:
         """Opens the files and reads their footers.
 
         Args:
             folder: folder of the token files.
-            source: the source file, by its path in the config.
-            tokenizer: tokenizer that must have made the token files.
+            text: the text file, by its path in the config.
+            tokenizer: tokenizer with which the token files must have been made.
             length: most tokens of a sequence, BOS and EOS included.
             document_separator: setting with which the token files must have been made.
 
         Raises:
-            ConfigError: naming the file that is missing, damaged or out of date.
+            ConfigError: if a file is missing, damaged or out of date, with its name.
         """
-        self._pieces = find_token_pieces(folder, source, tokenizer, document_separator)
+        self._pieces = find_token_pieces(folder, text, tokenizer, document_separator)
         self.broken = tuple(line for piece in self._pieces for line in piece.broken)
-        self._borders_path = _borders_path(folder, source, length)
+        self._borders_path = _borders_path(folder, text, length)
         if not self._borders_path.exists():
             raise ConfigError(
-                f"data: {self._borders_path} is missing: {source} is tokenized, but not cut into sequences of "
+                f"data: {self._borders_path} is missing: {text} is tokenized, but not cut into sequences of "
                 f"data.text_length={length} tokens. {REDO}"
             )
         footer = read_footer(self._borders_path)
         if footer["pieces"] != _fingerprint(self._pieces):
-            raise ConfigError(f"data: {self._borders_path} is older than the token files beside it. {REDO}")
+            raise ConfigError(f"data: {self._borders_path} does not fit the token files beside it. {REDO}")
         self._num_borders: int = footer["count"]
         self._piece_starts = np.cumsum([0, *(piece.num_tokens for piece in self._pieces)])
         self._maps: dict[int, NDArray[np.generic]] = {}
 
     def __len__(self) -> int:
-        """Sequences in the source."""
+        """Returns the number of sequences."""
         return self._num_borders - 1
 
     def ids(self, index: int) -> NDArray[np.generic]:
-        """Reads the ids of a sequence, without BOS; the last one is EOS if a document ends there.
+        """Reads the ids of a sequence, without BOS; the last id is EOS if a document ends there.
 
         Raises:
-            StorageError: if a file cannot be mapped. A file that fails later, when its map is read, ends the process.
+            StorageError: if a file cannot be mapped. If a read of the map fails later, the process dies.
         """
         start, stop = (int(border) for border in self._borders()[index : index + 2])
         parts = []
@@ -121,33 +127,33 @@ class PreparedText:
         return self._maps[number]
 
     def __getstate__(self) -> dict[str, Any]:
-        # NumPy would pickle a map as a copy of all it shows.
+        # NumPy would pickle a map as a copy of its contents.
         return vars(self) | {"_maps": {}}
 
 
 def _map_with_retries(path: Path, open_map: Callable[[], NDArray[np.generic]]) -> NDArray[np.generic]:
-    """Maps a file that existed when the run started; if it no longer can be mapped, its storage is at fault."""
+    """Maps a file that existed when the run started; a failure is therefore one of the storage."""
     try:
         return read_with_retries(open_map, str(path), file_errors=frozenset())
     except OSError as error:  # an error without a number: the file was truncated
         raise storage_error(str(path), error, attempts=1) from error
 
 
-def _borders_path(folder: Path, source: str, length: int) -> Path:
-    return folder / f"{file_stem(source)}.length-{length}.borders"
+def _borders_path(folder: Path, text: str, length: int) -> Path:
+    return folder / f"{file_stem(text)}.length-{length}.borders"
 
 
 def _fingerprint(pieces: Sequence[TokenPiece]) -> str:
-    """Digest of what borders depend on beside the length: which tokens there are."""
+    """Computes a digest of all that borders depend on, beside the length."""
     facts = [
-        (piece.tokenizer, piece.document_separator, piece.source.start, piece.source_size, piece.source_mtime_ns)
+        (piece.tokenizer, piece.document_separator, piece.piece.start, piece.text_size, piece.text_mtime_ns)
         for piece in pieces
     ]
     return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
 
 
 def _chunks(pieces: Sequence[TokenPiece]) -> Iterator[TokenizedParagraphs]:
-    """All paragraphs, in chunks of about `_CHUNK_TOKENS` that are mapped one by one: few pages stay in memory."""
+    """Yields all paragraphs in chunks of about `_CHUNK_TOKENS`, mapped one at a time to keep few pages in memory."""
     for piece in pieces:
         lengths, position = piece.paragraph_lengths(), 0
         for first in range(0, len(lengths), COPY_NUMBERS):

@@ -1,4 +1,4 @@
-"""Text files as token sequences of bounded length."""
+"""Cuts text files into token sequences of bounded length."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,20 +21,20 @@ from beit3_ds.tokenizers.text import TextTokenizer
 class TextSequences:
     """The texts of files, cut into sequences of at most `length` tokens.
 
-    Consecutive paragraphs of a file share a sequence as long as the next one fits whole. They may belong to several
+    Consecutive paragraphs of a file share a sequence while the next one fits whole. They may belong to several
     documents, which EOS separates unless `document_separator` is false. Only a paragraph longer than a sequence is cut,
-    at ends of sentences, and its rest shares a sequence with the next paragraph. Only a sentence longer than a sequence
-    is cut inside, between words if possible. `beit3_ds.data.text.paragraphs` defines paragraphs, documents and readable
-    files; `beit3_ds.data.text.sentences` defines the end of a sentence.
+    at ends of sentences, and its last piece shares a sequence with the next paragraph. Only a sentence longer than a
+    sequence is cut inside, between words if possible. `paragraphs` defines paragraphs, documents and readable files;
+    `sentences` defines the end of a sentence.
 
-    Without `cache_dir` all text is tokenized at the start and kept in the memory of each process, two bytes per
-    token with a vocabulary below 65536, which suits a few gigabytes of text. With `cache_dir` the token files of
+    Without `cache_dir` all text is tokenized at the start and kept in the memory of each process: two bytes per token
+    with a vocabulary of at most 65536 pieces, which suits a few gigabytes of text. With `cache_dir` the token files of
     `beit3 prepare texts` are mapped, and opening reads one footer per 64 MiB of text. The sequences are the same.
 
     Attributes:
         paths: the files.
-        broken: the lines that were left out: file, line number and reason.
-        empty: the files that hold no text.
+        broken: the lines that are left out: file, line number and reason.
+        empty: the files without text.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class TextSequences:
             tokenizer: turns paragraphs into ids.
             length: most tokens of a sequence, BOS and EOS included; at least 3.
             cache_dir: `data.cache_dir`.
-            max_broken_lines: most lines that may be unreadable, over all files.
+            max_broken_lines: most lines that may be broken, over all files.
             document_separator: `data.document_separator`.
 
         Raises:
-            ConfigError: for a pattern without a match, an unreadable file, files without any text, too many broken
-                lines, or a token file that is missing, damaged or out of date.
+            ConfigError: if a pattern has no match, a file is unreadable, no file has text, too many lines are broken,
+                or a token file is missing, damaged or out of date.
             StorageError: if the file system fails.
         """
         self.paths = expand_patterns(patterns)
@@ -80,18 +80,18 @@ class TextSequences:
         self.empty = tuple(path for path, text in zip(self.paths, self._files, strict=True) if not len(text))
         if len(self.empty) == len(self.paths):
             more = f" and {len(self.paths) - 1} more" if len(self.paths) > 1 else ""
-            raise ConfigError(f"data: {printable(self.paths[0])}{more} holds no text. Leave it out of the config.")
+            raise ConfigError(f"data: no text in {printable(self.paths[0])}{more}. Leave it out of the config.")
         self._first_of_file = np.cumsum([0, *(len(file) for file in self._files)])
 
     def __len__(self) -> int:
-        """Sequences in all files."""
+        """Returns the number of sequences in all files."""
         return int(self._first_of_file[-1])
 
     def files(self) -> Iterator[SourceFile]:
-        """Yields the text files with their numbers of sequences, which also depend on the tokenizer.
+        """Yields the text files with their numbers of sequences, which depend on the tokenizer too.
 
         Raises:
-            ConfigError: if a file is no longer there.
+            ConfigError: if a file is gone.
         """
         for path, sequences in zip(self.paths, self._files, strict=True):
             try:
@@ -104,12 +104,12 @@ class TextSequences:
         """Returns the ids of a sequence, BOS and EOS included, (n,) int64."""
         file = self._file_of(index)
         ids = self._files[file].ids(index - int(self._first_of_file[file]))
-        if ids[-1] == self._eos_id:  # a document ends where the sequence does
+        if ids[-1] == self._eos_id:  # the sequence ends with a document
             ids = ids[:-1]
         return np.concatenate([[self._bos_id], ids, [self._eos_id]]).astype(np.int64)
 
     def name(self, index: int) -> str:
-        """File of a sequence and its number there, for messages."""
+        """Returns the file of a sequence and its number there, for messages."""
         file = self._file_of(index)
         return f"{self.paths[file]}:{index - self._first_of_file[file]}"
 
@@ -120,12 +120,12 @@ class TextSequences:
 
 
 def texts_folder(cache_dir: str) -> Path:
-    """Where the token files of a run lie."""
+    """Returns the folder of a run's token files."""
     return Path(cache_dir) / "texts"
 
 
 class _TextInMemory:
-    """The sequences of one source file, read and tokenized at once."""
+    """The sequences of one text file, tokenized at once and kept in memory."""
 
     def __init__(
         self,

@@ -1,15 +1,16 @@
-"""Token files: what `beit3 prepare texts` writes, and how training reads it without loading it.
+"""Token files, which `beit3 prepare texts` writes and training maps.
 
-The tokens of a source file lie in one file for each of its pieces, named after the source and a digest of its path:
+Each piece of a text file has one token file, named after the text file and a digest of its path:
 
-    text.txt-5f0c9a3e11d2.000000000000.tokens     the piece that starts at byte 0
-    text.txt-5f0c9a3e11d2.000067108864.tokens     the next one
-    text.txt-5f0c9a3e11d2.length-128.borders      where the sequences of 128 tokens start, for all pieces together
+    text.txt-5f0c9a3e11d2.000000000000.tokens     tokens of the piece that starts at byte 0
+    text.txt-5f0c9a3e11d2.000067108864.tokens     tokens of the next piece
+    text.txt-5f0c9a3e11d2.length-128.borders      starts of the sequences of 128 tokens, over all pieces
 
-A `.tokens` file is all ids (uint16, or uint32 with more than 65536 of them), the tokens of each paragraph (uint32),
-and a footer; a `.borders` file is where sequences start, counted in tokens of the source, and the number of its tokens
-(int64), and a footer. A footer is JSON, its length (8 bytes) and `BEIT3TOK`; numbers are little-endian. A file is
-written aside and renamed, so one that is there is whole.
+A `.tokens` file consists of all ids (uint16, or uint32 with more than 65536 of them), the number of tokens of each
+paragraph (uint32), and a footer. A `.borders` file consists of the start of each sequence, counted in tokens of the
+text file, the total number of tokens (int64), and a footer. A footer is JSON, the length of the JSON (8 bytes) and
+`BEIT3TOK`. Numbers are little-endian. Files are written under a temporary name and renamed, so a file is complete or
+absent.
 """
 
 import hashlib
@@ -30,53 +31,55 @@ from beit3_ds.data.text.tokenization import encode_paragraphs, token_dtype
 from beit3_ds.tokenizers.text import TextTokenizer
 
 _MAGIC = b"BEIT3TOK"
-_VERSION = 3  # of the format and of the rule that cuts sequences
+_VERSION = 3  # version of the format, and of the rule that cuts sequences
 _SUFFIX = ".tokens"
 COPY_NUMBERS = 1 << 18
+"""Numbers that are copied to a file at a time."""
 REDO = "Run `beit3 prepare texts CONFIG.json`: it does what is missing or out of date and keeps the rest."
+"""Advice in messages about token files that cannot be used."""
 
 
 class TokenPiece(NamedTuple):
-    """A token file and what its footer says."""
+    """A token file, as its footer describes it."""
 
     path: Path
-    """The file."""
+    """Path of the token file."""
     dtype: str
-    """Type of the ids."""
+    """NumPy type of the ids, such as `<u2`."""
     num_tokens: int
-    """Ids in it."""
+    """Number of ids."""
     num_paragraphs: int
-    """Paragraphs in it."""
+    """Number of paragraphs."""
     tokenizer: str
-    """Fingerprint of the tokenizer that made them."""
+    """Fingerprint of the tokenizer that made the ids."""
     document_separator: bool
     """Whether every document ends with EOS."""
-    source: TextPiece
-    """What was read."""
-    source_size: int
-    """Bytes of the whole source file at that time."""
-    source_mtime_ns: int
-    """When the source file was last changed then, in nanoseconds since 1970."""
+    piece: TextPiece
+    """Piece of the text file that was tokenized."""
+    text_size: int
+    """Size of the whole text file at that time, in bytes."""
+    text_mtime_ns: int
+    """Modification time of the text file at that time, in nanoseconds since 1970."""
     broken: tuple[str, ...]
     """Lines that were left out: file, line number and reason."""
 
-    def fits(self, source: os.stat_result) -> bool:
-        """Whether the source file is still as it was, by its size and modification time."""
-        return (self.source_size, self.source_mtime_ns) == (source.st_size, source.st_mtime_ns)
+    def fits(self, text: os.stat_result) -> bool:
+        """Returns whether the text file is unchanged, by its size and modification time."""
+        return (self.text_size, self.text_mtime_ns) == (text.st_size, text.st_mtime_ns)
 
     def tokens(self, start: int = 0, stop: int | None = None) -> NDArray[np.generic]:
-        """The ids from `start` to `stop`, (stop - start,), memory-mapped."""
+        """Maps the ids from `start` to `stop`, (stop - start,)."""
         stop = self.num_tokens if stop is None else stop
         return map_array(self.path, self.dtype, start * np.dtype(self.dtype).itemsize, stop - start)
 
     def paragraph_lengths(self) -> NDArray[np.generic]:
-        """Tokens of each paragraph, (num_paragraphs,) uint32, memory-mapped."""
+        """Maps the number of tokens of each paragraph, (num_paragraphs,) uint32."""
         offset = _aligned(self.num_tokens * np.dtype(self.dtype).itemsize)
         return map_array(self.path, "<u4", offset, self.num_paragraphs)
 
 
 def token_path(folder: Path, piece: TextPiece) -> Path:
-    """Where the tokens of a piece lie. The digest of the path, as the config has it, parts sources of one name."""
+    """Returns the path of a piece's token file; a digest of the text file's path tells files of one name apart."""
     return _piece_path(folder, piece.path, piece.start)
 
 
@@ -86,7 +89,7 @@ def write_tokens(
     """Tokenizes a piece into its token file, in bounded memory.
 
     Raises:
-        ConfigError: if the source cannot be read, or more than `budget` of its lines are broken.
+        ConfigError: if the text file cannot be read, or more than `budget` of its lines are broken.
     """
     path, broken, status = token_path(folder, piece), BrokenLines(budget), os.stat(piece.path)
     dtype = token_dtype(tokenizer.vocab_size).newbyteorder("<")
@@ -113,7 +116,7 @@ def write_tokens(
             "broken": broken.lines,
         }
         write_footer(file, footer)
-    return TokenPiece(path, **footer | {"broken": tuple(broken.lines)})  # type: ignore[arg-type]
+    return _from_footer(path, footer)
 
 
 def read_token_piece(path: Path) -> TokenPiece:
@@ -122,33 +125,32 @@ def read_token_piece(path: Path) -> TokenPiece:
     Raises:
         ConfigError: if it is damaged.
     """
-    footer = read_footer(path)
-    return TokenPiece(path, **footer | {"source": TextPiece(*footer["source"]), "broken": tuple(footer["broken"])})
+    return _from_footer(path, read_footer(path))
 
 
-def count_tokens(folder: Path, sources: Iterable[str]) -> int:
-    """Counts the tokens of source files in the token files that exist so far.
+def count_tokens(folder: Path, texts: Iterable[str]) -> int:
+    """Returns the number of tokens of text files in the token files that exist so far.
 
     Raises:
-        ConfigError: if one of them is damaged.
+        ConfigError: if a token file is damaged.
     """
     names = _names(folder)
-    found = (name for source in sources for name in names.get(file_stem(source), ()))
+    found = (name for text in texts for name in names.get(file_stem(text), ()))
     return sum(read_token_piece(folder / name).num_tokens for name in found)
 
 
 def find_token_pieces(
-    folder: Path, source: str, tokenizer: TextTokenizer, document_separator: bool = True
+    folder: Path, text: str, tokenizer: TextTokenizer, document_separator: bool = True
 ) -> list[TokenPiece]:
-    """The token files of a source file, in the order of its bytes, checked to be all and up to date.
+    """Returns all token files of a text file, in the order of its bytes, after checking that they are up to date.
 
     Raises:
-        ConfigError: naming the file that is missing, damaged, or older than the source or the tokenizer.
+        ConfigError: if a token file is missing or damaged, or does not fit the text file or the tokenizer.
     """
-    status, end = os.stat(source), 0
+    status, end = os.stat(text), 0
     pieces: list[TokenPiece] = []
-    # Each piece says where the next one starts, so the folder with the pieces of all sources is never listed.
-    while (not pieces or end < status.st_size) and (path := _piece_path(folder, source, end)).exists():
+    # The end of each piece is the start of the next one, so the folder, which may be large, is never listed.
+    while (not pieces or end < status.st_size) and (path := _piece_path(folder, text, end)).exists():
         piece = read_token_piece(path)
         if piece.tokenizer != tokenizer.fingerprint:
             raise ConfigError(f"data: {piece.path} was made with another text tokenizer. {REDO}")
@@ -159,41 +161,57 @@ def find_token_pieces(
             )
         if not piece.fits(status):
             raise ConfigError(
-                f"data: {piece.path} was made when {source} had {piece.source_size} bytes and mtime_ns "
-                f"{piece.source_mtime_ns}; now they are {status.st_size} and {status.st_mtime_ns}. {REDO}"
+                f"data: {piece.path} was made when {text} had {piece.text_size} bytes and mtime_ns "
+                f"{piece.text_mtime_ns}; now they are {status.st_size} and {status.st_mtime_ns}. {REDO}"
             )
-        if pieces and piece.source.stop <= end:
-            break  # it would follow itself
+        if pieces and piece.piece.stop <= end:
+            break  # it would be its own successor
         pieces.append(piece)
-        end = piece.source.stop
+        end = piece.piece.stop
     if not pieces or end != status.st_size:
         raise ConfigError(
-            f"data: {folder} holds no tokens of {source} from byte {end} of {status.st_size}; they are not prepared, "
+            f"data: {folder} has no tokens of {text} from byte {end} of {status.st_size}; they are not prepared, "
             f"or not all parts have ended. {REDO}"
         )
     return pieces
 
 
-def remove_other_pieces(folder: Path, sources: Iterable[Sequence[TextPiece]]) -> None:
-    """Deletes token files of sources whose bytes match no piece, left from when a source was larger."""
+def remove_other_pieces(folder: Path, texts: Iterable[Sequence[TextPiece]]) -> None:
+    """Deletes token files that belong to no piece, such as those of a text file that was larger before."""
     names = _names(folder)
-    for pieces in sources:
+    for pieces in texts:
         kept = {token_path(folder, piece).name for piece in pieces}
         for name in names.get(file_stem(pieces[0].path), ()):
             if name not in kept:
                 (folder / name).unlink(missing_ok=True)
 
 
-def file_stem(source: str) -> str:
-    return f"{bounded_name(Path(source).name)}-{hashlib.blake2b(os.fsencode(source), digest_size=6).hexdigest()}"
+def _from_footer(path: Path, footer: dict[str, Any]) -> TokenPiece:
+    return TokenPiece(
+        path=path,
+        dtype=footer["dtype"],
+        num_tokens=footer["num_tokens"],
+        num_paragraphs=footer["num_paragraphs"],
+        tokenizer=footer["tokenizer"],
+        document_separator=footer["document_separator"],
+        piece=TextPiece(*footer["source"]),
+        text_size=footer["source_size"],
+        text_mtime_ns=footer["source_mtime_ns"],
+        broken=tuple(footer["broken"]),
+    )
 
 
-def _piece_path(folder: Path, source: str, start: int) -> Path:
-    return folder / f"{file_stem(source)}.{start:012d}{_SUFFIX}"
+def file_stem(text: str) -> str:
+    """Returns the beginning of the names of all files that are made from a text file."""
+    return f"{bounded_name(Path(text).name)}-{hashlib.blake2b(os.fsencode(text), digest_size=6).hexdigest()}"
+
+
+def _piece_path(folder: Path, text: str, start: int) -> Path:
+    return folder / f"{file_stem(text)}.{start:012d}{_SUFFIX}"
 
 
 def _names(folder: Path) -> dict[str, list[str]]:
-    """Returns the names of all token files, by the stem that the files of one source share."""
+    """Returns the names of all token files, by the `file_stem` of their text file."""
     names: dict[str, list[str]] = {}
     if folder.is_dir():
         for entry in os.scandir(folder):
@@ -203,6 +221,7 @@ def _names(folder: Path) -> dict[str, list[str]]:
 
 
 def map_array(path: Path, dtype: str, offset: int, count: int) -> NDArray[np.generic]:
+    """Maps `count` numbers of a file that start at byte `offset`."""
     return map_file(str(path), offset + count * np.dtype(dtype).itemsize)[offset:].view(dtype)
 
 
@@ -211,11 +230,17 @@ def _aligned(offset: int) -> int:
 
 
 def write_footer(file: BinaryIO, footer: dict[str, Any]) -> None:
+    """Writes a footer at the current position of a file."""
     data = json.dumps({"version": _VERSION, **footer}).encode()
     file.write(data + len(data).to_bytes(8, "little") + _MAGIC)
 
 
 def read_footer(path: Path) -> dict[str, Any]:
+    """Reads the footer of a file.
+
+    Raises:
+        ConfigError: if the file is missing or damaged, or of another version.
+    """
     try:
         with open(path, "rb") as file:
             end = file.seek(0, os.SEEK_END)

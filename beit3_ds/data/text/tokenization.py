@@ -1,8 +1,8 @@
-"""Streams paragraphs to ids, and ids to the borders of sequences.
+"""Encodes paragraphs to ids, and packs them into sequences.
 
 EOS separates documents, as in RoBERTa's sequences that cross documents (Liu et al., 2019, arXiv:1907.11692, section
 4.2, FULL-SENTENCES). The separator is the last id of a document's last paragraph. At the end of a sequence it is the
-sequence's own EOS and takes no room.
+EOS of the sequence and takes no extra place.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,14 +16,14 @@ from beit3_ds.data.text.sentences import ParagraphCutter
 from beit3_ds.tokenizers.text import TextTokenizer
 
 TokenizedParagraphs: TypeAlias = tuple[NDArray[np.generic], NDArray[np.generic]]
-"""All ids of consecutive paragraphs, (n,) in `token_dtype`, and how many each of them has, (paragraphs,)."""
+"""All ids of consecutive paragraphs, (n,) in `token_dtype`, and the number of ids per paragraph, (paragraphs,)."""
 
 _CHUNK_PARAGRAPHS = 4096
 _CHUNK_CHARACTERS = 1 << 20
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.generic]:
-    """The smallest type that ids are stored in: two bytes up to 65536 ids, else four."""
+    """Returns the type in which ids are stored: two bytes up to 65536 ids, otherwise four."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
@@ -33,12 +33,12 @@ def encode_paragraphs(
     """Yields the ids of consecutive paragraphs, a chunk of about a million characters at a time.
 
     Args:
-        paragraphs: paragraphs of one file or piece.
+        paragraphs: paragraphs of one file or piece, in order.
         tokenizer: turns paragraphs into ids.
-        document_separator: end every document that has ids with EOS.
+        document_separator: whether every document that has ids ends with EOS.
     """
     dtype = token_dtype(tokenizer.vocab_size)
-    is_open = False  # whether ids came since the last separator
+    is_open = False  # whether there are ids since the last separator
     for chunk in _chunks(paragraphs):
         ids, lengths = tokenizer.encode_batch([paragraph.text for paragraph in chunk])
         if document_separator:
@@ -54,19 +54,19 @@ def encode_paragraphs(
 def sequence_starts(chunks: Iterable[TokenizedParagraphs], limit: int, cutter: ParagraphCutter) -> Iterator[int]:
     """Packs consecutive paragraphs into sequences of at most `limit` tokens.
 
-    A paragraph that fits into a sequence stays whole. A longer one starts a sequence and is cut at sentences; its rest
-    shares a sequence with the next paragraph.
+    A paragraph that fits into a sequence stays whole. A longer one starts a sequence and is cut at sentences; its last
+    piece shares a sequence with the next paragraph.
 
     Args:
-        chunks: paragraphs from `encode_paragraphs`; empty ones change nothing.
-        limit: most tokens of a sequence, without a separator at its end.
+        chunks: paragraphs from `encode_paragraphs`; empty ones have no effect.
+        limit: most tokens of a sequence, not counting a separator at its end.
         cutter: cuts long paragraphs.
 
     Yields:
-        Where each sequence starts, counted in tokens from the first paragraph.
+        The start of each sequence, counted in tokens from the first paragraph.
     """
-    assert limit >= 1, f"a sequence of {limit} tokens holds no text"
-    start = end = 0  # the open sequence
+    assert limit >= 1, f"a sequence of {limit} tokens has no room for text"
+    start = end = 0  # borders of the sequence that is being filled
     for ids, lengths in chunks:
         chunk_start = end
         contents = cutter.content_lengths(ids, lengths)

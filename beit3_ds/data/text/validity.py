@@ -1,15 +1,17 @@
-"""Tells text from other data that merely decodes as text."""
+"""Recognises binary data that can be decoded as text."""
 
 import re
 
-_NO_TEXT = re.compile("[\x01-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ufffe\uffff]")  # controls but white space, noncharacters
+_NO_TEXT = re.compile(
+    "[\x01-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ufffe\uffff]"
+)  # controls except white space, and noncharacters
 _TEXT_PER_CONTROL = 10
 
 
 def check_is_text(text: str) -> None:
     """Refuses a string with NUL, half a surrogate pair, or more than a tenth of control characters.
 
-    A few control characters are accepted: web pages hold some, and SentencePiece's normalisation drops them.
+    A few control characters are accepted, because web pages have some, and SentencePiece's normalisation drops them.
 
     Raises:
         ValueError: with the reason.
@@ -20,5 +22,5 @@ def check_is_text(text: str) -> None:
         raise ValueError(f"{count} of {len(text)} characters are control characters: binary data?")
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # "\ud800" is valid JSON and no valid text
+    except UnicodeEncodeError as error:  # "\ud800" is valid in JSON but not as text
         raise ValueError(f"half a surrogate pair at character {error.start}") from error

@@ -10,29 +10,33 @@ from multiprocessing import forkserver, resource_tracker
 
 from beit3_ds.config import ConfigError
 
-_SOCKET_NAME_BYTES = 107  # of an AF_UNIX address
-_SOCKET_SUFFIX_BYTES = 40  # of multiprocessing's "/pymp-xxxxxxxx/listener-xxxxxxxx"
+_SOCKET_NAME_BYTES = 107  # longest AF_UNIX address
+_SOCKET_SUFFIX_BYTES = 40  # multiprocessing adds "/pymp-xxxxxxxx/listener-xxxxxxxx"
 _SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 def start_fork_server(preload: str) -> None:
-    """Starts the server process from which workers are forked, if there is none; it and they block some signals.
+    """Starts the server process from which workers are forked, unless it runs already.
 
-    Plain fork would copy the locks of threads that exist by now, and CUDA does not survive it. Clusters send SIGTERM or
-    SIGUSR1, and terminals SIGINT, to all processes of a run, to ask the ranks to end their step and save. Workers must
-    survive these signals, because that step still needs them.
+    A plain fork would copy the locks of this process's threads, and CUDA does not survive it.
+
+    The server and its workers block SIGTERM, SIGINT and SIGUSR1. Clusters and terminals send these signals to all
+    processes of a run, to ask the ranks to finish their step and save. The workers are still needed for that step.
+
+    Args:
+        preload: module that the server imports once for all workers.
     """
     use_short_socket_folder()
-    multiprocessing.get_context("forkserver").set_forkserver_preload([preload])  # once instead of by every worker
-    resource_tracker.ensure_running()  # else the server starts it first, which unblocks the signals
+    multiprocessing.get_context("forkserver").set_forkserver_preload([preload])
+    resource_tracker.ensure_running()  # otherwise the server starts it, which unblocks the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})  # inherited
     forkserver.ensure_running()
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def use_short_socket_folder() -> None:
-    """Moves multiprocessing's sockets to a folder with a short name, if TMPDIR is too long for a socket's address."""
-    settings = multiprocessing.current_process()._config  # type: ignore[attr-defined]  # where its own folder is kept
+    """Moves the sockets of multiprocessing to a folder with a short name if TMPDIR is too long for their addresses."""
+    settings = multiprocessing.current_process()._config  # type: ignore[attr-defined]  # holds the folder of its sockets
     folder = settings.get("tempdir") or tempfile.gettempdir()
     if len(os.fsencode(folder)) + _SOCKET_SUFFIX_BYTES <= _SOCKET_NAME_BYTES:
         return

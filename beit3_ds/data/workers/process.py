@@ -1,4 +1,4 @@
-"""A process that prepares items for this one; every wait for it has a time limit."""
+"""One worker process that prepares items for this process; every wait for it has a time limit."""
 
 import contextlib
 import multiprocessing
@@ -22,9 +22,9 @@ from beit3_ds.data.workers.fork_server import start_fork_server
 from beit3_ds.data.workers.transport import ItemReceiver, send_item
 from beit3_ds.data.workers.waiting import ReaderThread, WaitLimits
 
-Task = Any
-Work = Callable[[Task, Callable[[str], None]], Any]
-"""Prepares the item of a task, and reports what it reads to its second argument."""
+Request = Any
+Work = Callable[[Request, Callable[[str], None]], Any]
+"""Prepares the item of a request, and passes the name of each record that it reads to its second argument."""
 
 _EXIT_SECONDS = 2.0
 _READY = "ready"
@@ -35,30 +35,30 @@ class WorkerDiedError(Exception):
 
 
 class Reply(NamedTuple):
-    """A worker's answer to a task."""
+    """Answer of a worker to a request: an item or an exception."""
 
     item: Any
     error: BaseException | None
     """Exception that the work raised; None if it returned an item."""
     trace: str
-    """Its traceback."""
+    """Traceback of the exception; empty without one."""
 
 
 class WorkerProcess:
-    """One worker and the socket to it.
+    """One worker process and the socket to it.
 
-    The worker is forked from a server process without threads, blocks the signals that ask a run to stop, and ends
-    when this process does. Its death shows at once as the end of its socket. Only `start`, `receive` and `kill` wait
+    The worker is forked from a server process without threads. It blocks the signals that ask a run to stop, and ends
+    when this process does. Its death shows at once, because its socket closes. Only `start`, `receive` and `kill` wait
     for it, each with a time limit.
     """
 
     def __init__(self, work: Work, set_up: Callable[[], object] | None = None, preload: str = "torch") -> None:
-        """Takes the work; starts nothing yet.
+        """Stores the work; starts nothing yet.
 
         Args:
-            work: prepares an item; must be picklable.
-            set_up: called once in the process, before its first task.
-            preload: module that the server of workers imports once for all workers.
+            work: prepares the item of a request; must be picklable.
+            set_up: called once in the process, before its first request.
+            preload: module that the fork server imports once for all workers.
         """
         self._work, self._set_up, self._preload = work, set_up, preload
         self._process: BaseProcess | None = None
@@ -77,39 +77,39 @@ class WorkerProcess:
         self._process = context.Process(target=_serve, args=(other, self._work, self._set_up), daemon=True)
         thread = ReaderThread("starting a data worker")
         try:
-            what = "the server of data workers, which does not answer"
+            what = "the server that forks data workers, which does not answer"
             thread.call(self._process.start, limits, lambda: what, is_start=True)
         finally:
             other.close()
             thread.close()
         self._connection, self._receiver = own, ItemReceiver(own)
-        self._place = CurrentRecord()
-        socket.send_fds(own, [b"p"], [self._place.descriptor])
-        self._place.close_descriptor()
-        handle = os.pidfd_open(self.pid)  # unlike this handle, a pid may be reused by another process
-        self._kill = weakref.finalize(self, _kill, handle)  # also at exit, where a stopped worker would be waited for
+        self._current = CurrentRecord()
+        socket.send_fds(own, [b"p"], [self._current.descriptor])
+        self._current.close_descriptor()
+        handle = os.pidfd_open(self.pid)  # a pid may be reused by another process, this handle is not
+        self._kill = weakref.finalize(self, _kill, handle)  # also at exit, which would wait for a stopped worker
 
     @property
     def pid(self) -> int:
-        """Process id."""
+        """Id of the process, which must be started."""
         assert self._process is not None and self._process.pid is not None, "not started"
         return self._process.pid
 
-    def ask(self, task: Task) -> None:
-        """Sends a task, which the worker does after those before it; does nothing if the worker is dead."""
+    def send(self, request: Request) -> None:
+        """Sends a request, which the worker answers after the earlier ones; does nothing if the worker is dead."""
         try:
-            send_item(self._connection, task)
+            send_item(self._connection, request)
         except (BrokenPipeError, ConnectionResetError):
-            return  # `receive` will tell
+            return  # `receive` raises
 
     def receive(self, seconds: float) -> Reply | None:
-        """Waits for the reply to the oldest unanswered task.
+        """Waits for the reply to the oldest unanswered request.
 
         Args:
             seconds: longest wait.
 
         Returns:
-            The reply; None if it has not arrived by then. The first message only says that the worker is ready.
+            The reply; None if it has not arrived by then, or if only the message arrived that the worker is ready.
 
         Raises:
             WorkerDiedError: if the worker ended without a reply.
@@ -129,7 +129,7 @@ class WorkerProcess:
 
     @property
     def inline_bytes(self) -> int:
-        """Bytes of the last reply that did not fit into shared memory."""
+        """Bytes of the last reply that came through the socket, for lack of shared memory."""
         return self._receiver.inline_bytes
 
     def fileno(self) -> int:
@@ -137,8 +137,8 @@ class WorkerProcess:
         return self._connection.fileno()
 
     def describe(self) -> str:
-        """Returns the worker's process id, state and current record, for messages."""
-        reading = self._place.read()
+        """Describes the worker in messages: its process id, its state and the record that it reads."""
+        reading = self._current.get()
         return f"pid {self.pid}, {describe_state(self.pid)}" + (f", reading {reading}" if reading else "")
 
     def is_stopped(self) -> bool:
@@ -146,12 +146,12 @@ class WorkerProcess:
         return read_stat(self.pid)[:1] in (["T"], ["t"])
 
     def cpu_ticks(self) -> int:
-        """Returns the processor time of the process in clock ticks; 0 if it is gone."""
+        """Returns the processor time of the process in clock ticks; 0 if the process is gone."""
         fields = read_stat(self.pid)
         return int(fields[11]) + int(fields[12]) if fields else 0
 
     def kill(self) -> None:
-        """Kills the process; waits at most two seconds for its end."""
+        """Kills the process, and waits at most two seconds until it is gone."""
         if self._process is None or self._process.pid is None:
             return
         self._kill()
@@ -171,12 +171,12 @@ class WorkerProcess:
             how = f"died of {signal.Signals(-status).name}"
             if -status == signal.SIGKILL:
                 how += " (the kernel sends it when memory is short)"
-        reading = self._place.read()
+        reading = self._current.get()
         return f"pid {self.pid} {how}" + (f", reading {reading}" if reading else "")
 
 
 def describe_state(pid: int) -> str:
-    """Describes the state of a process, as the system reports it."""
+    """Describes the state of a process, for example "running" or "blocked in input or output"."""
     words = {
         "R": "running",
         "S": "waiting",
@@ -189,7 +189,7 @@ def describe_state(pid: int) -> str:
 
 
 def read_stat(pid: int) -> list[str]:
-    """Returns the fields of /proc/PID/stat from the state on; empty if there is no such process."""
+    """Returns the fields of /proc/PID/stat, the state first; empty if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -203,40 +203,40 @@ def _kill(handle: int) -> None:
 
 
 def _serve(connection: socket.socket, work: Work, set_up: Callable[[], object] | None) -> None:
-    """Runs in the worker: answers tasks in order until the other process is gone."""
-    torch.set_num_threads(1)  # workers would fight with the training process for its cores
+    """Answers requests in order, in the worker, until the rank is gone."""
+    torch.set_num_threads(1)  # more threads would compete with the training process for its cores
     threading.Thread(target=_end_with_rank, daemon=True).start()
     if set_up is not None:
         set_up()
     _, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
     if not descriptors:
         return
-    place, receiver = CurrentRecord(descriptors[0]), ItemReceiver(connection)
+    current, receiver = CurrentRecord(descriptors[0]), ItemReceiver(connection)
     try:
         send_item(connection, _READY)
         while True:
             while (arrived := receiver.receive()) is None:
                 select.select([connection], [], [])
-            send_item(connection, tuple(_do(work, arrived[0], place)))
+            send_item(connection, tuple(_do(work, arrived[0], current)))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 
 
-def _do(work: Work, task: Task, place: CurrentRecord) -> Reply:
+def _do(work: Work, request: Request, current: CurrentRecord) -> Reply:
     try:
-        return Reply(work(task, place.note), None, "")
+        return Reply(work(request, current.set), None, "")
     except Exception as error:
         trace = traceback.format_exc()
         try:
             pickle.loads(pickle.dumps(error))
-        except Exception:  # an exception of a library that cannot be pickled
+        except Exception:  # some exceptions of libraries cannot be pickled
             error = RuntimeError(f"{type(error).__name__}: {error}")
         return Reply(None, error, trace)
 
 
 def _end_with_rank() -> None:
-    """Ends this worker when its rank is gone, even if the rank was killed and the worker is not reading its socket."""
+    """Ends this worker once its rank is gone, even if the rank was killed and the worker does not read its socket."""
     rank = multiprocessing.parent_process()
-    assert rank is not None, "this is no worker"
+    assert rank is not None, "only workers have a rank"
     rank.join()
     os._exit(1)

@@ -1,8 +1,8 @@
 """Sends objects with large tensors from one process to another; a received object no longer needs its sender.
 
-Tensors go through an unnamed file in /dev/shm, whose descriptor travels with the message, so a killed process leaves
-nothing behind. If /dev/shm has no room, they go through the socket, which is slower. Both ends see a dead partner as
-the end of the stream.
+Tensors go through an unnamed file in /dev/shm. Its descriptor travels with the message, so a killed process leaves
+nothing behind. If /dev/shm has no room, tensors go through the socket, which is slower. If one process dies, the other
+one sees that the socket is closed.
 """
 
 import mmap
@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_HEADER = struct.Struct("<QQQ")  # bytes of the pickle, bytes of the buffers behind it, number of buffers
+_HEADER = struct.Struct("<QQQ")  # bytes of the pickle, bytes of the buffers after it, number of buffers
 _ALIGNMENT = 64
 _CHUNK_BYTES = 1 << 20
 SHARED_MEMORY = "/dev/shm"
-"""Folder that holds large items while they are sent."""
+"""Folder of the file system in shared memory through which tensors are sent."""
 
 
 class _Pickler(pickle.Pickler):
@@ -31,7 +31,7 @@ class _Pickler(pickle.Pickler):
         if type(value) is not Tensor:
             return NotImplemented
         flat = value.detach().cpu().contiguous()
-        # One element or none counts as contiguous whatever the stride is, which a view as bytes does not take.
+        # With at most one element any strides count as contiguous, but a view as bytes needs a stride of 1.
         elements: Any = flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy()
         return _rebuild, (pickle.PickleBuffer(elements), value.dtype, tuple(value.shape))
 
@@ -43,18 +43,18 @@ def _rebuild(elements: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> Tenso
 
 
 def send_item(connection: socket.socket, item: Any) -> None:
-    """Sends an object; waits only until the other process has taken bytes that did not fit into shared memory.
+    """Sends an object; blocks only while bytes that found no room in shared memory pass through the socket.
 
     Args:
-        connection: a blocking AF_UNIX stream.
+        connection: a blocking AF_UNIX socket.
         item: any object that can be pickled.
     """
     buffers: list[pickle.PickleBuffer] = []
-    stream = BytesIO()
-    _Pickler(stream, 5, buffer_callback=buffers.append).dump(item)
+    pickled = BytesIO()
+    _Pickler(pickled, 5, buffer_callback=buffers.append).dump(item)
     views = [buffer.raw() for buffer in buffers]
     sizes = struct.pack(f"<{len(views)}Q", *map(len, views))
-    content = sizes + stream.getbuffer()
+    content = sizes + pickled.getbuffer()
     total = _offsets([len(view) for view in views])[-1]
     descriptor = _write_shared(views) if total else None
     if descriptor is not None:
@@ -75,21 +75,21 @@ def send_item(connection: socket.socket, item: Any) -> None:
 
 
 class ItemReceiver:
-    """Assembles objects as their bytes arrive; never waits."""
+    """Assembles objects from bytes as they arrive; never blocks."""
 
     def __init__(self, connection: socket.socket) -> None:
-        """Takes the other end of `send_item`'s connection."""
+        """Stores the other end of the socket that `send_item` writes to."""
         self._connection = connection
         self._arrived = bytearray()
         self._descriptors: list[int] = []
         self.inline_bytes = 0
-        """Bytes of the last object that did not fit into shared memory."""
+        """Bytes of the last object that came through the socket, for lack of shared memory."""
 
     def receive(self) -> tuple[Any] | None:
-        """Takes the bytes that have arrived.
+        """Reads the bytes that have arrived.
 
         Returns:
-            The next object, in a tuple; None if it is not complete.
+            The next object, in a tuple; None while it is not complete.
 
         Raises:
             EOFError: if the other process is gone.
@@ -100,7 +100,7 @@ class ItemReceiver:
                 return (self._build(),)
             try:
                 flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-                # socket.recv_fds drops the flags
+                # socket.recv_fds ignores these flags
                 chunk, extra, _, _ = self._connection.recvmsg(min(missing, _CHUNK_BYTES), socket.CMSG_LEN(4), flags)
             except BlockingIOError:
                 return None
@@ -112,7 +112,7 @@ class ItemReceiver:
             self._arrived += chunk
 
     def close(self) -> None:
-        """Drops the bytes that have arrived."""
+        """Closes the descriptors that have arrived with unfinished objects."""
         for descriptor in self._descriptors:
             os.close(descriptor)
         self._descriptors.clear()
@@ -131,10 +131,10 @@ class ItemReceiver:
         sizes = struct.unpack_from(f"<{count}Q", content)
         offsets = _offsets(sizes)
         self.inline_bytes = num_inline
-        memory: Any = memoryview(bytearray(message[_HEADER.size + num_pickled :]))  # aligned
+        memory: Any = memoryview(bytearray(message[_HEADER.size + num_pickled :]))  # a copy, which is aligned
         if not num_inline and offsets[-1]:
             descriptor = self._descriptors.pop(0)
-            memory = memoryview(mmap.mmap(descriptor, offsets[-1]))  # lives as long as a tensor in it
+            memory = memoryview(mmap.mmap(descriptor, offsets[-1]))  # exists as long as a tensor in it
             os.close(descriptor)
         buffers = [memory[offset : offset + size] for offset, size in zip(offsets, sizes, strict=False)]
         return pickle.loads(content[8 * count :], buffers=buffers)
@@ -143,7 +143,7 @@ class ItemReceiver:
 def _write_shared(views: Sequence[memoryview]) -> int | None:
     """Writes buffers to shared memory; returns the descriptor, or None if there is no room.
 
-    The buffers are written, not mapped: a full file system then raises an error instead of killing with SIGBUS.
+    Writes instead of mapping: on a full file system a write raises an error, but a map kills the process with SIGBUS.
     """
     descriptor = -1
     try:
@@ -154,7 +154,7 @@ def _write_shared(views: Sequence[memoryview]) -> int | None:
                 written = os.pwrite(descriptor, view, offset)
                 view, offset = view[written:], offset + written
         if os.fstat(descriptor).st_size < offsets[-1]:
-            os.pwrite(descriptor, bytes(1), offsets[-1] - 1)  # the last page, so that the whole can be mapped
+            os.pwrite(descriptor, bytes(1), offsets[-1] - 1)  # fills the last page, so that all of it can be mapped
     except OSError:
         if descriptor >= 0:
             os.close(descriptor)
@@ -163,7 +163,7 @@ def _write_shared(views: Sequence[memoryview]) -> int | None:
 
 
 def _offsets(sizes: Sequence[int]) -> list[int]:
-    """Returns where each buffer begins and where the last one ends, rounded up."""
+    """Returns the offset of each buffer, rounded up to the alignment, and the end of the last one."""
     offsets = [0]
     for size in sizes:
         offsets.append(offsets[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)

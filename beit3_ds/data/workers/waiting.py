@@ -1,4 +1,4 @@
-"""Waits for data with a time limit; each wait names what it waits for and reacts to a request to stop."""
+"""Waits for data with a time limit; every wait names the item that it waits for, and ends on a stop signal."""
 
 import queue
 import sys
@@ -13,17 +13,17 @@ from beit3_ds.config import ConfigError
 T = TypeVar("T")
 
 POLL_SECONDS = 0.2
-"""Interval at which a wait checks whether it must end."""
+"""Seconds between two checks of whether a wait must end."""
 _NOTICE_SECONDS = 30.0
 _START_SECONDS = 120.0
 
 
 class DataTimeoutError(ConfigError):
-    """Data did not come in time; the message names the item that was waited for."""
+    """An item of data did not come in time; the message names it."""
 
 
 class StopRequestedError(Exception):
-    """A wait was given up because the run was asked to stop."""
+    """A wait ended because the run was asked to stop."""
 
 
 def _never() -> bool:
@@ -32,40 +32,40 @@ def _never() -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class WaitLimits:
-    """Conditions under which a wait for data must end."""
+    """Conditions under which a wait for data ends early."""
 
     seconds: float
-    """`data.timeout_seconds`."""
+    """Longest wait, `data.timeout_seconds`."""
     is_stopping: Callable[[], bool] = _never
-    """Whether this process was asked to stop."""
+    """Returns whether this process was asked to stop."""
     where: str = "this process"
     """Name of the waiting process, such as "rank 0 (host a)"."""
 
 
 class WaitTimer:
-    """One wait, from its beginning."""
+    """Measures one wait and ends it at its limits."""
 
     def __init__(self, limits: WaitLimits) -> None:
-        """Begins now."""
+        """Starts the wait."""
         self._limits = limits
         self._start = time.monotonic()
         self._notice = _NOTICE_SECONDS
 
     @property
     def waited(self) -> float:
-        """Seconds waited so far."""
+        """Seconds since the start of the wait."""
         return time.monotonic() - self._start
 
     def restart(self) -> None:
-        """Restarts the wait, because the item that it waits for has made progress."""
+        """Restarts the wait, because the awaited item has made progress."""
         self._start, self._notice = time.monotonic(), _NOTICE_SECONDS
 
     def check(self, what: Callable[[], str], *, is_start: bool = False) -> None:
-        """Returns if the wait may continue; prints every 30 seconds on stderr what it waits for.
+        """Returns if the wait may continue; every 30 seconds prints the awaited item on stderr.
 
         Args:
-            what: names the item that is waited for.
-            is_start: whether a process must start first; its imports take long, so the limit is at least two minutes.
+            what: names the awaited item.
+            is_start: whether a process must start first. Its imports take long, so the limit is at least two minutes.
 
         Raises:
             StopRequestedError: if this process was asked to stop.
@@ -85,10 +85,10 @@ class WaitTimer:
 
 
 class ReaderThread:
-    """A thread for calls that may block for ever, so that the main thread can give up waiting for them."""
+    """A thread for calls that may block forever, so that the main thread can stop waiting for them."""
 
     def __init__(self, name: str) -> None:
-        """Takes the thread's name; the thread starts at the first call."""
+        """Stores the name of the thread, which starts at the first call."""
         self._name = name
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -96,12 +96,12 @@ class ReaderThread:
     def call(
         self, function: Callable[[], T], limits: WaitLimits, what: Callable[[], str], *, is_start: bool = False
     ) -> T:
-        """Returns what `function` returns, or raises what it raises.
+        """Calls `function` in the thread; returns its result, or raises its exception.
 
         Args:
-            function: runs in the thread, and keeps running there if the wait is given up.
+            function: keeps running in the thread if the wait ends early.
             limits: limits of the wait.
-            what: names the item that is waited for.
+            what: names the awaited item.
             is_start: as for `WaitTimer.check`.
 
         Raises:
@@ -109,7 +109,7 @@ class ReaderThread:
             DataTimeoutError: after `limits.seconds`.
         """
         if self._thread is None:
-            # A daemon thread does not delay the end of the process.
+            # A daemon thread does not keep the process alive.
             self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
             self._thread.start()
         done = threading.Event()
@@ -124,9 +124,9 @@ class ReaderThread:
             done.set()
 
         self._work.put(work)
-        patience = WaitTimer(limits)
+        timer = WaitTimer(limits)
         while not done.wait(POLL_SECONDS):
-            patience.check(what, is_start=is_start)
+            timer.check(what, is_start=is_start)
         if errors:
             raise errors[0]
         return results[0]

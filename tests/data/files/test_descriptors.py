@@ -176,7 +176,7 @@ def test_maps_hold_no_descriptor_and_are_read_only(paths: list[str]) -> None:
         maps[0][0] = 1
     os.unlink(paths[0])
     np.testing.assert_array_equal(files.map(paths[0], 100), 0)
-    with pytest.raises(OSError, match="cut off"):
+    with pytest.raises(OSError, match="truncated"):
         files.map(paths[1], 101)
     with pytest.raises(OSError, match="No such file"):
         OpenFiles().map(paths[0], 100)
@@ -192,7 +192,7 @@ def test_descriptors_end_with_the_object(paths: list[str]) -> None:
 
 
 def test_places_that_no_file_has(paths: list[str]) -> None:
-    with pytest.raises(ValueError, match="no place"):
+    with pytest.raises(ValueError, match="not a range"):
         OpenFiles().read(paths[0], -1, 5)  # catches a damaged index that looks like a failing file system
     assert OpenFiles().read(paths[0], 98, 5) == b"\0\0"
     assert OpenFiles().read(paths[0], 500, 5) == b""

@@ -207,7 +207,7 @@ def test_what_never_ends_is_not_read(tmp_path: Path, kind: str) -> None:
         os.mkfifo(path)
     else:
         path.symlink_to("/dev/zero")
-    with pytest.raises(OSError, match="it is no plain file"):
+    with pytest.raises(OSError, match="not a regular file"):
         open_for_reading(str(path))
-    with pytest.raises(ConfigError, match=r"cannot be read as .*no plain file"):
+    with pytest.raises(ConfigError, match=r"cannot be read as .*not a regular file"):
         read_coco_captions(str(path), str(tmp_path))

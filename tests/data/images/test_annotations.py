@@ -138,7 +138,7 @@ def test_visual_genome(tmp_path: Path, png: bytes, monkeypatch: pytest.MonkeyPat
 def test_a_cut_off_list_is_refused(tmp_path: Path) -> None:
     regions, images = _visual_genome(tmp_path, 8)
     Path(regions).write_text(Path(regions).read_text()[:-1])
-    with pytest.raises(ConfigError, match=r"region_descriptions\.json .*cut off"):
+    with pytest.raises(ConfigError, match=r"region_descriptions\.json .*truncated"):
         read_visual_genome(regions, images, str(tmp_path))
 
 
@@ -215,7 +215,7 @@ def test_other_files_are_refused_with_the_form_that_is_meant(tmp_path: Path, png
         ("c.txt.gz", gzip.compress(b"one\ntwo\n", mtime=0), "it holds gzip data: unpack it first"),
         ("c.json.gz", gzip.compress(b'{"captions": ["one"]}', mtime=0), "it holds gzip data"),
         ("c.txt", "one\ntwo\n".encode("utf-16"), "it holds UTF-16 text: convert it to UTF-8 with iconv"),
-        ("c.JSONL", b'{"caption": "one"}\n', "JSON of one object a line"),
+        ("c.JSONL", b'{"caption": "one"}\n', "JSON with one object per line"),
     ],
 )
 def test_captions_of_another_kind_are_no_lines(

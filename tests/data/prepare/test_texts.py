@@ -142,7 +142,7 @@ def test_stale_files_are_refused_by_name(tmp_path: Path, corpus: str, tokenizer:
     def open_prepared(tokenizer: TextTokenizer = tokenizer, length: int = LENGTH) -> TextSequences:
         return TextSequences([corpus], tokenizer, length, cache_dir=str(folder))
 
-    with pytest.raises(ConfigError, match=r"holds no tokens of .*a\.txt from byte 0"):
+    with pytest.raises(ConfigError, match=r"has no tokens of .*a\.txt from byte 0"):
         open_prepared()
     prepare_texts(data_config(corpus, folder), tokenizer, processes=1, piece_bytes=PIECE)
     with pytest.raises(ConfigError, match=r"length-20\.borders is missing.*text_length=20"):

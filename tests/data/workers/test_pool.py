@@ -20,31 +20,31 @@ BOUND_SECONDS = 200  # far beyond every time-out here; a hang would last for eve
 
 
 class Work:
-    """Items of a task, and one fault at one task: before the first, or at every attempt."""
+    """Items of a request, and one fault at one request: before the first, or at every attempt."""
 
     def __init__(self, fault: str = "", at: int = -1, once: Path | None = None) -> None:
         self.fault, self.at, self.once = fault, at, once
 
-    def __call__(self, task: int, note: Callable[[str], None]) -> tuple[int, Tensor]:
-        note(f"sample-{task}.png")
-        if task == self.at and not (self.once and self.once.exists()):
+    def __call__(self, request: int, note: Callable[[str], None]) -> tuple[int, Tensor]:
+        note(f"sample-{request}.png")
+        if request == self.at and not (self.once and self.once.exists()):
             if self.once:
                 self.once.touch()
             if self.fault == "hang":
                 time.sleep(1000)
             os.kill(os.getpid(), getattr(signal, self.fault))
-        return task, torch.full((1000,), task)
+        return request, torch.full((1000,), request)
 
 
 def limits(seconds: float = 60, is_stopping: Callable[[], bool] = lambda: False) -> WaitLimits:
     return WaitLimits(seconds=seconds, is_stopping=is_stopping, where="rank 3 (host h)")
 
 
-def prepare(work: Work, bounds: WaitLimits, num_workers: int = 2, tasks: int = 6) -> list[int]:
+def prepare(work: Work, bounds: WaitLimits, num_workers: int = 2, requests: int = 6) -> list[int]:
     start = time.monotonic()
     try:
-        preparation = Preparation(work=work, describe=lambda task: f"step {task + 1}", limits=bounds)
-        items = list(prepare_in_order(preparation, range(tasks), num_workers, ahead=2))
+        preparation = Preparation(work=work, describe=lambda request: f"step {request + 1}", limits=bounds)
+        items = list(prepare_in_order(preparation, range(requests), num_workers, ahead=2))
     finally:
         assert time.monotonic() - start < BOUND_SECONDS
     for number, values in items:
@@ -91,13 +91,13 @@ def test_errors_of_the_work_arrive(num_workers: int) -> None:
         list(prepare_in_order(Preparation(work=divide, describe=str, limits=limits()), [1, 0, 2], num_workers, ahead=1))
 
 
-def divide(task: int, note: Callable[[str], None]) -> float:
-    return 1 / task
+def divide(request: int, note: Callable[[str], None]) -> float:
+    return 1 / request
 
 
 def test_any_order_replaces_and_names(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     work = Work("SIGKILL", at=2, once=tmp_path / "happened")
-    preparation = Preparation(work=work, describe=lambda task: f"tar {task}", limits=limits())
+    preparation = Preparation(work=work, describe=lambda request: f"tar {request}", limits=limits())
     found = sorted(number for number, _ in prepare_in_any_order(preparation, range(5), 2))
     assert found == [0, 1, 2, 3, 4]
     assert "which prepares tar 2" in capfd.readouterr().err
@@ -105,7 +105,9 @@ def test_any_order_replaces_and_names(tmp_path: Path, capfd: pytest.CaptureFixtu
 
 @pytest.mark.slow
 def test_any_order_ends_when_a_worker_does_nothing() -> None:
-    preparation = Preparation(work=Work("hang", at=1), describe=lambda task: f"tar {task}", limits=limits(seconds=2))
+    preparation = Preparation(
+        work=Work("hang", at=1), describe=lambda request: f"tar {request}", limits=limits(seconds=2)
+    )
     with pytest.raises(DataTimeoutError, match="tar 1 from data worker"):
         list(prepare_in_any_order(preparation, range(3), 2))
 
