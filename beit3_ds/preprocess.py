@@ -1,4 +1,4 @@
-"""Turns an image into a model's input, with the same pixels as for the validation loss."""
+"""Preprocesses an image for a model, to the same pixels as for the validation loss."""
 
 from pathlib import Path
 
@@ -10,27 +10,27 @@ from beit3_ds.data.images.decoding import decode_image, upright_rgb
 
 
 def preprocess(image: str | Path | bytes | Image.Image, image_size: int) -> Tensor:
-    """Turns an image into the pixels that `BEiT3.encode` takes, exactly as the loader does for validation images.
+    """Converts an image to the pixels that `BEiT3.encode` takes, exactly as for validation images.
 
     The image is turned upright by its EXIF orientation, converted to RGB (transparent parts become white, 16 bits are
     scaled to 8), cropped to the largest square in its middle, resized bicubically with antialiasing, and normalised
-    with mean and deviation 0.5.
+    with mean and standard deviation 0.5.
 
     Args:
         image: path of an image file, its bytes, or an image that Pillow has opened.
         image_size: pixels on a side, `model.config.image_size`.
 
     Returns:
-        (3, image_size, image_size) float32 in [-1, 1]; `torch.stack` makes a batch of several.
+        Pixels, (3, image_size, image_size) float32 in [-1, 1]; `torch.stack` joins several into a batch.
 
     Raises:
         OSError: if the file cannot be read.
         TypeError: if `image` has another type.
-        ValueError: if it is not a whole JPEG, PNG, WebP, GIF, BMP or TIFF image, has no pixels, or `image_size` is not
-            positive.
+        ValueError: if the image is not a complete JPEG, PNG, WebP, GIF, BMP or TIFF image or has no pixels, or if
+            `image_size` is not positive.
     """
     if not isinstance(image_size, int) or isinstance(image_size, bool) or image_size < 1:
-        raise ValueError(f"image_size={image_size!r} is no number of pixels. Pass model.config.image_size.")
+        raise ValueError(f"image_size={image_size!r} is not a number of pixels. Pass model.config.image_size.")
     if isinstance(image, Image.Image):
         if not all(image.size):
             raise ValueError(f"the image has no pixels: {image.width} x {image.height}")

@@ -96,11 +96,11 @@ def _stats(options: argparse.Namespace) -> int:
 
 def _texts(options: argparse.Namespace) -> int:
     from beit3_ds.config import load_run_config
-    from beit3_ds.data.prepare.texts import Part, prepare_texts
+    from beit3_ds.data.prepare.texts import WorkShare, prepare_texts
     from beit3_ds.data.validation_overlap import check_validation_apart
     from beit3_ds.tokenizers.text import load_text_tokenizer
 
-    part = Part.parse(options.part)
+    part = WorkShare.parse(options.part)
     config = load_run_config(options.config, options.set)
     check_validation_apart(config.data)
     tokenizer = load_text_tokenizer(config)
@@ -114,6 +114,6 @@ def _texts(options: argparse.Namespace) -> int:
         f"{done.num_tokens:,} tokens in {done.pieces_written + done.pieces_kept} pieces ({done.pieces_kept} were "
         f"there), {len(done.broken)} broken lines"
     )
-    if done.sources_left:
-        print(f"{done.sources_left} files wait for pieces of other parts; the last part to end completes them")
+    if done.files_left:
+        print(f"{done.files_left} files wait for pieces of other parts; the last part to end completes them")
     return 0

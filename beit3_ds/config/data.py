@@ -1,4 +1,4 @@
-"""The three data streams, masking, augmentation, and the text tokenizer."""
+"""Configuration of the three data streams, masking and augmentation, and of the tokenizers."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
@@ -8,23 +8,23 @@ from beit3_ds.config.strict import ConfigError, PathString
 from beit3_ds.config.visual_tokenizer import VisualTokenizerConfig
 
 ImageFormat = Literal["tar", "folder", "coco", "visual_genome", "sbu", "conceptual_captions", "conceptual_12m"]
-"""How the images of a source lie on disk."""
+"""Formats of a source of images."""
 
 ANNOTATION_FORMATS = ("coco", "visual_genome", "sbu", "conceptual_captions", "conceptual_12m")
-"""The formats whose path is an annotation file beside a folder of images."""
+"""Formats whose path is an annotation file; the images are in a folder."""
 
 TextLength = Annotated[int, Range(4, 2**18)]
-"""Tokens of a text: BOS, EOS, one to mask and one to see."""
+"""Tokens per text; the minimum is BOS, EOS, one masked and one visible token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """Files of one format; in JSON, a string is short for {"path": string}."""
+    """A source of samples: files of one format. In JSON, a string is short for {"path": string}."""
 
     SHORTHAND: ClassVar[str] = "path"
 
     path: PathString
-    """File, folder or glob pattern, from the working directory; `~` is the home folder."""
+    """File, folder or glob pattern, relative to the working directory; `~` is the home folder."""
     format: ImageFormat | None = None
     """Format of images and pairs. `tar`: WebDataset shards; `folder`: image files with captions beside them;
     `coco`, `visual_genome` (path: region_descriptions.json, with image_data.json beside it), `sbu`,
@@ -35,8 +35,8 @@ class SourceConfig:
     images: PathString = ""
     """Folder of the images that an annotation file names; only for formats with such a file."""
     weight: Annotated[float, Range(1e-6, 1e6)] | None = None
-    """This source's share of the stream's samples, relative to the weights of the stream's other sources. None for all
-    of them: by size, so that every sample of the stream comes once an epoch."""
+    """Share of this source in the samples of its stream, relative to the weights of the other sources. None for all
+    sources: by size, so every sample of the stream comes once per epoch."""
 
     def __post_init__(self) -> None:
         if (self.format in ANNOTATION_FORMATS) != bool(self.images):
@@ -48,13 +48,13 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamConfig:
-    """One of the three streams: where its samples lie and how many of them make up a step."""
+    """One of the three streams of samples: its sources, and its samples per step."""
 
     train: tuple[SourceConfig, ...] = ()
-    """Training sources; may be empty if the stream is left out. Without weights they form one set, shuffled as a whole;
-    with weights each source has its own epochs and takes turns with the others."""
+    """Training sources; may be empty if the stream is left out. Without weights they form one set, which is shuffled as
+    a whole. With weights each source has its own epochs, and the weights decide on the source of each sample."""
     validation: tuple[SourceConfig, ...] = ()
-    """Sources of the validation loss, without weights: its samples are spread over the sources by size. Empty: the
+    """Sources of the validation loss, without weights: samples are spread over the sources by size. If empty, the
     stream is not evaluated."""
     samples_per_step: Annotated[int, Range(0, 2**24)]
     """Samples of this stream in one optimizer step, over all ranks (paper: 2048). 0 leaves the stream out."""
@@ -66,7 +66,7 @@ class StreamConfig:
         if without and len(without) < len(self.train):
             raise ConfigError(
                 f"data: source '{without[0]}' has no weight, but others of its stream have one. Give a weight to every "
-                f"source of the stream, or to none (then every sample comes once an epoch)."
+                f"source of the stream, or to none (then every sample comes once per epoch)."
             )
         for source in self.validation:
             if source.weight is not None:
@@ -81,7 +81,7 @@ class StreamConfig:
         return bool(self.samples_per_step or self.validation)
 
     def weights(self) -> tuple[float, ...] | None:
-        """The weights of the training sources; None if they are taken by size."""
+        """Returns the weights of the training sources; None if they count by size."""
         weights = tuple(source.weight for source in self.train if source.weight is not None)
         return weights or None
 
@@ -92,77 +92,78 @@ def _no_stream() -> StreamConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read and how it is masked (paper section 2.2 and 2.3)."""
+    """Data of a run: its streams, masking, augmentation, order and reading (paper sections 2.2 and 2.3)."""
 
     images: StreamConfig = field(default_factory=_no_stream)
-    """Images without texts, for MIM only. A stream without a section is left out."""
+    """Images without texts, for MIM. A stream without a section is left out."""
     pairs: StreamConfig = field(default_factory=_no_stream)
-    """Images with captions: MIM and MLM."""
+    """Images with captions, for MIM and MLM."""
     texts: StreamConfig = field(default_factory=_no_stream)
-    """Texts alone: MLM only."""
+    """Texts without images, for MLM."""
     text_length: TextLength = 128
-    """Tokens of a text sample at most, BOS and EOS included. The paper is silent; 128 is near an image's length."""
+    """Most tokens of a text sample, BOS and EOS included. The paper is silent; 128 is near the length of an image."""
     document_separator: bool = True
-    """Put EOS between documents that share a sequence of `texts`, as RoBERTa does. False joins them without a mark. A
+    """Whether EOS separates documents that share a sequence of `texts`, as in RoBERTa. False joins them directly. A
     document is a JSON object, or in plain text the lines between two blank lines."""
     pair_text_length: TextLength = 64
-    """Tokens of a caption at most, BOS and EOS included (the released models' fine-tuning length)."""
+    """Most tokens of a caption, BOS and EOS included (the fine-tuning length of the released models)."""
     image_mask_ratio: MaskRatio = 0.4
-    """Share of an image's patches that block-wise masking hides, exactly (paper: 40%)."""
+    """Exact share of an image's patches that block-wise masking hides (paper: 40%)."""
     text_mask_ratio: MaskRatio = 0.15
-    """Share of a text's tokens to be predicted (paper: 15%)."""
+    """Share of a text's tokens that are predicted (paper: 15%)."""
     pair_text_mask_ratio: MaskRatio = 0.5
-    """Share of a caption's tokens to be predicted (paper: 50%)."""
+    """Share of a caption's tokens that are predicted (paper: 50%)."""
     text_masking: Literal["token", "whole_word"] = "token"
-    """What is masked of texts and captions: single tokens, as the paper has it, or whole words (VLMo's choice)."""
+    """Unit that is masked in texts and captions: single tokens, as in the paper, or whole words, as in VLMo."""
     min_crop_scale: Annotated[float, Range(0, 1, above=True)] = 0.2
-    """Smallest share of the area that the random resized crop keeps (BEiT v2's value; the paper is silent)."""
+    """Smallest share of the image's area that a random crop keeps (BEiT v2's value; the paper is silent)."""
     color_jitter: Share = 0.4
     """Strength of brightness, contrast and saturation jitter (paper: "color jittering"; BEiT's value)."""
     flip_probability: Share = 0.5
-    """Horizontal flip of images without texts."""
+    """Probability of a horizontal flip of images without texts."""
     pair_flip_probability: Share = 0.5
-    """Horizontal flip of images with captions. The paper's augmentation flips; 0 keeps "left" and "right" true."""
+    """Probability of a horizontal flip of images with captions. The paper flips them; 0 keeps "left" and "right"
+    true."""
     cache_dir: PathString | None = None
-    """Folder of what `beit3 prepare` writes: shard indices, tables of annotations and token files. None scans shards,
-    parses annotations and tokenizes texts at the start of every run, in memory: fit for a small corpus."""
+    """Folder to which `beit3 prepare` writes shard indices, tables of annotations and token files. None scans shards,
+    parses annotations and tokenizes texts in memory at the start of every run, which suits a small corpus."""
     order: Literal["shuffled", "shard_sequential"] = "shuffled"
-    """How an epoch is shuffled. `shuffled`: as a whole, so neighbouring records are read far apart. `shard_sequential`:
-    blocks of `block_samples` neighbours are visited in a shuffled order, and `window_blocks` of them at a time are
-    shuffled together. Few shards are then in use at once, which suits storage that reads ahead, or more shards than a
-    process may keep open. The price is randomness: all samples of a stretch of window_blocks x block_samples come from
+    """Shuffling of an epoch. `shuffled`: as a whole, so reads jump between shards. `shard_sequential`: blocks of
+    `block_samples` neighbours are visited in a shuffled order, and `window_blocks` blocks at a time are shuffled
+    together. Then few shards are in use at once, which suits storage that reads ahead, and corpora with more shards
+    than a process may keep open. The cost is randomness: window_blocks x block_samples consecutive samples come from
     window_blocks places in the corpus. Do not use it if neighbours are alike, as in shards sorted by class."""
     block_samples: Annotated[int, Range(1, 2**30)] = 1000
-    """Neighbouring samples per block with `order` "shard_sequential"; choose at most the samples of a shard."""
+    """Neighbouring samples per block with `order` "shard_sequential"; at most the samples of a shard."""
     window_blocks: Annotated[int, Range(1, 2**30)] = 64
-    """Blocks that are shuffled together with `order` "shard_sequential"; a window should last for many steps."""
+    """Blocks that are shuffled together with `order` "shard_sequential"; they should last for many steps."""
     num_workers: Annotated[int, Range(0, 1024)] = 2
-    """Processes that prepare batches, for each rank; 0 prepares them in the training process."""
+    """Processes per rank that prepare steps; 0 prepares them in the training process."""
     prefetch_steps: Annotated[int, Range(1, 1024)] = 2
-    """Steps that each worker prepares ahead; fewer if `prefetch_gib` does not allow as many."""
+    """Steps that each worker prepares ahead, unless `prefetch_gib` allows fewer."""
     prefetch_gib: Annotated[float, Range(0.001, 2**20)] = 8.0
-    """Shared memory that one rank's prefetched steps may take, in GiB. If num_workers x prefetch_steps steps take more,
-    fewer are prepared ahead, by fewer workers if necessary. By default 8 ranks of a node take at most 64 GiB, half the
-    memory of a node with 128 GiB; /dev/shm usually has half the memory."""
+    """Shared memory for the prefetched steps of one rank, in GiB. If num_workers x prefetch_steps steps take more,
+    fewer steps are prepared ahead, by fewer workers if necessary. By default 8 ranks of a node take at most 64 GiB,
+    half the memory of a node with 128 GiB; /dev/shm usually has half of the memory."""
     max_open_files: Annotated[int, Range(1, 2**20)] = 4096
-    """Shards that each process keeps open, so that reading a record opens no file. Worker processes raise the system's
-    limit (`ulimit -n`) to twice this number, as far as the hard limit allows; a process uses at most half of its
+    """Most shards that each process keeps open, so that reading a record opens no file. Worker processes raise their
+    limit (`ulimit -n`) to twice this number, as far as the hard limit allows. A process uses at most half of its
     limit."""
     timeout_seconds: Seconds = 600
-    """Longest wait of a rank for the data of one step or one validation batch; then the run saves, names what it waited
-    for, and ends. Ten minutes are about a hundred times the reading of a step, and less than parallel.timeout_seconds,
-    after which the ranks that wait for this one give up. A worker that dies, or is stopped for 10 seconds, is replaced
-    before that."""
+    """Longest wait of a rank for the data of one step or one validation batch, in seconds. Then the run saves, names
+    the awaited data, and ends. Ten minutes are about a hundred times the time to read a step, and less than
+    parallel.timeout_seconds, after which the ranks that wait for this one end. A worker that dies, or is stopped for 10
+    seconds, is replaced before that."""
     max_broken_records: Count = 100
-    """Most unreadable records that are left out; with more the run stops and lists them. A record counts once per run,
-    however often, on whichever rank and after however many restarts it is read."""
+    """Most broken records that are left out; with more the run ends and lists them. A record counts once per run,
+    however often and on whichever rank it is read, also after restarts."""
 
     def __post_init__(self) -> None:
         for source in (*self.texts.train, *self.texts.validation):
             if source.format is not None:
                 raise ConfigError(
-                    f"data.texts: source '{source.path}' has the format {source.format}, which is one of images. Leave "
-                    f"it out: how a text is read follows from its name (.jsonl or .json, else plain; .gz, .zst)."
+                    f"data.texts: source '{source.path}' has the format {source.format}, which is for images. Leave it "
+                    f"out: the name of a text decides how it is read (.jsonl or .json, otherwise plain; .gz, .zst)."
                 )
 
     def blocks(self) -> tuple[int, int] | None:
@@ -180,24 +181,24 @@ class DataConfig:
         return self.texts.is_used or self.pairs.is_used
 
     def streams(self) -> dict[str, StreamConfig]:
-        """The streams by name, in the order of the packed batch."""
+        """Returns the streams by name, in the order of the packed batch."""
         return {"images": self.images, "pairs": self.pairs, "texts": self.texts}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextTokenizerConfig:
-    """SentencePiece model of the texts, and how `beit3 train-text-tokenizer` makes it."""
+    """SentencePiece model of the texts, and how `beit3 train-text-tokenizer` trains it."""
 
     path: PathString = ""
-    """The .spm file, which pretraining reads and `beit3 train-text-tokenizer` writes. May be empty for a run without
-    texts and pairs."""
+    """Path of the .spm file, which `beit3 train-text-tokenizer` writes and pretraining reads. May be empty for a run
+    without texts and pairs."""
     vocab_size: Annotated[int, Range(8, 2**24 - 2)] = 64000
     """Pieces that SentencePiece learns, its own <unk>, <s> and </s> included (reference: 64000, so <mask> is 64001)."""
     character_coverage: Annotated[float, Range(0.9, 1)] = 0.9995
-    """Share of the characters that get a piece of their own."""
+    """Share of the characters in the corpus that get a piece of their own."""
     max_sentences: Annotated[int, Range(101, 2**40)] = 10_000_000
-    """Lines drawn from the whole corpus for training, all equally likely; only they are kept in memory. More than
-    100, as SentencePiece asks."""
+    """Lines drawn from the whole corpus for training, with equal probability; only these are kept in memory.
+    SentencePiece needs more than 100."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Plans how many steps a rank's data workers prepare ahead within a limit on shared memory."""
+"""Plans the steps that the data workers of a rank prepare ahead, within a limit on shared memory."""
 
 from dataclasses import dataclass
 
@@ -6,15 +6,15 @@ from beit3_ds.config.run import RunConfig
 from beit3_ds.config.strict import ConfigError
 
 _GIB = 1 << 30
-_CHANNELS, _PIXEL_BYTES, _ID_BYTES = 3, 4, 8  # pixels travel as float32, ids as int64
+_CHANNELS, _PIXEL_BYTES, _ID_BYTES = 3, 4, 8  # pixels are sent as float32, ids as int64
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefetchPlan:
-    """The data workers of one rank and the steps that they hold in shared memory."""
+    """The data workers of one rank, and the steps that they keep in shared memory."""
 
     step_bytes: int
-    """Bytes of one finished step of one rank."""
+    """Bytes of one finished step on one rank."""
     num_workers: int
     """Number of worker processes; 0 prepares steps in the training process, without shared memory."""
     steps_per_worker: int
@@ -27,12 +27,12 @@ class PrefetchPlan:
 
 
 def plan_prefetch(config: RunConfig, data_parallel_size: int, views: str = "both") -> PrefetchPlan:
-    """Divides `data.prefetch_gib` into steps.
+    """Computes the number of workers and of steps ahead that `data.prefetch_gib` allows.
 
     Args:
         config: the run's configuration.
         data_parallel_size: ranks that share a step.
-        views: the views of an image that the rank keeps: "both", "model" or "tokenizer".
+        views: views of an image that the rank keeps: "both", "model" or "tokenizer".
 
     Raises:
         ConfigError: if not even one step fits.
@@ -43,8 +43,8 @@ def plan_prefetch(config: RunConfig, data_parallel_size: int, views: str = "both
     num_fitting = int(data.prefetch_gib * _GIB // num_bytes)
     if num_fitting == 0:
         raise ConfigError(
-            f"data.prefetch_gib={data.prefetch_gib:g} holds no step of one rank, which takes {num_bytes / _GIB:.2f} "
-            f"GiB of shared memory. Raise it, use more ranks, or set data.num_workers=0."
+            f"data.prefetch_gib={data.prefetch_gib:g} is too small for a step of one rank, which takes "
+            f"{num_bytes / _GIB:.2f} GiB of shared memory. Raise it, use more ranks, or set data.num_workers=0."
         )
     num_steps = min(data.num_workers * data.prefetch_steps, num_fitting)
     num_workers = min(data.num_workers, num_steps)
@@ -52,7 +52,7 @@ def plan_prefetch(config: RunConfig, data_parallel_size: int, views: str = "both
 
 
 def step_bytes(config: RunConfig, data_parallel_size: int, views: str = "both") -> int:
-    """Returns the bytes of one finished step of the rank with the largest share, if all texts have full length.
+    """Returns the bytes of one finished step on the rank with the largest share, if all texts have full length.
 
     Args:
         config: the run's configuration.
@@ -61,7 +61,7 @@ def step_bytes(config: RunConfig, data_parallel_size: int, views: str = "both") 
     """
     images, pairs, texts = config.step_shares(data_parallel_size).rank_samples(0)
     data, model = config.data, config.model
-    # Ids, and positions and targets of those that are masked.
+    # Counts ids, and the positions and targets of masked tokens.
     tokens = pairs * data.pair_text_length * (1 + 2 * data.pair_text_mask_ratio)
     tokens += texts * data.text_length * (1 + 2 * data.text_mask_ratio)
     draws = (images + pairs + texts) * model.num_layers * 2 * 4 if model.drop_path_rate else 0
@@ -69,6 +69,6 @@ def step_bytes(config: RunConfig, data_parallel_size: int, views: str = "both") 
 
 
 def image_bytes(config: RunConfig, views: str = "both") -> int:
-    """Returns the bytes of the views of one image."""
+    """Returns the bytes of one image's views."""
     sizes = {"model": config.model.image_size, "tokenizer": config.tokenizers.visual.image_size}
     return sum(_CHANNELS * _PIXEL_BYTES * size**2 for view, size in sizes.items() if views in ("both", view))

@@ -10,13 +10,13 @@ _EXTENSIONS = re.compile(r"(\.(tar|txt|json|jsonl|ndjson|jsonlines|tsv|csv|gz|zs
 
 
 def short_source_names(paths: Sequence[str]) -> list[str]:
-    """Returns a different name for each path: its end, with as many folders as make it unique.
+    """Returns a unique short name for each path: its end, with as many folders as needed.
 
-    Names have only letters, digits, dots, hyphens and underscores, so that they suit file names and tags. If two paths
-    would still share a name, it gets a number.
+    Names consist of letters, digits, dots, hyphens and underscores, so they can be parts of file names and tags. If two
+    paths would still have one name, the second gets a number.
 
     Args:
-        paths: files, folders or patterns.
+        paths: paths of files or folders, or patterns.
     """
     parts = [[part for part in PurePath(path).parts if part not in ("/", ".", "..")] or ["source"] for path in paths]
     depths = [1] * len(paths)

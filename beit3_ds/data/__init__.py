@@ -1,10 +1,10 @@
-"""Data: files to packed micro-batches, as a pure function of seed and step.
+"""Data: from files to packed micro-batches, as a pure function of seed and step.
 
-In the order of the flow: `files` finds and reads files, `images` and `text` make samples of them, `sources` opens what
-a config names, `order` picks samples, `samples` crops, tokenizes and masks them, `packing` joins them into
-micro-batches, `steps` makes a rank's share of a step, and `loader` and `validation` serve the steps with the processes
-of `workers`. `tokenizer_corpora` reads the same files for the training of the two tokenizers, and `prepare` looks at
-them before a run. All reads outlast a short failure of the file system (`files.reading`, `files.open_files`).
+The modules in the order of the flow: `files` finds and reads files, and retries reads that fail. `images` and `text`
+make samples of files, and `sources` opens the sources that a config names. `order` picks samples; `samples` crops,
+tokenizes and masks them; `packing` joins them into micro-batches; `steps` builds a rank's share of a step. `loader` and
+`validation` serve steps with the processes of `workers`. `tokenizer_corpora` reads the same files to train the two
+tokenizers, and `prepare` indexes and describes them before a run.
 """
 
 from beit3_ds.data.images.shards import TarShards

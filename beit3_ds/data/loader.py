@@ -1,4 +1,4 @@
-"""The iterator over training steps, prepared ahead by worker processes."""
+"""Iterates over training steps that worker processes prepare ahead."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -16,26 +16,26 @@ def build_train_loader(
 ) -> Iterable[StepBatch]:
     """Iterates over the steps of a rank's `dataset` from `first_step` to the end of the run.
 
-    Once the dataset's order is resumed (`RunOrder.resume`), only the step is needed to resume. With `num_workers` above
-    0, each of n worker processes prepares every n-th step; without `data.cache_dir` it also holds its own shard
-    index and tokens. The steps still come in order. A record that cannot be read is reported in its step and stops no
-    worker. A worker that dies or is stopped is replaced, because a step is a pure function of its number and the order.
+    After the order of the dataset is resumed (`RunOrder.resume`), the first step is all that is needed to resume. Each
+    of n worker processes prepares every n-th step, and the steps still come in order. Without `data.cache_dir` each
+    worker keeps its own shard index and tokens. A broken record is reported in its step and stops no worker. A worker
+    that dies or is stopped is replaced, because a step is a pure function of its number and the order.
 
-    The finished steps of a rank take at most `data.prefetch_gib` of shared memory (`StepDataset.prefetch`). Nearly all
-    of a step is pixels, 12 bytes per pixel of a view: 1.2 MB per image with two views of 224 px. If shared memory has
-    no room, each worker keeps one step in its own memory until it is asked for.
+    The finished steps of a rank take at most `data.prefetch_gib` of shared memory (`StepDataset.prefetch`). A step is
+    nearly all pixels, 12 bytes per pixel of a view: 1.2 MB per image with two views of 224 px. If shared memory has no
+    room, each worker keeps one step in its own memory until the rank takes it.
 
-    Workers import the program's main module anew, which must start under `if __name__ == "__main__"`.
+    Workers import the main module of the program again, so it must start under `if __name__ == "__main__"`.
 
     Args:
-        dataset: this rank's share of the steps.
-        config: gives the time-out, and how many files a worker keeps open.
-        first_step: the first step.
-        limits: limits of the wait for a step; None takes `data.timeout_seconds` and ignores requests to stop. The
-            iteration ends early if the process is asked to stop while it waits for a step.
+        dataset: the share of this rank in the steps.
+        config: data section of the run's config.
+        first_step: number of the first step.
+        limits: limits of the wait for a step; None takes `data.timeout_seconds` and ignores stop signals. The iteration
+            ends early if a stop signal arrives during a wait.
 
     Raises:
-        DataTimeoutError: if a step does not come in time.
+        DataTimeoutError: if a step does not arrive in time.
         WorkerLossError: if workers die repeatedly over one step.
     """
     limits = limits or WaitLimits(seconds=config.timeout_seconds)
@@ -57,7 +57,7 @@ class _Steps:
 
 
 class _StepWork:
-    """Prepares a step, in a worker or in this process."""
+    """Prepares a step; picklable, so that a worker can call it."""
 
     def __init__(self, dataset: StepDataset) -> None:
         self._dataset = dataset

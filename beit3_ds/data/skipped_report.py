@@ -1,4 +1,4 @@
-"""Describes what the sources of a run leave out, so that a run can print at its start what it does not train on."""
+"""Reports the files, members, rows and lines that the sources of a run skip."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,19 +9,19 @@ from beit3_ds.data.samples import ImageSamples, PairSamples, TextSamples
 
 
 def describe_skipped(sources: Mapping[str, Any]) -> list[str]:
-    """Describes files, members, rows and lines that are no samples, one line per source and reason, with an example.
+    """Describes all that the sources of a run skip, in one line per source and reason, with an example.
 
     Args:
-        sources: samples by the name of their source, as from `name_sources`.
+        sources: samples of each source by its name, as `name_sources` returns them.
     """
     return [
         f"{name}: left out {found.num_members:,}: {reason} (such as {printable(found.example)})"
         for name, samples in sources.items()
-        for reason, found in _left_out(samples).items()
+        for reason, found in _skipped(samples).items()
     ]
 
 
-def _left_out(samples: object) -> dict[str, Skipped]:
+def _skipped(samples: object) -> dict[str, Skipped]:
     match samples:
         case ImageSamples():
             return samples.source.skipped

@@ -1,4 +1,4 @@
-"""Opens what a config names as the sources of a stream."""
+"""Opens the sources that a config names."""
 
 import bisect
 import itertools
@@ -24,7 +24,7 @@ from beit3_ds.data.images.folder import ImageFolder
 from beit3_ds.data.images.shards import TarShards
 from beit3_ds.data.images.source import ImageSource
 
-_IMAGES_AT_START = 16  # every process looks for these when it opens annotations; `beit3 prepare index` looks for all
+_IMAGES_AT_START = 16  # images that a process looks for when it opens annotations; `beit3 prepare index` looks for all
 PartT = TypeVar("PartT", bound=Sized)
 
 
@@ -60,11 +60,11 @@ def check_no_file_twice(sources: Sequence[SourceConfig], must_exist: bool = True
     """Refuses sources of one stream that share a file or contain each other, because samples would count twice.
 
     Args:
-        sources: of one stream.
-        must_exist: also refuse patterns without a match; otherwise they count as no files.
+        sources: sources of one stream.
+        must_exist: also refuse patterns without a match; otherwise such patterns count as no files.
 
     Raises:
-        ConfigError: naming the file or the folders, or a pattern without a match.
+        ConfigError: with the names of the file or the folders, or of a pattern without a match.
     """
     paths = [source.path for source in sources]
     check_no_hard_link(expand_patterns(paths if must_exist else filter(_matches_files, paths)))
@@ -72,8 +72,8 @@ def check_no_file_twice(sources: Sequence[SourceConfig], must_exist: bool = True
     for inner, outer in itertools.permutations(folders, 2):
         if is_inside(inner, outer):
             raise ConfigError(
-                f"data: the folder {printable(inner)} lies in {printable(outer)}, which is another source of its "
-                "stream, so its images would count twice. Leave one of the two out."
+                f"data: the folder {printable(inner)} is inside {printable(outer)}, another source of its stream. Its "
+                "images would count twice: leave one of the two out."
             )
 
 
@@ -85,27 +85,27 @@ def _matches_files(pattern: str) -> bool:
 
 
 def image_format(source: SourceConfig) -> str:
-    """The format of a source of images, inferred if its config leaves it open."""
+    """Returns the format of a source of images; without one in the config, infers it."""
     return source.format or ("folder" if os.path.isdir(source.path) else "tar")
 
 
 def annotation_files(source: SourceConfig) -> list[str]:
-    """The files that a source of an annotation format is read from, beside its images."""
+    """Returns the annotation files of a source in an annotation format."""
     if source.format == "visual_genome":
         return [source.path, os.path.join(os.path.dirname(source.path), "image_data.json")]
     return [source.path]
 
 
 def source_table(source: SourceConfig, cache_dir: str) -> str:
-    """Where the table of a source of an annotation format lies."""
+    """Returns the path of the table of a source in an annotation format."""
     return table_path(cache_dir, image_format(source), source.path, source.images)
 
 
 def read_annotations(source: SourceConfig) -> AnnotatedImages:
-    """Parses the files of a source of an annotation format.
+    """Parses the annotation files of a source in an annotation format.
 
     Raises:
-        ConfigError: for files that are missing or cannot be read.
+        ConfigError: if files are missing or cannot be read.
     """
     match source.format:
         case "coco":
@@ -124,11 +124,11 @@ def read_annotations(source: SourceConfig) -> AnnotatedImages:
 
 
 def check_images_are_there(samples: AnnotatedImages, num_examined: int | None = None) -> tuple[int, str]:
-    """Looks for the images that annotations name.
+    """Counts the missing images among those that annotations name.
 
     Args:
-        samples: an opened source of an annotation format.
-        num_examined: number of images to look for, evenly spread; None looks for all.
+        samples: an opened source in an annotation format.
+        num_examined: images to look for, evenly spread; None looks for all.
 
     Returns:
         The number of missing images, and the path of the first one.
@@ -144,19 +144,19 @@ def check_images_are_there(samples: AnnotatedImages, num_examined: int | None = 
             f"{f' ({reasons})' if reasons else ''}. Correct 'images' or the path in the config."
         )
     count = len(samples.paths)
-    places = range(count) if num_examined is None else spread(count, num_examined)
-    missing = [number for number in places if not samples.images.holds(samples.paths[number])]
-    if missing and len(missing) == len(places):
+    numbers = range(count) if num_examined is None else spread(count, num_examined)
+    missing = [number for number in numbers if not samples.images.holds(samples.paths[number])]
+    if missing and len(missing) == len(numbers):
         raise ConfigError(
-            f"data: none of {len(places):,} images that {printable(samples.annotations)} names is in "
+            f"data: none of {len(numbers):,} images that {printable(samples.annotations)} names is in "
             f"{printable(samples.images.path)}, such as {printable(samples.paths[missing[0]])}. Correct 'images' in "
-            "the config: it must be the folder in which these names lie."
+            "the config: it must be the folder in which these files are."
         )
     return len(missing), printable(samples.paths[missing[0]]) if missing else ""
 
 
 def spread(length: int, count: int) -> list[int]:
-    """Returns up to `count` indices of a sequence, evenly spread from the first to the last."""
+    """Returns at most `count` indices of a sequence, evenly spread from the first to the last."""
     return np.unique(np.linspace(0, length - 1, min(length, count)).round().astype(np.int64)).tolist()
 
 
@@ -164,13 +164,13 @@ def open_images(source: SourceConfig, cache_dir: str | None, files: OpenFiles | 
     """Opens a source of images.
 
     Args:
-        source: names format and files.
-        cache_dir: where `beit3 prepare index` wrote the indices of tars and the tables of annotations. Files without
-            one are scanned or parsed; None scans or parses all.
-        files: keeps tars and indices open; sources of one process should share it.
+        source: config of the source.
+        cache_dir: folder to which `beit3 prepare index` wrote indices of tars and tables of annotations. Files without
+            one are scanned or parsed; None scans or parses all files.
+        files: keeps tars and indices open; the sources of a process should share it.
 
     Raises:
-        ConfigError: for files that are missing or cannot be read, or that no longer fit what was prepared.
+        ConfigError: if files are missing or cannot be read, or no longer fit their index or table.
     """
     match image_format(source):
         case "tar":

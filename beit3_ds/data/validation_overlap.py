@@ -1,4 +1,4 @@
-"""Refuses validation files that are also training files, because a validation loss over them says nothing."""
+"""Refuses validation files that are also training files, because a validation loss over them is meaningless."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -15,16 +15,16 @@ _GROUPS = (("images", "pairs"), ("texts",))  # streams that can share files
 def check_validation_apart(data: DataConfig, must_exist: bool = True) -> None:
     """Refuses validation files that are also training files, whatever patterns or links name them.
 
-    Files are compared by device and inode. Images and pairs are also compared with each other: an image that is trained
-    on alone is no longer held out with its caption. A validation folder inside a training folder, or the reverse, is
+    Files are compared by device and inode. Images are also compared with pairs, because training on an image without
+    its caption would spoil validation of the pair. A validation folder inside a training folder, or the reverse, is
     refused. Copies of files are not detected.
 
     Args:
-        data: names the files.
-        must_exist: also refuse patterns without a match; otherwise they count as no files.
+        data: data section of the run's config.
+        must_exist: also refuse patterns without a match; otherwise such patterns count as no files.
 
     Raises:
-        ConfigError: naming both files, or a pattern without a match; also for what `check_no_file_twice` refuses.
+        ConfigError: with the names of both files, or of a pattern without a match; also if `check_no_file_twice` does.
         StorageError: if the file system fails.
     """
     streams = data.streams()
@@ -42,9 +42,9 @@ def check_validation_apart(data: DataConfig, must_exist: bool = True) -> None:
                     raise _overlap(path, validation[identity], "are the same")
                 for folder in folders if os.path.isdir(path) else ():
                     if is_inside(folder, path) or is_inside(path, folder):
-                        raise _overlap(path, folder, "lie in one another")
+                        raise _overlap(path, folder, "contain one another")
                     if shared := _shared_folder(path, folder):
-                        raise _overlap(path, folder, f"are the same in {printable(shared)}, to which links lead")
+                        raise _overlap(path, folder, f"share {printable(shared)} through links")
     for stream in streams.values():
         for sources in (stream.train if stream.samples_per_step else (), stream.validation):
             check_no_file_twice(sources, must_exist)
@@ -53,7 +53,7 @@ def check_validation_apart(data: DataConfig, must_exist: bool = True) -> None:
 def _identified(
     sources: Sequence[SourceConfig], is_text: bool, must_exist: bool
 ) -> Iterator[tuple[tuple[int, int], str]]:
-    """Returns the files of sources with their device and inode; annotated images count by their annotation file."""
+    """Yields device, inode and path of the files of sources; annotated images count as their annotation file."""
     for source in sources:
         paths = [source.path]
         if is_text or image_format(source) == "tar":
@@ -65,13 +65,13 @@ def _identified(
         for path in paths:
             try:
                 status = read_with_retries(lambda path=path: os.stat(path), path)  # type: ignore[misc]
-            except OSError:  # opening the source reports it
+            except OSError:  # opening the source reports the error
                 continue
             yield (status.st_dev, status.st_ino), path
 
 
 def _shared_folder(trained: str, validation: str) -> str:
-    """Returns the path below `trained` of a folder that is below `validation`, too, because links lead to it."""
+    """Returns the path below `trained` of a folder that links also place below `validation`; empty without one."""
     known = {_identity(folder) for folder in list_folders(validation)}
     return next((folder for folder in list_folders(trained) if _identity(folder) in known), "")
 
@@ -84,5 +84,5 @@ def _identity(folder: str) -> tuple[int, int]:
 def _overlap(trained: str, validation: str, how: str) -> ConfigError:
     return ConfigError(
         f"data: the training source {printable(trained)} and the validation source {printable(validation)} {how}. The "
-        "validation loss would be that of samples which are trained on: hold others out, or leave 'validation' empty."
+        "validation loss would be computed on training samples: name other files, or leave 'validation' empty."
     )

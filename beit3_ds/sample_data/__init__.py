@@ -1,1 +1,1 @@
-"""Small real data that ships with the package: image-text pairs, labelled images and prose."""
+"""Small real data in the package: image-text pairs, labelled images and prose."""

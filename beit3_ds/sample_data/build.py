@@ -1,7 +1,7 @@
-"""Rebuild the sample data from public packages: `python -m beit3_ds.sample_data.build --help`.
+"""Rebuilds the sample data from public packages: `python -m beit3_ds.sample_data.build --help`.
 
-The same packages and the same Pillow give the same bytes. WebP encoders differ between releases of libwebp,
-so another Pillow may give other bytes of the same pictures.
+The same packages and the same Pillow give the same bytes. WebP encoders differ between releases of libwebp, so another
+Pillow may give other bytes for the same pictures.
 """
 
 import argparse
@@ -32,9 +32,9 @@ NUM_PAIRS = 880
 NUM_IMAGES_PER_CATEGORY = 80
 PAIRS_VALIDATION_FRACTION = 0.10
 IMAGES_VALIDATION_FRACTION = 0.15
-MAX_SOURCE_PIXELS = 16_000_000
+MAX_INPUT_PIXELS = 16_000_000
 
-# Novel -> (first, last) chapter taken, in this order; the last chapters of all are held out.
+# First and last chapter of each novel, in this order; the very last chapters are for validation.
 CHAPTERS = {"NORTHANGER ABBEY": (1, 28), "PERSUASION": (1, 24)}
 NUM_VALIDATION_CHAPTERS = 2
 
@@ -57,11 +57,11 @@ class Sample:
     shape: npt.NDArray[np.float32]
     """16 x 16 luminance of zero mean and unit norm: the dot product of two is their correlation."""
     vivid: bool
-    """Colourful, filled and detailed enough to be preferred."""
+    """Whether the image is colourful, filled and detailed enough to be preferred."""
 
 
 def _render(image: Image.Image) -> Image.Image:
-    """Composite on white, crop to what is visible, pad to a square with a 4% margin, and resize."""
+    """Composites an image on white, crops it to the visible part, pads it to a square with a 4% margin, resizes it."""
     rgba = image.convert("RGBA")
     box = rgba.getchannel("A").point(lambda alpha: 255 if alpha > 8 else 0).getbbox()
     rgba = rgba.crop(box) if box else rgba
@@ -73,7 +73,7 @@ def _render(image: Image.Image) -> Image.Image:
 
 
 def _encode(image: Image.Image) -> bytes:
-    """Encode as WebP at the best of a few qualities that fits MAX_IMAGE_BYTES, or at the lowest of them."""
+    """Encodes an image as WebP, at the best of a few qualities that fits MAX_IMAGE_BYTES or else at the lowest."""
     data = b""
     for quality in (85, 80, 75, 70, 65, 60, 55, 50):
         buffer = io.BytesIO()
@@ -85,17 +85,17 @@ def _encode(image: Image.Image) -> bytes:
 
 
 def _process(candidate: Candidate) -> Sample | None:
-    """Return the processed sample, or None for an image that is too large, too small or nearly empty."""
-    source = io.BytesIO(candidate.image) if isinstance(candidate.image, bytes) else candidate.image
+    """Returns the processed sample; None if the image is too large, too small or nearly empty."""
+    file = io.BytesIO(candidate.image) if isinstance(candidate.image, bytes) else candidate.image
     try:
         with (
             warnings.catch_warnings(action="ignore"),
-            Image.open(source) as opened,
+            Image.open(file) as opened,
         ):  # the size is checked here
-            if opened.width * opened.height > MAX_SOURCE_PIXELS or min(opened.size) < 48:
+            if opened.width * opened.height > MAX_INPUT_PIXELS or min(opened.size) < 48:
                 return None
             image = _render(opened)
-    except Image.DecompressionBombError:  # raised on opening: some clip art claims 600 megapixels
+    except Image.DecompressionBombError:  # opening raises it: some clip art claims 600 megapixels
         return None
     pixels = np.asarray(image, dtype=np.float32)
     ink = pixels.min(axis=2) < 240
@@ -115,7 +115,7 @@ def _process(candidate: Candidate) -> Sample | None:
 
 
 def _choose(samples: list[Sample], limit: int, duplicate: float) -> list[Sample]:
-    """Return at most `limit` samples, vivid ones first, none correlated above `duplicate` with another."""
+    """Returns at most `limit` samples, vivid ones first; no two have a correlation above `duplicate`."""
     order = sorted(samples, key=lambda sample: sample.candidate.name)
     random.Random(0).shuffle(order)
     order.sort(key=lambda sample: not sample.vivid)
@@ -129,7 +129,7 @@ def _choose(samples: list[Sample], limit: int, duplicate: float) -> list[Sample]
 
 
 def _group(samples: list[Sample], alike: float) -> list[list[Sample]]:
-    """Join samples of one series, and samples correlated above `alike`, into groups (union-find)."""
+    """Joins samples of one series, or with a correlation above `alike`, into groups (union-find)."""
     parent = list(range(len(samples)))
 
     def root(i: int) -> int:
@@ -151,9 +151,9 @@ def _group(samples: list[Sample], alike: float) -> list[list[Sample]]:
 
 
 def _split(groups: list[list[Sample]], fraction: float) -> tuple[list[Sample], list[Sample]]:
-    """Return (train, held out): whole groups of at most four, per category, until `fraction` is held out.
+    """Splits samples into training and validation: per category, groups of at most four until `fraction` is reached.
 
-    Larger groups stay in training, where one series cannot dominate the measurement.
+    Larger groups stay in training, so that one series cannot dominate the validation.
     """
     sizes: dict[str, int] = {}
     for sample in (sample for group in groups for sample in group):
@@ -164,7 +164,7 @@ def _split(groups: list[list[Sample]], fraction: float) -> tuple[list[Sample], l
     train: list[Sample] = []
     validation: list[Sample] = []
     for group in order:
-        # The parts of a group that crosses categories go together: hold it out only if all of them have room.
+        # A group that crosses categories stays whole: it goes to validation only if all its categories have room.
         parts = [sample.candidate.category for sample in group]
         if len(group) <= 4 and all(parts.count(category) <= wanted[category] for category in parts):
             validation += group
@@ -176,7 +176,7 @@ def _split(groups: list[list[Sample]], fraction: float) -> tuple[list[Sample], l
 
 
 def write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
-    """Write (name, content) pairs as a tar file that depends on nothing else (no times, no owners)."""
+    """Writes (name, content) pairs as a tar file without times and owners, so that equal pairs give equal bytes."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for name, content in members:
             info = tarfile.TarInfo(name)
@@ -185,7 +185,7 @@ def write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
 
 
 def _members(samples: list[Sample], prefix: str, suffix: str, first: int) -> Iterator[tuple[str, bytes]]:
-    """Yield the members of a shard in a shuffled but fixed order, keys numbered from `first`."""
+    """Yields the members of a shard in a fixed shuffled order, with keys numbered from `first`."""
     order = sorted(samples, key=lambda sample: sample.candidate.name)
     random.Random(2).shuffle(order)
     for number, sample in enumerate(order, start=first):
@@ -194,25 +194,25 @@ def _members(samples: list[Sample], prefix: str, suffix: str, first: int) -> Ite
 
 
 def _write_split(out: Path, kind: str, suffix: str, groups: list[list[Sample]], fraction: float) -> None:
-    """Write `KINDs-train.tar` and `KINDs-validation.tar`; keys run on from one to the other."""
+    """Writes `KINDs-train.tar` and `KINDs-validation.tar`; the second continues the keys of the first."""
     train, validation = _split(groups, fraction)
     write_shard(out / f"{kind}s-train.tar", _members(train, kind, suffix, 0))
     write_shard(out / f"{kind}s-validation.tar", _members(validation, kind, suffix, len(train)))
 
 
-def build_pairs(sources: Path, out: Path) -> None:
-    """Write the image-text pairs."""
-    samples = [sample for sample in map(_process, read_pairs(sources)) if sample]
-    # Faces differ in few pixels but in meaning, hence the high bounds.
+def build_pairs(packages: Path, out: Path) -> None:
+    """Writes the image-text pairs."""
+    samples = [sample for sample in map(_process, read_pairs(packages)) if sample]
+    # Faces with other meanings differ in few pixels, hence the high bounds.
     chosen = _choose(samples, NUM_PAIRS, duplicate=0.998)
     _write_split(out, "pair", "txt", _group(chosen, alike=0.965), PAIRS_VALIDATION_FRACTION)
 
 
-def build_images(sources: Path, out: Path) -> None:
-    """Write the labelled images."""
+def build_images(packages: Path, out: Path) -> None:
+    """Writes the labelled images."""
     by_category: dict[str, list[Sample]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for sample in map(_process, read_clipart(sources, Path(scratch))):
+        for sample in map(_process, read_clipart(packages, Path(scratch))):
             if sample:
                 by_category.setdefault(sample.candidate.category, []).append(sample)
     chosen = [
@@ -224,7 +224,7 @@ def build_images(sources: Path, out: Path) -> None:
 
 
 def _chapters(lines: list[str]) -> list[list[str]]:
-    """Return the paragraphs of each chapter: one line each, without headings, emphasis marks and notes."""
+    """Returns the paragraphs of each chapter, one line each, without headings, emphasis marks and notes."""
     chapters = re.split(r"^chapter +(?:\d+|[ivxlc]+)\s*$", "\n".join(lines), flags=re.IGNORECASE | re.MULTILINE)[1:]
     result = []
     for chapter in chapters:
@@ -238,10 +238,10 @@ def _chapters(lines: list[str]) -> list[list[str]]:
     return result
 
 
-def build_text(sources: Path, out: Path) -> None:
-    """Write the prose: a paragraph a line, a blank line between paragraphs."""
+def build_text(packages: Path, out: Path) -> None:
+    """Writes the prose: one paragraph per line, with a blank line between paragraphs."""
     with tempfile.TemporaryDirectory() as scratch:
-        novels = read_novels(sources, Path(scratch))
+        novels = read_novels(packages, Path(scratch))
     chapters = [
         chapter for title, (first, last) in CHAPTERS.items() for chapter in _chapters(novels[title])[first - 1 : last]
     ]
@@ -259,25 +259,25 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Rebuild the sample data (image-text pairs, labelled images, prose) from public packages.",
         epilog=(
-            "The packages, fetched into the folder given as --sources:\n\n"
+            "The packages, fetched into the folder given as --packages:\n\n"
             "  apt-get download openclipart-png openclipart-svg r-cran-janeaustenr\n"
             "  npm pack @lobehub/fluent-emoji-3d cldr-annotations-full\n\n"
             "They take 180 MB, and unpacked another 300 MB in the temporary folder for a minute.\n"
             "It needs dpkg-deb, and Pillow with WebP. ATTRIBUTION.md names the versions used."
         ),
     )
-    parser.add_argument("--sources", type=Path, required=True, help="folder with the .deb and .tgz files")
+    parser.add_argument("--packages", type=Path, required=True, help="folder with the .deb and .tgz files")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the six data files into")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Build all files, and print the size and SHA-256 of each."""
+    """Builds all files, and print the size and SHA-256 of each."""
     arguments = _parse_arguments(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
     try:
         for build in (build_text, build_pairs, build_images):
-            build(arguments.sources, arguments.out)
+            build(arguments.packages, arguments.out)
     except PackageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""Read the public packages that the sample data is made from.
+"""Reads the public packages that the sample data is made from.
 
 Every reader yields its records in a fixed order, so that a build is a function of the packages alone.
 """
@@ -18,27 +18,27 @@ from pathlib import Path
 
 
 class PackageError(ValueError):
-    """A package is missing, ambiguous or not in the form this reader knows."""
+    """A package is missing, ambiguous or of an unknown form."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One image with its text, before any choice or processing."""
+    """One image with its text, before choice and processing."""
 
     name: str
-    """Where it comes from inside its package; unique within a source."""
+    """Path inside the package; unique within the package."""
     series: str
-    """Look-alikes share a series, and a series is never cut by the validation split."""
+    """Series of similar images; the validation split never cuts one."""
     category: str
-    """The label to balance over; empty for pairs."""
+    """Label by which images are balanced; empty for pairs."""
     text: str
-    """What is stored beside the image: a caption, or a JSON object."""
+    """Text that is stored beside the image: a caption, or a JSON object."""
     image: Path | bytes
-    """The encoded image, or the file that holds it."""
+    """The encoded image, or its file."""
 
 
 def find_package(folder: Path, pattern: str, how: str) -> Path:
-    """Return the one file in `folder` that matches `pattern`.
+    """Returns the one file in `folder` that matches `pattern`.
 
     Raises:
         PackageError: if none or several match; `how` is the command that fetches it.
@@ -54,7 +54,7 @@ def find_package(folder: Path, pattern: str, how: str) -> Path:
 
 
 def unpack_deb(folder: Path, package: str, out: Path) -> None:
-    """Unpack the Debian package `package` from `folder` below `out`."""
+    """Unpacks the Debian package `package` from `folder` below `out`."""
     deb = find_package(folder, f"{package}_*.deb", f"apt-get download {package}")
     if shutil.which("dpkg-deb") is None:
         raise PackageError("sample_data: dpkg-deb is not on the PATH; it unpacks .deb files (package dpkg).")
@@ -66,7 +66,7 @@ def unpack_deb(folder: Path, package: str, out: Path) -> None:
 _SKIN_TONES = range(0x1F3FB, 0x1F400)
 _ZODIAC = {*range(0x2648, 0x2654), 0x26CE}  # white glyphs on the same purple square
 _STEM = re.compile(r"[0-9a-f]{2,6}(?:-[0-9a-f]{2,6})*")
-# Letters, arrows and plain shapes: as good as text on a tile, so they teach little about pictures.
+# Letters, arrows and plain shapes are like text on a tile, so they teach little about pictures.
 _DULL = re.compile(
     r"button|keycap|Japanese “|(?<!bow and )\barrows?\b|middle finger|\bM\b|^(plus|minus|divide|multiply|infinity)$|"
     r"\b(circle|square|diamond|triangle|mark|suit|symbol|sign|loop|dash|asterisk|input|registered|copyright)$|"
@@ -84,7 +84,7 @@ _SLANG = {"ily", "xoxo", "bae", "omg", "litaf", "jel", "roflmao", "roflcopter", 
 
 
 def _emoji_series(name: str) -> str:
-    """Return a name with colour, direction, size and gender taken out: `green apple` -> `apple`."""
+    """Returns a name without colour, direction, size and gender, such as `apple` for `green apple`."""
     if "o\u2019clock" in name or name.endswith("-thirty"):
         return "clock face"
     if "moon" in name and "cake" not in name:
@@ -96,9 +96,9 @@ def _emoji_series(name: str) -> str:
 
 
 def _caption(name: str, keywords: list[str]) -> str:
-    """Return the name and up to six of its keywords, e.g. `roller coaster: amusement, park, theme`.
+    """Returns the name and up to six of its keywords, e.g. `roller coaster: amusement, park, theme`.
 
-    How many is drawn from the name, so that captions vary in length and a rebuild repeats them.
+    The name seeds the number of keywords, so captions vary in length and a rebuild repeats them.
     """
     draw = random.Random(f"caption {name}")
     said = set(re.findall(r"\w+", name.lower()))
@@ -117,7 +117,7 @@ def _caption(name: str, keywords: list[str]) -> str:
 
 
 def _read_annotations(archive: Path) -> dict[str, tuple[str, list[str]]]:
-    """Return character -> (name, keywords) in English, variation selectors taken out of the keys."""
+    """Returns the English name and keywords of each character; the keys have no variation selectors."""
     with tarfile.open(archive) as tar:
         member = tar.extractfile("package/annotations/en/annotations.json")
         assert member is not None, "tarfile.extractfile gives None for directories only"
@@ -130,9 +130,9 @@ def _read_annotations(archive: Path) -> dict[str, tuple[str, list[str]]]:
 
 
 def read_pairs(folder: Path) -> Iterator[Candidate]:
-    """Yield the emoji that have an English name, without skin tones, letters, arrows and plain shapes.
+    """Yields the emoji that have an English name, without skin tones, letters, arrows and plain shapes.
 
-    A gendered variant is left out where its neutral form is there too.
+    A gendered variant is left out if its neutral form exists.
     """
     how = "npm pack @lobehub/fluent-emoji-3d cldr-annotations-full"
     annotations = _read_annotations(find_package(folder, "cldr-annotations-full-*.tgz", how))
@@ -179,12 +179,12 @@ CATEGORIES = (
 )
 _LICENSE = re.compile(r'<cc:license\s+rdf:resource="([^"]*)"', re.IGNORECASE)
 _PUBLIC_DOMAIN = "http://web.resource.org/cc/PublicDomain"
-_SET_TITLE = re.compile(r"Clipart by|theme|iconset|Icons|^people$")  # names a set: the file name says more
+_SET_TITLE = re.compile(r"Clipart by|theme|iconset|Icons|^people$")  # a title of a set; the file name says more
 _UNUSABLE = re.compile(r"<image\b|Road Signs</dc:title>")  # links to a raster file; or one of fifty like it
 _NUMBER = re.compile(r"[\W_\d]+$")  # flower_01, flower_02: one series
 _TITLE = re.compile(r"<dc:title>(.*?)</dc:title>", re.DOTALL)
-# Weapons and underwear are no sample data, likenesses of private people neither; marks and characters belong to
-# someone; tiles, cards, diagrams and stick figures all look the same; the last line holds broken or misfiled files.
+# Excludes weapons, underwear and likenesses of private people; marks and characters that belong to someone; tiles,
+# cards, diagrams and stick figures, which all look the same; and, in the last line, broken or misfiled files.
 _LEFT_OUT = re.compile(
     r"weapons|pantyhose|nude|naked|sexy|cigar|smok|hitler|lenin|marx|"
     r"self_portrait|youngster|grandpa|happy_boy|man_singing|man_face_darek|lovely_baby|"
@@ -199,7 +199,7 @@ _LEFT_OUT = re.compile(
 
 
 def read_clipart(folder: Path, scratch: Path) -> Iterator[Candidate]:
-    """Yield the PNG images of CATEGORIES whose SVG of the same path is tagged public domain, and only that.
+    """Yields the PNG images of CATEGORIES whose SVG of the same path is tagged as public domain and nothing else.
 
     Args:
         folder: holds the two .deb files.
@@ -239,7 +239,7 @@ def read_clipart(folder: Path, scratch: Path) -> Iterator[Candidate]:
 
 
 def _read_strings(record: bytes) -> list[str]:
-    """Return the character vector in one R serialisation (format 3, big-endian XDR)."""
+    """Returns the character vector in one R serialisation (format 3, big-endian XDR)."""
     if record[:6] != b"X\n\x00\x00\x00\x03":
         raise PackageError(f"sample_data: expected an R serialisation of format 3, got {record[:6]!r}.")
     (encoding_length,) = struct.unpack_from(">I", record, 14)
@@ -258,7 +258,7 @@ def _read_strings(record: bytes) -> list[str]:
 
 
 def read_novels(folder: Path, scratch: Path) -> dict[str, list[str]]:
-    """Return title in capitals -> lines, for each novel of r-cran-janeaustenr."""
+    """Returns the lines of each novel in r-cran-janeaustenr, by its title in capitals."""
     unpack_deb(folder, "r-cran-janeaustenr", scratch)
     database = scratch / "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
     rest, novels = database.read_bytes(), {}

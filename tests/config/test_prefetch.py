@@ -33,7 +33,9 @@ def test_the_bound_holds(num_fitting: int) -> None:
 
 
 def test_a_step_that_does_not_fit_is_refused_with_its_size() -> None:
-    with pytest.raises(ConfigError, match=r"prefetch_gib=0\.001 holds no step of one rank, which takes 0\.0\d GiB"):
+    with pytest.raises(
+        ConfigError, match=r"prefetch_gib=0\.001 is too small for a step of one rank, which takes 0\.0\d GiB"
+    ):
         plan(num_workers=1, prefetch_gib=0.001, images={"train": ["x.tar"], "samples_per_step": 200})
 
 

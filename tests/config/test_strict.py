@@ -50,7 +50,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "images as texts": (
         lambda m: own(m, "data")["texts"].update(train=[{"path": "b.tar", "format": "tar"}]),
-        r"data\.texts: source 'b\.tar' has the format tar, which is one of images",
+        r"data\.texts: source 'b\.tar' has the format tar, which is for images",
     ),
     "tokenizer": (lambda m: own(m, "tokenizers")["visual"].update(codebook=1), r"'codebook'.*'codebook_"),
     "weights": (lambda m: own(m, "training").update(loss_weights={"mim": 1}), r"unknown key 'mim'"),

@@ -1,1 +1,1 @@
-"""What `beit3 prepare` writes and shows before a run."""
+"""Writes and describes what a run needs before it starts (`beit3 prepare`)."""

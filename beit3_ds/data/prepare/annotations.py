@@ -1,4 +1,4 @@
-"""Writing and verifying the tables of annotation files."""
+"""Writes and verifies the tables of annotation files."""
 
 import os
 
@@ -14,18 +14,18 @@ from beit3_ds.data.sources import annotation_files, check_images_are_there, read
 def prepare_annotations(config: DataConfig, *, verify: bool = False) -> str:
     """Parses the annotation files of a run, training and validation, and writes their tables into `cache_dir`.
 
-    A table is rewritten each time, because no file shows that images were added to their folder.
+    Tables are rewritten each time, because no file shows that images were added to their folder.
 
     Args:
         config: names the files; `cache_dir` must be set.
-        verify: compare the tables that are there instead.
+        verify: compare existing tables instead of writing them.
 
     Returns:
-        One line that says what was done, and one line per source with missing images; empty without annotation files.
+        A summary of one line, and one line per source with missing images; empty without annotation files.
 
     Raises:
-        ConfigError: naming a file that cannot be read, a folder that holds none of the images, or with `verify` a file
-            that does not fit its table.
+        ConfigError: if a file cannot be read, a folder has none of the images, or with `verify` a file does not fit its
+            table.
     """
     assert config.cache_dir is not None, "tables need data.cache_dir"
     tables = {source_table(source, config.cache_dir): source for source in _annotated_sources(config)}
@@ -68,5 +68,5 @@ def _verify(stored: StoredAnnotations, read: AnnotatedImages, path: str) -> None
         return
     raise ConfigError(
         f"data: {read.annotations} or the images in {read.images.path} no longer fit the table {path}. If the change "
-        "is meant, run `beit3 prepare index` without --verify; else fetch them again."
+        "is meant, run `beit3 prepare index` without --verify; otherwise fetch them again."
     )

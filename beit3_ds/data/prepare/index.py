@@ -1,4 +1,4 @@
-"""Writing and verifying the index files of tar shards, with as many processes as the machine has cores."""
+"""Writes and verifies the index files of tar shards, with one process per core."""
 
 import functools
 import os
@@ -23,30 +23,30 @@ from beit3_ds.data.sources import image_format
 from beit3_ds.data.workers.pool import Preparation, prepare_in_any_order
 from beit3_ds.data.workers.waiting import WaitLimits
 
-_MAX_NAMED = 10  # changed samples, or failed tars, that a message names
+_MAX_NAMED = 10  # most changed samples or failed tars that a message names
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexedShard:
-    """What was done for one tar."""
+    """Result of `prepare_indices` for one tar."""
 
     tar: str
-    """Its path."""
+    """Path of the tar."""
     action: Literal["written", "kept", "verified", "failed"]
-    """`kept`: an index that fits was there already."""
+    """`kept` if an up-to-date index existed."""
     num_samples: int = 0
-    """Samples in its index."""
+    """Samples in the index."""
     skipped: dict[str, Skipped] = field(default_factory=dict)
-    """Members left out, by reason."""
+    """Members that are left out, by reason."""
     error: str = ""
-    """Why it failed."""
+    """Message of the failure; empty without one."""
 
 
 def shard_paths(config: DataConfig) -> list[str]:
-    """Lists the tars of a run, training and validation; one that two streams read comes once.
+    """Lists the training and validation tars of a run, each once even if two streams read it.
 
     Raises:
-        ConfigError: for a pattern without a match.
+        ConfigError: if a pattern has no match.
     """
     sources = [source for stream in (config.images, config.pairs) for source in (*stream.train, *stream.validation)]
     tars = [source.path for source in sources if image_format(source) == "tar"]
@@ -54,10 +54,10 @@ def shard_paths(config: DataConfig) -> list[str]:
 
 
 def describe_folders(config: DataConfig) -> list[str]:
-    """Lists the folders of images of a run as training does, which needs no index; one line per folder.
+    """Lists the images in the folders of a run as training does; returns one line per folder.
 
     Raises:
-        ConfigError: for a folder that cannot be read, or holds no image.
+        ConfigError: if a folder cannot be read, or has no image.
         StorageError: if the file system fails.
     """
     sources = [source for stream in (config.images, config.pairs) for source in (*stream.train, *stream.validation)]
@@ -66,7 +66,7 @@ def describe_folders(config: DataConfig) -> list[str]:
 
 
 def describe_indices(shards: Sequence[IndexedShard]) -> str:
-    """Says in a few lines what `prepare_indices` did."""
+    """Summarises the results of `prepare_indices` in a few lines."""
     actions = Counter(shard.action for shard in shards)
     done = ", ".join(f"{count} {action}" for action, count in sorted(actions.items()))
     lines = [f"{len(shards)} tars with {sum(shard.num_samples for shard in shards):,} samples: {done or 'none'}"]
@@ -87,22 +87,23 @@ def prepare_indices(
     num_processes: int | None = None,
     timeout_seconds: float = 600,
 ) -> list[IndexedShard]:
-    """Writes the index of every tar that has none or has changed; with `verify`, compares those that are there.
+    """Writes the index of every tar that has none or has changed; with `verify`, compares existing indices.
 
-    May be stopped and started again: a tar whose index fits is not read again. A tar that fails stops no other.
+    May be interrupted and started again, because a tar with an up-to-date index is not read again. A tar that fails
+    does not stop the others.
 
     Args:
-        tars: paths, as `expand_patterns` lists them.
-        cache_dir: folder of the indices; made if missing.
-        verify: read the tars of indices that are there and compare place and CRC-32 of every member.
-        num_processes: None takes as many as cores.
-        timeout_seconds: `data.timeout_seconds`, how long a process may neither compute nor end.
+        tars: paths of the tars.
+        cache_dir: folder of the indices; created if missing.
+        verify: read the tars that have an index, and compare the offset and CRC-32 of every member.
+        num_processes: number of processes; None starts one per core.
+        timeout_seconds: longest time in which a process may neither compute nor finish (`data.timeout_seconds`).
 
     Returns:
-        One entry per tar, in their order.
+        One result per tar, in the order of `tars`.
 
     Raises:
-        ConfigError: naming the tars that failed, after all others are done.
+        ConfigError: if tars failed, with their names, after all others are finished.
     """
     num_processes = min(num_processes or count_cores(), len(tars))
     results = {shard.tar: shard for shard in _run(tars, cache_dir, verify, num_processes, timeout_seconds)}
@@ -170,7 +171,7 @@ def _verify(stored: StoredIndex, tar: str) -> None:
     changed = _changed_keys(then, now)
     named = ", ".join(changed[:_MAX_NAMED]) + (", ..." if len(changed) > _MAX_NAMED else "")
     raise ConfigError(
-        f"data: {tar} no longer fits its index {stored.path}: {len(changed)} samples differ in place, name or CRC-32 "
+        f"data: {tar} no longer fits its index {stored.path}: {len(changed)} samples differ in offset, name or CRC-32 "
         f"({named}). Fetch the tar again; or, if the change is meant, delete the index and run `beit3 prepare index`."
     )
 

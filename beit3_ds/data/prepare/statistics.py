@@ -20,7 +20,7 @@ from beit3_ds.data.text.token_files import count_tokens
 from beit3_ds.data.validation_overlap import check_validation_apart
 
 _PERCENTILES = (0, 10, 50, 90, 100)
-_MAX_NAMED = 10  # broken records per reason that a report names
+_MAX_NAMED = 10  # most broken records per reason that a report names
 _NUM_TEXTS, _TEXT_LENGTH = 4, 100  # texts shown per source, and characters of each
 _SUSPECTS = {
     "U+FFFD, which stands for what could not be decoded": re.compile("\ufffd"),
@@ -30,26 +30,26 @@ _SUSPECTS = {
 
 @dataclass(kw_only=True)
 class SourceStatistics:
-    """Of some samples of one source."""
+    """Statistics of some samples of one source."""
 
     num_samples: int
-    """Samples of the source."""
+    """Samples in the source."""
     num_examined: int
-    """Those that were read."""
+    """Samples that were read."""
     skipped: dict[str, Skipped]
-    """What the source leaves out, by reason."""
+    """Files, members, rows and lines that the source leaves out, by reason."""
     numbers: dict[str, list[int]] = field(default_factory=dict)
     """Measurements by name: widths and heights of images in pixels, characters and words of texts."""
     texts: list[str] = field(default_factory=list)
     """The readable texts, in order."""
     broken: dict[str, list[str]] = field(default_factory=dict)
-    """Messages about broken samples, by the reason without its numbers; a sample whose image and caption are both
-    broken has two messages."""
+    """Messages about broken samples, by reason without numbers. A sample whose image and caption are both broken has
+    two messages."""
     num_broken: int = 0
     """Number of broken samples; a sample whose image and caption are both broken counts once."""
 
     def describe(self) -> list[str]:
-        """Lines of text; percentiles are those of the readable samples."""
+        """Describes the source in lines of text; percentiles are those of the readable samples."""
         lines = [f"{self.num_samples:,} samples, {self.num_examined:,} of them examined"]
         for name, numbers in self.numbers.items():
             values = np.percentile(numbers, _PERCENTILES).round().astype(int)
@@ -66,7 +66,7 @@ class SourceStatistics:
         return lines
 
     def problems(self, max_broken_records: int) -> list[str]:
-        """Returns the reasons why a run over these samples would fail; empty if none is known."""
+        """Returns known reasons why a run over these samples would fail."""
         if self.num_broken and self.num_broken == self.num_examined:
             return [f"none of {self.num_examined:,} examined samples can be read"]
         if self.num_broken > max_broken_records:
@@ -77,7 +77,7 @@ class SourceStatistics:
         return []
 
     def add_broken(self, message: str) -> None:
-        """Counts a message under its reason."""
+        """Adds a message about a broken sample under its reason."""
         self.broken.setdefault(_reason(message), []).append(message)
 
     def _describe_suspects(self) -> list[str]:
@@ -92,10 +92,10 @@ class SourceStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """The result of `describe_streams`."""
+    """Result of `describe_streams`."""
 
     text: str
-    """For people."""
+    """Description of all files, for people."""
     problems: list[str]
     """Reasons why a run over these files would fail, one line each."""
 
@@ -104,7 +104,7 @@ def open_sources(config: DataConfig) -> dict[str, ImageSource]:
     """Opens the sources of images of a run by stream, part and path, such as `pairs train cc3m-*.tar`.
 
     Raises:
-        ConfigError: for files that are missing or cannot be read.
+        ConfigError: if files are missing or cannot be read.
     """
     return {
         f"{name} {part} {source.path}": open_images(source, config.cache_dir)
@@ -143,10 +143,10 @@ def describe_streams(config: DataConfig, max_examined: int) -> DataReport:
 
     Args:
         config: names the files.
-        max_examined: samples per source that are read, evenly spread; of texts the first paragraphs of every file.
+        max_examined: most samples per source that are read, evenly spread; of texts, the first paragraphs of a file.
 
     Raises:
-        ConfigError: for files that are missing or cannot be read, or validation files that are also training files.
+        ConfigError: if files are missing or cannot be read, or validation files are also training files.
         StorageError: if the file system fails.
     """
     check_validation_apart(config)
@@ -177,13 +177,13 @@ def _add(statistics: SourceStatistics, numbers: dict[str, int]) -> None:
 
 
 def _reason(message: str) -> str:
-    """Returns the common part of messages with one reason, without numbers, addresses and the record's name."""
+    """Returns the reason in a message, without numbers, addresses and the name of the record."""
     _, _, reason = message.partition(": broken ")
     return re.sub(r"0x[0-9a-f]+|\d+", "", reason or re.sub(r"^.*?:\d+: |^.*: (?=no )", "", message))
 
 
 def _show(text: str) -> str:
-    """Returns the beginning of a text, with escapes for unprintable characters."""
+    """Returns the beginning of a text, with unprintable characters as escapes."""
     return repr(text[:_TEXT_LENGTH]) + ("..." if len(text) > _TEXT_LENGTH else "")
 
 

@@ -1,4 +1,4 @@
-"""Tokenizes a run's texts once, by many processes and machines."""
+"""Tokenizes the texts of a run once, with many processes on one or several machines."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,29 +28,29 @@ from beit3_ds.data.workers.pool import Preparation, prepare_in_any_order
 from beit3_ds.data.workers.waiting import WaitLimits
 from beit3_ds.tokenizers.text import TextTokenizer
 
-_MAX_DIGITS = 9  # of the number of parts
-_PIECE_BYTES = 64 << 20  # some ten seconds' work: what an interruption costs, and what processes share out
+_MAX_DIGITS = 9  # of the number of shares
+_PIECE_BYTES = 64 << 20  # about ten seconds of work: the cost of an interruption, and the unit that processes share
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """One of several shares of the work, for example those of a Slurm array."""
+class WorkShare:
+    """One of several shares of the work, for example one job of a Slurm array (`--part`)."""
 
     number: int = 1
-    """Which share, from 1."""
+    """Number of this share, from 1."""
     count: int = 1
-    """How many shares there are."""
+    """Number of all shares."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.number <= self.count:
             raise ConfigError(f"--part {self.number}/{self.count}: part I of N needs 1 <= I <= N, for example 1/8.")
 
     @classmethod
-    def parse(cls, text: str) -> "Part":
-        """Reads I/N.
+    def parse(cls, text: str) -> "WorkShare":
+        """Reads a share from I/N, such as 1/8.
 
         Raises:
-            ConfigError: for anything else.
+            ConfigError: if the text has another form.
         """
         number, _, count = text.partition("/")
         if not (number.isdecimal() and count.isdecimal() and max(len(number), len(count)) <= _MAX_DIGITS):
@@ -60,52 +60,52 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class TextPreparation:
-    """What `prepare_texts` did."""
+    """Result of `prepare_texts`."""
 
     pieces_written: int
-    """Pieces that were tokenized now."""
+    """Pieces that were tokenized in this call."""
     pieces_kept: int
-    """Pieces of this part that were there."""
+    """Pieces of this share that were up to date."""
     num_tokens: int
-    """Tokens of both."""
+    """Tokens of all these pieces."""
     broken: tuple[str, ...]
-    """Lines of both that were left out: file, line number and reason."""
-    sources_left: int
-    """Source files of which other parts have pieces to do."""
+    """Lines of these pieces that are left out: file, line number and reason."""
+    files_left: int
+    """Text files with pieces that other shares have not tokenized yet."""
 
 
 def prepare_texts(
     data: DataConfig,
     tokenizer: TextTokenizer,
-    part: Part | None = None,
+    part: WorkShare | None = None,
     processes: int | None = None,
     piece_bytes: int = _PIECE_BYTES,
 ) -> TextPreparation:
     """Tokenizes the training and validation texts of a run into `data.cache_dir`.
 
-    Files are cut into pieces, which are divided over parts and processes; nobody waits for anybody. A piece that is
-    there and up to date is not done again, so an interrupted preparation goes on where it was. Whoever finds all pieces
-    of a file done also cuts it into sequences of `data.text_length`.
+    Files are cut into pieces, which are divided over shares and processes; no share waits for another. A piece that is
+    up to date is kept, so an interrupted preparation resumes where it stopped. A share that finds all pieces of a file
+    finished also cuts the file into sequences of `data.text_length`.
 
     Args:
-        data: the data of a run.
+        data: data section of the run's config.
         tokenizer: the run's text tokenizer.
-        part: this share of the pieces; all if None.
-        processes: how many tokenize; as many as cores if None.
-        piece_bytes: bytes of a piece; all parts must use the same.
+        part: share of the pieces; None takes all.
+        processes: number of processes; None starts one per core.
+        piece_bytes: bytes per piece, the same for all shares.
 
     Raises:
-        ConfigError: without `data.cache_dir`, for files that cannot be read, or for more broken lines than
+        ConfigError: if `data.cache_dir` is not set, files cannot be read, or more lines are broken than
             `data.max_broken_records`.
     """
     if data.cache_dir is None:
         raise ConfigError("data.cache_dir is not set: name the folder for the token files in the config.")
-    folder, part = texts_folder(data.cache_dir), part or Part()
+    folder, part = texts_folder(data.cache_dir), part or WorkShare()
     folder.mkdir(parents=True, exist_ok=True)
-    sources = _text_sources(data)
-    pieces = [cut_into_pieces(source, piece_bytes) for source in sources]
+    texts = _text_files(data)
+    pieces = [cut_into_pieces(text, piece_bytes) for text in texts]
     remove_other_pieces(folder, pieces)
-    share = [piece for pieces_of_source in pieces for piece in pieces_of_source][part.number - 1 :: part.count]
+    share = [piece for pieces_of_text in pieces for piece in pieces_of_text][part.number - 1 :: part.count]
     separator = data.document_separator
     kept = [done for piece in share if (done := _finished(folder, piece, tokenizer, separator))]
     finished = {done.piece for done in kept}
@@ -121,24 +121,24 @@ def prepare_texts(
         broken.extend(list(done.broken))
         num_tokens += done.num_tokens
     cutter = ParagraphCutter(tokenizer)
-    left = [s for s in sources if not _cut_into_sequences(folder, s, tokenizer, data, cutter)]
+    left = [text for text in texts if not _cut_into_sequences(folder, text, tokenizer, data, cutter)]
     return TextPreparation(
         pieces_written=len(todo),
         pieces_kept=len(kept),
         num_tokens=num_tokens,
         broken=tuple(broken.lines),
-        sources_left=len(left),
+        files_left=len(left),
     )
 
 
-def _text_sources(data: DataConfig) -> list[str]:
-    """All text files of a run; one that is both trained on and held out counts once."""
+def _text_files(data: DataConfig) -> list[str]:
+    """Returns all text files of a run; a file that is both trained on and evaluated counts once."""
     sources = (data.texts.train, data.texts.validation)
     return list(dict.fromkeys(file for part in sources for file in expand_patterns([source.path for source in part])))
 
 
 def _finished(folder: Path, piece: TextPiece, tokenizer: TextTokenizer, document_separator: bool) -> TokenPiece | None:
-    """The token file of a piece if it need not be written again."""
+    """Returns the token file of a piece if it is up to date, otherwise None."""
     with suppress(ConfigError):  # missing or damaged
         done = read_token_piece(token_path(folder, piece))
         made_with = (done.piece, done.tokenizer, done.document_separator)
@@ -173,7 +173,7 @@ def _name_piece(piece: TextPiece) -> str:
 
 
 def _with_progress(finished: Iterable[TokenPiece], pieces: Sequence[TextPiece]) -> Iterator[TokenPiece]:
-    """Shows the bytes that are done and the tokens a second, where standard error is a terminal."""
+    """Shows the finished bytes and the tokens per second if standard error is a terminal."""
     num_bytes = sum(piece.stop - piece.start for piece in pieces)
     num_tokens = 0
     with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
@@ -186,12 +186,12 @@ def _with_progress(finished: Iterable[TokenPiece], pieces: Sequence[TextPiece]) 
 
 
 def _cut_into_sequences(
-    folder: Path, source: str, tokenizer: TextTokenizer, data: DataConfig, cutter: ParagraphCutter
+    folder: Path, text: str, tokenizer: TextTokenizer, data: DataConfig, cutter: ParagraphCutter
 ) -> bool:
-    """Writes the borders of a source file, or returns False if some of its pieces are still to be done."""
+    """Writes the borders of a text file's sequences; returns False if some of its pieces are not finished."""
     try:
-        pieces = find_token_pieces(folder, source, tokenizer, data.document_separator)
+        pieces = find_token_pieces(folder, text, tokenizer, data.document_separator)
     except ConfigError:
         return False
-    write_borders(folder, source, pieces, data.text_length, cutter)
+    write_borders(folder, text, pieces, data.text_length, cutter)
     return True

@@ -119,7 +119,7 @@ def test_folders_in_one_another_are_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("a/b")
     check_no_file_twice([SourceConfig(path=str(tmp_path / name)) for name in ("a", "ab")])
     for name in ("a/b", "link"):  # its images would be trained on twice an epoch
-        with pytest.raises(ConfigError, match=r"lies in .*count twice"):
+        with pytest.raises(ConfigError, match=r"is inside .*count twice"):
             check_no_file_twice([SourceConfig(path=str(tmp_path / other)) for other in ("a", name)])
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from beit3_ds.config import ConfigError, DataConfig, SourceConfig, StreamConfig, TextTokenizerConfig
-from beit3_ds.data.prepare.texts import Part, prepare_texts
+from beit3_ds.data.prepare.texts import WorkShare, prepare_texts
 from beit3_ds.data.text import sequence_borders, token_files
 from beit3_ds.data.text.sequences import TextSequences
 from beit3_ds.data.text.token_files import find_token_pieces
@@ -110,9 +110,9 @@ def test_opening_loads_nothing_and_copies_map_anew(tmp_path: Path, corpus: str, 
 
 def test_parts_share_the_work_in_any_order(tmp_path: Path, corpus: str, tokenizer: TextTokenizer) -> None:
     config = data_config(corpus, tmp_path / "parts")
-    done = [prepare_texts(config, tokenizer, Part(number=i, count=3), 1, PIECE) for i in (3, 1, 2)]
+    done = [prepare_texts(config, tokenizer, WorkShare(number=i, count=3), 1, PIECE) for i in (3, 1, 2)]
     assert all(part.pieces_written > 5 for part in done)
-    assert [part.sources_left > 0 for part in done] == [True, True, False]
+    assert [part.files_left > 0 for part in done] == [True, True, False]
     whole = prepare_texts(data_config(corpus, tmp_path / "whole"), tokenizer, processes=1, piece_bytes=PIECE)
     assert sum(part.num_tokens for part in done) == whole.num_tokens  # catches a piece done by two parts or none
     assert names(tmp_path / "parts") == names(tmp_path / "whole")
@@ -230,7 +230,7 @@ def test_an_error_in_a_process_reaches_the_user(tmp_path: Path, tokenizer: TextT
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2", "1/" + "9" * 5000])
 def test_a_part_is_i_of_n(text: str) -> None:
     with pytest.raises(ConfigError, match=r"1/8"):
-        Part.parse(text)
+        WorkShare.parse(text)
 
 
 def test_a_folder_must_be_named(corpus: str, tokenizer: TextTokenizer) -> None:
