@@ -3,19 +3,23 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Exact versions; CONSTRAINTS= installs the newest ones that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS:%=--constraint %)
 CONFIG := ds_configs/quickstart_cpu.json
 
-.PHONY: help quickstart test test-slow check format clean-runs
+.PHONY: help quickstart test test-slow check format constraints clean-runs clean-venv
 
 help:
 	@echo "make quickstart   set up and pretrain a small BEiT-3 on the sample data (2 CPU ranks, ZeRO-3)"
 	@echo "make test         set up, then formatting, lint, types and tests"
 	@echo "make test-slow    the tests that take minutes"
 	@echo "make format       format the code"
+	@echo "make constraints  write the installed versions to constraints.txt"
+	@echo "make clean-venv   delete .venv, so that the next command installs everything again"
 	@echo "make clean-runs   delete runs/, so that the next quickstart starts anew"
 
-$(VENV)/installed: pyproject.toml setup.py
+$(VENV)/installed: pyproject.toml setup.py $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing torch, DeepSpeed and the rest into $(VENV) (a few minutes the first time)"
 	$(PIP) --editable .
@@ -43,7 +47,7 @@ check: $(VENV)/installed-test
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal --durations=25
 
 test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow
@@ -51,6 +55,14 @@ test-slow: $(VENV)/installed-test
 format: $(VENV)/installed-test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The lines that begin with # stay.
+constraints: $(VENV)/installed-test
+	{ grep '^#' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable; } > $(VENV)/constraints.txt
+	mv $(VENV)/constraints.txt constraints.txt
+
+clean-venv:
+	rm -rf $(VENV)
 
 clean-runs:
 	rm -rf runs
