@@ -11,6 +11,7 @@ from hypothesis import settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from beit3_ds.config import build_run_config
+from tests.deepspeed_proofs import Recorder, skip_proved
 from tests.run_config import quickstart_mapping, small_run_mapping
 
 # Tests share their cores: the time of one example says nothing about the code.
@@ -18,9 +19,27 @@ settings.register_profile("shared cores", deadline=None)
 settings.load_profile("shared cores")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` where there is none."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds what `deepspeed_proofs` is told by."""
+    parser.addoption(
+        "--verify-deepspeed",
+        action="store_true",
+        help="run all proofs that the pinned DeepSpeed is still wrong, and record those that pass",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Lets the process that hears of all tests record the proofs."""
+    if config.getoption("--verify-deepspeed") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Recorder())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips tests marked `gpu` where there is none, and proofs that were recorded."""
     import torch
+
+    if not config.getoption("--verify-deepspeed"):
+        skip_proved(items)
 
     if not torch.cuda.is_available():
         for item in items:

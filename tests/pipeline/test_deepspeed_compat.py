@@ -1,6 +1,7 @@
 """DeepSpeed is still wrong where `pipeline.deepspeed_compat` and `ModelParallelUnit` work around it.
 
 Each workaround is undone inside the ranks. A test that fails here says that a new DeepSpeed may no longer need it.
+The proofs run when a version, a workaround or this file changes (tests/deepspeed_proofs.py).
 """
 
 import importlib.util
@@ -157,35 +158,41 @@ def test_nothing_is_wrong_with_the_workarounds(reference: Reference) -> None:
         assert isinstance(found, dict) and max(found.values()) <= 1, found
 
 
+@pytest.mark.deepspeed_proof
 def test_trace_check_asks_stages_that_hold_other_modules(reference: Reference) -> None:
     """ZeRO-3 broadcasts its order of modules over all ranks while the other stage waits for a message."""
     (found,) = run(STAGES, (3,), undo_trace_check, reference, seconds=SECONDS)
     assert isinstance(found, str) and "in assert_ints_same_as_other_ranks" in found, found
 
 
+@pytest.mark.deepspeed_proof
 def test_backward_passes_in_a_row_overwrite_gradients(reference: Reference) -> None:
     (found,) = run(STAGES, (3,), undo_clearing_of_marks, reference, seconds=SECONDS)
     assert isinstance(found, str) or (found["loss 0"] <= 1 < 1e3 < found["gradient 0"]), found
 
 
+@pytest.mark.deepspeed_proof
 def test_engine_that_accumulates_divides_gradients(reference: Reference) -> None:
     """By the number of micro-batches, which the loss factors have done already; AdamW and clipping hide it."""
     for found in run(STAGES, (0, 3), let_engine_accumulate, reference):
         assert isinstance(found, dict) and found["gradient 0"] > 1e4 and found["norm 0"] > 1e4, found
 
 
+@pytest.mark.deepspeed_proof
 def test_zero3_norm_is_summed_sub_group_by_sub_group(reference: Reference) -> None:
     """Stages have different numbers of them and wait for each other in vain."""
     (found,) = run(STAGES, (3,), undo_zero3_norm, reference, {"sub_group_size": 10_000}, SECONDS)
     assert isinstance(found, str) and "in get_grad_norm_direct" in found, found
 
 
+@pytest.mark.deepspeed_proof
 def test_model_parallel_group_holds_the_stages(reference: Reference) -> None:
     """Each stage would clip by its own norm."""
     for found in run(STAGES, (1, 2), undo_model_parallel_group, reference):
         assert isinstance(found, dict) and found["gradient 0"] <= 1 < 1e3 < found["norm 0"], found
 
 
+@pytest.mark.deepspeed_proof
 def test_gradients_of_the_step_before_stay_in_the_buffer(reference: Reference) -> None:
     """Those of runs of layers that are not in a step's first backward pass."""
     (found,) = run(INTERLEAVED, (3,), undo_clearing_of_buffer, reference)
@@ -206,6 +213,7 @@ def measure_bf16_norms() -> tuple[float, float]:
         return float(norm), float(measure_steps(config, mesh, DEALS, num_steps=1)["norm 0"])
 
 
+@pytest.mark.deepspeed_proof
 def test_bf16_norm_without_zero_looks_for_marks_on_gradients(reference: Reference) -> None:
     expected = float(reference.load(MODEL)["norm 0"])
     for marked, unmarked in run_ranks(measure_bf16_norms, 2):
@@ -242,6 +250,7 @@ def count_reductions() -> list[int]:
     return counts
 
 
+@pytest.mark.deepspeed_proof
 def test_one_rank_copies_all_gradients_to_reduce_them() -> None:
     (counts,) = run_ranks(count_reductions, 1)
     assert counts == [0, 1]

@@ -1,0 +1,87 @@
+"""Skips proofs that the pinned DeepSpeed is still wrong, as long as nothing that they depend on has changed.
+
+A proof undoes a workaround and shows what goes wrong then. `pytest --verify-deepspeed` runs all proofs and records a
+digest per proof that passes: versions of DeepSpeed and torch, the code of the workarounds and that of the proofs. A
+proof whose digest is not the recorded one runs with all other tests, and so it does in continuous integration.
+"""
+
+import ast
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RECORD = "deepspeed_proofs.json"
+MARK = "deepspeed_proof"
+PACKAGES = ("deepspeed", "torch")
+WORKAROUNDS = ("beit3_ds/pipeline/deepspeed_compat.py", "beit3_ds/parallel/mesh.py")
+HARNESS = ("tests/training/steps.py", "tests/training/layouts.py")
+
+
+def digest(sources: Iterable[str], versions: Mapping[str, str]) -> str:
+    """Returns a digest of versions and of code; comments, docstrings and formatting do not count."""
+    words = [f"{name}=={number}" for name, number in sorted(versions.items())]
+    return hashlib.sha256("\n".join([*words, *map(_code, sources)]).encode()).hexdigest()[:16]
+
+
+def current_digest(test_file: Path) -> str:
+    """Returns the digest of the proofs in a file as everything is now."""
+    files = [*(ROOT / name for name in (*WORKAROUNDS, *HARNESS)), test_file]
+    return digest([file.read_text() for file in files], {name: version(name).partition("+")[0] for name in PACKAGES})
+
+
+def skip_proved(items: Iterable[pytest.Item]) -> None:
+    """Marks the proofs that were recorded for everything as it is now."""
+    for item in items:
+        if item.get_closest_marker(MARK) and is_proved(item.nodeid, read_record(item.path), current_digest(item.path)):
+            numbers = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+            reason = f"proved for {numbers} and this code; `pytest --verify-deepspeed` proves it again"
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def is_proved(nodeid: str, record: Mapping[str, str], now: str) -> bool:
+    """Whether a proof passed with the digest of now."""
+    return record.get(nodeid.partition("::")[2]) == now
+
+
+def read_record(test_file: Path) -> dict[str, str]:
+    """Returns the recorded digests of the proofs in a file's folder, by name."""
+    record = test_file.with_name(RECORD)
+    return json.loads(record.read_text()) if record.exists() else {}
+
+
+class Recorder:
+    """Records proofs that pass; one process hears of all of them, also if several run tests."""
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Records one proof, and forgets what other digests say."""
+        if MARK not in report.keywords or report.when != "call":
+            return
+        name, _, proof = report.nodeid.partition("::")
+        record_outcome(ROOT / name, proof, passed=report.passed)
+
+
+def record_outcome(test_file: Path, proof: str, *, passed: bool) -> None:
+    """Writes the digest of now for a proof that passed, and drops the entries that are of another digest."""
+    now = current_digest(test_file)
+    entries = {name: found for name, found in read_record(test_file).items() if found == now and name != proof}
+    if passed:
+        entries[proof] = now
+    test_file.with_name(RECORD).write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
+
+
+def _code(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):  # a string that is a statement does nothing: docstrings, and those under fields
+            node.body = [part for part in body if not _is_string(part)]  # type: ignore[attr-defined]
+    return ast.dump(tree)
+
+
+def _is_string(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
