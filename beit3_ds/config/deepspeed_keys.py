@@ -1,4 +1,4 @@
-"""Table of every key of DeepSpeed 0.19.8's configuration: the values that a run may give, and why others are refused.
+"""Lists every key of DeepSpeed 0.19.8's configuration with its accepted values, and why others are refused.
 
 The tests run, save, export, load and resume with the samples listed here of every accepted key that may change the
 training state (tests/checkpoint/test_deepspeed_keys.py). A key that changes nothing here is refused too, because a
@@ -205,7 +205,7 @@ class AcceptedKey(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Path with dots, as in messages and `--set`."""
+        """Returns the path with dots, as in messages and `--set`."""
         return ".".join(self.path)
 
 

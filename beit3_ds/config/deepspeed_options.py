@@ -17,13 +17,13 @@ class DeepSpeedOptions:
 
     @property
     def zero(self) -> Mapping[str, Any]:
-        """The section `zero_optimization`; empty if it is left out."""
+        """Returns the section `zero_optimization`, empty if it is left out."""
         section: Mapping[str, Any] = self.keys.get("zero_optimization", {})
         return section
 
     @property
     def zero_stage(self) -> int:
-        """Stage of ZeRO, 0 to 3."""
+        """Returns the ZeRO stage, 0 to 3."""
         return int(self.zero.get("stage", 0))
 
     @property
@@ -33,18 +33,18 @@ class DeepSpeedOptions:
 
     @property
     def precision(self) -> Precision:
-        """Type of parameters and activations."""
+        """Returns the type of parameters and activations."""
         return "bf16" if self.is_bf16 else "fp32"
 
     @property
     def grad_accum_dtype(self) -> Precision:
-        """Type in which the gradients of micro-batches are added up; by default that of the parameters."""
+        """Returns the type in which gradients of micro-batches are summed; by default that of the parameters."""
         dtype: Precision = self.keys.get("data_types", {}).get("grad_accum_dtype", self.precision)
         return dtype
 
     @property
     def communication_data_type(self) -> Precision:
-        """Type in which data-parallel ranks send gradients; by default that of the parameters."""
+        """Returns the type in which data-parallel ranks send gradients; by default that of the parameters."""
         dtype: Precision = self.keys.get("communication_data_type", self.precision)
         return dtype
 

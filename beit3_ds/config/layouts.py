@@ -1,4 +1,4 @@
-"""Whether a run fits a number of ranks, and which layouts near it would."""
+"""Checks whether a run fits a number of ranks, and finds the nearest layouts that do."""
 
 import dataclasses
 import math
@@ -16,14 +16,14 @@ def check_layout(config: RunConfig, world_size: int) -> int:
     """Refuses a run whose ranks, model, micro-batches and samples do not fit each other.
 
     Args:
-        config: of the run.
-        world_size: ranks in all.
+        config: the run's configuration.
+        world_size: total number of ranks.
 
     Returns:
         The number of data-parallel ranks.
 
     Raises:
-        ConfigError: with the rule that is broken and the nearest layouts on as many ranks that break none.
+        ConfigError: naming the broken rule and the nearest layouts of `world_size` ranks that fit.
     """
     try:
         data_parallel_size = _check(config, world_size)
@@ -35,7 +35,7 @@ def check_layout(config: RunConfig, world_size: int) -> int:
 
 
 def fits_layout(config: RunConfig, world_size: int) -> bool:
-    """Whether `check_layout` would accept as many ranks; faster than its refusals."""
+    """Returns whether `check_layout` would accept `world_size` ranks; faster than its refusals."""
     try:
         config.step_shares(_check(config, world_size)).check_batch_keys(config.deepspeed)
     except ConfigError:
@@ -44,7 +44,7 @@ def fits_layout(config: RunConfig, world_size: int) -> bool:
 
 
 def nearest_layouts(config: RunConfig, world_size: int) -> list[RunConfig]:
-    """The run on other layouts of `world_size` ranks that fit, nearest first, three at most."""
+    """Returns the run under at most three other layouts of `world_size` ranks that fit, nearest first."""
     keys = {key: value for key, value in config.deepspeed.items() if key not in BATCH_KEYS}
     asked = dataclasses.replace(config, deepspeed=keys)
     fitting = [candidate for candidate in _candidates(asked, world_size) if fits_layout(candidate, world_size)]
@@ -77,10 +77,10 @@ def _candidates(config: RunConfig, world_size: int) -> Iterator[RunConfig]:
 
 
 def _distance(config: RunConfig, other: RunConfig, world_size: int) -> tuple[float, int]:
-    """Returns by how many doublings sizes differ, with a low weight for micro-batches, and the model-parallel ranks.
+    """Returns the number of doublings between two layouts, and the second's model-parallel ranks to break ties.
 
-    Ties go to fewer model-parallel ranks. Uneven shares of the samples count as much as halving the ranks of one axis,
-    because ranks then wait for the largest share.
+    Micro-batches have a low weight. Uneven shares of the samples count as one doubling, because ranks then wait for the
+    largest share.
     """
 
     def doublings(a: int, b: int) -> float:

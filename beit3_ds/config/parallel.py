@@ -1,4 +1,4 @@
-"""How ranks divide the model and the samples."""
+"""Defines the "parallel" section: how ranks divide the model and the samples."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,27 +21,27 @@ class RankCoords(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """The mesh of ranks, pipeline x data x tensor: those that two axes leave over are data-parallel."""
+    """The mesh of ranks, pipeline x data x tensor; the data-parallel size follows from the number of ranks."""
 
     tensor_parallel_size: Ranks = 1
     """Ranks that divide every layer's attention heads, FFN width and vocabulary (Megatron-LM: Shoeybi et al., 2019,
     arXiv:1909.08053). They should share a node: they exchange activations in every layer."""
     sequence_parallel: bool = False
-    """Between attention and FFN, where tensor-parallel ranks would all do the same, each keeps its part of the rows
-    (Korthikanti et al., 2022, arXiv:2205.05198). Sends as many bytes and saves activation memory; off by default
-    because the rounding of sums differs with it."""
+    """Divides the rows between attention and FFN over tensor-parallel ranks, which would all compute the same there
+    (Korthikanti et al., 2022, arXiv:2205.05198). It saves activation memory and sends the same number of bytes. Off by
+    default, because the rounding of sums differs with it."""
     pipeline_parallel_size: Ranks = 1
-    """Stages that divide the ordered list of layers (1F1B: Narayanan et al., 2021, arXiv:2104.04473). At least as many
-    micro-batches (`gradient_accumulation_steps`) are needed."""
+    """Stages that divide the ordered list of layers (1F1B: Narayanan et al., 2021, arXiv:2104.04473). There must
+    be at least this many micro-batches (`gradient_accumulation_steps`)."""
     virtual_pipeline_parallel_size: Ranks = 1
-    """Runs of layers a stage holds, interleaved with those of the other stages: 1 / this the bubble, as many times the
-    messages. Micro-batches must then be a multiple of the stages."""
+    """Model chunks per stage, interleaved with those of the other stages. A value v divides the bubble by v and
+    multiplies the messages by v. With v > 1, micro-batches must be a multiple of the stages."""
     timeout_seconds: Seconds = 1800
-    """How long a rank waits for another before it ends the run. Longer than the slowest checkpoint and evaluation."""
+    """Longest wait of a rank for another before the run ends; must exceed the slowest checkpoint and evaluation."""
     heartbeat_timeout_seconds: Seconds = 60
-    """How long a rank may give no sign of life before the run ends: its process was stopped or killed, its host is gone
-    or the link is down. A thread gives one six times in this time, whatever the main thread waits for, so a slow rank
-    is not lost. Longer than the host may be too busy to run that thread."""
+    """Longest time without a heartbeat of a rank before the run ends: its process was stopped or killed, its host is
+    gone, or the link is down. A thread sends six heartbeats in this time, whatever the main thread waits for, so a slow
+    rank does not count as lost. It must exceed the time for which a busy host may not run that thread."""
 
     def __post_init__(self) -> None:
         if self.virtual_pipeline_parallel_size > 1 and self.pipeline_parallel_size == 1:
@@ -52,16 +52,16 @@ class ParallelConfig:
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model: tensor x pipeline."""
+        """Returns the ranks that hold one copy of the model: tensor x pipeline."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property
     def num_chunks(self) -> int:
-        """Runs of layers that the model is cut into: stages x runs of each."""
+        """Returns the number of model chunks: stages x chunks per stage."""
         return self.pipeline_parallel_size * self.virtual_pipeline_parallel_size
 
     def data_parallel_size(self, world_size: int) -> int:
-        """The ranks that hold the same part of the model.
+        """Returns the number of ranks that hold the same part of the model.
 
         Raises:
             ConfigError: if the layout does not divide `world_size`.
@@ -76,9 +76,9 @@ class ParallelConfig:
         return world_size // self.model_parallel_size
 
     def rank_coords(self, rank: int, world_size: int) -> RankCoords:
-        """A rank's coordinates: tensor peers are neighbours, then data-parallel ranks, then stages.
+        """Returns a rank's coordinates; tensor peers are neighbours, then data-parallel ranks, then stages.
 
-        So tensor peers, which talk most, share a node, and stages, which talk least, are far apart.
+        Tensor peers, which communicate most, then share a node; stages, which communicate least, are far apart.
         """
         pipeline, rest = divmod(rank, world_size // self.pipeline_parallel_size)
         return RankCoords(pipeline, *divmod(rest, self.tensor_parallel_size))
@@ -87,14 +87,14 @@ class ParallelConfig:
         """Refuses a layout that does not fit the model or the micro-batches of a step.
 
         Raises:
-            ConfigError: with the rule and the sizes that fit.
+            ConfigError: naming the rule and the sizes that fit.
         """
         fault = self.find_fault(model, micro_batches)
         if fault is not None:
             raise ConfigError(fault)
 
     def find_fault(self, model: ModelConfig, micro_batches: int) -> str | None:
-        """The first rule that this layout breaks, with a way out; None if it fits. See `check_model`."""
+        """Returns the first rule of `check_model` that this layout breaks, with a way out; None if it fits."""
         tensor, stages, virtual = (
             self.tensor_parallel_size,
             self.pipeline_parallel_size,

@@ -23,9 +23,9 @@ class StepShares:
     """The division of one step's samples, as even as possible.
 
     The streams are dealt to the ranks like cards, one stream after the other, and each rank deals its own samples to
-    its micro-batches in the same way. So two ranks differ by at most one sample of a stream and by at most one sample
-    over all streams; so do two micro-batches of a rank. Rank 0 and micro-batch 0 have the most. Uneven shares change no
-    loss: every term is divided by its count over the whole step.
+    its micro-batches in the same way. Two ranks therefore differ by at most one sample per stream and by at most one
+    sample over all streams, and so do two micro-batches of a rank. Rank 0 and micro-batch 0 have the most. Uneven
+    shares change no loss, because every term is divided by its count over the whole step.
     """
 
     samples: MicroBatchSize
@@ -37,22 +37,22 @@ class StepShares:
 
     @property
     def is_even(self) -> bool:
-        """Whether all micro-batches of all ranks have equal numbers of samples."""
+        """Returns whether all micro-batches of all ranks have equal numbers of samples."""
         return not any(samples % (self.num_ranks * self.num_micro_batches) for samples in self.samples)
 
     @property
     def largest_rank(self) -> int:
-        """Samples per step, over all streams, of a rank with the largest share."""
+        """Returns the samples per step, over all streams, of a rank with the largest share."""
         return -(-sum(self.samples) // self.num_ranks)
 
     @property
     def smallest_rank(self) -> int:
-        """Samples per step, over all streams, of a rank with the smallest share."""
+        """Returns the samples per step, over all streams, of a rank with the smallest share."""
         return sum(self.samples) // self.num_ranks
 
     @property
     def upper_bound(self) -> MicroBatchSize:
-        """Most samples of each stream in any micro-batch; a single micro-batch may not reach it in all streams."""
+        """Returns the most samples of each stream in any micro-batch; no single one need reach all of them."""
         parts = self.num_ranks * self.num_micro_batches
         return MicroBatchSize(*(-(-samples // parts) for samples in self.samples))
 

@@ -1,4 +1,4 @@
-"""Strict loading of frozen dataclasses from JSON: every unknown key, wrong type and missing value is an error."""
+"""Loads frozen dataclasses from JSON strictly: every unknown key, wrong type and missing value is an error."""
 
 import dataclasses
 import difflib
@@ -18,7 +18,7 @@ _MAX_SHOWN = 80
 
 
 class ConfigError(ValueError):
-    """A user's configuration or input cannot work; the message names the values, the rule and a way out."""
+    """Reports a configuration or input that cannot work, naming the values, the rule and a way out."""
 
 
 class FilePath:
@@ -76,7 +76,7 @@ def load_section(cls: type[T], mapping: Any, where: str) -> T:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    """Checks one JSON value against a field's type; lists become tuples and integers may stand for floats."""
+    """Checks one JSON value against a field's type; lists become tuples, and integers are valid floats."""
     origin = get_origin(hint)
     if origin is Annotated:
         base, *marks = get_args(hint)
@@ -126,7 +126,7 @@ def _check_mark(mark: Any, value: Any, where: str) -> Any:
 
 
 def _remedy(hint: Any, value: Any) -> str:
-    """Returns what to write instead, if the value shows the intention."""
+    """Returns what to write instead if the value shows the intention, else an empty string."""
     if hint is int and isinstance(value, float) and value.is_integer():
         return f" Write {int(value)}."
     if hint is str and isinstance(value, int | float):
@@ -161,10 +161,10 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def parse_json_or_text(text: str, where: str) -> Any:
-    """Parses JSON, or returns the text itself where it is none, so that words need no quotes.
+    """Parses JSON, or returns the text itself if it is not JSON, so that words need no quotes.
 
     Raises:
-        ConfigError: for a key twice in one object, and what else `parse_json` refuses but words.
+        ConfigError: for a key that appears twice in one object, or numbers and nesting that `parse_json` refuses.
     """
     try:
         return _parse(text, where)
@@ -221,7 +221,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(mapping) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ConfigError(f"the key {twice[:_MAX_SHOWN]!r} stands twice in one object.")
+        raise ConfigError(f"the key {twice[:_MAX_SHOWN]!r} appears twice in one object.")
     return mapping
 
 

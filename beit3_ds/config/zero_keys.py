@@ -1,4 +1,4 @@
-"""Keys of DeepSpeed 0.19.8's section `zero_optimization`; `deepspeed_keys` has the other ones."""
+"""Lists the keys of DeepSpeed 0.19.8's section `zero_optimization`; `deepspeed_keys` lists the others."""
 
 from beit3_ds.config.key_specs import Choice, Fixed, Flag, Number, Refused, Section
 from beit3_ds.config.numbers import Range

@@ -45,7 +45,7 @@ def fuzz_files(folder: Path, seed: int, count: int) -> int:
             num_accepted += outcome(path, WORLD_SIZES.get(name, 128)) is not None
             if number % 10 == 0:
                 path.write_text(duplicate_key(to_text(original), rng))
-                with pytest.raises(ConfigError, match="stands twice in one object"):
+                with pytest.raises(ConfigError, match="appears twice in one object"):
                     load_run_config(path)
         except Exception as error:
             raise AssertionError(f"seed {seed}, {name}, mutant {number}: {said}") from error

@@ -155,7 +155,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"^[^\n]*'a\\nb'[^\n]*$"):  # catches a message of two lines
             load_run_config(broken)
     broken.write_text('{"a": 1, "a": 2}')
-    with pytest.raises(ConfigError, match="the key 'a' stands twice"):
+    with pytest.raises(ConfigError, match="the key 'a' appears twice"):
         load_run_config(broken)
 
 
