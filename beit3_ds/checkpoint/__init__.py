@@ -1,4 +1,4 @@
-"""Saving and resuming a run, and getting weights out and in.
+"""Saves and loads the training state of a run, under any layout of ranks.
 
-Nothing is imported here: saving and resuming need DeepSpeed, reading and converting do not.
+Nothing is imported here: saving and resuming need DeepSpeed, reading a checkpoint does not.
 """

@@ -1,4 +1,4 @@
-"""Files that are on the disk, or not there: every write, sync and rename of a checkpoint goes through this file."""
+"""Writes, syncs and renames the files of checkpoints, so that a file is whole on the disk or absent."""
 
 import hashlib
 import os
@@ -11,14 +11,14 @@ _SYNC_BYTES = 1 << 26
 
 
 class NewFile:
-    """A file being written front to back, with its digest if wanted; synced to disk when its `with` block ends.
+    """A file that is written front to back, with an optional digest, and synced to disk when its `with` block ends.
 
-    What is written goes to the disk meanwhile, in a thread: left to itself the system begins when much of the memory
-    is waiting to be written, and then holds the writer up.
+    A thread syncs data to the disk during the writing. Otherwise the system would begin only when much of the memory is
+    waiting to be written, and would then hold the writer up.
 
     Raises:
-        FileExistsError: if there is one already.
-        OSError: if the disk is full, cannot be written, or is gone; what is written by then stays behind.
+        FileExistsError: if the file exists.
+        OSError: if the disk is full, cannot be written, or is gone; the part written by then stays on the disk.
     """
 
     def __init__(self, path: Path, *, with_digest: bool = True) -> None:
@@ -47,11 +47,11 @@ class NewFile:
 
     @property
     def sha256(self) -> str:
-        """The digest of what was written so far, in hexadecimal; empty without one."""
+        """SHA-256 of the bytes written so far, in hexadecimal; empty if no digest is computed."""
         return self._digest.hexdigest() if self._digest else ""
 
     def write(self, content: bytes | memoryview) -> None:
-        """Appends bytes; a write that the system cuts short goes on where it ended."""
+        """Appends bytes; a write that the system cuts short is continued from there."""
         rest = memoryview(content).cast("B")
         while rest:
             chunk = rest[:_CHUNK_BYTES]
@@ -73,8 +73,10 @@ class NewFile:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a small file aside and renames it, so that readers see the old one or the new one."""
-    aside = path.with_name(f".{path.name}.new")  # the same for every process, so that a killed one leaves no litter
+    """Writes a small file under a temporary name and renames it, so that readers see the old file or the new one."""
+    aside = path.with_name(
+        f".{path.name}.new"
+    )  # one name for all processes, so that killed ones leave one file at most
     aside.unlink(missing_ok=True)
     with NewFile(aside) as file:
         file.write(content)
@@ -88,7 +90,7 @@ def rename(source: Path, target: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names inside a folder last."""
+    """Syncs a folder, so that the names of its files survive a crash."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -97,6 +99,6 @@ def sync_folder(folder: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """The digest of a file on disk, in hexadecimal."""
+    """Returns the SHA-256 of a file on disk, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,9 +1,9 @@
-"""The training state that a rank owns inside DeepSpeed's engine, as runs of elements of logical tensors.
+"""Reads and writes the training state that a rank owns inside DeepSpeed's engine, as ranges of logical tensors.
 
 A tensor's state is its float32 weight and AdamW's two moments. Parameters of a narrower type are the rounded weights,
-so they are not saved: they are made again. Which elements a rank owns depends on the ZeRO stage: without ZeRO all of
-its part of the model, with it a share of the flattened parameters (1 and 2) or of every parameter (3). This is the one
-file of the package that knows DeepSpeed's optimizers.
+so they are recomputed instead of saved. The ZeRO stage decides which elements a rank owns: all of its part of the model
+(stage 0), a share of the flattened parameters (1 and 2), or a share of every parameter (3). This is the only file of
+the package that knows DeepSpeed's optimizers.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,89 +23,89 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from beit3_ds.checkpoint.index import MOMENTS, WEIGHT
-from beit3_ds.checkpoint.rectangles import Rectangle, own_block, run_of
+from beit3_ds.checkpoint.slices import TensorSlice, own_block, slice_range
 from beit3_ds.checkpoint.state_check import HeldWeights, find_mismatch
 from beit3_ds.parallel import Mesh, is_split, logical_shape
 
-ReadPart = Callable[[str, str, Rectangle], Tensor]
-"""Gives a kind of a tensor of a name: the rectangle, a matrix."""
+ReadSlice = Callable[[str, str, TensorSlice], Tensor]
+"""Returns a slice of a tensor as a matrix, given one of `index.KINDS`, the tensor's logical name, and the slice."""
 
 _GATHERED_PARAMETERS = 4
 """Parameters that ZeRO-3's ranks gather per save for a comparison; a forward pass gathers all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """What tensor and pipeline parallelism leave of a logical tensor to this rank."""
+class LocalTensor:
+    """Block of a logical tensor that tensor and pipeline parallelism leave to this rank."""
 
     shape: torch.Size
-    """Logical."""
-    block: Rectangle
-    """This rank's block of it."""
+    """Logical shape of the tensor."""
+    block: TensorSlice
+    """This rank's block of the tensor."""
 
 
 class Fragment(NamedTuple):
-    """A run of elements whose state this rank owns; the tensors are the engine's own memory, one dimension each."""
+    """A range of elements whose state this rank owns, as one-dimensional views of the engine's own memory."""
 
     name: str
     """Logical name of the parameter."""
     start: int
-    """First element, counted in this rank's block of the tensor."""
+    """Number of the first element in this rank's block of the tensor."""
     weight: Tensor
-    """float32."""
+    """Weights in float32."""
     optimizer_state: dict[str, Tensor]
-    """AdamW's state of these elements, of each of `index.MOMENTS`."""
+    """AdamW's moments of these elements, by `index.MOMENTS`."""
 
     def values(self, kind: str) -> Tensor:
-        """The tensor of one of `index.KINDS`."""
+        """Returns the elements of one of `index.KINDS`."""
         return self.weight if kind == WEIGHT else self.optimizer_state[kind]
 
     def cut(self, start: int, stop: int) -> "Fragment":
-        """The elements [start, stop) of this run."""
+        """Returns the elements [start, stop) of this fragment."""
         state = {kind: values[start:stop] for kind, values in self.optimizer_state.items()}
         return Fragment(self.name, self.start + start, self.weight[start:stop], state)
 
 
 class EngineState:
-    """Reads and writes an engine's training state without gathering anything."""
+    """The training state of one rank's engine, read and written without gathering it."""
 
     def __init__(self, engine: DeepSpeedEngine, mesh: Mesh) -> None:
         """Finds the parameters of this rank.
 
         Args:
-            engine: around this stage's part of the model, with AdamW (torch's, or apex's FusedAdam).
-            mesh: the ranks.
+            engine: DeepSpeed's engine around this stage's part of the model, with AdamW (torch's, or apex's FusedAdam).
+            mesh: the mesh of ranks.
         """
         self._engine, self._mesh = engine, mesh
         self._parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
-        self.parts = {name: _find_part(parameter) for name, parameter in self._parameters.items()}
-        """Of every parameter of this rank's stage, by its logical name."""
+        self.local_tensors = {name: _local_tensor(parameter) for name, parameter in self._parameters.items()}
+        """This rank's block of every parameter of its stage, by logical name."""
 
     @property
     def is_on_gpu(self) -> bool:
-        """Whether the engine computes there; its state may still be offloaded to the host."""
+        """Returns whether the engine computes on a GPU; its state may still be offloaded to the host."""
         return self._engine.device.type == "cuda"
 
     @property
     def optimizer_step(self) -> int:
-        """Updates that AdamW has counted, for its bias correction; 0 before the first."""
+        """Updates that AdamW has counted for its bias correction; 0 before the first."""
         steps = {float(state["step"]) for _, state in self._owners() if "step" in state}
         steps |= {float(group["step"]) for group in _adamw(self._engine.optimizer).param_groups if "step" in group}
         assert len(steps) <= 1, f"parameters were updated different numbers of times: {steps}"
         return int(steps.pop()) if steps else 0
 
     def fragments_to_save(self) -> list[Fragment]:
-        """The runs that this rank writes, so that every element of every tensor is written by one rank.
+        """Returns the fragments that this rank writes; over all ranks every element of every tensor is written once.
 
-        Without ZeRO the data-parallel ranks, which all hold everything, share it out; what tensor-parallel ranks hold
-        alike, norms and positions, the first of them writes.
+        Without ZeRO all data-parallel ranks hold all elements, and each writes an equal share. Tensors that
+        tensor-parallel ranks hold alike, such as norms and positions, are written by the first of them.
         """
         self._start_moments()
         return list(self._shares())
 
     def num_elements_to_save(self) -> int:
-        """Elements of those runs."""
+        """Returns the number of elements of `fragments_to_save`."""
         return sum(len(share.weight) for share in self._shares())
 
     def _shares(self) -> Iterator[Fragment]:
@@ -121,12 +121,12 @@ class EngineState:
 
     @torch.no_grad()
     def find_mismatch(self, step: int) -> str | None:
-        """Compares what `fragments_to_save` gives with the parameters that the forward pass uses. All ranks call it.
+        """Compares the state to save with the parameters that the forward pass uses. All ranks call it.
 
-        A checkpoint is assembled from DeepSpeed's flat buffers. An option that lays them out differently would make it
-        garbage although training stays right. So samples of every parameter are compared, among the elements that this
-        rank owns. Under ZeRO-3 a rank holds only its own partition, so a few parameters are also gathered, different
-        ones at each step; the data-parallel ranks send all elements of these.
+        A checkpoint is assembled from DeepSpeed's flat buffers. An option that orders these differently would make the
+        checkpoint garbage, although training stays correct. So samples of every parameter are compared, among the
+        elements that this rank owns. Under ZeRO-3 a rank holds only its own partition, so a few parameters, different
+        ones at each step, are also gathered: the data-parallel ranks send all elements of these.
 
         Args:
             step: number of updates done; it chooses the samples, the same ones on all ranks.
@@ -137,7 +137,7 @@ class EngineState:
         return find_mismatch(self._held_weights(step), step)
 
     def _held_weights(self, step: int) -> Iterator[HeldWeights]:
-        """Yields every owned run with the model's own elements of it."""
+        """Yields every owned fragment with the model's own values of its elements."""
         names = sorted(self._parameters)
         gathered = set(Random(step).sample(names, min(_GATHERED_PARAMETERS, len(names))))
         for fragment in self._fragments():
@@ -156,14 +156,14 @@ class EngineState:
                 yield HeldWeights(fragment.name, fragment.weight, whole[fragment.start : stop], moments)
 
     @torch.no_grad()
-    def load(self, read: ReadPart, optimizer_step: int) -> None:
-        """Overwrites weights and moments, reading no more than this rank holds. All ranks call it.
+    def load(self, read: ReadSlice, optimizer_step: int) -> None:
+        """Overwrites weights and moments, and reads only what this rank holds. All ranks call it.
 
         Under ZeRO-3 the data-parallel ranks then gather the parameters that DeepSpeed keeps whole.
 
         Args:
-            read: the source of all tensors of `parts`, float32.
-            optimizer_step: updates that the moments come from.
+            read: reads slices of all tensors of `local_tensors` in float32.
+            optimizer_step: number of updates that made the moments.
         """
         self._load_weights(read, set(self._parameters))
         self._start_moments()
@@ -171,7 +171,7 @@ class EngineState:
         if isinstance(adamw, torch.optim.AdamW):
             for _, state in self._owners():
                 state["step"].fill_(optimizer_step)
-        else:  # FusedAdam counts by group
+        else:  # FusedAdam counts per group
             for group in adamw.param_groups:
                 group["step"] = optimizer_step
         for fragment in self._fragments():
@@ -179,17 +179,17 @@ class EngineState:
                 self._fill(fragment, read, kind)
 
     @torch.no_grad()
-    def load_weights(self, read: ReadPart, names: set[str]) -> None:
-        """Overwrites the weights of some parameters, as `load` does, before the first update. All ranks call it."""
+    def load_weights(self, read: ReadSlice, names: set[str]) -> None:
+        """Overwrites the weights of the parameters `names`, before the first update. All ranks call it."""
         assert self.optimizer_step == 0, "weights are replaced under moments that belong to others"
         self._load_weights(read, names & set(self._parameters))
 
-    def rectangles(self, fragment: Fragment) -> Iterator[tuple[int, Rectangle]]:
-        """Where a run lies in its logical tensor; see `run_of`. Its end may be padding, which lies nowhere."""
+    def slices(self, fragment: Fragment) -> Iterator[tuple[int, TensorSlice]]:
+        """Yields the slices of the logical tensor that make up a fragment, as `slice_range` does, without padding."""
         start, stop = fragment.start, fragment.start + len(fragment.weight)
-        return run_of(self.parts[fragment.name].block, start, stop)
+        return slice_range(self.local_tensors[fragment.name].block, start, stop)
 
-    def _load_weights(self, read: ReadPart, wanted: set[str]) -> None:
+    def _load_weights(self, read: ReadSlice, wanted: set[str]) -> None:
         optimizer = self._engine.optimizer
         if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
             optimizer._partition_all_parameters()  # also those that are kept whole between steps
@@ -207,14 +207,13 @@ class EngineState:
             for name in wanted:
                 self._fill(Fragment(name, 0, self._parameters[name].data.view(-1), {}), read)
 
-    def _fill(self, fragment: Fragment, read: ReadPart, kind: str = WEIGHT) -> None:
+    def _fill(self, fragment: Fragment, read: ReadSlice, kind: str = WEIGHT) -> None:
         values = fragment.values(kind)
-        for position, rectangle in self.rectangles(fragment):
-            part = read(kind, fragment.name, rectangle)
-            values[position : position + rectangle.num_elements].copy_(part.flatten())
+        for position, part in self.slices(fragment):
+            values[position : position + part.num_elements].copy_(read(kind, fragment.name, part).flatten())
 
     def _start_moments(self) -> None:
-        """Makes what AdamW itself would make at the first update."""
+        """Creates the state that AdamW itself would create at the first update."""
         for weight, state in self._owners():
             if not state:
                 if isinstance(_adamw(self._engine.optimizer), torch.optim.AdamW):
@@ -229,46 +228,57 @@ class EngineState:
         )
 
     def _owners(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        """The tensors that AdamW updates on this rank, each with its state, which is empty before the first update."""
+        """Yields each tensor that AdamW updates on this rank, with its state; that is empty before the first update."""
         optimizer = self._engine.optimizer
         state = _adamw(optimizer).state
-        for weights, _ in self._layout():
+        for weights, _ in self._flat_tensors():
             yield weights, state[weights]
 
     def _fragments(self) -> Iterator[Fragment]:
         state = _adamw(self._engine.optimizer).state
-        for weights, runs in self._layout():
+        for weights, ranges in self._flat_tensors():
             own = {kind: values.detach().flatten() for kind, values in state[weights].items() if kind in MOMENTS}
             flat = weights.detach().flatten()
-            for parameter, start, position, length in runs:
+            for parameter, start, position, length in ranges:
                 stop = position + length
                 moments = {kind: values[position:stop] for kind, values in own.items()}
                 yield Fragment(self._names[id(parameter)], start, flat[position:stop], moments)
 
-    def _layout(self) -> Iterator[tuple[Tensor, list[tuple[nn.Parameter, int, int, int]]]]:
-        """The tensors that AdamW updates, and the runs of parameters in each.
-
-        A run is a parameter, its first element there, its position in the tensor, and its length.
-        """
+    def _flat_tensors(self) -> Iterator[tuple[Tensor, list["_ParameterRange"]]]:
+        """Yields the tensors that AdamW updates, each with the ranges of parameters that it holds."""
         optimizer = self._engine.optimizer
         if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-            yield from zip(optimizer.fp32_partitioned_groups_flat, map(_zero3_runs, optimizer.fp16_groups), strict=True)
+            yield from zip(
+                optimizer.fp32_partitioned_groups_flat, map(_zero3_ranges, optimizer.fp16_groups), strict=True
+            )
         elif isinstance(optimizer, DeepSpeedZeroOptimizer):
             for group, weights in enumerate(optimizer.single_partition_of_fp32_groups):
-                yield weights, _zero12_runs(optimizer, group)
+                yield weights, _zero12_ranges(optimizer, group)
         elif isinstance(optimizer, BF16_Optimizer):
-            yield from zip(optimizer.fp32_groups_flat_partition, map(_flat_runs, optimizer.bf16_groups), strict=True)
+            yield from zip(optimizer.fp32_groups_flat_partition, map(_flat_ranges, optimizer.bf16_groups), strict=True)
         else:
             narrow = isinstance(optimizer, FP16_UnfusedOptimizer)
             groups = optimizer.fp16_groups if narrow else [group["params"] for group in optimizer.param_groups]
             masters = optimizer.fp32_groups if narrow else groups
             for parameters, weights in zip(groups, masters, strict=True):
                 for parameter, weight in zip(parameters, weights, strict=True):
-                    yield weight, [(parameter, 0, 0, weight.numel())]
+                    yield weight, [_ParameterRange(parameter, 0, 0, weight.numel())]
+
+
+class _ParameterRange(NamedTuple):
+    """Range of a parameter's elements in a flat tensor."""
+
+    parameter: nn.Parameter
+    start: int
+    """Number of the first element in the parameter."""
+    position: int
+    """Number of the first element in the flat tensor."""
+    length: int
+    """Number of elements."""
 
 
 def _adamw(optimizer: Any) -> torch.optim.Optimizer:
-    """Torch's AdamW, or apex's FusedAdam, which keeps the same moments but counts updates in its groups."""
+    """Returns torch's AdamW, or apex's FusedAdam, which keeps the same moments but counts updates in its groups."""
     inner = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
     assert isinstance(inner, torch.optim.Optimizer)
     known = isinstance(inner, torch.optim.AdamW) or type(inner).__name__ == "FusedAdam"
@@ -276,52 +286,56 @@ def _adamw(optimizer: Any) -> torch.optim.Optimizer:
     return inner
 
 
-def _find_part(parameter: nn.Parameter) -> Part:
+def _local_tensor(parameter: nn.Parameter) -> LocalTensor:
     # Under ZeRO-3 the parameter itself may be empty.
     logical = logical_shape(parameter, getattr(parameter, "ds_shape", None))
-    return Part(shape=logical, block=own_block(logical, getattr(parameter, "parallel_split", None)))
+    return LocalTensor(shape=logical, block=own_block(logical, getattr(parameter, "parallel_split", None)))
 
 
-def _zero3_runs(parameters: list[Any]) -> list[tuple[nn.Parameter, int, int, int]]:
-    """Every data-parallel rank has an equal share of each parameter; the last shares may end behind its end."""
-    runs, position = [], 0
+def _zero3_ranges(parameters: list[Any]) -> list[_ParameterRange]:
+    """Lists this rank's equal share of each parameter; the last ranks' shares may reach past a parameter's end."""
+    ranges, position = [], 0
     for parameter in parameters:
         size = parameter.partition_numel()
         start = size * dist.get_rank(parameter.ds_process_group)
-        runs.append((parameter, start, position, max(0, min(size, parameter.ds_numel - start))))
+        length = max(0, min(size, parameter.ds_numel - start))
+        ranges.append(_ParameterRange(parameter, start, position, length))
         position += size
-    return runs
+    return ranges
 
 
-def _zero12_runs(optimizer: DeepSpeedZeroOptimizer, group: int) -> list[tuple[nn.Parameter, int, int, int]]:
-    """Lists the parameters that have a piece in this rank's share of a flattened group.
+def _zero12_ranges(optimizer: DeepSpeedZeroOptimizer, group: int) -> list[_ParameterRange]:
+    """Lists the ranges of parameters in this rank's share of a flattened group.
 
     The order is that of the flat buffer, which `round_robin_gradients` and `parameter_alignment` change. DeepSpeed's
     own mapping of parameters (`_hp_mapping`) ignores `round_robin_gradients`.
     """
     size = optimizer.partition_size[group]
     first = size * dist.get_rank(optimizer.real_dp_process_group[group])
-    runs = []
-    places = zip(optimizer.round_robin_bit16_groups[group], optimizer.round_robin_bit16_offsets[group], strict=True)
-    for parameter, offset in places:
+    ranges = []
+    offsets = zip(optimizer.round_robin_bit16_groups[group], optimizer.round_robin_bit16_offsets[group], strict=True)
+    for parameter, offset in offsets:
         start, stop = max(offset, first), min(offset + parameter.numel(), first + size)
         if start < stop:
-            runs.append((parameter, start - offset, start - first, stop - start))
-    return runs
+            ranges.append(_ParameterRange(parameter, start - offset, start - first, stop - start))
+    return ranges
 
 
 def _gather(parameter: Any) -> Tensor:
-    """Gathers a flat copy of a parameter that ZeRO-3 has partitioned; all its data-parallel ranks call it."""
+    """Returns a flat copy of a parameter that ZeRO-3 has partitioned. All its data-parallel ranks call it."""
     if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # kept whole between steps
         return parameter.data.flatten()
     with deepspeed.zero.GatheredParameters([parameter]):
         return parameter.data.flatten().clone()
 
 
-def _flat_runs(parameters: list[Any]) -> list[tuple[nn.Parameter, int, int, int]]:
-    """The parameters of which a piece lies in this rank's share of their flattened group."""
+def _flat_ranges(parameters: list[Any]) -> list[_ParameterRange]:
+    """Lists the ranges of parameters in this rank's share of their flattened group."""
+    mapped = ((parameter, parameter._hp_mapping) for parameter in parameters)
     return [
-        (parameter, mapping.lp_fragment_address.start, mapping.hp_fragment_address.start, mapping.lp_fragment.numel())
-        for parameter in parameters
-        if (mapping := parameter._hp_mapping) is not None
+        _ParameterRange(
+            parameter, own.lp_fragment_address.start, own.hp_fragment_address.start, own.lp_fragment.numel()
+        )
+        for parameter, own in mapped
+        if own is not None
     ]

@@ -1,4 +1,4 @@
-"""One checkpoint on disk, read by any rank of any layout."""
+"""Reads one checkpoint on disk, by any rank of any layout, and finds checkpoints in a folder."""
 
 import os
 import re
@@ -22,7 +22,7 @@ from beit3_ds.checkpoint.index import (
     read_index,
     tensor_key,
 )
-from beit3_ds.checkpoint.rectangles import Rectangle, whole
+from beit3_ds.checkpoint.slices import TensorSlice, whole_slice
 from beit3_ds.checkpoint.tensor_file import BrokenTensorFileError, TensorEntry, TensorFile
 from beit3_ds.config import ConfigError, ModelConfig
 from beit3_ds.cores import count_cores
@@ -34,16 +34,16 @@ _FILE_OF_KIND = {kind: file for file, kinds in FILE_KINDS.items() for kind in ki
 
 
 class CheckpointFolder:
-    """A whole checkpoint: its index was read, and its files are there with the right sizes.
+    """A whole checkpoint: its index is valid, and its files exist with the right sizes.
 
-    Digests are compared by `find_damage`, because that reads everything; other reading costs what is asked for.
+    `find_damage` compares digests, and so reads whole files. The other methods read only the values asked for.
     """
 
     def __init__(self, path: Path) -> None:
         """Reads the index.
 
         Raises:
-            BrokenIndexError: if the checkpoint is torn or changed, in a few words.
+            BrokenIndexError: if the checkpoint is incomplete or changed, with the fault in a few words.
         """
         self.path, self.index = path, read_index(path)
         check_files(path, self.index)
@@ -51,24 +51,24 @@ class CheckpointFolder:
 
     @property
     def model(self) -> ModelConfig:
-        """The model's configuration."""
+        """Configuration of the model."""
         return ModelConfig(**self.index.run.model)
 
     @property
     def step(self) -> int:
-        """Updates done."""
+        """Number of updates done."""
         return self.index.step
 
     def files(self, kind: str | None = None) -> list[str]:
-        """Names of its files, or of those of one of `FILE_KINDS`."""
+        """Returns the names of all files, or of those of one of `FILE_KINDS`."""
         return sorted(name for name in self.index.files if kind is None or name.startswith(f"{kind}-"))
 
     def find_damage(self, names: Iterable[str]) -> str | None:
-        """Compares files, of the names in `index.files`, with their digests; returns the first fault in a few words."""
+        """Compares files of the index with their digests; returns the first fault in a few words, or None."""
         return next(filter(None, map(self.find_fault, names)), None)
 
     def find_fault(self, name: str) -> str | None:
-        """Compares one file with its digest; returns what is wrong in a few words, or None."""
+        """Compares one file with its digest; returns the fault in a few words, or None."""
         try:
             digest = file_sha256(self.path / name)
         except OSError as error:
@@ -76,47 +76,51 @@ class CheckpointFolder:
         return None if digest == self.index.files[name].sha256 else f"{name} was changed: its digest is another"
 
     def names(self) -> list[str]:
-        """Logical names of all tensors."""
+        """Returns the logical names of all tensors."""
         return list(self.index.shapes)
 
     def shape(self, name: str) -> torch.Size:
-        """Logical shape of a tensor."""
+        """Returns the logical shape of a tensor."""
         return self.index.shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """The type that `read` gives."""
+        """Returns the type of `read`'s tensors."""
         return torch.float32
 
-    def read(self, name: str, part: Rectangle | None = None) -> Tensor:
-        """A tensor's float32 weights, in its logical shape, or a part of it as a matrix."""
-        values = self.read_kind(WEIGHT, name, part or whole(self.shape(name)))
+    def read(self, name: str, part: TensorSlice | None = None) -> Tensor:
+        """Returns a tensor's float32 weights in its logical shape, or a slice of them as a matrix."""
+        values = self.read_kind(WEIGHT, name, part or whole_slice(self.shape(name)))
         return values if part else values.view(self.shape(name))
 
-    def read_kind(self, kind: str, name: str, part: Rectangle) -> Tensor:
-        """A part of a tensor's weights or moments as a matrix, float32.
+    def read_kind(self, kind: str, name: str, part: TensorSlice) -> Tensor:
+        """Returns a slice of a tensor's weights or moments as a float32 matrix.
 
         Args:
             kind: one of `index.KINDS`.
-            name: of the tensor.
-            part: of the tensor seen as a matrix.
+            name: logical name of the tensor.
+            part: slice of the tensor.
+
+        Raises:
+            BrokenIndexError: if a file cannot be opened.
+            BrokenTensorFileError: if a file does not hold the piece that the index says.
         """
         values = torch.empty(part.shape)
-        for rank, rectangle in self.index.pieces[name]:
-            if common := part.intersection(rectangle):
+        for rank, piece in self.index.pieces[name]:
+            if common := part.intersection(piece):
                 file = self._open(file_name(_FILE_OF_KIND[kind], rank))
-                rows, columns = common.inside(rectangle)
-                key = tensor_key(kind, self.index.stored_name(name), rectangle)
-                if file.entries.get(key) != TensorEntry(key, torch.float32, rectangle.shape):
+                rows, columns = common.inside(piece)
+                key = tensor_key(kind, self.index.stored_name(name), piece)
+                if file.entries.get(key) != TensorEntry(key, torch.float32, piece.shape):
                     raise BrokenTensorFileError(f"{file.path} has no {key} in float32")
                 target = values[common.inside(part)]
-                if target.is_contiguous() and target.shape[1] == rectangle.shape[1]:
+                if target.is_contiguous() and target.shape[1] == piece.shape[1]:
                     file.read_rows_into(target, key, rows.start)
                 else:
                     target.copy_(file.read_rows(key, rows.start, rows.stop)[:, columns])
         return values
 
     def close(self) -> None:
-        """Closes the files."""
+        """Closes the files that were read."""
         for file in self._opened.values():
             file.close()
         self._opened.clear()
@@ -131,7 +135,7 @@ class CheckpointFolder:
 
 
 def check_files(path: Path, index: Index) -> None:
-    """Refuses a checkpoint of which a file is missing or has another size.
+    """Refuses a checkpoint if a file is missing or has another size.
 
     Raises:
         BrokenIndexError: naming the file.
@@ -153,7 +157,7 @@ def checkpoint_name(step: int) -> str:
 def checkpoint_paths(folder: Path) -> list[Path]:
     """Returns the folders inside `folder` that have the name of a checkpoint, newest first, whole or not.
 
-    Everything else belongs to somebody else: copies such as `step-00000002.bak`, files, and links.
+    Other entries are not this program's: copies such as `step-00000002.bak`, files, and links.
     """
     try:
         with os.scandir(folder) as entries:
@@ -166,8 +170,8 @@ def checkpoint_paths(folder: Path) -> list[Path]:
 def is_own_checkpoint(path: Path) -> bool:
     """Returns whether a folder may be deleted as a checkpoint: its index fits its name and lists all its files.
 
-    The files may be damaged or missing. A folder without a readable index, or with a file that the index does not list,
-    holds something that this program did not write.
+    Its files may be damaged or missing. If the index is unreadable or does not list a file, then the folder holds
+    something that this program did not write.
     """
     try:
         index = read_index(path)
@@ -197,7 +201,7 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a folder looks like a checkpoint, a folder of checkpoints, or the output of a run that has them."""
+    """Returns whether a path looks like a checkpoint, a folder of checkpoints, or the output of a run that has some."""
     return (path / INDEX_NAME).is_file() or bool(checkpoint_paths(path) or checkpoint_paths(path / "checkpoints"))
 
 
@@ -205,11 +209,11 @@ def open_checkpoint(path: Path, kind: str | None = "weights") -> CheckpointFolde
     """Opens a checkpoint, or the newest whole one of a run, after comparing its files with their digests.
 
     Args:
-        path: of a checkpoint, of a folder of checkpoints, or `training.output_dir` of a run.
-        kind: of the files to compare, one of `FILE_KINDS`; None is all of them.
+        path: a checkpoint, a folder of checkpoints, or `training.output_dir` of a run.
+        kind: kind of the files to compare, one of `FILE_KINDS`; None compares all files.
 
     Raises:
-        ConfigError: if there is none, or it is torn or changed; what is wrong with newer ones goes to stderr.
+        ConfigError: if there is no whole checkpoint; the faults of those that were tried go to stderr.
     """
     own = [path] if (path / INDEX_NAME).is_file() or _NAME.fullmatch(path.name) else []
     for candidate in own or checkpoint_paths(path) or checkpoint_paths(path / "checkpoints"):
@@ -227,7 +231,7 @@ def open_checkpoint(path: Path, kind: str | None = "weights") -> CheckpointFolde
 
 
 def _find_damage_fast(folder: CheckpointFolder, names: Sequence[str]) -> str | None:
-    """`find_damage` for a process that has the machine to itself: a file a core at a time, with a progress bar."""
+    """Does what `find_damage` does with one thread per core and a progress bar, for a process alone on its machine."""
     with ThreadPoolExecutor(count_cores()) as pool:
         faults = pool.map(folder.find_fault, names)
         text = f"checking {folder.path.name}"

@@ -1,13 +1,13 @@
-"""The index of a checkpoint: what it holds, where every piece of every tensor lies, and the digests of its files.
+"""Reads and writes the index of a checkpoint: its tensors, the file of every piece, and the digests of the files.
 
     step-00001000/
-      index.json                     this
-      weights-00000.safetensors      float32 weights that rank 0 wrote, of its own pieces
+      index.json                     this file
+      weights-00000.safetensors      float32 weights of the pieces that rank 0 wrote
       moments-00000.safetensors      AdamW's moments of the same pieces
       weights-00001.safetensors      ...
 
-A piece is a rectangle of a logical tensor; the pieces of a tensor cover it once. Names and shapes are those of the
-whole model, so nothing in the folder depends on the ranks that wrote it but how the tensors are cut.
+A piece is a slice of a logical tensor. The pieces of a tensor cover each of its elements once. Names and shapes are
+those of the whole model, so only the cuts between pieces depend on the ranks that wrote a checkpoint.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from beit3_ds.checkpoint.rectangles import Rectangle, whole
 from beit3_ds.checkpoint.run_description import RunDescription
+from beit3_ds.checkpoint.slices import TensorSlice, whole_slice
 from beit3_ds.checkpoint.tensor_file import WrittenFile
 from beit3_ds.config.renamed_keys import with_new_keys
 from beit3_ds.model.renamed_tensors import stored_names
@@ -31,31 +31,31 @@ VERSION = 1
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = (WEIGHT, *MOMENTS)
-"""What is kept of every element: its float32 weight, and AdamW's averages of gradient and squared gradient."""
+"""Values kept per element: the float32 weight, and AdamW's averages of the gradient and the squared gradient."""
 FILE_KINDS = {"weights": (WEIGHT,), "moments": MOMENTS}
-"""Which of them a rank's files hold."""
+"""Kinds of values in each of a rank's files."""
 
 
 class Piece(NamedTuple):
-    """A rectangle of a tensor, and the rank whose files hold it."""
+    """Slice of a tensor, and the rank whose files hold it."""
 
     rank: int
-    rectangle: Rectangle
+    part: TensorSlice
 
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """The parsed index."""
+    """Content of an index."""
 
     step: int
-    """Updates done."""
+    """Number of updates done."""
     optimizer_step: int
-    """Updates that AdamW counted."""
+    """Number of updates that AdamW counted."""
     run: RunDescription
     shapes: Mapping[str, torch.Size]
     """Logical shape of every tensor."""
     pieces: Mapping[str, Sequence[Piece]]
-    """Of every tensor."""
+    """Pieces of every tensor."""
     files: Mapping[str, WrittenFile]
     """Size and digest of every file beside the index."""
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -69,7 +69,7 @@ class Index:
         return self.old_names.get(name, name)
 
     def to_json(self) -> bytes:
-        """The content of the index's file; the digest of everything else in it stands at its end."""
+        """Returns the content of the index's file, which ends with the digest of everything before it."""
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -90,11 +90,11 @@ class Index:
 
 
 class BrokenIndexError(ValueError):
-    """An index that is cut, changed, of another program, or does not describe whole tensors."""
+    """An index is cut off, changed, from another program, or does not describe whole tensors."""
 
 
 def read_index(folder: Path) -> Index:
-    """Reads and checks the index of a checkpoint's folder; its files are not opened.
+    """Reads and checks the index of a checkpoint's folder without opening the other files.
 
     Raises:
         BrokenIndexError: with what is wrong, in a few words.
@@ -122,7 +122,7 @@ def _parse(content: dict[str, Any]) -> Index:
         run=RunDescription(**{name: content[name] for name in RunDescription.__dataclass_fields__}),
         shapes={name: torch.Size(tensor["shape"]) for name, tensor in tensors.items()},
         pieces={
-            name: [Piece(rank, Rectangle(*part)) for rank, *part in tensor["pieces"]]
+            name: [Piece(rank, TensorSlice(*part)) for rank, *part in tensor["pieces"]]
             for name, tensor in tensors.items()
         },
         files={name: WrittenFile(*file) for name, file in content["files"].items()},
@@ -134,22 +134,22 @@ def _parse(content: dict[str, Any]) -> Index:
 
 
 def check_cover(shapes: Mapping[str, torch.Size], pieces: Mapping[str, Sequence[Piece]]) -> None:
-    """Refuses tensors whose pieces leave something out, overlap or lie outside.
+    """Refuses tensors whose pieces leave out an element, overlap, or reach outside the tensor.
 
     Raises:
         BrokenIndexError: naming the tensor.
     """
     for name, shape in shapes.items():
-        bounds, parts = whole(shape), [piece.rectangle for piece in pieces[name]]
+        bounds, parts = whole_slice(shape), [piece.part for piece in pieces[name]]
         num_elements = sum(part.num_elements for part in parts)
         inside = all(part.intersection(bounds) == part for part in parts)
         if not inside or num_elements != bounds.num_elements or _overlap(parts):
             raise BrokenIndexError(f"the pieces of {name} do not cover it once")
 
 
-def _overlap(parts: Sequence[Rectangle]) -> bool:
-    """Whether two rectangles share an element, by a sweep over rows."""
-    active: list[Rectangle] = []
+def _overlap(parts: Sequence[TensorSlice]) -> bool:
+    """Returns whether two slices share an element, by a sweep over rows."""
+    active: list[TensorSlice] = []
     for part in sorted(parts):
         active = [other for other in active if other.bottom > part.top]
         if any(part.intersection(other) for other in active):
@@ -159,12 +159,12 @@ def _overlap(parts: Sequence[Rectangle]) -> bool:
 
 
 def file_name(kind: str, rank: int) -> str:
-    """The name of one of a rank's files; `kind` is one of `FILE_KINDS`."""
+    """Returns the name of one of a rank's files; `kind` is one of `FILE_KINDS`."""
     return f"{kind}-{rank:05d}.safetensors"
 
 
-def tensor_key(kind: str, name: str, part: Rectangle) -> str:
-    """The name of a piece inside a file."""
+def tensor_key(kind: str, name: str, part: TensorSlice) -> str:
+    """Returns the name of a piece inside a file."""
     return f"{name} {kind} [{part.top}:{part.bottom}, {part.left}:{part.right}]"
 
 

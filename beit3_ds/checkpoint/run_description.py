@@ -1,4 +1,4 @@
-"""What a checkpoint says of the run that it comes from, and whether another run may go on from it."""
+"""Describes the run that wrote a checkpoint, and checks that another run may resume from it."""
 
 import dataclasses
 import json
@@ -17,31 +17,31 @@ _LIBRARIES = ("beit3_ds", "torch", "deepspeed", "safetensors")
 
 @dataclass(frozen=True, kw_only=True)
 class RunDescription:
-    """Plain data, as it stands in a checkpoint's index."""
+    """Description of a run as plain data, as in a checkpoint's index."""
 
     model: Mapping[str, Any]
     """Fields of the model's configuration."""
     config: Mapping[str, Any]
     """All sections of the run's configuration; `training.seed` is among them."""
     tokenizers: Mapping[str, str]
-    """SHA-256 of the tokenizers' files under "text" and "visual"; only of those that the run uses."""
+    """SHA-256 of the tokenizers' files, under "text" and "visual"; only of tokenizers that the run uses."""
     layout: str
-    """The ranks that wrote it, for people."""
+    """Layout of the ranks that wrote the checkpoint, in words."""
     versions: Mapping[str, str]
-    """Of Python and the libraries that wrote it."""
+    """Versions of Python and of the libraries that wrote the checkpoint."""
 
-    def check_continues(self, before: "RunDescription", where: str) -> list[str]:
-        """Checks that this run may go on from a checkpoint of the run `before`.
+    def check_resumes(self, before: "RunDescription", where: str) -> list[str]:
+        """Checks that this run may resume from a checkpoint of the run `before`.
 
         Args:
             before: the run that the checkpoint describes.
-            where: the checkpoint's place, for messages.
+            where: path of the checkpoint, for messages.
 
         Returns:
-            A line for every setting that was changed in between, but for the layout of ranks.
+            One line per setting that differs from the checkpoint's, without the layout of ranks.
 
         Raises:
-            ConfigError: if it holds another model, or was trained with other tokenizers.
+            ConfigError: if the checkpoint holds another model, or was trained with other tokenizers.
         """
         advice = "Set the model section as it was, or use another training.output_dir."
         check_same_model(self.model, before.model, f"checkpoint {where}", advice)
@@ -62,13 +62,13 @@ class RunDescription:
 
 
 def check_same_model(model: Mapping[str, Any], stored: Mapping[str, Any], where: str, advice: str) -> None:
-    """Refuses weights of a model whose tensors are others.
+    """Refuses weights of a model that has other tensors.
 
     Args:
         model: fields of the run's model.
-        stored: fields of the one that was saved.
-        where: it lies, for the message.
-        advice: the way out, a sentence.
+        stored: fields of the saved model.
+        where: names the weights, for the message.
+        advice: sentence with a way out.
 
     Raises:
         ConfigError: naming the fields that differ.
@@ -86,10 +86,10 @@ def build_run_description(config: RunConfig, layout: str) -> RunDescription:
     """Describes the run that `config` starts; reads the tokenizers' files.
 
     Args:
-        config: of the run.
-        layout: its ranks, in words.
+        config: the run's configuration.
+        layout: layout of its ranks, in words.
     """
-    # Through JSON, so that it equals what is read back: tuples become lists.
+    # Through JSON, so that it equals the description that is read back: tuples become lists.
     plain = json.loads(json.dumps(dataclasses.asdict(config), default=dict))
     paths = {"text": config.tokenizers.text.path} if config.data.has_texts else {}
     paths |= {"visual": config.tokenizers.visual.path} if config.data.has_images else {}
@@ -103,7 +103,7 @@ def build_run_description(config: RunConfig, layout: str) -> RunDescription:
 
 
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested objects, each with its path of keys and dots."""
+    """Yields the leaves of nested objects, each after its path of keys with dots."""
     for key, value in mapping.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{key}.")

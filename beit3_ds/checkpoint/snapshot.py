@@ -1,4 +1,4 @@
-"""A copy of what this rank saves, in host memory, so that training goes on while it is written."""
+"""Keeps a copy of what this rank saves in host memory, so that training continues while it is written."""
 
 from pathlib import Path
 
@@ -7,49 +7,50 @@ from torch import Tensor
 
 from beit3_ds.checkpoint.engine_state import EngineState
 from beit3_ds.checkpoint.index import FILE_KINDS, KINDS, Piece, file_name, tensor_key
-from beit3_ds.checkpoint.rectangles import Rectangle
+from beit3_ds.checkpoint.slices import TensorSlice
 from beit3_ds.checkpoint.tensor_file import TensorEntry, WrittenFile, write_tensor_file
 
 
 class Snapshot:
-    """This rank's share of weights and moments; its memory is kept from one save to the next.
+    """Copy of this rank's share of weights and moments; its memory is kept from one save to the next.
 
-    That is 12 bytes for every element the rank writes, in page-locked memory if the engine's is on a GPU.
+    It takes 12 bytes per element that the rank writes, in page-locked memory if the engine computes on a GPU.
     """
 
     def __init__(self, state: EngineState) -> None:
         self._state, self._num_elements = state, state.num_elements_to_save()
         self._memory: dict[str, Tensor] = {}
-        self._pieces: list[tuple[str, Rectangle, int]] = []
+        self._pieces: list[tuple[str, TensorSlice, int]] = []
         self.optimizer_step = 0
+        """Number of updates that AdamW had counted when the state was copied."""
 
-    def take_memory(self) -> None:
-        """Takes every page of the memory: the system gives them slowly, and the first copy should not wait for that."""
+    def reserve_memory(self) -> None:
+        """Touches every page of the memory, so that the first copy does not wait until the system provides them."""
         if not self._memory:
             pin = self._state.is_on_gpu
             self._memory = {kind: torch.empty(self._num_elements, pin_memory=pin).zero_() for kind in KINDS}
 
-    def take(self) -> None:
-        """Copies the state as it is now. Only this holds training up."""
+    def copy_state(self) -> None:
+        """Copies the current state, while training waits."""
         self._pieces, position = [], 0
         for fragment in self._state.fragments_to_save():
             length = len(fragment.weight)
             for kind in KINDS:
                 self._memory[kind][position : position + length].copy_(fragment.values(kind), non_blocking=True)
-            for start, rectangle in self._state.rectangles(fragment):
-                self._pieces.append((fragment.name, rectangle, position + start))
+            for start, part in self._state.slices(fragment):
+                self._pieces.append((fragment.name, part, position + start))
             position += length
         self.optimizer_step = self._state.optimizer_step
         if self._state.is_on_gpu:
             torch.cuda.synchronize()
 
     def shapes(self) -> dict[str, torch.Size]:
-        """Logical shapes of the tensors of which this rank has pieces."""
-        return {name: self._state.parts[name].shape for name, _, _ in self._pieces}
+        """Returns the logical shapes of the tensors of which this rank holds pieces."""
+        return {name: self._state.local_tensors[name].shape for name, _, _ in self._pieces}
 
     def pieces(self, rank: int) -> list[tuple[str, Piece]]:
-        """Where the pieces lie, of which this is global rank `rank`."""
-        return [(name, Piece(rank, rectangle)) for name, rectangle, _ in self._pieces]
+        """Returns the pieces with the names of their tensors; `rank` is this rank's global number."""
+        return [(name, Piece(rank, part)) for name, part, _ in self._pieces]
 
     def write(self, folder: Path, rank: int) -> dict[str, WrittenFile]:
         """Writes this rank's files into an existing folder and syncs them.
@@ -66,7 +67,7 @@ class Snapshot:
             }
             entries = [TensorEntry(key, torch.float32, part.shape) for key, (_, part, _) in places.items()]
 
-            def read(key: str, places: dict[str, tuple[str, Rectangle, int]] = places) -> Tensor:
+            def read(key: str, places: dict[str, tuple[str, TensorSlice, int]] = places) -> Tensor:
                 kind, part, position = places[key]
                 return self._memory[kind][position : position + part.num_elements].view(part.shape)
 

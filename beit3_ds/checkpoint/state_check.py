@@ -1,4 +1,4 @@
-"""Compares the weights of a checkpoint with the model's weights, before anything is written."""
+"""Compares the weights that a checkpoint would hold with the model's weights, before anything is written."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -7,40 +7,35 @@ import torch
 from torch import Tensor
 
 _SAMPLED_ELEMENTS = 4096
-"""Elements of a run that are compared, evenly spread; cheap, and enough to show any other order."""
+"""Compared elements per range, evenly spread: cheap, and enough to show any other order of the buffers."""
 
 
 class HeldWeights(NamedTuple):
-    """A run of elements in the optimizer and in the model."""
+    """A range of elements in the optimizer and in the model."""
 
     name: str
     """Logical name of the parameter."""
     saved: Tensor
-    """Elements that a checkpoint would hold, one dimension."""
+    """Values that a checkpoint would hold, in one dimension."""
     held: Tensor
-    """The same elements as the model computes with, rounded to its dtype."""
+    """Values of the same elements with which the model computes, rounded to its dtype."""
     moments: tuple[Tensor, ...]
     """AdamW's averages of the gradient and of its square for the same elements."""
 
 
 def find_mismatch(weights: Iterable[HeldWeights], step: int) -> str | None:
-    """Finds the first run whose saved and held elements differ.
+    """Finds the first range whose saved and held elements differ.
 
     Args:
-        weights: the runs.
+        weights: the ranges.
         step: number of updates done; it chooses the samples.
 
     Returns:
-        The tensor and the number of compared elements that differ, in a few words; None if no run differs.
+        The tensor and the number of compared elements that differ, in a few words; None if no range differs.
     """
     names, differing, num_compared = [], [], []
     fault: str | None = None
-    for (
-        name,
-        saved,
-        held,
-        moments,
-    ) in weights:  # no early end, because other ranks may take part in gathering later runs
+    for name, saved, held, moments in weights:  # to the end, because other ranks may gather later ranges with this one
         if saved.shape != held.shape:
             fault = fault or f"{name} has {len(held)} elements in the model, but {len(saved)} in the optimizer"
         elif any(moment.shape != saved.shape for moment in moments):

@@ -1,7 +1,8 @@
-"""Safetensors files written and read piece by piece, so that no file has to fit in memory.
+"""Writes and reads safetensors files piece by piece, so that no file has to fit in memory.
 
-The library's writer takes all tensors at once and gives no digest. Its reader maps files into memory: what was read
-counts as the process's memory, and a file that is cut or lost meanwhile kills the process instead of raising an error.
+The library's writer takes all tensors at once and computes no digest. Its reader maps files into memory: pages that
+were read count as the process's memory, and a file that is cut off or lost meanwhile kills the process instead of
+raising an error.
 """
 
 import json
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from beit3_ds.checkpoint.disk import NewFile
-from beit3_ds.checkpoint.rectangles import matrix_shape
+from beit3_ds.checkpoint.slices import matrix_shape
 
 _DTYPES = {
     torch.float64: "F64",
@@ -27,11 +28,11 @@ _DTYPES = {
     torch.bool: "BOOL",
 }
 _ALIGNMENT = 8
-_LARGEST_HEADER = 1 << 30  # bytes; a length beyond it is no header's
+_LARGEST_HEADER = 1 << 30  # bytes; a greater length is not that of a header
 
 
 class TensorEntry(NamedTuple):
-    """A tensor of a file."""
+    """Name, type and shape of a file's tensor."""
 
     name: str
     dtype: torch.dtype
@@ -39,7 +40,7 @@ class TensorEntry(NamedTuple):
 
 
 class WrittenFile(NamedTuple):
-    """A file that lies on the disk."""
+    """Size and digest of a file on disk."""
 
     num_bytes: int
     sha256: str
@@ -56,11 +57,11 @@ def write_tensor_file(
     """Writes a new safetensors file and syncs it.
 
     Args:
-        path: must not exist.
-        entries: what the file will hold, in this order.
-        read: gives the tensor of a name; called once for each, one after the other, and nothing is kept of it.
+        path: path of the file, which must not exist.
+        entries: the file's tensors, in this order.
+        read: returns the tensor with a name; it is called once per tensor, in order, and no tensor is kept.
         metadata: strings for the file's header.
-        with_digest: whether to compute one; without, that of the result is empty.
+        with_digest: whether to compute a digest; without one, the result's digest is empty.
 
     Raises:
         OSError: if the disk is full or cannot be written.
@@ -83,22 +84,22 @@ def write_tensor_file(
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
+    """Returns the memory of a contiguous tensor on the CPU."""
     return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy().data)
 
 
 class BrokenTensorFileError(ValueError):
-    """A file that is not a safetensors file, or is cut, or lacks a tensor."""
+    """A file is not a safetensors file, is cut off, or lacks a tensor."""
 
 
 class TensorFile:
-    """A safetensors file of which parts are read as they are asked for."""
+    """A safetensors file whose tensors are read in parts, on demand."""
 
     def __init__(self, path: Path) -> None:
         """Opens the file and reads its header.
 
         Raises:
-            BrokenTensorFileError: with what is wrong.
+            BrokenTensorFileError: if it is not a whole safetensors file.
             OSError: if it cannot be read.
         """
         self.path = path
@@ -114,7 +115,7 @@ class TensorFile:
             self.entries = {
                 name: TensorEntry(name, names[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()
             }
-            """What the file holds, by name."""
+            """The file's tensors by name."""
             for name, entry in self.entries.items():
                 start, stop = self._places[name]
                 if start < 0 or stop - start != torch.Size(entry.shape).numel() * entry.dtype.itemsize:
@@ -124,19 +125,19 @@ class TensorFile:
             raise BrokenTensorFileError(f"{path} is not a whole safetensors file") from None
 
     def read(self, name: str) -> Tensor:
-        """A whole tensor.
+        """Returns a whole tensor.
 
         Raises:
-            BrokenTensorFileError: if the file has none of that name, or ends before it does.
+            BrokenTensorFileError: if the file has no tensor of that name, or ends before the tensor does.
         """
         entry = self._entry(name)
         return self.read_rows(name, 0, matrix_shape(torch.Size(entry.shape))[0]).view(entry.shape)
 
     def read_rows(self, name: str, top: int, bottom: int) -> Tensor:
-        """Rows [top, bottom) of a tensor seen as a matrix (`rectangles.matrix_shape`).
+        """Returns the rows [top, bottom) of a tensor seen as a matrix (`slices.matrix_shape`).
 
         Raises:
-            BrokenTensorFileError: as `read`.
+            BrokenTensorFileError: as `read` does.
         """
         entry = self._entry(name)
         rows = torch.empty(bottom - top, matrix_shape(torch.Size(entry.shape))[1], dtype=entry.dtype)
@@ -144,15 +145,15 @@ class TensorFile:
         return rows
 
     def read_rows_into(self, target: Tensor, name: str, top: int) -> None:
-        """Overwrites a matrix with as many rows of a tensor as it has, from row `top` on.
+        """Overwrites a matrix with rows of a tensor.
 
         Args:
-            target: contiguous, with the tensor's type and columns.
-            name: of the tensor.
-            top: the first row.
+            target: matrix to fill; contiguous, with the tensor's type and columns.
+            name: name of the tensor.
+            top: number of the tensor's row that becomes row 0.
 
         Raises:
-            BrokenTensorFileError: as `read`.
+            BrokenTensorFileError: as `read` does.
         """
         entry, columns = self._entry(name), target.shape[1]
         assert (target.dtype, columns) == (entry.dtype, matrix_shape(torch.Size(entry.shape))[1]), (

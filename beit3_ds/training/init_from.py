@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from beit3_ds.checkpoint.engine_state import EngineState
-from beit3_ds.checkpoint.rectangles import Rectangle
+from beit3_ds.checkpoint.slices import TensorSlice
 from beit3_ds.config import ModelConfig, RunConfig
 from beit3_ds.model import BEiT3
 from beit3_ds.model.adaptation import AdaptedWeights
@@ -46,7 +46,7 @@ class InitialWeights:
             notes.append(f"initial values for {', '.join(self.absent)}")
         return "; ".join([f"begins with the weights of {self.weights.path}", *notes])
 
-    def _read(self, kind: str, name: str, part: Rectangle) -> Tensor:
+    def _read(self, kind: str, name: str, part: TensorSlice) -> Tensor:
         return self.weights.read(name, part).float()
 
 

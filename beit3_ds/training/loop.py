@@ -94,7 +94,7 @@ def resume(
     Raises:
         ConfigError: if the checkpoint holds another model, belongs to other tokenizers, or is past `total_steps`.
     """
-    newest = store.newest()
+    newest = store.agree_on_newest()
     if newest and newest.step > total_steps:
         raise ConfigError(
             f"training.total_steps={total_steps} is below the {newest.step} steps that checkpoint {newest.path} has "
@@ -154,7 +154,7 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: SharedStopSignals) -> boo
     config = run.config.training
     step_counts = StepCounts(run.broken_records, run.mesh)
     skipped, spikes = SkippedSteps(config.max_skipped_steps, run.mesh), LossSpikes()
-    run.store.prepare(run.state)
+    run.store.reserve_memory(run.state)
     done, is_saved = run.first_step, True
     feed = StepFeed(steps, run.mesh.activity, done)
     feed.attempt(run.read_validation)

@@ -24,7 +24,7 @@ def describe_startup(config: RunConfig, mesh: Mesh, state: EngineState, device: 
         device: that this rank trains on.
         first_step: steps that are done already.
     """
-    elements = sum(part.shape.numel() for part in state.parts.values())
+    elements = sum(tensor.shape.numel() for tensor in state.local_tensors.values())
     own = (_describe_device(device), elements if mesh.coords == (mesh.pipeline.rank, 0, 0) else 0)
     found = mesh.host.gather(own)
     devices, parameters = [device for device, _ in found], sum(number for _, number in found)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from beit3_ds.checkpoint.folder import is_checkpoint, open_checkpoint
-from beit3_ds.checkpoint.rectangles import Rectangle
+from beit3_ds.checkpoint.slices import TensorSlice
 from beit3_ds.config import ModelConfig
 from beit3_ds.model.pretrained import PretrainedWeights, is_pretrained_file
 from beit3_ds.untrusted_file import read_tensors_with_note
@@ -44,7 +44,7 @@ class TensorSource(Protocol):
         """The type that `read` gives."""
         ...
 
-    def read(self, name: str, part: Rectangle | None = None) -> Tensor:
+    def read(self, name: str, part: TensorSlice | None = None) -> Tensor:
         """A tensor as stored in its logical shape, or a part of it seen as a matrix, (rows, columns)."""
         ...
 

@@ -175,7 +175,7 @@ def _start(cell: KeyCell, mesh: Mesh, folder: Path, seed: int) -> Any:
 
 def _load(started: Any, what: str) -> None:
     _, state, store = started
-    newest = store.newest()
+    newest = store.agree_on_newest()
     assert newest is not None, what
     assert store.load(state, newest) == STEPS_BEFORE, what
 

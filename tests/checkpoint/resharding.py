@@ -74,7 +74,7 @@ def load_and_go_on(setup: Setup, root: Path, sources: list[Setup]) -> list[Saved
     results = []
     for source in sources:
         mesh, schedule, state, store = start(setup, root / source.folder, seed=2, mesh=mesh)
-        newest = store.newest()
+        newest = store.agree_on_newest()
         assert newest is not None
         assert store.load(state, newest) == STEPS_BEFORE
         tensors = gather_state(schedule, mesh, setup)

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from beit3_ds.checkpoint.engine_state import Fragment, Part, ReadPart
+from beit3_ds.checkpoint.engine_state import Fragment, LocalTensor, ReadSlice
 from beit3_ds.checkpoint.folder import CheckpointFolder
 from beit3_ds.checkpoint.index import KINDS, MOMENTS, WEIGHT
-from beit3_ds.checkpoint.rectangles import Rectangle, run_of, whole
 from beit3_ds.checkpoint.run_description import RunDescription
+from beit3_ds.checkpoint.slices import TensorSlice, slice_range, whole_slice
 from beit3_ds.checkpoint.store import CheckpointStore
 from beit3_ds.parallel import Mesh
 
@@ -30,7 +30,9 @@ class SmallState:
 
     def __init__(self, rank: int = 0, num_ranks: int = 1) -> None:
         self._rank, self._num_ranks = rank, num_ranks
-        self.parts = {name: Part(shape=shape, block=whole(shape)) for name, shape in SHAPES.items()}
+        self.local_tensors = {
+            name: LocalTensor(shape=shape, block=whole_slice(shape)) for name, shape in SHAPES.items()
+        }
         self.optimizer_step = 0
         self._values = {(kind, name): torch.zeros(shape) for kind in KINDS for name, shape in SHAPES.items()}
 
@@ -60,13 +62,15 @@ class SmallState:
     def find_mismatch(self, step: int) -> str | None:
         return None
 
-    def rectangles(self, fragment: Fragment) -> Iterator[tuple[int, Rectangle]]:
-        return run_of(self.parts[fragment.name].block, fragment.start, fragment.start + len(fragment.weight))
+    def slices(self, fragment: Fragment) -> Iterator[tuple[int, TensorSlice]]:
+        return slice_range(
+            self.local_tensors[fragment.name].block, fragment.start, fragment.start + len(fragment.weight)
+        )
 
-    def load(self, read: ReadPart, optimizer_step: int) -> None:
+    def load(self, read: ReadSlice, optimizer_step: int) -> None:
         self.optimizer_step = optimizer_step
         for (kind, name), values in self._values.items():
-            values.copy_(read(kind, name, whole(SHAPES[name])).view(SHAPES[name]))
+            values.copy_(read(kind, name, whole_slice(SHAPES[name])).view(SHAPES[name]))
 
     def tensors(self) -> list[Tensor]:
         """Weights and moments."""
@@ -108,7 +112,7 @@ class SmallRun:
 
     def resume(self) -> int | None:
         """Loads the newest whole checkpoint, all of whose content must be what it was then; None without one."""
-        newest = self.store.newest()
+        newest = self.store.agree_on_newest()
         if newest is None:
             return None
         step = self.store.load(self.state, newest)

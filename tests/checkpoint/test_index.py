@@ -9,7 +9,7 @@ import torch
 
 from beit3_ds.checkpoint.folder import CheckpointFolder
 from beit3_ds.checkpoint.index import INDEX_NAME, KINDS, read_index
-from beit3_ds.checkpoint.rectangles import Rectangle, whole
+from beit3_ds.checkpoint.slices import TensorSlice, whole_slice
 from beit3_ds.model.renamed_tensors import RENAMED_TENSORS
 from tests.checkpoint.small_state import SHAPES, SmallRun, values_at
 
@@ -21,7 +21,7 @@ def test_state_of_the_data_comes_back(tmp_path: Path) -> None:
     run = SmallRun(tmp_path)
     run.store.save(run.state.train_to(3), 3, DATA)
     run.store.finish()
-    newest = run.store.newest()
+    newest = run.store.agree_on_newest()
     assert newest is not None
     assert newest.index.data == DATA  # catches a state that is saved but not read
     assert run.resume() == 3
@@ -52,7 +52,7 @@ def test_weights_and_moments_of_an_old_checkpoint_have_their_new_names(
     assert folder.names() == ["embedding.weight", "final_norm.weight", "scale"]
     assert folder.shape("final_norm.weight") == SHAPES["norm.weight"]
     for kind in KINDS:
-        values = folder.read_kind(kind, "final_norm.weight", whole(SHAPES["norm.weight"]))
+        values = folder.read_kind(kind, "final_norm.weight", whole_slice(SHAPES["norm.weight"]))
         assert torch.equal(values.flatten(), values_at(3, kind, "norm.weight"))
-    assert folder.read("final_norm.weight", Rectangle(1, 3, 0, 1)).shape == (2, 1)
+    assert folder.read("final_norm.weight", TensorSlice(1, 3, 0, 1)).shape == (2, 1)
     assert read_index(folder.path).to_json() == written  # files keep their names, so the index must

@@ -74,16 +74,16 @@ def reverse_shares(rank: int, optimizer: Any) -> None:
     """ZeRO-3's shares are taken for those of the other rank, as a partition in another order would have them."""
     from beit3_ds.checkpoint import engine_state
 
-    original = engine_state._zero3_runs
+    original = engine_state._zero3_ranges
 
-    def reversed_runs(parameters: list[Any]) -> list[tuple[Any, int, int, int]]:
-        runs = []
+    def reversed_ranges(parameters: list[Any]) -> list[tuple[Any, int, int, int]]:
+        ranges = []
         for parameter, first, position, length in original(parameters):
             other = parameter.partition_numel() - first  # two ranks
-            runs.append((parameter, other, position, min(length, max(0, parameter.ds_numel - other))))
-        return runs
+            ranges.append((parameter, other, position, min(length, max(0, parameter.ds_numel - other))))
+        return ranges
 
-    engine_state._zero3_runs = reversed_runs
+    engine_state._zero3_ranges = reversed_ranges
 
 
 def save_planted(setups: list[Setup], root: Path, plant: Callable[[int, Any], None]) -> list[str]:

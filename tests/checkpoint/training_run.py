@@ -16,7 +16,7 @@ import torch
 
 from beit3_ds.checkpoint.folder import CheckpointFolder
 from beit3_ds.checkpoint.index import KINDS
-from beit3_ds.checkpoint.rectangles import whole
+from beit3_ds.checkpoint.slices import whole_slice
 from beit3_ds.checkpoint.store import CheckpointStore
 from tests.preloaded import ModuleProcess, start_module
 
@@ -103,7 +103,7 @@ def check_same_state(ours: CheckpointFolder, expected: CheckpointFolder) -> None
     assert (ours.step, ours.index.optimizer_step) == (expected.step, expected.index.optimizer_step)
     assert ours.names() == expected.names()
     for name in ours.names():
-        part = whole(ours.shape(name))
+        part = whole_slice(ours.shape(name))
         for kind in KINDS:
             same = torch.equal(ours.read_kind(kind, name, part), expected.read_kind(kind, name, part))
             assert same, f"{kind} of {name} differs"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from beit3_ds.checkpoint.rectangles import Rectangle, matrix_shape
+from beit3_ds.checkpoint.slices import TensorSlice, matrix_shape
 from beit3_ds.config import ConfigError
 from beit3_ds.model import BEiT3, PretrainedWeights
 from beit3_ds.model.pretrained import INDEX_NAME
@@ -76,7 +76,7 @@ def test_parts_are_cut_out_of_the_matrix(data: st.DataObject, weights: Pretraine
     rows, columns = matrix_shape(weights.shape(name))
     top, bottom = sorted(data.draw(st.tuples(*[st.integers(0, rows)] * 2)))
     left, right = sorted(data.draw(st.tuples(*[st.integers(0, columns)] * 2)))
-    part = weights.read(name, Rectangle(top, bottom, left, right))
+    part = weights.read(name, TensorSlice(top, bottom, left, right))
     flat = weights.read(name).flatten()
     expected = [[float(flat[row * columns + column]) for column in range(left, right)] for row in range(top, bottom)]
     assert part.shape == (bottom - top, right - left)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from beit3_ds.checkpoint.rectangles import Rectangle
+from beit3_ds.checkpoint.slices import TensorSlice
 from beit3_ds.config import ModelConfig
 from beit3_ds.model import BEiT3, Features
 from beit3_ds.model.pretrained import matrix_part
@@ -29,7 +29,7 @@ class ModelSource:
     def dtype(self, name: str) -> torch.dtype:
         return self._parameters[name].dtype
 
-    def read(self, name: str, part: Rectangle | None = None) -> Tensor:
+    def read(self, name: str, part: TensorSlice | None = None) -> Tensor:
         tensor = self._parameters[name]
         return tensor if part is None else matrix_part(tensor, part)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from beit3_ds.checkpoint.rectangles import Rectangle
+from beit3_ds.checkpoint.slices import TensorSlice
 from beit3_ds.config import ConfigError
 from beit3_ds.model import BEiT3, PretrainedWeights
 from beit3_ds.model.adaptation import AdaptedWeights, fill_parameters
@@ -132,7 +132,7 @@ class FailingSource(ModelSource):
         super().__init__(random_model(small_model_config()))
         self.error, self.left = error, after
 
-    def read(self, name: str, part: Rectangle | None = None) -> Tensor:
+    def read(self, name: str, part: TensorSlice | None = None) -> Tensor:
         self.left -= 1
         if self.left < 0:
             raise self.error
@@ -211,7 +211,7 @@ class LargeSource:
     def dtype(self, name: str) -> torch.dtype:
         return torch.float32
 
-    def read(self, name: str, part: Rectangle | None = None) -> Tensor:
+    def read(self, name: str, part: TensorSlice | None = None) -> Tensor:
         return torch.full((9 * MEGABYTE,), 0.5)
 
 

@@ -125,7 +125,7 @@ def save(rank: _Rank, rounds: int) -> None:
             rank.mesh.barrier()
             row["synced_seconds"] = time.perf_counter() - start
         if number == 0:
-            rank.store.prepare(rank.state)  # as a run does when it begins to train
+            rank.store.reserve_memory(rank.state)  # as a run does when it begins to train
             rank.store.finish()
         with rank.row("save", OURS) as row:
             rank.store.save(rank.state, number)
@@ -149,7 +149,7 @@ def load(rank: _Rank, rounds: int) -> None:
 
 def _load_ours(rank: _Rank) -> Mapping[str, float]:
     start = time.perf_counter()
-    newest = rank.store.newest()
+    newest = rank.store.agree_on_newest()
     assert newest is not None
     checked = time.perf_counter() - start
     rank.store.load(rank.state, newest)

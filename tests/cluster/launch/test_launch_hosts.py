@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from beit3_ds.checkpoint.folder import CheckpointFolder
-from beit3_ds.checkpoint.rectangles import whole
+from beit3_ds.checkpoint.slices import whole_slice
 from tests.checkpoint.training_run import TrainingRun, check_same_state
 from tests.cluster.launch.test_plain_launchers import ENVIRONMENT, check_run, needs
 from tests.hosts import Host, namespace_hosts, write_hostfile
@@ -257,7 +257,7 @@ def check_close(ours: CheckpointFolder, expected: CheckpointFolder) -> None:
     """Weights agree as closely as sums in another order of ranks can."""
     assert ours.step == expected.step
     for name in expected.names():
-        part = whole(expected.shape(name))
+        part = whole_slice(expected.shape(name))
         torch.testing.assert_close(
             ours.read_kind("weight", name, part), expected.read_kind("weight", name, part), rtol=1e-4, atol=1e-4
         )

@@ -1,0 +1,227 @@
+"""Writes a copy of the training state to disk in a thread, while training continues."""
+
+import json
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from beit3_ds.checkpoint.collection import CheckpointCollection
+from beit3_ds.checkpoint.engine_state import EngineState
+from beit3_ds.checkpoint.index import Index, Piece
+from beit3_ds.checkpoint.run_description import RunDescription
+from beit3_ds.checkpoint.slices import TensorSlice
+from beit3_ds.checkpoint.snapshot import Snapshot
+from beit3_ds.checkpoint.tensor_file import WrittenFile
+from beit3_ds.parallel import HostGroup, Mesh
+from beit3_ds.storage_error import StorageError
+
+_NOTICE_SECONDS = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveOutcome:
+    """Result of a save; equal on all ranks except for the seconds, which each rank measures."""
+
+    step: int
+    """Number of updates that the checkpoint holds."""
+    path: Path
+    """Folder of the checkpoint."""
+    error: str | None
+    """What went wrong, on one line; None if the checkpoint is whole and on the disk."""
+    held_up_seconds: float
+    """Time that training waited: for the end of the save before, and for the copy to host memory."""
+    seconds: float
+    """Time from the beginning of the save to its end."""
+
+
+class BackgroundSave:
+    """Saves one state at a time: `start` copies it to host memory, and a thread writes the copy.
+
+    The threads of all ranks talk to each other through a group of their own. If a save is due while the one before is
+    being written, it waits, so a failure never costs more steps than one interval between saves and a save's time. A
+    save that fails is reported and leaves all earlier checkpoints as they are.
+    """
+
+    def __init__(
+        self,
+        collection: CheckpointCollection,
+        mesh: Mesh,
+        host: HostGroup,
+        run: RunDescription,
+        timeout_seconds: float,
+    ) -> None:
+        """Prepares to save; no thread runs yet.
+
+        Args:
+            collection: the run's checkpoints.
+            mesh: the mesh of ranks.
+            host: all ranks, through a group that only their threads use during a save.
+            run: description of the run that checkpoints hold.
+            timeout_seconds: longest time that `wait` waits.
+        """
+        self._collection, self._mesh, self._host, self._run = collection, mesh, host, run
+        self._timeout_seconds = timeout_seconds
+        self._snapshot: Snapshot | None = None
+        self._thread: threading.Thread | None = None
+        self._outcomes: list[SaveOutcome] = []
+
+    def reserve_memory(self, state: EngineState) -> None:
+        """Starts to reserve the memory of copies in a thread, so that the first save need not wait for it."""
+        self._snapshot = Snapshot(state)
+        self._start_thread(self._snapshot.reserve_memory)
+
+    def start(self, state: EngineState, step: int, data: Mapping[str, Any], begun: float) -> None:
+        """Copies the state and starts the thread that writes it. All ranks call it, after `wait`.
+
+        Args:
+            state: weights and moments.
+            step: number of updates done.
+            data: state of the run's data (`Index.data`); only that of the main rank is saved.
+            begun: `time.monotonic()` at the beginning of the save.
+        """
+        snapshot = self._snapshot = self._snapshot or Snapshot(state)
+        snapshot.reserve_memory()
+        snapshot.copy_state()
+        held_up = time.monotonic() - begun
+        self._start_thread(lambda: self._write(snapshot, step, data, begun, held_up))
+
+    def wait(self) -> None:
+        """Waits for the end of this rank's part of the current save, if any.
+
+        Raises:
+            StorageError: after `timeout_seconds`; earlier checkpoints are untouched.
+        """
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        self._mesh.activity.begin("saving")
+        rank, root, start = self._host.rank, self._collection.root, time.monotonic()
+        while thread.is_alive() and (waited := time.monotonic() - start) < self._timeout_seconds:
+            thread.join(min(_NOTICE_SECONDS, self._timeout_seconds - waited))
+            if thread.is_alive():
+                seconds = time.monotonic() - start
+                print(f"rank {rank} has waited {seconds:.0f} s for a save in {root}", file=sys.stderr)
+        if thread.is_alive():
+            raise StorageError(
+                f"rank {rank} (host {socket.gethostname()}) has waited {self._timeout_seconds:g} s for a save in "
+                f"{root}: its file system does not answer, or is slower than parallel.timeout_seconds allows. "
+                "Checkpoints that were saved before are untouched."
+            )
+
+    def take_outcomes(self) -> list[SaveOutcome]:
+        """Returns the results of the saves that ended since the last call, without waiting."""
+        taken, self._outcomes = self._outcomes, []
+        return taken
+
+    def _start_thread(self, work: Callable[[], None]) -> None:
+        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    # What follows runs in the thread, together with the threads of all ranks.
+
+    def _write(self, snapshot: Snapshot, step: int, data: Mapping[str, Any], begun: float, held_up: float) -> None:
+        try:
+            error = self._write_together(snapshot, step, data)
+        except RuntimeError as failure:
+            # Another rank is gone: its training thread meets that, too, and the run ends.
+            error = f"lost contact with another rank while saving: {_one_line(failure)}"
+        self._outcomes.append(
+            SaveOutcome(
+                step=step,
+                path=self._collection.path(step),
+                error=error,
+                held_up_seconds=held_up,
+                seconds=time.monotonic() - begun,
+            )
+        )
+
+    def _write_together(self, snapshot: Snapshot, step: int, data: Mapping[str, Any]) -> str | None:
+        """Returns what went wrong on any rank, or None once the checkpoint is whole."""
+        collection = self._collection
+        error = self._from_main(
+            self._attempt(lambda: collection.create_temporary(step)) if self._mesh.is_main else None
+        )
+        if error:
+            return error
+        written: dict[str, WrittenFile] = {}
+        error = self._attempt(lambda: written.update(self._write_files(snapshot, collection.temporary_path(step))))
+        report = _RankReport(error, written, snapshot.shapes(), snapshot.pieces(self._host.rank))
+        collected = self._host.collect(report.to_json())
+        if collected is not None:
+            reports = [_RankReport.from_json(text) for text in collected]
+            error = next((other.error for other in reports if other.error), None)
+            error = error or self._attempt(
+                lambda: collection.publish(self._build_index(reports, step, snapshot.optimizer_step, data))
+            )
+            if error:
+                collection.discard_temporary(step)
+        error = self._from_main(error)
+        if not error:
+            collection.mark_whole(collection.path(step))
+        return error
+
+    def _attempt(self, work: Callable[[], Any]) -> str | None:
+        """Runs a part of a save; returns what went wrong."""
+        try:
+            work()
+        except Exception as error:  # the other ranks wait to hear of it
+            return f"{_one_line(error)} (rank {self._host.rank}, {self._mesh.coords})"
+        return None
+
+    def _from_main(self, value: str | None) -> str | None:
+        answer: str | None = self._host.broadcast(value)
+        return answer
+
+    def _write_files(self, snapshot: Snapshot, temporary: Path) -> dict[str, WrittenFile]:
+        temporary.mkdir(exist_ok=True)  # a network file system may show it late
+        return snapshot.write(temporary, self._host.rank)
+
+    def _build_index(
+        self, reports: Sequence["_RankReport"], step: int, optimizer_step: int, data: Mapping[str, Any]
+    ) -> Index:
+        pieces: dict[str, list[Piece]] = {}
+        for report in reports:
+            for name, piece in report.pieces:
+                pieces.setdefault(name, []).append(piece)
+        return Index(
+            step=step,
+            optimizer_step=optimizer_step,
+            run=self._run,
+            shapes={name: shape for report in reports for name, shape in report.shapes.items()},
+            pieces=pieces,
+            files={name: file for report in reports for name, file in report.files.items()},
+            data=data,
+        )
+
+
+class _RankReport(NamedTuple):
+    """Report of a rank's part of a save to the main rank."""
+
+    error: str | None
+    files: dict[str, WrittenFile]
+    shapes: dict[str, torch.Size]
+    pieces: list[tuple[str, Piece]]
+
+    def to_json(self) -> str:
+        return json.dumps(self, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "_RankReport":
+        error, files, shapes, pieces = json.loads(text)
+        return cls(
+            error,
+            {name: WrittenFile(*file) for name, file in files.items()},
+            {name: torch.Size(shape) for name, shape in shapes.items()},
+            [(name, Piece(rank, TensorSlice(*part))) for name, (rank, part) in pieces],
+        )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,170 @@
+"""Finds, publishes and deletes the checkpoints in the folder of one run; nothing here communicates."""
+
+import contextlib
+import itertools
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from beit3_ds.checkpoint.disk import NewFile, rename, sync_folder, write_whole
+from beit3_ds.checkpoint.folder import (
+    CheckpointFolder,
+    check_files,
+    checkpoint_name,
+    checkpoint_paths,
+    is_own_checkpoint,
+    left_over_paths,
+)
+from beit3_ds.checkpoint.index import INDEX_NAME, BrokenIndexError, Index, check_cover
+
+_LATEST = "latest"
+
+
+class CheckpointCollection:
+    """The folder `OUTPUT_DIR/checkpoints`: a subfolder `step-XXXXXXXX` per checkpoint, and a file `latest`.
+
+    A checkpoint is written under a temporary name, synced to disk and renamed, so it is there whole or not at all.
+    Then `latest`, a file with its name, is replaced, and the oldest checkpoints are deleted.
+
+    Attributes:
+        root: the folder; all ranks must see the same one.
+    """
+
+    def __init__(self, root: Path, keep: int) -> None:
+        """Remembers the folder; the first save creates it.
+
+        Args:
+            root: the folder.
+            keep: number of whole checkpoints that are kept.
+        """
+        self.root, self._keep = root, keep
+        self._damaged: set[Path] = set()
+        self._existed = root.exists()
+
+    def path(self, step: int) -> Path:
+        """Returns the path of a step's checkpoint."""
+        return self.root / checkpoint_name(step)
+
+    def paths(self) -> list[Path]:
+        """Returns the paths of all checkpoints, newest first, whole or not."""
+        return checkpoint_paths(self.root)
+
+    def newest_path(self) -> Path | None:
+        """Returns the newest checkpoint whose files exist with the right sizes, without reading them.
+
+        Returns:
+            Its path; None if there is none, or the folder cannot be read.
+        """
+        try:
+            return next(self._whole_paths(), None)
+        except OSError:
+            return None
+
+    def mark_damaged(self, path: Path) -> None:
+        """Leaves a checkpoint out of `newest_path` and of pruning's count: its damage may not show in file sizes."""
+        self._damaged.add(path)
+
+    def mark_whole(self, path: Path) -> None:
+        """Counts a checkpoint again, because it was replaced."""
+        self._damaged.discard(path)
+
+    def create_temporary(self, step: int) -> Path:
+        """Creates the empty temporary folder of a step's checkpoint, and deletes what killed saves left.
+
+        Raises:
+            OSError: if the folder cannot be created, or its name is taken.
+        """
+        temporary = self.temporary_path(step)
+        for left_over in left_over_paths(self.root):
+            shutil.rmtree(left_over, ignore_errors=left_over != temporary)  # only that one is in the way
+        try:
+            temporary.mkdir()
+        except FileExistsError:
+            raise OSError(
+                f"{temporary} is in the way and holds files that this program did not write; move it"
+            ) from None
+        except FileNotFoundError:
+            if self._existed:
+                print(f"WARNING: {self.root} is gone, with the checkpoints in it; it is created again", flush=True)
+            temporary.mkdir(parents=True)
+        self._existed = True
+        sync_folder(self.root.parent)
+        return temporary
+
+    def temporary_path(self, step: int) -> Path:
+        """Returns the path of the temporary folder of a step's checkpoint."""
+        return self.root / f".writing-{checkpoint_name(step)}"
+
+    def publish(self, index: Index) -> None:
+        """Writes the index into the temporary folder, gives the folder its final name, and deletes old checkpoints.
+
+        Raises:
+            OSError: if a file of the index is missing, or the disk fails.
+            BrokenIndexError: if the index does not describe whole tensors.
+        """
+        temporary, target = self.temporary_path(index.step), self.path(index.step)
+        check_cover(index.shapes, index.pieces)
+        with NewFile(temporary / INDEX_NAME) as file:
+            file.write(index.to_json())
+        sync_folder(temporary)
+        try:
+            check_files(temporary, index)
+        except BrokenIndexError as error:
+            raise OSError(f"{error} on the main rank: is {self.root} on a file system that all ranks share?") from None
+        if os.path.lexists(target):
+            self._clear(target)
+        rename(temporary, target)
+        self.mark_whole(target)  # before pruning counts
+        self._write_latest(target.name)
+        with contextlib.suppress(OSError):  # the new one is safe; what could not be deleted now is deleted next time
+            self._prune()
+
+    def discard_temporary(self, step: int) -> None:
+        """Deletes the temporary folder of a save that failed."""
+        shutil.rmtree(self.temporary_path(step), ignore_errors=True)
+
+    def _whole_paths(self) -> Iterator[Path]:
+        return (path for path in self.paths() if path not in self._damaged and _has_all_files(path))
+
+    def _clear(self, target: Path) -> None:
+        """Frees the path of a checkpoint: deletes an own checkpoint of that step, and renames anything else."""
+        if is_own_checkpoint(target):
+            _delete(target)
+            return
+        names = itertools.chain(
+            [f"{target.name}.replaced"], (f"{target.name}.replaced-{i}" for i in itertools.count(2))
+        )
+        moved = next(path for name in names if not os.path.lexists(path := self.root / name))
+        rename(target, moved)
+        print(f"WARNING: {target} was no whole checkpoint of this program; it is now {moved}", flush=True)
+
+    def _write_latest(self, name: str) -> None:
+        latest = self.root / _LATEST
+        if latest.is_symlink() or (latest.exists() and not latest.is_file()):
+            print(f"WARNING: {latest} is not a file of this program and is left as it is", flush=True)
+            return
+        write_whole(latest, f"{name}\n".encode())
+
+    def _prune(self) -> None:
+        """Deletes this program's checkpoints that are older than the oldest kept one."""
+        paths = self.paths()
+        whole = [path for path in self._whole_paths() if is_own_checkpoint(path)]
+        if len(whole) > self._keep:
+            for path in paths[paths.index(whole[self._keep]) :]:
+                if is_own_checkpoint(path):
+                    _delete(path)
+
+
+def _has_all_files(path: Path) -> bool:
+    """Returns whether a folder holds the checkpoint that its name says, with files of the right sizes."""
+    try:
+        return path.name == checkpoint_name(CheckpointFolder(path).step)
+    except BrokenIndexError:
+        return False
+
+
+def _delete(path: Path) -> None:
+    hidden = path.with_name(f".deleted-{path.name}")
+    rename(path, hidden)
+    shutil.rmtree(hidden)

@@ -1,0 +1,85 @@
+"""Chooses the newest whole checkpoint together with all ranks, and loads it under any layout."""
+
+from pathlib import Path
+
+from beit3_ds.checkpoint.collection import CheckpointCollection
+from beit3_ds.checkpoint.engine_state import EngineState
+from beit3_ds.checkpoint.folder import CheckpointFolder, checkpoint_name
+from beit3_ds.checkpoint.index import BrokenIndexError
+from beit3_ds.checkpoint.run_description import RunDescription
+from beit3_ds.checkpoint.tensor_file import BrokenTensorFileError
+from beit3_ds.config import ConfigError
+from beit3_ds.parallel import HostGroup, Mesh
+
+_LONG_CHECK_BYTES = 1 << 30
+
+
+def agree_on_newest(collection: CheckpointCollection, mesh: Mesh, host: HostGroup) -> CheckpointFolder | None:
+    """Returns the newest whole checkpoint, or None, the same on all ranks. All ranks call it.
+
+    The ranks share the reading of all its files. Damaged checkpoints are skipped, and the main rank names them.
+
+    Args:
+        collection: the run's checkpoints.
+        mesh: the mesh of ranks.
+        host: all ranks, for host values.
+    """
+    for name in host.broadcast([path.name for path in collection.paths()]):
+        path = collection.root / name
+        folder, fault = _examine(path, mesh, host.rank)
+        first_fault = next((found for found in host.gather(fault) if found), None)
+        if first_fault is None:
+            return folder
+        collection.mark_damaged(path)
+        if mesh.is_main:
+            print(f"checkpoint {path} is not whole ({first_fault}); trying the one before", flush=True)
+    return None
+
+
+def load_checkpoint(state: EngineState, folder: CheckpointFolder, run: RunDescription, mesh: Mesh) -> int:
+    """Loads weights and moments from a checkpoint of any layout, and closes it. All ranks call it.
+
+    Args:
+        state: this rank's state, which is overwritten.
+        folder: the checkpoint.
+        run: description of this run.
+        mesh: the mesh of ranks.
+
+    Returns:
+        Number of updates that the checkpoint holds, which is the number of the next step.
+
+    Raises:
+        ConfigError: if the checkpoint holds another model, was trained with other tokenizers, or was not written by
+            this program.
+    """
+    changes = run.check_resumes(folder.index.run, str(folder.path))
+    if changes and mesh.is_main:
+        print("settings that differ from the checkpoint's:\n  " + "\n  ".join(changes), flush=True)
+    for name, tensor in state.local_tensors.items():
+        found = folder.index.shapes.get(name)
+        if found != tensor.shape:
+            raise ConfigError(f"checkpoint {folder.path}: {name} has shape {found}, the model's is {tensor.shape}.")
+    try:
+        state.load(folder.read_kind, folder.index.optimizer_step)
+    except (BrokenIndexError, BrokenTensorFileError) as error:
+        raise ConfigError(
+            f"checkpoint {folder.path} cannot be loaded, though its digests fit: {error}. Delete it; the same command "
+            "then resumes from the one before."
+        ) from None
+    finally:
+        folder.close()
+    return folder.step
+
+
+def _examine(path: Path, mesh: Mesh, rank: int) -> tuple[CheckpointFolder | None, str | None]:
+    """Opens a checkpoint and reads this rank's share of its files; returns it, or the fault in a few words."""
+    try:
+        folder = CheckpointFolder(path)
+    except BrokenIndexError as error:
+        return None, str(error)
+    num_bytes = sum(written.num_bytes for written in folder.index.files.values())
+    if mesh.is_main and num_bytes > _LONG_CHECK_BYTES:
+        print(f"checking {path} ({num_bytes / 1e9:.1f} GB)", flush=True)
+    if path.name != checkpoint_name(folder.step):
+        return None, f"it holds step {folder.step}"
+    return folder, folder.find_damage(folder.files()[rank :: mesh.num_ranks])

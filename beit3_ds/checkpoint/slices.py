@@ -1,0 +1,98 @@
+"""Slices of logical tensors, each seen as a matrix.
+
+The first dimension of a tensor is the rows, the others together are the columns; a vector is one column. Tensor
+parallelism gives a rank a block of rows or columns. ZeRO cuts flat memory, which leaves a rank a range of elements of
+its block. A range of elements is at most three slices of the matrix.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from beit3_ds.parallel import Split
+
+
+class TensorSlice(NamedTuple):
+    """Rows [top, bottom) and columns [left, right) of a tensor seen as a matrix."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Numbers of rows and columns."""
+        return self.bottom - self.top, self.right - self.left
+
+    @property
+    def num_elements(self) -> int:
+        """Number of elements."""
+        return (self.bottom - self.top) * (self.right - self.left)
+
+    def intersection(self, other: "TensorSlice") -> "TensorSlice | None":
+        """Returns the elements that two slices of one matrix share; None if they share none."""
+        common = TensorSlice(
+            max(self.top, other.top),
+            min(self.bottom, other.bottom),
+            max(self.left, other.left),
+            min(self.right, other.right),
+        )
+        return common if common.top < common.bottom and common.left < common.right else None
+
+    def inside(self, outer: "TensorSlice") -> tuple[slice, slice]:
+        """Returns the indices of this slice's rows and columns within `outer`, which contains it."""
+        rows = slice(self.top - outer.top, self.bottom - outer.top)
+        return rows, slice(self.left - outer.left, self.right - outer.left)
+
+
+def matrix_shape(shape: torch.Size) -> tuple[int, int]:
+    """Returns the rows and columns of a tensor seen as a matrix; a scalar is one row and one column."""
+    rows = shape[0] if shape else 1
+    return rows, (shape.numel() // rows if rows else 0)
+
+
+def whole_slice(shape: torch.Size) -> TensorSlice:
+    """Returns the slice that is all of a tensor."""
+    rows, columns = matrix_shape(shape)
+    return TensorSlice(0, rows, 0, columns)
+
+
+def own_block(shape: torch.Size, split: Split | None) -> TensorSlice:
+    """Returns the block of a logical tensor that a tensor-parallel rank holds.
+
+    Args:
+        shape: logical shape.
+        split: this rank's part along dimension 0, or along dimension 1 of a matrix; None is the whole tensor.
+    """
+    rows, columns = matrix_shape(shape)
+    if split is None:
+        return TensorSlice(0, rows, 0, columns)
+    if split.dim == 0:
+        return TensorSlice(split.start, split.stop, 0, columns)
+    assert split.dim == 1 and len(shape) == 2, f"{split} does not cut a matrix {tuple(shape)} into blocks"
+    return TensorSlice(0, rows, split.start, split.stop)
+
+
+def slice_range(block: TensorSlice, start: int, stop: int) -> Iterator[tuple[int, TensorSlice]]:
+    """Cuts the elements [start, stop) of a block, counted row by row, into slices of the tensor.
+
+    Elements past the block's end are padding, of a vocabulary or of ZeRO's partitions, and are left out.
+
+    Yields:
+        Each slice after its position in the range: the rest of a row, whole rows and the beginning of a row, as far as
+        the range has them, in the order of their elements.
+    """
+    width = block.right - block.left
+    position, stop = start, min(stop, block.num_elements)
+    while position < stop:
+        row, column = divmod(position, width)
+        top = block.top + row
+        if column or stop - position < width:
+            length = min(width - column, stop - position)
+            part = TensorSlice(top, top + 1, block.left + column, block.left + column + length)
+        else:
+            part = TensorSlice(top, top + (stop - position) // width, block.left, block.right)
+        yield position - start, part
+        position += part.num_elements
