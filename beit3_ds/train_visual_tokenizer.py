@@ -13,7 +13,7 @@ from pathlib import Path
 from beit3_ds.config import ConfigError, ParallelConfig, RunConfig, VisualTokenizerConfig
 from beit3_ds.config.arguments import add_force_argument
 from beit3_ds.data import TokenizerImages
-from beit3_ds.kernels.cpu.host_memory import keep_freed_memory
+from beit3_ds.kernels.cpu.allocator import ALLOCATOR
 from beit3_ds.rank_program import run_rank_program
 from beit3_ds.runtime.launch_environment import read_launch
 from beit3_ds.runtime.process_group import compute_device, joined_ranks
@@ -55,7 +55,7 @@ def train(config: RunConfig, *, force: bool = False) -> None:
         mesh.check_agreement("configuration", repr(config), "Start all ranks with the same file and the same --set.")
         check_same_files(mesh, {"tokenizers.visual.teacher_weights": visual.teacher_weights})
         check_same_sources(mesh, images.sources())
-        keep_freed_memory(compute_device())
+        ALLOCATOR.keep_freed_memory(compute_device())
         train_visual_tokenizer(config, images, mesh=mesh, device=compute_device())
         if mesh.is_main:
             path = Path(config.tokenizers.visual.path)

@@ -122,13 +122,12 @@ def two_devices() -> Iterator[TwoDevices]:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    from beit3_ds.kernels.cpu import host_memory
-    from beit3_ds.training import engine
+    from beit3_ds.kernels.cpu.allocator import ALLOCATOR
 
     machine, accelerator, init = TwoDevices(), get_accelerator(), deepspeed.init_distributed
     dist.new_group, dist.barrier = machine.new_group, machine.barrier
     dist.send, dist.recv = machine.noting(dist.send), machine.noting(dist.recv)
-    host_memory.keep_freed_memory = engine.keep_freed_memory = lambda *arguments, **options: None  # nothing on a GPU
+    ALLOCATOR.keep_freed_memory = lambda *arguments, **options: None  # type: ignore[method-assign] # as on a GPU
 
     def init_distributed(*arguments: Any, timeout: Any, **options: Any) -> None:
         machine.init_process_group(timeout=timeout)

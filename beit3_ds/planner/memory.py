@@ -6,7 +6,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from beit3_ds.kernels.ops.vocabulary_blocks import divide_for_cpu
+from beit3_ds.kernels.ops.vocabulary_tiles import divide_for_cpu
 from beit3_ds.pipeline.schedule_1f1b import schedule_1f1b
 from beit3_ds.planner.rank_model import RankModel
 from beit3_ds.planner.workload import BlockRows, Workload
@@ -221,9 +221,9 @@ def _head_activations(rank_model: RankModel, workload: Workload) -> int:
 
 
 def _kept_logits(rank_model: RankModel, rows: int, vocabulary: int, chunk_size: int | None) -> int:
-    """Returns the bytes of the buffers of logits, and of each row's maximum per block of the vocabulary."""
-    blocks = divide_for_cpu(rows, rank_model.tensor.split_vocabulary(vocabulary).local_size, chunk_size)
-    return rows * (blocks.num_buffers * blocks.stride + len(blocks.columns)) * _STATISTIC
+    """Returns the bytes of the buffers of logits, and of each row's maximum per vocabulary tile."""
+    tiles = divide_for_cpu(rows, rank_model.tensor.split_vocabulary(vocabulary).local_size, chunk_size)
+    return rows * (tiles.num_buffers * tiles.stride + len(tiles.columns)) * _STATISTIC
 
 
 def _own_rows(rank_model: RankModel, rows: int) -> int:

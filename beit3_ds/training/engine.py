@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from beit3_ds.config import RunConfig
-from beit3_ds.kernels.cpu.host_memory import keep_freed_memory
+from beit3_ds.kernels.cpu.allocator import ALLOCATOR
 from beit3_ds.model import BEiT3, initialize_parameters
 from beit3_ds.parallel import Mesh, ModelParallelUnit, TensorParallel, is_split
 from beit3_ds.pipeline import deepspeed_compat as deepspeed_compat
@@ -52,7 +52,7 @@ def build_schedule(config: RunConfig, mesh: Mesh) -> Schedule:
 
 def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh) -> deepspeed.DeepSpeedEngine:
     """Wraps the model in DeepSpeed's engine with AdamW; the engine broadcasts and partitions the parameters."""
-    keep_freed_memory(compute_device(), lasting=_gradient_bytes(config, model))
+    ALLOCATOR.keep_freed_memory(compute_device(), lasting=_gradient_bytes(config, model))
     optimizer = build_optimizer(model, config.training)
     with deepspeed_compat.zero1_adds_up_in_float32():
         engine, *_ = deepspeed.initialize(

@@ -1,4 +1,4 @@
-"""Rows of a stream a piece at a time, on a CPU: what several passes make of a piece stays in cache between them."""
+"""Row chunks that fit in a CPU's cache, so that several passes over a chunk read it from there."""
 
 # T packed rows, D width.
 
@@ -7,23 +7,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from beit3_ds.kernels.cpu.host_memory import settle
+from beit3_ds.kernels.cpu.allocator import ALLOCATOR
 
-_PIECE = 1 << 17
-"""Elements. What PyTorch allocates for a piece comes beside all else, so a larger one takes more memory."""
-
-
-def piece_length(x_TD: Tensor) -> int:
-    """How many rows a piece has, for `Tensor.split`; elsewhere than on a CPU all rows are one."""
-    return max(1, _PIECE // x_TD.shape[1] if x_TD.device.type == "cpu" else len(x_TD))
+_CHUNK_ELEMENTS = 1 << 17
+"""Elements per chunk. PyTorch's own buffers for a chunk add to peak memory, so a larger chunk takes more of it."""
 
 
-def add_parts(totals: list[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
-    """Adds to every total a part of the same gradient of a parameter; no totals are zeros.
+def chunk_rows(x_TD: Tensor) -> int:
+    """Returns the rows per chunk, for `Tensor.split`; on other devices than the CPU one chunk holds all rows."""
+    return max(1, _CHUNK_ELEMENTS // x_TD.shape[1] if x_TD.device.type == "cpu" else len(x_TD))
+
+
+def accumulate(totals: list[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+    """Adds one chunk's parts of parameters' gradients to their totals; an empty list of totals means zeros.
 
     Returns:
-        The totals, in float32 for half precision, so that no piece's sum is rounded to it.
+        The totals, in float32 for half precision: rounded once at the end, not once per chunk.
     """
     if totals:
         return [total.add_(part) for total, part in zip(totals, parts, strict=True)]
-    return [settle(part.to(torch.promote_types(part.dtype, torch.float32)), lasting=True) for part in parts]
+    return [ALLOCATOR.settle(part.to(torch.promote_types(part.dtype, torch.float32)), lasting=True) for part in parts]

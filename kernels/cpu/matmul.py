@@ -1,38 +1,34 @@
-"""A linear layer's products on a CPU, into memory that is given.
+"""Matrix products of linear layers on a CPU, written into given memory.
 
-PyTorch multiplies matrices of float32 with MKL. oneDNN, which it has for convolutions, is often faster by a tenth
-to a third where rows are many (BENCHMARKS.md), and reaches such memory as a convolution of single pixels that adds to
-what is there.
+PyTorch multiplies float32 matrices with MKL. oneDNN, which PyTorch has for convolutions, is often a tenth to a third
+faster on many rows (BENCHMARKS.md). It writes into given memory as a 1 x 1 convolution that adds to its output.
 """
 
 # R rows, D input width, F output width.
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
-from beit3_ds.kernels.cpu.host_memory import empty
-from beit3_ds.kernels.ops.numerics import check_rule
-from beit3_ds.kernels.ops.self_check import passes
+from beit3_ds.kernels.cpu.allocator import ALLOCATOR
+from beit3_ds.kernels.ops.numerics import check_against_reference
+from beit3_ds.kernels.ops.self_check import TrustedKernels
 
 _FEWEST_ROWS = 256
-"""For fewer rows, oneDNN's copy of the matrix, in an order of its own, takes longer than it saves."""
+"""Fewest rows for oneDNN, which first copies the matrix into its own format: for fewer rows the copy takes longer."""
 _FEWEST_ROWS_TRANSPOSED = 1024
-"""The same where the copy is of a transposed matrix."""
+"""Fewest rows for oneDNN if the matrix is transposed."""
 _STRIP, _STRIP_OF_LONG_ROWS, _LONG_ROW = 512, 16, 2048
-"""Rows that are transposed at a time. Of long rows the elements of a column lie so far apart that they compete for the
-same lines of the cache."""
+"""Rows transposed at a time. In long rows, elements of one column are so far apart that they share cache lines."""
 
 
-def product(x_RD: Tensor, w_FD: Tensor, b_F: Tensor | None, out_RF: Tensor) -> Tensor:
-    """Writes x @ w.T, plus a bias if there is one, into `out_RF` and returns it.
+def matmul(x_RD: Tensor, w_FD: Tensor, b_F: Tensor | None, out_RF: Tensor) -> Tensor:
+    """Writes x @ w.T + b into `out_RF` and returns it.
 
     Args:
         x_RD: rows.
-        w_FD: the matrix; its transpose serves as well.
-        b_F: the bias.
-        out_RF: contiguous, of x's dtype, like x_RD and b_F.
+        w_FD: the matrix, contiguous or the transpose of a contiguous one.
+        b_F: the bias, or None.
+        out_RF: output; contiguous and of x's dtype, as are x_RD and b_F.
     """
     if _takes_onednn(x_RD, w_FD):
         _add_by_onednn(x_RD, w_FD, b_F, out_RF.zero_())
@@ -44,14 +40,14 @@ def product(x_RD: Tensor, w_FD: Tensor, b_F: Tensor | None, out_RF: Tensor) -> T
 
 def _takes_onednn(x_RD: Tensor, w_FD: Tensor) -> bool:
     fewest = _FEWEST_ROWS if w_FD.is_contiguous() else _FEWEST_ROWS_TRANSPOSED
-    is_its_kind = x_RD.dtype is torch.float32 and x_RD.device.type == "cpu" and len(x_RD) >= fewest
-    return is_its_kind and _has_onednn()
+    is_supported = x_RD.dtype is torch.float32 and x_RD.device.type == "cpu" and len(x_RD) >= fewest
+    return is_supported and _has_onednn()
 
 
 def _add_by_onednn(x_RD: Tensor, w_FD: Tensor, b_F: Tensor | None, out_RF: Tensor) -> None:
     if not w_FD.is_contiguous():
         w_FD = _transpose(w_FD.t())
-    # Rows are pixels of one image, whose channels lie side by side.
+    # Rows are the pixels of one image in channels-last order.
     x_1DR1, out_1FR1 = (rows.unflatten(0, (1, -1, 1)).permute(0, 3, 1, 2) for rows in (x_RD, out_RF))
     form = ([0, 0], [1, 1], [1, 1], 1)  # padding, stride, dilation, groups
     add = torch.ops.mkldnn._convolution_pointwise_.binary
@@ -59,26 +55,27 @@ def _add_by_onednn(x_RD: Tensor, w_FD: Tensor, b_F: Tensor | None, out_RF: Tenso
 
 
 def _transpose(x_RD: Tensor) -> Tensor:
-    """x.T, contiguous; in one piece PyTorch copies it with one thread, as it would for oneDNN (BENCHMARKS.md)."""
-    out_DR = empty(x_RD, x_RD.shape[1], len(x_RD))
+    """Returns x.T, contiguous, copied in strips: PyTorch copies it whole with a single thread (BENCHMARKS.md)."""
+    out_DR = ALLOCATOR.empty(x_RD, x_RD.shape[1], len(x_RD))
     rows = _STRIP_OF_LONG_ROWS if x_RD.shape[1] >= _LONG_ROW else _STRIP
     for strip_rD, out_Dr in zip(x_RD.split(rows), out_DR.split(rows, dim=1), strict=True):
         out_Dr.copy_(strip_rD.t())
     return out_DR
 
 
-@lru_cache
 def _has_onednn() -> bool:
-    # The operator is one that PyTorch's compiler uses, not a public one.
-    is_built = torch.backends.mkldnn.is_available()
-    return is_built and passes("A product by oneDNN", torch.device("cpu"), _check_onednn)
+    # The operator is not public: PyTorch's compiler uses it, and another version may change its arguments.
+    return torch.backends.mkldnn.is_available() and _ONEDNN.are_trusted(torch.device("cpu"), torch.float32)
 
 
-def _check_onednn() -> None:
-    """Holds it to a product by MKL, of a matrix and of a transposed one."""
+def _check_onednn(device: torch.device, dtype: torch.dtype) -> None:
+    """Compares products by oneDNN with those by MKL, with a matrix and with a transposed one."""
     generator = torch.Generator().manual_seed(0)
-    x_RD, square, b_F = (torch.randn(*shape, generator=generator) for shape in ((9, 16), (16, 16), (16,)))
+    x_RD, square, b_F = (torch.randn(*shape, generator=generator, dtype=dtype) for shape in ((9, 16), (16, 16), (16,)))
     for w_FD in (square, square.t()):
-        out_RF = torch.ones(9, 16)
+        out_RF = torch.ones(9, 16, dtype=dtype)
         _add_by_onednn(x_RD, w_FD, b_F, out_RF)
-        check_rule(("product",), (out_RF,), lambda x, w, b: (1 + x @ w.t() + b,), (x_RD, w_FD, b_F))
+        check_against_reference(("product",), (out_RF,), lambda x, w, b: (1 + x @ w.t() + b,), (x_RD, w_FD, b_F))
+
+
+_ONEDNN = TrustedKernels("matmul by oneDNN", _check_onednn)

@@ -1,4 +1,4 @@
-"""How the sequences of a micro-batch are batched for attention: buckets of rows on a CPU, tiles on a GPU."""
+"""Batches the sequences of a micro-batch for attention: into buckets of rows on a CPU, into tiles on a GPU."""
 
 # T packed rows, Q sequences, N tiles; a bucket holds n sequences of at most S rows.
 
@@ -15,47 +15,47 @@ PADDING_ALLOWANCE = 1.5
 """Sequences share a padded bucket while the longest is at most this much longer than the shortest (BENCHMARKS.md)."""
 
 CPU_ROWS = 256
-"""Rows of several sequences that a bucket has at most on a CPU: more are no faster there, and what PyTorch allocates
-for a bucket comes beside all else (BENCHMARKS.md)."""
+"""Most rows of a bucket of several sequences on a CPU: more are no faster, and PyTorch's buffers for a bucket add to
+peak memory (BENCHMARKS.md)."""
 
 
 class Bucket(NamedTuple):
-    """Sequences that one call of scaled_dot_product_attention handles."""
+    """Sequences of one call of scaled_dot_product_attention."""
 
     rows: Tensor
-    """Rows of the stream, (n * S,) int64, sequence by sequence; padding repeats a row of the same sequence."""
+    """Rows of the stream, (n * S,) int64, sequence by sequence; padding repeats a row of its sequence."""
     num_sequences: int
     """n."""
     first_row: int | None
-    """Set if the rows are first_row, first_row + 1, ...: a view serves and nothing is gathered."""
+    """First row if the rows are consecutive, so that a view is enough and nothing is gathered; otherwise None."""
     real: Tensor | None
-    """Which of `rows` are no padding, ascending, int64; None if all are."""
+    """Ascending indices into `rows` of those that are not padding, int64; None if none is."""
     key_mask: Tensor | None
-    """True where a key is real, (n, 1, 1, S) bool, and seen by the query, (n, 1, S, S), under a causal mask; None if
-    all are."""
+    """True where a key is no padding, (n, 1, 1, S) bool; with a causal mask also where the query sees it, (n, 1, S, S).
+    None if all are True."""
 
 
 class AttentionPlan(NamedTuple):
-    """How a micro-batch's sequences are batched; a pure function of their ranges."""
+    """Buckets of a micro-batch's sequences; a pure function of their ranges."""
 
     buckets: tuple[Bucket, ...]
-    """Every sequence with rows stands in one bucket."""
+    """Buckets that together hold every sequence with rows once."""
     output_rows: Tensor | None
-    """Where row t of the stream stands in the buckets' concatenated outputs, (T,) int64; None if they are in order."""
+    """Position of every stream row in the buckets' concatenated outputs, (T,) int64; None if they are in order."""
 
 
 class TilePlan(NamedTuple):
-    """What the GPU's kernels read of a micro-batch's sequences; a pure function of their ranges."""
+    """Tables that tell the GPU's kernels a micro-batch's sequences; a pure function of their ranges."""
 
     sequences_Q4: Tensor
-    """Start and length of both ranges of every sequence, int32; the second is empty where there is one range."""
+    """Start and length of both ranges of every sequence, int32; the second is empty if there is only one range."""
     tiles_N2: Tensor
-    """Sequence and first position in it of every tile, int32; long sequences first."""
+    """Sequence and first position in it of every tile, int32; long sequences come first."""
 
 
-@lru_cache(maxsize=16)  # layers that compute all sequences ask for the same plan
+@lru_cache(maxsize=16)  # the same for all layers that compute all sequences
 def plan_tiles(ranges: Ranges, tile_size: int, device: torch.device) -> TilePlan:
-    """Lists the tiles of `tile_size` positions of all sequences."""
+    """Divides all sequences into tiles of `tile_size` positions."""
     sequences = [[(start, stop - start) for start, stop in (*sequence, (0, 0))[:2]] for sequence in ranges]
     assert all(len(sequence) in (1, 2) for sequence in ranges), "packed_attention: a sequence is one or two ranges"
     order = sorted(range(len(ranges)), key=lambda i: -_length(ranges[i]))
@@ -73,14 +73,14 @@ def plan_attention(ranges: Ranges, device: torch.device, causal_captions: bool =
 
 
 def bucket_by_length(ranges: Ranges, allowance: float, most_rows: int | None) -> list[list[int]]:
-    """Groups sequences with rows by length; a group's longest is at most `allowance` times its shortest.
+    """Groups sequences with rows by length.
 
-    Equal sequences that stand one after the other, as images do, are groups of their own: a view serves.
+    Consecutive sequences of equal length, such as images, are groups of their own: a view is enough for them.
 
     Args:
-        ranges: of the sequences.
-        allowance: as said.
-        most_rows: of a group of several sequences, padding included; None is any number.
+        ranges: row ranges of every sequence.
+        allowance: ratio of the longest to the shortest sequence of a group, at most.
+        most_rows: rows of a group of several sequences, padding included, at most; None for any number.
     """
     groups = _group_by_length(ranges, allowance)
     if most_rows is None:
@@ -105,7 +105,7 @@ def _group_by_length(ranges: Ranges, allowance: float) -> list[list[int]]:
 
 
 def _consecutive_equals(ranges: Ranges) -> list[list[int]]:
-    """Two or more sequences of one range and one length, each beginning where the one before it ends."""
+    """Groups consecutive sequences of one range and equal length, two or more per group, without gaps between them."""
     runs: list[list[int]] = []
     for index, sequence in enumerate(ranges):
         if len(sequence) != 1 or not _length(sequence):
@@ -153,11 +153,11 @@ def _length(sequence: tuple[tuple[int, int], ...]) -> int:
 
 
 def image_rows(sequence: tuple[tuple[int, int], ...]) -> int:
-    """Rows that all rows of the sequence see, however captions are masked."""
+    """Returns the number of rows that all rows of the sequence see under the captioning mask."""
     return _length(sequence[:1])
 
 
 def visible_rows(length: int, image_length: int, device: torch.device) -> Tensor:
-    """Whether a query (row) sees a key (column) of a sequence under the mask of captioning, (length, length) bool."""
+    """Returns whether a query (row) sees a key (column) under the captioning mask, (length, length) bool."""
     positions = torch.arange(length, device=device)
     return positions < (positions + 1).clamp(min=image_length).unsqueeze(1)

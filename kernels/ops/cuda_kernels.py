@@ -1,13 +1,10 @@
-"""The kernels in CUDA C++ (`kernels/csrc`), for those who built them: docs/kernels_cuda.md.
-
-Their headers were run on a CPU and compiled for GPUs, but never run on one.
-"""
+"""Calls the kernels in CUDA C++ (`kernels/csrc`) if they were built (docs/kernels_cuda.md)."""
 
 # T packed rows, D input width, F output width, H heads, K head width, N tiles.
 
 import importlib.util
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,31 +12,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit3_ds.kernels.ops.multiway_linear import Slices, multiway_linear_reference
-from beit3_ds.kernels.ops.numerics import check_rule
-from beit3_ds.kernels.ops.self_check import passes
+from beit3_ds.kernels.ops.numerics import check_against_reference
+from beit3_ds.kernels.ops.self_check import TrustedKernels
 
 MAX_EXPERTS = 4
-"""Experts that one launch takes (kMaxExperts in csrc/arguments.h)."""
+"""Most experts per launch (kMaxExperts in csrc/arguments.h)."""
 
 TILE_ROWS = 128
-"""Rows of a tile of the grouped GEMM (kGroupedGemmTileRows in csrc/launch.h)."""
+"""Rows per tile of the grouped GEMM (kGroupedGemmTileRows in csrc/launch.h)."""
 
 _HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 
 
 def is_built() -> bool:
-    """Whether `BEIT3_BUILD_CUDA=1 pip install --no-build-isolation .` has built the kernels; loads nothing."""
+    """Returns whether `BEIT3_BUILD_CUDA=1 pip install --no-build-isolation .` has built the kernels; loads nothing."""
     return importlib.util.find_spec("beit3_ds.kernels.cuda_operators") is not None
 
 
 def runs_grouped_gemm(x_TD: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether `grouped_gemm` takes these rows and weights: half precision on a GPU, and widths that 8 divides.
+    """Returns whether `grouped_gemm` takes these rows and weights: half precision on a GPU, widths divisible by 8.
 
-    It takes nothing on a device where it fails its check at its first use (`self_check`), and asserts that it is built.
+    Asserts that it is built. Where it fails its check at its first use (`self_check`) it takes nothing.
     """
     widths = weights[0].shape
-    fits = x_TD.is_cuda and x_TD.dtype in _HALF_PRECISIONS and len(weights) <= MAX_EXPERTS
-    return fits and all(n % 8 == 0 for n in widths) and _is_grouped_gemm_trusted(x_TD.device, x_TD.dtype)
+    fits = x_TD.dtype in _HALF_PRECISIONS and len(weights) <= MAX_EXPERTS and all(n % 8 == 0 for n in widths)
+    return fits and GROUPED_GEMM.accept(x_TD)
 
 
 def grouped_gemm(
@@ -47,14 +44,14 @@ def grouped_gemm(
 ) -> tuple[Tensor, Tensor]:
     """Applies each expert's linear layer to its own rows, all in one launch; forward only.
 
-    Computes u[start:stop] = x[start:stop] @ w_FD.T + b_F for every expert, and a = GELU(u) of u as it is stored, with
-    the exact (erf) GELU.
+    Computes u[start:stop] = x[start:stop] @ w_FD.T + b_F for every expert, and the exact (erf) GELU of u, rounded as it
+    is stored.
 
     Args:
         x_TD: packed rows, contiguous, bfloat16 or float16 (`runs_grouped_gemm`).
         slices: row range of each expert; together they cover [0, T) in order.
-        weights: one contiguous (F, D) matrix an expert, of x's dtype.
-        biases: one (F,) vector an expert.
+        weights: one contiguous (F, D) matrix per expert, of x's dtype.
+        biases: one (F,) vector per expert.
         gelu: whether to compute a.
 
     Returns:
@@ -64,9 +61,9 @@ def grouped_gemm(
     return _operators().grouped_gemm(x_TD, list(weights), list(biases), tiles_N3, TILE_ROWS, gelu)
 
 
-@lru_cache(maxsize=16)  # layers that compute all sequences ask for the same plan
+@lru_cache(maxsize=16)  # the same for all layers that compute all sequences
 def plan_row_tiles(slices: Slices, tile_rows: int, device: torch.device) -> Tensor:
-    """Lists expert, first row and stop row of every tile of at most `tile_rows` rows, (N, 3) int32."""
+    """Returns expert, first row and stop row of every tile of at most `tile_rows` rows, (N, 3) int32."""
     tiles = [
         (expert, first, min(first + tile_rows, stop))
         for expert, (start, stop) in enumerate(slices)
@@ -76,7 +73,7 @@ def plan_row_tiles(slices: Slices, tile_rows: int, device: torch.device) -> Tens
 
 
 def takes_attention(q_THK: Tensor) -> bool:
-    """Whether `packed_attention_forward` takes such queries: half precision on a GPU, heads that 8 divides, to 128."""
+    """Returns whether `packed_attention_forward` takes these queries: half precision on a GPU, K <= 128 in eights."""
     return q_THK.is_cuda and q_THK.dtype in _HALF_PRECISIONS and q_THK.shape[2] % 8 == 0 and q_THK.shape[2] <= 128
 
 
@@ -89,14 +86,14 @@ def packed_attention_forward(
     tile_size: int,
     causal_captions: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The forward pass of `packed_attention`, in the place of `packed_attention_launch.forward`.
+    """Computes the forward pass of `packed_attention`, as `triton/packed_attention_launch.py` does.
 
     Args:
         q_THK: contiguous, like k_THK and v_THK (`takes_attention`).
         sequences_Q4: `TilePlan.sequences_Q4`.
         tiles_N2: `TilePlan.tiles_N2`.
-        tile_size: positions of a tile: 64 or 128.
-        causal_captions: whether the second range is a caption under the causal mask.
+        tile_size: positions per tile, 64 or 128.
+        causal_captions: whether the second range is a caption with a causal mask.
 
     Returns:
         y_THK and the log-sum-exp of every query's scaled scores, (H, T) float32. Rows of no sequence are undefined.
@@ -105,7 +102,7 @@ def packed_attention_forward(
 
 
 def check_grouped_gemm(device: torch.device, dtype: torch.dtype) -> None:
-    """Holds `grouped_gemm` to the reference on two tiles, an empty slice and a single row.
+    """Compares `grouped_gemm` with the reference on two tiles, an empty slice and a single row.
 
     Raises:
         WrongResultError: if a result is wrong.
@@ -121,12 +118,11 @@ def check_grouped_gemm(device: torch.device, dtype: torch.dtype) -> None:
         return u_TF, F.gelu(u_TF)
 
     results = grouped_gemm(inputs[0], slices, inputs[1].unbind(), inputs[2].unbind(), gelu=True)
-    check_rule(("u", "a"), results, reference, inputs)
+    check_against_reference(("u", "a"), results, reference, inputs)
 
 
-@lru_cache
-def _is_grouped_gemm_trusted(device: torch.device, dtype: torch.dtype) -> bool:
-    return passes(f"grouped_gemm in CUDA C++ in {dtype}", device, partial(check_grouped_gemm, device, dtype))
+GROUPED_GEMM = TrustedKernels("grouped_gemm in CUDA C++", check_grouped_gemm)
+"""The kernel of `grouped_gemm`."""
 
 
 @lru_cache

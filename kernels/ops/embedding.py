@@ -1,4 +1,4 @@
-"""Rows of a table by their ids, whose gradient is a table, too."""
+"""Embedding lookup whose gradient is a dense table, even without ids."""
 
 # S ids, V rows of the table, D width.
 
@@ -9,18 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from beit3_ds.kernels.cpu.host_memory import empty
+from beit3_ds.kernels.cpu.allocator import ALLOCATOR
 
 
 def embedding(ids_S: Tensor, weight_VD: Tensor) -> Tensor:
-    """Looks up rows; the table takes part, with a gradient of zeros, even without ids.
+    """Looks up rows of a table; without ids the table gets a gradient of zeros.
 
     Args:
         ids_S: int64 in [0, V).
         weight_VD: the table.
 
     Returns:
-        (S, D), of the table's dtype.
+        The rows, (S, D), of the table's dtype.
     """
     rows_SD: Tensor = _Embedding.apply(ids_S, weight_VD)
     return rows_SD
@@ -37,7 +37,7 @@ class _Embedding(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_rows_SD: Tensor) -> tuple[None, Tensor]:
         (ids_S,) = ctx.saved_tensors
-        if d_rows_SD.is_cuda:  # sorts the ids, so that no two threads add to one row
+        if d_rows_SD.is_cuda:  # PyTorch's kernel sorts the ids, so no two threads add to one row
             return None, torch.ops.aten.embedding_dense_backward(d_rows_SD, ids_S, ctx.table_size, -1, False)
-        d_weight_VD = empty(d_rows_SD, ctx.table_size, d_rows_SD.shape[1], lasting=True)
+        d_weight_VD = ALLOCATOR.empty(d_rows_SD, ctx.table_size, d_rows_SD.shape[1], lasting=True)
         return None, d_weight_VD.zero_().index_add_(0, ids_S, d_rows_SD)

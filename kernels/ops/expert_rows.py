@@ -1,19 +1,24 @@
-"""Rows of a packed stream that belong to experts, and what the kernels that stream them can take."""
+"""Which rows of a packed stream the row-streaming GPU kernels take, and how they are tiled."""
 
 # T packed rows, D width.
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from beit3_ds.kernels.ops.self_check import SUPPORTED_DTYPES
+
+if TYPE_CHECKING:
+    from beit3_ds.kernels.triton.expert_rows_launch import RowTiling
+
 WIDEST = 8192
-"""Columns of a row that one program of the kernels holds."""
+"""Most columns of a row, which one program holds in registers."""
 
 
 def row_lengths(stops: Sequence[int]) -> list[int]:
-    """How many rows each expert has, from where they end; the first begin at 0."""
+    """Returns the number of rows of each expert, given the stop of its rows; the first expert starts at 0."""
     return [stop - start for start, stop in zip((0, *stops[:-1]), stops, strict=True)]
 
 
@@ -24,13 +29,13 @@ def fits_kernels(x_TD: Tensor, dtype: torch.dtype) -> bool:
         x_TD: rows of the stream, float32 or of `dtype`.
         dtype: dtype of the parameters.
     """
-    supported = dtype in (torch.float32, torch.float16, torch.bfloat16) and x_TD.dtype in (dtype, torch.float32)
+    supported = dtype in SUPPORTED_DTYPES and x_TD.dtype in (dtype, torch.float32)
     return x_TD.is_cuda and x_TD.shape[1] <= WIDEST and supported
 
 
-def row_tiling(x_TD: Tensor) -> Any:
-    """How kernels are compiled for these rows, an `expert_rows_launch.RowTiling`."""
-    from beit3_ds.kernels.triton.expert_rows_launch import choose_row_tiling  # only a GPU needs Triton
-    from beit3_ds.kernels.triton.packed_attention_launch import architecture_of
+def row_tiling(x_TD: Tensor) -> "RowTiling":
+    """Returns the tiling of the kernels for these rows."""
+    from beit3_ds.kernels.triton.architecture import architecture_of
+    from beit3_ds.kernels.triton.expert_rows_launch import choose_row_tiling  # Triton is needed on a GPU only
 
     return choose_row_tiling(architecture_of(x_TD.device), x_TD.shape[1])

@@ -1,14 +1,13 @@
-"""LayerNorm of a packed stream with a scale and a shift an expert, which also takes in the residual's gradient.
+"""LayerNorm of a packed stream with one scale and shift per expert; its backward pass adds the residual's gradient.
 
-On the CPU it is PyTorch's own LayerNorm over each expert's rows. On a GPU it is the operator
-`beit3_ds::multiway_layer_norm` with the kernels of `multiway_layer_norm_triton`, one launch for all experts, which were
-compiled ahead of time and interpreted, but never run on a GPU.
+On a CPU it is PyTorch's LayerNorm over each expert's rows. On a GPU it is the operator `beit3_ds::multiway_layer_norm`
+with the kernels of `triton/multiway_layer_norm.py`, one launch for all experts.
 """
 
 # T packed rows, D width, E experts; expert e owns rows [stops[e - 1], stops[e]).
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from itertools import repeat
 from typing import Any
 
@@ -17,19 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from beit3_ds.kernels.cpu.chunks import add_parts, piece_length
-from beit3_ds.kernels.cpu.host_memory import empty, empty_like, settle
+from beit3_ds.kernels.cpu.allocator import ALLOCATOR
+from beit3_ds.kernels.cpu.chunks import accumulate, chunk_rows
 from beit3_ds.kernels.ops.expert_rows import fits_kernels, row_lengths, row_tiling
 from beit3_ds.kernels.ops.multiway_linear import Slices
-from beit3_ds.kernels.ops.numerics import check_rule, with_gradients
+from beit3_ds.kernels.ops.numerics import check_against_reference, with_gradients
 from beit3_ds.kernels.ops.recompute import Recomputable, RecomputeFunction
-from beit3_ds.kernels.ops.self_check import passes
+from beit3_ds.kernels.ops.self_check import TrustedKernels
 
 
 def multiway_layer_norm_reference(
     x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """What `multiway_layer_norm` computes, in plain PyTorch."""
+    """Computes `multiway_layer_norm` in plain PyTorch."""
     parts = [
         F.layer_norm(x_TD[start:stop], w_D.shape, w_D.to(x_TD.dtype), b_D.to(x_TD.dtype), epsilon)
         for (start, stop), w_D, b_D in zip(slices, weights, biases, strict=True)
@@ -42,9 +41,9 @@ def multiway_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """Normalises every row and scales and shifts it with the parameters of its expert; passes the stream through.
 
-    A residual connection should continue with the returned stream: its gradient is then added in the norm's backward
-    pass, without a separate pass. The backward pass keeps x, two numbers per row, and the parameters themselves. An
-    expert without rows gets zero gradients.
+    A residual connection should use the returned stream: its gradient is then added in the norm's backward pass, not in
+    a pass of its own. Saved are x, two numbers per row, and the parameters themselves. An expert without rows gets zero
+    gradients.
 
     Args:
         x_TD: packed rows, of the parameters' dtype or of float32.
@@ -54,8 +53,8 @@ def multiway_layer_norm(
         epsilon: added to the variance.
 
     Returns:
-        x_TD itself, and h_TD = (x - mean) / sqrt(variance + epsilon) * w + b, of the parameters' dtype; statistics are
-        taken in float32, in float64 of float64.
+        x_TD itself, and h_TD = (x - mean) / sqrt(variance + epsilon) * w + b in the parameters' dtype. Statistics are
+        computed in float32, or float64 for float64.
     """
     stops = tuple(stop for _, stop in slices)
     kernels = runs_kernels(x_TD, weights[0].dtype)
@@ -89,14 +88,9 @@ def runs_kernels(x_TD: Tensor, dtype: torch.dtype) -> bool:
         x_TD: packed rows.
         dtype: dtype of the parameters.
     """
-    return fits_kernels(x_TD, dtype) and _are_trusted(x_TD.device, dtype, x_TD.shape[1], x_TD.dtype)
-
-
-@lru_cache
-def _are_trusted(device: torch.device, dtype: torch.dtype, width: int, stream: torch.dtype) -> bool:
-    rows = "" if stream == dtype else f", rows in {stream}"
-    name = f"multiway_layer_norm in {dtype} of width {width}{rows}"
-    return passes(name, device, lambda: check_kernels(device, dtype, width, stream))
+    if not fits_kernels(x_TD, dtype):
+        return False
+    return KERNELS.are_trusted(x_TD.device, dtype, width=x_TD.shape[1], stream=x_TD.dtype)
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype, width: int, stream: torch.dtype | None = None) -> None:
@@ -129,10 +123,14 @@ def check_kernels(device: torch.device, dtype: torch.dtype, width: int, stream: 
 
     inputs = (x_TD, *parameters)
     both = (*inputs, torch.stack((d_stream_TD, dh_TD)))
-    check_rule(names, with_gradients(operator)(*both), with_gradients(reference), both)
+    check_against_reference(names, with_gradients(operator)(*both), with_gradients(reference), both)
     alone = (*inputs, dh_TD)
     ours, expected = (with_gradients(partial(norm_alone, function)) for function in (operator, reference))
-    check_rule(names, ours(*alone), expected, alone)
+    check_against_reference(names, ours(*alone), expected, alone)
+
+
+KERNELS = TrustedKernels("multiway_layer_norm", check_kernels)
+"""GPU kernels of both operators."""
 
 
 class _MultiwayLayerNorm(torch.autograd.Function):
@@ -146,7 +144,7 @@ class _MultiwayLayerNorm(torch.autograd.Function):
         # The parameters themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
         ctx.save_for_backward(x_TD, *weights, *statistics)
         ctx.stops, ctx.kernels = stops, kernels
-        ctx.set_materialize_grads(False)  # the stream's gradient may be absent, and is not to be made of zeros
+        ctx.set_materialize_grads(False)  # the stream's gradient may be absent; it must not become zeros
         return x_TD, h_TD
 
     @staticmethod
@@ -170,22 +168,22 @@ class _MultiwayLayerNorm(torch.autograd.Function):
 def _forward_plain(
     x_TD: Tensor, stops: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
 ) -> list[Tensor]:
-    """PyTorch's LayerNorm on pieces of each expert's rows, copied from the cache to their place.
+    """Applies PyTorch's LayerNorm to chunks of each expert's rows and copies the results, from cache, to their place.
 
     Returns:
-        h_TD, and the mean and 1 / deviation of each expert's rows, (rows, 1).
+        h_TD, then the mean and 1 / deviation of each expert's rows, (rows, 1) each.
     """
-    lengths, length = row_lengths(stops), piece_length(x_TD)
-    h_TD = empty(x_TD, *x_TD.shape, dtype=weights[0].dtype)
+    lengths, length = row_lengths(stops), chunk_rows(x_TD)
+    h_TD = ALLOCATOR.empty(x_TD, *x_TD.shape, dtype=weights[0].dtype)
     statistics: list[Tensor] = []
     parts = zip(x_TD.split(lengths), h_TD.split(lengths), _native(weights, x_TD), _native(biases, x_TD), strict=True)
     for x_part, h_part, w_D, b_D in parts:
-        of_pieces = []
-        for x_piece, h_piece in zip(x_part.split(length), h_part.split(length), strict=True):
-            normalized, *of_piece = torch.native_layer_norm(x_piece, w_D.shape, w_D, b_D, epsilon)
-            h_piece.copy_(normalized)
-            of_pieces.append(of_piece)
-        statistics += [settle(torch.cat(pieces)) for pieces in zip(*of_pieces, strict=True)]
+        of_chunks = []
+        for x_chunk, h_chunk in zip(x_part.split(length), h_part.split(length), strict=True):
+            normalized, *of_chunk = torch.native_layer_norm(x_chunk, w_D.shape, w_D, b_D, epsilon)
+            h_chunk.copy_(normalized)
+            of_chunks.append(of_chunk)
+        statistics += [ALLOCATOR.settle(torch.cat(chunks)) for chunks in zip(*of_chunks, strict=True)]
     return [h_TD, *statistics]
 
 
@@ -197,8 +195,8 @@ def _backward_plain(
     stops: Sequence[int],
     weights: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Returns dx_TD and the gradients of all scales and then of all shifts, from the statistics of `_forward_plain`."""
-    lengths, dx_TD, length = row_lengths(stops), empty_like(x_TD), piece_length(x_TD)
+    """Returns dx_TD, then the gradients of all scales, then of all shifts, from the statistics of `_forward_plain`."""
+    lengths, dx_TD, length = row_lengths(stops), ALLOCATOR.empty_like(x_TD), chunk_rows(x_TD)
     d_parameters: list[list[Tensor]] = []
     parts = zip(
         dh_TD.split(lengths),
@@ -215,13 +213,13 @@ def _backward_plain(
         kept = (rows.split(length) for rows in (dh_part, x_part, mean_T1, rstd_T1, dx_part))
         d_streams = repeat(None) if d_stream_part is None else iter(d_stream_part.split(length))
         for dh, x, mean, rstd, dx in zip(*kept, strict=True):
-            # The shift's values are not looked at, only that there is one: its scale serves.
-            piece, *of_parameters = torch.ops.aten.native_layer_norm_backward.default(
+            # Only the presence of a shift matters, not its values, so the scale is passed in its place.
+            dx_chunk, *of_parameters = torch.ops.aten.native_layer_norm_backward.default(
                 dh.to(x.dtype), x, w_D.shape, mean, rstd, w_D, w_D, [True, True, True]
             )
             d_stream = next(d_streams)
-            dx.copy_(piece) if d_stream is None else torch.add(piece, d_stream, out=dx)
-            totals = add_parts(totals, of_parameters)
+            dx.copy_(dx_chunk) if d_stream is None else torch.add(dx_chunk, d_stream, out=dx)
+            totals = accumulate(totals, of_parameters)
         d_parameters.append([total.to(weights[0].dtype) for total in totals])
     return [dx_TD, *(of_expert[kind] for kind in range(2) for of_expert in d_parameters)]
 
@@ -240,7 +238,7 @@ _LIBRARY.define(
 def _forward_cpu(
     x_TD: Tensor, stops: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """The operator for checks: the model on a CPU never takes it. Returns h and the statistics, (2, T)."""
+    """Implements the operator on a CPU for checks; the model never calls it there. Returns h and statistics, (2, T)."""
     h_TD, *statistics = _forward_plain(x_TD, stops, weights, biases, epsilon)
     return h_TD, torch.stack((torch.cat(statistics[::2]), torch.cat(statistics[1::2]))).squeeze(2)
 
@@ -254,7 +252,7 @@ def _backward_cpu(
     stops: Sequence[int],
     weights: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """The operator for checks. Returns dx and the gradients of the scales and of the shifts, (2, E, D)."""
+    """Implements the operator on a CPU for checks. Returns dx and the gradients of scales and shifts, (2, E, D)."""
     parts = statistics_2T.unsqueeze(2).split(row_lengths(stops), dim=1)
     statistics = [statistic for part in parts for statistic in part.unbind()]
     dx_TD, *d_parameters = _backward_plain(dh_TD, d_stream_TD, x_TD, statistics, stops, weights)
@@ -316,5 +314,5 @@ def _native(parameters: Sequence[Tensor], x_TD: Tensor) -> Sequence[Tensor]:
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
-    """float32 for half precision; float32 and float64 stay as they are."""
+    """Returns float32 for half precision, otherwise the dtype of `x`."""
     return torch.promote_types(x.dtype, torch.float32)

@@ -1,13 +1,12 @@
-"""Linear layers of several experts over contiguous row slices of one packed stream.
+"""Linear layers of several experts, each applied to its own slice of one packed stream.
 
-On the CPU each expert's product writes into its rows of one output. On a GPU one launch serves all experts, with the
-kernels of `multiway_ffn_triton`, which were compiled ahead of time and interpreted, but never run on a GPU.
+On a CPU each expert's product is written into its rows of one output. On a GPU one launch of `triton/multiway_ffn.py`
+serves all experts.
 """
 
 # T packed rows, D input width, F output width; an expert owns rows [start, stop).
 
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -16,20 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from beit3_ds.kernels.cpu.host_memory import empty, empty_like
-from beit3_ds.kernels.cpu.matmul import product
-from beit3_ds.kernels.ops.numerics import check_rule
+from beit3_ds.kernels.cpu.allocator import ALLOCATOR
+from beit3_ds.kernels.cpu.matmul import matmul
+from beit3_ds.kernels.ops.numerics import check_against_reference
 from beit3_ds.kernels.ops.recompute import Recomputable, restore_rows, rows_to_save
-from beit3_ds.kernels.ops.self_check import passes
+from beit3_ds.kernels.ops.self_check import TrustedKernels
 
 Slices = Sequence[tuple[int, int]]
-"""Row ranges [start, stop) in ascending order that cover the stream, one an expert."""
+"""Row ranges [start, stop), one per expert, in ascending order; together they cover the stream."""
 
 
 def multiway_linear_reference(
     x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> Tensor:
-    """What `multiway_linear` computes, in plain PyTorch."""
+    """Computes `multiway_linear` in plain PyTorch."""
     parts = [F.linear(x_TD[start:stop], w, b) for (start, stop), w, b in zip(slices, weights, biases, strict=True)]
     return torch.cat(parts)
 
@@ -41,7 +40,7 @@ def multiway_linear(
     biases: Sequence[Tensor],
     recompute: Recomputable | None = None,
 ) -> Tensor:
-    """Applies each expert's linear layer to its own rows, writing into one output without copies.
+    """Applies each expert's linear layer to its own rows; all experts write into one output, without copies.
 
     Computes y[start:stop] = x[start:stop] @ w_FD.T + b_F for every expert. An expert without rows gets zero gradients,
     so every parameter takes part in every call.
@@ -49,8 +48,8 @@ def multiway_linear(
     Args:
         x_TD: packed rows.
         slices: row range of each expert; together they cover [0, T) in order.
-        weights: one (F, D) matrix an expert, of x's dtype; saved for the backward pass as they are.
-        biases: one (F,) vector an expert.
+        weights: one (F, D) matrix per expert, of x's dtype; saved for the backward pass as they are.
+        biases: one (F,) vector per expert.
         recompute: recomputes x in the backward pass, instead of saving it; None saves it.
 
     Returns:
@@ -72,7 +71,7 @@ class _MultiwayLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TF: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once: checkpointing unpacks them for one reading
+        saved = ctx.saved_tensors  # read once: under checkpointing they are unpacked for a single read
         weights, kept = saved[: len(ctx.ends)], saved[len(ctx.ends) :]
         dy_TF = dy_TF.contiguous()
         dx_TD = torch.ops.beit3_ds.multiway_input_gradient(dy_TF, None, ctx.ends, weights)
@@ -81,41 +80,41 @@ class _MultiwayLinear(torch.autograd.Function):
 
 
 def ends_of(slices: Slices) -> list[int]:
-    """The end of every slice: how operators take them."""
+    """Returns the stop of every slice, as operators take slices."""
     return [stop for _, stop in slices]
 
 
 def slices_of(ends: Sequence[int]) -> list[tuple[int, int]]:
-    """The slices that end there."""
+    """Returns the slices with these stops; the inverse of `ends_of`."""
     return list(pairwise([0, *ends]))
 
 
 def scale_rows(x_TD: Tensor, factor_T: Tensor | None) -> Tensor:
-    """Rows times their factors; None stands for ones."""
-    return x_TD if factor_T is None else torch.mul(x_TD, factor_T.unsqueeze(1), out=empty_like(x_TD))
+    """Multiplies every row by its factor; None means ones."""
+    return x_TD if factor_T is None else torch.mul(x_TD, factor_T.unsqueeze(1), out=ALLOCATOR.empty_like(x_TD))
 
 
 _LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
 _LIBRARY.define("multiway_linear(Tensor x, int[] ends, Tensor[] weights, Tensor[] biases) -> Tensor")
-# `factor` is what rows of the layer's output were scaled by.
+# Rows of the layer's output were scaled by `factor`.
 _LIBRARY.define("multiway_input_gradient(Tensor dy, Tensor? factor, int[] ends, Tensor[] weights) -> Tensor")
 _LIBRARY.define("multiway_weight_gradient(Tensor dy, Tensor? factor, Tensor x, int[] ends, bool with_bias) -> Tensor[]")
 
 
 @torch.library.impl(_LIBRARY, "multiway_linear", "CPU")
 def _linear(x_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    y_TF = empty(x_TD, len(x_TD), len(weights[0]))
+    y_TF = ALLOCATOR.empty(x_TD, len(x_TD), len(weights[0]))
     for i, (start, stop) in enumerate(slices_of(ends)):
-        product(x_TD[start:stop], weights[i], biases[i] if biases else None, y_TF[start:stop])
+        matmul(x_TD[start:stop], weights[i], biases[i] if biases else None, y_TF[start:stop])
     return y_TF
 
 
 @torch.library.impl(_LIBRARY, "multiway_input_gradient", "CPU")
 def _input_gradient(dy_TF: Tensor, factor_T: Tensor | None, ends: Sequence[int], weights: Sequence[Tensor]) -> Tensor:
     dy_TF = scale_rows(dy_TF, factor_T)
-    dx_TD = empty(dy_TF, len(dy_TF), weights[0].shape[1])
+    dx_TD = ALLOCATOR.empty(dy_TF, len(dy_TF), weights[0].shape[1])
     for (start, stop), w_FD in zip(slices_of(ends), weights, strict=True):
-        product(dy_TF[start:stop], w_FD.t(), None, dx_TD[start:stop])
+        matmul(dy_TF[start:stop], w_FD.t(), None, dx_TD[start:stop])
     return dx_TD
 
 
@@ -126,14 +125,14 @@ def _weight_gradient(
     dy_TF = scale_rows(dy_TF, factor_T)
     parts = [(dy_TF[start:stop], x_TD[start:stop]) for start, stop in slices_of(ends)]
     width, inner = dy_TF.shape[1], x_TD.shape[1]
-    d_weights = [torch.mm(dy.t(), x, out=empty(dy, width, inner, lasting=True)) for dy, x in parts]
-    d_biases = [torch.sum(dy, 0, out=empty(dy, width, lasting=True)) for dy, _ in parts] if with_bias else []
+    d_weights = [torch.mm(dy.t(), x, out=ALLOCATOR.empty(dy, width, inner, lasting=True)) for dy, x in parts]
+    d_biases = [torch.sum(dy, 0, out=ALLOCATOR.empty(dy, width, lasting=True)) for dy, _ in parts] if with_bias else []
     return [*d_weights, *d_biases]
 
 
 @torch.library.impl(_LIBRARY, "multiway_linear", "CUDA")
 def _linear_cuda(x_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    if not _runs_kernels(x_TD):
+    if not KERNELS.accept(x_TD):
         return _linear(x_TD, ends, weights, biases)
     from beit3_ds.kernels.triton import multiway_ffn_launch
 
@@ -144,7 +143,7 @@ def _linear_cuda(x_TD: Tensor, ends: Sequence[int], weights: Sequence[Tensor], b
 def _input_gradient_cuda(
     dy_TF: Tensor, factor_T: Tensor | None, ends: Sequence[int], weights: Sequence[Tensor]
 ) -> Tensor:
-    if not _runs_kernels(dy_TF):
+    if not KERNELS.accept(dy_TF):
         return _input_gradient(dy_TF, factor_T, ends, weights)
     from beit3_ds.kernels.triton import multiway_ffn_launch
 
@@ -155,7 +154,7 @@ def _input_gradient_cuda(
 def _weight_gradient_cuda(
     dy_TF: Tensor, factor_T: Tensor | None, x_TD: Tensor, ends: Sequence[int], with_bias: bool
 ) -> list[Tensor]:
-    if not _runs_kernels(dy_TF):
+    if not KERNELS.accept(dy_TF):
         return _weight_gradient(dy_TF, factor_T, x_TD, ends, with_bias)
     from beit3_ds.kernels.triton import multiway_ffn_launch
 
@@ -184,18 +183,8 @@ def _weight_gradient_fake(
     return [*(dy_TF.new_empty(width, inner) for _ in ends), *d_biases]
 
 
-def _runs_kernels(x: Tensor) -> bool:
-    """Whether the GPU's kernels serve rows of `x`: not in float64, nor where they failed their check at first use."""
-    return x.dtype in (torch.float32, torch.float16, torch.bfloat16) and _are_trusted(x.device, x.dtype)
-
-
-@lru_cache
-def _are_trusted(device: torch.device, dtype: torch.dtype) -> bool:
-    return passes(f"multiway_linear in {dtype}", device, lambda: check_kernels(device, dtype))
-
-
 def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
-    """Holds the kernels to the CPU's forms on three experts, one of them without rows.
+    """Compares the kernels with the operators' CPU implementations on three experts, one of them without rows.
 
     Raises:
         WrongResultError: if a result is wrong.
@@ -209,10 +198,16 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
     weights = [(torch.randn(64, 96, generator=generator) / 10).to(device, dtype) for _ in slices]
     biases = [torch.randn(64, generator=generator).to(device, dtype) for _ in slices]
     y = launch.linear(x, slices, weights, biases)
-    check_rule(("y",), (y,), lambda x, *p: (_linear(x, ends, p[:3], p[3:]),), (x, *weights, *biases))
+    check_against_reference(("y",), (y,), lambda x, *p: (_linear(x, ends, p[:3], p[3:]),), (x, *weights, *biases))
     dx = launch.input_gradient(dy, factor, slices, weights)
-    check_rule(("dx",), (dx,), lambda dy, f, *w: (_input_gradient(dy, f, ends, w),), (dy, factor, *weights))
+    check_against_reference(
+        ("dx",), (dx,), lambda dy, f, *w: (_input_gradient(dy, f, ends, w),), (dy, factor, *weights)
+    )
     d_weights, d_biases = launch.weight_gradient(dy, factor, x, slices, True)
     names = [*(f"dw {i}" for i in range(3)), *(f"db {i}" for i in range(3))]
     gradients = lambda dy, f, x: tuple(_weight_gradient(dy, f, x, ends, True))  # noqa: E731
-    check_rule(names, (*d_weights, *d_biases), gradients, (dy, factor, x))
+    check_against_reference(names, (*d_weights, *d_biases), gradients, (dy, factor, x))
+
+
+KERNELS = TrustedKernels("multiway_linear", check_kernels)
+"""GPU kernels of the three operators."""

@@ -1,4 +1,4 @@
-"""The rule that holds kernels to a reference: at most twice the error of the reference in the kernels' own dtype."""
+"""The error bound of kernels: at most twice the error of a reference computed in the kernel's own dtype."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,44 +6,46 @@ import torch
 from torch import Tensor
 
 Function = Callable[..., tuple[Tensor, ...]]
-"""Outputs, and gradients where there are some, from inputs of one floating dtype."""
+"""Computes outputs, and gradients if it has any, from inputs of one floating dtype."""
 
 
 class WrongResultError(ArithmeticError):
-    """A kernel's result is farther from the truth than the rule allows."""
+    """A kernel's result exceeds its error bound."""
 
 
-def check_rule(names: Sequence[str], results: Sequence[Tensor], function: Function, inputs: Sequence[Tensor]) -> None:
-    """Compares the results of a kernel with a function of the same inputs in float64.
+def check_against_reference(
+    names: Sequence[str], results: Sequence[Tensor], reference: Function, inputs: Sequence[Tensor]
+) -> None:
+    """Compares a kernel's results with its reference in float64.
 
-    On few values the reference may be exact by chance, or because it subtracts equal numbers. So eight float32
-    roundings of the largest number involved are added to its error.
+    A result's error may be twice that of the reference in the kernel's dtype, plus eight float32 roundings of the
+    largest number involved: on few values the reference may be exact by chance, or subtract equal numbers.
 
     Args:
         names: names of the results, for the message.
         results: the kernel's results, of an input's dtype or float32.
-        function: the reference.
+        reference: computes the same results.
         inputs: inputs of the kernel's dtype, or float32 for a stream beside parameters of another dtype.
 
     Raises:
-        WrongResultError: if the rule is broken, or a result has another shape or dtype.
+        WrongResultError: if an error exceeds the bound, or a result has another shape or dtype.
     """
-    truths, same_dtype = function(*(x.double() for x in inputs)), function(*inputs)
-    largest = max(x.abs().max().item() for x in (*inputs, *truths) if x.numel())
+    exact_results, reference_results = reference(*(x.double() for x in inputs)), reference(*inputs)
+    largest = max(x.abs().max().item() for x in (*inputs, *exact_results) if x.numel())
     floor = 8 * torch.finfo(torch.float32).eps * largest
-    for name, result, truth, theirs in zip(names, results, truths, same_dtype, strict=True):
-        if result.shape != truth.shape or result.dtype not in (torch.float32, *(x.dtype for x in inputs)):
-            raise WrongResultError(f"{name} is {result.dtype} {tuple(result.shape)}, not of shape {tuple(truth.shape)}")
+    for name, result, exact, rounded in zip(names, results, exact_results, reference_results, strict=True):
+        if result.shape != exact.shape or result.dtype not in (torch.float32, *(x.dtype for x in inputs)):
+            raise WrongResultError(f"{name} is {result.dtype} {tuple(result.shape)}, not of shape {tuple(exact.shape)}")
         if result.numel() == 0:
             continue
-        allowed = 2 * (theirs - truth).abs().max() + floor
-        error = (result - truth).abs().max()
-        if not error <= allowed:  # also where it is NaN
+        allowed = 2 * (rounded - exact).abs().max() + floor
+        error = (result - exact).abs().max()
+        if not error <= allowed:  # also true if the error is NaN
             raise WrongResultError(f"{name}: error {error:.3g} > {allowed:.3g}")
 
 
 def with_gradients(function: Callable[..., Tensor]) -> Function:
-    """Makes of a function of some tensors one of these and the output's gradient: output, and gradient of each."""
+    """Returns a function of the same tensors and the output's gradient that also returns the tensors' gradients."""
 
     def differentiated(*inputs: Tensor) -> tuple[Tensor, ...]:
         leaves = [x.detach().requires_grad_() for x in inputs[:-1]]

@@ -1,15 +1,15 @@
-"""The way back into the stream: GELU, sub-LN, linear layer, bias, drop-path factor and residual, as one op.
+"""The end of a branch as one op: GELU, sub-LN, linear layer, bias, drop-path factor and residual.
 
-It ends the FFN (with GELU) and attention (without). It keeps its input alone for the backward pass and makes the rest
-again. On the CPU an expert's rows go through PyTorch's fused norms piece by piece, between products of a whole chunk of
-them. On a GPU, kernels of `multiway_ffn_triton` normalise on the way into the product and add bias and residual
-on the way out; they were compiled ahead of time and interpreted, but never run on a GPU.
+It ends the FFN (with GELU) and attention (without). It saves its input alone, and recomputes the rest in the backward
+pass. On a CPU an expert's rows go through PyTorch's fused norms in chunks that fit in cache, and through the product in
+larger row blocks. On a GPU the kernels of `triton/multiway_ffn.py` normalise before the product and add bias and
+residual after it.
 """
 
-# T packed rows, F input width (of this rank), D output width.
+# T packed rows, R rows of a row block, F input width (of this rank), D output width.
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from beit3_ds.kernels.cpu.chunks import add_parts, piece_length
-from beit3_ds.kernels.cpu.host_memory import empty, empty_like
-from beit3_ds.kernels.cpu.matmul import product
+from beit3_ds.kernels.cpu.allocator import ALLOCATOR
+from beit3_ds.kernels.cpu.chunks import accumulate, chunk_rows
+from beit3_ds.kernels.cpu.matmul import matmul
 from beit3_ds.kernels.ops.multiway_linear import Slices, ends_of, scale_rows, slices_of
-from beit3_ds.kernels.ops.numerics import check_rule
-from beit3_ds.kernels.ops.self_check import passes
+from beit3_ds.kernels.ops.numerics import check_against_reference
+from beit3_ds.kernels.ops.self_check import TrustedKernels
 from beit3_ds.kernels.ops.sub_norm import SubNorm
 from beit3_ds.kernels.ops.up_projection import Activation
 
@@ -38,7 +38,7 @@ def out_projection_reference(
     residual_TD: Tensor,
     factor_T: Tensor,
 ) -> Tensor:
-    """What `out_projection` computes where no ranks divide the width, in plain PyTorch."""
+    """Computes `out_projection` in plain PyTorch, for a rank that holds whole rows."""
     parts = []
     for i, (start, stop) in enumerate(slices):
         a = F.gelu(x_TF[start:stop]) if gelu else x_TF[start:stop]
@@ -61,34 +61,43 @@ def out_projection(
 ) -> Tensor:
     """Computes residual + factor * (LN(GELU(x)) @ w.T + b), each row with its own expert's parameters.
 
-    If ranks divide the width of x, call it without biases, residual and factor: the result is then partial, is summed
-    over the ranks, and `residual_add` adds these once. A sub-LN then gathers two floats per row, and its backward pass
-    all-reduces two.
+    If ranks divide the width of x, call it without biases, residual and factor. The result is then partial: sum it over
+    the ranks, and add the rest with `residual_add`. A sub-LN then gathers two floats per row from every rank, and its
+    backward pass all-reduces two.
 
     Args:
-        activation: x_TF, which alone is kept for the backward pass, and the up projection's results for it.
+        activation: x_TF, which alone is saved for the backward pass, and the up projection's results for it.
         slices: row range of each expert; together they cover [0, T) in order.
         weights: one (D, F) matrix per expert, of x's dtype.
         biases: one (D,) vector per expert, or none.
-        gelu: activate x first, with the exact (erf) GELU.
-        norm: the sub-LN, or None. Its parameters are kept, so they must not be ones that ZeRO-3 divides.
-        residual_TD: the stream that the branch joins, or None.
+        gelu: whether to apply the exact (erf) GELU first.
+        norm: the sub-LN, or None. Its parameters are saved, so pass copies of parameters that ZeRO-3 partitions.
+        residual_TD: the stream to which the branch is added, or None.
         factor_T: factor of stochastic depth for every row of the branch, without a gradient; None for ones.
 
     Returns:
-        y_TD, of the residual's dtype (x's or float32); without a residual, of x's dtype.
+        y_TD in the residual's dtype (x's or float32), or x's without a residual.
     """
     form = _Form(ends_of(slices), gelu, norm, len(biases) > 0, residual_TD is not None)
     parameters = (*weights, *biases, *(() if norm is None else (*norm.scales, *norm.shifts)))
     return _OutProjection.apply(form, activation, residual_TD, factor_T, activation.x_TF.contiguous(), *parameters)
 
 
-_CHUNK_ROWS = 2048
-"""Rows that the CPU takes at a time: what lies between two products takes memory, and a product wants many rows."""
+_MATMUL_ROWS = 2048
+"""Rows per product on a CPU: more rows need larger buffers beside the product, fewer make the product slower."""
+
+
+class _Parameters(NamedTuple):
+    """Parameters of a call by kind, one per expert; kinds that the call lacks are empty."""
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+    scales: tuple[Tensor, ...]
+    shifts: tuple[Tensor, ...]
 
 
 class _Form(NamedTuple):
-    """What a call is besides its tensors."""
+    """The settings of a call, without its tensors."""
 
     ends: list[int]
     gelu: bool
@@ -98,16 +107,14 @@ class _Form(NamedTuple):
 
     @property
     def has_whole_rows(self) -> bool:
-        """Whether a norm, if there is one, needs no other rank."""
+        """Returns whether the sub-LN, if there is one, needs no other rank."""
         return self.norm is None or self.norm.all_gather is None
 
-    def split(self, parameters: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
-        """Weights, biases, scales and shifts."""
-        experts, parts, start = len(self.ends), [], 0
-        for is_there in (True, self.has_biases, self.norm is not None, self.norm is not None):
-            parts.append(parameters[start : start + experts] if is_there else ())
-            start += experts * is_there
-        return tuple(parts)
+    def split(self, parameters: Sequence[Tensor]) -> _Parameters:
+        """Splits the flat sequence of a call's parameters by kind."""
+        has_norm, remaining = self.norm is not None, iter(parameters)
+        is_present = (True, self.has_biases, has_norm, has_norm)
+        return _Parameters(*(tuple(islice(remaining, len(self.ends) if present else 0)) for present in is_present))
 
 
 class _OutProjection(torch.autograd.Function):
@@ -123,8 +130,8 @@ class _OutProjection(torch.autograd.Function):
     ) -> Tensor:
         weights, biases, scales, shifts = form.split(parameters)
         mean_T = rstd_T = None
-        if form.has_whole_rows and not _runs_kernels(x_TF):
-            y_TD = _forward_natively(x_TF, form, weights, biases, residual_TD, factor_T)
+        if form.has_whole_rows and not KERNELS.accept(x_TF):
+            y_TD = _forward_cpu(x_TF, form, weights, biases, residual_TD, factor_T)
         else:
             a_TF = activation.a_TF if activation.a_TF is not None else _activate(x_TF, form.gelu)
             if form.norm is not None:
@@ -144,18 +151,18 @@ class _OutProjection(torch.autograd.Function):
         x_TF, factor_T, mean_T, rstd_T, *parameters = ctx.saved_tensors
         weights, _, scales, shifts = form._replace(has_biases=False).split(parameters)
         dy_TD = dy_TD.contiguous()
-        if mean_T is None and not _runs_kernels(x_TF):
+        if mean_T is None and not KERNELS.accept(x_TF):
             saved_norm = None if form.norm is None else form.norm._replace(scales=scales, shifts=shifts)
-            gradients = _backward_natively(dy_TD, factor_T, x_TF, form._replace(norm=saved_norm), weights)
+            gradients = _backward_cpu(dy_TD, factor_T, x_TF, form._replace(norm=saved_norm), weights)
         else:
             norm = None if form.norm is None else (mean_T, rstd_T, scales, shifts)
-            # The products take one dtype: the gradient of a float32 stream is rounded once, on its way into them.
+            # Products take one dtype: the gradient of a float32 stream is rounded once, before them.
             of_branch = dy_TD.to(x_TF.dtype), None if factor_T is None else factor_T.to(x_TF.dtype)
             gradients = _backward_by_operators(*of_branch, x_TF, form, weights, norm)
         return (None, None, dy_TD if form.has_residual else None, None, *gradients)
 
 
-def _forward_natively(
+def _forward_cpu(
     x_TF: Tensor,
     form: _Form,
     weights: Sequence[Tensor],
@@ -163,31 +170,33 @@ def _forward_natively(
     residual_TD: Tensor | None,
     factor_T: Tensor | None,
 ) -> Tensor:
-    y_TD = empty(x_TF, len(x_TF), len(weights[0]))
-    for i, start, stop in _chunks(form):
-        _, n_CF, _ = _normalize_natively(x_TF[start:stop], form, i)
-        product(n_CF, weights[i], biases[i] if biases else None, y_TD[start:stop])
+    y_TD = ALLOCATOR.empty(x_TF, len(x_TF), len(weights[0]))
+    for i, start, stop in _row_blocks(form):
+        _, n_RF, _ = _normalize_cpu(x_TF[start:stop], form, i)
+        matmul(n_RF, weights[i], biases[i] if biases else None, y_TD[start:stop])
     return _join(y_TD, residual_TD, factor_T)
 
 
-def _backward_natively(
+def _backward_cpu(
     dy_TD: Tensor, factor_T: Tensor | None, x_TF: Tensor, form: _Form, weights: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Gradients of x, weights, biases, scales and shifts; `dy_TD` is that of the stream."""
-    dx_TF, of_weights = empty_like(x_TF), [empty_like(w, lasting=True) for w in weights]
+    """Returns the gradients of x, weights, biases, scales and shifts, given `dy_TD`, the gradient of the stream."""
+    dx_TF, of_weights = ALLOCATOR.empty_like(x_TF), [ALLOCATOR.empty_like(w, lasting=True) for w in weights]
     of_biases: list[list[Tensor]] = [[] for _ in weights]
     of_norms: list[list[Tensor]] = [[] for _ in weights]  # scale and shift
-    for i, start, stop in _chunks(form):
-        x_CF, dx_CF = x_TF[start:stop], dx_TF[start:stop]
-        d_CD = scale_rows(dy_TD[start:stop], None if factor_T is None else factor_T[start:stop]).to(x_TF.dtype)
-        a_CF, n_CF, statistics = _normalize_natively(x_CF, form, i, keeps_activated=True)
-        of_weights[i].addmm_(d_CD.t(), n_CF, beta=0 if start == slices_of(form.ends)[i][0] else 1)
+    for i, start, stop in _row_blocks(form):
+        x_RF, dx_RF = x_TF[start:stop], dx_TF[start:stop]
+        d_RD = scale_rows(dy_TD[start:stop], None if factor_T is None else factor_T[start:stop]).to(x_TF.dtype)
+        a_RF, n_RF, statistics = _normalize_cpu(x_RF, form, i, keeps_activated=True)
+        of_weights[i].addmm_(d_RD.t(), n_RF, beta=0 if start == slices_of(form.ends)[i][0] else 1)
         if form.has_biases:
-            of_biases[i] = add_parts(of_biases[i], [d_CD.sum(0)])
-        dn_CF = product(d_CD, weights[i].t(), None, dx_CF if form.norm is None else n_CF)  # n has served
-        length = piece_length(x_CF)
+            of_biases[i] = accumulate(of_biases[i], [d_RD.sum(0)])
+        dn_RF = matmul(
+            d_RD, weights[i].t(), None, dx_RF if form.norm is None else n_RF
+        )  # overwrites n, which is no longer needed
+        length = chunk_rows(x_RF)
         for number, (dn, a, x, dx) in enumerate(
-            zip(*(rows.split(length) for rows in (dn_CF, a_CF, x_CF, dx_CF)), strict=True)
+            zip(*(rows.split(length) for rows in (dn_RF, a_RF, x_RF, dx_RF)), strict=True)
         ):
             da = dn
             if form.norm is not None:
@@ -195,7 +204,7 @@ def _backward_natively(
                 da, *of_norm = torch.ops.aten.native_layer_norm_backward(
                     dn, a, scale.shape, *statistics[number], scale, shift, [True, True, True]
                 )
-                of_norms[i] = add_parts(of_norms[i], of_norm)
+                of_norms[i] = accumulate(of_norms[i], of_norm)
             if form.gelu:
                 torch.ops.aten.gelu_backward.grad_input(da, x, grad_input=dx)
             elif form.norm is not None:
@@ -205,43 +214,43 @@ def _backward_natively(
     return [dx_TF, *of_weights, *by_kind]
 
 
-def _normalize_natively(
-    x_CF: Tensor, form: _Form, i: int, keeps_activated: bool = False
+def _normalize_cpu(
+    x_RF: Tensor, form: _Form, i: int, keeps_activated: bool = False
 ) -> tuple[Tensor, Tensor, list[list[Tensor]]]:
-    """What lies between an expert's input and its product.
+    """Computes what comes between an expert's input and its product: GELU and sub-LN.
 
     Returns:
-        GELU(x), if it is to be kept; the same normalised; mean and 1 / deviation of its rows, of every piece. Where
-        there is no GELU or no norm, the tensor before it.
+        GELU(x), if it is to be kept; the product's input, LN(GELU(x)); and for every chunk of rows the mean and
+        1 / deviation of the rows. Without GELU or norm, the tensor before that operation takes its place.
     """
     norm = form.norm
-    n_CF = empty_like(x_CF) if form.gelu or norm is not None else x_CF
-    a_CF = n_CF if form.gelu else x_CF
+    n_RF = ALLOCATOR.empty_like(x_RF) if form.gelu or norm is not None else x_RF
+    a_RF = n_RF if form.gelu else x_RF
     if keeps_activated and form.gelu and norm is not None:
-        a_CF = empty_like(x_CF)
-    statistics, length = [], piece_length(x_CF)
-    for x, a, n in zip(x_CF.split(length), a_CF.split(length), n_CF.split(length), strict=True):
+        a_RF = ALLOCATOR.empty_like(x_RF)
+    statistics, length = [], chunk_rows(x_RF)
+    for x, a, n in zip(x_RF.split(length), a_RF.split(length), n_RF.split(length), strict=True):
         if form.gelu:
             torch.ops.aten.gelu.out(x, out=a)
         if norm is not None:
             scale, shift = norm.scales[i], norm.shifts[i]
-            normalized, *of_piece = torch.native_layer_norm(a, scale.shape, scale, shift, norm.epsilon)
+            normalized, *of_chunk = torch.native_layer_norm(a, scale.shape, scale, shift, norm.epsilon)
             n.copy_(normalized)
-            statistics.append(of_piece)
-    return a_CF, n_CF, statistics
+            statistics.append(of_chunk)
+    return a_RF, n_RF, statistics
 
 
-def _chunks(form: _Form) -> Iterator[tuple[int, int, int]]:
-    """Expert, first row and stop of every piece of an expert's rows; an expert without rows has one empty piece."""
+def _row_blocks(form: _Form) -> Iterator[tuple[int, int, int]]:
+    """Yields expert, first row and stop of every row block; an expert without rows has one empty block."""
     for i, (start, stop) in enumerate(slices_of(form.ends)):
-        for first in range(start, max(stop, start + 1), _CHUNK_ROWS):
-            yield i, first, min(first + _CHUNK_ROWS, stop)
+        for first in range(start, max(stop, start + 1), _MATMUL_ROWS):
+            yield i, first, min(first + _MATMUL_ROWS, stop)
 
 
 def _backward_by_operators(
     dy_TD: Tensor, factor_T: Tensor | None, x_TF: Tensor, form: _Form, weights: Sequence[Tensor], norm: Any
 ) -> list[Tensor]:
-    """The same with statistics that were kept; sums over rows are reduced over ranks that divide the width."""
+    """Returns the same gradients from saved statistics; row sums are all-reduced over ranks that divide the width."""
     ops, ends, of_norm = torch.ops.beit3_ds, form.ends, []
     n_TF = ops.sub_norm(x_TF, form.gelu, *norm, ends) if norm else _activate(x_TF, form.gelu)
     of_linear = ops.multiway_weight_gradient(dy_TD, factor_T, n_TF, ends, form.has_biases)
@@ -264,16 +273,16 @@ def _activate(x_TF: Tensor, gelu: bool) -> Tensor:
 
 
 def _join(y_TD: Tensor, residual_TD: Tensor | None, factor_T: Tensor | None) -> Tensor:
-    """Returns residual + factor * y, in place of y if the residual has its dtype."""
+    """Returns residual + factor * y, written over y if the residual has y's dtype."""
     if residual_TD is not None and residual_TD.dtype != y_TD.dtype:
-        y_TD = empty(y_TD, *y_TD.shape, dtype=residual_TD.dtype).copy_(y_TD)
+        y_TD = ALLOCATOR.empty(y_TD, *y_TD.shape, dtype=residual_TD.dtype).copy_(y_TD)
     if factor_T is not None:
         y_TD.mul_(factor_T.unsqueeze(1))
     return y_TD if residual_TD is None else y_TD.add_(residual_TD)
 
 
 _LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
-# residual + factor * (LN(a) @ w.T + b), the norm with given statistics.
+# Returns residual + factor * (LN(a) @ w.T + b), with the given statistics of the norm.
 _LIBRARY.define(
     "out_projection(Tensor a, Tensor? mean, Tensor? rstd, Tensor[] scales, Tensor[] shifts, int[] ends, "
     "Tensor[] weights, Tensor[] biases, Tensor? residual, Tensor? factor) -> Tensor"
@@ -312,7 +321,7 @@ def _out_projection_cuda(
     factor_T: Tensor | None,
 ) -> Tensor:
     norm = None if mean_T is None or rstd_T is None else (mean_T, rstd_T, scales, shifts)
-    if not _runs_kernels(a_TF):
+    if not KERNELS.accept(a_TF):
         arguments = (scales, shifts, ends, weights, biases, residual_TD, factor_T)
         return _out_projection(a_TF, mean_T, rstd_T, *arguments)
     from beit3_ds.kernels.triton import multiway_ffn_launch
@@ -327,32 +336,26 @@ def _out_projection_fake(a_TF: Tensor, *rest: Any) -> Tensor:
     return like.new_empty(len(a_TF), len(weights[0]))
 
 
-def _runs_kernels(x: Tensor) -> bool:
-    """Whether the GPU's kernels serve rows of `x`: not in float64, nor where they failed their check at first use."""
-    supported = x.is_cuda and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return supported and _are_trusted(x.device, x.dtype)
-
-
-@lru_cache
-def _are_trusted(device: torch.device, dtype: torch.dtype) -> bool:
-    def check() -> None:
-        for stream in {dtype, torch.float32}:
-            check_kernels(device, dtype, stream)
-
-    return passes(f"out_projection in {dtype}", device, check)
-
-
-def check_kernels(device: torch.device, dtype: torch.dtype, stream: torch.dtype | None = None) -> None:
-    """Compares the kernel with plain PyTorch on two experts, as a whole and as a partial product.
+def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """Compares the kernel with plain PyTorch on two experts, with a stream of the same dtype and of float32.
 
     Args:
         device: device of the kernel.
         dtype: dtype of the parameters.
-        stream: dtype of the residual; None for that of the parameters.
 
     Raises:
         WrongResultError: if a result is wrong.
     """
+    for stream in dict.fromkeys((dtype, torch.float32)):
+        _check_kernels(device, dtype, stream)
+
+
+KERNELS = TrustedKernels("out_projection", check_kernels)
+"""GPU kernel of the operator."""
+
+
+def _check_kernels(device: torch.device, dtype: torch.dtype, stream: torch.dtype) -> None:
+    """Compares the kernel with plain PyTorch, as a whole and as a partial product."""
     from beit3_ds.kernels.triton import multiway_ffn_launch as launch
 
     slices, generator = [(0, 130), (130, 137)], torch.Generator().manual_seed(0)
@@ -360,7 +363,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype, stream: torch.dtype 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
 
-    a, residual, factor = draw(137, 96), draw(137, 64).to(stream or dtype), draw(137).to(stream or dtype)
+    a, residual, factor = draw(137, 96), draw(137, 64).to(stream), draw(137).to(stream)
     weights, biases = [draw(64, 96, scale=0.1) for _ in slices], [draw(64) for _ in slices]
     scales, shifts = ([draw(96) for _ in slices] for _ in range(2))
     variance, mean = torch.var_mean(a.float(), 1, correction=0)
@@ -374,7 +377,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype, stream: torch.dtype 
         return (y,)
 
     y = launch.out_projection(a, norm, slices, weights, biases, residual, factor)
-    check_rule(("y",), (y,), whole, (a, residual, factor, *weights, *biases, *scales, *shifts))
+    check_against_reference(("y",), (y,), whole, (a, residual, factor, *weights, *biases, *scales, *shifts))
     partial = launch.out_projection(a, None, slices, weights, [], None, None)
     plain = lambda a, *w: (torch.cat([F.linear(a[i:j], w[k]) for k, (i, j) in enumerate(slices)]),)  # noqa: E731
-    check_rule(("partial",), (partial,), plain, (a, *weights))
+    check_against_reference(("partial",), (partial,), plain, (a, *weights))

@@ -1,22 +1,21 @@
-"""Attention inside each sequence of a packed stream, a sequence being one or two row ranges.
+"""Attention within each sequence of a packed stream; a sequence is one or two row ranges.
 
-On the CPU it is torch's flash attention over buckets of sequences of similar length. On a GPU it is the operator
-`beit3_ds::packed_attention` with the kernels of `packed_attention_triton`, which were compiled ahead of time and
-interpreted, but never run on a GPU.
+On a CPU it is PyTorch's flash attention over buckets of sequences of similar length. On a GPU it is the operator
+`beit3_ds::packed_attention` with the kernels of `triton/packed_attention.py`.
 """
 
 # T packed rows, H heads, K head width; a bucket holds n sequences of at most S rows.
 
 from collections.abc import Callable
-from functools import lru_cache, partial
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from beit3_ds.kernels.cpu.host_memory import empty, empty_like, settle
+from beit3_ds.kernels.cpu.allocator import ALLOCATOR
 from beit3_ds.kernels.ops import cuda_kernels
 from beit3_ds.kernels.ops.attention_plan import (
     AttentionPlan,
@@ -27,14 +26,17 @@ from beit3_ds.kernels.ops.attention_plan import (
     plan_tiles,
     visible_rows,
 )
-from beit3_ds.kernels.ops.numerics import check_rule, with_gradients
-from beit3_ds.kernels.ops.self_check import passes
+from beit3_ds.kernels.ops.numerics import check_against_reference, with_gradients
+from beit3_ds.kernels.ops.self_check import TrustedKernels
+
+if TYPE_CHECKING:
+    from beit3_ds.kernels.triton.packed_attention_launch import AttentionTiling
 
 
 def packed_attention_reference(
     q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, ranges: Ranges, causal_captions: bool = False
 ) -> Tensor:
-    """What `packed_attention` computes: one softmax a sequence, in plain PyTorch."""
+    """Computes `packed_attention` in plain PyTorch, sequence by sequence."""
     y_THK = torch.zeros_like(q_THK)
     for sequence in ranges:
         rows = torch.cat([torch.arange(start, stop, device=q_THK.device) for start, stop in sequence])
@@ -55,19 +57,19 @@ def packed_attention(
     causal_captions: bool = False,
     cuda_cpp: bool = False,
 ) -> Tensor:
-    """Attention of every row to all rows of its own sequence, scaled by 1 / sqrt(K).
+    """Computes the attention of every row to all rows of its own sequence, scaled by 1 / sqrt(K).
 
     Args:
         q_THK: queries; k_THK and v_THK alike.
         ranges: the row ranges of each sequence; together they cover [0, T) once.
-        causal_captions: the mask of captioning, for sequences of two ranges: rows of the first (an image) see the first
-            only, rows of the second (its caption) see the first and the second up to themselves. Sequences of one range
-            stay bidirectional.
-        cuda_cpp: on a GPU, take the forward kernel in CUDA C++ (`cuda_kernels`, which must be built) where it takes
-            such queries; the backward pass is Triton's.
+        causal_captions: whether to mask sequences of two ranges for captioning: rows of the first range (an image) see
+            that range only, rows of the second (its caption) see the first range and the second up to themselves.
+            Sequences of one range stay bidirectional.
+        cuda_cpp: use the forward kernel in CUDA C++ (`cuda_kernels`, which must be built) if it takes these queries;
+            the backward pass uses Triton.
 
     Returns:
-        y_THK, the heads of every row, of q's dtype.
+        y_THK, the outputs of all heads of every row, in q's dtype.
     """
     if not runs_kernels(q_THK):
         return attend(q_THK, k_THK, v_THK, plan_attention(ranges, q_THK.device, causal_captions))
@@ -75,19 +77,16 @@ def packed_attention(
 
 
 def runs_kernels(q_THK: Tensor) -> bool:
-    """Whether `packed_attention` takes the GPU's kernels; float64 and heads wider than 128 take the CPU's way.
+    """Returns whether `packed_attention` uses the GPU's kernels: for heads of at most 128 columns, but not in float64.
 
-    So does everything on a device where the kernels fail their check at their first use (`self_check`).
+    Otherwise it runs the CPU's code, also on a device where the kernels fail their check at their first use.
     """
-    head_size, dtype = q_THK.shape[-1], q_THK.dtype
-    supported = q_THK.is_cuda and head_size <= 128 and dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return supported and _are_trusted(q_THK.device, dtype, head_size)
+    head_size = q_THK.shape[-1]
+    return head_size <= 128 and KERNELS.accept(q_THK, head_size=head_size)
 
 
 def _runs_cuda_cpp(q_THK: Tensor) -> bool:
-    return cuda_kernels.takes_attention(q_THK) and _are_trusted(
-        q_THK.device, q_THK.dtype, q_THK.shape[-1], cuda_cpp=True
-    )
+    return cuda_kernels.takes_attention(q_THK) and KERNELS.accept(q_THK, head_size=q_THK.shape[-1], cuda_cpp=True)
 
 
 def _run_operator(
@@ -100,19 +99,14 @@ def _run_operator(
     return y_THK
 
 
-@lru_cache
-def _are_trusted(device: torch.device, dtype: torch.dtype, head_size: int, cuda_cpp: bool = False) -> bool:
-    return passes(
-        f"packed_attention in {'CUDA C++, ' if cuda_cpp else ''}{dtype} with heads of {head_size}",
-        device,
-        lambda: check_kernels(device, dtype, head_size, cuda_cpp),
-    )
-
-
 def check_kernels(device: torch.device, dtype: torch.dtype, head_size: int, cuda_cpp: bool = False) -> None:
-    """Holds the kernels to the reference, forward and backward, on a pair over two tiles and two short sequences.
+    """Compares the kernels with the reference, forward and backward, on a pair over two tiles and two short sequences.
 
-    With `cuda_cpp` the forward kernel is the one in CUDA C++.
+    Args:
+        device: device of the kernels.
+        dtype: dtype of queries, keys and values.
+        head_size: K.
+        cuda_cpp: whether the forward kernel is the one in CUDA C++.
 
     Raises:
         WrongResultError: if a result is wrong.
@@ -125,16 +119,20 @@ def check_kernels(device: torch.device, dtype: torch.dtype, head_size: int, cuda
             with_gradients(partial(attention, ranges=ranges, causal_captions=captions))
             for attention in (partial(_run_operator, cuda_cpp=cuda_cpp), packed_attention_reference)
         )
-        check_rule(("y", "dq", "dk", "dv"), ours(*inputs), reference, inputs)
+        check_against_reference(("y", "dq", "dk", "dv"), ours(*inputs), reference, inputs)
+
+
+KERNELS = TrustedKernels("packed_attention", check_kernels)
+"""GPU kernels of both operators."""
 
 
 def attend(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan) -> Tensor:
-    """Runs one scaled_dot_product_attention a bucket and puts the outputs back in row order."""
+    """Runs one scaled_dot_product_attention per bucket and puts the outputs back in row order."""
     if q_THK.device.type == "cpu":
         return _AttendOnCPU.apply(q_THK, k_THK, v_THK, plan.buckets)
     outputs = [_attend_bucket(q_THK, k_THK, v_THK, bucket) for bucket in plan.buckets]
     if not outputs:
-        return q_THK + k_THK + v_THK  # no rows: nothing to attend, but every projection stays in the graph
+        return q_THK + k_THK + v_THK  # no rows, but every projection must stay in the graph
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return y if plan.output_rows is None else y.index_select(0, plan.output_rows)
 
@@ -146,14 +144,15 @@ def _attend_bucket(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, bucket: Bucket) 
 
 
 class _AttendOnCPU(torch.autograd.Function):
-    """The same with torch's operator for CPUs, of which autograd would keep gathered and padded copies.
+    """Runs PyTorch's attention operator for CPUs on every bucket, and saves packed rows only.
 
-    Only packed rows are kept and gathered again in the backward pass, and every gradient is written once.
+    Autograd would save gathered and padded copies. Here the backward pass gathers packed rows again, and writes every
+    gradient once.
     """
 
     @staticmethod
     def forward(ctx: Any, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, buckets: tuple[Bucket, ...]) -> Tensor:
-        y_THK = empty_like(q_THK)
+        y_THK = ALLOCATOR.empty_like(q_THK)
         lses = []
         for bucket in buckets:
             take = _row_reader(bucket)
@@ -161,7 +160,7 @@ class _AttendOnCPU(torch.autograd.Function):
                 take(q_THK), take(k_THK), take(v_THK), attn_mask=_additive_mask(bucket, q_THK.dtype)
             )
             _write_rows(y_THK, y_nHSK, bucket)
-            lses.append(settle(lse))
+            lses.append(ALLOCATOR.settle(lse))
         ctx.buckets = buckets
         ctx.save_for_backward(q_THK, k_THK, v_THK, y_THK, *lses)
         return y_THK
@@ -170,13 +169,13 @@ class _AttendOnCPU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_THK: Tensor) -> tuple[Tensor | None, ...]:
         q_THK, k_THK, v_THK, y_THK, *lses = ctx.saved_tensors
-        gradients = [empty_like(x_THK) for x_THK in (q_THK, k_THK, v_THK)]
+        gradients = [ALLOCATOR.empty_like(x_THK) for x_THK in (q_THK, k_THK, v_THK)]
         for bucket, lse in zip(ctx.buckets, lses, strict=True):
             take = _row_reader(bucket)
             dy_nHSK = take(dy_THK)
-            if bucket.real is not None:  # what padding repeats must not count twice
+            if bucket.real is not None:  # rows repeated as padding must not count twice
                 is_real = torch.zeros_like(bucket.rows, dtype=torch.bool).index_fill_(0, bucket.real, True)
-                dy_nHSK.mul_(is_real.view(bucket.num_sequences, 1, -1, 1))  # a copy: its rows were selected
+                dy_nHSK.mul_(is_real.view(bucket.num_sequences, 1, -1, 1))  # in place: it is a copy, selected from dy
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 dy_nHSK,
                 *(take(x_THK) for x_THK in (q_THK, k_THK, v_THK, y_THK)),
@@ -191,14 +190,14 @@ class _AttendOnCPU(torch.autograd.Function):
 
 
 def _additive_mask(bucket: Bucket, dtype: torch.dtype) -> Tensor | None:
-    """0 where a key is seen, -inf elsewhere."""
+    """Returns 0 where a query sees a key and -inf elsewhere; None if all keys are seen."""
     if bucket.key_mask is None:
         return None
     return torch.zeros_like(bucket.key_mask, dtype=dtype).masked_fill_(~bucket.key_mask, -torch.inf)
 
 
 def _write_rows(out_THK: Tensor, x_nHSK: Tensor, bucket: Bucket) -> None:
-    """Puts a bucket's rows in their places in the stream."""
+    """Writes a bucket's rows to their places in the stream."""
     rows, x_rHK = bucket.rows, x_nHSK.transpose(1, 2).flatten(0, 1)
     if bucket.first_row is not None:
         out_THK[bucket.first_row : bucket.first_row + len(rows)] = x_rHK
@@ -220,16 +219,14 @@ def _row_reader(bucket: Bucket) -> Callable[[Tensor], Tensor]:
 
 
 def _select_rows(x_THK: Tensor, rows: Tensor) -> Tensor:
-    if x_THK.device.type != "cpu":  # autograd differentiates this
+    if x_THK.device.type != "cpu":  # differentiated by autograd
         return x_THK.index_select(0, rows)
-    return torch.index_select(x_THK, 0, rows, out=empty(x_THK, len(rows), *x_THK.shape[1:]))
+    return torch.index_select(x_THK, 0, rows, out=ALLOCATOR.empty(x_THK, len(rows), *x_THK.shape[1:]))
 
 
-def _tiling(q_THK: Tensor) -> Any:
-    from beit3_ds.kernels.triton.packed_attention_launch import (
-        architecture_of,
-        choose_tiling,
-    )  # only a GPU needs Triton
+def _tiling(q_THK: Tensor) -> "AttentionTiling":
+    from beit3_ds.kernels.triton.architecture import architecture_of  # Triton is needed on a GPU only
+    from beit3_ds.kernels.triton.packed_attention_launch import choose_tiling
 
     return choose_tiling(architecture_of(q_THK.device), q_THK.shape[-1], q_THK.dtype)
 
@@ -256,7 +253,7 @@ def _forward_cpu(
     causal: bool,
     cuda_cpp: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The operator sequence by sequence, for checks: the model on a CPU never takes it."""
+    """Implements the operator on a CPU for checks, sequence by sequence; the model never calls it there."""
     y_THK = torch.empty_like(q_THK)
     lse_HT = q_THK.new_empty(q_THK.shape[1], q_THK.shape[0], dtype=_accumulator(q_THK))
     for rows, seen in _sequences(sequences_Q4, causal):
@@ -361,7 +358,7 @@ torch.library.register_autograd("beit3_ds::packed_attention", _differentiate, se
 
 
 def _sequences(sequences_Q4: Tensor, causal_captions: bool) -> list[tuple[Tensor, Tensor]]:
-    """Rows of every sequence, and whether a query sees a key, (S, S) bool."""
+    """Returns the rows of every sequence and whether a query sees a key, (S, S) bool."""
     result = []
     for start_1, length_1, start_2, length_2 in sequences_Q4.tolist():
         rows = torch.cat([torch.arange(start_1, start_1 + length_1), torch.arange(start_2, start_2 + length_2)])
@@ -370,5 +367,5 @@ def _sequences(sequences_Q4: Tensor, causal_captions: bool) -> list[tuple[Tensor
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
-    """float32 for half precision; float32 and float64 stay as they are."""
+    """Returns float32 for half precision, otherwise the dtype of `x`."""
     return torch.promote_types(x.dtype, torch.float32)

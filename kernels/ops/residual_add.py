@@ -1,13 +1,12 @@
 """Adds a branch to the residual stream, after the ranks that worked on it have been summed.
 
-On the CPU it is two passes of PyTorch's over one new tensor. On a GPU it is the operator `beit3_ds::residual_add` with
-the kernels of `kernels/triton/residual_add.py`, one pass (docs/kernels.md says what ran on a GPU).
+On a CPU it is two passes of PyTorch over one new tensor. On a GPU it is the operator `beit3_ds::residual_add` with the
+kernels of `triton/residual_add.py`, one pass.
 """
 
 # T packed rows, D width, E experts; expert e owns rows [stops[e - 1], stops[e]).
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,14 +15,14 @@ from torch.autograd.function import once_differentiable
 
 from beit3_ds.kernels.ops.expert_rows import fits_kernels, row_lengths, row_tiling
 from beit3_ds.kernels.ops.multiway_linear import Slices
-from beit3_ds.kernels.ops.numerics import check_rule, with_gradients
-from beit3_ds.kernels.ops.self_check import passes
+from beit3_ds.kernels.ops.numerics import check_against_reference, with_gradients
+from beit3_ds.kernels.ops.self_check import TrustedKernels
 
 
 def residual_add_reference(
     residual_TD: Tensor, partial_TD: Tensor, slices: Slices, biases: Sequence[Tensor], factor_T: Tensor | None
 ) -> Tensor:
-    """What `residual_add` computes, in plain PyTorch."""
+    """Computes `residual_add` in plain PyTorch."""
     stream = residual_TD.dtype
     parts = [partial_TD[start:stop].to(stream) + b_D for (start, stop), b_D in zip(slices, biases, strict=True)]
     branch_TD = torch.cat(parts)
@@ -63,15 +62,9 @@ def runs_kernels(residual_TD: Tensor, dtype: torch.dtype) -> bool:
         residual_TD: the stream.
         dtype: dtype of the branch.
     """
-    device, width = residual_TD.device, residual_TD.shape[1]
-    return fits_kernels(residual_TD, dtype) and _are_trusted(device, dtype, width, residual_TD.dtype)
-
-
-@lru_cache
-def _are_trusted(device: torch.device, dtype: torch.dtype, width: int, stream: torch.dtype) -> bool:
-    rows = "" if stream == dtype else f", stream in {stream}"
-    name = f"residual_add in {dtype} of width {width}{rows}"
-    return passes(name, device, lambda: check_kernels(device, dtype, width, stream))
+    if not fits_kernels(residual_TD, dtype):
+        return False
+    return KERNELS.are_trusted(residual_TD.device, dtype, width=residual_TD.shape[1], stream=residual_TD.dtype)
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype, width: int, stream: torch.dtype | None = None) -> None:
@@ -103,7 +96,11 @@ def check_kernels(device: torch.device, dtype: torch.dtype, width: int, stream: 
             factor_T = None if factor_T is None else factor_T.to(residual_TD.dtype)
             return residual_add_reference(residual_TD, partial_TD, ((0, 37), (37, 37), (37, 61)), biases, factor_T)
 
-        check_rule(names, with_gradients(operator)(*inputs), with_gradients(reference), inputs)
+        check_against_reference(names, with_gradients(operator)(*inputs), with_gradients(reference), inputs)
+
+
+KERNELS = TrustedKernels("residual_add", check_kernels)
+"""GPU kernels of both operators."""
 
 
 class _ResidualAdd(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Part of a network on some rows of a stream: they are copied out, and what becomes of them is put in their place."""
+"""Copies some rows out of a stream and puts new rows in their place, around layers that process those rows alone."""
 
 # T rows of the stream, K picked rows, D width.
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from beit3_ds.kernels.cpu.host_memory import empty, empty_like
+from beit3_ds.kernels.cpu.allocator import ALLOCATOR
 
 
 def take_rows(x_TD: Tensor, rows_K: Tensor) -> tuple[Tensor, Tensor]:
@@ -16,25 +16,25 @@ def take_rows(x_TD: Tensor, rows_K: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         x_TD: the stream.
-        rows_K: different row numbers, int64.
+        rows_K: distinct row numbers, int64.
 
     Returns:
-        The stream, for `put_rows` and nothing else, and the rows (K, D).
+        The stream, to be used by `put_rows` alone, and the rows (K, D).
     """
     stream_TD, x_KD = _TakeRows.apply(x_TD, rows_K)
     return stream_TD, x_KD
 
 
 def put_rows(stream_TD: Tensor, y_KD: Tensor, rows_K: Tensor) -> Tensor:
-    """Puts what became of the rows in their place.
+    """Puts new rows in the place of those that `take_rows` copied out.
 
-    The two are made for each other. Between them the gradient of the stream still has that of the new rows, which
-    `take_rows` replaces by that of the old ones: clearing and adding would be two more passes.
+    Use both functions together. Between them, the stream's gradient contains that of the new rows, and the backward
+    pass of `take_rows` replaces it with that of the old ones: clearing and adding would take two more passes.
 
     Args:
-        stream_TD: from `take_rows`.
+        stream_TD: stream returned by `take_rows`.
         y_KD: the new rows.
-        rows_K: their numbers, as `take_rows` had them.
+        rows_K: row numbers given to `take_rows`.
 
     Returns:
         A new stream (T, D).
@@ -43,8 +43,8 @@ def put_rows(stream_TD: Tensor, y_KD: Tensor, rows_K: Tensor) -> Tensor:
     return y_TD
 
 
-# The row numbers are kept as they are and not with `save_for_backward`: recomputation of a block ends once it has made
-# the last tensor that was saved so. Under ZeRO-3 it must end at the same module on ranks that take all rows.
+# The row numbers are stored on ctx, not with `save_for_backward`: recomputation of a block stops at the last tensor
+# saved that way. Under ZeRO-3 it must stop at the same module on all ranks, also on those that compute all rows.
 
 
 class _TakeRows(torch.autograd.Function):
@@ -72,8 +72,8 @@ class _PutRows(torch.autograd.Function):
 
 
 def _select(x_TD: Tensor, rows_K: Tensor) -> Tensor:
-    return torch.index_select(x_TD, 0, rows_K, out=empty(x_TD, len(rows_K), x_TD.shape[1]))
+    return torch.index_select(x_TD, 0, rows_K, out=ALLOCATOR.empty(x_TD, len(rows_K), x_TD.shape[1]))
 
 
 def _replace(x_TD: Tensor, y_KD: Tensor, rows_K: Tensor) -> Tensor:
-    return empty_like(x_TD).copy_(x_TD).index_copy_(0, rows_K, y_KD)
+    return ALLOCATOR.empty_like(x_TD).copy_(x_TD).index_copy_(0, rows_K, y_KD)

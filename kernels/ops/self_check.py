@@ -1,32 +1,70 @@
-"""Kernels prove themselves at their first use on a device; one that cannot is switched off, with a warning."""
+"""Kernels are checked at their first use on a device, and switched off with a warning if they fail."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from functools import partial
 
 import torch
+from torch import Tensor
+
+SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes that the GPU kernels have; float64 uses PyTorch."""
 
 
-def passes(op: str, device: torch.device, check: Callable[[], None]) -> bool:
-    """Runs an op's check of its kernels on a device; callers keep the answer, which holds for the whole process.
+class TrustedKernels:
+    """Decides whether an op uses its kernels: they must pass a check at their first use.
 
-    Ranks may differ in it: kernels send nothing, and both ways compute the same.
+    The check runs once per process for every device, dtype and set of further properties. Ranks may decide differently:
+    kernels send nothing, and PyTorch computes the same in their place.
+    """
+
+    def __init__(self, op: str, check: Callable[..., None]) -> None:
+        """Takes the check of an op's kernels.
+
+        Args:
+            op: name of the op, for the warning.
+            check: called as check(device, dtype, **properties); runs the kernels on a small case, and raises if they
+                fail or a result is wrong.
+        """
+        self._op, self._check = op, check
+        self._verdicts: dict[Hashable, bool] = {}
+
+    def accept(self, x: Tensor, **properties: Hashable) -> bool:
+        """Returns whether to use the kernels on `x`: a CUDA tensor of a supported dtype, on a device they passed on."""
+        return x.is_cuda and x.dtype in SUPPORTED_DTYPES and self.are_trusted(x.device, x.dtype, **properties)
+
+    def are_trusted(self, device: torch.device, dtype: torch.dtype, **properties: Hashable) -> bool:
+        """Returns whether the kernels pass their check, which runs at the first call with these arguments.
+
+        Args:
+            device: device of the kernels.
+            dtype: dtype of the parameters.
+            properties: further arguments of the check, such as a width.
+        """
+        key = device, dtype, *sorted(properties.items())
+        if key not in self._verdicts:
+            described = "".join(f", {name}={value}" for name, value in properties.items())
+            check = partial(self._check, device, dtype, **properties)
+            self._verdicts[key] = passes_check(f"{self._op} in {dtype}{described}", device, check)
+        return self._verdicts[key]
+
+
+def passes_check(kernels: str, device: torch.device, check: Callable[[], None]) -> bool:
+    """Runs a check of kernels and returns whether it passed; warns with the reason if not.
 
     Args:
-        op: its name and what the check is for, for the warning.
-        device: where the kernels run.
-        check: runs them on a small case, looks at the results, and raises if they fail or are wrong.
-
-    Returns:
-        Whether the kernels are to be used; if not, a warning has said why.
+        kernels: name of the kernels and what the check is for, for the warning.
+        device: device of the kernels.
+        check: runs the kernels on a small case, and raises if they fail or a result is wrong.
     """
     try:
         with torch.inference_mode(False), torch.enable_grad():
             check()
-    except Exception as error:  # a compiler's, a driver's, a wrong result
+    except Exception as error:  # of a compiler or a driver, or a wrong result
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         warnings.warn(
-            f"{op} failed its check on {name} and is switched off: {type(error).__name__}: {error}. Plain PyTorch is "
-            "used in its place, which is slower; `beit3 certify` writes a report about this machine.",
+            f"{kernels} failed its check on {name} and is switched off: {type(error).__name__}: {error}. Plain PyTorch "
+            "is used in its place, which is slower; `beit3 certify` writes a report about this machine.",
             stacklevel=2,
         )
         return False

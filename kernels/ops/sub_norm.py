@@ -1,14 +1,14 @@
-"""GELU and sub-LN, the row-wise work before an output projection, where ranks divide the width of a row.
+"""GELU and sub-LN, the row-wise operations before an output projection, where ranks divide the width of a row.
 
-The sub-LN (Magneto, Wang et al., 2022, arXiv:2210.06423) normalises what an output projection is given: the FFN's
-activations or attention's merged heads. Statistics are those of whole rows, so ranks exchange two numbers a row each
-way; nothing else is kept for the backward pass. A rank that holds whole rows goes through `out_projection` alone.
+The sub-LN (Magneto, Wang et al., 2022, arXiv:2210.06423) normalises the input of an output projection: the FFN's
+activations or attention's merged heads. Its statistics are those of whole rows, so ranks exchange two numbers per row
+each way; only these are saved for the backward pass. A rank that holds whole rows needs `out_projection` alone.
 """
 
 # T packed rows, F local width, P ranks that divide the width.
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,35 +16,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit3_ds.kernels.ops.multiway_linear import slices_of
-from beit3_ds.kernels.ops.numerics import check_rule
-from beit3_ds.kernels.ops.self_check import passes
+from beit3_ds.kernels.ops.numerics import check_against_reference
+from beit3_ds.kernels.ops.self_check import TrustedKernels
 
 
 class SubNorm(NamedTuple):
-    """A LayerNorm an expert, with what joins the ranks that divide its width."""
+    """One LayerNorm per expert, with the collectives of the ranks that divide its width."""
 
     scales: Sequence[Tensor]
-    """(F,) an expert."""
+    """(F,) per expert."""
     shifts: Sequence[Tensor]
-    """(F,) an expert."""
+    """(F,) per expert."""
     epsilon: float
     """Added to the variance."""
     width: int
-    """Of a row, over all ranks."""
+    """Columns of a row over all ranks."""
     all_gather: Callable[[Tensor], Tensor] | None = None
-    """Stacks all ranks' tensors of one shape, (P, ...); None if this rank holds whole rows."""
+    """Stacks all ranks' tensors, (P, ...); None if this rank holds whole rows."""
     all_reduce: Callable[[Tensor], Tensor] | None = None
     """Sums all ranks' tensors; None if this rank holds whole rows."""
 
     def join_statistics(self, mean_T: Tensor, squares_T: Tensor, local_width: int) -> tuple[Tensor, Tensor]:
-        """Mean and reciprocal deviation of whole rows; gathers two floats a row.
+        """Returns mean and reciprocal deviation of whole rows; gathers two floats per row from every rank.
 
-        Combined about the common mean (Chan et al., 1979), so that nothing cancels as it does in E[x^2] - E[x]^2.
+        Combines the ranks' statistics about the common mean (Chan et al., 1979): unlike in E[x^2] - E[x]^2, nothing
+        cancels.
 
         Args:
-            mean_T: of this rank's columns.
-            squares_T: sum of the squared deviations from it.
-            local_width: this rank's columns, as many on every rank.
+            mean_T: mean of this rank's columns.
+            squares_T: sum of the squared deviations from that mean.
+            local_width: this rank's columns; the same on every rank.
         """
         if self.all_gather is not None:
             means_PT, squares_PT = self.all_gather(torch.stack([mean_T, squares_T])).unbind(1)
@@ -54,18 +55,18 @@ class SubNorm(NamedTuple):
 
 
 _LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
-# Mean of every row and the sum of squared deviations from it, (T,) float32 (float64 for float64).
+# Returns the mean of every row and the sum of squared deviations from it, (T,) float32 (float64 for float64).
 _LIBRARY.define("row_statistics(Tensor x) -> (Tensor, Tensor)")
-# LN(GELU(x)), or LN(x), with the given statistics.
+# Returns LN(GELU(x)), or LN(x), with the given statistics.
 _LIBRARY.define(
     "sub_norm(Tensor x, bool gelu, Tensor mean, Tensor rstd, Tensor[] scales, Tensor[] shifts, int[] ends) -> Tensor"
 )
-# Sums over the local width of dn * scale, and of dn * scale * (standardised row), (2, T) like the statistics; then the
-# gradient of every expert's scale, and of every shift.
+# Returns sums over the local width of dn * scale and of dn * scale * (standardised row), (2, T) in the dtype of the
+# statistics, then the gradients of all scales, then of all shifts.
 _LIBRARY.define(
     "sub_norm_sums(Tensor dn, Tensor x, bool gelu, Tensor mean, Tensor rstd, Tensor[] scales, int[] ends) -> Tensor[]"
 )
-# The gradient of x, given those sums over whole rows, `width` elements each.
+# Returns the gradient of x, given those sums over whole rows of `width` elements.
 _LIBRARY.define(
     "sub_norm_gradient(Tensor dn, Tensor x, bool gelu, Tensor mean, Tensor rstd, Tensor[] scales, Tensor sums, "
     "int width, int[] ends) -> Tensor"
@@ -140,7 +141,7 @@ def _sub_norm_gradient(
 
 @torch.library.impl(_LIBRARY, "row_statistics", "CUDA")
 def _row_statistics_cuda(x_TF: Tensor) -> tuple[Tensor, Tensor]:
-    if not _runs_kernels(x_TF):
+    if not KERNELS.accept(x_TF):
         return _row_statistics(x_TF)
     from beit3_ds.kernels.triton import sub_norm_launch
 
@@ -157,7 +158,7 @@ def _sub_norm_cuda(
     shifts: Sequence[Tensor],
     ends: Sequence[int],
 ) -> Tensor:
-    if not _runs_kernels(x_TF):
+    if not KERNELS.accept(x_TF):
         return _sub_norm(x_TF, gelu, mean_T, rstd_T, scales, shifts, ends)
     from beit3_ds.kernels.triton import sub_norm_launch
 
@@ -174,11 +175,11 @@ def _sub_norm_sums_cuda(
     scales: Sequence[Tensor],
     ends: Sequence[int],
 ) -> list[Tensor]:
-    if not _runs_kernels(x_TF):
+    if not KERNELS.accept(x_TF):
         return _sub_norm_sums(dn_TF, x_TF, gelu, mean_T, rstd_T, scales, ends)
     from beit3_ds.kernels.triton import sub_norm_launch
 
-    norm: tuple[Any, ...] = (mean_T, rstd_T, scales, [])
+    norm = (mean_T, rstd_T, scales, list[Tensor]())
     sums_2T, d_scales, d_shifts = sub_norm_launch.norm_gradient_sums(dn_TF, x_TF, gelu, norm, slices_of(ends))
     return [sums_2T, *d_scales, *d_shifts]
 
@@ -195,11 +196,11 @@ def _sub_norm_gradient_cuda(
     width: int,
     ends: Sequence[int],
 ) -> Tensor:
-    if not _runs_kernels(x_TF):
+    if not KERNELS.accept(x_TF):
         return _sub_norm_gradient(dn_TF, x_TF, gelu, mean_T, rstd_T, scales, sums_2T, width, ends)
     from beit3_ds.kernels.triton import sub_norm_launch
 
-    norm: tuple[Any, ...] = (mean_T, rstd_T, scales, [])
+    norm = (mean_T, rstd_T, scales, list[Tensor]())
     return sub_norm_launch.norm_gradient(dn_TF, x_TF, gelu, norm, sums_2T, width, slices_of(ends))
 
 
@@ -227,7 +228,7 @@ def _sub_norm_gradient_fake(dn_TF: Tensor, x_TF: Tensor, *rest: Any) -> Tensor:
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
-    """Of statistics: float32 for half precision; float32 and float64 stay as they are."""
+    """Returns the dtype of statistics: float32 for half precision, otherwise the dtype of `x`."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -236,24 +237,13 @@ def _widen(x: Tensor) -> Tensor:
 
 
 def _standardize(x_TF: Tensor, gelu: bool, mean_T: Tensor, rstd_T: Tensor) -> Tensor:
-    """(GELU(x) - mean) * rstd, a new tensor."""
+    """Returns (GELU(x) - mean) * rstd in a new tensor."""
     a_TF = _widen(F.gelu(x_TF) if gelu else x_TF)
     return (a_TF - mean_T.unsqueeze(1)).mul_(rstd_T.unsqueeze(1))
 
 
-def _runs_kernels(x: Tensor) -> bool:
-    """Whether the GPU's kernels serve rows of `x`: not in float64, nor where they failed their check at first use."""
-    supported = x.is_cuda and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return supported and _are_trusted(x.device, x.dtype)
-
-
-@lru_cache
-def _are_trusted(device: torch.device, dtype: torch.dtype) -> bool:
-    return passes(f"sub_norm in {dtype}", device, lambda: check_kernels(device, dtype))
-
-
 def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
-    """Holds the kernels to the CPU's forms on two experts, with and without GELU.
+    """Compares the kernels with the operators' CPU implementations on two experts, with and without GELU.
 
     Raises:
         WrongResultError: if a result is wrong.
@@ -264,20 +254,26 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     x, dn = (torch.randn(137, 96, generator=generator).to(device, dtype) for _ in range(2))
     scales, shifts = ([torch.randn(96, generator=generator).to(device, dtype) for _ in slices] for _ in range(2))
-    check_rule(("mean", "squares"), launch.row_statistics(x), _row_statistics, (x,))
+    check_against_reference(("mean", "squares"), launch.row_statistics(x), _row_statistics, (x,))
     for gelu in (False, True):
         mean, squares = _row_statistics(F.gelu(x) if gelu else x)
         rstd = (squares / 96 + 1e-5).rsqrt()
         sums = _sub_norm_sums(dn, x, gelu, mean, rstd, scales, ends)[0]
         norm = (mean, rstd, scales, shifts)
         n = launch.normalize(x, gelu, norm, slices)
-        check_rule(("n",), (n,), partial(_check_norm, gelu, ends), (x, mean, rstd, *scales, *shifts))
+        check_against_reference(("n",), (n,), partial(_check_norm, gelu, ends), (x, mean, rstd, *scales, *shifts))
         sums_2T, d_scales, d_shifts = launch.norm_gradient_sums(dn, x, gelu, norm, slices)
         names = ("sums", *(f"d_{kind} {expert}" for kind in ("scale", "shift") for expert in range(2)))
         results = (sums_2T, *d_scales, *d_shifts)
-        check_rule(names, results, partial(_check_sums, gelu, ends), (dn, x, mean, rstd, *scales))
+        check_against_reference(names, results, partial(_check_sums, gelu, ends), (dn, x, mean, rstd, *scales))
         dx = launch.norm_gradient(dn.clone(), x, gelu, norm, sums, 96, slices)
-        check_rule(("dx",), (dx,), partial(_check_gradient, gelu, ends), (dn, x, mean, rstd, sums, *scales))
+        check_against_reference(
+            ("dx",), (dx,), partial(_check_gradient, gelu, ends), (dn, x, mean, rstd, sums, *scales)
+        )
+
+
+KERNELS = TrustedKernels("sub_norm", check_kernels)
+"""GPU kernels of the four operators."""
 
 
 def _check_norm(

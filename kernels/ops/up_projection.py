@@ -1,13 +1,12 @@
-"""The FFN's first layer: a multiway linear layer whose GELU, and its sub-LN's statistics, come with the product.
+"""The FFN's first layer: a multiway linear layer, on a GPU fused with the GELU and the sub-LN's statistics.
 
-On a GPU they are made where the product still lies in registers (kernels of `multiway_ffn_triton`, compiled ahead of
-time and interpreted, but never run on a GPU). On the CPU `out_projection` makes them, in buffers that stay in cache.
+On a GPU the GELU and the statistics are computed while the product is in registers (`triton/multiway_ffn.py`). On a CPU
+`out_projection` computes them, in buffers that fit in cache.
 """
 
 # T packed rows, D input width, F output width (of this rank).
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,21 +16,21 @@ from torch.autograd.function import once_differentiable
 
 from beit3_ds.kernels.ops.cuda_kernels import grouped_gemm, runs_grouped_gemm
 from beit3_ds.kernels.ops.multiway_linear import Slices, ends_of, multiway_linear, slices_of
-from beit3_ds.kernels.ops.numerics import check_rule
+from beit3_ds.kernels.ops.numerics import check_against_reference
 from beit3_ds.kernels.ops.recompute import Recomputable, restore_rows, rows_to_save
-from beit3_ds.kernels.ops.self_check import passes
+from beit3_ds.kernels.ops.self_check import TrustedKernels
 from beit3_ds.kernels.ops.sub_norm import wide_dtype
 
 
 class Activation(NamedTuple):
-    """What an output projection starts from; gradients flow through `x_TF` alone."""
+    """Holds the input of an output projection; gradients flow through `x_TF` alone."""
 
     x_TF: Tensor
     """The up projection's result before the GELU, or attention's merged heads."""
     a_TF: Tensor | None = None
-    """GELU(x), if it was made already."""
+    """GELU(x), if it is already computed."""
     statistics: tuple[Tensor, Tensor] | None = None
-    """Mean and sum of squared deviations of a's rows, (T,) float32, if they were taken already."""
+    """Mean and sum of squared deviations of a's rows, (T,) float32, if they are already computed."""
 
 
 def up_projection(
@@ -44,19 +43,19 @@ def up_projection(
     recompute: Recomputable | None = None,
     cuda_cpp: bool = False,
 ) -> Activation:
-    """x = h @ w.T + b, each row with its own expert's parameters, and on a GPU also GELU(x) and its statistics.
+    """Computes x = h @ w.T + b, each row with its expert's parameters, and on a GPU also GELU(x) and its statistics.
 
     Args:
         h_TD: packed rows.
         slices: row range of each expert; together they cover [0, T) in order.
-        weights: one (F, D) matrix an expert, of h's dtype.
-        biases: one (F,) vector an expert.
+        weights: one (F, D) matrix per expert, of h's dtype.
+        biases: one (F,) vector per expert.
         with_statistics: whether a sub-LN follows.
         recompute: recomputes h in the backward pass, instead of saving it; None saves it.
-        cuda_cpp: on a GPU, take the kernel in CUDA C++ (`cuda_kernels`, which must be built) where it takes such rows;
-            the statistics and the backward pass are Triton's.
+        cuda_cpp: use the kernel in CUDA C++ (`cuda_kernels`, which must be built) if it takes these rows; Triton
+            computes the statistics and the backward pass.
     """
-    if not _runs_kernels(h_TD):
+    if not KERNELS.accept(h_TD):
         return Activation(multiway_linear(h_TD, slices, weights, biases, recompute))
     cuda_cpp = cuda_cpp and runs_grouped_gemm(h_TD, weights)
     form = (ends_of(slices), with_statistics, cuda_cpp)
@@ -86,7 +85,7 @@ class _UpProjection(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx_TF: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once: checkpointing unpacks them for one reading
+        saved = ctx.saved_tensors  # read once: under checkpointing they are unpacked for a single read
         weights, kept = saved[: len(ctx.ends)], saved[len(ctx.ends) :]
         dx_TF = dx_TF.contiguous()
         dh_TD = torch.ops.beit3_ds.multiway_input_gradient(dx_TF, None, ctx.ends, weights)
@@ -96,7 +95,7 @@ class _UpProjection(torch.autograd.Function):
 
 
 _LIBRARY = torch.library.Library("beit3_ds", "FRAGMENT")
-# x, GELU(x), and mean and sum of squared deviations of its rows (empty without statistics).
+# Returns x, GELU(x), and mean and sum of squared deviations of the latter's rows (empty without statistics).
 _LIBRARY.define(
     "up_projection(Tensor h, int[] ends, Tensor[] weights, Tensor[] biases, bool with_statistics, "
     "bool cuda_cpp=False) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -112,7 +111,7 @@ def _up_projection(
     with_statistics: bool,
     cuda_cpp: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The operator for checks: the model on a CPU never takes it."""
+    """Implements the operator on a CPU for checks; the model never calls it there."""
     x_TF = torch.ops.beit3_ds.multiway_linear(h_TD, ends, weights, biases)
     a_TF = F.gelu(x_TF)
     if with_statistics:
@@ -154,18 +153,8 @@ def _up_projection_fake(
     return x_TF, torch.empty_like(x_TF), *statistics
 
 
-def _runs_kernels(h: Tensor) -> bool:
-    supported = h.is_cuda and h.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return supported and _are_trusted(h.device, h.dtype)
-
-
-@lru_cache
-def _are_trusted(device: torch.device, dtype: torch.dtype) -> bool:
-    return passes(f"up_projection in {dtype}", device, lambda: check_kernels(device, dtype))
-
-
 def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
-    """Holds the kernel to plain PyTorch on three experts, one of them without rows.
+    """Compares the kernel with plain PyTorch on three experts, one of them without rows.
 
     Raises:
         WrongResultError: if a result is wrong.
@@ -186,4 +175,8 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
         return x, a, mean, variance * a.shape[1]
 
     results = launch.up_projection(h, slices, weights, biases, True)
-    check_rule(("x", "gelu", "mean", "squares"), results, plain, (h, *weights, *biases))
+    check_against_reference(("x", "gelu", "mean", "squares"), results, plain, (h, *weights, *biases))
+
+
+KERNELS = TrustedKernels("up_projection", check_kernels)
+"""GPU kernel of the operator."""

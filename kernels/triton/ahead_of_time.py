@@ -31,7 +31,7 @@ from beit3_ds.kernels.triton import (
     residual_add_launch,
     sub_norm_launch,
 )
-from beit3_ds.kernels.triton.variant import Variant
+from beit3_ds.kernels.triton.variant import KernelVariant
 
 SOURCES = (
     packed_attention_launch.variants,
@@ -75,14 +75,14 @@ class Report(NamedTuple):
     """Those that do with fewer bits: statistics of rows, and whatever the compiler could not vectorise."""
 
 
-def all_variants(architecture: int) -> list[Variant]:
+def all_variants(architecture: int) -> list[KernelVariant]:
     """Every kernel as it is compiled for one architecture."""
     variants = [variant for source in SOURCES for variant in source(architecture)]
     assert len({variant.name for variant in variants}) == len(variants), "two variants share a name"
     return variants
 
 
-def compile_variant(variant: Variant, architecture: int) -> Report:
+def compile_variant(variant: KernelVariant, architecture: int) -> Report:
     """Compiles one variant and reads its machine code."""
     source = ASTSource(
         variant.kernel,
@@ -188,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if excess else 0
 
 
-def _selected(architectures: Iterable[int], name: str) -> list[tuple[Variant, int]]:
+def _selected(architectures: Iterable[int], name: str) -> list[tuple[KernelVariant, int]]:
     return [(v, architecture) for architecture in architectures for v in all_variants(architecture) if name in v.name]
 
 

@@ -10,14 +10,12 @@ import torch
 import triton
 from torch import Tensor
 
+from beit3_ds.kernels.triton.architecture import NUM_MULTIPROCESSORS
 from beit3_ds.kernels.triton.expert_rows import sum_kernel
-from beit3_ds.kernels.triton.variant import Variant, build_variant
+from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 
 NUM_EXPERTS = 3
 """That the kernels have arguments for; experts that a call has not are empty ones."""
-
-NUM_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
-"""Of an A100, an H100 and a B200: what programs are counted for."""
 
 _SUM_COLUMNS, _SUM_PROGRAMS, _SUM_WARPS = 128, 32, 4
 
@@ -111,7 +109,7 @@ def build_row_variant(
     constants: dict[str, Any],
     note: str = "",
     elements: Mapping[str, str] = MappingProxyType({}),
-) -> Variant:
+) -> KernelVariant:
     """A kernel that streams rows, as it is compiled for one dtype and width.
 
     Args:
@@ -142,7 +140,7 @@ def build_row_variant(
     )
 
 
-def variants(architecture: int) -> list[Variant]:
+def variants(architecture: int) -> list[KernelVariant]:
     """The kernel of sums as `ahead_of_time` compiles it."""
     types = {"partial_sum_ptr": "*fp32", "rows": "i32", **{f"stop_{expert}": "i32" for expert in range(NUM_EXPERTS)}}
     constants = {"E": NUM_EXPERTS, "BLOCK": _SUM_COLUMNS, "PROGRAMS": _SUM_PROGRAMS}

@@ -15,7 +15,7 @@ import math
 import triton
 import triton.language as tl
 
-from beit3_ds.kernels.ops.vocabulary_blocks import ALIGNMENT
+from beit3_ds.kernels.ops.vocabulary_tiles import ALIGNMENT
 
 LOG2E = tl.constexpr(math.log2(math.e))
 STEP = tl.constexpr(ALIGNMENT)

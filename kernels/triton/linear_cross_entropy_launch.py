@@ -9,12 +9,12 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from beit3_ds.kernels.ops.vocabulary_blocks import ALIGNMENT
+from beit3_ds.kernels.ops.vocabulary_tiles import ALIGNMENT
 from beit3_ds.kernels.triton.linear_cross_entropy import gradient_kernel, partials_kernel
-from beit3_ds.kernels.triton.variant import Variant, build_variant
+from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 
 
-class Tiling(NamedTuple):
+class LogitsTiling(NamedTuple):
     """How both kernels are compiled; their speed was never measured on a GPU."""
 
     partials_block: int
@@ -29,16 +29,16 @@ class Tiling(NamedTuple):
     """Steps of a loop whose loads are in flight together."""
 
 
-def choose_tiling(dtype: torch.dtype) -> Tiling:
+def choose_tiling(dtype: torch.dtype) -> LogitsTiling:
     """What compiles without spilled registers (budgets.json): a warp takes 512 consecutive bytes."""
-    return Tiling(4096, 512 // dtype.itemsize, 8, 528, 3)
+    return LogitsTiling(4096, 512 // dtype.itemsize, 8, 528, 3)
 
 
 PARTIALS_WARPS, GRADIENT_WARPS = 8, 4
 
 
 def partials(
-    logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: int, partials_3M: Tensor, tiling: Tiling
+    logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: int, partials_3M: Tensor, tiling: LogitsTiling
 ) -> None:
     """Launches the kernel of partials.
 
@@ -69,7 +69,13 @@ def partials(
 
 
 def gradient(
-    logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: int, lse_M: Tensor, d_loss_M: Tensor, tiling: Tiling
+    logits_MN: Tensor,
+    bias_N: Tensor,
+    target_M: Tensor,
+    first: int,
+    lse_M: Tensor,
+    d_loss_M: Tensor,
+    tiling: LogitsTiling,
 ) -> Tensor:
     """Launches the kernel of gradients, which writes them over the logits.
 
@@ -109,7 +115,7 @@ def gradient(
     return sum_GS[:, :width].sum(0)
 
 
-def variants(architecture: int) -> list[Variant]:
+def variants(architecture: int) -> list[KernelVariant]:
     """The kernels as `ahead_of_time` compiles them: one for all sizes, which are no constants."""
     result = []
     for element, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):

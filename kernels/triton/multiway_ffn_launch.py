@@ -10,13 +10,13 @@ import torch
 import triton
 from torch import Tensor
 
+from beit3_ds.kernels.triton.architecture import architecture_of
 from beit3_ds.kernels.triton.multiway_ffn import (
     input_gradient_kernel,
     projection_kernel,
     up_projection_kernel,
     weight_gradient_kernel,
 )
-from beit3_ds.kernels.triton.packed_attention_launch import architecture_of
 from beit3_ds.kernels.triton.sub_norm_launch import (
     Norm,
     Slices,
@@ -25,10 +25,10 @@ from beit3_ds.kernels.triton.sub_norm_launch import (
     combine_statistics,
     count_row_tiles,
 )
-from beit3_ds.kernels.triton.variant import Variant, build_variant
+from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 
 
-class Tiles(NamedTuple):
+class MatmulTiles(NamedTuple):
     """How a kernel with a product is compiled."""
 
     rows: int
@@ -47,8 +47,8 @@ GROUP = 8
 """Row tiles whose programs run together, so that they share columns of the weights in the L2 cache."""
 
 
-def choose_tiles(kernel: Any, architecture: int, dtype: torch.dtype) -> list[Tiles]:
-    """Tiles that compile without spilled registers (budgets.json), from which a device chooses the fastest.
+def choose_tiles(kernel: Any, architecture: int, dtype: torch.dtype) -> list[MatmulTiles]:
+    """MatmulTiles that compile without spilled registers (budgets.json), from which a device chooses the fastest.
 
     The first are taken where there is no device to measure on; none was ever measured.
 
@@ -58,12 +58,17 @@ def choose_tiles(kernel: Any, architecture: int, dtype: torch.dtype) -> list[Til
         dtype: of the operands. float32 is multiplied as it is, on no tensor core, for the results to be float32's.
     """
     if dtype == torch.float32:
-        return [Tiles(64, 64, 32, 4, 2)]
+        return [MatmulTiles(64, 64, 32, 4, 2)]
     if kernel is up_projection_kernel:  # its statistics have a place for each column tile: that stays 128 wide
-        return [Tiles(128, 128, 64, 8, 3), Tiles(128, 128, 64, 8, 2), Tiles(64, 128, 64, 8, 3)]
+        return [MatmulTiles(128, 128, 64, 8, 3), MatmulTiles(128, 128, 64, 8, 2), MatmulTiles(64, 128, 64, 8, 3)]
     if kernel is weight_gradient_kernel and architecture == 80:
-        return [Tiles(128, 128, 32, 8, 4), Tiles(128, 64, 32, 4, 4), Tiles(64, 64, 64, 4, 3)]
-    return [Tiles(128, 128, 64, 8, 3), Tiles(128, 128, 64, 8, 4), Tiles(128, 64, 64, 8, 4), Tiles(64, 128, 64, 4, 3)]
+        return [MatmulTiles(128, 128, 32, 8, 4), MatmulTiles(128, 64, 32, 4, 4), MatmulTiles(64, 64, 64, 4, 3)]
+    return [
+        MatmulTiles(128, 128, 64, 8, 3),
+        MatmulTiles(128, 128, 64, 8, 4),
+        MatmulTiles(128, 64, 64, 8, 4),
+        MatmulTiles(64, 128, 64, 4, 3),
+    ]
 
 
 def linear(x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
@@ -193,7 +198,7 @@ def weight_gradient(
     return d_weights, d_biases
 
 
-def variants(architecture: int) -> list[Variant]:
+def variants(architecture: int) -> list[KernelVariant]:
     """The kernels as `ahead_of_time` compiles them: for base, large and giant, and with all tiles for giant's FFN.
 
     The default tests compile a few of giant's with their first tiles: the up projection everywhere, others for sm_90.
@@ -245,10 +250,10 @@ def _build_variant(
     kernel: Any,
     element: str,
     constants: dict[str, int],
-    tiles: Tiles,
+    tiles: MatmulTiles,
     is_common: bool,
     float32: Sequence[str] = (),
-) -> Variant:
+) -> KernelVariant:
     config = _build_config(tiles)
     values = {**constants, **config.kwargs, "GROUP": GROUP}
     types = {argument: f"*{element}" for argument in kernel.arg_names if argument.endswith("_ptr")}
@@ -305,12 +310,12 @@ def _is_tuned(device: torch.device) -> bool:
 
 
 @lru_cache
-def _tuned(kernel: Any, choices: tuple[Tiles, ...]) -> Any:
+def _tuned(kernel: Any, choices: tuple[MatmulTiles, ...]) -> Any:
     """The kernel with the tiles that are fastest on this device for its widths, found at their first launch."""
     key = [name for name in ("N", "K", "OUT", "IN", "BIAS", "NORM", "FACTOR") if name in kernel.arg_names]
     return triton.autotune([_build_config(tiles) for tiles in choices], key=key)(kernel)
 
 
-def _build_config(tiles: Tiles) -> Any:
+def _build_config(tiles: MatmulTiles) -> Any:
     sizes = {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth}
     return triton.Config(sizes, num_warps=tiles.num_warps, num_stages=tiles.num_stages)

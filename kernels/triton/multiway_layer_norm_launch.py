@@ -17,7 +17,7 @@ from beit3_ds.kernels.triton.expert_rows_launch import (
     sum_partials,
 )
 from beit3_ds.kernels.triton.multiway_layer_norm import backward_kernel, forward_kernel
-from beit3_ds.kernels.triton.variant import Variant
+from beit3_ds.kernels.triton.variant import KernelVariant
 
 
 def forward(
@@ -103,7 +103,7 @@ def backward(
     return dx_TD, sum_partials(partial_2PD, programs, len(stops), weights[0].dtype)
 
 
-def variants(architecture: int) -> list[Variant]:
+def variants(architecture: int) -> list[KernelVariant]:
     """The kernels as `ahead_of_time` compiles them: widths of the stream and of the feed-forward's sub-LN."""
     cases = [("bf16", width) for width in (768, 1024, 1408, 3072, 4096, 6144)]
     cases += [("fp16", 768), ("fp16", 1024), ("fp16", 1408), ("fp16", 6144), ("fp32", 768), ("fp32", 6144)]

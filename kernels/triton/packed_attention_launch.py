@@ -10,10 +10,10 @@ import triton
 from torch import Tensor
 
 from beit3_ds.kernels.triton.packed_attention import forward_kernel, key_value_gradient_kernel, query_gradient_kernel
-from beit3_ds.kernels.triton.variant import Variant, build_variant
+from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 
 
-class Schedule(NamedTuple):
+class KernelConfig(NamedTuple):
     """How one kernel is compiled."""
 
     block: int
@@ -24,17 +24,17 @@ class Schedule(NamedTuple):
     """Steps of the loop whose loads are in flight together."""
 
 
-class Tiling(NamedTuple):
+class AttentionTiling(NamedTuple):
     """How the three kernels are compiled for one architecture, head width and dtype."""
 
     tile: int
     """Positions of one program: queries, or keys in `key_value_gradient_kernel`."""
-    forward: Schedule
-    query_gradient: Schedule
-    key_value_gradient: Schedule
+    forward: KernelConfig
+    query_gradient: KernelConfig
+    key_value_gradient: KernelConfig
 
 
-def choose_tiling(architecture: int, head_size: int, dtype: torch.dtype) -> Tiling:
+def choose_tiling(architecture: int, head_size: int, dtype: torch.dtype) -> AttentionTiling:
     """Tiles that compile without spilled registers (budgets.json); their speed was never measured on a GPU.
 
     Args:
@@ -43,21 +43,13 @@ def choose_tiling(architecture: int, head_size: int, dtype: torch.dtype) -> Tili
         dtype: of q, k and v. float32 is multiplied as it is, on no tensor core, for the results to be float32's.
     """
     if dtype == torch.float32:
-        return Tiling(32, Schedule(32, 8, 2), Schedule(16, 8, 2), Schedule(32, 8, 2))
+        return AttentionTiling(32, KernelConfig(32, 8, 2), KernelConfig(16, 8, 2), KernelConfig(32, 8, 2))
     if architecture == 80 and head_size <= 88:
-        return Tiling(128, Schedule(64, 8, 3), Schedule(32, 8, 3), Schedule(32, 8, 2))
+        return AttentionTiling(128, KernelConfig(64, 8, 3), KernelConfig(32, 8, 3), KernelConfig(32, 8, 2))
     if architecture == 80:
-        return Tiling(64, Schedule(64, 8, 2), Schedule(32, 8, 2), Schedule(32, 8, 2))
-    forward = Schedule(128, 8, 2) if architecture == 100 and head_size <= 64 else Schedule(64, 8, 3)
-    return Tiling(128, forward, Schedule(64, 8, 2), Schedule(64 if head_size <= 96 else 32, 8, 2))
-
-
-def architecture_of(device: torch.device) -> int:
-    """Which of 80, 90 and 100 a device is treated as."""
-    if device.type != "cuda":
-        return 80
-    major, _ = torch.cuda.get_device_capability(device)
-    return {9: 90, 10: 100}.get(major, 80)
+        return AttentionTiling(64, KernelConfig(64, 8, 2), KernelConfig(32, 8, 2), KernelConfig(32, 8, 2))
+    forward = KernelConfig(128, 8, 2) if architecture == 100 and head_size <= 64 else KernelConfig(64, 8, 3)
+    return AttentionTiling(128, forward, KernelConfig(64, 8, 2), KernelConfig(64 if head_size <= 96 else 32, 8, 2))
 
 
 def column_blocks(head_size: int) -> tuple[int, int]:
@@ -74,7 +66,7 @@ def forward(
     v_THK: Tensor,
     sequences_Q4: Tensor,
     tiles_N2: Tensor,
-    tiling: Tiling,
+    tiling: AttentionTiling,
     causal_captions: bool,
 ) -> tuple[Tensor, Tensor]:
     """Launches the forward kernel.
@@ -105,7 +97,7 @@ def backward(
     lse_HT: Tensor,
     sequences_Q4: Tensor,
     tiles_N2: Tensor,
-    tiling: Tiling,
+    tiling: AttentionTiling,
     causal_captions: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launches both backward kernels; no atomics, so the result is the same every time. Arguments as in `forward`."""
@@ -133,7 +125,7 @@ def constants(num_heads: int, head_size: int, tile: int, block: int, causal_capt
     }
 
 
-def variants(architecture: int) -> list[Variant]:
+def variants(architecture: int) -> list[KernelVariant]:
     """The kernels as `ahead_of_time` compiles them: giant's head width, the others' 64, and the widest."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     cases = [(bf16, 88, False), (bf16, 88, True), (bf16, 64, False), (bf16, 96, False), (bf16, 128, True)]
@@ -141,16 +133,16 @@ def variants(architecture: int) -> list[Variant]:
     return [variant for case in cases for variant in _case_variants(architecture, *case)]
 
 
-def _case_variants(architecture: int, dtype: torch.dtype, head_size: int, causal_captions: bool) -> list[Variant]:
+def _case_variants(architecture: int, dtype: torch.dtype, head_size: int, causal_captions: bool) -> list[KernelVariant]:
     tiling = choose_tiling(architecture, head_size, dtype)
     element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     result = []
-    for kernel, schedule in (
+    for kernel, config in (
         (forward_kernel, tiling.forward),
         (query_gradient_kernel, tiling.query_gradient),
         (key_value_gradient_kernel, tiling.key_value_gradient),
     ):
-        values = constants(16, head_size, tiling.tile, schedule.block, causal_captions)
+        values = constants(16, head_size, tiling.tile, config.block, causal_captions)
         types = dict.fromkeys((name for name in kernel.arg_names if name not in values), f"*{element}")
         types |= {"sequences_ptr": "*i32", "tiles_ptr": "*i32", "lse_ptr": "*fp32", "num_rows": "i32"}
         types |= {"delta_ptr": "*fp32"} if "delta_ptr" in types else {}
@@ -161,26 +153,26 @@ def _case_variants(architecture: int, dtype: torch.dtype, head_size: int, causal
                 kernel,
                 types,
                 values,
-                num_warps=schedule.num_warps,
-                num_stages=schedule.num_stages,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
                 is_common=(dtype, head_size, causal_captions) == (torch.bfloat16, 88, False),
             )
         )
     return result
 
 
-def _launch(kernel: Any, tensors: tuple[Tensor, ...], tile: int, schedule: Schedule, causal_captions: bool) -> None:
+def _launch(kernel: Any, tensors: tuple[Tensor, ...], tile: int, config: KernelConfig, causal_captions: bool) -> None:
     q_THK, tiles_N2 = tensors[0], tensors[-1]
     num_rows, num_heads, head_size = q_THK.shape
     if len(tiles_N2) == 0 or num_heads == 0:
         return
     assert q_THK.numel() < 2**31, f"packed_attention: {tuple(q_THK.shape)} has offsets beyond 32 bits"
     assert all(x.is_contiguous() for x in tensors), "packed_attention: the kernels' strides are those of (T, H, K)"
-    values = constants(num_heads, head_size, tile, schedule.block, causal_captions)
+    values = constants(num_heads, head_size, tile, config.block, causal_captions)
     grid = (len(tiles_N2), num_heads)
     if _is_tuned(q_THK):
         del values["BLOCK"]
-        _tuned(kernel, schedule)[grid](*tensors, num_rows, **values)
+        _tuned(kernel, config)[grid](*tensors, num_rows, **values)
     else:
         kernel[grid](*tensors, num_rows, **values)
 
@@ -191,8 +183,8 @@ def _is_tuned(q_THK: Tensor) -> bool:
 
 
 @lru_cache
-def _tuned(kernel: Any, schedule: Schedule) -> Any:
+def _tuned(kernel: Any, config: KernelConfig) -> Any:
     """The kernel with the number of stages that is fastest on this device; the block stays, and with it the result."""
-    block, warps, stages = schedule
+    block, warps, stages = config
     configs = [triton.Config({"BLOCK": block}, num_warps=warps, num_stages=n) for n in (stages - 1, stages, stages + 1)]
     return triton.autotune(configs, key=["H", "K", "CAPTIONS", "TILE"])(kernel)

@@ -17,7 +17,7 @@ from beit3_ds.kernels.triton.expert_rows_launch import (
     sum_partials,
 )
 from beit3_ds.kernels.triton.residual_add import backward_kernel, forward_kernel
-from beit3_ds.kernels.triton.variant import Variant
+from beit3_ds.kernels.triton.variant import KernelVariant
 
 
 def forward(
@@ -94,7 +94,7 @@ def backward(
     return d_partial_TD, sum_partials(sum_1PD, programs, len(stops), dtype)[0]
 
 
-def variants(architecture: int) -> list[Variant]:
+def variants(architecture: int) -> list[KernelVariant]:
     """The kernels as `ahead_of_time` compiles them: widths of the stream."""
     cases = [
         ("bf16", 768),

@@ -17,7 +17,7 @@ from beit3_ds.kernels.triton.sub_norm import (
     normalize_kernel,
     row_statistics_kernel,
 )
-from beit3_ds.kernels.triton.variant import Variant, build_variant
+from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 
 Slices = Sequence[tuple[int, int]]
 """Row ranges [start, stop) in ascending order that cover the stream, one an expert; at most three."""
@@ -159,7 +159,7 @@ def norm_gradient(
     return dn_TF
 
 
-def variants(architecture: int) -> list[Variant]:
+def variants(architecture: int) -> list[KernelVariant]:
     """The kernels as `ahead_of_time` compiles them, alike for all architectures."""
     result = []
     for element, width in (("bf16", 6144), ("bf16", 3072)):

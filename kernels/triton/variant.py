@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 
-class Variant(NamedTuple):
+class KernelVariant(NamedTuple):
     """What `ahead_of_time` needs to compile a kernel as a launch on a GPU would."""
 
     name: str
@@ -34,20 +34,20 @@ def build_variant(
     num_stages: int,
     is_common: bool = True,
     is_memory_bound: bool = False,
-) -> Variant:
+) -> KernelVariant:
     """Builds a variant, with the signature in the order of the kernel's arguments.
 
     Args:
-        name: see `Variant`.
+        name: see `KernelVariant`.
         kernel: the function under `triton.jit`.
         types: type of every argument that is not constexpr.
         constants: value of every argument that is.
-        num_warps: see `Variant`.
-        num_stages: see `Variant`.
-        is_common: see `Variant`.
-        is_memory_bound: see `Variant`.
+        num_warps: see `KernelVariant`.
+        num_stages: see `KernelVariant`.
+        is_common: see `KernelVariant`.
+        is_memory_bound: see `KernelVariant`.
     """
     missing = set(kernel.arg_names) ^ (set(types) | set(constants))
     assert not missing, f"{name}: arguments {sorted(missing)} are missing or unknown"
     signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
-    return Variant(name, kernel, signature, constants, num_warps, num_stages, is_common, is_memory_bound)
+    return KernelVariant(name, kernel, signature, constants, num_warps, num_stages, is_common, is_memory_bound)

@@ -1,4 +1,4 @@
-"""Packed attention of kernels/csrc, run on the CPU and held to the reference by `check_rule`; never run on a GPU."""
+"""Packed attention of kernels/csrc, emulated on a CPU, stays within its error bound."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beit3_ds.kernels.ops.attention_plan import Ranges, plan_tiles
-from beit3_ds.kernels.ops.numerics import WrongResultError, check_rule
+from beit3_ds.kernels.ops.numerics import WrongResultError, check_against_reference
 from beit3_ds.kernels.ops.packed_attention import packed_attention_reference
 from tests.kernels.csrc.emulated import ELEMENTS, FailedError, Mistake, build, needs_compiler, parameters, read, run
 from tests.kernels.triton.test_packed_attention import build_ranges
@@ -60,7 +60,7 @@ class Case:
 
     def check(self, y: torch.Tensor, lse: torch.Tensor) -> None:
         """Holds y to the rule, and the log-sum-exp to that of the operator's form for the CPU in float64."""
-        check_rule(("y",), (y,), self.reference, self.inputs)
+        check_against_reference(("y",), (y,), self.reference, self.inputs)
         plan = plan_tiles(self.ranges, SMALL_TILE, torch.device("cpu"))
         doubles = (x.double() for x in self.inputs)
         _, expected = torch.ops.beit3_ds.packed_attention(*doubles, *plan, SMALL_TILE, self.captions)

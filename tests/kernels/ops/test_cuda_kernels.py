@@ -1,4 +1,4 @@
-"""What hands tensors to the kernels in CUDA C++. The kernels themselves: `tests/kernels/csrc`."""
+"""Calls of the kernels in CUDA C++; `tests/kernels/csrc` tests the kernels themselves."""
 
 import itertools
 from functools import partial
@@ -13,7 +13,7 @@ from beit3_ds.kernels.ops import cuda_kernels
 from beit3_ds.kernels.ops import packed_attention as attention_module
 from beit3_ds.kernels.ops.attention_plan import plan_tiles
 from beit3_ds.kernels.ops.cuda_kernels import MAX_EXPERTS, TILE_ROWS, check_grouped_gemm, is_built, plan_row_tiles
-from beit3_ds.kernels.ops.numerics import check_rule, with_gradients
+from beit3_ds.kernels.ops.numerics import check_against_reference, with_gradients
 from beit3_ds.kernels.ops.packed_attention import check_kernels, packed_attention_reference
 from tests.kernels.csrc.emulated import SOURCES
 
@@ -34,14 +34,14 @@ def test_tiles_cover_every_row_once(lengths: list[int], tile_rows: int) -> None:
     assert all(0 < stop - first <= tile_rows for _, first, stop in tiles.tolist())
 
 
-def test_constants_are_those_of_the_source() -> None:
-    """Catches tiles that are cut for another kernel than the one that reads them."""
+def test_constants_equal_those_in_the_source() -> None:
+    """Catches tiles of another size than the kernel's."""
     assert f"constexpr int kMaxExperts = {MAX_EXPERTS};" in (SOURCES / "arguments.h").read_text(encoding="utf-8")
     assert f"constexpr int kGroupedGemmTileRows = {TILE_ROWS};" in (SOURCES / "launch.h").read_text(encoding="utf-8")
 
 
 def test_operator_takes_the_kernel_that_was_chosen() -> None:
-    """The C++ kernel gets every argument of the operator, and only if it was asked for."""
+    """The C++ kernel gets every argument of the operator, and runs only if it was chosen."""
     q, k, v = torch.randn(3, 9, 1, 8).unbind()
     plan = plan_tiles((((0, 9),),), 64, CPU)
     with mock.patch.object(cuda_kernels, "packed_attention_forward", return_value="C++") as kernel:
@@ -60,7 +60,7 @@ def test_operator_takes_the_kernel_that_was_chosen() -> None:
         (torch.float32, True, True, False, [False]),  # the C++ kernel knows half precision only
     ],
 )
-def test_choice_stands_behind_the_first_check(
+def test_kernels_in_cuda_cpp_need_their_own_check(
     dtype: torch.dtype,
     cuda_cpp: bool,
     is_trusted: bool,
@@ -68,14 +68,14 @@ def test_choice_stands_behind_the_first_check(
     checks: list[bool],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Catches a choice that nobody heeds, and a C++ kernel that runs without its first check, or against it."""
+    """Catches a setting without effect, and a C++ kernel that runs unchecked, or although its check failed."""
     asked, ran = [], []
 
-    def trust(device: torch.device, dtype: torch.dtype, head_size: int, cuda_cpp: bool = False) -> bool:
+    def are_trusted(device: torch.device, dtype: torch.dtype, head_size: int, cuda_cpp: bool = False) -> bool:
         asked.append(cuda_cpp)
         return is_trusted or not cuda_cpp
 
-    monkeypatch.setattr(attention_module, "_are_trusted", trust)
+    monkeypatch.setattr(attention_module.KERNELS, "are_trusted", are_trusted)
     monkeypatch.setattr(attention_module, "_run_operator", lambda *arguments: ran.append(arguments[-1]))
     q = type("OnDevice", (), {"is_cuda": True, "device": CPU, "dtype": dtype, "shape": (4, 2, 8)})
     attention_module.packed_attention(q, q, q, (((0, 4),),), cuda_cpp=cuda_cpp)  # type: ignore[arg-type]
@@ -83,14 +83,14 @@ def test_choice_stands_behind_the_first_check(
 
 
 def test_gradients_do_not_depend_on_the_choice() -> None:
-    """The operator's own backward pass, which must count the operator's arguments."""
+    """Catches a backward pass of the operator that returns too few gradients for its arguments."""
     ranges = (((0, 5), (7, 9)), ((5, 7),))
     inputs = torch.randn(4, 9, 2, 8).unbind()
     ours, reference = (
         with_gradients(partial(attention, ranges=ranges, causal_captions=True))
         for attention in (partial(attention_module._run_operator, cuda_cpp=True), packed_attention_reference)
     )
-    check_rule(("y", "dq", "dk", "dv"), ours(*inputs), reference, inputs)
+    check_against_reference(("y", "dq", "dk", "dv"), ours(*inputs), reference, inputs)
 
 
 @pytest.mark.gpu

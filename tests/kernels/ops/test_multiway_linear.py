@@ -1,10 +1,15 @@
-"""The multiway linear op against its reference, with experts that have no rows."""
+"""The multiway linear op equals its reference, also with experts that have no rows."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from beit3_ds.kernels.ops import multiway_linear as module
 from beit3_ds.kernels.ops.multiway_linear import multiway_linear, multiway_linear_reference
+from beit3_ds.kernels.triton import multiway_ffn_launch
+from tests.kernels.ffn_operators import CPU, check_device_implementation, check_operator, check_wrong_launch_is_found
+from tests.kernels.interpreter import interpreted
 
 
 def problem(lengths: list[int]) -> tuple:
@@ -36,3 +41,33 @@ def test_equals_reference(lengths: list[int]) -> None:
 def test_gradcheck() -> None:
     x, slices, weights, biases = problem([2, 0, 3])
     assert torch.autograd.gradcheck(lambda x, *p: multiway_linear(x, slices, p[:3], p[3:]), (x, *weights, *biases))
+
+
+DEVICE_FUNCTIONS = {
+    "multiway_linear": "_linear_cuda",
+    "multiway_input_gradient": "_input_gradient_cuda",
+    "multiway_weight_gradient": "_weight_gradient_cuda",
+}
+"""Operators, and the functions that CUDA tensors reach."""
+
+
+@pytest.mark.parametrize("name", DEVICE_FUNCTIONS)
+def test_opcheck(name: str) -> None:
+    check_operator(name)
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+@pytest.mark.parametrize("name", DEVICE_FUNCTIONS)
+def test_launches_of_a_device(name: str, accepted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_device_implementation(module, name, DEVICE_FUNCTIONS[name], accepted, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_self_check_passes_right_kernels(dtype: torch.dtype) -> None:
+    with interpreted():
+        module.check_kernels(CPU, dtype)
+
+
+@pytest.mark.parametrize(("launch", "result"), [("linear", "y"), ("input_gradient", "dx"), ("weight_gradient", "dw 0")])
+def test_self_check_finds_wrong_kernels(launch: str, result: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_wrong_launch_is_found(module, multiway_ffn_launch, launch, result, monkeypatch)

@@ -1,56 +1,25 @@
-"""The end of a branch against its reference, natively and by operators, forward and backward."""
+"""The out projection equals its reference, forward and backward, on whole rows and where ranks divide them."""
 
-from collections.abc import Callable
 from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from beit3_ds.kernels.ops import out_projection as out_module
-from beit3_ds.kernels.ops import up_projection as up_module
+from beit3_ds.kernels.ops import out_projection as module
 from beit3_ds.kernels.ops.out_projection import out_projection, out_projection_reference
-from beit3_ds.kernels.ops.sub_norm import SubNorm
-from beit3_ds.kernels.ops.up_projection import Activation, up_projection
-
-WIDTH, HIDDEN, EPSILON = 6, 4, 1e-5
-
-
-class Problem:
-    """Inputs of one call; `lengths` are the experts' rows."""
-
-    def __init__(self, lengths: list[int], dtype: torch.dtype = torch.float64) -> None:
-        generator = torch.Generator().manual_seed(sum(lengths) + 7 * len(lengths))
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_()
-
-        stops = torch.tensor(lengths).cumsum(0).tolist()
-        self.slices = [(stop - length, stop) for stop, length in zip(stops, lengths, strict=True)]
-        rows, experts = sum(lengths), len(lengths)
-        self.x, self.residual = draw(rows, WIDTH), draw(rows, HIDDEN)
-        self.factor = torch.randint(0, 3, (rows,), generator=generator).to(dtype)
-        shapes = {"weights": (HIDDEN, WIDTH), "biases": (HIDDEN,), "scales": (WIDTH,), "shifts": (WIDTH,)}
-        self.parameters = {name: [draw(*shape) for _ in range(experts)] for name, shape in shapes.items()}
-        self.leaves = [self.x, self.residual, *(p for group in self.parameters.values() for p in group)]
-
-    def run(self, op: Callable[..., Tensor], gelu: bool, norm: SubNorm | None) -> list[Tensor]:
-        """Output, and the gradient of every input that took part."""
-        x = self.x if op is out_projection_reference else Activation(self.x)
-        stream = {"residual_TD": self.residual, "factor_T": self.factor}
-        y = op(x, self.slices, self.parameters["weights"], self.parameters["biases"], gelu=gelu, norm=norm, **stream)
-        upstream = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
-        leaves = self.leaves if norm else self.leaves[: -2 * len(self.slices)]
-        return [y, *torch.autograd.grad((y * upstream).sum(), leaves)]
-
-    def norm(self, by_operators: bool = False) -> SubNorm:
-        """The sub-LN; ranks that divide its width make operators of it, here a group of one."""
-        group = (lambda x: x.unsqueeze(0), lambda x: x) if by_operators else (None, None)
-        return SubNorm(self.parameters["scales"], self.parameters["shifts"], EPSILON, WIDTH, *group)
-
+from beit3_ds.kernels.ops.up_projection import Activation
+from beit3_ds.kernels.triton import multiway_ffn_launch
+from tests.kernels.ffn_operators import (
+    CPU,
+    Problem,
+    check_device_implementation,
+    check_operator,
+    check_wrong_launch_is_found,
+)
+from tests.kernels.interpreter import interpreted
 
 LENGTHS = st.lists(st.integers(0, 4), min_size=1, max_size=3)
 
@@ -66,11 +35,11 @@ LENGTHS = st.lists(st.integers(0, 4), min_size=1, max_size=3)
 def test_equals_reference(lengths: list[int], gelu: bool, with_norm: bool, by_operators: bool, chunk_rows: int) -> None:
     """Catches a wrong expert, a factor on the residual, a bias added twice, statistics of the wrong rows.
 
-    And gradients of the last chunk of rows alone.
+    It also catches gradients of the last row block alone.
     """
     problem = Problem(lengths)
     expected = problem.run(out_projection_reference, gelu, problem.norm() if with_norm else None)
-    with mock.patch.object(out_module, "_CHUNK_ROWS", chunk_rows):
+    with mock.patch.object(module, "_MATMUL_ROWS", chunk_rows):
         ours = problem.run(out_projection, gelu, problem.norm(by_operators) if with_norm else None)
     for mine, theirs in zip(ours, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
@@ -128,8 +97,8 @@ def test_large_means_cancel_nothing() -> None:
             torch.testing.assert_close(mine.double(), theirs, rtol=1e-2, atol=1e-2)
 
 
-def test_the_input_alone_is_kept() -> None:
-    """Catches an activation, or normalised rows, that autograd would keep beside it."""
+def test_the_input_alone_is_saved() -> None:
+    """Catches an activation, or normalised rows, that autograd saves beside the input."""
     problem, kept = Problem([5, 3]), []
     pack = lambda tensor: kept.append(tensor) or tensor  # noqa: E731
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -138,72 +107,27 @@ def test_the_input_alone_is_kept() -> None:
     assert len(wide) == 1 and wide[0].data_ptr() == problem.x.data_ptr()
 
 
-def operator_calls(dtype: torch.dtype = torch.float64) -> dict[str, tuple[object, ...]]:
-    """Arguments of every operator."""
-    problem = Problem([3, 0, 2], dtype)
-    x, dy = problem.x.detach(), problem.residual.detach()
-    weights, biases, scales, shifts = ([p.detach() for p in group] for group in problem.parameters.values())
-    ends, factor, h = [3, 3, 5], problem.factor, torch.randn(5, WIDTH, dtype=x.dtype)
-    mean, rstd = x.mean(1), torch.rand(5, dtype=x.dtype)
-    sums = torch.randn(2, 5, dtype=x.dtype)
-    return {
-        "multiway_linear": (x, ends, weights, biases),
-        "multiway_input_gradient": (dy, factor, ends, weights),
-        "multiway_weight_gradient": (dy, factor, x, ends, True),
-        "row_statistics": (x,),
-        "sub_norm": (x, True, mean, rstd, scales, shifts, ends),
-        "sub_norm_sums": (x, x, True, mean, rstd, scales, ends),
-        "sub_norm_gradient": (x, x, True, mean, rstd, scales, sums, WIDTH, ends),
-        "up_projection": (h, ends, weights, biases, True),
-        "out_projection": (x, mean, rstd, scales, shifts, ends, weights, biases, dy, factor),
-    }
+DEVICE_FUNCTIONS = {"out_projection": "_out_projection_cuda"}
+"""Operators, and the functions that CUDA tensors reach."""
 
 
-@pytest.mark.parametrize("name", operator_calls())
+@pytest.mark.parametrize("name", DEVICE_FUNCTIONS)
 def test_opcheck(name: str) -> None:
-    torch.library.opcheck(getattr(torch.ops.beit3_ds, name).default, operator_calls()[name])
+    check_operator(name)
 
 
-@pytest.mark.parametrize("with_norm", [False, True])
-def test_ffn_as_on_a_device(with_norm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way of CUDA tensors through both projections: catches an activation or statistics of other rows."""
-    for module in (up_module, out_module):
-        monkeypatch.setattr(module, "_runs_kernels", lambda x: True)
-    problem = Problem([3, 0, 2])
-    generator = torch.Generator().manual_seed(1)
-    h = torch.randn(5, HIDDEN, generator=generator, dtype=torch.float64, requires_grad=True)
-    shapes = [(WIDTH, HIDDEN)] * 3 + [(WIDTH,)] * 3
-    up = [torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    norm = problem.norm() if with_norm else None
-    activation = up_projection(h, problem.slices, up[:3], up[3:], with_statistics=with_norm)
-    assert activation.a_TF is not None and (activation.statistics is not None) == with_norm
-    x = torch.cat([F.linear(h[i:j], up[k], up[3 + k]) for k, (i, j) in enumerate(problem.slices)])
-    leaves = [h, *up, *problem.leaves[1 : None if with_norm else -6]]
-    results = []
-    given: tuple[tuple[Callable[..., Tensor], object], ...] = (
-        (out_projection, activation),
-        (out_projection_reference, x),
-    )
-    for op, start in given:
-        linear = problem.parameters["weights"], problem.parameters["biases"]
-        stream = {"residual_TD": problem.residual, "factor_T": problem.factor}
-        y = op(start, problem.slices, *linear, gelu=True, norm=norm, **stream)
-        upstream = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
-        results.append([y, *torch.autograd.grad((y * upstream).sum(), leaves)])
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected)
+@pytest.mark.parametrize("accepted", [True, False])
+@pytest.mark.parametrize("name", DEVICE_FUNCTIONS)
+def test_launches_of_a_device(name: str, accepted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_device_implementation(module, name, DEVICE_FUNCTIONS[name], accepted, monkeypatch)
 
 
-def test_up_projection() -> None:
-    """On the CPU it is the linear layer alone; the operator also activates."""
-    generator = torch.Generator().manual_seed(0)
-    h = torch.randn(5, WIDTH, generator=generator, dtype=torch.float64)
-    weights = [torch.randn(8, WIDTH, generator=generator, dtype=h.dtype) for _ in range(2)]
-    biases = [torch.randn(8, generator=generator, dtype=h.dtype) for _ in range(2)]
-    expected = torch.cat([F.linear(h[:3], weights[0], biases[0]), F.linear(h[3:], weights[1], biases[1])])
-    activation = up_projection(h, [(0, 3), (3, 5)], weights, biases, with_statistics=True)
-    torch.testing.assert_close(activation.x_TF, expected)
-    x, a, mean, squares = torch.ops.beit3_ds.up_projection(h, [3, 5], weights, biases, True)
-    variance, means = torch.var_mean(F.gelu(expected), 1, correction=0)
-    for mine, theirs in zip((x, a, mean, squares), (expected, F.gelu(expected), means, variance * 8), strict=True):
-        torch.testing.assert_close(mine, theirs)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_self_check_passes_right_kernels(dtype: torch.dtype) -> None:
+    with interpreted():
+        module.check_kernels(CPU, dtype)
+
+
+@pytest.mark.parametrize(("launch", "result"), [("out_projection", "y")])
+def test_self_check_finds_wrong_kernels(launch: str, result: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_wrong_launch_is_found(module, multiway_ffn_launch, launch, result, monkeypatch)

@@ -1,15 +1,18 @@
-"""Packed attention against one softmax a sequence, over ragged sequences of one or two ranges."""
+"""Packed attention equals one softmax per sequence, over ragged sequences of one or two ranges."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beit3_ds.kernels.ops.attention_plan import bucket_by_length, plan_attention, plan_tiles
+from beit3_ds.kernels.ops import packed_attention as module
+from beit3_ds.kernels.ops.attention_plan import plan_tiles
+from beit3_ds.kernels.ops.numerics import WrongResultError
 from beit3_ds.kernels.ops.packed_attention import packed_attention, packed_attention_reference
 from tests.batches import random_batch, small_model_config
 
 CONFIG = small_model_config()
+CPU = torch.device("cpu")
 
 
 RANGES = (((0, 3),), ((3, 5), (7, 9)), ((5, 6), (9, 10)), ((6, 7),), ((10, 10),))
@@ -18,7 +21,7 @@ RANGES = (((0, 3),), ((3, 5), (7, 9)), ((5, 6), (9, 10)), ((6, 7),), ((10, 10),)
 def operator(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: tuple, causal_captions: bool = False
 ) -> torch.Tensor:
-    """The operator that a GPU takes, with its implementation for the CPU."""
+    """Calls the operator that CUDA tensors reach, in its CPU implementation."""
     plan = plan_tiles(ranges, 2, q.device)
     return torch.ops.beit3_ds.packed_attention(q, k, v, *plan, 2, causal_captions)[0]
 
@@ -58,7 +61,7 @@ def test_gradcheck(op: object, captions: bool) -> None:
 
 
 def test_takes_the_operator_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way that a GPU's tensors go, with its tiles but the CPU's implementation; projections may be views."""
+    """Follows the path of CUDA tensors with their tiles, in the CPU implementation; projections may be views."""
     monkeypatch.setattr("beit3_ds.kernels.ops.packed_attention.runs_kernels", lambda q: True)
     leaf = torch.randn(10, 3, 2, 5, dtype=torch.float64, requires_grad=True)
     for captions in (False, True):
@@ -77,7 +80,7 @@ def test_opcheck() -> None:
 
 
 def test_mask_of_captioning() -> None:
-    """A caption's token changes itself and what follows it; an image's row changes everything."""
+    """A caption's token changes itself and later tokens; an image's row changes every row of its pair."""
     q, k, v = (x.detach() for x in problem())
     y = packed_attention(q, k, v, RANGES, causal_captions=True)
     changes = {}
@@ -87,28 +90,34 @@ def test_mask_of_captioning() -> None:
     assert changes == {0: [0, 1, 2], 3: [3, 4, 7, 8], 4: [3, 4, 7, 8], 7: [7, 8], 8: [8]}
 
 
-def test_tiles_cover_every_sequence_once() -> None:
-    plan = plan_tiles(RANGES, 2, torch.device("cpu"))
-    assert plan.sequences_Q4.tolist() == [[0, 3, 0, 0], [3, 2, 7, 2], [5, 1, 9, 1], [6, 1, 0, 0], [10, 0, 0, 0]]
-    assert plan.tiles_N2.tolist() == [[1, 0], [1, 2], [0, 0], [0, 2], [2, 0], [3, 0]]
-
-
-def test_equal_images_are_a_view() -> None:
-    """Images must not be gathered or padded, though pairs are hardly longer: they are many of the rows."""
-    ranges = (((0, 17),), ((17, 34),), ((34, 51), (68, 71)), ((51, 68), (71, 76)))
-    images, pairs = plan_attention(ranges, torch.device("cpu")).buckets
-    assert images.first_row == 0 and images.num_sequences == 2
-    assert images.key_mask is None and images.real is None
-    assert pairs.num_sequences == 2
-
-
-def test_a_group_has_at_most_so_many_rows() -> None:
-    ranges = (*(((start, start + 100),) for start in range(0, 500, 100)), ((500, 900),))
-    assert bucket_by_length(ranges, 1.5, 256) == [[0, 1], [2, 3], [4], [5]]
-    assert bucket_by_length(ranges, 1.5, None) == [[0, 1, 2, 3, 4], [5]]
-
-
 def test_one_token_sequences() -> None:
     q, k, v = (torch.randn(3, 2, 4) for _ in range(3))
     ranges = (((0, 1),), ((1, 2),), ((2, 3),))
     torch.testing.assert_close(packed_attention(q, k, v, ranges), v)  # a softmax over one key is 1
+
+
+def test_self_check_passes_right_kernels(recwarn: pytest.WarningsRecorder) -> None:
+    """Runs the check with the CPU implementation in the kernels' place."""
+    module.check_kernels(CPU, torch.float32, 8)
+    assert not recwarn
+
+
+def test_self_check_finds_wrong_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = module._run_operator
+    monkeypatch.setattr(module, "_run_operator", lambda *args, **kwargs: operator(*args, **kwargs) * 1.001)
+    with pytest.raises(WrongResultError, match=r"y: error .* > "):
+        module.check_kernels(CPU, torch.float32, 8)
+
+
+def test_untrusted_kernels_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a verdict that nobody heeds, and a check that calls itself."""
+    asked = []
+    monkeypatch.setattr(module.KERNELS, "are_trusted", lambda *key, **properties: asked.append((*key, properties)))
+    monkeypatch.setattr(module, "_run_operator", lambda *args: pytest.fail("the kernels ran"))
+    on_device = type("OnDevice", (), {"is_cuda": True, "device": CPU, "dtype": torch.float32, "shape": (4, 2, 8)})
+    assert not module.runs_kernels(on_device)  # type: ignore[arg-type]
+    assert asked == [(CPU, torch.float32, {"head_size": 8})]
+    monkeypatch.setattr(module, "runs_kernels", lambda q: False)
+    q = torch.randn(4, 2, 8)
+    ranges = (((0, 3),), ((3, 4),))
+    torch.testing.assert_close(packed_attention(q, q, q, ranges), packed_attention_reference(q, q, q, ranges))

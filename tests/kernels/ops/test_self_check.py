@@ -1,53 +1,50 @@
-"""What happens when a kernel fails at its first use: a warning, and plain PyTorch in its place."""
+"""Kernels that fail at their first use are switched off with a warning, and plain PyTorch takes their place."""
+
+from typing import Any
 
 import pytest
 import torch
 
-from beit3_ds.kernels.ops import packed_attention as module
-from beit3_ds.kernels.ops.numerics import WrongResultError, check_rule
-from beit3_ds.kernels.ops.packed_attention import check_kernels, packed_attention, packed_attention_reference
-from beit3_ds.kernels.ops.self_check import passes
+from beit3_ds.kernels.ops.self_check import TrustedKernels, passes_check
 
 CPU = torch.device("cpu")
 
 
-def test_a_right_kernel_passes(recwarn: pytest.WarningsRecorder) -> None:
-    """The operator's own check, with the implementation for the CPU in the kernels' place."""
-    assert passes("packed_attention", CPU, lambda: check_kernels(CPU, torch.float32, 8))
+def on_device(dtype: torch.dtype) -> Any:
+    """Stands for a CUDA tensor: its properties, on a device that exists here."""
+    return type("OnDevice", (), {"is_cuda": True, "device": CPU, "dtype": dtype})
+
+
+def test_check_runs_once_per_device_dtype_and_properties(recwarn: pytest.WarningsRecorder) -> None:
+    """Catches a verdict that is forgotten, and one that is shared between two widths."""
+    checked = []
+    kernels = TrustedKernels("op", lambda *arguments, **properties: checked.append((*arguments, properties)))
+    for _ in range(2):
+        assert kernels.accept(on_device(torch.float32))
+        assert kernels.accept(on_device(torch.bfloat16), width=8, stream=torch.float32)
+        assert kernels.are_trusted(CPU, torch.bfloat16, width=16, stream=torch.float32)
+    widths = [{"width": width, "stream": torch.float32} for width in (8, 16)]
+    assert checked == [(CPU, torch.float32, {}), *((CPU, torch.bfloat16, properties) for properties in widths)]
     assert not recwarn
 
 
-def test_a_wrong_kernel_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    operator = module._run_operator
-    monkeypatch.setattr(module, "_run_operator", lambda *args, **kwargs: operator(*args, **kwargs) * 1.001)
-    with pytest.warns(UserWarning, match=r"packed_attention in .* is switched off: WrongResultError: y: error .* > "):
-        assert not passes("packed_attention in fp32", CPU, lambda: check_kernels(CPU, torch.float32, 8))
+def test_unsupported_tensors_are_not_checked() -> None:
+    kernels = TrustedKernels("op", lambda *_: pytest.fail("the check ran"))
+    assert not kernels.accept(torch.ones(1)) and not kernels.accept(on_device(torch.float64))
 
 
-def test_a_kernel_that_does_not_compile_is_switched_off() -> None:
-    def fail() -> None:
+def test_failing_kernels_are_switched_off_with_one_warning() -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of resource: shared memory")
 
-    with pytest.warns(UserWarning, match="out of resource"):
-        assert not passes("packed_attention", CPU, fail)
+    kernels = TrustedKernels("op", fail)
+    with pytest.warns(UserWarning, match=r"op in torch.float16, width=8 failed .* off: RuntimeError: out of") as warned:
+        assert not any(kernels.accept(on_device(torch.float16), width=8) for _ in range(2))
+    assert len(warned) == 1
 
 
-def test_the_plain_form_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a check whose answer nobody heeds, and one that asks itself for ever."""
-    asked = []
-    monkeypatch.setattr(module, "_are_trusted", lambda *case: asked.append(case))
-    monkeypatch.setattr(module, "_run_operator", lambda *args: pytest.fail("the kernels ran"))
-    on_device = type("OnDevice", (), {"is_cuda": True, "device": CPU, "dtype": torch.float32, "shape": (4, 2, 8)})
-    assert not module.runs_kernels(on_device)  # type: ignore[arg-type]
-    assert asked == [(CPU, torch.float32, 8)]
-    monkeypatch.setattr(module, "runs_kernels", lambda q: False)
-    q = torch.randn(4, 2, 8)
-    ranges = (((0, 3),), ((3, 4),))
-    torch.testing.assert_close(packed_attention(q, q, q, ranges), packed_attention_reference(q, q, q, ranges))
-
-
-def test_nan_breaks_the_rule() -> None:
-    with pytest.raises(WrongResultError, match="y: error nan"):
-        check_rule(("y",), (torch.tensor([torch.nan]),), lambda x: (x,), (torch.ones(1),))
-    with pytest.raises(WrongResultError, match=r"y is torch.float32 \(1, 1\)"):
-        check_rule(("y",), (torch.ones(1, 1),), lambda x: (x,), (torch.ones(1),))
+def test_checks_may_differentiate() -> None:
+    """Catches a check that fails because its first use is in inference mode."""
+    with torch.inference_mode():
+        leaf_check = lambda: torch.ones(1, requires_grad=True).sum().backward()  # noqa: E731
+        assert passes_check("op", CPU, leaf_check)

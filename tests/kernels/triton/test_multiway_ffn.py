@@ -1,4 +1,4 @@
-"""The multiway FFN's products, interpreted, held to plain PyTorch by `check_rule`: they were never run on a GPU."""
+"""The multiway FFN's kernels, interpreted, stay within their error bound."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from beit3_ds.kernels.ops.numerics import check_rule, with_gradients
+from beit3_ds.kernels.ops.numerics import check_against_reference, with_gradients
 from beit3_ds.kernels.triton import multiway_ffn_launch as launch
 from beit3_ds.kernels.triton.multiway_ffn import up_projection_kernel
-from beit3_ds.kernels.triton.multiway_ffn_launch import Tiles, choose_tiles
+from beit3_ds.kernels.triton.multiway_ffn_launch import MatmulTiles, choose_tiles
 from beit3_ds.kernels.triton.sub_norm_launch import norm_gradient, norm_gradient_sums, normalize
 from tests.kernels.experts import (
     DTYPES,
@@ -32,7 +32,7 @@ from tests.kernels.experts import (
 )
 from tests.kernels.interpreter import interpreted
 
-SMALL = Tiles(4, 8, 8, 1, 1)
+SMALL = MatmulTiles(4, 8, 8, 1, 1)
 D, F_ = 20, 12  # neither a multiple of the small tiles' 8: both have a block of 4 that is masked
 
 
@@ -58,7 +58,7 @@ def check_linear(case: Case, with_bias: bool = True) -> None:
     results = (y, dx, *d_weights, *d_biases)
     names = ("y", "dx", *(f"dw_{i}" for i in range(len(d_weights))), *(f"db_{i}" for i in range(len(d_biases))))
     assert all(result.dtype == case.dtype for result in results)
-    check_rule(names, results, with_gradients(reference), (case.x, *case.weights, *biases, case.dy))
+    check_against_reference(names, results, with_gradients(reference), (case.x, *case.weights, *biases, case.dy))
 
 
 @any_case
@@ -81,7 +81,7 @@ def test_gradients_with_a_factor(dtype: torch.dtype, slices: Slices) -> None:
         d_weights, d_biases = launch.weight_gradient(case.dy, factor, case.x, slices, True)
     names = ["dx", *["dw"] * len(slices), *["db"] * len(slices)]
     inputs = (case.x, *case.weights, *case.biases, case.dy)
-    check_rule(names, (dx, *d_weights, *d_biases), lambda *x: with_gradients(reference)(*x)[1:], inputs)
+    check_against_reference(names, (dx, *d_weights, *d_biases), lambda *x: with_gradients(reference)(*x)[1:], inputs)
 
 
 @any_case
@@ -95,7 +95,7 @@ def test_up_projection(dtype: torch.dtype, slices: Slices) -> None:
     with small_tiles():
         u, a, mean, squares = launch.up_projection(case.x, slices, case.weights, case.biases, True)
         *plain, no_mean, no_squares = launch.up_projection(case.x, slices, case.weights, case.biases, False)
-    check_rule(("u", "a"), (u, a), reference, (case.x, *case.weights, *case.biases))
+    check_against_reference(("u", "a"), (u, a), reference, (case.x, *case.weights, *case.biases))
     assert torch.equal(plain[0], u) and torch.equal(plain[1], a)
     assert no_mean.numel() == no_squares.numel() == 0
     # The backward pass makes a of the u that was kept: it must find the same, to the bit that float32 leaves open.
@@ -136,9 +136,9 @@ def test_out_projection(with_norm: bool, dtype: torch.dtype, slices: Slices) -> 
         y = launch.out_projection(case.x, norm, slices, case.weights, case.biases, residual, factor)
         part = launch.out_projection(case.x, norm, slices, case.weights, [], None, None)
     rest = (case.x, *case.weights, *case.biases, *case.scales, *case.shifts)
-    check_rule(("y",), (y,), whole, (residual, factor, *rest))
+    check_against_reference(("y",), (y,), whole, (residual, factor, *rest))
     rest = (case.x, *case.weights, *(b * 0 for b in case.biases), *case.scales, *case.shifts)
-    check_rule(("part",), (part,), partial_product, rest)
+    check_against_reference(("part",), (part,), partial_product, rest)
 
 
 def test_other_experts_do_not_matter() -> None:
@@ -203,7 +203,7 @@ def check_ffn(slices: Slices, dtype: torch.dtype, hidden: int = F_, ffn_hidden: 
     results = run_ffn(first, EPSILON, *inputs)
     parts = ("w_1", "b_1", "scale", "shift", "w_2", "b_2")
     names = ("y", "dx", *(f"d_{part} of expert {i}" for part in parts for i in range(len(slices))))
-    check_rule(names, results, with_gradients(lambda *x: reference_ffn(first, EPSILON, *x)), inputs)
+    check_against_reference(names, results, with_gradients(lambda *x: reference_ffn(first, EPSILON, *x)), inputs)
 
 
 def test_whole_ffn() -> None:
@@ -277,7 +277,7 @@ def test_any_slices_and_widths(lengths: list[int], hidden: int, ffn_hidden: int)
 def test_all_shipped_tiles(architecture: int, dtype: torch.dtype) -> None:
     for choice in range(4):
 
-        def choose(kernel: object, _: int, dtype: torch.dtype, choice: int = choice) -> list[Tiles]:
+        def choose(kernel: object, _: int, dtype: torch.dtype, choice: int = choice) -> list[MatmulTiles]:
             tiles = choose_tiles(kernel, architecture, dtype)
             return tiles[min(choice, len(tiles) - 1) :]
 

@@ -1,4 +1,4 @@
-"""The attention kernels, interpreted, held to the reference by `check_rule`: they were never run on a GPU."""
+"""The attention kernels, interpreted, stay within their error bound."""
 
 from functools import partial
 from unittest import mock
@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from beit3_ds.kernels.ops import packed_attention as packed_attention_module
 from beit3_ds.kernels.ops.attention_plan import Ranges, plan_tiles
-from beit3_ds.kernels.ops.numerics import check_rule, with_gradients
+from beit3_ds.kernels.ops.numerics import check_against_reference, with_gradients
 from beit3_ds.kernels.ops.packed_attention import packed_attention, packed_attention_reference, runs_kernels
 from beit3_ds.kernels.triton import packed_attention_launch
 from beit3_ds.kernels.triton.packed_attention_launch import (
-    Schedule,
-    Tiling,
+    AttentionTiling,
+    KernelConfig,
     backward,
     choose_tiling,
     column_blocks,
@@ -25,7 +25,7 @@ from beit3_ds.kernels.triton.packed_attention_launch import (
 from tests.kernels.interpreter import interpreted
 
 CPU = torch.device("cpu")
-SMALL = Tiling(4, Schedule(4, 1, 1), Schedule(2, 1, 1), Schedule(2, 1, 1))
+SMALL = AttentionTiling(4, KernelConfig(4, 1, 1), KernelConfig(2, 1, 1), KernelConfig(2, 1, 1))
 # One range; pairs whose first range ends inside a tile, at its edge, and after one row; one token; no row at all.
 RAGGED: Ranges = (
     ((0, 5),),
@@ -57,7 +57,7 @@ class Case:
         attention = partial(packed_attention_reference, ranges=self.ranges, causal_captions=self.captions)
         return with_gradients(attention)(*inputs)
 
-    def interpret(self, tiling: Tiling) -> tuple[torch.Tensor, ...]:
+    def interpret(self, tiling: AttentionTiling) -> tuple[torch.Tensor, ...]:
         """Output and gradients of q, k and v by the kernels in Triton's interpreter."""
         plan = plan_tiles(self.ranges, tiling.tile, CPU)
         with interpreted():
@@ -68,7 +68,7 @@ class Case:
     def check(self, results: tuple[torch.Tensor, ...]) -> None:
         """Holds results to the rule."""
         assert all(result.dtype == self.q.dtype for result in results)
-        check_rule(("y", "dq", "dk", "dv"), results, self.reference, (self.q, self.k, self.v, self.dy))
+        check_against_reference(("y", "dq", "dk", "dv"), results, self.reference, (self.q, self.k, self.v, self.dy))
 
 
 @pytest.mark.parametrize("captions", [False, True], ids=["bidirectional", "captions"])

@@ -1,4 +1,4 @@
-"""The sub-LN's kernels, interpreted, held to plain PyTorch by `check_rule`: they were never run on a GPU."""
+"""The sub-LN's kernels, interpreted, stay within their error bound."""
 
 from unittest import mock
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from beit3_ds.kernels.ops.numerics import check_rule, with_gradients
+from beit3_ds.kernels.ops.numerics import check_against_reference, with_gradients
 from beit3_ds.kernels.triton import sub_norm_launch as launch
 from beit3_ds.kernels.triton.sub_norm_launch import norm_gradient, norm_gradient_sums, normalize, row_statistics
 from tests.kernels.experts import (
@@ -54,7 +54,9 @@ def test_normalize(gelu: bool, dtype: torch.dtype, slices: Slices) -> None:
     with interpreted():
         n, a = normalize(case.x, gelu, norm, slices), normalize(case.x, gelu, None, slices)
     inputs = (case.x, *case.scales, *case.shifts)
-    check_rule(("n", "a"), (n, a), lambda *x: (reference(case, gelu, *x), reference(case, gelu, x[0])), inputs)
+    check_against_reference(
+        ("n", "a"), (n, a), lambda *x: (reference(case, gelu, *x), reference(case, gelu, x[0])), inputs
+    )
 
 
 def check_gradients(slices: Slices, dtype: torch.dtype, gelu: bool) -> None:
@@ -68,9 +70,9 @@ def check_gradients(slices: Slices, dtype: torch.dtype, gelu: bool) -> None:
     inputs = (case.x, *case.scales, *case.shifts, case.dy)
     names = ("dx", *["d_scale"] * len(slices), *["d_shift"] * len(slices))
     normed = with_gradients(lambda *x: reference(case, gelu, *x))
-    check_rule(names, (dx, *d_scales, *d_shifts), lambda *x: normed(*x)[1:], inputs)
+    check_against_reference(names, (dx, *d_scales, *d_shifts), lambda *x: normed(*x)[1:], inputs)
     activated = with_gradients(lambda x: reference(case, gelu, x))
-    check_rule(("dx",), (plain,), lambda *x: activated(*x)[1:], (case.x, case.dy))
+    check_against_reference(("dx",), (plain,), lambda *x: activated(*x)[1:], (case.x, case.dy))
 
 
 @any_case
@@ -102,7 +104,7 @@ def test_columns_of_two_ranks() -> None:
     names = ("dx", *["d_scale"] * 3, *["d_shift"] * 3)
     whole = with_gradients(lambda *x: reference(case, True, *x))
     inputs = (case.x, *case.scales, *case.shifts, case.dy)
-    check_rule(names, (dx, *gradients), lambda *x: whole(*x)[1:], inputs)
+    check_against_reference(names, (dx, *gradients), lambda *x: whole(*x)[1:], inputs)
 
 
 def test_gradient_is_written_in_place() -> None:

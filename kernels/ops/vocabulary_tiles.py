@@ -1,0 +1,71 @@
+"""Division of a vocabulary into tiles for the cross entropy, and which tiles' logits the backward pass finds again."""
+
+# M rows, V vocabulary, N columns of a tile, K buffers.
+
+from typing import NamedTuple
+
+CPU_WIDTH = 1024
+"""Columns per tile on a CPU; with whole rows of logits the products take up to twice as long (BENCHMARKS.md)."""
+
+ALIGNMENT = 64
+"""On a GPU the row stride of a tile is a multiple of this, so that every access of a kernel is 128 bits wide."""
+
+
+class VocabularyTiles(NamedTuple):
+    """Divides a vocabulary into tiles, whose logits are computed in buffers of M x `stride` elements."""
+
+    columns: list[slice]
+    """Columns of every tile; the last tile may be narrower."""
+    stride: int
+    """Elements from one row of a buffer to the next."""
+    num_buffers: int
+    """K; the first K - 1 buffers keep one tile each, and all other tiles use the last buffer in turn."""
+
+    def buffer(self, index: int) -> int:
+        """Returns the number of the buffer of a tile's logits."""
+        return min(index, self.num_buffers - 1)
+
+    def is_kept(self, index: int) -> bool:
+        """Returns whether a tile's logits are still in its buffer after all tiles were computed in order."""
+        return index < self.num_buffers - 1 or index == len(self.columns) - 1
+
+
+def divide_for_cpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> VocabularyTiles:
+    """Divides a vocabulary into narrow tiles, and keeps those that fit beside one that the backward pass works in.
+
+    Rows are not divided: otherwise the matrix would be read, and its gradient read and written, once per group of rows.
+
+    Args:
+        num_rows: M.
+        vocabulary: V.
+        chunk_size: at most `chunk_size` x V logits exist at a time; None keeps all logits, plus one tile to work in.
+    """
+    room = _room(num_rows, vocabulary, chunk_size)
+    width = min(CPU_WIDTH, vocabulary if chunk_size is None else max(1, room // 2))
+    columns = _columns(vocabulary, width)
+    num_buffers = len(columns) if chunk_size is None else min(len(columns), max(1, room // width - 1))
+    return VocabularyTiles(columns, width, num_buffers)
+
+
+def divide_for_gpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> VocabularyTiles:
+    """Divides a vocabulary into tiles as wide as fit, which share one buffer; gradients are written over logits.
+
+    Rows of the buffer are padded to a multiple of ALIGNMENT.
+
+    Args:
+        num_rows: M.
+        vocabulary: V.
+        chunk_size: at most `chunk_size` x V logits exist at a time; None keeps all.
+    """
+    room = _room(num_rows, vocabulary, chunk_size)
+    width = room if room in range(ALIGNMENT) or room == vocabulary else room // ALIGNMENT * ALIGNMENT
+    return VocabularyTiles(_columns(vocabulary, width), -(-width // ALIGNMENT) * ALIGNMENT, 1)
+
+
+def _room(num_rows: int, vocabulary: int, chunk_size: int | None) -> int:
+    """Returns the number of columns whose logits may exist at a time, for all rows."""
+    return vocabulary if chunk_size is None else max(1, min(vocabulary, chunk_size * vocabulary // max(1, num_rows)))
+
+
+def _columns(vocabulary: int, width: int) -> list[slice]:
+    return [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]

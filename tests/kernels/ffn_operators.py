@@ -1,0 +1,116 @@
+"""Operators of the FFN's ops with arguments, and tests that these ops share."""
+
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from beit3_ds.kernels.ops.numerics import WrongResultError
+from beit3_ds.kernels.ops.out_projection import out_projection_reference
+from beit3_ds.kernels.ops.sub_norm import SubNorm
+from beit3_ds.kernels.ops.up_projection import Activation
+from tests.kernels.interpreter import interpreted
+
+WIDTH, HIDDEN, EPSILON = 6, 4, 1e-5
+CPU = torch.device("cpu")
+
+
+class Problem:
+    """Inputs of one call of `out_projection`."""
+
+    def __init__(self, lengths: list[int], dtype: torch.dtype = torch.float64) -> None:
+        """Draws inputs for experts with these numbers of rows."""
+        generator = torch.Generator().manual_seed(sum(lengths) + 7 * len(lengths))
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_()
+
+        stops = torch.tensor(lengths).cumsum(0).tolist()
+        self.slices = [(stop - length, stop) for stop, length in zip(stops, lengths, strict=True)]
+        rows, experts = sum(lengths), len(lengths)
+        self.x, self.residual = draw(rows, WIDTH), draw(rows, HIDDEN)
+        self.factor = torch.randint(0, 3, (rows,), generator=generator).to(dtype)
+        shapes = {"weights": (HIDDEN, WIDTH), "biases": (HIDDEN,), "scales": (WIDTH,), "shifts": (WIDTH,)}
+        self.parameters = {name: [draw(*shape) for _ in range(experts)] for name, shape in shapes.items()}
+        self.leaves = [self.x, self.residual, *(p for group in self.parameters.values() for p in group)]
+
+    def run(self, op: Callable[..., Tensor], gelu: bool, norm: SubNorm | None) -> list[Tensor]:
+        """Returns the output and the gradient of every input that took part."""
+        x = self.x if op is out_projection_reference else Activation(self.x)
+        stream = {"residual_TD": self.residual, "factor_T": self.factor}
+        y = op(x, self.slices, self.parameters["weights"], self.parameters["biases"], gelu=gelu, norm=norm, **stream)
+        upstream = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+        leaves = self.leaves if norm else self.leaves[: -2 * len(self.slices)]
+        return [y, *torch.autograd.grad((y * upstream).sum(), leaves)]
+
+    def norm(self, by_operators: bool = False) -> SubNorm:
+        """Returns the sub-LN; with `by_operators` a group of one rank makes it run as if ranks divided its width."""
+        group = (lambda x: x.unsqueeze(0), lambda x: x) if by_operators else (None, None)
+        return SubNorm(self.parameters["scales"], self.parameters["shifts"], EPSILON, WIDTH, *group)
+
+
+def operator_calls(dtype: torch.dtype = torch.float64) -> dict[str, tuple[object, ...]]:
+    """Returns arguments for every operator of the FFN."""
+    problem = Problem([3, 0, 2], dtype)
+    x, dy = problem.x.detach(), problem.residual.detach()
+    weights, biases, scales, shifts = ([p.detach() for p in group] for group in problem.parameters.values())
+    ends, factor, h = [3, 3, 5], problem.factor, torch.randn(5, WIDTH, dtype=x.dtype)
+    mean, rstd = x.mean(1), torch.rand(5, dtype=x.dtype)
+    sums = torch.randn(2, 5, dtype=x.dtype)
+    return {
+        "multiway_linear": (x, ends, weights, biases),
+        "multiway_input_gradient": (dy, factor, ends, weights),
+        "multiway_weight_gradient": (dy, factor, x, ends, True),
+        "row_statistics": (x,),
+        "sub_norm": (x, True, mean, rstd, scales, shifts, ends),
+        "sub_norm_sums": (x, x, True, mean, rstd, scales, ends),
+        "sub_norm_gradient": (x, x, True, mean, rstd, scales, sums, WIDTH, ends),
+        "up_projection": (h, ends, weights, biases, True),
+        "out_projection": (x, mean, rstd, scales, shifts, ends, weights, biases, dy, factor),
+    }
+
+
+def check_wrong_launch_is_found(
+    op: ModuleType, launches: ModuleType, launch: str, result: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Changes a launch's first result by half a percent; the op's check must name that result."""
+    right = getattr(launches, launch)
+
+    def wrong(*arguments: Any) -> Any:
+        results = right(*arguments)
+        next(flatten(results)).mul_(1.005)
+        return results
+
+    monkeypatch.setattr(launches, launch, wrong)
+    with interpreted(), pytest.raises(WrongResultError, match=f"^{result}: error"):
+        op.check_kernels(CPU, torch.float32)
+
+
+def check_device_implementation(
+    op: ModuleType, name: str, function: str, accepted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compares the function that CUDA tensors reach with the operator, with its kernels and with them switched off."""
+    monkeypatch.setattr(op.KERNELS, "accept", lambda x: accepted)
+    arguments = operator_calls(torch.float32)[name]
+    expected = getattr(torch.ops.beit3_ds, name)(*arguments)
+    with interpreted():
+        ours = getattr(op, function)(*arguments)
+    for mine, theirs in zip(flatten(ours), flatten(expected), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def check_operator(name: str) -> None:
+    """Runs PyTorch's opcheck on an operator."""
+    torch.library.opcheck(getattr(torch.ops.beit3_ds, name).default, operator_calls()[name])
+
+
+def flatten(result: Any) -> Iterator[Tensor]:
+    """Yields all tensors of a nested result."""
+    if isinstance(result, Tensor):
+        yield result
+    else:
+        for part in result:
+            yield from flatten(part)
