@@ -1,11 +1,10 @@
-"""Compiles every GPU kernel for every architecture without a GPU and compares what came out with `budgets.json`.
+"""Compiles every Triton kernel for every architecture without a GPU and compares its machine code with `budgets.json`.
 
     python -m beit3_ds.kernels.triton.ahead_of_time            # compare
-    python -m beit3_ds.kernels.triton.ahead_of_time --write    # store what came out as the new budgets
+    python -m beit3_ds.kernels.triton.ahead_of_time --write    # store the results as new budgets
 
-A budget is a fact about machine code: registers, spills, shared memory, tensor-core instructions, widths of accesses.
-It says that a kernel was compiled as intended; it says nothing of its speed, and none of these kernels was ever run on
-a GPU.
+A budget states facts about machine code: registers, spills, shared memory, tensor-core instructions, access widths. It
+shows that a kernel compiles as intended, not how fast it is.
 """
 
 import argparse
@@ -42,7 +41,7 @@ SOURCES = (
     residual_add_launch.variants,
     linear_cross_entropy_launch.variants,
 )
-"""One function a file of kernels: architecture -> its variants. A new kernel is added here, and to the budgets."""
+"""One function per file of kernels: architecture -> variants. Add a new file here, and its kernels to the budgets."""
 
 ARCHITECTURES = (80, 90, 100)
 BUDGETS = Path(__file__).with_name("budgets.json")
@@ -55,28 +54,28 @@ _GLOBAL_ACCESS = r"\b(?:LDG|STG|LDGSTS)\.[\w.]+"
 
 
 class Report(NamedTuple):
-    """What the machine code of one variant is like."""
+    """Properties of one variant's machine code."""
 
     registers: int
-    """A thread, at most 255."""
+    """Registers per thread, at most 255."""
     stack: int
-    """Bytes a thread; all of it is spilled registers."""
+    """Bytes of stack per thread; all of it is spilled registers."""
     spills: int
-    """Instructions that load or store local memory."""
+    """Number of instructions that load or store local memory."""
     shared_memory: int
-    """Bytes a program."""
+    """Bytes of shared memory per program."""
     tensor_core: int
-    """Instructions that multiply on tensor cores: HMMA, HGMMA or UTCxMMA."""
+    """Number of tensor-core instructions: HMMA, HGMMA or UTCxMMA."""
     async_copies: int
-    """Instructions that copy from global to shared memory while others run."""
+    """Number of asynchronous copies from global to shared memory."""
     wide_accesses: int
-    """Instructions that load, store or copy 128 bits of global memory a thread."""
+    """Number of instructions that load, store or copy 128 bits of global memory per thread."""
     narrow_accesses: int
-    """Those that do with fewer bits: statistics of rows, and whatever the compiler could not vectorise."""
+    """Number of those with fewer bits: statistics of rows, and accesses that the compiler could not vectorise."""
 
 
 def all_variants(architecture: int) -> list[KernelVariant]:
-    """Every kernel as it is compiled for one architecture."""
+    """Returns the variants of all kernels for one architecture."""
     variants = [variant for source in SOURCES for variant in source(architecture)]
     assert len({variant.name for variant in variants}) == len(variants), "two variants share a name"
     return variants
@@ -88,7 +87,7 @@ def compile_variant(variant: KernelVariant, architecture: int) -> Report:
         variant.kernel,
         variant.signature,
         variant.constants,
-        # What a launch would find: PyTorch's allocations are aligned to far more than 16 bytes.
+        # As in a launch: PyTorch's allocations are aligned to more than 16 bytes.
         {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(variant.signature.values()) if kind.startswith("*")},
     )
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
@@ -122,7 +121,7 @@ def compile_variant(variant: KernelVariant, architecture: int) -> Report:
 
 
 def find_excess(report: Report, budget: Report | None, architecture: int) -> list[str]:
-    """How a variant is worse than its budget, or than any kernel may be; empty if it is not."""
+    """Returns in which properties a variant exceeds its budget or the hardware's limits; empty if in none."""
     problems = []
     if report.shared_memory > _SHARED_MEMORY[architecture]:
         problems.append(f"shared memory {report.shared_memory} > {_SHARED_MEMORY[architecture]} of sm_{architecture}")
@@ -131,8 +130,8 @@ def find_excess(report: Report, budget: Report | None, architecture: int) -> lis
     for name in ("registers", "stack", "spills", "shared_memory", "narrow_accesses"):
         if getattr(report, name) > getattr(budget, name):
             problems.append(f"{name} {getattr(report, name)} > {getattr(budget, name)}")
-    # Fewer of these: an operand that is no longer copied ahead, a product that left the tensor cores, or a kernel that
-    # Triton silently compiled to nothing.
+    # Fewer of these mean an operand that is no longer copied ahead, a product that is not on tensor cores, or a kernel
+    # that Triton silently compiled to nothing.
     for name in ("tensor_core", "async_copies", "wide_accesses"):
         if getattr(report, name) < getattr(budget, name):
             problems.append(f"{name} {getattr(report, name)} < {getattr(budget, name)}")
@@ -140,7 +139,7 @@ def find_excess(report: Report, budget: Report | None, architecture: int) -> lis
 
 
 def read_budgets() -> dict[tuple[str, int], Report]:
-    """Stored budgets by variant and architecture."""
+    """Returns the stored budgets by variant and architecture."""
     if not BUDGETS.exists():
         return {}
     stored = json.loads(BUDGETS.read_text(encoding="utf-8"))["budgets"]
@@ -152,7 +151,7 @@ def read_budgets() -> dict[tuple[str, int], Report]:
 
 
 def write_budgets(reports: dict[tuple[str, int], Report]) -> None:
-    """Stores reports as budgets, in order, with the version of Triton that they hold for."""
+    """Stores reports as budgets, sorted, with the version of Triton."""
     nested: dict[str, dict[str, dict[str, int]]] = {}
     for (name, architecture), report in sorted(reports.items()):
         nested.setdefault(name, {})[f"sm_{architecture}"] = report._asdict()
@@ -165,9 +164,9 @@ def write_budgets(reports: dict[tuple[str, int], Report]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compiles, prints a table, and compares or stores."""
+    """Compiles variants, prints a table, and compares or stores the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="store what came out as the new budgets")
+    parser.add_argument("--write", action="store_true", help="store the results as new budgets")
     parser.add_argument("--architecture", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--name", default="", help="only variants whose name contains this")
     options = parser.parse_args(arguments)

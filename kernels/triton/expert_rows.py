@@ -1,14 +1,10 @@
 # mypy: disable-error-code="no-untyped-def"
-"""What kernels share in which every expert has parameters of its own: who works on which rows, and sums over rows.
+"""Triton functions of kernels with parameters per expert: the rows of each program, and sums over rows."""
 
-They were interpreted on the CPU and compiled ahead of time, but never run on a GPU.
-"""
-
-# D width, E experts (3, of which the last may have no rows), P programs, S kinds of sums.
+# D width, E experts (3; the last ones may have no rows), P programs, S kinds of sums.
 #
-# Program p works on up to `rows` consecutive rows of one expert; no program's rows belong to two. What is summed over
-# an expert's rows is summed by each of its programs first, and then over these in their order: no atomics, so the
-# result is the same every time.
+# A program works on up to `rows` consecutive rows of one expert, never of two. Each program sums over its own rows, and
+# then an expert's programs are summed in order: there are no atomics, so the result is deterministic.
 
 import triton
 import triton.language as tl
@@ -16,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def _first_programs(rows, stop_0, stop_1, stop_2):
-    """The first program of experts 1 and 2, and the number of all."""
+    """Returns the first programs of experts 1 and 2, and the number of programs."""
     first_1 = tl.cdiv(stop_0, rows)
     first_2 = first_1 + tl.cdiv(stop_1 - stop_0, rows)
     return first_1, first_2, first_2 + tl.cdiv(stop_2 - stop_1, rows)
@@ -24,7 +20,7 @@ def _first_programs(rows, stop_0, stop_1, stop_2):
 
 @triton.jit
 def rows_of(program, rows, stop_0, stop_1, stop_2):
-    """A program's expert, and its rows [start, stop)."""
+    """Returns a program's expert and its rows [start, stop)."""
     first_1, first_2, _ = _first_programs(rows, stop_0, stop_1, stop_2)
     expert = (program >= first_1).to(tl.int32) + (program >= first_2).to(tl.int32)
     start = program * rows
@@ -40,9 +36,9 @@ def rows_of(program, rows, stop_0, stop_1, stop_2):
 
 @triton.jit
 def load_of_expert(expert, ptr_0, ptr_1, ptr_2, D: tl.constexpr, BLOCK: tl.constexpr):
-    """The (D,) parameter of one expert in float32, 0 beyond D.
+    """Loads the (D,) parameter of one expert in float32, with 0 beyond D.
 
-    A load in every branch: of a pointer that is chosen first the compiler would not know the alignment.
+    Every branch has a load of its own: the compiler would not know the alignment of a pointer that is chosen first.
     """
     columns = tl.arange(0, BLOCK)
     if expert == 0:
@@ -67,7 +63,7 @@ def sum_kernel(
     BLOCK: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    """Sums (S, P, D) float32 over each expert's programs, to (S, E, D): one program for BLOCK columns of one sum."""
+    """Sums (S, P, D) float32 over each expert's programs to (S, E, D); one program sums BLOCK columns of one kind."""
     expert = tl.program_id(1)
     kind = tl.program_id(2)
     first_1, first_2, num_programs = _first_programs(rows, stop_0, stop_1, stop_2)

@@ -1,4 +1,4 @@
-"""Launching of kernels in which every expert has parameters of its own: which program works on which rows."""
+"""Divides experts' rows among the programs of row-streaming kernels, and launches the sums over programs."""
 
 # T packed rows, D width, E experts (at most 3), P programs, S kinds of sums.
 
@@ -15,66 +15,66 @@ from beit3_ds.kernels.triton.expert_rows import sum_kernel
 from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 
 NUM_EXPERTS = 3
-"""That the kernels have arguments for; experts that a call has not are empty ones."""
+"""Experts that the kernels have arguments for; a call with fewer passes empty ones."""
 
 _SUM_COLUMNS, _SUM_PROGRAMS, _SUM_WARPS = 128, 32, 4
 
 
 class RowTiling(NamedTuple):
-    """How kernels that stream rows are compiled for one architecture and width."""
+    """How row-streaming kernels are compiled for one architecture and width."""
 
     num_warps: int
-    """Of a program, which holds a row."""
+    """Warps per program; a program holds one row."""
     num_stages: int
-    """Rows of a program that are worked on or on their way."""
+    """Rows of a program that are computed or being loaded."""
     forward_programs: int
-    """At most; their rows are worked on one after the other."""
+    """Most programs of a forward pass; each computes its rows one after the other."""
     backward_programs: int
-    """At most; each writes sums of a row's width in float32, so there are no more than run at once."""
+    """Most programs of a backward pass: as many as run at once, because each writes float32 sums of a row's width."""
 
 
 def choose_row_tiling(architecture: int, width: int) -> RowTiling:
-    """What compiles without spilled registers (budgets.json); its speed was never measured on a GPU.
+    """Returns the tiling of row-streaming kernels; it compiles without spilled registers (budgets.json).
 
     Args:
         architecture: 80, 90 or 100.
-        width: D, at most 8192: then a thread holds 16 columns.
+        width: D, at most 8192, so that a thread holds at most 16 columns.
     """
     block = triton.next_power_of_2(width)
     num_warps = max(4, block // 512)
-    resident = NUM_MULTIPROCESSORS[architecture] * 16 // num_warps  # of programs with 128 registers a thread
+    resident = NUM_MULTIPROCESSORS[architecture] * 16 // num_warps  # programs with 128 registers per thread
     return RowTiling(num_warps, 2 if block > 4096 else 3, 4 * resident, resident)
 
 
 def row_constants(width: int, tiling: RowTiling) -> dict[str, int]:
-    """What kernels that stream rows are specialised on."""
+    """Returns the constexpr arguments that all row-streaming kernels have."""
     return {"D": width, "BLOCK": triton.next_power_of_2(width), "STAGES": tiling.num_stages}
 
 
 def check_rows(*tensors: Tensor) -> None:
-    """Asserts what the kernels take for granted."""
+    """Asserts that tensors are contiguous and small enough for 32-bit offsets, as the kernels assume."""
     for x in tensors:
         assert x.is_contiguous(), "the kernels' strides are those of (T, D)"
         assert x.numel() < 2**31, f"{tuple(x.shape)} has offsets beyond 32 bits"
 
 
 class RowPrograms(NamedTuple):
-    """How rows are dealt out to programs: up to `rows` consecutive rows of one expert each."""
+    """Division of rows among programs, each with up to `rows` consecutive rows of one expert."""
 
     rows: int
-    """Of a program, at most."""
+    """Most rows per program."""
     stops: tuple[int, ...]
-    """Where each of NUM_EXPERTS experts' rows end."""
+    """Stop of the rows of each of NUM_EXPERTS experts."""
     num_programs: int
-    """P."""
+    """Number of programs, P."""
 
 
 def deal_rows(stops: Sequence[int], most_programs: int) -> RowPrograms:
-    """Deals rows out to at most `most_programs` programs: one more than run at once would take as long as all others.
+    """Divides rows among at most `most_programs` programs: one more than run at once would double the time.
 
     Args:
-        stops: where each expert's rows end; the first begin at 0.
-        most_programs: more than the number of experts.
+        stops: stop of each expert's rows; the first expert starts at 0.
+        most_programs: most programs; more than the number of experts.
     """
     assert len(stops) <= NUM_EXPERTS < most_programs, f"{len(stops)} experts, {most_programs} programs"
     all_stops = (*stops, *[stops[-1]] * (NUM_EXPERTS - len(stops)))
@@ -85,13 +85,13 @@ def deal_rows(stops: Sequence[int], most_programs: int) -> RowPrograms:
 
 
 def for_experts(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """One parameter for each of NUM_EXPERTS experts; those without rows get the last one."""
+    """Returns one parameter for each of NUM_EXPERTS experts; the last one is repeated for absent experts."""
     assert all(parameter.is_contiguous() for parameter in parameters), "a parameter is not contiguous"
     return [*parameters, *[parameters[-1]] * (NUM_EXPERTS - len(parameters))]
 
 
 def sum_partials(partial_SPD: Tensor, programs: RowPrograms, num_experts: int, dtype: torch.dtype) -> Tensor:
-    """Sums what programs summed over their rows over each expert's programs, (S, E, D); without any, to 0."""
+    """Sums the programs' partial sums over each expert's programs, (S, E, D); an expert without rows gets zeros."""
     num_kinds, _, width = partial_SPD.shape
     sum_SED = partial_SPD.new_empty(num_kinds, num_experts, width, dtype=dtype)
     grid = (triton.cdiv(width, _SUM_COLUMNS), num_experts, num_kinds)
@@ -110,17 +110,17 @@ def build_row_variant(
     note: str = "",
     elements: Mapping[str, str] = MappingProxyType({}),
 ) -> KernelVariant:
-    """A kernel that streams rows, as it is compiled for one dtype and width.
+    """Builds the variant of a row-streaming kernel for one dtype and width.
 
     Args:
         architecture: 80, 90 or 100.
-        op: its name begins that of the variant.
-        kernel: the function under `triton.jit`; pointers that its statistics and sums have are float32's.
+        op: name of the op, with which the variant's name begins.
+        kernel: the function decorated with `triton.jit`; its pointers to statistics and sums are of float32.
         element: "bf16", "fp16" or "fp32".
         width: D.
-        constants: what it is specialised on beside `row_constants`.
-        note: ends the name of the variant.
-        elements: element types of pointers with another dtype, by argument.
+        constants: constexpr arguments besides `row_constants`.
+        note: end of the variant's name.
+        elements: element types, by argument, of pointers with another dtype.
     """
     tiling = choose_row_tiling(architecture, width)
     values = {**row_constants(width, tiling), **constants}
@@ -141,7 +141,7 @@ def build_row_variant(
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """The kernel of sums as `ahead_of_time` compiles it."""
+    """Returns the variants of the sum kernel for ahead-of-time compilation."""
     types = {"partial_sum_ptr": "*fp32", "rows": "i32", **{f"stop_{expert}": "i32" for expert in range(NUM_EXPERTS)}}
     constants = {"E": NUM_EXPERTS, "BLOCK": _SUM_COLUMNS, "PROGRAMS": _SUM_PROGRAMS}
     return [

@@ -1,14 +1,11 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Triton kernels that make of logits what the cross entropy needs of them: partials of rows, and gradients in place.
-
-They were interpreted on the CPU and compiled ahead of time, but never run on a GPU.
-"""
+"""Triton kernels of the cross entropy: partials of every row's logits, and gradients written over logits."""
 
 # M rows, N logits of a row (`width`), G groups of rows.
 #
-# Logits come without their bias. Rows lie `steps` x 64 elements apart, their stride, and the bias is as long as that: a
-# multiple that the compiler sees, so every access to them is 128 bits wide. What lies between N and the stride is not
-# defined and counts as minus infinity.
+# Logits are given without their bias. Their row stride, and the length of the bias, is `steps` x 64 elements: the
+# compiler sees the multiple, so every access to them is 128 bits wide. Elements from N to the stride are undefined and
+# count as minus infinity.
 
 import math
 
@@ -34,7 +31,7 @@ def partials_kernel(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Adds the logits of one row to its partials: largest, sum of exp(logit - largest), target's logit, (3, M)."""
+    """Adds one row's logits to its partials: largest, sum of exp(logit - largest) and target's logit, (3, M)."""
     row = tl.program_id(0)
     stride = steps * STEP
     known = tl.load(partials_ptr + row)
@@ -53,7 +50,7 @@ def partials_kernel(
     tl.store(partials_ptr + row, largest)
     tl.store(partials_ptr + num_rows + row, total)
     target = tl.load(target_ptr + row) - first
-    if (target >= 0) & (target < width):  # one logit of one call: the others find it elsewhere, or in another shard
+    if (target >= 0) & (target < width):  # otherwise it is in another tile or shard
         logit = tl.load(logits_ptr + row * stride + target).to(tl.float32) + tl.load(bias_ptr + target).to(tl.float32)
         tl.store(partials_ptr + 2 * num_rows + row, logit)
 
@@ -75,7 +72,7 @@ def gradient_kernel(
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Makes of the logits of one group of rows their gradients, in place, and the sum over the group, (G, stride)."""
+    """Replaces the logits of one group of rows by their gradients, and sums these over the group, (G, stride)."""
     group = tl.program_id(1)
     stride = steps * STEP
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

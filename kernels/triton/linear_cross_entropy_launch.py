@@ -1,4 +1,4 @@
-"""Launching of the cross entropy's kernels, and the variants that are compiled ahead of time."""
+"""Launches the cross entropy's kernels and lists their variants for ahead-of-time compilation."""
 
 # M rows, N logits of a row, G groups of rows.
 
@@ -15,22 +15,22 @@ from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 
 
 class LogitsTiling(NamedTuple):
-    """How both kernels are compiled; their speed was never measured on a GPU."""
+    """How both kernels are compiled."""
 
     partials_block: int
-    """Logits of a row that one step of the loop takes."""
+    """Logits of a row per step of the loop."""
     gradient_block: int
-    """Logits of a row that one program works on."""
+    """Logits of a row per program."""
     gradient_rows: int
-    """Rows that one step of the loop takes."""
+    """Rows per step of the loop."""
     gradient_programs: int
-    """Into about as many groups of rows times blocks the rows are divided: as many as run at once on an H100."""
+    """Approximate number of programs, row groups times blocks: as many as run at once on an H100."""
     num_stages: int
-    """Steps of a loop whose loads are in flight together."""
+    """Steps of a loop whose loads overlap."""
 
 
 def choose_tiling(dtype: torch.dtype) -> LogitsTiling:
-    """What compiles without spilled registers (budgets.json): a warp takes 512 consecutive bytes."""
+    """Returns a tiling without spilled registers (budgets.json), in which a warp accesses 512 consecutive bytes."""
     return LogitsTiling(4096, 512 // dtype.itemsize, 8, 528, 3)
 
 
@@ -40,15 +40,15 @@ PARTIALS_WARPS, GRADIENT_WARPS = 8, 4
 def partials(
     logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: int, partials_3M: Tensor, tiling: LogitsTiling
 ) -> None:
-    """Launches the kernel of partials.
+    """Adds logits to the partials of their rows.
 
     Args:
-        logits_MN: without the bias; rows a multiple of ALIGNMENT elements apart.
-        bias_N: its bias.
-        target_M: int64.
-        first: the target that column 0 is.
-        partials_3M: float32, contiguous; brought up to date in place.
-        tiling: how to compile.
+        logits_MN: logits without the bias; the row stride is a multiple of ALIGNMENT elements.
+        bias_N: bias of the logits.
+        target_M: targets, int64.
+        first: target of column 0.
+        partials_3M: float32, contiguous; updated in place.
+        tiling: how to compile the kernel.
     """
     stride = _stride(logits_MN)
     if len(logits_MN) == 0:
@@ -77,7 +77,7 @@ def gradient(
     d_loss_M: Tensor,
     tiling: LogitsTiling,
 ) -> Tensor:
-    """Launches the kernel of gradients, which writes them over the logits.
+    """Replaces logits by their gradients.
 
     Args:
         logits_MN: as in `partials`, like bias, target, first and tiling.
@@ -85,7 +85,7 @@ def gradient(
         d_loss_M: gradient of every row's loss, float32, contiguous.
 
     Returns:
-        Their sum over the rows, (N,) float32; no atomics, so it is the same every time.
+        The sum of the gradients over the rows, (N,) float32; without atomics, so it is deterministic.
     """
     (num_rows, width), stride = logits_MN.shape, _stride(logits_MN)
     assert all(x.is_contiguous() for x in (target_M, lse_M, d_loss_M)), "linear_cross_entropy: rows are not contiguous"
@@ -116,7 +116,7 @@ def gradient(
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """The kernels as `ahead_of_time` compiles them: one for all sizes, which are no constants."""
+    """Returns the variants for ahead-of-time compilation; sizes are not constexpr, so one variant serves all."""
     result = []
     for element, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
         tiling = choose_tiling(dtype)

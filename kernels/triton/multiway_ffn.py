@@ -1,21 +1,18 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Triton kernels of the multiway linear layers and of the multiway FFN's products: one launch for all experts.
+"""Triton kernels of the multiway linear layers and the multiway FFN: one launch for all experts."""
 
-They were interpreted on the CPU and compiled ahead of time, but never run on a GPU.
-"""
-
-# T packed rows; a product sums over K columns and makes N. A program makes one tile of ROWS x COLUMNS of the result and
-# sums over steps of DEPTH.
+# T packed rows; a product sums over K columns and has N columns. A program computes one ROWS x COLUMNS tile of the
+# result and sums in steps of DEPTH.
 #
-# Experts own ascending ranges of rows, [0, stop_0), [stop_0, stop_1) and [stop_1, stop_2); one that is not there owns
-# none. A tile belongs to one expert, whose parameters the program picks from three pointers: no table is sent to the
-# device, weights are never concatenated, and a pointer that was an argument is known to be aligned. Rows after the last
-# of a tile are read as the last again: such a load needs no mask.
+# Experts own ascending row ranges, [0, stop_0), [stop_0, stop_1) and [stop_1, stop_2); an absent expert has no rows. A
+# tile belongs to one expert, whose parameters the program selects from three pointers: no table is sent to the device,
+# weights are never concatenated, and pointers that are arguments are known to be aligned. Beyond the last row of a tile
+# that row is read again, which needs no mask.
 #
-# Widths are constants of the compilation, so that the compiler sees how rows are aligned, and masks columns only where
-# the width is no multiple of the tile's. Offsets between tiles are 64 bits wide, those inside of one 32.
+# Widths are compile-time constants: so the compiler knows the alignment of rows, and masks columns only if the width is
+# no multiple of the tile's. Offsets between tiles have 64 bits, those within a tile 32.
 #
-# float32 is multiplied as it is ("ieee"), on no tensor core; half precision ignores the setting.
+# float32 is multiplied exactly ("ieee"), not on tensor cores; half precision ignores the setting.
 
 import triton
 import triton.language as tl
@@ -25,13 +22,13 @@ SQRT_HALF = tl.constexpr(0.5**0.5)
 
 @triton.jit
 def select_expert(expert, of_0, of_1, of_2):
-    """One of three pointers or numbers."""
+    """Returns one of three pointers or numbers."""
     return tl.where(expert == 0, of_0, tl.where(expert == 1, of_1, of_2))
 
 
 @triton.jit
 def find_row_tile(tile, stop_0, stop_1, stop_2, ROWS: tl.constexpr):
-    """Expert of a tile of at most ROWS rows, its first row, and the row after its last."""
+    """Returns the expert, first row and stop of a tile of at most ROWS rows."""
     tiles_0 = tl.cdiv(stop_0, ROWS)
     tiles_1 = tiles_0 + tl.cdiv(stop_1 - stop_0, ROWS)
     expert = (tile >= tiles_0).to(tl.int32) + (tile >= tiles_1).to(tl.int32)
@@ -42,13 +39,13 @@ def find_row_tile(tile, stop_0, stop_1, stop_2, ROWS: tl.constexpr):
 
 @triton.jit
 def gelu(x):
-    """The exact GELU, with erf, in float32."""
+    """Computes the exact (erf) GELU in float32."""
     return x * 0.5 * (1 + tl.erf(x * SQRT_HALF))
 
 
 @triton.jit
 def _order(program, num_row_tiles, num_column_tiles, GROUP: tl.constexpr):
-    """Row and column tile of a program: GROUP row tiles go through all columns together, and share weights in L2."""
+    """Returns row and column tile of a program: GROUP row tiles share the weights of each column tile in L2."""
     first = program // (GROUP * num_column_tiles) * GROUP
     size = tl.minimum(num_row_tiles - first, GROUP)
     within = program % (GROUP * num_column_tiles)
@@ -57,7 +54,7 @@ def _order(program, num_row_tiles, num_column_tiles, GROUP: tl.constexpr):
 
 @triton.jit
 def _place(stop_0, stop_1, stop_2, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
-    """What a program makes: expert, first row, number of rows, column tile."""
+    """Returns a program's expert, first row, number of rows and column tile."""
     num_row_tiles = tl.cdiv(stop_0, ROWS) + tl.cdiv(stop_1 - stop_0, ROWS) + tl.cdiv(stop_2 - stop_1, ROWS)
     row_tile, column_tile = _order(tl.program_id(0), num_row_tiles, tl.cdiv(N, COLUMNS), GROUP)
     expert, first, stop = find_row_tile(row_tile, stop_0, stop_1, stop_2, ROWS)
@@ -66,7 +63,7 @@ def _place(stop_0, stop_1, stop_2, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS:
 
 @triton.jit
 def _load(pointers, present, WHOLE: tl.constexpr):
-    """Values, 0 where they are not present; without a mask if the whole block is known to be."""
+    """Loads values, 0 where they are absent; loads without a mask if the whole block is known to be present."""
     if WHOLE:
         return tl.load(pointers)
     return tl.load(pointers, mask=present, other=0.0)
@@ -89,7 +86,7 @@ def _product(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """x[rows] @ w[columns].T of a tile; with NORM, of x layer-normalised and rounded to its dtype."""
+    """Computes x[rows] @ w[columns].T of a tile; with NORM x is layer-normalised and rounded to its dtype first."""
     whole: tl.constexpr = K % DEPTH == 0
     x_pointers = x_ptr + rows[:, None] * K
     w_pointers = w_ptr + tl.minimum(columns, N - 1)[None, :] * K
@@ -140,7 +137,7 @@ def projection_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """y = residual + factor * (LN(x) @ w.T + b), each part but the product only if its flag is set."""
+    """Computes y = residual + factor * (LN(x) @ w.T + b); all parts but the product depend on their flags."""
     expert, first, num_rows, column_tile = _place(stop_0, stop_1, stop_2, N, ROWS, COLUMNS, GROUP)
     within = tl.arange(0, ROWS)
     rows = tl.minimum(within, num_rows - 1)
@@ -204,9 +201,10 @@ def up_projection_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """u = x @ w.T + b and a = gelu(u); mean and sum of squared deviations of a's rows in each column tile, (tiles, T).
+    """Computes u = x @ w.T + b, a = gelu(u), and statistics of a's rows in each column tile.
 
-    The GELU is that of the u that is stored, and the statistics those of the a that is.
+    The statistics are mean and sum of squared deviations, (tiles, T). The GELU is computed from u as stored, and the
+    statistics from a as stored.
     """
     expert, first, num_rows, column_tile = _place(stop_0, stop_1, stop_2, N, ROWS, COLUMNS, GROUP)
     within = tl.arange(0, ROWS)
@@ -222,7 +220,7 @@ def up_projection_kernel(
     present = real_rows[:, None] & real_columns[None, :]
     u = u.to(u_ptr.dtype.element_ty)
     a = gelu(u.to(tl.float32)).to(a_ptr.dtype.element_ty)
-    # a before u: had u been laid out for its store, the compiler would compute erf in both layouts, and spill.
+    # a is stored before u: otherwise the compiler computes erf in two layouts, and spills.
     tl.store(a_ptr + first * N + offsets, a, mask=present)
     tl.store(u_ptr + first * N + offsets, u, mask=present)
     if STATISTICS:
@@ -257,7 +255,7 @@ def input_gradient_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """dx = factor * dy @ w: dy has K columns, dx has N, a weight is (K, N)."""
+    """Computes dx = factor * dy @ w; dy has K columns, dx has N, a weight is (K, N)."""
     expert, first, num_rows, column_tile = _place(stop_0, stop_1, stop_2, N, ROWS, COLUMNS, GROUP)
     within = tl.arange(0, ROWS)
     rows = tl.minimum(within, num_rows - 1)
@@ -295,9 +293,9 @@ def _transposed_product(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """(factor * dy)[start:stop].T @ x[start:stop] of a tile, and with SUMS the column sums of factor * dy, 16 times.
+    """Computes (factor * dy)[start:stop].T @ x[start:stop] of a tile, and with SUMS column sums of factor * dy.
 
-    The sums are a product with ones: so dy need not pass through registers.
+    The sums, in 16 equal columns, are a product with ones: so dy need not pass through registers.
     """
     product = tl.zeros([ROWS, COLUMNS], tl.float32)
     sums = tl.zeros([ROWS, 16], tl.float32)
@@ -305,7 +303,7 @@ def _transposed_product(
         within = tl.arange(0, DEPTH)
         real = within < stop - begin
         first = tl.cast(begin, tl.int64)
-        # Loaded as it is multiplied: a tile that was transposed after its load would not be copied asynchronously.
+        # Loaded transposed: a tile that is transposed after its load would not be copied asynchronously.
         dy_pointers = dy_ptr + first * OUT + within[None, :] * OUT + out_columns[:, None]
         x_pointers = x_ptr + first * IN + within[:, None] * IN + in_columns[None, :]
         if OUT % ROWS == 0:
@@ -349,9 +347,9 @@ def weight_gradient_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """dw = (factor * dy).T @ x, (OUT, IN), and with BIAS db, the column sums of factor * dy, over an expert's rows.
+    """Computes dw = (factor * dy).T @ x, (OUT, IN), and with BIAS db, the column sums of factor * dy.
 
-    A program sums over all of them, so the result is the same every time; an expert without rows gets zeros.
+    A program sums over all rows of an expert, so the result is deterministic; an expert without rows gets zeros.
     """
     row_tiles: tl.constexpr = (OUT + ROWS - 1) // ROWS
     column_tiles: tl.constexpr = (IN + COLUMNS - 1) // COLUMNS

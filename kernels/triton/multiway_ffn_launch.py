@@ -1,4 +1,4 @@
-"""Launching of the multiway FFN's products: tiles by architecture, tuning, and variants compiled ahead of time."""
+"""Launches the multiway FFN's kernels: tiles per architecture, tuning, and variants for ahead-of-time compilation."""
 
 # T packed rows, D hidden, F ffn hidden (or any other two widths).
 
@@ -32,15 +32,15 @@ class MatmulTiles(NamedTuple):
     """How a kernel with a product is compiled."""
 
     rows: int
-    """Of the result that one program makes."""
+    """Rows of a program's tile of the result."""
     columns: int
-    """Of the result that one program makes."""
+    """Columns of a program's tile of the result."""
     depth: int
-    """Of the sum that one step of the loop takes."""
+    """Terms of the sum per step of the loop."""
     num_warps: int
-    """Warps of a program."""
+    """Warps per program."""
     num_stages: int
-    """Steps of the loop whose loads are in flight together."""
+    """Steps of the loop whose loads overlap."""
 
 
 GROUP = 8
@@ -48,18 +48,18 @@ GROUP = 8
 
 
 def choose_tiles(kernel: Any, architecture: int, dtype: torch.dtype) -> list[MatmulTiles]:
-    """MatmulTiles that compile without spilled registers (budgets.json), from which a device chooses the fastest.
+    """Returns tiles that compile without spilled registers (budgets.json), among which a device selects the fastest.
 
-    The first are taken where there is no device to measure on; none was ever measured.
+    Without a device the first are used.
 
     Args:
-        kernel: one of `multiway_ffn_triton`.
+        kernel: a kernel of multiway_ffn.py.
         architecture: 80, 90 or 100 (`architecture_of`).
-        dtype: of the operands. float32 is multiplied as it is, on no tensor core, for the results to be float32's.
+        dtype: dtype of the operands. float32 is multiplied exactly, not on tensor cores.
     """
     if dtype == torch.float32:
         return [MatmulTiles(64, 64, 32, 4, 2)]
-    if kernel is up_projection_kernel:  # its statistics have a place for each column tile: that stays 128 wide
+    if kernel is up_projection_kernel:  # its statistics have one slot per column tile, so all tiles are 128 wide
         return [MatmulTiles(128, 128, 64, 8, 3), MatmulTiles(128, 128, 64, 8, 2), MatmulTiles(64, 128, 64, 8, 3)]
     if kernel is weight_gradient_kernel and architecture == 80:
         return [MatmulTiles(128, 128, 32, 8, 4), MatmulTiles(128, 64, 32, 4, 4), MatmulTiles(64, 64, 64, 4, 3)]
@@ -75,10 +75,10 @@ def linear(x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequ
     """Applies each expert's linear layer to its own rows: y_TF = x_TD @ w_FD.T + b_F.
 
     Args:
-        x_TD: contiguous, as are all tensors of this file; bfloat16, float16 or float32, as are weights and biases.
+        x_TD: contiguous, like all tensors of this file; bfloat16, float16 or float32, like weights and biases.
         slices: row range of each expert.
-        weights: one (F, D) matrix an expert.
-        biases: one (F,) vector an expert; empty for none.
+        weights: one (F, D) matrix per expert.
+        biases: one (F,) vector per expert; empty for none.
     """
     return out_projection(x_TD, None, slices, weights, biases, None, None)
 
@@ -92,7 +92,7 @@ def out_projection(
     residual_TD: Tensor | None,
     factor_T: Tensor | None,
 ) -> Tensor:
-    """Returns y_TD = residual + factor * (LN(a) @ w_DF.T + b); the norm is applied on the way into the product.
+    """Computes y_TD = residual + factor * (LN(a) @ w_DF.T + b), with the norm inside the product's kernel.
 
     Args:
         a_TF: rows.
@@ -100,8 +100,8 @@ def out_projection(
         slices: row range of each expert.
         weights: one (D, F) matrix per expert.
         biases: one (D,) vector per expert; empty for none.
-        residual_TD: stream that is added last and gives y its dtype, or None.
-        factor_T: drop-path's factor of each row, of any floating dtype, or None.
+        residual_TD: stream to add, which gives y its dtype, or None.
+        factor_T: drop-path factor of each row, of any floating dtype, or None.
     """
     y_TD = (a_TF if residual_TD is None else residual_TD).new_empty(a_TF.shape[0], weights[0].shape[0])
     mean_T, rstd_T, scales, shifts = norm or (a_TF, a_TF, (a_TF,), (a_TF,))
@@ -126,18 +126,18 @@ def out_projection(
 def up_projection(
     h_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor], with_statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Each expert's first linear layer, the exact GELU and the statistics of the sub-LN that follows.
+    """Computes each expert's first linear layer, the exact GELU and the statistics of the sub-LN that follows.
 
     Args:
         h_TD: rows.
         slices: row range of each expert.
-        weights: one (F, D) matrix an expert.
-        biases: one (F,) vector an expert; empty for none.
+        weights: one (F, D) matrix per expert.
+        biases: one (F,) vector per expert; empty for none.
         with_statistics: whether a sub-LN follows.
 
     Returns:
-        u_TF = h @ w.T + b, a_TF = gelu(u_TF), and of a's rows mean_T and squares_T, the sum of squared deviations from
-        the mean, float32; these two are empty without statistics.
+        u_TF = h @ w.T + b, a_TF = gelu(u_TF), and mean_T and squares_T of a's rows, float32; squares_T is the sum of
+        squared deviations from the mean. The last two are empty without statistics.
     """
     (num_rows, width), out_width = h_TD.shape, weights[0].shape[0]
     u_TF = h_TD.new_empty(num_rows, out_width)
@@ -154,13 +154,13 @@ def up_projection(
 
 
 def input_gradient(dy_TD: Tensor, factor_T: Tensor | None, slices: Slices, weights: Sequence[Tensor]) -> Tensor:
-    """Returns dx_TF = factor * dy_TD @ w_DF, the gradient of a linear layer's rows.
+    """Computes dx_TF = factor * dy_TD @ w_DF, the gradient of a linear layer's input.
 
     Args:
         dy_TD: gradient of the layer's output.
         factor_T: factor of each row, or None.
         slices: row range of each expert.
-        weights: one (D, F) matrix an expert.
+        weights: one (D, F) matrix per expert.
     """
     dx_TF = dy_TD.new_empty(dy_TD.shape[0], weights[0].shape[1])
     tensors = (dy_TD, dy_TD if factor_T is None else factor_T, *build_parameters(weights), dx_TF)
@@ -172,7 +172,9 @@ def input_gradient(dy_TD: Tensor, factor_T: Tensor | None, slices: Slices, weigh
 def weight_gradient(
     dy_TD: Tensor, factor_T: Tensor | None, x_TF: Tensor, slices: Slices, with_bias: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Each expert's dw_DF = (factor * dy)[rows].T @ x[rows], and db_D, the sum of (factor * dy)[rows]; always the same.
+    """Computes each expert's dw_DF = (factor * dy)[rows].T @ x[rows] and db_D, the sum of (factor * dy)[rows].
+
+    The results are deterministic.
 
     Args:
         dy_TD: gradient of a linear layer's output.
@@ -182,7 +184,7 @@ def weight_gradient(
         with_bias: whether to return db.
 
     Returns:
-        dw and db of each expert; db is an empty list if it is not asked for.
+        dw and db of each expert; without `with_bias` db is an empty list.
     """
     out_width, in_width = dy_TD.shape[1], x_TF.shape[1]
     d_weights = [dy_TD.new_empty(out_width, in_width) for _ in slices]
@@ -199,9 +201,10 @@ def weight_gradient(
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """The kernels as `ahead_of_time` compiles them: for base, large and giant, and with all tiles for giant's FFN.
+    """Returns the variants for ahead-of-time compilation: of base, large and giant, and all tiles of giant's FFN.
 
-    The default tests compile a few of giant's with their first tiles: the up projection everywhere, others for sm_90.
+    The default tests compile a few of giant's with their first tiles: the up projection for all architectures, others
+    for sm_90.
     """
     result = []
     for element, hidden, ffn_hidden in (
@@ -227,12 +230,12 @@ def variants(architecture: int) -> list[KernelVariant]:
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _COMMON = ("out_projection", "weight_gradient")
 _FLOAT32_STREAM = ("residual_ptr", "factor_ptr", "y_ptr")
-"""Arguments of the projection that are float32 if the residual stream is."""
+"""Arguments of the projection that have the dtype of a float32 residual stream."""
 _STATISTICS = ("mean_ptr", "rstd_ptr", "means_ptr", "squares_ptr")
 
 
 def _build_cases(hidden: int, ffn_hidden: int) -> list[tuple[str, Any, dict[str, int]]]:
-    """Kernels and constants of a block: attention's projections, the FFN's, and the gradients of these."""
+    """Returns kernels and constants of a block: attention's projections, the FFN's, and their gradients."""
     plain = {"NORM": False, "RESIDUAL": False, "FACTOR": False}
     whole = dict.fromkeys(("BIAS", "NORM", "RESIDUAL", "FACTOR"), True)
     return [
@@ -275,7 +278,7 @@ def _build_variant(
 def _launch_rows(
     kernel: Any, tensors: tuple[Tensor, ...], slices: Slices, out_width: int, in_width: int, flags: dict[str, bool]
 ) -> None:
-    """Launches a kernel that makes rows of `out_width` columns."""
+    """Launches a kernel whose result has rows of `out_width` columns."""
     if not slices or slices[-1][1] == 0:
         return
 
@@ -305,13 +308,13 @@ def _launch(
 
 
 def _is_tuned(device: torch.device) -> bool:
-    """Without a device kernels can only be interpreted."""
+    """Returns whether to tune for a device; without one, kernels can only be interpreted."""
     return device.type == "cuda"
 
 
 @lru_cache
 def _tuned(kernel: Any, choices: tuple[MatmulTiles, ...]) -> Any:
-    """The kernel with the tiles that are fastest on this device for its widths, found at their first launch."""
+    """Returns the kernel with tuning: its first launch for given widths selects the fastest tiles."""
     key = [name for name in ("N", "K", "OUT", "IN", "BIAS", "NORM", "FACTOR") if name in kernel.arg_names]
     return triton.autotune([_build_config(tiles) for tiles in choices], key=key)(kernel)
 

@@ -1,14 +1,11 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Triton kernels of the multiway LayerNorm, forward and backward.
-
-They were interpreted on the CPU and compiled ahead of time, but never run on a GPU.
-"""
+"""Triton kernels of the multiway LayerNorm, forward and backward."""
 
 # T packed rows, D width, P programs.
 #
-# A program works on consecutive rows of one expert (`expert_rows_triton`), one row at a time, whole, in registers; the
-# expert's parameters stay there, and the next rows are on their way while one is worked on. D is a constant of the
-# compilation, so that the compiler sees how rows are aligned and takes 128 bits at a time.
+# A program works on consecutive rows of one expert (expert_rows.py), one row at a time. The row and the expert's
+# parameters are in registers, and the next rows are loaded meanwhile. D is a compile-time constant: so the compiler
+# knows the alignment of rows and accesses 128 bits at a time.
 
 import triton
 import triton.language as tl
@@ -36,7 +33,7 @@ def forward_kernel(
     STAGES: tl.constexpr,
     EPSILON: tl.constexpr,
 ):
-    """h of one program's rows and their statistics: means, then 1 / deviations, (2, T) float32."""
+    """Computes h of one program's rows and their statistics: means, then 1 / deviations, (2, T) float32."""
     expert, start, stop = rows_of(tl.program_id(0), rows, stop_0, stop_1, stop_2)
     w = load_of_expert(expert, w_0_ptr, w_1_ptr, w_2_ptr, D, BLOCK)
     b = load_of_expert(expert, b_0_ptr, b_1_ptr, b_2_ptr, D, BLOCK)
@@ -75,7 +72,7 @@ def backward_kernel(
     STAGES: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
-    """dx of one program's rows, and their part of the scale's and the shift's gradients, (2, P, D) float32."""
+    """Computes dx of one program's rows, and their parts of the scale's and shift's gradients, (2, P, D) float32."""
     program = tl.program_id(0)
     expert, start, stop = rows_of(program, rows, stop_0, stop_1, stop_2)
     w = load_of_expert(expert, w_0_ptr, w_1_ptr, w_2_ptr, D, BLOCK)

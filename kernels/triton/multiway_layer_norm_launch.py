@@ -1,4 +1,4 @@
-"""Launching of the LayerNorm kernels: their arguments, and the variants that are compiled ahead of time."""
+"""Launches the LayerNorm kernels and lists their variants for ahead-of-time compilation."""
 
 # T packed rows, D width, E experts, P programs.
 
@@ -28,15 +28,15 @@ def forward(
     epsilon: float,
     tiling: RowTiling,
 ) -> tuple[Tensor, Tensor]:
-    """Launches the forward kernel.
+    """Normalises rows.
 
     Args:
-        x_TD: contiguous; float32, or of the parameters' dtype.
-        stops: where each expert's rows end.
+        x_TD: contiguous rows, of float32 or the parameters' dtype.
+        stops: stop of each expert's rows.
         weights: (D,) per expert; h gets their dtype.
         biases: (D,) per expert.
         epsilon: added to the variance.
-        tiling: how to compile.
+        tiling: how to compile the kernel.
 
     Returns:
         h_TD; the mean of every row and 1 / its deviation, (2, T) float32.
@@ -70,12 +70,12 @@ def backward(
     weights: Sequence[Tensor],
     tiling: RowTiling,
 ) -> tuple[Tensor, Tensor]:
-    """Launches the backward kernel and the sums over programs; no atomics, so the result is the same every time.
+    """Launches the backward kernel and the sums over programs; without atomics, so the result is deterministic.
 
     Args:
         dh_TD: contiguous gradient of h.
         d_residual_TD: contiguous gradient of the stream that was passed through, added to dx; None for none.
-        x_TD: as in `forward`, like the rest.
+        x_TD: as in `forward`, like the remaining arguments.
 
     Returns:
         dx_TD; the gradients of the scales and of the shifts, (2, E, D) of the scales' dtype.
@@ -104,7 +104,7 @@ def backward(
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """The kernels as `ahead_of_time` compiles them: widths of the stream and of the feed-forward's sub-LN."""
+    """Returns the variants for ahead-of-time compilation: widths of the stream and of the FFN's sub-LN."""
     cases = [("bf16", width) for width in (768, 1024, 1408, 3072, 4096, 6144)]
     cases += [("fp16", 768), ("fp16", 1024), ("fp16", 1408), ("fp16", 6144), ("fp32", 768), ("fp32", 6144)]
     # A float32 residual stream has float32 rows and gradients; h and the parameters are narrower.

@@ -1,21 +1,18 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Triton kernels of packed attention, forward and backward.
-
-They were interpreted on the CPU and compiled ahead of time, but never run on a GPU.
-"""
+"""Triton kernels of packed attention, forward and backward."""
 
 # T packed rows, H heads, K head width, Q sequences, N tiles of TILE positions.
 #
-# A sequence's rows are numbered 0, 1, ... through its first and then its second range: its positions. A program works
-# on one tile of positions of one head and loops over blocks of the sequence's other positions; a tile may begin in the
-# first range and end in the second, so ranges cost no extra tile. Every position becomes a row when it is loaded or
-# stored; nothing is ever permuted.
+# Positions number a sequence's rows 0, 1, ... through its first and then its second range. A program works on one tile
+# of positions of one head and loops over blocks of all positions of the sequence. A tile may begin in the first range
+# and end in the second, so ranges need no extra tile. Positions become rows when they are loaded or stored; nothing is
+# ever permuted.
 #
-# A head is computed in column blocks A and B, powers of two that cover K: 88 columns as 64 + 32, not as 128. H and K
-# are constants of the compilation, so that the compiler sees how rows are aligned; with strides that it did not know it
-# neither vectorised nor pipelined the loads, and spilled.
+# A head is computed in column blocks A and B, powers of two that cover K: 88 columns as 64 + 32, not as 128. H and K are
+# compile-time constants: so the compiler knows the alignment of rows. With unknown strides it neither vectorised nor
+# pipelined the loads, and spilled.
 #
-# float32 is multiplied as it is ("ieee"), on no tensor core; half precision ignores the setting.
+# float32 is multiplied exactly ("ieee"), not on tensor cores; half precision ignores the setting.
 
 import math
 
@@ -28,8 +25,9 @@ LN2 = tl.constexpr(math.log(2.0))
 
 @triton.jit
 def _sequence_of(tile, sequences_ptr, tiles_ptr):
-    """First position of a tile; its sequence: start and length of range 1, what makes rows of range 2's positions, and
-    the length of both.
+    """Returns a tile's first position and its sequence.
+
+    The sequence is start and length of range 1, the offset from positions to rows in range 2, and the total length.
     """
     sequence = tl.load(tiles_ptr + 2 * tile)
     first = tl.load(tiles_ptr + 2 * tile + 1)
@@ -53,7 +51,7 @@ def _column_block(x_ptr, rows, FIRST: tl.constexpr, WIDTH: tl.constexpr, K: tl.c
 
 @triton.jit
 def _load(x_ptr, rows, real, A: tl.constexpr, B: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr):
-    """Columns of a head in blocks A and B, 0 where a row is not real; without a block B, block A twice."""
+    """Loads a head's columns in blocks A and B, 0 where a row is not real; without a block B returns block A twice."""
     pointers, columns = _column_block(x_ptr, rows, 0, A, K, STRIDE)
     block_a = tl.load(pointers, mask=real[:, None] & columns, other=0.0)
     block_b = block_a
@@ -74,7 +72,7 @@ def _store(x_ptr, rows, real, x_a, x_b, A: tl.constexpr, B: tl.constexpr, K: tl.
 
 @triton.jit
 def _product(x_a, x_b, y_a, y_b, B: tl.constexpr):
-    """x @ y.T over all columns."""
+    """Computes x @ y.T over all columns."""
     product = tl.dot(x_a, tl.trans(y_a), input_precision="ieee")
     if B > 0:
         product = tl.dot(x_b, tl.trans(y_b), product, input_precision="ieee")
@@ -92,7 +90,7 @@ def _zeros(TILE: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
 
 @triton.jit
 def _add_product(x, y_a, y_b, sum_a, sum_b, B: tl.constexpr):
-    """sum + x @ y; a block B that is not there stays as it is."""
+    """Computes sum + x @ y; an absent block B is returned unchanged."""
     sum_a = tl.dot(x, y_a, sum_a, input_precision="ieee")
     if B > 0:
         sum_b = tl.dot(x, y_b, sum_b, input_precision="ieee")
@@ -101,7 +99,7 @@ def _add_product(x, y_a, y_b, sum_a, sum_b, B: tl.constexpr):
 
 @triton.jit
 def _visible(queries, keys, length_1, total, CAPTIONS: tl.constexpr):
-    """Whether a query sees a key. A sequence of one range has only queries below length_1, so it is bidirectional."""
+    """Returns whether a query sees a key; with one range all queries are below length_1, so it is bidirectional."""
     if CAPTIONS:
         return keys < tl.maximum(length_1, queries + 1)
     return (keys < total) & (queries >= 0)
@@ -126,7 +124,7 @@ def forward_kernel(
     CAPTIONS: tl.constexpr,
     SCALE: tl.constexpr,
 ):
-    """y and the log-sum-exp of one tile of queries: online softmax over blocks of keys."""
+    """Computes y and log-sum-exp of one tile of queries, by an online softmax over blocks of keys."""
     head = tl.program_id(1)
     first, start_1, length_1, offset_2, total = _sequence_of(tl.program_id(0), sequences_ptr, tiles_ptr)
     queries = first + tl.arange(0, TILE)
@@ -179,7 +177,7 @@ def query_gradient_kernel(
     CAPTIONS: tl.constexpr,
     SCALE: tl.constexpr,
 ):
-    """dq of one tile of queries, and their delta = sum(dy * y), which `key_value_gradient_kernel` needs."""
+    """Computes dq of one tile of queries, and delta = sum(dy * y), which `key_value_gradient_kernel` needs."""
     head = tl.program_id(1)
     first, start_1, length_1, offset_2, total = _sequence_of(tl.program_id(0), sequences_ptr, tiles_ptr)
     queries = first + tl.arange(0, TILE)
@@ -235,7 +233,7 @@ def key_value_gradient_kernel(
     CAPTIONS: tl.constexpr,
     SCALE: tl.constexpr,
 ):
-    """dk and dv of one tile of keys, which stand in the rows of all products: scores[key, query]."""
+    """Computes dk and dv of one tile of keys, which are the rows of all products: scores[key, query]."""
     head = tl.program_id(1)
     first, start_1, length_1, offset_2, total = _sequence_of(tl.program_id(0), sequences_ptr, tiles_ptr)
     keys = first + tl.arange(0, TILE)

@@ -1,4 +1,4 @@
-"""Launching of the attention kernels: tiles by architecture, and the variants that are compiled ahead of time."""
+"""Launches the attention kernels: tiles per architecture, tuning, and variants for ahead-of-time compilation."""
 
 # T packed rows, H heads, K head width, Q sequences, N tiles.
 
@@ -14,33 +14,33 @@ from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 
 
 class KernelConfig(NamedTuple):
-    """How one kernel is compiled."""
+    """How one of the kernels is compiled."""
 
     block: int
-    """Positions of the other side that one step of the loop takes."""
+    """Positions of the other side per step of the loop."""
     num_warps: int
-    """Warps of a program."""
+    """Warps per program."""
     num_stages: int
-    """Steps of the loop whose loads are in flight together."""
+    """Steps of the loop whose loads overlap."""
 
 
 class AttentionTiling(NamedTuple):
     """How the three kernels are compiled for one architecture, head width and dtype."""
 
     tile: int
-    """Positions of one program: queries, or keys in `key_value_gradient_kernel`."""
+    """Positions per program: queries, or keys in `key_value_gradient_kernel`."""
     forward: KernelConfig
     query_gradient: KernelConfig
     key_value_gradient: KernelConfig
 
 
 def choose_tiling(architecture: int, head_size: int, dtype: torch.dtype) -> AttentionTiling:
-    """Tiles that compile without spilled registers (budgets.json); their speed was never measured on a GPU.
+    """Returns tiles that compile without spilled registers (budgets.json).
 
     Args:
-        architecture: 80, 90 or 100 (sm_80: also what is like it, with at least 99 KB of shared memory a program).
+        architecture: 80, 90 or 100; 80 also for similar ones with at least 99 KB of shared memory per program.
         head_size: K, at most 128.
-        dtype: of q, k and v. float32 is multiplied as it is, on no tensor core, for the results to be float32's.
+        dtype: dtype of q, k and v. float32 is multiplied exactly, not on tensor cores.
     """
     if dtype == torch.float32:
         return AttentionTiling(32, KernelConfig(32, 8, 2), KernelConfig(16, 8, 2), KernelConfig(32, 8, 2))
@@ -53,7 +53,7 @@ def choose_tiling(architecture: int, head_size: int, dtype: torch.dtype) -> Atte
 
 
 def column_blocks(head_size: int) -> tuple[int, int]:
-    """Widths of blocks A and B: two powers of two, at least 16, that together are narrower than one, or one and 0."""
+    """Returns the widths of column blocks A and B, powers of two of at least 16; B is 0 if one block is no wider."""
     whole = max(16, triton.next_power_of_2(head_size))
     block_a = whole // 2
     block_b = max(16, triton.next_power_of_2(head_size - block_a))
@@ -69,14 +69,14 @@ def forward(
     tiling: AttentionTiling,
     causal_captions: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Launches the forward kernel.
+    """Computes attention.
 
     Args:
         q_THK: contiguous, like k_THK and v_THK.
         sequences_Q4: start and length of both ranges of every sequence, int32.
         tiles_N2: sequence and first position of every tile of `tiling.tile` positions, int32.
-        tiling: how to compile.
-        causal_captions: whether the second range is a caption under the causal mask.
+        tiling: how to compile the kernel.
+        causal_captions: whether the second range is a caption with a causal mask.
 
     Returns:
         y_THK and the log-sum-exp of every query's scaled scores, (H, T) float32. Rows of no sequence are undefined.
@@ -100,7 +100,7 @@ def backward(
     tiling: AttentionTiling,
     causal_captions: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches both backward kernels; no atomics, so the result is the same every time. Arguments as in `forward`."""
+    """Computes dq, dk and dv, with arguments as in `forward`; without atomics, so the result is deterministic."""
     dq_THK, dk_THK, dv_THK = torch.empty_like(q_THK), torch.empty_like(k_THK), torch.empty_like(v_THK)
     delta_HT = torch.empty_like(lse_HT)
     tensors = (q_THK, k_THK, v_THK, y_THK, dy_THK, lse_HT, delta_HT, dq_THK, sequences_Q4, tiles_N2)
@@ -111,7 +111,7 @@ def backward(
 
 
 def constants(num_heads: int, head_size: int, tile: int, block: int, causal_captions: bool) -> dict[str, Any]:
-    """What all three kernels are specialised on."""
+    """Returns the constexpr arguments of all three kernels."""
     block_a, block_b = column_blocks(head_size)
     return {
         "H": num_heads,
@@ -126,7 +126,7 @@ def constants(num_heads: int, head_size: int, tile: int, block: int, causal_capt
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """The kernels as `ahead_of_time` compiles them: giant's head width, the others' 64, and the widest."""
+    """Returns the variants for ahead-of-time compilation: head widths 88 (giant), 64 (others), 96 and 128."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     cases = [(bf16, 88, False), (bf16, 88, True), (bf16, 64, False), (bf16, 96, False), (bf16, 128, True)]
     cases += [(fp16, 88, False), (fp32, 88, True), (fp32, 128, False)]
@@ -178,13 +178,13 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...], tile: int, config: KernelC
 
 
 def _is_tuned(q_THK: Tensor) -> bool:
-    """Without a device kernels can only be interpreted."""
+    """Returns whether to tune for a device; without one, kernels can only be interpreted."""
     return q_THK.is_cuda
 
 
 @lru_cache
 def _tuned(kernel: Any, config: KernelConfig) -> Any:
-    """The kernel with the number of stages that is fastest on this device; the block stays, and with it the result."""
+    """Returns the kernel with tuning of its number of stages; the block size is fixed, so results do not depend on it."""
     block, warps, stages = config
     configs = [triton.Config({"BLOCK": block}, num_warps=warps, num_stages=n) for n in (stages - 1, stages, stages + 1)]
     return triton.autotune(configs, key=["H", "K", "CAPTIONS", "TILE"])(kernel)

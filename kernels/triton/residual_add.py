@@ -1,10 +1,7 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Triton kernels that add a branch to the residual stream, forward and backward.
+"""Triton kernels that add a branch to the residual stream, forward and backward."""
 
-They were interpreted on the CPU and compiled ahead of time, but never run on a GPU.
-"""
-
-# T packed rows, D width, P programs; programs and rows as in `expert_rows_triton`.
+# T packed rows, D width, P programs; expert_rows.py says which rows a program works on.
 
 import triton
 import triton.language as tl
@@ -30,7 +27,7 @@ def forward_kernel(
     STAGES: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
-    """y of one program's rows; without FACTOR all factors are 1."""
+    """Computes y of one program's rows; without FACTOR all factors are 1."""
     expert, start, stop = rows_of(tl.program_id(0), rows, stop_0, stop_1, stop_2)
     b = load_of_expert(expert, b_0_ptr, b_1_ptr, b_2_ptr, D, BLOCK)
     columns = tl.arange(0, BLOCK)
@@ -59,7 +56,7 @@ def backward_kernel(
     STAGES: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
-    """Gradient of one program's partial rows and the sum of them, (P, D) float32; without FACTOR the sum alone."""
+    """Computes the gradient of one program's partial rows and its sum, (P, D) float32; without FACTOR the sum alone."""
     program = tl.program_id(0)
     _, start, stop = rows_of(program, rows, stop_0, stop_1, stop_2)
     columns = tl.arange(0, BLOCK)

@@ -1,4 +1,4 @@
-"""Launching of the kernels that add a branch, and the variants that are compiled ahead of time."""
+"""Launches the kernels that add a branch and lists their variants for ahead-of-time compilation."""
 
 # T packed rows, D width, E experts, P programs.
 
@@ -28,18 +28,15 @@ def forward(
     factor_T: Tensor | None,
     tiling: RowTiling,
 ) -> Tensor:
-    """Launches the forward kernel.
+    """Returns y_TD = residual + factor * (partial + bias).
 
     Args:
         residual_TD: contiguous.
         partial_TD: contiguous.
-        stops: where each expert's rows end.
-        biases: (D,) an expert.
+        stops: stop of each expert's rows.
+        biases: (D,) per expert.
         factor_T: contiguous, or None.
-        tiling: how to compile.
-
-    Returns:
-        y_TD.
+        tiling: how to compile the kernel.
     """
     y_TD = torch.empty_like(residual_TD)
     programs = deal_rows(stops, tiling.forward_programs)
@@ -63,14 +60,14 @@ def forward(
 def backward(
     dy_TD: Tensor, stops: Sequence[int], factor_T: Tensor | None, tiling: RowTiling, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Launches the backward kernel and the sums over programs; no atomics, so the result is the same every time.
+    """Launches the backward kernel and the sums over programs; without atomics, so the result is deterministic.
 
     Args:
-        dy_TD: contiguous; as in `forward`, like the rest.
-        stops: where each expert's rows end.
+        dy_TD: contiguous gradient of y.
+        stops: stop of each expert's rows.
         factor_T: contiguous, or None.
-        tiling: how to compile.
-        dtype: of the results, which is the branch's.
+        tiling: how to compile the kernel.
+        dtype: dtype of the branch and of the results.
 
     Returns:
         d_partial_TD, without rows if all factors are 1; the gradients of the biases, (E, D).
@@ -95,7 +92,7 @@ def backward(
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """The kernels as `ahead_of_time` compiles them: widths of the stream."""
+    """Returns the variants for ahead-of-time compilation, for the widths of the stream."""
     cases = [
         ("bf16", 768),
         ("bf16", 1024),

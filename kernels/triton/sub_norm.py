@@ -1,14 +1,11 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Triton kernels of the sub-LayerNorms (Magneto, arXiv:2210.06423), row by row: statistics, operands and gradients.
-
-They were interpreted on the CPU and compiled ahead of time, but never run on a GPU.
-"""
+"""Triton kernels of the sub-LayerNorms (Magneto, arXiv:2210.06423): statistics, normalised rows and gradients."""
 
 # T packed rows, N columns; a program works on blocks of ROWS x COLUMNS of one expert's rows (`find_row_tile`).
 #
 # The norm is xhat * scale + shift with xhat = (a - mean) * rstd, where a is x or gelu(x), rounded to x's dtype as the
-# forward pass stored it. Where tensor-parallel ranks hold a part of the columns each, the mean and rstd are those of
-# the whole row. Everything is computed in float32. Sums have a fixed order, so results are the same every time.
+# forward pass stored it. If tensor-parallel ranks divide the columns, mean and rstd are those of the whole row.
+# Everything is computed in float32. Sums have a fixed order, so results are deterministic.
 
 import triton
 import triton.language as tl
@@ -20,7 +17,7 @@ INVERSE_SQRT_2_PI = tl.constexpr(0.3989422804014327)
 
 @triton.jit
 def _activate(x, GELU: tl.constexpr):
-    """The activations a in float32, of x as it was loaded."""
+    """Returns the activations a in float32, given x as it was loaded."""
     if GELU:
         return gelu(x.to(tl.float32)).to(x.dtype).to(tl.float32)
     return x.to(tl.float32)
@@ -28,7 +25,7 @@ def _activate(x, GELU: tl.constexpr):
 
 @triton.jit
 def _place(stop_0, stop_1, stop_2, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Expert, first row and offsets in rows of N columns of a program's block; which of its rows and columns exist."""
+    """Returns the expert, first row, rows and columns of a program's block, and which of these exist."""
     expert, first, stop = find_row_tile(tl.program_id(0), stop_0, stop_1, stop_2, ROWS)
     rows = tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -43,7 +40,7 @@ def _column_values(expert, of_0_ptr, of_1_ptr, of_2_ptr, columns, real_columns):
 
 @triton.jit
 def row_statistics_kernel(y_ptr, mean_ptr, squares_ptr, N: tl.constexpr, BLOCK: tl.constexpr):
-    """Mean and sum of squared deviations of one row, which stays in registers: a program reads it once."""
+    """Computes mean and sum of squared deviations of one row, which is read once and stays in registers."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     y = tl.load(y_ptr + row * N + columns, mask=columns < N, other=0.0).to(tl.float32)
@@ -64,10 +61,10 @@ def combine_statistics_kernel(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Statistics of rows of N columns from those of their tiles of COLUMNS columns, (tiles, T) each.
+    """Combines statistics of column tiles, (tiles, T) each, into those of whole rows of N columns.
 
-    A row's squared deviations are its tiles' own and those of the tiles' means from the row's (Chan et al., 1979):
-    nothing large is subtracted.
+    A row's squared deviations are those within its tiles plus those of the tiles' means from the row's mean (Chan et
+    al., 1979): no large numbers are subtracted.
     """
     tiles: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -107,7 +104,7 @@ def normalize_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """n = LN(a), or a without NORM: the operand of the weights' gradient, which the forward pass did not keep."""
+    """Computes n = LN(a), or a without NORM: an operand of the weights' gradient that the forward pass did not save."""
     expert, first, rows, real_rows, columns, real_columns = _place(stop_0, stop_1, stop_2, N, ROWS, COLUMNS)
     offsets = rows[:, None] * N + columns[None, :]
     present = real_rows[:, None] & real_columns[None, :]
@@ -141,9 +138,9 @@ def norm_gradient_sums_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Partial sums of one tile of SPAN rows and COLUMNS columns.
+    """Computes partial sums of one tile of SPAN rows and COLUMNS columns.
 
-    Of its rows, sums of dn * scale and dn * scale * xhat, (column tiles, 2, T); of its columns, sums of dn * xhat and
+    Row sums are those of dn * scale and dn * scale * xhat, (column tiles, 2, T). Column sums are those of dn * xhat and
     dn, (row tiles, 2, N).
     """
     expert, first, stop = find_row_tile(tl.program_id(0), stop_0, stop_1, stop_2, SPAN)
@@ -193,10 +190,10 @@ def norm_gradient_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """dx = da * gelu'(x) with da = rstd * (dn * scale - sums_0 / WIDTH - xhat * sums_1 / WIDTH), or dn without NORM.
+    """Computes dx = da * gelu'(x), da = rstd * (dn * scale - sums_0 / WIDTH - xhat * sums_1 / WIDTH).
 
-    WIDTH is that of whole rows, over all ranks, and so are the sums, (2, T). dx may be dn: a block is read before it is
-    written, by the same program.
+    Without NORM, da is dn. WIDTH and the sums, (2, T), are those of whole rows over all ranks. dx may be dn itself: the
+    program that writes a block has read it before.
     """
     expert, first, rows, real_rows, columns, real_columns = _place(stop_0, stop_1, stop_2, N, ROWS, COLUMNS)
     offsets = rows[:, None] * N + columns[None, :]

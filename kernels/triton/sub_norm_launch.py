@@ -1,6 +1,6 @@
-"""Launching of the sub-LayerNorms' kernels, row by row, and what all launches over experts' rows share."""
+"""Launches the sub-LayerNorms' kernels, and has what all launches over experts' row tiles share."""
 
-# T packed rows, F columns at hand (of rows that are wider, if tensor-parallel ranks divide them).
+# T packed rows, F columns of this rank (tensor-parallel ranks may divide a row).
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -20,13 +20,13 @@ from beit3_ds.kernels.triton.sub_norm import (
 from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 
 Slices = Sequence[tuple[int, int]]
-"""Row ranges [start, stop) in ascending order that cover the stream, one an expert; at most three."""
+"""Row ranges [start, stop), one per expert and at most three, in ascending order; together they cover the stream."""
 
 Norm = tuple[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]]
-"""A sub-LN: mean_T and rstd_T of whole rows, float32; each expert's scale_F and shift_F of the columns at hand."""
+"""A sub-LN: mean_T and rstd_T of whole rows, float32, and each expert's scale_F and shift_F of this rank's columns."""
 
 BLOCK = {"ROWS": 16, "COLUMNS": 128}
-"""What a program of 4 warps works on at a time: 16 values a thread, loaded 8 at a time."""
+"""Block of a program of 4 warps: 16 values per thread, loaded 8 at a time."""
 
 SPAN = 128
 """Rows over which one program sums the gradients of a norm's parameters."""
@@ -35,7 +35,7 @@ NUM_WARPS = 4
 
 
 def build_stops(slices: Slices) -> tuple[int, int, int]:
-    """The row after the last of three experts: those that are not there have no rows."""
+    """Returns the stops of three experts' rows; absent experts have no rows."""
     assert 1 <= len(slices) <= 3, f"multiway FFN: the kernels take one to three experts, not {len(slices)}"
     stops = [stop for _, stop in slices]
     first, second, third = stops + stops[-1:] * (3 - len(stops))
@@ -43,20 +43,20 @@ def build_stops(slices: Slices) -> tuple[int, int, int]:
 
 
 def build_parameters(parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """A parameter of three experts: the last again for those that are not there."""
+    """Returns a parameter of three experts; the last is repeated for absent experts."""
     return (*parameters, *[parameters[-1]] * (3 - len(parameters)))
 
 
 def count_row_tiles(slices: Slices, rows: int) -> int:
-    """Tiles of at most `rows` rows, none of which belongs to two experts."""
+    """Returns the number of tiles of at most `rows` rows, none of which belongs to two experts."""
     return sum(triton.cdiv(stop - start, rows) for start, stop in slices)
 
 
 def row_statistics(y_TF: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns of each row mean_T and squares_T, the sum of squared deviations from the mean; float32.
+    """Computes each row's mean_T and squares_T, the sum of squared deviations from the mean, in float32.
 
     Args:
-        y_TF: contiguous, as are all tensors of this file.
+        y_TF: contiguous, like all tensors of this file.
     """
     num_rows, width = y_TF.shape
     mean_T, squares_T = y_TF.new_empty(2, num_rows, dtype=torch.float32)
@@ -67,13 +67,13 @@ def row_statistics(y_TF: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def combine_statistics(means: Tensor, squares: Tensor, width: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Returns mean_T and squares_T of rows, float32, from those of their column tiles.
+    """Combines the statistics of column tiles into mean_T and squares_T of whole rows, float32.
 
     Args:
-        means: of each tile's part of each row, (tiles, T) float32.
-        squares: sums of squared deviations from these, alike.
+        means: mean of each row in each tile, (tiles, T) float32.
+        squares: sums of squared deviations from these means, (tiles, T) float32.
         width: columns of a row.
-        columns: of a tile; the last may have fewer.
+        columns: columns of a tile; the last tile may be narrower.
     """
     num_rows = means.shape[1]
     mean_T, squares_T = means.new_empty(2, num_rows)
@@ -85,11 +85,11 @@ def combine_statistics(means: Tensor, squares: Tensor, width: int, columns: int)
 
 
 def normalize(x_TF: Tensor, gelu: bool, norm: Norm | None, slices: Slices) -> Tensor:
-    """Returns LN(gelu(x)), gelu(x) or LN(x): the operand of a weight's gradient that the forward pass did not keep.
+    """Computes LN(gelu(x)), gelu(x) or LN(x): an operand of a weight's gradient that the forward pass did not save.
 
     Args:
         x_TF: rows.
-        gelu: apply the exact GELU first.
+        gelu: whether to apply the exact GELU first.
         norm: the sub-LN, or None.
         slices: row range of each expert.
     """
@@ -104,18 +104,18 @@ def normalize(x_TF: Tensor, gelu: bool, norm: Norm | None, slices: Slices) -> Te
 def norm_gradient_sums(
     dn_TF: Tensor, x_TF: Tensor, gelu: bool, norm: Norm, slices: Slices
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The sums that the gradient of a sub-LN needs, over the columns at hand, and the gradients of its parameters.
+    """Computes the row sums that a sub-LN's gradient needs, over this rank's columns, and its parameters' gradients.
 
     Args:
         dn_TF: gradient of the norm's output.
-        x_TF: the norm's input, or that of the GELU before it.
-        gelu: whether there is one.
+        x_TF: the norm's input, or the input of the GELU before it.
+        gelu: whether a GELU precedes the norm.
         norm: the sub-LN.
         slices: row range of each expert; one without rows gets zeros.
 
     Returns:
-        sums_2T, float32: of each row sum(dn * scale) and sum(dn * scale * xhat), to be added up over the ranks that
-        hold other columns; the gradients of each expert's scale_F and shift_F, of x's dtype. Always the same.
+        sums_2T, float32: sum(dn * scale) and sum(dn * scale * xhat) of each row, to be summed over the ranks that hold
+        other columns; the gradients of each expert's scale_F and shift_F, of x's dtype. All are deterministic.
     """
     (num_rows, width), (mean_T, rstd_T, scales, _) = x_TF.shape, norm
     row_tiles = [count_row_tiles(slices[:index], SPAN) for index in range(len(slices) + 1)]
@@ -137,16 +137,16 @@ def norm_gradient(
     total_width: int,
     slices: Slices,
 ) -> Tensor:
-    """Returns dx_TF, the gradient through the sub-LN and the GELU before it, written over dn_TF.
+    """Computes dx_TF, the gradient through the sub-LN and the GELU before it, and writes it over dn_TF.
 
     dx = gelu'(x) * rstd * (dn * scale - sums[0] / total_width - xhat * sums[1] / total_width).
 
     Args:
-        dn_TF: gradient of the norm's output; without a norm, of the GELU's.
-        x_TF: the norm's input, or that of the GELU before it.
-        gelu: whether there is one.
+        dn_TF: gradient of the norm's output; without a norm, of the GELU's output.
+        x_TF: the norm's input, or the input of the GELU before it.
+        gelu: whether a GELU precedes the norm.
         norm: the sub-LN, or None.
-        sums_2T: of `norm_gradient_sums`, over all ranks; None without a norm.
+        sums_2T: sums of `norm_gradient_sums` over all ranks; None without a norm.
         total_width: columns of a row over all ranks.
         slices: row range of each expert.
     """
@@ -160,7 +160,7 @@ def norm_gradient(
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """The kernels as `ahead_of_time` compiles them, alike for all architectures."""
+    """Returns the variants for ahead-of-time compilation, the same for all architectures."""
     result = []
     for element, width in (("bf16", 6144), ("bf16", 3072)):
         flags = {"GELU": True, "NORM": True}
@@ -190,7 +190,7 @@ def variants(architecture: int) -> list[KernelVariant]:
 
 
 _ELEMENTS = ("y_ptr", "x_ptr", "n_ptr", "dn_ptr", "dx_ptr", "scale", "shift")
-"""Arguments, or their first letters, of the dtype of rows; the others are float32."""
+"""Arguments with the dtype of rows, or their first five letters; all others are float32."""
 
 
 def _launch(

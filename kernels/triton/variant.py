@@ -1,27 +1,27 @@
-"""One Triton kernel as it is compiled for one architecture."""
+"""Variants of Triton kernels for ahead-of-time compilation."""
 
 from typing import Any, NamedTuple
 
 
 class KernelVariant(NamedTuple):
-    """What `ahead_of_time` needs to compile a kernel as a launch on a GPU would."""
+    """Tells `ahead_of_time` how to compile a kernel as a launch on a GPU would."""
 
     name: str
-    """File, kernel and what it is specialised on, e.g. "packed_attention forward bf16 K=88"."""
+    """File, kernel and specialisation, e.g. "packed_attention forward bf16 K=88"; the key in budgets.json."""
     kernel: Any
-    """The function under `triton.jit`."""
+    """The function decorated with `triton.jit`."""
     signature: dict[str, str]
     """Type of every argument in order: "*bf16", "i32", ..., or "constexpr"."""
     constants: dict[str, Any]
     """Values of the constexpr arguments."""
     num_warps: int
-    """Warps of a program."""
+    """Warps per program."""
     num_stages: int
     """Stages of software pipelining."""
     is_common: bool = True
     """Whether the default tests compile it; the slow ones compile all."""
     is_memory_bound: bool = False
-    """Whether it only streams rows: no products, and each access to them is to be 128 bits wide."""
+    """Whether it only streams rows: it has no products, and every access to rows must be 128 bits wide."""
 
 
 def build_variant(
@@ -35,13 +35,13 @@ def build_variant(
     is_common: bool = True,
     is_memory_bound: bool = False,
 ) -> KernelVariant:
-    """Builds a variant, with the signature in the order of the kernel's arguments.
+    """Builds a variant whose signature has the order of the kernel's arguments.
 
     Args:
         name: see `KernelVariant`.
-        kernel: the function under `triton.jit`.
+        kernel: the function decorated with `triton.jit`.
         types: type of every argument that is not constexpr.
-        constants: value of every argument that is.
+        constants: value of every constexpr argument.
         num_warps: see `KernelVariant`.
         num_stages: see `KernelVariant`.
         is_common: see `KernelVariant`.
