@@ -10,7 +10,7 @@ import torch
 class Stopwatch:
     """Adds up the time of pieces of work: the host's, or on a GPU the device's, between events in its stream.
 
-    Events cost nothing until `take` reads them. That form has never run: there was no GPU here.
+    Events cost nothing until `take` reads them.
     """
 
     def __init__(self, device: torch.device) -> None:

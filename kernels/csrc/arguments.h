@@ -1,4 +1,4 @@
-// What the kernels are given; plain C++, for the host as well.
+// Arguments of the kernels, in plain C++ for host and device.
 
 #pragma once
 
@@ -6,7 +6,7 @@
 
 namespace beit3 {
 
-// Half-precision numbers as they lie in memory.
+// Half-precision numbers as stored in memory.
 struct BFloat16 {
   std::uint16_t bits;
 };
@@ -24,7 +24,7 @@ struct GroupedGemmArguments {
   const Element* biases[kMaxExperts];   // (F,) each
   const int* tiles;                     // (num_tiles, 3): expert, first row, stop row
   Element* u;                           // (T, F)
-  Element* a;                           // (T, F), or null where nobody wants it
+  Element* a;                           // (T, F), or null if it is not needed
   int num_tiles;
   int input_width;                      // D, a multiple of 8
   int output_width;                     // F, a multiple of 8
@@ -45,7 +45,7 @@ struct PackedAttentionArguments {
   int num_heads;
   int head_width;  // K, a multiple of 8
   float scale;     // 1 / sqrt(K), in units of log2: log2(e) / sqrt(K)
-  bool captions;   // whether the second range is a caption under the causal mask
+  bool captions;   // whether the second range is a caption with a causal mask
 };
 
 }  // namespace beit3

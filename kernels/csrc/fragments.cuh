@@ -1,4 +1,4 @@
-// How tiles lie in shared memory, and how a warp's results leave its registers.
+// Layout of tiles in shared memory, and of a warp's results on the way from registers to memory.
 
 #pragma once
 
@@ -10,15 +10,14 @@ namespace beit3 {
 
 constexpr int kWarp = 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
-constexpr int kChunk = 8;  // numbers in 16 bytes, what one thread copies and what rows are aligned to
+constexpr int kChunk = 8;  // numbers in 16 bytes, which one thread copies; rows are aligned to them
 
 struct alignas(16) Chunk {
   std::uint32_t pairs[4];
 };
 
-// Rows of `kColumns` numbers without gaps. A chunk's place is exchanged with another's in its row, in the order of
-// exclusive or, so that one column of chunks in eight consecutive rows lies in all 32 banks: `load_matrices` reads it
-// at once.
+// Rows of `kColumns` numbers without gaps. The chunks of a row are permuted by exclusive or, so that one column of
+// chunks in eight consecutive rows covers all 32 banks: `load_matrices` reads it at once.
 template <int kColumns>
 struct SwizzledTile {
   static constexpr int kChunks = kColumns / kChunk;
@@ -30,8 +29,8 @@ struct SwizzledTile {
   }
 };
 
-// Rows of `kColumns` numbers, of any multiple of 16, with a gap that makes them an odd number of chunks long: to the
-// same end, for rows that are no power of two.
+// Rows of `kColumns` numbers, a multiple of 16, with a gap that makes the row stride an odd number of chunks. This too
+// avoids bank conflicts, for row lengths that are no power of two.
 template <int kColumns>
 struct PaddedTile {
   static constexpr int kChunks = kColumns / kChunk;
@@ -41,22 +40,22 @@ struct PaddedTile {
   __device__ static int offset(int row, int chunk) { return 16 * (row * (kChunks | 1) + chunk); }
 };
 
-// Reads the left operand of `multiply_add`: 16 rows of a tile from `row` on, two chunks from `chunk` on.
+// Reads the left operand of `multiply_add`: 16 rows of a tile starting at `row`, two chunks starting at `chunk`.
 template <typename Tile>
 __device__ __forceinline__ void load_left(std::uint32_t (&a)[4], const unsigned char* tile, int row, int chunk) {
   const int lane = threadIdx.x % kWarp;
   load_matrices(a, tile + Tile::offset(row + lane % 16, chunk + lane / 16));
 }
 
-// Reads the right operand of two products, whose columns are rows of the tile: b[0] and b[1] belong to the first eight
-// rows, b[2] and b[3] to the next.
+// Reads the right operands of two products, whose columns are rows of the tile: b[0] and b[1] belong to the first eight
+// rows, b[2] and b[3] to the next eight.
 template <typename Tile>
 __device__ __forceinline__ void load_right(std::uint32_t (&b)[4], const unsigned char* tile, int row, int chunk) {
   const int lane = threadIdx.x % kWarp;
   load_matrices(b, tile + Tile::offset(row + lane % 8 + lane / 16 * 8, chunk + lane / 8 % 2));
 }
 
-// The same, where the columns of the products are columns of the tile.
+// Reads the right operands of two products, whose columns are columns of the tile.
 template <typename Tile>
 __device__ __forceinline__ void load_right_transposed(std::uint32_t (&b)[4], const unsigned char* tile, int row,
                                                       int chunk) {
@@ -64,8 +63,8 @@ __device__ __forceinline__ void load_right_transposed(std::uint32_t (&b)[4], con
   load_matrices_transposed(b, tile + Tile::offset(row + lane % 16, chunk + lane / 16));
 }
 
-// Pair p of thread t goes to pair t of thread p, among four neighbours. They hold 8 columns of four products two by
-// two; afterwards each holds one product's 8 columns, 16 bytes that are written at once.
+// Transposes pairs among four neighbouring threads: pair p of thread t becomes pair t of thread p. Before, each thread
+// holds two columns of four products; afterwards, 8 columns of one product, 16 bytes that are written at once.
 __device__ __forceinline__ void transpose_quad(std::uint32_t (&pairs)[4]) {
   const int lane = threadIdx.x;
 #pragma unroll

@@ -1,10 +1,10 @@
-// The experts' up projections in one launch: u = x @ W_e^T + b_e in the rows of every expert e, and a = GELU(u).
+// Up projections of all experts in one launch: u = x @ W_e^T + b_e in the rows of every expert e, and a = GELU(u).
 //
 // T packed rows, D input width, F output width.
 //
-// The multiplications are mma.sync m16n8k16 with float32 sums. Tiles of x and W come through a ring of stages in shared
-// memory, filled by cp.async: while one stage is multiplied, the next ones are on their way. There is one barrier a
-// stage: it says that a stage has come and, at once, that the one before it may be overwritten.
+// Products are mma.sync m16n8k16 with float32 sums. Tiles of x and W come through a ring of stages in shared memory,
+// filled by cp.async: while one stage is multiplied, the next ones are copied. One barrier per stage tells both that a
+// stage has arrived and that the previous one may be overwritten.
 
 #pragma once
 
@@ -15,8 +15,8 @@
 
 namespace beit3 {
 
-// A block of threads makes kTileRows x kTileColumns of u, each of its warps kWarpRows x kWarpColumns of them. A tile of
-// the table has at most kTileRows rows.
+// A block of threads computes kTileRows x kTileColumns of u, each of its warps kWarpRows x kWarpColumns. A tile of the
+// table has at most kTileRows rows.
 template <typename Element_, int kTileRows, int kTileColumns, int kTileDepth, int kStages, int kWarpRows,
           int kWarpColumns>
 struct GroupedGemm {
@@ -61,8 +61,8 @@ struct GroupedGemm {
     return (output_width + kTileColumns - 1) / kTileColumns;
   }
 
-  // Blocks that run together share few rows of x and of W, so that these stay in the L2 cache: they go through the
-  // columns of eight tiles of rows at a time.
+  // Blocks that run together share few rows of x and W, which then stay in the L2 cache: they compute the columns of
+  // eight row tiles at a time.
   __device__ static Place place_of(const Arguments& arguments, int block) {
     constexpr int kTogether = 8;
     const int in_group = kTogether * column_tiles(arguments.output_width);
@@ -72,7 +72,7 @@ struct GroupedGemm {
     return {tile[0], tile[1], tile[2], block % in_group / height * kTileColumns};
   }
 
-  // Starts to copy a step's tiles of x and W. A group is closed also beyond the last step, for the waits to count.
+  // Starts to copy a step's tiles of x and W. Groups are closed beyond the last step too, because waits count them.
   __device__ static void fetch(const Arguments& arguments, const Place& place, int step, int steps) {
     if (step < steps) {
       unsigned char* stage = shared_memory() + step % kStages * kStageBytes;
@@ -84,7 +84,7 @@ struct GroupedGemm {
     commit_copies();
   }
 
-  // Rows [first, first + kRows) of kTileDepth columns; zeros beyond the row `stop` and the column `width`.
+  // Copies rows [first, first + kRows) of kTileDepth columns, with zeros from row `stop` and from column `width` on.
   template <int kRows>
   __device__ static void copy_rows(unsigned char* tile, const Element* matrix, int first, int stop, int first_column,
                                    int width) {
@@ -123,7 +123,7 @@ struct GroupedGemm {
     }
   }
 
-  // The GELU is that of u as it is stored, so that a backward pass that makes it again finds the same numbers.
+  // The GELU is computed from u as stored, so that a backward pass recomputes the same numbers.
   __device__ static void write(const Arguments& arguments, const Place& place, const Sums& sums) {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
@@ -163,7 +163,7 @@ struct GroupedGemm {
 
   __device__ static float gelu(float u) { return 0.5f * u * (1.0f + erff(u * 0.70710678f)); }
 
-  // Four threads hold 32 columns of a row from `column` on.
+  // Writes 32 columns of a row, starting at `column`, which four threads hold.
   __device__ static void write_row(const Arguments& arguments, Element* matrix, std::uint32_t (&pairs)[4], int row,
                                    int stop, int column) {
     transpose_quad(pairs);

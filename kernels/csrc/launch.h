@@ -1,4 +1,4 @@
-// The kernels with the tiles that are shipped. Their speed was never measured.
+// Launches of the kernels with the tiles that are shipped.
 
 #pragma once
 
@@ -14,7 +14,7 @@ constexpr int kGroupedGemmTileRows = 128;
 template <typename Element>
 cudaError_t launch_grouped_gemm(const GroupedGemmArguments<Element>& arguments, cudaStream_t stream);
 
-// `tile` is the number of queries a tile of `arguments.tiles` has: 64 or 128. Heads are at most 128 wide.
+// `tile` is the number of queries per tile of `arguments.tiles`: 64 or 128. Heads are at most 128 wide.
 template <typename Element>
 cudaError_t launch_packed_attention(const PackedAttentionArguments<Element>& arguments, int tile, cudaStream_t stream);
 

@@ -1,4 +1,4 @@
-// The kernels as operators of PyTorch. The only file here that includes its headers.
+// PyTorch operators of the kernels; the only file here that includes PyTorch's headers.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -20,7 +20,7 @@ namespace {
 
 using at::Tensor;
 
-// A kernel's operand. It moves 16 bytes at once, so what begins elsewhere (a parameter inside a flat buffer) is copied.
+// Checks a kernel's operand. Kernels move 16 bytes at once, so misaligned ones (parameters in flat buffers) are copied.
 Tensor operand(const char* op, const char* name, const Tensor& tensor, const Tensor& like, at::IntArrayRef shape) {
   TORCH_CHECK(tensor.device() == like.device() && tensor.scalar_type() == like.scalar_type(), op, ": ", name, " is ",
               tensor.scalar_type(), " on ", tensor.device(), ", but the first argument is ", like.scalar_type(), " on ",
@@ -41,7 +41,7 @@ void check_multiple_of_8(const char* op, const char* name, std::int64_t width) {
               ", but rows are moved 16 bytes at once, so it must be a multiple of 8.");
 }
 
-// Calls `run` with a number of the element type that `tensor` has.
+// Calls `run` with a value of `tensor`'s element type.
 template <typename Run>
 void with_element(const char* op, const Tensor& tensor, const Run& run) {
   if (tensor.scalar_type() == at::kBFloat16) return run(BFloat16{});
@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor> grouped_gemm(const Tensor& x, at::TensorList weights,
   if (tiles.size(0) == 0) return {u, a};
   with_element(op, x, [&](auto element) {
     using Element = decltype(element);
-    std::vector<Tensor> operands = {operand(op, "x", x, x, x.sizes())};  // copies live until the launch
+    std::vector<Tensor> operands = {operand(op, "x", x, x, x.sizes())};  // copies must live until the launch
     GroupedGemmArguments<Element> arguments = {};
     arguments.x = read<Element>(operands.back());
     for (std::size_t expert = 0; expert < weights.size(); ++expert) {

@@ -1,11 +1,11 @@
-// The forward pass of packed attention: kernels/ops/packed_attention.py says what it computes, and what the tables hold.
+// Forward pass of packed attention, defined in kernels/ops/packed_attention.py; attention_plan.py there has its tables.
 //
 // T packed rows, H heads, K head width.
 //
-// A block of threads takes one tile of queries of one head, each warp 16 of them, and goes through the sequence's keys
-// in blocks with an online softmax (Dao, 2023, arXiv:2307.08691). The scores stay in registers: how a product's sums
-// lie there is how the next product wants its left operand. Keys and values come through a ring of stages in shared
-// memory as in grouped_gemm.cuh. Columns beyond K are zeros in shared memory up to a multiple of 16.
+// A block of threads computes one tile of queries of one head, 16 per warp, and loops over blocks of the sequence's
+// keys with an online softmax (Dao, 2023, arXiv:2307.08691). The scores stay in registers: the sums of one product have
+// the layout of the next product's left operand. Keys and values come through a ring of stages in shared memory as in
+// grouped_gemm.cuh. In shared memory, columns beyond K are zeros up to a multiple of 16.
 
 #pragma once
 
@@ -16,7 +16,7 @@
 
 namespace beit3 {
 
-// kTile queries and kBlock keys at a time, of heads of at most kWidth columns.
+// Computes kTile queries with kBlock keys at a time, for heads of at most kWidth columns.
 template <typename Element_, int kTile, int kBlock, int kWidth, int kStages>
 struct PackedAttention {
   using Element = Element_;
@@ -53,19 +53,19 @@ struct PackedAttention {
   }
 
  private:
-  // A sequence's rows are numbered through its first and then its second range: its positions.
+  // Positions number a sequence's rows through its first and then its second range.
   struct Sequence {
     int first;  // position of the tile
     int start_1, length_1, offset_2, total;
 
     __device__ int row(int position) const { return position + (position < length_1 ? start_1 : offset_2); }
 
-    // A query sees the keys before this one. In a sequence of one range all queries stand before length_1.
+    // Returns the first key that a query does not see. In a sequence of one range all queries are before length_1.
     __device__ int limit(int query, bool captions) const {
       return captions ? min(total, max(length_1, query + 1)) : total;
     }
 
-    // No query of the tile sees a key from here on.
+    // Returns the first key that no query of the tile sees, nor any key after it.
     __device__ int stop(bool captions) const { return limit(first + kTile - 1, captions); }
   };
 
@@ -75,13 +75,13 @@ struct PackedAttention {
     return {tile[1], sequence[0], sequence[1], sequence[2] - sequence[1], sequence[1] + sequence[3]};
   }
 
-  // Where a position's columns of a head begin in q, k, v and y.
+  // Returns the offset in q, k, v and y of a position's columns of a head.
   __device__ static std::int64_t offset_of(const Arguments& arguments, const Sequence& sequence, int head,
                                            int position) {
     return (std::int64_t{sequence.row(position)} * arguments.num_heads + head) * arguments.head_width;
   }
 
-  // Starts to copy a block of keys and of values. A group is closed also beyond the last step, for the waits to count.
+  // Starts to copy a block of keys and values. Groups are closed beyond the last step too, because waits count them.
   __device__ static void fetch(unsigned char* ring, const Arguments& arguments, const Sequence& sequence, int head,
                                int step, int steps) {
     if (step < steps) {
@@ -92,7 +92,7 @@ struct PackedAttention {
     commit_copies();
   }
 
-  // Zeros beyond the sequence's end, and beyond the head's width.
+  // Copies positions of a head, with zeros beyond the sequence's end and beyond the head's width.
   template <int kPositions>
   __device__ static void copy_positions(unsigned char* tile, const Element* matrix, const Arguments& arguments,
                                         const Sequence& sequence, int head, int first) {
@@ -108,7 +108,7 @@ struct PackedAttention {
     }
   }
 
-  // One warp's 16 queries and what is known of their softmax so far. A thread holds two rows' parts, g = 0 and 1.
+  // One warp's 16 queries and the state of their softmax. A thread holds parts of two rows, g = 0 and 1.
   struct Softmax {
     std::uint32_t q[kWidth / 16][4];
     float y[kWidth / 8][4] = {};                 // sum of p * v, with p = exp2(score - top)
@@ -126,7 +126,7 @@ struct PackedAttention {
         load_left<Tile>(q[chunk / 2], queries, static_cast<int>(threadIdx.x) / kWarp * 16, chunk);
     }
 
-    // Adds the block of keys that begins at position `begin`.
+    // Adds the block of keys that starts at position `begin`.
     __device__ void add(const unsigned char* stage, const Arguments& arguments, const Sequence& sequence, int begin) {
       float scores[kBlock / 8][4] = {};
 #pragma unroll
@@ -139,7 +139,7 @@ struct PackedAttention {
           multiply_add<Element>(scores[key / 8 + 1], q[chunk / 2], k[2], k[3]);
         }
       }
-      // Limits rise with the position, so below the tile's first one every query sees every key.
+      // Limits grow with the position, so every query sees all keys below the first query's limit.
       if (begin + kBlock > sequence.limit(sequence.first, arguments.captions)) {
         mask(scores, arguments, sequence, begin);
       }
@@ -173,7 +173,7 @@ struct PackedAttention {
       }
     }
 
-    // Makes p of scores, and rescales what came before. Every query sees the first key, so `top` is finite.
+    // Replaces scores by p and rescales earlier sums. Every query sees the first key, so `top` is finite.
     __device__ void exponentiate(float (&scores)[kBlock / 8][4], float scale) {
 #pragma unroll
       for (int g = 0; g < 2; ++g) {

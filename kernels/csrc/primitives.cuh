@@ -1,7 +1,7 @@
-// What the kernels ask of the hardware beyond CUDA's own built-ins: sm_80 and up, and nothing but that.
+// Hardware instructions that the kernels use beyond CUDA's built-ins, for sm_80 and up.
 //
-// The tests compile the kernels' headers for the CPU, with a header of the same names in this one's place
-// (tests/kernels/csrc/emulation.cuh). So everything that could be wrong without a GPU stays out of this file.
+// The tests compile the kernels' headers for the CPU and replace this header by one with the same names
+// (tests/kernels/csrc/emulation.cuh). So this file has nothing that could be tested without a GPU.
 
 #pragma once
 
@@ -11,9 +11,9 @@
 
 namespace beit3 {
 
-// Registers hold half-precision numbers two by two, the first one in the lower half: a pair.
+// A register holds a pair of half-precision numbers, the first in its lower half.
 
-// Rounds to nearest, ties to even.
+// Packs two numbers, rounded to nearest with ties to even.
 template <typename Element>
 __device__ __forceinline__ std::uint32_t pack(float first, float second);
 
@@ -48,8 +48,9 @@ __device__ __forceinline__ float2 unpack<Float16>(std::uint32_t pair) {
   return values;
 }
 
-// The 32 threads of a warp read four 8 x 8 matrices of 16-byte rows from shared memory. Thread l gives the place of row
-// l % 8 of matrix l / 8, and gets of every matrix the pair in row l / 4, columns 2 (l % 4) and the next.
+// Reads four 8 x 8 matrices with 16-byte rows from shared memory, by the 32 threads of a warp. Thread l passes the
+// address of row l % 8 of matrix l / 8, and receives from every matrix the pair in row l / 4, columns 2 (l % 4) and the
+// next.
 __device__ __forceinline__ void load_matrices(std::uint32_t (&pairs)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3])
@@ -57,7 +58,7 @@ __device__ __forceinline__ void load_matrices(std::uint32_t (&pairs)[4], const v
                : "memory");
 }
 
-// The same, of the transposed matrices: rows 2 (l % 4) and the next, in column l / 4.
+// Reads the transposed matrices: thread l receives rows 2 (l % 4) and the next, in column l / 4.
 __device__ __forceinline__ void load_matrices_transposed(std::uint32_t (&pairs)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3])
@@ -65,7 +66,8 @@ __device__ __forceinline__ void load_matrices_transposed(std::uint32_t (&pairs)[
                : "memory");
 }
 
-// sum (16 x 8) += a (16 x 16) @ b (16 x 8), by the 32 threads of a warp. With g = l / 4 and t = l % 4, thread l holds
+// Computes sum (16 x 8) += a (16 x 16) @ b (16 x 8), by the 32 threads of a warp. With g = l / 4 and t = l % 4,
+// thread l holds
 //   of sum: [g][2t], [g][2t + 1], [g + 8][2t], [g + 8][2t + 1]
 //   of a: pairs from [g][2t], [g + 8][2t], [g][2t + 8], [g + 8][2t + 8] on
 //   of b: [2t][g] and [2t + 1][g] as a pair, [2t + 8][g] and [2t + 9][g] as another.
@@ -91,7 +93,7 @@ __device__ __forceinline__ void multiply_add<Float16>(float (&sum)[4], const std
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_upper), "r"(b_lower));
 }
 
-// Starts to copy 16 bytes from global to shared memory; where they are not real, 16 zeros, and nothing is read.
+// Starts a copy of 16 bytes from global to shared memory; if they are not real, writes 16 zeros and reads nothing.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool real) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
                    static_cast<std::uint32_t>(__cvta_generic_to_shared(shared))),
@@ -99,16 +101,16 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
                : "memory");
 }
 
-// Closes a group of what this thread began to copy since the last one; a group may be empty.
+// Closes a group of the copies that this thread started since the last group; a group may be empty.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until all groups of this thread but the latest `kPending` have come. Other threads see them after a barrier.
+// Waits for all groups of this thread but the latest `kPending`. Other threads see the data after a barrier.
 template <int kPending>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// The shared memory whose size the launch chooses, aligned to all 32 banks.
+// Returns the shared memory, whose size the launch sets, aligned to all 32 banks.
 __device__ __forceinline__ unsigned char* shared_memory() {
   extern __shared__ __align__(128) unsigned char memory[];
   return memory;

@@ -8,8 +8,8 @@
 # and end in the second, so ranges need no extra tile. Positions become rows when they are loaded or stored; nothing is
 # ever permuted.
 #
-# A head is computed in column blocks A and B, powers of two that cover K: 88 columns as 64 + 32, not as 128. H and K are
-# compile-time constants: so the compiler knows the alignment of rows. With unknown strides it neither vectorised nor
+# A head is computed in column blocks A and B, powers of two that cover K: 88 columns as 64 + 32, not as 128. H and K
+# are compile-time constants: so the compiler knows the alignment of rows. With unknown strides it neither vectorised nor
 # pipelined the loads, and spilled.
 #
 # float32 is multiplied exactly ("ieee"), not on tensor cores; half precision ignores the setting.

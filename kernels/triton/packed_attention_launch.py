@@ -184,7 +184,7 @@ def _is_tuned(q_THK: Tensor) -> bool:
 
 @lru_cache
 def _tuned(kernel: Any, config: KernelConfig) -> Any:
-    """Returns the kernel with tuning of its number of stages; the block size is fixed, so results do not depend on it."""
+    """Returns the kernel with tuning of its number of stages; the block size is fixed, and with it the results."""
     block, warps, stages = config
     configs = [triton.Config({"BLOCK": block}, num_warps=warps, num_stages=n) for n in (stages - 1, stages, stages + 1)]
     return triton.autotune(configs, key=["H", "K", "CAPTIONS", "TILE"])(kernel)

@@ -1,6 +1,6 @@
-"""Triton's interpreter for the tests of kernels: the same source, run by NumPy on CPU tensors.
+"""Triton's interpreter for the tests of kernels: NumPy runs the kernels' source on CPU tensors.
 
-It shows wrong numbers, masks and indices; it shows nothing of what a GPU adds (layouts, races, asynchronous copies).
+It finds wrong numbers, masks and indices, but no errors of layouts, races or asynchronous copies.
 """
 
 from collections.abc import Iterator
@@ -19,10 +19,10 @@ from triton.runtime.jit import JITFunction
 def interpreted() -> Iterator[None]:
     """Runs every kernel launched inside in the interpreter.
 
-    `TRITON_INTERPRET=1` does this for a whole process, if it is set before Triton is imported: then no test of that
-    process could compile. Triton's pinned version multiplies the bits of bfloat16 as integers and truncates where it
-    should round to nearest even (triton-lang/triton#11585, #10945), so both are replaced. A load or store outside the
-    tensors of the launch is an error; by itself the interpreter would read it, or crash.
+    `TRITON_INTERPRET=1`, set before Triton is imported, does this for a whole process, in which no test could then
+    compile. Triton's pinned version multiplies the bits of bfloat16 as integers and truncates where it should round to
+    nearest even (triton-lang/triton#11585, #10945), so both are replaced. A load or store outside the tensors of the
+    launch is an error here; the interpreter alone would read it, or crash.
     """
     builder = interpreter.InterpreterBuilder
     allowed: list[tuple[int, int]] = []
@@ -49,10 +49,10 @@ def interpreted() -> Iterator[None]:
 
 @contextmanager
 def _language_restored() -> Iterator[None]:
-    """Undoes all that the interpreter replaces in `triton.language`.
+    """Undoes everything that the interpreter replaces in `triton.language`.
 
-    By itself it forgets what it replaced for a function that a kernel calls, such as `tl.cdiv`: no kernel could be
-    compiled in the same process afterwards.
+    The interpreter alone does not restore functions that a kernel calls, such as `tl.cdiv`: afterwards no kernel could
+    be compiled in the same process.
     """
     originals: dict[tuple[int, str], tuple[Any, str, Any]] = {}
     set_attr = interpreter._LangPatchScope.set_attr
@@ -109,7 +109,7 @@ def _cast(original: Any) -> Any:
 
 
 def _widened(x: Any) -> Any:
-    """bfloat16, which the interpreter keeps as its bits, in float32; anything else as it is."""
+    """Returns bfloat16, which the interpreter stores as bits, in float32; other dtypes are returned unchanged."""
     if x.dtype.scalar != tl.bfloat16:
         return x
     return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)

@@ -228,7 +228,7 @@ def _describe(
         f"ceilings, measured: products {ceilings.flops / 1e12:.3g} TFLOP/s, copying {ceilings.bytes / 1e9:.3g} GB/s",
     ]
     if described["device"].startswith("CPU"):
-        lines.append("No CUDA device: the ops run in the form that CPUs get. The GPU kernels were never run on a GPU.")
+        lines.append("No CUDA device: the ops run in their CPU form. docs/kernels.md says which kernels ran on a GPU.")
     lines += [
         "",
         "| op | shape | dtype | implementation | direction | ms: median (p20 to p80) | rate | of the ceiling | "

@@ -1,7 +1,7 @@
-"""The CUDA C++ kernels' headers compiled for the CPU by g++, under the address and undefined-behaviour sanitizers.
+"""Compiles the CUDA C++ kernels' headers for the CPU by g++, under the address and undefined-behaviour sanitizers.
 
-`emulation.cuh` stands in for `kernels/csrc/primitives.cuh`; all else is compiled as it is for a GPU, or with one
-planted mistake.
+`emulation.cuh` replaces `kernels/csrc/primitives.cuh`; all other files are compiled as for a GPU, or with one planted
+mistake.
 """
 
 import shutil
@@ -20,7 +20,7 @@ ELEMENTS = {torch.bfloat16: "beit3::BFloat16", torch.float16: "beit3::Float16"}
 FLAGS = ["-std=c++17", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 RIGHT = ["-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 WRONG = ["-O0"]
-"""A planted mistake is compiled in half the time, and without warnings, for nvcc would give none either."""
+"""Options for planted mistakes: half the compile time, and no warnings, because nvcc would give none either."""
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="no g++: the kernels' headers run under it here"
@@ -32,32 +32,32 @@ class Mistake(NamedTuple):
 
     header: str
     right: str
-    """What stands there, once."""
+    """Original text, which occurs once."""
     wrong: str
-    """What the mistake makes of it."""
+    """Text that replaces it."""
     finding: str
-    """What must be said of it, a regular expression."""
+    """Regular expression that the finding must match."""
     is_slow: bool = False
     """Whether only the slow tests plant it."""
 
 
 def parameters(mistakes: Mapping[str, Mistake]) -> list[Any]:
-    """For `pytest.mark.parametrize`, by name."""
+    """Returns mistakes for `pytest.mark.parametrize`, by name."""
     return [pytest.param(m, id=name, marks=pytest.mark.slow if m.is_slow else ()) for name, m in mistakes.items()]
 
 
 class FailedError(RuntimeError):
-    """A program was ended by a sanitizer or by the emulation; the text is what it said."""
+    """A sanitizer or the emulation ended a program; the text is its message."""
 
 
 def build(folder: Path, program: str, definition: str, mistake: Mistake | None = None) -> Path:
     """Compiles a program of this folder against the kernels' headers.
 
     Args:
-        folder: where to; empty.
-        program: name of its source, without .cpp.
-        definition: one macro, NAME=VALUE, that says which kernel.
-        mistake: what to change in the headers first.
+        folder: empty folder for the program.
+        program: name of the source, without .cpp.
+        definition: macro NAME=VALUE that selects the kernel.
+        mistake: mistake to plant in the headers first, or None.
     """
     for header in (*SOURCES.glob("*.cuh"), SOURCES / "arguments.h"):
         shutil.copy(header, folder)
@@ -94,6 +94,6 @@ def run(executable: Path, folder: Path, arrays: Mapping[str, torch.Tensor], *arg
 
 
 def read(path: Path, like: torch.Tensor) -> torch.Tensor:
-    """Reads a tensor of another's shape and dtype from a raw file."""
+    """Reads a tensor with the shape and dtype of another from a raw file."""
     bits = np.fromfile(path, np.int16 if like.dtype in ELEMENTS else np.float32)
     return torch.from_numpy(bits).view(like.dtype).view(like.shape)

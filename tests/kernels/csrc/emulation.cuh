@@ -1,9 +1,9 @@
-// Stands in for kernels/csrc/primitives.cuh, and for the CUDA built-ins that the kernels use, on a CPU under g++.
+// Replaces kernels/csrc/primitives.cuh, and the CUDA built-ins that the kernels use, on a CPU under g++.
 //
-// The threads of a block are fibers; where the hardware works on a warp at once, its 32 fibers meet. Shared memory is
-// watched: reading what was never written, what is still on its way, or what another thread wrote without a barrier
-// between, and overwriting what another thread may still read, are mistakes that end the program, in whatever order
-// the fibers ran. So is an ldmatrix that visits one bank twice.
+// The threads of a block are fibers; instructions of a whole warp synchronise its 32 fibers. Shared memory is watched.
+// Errors that end the program, in whatever order the fibers ran: reading bytes that were never written, that are still
+// being copied, or that another thread wrote without a barrier since; overwriting bytes that another thread may still
+// read; an ldmatrix that visits one bank twice.
 
 #pragma once
 
@@ -40,8 +40,8 @@ using std::min;
 
 namespace emulation {
 
-inline bool copies_come_early = false;  // else as late as the waits allow
-inline bool is_reversed = false;        // blocks one after another, and warps each as far as it can: the last one first
+inline bool copies_come_early = false;  // otherwise as late as the waits allow
+inline bool is_reversed = false;        // blocks, and warps within a block, run from the last to the first
 
 [[noreturn]] inline void fail(const char* mistake) {
   std::fprintf(stderr, "emulation: %s (thread %u of block %u, %u)\n", mistake, threadIdx.x, blockIdx.x, blockIdx.y);
@@ -53,19 +53,19 @@ struct Copy {
   unsigned char bytes[16];
 };
 
-// What the 32 threads of a warp do together, once all have come.
+// Operations of the 32 threads of a warp, which run once all have arrived.
 using Together = void (*)(void* const (&arguments)[32]);
 
 struct Thread {
-  enum { kRuns, kMeets, kWaits, kEnded } state = kRuns;  // kMeets: the rest of its warp; kWaits: at the barrier
+  enum { kRuns, kMeets, kWaits, kEnded } state = kRuns;  // kMeets: waits for its warp; kWaits: waits at the barrier
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(64 * 1024);
   Together together = nullptr;
   void* argument = nullptr;
-  std::vector<std::vector<Copy>> groups;  // of copies on their way; the last one is still open
+  std::vector<std::vector<Copy>> groups;  // copies that are not complete; the last group is still open
 };
 
-// What is known of 16 bytes of shared memory. Barriers divide time into epochs.
+// State of 16 bytes of shared memory. Barriers divide time into epochs.
 struct Watched {
   static constexpr int kNobody = -1, kSeveral = -2;
   int writer = kNobody, written_in = -1;
@@ -73,7 +73,7 @@ struct Watched {
   bool is_on_its_way = false;
 };
 
-// One block of threads at a time.
+// The block of threads that runs; blocks run one after the other.
 class Block {
  public:
   Block(int num_threads, int shared_bytes) : shared_bytes(shared_bytes), threads(num_threads) {
@@ -292,7 +292,7 @@ struct Matrices {
   const void* row;
 };
 
-// Reads element [row][column] of the matrix whose eight rows the lanes from 8 * matrix on have given.
+// Reads element [row][column] of a matrix; lanes 8 * matrix to 8 * matrix + 7 gave the addresses of its rows.
 inline std::uint32_t matrix_element(void* const (&arguments)[32], int matrix, int row, int column) {
   std::uint16_t bits;
   const void* start = static_cast<const Matrices*>(arguments[8 * matrix + row])->row;
@@ -336,7 +336,7 @@ struct Product {
   std::uint32_t b[2];
 };
 
-// Places as the PTX manual has them for mma.m16n8k16 (section "Matrix fragments for mma.m16n8k16").
+// Element positions follow the PTX manual, section "Matrix fragments for mma.m16n8k16".
 template <typename Element>
 void multiply_matrices(void* const (&arguments)[32]) {
   float a[16][16], b[16][8];

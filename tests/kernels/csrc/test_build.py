@@ -1,4 +1,4 @@
-"""setup.py builds the CUDA C++ kernels when asked, and says what is missing."""
+"""setup.py builds the CUDA C++ kernels on request, and names what is missing."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ except NotImplementedError as error:
 
 
 def find_toolkit() -> Path | None:
-    """Where nvcc and the header files are: what CUDA_HOME names, or the usual place."""
+    """Returns the folder of nvcc and its headers: CUDA_HOME, or the usual place."""
     places = (Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")), Path("/usr/local/cuda"))
     return next((place for place in places if (place / "include" / "cuda_runtime.h").exists()), None)
 

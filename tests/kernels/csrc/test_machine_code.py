@@ -1,7 +1,4 @@
-"""The kernels of kernels/csrc as nvcc compiles them: registers, spills, tensor cores, asynchronous copies.
-
-It says that they were compiled as intended; it says nothing of their speed.
-"""
+"""nvcc compiles the kernels of kernels/csrc as intended: registers, spills, tensor cores, asynchronous copies."""
 
 import re
 import shutil
@@ -15,14 +12,14 @@ import triton
 SOURCES = Path(__file__).parents[3] / "kernels" / "csrc"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 REGISTERS = {"grouped_gemm": 240, "packed_attention": 232}
-"""At most so many a thread: what came out, and a little more."""
+"""Most registers per thread: the measured number and a little more."""
 NUM_KERNELS = {"grouped_gemm": 2, "packed_attention": 12}
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: the CUDA C++ kernels are not compiled")
 
 
 class MachineCode(NamedTuple):
-    """What one kernel was compiled to."""
+    """Properties of one kernel's machine code."""
 
     registers: int
     stack: int
@@ -70,7 +67,7 @@ GIANT = "beit3::PackedAttention<beit3::BFloat16, 128, 64, 96, 2>"
 
 
 def test_attention_of_giant_compiles_as_intended(tmp_path: Path) -> None:
-    """One of the twelve kernels of packed_attention.cu, on the larger GPUs."""
+    """Compiles one of the twelve kernels of packed_attention.cu for the larger GPUs."""
     source = tmp_path / "giant.cu"
     argument = f"const __grid_constant__ {GIANT}::Arguments"
     source.write_text(
@@ -92,7 +89,7 @@ def check_kernels(kernels: dict[str, MachineCode], most_registers: int) -> None:
 
 
 def test_headers_include_no_torch() -> None:
-    """What nvcc compiles is free of torch, so that it compiles in seconds and runs where there is none."""
+    """Catches torch in headers that nvcc compiles: without it they compile in seconds, and run without torch."""
     for path in SOURCES.iterdir():
         includes = re.findall(r'#include\s+[<"](.*?)[>"]', path.read_text(encoding="utf-8"))
         foreign = [name for name in includes if re.match(r"torch|ATen|c10", name)]

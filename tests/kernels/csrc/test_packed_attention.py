@@ -32,11 +32,11 @@ RAGGED: Ranges = (
     ((114, 144), (190, 192)),
 )
 UNTOUCHED = 7.0
-"""What stands in rows of no sequence, before and after."""
+"""Value in rows of no sequence, which must not change."""
 
 
 class Case:
-    """Queries, keys and values, and what the reference makes of them."""
+    """Queries, keys and values, with the results that the reference computes."""
 
     def __init__(self, ranges: Ranges, head_width: int, dtype: torch.dtype, captions: bool, heads: int = 2) -> None:
         self.ranges, self.captions, self.heads = ranges, captions, heads
@@ -50,7 +50,7 @@ class Case:
     def run(
         self, program: Path, folder: Path, tile: int, *, early: bool = False, is_reversed: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """y and the log-sum-exp as the kernel makes them."""
+        """Returns y and the log-sum-exp of the kernel."""
         q, k, v = self.inputs
         y, lse = torch.full_like(q, UNTOUCHED), torch.full((self.heads, self.num_rows), UNTOUCHED)
         sequences, tiles = plan_tiles(self.ranges, tile, torch.device("cpu"))
@@ -59,7 +59,7 @@ class Case:
         return read(folder / "y", y), read(folder / "lse", lse)
 
     def check(self, y: torch.Tensor, lse: torch.Tensor) -> None:
-        """Holds y to the rule, and the log-sum-exp to that of the operator's form for the CPU in float64."""
+        """Checks the error bound of y, and the log-sum-exp against the operator's CPU implementation in float64."""
         check_against_reference(("y",), (y,), self.reference, self.inputs)
         plan = plan_tiles(self.ranges, SMALL_TILE, torch.device("cpu"))
         doubles = (x.double() for x in self.inputs)
@@ -73,7 +73,7 @@ def build_kernel(folder: Path, dtype: torch.dtype, shape: str, mistake: Mistake 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Path]:
-    """The kernel with small tiles, in both precisions."""
+    """Builds the kernel with small tiles, in both precisions."""
     return {dtype: build_kernel(tmp_path_factory.mktemp("small"), dtype, SMALL) for dtype in ELEMENTS}
 
 
@@ -88,7 +88,7 @@ def test_kernel_follows_the_reference(
 
 @pytest.mark.parametrize(("early", "is_reversed"), [(False, True), (True, False), (True, True)])
 def test_order_does_not_matter(small: dict[torch.dtype, Path], tmp_path: Path, early: bool, is_reversed: bool) -> None:
-    """Copies that come at once, and warps that run in another order."""
+    """Runs with copies that complete at once, and with warps in another order."""
     case = Case((((0, 40), (70, 81)), ((40, 70),)), 88, torch.bfloat16, captions=True, heads=1)
     case.check(*case.run(small[torch.bfloat16], tmp_path, SMALL_TILE, early=early, is_reversed=is_reversed))
 
@@ -101,7 +101,7 @@ def test_head_widths(small: dict[torch.dtype, Path], tmp_path: Path, head_width:
 
 
 def test_other_sequences_do_not_matter(small: dict[torch.dtype, Path], tmp_path: Path) -> None:
-    """Catches a kernel that reads rows of others: NaNs there must change nothing, even behind a factor of 0."""
+    """Catches a kernel that reads other sequences' rows: NaNs there must change nothing, even times 0."""
     ranges = (((0, 20), (30, 35)), ((20, 30), (35, 40)))
     case = Case(ranges, 88, torch.bfloat16, captions=True, heads=1)
     own = [*range(20), *range(30, 35)]
@@ -113,7 +113,7 @@ def test_other_sequences_do_not_matter(small: dict[torch.dtype, Path], tmp_path:
 
 
 def test_large_scores_do_not_overflow(small: dict[torch.dtype, Path], tmp_path: Path) -> None:
-    """Scores of minus some hundreds: a key that is not there would score 0, and win."""
+    """Catches absent keys that score 0, which would win beside scores of minus some hundreds."""
     case = Case((((0, 35),),), 88, torch.bfloat16, captions=False, heads=1)
     case.inputs = (case.inputs[0] - 6, case.inputs[1] + 6, case.inputs[2])
     case.check(*case.run(small[torch.bfloat16], tmp_path, SMALL_TILE))
@@ -155,7 +155,7 @@ def test_any_ranges_widths_and_dtypes(
 
 
 def test_shipped_tiles(tmp_path: Path) -> None:
-    """An image and a caption over two tiles, and a short text."""
+    """Runs the shipped tiles on an image and a caption over two tiles, and a short text."""
     case = Case((((0, 120), (121, 150)), ((120, 121),)), 88, torch.bfloat16, captions=True, heads=1)
     case.check(*case.run(build_kernel(tmp_path, torch.bfloat16, SHIPPED), tmp_path, SHIPPED_TILE))
 

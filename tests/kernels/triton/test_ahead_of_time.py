@@ -1,4 +1,4 @@
-"""Kernels compiled for architectures that are not here, against stored budgets."""
+"""Kernels, compiled for GPUs that need not be present, keep their stored budgets."""
 
 import pytest
 import triton
@@ -51,7 +51,7 @@ def test_other_variants_keep_their_budgets(variant, architecture) -> None:  # ty
 
 
 def test_budgets_belong_to_the_variants() -> None:
-    """Budgets of variants that are gone would hide that nobody checks them, and hold for one version of Triton."""
+    """Catches budgets of variants that no longer exist, and of another version of Triton."""
     variants = {
         (variant.name, architecture) for architecture in ARCHITECTURES for variant in all_variants(architecture)
     }
@@ -61,10 +61,10 @@ def test_budgets_belong_to_the_variants() -> None:
 
 @pytest.mark.parametrize("key", sorted(read_budgets()), ids=str)
 def test_budgets_are_lean(key: tuple[str, int]) -> None:
-    """What `--write` may not store: registers that spill, loads that wait, half precision beside the tensor cores.
+    """Catches budgets that `--write` must not store: spills, synchronous loads, half precision without tensor cores.
 
-    Kernels that only stream rows take them 128 bits at a time; what they take in fewer is a few numbers a row. Of one
-    tensor of rows that is not vectorised there would be 16 and more.
+    Row-streaming kernels access rows 128 bits at a time, and narrower only a few numbers per row. A tensor of rows that
+    is not vectorised would need 16 narrow accesses or more.
     """
     budget = read_budgets()[key]
     assert (budget.stack, budget.spills) == (0, 0)

@@ -13,7 +13,7 @@ from tests.kernels.interpreter import interpreted
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SMALL = LogitsTiling(partials_block=16, gradient_block=32, gradient_rows=2, gradient_programs=4, num_stages=2)
-"""Many steps of every loop, and two groups of rows."""
+"""Tiling with many steps per loop and two groups of rows."""
 
 
 class LogitsCase:

@@ -38,13 +38,13 @@ D, F_ = 20, 12  # neither a multiple of the small tiles' 8: both have a block of
 
 @contextmanager
 def small_tiles() -> Iterator[None]:
-    """Runs kernels in the interpreter with tiles of which even tiny problems have many."""
+    """Interprets kernels with tiles so small that tiny problems have many."""
     with interpreted(), mock.patch.object(launch, "choose_tiles", return_value=[SMALL]):
         yield
 
 
 def check_linear(case: Case, with_bias: bool = True) -> None:
-    """Output and all gradients."""
+    """Checks the output and all gradients of the linear layer."""
 
     def reference(x: Tensor, *parameters: Tensor) -> Tensor:
         weights, biases = split(parameters, 2) if with_bias else (parameters, ())
@@ -69,7 +69,7 @@ def test_linear(dtype: torch.dtype, slices: Slices) -> None:
 
 @any_case
 def test_gradients_with_a_factor(dtype: torch.dtype, slices: Slices) -> None:
-    """Drop-path's factor, in half precision and in float32, is taken along once each way."""
+    """Catches a drop-path factor, in half precision or float32, that is left out or applied twice."""
     case = Case(slices, dtype, D, F_)
 
     def reference(x: Tensor, *tensors: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def test_up_projection(dtype: torch.dtype, slices: Slices) -> None:
 
 
 def test_statistics_are_stable() -> None:
-    """Rows whose mean is 10,000 times their deviation: in float32 E[x^2] - E[x]^2 has no right digit left."""
+    """Catches E[x^2] - E[x]^2, which has no correct digit in float32 if the mean is 10,000 times the deviation."""
     case = Case(RAGGED[0], torch.float32, D, F_)
     with small_tiles():
         biases = [b * 0 + 1e4 for b in case.biases]
@@ -117,7 +117,7 @@ def test_statistics_are_stable() -> None:
 @any_case
 @pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
 def test_out_projection(with_norm: bool, dtype: torch.dtype, slices: Slices) -> None:
-    """All parts; then a partial product, which the ranks of a tensor-parallel group add up before bias and residual."""
+    """Checks the op with all parts, and the partial product that tensor-parallel ranks sum before bias and residual."""
     case = Case(slices, dtype, D, F_)
     residual, factor = case.residual, case.factor
 
@@ -142,7 +142,7 @@ def test_out_projection(with_norm: bool, dtype: torch.dtype, slices: Slices) -> 
 
 
 def test_other_experts_do_not_matter() -> None:
-    """Catches a kernel that reads others' rows or weights: NaNs there must change nothing."""
+    """Catches a kernel that reads another expert's rows or weights: NaNs there must change nothing."""
     slices = RAGGED[0]
     case = Case(slices, torch.float32, D, F_)
     outputs = []
@@ -160,7 +160,7 @@ def test_other_experts_do_not_matter() -> None:
 
 
 def reference_ffn(case: Case, epsilon: float, x: Tensor, *parameters: Tensor) -> Tensor:
-    """x + factor * fc2(LN(gelu(fc1(x)))) with each expert's own parameters."""
+    """Computes x + factor * fc2(LN(gelu(fc1(x)))) with each expert's own parameters."""
     w_1, b_1, scales, shifts, w_2, b_2 = split(parameters, 6)
     a = F.gelu(case.linear(x, w_1, b_1))
     parts = zip(case.slices, scales, shifts, strict=True)
@@ -169,7 +169,7 @@ def reference_ffn(case: Case, epsilon: float, x: Tensor, *parameters: Tensor) ->
 
 
 def run_ffn(case: Case, epsilon: float, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-    """The same by the kernels, as the operators call them: output, and gradients of x and all parameters."""
+    """Computes the same with the kernels as the operators call them: output, and gradients of x and all parameters."""
     slices, factor, dy = case.slices, case.factor, rest[-1]
     w_1, b_1, scales, shifts, w_2, b_2 = split(rest[:-1], 6)
     u, a, mean, squares = launch.up_projection(x, slices, w_1, b_1, True)
@@ -207,13 +207,13 @@ def check_ffn(slices: Slices, dtype: torch.dtype, hidden: int = F_, ffn_hidden: 
 
 
 def test_whole_ffn() -> None:
-    """In float32: of the few values of a tiny problem, torch's error in half precision is a matter of luck."""
+    """Runs in float32: on the few values of a tiny problem, torch's error in half precision is a matter of luck."""
     with small_tiles():
         check_ffn(RAGGED[0], torch.float32)
 
 
 def test_shipped_tiles() -> None:
-    """bfloat16 on sm_90: two tiles of rows, of which one is another expert's, and two of columns either way."""
+    """Runs bfloat16 tiles of sm_90: two row tiles of different experts, and two column tiles each way."""
     with interpreted():
         check_ffn([(0, 130), (130, 131)], torch.bfloat16, hidden=136, ffn_hidden=144)
 
@@ -221,12 +221,12 @@ def test_shipped_tiles() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_statistics_have_a_place(architecture: int, dtype: torch.dtype) -> None:
-    """Whatever tiles a device chooses: the statistics' place is made for the columns of the first."""
+    """Catches tiles of different widths: statistics are allocated for the columns of the first."""
     assert len({tiles.columns for tiles in choose_tiles(up_projection_kernel, architecture, dtype)}) == 1
 
 
 def test_launches_of_a_device() -> None:
-    """The tuner gets every argument in its place, and may choose any tiles."""
+    """Catches arguments that are swapped on the way to the tuner, which may choose any tiles."""
     with (
         interpreted(),
         mock.patch.object(launch, "_is_tuned", return_value=True),
@@ -237,7 +237,7 @@ def test_launches_of_a_device() -> None:
 
 
 def test_interpreter_leaves_the_compiler_alone() -> None:
-    """Catches functions of the language that stay interpreted, and with them tests that depend on their order."""
+    """Catches functions of `triton.language` that stay interpreted, and so tests that depend on their order."""
     owners = (tl, tl.core, tl.math, tl.tensor, tl.dtype)
     before = [dict(vars(owner)) for owner in owners]
     with small_tiles():
@@ -289,6 +289,6 @@ def test_all_shipped_tiles(architecture: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("widths", [(12, 20), (136, 144), (768, 3072), (1408, 6144)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_on_a_device(dtype: torch.dtype, widths: tuple[int, int]) -> None:
-    """The same on a GPU."""
+    """Runs the whole FFN on a GPU."""
     for slices in ([(0, 300), (300, 301), (301, 460)], [(0, 0), (0, 200), (200, 200)]):
         check_ffn(slices, dtype, *widths, device="cuda")

@@ -41,7 +41,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 class Case:
-    """Queries, keys, values and a gradient of the output, with what the reference makes of them."""
+    """Queries, keys, values and a gradient of the output, with the results that the reference computes."""
 
     def __init__(
         self, ranges: Ranges, head_size: int, dtype: torch.dtype, captions: bool, heads: int = 2, device: str = "cpu"
@@ -53,12 +53,12 @@ class Case:
         self.q, self.k, self.v, self.dy = torch.randn(shape, generator=generator).to(device, dtype).unbind()
 
     def reference(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Output and gradients of q, k and v, from these three and the output's gradient."""
+        """Returns output and gradients of q, k and v, from these three and the output's gradient."""
         attention = partial(packed_attention_reference, ranges=self.ranges, causal_captions=self.captions)
         return with_gradients(attention)(*inputs)
 
     def interpret(self, tiling: AttentionTiling) -> tuple[torch.Tensor, ...]:
-        """Output and gradients of q, k and v by the kernels in Triton's interpreter."""
+        """Returns output and gradients of q, k and v by the kernels in Triton's interpreter."""
         plan = plan_tiles(self.ranges, tiling.tile, CPU)
         with interpreted():
             y, lse = forward(self.q, self.k, self.v, *plan, tiling, self.captions)
@@ -66,7 +66,7 @@ class Case:
         return y, *gradients
 
     def check(self, results: tuple[torch.Tensor, ...]) -> None:
-        """Holds results to the rule."""
+        """Checks the error bounds of results."""
         assert all(result.dtype == self.q.dtype for result in results)
         check_against_reference(("y", "dq", "dk", "dv"), results, self.reference, (self.q, self.k, self.v, self.dy))
 
@@ -80,7 +80,7 @@ def test_kernels_follow_the_reference(dtype: torch.dtype, captions: bool) -> Non
 
 @pytest.mark.parametrize("head_size", [4, 8, 40, 64, 128])
 def test_head_widths(head_size: int) -> None:
-    """Catches a column that is computed twice, or never, where a head is two blocks."""
+    """Catches a column that is computed twice or never if a head has two blocks."""
     case = Case((((0, 2), (3, 4)), ((2, 3),)), head_size, torch.float32, captions=False)
     case.check(case.interpret(SMALL))
 
@@ -94,7 +94,7 @@ def test_column_blocks(head_size: int, blocks: tuple[int, int]) -> None:
 
 
 def test_shipped_tiles() -> None:
-    """The tiles that giant gets on sm_90: an image and a caption over three tiles, the first ending in the caption."""
+    """Runs giant's tiles of sm_90: an image and a caption over three tiles, the first ending in the caption."""
     case = Case((((0, 120), (121, 150)), ((120, 121),)), 88, torch.bfloat16, captions=True, heads=1)
     case.check(case.interpret(choose_tiling(90, 88, torch.bfloat16)))
 
@@ -112,7 +112,7 @@ def test_log_sum_exp() -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, about keys that are not there and never stored
 @pytest.mark.parametrize("sign", [1, -1])
 def test_large_scores_do_not_overflow(sign: int) -> None:
-    """Scores of some hundreds: exp of them overflows, and of minus them where a key that is not there scores 0."""
+    """Catches an overflow of exp with scores of some hundreds, and with negative ones if absent keys score 0."""
     case = Case((((0, 5),),), 8, torch.float32, captions=False)
     case.q, case.k = sign * (case.q + 10), case.k + 10
     truths = case.reference(*(x.double() for x in (case.q, case.k, case.v, case.dy)))
@@ -123,7 +123,7 @@ def test_large_scores_do_not_overflow(sign: int) -> None:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, about the NaNs
 def test_other_sequences_do_not_matter() -> None:
-    """Catches a kernel that reads rows of others: NaNs there must change nothing, even behind a factor of 0."""
+    """Catches a kernel that reads other sequences' rows: NaNs there must change nothing, even times 0."""
     ranges = (((0, 5), (8, 9)), ((5, 8), (9, 12)))
     case = Case(ranges, 8, torch.float32, captions=False)
     clean = case.interpret(SMALL)
@@ -135,7 +135,7 @@ def test_other_sequences_do_not_matter() -> None:
 
 
 def test_launches_of_a_device() -> None:
-    """The operator's CUDA implementations and the tuner get every argument in its place."""
+    """Catches arguments that are swapped on the way to the launches or the tuner."""
     case = Case((((0, 5),), ((5, 7), (7, 9))), 8, torch.float32, captions=True, heads=1)
     plan, inputs = plan_tiles(case.ranges, 8, CPU), (case.q, case.k, case.v)
     with (
@@ -158,7 +158,7 @@ sequence_lengths = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 4)), max
 
 
 def build_ranges(lengths: list[tuple[int, int]]) -> Ranges:
-    """Sequences whose first ranges all stand before all second ones, as in a micro-batch."""
+    """Builds sequences whose first ranges all precede all second ones, as in a micro-batch."""
     firsts, row = [], 0
     for length, _ in lengths:
         firsts.append((row, row + length))
@@ -203,7 +203,7 @@ def test_all_shipped_tiles(architecture: int, dtype: torch.dtype, head_size: int
 @pytest.mark.parametrize("head_size", [4, 40, 64, 88, 96, 128])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_on_a_device(dtype: torch.dtype, head_size: int, captions: bool) -> None:
-    """The same on a GPU, through the operator; twice, for the backward pass must be deterministic."""
+    """Runs the op on a GPU, twice, because the backward pass must be deterministic."""
     for ranges in (RAGGED, (((0, 197), (198, 230)), ((197, 198),), ((230, 330),)), ()):
         case = Case(ranges, head_size, dtype, captions, device="cuda")
         runs = []

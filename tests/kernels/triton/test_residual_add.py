@@ -18,7 +18,7 @@ from tests.kernels.ops.test_residual_add import DTYPES, SMALL, Case
 def test_kernels_follow_the_reference(
     lengths: tuple[int, ...], width: int, with_factor: bool, dtype: torch.dtype
 ) -> None:
-    """Ragged, empty and one-row experts, many rows a program, widths that are no power of two."""
+    """Runs ragged, empty and one-row experts, many rows per program, and widths that are no power of two."""
     case = Case(lengths, width, dtype, with_factor)
     case.check(case.interpret(SMALL))
 

@@ -30,19 +30,19 @@ WIDTH = 20
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of which even tiny problems have many, and of which two make a span."""
+    """Makes blocks so small that tiny problems have many, with two blocks per span."""
     monkeypatch.setattr(launch, "BLOCK", {"ROWS": 2, "COLUMNS": 8})
     monkeypatch.setattr(launch, "SPAN", 4)
 
 
 def reference(case: Case, gelu: bool, x: Tensor, *parameters: Tensor) -> Tensor:
-    """LN(gelu(x)) with each expert's parameters; without parameters gelu(x)."""
+    """Computes LN(gelu(x)) with each expert's parameters; without parameters gelu(x)."""
     a = F.gelu(x) if gelu else x
     return case.layer_norm(a, *split(parameters, 2)) if parameters else a
 
 
 def prepare(slices: Slices, dtype: torch.dtype, gelu: bool) -> tuple[Case, launch.Norm]:
-    """A case whose x and dy are rows of the norm's width, and the norm."""
+    """Returns a case whose x and dy have the norm's width, and the norm."""
     case = Case(slices, dtype, WIDTH, WIDTH)
     return case, case.norm(F.gelu(case.x.float()).to(dtype) if gelu else case.x)
 
@@ -60,7 +60,7 @@ def test_normalize(gelu: bool, dtype: torch.dtype, slices: Slices) -> None:
 
 
 def check_gradients(slices: Slices, dtype: torch.dtype, gelu: bool) -> None:
-    """With a norm and without."""
+    """Checks rows with a norm and without."""
     case, norm = prepare(slices, dtype, gelu)
     with interpreted():
         sums, d_scales, d_shifts = norm_gradient_sums(case.dy, case.x, gelu, norm, slices)
@@ -88,7 +88,7 @@ def test_any_slices(lengths: list[int], gelu: bool) -> None:
 
 
 def test_columns_of_two_ranks() -> None:
-    """Each of two ranks holds half of every row: sums are added up, and a row is wider than what a rank sees."""
+    """Emulates two ranks with half of every row each: sums are added, and a row is wider than a rank's columns."""
     slices = RAGGED[0]
     case, (mean, rstd, scales, shifts) = prepare(slices, torch.float32, gelu=True)
     halves = [slice(0, 12), slice(12, WIDTH)]
@@ -116,7 +116,7 @@ def test_gradient_is_written_in_place() -> None:
 
 
 def test_other_experts_do_not_matter() -> None:
-    """Catches a kernel that reads others' rows or parameters: NaNs there must change nothing."""
+    """Catches a kernel that reads another expert's rows or parameters: NaNs there must change nothing."""
     slices = [(0, 5), (5, 9)]
     outputs = []
     for value in (0.0, torch.nan):
@@ -141,7 +141,7 @@ def test_row_statistics(dtype: torch.dtype, width: int) -> None:
 
 @pytest.mark.parametrize("width", [8, 20, 24])
 def test_statistics_are_stable(width: int) -> None:
-    """Rows whose mean is 10,000 times their deviation: in float32 E[x^2] - E[x]^2 has no right digit left."""
+    """Catches E[x^2] - E[x]^2, which has no correct digit in float32 if the mean is 10,000 times the deviation."""
     y = 1e4 + torch.randn(5, width, generator=torch.Generator().manual_seed(width))
     variance, mean = torch.var_mean(y.double(), 1, correction=0)
     blocks = [block.double() for block in y.split(8, 1)]
@@ -175,6 +175,6 @@ def test_no_rows() -> None:
 @given(lengths=lengths_of_experts, width=st.integers(8, 40), gelu=st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_any_slices_and_widths(lengths: list[int], width: int, gelu: bool) -> None:
-    """In float32 and from 8 columns: a row of two values that are nearly equal has a gradient of rounding errors."""
+    """Runs in float32 with at least 8 columns: a row of two nearly equal values has a gradient of rounding errors."""
     with mock.patch(f"{__name__}.WIDTH", width):
         check_gradients(build_slices(lengths), torch.float32, gelu)
