@@ -9,8 +9,8 @@
 # ever permuted.
 #
 # A head is computed in column blocks A and B, powers of two that cover K: 88 columns as 64 + 32, not as 128. H and K
-# are compile-time constants: so the compiler knows the alignment of rows. With unknown strides it neither vectorised nor
-# pipelined the loads, and spilled.
+# are compile-time constants: so the compiler knows the alignment of rows. With unknown strides it did not vectorise or
+# pipeline the loads, and spilled.
 #
 # float32 is multiplied exactly ("ieee"), not on tensor cores; half precision ignores the setting.
 
