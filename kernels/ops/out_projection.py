@@ -117,6 +117,10 @@ class _Form(NamedTuple):
         return _Parameters(*(tuple(islice(remaining, len(self.ends) if present else 0)) for present in is_present))
 
 
+_SavedNorm = tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]
+"""Mean and reciprocal deviation of every row, and the scales and shifts of all experts."""
+
+
 class _OutProjection(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -248,7 +252,12 @@ def _row_blocks(form: _Form) -> Iterator[tuple[int, int, int]]:
 
 
 def _backward_by_operators(
-    dy_TD: Tensor, factor_T: Tensor | None, x_TF: Tensor, form: _Form, weights: Sequence[Tensor], norm: Any
+    dy_TD: Tensor,
+    factor_T: Tensor | None,
+    x_TF: Tensor,
+    form: _Form,
+    weights: Sequence[Tensor],
+    norm: _SavedNorm | None,
 ) -> list[Tensor]:
     """Returns the same gradients from saved statistics; row sums are all-reduced over ranks that divide the width."""
     ops, ends, of_norm = torch.ops.beit3_ds, form.ends, []

@@ -88,11 +88,15 @@ def check_kernels(device: torch.device, dtype: torch.dtype, width: int, stream: 
     names = ("y", "d_residual", "d_partial", *(f"d_bias_{expert}" for expert in range(3)))
     for factor_T in (None, factors):
 
-        def operator(residual_TD: Tensor, partial_TD: Tensor, *biases: Tensor, factor_T: Any = factor_T) -> Tensor:
+        def operator(
+            residual_TD: Tensor, partial_TD: Tensor, *biases: Tensor, factor_T: Tensor | None = factor_T
+        ) -> Tensor:
             y_TD: Tensor = _ResidualAdd.apply(residual_TD, partial_TD, factor_T, (37, 37, 61), True, *biases)
             return y_TD
 
-        def reference(residual_TD: Tensor, partial_TD: Tensor, *biases: Tensor, factor_T: Any = factor_T) -> Tensor:
+        def reference(
+            residual_TD: Tensor, partial_TD: Tensor, *biases: Tensor, factor_T: Tensor | None = factor_T
+        ) -> Tensor:
             factor_T = None if factor_T is None else factor_T.to(residual_TD.dtype)
             return residual_add_reference(residual_TD, partial_TD, ((0, 37), (37, 37), (37, 61)), biases, factor_T)
 

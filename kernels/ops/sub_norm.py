@@ -217,7 +217,13 @@ def _sub_norm_fake(x_TF: Tensor, *rest: Any) -> Tensor:
 
 @torch.library.register_fake("beit3_ds::sub_norm_sums", lib=_LIBRARY)
 def _sub_norm_sums_fake(
-    dn_TF: Tensor, x_TF: Tensor, gelu: bool, mean_T: Tensor, rstd_T: Tensor, scales: Sequence[Tensor], ends: Any
+    dn_TF: Tensor,
+    x_TF: Tensor,
+    gelu: bool,
+    mean_T: Tensor,
+    rstd_T: Tensor,
+    scales: Sequence[Tensor],
+    ends: Sequence[int],
 ) -> list[Tensor]:
     return [mean_T.new_empty(2, len(x_TF)), *(torch.empty_like(scale) for scale in (*scales, *scales))]
 
