@@ -1,4 +1,4 @@
-"""Files of other projects' tensors, read without running any of their code."""
+"""Reads files of tensors from other projects without running any code in them."""
 
 import argparse
 import pickle
@@ -17,21 +17,21 @@ from beit3_ds.config import ConfigError
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Reads the tensors of a .safetensors file or of one of torch, without running any code of the file.
 
-    Pages of the file are read when a tensor is used, so that a large file does not have to fit in memory; only torch's
-    format from before version 1.6 is read at once.
+    Using a tensor reads its pages from disk, so that a large file need not fit in memory. Only the format of torch
+    before version 1.6 is read at once.
 
     Args:
-        path: a .safetensors file, or one of torch that holds tensors by name at its top or under "state_dict" or
+        path: a .safetensors file, or a torch file that holds tensors by name at its top or under "state_dict" or
             "model".
 
     Raises:
-        ConfigError: if the file cannot be read, holds objects that are no plain data, or no tensors by name.
+        ConfigError: if the file cannot be read, holds objects that are not plain data, or holds no tensors by name.
     """
     return read_tensors_with_note(path, None)[0]
 
 
 def read_tensors_with_note(path: str | Path, note_key: str | None) -> tuple[dict[str, Tensor], str | None]:
-    """Reads tensors as `read_tensors` does, and a text that the file holds beside them.
+    """Reads tensors as `read_tensors` does, and a text beside them in the file.
 
     Args:
         path: the file, as for `read_tensors`.
@@ -83,5 +83,5 @@ def _load_torch(path: Path) -> object:
 def _unsafe_names(path: Path) -> str:
     try:
         return ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(path)) or "none by name"
-    except Exception:  # as above; the names are only a help
+    except Exception:  # as above; the message works without the names
         return "none that could be listed"

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from beit3_ds.config import ConfigError
 from beit3_ds.untrusted_file import read_tensors
-from beit3_ds.weights.source import open_source
+from beit3_ds.weights.reader import open_weights
 
 STATE = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(3)}
 
@@ -49,7 +49,7 @@ def test_a_crafted_pickle_runs_nothing(kind: str, tmp_path: Path) -> None:
         path.write_bytes(pickle.dumps(content, protocol=2))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
-    for read in (read_tensors, open_source):
+    for read in (read_tensors, open_weights):
         with pytest.raises(ConfigError, match=r"could run code.*never loaded"):
             read(path)
     assert not crater.exists()

@@ -33,13 +33,13 @@ def _export(options: argparse.Namespace) -> int:
     import torch
 
     from beit3_ds.weights.export import export_weights, loading_hint, parse_byte_count
-    from beit3_ds.weights.source import open_source
+    from beit3_ds.weights.reader import open_weights
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     limit = parse_byte_count(options.max_shard_size) if options.max_shard_size else None
-    source, out = open_source(options.checkpoint), Path(options.out)
+    reader, out = open_weights(options.checkpoint), Path(options.out)
     done = export_weights(
-        source,
+        reader,
         out,
         format=options.format,
         dtype=dtypes.get(options.dtype),
@@ -47,5 +47,5 @@ def _export(options: argparse.Namespace) -> int:
         overwrite=options.force,
     )
     print(f"wrote {out}: {done.describe()}")
-    print(loading_hint(source.model, out, options.format))
+    print(loading_hint(reader.model, out, options.format))
     return 0

@@ -32,7 +32,7 @@ def _import(options: argparse.Namespace) -> int:
     from beit3_ds.tokenizers import import_released_tokenizer, save_visual_tokenizer
     from beit3_ds.untrusted_file import read_tensors
     from beit3_ds.weights.export import check_free, export_weights
-    from beit3_ds.weights.source import open_foreign
+    from beit3_ds.weights.reader import open_for_import
     from beit3_ds.weights.timm_file import TimmFile
 
     out = Path(options.out)
@@ -43,13 +43,13 @@ def _import(options: argparse.Namespace) -> int:
         config = tokenizer.config
         print(f"wrote {out}: {config.codebook_size} codes, {config.image_size} px / patch {config.patch_size}")
         return 0
-    source = open_foreign(options.file, image_size=options.image_size)
-    done = export_weights(source, out, overwrite=options.force)
-    model = source.model
+    reader = open_for_import(options.file, image_size=options.image_size)
+    done = export_weights(reader, out, overwrite=options.force)
+    model = reader.model
     print(f"wrote {out}: {done.describe()}; {model.num_layers} layers of {model.hidden_size}, {model.image_size} px")
-    if isinstance(source, TimmFile):
+    if isinstance(reader, TimmFile):
         print(
-            f"{options.file} holds a vision tower: {len(source.held)} tensors. The other "
-            f"{len(source.names()) - len(source.held)}, language and the masked-modeling heads, have initial values."
+            f"{options.file} holds a vision tower: {len(reader.held)} tensors. The other "
+            f"{len(reader.names()) - len(reader.held)}, language and the masked-modeling heads, have initial values."
         )
     return 0

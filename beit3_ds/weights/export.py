@@ -1,4 +1,4 @@
-"""Weights written out for others to load: this project's own format, the reference's, and timm's."""
+"""Exports weights in this project's own format, the reference's, or timm's."""
 
 import json
 import os
@@ -17,12 +17,12 @@ from beit3_ds.checkpoint.tensor_file import TensorEntry, write_tensor_file
 from beit3_ds.config import ConfigError, ModelConfig
 from beit3_ds.model.pretrained import EXTRA_PREFIX, INDEX_NAME, is_pretrained_file, weights_metadata
 from beit3_ds.weights.export_note import NOTE_KEY, ExportNote
-from beit3_ds.weights.recipe import Recipe, copy_recipe
-from beit3_ds.weights.source import TensorSource
+from beit3_ds.weights.planned_tensor import PlannedTensor, plan_copy
+from beit3_ds.weights.reader import WeightReader
 from beit3_ds.weights.state_dict_file import write_state_dict_file
-from beit3_ds.weights.timm_recipes import timm_recipe_lines, timm_recipes
-from beit3_ds.weights.unilm_layout import reference_arguments
-from beit3_ds.weights.unilm_recipes import unilm_recipes
+from beit3_ds.weights.timm_export import plan_timm_export, timm_example
+from beit3_ds.weights.unilm_export import plan_unilm_export
+from beit3_ds.weights.unilm_names import reference_arguments
 
 ExportFormat = Literal["beit3", "unilm-dual", "unilm-fusion", "timm"]
 
@@ -31,22 +31,22 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
 class Exported(NamedTuple):
-    """What was written."""
+    """Sizes of a finished export."""
 
     num_tensors: int
     num_bytes: int
-    """Of all files."""
+    """Bytes of all files."""
     num_files: int
-    """The index of shards not counted."""
+    """Number of files, without the index of shards."""
 
     def describe(self) -> str:
-        """The three numbers in words."""
+        """Returns the three numbers in words."""
         files = "" if self.num_files == 1 else f" in {self.num_files} files"
         return f"{self.num_tensors} tensors, {format_bytes(self.num_bytes)}{files}"
 
 
 def export_weights(
-    source: TensorSource,
+    reader: WeightReader,
     out: Path,
     *,
     format: ExportFormat = "beit3",
@@ -54,58 +54,60 @@ def export_weights(
     max_shard_bytes: int | None = None,
     overwrite: bool = False,
 ) -> Exported:
-    """Writes a model's weights, one tensor in memory at a time; `out` appears when it is whole.
+    """Writes a model's weights with one tensor in memory at a time; `out` appears only when it is whole.
 
     Args:
-        source: the tensors.
-        out: the file to write, or with `max_shard_bytes` the folder.
-        format: `beit3` is what `BEiT3.from_pretrained` loads (safetensors, logical names); `unilm-dual` and
-            `unilm-fusion` are state dicts of the reference (`unilm_recipes`), `timm` is its vision tower (safetensors).
-        dtype: of floating tensors; None keeps what the source has.
-        max_shard_bytes: bytes of tensors in a file of a sharded folder, each at least one tensor; for `beit3` only.
-        overwrite: whether to replace what is at `out`.
+        reader: reads the tensors.
+        out: path of the file, or with `max_shard_bytes` of the folder.
+        format: `beit3` is the format of `BEiT3.from_pretrained` (safetensors, logical names); `unilm-dual` and
+            `unilm-fusion` are state dicts of the reference (`plan_unilm_export`); `timm` is a vision tower of timm
+            (safetensors).
+        dtype: type of floating tensors; None keeps the stored types.
+        max_shard_bytes: most bytes of tensors per file of a sharded folder, where a file holds at least one tensor; for
+            `beit3` only.
+        overwrite: whether to replace existing weights at `out`.
 
     Raises:
-        ConfigError: if `out` exists, cannot be written, or the model or the name does not fit the format.
+        ConfigError: if `out` exists or cannot be written, or the model or the name of `out` does not fit the format.
     """
     check_free(out, overwrite)
     if format == "timm" and out.suffix != ".safetensors":
-        raise ConfigError(f"{out}: timm tells a file by its name. Let it end in .safetensors.")
+        raise ConfigError(f"{out}: timm tells a file's type by its name. Use a name that ends in .safetensors.")
     if max_shard_bytes is not None and format != "beit3":
         raise ConfigError(f"--max-shard-size: {format} is one file, because that is what its readers load. Drop it.")
-    recipes = _recipes(source, format)
+    planned = _plan(reader, format)
     if dtype is not None:
-        recipes = [recipe.cast(dtype) for recipe in recipes]
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
-    metadata = _metadata(source, format)
+        planned = [tensor.cast(dtype) for tensor in planned]
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    metadata = _metadata(reader, format)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        num_bytes = sum(recipe.num_bytes for recipe in recipes)
+        num_bytes = sum(tensor.num_bytes for tensor in planned)
         with tqdm(total=num_bytes, unit="B", unit_scale=True, desc=f"writing {out.name}", disable=None) as bar:
-            recipes = [_counted(recipe, bar) for recipe in recipes]
+            planned = [_counted(tensor, bar) for tensor in planned]
             if max_shard_bytes is not None:
-                _write_shards(aside, recipes, max_shard_bytes, metadata)
+                _write_shards(temporary, planned, max_shard_bytes, metadata)
             elif format in ("beit3", "timm"):
-                _write_safetensors(aside, recipes, metadata)
+                _write_safetensors(temporary, planned, metadata)
             else:
-                write_state_dict_file(aside, recipes, metadata)
-        _put(aside, out)
+                write_state_dict_file(temporary, planned, metadata)
+        _move_into_place(temporary, out)
     except OSError as error:
         raise ConfigError(f"{out} cannot be written: {error}. Free space there, or name another place.") from error
     finally:
-        _remove(aside)
+        _remove(temporary)
     files = [file for file in out.iterdir() if file.name != INDEX_NAME] if out.is_dir() else [out]
-    return Exported(len(recipes), sum(file.stat().st_size for file in files), len(files))
+    return Exported(len(planned), sum(file.stat().st_size for file in files), len(files))
 
 
 def loading_hint(config: ModelConfig, out: Path, format: ExportFormat) -> str:
-    """How to load what was exported, and for what it is exact."""
+    """Returns how to load exported weights, and for which inputs they are exact."""
     if format == "beit3":
-        return f"Workload it with BEiT3.from_pretrained({str(out)!r})."
+        return f"Load it with BEiT3.from_pretrained({str(out)!r})."
     if format == "timm":
         return (
-            "Workload it with timm; fc_norm is the model's final norm, which forward_features does not apply:\n"
-            f"{timm_recipe_lines(config, str(out))}\n"
+            "Load it with timm; fc_norm is the model's final norm, which forward_features does not apply:\n"
+            f"{timm_example(config, str(out))}\n"
             "They are BEiT3.encode(images=images).images of the model; model(images) is fc_norm of the patches' mean."
         )
     hint = f"Build the reference with torchscale's EncoderConfig({_call_arguments(reference_arguments(config))})."
@@ -119,10 +121,10 @@ def loading_hint(config: ModelConfig, out: Path, format: ExportFormat) -> str:
 
 
 def check_free(out: Path, overwrite: bool) -> None:
-    """Refuses a place that is taken; a folder is overwritten only if it holds exported weights.
+    """Refuses an output path that exists; only a folder of exported weights alone may be overwritten.
 
     Raises:
-        ConfigError: if it is.
+        ConfigError: if it exists and may not be overwritten.
     """
     if out.is_dir():
         foreign = next((file.name for file in sorted(out.iterdir()) if not _is_own_file(file)), None)
@@ -136,17 +138,17 @@ def check_free(out: Path, overwrite: bool) -> None:
 
 
 def _is_own_file(file: Path) -> bool:
-    """Returns whether a file of a folder is one that an export writes."""
+    """Returns whether an export wrote a file."""
     if file.is_symlink() or not file.is_file():
         return False
     return file.name == INDEX_NAME or (_SHARD_NAME.fullmatch(file.name) is not None and is_pretrained_file(file))
 
 
 def parse_byte_count(text: str) -> int:
-    """Reads a size such as `5GB` (10^9 bytes each), `500MB`, `2GiB` (2^30) or `1000000`.
+    """Parses a number of bytes such as `5GB` (10^9 bytes each), `500MB`, `2GiB` (2^30) or `1000000`.
 
     Raises:
-        ConfigError: if it is none, or 0.
+        ConfigError: if the text is not a size, or the size is 0.
     """
     match = _SIZE.fullmatch(text.strip())
     count = 0
@@ -158,7 +160,7 @@ def parse_byte_count(text: str) -> int:
 
 
 def format_bytes(count: float) -> str:
-    """Bytes for people, in powers of 1000: 2.5 GB."""
+    """Formats a number of bytes for people, in powers of 1000, such as 2.5 GB."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
@@ -170,59 +172,59 @@ def _call_arguments(arguments: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
 
 
-def _metadata(source: TensorSource, format: ExportFormat) -> dict[str, str]:
+def _metadata(reader: WeightReader, format: ExportFormat) -> dict[str, str]:
     """Returns the metadata that this program needs to read the file back."""
     if format == "beit3":
-        return weights_metadata(source.model, source.step)
-    has_extras = any(name.startswith(EXTRA_PREFIX) for name in source.names())
-    return {NOTE_KEY: ExportNote(format, source.model, source.step, has_extras).to_json()}
+        return weights_metadata(reader.model, reader.step)
+    has_extras = any(name.startswith(EXTRA_PREFIX) for name in reader.names())
+    return {NOTE_KEY: ExportNote(format, reader.model, reader.step, has_extras).to_json()}
 
 
-def _recipes(source: TensorSource, format: ExportFormat) -> list[Recipe]:
+def _plan(reader: WeightReader, format: ExportFormat) -> list[PlannedTensor]:
     if format == "beit3":
-        return [copy_recipe(source, name) for name in source.names()]
-    return timm_recipes(source) if format == "timm" else unilm_recipes(source, fusion=format == "unilm-fusion")
+        return [plan_copy(reader, name) for name in reader.names()]
+    return plan_timm_export(reader) if format == "timm" else plan_unilm_export(reader, fusion=format == "unilm-fusion")
 
 
-def _counted(recipe: Recipe, bar: tqdm) -> Recipe:
-    def make() -> Tensor:
-        bar.update(recipe.num_bytes)
-        return recipe.make()
+def _counted(tensor: PlannedTensor, bar: tqdm) -> PlannedTensor:
+    def build() -> Tensor:
+        bar.update(tensor.num_bytes)
+        return tensor.build()
 
-    return recipe._replace(make=make)
-
-
-def _write_safetensors(path: Path, recipes: Sequence[Recipe], metadata: dict[str, str]) -> None:
-    make = {recipe.name: recipe.make for recipe in recipes}
-    entries = [TensorEntry(recipe.name, recipe.dtype, recipe.shape) for recipe in recipes]
-    write_tensor_file(path, entries, lambda name: make[name](), metadata, with_digest=False)
+    return tensor._replace(build=build)
 
 
-def _write_shards(folder: Path, recipes: Sequence[Recipe], max_bytes: int, metadata: dict[str, str]) -> None:
-    """Hugging Face's convention: numbered files, and an index that says which tensor is where."""
-    shards: list[list[Recipe]] = [[]]
-    for recipe in recipes:
-        if shards[-1] and sum(other.num_bytes for other in shards[-1]) + recipe.num_bytes > max_bytes:
+def _write_safetensors(path: Path, planned: Sequence[PlannedTensor], metadata: dict[str, str]) -> None:
+    builders = {tensor.name: tensor.build for tensor in planned}
+    entries = [TensorEntry(tensor.name, tensor.dtype, tensor.shape) for tensor in planned]
+    write_tensor_file(path, entries, lambda name: builders[name](), metadata, with_digest=False)
+
+
+def _write_shards(folder: Path, planned: Sequence[PlannedTensor], max_bytes: int, metadata: dict[str, str]) -> None:
+    """Writes shards by Hugging Face's convention: numbered files, and an index with the file of every tensor."""
+    shards: list[list[PlannedTensor]] = [[]]
+    for tensor in planned:
+        if shards[-1] and sum(other.num_bytes for other in shards[-1]) + tensor.num_bytes > max_bytes:
             shards.append([])
-        shards[-1].append(recipe)
+        shards[-1].append(tensor)
     folder.mkdir()
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_safetensors(folder / name, shard, metadata)
-        weight_map |= {recipe.name: name for recipe in shard}
-    total = sum(recipe.num_bytes for recipe in recipes)
+        weight_map |= {tensor.name: name for tensor in shard}
+    total = sum(tensor.num_bytes for tensor in planned)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_whole(folder / INDEX_NAME, json.dumps(index, indent=1).encode())
     sync_folder(folder)
 
 
-def _put(aside: Path, out: Path) -> None:
-    """Gives what was written its name; a folder that has it steps aside first, as renaming cannot replace it."""
-    old = aside.with_name(f"{aside.name}.old")
-    if out.is_dir() or (out.exists() and aside.is_dir()):
+def _move_into_place(temporary: Path, out: Path) -> None:
+    """Renames the finished file or folder to `out`; an old folder is moved away first, since it cannot be replaced."""
+    old = temporary.with_name(f"{temporary.name}.old")
+    if out.is_dir() or (out.exists() and temporary.is_dir()):
         rename(out, old)
-    rename(aside, out)
+    rename(temporary, out)
     _remove(old)
 
 

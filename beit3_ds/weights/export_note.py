@@ -1,6 +1,6 @@
-"""Notes in a file of another project's layout which model it was exported from.
+"""Notes in a file of another project's format from which model it was exported.
 
-Other projects' layouts have no place for a model's configuration, and shapes do not tell everything (attention heads,
+Other projects' formats have no place for a model's configuration, and shapes do not tell everything (attention heads,
 what A and B share). Without the note this program could not read back its own files. Other programs ignore the note.
 """
 

@@ -1,4 +1,4 @@
-"""What `beit3 inspect` says of weights on disk."""
+"""Describes weights on disk for `beit3 inspect`."""
 
 import dataclasses
 import json
@@ -13,42 +13,42 @@ from beit3_ds.checkpoint.folder import CheckpointFolder, is_checkpoint, open_che
 from beit3_ds.checkpoint.run_description import flatten
 from beit3_ds.model.pretrained import EXTRA_PREFIX
 from beit3_ds.weights.export import format_bytes
+from beit3_ds.weights.reader import WeightReader, open_weights
 from beit3_ds.weights.released import ReleasedFile
-from beit3_ds.weights.source import TensorSource, open_source
 from beit3_ds.weights.timm_file import TimmFile
 
 _EXPERT = re.compile(r"_(vision_language|vision|language)$")
 
 
 def describe_weights(path: Path, *, every_tensor: bool = False) -> str:
-    """Describes a checkpoint, exported weights or a released file: configuration, parameters of each part, size.
+    """Describes a checkpoint, exported weights or a released file: configuration, parameters per part, sizes.
 
-    A checkpoint's files are all compared with their digests; of its run it tells settings, ranks and versions.
+    For a checkpoint it compares all files with their digests, and adds the run's settings, ranks and versions.
 
     Args:
-        path: what `open_source` opens.
+        path: a path that `open_weights` opens.
         every_tensor: whether to list every tensor too.
 
     Raises:
-        ConfigError: if there is nothing to open, or a checkpoint is torn or changed.
+        ConfigError: if there is nothing to open, or the checkpoint is incomplete or changed.
     """
-    source: TensorSource = open_checkpoint(path, kind=None) if is_checkpoint(path) else open_source(path)
-    step = f", after {source.step} updates" if source.step else ""
-    where = source.path if isinstance(source, CheckpointFolder) else path
-    lines = [f"{where}: {_kind(source)}{step}"]
-    if isinstance(source, CheckpointFolder):
-        lines += [*_describe_run(source), "model:"]
-    lines += [*_describe_model(source), "", *_part_table(source)]
+    reader: WeightReader = open_checkpoint(path, kind=None) if is_checkpoint(path) else open_weights(path)
+    step = f", after {reader.step} updates" if reader.step else ""
+    where = reader.path if isinstance(reader, CheckpointFolder) else path
+    lines = [f"{where}: {_kind(reader)}{step}"]
+    if isinstance(reader, CheckpointFolder):
+        lines += [*_describe_run(reader), "model:"]
+    lines += [*_describe_model(reader), "", *_part_table(reader)]
     if every_tensor:
-        rows = [(name, _dtype(source.dtype(name)), str(list(source.shape(name)))) for name in _held(source)]
+        rows = [(name, _dtype(reader.dtype(name)), str(list(reader.shape(name)))) for name in _held(reader)]
         lines += ["", *_table(("tensor", "type", "shape"), rows)]
     return "\n".join(lines)
 
 
 def part_of(name: str) -> str:
-    """The part of the model that a logical tensor belongs to, as a reader would call it."""
+    """Returns the part of the model to which a logical tensor belongs, in words."""
     if name.startswith(EXTRA_PREFIX):
-        return "kept for unilm's layout"
+        return "kept for unilm's format"
     expert = _EXPERT.search(name)
     whose = f", {expert[1].replace('_', '-')}" if expert else ""
     if ".attention." in name:
@@ -60,19 +60,19 @@ def part_of(name: str) -> str:
     return {"heads.mim": "MIM head", "heads.mlm": "MLM head"}.get(name.rsplit(".", 1)[0], "embeddings")
 
 
-def _kind(source: TensorSource) -> str:
-    if isinstance(source, CheckpointFolder):
+def _kind(reader: WeightReader) -> str:
+    if isinstance(reader, CheckpointFolder):
         return "checkpoint"
-    return source.description if isinstance(source, ReleasedFile | TimmFile) else "exported weights"
+    return reader.description if isinstance(reader, ReleasedFile | TimmFile) else "exported weights"
 
 
-def _held(source: TensorSource) -> list[str]:
-    """Returns the names of the tensors that the file itself holds."""
-    return source.held if isinstance(source, TimmFile) else source.names()
+def _held(reader: WeightReader) -> list[str]:
+    """Returns the names of the tensors in the file itself."""
+    return reader.held if isinstance(reader, TimmFile) else reader.names()
 
 
 def _describe_run(folder: CheckpointFolder) -> list[str]:
-    """What the index says beside the model, and how large the files are."""
+    """Returns what the index says beside the model, and the size of the files."""
     run, files = folder.index.run, folder.index.files
     num_pieces = sum(len(pieces) for pieces in folder.index.pieces.values())
     num_bytes = sum(file.num_bytes for file in files.values())
@@ -88,22 +88,22 @@ def _describe_run(folder: CheckpointFolder) -> list[str]:
     ]
 
 
-def _describe_model(source: TensorSource) -> list[str]:
-    return [f"  {name}: {value}" for name, value in dataclasses.asdict(source.model).items()]
+def _describe_model(reader: WeightReader) -> list[str]:
+    return [f"  {name}: {value}" for name, value in dataclasses.asdict(reader.model).items()]
 
 
-def _part_table(source: TensorSource) -> list[str]:
+def _part_table(reader: WeightReader) -> list[str]:
     groups: dict[str, list[str]] = defaultdict(list)
-    for name in _held(source):
+    for name in _held(reader):
         groups[part_of(name)].append(name)
-    rows = [_part_row(source, part, names) for part, names in groups.items()]
-    own = [name for name in _held(source) if not name.startswith(EXTRA_PREFIX)]
-    rows.append(_part_row(source, "the vision tower" if isinstance(source, TimmFile) else "the model", own))
+    rows = [_part_row(reader, part, names) for part, names in groups.items()]
+    own = [name for name in _held(reader) if not name.startswith(EXTRA_PREFIX)]
+    rows.append(_part_row(reader, "the vision tower" if isinstance(reader, TimmFile) else "the model", own))
     return _table(("part", "tensors", "parameters", "size", "type"), rows)
 
 
-def _part_row(source: TensorSource, part: str, names: list[str]) -> tuple[str, ...]:
-    sizes = [(source.shape(name).numel(), source.dtype(name)) for name in names]
+def _part_row(reader: WeightReader, part: str, names: list[str]) -> tuple[str, ...]:
+    sizes = [(reader.shape(name).numel(), reader.dtype(name)) for name in names]
     num_bytes = sum(count * dtype.itemsize for count, dtype in sizes)
     types = ", ".join(sorted({_dtype(dtype) for _, dtype in sizes}))
     return part, f"{len(names)}", f"{sum(count for count, _ in sizes):,}", format_bytes(num_bytes), types
@@ -114,7 +114,7 @@ def _dtype(dtype: torch.dtype) -> str:
 
 
 def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """Columns as wide as their longest cell; numbers to the right."""
+    """Formats rows as columns of the width of their longest cell; numbers are right-aligned."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     numeric = [all(line[column][:1].isdigit() for line in lines[1:]) for column in range(len(header))]

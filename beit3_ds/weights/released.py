@@ -1,7 +1,7 @@
-"""Released BEiT-3 weights, seen as the logical tensors of a decoupled model.
+"""Reads released BEiT-3 weights as the logical tensors of a decoupled model.
 
-The layout follows the reference's code and was tested on tensors of its names and shapes; the official files themselves
-were never read here.
+Names and shapes follow the reference's code, and tests use tensors of these names and shapes. The official files
+themselves were never read here.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from beit3_ds.model.pretrained import EXTRA_PREFIX, IMAGE_POSITION, check_tensor
 from beit3_ds.positions import interpolate_positions
 from beit3_ds.untrusted_file import read_tensors_with_note
 from beit3_ds.weights.export_note import NOTE_KEY, parse_note
-from beit3_ds.weights.unilm_layout import (
+from beit3_ds.weights.unilm_names import (
     POSITION_TABLES,
     TEXT_POSITION,
     TOKENS,
@@ -27,13 +27,13 @@ from beit3_ds.weights.unilm_layout import (
 
 
 class ReleasedFile:
-    """A pretrained, in-domain, contrastive or fine-tuned file of the reference; tensors are read when asked for.
+    """A pretrained, in-domain, contrastive or fine-tuned file of the reference, whose tensors are read on demand.
 
-    Tensors that this project has no place for, such as task heads and unused rows of position tables, keep their key
-    behind `EXTRA_PREFIX`, so that an export in the reference's layout gives every tensor back.
+    Tensors that this project does not use, such as task heads and unused rows of position tables, keep their key after
+    `EXTRA_PREFIX`, so that an export in the reference's format restores every tensor.
 
-    A file that this program exported in that layout has a note of its model, which is read back unchanged except for
-    vision-language experts, which the layout does not have.
+    If this program exported the file, a note in it says from which model. That model is read without vision-language
+    experts, which the format does not have.
 
     Attributes:
         path: the file.
@@ -47,18 +47,18 @@ class ReleasedFile:
         """Reads names and shapes.
 
         Args:
-            path: what `foreign_tensors.read_tensors` reads.
+            path: a file that `untrusted_file.read_tensors` reads.
             image_size: pixels on a side, for which positions are interpolated as the reference does before fine-tuning;
                 None keeps the file's.
 
         Raises:
-            ConfigError: if the file cannot be read, holds objects that could run code, or is of another layout.
+            ConfigError: if the file cannot be read, holds objects that could run code, or has another format.
         """
         self.path = Path(path)
         tensors, text = read_tensors_with_note(self.path, NOTE_KEY)
         note = parse_note(text, str(path)) if text else None
         if note is None:
-            self.step, self.description = 0, "released weights (unilm's layout)"
+            self.step, self.description = 0, "released weights (unilm's format)"
             stored = read_architecture({key: tensor.shape for key, tensor in tensors.items()}, str(path))
         else:
             self.step, self.description = note.step, f"weights exported as {note.format}"
@@ -70,19 +70,19 @@ class ReleasedFile:
         check_tensors(str(path), found, _parameter_shapes(stored))
 
     def names(self) -> list[str]:
-        """Names of all tensors, those under `EXTRA_PREFIX` included."""
+        """Returns the names of all tensors, also of those under `EXTRA_PREFIX`."""
         return list(self._tensors)
 
     def shape(self, name: str) -> torch.Size:
-        """The logical shape of a tensor."""
+        """Returns the logical shape of a tensor."""
         return self.read(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """The type of a tensor's elements in the file."""
+        """Returns the type of a tensor's elements in the file."""
         return self._tensors[name].dtype
 
     def read(self, name: str, part: tuple[int, int, int, int] | None = None) -> Tensor:
-        """A tensor as stored, or a part of it as `matrix_part` has it; its pages are read from disk when it is used."""
+        """Returns a tensor as stored, or a part of it as in `matrix_part`; using it reads its pages from disk."""
         tensor = self._tensors[name]
         if name == IMAGE_POSITION:
             tensor = interpolate_positions(tensor[None], self.model.grid_size)[0]
@@ -113,7 +113,7 @@ def _by_logical_name(
         named[name] = tensor
     if unknown := [key for key in rest if key.startswith("beit3.")]:
         raise ConfigError(
-            f"{where}: {len(unknown)} tensors of the backbone are none of the released layout's ({unknown[0]}); "
+            f"{where}: {len(unknown)} tensors of the backbone are none of the released format's ({unknown[0]}); "
             f"without them the model would compute something else. Use a released file."
         )
     return named | {EXTRA_PREFIX + key: tensor for key, tensor in rest.items()}

@@ -12,7 +12,7 @@ from beit3_ds.model import BEiT3, initial_value
 from beit3_ds.model.pretrained import IMAGE_POSITION, matrix_part
 from beit3_ds.positions import interpolate_positions
 from beit3_ds.weights.export_note import ExportNote
-from beit3_ds.weights.timm_layout import timm_names
+from beit3_ds.weights.timm_names import timm_names
 
 
 class TimmFile:

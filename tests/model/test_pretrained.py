@@ -17,7 +17,7 @@ from beit3_ds.model import BEiT3, PretrainedWeights
 from beit3_ds.model.pretrained import INDEX_NAME
 from beit3_ds.weights.export import export_weights
 from tests.batches import decoupled, small_model_config
-from tests.weights.models import ModelSource, assert_features_equal, exported, random_inputs, random_model
+from tests.weights.models import ModelReader, assert_features_equal, exported, random_inputs, random_model
 
 LAYOUTS = {
     "paper": small_model_config(),
@@ -31,7 +31,7 @@ LAYOUTS = {
 @torch.no_grad()
 def test_the_loaded_model_is_the_exported_one(layout: str, max_shard_bytes: int | None, tmp_path: Path) -> None:
     model = random_model(LAYOUTS[layout])
-    export_weights(ModelSource(model, step=12), tmp_path / "weights", max_shard_bytes=max_shard_bytes)
+    export_weights(ModelReader(model, step=12), tmp_path / "weights", max_shard_bytes=max_shard_bytes)
     loaded = BEiT3.from_pretrained(tmp_path / "weights")
     assert loaded.config == model.config and not loaded.training
     assert PretrainedWeights(tmp_path / "weights").step == 12
@@ -144,9 +144,9 @@ def test_folders_that_cannot_be_loaded_say_why(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"checkpoint of a training run.*beit3 export"):
         BEiT3.from_pretrained(run)
     model = random_model(small_model_config())
-    export_weights(ModelSource(model), shards, max_shard_bytes=50_000)
+    export_weights(ModelReader(model), shards, max_shard_bytes=50_000)
     other = tmp_path / "other"
-    export_weights(ModelSource(model, step=5), other, max_shard_bytes=50_000)
+    export_weights(ModelReader(model, step=5), other, max_shard_bytes=50_000)
     first, second, *_ = sorted(file.name for file in shards.glob("*.safetensors"))
     (shards / first).write_bytes((other / first).read_bytes())
     with pytest.raises(ConfigError, match="different exports"):

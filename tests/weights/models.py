@@ -13,7 +13,7 @@ from beit3_ds.model.pretrained import matrix_part
 from beit3_ds.weights.export import export_weights
 
 
-class ModelSource:
+class ModelReader:
     """A model in memory, seen as a checkpoint on disk is."""
 
     def __init__(self, model: BEiT3, step: int = 0) -> None:
@@ -48,7 +48,7 @@ def random_model(config: ModelConfig, seed: int = 0) -> BEiT3:
 
 def exported(model: BEiT3, path: Path) -> Path:
     """The model's weights in this project's format."""
-    export_weights(ModelSource(model), path)
+    export_weights(ModelReader(model), path)
     return path
 
 

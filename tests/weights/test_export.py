@@ -22,10 +22,10 @@ from beit3_ds.model.pretrained import INDEX_NAME
 from beit3_ds.weights import export as export_module
 from beit3_ds.weights.export import ExportFormat, export_weights, format_bytes, parse_byte_count
 from tests.batches import small_model_config
-from tests.weights.models import ModelSource, random_model
+from tests.weights.models import ModelReader, random_model
 
 FORMATS: tuple[ExportFormat, ...] = ("beit3", "unilm-dual", "unilm-fusion", "timm")
-SOURCE = ModelSource(random_model(small_model_config()))
+READER = ModelReader(random_model(small_model_config()))
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
@@ -39,8 +39,8 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
 def test_tensors_are_cast(format: ExportFormat, dtype: torch.dtype, tmp_path: Path) -> None:
     suffix = ".pth" if format.startswith("unilm") else ".safetensors"
     whole, cast = tmp_path / f"whole{suffix}", tmp_path / f"cast{suffix}"
-    export_weights(SOURCE, whole, format=format)
-    export_weights(SOURCE, cast, format=format, dtype=dtype)
+    export_weights(READER, whole, format=format)
+    export_weights(READER, cast, format=format, dtype=dtype)
     expected, found = tensors_of(whole), tensors_of(cast)
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
@@ -53,9 +53,9 @@ def test_numbers_too_large_for_a_type_are_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         model.heads.mim.bias[3] = -1e6
     with pytest.raises(ConfigError, match=r"heads.mim.bias.*-1e\+06.*float16"):
-        export_weights(ModelSource(model), tmp_path / "weights", dtype=torch.float16)
+        export_weights(ModelReader(model), tmp_path / "weights", dtype=torch.float16)
     assert list(tmp_path.iterdir()) == []
-    export_weights(ModelSource(model), tmp_path / "weights", dtype=torch.bfloat16)
+    export_weights(ModelReader(model), tmp_path / "weights", dtype=torch.bfloat16)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -63,7 +63,7 @@ def test_numbers_too_large_for_a_type_are_refused(tmp_path: Path) -> None:
 def test_shards_keep_to_their_limit(limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.fsync", lambda _: None)  # thousands of small files
     folder = tmp_path / "shards"
-    done = export_weights(SOURCE, folder, max_shard_bytes=limit, overwrite=True)
+    done = export_weights(READER, folder, max_shard_bytes=limit, overwrite=True)
     files = sorted(folder.glob("*.safetensors"))
     assert [file.name for file in files] == [
         f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)
@@ -75,29 +75,29 @@ def test_shards_keep_to_their_limit(limit: int, tmp_path: Path, monkeypatch: pyt
         assert sum(x.numel() * 4 for x in shard.values()) <= limit or len(shard) == 1
     found = tensors_of(folder)
     assert index["metadata"]["total_size"] == sum(x.numel() * 4 for x in found.values())
-    assert found.keys() == set(SOURCE.names()) and all(torch.equal(x, SOURCE.read(n)) for n, x in found.items())
+    assert found.keys() == set(READER.names()) and all(torch.equal(x, READER.read(n)) for n, x in found.items())
     assert (done.num_files, done.num_bytes) == (len(files), sum(file.stat().st_size for file in files))
     assert list(tmp_path.iterdir()) == [folder]  # nothing half-written is left beside it
 
 
 def test_names_and_shards_suit_the_readers(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"end in \.safetensors"):
-        export_weights(SOURCE, tmp_path / "vision.pth", format="timm")
+    with pytest.raises(ConfigError, match=r"\.safetensors"):
+        export_weights(READER, tmp_path / "vision.pth", format="timm")
     with pytest.raises(ConfigError, match=r"--max-shard-size: unilm-dual is one file"):
-        export_weights(SOURCE, tmp_path / "x", format="unilm-dual", max_shard_bytes=1000)
+        export_weights(READER, tmp_path / "x", format="unilm-dual", max_shard_bytes=1000)
 
 
 @pytest.mark.parametrize("max_shard_bytes", [None, 50_000], ids=["file", "shards"])
 @pytest.mark.parametrize("taken_by", ["file", "shards"])
 def test_nothing_is_overwritten_unasked(taken_by: str, max_shard_bytes: int | None, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    other = ModelSource(random_model(small_model_config(), seed=1))
+    other = ModelReader(random_model(small_model_config(), seed=1))
     export_weights(other, out, max_shard_bytes={"file": None, "shards": 30_000}[taken_by])
     with pytest.raises(ConfigError, match=r"exists already.*--force"):
-        export_weights(SOURCE, out, max_shard_bytes=max_shard_bytes)
+        export_weights(READER, out, max_shard_bytes=max_shard_bytes)
     assert torch.equal(PretrainedWeights(out).read("heads.mim.bias"), other.read("heads.mim.bias"))
-    export_weights(SOURCE, out, max_shard_bytes=max_shard_bytes, overwrite=True)
-    assert torch.equal(PretrainedWeights(out).read("heads.mim.bias"), SOURCE.read("heads.mim.bias"))
+    export_weights(READER, out, max_shard_bytes=max_shard_bytes, overwrite=True)
+    assert torch.equal(PretrainedWeights(out).read("heads.mim.bias"), READER.read("heads.mim.bias"))
     assert out.is_dir() == (max_shard_bytes is not None) and list(tmp_path.iterdir()) == [out]
 
 
@@ -105,14 +105,14 @@ def test_nothing_is_overwritten_unasked(taken_by: str, max_shard_bytes: int | No
 def test_a_folder_with_somebody_elses_files_is_never_replaced(name: str, tmp_path: Path) -> None:
     """Exported weights beside which somebody put a tokenizer, another project's shard or a folder."""
     folder = tmp_path / "shards"
-    export_weights(SOURCE, folder, max_shard_bytes=20_000)
-    export_weights(SOURCE, folder, max_shard_bytes=20_000, overwrite=True)
+    export_weights(READER, folder, max_shard_bytes=20_000)
+    export_weights(READER, folder, max_shard_bytes=20_000, overwrite=True)
     if name == "notes":
         (folder / name).mkdir()
     else:
         (folder / name).write_bytes(b"mine")
     with pytest.raises(ConfigError, match=f"not one of exported weights alone and holds {name}"):
-        export_weights(SOURCE, folder, max_shard_bytes=20_000, overwrite=True)
+        export_weights(READER, folder, max_shard_bytes=20_000, overwrite=True)
     assert (folder / name).exists()
 
 
@@ -121,11 +121,11 @@ def test_a_folder_of_other_things_is_never_replaced(tmp_path: Path) -> None:
     precious.mkdir()
     (precious / "chapter.txt").write_text("words")
     with pytest.raises(ConfigError, match="not one of exported weights"):
-        export_weights(SOURCE, precious, max_shard_bytes=1000, overwrite=True)
+        export_weights(READER, precious, max_shard_bytes=1000, overwrite=True)
     assert (precious / "chapter.txt").read_text() == "words"
 
 
-class FailingSource(ModelSource):
+class FailingReader(ModelReader):
     """A disk that is full, or a file that is damaged, at the n-th tensor."""
 
     def __init__(self, error: BaseException, after: int) -> None:
@@ -156,10 +156,10 @@ def test_what_fails_leaves_the_old_file(
     format: ExportFormat, error: BaseException, seen: type[BaseException], message: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.safetensors"
-    export_weights(SOURCE, out, format=format)
+    export_weights(READER, out, format=format)
     before = out.read_bytes()
     with pytest.raises(seen, match=message):
-        export_weights(FailingSource(error, after=20), out, format=format, overwrite=True)
+        export_weights(FailingReader(error, after=20), out, format=format, overwrite=True)
     assert list(tmp_path.iterdir()) == [out] and out.read_bytes() == before
 
 
@@ -169,7 +169,7 @@ def test_a_full_disk_is_an_error_before_the_mapping_is_touched(tmp_path: Path, m
 
     monkeypatch.setattr("os.posix_fallocate", full)  # without the call, a full disk ends the process with SIGBUS
     with pytest.raises(ConfigError, match="No space left"):
-        export_weights(SOURCE, tmp_path / "out.pth", format="unilm-dual")
+        export_weights(READER, tmp_path / "out.pth", format="unilm-dual")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -194,7 +194,7 @@ def test_sizes_are_written_for_people() -> None:
 MEGABYTE = 1 << 20
 
 
-class LargeSource:
+class LargeReader:
     """216 MB in 6 tensors, each made when it is read.
 
     Blocks beyond 32 MB the allocator always gives back; of smaller ones it may keep some.
@@ -243,14 +243,14 @@ def peak_memory() -> Iterator[Callable[[], int]]:
 
 @pytest.mark.parametrize("kind", ["file", "shards", "state dict"])
 def test_memory_stays_near_the_largest_tensor(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = LargeSource()
+    reader = LargeReader()
     torch.save({}, tmp_path / "first")  # imports 80 MB of torch
     if kind == "state dict":  # the writer, without the names of a model
-        recipes = [export_module.copy_recipe(source, name) for name in source.names()]
-        monkeypatch.setattr(export_module, "unilm_recipes", lambda *_, **__: recipes)
+        planned = [export_module.plan_copy(reader, name) for name in reader.names()]
+        monkeypatch.setattr(export_module, "plan_unilm_export", lambda *_, **__: planned)
     with peak_memory() as peak:
         export_weights(
-            source,
+            reader,
             tmp_path / "out",
             format="unilm-dual" if kind == "state dict" else "beit3",
             max_shard_bytes=80 * MEGABYTE if kind == "shards" else None,
@@ -262,8 +262,8 @@ def test_loading_takes_one_copy(tmp_path: Path) -> None:
     config = small_model_config(hidden_size=512, num_attention_heads=8, ffn_hidden_size=2048, num_layers=3)
     model = random_model(config)
     size = sum(parameter.numel() * 4 for parameter in model.parameters())
-    export_weights(ModelSource(model), tmp_path / "weights")
-    export_weights(SOURCE, tmp_path / "small")
+    export_weights(ModelReader(model), tmp_path / "weights")
+    export_weights(READER, tmp_path / "small")
     BEiT3.from_pretrained(tmp_path / "small")  # imports 35 MB of torch
     with peak_memory() as peak:
         loaded = BEiT3.from_pretrained(tmp_path / "weights")

@@ -8,7 +8,7 @@ from torch import Tensor
 from beit3_ds.batch import PackedBatch
 from beit3_ds.model import BEiT3, Logits
 from beit3_ds.weights.export import export_weights
-from beit3_ds.weights.source import open_source
+from beit3_ds.weights.reader import open_weights
 from tests.batches import random_batch
 from tests.checkpoint.resharding import Setup, start, train
 from tests.ranks import run_ranks
@@ -36,7 +36,7 @@ def batch() -> PackedBatch:
 def test_exported_model_equals_the_ranks(tmp_path: Path) -> None:
     ranks = run_ranks(train_and_predict, SETUP.layout.num_ranks, tmp_path)
     expected = next(logits for logits in reversed(ranks) if logits is not None)
-    export_weights(open_source(tmp_path), tmp_path / "model.safetensors")
+    export_weights(open_weights(tmp_path), tmp_path / "model.safetensors")
     found = BEiT3.from_pretrained(tmp_path / "model.safetensors")(batch(), None)
     for ours, theirs in zip(found, expected, strict=True):
         assert_close(ours, theirs)

@@ -8,7 +8,7 @@ from beit3_ds.model import BEiT3
 from beit3_ds.weights.export import export_weights
 from beit3_ds.weights.inspection import describe_weights, part_of
 from tests.batches import small_model_config
-from tests.weights.models import ModelSource, random_model
+from tests.weights.models import ModelReader, random_model
 
 
 def rows(text: str) -> dict[str, list[str]]:
@@ -19,7 +19,7 @@ def rows(text: str) -> dict[str, list[str]]:
 
 def test_parts_add_up_to_the_model(tmp_path: Path) -> None:
     model = random_model(small_model_config())
-    export_weights(ModelSource(model, step=1234), tmp_path / "weights", dtype=torch.bfloat16, max_shard_bytes=30_000)
+    export_weights(ModelReader(model, step=1234), tmp_path / "weights", dtype=torch.bfloat16, max_shard_bytes=30_000)
     text = describe_weights(tmp_path / "weights")
     assert "exported weights, after 1234 updates" in text and "num_vision_language_layers: 1" in text
     parts = rows(text)
@@ -39,16 +39,16 @@ def test_every_parameter_has_its_part() -> None:
         parts = {name: part_of(name) for name in names}
         for name, part in parts.items():  # "embeddings" is what is left
             assert (part == "embeddings") == name.startswith("embeddings."), name
-        assert part_of("released.head.weight") == "kept for unilm's layout"
+        assert part_of("released.head.weight") == "kept for unilm's format"
 
 
 def test_a_released_file_is_described_and_listed(tmp_path: Path) -> None:
     model = random_model(small_model_config(hidden_size=64, num_attention_heads=1))
-    export_weights(ModelSource(model), tmp_path / "weights.pth", format="unilm-dual")
+    export_weights(ModelReader(model), tmp_path / "weights.pth", format="unilm-dual")
     released = torch.load(tmp_path / "weights.pth", weights_only=True)
     torch.save({"model": released["model"]}, tmp_path / "weights.pth")  # without what this program notes beside it
     text = describe_weights(tmp_path / "weights.pth", every_tensor=True)
-    assert "released weights (unilm's layout)\n" in text  # without a step
+    assert "released weights (unilm's format)\n" in text  # without a step
     assert "layout: decoupled" in text and "max_text_length: 1022" in text
     lines = text.splitlines()
     assert any(line.split() == ["embeddings.cls_token", "float32", "[64]"] for line in lines)

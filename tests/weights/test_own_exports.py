@@ -13,9 +13,9 @@ from beit3_ds.model import BEiT3, PretrainedWeights
 from beit3_ds.untrusted_file import read_tensors
 from beit3_ds.weights.export import ExportFormat, export_weights
 from beit3_ds.weights.inspection import describe_weights
-from beit3_ds.weights.source import open_foreign, open_source
+from beit3_ds.weights.reader import open_for_import, open_weights
 from tests.batches import decoupled, small_model_config
-from tests.weights.models import ModelSource, random_inputs, random_model
+from tests.weights.models import ModelReader, random_inputs, random_model
 
 LAYOUTS = {  # heads of 8 features, which no released model has
     "paper": small_model_config(),
@@ -46,8 +46,8 @@ def test_exports_come_back(layout: str, format: ExportFormat, dtype: torch.dtype
     model = random_model(LAYOUTS[layout]).to(dtype)
     out, back, again = (tmp_path / f"{name}{SUFFIXES[format]}" for name in ("out", "back", "again"))
     back = back.with_suffix(".safetensors")
-    export_weights(ModelSource(model, step=7), out, format=format)
-    export_weights(open_foreign(out), back)
+    export_weights(ModelReader(model, step=7), out, format=format)
+    export_weights(open_for_import(out), back)
     imported, weights = BEiT3.from_pretrained(back, dtype=dtype), PretrainedWeights(back)
     assert weights.step == 7 and weights.model.num_attention_heads == model.config.num_attention_heads
     assert not [name for name in weights.names() if name.startswith("released.")]
@@ -60,7 +60,7 @@ def test_exports_come_back(layout: str, format: ExportFormat, dtype: torch.dtype
         assert weights.model == model.config
     for kind in exact:
         torch.testing.assert_close(getattr(theirs, kind), getattr(ours, kind), rtol=0, atol=0)
-    export_weights(open_source(back), again, format="timm" if format == "timm" else "unilm-dual")
+    export_weights(open_weights(back), again, format="timm" if format == "timm" else "unilm-dual")
     first, second = stored(out), stored(again)
     assert list(first) == list(second)
     for name, tensor in first.items():
@@ -71,7 +71,7 @@ def test_exports_come_back(layout: str, format: ExportFormat, dtype: torch.dtype
 def test_exports_are_described(layout: str, format: ExportFormat, tmp_path: Path) -> None:
     out = tmp_path / f"out{SUFFIXES[format]}"
     model = random_model(LAYOUTS[layout])
-    export_weights(ModelSource(model, step=7), out, format=format)
+    export_weights(ModelReader(model, step=7), out, format=format)
     text = describe_weights(out, every_tensor=True)
     assert (text.startswith(f"{out}: ") and "for timm" in text) or f"exported as {format}" in text
     assert ", after 7 updates" in text and "num_attention_heads: 3" in text
@@ -80,7 +80,7 @@ def test_exports_are_described(layout: str, format: ExportFormat, tmp_path: Path
 
 
 def test_commands_take_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    export_weights(ModelSource(random_model(LAYOUTS["paper"])), tmp_path / "v.safetensors", format="timm")
+    export_weights(ModelReader(random_model(LAYOUTS["paper"])), tmp_path / "v.safetensors", format="timm")
     assert main(["inspect", str(tmp_path / "v.safetensors")]) == 0
     out = tmp_path / "back.safetensors"
     assert main(["import", str(tmp_path / "v.safetensors"), str(out), "--image-size", "24"]) == 0
@@ -92,7 +92,7 @@ def test_commands_take_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_the_reference_and_timm_pass_over_the_note(tmp_path: Path) -> None:
     """Plain tensors under the keys that their loaders read."""
     model = random_model(LAYOUTS["paper"])
-    export_weights(ModelSource(model), tmp_path / "x.pth", format="unilm-dual")
+    export_weights(ModelReader(model), tmp_path / "x.pth", format="unilm-dual")
     saved = torch.load(tmp_path / "x.pth", weights_only=True)
     assert set(saved) == {"model", "beit3_ds_export"} and isinstance(saved["beit3_ds_export"], str)
     assert saved["model"].keys() == read_tensors(tmp_path / "x.pth").keys()
@@ -100,12 +100,12 @@ def test_the_reference_and_timm_pass_over_the_note(tmp_path: Path) -> None:
 
 def test_a_changed_export_is_refused(tmp_path: Path) -> None:
     """A and B of a shared tensor that were trained apart would not fit the model that the note describes."""
-    export_weights(ModelSource(random_model(LAYOUTS["paper"])), tmp_path / "x.pth", format="unilm-dual")
+    export_weights(ModelReader(random_model(LAYOUTS["paper"])), tmp_path / "x.pth", format="unilm-dual")
     saved = torch.load(tmp_path / "x.pth", weights_only=True)
     saved["model"]["beit3.encoder.layers.1.self_attn.q_proj.B.weight"] += 1
     torch.save(saved, tmp_path / "trained.pth")
     with pytest.raises(ConfigError, match=r"q_proj\.B\.weight differs from another tensor .*was changed since"):
-        open_foreign(tmp_path / "trained.pth")
+        open_for_import(tmp_path / "trained.pth")
     torch.save(saved | {"beit3_ds_export": "{}"}, tmp_path / "note.pth")
     with pytest.raises(ConfigError, match=r"the note about its export cannot be read"):
-        open_foreign(tmp_path / "note.pth")
+        open_for_import(tmp_path / "note.pth")

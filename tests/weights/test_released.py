@@ -16,10 +16,10 @@ from beit3_ds.model import BEiT3
 from beit3_ds.model.pretrained import PretrainedWeights
 from beit3_ds.weights.export import export_weights
 from beit3_ds.weights.released import ReleasedFile
-from beit3_ds.weights.unilm_layout import read_architecture, reference_arguments
+from beit3_ds.weights.unilm_names import read_architecture, reference_arguments
 from tests.torchscale_reference import Reference
 from tests.weights.models import random_inputs
-from tests.weights.test_unilm_recipes import reference_features
+from tests.weights.test_unilm_export import reference_features
 
 CONFIG = ModelConfig(
     num_layers=2,
@@ -85,10 +85,10 @@ def test_imported_and_exported_files_are_identical(
     state = {key: value.to(dtype) for key, value in released_state(reference, variant).items()}
     state["steps"] = torch.tensor(4)  # an integer stays one
     imported, back = tmp_path / "imported.safetensors", tmp_path / "back.pth"
-    source = ReleasedFile(write(tmp_path / "released.pth", state))
+    reader = ReleasedFile(write(tmp_path / "released.pth", state))
     num_codes = CONFIG.visual_vocab_size if "mim_head.bias" in state else ModelConfig.visual_vocab_size
-    assert source.model == dataclasses.replace(CONFIG, visual_vocab_size=num_codes)
-    export_weights(source, imported)
+    assert reader.model == dataclasses.replace(CONFIG, visual_vocab_size=num_codes)
+    export_weights(reader, imported)
     export_weights(PretrainedWeights(imported), back, format="unilm-dual")
     returned = torch.load(back, weights_only=True)["model"]
     assert returned.keys() == state.keys()
@@ -182,7 +182,7 @@ def test_a_file_with_a_wrong_tensor_is_refused(data: st.DataObject, reference: R
 
 def test_other_files_are_refused(reference: Reference, tmp_path: Path) -> None:
     state = released_state(reference, "pretrained")
-    with pytest.raises(ConfigError, match="not BEiT-3 in its released layout"):
+    with pytest.raises(ConfigError, match="not BEiT-3 in its released format"):
         ReleasedFile(write(tmp_path / "other.pth", {"weight": torch.ones(2)}))
     table = state["beit3.encoder.embed_positions.A.weight"]
     with pytest.raises(ConfigError, match="no square grid"):

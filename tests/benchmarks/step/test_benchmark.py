@@ -23,7 +23,7 @@ from beit3_ds.model.flops import layer_flops, work_of
 from beit3_ds.model.multiway import ColumnParallelMultiwayLinear, RowParallelMultiwayLinear
 from beit3_ds.training.loss import build_loss_factors
 from beit3_ds.weights.export import export_weights
-from tests.weights.models import ModelSource, random_model
+from tests.weights.models import ModelReader, random_model
 
 REFERENCE_HASH = "7a6c7f35ba7c4ba63ae690788cee44e70858fba62525485db965de4d68a01f36"
 
@@ -56,7 +56,7 @@ def test_both_sides_compute_the_same_loss_and_gradients(
     batch = build_batch(config, 0)
     ours = random_model(config.model)
     trainer = ReferenceTrainer(config, torch.device("cpu"))
-    export_weights(ModelSource(ours), tmp_path / "weights.pth", format="unilm-dual")
+    export_weights(ModelReader(ours), tmp_path / "weights.pth", format="unilm-dual")
     trainer.model.load_state_dict(torch.load(tmp_path / "weights.pth", weights_only=True)["model"], strict=True)
 
     streams = unpack_streams(batch, *lengths)

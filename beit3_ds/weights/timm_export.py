@@ -1,13 +1,13 @@
-"""The vision tower of a model in timm's layout: `beit3_base_patch16_224` and its siblings."""
+"""Plans the export of a model's vision tower to timm's format (`beit3_base_patch16_224` and its siblings)."""
 
 from typing import Any
 
 import torch
 
 from beit3_ds.config import MODEL_SIZES, ConfigError, ModelConfig
-from beit3_ds.weights.recipe import Recipe, copy_recipe
-from beit3_ds.weights.source import TensorSource
-from beit3_ds.weights.timm_layout import timm_names
+from beit3_ds.weights.planned_tensor import PlannedTensor, plan_copy
+from beit3_ds.weights.reader import WeightReader
+from beit3_ds.weights.timm_names import timm_names
 
 _NAMED = {
     "beit3_base_patch16_224": MODEL_SIZES["base"],
@@ -20,36 +20,36 @@ _SIZES = {
     "num_heads": "num_attention_heads",
     "patch_size": "patch_size",
 }
-_IMAGE_SIZE, _EPSILON = 224, 1e-5  # of all of them; the second is of every norm
+_IMAGE_SIZE, _EPSILON = 224, 1e-5  # of all these models; the epsilon is that of every norm
 _BATCH_DIMS = {"cls_token": 2, "pos_embed": 1}
-"""Leading dimensions of size 1 that timm's tensors have and ours do not."""
+"""Leading dimensions of size 1 that only timm's tensors have."""
 
 
-def timm_recipes(source: TensorSource) -> list[Recipe]:
-    """Every tensor of timm's model without a classifier.
+def plan_timm_export(reader: WeightReader) -> list[PlannedTensor]:
+    """Plans every tensor of timm's model without a classifier.
 
-    Its `forward_features` ends before the final norm, which is its `fc_norm` and follows the mean of the patches.
+    timm's `forward_features` ends before the final norm, which timm calls `fc_norm` and applies to the patches' mean.
 
     Raises:
-        ConfigError: if the source has no final norm, as some fine-tuned releases, or norms of another epsilon.
+        ConfigError: if the weights have no final norm, like some fine-tuned releases, or norms of another epsilon.
     """
-    config = source.model
+    config = reader.model
     if config.layer_norm_epsilon != _EPSILON:
         raise ConfigError(
             f"timm: the model has layer_norm_epsilon={config.layer_norm_epsilon:g}, but timm's models have "
             f"{_EPSILON:g}. Use another format."
         )
     shared = config.attention_experts[0]
-    if f"heads.norm.weight_{shared}" not in source.names():
+    if f"heads.norm.weight_{shared}" not in reader.names():
         raise ConfigError(
             "timm: the weights have no final norm, which timm's model has: they were fine-tuned without it. Export "
             "pretrained weights."
         )
-    return [_recipe(source, key, names) for key, names in timm_names(config).items()]
+    return [_plan_tensor(reader, key, names) for key, names in timm_names(config).items()]
 
 
 def timm_arguments(config: ModelConfig) -> dict[str, Any]:
-    """The arguments of `timm.create_model` for the model of the file: a name, and where it differs from it."""
+    """Returns the arguments of `timm.create_model` for a model: the nearest named model, and the differences to it."""
     same_width = (name for name, size in _NAMED.items() if size["hidden_size"] == config.hidden_size)
     name = next(same_width, "beit3_base_patch16_224")
     size = _NAMED[name]
@@ -64,7 +64,7 @@ def timm_arguments(config: ModelConfig) -> dict[str, Any]:
     return arguments
 
 
-def timm_recipe_lines(config: ModelConfig, path: str) -> str:
+def timm_example(config: ModelConfig, path: str) -> str:
     """Returns Python code that loads an exported file in timm and computes the features of `BEiT3.encode`."""
     arguments = timm_arguments(config) | {"checkpoint_path": path}
     call = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
@@ -77,20 +77,20 @@ def timm_recipe_lines(config: ModelConfig, path: str) -> str:
     )
 
 
-def _recipe(source: TensorSource, key: str, names: tuple[str, ...]) -> Recipe:
+def _plan_tensor(reader: WeightReader, key: str, names: tuple[str, ...]) -> PlannedTensor:
     if len(names) > 1:
-        return _joined(source, key, list(names))
+        return _joined(reader, key, list(names))
     if dims := _BATCH_DIMS.get(key, 0):
-        return _with_batch_dims(source, key, names[0], dims)
-    return copy_recipe(source, names[0])._replace(name=key)
+        return _with_batch_dims(reader, key, names[0], dims)
+    return plan_copy(reader, names[0])._replace(name=key)
 
 
-def _with_batch_dims(source: TensorSource, key: str, name: str, dims: int) -> Recipe:
-    shape = (1,) * dims + tuple(source.shape(name))
-    return Recipe(key, source.dtype(name), shape, lambda: source.read(name).view(shape))
+def _with_batch_dims(reader: WeightReader, key: str, name: str, dims: int) -> PlannedTensor:
+    shape = (1,) * dims + tuple(reader.shape(name))
+    return PlannedTensor(key, reader.dtype(name), shape, lambda: reader.read(name).view(shape))
 
 
-def _joined(source: TensorSource, key: str, names: list[str]) -> Recipe:
-    rows, *rest = source.shape(names[0])
+def _joined(reader: WeightReader, key: str, names: list[str]) -> PlannedTensor:
+    rows, *rest = reader.shape(names[0])
     shape = (len(names) * rows, *rest)
-    return Recipe(key, source.dtype(names[0]), shape, lambda: torch.cat([source.read(name) for name in names]))
+    return PlannedTensor(key, reader.dtype(names[0]), shape, lambda: torch.cat([reader.read(name) for name in names]))

@@ -13,9 +13,9 @@ from beit3_ds.config import MODEL_SIZES, ConfigError, ModelConfig
 from beit3_ds.model import BEiT3
 from beit3_ds.preprocess import preprocess
 from beit3_ds.weights.export import export_weights, loading_hint
-from beit3_ds.weights.timm_recipes import timm_arguments
+from beit3_ds.weights.timm_export import timm_arguments
 from tests.batches import decoupled, small_model_config
-from tests.weights.models import ModelSource, random_inputs, random_model
+from tests.weights.models import ModelReader, random_inputs, random_model
 
 LAYOUTS = {
     "paper": small_model_config(),
@@ -39,7 +39,7 @@ def assert_timm_computes_ours(model: BEiT3, path: Path, arguments: dict[str, Any
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_timm_computes_our_features(layout: str, tmp_path: Path) -> None:
     model, path = random_model(LAYOUTS[layout]), tmp_path / "vision.safetensors"
-    export_weights(ModelSource(model), path, format="timm")
+    export_weights(ModelReader(model), path, format="timm")
     assert_timm_computes_ours(model, path, timm_arguments(model.config))
 
 
@@ -47,7 +47,7 @@ def test_the_base_model_has_a_name_in_timm(tmp_path: Path) -> None:
     vocabularies = {"text_vocab_size": 8, "visual_vocab_size": 8}  # of which vision has no use
     config = ModelConfig(**MODEL_SIZES["base"], **vocabularies, sub_layernorm=True, num_vision_language_layers=0)
     model, path = random_model(config), tmp_path / "vision.safetensors"
-    export_weights(ModelSource(model), path, format="timm")
+    export_weights(ModelReader(model), path, format="timm")
     assert_timm_computes_ours(model, path, {"model_name": "beit3_base_patch16_224", "num_classes": 0})
 
 
@@ -67,17 +67,17 @@ def test_named_sizes_need_no_more_than_their_name(size: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_printed_recipe_gives_our_features(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a recipe that ends before the final norm, and one that preprocesses in its own way."""
+def test_the_printed_example_gives_our_features(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an example that ends before the final norm, and one that preprocesses in its own way."""
     monkeypatch.chdir(tmp_path)
     model, path = random_model(LAYOUTS[layout]), tmp_path / "vision.safetensors"
-    export_weights(ModelSource(model), path, format="timm")
+    export_weights(ModelReader(model), path, format="timm")
     Image.effect_noise((90, 60), 80).convert("RGB").save("photo.jpg")
     lines = loading_hint(model.config, path, "timm").splitlines()
-    recipe = lines[1:-1]
-    assert recipe[0] == "import timm" and recipe[-1].startswith("features = ")
+    example = lines[1:-1]
+    assert example[0] == "import timm" and example[-1].startswith("features = ")
     names: dict[str, Any] = {}
-    exec("\n".join(recipe), names)
+    exec("\n".join(example), names)
     with torch.no_grad():
         ours = model.encode(images=preprocess("photo.jpg", model.config.image_size)[None]).images
         torch.testing.assert_close(names["features"], ours, rtol=1e-5, atol=1e-5)
@@ -92,4 +92,4 @@ def test_the_printed_recipe_gives_our_features(layout: str, tmp_path: Path, monk
 def test_other_norms_are_refused(tmp_path: Path) -> None:
     model = random_model(small_model_config(layer_norm_epsilon=1e-6))
     with pytest.raises(ConfigError, match="layer_norm_epsilon=1e-06"):
-        export_weights(ModelSource(model), tmp_path / "x.safetensors", format="timm")
+        export_weights(ModelReader(model), tmp_path / "x.safetensors", format="timm")

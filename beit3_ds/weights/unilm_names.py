@@ -1,7 +1,7 @@
-"""The names and shapes of the reference's BEiT-3 (unilm/beit3 on torchscale 0.3.0), and what they are here.
+"""Maps the tensor names of the reference's BEiT-3 (unilm/beit3, torchscale 0.3.0) to logical names.
 
-The reference has every tensor of a block twice: A for vision, B for language. A tensor that modalities share here is
-both.
+The reference has every tensor of a block twice: A for vision and B for language. A tensor that modalities share here
+maps to both.
 """
 
 import re
@@ -17,15 +17,15 @@ POSITION_TABLES = {
     "beit3.encoder.embed_positions.A.weight": "embeddings.image_position",
     "beit3.encoder.embed_positions.B.weight": TEXT_POSITION,
 }
-"""The tables whose first `UNUSED_POSITIONS` rows the reference never uses, as fairseq's."""
+"""Position tables; the reference, like fairseq, never uses their first `UNUSED_POSITIONS` rows."""
 UNUSED_POSITIONS = 2
 TEXT_POSITION_ROWS = 1024
-"""Rows of the reference's table B, unused ones included."""
+"""Rows of the reference's table B, unused rows included."""
 TOKENS = {
     "beit3.vision_embed.cls_token": "embeddings.cls_token",
     "beit3.vision_embed.mask_token": "embeddings.mask_token",
 }
-"""Vectors (D,), of shape (1, 1, D) in the reference."""
+"""Vectors (D,) that have the shape (1, 1, D) in the reference."""
 
 _TABLES = {
     "beit3.text_embed.weight": "embeddings.word.weight",
@@ -44,15 +44,15 @@ _ATTENTION = {
 _FFN = {"final_layer_norm.X": "norm", "ffn.X.fc1": "fc1", "ffn.X.ffn_layernorm": "sub_norm", "ffn.X.fc2": "fc2"}
 _SUB_NORMS = (".inner_attn_ln.", ".ffn_layernorm.")
 _LAYER = re.compile(r"beit3\.encoder\.layers\.(\d+)\.")
-_HEAD_SIZE = 64  # of the released sizes; a file does not tell it
+_HEAD_SIZE = 64  # width of an attention head in the released sizes; a file does not hold it
 
 
 def reference_keys(config: ModelConfig, *, fusion: bool = False) -> dict[str, str]:
-    """Which logical tensor each of the reference's tensors is, e.g. `mim_head.bias` is `heads.mim.bias`.
+    """Returns the logical name of each of the reference's tensors, such as `heads.mim.bias` for `mim_head.bias`.
 
     Args:
         config: the model.
-        fusion: whether the vision-language expert stands for both A and B where there is one.
+        fusion: whether A and B of blocks with a vision-language expert are both that expert.
     """
     kinds, attention = ("weight", "bias"), config.attention_experts
     keys = _TABLES | TOKENS | POSITION_TABLES
@@ -76,7 +76,7 @@ def reference_keys(config: ModelConfig, *, fusion: bool = False) -> dict[str, st
 
 
 def reference_arguments(config: ModelConfig) -> dict[str, object]:
-    """The arguments of torchscale's `EncoderConfig` that build the reference for a model's exported weights."""
+    """Returns the arguments of torchscale's `EncoderConfig` that build the reference for a model's exported weights."""
     return {
         "img_size": config.image_size,
         "patch_size": config.patch_size,
@@ -96,13 +96,13 @@ def reference_arguments(config: ModelConfig) -> dict[str, object]:
 
 
 def read_architecture(shapes: Shapes, where: str) -> ModelConfig:
-    """Reads the decoupled model off the shapes of a file in the reference's layout.
+    """Derives the configuration of a decoupled model from the shapes of a file in the reference's format.
 
-    What shapes do not tell: attention heads are 64 wide, but for the paper's giant, and the number of visual codes
-    where there is no `mim_head` is the default.
+    Two values do not follow from shapes. Attention heads are 64 wide, except in the paper's giant. Without a
+    `mim_head` the number of visual codes is the default.
 
     Raises:
-        ConfigError: if a tensor is missing that tells a size, or the sizes do not fit each other.
+        ConfigError: if a tensor that gives a size is missing, or the sizes do not fit each other.
     """
     image_table, text_table = POSITION_TABLES
     try:
@@ -112,7 +112,7 @@ def read_architecture(shapes: Shapes, where: str) -> ModelConfig:
         num_patches = shapes[image_table][0] - UNUSED_POSITIONS - 1
         max_text_length = shapes[text_table][0] - UNUSED_POSITIONS
     except (KeyError, IndexError, ValueError) as error:
-        raise ConfigError(f"{where} is not BEiT-3 in its released layout ({error!r}). Use a released file.") from error
+        raise ConfigError(f"{where} is not BEiT-3 in its released format ({error!r}). Use a released file.") from error
     grid_size = round(max(num_patches, 0) ** 0.5)
     if grid_size**2 != num_patches:
         raise ConfigError(f"{where}: {num_patches} patches are no square grid. Use a released file.")

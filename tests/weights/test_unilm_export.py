@@ -10,10 +10,10 @@ from beit3_ds.config import ConfigError
 from beit3_ds.model import BEiT3, Features
 from beit3_ds.weights.export import ExportFormat, export_weights, loading_hint
 from beit3_ds.weights.export_note import NOTE_KEY
-from beit3_ds.weights.unilm_layout import reference_arguments
+from beit3_ds.weights.unilm_names import reference_arguments
 from tests.batches import decoupled, small_model_config
 from tests.torchscale_reference import Reference
-from tests.weights.models import ModelSource, random_inputs, random_model
+from tests.weights.models import ModelReader, random_inputs, random_model
 
 LAYOUTS = {
     "paper": small_model_config(),
@@ -24,7 +24,7 @@ LAYOUTS = {
 
 
 def load_reference(model: BEiT3, path: Path, format: ExportFormat) -> Reference:
-    export_weights(ModelSource(model), path, format=format)
+    export_weights(ModelReader(model), path, format=format)
     reference = Reference(reference_arguments(model.config), model.config.visual_vocab_size)
     state = torch.load(path, weights_only=True)
     assert state.keys() == {"model", NOTE_KEY}  # its loader reads the first
@@ -58,7 +58,7 @@ def test_the_reference_computes_our_features(layout: str, format: ExportFormat, 
     has_experts = config.num_vision_language_layers > 0
     if format == "unilm-fusion" and not has_experts:
         with pytest.raises(ConfigError, match="no vision-language expert"):
-            export_weights(ModelSource(model), tmp_path / "weights.pth", format=format)
+            export_weights(ModelReader(model), tmp_path / "weights.pth", format=format)
         assert list(tmp_path.iterdir()) == []
         return
     reference = load_reference(model, tmp_path / "weights.pth", format)

@@ -1,4 +1,4 @@
-"""Where a model's tensors come from: a training checkpoint, exported weights, or a released file."""
+"""Opens a model's weights on disk: a training checkpoint, exported weights, or a released file."""
 
 from pathlib import Path
 from typing import Protocol
@@ -16,62 +16,62 @@ from beit3_ds.weights.released import ReleasedFile
 from beit3_ds.weights.timm_file import TimmFile
 
 
-class TensorSource(Protocol):
-    """A model's logical tensors on disk, read one at a time."""
+class WeightReader(Protocol):
+    """Reads a model's logical tensors from disk, one at a time."""
 
     @property
     def model(self) -> ModelConfig:
-        """The model's configuration."""
+        """Configuration of the model."""
         ...
 
     @property
     def step(self) -> int:
-        """Updates that made the tensors; 0 if unknown."""
+        """Number of updates that made the weights; 0 if unknown."""
         ...
 
     def names(self) -> list[str]:
-        """Logical names, `blocks.3.ffn.fc1.weight_vision`; a tied matrix once, as `embeddings.word.weight`.
+        """Returns logical names such as `blocks.3.ffn.fc1.weight_vision`.
 
-        Those under `EXTRA_PREFIX` are none of the model's.
+        A tied matrix appears once, as `embeddings.word.weight`. Tensors under `EXTRA_PREFIX` are not the model's.
         """
         ...
 
     def shape(self, name: str) -> torch.Size:
-        """The logical shape of a tensor."""
+        """Returns the logical shape of a tensor."""
         ...
 
     def dtype(self, name: str) -> torch.dtype:
-        """The type that `read` gives."""
+        """Returns the type of a tensor's elements."""
         ...
 
     def read(self, name: str, part: TensorSlice | None = None) -> Tensor:
-        """A tensor as stored in its logical shape, or a part of it seen as a matrix, (rows, columns)."""
+        """Returns a tensor as stored in its logical shape, or a slice of it as a matrix."""
         ...
 
 
-def open_source(path: str | Path) -> TensorSource:
-    """Opens what lies at `path`: a checkpoint or the newest of a run, exported weights, or else a released file.
+def open_weights(path: str | Path) -> WeightReader:
+    """Opens a checkpoint, a run's newest checkpoint, exported weights, or a released file.
 
     Raises:
-        ConfigError: if it is none of them, or a checkpoint that is torn or changed.
+        ConfigError: if there is none of these, or the checkpoint is incomplete or changed.
     """
     path = Path(path)
     if is_checkpoint(path):
         return open_checkpoint(path)
     if path.is_file() and not is_pretrained_file(path):
-        return open_foreign(path)
+        return open_for_import(path)
     return PretrainedWeights(path)
 
 
-def open_foreign(path: str | Path, *, image_size: int | None = None) -> ReleasedFile | TimmFile:
-    """Opens a file in another project's layout: one that the reference released, or an export for other projects.
+def open_for_import(path: str | Path, *, image_size: int | None = None) -> ReleasedFile | TimmFile:
+    """Opens a file in another project's format: released by the reference, or exported for other projects.
 
     Args:
         path: the file.
         image_size: pixels on a side, for which positions are interpolated; None keeps the file's size.
 
     Raises:
-        ConfigError: if the file cannot be read, holds objects that could run code, or has an unknown layout.
+        ConfigError: if the file cannot be read, holds objects that could run code, or has an unknown format.
     """
     tensors, text = read_tensors_with_note(path, NOTE_KEY)
     note = parse_note(text, str(path)) if text else None

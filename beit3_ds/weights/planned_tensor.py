@@ -1,0 +1,54 @@
+"""Plans the tensors of a file before it is written; each is read or computed when it is written."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from beit3_ds.config import ConfigError
+from beit3_ds.weights.reader import WeightReader
+
+
+class PlannedTensor(NamedTuple):
+    """A tensor of a file to be written, built only when it is written, so that one exists at a time."""
+
+    name: str
+    """Name in the file."""
+    dtype: torch.dtype
+    """Type of the built tensor."""
+    shape: tuple[int, ...]
+    """Shape of the built tensor."""
+    build: Callable[[], Tensor]
+    """Reads the tensor, or computes it from tensors that it reads."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor's elements."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def cast(self, dtype: torch.dtype) -> "PlannedTensor":
+        """Returns the same tensor in another floating type; a tensor of integers is returned unchanged.
+
+        Raises:
+            ConfigError: when the tensor is built, if a number is too large for the type.
+        """
+        if not self.dtype.is_floating_point:
+            return self
+        return self._replace(dtype=dtype, build=lambda: _cast(self.name, self.build(), dtype))
+
+
+def plan_copy(reader: WeightReader, name: str) -> PlannedTensor:
+    """Plans a copy of a tensor under its own name."""
+    return PlannedTensor(name, reader.dtype(name), tuple(reader.shape(name)), lambda: reader.read(name))
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    limit = torch.finfo(dtype).max
+    if tensor.numel():
+        low, high = (float(x) for x in tensor.aminmax())
+        if low < -limit or high > limit:
+            raise ConfigError(
+                f"{name} holds numbers from {low:g} to {high:g}, but {dtype} ends at {limit:g}. Export another --dtype."
+            )
+    return tensor.to(dtype)

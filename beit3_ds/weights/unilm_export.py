@@ -1,0 +1,67 @@
+"""Plans the export of a model to the reference's format, which its own code loads (unilm/beit3, torchscale 0.3.0)."""
+
+import torch
+from torch import Tensor
+
+from beit3_ds.config import ConfigError
+from beit3_ds.model.pretrained import EXTRA_PREFIX
+from beit3_ds.weights.planned_tensor import PlannedTensor, plan_copy
+from beit3_ds.weights.reader import WeightReader
+from beit3_ds.weights.unilm_names import (
+    POSITION_TABLES,
+    TEXT_POSITION_ROWS,
+    TOKENS,
+    UNUSED_POSITIONS,
+    reference_keys,
+)
+
+
+def plan_unilm_export(reader: WeightReader, *, fusion: bool) -> list[PlannedTensor]:
+    """Plans every tensor of the reference's state dict, without heads that the weights lack.
+
+    The reference has no vision-language expert. A model with one takes two files: "dual" (A = vision, B = language) is
+    exact for images and for texts, "fusion" (A = B = vision-language in the top blocks) for pairs.
+
+    Tensors that an import kept under `EXTRA_PREFIX` are written under their original keys.
+
+    Raises:
+        ConfigError: if `fusion` is true for a model without vision-language experts.
+    """
+    if fusion and not reader.model.num_vision_language_layers:
+        raise ConfigError(
+            "unilm-fusion: the model has no vision-language expert, so that unilm-dual is exact for images, texts and "
+            "pairs alike. Use --format unilm-dual."
+        )
+    held = set(reader.names())
+    planned = []
+    for key, name in reference_keys(reader.model, fusion=fusion).items():
+        if name in held or not name.startswith("heads."):
+            planned.append(_plan_tensor(reader, key, name, held))
+    own_keys = {tensor.name for tensor in planned}
+    extras = [name for name in held if name.startswith(EXTRA_PREFIX)]
+    for name in sorted(extras):
+        if (key := name.removeprefix(EXTRA_PREFIX)) not in own_keys:
+            planned.append(plan_copy(reader, name)._replace(name=key))
+    return planned
+
+
+def _plan_tensor(reader: WeightReader, key: str, name: str, held: set[str]) -> PlannedTensor:
+    if key in POSITION_TABLES:
+        return _plan_positions(reader, key, name, held)
+    tensor = plan_copy(reader, name)._replace(name=key)
+    if key not in TOKENS:
+        return tensor
+    return tensor._replace(shape=(1, 1, *tensor.shape), build=lambda: reader.read(name).view(1, 1, -1))
+
+
+def _plan_positions(reader: WeightReader, key: str, name: str, held: set[str]) -> PlannedTensor:
+    """Plans a position table: unused rows, the model's rows, and filler up to the usual size unless it was imported."""
+    (rows, width), dtype, unused = reader.shape(name), reader.dtype(name), EXTRA_PREFIX + key
+    imported = unused in held
+    filler = 0 if imported or name != "embeddings.text_position" else TEXT_POSITION_ROWS - UNUSED_POSITIONS - rows
+
+    def build() -> Tensor:
+        first = reader.read(unused) if imported else torch.zeros(UNUSED_POSITIONS, width, dtype=dtype)
+        return torch.cat([first, reader.read(name), torch.zeros(max(filler, 0), width, dtype=dtype)])
+
+    return PlannedTensor(key, dtype, (UNUSED_POSITIONS + rows + max(filler, 0), width), build)
