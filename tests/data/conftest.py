@@ -48,13 +48,13 @@ def write_tar() -> WriteTar:
 
 @pytest.fixture
 def png() -> bytes:
-    """A small valid image file."""
+    """Returns a small valid image file."""
     return _random_png(np.random.default_rng(0))
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
-    """A text tokenizer of thirty pieces, one of them a full stop."""
+    """Trains a text tokenizer of thirty pieces, one of them a full stop."""
     rng = np.random.default_rng(0)
     path = tmp_path_factory.mktemp("tokenizer") / "text.spm"
     config = TextTokenizerConfig(path=str(path), vocab_size=30, character_coverage=1.0)
@@ -63,7 +63,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
 
 @pytest.fixture(scope="session")
 def sample_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Files of the three streams: 22 images and 13 pairs in two shards each, and a text."""
+    """Writes files for the three streams: 22 images and 13 pairs in two shards each, and a text."""
     folder, rng = tmp_path_factory.mktemp("samples"), np.random.default_rng(1)
     for shard, numbers in enumerate((range(9), range(9, 22))):
         _write_tar(folder / f"images-{shard}.tar", {f"image{i}.png": _random_png(rng) for i in numbers})

@@ -1,4 +1,4 @@
-"""Kinds of damage to files, seeded, and how long a reader may take with it."""
+"""Seeded damage to files, and a limit on the time that a reader takes."""
 
 import contextlib
 import signal
@@ -17,7 +17,7 @@ fast_and_slow = pytest.mark.parametrize(
 
 
 class Hang(BaseException):
-    """Not an Exception, which decoders and readers may catch."""
+    """Code took too long; not an Exception, which decoders and readers may catch."""
 
 
 @contextlib.contextmanager
@@ -53,7 +53,7 @@ def truncate(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def overwrite_number(data: bytes, rng: np.random.Generator) -> bytes:
-    """Lies about a size: an extreme number, in either byte order, anywhere."""
+    """Writes an extreme number at a random place, in either byte order, as a wrong size."""
     value = int(rng.choice([0, 1, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 0x80000000, 0x01000000]))
     number = value.to_bytes(4, "big" if rng.random() < 0.5 else "little")
     return paste(data, number, int(rng.integers(0, max(1, min(len(data), 400) - 4))))
@@ -72,11 +72,11 @@ GENERAL_DAMAGE = (flip, truncate, overwrite_number, splice_within)
 
 
 def lie_about_size(data: bytes, rng: np.random.Generator) -> bytes:
-    """A tar header with another size and a checksum that fits."""
+    """Changes the size in a tar header, with a correct checksum."""
     position = int(rng.choice(_header_positions(data)))
     header = bytearray(data[position : position + 512])
-    lies = [0, 1, 511, 512, 1024, 1536, 2048, len(data), 0o77777777777]
-    header[124:136] = b"%011o\0" % int(rng.choice(lies))
+    sizes = [0, 1, 511, 512, 1024, 1536, 2048, len(data), 0o77777777777]
+    header[124:136] = b"%011o\0" % int(rng.choice(sizes))
     if rng.random() < 0.1:
         header[124:136] = bytes([int(rng.choice([0x80, 0xFF]))]) + rng.bytes(11)
     header[148:156] = b" " * 8
@@ -85,7 +85,7 @@ def lie_about_size(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def splice_header(data: bytes, rng: np.random.Generator) -> bytes:
-    """A sound tar header in the place of another block."""
+    """Writes a valid tar header over another block."""
     position = int(rng.choice(_header_positions(data)))
     return paste(data, data[position : position + 512], 512 * int(rng.integers(0, 1 + len(data) // 512)))
 

@@ -1,4 +1,4 @@
-"""Seeded damage to tars, index files, images and captions: no crash, no hang, no sample that is silently another.
+"""Seeded damage to tars, index files, images and captions: no crash, no hang, no sample that silently becomes another.
 
 What "silently wrong" means here, for bytes that a tar may have lost or swapped:
 
@@ -55,7 +55,7 @@ FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 
 @pytest.fixture
 def tars(tmp_path: Path) -> list[Tar]:
-    """One small tar of each format, and its index."""
+    """Writes one small tar of each format, and its index."""
     tars, rng = [], np.random.default_rng(0)
     for tar_format in FORMATS:
         path = tmp_path / f"{tar_format}.tar"
@@ -80,7 +80,7 @@ Members = dict[tuple[bytes, str], tuple[int, int]]
 
 
 def members(index: ShardIndex) -> Members:
-    """Offset and size by key and kind; a caption that is lost from its text file may come from JSON: another kind."""
+    """Returns offset and size by key and kind; a caption that is lost from its text file may come from JSON."""
     return {
         (record["key"], kind + str(record["caption_is_json"]) * (kind == "caption")): (
             int(record[kind]["offset"]),
@@ -99,12 +99,12 @@ def changed_positions(old: bytes, new: bytes) -> np.ndarray:
 
 
 def is_touched(changed: np.ndarray, offset: int, size: int) -> bool:
-    """Whether damage lies in a member's data or in its headers: three blocks if the name takes two more."""
+    """Says whether damage is in a member's data or in its headers, three blocks if the name takes two more."""
     return bool(((changed >= offset - 4 * 512) & (changed < offset + size)).any())
 
 
 def check_scan(tar: Tar, data: bytes) -> None:
-    """A tar without an index."""
+    """Damages a tar without an index."""
     try:
         index = scan_shard(str(tar.path), with_checksums=True)
     except ConfigError:
@@ -119,7 +119,7 @@ def check_scan(tar: Tar, data: bytes) -> None:
 
 
 def check_indexed(tar: Tar, data: bytes) -> None:
-    """A tar with the index of the sound one."""
+    """Damages a tar that has the index of the valid one."""
     if len(data) != len(tar.data):
         with pytest.raises(ConfigError, match="has size"):
             TarShards([str(tar.path)], tar.cache_dir)
@@ -193,7 +193,7 @@ def _encode(image: Image.Image, image_format: str, **options: object) -> bytes:
 
 
 def image_files() -> dict[str, bytes]:
-    """A small picture in every format and mode that corpora hold."""
+    """Encodes a small picture in every format and mode that corpora have."""
     rng = np.random.default_rng(0)
     smooth = Image.fromarray(rng.integers(0, 256, (6, 7, 4), dtype=np.uint8)).resize((47, 40), Image.Resampling.BICUBIC)
     rgb, grey16 = smooth.convert("RGB"), Image.fromarray(rng.integers(0, 65536, (40, 47), dtype=np.uint16))

@@ -1,4 +1,4 @@
-"""Generators that depend on their arguments alone."""
+"""Generators depend on their arguments alone."""
 
 from typing import Any
 

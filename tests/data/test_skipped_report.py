@@ -1,4 +1,4 @@
-"""What a run says about its sources at the start."""
+"""The report at the start of a run on all that its sources skip."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Sources: numbered through, no file twice, and a clear word about what cannot be read."""
+"""Sources: consecutive numbers, no file twice, and clear errors."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_images_open_by_their_format(tmp_path: Path, write_tar: WriteTar, png: b
     expected |= {"conceptual_captions": "a caption", "conceptual_12m": "a later caption"}
     for form, (name, text) in files.items():
         (tmp_path / name).write_text(text)
-        folder = tmp_path if form == "visual_genome" else tmp_path / "folder"  # its images lie in folders of their own
+        folder = tmp_path if form == "visual_genome" else tmp_path / "folder"  # its images are in folders of their own
         source = SourceConfig(path=str(tmp_path / name), format=form, images=str(folder))  # type: ignore[arg-type]
         images = open_images(source, None)
         assert [images.caption(i) for i in range(len(images))] == [expected[form]]

@@ -1,4 +1,4 @@
-"""Validation files that are trained on are refused, whatever names them."""
+"""Validation files that are also training files are refused, whatever patterns name them."""
 
 import json
 import os
@@ -17,7 +17,7 @@ Files = Mapping[str, tuple[Sequence[str], Sequence[str]]]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Files of all kinds, and links to some of them."""
+    """Writes files of all kinds, and links to some of them."""
     for name in ("a.tar", "b.tar", "c.tar", "a.txt", "b.txt", "c.json", "d.json", "images/x/1.png", "other/1.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"the same bytes everywhere")

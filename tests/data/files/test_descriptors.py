@@ -1,4 +1,4 @@
-"""Files that stay open: what is read, how many stay open, and what a process survives."""
+"""The cache of open files: what is read, how many files stay open, and which failures a process survives."""
 
 import contextlib
 import errno
@@ -18,7 +18,7 @@ from beit3_ds.data.files.descriptors import FileChangedError, OpenFiles, raise_o
 
 @pytest.fixture
 def paths(tmp_path: Path) -> list[str]:
-    """Ten files whose bytes name them."""
+    """Writes ten files whose bytes name them."""
     for number in range(10):
         (tmp_path / str(number)).write_bytes(bytes([number]) * 100)
     return [str(tmp_path / str(number)) for number in range(10)]
@@ -26,7 +26,7 @@ def paths(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def open_limit() -> Iterator[None]:
-    """Restores what the process may open."""
+    """Restores the limit of open files."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
@@ -95,7 +95,7 @@ def test_the_limit_is_raised_as_far_as_the_hard_one(open_limit: None) -> None:
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == (hard if hard != resource.RLIM_INFINITY else 2 * 10**9)
 
 
-def test_a_stale_descriptor_is_opened_anew_once(paths: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stale_descriptor_is_reopened_once(paths: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     files = OpenFiles()
     files.read(paths[0], 0, 1)
     stale = {files._descriptor(paths[0], None)}
@@ -114,7 +114,7 @@ def test_a_stale_descriptor_is_opened_anew_once(paths: list[str], monkeypatch: p
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     monkeypatch.setattr(os, "pread", gone)
-    with pytest.raises(OSError, match="tale"):  # catches opening for ever
+    with pytest.raises(OSError, match="tale"):  # catches a loop without an end
         files.read(paths[0], 0, 2)
     assert files.num_open == 0
 

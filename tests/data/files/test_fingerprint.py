@@ -1,4 +1,4 @@
-"""Fingerprints of sources tell files apart that would change which sample has which number."""
+"""Fingerprints of sources differ if samples would have other numbers."""
 
 import os
 import shutil
@@ -39,7 +39,7 @@ def test_equal_fingerprints_mean_equal_files(first: Listed, second: Listed) -> N
 
 
 def place(folder: Path) -> Path:
-    """Three shards, images in a folder, and a text."""
+    """Writes three shards, images in a folder, and a text."""
     for name in ("a", "b", "c"):
         (folder / "shards").mkdir(parents=True, exist_ok=True)
         shutil.copy(SAMPLE / "images-validation.tar", folder / "shards" / f"{name}.tar")
@@ -59,7 +59,7 @@ def digests(folder: Path, tokenizer: TextTokenizer) -> dict[str, str]:
     ("path", "source"), [("shards/b.tar", "shards/*.tar"), ("images/b.jpg", "images"), ("text.txt", "text.txt")]
 )
 def test_real_sources(tokenizer_files: dict[str, str], tmp_path: Path, path: str, source: str) -> None:
-    """Where data lies and when it was copied does not count; what is renamed or of another length does."""
+    """Neither the folder of data nor the time of a copy counts, but a name and a length do."""
     tokenizer = TextTokenizer(tokenizer_files["text"])
     first, second = place(tmp_path / "one"), place(tmp_path / "two")
     os.utime(second / path, (0, 0))

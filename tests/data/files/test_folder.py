@@ -11,7 +11,7 @@ from beit3_ds.storage_error import StorageError
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    """A folder with a file, a linked folder and a linked file; outside it is a secret."""
+    """Opens a folder with a file, a linked folder and a linked file; outside it is a secret."""
     for name in ("inside", "outside"):
         (tmp_path / name).mkdir()
     (tmp_path / "inside" / "a.txt").write_text("a")

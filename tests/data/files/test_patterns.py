@@ -1,4 +1,4 @@
-"""Patterns: what braces, home folders and stars name, in an order that follows from the names alone."""
+"""Patterns: braces, home folders and stars, in an order that depends on the names alone."""
 
 import errno
 import json

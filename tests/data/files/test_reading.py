@@ -1,4 +1,4 @@
-"""Failures of file systems: one is outlasted, lasting ones end the run, and neither is a broken record."""
+"""Failures of file systems: a short one is retried, a lasting one ends the run, and neither is a broken record."""
 
 import builtins
 import errno
@@ -83,7 +83,7 @@ TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOTC
 
 
 @pytest.mark.parametrize("number", TRANSIENT, ids=errno.errorcode.get)
-def test_one_failure_is_outlasted_and_a_lasting_one_ends_the_run(
+def test_a_short_failure_is_retried_and_a_lasting_one_ends_the_run(
     tmp_path: Path,
     write_tar: WriteTar,
     png: bytes,
@@ -159,7 +159,7 @@ def test_a_forbidden_image_is_a_broken_record(tmp_path: Path, png: bytes, faulty
         folder.image(0)  # catches one file's permissions that end the run, and a retry that hides them
 
 
-def test_a_stream_goes_on_where_its_read_failed(tmp_path: Path, faulty_reads: FaultyReads) -> None:
+def test_a_file_continues_where_its_read_failed(tmp_path: Path, faulty_reads: FaultyReads) -> None:
     data = b"".join(b"line %d\n" % i for i in range(400_000))  # several reads
     plain, packed = tmp_path / "a.txt", tmp_path / "a.txt.gz"
     plain.write_bytes(data)
@@ -167,7 +167,7 @@ def test_a_stream_goes_on_where_its_read_failed(tmp_path: Path, faulty_reads: Fa
     with open_for_reading(str(plain)) as file:
         head = file.read(2_000_000)
         faulty_reads(str(plain), 3, errno.EIO)
-        assert head + file.read() == data  # catches a read that starts over after it was opened anew
+        assert head + file.read() == data  # catches a read that starts over after it was reopened
         file.seek(-8, os.SEEK_END)
         assert file.read() == data[-8:]
     faulty_reads(str(packed), 2, errno.ESTALE)
@@ -201,7 +201,7 @@ def test_pauses_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])
 def test_what_never_ends_is_not_read(tmp_path: Path, kind: str) -> None:
-    """Catches an annotation file that is a pipe: opening it waits for a writer, for ever."""
+    """Catches an annotation file that is a pipe: opening it waits forever for a writer."""
     path = tmp_path / "captions.json"
     if kind == "pipe":
         os.mkfifo(path)

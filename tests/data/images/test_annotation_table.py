@@ -1,4 +1,4 @@
-"""Tables of annotations: the same samples as parsing, mapped, and changes that are noticed."""
+"""Tables of annotations: the same samples as parsing gives, mapped, and changes are noticed."""
 
 import json
 import os
@@ -19,7 +19,7 @@ CAPTIONS = ["A giraffe.", " two\nlines ", "", "caf\u00e9 \U0001f426", "half \ud8
 
 @pytest.fixture
 def data(tmp_path: Path, png: bytes) -> DataConfig:
-    """The five formats over one folder of images; samples are whole, broken, left out and without an image."""
+    """Builds all five formats over one folder of images: valid, broken and skipped samples, some without image."""
     (tmp_path / "images").mkdir()
     for name in ("0.png", "00002.png", "thumb.png"):
         (tmp_path / "images" / name).write_bytes(png)
@@ -72,7 +72,7 @@ def test_tables_hold_what_parsing_gives(data: DataConfig, monkeypatch: pytest.Mo
                 stored.captions[-1]
 
 
-def test_copies_map_anew(data: DataConfig) -> None:
+def test_copies_map_the_table_again(data: DataConfig) -> None:
     path = Path(data.pairs.train[2].path)
     path.write_text("a row of some words\n" * 9999)
     folder = Path(data.pairs.train[2].images)

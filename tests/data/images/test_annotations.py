@@ -1,4 +1,4 @@
-"""Annotation files of public corpora.
+"""Readers of the annotation files of public corpora.
 
 The fixtures are written from the published descriptions of the formats; the official files were never read.
 """
@@ -67,7 +67,7 @@ def test_coco(tmp_path: Path, png: bytes) -> None:
     assert source.image(0).mode == "RGB"
 
 
-def test_damaged_annotations_are_broken_records_in_their_places(tmp_path: Path, png: bytes) -> None:
+def test_damaged_annotations_are_broken_records(tmp_path: Path, png: bytes) -> None:
     images = [
         {"id": 1, "file_name": "1.jpg"},
         {"id": 2, "file_name": "../2.jpg"},

@@ -1,4 +1,4 @@
-"""Two views of one crop, drawn from one generator."""
+"""Augmentation: two views of one crop, drawn from one generator."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from beit3_ds.data.images.augmentation import Augmentation, CenterViews, random_
 
 
 def _position_image(width: int = 240, height: int = 160) -> Image.Image:
-    """Red tells the column and green the row."""
+    """Builds an image whose red is the column and whose green is the row."""
     red, green = np.meshgrid(np.linspace(40, 200, width), np.linspace(40, 200, height))
     return Image.fromarray(np.stack([red, green, np.full_like(red, 100)], axis=-1).astype(np.uint8))
 
@@ -40,7 +40,7 @@ def test_draws_come_from_the_generator_alone() -> None:
 
 
 def _jitter_by_pillow(image: Image.Image, box: tuple[int, ...], rng: np.random.Generator) -> Image.Image:
-    """Jitter of the crop before any resize, in 8 bits: the reference, with the same draws."""
+    """Computes the reference: jitter of the crop before any resize, in 8 bits, with the same draws."""
     crop = image.crop(box)
     if rng.random() < 0.5:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -63,7 +63,7 @@ def test_views_equal_those_of_jitter_before_resize(low: int, high: int, largest:
         for view, resample in zip(views, filters, strict=True):
             expected = np.asarray(reference.resize(view.shape[1:], resample)).transpose(2, 0, 1)
             differences.append(np.abs((view.numpy() + 1) * 127.5 - expected))
-    # Nothing is cut off in the first case: rounding remains. Catches an exchanged filter, factor or mean.
+    # Nothing is clamped in the first case, so only rounding remains. Catches an exchanged filter, factor or mean.
     assert max(difference.max() for difference in differences) <= largest
     # The second is the worst for cutting off: noise over all levels.
     assert np.mean([difference.mean() for difference in differences]) <= mean

@@ -1,4 +1,4 @@
-"""Captions: what is text, and what is refused."""
+"""Captions: valid ones are decoded, others are refused."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Decoding: every pixel format to upright RGB, and clear errors."""
+"""Decoding of every pixel format to upright RGB, and clear errors."""
 
 import io
 import struct

@@ -1,4 +1,4 @@
-"""Folders of images: order, captions beside them, and nothing read outside."""
+"""Folders of images: their order, captions beside images, and no read outside."""
 
 import os
 import pickle
@@ -108,7 +108,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path, png: bytes) -> None:
     source = ImageFolder(_write(tmp_path, {"a.png": png, "b.png": png}))
     (tmp_path / "a.png").unlink()
     os.mkfifo(tmp_path / "a.png")
-    signal.alarm(20)  # ends the test where it would wait for ever
+    signal.alarm(20)  # ends the test instead of waiting forever
     with pytest.raises(BrokenRecordError, match="not a regular file"):
         source.image(0)
     signal.alarm(0)
@@ -124,7 +124,7 @@ def test_zero_bytes_another_extension_and_strange_names(tmp_path: Path, png: byt
 
 
 def test_names_of_two_lines_are_messages_of_one(tmp_path: Path, png: bytes, write_tar: WriteTar) -> None:
-    """Catches a name that takes the rest of its message to another line."""
+    """Catches a name that continues its message on another line."""
     folder = ImageFolder(_write(tmp_path / "f", {"a\nb.png": png, "c\r.heic": b""}))
     tar = TarShards([write_tar(tmp_path / "s.tar", {"a\nb.png": png})])
     for source in (folder, tar):

@@ -1,4 +1,4 @@
-"""Tar headers: the same members as the standard library finds, and refusals where it is silent."""
+"""Tar headers: the members that the standard library finds, and errors where it has none."""
 
 import io
 import os
@@ -103,7 +103,7 @@ def test_sizes_beyond_octal_digits(read_members: ReadMembers) -> None:
 
 
 def _signed(header: bytearray) -> bytes:
-    """A header with a checksum that fits."""
+    """Builds a header with a correct checksum."""
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     return bytes(header)

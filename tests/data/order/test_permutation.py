@@ -1,4 +1,4 @@
-"""Permutations: every sample once, in no order that shows, or in blocks of neighbours."""
+"""Permutations: every sample once, without a visible order or in blocks of neighbours."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def test_the_config_chooses_the_order(build_config: BuildConfig) -> None:
 
 
 def test_few_shards_are_open_at_a_time(tmp_path: Path, write_tar: WriteTar) -> None:
-    """Ten shards of which two may stay open: the block order opens each about once, the other one at every record."""
+    """With two of ten shards open, the block order opens each shard about once, and the other order one per record."""
     from beit3_ds.benchmarks.data.file_calls import count_file_calls
 
     for shard in range(10):
@@ -60,7 +60,7 @@ def test_few_shards_are_open_at_a_time(tmp_path: Path, write_tar: WriteTar) -> N
                 shards.caption(index)
         opens[name] = calls.opens
     assert opens["shuffled"] > 300
-    assert opens["blocks"] <= 22  # a block lies in two shards at most
+    assert opens["blocks"] <= 22  # a block is in two shards at most
 
 
 @settings(max_examples=150, deadline=None)

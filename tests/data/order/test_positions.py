@@ -1,4 +1,4 @@
-"""Positions in a stream: stored, read and continued, also in the order that visits blocks."""
+"""Positions in a stream are stored, read and resumed, also with the order that visits blocks."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""Data that change between starts: no sample twice in an epoch, each once, whatever the changes and their order."""
+"""Data that change between starts: each sample comes once per epoch, whatever the changes and their order."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ Names = list[str]
 
 
 class SimulatedRun:
-    """A stream whose sources are lists of names; it stores its position as JSON and starts again from it."""
+    """A stream whose sources are lists of names; it stores its position as JSON and resumes from it."""
 
     def __init__(self, sources: dict[str, Names], weights: Sequence[float] | None = None, samples: int = 3) -> None:
         self.sources = {path: list(names) for path, names in sources.items()}
@@ -41,7 +41,7 @@ class SimulatedRun:
         self.position = _through_json(self.position.advanced(steps * self.samples))
 
     def restart(self) -> list[str]:
-        """Continues with the settings as they are now; returns what it says of them."""
+        """Resumes with the current settings; returns the changes that are described."""
         self.position, changes = continue_stream(self.position, self.seed, self.samples, self.weights, self.found())
         self.position = _through_json(self.position)
         return changes
@@ -67,7 +67,7 @@ def _sources(**sizes: int) -> dict[str, Names]:
     return {path: _names(path, 0, size) for path, size in sizes.items()}
 
 
-def test_unchanged_data_go_on_as_if_nothing_had_happened() -> None:
+def test_unchanged_data_continue_as_if_never_stopped() -> None:
     for weights in (None, (1.0, 2.0)):
         stopped, undisturbed = (SimulatedRun(_sources(a=11, b=7), weights) for _ in range(2))
         for steps in (1, 3, 4, 9):
@@ -93,7 +93,7 @@ def test_another_batch_takes_the_same_samples(weights: Sequence[float] | None) -
     assert changed.seen == undisturbed.seen  # catches a position that is counted in steps
 
 
-def test_a_grown_source_shows_what_was_unseen_and_what_is_new() -> None:
+def test_a_grown_source_shows_remaining_and_new_samples() -> None:
     run = SimulatedRun(_sources(a=10, b=20))
     run.take(4)
     run.sources["a"] += _names("a", 10, 16)
@@ -121,7 +121,7 @@ def test_other_weights_let_each_source_continue_in_its_epoch() -> None:
     last = {path: max(epoch for epoch, of, _ in run.seen if of == path) for path in "ab"}
     for (epoch, path), count in counts.items():
         assert count == len(run.sources[path]) or epoch == last[path]
-    assert abs(sum(path == "a" for _, path, _ in run.seen[12:]) - 100) <= 1  # catches turns of the old weights
+    assert abs(sum(path == "a" for _, path, _ in run.seen[12:]) - 100) <= 1  # catches assignments by the old weights
 
 
 def test_a_renumbered_source_begins_its_next_epoch_and_says_so() -> None:
@@ -180,7 +180,7 @@ ACTIONS = st.one_of(
 
 
 def _act(run: SimulatedRun, removed: dict[str, Names], action: str, number: int, count: int) -> None:
-    """One change; `count` makes new names new."""
+    """Makes one change; `count` makes new names unique."""
     paths = list(run.sources)
     path = paths[number % len(paths)]
     match action:
@@ -208,7 +208,7 @@ def _act(run: SimulatedRun, removed: dict[str, Names], action: str, number: int,
 @settings(max_examples=120, deadline=None)
 @given(st.lists(ACTIONS, min_size=1, max_size=14), st.booleans())
 def test_no_sample_is_repeated_in_an_epoch(actions: list[tuple[str, int]], weighted: bool) -> None:
-    """Catches every mistake in what an epoch has left: of filters, joins, shifted numbers, epochs that count anew."""
+    """Catches mistakes in the remaining samples of an epoch: filters, joins, shifted numbers, counts of epochs."""
     run = SimulatedRun(_sources(a=7, b=13), (1, 2) if weighted else None)
     removed: dict[str, Names] = {}
     for count, (action, number) in enumerate(actions):
@@ -227,7 +227,7 @@ def test_no_sample_is_repeated_in_an_epoch(actions: list[tuple[str, int]], weigh
     st.booleans(),
 )
 def test_every_sample_comes_once_an_epoch(changes: list[tuple[int, str]], weighted: bool) -> None:
-    """Without sources that go, every epoch that ended holds all samples that were there when it ended."""
+    """Unless a source was removed, every finished epoch has all samples that existed when it ended."""
     run = SimulatedRun(_sources(a=7, b=13), (1, 2) if weighted else None)
     ended: dict[tuple[int, str], set[str]] = {}
     for count, (number, action) in enumerate([*changes, (30, "none")]):
@@ -243,7 +243,7 @@ def test_every_sample_comes_once_an_epoch(changes: list[tuple[int, str]], weight
 
 
 def test_very_many_changes_in_an_epoch_end_it() -> None:
-    """The entry in the checkpoint and the work to find a sample stay bounded."""
+    """Bounds the entry in the checkpoint and the work to find a sample."""
     run = SimulatedRun(_sources(a=1000), samples=1)
     said: list[str] = []
     for count in range(120):

@@ -1,4 +1,4 @@
-"""Runs that start again with other files: what a checkpoint stores of the data, and how steps continue from it."""
+"""Runs that resume with other files: the data state of a checkpoint, and the steps after it."""
 
 import dataclasses
 import json
@@ -19,14 +19,14 @@ from tests.data.conftest import BuildConfig, WriteTar
 
 @pytest.fixture
 def files(sample_files: dict[str, str], tmp_path: Path) -> dict[str, str]:
-    """Copies of the sample files, to be changed."""
+    """Copies the sample files, to change them."""
     folder = tmp_path / "data"
     shutil.copytree(Path(sample_files["images"]).parent, folder)
     return {name: str(folder / Path(path).name) for name, path in sample_files.items()}
 
 
 def _names(dataset: StepDataset, first: int, last: int) -> dict[str, list[str]]:
-    """Names of the samples of some steps, by stream."""
+    """Returns the names of the samples of some steps, by stream."""
     names: dict[str, list[str]] = {"images": [], "pairs": [], "texts": []}
     for step in range(first, last):
         for batch in dataset[step].micro_batches:
@@ -37,7 +37,7 @@ def _names(dataset: StepDataset, first: int, last: int) -> dict[str, list[str]]:
 
 
 def _data_after(dataset: StepDataset, step: int) -> dict[str, Any]:
-    """What a checkpoint stores."""
+    """Returns the data state of a checkpoint."""
     found: dict[str, Any] = json.loads(json.dumps({POSITIONS: dataset.order.state_after(step)}))
     return found
 

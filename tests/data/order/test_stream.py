@@ -1,4 +1,4 @@
-"""Order of samples: every one once an epoch, however the steps cut it."""
+"""Order of samples: each one once per epoch, however the steps cut it."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Index files: the same samples as a scan, whole or absent, and changes of a tar that are noticed."""
+"""Index files: the same samples as a scan gives, complete or absent files, and changes of a tar are noticed."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def _members(png: bytes, prefix: str) -> Mapping[str, bytes]:
 
 @pytest.fixture
 def tars(tmp_path: Path, write_tar: WriteTar, png: bytes) -> list[str]:
-    """Two shards of four pairs, half of the captions in JSON only."""
+    """Writes two shards of four pairs, half of the captions in JSON only."""
     return [write_tar(tmp_path / f"{prefix}.tar", _members(png, prefix)) for prefix in ("a", "longer")]
 
 
@@ -46,7 +46,7 @@ def test_indexed_shards_are_the_scanned_ones(tars: list[str], tmp_path: Path, nu
         assert scanned.name(i) == indexed.name(i)
         assert scanned.caption(i) == indexed.caption(i)
         np.testing.assert_array_equal(scanned.image(i), indexed.image(i))
-    # .txt comes before .json, although it lies behind it
+    # .txt is preferred to .json, although it comes later in the tar
     assert [indexed.caption(i) for i in (0, 1, 4)] == ["a json 0", "a text 1", "longer json 0"]
 
 

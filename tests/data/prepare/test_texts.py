@@ -1,4 +1,4 @@
-"""Prepared texts: the same sequences as without, work shared and resumed, stale files refused by name."""
+"""Prepared texts: the same sequences as unprepared ones, shared and resumed work, stale files refused by name."""
 
 import gzip
 import json
@@ -25,7 +25,7 @@ LENGTH = 16
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> str:
-    """Three files of three formats below one pattern; paragraphs and sentences are of any length."""
+    """Writes three files of three formats below one pattern; paragraphs and sentences have any length."""
     rng = np.random.default_rng(3)
     words = np.array([*WORDS, *(f"{word}." for word in WORDS[:6])])
     paragraphs = [" ".join(rng.choice(words, rng.integers(1, 40))) for _ in range(200)]
@@ -48,7 +48,7 @@ def rows(sequences: TextSequences) -> list[list[int]]:
     return [sequences[i].tolist() for i in range(len(sequences))]
 
 
-def test_another_separator_is_refused_and_prepared_anew(tmp_path: Path, corpus: str, tokenizer: TextTokenizer) -> None:
+def test_another_separator_is_refused_and_prepared_again(tmp_path: Path, corpus: str, tokenizer: TextTokenizer) -> None:
     folder = tmp_path / "prepared"
     prepare_texts(data_config(corpus, folder), tokenizer, processes=1)
     with pytest.raises(ConfigError, match=r"a\.txt.*document_separator=True, the config has False.*prepare texts"):
@@ -98,7 +98,7 @@ def test_few_tokens_are_mapped_at_a_time(
     assert all(len(ids) == lengths.sum() for ids, lengths in chunks)
 
 
-def test_opening_loads_nothing_and_copies_map_anew(tmp_path: Path, corpus: str, tokenizer: TextTokenizer) -> None:
+def test_opening_loads_nothing_and_copies_map_again(tmp_path: Path, corpus: str, tokenizer: TextTokenizer) -> None:
     folder = tmp_path / "prepared"
     prepare_texts(data_config(corpus, folder), tokenizer, processes=1)
     sequences = TextSequences([corpus], tokenizer, LENGTH, cache_dir=str(folder))
@@ -121,7 +121,7 @@ def test_parts_share_the_work_in_any_order(tmp_path: Path, corpus: str, tokenize
     )
 
 
-def test_an_interrupted_preparation_goes_on(tmp_path: Path, corpus: str, tokenizer: TextTokenizer) -> None:
+def test_an_interrupted_preparation_resumes(tmp_path: Path, corpus: str, tokenizer: TextTokenizer) -> None:
     config = data_config(corpus, tmp_path / "prepared")
     first = prepare_texts(config, tokenizer, processes=1, piece_bytes=PIECE)
     files = sorted((tmp_path / "prepared" / "texts").glob("*.tokens"))
@@ -176,7 +176,7 @@ def test_a_text_changed_in_place_is_refused_by_name(tmp_path: Path, corpus: str,
     )
 
 
-def test_files_of_another_version_are_refused_and_made_anew(
+def test_files_of_another_version_are_refused_and_rewritten(
     tmp_path: Path, corpus: str, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, folder = data_config(corpus, tmp_path / "prepared"), tmp_path / "prepared" / "texts"

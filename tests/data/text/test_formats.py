@@ -1,4 +1,4 @@
-"""Formats of text files: by name, by the first bytes, and through compression."""
+"""Formats of text files are found by name and first bytes, also through compression."""
 
 import gzip
 import io

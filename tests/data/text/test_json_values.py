@@ -1,4 +1,4 @@
-"""JSON values come one by one, wherever the reads cut them."""
+"""JSON values are yielded one by one, wherever reads cut them."""
 
 import io
 import json

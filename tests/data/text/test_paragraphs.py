@@ -1,4 +1,4 @@
-"""Reading text files: every format gives the same paragraphs, cuts lose no line, broken lines are counted."""
+"""Paragraphs of text files: the same in every format, none lost at cuts, broken lines counted."""
 
 import bz2
 import gzip
@@ -222,7 +222,7 @@ def test_a_broken_value_of_a_list_is_counted(tmp_path: Path) -> None:
     assert [line.split(":")[1] for line in broken.lines] == ["2", "3", "4", "5"]
 
 
-def test_long_lists_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_lists_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_values, "_CHUNK", 7)
     (tmp_path / "a.json").write_text(json.dumps(RECORDS * 9 + [{"text": "x" * 300, "n": 123456}], indent=1))
     assert _documents(tmp_path / "a.json") == [*DOCUMENTS * 9, ["x" * 300]]

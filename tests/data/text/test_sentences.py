@@ -1,4 +1,4 @@
-"""Sentences in ids: where they start, and long paragraphs cut there."""
+"""Sentences in ids: their starts, and the cuts of long paragraphs."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +20,7 @@ ENDS = (".", "!", "?", "...", "?!", '."', '!"', ".)", ".\u201d", "?'", '.")')
 
 @pytest.fixture(scope="module")
 def punctuated(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
-    """A tokenizer whose pieces hold marks alone and behind letters, and East Asian characters."""
+    """Trains a tokenizer whose pieces have marks alone and after letters, and East Asian characters."""
     rng = np.random.default_rng(0)
     lines = [" ".join(rng.choice(np.array(WORDS), 8)) + str(rng.choice(np.array(ENDS))) for _ in range(400)]
     lines += ["我是鸟。你是船!他说「好。」我也是", "bird? boats?", ".?!' \"()\u201d,"] * 9
@@ -39,7 +39,7 @@ def _ids(text: str, tokenizer: TextTokenizer) -> np.ndarray:
 
 
 def _starts(parts: list[str], tokenizer: TextTokenizer) -> set[int]:
-    """Where each part but the first starts in the ids of all, by the text alone: parts are encoded one by one."""
+    """Returns the starts of all parts but the first in the ids of all, from parts that are encoded one by one."""
     return set(np.cumsum([len(tokenizer.encode(part)) for part in parts])[:-1].tolist())
 
 

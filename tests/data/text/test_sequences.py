@@ -1,4 +1,4 @@
-"""Texts: no token lost, borders kept, and errors that name the file."""
+"""Sequences of text files: no token lost, borders kept, and errors that name the file."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Paragraphs to ids and to sequences: no token lost, borders kept."""
+"""Paragraphs become ids and sequences: no token lost, borders kept."""
 
 import itertools
 
@@ -15,7 +15,7 @@ from beit3_ds.tokenizers.text import TextTokenizer
 
 
 def _starts(lengths: list[int], limit: int, tokenizer: TextTokenizer, chunk_size: int = 99) -> list[int]:
-    """Starts of sequences of paragraphs that are one word each, in chunks of `chunk_size` paragraphs."""
+    """Returns the starts of sequences for paragraphs of one word, in chunks of `chunk_size` paragraphs."""
     inside = int(np.flatnonzero(~tokenizer.word_borders().starts)[-1])
     chunks = [
         (np.full(sum(chunk), inside, dtype=np.uint16), np.array(chunk))
@@ -46,7 +46,7 @@ def test_sequences_are_bounded_and_whole(
         ([3, 3, 3], [0, 6]),  # the third does not fit whole
         ([4, 4], [0]),  # catches an off-by-one at exactly full
         ([20], [0, 8, 16]),
-        ([2, 20, 3], [0, 2, 10, 18]),  # the rest of a long paragraph goes on with the next one
+        ([2, 20, 3], [0, 2, 10, 18]),  # the rest of a long paragraph shares a sequence with the next one
         ([0, 5, 0], [0]),
         ([8, 8], [0, 8]),
     ],

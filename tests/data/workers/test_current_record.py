@@ -1,4 +1,4 @@
-"""The record that one process reads is seen by another, through a shared descriptor."""
+"""A process sees the name of the record that another one reads, through a shared descriptor."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Sockets of workers have a short folder, however long TMPDIR is."""
+"""Sockets of workers get a short folder, however long TMPDIR is."""
 
 import multiprocessing
 import tempfile
@@ -15,7 +15,7 @@ from beit3_ds.data.workers.fork_server import use_short_socket_folder
 
 @pytest.fixture
 def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """Settings of multiprocessing that are put back."""
+    """Restores the settings of multiprocessing after the test."""
     config: dict[str, Any] = multiprocessing.current_process()._config  # type: ignore[attr-defined]
     before = dict(config)
     config.pop("tempdir", None)

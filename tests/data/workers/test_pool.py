@@ -1,4 +1,4 @@
-"""Workers that die, stop, hang or find no room: named within the bound, and replaced where that helps."""
+"""Workers that die, stop, hang or find no memory are named in time, and replaced where that helps."""
 
 import os
 import signal
@@ -16,11 +16,11 @@ from torch import Tensor
 from beit3_ds.data.workers.pool import Preparation, WorkerLossError, prepare_in_any_order, prepare_in_order
 from beit3_ds.data.workers.waiting import DataTimeoutError, StopRequestedError, WaitLimits
 
-BOUND_SECONDS = 200  # far beyond every time-out here; a hang would last for ever
+BOUND_SECONDS = 200  # far beyond every time-out here; a hang would last forever
 
 
 class Work:
-    """Items of a request, and one fault at one request: before the first, or at every attempt."""
+    """Prepares items, with a fault at one request: only once, or at every attempt."""
 
     def __init__(self, fault: str = "", at: int = -1, once: Path | None = None) -> None:
         self.fault, self.at, self.once = fault, at, once
@@ -54,7 +54,7 @@ def prepare(work: Work, bounds: WaitLimits, num_workers: int = 2, requests: int 
 
 @pytest.mark.parametrize("fault", ["SIGKILL", pytest.param("SIGBUS", marks=pytest.mark.slow), "SIGSTOP"])
 def test_lost_worker_is_named_and_replaced(fault: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Catches a wait for ever, and items that are lost, repeated or out of order after a replacement."""
+    """Catches an endless wait, and items that are lost, repeated or out of order after a replacement."""
     work = Work(fault, at=3, once=tmp_path / "happened")
     assert prepare(work, limits(seconds=6)) == [0, 1, 2, 3, 4, 5]
     (line,) = (line for line in capfd.readouterr().err.splitlines() if "WARNING" in line)
@@ -124,7 +124,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("means", ["limit", pytest.param("mount", marks=pytest.mark.slow)])
 def test_no_room_in_shared_memory_is_named_and_survived(means: str, tmp_path: Path) -> None:
-    """Torch's own workers die of SIGBUS there."""
+    """Full shared memory kills torch's own workers with SIGBUS."""
     script = tmp_path / "no_room.py"
     script.write_text(NO_ROOM)
     command = f"{sys.executable} {script} {means}"
@@ -150,7 +150,7 @@ if __name__ == "__main__":
 
 
 def test_long_tmpdir_is_no_obstacle(tmp_path: Path) -> None:
-    """A socket's address holds 107 bytes, less than a batch system's TMPDIR may have."""
+    """A socket's address has at most 107 bytes, and the TMPDIR of a batch system may have more."""
     folder = tmp_path / ("t" * (115 - len(str(tmp_path))))
     folder.mkdir()
     assert len(str(folder)) >= 116

@@ -1,4 +1,4 @@
-"""One worker process: its replies, its errors, its state and its end."""
+"""A worker process: its replies, errors, state and end."""
 
 import os
 import time
@@ -11,7 +11,7 @@ from beit3_ds.data.workers.waiting import WaitLimits
 
 
 def work(request: str, note: Callable[[str], None]) -> str:
-    """Does what the request says."""
+    """Serves a request, fails or ends the process, as the request says."""
     note(f"record of {request}")
     if request == "fail":
         raise ValueError("a broken request")
@@ -22,7 +22,7 @@ def work(request: str, note: Callable[[str], None]) -> str:
 
 @pytest.fixture
 def worker() -> Iterator[WorkerProcess]:
-    """A worker that is killed at the end."""
+    """Starts a worker, and kills it after the test."""
     process = WorkerProcess(work)
     process.start(WaitLimits(seconds=120))
     yield process

@@ -1,4 +1,4 @@
-"""Tensors come out of a worker as they went in, whatever their strides are."""
+"""Tensors arrive from a worker unchanged, whatever their strides are."""
 
 import socket
 
@@ -25,7 +25,7 @@ TENSORS = {
 
 @pytest.mark.parametrize("name", TENSORS)
 def test_tensors_of_all_strides_arrive(name: str) -> None:
-    """Catches a worker that dies over a stream without samples: such tensors were no views as bytes."""
+    """Catches a worker that dies over a stream without samples, because empty tensors have no view as bytes."""
     tensor = TENSORS[name]
     ours, theirs = socket.socketpair()
     with ours, theirs:
