@@ -100,14 +100,14 @@ def _texts(options: argparse.Namespace) -> int:
     from beit3_ds.data.validation_overlap import check_validation_apart
     from beit3_ds.tokenizers.text import load_text_tokenizer
 
-    part = WorkShare.parse(options.part)
+    share = WorkShare.parse(options.part)
     config = load_run_config(options.config, options.set)
     check_validation_apart(config.data)
     tokenizer = load_text_tokenizer(config)
     if tokenizer is None:
         print("data.texts is left out of this run: there is nothing to tokenize")
         return 0
-    done = prepare_texts(config.data, tokenizer, part, options.processes)
+    done = prepare_texts(config.data, tokenizer, share, options.processes)
     for line in done.broken:
         print(f"left out: {line}", file=sys.stderr)
     print(
@@ -115,5 +115,5 @@ def _texts(options: argparse.Namespace) -> int:
         f"there), {len(done.broken)} broken lines"
     )
     if done.files_left:
-        print(f"{done.files_left} files wait for pieces of other parts; the last part to end completes them")
+        print(f"{done.files_left} files wait for pieces of other shares; the last share to end completes them")
     return 0

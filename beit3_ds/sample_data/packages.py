@@ -214,10 +214,10 @@ def read_clipart(folder: Path, scratch: Path) -> Iterator[Candidate]:
         category = path.parts[0]
         if category not in CATEGORIES or _LEFT_OUT.search(f"/{path}") or png.is_symlink() or not svg.is_file():
             continue
-        source = svg.read_text(encoding="utf-8", errors="replace")
-        if set(_LICENSE.findall(source)) != {_PUBLIC_DOMAIN} or _UNUSABLE.search(source):
+        markup = svg.read_text(encoding="utf-8", errors="replace")
+        if set(_LICENSE.findall(markup)) != {_PUBLIC_DOMAIN} or _UNUSABLE.search(markup):
             continue
-        title = _TITLE.search(source)
+        title = _TITLE.search(markup)
         words = " ".join(html.unescape(title.group(1)).split()) if title else ""
         if not words or _SET_TITLE.search(words):
             words = path.stem.replace("_", " ").strip()

@@ -17,7 +17,7 @@ def test_prepares_and_resumes(run_mapping: dict[str, Any], tmp_path: Path, capsy
     assert main(stats) == 0
     assert capsys.readouterr().out.count("not prepared yet") == 2  # training and validation texts
     assert main(["prepare", "texts", str(config), "--part", "1/2", "--processes", "1"]) == 0
-    assert "1 files wait for pieces of other parts" in capsys.readouterr().out
+    assert "1 files wait for pieces of other shares" in capsys.readouterr().out
     assert main(["prepare", "texts", str(config), "--processes", "1"]) == 0
     output = capsys.readouterr().out
     assert "in 2 pieces (1 were there), 0 broken lines" in output

@@ -101,15 +101,15 @@ class DataReport:
 
 
 def open_sources(config: DataConfig) -> dict[str, ImageSource]:
-    """Opens the sources of images of a run by stream, part and path, such as `pairs train cc3m-*.tar`.
+    """Opens the sources of images of a run by stream, split and path, such as `pairs train cc3m-*.tar`.
 
     Raises:
         ConfigError: if files are missing or cannot be read.
     """
     return {
-        f"{name} {part} {source.path}": open_images(source, config.cache_dir)
+        f"{name} {split} {source.path}": open_images(source, config.cache_dir)
         for name, stream in (("images", config.images), ("pairs", config.pairs))
-        for part, sources in (("train", stream.train), ("validation", stream.validation))
+        for split, sources in (("train", stream.train), ("validation", stream.validation))
         for source in sources
     }
 
@@ -156,9 +156,9 @@ def describe_streams(config: DataConfig, max_examined: int) -> DataReport:
         statistics = examine_source(source, name.startswith("pairs"), max_examined)
         lines += [f"{name}:", *(f"  {line}" for line in statistics.describe())]
         problems += [f"{name}: {problem}" for problem in statistics.problems(config.max_broken_records)]
-    for part, sources in (("train", config.texts.train), ("validation", config.texts.validation)):
+    for split, sources in (("train", config.texts.train), ("validation", config.texts.validation)):
         for text in sources:
-            name, paths = f"texts {part} {text.path}", expand_patterns([text.path])
+            name, paths = f"texts {split} {text.path}", expand_patterns([text.path])
             num_bytes = sum(os.path.getsize(path) for path in paths)
             statistics = _examine_texts(paths, max_examined)
             lines.append(f"{name}: {len(paths):,} files of {num_bytes:,} bytes")

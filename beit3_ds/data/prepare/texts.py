@@ -77,7 +77,7 @@ class TextPreparation:
 def prepare_texts(
     data: DataConfig,
     tokenizer: TextTokenizer,
-    part: WorkShare | None = None,
+    share: WorkShare | None = None,
     processes: int | None = None,
     piece_bytes: int = _PIECE_BYTES,
 ) -> TextPreparation:
@@ -90,7 +90,7 @@ def prepare_texts(
     Args:
         data: data section of the run's config.
         tokenizer: the run's text tokenizer.
-        part: share of the pieces; None takes all.
+        share: share of the pieces; None takes all.
         processes: number of processes; None starts one per core.
         piece_bytes: bytes per piece, the same for all shares.
 
@@ -100,16 +100,16 @@ def prepare_texts(
     """
     if data.cache_dir is None:
         raise ConfigError("data.cache_dir is not set: name the folder for the token files in the config.")
-    folder, part = texts_folder(data.cache_dir), part or WorkShare()
+    folder, share = texts_folder(data.cache_dir), share or WorkShare()
     folder.mkdir(parents=True, exist_ok=True)
     texts = _text_files(data)
     pieces = [cut_into_pieces(text, piece_bytes) for text in texts]
     remove_other_pieces(folder, pieces)
-    share = [piece for pieces_of_text in pieces for piece in pieces_of_text][part.number - 1 :: part.count]
+    own = [piece for pieces_of_text in pieces for piece in pieces_of_text][share.number - 1 :: share.count]
     separator = data.document_separator
-    kept = [done for piece in share if (done := _finished(folder, piece, tokenizer, separator))]
+    kept = [done for piece in own if (done := _finished(folder, piece, tokenizer, separator))]
     finished = {done.piece for done in kept}
-    todo = [piece for piece in share if piece not in finished]
+    todo = [piece for piece in own if piece not in finished]
     broken = BrokenLines(data.max_broken_records)
     broken.extend([line for done in kept for line in done.broken])
     num_tokens = sum(done.num_tokens for done in kept)
@@ -134,7 +134,7 @@ def prepare_texts(
 def _text_files(data: DataConfig) -> list[str]:
     """Returns all text files of a run; a file that is both trained on and evaluated counts once."""
     sources = (data.texts.train, data.texts.validation)
-    return list(dict.fromkeys(file for part in sources for file in expand_patterns([source.path for source in part])))
+    return list(dict.fromkeys(file for split in sources for file in expand_patterns([source.path for source in split])))
 
 
 def _finished(folder: Path, piece: TextPiece, tokenizer: TextTokenizer, document_separator: bool) -> TokenPiece | None:

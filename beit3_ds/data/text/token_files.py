@@ -171,7 +171,7 @@ def find_token_pieces(
     if not pieces or end != status.st_size:
         raise ConfigError(
             f"data: {folder} has no tokens of {text} from byte {end} of {status.st_size}; they are not prepared, "
-            f"or not all parts have ended. {REDO}"
+            f"or not all shares have finished. {REDO}"
         )
     return pieces
 

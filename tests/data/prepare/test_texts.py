@@ -152,21 +152,21 @@ def test_stale_files_are_refused_by_name(tmp_path: Path, corpus: str, tokenizer:
     )
     with pytest.raises(ConfigError, match=r"a\.txt-.*\.tokens was made with another text tokenizer"):
         open_prepared(other)
-    source = tmp_path / "a.txt"
-    size = source.stat().st_size
-    os.truncate(source, size - PIECE)
+    text = tmp_path / "a.txt"
+    size = text.stat().st_size
+    os.truncate(text, size - PIECE)
     with pytest.raises(ConfigError, match=rf"a\.txt-.*\.tokens was made when .*a\.txt had {size} bytes .*; now"):
         open_prepared()
     prepare_texts(data_config(corpus, folder), tokenizer, processes=1, piece_bytes=PIECE)
-    # catches a token file left over from when the source was larger, and borders older than the tokens
+    # catches a token file left over from when the text was larger, and borders older than the tokens
     assert rows(open_prepared()) == rows(TextSequences([corpus], tokenizer, LENGTH))
 
 
 def test_a_text_changed_in_place_is_refused_by_name(tmp_path: Path, corpus: str, tokenizer: TextTokenizer) -> None:
-    config, source = data_config(corpus, tmp_path / "prepared"), tmp_path / "a.txt"
+    config, text = data_config(corpus, tmp_path / "prepared"), tmp_path / "a.txt"
     prepare_texts(config, tokenizer, processes=1)
-    source.write_text("\n\n".join(reversed(source.read_text().split("\n\n"))))  # as many bytes, tokens and paragraphs
-    os.utime(source, ns=(1, 1))
+    text.write_text("\n\n".join(reversed(text.read_text().split("\n\n"))))  # as many bytes, tokens and paragraphs
+    os.utime(text, ns=(1, 1))
     with pytest.raises(ConfigError, match=r"made when .*a\.txt had .* mtime_ns .*; now they are .* and 1\. Run"):
         TextSequences([corpus], tokenizer, LENGTH, str(tmp_path / "prepared"))
     assert prepare_texts(config, tokenizer, processes=1).pieces_kept == 2  # those of b and c
@@ -254,7 +254,7 @@ def test_opening_many_prepared_texts_lists_no_folder_and_keeps_none_open(
     copy = pickle.loads(pickle.dumps(sequences))
     for one in (sequences, copy):
         assert [len(one[i]) for i in range(len(one))]
-    # catches one listing of all token files per source, which takes minutes for ten thousand of them
+    # catches one listing of all token files per text, which takes minutes for ten thousand of them
     assert not [path for path in listed if path.endswith("texts")]
     # catches maps that keep a descriptor each: 1,000 pieces, 64 GB of text, would exhaust the usual limit
     assert len(scandir_names("/proc/self/fd", scandir)) <= before + 2
