@@ -272,7 +272,7 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Builds all files, and print the size and SHA-256 of each."""
+    """Builds all files, and prints the size and SHA-256 of each."""
     arguments = _parse_arguments(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
     try:

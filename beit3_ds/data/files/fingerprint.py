@@ -27,7 +27,7 @@ class HasFiles(Protocol):
 
 
 class SourceFingerprint(TypedDict):
-    """A source as plain JSON; with equal digests, equal numbers mean equal samples, whatever folder they are in."""
+    """A source as plain JSON. Sources with equal digests number their samples alike, in whatever folders they are."""
 
     num_files: int
     num_samples: int

@@ -1,4 +1,4 @@
-"""Reads images and captions from WebDataset tar shards at random, without unpacking them."""
+"""Gives random access to the images and captions in WebDataset tar shards, without unpacking them."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence

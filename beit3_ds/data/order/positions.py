@@ -34,7 +34,7 @@ class SourcePosition:
 
 @dataclass(frozen=True, kw_only=True)
 class SetPosition:
-    """Position in the epochs of a set of samples: one source of a weighted stream, or all sources of another stream."""
+    """Epoch and place of a set of samples: one source of a stream with weights, or all sources of a stream without."""
 
     epoch: int
     """The current epoch, from 0."""

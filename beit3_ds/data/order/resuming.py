@@ -134,7 +134,7 @@ class _Continuation:
                 return old
             if old.remaining is None and old.taken == 0:
                 return self._now.start_epoch(number, old.epoch)
-        return self._shuffle(number, self._epoch(match.id), [self._left_of(match), *self._growth(match)])
+        return self._shuffle(number, self._epoch(match.id), [self._remaining_of(match), *self._growth(match)])
 
     def _join_all(self) -> SetPosition:
         """Returns the position of the only set of a stream without weights."""
@@ -147,10 +147,10 @@ class _Continuation:
         if self._stored.weights is None:
             ids = [match.id for match in known if match.id in self._number]
             if ids:
-                parts.append(self._left_of_set(ids))
-            parts += [self._left_of(match) for match in known if match.id not in self._number]
+                parts.append(self._remaining_of_set(ids))
+            parts += [self._remaining_of(match) for match in known if match.id not in self._number]
         else:
-            parts += [self._left_of(match) for match in known]
+            parts += [self._remaining_of(match) for match in known]
         parts += [part for match in known for part in self._growth(match)]
         parts += [self._range(match, 0) for match in self._matched if match.kind == "new"]
         return self._shuffle(0, max(epochs, default=0), parts)
@@ -170,14 +170,14 @@ class _Continuation:
                 return entry.epoch
         return self._stored.sets[0 if self._stored.weights is None else self._number[source_id]].epoch
 
-    def _left_of(self, match: SourceMatch) -> RemainingSamples:
+    def _remaining_of(self, match: SourceMatch) -> RemainingSamples:
         """Returns the samples that a source had before and that remain in its epoch."""
         for entry in self._stored.removed:
             if entry.source.id == match.id:
                 return from_nodes(entry.remaining, self._now.bounds)
-        return self._left_of_set([match.id])
+        return self._remaining_of_set([match.id])
 
-    def _left_of_set(self, ids: Sequence[int]) -> RemainingSamples:
+    def _remaining_of_set(self, ids: Sequence[int]) -> RemainingSamples:
         """Returns the samples of some sources that remain in the epoch of one stored set."""
         stored = self._stored
         number = 0 if stored.weights is None else self._number[ids[0]]
@@ -206,6 +206,6 @@ class _Continuation:
         removed = [entry for entry in self._stored.removed if entry.source.id not in replaced]
         for source in self._stored.sources:
             if source.id not in self._kept | replaced:
-                left = to_nodes(self._left_of_set([source.id]))
+                left = to_nodes(self._remaining_of_set([source.id]))
                 removed.append(RemovedSource(source=source, epoch=self._epoch(source.id), remaining=tuple(left)))
         return tuple(removed)

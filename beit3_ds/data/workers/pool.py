@@ -32,7 +32,7 @@ class WorkerLossError(ConfigError):
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation(Generic[RequestT, ItemT]):
-    """What the workers of a pool do, and how long the pool waits for them."""
+    """Work of a pool's workers, and the limits of the waits for it."""
 
     work: Callable[[RequestT, Callable[[str], None]], ItemT]
     """Prepares the item of a request, the same in every call, and passes the name of each record that it reads to its
