@@ -29,7 +29,7 @@ def check_layout(config: RunConfig, world_size: int) -> int:
         data_parallel_size = _check(config, world_size)
     except ConfigError as error:
         raise ConfigError(f"{str(error).rstrip('.')}. {_suggest(config, world_size)}") from None
-    # Another layout does not fix a wrong number in the file.
+    # Checked apart, because another layout does not fix a wrong number in the file.
     config.step_shares(data_parallel_size).check_batch_keys(config.deepspeed)
     return data_parallel_size
 

@@ -1,4 +1,4 @@
-"""Ranges of numbers, declared in a field's type as `Annotated[int, Range(...)]`, and names for the usual ones."""
+"""Declares ranges of numbers for annotations such as `Annotated[int, Range(...)]`, and names the usual ones."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -47,9 +47,9 @@ PROCESSES = Range(1, 1024)
 """Processes of one machine."""
 
 Count = Annotated[int, Range(0)]
-"""Zero or more."""
+"""An integer from 0 on."""
 Positive = Annotated[int, Range(1)]
-"""One or more."""
+"""An integer from 1 on."""
 Size = Annotated[int, Range(1, 2**18)]
 """A width, a side in pixels or a length; larger values are mistakes and would overflow counts of elements."""
 Layers = Annotated[int, Range(1, 1000)]
@@ -61,7 +61,7 @@ Samples = Annotated[int, Range(1, 2**24)]
 Steps = Annotated[int, Range(1, 10**12)]
 """Optimizer steps."""
 Ranks = Annotated[int, RANKS]
-"""Processes."""
+"""Number of processes of a run."""
 Share = Annotated[float, Range(0, 1)]
 """A share or a probability."""
 MaskRatio = Annotated[float, Range(0.01, 0.99)]
