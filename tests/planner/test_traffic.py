@@ -4,9 +4,8 @@ from typing import Any
 
 import pytest
 
-from beit3_ds.config import RankCoords, RunConfig
+from beit3_ds.config import RunConfig
 from beit3_ds.planner import step_traffic
-from beit3_ds.planner.zero3_replay import Zero3Replay, padded
 from tests.planner.cells import (
     DECOUPLED,
     FULL,
@@ -113,24 +112,3 @@ def check(ranks: int, cells: dict[str, RunConfig]) -> None:
 def test_counted_traffic_equals_the_formula(ranks: int, cells: dict[str, RunConfig]) -> None:
     """Catches a second all-reduce, a lost gather, a message of another size, on any axis."""
     check(ranks, cells)
-
-
-@pytest.mark.parametrize(("checkpointing", "block_gathers"), [("none", 2), ("full", 3)])
-def test_zero3_without_prefetch_gathers_before_every_use(checkpointing: str, block_gathers: int) -> None:
-    """The replay of DeepSpeed's coordinator against the formula that holds where it neither prefetches nor reuses."""
-    config = cell(3, 4, zero=STRICT, training={"activation_checkpointing": checkpointing})
-    rank_model = rank_model_of(config, 3, RankCoords(0, 0, 0))
-    calls, elements = Zero3Replay(rank_model).run_step(4)
-    blocks, rest = 0, 0
-    for name, parameter in rank_model.model.named_parameters():
-        size = padded(parameter.numel(), 3)
-        blocks, rest = (blocks + size, rest) if name.startswith("blocks.") else (blocks, rest + size)
-    modules = [m for m in rank_model.model.modules() if list(m.parameters(recurse=False))]
-    in_blocks = [
-        m for block in rank_model.model.blocks.values() for m in block.modules() if list(m.parameters(recurse=False))
-    ]
-    # Recomputation begins inside the block's last linear layer, which is gathered already.
-    last = [block.ffn.fc2 for block in rank_model.model.blocks.values()] if checkpointing == "full" else []
-    again = sum(padded(p.numel(), 3) for module in last for p in module.parameters())
-    assert elements == 4 * (block_gathers * blocks - again + 2 * rest)
-    assert calls == 4 * (block_gathers * len(in_blocks) - len(last) + 2 * (len(modules) - len(in_blocks)))
