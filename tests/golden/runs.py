@@ -3,7 +3,9 @@
 `python -m tests.golden.runs` overwrites the file. Run it only for a change that is meant to move numbers.
 """
 
+import itertools
 import json
+import math
 import os
 import platform
 import socket
@@ -13,12 +15,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from beit3_ds.training.metrics_log import MetricsLog
 from tests.fixtures.tokenizers import copy_tokenizers
 from tests.ranks import run_ranks
 from tests.run_config import small_run_mapping
 from tests.training.steps import MODELS
 
 LOSSES = Path(__file__).parent / "losses.json"
+ROUNDING = 1e-5
+"""Largest relative difference on another processor, or with other libraries, than the recorded ones."""
+
 MEASURED = ("loss", "image_mim", "text_mlm", "pair_mim", "pair_mlm", "grad_norm", "learning_rate")
 """Keys of a record whose values do not depend on a clock."""
 
@@ -43,7 +49,7 @@ def run_layout(layout: str, folder: Path) -> dict[str, Records]:
     configs = {model: _write_config(model, zero_stage, parallel, folder) for model in MODELS}
     statuses = run_ranks(_train, num_ranks, [str(config) for config in configs.values()])
     assert statuses == [[0] * len(configs)] * num_ranks
-    return {model: _read_records(config.parent / "run" / "metrics.jsonl") for model, config in configs.items()}
+    return {model: read_records(config.parent / "run" / "metrics.jsonl") for model, config in configs.items()}
 
 
 def _write_config(model: str, zero_stage: int, parallel: dict[str, int], folder: Path) -> Path:
@@ -95,13 +101,34 @@ def _agree_on_port(path: Path) -> str:
     return path.read_text()
 
 
-def _read_records(path: Path) -> Records:
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+def read_records(path: Path) -> Records:
+    """Returns the losses and norms of steps and evaluations in a `metrics.jsonl`."""
+    records = MetricsLog(path).records()
     return [
         {key: record[key] for key in ("step", "kind", *MEASURED) if key in record}
         for record in records
         if record["kind"] in ("train", "validation")
     ]
+
+
+def find_moved(records: Records, expected: Records) -> list[str]:
+    """Describes every value that is not the recorded one: bit for bit on the machine of `losses.json`.
+
+    On another machine or with other libraries values may differ by `ROUNDING`.
+    """
+    tolerance = 0.0 if json.loads(LOSSES.read_text())["machine"] == describe_machine() else ROUNDING
+    return [
+        f"step {before['step']} ({before['kind']}): {key} is {now.get(key)!r}, was {before.get(key)!r}"
+        for now, before in itertools.zip_longest(records, expected, fillvalue={"step": None, "kind": None})
+        for key in dict.fromkeys([*now, *before])
+        if not _is_same(now.get(key), before.get(key), tolerance)
+    ]
+
+
+def _is_same(value: Any, expected: Any, tolerance: float) -> bool:
+    if tolerance and isinstance(value, float) and isinstance(expected, float):
+        return math.isclose(value, expected, rel_tol=tolerance)
+    return bool(value == expected)
 
 
 def describe_machine() -> dict[str, str]:

@@ -1,0 +1,179 @@
+"""What version 0.1 wrote still loads: checkpoints, exports, tokenizers and records, made by commit 9f7f630."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from beit3_ds.cli.main import main
+from beit3_ds.config import ConfigError, build_run_config, load_run_config
+from beit3_ds.model import BEiT3
+from beit3_ds.tokenizers import TextTokenizer, load_visual_tokenizer
+from beit3_ds.training.comparison import compare_runs
+from beit3_ds.untrusted_file import read_tensors
+from tests.fixtures.old_files import draw_images, expected_values, unpack_old_files, write_renamed_config
+from tests.golden.runs import find_moved, read_records
+from tests.ranks import run_ranks
+
+CHECKPOINT = "run/checkpoints/step-00000002"
+EXPORTS = {
+    "beit3.safetensors": "beit3",
+    "unilm_dual.pth": "unilm-dual",
+    "unilm_fusion.pth": "unilm-fusion",
+    "timm.safetensors": "timm",
+}
+"""Files of exported weights and their formats."""
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """A folder with all old files; tests may change it."""
+    unpack_old_files(tmp_path)
+    return tmp_path
+
+
+def run_command(arguments: list[str]) -> int:
+    """On one rank: runs a `beit3` command with one thread, as the files were written."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    return main(arguments)
+
+
+def count_tensors(tensors: Mapping[str, Tensor]) -> Counter[tuple[str, torch.Size, str]]:
+    """Counts tensors by type, shape and content, without their names."""
+    return Counter(
+        (str(t.dtype), t.shape, hashlib.sha256(t.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest())
+        for t in tensors.values()
+    )
+
+
+def read_features(path: Path) -> dict[str, Tensor]:
+    """Returns the features that a model in the project's own format gives the images and sentences."""
+    images, ids = draw_images(), [torch.tensor(ids) for ids in expected_values()["ids"]]
+    model = BEiT3.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        features = model.encode(images[:2], ids[:2], (images[2:], [ids[1][:12], ids[2][:12]]))
+    return {
+        "images": features.images,
+        "texts": torch.cat(list(features.texts)),
+        "pair_images": features.pair_images,
+        "pair_texts": torch.cat(list(features.pair_texts)),
+    }
+
+
+def test_run_resumes_from_old_checkpoint(old: Path) -> None:
+    """The steps after it have the losses and norms that version 0.1 recorded when it resumed itself."""
+    unpack_old_files(old / "before")
+    expected = read_records(old / "before" / "run" / "metrics.jsonl")
+    assert [(record["step"], record["kind"]) for record in expected][-3:] == [
+        *((3, "train"), (4, "train"), (4, "validation")),
+    ]
+    log = old / "run" / "metrics.jsonl"
+    first, *rest = log.read_text().splitlines()
+    log.write_text("\n".join([json.dumps(json.loads(first) | {"mark": 1}), *rest]) + "\n")
+    assert run_ranks(run_command, 1, ["pretrain", str(write_renamed_config(old))]) == [0]
+    # A run that passed over the checkpoint would record the same losses, in a new file.
+    assert "mark" in json.loads(log.read_text().splitlines()[0])
+    assert not find_moved(read_records(log), expected)
+    assert compare_runs(old / "before" / "run", old / "run").largest_difference("loss")[0] < 1e-4
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_old_exports_give_the_same_features(old: Path, name: str) -> None:
+    path = old / name
+    if name != "beit3.safetensors":
+        assert main(["import", str(path), str(old / "imported.safetensors")]) == 0
+        path = old / "imported.safetensors"
+    found, expected = read_features(path), load_file(old / "features.safetensors")
+    kinds = [key for key in expected if key.startswith(f"{name.partition('.')[0]}.")]
+    assert kinds
+    for key in kinds:
+        torch.testing.assert_close(found[key.partition(".")[2]], expected[key])
+
+
+def test_old_export_has_the_same_tensors(old: Path) -> None:
+    """Heads included, which features do not tell; names may have changed."""
+    model = BEiT3.from_pretrained(old / "beit3.safetensors")
+    assert count_tensors(dict(model.named_parameters())) == count_tensors(load_file(old / "beit3.safetensors"))
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_old_checkpoint_is_exported_alike(old: Path, name: str) -> None:
+    """Other projects' formats have the same tensors under the same names; in our own format names may have changed."""
+    out = old / f"again_{name}"
+    dtype = "fp32" if name == "beit3.safetensors" else "fp16"
+    assert main(["export", str(old / CHECKPOINT), str(out), "--format", EXPORTS[name], "--dtype", dtype]) == 0
+    before, now = dict(read_tensors(old / name)), dict(read_tensors(out))
+    if name == "beit3.safetensors":
+        assert count_tensors(now) == count_tensors(before)
+    else:
+        assert now.keys() == before.keys()
+        assert all(torch.equal(now[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", [*EXPORTS, CHECKPOINT])
+def test_old_files_are_described(old: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(old / name)]) == 0
+    text = capsys.readouterr().out
+    assert "after 2 updates" in text and "hidden_size: 8" in text
+
+
+def test_run_begins_with_old_weights(old: Path) -> None:
+    """`training.init_from` takes the old export: the first evaluation is that of the checkpoint."""
+    mapping = json.loads(write_renamed_config(old).read_text())
+    mapping["beit3_ds"]["training"] |= {"init_from": str(old / "beit3.safetensors"), "output_dir": str(old / "new")}
+    config = old / "new.json"
+    config.write_text(json.dumps(mapping))
+    assert run_ranks(run_command, 1, ["pretrain", str(config)]) == [0]
+    evaluations = [record for record in read_records(old / "run" / "metrics.jsonl") if record["kind"] == "validation"]
+    begun = read_records(old / "new" / "metrics.jsonl")[0]
+    assert evaluations[1]["step"] == 2
+    assert not find_moved([begun | {"step": 2}], [evaluations[1]])
+
+
+def test_old_tokenizers_encode_alike(old: Path) -> None:
+    expected = expected_values()
+    text, visual = TextTokenizer(old / "text.spm"), load_visual_tokenizer(old / "visual.safetensors")
+    encoded = [[text.bos_id, *text.encode(sentence), text.eos_id][:24] for sentence in expected["sentences"]]
+    assert encoded == expected["ids"]
+    assert visual.encode(draw_images()).tolist() == expected["codes"]
+
+
+@pytest.mark.parametrize("kind", ["text", "visual"])
+def test_old_tokenizers_are_not_trained_again(old: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their recorded recipes are those of the renamed configuration."""
+    assert main([f"train-{kind}-tokenizer", str(write_renamed_config(old))]) == 0
+    assert "already trained" in capsys.readouterr().out
+
+
+def test_unfinished_tokenizer_resumes(old: Path) -> None:
+    """It ends with the weights and codebook that version 0.1 got when it resumed from the same file."""
+    config = write_renamed_config(old, "unfinished.json")
+    command = [sys.executable, "-m", "beit3_ds.cli.main", "train-visual-tokenizer", str(config)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "after step 8" in result.stdout  # a training from the start would end with the same weights
+    found, expected = load_file(old / "unfinished.safetensors"), load_file(old / "finished.safetensors")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_old_keys_are_named_with_the_new_ones(old: Path) -> None:
+    """The error for each key of the old configuration gives its new name."""
+    with pytest.raises(ConfigError, match=r"'validation'|'cache_dir'|'init_from'"):
+        load_run_config(old / "config.json")
+    renamed = write_renamed_config(old).read_text()
+    for key, now in (("heldout", "validation"), ("prepared_dir", "cache_dir"), ("initial_weights", "init_from")):
+        assert f'"{key}"' in (old / "config.json").read_text()
+        with pytest.raises(ConfigError, match=f"'{key}'.*'{now}'"):
+            build_run_config(json.loads(renamed.replace(f'"{now}"', f'"{key}"')))
