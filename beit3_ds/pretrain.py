@@ -56,7 +56,7 @@ def pretrain(config: RunConfig) -> None:
         NonFiniteLossError: if training diverges.
     """
     with (
-        StopSignals().listening() as signals,
+        StopSignals().handling() as signals,
         watched_start(read_launch(os.environ).rank, signals.received, config.data.timeout_seconds) as start,
     ):
         inputs = open_inputs(config)
@@ -188,7 +188,7 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh, signals: StopSignal
                 print(line, flush=True)
     dtype = next(schedule.engine.module.parameters()).dtype
     who = mesh.describe(mesh.all_coords.index(mesh.coords))
-    limits = WaitLimits(seconds=config.data.timeout_seconds, is_stopping=signals.is_asked_to_stop, where=who)
+    limits = WaitLimits(seconds=config.data.timeout_seconds, is_stopping=signals.is_any_received, where=who)
     steps = TimedSteps(build_train_loader(inputs.dataset, config.data, first_step, limits) if inputs.dataset else ())
     run = Run(
         config=config,

@@ -30,7 +30,7 @@ ARROWS: dict[str, set[str]] = {
     "checkpoint": {"batch", "config", "cores", "model", "parallel", "storage_error"},
     "weights": {"checkpoint", "config", "model", "positions", "untrusted_file"},
     "planner": {"batch", "config", "kernels", "layout", "model", "parallel", "pipeline"},
-    "runtime": {"cluster", "config", "cores", "parallel", "planner", "storage_error"},
+    "runtime": {"config", "cores", "parallel", "planner", "storage_error"},
     "training": {
         *("atomic_file", "batch", "checkpoint", "config", "cores", "data", "kernels", "model", "parallel", "pipeline"),
         *("planner", "runtime", "storage_error", "tokenizers"),
@@ -39,7 +39,7 @@ ARROWS: dict[str, set[str]] = {
         *("batch", "checkpoint", "config", "cores", "data", "kernels", "model", "parallel", "pipeline", "runtime"),
         *("tokenizers", "training", "weights"),
     },
-    "cluster": {"config", "planner"},
+    "cluster": {"config", "planner", "runtime"},
 }
 ENTRY_POINTS = {"pretrain", "train_visual_tokenizer", "rank_program", "cli", "__init__"}
 # The parts of a room in the order in which they are read: each may import only those before it.

@@ -119,7 +119,7 @@ TABLE: dict[Call, Row] = {
     ),
     **rows("beit3_ds/training/broken_records.py", HOST, "data", agree="self._mesh.data_host.sum"),
     **rows("beit3_ds/training/broken_records.py", HOST, "differing", add="self._host.gather"),
-    **rows("beit3_ds/runtime/stop_signals.py", HOST, "data", agreed="self._mesh.host.sum"),
+    **rows("beit3_ds/runtime/distributed_stop_signals.py", HOST, "data", synchronize="self._mesh.host.sum"),
     **rows("beit3_ds/training/stragglers.py", HOST, "data", report="self._mesh.host.sum"),
     **rows("beit3_ds/training/skipped_steps.py", HOST, "differing", add="self._mesh.host.gather"),
     **rows("beit3_ds/training/startup_summary.py", HOST, "data", describe_startup="mesh.host.gather"),

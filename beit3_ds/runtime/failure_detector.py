@@ -1,4 +1,4 @@
-"""Why a run must end, as far as the ranks' heartbeats tell."""
+"""Detects from the ranks' heartbeats that a run has failed, and why."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -7,100 +7,101 @@ from typing import NamedTuple
 from beit3_ds.config import ParallelConfig
 from beit3_ds.runtime.heartbeat import RankStatuses
 
-CALL_SECONDS = 5.0
-"""How long ranks have to beat once they are called."""
+BEAT_REQUEST_SECONDS = 5.0
+"""Time within which ranks must send a heartbeat after a request."""
 _LISTED = 8
 
 
-class Verdict(NamedTuple):
-    """Why the run ends."""
+class Failure(NamedTuple):
+    """Why the run must end on all ranks."""
 
     text: str
     """One line for people."""
-    dump: bool = False
-    """Whether all ranks write the stacks of their threads first."""
+    dump_stacks: bool = False
+    """Whether all ranks first write the stacks of their threads."""
 
 
 class FailureDetector:
-    """What rank 0 concludes from the beats of all ranks; `Watchdog` says which verdicts there are."""
+    """Finds failures in the status of all ranks, on rank 0; `Watchdog` lists the kinds of failures."""
 
-    def __init__(self, parallel: ParallelConfig, standings: RankStatuses, describe: Callable[[int], str]) -> None:
-        """Begins without a suspicion.
+    def __init__(self, parallel: ParallelConfig, statuses: RankStatuses, describe: Callable[[int], str]) -> None:
+        """Begins without a failure.
 
         Args:
             parallel: the time-outs.
-            standings: of all ranks; kept up to date by the caller.
-            describe: names a rank, its place and its host.
+            statuses: the status of all ranks; the caller keeps it up to date.
+            describe: names a rank, its coordinates and its host.
         """
-        self._parallel, self._standings, self._describe = parallel, standings, describe
-        self._call: tuple[float, list[int]] | None = None
+        self._parallel, self._statuses, self._describe = parallel, statuses, describe
+        self._request: tuple[float, list[int]] | None = None
+        """When heartbeats were first requested, and the numbers of the newest ones then."""
         self._slow: dict[int, float] = {}
 
-    def find_verdict(self, failed: str | None, is_called: bool) -> Verdict | None:
-        """Why the run must end now; None if it may go on.
+    def find_failure(self, reported: str | None, are_beats_requested: bool) -> Failure | None:
+        """Returns why the run must end now; None if there is no failure.
 
         Args:
-            failed: what the first rank that failed said of itself, if any did.
-            is_called: whether a rank has lost contact with another, so that a verdict is needed soon.
+            reported: failure that a rank reported of itself, if any did; the first one.
+            are_beats_requested: whether all ranks were asked for a heartbeat, because one lost contact with another.
         """
-        standings, parallel = self._standings, self._parallel
-        if failed is not None:
-            return Verdict(failed)
-        if is_called:
-            self._call = self._call or (time.monotonic(), standings.numbers())
-            since, numbers = self._call
-            silent = standings.find_silent(numbers)
-            if silent and time.monotonic() - since <= CALL_SECONDS:
+        statuses, parallel = self._statuses, self._parallel
+        if reported is not None:
+            return Failure(reported)
+        if are_beats_requested:
+            self._request = self._request or (time.monotonic(), statuses.beat_numbers())
+            since, numbers = self._request
+            silent = statuses.find_silent(numbers)
+            if silent and time.monotonic() - since <= BEAT_REQUEST_SECONDS:
                 return None
-            return self._absent(silent) if silent else self._explain_lost_contact()
-        if lost := standings.find_lost(parallel.heartbeat_timeout_seconds):
-            return self._absent(lost)
-        if stalled := standings.find_behind(parallel.timeout_seconds):
+            return self._lost(silent) if silent else self._lost_contact()
+        if lost := statuses.find_lost(parallel.heartbeat_timeout_seconds):
+            return self._lost(lost)
+        if stalled := statuses.find_behind(parallel.timeout_seconds):
             return self._stalled(stalled)
         return None
 
     def describe_slow(self) -> list[str]:
-        """A line for each rank that others wait for, and another one when that has lasted twice as long."""
+        """Returns a line per rank that others wait for; it returns another one each time the wait has doubled."""
         first = self._parallel.heartbeat_timeout_seconds
-        behind = self._standings.find_behind(first)
+        behind = self._statuses.find_behind(first)
         self._slow = {rank: self._slow.get(rank, first) for rank in behind}
-        due = [rank for rank in behind if rank in self._standings.find_behind(self._slow[rank])]
+        due = [rank for rank in behind if rank in self._statuses.find_behind(self._slow[rank])]
         self._slow.update({rank: 2 * self._slow[rank] for rank in due})
         return [
-            f"slow: {self._describe(rank)} is in {self._standings.describe(rank)}; {self._waiting()} for it. The run "
+            f"slow: {self._describe(rank)} is in {self._statuses.describe(rank)}; {self._waiting()} for it. The run "
             f"ends once that lasts longer than parallel.timeout_seconds={self._parallel.timeout_seconds}"
             for rank in due[:_LISTED]
         ]
 
-    def _explain_lost_contact(self) -> Verdict:
-        """All ranks answer, and yet a collective has failed: most likely at its time-out."""
+    def _lost_contact(self) -> Failure:
+        """Returns the failure if all ranks answer although a collective failed: most likely it timed out."""
         seconds = self._parallel.timeout_seconds
-        if stalled := self._standings.find_behind(seconds / 2):
+        if stalled := self._statuses.find_behind(seconds / 2):
             return self._stalled(stalled)
-        least = self._standings.find_least_advanced()
+        least = self._statuses.find_least_advanced()
         behind = f". Least advanced: {self._describe_all(least)}" if least else ""
-        return Verdict(
+        return Failure(
             f"ranks lost contact or waited longer than parallel.timeout_seconds={seconds}, though all still answer"
-            f"{behind}. The stacks in the ranks' outputs show where they stand",
-            dump=True,
+            f"{behind}. The stacks in the ranks' outputs show where they are",
+            dump_stacks=True,
         )
 
-    def _stalled(self, ranks: Sequence[int]) -> Verdict:
-        where = "; ".join(f"{self._describe(rank)} is in {self._standings.describe(rank)}" for rank in ranks[:_LISTED])
-        return Verdict(
+    def _stalled(self, ranks: Sequence[int]) -> Failure:
+        where = "; ".join(f"{self._describe(rank)} is in {self._statuses.describe(rank)}" for rank in ranks[:_LISTED])
+        return Failure(
             f"stalled: {where}{_more(ranks)}; {self._waiting()} for it. Its threads answer: the stacks in its output "
-            "show where it stands",
-            dump=True,
+            "show where it is",
+            dump_stacks=True,
         )
 
-    def _absent(self, ranks: Sequence[int]) -> Verdict:
-        return Verdict(f"{self._describe_all(ranks)} does not answer")
+    def _lost(self, ranks: Sequence[int]) -> Failure:
+        return Failure(f"{self._describe_all(ranks)} does not answer")
 
     def _describe_all(self, ranks: Sequence[int]) -> str:
         return ", ".join(self._describe(rank) for rank in ranks[:_LISTED]) + _more(ranks)
 
     def _waiting(self) -> str:
-        number = self._standings.count_waiting()
+        number = self._statuses.count_waiting()
         return "1 rank waits" if number == 1 else f"{number} ranks wait"
 
 

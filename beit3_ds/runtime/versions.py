@@ -1,17 +1,57 @@
-"""What a rank runs: versions and code, to be compared with the other ranks'."""
+"""Reads the versions of this machine's software and computes digests of the project's code.
+
+`cluster.check` sends the source of this file to nodes that may have another version of it or none. So it imports only
+the standard library and uses no syntax newer than Python 3.8.
+"""
+
+from __future__ import annotations
 
 import hashlib
+import importlib.metadata
+import importlib.util
+import os
 import sys
 
-from beit3_ds.cluster.check.probe import Probe
+PACKAGES = ("torch", "deepspeed", "beit3_ds")
+"""Packages that must have one version on all ranks."""
+_CODE_SUFFIXES = (".py", ".json", ".cu", ".cuh", ".cpp", ".h")
+
+
+def find_package_versions() -> dict[str, str | None]:
+    """Returns the version of each package from its metadata, without an import; None if it is not installed."""
+    versions: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def compute_code_digests() -> dict[str, str] | None:
+    """Returns a short digest per file of the project, by relative path; None if there is no beit3_ds."""
+    digests: dict[str, str] = {}
+    for name in ("beit3_ds", "beit3_ds.kernels"):
+        try:
+            spec = importlib.util.find_spec(name)
+        except Exception:  # a broken parent package: what is missing will differ from the other nodes
+            continue
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            for where, _, files in os.walk(folder):
+                for file in files:
+                    if file.endswith(_CODE_SUFFIXES):
+                        path = os.path.join(where, file)
+                        key = os.path.join(name.replace(".", "/"), os.path.relpath(path, folder))
+                        with open(path, "rb") as content:
+                            digests[key] = hashlib.sha256(content.read()).hexdigest()[:12]
+    return digests or None
 
 
 def describe_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that ranks must share, and a digest of the project's code.
+    """Returns the versions of Python and of `PACKAGES`, and one digest of the project's code, as key "code".
 
-    Of Python the first two numbers count, on which bytecode and wheels depend. Nothing is imported; the code is read.
+    Python's version has two numbers, on which bytecode and wheels depend. Nothing is imported, but all code is read.
     """
-    found = Probe().software()
-    versions = {name: str(version) for name, version in found["versions"].items()}
-    code = hashlib.sha256(repr(sorted((found["code"] or {}).items())).encode()).hexdigest()[:12]
+    versions = {name: str(version) for name, version in find_package_versions().items()}
+    code = hashlib.sha256(repr(sorted((compute_code_digests() or {}).items())).encode()).hexdigest()[:12]
     return {"python": f"{sys.version_info.major}.{sys.version_info.minor}", **versions, "code": code}

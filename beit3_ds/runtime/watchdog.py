@@ -1,4 +1,4 @@
-"""Ends a run on all ranks when one of them fails, stalls or no longer answers, and says which."""
+"""Ends a run on all ranks when one of them fails, stalls or no longer answers, and names that rank."""
 
 import contextlib
 import faulthandler
@@ -15,45 +15,47 @@ import torch.distributed as dist
 
 from beit3_ds.config import ParallelConfig
 from beit3_ds.parallel.mesh import Mesh
-from beit3_ds.runtime.failure_detector import FailureDetector, Verdict
+from beit3_ds.runtime.failure_detector import Failure, FailureDetector
 from beit3_ds.runtime.heartbeat import Heartbeat, RankStatuses, find_sleep
 
 _POLL_SECONDS = 1.0
 _GRACE_SECONDS = 5.0
-"""How long ranks have to beat when they are called, and to end by themselves after an error that all of them meet."""
+"""Time for ranks to answer a request for heartbeats, and to end by themselves after an error that all of them meet."""
 _BEATS_PER_TIMEOUT = 6
-_NOTHING = "nothing"
+_NONE = "nothing"
+"""Value of a key that no rank has set yet."""
 _STORE_ERRORS = (RuntimeError, dist.DistError)
 
 
 class Watchdog:
-    """Two threads on every rank: one talks to the other ranks through the rendezvous store, one watches that it can.
+    """Two threads per rank: one exchanges heartbeats through the rendezvous store, one checks that the store answers.
 
-    Every rank beats: it writes what its main thread is doing, `Heartbeat`, under a key of its own. Rank 0 reads all
-    beats and judges; the others read the verdict and rank 0's beat, so that they find out if it is the one that is
-    gone. There are four verdicts, each naming rank, place and host:
+    Every rank writes what its main thread is doing, a `Heartbeat`, under its own key. Rank 0 reads all heartbeats and
+    runs the `FailureDetector`. The others read its result and the heartbeat of rank 0, so that they notice if rank 0
+    is lost. There are four kinds of failures, each named with rank, coordinates and host:
 
-    * a rank failed: it said so in the store before it ended;
-    * it does not answer: no beat for `heartbeat_timeout_seconds`, or for five seconds once a collective has failed;
-    * it stalls: it beats, but for `timeout_seconds` its main thread neither got on nor waited, while others waited.
-      Then all ranks write the stacks of their threads to stderr. Before that it is *slow*, which is only reported;
-    * the store does not answer: rank 0, or its host, or the link to it. The second thread finds that, for an operation
-      of the first may wait for ever.
+    * a rank failed: it reported that in the store before it ended;
+    * it does not answer: no heartbeat for `heartbeat_timeout_seconds`, or for five seconds once a collective failed;
+    * it stalled: it sends heartbeats, but for `timeout_seconds` its main thread neither made progress nor waited, while
+      others waited. All ranks then write the stacks of their threads to stderr. Before that the rank is *slow*, which
+      is only reported;
+    * the store does not answer: rank 0, its host or the link to it is down. The second thread detects that, because an
+      operation of the first may block for ever.
 
     Then every rank prints one line and ends with status 1.
 
-    Messages: each rank asks the store once a second for three short values, and writes one of about 80 bytes every
-    sixth of `heartbeat_timeout_seconds`; rank 0 also reads all beats once a second, in one request. With 512 ranks and
-    60 s that is 565 requests and less than 200 kB a second; a store answers 24,000 a second on one core.
+    Messages: each rank asks the store once per second for three short values, and writes one of about 80 bytes every
+    sixth of `heartbeat_timeout_seconds`; rank 0 also reads all heartbeats once per second, in one request. With 512
+    ranks and 60 s that is 565 requests and less than 200 kB per second; a store answers 24,000 per second on one core.
     """
 
     def __init__(self, parallel: ParallelConfig, mesh: Mesh, end: Callable[[int], None] = os._exit) -> None:
-        """Connects to the store that MASTER_ADDR and MASTER_PORT name; the process group must exist. All ranks call it.
+        """Connects to the store at MASTER_ADDR and MASTER_PORT and starts the threads; all ranks call it.
 
         Args:
             parallel: the time-outs.
-            mesh: names the ranks, and knows what this one's main thread does.
-            end: what ends this process: its main thread may wait in a collective for ever.
+            mesh: mesh of the initialised process group; names the ranks and knows what this one's main thread does.
+            end: ends this process, even if its main thread is blocked in a collective.
         """
         self._parallel, self._activity, self._end = parallel, mesh.activity, end
         self._describe = mesh.describe
@@ -69,56 +71,56 @@ class Watchdog:
         )
         # torchrun's agents keep one store for all restarts.
         self._store = dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        self._lost_contact = ""
+        self._contact_error = ""
         self._count, self._beaten_at, self._state = 0, 0.0, "running"
         self._beat()
         if self._rank == 0:
-            for key in ("failed", "called", "verdict"):
-                self._store.set(key, _NOTHING)
+            for key in ("reported", "beats_requested", "failure"):
+                self._store.set(key, _NONE)
         mesh.host.barrier()  # so that all ranks have written their keys
         watched = range(self._size) if self._rank == 0 else [0]
-        self._standings = RankStatuses(self._read_beats(watched), self._poll_seconds)
-        self._judgement = FailureDetector(parallel, self._standings, self._describe)
+        self._statuses = RankStatuses(self._read_beats(watched), self._poll_seconds)
+        self._detector = FailureDetector(parallel, self._statuses, self._describe)
         self._stopped, self._ended = threading.Event(), threading.Event()
-        self._talked, self._obeys = time.monotonic(), False
-        self._thread = threading.Thread(target=self._talk, name="roll call", daemon=True)
-        self._guard = threading.Thread(target=self._watch_store, name="roll call's guard", daemon=True)
+        self._store_answered_at, self._is_ending = time.monotonic(), False
+        self._thread = threading.Thread(target=self._watch_ranks, name="watchdog", daemon=True)
+        self._store_thread = threading.Thread(target=self._watch_store, name="watchdog of the store", daemon=True)
         self._thread.start()
-        self._guard.start()
+        self._store_thread.start()
 
     def stop(self) -> None:
-        """Ends the threads; this rank needs no watching any more."""
+        """Ends the threads; this rank no longer needs to be watched."""
         self._stopped.set()
         self._thread.join()
         self._state = "left"
-        with contextlib.suppress(*_STORE_ERRORS):  # it is gone, and with it whoever would have read it
+        with contextlib.suppress(*_STORE_ERRORS):  # the store is gone, and with it rank 0, which would have read this
             self._beat()
         self._ended.set()
-        self._guard.join()
+        self._store_thread.join()
 
     def announce_failure(self, error: Exception) -> None:
-        """Tells all ranks that this one has failed, and waits until they know, ten seconds at most."""
+        """Reports to all ranks that this one has failed, and waits at most ten seconds until they have read it."""
         line = f"{type(error).__name__}: {error}".splitlines()[0]
-        self._announce(f"{self._describe(self._rank)} failed: {line}")
+        self._report(f"{self._describe(self._rank)} failed: {line}")
 
     def announce_lost_contact(self, error: Exception) -> None:
-        """Asks why a collective failed, and waits until this rank's threads end the process."""
+        """Requests the reason for a failed collective, and waits until this rank's threads end the process."""
         self._activity.lost_contact = True
-        self._lost_contact = "".join(traceback.format_exception(error))
-        self._announce(None)
+        self._contact_error = "".join(traceback.format_exception(error))
+        self._report(None)
         self._thread.join()
-        self._guard.join()
+        self._store_thread.join()
 
-    def _announce(self, failure: str | None) -> None:
+    def _report(self, failure: str | None) -> None:
         try:
             if failure is not None:
-                self._store.compare_set("failed", _NOTHING, failure)  # the first one counts
-            self._store.compare_set("called", _NOTHING, "yes")
-            self._wait_until(lambda: self._store.get("verdict").decode() != _NOTHING)
+                self._store.compare_set("reported", _NONE, failure)  # the first one counts
+            self._store.compare_set("beats_requested", _NONE, "yes")
+            self._wait_until(lambda: self._store.get("failure").decode() != _NONE)
             if self._rank == 0:  # its process may hold the store
-                self._wait_until(self._all_know)
+                self._wait_until(self._have_all_read)
         except _STORE_ERRORS:
-            return  # it is gone: the other ranks see that too
+            return  # the store is gone: the other ranks detect that too
 
     def _beat(self) -> None:
         self._count += 1
@@ -132,38 +134,38 @@ class Watchdog:
     def _read_beats(self, ranks: Sequence[int]) -> list[Heartbeat]:
         return [Heartbeat.decode(text) for text in self._store.multi_get(_beat_keys(ranks))]
 
-    def _talk(self) -> None:
-        """The first thread."""
+    def _watch_ranks(self) -> None:
+        """Runs the first thread."""
         try:
             while not self._stopped.wait(self._poll_seconds):
-                called, verdict, first_beat = (
-                    value.decode() for value in self._store.multi_get(["called", "verdict", "beat/0"])
+                requested, failure, first_beat = (
+                    value.decode() for value in self._store.multi_get(["beats_requested", "failure", "beat/0"])
                 )
-                if verdict != _NOTHING:
-                    self._obey(Verdict(*json.loads(verdict)))
+                if failure != _NONE:
+                    self._end_process(Failure(*json.loads(failure)))
                     return
-                if called != _NOTHING or time.monotonic() - self._beaten_at >= self._beat_seconds:
+                if requested != _NONE or time.monotonic() - self._beaten_at >= self._beat_seconds:
                     self._beat()
                 if self._rank == 0:
-                    self._judge(called != _NOTHING)
+                    self._detect_failure(requested != _NONE)
                 else:
-                    self._standings.update([Heartbeat.decode(first_beat)])
-                    if self._standings.find_lost(self._parallel.heartbeat_timeout_seconds):
-                        self._pronounce(Verdict(f"{self._describe(0)} does not answer"))
-                self._talked = time.monotonic()
+                    self._statuses.update([Heartbeat.decode(first_beat)])
+                    if self._statuses.find_lost(self._parallel.heartbeat_timeout_seconds):
+                        self._publish(Failure(f"{self._describe(0)} does not answer"))
+                self._store_answered_at = time.monotonic()
         except _STORE_ERRORS:
-            self._obey(Verdict(f"{self._describe(0)} does not answer: it holds the store where ranks meet"))
+            self._end_process(Failure(f"{self._describe(0)} does not answer: it holds the store where ranks meet"))
 
     def _watch_store(self) -> None:
-        """The second thread, which does nothing that could wait."""
+        """Runs the second thread, which calls nothing that could block."""
         last = time.monotonic()
         while not self._ended.wait(_POLL_SECONDS):
             now = time.monotonic()
             if find_sleep(now - last, _POLL_SECONDS):
-                self._talked = now
+                self._store_answered_at = now
             last = now
-            silence = now - self._talked
-            is_needed = self._thread.is_alive() and not self._obeys
+            silence = now - self._store_answered_at
+            is_needed = self._thread.is_alive() and not self._is_ending
             if is_needed and silence > self._parallel.heartbeat_timeout_seconds:
                 self._dump_stacks()
                 self._finish(
@@ -172,29 +174,30 @@ class Watchdog:
                 )
                 return
 
-    def _judge(self, is_called: bool) -> None:
-        """On rank 0: looks at all ranks, says which are slow, and pronounces a verdict if there is one."""
-        failed, *beats = (value.decode() for value in self._store.multi_get(["failed", *_beat_keys(range(self._size))]))
-        self._standings.update([Heartbeat.decode(beat) for beat in beats])
-        verdict = self._judgement.find_verdict(None if failed == _NOTHING else failed, is_called)
-        if verdict is not None:
-            self._pronounce(verdict)
-        for line in self._judgement.describe_slow():
+    def _detect_failure(self, are_beats_requested: bool) -> None:
+        """Updates the status of all ranks on rank 0, prints which are slow, and publishes a failure if there is one."""
+        values = self._store.multi_get(["reported", *_beat_keys(range(self._size))])
+        reported, *beats = (value.decode() for value in values)
+        self._statuses.update([Heartbeat.decode(beat) for beat in beats])
+        failure = self._detector.find_failure(None if reported == _NONE else reported, are_beats_requested)
+        if failure is not None:
+            self._publish(failure)
+        for line in self._detector.describe_slow():
             print(line, flush=True)
 
-    def _pronounce(self, verdict: Verdict) -> None:
-        self._store.compare_set("verdict", _NOTHING, json.dumps(verdict))  # the first counts
+    def _publish(self, failure: Failure) -> None:
+        self._store.compare_set("failure", _NONE, json.dumps(failure))  # the first one counts
 
-    def _obey(self, verdict: Verdict) -> None:
-        """Ends the process, unless it ends by itself in the time that the other ranks need to read the verdict."""
+    def _end_process(self, failure: Failure) -> None:
+        """Ends the process, unless it ends by itself in the time that the other ranks need to read the failure."""
         self._state = "ending"
-        with contextlib.suppress(*_STORE_ERRORS):  # who held the store may be gone
+        with contextlib.suppress(*_STORE_ERRORS):  # the process that holds the store may be gone
             self._beat()
-        self._obeys = True
-        if verdict.dump:
+        self._is_ending = True
+        if failure.dump_stacks:
             self._dump_stacks()
         if not self._stopped.wait(_GRACE_SECONDS):
-            self._finish(verdict.text)
+            self._finish(failure.text)
 
     def _finish(self, why: str) -> None:
         print(f"error on {self._describe(self._rank)}: {why}. The run ends.", file=sys.stderr, flush=True)
@@ -208,10 +211,10 @@ class Watchdog:
             flush=True,
         )
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        if self._lost_contact:
-            print(f"where its collective failed:\n{self._lost_contact}", file=sys.stderr, flush=True)
+        if self._contact_error:
+            print(f"where its collective failed:\n{self._contact_error}", file=sys.stderr, flush=True)
 
-    def _all_know(self) -> bool:
+    def _have_all_read(self) -> bool:
         return all(beat.state != "running" for beat in self._read_beats(range(self._size)))
 
     def _wait_until(self, happened: Callable[[], bool]) -> None:

@@ -17,7 +17,8 @@ from beit3_ds.config import ConfigError, RunConfig
 from beit3_ds.data.order.run import POSITIONS, RunOrder
 from beit3_ds.parallel import Mesh
 from beit3_ds.pipeline.schedule import Schedule
-from beit3_ds.runtime.stop_signals import SharedStopSignals, StopSignals
+from beit3_ds.runtime.distributed_stop_signals import DistributedStopSignals
+from beit3_ds.runtime.stop_signals import StopSignals
 from beit3_ds.storage_error import StorageError
 from beit3_ds.tokenizers.visual import VisualTokenizer
 from beit3_ds.training.broken_records import BROKEN_RECORDS, BrokenRecords, StepCounts, format_new_records
@@ -139,9 +140,9 @@ def train(run: Run, steps: Iterable[StepBatch], signals: StopSignals) -> bool:
         NonFiniteLossError: if loss or gradients are not finite in `training.max_skipped_steps` steps in a row. The
             newest checkpoint then holds the weights from before these steps.
     """
-    stop = SharedStopSignals(signals, run.mesh)
-    if stop.agreed() and run.first_step < run.config.training.total_steps:
-        _say(run, f"stopped on {stop.reason} before step {run.first_step + 1}; the same command goes on from there")
+    stop = DistributedStopSignals(signals, run.mesh)
+    if stop.synchronize() and run.first_step < run.config.training.total_steps:
+        _say(run, f"stopped on {stop.names} before step {run.first_step + 1}; the same command goes on from there")
         return False
     try:
         return _train(run, steps, stop)
@@ -150,7 +151,7 @@ def train(run: Run, steps: Iterable[StepBatch], signals: StopSignals) -> bool:
         raise
 
 
-def _train(run: Run, steps: Iterable[StepBatch], stop: SharedStopSignals) -> bool:
+def _train(run: Run, steps: Iterable[StepBatch], stop: DistributedStopSignals) -> bool:
     config = run.config.training
     step_counts = StepCounts(run.broken_records, run.mesh)
     skipped, spikes = SkippedSteps(config.max_skipped_steps, run.mesh), LossSpikes()
@@ -158,12 +159,12 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: SharedStopSignals) -> boo
     done, is_saved = run.first_step, True
     feed = StepFeed(steps, run.mesh.activity, done)
     feed.attempt(run.read_validation)
-    if not stop.agreed(feed.error) and done == 0:
+    if not stop.synchronize(feed.error) and done == 0:
         _evaluate_and_record(run, 0)
-    if not stop.must_end and done < config.total_steps:
+    if not stop.must_stop and done < config.total_steps:
         feed.fetch()
-        stop.agreed(feed.error)
-    while not stop.must_end and done < config.total_steps:
+        stop.synchronize(feed.error)
+    while not stop.must_stop and done < config.total_steps:
         step_batch, data_seconds = feed.take()
         start = time.perf_counter()
         counts, new_records = step_counts.agree(step_batch)
@@ -179,15 +180,15 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: SharedStopSignals) -> boo
         is_last = done == config.total_steps
         if not is_last:
             feed.fetch()  # before the ranks agree, so that a rank without data leaves no other in a step
-        stop.agreed(feed.error)
-        if (done % config.log_interval == 0 or is_last or stop.must_end) and run.progress.has_updates:
+        stop.synchronize(feed.error)
+        if (done % config.log_interval == 0 or is_last or stop.must_stop) and run.progress.has_updates:
             _report(run, done, skipped, spikes)
         if skipped.are_too_many:
             _end_diverged(run, done, skipped, is_saved=is_saved)
-        if (done % config.eval_interval == 0 or is_last) and not stop.must_end:
+        if (done % config.eval_interval == 0 or is_last) and not stop.must_stop:
             _evaluate_and_record(run, done)
         _report_saves(run)  # not after the save: how the last one ends must be left for the end
-        if done % config.save_interval == 0 or is_last or stop.must_end:
+        if done % config.save_interval == 0 or is_last or stop.must_stop:
             run.store.save(run.state, done, _data_state(run, done))
             is_saved = True
     run.store.finish()
@@ -202,7 +203,7 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: SharedStopSignals) -> boo
         _say(run, f"a rank got no data for step {done + 1}; the same command resumes from step {done}")
         feed.raise_error(is_storage=stop.data_fault == "storage")
     if done < config.total_steps:
-        _say(run, f"stopped after step {done} on {stop.reason}; the same command goes on from there")
+        _say(run, f"stopped after step {done} on {stop.names}; the same command goes on from there")
     return done == config.total_steps
 
 

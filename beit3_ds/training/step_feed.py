@@ -10,7 +10,7 @@ from beit3_ds.storage_error import StorageError
 
 
 class StepFeed:
-    """Fetches steps and keeps errors, so that the ranks can agree on them (`SharedStopSignals.agreed`).
+    """Fetches steps and keeps errors, so that the ranks can agree on them (`DistributedStopSignals.synchronize`).
 
     Attributes:
         error: why this rank has no data; None if it has.

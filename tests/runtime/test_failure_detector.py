@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from beit3_ds.config import ParallelConfig
 from beit3_ds.runtime import heartbeat
-from beit3_ds.runtime.failure_detector import FailureDetector, Verdict
+from beit3_ds.runtime.failure_detector import Failure, FailureDetector
 from beit3_ds.runtime.heartbeat import Heartbeat, RankStatuses
 
 PARALLEL = ParallelConfig(heartbeat_timeout_seconds=60, timeout_seconds=600)
@@ -22,24 +22,24 @@ class Clock:
         self.now = 0.0
         patch.setattr(heartbeat.time, "monotonic", lambda: self.now)
         self.beats = [Heartbeat(1, 0, 1, "starting", False) for _ in range(num_ranks)]
-        self.standings = RankStatuses(self.beats, 1.0)
-        self.judgement = FailureDetector(PARALLEL, self.standings, lambda rank: f"rank {rank}")
+        self.statuses = RankStatuses(self.beats, 1.0)
+        self.detector = FailureDetector(PARALLEL, self.statuses, lambda rank: f"rank {rank}")
         self.slow: list[str] = []
 
     def run(
-        self, seconds: int, *, dead: Collection[int] = (), busy: Collection[int] = (), called: bool = False
-    ) -> Verdict | None:
-        """Lets time pass until there is a verdict; ranks that are neither dead nor busy wait for others."""
+        self, seconds: int, *, dead: Collection[int] = (), busy: Collection[int] = (), requested: bool = False
+    ) -> Failure | None:
+        """Lets time pass until a failure is found; ranks that are neither dead nor busy wait for others."""
         for _ in range(seconds):
             self.now += 1
             for rank, beat in enumerate(self.beats):
-                if rank not in dead and (self.now % BEAT_SECONDS == 0 or called):
-                    self.beats[rank] = beat._replace(number=beat.number + 1, waits=rank not in busy)
-            self.standings.update(self.beats)
-            verdict = self.judgement.find_verdict(None, called)
-            self.slow += self.judgement.describe_slow()
-            if verdict is not None:
-                return verdict
+                if rank not in dead and (self.now % BEAT_SECONDS == 0 or requested):
+                    self.beats[rank] = beat._replace(number=beat.number + 1, is_waiting=rank not in busy)
+            self.statuses.update(self.beats)
+            failure = self.detector.find_failure(None, requested)
+            self.slow += self.detector.describe_slow()
+            if failure is not None:
+                return failure
         return None
 
 
@@ -49,17 +49,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_dead_rank_is_lost_after_the_heartbeat_timeout(clock: Clock) -> None:
-    """Not called slow before, though it was busy when it was last heard and the others wait: nobody knows more."""
+    """Not reported as slow before, though it was busy when it was last heard and the others wait: nobody knows more."""
     assert clock.run(30, busy={2}) is None
-    assert clock.run(100, dead={2}) == Verdict("rank 2 does not answer")
+    assert clock.run(100, dead={2}) == Failure("rank 2 does not answer")
     assert 90 <= clock.now <= 102 and not clock.slow
 
 
 def test_busy_rank_is_slow_and_then_stalled(clock: Clock) -> None:
     """Reported after one, two, four and eight heartbeat time-outs, and ended after timeout_seconds."""
-    verdict = clock.run(1000, busy={1})
-    assert verdict is not None and verdict.dump
-    assert verdict.text.startswith("stalled: rank 1 is in step 1, starting, for 6") and "3 ranks wait" in verdict.text
+    failure = clock.run(1000, busy={1})
+    assert failure is not None and failure.dump_stacks
+    assert failure.text.startswith("stalled: rank 1 is in step 1, starting, for 6") and "3 ranks wait" in failure.text
     assert 600 < clock.now < 640
     assert len(clock.slow) == 4 and all(line.startswith("slow: rank 1 is in step 1, starting") for line in clock.slow)
 
@@ -71,7 +71,7 @@ def test_nobody_is_slow_if_nobody_waits(clock: Clock) -> None:
 
 def test_called_ranks_have_five_seconds(clock: Clock) -> None:
     assert clock.run(30) is None
-    assert clock.run(20, dead={3}, called=True) == Verdict("rank 3 does not answer")
+    assert clock.run(20, dead={3}, requested=True) == Failure("rank 3 does not answer")
     assert 35 <= clock.now <= 37
 
 
@@ -79,12 +79,16 @@ def test_deadlock_names_the_least_advanced(clock: Clock) -> None:
     """All wait: in different collectives."""
     clock.run(15)
     clock.beats = [beat._replace(changes=9 - (rank == 1)) for rank, beat in enumerate(clock.beats)]
-    verdict = clock.run(20, called=True)
-    assert verdict is not None and verdict.dump and "though all still answer. Least advanced: rank 1." in verdict.text
+    failure = clock.run(20, requested=True)
+    assert (
+        failure is not None
+        and failure.dump_stacks
+        and "though all still answer. Least advanced: rank 1." in failure.text
+    )
 
 
 def test_a_failure_comes_before_all_else(clock: Clock) -> None:
-    assert clock.judgement.find_verdict("rank 2 failed: OSError", True) == Verdict("rank 2 failed: OSError")
+    assert clock.detector.find_failure("rank 2 failed: OSError", True) == Failure("rank 2 failed: OSError")
 
 
 def test_a_rank_that_left_is_not_missed(clock: Clock) -> None:
@@ -94,11 +98,11 @@ def test_a_rank_that_left_is_not_missed(clock: Clock) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(2, 10_000), st.integers(0, 3))
-def test_a_judge_that_slept_blames_nobody(sleep: int, dead: int) -> None:
+def test_a_detector_that_slept_blames_nobody(sleep: int, dead: int) -> None:
     """Neither the ranks that beat again, nor one that is dead before it has been silent for as long as it must."""
     with pytest.MonkeyPatch.context() as patch:
         clock = Clock(patch)
         assert clock.run(30) is None
         clock.now += sleep
         assert clock.run(50, dead={dead}) is None and not clock.slow
-        assert clock.run(30, dead={dead}) == Verdict(f"rank {dead} does not answer")
+        assert clock.run(30, dead={dead}) == Failure(f"rank {dead} does not answer")

@@ -1,24 +1,35 @@
-"""SIGTERM reaches ranks at different times."""
+"""Stop signals are recorded instead of ending the process."""
 
+import os
 import signal
-from typing import Any
-from unittest.mock import Mock
 
 import pytest
 
-from beit3_ds.runtime.stop_signals import SharedStopSignals, StopSignals
+from beit3_ds.runtime.stop_signals import STOP_SIGNALS, StopSignals
 
 
-@pytest.mark.parametrize("others", [0, 1])
-def test_a_rank_that_stops_does_not_die_of_its_own_late_signal(others: int) -> None:
-    """Seen under srun: the other host's ranks had got it, all had saved, and this one ended with status 143."""
-    mesh: Any = Mock(**{"host.sum": lambda received: received + others})
-    before = signal.getsignal(signal.SIGTERM)
-    signals = StopSignals()
-    try:
-        with signals.listening():
-            assert SharedStopSignals(signals, mesh).agreed() == bool(others)
-        after = signal.getsignal(signal.SIGTERM)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert after == (signal.SIG_IGN if others else before)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_is_recorded_and_its_handler_restored(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with StopSignals().handling() as signals:
+        assert not signals.is_any_received()
+        os.kill(os.getpid(), number)
+        assert signals.is_any_received() and signals.received == {number}
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_ctrl_c_interrupts() -> None:
+    """Catches a run that nobody at the terminal can end while it is stuck."""
+    with StopSignals().handling() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signals.received == {signal.SIGINT}
+
+
+def test_a_signal_that_was_blocked_is_received() -> None:
+    """`beit3 launch` starts ranks with stop signals blocked, so that none ends them while they start."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    with StopSignals().handling() as signals:
+        assert signals.received == {signal.SIGUSR1}

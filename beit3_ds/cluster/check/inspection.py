@@ -10,6 +10,7 @@ from typing import Any
 
 from beit3_ds.cluster.check.node_connection import ANSWER_SECONDS, NoAnswer, NodeConnection
 from beit3_ds.cluster.hostfile import Hostfile
+from beit3_ds.runtime import versions
 
 _CLOCK_SAMPLES = 3
 _TOKEN_SECONDS = 3.0  # for a network file system to show what another node has written
@@ -141,7 +142,7 @@ class _Inspector:
         await talk.start()
         answers.machine = await talk.ask("machine", folder=str(self._inquiry.folder))
         answers.seconds = time.monotonic() - begin
-        answers.software = await talk.ask("software")
+        answers.software = await talk.ask("software", source=Path(versions.__file__).read_text(encoding="utf-8"))
         answers.gpus = await talk.ask("gpus")
         for purpose, folder in self._inquiry.disks.items():
             answers.disks[purpose] = await talk.ask("disk", folder=folder)

@@ -18,6 +18,7 @@ CONNECT_SECONDS = 5
 ANSWER_SECONDS = 30.0
 """How long a node may think about a question: longer than the probe waits for nvidia-smi."""
 _END_SECONDS = 2.0
+_SHOWN = 1000  # characters; a longer argument is source, not a path
 _LINE_BYTES = 1 << 24  # of the longest answer: digests of all files
 _START = "import sys; n = int(sys.stdin.buffer.readline()); exec(compile(sys.stdin.buffer.read(n), 'probe', 'exec'))"
 
@@ -92,7 +93,8 @@ class NodeConnection:
         try:
             line = await asyncio.wait_for(self._next_answer(), seconds)
         except TimeoutError:
-            about = ", ".join(f"{key}={value}" for key, value in arguments.items() if isinstance(value, str))
+            short = {key: value for key, value in arguments.items() if isinstance(value, str) and len(value) < _SHOWN}
+            about = ", ".join(f"{key}={value}" for key, value in short.items())
             raise NoAnswer(
                 f"did not answer '{question}'{f' ({about})' if about else ''} within {seconds:g} s; {self._said()}"
             ) from None

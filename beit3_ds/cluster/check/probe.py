@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -25,12 +23,10 @@ import time
 
 MARK = "beit3-probe "
 """What every answer begins with: a login shell may print lines of its own."""
-PACKAGES = ("torch", "deepspeed", "beit3_ds")
 _GPU_QUERY = ("nvidia-smi", "--query-gpu=name,memory.total,memory.used", "--format=csv,noheader,nounits")
 _GPU_SECONDS = 25  # without its daemon the driver takes seconds a GPU to wake
 _CONNECT_SECONDS = 3.0
 _SIZED_FILES = 1000  # of a pattern: a network file system takes its time for each
-_CODE_SUFFIXES = (".py", ".json", ".cu", ".cuh", ".cpp", ".h")
 
 
 class Probe:
@@ -59,15 +55,15 @@ class Probe:
             "gloo_interface": os.environ.get("GLOO_SOCKET_IFNAME"),
         }
 
-    def software(self) -> dict:
-        """Versions of packages, from their metadata, and a digest of every file of the project's code."""
-        versions: dict[str, str | None] = {}
-        for package in PACKAGES:
-            try:
-                versions[package] = importlib.metadata.version(package)
-            except importlib.metadata.PackageNotFoundError:
-                versions[package] = None
-        return {"versions": versions, "code": _code_digests()}
+    def software(self, source: str) -> dict:
+        """Returns the versions of packages and a digest per file of the project's code.
+
+        Args:
+            source: text of `runtime/versions.py`, sent along because this node may have another version of it or none.
+        """
+        module: dict = {}
+        exec(compile(source, "versions", "exec"), module)
+        return {"versions": module["find_package_versions"](), "code": module["compute_code_digests"]()}
 
     def gpus(self) -> dict:
         """The GPUs that nvidia-smi lists, or why it does not; neither if there is no nvidia-smi."""
@@ -212,25 +208,6 @@ def _link(path: str) -> str | None:
         return os.readlink(path)
     except OSError:
         return None
-
-
-def _code_digests() -> dict | None:
-    """A short digest by relative path; None if there is no beit3_ds."""
-    digests = {}
-    for name in ("beit3_ds", "beit3_ds.kernels"):
-        try:
-            spec = importlib.util.find_spec(name)
-        except Exception:  # a broken parent package: what is missing will differ from the other nodes
-            continue
-        for folder in (spec.submodule_search_locations or ()) if spec else ():
-            for where, _, files in os.walk(folder):
-                for file in files:
-                    if file.endswith(_CODE_SUFFIXES):
-                        path = os.path.join(where, file)
-                        key = os.path.join(name.replace(".", "/"), os.path.relpath(path, folder))
-                        with open(path, "rb") as content:
-                            digests[key] = hashlib.sha256(content.read()).hexdigest()[:12]
-    return digests or None
 
 
 def _own_addresses() -> list[str]:

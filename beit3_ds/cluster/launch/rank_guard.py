@@ -32,7 +32,8 @@ from beit3_ds.cluster.launch.messages import (
     Start,
     connect,
 )
-from beit3_ds.cluster.launch.trainer_process import STOP_SIGNALS, TrainerProcess
+from beit3_ds.cluster.launch.trainer_process import TrainerProcess
+from beit3_ds.runtime.stop_signals import STOP_SIGNALS
 
 # Variables of the launchers: DeepSpeed's own, Open MPI's, MPICH's, Slurm's.
 _RANK_NAMES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")

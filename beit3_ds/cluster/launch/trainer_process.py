@@ -12,9 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from beit3_ds.cluster.launch.messages import Start
-
-STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
-"""That ask a trainer to save and stop."""
+from beit3_ds.runtime.stop_signals import STOP_SIGNALS
 
 _LAST_LINES = 20
 _LONGEST_LINE = 500  # characters of one of them
@@ -50,7 +48,7 @@ class TrainerProcess:
             _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != guard:
                 os._exit(1)
-            # Until the trainer can take them it would die of them: they wait for it (training.stop_request).
+            # Until the trainer can take them it would die of them: they wait for it (`runtime.stop_signals`).
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
         self._process = subprocess.Popen(

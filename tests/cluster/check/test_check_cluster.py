@@ -14,7 +14,7 @@ import pytest
 from beit3_ds.cli.main import main
 from tests.hosts import Host, missing_for_hosts, namespace_hosts, write_hostfile
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 REASON = missing_for_hosts()
 needs_hosts = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 

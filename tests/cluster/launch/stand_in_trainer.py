@@ -14,8 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from beit3_ds.cluster.launch.trainer_process import STOP_SIGNALS
 from beit3_ds.config import load_run_config
+from beit3_ds.runtime.stop_signals import STOP_SIGNALS
 
 STEP_SECONDS = 0.02
 

@@ -26,7 +26,7 @@ ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
 }
 MPI_ENVIRONMENT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-HOSTFILES = Path(__file__).parents[2] / "hostfiles" / "README.md"
+HOSTFILES = Path(__file__).parents[3] / "hostfiles" / "README.md"
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from tests.hosts import INTERFACE, Host, missing_for_hosts
 from tests.slurm import PROGRAMS as SLURM
 from tests.slurm import start_slurm, stop_slurm
 
-MEETING = [sys.executable, "-m", "tests.runtime.meeting"]
+RENDEZVOUS = [sys.executable, "-m", "tests.runtime.rendezvous_program"]
 BOUND_SECONDS = 120
 
 
@@ -24,7 +24,7 @@ def meet(
     for rank, host in enumerate(hosts):
         names = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": len(hosts), "MASTER_PORT": port, "MASTER_ADDR": master}
         variables = {**{name: str(value) for name, value in names.items()}, **(environment or {})}
-        argv = [*MEETING, str(seconds)]
+        argv = [*RENDEZVOUS, str(seconds)]
         ranks.append(host.start(argv, variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     return [rank.communicate(timeout=BOUND_SECONDS)[0] for rank in ranks]
 
@@ -35,7 +35,7 @@ def test_srun_starts_ranks_that_meet(debian_hosts: list[Host], tmp_path: Path) -
     if reason := missing_for_hosts(*SLURM):
         pytest.skip(reason)
     environment = start_slurm(debian_hosts, tmp_path)
-    done = debian_hosts[0].run(["srun", "--nodes=2", "--ntasks=3", *MEETING, "60"], environment)
+    done = debian_hosts[0].run(["srun", "--nodes=2", "--ntasks=3", *RENDEZVOUS, "60"], environment)
     stop_slurm(debian_hosts)
     assert done.returncode == 0, done.stdout
     said = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))

@@ -1,0 +1,51 @@
+"""All ranks stop after the same step, although signals reach them at different times."""
+
+import signal
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from beit3_ds.runtime.distributed_stop_signals import DistributedStopSignals
+from beit3_ds.runtime.stop_signals import StopSignals
+from beit3_ds.storage_error import StorageError
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_rank_that_stops_does_not_die_of_its_own_late_signal(others: int) -> None:
+    """Seen under srun: the other host's ranks had got it, all had saved, and this one ended with status 143."""
+    mesh: Any = Mock(**{"host.sum": lambda received: received + others})
+    before = signal.getsignal(signal.SIGTERM)
+    signals = StopSignals()
+    try:
+        with signals.handling():
+            assert DistributedStopSignals(signals, mesh).synchronize() == bool(others)
+        after = signal.getsignal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert after == (signal.SIG_IGN if others else before)
+
+
+@pytest.mark.parametrize(
+    ("others", "names", "fault"),
+    [
+        ([0, 0, 0, 0, 0], "", None),
+        ([2, 0, 1, 0, 0], "SIGTERM and SIGUSR1", None),
+        ([0, 0, 0, 1, 0], "", "data"),
+        ([0, 0, 0, 2, 1], "", "storage"),
+    ],
+)
+def test_what_any_rank_met_counts_for_all(others: list[int], names: str, fault: str | None) -> None:
+    mesh: Any = Mock(**{"host.sum": lambda own: own + torch.tensor(others)})
+    stop = DistributedStopSignals(StopSignals(), mesh)
+    assert stop.synchronize() == stop.must_stop == any(others)
+    assert (stop.names, stop.data_fault) == (names, fault)
+
+
+def test_an_own_data_error_is_told_apart_from_a_failing_file_system() -> None:
+    mesh: Any = Mock(**{"host.sum": lambda own: own})
+    stop = DistributedStopSignals(StopSignals(), mesh)
+    assert stop.synchronize(ValueError("no workers")) and stop.data_fault == "data"
+    assert stop.synchronize(StorageError("EIO")) and stop.data_fault == "storage"
+    assert not stop.synchronize() and not stop.must_stop  # nothing is left of the last agreement
