@@ -65,10 +65,10 @@ def add_check_cluster_command(subparsers: Subparsers) -> None:
 def _check_cluster(options: argparse.Namespace) -> int:
     from beit3_ds.cluster import read_hostfile
     from beit3_ds.cluster.check.inspection import Inquiry, inspect_cluster
-    from beit3_ds.cluster.check.link_faults import link_faults
-    from beit3_ds.cluster.check.node_faults import node_faults
+    from beit3_ds.cluster.check.link_faults import find_link_faults
+    from beit3_ds.cluster.check.node_faults import find_node_faults
     from beit3_ds.cluster.check.report import describe_faults, describe_nodes
-    from beit3_ds.cluster.check.requirements import named_files, work_out_requirements
+    from beit3_ds.cluster.check.requirements import compute_requirements, find_required_files
     from beit3_ds.config import ConfigError, load_run_config
 
     hostfile = read_hostfile(options.hostfile)
@@ -78,20 +78,20 @@ def _check_cluster(options: argparse.Namespace) -> int:
     inquiry = Inquiry(
         folder=Path.cwd(),
         output_dir=Path(config.training.output_dir).absolute() if config is not None else None,
-        files=named_files(config) if config is not None else {},
+        files=find_required_files(config) if config is not None else {},
         master_port=options.master_port,
         environment=_forwarded(os.environ),
     )
     inspection = inspect_cluster(hostfile, inquiry)
-    needs = None
+    requirements = None
     if config is not None:  # after the inspection: its clocks would be late while torch is imported
-        needs = work_out_requirements(config, hostfile, _decays)
-    faults = [*node_faults(inspection, needs), *link_faults(inspection)]
-    if needs is not None:
-        faults += needs.faults()
+        requirements = compute_requirements(config, hostfile, _decays)
+    faults = [*find_node_faults(inspection, requirements), *find_link_faults(inspection)]
+    if requirements is not None:
+        faults += requirements.faults()
     print(describe_nodes(inspection, faults))
-    if needs is not None:
-        print(needs.describe())
+    if requirements is not None:
+        print(requirements.describe())
     if options.bandwidth:
         faults += _check_bandwidth(inspection, faults, options.expect_gbit)
     print(describe_faults(hostfile, faults))
@@ -99,7 +99,7 @@ def _check_cluster(options: argparse.Namespace) -> int:
 
 
 def _check_bandwidth(inspection: "Inspection", faults: "list[Fault]", expect_gbit: float | None) -> "list[Fault]":
-    from beit3_ds.cluster.check.links import describe_links, link_speed_faults, measure_links
+    from beit3_ds.cluster.check.links import describe_links, find_slow_links, measure_links
 
     if len(inspection.answers) == 1:
         print("links: there are none, the hostfile names one machine")
@@ -113,7 +113,7 @@ def _check_bandwidth(inspection: "Inspection", faults: "list[Fault]", expect_gbi
     if isinstance(links, list):
         return links
     print(describe_links(links))
-    return list(link_speed_faults(links, expected_bits))
+    return list(find_slow_links(links, expected_bits))
 
 
 def _decays(name: str) -> bool:

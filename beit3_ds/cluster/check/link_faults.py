@@ -1,4 +1,4 @@
-"""What is wrong between nodes: names, ports, connections, the shared folder."""
+"""Finds faults between nodes: names, ports, connections, the shared folder, files."""
 
 import ipaddress
 from collections.abc import Iterator, Sequence
@@ -9,8 +9,8 @@ from beit3_ds.cluster.check.node_faults import majority
 from beit3_ds.cluster.hostfile import is_loopback
 
 
-def link_faults(inspection: Inspection) -> Iterator[Fault]:
-    """Faults that only show between nodes, and of what nodes call each other by."""
+def find_link_faults(inspection: Inspection) -> Iterator[Fault]:
+    """Yields faults that only show between nodes, and faults of the names by which nodes reach each other."""
     yield from _one_machine(inspection)
     yield from _own_names(inspection)
     yield from _master_port(inspection)
@@ -35,7 +35,7 @@ def _one_machine(inspection: Inspection) -> Iterator[Fault]:
 
 
 def _own_names(inspection: Inspection) -> Iterator[Fault]:
-    """Gloo tells its peers the address that the machine's own name has there, or a loopback one if it has none."""
+    """Yields faults of a node's own name, because gloo announces its address to peers, or else a loopback address."""
     if len(inspection.answers) == 1:
         return
     for node in inspection.answers:
@@ -56,10 +56,10 @@ def _own_names(inspection: Inspection) -> Iterator[Fault]:
             text = f"its own name '{hostname}' {found} there, which no other node can reach. "
             if node.interface in (None, "lo"):
                 text += (
-                    "Gloo would tell them to connect to it ('connectFullMesh ... Connection refused'). Give "
+                    "Gloo would announce that address to them ('connectFullMesh ... Connection refused'). Give "
                     f"'{hostname}' its real address in /etc/hosts, or set GLOO_SOCKET_IFNAME."
                 )
-            else:  # what `training.rendezvous` sets
+            else:  # `runtime.rendezvous` sets it
                 text += (
                     f"Ranks of beit3_ds let gloo use {node.interface} by themselves; other programs fail "
                     f"('connectFullMesh ... Connection refused') until '{hostname}' has its real address in /etc/hosts."
@@ -99,19 +99,19 @@ def _connections(inspection: Inspection) -> Iterator[Fault]:
         if not errors:
             continue
         assert callee.machine is not None and callee.listener is not None
-        place = f"{callee.machine['addresses'][0]}, port {callee.listener['port']}"
-        way_out = "Open all ports between the nodes (gloo and NCCL use any), and look at routes and cables."
+        address = f"{callee.machine['addresses'][0]}, port {callee.listener['port']}"
+        way_out = "Open all ports between the nodes (gloo and NCCL use any), and check routes and cables."
         if callee is first:
-            place += ", its first address by 'hostname -I' and so DeepSpeed's MASTER_ADDR"
+            address += ", its first address by 'hostname -I' and so DeepSpeed's MASTER_ADDR"
             if all("error" not in inspection.named_master.get(name, {"error": ""}) for name in errors):
-                way_out = f"By its name it can be reached: give the launcher --master_addr {first.name}."
+                way_out = f"It can be reached by its name: give the launcher --master_addr {first.name}."
         callers = [node.name for node in inspection.answers if callee.name in node.connections and node is not callee]
         if len(callers) > 1 and set(errors) >= set(callers):
             error = next(iter(errors.values()))
-            yield Fault(callee.name, "network", f"no other node can connect to it ({place}): {error}. {way_out}")
+            yield Fault(callee.name, "network", f"no other node can connect to it ({address}): {error}. {way_out}")
         else:
             for caller, error in errors.items():
-                yield Fault(caller, "network", f"cannot connect to {callee.name} ({place}): {error}. {way_out}")
+                yield Fault(caller, "network", f"cannot connect to {callee.name} ({address}): {error}. {way_out}")
 
 
 def _shared_folder(inspection: Inspection) -> Iterator[Fault]:
@@ -121,8 +121,8 @@ def _shared_folder(inspection: Inspection) -> Iterator[Fault]:
             yield Fault(
                 node.name,
                 "shared",
-                f"cannot write into {folder}, where the output folder {output_dir} lies: {node.token_error}. All nodes "
-                "must share it: mount it there, and look at its permissions.",
+                f"cannot write into {folder}, which contains the output folder {output_dir}: {node.token_error}. All "
+                "nodes must share it: mount it there, and check its permissions.",
             )
     readers = [node for node in inspection.answers if node.tokens_missing is not None and node.token_error is None]
     if not readers:
@@ -133,7 +133,7 @@ def _shared_folder(inspection: Inspection) -> Iterator[Fault]:
     def peers(node: Answers) -> list[Answers]:
         return [other for other in readers if not {other.name, node.name} & (missing[node.name] | missing[other.name])]
 
-    together = peers(max(readers, key=lambda node: len(peers(node))))  # of the first of equals
+    together = peers(max(readers, key=lambda node: len(peers(node))))  # max returns the first of equals
     for node in readers:
         if node not in together:
             yield Fault(
@@ -141,7 +141,7 @@ def _shared_folder(inspection: Inspection) -> Iterator[Fault]:
                 "shared",
                 f"and {join_names([other.name for other in together])} do not see what the other wrote into {folder}: "
                 f"the output folder {output_dir} is another one there. All nodes must share it: mount the same file "
-                "system at the same place, or name another training.output_dir.",
+                "system at the same path, or name another training.output_dir.",
             )
 
 
@@ -167,7 +167,7 @@ def _files(inspection: Inspection) -> Iterator[Fault]:
         yield Fault("", "files", text)
     for name in nodes:
         if missing[name]:
-            text = f"no file matches {_quote(missing[name])} (from {folder}), but on other nodes. Mount or copy them."
+            text = f"no file matches {_quote(missing[name])} (from {folder}), unlike other nodes. Mount or copy them."
             yield Fault(name, "files", text)
         if differing[name]:
             yield Fault(

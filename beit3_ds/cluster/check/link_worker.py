@@ -1,6 +1,6 @@
-"""What runs on every node while links are measured, one process a node: torch.distributed between pairs, then all.
+"""Measures links on every node, in one process per node: torch.distributed between pairs, then between all.
 
-Its source is sent over ssh, as that of `probe` is, and it ends when its standard input closes.
+The source of this file is sent over ssh, as that of `probe`. The process ends when its standard input closes.
 """
 
 import json
@@ -13,19 +13,19 @@ from datetime import timedelta
 from typing import Any
 
 MARK = "beit3-probe "
-"""What every answer begins with (`probe.MARK`)."""
+"""Beginning of every answer (`probe.MARK`)."""
 _TIMEOUT = timedelta(seconds=60)
 _MIN_BYTES, _BUFFER_BYTES, _MAX_BYTES = 1 << 16, 1 << 25, 1 << 28
 _GROWTH = 8
-_ENOUGH_SECONDS = 0.1  # a transfer that takes so long tells the rate: latency and TCP's slow start are small in it
+_ENOUGH_SECONDS = 0.1  # least time of a transfer, so that latency and TCP's slow start are a small share of it
 _ALL_REDUCE_SECONDS = 0.5
-_TRIES = 2  # of which the faster counts: other traffic and busy cores only slow one down
+_TRIES = 2  # the fastest counts, because other traffic and busy cores only make a transfer slower
 
 
 def pair_rounds(size: int) -> list[list[tuple[int, int]]]:
-    """Rounds of disjoint pairs in which everyone meets everyone once: the circle method of tournaments.
+    """Returns rounds of disjoint pairs in which each pair of nodes occurs once, by the circle method of tournaments.
 
-    There are `size - 1` rounds, or `size` if it is odd; then one sits out in each.
+    There are `size - 1` rounds, or `size` if `size` is odd; then one node is idle in each round.
     """
     players = list(range(size + size % 2))
     rounds = []
@@ -44,10 +44,10 @@ class Worker:
         """Joins the process group; rank 0 listens at `address`.
 
         Args:
-            rank: of this node.
-            world_size: nodes.
-            address: of node 0.
-            port: there.
+            rank: rank of this node.
+            world_size: number of nodes.
+            address: address of node 0.
+            port: port on node 0.
             backend: "nccl", which sends from the first GPU, or "gloo".
         """
         import torch
@@ -63,10 +63,10 @@ class Worker:
         self._buffer = torch.zeros(_BUFFER_BYTES, dtype=torch.uint8, device=self._device)
 
     def measure(self, rounds: list[list[list[int]]]) -> dict[str, float]:
-        """Sends both ways between the pairs of one round after the other; all ranks are told the same rounds.
+        """Sends both ways between the pairs of each round; all ranks are given the same rounds.
 
         Returns:
-            Bits a second from here to other ranks, by their numbers as strings.
+            Bits per second from this rank to others, by their numbers as strings.
         """
         rates: dict[str, float] = {}
         for pairs in rounds:
@@ -81,15 +81,17 @@ class Worker:
         return rates
 
     def all_reduce(self, slowest: float) -> float:
-        """Bus bandwidth of an all-reduce: what each link would carry in a ring, 2 (n - 1) / n of the tensor.
+        """Returns the bus bandwidth of an all-reduce, in bits per second.
+
+        That is what each link would carry in a ring of n ranks: 2 (n - 1) / n of the tensor.
 
         Args:
-            slowest: link, in bits a second, by which the tensor is chosen.
+            slowest: bits per second of the slowest link, from which the size of the tensor is computed.
         """
         numel = int(min(max(slowest / 8 * _ALL_REDUCE_SECONDS, _MIN_BYTES), _BUFFER_BYTES)) // 4
         tensor = self._torch.zeros(numel, dtype=self._torch.float32, device=self._device)
         times = []
-        for _ in range(_TRIES + 1):  # the first also connects
+        for _ in range(_TRIES + 1):  # the first one also connects the ranks
             self._dist.barrier()
             begin = self._now()
             self._dist.all_reduce(tensor)
@@ -97,7 +99,7 @@ class Worker:
         return 8 * 4 * numel * 2 * (self._size - 1) / self._size / min(times)
 
     def _send_to(self, other: int) -> float:
-        """Sends more and more until that takes long enough; the receiver says when it has all."""
+        """Sends ever larger transfers until one takes long enough; the receiver confirms each."""
         best = 0.0
         size = _MIN_BYTES
         tries = 0
@@ -150,13 +152,13 @@ def _answer_all(requests: "queue.Queue[bytes]") -> None:
                 worker = Worker(**request)
             else:
                 answer["answer"] = getattr(worker, question)(**request)
-        except Exception as error:  # told to the asking side, which names this host
+        except Exception as error:  # sent to the asking side, which names this host
             answer = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
         print(MARK + json.dumps(answer), flush=True)
 
 
 def main() -> None:
-    """Joins, then measures what it is asked, and ends when standard input closes, whatever is under way."""
+    """Answers requests from standard input and ends when that closes, even during a measurement."""
     requests: queue.Queue[bytes] = queue.Queue()
     threading.Thread(target=_answer_all, args=(requests,), daemon=True).start()
     for line in sys.stdin.buffer:

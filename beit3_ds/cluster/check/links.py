@@ -1,4 +1,4 @@
-"""The speed of every link between the nodes, measured, and which of them are slow."""
+"""Measures the speed of every link between the nodes, and finds slow links."""
 
 import asyncio
 import statistics
@@ -14,51 +14,52 @@ from beit3_ds.cluster.check.link_worker import pair_rounds
 from beit3_ds.cluster.check.node_connection import NoAnswer, NodeConnection
 
 FLOOR_BITS = 0.5e9
-"""Half of 1 GbE, the slowest network that clusters have: where nothing better is expected, less is a fault."""
-_SLOW = 0.5  # of what a link should reach
-_START_SECONDS = 90.0  # imports of torch from a shared file system, and the rendezvous
+"""Half of 1 GbE, the slowest network of clusters; a slower link is a fault even if no speed is expected."""
+_SLOW = 0.5  # share of the usual or expected speed below which a link is slow
+_START_SECONDS = 90.0  # for imports of torch from a shared file system, and the rendezvous
 _ROUND_SECONDS = 10.0
-_TRIES = 3  # of links that look slow
-_MATRIX_HOSTS = 8
+_TRIES = 3  # measurements of links that look slow
+_MATRIX_HOSTS = 8  # most hosts for which all links are printed
 
 
 @dataclass(frozen=True)
 class Links:
-    """What was measured, in bits a second."""
+    """Measured speeds of links, in bits per second."""
 
     backend: str
     """"gloo" or "nccl"."""
     rates: Mapping[tuple[str, str], float]
-    """By sender and receiver."""
+    """Speed by sender and receiver."""
     all_reduce: float
-    """Bus bandwidth of an all-reduce over all nodes, of the slowest rank."""
+    """Bus bandwidth of an all-reduce over all nodes, as the slowest rank measured it."""
 
     @property
     def names(self) -> list[str]:
-        """Of the hosts, in their order."""
+        """Names of the hosts, in order."""
         return list(dict.fromkeys(sender for sender, _ in self.rates))
 
     @property
     def usual(self) -> float:
-        """What links reach here: the median over nodes of each one's fastest link.
+        """Usual speed of a link: the median over nodes of each node's fastest link.
 
-        The plain median would be the slow one where a node of three is slow, as two of their three links are then.
+        If one of three nodes is slow, two of three links are slow, and the plain median would be that of a slow link.
         """
         fastest = [max(rate for pair, rate in self.rates.items() if name in pair) for name in self.names]
         return statistics.median(fastest)
 
 
 def measure_links(inspection: Inspection, expected_bits: float | None) -> Links | list[Fault]:
-    """Sends between all pairs of nodes, in rounds of disjoint pairs, then over all at once.
+    """Measures the links between all pairs of nodes, in rounds of disjoint pairs, then an all-reduce over all nodes.
 
-    Links that look slow are measured again: other traffic and busy cores only ever slow one down.
+    Links that look slow are measured again, because other traffic and busy cores can only make a link slower. Takes
+    about a second per node, and the import of torch.
 
     Args:
-        inspection: of nodes that all answer and can connect, which have no fault of "network".
-        expected_bits: as for `link_speed_faults`.
+        inspection: answers of nodes that all answer, can connect and have no fault of "network".
+        expected_bits: see `find_slow_links`.
 
     Returns:
-        The rates, or what went wrong. Takes about a second for each node, and the import of torch.
+        The speeds, or the faults that prevented the measurement.
     """
     return asyncio.run(_Measurement(inspection, expected_bits).run())
 
@@ -69,25 +70,25 @@ class _Measurement:
         nodes = inspection.answers
         self._names = [node.name for node in nodes]
         self._backend = "nccl" if all(node.gpus and node.gpus["gpus"] for node in nodes) else "gloo"
-        self._talks = []
+        self._connections = []
         for node in nodes:
             environment = dict(inspection.inquiry.environment)
-            if node.interface is not None:  # so that the machine's own name does not matter
+            if node.interface is not None:  # else gloo would use the address of the machine's own name
                 environment.setdefault("GLOO_SOCKET_IFNAME", node.interface)
-            self._talks.append(NodeConnection(node.name, environment, Path(link_worker.__file__)))
+            self._connections.append(NodeConnection(node.name, environment, Path(link_worker.__file__)))
         self._faults: list[Fault] = []
 
     async def run(self) -> Links | list[Fault]:
         try:
-            await asyncio.gather(*(talk.start() for talk in self._talks))
+            await asyncio.gather(*(connection.start() for connection in self._connections))
             return await self._measure()
         except NoAnswer:
             return self._faults
         finally:
-            await asyncio.gather(*(talk.close() for talk in self._talks))
+            await asyncio.gather(*(connection.close() for connection in self._connections))
 
     async def _measure(self) -> Links:
-        size = len(self._talks)
+        size = len(self._connections)
         common = {
             "world_size": size,
             "address": self._inspection.master_address,
@@ -117,40 +118,41 @@ class _Measurement:
         return (a, b) in slow or (b, a) in slow
 
     async def _ask_all(self, question: str, seconds: float, arguments: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """Asks all at once, for they wait for each other; if some fail, notes all that did."""
+        """Asks all nodes at once, because they wait for each other; adds a fault for each that fails."""
 
         async def ask(rank: int) -> Any:
             try:
-                return await self._talks[rank].ask(question, seconds, **arguments[rank])
+                return await self._connections[rank].ask(question, seconds, **arguments[rank])
             except NoAnswer as error:
                 text = f"the measurement of links failed: it {error}. --bandwidth needs torch and open ports there."
                 self._faults.append(Fault(self._names[rank], "network", text))
 
-        answers = await asyncio.gather(*(ask(rank) for rank in range(len(self._talks))))
+        answers = await asyncio.gather(*(ask(rank) for rank in range(len(self._connections))))
         if self._faults:
             raise NoAnswer(question)
         return answers
 
 
 def _slow_pairs(links: Links, expected_bits: float | None) -> tuple[dict[tuple[str, str], float], str]:
-    """The links that are below what they must reach, and words for that."""
+    """Returns the links that are too slow with their speeds, and a description of the limit."""
     least, reason = _SLOW * links.usual, f"half of the {_gbit(links.usual)} that links reach here"
     if expected_bits is not None:
         least, reason = _SLOW * expected_bits, f"half of the {_gbit(expected_bits)} that were expected"
     elif least < FLOOR_BITS:
-        least, reason = FLOOR_BITS, f"{_gbit(FLOOR_BITS)}, half of the slowest network that clusters have"
+        least, reason = FLOOR_BITS, f"{_gbit(FLOOR_BITS)}, half of the slowest network of clusters"
     return {pair: rate for pair, rate in links.rates.items() if rate < least}, reason
 
 
-def link_speed_faults(links: Links, expected_bits: float | None) -> Iterator[Fault]:
-    """Names the links below half of what is expected, or below half of what links reach here and the floor.
+def find_slow_links(links: Links, expected_bits: float | None) -> Iterator[Fault]:
+    """Yields faults of links below half of the expected speed; without one, of the usual speed, or below the floor.
 
     Args:
-        links: as measured.
-        expected_bits: a second, of every link; None to compare the links with each other only.
+        links: measured links.
+        expected_bits: bits per second that every link should reach; None compares the links with each other and with
+            `FLOOR_BITS`.
     """
     slow, reason = _slow_pairs(links, expected_bits)
-    way_out = "Look at its cable, port and negotiated speed (ethtool), at other traffic, and at the routes."
+    way_out = "Check its cable, port and negotiated speed (ethtool), other traffic, and the routes."
     for name in links.names:
         for index, way in ((0, "sends to"), (1, "receives from")):
             found = [(pair[1 - index], rate) for pair, rate in slow.items() if pair[index] == name]
@@ -166,7 +168,7 @@ def link_speed_faults(links: Links, expected_bits: float | None) -> Iterator[Fau
 
 
 def describe_links(links: Links) -> str:
-    """A matrix of a few nodes' rates, or of many the slowest and fastest links."""
+    """Formats the speeds as a matrix; for many nodes, only the slowest and the fastest links."""
     names = links.names
     ordered = sorted(links.rates.items(), key=lambda item: item[1])
     lines = [

@@ -1,4 +1,4 @@
-"""What is wrong with single nodes: each is held to fixed limits, or to what most others have."""
+"""Finds faults of single nodes, by fixed limits or by comparison with what most others have."""
 
 import sys
 from collections import Counter
@@ -12,29 +12,34 @@ from beit3_ds.cluster.check.requirements import Requirements
 T = TypeVar("T", bound=Hashable)
 
 CLOCK_SECONDS = 1.0
-"""By which clocks may differ: with NTP they agree within milliseconds; without it logs and times of files mislead."""
-_FREE_BYTES = 2**30  # of /tmp and the output folder: compiled kernels, logs
-_BUSY_GPU_BYTES = 2**30  # more than that is held by a program, not by the driver
-_GPU_SHARE = 0.9  # of its memory: the model of memory leaves out CUDA's context, NCCL's buffers and fragmentation
-_OPEN_FILES = 1024  # Linux's default; connections to all peers and files of data come out of it
-_SHARED_MEMORY_BYTES = 2**30  # what NVIDIA asks of containers for NCCL; Docker gives 64 MiB
+"""Largest difference of clocks. NTP keeps it to milliseconds; without it, times of logs and files mislead."""
+_FREE_BYTES = 2**30  # least free space in /tmp and the output folder, for compiled kernels and logs
+_BUSY_GPU_BYTES = 2**30  # a program holds more than this, the driver less
+_GPU_SHARE = 0.9  # largest modelled share of memory: CUDA's context, NCCL's buffers and fragmentation are not modelled
+_OPEN_FILES = 1024  # Linux's default; connections to all peers and files of data count
+_SHARED_MEMORY_BYTES = 2**30  # what NVIDIA requires of containers for NCCL; Docker gives 64 MiB
 
 
-def node_faults(inspection: Inspection, needs: Requirements | None) -> Iterator[Fault]:
-    """Faults of single nodes, host after host for each check; those that fell silent lack the rest."""
+def find_node_faults(inspection: Inspection, requirements: Requirements | None) -> Iterator[Fault]:
+    """Yields the faults of single nodes, check after check; nodes that stopped answering lack the later checks.
+
+    Args:
+        inspection: answers of all nodes.
+        requirements: what a run requires of them; None without a config.
+    """
     yield from _silence(inspection)
     yield from _folder(inspection)
     yield from _software(inspection)
     yield from _code(inspection)
-    yield from _gpus(inspection, needs)
-    yield from _disks(inspection, needs)
+    yield from _gpus(inspection, requirements)
+    yield from _disks(inspection, requirements)
     yield from _limits(inspection)
     yield from _clocks(inspection)
 
 
 def majority(values: Mapping[str, T]) -> tuple[T, list[str]]:
-    """The value that most hosts have, on a tie the first one's, and the hosts that have it."""
-    counts = Counter(values.values())  # keeps the order, and max takes the first of equals
+    """Returns the value that most hosts have, on a tie that of the first host, and the hosts that have it."""
+    counts = Counter(values.values())  # keeps the order, and max returns the first of equals
     most = max(counts, key=lambda value: counts[value])
     return most, [name for name, value in values.items() if value == most]
 
@@ -44,13 +49,13 @@ def _silence(inspection: Inspection) -> Iterator[Fault]:
         if node.silence is None:
             continue
         if node.machine is not None:
-            way_out = "A file system, driver or service hangs there: log in and look."
+            way_out = "A file system, driver or service hangs there: log in and find out which."
         elif "no Python" in node.silence:
             way_out = "Install the same environment at the same place on every node, or share it."
         elif "Host key verification" in node.silence:
             way_out = f"Accept its key once: 'ssh {node.name}'."
         else:
-            way_out = f"This must print nothing and ask nothing: 'ssh -oBatchMode=yes {node.name} true'."
+            way_out = f"This command must print nothing and ask nothing: 'ssh -oBatchMode=yes {node.name} true'."
         yield Fault(node.name, "answer", f"{node.silence}. {way_out}")
 
 
@@ -94,7 +99,7 @@ def _software(inspection: Inspection) -> Iterator[Fault]:
 
 def _minor(node: Answers) -> str:
     assert node.machine is not None
-    return ".".join(node.machine["python"].split(".")[:2])  # what bytecode and wheels depend on
+    return ".".join(node.machine["python"].split(".")[:2])  # bytecode and wheels depend on these two numbers
 
 
 def _column(package: str) -> str:
@@ -118,7 +123,7 @@ def _code(inspection: Inspection) -> Iterator[Fault]:
         )
 
 
-def _gpus(inspection: Inspection, needs: Requirements | None) -> Iterator[Fault]:
+def _gpus(inspection: Inspection, requirements: Requirements | None) -> Iterator[Fault]:
     nodes = [node for node in inspection.answers if node.gpus is not None]
     any_gpus = any(node.gpus["gpus"] for node in nodes if node.gpus)
     first = 0
@@ -128,20 +133,20 @@ def _gpus(inspection: Inspection, needs: Requirements | None) -> Iterator[Fault]
             continue
         gpus, error = node.gpus["gpus"], node.gpus["error"]
         if error:
-            yield Fault(node.name, "GPUs", f"nvidia-smi fails: {error}. Mend the driver there, or reboot the node.")
+            yield Fault(node.name, "GPUs", f"nvidia-smi fails: {error}. Fix the driver there, or reboot the node.")
         elif any_gpus and not gpus:
             yield Fault(
                 node.name,
                 "GPUs",
-                "has no nvidia-smi, so no GPU that is known of, but other nodes have GPUs. Take its line out of the "
-                "hostfile, or install the driver.",
+                "has no nvidia-smi and so no known GPU, but other nodes have GPUs. Remove its line from the hostfile, "
+                "or install the driver.",
             )
         elif node.slots > len(gpus) > 0:
             yield Fault(
                 node.name,
                 "GPUs",
                 f"slots={node.slots} in the hostfile, but nvidia-smi lists {len(gpus)} GPUs. Each rank needs a GPU of "
-                f"its own: write slots={len(gpus)}, or look for GPUs that fell off the bus.",
+                f"its own: write slots={len(gpus)}, or find GPUs that fell off the bus.",
             )
         for index, gpu in enumerate(gpus[: node.slots]):
             if (gpu["used"] or 0) > _BUSY_GPU_BYTES:
@@ -149,14 +154,14 @@ def _gpus(inspection: Inspection, needs: Requirements | None) -> Iterator[Fault]
                     node.name,
                     "GPUs",
                     f"{show_bytes(gpu['used'])} of GPU {index} are in use before the run starts. It must be free: end "
-                    "what nvidia-smi shows there.",
+                    "the processes that nvidia-smi shows there.",
                 )
-        if needs is not None and needs.rank_bytes:
-            yield from _gpu_memory(node, gpus, ranks, needs.rank_bytes)
+        if requirements is not None and requirements.rank_bytes:
+            yield from _gpu_memory(node, gpus, ranks, requirements.rank_bytes)
 
 
 def _gpu_memory(node: Answers, gpus: list[dict], ranks: range, rank_bytes: tuple[int, ...]) -> Iterator[Fault]:
-    """Reports the rank that fits its GPU worst."""
+    """Yields a fault if ranks exceed the memory of their GPUs, for the rank that exceeds it most."""
     pairs = [
         (rank_bytes[rank] / gpu["total"], rank, gpu) for rank, gpu in zip(ranks, gpus, strict=False) if gpu["total"]
     ]
@@ -173,7 +178,7 @@ def _gpu_memory(node: Answers, gpus: list[dict], ranks: range, rank_bytes: tuple
         )
 
 
-def _disks(inspection: Inspection, needs: Requirements | None) -> Iterator[Fault]:
+def _disks(inspection: Inspection, requirements: Requirements | None) -> Iterator[Fault]:
     for node in inspection.answers:
         for purpose, disk in node.disks.items():
             where = inspection.inquiry.disks[purpose]
@@ -181,13 +186,13 @@ def _disks(inspection: Inspection, needs: Requirements | None) -> Iterator[Fault
                 yield Fault(node.name, "disk", f"the disk of {where} cannot be read: {disk['error']}. Mount it.")
                 continue
             least, reason = _FREE_BYTES, "temporary files and logs need"
-            if purpose != "/tmp" and needs is not None and needs.checkpoint_bytes > least:
-                least, reason = needs.checkpoint_bytes, "one checkpoint needs"
+            if purpose != "/tmp" and requirements is not None and requirements.checkpoint_bytes > least:
+                least, reason = requirements.checkpoint_bytes, "one checkpoint needs"
             if disk["free"] < least:
                 yield Fault(
                     node.name,
                     "disk",
-                    f"{show_bytes(disk['free'])} of {show_bytes(disk['total'])} are free where {where} lies, but "
+                    f"{show_bytes(disk['free'])} of {show_bytes(disk['total'])} are free on the disk of {where}, but "
                     f"{reason} {show_bytes(least)}. Delete something there, or name another folder.",
                 )
 
@@ -200,7 +205,7 @@ def _limits(inspection: Inspection) -> Iterator[Fault]:
             yield Fault(
                 node.name,
                 "limits",
-                f"a process may open {node.machine['open_files']} files; connections and data need {_OPEN_FILES}. "
+                f"a process may open {node.machine['open_files']} files, but connections and data need {_OPEN_FILES}. "
                 "Raise 'nofile' in /etc/security/limits.conf (for ssh sessions too) and check with: "
                 f"ssh {node.name} ulimit -n.",
             )
@@ -209,8 +214,8 @@ def _limits(inspection: Inspection) -> Iterator[Fault]:
             yield Fault(
                 node.name,
                 "limits",
-                f"/dev/shm holds {show_bytes(shared_memory)}; NCCL needs {show_bytes(_SHARED_MEMORY_BYTES)}. Start the "
-                "container with --shm-size=1g or --ipc=host, or remount /dev/shm.",
+                f"/dev/shm has {show_bytes(shared_memory)}, but NCCL needs {show_bytes(_SHARED_MEMORY_BYTES)}. Start "
+                "the container with --shm-size=1g or --ipc=host, or remount /dev/shm.",
             )
 
 

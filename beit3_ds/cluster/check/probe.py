@@ -1,8 +1,8 @@
-"""What runs on every node while a cluster is checked: answers questions about its machine, one JSON line each.
+"""Answers questions about a node while a cluster is checked, with one line of JSON per answer.
 
-Its source is sent over ssh to `python -c`, so it must stand alone: only the standard library, no import of ours, and no
-syntax younger than Python 3.8, for a node whose Python is an old one should say so. It reads requests from standard
-input and ends when that closes, so nothing stays behind when the asking side dies.
+The source of this file is sent over ssh to `python -c`. So it imports only the standard library and uses no syntax
+newer than Python 3.8: a node with an old Python must be able to report that. It reads requests from standard input and
+ends when that closes, so no process remains when the asking side dies.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ import threading
 import time
 
 MARK = "beit3-probe "
-"""What every answer begins with: a login shell may print lines of its own."""
+"""Beginning of every answer, because a login shell may print other lines."""
 _GPU_QUERY = ("nvidia-smi", "--query-gpu=name,memory.total,memory.used", "--format=csv,noheader,nounits")
-_GPU_SECONDS = 25  # without its daemon the driver takes seconds a GPU to wake
+_GPU_SECONDS = 25  # without its daemon the driver takes seconds per GPU to start
 _CONNECT_SECONDS = 3.0
-_SIZED_FILES = 1000  # of a pattern: a network file system takes its time for each
+_SIZED_FILES = 1000  # files per pattern whose size is read, because a network file system needs time for each
 
 
 class Probe:
-    """Answers the questions that are its public methods; each takes and returns what JSON can hold."""
+    """Answers questions about this node: each public method is one, with arguments and results of JSON types."""
 
     def __init__(self) -> None:
-        """A probe that has neither written nor opened anything."""
+        """Opens nothing and writes nothing yet."""
         self._written: list[str] = []
         self._listeners: list[socket.socket] = []
 
     def machine(self, folder: str) -> dict:
-        """Who this machine is; ranks would start in `folder`, and this process goes there."""
+        """Describes this machine, and changes to `folder`, in which ranks would start."""
         folder_error = _enter(folder)
         return {
             "hostname": socket.gethostname(),
-            # Containers of one machine share its boot, and have networks of their own.
+            # Containers on one machine share its boot but have separate networks.
             "identity": [_read("/proc/sys/kernel/random/boot_id"), _link("/proc/self/ns/net")],
             "folder_error": folder_error,
             "python": platform.python_version(),
@@ -66,7 +66,7 @@ class Probe:
         return {"versions": module["find_package_versions"](), "code": module["compute_code_digests"]()}
 
     def gpus(self) -> dict:
-        """The GPUs that nvidia-smi lists, or why it does not; neither if there is no nvidia-smi."""
+        """Returns the GPUs that nvidia-smi lists, or why it fails; neither if there is no nvidia-smi."""
         try:
             done = subprocess.run(
                 _GPU_QUERY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=_GPU_SECONDS, check=False
@@ -83,11 +83,11 @@ class Probe:
         return {"gpus": parse_gpus(text), "error": None}
 
     def disk(self, folder: str) -> dict:
-        """Free and total bytes for an unprivileged user of the file system that would hold `folder`."""
+        """Returns free and total bytes, for an unprivileged user, of the file system that would contain `folder`."""
         return _free_bytes(existing_parent(folder))
 
     def files(self, patterns: list[str]) -> list[list]:
-        """How many files each glob pattern matches from here, and a digest of their names and of the first's sizes."""
+        """Returns, per glob pattern, the number of files and a digest of their names and, for the first ones, sizes."""
         found = []
         for pattern in patterns:
             matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
@@ -96,15 +96,15 @@ class Probe:
         return found
 
     def clock(self) -> float:
-        """Seconds since 1970."""
+        """Returns this machine's time in seconds since 1970."""
         return time.time()
 
     def parent(self, folder: str) -> str:
-        """The folder, or the nearest one above it that exists."""
+        """Returns the folder, or the nearest parent that exists."""
         return existing_parent(folder)
 
     def write_token(self, path: str, token: str) -> str | None:
-        """Writes a file that others look for, to be deleted at the end; says why if it cannot."""
+        """Writes a file for other nodes to find, deleted by `close`; returns why if that fails."""
         try:
             with open(path, "x") as file:
                 self._written.append(path)
@@ -116,7 +116,7 @@ class Probe:
         return None
 
     def read_tokens(self, paths: list[str], patience: float) -> list[str | None]:
-        """The contents of files; None for those that have not come up within `patience` seconds."""
+        """Returns the contents of files; None for each that has not appeared within `patience` seconds."""
         deadline = time.monotonic() + patience
         found: list[str | None] = [None] * len(paths)
         while True:
@@ -128,9 +128,12 @@ class Probe:
             time.sleep(0.1)
 
     def listen(self, port: int, token: str) -> dict:
-        """Tells `token` to whoever connects; if the port is taken, says by whom and uses another, as it does for 0."""
+        """Sends `token` to every client of a port, and returns the port.
+
+        Port 0 is any free one. If the port is taken, returns the owner and uses another port.
+        """
         listener = socket.socket()
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does: a port that waits is free
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does: a port in TIME_WAIT is free
         owner = None
         try:
             listener.bind(("", port))
@@ -139,11 +142,11 @@ class Probe:
             listener.bind(("", 0))
         listener.listen(1024)
         self._listeners.append(listener)
-        threading.Thread(target=_greet, args=(listener, token), daemon=True).start()
+        threading.Thread(target=_serve_token, args=(listener, token), daemon=True).start()
         return {"wanted": port, "port": listener.getsockname()[1], "owner": owner}
 
     def connect(self, targets: list[list]) -> list[dict]:
-        """Connects to all `[address, port]` at once; says what each told, over which interface, or what went wrong."""
+        """Connects to all `[address, port]` at once; returns the token of each and the interface used, or the error."""
         results: list[dict] = [{} for _ in targets]
         threads = [
             threading.Thread(target=_connect, args=(str(address), int(port), result))
@@ -156,14 +159,14 @@ class Probe:
         return results
 
     def close(self) -> None:
-        """Deletes what was written."""
+        """Deletes the files that this probe has written."""
         for path in self._written:
             with contextlib.suppress(OSError):
                 os.unlink(path)
 
 
 def parse_gpus(text: str) -> list[dict]:
-    """Name, total and used bytes of each line of nvidia-smi; None for a number that it does not know."""
+    """Returns name, total and used bytes per line of nvidia-smi; None for a number that it does not know."""
     gpus = []
     for line in filter(str.strip, text.splitlines()):
         name, total, used = (part.strip() for part in line.rsplit(",", 2))
@@ -173,7 +176,7 @@ def parse_gpus(text: str) -> list[dict]:
 
 
 def existing_parent(folder: str) -> str:
-    """The folder, or the nearest one above it that exists."""
+    """Returns the folder, or the nearest parent that exists."""
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
     return folder
@@ -211,7 +214,7 @@ def _link(path: str) -> str | None:
 
 
 def _own_addresses() -> list[str]:
-    """As `hostname -I` lists them: DeepSpeed takes the first of node 0 as MASTER_ADDR."""
+    """Returns the addresses that `hostname -I` lists; DeepSpeed takes the first one of node 0 as MASTER_ADDR."""
     try:
         done = subprocess.run(["hostname", "-I"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
@@ -220,7 +223,7 @@ def _own_addresses() -> list[str]:
 
 
 def _own_name() -> str | None:
-    """The address that gloo would tell the others: the first of this machine's own name that can be bound."""
+    """Returns the address that gloo would announce: the first of this machine's own name that can be bound."""
     try:
         found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
     except OSError:
@@ -232,7 +235,7 @@ def _own_name() -> str | None:
     return None
 
 
-def _greet(listener: socket.socket, token: str) -> None:
+def _serve_token(listener: socket.socket, token: str) -> None:
     while True:
         try:
             connection = listener.accept()[0]
@@ -249,7 +252,7 @@ def _connect(address: str, port: int, result: dict) -> None:
             result.update(own=own, interface=_interface_of(own), peer=connection.getpeername()[0])
             result["token"] = connection.recv(200).decode(errors="replace")
     except OSError as error:
-        # A time-out has no number of its own.
+        # A time-out has no error number.
         result["error"] = error.strerror or f"no answer within {_CONNECT_SECONDS:g} s"
 
 
@@ -266,7 +269,7 @@ def _interface_of(address: str) -> str | None:
 
 
 def _owner_of(port: int) -> str | None:
-    """The process that listens on a port, where it may be seen."""
+    """Returns the process that listens on a port, if this user may see it."""
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in (_read(table) or "").splitlines()[1:]:
@@ -283,14 +286,14 @@ def _owner_of(port: int) -> str | None:
 
 
 def main() -> None:
-    """Answers request after request until standard input closes."""
+    """Answers requests until standard input closes."""
     probe = Probe()
     try:
         for line in sys.stdin.buffer:
             request = json.loads(line)
             try:
                 answer = {"answer": getattr(probe, request.pop("ask"))(**request)}
-            except Exception as error:  # told to the asking side, which names this host
+            except Exception as error:  # sent to the asking side, which names this host
                 answer = {"error": f"{type(error).__name__}: {error}"}
             print(MARK + json.dumps(answer), flush=True)
     finally:

@@ -1,19 +1,19 @@
-"""Whether the hosts of a run answer over ssh."""
+"""Finds hosts of a run that cannot be reached over ssh."""
 
 import asyncio
 from collections.abc import Iterable
 
 from beit3_ds.cluster.check.node_connection import remote_command
 
-_SECONDS = 15.0  # for a host that connects and does not answer
+_SECONDS = 15.0  # limit for a host that connects and does not answer
 _AT_A_TIME = 64
 
 
 async def find_unreachable(hosts: Iterable[str]) -> dict[str, str]:
-    """Runs `true` on all hosts over ssh, in parallel.
+    """Runs `true` on all hosts over ssh, in parallel, which takes seconds.
 
     Returns:
-        Those that could not, with what ssh said; all of them within seconds.
+        What ssh printed, by the name of each host where that failed.
     """
     limit = asyncio.Semaphore(_AT_A_TIME)
     names = list(hosts)

@@ -1,4 +1,4 @@
-"""What a check of a cluster prints: a table of all hosts, then a line for every fault."""
+"""Formats the result of a cluster check: a table of all hosts and a line per fault."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -7,11 +7,11 @@ from beit3_ds.cluster.check.fault import CHECKS, Fault, show_bytes
 from beit3_ds.cluster.check.inspection import Answers, Inspection
 from beit3_ds.cluster.hostfile import Hostfile
 
-_WRONG, _NOTED = "!", "~"  # before a value
+_WRONG, _NOTED = "!", "~"  # marks before a value
 
 
 def describe_nodes(inspection: Inspection, faults: Sequence[Fault]) -> str:
-    """The table of all hosts, in which `!` marks what is wrong and `~` what is noted."""
+    """Formats the table of all hosts, in which `!` marks a fault and `~` a note."""
     marks = {(fault.host, fault.check): _NOTED for fault in faults if fault.is_note}
     marks |= {(fault.host, fault.check): _WRONG for fault in faults if not fault.is_note}
     rows = [["host", "slots", *CHECKS]]
@@ -26,7 +26,7 @@ def describe_nodes(inspection: Inspection, faults: Sequence[Fault]) -> str:
 
 
 def describe_faults(hostfile: Hostfile, faults: Sequence[Fault]) -> str:
-    """How many, and a line for each, with what to do about it; notes first."""
+    """Formats notes, then the number of faults and a line per fault with its way out."""
     ranks = f"{_count(len(hostfile.hosts), 'host')}, {_count(hostfile.world_size, 'rank')}"
     notes = [f"note: {fault}" for fault in faults if fault.is_note]
     lines = [f"* {fault}" for fault in faults if not fault.is_note]
@@ -52,7 +52,7 @@ def _version(package: str) -> Callable[[Answers], str]:
 
 
 def _code(node: Answers) -> str:
-    """A digest of digests, so that equal cells mean equal code."""
+    """Returns a digest of all digests, so that equal cells mean equal code."""
     if node.software is None:
         return "-"
     files = node.software["code"]
@@ -70,7 +70,7 @@ def _gpus(node: Answers) -> str:
 
 
 def _disk(node: Answers) -> str:
-    """Free space, at the fullest of the places looked at."""
+    """Returns the free space of the fullest disk that was checked."""
     free = [disk["free"] for disk in node.disks.values() if "free" in disk]
     return show_bytes(min(free)) if free else "-"
 
@@ -90,7 +90,7 @@ def _network(node: Answers) -> str:
 
 
 def _port(node: Answers) -> str:
-    """Of the first host alone, where rank 0 listens."""
+    """Returns the state of the master port, on the first host only, where rank 0 listens."""
     if node.listener is None or not node.listener["wanted"]:
         return "-"
     return "taken" if node.listener["owner"] else "free"

@@ -1,4 +1,4 @@
-"""What one run needs of its nodes, worked out from its config."""
+"""Computes what a run requires of its nodes from its config."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,30 +10,34 @@ from beit3_ds.config import ConfigError, RunConfig, check_layout
 
 @dataclass(frozen=True, kw_only=True)
 class Requirements:
-    """Of a run, on the ranks that a hostfile gives."""
+    """What a run requires of the nodes of a hostfile."""
 
     layout_fault: str | None
-    """Why the run does not fit the number of ranks; the rest is then empty."""
+    """Why the run does not fit the number of ranks; the other fields are then empty."""
     rank_bytes: tuple[int, ...] = ()
-    """Memory of each rank, modelled (`planner.rank_memory`)."""
+    """Bytes of device memory per rank, modelled (`planner.rank_memory`)."""
     checkpoint_bytes: int = 0
-    """Size of one checkpoint: weights and two moments in float32."""
+    """Bytes of one checkpoint: weights and two moments in float32."""
 
     def describe(self) -> str:
-        """Sizes for people; whether GPUs and disks hold them is among the faults, if there are GPUs."""
+        """Formats the sizes for people; `find_node_faults` compares them with GPUs, if there are any, and disks."""
         if self.layout_fault is not None:
             return "run: does not fit the ranks"
         smallest, largest = min(self.rank_bytes), max(self.rank_bytes)
         memory = show_bytes(largest) if smallest == largest else f"{show_bytes(smallest)} to {show_bytes(largest)}"
-        return f"run: {memory} a rank (modelled, compared with GPUs), {show_bytes(self.checkpoint_bytes)} a checkpoint"
+        checkpoint = show_bytes(self.checkpoint_bytes)
+        return f"run: {memory} per rank (modelled, compared with GPUs), {checkpoint} per checkpoint"
 
     def faults(self) -> list[Fault]:
-        """That the run does not fit the ranks, if so; that it does not fit a host is found with the host's faults."""
+        """Returns the fault of a run that does not fit the ranks; `find_node_faults` finds those of single hosts."""
         return [] if self.layout_fault is None else [Fault("", "layout", self.layout_fault)]
 
 
-def named_files(config: RunConfig) -> dict[str, bool]:
-    """Glob patterns of what a run reads, and whether it is there before the first command: tokenizers are trained."""
+def find_required_files(config: RunConfig) -> dict[str, bool]:
+    """Returns glob patterns of the files that a run reads, and whether each must exist before the first command.
+
+    Tokenizers need not exist, because they may still be trained.
+    """
     streams = [stream for stream in config.data.streams().values() if stream.samples_per_step]
     sources = [source for stream in streams for source in (*stream.train, *stream.validation)]
     patterns = dict.fromkeys([*(s.path for s in sources), *(s.images for s in sources if s.images)], True)
@@ -42,13 +46,13 @@ def named_files(config: RunConfig) -> dict[str, bool]:
     return patterns | dict.fromkeys(tokenizers, False)
 
 
-def work_out_requirements(config: RunConfig, hostfile: Hostfile, decays: Callable[[str], bool]) -> Requirements:
-    """Returns what a run needs on all slots of a hostfile; imports torch, which takes seconds, if the layout fits.
+def compute_requirements(config: RunConfig, hostfile: Hostfile, decays: Callable[[str], bool]) -> Requirements:
+    """Computes what a run requires on all slots of a hostfile; imports torch, which takes seconds, if the layout fits.
 
     Args:
-        config: of the run.
-        hostfile: whose slots are its ranks.
-        decays: whether the optimizer decays the parameter of a name, which is how it groups them.
+        config: configuration of the run.
+        hostfile: its slots are the ranks of the run.
+        decays: returns whether the optimizer decays the parameter with this name, by which it groups parameters.
     """
     world_size = hostfile.world_size
     try:

@@ -191,7 +191,9 @@ def test_a_full_disk_that_is_not_shared(two_hosts: list[Host], tmp_path: Path) -
     disk, shared, _ = faults(printed)
     assert cell(printed, "node1", "files") == cell(printed, "node0", "files") != "0"
     assert status == 1
-    assert disk.startswith(f"node1: 1.0 MiB of 1.0 MiB are free where {output}/run lies, but temporary files and logs")
+    assert disk.startswith(
+        f"node1: 1.0 MiB of 1.0 MiB are free on the disk of {output}/run, but temporary files and logs"
+    )
     assert shared.startswith(f"node1: and node0 do not see what the other wrote into {output}: the output folder")
     assert not list(output.iterdir())
 
@@ -261,7 +263,7 @@ def test_nodes_that_do_not_let_in_or_do_not_answer(tmp_path: Path) -> None:
         assert time.monotonic() - begin < 60  # 5 s is what ssh waits for
     assert status == 1
     refused, silent = faults(printed)
-    assert refused.startswith("node1: cannot be reached by ssh; it said last: 'ssh: connect to host node1 port 22:")
+    assert refused.startswith("node1: cannot be reached by ssh; its last line: 'ssh: connect to host node1 port 22:")
     assert "Connection refused" in refused and "ssh -oBatchMode=yes node1 true" in refused
     assert silent.startswith("node2: cannot be reached by ssh") and ("timed out" in silent or "No route" in silent)
     assert cell(printed, "node0", "answer").endswith(" s")
