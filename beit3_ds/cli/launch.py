@@ -93,7 +93,7 @@ def _launch(options: argparse.Namespace) -> int:
             changes=options.set,
             launcher=options.launcher,
             restarts=options.restarts,
-            smallest=options.min_ranks,
+            min_ranks=options.min_ranks,
             log_dir=options.log_dir,
             environment=options.env,
             keepalive_seconds=options.keepalive,

@@ -1,6 +1,6 @@
-"""The machines of a run: the file that names them, and what each of them must have before a run starts.
+"""Reads hostfiles, checks the machines that they name, and launches runs on them.
 
-Nothing here imports torch or DeepSpeed: these commands answer at once, also on a machine where neither works.
+Nothing here imports torch or DeepSpeed at import time, so commands answer at once, even where neither works.
 """
 
 from beit3_ds.cluster.hostfile import Hostfile, HostSlots, parse_hostfile, read_hostfile, write_hostfile

@@ -1,1 +1,1 @@
-"""What `beit3 check-cluster` asks of the nodes of a run, and what it finds wrong."""
+"""Finds faults of the nodes of a run, for `beit3 check-cluster`."""

@@ -1,1 +1,1 @@
-"""What `beit3 launch` runs: attempts, guards of the ranks, and restarts."""
+"""Launches and supervises a run for `beit3 launch`: attempts, guards of the ranks, and restarts."""

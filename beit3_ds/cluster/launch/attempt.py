@@ -1,4 +1,4 @@
-"""One attempt at a run: starts DeepSpeed's launcher, supervises the guards of all ranks, and ends when all are gone."""
+"""Makes one attempt at a run: starts DeepSpeed's launcher and supervises the guards of all ranks until all are gone."""
 
 import asyncio
 import contextlib
@@ -7,23 +7,23 @@ import time
 from collections.abc import Callable
 
 from beit3_ds.cluster.launch.attempt_plan import AttemptPlan, Outcome
-from beit3_ds.cluster.launch.guarded_rank import Failure, GuardedRank, describe_status
+from beit3_ds.cluster.launch.guarded_rank import AttemptFailure, GuardedRank, describe_status
 from beit3_ds.cluster.launch.launcher_process import LauncherProcess
 from beit3_ds.cluster.launch.messages import (
-    BEAT_SECONDS,
-    Asked,
-    Beat,
+    KEEPALIVE_INTERVAL,
     Channel,
     Ended,
+    KeepAlive,
     Kill,
     Leave,
-    LogTrouble,
+    LogError,
     Message,
     Output,
     ProtocolError,
     Register,
-    Signal,
+    SendSignal,
     Start,
+    StopSignalReceived,
     listen,
     write_token,
 )
@@ -31,29 +31,29 @@ from beit3_ds.cluster.launch.stop_signals import LauncherStopSignals
 from beit3_ds.cluster.launch.terminal import Terminal, join_ranks, last_lines
 
 USER_ERROR = 2
-"""Status of a trainer that met what only the user can mend."""
+"""Status of a trainer that failed because of what only the user can fix."""
 
-_SETTLE_SECONDS = 0.5  # after the first failure: its consequences may be heard of before it
-_SILENCE_SECONDS = 4 * BEAT_SECONDS  # that is worth a mention
-_GRACE_SECONDS = 5.0  # for the other ranks after the first failure: they tell of it (parallel.watchdog)
-_LAUNCHER_SECONDS = 10.0  # for DeepSpeed's launcher to end once all guards have left
-_CUT_OFF_SECONDS = 4.0  # the same if a host was lost: pdsh and mpirun would wait for it
-_NEWS_SECONDS = 15.0  # between two lines that say what is waited for
+_SETTLE_SECONDS = 0.5  # wait after the first reported failure, because its cause may be reported after it
+_SILENCE_SECONDS = 4 * KEEPALIVE_INTERVAL  # silence that is mentioned beside a failure
+_GRACE_SECONDS = 5.0  # time for the other ranks after the first failure: they report it (`runtime.watchdog`)
+_LAUNCHER_SECONDS = 10.0  # time for DeepSpeed's launcher to end once all guards have left
+_LOST_HOST_LAUNCHER_SECONDS = 4.0  # the same if a host is lost, for which pdsh and mpirun would wait
+_NOTICE_SECONDS = 15.0  # interval of lines that name the ranks that this process waits for
 
 
 class Attempt:
     """Supervises the ranks of one attempt."""
 
-    def __init__(self, plan: AttemptPlan, orders: LauncherStopSignals, terminal: Terminal) -> None:
-        self._plan, self._orders, self._terminal = plan, orders, terminal
+    def __init__(self, plan: AttemptPlan, stop_signals: LauncherStopSignals, terminal: Terminal) -> None:
+        self._plan, self._stop_signals, self._terminal = plan, stop_signals, terminal
         self._ranks: dict[int, GuardedRank] = {}
-        self._failures: list[Failure] = []
-        self._failure: Failure | None = None
+        self._failures: list[AttemptFailure] = []
+        self._failure: AttemptFailure | None = None
         self._changed = asyncio.Event()
-        self._has_started = self._is_over = self._has_passed_on = False
+        self._has_started = self._is_over = self._is_stop_forwarded = False
         self._began = time.monotonic()
         self._token = b""
-        orders.on_change = self._heed
+        stop_signals.on_change = self._forward_stop_signal
 
     async def run(self) -> Outcome:
         """Runs the attempt.
@@ -69,37 +69,37 @@ class Attempt:
         values = {"address": plan.address, "port": port, "token": token_path, "keepalive": plan.keepalive_seconds}
         commands = plan.build_commands([f"--{name}={value}" for name, value in values.items()])
         launcher = LauncherProcess(commands, plan.launcher_environment, plan.folder, plan.log_dir / "launcher.log")
-        beats = asyncio.create_task(self._beat(launcher))
-        beats.add_done_callback(self._check_beats)
+        keepalives = asyncio.create_task(self._send_keepalives(launcher))
+        keepalives.add_done_callback(self._check_keepalives)
         try:
-            await self._gather(launcher)
-            if not self._failures and self._orders.first is None:
+            await self._wait_for_guards(launcher)
+            if not self._failures and self._stop_signals.first is None:
                 self._start_trainers()
                 await self._wait_for_end()
             if self._failures:
                 await asyncio.sleep(_SETTLE_SECONDS)
-                self._tell_failure()
+                self._print_failure()
             await self._end_ranks()
         finally:
             self._is_over = True
             for rank in self._ranks.values():
                 rank.channel.send(Leave())
-            beats.cancel()
+            keepalives.cancel()
             server.close()
-            is_cut_off = any(rank.is_lost for rank in self._ranks.values())
-            await launcher.end(_CUT_OFF_SECONDS if is_cut_off else _LAUNCHER_SECONDS)
+            is_host_lost = any(rank.is_lost for rank in self._ranks.values())
+            await launcher.end(_LOST_HOST_LAUNCHER_SECONDS if is_host_lost else _LAUNCHER_SECONDS)
             for rank in self._ranks.values():
                 rank.channel.close()
             token_path.unlink(missing_ok=True)
-        self._report_ends()
+        self._print_ends()
         return self._outcome()
 
-    # What guards say.
+    # Messages of guards.
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         channel = Channel(reader, writer)
         try:
-            await channel.greet_guard(self._token)
+            await channel.authenticate_guard(self._token)
             message = await channel.receive()
             if not isinstance(message, Register):
                 raise ProtocolError("it did not register")
@@ -117,7 +117,8 @@ class Attempt:
             rank.is_lost = True
             self._fail(
                 rank.failure(
-                    f"lost its guard (process {rank.registered.pid}), which ends it: killed, or the host went down"
+                    f"lost its guard (process {rank.registered.pid}), which ends the rank: the guard was killed, or "
+                    "the host went down"
                 )
             )
 
@@ -133,15 +134,15 @@ class Attempt:
 
     def _handle(self, rank: GuardedRank, message: Message) -> None:
         match message:
-            case Beat():
-                rank.note_state(message.state)
+            case KeepAlive():
+                rank.record_state(message.state)
             case Output() if not self._failures:
                 self._terminal.show(message.text)
-            case LogTrouble():
+            case LogError():
                 self._terminal.say(f"{rank.name}: its output is lost, training goes on: {message.error}")
-            case Asked() if not self._failures and not rank.is_gone:
+            case StopSignalReceived() if not self._failures and not rank.is_gone:
                 number = signal.Signals(message.signal_number)
-                self._orders.take(number, f"{rank.name} has received {number.name}")
+                self._stop_signals.receive(number, f"{rank.name} has received {number.name}")
             case Ended():
                 rank.ended = message
                 self._changed.set()
@@ -149,23 +150,23 @@ class Attempt:
                     self._fail(rank.failure(rank.describe_end() + _hint(rank)))
 
     def _is_failure(self, rank: GuardedRank, ended: Ended) -> bool:
-        stop = self._orders.first
+        stop = self._stop_signals.first
         is_stopped = stop is not None and ended.status in (None, -stop)
         return not rank.is_killed and not is_stopped and ended.status != 0
 
     # The course of an attempt.
 
-    async def _gather(self, launcher: LauncherProcess) -> None:
-        """Waits until the guards of all ranks have come."""
+    async def _wait_for_guards(self, launcher: LauncherProcess) -> None:
+        """Waits until the guards of all ranks have registered."""
 
         def is_done() -> bool:
             everybody = len(self._ranks) == self._plan.world_size
-            return everybody or bool(self._failures) or self._orders.first is not None
+            return everybody or bool(self._failures) or self._stop_signals.first is not None
 
         deadline = time.monotonic() + self._plan.start_seconds
-        while not await self._wait(is_done, BEAT_SECONDS):
+        while not await self._wait(is_done, KEEPALIVE_INTERVAL):
             statuses = launcher.statuses()
-            if (statuses is None and time.monotonic() < deadline) or await self._wait(is_done, BEAT_SECONDS):
+            if (statuses is None and time.monotonic() < deadline) or await self._wait(is_done, KEEPALIVE_INTERVAL):
                 continue
             missing = sorted(set(range(self._plan.world_size)) - set(self._ranks))
             hosts = ", ".join(dict.fromkeys(map(self._plan.host_of, missing)))
@@ -175,7 +176,7 @@ class Attempt:
                 else f"did not start: DeepSpeed's launcher {describe_status(next(filter(None, statuses), 0))}"
             )
             text = f"{join_ranks(missing)} (host {hosts}) {what}"
-            self._fail(Failure(text=text, lines=tuple(last_lines(launcher.log)), log=launcher.log))
+            self._fail(AttemptFailure(text=text, lines=tuple(last_lines(launcher.log)), log=launcher.log))
 
     def _start_trainers(self) -> None:
         main = self._ranks[0].registered
@@ -205,52 +206,52 @@ class Attempt:
             )
         self._has_started = True
         self._terminal.say(f"started {len(self._ranks)} ranks on {', '.join(hosts)}; logs in {self._plan.log_dir}")
-        self._heed()
+        self._forward_stop_signal()
 
     async def _wait_for_end(self) -> None:
         def is_done() -> bool:
-            return bool(self._failures) or self._orders.is_kill or not self._alive()
+            return bool(self._failures) or self._stop_signals.is_kill or not self._alive()
 
-        while not await self._wait(is_done, _NEWS_SECONDS):
-            if self._orders.first is not None:
-                seconds = time.monotonic() - self._orders.since
+        while not await self._wait(is_done, _NOTICE_SECONDS):
+            if self._stop_signals.first is not None:
+                seconds = time.monotonic() - self._stop_signals.since
                 self._terminal.say(
-                    f"waiting for {join_ranks(self._alive())} to save and stop, since {seconds:.0f} s; they end after "
-                    "the step they are in, or at the first if they are still starting. Ctrl-C again kills them."
+                    f"waiting for {join_ranks(self._alive())} to save and stop, since {seconds:.0f} s; they stop after "
+                    "their current step, or before the first if they are still starting. Ctrl-C again kills them."
                 )
 
     async def _end_ranks(self) -> None:
-        """Leaves the others a moment to tell of a failure, then ends those that are left, and waits for that."""
+        """Gives the ranks some seconds to report a failure, then kills those that are left and waits for their end."""
         if not self._has_started:
             return
-        await self._wait(lambda: self._orders.is_kill or not self._alive(), _GRACE_SECONDS)
+        await self._wait(lambda: self._stop_signals.is_kill or not self._alive(), _GRACE_SECONDS)
         for rank in self._alive().values():
             rank.is_killed = True
             rank.channel.send(Kill())
         if not await self._wait(lambda: not self._alive(), self._plan.keepalive_seconds):
             states = ", ".join(f"{rank.name} (state {rank.state or '?'})" for rank in self._alive().values())
             self._terminal.say(
-                f"killed, but still there: {states}. In state D the kernel waits for storage or a device and ends them "
+                f"killed, but not gone: {states}. In state D the kernel waits for storage or a device and ends them "
                 "once that answers; they do nothing more."
             )
 
     # Watching.
 
-    async def _beat(self, launcher: LauncherProcess) -> None:
+    async def _send_keepalives(self, launcher: LauncherProcess) -> None:
         while True:
             before = time.monotonic()
             for rank in self._ranks.values():
-                rank.channel.send(Beat())
+                rank.channel.send(KeepAlive())
             launcher.watch()
             self._find_lost()
-            await asyncio.sleep(BEAT_SECONDS)
-            late = max(0.0, time.monotonic() - before - 2 * BEAT_SECONDS)
-            for rank in self._ranks.values():  # what they sent while this process was held up is not read yet
+            await asyncio.sleep(KEEPALIVE_INTERVAL)
+            late = max(0.0, time.monotonic() - before - 2 * KEEPALIVE_INTERVAL)
+            for rank in self._ranks.values():  # messages that came while this process was stopped are not read yet
                 rank.channel.last_heard += late
 
-    def _check_beats(self, beats: "asyncio.Task[None]") -> None:
-        if not beats.cancelled() and beats.exception() is not None:
-            self._fail(Failure(text=f"the supervisor itself: {beats.exception()!r}"))
+    def _check_keepalives(self, keepalives: "asyncio.Task[None]") -> None:
+        if not keepalives.cancelled() and keepalives.exception() is not None:
+            self._fail(AttemptFailure(text=f"the supervisor itself: {keepalives.exception()!r}"))
 
     def _find_lost(self) -> None:
         silent: dict[str, list[GuardedRank]] = {}
@@ -266,35 +267,35 @@ class Attempt:
             who = join_ranks(rank.rank for rank in ranks)
             seconds = self._plan.keepalive_seconds
             text = (
-                f"host {host} ({who}) has not been heard of for {seconds:g} s: the host or its network is down, or "
-                f"its guards are stopped; they end their ranks after {seconds:g} s of silence"
+                f"host {host} ({who}) has been silent for {seconds:g} s: the host or its network is down, or its "
+                f"guards are stopped; they end their ranks after {seconds:g} s of silence"
             )
             first = ranks[0]
-            self._fail(Failure(text=text, lines=tuple(last_lines(first.log)), log=first.log, rank=first.rank))
+            self._fail(AttemptFailure(text=text, lines=tuple(last_lines(first.log)), log=first.log, rank=first.rank))
 
-    def _fail(self, failure: Failure) -> None:
+    def _fail(self, failure: AttemptFailure) -> None:
         self._failures.append(failure)
         self._changed.set()
 
-    def _tell_failure(self) -> None:
-        """Chooses the first failure that is no consequence of another, as far as that can be told, and shows it."""
+    def _print_failure(self) -> None:
+        """Prints the first failure that is not a consequence of another, as far as that is known."""
         failure = self._failure = min(self._failures, key=lambda failure: failure.is_consequence)
         silent = [rank.name for rank in self._alive().values() if rank.silence > _SILENCE_SECONDS]
-        hint = f"; not heard of for some seconds: {', '.join(silent)}" if silent and failure.is_consequence else ""
+        hint = f"; silent for some seconds: {', '.join(silent)}" if silent and failure.is_consequence else ""
         where = f" (last lines of {failure.log})" if failure.lines else f" (see {failure.log})" if failure.log else ""
         seconds = time.monotonic() - self._began
         self._terminal.say(f"FAILED after {seconds:.0f} s: {failure.text}{hint}{where}", failure.lines)
 
-    def _heed(self) -> None:
-        """Passes the first order to stop on to all ranks."""
+    def _forward_stop_signal(self) -> None:
+        """Forwards the first stop signal to all ranks."""
         self._changed.set()
-        if self._has_started and self._orders.first is not None and not self._has_passed_on:
-            self._has_passed_on = True
+        if self._has_started and self._stop_signals.first is not None and not self._is_stop_forwarded:
+            self._is_stop_forwarded = True
             for rank in self._alive().values():
-                rank.channel.send(Signal(signal_number=self._orders.first))
+                rank.channel.send(SendSignal(signal_number=self._stop_signals.first))
 
     async def _wait(self, happened: Callable[[], bool], seconds: float) -> bool:
-        """Waits for something to happen; returns whether it did."""
+        """Waits until `happened` returns true, at most `seconds`; returns whether it did."""
         deadline = time.monotonic() + seconds
         while not happened():
             left = deadline - time.monotonic()
@@ -308,10 +309,10 @@ class Attempt:
     def _alive(self) -> dict[int, GuardedRank]:
         return {number: rank for number, rank in self._ranks.items() if not rank.is_gone}
 
-    # How it ended.
+    # The end of an attempt.
 
-    def _report_ends(self) -> None:
-        """One line for each way in which the ranks that did not fail first have ended."""
+    def _print_ends(self) -> None:
+        """Prints a line per way in which the ranks ended, without the rank whose failure was printed."""
         if self._failure is None:
             return
         ends: dict[str, list[GuardedRank]] = {}
@@ -339,7 +340,7 @@ class Attempt:
         )
 
     def _host_name(self, rank: GuardedRank) -> str:
-        """In the hostfile; Slurm may have its own order of hosts."""
+        """Returns the name of a rank's host in the hostfile; Slurm may order hosts in another way."""
         own = rank.registered.host.partition(".")[0]
         found = (host.name for host in self._plan.hosts if host.name.partition(".")[0] == own)
         return next(found, self._plan.host_of(rank.rank))
@@ -347,5 +348,5 @@ class Attempt:
 
 def _hint(rank: GuardedRank) -> str:
     if rank.ended is not None and rank.ended.status == -9:
-        return f" (the kernel does that when memory runs out: see dmesg on {rank.registered.host})"
+        return f" (the kernel does that if memory runs out: see dmesg on {rank.registered.host})"
     return ""

@@ -1,60 +1,60 @@
-"""What one attempt at a run starts, and how it ended."""
+"""Describes what one attempt at a run starts, and how it ended."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from beit3_ds.cluster.hostfile import HostSlots
-from beit3_ds.cluster.launch.guarded_rank import Failure
+from beit3_ds.cluster.launch.guarded_rank import AttemptFailure
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptPlan:
-    """What to start, and where."""
+    """What an attempt starts, and where."""
 
     hosts: Sequence[HostSlots]
-    """In the order of their ranks."""
+    """Hosts and slots, in the order of their ranks."""
     build_commands: Callable[[list[str]], list[list[str]]]
-    """Makes the commands that start a guard for every rank, from the guards' own arguments."""
+    """Builds the commands that start a guard for every rank, from the guards' arguments."""
     launcher_environment: Mapping[str, str]
-    """Of those commands, whole."""
+    """Complete environment of those commands."""
     trainer: Sequence[str]
-    """The command of every rank."""
+    """Command of every rank."""
     environment: Mapping[str, str]
-    """What the trainers get beside what the launcher sets; it also overrides how they find each other."""
+    """Variables of the trainers beside those of the launcher; they override MASTER_ADDR and the like."""
     folder: Path
-    """To run in, on all hosts."""
+    """Working directory on all hosts."""
     log_dir: Path
-    """Of this attempt, on storage that all hosts share."""
+    """Log folder of this attempt, on storage that all hosts share."""
     address: str
-    """Of this machine, by which the hosts reach it."""
+    """Address of this machine, at which the hosts reach it."""
     port: int
-    """To listen on; 0 is any."""
+    """Port on which the supervisor listens; 0 is any."""
     keepalive_seconds: float
-    """Silence after which a host is lost, and after which guards give up their supervisor."""
+    """Silence after which a host is lost, and after which guards treat their supervisor as lost."""
     start_seconds: float
-    """That guards have to come."""
+    """Time within which all guards must register."""
 
     @property
     def world_size(self) -> int:
-        """Ranks in all."""
+        """Number of ranks on all hosts."""
         return sum(host.slots for host in self.hosts)
 
     def host_of(self, rank: int) -> str:
-        """The host of the hostfile where a rank should be."""
+        """Returns the host of the hostfile on which a rank should run."""
         names = [host.name for host in self.hosts for _ in range(host.slots)]
         return names[rank]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How an attempt ended; no rank of it is left on any host that can be reached."""
+    """How an attempt ended; none of its ranks is left on any host that can be reached."""
 
-    failure: Failure | None
-    """The first, if any."""
+    failure: AttemptFailure | None
+    """First failure, if any."""
     is_user_error: bool
     """Whether a rank ended with status 2."""
     lost_hosts: frozenset[str]
-    """Hosts of the hostfile that fell silent, or where no guard came from."""
+    """Hosts of the hostfile that fell silent, or whose guards did not register."""
     clear_at: float
-    """On the monotonic clock: when guards that were lost have ended their trainers at the latest."""
+    """Time on the monotonic clock by which lost guards have ended their trainers."""

@@ -1,4 +1,4 @@
-"""The largest part of some hosts on which a run fits."""
+"""Chooses the largest number of ranks that fits a run on the available hosts."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,21 +6,21 @@ from beit3_ds.cluster.hostfile import HostSlots
 
 
 def largest_fit(
-    hosts: Sequence[HostSlots], fits: Callable[[int], bool], *, equal_slots: bool, smallest: int = 1
+    hosts: Sequence[HostSlots], fits: Callable[[int], bool], *, equal_slots: bool, min_ranks: int = 1
 ) -> list[HostSlots] | None:
-    """Chooses hosts and slots for as many ranks as fit.
+    """Returns hosts and slots for the largest number of ranks that fits.
 
     Args:
-        hosts: that can be used, in the order of their ranks.
-        fits: whether a run can have a number of ranks.
+        hosts: available hosts, in the order of their ranks.
+        fits: returns whether the run fits a number of ranks.
         equal_slots: whether all hosts must have the same number of ranks.
-        smallest: number of ranks that is accepted.
+        min_ranks: least number of ranks.
 
     Returns:
-        The hosts in their order, filled one after the other, the last perhaps in part; with `equal_slots` the fewest
-        hosts that give the number. None if nothing fits.
+        The hosts in order, each filled before the next, so that only the last may be partly used; with `equal_slots`
+        the fewest hosts for the number. None if nothing fits.
     """
-    for world_size in range(sum(host.slots for host in hosts), smallest - 1, -1):
+    for world_size in range(sum(host.slots for host in hosts), min_ranks - 1, -1):
         if fits(world_size) and (chosen := _choose(hosts, world_size, equal_slots)):
             return chosen
     return None

@@ -1,4 +1,4 @@
-"""The environment that the ranks get from the machine where `beit3 launch` runs."""
+"""Chooses the variables that the ranks get from the machine on which `beit3 launch` runs."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,22 +13,22 @@ _PREFIXES = (
 )
 _NAMES = frozenset({"PATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "VIRTUAL_ENV", "TZ", "LANG", "LC_ALL"})
 _OF_THE_HOST = frozenset({"CUDA_VISIBLE_DEVICES", "DEEPSPEED_TIMEOUT", "DS_ENV_FILE"})
-"""What the launcher sets on each host, or what is for the launcher itself."""
+"""Variables that the launcher sets on each host, or that are for the launcher itself."""
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def forwarded_environment(environment: Mapping[str, str], wanted: Sequence[str] = ()) -> dict[str, str]:
-    """Chooses what of an environment the ranks get.
+    """Returns the variables that the ranks get.
 
-    By default that is what configures networks, torch, DeepSpeed and threads, and the paths of programs and libraries.
+    By default these configure networks, torch, DeepSpeed and threads, and the paths of programs and libraries.
 
     Args:
-        environment: of this process.
-        wanted: more names, or NAME=VALUE (the options `--env`).
+        environment: environment of this process.
+        wanted: further names, or NAME=VALUE (the options `--env`).
 
     Raises:
-        ConfigError: for a name that is none, or that is to be forwarded but is not set.
+        ConfigError: for an invalid name, or one without a value that is not set here.
     """
     chosen = {
         name: value
@@ -38,7 +38,7 @@ def forwarded_environment(environment: Mapping[str, str], wanted: Sequence[str] 
     for item in wanted:
         name, is_set, value = item.partition("=")
         if not _NAME.fullmatch(name):
-            raise ConfigError(f"--env {item}: {name!r} is no name of a variable. Write NAME or NAME=VALUE.")
+            raise ConfigError(f"--env {item}: {name!r} is not a valid name of a variable. Write NAME or NAME=VALUE.")
         if not is_set and name not in environment:
             raise ConfigError(f"--env {item}: {name} is not set here. Set it, or write {name}=VALUE.")
         chosen[name] = value if is_set else environment[name]

@@ -1,4 +1,4 @@
-"""What the supervisor knows of one rank, and how it tells of its end."""
+"""Keeps what the supervisor knows of one rank, and describes how the rank ended."""
 
 import signal
 import time
@@ -9,74 +9,74 @@ from beit3_ds.cluster.launch.messages import Channel, Ended, Register
 from beit3_ds.cluster.launch.terminal import last_lines
 
 STOPPED_SECONDS = 10.0
-"""After which a trainer that was stopped (state T) counts as failed."""
+"""Time after which a trainer that was stopped (state T) counts as failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Failure:
-    """What ended an attempt."""
+class AttemptFailure:
+    """The failure that ended an attempt."""
 
     text: str
-    """Which rank, on which host, and how; one sentence without its end."""
+    """Rank, host and kind of failure: a sentence without a full stop."""
     lines: tuple[str, ...] = ()
-    """The last that the rank has printed."""
+    """Last lines that the rank printed."""
     log: Path | None = None
-    """Where more of that is."""
+    """File with its whole output."""
     rank: int | None = None
-    """None if it was none."""
+    """Rank that failed; None for a failure of no single rank."""
     is_consequence: bool = False
-    """Whether ranks end like this when another one has failed: with status 1."""
+    """Whether ranks also end like this after the failure of another one: with status 1."""
 
 
 @dataclass(kw_only=True)
 class GuardedRank:
-    """A rank whose guard has registered."""
+    """State of a rank whose guard has registered."""
 
     registered: Register
     channel: Channel
     log: Path
-    """File of the trainer's output."""
+    """File with the trainer's output."""
     ended: Ended | None = None
-    """How the trainer ended."""
+    """How the trainer ended; None while it runs."""
     is_lost: bool = False
-    """Whether the guard is gone, or silent for too long."""
+    """Whether the guard is gone, or has been silent for too long."""
     is_killed: bool = False
-    """Whether the supervisor has ordered its end."""
+    """Whether the supervisor has told the guard to kill the trainer."""
     state: str = ""
-    """Letter of the trainer's state."""
+    """Letter of the trainer's state in /proc."""
     state_since: float = field(default_factory=time.monotonic)
 
     @property
     def rank(self) -> int:
-        """Its number."""
+        """The rank's number."""
         return self.registered.rank
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Rank and host, for messages."""
         return f"rank {self.registered.rank} on host {self.registered.host}"
 
     @property
     def is_gone(self) -> bool:
-        """Whether nothing more will be heard of the trainer."""
+        """Whether the trainer has ended or is lost."""
         return self.ended is not None or self.is_lost
 
     @property
     def silence(self) -> float:
-        """Seconds since its guard was heard of."""
+        """Seconds since the last message of its guard."""
         return time.monotonic() - self.channel.last_heard
 
-    def note_state(self, state: str) -> None:
-        """Takes the letter of a heartbeat."""
+    def record_state(self, state: str) -> None:
+        """Records the trainer's state from a keepalive message."""
         if state != self.state:
             self.state, self.state_since = state, time.monotonic()
 
     def is_stopped(self) -> bool:
-        """Whether something has stopped the trainer, and not let it go on for too long."""
+        """Returns whether the trainer has been stopped (state T) for longer than `STOPPED_SECONDS`."""
         return self.state == "T" and not self.is_gone and time.monotonic() - self.state_since > STOPPED_SECONDS
 
     def describe_end(self) -> str:
-        """How it ended, as a predicate."""
+        """Describes how the trainer ended, as a predicate."""
         if self.ended is None:
             return "was lost" if self.is_lost else "still runs"
         if self.ended.error:
@@ -86,10 +86,10 @@ class GuardedRank:
         is_ours = self.is_killed and self.ended.status == -signal.SIGKILL
         return describe_status(self.ended.status) + (" by the launcher" if is_ours else "")
 
-    def failure(self, text: str) -> Failure:
-        """That something happened to this rank, with its last lines from its guard or, if that is lost, its log."""
+    def failure(self, text: str) -> AttemptFailure:
+        """Returns a failure of this rank, with its last lines from its guard or, if the guard is lost, from its log."""
         lines = self.ended.lines if self.ended is not None else last_lines(self.log)
-        return Failure(
+        return AttemptFailure(
             text=f"{self.name} {text}",
             lines=tuple(lines),
             log=self.log,
@@ -99,7 +99,7 @@ class GuardedRank:
 
 
 def describe_status(status: int) -> str:
-    """What a status of `subprocess` means, as a predicate."""
+    """Describes a status of `subprocess`, as a predicate."""
     if status >= 0:
         return f"ended with status {status}"
     try:

@@ -1,4 +1,4 @@
-"""The commands with which DeepSpeed's launcher starts a guard for every rank, under each of its backends."""
+"""Builds the commands with which DeepSpeed's launcher starts a guard for every rank, for each of its backends."""
 
 import os
 import shlex
@@ -13,29 +13,30 @@ from beit3_ds.config import ConfigError
 Launcher = Literal["pdsh", "ssh", "openmpi", "mpich", "slurm"]
 LAUNCHERS: tuple[Launcher, ...] = ("pdsh", "ssh", "openmpi", "mpich", "slurm")
 EQUAL_SLOTS: tuple[Launcher, ...] = ("mpich", "slurm")
-"""Those that start as many ranks on every host."""
+"""Backends that start the same number of ranks on every host."""
 
 _GUARD = "beit3_ds.cluster.launch.rank_guard"
 _GUARD_FILE = Path(__file__).with_name("rank_guard.py")
 _SSH_OPTIONS = (
     *("-o", "BatchMode=yes"),
     *("-o", "ConnectTimeout=10"),
-    *("-o", "ServerAliveInterval=5"),  # a host that is gone ends its ssh
+    *("-o", "ServerAliveInterval=5"),  # so that ssh ends when its host is gone
     *("-o", "ServerAliveCountMax=3"),
 )
 _ENVIRONMENT_FILE = ".deepspeed_env"
 
 
 def build_commands(launcher: Launcher, hostfile: Hostfile, guard: Sequence[str]) -> list[list[str]]:
-    """DeepSpeed's launcher, started once, or over plain ssh once for each host.
+    """Returns the commands that start DeepSpeed's launcher: one command, or with plain ssh one per host.
 
     Args:
-        launcher: its backend; one that runs on this machine only needs none.
-        hostfile: at a path that all hosts can read.
+        launcher: the launcher's backend; not used if this machine is the only host.
+        hostfile: hostfile at a path that all hosts can read.
         guard: arguments of the guards.
     """
     first = hostfile.hosts[0].name
-    # The guards are told where rank 0 is (`Attempt`); without an address DeepSpeed would ask the first host over ssh.
+    # Guards get rank 0's address from the supervisor (`Attempt`). Without --master_addr DeepSpeed would ask for it over
+    # ssh.
     common = [*_runner(), "--hostfile", str(hostfile.path), "--master_addr", first, "--no_ssh_check"]
     per_host = ["--no_local_rank", "--module", _GUARD, *guard]
     if hostfile.is_local:
@@ -48,9 +49,9 @@ def build_commands(launcher: Launcher, hostfile: Hostfile, guard: Sequence[str])
             for index, host in enumerate(hostfile.hosts)
         ]
     if launcher == "openmpi":
-        arguments = "--launcher_args=--bind-to none"  # else each rank gets one core
+        arguments = "--launcher_args=--bind-to none"  # otherwise each rank gets one core
         return [[*common, "--force_multi", "--launcher", "openmpi", arguments, "--module", _GUARD, *guard]]
-    # DeepSpeed leaves --module out of its commands for the other two, or puts it where it does not work.
+    # DeepSpeed omits --module from its commands for the other two backends, or puts it where it has no effect.
     options: list[str] = []
     if launcher == "slurm":
         arguments = f"--launcher_args=--ntasks-per-node={hostfile.hosts[0].slots} --cpu-bind=none"
@@ -59,9 +60,9 @@ def build_commands(launcher: Launcher, hostfile: Hostfile, guard: Sequence[str])
 
 
 def launcher_environment(launcher: Launcher, environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of those commands: what the backends need beside the user's own."""
+    """Returns the environment of the launcher's commands: this one, with the changes that the backend needs."""
     changed = dict(environment)
-    # Open MPI's wheel lies beside this python.
+    # Open MPI's wheel installs its programs beside this python.
     changed["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
     if launcher == "pdsh":
         options = environment.get("PDSH_SSH_ARGS_APPEND", "")
@@ -72,16 +73,16 @@ def launcher_environment(launcher: Launcher, environment: Mapping[str, str]) -> 
 
 
 def check_launcher(launcher: Launcher, hostfile: Hostfile, find: Callable[[str], str | None]) -> None:
-    """Refuses what would fail only when DeepSpeed's launcher runs.
+    """Refuses what would otherwise fail only when DeepSpeed's launcher runs.
 
     Args:
-        launcher: its backend.
-        hostfile: of the run.
-        find: the path of a program, or None (`shutil.which`).
+        launcher: the launcher's backend.
+        hostfile: hostfile of the run.
+        find: returns the path of a program, or None, as `shutil.which` does.
 
     Raises:
-        ConfigError: if the backend's program is not installed, cannot start different numbers of ranks, or if an
-            environment file of DeepSpeed's is broken, at which its launcher crashes.
+        ConfigError: if the backend's program is not installed or cannot start different numbers of ranks, or if
+            DeepSpeed's environment file has a line at which its launcher crashes.
     """
     _check_environment_files()
     if hostfile.is_local:
@@ -111,8 +112,8 @@ def _check_environment_files() -> None:
             if "=" not in line:
                 raise ConfigError(
                     f"{path.absolute()}, line {number}: {line!r} is not NAME=VALUE, and DeepSpeed's launcher crashes "
-                    "at it. Take the line out, blank lines and comments too, or the file: `beit3 launch` forwards the "
-                    "environment by itself (--env)."
+                    "at it. Delete the line, and all blank lines and comments, or the file: `beit3 launch` forwards "
+                    "the environment by itself (--env)."
                 )
 
 
@@ -121,7 +122,7 @@ def _runner() -> list[str]:
 
 
 def _remote(command: Sequence[str]) -> str:
-    """A line for the shell of another host, to run a command in this folder with this python's modules."""
+    """Returns a shell line that runs a command on another host, in this working directory and with its modules."""
     path = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
     names = {"PYTHONPATH": os.pathsep.join(path)}
     exports = " ".join(f"{name}={shlex.quote(value)}" for name, value in names.items())

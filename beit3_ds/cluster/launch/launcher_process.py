@@ -1,4 +1,4 @@
-"""DeepSpeed's launcher as a child of the supervisor."""
+"""Runs DeepSpeed's launcher as a child of the supervisor."""
 
 import asyncio
 import subprocess
@@ -13,19 +13,19 @@ _WATCH_SECONDS = 5.0
 
 
 class LauncherProcess:
-    """One command, or one for each host, each in a session of its own: Ctrl-C in a terminal does not reach it."""
+    """The launcher's command, or one per host, each in its own session, which Ctrl-C in a terminal does not reach."""
 
     def __init__(self, commands: Sequence[Sequence[str]], environment: Mapping[str, str], folder: Path, log: Path):
         """Starts the commands.
 
         Args:
-            commands: all of which it takes to start the guards.
-            environment: of the commands, whole.
-            folder: to run in.
-            log: for what they print.
+            commands: commands that together start the guards of all ranks.
+            environment: complete environment of the commands.
+            folder: working directory of the commands.
+            log: file for their output; it is appended to.
 
         Raises:
-            OSError: if one of them is not there.
+            OSError: if a command does not exist.
         """
         self.log = log
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -46,18 +46,18 @@ class LauncherProcess:
         self._watched_at = time.monotonic()
 
     def watch(self) -> None:
-        """Takes note, every few seconds, of the processes that it has started on this machine."""
+        """Records, every few seconds, the processes that the commands have started on this machine."""
         if time.monotonic() - self._watched_at > _WATCH_SECONDS:
             self._tree.watch()
             self._watched_at = time.monotonic()
 
     def statuses(self) -> list[int] | None:
-        """Exit statuses, once all commands have ended."""
+        """Returns the exit statuses; None until all commands have ended."""
         statuses = [process.poll() for process in self._processes]
         return None if None in statuses else [status for status in statuses if status is not None]
 
     async def end(self, seconds: float) -> list[int]:
-        """Waits for all commands to end, and kills what they have left on this machine after that time.
+        """Waits at most `seconds` for all commands to end, then kills their processes that are left on this machine.
 
         Returns:
             The numbers of the processes that had to be killed.

@@ -1,4 +1,4 @@
-"""`beit3 launch`: checks, attempts, and restarts from the newest checkpoint."""
+"""Runs `beit3 launch`: checks, attempts, and restarts from the newest checkpoint."""
 
 import asyncio
 import os
@@ -31,40 +31,42 @@ from beit3_ds.config import ConfigError, RunConfig, check_layout, fits_layout, l
 
 _STEP = re.compile(r"step-(\d+)")
 _ATTEMPT = re.compile("attempt_([0-9]+)")
-_RESTART_SECONDS = 2.0  # so that a fault that ends every attempt at once cannot flood anything
+_RESTART_SECONDS = 2.0  # pause before a restart, in case every attempt fails at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchOptions:
-    """What the command line of `beit3 launch` says."""
+    """Options of `beit3 launch`."""
 
     hostfile: str
     config: str
     changes: Sequence[str]
-    """Of the config (`--set`)."""
+    """Changes of the config (`--set`)."""
     launcher: Launcher
     restarts: int
-    """How often to start again after a failure."""
-    smallest: int
-    """Ranks that a restart must have."""
+    """Largest number of restarts after failures."""
+    min_ranks: int
+    """Minimum ranks after a restart."""
     log_dir: str | None
-    """None is `logs` in the run's output folder."""
+    """Log folder; None is `logs` in the run's output folder."""
     environment: Sequence[str]
-    """NAME or NAME=VALUE, beside what is forwarded anyway."""
+    """NAME or NAME=VALUE of variables to forward beside those that are always forwarded."""
     keepalive_seconds: float
+    """Silence after which a host is lost, and after which guards treat their supervisor as lost."""
     start_seconds: float
+    """Time within which all guards must register."""
     port: int
-    """To listen on; 0 is any."""
+    """Port on which the supervisor listens; 0 is any."""
     module: str = "beit3_ds.pretrain"
-    """What every rank runs, with the config and the changes as its arguments."""
+    """Module that every rank runs, with the config and the changes as its arguments."""
 
 
 def launch(options: LaunchOptions) -> int:
     """Runs a training on the machines of a hostfile to its end.
 
     Returns:
-        0 if it is finished, 128 + n if signal n stopped it with its state saved, 2 if a rank met what only the user can
-        mend, 1 after any other failure.
+        0 if it is finished, 128 + n if signal n stopped it with its state saved, 2 if a rank failed because of what
+        only the user can fix, 1 after any other failure.
 
     Raises:
         ConfigError: before anything is started, for what cannot work.
@@ -80,7 +82,7 @@ def launch(options: LaunchOptions) -> int:
         log_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"the log folder {log_dir} cannot be made: {error.strerror}. Name one that all hosts share with --log-dir."
+            f"the log folder {log_dir} cannot be created: {error.strerror}. Name one that all hosts share: --log-dir."
         ) from None
     return asyncio.run(_Launch(options, config, hostfile, environment, log_dir).run())
 
@@ -96,12 +98,12 @@ class _Launch:
     ) -> None:
         self._options, self._config, self._environment = options, config, environment
         self._hosts = list(hostfile.hosts)
-        self._source, self._log_dir = hostfile, log_dir
+        self._hostfile, self._log_dir = hostfile, log_dir
         self._terminal = Terminal(log_dir / "launch.log")
-        self._orders = LauncherStopSignals(self._terminal)
+        self._stop_signals = LauncherStopSignals(self._terminal)
 
     async def run(self) -> int:
-        self._orders.listen()
+        self._stop_signals.handle()
         await self._check_reachable()
         restarts = 0
         while True:
@@ -109,7 +111,7 @@ class _Launch:
             status = self._status(outcome)
             if status != 1:
                 return status
-            if self._orders.first is not None or restarts == self._options.restarts:
+            if self._stop_signals.first is not None or restarts == self._options.restarts:
                 self._terminal.say(self._give_up(restarts))
                 return status
             restarts += 1
@@ -120,17 +122,17 @@ class _Launch:
         faults = await self._find_unreachable([host.name for host in self._hosts])
         if faults:
             raise ConfigError(
-                f"hostfile {self._source.path}: "
+                f"hostfile {self._hostfile.path}: "
                 + "; ".join(f"host {name} cannot be reached: {fault}" for name, fault in faults.items())
-                + ". Mend it or take it out of the hostfile."
+                + ". Fix it or remove it from the hostfile."
             )
 
     async def _find_unreachable(self, names: Sequence[str]) -> dict[str, str]:
-        # Inside an allocation of Slurm srun and mpirun start processes without ssh, which the hosts may refuse.
+        # In a Slurm allocation srun and mpirun start processes without ssh, which the hosts may refuse.
         uses_slurm = self._options.launcher == "slurm" or (
             self._options.launcher in ("openmpi", "mpich") and "SLURM_JOB_ID" in os.environ
         )
-        return {} if self._source.is_local or uses_slurm else await find_unreachable(names)
+        return {} if self._hostfile.is_local or uses_slurm else await find_unreachable(names)
 
     async def _attempt(self) -> Outcome:
         folder = self._new_folder()
@@ -157,56 +159,56 @@ class _Launch:
             start_seconds=options.start_seconds,
         )
         try:
-            return await Attempt(plan, self._orders, self._terminal).run()
+            return await Attempt(plan, self._stop_signals, self._terminal).run()
         except OSError as error:
             raise ConfigError(f"the launch failed: {error}. Logs are in {folder}.") from error
 
     def _new_folder(self) -> Path:
-        # A copy, such as attempt_1.bak, belongs to somebody else.
+        # Only exact names count: a copy such as attempt_1.bak is not ours.
         taken = [int(match[1]) for path in self._log_dir.iterdir() if (match := _ATTEMPT.fullmatch(path.name))]
         folder = self._log_dir / f"attempt_{max(taken, default=0) + 1}"
         folder.mkdir()
         return folder
 
     def _status(self, outcome: Outcome) -> int:
-        """The exit status if this was the last attempt; tells how the run ended, unless it failed."""
+        """Returns the exit status if this was the last attempt, and prints how the run ended, unless it failed."""
         if outcome.is_user_error:
-            self._terminal.say("a rank ended with status 2: this needs a change before the same command can go on")
+            self._terminal.say("a rank ended with status 2: this needs a change before the same command can resume")
             return USER_ERROR
-        if outcome.failure is not None or self._orders.is_kill:
+        if outcome.failure is not None or self._stop_signals.is_kill:
             return 1
         done, total = self._saved_step(), self._config.training.total_steps
         if done is not None and done >= total:
             self._terminal.say(f"finished: {total} steps")
             return 0
-        number = self._orders.first or signal.SIGTERM  # which a rank may have had from elsewhere
+        number = self._stop_signals.first or signal.SIGTERM  # a rank may have received it from elsewhere
         saved = f"the checkpoint of step {done} of {total} is saved" if done else "no step was done, nothing to save"
-        self._terminal.say(f"stopped by {number.name}: {saved}; the same command goes on from there")
+        self._terminal.say(f"stopped by {number.name}: {saved}; the same command resumes from there")
         return 128 + number
 
     async def _prepare_restart(self, outcome: Outcome, number: int) -> bool:
-        """Waits for lost ranks to be gone, and leaves out the hosts that are; returns whether to start again."""
+        """Waits until lost ranks have ended, and drops hosts that cannot be reached; returns whether to restart."""
         await self._pause(max(_RESTART_SECONDS, outcome.clear_at - time.monotonic() + _RESTART_SECONDS))
         unreachable = await self._find_unreachable([host.name for host in self._hosts])
-        if self._options.launcher == "slurm":  # which nobody has asked
+        if self._options.launcher == "slurm":  # its hosts are not asked over ssh
             unreachable |= dict.fromkeys(outcome.lost_hosts, "it fell silent")
         left = [host for host in self._hosts if host.name not in unreachable]
         hosts = largest_fit(
             left,
             lambda world_size: fits_layout(self._config, world_size),
             equal_slots=self._options.launcher in EQUAL_SLOTS,
-            smallest=self._options.smallest,
+            min_ranks=self._options.min_ranks,
         )
         without = f" without {', '.join(unreachable)} (not reachable)" if unreachable else ""
-        if self._orders.first is not None:
+        if self._stop_signals.first is not None:
             self._terminal.say(self._give_up(number - 1))
             return False
         if hosts is None:
             num_slots = sum(host.slots for host in left)
             self._terminal.say(
                 f"no restart{without}: the layout of {self._options.config} fits no number of ranks between "
-                f"{self._options.smallest} (--min-ranks) and {num_slots}. Once the hosts are back, the same command "
-                f"goes on {self._from_where()}."
+                f"{self._options.min_ranks} (--min-ranks) and {num_slots}. Once the hosts are back, the same command "
+                f"resumes {self._resume_point()}."
             )
             return False
         before = sum(host.slots for host in self._hosts)
@@ -215,32 +217,32 @@ class _Launch:
         size = f"{ranks} rank{'' if ranks == 1 else 's'}{'' if ranks == before else f' instead of {before}'}"
         self._terminal.say(
             f"restart {number} of {self._options.restarts}{without}: {size} on {_describe_hosts(hosts)}, "
-            f"{self._from_where()}"
+            f"{self._resume_point()}"
         )
         return True
 
     async def _pause(self, seconds: float) -> None:
         ended = asyncio.Event()
-        self._orders.on_change = ended.set
-        if self._orders.first is None:
+        self._stop_signals.on_change = ended.set
+        if self._stop_signals.first is None:
             await asyncio.wait([asyncio.create_task(ended.wait())], timeout=seconds)
 
     def _give_up(self, restarts: int) -> str:
         why = (
-            f"it was asked to stop by {self._orders.first.name}"
-            if self._orders.first is not None
+            f"{self._stop_signals.first.name} was received"
+            if self._stop_signals.first is not None
             else f"restarted {restarts} time{'' if restarts == 1 else 's'}"
             if restarts
-            else "no restarts were asked for (--restarts N)"
+            else "no restarts are allowed (--restarts N)"
         )
-        return f"the run has failed ({why}); the same command goes on {self._from_where()}"
+        return f"the run has failed ({why}); the same command resumes {self._resume_point()}"
 
-    def _from_where(self) -> str:
+    def _resume_point(self) -> str:
         done = self._saved_step()
-        return f"from the checkpoint of step {done}" if done else "from the beginning, for there is no checkpoint yet"
+        return f"from the checkpoint of step {done}" if done else "from the beginning, because there is no checkpoint"
 
     def _saved_step(self) -> int | None:
-        """The newest checkpoint, as the run itself has noted it; it checks it when it goes on."""
+        """Returns the step of the newest checkpoint that the run recorded; the run checks its files when it resumes."""
         try:
             text = (Path(self._config.training.output_dir) / "checkpoints" / "latest").read_text()
         except OSError:
@@ -254,7 +256,7 @@ def _describe_hosts(hosts: Sequence[HostSlots]) -> str:
 
 
 def _own_address(hostfile: Hostfile) -> str:
-    """This machine's address on the network over which it reaches the hosts."""
+    """Returns this machine's address on the network over which it reaches the hosts."""
     if hostfile.is_local:
         return "127.0.0.1"
     faults = []

@@ -1,7 +1,7 @@
-"""What the supervisor of a run and the guards of its ranks say to each other over TCP: one JSON object a line.
+"""Defines the messages between the supervisor of a run and the guards of its ranks: one JSON object per line over TCP.
 
-Both prove first that they can read the token of this attempt, a file of mode 0600 in the shared log folder: a guard
-starts what its supervisor says, so neither may be anybody else. What follows is neither encrypted nor signed.
+Both first prove that they can read the token of this attempt, a file of mode 0600 in the shared log folder, because a
+guard starts any command that its supervisor sends. The messages after that are neither encrypted nor signed.
 """
 
 import asyncio
@@ -14,107 +14,109 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-BEAT_SECONDS = 1.0
-"""Between two heartbeats, either way."""
+KEEPALIVE_INTERVAL = 1.0
+"""Seconds between two keepalive messages, in both directions."""
 
 _LONGEST_LINE = 16 << 20  # bytes; environments can be long
 _HANDSHAKE_SECONDS = 10.0
-_BACKLOG = 1024  # guards that may come at the same moment
+_BACKLOG = 1024  # guards that may connect at the same moment
 
 
 @dataclass(frozen=True, kw_only=True)
 class Register:
-    """Guard: here I am."""
+    """From a guard: it is ready, and describes itself."""
 
     rank: int
     local_rank: int | None
-    """Among the ranks of its host, as far as the launcher says."""
+    """Rank among the ranks of its host, if the launcher set it."""
     host: str
-    """As the host calls itself."""
+    """Host's own name."""
     pid: int
+    """Process number of the guard."""
     address: str
-    """Of this host on the network over which it reached the supervisor."""
+    """Address of this host on the network over which it reached the supervisor."""
     free_port: int
-    """On this host a moment ago."""
+    """Port of this host that was free a moment ago."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Supervisor: start the trainer."""
+    """From the supervisor: start the trainer."""
 
     command: Sequence[str]
     environment: Mapping[str, str]
-    """On top of what the launcher has set."""
+    """Variables beside those that the launcher has set; they override these."""
     folder: str
-    """To run in."""
+    """Working directory."""
     log: str
     """File for the trainer's output."""
     send_output: bool
-    """Whether to send the output to the supervisor, too."""
+    """Whether to send the output to the supervisor too."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beat:
-    """Either: I am alive."""
+class KeepAlive:
+    """From both sides: the sender is alive."""
 
     state: str = ""
-    """Letter of the trainer's state in /proc, from a guard whose trainer runs: T if it was stopped."""
+    """Letter of the trainer's state in /proc, from a guard whose trainer runs; T if it was stopped."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """Guard: the trainer has printed this."""
+    """From a guard: the trainer printed this text."""
 
     text: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogTrouble:
-    """Guard: the trainer's output cannot be written to its file; training goes on."""
+class LogError:
+    """From a guard: the trainer's output cannot be written to its file; training continues."""
 
     error: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """Guard: somebody else than the supervisor has sent me this signal, the cluster's manager perhaps."""
+class StopSignalReceived:
+    """From a guard: it received a stop signal that is not from the supervisor, perhaps from the cluster manager."""
 
     signal_number: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """Guard: the trainer and all its processes are gone."""
+    """From a guard: the trainer and all its processes are gone."""
 
     status: int | None
-    """Exit status, or minus the signal that it died of; None if it was never started."""
+    """Exit status, or minus the number of the signal that ended it; None if it was never started."""
     lines: Sequence[str]
-    """Its last lines of output."""
+    """Last lines of its output."""
     error: str = ""
     """Why it could not be started."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Signal:
-    """Supervisor: send this signal to the trainer."""
+class SendSignal:
+    """From the supervisor: send this signal to the trainer."""
 
     signal_number: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kill:
-    """Supervisor: end the trainer and all its processes at once."""
+    """From the supervisor: kill the trainer and all its processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Leave:
-    """Supervisor: the attempt is over."""
+    """From the supervisor: the attempt is over."""
 
 
-Message = Register | Start | Beat | Output | LogTrouble | Asked | Ended | Signal | Kill | Leave
+Message = Register | Start | KeepAlive | Output | LogError | StopSignalReceived | Ended | SendSignal | Kill | Leave
 
 _KINDS: dict[str, type[Message]] = {
-    kind.__name__: kind for kind in (Register, Start, Beat, Output, LogTrouble, Asked, Ended, Signal, Kill, Leave)
+    kind.__name__: kind
+    for kind in (Register, Start, KeepAlive, Output, LogError, StopSignalReceived, Ended, SendSignal, Kill, Leave)
 }
 
 
@@ -122,19 +124,19 @@ Accept = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 class ProtocolError(Exception):
-    """The other side is not what it should be, in a few words."""
+    """Error of a peer that lacks the token or sends invalid messages."""
 
 
 def encode(message: Message) -> bytes:
-    """One line of JSON, whatever characters the message has."""
+    """Returns a message as one line of JSON, whatever characters it contains."""
     return json.dumps({"kind": type(message).__name__, **asdict(message)}).encode() + b"\n"
 
 
 def decode(line: bytes) -> Message:
-    """The message of one line.
+    """Returns the message of one line.
 
     Raises:
-        ProtocolError: if it is none.
+        ProtocolError: if the line is not a valid message.
     """
     try:
         values = json.loads(line)
@@ -143,7 +145,7 @@ def decode(line: bytes) -> Message:
             raise ProtocolError(f"a {kind.__name__} message with the fields {sorted(values)}")
         return kind(**values)
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise ProtocolError(f"no message: {line[:80]!r}") from None
+        raise ProtocolError(f"an invalid message: {line[:80]!r}") from None
 
 
 class Channel:
@@ -152,24 +154,24 @@ class Channel:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
         self.last_heard = time.monotonic()
-        """When the other side last said something, on the clock of this one."""
+        """Time of the peer's last message, on this process's monotonic clock."""
 
     def send(self, message: Message) -> None:
-        """Sends without waiting; what cannot be sent is lost, and shows in `last_heard`."""
+        """Sends a message without waiting; if that fails, the peer falls silent, which `last_heard` shows."""
         if not self._writer.is_closing():
             self._writer.write(encode(message))
 
     async def receive(self) -> Message | None:
-        """The next message; None once the connection is gone.
+        """Returns the next message; None once the connection is closed.
 
         Raises:
-            ProtocolError: if the other side sends something else.
+            ProtocolError: if the peer sends an invalid message.
         """
         try:
             line = await self._reader.readline()
         except OSError:
             return None
-        except ValueError:  # of asyncio, for a line beyond its limit
+        except ValueError:  # asyncio's, for a line beyond its limit
             raise ProtocolError(f"a line of more than {_LONGEST_LINE} bytes") from None
         if not line.endswith(b"\n"):
             return None
@@ -177,9 +179,9 @@ class Channel:
         return decode(line)
 
     async def flush(self) -> None:
-        """Waits until what was sent has left, or cannot."""
+        """Waits until sent messages have left this process, or cannot leave it."""
         try:
-            await asyncio.wait_for(self._writer.drain(), BEAT_SECONDS)
+            await asyncio.wait_for(self._writer.drain(), KEEPALIVE_INTERVAL)
         except (OSError, TimeoutError):
             return
 
@@ -189,14 +191,14 @@ class Channel:
 
     @property
     def local_address(self) -> str:
-        """Of this machine, as the connection uses it."""
+        """This machine's address of the connection."""
         return str(self._writer.get_extra_info("sockname")[0])
 
-    async def greet_guard(self, token: bytes) -> None:
-        """On the supervisor: proves to a guard who this is, and lets it do so.
+    async def authenticate_guard(self, token: bytes) -> None:
+        """Authenticates the supervisor and a guard to each other; called by the supervisor.
 
         Raises:
-            ProtocolError: if it does not have the token.
+            ProtocolError: if the guard does not have the token.
         """
         ours = secrets.token_hex(16)
         self._writer.write(f"{ours}\n".encode())
@@ -205,11 +207,11 @@ class Channel:
             raise ProtocolError("it does not have the token of this attempt")
         self._writer.write(f"{_proof(token, 'supervisor', ours, theirs)}\n".encode())
 
-    async def greet_supervisor(self, token: bytes) -> None:
-        """On a guard: the same.
+    async def authenticate_supervisor(self, token: bytes) -> None:
+        """Authenticates the supervisor and a guard to each other; called by the guard.
 
         Raises:
-            ProtocolError: if what answers does not have the token.
+            ProtocolError: if the peer does not have the token.
         """
         ours, theirs = secrets.token_hex(16), await self._word()
         self._writer.write(f"{ours}\n{_proof(token, 'guard', theirs, ours)}\n".encode())
@@ -222,12 +224,12 @@ class Channel:
         except (OSError, ValueError, TimeoutError):
             line = b""
         if not line.endswith(b"\n") or not line.isascii():
-            raise ProtocolError("it does not speak as it should")
+            raise ProtocolError("it sent an invalid handshake")
         return line.decode().strip()
 
 
 async def connect(address: str, port: int) -> Channel:
-    """Connects to a supervisor.
+    """Returns a channel to a supervisor.
 
     Raises:
         OSError: if nothing answers.
@@ -236,7 +238,12 @@ async def connect(address: str, port: int) -> Channel:
 
 
 async def listen(address: str, port: int, accept: Accept) -> asyncio.Server:
-    """Listens for guards; `accept` makes a `Channel` of what it is given. Port 0 is any free one.
+    """Listens for guards and returns the server.
+
+    Args:
+        address: address of this machine.
+        port: port; 0 is any free one.
+        accept: builds a `Channel` from the reader and the writer of a new connection.
 
     Raises:
         OSError: if this machine does not have the address, or the port is taken.
@@ -245,12 +252,12 @@ async def listen(address: str, port: int, accept: Accept) -> asyncio.Server:
 
 
 def write_token(path: Path) -> bytes:
-    """Makes a token that only this user can read."""
+    """Writes a new token to a file that only this user can read, and returns it."""
     token = secrets.token_hex(32).encode()
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(token)
         file.flush()
-        os.fsync(file.fileno())  # it must be there on the other machines, too
+        os.fsync(file.fileno())  # so that other machines see it
     return token
 
 

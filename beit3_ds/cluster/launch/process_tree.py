@@ -1,7 +1,7 @@
-"""The processes that DeepSpeed's launcher has on this machine, to be ended one by one if it does not end by itself.
+"""Tracks the processes that DeepSpeed's launcher starts on this machine, and kills them if it does not end by itself.
 
-It is never sent SIGTERM or SIGINT: its handlers run `pkill -f` on every host of the run, which also reaches the runs
-of others.
+The launcher is never sent SIGTERM or SIGINT: its handlers run `pkill -f` on every host of the run, which also reaches
+the runs of others.
 """
 
 import contextlib
@@ -12,23 +12,23 @@ from typing import NamedTuple
 
 
 class ProcessId(NamedTuple):
-    """A process that no later one is mistaken for."""
+    """Identifies a process even if its number is later given to another one."""
 
     pid: int
     start_time: int
-    """Clock ticks between the machine's start and its own."""
+    """Clock ticks between the machine's start and the start of the process."""
 
 
 class ProcessTree:
-    """Some processes and all that they start, as far as it was seen."""
+    """Root processes and all their descendants that were seen by `watch`."""
 
     def __init__(self, roots: list[int]) -> None:
-        """Takes note of the roots, as far as they still run; they must not have been waited for."""
+        """Records the roots that still run; nobody may have waited for them yet."""
         table = _read_table()
-        self._found = {ProcessId(pid, table[pid][1]): 0 for pid in roots if pid in table}  # with the depth below a root
+        self._found = {ProcessId(pid, table[pid][1]): 0 for pid in roots if pid in table}  # value: depth below a root
 
     def watch(self) -> None:
-        """Takes note of what was started since: what loses its parent is not found later."""
+        """Records processes that were started since the last call; those whose parent has ended cannot be found."""
         table = _read_table()
         children: dict[int, list[int]] = {}
         for pid, (parent, _) in table.items():
@@ -43,7 +43,7 @@ class ProcessTree:
                     left.append((child, depth + 1))
 
     def kill(self) -> list[int]:
-        """Kills all that are left, children first; returns their numbers."""
+        """Kills all recorded processes that are left, children first; returns their numbers."""
         self.watch()
         return [
             found.pid for found in sorted(self._found, key=lambda found: -self._found[found]) if kill_process(found)
@@ -51,13 +51,13 @@ class ProcessTree:
 
 
 def kill_process(process: ProcessId) -> bool:
-    """Kills one process; returns whether it was still there."""
+    """Kills one process; returns whether it was still running."""
     try:
         pidfd = os.pidfd_open(process.pid)
     except ProcessLookupError:
         return False
     try:
-        if _stat(process.pid) != process:  # asked while the number cannot be given to another
+        if _stat(process.pid) != process:  # the open descriptor keeps the number from being given to another process
             return False
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
@@ -68,7 +68,7 @@ def kill_process(process: ProcessId) -> bool:
 
 
 def _read_table() -> dict[int, tuple[int, int]]:
-    """Parent and start time of every process."""
+    """Returns parent and start time of every process."""
     table = {}
     for path in Path("/proc").iterdir():
         if path.name.isdecimal() and (fields := _fields(int(path.name))):
@@ -82,7 +82,7 @@ def _stat(pid: int) -> ProcessId | None:
 
 
 def _fields(pid: int) -> list[str]:
-    """Of /proc/PID/stat, from the state on; none if it is gone or a zombie."""
+    """Returns the fields of /proc/PID/stat from the state on; none if the process is gone or a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,8 +1,8 @@
-"""The guard of one rank: what DeepSpeed's launcher starts in the trainer's place, on every host.
+"""Guards one rank: DeepSpeed's launcher starts a guard instead of the trainer, on every host.
 
-It connects to the supervisor (`beit3 launch`), receives environment and command, runs the trainer as its child and
-reports how that ends. It ends the trainer when it is told to, and when it has lost the supervisor. Only the standard
-library is imported: a guard starts at once and can outlive any trouble of the trainer's.
+A guard connects to the supervisor (`beit3 launch`), receives environment and command, runs the trainer as its child and
+reports how that ends. It ends the trainer when the supervisor says so or is lost. It imports neither torch nor
+DeepSpeed, so that it starts at once and does not depend on what may fail in the trainer.
 """
 
 import argparse
@@ -16,26 +16,26 @@ import time
 from pathlib import Path
 
 from beit3_ds.cluster.launch.messages import (
-    BEAT_SECONDS,
-    Asked,
-    Beat,
+    KEEPALIVE_INTERVAL,
     Channel,
     Ended,
+    KeepAlive,
     Kill,
     Leave,
-    LogTrouble,
+    LogError,
     Message,
     Output,
     ProtocolError,
     Register,
-    Signal,
+    SendSignal,
     Start,
+    StopSignalReceived,
     connect,
 )
 from beit3_ds.cluster.launch.trainer_process import TrainerProcess
 from beit3_ds.runtime.stop_signals import STOP_SIGNALS
 
-# Variables of the launchers: DeepSpeed's own, Open MPI's, MPICH's, Slurm's.
+# Variables that launchers set: DeepSpeed, Open MPI, MPICH, Slurm.
 _RANK_NAMES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
 _LOCAL_RANK_NAMES = (
     "LOCAL_RANK",
@@ -48,10 +48,15 @@ _ATTEMPTS = 4
 
 
 class RankGuard:
-    """Runs one rank's trainer as the supervisor orders."""
+    """Runs one rank's trainer as the supervisor commands."""
 
     def __init__(self, channel: Channel, keepalive_seconds: float) -> None:
-        """Takes a connection over which both sides have proved themselves and this rank was registered."""
+        """Takes an authenticated connection over which this rank is registered.
+
+        Args:
+            channel: connection to the supervisor.
+            keepalive_seconds: silence after which the supervisor is lost.
+        """
         self._channel, self._keepalive = channel, keepalive_seconds
         self._trainer: TrainerProcess | None = None
         self._has_ended = False
@@ -59,17 +64,17 @@ class RankGuard:
         self._over = asyncio.Event()
 
     async def run(self) -> int:
-        """Returns once the supervisor says so, or it is lost and the trainer gone: 0, or 1 if it was lost."""
+        """Runs until the supervisor ends the attempt (returns 0), or is lost and the trainer gone (returns 1)."""
         loop = asyncio.get_running_loop()
         for number in STOP_SIGNALS:
-            loop.add_signal_handler(number, self._channel.send, Asked(signal_number=number))
-        tasks = [loop.create_task(self._obey()), loop.create_task(self._beat())]
+            loop.add_signal_handler(number, self._channel.send, StopSignalReceived(signal_number=number))
+        tasks = [loop.create_task(self._receive_messages()), loop.create_task(self._send_keepalives())]
         await self._over.wait()
         for task in tasks:
             task.cancel()
         return 1 if self._is_lost else 0
 
-    async def _obey(self) -> None:
+    async def _receive_messages(self) -> None:
         try:
             while (message := await self._channel.receive()) is not None:
                 self._handle(message)
@@ -80,14 +85,14 @@ class RankGuard:
         self._is_lost = True
         if self._trainer is None or self._has_ended:
             self._over.set()
-        else:  # time to save until the heartbeats are missed
+        else:  # the trainer has `keepalive_seconds` to save
             self._trainer.send_signal(signal.SIGTERM)
 
     def _handle(self, message: Message) -> None:
         match message:
             case Start():
                 self._start(message)
-            case Signal(signal_number=number) if self._trainer is not None and not self._has_ended:
+            case SendSignal(signal_number=number) if self._trainer is not None and not self._has_ended:
                 self._trainer.send_signal(number)
             case Kill():
                 self._kill()
@@ -99,7 +104,7 @@ class RankGuard:
             return
         loop = asyncio.get_running_loop()
 
-        def send(message: Message) -> None:  # from the thread that copies the output
+        def send(message: Message) -> None:  # called by the thread that copies the output
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(self._channel.send, message)
 
@@ -107,7 +112,7 @@ class RankGuard:
             self._trainer = TrainerProcess(
                 start,
                 (lambda text: send(Output(text=text))) if start.send_output else None,
-                lambda error: send(LogTrouble(error=error)),
+                lambda error: send(LogError(error=error)),
             )
         except (OSError, ValueError) as error:
             self._has_ended = True
@@ -117,7 +122,7 @@ class RankGuard:
 
     def _kill(self) -> None:
         if self._trainer is None and not self._has_ended:
-            self._has_ended = True  # before it has begun
+            self._has_ended = True  # the trainer was never started
             self._channel.send(Ended(status=None, lines=[]))
         elif self._trainer is not None and not self._has_ended:
             self._trainer.kill()
@@ -126,7 +131,7 @@ class RankGuard:
         loop = asyncio.get_running_loop()
         loop.remove_reader(trainer.pidfd)
         self._has_ended = True
-        finished = loop.run_in_executor(None, trainer.finish)  # it may wait for output
+        finished = loop.run_in_executor(None, trainer.finish)  # waits for the last output
 
         def report(status: "asyncio.Future[int]") -> None:
             self._channel.send(Ended(status=status.result(), lines=trainer.last_lines()))
@@ -135,14 +140,14 @@ class RankGuard:
 
         finished.add_done_callback(report)
 
-    async def _beat(self) -> None:
+    async def _send_keepalives(self) -> None:
         while True:
             before = time.monotonic()
             state = "" if self._trainer is None or self._has_ended else self._trainer.state()
-            self._channel.send(Beat(state=state))
-            await asyncio.sleep(BEAT_SECONDS)
-            # If this machine itself was held up, the supervisor's messages lie unread.
-            self._channel.last_heard += max(0.0, time.monotonic() - before - 2 * BEAT_SECONDS)
+            self._channel.send(KeepAlive(state=state))
+            await asyncio.sleep(KEEPALIVE_INTERVAL)
+            # If this process was stopped, messages of the supervisor have come but are not read yet.
+            self._channel.last_heard += max(0.0, time.monotonic() - before - 2 * KEEPALIVE_INTERVAL)
             if time.monotonic() - self._channel.last_heard > self._keepalive:
                 self._is_lost = True
                 if self._trainer is None or self._has_ended:
@@ -154,10 +159,12 @@ class RankGuard:
 def main() -> int:
     """Runs the guard of the rank that the launcher's variables name; returns the exit status."""
     parser = argparse.ArgumentParser(prog="beit3_ds.cluster.launch.rank_guard", description=__doc__)
-    parser.add_argument("--address", required=True, help="of the supervisor")
-    parser.add_argument("--port", required=True, type=int, help="of the supervisor")
-    parser.add_argument("--token", required=True, type=Path, metavar="FILE", help="that both sides must have read")
-    parser.add_argument("--keepalive", required=True, type=float, metavar="SECONDS", help="without the supervisor")
+    parser.add_argument("--address", required=True, help="address of the supervisor")
+    parser.add_argument("--port", required=True, type=int, help="port of the supervisor")
+    parser.add_argument("--token", required=True, type=Path, metavar="FILE", help="file that both sides must read")
+    parser.add_argument(
+        "--keepalive", required=True, type=float, metavar="SECONDS", help="silence after which the supervisor is lost"
+    )
     options = parser.parse_args()
     try:
         return asyncio.run(_guard(options))
@@ -186,7 +193,7 @@ async def _guard(options: argparse.Namespace) -> int:
             f"{who} cannot reach {where}: {error.strerror}. Let the hosts connect to that port (--port names it)."
         ) from None
     try:
-        await channel.greet_supervisor(token)
+        await channel.authenticate_supervisor(token)
     except ProtocolError as error:
         raise ProtocolError(f"{who} does not trust {where}: {error}") from None
     channel.send(
@@ -204,9 +211,9 @@ async def _guard(options: argparse.Namespace) -> int:
 
 async def _read(path: Path) -> bytes:
     for _ in range(_ATTEMPTS - 1):
-        with contextlib.suppress(FileNotFoundError):  # a network file system may show it late
+        with contextlib.suppress(FileNotFoundError):  # a network file system may show a new file late
             return path.read_bytes()
-        await asyncio.sleep(BEAT_SECONDS)
+        await asyncio.sleep(KEEPALIVE_INTERVAL)
     return path.read_bytes()
 
 
@@ -215,7 +222,7 @@ async def _connect(address: str, port: int) -> Channel:
         try:
             return await connect(address, port)
         except OSError:
-            await asyncio.sleep(BEAT_SECONDS)
+            await asyncio.sleep(KEEPALIVE_INTERVAL)
     return await connect(address, port)
 
 

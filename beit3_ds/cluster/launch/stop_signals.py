@@ -1,4 +1,4 @@
-"""What signals to `beit3 launch` ask of a run: to save and stop, or to end at once."""
+"""Handles the stop signals of `beit3 launch`: the ranks save and stop, or are killed at once."""
 
 import asyncio
 import signal
@@ -6,45 +6,46 @@ import time
 from collections.abc import Callable
 
 from beit3_ds.cluster.launch.terminal import Terminal
+from beit3_ds.runtime.stop_signals import STOP_SIGNALS
 
 
 class LauncherStopSignals:
-    """The first SIGTERM, SIGINT or SIGUSR1 is passed to all ranks; a second SIGINT kills them.
+    """Records the first stop signal, which is forwarded to all ranks; a second SIGINT kills the ranks.
 
-    SIGHUP, of a terminal that is closed, counts as SIGTERM. SIGTSTP (Ctrl-Z) is refused: ranks end when their
-    supervisor is silent.
+    SIGHUP, which a closing terminal sends, counts as SIGTERM. SIGTSTP (Ctrl-Z) is refused, because ranks end when
+    their supervisor is silent.
     """
 
     def __init__(self, terminal: Terminal) -> None:
         self._terminal = terminal
         self.first: signal.Signals | None = None
-        """The signal that asked the run to stop, if any has."""
+        """First stop signal that was received; None without."""
         self.since = 0.0
-        """When that was, on the monotonic clock."""
+        """Time of the first stop signal, on the monotonic clock."""
         self.is_kill = False
-        """Whether the ranks shall not even save."""
+        """Whether the ranks are to be killed without saving."""
         self.on_change: Callable[[], None] = lambda: None
-        """Called after every change."""
+        """Function that is called after every stop signal."""
 
-    def listen(self) -> None:
-        """Takes the signals of this process, until its event loop ends."""
+    def handle(self) -> None:
+        """Handles this process's signals until its event loop ends."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            loop.add_signal_handler(number, self.take, number)
+        for number in STOP_SIGNALS:
+            loop.add_signal_handler(number, self.receive, number)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
-            loop.add_signal_handler(signal.SIGHUP, self.take, signal.SIGTERM, "SIGHUP: the terminal is gone")
+            loop.add_signal_handler(signal.SIGHUP, self.receive, signal.SIGTERM, "SIGHUP (the terminal is closed)")
         loop.add_signal_handler(
             signal.SIGTSTP,
             self._terminal.say,
-            "Ctrl-Z is not heeded: the ranks would end once this process were silent. Ctrl-C saves and stops.",
+            "Ctrl-Z is ignored, because the ranks end when this process is silent. Ctrl-C saves and stops.",
         )
 
-    def take(self, number: signal.Signals, origin: str = "") -> None:
-        """Notes a signal.
+    def receive(self, number: signal.Signals, origin: str = "") -> None:
+        """Records a stop signal.
 
         Args:
-            number: of the signal that the ranks are to be sent.
-            origin: what was received and where, if it was not this signal here.
+            number: stop signal for the ranks.
+            origin: which signal was received and where, if it was not `number` in this process.
         """
         if self.first is None:
             self.first, self.since = number, time.monotonic()

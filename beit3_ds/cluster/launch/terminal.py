@@ -1,4 +1,4 @@
-"""Where `beit3 launch` speaks: the terminal, and a file beside the ranks' logs."""
+"""Prints what `beit3 launch` reports, to the terminal and to a file beside the ranks' logs."""
 
 import contextlib
 import sys
@@ -10,17 +10,17 @@ _PREFIX = "beit3 launch: "
 
 
 class Terminal:
-    """The launcher's own lines go to stderr and to a file, what rank 0 prints to stdout.
+    """Prints the supervisor's lines to stderr and to a file, and the output of rank 0 to stdout.
 
-    A terminal that is gone, or a full disk, is no reason to lose a run.
+    Errors are ignored: a closed terminal or a full disk must not end a run.
     """
 
     def __init__(self, log: Path) -> None:
-        """Takes the file for the launcher's lines; it is appended to."""
+        """Takes the file for the supervisor's lines, which is appended to."""
         self._log = log
 
     def say(self, text: str, lines: Iterable[str] = ()) -> None:
-        """Prints a message of the launcher, and below it what it quotes."""
+        """Prints a message of the supervisor, and below it the quoted lines."""
         quoted = "".join(f"    | {line}\n" for line in lines)
         with contextlib.suppress(OSError, ValueError):
             print(f"{_PREFIX}{text}\n{quoted}", end="", file=sys.stderr, flush=True)
@@ -28,14 +28,14 @@ class Terminal:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n{quoted}")
 
     def show(self, text: str) -> None:
-        """Passes on what rank 0 has printed."""
+        """Prints output of rank 0."""
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.write(text)
             sys.stdout.flush()
 
 
 def last_lines(path: Path, count: int = 20) -> list[str]:
-    """The end of a log; nothing if it cannot be read."""
+    """Returns the last lines of a log; none if it cannot be read."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 500 * count))
@@ -45,7 +45,7 @@ def last_lines(path: Path, count: int = 20) -> list[str]:
 
 
 def join_ranks(ranks: Iterable[int]) -> str:
-    """`rank 3`, or `ranks 0-2, 5`."""
+    """Names ranks as "rank 3" or "ranks 0-2, 5"."""
     spans: list[list[int]] = []
     for rank in sorted(ranks):
         if spans and spans[-1][-1] == rank - 1:

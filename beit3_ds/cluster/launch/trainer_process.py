@@ -1,4 +1,4 @@
-"""One rank's trainer as a child of its guard: its output, its state, and an end that leaves nothing behind."""
+"""Runs one rank's trainer as a child of its guard: copies its output, reads its state, and ends all its processes."""
 
 import codecs
 import contextlib
@@ -15,40 +15,41 @@ from beit3_ds.cluster.launch.messages import Start
 from beit3_ds.runtime.stop_signals import STOP_SIGNALS
 
 _LAST_LINES = 20
-_LONGEST_LINE = 500  # characters of one of them
+_LONGEST_LINE = 500  # characters of such a line
 _CHUNK_BYTES = 1 << 16
-_DRAIN_SECONDS = 5.0  # for output that is still in the pipe when its writers are gone
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_DRAIN_SECONDS = 5.0  # time for output that is still in the pipe when its writers are gone
+_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 _libc = ctypes.CDLL(None)
 
 
 class TrainerProcess:
-    """A trainer in a session of its own.
+    """A trainer in its own session, whose output goes to its log through a pipe.
 
-    Its output goes through a pipe, so that a full disk costs lines of the log and not the run. It dies with its guard,
-    whatever ends that.
+    Because of the pipe, a full disk costs lines of the log but not the run. The kernel kills the trainer when its guard
+    ends, whatever ends the guard.
     """
 
     def __init__(
-        self, start: Start, on_output: Callable[[str], None] | None, on_log_trouble: Callable[[str], None]
+        self, start: Start, on_output: Callable[[str], None] | None, on_log_error: Callable[[str], None]
     ) -> None:
-        """Starts it; call this from the main thread, whose end is that of the trainer.
+        """Starts the trainer; only the main thread may call this, because the trainer is killed when that thread ends.
 
         Args:
-            start: what to start, and where.
-            on_output: is handed what the trainer prints, by another thread.
-            on_log_trouble: is told once, by another thread, if the log cannot be written.
+            start: command and environment of the trainer.
+            on_output: receives the trainer's output, in another thread; None discards it.
+            on_log_error: receives an error of writing the log, once, in another thread.
 
         Raises:
-            OSError: if it cannot be started.
+            OSError: if the trainer cannot be started.
         """
         guard = os.getpid()
 
-        def prepare() -> None:  # between fork and exec
+        def prepare() -> None:  # runs between fork and exec
             _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != guard:
                 os._exit(1)
-            # Until the trainer can take them it would die of them: they wait for it (`runtime.stop_signals`).
+            # Stop signals would kill the trainer while it starts, so they are blocked until it handles them
+            # (`runtime.stop_signals`).
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
         self._process = subprocess.Popen(
@@ -63,41 +64,41 @@ class TrainerProcess:
         )
         self.pid = self._process.pid
         self.pidfd = os.pidfd_open(self.pid)
-        """Readable once the trainer has ended."""
+        """File descriptor that becomes readable when the trainer ends."""
         self._lines: deque[str] = deque(maxlen=_LAST_LINES)
         self._unfinished = ""
-        self._on_output, self._on_log_trouble = on_output, on_log_trouble
-        # A thread: a network file system that hangs must not keep the guard from its heartbeats.
+        self._on_output, self._on_log_trouble = on_output, on_log_error
+        # In a thread, because a network file system that hangs must not delay the guard's keepalive messages.
         self._copier = threading.Thread(target=self._copy_output, args=(Path(start.log),), daemon=True)
         self._copier.start()
 
     def state(self) -> str:
-        """Letter of its state in /proc; empty if it is gone."""
+        """Returns the letter of the trainer's state in /proc; empty if it is gone."""
         try:
             return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
             return ""
 
     def send_signal(self, number: int) -> None:
-        """Sends a signal to the trainer; its data-loader workers are left alone."""
+        """Sends a signal to the trainer but not to its data-loader workers."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, number)
 
     def kill(self) -> None:
-        """Kills the trainer and all processes of its session, stopped ones too. Not after `finish`."""
+        """Kills the trainer and all processes of its session, also stopped ones; must not be called after `finish`."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
     def finish(self) -> int:
-        """Ends what the trainer has left behind, once it has ended; returns its status, or minus its signal."""
-        self.kill()  # before its number can be given to others
+        """Kills processes that the ended trainer has left; returns its status, or minus the number of its signal."""
+        self.kill()  # before its number can be given to another process
         status = self._process.wait()
         os.close(self.pidfd)
         self._copier.join(_DRAIN_SECONDS)
         return status
 
     def last_lines(self) -> list[str]:
-        """The last lines that it has printed, twenty at most."""
+        """Returns the last lines that the trainer printed, at most twenty."""
         return [*self._lines, *([self._unfinished] if self._unfinished else [])][-_LAST_LINES:]
 
     def _copy_output(self, log: Path) -> None:

@@ -68,7 +68,8 @@ def test_a_probe_ends_and_deletes_its_files_when_the_asking_side_dies(tmp_path: 
         "async def main():\n"
         "    connection = NodeConnection('localhost', {})\n"
         "    await connection.start()\n"
-        f"    print(await connection.ask('write_token', path={str(token)!r}, token='x'), connection._process.pid, flush=True)\n"
+        f"    answer = await connection.ask('write_token', path={str(token)!r}, token='x')\n"
+        "    print(answer, connection._process.pid, flush=True)\n"
         "    await asyncio.sleep(1000)\n"
         "asyncio.run(main())\n"
     )

@@ -28,7 +28,7 @@ PLANTED: dict[str, tuple[Callable[[Answers], Any], str]] = {
     "a file more": (lambda n: n.software["code"].update({"beit3_ds/c.py": "2"}), "1 of the project's files differ"),
     "no folder": (lambda n: machine(n).update(folder_error="No such file or directory"), "cannot enter /home/me (No"),
     "fewer GPUs": (lambda n: gpus(n).pop(), "slots=8 in the hostfile, but nvidia-smi lists 7 GPUs"),
-    "no nvidia-smi": (lambda n: gpus(n).clear(), "has no nvidia-smi, so no known GPU"),
+    "no nvidia-smi": (lambda n: gpus(n).clear(), "has no nvidia-smi and so no known GPU"),
     "driver": (
         lambda n: n.gpus.update(gpus=[], error="Driver/library version mismatch"),
         "nvidia-smi fails: Driver/lib",

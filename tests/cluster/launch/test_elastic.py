@@ -16,14 +16,14 @@ FITTING = st.sets(st.integers(1, 40))
 
 
 @given(HOSTS, FITTING, st.booleans(), st.integers(1, 10))
-def test_largest_fit(hosts: list[HostSlots], fitting: set[int], equal_slots: bool, smallest: int) -> None:
-    chosen = largest_fit(hosts, fitting.__contains__, equal_slots=equal_slots, smallest=smallest)
+def test_largest_fit(hosts: list[HostSlots], fitting: set[int], equal_slots: bool, min_ranks: int) -> None:
+    chosen = largest_fit(hosts, fitting.__contains__, equal_slots=equal_slots, min_ranks=min_ranks)
     counts = [host.slots for host in hosts]
     if equal_slots:
         possible = {slots * n for slots in range(1, 9) for n in range(1, sum(c >= slots for c in counts) + 1)}
     else:
         possible = set(range(1, sum(counts) + 1))
-    best = max((n for n in possible & fitting if n >= smallest), default=None)
+    best = max((n for n in possible & fitting if n >= min_ranks), default=None)
     if best is None:
         assert chosen is None
         return

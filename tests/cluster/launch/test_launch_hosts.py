@@ -155,7 +155,7 @@ def kill_launch(launch: HostsLaunch) -> None:
     [
         (kill_rank, 1, r"FAILED after \d+ s: rank 1 on host node1 was killed by SIGKILL"),
         (stop_rank, 1, r"FAILED after \d+ s: rank 1 on host node1 has been stopped \(state T\) for \d+ s"),
-        (cut_link, 1, r"FAILED after \d+ s: host node1 \(rank 1\) has not been heard of for 15 s"),
+        (cut_link, 1, r"FAILED after \d+ s: host node1 \(rank 1\) has been silent for 15 s"),
         (stop_launch, 128 + 15, r"stopped by SIGTERM: the checkpoint of step \d+ of 40 is saved"),
         (kill_launch, None, ""),
     ],

@@ -33,7 +33,7 @@ class Launch:
         self._printed = folder / "printed"
         with self._printed.open("w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.cluster.launch.stand_in_launch", json.dumps(options)],
+                [sys.executable, "-m", "tests.cluster.launch.fake_launch", json.dumps(options)],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -208,7 +208,7 @@ def test_a_silent_guard_is_lost(launch: Callable[..., Launch]) -> None:
     guard = min(pid for pid, line in run.descendants().items() if "rank_guard" in line)
     os.kill(guard, signal.SIGSTOP)
     assert run.wait(but="^sleep") == 1
-    assert re.search(r"FAILED .* host \S+ \(rank \d\) has not been heard of for 3 s", run.printed())
+    assert re.search(r"FAILED .* host \S+ \(rank \d\) has been silent for 3 s", run.printed())
 
 
 def test_ranks_end_when_their_supervisor_is_gone(launch: Callable[..., Launch]) -> None:
@@ -226,7 +226,7 @@ def test_ranks_end_when_their_supervisor_is_silent(launch: Callable[..., Launch]
     run = launch([], steps=10000)
     run.wait_until(lambda: "step 5\n" in run.printed())
     run.process.send_signal(signal.SIGSTOP)
-    run.wait_until(lambda: not any("stand_in_trainer" in line for line in run.descendants().values()))
+    run.wait_until(lambda: not any("fake_trainer" in line for line in run.descendants().values()))
 
 
 def test_restarts_go_on_from_the_newest_checkpoint(launch: Callable[..., Launch]) -> None:
@@ -248,7 +248,7 @@ def test_restarts_go_on_from_the_newest_checkpoint(launch: Callable[..., Launch]
 def test_restarts_are_counted(launch: Callable[..., Launch]) -> None:
     run = launch([[1, 5, 3], [1, 6, 3], [1, 7, 3]], restarts=1)
     assert run.wait() == 1
-    assert "the run has failed (restarted 1 time); the same command goes on from the checkpoint of step 6" in (
+    assert "the run has failed (restarted 1 time); the same command resumes from the checkpoint of step 6" in (
         run.printed()
     )
 
@@ -266,7 +266,7 @@ def test_a_restart_without_a_host_has_fewer_ranks(launch: Callable[..., Launch],
 
 
 def test_no_restart_below_the_smallest_number_of_ranks(launch: Callable[..., Launch], tmp_path: Path) -> None:
-    run = launch([[0, 5, "SIGKILL"]], "a slots=3\nb slots=1\n", restarts=1, smallest=4)
+    run = launch([[0, 5, "SIGKILL"]], "a slots=3\nb slots=1\n", restarts=1, min_ranks=4)
     run.wait_until(lambda: "FAILED" in run.printed())
     (tmp_path / "unreachable").write_text("b")
     assert run.wait() == 1
@@ -310,7 +310,7 @@ def test_what_cannot_work_is_said_before_anything_starts(launch: Callable[..., L
     (tmp_path / "unreachable").write_text("b")
     run = launch([], "a slots=3\nb slots=1\n")
     assert run.wait() == 2
-    assert re.search(r"hosts: host b cannot be reached: no route to host\. Mend it or take it out", run.printed())
+    assert re.search(r"hosts: host b cannot be reached: no route to host\. Fix it or remove it", run.printed())
     run = launch([], "a slots=999\n")
     assert run.wait() == 2
     assert "999 ranks" in run.printed()  # more than the samples of a step

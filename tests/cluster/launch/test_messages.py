@@ -9,19 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beit3_ds.cluster.launch.messages import (
-    Asked,
-    Beat,
     Channel,
     Ended,
+    KeepAlive,
     Kill,
     Leave,
-    LogTrouble,
+    LogError,
     Message,
     Output,
     ProtocolError,
     Register,
-    Signal,
+    SendSignal,
     Start,
+    StopSignalReceived,
     connect,
     decode,
     encode,
@@ -49,12 +49,12 @@ MESSAGES = st.one_of(
         log=TEXT,
         send_output=st.booleans(),
     ),
-    st.builds(Beat, state=TEXT),
+    st.builds(KeepAlive, state=TEXT),
     st.builds(Output, text=TEXT),
-    st.builds(LogTrouble, error=TEXT),
-    st.builds(Asked, signal_number=NUMBER),
+    st.builds(LogError, error=TEXT),
+    st.builds(StopSignalReceived, signal_number=NUMBER),
     st.builds(Ended, status=st.none() | st.integers(-64, 255), lines=st.lists(TEXT), error=TEXT),
-    st.builds(Signal, signal_number=NUMBER),
+    st.builds(SendSignal, signal_number=NUMBER),
     st.sampled_from([Kill(), Leave()]),
 )
 
@@ -74,8 +74,8 @@ def test_anything_else_is_refused(value: object) -> None:
 
 
 def test_unknown_fields_are_refused() -> None:
-    with pytest.raises(ProtocolError, match="Beat message with the fields"):
-        decode(b'{"kind": "Beat", "state": "", "more": 1}')
+    with pytest.raises(ProtocolError, match="KeepAlive message with the fields"):
+        decode(b'{"kind": "KeepAlive", "state": "", "more": 1}')
 
 
 def greet(tokens: tuple[bytes, bytes]) -> list[str]:
@@ -88,7 +88,7 @@ def greet(tokens: tuple[bytes, bytes]) -> list[str]:
         async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             channel = Channel(reader, writer)
             try:
-                await channel.greet_guard(tokens[0])
+                await channel.authenticate_guard(tokens[0])
             except ProtocolError as error:
                 complaints.append(f"supervisor: {error}")
             channel.close()
@@ -97,7 +97,7 @@ def greet(tokens: tuple[bytes, bytes]) -> list[str]:
         server = await listen("127.0.0.1", 0, accept)
         channel = await connect("127.0.0.1", server.sockets[0].getsockname()[1])
         try:
-            await channel.greet_supervisor(tokens[1])
+            await channel.authenticate_supervisor(tokens[1])
         except ProtocolError as error:
             complaints.append(f"guard: {error}")
         await done.wait()
@@ -112,7 +112,7 @@ def test_both_sides_prove_themselves() -> None:
     assert greet((b"a" * 64, b"a" * 64)) == []
     assert greet((b"a" * 64, b"b" * 64)) == [
         "supervisor: it does not have the token of this attempt",
-        "guard: it does not speak as it should",
+        "guard: it sent an invalid handshake",
     ]
 
 
@@ -129,7 +129,7 @@ def test_a_guard_trusts_no_supervisor_without_the_token() -> None:
         server = await listen("127.0.0.1", 0, pretend)
         channel = await connect("127.0.0.1", server.sockets[0].getsockname()[1])
         with pytest.raises(ProtocolError, match="does not have the token"):
-            await channel.greet_supervisor(b"a" * 64)
+            await channel.authenticate_supervisor(b"a" * 64)
         channel.close()
         server.close()
 

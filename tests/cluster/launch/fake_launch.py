@@ -22,8 +22,8 @@ async def find_unreachable(names: Iterable[str]) -> dict[str, str]:
     return {name: "no route to host" for name in names if name in found}
 
 
-def start_guards(launcher: str, hostfile: launching.Hostfile, guard: list[str]) -> list[list[str]]:
-    return [[sys.executable, "-m", "tests.cluster.launch.start_guards", str(hostfile.path), *guard]]
+def fake_launcher(launcher: str, hostfile: launching.Hostfile, guard: list[str]) -> list[list[str]]:
+    return [[sys.executable, "-m", "tests.cluster.launch.fake_launcher", str(hostfile.path), *guard]]
 
 
 guarded_rank.STOPPED_SECONDS = 1.0
@@ -31,19 +31,19 @@ attempt._GRACE_SECONDS = 1.0
 attempt._LAUNCHER_SECONDS = 2.0
 launching._RESTART_SECONDS = 0.2
 launching.find_unreachable = find_unreachable
-launching.build_commands = start_guards
+launching.build_commands = fake_launcher
 launching._own_address = lambda hostfile: "127.0.0.1"
 defaults = {
     "changes": [],
     "launcher": "ssh",
     "restarts": 0,
-    "smallest": 1,
+    "min_ranks": 1,
     "log_dir": None,
     "environment": [],
     "keepalive_seconds": 3.0,
     "start_seconds": 60.0,
     "port": 0,
-    "module": "tests.cluster.launch.stand_in_trainer",
+    "module": "tests.cluster.launch.fake_trainer",
 }
 try:
     sys.exit(launch(LaunchOptions(**{**defaults, **values})))
