@@ -53,12 +53,12 @@ TABLE: dict[Call, Row] = {
     ),
     **rows("beit3_ds/parallel/pipeline.py", DEVICES, "pipeline", send="dist.isend", receive="dist.irecv"),
     **rows("beit3_ds/runtime/watchdog.py", HOST, "data", __init__="mesh.host.barrier"),
-    **rows("beit3_ds/parallel/broadcast_batches.py", HOST, "tensor", _share="mesh.tensor.host.broadcast"),
+    **rows("beit3_ds/parallel/broadcast_batches.py", HOST, "tensor", _broadcast="mesh.tensor.host.broadcast"),
     **rows(
         "beit3_ds/parallel/broadcast_batches.py",
         HOST,
         "pipeline",
-        _share_with_stages="pipeline.host.gather pipeline.host.broadcast",
+        _broadcast_to_stages="pipeline.host.gather pipeline.host.broadcast",
     ),
     **rows(
         "beit3_ds/parallel/tensor.py",

@@ -1,4 +1,4 @@
-"""What a rank's main thread is doing, for the thread beside it that tells the other ranks."""
+"""Records what a rank's main thread is doing, for the watchdog's thread, which reports it to the other ranks."""
 
 import sys
 import threading
@@ -6,32 +6,32 @@ from types import FrameType
 
 
 class Activity:
-    """The step and the phase that the main thread is in; it says so itself, with `begin`."""
+    """The current step and phase of the main thread, which sets them with `begin`."""
 
     def __init__(self) -> None:
         self.step, self.phase = 0, "starting"
         self.changes = 0
-        """Phases begun so far; what stands still for long may be stalled."""
+        """Number of phases begun so far; a rank without a new one for long may be stalled."""
         self.lost_contact = False
-        """Whether a collective has failed: then the main thread waits to be told why."""
+        """Whether a collective has failed, so that the main thread waits for the reason."""
 
     def begin(self, phase: str, step: int | None = None) -> None:
         """Begins a phase.
 
         Args:
-            phase: for people, such as "reading data".
-            step: counted from 1, if it is another one.
+            phase: description for people, such as "reading data".
+            step: step from 1; None if it is the same as before.
         """
         self.phase = phase
         if step is not None:
             self.step = step
-        self.changes += 1  # last: who sees the change sees the phase too
+        self.changes += 1  # last, so that a reader of the new number also reads the new phase
 
     def waits_for_ranks(self) -> bool:
-        """Whether this process is inside a collective or a message, as far as Python's stacks show, or was until now.
+        """Returns whether this process waits in a collective or a message, by Python's stacks, or lost contact in one.
 
-        A device that waits (NCCL's collectives run there) looks like one that works. Backward passes on a GPU run in
-        threads of torch's that `threading` does not know; they are looked at too.
+        A device that waits looks like one that computes, because NCCL's collectives run on it. The threads of torch
+        that run backward passes on a GPU are included, although `threading` does not list them.
         """
         if self.lost_contact:
             return True

@@ -1,4 +1,4 @@
-"""Items that few ranks of one copy of the model read and all its ranks use."""
+"""Broadcasts batches from the few ranks of one copy of the model that read them to all its ranks."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, Generic, Protocol, Self, TypeVar
@@ -9,13 +9,13 @@ from beit3_ds.storage_error import StorageError
 
 
 class Shareable(Protocol):
-    """An item of which most ranks need only a part."""
+    """An item that can be sent to other ranks, which may need only a part of it."""
 
     def without_pixels(self) -> Self:
-        """What ranks need that neither embed nor predict."""
+        """Returns the part of the item for ranks that neither embed nor predict."""
 
     def fingerprint(self) -> str:
-        """Equal for items that two ranks read from the same samples."""
+        """Returns a string that is equal for items that two ranks read from the same samples."""
 
     def as_value(self) -> Any:
         """Returns the item as a value that `HostGroup` can send."""
@@ -25,7 +25,7 @@ class Shareable(Protocol):
         """Rebuilds an item from the value of `as_value`."""
 
 
-Failure = ConfigError | StorageError
+DataError = ConfigError | StorageError
 """Errors of data, which are raised on all ranks of a copy of the model."""
 
 ItemT = TypeVar("ItemT", bound=Shareable)
@@ -45,7 +45,7 @@ class BroadcastBatches(Generic[ItemT]):
 
         Args:
             items: items of the reading ranks; only these ranks iterate over them, once per iteration.
-            mesh: the ranks that share them.
+            mesh: ranks that share the items.
             item_type: type of the items.
         """
         self._items, self._mesh, self._type = items, mesh, item_type
@@ -57,62 +57,62 @@ class BroadcastBatches(Generic[ItemT]):
             return
         iterator = iter(self._items) if self._mesh.is_reader else iter(())
         while True:
-            item = self._share(_next(iterator))
-            if isinstance(item, Failure):
+            item = self._broadcast(_next(iterator))
+            if isinstance(item, DataError):
                 raise item
             if item is None:
                 return
             yield item
 
-    def _share(self, own: ItemT | Failure | None) -> ItemT | Failure | None:
+    def _broadcast(self, own: ItemT | DataError | None) -> ItemT | DataError | None:
         mesh = self._mesh
         if mesh.tensor.rank == 0 and mesh.pipeline.size > 1:
-            own = self._share_with_stages(own)
+            own = self._broadcast_to_stages(own)
         shared = self._unpack(mesh.tensor.host.broadcast(_pack(own) if mesh.tensor.rank == 0 else None))
         return own if mesh.tensor.rank == 0 else shared
 
-    def _share_with_stages(self, own: ItemT | Failure | None) -> ItemT | Failure | None:
+    def _broadcast_to_stages(self, own: ItemT | DataError | None) -> ItemT | DataError | None:
         pipeline, is_reader = self._mesh.pipeline, self._mesh.is_reader
-        if isinstance(own, Failure):
-            brought = pipeline.host.gather(_pack(own))
+        if isinstance(own, DataError):
+            gathered = pipeline.host.gather(_pack(own))
         else:
-            brought = pipeline.host.gather({"fingerprint": None if own is None else own.fingerprint()})
-        for found in brought:
+            gathered = pipeline.host.gather({"fingerprint": None if own is None else own.fingerprint()})
+        for found in gathered:
             if "error" in found:
-                return _unpack_failure(found)
-        first, last = brought[0]["fingerprint"], brought[-1]["fingerprint"]
+                return _unpack_error(found)
+        first, last = gathered[0]["fingerprint"], gathered[-1]["fingerprint"]
         if first is None or last is None:
-            return None  # a reading rank was asked to stop and gave up its wait
+            return None  # a reading rank received a stop signal and gave up its wait
         if first != last:
             return ConfigError(
                 "data: the first and the last stage of the pipeline read different samples: a record that one could "
                 "read the other could not, or they see different files. Check that every node sees the same data. "
                 f"First: {first}; last: {last}."
             )
-        assert not isinstance(own, Failure)
+        assert not isinstance(own, DataError)
         without_pixels = own.without_pixels() if own is not None and pipeline.is_first else None
         shared = self._unpack(pipeline.host.broadcast(_pack(without_pixels)))
         return own if is_reader else shared
 
-    def _unpack(self, value: Any) -> ItemT | Failure | None:
+    def _unpack(self, value: Any) -> ItemT | DataError | None:
         if value is None:
             return None
-        return _unpack_failure(value) if "error" in value else self._type.from_value(value["item"])
+        return _unpack_error(value) if "error" in value else self._type.from_value(value["item"])
 
 
-def _pack(item: Shareable | Failure | None) -> Any:
+def _pack(item: Shareable | DataError | None) -> Any:
     if item is None:
         return None
-    if isinstance(item, Failure):
+    if isinstance(item, DataError):
         return {"error": str(item), "is_storage": isinstance(item, StorageError)}
     return {"item": item.as_value()}
 
 
-def _unpack_failure(value: Any) -> Failure:
+def _unpack_error(value: Any) -> DataError:
     return StorageError(value["error"]) if value["is_storage"] else ConfigError(value["error"])
 
 
-def _next(iterator: Iterator[ItemT]) -> ItemT | Failure | None:
+def _next(iterator: Iterator[ItemT]) -> ItemT | DataError | None:
     try:
         return next(iterator, None)
     except (ConfigError, StorageError) as error:

@@ -1,4 +1,4 @@
-"""Exchanges host values between ranks (counts, verdicts, names, batches), never device tensors."""
+"""Exchanges host values between ranks (counts, decisions, names, batches), never device tensors."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ _LENGTH_BYTES = 8
 class HostGroup:
     """Ranks that exchange values in host memory over gloo; a group of one rank sends nothing.
 
-    A group of devices serves one type of device: NCCL refuses CPU tensors. So host values go through this group, and
-    device tensors never do. A process has one such group over all ranks, `Mesh.host`; the axes of the mesh use parts of
-    it (`among`), which need no further process group. Every thread beside the main one needs its own group
+    A device group serves one type of device: NCCL refuses CPU tensors. So host values are sent through this group, and
+    device tensors never are. A process has one such group over all ranks, `Mesh.host`; the axes of the mesh use parts
+    of it (`among`), which need no further process group. Every thread beside the main one needs its own group
     (`build_host_group`), because the messages of one group arrive in the order in which they are sent.
 
     Each operation is a series of messages between two ranks, along binomial trees. A sum over P ranks takes 2 log2(P)
@@ -175,4 +175,4 @@ def build_host_group(timeout: timedelta) -> HostGroup:
 
 
 def _check_host(values: Tensor) -> None:
-    assert values.device.type == "cpu", f"a tensor on {values.device} is no value of the host"
+    assert values.device.type == "cpu", f"a tensor on {values.device} is not a host value"

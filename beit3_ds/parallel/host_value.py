@@ -56,7 +56,7 @@ def _to_json(value: Any, tensors: list[Tensor]) -> Any:
             return value
         case Tensor():
             if value.device.type != "cpu":
-                raise TypeError(f"a tensor on {value.device} is no value of the host: copy it to the CPU first")
+                raise TypeError(f"a tensor on {value.device} is not a host value: copy it to the CPU first")
             tensors.append(value.detach().contiguous())
             return ["tensor", len(tensors) - 1]
         case Size() | tuple() | list() if type(value) in (Size, tuple, list):  # a NamedTuple would lose its type

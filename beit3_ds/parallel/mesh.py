@@ -1,4 +1,4 @@
-"""The mesh of ranks, passed to whoever communicates."""
+"""Builds the mesh of ranks, which is passed to all code that communicates."""
 
 import hashlib
 import socket
@@ -24,23 +24,23 @@ class Mesh:
     """The ranks on the axes pipeline x data x tensor and the groups along them; a single rank by default.
 
     Global rank = (pipeline rank * data_parallel_size + data rank) * tensor_parallel_size + tensor rank, so that
-    tensor-parallel peers, which talk most, are neighbours on one node.
+    tensor-parallel peers, which communicate most, are neighbours on one node.
 
-    Process groups and `sum_*` take tensors on this rank's device only, as NCCL does. Host values, such as counts and
-    names, go through `host`, or `host` of an axis.
+    Process groups and `sum_*` take only tensors on this rank's device, as NCCL does. Host values, such as counts and
+    names, are sent through `host`, or through `host` of an axis.
     """
 
     host: HostGroup = field(default_factory=HostGroup)
-    """All ranks, for host values."""
+    """Group of all ranks for host values."""
     data_host: HostGroup = field(default_factory=HostGroup)
-    """The ranks of `data_parallel_group`, for host values."""
+    """Group of the ranks in `data_parallel_group` for host values."""
 
     data_parallel_group: dist.ProcessGroup | None = None
     """Ranks that hold the same part of the model and different samples."""
     data_parallel_rank: int = 0
-    """This rank's number in that group."""
+    """This rank's number in `data_parallel_group`."""
     data_parallel_size: int = 1
-    """Ranks in that group."""
+    """Number of ranks in `data_parallel_group`."""
     model_parallel_group: dist.ProcessGroup | None = None
     """Ranks that together hold one copy of the model: tensor x pipeline."""
     tensor: TensorParallel = field(default_factory=TensorParallel)
@@ -48,39 +48,39 @@ class Mesh:
     pipeline: PipelineParallel = field(default_factory=PipelineParallel)
     """Ranks that hold different layers and the same samples."""
     all_coords: tuple[RankCoords, ...] = (RankCoords(0, 0, 0),)
-    """Of every global rank."""
+    """Coordinates per global rank."""
     hosts: tuple[str, ...] = field(default_factory=lambda: (socket.gethostname(),))
-    """Of every global rank."""
+    """Name of the host per global rank."""
     activity: Activity = field(default_factory=Activity)
-    """What this rank does right now; the roll call tells the others."""
+    """What this rank is doing, which `runtime.Watchdog` reports to the other ranks."""
 
     @property
     def coords(self) -> RankCoords:
-        """This rank's coordinates, for messages."""
+        """Coordinates of this rank."""
         return RankCoords(self.pipeline.rank, self.data_parallel_rank, self.tensor.rank)
 
     @property
     def is_main(self) -> bool:
-        """True on the one rank that prints, plots and renames: the first of the first stage."""
+        """Whether this is the first rank of the first stage, the only one that prints, plots and renames files."""
         return self.pipeline.is_first and self.data_parallel_rank == 0 and self.tensor.rank == 0
 
     @property
     def is_reader(self) -> bool:
-        """True on the ranks that decode images: one of the tensor-parallel peers of the first and the last stage."""
+        """Whether this rank decodes images: one tensor-parallel rank of the first stage and one of the last."""
         return (self.pipeline.is_first or self.pipeline.is_last) and self.tensor.rank == 0
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model."""
+        """Number of ranks that hold one copy of the model."""
         return self.pipeline.size * self.tensor.size
 
     @property
     def num_ranks(self) -> int:
-        """Ranks on all axes."""
+        """Number of ranks on all axes."""
         return self.data_parallel_size * self.model_parallel_size
 
     def describe_layout(self) -> str:
-        """The numbers of ranks along the axes, for people."""
+        """Describes the number of ranks along each axis, for people."""
         axes = f"{self.data_parallel_size} data-parallel x {self.tensor.size} tensor-parallel ranks"
         return axes if self.pipeline.size == 1 else f"{self.pipeline.size} stages of {axes}"
 
@@ -122,12 +122,12 @@ class Mesh:
         """Refuses ranks whose values of one setting differ; sends a digest of 8 bytes per rank.
 
         Args:
-            what: its name, for the message.
-            value: of this rank.
-            way_out: a sentence for the user.
+            what: name of the setting, for the message.
+            value: this rank's value of the setting.
+            way_out: sentence that tells the user what to do.
 
         Raises:
-            ConfigError: on all ranks, naming those that differ from the first.
+            ConfigError: on all ranks; it names the ranks that differ from rank 0.
         """
         if self.num_ranks == 1:
             return
@@ -140,58 +140,58 @@ class Mesh:
             )
 
     def barrier(self) -> None:
-        """Waits until all ranks have called it; their devices may still be working."""
+        """Waits until all ranks have called it, but not for their devices."""
         self.host.barrier()
 
     def close(self) -> None:
-        """Leaves the process group once every rank is here, so that none asks a store that is gone."""
+        """Leaves the process group once all ranks have called it, so that none uses a store that is gone."""
         self.barrier()
         self.leave()
 
     def leave(self) -> None:
-        """Leaves the process group at once; threads of a group that is left to the exit abort the process."""
+        """Leaves the process group at once; otherwise its threads would abort the process at exit."""
         dist.destroy_process_group()
 
 
 class ModelParallelUnit:
-    """The `mpu` interface that DeepSpeed reads; names are Megatron-LM's.
+    """The `mpu` interface that DeepSpeed reads, with Megatron-LM's names.
 
-    DeepSpeed sums gradient norms and overflow flags over the "model parallel" group, and counts what is marked
-    `tensor_model_parallel` on all its ranks, other parameters only on those of model-parallel rank 0. So the group is
-    that of a whole copy of the model, all stages included, and the rank is the tensor-parallel one. The size goes with
-    the rank: only DeepSpeed's own checkpoints read it, which are not used.
+    DeepSpeed sums gradient norms and overflow flags over the "model parallel" group. It counts parameters marked
+    `tensor_model_parallel` on all ranks of that group, and other parameters only on model-parallel rank 0. So the group
+    contains a whole copy of the model with all stages, and the rank is the tensor-parallel one. The size matches the
+    rank; only DeepSpeed's own checkpoints read it, which are not used.
     """
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
 
     def get_data_parallel_group(self) -> dist.ProcessGroup | None:
-        """Ranks that hold the same part of the model."""
+        """Returns the group of ranks that hold the same part of the model."""
         return self._mesh.data_parallel_group
 
     def get_data_parallel_rank(self) -> int:
-        """This rank's number among them."""
+        """Returns this rank's number in the data-parallel group."""
         return self._mesh.data_parallel_rank
 
     def get_data_parallel_world_size(self) -> int:
-        """How many they are."""
+        """Returns the number of ranks in the data-parallel group."""
         return self._mesh.data_parallel_size
 
     def get_model_parallel_group(self) -> dist.ProcessGroup | None:
-        """Ranks that hold one copy of the model."""
+        """Returns the group of ranks that hold one copy of the model."""
         return self._mesh.model_parallel_group
 
     def get_model_parallel_rank(self) -> int:
-        """0 on the ranks that answer for what tensor-parallel peers hold alike."""
+        """Returns the tensor-parallel rank; rank 0 counts parameters that tensor-parallel peers hold alike."""
         return self._mesh.tensor.rank
 
     def get_model_parallel_world_size(self) -> int:
-        """How many such numbers there are."""
+        """Returns the number of tensor-parallel ranks."""
         return self._mesh.tensor.size
 
 
 def build_mesh(parallel: ParallelConfig) -> Mesh:
-    """Builds the mesh over all ranks of the initialised process group; all ranks call it, and learn each other's hosts.
+    """Builds the mesh over all ranks of the initialised process group, which call it together and exchange host names.
 
     Raises:
         ConfigError: if the layout does not divide the number of ranks.
@@ -199,7 +199,7 @@ def build_mesh(parallel: ParallelConfig) -> Mesh:
     world_size = dist.get_world_size()
     data_size = parallel.data_parallel_size(world_size)
     coords = parallel.rank_coords(dist.get_rank(), world_size)
-    # Every rank makes every group, in one order: tensor, data, model, then those of the pipelines.
+    # Every rank creates every group, in one order: tensor, data, model, then those of the pipelines.
     ranks = torch.arange(world_size).view(parallel.pipeline_parallel_size, data_size, parallel.tensor_parallel_size)
     timeout = timedelta(seconds=parallel.timeout_seconds)
     host = build_host_group(timeout)
@@ -230,24 +230,24 @@ def build_mesh(parallel: ParallelConfig) -> Mesh:
 
 def join_ranks(ranks: Sequence[int]) -> str:
     """Names ascending ranks as "ranks 3-7, 12"."""
-    runs: list[list[int]] = []
+    spans: list[list[int]] = []
     for rank in ranks:
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
+        if spans and rank == spans[-1][1] + 1:
+            spans[-1][1] = rank
         else:
-            runs.append([rank, rank])
-    names = ", ".join(f"{first}-{last}" if first < last else f"{first}" for first, last in runs)
+            spans.append([rank, rank])
+    names = ", ".join(f"{first}-{last}" if first < last else f"{first}" for first, last in spans)
     return f"{'ranks' if len(ranks) > 1 else 'rank'} {names}"
 
 
 def own_group(rows: Tensor, timeout: timedelta) -> dist.ProcessGroup:
-    """Makes disjoint groups, in which every rank takes part, and returns the one that this rank is in.
+    """Creates disjoint groups over all ranks, which call it together, and returns the group of this rank.
 
     Args:
-        rows: the global ranks of one group a row.
-        timeout: how long its collectives wait; torch gives new groups half an hour, whatever the first one has.
+        rows: global ranks, one row per group.
+        timeout: limit of its collectives; torch's default for new groups is half an hour, whatever the first group has.
     """
-    made = [dist.new_group(ranks, timeout=timeout) for ranks in rows.tolist()]
-    (own,) = (group for group, ranks in zip(made, rows.tolist(), strict=True) if dist.get_rank() in ranks)
+    groups = [dist.new_group(ranks, timeout=timeout) for ranks in rows.tolist()]
+    (own,) = (group for group, ranks in zip(groups, rows.tolist(), strict=True) if dist.get_rank() in ranks)
     assert isinstance(own, dist.ProcessGroup)
     return own

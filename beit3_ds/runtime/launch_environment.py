@@ -1,4 +1,4 @@
-"""What a launcher says about a rank. The one place where its variables are read."""
+"""Reads the variables with which a launcher describes a rank; no other module reads them."""
 
 import os
 import re
@@ -10,30 +10,30 @@ from beit3_ds.config import ConfigError
 
 _DEFAULT_PORT = 29500  # torch's and DeepSpeed's
 _FIRST_JOB_PORT, _NUM_JOB_PORTS = 20_000, 10_000  # below the ports that Linux hands out by itself
-_STEPS_A_JOB = 16
+_STEPS_PER_JOB = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """A rank among those that a launcher started, in the launcher's own words translated to torch's."""
+    """A rank as its launcher describes it, in torch's terms."""
 
     launcher: str
-    """Who started it, for messages."""
+    """Name of the launcher, for messages."""
     rank: int
-    """Its number among all ranks."""
+    """Global rank."""
     world_size: int
-    """How many ranks there are."""
+    """Number of ranks."""
     local_rank: int
-    """The number of its device: its own among the ranks of its host, or 0 if it sees one device only."""
+    """Number of this rank's device: its rank within its host, or 0 if it sees only one device."""
     local_size: int | None
-    """How many ranks its host has; None if the launcher does not say."""
+    """Number of ranks on this host; None if the launcher does not set it."""
     master_addr: str | None
-    """Where rank 0 is: the name or address of its host; None if only MPI can find out (`discover_through_mpi`)."""
+    """Name or address of rank 0's host; None if only MPI can find it (`discover_through_mpi`)."""
     master_port: int
-    """Where rank 0 listens."""
+    """Port on which rank 0 listens."""
 
     def variables(self) -> dict[str, str]:
-        """What torch and DeepSpeed look for in the environment."""
+        """Returns the environment variables that torch and DeepSpeed read."""
         values = {
             "RANK": self.rank,
             "WORLD_SIZE": self.world_size,
@@ -46,15 +46,15 @@ class Launch:
 
 
 def read_launch(environment: Mapping[str, str]) -> Launch:
-    """Reads the variables of whoever started this process: torch's own (`deepspeed`, `torchrun`), MPI's or Slurm's.
+    """Returns the launch that the environment describes: torch's variables (`deepspeed`, `torchrun`), MPI's or Slurm's.
 
-    Torch's come first: whoever sets them meant it. MPI's come before Slurm's, for mpirun starts its daemons with srun;
-    but PMI's, which srun also sets, only with Hydra's own. What Slurm says of a job and not of a step of srun is passed
-    over: a batch script's own process is no rank, nor is a shell. MASTER_ADDR and MASTER_PORT are taken from the
-    environment if they are there.
+    Torch's variables have priority, because they are set on purpose. MPI's precede Slurm's, because mpirun starts its
+    daemons with srun. PMI's, which srun sets too, count only together with Hydra's. Slurm's variables of a job without
+    a step of srun are ignored: neither a batch script's own process nor a shell is a rank. MASTER_ADDR and MASTER_PORT
+    override other sources.
 
     Raises:
-        ConfigError: if variables are missing, are no numbers, or contradict each other.
+        ConfigError: if variables are missing, are not numbers, or contradict each other.
     """
     if "RANK" in environment:
         launch = _read_torch(environment)
@@ -71,9 +71,9 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
 
 
 def discover_through_mpi(launch: Launch) -> Launch:
-    """Asks the other ranks through MPI where rank 0 is; returns the launch with that address.
+    """Returns the launch with rank 0's address, found through MPI: the first one of `hostname -I` there.
 
-    It is the first of `hostname -I` there. Communicates: a broadcast and a gather of host names, through MPI.
+    Communicates through MPI: a broadcast and a gather of host names.
 
     Raises:
         ConfigError: if mpi4py is missing.
@@ -82,12 +82,12 @@ def discover_through_mpi(launch: Launch) -> Launch:
         import mpi4py  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            f"{launch.launcher} does not say where rank 0 runs, and mpi4py, which finds out, cannot be imported "
+            f"{launch.launcher} does not set rank 0's address, and mpi4py, which finds it, cannot be imported "
             f"({error}). Install it (pip install mpi4py), or name the first host: mpirun -x MASTER_ADDR=HOST ..."
         ) from None
     from deepspeed.comm import mpi_discovery
 
-    mpi_discovery(distributed_port=launch.master_port, verbose=False)  # into the environment
+    mpi_discovery(distributed_port=launch.master_port, verbose=False)  # sets the environment
     return replace(launch, master_addr=os.environ["MASTER_ADDR"])
 
 
@@ -95,8 +95,8 @@ def _read_torch(environment: Mapping[str, str]) -> Launch:
     needed = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if missing := [name for name in needed if not environment.get(name)]:
         raise ConfigError(
-            f"launcher: RANK={environment['RANK']} is set, but {', '.join(missing)} not. A launcher sets them all "
-            "(deepspeed, torchrun); unset RANK to train in one process, or under srun and mpirun, which need none."
+            f"launcher: RANK={environment['RANK']} is set, but {', '.join(missing)} not. Launchers (deepspeed, "
+            "torchrun) set all of them; unset RANK to train in one process, or under srun and mpirun, which need none."
         )
     local_size = "LOCAL_SIZE" if "LOCAL_SIZE" in environment else "LOCAL_WORLD_SIZE"
     return Launch(
@@ -137,16 +137,16 @@ def _read_hydra(environment: Mapping[str, str]) -> Launch:
 def _read_slurm(environment: Mapping[str, str]) -> Launch:
     tasks = expand_tasks(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
     node = _number(environment, "SLURM_NODEID")
-    # Jobs that share a host must not share a port, and every rank must come to the same one.
+    # Jobs that share a host need different ports, and all ranks of a job must compute the same one.
     job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID")
-    port = _FIRST_JOB_PORT + (job * _STEPS_A_JOB + step) % _NUM_JOB_PORTS
+    port = _FIRST_JOB_PORT + (job * _STEPS_PER_JOB + step) % _NUM_JOB_PORTS
     return Launch(
         launcher="srun",
         rank=_number(environment, "SLURM_PROCID"),
         world_size=_number(environment, "SLURM_STEP_NUM_TASKS"),
         local_rank=_device(environment, "SLURM_LOCALID"),
         local_size=tasks[node] if node < len(tasks) else None,
-        # Not SLURM_LAUNCH_NODE_IPADDR: that is where srun was typed, often a login node.
+        # Not SLURM_LAUNCH_NODE_IPADDR, which is the host where srun was called, often a login node.
         master_addr=environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_STEP_NODELIST", "")),
         master_port=_port(environment, port),
     )
@@ -168,19 +168,19 @@ def _single_process() -> Launch:
 
 
 def first_host(hosts: str) -> str:
-    """The first of the hosts that Slurm writes as "node[08-11,20],gpu1"."""
+    """Returns the first host of a list that Slurm writes as "node[08-11,20],gpu1"."""
     first = re.split(r",(?![^\[]*\])", hosts)[0]
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
 def expand_tasks(counts: str) -> list[int]:
-    """The ranks of every host, which Slurm writes as "8(x3),4"."""
+    """Returns the number of ranks per host, which Slurm writes as "8(x3),4"."""
     found = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
     return [int(count) for count, times in found for _ in range(int(times or 1))]
 
 
 def _device(environment: Mapping[str, str], local_rank: str) -> int:
-    # srun --gpus-per-task=1 shows every rank its own GPU alone, which is number 0 there.
+    # With srun --gpus-per-task=1 every rank sees only its own GPU, as number 0.
     sees_one = re.fullmatch(r"[^,]+", environment.get("CUDA_VISIBLE_DEVICES", ""))
     return 0 if sees_one else _number(environment, local_rank)
 
@@ -193,8 +193,8 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     value = environment.get(name)
     if value is None or not re.fullmatch(r"\d+", value):
         raise ConfigError(
-            f"launcher: the environment has {name}={value!r} where a whole number is expected. It is set by the "
-            "launcher: deepspeed, torchrun, mpirun or srun. Do not set it by hand, or set it right."
+            f"launcher: the environment has {name}={value!r}, but a whole number is expected. The launcher (deepspeed, "
+            "torchrun, mpirun or srun) sets it: do not set it by hand, or correct it."
         )
     return int(value)
 
@@ -206,4 +206,4 @@ def _check(launch: Launch) -> None:
             "of two launchers may be mixed: start the run from a fresh shell."
         )
     if not 0 < launch.master_port < 2**16:
-        raise ConfigError(f"launcher: MASTER_PORT={launch.master_port} is no port. Choose one from 1024 to 65535.")
+        raise ConfigError(f"launcher: MASTER_PORT={launch.master_port} is not a port. Choose one from 1024 to 65535.")

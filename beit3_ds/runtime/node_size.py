@@ -1,4 +1,4 @@
-"""Measures this machine: memory that its processes may take, and /dev/shm."""
+"""Measures the memory that this machine's processes may use, and its /dev/shm."""
 
 import os
 from contextlib import suppress
@@ -11,7 +11,7 @@ _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.lim
 
 
 def measure_node() -> NodeSize:
-    """Reads the machine's memory, or its container's limit if that is lower, and the free space in /dev/shm."""
+    """Returns the machine's memory, or its container's limit if that is lower, and the free space in /dev/shm."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in _CGROUP_LIMITS:
         with suppress(OSError, ValueError):  # absent, or "max"

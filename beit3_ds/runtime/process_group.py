@@ -19,22 +19,22 @@ from beit3_ds.runtime.watchdog import Watchdog
 
 
 def init_process_group(parallel: ParallelConfig) -> Mesh:
-    """Joins the process group that the launcher described in the environment, or makes one of a single process.
+    """Joins the process group that the launcher describes in the environment, or creates one of a single process.
 
-    Afterwards torch's variables (RANK, MASTER_ADDR and so on) are in the environment under every launcher. Divides the
-    CPU cores that the ranks of a host may use among them, unless OMP_NUM_THREADS is set.
+    Sets torch's variables (RANK, MASTER_ADDR and so on) in the environment under every launcher. Divides the CPU cores
+    of a host among its ranks, unless OMP_NUM_THREADS is set.
 
     Raises:
-        ConfigError: if the environment is contradictory, or ranks cannot reach each other or do not arrive in time.
+        ConfigError: if the environment is contradictory, or if ranks cannot reach each other or do not come in time.
     """
     _avoid_compiling_shm_comm()
-    # DeepSpeed's calls into torch.distributed are renamed there; a warning a call would bury the run's own lines.
+    # DeepSpeed calls functions that torch.distributed has renamed; a warning per call would bury the run's own lines.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     launch = read_launch(os.environ)
     if launch.master_addr is None:
         launch = discover_through_mpi(launch)
     os.environ.update(launch.variables())
-    # DeepSpeed's engine would set the device too late: NCCL connects it, and there is work before the engine exists.
+    # DeepSpeed's engine would set the device too late: NCCL's connections and the work before the engine need it.
     get_accelerator().set_device(launch.local_rank)
     if launch.world_size == 1:
         _use_threads(count_cores())
@@ -52,11 +52,11 @@ def init_process_group(parallel: ParallelConfig) -> Mesh:
 
 @contextmanager
 def joined_ranks(parallel: ParallelConfig) -> Iterator[Mesh]:
-    """Joins the process group for the time of a program, and ends the program on all ranks if one of them fails.
+    """Joins the process group while a program runs, and ends the program on all ranks if one of them fails.
 
-    An error that a user can mend leaves as it came. Any other is told to the other ranks, which end with a line that
-    names this one; a rank that lost contact with another ends with a line that names that one, and so do all if a rank
-    is lost or stalled (`Watchdog`).
+    An error of the program is reported to the other ranks, which end with a line that names this rank, and is raised
+    again. If a collective failed because of another rank, this rank ends with a line that names that one. All ranks
+    also end if a rank is lost or stalled (`Watchdog`).
     """
     mesh = init_process_group(parallel)
     watchdog = Watchdog(parallel, mesh)
@@ -74,35 +74,35 @@ def joined_ranks(parallel: ParallelConfig) -> Iterator[Mesh]:
 
 
 def compute_device() -> torch.device:
-    """The device that this rank trains on."""
+    """Returns the device on which this rank trains."""
     return torch.device(get_accelerator().current_device_name())
 
 
 def _join(parallel: ParallelConfig) -> Mesh:
     """Builds the process groups for device tensors, which accept no other tensors, and the group for host values."""
     if get_accelerator().communication_backend_name() != "gloo":
-        # The group for host values connects few pairs of ranks. If the device groups are gloo's too, they connect all
-        # pairs now, which shows a link that is down.
+        # The group for host values connects few pairs of ranks, so it may connect them when needed. Device groups of
+        # gloo connect all pairs now, which shows a link that is down.
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=parallel.timeout_seconds))
     return build_mesh(parallel)
 
 
 def _is_lost_contact(error: Exception) -> bool:
-    """Whether a collective failed because of another rank; gloo raises plain RuntimeErrors."""
+    """Returns whether a collective failed because of another rank; gloo raises plain RuntimeErrors."""
     return isinstance(error, RuntimeError) and (
         isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Gloo"))
     )
 
 
 def _avoid_compiling_shm_comm() -> None:
-    # On CPU DeepSpeed compiles this extension at the first collective: a minute, and a build lock that has been seen to
-    # hang. Without it gloo does the work.
+    # On CPU DeepSpeed would compile this extension at the first collective, which takes a minute and a build lock that
+    # was seen to hang. Without it DeepSpeed uses gloo.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _use_threads(number: int) -> None:
-    # Every rank on a machine would start one thread per core, and they would wait for each other at every barrier:
-    # ten times slower with two ranks on two cores.
+    # By default every rank starts one thread per core of the machine. Two ranks on two cores were ten times slower with
+    # that, because their threads compete and wait for each other.
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(number)

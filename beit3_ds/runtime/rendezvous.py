@@ -1,4 +1,4 @@
-"""How ranks meet before there is a process group: who cannot be reached, or does not come, is named in time."""
+"""Lets ranks meet before there is a process group; names in time a rank that cannot be reached or does not come."""
 
 import errno
 import ipaddress
@@ -23,12 +23,12 @@ from beit3_ds.runtime.launch_environment import Launch
 from beit3_ds.runtime.versions import describe_versions
 
 SILENCE_SECONDS = 60.0
-"""How long rank 0's host may give no answer at all. One that refuses is up: its rank may still open its files."""
+"""Longest silence of rank 0's host. A host that refuses connections answers: its rank may still open its files."""
 NOTICE_SECONDS = 30.0
-"""How often a rank says what it waits for."""
+"""Interval at which a rank prints what it waits for."""
 _POLL_SECONDS = 0.5
-_GRACE_SECONDS = 10.0  # for the other ranks to hear from rank 0 that one is missing, or to fail by themselves
-_LISTED = 8  # differences that are named
+_GRACE_SECONDS = 10.0  # time for other ranks to read from rank 0 that one is missing, or to fail by themselves
+_LISTED = 8  # most differences that a message names
 _WAYS_OUT = (
     "Name an address of rank 0's host that all others reach, and a port that is free there: deepspeed --master_addr A "
     "--master_port P; mpirun -x MASTER_ADDR=A -x MASTER_PORT=P; export MASTER_ADDR=A MASTER_PORT=P before srun."
@@ -36,19 +36,19 @@ _WAYS_OUT = (
 
 
 class Rendezvous:
-    """The time from a rank's start to its process group; within it a rank that waits says for what.
+    """Context from a rank's start to its process group, in which a rank that waits prints what it waits for.
 
-    Ranks meet in the store of rank 0, where each writes its address and what software it runs. A thread prints what
-    this rank waits for, and ends the process if a call into torch does not come back.
+    Ranks meet in the store of rank 0, where each writes its address and the versions of its software. A thread prints
+    what this rank waits for, and ends the process if a call into torch blocks for too long.
     """
 
     def __init__(self, launch: Launch, seconds: float, end: Callable[[int], None] = os._exit) -> None:
-        """Nothing happens before `meet`.
+        """Prepares the thread; `meet` makes the first connection.
 
         Args:
             launch: this rank, with the address of rank 0.
-            seconds: how long ranks wait for each other.
-            end: what ends this process: its main thread may be in a call that does not come back.
+            seconds: longest wait of ranks for each other.
+            end: ends this process, even if its main thread is blocked in a call.
         """
         self._launch, self._seconds, self._end = launch, seconds, end
         self._host = socket.gethostname()
@@ -69,46 +69,47 @@ class Rendezvous:
     ) -> None:
         self._over.set()
         self._thread.join()
-        self._store = None  # torch's own keeps the server of rank 0 alive
+        self._store = None  # the store of torch's process group keeps the server of rank 0 alive
 
     def meet(self) -> None:
-        """Waits until all ranks are there, and chooses the network interface of gloo. Sends a few bytes a rank.
+        """Waits until all ranks have come, and chooses gloo's network interface; sends a few bytes per rank.
 
         Raises:
-            ConfigError: if rank 0's host gives no answer for `SILENCE_SECONDS`, if it cannot listen, if not all ranks
-                come within the seconds given, or if some run other versions or code than rank 0.
+            ConfigError: if rank 0's host does not answer for `SILENCE_SECONDS` or cannot listen, if not all ranks come
+                within the given seconds, or if some run other versions or code than rank 0.
         """
         serves = self._launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         if serves:
             self._check_own_name()
         else:
             self._reach_rank_0()
-        self._waits_for = f"the store at {self._place()}, which takes connections but does not answer"
+        self._waits_for = f"the store at {self._master()}, which accepts connections but does not answer"
         self._store = self._open_store(serves)
         own: dict[str, Any] = {"address": _own_address(*self._target()), "host": self._host}
         own |= {"software": describe_versions(), "cores": describe_cores()}
         self._store.set(f"rendezvous/{self._launch.rank}", json.dumps(own))
-        addresses = self._gather(self._store) if self._launch.rank == 0 else self._hear(self._store)
+        is_first = self._launch.rank == 0
+        addresses = self._gather_addresses(self._store) if is_first else self._receive_addresses(self._store)
         self.num_threads = json.loads(self._store.get("rendezvous/threads"))[self._launch.rank]
-        # By itself gloo takes the address of the host's name, which is 127.0.1.1 on a Debian host, or the loopback.
+        # By default gloo takes the address of the host's name, which is 127.0.1.1 on a Debian host, or the loopback.
         if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := self._interface(addresses)):
             os.environ["GLOO_SOCKET_IFNAME"] = interface
         self._waits_for = (
-            f"the process group to form: all ranks met at {self._place()} and connect to each other, at any port, over "
-            f"GLOO_SOCKET_IFNAME={os.environ.get('GLOO_SOCKET_IFNAME')} or NCCL's choice"
+            f"the process group to form: all ranks met at {self._master()} and connect to each other, at any port, "
+            f"over GLOO_SOCKET_IFNAME={os.environ.get('GLOO_SOCKET_IFNAME')} or NCCL's choice"
         )
-        self._start = time.monotonic()  # this takes as long again, at most
+        self._start = time.monotonic()  # forming the process group has the same time limit
 
     def explain(self, error: RuntimeError) -> ConfigError:
-        """Says what a failure to form the process group means, once the ranks have met."""
+        """Returns an error that explains a failure to form the process group after the ranks have met."""
         return ConfigError(
-            f"host {self._host}: the ranks met at {self._place()}, but could not all connect to each other: "
+            f"host {self._host}: the ranks met at {self._master()}, but could not all connect to each other: "
             f"{str(error).splitlines()[0]}. Every rank must reach every other one at any port, over the interface that "
             f"GLOO_SOCKET_IFNAME ({os.environ.get('GLOO_SOCKET_IFNAME', 'not set')} here) and NCCL_SOCKET_IFNAME name: "
             "set them to the cluster's, and open its firewall between the hosts. If another rank ended, see its line."
         )
 
-    def _place(self) -> str:
+    def _master(self) -> str:
         return f"MASTER_ADDR={self._launch.master_addr}, MASTER_PORT={self._launch.master_port}"
 
     def _check_own_name(self) -> None:
@@ -116,7 +117,7 @@ class Rendezvous:
             _own_address(*self._target())
         except OSError as error:
             raise ConfigError(
-                f"rank 0 on host {self._host} does not know its own name, {self._place()}: {error.strerror or error}. "
+                f"rank 0 on host {self._host} does not know its own name, {self._master()}: {error.strerror or error}. "
                 f"{_WAYS_OUT}"
             ) from None
 
@@ -131,11 +132,11 @@ class Rendezvous:
                 reason = "its host answers, but no rank 0 listens there yet" + self._hint_at_loopback()
             except OSError as error:
                 reason = f"{error.strerror or error}"
-            self._waits_for = f"rank 0 at {self._place()}: {reason}"
+            self._waits_for = f"rank 0 at {self._master()}: {reason}"
             now = time.monotonic()
             if now - silent_since >= min(SILENCE_SECONDS, self._seconds) or now - self._start >= self._seconds:
                 raise ConfigError(
-                    f"host {self._host} cannot reach rank 0 at {self._place()}: {reason} ({now - self._start:.0f} s). "
+                    f"host {self._host} cannot reach rank 0 at {self._master()}: {reason} ({now - self._start:.0f} s). "
                     f"If rank 0 or its host ended, see its line; else: {_WAYS_OUT}"
                 )
             time.sleep(_POLL_SECONDS)
@@ -146,27 +147,27 @@ class Rendezvous:
                 *self._target(),
                 is_master=serves,
                 wait_for_workers=False,
-                multi_tenant=True,  # torch makes another one at the same port: they share the server
+                multi_tenant=True,  # torch opens another store at the same port: they share the server
                 timeout=timedelta(seconds=self._seconds),
             )
         except dist.DistNetworkError as error:
             if f"code: -{errno.EADDRINUSE}" not in str(error):
-                raise ConfigError(f"host {self._host}: no store at {self._place()}: {error}. {_WAYS_OUT}") from None
+                raise ConfigError(f"host {self._host}: no store at {self._master()}: {error}. {_WAYS_OUT}") from None
             raise ConfigError(
                 f"rank 0 cannot listen on host {self._host}: port {self._launch.master_port} is in use, by another run "
                 f"or program. {_WAYS_OUT}"
             ) from None
 
-    def _gather(self, store: dist.TCPStore) -> list[str]:
-        """Rank 0: waits for all ranks, tells them who is missing, if any, and returns and sends all addresses."""
+    def _gather_addresses(self, store: dist.TCPStore) -> list[str]:
+        """Waits on rank 0 for all ranks; returns all addresses and sends them, or an error if a rank is missing."""
         size = self._launch.world_size
         missing = list(range(size))
         while missing := [rank for rank in missing if not store.check([f"rendezvous/{rank}"])]:
-            self._waits_for = f"{join_ranks(missing)} of {size} to come to {self._place()}"
+            self._waits_for = f"{join_ranks(missing)} of {size} to come to {self._master()}"
             if time.monotonic() - self._start >= self._seconds:
                 self._refuse(
                     store,
-                    f"{join_ranks(missing)} of {size} did not come within {self._seconds:.0f} s to {self._place()}. A "
+                    f"{join_ranks(missing)} of {size} did not come within {self._seconds:.0f} s to {self._master()}. A "
                     "line of theirs may say why; or a host is down, unreachable, or slower to open its files than "
                     "parallel.timeout_seconds allows.",
                 )
@@ -179,28 +180,29 @@ class Rendezvous:
         threads = divide_cores([(rank["host"], rank["cores"]) for rank in ranks])
         store.set("rendezvous/threads", json.dumps(threads))
         store.set("rendezvous/addresses", " ".join(addresses))
-        store.set("rendezvous/verdict", "")
+        store.set("rendezvous/error", "")
         return addresses
 
-    def _refuse(self, store: dist.TCPStore, verdict: str) -> NoReturn:
-        """Tells all ranks why they cannot meet."""
-        store.set("rendezvous/verdict", verdict)
+    def _refuse(self, store: dist.TCPStore, error: str) -> NoReturn:
+        """Sends all ranks the reason why they cannot meet, and raises it."""
+        store.set("rendezvous/error", error)
         time.sleep(min(_GRACE_SECONDS, self._seconds) / 5)  # the store ends with this rank
-        raise ConfigError(verdict)
+        raise ConfigError(error)
 
-    def _hear(self, store: dist.TCPStore) -> list[str]:
-        self._waits_for = None  # rank 0 says who is missing
+    def _receive_addresses(self, store: dist.TCPStore) -> list[str]:
+        """Waits on other ranks for the addresses that rank 0 sends."""
+        self._waits_for = None  # rank 0 prints which ranks are missing
         try:
-            store.wait(["rendezvous/verdict"], timedelta(seconds=self._seconds + _GRACE_SECONDS))
-            verdict = store.get("rendezvous/verdict").decode()
-            addresses = [] if verdict else store.get("rendezvous/addresses").decode().split()
+            store.wait(["rendezvous/error"], timedelta(seconds=self._seconds + _GRACE_SECONDS))
+            error = store.get("rendezvous/error").decode()
+            addresses = [] if error else store.get("rendezvous/addresses").decode().split()
         except (RuntimeError, dist.DistError):
             raise ConfigError(
-                f"host {self._host}: rank 0 at {self._place()} ended, or lost contact, before all ranks had met. "
+                f"host {self._host}: rank 0 at {self._master()} ended, or lost contact, before all ranks had met. "
                 "Its own line says why."
             ) from None
-        if verdict:
-            raise ConfigError(verdict)
+        if error:
+            raise ConfigError(error)
         return addresses
 
     def _target(self) -> tuple[str, int]:
@@ -213,7 +215,7 @@ class Rendezvous:
         return ""
 
     def _interface(self, addresses: list[str]) -> str | None:
-        """The interface that leads to rank 0's host; on that host, the one that leads to the others."""
+        """Returns the interface that leads to rank 0's host; on that host, the one that leads to the others."""
         own = _own_address(*self._target())
         others = [address for address in addresses if not _is_loopback(address)]
         if _is_loopback(own) and others:
@@ -239,10 +241,10 @@ class Rendezvous:
 
 
 def find_differences(ranks: Sequence[Mapping[str, Any]]) -> str | None:
-    """What other ranks run than rank 0, as one sentence for each kind of software, and the way out; None if nothing.
+    """Describes software of other ranks that differs from rank 0's, and the way out; None if nothing differs.
 
     Args:
-        ranks: of each rank its "host", and its "software" by name.
+        ranks: "host" and, by name, "software" per rank.
     """
     first, sentences = ranks[0], []
     for name, expected in first["software"].items():
@@ -266,7 +268,7 @@ def find_differences(ranks: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def _own_address(host: str, port: int) -> str:
-    """The address that this host has towards another, without sending anything."""
+    """Returns this host's address on the network towards another host; sends nothing."""
     family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(target)

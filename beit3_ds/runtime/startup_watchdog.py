@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 NOTICE_SECONDS = 60.0
-"""Interval at which a start that makes no progress prints its place."""
+"""Interval at which a start without progress prints where it is."""
 STOP_SECONDS = 30.0
 """Longest time of a start after a signal to stop. Usually it reaches the first step, where all ranks agree to stop;
 clusters kill half a minute after the signal or later. Nothing is lost, because no step was done since the newest
@@ -59,7 +59,7 @@ class StartupWatchdog:
         self._thread.join()
 
     def _watch(self) -> None:
-        still_since, noticed, asked = time.monotonic(), 0.0, None
+        still_since, noticed, signalled_at = time.monotonic(), 0.0, None
         used = self._cpu_seconds()
         while not self._over.wait(_POLL_SECONDS):
             now, now_used = time.monotonic(), self._cpu_seconds()
@@ -67,8 +67,8 @@ class StartupWatchdog:
             if now_used[0] != used[0] or now_used[1] - used[1] > max(0.1, _IDLE_SHARE * still):
                 still_since, noticed, used, still = now, 0.0, now_used, 0.0
             if received := sorted(self._received):
-                asked = asked or now
-                if now - asked >= STOP_SECONDS:
+                signalled_at = signalled_at or now
+                if now - signalled_at >= STOP_SECONDS:
                     name = signal.Signals(received[0]).name
                     self._finish(
                         f"{name} came during the start, which has not ended {STOP_SECONDS:.0f} s later",
@@ -80,29 +80,29 @@ class StartupWatchdog:
                 return
             if self._opens_files and still - noticed >= NOTICE_SECONDS:
                 noticed = still
-                line = f"the start of rank {self._rank} has stood still for {still:.0f} s: {self._place()}"
+                line = f"the start of rank {self._rank} has stood still for {still:.0f} s: {self._where()}"
                 print(line, file=sys.stderr, flush=True)
 
     def _cpu_seconds(self) -> tuple[float, float]:
         """Returns the processor time of the main thread and of the whole process, in seconds."""
         return time.clock_gettime(self._clock), time.process_time()
 
-    def _place(self) -> str:
+    def _where(self) -> str:
         """Describes where the main thread is, with the file that its functions work with."""
         frame = sys._current_frames().get(self._ident)
-        places, paths = [], []
+        lines, paths = [], []
         for inner, line in traceback.walk_stack(frame):
             if inner.f_code.co_filename.startswith(_PACKAGE) and inner.f_code.co_filename != __file__:
-                places.append(f"{Path(inner.f_code.co_filename).name}:{line} ({inner.f_code.co_name})")
+                lines.append(f"{Path(inner.f_code.co_filename).name}:{line} ({inner.f_code.co_name})")
                 values = [inner.f_locals.get(name) for name in ("path", "file", "name", "self")]
                 values += [getattr(values[-1], name, None) for name in ("path", "_path")]
                 paths += [os.fspath(value) for value in values if isinstance(value, str | Path)]
         named = f"with {paths[0]}" if paths else "opening its files" if self._opens_files else "waiting for other ranks"
-        return f"{named}, at {places[0]}" if places else named
+        return f"{named}, at {lines[0]}" if lines else named
 
     def _finish(self, why: str, status: int) -> None:
         line = (
-            f"error on rank {self._rank}: {why}: {self._place()}. Nothing was trained; the same command starts again."
+            f"error on rank {self._rank}: {why}: {self._where()}. Nothing was trained; the same command starts again."
         )
         print(line, file=sys.stderr, flush=True)
         self._end(status)

@@ -87,7 +87,7 @@ def test_the_address_that_mpi_finds_is_all_that_is_taken_from_it(monkeypatch: py
 
 def test_without_mpi4py_the_address_must_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    with pytest.raises(ConfigError, match=r"mpirun \(Open MPI\) does not say where rank 0 runs.*-x MASTER_ADDR=HOST"):
+    with pytest.raises(ConfigError, match=r"mpirun \(Open MPI\) does not set rank 0's address.*-x MASTER_ADDR=HOST"):
         discover_through_mpi(read_launch(OPEN_MPI))
 
 
@@ -117,13 +117,13 @@ def test_a_batch_script_is_one_process() -> None:
     ("environment", "message"),
     [
         ({"RANK": "0"}, r"RANK=0 is set, but WORLD_SIZE, MASTER_ADDR, MASTER_PORT not.*unset RANK"),
-        (TORCH | {"WORLD_SIZE": "two"}, r"WORLD_SIZE='two' where a whole number"),
-        (TORCH | {"RANK": "-1"}, r"RANK='-1' where a whole number"),
+        (TORCH | {"WORLD_SIZE": "two"}, r"WORLD_SIZE='two', but a whole number"),
+        (TORCH | {"RANK": "-1"}, r"RANK='-1', but a whole number"),
         (TORCH | {"RANK": "6"}, r"rank 6 is not below the number of ranks, 6.*fresh shell"),
-        (TORCH | {"MASTER_PORT": "70000"}, r"MASTER_PORT=70000 is no port"),
-        (OPEN_MPI | {"MASTER_PORT": "0"}, r"MASTER_PORT=0 is no port"),
+        (TORCH | {"MASTER_PORT": "70000"}, r"MASTER_PORT=70000 is not a port"),
+        (OPEN_MPI | {"MASTER_PORT": "0"}, r"MASTER_PORT=0 is not a port"),
         ({"OMPI_COMM_WORLD_RANK": "0"}, r"OMPI_COMM_WORLD_SIZE=None"),
-        ({**SLURM, "SLURM_LOCALID": ""}, r"SLURM_LOCALID='' where a whole number"),
+        ({**SLURM, "SLURM_LOCALID": ""}, r"SLURM_LOCALID='', but a whole number"),
     ],
 )
 def test_nonsense_is_refused(environment: dict[str, str], message: str) -> None:
