@@ -1,8 +1,8 @@
-"""Hostfiles: the machines of a run and their numbers of ranks, read more strictly than DeepSpeed reads them.
+"""Reads hostfiles, which name the machines of a run and their numbers of ranks, more strictly than DeepSpeed.
 
-DeepSpeed's parser (`deepspeed.launcher.runner`) takes `slots=2x` for 2, accepts 0 and 99999, and passes names on that
-no ssh can reach: the run then hangs or dies on another machine. Here such a line is an error with its number. What is
-accepted here is read alike by DeepSpeed.
+DeepSpeed's parser (`deepspeed.launcher.runner`) reads `slots=2x` as 2, and accepts 0, 99999 and names that no ssh can
+reach: the run then hangs or fails on another machine. Here such a line is an error with its number. DeepSpeed reads
+accepted files in the same way.
 """
 
 import io
@@ -18,16 +18,16 @@ from pathlib import Path
 from beit3_ds.config.strict import ConfigError
 
 MAX_SLOTS = 1024
-"""More ranks than any machine has GPUs or cores: beyond it a number is taken for a misprint."""
+"""Largest number of slots. No machine has more GPUs or cores, so a larger number is a typing error."""
 
 _MAX_NAME = 253  # characters of a DNS name
-_SHOWN = 100  # characters of a wrong line in its message
-_RESOLVE_SECONDS = 2.0  # for all names together: addresses are a check, never worth a wait
+_SHOWN = 100  # most characters of an invalid line in a message
+_RESOLVE_SECONDS = 2.0  # for all names together: the check of addresses is not worth a longer wait
 _LABEL = "[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
 _NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
 _LINE = re.compile(r"(?P<name>\S+)(?:\s+(?P<rest>.*))?")
 _SLOTS = re.compile(r"slots=(?P<slots>[0-9]+)(?:\s+#.*)?")
-_FORM = "Write one machine a line: NAME slots=RANKS, for example 'node0 slots=8'."
+_FORM = "Write one machine per line: NAME slots=RANKS, for example 'node0 slots=8'."
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class HostSlots:
     """One line of a hostfile."""
 
     name: str
-    """By which the other machines reach this one over ssh: a host name or an IPv4 address."""
+    """Host name or IPv4 address by which the other machines reach this one over ssh."""
     slots: int
-    """Ranks to start there; on GPU machines the number of GPUs."""
+    """Number of ranks to start there; on GPU machines the number of GPUs."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,18 @@ class Hostfile:
     """The machines of a run, in the order of their ranks."""
 
     path: Path
-    """Where it was read, for messages."""
+    """Path of the file, for messages."""
     hosts: tuple[HostSlots, ...]
-    """At least one, with distinct names."""
+    """Hosts with distinct names; at least one."""
 
     @property
     def world_size(self) -> int:
-        """Ranks in all."""
+        """Number of ranks on all hosts."""
         return sum(host.slots for host in self.hosts)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the hosts, the first being the one that the others connect to."""
+        """Names of the hosts; the others connect to the first."""
         return tuple(host.name for host in self.hosts)
 
     @property
@@ -65,10 +65,10 @@ class Hostfile:
         return len(self.hosts) == 1 and is_loopback(self.hosts[0].name)
 
     def ranks(self, name: str) -> range:
-        """Global ranks that run on the host of this name.
+        """Returns the global ranks that run on a host.
 
         Raises:
-            KeyError: if no host has it.
+            KeyError: if no host has this name.
         """
         first = 0
         for host in self.hosts:
@@ -78,7 +78,7 @@ class Hostfile:
         raise KeyError(name)
 
     def host_of(self, rank: int) -> HostSlots:
-        """The host that runs a global rank.
+        """Returns the host that runs a global rank.
 
         Raises:
             IndexError: if there is no such rank.
@@ -92,7 +92,7 @@ class Hostfile:
 
 
 def is_loopback(name: str) -> bool:
-    """Whether a name means "this machine" wherever it is used: localhost or 127.x.x.x."""
+    """Returns whether a name means "this machine" on every machine: localhost or 127.x.x.x."""
     return name.lower() in ("localhost", "localhost.localdomain") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", name))
 
 
@@ -101,14 +101,14 @@ def read_hostfile(path: str | Path) -> Hostfile:
 
     Raises:
         ConfigError: with file, line, rule and way out, if it cannot be read, if a line is not `NAME slots=RANKS`, or if
-            a machine stands there twice, by its name or by another name of the same address. A name that cannot be
-            looked up within two seconds is not compared by address.
+            two lines have the same name or names with the same address. Names that cannot be looked up within two
+            seconds are not compared by address.
     """
     path = Path(path)
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        # DeepSpeed goes on alone on this machine, with a warning.
+        # DeepSpeed would print a warning and train on this machine alone.
         raise ConfigError(f"hostfile {path} does not exist. {_FORM}") from None
     except OSError as error:
         raise ConfigError(f"hostfile {path} cannot be read: {error.strerror}. Name a readable file.") from error
@@ -118,7 +118,11 @@ def read_hostfile(path: str | Path) -> Hostfile:
 
 
 def parse_hostfile(text: str, path: str | Path) -> Hostfile:
-    """Reads the text of a hostfile; nothing is looked up. `path` is for the messages.
+    """Reads the text of a hostfile without looking up names.
+
+    Args:
+        text: content of the file.
+        path: path of the file, for messages.
 
     Raises:
         ConfigError: as `read_hostfile` does, except for files that cannot be read and for addresses.
@@ -135,13 +139,13 @@ def parse_hostfile(text: str, path: str | Path) -> Hostfile:
         key = host.name.lower()
         if key in line_of:
             raise ConfigError(
-                f"{where}: host '{host.name}' stands on line {line_of[key]} already (case does not matter in host "
-                "names). Delete one of the two lines, or add their slots."
+                f"{where}: host '{host.name}' is on line {line_of[key]} already (case does not matter in host names). "
+                "Delete one of the two lines, or add their slots."
             )
         line_of[key] = number
         hosts.append(host)
     if not hosts:
-        raise ConfigError(f"hostfile {path} names no machine: it holds only empty lines and comments. {_FORM}")
+        raise ConfigError(f"hostfile {path} names no machine: it has only empty lines and comments. {_FORM}")
     if len(hosts) > 1 and (loops := [host.name for host in hosts if is_loopback(host.name)]):
         raise ConfigError(
             f"hostfile {path}, line {line_of[loops[0].lower()]}: '{loops[0]}' means another machine on each of the "
@@ -154,7 +158,7 @@ def write_hostfile(path: str | Path, hosts: Sequence[HostSlots]) -> Hostfile:
     """Writes a hostfile that `read_hostfile` and DeepSpeed read back as `hosts`.
 
     Raises:
-        ConfigError: if one of them could not stand in a hostfile, or the file cannot be written.
+        ConfigError: if a hostfile cannot contain one of them, or the file cannot be written.
     """
     path = Path(path)
     text = "".join(f"{host.name} slots={host.slots}\n" for host in hosts)
@@ -184,7 +188,7 @@ def _decode(data: bytes, path: Path) -> str:
 
 def _parse_line(line: str, where: str) -> HostSlots:
     match = _LINE.fullmatch(line)
-    assert match is not None, f"a stripped line starts with something else than a blank: {line!r}"
+    assert match is not None, f"a stripped line does not start with a blank: {line!r}"
     name, rest = match["name"], match["rest"] or ""
     _check_name(name, where)
     if "slots" not in rest:
@@ -192,35 +196,35 @@ def _parse_line(line: str, where: str) -> HostSlots:
     slots = _SLOTS.fullmatch(rest)
     if slots is None:
         raise ConfigError(
-            f"{where}: after the name must stand 'slots=' and a whole number, without blanks around '=' and with "
-            f"nothing behind but a comment (' # ...'), not {rest!r}. {_FORM}"
+            f"{where}: the name must be followed by 'slots=' and a whole number, without blanks around '=', and then "
+            f"only by a comment (' # ...'), not by {rest!r}. {_FORM}"
         )
     digits = slots["slots"].lstrip("0") or "0"
     if len(digits) > len(str(MAX_SLOTS)) or not 1 <= int(digits) <= MAX_SLOTS:
         shown = digits if len(digits) < 20 else f"a number of {len(digits)} digits"
         raise ConfigError(
             f"{where}: slots is {shown}; it must be between 1 and {MAX_SLOTS}. Write the number of the machine's GPUs, "
-            "or delete the line if nothing shall run there."
+            "or delete the line if no rank is to run there."
         )
     return HostSlots(name, int(digits))
 
 
 def _check_name(name: str, where: str) -> None:
-    """Refuses what is no host name; separators of lists, ports, users and options of ssh are named as such."""
+    """Refuses an invalid host name; the message names separators of lists, ports, users and ranges as such."""
     if len(name) <= _MAX_NAME and _NAME.fullmatch(name):
         return
     if "," in name or ";" in name:
-        way_out = "Each machine has a line of its own."
+        way_out = "Write one line per machine."
     elif "slots=" in name:
         way_out = f"The host name is missing. {_FORM}"
     elif "@" in name:
         way_out = "Name the user in ~/.ssh/config (Host, User), not in the hostfile."
     elif ":" in name:
-        way_out = "Ports and numbers of ranks do not belong to the name: write slots=, and ports into ~/.ssh/config."
+        way_out = "Ports and numbers of ranks are not part of the name: write slots=, and ports into ~/.ssh/config."
     elif "[" in name:
-        way_out = "Ranges are not expanded: write one line for each machine."
+        way_out = "Ranges are not expanded: write one line per machine."
     else:
-        way_out = "Write the name as ssh takes it."
+        way_out = "Write the name that ssh accepts."
     raise ConfigError(
         f"{where}: '{name}' is not a host name, which has letters, digits, '-', '_' and '.', begins and ends with a "
         f"letter or digit and has at most {_MAX_NAME} characters. {way_out}"
@@ -228,7 +232,7 @@ def _check_name(name: str, where: str) -> None:
 
 
 def _resolve(names: Sequence[str]) -> dict[str, frozenset[str]]:
-    """IP addresses of names, all loopback addresses being one; those not found in time are missing."""
+    """Returns IP addresses by name, with one name for all loopback addresses; names not found in time are missing."""
     found: dict[str, frozenset[str]] = {}
 
     def look_up(name: str) -> None:
@@ -238,7 +242,7 @@ def _resolve(names: Sequence[str]) -> dict[str, frozenset[str]]:
             return
         found[name] = frozenset("loopback" if _is_loopback_address(address) else address for address in addresses)
 
-    # Daemons: a name server that does not answer must not keep the process alive.
+    # Daemon threads, because a name server that does not answer must not keep the process alive.
     threads = [threading.Thread(target=look_up, args=(name,), daemon=True) for name in names]
     for thread in threads:
         thread.start()

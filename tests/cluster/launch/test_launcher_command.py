@@ -5,12 +5,10 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from beit3_ds.cluster.hostfile import HostSlots, write_hostfile
-from beit3_ds.cluster.launch.forwarding import forwarded_environment
 from beit3_ds.cluster.launch.launcher_command import LAUNCHERS, build_commands, check_launcher, launcher_environment
 from beit3_ds.config import ConfigError
 
@@ -118,27 +116,6 @@ def test_an_environment_file_that_would_crash_deepspeed_is_named(
         check_launcher("pdsh", hostfile, lambda name: name)
     (tmp_path / ".deepspeed_env").write_text("NCCL_DEBUG=INFO\n")
     check_launcher("pdsh", hostfile, lambda name: name)
-
-
-def test_forwarded_environment() -> None:
-    here = {
-        "NCCL_DEBUG": "INFO",
-        "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": "/x",
-        "LD_LIBRARY_PATH": "/lib",
-        "CUDA_VISIBLE_DEVICES": "3",  # of this machine
-        "HOME": "/root",
-        "SLURM_PROCID": "0",
-        "TOKEN": "secret",
-    }
-    forwarded: dict[str, Any] = {name: here[name] for name in list(here)[:4]}
-    assert forwarded_environment(here) == forwarded
-    wanted = ["TOKEN", "EMPTY=", "EQUATION=a=b", "NCCL_DEBUG=WARN"]
-    more = {"TOKEN": "secret", "EMPTY": "", "EQUATION": "a=b", "NCCL_DEBUG": "WARN"}
-    assert forwarded_environment(here, wanted) == forwarded | more
-    for wrong in ("NOT_THERE", "A B=1", "=1", ""):
-        with pytest.raises(ConfigError, match="--env"):
-            forwarded_environment(here, [wrong])
 
 
 def test_the_launcher_keeps_the_users_own_options() -> None:
