@@ -18,10 +18,11 @@ ARROWS: dict[str, set[str]] = {
     "positions": set(),
     "atomic_file": set(),
     "cores": set(),
+    "rank_names": set(),
     "storage_error": set(),
     "sample_data": set(),
     "untrusted_file": {"config"},
-    "parallel": {"config", "kernels", "storage_error"},
+    "parallel": {"config", "kernels", "rank_names", "storage_error"},
     "tokenizers": {"atomic_file", "config", "parallel", "positions", "untrusted_file"},
     "data": {"atomic_file", "batch", "config", "cores", "storage_error", "tokenizers"},
     "preprocess": {"data"},
@@ -30,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "checkpoint": {"batch", "config", "cores", "model", "parallel", "storage_error"},
     "weights": {"checkpoint", "config", "model", "positions", "untrusted_file"},
     "planner": {"batch", "config", "kernels", "layout", "model", "parallel", "pipeline"},
-    "runtime": {"config", "cores", "parallel", "planner", "storage_error"},
+    "runtime": {"config", "cores", "parallel", "planner", "rank_names", "storage_error"},
     "training": {
         *("atomic_file", "batch", "checkpoint", "config", "cores", "data", "kernels", "model", "parallel", "pipeline"),
         *("planner", "runtime", "storage_error", "tokenizers"),
@@ -39,7 +40,7 @@ ARROWS: dict[str, set[str]] = {
         *("batch", "checkpoint", "config", "cores", "data", "kernels", "model", "parallel", "pipeline", "runtime"),
         *("tokenizers", "training", "weights"),
     },
-    "cluster": {"config", "planner", "runtime"},
+    "cluster": {"config", "planner", "rank_names", "runtime"},
 }
 ENTRY_POINTS = {"pretrain", "train_visual_tokenizer", "rank_program", "cli", "__init__"}
 # The parts of a room in the order in which they are read: each may import only those before it.

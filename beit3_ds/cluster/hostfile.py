@@ -32,7 +32,7 @@ _FORM = "Write one machine per line: NAME slots=RANKS, for example 'node0 slots=
 
 @dataclass(frozen=True)
 class HostSlots:
-    """One line of a hostfile."""
+    """A host and its number of ranks: one line of a hostfile."""
 
     name: str
     """Host name or IPv4 address by which the other machines reach this one over ssh."""

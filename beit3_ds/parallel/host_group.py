@@ -82,12 +82,12 @@ class HostGroup:
                 held += self._receive_value(self.rank + distance)
         return held
 
-    def broadcast(self, value: Any, source: int = 0) -> Any:
-        """Returns the value of rank `source` of this group on all of its ranks."""
+    def broadcast(self, value: Any, src: int = 0) -> Any:
+        """Returns the value of rank `src` of this group on all of its ranks."""
         if self.size == 1:
             return value
-        source %= self.size
-        number = (self.rank - source) % self.size
+        src %= self.size
+        number = (self.rank - src) % self.size
         header, tensors = pack(value) if number == 0 else (b"", [])
         for distance in reversed(self._distances()):
             if number % (2 * distance) == distance:
@@ -123,42 +123,42 @@ class HostGroup:
             elif self.rank % (2 * distance) == 0 and self.rank + distance < self.size:
                 self._send(values, self.rank + distance)
 
-    def _send_value(self, value: Any, to: int) -> None:
-        self._send_parts(*pack(value), to)
+    def _send_value(self, value: Any, dst: int) -> None:
+        self._send_parts(*pack(value), dst)
 
-    def _receive_value(self, source: int) -> Any:
-        return unpack(*self._receive_parts(source))
+    def _receive_value(self, src: int) -> Any:
+        return unpack(*self._receive_parts(src))
 
-    def _send_parts(self, header: bytes, tensors: list[Tensor], to: int) -> None:
+    def _send_parts(self, header: bytes, tensors: list[Tensor], dst: int) -> None:
         start = len(header).to_bytes(_LENGTH_BYTES, "little") + header[: _FIRST_BYTES - _LENGTH_BYTES]
-        self._send(torch.frombuffer(bytearray(start.ljust(_FIRST_BYTES, b" ")), dtype=torch.uint8), to)
+        self._send(torch.frombuffer(bytearray(start.ljust(_FIRST_BYTES, b" ")), dtype=torch.uint8), dst)
         if rest := header[_FIRST_BYTES - _LENGTH_BYTES :]:
-            self._send(torch.frombuffer(bytearray(rest), dtype=torch.uint8), to)
+            self._send(torch.frombuffer(bytearray(rest), dtype=torch.uint8), dst)
         for tensor in tensors:
             if tensor.numel():
-                self._send(as_bytes(tensor), to)
+                self._send(as_bytes(tensor), dst)
 
-    def _receive_parts(self, source: int) -> tuple[bytes, list[Tensor]]:
+    def _receive_parts(self, src: int) -> tuple[bytes, list[Tensor]]:
         first = torch.empty(_FIRST_BYTES, dtype=torch.uint8)
-        self._receive(first, source)
+        self._receive(first, src)
         start = first.numpy().tobytes()
         length, header = int.from_bytes(start[:_LENGTH_BYTES], "little"), start[_LENGTH_BYTES:]
         if length > len(header):
             rest = torch.empty(length - len(header), dtype=torch.uint8)
-            self._receive(rest, source)
+            self._receive(rest, src)
             header += rest.numpy().tobytes()
         header = header[:length]
         tensors = unpack_tensors(header)
         for tensor in tensors:
             if tensor.numel():
-                self._receive(as_bytes(tensor), source)
+                self._receive(as_bytes(tensor), src)
         return header, tensors
 
-    def _send(self, values: Tensor, to: int) -> None:
-        dist.send(values, group=self.group, group_dst=self.ranks[to])
+    def _send(self, values: Tensor, dst: int) -> None:
+        dist.send(values, group=self.group, group_dst=self.ranks[dst])
 
-    def _receive(self, values: Tensor, source: int) -> None:
-        dist.recv(values, group=self.group, group_src=self.ranks[source])
+    def _receive(self, values: Tensor, src: int) -> None:
+        dist.recv(values, group=self.group, group_src=self.ranks[src])
 
 
 def build_host_group(timeout: timedelta) -> HostGroup:

@@ -2,7 +2,7 @@
 
 import hashlib
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -15,6 +15,7 @@ from beit3_ds.parallel.activity import Activity
 from beit3_ds.parallel.host_group import HostGroup, build_host_group
 from beit3_ds.parallel.pipeline import PipelineParallel, build_pipeline_parallel
 from beit3_ds.parallel.tensor import TensorParallel
+from beit3_ds.rank_names import join_ranks
 
 _LISTED = 8  # most hosts that a message names
 
@@ -226,18 +227,6 @@ def build_mesh(parallel: ParallelConfig) -> Mesh:
             ranks.flatten(1).t(), coords.pipeline, host, lambda rows: own_group(rows, timeout)
         ),
     )
-
-
-def join_ranks(ranks: Sequence[int]) -> str:
-    """Names ascending ranks as "ranks 3-7, 12"."""
-    spans: list[list[int]] = []
-    for rank in ranks:
-        if spans and rank == spans[-1][1] + 1:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    names = ", ".join(f"{first}-{last}" if first < last else f"{first}" for first, last in spans)
-    return f"{'ranks' if len(ranks) > 1 else 'rank'} {names}"
 
 
 def own_group(rows: Tensor, timeout: timedelta) -> dist.ProcessGroup:

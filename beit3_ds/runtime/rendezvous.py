@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from beit3_ds.config import ConfigError
 from beit3_ds.cores import describe_cores, divide_cores
-from beit3_ds.parallel.mesh import join_ranks
+from beit3_ds.rank_names import join_ranks
 from beit3_ds.runtime.launch_environment import Launch
 from beit3_ds.runtime.versions import describe_versions
 

@@ -36,11 +36,11 @@ def check_same_sources(mesh: Mesh, sources: Mapping[str, HasFiles]) -> None:
     if len({digests[rank] for rank in readers}) <= 1:
         return
     first = readers[0]
-    expected = mesh.host.broadcast(own, source=first)
+    expected = mesh.host.broadcast(own, src=first)
     differing = [name for name, found in own.items() if found != expected.get(name)]
     asked = sorted({name for names in mesh.host.gather(differing) for name in names})[:_NAMED]
     files = mesh.host.broadcast(
-        {name: [list(file) for file in sources[name].files()] for name in asked if name in sources}, source=first
+        {name: [list(file) for file in sources[name].files()] for name in asked if name in sources}, src=first
     )
     sentences = []
     for name in differing:

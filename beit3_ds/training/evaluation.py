@@ -95,7 +95,7 @@ def mean_terms(sums: Tensor, counts: Tensor, mesh: Mesh) -> dict[str, float]:
 
 def _sum_over_ranks(sums: Tensor, counts: Tensor, mesh: Mesh) -> Tensor:
     """Returns sums and counts over all data-parallel ranks, stacked; the last stage has the sums."""
-    sums = mesh.pipeline.host.broadcast(sums, source=-1)
+    sums = mesh.pipeline.host.broadcast(sums, src=-1)
     return mesh.data_host.sum(torch.stack([sums, counts]))
 
 

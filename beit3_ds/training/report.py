@@ -29,7 +29,7 @@ def write_report(run: Run, text_tokenizer: TextTokenizer | None) -> None:
     baselines = unigram_entropies(run.validation, run.visual_tokenizer, run.config.model, run.mesh, run.device, names)
     predictions = _write_predictions(run, text_tokenizer, folder / "predictions.html")
     teacher = run.visual_tokenizer.teacher_description if run.visual_tokenizer else None
-    teacher, predictions = run.mesh.pipeline.host.broadcast((teacher, predictions), source=-1)
+    teacher, predictions = run.mesh.pipeline.host.broadcast((teacher, predictions), src=-1)
     if not run.mesh.is_main:
         return
     records = run.metrics_log.records()

@@ -35,7 +35,7 @@ def measure_sums() -> tuple[RankCoords, list[float]]:
     sums = [mesh.sum_over_data(digit), mesh.sum_over_model(digit), mesh.tensor.all_reduce(digit.clone())]
     hosts = (mesh.host, mesh.data_host, mesh.tensor.host, mesh.pipeline.host)
     sums += [group.sum(digit) for group in hosts]
-    sums.append(mesh.pipeline.host.broadcast(digit, source=-1))
+    sums.append(mesh.pipeline.host.broadcast(digit, src=-1))
     assert mesh.host.rank == torch.distributed.get_rank()
     mesh.close()  # rank 0 holds the store that the others still ask
     return mesh.coords, [float(value) for value in sums]

@@ -102,7 +102,7 @@ def accumulate_step(schedule: "Schedule", config: RunConfig, mesh: Mesh, deal: D
     counts, _ = StepCounts(BrokenRecords(0, mesh.data_host), mesh).agree(StepBatch(step=step, micro_batches=batches))
     factors = build_loss_factors(counts, config.training.loss_weights, mesh.data_parallel_size)
     sums = schedule.accumulate_gradients(batches, factors, lambda batch: batch)
-    return mesh.pipeline.host.broadcast(mesh.data_host.sum(sums), source=-1) / counts
+    return mesh.pipeline.host.broadcast(mesh.data_host.sum(sums), src=-1) / counts
 
 
 def logical_tensors(

@@ -142,7 +142,9 @@ class _Inspector:
         await connection.start()
         answers.machine = await connection.ask("machine", folder=str(self._inquiry.folder))
         answers.seconds = time.monotonic() - begin
-        answers.software = await connection.ask("software", source=Path(versions.__file__).read_text(encoding="utf-8"))
+        answers.software = await connection.ask(
+            "software", module_text=Path(versions.__file__).read_text(encoding="utf-8")
+        )
         answers.gpus = await connection.ask("gpus")
         for purpose, folder in self._inquiry.disks.items():
             answers.disks[purpose] = await connection.ask("disk", folder=folder)
@@ -154,10 +156,10 @@ class _Inspector:
             }
         for _ in range(_CLOCK_SAMPLES):
             before, asked = time.time(), time.monotonic()
-            told = await connection.ask("clock")
+            clock = await connection.ask("clock")
             error = (time.monotonic() - asked) / 2
             if answers.clock is None or error < answers.clock_error:
-                answers.clock, answers.clock_error = told - (before + error), error
+                answers.clock, answers.clock_error = clock - (before + error), error
 
     async def _share_folder(self, output_dir: str) -> None:
         first = next((index for index, answers in enumerate(self._answers) if answers.silence is None), None)

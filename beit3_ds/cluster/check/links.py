@@ -99,10 +99,10 @@ class _Measurement:
         rounds = pair_rounds(size)
         rates: dict[tuple[str, str], float] = {}
         for _ in range(_TRIES):
-            told = await self._ask_all(
+            rates_by_rank = await self._ask_all(
                 "measure", _START_SECONDS + _ROUND_SECONDS * len(rounds), [{"rounds": rounds}] * size
             )
-            for sender, of_sender in zip(self._names, told, strict=True):
+            for sender, of_sender in zip(self._names, rates_by_rank, strict=True):
                 for other, rate in of_sender.items():
                     pair = sender, self._names[int(other)]
                     rates[pair] = max(rate, rates.get(pair, 0.0))

@@ -55,14 +55,14 @@ class Probe:
             "gloo_interface": os.environ.get("GLOO_SOCKET_IFNAME"),
         }
 
-    def software(self, source: str) -> dict:
+    def software(self, module_text: str) -> dict:
         """Returns the versions of packages and a digest per file of the project's code.
 
         Args:
-            source: text of `runtime/versions.py`, sent along because this node may have another version of it or none.
+            module_text: text of `runtime/versions.py`, sent because this node may have another version of it or none.
         """
         module: dict = {}
-        exec(compile(source, "versions", "exec"), module)
+        exec(compile(module_text, "versions", "exec"), module)
         return {"versions": module["find_package_versions"](), "code": module["compute_code_digests"]()}
 
     def gpus(self) -> dict:
@@ -87,7 +87,7 @@ class Probe:
         return _free_bytes(existing_parent(folder))
 
     def files(self, patterns: list[str]) -> list[list]:
-        """Returns, per glob pattern, the number of files and a digest of their names and, for the first ones, sizes."""
+        """Returns the number of files per glob pattern, and a digest of their names and, of the first ones, sizes."""
         found = []
         for pattern in patterns:
             matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))

@@ -28,7 +28,8 @@ from beit3_ds.cluster.launch.messages import (
     write_token,
 )
 from beit3_ds.cluster.launch.stop_signals import LauncherStopSignals
-from beit3_ds.cluster.launch.terminal import Terminal, join_ranks, last_lines
+from beit3_ds.cluster.launch.terminal import Terminal, last_lines
+from beit3_ds.rank_names import join_ranks
 
 USER_ERROR = 2
 """Status of a trainer that failed because of what only the user can fix."""
@@ -105,14 +106,14 @@ class Attempt:
                 raise ProtocolError("it did not register")
             rank = self._register(message, channel)
         except ProtocolError as error:
-            self._terminal.say(f"refused a connection from {writer.get_extra_info('peername')}: {error}")
+            self._terminal.report(f"refused a connection from {writer.get_extra_info('peername')}: {error}")
             channel.close()
             return
         try:
             while (message := await channel.receive()) is not None:
                 self._handle(rank, message)
         except ProtocolError as error:
-            self._terminal.say(f"the guard of {rank.name} sent {error}")
+            self._terminal.report(f"the guard of {rank.name} sent {error}")
         if not rank.is_gone and not self._is_over:
             rank.is_lost = True
             self._fail(
@@ -137,9 +138,9 @@ class Attempt:
             case KeepAlive():
                 rank.record_state(message.state)
             case Output() if not self._failures:
-                self._terminal.show(message.text)
+                self._terminal.print_output(message.text)
             case LogError():
-                self._terminal.say(f"{rank.name}: its output is lost, training goes on: {message.error}")
+                self._terminal.report(f"{rank.name}: its output is lost, training continues: {message.error}")
             case StopSignalReceived() if not self._failures and not rank.is_gone:
                 number = signal.Signals(message.signal_number)
                 self._stop_signals.receive(number, f"{rank.name} has received {number.name}")
@@ -205,7 +206,7 @@ class Attempt:
                 )
             )
         self._has_started = True
-        self._terminal.say(f"started {len(self._ranks)} ranks on {', '.join(hosts)}; logs in {self._plan.log_dir}")
+        self._terminal.report(f"started {len(self._ranks)} ranks on {', '.join(hosts)}; logs in {self._plan.log_dir}")
         self._forward_stop_signal()
 
     async def _wait_for_end(self) -> None:
@@ -215,7 +216,7 @@ class Attempt:
         while not await self._wait(is_done, _NOTICE_SECONDS):
             if self._stop_signals.first is not None:
                 seconds = time.monotonic() - self._stop_signals.since
-                self._terminal.say(
+                self._terminal.report(
                     f"waiting for {join_ranks(self._alive())} to save and stop, since {seconds:.0f} s; they stop after "
                     "their current step, or before the first if they are still starting. Ctrl-C again kills them."
                 )
@@ -230,7 +231,7 @@ class Attempt:
             rank.channel.send(Kill())
         if not await self._wait(lambda: not self._alive(), self._plan.keepalive_seconds):
             states = ", ".join(f"{rank.name} (state {rank.state or '?'})" for rank in self._alive().values())
-            self._terminal.say(
+            self._terminal.report(
                 f"killed, but not gone: {states}. In state D the kernel waits for storage or a device and ends them "
                 "once that answers; they do nothing more."
             )
@@ -284,7 +285,7 @@ class Attempt:
         hint = f"; silent for some seconds: {', '.join(silent)}" if silent and failure.is_consequence else ""
         where = f" (last lines of {failure.log})" if failure.lines else f" (see {failure.log})" if failure.log else ""
         seconds = time.monotonic() - self._began
-        self._terminal.say(f"FAILED after {seconds:.0f} s: {failure.text}{hint}{where}", failure.lines)
+        self._terminal.report(f"FAILED after {seconds:.0f} s: {failure.text}{hint}{where}", failure.lines)
 
     def _forward_stop_signal(self) -> None:
         """Forwards the first stop signal to all ranks."""
@@ -325,7 +326,7 @@ class Attempt:
             errors = [line for line in lines if "error on rank" in line or line.startswith("error")] or lines[-1:]
             if len(ranks) > 1:
                 end = end.replace("was ", "were ", 1)
-            self._terminal.say(f"{join_ranks(rank.rank for rank in ranks)} {end}", errors[-1:])
+            self._terminal.report(f"{join_ranks(rank.rank for rank in ranks)} {end}", errors[-1:])
 
     def _outcome(self) -> Outcome:
         lost = [rank for rank in self._ranks.values() if rank.is_lost]

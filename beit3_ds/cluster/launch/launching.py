@@ -112,7 +112,7 @@ class _Launch:
             if status != 1:
                 return status
             if self._stop_signals.first is not None or restarts == self._options.restarts:
-                self._terminal.say(self._give_up(restarts))
+                self._terminal.report(self._give_up(restarts))
                 return status
             restarts += 1
             if not await self._prepare_restart(outcome, restarts):
@@ -173,17 +173,17 @@ class _Launch:
     def _status(self, outcome: Outcome) -> int:
         """Returns the exit status if this was the last attempt, and prints how the run ended, unless it failed."""
         if outcome.is_user_error:
-            self._terminal.say("a rank ended with status 2: this needs a change before the same command can resume")
+            self._terminal.report("a rank ended with status 2: this needs a change before the same command can resume")
             return USER_ERROR
         if outcome.failure is not None or self._stop_signals.is_kill:
             return 1
         done, total = self._saved_step(), self._config.training.total_steps
         if done is not None and done >= total:
-            self._terminal.say(f"finished: {total} steps")
+            self._terminal.report(f"finished: {total} steps")
             return 0
         number = self._stop_signals.first or signal.SIGTERM  # a rank may have received it from elsewhere
         saved = f"the checkpoint of step {done} of {total} is saved" if done else "no step was done, nothing to save"
-        self._terminal.say(f"stopped by {number.name}: {saved}; the same command resumes from there")
+        self._terminal.report(f"stopped by {number.name}: {saved}; the same command resumes from there")
         return 128 + number
 
     async def _prepare_restart(self, outcome: Outcome, number: int) -> bool:
@@ -201,11 +201,11 @@ class _Launch:
         )
         without = f" without {', '.join(unreachable)} (not reachable)" if unreachable else ""
         if self._stop_signals.first is not None:
-            self._terminal.say(self._give_up(number - 1))
+            self._terminal.report(self._give_up(number - 1))
             return False
         if hosts is None:
             num_slots = sum(host.slots for host in left)
-            self._terminal.say(
+            self._terminal.report(
                 f"no restart{without}: the layout of {self._options.config} fits no number of ranks between "
                 f"{self._options.min_ranks} (--min-ranks) and {num_slots}. Once the hosts are back, the same command "
                 f"resumes {self._resume_point()}."
@@ -215,7 +215,7 @@ class _Launch:
         self._hosts = hosts
         ranks = sum(host.slots for host in hosts)
         size = f"{ranks} rank{'' if ranks == 1 else 's'}{'' if ranks == before else f' instead of {before}'}"
-        self._terminal.say(
+        self._terminal.report(
             f"restart {number} of {self._options.restarts}{without}: {size} on {_describe_hosts(hosts)}, "
             f"{self._resume_point()}"
         )

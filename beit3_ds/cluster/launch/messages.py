@@ -24,7 +24,7 @@ _BACKLOG = 1024  # guards that may connect at the same moment
 
 @dataclass(frozen=True, kw_only=True)
 class Register:
-    """From a guard: it is ready, and describes itself."""
+    """Message from a guard: it is ready, and describes itself."""
 
     rank: int
     local_rank: int | None
@@ -41,7 +41,7 @@ class Register:
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """From the supervisor: start the trainer."""
+    """Message from the supervisor: start the trainer."""
 
     command: Sequence[str]
     environment: Mapping[str, str]
@@ -56,7 +56,7 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True)
 class KeepAlive:
-    """From both sides: the sender is alive."""
+    """Message from both sides: the sender is alive."""
 
     state: str = ""
     """Letter of the trainer's state in /proc, from a guard whose trainer runs; T if it was stopped."""
@@ -64,28 +64,28 @@ class KeepAlive:
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """From a guard: the trainer printed this text."""
+    """Message from a guard: the trainer printed this text."""
 
     text: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogError:
-    """From a guard: the trainer's output cannot be written to its file; training continues."""
+    """Message from a guard: the trainer's output cannot be written to its file; training continues."""
 
     error: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class StopSignalReceived:
-    """From a guard: it received a stop signal that is not from the supervisor, perhaps from the cluster manager."""
+    """Message from a guard: it received a stop signal from another sender, such as the cluster manager."""
 
     signal_number: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """From a guard: the trainer and all its processes are gone."""
+    """Message from a guard: the trainer and all its processes are gone."""
 
     status: int | None
     """Exit status, or minus the number of the signal that ended it; None if it was never started."""
@@ -97,19 +97,19 @@ class Ended:
 
 @dataclass(frozen=True, kw_only=True)
 class SendSignal:
-    """From the supervisor: send this signal to the trainer."""
+    """Message from the supervisor: send this signal to the trainer."""
 
     signal_number: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kill:
-    """From the supervisor: kill the trainer and all its processes."""
+    """Message from the supervisor: kill the trainer and all its processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Leave:
-    """From the supervisor: the attempt is over."""
+    """Message from the supervisor: the attempt is over."""
 
 
 Message = Register | Start | KeepAlive | Output | LogError | StopSignalReceived | Ended | SendSignal | Kill | Leave

@@ -36,7 +36,7 @@ class LauncherStopSignals:
             loop.add_signal_handler(signal.SIGHUP, self.receive, signal.SIGTERM, "SIGHUP (the terminal is closed)")
         loop.add_signal_handler(
             signal.SIGTSTP,
-            self._terminal.say,
+            self._terminal.report,
             "Ctrl-Z is ignored, because the ranks end when this process is silent. Ctrl-C saves and stops.",
         )
 
@@ -49,8 +49,8 @@ class LauncherStopSignals:
         """
         if self.first is None:
             self.first, self.since = number, time.monotonic()
-            self._terminal.say(f"{origin or number.name}: asking all ranks to save and stop")
+            self._terminal.report(f"{origin or number.name}: asking all ranks to save and stop")
         elif number == signal.SIGINT and not origin and not self.is_kill:
             self.is_kill = True
-            self._terminal.say("second SIGINT: killing all ranks")
+            self._terminal.report("second SIGINT: killing all ranks")
         self.on_change()

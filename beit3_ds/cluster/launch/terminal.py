@@ -19,7 +19,7 @@ class Terminal:
         """Takes the file for the supervisor's lines, which is appended to."""
         self._log = log
 
-    def say(self, text: str, lines: Iterable[str] = ()) -> None:
+    def report(self, text: str, lines: Iterable[str] = ()) -> None:
         """Prints a message of the supervisor, and below it the quoted lines."""
         quoted = "".join(f"    | {line}\n" for line in lines)
         with contextlib.suppress(OSError, ValueError):
@@ -27,7 +27,7 @@ class Terminal:
         with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n{quoted}")
 
-    def show(self, text: str) -> None:
+    def print_output(self, text: str) -> None:
         """Prints output of rank 0."""
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.write(text)
@@ -42,15 +42,3 @@ def last_lines(path: Path, count: int = 20) -> list[str]:
             return file.read().decode(errors="replace").splitlines()[-count:]
     except OSError:
         return []
-
-
-def join_ranks(ranks: Iterable[int]) -> str:
-    """Names ranks as "rank 3" or "ranks 0-2, 5"."""
-    spans: list[list[int]] = []
-    for rank in sorted(ranks):
-        if spans and spans[-1][-1] == rank - 1:
-            spans[-1].append(rank)
-        else:
-            spans.append([rank])
-    texts = [str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans]
-    return f"{'rank' if len(spans) == 1 and len(spans[0]) == 1 else 'ranks'} {', '.join(texts)}"

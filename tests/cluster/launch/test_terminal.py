@@ -1,18 +1,18 @@
-"""Lines of the supervisor and of the logs, and names of ranks."""
+"""Lines of the supervisor, and the last lines of logs."""
 
 from pathlib import Path
 
 import pytest
 
-from beit3_ds.cluster.launch.terminal import Terminal, join_ranks, last_lines
+from beit3_ds.cluster.launch.terminal import Terminal, last_lines
 
 
 def test_lines_go_to_stderr_and_the_file_and_output_to_stdout(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     terminal = Terminal(tmp_path / "launch.log")
-    terminal.say("started", ["one", "two"])
-    terminal.show("step 1\n")
+    terminal.report("started", ["one", "two"])
+    terminal.print_output("step 1\n")
     printed = capsys.readouterr()
     assert printed.err == "beit3 launch: started\n    | one\n    | two\n" and printed.out == "step 1\n"
     (first, *quoted) = (tmp_path / "launch.log").read_text().splitlines()
@@ -20,7 +20,7 @@ def test_lines_go_to_stderr_and_the_file_and_output_to_stdout(
 
 
 def test_a_log_that_cannot_be_written_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Terminal(tmp_path / "none" / "launch.log").say("started")
+    Terminal(tmp_path / "none" / "launch.log").report("started")
     assert capsys.readouterr().err == "beit3 launch: started\n"
 
 
@@ -28,7 +28,3 @@ def test_last_lines_of_a_log(tmp_path: Path) -> None:
     (log := tmp_path / "rank_0.log").write_bytes(b"\xff\n" + b"".join(b"line %d\n" % i for i in range(1000)))
     assert last_lines(log, 2) == ["line 998", "line 999"] and len(last_lines(log)) == 20
     assert last_lines(tmp_path / "none") == []
-
-
-def test_ranks_are_joined_to_spans() -> None:
-    assert [join_ranks(ranks) for ranks in ([3], [0, 1], [5, 0, 2, 1])] == ["rank 3", "ranks 0-1", "ranks 0-2, 5"]
