@@ -301,7 +301,7 @@ def test_every_collective_is_of_hosts_or_of_devices(run: str, run_mapping: dict[
 
 MISTAKES = {
     "counts over devices": lambda mesh: mesh.sum_over_data(torch.ones(5)),
-    "a verdict over devices": lambda mesh: mesh.sum_over_all(torch.ones((), dtype=torch.int64)),
+    "a decision over devices": lambda mesh: mesh.sum_over_all(torch.ones((), dtype=torch.int64)),
     "a message over devices": lambda mesh: dist.isend(torch.ones(1), 1 - mesh.host.rank),
     "objects gathered over devices": lambda mesh: dist.all_gather_object([None] * 2, "object"),
     "objects broadcast over devices": lambda mesh: dist.broadcast_object_list(["object"]),

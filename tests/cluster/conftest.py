@@ -30,7 +30,7 @@ def debian_hosts() -> Iterator[list[Host]]:
 def two_hosts(_module_hosts: list[Host]) -> Iterator[list[Host]]:
     """Two hosts, shared by a file's tests; what a test leaves running is killed, and links are whole again.
 
-    A test that crashes a host, stops its sshd or changes its names makes hosts of its own: `namespace_hosts`.
+    A test that crashes a host, stops its sshd or changes its names creates its own hosts: `namespace_hosts`.
     """
     yield _module_hosts
     for host in _module_hosts:

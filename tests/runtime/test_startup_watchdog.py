@@ -26,7 +26,7 @@ def hang(pipe: Path, received: set[int], seconds: float) -> list[int]:
 
     def end(status: int) -> None:
         statuses.append(status)
-        os.close(os.open(pipe, os.O_WRONLY))  # lets the main thread of this process go on
+        os.close(os.open(pipe, os.O_WRONLY))  # releases the main thread of this process
 
     watch = StartupWatchdog(3, received, seconds, end)
     file_sha256(pipe)  # as of a tokenizer

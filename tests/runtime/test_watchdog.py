@@ -122,7 +122,7 @@ def read_for_ever() -> None:
 
 
 def test_stalled_rank_is_slow_first(tmp_path: Path) -> None:
-    """It is not the one that waits; its stack shows the line that it stands in, those of the others the barrier."""
+    """Ranks that wait are not stalled; the stack of the stalled one shows its line, those of the others the barrier."""
     with started(tmp_path, stall, timeout_seconds=3 * HEARTBEAT_SECONDS) as ranks:
         ranks.wait_for("slow: rank 1 (", range(1))
         assert all(process.is_alive() for process in ranks.processes)

@@ -19,7 +19,7 @@ REASON = missing_for_hosts()
 needs_hosts = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 
 CONFIG = "ds_configs/quickstart_cpu.json"
-# A layout for no two ranks: found as well, and spares the import of torch, which memory is worked out with.
+# A layout that two ranks cannot have: a fault of its own, and without a model of memory torch is not imported.
 MISFIT = ["--set", "parallel.tensor_parallel_size=3"]
 # What nvidia-smi prints: recorded from the documentation of its CSV format, not on a GPU of ours.
 RECORDED_GPU = "NVIDIA H100 80GB HBM3, 81559, 4"
@@ -28,7 +28,7 @@ BUSY_GPU = "NVIDIA H100 80GB HBM3, 81559, 61440"
 
 @pytest.fixture
 def only(tmp_path: Path) -> Path:
-    """An empty folder that stands in every host's PYTHONPATH, to be mounted over on one of them."""
+    """An empty folder in every host's PYTHONPATH, over which one host can mount another."""
     (folder := tmp_path / "only").mkdir()
     return folder
 

@@ -1,7 +1,7 @@
-"""`beit3 launch` in this process with stand-ins for DeepSpeed's launcher, for the trainer and for ssh.
+"""Runs `beit3 launch` with a fake launcher, fake trainers and without ssh.
 
-Called with the fields of `LaunchOptions` that matter, as JSON. Hosts are all this machine; the file `unreachable`
-beside the hostfile names those that would not answer. Waits are short.
+The argument has fields of `LaunchOptions` as JSON. All hosts are this machine; the file `unreachable` beside the
+hostfile names those that would not answer. Waits are short.
 """
 
 import json

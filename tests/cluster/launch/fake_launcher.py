@@ -1,7 +1,7 @@
-"""Stands in for DeepSpeed's launcher: starts a guard for every rank on this machine, as if on hosts of these names.
+"""A fake of DeepSpeed's launcher: starts the guards of all ranks on this machine, whatever hosts the hostfile names.
 
-Called with a hostfile and the guards' arguments. Ends when all guards have, with status 1 if one has failed. On a host
-`absent` no guard comes up, and for ever something waits for it, as a ssh does.
+Its arguments are a hostfile and those of the guards. It ends with its guards, with status 1 if one has failed. For a
+rank on the host `absent` it starts a process that waits for ever, as ssh would.
 """
 
 import os

@@ -1,9 +1,9 @@
-"""Stands in for the trainer: steps of a few milliseconds, a checkpoint after each, and faults at will.
+"""A fake trainer: takes steps of a few milliseconds, writes a checkpoint after each, and has faults on request.
 
-Called as the trainer is: CONFIG --set=... . The config's training.output_dir and total_steps count. FAULTS is a JSON
-list of [rank, step, what], each of which happens once in a run; `what` is a signal that the rank sends itself, a status
-that it ends with, or "ignore", for a rank that does not stop when asked. Ranks wait for each other in every step. Of a
-fault they hear and fail as well, but not of a rank that is stopped: for that one they wait for ever.
+Its arguments are those of the trainer, CONFIG --set=..., of which it uses training.output_dir and total_steps. FAULTS
+is a JSON list of [rank, step, what]; each fault happens once in a run. `what` is a signal that the rank sends itself,
+a status with which it ends, or "ignore" for a rank that ignores stop signals. Ranks wait for each other in every step.
+They also fail after a fault of another rank, except that they wait for ever for a rank that is stopped.
 """
 
 import json

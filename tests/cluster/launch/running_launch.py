@@ -66,7 +66,7 @@ class Launch:
         """Waits for the end; nothing may be left then, except after a guard was killed.
 
         Args:
-            but: pattern of command lines that may be left: real workers end with their rank, its stand-in does not.
+            but: pattern of command lines that may be left: real workers end with their rank, fake ones do not.
         """
         status = self.process.wait(BOUND_SECONDS)
         self.wait_until(lambda: all(re.search(but, line) for line in self.descendants().values()), alive=False)

@@ -10,7 +10,7 @@ from tests.cluster.launch.running_launch import STEPS, Launch
 
 
 def test_a_run_to_its_end(launch: Callable[..., Launch]) -> None:
-    """Logs of all ranks, the output of rank 0 here, the environment passed on, the data-loader's workers gone."""
+    """Logs of all ranks, the output of rank 0 here, the environment forwarded, the data-loader's workers gone."""
     run = launch([], environment=['GREETING=it\'s a "day"\n'])
     assert run.wait() == 0
     assert f"finished: {STEPS} steps" in run.printed()
@@ -22,7 +22,7 @@ def test_a_run_to_its_end(launch: Callable[..., Launch]) -> None:
 
 
 def test_restarts_go_on_from_the_newest_checkpoint(launch: Callable[..., Launch]) -> None:
-    """Two faults, two restarts; what follows is not counted anew."""
+    """Two faults and two restarts; no step is done twice."""
     run = launch([[1, 5, "SIGKILL"], [0, 10, 3]], restarts=2)
     assert run.wait() == 0
     assert "restart 1 of 2: 3 ranks on localhost (3), from the checkpoint of step 5\n" in run.printed()
