@@ -24,7 +24,7 @@ def bounded_name(name: str) -> str:
 
 
 @contextmanager
-def written_aside(path: Path, keep: bool = True) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, keep: bool = True) -> Iterator[BinaryIO]:
     """Opens a new file that is renamed to `path` once it is complete, or dropped after an error or if `keep` is false.
 
     A reader sees the old file or the complete new one, even after a kill. Its permissions follow the umask.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from beit3_ds.atomic_file import written_aside
+from beit3_ds.atomic_file import atomic_write
 from beit3_ds.config import build_run_config
 from tests.run_config import small_run_mapping
 
@@ -38,7 +38,7 @@ def test_tokenizers_have_the_permissions_of_the_umask(umask: int, tmp_path: Path
 
 
 def fail_halfway(path: Path) -> None:
-    with written_aside(path) as file:
+    with atomic_write(path) as file:
         file.write(b"half of the ne")
         raise OSError(28, os.strerror(28))
 

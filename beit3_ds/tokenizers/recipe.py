@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from beit3_ds.atomic_file import written_aside
+from beit3_ds.atomic_file import atomic_write
 from beit3_ds.config import ConfigError, RunConfig
 
 Recipe = dict[str, Any]
@@ -43,7 +43,7 @@ def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 def save_recipe(path: str | Path, recipe: Recipe) -> None:
     """Records the recipe of a finished tokenizer in `PATH.recipe.json`."""
     content = {"sha256": _digest(Path(path)), "recipe": recipe}
-    with written_aside(_recipe_path(path)) as file:
+    with atomic_write(_recipe_path(path)) as file:
         file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
@@ -87,7 +87,7 @@ def check_can_be_written(section: str, path: str | Path) -> None:
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(path, keep=False) as file:
+        with atomic_write(path, keep=False) as file:
             file.write(b"0")
     except OSError as error:
         raise ConfigError(

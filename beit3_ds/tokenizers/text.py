@@ -15,7 +15,7 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
-from beit3_ds.atomic_file import written_aside
+from beit3_ds.atomic_file import atomic_write
 from beit3_ds.config import ConfigError, RunConfig, TextTokenizerConfig
 
 _SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3
@@ -193,7 +193,7 @@ def train_text_tokenizer(config: TextTokenizerConfig, lines: Iterable[str], seed
         raise ConfigError(_explain_training_error(str(error), config)) from None
     path = Path(config.path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(path) as file:
+    with atomic_write(path) as file:
         file.write(model.getvalue())
     return TextTokenizer(path)
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model
 from torch import Tensor, nn
 
-from beit3_ds.atomic_file import written_aside
+from beit3_ds.atomic_file import atomic_write
 from beit3_ds.config import ConfigError, RunConfig, VisualTokenizerConfig
 from beit3_ds.config.strict import load_section
 from beit3_ds.tokenizers.quantizer import Quantizer
@@ -132,7 +132,7 @@ def save_visual_tokenizer(path: str | Path, tokenizer: VisualTokenizer) -> None:
     tensors = {name: value.contiguous() for name, value in tokenizer.state_dict().items()}
     # Written as bytes, because only the owner can read a file that safetensors creates.
     content = safetensors.torch.save(tensors, metadata={_METADATA_KEY: json.dumps(description)})
-    with written_aside(path) as file:
+    with atomic_write(path) as file:
         file.write(content)
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from beit3_ds.atomic_file import written_aside
+from beit3_ds.atomic_file import atomic_write
 from beit3_ds.config import RunConfig
 from beit3_ds.data import TokenizerImages
 from beit3_ds.data.masking import block_mask
@@ -47,7 +47,7 @@ def write_code_picture(config: RunConfig, tokenizer: VisualTokenizer, path: str 
     masks = torch.from_numpy(np.stack([block_mask(grid_size, num_masked, rng) for rng in rngs]))
     picture = Image.fromarray(draw_codes(tokenizer.cpu(), views, masks))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(Path(path)) as file:
+    with atomic_write(Path(path)) as file:
         picture.save(file, "PNG")
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from beit3_ds.atomic_file import written_aside
+from beit3_ds.atomic_file import atomic_write
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
@@ -45,7 +45,7 @@ def save_figure(figure: Any, path: Path) -> None:
     Raises:
         OSError: if the file cannot be written.
     """
-    with written_aside(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
 
 

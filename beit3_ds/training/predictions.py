@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from beit3_ds.atomic_file import written_aside
+from beit3_ds.atomic_file import atomic_write
 from beit3_ds.batch import PackedBatch
 from beit3_ds.model import Logits
 from beit3_ds.tokenizers.text import TextTokenizer
@@ -61,7 +61,7 @@ def write_predictions(
         "shown batch that has it.</p>"
     )
     page = f"<!doctype html><meta charset=utf-8><title>Predictions</title><style>{_STYLE}</style><h1>Predictions</h1>"
-    with written_aside(path) as file:
+    with atomic_write(path) as file:
         file.write((page + note + body).encode())
 
 

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from beit3_ds.atomic_file import written_aside
+from beit3_ds.atomic_file import atomic_write
 from beit3_ds.batch import LOSS_TERMS
 from beit3_ds.model import Logits
 from beit3_ds.tokenizers.text import TextTokenizer
@@ -98,7 +98,7 @@ def _write_predictions(run: Run, text_tokenizer: TextTokenizer | None, path: Pat
 
 
 def _write_json(content: dict[str, Any], path: Path) -> None:
-    with written_aside(path) as file:
+    with atomic_write(path) as file:
         file.write((json.dumps(content, indent=2) + "\n").encode())
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from beit3_ds.atomic_file import written_aside
+from beit3_ds.atomic_file import atomic_write
 from beit3_ds.config import ConfigError, RunConfig
 from beit3_ds.tokenizers import VisualTokenizer
 from beit3_ds.tokenizers.recipe import find_changes, visual_recipe
@@ -57,7 +57,7 @@ class TokenizerCheckpoint:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         state = {"step": step, "recipe": self._recipe, "center": center, "broken_records": broken_records}
         state |= {"tokenizer": tokenizer.state_dict(), "optimizer": optimizer.state_dict()}
-        with written_aside(self.path) as file:
+        with atomic_write(self.path) as file:
             torch.save(state, file)
 
     def load(self, tokenizer: VisualTokenizer, optimizer: Optimizer) -> Restored | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from beit3_ds.atomic_file import bounded_name, written_aside
+from beit3_ds.atomic_file import atomic_write, bounded_name
 from beit3_ds.config import ConfigError
 from beit3_ds.data.files.records import Skipped
 from beit3_ds.data.images.annotated import AnnotatedImages, describe_files
@@ -104,7 +104,7 @@ def write_table(samples: AnnotatedImages, path: str, made_from: list[list[int]])
         "skipped": samples.skipped,
     }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(Path(path)) as file:
+    with atomic_write(Path(path)) as file:
         file.write(json.dumps(header).encode("ascii") + b"\n")
         for numbers in (samples.image_numbers, samples.paths.ends, samples.captions.ends):
             file.write(np.asarray(numbers, dtype="<i8").data)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from beit3_ds.atomic_file import bounded_name, written_aside
+from beit3_ds.atomic_file import atomic_write, bounded_name
 from beit3_ds.config import ConfigError
 from beit3_ds.data.files.descriptors import OpenFiles
 from beit3_ds.data.files.reading import read_with_retries, storage_error
@@ -156,7 +156,7 @@ def write_index(index: ShardIndex, path: str) -> None:
         "skipped": index.skipped,
     }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(Path(path)) as file:
+    with atomic_write(Path(path)) as file:
         file.write(json.dumps(header).encode("ascii") + b"\n" + data)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from beit3_ds.atomic_file import written_aside
+from beit3_ds.atomic_file import atomic_write
 from beit3_ds.config import ConfigError
 from beit3_ds.data.files.reading import read_with_retries, storage_error
 from beit3_ds.data.text.sentences import ParagraphCutter
@@ -49,7 +49,7 @@ def write_borders(folder: Path, text: str, pieces: Sequence[TokenPiece], length:
     total = sum(piece.num_tokens for piece in pieces)
     starts = chain(sequence_starts(_chunks(pieces), length - 2, cutter), [total])
     count = 0
-    with written_aside(path) as file:
+    with atomic_write(path) as file:
         while len(chunk := np.fromiter(islice(starts, COPY_NUMBERS), dtype="<i8")):
             file.write(chunk.tobytes())
             count += len(chunk)

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from beit3_ds.atomic_file import bounded_name, written_aside
+from beit3_ds.atomic_file import atomic_write, bounded_name
 from beit3_ds.config import ConfigError
 from beit3_ds.data.files.descriptors import map_file
 from beit3_ds.data.text.paragraphs import BrokenLines, TextPiece, read_paragraphs
@@ -94,7 +94,7 @@ def write_tokens(
     path, broken, status = token_path(folder, piece), BrokenLines(budget), os.stat(piece.path)
     dtype = token_dtype(tokenizer.vocab_size).newbyteorder("<")
     num_tokens = num_paragraphs = 0
-    with written_aside(path) as file, written_aside(path.with_suffix(".lengths"), keep=False) as lengths_file:
+    with atomic_write(path) as file, atomic_write(path.with_suffix(".lengths"), keep=False) as lengths_file:
         for ids, lengths in encode_paragraphs(read_paragraphs(piece, broken), tokenizer, document_separator):
             file.write(ids.astype(dtype, copy=False).data)
             lengths_file.write(lengths.astype("<u4").data)

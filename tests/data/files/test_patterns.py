@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from beit3_ds.atomic_file import bounded_name, written_aside
+from beit3_ds.atomic_file import atomic_write, bounded_name
 from beit3_ds.config import ConfigError, DataConfig, SourceConfig, StreamConfig
 from beit3_ds.data.files.patterns import expand_braces, expand_patterns
 from beit3_ds.data.images.shards import TarShards
@@ -164,7 +164,7 @@ def test_long_names_have_files_of_their_own(
     rows = [TextSequences([str(path)], tokenizer, 16, prepared)[0].tolist() for path in texts]
     assert rows == [TextSequences([str(path)], tokenizer, 16)[0].tolist() for path in texts]
     assert rows[0] != rows[1]
-    with written_aside(tmp_path / f"{LONG}.spm") as file:  # catches a temporary name that is too long
+    with atomic_write(tmp_path / f"{LONG}.spm") as file:  # catches a temporary name that is too long
         file.write(b"x")
 
 
