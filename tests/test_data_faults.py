@@ -135,7 +135,7 @@ def test_killed_process_of_a_preparation_is_replaced(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import json, os, signal, sys\n"
-        "from beit3_ds.data import prepare_index\n"
+        "from beit3_ds.data.prepare import index as prepare_index\n"
         "from beit3_ds.data.prepare.index import IndexedShard\n"
         "def slow(tar, cache_dir, verify):\n"
         "    mark = tar + '.tried'\n"

@@ -19,7 +19,7 @@ FILE = "hosts.txt"
 REFUSED = {
     # taken by DeepSpeed, and then a run that hangs or dies
     "no ranks": ("h0 slots=0", "slots is 0; it must be between 1 and 1024"),
-    "a letter behind": ("h0 slots=2x", "not 'slots=2x'"),
+    "a letter behind": ("h0 slots=2x", "not by 'slots=2x'"),
     "absurd": ("h0 slots=99999", "slots is 99999"),
     "absurd beyond int()": ("h0 slots=" + "9" * 5000, "a number of 5000 digits"),
     "byte-order mark": ("\ufeffh0 slots=2", "byte-order mark"),

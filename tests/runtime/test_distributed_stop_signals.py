@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from beit3_ds.runtime.distributed_stop_signals import DistributedStopSignals
-from beit3_ds.runtime.stop_signals import StopSignals
+from beit3_ds.runtime.stop_signals import STOP_SIGNALS, StopSignals
 from beit3_ds.storage_error import StorageError
 
 
@@ -16,15 +16,16 @@ from beit3_ds.storage_error import StorageError
 def test_a_rank_that_stops_does_not_die_of_its_own_late_signal(others: int) -> None:
     """Seen under srun: the other host's ranks had got it, all had saved, and this one ended with status 143."""
     mesh: Any = Mock(**{"host.sum": lambda received: received + others})
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     signals = StopSignals()
     try:
         with signals.handling():
             assert DistributedStopSignals(signals, mesh).synchronize() == bool(others)
-        after = signal.getsignal(signal.SIGTERM)
+        after = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     finally:
-        signal.signal(signal.SIGTERM, before)
-    assert after == (signal.SIG_IGN if others else before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert after == (dict.fromkeys(STOP_SIGNALS, signal.SIG_IGN) if others else before)
 
 
 @pytest.mark.parametrize(
