@@ -36,8 +36,10 @@ def current_digest(test_file: Path) -> str:
 
 def skip_proved(items: Iterable[pytest.Item]) -> None:
     """Marks the proofs that were recorded for everything as it is now."""
-    for item in items:
-        if item.get_closest_marker(MARK) and is_proved(item.nodeid, read_record(item.path), current_digest(item.path)):
+    proofs = [item for item in items if item.get_closest_marker(MARK)]
+    digests = {path: current_digest(path) for path in {item.path for item in proofs}}
+    for item in proofs:
+        if is_proved(item.nodeid, read_record(item.path), digests[item.path]):
             numbers = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
             reason = f"proved for {numbers} and this code; `pytest --verify-deepspeed` proves it again"
             item.add_marker(pytest.mark.skip(reason=reason))
