@@ -14,11 +14,12 @@ import random
 import runpy
 import select
 import signal
+import site
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -94,20 +95,24 @@ def start_module(
     env: Mapping[str, str] | None = None,
     output: int | IO[str] | None = None,
     passed: Sequence[int] = (),
+    blocked: Iterable[int] = (),
 ) -> ModuleProcess:
     """Starts `python -m module arguments` in the folder of this process.
 
     Args:
         env: the whole environment. By default it is that of the server: this process's when the server was started.
-            Variables that a library reads while it is imported have no effect.
+            Folders in PYTHONPATH are searched, and a `sitecustomize` in them is run. Variables that a library reads
+            while it is imported have no effect.
         output: where stdout and stderr go: `subprocess.PIPE`, a file, or by default where those of this process go.
         passed: file descriptors for the process, which finds their numbers after the arguments.
+        blocked: signals that the process begins with blocked.
     """
     pipe = output == subprocess.PIPE
     readable, writable = os.pipe() if pipe else (-1, os.dup(1) if output is None else os.dup(_number(output)))
     errors = os.dup(2) if output is None else os.dup(writable)
     status, told = os.pipe()
     request = {"module": module, "arguments": list(map(str, arguments)), "cwd": os.getcwd(), "env": env and dict(env)}
+    request["blocked"] = list(map(int, blocked))
     fds = [told, writable, errors, *passed]
     try:
         socket.send_fds(_server(os.getpid()), [json.dumps(request).encode()], fds)
@@ -132,7 +137,7 @@ def _server(_pid: int) -> socket.socket:
     """Starts the server of this process; it ends when this process closes the socket, that is at the latest with it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
-        command = [sys.executable, "-m", "tests.preloaded", str(theirs.fileno())]
+        command = [sys.executable, "-m", "tests.preloaded", str(theirs.fileno()), *_MODULES]
         subprocess.Popen(
             command, cwd=ROOT, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
         )
@@ -176,9 +181,10 @@ def _tell(told: int, number: int) -> None:
 
 
 def _become(request: dict[str, Any], fds: list[int]) -> None:
-    """Gives this process the streams, the environment, the arguments and the folder of the request."""
+    """Gives this process the signals, streams, environment, arguments and folder of the request."""
     import numpy as np
 
+    signal.pthread_sigmask(signal.SIG_BLOCK, request["blocked"])
     for number, fd in enumerate(fds[:2], start=1):
         os.dup2(fd, number)
         os.close(fd)
@@ -187,6 +193,7 @@ def _become(request: dict[str, Any], fds: list[int]) -> None:
     if request["env"] is not None:
         os.environ.clear()
         os.environ.update(request["env"])
+        _search(request["env"].get("PYTHONPATH", ""))
     os.chdir(request["cwd"])
     sys.path.insert(0, request["cwd"])  # as `python -m` does
     importlib.invalidate_caches()
@@ -194,6 +201,15 @@ def _become(request: dict[str, Any], fds: list[int]) -> None:
     np.random.seed()
     sys.argv = [request["module"], *request["arguments"], *map(str, fds[2:])]
     sys.modules.pop(request["module"], None)  # it runs again, as `__main__`
+
+
+def _search(folders: str) -> None:
+    added = [folder for folder in folders.split(os.pathsep) if folder and folder not in sys.path]
+    if added:
+        sys.path[:0] = added
+        importlib.invalidate_caches()
+        sys.modules.pop("sitecustomize", None)
+        site.execsitecustomize()
 
 
 def _run(module: str) -> NoReturn:
@@ -214,18 +230,17 @@ def _run(module: str) -> NoReturn:
     os._exit(status)
 
 
-def _preload() -> None:
-    import deepspeed
-
-    for module in _MODULES:
+def _preload(modules: Iterable[str]) -> None:
+    for module in modules:
         importlib.import_module(module)
-    assert deepspeed.ops.__compatible_ops__  # asked for once, here
+    if "deepspeed" in sys.modules:
+        assert sys.modules["deepspeed"].ops.__compatible_ops__  # asked for once, here
     gc.collect()
     gc.freeze()  # a collection in a forked process would write to every page, and so copy it
 
 
 if __name__ == "__main__":
-    _preload()
+    _preload(sys.argv[2:])
     _request, _fds = _serve(socket.socket(fileno=int(sys.argv[1])))
     _become(_request, _fds)
     _run(_request["module"])

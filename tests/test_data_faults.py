@@ -16,6 +16,7 @@ from PIL import Image
 from beit3_ds.checkpoint.folder import CheckpointFolder
 from tests.checkpoint.test_stopping import others
 from tests.checkpoint.training_run import TrainingRun, check_same_state
+from tests.preloaded import start_module
 from tests.test_pretrain import losses, write
 
 BOUND_SECONDS = 150
@@ -78,9 +79,9 @@ class HungRun:
         (folder / "sitecustomize.py").write_text(HANGING_READS)  # Python imports it first, in workers too
         search = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
         environment = os.environ | {"PYTHONPATH": search, "HANGING_FOLDER": str(self.images), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "beit3_ds.pretrain", str(write(mapping, folder))]
+        config = write(mapping, folder)
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            self.process = start_module("beit3_ds.pretrain", [config], env=environment, output=log)
         deadline = time.monotonic() + BOUND_SECONDS
         while "step 2/" not in self.output():
             assert time.monotonic() < deadline and self.process.poll() is None, self.output()

@@ -95,6 +95,16 @@ def test_the_environment_is_the_given_one(program: Path) -> None:
     assert process.communicate(timeout=30)[0] == f"{ {'ONLY': 'this'} } {program.parent}\n"
 
 
+def test_folders_to_search_and_blocked_signals(program: Path, tmp_path: Path) -> None:
+    """As an interpreter that starts: both are there before the module runs."""
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "sitecustomize.py").write_text("import sys; sys.words = 'words'")
+    program.write_text("import signal, sys; print(sys.words, signal.pthread_sigmask(signal.SIG_BLOCK, ()))")
+    environment = {"PYTHONPATH": str(tmp_path / "search")}
+    process = start_module("program", [], env=environment, output=subprocess.PIPE, blocked=[signal.SIGUSR1])
+    assert process.communicate(timeout=30)[0] == f"words { {signal.SIGUSR1} }\n"
+
+
 def spoil() -> str:
     """On one rank: changes whatever outlives a function."""
     import numpy as np
@@ -175,7 +185,7 @@ def test_a_rank_that_goes_wrong_is_named(how: str, error: type[Exception], messa
 def test_forked_processes_end_with_the_one_that_started_them(program: Path) -> None:
     program.write_text("import signal\nprint('begun', flush=True)\nsignal.pause()")
     code = (
-        "import subprocess, tests.preloaded as p; q = p.start_module('program', [], output=subprocess.PIPE); "
+        "import subprocess, tests.preloaded as p; p._MODULES = (); q = p.start_module('program', [], output=subprocess.PIPE); "
         "q.stdout.readline(); print(q.pid, flush=True); import signal; signal.pause()"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

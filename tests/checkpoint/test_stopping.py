@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 from beit3_ds.checkpoint.folder import CheckpointFolder
 from beit3_ds.runtime.stop_signals import STOP_SIGNALS
 from tests.checkpoint.training_run import TrainingRun, check_same_state
+from tests.preloaded import start_module
 from tests.test_pretrain import losses
 
 NO_EVALUATION = {"eval_interval": 1000}
@@ -53,12 +53,7 @@ def test_signal_during_the_start_stops_before_the_first_step(run_mapping: dict[s
     """Catches a rank that dies of a signal which came before it could take it (`beit3 launch` holds it back)."""
     config = tmp_path / "config.json"
     config.write_text(json.dumps(run_mapping))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "beit3_ds.pretrain", str(config)],
-        stdout=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS),
-    )
+    process = start_module("beit3_ds.pretrain", [config], output=subprocess.PIPE, blocked=STOP_SIGNALS)
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0

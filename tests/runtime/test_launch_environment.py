@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from beit3_ds.config import ConfigError
 from beit3_ds.runtime.launch_environment import Launch, discover_through_mpi, expand_tasks, first_host, read_launch
+from tests.preloaded import start_module
 
 # Rank 5 of 6, the third on the second of two hosts, as each launcher describes it. Recorded from Slurm 22.05, Open MPI
 # 5.0 and DeepSpeed 0.19; Hydra's from its documentation.
@@ -157,7 +158,7 @@ def test_ranks_of_every_host(runs: list[tuple[int, int]]) -> None:
 
 def test_a_wrong_environment_is_one_line_and_status_2() -> None:
     """Also the line that names the rank reads it from that environment."""
-    command = [sys.executable, "-m", "beit3_ds.pretrain", "config.json"]
-    done = subprocess.run(command, env={"RANK": "x"}, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert re.search(r"^error on rank \?: launcher: RANK=x is set, but", done.stderr, re.MULTILINE), done.stderr
+    process = start_module("beit3_ds.pretrain", ["config.json"], env={"RANK": "x"}, output=subprocess.PIPE)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert re.search(r"^error on rank \?: launcher: RANK=x is set, but", output, re.MULTILINE), output
