@@ -1,1 +1,1 @@
-"""Operations of the multiway model, installed as `beit3_ds.kernels`; plain tensors in, plain tensors out."""
+"""Implements the multiway model's operations on plain tensors; installed as `beit3_ds.kernels`."""

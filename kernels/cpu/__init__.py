@@ -1,1 +1,1 @@
-"""What the operations use on a CPU."""
+"""Implements memory, row chunks and products of the operations on a CPU."""

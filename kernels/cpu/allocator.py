@@ -1,4 +1,4 @@
-"""Memory of the tensors that the ops make on a CPU."""
+"""Allocates the tensors that the ops make on a CPU."""
 
 import ctypes
 import os

@@ -1,4 +1,4 @@
-"""Row chunks that fit in a CPU's cache, so that several passes over a chunk read it from there."""
+"""Divides rows into chunks that fit in a CPU's cache, so that several passes over a chunk read it from there."""
 
 # T packed rows, D width.
 

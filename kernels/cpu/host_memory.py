@@ -1,4 +1,4 @@
-"""Host memory for tensors that come and go with a training step on a CPU.
+"""Manages host memory for tensors that come and go with a training step on a CPU.
 
 Every step allocates the same gigabytes of rows and gradients. glibc serves them badly: it asks for more than an aligned
 block has, so a freed block does not fit the next request of its own size, and small tensors that stay split the gaps

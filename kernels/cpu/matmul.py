@@ -1,4 +1,4 @@
-"""Matrix products of linear layers on a CPU, written into given memory.
+"""Multiplies matrices of linear layers on a CPU and writes the products into given memory.
 
 PyTorch multiplies float32 matrices with MKL. oneDNN, which PyTorch has for convolutions, is often a tenth to a third
 faster on many rows (BENCHMARKS.md). It writes into given memory as a 1 x 1 convolution that adds to its output.

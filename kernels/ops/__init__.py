@@ -1,1 +1,1 @@
-"""Operations on packed streams: reference, registration and backward pass of each."""
+"""Defines the operations on packed streams: reference, registration and backward pass of each."""

@@ -20,7 +20,7 @@ peak memory (BENCHMARKS.md)."""
 
 
 class Bucket(NamedTuple):
-    """Sequences of one call of scaled_dot_product_attention."""
+    """Describes the sequences of one call of scaled_dot_product_attention."""
 
     rows: Tensor
     """Rows of the stream, (n * S,) int64, sequence by sequence; padding repeats a row of its sequence."""
@@ -36,7 +36,7 @@ class Bucket(NamedTuple):
 
 
 class AttentionPlan(NamedTuple):
-    """Buckets of a micro-batch's sequences; a pure function of their ranges."""
+    """Divides a micro-batch's sequences into buckets; a pure function of their ranges."""
 
     buckets: tuple[Bucket, ...]
     """Buckets that together hold every sequence with rows once."""
@@ -45,7 +45,7 @@ class AttentionPlan(NamedTuple):
 
 
 class TilePlan(NamedTuple):
-    """Tables that tell the GPU's kernels a micro-batch's sequences; a pure function of their ranges."""
+    """Holds the tables of a micro-batch's sequences for the GPU's kernels; a pure function of their ranges."""
 
     sequences_Q4: Tensor
     """Start and length of both ranges of every sequence, int32; the second is empty if there is only one range."""

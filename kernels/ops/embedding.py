@@ -1,4 +1,4 @@
-"""Embedding lookup whose gradient is a dense table, even without ids."""
+"""Looks up embeddings; the gradient is a dense table, even without ids."""
 
 # S ids, V rows of the table, D width.
 

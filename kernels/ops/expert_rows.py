@@ -1,4 +1,4 @@
-"""Which rows of a packed stream the row-streaming GPU kernels take, and how they are tiled."""
+"""Says which rows of a packed stream the row-streaming GPU kernels take, and how they tile them."""
 
 # T packed rows, D width.
 

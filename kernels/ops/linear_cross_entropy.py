@@ -1,4 +1,4 @@
-"""Linear layer and cross entropy over a large vocabulary, tile by tile, so that full logits never exist.
+"""Fuses a linear layer and cross entropy over a large vocabulary, tile by tile, so that full logits never exist.
 
 On a CPU it is PyTorch's products and element-wise passes. On a GPU it is PyTorch's products, with the operators
 `beit3_ds::logits_partials` and `beit3_ds::logits_gradient` between them (kernels of `triton/linear_cross_entropy.py`).
@@ -27,7 +27,7 @@ def linear_cross_entropy_reference(h_MD: Tensor, w_VD: Tensor, b_V: Tensor, targ
 
 
 class Partials(NamedTuple):
-    """One vocabulary shard's part of every row's cross entropy, (M,) float32 each.
+    """Holds one vocabulary shard's part of every row's cross entropy, (M,) float32 each.
 
     To reduce shards, take the maximum of `largest`, rescale the totals to it and sum them, and sum the target logits.
     The loss is then log(total) + largest - target_logit.

@@ -1,4 +1,4 @@
-"""LayerNorm of a packed stream with one scale and shift per expert; its backward pass adds the residual's gradient.
+"""Applies LayerNorm with one scale and shift per expert; its backward pass adds the residual's gradient.
 
 On a CPU it is PyTorch's LayerNorm over each expert's rows. On a GPU it is the operator `beit3_ds::multiway_layer_norm`
 with the kernels of `triton/multiway_layer_norm.py`, one launch for all experts.

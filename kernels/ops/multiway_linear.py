@@ -1,4 +1,4 @@
-"""Linear layers of several experts, each applied to its own slice of one packed stream.
+"""Applies the linear layers of several experts, each to its own slice of one packed stream.
 
 On a CPU each expert's product is written into its rows of one output. On a GPU one launch of `triton/multiway_ffn.py`
 serves all experts.

@@ -1,4 +1,4 @@
-"""The error bound of kernels: at most twice the error of a reference computed in the kernel's own dtype."""
+"""Bounds the errors of kernels: at most twice the error of a reference computed in the kernel's own dtype."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,7 +10,7 @@ Function = Callable[..., tuple[Tensor, ...]]
 
 
 class WrongResultError(ArithmeticError):
-    """A kernel's result exceeds its error bound."""
+    """Says that a kernel's result exceeds its error bound."""
 
 
 def check_against_reference(

@@ -1,4 +1,4 @@
-"""The end of a branch as one op: GELU, sub-LN, linear layer, bias, drop-path factor and residual.
+"""Ends a branch with one op: GELU, sub-LN, linear layer, bias, drop-path factor and residual.
 
 It ends the FFN (with GELU) and attention (without). It saves its input alone, and recomputes the rest in the backward
 pass. On a CPU an expert's rows go through PyTorch's fused norms in chunks that fit in cache, and through the product in
@@ -88,7 +88,7 @@ _MATMUL_ROWS = 2048
 
 
 class _Parameters(NamedTuple):
-    """Parameters of a call by kind, one per expert; kinds that the call lacks are empty."""
+    """Holds the parameters of a call by kind, one per expert; kinds that the call lacks are empty."""
 
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]
@@ -97,7 +97,7 @@ class _Parameters(NamedTuple):
 
 
 class _Form(NamedTuple):
-    """The settings of a call, without its tensors."""
+    """Holds the settings of a call, without its tensors."""
 
     ends: list[int]
     gelu: bool

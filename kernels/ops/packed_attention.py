@@ -1,4 +1,4 @@
-"""Attention within each sequence of a packed stream; a sequence is one or two row ranges.
+"""Computes attention within each sequence of a packed stream; a sequence is one or two row ranges.
 
 On a CPU it is PyTorch's flash attention over buckets of sequences of similar length. On a GPU it is the operator
 `beit3_ds::packed_attention` with the kernels of `triton/packed_attention.py`.

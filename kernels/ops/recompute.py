@@ -1,4 +1,4 @@
-"""Rows that the backward pass recomputes, so that the layers which use them need not save them."""
+"""Recomputes rows in the backward pass, so that the layers which use them need not save them."""
 
 # T packed rows, D width.
 
@@ -40,7 +40,7 @@ class RecomputeFunction:
 
 
 class Recomputable(NamedTuple):
-    """Rows that a layer recomputes in the backward pass instead of saving them."""
+    """Describes how a layer recomputes its input in the backward pass instead of saving it."""
 
     function: RecomputeFunction
     """Computes the rows from the tensors."""

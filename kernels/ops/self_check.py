@@ -1,4 +1,4 @@
-"""Kernels are checked at their first use on a device, and switched off with a warning if they fail."""
+"""Checks kernels at their first use on a device, and switches them off with a warning if they fail."""
 
 import warnings
 from collections.abc import Callable, Hashable

@@ -1,4 +1,4 @@
-"""GELU and sub-LN, the row-wise operations before an output projection, where ranks divide the width of a row.
+"""Computes GELU and sub-LN, before an output projection, where ranks divide the width of a row.
 
 The sub-LN (Magneto, Wang et al., 2022, arXiv:2210.06423) normalises the input of an output projection: the FFN's
 activations or attention's merged heads. Its statistics are those of whole rows, so ranks exchange two numbers per row
@@ -21,7 +21,7 @@ from beit3_ds.kernels.ops.self_check import TrustedKernels
 
 
 class SubNorm(NamedTuple):
-    """One LayerNorm per expert, with the collectives of the ranks that divide its width."""
+    """Holds one LayerNorm per expert, with the collectives of the ranks that divide its width."""
 
     scales: Sequence[Tensor]
     """(F,) per expert."""

@@ -1,4 +1,4 @@
-"""The FFN's first layer: a multiway linear layer, on a GPU fused with the GELU and the sub-LN's statistics.
+"""Computes the FFN's first layer, on a GPU fused with the GELU and the sub-LN's statistics.
 
 On a GPU the GELU and the statistics are computed while the product is in registers (`triton/multiway_ffn.py`). On a CPU
 `out_projection` computes them, in buffers that fit in cache.

@@ -1,4 +1,4 @@
-"""Division of a vocabulary into tiles for the cross entropy, and which tiles' logits the backward pass finds again."""
+"""Divides a vocabulary into tiles for the cross entropy, and selects the tiles whose logits are saved."""
 
 # M rows, V vocabulary, N columns of a tile, K buffers.
 

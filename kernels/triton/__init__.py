@@ -1,1 +1,1 @@
-"""Triton kernels, their launching, and their compilation ahead of time."""
+"""Defines Triton kernels, launches them, and compiles them ahead of time."""

@@ -54,7 +54,7 @@ _GLOBAL_ACCESS = r"\b(?:LDG|STG|LDGSTS)\.[\w.]+"
 
 
 class Report(NamedTuple):
-    """Properties of one variant's machine code."""
+    """Lists properties of one variant's machine code."""
 
     registers: int
     """Registers per thread, at most 255."""

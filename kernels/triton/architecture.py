@@ -1,4 +1,4 @@
-"""Architectures that the GPU kernels are compiled for."""
+"""Lists the architectures that the GPU kernels are compiled for."""
 
 import torch
 

@@ -21,7 +21,7 @@ _SUM_COLUMNS, _SUM_PROGRAMS, _SUM_WARPS = 128, 32, 4
 
 
 class RowTiling(NamedTuple):
-    """How row-streaming kernels are compiled for one architecture and width."""
+    """Sets how row-streaming kernels are compiled for one architecture and width."""
 
     num_warps: int
     """Warps per program; a program holds one row."""
@@ -59,7 +59,7 @@ def check_rows(*tensors: Tensor) -> None:
 
 
 class RowPrograms(NamedTuple):
-    """Division of rows among programs, each with up to `rows` consecutive rows of one expert."""
+    """Divides rows among programs, each with up to `rows` consecutive rows of one expert."""
 
     rows: int
     """Most rows per program."""

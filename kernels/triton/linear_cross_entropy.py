@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Triton kernels of the cross entropy: partials of every row's logits, and gradients written over logits."""
+"""Defines the cross entropy's Triton kernels: partials of every row's logits, and gradients written over logits."""
 
 # M rows, N logits of a row (`width`), G groups of rows.
 #

@@ -15,7 +15,7 @@ from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 
 
 class LogitsTiling(NamedTuple):
-    """How both kernels are compiled."""
+    """Sets how both kernels of the cross entropy are compiled."""
 
     partials_block: int
     """Logits of a row per step of the loop."""

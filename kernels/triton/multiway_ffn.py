@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Triton kernels of the multiway linear layers and the multiway FFN: one launch for all experts."""
+"""Defines the Triton kernels of multiway linear layers and the multiway FFN: one launch for all experts."""
 
 # T packed rows; a product sums over K columns and has N columns. A program computes one ROWS x COLUMNS tile of the
 # result and sums in steps of DEPTH.

@@ -29,7 +29,7 @@ from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 
 
 class MatmulTiles(NamedTuple):
-    """How a kernel with a product is compiled."""
+    """Sets how a kernel with a matrix product is compiled."""
 
     rows: int
     """Rows of a program's tile of the result."""

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Triton kernels of the multiway LayerNorm, forward and backward."""
+"""Defines the Triton kernels of the multiway LayerNorm, forward and backward."""
 
 # T packed rows, D width, P programs.
 #

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Triton kernels of packed attention, forward and backward."""
+"""Defines the Triton kernels of packed attention, forward and backward."""
 
 # T packed rows, H heads, K head width, Q sequences, N tiles of TILE positions.
 #

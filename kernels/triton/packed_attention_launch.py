@@ -14,7 +14,7 @@ from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 
 
 class KernelConfig(NamedTuple):
-    """How one of the kernels is compiled."""
+    """Sets how one of the attention kernels is compiled."""
 
     block: int
     """Positions of the other side per step of the loop."""
@@ -25,7 +25,7 @@ class KernelConfig(NamedTuple):
 
 
 class AttentionTiling(NamedTuple):
-    """How the three kernels are compiled for one architecture, head width and dtype."""
+    """Sets how the three attention kernels are compiled for one architecture, head width and dtype."""
 
     tile: int
     """Positions per program: queries, or keys in `key_value_gradient_kernel`."""

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Triton kernels that add a branch to the residual stream, forward and backward."""
+"""Defines the Triton kernels that add a branch to the residual stream, forward and backward."""
 
 # T packed rows, D width, P programs; expert_rows.py says which rows a program works on.
 

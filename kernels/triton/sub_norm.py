@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Triton kernels of the sub-LayerNorms (Magneto, arXiv:2210.06423): statistics, normalised rows and gradients."""
+"""Defines the sub-LayerNorms' Triton kernels (Magneto, arXiv:2210.06423): statistics, normalised rows, gradients."""
 
 # T packed rows, N columns; a program works on blocks of ROWS x COLUMNS of one expert's rows (`find_row_tile`).
 #

@@ -1,4 +1,4 @@
-"""Launches the sub-LayerNorms' kernels, and has what all launches over experts' row tiles share."""
+"""Launches the sub-LayerNorms' kernels, and prepares arguments of all launches over experts' row tiles."""
 
 # T packed rows, F columns of this rank (tensor-parallel ranks may divide a row).
 

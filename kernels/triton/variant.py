@@ -1,4 +1,4 @@
-"""Variants of Triton kernels for ahead-of-time compilation."""
+"""Describes variants of Triton kernels for ahead-of-time compilation."""
 
 from typing import Any, NamedTuple
 

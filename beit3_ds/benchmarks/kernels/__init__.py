@@ -1,1 +1,1 @@
-"""Benchmarks of the ops beside their baselines."""
+"""Measures the ops beside their baselines."""

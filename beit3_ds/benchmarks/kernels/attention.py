@@ -1,4 +1,4 @@
-"""How ragged sequences are batched inside attention: what a padding allowance costs, forward and backward."""
+"""Measures how ragged sequences are best batched in attention: the cost of padding allowances, forward and backward."""
 
 import statistics
 import time
@@ -22,13 +22,13 @@ _ALLOWANCES = {
 
 
 def benchmark_attention() -> str:
-    """Measures every batching on base-size attention at three mixes of samples, in turn, and returns a table.
+    """Measures all batchings of base-size attention with three mixes of samples and returns a table.
 
-    Times are medians of forward and backward; columns are comparable within a row, for all batchings of a mix are timed
-    in turn.
+    Times are medians of forward and backward. Compare columns within a row only: all batchings of a mix are timed in
+    turn.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    names = ["one call a sequence", *_ALLOWANCES]
+    names = ["one call per sequence", *_ALLOWANCES]
     lines = [
         f"attention forward + backward, ms, median of {_ROUNDS}; {_HEADS} heads of {_HEAD_SIZE}, fp32, {device.type}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}",
@@ -45,7 +45,7 @@ def benchmark_attention() -> str:
 
 
 def _draw_ranges(num_images: int, num_pairs: int, num_texts: int) -> Ranges:
-    """Images of 197 rows, captions of 8 to 32 tokens and texts of 16 to 128, in the packed order."""
+    """Draws images of 197 rows, captions of 8 to 32 tokens and texts of 16 to 128, in the packed order."""
     rng = np.random.default_rng(0)
     caption_lengths, text_lengths = rng.integers(8, 33, num_pairs), rng.integers(16, 129, num_texts)
     images = [(i * _IMAGE_LENGTH, (i + 1) * _IMAGE_LENGTH) for i in range(num_images + num_pairs)]

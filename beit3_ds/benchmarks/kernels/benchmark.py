@@ -1,4 +1,4 @@
-"""Every op beside its baselines, forward and backward, at the shapes of a named size: time, rate, share, memory."""
+"""Measures every op beside its baselines at a model size's shapes: time, rate, share of the ceiling, memory."""
 
 import csv
 import ctypes
@@ -18,47 +18,47 @@ from beit3_ds.benchmarks.peak_memory import peak_bytes, reset_peak, status_bytes
 
 _ROUNDS = {"cuda": 30, "cpu": 5}
 _WARMUP = {"cuda": 5, "cpu": 1}
-_CACHE_BYTES = 256 << 20  # more than any L2: what a kernel reads is not there from the round before
+_CACHE_BYTES = 256 << 20  # larger than any L2 cache, so that no kernel finds data of the previous round there
 
 
 class Row(NamedTuple):
-    """One line of the table."""
+    """Holds one line of the table."""
 
     op: str
-    """The op."""
+    """Name of the op."""
     shape: str
-    """What it ran on."""
+    """Size and shape of its inputs."""
     dtype: str
-    """Of its tensors."""
+    """dtype of its tensors."""
     implementation: str
-    """Ours, or the name of a baseline."""
+    """This project's name, or that of a baseline."""
     direction: str
-    """forward, backward, or both."""
+    """Direction: forward, backward, or both."""
     median_ms: float
-    """Median time."""
+    """Median time, ms."""
     p20_ms: float
-    """A fifth of the rounds were faster."""
+    """20th percentile of the times, ms."""
     p80_ms: float
-    """A fifth were slower."""
+    """80th percentile of the times, ms."""
     rate: float
-    """TFLOP/s of the products, or GB/s of what must be read and written."""
+    """Rate: TFLOP/s of the products, or GB/s of the bytes that must be read and written."""
     unit: str
-    """Which of both."""
+    """Unit of the rate."""
     ceiling_share: float
-    """Of what this device reaches: plain matrix products, or copying."""
+    """Rate as a share of this device's ceiling, for matrix products or copies."""
     peak_mb: float
-    """The most memory that forward and backward took beside inputs and gradients, in MB."""
+    """Peak memory of forward and backward, without inputs and gradients, MB."""
     modelled_floor_ms: float | None
-    """Modelled, not measured: what the named GPU's peak rates allow at best."""
+    """Modelled least time, ms, that the named GPU's peak rates allow; None without a GPU."""
 
 
 class Ceilings(NamedTuple):
-    """What this device reaches, measured in this run."""
+    """Holds the highest rates of this device, measured in this run."""
 
     flops: float
-    """Of a large matrix product, a second."""
+    """FLOP/s of a large matrix product."""
     bytes: float
-    """Read and written by a large copy, a second."""
+    """Bytes per second, read and written, of a large copy."""
 
 
 def benchmark_kernels(
@@ -66,14 +66,14 @@ def benchmark_kernels(
 ) -> str:
     """Measures all ops and baselines and returns a report.
 
-    Implementations of one op are timed in turn, and their results are compared before.
+    Implementations of one op are timed in turn, after their results are compared.
 
     Args:
         sizes: names of models, e.g. "base" and "giant".
-        samples: of each stream in the micro-batch: images, pairs and texts with the paper's lengths.
-        dtype: of all tensors.
-        gpu: a name in `roofline.GPUS`, for a column of modelled floors.
-        csv_path: where to write all rows with device and versions as CSV.
+        samples: samples per stream of the micro-batch: images, pairs and texts with the paper's lengths.
+        dtype: dtype of all tensors.
+        gpu: name in `roofline.GPUS`, for a column of modelled least times; None for no column.
+        csv_path: CSV file for all rows, with device and versions; None for no file.
     """
     modelled = find_gpu(gpu) if gpu else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -101,7 +101,7 @@ def benchmark_kernels(
 
 
 def _measure(case: Case, device: torch.device) -> tuple[dict[tuple[str, str], list[float]], dict[str, float]]:
-    """Seconds of every round by implementation and direction, and peak bytes by implementation."""
+    """Returns seconds of every round by implementation and direction, and peak bytes by implementation."""
     problems = {entry.name: entry.build() for entry in case.implementations if entry.build}
     _compare(problems)
     peaks = {name: _peak(problem, device) for name, problem in problems.items()}
@@ -121,7 +121,7 @@ def _measure(case: Case, device: torch.device) -> tuple[dict[tuple[str, str], li
 
 
 def _time(problem: Problem, device: torch.device) -> tuple[float, float]:
-    """Seconds of one forward and one backward pass."""
+    """Returns the seconds of one forward and one backward pass."""
     clock = _cuda_clock if device.type == "cuda" else _cpu_clock
     outputs: list[torch.Tensor] = []
     forward = clock(lambda: outputs.append(problem.run()))
@@ -145,7 +145,7 @@ def _cuda_clock(work: Callable[[], Any]) -> float:
 
 
 def _compare(problems: dict[str, Problem]) -> None:
-    """Fails if a baseline computes something else: its time would mean nothing."""
+    """Asserts that all baselines compute the same; otherwise their times would mean nothing."""
     expected: torch.Tensor | None = None
     for name, problem in problems.items():
         y = problem.packed(problem.run()).detach().float()
@@ -163,7 +163,7 @@ def _peak(problem: Problem, device: torch.device) -> float:
         torch.autograd.grad(problem.run(), problem.leaves, problem.dy)
         torch.cuda.synchronize()
         return float(torch.cuda.max_memory_allocated() - before)
-    ctypes.CDLL(None).malloc_trim(0)  # what other implementations left in the heap would hide this one's needs
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise memory that others left in the heap would hide this one's peak
     reset_peak()
     before = status_bytes("self", "VmRSS")
     torch.autograd.grad(problem.run(), problem.leaves, problem.dy)

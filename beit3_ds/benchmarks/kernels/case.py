@@ -1,4 +1,4 @@
-"""One op at one shape, with the implementations that `benchmark_kernels` compares."""
+"""Describes one op at one shape, with the implementations that `benchmark_kernels` compares."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,71 +8,71 @@ from torch import Tensor
 
 
 class Problem(NamedTuple):
-    """One implementation with its inputs; all implementations of a case compute the same."""
+    """Holds one implementation with its inputs; all implementations of a case compute the same."""
 
     leaves: tuple[Tensor, ...]
-    """What gradients are taken for."""
+    """Inputs whose gradients are computed."""
     run: Callable[[], Tensor]
-    """The forward pass."""
+    """Runs the forward pass."""
     dy: Tensor
-    """Gradient of its output."""
+    """Gradient of the output."""
     packed: Callable[[Tensor], Tensor]
-    """Makes the packed stream's order of its output, for the comparison."""
+    """Brings the output into the packed stream's order, for the comparison."""
 
 
 class Implementation(NamedTuple):
-    """Ours or a baseline."""
+    """Describes this project's implementation or a baseline."""
 
     name: str
-    """Its row."""
+    """Name of its row in the table."""
     build: Callable[[], Problem] | None
-    """Prepares inputs; None if it cannot run here."""
+    """Prepares the inputs; None if it cannot run here."""
     why_absent: str = ""
-    """Why not."""
+    """Reason if it cannot run here."""
 
 
 class Cost(NamedTuple):
-    """The least that an op must do."""
+    """Holds the least work that an op must do."""
 
     flops: float
-    """Of its matrix products; a multiply-add counts 2."""
+    """FLOPs of its matrix products; a multiply-add counts 2."""
     bytes: float
-    """Inputs read and outputs written, once each."""
+    """Bytes of inputs read and outputs written, once each."""
 
 
 class Case(NamedTuple):
-    """One op at one shape."""
+    """Describes one op at one shape."""
 
     op: str
-    """The op."""
+    """Name of the op."""
     shape: str
-    """Size and rows."""
+    """Model size and number of rows."""
     forward: Cost
-    """Of the forward pass."""
+    """Cost of the forward pass."""
     backward: Cost
-    """Of the backward pass, nothing recomputed."""
+    """Cost of the backward pass without recomputation."""
     is_compute_bound: bool
-    """Whether its rate is that of products, or of bytes."""
+    """Whether its rate counts FLOPs of products, otherwise bytes."""
     implementations: list[Implementation]
-    """Ours first."""
+    """Implementations; this project's comes first."""
 
     def cost(self, direction: str) -> Cost:
-        """Of "forward", "backward" or "both"."""
+        """Returns the cost of a direction: "forward", "backward" or "both"."""
         if direction == "both":
             return Cost(self.forward.flops + self.backward.flops, self.forward.bytes + self.backward.bytes)
         return self.forward if direction == "forward" else self.backward
 
     def absent(self) -> list[tuple[str, str]]:
-        """Baselines that cannot run here, and why."""
+        """Returns the baselines that cannot run here, with reasons."""
         return [(entry.name, entry.why_absent) for entry in self.implementations if entry.build is None]
 
 
 def random_tensor(*shape: int, device: torch.device, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> Tensor:
-    """Normal values, the same on every device."""
+    """Draws normal values, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
 
 
 def as_leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Copies that take gradients."""
+    """Returns copies that require gradients."""
     return tuple(x.detach().clone().requires_grad_() for x in tensors)

@@ -1,4 +1,4 @@
-"""The ops and their baselines, as `benchmark_kernels` runs them."""
+"""Builds the ops and their baselines for `benchmark_kernels`."""
 
 # T packed rows, D hidden, F ffn hidden, H heads, K head width, Q sequences, M masked rows, V vocabulary.
 
@@ -19,13 +19,13 @@ from beit3_ds.kernels.ops.packed_attention import packed_attention
 
 
 def build_cases(size: str, samples: int, device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], Case]]:
-    """Every case of a named size, each built when it is called, so that only one is in memory.
+    """Yields functions that build the cases of a model size, so that only one case is in memory.
 
     Args:
         size: a name in MODEL_SIZES.
-        samples: images, pairs and texts, each.
-        device: where.
-        dtype: of all tensors.
+        samples: number of images, of pairs and of texts.
+        device: device of all tensors.
+        dtype: dtype of all tensors.
     """
     shape, mix = MODEL_SIZES[size], draw_mix(size, samples)
     for build in (_attention_case, ffn_case, norm_case, _mlm_case):
@@ -124,7 +124,7 @@ def _liger_cross_entropy(build: Callable[..., Problem], target: Tensor, device: 
     loss: Any = LigerFusedLinearCrossEntropyFunction
 
     def run(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        # It makes gradients in its forward pass and takes one gradient for all rows, so it returns the mean.
+        # It computes gradients in its forward pass, with one upstream gradient for all rows, so it returns the mean.
         mean: Tensor = loss.apply(h, w, target, b)[0]
         return mean.expand(len(h))
 

@@ -1,4 +1,4 @@
-"""The ops whose parameters belong to experts, beside their baselines: the FFN and the norm of the stream."""
+"""Builds the ops with parameters per expert, the FFN and the stream's norm, beside their baselines."""
 
 # T packed rows, D hidden, F ffn hidden; two experts, of images and of texts.
 
@@ -22,7 +22,7 @@ _EXPERTS, _EPSILON = 2, 1e-5
 
 
 class _FFN(NamedTuple):
-    """Parameters of both experts, in the order of the leaves, after h and the stream."""
+    """Holds the parameters of both experts, in the order of the leaves that follow h and the stream."""
 
     w1: tuple[Tensor, ...]
     b1: tuple[Tensor, ...]
@@ -33,7 +33,7 @@ class _FFN(NamedTuple):
 
 
 def ffn_case(size: str, shape: dict[str, int], mix: Mix, device: torch.device, dtype: torch.dtype) -> Case:
-    """The FFN from the normalised rows to the stream: products, GELU, sub-LN, stochastic depth and residual."""
+    """Builds the FFN from normalised rows to the stream: products, GELU, sub-LN, stochastic depth and residual."""
     rows, width, inner = mix.num_rows, shape["hidden_size"], shape["ffn_hidden_size"]
     slices, draw = _slices(mix), partial(random_tensor, device=device, dtype=dtype)
     stream = tuple(draw(rows, width, seed=i) for i in range(3))
@@ -85,7 +85,7 @@ def ffn_case(size: str, shape: dict[str, int], mix: Mix, device: torch.device, d
 
 
 def norm_case(size: str, shape: dict[str, int], mix: Mix, device: torch.device, dtype: torch.dtype) -> Case:
-    """The norm of the stream."""
+    """Builds the norm of the stream."""
     rows, width, slices = mix.num_rows, shape["hidden_size"], _slices(mix)
     draw = partial(random_tensor, device=device, dtype=dtype)
     x, dy = draw(rows, width), draw(rows, width, seed=1)
@@ -118,7 +118,7 @@ def norm_case(size: str, shape: dict[str, int], mix: Mix, device: torch.device, 
 
 
 def _slices(mix: Mix) -> list[tuple[int, int]]:
-    """Rows of images, and of texts."""
+    """Returns the row ranges of images and of texts."""
     _, texts, _, end = mix.boundaries
     return [(0, texts), (texts, end)]
 
@@ -144,7 +144,7 @@ def _foreign(
     sliced: Callable[..., Callable[..., Tensor]],
     device: torch.device,
 ) -> Implementation:
-    """A LayerNorm of another library, if it is there; PyPI's `apex` is an unrelated package without this module."""
+    """Returns another library's LayerNorm if it is installed (PyPI's `apex` is an unrelated package)."""
     try:
         found = importlib.import_module(module)
     except ImportError as error:

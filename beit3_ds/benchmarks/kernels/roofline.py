@@ -1,4 +1,4 @@
-"""The least time that a GPU's published peak rates allow an op: a model, never a measurement."""
+"""Models the least time that a GPU's published peak rates allow for an op."""
 
 from typing import NamedTuple
 
@@ -8,17 +8,17 @@ from beit3_ds.config import ConfigError
 
 
 class GPU(NamedTuple):
-    """Peak rates from the vendor's data sheet, dense."""
+    """Holds peak rates from the vendor's data sheet, for dense matrices."""
 
     half_flops: float
-    """bfloat16 or float16 on tensor cores, FLOP/s."""
+    """FLOP/s of bfloat16 or float16 on tensor cores."""
     float32_flops: float
-    """float32 without tensor cores, FLOP/s."""
+    """FLOP/s of float32 without tensor cores."""
     bandwidth: float
-    """Memory, bytes a second."""
+    """Memory bandwidth, bytes per second."""
 
     def floor_seconds(self, flops: float, num_bytes: float, dtype: torch.dtype) -> float:
-        """The roofline: products at the peak rate, or the bytes at full bandwidth, whichever takes longer."""
+        """Returns the longer time of products at the peak rate and bytes at full bandwidth."""
         peak = self.float32_flops if dtype == torch.float32 else self.half_flops
         return max(flops / peak, num_bytes / self.bandwidth)
 
@@ -29,11 +29,11 @@ GPUS = {
     "h200-sxm": GPU(989.4e12, 66.9e12, 4.8e12),
     "b200": GPU(2250e12, 75e12, 8.0e12),
 }
-"""NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and B200 (a GPU of HGX B200)."""
+"""Peak rates of A100 80GB SXM, H100 SXM, H200 SXM and B200 (one GPU of HGX B200), from NVIDIA's data sheets."""
 
 
 def find_gpu(name: str) -> GPU:
-    """Looks a GPU up by name.
+    """Looks up a GPU by name.
 
     Raises:
         ConfigError: if there is none of this name.
