@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from beit3_ds.kernels.triton.architecture import architecture_of
+from beit3_ds.kernels.triton.expert_rows_launch import for_experts
 from beit3_ds.kernels.triton.multiway_ffn import (
     input_gradient_kernel,
     projection_kernel,
@@ -20,7 +21,6 @@ from beit3_ds.kernels.triton.multiway_ffn import (
 from beit3_ds.kernels.triton.sub_norm_launch import (
     Norm,
     Slices,
-    build_parameters,
     build_stops,
     combine_statistics,
     count_row_tiles,
@@ -107,12 +107,12 @@ def out_projection(
     mean_T, rstd_T, scales, shifts = norm or (a_TF, a_TF, (a_TF,), (a_TF,))
     tensors = (
         a_TF,
-        *build_parameters(weights),
-        *build_parameters(biases or (a_TF,)),
+        *for_experts(weights),
+        *for_experts(biases or (a_TF,)),
         mean_T,
         rstd_T,
-        *build_parameters(scales),
-        *build_parameters(shifts),
+        *for_experts(scales),
+        *for_experts(shifts),
         a_TF if residual_TD is None else residual_TD,
         a_TF if factor_T is None else factor_T,
         y_TD,
@@ -145,7 +145,7 @@ def up_projection(
     tiles = choose_tiles(up_projection_kernel, architecture_of(h_TD.device), h_TD.dtype)
     column_tiles = triton.cdiv(out_width, tiles[0].columns) if with_statistics else 0
     means, squares = h_TD.new_empty(2, column_tiles, num_rows, dtype=torch.float32)
-    tensors = (h_TD, *build_parameters(weights), *build_parameters(biases or (h_TD,)), u_TF, a_TF, means, squares)
+    tensors = (h_TD, *for_experts(weights), *for_experts(biases or (h_TD,)), u_TF, a_TF, means, squares)
     flags = {"BIAS": bool(biases), "STATISTICS": with_statistics}
     _launch_rows(up_projection_kernel, tensors, slices, out_width, width, flags)
     if not with_statistics:
@@ -163,7 +163,7 @@ def input_gradient(dy_TD: Tensor, factor_T: Tensor | None, slices: Slices, weigh
         weights: one (D, F) matrix per expert.
     """
     dx_TF = dy_TD.new_empty(dy_TD.shape[0], weights[0].shape[1])
-    tensors = (dy_TD, dy_TD if factor_T is None else factor_T, *build_parameters(weights), dx_TF)
+    tensors = (dy_TD, dy_TD if factor_T is None else factor_T, *for_experts(weights), dx_TF)
     flags = {"FACTOR": factor_T is not None}
     _launch_rows(input_gradient_kernel, tensors, slices, dx_TF.shape[1], dy_TD.shape[1], flags)
     return dx_TF
@@ -189,7 +189,7 @@ def weight_gradient(
     out_width, in_width = dy_TD.shape[1], x_TF.shape[1]
     d_weights = [dy_TD.new_empty(out_width, in_width) for _ in slices]
     d_biases = [dy_TD.new_empty(out_width) for _ in slices] if with_bias else []
-    parameters = (*build_parameters(d_weights), *build_parameters(d_biases or (dy_TD,)))
+    parameters = (*for_experts(d_weights), *for_experts(d_biases or (dy_TD,)))
     tensors = (dy_TD, dy_TD if factor_T is None else factor_T, x_TF, *parameters)
 
     def grid(meta: dict[str, Any]) -> tuple[int]:

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from beit3_ds.kernels.triton.expert_rows_launch import for_experts
 from beit3_ds.kernels.triton.sub_norm import (
     combine_statistics_kernel,
     norm_gradient_kernel,
@@ -40,11 +41,6 @@ def build_stops(slices: Slices) -> tuple[int, int, int]:
     stops = [stop for _, stop in slices]
     first, second, third = stops + stops[-1:] * (3 - len(stops))
     return first, second, third
-
-
-def build_parameters(parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Returns a parameter of three experts; the last is repeated for absent experts."""
-    return (*parameters, *[parameters[-1]] * (3 - len(parameters)))
 
 
 def count_row_tiles(slices: Slices, rows: int) -> int:
@@ -95,7 +91,7 @@ def normalize(x_TF: Tensor, gelu: bool, norm: Norm | None, slices: Slices) -> Te
     """
     n_TF = torch.empty_like(x_TF)
     mean_T, rstd_T, scales, shifts = norm or (x_TF, x_TF, (x_TF,), (x_TF,))
-    tensors = (x_TF, mean_T, rstd_T, *build_parameters(scales), *build_parameters(shifts), n_TF)
+    tensors = (x_TF, mean_T, rstd_T, *for_experts(scales), *for_experts(shifts), n_TF)
     flags = {"GELU": gelu, "NORM": norm is not None}
     _launch(normalize_kernel, tensors, slices, x_TF.shape[1], flags, BLOCK["ROWS"])
     return n_TF
@@ -122,7 +118,7 @@ def norm_gradient_sums(
     column_tiles = triton.cdiv(width, BLOCK["COLUMNS"])
     row_sums = mean_T.new_empty(column_tiles, 2, num_rows)
     column_sums = mean_T.new_empty(row_tiles[-1], 2, width)
-    tensors = (dn_TF, x_TF, mean_T, rstd_T, *build_parameters(scales), row_sums, column_sums)
+    tensors = (dn_TF, x_TF, mean_T, rstd_T, *for_experts(scales), row_sums, column_sums)
     _launch(norm_gradient_sums_kernel, tensors, slices, width, {"GELU": gelu, "SPAN": SPAN}, SPAN)
     gradients = [column_sums[first:stop].sum(0).to(x_TF.dtype).unbind() for first, stop in pairwise(row_tiles)]
     return row_sums.sum(0), [d_scale for d_scale, _ in gradients], [d_shift for _, d_shift in gradients]
@@ -153,7 +149,7 @@ def norm_gradient(
     assert (norm is None) == (sums_2T is None), "multiway FFN: sums belong to a norm"
     mean_T, rstd_T, scales, _ = norm or (x_TF, x_TF, (x_TF,), ())
     sums_2T = x_TF if sums_2T is None else sums_2T
-    tensors = (dn_TF, x_TF, mean_T, rstd_T, *build_parameters(scales), sums_2T, dn_TF)
+    tensors = (dn_TF, x_TF, mean_T, rstd_T, *for_experts(scales), sums_2T, dn_TF)
     flags = {"WIDTH": total_width, "GELU": gelu, "NORM": norm is not None}
     _launch(norm_gradient_kernel, tensors, slices, dn_TF.shape[1], flags, BLOCK["ROWS"])
     return dn_TF

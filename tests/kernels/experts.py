@@ -1,4 +1,4 @@
-"""Rows and parameters of a few experts, for the tests of the multiway kernels."""
+"""Draws rows and parameters of a few experts for the tests of the multiway kernels."""
 
 from collections.abc import Sequence
 
@@ -26,7 +26,7 @@ any_case = pytest.mark.parametrize(("dtype", "slices"), CASES, ids=str)
 
 
 class Case:
-    """Rows and the parameters of every expert, drawn for the given widths."""
+    """Holds rows and the parameters of every expert, drawn for the given widths."""
 
     def __init__(self, slices: Slices, dtype: torch.dtype, in_width: int, out_width: int, device: str = "cpu") -> None:
         self.slices, self.dtype, self.device = slices, dtype, device

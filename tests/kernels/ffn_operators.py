@@ -1,4 +1,4 @@
-"""Operators of the FFN's ops with arguments, and tests that these ops share."""
+"""Builds arguments for the operators of the FFN's ops, and has tests that these ops share."""
 
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 class Problem:
-    """Inputs of one call of `out_projection`."""
+    """Holds the inputs of one call of `out_projection`."""
 
     def __init__(self, lengths: list[int], dtype: torch.dtype = torch.float64) -> None:
         """Draws inputs for experts with these numbers of rows."""

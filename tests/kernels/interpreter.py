@@ -1,4 +1,4 @@
-"""Triton's interpreter for the tests of kernels: NumPy runs the kernels' source on CPU tensors.
+"""Runs kernels in Triton's interpreter for their tests: NumPy executes their source on CPU tensors.
 
 It finds wrong numbers, masks and indices, but no errors of layouts, races or asynchronous copies.
 """

@@ -1,4 +1,4 @@
-"""The allocator of the CPU's ops: every freed byte is reused, and PyTorch's allocator is the fallback."""
+"""Tests the allocator of the CPU's ops: freed memory is reused, and PyTorch's allocator is the fallback."""
 
 import resource
 import sys

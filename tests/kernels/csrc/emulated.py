@@ -28,7 +28,7 @@ needs_compiler = pytest.mark.skipif(
 
 
 class Mistake(NamedTuple):
-    """A mistake to plant in a kernel's header."""
+    """Describes a mistake to plant in a kernel's header."""
 
     header: str
     right: str

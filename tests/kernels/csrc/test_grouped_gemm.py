@@ -28,7 +28,7 @@ UNTOUCHED = 7.0
 
 
 class Case:
-    """Rows and experts, with the results that the reference computes."""
+    """Holds rows and experts, with the results that the reference computes."""
 
     def __init__(self, slices: tuple[tuple[int, int], ...], depth: int, width: int, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(depth + width)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: t
 
 
 class MachineCode(NamedTuple):
-    """Properties of one kernel's machine code."""
+    """Lists properties of one kernel's machine code."""
 
     registers: int
     stack: int

@@ -36,7 +36,7 @@ UNTOUCHED = 7.0
 
 
 class Case:
-    """Queries, keys and values, with the results that the reference computes."""
+    """Holds queries, keys and values, with the results that the reference computes."""
 
     def __init__(self, ranges: Ranges, head_width: int, dtype: torch.dtype, captions: bool, heads: int = 2) -> None:
         self.ranges, self.captions, self.heads = ranges, captions, heads

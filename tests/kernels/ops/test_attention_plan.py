@@ -1,4 +1,4 @@
-"""Buckets and tiles of a micro-batch's sequences."""
+"""Tests how a micro-batch's sequences are divided into buckets and tiles."""
 
 import torch
 

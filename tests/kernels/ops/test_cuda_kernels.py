@@ -1,4 +1,4 @@
-"""Calls of the kernels in CUDA C++; `tests/kernels/csrc` tests the kernels themselves."""
+"""Tests calls of the kernels in CUDA C++; `tests/kernels/csrc` tests the kernels themselves."""
 
 import itertools
 from functools import partial

@@ -1,4 +1,4 @@
-"""Rows of a table and the table's gradient."""
+"""Tests the lookup of rows in a table, and the table's gradient."""
 
 # S ids, V rows of the table, D width.
 

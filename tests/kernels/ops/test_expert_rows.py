@@ -1,4 +1,4 @@
-"""Rows that the row-streaming GPU kernels take."""
+"""Tests which rows the row-streaming GPU kernels take."""
 
 import torch
 

@@ -28,7 +28,7 @@ def build_slices(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 
 class Case:
-    """Rows, parameters and gradients of both outputs, with the results that the reference computes."""
+    """Holds rows, parameters and gradients of both outputs, with the results that the reference computes."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The error bound of kernels."""
+"""Tests the error bound of kernels."""
 
 import pytest
 import torch

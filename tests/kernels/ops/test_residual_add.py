@@ -23,7 +23,7 @@ SMALL = RowTiling(num_warps=1, num_stages=2, forward_programs=4, backward_progra
 
 
 class Case:
-    """A stream, a branch, biases, factors and a gradient, with the results that the reference computes."""
+    """Holds a stream, a branch, biases, factors and a gradient, with the results that the reference computes."""
 
     def __init__(
         self,

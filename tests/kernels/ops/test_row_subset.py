@@ -1,4 +1,4 @@
-"""Rows taken out of a stream, worked on and put back, against autograd's own indexing."""
+"""Compares rows that are taken out, processed and put back with autograd's own indexing."""
 
 import pytest
 import torch

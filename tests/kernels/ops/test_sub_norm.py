@@ -1,4 +1,4 @@
-"""Operators of the sub-LN; `test_out_projection.py` compares it with LayerNorm."""
+"""Tests the sub-LN's operators; `test_out_projection.py` compares the sub-LN with LayerNorm."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The up projection, alone and with the out projection that follows it."""
+"""Tests the up projection, alone and followed by the out projection."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""How a vocabulary is divided."""
+"""Tests how a vocabulary is divided into tiles."""
 
 import pytest
 from hypothesis import example, given

@@ -1,4 +1,4 @@
-"""Architectures that devices are treated as."""
+"""Tests which architecture a device is treated as."""
 
 import pytest
 import torch

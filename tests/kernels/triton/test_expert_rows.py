@@ -1,4 +1,4 @@
-"""Division of experts' rows among programs."""
+"""Tests how experts' rows are divided among programs."""
 
 from hypothesis import given
 from hypothesis import strategies as st

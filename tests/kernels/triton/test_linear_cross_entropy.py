@@ -17,7 +17,7 @@ SMALL = LogitsTiling(partials_block=16, gradient_block=32, gradient_rows=2, grad
 
 
 class LogitsCase:
-    """Logits in vocabulary tiles, whose rows are padded with NaNs."""
+    """Holds logits in vocabulary tiles, whose rows are padded with NaNs."""
 
     def __init__(self, rows: int, widths: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> None:
         generator = torch.Generator().manual_seed(rows)

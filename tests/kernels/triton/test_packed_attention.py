@@ -41,7 +41,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 class Case:
-    """Queries, keys, values and a gradient of the output, with the results that the reference computes."""
+    """Holds queries, keys, values and a gradient of the output, with the results that the reference computes."""
 
     def __init__(
         self, ranges: Ranges, head_size: int, dtype: torch.dtype, captions: bool, heads: int = 2, device: str = "cpu"

@@ -1,4 +1,4 @@
-"""Variants of kernels for ahead-of-time compilation."""
+"""Tests variants of kernels for ahead-of-time compilation."""
 
 import pytest
 import triton
