@@ -185,8 +185,9 @@ def test_a_rank_that_goes_wrong_is_named(how: str, seconds: int, error: type[Exc
 def test_forked_processes_end_with_the_one_that_started_them(program: Path) -> None:
     program.write_text("import signal\nprint('begun', flush=True)\nsignal.pause()")
     code = (
-        "import subprocess, tests.preloaded as p; p._MODULES = (); "
-        "q = p.start_module('program', [], output=subprocess.PIPE); q.stdout.readline(); print(q.pid, flush=True); import signal; signal.pause()"
+        "import signal, subprocess, tests.preloaded as p; p._MODULES = (); "
+        "q = p.start_module('program', [], output=subprocess.PIPE); "
+        "q.stdout.readline(); print(q.pid, flush=True); signal.pause()"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     starter = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
