@@ -41,7 +41,8 @@ class Zero3Replay:
         """
         self.rank_model = rank_model
         self.calls, self.elements, self.peak_elements = 0, 0, 0
-        self._order = {id(p): number for number, p in enumerate(rank_model.model.parameters())}
+        self._parameters = {id(p): p for p in rank_model.model.parameters()}
+        self._order = {number: position for position, number in enumerate(self._parameters)}
         self._persistent = {id(p): p for p in persistent_parameters(rank_model)}
         self._blocks = set(rank_model.model.blocks.values())
         self._available: set[int] = set()
@@ -217,8 +218,8 @@ class Zero3Replay:
             self._modules.append(module)
 
     def _clear_inflight(self) -> None:
-        for p in [p for p in self.rank_model.model.parameters() if id(p) in self._inflight]:
-            self._drop(p)
+        for number in self._inflight:
+            self._drop(self._parameters[number])
         self._inflight.clear()
 
     def _fetch(self, module: nn.Module) -> None:
@@ -254,11 +255,13 @@ class Zero3Replay:
         bucket = self.rank_model.zero_elements("stage3_prefetch_bucket_size")
         room = min(self.rank_model.zero_elements("stage3_max_live_parameters") - self._num_available, bucket)
         ahead: dict[int, nn.Parameter] = {}
-        while bucket and self._queue and sum(p.numel() for p in ahead.values()) < room:
+        numel = 0
+        while bucket and self._queue and numel < room:
             p, step = self._queue.popleft()
             self._most_recent[id(p)] = max(self._most_recent[id(p)], step)
-            if id(p) not in self._available:
+            if id(p) not in self._available and id(p) not in ahead:
                 ahead[id(p)] = p
+                numel += p.numel()
         self._gather(list(ahead.values()))
         self._inflight |= set(ahead)
 
