@@ -1,4 +1,4 @@
-"""What is concluded from heartbeats, on a clock of its own."""
+"""Failures are detected from heartbeats alone, here on a simulated clock."""
 
 from collections.abc import Collection
 

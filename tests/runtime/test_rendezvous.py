@@ -44,7 +44,7 @@ def launch(rank: int, world_size: int, port: int, address: str = "127.0.0.1") ->
 
 
 def meet(rank: Launch, seconds: float, together: threading.Barrier | None = None) -> str:
-    """What the rank says at the end; `together` stands for the process group, which takes over the store of rank 0."""
+    """Returns the rank's last message; `together` replaces the process group, which takes over the store of rank 0."""
     with Rendezvous(rank, seconds) as meeting:
         try:
             meeting.meet()

@@ -31,7 +31,7 @@ def meet(
 
 @pytest.mark.slow
 def test_srun_starts_ranks_that_meet(debian_hosts: list[Host], tmp_path: Path) -> None:
-    """Without any variable of ours; on the first host, MASTER_ADDR leads to 127.0.1.1."""
+    """srun sets all variables; on the first host, MASTER_ADDR resolves to 127.0.1.1."""
     if reason := missing_for_hosts(*SLURM):
         pytest.skip(reason)
     environment = start_slurm(debian_hosts, tmp_path)
@@ -44,7 +44,7 @@ def test_srun_starts_ranks_that_meet(debian_hosts: list[Host], tmp_path: Path) -
 
 @pytest.mark.slow
 def test_an_unreachable_host_is_named_by_all(debian_hosts: list[Host]) -> None:
-    """As with a wrong address or a closed firewall; nobody waits for ever."""
+    """A link that is down looks like a wrong address or a closed firewall; no rank waits for ever."""
     debian_hosts[1].cut_link()
     try:
         first, second = meet(debian_hosts, "10.1.0.1", 29502, 5)

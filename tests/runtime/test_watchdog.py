@@ -55,7 +55,7 @@ class Ranks:
             os.kill(self.processes[rank].pid, number)
 
     def statuses(self, *ranks: int) -> list[int | None]:
-        """Of ranks that end in time."""
+        """Returns the statuses of ranks, which must end in time."""
         for rank in ranks:
             self.processes[rank].join(60)
         return [self.processes[rank].exitcode for rank in ranks]

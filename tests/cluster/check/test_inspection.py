@@ -48,12 +48,12 @@ def check(
 
 
 def faults(printed: str) -> list[str]:
-    """The lines that tell a fault."""
+    """Returns the lines that describe a fault."""
     return [line.removeprefix("* ") for line in printed.splitlines() if line.startswith("* ")]
 
 
 def cell(printed: str, host: str, column: str) -> str:
-    """What the table says of a host."""
+    """Returns a host's cell of the table."""
     lines = printed.splitlines()
     head = next(i for i, line in enumerate(lines) if line.startswith("host "))
     begin = lines[head].index(f" {column} " if f" {column} " in lines[head] else f" {column}") + 1
@@ -62,7 +62,7 @@ def cell(printed: str, host: str, column: str) -> str:
 
 
 def assert_one_fault(result: tuple[int, str], column: str, *words: str, host: str = "node1") -> None:
-    """Exactly one fault was found, on the host and in the column where it was planted, and told in these words."""
+    """Asserts that exactly one fault was found, on the host and in the column where it was planted, in these words."""
     status, printed = result
     told = faults(printed)
     assert status == 1 and len(told) == 1, printed
@@ -75,7 +75,7 @@ def assert_one_fault(result: tuple[int, str], column: str, *words: str, host: st
 
 @contextmanager
 def mounted(host: Host, target: Path | str, *source: Path | str) -> Iterator[None]:
-    """Lets one host alone see a file or folder, or else an empty file system of 1 MiB, at some place."""
+    """Mounts a file or folder, or an empty file system of 1 MiB, at a path of one host only."""
     arguments = ["--bind", *map(str, source)] if source else ["-t", "tmpfs", "-o", "size=1m", "none"]
     done = host.run(["mount", *arguments, str(target)])
     assert done.returncode == 0, done.stdout

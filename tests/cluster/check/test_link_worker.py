@@ -37,4 +37,4 @@ def test_every_rank_measures_its_links() -> None:
     for rank, found in enumerate(run_ranks(_measure, 3)):
         assert sorted(found["rates"]) == [str(other) for other in range(3) if other != rank]
         for rate in (*found["rates"].values(), found["all_reduce"]):
-            assert 1e7 < rate < 1e13  # bits a second over loopback: not bytes a millisecond, not zero
+            assert 1e7 < rate < 1e13  # bits per second over loopback: not bytes per millisecond, not zero

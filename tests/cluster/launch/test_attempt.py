@@ -55,7 +55,7 @@ def test_a_killed_guard_takes_its_rank_along(launch: Callable[..., Launch]) -> N
 
 @pytest.mark.slow
 def test_a_silent_guard_is_lost(launch: Callable[..., Launch]) -> None:
-    """As if its host or its network were down; nothing on this machine is left either."""
+    """A stopped guard looks like a host or network that is down; nothing is left on this machine either."""
     run = launch([], steps=10000)
     run.wait_until(lambda: "step 5\n" in run.printed())
     guard = min(pid for pid, line in run.descendants().items() if "rank_guard" in line)

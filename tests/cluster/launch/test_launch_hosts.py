@@ -189,7 +189,7 @@ def test_a_fault_ends_all_ranks_and_the_run_goes_on(
 @pytest.mark.slow
 @needs("pdsh")
 def test_restarts_survive_three_faults(long_run: dict[str, Any], tmp_path: Path) -> None:
-    """Without a hand: the last restart has one rank less, after its host has crashed."""
+    """Nobody intervenes; the last restart has one rank less, because its host has crashed."""
     with namespace_hosts(2) as hosts:
         hostfile, config = write_hostfile(tmp_path / "hostfile", hosts), write(long_run, tmp_path)
         with launched(hosts, hostfile, config, "--restarts", "3") as launch:

@@ -31,7 +31,7 @@ runner.main(sys.argv[1:])
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What DeepSpeed starts under each backend; one process for all, for it takes seconds to import."""
+    """Returns the command that DeepSpeed starts for each backend; one process for all, because imports take seconds."""
     folder = tmp_path_factory.mktemp("commands")
     hostfile = write_hostfile(folder / "hostfile", HOSTS)
     code, names = RUNNER.replace("runner.main(sys.argv[1:])", ""), [name for name in LAUNCHERS if name != "ssh"]

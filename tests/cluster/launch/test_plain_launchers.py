@@ -154,7 +154,7 @@ def test_sbatch(debian_hosts: list[Host], config: Path, run_mapping: dict[str, A
 @pytest.mark.slow
 @needs(*SLURM)
 def test_slurm_can_end_a_run_early(debian_hosts: list[Host], config: Path, tmp_path: Path) -> None:
-    """As `--signal=TERM@600` does; the job counts as completed, so jobs that depend on it start."""
+    """Slurm does the same for `--signal=TERM@600`; the job counts as completed, so jobs that depend on it start."""
     environment = ENVIRONMENT | start_slurm(debian_hosts, tmp_path)
     argv = [*batch_script(tmp_path), str(config), "--set", "training.total_steps=100000"]
     job = debian_hosts[0].start(argv, environment)
