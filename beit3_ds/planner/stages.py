@@ -52,9 +52,9 @@ def _stage_rows(rank_model: RankModel) -> dict[str, str]:
         "parameters, millions": f"{numel / 1e6:,.1f}",
         **{f"memory, {part}, GiB": _gib(getattr(memory, part)) for part in Memory._fields},
         "memory, total, GiB": _gib(memory.total),
-        **{f"sent a step, {axis}, GB": _gb(num_bytes) for axis, num_bytes in sent.items()},
+        **{f"sent per step, {axis}, GB": _gb(num_bytes) for axis, num_bytes in sent.items()},
         **{f"  of it {kind}, GB": _gb(traffic.sent_bytes("data", kind)) for kind in _DATA_KINDS},
-        "sent a step, total, GB": _gb(sum(sent.values()) + others),
+        "sent per step, total, GB": _gb(sum(sent.values()) + others),
     }
 
 

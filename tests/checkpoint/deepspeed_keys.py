@@ -1,4 +1,4 @@
-"""Saving, exporting, loading and resuming under DeepSpeed's options that say how the training state is kept."""
+"""Saves, exports, loads and resumes under DeepSpeed's options for how the training state is kept."""
 
 import copy
 import dataclasses
@@ -41,16 +41,16 @@ class KeyCell(NamedTuple):
 
     @property
     def plain(self) -> "KeyCell":
-        """The same cell without options."""
+        """Returns the same cell without options."""
         return KeyCell((), self.stage, self.bf16)
 
     @property
     def elsewhere(self) -> "KeyCell":
-        """A second cell that loads the state: the other way to divide it, in float32."""
+        """Returns a second cell, which loads the state in float32 and divides it in another way."""
         return KeyCell((), 1 if self.stage == 3 else 3)
 
     def config(self, seed: int) -> RunConfig:
-        """The run with the options, checked as a user's is."""
+        """Returns the run with the options, checked like a user's."""
         mapping = copy.deepcopy(small_run_mapping(self.stage, accumulation=4, **SIZES))
         mapping["gradient_clipping"] = CLIP
         if self.bf16:
@@ -66,7 +66,7 @@ class KeyCell(NamedTuple):
 
 
 def cells_of(key: AcceptedKey) -> Iterator[KeyCell]:
-    """Every sample of a key in every stage in which it has an effect; precisions take turns."""
+    """Returns every sample of a key in every stage in which it has an effect; precisions alternate."""
     for stage, value in itertools.product(key.spec.stages, key.spec.samples):
         for bf16 in (False, True):
             if (cell := _fit(((key.name, value),), stage, bf16)) is not None:
@@ -74,7 +74,7 @@ def cells_of(key: AcceptedKey) -> Iterator[KeyCell]:
 
 
 def joint_cells() -> Iterator[KeyCell]:
-    """Six cells that give all keys of a stage at once, first their first samples, then their last."""
+    """Returns six cells that set all keys of a stage at once, first to their first samples, then to their last."""
     for stage, which in itertools.product((1, 2, 3), (0, -1)):
         found = [key for key in state_keys() if stage in key.spec.stages and key.spec.samples]
         options = tuple((key.name, key.spec.samples[which]) for key in found if key.name not in CHOSEN_BY_CELL)
@@ -84,12 +84,12 @@ def joint_cells() -> Iterator[KeyCell]:
 
 
 def state_keys() -> list[AcceptedKey]:
-    """The accepted keys that may change where and in which type weights, moments and gradients are kept."""
+    """Returns the accepted keys that may change where and in which type weights, moments and gradients are kept."""
     return [key for key in accepted_keys() if key.path[0] in SECTIONS]
 
 
 def _fit(options: tuple[tuple[str, Any], ...], stage: int, bf16: bool) -> KeyCell | None:
-    """A cell whose options fit each other and it; None if there is none."""
+    """Returns a cell whose options fit each other; None if there is none."""
     chosen = dict(options)
     if chosen.get("zero_optimization.stage", stage) != stage or chosen.get("bf16.enabled", bf16) != bf16:
         return None

@@ -1,4 +1,4 @@
-"""Saving under one layout of ranks and going on under another, beside what DeepSpeed itself says of the state."""
+"""Saves under one layout of ranks and resumes under another, and compares with DeepSpeed's own view of the state."""
 
 import dataclasses
 import itertools
@@ -25,7 +25,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Setup(NamedTuple):
-    """How the model is divided and kept."""
+    """A layout of ranks and the form of the training state."""
 
     layout: Layout
     zero_stage: int
@@ -51,7 +51,7 @@ class Setup(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the run that saved is known by."""
+    """Losses and state of the run that saved."""
 
     tensors: dict[str, Tensor]
     """Logical weights and moments that its first data-parallel ranks hold, as DeepSpeed gathers them."""
@@ -59,8 +59,8 @@ class Saved(NamedTuple):
     """Of the steps after the save, in the run that never stopped."""
 
 
-def save_and_go_on(setup: Setup, root: Path) -> Saved:
-    """On one rank: trains, saves, and trains on."""
+def save_and_resume(setup: Setup, root: Path) -> Saved:
+    """Trains, saves and continues to train on one rank."""
     mesh, schedule, state, store = start(setup, root / setup.folder, seed=1)
     train(setup, schedule, mesh, range(STEPS_BEFORE))
     tensors = gather_state(schedule, mesh, setup)
@@ -73,8 +73,8 @@ def save_and_go_on(setup: Setup, root: Path) -> Saved:
     return Saved(tensors, losses)
 
 
-def load_and_go_on(setup: Setup, root: Path, sources: list[Setup]) -> list[Saved]:
-    """On one rank: for each source, begins from other initial values, loads, and trains on."""
+def load_and_resume(setup: Setup, root: Path, sources: list[Setup]) -> list[Saved]:
+    """Loads the checkpoint of each source over other initial values and continues to train, on one rank."""
     mesh: Mesh | None = None
     results = []
     for source in sources:
@@ -94,7 +94,7 @@ def load_and_go_on(setup: Setup, root: Path, sources: list[Setup]) -> list[Saved
 def start(
     setup: Setup, folder: Path, *, seed: int, mesh: Mesh | None = None
 ) -> tuple[Mesh, Schedule, EngineState, CheckpointStore]:
-    """A fresh engine with initial values drawn from `seed`, and the checkpoints in `folder`."""
+    """Builds a new engine with initial values drawn from `seed`, and opens the checkpoints in `folder`."""
     from beit3_ds.runtime.process_group import init_process_group
     from beit3_ds.training.engine import build_schedule
 
@@ -122,7 +122,7 @@ def train(setup: Setup, schedule: Schedule, mesh: Mesh, steps: range) -> list[Te
 def gather_state(
     schedule: Schedule, mesh: Mesh, setup: Setup, kinds: Sequence[str] = ("weight", *MOMENTS)
 ) -> dict[str, Tensor]:
-    """Weights, moments and the parameters that the forward pass reads, whole, of this rank's stage."""
+    """Returns whole weights, moments and the forward pass's parameters of this rank's stage."""
     import deepspeed
 
     engine = schedule.engine

@@ -1,4 +1,4 @@
-"""A training state of a few tensors in memory, and a store that saves it: hundreds of saves a second."""
+"""Builds a training state of a few tensors in memory and a store that saves it, hundreds of times per second."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,13 +20,13 @@ TIMEOUT_SECONDS = 20.0
 
 
 def values_at(step: int, kind: str, name: str) -> Tensor:
-    """What a tensor holds after `step` updates: no two of them share a value."""
+    """Returns the values of a tensor after `step` updates; no two tensors share a value."""
     start = 10_000 * step + 1000 * KINDS.index(kind) + 100 * list(SHAPES).index(name)
     return torch.arange(start, start + SHAPES[name].numel(), dtype=torch.float32).view(SHAPES[name])
 
 
 class SmallState:
-    """Stands for `EngineState` where a store takes one; every rank owns an equal run of every tensor."""
+    """Replaces `EngineState` in a store; every rank owns an equal range of every tensor."""
 
     def __init__(self, rank: int = 0, num_ranks: int = 1) -> None:
         self._rank, self._num_ranks = rank, num_ranks
@@ -73,18 +73,18 @@ class SmallState:
             values.copy_(read(kind, name, whole_slice(SHAPES[name])).view(SHAPES[name]))
 
     def tensors(self) -> list[Tensor]:
-        """Weights and moments."""
+        """Returns weights and moments."""
         return list(self._values.values())
 
     def check_is_of(self, step: int) -> None:
-        """Every element is what it was after `step` updates."""
+        """Checks that every element has its value after `step` updates."""
         assert self.optimizer_step == step
         for (kind, name), values in self._values.items():
             assert torch.equal(values, values_at(step, kind, name)), (step, kind, name)
 
 
 def describe(**changes: Any) -> RunDescription:
-    """The run that the states here are of; `changes` to its fields."""
+    """Describes the run of these states, with `changes` to its fields."""
     plain: dict[str, Any] = {
         "model": {"hidden_size": 3, "num_layers": 1, "drop_path_rate": 0.1},
         "config": {"training": {"seed": 1}},
@@ -96,7 +96,7 @@ def describe(**changes: Any) -> RunDescription:
 
 
 class SmallRun:
-    """A store and the state that it saves, as a process that was just started has them."""
+    """A store and its state, as in a process that has just started."""
 
     def __init__(self, root: Path, keep: int = 2, mesh: Mesh | None = None, **changes: Any) -> None:
         mesh = mesh or Mesh()
@@ -104,14 +104,14 @@ class SmallRun:
         self.store = CheckpointStore(root, keep, mesh, describe(**changes), TIMEOUT_SECONDS)
 
     def save(self, *steps: int) -> list[str | None]:
-        """Trains to these steps, one after the other, and saves each; returns what went wrong with each."""
+        """Trains to these steps in turn and saves each; returns the error of each save, or None."""
         for step in steps:
             self.store.save(self.state.train_to(step), step)
         self.store.finish()
         return [outcome.error for outcome in self.store.take_outcomes()]
 
     def resume(self) -> int | None:
-        """Loads the newest whole checkpoint, all of whose content must be what it was then; None without one."""
+        """Loads the newest whole checkpoint and checks its content; returns its step, or None without one."""
         newest = self.store.agree_on_newest()
         if newest is None:
             return None
@@ -121,7 +121,7 @@ class SmallRun:
 
 
 def check_holds(folder: Path, step: int) -> None:
-    """A checkpoint's folder holds the state of a step."""
+    """Checks that a checkpoint's folder holds the state of a step."""
     checkpoint, state = CheckpointFolder(folder), SmallState()
     assert checkpoint.step == step
     assert checkpoint.find_damage(checkpoint.index.files) is None

@@ -1,4 +1,4 @@
-"""A save on a file system that does not answer."""
+"""Checks a save on a file system that does not answer."""
 
 import threading
 import time
@@ -23,7 +23,7 @@ class HangingCollection(CheckpointCollection):
 
 
 def test_save_that_never_ends_is_named(tmp_path: Path) -> None:
-    """Catches a training that waits for ever for the save before: no other rank waits, so nobody ends it."""
+    """Catches training that waits for ever for the previous save: no other rank waits, so nothing would end it."""
     state: Any = SmallState()
     save = BackgroundSave(HangingCollection(tmp_path, 1), Mesh(), HostGroup(), describe(), timeout_seconds=1.0)
     start = time.monotonic()

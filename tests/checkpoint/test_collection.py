@@ -1,4 +1,4 @@
-"""Whatever else is in a folder of checkpoints stays as it is, and disturbs neither saving nor resuming."""
+"""Checks that other content of a folder of checkpoints stays as it is and disturbs neither saving nor resuming."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ KINDS = ("copy", "half-written", "empty folder", "file", "link to a checkpoint",
 
 
 def names() -> st.SearchStrategy[str]:
-    """Names near to those of checkpoints: what people, editors and synchronising programs make of them."""
+    """Generates names close to those of checkpoints, as people, editors and synchronising programs make them."""
     step = st.integers(0, 12).map(checkpoint_name)
     endings = [".bak", "~", " (1)", "-old", ".tar", ".part", "_", ".replaced", "0", "\n", "\u0663", ".writing"]
     decorated = st.tuples(
@@ -35,7 +35,7 @@ def names() -> st.SearchStrategy[str]:
 
 
 def place(root: Path, name: str, kind: str, outside: Path) -> Path:
-    """Puts something foreign beside the checkpoints."""
+    """Puts a file or folder of another program beside the checkpoints."""
     path = root / name
     if kind == "file":
         path.write_text("mine")
@@ -55,7 +55,7 @@ def place(root: Path, name: str, kind: str, outside: Path) -> Path:
 
 
 def content(path: Path) -> str:
-    """A digest of what a path holds, names included; links are not followed."""
+    """Returns a digest of the content of a path, names included; links are not followed."""
     if path.is_symlink():
         return f"-> {os.readlink(path)}"
     if path.is_file():
@@ -92,7 +92,7 @@ def test_names_that_are_not_ours_are_left_alone(lone_rank: None, items: list[tup
 
 
 def _is_ours(name: str, kind: str) -> bool:
-    """What a save that was killed may have left, which the next one clears away."""
+    """Returns whether a killed save may have left this, so that the next save deletes it."""
     exact = re.fullmatch(r"\.(writing|deleted)-step-([0-9]{8}|[1-9][0-9]{8,})", name) is not None
     return exact and kind in ("copy", "half-written", "empty folder")
 
@@ -118,7 +118,7 @@ def test_a_checkpoints_name_alone_makes_nothing_ours(tmp_path: Path, kind: str) 
 
 @pytest.mark.usefixtures("lone_rank")
 def test_a_checkpoint_with_notes_is_kept(tmp_path: Path) -> None:
-    """A file that somebody put into a checkpoint would be lost with it."""
+    """A file that a person put into a checkpoint would be lost with it."""
     run = SmallRun(tmp_path / "c", keep=1)
     assert run.save(1) == [None]
     (tmp_path / "c" / checkpoint_name(1) / "notes.txt").write_text("the best one so far")

@@ -1,4 +1,4 @@
-"""Every accepted option of DeepSpeed that may change how the training state is kept leaves checkpoints right."""
+"""Checks that checkpoints stay correct under every accepted option of DeepSpeed that changes how state is kept."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def check(cells: list[KeyCell], root: Path) -> None:
 
 
 def test_all_keys_of_a_stage_together(tmp_path: Path) -> None:
-    """Catches an option under which flat buffers lie otherwise than the checkpoint takes them to."""
+    """Catches an option under which flat buffers have another order than checkpoints assume."""
     check(list(joint_cells()), tmp_path)
 
 
@@ -33,7 +33,7 @@ def test_every_key_alone(name: str, tmp_path: Path) -> None:
 
 
 def test_no_key_is_left_out() -> None:
-    """Every accepted key of the sections that say how state is kept has samples, and the joint cells give all."""
+    """Every accepted key for how state is kept has samples, and the joint cells set all of these keys."""
     given = {key for cell in joint_cells() for key, _ in cell.options} | set(CHOSEN_BY_CELL)
     assert {key.name for key in state_keys()} <= given
     for key in state_keys():

@@ -1,4 +1,4 @@
-"""Files that are synced while they are written."""
+"""Checks files that are synced while they are written."""
 
 import errno
 import hashlib

@@ -1,7 +1,7 @@
-"""A fault at every operation of a save that changes the disk: a whole checkpoint is left, and the next save works.
+"""Checks a fault at every operation of a save on the disk: a whole checkpoint is left, and the next save works.
 
-Not tested, because it cannot be seen from here: what a disk holds after the power fails. A crash here, as a kill -9,
-loses what was not yet done, and nothing of what the system has accepted; so a missing fsync would pass.
+The content of a disk after a power failure cannot be tested here. A crash here, like a kill -9, loses operations that
+were not done yet, but nothing that the system has accepted. So a missing fsync would pass.
 """
 
 import errno
@@ -30,7 +30,7 @@ class Crash(BaseException):
 
 @dataclass
 class Fault:
-    """What befalls operation number `at` of the thread that saves; counts them all."""
+    """A fault of operation number `at` of the thread that saves; it counts all operations."""
 
     kind: str
     at: int
@@ -39,12 +39,12 @@ class Fault:
 
     @property
     def names(self) -> list[str]:
-        """The names of the operations so far."""
+        """Returns the names of the operations so far."""
         return [name for name, _ in self.seen]
 
     @property
     def code(self) -> int:
-        """Which error it is."""
+        """Returns the number of the error."""
         return ERRORS[self.at % len(ERRORS)] if self.kind == "error" else errno.EROFS
 
     def run(self, name: str, operation: Callable[..., Any], arguments: tuple[Any, ...], options: Any) -> Any:
@@ -71,7 +71,7 @@ class Fault:
 
 @pytest.fixture
 def inject(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Fault], None]]:
-    """Gives faults to the threads that save, from the call on; they print nothing when they crash."""
+    """Provides a function that injects a fault into the threads that save; these print nothing when they crash."""
     current: list[Fault] = []
 
     def wrap(name: str) -> None:
@@ -94,8 +94,8 @@ def inject(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Fault], None]]
 def prepare(root: Path, keep: int, after_a_crash: bool) -> int:
     """Makes a folder with `keep` whole checkpoints; returns the step of the next one.
 
-    What a crash can leave is there as well, if asked for: unfinished and half-deleted folders, and a checkpoint that
-    was damaged later, at the place of the next one.
+    With `after_a_crash` the folder also holds leftovers of a crash: unfinished and half-deleted folders, and a damaged
+    checkpoint with the name of the next one.
     """
     assert SmallRun(root, keep).save(*range(1, keep + 1)) == [None] * keep
     new = keep + 1
@@ -114,7 +114,7 @@ def step_name(step: int) -> str:
 
 
 def check_fault(root: Path, keep: int, new: int, fault: Fault, inject: Callable[[Fault], None]) -> str:
-    """Saves step `new` with a fault; checks what is on the disk then, and that saving goes on. Returns what was told.
+    """Saves step `new` with a fault, checks the disk and a further save, and returns how the fault was reported.
 
     Whatever happens, `latest` names a whole checkpoint: the newest, or the one before while that one is being written.
     """
@@ -159,7 +159,7 @@ def faults(operations: Sequence[str]) -> Iterator[Fault]:
 
 @pytest.mark.usefixtures("lone_rank")
 def test_all_is_synced_before_it_is_found(tmp_path: Path, inject: Callable[[Fault], None]) -> None:
-    """The order of operations, which only a power failure would tell from another."""
+    """Catches an order of operations that only a power failure would reveal."""
     assert SmallRun(tmp_path / "root").save(1) == [None]
     run, fault = SmallRun(tmp_path / "root"), Fault("none", -1)
     inject(fault)
@@ -211,7 +211,7 @@ def test_every_fault_leaves_a_whole_checkpoint(
 
 @pytest.mark.usefixtures("lone_rank")
 def test_what_cannot_be_deleted_stops_no_save(tmp_path: Path) -> None:
-    """A network file system keeps files that another machine has open; here it is no folder, which `rmtree` refuses."""
+    """A network file system keeps files that others have open. Here a path is no folder, which `rmtree` refuses."""
     root = tmp_path / "root"
     root.mkdir()
     (root / ".deleted-step-00000000").touch()

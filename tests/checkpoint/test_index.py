@@ -1,4 +1,4 @@
-"""The index of a checkpoint: what it says beside the tensors comes back as it was written."""
+"""Checks that the index of a checkpoint is read as it was written, also under new names of tensors."""
 
 import hashlib
 import json

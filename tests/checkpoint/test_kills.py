@@ -1,4 +1,4 @@
-"""kill -9 of a random rank at a random moment: every start finds a whole checkpoint, and the end is always the same."""
+"""Kills random ranks at random moments: every start finds a whole checkpoint, and the end is always the same."""
 
 import copy
 import random
@@ -19,7 +19,7 @@ LAUNCHER_SECONDS = 0.3
 
 @dataclass
 class Figures:
-    """What happened."""
+    """Counts of kills and of what they hit."""
 
     kills: int = 0
     in_saves: int = 0
@@ -27,18 +27,18 @@ class Figures:
     before_first_save: int = 0
     starts: int = 0
     runs: int = 0
-    """From the first step to the last."""
+    """Runs from the first step to the last."""
 
 
 def run_with_kills(run: TrainingRun, duration: float, max_kills: int, draw: random.Random, figures: Figures) -> None:
     """Starts a run again and again until it ends by itself; kills ranks `max_kills` times at most.
 
     Args:
-        run: that saves every step.
-        duration: from the start of the ranks to the end of the run, roughly.
-        max_kills: how many.
-        draw: decides whom, and when: any time, or in a save.
-        figures: are added to.
+        run: a run that saves every step.
+        duration: rough time from the start of the ranks to the end of the run.
+        max_kills: largest number of kills.
+        draw: chooses the rank and the moment, any time or during a save.
+        figures: counts to add to.
     """
     told = kills = 0
     while True:
@@ -51,7 +51,7 @@ def run_with_kills(run: TrainingRun, duration: float, max_kills: int, draw: rand
         if resumed := re.search(r"^resuming after step (\d+) ", run.output(), re.MULTILINE):
             assert int(resumed[1]) >= told, run.output()
         elif told:
-            assert not re.search(r"^(step|validation)", run.output(), re.MULTILINE), "it began anew"
+            assert not re.search(r"^(step|validation)", run.output(), re.MULTILINE), "it started from the beginning"
         assert "is not whole" not in run.output(), "kill -9 tore a checkpoint that had its name"
         told = max(told, run.reported_step())
         if statuses == [0] * len(statuses):
@@ -64,7 +64,7 @@ def run_with_kills(run: TrainingRun, duration: float, max_kills: int, draw: rand
 
 
 def unfinished(run: TrainingRun) -> set[tuple[str, int]]:
-    """What saves have left, with the time of its last change."""
+    """Returns the files of unfinished saves, with the time of the last change."""
     return {(path.name, path.stat().st_ctime_ns) for path in run.checkpoints.glob(".*")}
 
 
@@ -105,7 +105,7 @@ def check_same_run(run: TrainingRun, undisturbed: TrainingRun, step: int) -> Non
 
 
 def test_killed_run_ends_as_an_undisturbed_one(run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """One rank, whose starts are cheap; several are killed in the slow test."""
+    """Uses one rank, whose starts are cheap; the slow test kills several."""
     settings = {"total_steps": 8, "save_interval": 1, "eval_interval": 1000}
     undisturbed = TrainingRun(run_mapping, tmp_path / "undisturbed", **settings)
     start = time.monotonic()
@@ -128,7 +128,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 @pytest.mark.slow
 def test_a_hundred_kills(run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """Prints how many fell into a save."""
+    """Prints how many kills fell into a save."""
     settings = {"total_steps": 12, "save_interval": 1, "eval_interval": 1000}
     undisturbed, durations = {}, {}
     for number, (layout, (num_ranks, changes)) in enumerate(LAYOUTS.items()):

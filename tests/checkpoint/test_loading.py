@@ -1,4 +1,4 @@
-"""Checkpoints that were damaged, mixed up or forged are passed over or refused; nothing of them is loaded."""
+"""Checks that damaged, mixed-up and forged checkpoints are skipped or refused, and that nothing of them is loaded."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ BEFORE, NEWEST = 5, 6
 
 @pytest.fixture
 def root(tmp_path: Path, lone_rank: None) -> Path:
-    """The checkpoints of two steps."""
+    """Saves checkpoints of two steps."""
     assert SmallRun(tmp_path / "checkpoints").save(BEFORE, NEWEST) == [None, None]
     return tmp_path / "checkpoints"
 
@@ -39,7 +39,7 @@ def folder(root: Path, step: int = NEWEST) -> Path:
 
 
 def check_passed_over(root: Path, capsys: pytest.CaptureFixture[str], reason: str = "") -> None:
-    """A new process goes on from the checkpoint before, and tells why."""
+    """Checks that a new process resumes from the checkpoint before, and says why."""
     capsys.readouterr()
     assert SmallRun(root).resume() == BEFORE
     output = capsys.readouterr().out
@@ -49,7 +49,7 @@ def check_passed_over(root: Path, capsys: pytest.CaptureFixture[str], reason: st
 
 @pytest.mark.parametrize("name", FILES)
 def test_flipped_bits_are_found(root: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    """One bit at a time, at random places; in the index at all of them: some of its names end the parsing early."""
+    """Flips single bits at random places, and at all places of the index, some of whose names end parsing early."""
     path = folder(root) / name
     content, draw = path.read_bytes(), random.Random(0)
     places = range(len(content)) if name == INDEX_NAME else draw.sample(range(len(content)), 60)
@@ -67,7 +67,7 @@ def truncate(path: Path) -> None:
 
 
 def zero_the_end(path: Path) -> None:
-    """As a file system leaves a file of which the last blocks were not written."""
+    """Zeroes the end, as in a file whose last blocks were not written."""
     content = path.read_bytes()
     path.write_bytes(content[:-100] + bytes(100))
 
@@ -99,7 +99,7 @@ def swap(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_files_swapped_between_checkpoints_are_found(root: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    """Of the same size and both whole: only digests tell. Neither checkpoint is whole then, nor loaded."""
+    """Both files are whole and of one size, so only digests show the swap; neither checkpoint is loaded."""
     swap(folder(root) / name, folder(root, BEFORE) / name)
     assert SmallRun(root).resume() is None
     output = capsys.readouterr().out
@@ -135,12 +135,12 @@ def damage_and_resume(root: str, damage: Callable[[Path], None]) -> int | None:
 
 @pytest.mark.parametrize("damage", [swap_those_of_two_ranks, damage_what_the_second_rank_reads])
 def test_ranks_agree_on_damage(tmp_path: Path, damage: Callable[[Path], None]) -> None:
-    """Catches a rank that takes a checkpoint for whole because its own share of the files is."""
+    """Catches a rank that accepts a checkpoint because its own share of the files is whole."""
     assert run_ranks(damage_and_resume, 2, str(tmp_path / "checkpoints"), damage) == [BEFORE, BEFORE]
 
 
 def test_checkpoint_under_another_step_is_found(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its content is whole, but not what its place says."""
+    """Its content is whole, but its name says another step."""
     shutil.rmtree(folder(root))
     shutil.copytree(folder(root, BEFORE), folder(root))
     check_passed_over(root, capsys, f"holds step {BEFORE}")
@@ -181,7 +181,7 @@ def test_edited_index_is_found(root: Path, capsys: pytest.CaptureFixture[str], n
 
 @pytest.mark.parametrize("name", ["piece left out", "version", "format", "no tensors", "no version", "step"])
 def test_index_that_makes_no_sense_is_found(root: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    """Also with a digest that fits: as another version of this program may write it."""
+    """Such an index may have a fitting digest, if another version of this program wrote it."""
     edit_index(root, EDITS[name], with_digest=True)
     check_passed_over(root, capsys)
 
@@ -195,7 +195,7 @@ def test_other_content_in_place_of_the_index_is_found(
 
 
 class Bomb:
-    """Unpickled, it makes a folder."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
@@ -231,7 +231,7 @@ def test_pickle_is_never_opened(
 
 
 def forge(root: Path, name: str) -> None:
-    """Makes the index fit what is there."""
+    """Makes the index fit the changed file."""
     written = (folder(root) / name).read_bytes()
     fitting = [len(written), hashlib.sha256(written).hexdigest()]
     edit_index(root, lambda content: content["files"].update({name: fitting}), with_digest=True)
@@ -239,7 +239,7 @@ def forge(root: Path, name: str) -> None:
 
 @pytest.mark.parametrize("put", [pickled, saved_by_torch])
 def test_forged_pickle_is_an_error(root: Path, tmp_path: Path, put: Callable[[Path, Bomb], None]) -> None:
-    """All digests fit, so it was made on purpose: no reason to look for another checkpoint."""
+    """All digests fit, so somebody made it on purpose, and no other checkpoint is tried."""
     put(folder(root) / FILES[1], Bomb(tmp_path / "unpickled"))
     forge(root, FILES[1])
     with pytest.raises(ConfigError, match=r"moments-00000\.safetensors.* is not a whole safetensors file"):
@@ -249,7 +249,7 @@ def test_forged_pickle_is_an_error(root: Path, tmp_path: Path, put: Callable[[Pa
 
 @pytest.mark.parametrize("change", ["name", "dtype", "cut"])
 def test_forged_tensors_are_an_error(root: Path, change: str) -> None:
-    """A file that lacks a tensor, holds one of another type, or ends inside one."""
+    """The file lacks a tensor, holds one of another type, or ends inside one."""
     path = folder(root) / FILES[0]
     tensors = safetensors.torch.load_file(path)
     key = next(key for key in tensors if key.startswith("norm.weight"))
@@ -266,7 +266,7 @@ def test_forged_tensors_are_an_error(root: Path, change: str) -> None:
 
 
 def refusal(root: Path, **changes: Any) -> str:
-    """The message with which a run that is described otherwise refuses the newest checkpoint."""
+    """Returns the message with which a run of another description refuses the newest checkpoint."""
     run = SmallRun(root, **changes)
     with pytest.raises(ConfigError) as caught:
         run.resume()
@@ -284,7 +284,7 @@ def test_another_model_is_refused(root: Path) -> None:
 
 
 def test_another_shape_is_refused(root: Path) -> None:
-    """Of a model whose configuration says the same."""
+    """The configuration of the model is the same, so only the shape shows the difference."""
 
     def reshape(content: dict[str, Any]) -> None:
         content["tensors"]["norm.weight"] = {"shape": [4], "pieces": [[0, 0, 4, 0, 1]]}
@@ -312,13 +312,13 @@ def test_all_fields_of_the_description_are_kept(root: Path) -> None:
 
 
 def test_torn_files_are_seen_without_reading_them(root: Path) -> None:
-    """What messages call the newest, and what pruning counts."""
+    """Messages and pruning must not count a checkpoint with a truncated file."""
     truncate(folder(root) / FILES[0])
     assert SmallRun(root).store.newest_path() == folder(root, BEFORE)
 
 
 def test_damaged_checkpoint_is_replaced(root: Path) -> None:
-    """And counts as whole from then on: the one before is pruned."""
+    """Counts as whole from then on, so the one before is pruned."""
     zero_the_end(folder(root) / FILES[0])
     run = SmallRun(root, keep=1)
     assert run.resume() == BEFORE
@@ -330,9 +330,9 @@ def test_damaged_checkpoint_is_replaced(root: Path) -> None:
 @pytest.mark.usefixtures("lone_rank")
 @pytest.mark.parametrize("keep", [1, 2])
 def test_damaged_checkpoint_does_not_push_out_whole_ones(tmp_path: Path, keep: int) -> None:
-    """A run that goes on behind a damaged checkpoint, whose files have the right sizes, keeps what it saves.
+    """A run that resumes before a damaged checkpoint, whose files have the right sizes, keeps its own saves.
 
-    Catches pruning that counts the damaged one, which is later, and deletes the one just saved.
+    Catches pruning that counts the damaged one, which has a later step, and deletes the one just saved.
     """
     root = tmp_path / "checkpoints"
     assert SmallRun(root, keep).save(*range(BEFORE - keep + 1, BEFORE + 1)) == [None] * keep

@@ -1,11 +1,11 @@
-"""A checkpoint that one layout of ranks saved is the same to every other."""
+"""Checks that a checkpoint of one layout of ranks loads equally under every other."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.checkpoint.resharding import Saved, Setup, load_and_go_on, save_and_go_on
+from tests.checkpoint.resharding import Saved, Setup, load_and_resume, save_and_resume
 from tests.ranks import run_ranks
 from tests.training.layouts import Layout
 
@@ -30,10 +30,10 @@ MINUTES = 60
 
 
 def check_pairs(sources_of: dict[Setup, list[Setup]], root: Path) -> None:
-    """Every setup saves, then each loads what its sources saved."""
-    saved = {setup: run_ranks(save_and_go_on, setup.layout.num_ranks, setup, root) for setup in sources_of}
+    """Lets every setup save, then load the checkpoints of its sources."""
+    saved = {setup: run_ranks(save_and_resume, setup.layout.num_ranks, setup, root) for setup in sources_of}
     for setup, sources in sources_of.items():
-        ranks = run_ranks(load_and_go_on, setup.layout.num_ranks, setup, root, sources, timeout=20 * MINUTES)
+        ranks = run_ranks(load_and_resume, setup.layout.num_ranks, setup, root, sources, timeout=20 * MINUTES)
         for source, loaded in zip(sources, zip(*ranks, strict=True), strict=True):
             check_pair(source, saved[source], setup, list(loaded))
 
@@ -43,7 +43,7 @@ def all_pairs(setups: list[Setup]) -> dict[Setup, list[Setup]]:
 
 
 def check_pair(source: Setup, saved: list[Saved], target: Setup, loaded: list[Saved]) -> None:
-    """Bit for bit right after loading; so are the losses that follow if the layout is the same."""
+    """Checks equality bit for bit after loading, and of the following losses if the layout is the same."""
     where = f"saved under {source}, loaded under {target}"
     expected = whole_model(saved)
     found = whole_model(loaded)
@@ -61,7 +61,7 @@ def check_pair(source: Setup, saved: list[Saved], target: Setup, loaded: list[Sa
 
 
 def whole_model(ranks: list[Saved]) -> dict[str, torch.Tensor]:
-    """The tensors of all stages; what several ranks hold is the same on all of them."""
+    """Returns the tensors of all stages; tensors that several ranks hold must be equal on all of them."""
     whole: dict[str, torch.Tensor] = {}
     for rank in ranks:
         for name, tensor in rank.tensors.items():
@@ -71,7 +71,7 @@ def whole_model(ranks: list[Saved]) -> dict[str, torch.Tensor]:
 
 
 def test_some_pairs(tmp_path: Path) -> None:
-    """Every layout goes on from its own checkpoint and from that of another one."""
+    """Every layout resumes from its own checkpoint and from that of another one."""
     check_pairs({setup: [setup, other] for setup, other in zip(FEW, FEW[1:] + FEW[:1], strict=True)}, tmp_path)
 
 
@@ -82,11 +82,11 @@ def test_all_pairs(tmp_path: Path) -> None:
 
 
 def test_bf16_pair(tmp_path: Path) -> None:
-    """Masters and moments are float32; parameters are the rounded masters again."""
+    """Masters and moments are float32; parameters are the rounded masters."""
     check_pairs({NARROW[1]: [NARROW[3]], NARROW[3]: [NARROW[3]]}, tmp_path)
 
 
 @pytest.mark.slow
 def test_all_bf16_pairs(tmp_path: Path) -> None:
-    """Also from and to float32."""
+    """Includes float32 on either side."""
     check_pairs(all_pairs([*NARROW, FEW[1]]), tmp_path)

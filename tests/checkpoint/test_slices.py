@@ -1,4 +1,4 @@
-"""Slices of a matrix, compared with the elements that they stand for."""
+"""Compares slices of a matrix with the elements that they select."""
 
 import torch
 from hypothesis import given
@@ -12,7 +12,7 @@ SHAPES = st.lists(st.integers(1, 6), max_size=3).map(torch.Size)
 
 
 def numbered(shape: torch.Size) -> Tensor:
-    """A tensor seen as a matrix, whose elements are their numbers."""
+    """Returns a tensor seen as a matrix, with numbered elements."""
     return torch.arange(shape.numel()).view(matrix_shape(shape))
 
 
@@ -22,7 +22,7 @@ def elements(matrix: Tensor, part: TensorSlice) -> Tensor:
 
 @st.composite
 def parts(draw: st.DrawFn, shape: torch.Size) -> TensorSlice:
-    """A slice with at least one element."""
+    """Draws a slice with at least one element."""
     rows, columns = matrix_shape(shape)
     top, left = draw(st.integers(0, rows - 1)), draw(st.integers(0, columns - 1))
     return TensorSlice(top, draw(st.integers(top + 1, rows)), left, draw(st.integers(left + 1, columns)))

@@ -1,4 +1,4 @@
-"""What is about to be saved is compared with what the model holds."""
+"""Checks the comparison of the state to save with the model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +30,9 @@ SETUPS = [
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     data=st.data(),
 )
-def test_runs_in_another_order_are_found(sizes: list[int], step: int, dtype: torch.dtype, data: st.DataObject) -> None:
+def test_ranges_in_another_order_are_found(
+    sizes: list[int], step: int, dtype: torch.dtype, data: st.DataObject
+) -> None:
     """Catches a flat buffer that is read in another order than it was written, for all sizes and steps."""
     values = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(step))
     held = [part.to(dtype) for part in values.split(sizes)]
@@ -57,7 +59,7 @@ def test_nan_is_no_mismatch_and_lost_moments_are_one() -> None:
 
 
 def masters(optimizer: Any) -> list[torch.Tensor]:
-    """The flat float32 weights of a rank, or its first matrices where they are not flattened."""
+    """Returns the flat float32 weights of a rank, or its first matrices if they are not flattened."""
     names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups")
     found = next(getattr(optimizer, name) for name in names if hasattr(optimizer, name))
     return [group if isinstance(group, torch.Tensor) else group[0] for group in found]
@@ -71,7 +73,7 @@ def permute_masters(rank: int, optimizer: Any) -> None:
 
 
 def reverse_shares(rank: int, optimizer: Any) -> None:
-    """ZeRO-3's shares are taken for those of the other rank, as a partition in another order would have them."""
+    """Swaps ZeRO-3's shares of two ranks, as a partition in another order would."""
     from beit3_ds.checkpoint import engine_state
 
     original = engine_state._zero3_ranges
@@ -87,7 +89,7 @@ def reverse_shares(rank: int, optimizer: Any) -> None:
 
 
 def save_planted(setups: list[Setup], root: Path, plant: Callable[[int, Any], None]) -> list[str]:
-    """Runs on one rank, for each setup, a save, a step, a planted fault and a save that must be refused."""
+    """Saves, trains one step, plants a fault and saves again in vain, for each setup on one rank."""
     mesh, messages = None, []
     for setup in setups:
         mesh, schedule, state, store = start(setup, root / setup.folder, seed=1, mesh=mesh)
@@ -120,5 +122,5 @@ def test_a_planted_permutation_is_refused(tmp_path: Path) -> None:
 
 
 def test_other_shares_of_zero3_are_refused(tmp_path: Path) -> None:
-    """The rank's own memory is consistent then: only gathering a parameter shows it."""
+    """The rank's own memory is consistent, so only gathering a parameter shows the fault."""
     check_refused([SETUPS[1]], tmp_path, reverse_shares, "rank 0 (")

@@ -1,4 +1,4 @@
-"""How a run ends early, or goes on without what it could not save."""
+"""Checks how a run ends early, and how it continues after a failed save."""
 
 import contextlib
 import json
@@ -50,7 +50,7 @@ def test_signal_to_one_rank_stops_all_with_a_checkpoint(
 
 
 def test_signal_during_the_start_stops_before_the_first_step(run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """Catches a rank that dies of a signal which came before it could take it (`beit3 launch` holds it back)."""
+    """Catches a rank that dies of a signal before it can handle it (`beit3 launch` delays such signals)."""
     config = tmp_path / "config.json"
     config.write_text(json.dumps(run_mapping))
     process = start_module("beit3_ds.pretrain", [config], output=subprocess.PIPE, blocked=STOP_SIGNALS)
@@ -63,7 +63,7 @@ def test_signal_during_the_start_stops_before_the_first_step(run_mapping: dict[s
 
 
 def others(run: TrainingRun) -> list[int]:
-    """The processes that the only rank of a run has started, as far as they are alive."""
+    """Returns the living processes that the only rank of a run has started."""
     leader, found = run.ranks[0].pid, []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has just ended
@@ -74,9 +74,9 @@ def others(run: TrainingRun) -> list[int]:
 
 
 def test_workers_live_as_long_as_their_rank(run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """Cluster managers and terminals signal all processes: what prepares steps is needed until the last one is done.
+    """Cluster managers and terminals signal all processes, but data workers are needed until the last step is done.
 
-    But a rank that is killed takes its workers with it.
+    A rank that is killed takes its workers with it.
     """
     run_mapping["beit3_ds"]["data"]["num_workers"] = 2
     run = TrainingRun(run_mapping, tmp_path / "killed", total_steps=400, save_interval=1000, **NO_EVALUATION)
@@ -95,7 +95,7 @@ def test_workers_live_as_long_as_their_rank(run_mapping: dict[str, Any], tmp_pat
 
 
 def test_failed_saves_are_reported(run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """Training goes on after one; after the last one the run has failed, and can be started again."""
+    """Training continues after a failed save; after a failed last save the run fails, and can be started again."""
     run = TrainingRun(run_mapping, tmp_path / "failing", total_steps=6, save_interval=2, **NO_EVALUATION)
     assert run.finish(failing_saves=[2, 6]) == [2]
     lines = run.output().splitlines()
@@ -114,7 +114,7 @@ def test_failed_saves_are_reported(run_mapping: dict[str, Any], tmp_path: Path) 
 
 @pytest.mark.parametrize("left", [pytest.param("nothing", marks=pytest.mark.slow), "file"])
 def test_lost_folder_is_reported(run_mapping: dict[str, Any], tmp_path: Path, left: str) -> None:
-    """Nothing that was saved there is lost, and training ends; without a place to write, with an error."""
+    """Training reaches its end, and moved checkpoints stay whole; if no folder can be created, the run then fails."""
     run = TrainingRun(run_mapping, tmp_path / "lost", total_steps=24, keep_checkpoints=2, **NO_EVALUATION)
     away = run.output_dir / "away"
     with run.started():

@@ -1,4 +1,4 @@
-"""Safetensors files of our own reader and writer, compared with those of the library."""
+"""Compares this project's reader and writer of safetensors files with the library's."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Real runs of the trainer, each rank a process that writes to a file, to be killed, stopped and started again."""
+"""Starts real runs of the trainer to be killed, stopped and restarted; each rank is a process with a log file."""
 
 import json
 import os
@@ -40,8 +40,8 @@ class TrainingRun:
         """Starts the ranks, and kills those that are left when the block ends.
 
         Args:
-            failing_saves: steps whose checkpoints cannot be renamed to where they are found. If there are any, all
-                saves end before the loop goes on, as on a disk that is faster than anything else.
+            failing_saves: steps whose checkpoints cannot get their final name. If there are any, all
+                saves end before the loop continues, as on a very fast disk.
         """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -74,22 +74,22 @@ class TrainingRun:
             raise AssertionError(f"a rank does not end: {self.output()}") from None
 
     def wait_until(self, happened: Callable[[], Any], interval: float = 0.005) -> None:
-        """Waits for something to happen while all ranks run."""
+        """Waits until a condition holds while all ranks run."""
         deadline = time.monotonic() + _TIMEOUT_SECONDS
         while not happened():
             assert time.monotonic() < deadline and all(rank.poll() is None for rank in self.ranks), self.output()
             time.sleep(interval)
 
     def output(self, rank: int = 0) -> str:
-        """What a rank has printed since it was started."""
+        """Returns what a rank has printed since it was started."""
         return self._log(rank).read_text() if self._log(rank).exists() else ""
 
     def reported_step(self) -> int:
-        """The step of the last checkpoint that was said to be saved since the start; 0 if there is none."""
+        """Returns the step of the last checkpoint that was reported as saved since the start; 0 without one."""
         return max(map(int, re.findall(r"^saved .*/step-(\d+) \(", self.output(), re.MULTILINE)), default=0)
 
     def checkpoint(self, step: int) -> CheckpointFolder:
-        """A checkpoint, none of whose files was changed."""
+        """Opens a checkpoint and checks that none of its files was changed."""
         checkpoint = CheckpointFolder(self.checkpoints / f"step-{step:08d}")
         assert checkpoint.find_damage(checkpoint.index.files) is None
         return checkpoint
@@ -99,7 +99,7 @@ class TrainingRun:
 
 
 def check_same_state(ours: CheckpointFolder, expected: CheckpointFolder) -> None:
-    """Weights, moments and counts are the same, bit for bit."""
+    """Checks that weights, moments and counts are equal bit for bit."""
     assert (ours.step, ours.index.optimizer_step) == (expected.step, expected.index.optimizer_step)
     assert ours.names() == expected.names()
     for name in ours.names():

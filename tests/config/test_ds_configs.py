@@ -36,7 +36,9 @@ def test_dry_run(name: str) -> None:
     stages = config.parallel.pipeline_parallel_size
     (header,) = (line for line in text.splitlines() if line.startswith("modelled"))
     assert re.findall(r"stage \d+", header) == [f"stage {stage}" for stage in range(stages)]
-    assert all(line in text for line in ("modelled", "memory, total, GiB", "sent a step, total, GB", "pipeline bubble"))
+    assert all(
+        line in text for line in ("modelled", "memory, total, GiB", "sent per step, total, GB", "pipeline bubble")
+    )
     engine = config.engine_config(check_layout(config, WORLD_SIZES[name]))
     assert engine["gradient_accumulation_steps"] == 1
     parsed = DeepSpeedConfig({**engine, "train_batch_size": engine["train_micro_batch_size_per_gpu"]})
@@ -84,8 +86,8 @@ def test_giant_costs_equal_estimates_by_hand() -> None:
     numel = 1_947.7e6
     assert sum(float(zero3[row][0]) for row in states) == pytest.approx(numel * 18 / 64 / 2**30, abs=0.02)
     rows = 2 * 32 * (257 + 257 + 64 + 128)  # of two data-parallel ranks' samples, which a pair of tensor ranks shares
-    tensor = float(giant_stages(1, tensor_parallel_size=2)["sent a step, tensor, GB"][0])
+    tensor = float(giant_stages(1, tensor_parallel_size=2)["sent per step, tensor, GB"][0])
     assert tensor == pytest.approx(40 * 4 * rows * 1408 * 2 / 1e9, rel=0.02)
-    messages = giant_stages(3, tensor_parallel_size=2, pipeline_parallel_size=4)["sent a step, pipeline, GB"]
+    messages = giant_stages(3, tensor_parallel_size=2, pipeline_parallel_size=4)["sent per step, pipeline, GB"]
     stream = 8 * 32 * (257 + 257 + 64 + 128) * 1408 * 4 / 1e9
     assert [float(value) for value in messages] == pytest.approx([stream, 2 * stream, 2 * stream, stream], abs=0.01)

@@ -1,4 +1,4 @@
-"""The layouts whose costs are measured, and the measurement of several of them on one set of ranks."""
+"""Defines the layouts whose costs are measured, and measures several of them on one set of ranks."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ TIED = {"tie_word_embeddings": True}
 
 
 class SeenTraffic(NamedTuple):
-    """What one rank was seen to send in the second step."""
+    """Observed traffic of one rank in the second step."""
 
     coords: RankCoords
     traffic: dict[tuple[str, str], tuple[int, int]]
@@ -34,7 +34,7 @@ class SeenTraffic(NamedTuple):
 
 
 class SeenMemory(NamedTuple):
-    """What one rank was seen to keep in the second step."""
+    """Observed memory of one rank in the second step."""
 
     coords: RankCoords
     states: dict[str, int]
@@ -58,7 +58,7 @@ def cell(
     wide: bool = False,
     **parallel: Any,
 ) -> RunConfig:
-    """A run of a tiny model with one layout; `wide` keeps stream and sums of gradients of bf16 in float32."""
+    """Returns a run of a tiny model; `wide` keeps the stream and sums of gradients of a bf16 run in float32."""
     sizes = {"num_layers": 4, "num_attention_heads": 4, "drop_path_rate": 0.1}
     mapping = small_run_mapping(zero_stage, accumulation=micro_batches, **(sizes | (model or {})))
     mapping["zero_optimization"] |= SMALL_BUCKET | (zero or {})
@@ -73,7 +73,7 @@ def cell(
 
 
 def micro_batches_of(config: RunConfig, data_rank: int, step: int) -> list[PackedBatch]:
-    """The micro-batches of one data-parallel rank in one step; ranks and steps have different ones."""
+    """Returns the micro-batches of one data-parallel rank in one step; they differ between ranks and steps."""
     return [
         random_batch(
             config.model, *MIXES[i % len(MIXES)], seed=100 * data_rank + 10 * step + i, drop_path=drops(config)
@@ -83,17 +83,17 @@ def micro_batches_of(config: RunConfig, data_rank: int, step: int) -> list[Packe
 
 
 def drops(config: RunConfig) -> bool:
-    """Whether stochastic depth is on."""
+    """Returns whether stochastic depth is on."""
     return config.model.drop_path_rate > 0
 
 
 def workloads_of(config: RunConfig, data_rank: int) -> list[Workload]:
-    """What the model of costs is told of the second step."""
+    """Returns the workloads of the second step."""
     return [workload_of(batch) for batch in micro_batches_of(config, data_rank, step=1)]
 
 
 def rank_model_of(config: RunConfig, ranks: int, coords: RankCoords) -> RankModel:
-    """The part of the model held by the rank with these coordinates."""
+    """Returns the part of the model that the rank with these coordinates holds."""
     from beit3_ds.training.optimizer import decays
 
     return build_rank_model(config, ranks, decays, coords.pipeline, coords.tensor)
@@ -112,8 +112,8 @@ def measure_memory(configs: list[RunConfig]) -> list[SeenMemory]:
 def _measure(configs: list[RunConfig], observe: Callable[..., Any]) -> list[Any]:
     """Runs two steps of every layout and observes the second; the first one has one-off traffic.
 
-    ZeRO-3 compares the numbers of modules, which DeepSpeed counts on through all engines of a process: ranks that are
-    data-parallel peers must have had as many modules before. So layouts with a pipeline come last.
+    ZeRO-3 compares the numbers of modules among data-parallel ranks, and DeepSpeed counts modules over all engines of a
+    process. So these ranks must have built equal numbers of modules before, and layouts with a pipeline come last.
     """
     from beit3_ds.parallel import build_mesh
     from beit3_ds.runtime.process_group import init_process_group

@@ -1,4 +1,4 @@
-"""Counts what a rank really sends: every collective call of c10d, at the process groups."""
+"""Counts every collective call of c10d at the process groups of a rank."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -45,9 +45,9 @@ class Call(NamedTuple):
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Notes every collective call while it is entered, on this thread; on the CPU backward passes run there too.
+    """Records every collective call on this thread while it is entered; on the CPU backward passes run there too.
 
-    Calls over one rank move nothing and are left out. What the hosts tell each other is noted under the axis `host`.
+    Calls over one rank move nothing and are left out. Calls of host groups are recorded under the axis `host`.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -56,7 +56,7 @@ class CollectiveCounter(TorchDispatchMode):
         self.calls: list[Call] = []
 
     def totals(self) -> dict[tuple[str, str], tuple[int, int]]:
-        """Calls and bytes by axis and kind."""
+        """Returns calls and bytes by axis and kind."""
         calls: Counter[tuple[str, str]] = Counter()
         sizes: Counter[tuple[str, str]] = Counter()
         for call in self.calls:

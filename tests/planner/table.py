@@ -36,17 +36,17 @@ def main() -> None:
 
 
 def pipelines_last(cells: dict[str, RunConfig]) -> dict[str, RunConfig]:
-    """The layouts in an order in which one set of ranks can run them; see `cells._measure`."""
+    """Returns the layouts in an order in which one set of ranks can run them; see `cells._measure`."""
     return dict(sorted(cells.items(), key=lambda item: item[1].parallel.pipeline_parallel_size))
 
 
 def run(measure, ranks: int, cells: dict[str, RunConfig]) -> list[tuple]:  # type: ignore[no-untyped-def]
-    """Of every layout, what each rank was seen to do."""
+    """Returns the observations of every rank, for each layout."""
     return list(zip(*run_ranks(measure, ranks, list(cells.values()), timeout=580), strict=True))
 
 
 def print_traffic(name: str, config: RunConfig, ranks: int, seen: SeenTraffic) -> None:
-    """One line a layout, of the first rank."""
+    """Prints one line per layout, for the first rank."""
     volumes = step_traffic(rank_model_of(config, ranks, seen.coords), workloads_of(config, seen.coords.data)).volumes
     counted = {key: volume for key, volume in seen.traffic.items() if key[0] != "host"}
     texts = [f"{axis} {kind} {calls}, {size:,}" for (axis, kind), (calls, size) in sorted(counted.items())]
@@ -55,7 +55,7 @@ def print_traffic(name: str, config: RunConfig, ranks: int, seen: SeenTraffic) -
 
 
 def print_memory(name: str, config: RunConfig, ranks: int, seen: SeenMemory) -> None:
-    """One line a layout, of the first rank: measured bytes, and by how much the formula differs from 0.01% on."""
+    """Prints one line per layout, for the first rank: measured bytes, and the formula's difference from 0.01% on."""
     memory = rank_memory(
         rank_model_of(config, ranks, seen.coords), workloads_of(config, seen.coords.data), seen.coords.data
     )

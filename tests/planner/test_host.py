@@ -1,4 +1,4 @@
-"""What a node needs beside its GPUs."""
+"""Checks the model of what a node needs beside its GPUs."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""What float32 costs in a bf16 run, as `beit3 check` prints it."""
+"""Checks the cost of float32 in a bf16 run, as `beit3 check` prints it."""
 
 from beit3_ds.planner import describe_precision, precision_cost
 from beit3_ds.training.optimizer import decays

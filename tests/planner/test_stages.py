@@ -1,4 +1,4 @@
-"""The bubble of a pipeline, compared with a simulation of its schedule, and the table of stages."""
+"""Compares the bubble of a pipeline with a simulation of its schedule, and checks the table of stages."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What ranks send in a step, counted at the process groups, equals the formulas of docs/traffic_and_memory.md."""
+"""Compares the calls that ranks make in a step with the formulas of docs/traffic_and_memory.md."""
 
 from typing import Any
 

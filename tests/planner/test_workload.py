@@ -1,4 +1,4 @@
-"""Sizes of micro-batches: of real ones, and of those that a plan expects."""
+"""Checks the sizes of real micro-batches and of expected ones."""
 
 from beit3_ds.planner import expected_workloads, workload_of
 from tests.batches import random_batch

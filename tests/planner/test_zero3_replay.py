@@ -1,4 +1,4 @@
-"""The replay of DeepSpeed's parameter coordinator, compared with a formula where one holds."""
+"""Compares the replay of DeepSpeed's parameter coordinator with a formula."""
 
 import pytest
 

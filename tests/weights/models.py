@@ -1,4 +1,4 @@
-"""Models whose every parameter counts, as sources of tensors, and random inputs for them."""
+"""Builds models in which every parameter matters, readers of their tensors, and random inputs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from beit3_ds.weights.export import export_weights
 
 
 class ModelReader:
-    """A model in memory, seen as a checkpoint on disk is."""
+    """Reads the tensors of a model in memory, as from a checkpoint."""
 
     def __init__(self, model: BEiT3, step: int = 0) -> None:
         self.model, self.step = model.config, step
@@ -36,7 +36,7 @@ class ModelReader:
 
 @torch.no_grad()
 def random_model(config: ModelConfig, seed: int = 0) -> BEiT3:
-    """A model in which no two parameters are alike, norms and biases included."""
+    """Builds a model in which no two parameters are alike, norms and biases included."""
     model, generator = BEiT3(config), torch.Generator().manual_seed(seed)
     deviation = min(0.2, config.hidden_size**-0.5)  # rounding errors of larger ones grow from block to block
     for name, parameter in model.named_parameters():
@@ -47,7 +47,7 @@ def random_model(config: ModelConfig, seed: int = 0) -> BEiT3:
 
 
 def exported(model: BEiT3, path: Path) -> Path:
-    """The model's weights in this project's format."""
+    """Exports a model's weights in this project's format."""
     export_weights(ModelReader(model), path)
     return path
 
@@ -58,7 +58,7 @@ def random_inputs(
     text_lengths: Sequence[int] = (5, 2),
     caption_lengths: Sequence[int] = (3,),
 ) -> tuple[Tensor, list[Tensor], tuple[Tensor, list[Tensor]]]:
-    """What `BEiT3.encode` takes."""
+    """Returns random inputs of `BEiT3.encode`."""
     generator = torch.Generator().manual_seed(7)
     shape = (3, config.image_size, config.image_size)
 

@@ -1,4 +1,4 @@
-"""Exported files: whole or absent, in the type and the number of files that were asked for, in little memory."""
+"""Checks that exported files are whole or absent, have the wanted type and number, and take little memory."""
 
 import errno
 import json
@@ -102,8 +102,8 @@ def test_nothing_is_overwritten_unasked(taken_by: str, max_shard_bytes: int | No
 
 
 @pytest.mark.parametrize("name", ["text.spm", "model-00001-of-00009.safetensors", "notes"])
-def test_a_folder_with_somebody_elses_files_is_never_replaced(name: str, tmp_path: Path) -> None:
-    """Exported weights beside which somebody put a tokenizer, another project's shard or a folder."""
+def test_a_folder_with_other_files_is_never_replaced(name: str, tmp_path: Path) -> None:
+    """The folder holds exported weights beside a tokenizer, another project's shard or a folder."""
     folder = tmp_path / "shards"
     export_weights(READER, folder, max_shard_bytes=20_000)
     export_weights(READER, folder, max_shard_bytes=20_000, overwrite=True)
@@ -126,7 +126,7 @@ def test_a_folder_of_other_things_is_never_replaced(tmp_path: Path) -> None:
 
 
 class FailingReader(ModelReader):
-    """A disk that is full, or a file that is damaged, at the n-th tensor."""
+    """Fails at the n-th tensor, like a full disk or a damaged file."""
 
     def __init__(self, error: BaseException, after: int) -> None:
         super().__init__(random_model(small_model_config()))
@@ -195,9 +195,9 @@ MEGABYTE = 1 << 20
 
 
 class LargeReader:
-    """216 MB in 6 tensors, each made when it is read.
+    """A reader of 216 MB in 6 tensors, each created when it is read.
 
-    Blocks beyond 32 MB the allocator always gives back; of smaller ones it may keep some.
+    The allocator always returns blocks above 32 MB to the system, but may keep smaller ones.
     """
 
     model, step = small_model_config(num_layers=6, num_vision_language_layers=0), 0
@@ -217,9 +217,9 @@ class LargeReader:
 
 @contextmanager
 def peak_memory() -> Iterator[Callable[[], int]]:
-    """Gives the most private memory since its start, in bytes.
+    """Provides a function that returns the most private memory since the start, in bytes.
 
-    Pages of mapped files do not count: the system takes them back when it likes.
+    Pages of mapped files do not count, because the system may drop them at any time.
     """
 
     def private() -> int:
@@ -255,7 +255,7 @@ def test_memory_stays_near_the_largest_tensor(kind: str, tmp_path: Path, monkeyp
             format="unilm-dual" if kind == "state dict" else "beit3",
             max_shard_bytes=80 * MEGABYTE if kind == "shards" else None,
         )
-    assert peak() < 90 * MEGABYTE  # two tensors of six: one is written, the next is made
+    assert peak() < 90 * MEGABYTE  # two tensors of six: one is written, the next is built
 
 
 def test_loading_takes_one_copy(tmp_path: Path) -> None:

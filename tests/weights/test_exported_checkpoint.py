@@ -1,4 +1,4 @@
-"""What one device loads from an exported file is what the ranks trained."""
+"""Checks that one device loads from an exported file what the ranks trained."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ SETUP = Setup(Layout(2, 2, 1, sequence_parallel=True), 3)
 
 
 def train_and_predict(folder: Path) -> Logits | None:
-    """On one rank: trains, saves, and runs a batch forward; the last stage has its logits."""
+    """Trains, saves and runs a batch forward on one rank; the last stage returns its logits."""
     mesh, schedule, state, store = start(SETUP, folder, seed=1)
     train(SETUP, schedule, mesh, range(2))
     store.save(state, 2)
@@ -43,6 +43,6 @@ def test_exported_model_equals_the_ranks(tmp_path: Path) -> None:
 
 
 def assert_close(ours: Tensor, theirs: Tensor) -> None:
-    """To 1e-6 of the largest logit; rows of the wrong shard, or a lost update, would be off by far more."""
+    """Compares to 1e-6 of the largest logit; rows of the wrong shard or a lost update would differ by far more."""
     assert ours.shape == theirs.shape
     assert float((ours - theirs).abs().max()) <= 1e-6 * float(theirs.abs().max())

@@ -1,4 +1,4 @@
-"""What `beit3 export` wrote for other projects comes back as it was."""
+"""Checks that files which `beit3 export` wrote for other projects are read back unchanged."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def stored(path: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("layout", "format"), cells())
 def test_exports_come_back(layout: str, format: ExportFormat, dtype: torch.dtype, tmp_path: Path) -> None:
-    """The features that the format is exact for, and a second export of the same bits."""
+    """Compares features for which the format is exact, and the bits of a second export."""
     model = random_model(LAYOUTS[layout]).to(dtype)
     out, back, again = (tmp_path / f"{name}{SUFFIXES[format]}" for name in ("out", "back", "again"))
     back = back.with_suffix(".safetensors")
@@ -90,7 +90,7 @@ def test_commands_take_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_reference_and_timm_pass_over_the_note(tmp_path: Path) -> None:
-    """Plain tensors under the keys that their loaders read."""
+    """Their loaders find plain tensors under their keys."""
     model = random_model(LAYOUTS["paper"])
     export_weights(ModelReader(model), tmp_path / "x.pth", format="unilm-dual")
     saved = torch.load(tmp_path / "x.pth", weights_only=True)
@@ -99,7 +99,7 @@ def test_the_reference_and_timm_pass_over_the_note(tmp_path: Path) -> None:
 
 
 def test_a_changed_export_is_refused(tmp_path: Path) -> None:
-    """A and B of a shared tensor that were trained apart would not fit the model that the note describes."""
+    """If A and B of a shared tensor were trained apart, they would not fit the model of the note."""
     export_weights(ModelReader(random_model(LAYOUTS["paper"])), tmp_path / "x.pth", format="unilm-dual")
     saved = torch.load(tmp_path / "x.pth", weights_only=True)
     saved["model"]["beit3.encoder.layers.1.self_attn.q_proj.B.weight"] += 1

@@ -1,4 +1,4 @@
-"""Torch files that are written tensor after tensor."""
+"""Checks torch files that are written tensor after tensor."""
 
 from pathlib import Path
 

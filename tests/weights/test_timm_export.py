@@ -1,4 +1,4 @@
-"""Exported vision towers, loaded by timm."""
+"""Checks exported vision towers in timm."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Exported state dicts, loaded by the reference's own code, give our features."""
+"""Checks that the reference's own code computes our features from exported state dicts."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def load_reference(model: BEiT3, path: Path, format: ExportFormat) -> Reference:
 
 
 def reference_features(reference: Any, images: Any, texts: Any, pairs: Any) -> Features:
-    """The reference's features, sample by sample, so that it needs no padding."""
+    """Returns the reference's features sample by sample, without padding."""
 
     def run(**inputs: torch.Tensor) -> torch.Tensor:
         out = reference.beit3(**{name: value.unsqueeze(0) for name, value in inputs.items()})["encoder_out"]

@@ -1,4 +1,4 @@
-"""Saving, loading and exporting a training state beside DeepSpeed's own checkpoints and its `zero_to_fp32`."""
+"""Compares saving, loading and exporting with DeepSpeed's own checkpoints and its `zero_to_fp32`."""
 
 import json
 import os
@@ -26,12 +26,12 @@ from beit3_ds.model.pretrained import PretrainedWeights
 SIZES = ("tiny", "base", "large", "giant")
 _SAVES, _LOADS, _EXPORTS = 3, 3, 5  # rounds
 _STATE_BYTES = 28
-"""Of a parameter while it is saved: bfloat16 weight and gradient, float32 master and moments (16), a copy to write
-(12); DeepSpeed needs as much while it loads."""
+"""Memory per parameter during a save: bfloat16 weight and gradient, float32 master and moments (16), a copy to write
+(12); DeepSpeed needs the same while it loads."""
 _DISK_BYTES = 44
-"""Of a parameter: DeepSpeed's checkpoint (12), this project's newest and the next one (24), two exports (8)."""
-_PROCESS_BYTES = 1_000_000_000  # of a rank, whatever the model
-_CACHE_BYTES = 2_000_000_000  # left for pages of files, and for what else runs
+"""Disk space per parameter: DeepSpeed's checkpoint (12), two checkpoints of this project (24), two exports (8)."""
+_PROCESS_BYTES = 1_000_000_000  # per rank, for any model
+_CACHE_BYTES = 2_000_000_000  # left for the page cache and other processes
 _POLL_SECONDS = 0.01
 _READ_BYTES = 1 << 24
 _EXPORTERS = {OURS: "export", THEIRS: "zero_to_fp32"}
@@ -39,7 +39,7 @@ Row = dict[str, Any]
 
 
 class Choice(NamedTuple):
-    """The model that is measured."""
+    """Model of the benchmark."""
 
     size: str
     num_parameters: int
@@ -49,17 +49,17 @@ class Choice(NamedTuple):
 def benchmark_checkpoint(
     size: str | None = None, ranks: int = 2, folder: str | None = None, json_path: str | None = None
 ) -> str:
-    """Measures save, load and export of one state, this project's and DeepSpeed's in turn, and returns a report.
+    """Measures save, load and export of one state with this project and with DeepSpeed in turn, and returns a report.
 
     The ranks hold the state under ZeRO-3 in bfloat16; no step is trained. Every operation starts with all earlier
-    writes on the disk. Files to load are not in the page cache, files to export are. Peaks are the kernel's own count
-    of whole processes (VmHWM), torch and all: of all ranks together, or of the one process that exports.
+    writes on the disk. Files to load are not in the page cache, files to export are. Peak memory is the kernel's count
+    for whole processes (VmHWM), torch included: the sum over the ranks, or that of the one process that exports.
 
     Args:
-        size: of the model; None is the largest of base and its kind that fits memory and disk.
-        ranks: processes that hold the state.
-        folder: where the files go for the time of the benchmark; None is the working directory.
-        json_path: where to write `rows` and `summary` as JSON.
+        size: size of the model; None is the largest of `SIZES` that fits memory and disk.
+        ranks: number of processes that hold the state.
+        folder: folder of the benchmark's temporary files; None is the working directory.
+        json_path: file for `rows` and `summary` as JSON.
 
     Raises:
         ConfigError: if the size does not fit, or the file cannot be written.
@@ -80,10 +80,10 @@ def benchmark_checkpoint(
 
 
 def choose_size(size: str | None, ranks: int, folder: Path) -> Choice:
-    """The size asked for, or the largest that fits.
+    """Returns the given size, or the largest that fits.
 
     Raises:
-        ConfigError: if it does not.
+        ConfigError: if the size does not fit.
     """
     memory, disk = _available_bytes(), shutil.disk_usage(folder).free
     reason = f"{memory / 2**30:.1f} GiB of memory and {disk / 2**30:.0f} GiB of disk are free"
@@ -98,7 +98,7 @@ def choose_size(size: str | None, ranks: int, folder: Path) -> Choice:
 
 
 def count_parameters(size: str) -> int:
-    """Of a model with one attention for all modalities."""
+    """Returns the number of parameters of a model with one attention for all modalities."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in BEiT3(state_config(size, 1).model).parameters())
 
@@ -113,7 +113,7 @@ def _say(text: str) -> None:
 
 
 def _measure_ranks(folder: Path, size: str, ranks: int) -> list[Row]:
-    """Saves, and loads in processes of their own; all that was loaded must be what was saved."""
+    """Saves, then loads in new processes; everything loaded must equal what was saved."""
     saved = _run_ranks(folder, "save", size, _SAVES, ranks)
     _say("saved")
     loaded = _run_ranks(folder, "load", size, _LOADS, ranks)
@@ -126,7 +126,7 @@ def _measure_ranks(folder: Path, size: str, ranks: int) -> list[Row]:
 
 
 def _join(rows: Sequence[Row]) -> Row:
-    """One row of all ranks: the slowest one's times, and the memory of all."""
+    """Merges the rows of all ranks: the times of the slowest, and the sum of their memory."""
     joined = {key: max(row[key] for row in rows) if key.endswith("seconds") else rows[0][key] for key in rows[0]}
     return joined | {"peak_bytes": sum(row["peak_bytes"] for row in rows)}
 
@@ -143,7 +143,7 @@ def _run_ranks(folder: Path, operation: str, size: str, rounds: int, ranks: int)
         arguments = ("beit3_ds.benchmarks.checkpoint.ranks", operation, str(folder), size, str(rounds), str(result))
         processes.append(_start(result.with_suffix(".log"), os.environ | shared | own, *arguments))
     try:
-        # One that failed leaves the others waiting for it.
+        # A rank that fails leaves the others waiting for it.
         while any(process.poll() is None for process in processes) and not any(process.poll() for process in processes):
             time.sleep(_POLL_SECONDS)
     finally:
@@ -164,7 +164,7 @@ def _start(log: Path, environment: Mapping[str, str], module: str, *arguments: s
 
 
 def _measure_exports(folder: Path) -> list[Row]:
-    """Exports both checkpoints in turn; the files must hold the same tensors."""
+    """Exports both checkpoints in turn; the files must hold equal tensors."""
     ours, theirs = folder / f"{OURS}.safetensors", folder / "fp32"
     (checkpoint,) = (folder / OURS).glob("step-*")
     programs: dict[str, tuple[Path, Path, Sequence[str]]] = {
@@ -177,11 +177,11 @@ def _measure_exports(folder: Path) -> list[Row]:
     }
     rows = []
     for number in range(_EXPORTS):
-        # Every other round the other way round, so that a machine that slows down favours nobody.
+        # The order alternates, so that a machine that slows down favours neither.
         for by in (OURS, THEIRS) if number % 2 == 0 else (THEIRS, OURS):
             source, out, arguments = programs[by]
             _remove(out)
-            drop_from_cache(folder)  # what the other one read and wrote would leave less memory to the second
+            drop_from_cache(folder)  # files of the other program would leave less memory for this one
             _read_all(source)
             rows.append({"operation": "export", "by": by} | _run_program(folder / by, out, *arguments))
         _say(f"exported, round {number + 1} of {_EXPORTS}")
@@ -190,7 +190,7 @@ def _measure_exports(folder: Path) -> list[Row]:
 
 
 def _run_program(folder: Path, out: Path, module: str, *arguments: str) -> Row:
-    """Runs a module in a process of its own, from start to end, and then waits until what it wrote is on the disk."""
+    """Runs a module in its own process, and then waits until the files that it wrote are on the disk."""
     os.sync()
     log, peak = folder.with_suffix(".log"), folder.with_suffix(".peak")
     start, anonymous = time.perf_counter(), 0
@@ -227,7 +227,7 @@ def _remove(path: Path) -> None:
 
 
 def _read_all(folder: Path) -> None:
-    """Reads what is below a folder, so that the kernel has it in memory."""
+    """Reads all files below a folder, so that they are in the page cache."""
     for path in _files(folder):
         with path.open("rb", buffering=0) as file:
             while file.read(_READ_BYTES):
@@ -245,7 +245,7 @@ def _check_equal(ours: Path, theirs: Path) -> None:
 
 
 def _summarize(rows: Sequence[Row]) -> dict[str, float]:
-    """The figures that matter, of medians over rounds."""
+    """Returns the ratios that a report gives, from medians over rounds."""
     saves = [row for row in rows if row["operation"] == "save" and row["by"] == OURS]
     blocking = statistics.median(row["seconds"] for row in saves)
     later = [row["held_up_seconds"] for row in saves if not row["is_first"]] or [saves[0]["held_up_seconds"]]
@@ -302,7 +302,7 @@ def _describe(choice: Choice, rows: Sequence[Row], summary: Mapping[str, Any]) -
 
 
 def _peak(rows: Sequence[Row]) -> float:
-    """The median, but of DeepSpeed's saves the first: beside the others lies the copy that this project keeps."""
+    """Returns the median peak; for DeepSpeed's saves the first, because later ones include this project's copy."""
     if (rows[0]["operation"], rows[0]["by"]) == ("save", THEIRS):
         return float(rows[0]["peak_bytes"])
     return statistics.median(row["peak_bytes"] for row in rows)

@@ -1,4 +1,4 @@
-"""One rank of the checkpoint benchmark: saves, or loads, a training state with this project and with DeepSpeed."""
+"""Runs one rank of the checkpoint benchmark: saves or loads a training state with this project and with DeepSpeed."""
 
 import ctypes
 import dataclasses
@@ -30,7 +30,7 @@ _TAG = "state"
 
 
 def state_config(size: str, seed: int) -> RunConfig:
-    """A run under ZeRO-3 in bfloat16 with float32 masters, which is what `zero_to_fp32` is mostly used on."""
+    """Returns a run under ZeRO-3 in bfloat16 with float32 masters, the usual input of `zero_to_fp32`."""
     stream = {"train": ["none.tar"], "samples_per_step": 64}
     grid = 224 // MODEL_SIZES.get(size, {}).get("patch_size", 16)  # an unknown size is refused below
     return build_run_config(
@@ -58,7 +58,7 @@ def state_config(size: str, seed: int) -> RunConfig:
 
 
 class _Rank:
-    """An engine with a state as after some updates: random weights, and moments that are no zeros."""
+    """An engine with a state as after some updates: random weights and moments other than zero."""
 
     def __init__(self, folder: Path, size: str, seed: int) -> None:
         from beit3_ds.runtime.process_group import init_process_group
@@ -73,7 +73,7 @@ class _Rank:
         self.engine = build_engine(config, model, self.mesh)
         del model, parameter
         self.state = EngineState(self.engine, self.mesh)
-        for values in self._moments():  # zeros that nobody wrote take no memory
+        for values in self._moments():  # untouched zeros take no memory
             values.uniform_(0, 1, generator=generator)
         fields, layout = dataclasses.asdict(config.model), self.mesh.describe_layout()
         run = RunDescription(model=fields, config={}, tokenizers={}, layout=layout, versions={})
@@ -81,10 +81,10 @@ class _Rank:
         self.theirs = folder / THEIRS
         self.rows: list[dict[str, Any]] = []
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what building the engine left behind is no memory of a save or a load
+        ctypes.CDLL(None).malloc_trim(0)  # memory left from building the engine must not count for a save or a load
 
     def fingerprint(self) -> dict[str, float]:
-        """Sums of all that this rank holds."""
+        """Returns the sums of all weights and moments of this rank."""
         sums = dict.fromkeys(KINDS, 0.0)
         for fragment in self.state.fragments_to_save():
             for kind in KINDS:
@@ -93,7 +93,7 @@ class _Rank:
 
     @contextmanager
     def row(self, operation: str, by: str) -> Iterator[dict[str, Any]]:
-        """A measured part; what the block adds to the row stays there."""
+        """Measures a block as one row; values that the block adds to the row are kept."""
         self.mesh.barrier()
         if self.mesh.is_main:
             os.sync()
@@ -113,7 +113,7 @@ class _Rank:
 
 
 def save(rank: _Rank, rounds: int) -> None:
-    """Saves in turn; DeepSpeed's first, while there is no snapshot yet."""
+    """Saves in turn, DeepSpeed first, while this project's copy does not exist yet."""
     for number in range(rounds):
         with rank.row("save", THEIRS) as row:
             start = time.perf_counter()
@@ -125,7 +125,7 @@ def save(rank: _Rank, rounds: int) -> None:
             rank.mesh.barrier()
             row["synced_seconds"] = time.perf_counter() - start
         if number == 0:
-            rank.store.reserve_memory(rank.state)  # as a run does when it begins to train
+            rank.store.reserve_memory(rank.state)  # as a run does before its first step
             rank.store.finish()
         with rank.row("save", OURS) as row:
             rank.store.save(rank.state, number)
@@ -163,7 +163,7 @@ def _load_theirs(rank: _Rank) -> Mapping[str, float]:
 
 
 def drop_from_cache(folder: Path) -> None:
-    """Lets the kernel forget what it keeps of the files below a folder."""
+    """Drops the files below a folder from the page cache."""
     os.sync()  # only clean pages can be dropped
     for path in folder.rglob("*"):
         if path.is_file():
