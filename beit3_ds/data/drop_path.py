@@ -1,4 +1,4 @@
-"""Stochastic depth, drawn with the data so that the model's forward draws nothing."""
+"""Draws stochastic depth together with the data, so that the model's forward draws nothing."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,28 +11,28 @@ from beit3_ds.data.randomness import sample_rng
 
 
 class Slot(NamedTuple):
-    """The place of a sample in its step, the same however ranks and micro-batches cut the step."""
+    """Place of a sample in its step, which does not depend on ranks and micro-batches."""
 
     stream: str
     number: int
 
 
 def draw_drop_path(rate: float, num_layers: int, seed: int, step: int, slots: Sequence[Slot]) -> Tensor | None:
-    """Draws which sequences skip which branches (Huang et al., 2016, arXiv:1603.09382).
+    """Draws the branches that sequences skip in stochastic depth (Huang et al., 2016, arXiv:1603.09382).
 
-    Layer l of L skips with probability rate * l / (L - 1); both modalities of a pair skip together. Each factor is a
-    pure function of (seed, step, slot, layer, branch), so every layout of ranks draws the same.
+    Layer l of L skips a branch with probability rate * l / (L - 1). Both modalities of a pair skip together. Each
+    factor is a pure function of (seed, step, slot, layer, branch), so every layout of ranks draws the same.
 
     Args:
-        rate: probability at the last layer, below 1.
-        num_layers: L.
-        seed: the run's seed.
-        step: the optimizer step.
-        slots: the slot of each of the Q sequences.
+        rate: probability in the last layer, below 1.
+        num_layers: number of layers, L.
+        seed: seed of the run.
+        step: number of the optimizer step.
+        slots: slot of each of the Q sequences.
 
     Returns:
-        Factors of the attention and feed-forward branch, (Q, L, 2) float32: 0 for a skipped branch, else
-        1 / (1 - probability), which keeps the mean; None if `rate` is 0.
+        Factors of the attention and feed-forward branches, (Q, L, 2) float32: 0 for a skipped branch, otherwise
+        1 / (1 - probability), which keeps the mean. None if `rate` is 0.
     """
     if rate == 0:
         return None

@@ -1,4 +1,4 @@
-"""Which patches and tokens are hidden and must be predicted (masked data modeling, paper section 2.2)."""
+"""Chooses the patches and tokens that are masked and predicted (masked data modeling, paper section 2.2)."""
 
 import math
 from dataclasses import dataclass
@@ -9,27 +9,27 @@ from numpy.typing import NDArray
 from beit3_ds.tokenizers.text import WordBorders
 
 FIRST_PIECE_ID = 4
-"""The smallest id that is a piece of text; BOS, padding, EOS and unknown lie below."""
+"""Smallest id of a piece of text; BOS, padding, EOS and unknown have smaller ids."""
 
 _ATTEMPTS = 10
 _MIN_ASPECT = 0.3
 
 
 def block_mask(grid_size: int, num_masked: int, rng: np.random.Generator, min_block: int = 16) -> NDArray[np.bool_]:
-    """Hides exactly `num_masked` patches of an image, in blocks.
+    """Masks exactly `num_masked` patches of an image, in blocks.
 
-    The rule of BEiT (Bao et al., 2021, arXiv:2106.08254, algorithm 1): blocks of at least `min_block` patches and at
-    most what remains, aspect log-uniform in [0.3, 1/0.3], are added while ten attempts find one that hides between
-    one new patch and what remains; single patches at random complete the number, as in BEiT v2.
+    Follows BEiT (Bao et al., 2021, arXiv:2106.08254, algorithm 1). Blocks are drawn with at least `min_block` patches,
+    at most the number that remains, and an aspect ratio log-uniform in [0.3, 1/0.3]. Blocks are added while one of ten
+    attempts masks at least one new patch and not too many. Single random patches complete the number, as in BEiT v2.
 
     Args:
         grid_size: patches on a side.
-        num_masked: patches to hide, from 0 to grid_size^2.
-        rng: where all draws come from.
-        min_block: patches of a block at least, clipped to `num_masked` so that small grids have blocks too.
+        num_masked: patches to mask, from 0 to grid_size^2.
+        rng: generator of all draws.
+        min_block: fewest patches of a block, clipped to `num_masked` so that small grids have blocks too.
 
     Returns:
-        True where a patch is hidden, (grid_size^2,) bool, row by row.
+        True for masked patches, (grid_size^2,) bool, row by row.
     """
     assert 0 <= num_masked <= grid_size**2, f"cannot mask {num_masked} of {grid_size**2} patches"
     mask = np.zeros((grid_size, grid_size), dtype=bool)
@@ -45,10 +45,10 @@ def block_mask(grid_size: int, num_masked: int, rng: np.random.Generator, min_bl
 def _find_block(
     mask: NDArray[np.bool_], remaining: int, min_block: int, rng: np.random.Generator
 ) -> tuple[slice, slice] | None:
-    """Draws a block that hides between 1 and `remaining` new patches; None after ten attempts without one."""
+    """Draws a block that masks between 1 and `remaining` new patches; returns None after ten failed attempts."""
     grid_size = len(mask)
     for _ in range(_ATTEMPTS):
-        # With less than min_block remaining, the draw lies between the two: the block must overlap hidden patches.
+        # With fewer than min_block remaining, the area is between the two, so the block must overlap masked patches.
         area = rng.uniform(*sorted((min_block, remaining)))
         aspect = math.exp(rng.uniform(math.log(_MIN_ASPECT), -math.log(_MIN_ASPECT)))
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
@@ -66,19 +66,19 @@ def mask_tokens(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Corrupts a text for masked language modeling, token by token.
 
-    Of n tokens, BOS and EOS included, min(round(n * ratio), n - 1) but at least 1 are to be predicted. BOS, the text's
-    summary, is never among them; an EOS may be, even between documents. Each of them becomes the mask token with
-    probability 0.8, a random piece with 0.1, and stays the same with 0.1 (Devlin et al., 2018, arXiv:1810.04805,
-    section 3.1).
+    Of n tokens, BOS and EOS included, min(round(n * ratio), n - 1) but at least 1 are predicted. BOS, the summary of
+    the text, is never predicted; an EOS may be, even between documents. A predicted token becomes the mask token with
+    probability 0.8 and a random piece with probability 0.1, and is kept with probability 0.1 (Devlin et al., 2018,
+    arXiv:1810.04805, section 3.1).
 
     Args:
         ids: BOS, pieces, EOS, (n,) int64, n at least 2.
-        ratio: share of the tokens to be predicted.
-        mask_id: id of the mask token; the random pieces lie in [4, mask_id).
-        rng: where all draws come from.
+        ratio: share of the tokens that are predicted.
+        mask_id: id of the mask token; random pieces are in [4, mask_id).
+        rng: generator of all draws.
 
     Returns:
-        The corrupted ids, (n,) int64, and the positions to be predicted, ascending, (k,) int64.
+        The corrupted ids, (n,) int64, and the predicted positions, ascending, (k,) int64.
     """
     assert len(ids) >= 2, "a text has BOS and EOS"
     positions = np.sort(1 + rng.choice(len(ids) - 1, _num_masked_tokens(len(ids), ratio), replace=False))
@@ -90,20 +90,21 @@ def mask_words(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Corrupts a text for masked language modeling, word by word.
 
-    A word is a piece that starts one and the pieces up to the next start. Every EOS is a word; if a text begins within
-    a word, the rest of that word counts as one. The drawn set of words is neither empty nor everything (except for a
-    single word), and its number of tokens is the nearest possible to that of `mask_tokens`; of two equally near numbers
-    the smaller one is taken. Each token of these words is then changed or kept independently, as in `mask_tokens`.
+    A word is a piece that starts a word, with the pieces up to the next start. Every EOS is a word. If a text begins
+    within a word, the rest of that word counts as a word. The chosen words are neither none nor all of them, unless
+    there is only one. Their number of tokens is as near as possible to that of `mask_tokens`; of two equally near
+    numbers the smaller one is chosen. Each token of these words is then changed or kept independently, as in
+    `mask_tokens`.
 
     Args:
         ids: BOS, pieces, EOS, (n,) int64, n at least 2.
-        ratio: share of the tokens to be predicted.
-        mask_id: id of the mask token; the random pieces lie in [4, mask_id).
-        words: where words start.
-        rng: where all draws come from.
+        ratio: share of the tokens that are predicted.
+        mask_id: id of the mask token; random pieces are in [4, mask_id).
+        words: ids that start words.
+        rng: generator of all draws.
 
     Returns:
-        The corrupted ids, (n,) int64, and the positions to be predicted, ascending, (k,) int64.
+        The corrupted ids, (n,) int64, and the predicted positions, ascending, (k,) int64.
     """
     assert len(ids) >= 2, "a text has BOS and EOS"
     begins = words.begins(ids)
@@ -121,9 +122,9 @@ def _num_masked_tokens(length: int, ratio: float) -> int:
 
 
 def _choose_sizes(sizes: list[int], target: int) -> list[int]:
-    """Numbers of the sizes, the first ones preferred, whose sum is the reachable one nearest to `target`.
+    """Returns the indices of sizes whose sum is as near to `target` as possible; prefers the first sizes.
 
-    Neither none nor, of several sizes, all of them. Bit s of a Python integer says that the sum s can be reached.
+    Never chooses none of the sizes, nor all of several. Bit s of a Python integer says that the sum s can be reached.
     """
     reachable = [1]  # with the last 0, 1, 2, ... sizes
     for size in reversed(sizes):
@@ -142,7 +143,7 @@ def _choose_sizes(sizes: list[int], target: int) -> list[int]:
 def _corrupt(
     ids: NDArray[np.int64], positions: NDArray[np.int64], mask_id: int, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Hides 80% of the positions, replaces 10% by random pieces and keeps 10%."""
+    """Masks 80% of the positions, replaces 10% by random pieces, and keeps 10%."""
     fate = rng.random(len(positions))
     pieces = rng.integers(FIRST_PIECE_ID, mask_id, len(positions))
     corrupted = ids.copy()
@@ -152,17 +153,17 @@ def _corrupt(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TextMasking:
-    """How a stream masks its texts."""
+    """Masking of the texts of a stream."""
 
     ratio: float
-    """Share of a text's tokens to be predicted."""
+    """Share of a text's tokens that are predicted."""
     mask_id: int
     """Id of the mask token."""
     words: WordBorders | None
-    """Where words start, to mask whole words; None masks tokens."""
+    """Ids that start words, to mask whole words; None masks single tokens."""
 
     def __call__(self, ids: NDArray[np.int64], rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns corrupted ids and the positions to be predicted, as `mask_tokens` and `mask_words` do."""
+        """Returns the corrupted ids and the predicted positions, as `mask_tokens` and `mask_words` do."""
         if self.words is None:
             return mask_tokens(ids, self.ratio, self.mask_id, rng)
         return mask_words(ids, self.ratio, self.mask_id, self.words, rng)

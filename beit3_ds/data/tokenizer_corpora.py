@@ -1,4 +1,4 @@
-"""What the two tokenizers learn from: the training files of a run."""
+"""Training data of the two tokenizers, from the training files of a run."""
 
 import dataclasses
 import warnings
@@ -22,15 +22,15 @@ from beit3_ds.data.text.paragraphs import BrokenLines, read_paragraphs, whole_fi
 from beit3_ds.data.workers.pool import Preparation, prepare_in_order
 from beit3_ds.data.workers.waiting import WaitLimits
 
-_STREAM = "visual tokenizer"  # its own order, whatever the streams of the pretraining
+_STREAM = "visual tokenizer"  # key of an order that is independent of pretraining
 _BATCHES_AHEAD = 2  # batches that each worker prepares ahead
 
 
 def read_training_lines(config: DataConfig) -> Iterator[str]:
-    """Yields the paragraphs of the texts, then the captions of the pairs; broken ones are left out with a warning.
+    """Yields the paragraphs of the texts and then the captions of the pairs; warns about broken ones and skips them.
 
     Raises:
-        ConfigError: for a pattern without a match, a file that cannot be read, or more broken lines of text than
+        ConfigError: if a pattern has no match, a file cannot be read, or more lines of text are broken than
             `max_broken_records`.
     """
     broken = BrokenLines(config.max_broken_records)
@@ -52,39 +52,39 @@ def read_training_lines(config: DataConfig) -> Iterator[str]:
 
 
 class View(NamedTuple):
-    """A view of the tokenizer, with the broken images that were skipped for it."""
+    """A view for the tokenizer, and the broken images that were skipped before it."""
 
     pixels: Tensor
     """Pixels (3, image_size, image_size) float32 in [-1, 1]; for a batch (B, 3, image_size, image_size)."""
     broken_records: dict[str, str]
-    """Broken images that were skipped, by name, each with a line that says what is wrong."""
+    """Skipped broken images by name, each with a line that says what is wrong."""
 
 
 class Views(Protocol):
-    """The tokenizer's views by position in an endless order."""
+    """Views for the tokenizer, by position in an endless order."""
 
     def __len__(self) -> int:
-        """Returns the number of images of one epoch; positions continue beyond it."""
+        """Returns the number of images in one epoch; positions continue beyond it."""
 
     def read(self, position: int) -> View:
         """Reads the view at a position."""
 
 
 class TokenizerImages:
-    """The tokenizer's views of all training images, those of pairs included.
+    """Views of all training images for the tokenizer, including the images of pairs.
 
-    Its items are the positions of the training's endless order: step s takes the k images at [s*k, (s+1)*k), whatever
-    the number of ranks. Every epoch holds each image once, in a new order and with a new crop. Crops, flips and colors
-    are those of pretraining, so the tokenizer learns on the views that it will encode.
+    Items are numbered by position in an endless order: step s takes the k images at [s*k, (s+1)*k), whatever the number
+    of ranks. Every epoch has each image once, in a new order and with a new crop. Crops, flips and colors are those of
+    pretraining, so the tokenizer is trained on the kind of views that it will encode.
     """
 
     def __init__(self, config: RunConfig) -> None:
         """Opens the training files of images and pairs.
 
         Raises:
-            ConfigError: if there are none, or for files that cannot be read.
+            ConfigError: if there are none, or files cannot be read.
         """
-        # Both streams may read the same source: it counts once. Weights are the pretraining's.
+        # A source that both streams read counts once. Weights apply to pretraining only.
         sources = (*config.data.images.train, *config.data.pairs.train)
         unweighted = dict.fromkeys(dataclasses.replace(source, weight=None) for source in sources)
         if not unweighted:
@@ -96,11 +96,11 @@ class TokenizerImages:
         self._augmentation = build_augmentation(config, config.data.flip_probability)
 
     def __len__(self) -> int:
-        """Returns the number of images of one epoch; positions continue beyond it."""
+        """Returns the number of images in one epoch; positions continue beyond it."""
         return len(self._images)
 
     def sources(self) -> dict[str, HasFiles]:
-        """Returns the images of every source, by its number and its path in the config."""
+        """Returns the images of each source, by its number and its path in the config."""
         return dict(zip(self._paths, self._images, strict=True))
 
     def __getitem__(self, position: int) -> Tensor:
@@ -108,7 +108,7 @@ class TokenizerImages:
         return self.read(position).pixels
 
     def read(self, position: int) -> View:
-        """Reads the view at a position; the next image replaces a broken one.
+        """Reads the view at a position; a broken image is replaced by the next one.
 
         Raises:
             ConfigError: if no image can be read.
@@ -137,14 +137,14 @@ def _join_views(views: Sequence[View]) -> View:
 
 
 def build_view_loader(images: Views, batches: Iterable[range], num_workers: int, limits: WaitLimits) -> Iterator[View]:
-    """Reads the views at the positions of each batch, in order, as one `View` each.
+    """Yields one `View` per batch, with the views at its positions in order.
 
-    Workers import the program's main module anew, which must start under `if __name__ == "__main__"`.
+    Workers import the main module of the program again, so it must start under `if __name__ == "__main__"`.
 
     Args:
         images: views by position.
-        batches: positions of one batch each; iterated once.
-        num_workers: processes that read ahead; 0 reads in this one.
+        batches: positions of each batch; iterated once.
+        num_workers: number of processes that read ahead; 0 reads in this process.
         limits: limits of the wait for a batch.
 
     Raises:
@@ -155,7 +155,7 @@ def build_view_loader(images: Views, batches: Iterable[range], num_workers: int,
 
 
 class _ViewWork:
-    """Prepares a batch of views, in a worker or in this process."""
+    """Prepares a batch of views; picklable, so that a worker can call it."""
 
     def __init__(self, images: Views) -> None:
         self._images = images
