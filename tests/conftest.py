@@ -1,6 +1,7 @@
 """Fixtures that several folders of tests share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from beit3_ds.config import build_run_config
 from tests.deepspeed_proofs import Recorder, skip_proved
+from tests.hosts import Host, missing_for_hosts, namespace_hosts
 from tests.run_config import quickstart_mapping, small_run_mapping
 
 # Tests share their cores: the time of one example says nothing about the code.
@@ -95,3 +97,35 @@ def trained_visual_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     config = build_run_config(mapping)
     train_visual_tokenizer(config, TokenizerImages(config))
     return path
+
+
+@pytest.fixture(scope="module")
+def _module_hosts() -> Iterator[list[Host]]:
+    if reason := missing_for_hosts():
+        pytest.skip(reason)
+    with namespace_hosts(2) as hosts:
+        yield hosts
+
+
+@pytest.fixture(scope="module")
+def debian_hosts() -> Iterator[list[Host]]:
+    """Two hosts as Debian sets them up: their own names lead to the loopback, which is where gloo would listen."""
+    if reason := missing_for_hosts():
+        pytest.skip(reason)
+    with namespace_hosts(2) as hosts:
+        for host in hosts:
+            host.add_name(f"127.0.1.1 {host.name}")
+        yield hosts
+
+
+@pytest.fixture
+def two_hosts(_module_hosts: list[Host]) -> Iterator[list[Host]]:
+    """Two hosts, shared by a file's tests; what a test leaves running is killed, and links are whole again.
+
+    A test that crashes a host, stops its sshd or changes its names creates its own hosts: `namespace_hosts`.
+    """
+    yield _module_hosts
+    for host in _module_hosts:
+        host.clear()
+        host.restore_link()
+        host.throttle(None)
