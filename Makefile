@@ -33,7 +33,7 @@ $(VENV)/installed-test: $(VENV)/installed
 
 quickstart: $(VENV)/installed runs/quickstart/text.spm runs/quickstart/visual_tokenizer.safetensors
 	PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 \
-		$(BIN)/deepspeed --num_gpus 2 --module beit3_ds.pretrain $(CONFIG)
+		$(BIN)/deepspeed --num_gpus 2 --module beit3_ds.train $(CONFIG)
 
 runs/quickstart/text.spm: | $(VENV)/installed
 	$(BIN)/beit3 train-text-tokenizer $(CONFIG)

@@ -1,4 +1,4 @@
-"""The packed, modality-major micro-batch: the one contract between data, model, pipeline and loss.
+"""The packed, modality-major micro-batch: the one contract between data, model, pipeline and task.
 
 A micro-batch is one stream of T tokens without padding, in this order:
 
@@ -10,24 +10,19 @@ so that every expert works on a slice (`PackedBatch.expert_slices`) and every se
 """
 
 # I images, P pairs, X texts, B = I + P images with pixels, Q = I + P + X sequences, N patches an image,
-# S tokens of all texts, M masked tokens, T packed rows, L layers.
+# S tokens of all texts, M rows that the head reads, T packed rows, L layers.
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from beit3_ds.layout import KeptSequences, PickedRows, RowLayout, SequenceLayout
-
-ImageViews = Literal["both", "model", "tokenizer"]
-"""Which views of an image a rank needs: the first stage of a pipeline the model's, the last the visual tokenizer's."""
-
-LOSS_TERMS = ("image_mim", "text_mlm", "pair_mim", "pair_mlm")
-"""The four terms of the loss, in the order of every four-vector of sums and counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,22 +40,22 @@ class PackedBatch(RowLayout):
     pixels: Tensor | None
     """The model's view, (B, 3, image_size, image_size) float32 in [-1, 1]; images first, then those of pairs. None
     where another stage of a pipeline embeds."""
-    tokenizer_pixels: Tensor | None
-    """The visual tokenizer's view of the same crops, (B, 3, s, s) float32 in [-1, 1]. None where another stage of a
-    pipeline needs the codes."""
     patch_mask: Tensor
-    """True where a patch is masked, (B, N) bool."""
+    """True where the embeddings replace a patch by the mask token, (B, N) bool."""
     token_ids: Tensor
-    """Corrupted ids of all captions, then of all texts, (S,) int64."""
-    masked_tokens: Tensor
-    """Positions in `token_ids` to be predicted, ascending, (M,) int64."""
-    target_ids: Tensor
-    """The original ids there, (M,) int64."""
+    """Ids of all captions, then of all texts, (S,) int64."""
     drop_path: Tensor | None = None
     """Factor of every sequence's two branches in every layer, (Q, L, 2) float32: 0 where the branch is dropped, else
     1 / (1 - rate). None: nothing is dropped (evaluation, or a rate of 0)."""
-    visual_targets: Tensor | None = None
-    """Codes of the masked patches in row order, (patch_mask.sum(),) int64; filled by `with_visual_codes`."""
+    head_rows: Tensor | None = None
+    """Numbers of the rows that the task's head reads, ascending, (M,) int64; None if it reads all."""
+    head_row_counts: tuple[int, ...] = ()
+    """How many of `head_rows` are in each of `layout.PARTS`; empty without them."""
+    term_counts: tuple[int, ...] = ()
+    """What each of the task's terms is a mean over, counted in this micro-batch, in the order of `Task.terms`."""
+    targets: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the task's head needs beside the stream, by names of the task; empty on stages without the head. Tensors
+    of integers and booleans are compared between the stages of a pipeline that read them."""
     sample_names: tuple[str, ...] = ()
     """Where each sequence came from, for logs and error messages; Q values or none."""
     sources: dict[str, int] = field(default_factory=dict)
@@ -73,7 +68,7 @@ class PackedBatch(RowLayout):
         assert self.pixels is None or self.pixels.shape[0] == num_pixels, "one model's view an image"
         assert self.patch_mask.shape[0] == num_pixels, "one mask an image"
         assert self.token_ids.shape == (num_tokens,), "text lengths must add up to the tokens"
-        assert self.masked_tokens.shape == self.target_ids.shape, "one target a masked token"
+        assert self.head_rows is None or len(self.head_rows) == sum(self.head_row_counts), "every head row is counted"
         assert not self.sample_names or len(self.sample_names) == self.num_sequences, "one name a sequence"
 
     @property
@@ -97,9 +92,14 @@ class PackedBatch(RowLayout):
         return SequenceLayout(self.num_images, self.caption_lengths, self.text_lengths, self.image_length)
 
     @property
-    def boundaries(self) -> tuple[int, int, int, int]:
-        """The row numbers (a, b, c, T) of the module's picture."""
-        return self.layout.boundaries
+    def part_rows(self) -> tuple[int, ...]:
+        """Rows of each of `layout.PARTS`."""
+        return self.layout.part_rows
+
+    @cached_property
+    def picked_rows(self) -> PickedRows | None:
+        """The rows that the task's head reads; None if it reads all."""
+        return None if self.head_rows is None else PickedRows(self.head_rows, self.head_row_counts)
 
     @property
     def sequence_ranges(self) -> tuple[tuple[tuple[int, int], ...], ...]:
@@ -145,40 +145,16 @@ class PackedBatch(RowLayout):
         starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
         return (torch.arange(len(starts)) - starts).to(self.token_ids.device)
 
-    @cached_property
-    def masked_rows(self) -> PickedRows:
-        """The rows that the heads read: masked patches, those of images first, then masked tokens, captions first."""
-        image, patch = self.patch_mask.nonzero(as_tuple=True)
-        rows = torch.cat([image * self.image_length + 1 + patch, self.masked_tokens + self.boundaries[1]])
-        image_mim, text_mlm, pair_mim, pair_mlm = self.num_masked
-        return PickedRows(rows, (image_mim, pair_mim, pair_mlm, text_mlm))
-
-    @cached_property
-    def num_masked(self) -> tuple[int, int, int, int]:
-        """Masked positions of each of `LOSS_TERMS` in this micro-batch."""
-        image = int(self.patch_mask[: self.num_images].sum())
-        pair = int(self.patch_mask[self.num_images :].sum())
-        caption = int((self.masked_tokens < sum(self.caption_lengths)).sum())
-        return image, len(self.masked_tokens) - caption, pair, caption
-
-    def with_visual_codes(self, codes: Tensor) -> "PackedBatch":
-        """Returns the batch with the targets of its masked patches.
-
-        Args:
-            codes: the visual tokenizer's codes of `tokenizer_pixels`, (B, N) int64.
-        """
-        assert codes.shape == self.patch_mask.shape, f"codes {tuple(codes.shape)} do not fit {self.patch_mask.shape}"
-        return dataclasses.replace(self, visual_targets=codes[self.patch_mask])
-
     def without_pixels(self) -> "PackedBatch":
-        """Returns the batch without pixels, as stages of a pipeline see it that neither embed nor predict."""
-        return dataclasses.replace(self, pixels=None, tokenizer_pixels=None)
+        """Returns the batch without pixels and targets, for stages of a pipeline that neither embed nor predict."""
+        return dataclasses.replace(self, pixels=None, targets={})
 
     def fingerprint(self) -> str:
-        """A digest of all but the pixels, to see whether two ranks read the same samples, masks and draws."""
+        """Returns a digest of all but pixels, by which two ranks compare whether they read the same samples."""
         digest = hashlib.sha256(repr((self.num_images, self.caption_lengths, self.text_lengths)).encode())
         digest.update("\n".join(self.sample_names).encode())
-        for tensor in (self.patch_mask, self.token_ids, self.masked_tokens, self.target_ids, self.drop_path):
+        targets = [self.targets[name] for name in sorted(self.targets) if not self.targets[name].is_floating_point()]
+        for tensor in (self.patch_mask, self.token_ids, self.head_rows, self.drop_path, *targets):
             if tensor is not None:
                 digest.update(tensor.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
@@ -199,7 +175,8 @@ class PackedBatch(RowLayout):
             for field in dataclasses.fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
-        return dataclasses.replace(self, **moved)
+        targets = {name: value.to(device, non_blocking=True) for name, value in self.targets.items()}
+        return dataclasses.replace(self, targets=targets, **moved)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,37 +13,66 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
+class Part(NamedTuple):
+    """A part of every packed stream: rows of one modality, of samples with or without a partner."""
+
+    modality: str
+    """The modality, which names the expert of its rows."""
+    fused_expert: str | None
+    """The expert that takes the rows in layers that have it; None for samples without a partner."""
+
+
+PARTS = (
+    Part("vision", None),
+    Part("vision", "vision_language"),
+    Part("language", "vision_language"),
+    Part("language", None),
+)
+"""The parts in the order of their rows. Language is in the middle, so that a further modality, with its own fused
+expert, is appended as (language, fused), (modality, fused), (modality, None) before or after the others and every
+expert still owns one slice."""
+
+
 class RowLayout(ABC):
-    """The four parts of a stream, or of rows picked from one in their order, and so the experts' rows."""
+    """The parts of a stream, or of rows picked from one in their order, and so the experts' rows."""
 
     @property
     @abstractmethod
-    def boundaries(self) -> tuple[int, int, int, int]:
-        """The row numbers (a, b, c, T) of the module's picture, among these rows."""
+    def part_rows(self) -> tuple[int, ...]:
+        """Rows of each of `PARTS`."""
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """The row at which each of `PARTS` ends: (a, b, c, T) of the module's picture."""
+        return tuple(accumulate(self.part_rows))
 
     @property
     def num_rows(self) -> int:
         """Rows, T."""
-        return self.boundaries[3]
+        return sum(self.part_rows)
 
     def expert_slices(self, experts: tuple[str, ...]) -> list[tuple[int, int]]:
-        """The rows [start, stop) of each expert, in row order; every expert is named, with no rows if need be.
+        """Returns the rows [start, stop) of each expert, in row order; an expert without rows has an empty slice.
 
         Args:
-            experts: ("shared",), ("vision", "language") or ("vision", "vision_language", "language").
+            experts: names of the experts in the order of their rows: ("shared",) for one that takes all rows, or one
+                expert per modality and, in layers that have them, fused experts between them.
         """
-        a, b, c, t = self.boundaries
         if experts == ("shared",):
-            return [(0, t)]
-        if experts == ("vision", "language"):
-            return [(0, b), (b, t)]
-        assert experts == ("vision", "vision_language", "language"), f"unknown experts {experts}"
-        return [(0, a), (a, c), (c, t)]
+            return [(0, self.num_rows)]
+        owners = [part.fused_expert if part.fused_expert in experts else part.modality for part in PARTS]
+        assert list(dict.fromkeys(owners)) == list(experts), f"experts {experts} do not own the parts {PARTS}"
+        rows = dict.fromkeys(experts, 0)
+        for owner, count in zip(owners, self.part_rows, strict=True):
+            rows[owner] += count
+        stops = list(accumulate(rows.values()))
+        return list(zip([0, *stops[:-1]], stops, strict=True))
 
 
 @dataclass(frozen=True)
@@ -52,14 +81,13 @@ class PickedRows(RowLayout):
 
     rows: Tensor
     """Their numbers in the stream, ascending, int64."""
-    counts: tuple[int, int, int, int]
-    """How many of them lie in each of the four parts."""
+    counts: tuple[int, ...]
+    """How many of them are in each of `PARTS`."""
 
     @property
-    def boundaries(self) -> tuple[int, int, int, int]:
-        """The row numbers (a, b, c, T) of the module's picture, among these rows."""
-        a, b, c, t = accumulate(self.counts)
-        return a, b, c, t
+    def part_rows(self) -> tuple[int, ...]:
+        """Rows of each of `PARTS`."""
+        return self.counts
 
 
 @dataclass(frozen=True)
@@ -76,12 +104,14 @@ class SequenceLayout(RowLayout):
     """Rows of one image."""
 
     @property
-    def boundaries(self) -> tuple[int, int, int, int]:
-        """The row numbers (a, b, c, T) of the module's picture."""
-        a = self.num_images * self.image_length
-        b = a + len(self.caption_lengths) * self.image_length
-        c = b + sum(self.caption_lengths)
-        return a, b, c, c + sum(self.text_lengths)
+    def part_rows(self) -> tuple[int, ...]:
+        """Rows of each of `PARTS`."""
+        return (
+            self.num_images * self.image_length,
+            len(self.caption_lengths) * self.image_length,
+            sum(self.caption_lengths),
+            sum(self.text_lengths),
+        )
 
     @cached_property
     def sequence_ranges(self) -> tuple[tuple[tuple[int, int], ...], ...]:

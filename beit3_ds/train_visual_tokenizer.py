@@ -14,6 +14,7 @@ from beit3_ds.config import ConfigError, ParallelConfig, RunConfig, VisualTokeni
 from beit3_ds.config.arguments import add_force_argument
 from beit3_ds.data import TokenizerImages
 from beit3_ds.kernels.cpu.allocator import ALLOCATOR
+from beit3_ds.picture import try_to_write
 from beit3_ds.rank_program import run_rank_program
 from beit3_ds.runtime.launch_environment import read_launch
 from beit3_ds.runtime.process_group import compute_device, joined_ranks
@@ -22,7 +23,6 @@ from beit3_ds.tokenizers import load_visual_tokenizer
 from beit3_ds.tokenizers.recipe import Recipe, check_can_be_written, describe_trained, is_trained, visual_recipe
 from beit3_ds.training.agreement import check_same_files, check_same_sources
 from beit3_ds.training.code_picture import code_picture_path, write_code_picture
-from beit3_ds.training.picture import try_to_write
 from beit3_ds.training.visual_tokenizer import train_visual_tokenizer
 
 

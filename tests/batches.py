@@ -5,6 +5,7 @@ import torch
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ModelConfig
+from beit3_ds.tasks.pretraining.targets import TOKENIZER_PIXELS, with_masks
 
 
 def small_model_config(**changes: object) -> ModelConfig:
@@ -41,19 +42,24 @@ def random_batch(
     patch_mask = torch.from_numpy(rng.random((num_pixels, config.num_patches)) < 0.4)
     pixels = torch.from_numpy(rng.standard_normal((num_pixels, 3, config.image_size, config.image_size))).float()
     kept = rng.random((num_images + num_pairs + num_texts, config.num_layers, 2)) < 0.7
-    return PackedBatch(
+    token_ids = rng.integers(0, config.text_vocab_size, num_tokens)
+    target_ids = rng.integers(0, config.text_vocab_size, len(masked))
+    inputs = PackedBatch(
         num_images=num_images,
         num_pairs=num_pairs,
         caption_lengths=tuple(lengths[:num_pairs].tolist()),
         text_lengths=tuple(lengths[num_pairs:].tolist()),
         pixels=pixels,
-        tokenizer_pixels=pixels,
         patch_mask=patch_mask,
-        token_ids=torch.from_numpy(rng.integers(0, config.text_vocab_size, num_tokens)),
-        masked_tokens=torch.from_numpy(masked),
-        target_ids=torch.from_numpy(rng.integers(0, config.text_vocab_size, len(masked))),
+        token_ids=torch.from_numpy(token_ids),
         drop_path=torch.from_numpy(kept / 0.7).float() if drop_path else None,
-        visual_targets=torch.from_numpy(rng.integers(0, config.visual_vocab_size, int(patch_mask.sum()))),
+    )
+    return with_masks(
+        inputs,
+        masked_tokens=torch.from_numpy(masked),
+        target_ids=torch.from_numpy(target_ids),
+        tokenizer_pixels=pixels,
+        visual_codes=torch.from_numpy(rng.integers(0, config.visual_vocab_size, int(patch_mask.sum()))),
     )
 
 
@@ -68,8 +74,13 @@ def merge_batches(batches: list[PackedBatch]) -> PackedBatch:
         parts = [v[s] for half in (first, second) for v, s in zip(values, half, strict=True)]
         return torch.cat(parts)
 
-    codes = [torch.full(b.patch_mask.shape, -1).masked_scatter(b.patch_mask, b.visual_targets) for b in batches]
-    targets = [torch.full(b.token_ids.shape, -1).index_copy(0, b.masked_tokens, b.target_ids) for b in batches]
+    codes = [
+        torch.full(b.patch_mask.shape, -1).masked_scatter(b.patch_mask, b.targets["visual_codes"]) for b in batches
+    ]
+    targets = [
+        torch.full(b.token_ids.shape, -1).index_copy(0, b.targets["masked_tokens"], b.targets["target_ids"])
+        for b in batches
+    ]
     all_targets = join(targets, captions, texts)
     patch_mask = join([b.patch_mask for b in batches], images, pairs)
     drop_path = None
@@ -77,17 +88,20 @@ def merge_batches(batches: list[PackedBatch]) -> PackedBatch:
         ends = [(b.num_images, b.num_images + b.num_pairs) for b in batches]
         kinds = [[slice(0, i) for i, _ in ends], [slice(i, p) for i, p in ends], [slice(p, None) for _, p in ends]]
         drop_path = torch.cat([b.drop_path[s] for kind in kinds for b, s in zip(batches, kind, strict=True)])
-    return PackedBatch(
+    inputs = PackedBatch(
         num_images=sum(b.num_images for b in batches),
         num_pairs=sum(b.num_pairs for b in batches),
         caption_lengths=tuple(length for b in batches for length in b.caption_lengths),
         text_lengths=tuple(length for b in batches for length in b.text_lengths),
         pixels=join([b.pixels for b in batches], images, pairs),
-        tokenizer_pixels=join([b.tokenizer_pixels for b in batches], images, pairs),
         patch_mask=patch_mask,
         token_ids=join([b.token_ids for b in batches], captions, texts),
+        drop_path=drop_path,
+    )
+    return with_masks(
+        inputs,
         masked_tokens=(all_targets >= 0).nonzero().squeeze(1),
         target_ids=all_targets[all_targets >= 0],
-        drop_path=drop_path,
-        visual_targets=join(codes, images, pairs)[patch_mask],
+        tokenizer_pixels=join([b.targets[TOKENIZER_PIXELS] for b in batches], images, pairs),
+        visual_codes=join(codes, images, pairs)[patch_mask],
     )

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 # What every run imports sooner or later. DeepSpeed asks for its compiled operators with a compiler and imports torch's
 # compiler with its first engine: two thirds of the time in which a rank starts.
 _MODULES = (
-    "beit3_ds.pretrain",
+    "beit3_ds.train",
     "beit3_ds.training.engine",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "matplotlib.pyplot",

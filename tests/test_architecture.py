@@ -27,28 +27,29 @@ ARROWS: dict[str, set[str]] = {
     "data": {"atomic_file", "batch", "config", "cores", "storage_error", "tokenizers"},
     "preprocess": {"data"},
     "model": {"batch", "config", "kernels", "layout", "parallel", "positions"},
+    "picture": {"atomic_file"},
+    "tasks": {"atomic_file", "batch", "config", "data", "model", "parallel", "picture", "tokenizers"},
     "pipeline": {"batch", "config", "model", "parallel"},
     "checkpoint": {"batch", "config", "cores", "model", "parallel", "storage_error"},
-    "weights": {"checkpoint", "config", "model", "positions", "untrusted_file"},
-    "planner": {"batch", "config", "kernels", "layout", "model", "parallel", "pipeline"},
+    "weights": {"checkpoint", "config", "model", "positions", "tasks", "untrusted_file"},
+    "planner": {"batch", "config", "kernels", "layout", "model", "parallel", "pipeline", "tasks"},
     "runtime": {"config", "cores", "parallel", "planner", "rank_names", "storage_error"},
     "training": {
         *("atomic_file", "batch", "checkpoint", "config", "cores", "data", "kernels", "model", "parallel", "pipeline"),
-        *("planner", "runtime", "storage_error", "tokenizers"),
+        *("picture", "planner", "runtime", "storage_error", "tasks", "tokenizers"),
     },
     "benchmarks": {
         *("batch", "checkpoint", "config", "cores", "data", "kernels", "model", "parallel", "pipeline", "runtime"),
-        *("tokenizers", "training", "weights"),
+        *("tasks", "tokenizers", "training", "weights"),
     },
     "cluster": {"config", "planner", "rank_names", "runtime"},
 }
-ENTRY_POINTS = {"pretrain", "train_visual_tokenizer", "rank_program", "cli", "__init__"}
+ENTRY_POINTS = {"train", "train_visual_tokenizer", "rank_program", "cli", "__init__"}
 # The parts of a room in the order in which they are read: each may import only those before it.
 READING_ORDER: dict[str, tuple[str, ...]] = {
     "data": (
         *("randomness", "files", "images", "text", "sources", "validation_overlap", "order", "workers", "drop_path"),
-        *("masking", "packing", "samples", "skipped_report", "steps", "loader", "validation", "tokenizer_corpora"),
-        "prepare",
+        *("packing", "samples", "skipped_report", "steps", "loader", "validation", "tokenizer_corpora", "prepare"),
     ),
     "cluster": ("hostfile", "check", "launch"),
 }

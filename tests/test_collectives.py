@@ -127,9 +127,9 @@ TABLE: dict[Call, Row] = {
         "beit3_ds/training/progress.py", HOST, "data", losses="self.mesh.host.sum", report="self.mesh.data_host.sum"
     ),
     **rows("beit3_ds/training/evaluation.py", HOST, "data", _sum_over_ranks="mesh.data_host.sum"),
-    **rows("beit3_ds/training/evaluation.py", HOST, "data", unigram_entropies="mesh.data_host.sum"),
+    **rows("beit3_ds/tasks/pretraining/baselines.py", HOST, "data", unigram_entropies="mesh.data_host.sum"),
     **rows("beit3_ds/training/evaluation.py", HOST, "pipeline", _sum_over_ranks="mesh.pipeline.host.broadcast"),
-    **rows("beit3_ds/training/evaluation.py", HOST, "pipeline", unigram_entropies="mesh.pipeline.host.sum"),
+    **rows("beit3_ds/tasks/pretraining/baselines.py", HOST, "pipeline", unigram_entropies="mesh.pipeline.host.sum"),
     **rows("beit3_ds/training/report.py", HOST, "pipeline", write_report="run.mesh.pipeline.host.broadcast"),
     # Checkpoints.
     **rows(
@@ -222,7 +222,7 @@ class Outcome(NamedTuple):
 def train(config: str, *, stops: bool = False) -> Outcome:
     """Runs a whole training; if `stops`, rank 1 is asked to stop after its first step."""
     with two_devices() as machine:
-        from beit3_ds.pretrain import main
+        from beit3_ds.train import main
         from beit3_ds.training.progress import Progress
 
         add = Progress.add

@@ -17,7 +17,7 @@ from beit3_ds.checkpoint.folder import CheckpointFolder
 from tests.checkpoint.test_stopping import others
 from tests.checkpoint.training_run import TrainingRun, check_same_state
 from tests.preloaded import start_module
-from tests.test_pretrain import losses, write
+from tests.test_train import losses, write
 
 BOUND_SECONDS = 150
 SETTINGS = {"total_steps": 12, "save_interval": 1000, "eval_interval": 1000}
@@ -81,7 +81,7 @@ class HungRun:
         environment = os.environ | {"PYTHONPATH": search, "HANGING_FOLDER": str(self.images), "OMP_NUM_THREADS": "1"}
         config = write(mapping, folder)
         with self.log.open("w") as log:
-            self.process = start_module("beit3_ds.pretrain", [config], env=environment, output=log)
+            self.process = start_module("beit3_ds.train", [config], env=environment, output=log)
         deadline = time.monotonic() + BOUND_SECONDS
         while "step 2/" not in self.output():
             assert time.monotonic() < deadline and self.process.poll() is None, self.output()

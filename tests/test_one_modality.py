@@ -8,7 +8,7 @@ import pytest
 
 from beit3_ds.cli import main as cli
 from tests.ranks import run_ranks
-from tests.test_pretrain import finish, train_rank, write
+from tests.test_train import finish, train_rank, write
 
 OTHERS = {"texts": "visual", "images": "text"}
 TERMS = {"texts": "text_mlm", "images": "image_mim"}

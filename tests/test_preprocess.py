@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from beit3_ds.config import build_run_config
-from beit3_ds.data.samples import VALIDATION_EPOCH, SampleKey, build_validation_streams
+from beit3_ds.data.samples import VALIDATION_EPOCH, SampleKey
 from beit3_ds.preprocess import preprocess
+from beit3_ds.tasks.pretraining.samples import build_validation_streams
 from tests.run_config import small_run_mapping
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from beit3_ds.batch import PackedBatch
 from beit3_ds.benchmarks.step.batches import build_batch, step_config
 from beit3_ds.config import ModelConfig, RunConfig
-from beit3_ds.model import BEiT3, initialize_parameters
+from beit3_ds.model import initialize_parameters
+from beit3_ds.tasks.pretraining.model import PretrainingModel
 
 _PATHS = tuple((stream, sums) for stream in ("bf16", "fp32") for sums in ("bf16", "fp32"))
 
@@ -47,7 +48,7 @@ def benchmark_precision(num_layers: int, width: int, micro_batches: int) -> str:
 def measure_precision(num_layers: int, width: int, micro_batches: int) -> list[GradientError]:
     """Measures all combinations of types on the CPU, with the same weights and batches."""
     config = _narrow_config(num_layers, width)
-    weights = BEiT3(config.model)
+    weights = PretrainingModel(config.model)
     initialize_parameters(weights, config.model, seed=1)
     state = {name: value.bfloat16() for name, value in weights.state_dict().items()}
     models = {"truth": _build(config.model, state, torch.float64, wide=False)}
@@ -81,8 +82,8 @@ def _narrow_config(num_layers: int, width: int) -> RunConfig:
     return dataclasses.replace(config, model=model, data=data)
 
 
-def _build(model: ModelConfig, state: dict[str, Tensor], dtype: torch.dtype, *, wide: bool) -> BEiT3:
-    built = BEiT3(model, fp32_residual_connection=wide).to(dtype)
+def _build(model: ModelConfig, state: dict[str, Tensor], dtype: torch.dtype, *, wide: bool) -> PretrainingModel:
+    built = PretrainingModel(model, fp32_residual_connection=wide).to(dtype)
     built.load_state_dict(state)
     return built
 
@@ -94,8 +95,8 @@ def _batches(config: RunConfig, number: int) -> Iterator[PackedBatch]:
         yield dataclasses.replace(batch, pixels=batch.pixels.bfloat16())
 
 
-def _gradients(model: BEiT3, batch: PackedBatch, micro_batches: int) -> list[Tensor]:
-    factors = torch.tensor([1 / max(1, count) for count in batch.num_masked]) / micro_batches
+def _gradients(model: PretrainingModel, batch: PackedBatch, micro_batches: int) -> list[Tensor]:
+    factors = torch.tensor([1 / max(1, count) for count in batch.term_counts]) / micro_batches
     return list(torch.autograd.grad(model(batch, factors).total, list(model.parameters())))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from beit3_ds.checkpoint.disk import file_sha256
-from beit3_ds.config import FIELDS_WITHOUT_TENSORS, ConfigError, RunConfig
+from beit3_ds.config import FIELDS_WITHOUT_TENSORS, ConfigError, ModelConfig, RunConfig
 
 _LIBRARIES = ("beit3_ds", "torch", "deepspeed", "safetensors")
 
@@ -73,6 +73,9 @@ def check_same_model(model: Mapping[str, Any], stored: Mapping[str, Any], where:
     Raises:
         ConfigError: naming the fields that differ.
     """
+    stored = {field.name: field.default for field in dataclasses.fields(ModelConfig)} | dict(
+        stored
+    )  # of older versions
     changed = [
         f"{key} {json.dumps(stored.get(key))} there, {json.dumps(value)} here"
         for key, value in model.items()

@@ -1,4 +1,4 @@
-"""`beit3 pretrain` and `beit3 train-visual-tokenizer`: trains in one process."""
+"""`beit3 train` and `beit3 train-visual-tokenizer`: trains in one process."""
 
 import argparse
 
@@ -6,10 +6,10 @@ from beit3_ds.cli.command import Subparsers, add_command
 from beit3_ds.config.arguments import add_config_arguments, add_force_argument
 
 
-def add_pretrain_command(subparsers: Subparsers) -> None:
-    """Adds `pretrain` to a parser's subcommands."""
-    summary = "pretrain in one process, or resume; use the deepspeed launcher for more ranks"
-    add_config_arguments(add_command(subparsers, "pretrain", _pretrain, summary))
+def add_train_command(subparsers: Subparsers) -> None:
+    """Adds `train` to a parser's subcommands."""
+    summary = "train the task of a run in one process, or resume; use the deepspeed launcher for more ranks"
+    add_config_arguments(add_command(subparsers, "train", _train, summary))
 
 
 def add_train_visual_tokenizer_command(subparsers: Subparsers) -> None:
@@ -23,13 +23,13 @@ def add_train_visual_tokenizer_command(subparsers: Subparsers) -> None:
     add_force_argument(command)
 
 
-def _pretrain(options: argparse.Namespace) -> int:
+def _train(options: argparse.Namespace) -> int:
     from beit3_ds.config import load_run_config
 
     load_run_config(options.config, options.set)  # before the seconds that DeepSpeed takes to import
-    from beit3_ds.pretrain import main as pretrain_main
+    from beit3_ds.train import main as train_main
 
-    return pretrain_main(_config_arguments(options))
+    return train_main(_config_arguments(options))
 
 
 def _train_visual_tokenizer(options: argparse.Namespace) -> int:

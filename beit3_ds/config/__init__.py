@@ -8,6 +8,7 @@ from beit3_ds.config.run import RunConfig, build_run_config, load_run_config
 from beit3_ds.config.source_names import short_source_names
 from beit3_ds.config.step_shares import MicroBatchSize, StepShares
 from beit3_ds.config.strict import ConfigError
+from beit3_ds.config.task import TaskConfig
 from beit3_ds.config.training import ActivationCheckpointing, Kernels, LossWeights, TrainingConfig
 from beit3_ds.config.visual_tokenizer import VisualTokenizerConfig
 
@@ -27,6 +28,7 @@ __all__ = [
     "SourceConfig",
     "StepShares",
     "StreamConfig",
+    "TaskConfig",
     "TextTokenizerConfig",
     "TokenizersConfig",
     "TrainingConfig",

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
 from beit3_ds.config.numbers import Count, MaskRatio, Range, Seconds, Share
+from beit3_ds.config.source_names import short_source_names
 from beit3_ds.config.strict import ConfigError, PathString
 from beit3_ds.config.visual_tokenizer import VisualTokenizerConfig
 
@@ -183,6 +184,11 @@ class DataConfig:
     def streams(self) -> dict[str, StreamConfig]:
         """Returns the streams by name, in the order of the packed batch."""
         return {"images": self.images, "pairs": self.pairs, "texts": self.texts}
+
+    def validation_source_names(self) -> dict[str, list[str]]:
+        """Returns short names of the validation sources of each stream (`short_source_names`)."""
+        streams = self.streams().items()
+        return {name: short_source_names([source.path for source in stream.validation]) for name, stream in streams}
 
 
 @dataclass(frozen=True, kw_only=True)

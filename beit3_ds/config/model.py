@@ -75,6 +75,8 @@ class ModelConfig:
     """Rows of the text position table, and so the longest text, BOS and EOS included."""
     tie_word_embeddings: bool = False
     """Uses the word embedding as the MLM head's matrix; off by default, as in the released models."""
+    final_norm: bool = True
+    """Applies a LayerNorm to the output of the last block; off only for fine-tuned models that have none."""
     cross_entropy_chunk_size: Annotated[int, Range(2, 2**24)] = 128
     """Most MLM logits in memory at a time, in text positions of text_vocab_size logits each."""
 
@@ -85,7 +87,7 @@ class ModelConfig:
 
     @property
     def num_pipeline_layers(self) -> int:
-        """Returns the number of layers between which a pipeline can be cut: embeddings, blocks, heads."""
+        """Returns the number of layers that a pipeline is cut between: embeddings, blocks, final norm with head."""
         return self.num_layers + 2
 
     @property

@@ -25,10 +25,12 @@ from beit3_ds.config.strict import (
     parse_json_or_text,
     show,
 )
+from beit3_ds.config.task import TaskConfig, load_task_section
 from beit3_ds.config.training import TrainingConfig
 
-SECTIONS = ("model", "data", "tokenizers", "training", "parallel")
-"""Sections inside "beit3_ds"; only the last may be left out."""
+SECTIONS = ("model", "data", "tokenizers", "training", "parallel", "task")
+"""Sections inside "beit3_ds"."""
+_OPTIONAL_SECTIONS = ("parallel", "task")
 
 _MAX_SHOWN = 200
 """Most characters of a `--set` that a message repeats."""
@@ -43,6 +45,7 @@ class RunConfig:
     tokenizers: TokenizersConfig
     training: TrainingConfig
     parallel: ParallelConfig
+    task: TaskConfig
     gradient_accumulation_steps: int
     """Micro-batches per rank and optimizer step."""
     deepspeed: Mapping[str, Any]
@@ -132,7 +135,7 @@ def build_run_config(mapping: Any) -> RunConfig:
         raise ConfigError(f"{OWN_SECTION}: expected a JSON object, got {show(own)}.")
     check_known_keys(own, SECTIONS, OWN_SECTION)
     for section in SECTIONS:
-        if section not in own and section != "parallel":
+        if section not in own and section not in _OPTIONAL_SECTIONS:
             raise ConfigError(f"{OWN_SECTION}: the section '{section}' is missing.")
     check_plain(own, OWN_SECTION)
     config = RunConfig(
@@ -141,6 +144,7 @@ def build_run_config(mapping: Any) -> RunConfig:
         tokenizers=load_section(TokenizersConfig, own["tokenizers"], f"{OWN_SECTION}.tokenizers"),
         training=load_section(TrainingConfig, own["training"], f"{OWN_SECTION}.training"),
         parallel=load_section(ParallelConfig, own.get("parallel", {}), f"{OWN_SECTION}.parallel"),
+        task=load_task_section(own.get("task", {}), f"{OWN_SECTION}.task"),
         gradient_accumulation_steps=deepspeed.get("gradient_accumulation_steps", 1),
         deepspeed=deepspeed,
     )
@@ -153,7 +157,6 @@ def _check_sections_agree(config: RunConfig) -> None:
     data = config.data
     if config.samples_per_step == 0:
         raise ConfigError("data: samples_per_step is 0 for all three streams; nothing would be trained.")
-    _check_some_term_counts(config)
     if data.has_images:
         _check_visual_tokenizer(config)
     if data.has_texts:
@@ -201,23 +204,13 @@ def _check_text_tokenizer(config: RunConfig) -> None:
         )
 
 
-def _check_some_term_counts(config: RunConfig) -> None:
-    """Refuses a run whose loss terms with samples all have weight 0; its weights would only decay."""
-    data, weights = config.data, config.training.loss_weights
-    terms = {"image_mim": data.images, "text_mlm": data.texts, "pair_mim": data.pairs, "pair_mlm": data.pairs}
-    if not any(stream.samples_per_step and getattr(weights, name) for name, stream in terms.items()):
-        raise ConfigError(
-            "training.loss_weights: every term that has samples has weight 0; nothing would be trained. Give one of "
-            "them a weight."
-        )
-
-
 _SECTION_CLASSES: dict[str, type] = {
     "model": ModelConfig,
     "data": DataConfig,
     "tokenizers": TokenizersConfig,
     "training": TrainingConfig,
     "parallel": ParallelConfig,
+    "task": TaskConfig,
 }
 
 

@@ -1,124 +1,64 @@
-"""Prepared samples and how they become one packed micro-batch."""
+"""How inputs of samples become one packed micro-batch, whatever the task does with it."""
 
-# Q samples, L layers, N patches an image, n tokens of one text, k masked tokens of one text.
+# Q sequences, L layers, N patches an image.
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from beit3_ds.batch import ImageViews, PackedBatch
-from beit3_ds.config import RunConfig
+from beit3_ds.batch import PackedBatch
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ImageSample:
-    """An image, cropped and masked."""
-
-    name: str
-    """Where it came from."""
-    model_view: Tensor
-    """(3, image_size, image_size) float32 in [-1, 1]."""
-    tokenizer_view: Tensor
-    """The same crop, (3, s, s) float32 in [-1, 1]."""
-    patch_mask: NDArray[np.bool_]
-    """True where a patch is hidden, (N,)."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TextSample:
-    """A text, tokenized and masked."""
-
-    name: str
-    """Where it came from."""
-    ids: NDArray[np.int64]
-    """Corrupted ids, BOS and EOS included, (n,)."""
-    masked_positions: NDArray[np.int64]
-    """Positions to be predicted, ascending, (k,)."""
-    target_ids: NDArray[np.int64]
-    """The original ids there, (k,)."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PairSample:
-    """An image and its caption."""
-
-    image: ImageSample
-    caption: TextSample
-
-
-Sample = ImageSample | PairSample | TextSample
-"""A sample of any of the three streams."""
-
-
-class ImageShape(NamedTuple):
-    """Sizes of every image in a batch, known even where there is none."""
-
-    image_size: int
-    tokenizer_image_size: int
-    num_patches: int
-
-
-def image_shape(config: RunConfig) -> ImageShape:
-    """The sizes of a run's images."""
-    return ImageShape(config.model.image_size, config.tokenizers.visual.image_size, config.model.num_patches)
-
-
-def pack(
-    samples: Sequence[Sample],
-    drop_path: Tensor | None,
-    shape: ImageShape,
-    views: ImageViews = "both",
+def pack_inputs(
+    *,
+    num_images: int,
+    pixels: Tensor | None,
+    num_patches: int,
+    captions: Sequence[NDArray[np.int64]] = (),
+    texts: Sequence[NDArray[np.int64]] = (),
+    patch_mask: Tensor | None = None,
+    drop_path: Tensor | None = None,
+    sample_names: Sequence[str] = (),
     sources: Mapping[str, int] | None = None,
 ) -> PackedBatch:
-    """Packs samples; any stream may be absent, even all.
+    """Packs images, pairs and texts; any of them may be absent, even all.
 
     Args:
-        samples: images, then pairs, then texts; Q in all.
-        drop_path: factors of the samples in this order, (Q, L, 2) float32, or None.
-        shape: sizes of the images.
-        views: views of each image that the batch keeps.
+        num_images: images without captions.
+        pixels: all images, (B, 3, image_size, image_size), those with captions last (`stack_views`); None where another
+            stage of a pipeline embeds.
+        num_patches: patches N of every image.
+        captions: ids of the caption of each pair, BOS and EOS included.
+        texts: ids of each text, BOS and EOS included.
+        patch_mask: patches to be replaced by the mask token, (B, N) bool; None for none.
+        drop_path: `PackedBatch.drop_path`, with rows in the order images, pairs, texts.
+        sample_names: `PackedBatch.sample_names`, in the same order.
         sources: `PackedBatch.sources`.
     """
-    images = [sample for sample in samples if isinstance(sample, ImageSample)]
-    pairs = [sample for sample in samples if isinstance(sample, PairSample)]
-    texts = [sample for sample in samples if isinstance(sample, TextSample)]
-    # The rows of drop_path follow `samples`, those of the batch its own order.
-    assert [*images, *pairs, *texts] == list(samples), "samples must come as images, pairs, texts"
-    pictures = [*images, *(pair.image for pair in pairs)]
-    writings = [*(pair.caption for pair in pairs), *texts]
-    lengths = [len(text.ids) for text in writings]
-    starts = np.cumsum([0, *lengths[:-1]])
+    if patch_mask is None:
+        patch_mask = torch.zeros(num_images + len(captions), num_patches, dtype=torch.bool)
     return PackedBatch(
-        num_images=len(images),
-        num_pairs=len(pairs),
-        caption_lengths=tuple(lengths[: len(pairs)]),
-        text_lengths=tuple(lengths[len(pairs) :]),
-        pixels=None if views == "tokenizer" else _stack([p.model_view for p in pictures], shape.image_size),
-        tokenizer_pixels=(
-            None if views == "model" else _stack([p.tokenizer_view for p in pictures], shape.tokenizer_image_size)
-        ),
-        patch_mask=torch.from_numpy(
-            np.array([image.patch_mask for image in pictures], dtype=bool).reshape(-1, shape.num_patches)
-        ),
-        token_ids=_concatenate([text.ids for text in writings]),
-        masked_tokens=_concatenate(
-            [start + text.masked_positions for start, text in zip(starts, writings, strict=False)]
-        ),
-        target_ids=_concatenate([text.target_ids for text in writings]),
+        num_images=num_images,
+        num_pairs=len(captions),
+        caption_lengths=tuple(map(len, captions)),
+        text_lengths=tuple(map(len, texts)),
+        pixels=pixels,
+        patch_mask=patch_mask,
+        token_ids=concatenate([*captions, *texts]),
         drop_path=drop_path,
+        sample_names=tuple(sample_names),
         sources=dict(sources or {}),
-        sample_names=tuple([image.name for image in pictures] + [text.name for text in texts]),
     )
 
 
-def _stack(views: list[Tensor], size: int) -> Tensor:
-    return torch.stack(views) if views else torch.empty(0, 3, size, size)
+def stack_views(views: Sequence[Tensor], size: int) -> Tensor:
+    """Returns images as one tensor, (B, 3, size, size) float32, also if there are none."""
+    return torch.stack(list(views)) if views else torch.empty(0, 3, size, size)
 
 
-def _concatenate(parts: list[NDArray[np.int64]]) -> Tensor:
+def concatenate(parts: Sequence[NDArray[np.int64]]) -> Tensor:
+    """Returns numbers as one tensor, (n,) int64, also if there are none."""
     return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *parts]))

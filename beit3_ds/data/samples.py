@@ -1,26 +1,16 @@
-"""The three streams: from the number of a sample to the sample, read, cropped, tokenized and masked."""
+"""Samples by number: what every stream of a task offers, whatever its samples are."""
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
-from beit3_ds.config import DataConfig, RunConfig, SourceConfig
-from beit3_ds.data.files.descriptors import OpenFiles
-from beit3_ds.data.files.fingerprint import HasFiles, SourceFile
-from beit3_ds.data.files.records import BrokenRecordError
-from beit3_ds.data.images.augmentation import CenterViews, Views, build_augmentation
-from beit3_ds.data.images.source import ImageSource
-from beit3_ds.data.masking import TextMasking, block_mask
-from beit3_ds.data.packing import ImageSample, PairSample, Sample, TextSample
+from beit3_ds.config import DataConfig
+from beit3_ds.data.files.fingerprint import SourceFile
+from beit3_ds.data.files.records import Skipped
 from beit3_ds.data.randomness import sample_rng
-from beit3_ds.data.sources import Parts, check_no_file_twice, open_images
-from beit3_ds.data.text.sequences import TextSequences
-from beit3_ds.tokenizers.text import TextTokenizer
+from beit3_ds.data.sources import Parts
 
 VALIDATION_EPOCH = -1
 """Epoch of validation samples: one draw for all evaluations, and none of those of training."""
@@ -45,141 +35,40 @@ class SampleKey:
         return sample_rng(self.seed, purpose, self.stream, self.epoch, self.index)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImageSamples:
-    """Images of one source for masked image modeling."""
+class SourceSamples(Protocol):
+    """The samples of one source, as a task prepares them."""
 
-    is_last_open: ClassVar[bool] = False
-
-    source: ImageSource
-    """Where the images lie."""
-    views: Views
-    """Crops and resizes."""
-    grid_size: int
-    """Patches on a side."""
-    num_masked: int
-    """Patches to hide, in every image."""
+    is_last_open: ClassVar[bool]
+    """Whether the last sample may still grow when its files do."""
 
     def __len__(self) -> int:
         """Samples of the source, broken ones included."""
-        return len(self.source)
 
     def files(self) -> Iterable[SourceFile]:
         """Returns the files of the source."""
-        return self.source.files()
 
     def identity(self, index: int) -> bytes:
-        """Returns the name of a sample in its file or folder as bytes (`prefix_digest.IdentifiedSamples`)."""
-        return os.path.basename(self.source.name(index)).encode("utf-8", "surrogatepass")
+        """Returns what tells a sample from others, to detect whether samples were renumbered."""
 
     def name(self, index: int) -> str:
         """Returns the file of a sample and its name there, for messages."""
-        return self.source.name(index)
 
-    def prepare(self, index: int, key: SampleKey) -> ImageSample:
-        """Reads sample `index` of the source and draws its crop and its mask by `key`.
+    def skipped(self) -> dict[str, Skipped]:
+        """Returns files, members, rows and lines that are no samples, by the reason."""
+
+    def prepare(self, index: int, key: SampleKey) -> Any:
+        """Reads sample `index` of the source and makes its draws by `key`.
 
         Raises:
             BrokenRecordError: if it cannot be read.
         """
-        return self.augment(self.source.image(index, self.views.min_side), index, key)
-
-    def augment(self, image: Image.Image, index: int, key: SampleKey) -> ImageSample:
-        """Draws the crop and the mask for the image of sample `index` by `key`."""
-        model_view, tokenizer_view = self.views(image, key.rng("augmentation"))
-        return ImageSample(
-            name=self.source.name(index),
-            model_view=model_view,
-            tokenizer_view=tokenizer_view,
-            patch_mask=block_mask(self.grid_size, self.num_masked, key.rng("patch mask")),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairSamples:
-    """Images with captions of one source for masked vision-language modeling."""
-
-    is_last_open: ClassVar[bool] = False
-
-    images: ImageSamples
-    """The images, of a source that holds captions too."""
-    tokenizer: TextTokenizer
-    """Turns captions into ids."""
-    length: int
-    """Tokens of a caption at most, BOS and EOS included; the rest is cut off."""
-    masking: TextMasking
-    """Hides tokens of the caption."""
-
-    def __len__(self) -> int:
-        """Samples of the source, broken ones included."""
-        return len(self.images)
-
-    def files(self) -> Iterable[SourceFile]:
-        """Returns the files of the source."""
-        return self.images.files()
-
-    def identity(self, index: int) -> bytes:
-        """Returns the name of a sample in its file or folder as bytes (`prefix_digest.IdentifiedSamples`)."""
-        return self.images.identity(index)
-
-    def name(self, index: int) -> str:
-        """Returns the file of a sample and its name there, for messages."""
-        return self.images.name(index)
-
-    def prepare(self, index: int, key: SampleKey) -> PairSample:
-        """Reads sample `index` of the source and draws its crop and both its masks by `key`.
-
-        Raises:
-            BrokenRecordError: if its image or its caption cannot be read.
-        """
-        source, tokenizer = self.images.source, self.tokenizer
-        image, text = source.pair(index, self.images.views.min_side)
-        pieces = tokenizer.encode(text)[: self.length - 2]
-        name = source.name(index)
-        if not pieces:
-            raise BrokenRecordError(f"{name}: the caption holds nothing that the tokenizer keeps")
-        ids = np.array([tokenizer.bos_id, *pieces, tokenizer.eos_id], dtype=np.int64)
-        caption = _masked_text(name, ids, self.masking, key)
-        return PairSample(image=self.images.augment(image, index, key), caption=caption)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextSamples:
-    """Texts of one source for masked language modeling."""
-
-    is_last_open: ClassVar[bool] = True
-
-    sequences: TextSequences
-    """The tokenized texts."""
-    masking: TextMasking
-    """Hides tokens of the text."""
-
-    def __len__(self) -> int:
-        """Samples of the source."""
-        return len(self.sequences)
-
-    def files(self) -> Iterable[SourceFile]:
-        """Returns the files of the source."""
-        return self.sequences.files()
-
-    def identity(self, index: int) -> bytes:
-        """Returns the tokens of a sample as bytes (`prefix_digest.IdentifiedSamples`)."""
-        return self.sequences[index].tobytes()
-
-    def name(self, index: int) -> str:
-        """Returns the file of a sample and its name there, for messages."""
-        return self.sequences.name(index)
-
-    def prepare(self, index: int, key: SampleKey) -> TextSample:
-        """Draws the mask of sample `index` of the source by `key`."""
-        return _masked_text(self.sequences.name(index), self.sequences[index], self.masking, key)
 
 
 @dataclass(frozen=True)
 class Stream:
-    """What `build_train_streams` and `build_validation_streams` make: the samples of all sources, numbered through."""
+    """One stream of a task: the samples of all its sources, numbered consecutively."""
 
-    parts: Parts[ImageSamples | PairSamples | TextSamples]
+    parts: Parts[SourceSamples]
     """The samples of each source."""
 
     def __len__(self) -> int:
@@ -191,8 +80,8 @@ class Stream:
         part, number = self.parts.locate(index)
         return part.name(number)
 
-    def prepare(self, key: SampleKey) -> Sample:
-        """Reads sample `key.index` and draws its crop and masks.
+    def prepare(self, key: SampleKey) -> Any:
+        """Reads sample `key.index` and makes its draws.
 
         Raises:
             BrokenRecordError: if it cannot be read.
@@ -201,94 +90,12 @@ class Stream:
         return part.prepare(index, key)
 
 
-def build_train_streams(config: RunConfig, tokenizer: TextTokenizer | None) -> dict[str, Stream]:
-    """Opens the training files of every stream that has samples in a step, with augmentation.
-
-    Raises:
-        ConfigError: for files that are missing or cannot be read.
-    """
-    data = config.data
-    files = OpenFiles(data.max_open_files)
-    flips = {"images": data.flip_probability, "pairs": data.pair_flip_probability, "texts": 0.0}
-    return {
-        name: _build_stream(name, stream.train, config, tokenizer, build_augmentation(config, flips[name]), files)
-        for name, stream in data.streams().items()
-        if stream.samples_per_step
-    }
-
-
-def build_validation_streams(config: RunConfig, tokenizer: TextTokenizer | None) -> dict[str, Stream]:
-    """Opens the validation files of every stream that has some, with the crop in the middle.
-
-    Raises:
-        ConfigError: for files that are missing or cannot be read.
-    """
-    views = CenterViews(image_size=config.model.image_size, tokenizer_image_size=config.tokenizers.visual.image_size)
-    files = OpenFiles(config.data.max_open_files)
-    return {
-        name: _build_stream(name, stream.validation, config, tokenizer, views, files)
-        for name, stream in config.data.streams().items()
-        if stream.validation
-    }
-
-
 def name_sources(
     part: Literal["train", "validation"], streams: Mapping[str, Stream], data: DataConfig
-) -> dict[str, HasFiles]:
+) -> dict[str, SourceSamples]:
     """Returns the sources of streams by their names in the config, such as "data.images.train[0] (images/*.tar)"."""
     return {
         f"data.{name}.{part}[{number}] ({source.path})": samples
         for name, stream in streams.items()
         for number, (source, samples) in enumerate(zip(getattr(data.streams()[name], part), stream.parts, strict=True))
     }
-
-
-def _build_stream(
-    name: str,
-    sources: Sequence[SourceConfig],
-    config: RunConfig,
-    tokenizer: TextTokenizer | None,
-    views: Views,
-    files: OpenFiles,
-) -> Stream:
-    check_no_file_twice(sources)
-    return Stream(Parts([_build_samples(name, source, config, tokenizer, views, files) for source in sources]))
-
-
-def _build_samples(
-    name: str, source: SourceConfig, config: RunConfig, tokenizer: TextTokenizer | None, views: Views, files: OpenFiles
-) -> ImageSamples | PairSamples | TextSamples:
-    data = config.data
-    if name == "images":
-        return _build_images(source, config, views, files)
-    assert tokenizer is not None, "a run with texts or pairs has a text tokenizer"
-    words = tokenizer.word_borders() if data.text_masking == "whole_word" else None
-    if name == "texts":
-        sequences = TextSequences(
-            [source.path],
-            tokenizer,
-            data.text_length,
-            data.cache_dir,
-            max_broken_lines=data.max_broken_records,
-            document_separator=data.document_separator,
-        )
-        masking = TextMasking(ratio=data.text_mask_ratio, mask_id=tokenizer.mask_id, words=words)
-        return TextSamples(sequences=sequences, masking=masking)
-    masking = TextMasking(ratio=data.pair_text_mask_ratio, mask_id=tokenizer.mask_id, words=words)
-    images = _build_images(source, config, views, files)
-    return PairSamples(images=images, tokenizer=tokenizer, length=data.pair_text_length, masking=masking)
-
-
-def _build_images(source: SourceConfig, config: RunConfig, views: Views, files: OpenFiles) -> ImageSamples:
-    data = config.data
-    return ImageSamples(
-        source=open_images(source, data.cache_dir, files),
-        views=views,
-        grid_size=config.model.grid_size,
-        num_masked=max(1, round(config.model.num_patches * data.image_mask_ratio)),
-    )
-
-
-def _masked_text(name: str, ids: NDArray[np.int64], masking: TextMasking, key: SampleKey) -> TextSample:
-    corrupted, positions = masking(ids, key.rng("token mask"))
-    return TextSample(name=name, ids=corrupted, masked_positions=positions, target_ids=ids[positions])

@@ -1,19 +1,21 @@
 """What one rank processes in one optimizer step, as a pure function of the step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from beit3_ds.batch import ImageViews, PackedBatch, StepBatch
+from beit3_ds.batch import PackedBatch, StepBatch
 from beit3_ds.config import RunConfig
-from beit3_ds.config.prefetch import plan_prefetch
+from beit3_ds.config.prefetch import PrefetchPlan
 from beit3_ds.data.drop_path import Slot, draw_drop_path
-from beit3_ds.data.files.fingerprint import HasFiles
 from beit3_ds.data.files.records import BrokenRecordError
 from beit3_ds.data.order.run import RunOrder
-from beit3_ds.data.packing import Sample, image_shape, pack
-from beit3_ds.data.samples import SampleKey, build_train_streams, name_sources
-from beit3_ds.tokenizers.text import TextTokenizer
+from beit3_ds.data.samples import SampleKey, SourceSamples, Stream, name_sources
+
+Pack = Callable[[Sequence[Any], Tensor | None], PackedBatch]
+"""Makes a micro-batch of a task's samples and `PackedBatch.drop_path`, both in the order of the streams."""
 
 
 def _say_nothing(name: str) -> None:
@@ -35,47 +37,47 @@ class StepDataset(Dataset[StepBatch]):
     def __init__(
         self,
         config: RunConfig,
-        text_tokenizer: TextTokenizer | None,
+        streams: Mapping[str, Stream],
+        pack: Pack,
         data_parallel_rank: int,
         data_parallel_size: int,
-        views: ImageViews = "both",
+        prefetch: PrefetchPlan,
     ) -> None:
-        """Opens the training files.
+        """Takes the opened streams; reads nothing yet.
 
         Args:
             config: the run's configuration.
-            text_tokenizer: the run's tokenizer; None if it has no texts.
+            streams: training samples by stream, in the order of their rows in a batch.
+            pack: makes a micro-batch of prepared samples.
             data_parallel_rank: rank whose share is read.
             data_parallel_size: number of ranks that share a step.
-            views: views of each image that the batches keep. Both are always made, because the jitter of one takes its
-                mean from the other.
+            prefetch: number of steps that workers may prepare ahead.
 
         Raises:
-            ConfigError: for files that cannot be read, fewer samples than ranks, or steps above `data.prefetch_gib`.
+            ConfigError: for fewer samples than ranks.
         """
         assert 0 <= data_parallel_rank < data_parallel_size, f"rank {data_parallel_rank} of {data_parallel_size}"
         self._config = config
         self._slots = config.step_shares(data_parallel_size).slots(data_parallel_rank)
-        self.prefetch = plan_prefetch(config, data_parallel_size, views)
-        self._streams = build_train_streams(config, text_tokenizer)
+        self.prefetch = prefetch
+        self._streams, self._pack = dict(streams), pack
         sources = {name: stream.parts for name, stream in self._streams.items()}
         self.order = RunOrder(config.data, config.training.seed, sources)
-        self._shape, self._views = image_shape(config), views
 
     def __len__(self) -> int:
         """Steps of the run."""
         return self._config.training.total_steps
 
-    def sources(self) -> dict[str, HasFiles]:
+    def sources(self) -> dict[str, SourceSamples]:
         """Returns the samples of every source, by its name in the config."""
         return name_sources("train", self._streams, self._config.data)
 
     def __getitem__(self, step: int) -> StepBatch:
-        """Reads, augments, masks and packs this rank's samples of optimizer step `step`."""
+        """Reads, prepares and packs this rank's samples of optimizer step `step`."""
         return self.prepare(step)
 
     def prepare(self, step: int, note: Callable[[str], None] = _say_nothing) -> StepBatch:
-        """Reads, augments, masks and packs this rank's samples of optimizer step `step`.
+        """Reads, prepares and packs this rank's samples of optimizer step `step`.
 
         Args:
             step: number of the step, from 0.
@@ -89,7 +91,7 @@ class StepDataset(Dataset[StepBatch]):
     def _micro_batch(
         self, step: int, micro_batch: int, broken: dict[str, str], note: Callable[[str], None]
     ) -> PackedBatch:
-        samples: list[Sample] = []
+        samples: list[Any] = []
         slots: list[Slot] = []
         for stream in self._streams:
             for slot, key in self._keys(stream, step, micro_batch):
@@ -102,7 +104,7 @@ class StepDataset(Dataset[StepBatch]):
                     slots.append(slot)
         model, seed = self._config.model, self._config.training.seed
         drop_path = draw_drop_path(model.drop_path_rate, model.num_layers, seed, step, slots)
-        return pack(samples, drop_path, self._shape, self._views)
+        return self._pack(samples, drop_path)
 
     def _keys(self, stream: str, step: int, micro_batch: int) -> list[tuple[Slot, SampleKey]]:
         """The slots of one stream in one of this rank's micro-batches, and the samples that fill them."""

@@ -1,19 +1,21 @@
 """The fixed batches of the validation loss."""
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from beit3_ds.batch import ImageViews, PackedBatch
+from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ConfigError, RunConfig
 from beit3_ds.data.files.records import BrokenRecordError
 from beit3_ds.data.order.permutation import KeyedPermutation
-from beit3_ds.data.packing import ImageShape, image_shape, pack
 from beit3_ds.data.randomness import sample_rng
-from beit3_ds.data.samples import VALIDATION_EPOCH, SampleKey, Stream, build_validation_streams
+from beit3_ds.data.samples import VALIDATION_EPOCH, SampleKey, Stream
 from beit3_ds.data.workers.waiting import ReaderThread, StopRequestedError, WaitLimits
-from beit3_ds.tokenizers.text import TextTokenizer
+
+PackValidation = Callable[[Sequence[Any], Mapping[str, int]], PackedBatch]
+"""Makes a batch of a task's samples, in the order of the streams, and `PackedBatch.sources`."""
 
 
 class ValidationBatches:
@@ -27,11 +29,10 @@ class ValidationBatches:
         self,
         streams: Mapping[str, Stream],
         plan: Sequence[Mapping[str, Sequence[SampleKey]]],
-        shape: ImageShape,
-        views: ImageViews = "both",
+        pack: PackValidation,
     ) -> None:
         """Takes the samples of each batch per stream (`plan`), each stream's from one source; reads nothing yet."""
-        self._streams, self._plan, self._shape, self._views = streams, plan, shape, views
+        self._streams, self._plan, self._pack = streams, plan, pack
         self._batches: list[PackedBatch] = []
         self._reads = ""
 
@@ -87,15 +88,15 @@ class ValidationBatches:
                 f"data: validation record {error}. Repair it, or make the shard anew without it."
             ) from error
         sources = {stream: self._streams[stream].parts.part_of(keys[0].index) for stream, keys in plan.items() if keys}
-        return pack(samples, None, self._shape, self._views, sources)
+        return self._pack(samples, sources)
 
 
 def build_validation_batches(
     config: RunConfig,
-    text_tokenizer: TextTokenizer | None,
+    streams: Mapping[str, Stream],
+    pack: PackValidation,
     data_parallel_rank: int,
     data_parallel_size: int,
-    views: ImageViews = "both",
 ) -> ValidationBatches:
     """Divides `training.eval_samples` validation samples of every stream over the ranks.
 
@@ -104,10 +105,16 @@ def build_validation_batches(
     each stream, at most as many as the largest micro-batch. Every rank has the same number of batches, some of which
     may be smaller or empty, so that collectives meet. Streams without validation files are absent.
 
+    Args:
+        config: the run's configuration.
+        streams: validation samples by stream, in the order of their rows in a batch.
+        pack: makes a batch of prepared samples.
+        data_parallel_rank: rank whose share is read.
+        data_parallel_size: number of ranks that share the batches.
+
     Raises:
-        ConfigError: for files that cannot be read, or fewer samples per step than ranks.
+        ConfigError: for fewer samples per step than ranks.
     """
-    streams = build_validation_streams(config, text_tokenizer)
     micro_batch = config.step_shares(data_parallel_size).upper_bound
     # A stream that is evaluated but not trained has no micro-batch size of its own.
     sizes = {name: size or max(micro_batch) for name, size in micro_batch._asdict().items() if name in streams}
@@ -123,7 +130,7 @@ def build_validation_batches(
         own = number * data_parallel_size + data_parallel_rank
         return {name: of_stream[own] if own < len(of_stream) else [] for name, of_stream in parts.items()}
 
-    return ValidationBatches(streams, [share(number) for number in range(num_batches)], image_shape(config), views)
+    return ValidationBatches(streams, [share(number) for number in range(num_batches)], pack)
 
 
 def choose_samples(sizes: Sequence[int], limit: int, seed: int, stream: str) -> list[list[int]]:

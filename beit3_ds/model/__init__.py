@@ -1,16 +1,18 @@
 """The Multiway Transformer on packed batches: plain modules that know neither ranks nor DeepSpeed."""
 
-from beit3_ds.model.beit3 import BEiT3, Logits, LossOutput
+from beit3_ds.model.beit3 import BEiT3
 from beit3_ds.model.features import Features
 from beit3_ds.model.initialization import initial_value, initialize_parameters
 from beit3_ds.model.pretrained import PretrainedWeights
+from beit3_ds.model.task_model import Head, LossOutput, TaskModel
 
 __all__ = [
     "BEiT3",
     "Features",
-    "Logits",
+    "Head",
     "LossOutput",
     "PretrainedWeights",
+    "TaskModel",
     "initial_value",
     "initialize_parameters",
 ]

@@ -26,7 +26,7 @@ TEXT_POSITION = "embeddings.text_position"
 """The one tensor that depends on the length of texts."""
 
 _ADAPTABLE = frozenset({"image_size", "max_text_length", "layout", "num_vision_language_layers"})
-_DECOUPLED = re.compile(r"(\.attention\..*|^heads\.norm\..*)_(vision|language)$")
+_DECOUPLED = re.compile(r"(\.attention\..*|^norm\..*)_(vision|language)$")
 
 
 class AdaptedWeights:

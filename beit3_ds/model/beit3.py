@@ -1,11 +1,11 @@
 """BEiT-3: an ordered list of layers over one packed stream."""
 
-# T packed rows, D hidden, V vocabulary.
+# T packed rows, M rows that the head reads, D hidden.
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,38 +17,19 @@ from beit3_ds.model.adaptation import AdaptedWeights, fill_parameters
 from beit3_ds.model.block import Block
 from beit3_ds.model.embeddings import Embeddings, stream_dtype
 from beit3_ds.model.features import Features, TokenIds, pack_inputs, unpack_features
-from beit3_ds.model.heads import Heads
 from beit3_ds.model.kernel_backend import select_kernels
+from beit3_ds.model.multiway import MultiwayLayerNorm
 from beit3_ds.model.pretrained import PretrainedWeights
 from beit3_ds.parallel import TensorParallel
 
 
-class LossOutput(NamedTuple):
-    """The loss of one micro-batch."""
-
-    total: Tensor
-    """Weighted sum to differentiate, float32 scalar."""
-    sums: Tensor
-    """Sum of cross entropies of each of `batch.LOSS_TERMS`, (4,) float32, detached."""
-
-
-class Logits(NamedTuple):
-    """Scores at the masked positions of one micro-batch."""
-
-    visual: Tensor
-    """(masked patches, visual vocabulary)."""
-    text: Tensor
-    """(masked tokens, text vocabulary)."""
-
-
 class BEiT3(nn.Module):
-    """The Multiway Transformer with its masked-modeling heads (paper section 2), or some of its layers.
+    """The Multiway Transformer with its final norm (paper section 2), or some of its layers.
 
-    Layer 0 embeds, layers 1 to L are blocks and layer L + 1 is the heads (`ModelConfig.num_pipeline_layers` in all).
-    They hand on nothing but the stream x_TD, so the list can be cut anywhere. Modules keep no state of a batch, and the
-    forward pass draws nothing random. A parameter's name is the same whichever layers stand beside it. Parameters are
-    uninitialised until `initialize_parameters`. With `tie_word_embeddings` and no embeddings among the layers, the MLM
-    head's matrix is a buffer, to be filled by who holds the word table.
+    Layer 0 embeds, layers 1 to L are blocks and layer L + 1 is the final norm, to which a task adds its head
+    (`ModelConfig.num_pipeline_layers` in all). Layers pass on nothing but the stream x_TD, so the list can be cut
+    anywhere. Modules keep no state of a batch, and the forward pass draws nothing random. A parameter's name does not
+    depend on which layers are held. Parameters are uninitialised until `initialize_parameters`.
     """
 
     def __init__(
@@ -66,7 +47,7 @@ class BEiT3(nn.Module):
         Args:
             config: sizes and layout.
             tensor: the ranks that divide every layer; None is this process alone.
-            layers: the runs of layers of a pipeline stage; None is all of them.
+            layers: the model chunks of a pipeline stage, each a range of layers; None is all layers.
             activation_checkpointing: activations that the backward pass recomputes.
             kernels: GPU kernel backend; "cuda" must have been built.
             fp32_residual_connection: whether the stream between the layers stays float32 with bf16 parameters.
@@ -74,19 +55,23 @@ class BEiT3(nn.Module):
         super().__init__()
         self.config = config
         self.recompute_blocks = activation_checkpointing == "full"
-        tensor = tensor or TensorParallel()
-        self._all_layers = range(config.num_pipeline_layers)
-        held = {layer for run in layers or [self._all_layers] for layer in run}
+        self.tensor = tensor or TensorParallel()
+        self.all_layers = range(config.num_pipeline_layers)
+        held = {layer for chunk in layers or [self.all_layers] for layer in chunk}
         self.fp32_residual_connection = fp32_residual_connection
         self.embeddings = (
-            Embeddings(config, tensor, fp32_residual_connection=fp32_residual_connection) if 0 in held else None
+            Embeddings(config, self.tensor, fp32_residual_connection=fp32_residual_connection) if 0 in held else None
         )
         self.blocks = nn.ModuleDict(
-            {str(i): Block(config, i, tensor) for i in range(config.num_layers) if i + 1 in held}
+            {str(i): Block(config, i, self.tensor) for i in range(config.num_layers) if i + 1 in held}
         )
-        self.heads = Heads(config, tensor) if self._all_layers[-1] in held else None
+        # Tensor-parallel ranks that divide the rows gather them before this norm, so that every rank has them all.
+        self.norm = (
+            MultiwayLayerNorm(config.hidden_size, config.layer_norm_epsilon, config.attention_experts, TensorParallel())
+            if self.all_layers[-1] in held and config.final_norm
+            else None
+        )
         select_kernels(self, kernels)
-        self._tie_word_embeddings()
 
     @classmethod
     def from_pretrained(
@@ -102,8 +87,9 @@ class BEiT3(nn.Module):
     ) -> Self:
         """Loads exported or imported weights as a plain model of one device, in evaluation mode.
 
-        Parameters are filled one by one, so that memory stays near one copy of the model. Heads that the file lacks,
-        as fine-tuned releases do, get their initial values, and a warning names them.
+        Parameters are filled one by one, so that memory stays near one copy of the model. Tensors of a task's head
+        are left out unless the class has that head. A head or a final norm that the file lacks, as fine-tuned releases
+        do, gets initial values, and a warning names it.
 
         Args:
             path: what `beit3 export` or `beit3 import` wrote: a .safetensors file, or a folder of them.
@@ -131,7 +117,7 @@ class BEiT3(nn.Module):
         with torch.device("meta"):
             model = cls(weights.model).to(dtype)
         model.to_empty(device=device)
-        model._tie_word_embeddings()  # to_empty gives every module a parameter of its own
+        model.tie_word_embeddings()  # to_empty gives every module a parameter of its own
         fill_parameters(model, weights)
         return model.eval()
 
@@ -154,50 +140,39 @@ class BEiT3(nn.Module):
         Raises:
             ConfigError: if there are no inputs, or one has another size, length or ids than the model's.
         """
-        assert self.embeddings is not None and self.heads is not None, "a stage of a pipeline cannot encode alone"
+        assert self.embeddings is not None, "a stage of a pipeline cannot encode alone"
         batch = pack_inputs(self.config, images, texts, pairs, self.embeddings.cls_token.device)
-        x_TD = self(batch, None, layers=self._all_layers[:-1])
-        return unpack_features(self.heads.normalize(x_TD, batch), batch)
+        return unpack_features(self.run_layers(batch), batch)
 
-    def forward(
-        self,
-        batch: PackedBatch,
-        loss_factors: Tensor | None,
-        x_TD: Tensor | None = None,
-        layers: range | None = None,
-    ) -> LossOutput | Logits | Tensor:
+    def forward(self, batch: PackedBatch, x_TD: Tensor | None = None, layers: range | None = None) -> Tensor:
+        """Runs one micro-batch through all layers, or through some that follow each other: `run_layers`."""
+        return self.run_layers(batch, x_TD, layers)
+
+    def run_layers(self, batch: PackedBatch, x_TD: Tensor | None = None, layers: range | None = None) -> Tensor:
         """Runs one micro-batch through all layers, or through some that follow each other.
 
         Args:
-            batch: the packed micro-batch, with visual targets if a loss is wanted.
-            loss_factors: what each of `batch.LOSS_TERMS` is multiplied by, (4,) float32, that is weight / count of the
-                whole step; None asks for logits.
+            batch: the packed micro-batch.
             x_TD: the stream before `layers`; None if they begin with the embeddings.
             layers: the layers to run; None is all of them.
 
         Returns:
-            The stream after `layers`, or the loss or the logits at masked positions if they end with the heads.
+            The stream after `layers`, this rank's rows of (T, D). If they end with the last layer, it is normalised,
+            every tensor-parallel rank has all rows, and they are only the rows that the task's head reads, (M, D), if
+            the batch names them (`PackedBatch.head_rows`).
         """
-        layers = layers or self._all_layers
+        layers = layers or self.all_layers
         if layers.start == 0:
             assert self.embeddings is not None, "this stage of the pipeline does not embed"
             x_TD = self.embeddings(batch)
-        heads = self._all_layers[-1]
-        blocks = range(max(layers.start, 1), min(layers.stop, heads))
-        # The heads read masked rows only, so a last block that runs with them need not make the others.
-        cuts_rows = len(blocks) > 0 and heads in layers
+        assert x_TD is not None, f"layers {layers} need the stream before them"
+        last = self.all_layers[-1]
+        blocks = range(max(layers.start, 1), min(layers.stop, last))
+        # The head may read few rows; a last block that runs with it need not compute the others.
+        picks_rows = len(blocks) > 0 and last in layers and batch.picked_rows is not None
         for layer in blocks:
-            only_masked = cuts_rows and layer == blocks[-1]
-            x_TD = self._run_block(self.blocks[str(layer - 1)], x_TD, batch, only_masked)
-        if heads not in layers:
-            assert x_TD is not None, f"no layers in {layers}"
-            return x_TD
-        assert self.heads is not None, "this stage of the pipeline has no heads"
-        visual, text = self.heads(x_TD, batch, loss_factors is not None, only_masked=cuts_rows)
-        if loss_factors is None:
-            return Logits(visual, text)
-        sums = _sum_terms(visual, text, batch)
-        return LossOutput((sums * loss_factors).sum(), sums.detach())
+            x_TD = self._run_block(self.blocks[str(layer - 1)], x_TD, batch, picks_rows and layer == blocks[-1])
+        return self._finish(x_TD, batch, has_picked=picks_rows) if last in layers else x_TD
 
     @property
     def stream_dtype(self) -> torch.dtype:
@@ -205,18 +180,21 @@ class BEiT3(nn.Module):
         dtype = next(self.parameters()).dtype
         return stream_dtype(dtype) if self.fp32_residual_connection else dtype
 
-    def _tie_word_embeddings(self) -> None:
-        if self.config.tie_word_embeddings and self.heads is not None:
-            self.heads.mlm.tie_weight(None if self.embeddings is None else self.embeddings.word.weight)
+    def tie_word_embeddings(self) -> None:
+        """Shares the word table with a head that has it; the backbone alone has none."""
 
-    def _run_block(self, block: nn.Module, x_TD: Tensor | None, batch: PackedBatch, only_masked: bool) -> Tensor:
+    def _run_block(self, block: nn.Module, x_TD: Tensor, batch: PackedBatch, only_head_rows: bool) -> Tensor:
         if self.recompute_blocks and torch.is_grad_enabled():
-            return checkpoint(block, x_TD, batch, only_masked, use_reentrant=False, preserve_rng_state=False)
-        return block(x_TD, batch, only_masked)
+            return checkpoint(block, x_TD, batch, only_head_rows, use_reentrant=False, preserve_rng_state=False)
+        return block(x_TD, batch, only_head_rows)
 
-
-def _sum_terms(visual_losses: Tensor, text_losses: Tensor, batch: PackedBatch) -> Tensor:
-    image_mim, text_mlm, pair_mim, pair_mlm = batch.num_masked
-    images, pairs = visual_losses.split([image_mim, pair_mim])
-    captions, texts = text_losses.split([pair_mlm, text_mlm])
-    return torch.stack([images.sum(), texts.sum(), pairs.sum(), captions.sum()])
+    def _finish(self, x_TD: Tensor, batch: PackedBatch, *, has_picked: bool) -> Tensor:
+        """Applies the final norm to the rows that the head reads, (M, D), or to all, (T, D)."""
+        picked = batch.picked_rows
+        rows = batch if picked is None else picked
+        x_MD = self.tensor.gather_rows(x_TD, rows.num_rows if has_picked else batch.num_rows)
+        if picked is not None and not has_picked:
+            x_MD = x_MD.index_select(0, picked.rows)
+        if self.norm is None:
+            return x_MD
+        return self.norm(x_MD, rows.expert_slices(self.config.attention_experts)).h_TD

@@ -1,6 +1,7 @@
 """One Multiway Transformer block."""
 
-# T packed rows, K rows of sequences whose branch is not dropped, M masked rows, D hidden, Q sequences, L layers.
+# T packed rows, K rows of sequences whose branch is not dropped, M rows that the head reads, D hidden,
+# Q sequences, L layers.
 
 from torch import Tensor, nn
 
@@ -31,22 +32,23 @@ class Block(nn.Module):
         self.attention = MultiwayAttention(config, tensor)
         self.ffn = MultiwayFFN(config, layer, tensor)
 
-    def forward(self, x_TD: Tensor, batch: PackedBatch, only_masked: bool = False) -> Tensor:
-        """Returns the stream after this block, (T, D), or of its masked rows, (M, D); of all, this rank's rows.
+    def forward(self, x_TD: Tensor, batch: PackedBatch, only_head_rows: bool = False) -> Tensor:
+        """Returns the stream after this block, (T, D), or the rows of it that the head reads, (M, D); this rank's rows.
 
         Args:
             x_TD: the stream.
             batch: tells where sequences and experts' rows are.
-            only_masked: whether nothing reads any but the masked rows, as the heads do: then the FFN, for which no row
-                depends on another, computes no others. Where ranks divide the rows they are gathered and divided anew
-                (`TensorParallel.gather_rows`, `scatter_rows`).
+            only_head_rows: whether nothing but the task's head follows, which reads only `PackedBatch.head_rows`. The
+                FFN, for which no row depends on another, then computes no others. Where ranks divide the rows, they
+                are gathered and divided again (`TensorParallel.gather_rows`, `scatter_rows`).
         """
         x_TD = self._residual_add(0, x_TD, batch)
-        if not only_masked:
+        if not only_head_rows:
             return self._residual_add(1, x_TD, batch)
-        masked = batch.masked_rows
-        x_MD = self.tensor.scatter_rows(self.tensor.gather_rows(x_TD, batch.num_rows).index_select(0, masked.rows))
-        return self.ffn(x_MD, self._factors(x_MD, batch.row_sequence[masked.rows], batch, branch=1), masked)
+        picked = batch.picked_rows
+        assert picked is not None, "the head reads all rows"
+        x_MD = self.tensor.scatter_rows(self.tensor.gather_rows(x_TD, batch.num_rows).index_select(0, picked.rows))
+        return self.ffn(x_MD, self._factors(x_MD, batch.row_sequence[picked.rows], batch, branch=1), picked)
 
     def _residual_add(self, branch: int, x_TD: Tensor, batch: PackedBatch) -> Tensor:
         module = (self.attention, self.ffn)[branch]

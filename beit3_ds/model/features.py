@@ -63,11 +63,8 @@ def pack_inputs(
         caption_lengths=tuple(map(len, caption_ids)),
         text_lengths=tuple(map(len, text_ids)),
         pixels=torch.cat([part.to(device) for part in pixels]),
-        tokenizer_pixels=None,
         patch_mask=torch.zeros(num_images + num_pairs, config.num_patches, dtype=torch.bool),
         token_ids=torch.cat([nothing, *caption_ids, *text_ids]),
-        masked_tokens=nothing,
-        target_ids=nothing,
     ).to(device)
 
 

@@ -15,22 +15,19 @@ class Work(NamedTuple):
     """Pairs of rows that attend to each other: the sum of the squared lengths of all sequences."""
     patches: float
     """Patches, masked ones included."""
-    masked_patches: float
-    """Rows of the MIM head."""
-    masked_tokens: float
-    """Rows of the MLM head."""
+    head: float
+    """Operations of the task's head (`Task.head_flops`)."""
 
 
-def work_of(batch: PackedBatch) -> Work:
-    """What one micro-batch asks for."""
+def work_of(batch: PackedBatch, head: float) -> Work:
+    """Returns what one micro-batch asks for, given the operations of the task's head."""
     lengths = [sum(stop - start for start, stop in ranges) for ranges in batch.sequence_ranges]
-    image_mim, text_mlm, pair_mim, pair_mlm = batch.num_masked
     squares = sum(length * length for length in lengths)
-    return Work(batch.num_rows, squares, batch.patch_mask.numel(), image_mim + pair_mim, text_mlm + pair_mlm)
+    return Work(batch.num_rows, squares, batch.patch_mask.numel(), head)
 
 
 def layer_flops(config: ModelConfig, work: Work) -> list[float]:
-    """Operations of the forward pass of every layer: embeddings, blocks, heads; a multiply-add counts 2.
+    """Returns operations of the forward pass of each layer: embeddings, blocks, head; a multiply-add counts 2.
 
     Counts matrix products only, as model FLOPs utilisation is usually stated: those of the model as it is defined, of
     which `Block` leaves some out. Every row meets one expert, so all blocks cost the same.
@@ -38,8 +35,7 @@ def layer_flops(config: ModelConfig, work: Work) -> list[float]:
     hidden = config.hidden_size
     embeddings = 2 * work.patches * 3 * config.patch_size**2 * hidden
     block = attention_flops(config, work.rows, work.attended) + ffn_flops(config, work.rows)
-    heads = 2 * hidden * (work.masked_patches * config.visual_vocab_size + work.masked_tokens * config.text_vocab_size)
-    return [embeddings, *[block] * config.num_layers, heads]
+    return [embeddings, *[block] * config.num_layers, work.head]
 
 
 def attention_flops(config: ModelConfig, rows: float, attended: float) -> float:

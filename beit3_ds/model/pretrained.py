@@ -26,6 +26,8 @@ EXTRA_PREFIX = "released."
 IMAGE_POSITION = "embeddings.image_position"
 """The one tensor that depends on the size of images."""
 
+REPLACEABLE = ("heads.", "norm.")
+"""Beginnings of the names of tensors that fine-tuned models replace."""
 _METADATA_KEY = "beit3_ds"
 _FORMAT_VERSION = 1
 
@@ -123,25 +125,27 @@ def check_tensors(where: str, found: Mapping[str, torch.Size], wanted: Mapping[s
 
     Returns:
         Names of the final norm's and the heads' tensors that the file lacks: fine-tuned releases have other heads.
+        Heads that the model lacks are ignored.
 
     Raises:
         ConfigError: if another tensor is missing, one is none of the model's, or a shape differs.
     """
     missing = [name for name in wanted if name not in found]
-    absent_heads = [name for name in missing if name.startswith("heads.")]
-    lost, unknown = missing[: len(missing) - len(absent_heads)], [name for name in found if name not in wanted]
+    absent = [name for name in missing if name.startswith(REPLACEABLE)]
+    lost = [name for name in missing if name not in absent]
+    unknown = [name for name in found if name not in wanted and not name.startswith("heads.")]
     if lost or unknown:
         raise ConfigError(
             f"{where}: the tensors are not those of the model: {len(lost)} are missing{_examples(lost)}, "
             f"{len(unknown)} are unknown{_examples(unknown)}. Export or import the weights again."
         )
     for name, shape in found.items():
-        if shape != wanted[name]:
+        if shape != wanted.get(name, shape):
             raise ConfigError(
                 f"{where}: {name} has the shape {tuple(shape)}, but its configuration asks for {tuple(wanted[name])}. "
                 f"Export or import the weights again."
             )
-    return absent_heads
+    return absent
 
 
 def _weight_files(path: Path) -> list[Path]:

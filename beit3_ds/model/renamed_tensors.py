@@ -5,8 +5,8 @@ Readers of checkpoints and of exported weights look here, so that the rest of th
 
 from collections.abc import Iterable
 
-RENAMED_TENSORS: dict[str, str] = {}
-"""Current beginnings of logical names by the old ones, such as `heads.norm.`: the final dot keeps a beginning from
+RENAMED_TENSORS: dict[str, str] = {"heads.norm.": "norm."}
+"""Current beginnings of logical names by the old ones. The final dot keeps a beginning from
 matching a part of a longer name. Entries are never removed, because files stay."""
 
 

@@ -83,13 +83,13 @@ def _keep_float32_sums(optimizer: DeepSpeedZeroOptimizer) -> None:
     optimizer.clear_backward_seen_flag = clear_marks_alone
 
 
-def begin_step(engine: DeepSpeedEngine, num_runs: int) -> None:
-    """Prepares the gradients of a step whose backward passes go through `num_runs` runs of layers, one at a time.
+def begin_step(engine: DeepSpeedEngine, num_chunks: int) -> None:
+    """Prepares the gradients of a step whose backward passes go through `num_chunks` runs of layers, one at a time.
 
     The first backward pass of a step overwrites ZeRO-3's buffer of gradients, later ones add to it. A parameter that is
     not in the first one, because it belongs to another run, would add to what the step before left there.
     """
-    if num_runs > 1 and isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
+    if num_chunks > 1 and isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
         engine.optimizer.grad_partitions_flat_buffer.zero_()
 
 

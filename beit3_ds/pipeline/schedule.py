@@ -10,8 +10,8 @@ import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
-from beit3_ds.batch import LOSS_TERMS, PackedBatch
-from beit3_ds.model import Logits, LossOutput
+from beit3_ds.batch import PackedBatch
+from beit3_ds.model import LossOutput
 from beit3_ds.parallel import Mesh, Message
 from beit3_ds.pipeline import deepspeed_compat as deepspeed_compat
 from beit3_ds.pipeline.gradient_probe import GradientProbe
@@ -21,7 +21,7 @@ from beit3_ds.pipeline.stopwatch import Stopwatch
 from beit3_ds.pipeline.tied import TiedWordEmbedding
 
 Prepare = Callable[[PackedBatch], PackedBatch]
-"""Moves a micro-batch to the device and, where the heads are, fills in its visual targets."""
+"""Moves a micro-batch to the device and, where the head is, completes its targets (`RankTask.prepare`)."""
 
 
 class Schedule:
@@ -37,7 +37,7 @@ class Schedule:
 
         Args:
             engine: around `BEiT3`, with gradient accumulation 1.
-            chunks: the runs of layers of all stages, in order (`stages.cut_layers`).
+            chunks: the model chunks of all stages, in order (`stages.cut_layers`).
             mesh: the ranks.
         """
         self.engine, self.chunks, self.mesh = engine, tuple(chunks), mesh
@@ -45,7 +45,7 @@ class Schedule:
         self.probe.watch(engine.module.parameters())  # before the tied table's gradient from another stage is added
         self.tied = TiedWordEmbedding(engine.module, mesh)
         self.probe.watch(self.tied.copies)
-        self.runs = stage_layers(chunks, mesh.pipeline.rank, mesh.pipeline.size)
+        self.model_chunks = stage_layers(chunks, mesh.pipeline.rank, mesh.pipeline.size)
         self._dtype, self._hidden_size = engine.module.stream_dtype, engine.module.config.hidden_size
         self.sending: list[Message] = []
         self.own_work = Stopwatch(engine.device)
@@ -67,18 +67,17 @@ class Schedule:
 
         Args:
             micro_batches: at least one.
-            loss_factors: what each loss term's sum is multiplied by, (4,) float32. They hold the counts of the whole
+            loss_factors: what each term's sum is multiplied by, (K,) float32. They hold the counts of the whole
                 step, so gradients of micro-batches simply add up, however the step is cut.
             prepare: applied to each micro-batch before its first use.
 
         Returns:
-            On the last stage this rank's sum of cross entropies of each of `batch.LOSS_TERMS`, (4,) float32; zeros
-            elsewhere.
+            On the last stage this rank's sum of each of the task's terms, (K,) float32; zeros elsewhere.
         """
         pipeline = self.mesh.pipeline
-        actions = schedule_1f1b(len(micro_batches), pipeline.rank, pipeline.size, len(self.runs))
+        actions = schedule_1f1b(len(micro_batches), pipeline.rank, pipeline.size, len(self.model_chunks))
         step = _Step(self, micro_batches, loss_factors, prepare)
-        deepspeed_compat.begin_step(self.engine, len(self.runs))
+        deepspeed_compat.begin_step(self.engine, len(self.model_chunks))
         self.probe.begin_step()
         self.tied.synchronize()
         arriving = step.receive(actions[0])
@@ -95,16 +94,16 @@ class Schedule:
     @torch.no_grad()
     def run_forward(
         self, batches: Iterable[PackedBatch], loss_factors: Tensor | None, prepare: Prepare
-    ) -> Iterator[tuple[PackedBatch, LossOutput | Logits | None]]:
+    ) -> Iterator[tuple[PackedBatch, Any]]:
         """Runs batches forward through all stages, in evaluation mode.
 
         Args:
             batches: the same on all stages of a pipeline.
-            loss_factors: (4,) float32; None asks for logits.
+            loss_factors: (K,) float32; None asks for the head's predictions.
             prepare: applied to each batch first.
 
         Yields:
-            Each prepared batch with its loss or logits on the last stage, with None elsewhere.
+            Each prepared batch with its `LossOutput` or predictions on the last stage, with None elsewhere.
         """
         self.tied.synchronize()
         self.engine.eval()
@@ -117,27 +116,28 @@ class Schedule:
             self._finish_sending()
             self.engine.train()
 
-    def _run_forward(self, batch: PackedBatch, loss_factors: Tensor | None) -> LossOutput | Logits | None:
+    def _run_forward(self, batch: PackedBatch, loss_factors: Tensor | None) -> Any:
         output = None
-        for run, layers in enumerate(self.runs):
-            arriving = self.receive(run, batch, forward=True)
+        for chunk, layers in enumerate(self.model_chunks):
+            arriving = self.receive(chunk, batch, forward=True)
             x_TD = None if arriving is None else arriving.wait()
             output = self.engine(batch, loss_factors, x_TD, layers)
-            if not self.is_last(run):
+            if not self.is_last(chunk):
                 self.send(output, forward=True)
-        return output if isinstance(output, LossOutput | Logits) else None
+                output = None
+        return output
 
-    def is_first(self, run: int) -> bool:
-        """Whether a run of this stage begins with the embeddings."""
-        return self.runs[run].start == 0
+    def is_first(self, chunk: int) -> bool:
+        """Returns whether a model chunk of this stage begins with the embeddings."""
+        return self.model_chunks[chunk].start == 0
 
-    def is_last(self, run: int) -> bool:
-        """Whether a run of this stage ends with the heads."""
-        return self.runs[run].stop == self.chunks[-1].stop
+    def is_last(self, chunk: int) -> bool:
+        """Returns whether a model chunk of this stage ends with the head."""
+        return self.model_chunks[chunk].stop == self.chunks[-1].stop
 
-    def receive(self, run: int, batch: PackedBatch, *, forward: bool) -> Message | None:
-        """Starts to receive what a pass through `run` needs from another stage, (T, D); None if it needs nothing."""
-        if self.is_first(run) if forward else self.is_last(run):
+    def receive(self, chunk: int, batch: PackedBatch, *, forward: bool) -> Message | None:
+        """Starts to receive what a pass through a chunk needs from another stage, (T, D); None if it needs nothing."""
+        if self.is_first(chunk) if forward else self.is_last(chunk):
             return None
         first, stop = self.mesh.tensor.own_row_range(batch.num_rows)
         x_TD = torch.empty(stop - first, self._hidden_size, dtype=self._dtype, device=self.engine.device)
@@ -160,7 +160,7 @@ class _Step:
     def __init__(
         self, schedule: Schedule, micro_batches: Sequence[PackedBatch], loss_factors: Tensor, prepare: Prepare
     ) -> None:
-        self.sums = torch.zeros(len(LOSS_TERMS), device=loss_factors.device)
+        self.sums = torch.zeros_like(loss_factors)
         self._schedule, self._micro_batches, self._prepare = schedule, micro_batches, prepare
         self._loss_factors = loss_factors
         self._prepared: dict[int, PackedBatch] = {}
@@ -168,7 +168,7 @@ class _Step:
 
     def receive(self, action: Action) -> Message | None:
         batch = self._micro_batches[action.micro_batch]
-        return self._schedule.receive(action.run, batch, forward=action.forward)
+        return self._schedule.receive(action.chunk, batch, forward=action.forward)
 
     def forward(self, action: Action, x_TD: Tensor | None) -> None:
         schedule, number = self._schedule, action.micro_batch
@@ -178,11 +178,11 @@ class _Step:
                 self._prepared[number] = self._prepare(self._micro_batches[number])
         if x_TD is not None:
             x_TD.requires_grad_()
-        layers = schedule.runs[action.run]
+        layers = schedule.model_chunks[action.chunk]
         with schedule.own_work.running() if schedule.forward_is_own else contextlib.nullcontext():
             output = schedule.engine(self._prepared[number], self._loss_factors, x_TD, layers)
-        if action.run == len(schedule.runs) - 1:
-            del self._prepared[number]  # no other run of this stage needs it
+        if action.chunk == len(schedule.model_chunks) - 1:
+            del self._prepared[number]  # no other chunk of this stage needs it
         gradient: list[Tensor] = []
         if isinstance(output, LossOutput):
             self.sums += output.sums
@@ -191,11 +191,11 @@ class _Step:
         else:
             loss = _TakeGradient.apply(output, gradient)
             schedule.send(output, forward=True)
-        self._pending[number, action.run] = _Pending(x_TD, loss, gradient)
+        self._pending[number, action.chunk] = _Pending(x_TD, loss, gradient)
 
     def backward(self, action: Action, gradient_TD: Tensor | None, *, is_last: bool) -> None:
         schedule = self._schedule
-        pending = self._pending.pop((action.micro_batch, action.run))
+        pending = self._pending.pop((action.micro_batch, action.chunk))
         if gradient_TD is not None:
             pending.gradient.append(gradient_TD)
         schedule.mesh.activity.begin(f"backward of micro-batch {action.micro_batch}")

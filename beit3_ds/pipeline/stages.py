@@ -1,4 +1,4 @@
-"""The ordered list of layers, cut into the runs that the stages of a pipeline hold."""
+"""Cuts the ordered list of layers into the model chunks that the stages of a pipeline hold."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -7,44 +7,39 @@ from beit3_ds.config import RunConfig
 from beit3_ds.model.flops import Work, layer_flops
 
 
-def cut_layers(config: RunConfig) -> list[range]:
-    """Cuts the layers (embeddings, blocks, heads) into `parallel.num_chunks` runs of nearly equal work.
+def cut_layers(config: RunConfig, head_flops: float) -> list[range]:
+    """Cuts the layers (embeddings, blocks, head) into `parallel.num_chunks` model chunks of nearly equal work.
 
-    Stage s of S holds the runs s, S + s, 2 S + s, ... (`stage_layers`); a model without pipeline is one run. Costs are
-    those of a step's expected tokens, so a large vocabulary or the visual tokenizer makes the last run shorter.
+    Stage s of S holds the chunks s, S + s, 2 S + s, ... (`stage_layers`); a model without pipeline is one chunk. Costs
+    are those of a step's expected tokens, so a large vocabulary or a frozen network on the last stage makes the last
+    chunk shorter.
+
+    Args:
+        config: the run's configuration.
+        head_flops: operations of a step that the last layer has (`Task.expected_head_flops`).
     """
-    return cut(layer_costs(config), config.parallel.num_chunks)
+    return cut(layer_costs(config, head_flops), config.parallel.num_chunks)
 
 
 def stage_layers(chunks: Sequence[range], stage: int, num_stages: int) -> list[range]:
-    """The runs of layers that one stage holds, in the order of the forward pass."""
+    """Returns the model chunks that one stage holds, in the order of the forward pass."""
     return list(chunks[stage::num_stages])
 
 
-def layer_costs(config: RunConfig) -> list[float]:
-    """Operations of every layer in one step, forward and backward; the frozen visual tokenizer's count to the heads."""
-    costs = [3 * flops for flops in layer_flops(config.model, expected_work(config))]
-    costs[-1] += _tokenizer_flops(config)
-    return costs
+def layer_costs(config: RunConfig, head_flops: float) -> list[float]:
+    """Returns operations of each layer in one step, forward and backward, given those of the head (`cut_layers`)."""
+    costs = [3 * flops for flops in layer_flops(config.model, _expected_work(config))]
+    return [*costs[:-1], head_flops]
 
 
-def expected_work(config: RunConfig) -> Work:
-    """What a step of full-length texts asks for."""
+def _expected_work(config: RunConfig) -> Work:
+    """Returns what a step of full-length texts asks of the backbone."""
     data, num_patches = config.data, config.model.num_patches
     images, pairs, texts = (stream.samples_per_step for stream in data.streams().values())
     image_length, caption_length, text_length = 1 + num_patches, data.pair_text_length, data.text_length
     rows = (images + pairs) * image_length + pairs * caption_length + texts * text_length
     squares = images * image_length**2 + pairs * (image_length + caption_length) ** 2 + texts * text_length**2
-    masked_tokens = pairs * caption_length * data.pair_text_mask_ratio + texts * text_length * data.text_mask_ratio
-    patches = (images + pairs) * num_patches
-    return Work(rows, squares, patches, patches * data.image_mask_ratio, masked_tokens)
-
-
-def _tokenizer_flops(config: RunConfig) -> float:
-    visual, data = config.tokenizers.visual, config.data
-    rows = (data.images.samples_per_step + data.pairs.samples_per_step) * (1 + visual.grid_size**2)
-    width = visual.hidden_size
-    return visual.num_layers * rows * (2 * 12 * width**2 + 4 * (1 + visual.grid_size**2) * width)
+    return Work(rows, squares, (images + pairs) * num_patches, 0.0)
 
 
 def cut(costs: Sequence[float], num_chunks: int) -> list[range]:

@@ -4,26 +4,27 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from beit3_ds.model import BEiT3
+from beit3_ds.model import TaskModel
 from beit3_ds.parallel import Mesh, Message
 
 
 class TiedWordEmbedding:
     """Keeps the last stage's copy of the word table equal to the first stage's parameter.
 
-    The first stage owns the table: there it is trained, divided by ZeRO, clipped and saved. The MLM head of the last
+    The first stage owns the table: there it is trained, divided by ZeRO, clipped and saved. The head of the last
     stage has a copy that DeepSpeed does not know. Its gradient, summed over the step's micro-batches in float32, is
     sent to the first stage before that one's last backward pass and added there to the table's own, so ZeRO reduces the
     sum under any stage. Each step and evaluation begins by sending the table, this rank's V * D elements. Without a
     pipeline the head holds the parameter itself and nothing is to be done.
     """
 
-    def __init__(self, model: BEiT3, mesh: Mesh) -> None:
+    def __init__(self, model: TaskModel, mesh: Mesh) -> None:
         """Finds the table or its copy among the parts of this stage."""
         self._pipeline = mesh.pipeline
         tied = model.config.tie_word_embeddings and mesh.pipeline.size > 1
         self._owned = model.embeddings.word.weight if tied and model.embeddings is not None else None
-        self._copy = model.heads.mlm.weight if tied and model.heads is not None else None
+        table = model.tied_table
+        self._copy = table.weight if mesh.pipeline.size > 1 and table is not None else None
         self._arrived: Tensor | None = None
         if self._owned is not None:
             # Under ZeRO-3 the parameter itself has no elements most of the time.

@@ -137,7 +137,7 @@ def activation_peak(rank_model: RankModel, workloads: Sequence[Workload]) -> int
     """Returns the bytes that autograd keeps at the fullest moment of the schedule, which is after some forward pass."""
     live, peak = 0, 0
     for action in schedule_1f1b(len(workloads), rank_model.stage, rank_model.num_stages, len(rank_model.chunks)):
-        kept = chunk_activations(rank_model, rank_model.chunks[action.run], workloads[action.micro_batch])
+        kept = chunk_activations(rank_model, rank_model.chunks[action.chunk], workloads[action.micro_batch])
         live += kept if action.forward else -kept
         peak = max(peak, live)
     return peak

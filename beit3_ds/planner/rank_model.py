@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from beit3_ds.config import RunConfig
-from beit3_ds.model import BEiT3
+from beit3_ds.model import TaskModel
 from beit3_ds.parallel import TensorParallel
 from beit3_ds.pipeline.stages import cut_layers, stage_layers
 from beit3_ds.planner.workload import BlockRows, Workload
+from beit3_ds.tasks import build_task
 
 _SIZES = {"fp32": 4, "bf16": 2}
 """Bytes per element, by DeepSpeed's names of types."""
@@ -31,7 +32,7 @@ class RankModel:
 
     config: RunConfig
     """The run's configuration."""
-    model: BEiT3
+    model: TaskModel
     """This rank's layers, each with only this rank's tensor-parallel part."""
     tensor: TensorParallel
     """This rank's number among the tensor-parallel ranks; it has no process group, so nothing can be sent."""
@@ -124,8 +125,8 @@ class RankModel:
         if chunk.start == 0 and self.model.embeddings is not None:
             modules.append(self.model.embeddings)
         modules += [self.model.blocks[str(layer - 1)] for layer in self.blocks_of(chunk)]
-        if chunk.stop == self.config.model.num_pipeline_layers and self.model.heads is not None:
-            modules.append(self.model.heads)
+        if chunk.stop == self.config.model.num_pipeline_layers:
+            modules += [module for module in (self.model.norm, self.model.heads) if module is not None]
         return list({id(p): p for module in modules for p in module.parameters()}.values())
 
 
@@ -149,9 +150,10 @@ def build_rank_model(
     tensor = TensorParallel(
         None, tensor_rank, parallel.tensor_parallel_size, sequence_parallel=parallel.sequence_parallel
     )
-    chunks = stage_layers(cut_layers(config), stage, parallel.pipeline_parallel_size)
+    task = build_task(config)
+    chunks = stage_layers(cut_layers(config, task.expected_head_flops()), stage, parallel.pipeline_parallel_size)
     with torch.device("meta"):
-        model = BEiT3(config.model, tensor, chunks, config.training.activation_checkpointing)
+        model = task.build_model(tensor, chunks)
     named = list(model.named_parameters())
     groups = (tuple(p for n, p in named if decays(n)), tuple(p for n, p in named if not decays(n)))
     return RankModel(

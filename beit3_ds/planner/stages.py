@@ -8,6 +8,7 @@ from beit3_ds.planner.memory import Memory, rank_memory
 from beit3_ds.planner.rank_model import RankModel, build_rank_model
 from beit3_ds.planner.traffic import step_traffic
 from beit3_ds.planner.workload import expected_workloads
+from beit3_ds.tasks import build_task
 
 _AXES = ("tensor", "pipeline", "data")
 _DATA_KINDS = ("all-gather", "reduce-scatter", "all-reduce")
@@ -82,7 +83,8 @@ def bubble_share(config: RunConfig) -> float:
 def imbalance(config: RunConfig) -> float:
     """Returns how much longer the slowest stage works than the average one, as a share; 0 if all are even."""
     stages = config.parallel.pipeline_parallel_size
-    costs, chunks = layer_costs(config), cut_layers(config)
+    head_flops = build_task(config).expected_head_flops()
+    costs, chunks = layer_costs(config, head_flops), cut_layers(config, head_flops)
     work = [sum(costs[layer] for chunk in chunks[stage::stages] for layer in chunk) for stage in range(stages)]
     return max(work) * stages / sum(work) - 1
 

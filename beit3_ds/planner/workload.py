@@ -9,6 +9,7 @@ from beit3_ds.config import MicroBatchSize, RunConfig
 from beit3_ds.kernels.ops.attention_plan import plan_attention
 from beit3_ds.layout import SequenceLayout
 from beit3_ds.model.block import computed_sequences
+from beit3_ds.tasks.pretraining.targets import with_masks
 
 
 class BlockRows(NamedTuple):
@@ -50,7 +51,7 @@ class Workload(NamedTuple):
 
 def workload_of(batch: PackedBatch) -> Workload:
     """Returns the workload of one micro-batch."""
-    image_mim, text_mlm, pair_mim, pair_mlm = batch.num_masked
+    image_mim, text_mlm, pair_mim, pair_mlm = batch.term_counts
     num_layers = 0 if batch.drop_path is None else batch.drop_path.shape[1]
     return Workload(
         rows=batch.num_rows,
@@ -97,16 +98,15 @@ def _expected_workload(config: RunConfig, size: MicroBatchSize) -> Workload:
     masked_tokens += texts * data.text_length * data.text_mask_ratio
     patch_mask = torch.zeros(images + pairs, model.num_patches, dtype=torch.bool)
     patch_mask[:, : round(model.num_patches * data.image_mask_ratio)] = True
-    batch = PackedBatch(
+    inputs = PackedBatch(
         num_images=images,
         num_pairs=pairs,
         caption_lengths=(data.pair_text_length,) * pairs,
         text_lengths=(data.text_length,) * texts,
         pixels=None,
-        tokenizer_pixels=None,
         patch_mask=patch_mask,
         token_ids=torch.zeros(tokens, dtype=torch.int64),
-        masked_tokens=torch.arange(round(masked_tokens)),
-        target_ids=torch.zeros(round(masked_tokens), dtype=torch.int64),
     )
+    positions = torch.arange(round(masked_tokens))
+    batch = with_masks(inputs, masked_tokens=positions, target_ids=torch.zeros_like(positions))
     return workload_of(batch)._replace(drops=model.drop_path_rate > 0)

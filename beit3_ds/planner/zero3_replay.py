@@ -72,9 +72,9 @@ class Zero3Replay:
         actions = schedule_1f1b(num_micro_batches, rank_model.stage, rank_model.num_stages, len(rank_model.chunks))
         for action in actions:
             if action.forward:
-                self._forward(rank_model.chunks[action.run])
+                self._forward(rank_model.chunks[action.chunk])
             else:
-                self._backward(rank_model.chunks[action.run])
+                self._backward(rank_model.chunks[action.chunk])
         self._step()
         return self.calls, self.elements
 
@@ -165,7 +165,8 @@ class Zero3Replay:
         model = self.rank_model.model
         modules: list[nn.Module | None] = [model.embeddings] if chunk.start == 0 else []
         modules += [model.blocks[str(layer - 1)] for layer in self.rank_model.blocks_of(chunk)]
-        modules += [model.heads] if chunk.stop == self.rank_model.config.model.num_pipeline_layers else []
+        is_last = chunk.stop == self.rank_model.config.model.num_pipeline_layers
+        modules += [model.norm, model.heads] if is_last else []
         return [module for module in modules if module is not None]
 
     def _is_input(self, module: nn.Module) -> bool:
@@ -177,11 +178,9 @@ class Zero3Replay:
 
     def _num_outputs(self, module: nn.Module) -> int:
         """Returns how often a module is fetched before its backward pass: once per output that has a gradient."""
-        heads = self.rank_model.model.heads
         if isinstance(module, MultiwaySubLayerNorm):
             return 2 * len(module.experts)
-        is_final_norm = heads is not None and module is heads.norm
-        return 2 if module is heads or (isinstance(module, MultiwayLayerNorm) and not is_final_norm) else 1
+        return 2 if isinstance(module, MultiwayLayerNorm) and module is not self.rank_model.model.norm else 1
 
     # DeepSpeed's coordinator; names follow it.
 

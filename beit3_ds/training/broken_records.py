@@ -10,7 +10,7 @@ from beit3_ds.batch import StepBatch
 from beit3_ds.config import ConfigError
 from beit3_ds.parallel import Mesh
 from beit3_ds.parallel.host_group import HostGroup
-from beit3_ds.training.loss import count_masked
+from beit3_ds.training.loss import count_terms
 
 BROKEN_RECORDS = "broken_records"
 """Key of the broken records in the state of the data that a checkpoint holds."""
@@ -79,17 +79,16 @@ class StepCounts:
         self.records, self._mesh = records, mesh
 
     def agree(self, step_batch: StepBatch) -> tuple[Tensor, list[str]]:
-        """Sums the step's masked positions over all ranks; sends 5 integers, and the names of new broken records.
+        """Sums the counts of the step's K terms over all ranks; sends K + 1 integers, and names of new broken records.
 
         Returns:
-            Masked positions of each of `batch.LOSS_TERMS` over all ranks, (4,) int64; one line per broken record that
-            no rank had found before.
+            Counts of each term over all ranks, (K,) int64; one line per broken record that no rank had found before.
 
         Raises:
             ConfigError: on all ranks at the same step, if too many records are broken.
         """
         new = self.records.unknown(step_batch.broken_records)
-        own = torch.cat([count_masked(step_batch), torch.tensor([len(new)])])
+        own = torch.cat([count_terms(step_batch), torch.tensor([len(new)])])
         *counts, num_new = self._mesh.data_host.sum(own).tolist()
         lines = self.records.add(new, f"by step {step_batch.step + 1}") if num_new else []
         return torch.tensor(counts), lines

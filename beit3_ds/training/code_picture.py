@@ -15,8 +15,8 @@ from torch import Tensor
 from beit3_ds.atomic_file import atomic_write
 from beit3_ds.config import RunConfig
 from beit3_ds.data import TokenizerImages
-from beit3_ds.data.masking import block_mask
 from beit3_ds.data.randomness import sample_rng
+from beit3_ds.tasks.pretraining.masking import block_mask
 from beit3_ds.tokenizers import VisualTokenizer
 
 _NUM_IMAGES = 8

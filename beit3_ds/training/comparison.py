@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from beit3_ds.batch import LOSS_TERMS
 from beit3_ds.config import ConfigError
+from beit3_ds.picture import new_figure, save_figure
 from beit3_ds.training.metrics_log import MetricsLog
-from beit3_ds.training.picture import new_figure, save_figure
+from beit3_ds.training.progress import OTHER_FIGURES
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ def compare_runs(first: Path, second: Path) -> Comparison:
         raise ConfigError(
             f"{first} and {second} recorded no step in common. Train both with the same training.log_interval."
         )
-    names = [name for name in ("loss", *LOSS_TERMS) if all(name in row[steps[0]] for row in rows)]
+    one, other = (row[steps[0]] for row in rows)
+    figures = [name for name, value in one.items() if isinstance(value, float) and name in other]
+    names = [name for name in figures if name not in OTHER_FIGURES]
     losses = {name: tuple(tuple(row[step][name] for step in steps) for row in rows) for name in names}
     return Comparison((str(first), str(second)), tuple(steps), losses)  # type: ignore[arg-type]
 

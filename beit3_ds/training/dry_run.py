@@ -7,8 +7,8 @@ import torch
 
 from beit3_ds.config import MicroBatchSize, RunConfig, StepShares, check_layout
 from beit3_ds.config.deepspeed_keys import unused_keys
-from beit3_ds.model import BEiT3
 from beit3_ds.planner import NodeSize, check_node, describe_host, describe_precision, describe_stages, host_requirements
+from beit3_ds.tasks import build_task
 from beit3_ds.training.optimizer import decays
 from beit3_ds.training.start_checks import check_output_dir, check_software
 
@@ -43,9 +43,9 @@ def describe_dry_run(
     check_output_dir(Path(config.training.output_dir))
     shares = config.step_shares(data_parallel_size)
     with torch.device("meta"):
-        model = BEiT3(config.model)
+        model = build_task(config).build_model()
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    backbone = sum(size for name, size in sizes.items() if not name.startswith(("heads.mim", "heads.mlm")))
+    backbone = sum(size for name, size in sizes.items() if not name.startswith("heads."))
     total = sum(sizes.values())
     decayed = sum(size for name, size in sizes.items() if decays(name))
     training = config.training

@@ -9,45 +9,36 @@ from torch import nn
 
 from beit3_ds.config import RunConfig
 from beit3_ds.kernels.cpu.allocator import ALLOCATOR
-from beit3_ds.model import BEiT3, initialize_parameters
+from beit3_ds.model import TaskModel, initialize_parameters
 from beit3_ds.parallel import Mesh, ModelParallelUnit, TensorParallel, is_split
 from beit3_ds.pipeline import deepspeed_compat as deepspeed_compat
 from beit3_ds.pipeline.schedule import Schedule
 from beit3_ds.pipeline.stages import cut_layers, stage_layers
 from beit3_ds.runtime.process_group import compute_device
+from beit3_ds.tasks import Task
 from beit3_ds.training.optimizer import allocate_moments, build_optimizer
 
 
-def build_model(
-    config: RunConfig, tensor: TensorParallel | None = None, layers: Sequence[range] | None = None
-) -> BEiT3:
+def build_model(task: Task, tensor: TensorParallel | None = None, layers: Sequence[range] | None = None) -> TaskModel:
     """Builds this rank's part of the model with its initial values, in float32 and in host memory.
 
     The engine partitions it further over the data-parallel ranks.
 
     Args:
-        config: of the run.
+        task: the task of the run.
         tensor: the ranks that divide every layer; None is this process alone.
-        layers: the runs of layers of this stage; None is all layers.
+        layers: the model chunks of this stage; None is all layers.
     """
-    training = config.training
-    model = BEiT3(
-        config.model,
-        tensor,
-        layers,
-        training.activation_checkpointing,
-        training.kernels,
-        fp32_residual_connection=training.fp32_residual_connection,
-    )
-    initialize_parameters(model, config.model, training.seed)
+    model = task.build_model(tensor, layers)
+    initialize_parameters(model, task.config.model, task.config.training.seed)
     return model
 
 
-def build_schedule(config: RunConfig, mesh: Mesh) -> Schedule:
+def build_schedule(task: Task, mesh: Mesh) -> Schedule:
     """Builds this rank's part of the model, its engine, and the schedule that runs micro-batches through it."""
-    chunks = cut_layers(config)
-    model = build_model(config, mesh.tensor, stage_layers(chunks, mesh.pipeline.rank, mesh.pipeline.size))
-    return Schedule(build_engine(config, model, mesh), chunks, mesh)
+    chunks = cut_layers(task.config, task.expected_head_flops())
+    model = build_model(task, mesh.tensor, stage_layers(chunks, mesh.pipeline.rank, mesh.pipeline.size))
+    return Schedule(build_engine(task.config, model, mesh), chunks, mesh)
 
 
 def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh) -> deepspeed.DeepSpeedEngine:

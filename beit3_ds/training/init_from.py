@@ -7,29 +7,29 @@ from torch import Tensor
 
 from beit3_ds.checkpoint.engine_state import EngineState
 from beit3_ds.checkpoint.slices import TensorSlice
-from beit3_ds.config import ModelConfig, RunConfig
-from beit3_ds.model import BEiT3
+from beit3_ds.config import RunConfig
 from beit3_ds.model.adaptation import AdaptedWeights
 from beit3_ds.model.pretrained import PretrainedWeights
+from beit3_ds.tasks import build_task
 
 
 class InitialWeights:
     """Weights of a file, adapted to the model of a run (`model.adaptation` lists the settings that may differ)."""
 
-    def __init__(self, path: str | Path, model: ModelConfig, seed: int = 0) -> None:
+    def __init__(self, path: str | Path, config: RunConfig) -> None:
         """Reads names and shapes.
 
         Args:
             path: a file or folder that `beit3 export` or `beit3 import` wrote.
-            model: the run's model.
-            seed: seed of the initial values of tensors that the weights lack.
+            config: the run's configuration; its seed gives initial values to tensors that the weights lack.
 
         Raises:
             ConfigError: if the weights cannot be read, or are of a model that cannot be adapted.
         """
-        self.weights = AdaptedWeights(PretrainedWeights(path), model, f"training.init_from={path}", seed=seed)
+        where, seed = f"training.init_from={path}", config.training.seed
+        self.weights = AdaptedWeights(PretrainedWeights(path), config.model, where, seed=seed)
         with torch.device("meta"):
-            wanted = {name: parameter.shape for name, parameter in BEiT3(model).named_parameters()}
+            wanted = {name: parameter.shape for name, parameter in build_task(config).build_model().named_parameters()}
         self.absent = self.weights.check(wanted)
         """Tensors of the final norm and the heads that the file lacks; they keep their initial values."""
 
@@ -57,4 +57,4 @@ def open_initial_weights(config: RunConfig) -> InitialWeights | None:
         ConfigError: if they cannot be read, or are those of another model.
     """
     path = config.training.init_from
-    return InitialWeights(path, config.model, config.training.seed) if path else None
+    return InitialWeights(path, config) if path else None

@@ -1,7 +1,7 @@
 """The training loop."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -20,11 +20,11 @@ from beit3_ds.pipeline.schedule import Schedule
 from beit3_ds.runtime.distributed_stop_signals import DistributedStopSignals
 from beit3_ds.runtime.stop_signals import StopSignals
 from beit3_ds.storage_error import StorageError
-from beit3_ds.tokenizers.visual import VisualTokenizer
+from beit3_ds.tasks import RankTask, Term
 from beit3_ds.training.broken_records import BROKEN_RECORDS, BrokenRecords, StepCounts, format_new_records
 from beit3_ds.training.csv_monitor import continue_csv_files
 from beit3_ds.training.engine import apply_update
-from beit3_ds.training.evaluation import evaluate, validation_source_names
+from beit3_ds.training.evaluation import evaluate
 from beit3_ds.training.learning_rate import learning_rate
 from beit3_ds.training.loss import build_loss_factors
 from beit3_ds.training.loss_spikes import LossSpikes, format_spike
@@ -33,20 +33,21 @@ from beit3_ds.training.progress import Progress, Update, format_evaluation, form
 from beit3_ds.training.skipped_steps import NonFiniteLossError, SkippedSteps
 from beit3_ds.training.step_feed import StepFeed
 from beit3_ds.training.stragglers import Stragglers
-from beit3_ds.training.targets import prepare_batch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything the loop works with, built by `pretrain`."""
+    """Everything the loop works with, built by `train.build_run`."""
 
     config: RunConfig
     schedule: Schedule
     state: EngineState
     mesh: Mesh
     device: torch.device
-    visual_tokenizer: VisualTokenizer | None
-    """None on stages of a pipeline without heads."""
+    terms: tuple[Term, ...]
+    """The terms of the task."""
+    rank_task: RankTask
+    """The task as this rank has opened it."""
     validation: Iterable[PackedBatch]
     read_validation: Callable[[], None]
     """Reads this rank's own validation batches; returns early if the rank is asked to stop."""
@@ -69,8 +70,12 @@ class Run:
         return self.schedule.engine
 
     def prepare(self, batch: PackedBatch) -> PackedBatch:
-        """Moves a micro-batch to the device, with visual targets where the heads are."""
-        return prepare_batch(batch, self.visual_tokenizer, self.device)
+        """Returns a micro-batch on the device, with the targets that the head needs."""
+        return self.rank_task.prepare(batch, self.device)
+
+    def predict(self, batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, Any]]:
+        """Yields each batch, prepared, with the head's predictions on the last stage and None elsewhere."""
+        yield from self.schedule.run_forward(batches, None, self.prepare)
 
 
 class Resumption(NamedTuple):
@@ -260,7 +265,7 @@ def _update(run: Run, step_batch: StepBatch, counts: Tensor, rate: float) -> Upd
     for group in run.engine.optimizer.param_groups:
         group["lr"] = rate
     mesh = run.mesh
-    factors = build_loss_factors(counts, run.config.training.loss_weights, mesh.data_parallel_size).to(run.device)
+    factors = build_loss_factors(counts, run.terms, mesh.data_parallel_size).to(run.device)
     sums = run.schedule.accumulate_gradients(step_batch.micro_batches, factors, run.prepare)
     loss = (sums * factors).sum() / mesh.data_parallel_size * (mesh.tensor.rank == 0)  # its peers have the same sums
     mesh.activity.begin("update")
@@ -277,15 +282,15 @@ def _report(run: Run, done: int, skipped: SkippedSteps, spikes: LossSpikes) -> N
     totals = {BROKEN_RECORDS: run.broken_records.total, "skipped_steps": skipped.total, "loss_spikes": spikes.total}
     record |= {name: total for name, total in totals.items() if total}
     _record(run, record)
-    _say(run, "\n".join([format_line(record, run.config.training.total_steps), *lines]))
+    _say(run, "\n".join([format_line(record, run.config.training.total_steps, run.terms), *lines]))
 
 
 def _evaluate_and_record(run: Run, done: int) -> None:
-    names = validation_source_names(run.config.data)
-    terms = evaluate(run.schedule, run.validation, run.visual_tokenizer, run.mesh, run.device, names)
-    record = {"step": done, "kind": "validation", **terms}
+    names = run.config.data.validation_source_names()
+    means = evaluate(run.schedule, run.validation, run.prepare, run.terms, run.mesh, run.device, names)
+    record = {"step": done, "kind": "validation", **means}
     _record(run, record)
-    _say(run, format_evaluation(record))
+    _say(run, format_evaluation(record, run.terms))
 
 
 def _record(run: Run, record: dict[str, Any]) -> None:

@@ -1,47 +1,47 @@
-"""A picture of the run: the four loss terms over the steps."""
+"""A picture of the run: the terms of its task over the steps."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from beit3_ds.batch import LOSS_TERMS
-from beit3_ds.training.picture import new_figure, save_figure
+import numpy as np
 
-_TITLES = {
-    "image_mim": "images: masked patches",
-    "text_mlm": "texts: masked tokens",
-    "pair_mim": "pairs: masked patches",
-    "pair_mlm": "pairs: masked tokens",
-}
+from beit3_ds.picture import new_figure, save_figure
+from beit3_ds.tasks import Term
 
 
-def plot_losses(records: list[dict[str, Any]], baselines: dict[str, float], path: Path) -> None:
-    """Draws each loss term in training and held out, with the unigram entropy as a dashed line.
+def plot_losses(records: list[dict[str, Any]], baselines: dict[str, float], terms: Sequence[Term], path: Path) -> None:
+    """Draws each term in training and validation, with its baseline as a dashed line.
 
     Args:
-        records: the run's metrics_log.
-        baselines: unigram entropy of each term, in nats.
+        records: the run's metrics.
+        baselines: what a predictor that ignores its input would reach, by term.
+        terms: the task's terms.
         path: the PNG to write.
     """
-    figure, axes = new_figure(2, 2, (10, 7))
-    for axis, term in zip(axes.flat, LOSS_TERMS, strict=True):
+    columns = min(2, len(terms))
+    rows = -(-len(terms) // columns)
+    figure, axes = new_figure(rows, columns, (5 * columns, 3.5 * rows))
+    grid = np.atleast_2d(axes).reshape(rows, columns)
+    for axis, term in zip(grid.flat, terms, strict=False):
         for kind, style in (
             ("train", {"alpha": 0.6, "linewidth": 1}),
             ("validation", {"marker": "o", "markersize": 4}),
         ):
-            points = [(r["step"], r[term]) for r in records if r["kind"] == kind and term in r]
+            points = [(r["step"], r[term.name]) for r in records if r["kind"] == kind and term.name in r]
             if points:
                 axis.plot(
                     *zip(*points, strict=True), label={"train": "training", "validation": "held out"}[kind], **style
                 )
-        if term in baselines:
-            axis.axhline(baselines[term], linestyle="--", color="gray", label="unigram entropy")
-        axis.set_title(_TITLES[term])
-        axis.set_ylabel("cross entropy (nats)")
+        if term.name in baselines:
+            axis.axhline(baselines[term.name], linestyle="--", color="gray", label="unigram entropy")
+        axis.set_title(term.title)
+        axis.set_ylabel(term.unit)
         axis.grid(alpha=0.3)
-    for axis in axes.flat:
+    for axis in grid.flat:
         if axis.get_legend_handles_labels()[0]:  # a stream may be neither trained nor evaluated
             axis.legend()
             break
-    for axis in axes[1]:
+    for axis in grid[-1]:
         axis.set_xlabel("step")
     save_figure(figure, path)

@@ -3,24 +3,24 @@
 import math
 import resource
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from beit3_ds.batch import LOSS_TERMS, StepBatch
-from beit3_ds.config import ModelConfig
+from beit3_ds.batch import PackedBatch, StepBatch
 from beit3_ds.parallel import Mesh
+from beit3_ds.tasks import Term
 from beit3_ds.training.evaluation import mean_terms
-from beit3_ds.training.flops import training_flops
 
 
 class Update(NamedTuple):
     """What one step came to."""
 
     sums: Tensor
-    """This rank's sum of cross entropies of each of `LOSS_TERMS`, (4,) float32."""
+    """This rank's sum of each of the task's terms, (K,) float32."""
     grad_norm: float
     """Of all ranks' gradients, before clipping; not finite if the update was skipped."""
     learning_rate: float
@@ -32,6 +32,13 @@ class Update(NamedTuple):
     def is_skipped(self) -> bool:
         """Whether weights stayed as they were, on all ranks."""
         return not math.isfinite(self.grad_norm)
+
+
+OTHER_FIGURES = frozenset(
+    {"step", "learning_rate", "grad_norm", "samples_per_second", "tokens_per_second", "mfu", "memory_gib", "data_wait"}
+    | {"seconds_left", "broken_records", "skipped_steps", "loss_spikes"}
+)
+"""Figures of a progress line that are neither the loss nor a term of the task."""
 
 
 @dataclass
@@ -46,23 +53,34 @@ class Interval:
     samples: int = 0
     tokens: int = 0
     flops: float = 0.0
-    sums: Tensor = field(default_factory=lambda: torch.zeros(len(LOSS_TERMS), dtype=torch.float64))
-    counts: Tensor = field(default_factory=lambda: torch.zeros(len(LOSS_TERMS), dtype=torch.float64))
+    sums: float | Tensor = 0.0
+    """Of the terms, (K,) float64."""
+    counts: float | Tensor = 0.0
+    """Of the terms, (K,) float64."""
 
 
 class Progress:
     """Collects steps and reports them at every `log_interval`."""
 
-    def __init__(self, model: ModelConfig, total_steps: int, peak_flops: float, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        terms: Sequence[Term],
+        flops_of: Callable[[PackedBatch], float],
+        total_steps: int,
+        peak_flops: float,
+        mesh: Mesh,
+    ) -> None:
         """Starts the clock.
 
         Args:
-            model: for the FLOPs of a batch.
+            terms: the task's terms.
+            flops_of: returns the operations of a micro-batch, forward and backward.
             total_steps: of the run, for the time left.
             peak_flops: what one rank's device could do a second; MFU is a share of it.
             mesh: to sum over ranks.
         """
-        self.model, self.total_steps, self.peak_flops, self.mesh = model, total_steps, peak_flops, mesh
+        self.terms, self.flops_of = terms, flops_of
+        self.total_steps, self.peak_flops, self.mesh = total_steps, peak_flops, mesh
         self.interval = Interval()
 
     @property
@@ -82,12 +100,12 @@ class Progress:
         for batch in step_batch.micro_batches:
             interval.samples += batch.num_sequences
             interval.tokens += batch.num_rows
-            interval.flops += training_flops(self.model, batch)
+            interval.flops += self.flops_of(batch)
         if not update.is_skipped:
             interval.updates.append((step_batch.step + 1, update))
-            interval.sums += update.sums.double().cpu()
+            interval.sums = interval.sums + update.sums.double().cpu()
             for batch in step_batch.micro_batches:
-                interval.counts += torch.tensor(batch.num_masked)
+                interval.counts = interval.counts + torch.tensor(batch.term_counts, dtype=torch.float64)
 
     def losses(self) -> list[tuple[int, float]]:
         """The steps since the last line, but for skipped ones, each with its loss. Sends as many numbers."""
@@ -103,13 +121,14 @@ class Progress:
         """
         done, self.interval = self.interval, Interval()
         _, last = done.updates[-1]
-        terms = mean_terms(done.sums, done.counts, self.mesh)
+        assert isinstance(done.sums, Tensor) and isinstance(done.counts, Tensor), "an interval without updates"
+        terms = mean_terms(done.sums, done.counts, self.terms, self.mesh)
         work = torch.tensor([done.samples, done.tokens, done.flops], dtype=torch.float64)
         samples, tokens, flops = self.mesh.data_host.sum(work).tolist()
         return {
             "step": step,
             "kind": "train",
-            "loss": sum(terms.values()),
+            "loss": sum(term.weight * terms[term.name] for term in self.terms if term.name in terms),
             **terms,
             "learning_rate": last.learning_rate,
             "grad_norm": last.grad_norm,
@@ -122,15 +141,15 @@ class Progress:
         }
 
 
-def format_line(record: dict[str, Any], total_steps: int) -> str:
-    """One progress line a person can read."""
-    terms = "  ".join(f"{term} {record[term]:.3f}" for term in LOSS_TERMS if term in record)
+def format_line(record: dict[str, Any], total_steps: int, terms: Sequence[Term]) -> str:
+    """Formats one progress line a person can read."""
+    shown = "  ".join(f"{term.name} {record[term.name]:.3f}" for term in terms if term.name in record)
     broken = f" | broken records {record['broken_records']}" if record.get("broken_records") else ""
     left = time.strftime("%H:%M:%S", time.gmtime(record["seconds_left"]))
     if record["seconds_left"] >= 86400:
         left = f"{int(record['seconds_left'] // 86400)}d {left}"
     return (
-        f"step {record['step']}/{total_steps} | loss {record['loss']:.3f} | {terms} | "
+        f"step {record['step']}/{total_steps} | loss {record['loss']:.3f} | {shown} | "
         f"lr {record['learning_rate']:.2e} | grad norm {record['grad_norm']:.2f} | "
         f"{record['samples_per_second']:.0f} samples/s | {record['tokens_per_second']:.0f} tokens/s | "
         f"MFU {record['mfu']:.0%} | {record['memory_gib']:.1f} GiB | "
@@ -138,15 +157,14 @@ def format_line(record: dict[str, Any], total_steps: int) -> str:
     )
 
 
-def format_evaluation(record: dict[str, Any]) -> str:
-    """Formats one line of validation losses; a term of several sources is followed by the loss of each source."""
-    terms = []
-    for term in LOSS_TERMS:
-        if term in record:
-            sources = [(key.partition("/")[2], loss) for key, loss in record.items() if key.startswith(f"{term}/")]
-            each = f" ({', '.join(f'{name} {loss:.3f}' for name, loss in sources)})" if sources else ""
-            terms.append(f"{term} {record[term]:.3f}{each}")
-    return f"validation at step {record['step']} | {'  '.join(terms)}"
+def format_evaluation(record: dict[str, Any], terms: Sequence[Term]) -> str:
+    """Formats one line of validation means; a term of several sources is followed by the mean over each source."""
+    shown = []
+    for name in (term.name for term in terms if term.name in record):
+        sources = [(key.partition("/")[2], mean) for key, mean in record.items() if key.startswith(f"{name}/")]
+        each = f" ({', '.join(f'{source} {mean:.3f}' for source, mean in sources)})" if sources else ""
+        shown.append(f"{name} {record[name]:.3f}{each}")
+    return f"validation at step {record['step']} | {'  '.join(shown)}"
 
 
 def peak_memory_gib() -> float:

@@ -55,7 +55,7 @@ def part_of(name: str) -> str:
         return f"attention{whose}"
     if ".ffn." in name:
         return f"experts{whose}"
-    if name.startswith("heads.norm."):
+    if name.startswith("norm."):
         return f"final norm{whose}"
     return {"heads.mim": "MIM head", "heads.mlm": "MLM head"}.get(name.rsplit(".", 1)[0], "embeddings")
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from beit3_ds.config import ConfigError, ModelConfig
-from beit3_ds.model import BEiT3
 from beit3_ds.model.pretrained import EXTRA_PREFIX, IMAGE_POSITION, check_tensors, matrix_part
 from beit3_ds.positions import interpolate_positions
+from beit3_ds.tasks.pretraining.model import PretrainingModel
 from beit3_ds.untrusted_file import read_tensors_with_note
 from beit3_ds.weights.export_note import NOTE_KEY, parse_note
 from beit3_ds.weights.unilm_names import (
@@ -121,4 +121,4 @@ def _by_logical_name(
 
 def _parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in BEiT3(config).named_parameters()}
+        return {name: parameter.shape for name, parameter in PretrainingModel(config).named_parameters()}

@@ -40,7 +40,7 @@ def plan_timm_export(reader: WeightReader) -> list[PlannedTensor]:
             f"{_EPSILON:g}. Use another format."
         )
     shared = config.attention_experts[0]
-    if f"heads.norm.weight_{shared}" not in reader.names():
+    if f"norm.weight_{shared}" not in reader.names():
         raise ConfigError(
             "timm: the weights have no final norm, which timm's model has: they were fine-tuned without it. Export "
             "pretrained weights."

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from beit3_ds.config import ConfigError
-from beit3_ds.model import BEiT3, initial_value
+from beit3_ds.model import initial_value
 from beit3_ds.model.pretrained import IMAGE_POSITION, matrix_part
 from beit3_ds.positions import interpolate_positions
+from beit3_ds.tasks.pretraining.model import PretrainingModel
 from beit3_ds.weights.export_note import ExportNote
 from beit3_ds.weights.timm_names import timm_names
 
@@ -41,8 +42,10 @@ class TimmFile:
         if image_size is not None:
             self.model = dataclasses.replace(note.model, image_size=image_size)
         with torch.device("meta"):
-            self._shapes = {name: parameter.shape for name, parameter in BEiT3(self.model).named_parameters()}
-            stored = {name: parameter.shape for name, parameter in BEiT3(note.model).named_parameters()}
+            self._shapes = {
+                name: parameter.shape for name, parameter in PretrainingModel(self.model).named_parameters()
+            }
+            stored = {name: parameter.shape for name, parameter in PretrainingModel(note.model).named_parameters()}
         self._tensors = dict(_by_logical_name(tensors, note, stored, str(path)))
         self.held = list(self._tensors)
 

@@ -19,7 +19,7 @@ def timm_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
         **{key: (name,) for key, name in _EMBEDDINGS.items()},
     }
     for kind in ("weight", "bias"):
-        names[f"fc_norm.{kind}"] = (f"heads.norm.{kind}_{shared}",)
+        names[f"fc_norm.{kind}"] = (f"norm.{kind}_{shared}",)
         for layer in range(config.num_layers):
             block = f"blocks.{layer}"
             own = {key: f"attention.{name}.{kind}_{shared}" for key, name in _ATTENTION.items()}

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from beit3_ds.config import ConfigError
-from beit3_ds.model.pretrained import EXTRA_PREFIX
+from beit3_ds.model.pretrained import EXTRA_PREFIX, REPLACEABLE
 from beit3_ds.weights.planned_tensor import PlannedTensor, plan_copy
 from beit3_ds.weights.reader import WeightReader
 from beit3_ds.weights.unilm_names import (
@@ -35,7 +35,7 @@ def plan_unilm_export(reader: WeightReader, *, fusion: bool) -> list[PlannedTens
     held = set(reader.names())
     planned = []
     for key, name in reference_keys(reader.model, fusion=fusion).items():
-        if name in held or not name.startswith("heads."):
+        if name in held or not name.startswith(REPLACEABLE):
             planned.append(_plan_tensor(reader, key, name, held))
     own_keys = {tensor.name for tensor in planned}
     extras = [name for name in held if name.startswith(EXTRA_PREFIX)]

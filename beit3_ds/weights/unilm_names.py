@@ -58,7 +58,7 @@ def reference_keys(config: ModelConfig, *, fusion: bool = False) -> dict[str, st
     keys = _TABLES | TOKENS | POSITION_TABLES
     for letter, expert in (("A", "vision"), ("B", "language")):
         shared = attention[0] if attention == ("shared",) else expert
-        keys |= {f"beit3.encoder.layer_norm.{letter}.{kind}": f"heads.norm.{kind}_{shared}" for kind in kinds}
+        keys |= {f"beit3.encoder.layer_norm.{letter}.{kind}": f"norm.{kind}_{shared}" for kind in kinds}
         for layer in range(config.num_layers):
             theirs, ours = f"beit3.encoder.layers.{layer}", f"blocks.{layer}"
             own = "vision_language" if fusion and "vision_language" in config.experts(layer) else expert

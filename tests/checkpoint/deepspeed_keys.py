@@ -163,10 +163,11 @@ def _start(cell: KeyCell, mesh: Mesh, folder: Path, seed: int) -> Any:
     from beit3_ds.checkpoint.engine_state import EngineState
     from beit3_ds.checkpoint.run_description import RunDescription
     from beit3_ds.checkpoint.store import CheckpointStore
+    from beit3_ds.tasks import build_task
     from beit3_ds.training.engine import build_schedule
 
     config = cell.config(seed)
-    schedule = build_schedule(config, mesh)
+    schedule = build_schedule(build_task(config), mesh)
     run = RunDescription(
         model=dataclasses.asdict(config.model), config={}, tokenizers={}, layout=mesh.describe_layout(), versions={}
     )
@@ -208,12 +209,12 @@ def _check_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], wh
 def _check_exported(path: Path, weights: dict[str, Tensor], folder: Path, mesh: Mesh) -> None:
     """Checks on the main rank that the exported model is the trained one."""
     from beit3_ds.checkpoint.folder import open_checkpoint
-    from beit3_ds.model import BEiT3
+    from beit3_ds.tasks.pretraining.model import PretrainingModel
     from beit3_ds.weights.export import export_weights
 
     if mesh.is_main:
         export_weights(open_checkpoint(path), folder / "exported.safetensors")
-        model = BEiT3.from_pretrained(folder / "exported.safetensors")
+        model = PretrainingModel.from_pretrained(folder / "exported.safetensors")
         vocabulary = model.config.text_vocab_size
         exported = {name: parameter.detach() for name, parameter in model.named_parameters()}
         live = {name: tensor[:vocabulary] if "word" in name else tensor for name, tensor in weights.items()}

@@ -96,11 +96,12 @@ def start(
 ) -> tuple[Mesh, Schedule, EngineState, CheckpointStore]:
     """Builds a new engine with initial values drawn from `seed`, and opens the checkpoints in `folder`."""
     from beit3_ds.runtime.process_group import init_process_group
+    from beit3_ds.tasks import build_task
     from beit3_ds.training.engine import build_schedule
 
     config = setup.config(seed)
     mesh = mesh or init_process_group(config.parallel)
-    schedule = build_schedule(config, mesh)
+    schedule = build_schedule(build_task(config), mesh)
     model = dataclasses.asdict(config.model)
     run = RunDescription(model=model, config={}, tokenizers={}, layout=mesh.describe_layout(), versions={})
     store = CheckpointStore(folder, 1, mesh, run, 300)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.checkpoint.training_run import TrainingRun, check_same_state
-from tests.test_pretrain import losses
+from tests.test_train import losses
 
 LAUNCHER_SECONDS = 0.3
 """The longest that other ranks outlive one here; a launcher ends them, too."""

@@ -15,7 +15,7 @@ from beit3_ds.checkpoint.folder import CheckpointFolder
 from beit3_ds.runtime.stop_signals import STOP_SIGNALS
 from tests.checkpoint.training_run import TrainingRun, check_same_state
 from tests.preloaded import start_module
-from tests.test_pretrain import losses
+from tests.test_train import losses
 
 NO_EVALUATION = {"eval_interval": 1000}
 
@@ -53,7 +53,7 @@ def test_signal_during_the_start_stops_before_the_first_step(run_mapping: dict[s
     """Catches a rank that dies of a signal before it can handle it (`beit3 launch` delays such signals)."""
     config = tmp_path / "config.json"
     config.write_text(json.dumps(run_mapping))
-    process = start_module("beit3_ds.pretrain", [config], output=subprocess.PIPE, blocked=STOP_SIGNALS)
+    process = start_module("beit3_ds.train", [config], output=subprocess.PIPE, blocked=STOP_SIGNALS)
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0

@@ -116,7 +116,7 @@ def _train(folder: str, failing_saves: list[str]) -> None:
     torch.set_num_threads(1)
     if failing_saves:
         _fail_saves({f"step-{int(step):08d}" for step in failing_saves})
-    from beit3_ds.pretrain import main
+    from beit3_ds.train import main
 
     sys.exit(main([f"{folder}/config.json"]))
 

@@ -66,7 +66,7 @@ def test_other_mistakes_are_one_line(arguments: list[str], words: str, capsys: p
 
 
 def test_a_rank_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
-    from beit3_ds.pretrain import main as pretrain_main
+    from beit3_ds.train import main as pretrain_main
 
     assert pretrain_main([QUICKSTART, "--local_rank=-1"]) == 2
     assert "argument --local_rank: it is -1; it must be at least 0" in capsys.readouterr().err

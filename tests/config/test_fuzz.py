@@ -125,7 +125,7 @@ def _is_agreed(said: str, status: int, error: str) -> bool:
     """Returns whether an accepted start succeeded or was refused for a reason that only the files can give."""
     if status == 0:
         return True
-    return status == 2 and error.count("\n") <= 1 and bool(re.search(r"tokenizer|\.tar|\.spm|matches no file", error))
+    return status == 2 and error.count("\n") <= 1 and bool(re.search(r"tokenizer|\.tar|\.spm|no file matches", error))
 
 
 def _train_all(paths: list[str]) -> list[tuple[int, str]]:
@@ -135,16 +135,16 @@ def _train_all(paths: list[str]) -> list[tuple[int, str]]:
     import os
     import traceback
 
-    from beit3_ds import pretrain
+    from beit3_ds import train
 
-    pretrain.write_report = lambda *arguments: None  # half of the time, and no setting's business
+    train.write_report = lambda *arguments: None  # half of the time, and no setting's business
     results = []
     os.chdir(ROOT)
     for path in paths:
         errors = io.StringIO()
         try:
             with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-                status = pretrain.main([path])
+                status = train.main([path])
             results.append((status, errors.getvalue().strip()))
         except BaseException:
             results.append((1, traceback.format_exc()[-1500:]))

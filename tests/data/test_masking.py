@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beit3_ds.data.masking import block_mask, mask_tokens, mask_words
+from beit3_ds.tasks.pretraining.masking import block_mask, mask_tokens, mask_words
 from beit3_ds.tokenizers.text import WordBorders
 
 MASK_ID = 1001

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from beit3_ds.data.packing import ImageSample, ImageShape, PairSample, Sample, TextSample, pack
+from beit3_ds.tasks.pretraining.packing import ImageSample, ImageShape, PairSample, Sample, TextSample, pack
 
 SHAPE = ImageShape(image_size=4, tokenizer_image_size=6, num_patches=4)
 
@@ -36,13 +36,13 @@ def test_captions_come_before_texts_and_positions_move_along() -> None:
     batch = pack([_image(1, "i"), *pairs, _text(300, 4, [3], "t")], torch.zeros(4, 2, 2), SHAPE)
     assert (batch.num_images, batch.num_pairs, batch.caption_lengths, batch.text_lengths) == (1, 2, (3, 5), (4,))
     assert batch.pixels[:, 0, 0, 0].tolist() == [1, 2, 3]
-    assert batch.tokenizer_pixels[:, 0, 0, 0].tolist() == [1, 2, 3]
+    assert batch.targets["tokenizer_pixels"][:, 0, 0, 0].tolist() == [1, 2, 3]
     assert batch.token_ids.tolist() == [100, 101, 102, 200, 201, 202, 203, 204, 300, 301, 302, 303]
     # catches positions that still count from their own text's start
-    assert batch.masked_tokens.tolist() == [1, 5, 7, 11]
-    assert torch.equal(batch.token_ids[batch.masked_tokens] + 1000, batch.target_ids)
+    assert batch.targets["masked_tokens"].tolist() == [1, 5, 7, 11]
+    assert torch.equal(batch.token_ids[batch.targets["masked_tokens"]] + 1000, batch.targets["target_ids"])
     assert batch.sample_names == ("i", "p", "q", "t")
-    assert batch.num_masked == (2, 1, 4, 3)
+    assert batch.term_counts == (2, 1, 4, 3)
 
 
 @pytest.mark.parametrize("present", itertools.product([0, 2], repeat=3))
@@ -56,9 +56,10 @@ def test_any_stream_may_be_absent(present: tuple[int, int, int]) -> None:
     assert batch.num_sequences == sum(present)
     # shapes and dtypes must hold without samples too: every parameter takes part in every micro-batch
     assert (batch.pixels.shape, batch.pixels.dtype) == ((num_pixels, 3, 4, 4), torch.float32)
-    assert (batch.tokenizer_pixels.shape, batch.tokenizer_pixels.dtype) == ((num_pixels, 3, 6, 6), torch.float32)
+    views = batch.targets["tokenizer_pixels"]
+    assert (views.shape, views.dtype) == ((num_pixels, 3, 6, 6), torch.float32)
     assert (batch.patch_mask.shape, batch.patch_mask.dtype) == ((num_pixels, 4), torch.bool)
-    for ids in (batch.token_ids, batch.masked_tokens, batch.target_ids):
+    for ids in (batch.token_ids, batch.targets["masked_tokens"], batch.targets["target_ids"]):
         assert ids.dtype == torch.int64
     assert batch.num_rows == images * 5 + pairs * 8 + texts * 4
 

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from beit3_ds.data.samples import build_train_streams, name_sources
+from beit3_ds.data.samples import name_sources
 from beit3_ds.data.skipped_report import describe_skipped
+from beit3_ds.tasks.pretraining.samples import build_train_streams
 from beit3_ds.tokenizers.text import TextTokenizer
 from tests.data.conftest import BuildConfig, WriteTar
 

@@ -10,9 +10,9 @@ import torch
 from beit3_ds.batch import PackedBatch, StepBatch
 from beit3_ds.config import ConfigError, RunConfig
 from beit3_ds.data.loader import build_train_loader
-from beit3_ds.data.steps import StepDataset
 from beit3_ds.tokenizers.text import TextTokenizer
 from tests.data.conftest import BuildConfig, WriteTar
+from tests.tasks.pretraining.samples import open_steps
 
 Sequences = dict[str, list[tuple[str, tuple[torch.Tensor, ...]]]]
 
@@ -21,7 +21,7 @@ def _sequences(batch: PackedBatch) -> Sequences:
     """Takes a batch apart: name, and all tensors that belong to each sequence, by stream."""
     texts = list(batch.token_ids.split([*batch.caption_lengths, *batch.text_lengths]))
     masked = torch.zeros_like(batch.token_ids)
-    masked[batch.masked_tokens] = batch.target_ids
+    masked[batch.targets["masked_tokens"]] = batch.targets["target_ids"]
     targets = list(masked.split([*batch.caption_lengths, *batch.text_lengths]))
     sequences: Sequences = {"images": [], "pairs": [], "texts": []}
     num_pixels = batch.num_images + batch.num_pairs
@@ -29,7 +29,7 @@ def _sequences(batch: PackedBatch) -> Sequences:
     for i, name in enumerate(batch.sample_names):
         tensors: list[torch.Tensor] = [batch.drop_path[i]]
         if i < num_pixels:
-            tensors += [batch.pixels[i], batch.tokenizer_pixels[i], batch.patch_mask[i]]
+            tensors += [batch.pixels[i], batch.targets["tokenizer_pixels"][i], batch.patch_mask[i]]
         if i >= batch.num_images:
             tensors += [texts[i - batch.num_images], targets[i - batch.num_images]]
         stream = "images" if i < batch.num_images else "pairs" if i < num_pixels else "texts"
@@ -58,16 +58,16 @@ def _assert_same(ours: Sequences, theirs: Sequences) -> None:
 def test_a_step_is_the_same_under_every_layout(
     build_config: BuildConfig, tokenizer: TextTokenizer, size: int, accumulation: int
 ) -> None:
-    reference = StepDataset(build_config(), tokenizer, 0, 1)
+    reference = open_steps(build_config(), tokenizer, 0, 1)
     config = build_config(accumulation=accumulation)
-    ranks = [StepDataset(config, tokenizer, rank, size) for rank in range(size)]
+    ranks = [open_steps(config, tokenizer, rank, size) for rank in range(size)]
     for step in (0, 6):  # the second one crosses an epoch of every stream
         # catches slots dealt in another order, and masks, crops or drop path that depend on the rank
         _assert_same(_by_slot([rank[step] for rank in ranks]), _by_slot([reference[step]]))
 
 
 def test_every_sample_comes_once_an_epoch(build_config: BuildConfig, tokenizer: TextTokenizer) -> None:
-    dataset = StepDataset(build_config(images=6), tokenizer, 0, 1)
+    dataset = open_steps(build_config(images=6), tokenizer, 0, 1)
     names = [name for step in range(11) for name, _ in _by_slot([dataset[step]])["images"]]
     counts = Counter(names)  # 66 positions over 22 images
     assert set(counts.values()) == {3}
@@ -76,7 +76,7 @@ def test_every_sample_comes_once_an_epoch(build_config: BuildConfig, tokenizer: 
 
 
 def test_a_sample_looks_different_in_another_epoch(build_config: BuildConfig, tokenizer: TextTokenizer) -> None:
-    dataset = StepDataset(build_config(images=22), tokenizer, 0, 1)
+    dataset = open_steps(build_config(images=22), tokenizer, 0, 1)
     first, second = (dict(_by_slot([dataset[step]])["images"]) for step in (0, 1))
     for name, (_, pixels, _, mask) in first.items():
         # catches crops and masks drawn from the sample alone
@@ -85,25 +85,25 @@ def test_a_sample_looks_different_in_another_epoch(build_config: BuildConfig, to
 
 
 def test_a_step_can_be_asked_for_in_any_order(build_config: BuildConfig, tokenizer: TextTokenizer) -> None:
-    dataset = StepDataset(build_config(), tokenizer, 0, 1)
+    dataset = open_steps(build_config(), tokenizer, 0, 1)
     forward = [_by_slot([dataset[step]]) for step in range(3)]
     for step in (2, 0, 1):
         _assert_same(_by_slot([dataset[step]]), forward[step])  # catches hidden state
 
 
 def test_streams_without_samples_are_absent(build_config: BuildConfig, tokenizer: TextTokenizer) -> None:
-    batch = StepDataset(build_config(images=0, pairs=0), tokenizer, 0, 1)[0].micro_batches[0]
+    batch = open_steps(build_config(images=0, pairs=0), tokenizer, 0, 1)[0].micro_batches[0]
     assert (batch.num_images, batch.num_pairs, batch.num_texts) == (0, 0, 8)
     assert batch.pixels.shape == (0, 3, 32, 32)
-    assert batch.tokenizer_pixels.shape == (0, 3, 64, 64)
+    assert batch.targets["tokenizer_pixels"].shape == (0, 3, 64, 64)
 
 
 def test_masks_have_the_configured_ratios(build_config: BuildConfig, tokenizer: TextTokenizer) -> None:
-    batch = StepDataset(build_config(), tokenizer, 0, 1)[0].micro_batches[0]
+    batch = open_steps(build_config(), tokenizer, 0, 1)[0].micro_batches[0]
     assert batch.patch_mask.sum(dim=1).tolist() == [26] * 8  # 40% of 64, in every image
     captions = sum(min(round(n * 0.5), n - 1) for n in batch.caption_lengths)
     texts = sum(max(1, round(n * 0.15)) for n in batch.text_lengths)
-    assert batch.num_masked == (4 * 26, texts, 4 * 26, captions)  # catches exchanged text ratios
+    assert batch.term_counts == (4 * 26, texts, 4 * 26, captions)  # catches exchanged text ratios
     assert max(batch.caption_lengths) <= 12
     assert max(batch.text_lengths) <= 16
 
@@ -123,8 +123,8 @@ def test_a_broken_record_leaves_its_slot_empty(
     shard_with_broken_record: str,
 ) -> None:
     whole = write_tar(tmp_path / "whole.tar", {f"{i}.png": png for i in range(4)})
-    expected = StepDataset(build_config(files={"images": whole}), tokenizer, 0, 1)[0]
-    step = StepDataset(build_config(files={"images": shard_with_broken_record}), tokenizer, 0, 1)[0]
+    expected = open_steps(build_config(files={"images": whole}), tokenizer, 0, 1)[0]
+    step = open_steps(build_config(files={"images": shard_with_broken_record}), tokenizer, 0, 1)[0]
     assert len(step.broken_records) == 1
     ((name, line),) = step.broken_records.items()
     assert name.endswith("broken.tar:2") and line.startswith(f"{name}: broken image")
@@ -145,11 +145,11 @@ def test_a_step_of_broken_records_still_packs(
 ) -> None:
     shard = write_tar(tmp_path / "all-broken.tar", {"a.png": b"", "b.png": b"", "a.txt": b"caption"})
     config = build_config(texts=0, files={"images": shard, "pairs": shard})
-    step = StepDataset(config, tokenizer, 0, 1)[0]
+    step = open_steps(config, tokenizer, 0, 1)[0]
     # Two records, though eight slots are empty, and under the same names in both streams.
     assert [name.rpartition("/")[2] for name in sorted(step.broken_records)] == ["all-broken.tar:a", "all-broken.tar:b"]
     assert step.micro_batches[0].num_rows == 0
-    assert step.micro_batches[0].num_masked == (0, 0, 0, 0)
+    assert step.micro_batches[0].term_counts == (0, 0, 0, 0)
 
 
 def _mixed_config(build_config: BuildConfig, sample_files: dict[str, str], num_workers: int = 0) -> RunConfig:
@@ -167,11 +167,11 @@ def _mixed_config(build_config: BuildConfig, sample_files: dict[str, str], num_w
 def test_global_steps_are_the_same_on_any_number_of_ranks(
     build_config: BuildConfig, sample_files: dict[str, str], tokenizer: TextTokenizer, num_workers: int
 ) -> None:
-    reference = StepDataset(_mixed_config(build_config, sample_files), tokenizer, 0, 1)
+    reference = open_steps(_mixed_config(build_config, sample_files), tokenizer, 0, 1)
     expected = [_by_slot([reference[step]]) for step in range(12)]
     config = _mixed_config(build_config, sample_files, num_workers)
     for size in (1, 2, 3, 4) if num_workers == 0 else (3,):
-        ranks = [StepDataset(config, tokenizer, rank, size) for rank in range(size)]
+        ranks = [open_steps(config, tokenizer, rank, size) for rank in range(size)]
         loaders = [build_train_loader(rank, config.data, first_step=0) for rank in ranks]
         for step, shares in enumerate(zip(*loaders, strict=True)):
             # catches another order as well as another set: 144 pairs are 14 epochs of one source and 23 of the other
@@ -186,7 +186,7 @@ def test_a_run_goes_on_with_other_ranks(
 
     def names(size: int, first: int, last: int) -> list[str]:
         loaders = [
-            build_train_loader(StepDataset(config, tokenizer, rank, size), config.data, first) for rank in range(size)
+            build_train_loader(open_steps(config, tokenizer, rank, size), config.data, first) for rank in range(size)
         ]
         steps = itertools.islice(zip(*loaders, strict=True), last - first)
         return [name for shares in steps for stream in _by_slot(list(shares)).values() for name, _ in stream]
@@ -198,7 +198,7 @@ def test_a_run_goes_on_with_other_ranks(
 def test_weighted_sources_share_the_stream(
     build_config: BuildConfig, sample_files: dict[str, str], tokenizer: TextTokenizer
 ) -> None:
-    dataset = StepDataset(_mixed_config(build_config, sample_files), tokenizer, 0, 1)
+    dataset = open_steps(_mixed_config(build_config, sample_files), tokenizer, 0, 1)
     names = [name for step in range(10) for name, _ in _by_slot([dataset[step]])["pairs"]]
     counts = Counter(names)
     assert sum(count for name, count in counts.items() if "pairs-0" in name) == 24  # 0.25 / 1.25 of 120
@@ -210,7 +210,7 @@ def test_weighted_sources_share_the_stream(
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_loader_resumes_at_any_step(build_config: BuildConfig, tokenizer: TextTokenizer, num_workers: int) -> None:
     config = build_config(data={"num_workers": num_workers})
-    dataset = StepDataset(config, tokenizer, 1, 2)
+    dataset = open_steps(config, tokenizer, 1, 2)
     steps = list(build_train_loader(dataset, config.data, first_step=8))
     assert [step.step for step in steps] == [8, 9, 10, 11]  # catches steps out of order, and a count from 0
     for step in steps:
@@ -224,14 +224,14 @@ def test_weighted_sources_may_not_share_a_file(
     sources = [{"path": one, "weight": 1}, {"path": sample_files["pairs"], "weight": 1}]
     config = build_config(data={"pairs": {"train": sources, "samples_per_step": 4}})
     with pytest.raises(ConfigError, match=r"pairs-0\.tar is listed twice"):
-        StepDataset(config, tokenizer, 0, 1)
+        open_steps(config, tokenizer, 0, 1)
 
 
 def test_a_worker_survives_a_broken_record(
     build_config: BuildConfig, tokenizer: TextTokenizer, shard_with_broken_record: str
 ) -> None:
     config = build_config(files={"images": shard_with_broken_record}, data={"num_workers": 1})
-    steps = list(build_train_loader(StepDataset(config, tokenizer, 0, 1), config.data, first_step=0))
+    steps = list(build_train_loader(open_steps(config, tokenizer, 0, 1), config.data, first_step=0))
     assert len(steps) == 12
     # four images, one broken, four a step: every step meets it; catches a worker that dies, or drops the report
     assert all(len(step.broken_records) == 1 and step.micro_batches[0].num_images == 3 for step in steps)
@@ -239,4 +239,4 @@ def test_a_worker_survives_a_broken_record(
 
 def test_a_finished_run_has_no_steps_left(build_config: BuildConfig, tokenizer: TextTokenizer) -> None:
     config = build_config()
-    assert list(build_train_loader(StepDataset(config, tokenizer, 0, 1), config.data, first_step=12)) == []
+    assert list(build_train_loader(open_steps(config, tokenizer, 0, 1), config.data, first_step=12)) == []

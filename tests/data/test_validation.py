@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ConfigError, RunConfig, SourceConfig
-from beit3_ds.data.validation import build_validation_batches, choose_samples, divide_by_size
+from beit3_ds.data.validation import choose_samples, divide_by_size
 from beit3_ds.tokenizers.text import TextTokenizer
 from tests.data.conftest import BuildConfig, WriteTar
+from tests.tasks.pretraining.samples import open_validation_batches
 
 
 def _names(batches: Iterable[PackedBatch]) -> list[str]:
@@ -25,7 +26,7 @@ def test_ranks_share_all_samples_in_equally_many_batches(
     build_config: BuildConfig, tokenizer: TextTokenizer, size: int
 ) -> None:
     config = build_config(training={"eval_samples": 15})
-    ranks = [build_validation_batches(config, tokenizer, rank, size) for rank in range(size)]
+    ranks = [open_validation_batches(config, tokenizer, rank, size) for rank in range(size)]
     assert len({len(rank) for rank in ranks}) == 1  # catches collectives that wait for a rank without a batch
     assert all(len(list(rank)) == len(rank) for rank in ranks)
     names = [name for rank in ranks for name in _names(rank)]
@@ -41,8 +42,8 @@ def test_ranks_share_all_samples_in_equally_many_batches(
 
 def test_masked_counts_do_not_depend_on_the_layout(build_config: BuildConfig, tokenizer: TextTokenizer) -> None:
     config = build_config()
-    one = list(build_validation_batches(config, tokenizer, 0, 1))
-    two = [batch for rank in range(2) for batch in build_validation_batches(config, tokenizer, rank, 2)]
+    one = list(open_validation_batches(config, tokenizer, 0, 1))
+    two = [batch for rank in range(2) for batch in open_validation_batches(config, tokenizer, rank, 2)]
 
     def masks(batches: Iterable[PackedBatch]) -> dict[str, list[bool]]:
         named: dict[str, list[bool]] = {}
@@ -54,9 +55,9 @@ def test_masked_counts_do_not_depend_on_the_layout(build_config: BuildConfig, to
 
 
 def test_every_pass_yields_the_same(build_config: BuildConfig, tokenizer: TextTokenizer) -> None:
-    batches = build_validation_batches(build_config(), tokenizer, 0, 1)
+    batches = open_validation_batches(build_config(), tokenizer, 0, 1)
     first, second = list(batches), list(batches)
-    again = list(build_validation_batches(build_config(), tokenizer, 0, 1))
+    again = list(open_validation_batches(build_config(), tokenizer, 0, 1))
     for a, b, c in zip(first, second, again, strict=True):
         assert a is b  # prepared once
         # catches views or masks that change between evaluations
@@ -68,15 +69,15 @@ def test_every_pass_yields_the_same(build_config: BuildConfig, tokenizer: TextTo
 def test_streams_without_validation_files_are_absent(build_config: BuildConfig, tokenizer: TextTokenizer) -> None:
     absent = {"train": ["unused"], "samples_per_step": 4}
     config = build_config(data={"images": absent, "pairs": absent})
-    assert all(batch.num_images == batch.num_pairs == 0 for batch in build_validation_batches(config, tokenizer, 0, 1))
-    nothing = build_validation_batches(
+    assert all(batch.num_images == batch.num_pairs == 0 for batch in open_validation_batches(config, tokenizer, 0, 1))
+    nothing = open_validation_batches(
         build_config(data=dict.fromkeys(("images", "pairs", "texts"), absent)), tokenizer, 0, 1
     )
     assert list(nothing) == []
 
 
 def test_a_stream_that_is_not_trained_can_be_evaluated(build_config: BuildConfig, tokenizer: TextTokenizer) -> None:
-    batches = list(build_validation_batches(build_config(images=0), tokenizer, 0, 1))
+    batches = list(open_validation_batches(build_config(images=0), tokenizer, 0, 1))
     assert sum(batch.num_images for batch in batches) == 22
 
 
@@ -85,14 +86,14 @@ def test_a_broken_record_stops_with_its_name(
 ) -> None:
     shard = write_tar(tmp_path / "s.tar", {"good.png": png, "bad.png": b"no image"})
     with pytest.raises(ConfigError, match=r"s\.tar:bad: broken image"):
-        list(build_validation_batches(build_config(files={"images": shard}), tokenizer, 0, 1))
+        list(open_validation_batches(build_config(files={"images": shard}), tokenizer, 0, 1))
 
 
 def _fingerprints(config: RunConfig, tokenizer: TextTokenizer, size: int = 1) -> dict[str, tuple[object, ...]]:
     """What is asked of every validation sample, by its name, over all ranks."""
     found: dict[str, tuple[object, ...]] = {}
     for rank in range(size):
-        for batch in build_validation_batches(config, tokenizer, rank, size):
+        for batch in open_validation_batches(config, tokenizer, rank, size):
             texts = batch.token_ids.split([*batch.caption_lengths, *batch.text_lengths])
             num_pixels = batch.num_images + batch.num_pairs
             for number, name in enumerate(batch.sample_names):
@@ -125,7 +126,7 @@ def test_samples_are_spread_over_all_sources(
     images = dataclasses.replace(config.data.images, validation=tuple(SourceConfig(path=str(path)) for path in sources))
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, images=images))
     for size in (1, 2, 3):
-        ranks = [list(build_validation_batches(config, tokenizer, rank, size)) for rank in range(size)]
+        ranks = [list(open_validation_batches(config, tokenizer, rank, size)) for rank in range(size)]
         assert len({len(rank) for rank in ranks}) == 1
         by_source: dict[int, list[str]] = {}
         for batch in (batch for rank in ranks for batch in rank if batch.num_images):

@@ -79,7 +79,7 @@ def _write_config(model: str, zero_stage: int, parallel: dict[str, int], folder:
 
 def _train(configs: list[str]) -> list[int]:
     """On one rank: trains one run after the other, each with a port of its own, and returns the exit statuses."""
-    from beit3_ds.pretrain import main
+    from beit3_ds.train import main
 
     os.environ["OMP_NUM_THREADS"] = "1"  # more threads add in another order; `run_ranks` started this one with one
     statuses = []

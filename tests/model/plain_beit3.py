@@ -26,12 +26,12 @@ def plain_losses(p: Parameters, config: ModelConfig, batch: PackedBatch) -> Tens
             x = _block(p, config, layer, x, kind, real, sample["modality"], _factors(batch, number, layer))
         vision_term, language_term = {"image": (0, 0), "pair": (2, 3), "text": (1, 1)}[sample["modality"]]
         for row, target in sample["patch_targets"].items():
-            h = _norm(p, "heads.norm", [_expert_of(config, "v")], x[[1 + row]], config)[0]
+            h = _norm(p, "norm", [_expert_of(config, "v")], x[[1 + row]], config)[0]
             logits = p["heads.mim.weight"] @ h + p["heads.mim.bias"]
             sums[vision_term] = sums[vision_term] + torch.logsumexp(logits, 0) - logits[target]
         first_text = 0 if sample["modality"] == "text" else 1 + config.num_patches
         for position, target in sample["token_targets"].items():
-            h = _norm(p, "heads.norm", [_expert_of(config, "l")], x[[first_text + position]], config)[0]
+            h = _norm(p, "norm", [_expert_of(config, "l")], x[[first_text + position]], config)[0]
             logits = p["heads.mlm.weight"] @ h + p["heads.mlm.bias"]
             sums[language_term] = sums[language_term] + torch.logsumexp(logits, 0) - logits[target]
     return torch.stack(sums)
@@ -39,8 +39,10 @@ def plain_losses(p: Parameters, config: ModelConfig, batch: PackedBatch) -> Tens
 
 def _unpack(batch: PackedBatch) -> list[dict]:
     samples: list[dict] = []
-    codes = iter(batch.visual_targets.tolist())
-    token_targets = dict(zip(batch.masked_tokens.tolist(), batch.target_ids.tolist(), strict=True))
+    codes = iter(batch.targets["visual_codes"].tolist())
+    token_targets = dict(
+        zip(batch.targets["masked_tokens"].tolist(), batch.targets["target_ids"].tolist(), strict=True)
+    )
     for i in range(batch.num_images + batch.num_pairs):
         targets = {n: next(codes) for n in range(batch.patch_mask.shape[1]) if batch.patch_mask[i, n]}
         modality = "image" if i < batch.num_images else "pair"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from beit3_ds.config import ConfigError, ModelConfig
 from beit3_ds.model import BEiT3, PretrainedWeights, initial_value
 from beit3_ds.model.adaptation import AdaptedWeights
+from beit3_ds.tasks.pretraining.model import PretrainingModel
 from tests.batches import decoupled, small_model_config
 from tests.weights.models import assert_features_equal, exported, random_inputs, random_model
 
@@ -31,10 +32,10 @@ def changes(stored: ModelConfig, path: Path, **wanted: Any) -> list[str]:
 def test_shared_becomes_decoupled_with_the_same_outputs(tmp_path: Path) -> None:
     model = random_model(SHARED)
     path = exported(model, tmp_path / "w")
-    loaded = BEiT3.from_pretrained(path, layout="decoupled")
+    loaded = PretrainingModel.from_pretrained(path, layout="decoupled")
     assert loaded.config == dataclasses.replace(SHARED, layout="decoupled")
     assert_features_equal(features_of(loaded, SHARED), features_of(model, SHARED), 1e-6)
-    norm = loaded.heads.norm
+    norm = loaded.norm
     assert torch.equal(norm.weight_vision, norm.weight_language) and norm.weight_vision is not norm.weight_language
     assert changes(SHARED, path, layout="decoupled") == ["shared attention and norms copied for vision and language"]
 
@@ -44,7 +45,7 @@ def test_decoupling_leaves_vision_language_experts_out(tmp_path: Path) -> None:
     model = random_model(PAPER)
     path = exported(model, tmp_path / "w")
     wanted = {"layout": "decoupled", "num_vision_language_layers": 0}
-    ours, theirs = features_of(BEiT3.from_pretrained(path, **wanted), PAPER), features_of(model, PAPER)
+    ours, theirs = features_of(PretrainingModel.from_pretrained(path, **wanted), PAPER), features_of(model, PAPER)
     assert_features_equal(
         ours._replace(pair_images=ours.images, pair_texts=()),
         theirs._replace(pair_images=theirs.images, pair_texts=()),
@@ -57,7 +58,7 @@ def test_decoupling_leaves_vision_language_experts_out(tmp_path: Path) -> None:
 def test_new_experts_are_those_of_vision(stored: ModelConfig, tmp_path: Path) -> None:
     model = random_model(stored)
     path = exported(model, tmp_path / "w")
-    loaded = BEiT3.from_pretrained(path, num_vision_language_layers=3)
+    loaded = PretrainingModel.from_pretrained(path, num_vision_language_layers=3)
     state, old = dict(loaded.named_parameters()), dict(model.named_parameters())
     for name, parameter in state.items():
         source = name if name in old else name.replace("_vision_language", "_vision")
@@ -78,7 +79,7 @@ def test_other_text_lengths(length: int, tmp_path_factory: pytest.TempPathFactor
     """Positions that were learned stay, others have the initial values of a new run."""
     model = random_model(PAPER)
     path = exported(model, tmp_path_factory.mktemp("w") / "w")
-    loaded = BEiT3.from_pretrained(path, max_text_length=length)
+    loaded = PretrainingModel.from_pretrained(path, max_text_length=length)
     table, kept = loaded.embeddings.text_position, min(length, 20)
     assert table.shape == (length, 24) and torch.equal(table[:kept], model.embeddings.text_position[:kept])
     fresh = initial_value("embeddings.text_position", table.shape, loaded.config, 0)
@@ -93,7 +94,7 @@ def test_other_text_lengths(length: int, tmp_path_factory: pytest.TempPathFactor
 
 def test_several_settings_at_once(tmp_path: Path) -> None:
     path = exported(random_model(SHARED), tmp_path / "w")
-    loaded = BEiT3.from_pretrained(path, image_size=24, max_text_length=30, layout="decoupled")
+    loaded = PretrainingModel.from_pretrained(path, image_size=24, max_text_length=30, layout="decoupled")
     assert features_of(loaded, loaded.config).images.shape == (2, 37, 24)
     assert len(changes(SHARED, path, image_size=24, max_text_length=30, layout="decoupled")) == 3
 
@@ -121,7 +122,7 @@ def test_the_rest_is_refused(wanted: dict[str, Any], message: str, tmp_path: Pat
 def test_decoupled_does_not_become_shared(tmp_path: Path) -> None:
     path = exported(random_model(decoupled()), tmp_path / "w")
     with pytest.raises(ConfigError, match="layout 'decoupled' there, 'shared' here"):
-        BEiT3.from_pretrained(path, layout="shared")
+        PretrainingModel.from_pretrained(path, layout="shared")
 
 
 def test_settings_that_change_no_tensor_may_differ(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import torch
 
 from beit3_ds.config import ActivationCheckpointing, Kernels, ModelConfig
 from beit3_ds.model import BEiT3, attention, initialize_parameters
+from beit3_ds.tasks.pretraining.model import PretrainingModel
 from tests.batches import decoupled, random_batch, small_model_config
 from tests.model.plain_beit3 import plain_losses
 
@@ -20,7 +21,7 @@ MIXES = {"images": (3, 0, 0), "texts": (0, 0, 3), "pairs": (0, 3, 0), "all": (2,
 def build(
     config: ModelConfig, dtype: torch.dtype = torch.float64, recompute: ActivationCheckpointing = "none"
 ) -> BEiT3:
-    model = BEiT3(config, activation_checkpointing=recompute)
+    model = PretrainingModel(config, activation_checkpointing=recompute)
     initialize_parameters(model, config, seed=3)
     with torch.no_grad():  # biases and norms away from 0 and 1, so that a forgotten one shows
         for i, parameter in enumerate(model.parameters()):
@@ -80,7 +81,7 @@ def test_logits_belong_to_the_losses() -> None:
     config = small_model_config()
     model, batch = build(config, torch.float32), random_batch(small_model_config(), 2, 2, 2)
     logits = model(batch, None)
-    text = torch.nn.functional.cross_entropy(logits.text, batch.target_ids, reduction="sum")
+    text = torch.nn.functional.cross_entropy(logits.text, batch.targets["target_ids"], reduction="sum")
     sums = model(batch, torch.ones(4)).sums
     torch.testing.assert_close(text, sums[1] + sums[3])
 
@@ -108,7 +109,7 @@ def test_every_block_takes_the_kernels_that_were_chosen(kernels: Kernels, monkey
         "packed_attention",
         lambda *args, **kwargs: asked.append(kwargs["cuda_cpp"]) or original(*args, **kwargs),
     )
-    model = BEiT3(config, kernels=kernels)
+    model = PretrainingModel(config, kernels=kernels)
     initialize_parameters(model, config, seed=3)
     model(random_batch(config, 1, 1, 1), torch.ones(4))
     assert asked == [kernels == "cuda"] * config.num_layers

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from beit3_ds.model import BEiT3, initialize_parameters
+from beit3_ds.model import initialize_parameters
 from beit3_ds.model.block import computed_sequences
+from beit3_ds.tasks.pretraining.model import PretrainingModel
 from tests.batches import random_batch, small_model_config
 
 CONFIG = small_model_config()
@@ -14,7 +15,7 @@ CONFIG = small_model_config()
 
 def rows_seen(batch: object, layers: range | None = None) -> dict[str, int]:
     """Rows that attention and FFN of every block were given."""
-    model, seen = BEiT3(CONFIG), {}
+    model, seen = PretrainingModel(CONFIG), {}
     initialize_parameters(model, CONFIG, seed=3)
     for name, block in model.blocks.items():
         for part in ("attention", "ffn"):
@@ -26,7 +27,7 @@ def rows_seen(batch: object, layers: range | None = None) -> dict[str, int]:
 
 def test_last_ffn_computes_masked_rows_if_the_heads_follow() -> None:
     batch = random_batch(CONFIG, 2, 2, 2)
-    every, masked = batch.num_rows, sum(batch.num_masked)
+    every, masked = batch.num_rows, sum(batch.term_counts)
     assert 0 < masked < every
     assert rows_seen(batch) == {f"{i}.{part}": every for i in range(3) for part in ("attention", "ffn")} | {
         "2.ffn": masked

@@ -23,11 +23,11 @@ def test_features_are_what_the_heads_see(layout: str) -> None:
     config = LAYOUTS[layout]
     model, batch = random_model(config), random_batch(config, 2, 2, 2)
     plain = dataclasses.replace(batch, patch_mask=torch.zeros_like(batch.patch_mask))  # ids stay as corrupted
-    logits = model.heads(model(plain, None, layers=range(config.num_layers + 1)), batch, with_loss=False)
+    logits = model.heads(model.run_layers(plain), batch, with_loss=False)
     ids = batch.token_ids.split([*batch.caption_lengths, *batch.text_lengths])
     features = model.encode(batch.pixels[:2], ids[2:], (batch.pixels[2:], ids[:2]))
     patches = torch.cat([features.images, features.pair_images])[:, 1:][batch.patch_mask]
-    tokens = torch.cat([*features.pair_texts, *features.texts])[batch.masked_tokens]
+    tokens = torch.cat([*features.pair_texts, *features.texts])[batch.targets["masked_tokens"]]
     torch.testing.assert_close((model.heads.mim.logits(patches), model.heads.mlm.logits(tokens)), logits)
     assert min(len(patches), len(tokens)) > 5
 

@@ -5,14 +5,15 @@ import math
 import pytest
 import torch
 
-from beit3_ds.model import BEiT3, initial_value, initialize_parameters
+from beit3_ds.model import initial_value, initialize_parameters
 from beit3_ds.parallel import TensorParallel, logical_part, own_part
+from beit3_ds.tasks.pretraining.model import PretrainingModel
 from tests.batches import decoupled, small_model_config
 
 
 def test_values_do_not_depend_on_the_order_of_construction() -> None:
     config = small_model_config()
-    model = BEiT3(config)
+    model = PretrainingModel(config)
     torch.manual_seed(0)
     initialize_parameters(model, config, seed=1)
     for name, parameter in reversed(list(model.named_parameters())):
@@ -23,7 +24,7 @@ def test_values_do_not_depend_on_the_order_of_construction() -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_hold_their_parts_of_the_same_values(rank: int) -> None:
     config = small_model_config(num_attention_heads=2, text_vocab_size=150)  # the second rank's words are padded
-    whole, part = BEiT3(config), BEiT3(config, TensorParallel(rank=rank, size=2))
+    whole, part = PretrainingModel(config), PretrainingModel(config, TensorParallel(rank=rank, size=2))
     for model in (whole, part):
         initialize_parameters(model, config, seed=1)
     for name, parameter in part.named_parameters():

@@ -7,13 +7,14 @@ from torch import Tensor, nn
 from beit3_ds.benchmarks.precision import measure_precision
 from beit3_ds.config import ModelConfig
 from beit3_ds.model import BEiT3, initialize_parameters
+from beit3_ds.tasks.pretraining.model import PretrainingModel
 from tests.batches import decoupled, random_batch, small_model_config
 
 FACTORS = torch.ones(4)
 
 
 def build(config: ModelConfig, dtype: torch.dtype, *, wide: bool, checkpointing: str = "none") -> BEiT3:
-    model = BEiT3(config, activation_checkpointing=checkpointing, fp32_residual_connection=wide)  # type: ignore[arg-type]
+    model = PretrainingModel(config, activation_checkpointing=checkpointing, fp32_residual_connection=wide)  # type: ignore[arg-type]
     initialize_parameters(model, config, seed=1)
     return model.to(dtype)
 

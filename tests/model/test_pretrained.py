@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from beit3_ds.checkpoint.slices import TensorSlice, matrix_shape
 from beit3_ds.config import ConfigError
-from beit3_ds.model import BEiT3, PretrainedWeights
+from beit3_ds.model import PretrainedWeights
 from beit3_ds.model.pretrained import INDEX_NAME
+from beit3_ds.tasks.pretraining.model import PretrainingModel
 from beit3_ds.weights.export import export_weights
 from tests.batches import decoupled, small_model_config
 from tests.weights.models import ModelReader, assert_features_equal, exported, random_inputs, random_model
@@ -32,7 +33,7 @@ LAYOUTS = {
 def test_the_loaded_model_is_the_exported_one(layout: str, max_shard_bytes: int | None, tmp_path: Path) -> None:
     model = random_model(LAYOUTS[layout])
     export_weights(ModelReader(model, step=12), tmp_path / "weights", max_shard_bytes=max_shard_bytes)
-    loaded = BEiT3.from_pretrained(tmp_path / "weights")
+    loaded = PretrainingModel.from_pretrained(tmp_path / "weights")
     assert loaded.config == model.config and not loaded.training
     assert PretrainedWeights(tmp_path / "weights").step == 12
     inputs = random_inputs(model.config)
@@ -48,7 +49,7 @@ def test_the_loaded_model_is_the_exported_one(layout: str, max_shard_bytes: int 
 @torch.no_grad()
 def test_the_type_of_parameters_is_what_was_asked_for(tmp_path: Path) -> None:
     model = random_model(LAYOUTS["tied"])
-    loaded = BEiT3.from_pretrained(exported(model, tmp_path / "weights.safetensors"), dtype=torch.bfloat16)
+    loaded = PretrainingModel.from_pretrained(exported(model, tmp_path / "weights.safetensors"), dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
     images, _, _ = random_inputs(model.config)
     ours, expected = loaded.encode(images).images, model.encode(images).images
@@ -58,7 +59,7 @@ def test_the_type_of_parameters_is_what_was_asked_for(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_positions_are_interpolated_for_another_image_size(tmp_path: Path) -> None:
     model = random_model(small_model_config())  # 4 x 4 patches of 4 pixels
-    loaded = BEiT3.from_pretrained(exported(model, tmp_path / "weights.safetensors"), image_size=24)
+    loaded = PretrainingModel.from_pretrained(exported(model, tmp_path / "weights.safetensors"), image_size=24)
     table = model.embeddings.image_position
     grid = F.interpolate(table[1:].T.reshape(1, -1, 4, 4), size=(6, 6), mode="bicubic", align_corners=False)
     expected = torch.cat([table[:1], grid[0].flatten(1).T])
@@ -66,7 +67,7 @@ def test_positions_are_interpolated_for_another_image_size(tmp_path: Path) -> No
     assert loaded.config.image_size == 24
     assert loaded.encode(torch.zeros(1, 3, 24, 24)).images.shape == (1, 37, 24)
     with pytest.raises(ConfigError, match="does not divide image_size=22"):
-        BEiT3.from_pretrained(tmp_path / "weights.safetensors", image_size=22)
+        PretrainingModel.from_pretrained(tmp_path / "weights.safetensors", image_size=22)
 
 
 @settings(max_examples=60, deadline=None)
@@ -109,40 +110,40 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
         return exported(model, path)
 
     with pytest.raises(ConfigError, match="there is no"):
-        BEiT3.from_pretrained(path)
+        PretrainingModel.from_pretrained(path)
     path.write_bytes(b"PK\x03\x04 no safetensors")
     with pytest.raises(ConfigError, match=r"not a readable safetensors file.*beit3 import"):
-        BEiT3.from_pretrained(path)
+        PretrainingModel.from_pretrained(path)
     save_file({"weight": torch.ones(2)}, path)
     with pytest.raises(ConfigError, match=r"another program wrote it.*beit3 import"):
-        BEiT3.from_pretrained(path)
+        PretrainingModel.from_pretrained(path)
     path.write_bytes(fresh().read_bytes()[:-10])
     with pytest.raises(ConfigError, match="not a readable safetensors file"):
-        BEiT3.from_pretrained(path)
+        PretrainingModel.from_pretrained(path)
     with pytest.raises(ConfigError, match=r"1 are missing \(blocks.1.ffn.fc1.bias_language\)"):
-        BEiT3.from_pretrained(rewritten(fresh(), drop=["blocks.1.ffn.fc1.bias_language"]))
+        PretrainingModel.from_pretrained(rewritten(fresh(), drop=["blocks.1.ffn.fc1.bias_language"]))
     with pytest.raises(ConfigError, match=r"1 are unknown \(blocks.9.x\)"):
-        BEiT3.from_pretrained(rewritten(fresh(), add={"blocks.9.x": torch.ones(1)}))
+        PretrainingModel.from_pretrained(rewritten(fresh(), add={"blocks.9.x": torch.ones(1)}))
     with pytest.raises(ConfigError, match=r"cls_token has the shape \(23,\).*\(24,\)"):
-        BEiT3.from_pretrained(rewritten(fresh(), add={"embeddings.cls_token": torch.ones(23)}))
+        PretrainingModel.from_pretrained(rewritten(fresh(), add={"embeddings.cls_token": torch.ones(23)}))
     with pytest.raises(ConfigError, match=r"image_position has the shape \(10, 24\)"):  # no other grid unasked for
-        BEiT3.from_pretrained(rewritten(fresh(), add={"embeddings.image_position": torch.ones(10, 24)}))
+        PretrainingModel.from_pretrained(rewritten(fresh(), add={"embeddings.image_position": torch.ones(10, 24)}))
     with pytest.raises(ConfigError, match="format version 2"):
-        BEiT3.from_pretrained(rewritten(fresh(), format_version=2))
+        PretrainingModel.from_pretrained(rewritten(fresh(), format_version=2))
     with pytest.raises(ConfigError, match="unknown key 'num_layer'"):
-        BEiT3.from_pretrained(rewritten(fresh(), model={"num_layer": 3}))
+        PretrainingModel.from_pretrained(rewritten(fresh(), model={"num_layer": 3}))
     with pytest.raises(ConfigError, match="header cannot be read"):
-        BEiT3.from_pretrained(rewritten(fresh(), step="many"))
+        PretrainingModel.from_pretrained(rewritten(fresh(), step="many"))
 
 
 def test_folders_that_cannot_be_loaded_say_why(tmp_path: Path) -> None:
     run, shards = tmp_path / "step-00000004", tmp_path / "shards"
     run.mkdir()
     with pytest.raises(ConfigError, match=r"holds no model\.safetensors\.index\.json"):
-        BEiT3.from_pretrained(run)
+        PretrainingModel.from_pretrained(run)
     (run / "index.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"checkpoint of a training run.*beit3 export"):
-        BEiT3.from_pretrained(run)
+        PretrainingModel.from_pretrained(run)
     model = random_model(small_model_config())
     export_weights(ModelReader(model), shards, max_shard_bytes=50_000)
     other = tmp_path / "other"
@@ -150,10 +151,10 @@ def test_folders_that_cannot_be_loaded_say_why(tmp_path: Path) -> None:
     first, second, *_ = sorted(file.name for file in shards.glob("*.safetensors"))
     (shards / first).write_bytes((other / first).read_bytes())
     with pytest.raises(ConfigError, match="different exports"):
-        BEiT3.from_pretrained(shards)
+        PretrainingModel.from_pretrained(shards)
     (other / second).unlink()
     with pytest.raises(ConfigError, match=second):
-        BEiT3.from_pretrained(other)
+        PretrainingModel.from_pretrained(other)
     (shards / INDEX_NAME).write_text("[]")
     with pytest.raises(ConfigError, match=r"index.json cannot be read"):
-        BEiT3.from_pretrained(shards)
+        PretrainingModel.from_pretrained(shards)

@@ -7,22 +7,23 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from beit3_ds.model import BEiT3, PretrainedWeights
+from beit3_ds.model import PretrainedWeights
 from beit3_ds.model.renamed_tensors import RENAMED_TENSORS, stored_names
+from beit3_ds.tasks.pretraining.model import PretrainingModel
 from tests.batches import small_model_config
 from tests.weights.models import exported, random_model
 
 
 def test_only_whole_beginnings_are_renamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(RENAMED_TENSORS, "old_heads.norm.", "norm.")
-    names = ["old_heads.norm.weight_vision", "old_heads.normal.weight", "released.old_heads.norm.weight", "norm.bias"]
-    current = ["norm.weight_vision", "old_heads.normal.weight", "released.old_heads.norm.weight", "norm.bias"]
+    monkeypatch.setitem(RENAMED_TENSORS, "old_norm.", "norm.")
+    names = ["old_norm.weight_vision", "old_heads.normal.weight", "released.old_norm.weight", "norm.bias"]
+    current = ["norm.weight_vision", "old_heads.normal.weight", "released.old_norm.weight", "norm.bias"]
     assert stored_names(names) == dict(zip(current, names, strict=True))
 
 
 def test_no_current_name_is_an_old_one() -> None:
     """Catches an entry that renames what this version writes."""
-    names = list(dict(BEiT3(small_model_config()).named_parameters()))
+    names = list(dict(PretrainingModel(small_model_config()).named_parameters()))
     assert stored_names(names) == dict(zip(names, names, strict=True))
 
 
@@ -34,6 +35,6 @@ def test_an_old_export_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     save_file({f"old.{name}" if "heads." in name else name: x for name, x in load_file(path).items()}, path, header)
     monkeypatch.setitem(RENAMED_TENSORS, "old.heads.", "heads.")
     assert set(PretrainedWeights(path).names()) == set(dict(model.named_parameters()))
-    loaded = BEiT3.from_pretrained(path)
+    loaded = PretrainingModel.from_pretrained(path)
     for name, parameter in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], parameter), name

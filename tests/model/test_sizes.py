@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from beit3_ds.config import MODEL_SIZES, ModelConfig
-from beit3_ds.model import BEiT3
+from beit3_ds.tasks.pretraining.model import PretrainingModel
 
 
 def shapes_of(size: str, **changes: object) -> dict[str, nn.Parameter]:
     with torch.device("meta"):
-        return dict(BEiT3(ModelConfig(**(MODEL_SIZES[size] | changes))).named_parameters())
+        return dict(PretrainingModel(ModelConfig(**(MODEL_SIZES[size] | changes))).named_parameters())
 
 
 def millions(parameters: dict[str, nn.Parameter], pattern: str) -> int:

@@ -71,7 +71,7 @@ def undo_model_parallel_group(patch: pytest.MonkeyPatch) -> None:
 def undo_clearing_of_buffer(patch: pytest.MonkeyPatch) -> None:
     from beit3_ds.pipeline import deepspeed_compat as deepspeed_compat
 
-    patch.setattr(deepspeed_compat, "begin_step", lambda engine, num_runs: None)
+    patch.setattr(deepspeed_compat, "begin_step", lambda engine, num_chunks: None)
 
 
 def let_engine_accumulate(patch: pytest.MonkeyPatch) -> None:

@@ -26,19 +26,19 @@ class Stage:
     """A stage as `Schedule` runs it: the next action's tensor is asked for before this action computes."""
 
     def __init__(self, stage: int, sizes: tuple[int, int, int], channels: dict[Channel, deque[Any]]) -> None:
-        micro_batches, self.num_stages, self.num_runs = sizes
+        micro_batches, self.num_stages, self.num_chunks = sizes
         self.stage, self.channels = stage, channels
-        self.actions = deque(schedule_1f1b(micro_batches, stage, self.num_stages, self.num_runs))
+        self.actions = deque(schedule_1f1b(micro_batches, stage, self.num_stages, self.num_chunks))
         self.asked = self.source(self.actions[0])
         self.in_flight = self.most_in_flight = 0
 
     def chunk(self, action: Action) -> int:
         """The run's number among those of all stages."""
-        return action.run * self.num_stages + self.stage
+        return action.chunk * self.num_stages + self.stage
 
     def source(self, action: Action) -> Channel | None:
         """Where an action's tensor comes from; asking takes the next message of that channel, whichever it is."""
-        if self.chunk(action) == (0 if action.forward else self.num_stages * self.num_runs - 1):
+        if self.chunk(action) == (0 if action.forward else self.num_stages * self.num_chunks - 1):
             return None
         return action.forward, (self.stage + (-1 if action.forward else 1)) % self.num_stages, self.stage
 
@@ -54,7 +54,7 @@ class Stage:
         self.in_flight += 1 if action.forward else -1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         following = self.chunk(action) + (1 if action.forward else -1)
-        if 0 <= following < self.num_stages * self.num_runs:
+        if 0 <= following < self.num_stages * self.num_chunks:
             target = (self.stage + (1 if action.forward else -1)) % self.num_stages
             self.channels[action.forward, self.stage, target].append((action.micro_batch, following))
         return True
@@ -63,17 +63,17 @@ class Stage:
 @settings(deadline=None)
 @given(pipelines())
 def test_every_pass_once_and_forward_first(sizes: tuple[int, int, int]) -> None:
-    micro_batches, num_stages, num_runs = sizes
+    micro_batches, num_stages, num_chunks = sizes
     for stage in range(num_stages):
-        actions = schedule_1f1b(micro_batches, stage, num_stages, num_runs)
-        expected = {Action(f, m, r) for f in (True, False) for m in range(micro_batches) for r in range(num_runs)}
+        actions = schedule_1f1b(micro_batches, stage, num_stages, num_chunks)
+        expected = {Action(f, m, r) for f in (True, False) for m in range(micro_batches) for r in range(num_chunks)}
         assert len(actions) == len(expected) and set(actions) == expected
         place = {action: i for i, action in enumerate(actions)}
         for action in expected:
             if action.forward:
                 assert place[action] < place[action._replace(forward=False)]
-                if action.run:
-                    assert place[action._replace(run=action.run - 1)] < place[action]
+                if action.chunk:
+                    assert place[action._replace(chunk=action.chunk - 1)] < place[action]
 
 
 @settings(deadline=None)
@@ -93,15 +93,15 @@ def test_stages_never_wait_for_each_other_in_a_circle(sizes: tuple[int, int, int
 @given(pipelines())
 def test_activations_in_flight(sizes: tuple[int, int, int]) -> None:
     """As Narayanan et al., 2021: of stages - stage micro-batches; interleaved, of one run more than the warm-up's."""
-    micro_batches, num_stages, num_runs = sizes
+    micro_batches, num_stages, num_chunks = sizes
     channels: dict[Channel, deque[Any]] = defaultdict(deque)
     stages = [Stage(stage, sizes, channels) for stage in range(num_stages)]
     while any(stage.work() for stage in stages):
         pass
     for stage in stages:
         behind = num_stages - stage.stage - 1
-        warm_up = behind if num_runs == 1 else 2 * behind + (num_runs - 1) * num_stages
-        assert stage.most_in_flight == min(micro_batches * num_runs, warm_up + 1)
+        warm_up = behind if num_chunks == 1 else 2 * behind + (num_chunks - 1) * num_stages
+        assert stage.most_in_flight == min(micro_batches * num_chunks, warm_up + 1)
 
 
 @settings(deadline=None)

@@ -7,6 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from beit3_ds.pipeline.stages import cut, cut_layers, stage_layers
+from beit3_ds.tasks import build_task
 from tests.training.steps import config_for
 
 
@@ -21,15 +22,15 @@ def costs_and_runs(draw: st.DrawFn) -> tuple[list[float], int]:
 @example(([8, 11, 7, 6, 9, 3], 3))  # the most even of all cuts, 19 + 13 + 12, has not the smallest maximum, 18
 def test_cut_is_the_best_of_all(drawn: tuple[list[float], int]) -> None:
     """Runs follow each other and none is empty; no cut has a smaller largest sum, nor an equal one and is more even."""
-    costs, num_runs = drawn
-    runs = cut(costs, num_runs)
-    assert len(runs) == num_runs and [i for run in runs for i in run] == list(range(len(costs)))
+    costs, num_chunks = drawn
+    runs = cut(costs, num_chunks)
+    assert len(runs) == num_chunks and [i for run in runs for i in run] == list(range(len(costs)))
     assert all(len(run) for run in runs)
 
     def sums(borders: tuple[int, ...]) -> list[float]:
         return [sum(costs[a:b]) for a, b in itertools.pairwise((0, *borders, len(costs)))]
 
-    every = [sums(borders) for borders in itertools.combinations(range(1, len(costs)), num_runs - 1)]
+    every = [sums(borders) for borders in itertools.combinations(range(1, len(costs)), num_chunks - 1)]
     own = sums(tuple(run.start for run in runs[1:]))
     best = min(map(max, every))
     assert max(own) <= best * (1 + 1e-8) + 1e-9
@@ -38,16 +39,16 @@ def test_cut_is_the_best_of_all(drawn: tuple[list[float], int]) -> None:
 
 
 @given(st.integers(1, 8), st.integers(1, 3))
-def test_stages_take_turns(num_stages: int, num_runs: int) -> None:
+def test_stages_take_turns(num_stages: int, num_chunks: int) -> None:
     """Run r of stage s is number r * stages + s; a block of neighbouring runs would not be interleaved."""
-    chunks = [range(i, i + 1) for i in range(num_stages * num_runs)]
+    chunks = [range(i, i + 1) for i in range(num_stages * num_chunks)]
     held = [stage_layers(chunks, stage, num_stages) for stage in range(num_stages)]
-    assert [held[s][r] for r in range(num_runs) for s in range(num_stages)] == chunks
+    assert [held[s][r] for r in range(num_chunks) for s in range(num_stages)] == chunks
 
 
 @pytest.mark.parametrize(("stages", "virtual"), [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2)])
 def test_small_model_is_cut_whole(stages: int, virtual: int) -> None:
     config = config_for(0, pipeline_parallel_size=stages, virtual_pipeline_parallel_size=virtual)
-    runs = cut_layers(config)
+    runs = cut_layers(config, build_task(config).expected_head_flops())
     assert len(runs) == stages * virtual
     assert [layer for run in runs for layer in run] == list(range(config.model.num_layers + 2))

@@ -117,6 +117,7 @@ def _measure(configs: list[RunConfig], observe: Callable[..., Any]) -> list[Any]
     """
     from beit3_ds.parallel import build_mesh
     from beit3_ds.runtime.process_group import init_process_group
+    from beit3_ds.tasks import build_task
     from beit3_ds.training.engine import build_schedule
     from beit3_ds.training.loss import build_loss_factors
 
@@ -125,8 +126,8 @@ def _measure(configs: list[RunConfig], observe: Callable[..., Any]) -> list[Any]
     for config in configs:
         if config is not configs[0]:
             mesh = build_mesh(config.parallel)
-        schedule = build_schedule(config, mesh)
-        factors = build_loss_factors(torch.full((4,), 8), config.training.loss_weights, mesh.data_parallel_size)
+        schedule = build_schedule(build_task(config), mesh)
+        factors = build_loss_factors(torch.full((4,), 8), build_task(config).terms, mesh.data_parallel_size)
         for step in range(2):
             seen = observe(schedule, micro_batches_of(config, mesh.data_parallel_rank, step), factors)
         results.append(seen)

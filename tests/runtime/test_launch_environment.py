@@ -158,7 +158,7 @@ def test_ranks_of_every_host(runs: list[tuple[int, int]]) -> None:
 
 def test_a_wrong_environment_is_one_line_and_status_2() -> None:
     """Also the line that names the rank reads it from that environment."""
-    process = start_module("beit3_ds.pretrain", ["config.json"], env={"RANK": "x"}, output=subprocess.PIPE)
+    process = start_module("beit3_ds.train", ["config.json"], env={"RANK": "x"}, output=subprocess.PIPE)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2
     assert re.search(r"^error on rank \?: launcher: RANK=x is set, but", output, re.MULTILINE), output

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from beit3_ds import pretrain
+from beit3_ds import train
 from beit3_ds.config import ConfigError, build_run_config
 from beit3_ds.planner import NodeSize
 from beit3_ds.runtime.node_size import measure_node
@@ -22,7 +22,7 @@ def test_a_machine_without_room_for_prefetched_steps_is_refused(
     import torch.distributed as dist
 
     run_mapping["beit3_ds"]["data"]["num_workers"] = 2
-    monkeypatch.setattr(pretrain, "measure_node", lambda: NodeSize(shm=1 << 16, name="host small"))
+    monkeypatch.setattr(train, "measure_node", lambda: NodeSize(shm=1 << 16, name="host small"))
     with pytest.raises(ConfigError, match="host small has 0"):  # catches a SIGBUS in the middle of a step
-        pretrain.pretrain(build_run_config(run_mapping))
+        train.train_run(build_run_config(run_mapping))
     assert not dist.is_initialized()

@@ -32,7 +32,7 @@ def start_ranks(mapping: dict[str, Any], folder: Path, extra: dict[int, list[str
         environment = {**os.environ, **{name: str(value) for name, value in names.items()}, "MASTER_ADDR": "127.0.0.1"}
         arguments = [config, *(extra or {}).get(rank, [])]
         with open(folder / f"rank{rank}.log", "w") as log:
-            ranks.append(start_module("beit3_ds.pretrain", arguments, env=environment, output=log))
+            ranks.append(start_module("beit3_ds.train", arguments, env=environment, output=log))
     return ranks
 
 

@@ -70,9 +70,10 @@ def measure_steps(
     """Runs the steps, each dealt as the next of `deals`; returns losses, norms, this stage's gradients and weights."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
+    from beit3_ds.tasks import build_task
     from beit3_ds.training.engine import apply_update, build_schedule
 
-    schedule = build_schedule(config, mesh)
+    schedule = build_schedule(build_task(config), mesh)
     engine = schedule.engine
     named = dict(engine.module.named_parameters())
     result: dict[str, Tensor] = {}
@@ -90,6 +91,7 @@ def measure_steps(
 
 def accumulate_step(schedule: "Schedule", config: RunConfig, mesh: Mesh, deal: Deal, step: int) -> Tensor:
     """Runs forward and backward of one step; returns the mean loss of each term over all ranks, (4,)."""
+    from beit3_ds.tasks import build_task
     from beit3_ds.training.broken_records import BrokenRecords, StepCounts
     from beit3_ds.training.loss import build_loss_factors
 
@@ -100,7 +102,7 @@ def accumulate_step(schedule: "Schedule", config: RunConfig, mesh: Mesh, deal: D
         for numbers in deal[mesh.data_parallel_rank]
     )
     counts, _ = StepCounts(BrokenRecords(0, mesh.data_host), mesh).agree(StepBatch(step=step, micro_batches=batches))
-    factors = build_loss_factors(counts, config.training.loss_weights, mesh.data_parallel_size)
+    factors = build_loss_factors(counts, build_task(config).terms, mesh.data_parallel_size)
     sums = schedule.accumulate_gradients(batches, factors, lambda batch: batch)
     return mesh.pipeline.host.broadcast(mesh.data_host.sum(sums), src=-1) / counts
 
@@ -195,20 +197,21 @@ def check(ratios: Sequence[Mapping[str, float]], names: Iterable[str], where: st
 
 
 def _plain_steps(model_name: str) -> dict[str, Tensor]:
+    from beit3_ds.tasks import build_task
     from beit3_ds.training.engine import build_model
     from beit3_ds.training.learning_rate import learning_rate
     from beit3_ds.training.loss import build_loss_factors
     from beit3_ds.training.optimizer import build_optimizer
 
     config = config_for(0, model_name)
-    model = build_model(config)
+    model = build_model(build_task(config))
     optimizer = build_optimizer(model, config.training)
     assert learning_rate(config.training, 0) > 0
     result: dict[str, Tensor] = {}
     for step in range(NUM_STEPS):
         batches = build_samples(config, step)
-        counts = torch.tensor([b.num_masked for b in batches]).sum(0)
-        factors = build_loss_factors(counts, config.training.loss_weights, 1)
+        counts = torch.tensor([b.term_counts for b in batches]).sum(0)
+        factors = build_loss_factors(counts, build_task(config).terms, 1)
         optimizer.zero_grad()
         outputs = [model(batch, factors) for batch in batches]
         torch.stack([output.total for output in outputs]).sum().backward()

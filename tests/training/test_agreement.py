@@ -106,7 +106,7 @@ def test_all_ranks_are_told_who_differs_in_what(tmp_path: Path) -> None:
 def train(config: str, folders: list[str]) -> tuple[int, str]:
     """Trains where the same paths lead to this rank's own files."""
     os.chdir(folders[int(os.environ["RANK"])])
-    from beit3_ds.pretrain import main
+    from beit3_ds.train import main
 
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
         status = main([config])

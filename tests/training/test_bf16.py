@@ -88,15 +88,16 @@ def test_bf16(
 def measure_sums(zero_stages: tuple[int, ...]) -> list[tuple[float, float]]:
     """Runs on one rank; returns per ZeRO stage the errors of bf16 and of float32 sums of eight micro-batches."""
     from beit3_ds.runtime.process_group import init_process_group
+    from beit3_ds.tasks import build_task
     from beit3_ds.training.engine import build_model
     from beit3_ds.training.loss import build_loss_factors
 
     config = config_for(1, MODEL, bf16=True)
     mesh = init_process_group(config.parallel)
     samples = build_samples(config, 0)
-    model = build_model(config).to(torch.bfloat16)
-    counts = torch.tensor([batch.num_masked for batch in samples]).sum(0)
-    factors = build_loss_factors(counts, config.training.loss_weights, 1)
+    model = build_model(build_task(config)).to(torch.bfloat16)
+    counts = torch.tensor([batch.term_counts for batch in samples]).sum(0)
+    factors = build_loss_factors(counts, build_task(config).terms, 1)
     truth: dict[str, Tensor] = {}
     for batch in samples:
         gradients = torch.autograd.grad(model(batch, factors).total, list(model.parameters()))
@@ -127,13 +128,14 @@ def test_micro_batches_add_up_in_float32_under_every_zero_stage() -> None:
 def stream_dtypes(layout: Layout) -> list[str]:
     """Runs on one rank; returns the dtypes of messages between stages, with and without the option."""
     from beit3_ds.runtime.process_group import init_process_group
+    from beit3_ds.tasks import build_task
     from beit3_ds.training.engine import build_schedule
 
     mesh = init_process_group(config_for(1, **layout.parallel).parallel)
     found = []
     for wide in (True, False):
         config = config_for(1, MODEL, bf16=True, training={"fp32_residual_connection": wide}, **layout.parallel)
-        schedule = build_schedule(config, mesh)
+        schedule = build_schedule(build_task(config), mesh)
         sent: list[str] = []
         send = schedule.send
 

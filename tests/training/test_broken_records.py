@@ -34,7 +34,7 @@ def test_a_record_counts_once_however_often_it_is_met() -> None:
     for number in range(150):
         # The reason may differ between encounters: it may hold an address.
         masked, new = counts.agree(step(number, f"shard.tar:{number % 5}", reason=f"<BytesIO at {number:#x}>"))
-        assert masked.tolist() == [2 * count for count in BATCH.num_masked]
+        assert masked.tolist() == [2 * count for count in BATCH.term_counts]
         lines += new
     assert counts.records.total == 5
     assert [line.partition(": ")[0] for line in lines] == [f"shard.tar:{i}" for i in range(5)]  # each name once
@@ -86,7 +86,7 @@ def meet_on_a_rank() -> list[object]:
         except ConfigError as error:
             found.append(str(error))
         else:
-            assert torch.equal(masked, 4 * torch.tensor(BATCH.num_masked))
+            assert torch.equal(masked, 4 * torch.tensor(BATCH.term_counts))
             found.append([line.partition(": ")[0] for line in new])
     mesh.close()
     return found

@@ -10,18 +10,21 @@ import torch
 from torch import Tensor
 
 from beit3_ds.batch import PackedBatch, StepBatch
-from beit3_ds.model import BEiT3
-from beit3_ds.model.beit3 import LossOutput
+from beit3_ds.model import LossOutput
 from beit3_ds.parallel import Mesh
 from beit3_ds.pipeline.schedule import Schedule
+from beit3_ds.tasks import Term
+from beit3_ds.tasks.pretraining.baselines import TERM_STREAMS, unigram_entropies
+from beit3_ds.tasks.pretraining.model import PretrainingModel
+from beit3_ds.tasks.pretraining.targets import prepare_batch
 from beit3_ds.training import loop
-from beit3_ds.training.evaluation import evaluate, unigram_entropies
+from beit3_ds.training.evaluation import evaluate
 from beit3_ds.training.progress import format_evaluation
-from beit3_ds.training.targets import prepare_batch
 from tests.batches import random_batch, small_model_config
 
 CONFIG = small_model_config()
 CPU = torch.device("cpu")
+TERMS = [Term(name, stream, name) for name, stream in TERM_STREAMS.items()]
 
 
 class NumberedCodes:
@@ -38,7 +41,7 @@ class CountingEngine:
         self.training = True
         self.modes: list[bool] = []
         self.device = CPU
-        self.module = BEiT3(CONFIG)
+        self.module = PretrainingModel(CONFIG)
 
     def eval(self) -> None:
         self.training = False
@@ -49,8 +52,13 @@ class CountingEngine:
     def __call__(self, batch: PackedBatch, factors: Tensor, x_TD: None, layers: range) -> LossOutput:
         assert layers == range(CONFIG.num_pipeline_layers)
         self.modes.append(self.training)
-        assert batch.visual_targets is not None
-        return LossOutput(torch.zeros(()), torch.tensor(batch.num_masked) * torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        assert batch.targets["visual_codes"] is not None
+        return LossOutput(torch.zeros(()), torch.tensor(batch.term_counts) * torch.tensor([1.0, 2.0, 3.0, 4.0]))
+
+
+def prepare(batch: PackedBatch) -> PackedBatch:
+    tokenizer: Any = NumberedCodes()
+    return prepare_batch(batch, tokenizer, CPU)
 
 
 def batches() -> list[PackedBatch]:
@@ -59,9 +67,8 @@ def batches() -> list[PackedBatch]:
 
 def test_means_are_over_all_positions_of_all_batches() -> None:
     engine: Any = CountingEngine()
-    tokenizer: Any = NumberedCodes()
     schedule = Schedule(engine, [range(CONFIG.num_pipeline_layers)], Mesh())
-    means = evaluate(schedule, batches(), tokenizer, Mesh(), CPU, {})
+    means = evaluate(schedule, batches(), prepare, TERMS, Mesh(), CPU, {})
     assert means == pytest.approx({"image_mim": 1, "text_mlm": 2, "pair_mim": 3, "pair_mlm": 4})
     assert engine.modes == [False] * 3  # catches stochastic depth in the validation loss
     assert engine.training  # catches a training that goes on without it
@@ -72,7 +79,7 @@ class PerBatchEngine(CountingEngine):
 
     def __call__(self, batch: PackedBatch, factors: Tensor, x_TD: None, layers: range) -> LossOutput:
         self.modes.append(self.training)
-        return LossOutput(torch.zeros(()), torch.tensor(batch.num_masked) * float(len(self.modes)))
+        return LossOutput(torch.zeros(()), torch.tensor(batch.term_counts) * float(len(self.modes)))
 
 
 def test_losses_and_entropies_of_each_source() -> None:
@@ -81,8 +88,8 @@ def test_losses_and_entropies_of_each_source() -> None:
     schedule = Schedule(engine, [range(CONFIG.num_pipeline_layers)], Mesh())
     own = [dataclasses.replace(batch, sources={"texts": number % 2}) for number, batch in enumerate(batches() * 2)]
     names = {"images": ["photos"], "pairs": ["coco"], "texts": ["books", "wiki", "absent"]}
-    means = evaluate(schedule, own, tokenizer, Mesh(), CPU, names)
-    counts = [batch.num_masked[1] for batch in own]
+    means = evaluate(schedule, own, prepare, TERMS, Mesh(), CPU, names)
+    counts = [batch.term_counts[1] for batch in own]
     for source, name in enumerate(("books", "wiki")):
         numbers = range(source, len(own), 2)
         expected = sum(counts[n] * (n + 1) for n in numbers) / sum(counts[n] for n in numbers)
@@ -96,18 +103,18 @@ def test_losses_and_entropies_of_each_source() -> None:
     alone = unigram_entropies(books, tokenizer, CONFIG, Mesh(), CPU, {})
     assert entropies["text_mlm/books"] == pytest.approx(alone["text_mlm"])
 
-    line = format_evaluation({"step": 3, "kind": "validation", **means})
+    line = format_evaluation({"step": 3, "kind": "validation", **means}, TERMS)
     assert f"text_mlm {means['text_mlm']:.3f} (books {means['text_mlm/books']:.3f}, wiki" in line
 
 
 def test_targets_are_the_codes_of_the_masked_patches() -> None:
     batch, tokenizer = batches()[0], NumberedCodes()
     numbers = torch.arange(3.0).view(3, 1, 1, 1)  # no two images alike
-    batch = dataclasses.replace(batch, tokenizer_pixels=numbers.expand_as(batch.tokenizer_pixels))
+    views = numbers.expand_as(batch.targets["tokenizer_pixels"])
+    batch = dataclasses.replace(batch, targets={**batch.targets, "tokenizer_pixels": views})
     fitted: Any = tokenizer
-    targets = prepare_batch(batch, fitted, CPU).visual_targets
-    assert targets is not None
-    codes = tokenizer.encode(batch.tokenizer_pixels)
+    targets = prepare_batch(batch, fitted, CPU).targets["visual_codes"]
+    codes = tokenizer.encode(batch.targets["tokenizer_pixels"])
     expected = [int(codes[image, patch]) for image, patch in batch.patch_mask.nonzero().tolist()]
     assert targets.tolist() == expected  # catches the codes of another image
 
@@ -117,7 +124,7 @@ def test_unigram_entropy_counts_what_may_be_asked_for() -> None:
     tokenizer: Any = NumberedCodes()
     entropies = unigram_entropies([batch], tokenizer, CONFIG, Mesh(), CPU, {})
     original = batch.token_ids.clone()
-    original[batch.masked_tokens] = batch.target_ids  # catches the frequencies of mask tokens
+    original[batch.targets["masked_tokens"]] = batch.targets["target_ids"]  # catches the frequencies of mask tokens
     texts = original.split([*batch.caption_lengths, *batch.text_lengths])
     asked = torch.cat([text[1:] for text in texts[batch.num_pairs :]])  # BOS is never asked for
     shares = torch.bincount(asked).double()
@@ -131,12 +138,11 @@ def test_an_update_gets_its_own_learning_rate(monkeypatch: pytest.MonkeyPatch) -
     used: list[float] = []
     group = {"lr": 1.0}
     monkeypatch.setattr(loop, "apply_update", lambda engine, mesh: used.append(group["lr"]) or 1.0)
-    weights = SimpleNamespace(image_mim=1.0, text_mlm=1.0, pair_mim=1.0, pair_mlm=1.0)
     run: Any = SimpleNamespace(
         engine=SimpleNamespace(optimizer=SimpleNamespace(param_groups=[group])),
         schedule=SimpleNamespace(accumulate_gradients=lambda batches, factors, prepare: torch.zeros(4)),
         prepare=None,
-        config=SimpleNamespace(training=SimpleNamespace(loss_weights=weights)),
+        terms=TERMS,
         mesh=Mesh(),
         device=CPU,
     )

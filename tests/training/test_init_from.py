@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from beit3_ds.config import ConfigError
-from beit3_ds.model import BEiT3, initialize_parameters
+from beit3_ds.model import initialize_parameters
 from beit3_ds.model.pretrained import weights_metadata
+from beit3_ds.tasks.pretraining.model import PretrainingModel
 from tests.checkpoint.resharding import Setup, gather_state, start
 from tests.checkpoint.test_resharding import FEW
 from tests.ranks import run_ranks
@@ -20,7 +21,7 @@ def begin(setup: Setup, weights: Path, folder: Path) -> dict[str, Tensor]:
     from beit3_ds.training.init_from import InitialWeights
 
     mesh, schedule, state, _ = start(setup, folder, seed=1)
-    InitialWeights(weights, setup.config().model).load(state)
+    InitialWeights(weights, setup.config()).load(state)
     found = gather_state(schedule, mesh, setup, kinds=("weight",))
     mesh.close()
     return found
@@ -31,7 +32,7 @@ def write_weights(path: Path, setup: Setup, **changes: object) -> dict[str, Tens
     from safetensors.torch import save_file
 
     config = dataclasses.replace(setup.config().model, **changes)  # type: ignore[arg-type]
-    model = BEiT3(config)
+    model = PretrainingModel(config)
     initialize_parameters(model, config, seed=77)
     tensors = {name: p.detach() + 0.01 for name, p in model.named_parameters() if not name.startswith("heads.mim")}
     save_file(tensors, path, metadata=weights_metadata(config, 5))
@@ -62,11 +63,11 @@ def test_engine_holds_adapted_weights(tmp_path: Path) -> None:
         found |= rank
     settings = {name: getattr(model, name) for name in ("image_size", "max_text_length", "num_vision_language_layers")}
     with pytest.warns(UserWarning, match=r"heads\.mim"):
-        expected = dict(BEiT3.from_pretrained(path, **settings).named_parameters())
+        expected = dict(PretrainingModel.from_pretrained(path, **settings).named_parameters())
     for name, tensor in expected.items():
         if not name.startswith("heads.mim"):
             assert torch.equal(found[f"weight {name}"], tensor), name
-    line = InitialWeights(path, model).describe()
+    line = InitialWeights(path, setup.config()).describe()
     assert line.startswith(f"begins with the weights of {path}; positions of ")
     assert "initial values for text positions 9 to" in line and "copied from their vision experts" in line
     assert line.endswith("; initial values for heads.mim.weight, heads.mim.bias")
@@ -77,4 +78,4 @@ def test_other_model_is_refused(tmp_path: Path) -> None:
 
     write_weights(tmp_path / "weights.safetensors", FEW[0], num_layers=5)
     with pytest.raises(ConfigError, match=r"holds another model: num_layers 5 there, 4 here\. Set the model section"):
-        InitialWeights(tmp_path / "weights.safetensors", FEW[0].config().model)
+        InitialWeights(tmp_path / "weights.safetensors", FEW[0].config())

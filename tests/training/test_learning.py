@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from beit3_ds.batch import PackedBatch
+from beit3_ds.tasks.pretraining.targets import with_masks
 from tests.ranks import run_ranks
 from tests.run_config import quickstart_mapping
 
@@ -21,10 +22,10 @@ def measure_seed(folder: str, visual_tokenizer: str, seed: int) -> tuple[float, 
     """Trains the quickstart's model on pairs; returns the validation caption loss with the right and wrong images."""
     from beit3_ds.config import build_run_config
     from beit3_ds.data.images.shards import TarShards
-    from beit3_ds.pretrain import build_run, open_inputs
     from beit3_ds.runtime.process_group import joined_ranks
     from beit3_ds.runtime.stop_signals import StopSignals
     from beit3_ds.tokenizers import train_text_tokenizer
+    from beit3_ds.train import build_run, open_inputs
     from beit3_ds.training.evaluation import evaluate
     from beit3_ds.training.loop import train
 
@@ -64,8 +65,13 @@ def with_wrong_images(batch: PackedBatch) -> PackedBatch:
     """The same captions and masks, each pair with the image of the pair half a batch away."""
     order = torch.arange(batch.num_pairs).roll(batch.num_pairs // 2) + batch.num_images
     order = torch.cat([torch.arange(batch.num_images), order])
-    pixels, views, masks = batch.pixels[order], batch.tokenizer_pixels[order], batch.patch_mask[order]
-    return dataclasses.replace(batch, pixels=pixels, tokenizer_pixels=views, patch_mask=masks)
+    pixels, views, masks = batch.pixels[order], batch.targets["tokenizer_pixels"][order], batch.patch_mask[order]
+    return with_masks(
+        dataclasses.replace(batch, pixels=pixels, patch_mask=masks),
+        masked_tokens=batch.targets["masked_tokens"],
+        target_ids=batch.targets["target_ids"],
+        tokenizer_pixels=views,
+    )
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from beit3_ds.checkpoint.index import read_index
-from tests.test_pretrain import finish, write
+from tests.test_train import finish, write
 
 
 def test_total_steps_below_the_checkpoint_are_refused(run_mapping: dict[str, Any], tmp_path: Path) -> None:

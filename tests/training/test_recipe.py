@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from beit3_ds.config import LossWeights
-from beit3_ds.model import BEiT3
+from beit3_ds.tasks.pretraining.model import PretrainingModel
 from beit3_ds.training.learning_rate import learning_rate
 from beit3_ds.training.loss import build_loss_factors
 from beit3_ds.training.optimizer import build_optimizer, decays
@@ -26,7 +26,7 @@ def test_learning_rate_warms_up_and_ends_at_the_minimum() -> None:
 
 def test_decay_reaches_matrices_only() -> None:
     for config in (small_model_config(), decoupled()):
-        model = BEiT3(config)
+        model = PretrainingModel(config)
         for name, parameter in model.named_parameters():
             table = name.endswith(("_position",))
             assert decays(name) == (parameter.dim() >= 2 and not table), name

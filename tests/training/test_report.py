@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_pretrain import finish as finish_run
+from tests.test_train import finish as finish_run
 
 
 def finish(mapping: dict[str, Any], folder: Path, **environment: str) -> str:
@@ -18,7 +18,7 @@ def finish(mapping: dict[str, Any], folder: Path, **environment: str) -> str:
     path = folder / "config.json"
     path.write_text(json.dumps(mapping))
     if environment:  # which Python and libraries read when they start
-        command = [sys.executable, "-m", "beit3_ds.pretrain", str(path)]
+        command = [sys.executable, "-m", "beit3_ds.train", str(path)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=os.environ | environment)
         status, output = done.returncode, done.stdout + done.stderr
     else:

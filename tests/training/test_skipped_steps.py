@@ -22,7 +22,7 @@ FAULTY_STEPS = [1, 2, 4, 6, 7, 8, 9, 10, 11]
 
 def train_with_faults(config: str, faulty_steps: list[int]) -> tuple[int, str, list[tuple[str, ...]]]:
     """On one rank: status, output, and the names of the images that were replaced by NaN here."""
-    from beit3_ds.pretrain import main
+    from beit3_ds.train import main
     from beit3_ds.training import loop
 
     update, names = loop._update, []

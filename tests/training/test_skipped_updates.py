@@ -52,11 +52,12 @@ def run_steps(
 ) -> tuple[dict[str, Tensor], int, dict[int, tuple[float, list[int]]]]:
     """The state that this rank owns afterwards, the updates that AdamW counted, and of each step norm and suspects."""
     from beit3_ds.checkpoint.engine_state import EngineState
+    from beit3_ds.tasks import build_task
     from beit3_ds.training.engine import apply_update, build_schedule
 
     with pytest.MonkeyPatch.context() as patch:
         fault.plant(patch)
-        schedule = build_schedule(config, mesh)
+        schedule = build_schedule(build_task(config), mesh)
     found = {}
     for step in steps:
         fault.is_due, fault.backward_passes = step == FAULTY_STEP, 0

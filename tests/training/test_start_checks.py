@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from beit3_ds.config import ConfigError, RunConfig, build_run_config
-from beit3_ds.pretrain import open_inputs
+from beit3_ds.train import open_inputs
 from beit3_ds.training.dry_run import describe_dry_run
 from tests.run_config import small_run_mapping
 

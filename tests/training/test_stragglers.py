@@ -66,7 +66,7 @@ def test_a_slow_host_is_cut_short() -> None:
 def train_slowly(config: str) -> tuple[int, str]:
     """On one rank: a run in which the first rank reads slowly and the second one has a slow device."""
     from beit3_ds.data.steps import StepDataset
-    from beit3_ds.pretrain import main
+    from beit3_ds.train import main
     from beit3_ds.training import loop
 
     read, prepare = StepDataset.__getitem__, loop.prepare_batch

@@ -10,7 +10,7 @@ import pytest
 from beit3_ds.config import MicroBatchSize, StepShares
 from beit3_ds.parallel import Mesh
 from tests.ranks import run_ranks
-from tests.test_pretrain import finish, losses, train_rank, write
+from tests.test_train import finish, losses, train_rank, write
 from tests.training.layouts import Layout
 from tests.training.steps import MIXES, Deal, Reference, check, config_for, measure_steps
 

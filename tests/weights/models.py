@@ -10,6 +10,7 @@ from beit3_ds.checkpoint.slices import TensorSlice
 from beit3_ds.config import ModelConfig
 from beit3_ds.model import BEiT3, Features
 from beit3_ds.model.pretrained import matrix_part
+from beit3_ds.tasks.pretraining.model import PretrainingModel
 from beit3_ds.weights.export import export_weights
 
 
@@ -37,7 +38,7 @@ class ModelReader:
 @torch.no_grad()
 def random_model(config: ModelConfig, seed: int = 0) -> BEiT3:
     """Builds a model in which no two parameters are alike, norms and biases included."""
-    model, generator = BEiT3(config), torch.Generator().manual_seed(seed)
+    model, generator = PretrainingModel(config), torch.Generator().manual_seed(seed)
     deviation = min(0.2, config.hidden_size**-0.5)  # rounding errors of larger ones grow from block to block
     for name, parameter in model.named_parameters():
         parameter.normal_(0, deviation, generator=generator)

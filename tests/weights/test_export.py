@@ -16,9 +16,10 @@ from torch import Tensor
 
 from beit3_ds.checkpoint.slices import TensorSlice
 from beit3_ds.config import ConfigError
-from beit3_ds.model import BEiT3, PretrainedWeights
+from beit3_ds.model import PretrainedWeights
 from beit3_ds.model.adaptation import AdaptedWeights, fill_parameters
 from beit3_ds.model.pretrained import INDEX_NAME
+from beit3_ds.tasks.pretraining.model import PretrainingModel
 from beit3_ds.weights import export as export_module
 from beit3_ds.weights.export import ExportFormat, export_weights, format_bytes, parse_byte_count
 from tests.batches import small_model_config
@@ -264,9 +265,9 @@ def test_loading_takes_one_copy(tmp_path: Path) -> None:
     size = sum(parameter.numel() * 4 for parameter in model.parameters())
     export_weights(ModelReader(model), tmp_path / "weights")
     export_weights(READER, tmp_path / "small")
-    BEiT3.from_pretrained(tmp_path / "small")  # imports 35 MB of torch
+    PretrainingModel.from_pretrained(tmp_path / "small")  # imports 35 MB of torch
     with peak_memory() as peak:
-        loaded = BEiT3.from_pretrained(tmp_path / "weights")
+        loaded = PretrainingModel.from_pretrained(tmp_path / "weights")
     assert size > 60 * MEGABYTE and peak() < 1.2 * size
     weights = PretrainedWeights(tmp_path / "weights")
     with peak_memory() as peak:

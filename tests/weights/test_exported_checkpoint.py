@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from beit3_ds.batch import PackedBatch
-from beit3_ds.model import BEiT3, Logits
+from beit3_ds.tasks.pretraining.heads import Logits
+from beit3_ds.tasks.pretraining.model import PretrainingModel
 from beit3_ds.weights.export import export_weights
 from beit3_ds.weights.reader import open_weights
 from tests.batches import random_batch
@@ -37,7 +38,7 @@ def test_exported_model_equals_the_ranks(tmp_path: Path) -> None:
     ranks = run_ranks(train_and_predict, SETUP.layout.num_ranks, tmp_path)
     expected = next(logits for logits in reversed(ranks) if logits is not None)
     export_weights(open_weights(tmp_path), tmp_path / "model.safetensors")
-    found = BEiT3.from_pretrained(tmp_path / "model.safetensors")(batch(), None)
+    found = PretrainingModel.from_pretrained(tmp_path / "model.safetensors")(batch(), None)
     for ours, theirs in zip(found, expected, strict=True):
         assert_close(ours, theirs)
 

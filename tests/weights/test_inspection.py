@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from beit3_ds.model import BEiT3
+from beit3_ds.tasks.pretraining.model import PretrainingModel
 from beit3_ds.weights.export import export_weights
 from beit3_ds.weights.inspection import describe_weights, part_of
 from tests.batches import small_model_config
@@ -35,7 +35,7 @@ def test_parts_add_up_to_the_model(tmp_path: Path) -> None:
 
 def test_every_parameter_has_its_part() -> None:
     for layout in ({}, {"layout": "decoupled", "num_vision_language_layers": 0, "sub_layernorm": True}):
-        names = [name for name, _ in BEiT3(small_model_config(**layout)).named_parameters()]
+        names = [name for name, _ in PretrainingModel(small_model_config(**layout)).named_parameters()]
         parts = {name: part_of(name) for name in names}
         for name, part in parts.items():  # "embeddings" is what is left
             assert (part == "embeddings") == name.startswith("embeddings."), name

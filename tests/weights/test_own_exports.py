@@ -9,7 +9,8 @@ from torch import Tensor
 
 from beit3_ds.cli.main import main
 from beit3_ds.config import ConfigError
-from beit3_ds.model import BEiT3, PretrainedWeights
+from beit3_ds.model import PretrainedWeights
+from beit3_ds.tasks.pretraining.model import PretrainingModel
 from beit3_ds.untrusted_file import read_tensors
 from beit3_ds.weights.export import ExportFormat, export_weights
 from beit3_ds.weights.inspection import describe_weights
@@ -48,7 +49,7 @@ def test_exports_come_back(layout: str, format: ExportFormat, dtype: torch.dtype
     back = back.with_suffix(".safetensors")
     export_weights(ModelReader(model, step=7), out, format=format)
     export_weights(open_for_import(out), back)
-    imported, weights = BEiT3.from_pretrained(back, dtype=dtype), PretrainedWeights(back)
+    imported, weights = PretrainingModel.from_pretrained(back, dtype=dtype), PretrainedWeights(back)
     assert weights.step == 7 and weights.model.num_attention_heads == model.config.num_attention_heads
     assert not [name for name in weights.names() if name.startswith("released.")]
     images, texts, pairs = random_inputs(model.config)
@@ -86,7 +87,7 @@ def test_commands_take_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["import", str(tmp_path / "v.safetensors"), str(out), "--image-size", "24"]) == 0
     output = capsys.readouterr().out
     assert "holds a vision tower: " in output and "have initial values" in output
-    assert BEiT3.from_pretrained(out).encode(images=torch.zeros(1, 3, 24, 24)).images.shape == (1, 37, 24)
+    assert PretrainingModel.from_pretrained(out).encode(images=torch.zeros(1, 3, 24, 24)).images.shape == (1, 37, 24)
 
 
 def test_the_reference_and_timm_pass_over_the_note(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from beit3_ds.config import MODEL_SIZES, ConfigError, ModelConfig
-from beit3_ds.model import BEiT3
 from beit3_ds.model.pretrained import PretrainedWeights
+from beit3_ds.tasks.pretraining.model import PretrainingModel
 from beit3_ds.weights.export import export_weights
 from beit3_ds.weights.released import ReleasedFile
 from beit3_ds.weights.unilm_names import read_architecture, reference_arguments
@@ -109,7 +109,7 @@ def test_integers_are_not_cast(reference: Reference, tmp_path: Path) -> None:
 def test_the_imported_model_computes_what_the_reference_does(reference: Reference, tmp_path: Path) -> None:
     path = write(tmp_path / "released.pth", released_state(reference, "pretrained"))
     export_weights(ReleasedFile(path), tmp_path / "imported.safetensors")
-    model = BEiT3.from_pretrained(tmp_path / "imported.safetensors")
+    model = PretrainingModel.from_pretrained(tmp_path / "imported.safetensors")
     inputs = random_inputs(CONFIG)
     ours, theirs = model.encode(*inputs), reference_features(reference, *inputs)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -118,11 +118,11 @@ def test_the_imported_model_computes_what_the_reference_does(reference: Referenc
 def test_missing_heads_get_initial_values_and_a_warning(reference: Reference, tmp_path: Path) -> None:
     path = write(tmp_path / "released.pth", released_state(reference, "vqa"))
     export_weights(ReleasedFile(path), tmp_path / "imported.safetensors")
-    names = r"heads\.norm\.weight_vision.*heads\.mim\.weight.*initial values"
+    names = r"norm\.weight_vision.*heads\.mim\.weight.*initial values"
     with pytest.warns(UserWarning, match=names) as caught:
-        model = BEiT3.from_pretrained(tmp_path / "imported.safetensors")
+        model = PretrainingModel.from_pretrained(tmp_path / "imported.safetensors")
     assert caught[0].filename == __file__  # points at the caller
-    assert (model.heads.norm.weight_vision == 1).all() and not model.heads.mlm.bias.any()
+    assert (model.norm.weight_vision == 1).all() and not model.heads.mlm.bias.any()
     assert 0 < model.heads.mlm.weight.std() < 0.02  # catches uninitialised memory
     with pytest.raises(ConfigError, match="no final norm"):
         export_weights(PretrainedWeights(tmp_path / "imported.safetensors"), tmp_path / "x.safetensors", format="timm")
@@ -140,7 +140,11 @@ def test_positions_are_interpolated_as_for_fine_tuning(reference: Reference, siz
     torch.testing.assert_close(weights.read("embeddings.image_position"), expected)
     assert weights.model.image_size == size
     images, texts, pairs = random_inputs(weights.model)
-    assert BEiT3.from_pretrained(weights.path).encode(images, texts, pairs).images.shape == (2, 1 + (size // 4) ** 2, D)
+    assert PretrainingModel.from_pretrained(weights.path).encode(images, texts, pairs).images.shape == (
+        2,
+        1 + (size // 4) ** 2,
+        D,
+    )
 
 
 @pytest.mark.parametrize(("size", "millions"), [("base", 276.51), ("large", 746.71)])  # as its authors count
@@ -154,7 +158,7 @@ def test_the_released_sizes_are_read_off_their_shapes(size: str, millions: float
     )
     with torch.device("meta"):
         state = Reference(reference_arguments(config), config.visual_vocab_size).state_dict()
-        ours = sum(parameter.numel() for parameter in BEiT3(config).parameters())
+        ours = sum(parameter.numel() for parameter in PretrainingModel(config).parameters())
     assert read_architecture({key: value.shape for key, value in state.items()}, "file") == config
     theirs = sum(value.numel() for value in state.values())
     assert round(theirs / 1e6, 2) == millions

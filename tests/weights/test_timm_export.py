@@ -29,8 +29,8 @@ def assert_timm_computes_ours(model: BEiT3, path: Path, arguments: dict[str, Any
     tower = timm.create_model(**arguments, checkpoint_path=str(path)).eval()  # strict: every name and shape
     images, _, _ = random_inputs(model.config)
     ours, features = model.encode(images).images, tower.forward_features(images)
-    expert = model.heads.experts[0]
-    weight, bias = (getattr(model.heads.norm, f"{kind}_{expert}") for kind in ("weight", "bias"))
+    expert = model.config.attention_experts[0]
+    weight, bias = (getattr(model.norm, f"{kind}_{expert}") for kind in ("weight", "bias"))
     torch.testing.assert_close(F.layer_norm(features, weight.shape, weight, bias, 1e-5), ours, rtol=1e-5, atol=1e-5)
     pooled = F.layer_norm(features[:, 1:].mean(1), weight.shape, weight, bias, 1e-5)
     torch.testing.assert_close(tower(images), pooled, rtol=1e-5, atol=1e-5)  # its fc_norm is our final norm

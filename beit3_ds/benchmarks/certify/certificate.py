@@ -180,7 +180,7 @@ def _layout_steps(folder: Path, num_gpus: int, python: str, beit3: str) -> list[
     )
 
     def train(name: str, ranks: int, *settings: str) -> tuple[str, ...]:
-        run = (deepspeed, "--num_gpus", str(ranks), "--module", "beit3_ds.pretrain", config)
+        run = (deepspeed, "--num_gpus", str(ranks), "--module", "beit3_ds.train", config)
         changes = (f"training.output_dir={folder / name}", "training.total_steps=40", *settings)
         return (*run, *(part for change in changes for part in ("--set", change)))
 

@@ -11,7 +11,8 @@ import torch
 from beit3_ds.batch import PackedBatch
 from beit3_ds.benchmarks.step.batches import build_batch, step_config
 from beit3_ds.config import ModelConfig
-from beit3_ds.model import BEiT3, initialize_parameters
+from beit3_ds.model import initialize_parameters
+from beit3_ds.tasks.pretraining.model import PretrainingModel
 
 _SIZES: dict[str, Any] = {
     "num_layers": 4,
@@ -69,7 +70,7 @@ def _step(
     config: ModelConfig, batch: PackedBatch, device: torch.device, dtype: torch.dtype
 ) -> tuple[float, torch.Tensor]:
     """Returns the loss, and all gradients as one float64 vector on the CPU."""
-    model = BEiT3(config)
+    model = PretrainingModel(config)
     initialize_parameters(model, config, seed=0)
     model.to(device, dtype)
     output = model(batch.to(device), torch.full((4,), 1e-2, device=device))

@@ -20,8 +20,8 @@ from beit3_ds.benchmarks.checkpoint.ranks import OURS, THEIRS, drop_from_cache, 
 from beit3_ds.benchmarks.peak_memory import status_bytes
 from beit3_ds.config import ConfigError
 from beit3_ds.cores import count_cores
-from beit3_ds.model import BEiT3
 from beit3_ds.model.pretrained import PretrainedWeights
+from beit3_ds.tasks.pretraining.model import PretrainingModel
 
 SIZES = ("tiny", "base", "large", "giant")
 _SAVES, _LOADS, _EXPORTS = 3, 3, 5  # rounds
@@ -100,7 +100,7 @@ def choose_size(size: str | None, ranks: int, folder: Path) -> Choice:
 def count_parameters(size: str) -> int:
     """Returns the number of parameters of a model with one attention for all modalities."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in BEiT3(state_config(size, 1).model).parameters())
+        return sum(parameter.numel() for parameter in PretrainingModel(state_config(size, 1).model).parameters())
 
 
 def _available_bytes() -> int:

@@ -22,8 +22,8 @@ from beit3_ds.checkpoint.run_description import RunDescription
 from beit3_ds.checkpoint.store import CheckpointStore
 from beit3_ds.config import RunConfig, build_run_config
 from beit3_ds.config.model import MODEL_SIZES
-from beit3_ds.model import BEiT3
 from beit3_ds.parallel import Mesh
+from beit3_ds.tasks.pretraining.model import PretrainingModel
 
 OURS, THEIRS = "beit3_ds", "deepspeed"
 _TAG = "state"
@@ -67,7 +67,7 @@ class _Rank:
         config = state_config(size, seed)
         self.mesh: Mesh = init_process_group(config.parallel)
         generator = torch.Generator().manual_seed(seed)
-        model = BEiT3(config.model)
+        model = PretrainingModel(config.model)
         for parameter in model.parameters():  # the initial values of a run would take minutes
             parameter.data.uniform_(-0.05, 0.05, generator=generator)
         self.engine = build_engine(config, model, self.mesh)

@@ -28,10 +28,11 @@ from beit3_ds.config import ConfigError
 from beit3_ds.data.images.augmentation import Augmentation
 from beit3_ds.data.images.decoding import decode_image
 from beit3_ds.data.images.shards import TarShards
-from beit3_ds.data.masking import block_mask
 from beit3_ds.data.order.stream import order_from_start
-from beit3_ds.data.packing import ImageShape, pack
-from beit3_ds.data.samples import ImageSamples, SampleKey
+from beit3_ds.data.samples import SampleKey
+from beit3_ds.tasks.pretraining.masking import block_mask
+from beit3_ds.tasks.pretraining.packing import ImageShape, pack
+from beit3_ds.tasks.pretraining.samples import ImageSamples
 
 _WIDTH, _HEIGHT, _QUALITY, _NUM_IMAGES = 500, 400, 90, 64
 _BATCH, _IMAGE_SIZE, _GRID, _NUM_MASKED, _MIN_SCALE, _JITTER = 32, 224, 14, 78, 0.2, 0.4

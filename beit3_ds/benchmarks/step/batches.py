@@ -9,8 +9,9 @@ import torch
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import RunConfig, build_run_config
 from beit3_ds.data.drop_path import Slot, draw_drop_path
-from beit3_ds.data.masking import block_mask
-from beit3_ds.data.packing import ImageSample, PairSample, Sample, TextSample, image_shape, pack
+from beit3_ds.tasks.pretraining.masking import block_mask
+from beit3_ds.tasks.pretraining.packing import ImageSample, PairSample, Sample, TextSample, image_shape, pack
+from beit3_ds.tasks.pretraining.targets import with_visual_codes
 
 STREAMS = ("images", "pairs", "texts")
 CAPTION_TOKENS = (16, 0.45)
@@ -64,7 +65,7 @@ def build_batch(config: RunConfig, number: int) -> PackedBatch:
     drop_path = draw_drop_path(config.model.drop_path_rate, config.model.num_layers, 0, number, slots)
     batch = pack(samples, drop_path, image_shape(config), "model")
     codes = rng.integers(0, config.model.visual_vocab_size, tuple(batch.patch_mask.shape))
-    return batch.with_visual_codes(torch.from_numpy(codes))
+    return with_visual_codes(batch, torch.from_numpy(codes))
 
 
 def describe_batch(batch: PackedBatch) -> Mapping[str, Any]:
@@ -73,7 +74,7 @@ def describe_batch(batch: PackedBatch) -> Mapping[str, Any]:
         "caption_tokens": batch.caption_lengths,
         "text_tokens": batch.text_lengths,
         "rows": batch.num_rows,
-        "masked": batch.num_masked,
+        "masked": batch.term_counts,
     }
 
 

@@ -16,7 +16,8 @@ import torch
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import RunConfig, build_run_config
-from beit3_ds.data.packing import ImageSample, PairSample, Sample, TextSample, image_shape, pack
+from beit3_ds.tasks.pretraining.packing import ImageSample, PairSample, Sample, TextSample, image_shape, pack
+from beit3_ds.tasks.pretraining.targets import with_visual_codes
 
 _ROUNDS = 3
 _STEPS = 4  # the first has one-off work and is not counted
@@ -130,15 +131,17 @@ def run_steps(zero_stage: int, shares: int, share: int) -> dict[str, float]:
         share: index of this process among them.
     """
     from beit3_ds.runtime.process_group import init_process_group
+    from beit3_ds.tasks import build_task
     from beit3_ds.training.engine import apply_update, build_schedule
     from beit3_ds.training.loss import build_loss_factors
 
     config = parallel_config(zero_stage)
     mesh = init_process_group(config.parallel)
-    schedule = build_schedule(config, mesh)
+    task = build_task(config)
+    schedule = build_schedule(task, mesh)
     batch = build_share(config, range(share * _SAMPLES // shares, (share + 1) * _SAMPLES // shares))
-    counts = mesh.data_host.sum(torch.tensor(batch.num_masked))
-    factors = build_loss_factors(counts, config.training.loss_weights, mesh.data_parallel_size)
+    counts = mesh.data_host.sum(torch.tensor(batch.term_counts))
+    factors = build_loss_factors(counts, task.terms, mesh.data_parallel_size)
     seconds: dict[str, list[float]] = {"step": [], "passes": [], "update": []}
     for _ in range(_STEPS):
         mesh.barrier()
@@ -210,7 +213,7 @@ def build_share(config: RunConfig, samples: Sequence[int]) -> PackedBatch:
     packed += [text(np.random.default_rng([2, i]), data.text_length, data.text_mask_ratio) for i in samples]
     batch = pack(packed, None, image_shape(config))
     codes = torch.arange(batch.patch_mask.numel()).view(batch.patch_mask.shape) % model.visual_vocab_size
-    return batch.with_visual_codes(codes)
+    return with_visual_codes(batch, codes)
 
 
 if __name__ == "__main__":

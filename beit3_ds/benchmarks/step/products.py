@@ -11,6 +11,7 @@ from torch import Tensor
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ModelConfig
 from beit3_ds.model.flops import attention_flops, ffn_flops, layer_flops, work_of
+from beit3_ds.tasks.pretraining.heads import head_flops
 
 
 class Product(NamedTuple):
@@ -91,7 +92,7 @@ def needed_flops(config: ModelConfig, batch: PackedBatch) -> float:
         config: configuration of the model.
         batch: the batch, with the factors of stochastic depth if there are any.
     """
-    embeddings, *_, heads = layer_flops(config, work_of(batch))
+    embeddings, *_, heads = layer_flops(config, work_of(batch, head_flops(config, batch.term_counts)))
     blocks = 0.0
     for layer in range(config.num_layers):
         attention, ffn = (
@@ -102,7 +103,7 @@ def needed_flops(config: ModelConfig, batch: PackedBatch) -> float:
         blocks += attention_flops(config, attention.num_rows, sum(length * length for length in lengths))
         if layer < config.num_layers - 1:
             blocks += ffn_flops(config, ffn.num_rows)
-    masked_Q = batch.row_sequence[batch.masked_rows.rows].bincount(minlength=batch.num_sequences)
+    masked_Q = batch.row_sequence[batch.head_rows].bincount(minlength=batch.num_sequences)
     kept_Q = torch.ones(batch.num_sequences) if batch.drop_path is None else batch.drop_path[:, -1, 1] != 0
     blocks += ffn_flops(config, float((masked_Q * kept_Q).sum()))
     # The backward pass has twice the products of the forward pass, except for pixels, which have no gradient.
@@ -165,7 +166,7 @@ def _block(make: _Operands, config: ModelConfig, batch: PackedBatch, experts: tu
 
 
 def _heads(make: _Operands, config: ModelConfig, batch: PackedBatch) -> Layer:
-    image_mim, text_mlm, pair_mim, pair_mlm = batch.num_masked
+    image_mim, text_mlm, pair_mim, pair_mlm = batch.term_counts
     return _chain(
         [
             make.linear(image_mim + pair_mim, config.hidden_size, config.visual_vocab_size),

@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ConfigError, RunConfig
+from beit3_ds.tasks.pretraining.targets import MASKED_TOKENS, TARGET_IDS, VISUAL_CODES
 
 TORCHSCALE = "0.3.0"
 _PAD = 1
@@ -181,12 +182,13 @@ def unpack_streams(batch: PackedBatch, caption_length: int | None, text_length: 
         caption_length: length to which captions are padded; None pads to the longest.
         text_length: length to which texts are padded; None pads to the longest.
     """
-    assert batch.pixels is not None and batch.visual_targets is not None, "a batch with pixels and codes"
+    assert batch.pixels is not None, "a batch with pixels"
+    masked_tokens, target_ids = batch.targets[MASKED_TOKENS], batch.targets[TARGET_IDS]
     images, pairs = batch.num_images, batch.num_pairs
     num_codes, num_tokens = int(batch.patch_mask[:images].sum()), sum(batch.caption_lengths)
-    num_targets = int((batch.masked_tokens < num_tokens).sum())
-    masked = torch.zeros_like(batch.token_ids, dtype=torch.bool).index_fill_(0, batch.masked_tokens, True)
-    pixels, patch_mask, codes = batch.pixels, batch.patch_mask, batch.visual_targets
+    num_targets = int((masked_tokens < num_tokens).sum())
+    masked = torch.zeros_like(batch.token_ids, dtype=torch.bool).index_fill_(0, masked_tokens, True)
+    pixels, patch_mask, codes = batch.pixels, batch.patch_mask, batch.targets[VISUAL_CODES]
     captions = _pad(batch.token_ids[:num_tokens], masked[:num_tokens], batch.caption_lengths, caption_length)
     texts = _pad(batch.token_ids[num_tokens:], masked[num_tokens:], batch.text_lengths, text_length)
     no_image, no_text = (None, None, None), (None, None, None, None)
@@ -197,9 +199,9 @@ def unpack_streams(batch: PackedBatch, caption_length: int | None, text_length: 
             patch_mask[images : images + pairs],
             codes[num_codes:],
             *captions,
-            batch.target_ids[:num_targets],
+            target_ids[:num_targets],
         ),
-        PaddedStream(*no_image, *texts, batch.target_ids[num_targets:]),
+        PaddedStream(*no_image, *texts, target_ids[num_targets:]),
     ]
 
 

@@ -35,23 +35,25 @@ def train_ours(config: RunConfig) -> Callable[[PackedBatch], Turn]:
     """
     # Imported here, so that DeepSpeed takes memory on this side only.
     from beit3_ds.runtime.process_group import compute_device, init_process_group
+    from beit3_ds.tasks import build_task
     from beit3_ds.training.engine import apply_update, build_schedule
     from beit3_ds.training.loss import build_loss_factors
 
     mesh = init_process_group(config.parallel)
-    schedule, device = build_schedule(config, mesh), compute_device()
+    task = build_task(config)
+    schedule, device = build_schedule(task, mesh), compute_device()
 
     def prepare(batch: PackedBatch) -> Turn:
         on_device = batch.to(device)
-        counts = torch.tensor(batch.num_masked)
-        factors = build_loss_factors(counts, config.training.loss_weights, mesh.data_parallel_size).to(device)
+        counts = torch.tensor(batch.term_counts)
+        factors = build_loss_factors(counts, task.terms, mesh.data_parallel_size).to(device)
 
         def step() -> float:
             sums = schedule.accumulate_gradients([on_device], factors, lambda prepared: prepared)
             apply_update(schedule.engine, mesh)
             return float(sums @ factors)
 
-        return step, {"masked": [sum(batch.num_masked[::2]), sum(batch.num_masked[1::2])]}
+        return step, {"masked": [sum(batch.term_counts[::2]), sum(batch.term_counts[1::2])]}
 
     return prepare
 

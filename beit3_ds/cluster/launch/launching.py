@@ -57,7 +57,7 @@ class LaunchOptions:
     """Time within which all guards must register."""
     port: int
     """Port on which the supervisor listens; 0 is any."""
-    module: str = "beit3_ds.pretrain"
+    module: str = "beit3_ds.train"
     """Module that every rank runs, with the config and the changes as its arguments."""
 
 

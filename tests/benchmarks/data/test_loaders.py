@@ -22,7 +22,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_loaders_make_two_views_and_a_mask(tmp_path: Path) -> None:
     bench._write_images(tmp_path)
     ours = next(bench._ours(str(tmp_path)))
-    batches = [(ours.pixels, ours.tokenizer_pixels, ours.patch_mask)]
+    batches = [(ours.pixels, ours.targets["tokenizer_pixels"], ours.patch_mask)]
     batches += [next(bench._webdataset(str(tmp_path))), next(bench._image_folder(str(tmp_path)))[0]]
     for first, second, mask in batches:
         # catches a baseline that does less, or other pixels than [-1, 1]

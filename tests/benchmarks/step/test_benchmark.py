@@ -21,6 +21,7 @@ from beit3_ds.cli import main as cli
 from beit3_ds.config import RunConfig
 from beit3_ds.model.flops import layer_flops, work_of
 from beit3_ds.model.multiway import ColumnParallelMultiwayLinear, RowParallelMultiwayLinear
+from beit3_ds.tasks import build_task
 from beit3_ds.training.loss import build_loss_factors
 from beit3_ds.weights.export import export_weights
 from tests.weights.models import ModelReader, random_model
@@ -62,10 +63,10 @@ def test_both_sides_compute_the_same_loss_and_gradients(
     streams = unpack_streams(batch, *lengths)
     padded = [stream.tokens.shape[1] for stream in streams if stream.tokens is not None]
     assert padded == [lengths[0] or max(batch.caption_lengths), lengths[1] or max(batch.text_lengths)]
-    patches, tokens = zip(*(stream.num_masked for stream in streams), strict=True)
-    image_mim, text_mlm, pair_mim, pair_mlm = batch.num_masked
+    patches, tokens = zip(*(stream.term_counts for stream in streams), strict=True)
+    image_mim, text_mlm, pair_mim, pair_mlm = batch.term_counts
     assert patches == (image_mim, pair_mim, 0) and tokens == (0, pair_mlm, text_mlm)
-    factors = build_loss_factors(torch.tensor(batch.num_masked), config.training.loss_weights, 1)
+    factors = build_loss_factors(torch.tensor(batch.term_counts), build_task(config).terms, 1)
     loss = ours(batch, factors).total
     loss.backward()
     theirs = torch.stack([term for stream in streams for term in trainer.model(stream)]).sum()

@@ -21,7 +21,7 @@ from tests.cluster.launch.test_plain_launchers import ENVIRONMENT, check_run, ne
 from tests.hosts import Host, namespace_hosts, write_hostfile
 from tests.slurm import PROGRAMS as SLURM_PROGRAMS
 from tests.slurm import start_slurm, stop_slurm
-from tests.test_pretrain import write
+from tests.test_train import write
 
 END_SECONDS = 30
 """From a fault to the end of everything."""
@@ -58,7 +58,7 @@ class HostsLaunch:
             status = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"not ended after {seconds} s: {self.printed()}") from None
-        while left := [pid for host in self.hosts for pid in host.pids("beit3_ds.pretrain|rank_guard|deepspeed")]:
+        while left := [pid for host in self.hosts for pid in host.pids("beit3_ds.train|rank_guard|deepspeed")]:
             assert time.monotonic() < deadline, f"{left} are left: {self.printed()}"
             time.sleep(0.1)
         return status
@@ -129,11 +129,11 @@ def test_a_host_that_is_gone_is_named_before_anything_starts(run_mapping: dict[s
 
 
 def kill_rank(launch: HostsLaunch) -> None:
-    os.kill(launch.pid("beit3_ds.pretrain", 1), signal.SIGKILL)
+    os.kill(launch.pid("beit3_ds.train", 1), signal.SIGKILL)
 
 
 def stop_rank(launch: HostsLaunch) -> None:
-    os.kill(launch.pid("beit3_ds.pretrain", 1), signal.SIGSTOP)
+    os.kill(launch.pid("beit3_ds.train", 1), signal.SIGSTOP)
 
 
 def cut_link(launch: HostsLaunch) -> None:

@@ -16,7 +16,7 @@ from tests.checkpoint.training_run import TrainingRun
 from tests.hosts import Host, missing_for_hosts, write_hostfile
 from tests.slurm import PROGRAMS as SLURM
 from tests.slurm import start_slurm, stop_slurm
-from tests.test_pretrain import losses, write
+from tests.test_train import losses, write
 
 STEPS = 3
 TOLERANCE = 1e-5
@@ -75,7 +75,7 @@ def check_run(
 @needs(*SLURM)
 def test_srun(debian_hosts: list[Host], config: Path, run_mapping: dict[str, Any], tmp_path: Path) -> None:
     environment = start_slurm(debian_hosts, tmp_path)
-    argv = ["srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, "-m", "beit3_ds.pretrain", str(config)]
+    argv = ["srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, "-m", "beit3_ds.train", str(config)]
     check_run(debian_hosts, argv, run_mapping, tmp_path, environment)
     stop_slurm(debian_hosts)
 
@@ -88,7 +88,7 @@ def test_deepspeed_with_pdsh(
     (tmp_path / "environment").write_text("DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n")
     environment = {"DS_ENV_FILE": str(tmp_path / "environment")}  # in the place of .deepspeed_env in the working folder
     hostfile = write_hostfile(tmp_path / "hostfile", debian_hosts)
-    argv = ["deepspeed", "--hostfile", str(hostfile), "--module", "beit3_ds.pretrain", str(config)]
+    argv = ["deepspeed", "--hostfile", str(hostfile), "--module", "beit3_ds.train", str(config)]
     check_run(debian_hosts, argv, run_mapping, tmp_path, environment)
 
 
@@ -100,7 +100,7 @@ def test_deepspeed_with_open_mpi(
     pytest.importorskip("mpi4py")
     hostfile = write_hostfile(tmp_path / "hostfile", debian_hosts)
     options = ["--launcher", "openmpi", "--launcher_args", "--bind-to none", "--hostfile", str(hostfile)]
-    argv = ["deepspeed", *options, "--module", "beit3_ds.pretrain", str(config)]
+    argv = ["deepspeed", *options, "--module", "beit3_ds.train", str(config)]
     check_run(debian_hosts, argv, run_mapping, tmp_path, MPI_ENVIRONMENT)
 
 
@@ -117,7 +117,7 @@ def test_mpirun(
     export = [option for name in ("PYTHONPATH", "DS_ACCELERATOR", "OMP_NUM_THREADS") for option in ("-x", name)]
     if address == "given":
         export += ["-x", f"MASTER_ADDR={debian_hosts[0].name}", "-x", "MASTER_PORT=29601"]
-    argv = ["mpirun", *place, *export, sys.executable, "-m", "beit3_ds.pretrain", str(config)]
+    argv = ["mpirun", *place, *export, sys.executable, "-m", "beit3_ds.train", str(config)]
     check_run(debian_hosts, argv, run_mapping, tmp_path, MPI_ENVIRONMENT)
 
 
@@ -126,7 +126,7 @@ def test_mpirun(
 def test_torchrun(debian_hosts: list[Host], config: Path, run_mapping: dict[str, Any], tmp_path: Path) -> None:
     """Its agent on the first host, and not rank 0, holds the store where ranks meet."""
     meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={debian_hosts[0].address}:29400"]
-    argv = ["torchrun", "--nnodes=2", "--nproc-per-node=1", *meeting, "-m", "beit3_ds.pretrain", str(config)]
+    argv = ["torchrun", "--nnodes=2", "--nproc-per-node=1", *meeting, "-m", "beit3_ds.train", str(config)]
     with open(tmp_path / "second.log", "w") as log:
         second = debian_hosts[1].start(argv, ENVIRONMENT, stdout=log, stderr=log)
         check_run(debian_hosts, argv, run_mapping, tmp_path)

@@ -15,6 +15,7 @@ from beit3_ds.data.order.run import POSITIONS
 from beit3_ds.data.steps import StepDataset
 from beit3_ds.tokenizers.text import TextTokenizer
 from tests.data.conftest import BuildConfig, WriteTar
+from tests.tasks.pretraining.samples import open_steps
 
 
 @pytest.fixture
@@ -49,8 +50,8 @@ def _plain(config: RunConfig) -> dict[str, Any]:
 
 def test_unchanged_files_continue_bit_for_bit(build_config: BuildConfig, tokenizer: TextTokenizer) -> None:
     config = build_config()
-    undisturbed = StepDataset(config, tokenizer, 0, 1)
-    resumed = StepDataset(config, tokenizer, 0, 1)
+    undisturbed = open_steps(config, tokenizer, 0, 1)
+    resumed = open_steps(config, tokenizer, 0, 1)
     assert resumed.order.resume(5, _data_after(undisturbed, 5), _plain(config)) == []
     for step in (5, 8):
         assert resumed[step].fingerprint() == undisturbed[step].fingerprint()
@@ -63,7 +64,7 @@ def test_a_checkpoint_without_positions_continues_bit_for_bit(
     folder = Path(sample_files["pairs"]).parent
     sources = [{"path": str(folder / f"pairs-{i}.tar"), "weight": i + 1} for i in range(2)]
     config = build_config(data={"pairs": {"train": sources, "samples_per_step": 4}})
-    undisturbed, resumed = (StepDataset(config, tokenizer, 0, 1) for _ in range(2))
+    undisturbed, resumed = (open_steps(config, tokenizer, 0, 1) for _ in range(2))
     (line,) = resumed.order.resume(7, {}, _plain(config))
     assert "an older version wrote it" in line
     assert "repeats cannot be excluded" in line
@@ -75,7 +76,7 @@ def test_grown_files_repeat_nothing(
     build_config: BuildConfig, tokenizer: TextTokenizer, files: dict[str, str], write_tar: WriteTar, png: bytes
 ) -> None:
     config = build_config(images=4, pairs=4, texts=4, files=files)
-    before = StepDataset(config, tokenizer, 0, 1)
+    before = open_steps(config, tokenizer, 0, 1)
     seen = _names(before, 0, 3)
     data = _data_after(before, 3)
     folder = Path(files["images"]).parent
@@ -87,7 +88,7 @@ def test_grown_files_repeat_nothing(
     with Path(files["texts"]).open("a") as file:
         file.write("\n\n" + "\n\n".join(["green boats near old trees in snow"] * 5))
 
-    after = StepDataset(config, tokenizer, 0, 1)
+    after = open_steps(config, tokenizer, 0, 1)
     lines = after.order.resume(3, data, _plain(config))
     assert any("data.images: source" in line and "grew from 22 to 28" in line for line in lines)
     assert any("data.pairs: source" in line and "grew from 13 to 16" in line for line in lines)
@@ -104,11 +105,11 @@ def test_all_ranks_continue_with_the_same_samples(
     build_config: BuildConfig, tokenizer: TextTokenizer, files: dict[str, str], write_tar: WriteTar, png: bytes
 ) -> None:
     config = build_config(files=files)
-    data = _data_after(StepDataset(config, tokenizer, 0, 1), 3)
+    data = _data_after(open_steps(config, tokenizer, 0, 1), 3)
     write_tar(Path(files["images"]).parent / "images-2.tar", {f"new{i}.png": png for i in range(6)})
 
     def resumed(rank: int, size: int) -> StepDataset:
-        dataset = StepDataset(config, tokenizer, rank, size)
+        dataset = open_steps(config, tokenizer, rank, size)
         dataset.order.resume(3, data, _plain(config))
         return dataset
 
@@ -123,12 +124,12 @@ def test_inserted_and_exchanged_files_are_noticed(
     build_config: BuildConfig, tokenizer: TextTokenizer, files: dict[str, str], write_tar: WriteTar, png: bytes
 ) -> None:
     config = build_config(files=files)
-    data = _data_after(StepDataset(config, tokenizer, 0, 1), 3)
+    data = _data_after(open_steps(config, tokenizer, 0, 1), 3)
     folder = Path(files["images"]).parent
     write_tar(folder / "images-00.tar", {"first.png": png})  # sorts before the others
     text = Path(files["texts"])
     text.write_text("snow near the old green trees\n\n" + text.read_text())
-    lines = StepDataset(config, tokenizer, 0, 1).order.resume(3, data, _plain(config))
+    lines = open_steps(config, tokenizer, 0, 1).order.resume(3, data, _plain(config))
     assert len(lines) == 2
     assert all("numbered differently" in line and "repeats" in line for line in lines)
     assert {line.split(":")[0] for line in lines} == {"data.images", "data.texts"}
@@ -139,17 +140,17 @@ def test_names_that_are_not_utf8_have_a_position(
 ) -> None:
     write_tar(tmp_path / os.fsdecode(b"images-\xff.tar"), {f"{i}.png": png for i in range(4)})
     config = build_config(files={"images": str(tmp_path / "images-*.tar")})
-    dataset = StepDataset(config, tokenizer, 0, 1)
+    dataset = open_steps(config, tokenizer, 0, 1)
     assert dataset.order.resume(2, _data_after(dataset, 2), _plain(config)) == []
 
 
 def test_a_stream_that_is_left_out_keeps_its_place(build_config: BuildConfig, tokenizer: TextTokenizer) -> None:
     config = build_config()
-    whole = StepDataset(config, tokenizer, 0, 1)
+    whole = open_steps(config, tokenizer, 0, 1)
     data = _data_after(whole, 3)
     without = build_config(pairs=0)
-    dataset = StepDataset(without, tokenizer, 0, 1)
+    dataset = open_steps(without, tokenizer, 0, 1)
     dataset.order.resume(3, data, _plain(config))
-    back = StepDataset(config, tokenizer, 0, 1)
+    back = open_steps(config, tokenizer, 0, 1)
     back.order.resume(5, _data_after(dataset, 5), _plain(without))
     assert _names(back, 5, 6)["pairs"] == _names(whole, 3, 4)["pairs"]

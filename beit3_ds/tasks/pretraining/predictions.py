@@ -11,10 +11,10 @@ from torch import Tensor
 
 from beit3_ds.atomic_file import atomic_write
 from beit3_ds.batch import PackedBatch
-from beit3_ds.model import Logits
+from beit3_ds.tasks.pretraining.heads import Logits
+from beit3_ds.tasks.pretraining.targets import MASKED_TOKENS, TARGET_IDS, TOKENIZER_PIXELS, encode_images
 from beit3_ds.tokenizers.text import TextTokenizer
 from beit3_ds.tokenizers.visual import VisualTokenizer
-from beit3_ds.training.targets import encode_images
 
 _SHOWN = 12
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em}
@@ -72,8 +72,8 @@ class _Words:
         self.ids = batch.token_ids.tolist()
         num_ids = tokenizer.vocab_size if tokenizer else logits.text.shape[1]
         guesses = logits.text[:, :num_ids].argmax(1).tolist()  # spare rows of the table stand for nothing
-        truths = batch.target_ids.tolist()
-        self.masked = dict(zip(batch.masked_tokens.tolist(), zip(guesses, truths, strict=True), strict=True))
+        truths = batch.targets[TARGET_IDS].tolist()
+        self.masked = dict(zip(batch.targets[MASKED_TOKENS].tolist(), zip(guesses, truths, strict=True), strict=True))
 
     def sentence(self, text: int) -> str:
         """One caption or text as HTML."""
@@ -96,8 +96,7 @@ class _Words:
 class _Mosaics:
     def __init__(self, batch: PackedBatch, logits: Logits, tokenizer: VisualTokenizer | None) -> None:
         self.batch = batch
-        assert batch.tokenizer_pixels is not None, "the stage with the heads reads the tokenizer's view"
-        self.patches = _cut(batch.tokenizer_pixels.cpu(), batch.patch_mask.shape[1])
+        self.patches = _cut(batch.targets[TOKENIZER_PIXELS].cpu(), batch.patch_mask.shape[1])
         self.codes = encode_images(batch, tokenizer).cpu()
         self.guessed = self.codes.clone()
         self.guessed[batch.patch_mask.cpu()] = logits.visual.argmax(1).cpu()

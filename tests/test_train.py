@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from beit3_ds.batch import LOSS_TERMS
+from beit3_ds.tasks.pretraining.baselines import TERM_STREAMS
 from tests.preloaded import ModuleProcess, start_module
 from tests.ranks import run_ranks
 
@@ -25,7 +25,7 @@ def write(mapping: dict[str, Any], folder: Path, name: str = "config.json") -> P
 
 def start(config: Path) -> ModuleProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return start_module("beit3_ds.pretrain", [config], env=environment, output=subprocess.PIPE)
+    return start_module("beit3_ds.train", [config], env=environment, output=subprocess.PIPE)
 
 
 def finish(config: Path) -> tuple[int, str]:
@@ -38,7 +38,7 @@ def losses(folder: Path) -> list[dict[str, Any]]:
     """The record without what a clock measures."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     records = [record for record in records if record["kind"] != "checkpoint"]  # written when a save ends
-    wanted = {"step", "kind", "loss", "grad_norm", "learning_rate", *LOSS_TERMS}
+    wanted = {"step", "kind", "loss", "grad_norm", "learning_rate", *TERM_STREAMS}
     return [{key: value for key, value in record.items() if key in wanted} for record in records]
 
 
@@ -78,7 +78,7 @@ def test_killed_run_resumes_bit_for_bit(run_mapping: dict[str, Any], tmp_path: P
 
 
 def train_rank(config: str) -> int:
-    from beit3_ds.pretrain import main
+    from beit3_ds.train import main
 
     return main([config])
 
@@ -125,7 +125,7 @@ def test_divided_run_lies_on_that_of_one_rank(run_mapping: dict[str, Any], tmp_p
 def test_misspelt_key_is_one_line(run_mapping: dict[str, Any], tmp_path: Path) -> None:
     run_mapping["beit3_ds"]["model"]["hidden_sise"] = 64
     config = write(run_mapping, tmp_path)
-    command = [sys.executable, "-m", "beit3_ds.cli.main", "pretrain", str(config)]
+    command = [sys.executable, "-m", "beit3_ds.cli.main", "train", str(config)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2
     assert result.stdout == ""
@@ -133,33 +133,33 @@ def test_misspelt_key_is_one_line(run_mapping: dict[str, Any], tmp_path: Path) -
     assert "unknown key 'hidden_sise'. Did you mean 'hidden_size'?" in line
 
 
-def pretrain_error(mapping: dict[str, Any]) -> str:
+def train_error(mapping: dict[str, Any]) -> str:
     """The message of a run that must end before a process group exists."""
     import torch.distributed as dist
 
     from beit3_ds.config import ConfigError, build_run_config
-    from beit3_ds.pretrain import pretrain
+    from beit3_ds.train import train_run
 
     with pytest.raises(ConfigError) as caught:
-        pretrain(build_run_config(mapping))
+        train_run(build_run_config(mapping))
     assert not dist.is_initialized()
     return str(caught.value)
 
 
 def test_missing_initial_weights_are_named(run_mapping: dict[str, Any]) -> None:
     run_mapping["beit3_ds"]["training"]["init_from"] = "/no/weights.safetensors"
-    assert "there is no /no/weights.safetensors" in pretrain_error(run_mapping)
+    assert "there is no /no/weights.safetensors" in train_error(run_mapping)
 
 
 def test_missing_data_folder_is_named(run_mapping: dict[str, Any]) -> None:
     run_mapping["beit3_ds"]["data"]["pairs"]["train"] = ["/no/such/folder/*.tar"]
-    assert "/no/such/folder" in pretrain_error(run_mapping)
+    assert "/no/such/folder" in train_error(run_mapping)
 
 
 def test_unwritable_output_folder_is_named(run_mapping: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     run_mapping["beit3_ds"]["training"]["output_dir"] = str(tmp_path / "file" / "run")
-    assert f"training.output_dir={tmp_path}/file/run cannot be written" in pretrain_error(run_mapping)
+    assert f"training.output_dir={tmp_path}/file/run cannot be written" in train_error(run_mapping)
 
 
 def test_unreadable_shard_is_named(run_mapping: dict[str, Any], tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_unreadable_shard_is_named(run_mapping: dict[str, Any], tmp_path: Path) 
     shutil.copy("beit3_ds/sample_data/images-validation.tar", shard)
     os.truncate(shard, 30_000)
     run_mapping["beit3_ds"]["data"]["images"]["train"] = [str(shard)]
-    assert str(shard) in pretrain_error(run_mapping)
+    assert str(shard) in train_error(run_mapping)
 
 
 def test_kernels_that_cannot_run_are_named(run_mapping: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,17 +177,17 @@ def test_kernels_that_cannot_run_are_named(run_mapping: dict[str, Any], monkeypa
 
     run_mapping["beit3_ds"]["training"]["kernels"] = "cuda"
     monkeypatch.setattr(cuda_kernels, "is_built", lambda: False)
-    assert "BEIT3_BUILD_CUDA=1 pip install --no-build-isolation ." in pretrain_error(run_mapping)
+    assert "BEIT3_BUILD_CUDA=1 pip install --no-build-isolation ." in train_error(run_mapping)
     monkeypatch.setattr(cuda_kernels, "is_built", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert 'training.kernels="cuda" needs a CUDA device' in pretrain_error(run_mapping)
+    assert 'training.kernels="cuda" needs a CUDA device' in train_error(run_mapping)
 
 
 def test_missing_tokenizers_name_the_command(run_mapping: dict[str, Any]) -> None:
     run_mapping["beit3_ds"]["tokenizers"]["visual"]["path"] = "/no/visual.safetensors"
-    assert "beit3 train-visual-tokenizer" in pretrain_error(run_mapping)
+    assert "beit3 train-visual-tokenizer" in train_error(run_mapping)
     run_mapping["beit3_ds"]["tokenizers"]["text"]["path"] = "/no/text.spm"
-    assert "beit3 train-text-tokenizer" in pretrain_error(run_mapping)
+    assert "beit3 train-text-tokenizer" in train_error(run_mapping)
 
 
 def test_broken_images_stop_the_run_with_their_list(run_mapping: dict[str, Any], tmp_path: Path) -> None:

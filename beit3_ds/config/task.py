@@ -1,0 +1,42 @@
+"""The section of a run's file that names its task."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from beit3_ds.config.strict import ConfigError, load_section, show
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """What a run trains."""
+
+    name: str = "pretraining"
+    """A folder of `beit3_ds/tasks`, or, with dots, a module that has a task."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The other keys of the section, which the task reads (`load`)."""
+
+    def load(self, cls: type[T]) -> T:
+        """Builds the task's own dataclass from the other keys of the section.
+
+        Raises:
+            ConfigError: as `load_section`.
+        """
+        return load_section(cls, dict(self.settings), "beit3_ds.task")
+
+
+def load_task_section(mapping: Any, where: str) -> TaskConfig:
+    """Reads the section; the task checks its own keys later (`TaskConfig.load`).
+
+    Raises:
+        ConfigError: if it is no object or its name no string.
+    """
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(f"{where}: expected a JSON object, got {show(mapping)}.")
+    settings = dict(mapping)
+    name = settings.pop("name", TaskConfig.name)
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"{where}.name: expected the name of a task, such as {TaskConfig.name!r}, got {show(name)}.")
+    return TaskConfig(name=name, settings=settings)

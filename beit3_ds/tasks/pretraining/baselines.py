@@ -1,0 +1,76 @@
+"""What a predictor that ignores its input would reach on each term."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.config import ModelConfig
+from beit3_ds.parallel import Mesh
+from beit3_ds.tasks.pretraining.targets import MASKED_TOKENS, TARGET_IDS, TOKENIZER_PIXELS, encode_images
+from beit3_ds.tokenizers.visual import VisualTokenizer
+
+TERM_STREAMS = {"image_mim": "images", "text_mlm": "texts", "pair_mim": "pairs", "pair_mlm": "pairs"}
+"""The terms of pretraining in their order, each with the stream whose samples it is computed on."""
+
+
+@torch.no_grad()
+def unigram_entropies(
+    batches: Iterable[PackedBatch],
+    visual_tokenizer: VisualTokenizer | None,
+    model: ModelConfig,
+    mesh: Mesh,
+    device: torch.device,
+    source_names: Mapping[str, Sequence[str]],
+) -> dict[str, float]:
+    """Returns the cross entropy of the best predictor that ignores its input, in nats, for each loss term.
+
+    It is the entropy of the frequencies of ids among all patches or tokens of the validation samples of all ranks,
+    without BOS, which is never predicted. Sends two visual and two text vocabularies of integers per source.
+
+    Args:
+        batches: this rank's validation batches.
+        visual_tokenizer: None on stages of a pipeline without heads.
+        model: sizes of the vocabularies.
+        mesh: the ranks.
+        device: device of the tokenizer.
+        source_names: short names of the validation sources of each stream.
+
+    Returns:
+        Entropies of terms with at least one id, by name. A term whose stream has several sources is followed by the
+        entropy of each source's own ids as "TERM/SOURCE".
+    """
+    sizes = {"image_mim": model.visual_vocab_size, "text_mlm": model.text_vocab_size}
+    sizes |= {"pair_mim": model.visual_vocab_size, "pair_mlm": model.text_vocab_size}
+    num_sources = {term: max(1, len(source_names.get(TERM_STREAMS[term], ()))) for term in TERM_STREAMS}
+    counts = {term: torch.zeros(num_sources[term], size, dtype=torch.int64) for term, size in sizes.items()}
+    for batch in batches:
+        if TOKENIZER_PIXELS not in batch.targets:
+            continue  # this stage has no heads
+        codes = encode_images(batch.to(device), visual_tokenizer).cpu()
+        original = batch.token_ids.index_copy(0, batch.targets[MASKED_TOKENS], batch.targets[TARGET_IDS])
+        caption_rows = torch.arange(len(original)) < sum(batch.caption_lengths)
+        asked = batch.text_positions > 0
+        ids = {"image_mim": codes[: batch.num_images], "pair_mim": codes[batch.num_images :]}
+        ids |= {"pair_mlm": original[caption_rows & asked], "text_mlm": original[~caption_rows & asked]}
+        for term, values in ids.items():
+            source = batch.sources.get(TERM_STREAMS[term], 0)
+            counts[term][source] += torch.bincount(values.flatten(), minlength=sizes[term])
+    # The last stage has counted; the others add their zeros.
+    entropies: dict[str, float] = {}
+    for term, own in counts.items():
+        total = mesh.data_host.sum(mesh.pipeline.host.sum(own))
+        if not total.sum():
+            continue
+        entropies[term] = entropy(total.sum(0))
+        if num_sources[term] > 1:
+            named = zip(source_names[TERM_STREAMS[term]], total, strict=True)
+            entropies |= {f"{term}/{name}": entropy(of_source) for name, of_source in named if of_source.sum()}
+    return entropies
+
+
+def entropy(counts: Tensor) -> float:
+    """Entropy in nats of ids that occur `counts` times; exp of it is their perplexity."""
+    shares = counts[counts > 0].double() / counts.sum()
+    return float(-(shares * shares.log()).sum())

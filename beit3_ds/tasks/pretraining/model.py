@@ -1,0 +1,35 @@
+"""BEiT-3 with the heads of masked modeling: the model that pretraining trains and `beit3 export` writes."""
+
+from collections.abc import Sequence
+
+from beit3_ds.config import ActivationCheckpointing, Kernels, ModelConfig
+from beit3_ds.model import TaskModel
+from beit3_ds.parallel import TensorParallel
+from beit3_ds.tasks.pretraining.heads import MaskedModelingHeads
+
+
+class PretrainingModel(TaskModel):
+    """The layers of BEiT-3 (`BEiT3`), the last of which ends with the MIM and the MLM head."""
+
+    heads: MaskedModelingHeads | None
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensor: TensorParallel | None = None,
+        layers: Sequence[range] | None = None,
+        activation_checkpointing: ActivationCheckpointing = "none",
+        kernels: Kernels = "triton",
+        *,
+        fp32_residual_connection: bool = False,
+    ) -> None:
+        """Builds the layers as `BEiT3` does, and the heads if the last layer is among them."""
+        super().__init__(
+            MaskedModelingHeads,
+            config,
+            tensor,
+            layers,
+            activation_checkpointing,
+            kernels,
+            fp32_residual_connection=fp32_residual_connection,
+        )

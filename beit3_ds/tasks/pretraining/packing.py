@@ -1,0 +1,119 @@
+"""Masked samples and how they become one packed micro-batch."""
+
+# Q samples, L layers, N patches an image, n tokens of one text, k masked tokens of one text.
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.config import RunConfig
+from beit3_ds.data.packing import concatenate, pack_inputs, stack_views
+from beit3_ds.tasks.pretraining.targets import with_masks
+
+ImageViews = Literal["both", "model", "tokenizer"]
+"""Views of an image that a rank needs: the first stage of a pipeline the model's, the last the visual tokenizer's."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageSample:
+    """An image, cropped and masked."""
+
+    name: str
+    """Where it came from."""
+    model_view: Tensor
+    """(3, image_size, image_size) float32 in [-1, 1]."""
+    tokenizer_view: Tensor
+    """The same crop, (3, s, s) float32 in [-1, 1]."""
+    patch_mask: NDArray[np.bool_]
+    """True where a patch is hidden, (N,)."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TextSample:
+    """A text, tokenized and masked."""
+
+    name: str
+    """Where it came from."""
+    ids: NDArray[np.int64]
+    """Corrupted ids, BOS and EOS included, (n,)."""
+    masked_positions: NDArray[np.int64]
+    """Positions to be predicted, ascending, (k,)."""
+    target_ids: NDArray[np.int64]
+    """The original ids there, (k,)."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PairSample:
+    """An image and its caption."""
+
+    image: ImageSample
+    caption: TextSample
+
+
+Sample = ImageSample | PairSample | TextSample
+"""A sample of any of the three streams."""
+
+
+class ImageShape(NamedTuple):
+    """Sizes of every image in a batch, known even where there is none."""
+
+    image_size: int
+    tokenizer_image_size: int
+    num_patches: int
+
+
+def image_shape(config: RunConfig) -> ImageShape:
+    """Returns the sizes of a run's images."""
+    return ImageShape(config.model.image_size, config.tokenizers.visual.image_size, config.model.num_patches)
+
+
+def pack(
+    samples: Sequence[Sample],
+    drop_path: Tensor | None,
+    shape: ImageShape,
+    views: ImageViews = "both",
+    sources: Mapping[str, int] | None = None,
+) -> PackedBatch:
+    """Packs samples; any stream may be absent, even all.
+
+    Args:
+        samples: images, then pairs, then texts; Q in all.
+        drop_path: factors of the samples in this order, (Q, L, 2) float32, or None.
+        shape: sizes of the images.
+        views: views of each image that the batch keeps.
+        sources: `PackedBatch.sources`.
+    """
+    images = [sample for sample in samples if isinstance(sample, ImageSample)]
+    pairs = [sample for sample in samples if isinstance(sample, PairSample)]
+    texts = [sample for sample in samples if isinstance(sample, TextSample)]
+    # The rows of drop_path follow `samples`, those of the batch its own order.
+    assert [*images, *pairs, *texts] == list(samples), "samples must come as images, pairs, texts"
+    pictures = [*images, *(pair.image for pair in pairs)]
+    writings = [*(pair.caption for pair in pairs), *texts]
+    starts = np.cumsum([0, *(len(text.ids) for text in writings)])
+    masked = [start + text.masked_positions for start, text in zip(starts, writings, strict=False)]
+    patch_mask = np.array([image.patch_mask for image in pictures], dtype=bool).reshape(-1, shape.num_patches)
+    model_views, tokenizer_views = ([p.model_view for p in pictures], [p.tokenizer_view for p in pictures])
+    inputs = pack_inputs(
+        num_images=len(images),
+        pixels=None if views == "tokenizer" else stack_views(model_views, shape.image_size),
+        num_patches=shape.num_patches,
+        captions=[pair.caption.ids for pair in pairs],
+        texts=[text.ids for text in texts],
+        patch_mask=torch.from_numpy(patch_mask),
+        drop_path=drop_path,
+        sample_names=[image.name for image in pictures] + [text.name for text in texts],
+        sources=sources,
+    )
+    return with_masks(
+        inputs,
+        masked_tokens=concatenate(masked),
+        target_ids=concatenate([text.target_ids for text in writings]),
+        tokenizer_pixels=None if views == "model" else stack_views(tokenizer_views, shape.tokenizer_image_size),
+    )

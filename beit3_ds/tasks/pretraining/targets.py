@@ -1,0 +1,95 @@
+"""Targets of masked modeling: original ids of masked tokens, codes of masked patches (paper section 2.2)."""
+
+# B images with pixels, N patches an image, M masked tokens.
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.tokenizers.visual import VisualTokenizer
+
+MASKED_TOKENS = "masked_tokens"
+"""Positions in `PackedBatch.token_ids` to be predicted, ascending, (M,) int64."""
+TARGET_IDS = "target_ids"
+"""The original ids there, (M,) int64."""
+TOKENIZER_PIXELS = "tokenizer_pixels"
+"""The visual tokenizer's view of every image, (B, 3, s, s) float32 in [-1, 1]; absent on stages without the heads."""
+VISUAL_CODES = "visual_codes"
+"""Codes of the masked patches in row order, int64; filled in on the device (`prepare_batch`)."""
+
+
+def with_masks(
+    batch: PackedBatch,
+    *,
+    masked_tokens: Tensor,
+    target_ids: Tensor,
+    tokenizer_pixels: Tensor | None = None,
+    visual_codes: Tensor | None = None,
+) -> PackedBatch:
+    """Returns a batch with the targets of its masked patches (`PackedBatch.patch_mask`) and tokens.
+
+    The heads read only masked positions: masked patches, those of images first, then masked tokens, captions first.
+
+    Args:
+        batch: the inputs, in host memory.
+        masked_tokens: positions of masked tokens, ascending, (M,) int64.
+        target_ids: their original ids, (M,) int64.
+        tokenizer_pixels: views for the visual tokenizer, (B, 3, s, s); None on stages without the heads.
+        visual_codes: codes of the masked patches, if they are known already.
+    """
+    assert masked_tokens.shape == target_ids.shape, "one target per masked token"
+    image, patch = batch.patch_mask.nonzero(as_tuple=True)
+    rows = torch.cat([image * batch.image_length + 1 + patch, masked_tokens + batch.boundaries[1]])
+    image_mim = int(batch.patch_mask[: batch.num_images].sum())
+    pair_mim = len(image) - image_mim
+    pair_mlm = int((masked_tokens < sum(batch.caption_lengths)).sum())
+    text_mlm = len(masked_tokens) - pair_mlm
+    targets = {
+        MASKED_TOKENS: masked_tokens,
+        TARGET_IDS: target_ids,
+        TOKENIZER_PIXELS: tokenizer_pixels,
+        VISUAL_CODES: visual_codes,
+    }
+    return dataclasses.replace(
+        batch,
+        head_rows=rows,
+        head_row_counts=(image_mim, pair_mim, pair_mlm, text_mlm),
+        term_counts=(image_mim, text_mlm, pair_mim, pair_mlm),
+        targets={name: value for name, value in targets.items() if value is not None},
+    )
+
+
+def with_visual_codes(batch: PackedBatch, codes_BN: Tensor) -> PackedBatch:
+    """Returns the batch with the targets of its masked patches, given the codes of all patches, (B, N) int64."""
+    assert codes_BN.shape == batch.patch_mask.shape, f"codes {tuple(codes_BN.shape)} for {batch.patch_mask.shape}"
+    return dataclasses.replace(batch, targets={**batch.targets, VISUAL_CODES: codes_BN[batch.patch_mask]})
+
+
+def prepare_batch(batch: PackedBatch, visual_tokenizer: VisualTokenizer | None, device: torch.device) -> PackedBatch:
+    """Moves a micro-batch to `device` and fills in the codes of its masked patches.
+
+    Args:
+        batch: the batch as it was read.
+        visual_tokenizer: None on stages of a pipeline without heads, which need no codes, and in a run without images.
+        device: device of the model.
+    """
+    batch = batch.to(device)
+    if TOKENIZER_PIXELS not in batch.targets:
+        return batch  # this stage has no heads
+    return with_visual_codes(batch, encode_images(batch, visual_tokenizer))
+
+
+def encode_images(batch: PackedBatch, visual_tokenizer: VisualTokenizer | None) -> Tensor:
+    """Returns the codes of a batch's images, (B, N) int64, on the device of its pixels.
+
+    Args:
+        batch: a batch with the tokenizer's view.
+        visual_tokenizer: None in a run without images, whose batches have none.
+    """
+    pixels = batch.targets[TOKENIZER_PIXELS]
+    if visual_tokenizer is None:
+        assert not len(pixels), "images need a visual tokenizer"
+        return torch.empty(batch.patch_mask.shape, dtype=torch.int64, device=pixels.device)
+    return visual_tokenizer.encode(pixels)

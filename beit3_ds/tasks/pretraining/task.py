@@ -1,0 +1,211 @@
+"""Pretraining as a task: four terms over masked positions (paper section 2.2)."""
+
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.config import ConfigError, ModelConfig, RunConfig
+from beit3_ds.config.prefetch import plan_prefetch
+from beit3_ds.data import StepDataset, ValidationBatches, build_validation_batches
+from beit3_ds.data.samples import SourceSamples, name_sources
+from beit3_ds.data.validation_overlap import check_validation_apart
+from beit3_ds.parallel import TensorParallel
+from beit3_ds.picture import try_to_write
+from beit3_ds.tasks.pretraining.baselines import TERM_STREAMS, unigram_entropies
+from beit3_ds.tasks.pretraining.heads import head_flops
+from beit3_ds.tasks.pretraining.model import PretrainingModel
+from beit3_ds.tasks.pretraining.packing import ImageViews, Sample, image_shape, pack
+from beit3_ds.tasks.pretraining.predictions import write_predictions
+from beit3_ds.tasks.pretraining.samples import build_train_streams, build_validation_streams
+from beit3_ds.tasks.pretraining.targets import prepare_batch
+from beit3_ds.tasks.task import Evaluator, RankShare, RankTask, Task, Term
+from beit3_ds.tokenizers import TextTokenizer, VisualTokenizer, check_visual_tokenizer_fits, load_visual_tokenizer
+from beit3_ds.tokenizers.text import load_text_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainingRankTask(RankTask):
+    """The tokenizers and samples of one rank."""
+
+    model: ModelConfig
+    """Sizes of the vocabularies."""
+    validation_sources: Mapping[str, Sequence[str]]
+    """Short names of the validation sources of each stream."""
+    text_tokenizer: TextTokenizer | None
+    """None in a run without texts and pairs."""
+    visual_tokenizer: VisualTokenizer | None
+    """None on pipeline stages without heads, and in a run without images and pairs."""
+
+    def to(self, device: torch.device) -> None:
+        """Moves the visual tokenizer to the device."""
+        if self.visual_tokenizer is not None:
+            self.visual_tokenizer.to(device)
+
+    def prepare(self, batch: PackedBatch, device: torch.device) -> PackedBatch:
+        """Returns a micro-batch on the device, with the codes of its masked patches where the heads are."""
+        return prepare_batch(batch, self.visual_tokenizer, device)
+
+    def baselines(self, evaluator: Evaluator) -> dict[str, float]:
+        """Returns the entropy of the ids of each term, without looking at the input (`unigram_entropies`)."""
+        return unigram_entropies(
+            evaluator.validation,
+            self.visual_tokenizer,
+            self.model,
+            evaluator.mesh,
+            evaluator.device,
+            self.validation_sources,
+        )
+
+    def write_pages(self, evaluator: Evaluator, folder: Path) -> dict[str, str]:
+        """Writes predictions.html: masked words and patches of validation samples, with the model's guesses."""
+        pages = {}
+        if self.visual_tokenizer:
+            pages["visual_tokenizer_teacher"] = self.visual_tokenizer.teacher_description
+        path = folder / "predictions.html"
+        for batch, logits in evaluator.predict(itertools.islice(evaluator.validation, 1)):
+            if logits is None or evaluator.mesh.data_parallel_rank or evaluator.mesh.tensor.rank:
+                continue
+            page = functools.partial(write_predictions, batch, logits, self.text_tokenizer, self.visual_tokenizer)
+            if try_to_write(path, page, functools.partial(print, flush=True)):
+                pages["predictions"] = str(path)
+        return pages
+
+
+class Pretraining(Task):
+    """Masked modeling of images, texts and image-text pairs."""
+
+    def __init__(self, config: RunConfig) -> None:
+        """Refuses a run in which all terms with samples have weight 0, because its weights would only decay."""
+        super().__init__(config)
+        weights, streams = config.training.loss_weights, config.data.streams()
+        self._terms = tuple(
+            Term(name, stream, _TITLES[name], getattr(weights, name)) for name, stream in TERM_STREAMS.items()
+        )
+        if not any(streams[term.stream].samples_per_step and term.weight for term in self._terms):
+            raise ConfigError(
+                "training.loss_weights: every term that has samples has weight 0; nothing would be trained. Give one "
+                "of them a weight."
+            )
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """Masked patches of images, masked tokens of texts, and both of pairs."""
+        return self._terms
+
+    def build_model(
+        self, tensor: TensorParallel | None = None, layers: Sequence[range] | None = None
+    ) -> PretrainingModel:
+        """Builds the layers of one stage, without values."""
+        training = self.config.training
+        return PretrainingModel(
+            self.config.model,
+            tensor,
+            layers,
+            training.activation_checkpointing,
+            training.kernels,
+            fp32_residual_connection=training.fp32_residual_connection,
+        )
+
+    def head_flops(self, term_counts: Sequence[float]) -> float:
+        """Returns operations of both heads for a batch with these masked positions, forward only."""
+        return head_flops(self.config.model, term_counts)
+
+    def expected_head_flops(self) -> float:
+        """Returns operations of the heads in a step, forward and backward, and of the frozen visual tokenizer."""
+        data, num_patches = self.config.data, self.config.model.num_patches
+        images, pairs, texts = (stream.samples_per_step for stream in data.streams().values())
+        masked_tokens = pairs * data.pair_text_length * data.pair_text_mask_ratio
+        masked_tokens += texts * data.text_length * data.text_mask_ratio
+        patches = (images + pairs) * num_patches * data.image_mask_ratio
+        return 3 * self.head_flops((patches, masked_tokens, 0, 0)) + self._tokenizer_flops()
+
+    def open(self, share: RankShare) -> PretrainingRankTask:
+        """Opens the tokenizers and the samples that a rank reads.
+
+        Raises:
+            ConfigError: for a file that cannot be read or does not fit the model.
+        """
+        config = self.config
+        text_tokenizer = load_text_tokenizer(config)
+        visual_tokenizer: VisualTokenizer | None = None
+        if share.predicts and config.data.has_images:
+            visual_tokenizer = load_visual_tokenizer(config.tokenizers.visual.path)
+            check_visual_tokenizer_fits(visual_tokenizer, config)
+        dataset: StepDataset | None = None
+        validation: ValidationBatches | None = None
+        sources: dict[str, SourceSamples] = {}
+        if share.reads:
+            check_validation_apart(config.data)
+            dataset = open_train_steps(config, text_tokenizer, share)
+            validation = open_validation(config, text_tokenizer, share)
+            sources = dataset.sources() | name_sources("validation", validation.streams, config.data)
+        return PretrainingRankTask(
+            dataset=dataset,
+            validation=validation,
+            sources=sources,
+            files={
+                "tokenizers.text.path": config.tokenizers.text.path if config.data.has_texts else None,
+                "tokenizers.visual.path": config.tokenizers.visual.path if config.data.has_images else None,
+            },
+            model=config.model,
+            validation_sources=config.data.validation_source_names(),
+            text_tokenizer=text_tokenizer,
+            visual_tokenizer=visual_tokenizer,
+        )
+
+    def _tokenizer_flops(self) -> float:
+        visual, data = self.config.tokenizers.visual, self.config.data
+        rows = (data.images.samples_per_step + data.pairs.samples_per_step) * (1 + visual.grid_size**2)
+        width = visual.hidden_size
+        return visual.num_layers * rows * (2 * 12 * width**2 + 4 * (1 + visual.grid_size**2) * width)
+
+
+TASK = Pretraining
+
+_TITLES = {
+    "image_mim": "images: masked patches",
+    "text_mlm": "texts: masked tokens",
+    "pair_mim": "pairs: masked patches",
+    "pair_mlm": "pairs: masked tokens",
+}
+
+
+def open_train_steps(config: RunConfig, text_tokenizer: TextTokenizer | None, share: RankShare) -> StepDataset:
+    """Opens the training files of a rank that reads.
+
+    Raises:
+        ConfigError: for files that cannot be read, fewer samples than ranks, or steps above `data.prefetch_gib`.
+    """
+    views = _views(share)
+    prefetch = plan_prefetch(config, share.data_parallel_size, views)
+    streams = build_train_streams(config, text_tokenizer)
+    pack_step = functools.partial(pack, shape=image_shape(config), views=views)
+    return StepDataset(config, streams, pack_step, share.data_parallel_rank, share.data_parallel_size, prefetch)
+
+
+def open_validation(config: RunConfig, text_tokenizer: TextTokenizer | None, share: RankShare) -> ValidationBatches:
+    """Opens the validation files of a rank that reads.
+
+    Raises:
+        ConfigError: for files that cannot be read, or fewer samples per step than ranks.
+    """
+    shape, views = image_shape(config), _views(share)
+
+    def pack_validation(samples: Sequence[Sample], sources: Mapping[str, int]) -> PackedBatch:
+        return pack(samples, None, shape, views, sources)
+
+    streams = build_validation_streams(config, text_tokenizer)
+    return build_validation_batches(
+        config, streams, pack_validation, share.data_parallel_rank, share.data_parallel_size
+    )
+
+
+def _views(share: RankShare) -> ImageViews:
+    if not share.predicts:
+        return "model"
+    return "both" if share.embeds else "tokenizer"

@@ -1,0 +1,164 @@
+"""What a task is: everything that the trainer asks of pretraining, and of every other task.
+
+A task is one folder of `beit3_ds/tasks`, named by `"task": {"name": ...}` in the file of a run; a name with dots is a
+module anywhere. The module has a class `TASK`, a subclass of `Task`. The trainer knows terms and opaque tensors only:
+
+    Task        built from the configuration alone, also by `beit3 check`: terms, model, costs
+    RankTask    opened by one rank: the samples it reads, how a micro-batch is prepared, what is reported
+
+Where further needs of a task go:
+
+    several sequences per sample, or pooled rows    `PackedBatch.head_rows`, and the head joins what it reads
+    another attention mask                          a field of `PackedBatch` that `model/attention.py` passes to the op
+    no text, no image, another image size           `model` in the file; the streams that the task opens
+    metrics                                         a term of weight 0: its sum and count merge exactly over ranks
+    other learning rates, frozen parts, an EMA      `training/optimizer.py`, by names that the task gives
+    terms over features of the whole step           two passes per step: `PackedBatch` carries all draws, so that both
+                                                    compute the same features
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.config import RunConfig
+from beit3_ds.data import StepDataset, ValidationBatches
+from beit3_ds.data.samples import SourceSamples
+from beit3_ds.model import TaskModel
+from beit3_ds.parallel import Mesh, TensorParallel
+
+
+class Term(NamedTuple):
+    """A part of the loss, or a metric: a sum over samples or positions, divided by their number in the whole step."""
+
+    name: str
+    """Its name in logs, metrics and messages."""
+    stream: str
+    """The stream whose samples it is computed on."""
+    title: str
+    """Its name for people, above plots."""
+    weight: float = 1.0
+    """Its weight in the loss; 0 for a metric."""
+    unit: str = "cross entropy (nats)"
+    """Its unit, beside plots."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankShare:
+    """What one rank reads of every step."""
+
+    data_parallel_rank: int
+    """Its rank among those that read different samples."""
+    data_parallel_size: int
+    """Number of these ranks."""
+    embeds: bool
+    """Whether it needs the model's inputs: the first stage of a pipeline."""
+    predicts: bool
+    """Whether it needs targets: the last stage of a pipeline."""
+    reads: bool
+    """Whether it reads samples at all; others receive theirs from ranks that read (`Mesh.is_reader`)."""
+
+
+class Evaluator(Protocol):
+    """The trained model as a task sees it at the end of a run."""
+
+    @property
+    def mesh(self) -> Mesh:
+        """The ranks."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this rank."""
+
+    @property
+    def validation(self) -> Iterable[PackedBatch]:
+        """This rank's validation batches, as they are read."""
+
+    def predict(self, batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, Any]]:
+        """Yields each batch, prepared, with the head's predictions on the last stage and None elsewhere.
+
+        All ranks call it, with the same number of batches.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankTask(ABC):
+    """A task that one rank has opened."""
+
+    dataset: StepDataset | None = None
+    """Training steps; None on ranks that receive their samples."""
+    validation: ValidationBatches | None = None
+    """Validation batches; None on ranks that receive them."""
+    sources: Mapping[str, SourceSamples] = field(default_factory=dict)
+    """Samples of every source that this rank reads, by its name in the configuration; ranks compare them."""
+    files: Mapping[str, str | None] = field(default_factory=dict)
+    """Further files that all ranks must have alike, by their keys in the configuration."""
+
+    def to(self, device: torch.device) -> None:  # noqa: B027 (most tasks keep nothing there)
+        """Moves to the device what the task keeps there, such as a frozen network."""
+
+    @abstractmethod
+    def prepare(self, batch: PackedBatch, device: torch.device) -> PackedBatch:
+        """Returns a micro-batch on the device, with all targets that the head needs."""
+
+    def baselines(self, evaluator: Evaluator) -> dict[str, float]:
+        """Returns what a predictor that ignores its input would reach, by term; all ranks call it."""
+        return {}
+
+    def write_pages(self, evaluator: Evaluator, folder: Path) -> dict[str, str]:
+        """Writes pages to look at; all ranks call it.
+
+        Returns:
+            What the summary says of them, by name, on one rank of the last stage; elsewhere nothing.
+        """
+        return {}
+
+
+class Task(ABC):
+    """A task as its configuration describes it."""
+
+    def __init__(self, config: RunConfig) -> None:
+        """Checks what can be checked without files.
+
+        Raises:
+            ConfigError: for settings that cannot work.
+        """
+        self.config = config
+
+    @property
+    @abstractmethod
+    def terms(self) -> tuple[Term, ...]:
+        """The terms, in the order of every vector of sums and counts."""
+
+    @abstractmethod
+    def build_model(self, tensor: TensorParallel | None = None, layers: Sequence[range] | None = None) -> TaskModel:
+        """Builds the layers of one stage, without values.
+
+        Args:
+            tensor: the ranks that divide every layer; None is this process alone.
+            layers: the model chunks of the stage; None is all layers.
+        """
+
+    @abstractmethod
+    def head_flops(self, term_counts: Sequence[float]) -> float:
+        """Returns operations of the head's forward pass for a batch with these counts; a multiply-add counts 2."""
+
+    @abstractmethod
+    def expected_head_flops(self) -> float:
+        """Returns operations of a whole step that the last stage adds to its layers, forward and backward.
+
+        Those of the head, and of what is prepared for it on the device.
+        """
+
+    @abstractmethod
+    def open(self, share: RankShare) -> RankTask:
+        """Opens the files that a rank reads, before any process group exists.
+
+        Raises:
+            ConfigError: for a file that cannot be read or does not fit the configuration.
+        """

@@ -1,0 +1,223 @@
+"""Trains the task of a run: `deepspeed --module beit3_ds.train CONFIG.json`, or `beit3 train CONFIG.json`.
+
+This module wires the rooms in the order in which data flows.
+"""
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from beit3_ds.batch import PackedBatch, StepBatch
+from beit3_ds.checkpoint.engine_state import EngineState
+from beit3_ds.checkpoint.folder import is_checkpoint
+from beit3_ds.checkpoint.run_description import build_run_description
+from beit3_ds.checkpoint.store import CheckpointStore
+from beit3_ds.config import ParallelConfig, RankCoords, RunConfig, check_layout
+from beit3_ds.data import ValidationBatches, WaitLimits, build_train_loader
+from beit3_ds.data.skipped_report import describe_skipped
+from beit3_ds.parallel import BroadcastBatches, Mesh
+from beit3_ds.pipeline.schedule import Schedule
+from beit3_ds.planner import check_node, host_requirements
+from beit3_ds.rank_program import run_rank_program
+from beit3_ds.runtime.launch_environment import Launch, read_launch
+from beit3_ds.runtime.node_size import measure_node
+from beit3_ds.runtime.process_group import compute_device, joined_ranks
+from beit3_ds.runtime.startup_watchdog import watched_start
+from beit3_ds.runtime.stop_signals import StopSignals
+from beit3_ds.tasks import RankShare, RankTask, Task, build_task
+from beit3_ds.training.agreement import check_same_files, check_same_sources
+from beit3_ds.training.broken_records import BrokenRecords, records_from
+from beit3_ds.training.engine import build_schedule
+from beit3_ds.training.flops import peak_flops, training_flops
+from beit3_ds.training.init_from import InitialWeights, open_initial_weights
+from beit3_ds.training.loop import Run, resume, train
+from beit3_ds.training.metrics_log import MetricsLog
+from beit3_ds.training.optimizer import decays
+from beit3_ds.training.progress import Progress
+from beit3_ds.training.report import write_report
+from beit3_ds.training.start_checks import check_device, check_software, prepare_output_dir
+from beit3_ds.training.startup_summary import describe_startup
+from beit3_ds.training.stragglers import Stragglers, TimedSteps
+
+
+def train_run(config: RunConfig) -> None:
+    """Trains the task of a run to its end, resuming from its newest whole checkpoint if any, and writes its report.
+
+    SIGTERM, SIGINT or SIGUSR1 ends it early, with a checkpoint and without a report (`training.loop.train`).
+
+    Raises:
+        ConfigError: for a configuration, data file, checkpoint or file of the task that cannot work.
+        NonFiniteLossError: if training diverges.
+    """
+    with (
+        StopSignals().handling() as signals,
+        watched_start(read_launch(os.environ).rank, signals.received, config.data.timeout_seconds) as start,
+    ):
+        inputs = open_inputs(config)
+        start.end_opening()
+        with joined_ranks(config.parallel) as mesh:
+            run, steps = build_run(config, inputs, mesh, signals)
+            start.stop()
+            if train(run, steps, signals):
+                write_report(run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Inputs that this rank reads; all checks that one process can make are made before a process group exists."""
+
+    coords: RankCoords
+    """Coordinates of this rank on the mesh."""
+    task: Task
+    """The task of the run."""
+    rank_task: RankTask
+    """The task as this rank has opened it."""
+    initial_weights: InitialWeights | None
+    """What a run begins with that has no checkpoint; None is initial values drawn from the seed."""
+
+
+def open_inputs(config: RunConfig) -> Inputs:
+    """Checks the layout and opens the files that this rank reads.
+
+    Raises:
+        ConfigError: for a layout that does not fit, a machine with too little memory for its ranks, an optimizer that
+            is not installed, kernels that are not built, an output folder that cannot be written, or a file that cannot
+            be read or does not fit the model.
+    """
+    launch = read_launch(os.environ)
+    data_parallel_size = check_layout(config, launch.world_size)
+    task = build_task(config)
+    _check_this_node(config, launch)
+    check_software(config)
+    check_device(config.training)
+    prepare_output_dir(Path(config.training.output_dir))
+    coords = config.parallel.rank_coords(launch.rank, launch.world_size)
+    share = _share_of(coords, config.parallel, data_parallel_size)
+    has_begun = is_checkpoint(Path(config.training.output_dir))  # then the weights may be gone
+    initial_weights = None if has_begun else open_initial_weights(config)
+    rank_task = task.open(share)
+    if launch.rank == 0:
+        for line in describe_skipped(rank_task.sources):
+            print(line, flush=True)
+    return Inputs(coords=coords, task=task, rank_task=rank_task, initial_weights=initial_weights)
+
+
+def _share_of(coords: RankCoords, parallel: ParallelConfig, data_parallel_size: int) -> RankShare:
+    embeds, predicts = coords.pipeline == 0, coords.pipeline == parallel.pipeline_parallel_size - 1
+    return RankShare(
+        data_parallel_rank=coords.data,
+        data_parallel_size=data_parallel_size,
+        embeds=embeds,
+        predicts=predicts,
+        reads=coords.tensor == 0 and (embeds or predicts),
+    )
+
+
+def _check_this_node(config: RunConfig, launch: Launch) -> None:
+    """Compares this machine's memory with the needs of its ranks, if the launcher tells their number."""
+    ranks_here = 1 if launch.world_size == 1 else launch.local_size
+    if ranks_here:
+        check_node(host_requirements(config, launch.world_size, ranks_here, decays), config, measure_node())
+
+
+def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh, signals: StopSignals) -> tuple[Run, Iterable[StepBatch]]:
+    """Builds all parts of a run and resumes it; returns them with this rank's steps that are left. All ranks call it.
+
+    Raises:
+        ConfigError: if ranks were started with different configurations, or a checkpoint does not fit.
+    """
+    task, rank_task = inputs.task, inputs.rank_task
+    assert mesh.coords == inputs.coords, f"the mesh gives {inputs.coords} the coords {mesh.coords}"
+    assert mesh.is_reader == (rank_task.dataset is not None), f"{mesh.coords} reads what it should not, or does not"
+    mesh.check_agreement("configuration", repr(config), "Start all ranks with the same file and the same --set.")
+    check_same_files(mesh, rank_task.files)
+    check_same_sources(mesh, rank_task.sources)
+    device = compute_device()
+    rank_task.to(device)
+    schedule = build_schedule(task, mesh)
+    state = EngineState(schedule.engine, mesh)
+    metrics_log = MetricsLog(Path(config.training.output_dir) / "metrics.jsonl")
+    store = _build_store(config, mesh)
+    first_step, checkpoint = resume(schedule.engine, state, store, metrics_log, mesh, config.training.total_steps)
+    say = functools.partial(print, flush=True) if mesh.is_main else _say_nothing
+    if first_step == 0:
+        _load_initial_weights(config, inputs, state, mesh, say)
+    say(describe_startup(config, mesh, state, device, first_step))
+    data = checkpoint.data if checkpoint else {}
+    if checkpoint and rank_task.dataset:
+        for line in rank_task.dataset.order.resume(first_step, checkpoint.data, checkpoint.run.config):
+            say(line)
+    who = mesh.describe(mesh.all_coords.index(mesh.coords))
+    limits = WaitLimits(seconds=config.data.timeout_seconds, is_stopping=signals.is_any_received, where=who)
+    dataset, validation = rank_task.dataset, rank_task.validation
+    steps = TimedSteps(build_train_loader(dataset, config.data, first_step, limits) if dataset else ())
+    run = Run(
+        config=config,
+        schedule=schedule,
+        state=state,
+        mesh=mesh,
+        device=device,
+        terms=task.terms,
+        rank_task=rank_task,
+        validation=BroadcastBatches(validation or (), mesh, PackedBatch),
+        read_validation=functools.partial(_read_validation, validation, limits),
+        store=store,
+        metrics_log=metrics_log,
+        progress=_build_progress(task, schedule, mesh, device),
+        stragglers=Stragglers(mesh, schedule.own_work, steps.stopwatch),
+        first_step=first_step,
+        order=None if dataset is None else dataset.order,
+        data=data,
+        broken_records=BrokenRecords(config.data.max_broken_records, mesh.data_host, records_from(data)),
+    )
+    return run, BroadcastBatches(steps, mesh, StepBatch)
+
+
+def _build_store(config: RunConfig, mesh: Mesh) -> CheckpointStore:
+    return CheckpointStore(
+        Path(config.training.output_dir) / "checkpoints",
+        config.training.keep_checkpoints,
+        mesh,
+        build_run_description(config, mesh.describe_layout()),
+        config.parallel.timeout_seconds,
+    )
+
+
+def _load_initial_weights(
+    config: RunConfig, inputs: Inputs, state: EngineState, mesh: Mesh, say: Callable[[str], None]
+) -> None:
+    # Not opened before if there were checkpoints; none of them may be whole.
+    weights = inputs.initial_weights or open_initial_weights(config)
+    if weights:
+        check_same_files(mesh, {"training.init_from": config.training.init_from})
+        weights.load(state)
+        say(weights.describe())
+
+
+def _build_progress(task: Task, schedule: Schedule, mesh: Mesh, device: torch.device) -> Progress:
+    dtype = next(schedule.engine.module.parameters()).dtype
+    flops_of = functools.partial(training_flops, task)
+    return Progress(task.terms, flops_of, task.config.training.total_steps, peak_flops(device, dtype), mesh)
+
+
+def _say_nothing(line: str) -> None:
+    """Says nothing: one rank's lines are enough."""
+
+
+def _read_validation(validation: ValidationBatches | None, limits: WaitLimits) -> None:
+    if validation is not None:
+        validation.read(limits)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit status: 0, or 2 after one clear line about what the user can mend."""
+    return run_rank_program(lambda config, options: train_run(config), "beit3_ds.train", __doc__, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
