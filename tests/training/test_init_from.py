@@ -21,7 +21,11 @@ def begin(setup: Setup, weights: Path, folder: Path) -> dict[str, Tensor]:
     from beit3_ds.training.init_from import InitialWeights
 
     mesh, schedule, state, _ = start(setup, folder, seed=1)
-    InitialWeights(weights, setup.config()).load(state)
+    config = setup.config()
+    training = dataclasses.replace(
+        config.training, seed=0
+    )  # that of `from_pretrained`, for tensors that the file lacks
+    InitialWeights(weights, dataclasses.replace(config, training=training)).load(state)
     found = gather_state(schedule, mesh, setup, kinds=("weight",))
     mesh.close()
     return found
