@@ -16,7 +16,7 @@ from torch import Tensor
 
 from beit3_ds.cli.main import main
 from beit3_ds.config import ConfigError, build_run_config, load_run_config
-from beit3_ds.model import BEiT3
+from beit3_ds.tasks.pretraining.model import PretrainingModel
 from beit3_ds.tokenizers import TextTokenizer, load_visual_tokenizer
 from beit3_ds.training.comparison import compare_runs
 from beit3_ds.untrusted_file import read_tensors
@@ -58,7 +58,7 @@ def count_tensors(tensors: Mapping[str, Tensor]) -> Counter[tuple[str, torch.Siz
 def read_features(path: Path) -> dict[str, Tensor]:
     """Returns the features that a model in the project's own format gives the images and sentences."""
     images, ids = draw_images(), [torch.tensor(ids) for ids in expected_values()["ids"]]
-    model = BEiT3.from_pretrained(path, dtype=torch.float32).eval()
+    model = PretrainingModel.from_pretrained(path, dtype=torch.float32).eval()
     with torch.no_grad():
         features = model.encode(images[:2], ids[:2], (images[2:], [ids[1][:12], ids[2][:12]]))
     return {
@@ -79,7 +79,7 @@ def test_run_resumes_from_old_checkpoint(old: Path) -> None:
     log = old / "run" / "metrics.jsonl"
     first, *rest = log.read_text().splitlines()
     log.write_text("\n".join([json.dumps(json.loads(first) | {"mark": 1}), *rest]) + "\n")
-    assert run_ranks(run_command, 1, ["pretrain", str(write_renamed_config(old))]) == [0]
+    assert run_ranks(run_command, 1, ["train", str(write_renamed_config(old))]) == [0]
     # A run that passed over the checkpoint would record the same losses, in a new file.
     assert "mark" in json.loads(log.read_text().splitlines()[0])
     assert not find_moved(read_records(log), expected)
@@ -101,7 +101,7 @@ def test_old_exports_give_the_same_features(old: Path, name: str) -> None:
 
 def test_old_export_has_the_same_tensors(old: Path) -> None:
     """Heads included, which features do not tell; names may have changed."""
-    model = BEiT3.from_pretrained(old / "beit3.safetensors")
+    model = PretrainingModel.from_pretrained(old / "beit3.safetensors")
     assert count_tensors(dict(model.named_parameters())) == count_tensors(load_file(old / "beit3.safetensors"))
 
 
@@ -132,7 +132,7 @@ def test_run_begins_with_old_weights(old: Path) -> None:
     mapping["beit3_ds"]["training"] |= {"init_from": str(old / "beit3.safetensors"), "output_dir": str(old / "new")}
     config = old / "new.json"
     config.write_text(json.dumps(mapping))
-    assert run_ranks(run_command, 1, ["pretrain", str(config)]) == [0]
+    assert run_ranks(run_command, 1, ["train", str(config)]) == [0]
     evaluations = [record for record in read_records(old / "run" / "metrics.jsonl") if record["kind"] == "validation"]
     begun = read_records(old / "new" / "metrics.jsonl")[0]
     assert evaluations[1]["step"] == 2
