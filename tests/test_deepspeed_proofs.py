@@ -1,5 +1,6 @@
 """Proofs are skipped only while nothing that they depend on has changed."""
 
+import re
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -23,18 +24,28 @@ def test_the_digest_is_of_code_and_versions() -> None:
         assert digest([SOURCE], VERSIONS | {name: "0"}) != now
 
 
-@pytest.mark.parametrize("name", [*deepspeed_proofs.WORKAROUNDS, *deepspeed_proofs.HARNESS, "test_file"])
-def test_every_file_counts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also shows that the files are where they are said to be."""
-    for file in (*deepspeed_proofs.WORKAROUNDS, *deepspeed_proofs.HARNESS):
+SOURCES = (*deepspeed_proofs.WORKAROUNDS, *deepspeed_proofs.HARNESS)
+
+
+@pytest.mark.parametrize("name", [*SOURCES, "test_file"])
+def test_every_source_counts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also shows that the files and classes are where they are said to be."""
+    for source in SOURCES:
+        file = source.partition("::")[0]
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(deepspeed_proofs.ROOT / file, tmp_path / file)
     (tmp_path / "test_file").write_text(SOURCE)
     monkeypatch.setattr(deepspeed_proofs, "ROOT", tmp_path)
     before = current_digest(tmp_path / "test_file")
-    with (tmp_path / name).open("a") as file:
-        file.write("\nchanged = 1\n")
-    assert current_digest(tmp_path / "test_file") != before
+    name, _, part = name.partition("::")
+    text = (tmp_path / name).read_text()
+    (tmp_path / name).write_text(f"{text}\nchanged = 1\n")
+    assert (current_digest(tmp_path / "test_file") != before) == (not part)
+    if part:  # of this file only the class counts
+        changed, count = re.subn(rf"(?m)^class {part}.*:$", r"\g<0>\n    changed = 1", text)
+        assert count == 1
+        (tmp_path / name).write_text(changed)
+        assert current_digest(tmp_path / "test_file") != before
 
 
 def test_a_proof_that_passed_is_skipped_until_something_changes(tmp_path: Path) -> None:
