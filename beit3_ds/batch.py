@@ -1,15 +1,16 @@
-"""The packed, modality-major micro-batch: the one contract between data, model, pipeline and task.
+"""The packed, modality-major micro-batch: the contract between data, model, pipeline and task.
 
-A micro-batch is one stream of T tokens without padding, in this order:
+A micro-batch is one row of T tokens without padding, in this order:
 
     [ images | images of pairs | texts of pairs | texts ]
       0      a                 b                c       T
 
-so that every expert works on a slice (`PackedBatch.expert_slices`) and every sequence is one or two row ranges
-(`PackedBatch.sequence_ranges`): a pair is an image range and a text range. Sequences are numbered images, pairs, texts.
+So every expert works on a slice of rows (`PackedBatch.expert_slices`). Every sequence is one range of rows, and a pair
+is two, its image and its text (`PackedBatch.sequence_ranges`). Sequences are numbered in the order images, pairs,
+texts.
 """
 
-# I images, P pairs, X texts, B = I + P images with pixels, Q = I + P + X sequences, N patches an image,
+# I images, P pairs, X texts, B = I + P images with pixels, Q = I + P + X sequences, N patches per image,
 # S tokens of all texts, M rows that the head reads, T packed rows, L layers.
 
 import dataclasses
@@ -38,86 +39,88 @@ class PackedBatch(RowLayout):
     text_lengths: tuple[int, ...]
     """Tokens of each text, BOS and EOS included; X values."""
     pixels: Tensor | None
-    """The model's view, (B, 3, image_size, image_size) float32 in [-1, 1]; images first, then those of pairs. None
-    where another stage of a pipeline embeds."""
+    """Views of the model, (B, 3, image_size, image_size) float32 in [-1, 1]; images first, then those of pairs. None if
+    another stage of a pipeline embeds."""
     patch_mask: Tensor
-    """True where the embeddings replace a patch by the mask token, (B, N) bool."""
+    """Patches that the embeddings replace by the mask token, (B, N) bool."""
     token_ids: Tensor
     """Ids of all captions, then of all texts, (S,) int64."""
     drop_path: Tensor | None = None
-    """Factor of every sequence's two branches in every layer, (Q, L, 2) float32: 0 where the branch is dropped, else
-    1 / (1 - rate). None: nothing is dropped (evaluation, or a rate of 0)."""
+    """Factors of the two branches of every sequence in every layer, (Q, L, 2) float32: 0 if the branch is dropped,
+    otherwise 1 / (1 - rate). None if nothing is dropped (evaluation, or a rate of 0)."""
     head_rows: Tensor | None = None
-    """Numbers of the rows that the task's head reads, ascending, (M,) int64; None if it reads all."""
+    """Rows that the task's head reads, ascending, (M,) int64; None if it reads all rows."""
     head_row_counts: tuple[int, ...] = ()
-    """How many of `head_rows` are in each of `layout.PARTS`; empty without them."""
+    """Number of `head_rows` in each of `layout.PARTS`; empty if the head reads all rows."""
     term_counts: tuple[int, ...] = ()
-    """What each of the task's terms is a mean over, counted in this micro-batch, in the order of `Task.terms`."""
+    """Count of each of the task's terms in this micro-batch, by which its mean is computed, in the order of
+    `Task.terms`."""
     targets: Mapping[str, Tensor] = field(default_factory=dict)
-    """What the task's head needs beside the stream, by names of the task; empty on stages without the head. Tensors
-    of integers and booleans are compared between the stages of a pipeline that read them."""
+    """Tensors that the task's head needs beside its rows, by names of the task; empty on stages without the head.
+    Tensors of integers and booleans are compared between the stages of a pipeline that read them."""
     sample_names: tuple[str, ...] = ()
-    """Where each sequence came from, for logs and error messages; Q values or none."""
+    """Name of the sample of each sequence, for logs and messages; Q values or none."""
     sources: dict[str, int] = field(default_factory=dict)
-    """Number of each stream's only source in the batch, by the stream's name; empty if sources may mix."""
+    """Number of the only source of each stream in the batch, by the stream's name; empty if sources may be mixed."""
 
     def __post_init__(self) -> None:
         num_pixels = self.num_images + self.num_pairs
         num_tokens = sum(self.caption_lengths) + sum(self.text_lengths)
-        assert len(self.caption_lengths) == self.num_pairs, "one caption length a pair"
-        assert self.pixels is None or self.pixels.shape[0] == num_pixels, "one model's view an image"
-        assert self.patch_mask.shape[0] == num_pixels, "one mask an image"
+        assert len(self.caption_lengths) == self.num_pairs, "one caption length per pair"
+        assert self.pixels is None or self.pixels.shape[0] == num_pixels, "one view of the model per image"
+        assert self.patch_mask.shape[0] == num_pixels, "one mask per image"
         assert self.token_ids.shape == (num_tokens,), "text lengths must add up to the tokens"
         assert self.head_rows is None or len(self.head_rows) == sum(self.head_row_counts), "every head row is counted"
-        assert not self.sample_names or len(self.sample_names) == self.num_sequences, "one name a sequence"
+        assert not self.sample_names or len(self.sample_names) == self.num_sequences, "one name per sequence"
 
     @property
     def num_texts(self) -> int:
-        """Texts without images, X."""
+        """Returns the number of texts without images, X."""
         return len(self.text_lengths)
 
     @property
     def num_sequences(self) -> int:
-        """Images, pairs and texts, Q."""
+        """Returns the number of sequences (images, pairs and texts), Q."""
         return self.num_images + self.num_pairs + self.num_texts
 
     @property
     def image_length(self) -> int:
-        """Rows of one image: CLS and its patches."""
+        """Returns the rows per image: CLS and the patches."""
         return 1 + self.patch_mask.shape[1]
 
     @cached_property
     def layout(self) -> SequenceLayout:
-        """Where sequences and experts' rows are."""
+        """Returns the rows of every sequence and every expert."""
         return SequenceLayout(self.num_images, self.caption_lengths, self.text_lengths, self.image_length)
 
     @property
     def part_rows(self) -> tuple[int, ...]:
-        """Rows of each of `layout.PARTS`."""
+        """Returns the number of rows in each of `layout.PARTS`."""
         return self.layout.part_rows
 
     @cached_property
     def picked_rows(self) -> PickedRows | None:
-        """The rows that the task's head reads; None if it reads all."""
+        """Returns the rows that the task's head reads; None if it reads all rows."""
         return None if self.head_rows is None else PickedRows(self.head_rows, self.head_row_counts)
 
     @property
     def sequence_ranges(self) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """Row ranges [start, stop) of each sequence: one, or two for a pair (image, then caption)."""
+        """Returns the row ranges [start, stop) of each sequence: one, or two for a pair (image, then caption)."""
         return self.layout.sequence_ranges
 
     def kept_sequences(self, layer: int, branch: int) -> KeptSequences:
-        """The sequences of which stochastic depth does not drop a branch; waits for the device, once a micro-batch.
+        """Returns the sequences whose branch stochastic depth keeps; waits for the device, once per micro-batch.
 
         Args:
-            layer: from 0.
+            layer: number of the layer, from 0.
             branch: 0 for attention, 1 for the FFN.
         """
         return self.layout.keep(self._keeps[:, layer, branch].tolist())
 
     @cached_property
     def dropped_rows(self) -> list[list[int]]:
-        """Rows that are dropped, by layer and branch, L x 2; waits for the device, once a micro-batch."""
+        """Returns the number of dropped rows per layer and branch, L x 2; waits for the device, once per
+        micro-batch."""
         lengths = [sum(stop - start for start, stop in ranges) for ranges in self.sequence_ranges]
         lengths_Q = torch.tensor(lengths, dtype=torch.int64)
         rows: list[list[int]] = torch.where(self._keeps, 0, lengths_Q[:, None, None]).sum(0).tolist()
@@ -130,7 +133,7 @@ class PackedBatch(RowLayout):
 
     @cached_property
     def row_sequence(self) -> Tensor:
-        """The sequence that every row belongs to, (T,) int64."""
+        """Returns the sequence of every row, (T,) int64."""
         sequences = torch.arange(self.num_sequences)
         num_pixels = self.num_images + self.num_pairs
         lengths = torch.tensor([*self.caption_lengths, *self.text_lengths], dtype=torch.int64)
@@ -140,7 +143,7 @@ class PackedBatch(RowLayout):
 
     @cached_property
     def text_positions(self) -> Tensor:
-        """Position of every token in its own text, from 0, (S,) int64."""
+        """Returns the position of every token in its text, from 0, (S,) int64."""
         lengths = torch.tensor([*self.caption_lengths, *self.text_lengths], dtype=torch.int64)
         starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
         return (torch.arange(len(starts)) - starts).to(self.token_ids.device)
@@ -150,7 +153,7 @@ class PackedBatch(RowLayout):
         return dataclasses.replace(self, pixels=None, targets={})
 
     def fingerprint(self) -> str:
-        """Returns a digest of all but pixels, by which two ranks compare whether they read the same samples."""
+        """Returns a digest of all but the pixels, with which ranks compare that they read the same samples."""
         digest = hashlib.sha256(repr((self.num_images, self.caption_lengths, self.text_lengths)).encode())
         digest.update("\n".join(self.sample_names).encode())
         targets = [self.targets[name] for name in sorted(self.targets) if not self.targets[name].is_floating_point()]
@@ -160,7 +163,7 @@ class PackedBatch(RowLayout):
         return digest.hexdigest()
 
     def as_value(self) -> dict[str, Any]:
-        """Returns all fields as `parallel.HostGroup` sends them: numbers, strings, tuples and host tensors."""
+        """Returns all fields in the form that `parallel.HostGroup` sends: numbers, strings, tuples and host tensors."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @classmethod
@@ -181,26 +184,26 @@ class PackedBatch(RowLayout):
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatch:
-    """What one rank processes in one optimizer step."""
+    """The share of one rank in one optimizer step."""
 
     step: int
-    """The optimizer step, from 0."""
+    """Number of the optimizer step, from 0."""
     micro_batches: tuple[PackedBatch, ...]
-    """This rank's micro-batches; every rank has the same number."""
+    """Micro-batches of this rank; every rank has the same number."""
     broken_records: dict[str, str] = field(default_factory=dict)
-    """Records of this rank's share that could not be read, by name, each with a line that says what is wrong. Their
-    slots stay empty."""
+    """Broken records in this rank's share, by name, each with a line that says what is wrong. Their slots stay
+    empty."""
 
     def without_pixels(self) -> "StepBatch":
         """Returns the step with `PackedBatch.without_pixels` micro-batches."""
         return dataclasses.replace(self, micro_batches=tuple(batch.without_pixels() for batch in self.micro_batches))
 
     def fingerprint(self) -> str:
-        """A digest of all but the pixels; see `PackedBatch.fingerprint`."""
+        """Returns a digest of all but the pixels, as `PackedBatch.fingerprint` does."""
         return f"step {self.step}: {[batch.fingerprint() for batch in self.micro_batches]}"
 
     def as_value(self) -> dict[str, Any]:
-        """Returns all fields as `parallel.HostGroup` sends them."""
+        """Returns all fields in the form that `parallel.HostGroup` sends."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return fields | {"micro_batches": tuple(batch.as_value() for batch in self.micro_batches)}
 

@@ -1,6 +1,6 @@
-"""How inputs of samples become one packed micro-batch, whatever the task does with it."""
+"""Packs the inputs of samples into one micro-batch, for any task."""
 
-# Q sequences, L layers, N patches an image.
+# Q sequences, L layers, N patches per image.
 
 from collections.abc import Mapping, Sequence
 
@@ -24,16 +24,16 @@ def pack_inputs(
     sample_names: Sequence[str] = (),
     sources: Mapping[str, int] | None = None,
 ) -> PackedBatch:
-    """Packs images, pairs and texts; any of them may be absent, even all.
+    """Packs images, pairs and texts into one micro-batch; any of them may be absent, even all.
 
     Args:
-        num_images: images without captions.
-        pixels: all images, (B, 3, image_size, image_size), those with captions last (`stack_views`); None where another
+        num_images: number of images without captions.
+        pixels: all images, (B, 3, image_size, image_size), those with captions last (`stack_views`); None if another
             stage of a pipeline embeds.
-        num_patches: patches N of every image.
+        num_patches: patches per image, N.
         captions: ids of the caption of each pair, BOS and EOS included.
         texts: ids of each text, BOS and EOS included.
-        patch_mask: patches to be replaced by the mask token, (B, N) bool; None for none.
+        patch_mask: patches that the mask token replaces, (B, N) bool; None replaces none.
         drop_path: `PackedBatch.drop_path`, with rows in the order images, pairs, texts.
         sample_names: `PackedBatch.sample_names`, in the same order.
         sources: `PackedBatch.sources`.
@@ -55,10 +55,10 @@ def pack_inputs(
 
 
 def stack_views(views: Sequence[Tensor], size: int) -> Tensor:
-    """Returns images as one tensor, (B, 3, size, size) float32, also if there are none."""
+    """Stacks images into one tensor, (B, 3, size, size) float32, even if there are none."""
     return torch.stack(list(views)) if views else torch.empty(0, 3, size, size)
 
 
 def concatenate(parts: Sequence[NDArray[np.int64]]) -> Tensor:
-    """Returns numbers as one tensor, (n,) int64, also if there are none."""
+    """Joins numbers into one tensor, (n,) int64, even if there are none."""
     return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *parts]))

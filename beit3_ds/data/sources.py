@@ -25,35 +25,35 @@ from beit3_ds.data.images.shards import TarShards
 from beit3_ds.data.images.source import ImageSource
 
 _IMAGES_AT_START = 16  # images that a process looks for when it opens annotations; `beit3 prepare index` looks for all
-PartT = TypeVar("PartT", bound=Sized)
+SourceT = TypeVar("SourceT", bound=Sized)
 
 
-class Parts(Generic[PartT]):
-    """Several sets of samples that are numbered through."""
+class ConcatSources(Generic[SourceT]):
+    """Concatenates sources; numbers all their samples consecutively."""
 
-    def __init__(self, parts: Sequence[PartT]) -> None:
-        """Takes the parts in the order of their numbers."""
-        self._parts = parts
-        self.sizes = tuple(len(part) for part in parts)
+    def __init__(self, sources: Sequence[SourceT]) -> None:
+        """Concatenates sources in their order."""
+        self._sources = sources
+        self.sizes = tuple(len(source) for source in sources)
         self._ends = list(itertools.accumulate(self.sizes))
 
     def __len__(self) -> int:
-        """Samples of all parts."""
+        """Returns the number of samples in all sources."""
         return self._ends[-1] if self._ends else 0
 
-    def __iter__(self) -> Iterator[PartT]:
-        """Yields the parts."""
-        return iter(self._parts)
+    def __iter__(self) -> Iterator[SourceT]:
+        """Yields the sources."""
+        return iter(self._sources)
 
-    def part_of(self, index: int) -> int:
-        """Returns the number of the part that holds sample `index`."""
+    def source_of(self, index: int) -> int:
+        """Returns the number of the source that contains sample `index`."""
         assert 0 <= index < len(self), f"sample {index} of {len(self)}"
         return bisect.bisect_right(self._ends, index)
 
-    def locate(self, index: int) -> tuple[PartT, int]:
-        """Returns the part that holds sample `index` and the sample's number there."""
-        part = self.part_of(index)
-        return self._parts[part], index - self._ends[part] + self.sizes[part]
+    def locate(self, index: int) -> tuple[SourceT, int]:
+        """Returns the source that contains sample `index`, and the number of the sample there."""
+        source = self.source_of(index)
+        return self._sources[source], index - self._ends[source] + self.sizes[source]
 
 
 def check_no_file_twice(sources: Sequence[SourceConfig], must_exist: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""What one rank processes in one optimizer step, as a pure function of the step."""
+"""Builds the share of one rank in an optimizer step, as a pure function of the step."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,19 +15,19 @@ from beit3_ds.data.order.run import RunOrder
 from beit3_ds.data.samples import SampleKey, SourceSamples, Stream, name_sources
 
 Pack = Callable[[Sequence[Any], Tensor | None], PackedBatch]
-"""Makes a micro-batch of a task's samples and `PackedBatch.drop_path`, both in the order of the streams."""
+"""Packs a task's samples and `PackedBatch.drop_path`, both in the order of the streams, into a micro-batch."""
 
 
 def _say_nothing(name: str) -> None:
-    """Ignores what is being read, for callers that do not ask."""
+    """Ignores the name of a sample that is read."""
 
 
 class StepDataset(Dataset[StepBatch]):
     """Map-style dataset whose item `step` is the share of one data-parallel rank in that step.
 
-    The samples of a step depend on seed, step and data alone (`RunOrder`); a stream's samples fill its slots in order.
-    Ranks and micro-batches only divide the slots (`StepShares.slots`). A record that cannot be read leaves its slot
-    empty and moves no other.
+    The samples of a step depend on the seed, the step and the data alone (`RunOrder`), and fill the slots of their
+    stream in order. Ranks and micro-batches only divide the slots (`StepShares.slots`). A broken record leaves its slot
+    empty and moves no other sample.
 
     Attributes:
         order: order of the run's samples; resume it before the first step is read.
@@ -43,29 +43,29 @@ class StepDataset(Dataset[StepBatch]):
         data_parallel_size: int,
         prefetch: PrefetchPlan,
     ) -> None:
-        """Takes the opened streams; reads nothing yet.
+        """Stores the opened streams; reads no sample yet.
 
         Args:
             config: the run's configuration.
             streams: training samples by stream, in the order of their rows in a batch.
-            pack: makes a micro-batch of prepared samples.
+            pack: packs prepared samples into a micro-batch.
             data_parallel_rank: rank whose share is read.
             data_parallel_size: number of ranks that share a step.
             prefetch: number of steps that workers may prepare ahead.
 
         Raises:
-            ConfigError: for fewer samples than ranks.
+            ConfigError: if there are fewer samples per step than ranks.
         """
         assert 0 <= data_parallel_rank < data_parallel_size, f"rank {data_parallel_rank} of {data_parallel_size}"
         self._config = config
         self._slots = config.step_shares(data_parallel_size).slots(data_parallel_rank)
         self.prefetch = prefetch
         self._streams, self._pack = dict(streams), pack
-        sources = {name: stream.parts for name, stream in self._streams.items()}
+        sources = {name: stream.sources for name, stream in self._streams.items()}
         self.order = RunOrder(config.data, config.training.seed, sources)
 
     def __len__(self) -> int:
-        """Steps of the run."""
+        """Returns the number of steps in the run."""
         return self._config.training.total_steps
 
     def sources(self) -> dict[str, SourceSamples]:
@@ -107,7 +107,7 @@ class StepDataset(Dataset[StepBatch]):
         return self._pack(samples, drop_path)
 
     def _keys(self, stream: str, step: int, micro_batch: int) -> list[tuple[Slot, SampleKey]]:
-        """The slots of one stream in one of this rank's micro-batches, and the samples that fill them."""
+        """Returns the slots of one stream in one of this rank's micro-batches, with the keys of their samples."""
         seed = self._config.training.seed
         slots = self._slots[micro_batch][stream]
         epochs, samples = self.order.samples(stream, step, slots)

@@ -17,7 +17,7 @@ from beit3_ds.data.files.records import BrokenRecordError
 from beit3_ds.data.images.augmentation import build_augmentation
 from beit3_ds.data.order.stream import samples_at
 from beit3_ds.data.randomness import sample_rng
-from beit3_ds.data.sources import Parts, open_images
+from beit3_ds.data.sources import ConcatSources, open_images
 from beit3_ds.data.text.paragraphs import BrokenLines, read_paragraphs, whole_file
 from beit3_ds.data.workers.pool import Preparation, prepare_in_order
 from beit3_ds.data.workers.waiting import WaitLimits
@@ -90,7 +90,7 @@ class TokenizerImages:
         if not unweighted:
             raise ConfigError("data: the visual tokenizer needs sources in images.train or pairs.train.")
         files = OpenFiles(config.data.max_open_files)
-        self._images = Parts([open_images(source, config.data.cache_dir, files) for source in unweighted])
+        self._images = ConcatSources([open_images(source, config.data.cache_dir, files) for source in unweighted])
         self._paths = [f"data source {number} ({source.path})" for number, source in enumerate(unweighted)]
         self._seed = config.training.seed
         self._augmentation = build_augmentation(config, config.data.flip_probability)

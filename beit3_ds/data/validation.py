@@ -1,4 +1,4 @@
-"""The fixed batches of the validation loss."""
+"""Fixed batches for the validation loss."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,14 +15,14 @@ from beit3_ds.data.samples import VALIDATION_EPOCH, SampleKey, Stream
 from beit3_ds.data.workers.waiting import ReaderThread, StopRequestedError, WaitLimits
 
 PackValidation = Callable[[Sequence[Any], Mapping[str, int]], PackedBatch]
-"""Makes a batch of a task's samples, in the order of the streams, and `PackedBatch.sources`."""
+"""Packs a task's samples, in the order of the streams, into a batch with the given `PackedBatch.sources`."""
 
 
 class ValidationBatches:
-    """A list of batches that can be iterated at every evaluation.
+    """Batches that are iterated at every evaluation.
 
-    The first pass prepares the batches and keeps them in memory, about 1.2 MB an image with two views of 224 px;
-    later passes only hand them out.
+    The first pass prepares the batches and keeps them in memory, about 1.2 MB per image with two views of 224 px. Later
+    passes yield the same batches.
     """
 
     def __init__(
@@ -31,13 +31,14 @@ class ValidationBatches:
         plan: Sequence[Mapping[str, Sequence[SampleKey]]],
         pack: PackValidation,
     ) -> None:
-        """Takes the samples of each batch per stream (`plan`), each stream's from one source; reads nothing yet."""
+        """Stores the samples of each batch by stream (`plan`), each stream with one source per batch; reads none
+        yet."""
         self._streams, self._plan, self._pack = streams, plan, pack
         self._batches: list[PackedBatch] = []
         self._reads = ""
 
     def __len__(self) -> int:
-        """Batches, the same number on every rank; 0 if no stream has validation files."""
+        """Returns the number of batches, the same on every rank; 0 if no stream has validation files."""
         return len(self._plan)
 
     @property
@@ -46,10 +47,10 @@ class ValidationBatches:
         return self._streams
 
     def read(self, limits: WaitLimits) -> None:
-        """Prepares the batches that are not in memory yet; returns early if the process is asked to stop.
+        """Prepares the batches that are not in memory yet; returns early on a stop signal.
 
         Raises:
-            ConfigError: naming a record that cannot be read, or the record that was being read when the time ran out.
+            ConfigError: if a record is broken, or is still being read when the time is over, with its name.
         """
         thread = ReaderThread("reading validation data")
         try:
@@ -66,10 +67,10 @@ class ValidationBatches:
         return f"validation batch {number + 1} of {len(self._plan)}, reading {self._reads or 'its files'}"
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        """Yields the batches, the same at every pass.
+        """Yields the batches, the same in every pass.
 
         Raises:
-            ConfigError: naming a record that cannot be read: a mean over fewer samples would not compare.
+            ConfigError: if a record is broken, because means over other samples are not comparable.
         """
         for number, keys in enumerate(self._plan):
             if number == len(self._batches):
@@ -85,9 +86,11 @@ class ValidationBatches:
                     samples.append(self._streams[stream].prepare(key))
         except BrokenRecordError as error:
             raise ConfigError(
-                f"data: validation record {error}. Repair it, or make the shard anew without it."
+                f"data: validation record {error}. Repair it, or rewrite the shard without it."
             ) from error
-        sources = {stream: self._streams[stream].parts.part_of(keys[0].index) for stream, keys in plan.items() if keys}
+        sources = {
+            stream: self._streams[stream].sources.source_of(keys[0].index) for stream, keys in plan.items() if keys
+        }
         return self._pack(samples, sources)
 
 
@@ -100,28 +103,29 @@ def build_validation_batches(
 ) -> ValidationBatches:
     """Divides `training.eval_samples` validation samples of every stream over the ranks.
 
-    The samples (`choose_samples`), their middle crops and their masks follow from `training.validation_seed` alone and
-    are the same under every layout; only the cut into batches follows the ranks. A batch has samples of one source of
-    each stream, at most as many as the largest micro-batch. Every rank has the same number of batches, some of which
-    may be smaller or empty, so that collectives meet. Streams without validation files are absent.
+    The samples (`choose_samples`), their middle crops and their masks depend on `training.validation_seed` alone, so
+    they are the same under every layout; only the cut into batches depends on the ranks. A batch has samples of one
+    source per stream, at most as many as the largest micro-batch. Every rank has the same number of batches, so that
+    the ranks call the same collectives; some batches may be smaller or empty. Streams without validation files are
+    absent.
 
     Args:
         config: the run's configuration.
         streams: validation samples by stream, in the order of their rows in a batch.
-        pack: makes a batch of prepared samples.
+        pack: packs prepared samples into a batch.
         data_parallel_rank: rank whose share is read.
         data_parallel_size: number of ranks that share the batches.
 
     Raises:
-        ConfigError: for fewer samples per step than ranks.
+        ConfigError: if there are fewer samples per step than ranks.
     """
     micro_batch = config.step_shares(data_parallel_size).upper_bound
-    # A stream that is evaluated but not trained has no micro-batch size of its own.
+    # A stream that is only evaluated has no micro-batch size.
     sizes = {name: size or max(micro_batch) for name, size in micro_batch._asdict().items() if name in streams}
     seed = config.training.validation_seed
     parts: dict[str, list[list[SampleKey]]] = {}
     for name, size in sizes.items():
-        chosen = choose_samples(streams[name].parts.sizes, config.training.eval_samples, seed, name)
+        chosen = choose_samples(streams[name].sources.sizes, config.training.eval_samples, seed, name)
         keys = [[SampleKey(seed, name, VALIDATION_EPOCH, index) for index in of_source] for of_source in chosen]
         parts[name] = [of_source[i : i + size] for of_source in keys for i in range(0, len(of_source), size)]
     num_batches = max((-(-len(of_stream) // data_parallel_size) for of_stream in parts.values()), default=0)
@@ -134,20 +138,20 @@ def build_validation_batches(
 
 
 def choose_samples(sizes: Sequence[int], limit: int, seed: int, stream: str) -> list[list[int]]:
-    """Chooses the samples of a stream that are evaluated, spread over all its sources.
+    """Chooses the samples of a stream that are evaluated, spread over all sources.
 
-    Every source gives its share of `limit` by size, and at least one sample if `limit` allows. Within a source samples
-    are drawn at random, whatever the order of its files. A higher limit adds samples to those of a lower one, except
+    Every source gets a share of `limit` by its size, and at least one sample if `limit` allows it. Samples are drawn at
+    random within a source, whatever the order of its files. A higher limit adds samples to those of a lower one, except
     for rounding of the shares.
 
     Args:
-        sizes: number of samples of each source; the stream numbers all samples consecutively.
-        limit: samples in all, at most.
+        sizes: number of samples in each source; the stream numbers all samples consecutively.
+        limit: most samples in total.
         seed: seeds the draw (`training.validation_seed`).
         stream: name of the stream.
 
     Returns:
-        Numbers of the samples in the stream, by source, ascending.
+        Numbers of the chosen samples in the stream, ascending, per source.
     """
     starts = np.cumsum([0, *sizes[:-1]]).tolist()
     chosen: list[list[int]] = []
@@ -163,8 +167,8 @@ def choose_samples(sizes: Sequence[int], limit: int, seed: int, stream: str) -> 
 def divide_by_size(sizes: Sequence[int], limit: int) -> list[int]:
     """Divides at most `limit` samples over sources in proportion to their sizes.
 
-    Shares are rounded down; the samples left over go to the sources with the largest remainders, the first among
-    equals. A source without a sample then takes one from the largest share, as long as that has at least two.
+    Shares are rounded down. The remaining samples go to the sources with the largest remainders, and among equal ones
+    to the first. A source without a sample then takes one from the largest share, if that has at least two.
     """
     total = sum(sizes)
     limit = min(limit, total)

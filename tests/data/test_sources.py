@@ -9,15 +9,15 @@ from PIL import Image
 from beit3_ds.config import ConfigError, SourceConfig
 from beit3_ds.data.images.folder import ImageFolder
 from beit3_ds.data.images.shards import TarShards
-from beit3_ds.data.sources import Parts, check_no_file_twice, open_images
+from beit3_ds.data.sources import ConcatSources, check_no_file_twice, open_images
 from tests.data.conftest import WriteTar
 
 
-def test_parts_are_numbered_through() -> None:
-    parts = Parts(["ab", "", "cde"])
-    assert len(parts) == 5
-    # catches an off-by-one at the borders, and an empty part
-    assert [part[i] for part, i in map(parts.locate, range(5))] == list("abcde")
+def test_samples_are_numbered_consecutively() -> None:
+    sources = ConcatSources(["ab", "", "cde"])
+    assert len(sources) == 5
+    # catches an off-by-one at the borders, and an empty source
+    assert [source[i] for source, i in map(sources.locate, range(5))] == list("abcde")
 
 
 def test_a_file_of_two_sources_is_refused(tmp_path: Path, write_tar: WriteTar, png: bytes) -> None:

@@ -25,7 +25,7 @@ Box = tuple[int, int, int, int]
 """Left, top, right and bottom of a crop, in pixels."""
 
 
-class Views(Protocol):
+class ViewTransform(Protocol):
     """Makes two views of one crop, for the model and for the tokenizer: (3, s, s) float32 in [-1, 1] each."""
 
     @property

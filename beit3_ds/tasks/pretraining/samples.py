@@ -13,10 +13,10 @@ from beit3_ds.config import RunConfig, SourceConfig
 from beit3_ds.data.files.descriptors import OpenFiles
 from beit3_ds.data.files.fingerprint import SourceFile
 from beit3_ds.data.files.records import BrokenRecordError, Skipped
-from beit3_ds.data.images.augmentation import CenterViews, Views, build_augmentation
+from beit3_ds.data.images.augmentation import CenterViews, ViewTransform, build_augmentation
 from beit3_ds.data.images.source import ImageSource
 from beit3_ds.data.samples import SampleKey, Stream
-from beit3_ds.data.sources import Parts, check_no_file_twice, open_images
+from beit3_ds.data.sources import ConcatSources, check_no_file_twice, open_images
 from beit3_ds.data.text.sequences import TextSequences
 from beit3_ds.tasks.pretraining.masking import TextMasking, block_mask
 from beit3_ds.tasks.pretraining.packing import ImageSample, PairSample, TextSample
@@ -31,7 +31,7 @@ class ImageSamples:
 
     source: ImageSource
     """Where the images lie."""
-    views: Views
+    views: ViewTransform
     """Crops and resizes."""
     grid_size: int
     """Patches on a side."""
@@ -202,15 +202,20 @@ def _build_stream(
     sources: Sequence[SourceConfig],
     config: RunConfig,
     tokenizer: TextTokenizer | None,
-    views: Views,
+    views: ViewTransform,
     files: OpenFiles,
 ) -> Stream:
     check_no_file_twice(sources)
-    return Stream(Parts([_build_samples(name, source, config, tokenizer, views, files) for source in sources]))
+    return Stream(ConcatSources([_build_samples(name, source, config, tokenizer, views, files) for source in sources]))
 
 
 def _build_samples(
-    name: str, source: SourceConfig, config: RunConfig, tokenizer: TextTokenizer | None, views: Views, files: OpenFiles
+    name: str,
+    source: SourceConfig,
+    config: RunConfig,
+    tokenizer: TextTokenizer | None,
+    views: ViewTransform,
+    files: OpenFiles,
 ) -> ImageSamples | PairSamples | TextSamples:
     data = config.data
     if name == "images":
@@ -233,7 +238,7 @@ def _build_samples(
     return PairSamples(images=images, tokenizer=tokenizer, length=data.pair_text_length, masking=masking)
 
 
-def _build_images(source: SourceConfig, config: RunConfig, views: Views, files: OpenFiles) -> ImageSamples:
+def _build_images(source: SourceConfig, config: RunConfig, views: ViewTransform, files: OpenFiles) -> ImageSamples:
     data = config.data
     return ImageSamples(
         source=open_images(source, data.cache_dir, files),
