@@ -85,21 +85,20 @@ def check_same_model(model: Mapping[str, Any], stored: Mapping[str, Any], where:
         raise ConfigError(f"{where} holds another model: {'; '.join(changed)}. {advice}")
 
 
-def build_run_description(config: RunConfig, layout: str) -> RunDescription:
+def build_run_description(config: RunConfig, layout: str, tokenizers: Mapping[str, str]) -> RunDescription:
     """Describes the run that `config` starts; reads the tokenizers' files.
 
     Args:
-        config: the run's configuration.
-        layout: layout of its ranks, in words.
+        config: configuration of the run.
+        layout: the ranks, in words.
+        tokenizers: files of the tokenizers that the run uses, by "text" and "visual".
     """
-    # Through JSON, so that it equals the description that is read back: tuples become lists.
+    # Through JSON, so that it equals what is read back: tuples become lists.
     plain = json.loads(json.dumps(dataclasses.asdict(config), default=dict))
-    paths = {"text": config.tokenizers.text.path} if config.data.has_texts else {}
-    paths |= {"visual": config.tokenizers.visual.path} if config.data.has_images else {}
     return RunDescription(
         model=plain.pop("model"),
         config=plain,
-        tokenizers={kind: file_sha256(Path(path)) for kind, path in paths.items()},
+        tokenizers={kind: file_sha256(Path(path)) for kind, path in tokenizers.items()},
         layout=layout,
         versions={"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
     )

@@ -157,30 +157,8 @@ def _check_sections_agree(config: RunConfig) -> None:
     data = config.data
     if config.samples_per_step == 0:
         raise ConfigError("data: samples_per_step is 0 for all three streams; nothing would be trained.")
-    if data.has_images:
-        _check_visual_tokenizer(config)
     if data.has_texts:
         _check_text_tokenizer(config)
-
-
-def _check_visual_tokenizer(config: RunConfig) -> None:
-    model, visual = config.model, config.tokenizers.visual
-    if not visual.path:
-        raise ConfigError(
-            "tokenizers.visual.path is missing: images and pairs need a visual tokenizer. Name its file, or leave both "
-            "streams out (samples_per_step 0, no validation) for a run on texts alone."
-        )
-    if visual.grid_size != model.grid_size:
-        raise ConfigError(
-            f"tokenizers.visual: {visual.image_size} px / patch {visual.patch_size} gives a grid of "
-            f"{visual.grid_size}, but the model's {model.image_size} px / patch {model.patch_size} gives "
-            f"a grid of {model.grid_size}. Set tokenizers.visual.image_size to {model.grid_size * visual.patch_size}."
-        )
-    if visual.codebook_size != model.visual_vocab_size:
-        raise ConfigError(
-            f"model.visual_vocab_size={model.visual_vocab_size} must equal tokenizers.visual.codebook_size="
-            f"{visual.codebook_size}."
-        )
 
 
 def _check_text_tokenizer(config: RunConfig) -> None:

@@ -2,7 +2,8 @@
 
 # Q sequences, L layers, N patches per image.
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from beit3_ds.batch import PackedBatch
+
+Pack = Callable[[Sequence[Any], Tensor | None, Mapping[str, int]], PackedBatch]
+"""Makes a micro-batch of a task's prepared samples, `PackedBatch.drop_path` and `PackedBatch.sources`. Samples come in
+the order of the streams."""
 
 
 def pack_inputs(

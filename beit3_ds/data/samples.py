@@ -1,16 +1,21 @@
 """Streams of numbered samples, for any task."""
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
+from PIL import Image
 
 from beit3_ds.config import DataConfig
+from beit3_ds.data.files.descriptors import OpenFiles
 from beit3_ds.data.files.fingerprint import SourceFile
 from beit3_ds.data.files.records import Skipped
+from beit3_ds.data.images.augmentation import ViewTransform
+from beit3_ds.data.images.source import ImageSource
 from beit3_ds.data.randomness import sample_rng
-from beit3_ds.data.sources import ConcatSources
+from beit3_ds.data.sources import ConcatSources, check_no_file_twice, open_images
 
 VALIDATION_EPOCH = -1
 """Epoch of validation samples: all evaluations share its draws, and training never has them."""
@@ -65,6 +70,46 @@ class SourceSamples(Protocol):
         """
 
 
+@dataclass(frozen=True, kw_only=True)
+class ImageSourceSamples:
+    """Images of one source; a task says how it prepares them."""
+
+    is_last_open: ClassVar[bool] = False
+
+    source: ImageSource
+    """Where the images are."""
+    views: ViewTransform
+    """Crops and resizes."""
+
+    def __len__(self) -> int:
+        """Samples of the source, broken ones included."""
+        return len(self.source)
+
+    def files(self) -> Iterable[SourceFile]:
+        """Returns the files of the source."""
+        return self.source.files()
+
+    def identity(self, index: int) -> bytes:
+        """Returns the name of a sample in its file or folder as bytes (`prefix_digest.IdentifiedSamples`)."""
+        return os.path.basename(self.source.name(index)).encode("utf-8", "surrogatepass")
+
+    def name(self, index: int) -> str:
+        """Returns the file of a sample and its name there, for messages."""
+        return self.source.name(index)
+
+    def skipped(self) -> dict[str, Skipped]:
+        """Returns files, members and rows of the source that are no samples, by the reason."""
+        return self.source.skipped
+
+    def read(self, index: int) -> Image.Image:
+        """Reads the image of sample `index`, at least as large as the views need.
+
+        Raises:
+            BrokenRecordError: if it cannot be read.
+        """
+        return self.source.image(index, self.views.min_side)
+
+
 @dataclass(frozen=True)
 class Stream:
     """One stream of a task: the samples of all its sources, numbered consecutively."""
@@ -102,3 +147,22 @@ def name_sources(
             zip(getattr(data.streams()[name], split), stream.sources, strict=True)
         )
     }
+
+
+def open_image_stream(
+    data: DataConfig, stream: str, split: Literal["train", "validation"], build: Callable[..., SourceSamples]
+) -> Stream:
+    """Opens the image files of a stream.
+
+    Args:
+        data: the configuration's data section.
+        stream: name of the stream.
+        split: which of its sources.
+        build: makes the samples of a source, which it gets as `source`.
+
+    Raises:
+        ConfigError: for files that are missing or cannot be read.
+    """
+    files, sources = OpenFiles(data.max_open_files), getattr(data.streams()[stream], split)
+    check_no_file_twice(sources)
+    return Stream(ConcatSources([build(source=open_images(source, data.cache_dir, files)) for source in sources]))

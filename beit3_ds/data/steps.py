@@ -1,9 +1,8 @@
 """Builds the share of one rank in an optimizer step, as a pure function of the step."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from beit3_ds.batch import PackedBatch, StepBatch
@@ -12,10 +11,8 @@ from beit3_ds.config.prefetch import PrefetchPlan
 from beit3_ds.data.drop_path import Slot, draw_drop_path
 from beit3_ds.data.files.records import BrokenRecordError
 from beit3_ds.data.order.run import RunOrder
+from beit3_ds.data.packing import Pack
 from beit3_ds.data.samples import SampleKey, SourceSamples, Stream, name_sources
-
-Pack = Callable[[Sequence[Any], Tensor | None], PackedBatch]
-"""Packs a task's samples and `PackedBatch.drop_path`, both in the order of the streams, into a micro-batch."""
 
 
 def _say_nothing(name: str) -> None:
@@ -104,7 +101,7 @@ class StepDataset(Dataset[StepBatch]):
                     slots.append(slot)
         model, seed = self._config.model, self._config.training.seed
         drop_path = draw_drop_path(model.drop_path_rate, model.num_layers, seed, step, slots)
-        return self._pack(samples, drop_path)
+        return self._pack(samples, drop_path, {})
 
     def _keys(self, stream: str, step: int, micro_batch: int) -> list[tuple[Slot, SampleKey]]:
         """Returns the slots of one stream in one of this rank's micro-batches, with the keys of their samples."""

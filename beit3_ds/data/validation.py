@@ -1,8 +1,7 @@
 """Fixed batches for the validation loss."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -10,12 +9,10 @@ from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ConfigError, RunConfig
 from beit3_ds.data.files.records import BrokenRecordError
 from beit3_ds.data.order.permutation import KeyedPermutation
+from beit3_ds.data.packing import Pack
 from beit3_ds.data.randomness import sample_rng
 from beit3_ds.data.samples import VALIDATION_EPOCH, SampleKey, Stream
 from beit3_ds.data.workers.waiting import ReaderThread, StopRequestedError, WaitLimits
-
-PackValidation = Callable[[Sequence[Any], Mapping[str, int]], PackedBatch]
-"""Packs a task's samples, in the order of the streams, into a batch with the given `PackedBatch.sources`."""
 
 
 class ValidationBatches:
@@ -29,7 +26,7 @@ class ValidationBatches:
         self,
         streams: Mapping[str, Stream],
         plan: Sequence[Mapping[str, Sequence[SampleKey]]],
-        pack: PackValidation,
+        pack: Pack,
     ) -> None:
         """Stores the samples of each batch by stream (`plan`), each stream with one source per batch; reads none
         yet."""
@@ -91,13 +88,13 @@ class ValidationBatches:
         sources = {
             stream: self._streams[stream].sources.source_of(keys[0].index) for stream, keys in plan.items() if keys
         }
-        return self._pack(samples, sources)
+        return self._pack(samples, None, sources)
 
 
 def build_validation_batches(
     config: RunConfig,
     streams: Mapping[str, Stream],
-    pack: PackValidation,
+    pack: Pack,
     data_parallel_rank: int,
     data_parallel_size: int,
 ) -> ValidationBatches:

@@ -18,19 +18,25 @@ Where further needs of a task go:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import torch
 
 from beit3_ds.batch import PackedBatch
-from beit3_ds.config import RunConfig
-from beit3_ds.data import StepDataset, ValidationBatches
-from beit3_ds.data.samples import SourceSamples
-from beit3_ds.model import TaskModel
+from beit3_ds.config import ModelConfig, RunConfig
+from beit3_ds.config.prefetch import plan_prefetch
+from beit3_ds.data import StepDataset, ValidationBatches, build_validation_batches
+from beit3_ds.data.packing import Pack
+from beit3_ds.data.samples import SourceSamples, Stream, name_sources
+from beit3_ds.data.validation_overlap import check_validation_apart
+from beit3_ds.model import Head, TaskModel
 from beit3_ds.parallel import Mesh, TensorParallel
+
+Split = Literal["train", "validation"]
+"""Which of the sources of a stream."""
 
 
 class Term(NamedTuple):
@@ -87,7 +93,7 @@ class Evaluator(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankTask(ABC):
+class RankTask:
     """A task that one rank has opened."""
 
     dataset: StepDataset | None = None
@@ -99,12 +105,45 @@ class RankTask(ABC):
     files: Mapping[str, str | None] = field(default_factory=dict)
     """Further files that all ranks must have alike, by their keys in the configuration."""
 
-    def to(self, device: torch.device) -> None:  # noqa: B027 (most tasks keep nothing there)
+    @classmethod
+    def open(
+        cls,
+        config: RunConfig,
+        share: RankShare,
+        build_streams: Callable[[Split], Mapping[str, Stream]],
+        pack: Pack,
+        views: str = "model",
+        **fields: Any,
+    ) -> Self:
+        """Opens the samples of a rank, if it reads any.
+
+        Args:
+            config: the run's configuration.
+            share: what the rank reads.
+            build_streams: opens the streams of a split, in the order of their rows in a batch.
+            pack: makes a micro-batch of prepared samples.
+            views: views of each image that a batch keeps (`config.prefetch.plan_prefetch`).
+            fields: further fields of the class.
+
+        Raises:
+            ConfigError: for files that cannot be read, fewer samples than ranks, or steps above `data.prefetch_gib`.
+        """
+        if not share.reads:
+            return cls(**fields)
+        check_validation_apart(config.data)
+        rank, size = share.data_parallel_rank, share.data_parallel_size
+        prefetch = plan_prefetch(config, size, views)
+        dataset = StepDataset(config, build_streams("train"), pack, rank, size, prefetch)
+        validation = build_validation_batches(config, build_streams("validation"), pack, rank, size)
+        sources = dataset.sources() | name_sources("validation", validation.streams, config.data)
+        return cls(dataset=dataset, validation=validation, sources=sources, **fields)
+
+    def to(self, device: torch.device) -> None:
         """Moves to the device what the task keeps there, such as a frozen network."""
 
-    @abstractmethod
     def prepare(self, batch: PackedBatch, device: torch.device) -> PackedBatch:
         """Returns a micro-batch on the device, with all targets that the head needs."""
+        return batch.to(device)
 
     def baselines(self, evaluator: Evaluator) -> dict[str, float]:
         """Returns what a predictor that ignores its input would reach, by term; all ranks call it."""
@@ -136,6 +175,9 @@ class Task(ABC):
         """The terms, in the order of every vector of sums and counts."""
 
     @abstractmethod
+    def build_head(self, model: ModelConfig, tensor: TensorParallel) -> Head:
+        """Builds the head, the last of the layers, without values; tensor-parallel ranks may divide it."""
+
     def build_model(self, tensor: TensorParallel | None = None, layers: Sequence[range] | None = None) -> TaskModel:
         """Builds the layers of one stage, without values.
 
@@ -143,17 +185,30 @@ class Task(ABC):
             tensor: the ranks that divide every layer; None is this process alone.
             layers: the model chunks of the stage; None is all layers.
         """
+        training = self.config.training
+        return TaskModel(
+            self.build_head,
+            self.config.model,
+            tensor,
+            layers,
+            training.activation_checkpointing,
+            training.kernels,
+            fp32_residual_connection=training.fp32_residual_connection,
+        )
 
-    @abstractmethod
     def head_flops(self, term_counts: Sequence[float]) -> float:
-        """Returns operations of the head's forward pass for a batch with these counts; a multiply-add counts 2."""
+        """Returns operations of the head's forward pass for a batch with these counts; a multiply-add counts 2.
 
-    @abstractmethod
+        A small head may leave it at 0.
+        """
+        return 0.0
+
     def expected_head_flops(self) -> float:
         """Returns operations of a whole step that the last stage adds to its layers, forward and backward.
 
-        Those of the head, and of what is prepared for it on the device.
+        Those of the head, and of what is prepared for it on the device. A small head may leave it at 0.
         """
+        return 0.0
 
     @abstractmethod
     def open(self, share: RankShare) -> RankTask:

@@ -33,7 +33,7 @@ def test_captions_come_before_texts_and_positions_move_along() -> None:
         PairSample(image=_image(2, "p"), caption=_text(100, 3, [1], "caption p")),
         PairSample(image=_image(3, "q"), caption=_text(200, 5, [2, 4], "caption q")),
     ]
-    batch = pack([_image(1, "i"), *pairs, _text(300, 4, [3], "t")], torch.zeros(4, 2, 2), SHAPE)
+    batch = pack([_image(1, "i"), *pairs, _text(300, 4, [3], "t")], torch.zeros(4, 2, 2), {}, SHAPE)
     assert (batch.num_images, batch.num_pairs, batch.caption_lengths, batch.text_lengths) == (1, 2, (3, 5), (4,))
     assert batch.pixels[:, 0, 0, 0].tolist() == [1, 2, 3]
     assert batch.targets["tokenizer_pixels"][:, 0, 0, 0].tolist() == [1, 2, 3]
@@ -51,7 +51,7 @@ def test_any_stream_may_be_absent(present: tuple[int, int, int]) -> None:
     samples: list[Sample] = [_image(1)] * images
     samples += [PairSample(image=_image(2), caption=_text(100, 3, [1]))] * pairs
     samples += [_text(300, 4, [3])] * texts
-    batch = pack(samples, None, SHAPE)
+    batch = pack(samples, None, {}, SHAPE)
     num_pixels = images + pairs
     assert batch.num_sequences == sum(present)
     # shapes and dtypes must hold without samples too: every parameter takes part in every micro-batch
@@ -66,4 +66,4 @@ def test_any_stream_may_be_absent(present: tuple[int, int, int]) -> None:
 
 def test_samples_in_another_order_are_refused() -> None:
     with pytest.raises(AssertionError, match="images, pairs, texts"):  # catches drop-path rows of other samples
-        pack([_text(1, 3, [1]), _image(1)], None, SHAPE)
+        pack([_text(1, 3, [1]), _image(1)], None, {}, SHAPE)

@@ -114,7 +114,7 @@ def _ours(folder: str) -> Batches:
     while True:
         epochs, indices = order(np.arange(step * _BATCH, (step + 1) * _BATCH))
         keys = [SampleKey(0, "images", e, i) for e, i in zip(epochs.tolist(), indices.tolist(), strict=True)]
-        yield pack([samples.prepare(key.index, key) for key in keys], None, shape)
+        yield pack([samples.prepare(key.index, key) for key in keys], None, {}, shape)
         step += 1
 
 

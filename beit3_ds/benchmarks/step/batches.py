@@ -63,7 +63,7 @@ def build_batch(config: RunConfig, number: int) -> PackedBatch:
         samples.append(_text(config, rng, TEXT_TOKENS, config.data.text_length, config.data.text_mask_ratio))
     slots = [Slot(stream, i) for stream in STREAMS for i in range(count)]
     drop_path = draw_drop_path(config.model.drop_path_rate, config.model.num_layers, 0, number, slots)
-    batch = pack(samples, drop_path, image_shape(config), "model")
+    batch = pack(samples, drop_path, {}, image_shape(config), "model")
     codes = rng.integers(0, config.model.visual_vocab_size, tuple(batch.patch_mask.shape))
     return with_visual_codes(batch, torch.from_numpy(codes))
 

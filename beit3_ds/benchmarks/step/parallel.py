@@ -211,7 +211,7 @@ def build_share(config: RunConfig, samples: Sequence[int]) -> PackedBatch:
         caption = text(rng, data.pair_text_length, data.pair_text_mask_ratio)
         packed.append(PairSample(image=image(rng), caption=caption))
     packed += [text(np.random.default_rng([2, i]), data.text_length, data.text_mask_ratio) for i in samples]
-    batch = pack(packed, None, image_shape(config))
+    batch = pack(packed, None, {}, image_shape(config))
     codes = torch.arange(batch.patch_mask.numel()).view(batch.patch_mask.shape) % model.visual_vocab_size
     return with_visual_codes(batch, codes)
 

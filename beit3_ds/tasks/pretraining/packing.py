@@ -76,18 +76,18 @@ def image_shape(config: RunConfig) -> ImageShape:
 def pack(
     samples: Sequence[Sample],
     drop_path: Tensor | None,
+    sources: Mapping[str, int],
     shape: ImageShape,
     views: ImageViews = "both",
-    sources: Mapping[str, int] | None = None,
 ) -> PackedBatch:
     """Packs samples; any stream may be absent, even all.
 
     Args:
         samples: images, then pairs, then texts; Q in all.
         drop_path: factors of the samples in this order, (Q, L, 2) float32, or None.
+        sources: `PackedBatch.sources`.
         shape: sizes of the images.
         views: views of each image that the batch keeps.
-        sources: `PackedBatch.sources`.
     """
     images = [sample for sample in samples if isinstance(sample, ImageSample)]
     pairs = [sample for sample in samples if isinstance(sample, PairSample)]

@@ -1,6 +1,5 @@
 """The three streams of pretraining: from the number of a sample to the sample, read, cropped, tokenized and masked."""
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,49 +13,23 @@ from beit3_ds.data.files.descriptors import OpenFiles
 from beit3_ds.data.files.fingerprint import SourceFile
 from beit3_ds.data.files.records import BrokenRecordError, Skipped
 from beit3_ds.data.images.augmentation import CenterViews, ViewTransform, build_augmentation
-from beit3_ds.data.images.source import ImageSource
-from beit3_ds.data.samples import SampleKey, Stream
+from beit3_ds.data.samples import ImageSourceSamples, SampleKey, Stream
 from beit3_ds.data.sources import ConcatSources, check_no_file_twice, open_images
 from beit3_ds.data.text.sequences import TextSequences
 from beit3_ds.tasks.pretraining.masking import TextMasking, block_mask
 from beit3_ds.tasks.pretraining.packing import ImageSample, PairSample, TextSample
+from beit3_ds.tasks.task import Split
 from beit3_ds.tokenizers.text import TextTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageSamples:
+class ImageSamples(ImageSourceSamples):
     """Images of one source for masked image modeling."""
 
-    is_last_open: ClassVar[bool] = False
-
-    source: ImageSource
-    """Where the images lie."""
-    views: ViewTransform
-    """Crops and resizes."""
     grid_size: int
     """Patches on a side."""
     num_masked: int
     """Patches to hide, in every image."""
-
-    def __len__(self) -> int:
-        """Samples of the source, broken ones included."""
-        return len(self.source)
-
-    def files(self) -> Iterable[SourceFile]:
-        """Returns the files of the source."""
-        return self.source.files()
-
-    def identity(self, index: int) -> bytes:
-        """Returns the name of a sample in its file or folder as bytes (`prefix_digest.IdentifiedSamples`)."""
-        return os.path.basename(self.source.name(index)).encode("utf-8", "surrogatepass")
-
-    def name(self, index: int) -> str:
-        """Returns the file of a sample and its name there, for messages."""
-        return self.source.name(index)
-
-    def skipped(self) -> dict[str, Skipped]:
-        """Returns files, members and rows of the source that are no samples, by the reason."""
-        return self.source.skipped
 
     def prepare(self, index: int, key: SampleKey) -> ImageSample:
         """Reads sample `index` of the source and draws its crop and its mask by `key`.
@@ -64,7 +37,7 @@ class ImageSamples:
         Raises:
             BrokenRecordError: if it cannot be read.
         """
-        return self.augment(self.source.image(index, self.views.min_side), index, key)
+        return self.augment(self.read(index), index, key)
 
     def augment(self, image: Image.Image, index: int, key: SampleKey) -> ImageSample:
         """Draws the crop and the mask for the image of sample `index` by `key`."""
@@ -164,6 +137,11 @@ class TextSamples:
     def prepare(self, index: int, key: SampleKey) -> TextSample:
         """Draws the mask of sample `index` of the source by `key`."""
         return _masked_text(self.sequences.name(index), self.sequences[index], self.masking, key)
+
+
+def build_streams(config: RunConfig, tokenizer: TextTokenizer | None, split: Split) -> dict[str, Stream]:
+    """Opens the streams of a split (`build_train_streams`, `build_validation_streams`)."""
+    return (build_train_streams if split == "train" else build_validation_streams)(config, tokenizer)
 
 
 def build_train_streams(config: RunConfig, tokenizer: TextTokenizer | None) -> dict[str, Stream]:

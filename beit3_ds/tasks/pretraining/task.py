@@ -10,18 +10,13 @@ import torch
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ConfigError, ModelConfig, RunConfig
-from beit3_ds.config.prefetch import plan_prefetch
-from beit3_ds.data import StepDataset, ValidationBatches, build_validation_batches
-from beit3_ds.data.samples import SourceSamples, name_sources
-from beit3_ds.data.validation_overlap import check_validation_apart
 from beit3_ds.parallel import TensorParallel
 from beit3_ds.picture import try_to_write
 from beit3_ds.tasks.pretraining.baselines import TERM_STREAMS, unigram_entropies
-from beit3_ds.tasks.pretraining.heads import head_flops
-from beit3_ds.tasks.pretraining.model import PretrainingModel
-from beit3_ds.tasks.pretraining.packing import ImageViews, Sample, image_shape, pack
+from beit3_ds.tasks.pretraining.heads import MaskedModelingHeads, head_flops
+from beit3_ds.tasks.pretraining.packing import ImageViews, image_shape, pack
 from beit3_ds.tasks.pretraining.predictions import write_predictions
-from beit3_ds.tasks.pretraining.samples import build_train_streams, build_validation_streams
+from beit3_ds.tasks.pretraining.samples import build_streams
 from beit3_ds.tasks.pretraining.targets import prepare_batch
 from beit3_ds.tasks.task import Evaluator, RankShare, RankTask, Task, Term
 from beit3_ds.tokenizers import TextTokenizer, VisualTokenizer, check_visual_tokenizer_fits, load_visual_tokenizer
@@ -80,8 +75,15 @@ class Pretraining(Task):
     """Masked modeling of images, texts and image-text pairs."""
 
     def __init__(self, config: RunConfig) -> None:
-        """Refuses a run in which all terms with samples have weight 0, because its weights would only decay."""
+        """Checks the visual tokenizer's settings and the weights of the terms.
+
+        Raises:
+            ConfigError: if its grid or vocabulary is not the model's, or all terms with samples have weight 0, so that
+                the model's weights would only decay.
+        """
         super().__init__(config)
+        if config.data.has_images:
+            _check_visual_tokenizer(config)
         weights, streams = config.training.loss_weights, config.data.streams()
         self._terms = tuple(
             Term(name, stream, _TITLES[name], getattr(weights, name)) for name, stream in TERM_STREAMS.items()
@@ -97,19 +99,9 @@ class Pretraining(Task):
         """Masked patches of images, masked tokens of texts, and both of pairs."""
         return self._terms
 
-    def build_model(
-        self, tensor: TensorParallel | None = None, layers: Sequence[range] | None = None
-    ) -> PretrainingModel:
-        """Builds the layers of one stage, without values."""
-        training = self.config.training
-        return PretrainingModel(
-            self.config.model,
-            tensor,
-            layers,
-            training.activation_checkpointing,
-            training.kernels,
-            fp32_residual_connection=training.fp32_residual_connection,
-        )
+    def build_head(self, model: ModelConfig, tensor: TensorParallel) -> MaskedModelingHeads:
+        """Builds the MIM and the MLM head."""
+        return MaskedModelingHeads(model, tensor)
 
     def head_flops(self, term_counts: Sequence[float]) -> float:
         """Returns operations of both heads for a batch with these masked positions, forward only."""
@@ -136,18 +128,12 @@ class Pretraining(Task):
         if share.predicts and config.data.has_images:
             visual_tokenizer = load_visual_tokenizer(config.tokenizers.visual.path)
             check_visual_tokenizer_fits(visual_tokenizer, config)
-        dataset: StepDataset | None = None
-        validation: ValidationBatches | None = None
-        sources: dict[str, SourceSamples] = {}
-        if share.reads:
-            check_validation_apart(config.data)
-            dataset = open_train_steps(config, text_tokenizer, share)
-            validation = open_validation(config, text_tokenizer, share)
-            sources = dataset.sources() | name_sources("validation", validation.streams, config.data)
-        return PretrainingRankTask(
-            dataset=dataset,
-            validation=validation,
-            sources=sources,
+        return PretrainingRankTask.open(
+            config,
+            share,
+            functools.partial(build_streams, config, text_tokenizer),
+            functools.partial(pack, shape=image_shape(config), views=views_of(share)),
+            views_of(share),
             files={
                 "tokenizers.text.path": config.tokenizers.text.path if config.data.has_texts else None,
                 "tokenizers.visual.path": config.tokenizers.visual.path if config.data.has_images else None,
@@ -175,37 +161,28 @@ _TITLES = {
 }
 
 
-def open_train_steps(config: RunConfig, text_tokenizer: TextTokenizer | None, share: RankShare) -> StepDataset:
-    """Opens the training files of a rank that reads.
-
-    Raises:
-        ConfigError: for files that cannot be read, fewer samples than ranks, or steps above `data.prefetch_gib`.
-    """
-    views = _views(share)
-    prefetch = plan_prefetch(config, share.data_parallel_size, views)
-    streams = build_train_streams(config, text_tokenizer)
-    pack_step = functools.partial(pack, shape=image_shape(config), views=views)
-    return StepDataset(config, streams, pack_step, share.data_parallel_rank, share.data_parallel_size, prefetch)
-
-
-def open_validation(config: RunConfig, text_tokenizer: TextTokenizer | None, share: RankShare) -> ValidationBatches:
-    """Opens the validation files of a rank that reads.
-
-    Raises:
-        ConfigError: for files that cannot be read, or fewer samples per step than ranks.
-    """
-    shape, views = image_shape(config), _views(share)
-
-    def pack_validation(samples: Sequence[Sample], sources: Mapping[str, int]) -> PackedBatch:
-        return pack(samples, None, shape, views, sources)
-
-    streams = build_validation_streams(config, text_tokenizer)
-    return build_validation_batches(
-        config, streams, pack_validation, share.data_parallel_rank, share.data_parallel_size
-    )
+def _check_visual_tokenizer(config: RunConfig) -> None:
+    model, visual = config.model, config.tokenizers.visual
+    if not visual.path:
+        raise ConfigError(
+            "tokenizers.visual.path is missing: images and pairs need a visual tokenizer. Name its file, or leave both "
+            "streams out (samples_per_step 0, no validation) for a run on texts alone."
+        )
+    if visual.grid_size != model.grid_size:
+        raise ConfigError(
+            f"tokenizers.visual: {visual.image_size} px / patch {visual.patch_size} gives a grid of "
+            f"{visual.grid_size}, but the model's {model.image_size} px / patch {model.patch_size} gives "
+            f"a grid of {model.grid_size}. Set tokenizers.visual.image_size to {model.grid_size * visual.patch_size}."
+        )
+    if visual.codebook_size != model.visual_vocab_size:
+        raise ConfigError(
+            f"model.visual_vocab_size={model.visual_vocab_size} must equal tokenizers.visual.codebook_size="
+            f"{visual.codebook_size}."
+        )
 
 
-def _views(share: RankShare) -> ImageViews:
+def views_of(share: RankShare) -> ImageViews:
+    """Returns the views of an image that a rank needs."""
     if not share.predicts:
         return "model"
     return "both" if share.embeds else "tokenizer"
