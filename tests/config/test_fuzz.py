@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from beit3_ds.config import ConfigError, RunConfig, check_layout, load_run_config
+from beit3_ds.tasks import build_task
 from beit3_ds.training.dry_run import describe_dry_run
 from tests.config.mutations import duplicate_key, mutate, to_text
 from tests.ranks import run_ranks
@@ -23,6 +24,7 @@ def outcome(path: Path, world_size: int) -> RunConfig | None:
     try:
         config = load_run_config(path)
         check_layout(config, world_size)
+        build_task(config)
     except ConfigError as error:
         message = str(error)
     else:

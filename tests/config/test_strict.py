@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from beit3_ds.config import ConfigError, SourceConfig, build_run_config, load_run_config
+from beit3_ds.tasks import build_task
 from tests.run_config import quickstart_mapping
 
 
@@ -112,7 +113,7 @@ def test_bad_config(case: str) -> None:
     mapping = quickstart_mapping()
     change(mapping)
     with pytest.raises(ConfigError, match=message):
-        build_run_config(mapping)
+        build_task(build_run_config(mapping))
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
