@@ -142,7 +142,7 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh, signals: StopSignal
     schedule = build_schedule(task, mesh)
     state = EngineState(schedule.engine, mesh)
     metrics_log = MetricsLog(Path(config.training.output_dir) / "metrics.jsonl")
-    store = _build_store(config, rank_task, mesh)
+    store = _build_store(task, rank_task, mesh)
     first_step, checkpoint = resume(schedule.engine, state, store, metrics_log, mesh, config.training.total_steps)
     say = functools.partial(print, flush=True) if mesh.is_main else _say_nothing
     if first_step == 0:
@@ -178,13 +178,14 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh, signals: StopSignal
     return run, BroadcastBatches(steps, mesh, StepBatch)
 
 
-def _build_store(config: RunConfig, rank_task: RankTask, mesh: Mesh) -> CheckpointStore:
+def _build_store(task: Task, rank_task: RankTask, mesh: Mesh) -> CheckpointStore:
+    config = task.config
     tokenizers = {kind: path for kind in ("text", "visual") if (path := rank_task.files.get(f"tokenizers.{kind}.path"))}
     return CheckpointStore(
         Path(config.training.output_dir) / "checkpoints",
         config.training.keep_checkpoints,
         mesh,
-        build_run_description(config, mesh.describe_layout(), tokenizers),
+        build_run_description(config, mesh.describe_layout(), task.describe(), tokenizers),
         config.parallel.timeout_seconds,
     )
 

@@ -85,16 +85,20 @@ def check_same_model(model: Mapping[str, Any], stored: Mapping[str, Any], where:
         raise ConfigError(f"{where} holds another model: {'; '.join(changed)}. {advice}")
 
 
-def build_run_description(config: RunConfig, layout: str, tokenizers: Mapping[str, str]) -> RunDescription:
+def build_run_description(
+    config: RunConfig, layout: str, task: Mapping[str, Any], tokenizers: Mapping[str, str]
+) -> RunDescription:
     """Describes the run that `config` starts; reads the tokenizers' files.
 
     Args:
         config: configuration of the run.
         layout: the ranks, in words.
+        task: name and settings of its task (`Task.describe`).
         tokenizers: files of the tokenizers that the run uses, by "text" and "visual".
     """
     # Through JSON, so that it equals what is read back: tuples become lists.
-    plain = json.loads(json.dumps(dataclasses.asdict(config), default=dict))
+    sections = dataclasses.asdict(config) | {"task": task}
+    plain = json.loads(json.dumps(sections, default=dict))
     return RunDescription(
         model=plain.pop("model"),
         config=plain,

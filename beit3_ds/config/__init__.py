@@ -9,7 +9,7 @@ from beit3_ds.config.source_names import short_source_names
 from beit3_ds.config.step_shares import MicroBatchSize, StepShares
 from beit3_ds.config.strict import ConfigError
 from beit3_ds.config.task import TaskConfig
-from beit3_ds.config.training import ActivationCheckpointing, Kernels, LossWeights, TrainingConfig
+from beit3_ds.config.training import ActivationCheckpointing, Kernels, TrainingConfig
 from beit3_ds.config.visual_tokenizer import VisualTokenizerConfig
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "Kernels",
-    "LossWeights",
     "MicroBatchSize",
     "ModelConfig",
     "ParallelConfig",

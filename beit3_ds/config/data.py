@@ -1,9 +1,9 @@
-"""Configuration of the three data streams, masking and augmentation, and of the tokenizers."""
+"""Configuration of the three data streams and their augmentation, and of the tokenizers."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
-from beit3_ds.config.numbers import Count, MaskRatio, Range, Seconds, Share
+from beit3_ds.config.numbers import Count, Range, Seconds, Share
 from beit3_ds.config.source_names import short_source_names
 from beit3_ds.config.strict import ConfigError, PathString
 from beit3_ds.config.visual_tokenizer import VisualTokenizerConfig
@@ -93,7 +93,7 @@ def _no_stream() -> StreamConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Data of a run: its streams, masking, augmentation, order and reading (paper sections 2.2 and 2.3)."""
+    """Data of a run: its streams, augmentation, order and reading (paper sections 2.2 and 2.3)."""
 
     images: StreamConfig = field(default_factory=_no_stream)
     """Images without texts, for MIM. A stream without a section is left out."""
@@ -108,14 +108,6 @@ class DataConfig:
     document is a JSON object, or in plain text the lines between two blank lines."""
     pair_text_length: TextLength = 64
     """Most tokens of a caption, BOS and EOS included (the fine-tuning length of the released models)."""
-    image_mask_ratio: MaskRatio = 0.4
-    """Exact share of an image's patches that block-wise masking hides (paper: 40%)."""
-    text_mask_ratio: MaskRatio = 0.15
-    """Share of a text's tokens that are predicted (paper: 15%)."""
-    pair_text_mask_ratio: MaskRatio = 0.5
-    """Share of a caption's tokens that are predicted (paper: 50%)."""
-    text_masking: Literal["token", "whole_word"] = "token"
-    """Unit that is masked in texts and captions: single tokens, as in the paper, or whole words, as in VLMo."""
     min_crop_scale: Annotated[float, Range(0, 1, above=True)] = 0.2
     """Smallest share of the image's area that a random crop keeps (BEiT v2's value; the paper is silent)."""
     color_jitter: Share = 0.4

@@ -61,9 +61,8 @@ def step_bytes(config: RunConfig, data_parallel_size: int, views: str = "both") 
     """
     images, pairs, texts = config.step_shares(data_parallel_size).rank_samples(0)
     data, model = config.data, config.model
-    # Counts ids, and the positions and targets of masked tokens.
-    tokens = pairs * data.pair_text_length * (1 + 2 * data.pair_text_mask_ratio)
-    tokens += texts * data.text_length * (1 + 2 * data.text_mask_ratio)
+    # Counts an id, a position and a target per token, which is the most that a task adds.
+    tokens = 3 * (pairs * data.pair_text_length + texts * data.text_length)
     draws = (images + pairs + texts) * model.num_layers * 2 * 4 if model.drop_path_rate else 0
     return int((images + pairs) * (image_bytes(config, views) + model.num_patches) + tokens * _ID_BYTES + draws) + 1
 

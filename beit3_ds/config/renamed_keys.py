@@ -1,13 +1,33 @@
-"""Lists the keys of a run's file that had another name in version 0.1."""
+"""Lists the keys of a run's file that had another name or section in version 0.1."""
 
 from typing import Any
 
 RENAMED_KEYS = {"heldout": "validation", "prepared_dir": "cache_dir", "initial_weights": "init_from"}
 """New names by old names. An old name in a run's file is an error that gives the new one (docs/configuration.md)."""
 
+MOVED_KEYS = {
+    "image_mask_ratio": "data",
+    "text_mask_ratio": "data",
+    "pair_text_mask_ratio": "data",
+    "text_masking": "data",
+    "loss_weights": "training",
+}
+"""Keys of the section "task", by the section in which they were. A key in its old section is an error that says so."""
 
-def with_new_keys(value: Any) -> Any:
-    """Returns JSON data with new names for old keys, e.g. the configuration in an old checkpoint."""
+
+def with_new_keys(config: Any) -> Any:
+    """Returns the configuration in an old checkpoint with its keys where they are now."""
+    renamed = _rename(config)
+    if not isinstance(renamed, dict):
+        return renamed
+    moved = {}
+    for key, section in MOVED_KEYS.items():
+        if isinstance(renamed.get(section), dict) and key in renamed[section]:
+            moved[key] = renamed[section].pop(key)
+    return renamed | {"task": {"name": "pretraining", **moved}} if moved else renamed
+
+
+def _rename(value: Any) -> Any:
     if isinstance(value, dict):
-        return {RENAMED_KEYS.get(key, key): with_new_keys(inner) for key, inner in value.items()}
-    return [with_new_keys(inner) for inner in value] if isinstance(value, list) else value
+        return {RENAMED_KEYS.get(key, key): _rename(inner) for key, inner in value.items()}
+    return [_rename(inner) for inner in value] if isinstance(value, list) else value

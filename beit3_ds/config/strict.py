@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from beit3_ds.config.numbers import LARGEST_INT, Range, show_number
-from beit3_ds.config.renamed_keys import RENAMED_KEYS
+from beit3_ds.config.renamed_keys import MOVED_KEYS, RENAMED_KEYS
 
 T = TypeVar("T")
 
@@ -40,6 +40,8 @@ def check_known_keys(mapping: Mapping[str, Any], known: Iterable[str], where: st
         if key not in known:
             if RENAMED_KEYS.get(key) in known:
                 raise ConfigError(f"{where}: the key {key!r} is called {RENAMED_KEYS[key]!r} now. Rename it.")
+            if key in MOVED_KEYS:
+                raise ConfigError(f"{where}: the key {key!r} is in another section now. Move it to task.{key}.")
             near = nearest(key, known)
             hint = f"Did you mean '{near}'?" if near else f"Valid keys: {', '.join(sorted(known))}."
             raise ConfigError(f"{where}: unknown key {key[:_MAX_SHOWN]!r}. {hint}")

@@ -1,6 +1,6 @@
 """Defines the "training" section: steps, optimizer, schedule, and what a run writes."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from beit3_ds.config.numbers import (
@@ -12,7 +12,6 @@ from beit3_ds.config.numbers import (
     Positive,
     Seed,
     Steps,
-    Weight,
     WeightDecay,
 )
 from beit3_ds.config.strict import ConfigError, PathString
@@ -22,20 +21,6 @@ ActivationCheckpointing = Literal["none", "full"]
 
 Kernels = Literal["triton", "cuda"]
 """GPU kernel backend; `cuda` applies only where a CUDA C++ kernel exists."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossWeights:
-    """Weights of the four loss terms; the paper gives none, so each is 1."""
-
-    image_mim: Weight = 1.0
-    """Weight of the masked patches of images."""
-    text_mlm: Weight = 1.0
-    """Weight of the masked tokens of texts."""
-    pair_mim: Weight = 1.0
-    """Weight of the masked patches of pairs."""
-    pair_mlm: Weight = 1.0
-    """Weight of the masked tokens of captions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +47,6 @@ class TrainingConfig:
     """AdamW's betas (paper)."""
     adam_epsilon: Epsilon = 1e-6
     """AdamW's epsilon (paper)."""
-    loss_weights: LossWeights = field(default_factory=LossWeights)
-    """Weights of the four loss terms."""
     init_from: PathString | None = None
     """Exported or imported weights (`beit3 export`, `beit3 import`) with which a new run starts, under any layout of
     ranks. Image size, text length, vision-language experts and a decoupled layout may differ from the file's

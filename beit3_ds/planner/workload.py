@@ -9,6 +9,7 @@ from beit3_ds.config import MicroBatchSize, RunConfig
 from beit3_ds.kernels.ops.attention_plan import plan_attention
 from beit3_ds.layout import SequenceLayout
 from beit3_ds.model.block import computed_sequences
+from beit3_ds.tasks.pretraining.config import pretraining_config
 from beit3_ds.tasks.pretraining.targets import with_masks
 
 
@@ -94,10 +95,11 @@ def _expected_workload(config: RunConfig, size: MicroBatchSize) -> Workload:
     model, data = config.model, config.data
     images, pairs, texts = size
     tokens = pairs * data.pair_text_length + texts * data.text_length
-    masked_tokens = pairs * data.pair_text_length * data.pair_text_mask_ratio
-    masked_tokens += texts * data.text_length * data.text_mask_ratio
+    ratios = pretraining_config(config)
+    masked_tokens = pairs * data.pair_text_length * ratios.pair_text_mask_ratio
+    masked_tokens += texts * data.text_length * ratios.text_mask_ratio
     patch_mask = torch.zeros(images + pairs, model.num_patches, dtype=torch.bool)
-    patch_mask[:, : round(model.num_patches * data.image_mask_ratio)] = True
+    patch_mask[:, : round(model.num_patches * ratios.image_mask_ratio)] = True
     inputs = PackedBatch(
         num_images=images,
         num_pairs=pairs,

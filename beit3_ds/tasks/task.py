@@ -17,11 +17,12 @@ Where further needs of a task go:
                                                     compute the same features
 """
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import torch
 
@@ -158,8 +159,21 @@ class RankTask:
         return {}
 
 
+@dataclass(frozen=True, kw_only=True)
+class NoSettings:
+    """The keys of the "task" section beside its name, for a task that has none."""
+
+
 class Task(ABC):
-    """A task as its configuration describes it."""
+    """A task as its configuration describes it.
+
+    Attributes:
+        config: the run's configuration.
+        settings: the task's own keys of the "task" section, an instance of `Settings`.
+    """
+
+    Settings: ClassVar[type] = NoSettings
+    """Dataclass of the task's own keys."""
 
     def __init__(self, config: RunConfig) -> None:
         """Checks what can be checked without files.
@@ -168,6 +182,11 @@ class Task(ABC):
             ConfigError: for settings that cannot work.
         """
         self.config = config
+        self.settings: Any = config.task.load(self.Settings)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the task's name and settings, defaults included, for checkpoints."""
+        return {"name": self.config.task.name, **dataclasses.asdict(self.settings)}
 
     @property
     @abstractmethod

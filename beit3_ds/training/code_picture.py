@@ -16,6 +16,7 @@ from beit3_ds.atomic_file import atomic_write
 from beit3_ds.config import RunConfig
 from beit3_ds.data import TokenizerImages
 from beit3_ds.data.randomness import sample_rng
+from beit3_ds.tasks.pretraining.config import pretraining_config
 from beit3_ds.tasks.pretraining.masking import block_mask
 from beit3_ds.tokenizers import VisualTokenizer
 
@@ -42,7 +43,7 @@ def write_code_picture(config: RunConfig, tokenizer: VisualTokenizer, path: str 
     images = TokenizerImages(config)
     views = torch.stack([images[position] for position in range(_NUM_IMAGES)])
     grid_size = tokenizer.config.grid_size
-    num_masked = round(config.data.image_mask_ratio * grid_size**2)
+    num_masked = round(pretraining_config(config).image_mask_ratio * grid_size**2)
     rngs = [sample_rng(config.training.seed, "picture mask", index) for index in range(len(views))]
     masks = torch.from_numpy(np.stack([block_mask(grid_size, num_masked, rng) for rng in rngs]))
     picture = Image.fromarray(draw_codes(tokenizer.cpu(), views, masks))

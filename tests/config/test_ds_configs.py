@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from beit3_ds.config import build_run_config, check_layout, load_run_config
+from beit3_ds.tasks.pretraining.config import pretraining_config
 from beit3_ds.training.dry_run import describe_dry_run
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
@@ -50,13 +51,14 @@ def test_giant_holds_the_papers_settings() -> None:
     streams = [stream.samples_per_step for stream in config.data.streams().values()]
     assert streams == [2048, 2048, 2048]
     training, model, data = config.training, config.model, config.data
+    ratios = pretraining_config(config)
     assert (training.total_steps, training.warmup_steps, training.learning_rate) == (1_000_000, 10_000, 1e-3)
     assert (training.adam_betas, training.adam_epsilon, training.weight_decay) == ((0.9, 0.98), 1e-6, 0.05)
     assert (model.num_layers, model.hidden_size, model.ffn_hidden_size) == (40, 1408, 6144)
     assert (model.patch_size, model.image_size, model.drop_path_rate) == (14, 224, 0.1)
     assert (model.layout, model.sub_layernorm, model.num_vision_language_layers) == ("shared", False, 3)
     assert (model.text_vocab_size, model.visual_vocab_size) == (64010, 8192)
-    assert (data.image_mask_ratio, data.text_mask_ratio, data.pair_text_mask_ratio) == (0.4, 0.15, 0.5)
+    assert (ratios.image_mask_ratio, ratios.text_mask_ratio, ratios.pair_text_mask_ratio) == (0.4, 0.15, 0.5)
     assert (data.text_length, data.pair_text_length) == (128, 64)
     assert config.tokenizers.visual.image_size == 256  # the patch-16 tokenizer gives patch 14 its 16 x 16 grid
     assert config.deepspeed["gradient_clipping"] == 3.0

@@ -162,11 +162,12 @@ def tiny_mapping(run_mapping: dict[str, Any]) -> dict[str, Any]:
         "weight_decay": 0.05,
         "adam_betas": [0.9, 0.98],
         "adam_epsilon": 1e-6,
-        "loss_weights": {"image_mim": 1.0, "text_mlm": 1.0},
         "activation_checkpointing": "none",
         "seed": 1,
     }
-    own["data"] |= {"image_mask_ratio": 0.4, "text_mask_ratio": 0.15, "flip_probability": 0.5, "prefetch_steps": 1}
+    own["data"] |= {"flip_probability": 0.5, "prefetch_steps": 1}
+    own["task"] = {"name": "pretraining", "image_mask_ratio": 0.4, "text_mask_ratio": 0.15}
+    own["task"] |= {"loss_weights": {"image_mim": 1.0, "text_mlm": 1.0}}
     return run_mapping
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from beit3_ds.config import ConfigError
-from beit3_ds.config.renamed_keys import RENAMED_KEYS, with_new_keys
+from beit3_ds.config.renamed_keys import MOVED_KEYS, RENAMED_KEYS, with_new_keys
 from beit3_ds.config.strict import check_known_keys
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "configuration.md"
@@ -22,7 +22,21 @@ def test_a_saved_config_gets_the_new_keys_at_every_depth() -> None:
     assert with_new_keys(old) == {"data": {"cache_dir": "x", "pairs": [{"validation": []}]}, "init_from": None}
 
 
+def test_a_saved_config_gets_its_moved_keys() -> None:
+    old = {"data": {"text_masking": "token", "seed": 1}, "training": {"loss_weights": {"pair_mim": 2.0}}}
+    task = {"name": "pretraining", "text_masking": "token", "loss_weights": {"pair_mim": 2.0}}
+    assert with_new_keys(old) == {"data": {"seed": 1}, "training": {}, "task": task}
+
+
+@pytest.mark.parametrize(("key", "section"), MOVED_KEYS.items())
+def test_a_key_in_its_old_section_names_the_new_one(key: str, section: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{section}: the key '{key}' .* task\.{key}"):
+        check_known_keys({key: 1}, ["other"], section)
+
+
 def test_the_documentation_lists_every_renamed_key() -> None:
     lines = DOCUMENT.read_text(encoding="utf-8").splitlines()
     for old, new in RENAMED_KEYS.items():
         assert f"| `{old}` | `{new}` |" in lines
+    for key, section in MOVED_KEYS.items():
+        assert f"| `{section}.{key}` | `task.{key}` |" in lines

@@ -31,6 +31,10 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         r"data\.pairs.*'heldout' is called 'validation'",
     ),
     "old folder": (lambda m: own(m, "data").update(prepared_dir="x"), r"'prepared_dir' is called 'cache_dir' now"),
+    "old section": (
+        lambda m: own(m, "data").update(text_masking="token"),
+        r"text_masking.*Move it to task\.text_masking",
+    ),
     "old weights": (
         lambda m: own(m, "training").update(initial_weights="x"),
         r"'initial_weights' is called 'init_from'",
@@ -54,17 +58,17 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         r"data\.texts: source 'b\.tar' has the format tar, which is for images",
     ),
     "tokenizer": (lambda m: own(m, "tokenizers")["visual"].update(codebook=1), r"'codebook'.*'codebook_"),
-    "weights": (lambda m: own(m, "training").update(loss_weights={"mim": 1}), r"unknown key 'mim'"),
+    "weights": (lambda m: own(m, "task").update(loss_weights={"mim": 1}), r"unknown key 'mim'"),
     "missing key": (lambda m: own(m, "training").pop("total_steps"), r"'total_steps' is missing"),
     "missing section": (lambda m: m["beit3_ds"].pop("data"), r"section 'data' is missing"),
     "NaN": (lambda m: own(m, "training").update(learning_rate=float("nan")), r"training\.learning_rate is nan"),
     "unfinite": (lambda m: own(m, "data").update(color_jitter=float("inf")), r"data\.color_jitter is inf"),
     "negative loss weight": (
-        lambda m: own(m, "training").update(loss_weights={"pair_mim": -1}),
+        lambda m: own(m, "task").update(loss_weights={"pair_mim": -1}),
         r"loss_weights\.pair_mim is -1; it must be between 0",
     ),
     "nothing to learn": (
-        lambda m: own(m, "training").update(loss_weights=dict.fromkeys(m_terms(), 0)),
+        lambda m: own(m, "task").update(loss_weights=dict.fromkeys(m_terms(), 0)),
         r"every term that has samples has weight 0",
     ),
     "end above the peak": (
@@ -91,7 +95,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda m: own(m, "training").update(warmup_steps=10**6),
         r"warmup_steps=1000000 exceeds total_steps=320, .* add --set training\.warmup_steps=32",
     ),
-    "ratio": (lambda m: own(m, "data").update(image_mask_ratio=40), r"image_mask_ratio is 40; it must be between"),
+    "ratio": (lambda m: own(m, "task").update(image_mask_ratio=40), r"image_mask_ratio is 40; it must be between"),
     "decoupled with VL experts": (
         lambda m: own(m, "model").update(layout="decoupled"),
         r"num_vision_language_layers to 0",

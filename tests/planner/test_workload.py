@@ -1,6 +1,7 @@
 """Checks the sizes of real micro-batches and of expected ones."""
 
 from beit3_ds.planner import expected_workloads, workload_of
+from beit3_ds.tasks.pretraining.config import pretraining_config
 from tests.batches import random_batch
 from tests.planner.cells import cell
 
@@ -27,4 +28,4 @@ def test_expected_micro_batches_are_those_of_the_largest_rank() -> None:
     assert sum(workload.tokens for workload in workloads) == tokens
     assert sum(workload.rows for workload in workloads) == tokens + images * (1 + patches)
     masked = sum(workload.masked_patches for workload in workloads)
-    assert masked == images * round(patches * data.image_mask_ratio)
+    assert masked == images * round(patches * pretraining_config(config).image_mask_ratio)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from beit3_ds.config import LossWeights
+from beit3_ds.tasks import Term
 from beit3_ds.tasks.pretraining.model import PretrainingModel
 from beit3_ds.training.learning_rate import learning_rate
 from beit3_ds.training.loss import build_loss_factors
@@ -36,6 +36,7 @@ def test_decay_reaches_matrices_only() -> None:
 
 
 def test_loss_factors_undo_the_average_over_ranks() -> None:
-    weights = LossWeights(pair_mlm=2.0)
-    factors = build_loss_factors(torch.tensor([4, 5, 0, 8]), weights, data_parallel_size=2)
+    weights = {"image_mim": 1.0, "text_mlm": 1.0, "pair_mim": 1.0, "pair_mlm": 2.0}
+    terms = [Term(name, stream="images", title=name, weight=weight) for name, weight in weights.items()]
+    factors = build_loss_factors(torch.tensor([4, 5, 0, 8]), terms, data_parallel_size=2)
     torch.testing.assert_close(factors, torch.tensor([2 / 4, 2 / 5, 0.0, 2 * 2 / 8]))  # a term without positions is 0

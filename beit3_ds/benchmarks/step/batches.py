@@ -9,6 +9,7 @@ import torch
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import RunConfig, build_run_config
 from beit3_ds.data.drop_path import Slot, draw_drop_path
+from beit3_ds.tasks.pretraining.config import pretraining_config
 from beit3_ds.tasks.pretraining.masking import block_mask
 from beit3_ds.tasks.pretraining.packing import ImageSample, PairSample, Sample, TextSample, image_shape, pack
 from beit3_ds.tasks.pretraining.targets import with_visual_codes
@@ -57,10 +58,14 @@ def build_batch(config: RunConfig, number: int) -> PackedBatch:
     samples: list[Sample] = [_image(config, rng) for _ in range(count)]
     for _ in range(count):
         image = _image(config, rng)
-        caption = _text(config, rng, CAPTION_TOKENS, config.data.pair_text_length, config.data.pair_text_mask_ratio)
+        caption = _text(
+            config, rng, CAPTION_TOKENS, config.data.pair_text_length, pretraining_config(config).pair_text_mask_ratio
+        )
         samples.append(PairSample(image=image, caption=caption))
     for _ in range(count):
-        samples.append(_text(config, rng, TEXT_TOKENS, config.data.text_length, config.data.text_mask_ratio))
+        samples.append(
+            _text(config, rng, TEXT_TOKENS, config.data.text_length, pretraining_config(config).text_mask_ratio)
+        )
     slots = [Slot(stream, i) for stream in STREAMS for i in range(count)]
     drop_path = draw_drop_path(config.model.drop_path_rate, config.model.num_layers, 0, number, slots)
     batch = pack(samples, drop_path, {}, image_shape(config), "model")
@@ -87,7 +92,7 @@ def draw_length(rng: np.random.Generator, law: tuple[float, float], longest: int
 def _image(config: RunConfig, rng: np.random.Generator) -> ImageSample:
     size, grid, num_patches = config.model.image_size, config.model.grid_size, config.model.num_patches
     view = torch.from_numpy(rng.uniform(-1, 1, (3, size, size)).astype(np.float32))
-    mask = block_mask(grid, round(num_patches * config.data.image_mask_ratio), rng)
+    mask = block_mask(grid, round(num_patches * pretraining_config(config).image_mask_ratio), rng)
     return ImageSample(name="", model_view=view, tokenizer_view=view, patch_mask=mask)
 
 

@@ -16,6 +16,7 @@ import torch
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import RunConfig, build_run_config
+from beit3_ds.tasks.pretraining.config import pretraining_config
 from beit3_ds.tasks.pretraining.packing import ImageSample, PairSample, Sample, TextSample, image_shape, pack
 from beit3_ds.tasks.pretraining.targets import with_visual_codes
 
@@ -193,10 +194,10 @@ def build_share(config: RunConfig, samples: Sequence[int]) -> PackedBatch:
 
     Sample i is equal in every share.
     """
-    model, data = config.model, config.data
+    model, data, ratios = config.model, config.data, pretraining_config(config)
 
     def image(rng: np.random.Generator) -> ImageSample:
-        hidden = np.arange(model.num_patches) < round(model.num_patches * data.image_mask_ratio)
+        hidden = np.arange(model.num_patches) < round(model.num_patches * ratios.image_mask_ratio)
         view = torch.from_numpy(rng.uniform(-1, 1, (3, model.image_size, model.image_size))).float()
         return ImageSample(name="", model_view=view, tokenizer_view=view, patch_mask=rng.permutation(hidden))
 
@@ -208,9 +209,9 @@ def build_share(config: RunConfig, samples: Sequence[int]) -> PackedBatch:
     packed: list[Sample] = [image(np.random.default_rng([0, i])) for i in samples]
     for i in samples:
         rng = np.random.default_rng([1, i])
-        caption = text(rng, data.pair_text_length, data.pair_text_mask_ratio)
+        caption = text(rng, data.pair_text_length, ratios.pair_text_mask_ratio)
         packed.append(PairSample(image=image(rng), caption=caption))
-    packed += [text(np.random.default_rng([2, i]), data.text_length, data.text_mask_ratio) for i in samples]
+    packed += [text(np.random.default_rng([2, i]), data.text_length, ratios.text_mask_ratio) for i in samples]
     batch = pack(packed, None, {}, image_shape(config))
     codes = torch.arange(batch.patch_mask.numel()).view(batch.patch_mask.shape) % model.visual_vocab_size
     return with_visual_codes(batch, codes)

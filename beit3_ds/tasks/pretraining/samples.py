@@ -16,6 +16,7 @@ from beit3_ds.data.images.augmentation import CenterViews, ViewTransform, build_
 from beit3_ds.data.samples import ImageSourceSamples, SampleKey, Stream
 from beit3_ds.data.sources import ConcatSources, check_no_file_twice, open_images
 from beit3_ds.data.text.sequences import TextSequences
+from beit3_ds.tasks.pretraining.config import pretraining_config
 from beit3_ds.tasks.pretraining.masking import TextMasking, block_mask
 from beit3_ds.tasks.pretraining.packing import ImageSample, PairSample, TextSample
 from beit3_ds.tasks.task import Split
@@ -199,7 +200,8 @@ def _build_samples(
     if name == "images":
         return _build_images(source, config, views, files)
     assert tokenizer is not None, "a run with texts or pairs has a text tokenizer"
-    words = tokenizer.word_borders() if data.text_masking == "whole_word" else None
+    settings = pretraining_config(config)
+    words = tokenizer.word_borders() if settings.text_masking == "whole_word" else None
     if name == "texts":
         sequences = TextSequences(
             [source.path],
@@ -209,9 +211,9 @@ def _build_samples(
             max_broken_lines=data.max_broken_records,
             document_separator=data.document_separator,
         )
-        masking = TextMasking(ratio=data.text_mask_ratio, mask_id=tokenizer.mask_id, words=words)
+        masking = TextMasking(ratio=settings.text_mask_ratio, mask_id=tokenizer.mask_id, words=words)
         return TextSamples(sequences=sequences, masking=masking)
-    masking = TextMasking(ratio=data.pair_text_mask_ratio, mask_id=tokenizer.mask_id, words=words)
+    masking = TextMasking(ratio=settings.pair_text_mask_ratio, mask_id=tokenizer.mask_id, words=words)
     images = _build_images(source, config, views, files)
     return PairSamples(images=images, tokenizer=tokenizer, length=data.pair_text_length, masking=masking)
 
@@ -222,7 +224,7 @@ def _build_images(source: SourceConfig, config: RunConfig, views: ViewTransform,
         source=open_images(source, data.cache_dir, files),
         views=views,
         grid_size=config.model.grid_size,
-        num_masked=max(1, round(config.model.num_patches * data.image_mask_ratio)),
+        num_masked=max(1, round(config.model.num_patches * pretraining_config(config).image_mask_ratio)),
     )
 
 

@@ -13,6 +13,7 @@ from beit3_ds.config import ConfigError, ModelConfig, RunConfig
 from beit3_ds.parallel import TensorParallel
 from beit3_ds.picture import try_to_write
 from beit3_ds.tasks.pretraining.baselines import TERM_STREAMS, unigram_entropies
+from beit3_ds.tasks.pretraining.config import PretrainingConfig
 from beit3_ds.tasks.pretraining.heads import MaskedModelingHeads, head_flops
 from beit3_ds.tasks.pretraining.packing import ImageViews, image_shape, pack
 from beit3_ds.tasks.pretraining.predictions import write_predictions
@@ -74,6 +75,9 @@ class PretrainingRankTask(RankTask):
 class Pretraining(Task):
     """Masked modeling of images, texts and image-text pairs."""
 
+    Settings = PretrainingConfig
+    settings: PretrainingConfig
+
     def __init__(self, config: RunConfig) -> None:
         """Checks the visual tokenizer's settings and the weights of the terms.
 
@@ -84,13 +88,13 @@ class Pretraining(Task):
         super().__init__(config)
         if config.data.has_images:
             _check_visual_tokenizer(config)
-        weights, streams = config.training.loss_weights, config.data.streams()
+        weights, streams = self.settings.loss_weights, config.data.streams()
         self._terms = tuple(
             Term(name, stream, _TITLES[name], getattr(weights, name)) for name, stream in TERM_STREAMS.items()
         )
         if not any(streams[term.stream].samples_per_step and term.weight for term in self._terms):
             raise ConfigError(
-                "training.loss_weights: every term that has samples has weight 0; nothing would be trained. Give one "
+                "task.loss_weights: every term that has samples has weight 0; nothing would be trained. Give one "
                 "of them a weight."
             )
 
@@ -111,9 +115,10 @@ class Pretraining(Task):
         """Returns operations of the heads in a step, forward and backward, and of the frozen visual tokenizer."""
         data, num_patches = self.config.data, self.config.model.num_patches
         images, pairs, texts = (stream.samples_per_step for stream in data.streams().values())
-        masked_tokens = pairs * data.pair_text_length * data.pair_text_mask_ratio
-        masked_tokens += texts * data.text_length * data.text_mask_ratio
-        patches = (images + pairs) * num_patches * data.image_mask_ratio
+        ratios = self.settings
+        masked_tokens = pairs * data.pair_text_length * ratios.pair_text_mask_ratio
+        masked_tokens += texts * data.text_length * ratios.text_mask_ratio
+        patches = (images + pairs) * num_patches * ratios.image_mask_ratio
         return 3 * self.head_flops((patches, masked_tokens, 0, 0)) + self._tokenizer_flops()
 
     def open(self, share: RankShare) -> PretrainingRankTask:

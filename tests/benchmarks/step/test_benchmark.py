@@ -22,11 +22,12 @@ from beit3_ds.config import RunConfig
 from beit3_ds.model.flops import layer_flops, work_of
 from beit3_ds.model.multiway import ColumnParallelMultiwayLinear, RowParallelMultiwayLinear
 from beit3_ds.tasks import build_task
+from beit3_ds.tasks.pretraining.heads import head_flops
 from beit3_ds.training.loss import build_loss_factors
 from beit3_ds.weights.export import export_weights
 from tests.weights.models import ModelReader, random_model
 
-REFERENCE_HASH = "7a6c7f35ba7c4ba63ae690788cee44e70858fba62525485db965de4d68a01f36"
+REFERENCE_HASH = "2ebec96142a64ca9c220634327afa38c2085e627d1f34d64917c5f4daafda4f4"
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_both_sides_compute_the_same_loss_and_gradients(
     streams = unpack_streams(batch, *lengths)
     padded = [stream.tokens.shape[1] for stream in streams if stream.tokens is not None]
     assert padded == [lengths[0] or max(batch.caption_lengths), lengths[1] or max(batch.text_lengths)]
-    patches, tokens = zip(*(stream.term_counts for stream in streams), strict=True)
+    patches, tokens = zip(*(stream.num_masked for stream in streams), strict=True)
     image_mim, text_mlm, pair_mim, pair_mlm = batch.term_counts
     assert patches == (image_mim, pair_mim, 0) and tokens == (0, pair_mlm, text_mlm)
     factors = build_loss_factors(torch.tensor(batch.term_counts), build_task(config).terms, 1)
@@ -90,7 +91,7 @@ def test_the_ceiling_multiplies_what_the_model_must(config: RunConfig, layout: s
     changes: dict[str, Any] = {"layout": layout, "num_vision_language_layers": 1} if layout == "shared" else {}
     model, batch = replace(config.model, **changes), build_batch(config, 1)
     products = Products(model, batch, torch.float32, torch.device("cpu"))
-    embeddings, *rest = layer_flops(model, work_of(batch))
+    embeddings, *rest = layer_flops(model, work_of(batch, head_flops(model, batch.term_counts)))
     # Forward, and twice as much backward; pixels have no gradient.
     assert products.flops == 2 * embeddings + 3 * sum(rest)
     products.run()
@@ -115,7 +116,7 @@ def test_needed_products_are_those_that_a_step_multiplies(config: RunConfig, dro
             )
             module.weight_numel = getattr(module, f"weight_{module.experts[0]}").numel()
     model(batch, torch.ones(4))
-    embeddings, *_, heads = layer_flops(config.model, work_of(batch))
+    embeddings, *_, heads = layer_flops(config.model, work_of(batch, head_flops(config.model, batch.term_counts)))
     attended = 0.0
     for layer in range(config.model.num_layers):
         lengths = [sum(stop - start for start, stop in ranges) for ranges in batch.sequence_ranges]

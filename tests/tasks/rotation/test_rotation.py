@@ -33,7 +33,6 @@ def write_config(folder: Path, zero_stage: int = 0, parallel: dict[str, Any] | N
     own["training"] |= {"output_dir": str(folder / "run"), "total_steps": steps, "warmup_steps": 1}
     own["training"] |= {"log_interval": 1, "eval_interval": 2, "eval_samples": 10, "save_interval": 2}
     own["training"] |= {"learning_rate": 3e-3}
-    own["training"].pop("loss_weights", None)
     folder.mkdir(exist_ok=True)
     path = folder / "config.json"
     path.write_text(json.dumps(mapping))
