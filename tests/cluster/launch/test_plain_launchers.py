@@ -54,7 +54,7 @@ def check_run(
         run = pool.submit(hosts[0].run, argv, ENVIRONMENT | (environment or {}), timeout=300)
         reached = False
         while not run.done():
-            reached = reached or bool(hosts[1].pids(r"beit3_ds\.pretrain"))
+            reached = reached or bool(hosts[1].pids(r"beit3_ds\.train"))
             time.sleep(0.2)
     done = run.result()
     assert done.returncode == 0, done.stdout
