@@ -75,7 +75,8 @@ class ModuleProcess:
     def send_signal(self, number: int) -> None:
         """Sends a signal unless the process has ended."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it may end between the two calls
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """Sends SIGKILL unless the process has ended."""
@@ -163,12 +164,15 @@ def _serve(server: socket.socket) -> tuple[dict[str, Any], list[int]]:
                 os.kill(pid, signal.SIGKILL)
             os._exit(0)
         told, *rest = fds
+        request = json.loads(message)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, request["blocked"])  # a signal may come right after the fork
         pid = os.fork()
         if pid == 0:
             for fd in (*children, *(told for _, told in children.values()), told):
                 os.close(fd)
             server.close()
-            return json.loads(message), rest
+            return request, rest
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         children[os.pidfd_open(pid)] = (pid, told)
         _tell(told, pid)
         for fd in rest:
@@ -181,10 +185,9 @@ def _tell(told: int, number: int) -> None:
 
 
 def _become(request: dict[str, Any], fds: list[int]) -> None:
-    """Gives this process the signals, streams, environment, arguments and folder of the request."""
+    """Gives this process the streams, environment, arguments and folder of the request."""
     import numpy as np
 
-    signal.pthread_sigmask(signal.SIG_BLOCK, request["blocked"])
     for number, fd in enumerate(fds[:2], start=1):
         os.dup2(fd, number)
         os.close(fd)

@@ -76,8 +76,9 @@ def test_commands_for_the_other_tokenizer_say_that_none_is_needed(
 @pytest.mark.parametrize("stream", ["texts", "images"])
 def test_missing_tokenizer_of_a_used_stream_is_named(run_mapping: dict[str, Any], stream: str) -> None:
     from beit3_ds.config import ConfigError, build_run_config
+    from beit3_ds.tasks import build_task
 
     kind = {"texts": "text", "images": "visual"}[stream]
     del run_mapping["beit3_ds"]["tokenizers"][kind]
     with pytest.raises(ConfigError, match=rf"tokenizers\.{kind}\.path is missing"):
-        build_run_config(run_mapping)
+        build_task(build_run_config(run_mapping))
