@@ -1,4 +1,4 @@
-"""Which rows of a packed stream belong to which expert and to which sequence.
+"""Maps the rows of a packed stream to experts and sequences.
 
 A stream is modality-major and has no padding:
 
@@ -20,12 +20,12 @@ from torch import Tensor
 
 
 class Part(NamedTuple):
-    """A part of every packed stream: rows of one modality, of samples with or without a partner."""
+    """Describes a part of the packed stream: rows of one modality, of paired or of single samples."""
 
     modality: str
-    """The modality, which names the expert of its rows."""
+    """Modality, which is also the name of its expert."""
     fused_expert: str | None
-    """The expert that takes the rows in layers that have it; None for samples without a partner."""
+    """Expert of the rows in layers that have it; None for samples that are not paired."""
 
 
 PARTS = (
@@ -34,27 +34,28 @@ PARTS = (
     Part("language", "vision_language"),
     Part("language", None),
 )
-"""The parts in the order of their rows. Language is in the middle, so that a further modality, with its own fused
-expert, is appended as (language, fused), (modality, fused), (modality, None) before or after the others and every
-expert still owns one slice."""
+"""All parts, in row order.
+
+Language is in the middle. A further modality with its own fused expert can be added before or after the others as
+(language, fused), (modality, fused), (modality, None). Every expert still owns one slice then."""
 
 
 class RowLayout(ABC):
-    """The parts of a stream, or of rows picked from one in their order, and so the experts' rows."""
+    """Says how many rows each part of a stream has, and so which rows each expert processes."""
 
     @property
     @abstractmethod
     def part_rows(self) -> tuple[int, ...]:
-        """Rows of each of `PARTS`."""
+        """Number of rows in each of `PARTS`."""
 
     @property
     def boundaries(self) -> tuple[int, ...]:
-        """The row at which each of `PARTS` ends: (a, b, c, T) of the module's picture."""
+        """End row of each of `PARTS`: (a, b, c, T) in the module's docstring."""
         return tuple(accumulate(self.part_rows))
 
     @property
     def num_rows(self) -> int:
-        """Rows, T."""
+        """Number of rows, T."""
         return sum(self.part_rows)
 
     def expert_slices(self, experts: tuple[str, ...]) -> list[tuple[int, int]]:
@@ -77,35 +78,35 @@ class RowLayout(ABC):
 
 @dataclass(frozen=True)
 class PickedRows(RowLayout):
-    """Single rows of a stream."""
+    """Describes single rows picked from a stream, in ascending order."""
 
     rows: Tensor
-    """Their numbers in the stream, ascending, int64."""
+    """Indices of the rows in the stream, ascending, int64."""
     counts: tuple[int, ...]
-    """How many of them are in each of `PARTS`."""
+    """Number of picked rows in each of `PARTS`."""
 
     @property
     def part_rows(self) -> tuple[int, ...]:
-        """Rows of each of `PARTS`."""
+        """Number of picked rows in each of `PARTS`."""
         return self.counts
 
 
 @dataclass(frozen=True)
 class SequenceLayout(RowLayout):
-    """A stream of whole sequences."""
+    """Describes a stream of whole sequences."""
 
     num_images: int
-    """Images without texts, I."""
+    """Number of images without captions, I."""
     caption_lengths: tuple[int, ...]
     """Tokens of each caption; P values."""
     text_lengths: tuple[int, ...]
     """Tokens of each text; X values."""
     image_length: int
-    """Rows of one image."""
+    """Number of rows per image."""
 
     @property
     def part_rows(self) -> tuple[int, ...]:
-        """Rows of each of `PARTS`."""
+        """Number of rows in each of `PARTS`."""
         return (
             self.num_images * self.image_length,
             len(self.caption_lengths) * self.image_length,
@@ -129,10 +130,10 @@ class SequenceLayout(RowLayout):
         return tuple(ranges)
 
     def keep(self, kept: Sequence[bool]) -> "KeptSequences":
-        """A stream of some of the sequences, in their order.
+        """Returns the stream of the kept sequences, in their order.
 
         Args:
-            kept: whether to keep each of the Q sequences.
+            kept: whether to keep a sequence, for each of the Q sequences.
         """
         pairs = self.num_images + len(self.caption_lengths)
         layout = SequenceLayout(
@@ -142,7 +143,7 @@ class SequenceLayout(RowLayout):
             self.image_length,
         )
         ranges = [sequence for sequence, keep in zip(self.sequence_ranges, kept, strict=True) if keep]
-        # First parts of all, which for pairs are images, then captions; those of texts come after captions.
+        # Row order: images, images of pairs, captions, texts.
         images, pairs = layout.num_images, layout.num_images + len(layout.caption_lengths)
         parts = [sequence[0] for sequence in ranges[:pairs]]
         parts += [sequence[1] for sequence in ranges[images:pairs]] + [sequence[0] for sequence in ranges[pairs:]]
@@ -152,9 +153,9 @@ class SequenceLayout(RowLayout):
 
 @dataclass(frozen=True)
 class KeptSequences:
-    """Some sequences of a stream, which make a stream of their own."""
+    """Describes some sequences of a stream as a stream of their own."""
 
     rows: Tensor
-    """The numbers of their rows in the whole stream, ascending, int64, in host memory."""
+    """Indices of their rows in the whole stream, ascending, int64, in host memory."""
     layout: SequenceLayout
-    """Of the stream that these rows make."""
+    """Layout of the stream of these rows."""

@@ -1,4 +1,4 @@
-"""The stages of a pipeline and the messages between neighbours."""
+"""Sends activations and gradients between neighbouring stages of a pipeline."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,49 +10,49 @@ from torch import Tensor
 from beit3_ds.parallel.host_group import HostGroup
 
 ChannelKey = tuple[bool, bool]
-"""Whether activations (not gradients) travel, and whether to a stage of a higher number."""
+"""Kind and direction of a message: True for activations, False for gradients; True for a higher stage number."""
 
 
 @dataclass(frozen=True)
 class PipelineParallel:
-    """This rank's place among the stages that hold different layers. A pipeline of one is valid and silent.
+    """Describes this rank's stage and its process groups. A pipeline of one stage is valid and sends nothing.
 
-    Messages travel in rings: activations to the next stage, and from the last to the first where layers are
-    interleaved; gradients the other way. Each kind and direction has a process group of its own, so two neighbours that
-    send to each other at the same time never wait for each other's receive: within a group a pair sends one way only.
+    Messages travel in rings. Activations go to the next stage and, with interleaved model chunks, from the last stage
+    to the first. Gradients go the other way. Each kind and direction has its own process group, in which a pair of
+    stages sends one way only. So two neighbours that send to each other at the same time do not block each other.
     """
 
     ranks: tuple[int, ...] = (0,)
-    """Their global ranks, in order."""
+    """Global rank of each stage, in order."""
     rank: int = 0
-    """This rank's stage."""
+    """Stage of this rank, from 0."""
     channels: Mapping[ChannelKey, dist.ProcessGroup] = field(default_factory=dict)
-    """Process groups of the messages, which are device tensors."""
+    """Process group per kind and direction; messages are device tensors."""
     host: HostGroup = field(default_factory=HostGroup)
-    """The stages, in order, for host values."""
+    """Group of the same stages, in order, for host values."""
 
     @property
     def size(self) -> int:
-        """Stages."""
+        """Number of stages."""
         return len(self.ranks)
 
     @property
     def is_first(self) -> bool:
-        """True on the stage that embeds."""
+        """Whether this stage holds the embeddings."""
         return self.rank == 0
 
     @property
     def is_last(self) -> bool:
-        """True on the stage that holds the heads."""
+        """Whether this stage holds the head."""
         return self.rank == self.size - 1
 
     def send(self, x: Tensor, *, forward: bool) -> "Message":
-        """Starts to send an activation to the next stage, or a gradient to the one before; returns at once."""
+        """Starts sending an activation to the next stage, or a gradient to the previous one; returns at once."""
         work = dist.isend(x, group=self._channel(forward, self.rank, self._next(forward)), dst=self._peer(forward))
         return Message(x, work)
 
     def receive(self, x: Tensor, *, forward: bool) -> "Message":
-        """Starts to fill `x` with the activation of the stage before, or the gradient of the next one."""
+        """Starts receiving into `x` the activation of the previous stage, or the gradient of the next one."""
         source = self._next(not forward)
         work = dist.irecv(x, group=self._channel(forward, source, self.rank), src=self.ranks[source])
         return Message(x, work)
@@ -69,14 +69,14 @@ class PipelineParallel:
 
 @dataclass(frozen=True)
 class Message:
-    """A tensor on its way."""
+    """Holds a tensor that is being sent or received."""
 
     tensor: Tensor
-    """What is sent, kept alive until it is; or where it arrives."""
+    """The tensor to send, kept alive until it has left, or the tensor to receive into."""
     work: Any
 
     def has_left(self) -> bool:
-        """Whether the tensor is known to have left, so that it need not be kept; gloo only knows after `wait`."""
+        """Returns whether the tensor is known to have left and may be freed; gloo knows only after `wait`."""
         return bool(self.work.is_completed())
 
     def wait(self) -> Tensor:
@@ -88,13 +88,13 @@ class Message:
 def build_pipeline_parallel(
     rows: Tensor, rank: int, host: HostGroup, own_group: Callable[[Tensor], dist.ProcessGroup]
 ) -> PipelineParallel:
-    """Makes the groups of all pipelines; all ranks call it.
+    """Builds the process groups of all pipelines; every rank must call it.
 
     Args:
-        rows: global ranks of one pipeline a row, by stage.
-        rank: this rank's stage.
-        host: all ranks, for host values.
-        own_group: builds the groups of rows and returns the group of this rank.
+        rows: global ranks, one pipeline per row, ordered by stage.
+        rank: stage of this rank.
+        host: group of all ranks, for host values.
+        own_group: builds one group per row and returns this rank's group.
     """
     if rows.shape[1] == 1:
         return PipelineParallel()

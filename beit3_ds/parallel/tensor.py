@@ -1,10 +1,10 @@
-"""The tensor-parallel group, its collectives with their gradients, and how parameters are cut (Megatron-LM).
+"""Provides the tensor-parallel group, its differentiable collectives and the splits of parameters (Megatron-LM).
 
 Follows Shoeybi et al., 2019, arXiv:1909.08053, section 3, and for sequence parallelism Korthikanti et al., 2022,
 arXiv:2205.05198, section 4.2.
 
-Between the divided layers the stream's rows are held by all ranks alike or, with sequence parallelism, each rank holds
-a run of them: T rows are rounded up to P * n by rows of zeros at the end, and rank r holds rows [r * n, (r + 1) * n).
+Between the tensor-parallel layers every rank holds all rows of the stream. With sequence parallelism the T rows are
+padded at the end with rows of zeros to P * n, and rank r holds rows [r * n, (r + 1) * n).
 """
 
 # T rows, P tensor-parallel size, n = ceil(T / P) rows of one rank, D width.
@@ -27,7 +27,7 @@ _VOCAB_ALIGNMENT = 64  # rows, so that the shards' matrix products keep the hard
 
 @dataclass(frozen=True)
 class Split:
-    """The part of a parameter that this rank holds: indices [start, stop) of the logical tensor along `dim`."""
+    """Describes this rank's part of a parameter: indices [start, stop) of the logical tensor along `dim`."""
 
     dim: int
     start: int
@@ -35,51 +35,51 @@ class Split:
     size: int
     """Logical size along `dim`."""
     padding: int = 0
-    """Indices that the local tensor has after the logical ones."""
+    """Number of padding indices at the end of the local tensor."""
 
     @property
     def local_size(self) -> int:
-        """Size of the local tensor along `dim`, padding included."""
+        """Size of the local tensor along `dim`, with padding."""
         return self.stop - self.start + self.padding
 
     def take(self, whole: Tensor) -> Tensor:
-        """This rank's part of the logical tensor, without padding, a view."""
+        """Returns this rank's part of the logical tensor, without padding, as a view."""
         return whole.narrow(self.dim, self.start, self.stop - self.start)
 
     def trim(self, local: Tensor) -> Tensor:
-        """The local tensor without padding, a view."""
+        """Returns the local tensor without padding, as a view."""
         return local.narrow(self.dim, 0, self.stop - self.start)
 
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """This rank's place among the P ranks that divide every layer. A group of one is valid and silent."""
+    """Describes this rank's tensor-parallel group of P ranks. A group of size 1 is valid and sends nothing."""
 
     group: dist.ProcessGroup | None = None
-    """The group; None if the size is 1."""
+    """Process group for device tensors; None if P is 1."""
     rank: int = 0
-    """This rank's number in the group."""
+    """Rank within the group."""
     size: int = 1
-    """Ranks in the group, P."""
+    """Number of ranks in the group, P."""
     host: HostGroup = field(default_factory=HostGroup)
-    """The same ranks, for host values; `group` takes device tensors only."""
+    """Group of the same ranks for host values; `group` takes device tensors only."""
     sequence_parallel: bool = False
-    """Whether the ranks divide the stream's rows where they do not divide its width."""
+    """Whether the ranks split the rows of the stream between the tensor-parallel layers."""
 
     @property
     def divides_rows(self) -> bool:
-        """Whether a rank holds only its own rows between the divided layers."""
+        """Whether a rank holds only its own rows between the tensor-parallel layers."""
         return self.sequence_parallel and self.size > 1
 
     def own_row_range(self, num_rows: int) -> tuple[int, int]:
-        """The rows [start, stop) that this rank holds between the divided layers; `stop` may exceed `num_rows`."""
+        """Returns the rows [start, stop) held between tensor-parallel layers; `stop` may exceed `num_rows`."""
         if not self.divides_rows:
             return 0, num_rows
         part = -(-num_rows // self.size)
         return self.rank * part, (self.rank + 1) * part
 
     def own_slices(self, slices: Sequence[tuple[int, int]], num_rows: int) -> list[tuple[int, int]]:
-        """The part of each slice among this rank's rows, counted from the first of them; filler joins the last one.
+        """Returns the part of each slice on this rank, counted from its first row; padding rows join the last slice.
 
         Args:
             slices: row ranges [start, stop) that cover [0, num_rows) in order.
@@ -91,60 +91,62 @@ class TensorParallel:
         return list(itertools.pairwise(own))
 
     def own_rows(self, x: Tensor) -> Tensor:
-        """This rank's rows of a tensor that all ranks hold, filler included; no gradient over ranks."""
+        """Returns this rank's rows of a replicated tensor, padding rows included; its backward sends nothing."""
         if not self.divides_rows:
             return x
         start, stop = self.own_row_range(len(x))
         return _pad_rows(x[start:stop], stop - start)
 
     def scatter_rows(self, x: Tensor) -> Tensor:
-        """Keeps this rank's rows of a tensor (T, D) that all ranks hold alike.
+        """Splits a replicated tensor (T, D) along its rows and returns this rank's part.
 
         Forward sends nothing; backward all-gathers P * n * D elements.
         """
         return _ScatterRows.apply(x, self) if self.divides_rows else x
 
     def gather_rows(self, x: Tensor, num_rows: int) -> Tensor:
-        """All ranks' rows, (T, D), for a computation that all ranks do alike.
+        """Gathers the rows of all ranks, (T, D), for a computation that every rank repeats.
 
         Forward all-gathers P * n * D elements; backward sends nothing.
         """
         return _GatherRows.apply(x, self, num_rows) if self.divides_rows else x
 
     def gather_from(self, x: Tensor, num_rows: int) -> Tensor:
-        """Hands the stream to layers of which each rank holds a part: `copy_to` of all its rows, (T, D).
+        """Passes all rows of the stream, (T, D), to the tensor-parallel region; backward sums their gradients.
 
-        With sequence parallelism forward all-gathers and backward reduce-scatters P * n * D elements.
+        With sequence parallelism forward all-gathers and backward reduce-scatters P * n * D elements. Without it this
+        is `copy_to`.
         """
         return _GatherIn.apply(x, self, num_rows) if self.divides_rows else self.copy_to(x)
 
     def reduce_scatter_to(self, x: Tensor) -> Tensor:
-        """Sums the ranks' partial results, (T, D): `reduce_from`, of which each rank keeps its rows.
+        """Sums the partial results of all ranks, (T, D), and returns this rank's rows of the sum.
 
-        With sequence parallelism forward reduce-scatters and backward all-gathers P * n * D elements.
+        With sequence parallelism forward reduce-scatters and backward all-gathers P * n * D elements. Without it this
+        is `reduce_from`.
         """
         return _ScatterOut.apply(x, self) if self.divides_rows else self.reduce_from(x)
 
     def share(self, *parameters: Tensor) -> tuple[Tensor, ...]:
-        """Parameters that every rank holds and applies to its own rows, so that their gradients add up over ranks.
+        """Returns replicated parameters whose gradients are summed over ranks that apply them to their own rows.
 
-        With sequence parallelism backward all-reduces their elements in one message. Under ZeRO-3 they stay gathered
-        until then, which is little: they are norms and biases.
+        With sequence parallelism backward all-reduces all their elements in one message. Under ZeRO-3 they stay
+        gathered until then. They are norms and biases, so this needs little memory.
         """
         return _Share.apply(self, *parameters) if self.divides_rows else parameters
 
     def split(self, size: int, dim: int = 0) -> Split:
-        """This rank's part of a dimension that P divides."""
+        """Returns this rank's part of a dimension; `size` must be a multiple of P."""
         assert size % self.size == 0, f"{self.size} tensor-parallel ranks do not divide {size}"
         part = size // self.size
         return Split(dim, self.rank * part, (self.rank + 1) * part, size)
 
     def split_vocabulary(self, size: int) -> Split:
-        """This rank's rows of a vocabulary: ceil(size / P), rounded up to a multiple of 64 if size is at least 64 P.
+        """Returns this rank's rows of a vocabulary: ceil(size / P), a multiple of 64 if size is at least 64 P.
 
-        What the last ranks hold beyond the vocabulary is padding; it may be all that a rank holds. Since every rank
-        holds as many rows, ZeRO cuts their flat buffers at the same places, and what they hold alike stays alike to
-        the bit. A vocabulary that is not divided is not padded.
+        Rows beyond the vocabulary are padding; the last ranks may hold nothing else. Every rank holds the same number
+        of rows, so ZeRO cuts the flat buffers of all ranks at the same places. This keeps replicated parameters equal
+        to the bit. With P = 1 there is no padding.
         """
         assert size >= self.size, f"{self.size} tensor-parallel ranks share a vocabulary of {size}"
         alignment = _VOCAB_ALIGNMENT if self.size > 1 and size >= _VOCAB_ALIGNMENT * self.size else 1
@@ -153,27 +155,27 @@ class TensorParallel:
         return Split(0, start, stop, size, part - (stop - start))
 
     def copy_to(self, x: Tensor) -> Tensor:
-        """Hands a tensor that all ranks hold alike to layers of which each holds a part (operator f).
+        """Copies a replicated tensor to the tensor-parallel region (operator f of section 3).
 
-        Forward sends nothing; backward all-reduces x.numel() elements.
+        Forward is the identity and sends nothing; backward all-reduces x.numel() elements.
         """
         return x if self.size == 1 else _CopyIn.apply(x, self.group)
 
     def reduce_from(self, x: Tensor) -> Tensor:
-        """Sums the ranks' partial results (operator g).
+        """All-reduces the partial results of the tensor-parallel region (operator g of section 3).
 
-        Forward all-reduces x.numel() elements; backward sends nothing.
+        Forward all-reduces x.numel() elements; backward is the identity and sends nothing.
         """
         return x if self.size == 1 else _SumOut.apply(x, self.group)
 
     def all_reduce(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
-        """Reduces in place, without a gradient, and returns `x`; sends x.numel() elements."""
+        """All-reduces `x` in place, without a gradient, and returns it; sends x.numel() elements."""
         if self.size > 1 and x.numel():
             dist.all_reduce(x, op=op, group=self.group)
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """Stacks the ranks' tensors of one shape, without a gradient, (P, ...); sends x.numel() elements."""
+        """Gathers tensors of one shape into (P, ...), without a gradient; sends x.numel() elements."""
         parts = [x] if self.size == 1 else [torch.empty_like(x) for _ in range(self.size)]
         if self.size > 1 and x.numel():
             dist.all_gather(parts, x.contiguous(), group=self.group)
@@ -181,15 +183,15 @@ class TensorParallel:
 
 
 def split_parameter(split: Split, *shape: int, padding_value: float = 0.0) -> nn.Parameter:
-    """A parameter that holds this rank's part of a logical tensor, uninitialised but for its padding.
+    """Builds a parameter for this rank's part of a logical tensor; only its padding is initialised.
 
-    It carries `parallel_split`, which tells its place in the logical tensor, and the mark `tensor_model_parallel`,
-    which DeepSpeed reads: without it the gradient norm silently counts one rank's part only.
+    Its attribute `parallel_split` is `split`. Its attribute `tensor_model_parallel` tells DeepSpeed that ranks hold
+    different parts; without it the gradient norm silently counts one rank's part only.
 
     Args:
         split: this rank's part.
         shape: the logical shape.
-        padding_value: what the padding is filled with.
+        padding_value: value of the padding.
     """
     local = list(shape)
     assert local[split.dim] == split.size, f"{split} does not cut a tensor of shape {shape}"
@@ -203,16 +205,16 @@ def split_parameter(split: Split, *shape: int, padding_value: float = 0.0) -> nn
 
 
 def is_split(parameter: nn.Parameter) -> bool:
-    """Whether the tensor-parallel ranks hold different parts of a parameter."""
+    """Returns whether the tensor-parallel ranks hold different parts of a parameter."""
     return bool(getattr(parameter, "tensor_model_parallel", False))
 
 
 def logical_shape(parameter: nn.Parameter, local: torch.Size | None = None) -> torch.Size:
-    """The shape of a parameter that no layout of ranks changes.
+    """Returns the shape of the logical tensor of a parameter, which no layout changes.
 
     Args:
-        parameter: this rank's.
-        local: its shape on this rank; None is that of the parameter itself.
+        parameter: this rank's parameter.
+        local: shape on this rank; None takes the parameter's own.
     """
     split: Split | None = getattr(parameter, "parallel_split", None)
     shape = list(parameter.shape if local is None else local)
@@ -222,17 +224,17 @@ def logical_shape(parameter: nn.Parameter, local: torch.Size | None = None) -> t
 
 
 def own_part(parameter: nn.Parameter, whole: Tensor) -> Tensor:
-    """This rank's part of the logical tensor of a parameter, without padding, a view."""
+    """Returns this rank's part of the logical tensor of a parameter, without padding, as a view."""
     split: Split | None = getattr(parameter, "parallel_split", None)
     return whole if split is None else split.take(whole)
 
 
 def logical_part(parameter: nn.Parameter, local: Tensor | None = None) -> Tensor:
-    """A parameter without its padding, a view; `own_part` of the logical tensor has the same shape.
+    """Returns a parameter without its padding, as a view with the shape of `own_part`.
 
     Args:
-        parameter: tells the padding.
-        local: a tensor of its local shape to be viewed instead, such as its gradient or, under ZeRO-3, its values.
+        parameter: the parameter, whose split gives the padding.
+        local: another tensor of the same local shape to view, such as its gradient or, under ZeRO-3, its values.
     """
     local = parameter if local is None else local
     split: Split | None = getattr(parameter, "parallel_split", None)

@@ -1,4 +1,4 @@
-"""An embedding and a cross entropy whose vocabulary the tensor-parallel ranks divide."""
+"""Splits the vocabulary of an embedding and of a cross entropy over the tensor-parallel ranks."""
 
 # S tokens, M rows, D hidden, V rows of this rank's part of the vocabulary, padding included.
 
@@ -12,13 +12,17 @@ from beit3_ds.kernels.ops.linear_cross_entropy import Partials, linear_cross_ent
 from beit3_ds.parallel.tensor import TensorParallel, split_parameter
 
 PADDING_BIAS = -1e4
-"""The bias of the heads' padding rows, whose weights are 0. It lies so far below real logits that exp of the difference
-is exactly 0, and within the range of half precision: padding adds nothing to the cross entropy, its gradients are
-exactly 0, and AdamW leaves it as it is, since biases do not decay."""
+"""Bias of the padding rows of a head; their weights are 0.
+
+It is within the range of half precision, yet so far below real logits that exp of the difference is exactly 0. So
+padding adds nothing to the cross entropy, and its gradients are exactly 0. AdamW does not change it, because biases do
+not decay."""
 
 
 class VocabParallelEmbedding(nn.Module):
-    """A table of which every rank holds some rows; the parameter `weight` is left uninitialised, its padding is 0.
+    """Embedding whose rows are split over the tensor-parallel group.
+
+    The parameter `weight` is uninitialised except for its padding, which is 0.
 
     Forward all-reduces S * D elements; backward sends nothing.
     """
@@ -39,9 +43,9 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class VocabParallelHead(nn.Module):
-    """A linear layer over a vocabulary, with bias, of which every rank holds some rows, and its cross entropy.
+    """Linear layer with bias and cross entropy, whose vocabulary is split over the tensor-parallel group.
 
-    Parameters are left uninitialised but for their padding, which has logits of `PADDING_BIAS`.
+    Parameters are uninitialised except for their padding, which has the logit `PADDING_BIAS`.
     """
 
     def __init__(self, hidden_size: int, vocab_size: int, chunk_size: int | None, tensor: TensorParallel) -> None:
@@ -49,10 +53,10 @@ class VocabParallelHead(nn.Module):
 
         Args:
             hidden_size: D.
-            vocab_size: of all ranks together.
-            chunk_size: at most this many rows' logits exist at a time; None keeps all for the backward pass, which is
-                faster for a small vocabulary.
-            tensor: the ranks.
+            vocab_size: size of the whole vocabulary.
+            chunk_size: largest number of rows whose logits exist at a time. None keeps all logits for the backward
+                pass, which is faster for a small vocabulary.
+            tensor: the tensor-parallel group.
         """
         super().__init__()
         self.tensor, self.split, self.chunk_size = tensor, tensor.split_vocabulary(vocab_size), chunk_size
@@ -69,12 +73,12 @@ class VocabParallelHead(nn.Module):
             self.weight = weight
 
     def forward(self, h_MD: Tensor, target_M: Tensor) -> Tensor:
-        """Every row's cross entropy, the same on all ranks.
+        """Returns the cross entropy of every row, the same on all ranks.
 
         Forward all-reduces 3 * M floats (maximum; sum and target's logit); backward all-reduces M * D elements.
 
         Args:
-            h_MD: rows, the same on all ranks.
+            h_MD: input rows, the same on all ranks.
             target_M: int64 in [0, vocabulary).
 
         Returns:
@@ -84,9 +88,9 @@ class VocabParallelHead(nn.Module):
         return linear_cross_entropy(h_MD, self.weight, self.bias, target_M, self.chunk_size, self._reduce)
 
     def logits(self, h_MD: Tensor) -> Tensor:
-        """Every row's logits over the whole vocabulary, on all ranks, without a gradient over ranks: for predictions.
+        """Returns the logits of every row over the whole vocabulary, on all ranks, for predictions.
 
-        All-reduces M * vocabulary elements.
+        Gradients are not reduced over ranks. All-reduces M * vocabulary elements.
         """
         local_MV = F.linear(h_MD, self.weight, self.bias)
         if self.tensor.size == 1:
