@@ -1,4 +1,4 @@
-"""The Multiway Transformer on packed batches: plain modules that know neither ranks nor DeepSpeed."""
+"""Implements the Multiway Transformer on packed batches as plain modules, without DeepSpeed."""
 
 from beit3_ds.model.beit3 import BEiT3
 from beit3_ds.model.features import Features

@@ -1,12 +1,12 @@
 """Adapts the weights of one model to another model that differs in a few settings.
 
-    image_size                   positions of patches are interpolated
-    max_text_length              shorter: the first positions are kept; longer: the others have initial values
-    layout                       shared -> decoupled: vision and language each begin with a copy
-    num_vision_language_layers   more: the new experts begin as copies of their block's vision experts, which in a pair
-                                 process most rows; fewer: the experts of the other blocks are left out
+    image_size                   patch positions are interpolated
+    max_text_length              shorter: the first positions are kept; longer: added positions get initial values
+    layout                       shared -> decoupled: vision and language each get a copy
+    num_vision_language_layers   more: each new expert is a copy of its block's vision expert, which processes most
+                                 rows of a pair; fewer: the experts of the other blocks are dropped
 
-Any other difference changes tensors that these rules cannot fill.
+No other setting that changes tensors may differ.
 """
 
 import dataclasses
@@ -23,18 +23,18 @@ from beit3_ds.model.pretrained import EXTRA_PREFIX, IMAGE_POSITION, PretrainedWe
 from beit3_ds.positions import interpolate_positions
 
 TEXT_POSITION = "embeddings.text_position"
-"""The one tensor that depends on the length of texts."""
+"""Name of the only tensor whose shape depends on the length of texts."""
 
 _ADAPTABLE = frozenset({"image_size", "max_text_length", "layout", "num_vision_language_layers"})
 _DECOUPLED = re.compile(r"(\.attention\..*|^norm\..*)_(vision|language)$")
 
 
 class AdaptedWeights:
-    """The tensors of a model, each computed from exported or imported weights when it is read.
+    """Computes the tensors of a model from exported or imported weights, each when it is read.
 
     Attributes:
-        path: the file or folder of the weights.
-        model: the configuration that the weights are adapted to.
+        path: file or folder of the weights.
+        model: configuration to which the weights are adapted.
         changes: one sentence per adapted setting; empty if nothing is adapted.
     """
 
@@ -42,13 +42,13 @@ class AdaptedWeights:
         """Compares the two models; reads nothing yet.
 
         Args:
-            weights: the weights of the file.
+            weights: the stored weights.
             model: configuration of the model to fill.
-            where: names the weights, for messages.
-            seed: seed of the initial values of tensors that the weights lack.
+            where: name of the weights in messages.
+            seed: seed for initial values that the weights lack.
 
         Raises:
-            ConfigError: naming every setting that differs and cannot be adapted.
+            ConfigError: if settings differ that cannot be adapted; the message names each of them.
         """
         self.path, self.model = weights.path, model
         self._weights, self._seed = weights, seed
@@ -57,13 +57,13 @@ class AdaptedWeights:
         self._held = {name for name in weights.names() if not name.startswith(EXTRA_PREFIX)}
 
     def check(self, wanted: Mapping[str, torch.Size]) -> list[str]:
-        """Compares the tensors with those of the model.
+        """Compares the names and shapes of the tensors with those of the model.
 
         Args:
-            wanted: shapes of all tensors of the model.
+            wanted: shape of every tensor of the model, by name.
 
         Returns:
-            Names of the final norm's and the heads' tensors that the weights lack.
+            Names of tensors of the final norm and the heads that the weights lack.
 
         Raises:
             ConfigError: as `check_tensors` does.
@@ -75,7 +75,7 @@ class AdaptedWeights:
         return check_tensors(str(self.path), found | {name: self._weights.shape(name) for name in unknown}, wanted)
 
     def read(self, name: str, part: tuple[int, int, int, int] | None = None) -> Tensor:
-        """Returns a tensor of the model, or a part of it as in `matrix_part`."""
+        """Returns a tensor of the model, or the part of it that `matrix_part` returns."""
         if name not in (IMAGE_POSITION, TEXT_POSITION):
             return self._weights.read(self._source(name), part)
         tensor = self._weights.read(name)
@@ -88,7 +88,7 @@ class AdaptedWeights:
         return tensor if part is None else matrix_part(tensor, part)
 
     def _source(self, name: str) -> str:
-        """Returns the name of the file's tensor from which a tensor of the model is computed."""
+        """Returns the name of the stored tensor from which a tensor of the model is computed."""
         if self._weights.model.layout != self.model.layout:
             name = _DECOUPLED.sub(r"\1_shared", name)
         if name not in self._held and name.endswith("_vision_language"):
@@ -106,7 +106,7 @@ def fill_parameters(model: nn.Module, weights: AdaptedWeights) -> None:
     Heads that the weights lack get their initial values and are named in a warning.
 
     Raises:
-        ConfigError: if the weights are not those of their configuration.
+        ConfigError: if the weights do not match their configuration.
     """
     parameters = dict(model.named_parameters())
     absent = weights.check({name: parameter.shape for name, parameter in parameters.items()})

@@ -1,4 +1,4 @@
-"""Self-attention that all modalities share (paper section 2.1)."""
+"""Implements the self-attention that all modalities share (paper section 2.1)."""
 
 # T packed rows, D hidden, H heads, K head width.
 
@@ -18,14 +18,14 @@ from beit3_ds.parallel import TensorParallel
 
 
 class MultiwayAttention(nn.Module):
-    """Pre-norm bidirectional self-attention inside each sequence; a pair attends over its image and its caption.
+    """Pre-norm bidirectional self-attention within each sequence; image and caption of a pair are one sequence.
 
-    In the `shared` layout one set of weights serves all rows; in the `decoupled` layout vision and language rows have
-    their own projections and norms and meet only in the softmax. With `sub_layernorm` the merged heads are normalised
-    before the output projection (Magneto, arXiv:2210.06423).
+    In the `shared` layout all rows use the same weights. In the `decoupled` layout vision and language rows have their
+    own projections and norms and meet only in the softmax. With `sub_layernorm` the merged heads are normalised before
+    the output projection (Magneto, arXiv:2210.06423).
 
-    The tensor-parallel ranks divide the heads. They exchange T * D elements each way (`TensorParallel.gather_from`,
-    `reduce_scatter_to`), and two floats a row for a sub-LN.
+    The heads are split over the tensor-parallel group. Forward and backward each exchange T * D elements
+    (`TensorParallel.gather_from`, `reduce_scatter_to`), and two floats per row for a sub-LN.
     """
 
     cuda_cpp = False
@@ -43,12 +43,12 @@ class MultiwayAttention(nn.Module):
         self.out_proj = RowParallelMultiwayLinear(hidden, hidden, experts, tensor)
 
     def forward(self, x_TD: Tensor, factor_T: Tensor | None, layout: SequenceLayout) -> Tensor:
-        """Returns the stream after this branch, (T, D); of both, this rank's rows.
+        """Returns this rank's rows of the stream after this branch, (T, D).
 
         Args:
-            x_TD: the stream.
-            factor_T: what stochastic depth multiplies these rows of the branch with, or None.
-            layout: tells where sequences and experts' rows are.
+            x_TD: this rank's rows of the stream.
+            factor_T: factor of stochastic depth per row of the branch, or None.
+            layout: rows of each sequence and each expert.
         """
         slices, num_rows = layout.expert_slices(self.experts), layout.num_rows
         own_slices = self.tensor.own_slices(slices, num_rows)

@@ -1,4 +1,4 @@
-"""BEiT-3: an ordered list of layers over one packed stream."""
+"""Implements BEiT-3 as an ordered list of layers over one packed stream."""
 
 # T packed rows, M rows that the head reads, D hidden.
 
@@ -27,9 +27,9 @@ class BEiT3(nn.Module):
     """The Multiway Transformer with its final norm (paper section 2), or some of its layers.
 
     Layer 0 embeds, layers 1 to L are blocks and layer L + 1 is the final norm, to which a task adds its head
-    (`ModelConfig.num_pipeline_layers` in all). Layers pass on nothing but the stream x_TD, so the list can be cut
-    anywhere. Modules keep no state of a batch, and the forward pass draws nothing random. A parameter's name does not
-    depend on which layers are held. Parameters are uninitialised until `initialize_parameters`.
+    (`ModelConfig.num_pipeline_layers` in all). Layers pass only the stream x_TD to each other, so the list can be cut
+    anywhere. Modules keep no state of a batch, and the forward pass draws nothing random. The name of a parameter does
+    not depend on which layers this rank holds. Parameters are uninitialised until `initialize_parameters`.
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class BEiT3(nn.Module):
 
         Args:
             config: sizes and layout.
-            tensor: the ranks that divide every layer; None is this process alone.
+            tensor: the tensor-parallel group; None is a group of this process alone.
             layers: the model chunks of a pipeline stage, each a range of layers; None is all layers.
-            activation_checkpointing: activations that the backward pass recomputes.
+            activation_checkpointing: which activations the backward pass recomputes.
             kernels: GPU kernel backend; "cuda" must have been built.
             fp32_residual_connection: whether the stream between the layers stays float32 with bf16 parameters.
         """
@@ -65,7 +65,7 @@ class BEiT3(nn.Module):
         self.blocks = nn.ModuleDict(
             {str(i): Block(config, i, self.tensor) for i in range(config.num_layers) if i + 1 in held}
         )
-        # Tensor-parallel ranks that divide the rows gather them before this norm, so that every rank has them all.
+        # With sequence parallelism the rows are gathered before this norm, so every rank has all of them.
         self.norm = (
             MultiwayLayerNorm(config.hidden_size, config.layer_norm_epsilon, config.attention_experts, TensorParallel())
             if self.all_layers[-1] in held and config.final_norm
@@ -85,25 +85,26 @@ class BEiT3(nn.Module):
         layout: Literal["shared", "decoupled"] | None = None,
         num_vision_language_layers: int | None = None,
     ) -> Self:
-        """Loads exported or imported weights as a plain model of one device, in evaluation mode.
+        """Loads exported or imported weights as a plain model on one device, in evaluation mode.
 
-        Parameters are filled one by one, so that memory stays near one copy of the model. Tensors of a task's head
-        are left out unless the class has that head. A head or a final norm that the file lacks, as fine-tuned releases
-        do, gets initial values, and a warning names it.
+        Parameters are filled one by one, so memory stays near one copy of the model. Tensors of a task's head are
+        ignored unless the class has that head. A head or a final norm that the file lacks gets initial values, and a
+        warning names it; fine-tuned releases lack some of them.
 
         Args:
-            path: what `beit3 export` or `beit3 import` wrote: a .safetensors file, or a folder of them.
+            path: output of `beit3 export` or `beit3 import`: a .safetensors file, or a folder of them.
             dtype: dtype of the parameters and of the computation.
             device: device of the parameters.
-            image_size: pixels on a side of the input images; positions are interpolated. None keeps the file's value,
-                here and for the settings below. `model.adaptation` lists how weights are adapted.
-            max_text_length: tokens of the longest input text; added positions have initial values.
-            layout: "decoupled" gives vision and language copies of shared attention and norms.
-            num_vision_language_layers: top blocks with a vision-language expert; a new one is a copy of the vision one.
+            image_size: side of the input images in pixels; positions are interpolated. None keeps the stored value,
+                also for the settings below (`model.adaptation`).
+            max_text_length: tokens of the longest input text; added positions get initial values.
+            layout: "decoupled" gives vision and language each a copy of the shared attention and norms.
+            num_vision_language_layers: number of top blocks with a vision-language expert; a new expert is a copy of
+                the vision expert.
 
         Raises:
-            ConfigError: if there are no such weights, their tensors do not match their configuration, or they cannot be
-                adapted to the settings.
+            ConfigError: if the weights do not exist, do not match their configuration, or cannot be adapted to the
+                settings.
         """
         stored = PretrainedWeights(path)
         settings: dict[str, Any] = {
@@ -127,39 +128,39 @@ class BEiT3(nn.Module):
         texts: Sequence[TokenIds] | None = None,
         pairs: tuple[Tensor, Sequence[TokenIds]] | None = None,
     ) -> Features:
-        """Computes the features of images, texts and pairs, all in one packed stream; gradients flow through it.
+        """Returns the features of images, texts and pairs, computed in one packed stream; it is differentiable.
 
         Args:
             images: (I, 3, image_size, image_size) floats in [-1, 1], RGB.
-            texts: the ids of each text, BOS and EOS included; at most `max_text_length` ids.
-            pairs: images as above, and the ids of one caption each.
+            texts: token ids of each text, BOS and EOS included; at most `max_text_length` ids.
+            pairs: images as above, and the token ids of one caption per image.
 
         Returns:
-            Features after the final norm; those of a kind that was not given are empty.
+            Features after the final norm; empty for kinds of input that are not given.
 
         Raises:
-            ConfigError: if there are no inputs, or one has another size, length or ids than the model's.
+            ConfigError: if there are no inputs, or the model cannot take the size, length or ids of one.
         """
         assert self.embeddings is not None, "a stage of a pipeline cannot encode alone"
         batch = pack_inputs(self.config, images, texts, pairs, self.embeddings.cls_token.device)
         return unpack_features(self.run_layers(batch), batch)
 
     def forward(self, batch: PackedBatch, x_TD: Tensor | None = None, layers: range | None = None) -> Tensor:
-        """Runs one micro-batch through all layers, or through some that follow each other: `run_layers`."""
+        """Runs one micro-batch through all layers or through consecutive ones, as `run_layers` does."""
         return self.run_layers(batch, x_TD, layers)
 
     def run_layers(self, batch: PackedBatch, x_TD: Tensor | None = None, layers: range | None = None) -> Tensor:
-        """Runs one micro-batch through all layers, or through some that follow each other.
+        """Runs one micro-batch through all layers or through consecutive ones.
 
         Args:
             batch: the packed micro-batch.
-            x_TD: the stream before `layers`; None if they begin with the embeddings.
+            x_TD: the stream before `layers`; None if `layers` begin with the embeddings.
             layers: the layers to run; None is all of them.
 
         Returns:
-            The stream after `layers`, this rank's rows of (T, D). If they end with the last layer, it is normalised,
-            every tensor-parallel rank has all rows, and they are only the rows that the task's head reads, (M, D), if
-            the batch names them (`PackedBatch.head_rows`).
+            This rank's rows of the stream after `layers`, (T, D). After the last layer: the normalised rows, all of
+            them on every tensor-parallel rank. If the batch names the rows that the task's head reads
+            (`PackedBatch.head_rows`), only those, (M, D).
         """
         layers = layers or self.all_layers
         if layers.start == 0:
@@ -168,7 +169,7 @@ class BEiT3(nn.Module):
         assert x_TD is not None, f"layers {layers} need the stream before them"
         last = self.all_layers[-1]
         blocks = range(max(layers.start, 1), min(layers.stop, last))
-        # The head may read few rows; a last block that runs with it need not compute the others.
+        # If the last block runs together with the head, it computes only the rows that the head reads.
         picks_rows = len(blocks) > 0 and last in layers and batch.picked_rows is not None
         for layer in blocks:
             x_TD = self._run_block(self.blocks[str(layer - 1)], x_TD, batch, picks_rows and layer == blocks[-1])
@@ -176,12 +177,12 @@ class BEiT3(nn.Module):
 
     @property
     def stream_dtype(self) -> torch.dtype:
-        """Dtype of the stream x_TD between the layers."""
+        """Dtype of the stream x_TD between layers."""
         dtype = next(self.parameters()).dtype
         return stream_dtype(dtype) if self.fp32_residual_connection else dtype
 
     def tie_word_embeddings(self) -> None:
-        """Shares the word table with a head that has it; the backbone alone has none."""
+        """Shares the word table with the head; does nothing in the backbone, which has no head."""
 
     def _run_block(self, block: nn.Module, x_TD: Tensor, batch: PackedBatch, only_head_rows: bool) -> Tensor:
         if self.recompute_blocks and torch.is_grad_enabled():

@@ -1,4 +1,4 @@
-"""One Multiway Transformer block."""
+"""Implements a Multiway Transformer block."""
 
 # T packed rows, K rows of sequences whose branch is not dropped, M rows that the head reads, D hidden,
 # Q sequences, L layers.
@@ -14,16 +14,17 @@ from beit3_ds.model.ffn import MultiwayFFN
 from beit3_ds.parallel import TensorParallel
 
 _LEAST_DROPPED, _LEAST_DROPPED_ON_CPU = 1 / 8, 1 / 32
-"""The share of rows from which on a dropped branch is not computed: copying the others must cost less. On a CPU
-that was measured; for GPUs it is modelled (BENCHMARKS.md)."""
+"""Least share of dropped rows that are skipped; below it, copying the kept rows costs more than computing all.
+
+The value for CPUs was measured, that for GPUs was modelled (BENCHMARKS.md)."""
 
 
 class Block(nn.Module):
-    """x += drop_path(attention(x)), then x += drop_path(ffn(x)); both branches normalise their input.
+    """Computes x += drop_path(attention(x)), then x += drop_path(ffn(x)); both branches normalise their input.
 
-    Stochastic depth (paper section 2.3) is drawn with the batch, per sample, one draw for both parts of a pair, so the
-    forward pass itself is deterministic and may be recomputed or reordered. A branch does not see the sequences that
-    drop it, if that saves time: `computed_sequences`.
+    Stochastic depth (paper section 2.3) is drawn with the batch, per sample, with one draw for both parts of a pair.
+    So the forward pass is deterministic and may be recomputed or reordered. A branch skips the sequences that drop it
+    if that saves time (`computed_sequences`).
     """
 
     def __init__(self, config: ModelConfig, layer: int, tensor: TensorParallel) -> None:
@@ -33,14 +34,14 @@ class Block(nn.Module):
         self.ffn = MultiwayFFN(config, layer, tensor)
 
     def forward(self, x_TD: Tensor, batch: PackedBatch, only_head_rows: bool = False) -> Tensor:
-        """Returns the stream after this block, (T, D), or the rows of it that the head reads, (M, D); this rank's rows.
+        """Returns this rank's rows of the stream after this block, (T, D), or of the rows for the head, (M, D).
 
         Args:
-            x_TD: the stream.
-            batch: tells where sequences and experts' rows are.
-            only_head_rows: whether nothing but the task's head follows, which reads only `PackedBatch.head_rows`. The
-                FFN, for which no row depends on another, then computes no others. Where ranks divide the rows, they
-                are gathered and divided again (`TensorParallel.gather_rows`, `scatter_rows`).
+            x_TD: this rank's rows of the stream.
+            batch: rows of each sequence and each expert, and the factors of stochastic depth.
+            only_head_rows: whether only the task's head follows, which reads only `PackedBatch.head_rows`. The FFN
+                treats every row alone and then computes only these. With sequence parallelism the rows are gathered
+                and split again (`TensorParallel.gather_rows`, `scatter_rows`).
         """
         x_TD = self._residual_add(0, x_TD, batch)
         if not only_head_rows:
@@ -61,7 +62,7 @@ class Block(nn.Module):
         return put_rows(x_TD, y_KD, rows_K)
 
     def _factors(self, x_TD: Tensor, sequence_T: Tensor, batch: PackedBatch, branch: int) -> Tensor | None:
-        """Of this rank's rows, given the sequence of every row."""
+        """Returns the factor of stochastic depth per row of this rank, given the sequence of every row."""
         if batch.drop_path is None:
             return None
         factor_Q = batch.drop_path[:, self.layer, branch].to(x_TD.dtype)
@@ -69,11 +70,11 @@ class Block(nn.Module):
 
 
 def computed_sequences(batch: PackedBatch, layer: int, branch: int) -> KeptSequences | None:
-    """The sequences on which alone a branch is computed; None if it is computed on all.
+    """Returns the sequences on which a branch is computed; None means all sequences.
 
     Args:
-        batch: with the factors of stochastic depth, if there are any.
-        layer: from 0.
+        batch: the packed micro-batch.
+        layer: index of the block, from 0.
         branch: 0 for attention, 1 for the FFN.
     """
     if batch.drop_path is None:

@@ -1,6 +1,6 @@
-"""Patches, words and positions become the packed stream."""
+"""Embeds patches, words and positions into the packed stream."""
 
-# T packed rows, D hidden, B images with pixels, N patches an image, P pixels of a patch, S text tokens.
+# T packed rows, D hidden, B images with pixels, N patches per image, P values per patch, S text tokens.
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +12,15 @@ from beit3_ds.parallel import TensorParallel, VocabParallelEmbedding
 
 
 def stream_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype of a residual stream that is at least as wide as float32, for parameters of `dtype`."""
+    """Returns the dtype of the residual stream for parameters of `dtype`: at least as wide as float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class PatchProjection(nn.Conv2d):
-    """A convolution of patches that do not overlap, worked out as a product: pixels need no gradient."""
+    """Convolution over patches that do not overlap, computed as a matrix product; pixels need no gradient."""
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Returns (B, N, D), row by row of patches, of the weight's dtype."""
+        """Returns patch embeddings, (B, N, D), in row order and in the dtype of the weight."""
         size = self.kernel_size[0]
         patches = pixels_BCHW.to(self.weight.dtype).unflatten(3, (-1, size)).unflatten(2, (-1, size))
         rows_BNP = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
@@ -28,11 +28,11 @@ class PatchProjection(nn.Conv2d):
 
 
 class Embeddings(nn.Module):
-    """Embeds images (a patch convolution, CLS in front, masked patches replaced) and texts (a word table).
+    """Embeds images (patch convolution, CLS first, mask token for masked patches) and texts (word table).
 
-    Each modality has its own learned positions, and both start at 0 in a pair. BOS is the text's CLS. There is no type
-    embedding: the experts know their modality. The tensor-parallel ranks divide the word table and all-reduce S * D
-    elements in the forward pass; each embeds all rows and keeps its own (`TensorParallel.scatter_rows`).
+    Each modality has its own learned positions; both start at 0 in a pair. BOS is the CLS of a text. There is no type
+    embedding, because each expert has one modality. The word table is split over the tensor-parallel group, and forward
+    all-reduces S * D elements. Each rank embeds all rows and keeps its own (`TensorParallel.scatter_rows`).
     """
 
     def __init__(self, config: ModelConfig, tensor: TensorParallel, *, fp32_residual_connection: bool = False) -> None:
@@ -47,7 +47,7 @@ class Embeddings(nn.Module):
         self.text_position = nn.Parameter(torch.empty(config.max_text_length, hidden))
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Returns this rank's rows of the stream x_TD, of the stream's dtype: image rows, then text rows."""
+        """Returns this rank's rows of the stream x_TD, in the dtype of the stream: image rows, then text rows."""
         x_TD = self.tensor.scatter_rows(torch.cat([self._embed_images(batch), self._embed_texts(batch)]))
         return x_TD.to(stream_dtype(x_TD.dtype)) if self.fp32_residual_connection else x_TD
 

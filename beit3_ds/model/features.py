@@ -1,6 +1,6 @@
-"""Images, texts and pairs in, features out: what a trained model is asked for outside of training."""
+"""Packs images, texts and pairs for a trained model and unpacks their features."""
 
-# I images, P pairs, X texts, N patches an image, L tokens of a text, D hidden, S image size.
+# I images, P pairs, X texts, N patches per image, L tokens of a text, D hidden, S image size.
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,26 +13,26 @@ from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ConfigError, ModelConfig
 
 _LARGEST_PIXEL = 8.0
-"""Largest accepted absolute pixel value: larger ones were never normalised, and optimised pixels may exceed 1."""
+"""Largest valid absolute pixel value. Larger pixels were never normalised; optimised pixels may exceed 1."""
 _PIXEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SHOWN_LETTERS = 60
 _TOKENISE = "A text becomes [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]."
 
 TokenIds = Sequence[int] | Tensor
-"""The ids of one text, BOS and EOS included."""
+"""Token ids of one text, BOS and EOS included."""
 
 
 class Features(NamedTuple):
-    """The last layer's output after the final norm."""
+    """Holds the output of the last layer after the final norm."""
 
     images: Tensor
-    """(I, 1 + N, D): CLS, then the patches row by row."""
+    """Features of images, (I, 1 + N, D): CLS, then the patches in row order."""
     texts: tuple[Tensor, ...]
-    """(L, D) of each text; the first row is BOS, the text's CLS."""
+    """Features of each text, (L, D); the first row is BOS, the CLS of a text."""
     pair_images: Tensor
-    """(P, 1 + N, D) of the pairs' images, which saw their captions."""
+    """Features of the images of pairs, (P, 1 + N, D), which attended to their captions."""
     pair_texts: tuple[Tensor, ...]
-    """(L, D) of each caption, which saw its image."""
+    """Features of each caption, (L, D), which attended to its image."""
 
 
 def pack_inputs(
@@ -42,10 +42,10 @@ def pack_inputs(
     pairs: tuple[Tensor, Sequence[TokenIds]] | None,
     device: torch.device,
 ) -> PackedBatch:
-    """Packs inputs as they are onto `device`, with nothing masked and nothing dropped; see `BEiT3.encode`.
+    """Returns the inputs of `BEiT3.encode` as a packed batch on `device`, without masking or stochastic depth.
 
     Raises:
-        ConfigError: if there are no inputs, or one has another size, length or ids than the model's.
+        ConfigError: if there are no inputs, or the model cannot take the size, length or ids of one.
     """
     pair_images, captions = _check_pairs(pairs)
     pixels = [_check_pixels(config, name, x) for name, x in (("images", images), ("pairs", pair_images))]
@@ -53,7 +53,7 @@ def pack_inputs(
     text_ids = _check_texts(config, "texts, text", texts)
     num_images, num_pairs = (len(part) for part in pixels)
     if num_pairs != len(caption_ids):
-        raise ConfigError(f"pairs: {num_pairs} images and {len(caption_ids)} captions. Give one caption an image.")
+        raise ConfigError(f"pairs: {num_pairs} images and {len(caption_ids)} captions. Give one caption per image.")
     if not num_images + num_pairs + len(text_ids):
         raise ConfigError("nothing to encode. Give images, texts or pairs.")
     nothing = torch.empty(0, dtype=torch.int64)
@@ -69,7 +69,7 @@ def pack_inputs(
 
 
 def unpack_features(h_TD: Tensor, batch: PackedBatch) -> Features:
-    """Cuts normalised rows, (T, D), into samples."""
+    """Splits normalised rows, (T, D), into the features of samples."""
     a, b, c, _ = batch.boundaries
     images, pair_images, captions, texts = h_TD.tensor_split([a, b, c])
     shape = (-1, batch.image_length, h_TD.shape[1])
@@ -99,8 +99,8 @@ def _check_pixels(config: ModelConfig, name: str, pixels: Any) -> Tensor:
     wanted = f"(number, 3, {shape[1]}, {shape[2]})"
     if not isinstance(pixels, Tensor):
         raise ConfigError(
-            f"{name}: {_describe(pixels)}, but pixels are a tensor {wanted} of floats in [-1, 1]. Make each image with "
-            "beit3_ds.preprocess.preprocess(image, model.config.image_size), and a batch with torch.stack."
+            f"{name}: {_describe(pixels)}, but pixels are a tensor {wanted} of floats in [-1, 1]. Prepare each image "
+            "with beit3_ds.preprocess.preprocess(image, model.config.image_size), and stack them with torch.stack."
         )
     if pixels.layout != torch.strided or pixels.is_meta or pixels.is_nested:
         raise ConfigError(
@@ -118,7 +118,8 @@ def _check_pixels(config: ModelConfig, name: str, pixels: Any) -> Tensor:
         low, high = (float(x) for x in pixels.detach().aminmax())
         if not (low >= -_LARGEST_PIXEL and high <= _LARGEST_PIXEL):  # NaN as well
             raise ConfigError(
-                f"{name}: pixels from {low:g} to {high:g}, but the model takes [-1, 1]. beit3_ds.preprocess makes them."
+                f"{name}: pixels from {low:g} to {high:g}, but the model takes [-1, 1]. "
+                "Scale them with beit3_ds.preprocess."
             )
     return pixels
 
@@ -152,7 +153,7 @@ def _check_text(config: ModelConfig, name: str, ids: Any) -> Tensor:
             f"{name}: {tokens.dtype} of shape {tuple(tokens.shape)}. Give a list of 1 to max_text_length="
             f"{config.max_text_length} token ids, BOS and EOS included."
         )
-    tokens = tokens.to("cpu", torch.int64)  # torch finds no extremes of uint16, the type of token files
+    tokens = tokens.to("cpu", torch.int64)  # torch has no min and max for uint16, the dtype of token files
     if tokens.min() < 0 or tokens.max() >= config.text_vocab_size:
         raise ConfigError(
             f"{name}: ids from {int(tokens.min())} to {int(tokens.max())}, but the vocabulary is "
@@ -163,5 +164,5 @@ def _check_text(config: ModelConfig, name: str, ids: Any) -> Tensor:
 
 def _describe(value: Any) -> str:
     """Describes a value in a few words, for messages."""
-    text = " ".join(repr(value).split())  # of a tensor it has many lines
+    text = " ".join(repr(value).split())  # a tensor has many lines
     return f"{type(value).__name__} {text if len(text) <= _SHOWN_LETTERS else f'{text[:_SHOWN_LETTERS]}...'}"

@@ -1,4 +1,4 @@
-"""The pool of modality experts (paper section 2.1)."""
+"""Implements the pool of modality experts (paper section 2.1)."""
 
 # T packed rows, D hidden.
 
@@ -16,13 +16,13 @@ from beit3_ds.parallel import TensorParallel
 
 
 class MultiwayFFN(nn.Module):
-    """Pre-norm feed-forward network of which every expert has its own; rows are routed by their place in the stream.
+    """Pre-norm feed-forward network per expert; the position of a row in the stream selects its expert.
 
-    With `sub_layernorm` the activations are normalised before the down projection (Magneto, arXiv:2210.06423). Of
-    the tensors as wide as the FFN, only the GELU's input is saved; the backward pass recomputes the others.
+    With `sub_layernorm` the activations are normalised before the down projection (Magneto, arXiv:2210.06423). The
+    input of GELU is the only saved tensor as wide as the FFN; the backward pass recomputes the others.
 
-    The tensor-parallel ranks divide every expert's width. They exchange T * D elements each way
-    (`TensorParallel.gather_from`, `reduce_scatter_to`), and two floats a row for a sub-LN.
+    The width of every expert is split over the tensor-parallel group. Forward and backward each exchange T * D
+    elements (`TensorParallel.gather_from`, `reduce_scatter_to`), and two floats per row for a sub-LN.
     """
 
     def __init__(self, config: ModelConfig, layer: int, tensor: TensorParallel) -> None:
@@ -36,12 +36,12 @@ class MultiwayFFN(nn.Module):
         self.fc2 = RowParallelMultiwayLinear(ffn_hidden, hidden, experts, tensor)
 
     def forward(self, x_TD: Tensor, factor_T: Tensor | None, layout: RowLayout) -> Tensor:
-        """Returns the stream after this branch, (T, D); of both, this rank's rows.
+        """Returns this rank's rows of the stream after this branch, (T, D).
 
         Args:
-            x_TD: the stream, or rows picked from it.
-            factor_T: what stochastic depth multiplies these rows of the branch with, or None.
-            layout: tells where the experts' rows are.
+            x_TD: this rank's rows of the stream, or of rows picked from it.
+            factor_T: factor of stochastic depth per row of the branch, or None.
+            layout: rows of each expert.
         """
         slices, num_rows = layout.expert_slices(self.experts), layout.num_rows
         own_slices = self.tensor.own_slices(slices, num_rows)

@@ -1,4 +1,4 @@
-"""Initial values: a pure function of (seed, parameter name), so that no layout of ranks changes them."""
+"""Computes initial values as a pure function of (seed, parameter name), so no layout changes them."""
 
 import hashlib
 import math
@@ -11,7 +11,7 @@ from beit3_ds.config import ModelConfig
 from beit3_ds.parallel import logical_part, logical_shape, own_part
 
 STANDARD_DEVIATION = 0.02
-"""BEiT's; its truncated normal is cut at one standard deviation."""
+"""Standard deviation of BEiT's initial values; the normal is truncated at one standard deviation."""
 
 _BLOCK = re.compile(r"^blocks\.(\d+)\.")
 _OUTPUT_MATRIX = re.compile(r"\.(out_proj|fc2)\.weight")
@@ -19,7 +19,7 @@ _MAGNETO_GAINED = re.compile(r"\.(v_proj|out_proj|fc1|fc2)\.weight")
 
 
 def initialize_parameters(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fills every parameter of `model` with its initial value, or with this rank's part of it, and leaves padding."""
+    """Fills every parameter of `model` with this rank's part of its initial value; padding does not change."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             value = initial_value(name, logical_shape(parameter), config, seed)
@@ -27,18 +27,18 @@ def initialize_parameters(model: nn.Module, config: ModelConfig, seed: int) -> N
 
 
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
-    """The initial value of one parameter, float32 on the CPU.
+    """Returns the initial value of one parameter, float32 on the CPU.
 
-    BEiT initialisation (paper section 2.3): truncated normal of 0.02 for matrices, convolution, tables and tokens, then
-    attention output and second FFN matrix of the l-th block divided by sqrt(2 l). With `sub_layernorm` the blocks'
-    matrices follow Magneto (arXiv:2210.06423, figure 2): Xavier normal, with gain sqrt(log(2 L)) for values, attention
-    output and FFN. Biases are 0 and norms 1.
+    BEiT initialisation (paper section 2.3) draws matrices, convolution, tables and tokens from a truncated normal of
+    0.02. It divides the attention output and the second FFN matrix of the l-th block by sqrt(2 l). With `sub_layernorm`
+    the matrices of blocks follow Magneto (arXiv:2210.06423, figure 2): Xavier normal, with gain sqrt(log(2 L)) for
+    values, attention output and FFN. Biases are 0 and norms 1.
 
     Args:
         name: logical name, e.g. `blocks.3.ffn.fc2.weight_vision`.
         shape: logical shape.
-        config: sizes; decides between the two schemes.
-        seed: of the run.
+        config: sizes, and the choice between the two schemes.
+        seed: seed of the run.
     """
     leaf = name.rsplit(".", 1)[-1]
     if leaf.startswith("bias"):

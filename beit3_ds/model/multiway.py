@@ -1,4 +1,4 @@
-"""Linear layers and norms of which every expert has its own, applied to the expert's slice of the packed stream."""
+"""Implements linear layers and norms per expert, applied to the expert's slice of the packed stream."""
 
 # T packed rows, D input width, F output width.
 
@@ -20,12 +20,12 @@ from beit3_ds.parallel import TensorParallel, split_parameter
 
 
 class ColumnParallelMultiwayLinear(nn.Module):
-    """One linear layer an expert (paper section 2.1), its output features split over the tensor-parallel ranks.
+    """One linear layer per expert (paper section 2.1), with output features split over the tensor-parallel group.
 
     Follow it with RowParallelMultiwayLinear, and pass its input through `TensorParallel.gather_from` once for all
-    layers that share it. Sends nothing itself. Parameters are `weight_EXPERT` and `bias_EXPERT`; they belong to this
-    module, not to children, so that a ZeRO-3 hook gathers them for the one call that uses them all. They are left
-    uninitialised: see `initialization.initialize_parameters`.
+    layers that share it. The layer itself sends nothing. Parameters are `weight_EXPERT` and `bias_EXPERT`. They belong
+    to this module, not to children, so that a ZeRO-3 hook gathers them for the one call that uses them all. They are
+    uninitialised until `initialization.initialize_parameters`.
     """
 
     def __init__(self, in_features: int, out_features: int, experts: tuple[str, ...], tensor: TensorParallel) -> None:
@@ -37,18 +37,18 @@ class ColumnParallelMultiwayLinear(nn.Module):
             self.register_parameter(f"bias_{expert}", split_parameter(split, out_features))
 
     def forward(self, x_TD: Tensor, layout: RowLayout, recompute: Recomputable | None = None) -> Tensor:
-        """Returns this rank's features (T, F / P), each row from its own expert; a single expert takes all rows.
+        """Returns this rank's features, (T, F / P), each row from its expert; a single expert processes all rows.
 
         Args:
             x_TD: all rows.
-            layout: tells the experts' slices.
-            recompute: recomputes x in the backward pass, instead of saving it; None saves it.
+            layout: slice of each expert.
+            recompute: recomputes x in the backward pass; None saves x instead.
         """
         return multiway_linear(x_TD, layout.expert_slices(self.experts), _weights(self), _biases(self), recompute)
 
 
 class UpProjection(ColumnParallelMultiwayLinear):
-    """The FFN's first layer, which on a GPU also applies the GELU that follows."""
+    """First layer of the FFN; on a GPU it also applies GELU."""
 
     cuda_cpp = False
     """Whether to use the kernel in CUDA C++ (`kernel_backend.select_kernels`)."""
@@ -56,12 +56,12 @@ class UpProjection(ColumnParallelMultiwayLinear):
     def forward(  # type: ignore[override]
         self, x_TD: Tensor, layout: RowLayout, recompute: Recomputable | None = None, *, with_statistics: bool
     ) -> Activation:
-        """Returns this rank's features (T, F / P) for a RowParallelMultiwayLinear with a GELU.
+        """Returns this rank's features, (T, F / P), for a RowParallelMultiwayLinear with GELU.
 
         Args:
             x_TD: all rows.
-            layout: tells the experts' slices.
-            recompute: recomputes x in the backward pass, instead of saving it; None saves it.
+            layout: slice of each expert.
+            recompute: recomputes x in the backward pass; None saves x instead.
             with_statistics: whether a sub-LN follows.
         """
         return up_projection(
@@ -76,11 +76,12 @@ class UpProjection(ColumnParallelMultiwayLinear):
 
 
 class RowParallelMultiwayLinear(nn.Module):
-    """One linear layer an expert that ends a branch, its input features split over the tensor-parallel ranks.
+    """Last linear layer of a branch, one per expert, with input features split over the tensor-parallel group.
 
-    Applies GELU and sub-LN to its input and adds the branch to the stream. Sends what
-    `TensorParallel.reduce_scatter_to` sends, and two floats per row each way for a sub-LN. Every rank holds the bias;
-    it is added once, after the reduction, with the residual. Parameters as in ColumnParallelMultiwayLinear.
+    Applies GELU and sub-LN to its input and adds the branch to the stream. Communicates as
+    `TensorParallel.reduce_scatter_to` does, and sends two floats per row each way for a sub-LN. Every rank holds the
+    whole bias; it is added once, after the reduction, with the residual. Parameters have the names of those of
+    ColumnParallelMultiwayLinear.
     """
 
     def __init__(self, in_features: int, out_features: int, experts: tuple[str, ...], tensor: TensorParallel) -> None:
@@ -106,10 +107,10 @@ class RowParallelMultiwayLinear(nn.Module):
         Args:
             activation: this rank's input features of all rows, (T, F / P).
             residual_TD: this rank's rows of the stream.
-            factor_T: what stochastic depth multiplies these rows of the branch with, or None.
-            layout: tells the experts' slices.
-            gelu: whether the input is to be activated first.
-            norm: the sub-LN, or None.
+            factor_T: factor of stochastic depth per row of this rank, or None.
+            layout: slice of each expert.
+            gelu: whether to apply GELU to the input.
+            norm: sub-LN of the input, or None.
         """
         slices = layout.expert_slices(self.experts)
         if self.tensor.size == 1:
@@ -123,23 +124,23 @@ class RowParallelMultiwayLinear(nn.Module):
 
 
 class NormOutput(NamedTuple):
-    """The stream and the normalised rows, with copies of the parameters that recompute these rows.
+    """Holds the stream, its normalised rows, and copies of the parameters that recompute these rows.
 
     They are copies because another module saves them: ZeRO-3 partitions a module's own parameters after its forward.
     """
 
     stream_TD: Tensor
-    """The input itself, for the residual: its gradient is added in the norm's backward pass."""
+    """Input of the norm, for the residual; the norm's backward pass adds its gradient."""
     h_TD: Tensor
-    """The normalised rows."""
+    """Normalised rows."""
     scales: tuple[Tensor, ...]
-    """(D,) per expert, without a gradient."""
+    """Weight per expert, (D,), without a gradient."""
     shifts: tuple[Tensor, ...]
-    """(D,) per expert, without a gradient."""
+    """Bias per expert, (D,), without a gradient."""
 
 
 class MultiwayLayerNorm(nn.Module):
-    """One LayerNorm an expert; parameters are `weight_EXPERT` and `bias_EXPERT`, left uninitialised."""
+    """One LayerNorm per expert; its parameters `weight_EXPERT` and `bias_EXPERT` are uninitialised."""
 
     def __init__(self, hidden_size: int, epsilon: float, experts: tuple[str, ...], tensor: TensorParallel) -> None:
         """Builds the norms.
@@ -148,7 +149,7 @@ class MultiwayLayerNorm(nn.Module):
             hidden_size: width of a row.
             epsilon: added to the variance.
             experts: names of the experts.
-            tensor: the ranks, which may divide the rows.
+            tensor: the tensor-parallel group, which may split the rows.
         """
         super().__init__()
         self.epsilon, self.experts, self.tensor = epsilon, experts, tensor
@@ -159,7 +160,7 @@ class MultiwayLayerNorm(nn.Module):
     def forward(self, x_TD: Tensor, slices: Sequence[tuple[int, int]]) -> NormOutput:
         """Normalises every row and scales it with the parameters of its expert.
 
-        Communicates the parameters' gradients where ranks divide the rows (`TensorParallel.share`).
+        With sequence parallelism backward all-reduces the gradients of the parameters (`TensorParallel.share`).
 
         Args:
             x_TD: rows of the stream, or rows gathered from it.
@@ -171,9 +172,9 @@ class MultiwayLayerNorm(nn.Module):
         return NormOutput(*multiway_layer_norm(x_TD, slices, weights, biases, self.epsilon), scales, shifts)
 
     def recompute(self, output: NormOutput, slices: Sequence[tuple[int, int]]) -> Recomputable | None:
-        """Returns what recomputes the normalised rows in the layers that use them.
+        """Returns a function that recomputes the normalised rows in the layers that use them.
 
-        None where ranks divide the rows: recomputed rows would be gathered twice.
+        Returns None with sequence parallelism, because recomputed rows would be gathered twice.
 
         Args:
             output: result of `forward`.
@@ -185,19 +186,19 @@ class MultiwayLayerNorm(nn.Module):
 
 
 class MultiwaySubLayerNorm(nn.Module):
-    """The parameters of a sub-LN, whose width the tensor-parallel ranks divide; RowParallelMultiwayLinear applies it.
+    """Holds the parameters of a sub-LN, whose width is split over the tensor-parallel group.
 
-    Parameters are `weight_EXPERT` and `bias_EXPERT`, left uninitialised.
+    RowParallelMultiwayLinear applies the norm. The parameters `weight_EXPERT` and `bias_EXPERT` are uninitialised.
     """
 
     def __init__(self, width: int, epsilon: float, experts: tuple[str, ...], tensor: TensorParallel) -> None:
         """Builds the parameters.
 
         Args:
-            width: of a row, over all ranks.
+            width: width of a row over all ranks.
             epsilon: added to the variance.
             experts: names of the experts.
-            tensor: the ranks.
+            tensor: the tensor-parallel group.
         """
         super().__init__()
         self.width, self.epsilon, self.experts, self.tensor = width, epsilon, experts, tensor
@@ -207,7 +208,7 @@ class MultiwaySubLayerNorm(nn.Module):
             self.register_parameter(f"bias_{expert}", split_parameter(split, width))
 
     def forward(self) -> SubNorm:
-        """Returns the norm with copies of its parameters.
+        """Returns the norm, with copies of its parameters.
 
         They are copies because another module uses them: ZeRO-3 partitions a module's own parameters after its forward.
         """

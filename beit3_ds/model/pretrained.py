@@ -1,6 +1,6 @@
-"""A model's weights as plain data: one safetensors file, or a folder of them with an index as Hugging Face's.
+"""Reads the weights of a model from a safetensors file, or from a folder of them with an index as in Hugging Face.
 
-Tensors have their logical names; the header of every file holds the model's configuration.
+Tensors have their logical names. The header of every file holds the configuration of the model.
 """
 
 import dataclasses
@@ -19,26 +19,26 @@ from beit3_ds.model.renamed_tensors import stored_names
 from beit3_ds.positions import interpolate_positions
 
 INDEX_NAME = "model.safetensors.index.json"
-"""File of a sharded folder that says which tensor is where."""
+"""Name of the index of a sharded folder, which maps each tensor to its file."""
 EXTRA_PREFIX = "released."
-"""Tensors so named are none of the model's: imported files keep there what only their own project has a place for."""
+"""Prefix of tensors that only the project of an imported file uses; they are not part of the model."""
 
 IMAGE_POSITION = "embeddings.image_position"
-"""The one tensor that depends on the size of images."""
+"""Name of the only tensor whose shape depends on the size of images."""
 
 REPLACEABLE = ("heads.", "norm.")
-"""Beginnings of the names of tensors that fine-tuned models replace."""
+"""Name prefixes of the tensors that fine-tuned models replace."""
 _METADATA_KEY = "beit3_ds"
 _FORMAT_VERSION = 1
 
 
 class PretrainedWeights:
-    """The tensors of exported or imported weights, read from disk when they are asked for.
+    """Reads the tensors of exported or imported weights from disk, each when it is needed.
 
     Attributes:
-        path: the file or folder.
-        model: the model's configuration, with the image size that was asked for.
-        step: updates that made the weights; 0 if unknown.
+        path: file or folder.
+        model: configuration of the model, with the requested image size.
+        step: number of optimizer updates behind the weights; 0 if unknown.
     """
 
     def __init__(self, path: str | Path, *, image_size: int | None = None) -> None:
@@ -46,10 +46,10 @@ class PretrainedWeights:
 
         Args:
             path: a .safetensors file, or a folder with an index.
-            image_size: pixels on a side, for which positions are interpolated; None keeps the file's.
+            image_size: image side in pixels, for which positions are interpolated; None keeps the stored one.
 
         Raises:
-            ConfigError: if the weights cannot be read or are none of this project's.
+            ConfigError: if the weights cannot be read, or another program wrote them.
         """
         self.path = Path(path)
         readers = [_open(file) for file in _weight_files(self.path)]
@@ -65,27 +65,27 @@ class PretrainedWeights:
             self.model = dataclasses.replace(self.model, image_size=image_size)
 
     def names(self) -> list[str]:
-        """Names of all tensors, those under `EXTRA_PREFIX` included."""
+        """Returns the names of all tensors, those with `EXTRA_PREFIX` included."""
         return list(self._places)
 
     def shape(self, name: str) -> torch.Size:
-        """The logical shape of a tensor."""
+        """Returns the logical shape of a tensor."""
         return self.read(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """The type of a tensor's elements on disk."""
+        """Returns the dtype of a tensor on disk."""
         return self.read(name).dtype
 
     def read(self, name: str, part: tuple[int, int, int, int] | None = None) -> Tensor:
-        """A tensor as stored, or a part of it; its pages are read from disk when it is used.
+        """Returns a stored tensor, or a part of it; its pages are read from disk when it is used.
 
         Args:
             name: one of `names()`.
-            part: rows [top, bottom) and columns [left, right) of the tensor seen as a matrix, as `matrix_part` has it;
-                None is all of it in its logical shape.
+            part: rows [top, bottom) and columns [left, right) of the tensor viewed as a matrix (`matrix_part`); None
+                returns the whole tensor in its logical shape.
 
         Raises:
-            ConfigError: if there is no such tensor.
+            ConfigError: if the tensor does not exist.
         """
         if name not in self._places:
             raise ConfigError(f"{self.path} has no tensor '{name}'. Export or import the weights again.")
@@ -97,13 +97,13 @@ class PretrainedWeights:
 
 
 def weights_metadata(model: ModelConfig, step: int) -> dict[str, str]:
-    """What the header of every file of exported weights says."""
+    """Returns the header of every file of exported weights."""
     header = {"format_version": _FORMAT_VERSION, "model": dataclasses.asdict(model), "step": step}
     return {_METADATA_KEY: json.dumps(header)}
 
 
 def is_pretrained_file(file: Path) -> bool:
-    """Whether a file's header is that of exported weights."""
+    """Returns whether a file has the header of exported weights."""
     try:
         with safe_open(file, "pt") as reader:
             return _METADATA_KEY in (reader.metadata() or {})
@@ -112,23 +112,23 @@ def is_pretrained_file(file: Path) -> bool:
 
 
 def matrix_part(tensor: Tensor, part: tuple[int, int, int, int]) -> Tensor:
-    """Rows [top, bottom) and columns [left, right) of a tensor seen as a matrix, a view.
+    """Returns rows [top, bottom) and columns [left, right) of a tensor viewed as a matrix, as a view.
 
-    The first dimension is the rows, the others together are the columns; a vector is one column.
+    The first dimension gives the rows, the others together give the columns; a vector is one column.
     """
     top, bottom, left, right = part
     return tensor.reshape(tensor.shape[0] if tensor.dim() else 1, -1)[top:bottom, left:right]
 
 
 def check_tensors(where: str, found: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size]) -> list[str]:
-    """Compares a file's tensors with those of its model.
+    """Compares the tensors of a file with those of its model.
 
     Returns:
-        Names of the final norm's and the heads' tensors that the file lacks: fine-tuned releases have other heads.
-        Heads that the model lacks are ignored.
+        Names of tensors of the final norm and the heads that the file lacks; fine-tuned releases have other heads.
+        Heads of the file that the model lacks are ignored.
 
     Raises:
-        ConfigError: if another tensor is missing, one is none of the model's, or a shape differs.
+        ConfigError: if another tensor is missing, a tensor is unknown, or a shape differs.
     """
     missing = [name for name in wanted if name not in found]
     absent = [name for name in missing if name.startswith(REPLACEABLE)]

@@ -1,17 +1,18 @@
-"""Logical names of tensors in files that older versions of this program wrote.
+"""Maps old logical names of tensors, in files of older versions of this program, to current names.
 
-Readers of checkpoints and of exported weights look here, so that the rest of the program knows current names only.
+Readers of checkpoints and of exported weights use it, so the rest of the program knows only current names.
 """
 
 from collections.abc import Iterable
 
 RENAMED_TENSORS: dict[str, str] = {"heads.norm.": "norm."}
-"""Current beginnings of logical names by the old ones. The final dot keeps a beginning from
-matching a part of a longer name. Entries are never removed, because files stay."""
+"""Current prefix of logical names by old prefix.
+
+The final dot keeps a prefix from matching a part of a longer name. Entries are never removed, because files stay."""
 
 
 def stored_names(names: Iterable[str]) -> dict[str, str]:
-    """Returns the name in the file of every tensor, by its current name and in the file's order.
+    """Returns the stored name of every tensor of a file by its current name, in the order of the file.
 
     Args:
         names: names of all tensors of a file, old or current.

@@ -1,4 +1,4 @@
-"""BEiT-3 with the head of a task, which turns the stream into the sums of the task's loss terms."""
+"""Adds the head of a task to BEiT-3, which computes the sums of the task's loss terms."""
 
 # T packed rows, M rows that the head reads, D hidden, K terms.
 
@@ -15,7 +15,7 @@ from beit3_ds.parallel import TensorParallel, VocabParallelHead
 
 
 class LossOutput(NamedTuple):
-    """The loss of one micro-batch."""
+    """Holds the loss of one micro-batch."""
 
     total: Tensor
     """Weighted sum to differentiate, float32 scalar."""
@@ -24,33 +24,33 @@ class LossOutput(NamedTuple):
 
 
 class Head(nn.Module, ABC):
-    """The last layer of a task's model."""
+    """Base class of the last layer of a task's model."""
 
     @property
     def word_table(self) -> VocabParallelHead | None:
-        """The layer whose matrix is the word table with `tie_word_embeddings`; None if the head has none."""
+        """Layer whose matrix is the word table with `tie_word_embeddings`; None if the head has no such layer."""
         return None
 
     @abstractmethod
     def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
-        """Computes the task's terms, or its predictions.
+        """Returns the sums of the task's terms, or its predictions.
 
         Args:
-            h_MD: normalised rows that the head reads, (M, D), all of them on every tensor-parallel rank.
-            batch: with the task's targets, if terms are wanted.
-            with_loss: whether terms are wanted.
+            h_MD: normalised rows that the head reads, (M, D), the same on all tensor-parallel ranks.
+            batch: the packed micro-batch, with the task's targets if `with_loss`.
+            with_loss: whether to return the sums of terms.
 
         Returns:
-            With loss the sum of each term, (K,) float32, differentiable; else what the task calls its predictions.
+            With loss the sum of each term, (K,) float32, differentiable; otherwise the predictions of the task.
         """
 
 
 class TaskModel(BEiT3):
-    """The layers of BEiT-3, the last of which ends with the head of a task.
+    """BEiT-3 whose last layer ends with the head of a task.
 
-    A head has its place in the list of layers and in the names of parameters (`heads.`), so that it is divided, saved
-    and loaded as every other layer. With `tie_word_embeddings` and no embeddings among the layers, the head's word
-    table is a buffer, to be filled by the stage that owns the table.
+    The head is part of the last layer, and its parameters have the prefix `heads.`. So it is split, saved and loaded
+    like every other layer. With `tie_word_embeddings` and no embeddings on this stage, the word table of the head is a
+    buffer, which the stage that owns the table fills.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class TaskModel(BEiT3):
         *,
         fp32_residual_connection: bool = False,
     ) -> None:
-        """Builds the layers as `BEiT3` does, and the head if the last one is among them."""
+        """Builds the layers as `BEiT3` does, and the head if the last layer is among them."""
         super().__init__(
             config, tensor, layers, activation_checkpointing, kernels, fp32_residual_connection=fp32_residual_connection
         )
@@ -80,17 +80,17 @@ class TaskModel(BEiT3):
         x_TD: Tensor | None = None,
         layers: range | None = None,
     ) -> Any:
-        """Runs one micro-batch through all layers and the head, or through some layers that follow each other.
+        """Runs one micro-batch through all layers and the head, or through consecutive layers.
 
         Args:
-            batch: the packed micro-batch, with targets if a loss is wanted.
-            loss_factors: what the sum of each term is multiplied by, (K,) float32, that is weight / count of the whole
-                step; None asks for predictions.
-            x_TD: the stream before `layers`; None if they begin with the embeddings.
+            batch: the packed micro-batch, with targets if `loss_factors` is given.
+            loss_factors: factor of the sum of each term, (K,) float32: weight / count of the whole step. None returns
+                predictions.
+            x_TD: the stream before `layers`; None if `layers` begin with the embeddings.
             layers: the layers to run; None is all of them.
 
         Returns:
-            The stream after `layers`; if they end with the last one, a `LossOutput` or the head's predictions.
+            The stream after `layers`; after the last layer a `LossOutput` or the predictions of the head.
         """
         h_MD = self.run_layers(batch, x_TD, layers)
         if layers is not None and self.all_layers[-1] not in layers:
@@ -102,12 +102,12 @@ class TaskModel(BEiT3):
         return LossOutput((output * loss_factors).sum(), output.detach())
 
     def tie_word_embeddings(self) -> None:
-        """Shares the word table with the head where the configuration says so."""
+        """Shares the word table with the head if `tie_word_embeddings` is set."""
         table = self.tied_table
         if table is not None:
             table.tie_weight(None if self.embeddings is None else self.embeddings.word.weight)
 
     @property
     def tied_table(self) -> VocabParallelHead | None:
-        """The layer of the head whose matrix is the word table; None where nothing is tied."""
+        """Layer of the head whose matrix is the word table; None if nothing is tied."""
         return self.heads.word_table if self.config.tie_word_embeddings and self.heads is not None else None
