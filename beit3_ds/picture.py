@@ -1,4 +1,4 @@
-"""Writes the pictures and pages of a run, which never fails because one cannot be written."""
+"""Writes the pictures and pages of a run; a run does not fail if one cannot be written."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -10,13 +10,13 @@ from beit3_ds.atomic_file import atomic_write
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    """Returns a matplotlib figure and its axes, which share the horizontal one; needs no backend and no display.
+    """Returns a matplotlib figure and its subplots, which share the x axis; needs no backend and no display.
 
-    `pyplot` is not used, because it would load the backend that MPLBACKEND names, which notebooks set to their own.
+    `pyplot` is not used, because it loads the backend in MPLBACKEND, which notebooks set.
 
     Args:
-        rows: rows of axes.
-        columns: columns of axes.
+        rows: rows of subplots.
+        columns: columns of subplots.
         size: width and height in inches.
     """
     with _without_backend_choice():
@@ -30,7 +30,7 @@ def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any,
 
 @contextmanager
 def _without_backend_choice() -> Iterator[None]:
-    """Hides MPLBACKEND, whose value matplotlib checks on import even if it loads no backend."""
+    """Hides MPLBACKEND, because matplotlib checks its value on import even if it loads no backend."""
     name = os.environ.pop("MPLBACKEND", None)
     try:
         yield
@@ -40,7 +40,7 @@ def _without_backend_choice() -> Iterator[None]:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Writes a figure of `new_figure` as a PNG that is complete or absent.
+    """Writes a figure of `new_figure` as a PNG file, atomically.
 
     Raises:
         OSError: if the file cannot be written.
@@ -50,7 +50,7 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def try_to_write(path: Path, write: Callable[[Path], None], report: Callable[[str], None] = print) -> bool:
-    """Writes a picture or page, or reports in one line why it is missing.
+    """Writes a picture or page; if that fails, reports the reason in one line.
 
     Args:
         path: path of the new file.
@@ -58,7 +58,7 @@ def try_to_write(path: Path, write: Callable[[Path], None], report: Callable[[st
         report: receives the line.
 
     Returns:
-        Whether the file was written.
+        True if the file was written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

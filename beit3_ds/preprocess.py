@@ -1,4 +1,4 @@
-"""Preprocesses an image for a model, to the same pixels as for the validation loss."""
+"""Preprocesses an image for a model exactly as the validation loss does."""
 
 from pathlib import Path
 
@@ -12,13 +12,13 @@ from beit3_ds.data.images.decoding import decode_image, upright_rgb
 def preprocess(image: str | Path | bytes | Image.Image, image_size: int) -> Tensor:
     """Converts an image to the pixels that `BEiT3.encode` takes, exactly as for validation images.
 
-    The image is turned upright by its EXIF orientation, converted to RGB (transparent parts become white, 16 bits are
-    scaled to 8), cropped to the largest square in its middle, resized bicubically with antialiasing, and normalised
-    with mean and standard deviation 0.5.
+    Rotates the image by its EXIF orientation, converts it to RGB (transparent parts become white, 16 bits are scaled to
+    8), crops the largest centred square, resizes it bicubically with antialiasing, and normalises with mean and
+    standard deviation 0.5.
 
     Args:
         image: path of an image file, its bytes, or an image that Pillow has opened.
-        image_size: pixels on a side, `model.config.image_size`.
+        image_size: pixels per side, `model.config.image_size`.
 
     Returns:
         Pixels, (3, image_size, image_size) float32 in [-1, 1]; `torch.stack` joins several into a batch.

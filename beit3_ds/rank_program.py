@@ -1,4 +1,4 @@
-"""The command line of a program that the `deepspeed` launcher starts on every rank."""
+"""Runs the command line of a program that the `deepspeed` launcher starts on every rank."""
 
 import argparse
 import os
@@ -23,15 +23,15 @@ def run_rank_program(
     """Reads the config that the command line names, runs the program and returns the exit status.
 
     Args:
-        program: work of this rank, which takes the config and the command line's options.
-        name: name of the module, for the help text.
-        description: description for the help text.
-        arguments: arguments of the command line; None takes those of the process.
-        more_options: functions that each add an option of the program.
+        program: does this rank's work; takes the config and the options of the command line.
+        name: module name in the help text.
+        description: description in the help text.
+        arguments: command-line arguments; None takes those of the process.
+        more_options: functions that each add one option to the parser.
 
     Returns:
-        0 for success; 2 after one line about a mistake that the user can fix; 1 after one line about a failing file
-        system.
+        0 for success; 2 after one line about an error that the user can fix; 1 after one line about a file system that
+        fails.
     """
     parser = OneLineParser(prog=name, description=description)
     add_config_arguments(parser)
@@ -40,7 +40,7 @@ def run_rank_program(
     )  # DeepSpeed's launcher passes it
     for add_options in more_options:
         add_options(parser)
-    rank: int | str = "?"  # until it is known
+    rank: int | str = "?"  # in errors before the rank is known
     try:
         options = parser.parse_args(arguments)
         rank = read_launch(os.environ).rank
@@ -48,7 +48,7 @@ def run_rank_program(
     except (ConfigError, NonFiniteLossError) as error:
         print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         return 2
-    except StorageError as error:  # not 2: nothing needs to be changed before a restart
+    except StorageError as error:  # not 2: a restart needs no change
         print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         return 1
     return 0

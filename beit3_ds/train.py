@@ -1,6 +1,6 @@
 """Trains the task of a run: `deepspeed --module beit3_ds.train CONFIG.json`, or `beit3 train CONFIG.json`.
 
-This module wires the rooms in the order in which data flows.
+This module connects the packages in the order in which data flows.
 """
 
 import functools
@@ -46,12 +46,12 @@ from beit3_ds.training.stragglers import Stragglers, TimedSteps
 
 
 def train_run(config: RunConfig) -> None:
-    """Trains the task of a run to its end, resuming from its newest whole checkpoint if any, and writes its report.
+    """Trains the task of a run to the end and writes its report; resumes from the newest whole checkpoint, if any.
 
-    SIGTERM, SIGINT or SIGUSR1 ends it early, with a checkpoint and without a report (`training.loop.train`).
+    SIGTERM, SIGINT or SIGUSR1 stops the run early, with a checkpoint and without a report (`training.loop.train`).
 
     Raises:
-        ConfigError: for a configuration, data file, checkpoint or file of the task that cannot work.
+        ConfigError: if the configuration, a data file, a checkpoint or a file of the task is invalid.
         NonFiniteLossError: if training diverges.
     """
     with (
@@ -69,25 +69,25 @@ def train_run(config: RunConfig) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Inputs that this rank reads; all checks that one process can make are made before a process group exists."""
+    """Holds the inputs of this rank, opened and checked before a process group exists."""
 
     coords: RankCoords
     """Coordinates of this rank on the mesh."""
     task: Task
     """The task of the run."""
     rank_task: RankTask
-    """The task as this rank has opened it."""
+    """The task, opened for this rank."""
     initial_weights: InitialWeights | None
-    """What a run begins with that has no checkpoint; None is initial values drawn from the seed."""
+    """Weights that a run without a checkpoint starts from; None draws initial values from the seed."""
 
 
 def open_inputs(config: RunConfig) -> Inputs:
     """Checks the layout and opens the files that this rank reads.
 
     Raises:
-        ConfigError: for a layout that does not fit, a machine with too little memory for its ranks, an optimizer that
-            is not installed, kernels that are not built, an output folder that cannot be written, or a file that cannot
-            be read or does not fit the model.
+        ConfigError: if the layout is invalid, the machine has too little memory for its ranks, the optimizer is not
+            installed, the kernels are not built, the output folder cannot be written, or a file cannot be read or does
+            not fit the model.
     """
     launch = read_launch(os.environ)
     data_parallel_size = check_layout(config, launch.world_size)
@@ -98,7 +98,7 @@ def open_inputs(config: RunConfig) -> Inputs:
     prepare_output_dir(Path(config.training.output_dir))
     coords = config.parallel.rank_coords(launch.rank, launch.world_size)
     share = _share_of(coords, config.parallel, data_parallel_size)
-    has_begun = is_checkpoint(Path(config.training.output_dir))  # then the weights may be gone
+    has_begun = is_checkpoint(Path(config.training.output_dir))  # the file of initial weights may then be deleted
     initial_weights = None if has_begun else open_initial_weights(config)
     rank_task = task.open(share)
     if launch.rank == 0:
@@ -119,24 +119,22 @@ def _share_of(coords: RankCoords, parallel: ParallelConfig, data_parallel_size: 
 
 
 def _check_this_node(config: RunConfig, launch: Launch) -> None:
-    """Compares this machine's memory with the needs of its ranks, if the launcher tells their number."""
+    """Checks that this machine has enough memory for its ranks, if the launcher gives their number."""
     ranks_here = 1 if launch.world_size == 1 else launch.local_size
     if ranks_here:
         check_node(host_requirements(config, launch.world_size, ranks_here, decays), config, measure_node())
 
 
 def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh, signals: StopSignals) -> tuple[Run, Iterable[StepBatch]]:
-    """Builds all parts of a run and resumes it; returns them with this rank's steps that are left. All ranks call it.
+    """Builds and resumes a run; returns it with the remaining steps of this rank. All ranks call it.
 
     Raises:
-        ConfigError: if ranks were started with different configurations, or a checkpoint does not fit.
+        ConfigError: if ranks have different configurations or files, or a checkpoint does not fit the model.
     """
     task, rank_task = inputs.task, inputs.rank_task
     assert mesh.coords == inputs.coords, f"the mesh gives {inputs.coords} the coords {mesh.coords}"
     assert mesh.is_reader == (rank_task.dataset is not None), f"{mesh.coords} reads what it should not, or does not"
-    mesh.check_agreement("configuration", repr(config), "Start all ranks with the same file and the same --set.")
-    check_same_files(mesh, rank_task.files)
-    check_same_sources(mesh, rank_task.sources)
+    _check_agreement(config, rank_task, mesh)
     device = compute_device()
     rank_task.to(device)
     schedule = build_schedule(task, mesh)
@@ -178,6 +176,12 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh, signals: StopSignal
     return run, BroadcastBatches(steps, mesh, StepBatch)
 
 
+def _check_agreement(config: RunConfig, rank_task: RankTask, mesh: Mesh) -> None:
+    mesh.check_agreement("configuration", repr(config), "Start all ranks with the same file and the same --set.")
+    check_same_files(mesh, rank_task.files)
+    check_same_sources(mesh, rank_task.sources)
+
+
 def _build_store(task: Task, rank_task: RankTask, mesh: Mesh) -> CheckpointStore:
     config = task.config
     tokenizers = {kind: path for kind in ("text", "visual") if (path := rank_task.files.get(f"tokenizers.{kind}.path"))}
@@ -193,7 +197,7 @@ def _build_store(task: Task, rank_task: RankTask, mesh: Mesh) -> CheckpointStore
 def _load_initial_weights(
     config: RunConfig, inputs: Inputs, state: EngineState, mesh: Mesh, say: Callable[[str], None]
 ) -> None:
-    # Not opened before if there were checkpoints; none of them may be whole.
+    # `open_inputs` opens no weights if there are checkpoints, but perhaps none of them is whole.
     weights = inputs.initial_weights or open_initial_weights(config)
     if weights:
         check_same_files(mesh, {"training.init_from": config.training.init_from})
@@ -208,7 +212,7 @@ def _build_progress(task: Task, schedule: Schedule, mesh: Mesh, device: torch.de
 
 
 def _say_nothing(line: str) -> None:
-    """Says nothing: one rank's lines are enough."""
+    """Prints nothing, because only the main rank prints."""
 
 
 def _read_validation(validation: ValidationBatches | None, limits: WaitLimits) -> None:
@@ -217,7 +221,7 @@ def _read_validation(validation: ValidationBatches | None, limits: WaitLimits) -
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit status: 0, or 2 after one clear line about what the user can mend."""
+    """Runs the command line and returns the exit status: 0, or 2 after one clear line about what the user can fix."""
     return run_rank_program(lambda config, options: train_run(config), "beit3_ds.train", __doc__, arguments)
 
 

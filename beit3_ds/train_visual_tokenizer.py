@@ -27,16 +27,16 @@ from beit3_ds.training.visual_tokenizer import train_visual_tokenizer
 
 
 def train(config: RunConfig, *, force: bool = False) -> None:
-    """Trains to the end, resuming from a checkpoint if any; writes the tokenizer's file and, beside it, a picture.
+    """Trains the visual tokenizer to the end and writes its file and a picture; resumes from a checkpoint, if any.
 
-    Does nothing if the finished tokenizer of this recipe exists, so that a job script may be submitted again.
+    Does nothing if the finished tokenizer of this recipe exists, so a job script can be submitted again.
 
     Args:
         config: the run's configuration.
-        force: retrain an existing tokenizer and overwrite it in the end.
+        force: trains again if the tokenizer exists, and overwrites it at the end.
 
     Raises:
-        ConfigError: for a configuration, data file, teacher or checkpoint that cannot work.
+        ConfigError: if the configuration, a data file, the teacher or a checkpoint is invalid.
     """
     visual = config.tokenizers.visual
     if not visual.path:
@@ -49,8 +49,8 @@ def train(config: RunConfig, *, force: bool = False) -> None:
         return
     check_can_be_written("tokenizers.visual", visual.path)
     rank = read_launch(os.environ).rank
-    with watched_start(rank, (), config.data.timeout_seconds):  # signals end this program by themselves
-        images = TokenizerImages(config)  # before a process group exists, so that one rank's error leaves none waiting
+    with watched_start(rank, (), config.data.timeout_seconds):  # signals end this program without a handler
+        images = TokenizerImages(config)  # before a process group exists, so that no rank waits for one that fails
     with joined_ranks(ParallelConfig()) as mesh:  # the tokenizer is small: every rank is data-parallel
         mesh.check_agreement("configuration", repr(config), "Start all ranks with the same file and the same --set.")
         check_same_files(mesh, {"tokenizers.visual.teacher_weights": visual.teacher_weights})
@@ -65,13 +65,13 @@ def train(config: RunConfig, *, force: bool = False) -> None:
 
 
 def _read_known(visual: VisualTokenizerConfig) -> Recipe:
-    """Returns the architecture in the tokenizer's own file, for a tokenizer that was imported or copied."""
+    """Returns the architecture that the tokenizer's file records; an imported or copied tokenizer has no recipe."""
     trained = load_visual_tokenizer(visual.path).config
     return {name: getattr(trained, name) for name in ("image_size", "patch_size", "codebook_size")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit status: 0, or 2 after one clear line about what the user can mend."""
+    """Runs the command line and returns the exit status: 0, or 2 after one clear line about what the user can fix."""
 
     def run(config: RunConfig, options: argparse.Namespace) -> None:
         train(config, force=options.force)

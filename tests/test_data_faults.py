@@ -113,7 +113,7 @@ def test_sigterm_saves_while_data_is_waited_for(run_mapping: dict[str, Any], tmp
     hung.process.send_signal(signal.SIGTERM)
     assert hung.wait() == 0, hung.output()
     step = hung.check_saved()
-    assert f"stopped after step {step} on SIGTERM; the same command goes on" in hung.output()
+    assert f"stopped after step {step} on SIGTERM; the same command resumes" in hung.output()
 
 
 @pytest.mark.parametrize("num_workers", [2, pytest.param(0, marks=pytest.mark.slow)])

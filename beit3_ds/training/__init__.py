@@ -1,1 +1,1 @@
-"""Loss, optimizer, engine, loop, evaluation and what a run reports."""
+"""Trains any task: loss, optimizer, engine, loop, evaluation and reports."""

@@ -1,4 +1,4 @@
-"""Checks before the first step that all ranks found the same files."""
+"""Checks before the first step that all ranks have the same files."""
 
 import hashlib
 import json
@@ -12,23 +12,23 @@ from beit3_ds.data.files.fingerprint import HasFiles, SourceFile, fingerprint, f
 from beit3_ds.parallel import Mesh
 
 _SAME_FILES = "Copy the same files to every host (rsync --checksum), or name a folder that all hosts share."
-_NAMED = 4  # most sources that a message names
+_NAMED = 4  # sources named in a message, at most
 _WHOLE_BYTES = 1 << 28
 _BLOCK_BYTES, _BLOCKS = 1 << 20, 64
 
 
 def check_same_sources(mesh: Mesh, sources: Mapping[str, HasFiles]) -> None:
-    """Refuses ranks that found different files in a source, because they would draw different samples for one step.
+    """Checks that all ranks found the same files in every source; otherwise their samples of a step would differ.
 
-    Names, sizes and numbers of samples of all files are compared by digest. All ranks call it. Sends one digest per
-    rank and, for sources that differ, their list of files.
+    Compares digests of the names, sizes and sample counts of all files. All ranks call it. Sends one digest per rank
+    and the list of files of each source that differs.
 
     Args:
         mesh: the ranks.
-        sources: samples of every source that this rank reads, by its name in the config; empty on ranks that read none.
+        sources: sources that this rank reads, by their names in the config; empty on ranks that read none.
 
     Raises:
-        ConfigError: on all ranks, naming host, source, numbers and the first file that differs.
+        ConfigError: on all ranks, if sources differ; names host, source, counts and the first file that differs.
     """
     own = {name: fingerprint(source) for name, source in sources.items()}
     digests = mesh.host.gather(hashlib.sha256(json.dumps(own).encode()).hexdigest() if own else None)
@@ -64,16 +64,16 @@ def check_same_sources(mesh: Mesh, sources: Mapping[str, HasFiles]) -> None:
 
 
 def check_same_files(mesh: Mesh, paths: Mapping[str, str | None]) -> None:
-    """Refuses ranks whose files under one key differ. All ranks call it; sends 8 bytes per rank and file.
+    """Checks that each key names the same files on all ranks. All ranks call it; sends 8 bytes per rank and file.
 
-    Files of more than 256 MiB are compared by their size and by 64 blocks of 1 MiB, spread over the file.
+    Compares files of more than 256 MiB by their size and by 64 blocks of 1 MiB, spread over the file.
 
     Args:
         mesh: the ranks.
-        paths: files or folders by the keys of the config that name them; None where the config names none.
+        paths: files or folders by their config keys; None for a key that is not set.
 
     Raises:
-        ConfigError: on all ranks, naming the key, the path and the ranks that differ.
+        ConfigError: on all ranks, if files differ; names the key, the path and the ranks.
     """
     if mesh.num_ranks == 1:
         return
@@ -96,5 +96,5 @@ def _digest(path: Path) -> str:
                 file.seek((size - _BLOCK_BYTES) * number // (_BLOCKS - 1))
                 digest.update(file.read(_BLOCK_BYTES))
         return digest.hexdigest()
-    except OSError as error:  # compared like a digest, so that the others do not wait for this rank
+    except OSError as error:  # compared like a digest, so that no rank waits for this one
         return f"unreadable: {error.strerror}"

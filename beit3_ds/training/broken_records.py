@@ -1,4 +1,4 @@
-"""Counts the records of a run that could not be read, each once, however often and on whichever rank it is read."""
+"""Counts the distinct records of a run that could not be read, over all epochs, ranks and restarts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,38 +13,38 @@ from beit3_ds.parallel.host_group import HostGroup
 from beit3_ds.training.loss import count_terms
 
 BROKEN_RECORDS = "broken_records"
-"""Key of the broken records in the state of the data that a checkpoint holds."""
+"""Key of the broken records in the data state of a checkpoint."""
 
 
 class BrokenRecords:
-    """The broken records that the ranks of a group have found, by name, with an upper limit.
+    """Collects the broken records that the ranks of a group find, and enforces a limit on their number.
 
-    A record's name consists of its file and its name there, which never change. So a record that is read again, in
-    another epoch, on another rank or in a resumed run, does not count twice.
+    A record is identified by its file and its name in that file, which never change. So a record that is read again in
+    another epoch, on another rank or in a resumed run counts once.
     """
 
     def __init__(self, limit: int, group: HostGroup, known: Mapping[str, str] | None = None) -> None:
-        """Starts with the broken records of a checkpoint.
+        """Starts from the broken records of a checkpoint.
 
         Args:
-            limit: most distinct records that may be broken (`data.max_broken_records`).
+            limit: largest number of distinct broken records (`data.max_broken_records`).
             group: the ranks that read different records.
-            known: records found before, by name, each with the line that says what is wrong.
+            known: records found before; maps each name to the line that describes its error.
         """
         self._limit, self._host = limit, group
         self._lines = dict(known or {})
 
     @property
     def total(self) -> int:
-        """Number of distinct records found so far, on all ranks."""
+        """Returns the number of distinct broken records found so far on all ranks."""
         return len(self._lines)
 
     def state(self) -> dict[str, str]:
-        """Returns the records found so far, which become `known` in a resumed run."""
+        """Returns the records found so far; pass them as `known` when the run resumes."""
         return dict(self._lines)
 
     def unknown(self, met: Mapping[str, str]) -> dict[str, str]:
-        """Returns the records among `met` that no rank had found before."""
+        """Returns those records of `met` that no rank had found before."""
         return {name: line for name, line in met.items() if name not in self._lines}
 
     def add(self, new: Mapping[str, str], where: str) -> list[str]:
@@ -52,13 +52,13 @@ class BrokenRecords:
 
         Args:
             new: result of `unknown` on this rank.
-            where: names the moment, for the error.
+            where: time or place in the text of the error, such as "by step 3".
 
         Returns:
-            The lines of records that no rank had found before, sorted by name, the same on all ranks.
+            Lines of the records that no rank had found before, sorted by name; the same on all ranks.
 
         Raises:
-            ConfigError: on all ranks, with all lines, if there are now more than the limit.
+            ConfigError: on all ranks, with all lines, if the total exceeds the limit.
         """
         found: dict[str, str] = {}
         for other in self._host.gather(dict(new)):
@@ -73,13 +73,13 @@ class BrokenRecords:
 
 
 class StepCounts:
-    """Agrees with all ranks on the counts of a step, before any forward pass."""
+    """Sums the term counts of each step over all ranks, before any forward pass."""
 
     def __init__(self, records: BrokenRecords, mesh: Mesh) -> None:
         self.records, self._mesh = records, mesh
 
     def agree(self, step_batch: StepBatch) -> tuple[Tensor, list[str]]:
-        """Sums the counts of the step's K terms over all ranks; sends K + 1 integers, and names of new broken records.
+        """Sums the counts of a step's K terms over all ranks; sends K + 1 integers and the new broken records.
 
         Returns:
             Counts of each term over all ranks, (K,) int64; one line per broken record that no rank had found before.
@@ -95,11 +95,11 @@ class StepCounts:
 
 
 def records_from(data: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the broken records in a checkpoint's state of the data; none for a checkpoint of an older version."""
+    """Returns the broken records in the data state of a checkpoint; checkpoints of older versions have none."""
     return dict(data.get(BROKEN_RECORDS, {}))
 
 
 def format_new_records(lines: Sequence[str], total: int, limit: int) -> list[str]:
-    """Formats lines that name records when they are first found."""
+    """Formats one line per broken record that was found for the first time."""
     first = total - len(lines)
     return [f"left out broken record {first + i + 1} of at most {limit}: {line}" for i, line in enumerate(lines)]

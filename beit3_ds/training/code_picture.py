@@ -1,6 +1,6 @@
-"""A picture of what the visual tokenizer makes of images: input, masked input, and the codes as colours."""
+"""Draws images as the visual tokenizer sees them: input, masked input, and the codes as colours."""
 
-# B images, N patches an image, G patches on a side, S pixels on a side, V codes, C width of a code.
+# B images, N patches per image, G patches per side, S pixels per side, V codes, C width of a code.
 
 import math
 from pathlib import Path
@@ -21,21 +21,21 @@ from beit3_ds.tasks.pretraining.masking import block_mask
 from beit3_ds.tokenizers import VisualTokenizer
 
 _NUM_IMAGES = 8
-_SIDE = 192  # pixels of one panel at least
+_SIDE = 192  # minimum pixels per side of a panel
 _MARGIN = 4
 _GRAY = 0.5
 
 
 def code_picture_path(tokenizer: Path) -> Path:
-    """Returns the path of a tokenizer's picture, which is beside the tokenizer's file.
+    """Returns the path of a tokenizer's picture, in the folder of the tokenizer's file.
 
-    Only the usual extension is replaced, so that the tokenizers `v.one` and `v.two` have separate pictures.
+    Replaces only the extension ".safetensors", so that the tokenizers `v.one` and `v.two` have separate pictures.
     """
     return tokenizer.with_name(f"{tokenizer.name.removesuffix('.safetensors')}.png")
 
 
 def write_code_picture(config: RunConfig, tokenizer: VisualTokenizer, path: str | Path) -> None:
-    """Draws the first training views of a run into a PNG, a row each.
+    """Writes a PNG with one row for each of the first 8 training views of a run.
 
     Raises:
         ConfigError: if the training images cannot be read.
@@ -53,12 +53,12 @@ def write_code_picture(config: RunConfig, tokenizer: VisualTokenizer, path: str 
 
 
 def draw_codes(tokenizer: VisualTokenizer, views: Tensor, masks: Tensor) -> NDArray[np.uint8]:
-    """Draws a row for each image: the view, the view with its masked patches gray, and its codes as colours.
+    """Draws one row per image: the view, the view with masked patches in gray, and the codes as colours.
 
     Args:
         tokenizer: a trained tokenizer, on the CPU.
         views: (B, 3, S, S) float in [-1, 1].
-        masks: (B, N) bool, True where a patch is hidden.
+        masks: (B, N) bool, True for masked patches.
 
     Returns:
         (height, width, 3) uint8.
@@ -78,10 +78,12 @@ def draw_codes(tokenizer: VisualTokenizer, views: Tensor, masks: Tensor) -> NDAr
 
 
 def code_colors(codebook_VC: Tensor) -> Tensor:
-    """A colour for every code, near for near codes: the ranks along the codebook's three main directions.
+    """Returns one colour per code, similar for similar codes.
+
+    The three channels are the codes' sort positions along the first three principal directions of the codebook.
 
     Returns:
-        (V, 3) float in [0, 1]; where there are fewer than three directions, the missing channels are 0.5.
+        (V, 3) float in [0, 1]; channels without a direction are 0.5.
     """
     centered = (codebook_VC - codebook_VC.mean(dim=0)).double()
     directions = torch.linalg.svd(centered, full_matrices=False).Vh[:3]

@@ -1,4 +1,4 @@
-"""How evenly the codes of the visual tokenizer are used."""
+"""Measures how evenly the codes of the visual tokenizer are used."""
 
 import math
 import warnings
@@ -11,33 +11,33 @@ from torch import Tensor
 from beit3_ds.parallel import Mesh
 
 _LOW_USAGE = 0.5  # BEiT v2 reports 97 to 100% on ImageNet; below a half the codebook has collapsed or is too large
-_CODES_A_SLOT = 16  # codes to be seen for each there is before their usage means something
+_CODES_PER_ENTRY = 16  # patches per codebook entry below which the usage is not reliable
 
 
 @dataclass(frozen=True, kw_only=True)
 class CodeUsage:
-    """How evenly codes are used over some images."""
+    """Holds figures of how evenly codes are used over some images."""
 
     num_codes: int
-    """Codes that occur at least once."""
+    """Number of codes that occur at least once."""
     codebook_size: int
-    """Codes there are."""
+    """Number of codes in the codebook."""
     perplexity: float
-    """exp(entropy) of the codes' frequencies: between 1 and `codebook_size`."""
+    """exp(entropy) of the code frequencies, between 1 and `codebook_size`."""
     num_seen: int
-    """Patches that were counted."""
+    """Number of patches counted."""
 
     def __str__(self) -> str:
         return f"{self.num_codes} of {self.codebook_size} codes used, perplexity {self.perplexity:.0f}"
 
     @property
     def is_low(self) -> bool:
-        """True if most codes are dead, though enough patches were counted to show them."""
-        enough = self.num_seen >= _CODES_A_SLOT * self.codebook_size
+        """Returns whether most codes are unused, although enough patches were counted to judge."""
+        enough = self.num_seen >= _CODES_PER_ENTRY * self.codebook_size
         return enough and self.num_codes < _LOW_USAGE * self.codebook_size
 
     def warn_if_low(self, where: str) -> None:
-        """Warns with a remedy if most codes are dead; `where` says when or on what they were counted."""
+        """Warns if most codes are unused, and says what to change; `where` names the step or images counted."""
         if self.is_low:
             warnings.warn(
                 f"visual tokenizer: only {self} {where}: most of the MIM head would learn nothing. Use a smaller "
@@ -48,18 +48,18 @@ class CodeUsage:
 
 
 class CodeCounter:
-    """Counts codes without waiting for the device, until `usage` asks."""
+    """Counts codes on the device; only `usage` waits for the device."""
 
     def __init__(self, codebook_size: int, device: torch.device | str = "cpu") -> None:
         self._counts = torch.zeros(codebook_size, dtype=torch.int64, device=device)
 
     def add(self, codes: Tensor) -> None:
-        """Counts codes of any shape, int64 in [0, codebook_size)."""
+        """Adds codes to the counts; codes have any shape, int64 in [0, codebook_size)."""
         codes = codes.flatten()
         self._counts.index_add_(0, codes, torch.ones_like(codes))
 
     def usage(self, mesh: Mesh | None = None) -> CodeUsage:
-        """Returns the usage over all ranks, summing their counts; at least one code must have been counted."""
+        """Returns the usage, summed over the ranks of a mesh; at least one code must have been counted."""
         own = self._counts.cpu()
         counts = (own if mesh is None else mesh.data_host.sum(own)).double()
         shares = counts[counts > 0] / counts.sum()
@@ -70,7 +70,7 @@ class CodeCounter:
 
 
 def measure_code_usage(batches: Iterable[Tensor], codebook_size: int, mesh: Mesh | None = None) -> CodeUsage:
-    """Counts codes over batches of any shape, int64 in [0, codebook_size), and over the ranks of a mesh."""
+    """Returns the usage of codes in batches and over the ranks of a mesh; any shape, int64 in [0, codebook_size)."""
     counter: CodeCounter | None = None
     for codes in batches:
         counter = counter or CodeCounter(codebook_size, codes.device)

@@ -1,4 +1,4 @@
-"""How far the loss curves of two runs lie apart, which tells whether two layouts train the same model."""
+"""Compares the loss curves of two runs, which shows whether two layouts train the same model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +12,22 @@ from beit3_ds.training.progress import OTHER_FIGURES
 
 @dataclass(frozen=True)
 class Comparison:
-    """The training losses of two runs at the steps that both recorded."""
+    """Holds the training losses of two runs at the steps that both recorded."""
 
     names: tuple[str, str]
     """The runs' folders."""
     steps: tuple[int, ...]
-    """Updates done."""
+    """Number of updates done at each compared step."""
     losses: dict[str, tuple[tuple[float, ...], tuple[float, ...]]]
-    """For "loss" and each term that both runs have, the values of both runs, in nats."""
+    """Values of both runs in nats, by name: "loss" and each term that both runs have."""
 
     def largest_difference(self, name: str) -> tuple[float, int]:
-        """The largest absolute difference of a loss, in nats, and its step."""
+        """Returns the largest absolute difference of a loss, in nats, and its step."""
         first, second = self.losses[name]
         return max((abs(a - b), step) for a, b, step in zip(first, second, self.steps, strict=True))
 
     def describe(self) -> str:
-        """One line a loss: its largest difference and where."""
+        """Formats one line per loss with its largest difference and the step."""
         lines = [f"{self.names[0]} and {self.names[1]}: {len(self.steps)} steps in common"]
         for name in self.losses:
             difference, step = self.largest_difference(name)
@@ -36,13 +36,14 @@ class Comparison:
 
 
 def compare_runs(first: Path, second: Path) -> Comparison:
-    """Reads the records of two runs.
+    """Reads the recorded losses of two runs and pairs them by step.
 
     Args:
-        first: `training.output_dir` of a run; second alike.
+        first: `training.output_dir` of one run.
+        second: `training.output_dir` of the other run.
 
     Raises:
-        ConfigError: if a folder holds no record, or they have no step in common.
+        ConfigError: if a folder has no records, or the runs have no step in common.
     """
     rows = [_train_records(folder) for folder in (first, second)]
     steps = sorted(rows[0].keys() & rows[1].keys())
@@ -65,11 +66,11 @@ def _train_records(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def plot_comparison(comparison: Comparison, path: Path) -> None:
-    """Draws both runs' loss over the steps, and below it the absolute difference of each term.
+    """Draws the loss of both runs over the steps, and below it the absolute difference of each term.
 
     Args:
-        comparison: of two runs.
-        path: the PNG to write.
+        comparison: losses of two runs.
+        path: PNG file to write.
     """
     figure, (top, bottom) = new_figure(2, 1, (9, 7))
     for name, values, style in zip(comparison.names, comparison.losses["loss"], ("-", "--"), strict=True):

@@ -1,4 +1,4 @@
-"""Keeps the files of DeepSpeed's CSV monitor as one table each over several starts of a run."""
+"""Keeps each file of DeepSpeed's CSV monitor one valid table when a run is resumed."""
 
 import csv
 from pathlib import Path
@@ -6,13 +6,13 @@ from typing import Any
 
 
 def continue_csv_files(monitor: Any, step: int) -> None:
-    """Makes a monitor append to the files of earlier starts, without a second header or repeated steps.
+    """Makes a monitor append to the files of earlier processes, without a second header or repeated steps.
 
-    DeepSpeed writes a header into every file once per process, and keeps old rows of steps that are repeated.
+    By default, DeepSpeed writes a header to every file once per process and keeps rows of steps that are repeated.
 
     Args:
         monitor: `engine.monitor`, which has a `csv_monitor` on the rank that writes.
-        step: number of updates done; rows of later steps are dropped, and all rows for -1.
+        step: number of updates done; rows of later steps are dropped; -1 drops all rows.
     """
     files = getattr(monitor, "csv_monitor", None)
     if files is None or not files.enabled:
@@ -25,7 +25,7 @@ def continue_csv_files(monitor: Any, step: int) -> None:
 
 
 def _read_own_rows(path: Path) -> list[list[str]] | None:
-    """Returns the rows of a table that the monitor wrote, header first; None for a file that somebody else wrote."""
+    """Returns the rows of a table that the monitor wrote, header first; None if the file has another origin."""
     if not path.is_file():
         return None
     try:

@@ -1,4 +1,4 @@
-"""What a config would train and what that would cost, without reading data or starting anything."""
+"""Describes what a config would train and what it would cost, without reading data or starting processes."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -12,7 +12,7 @@ from beit3_ds.tasks import build_task
 from beit3_ds.training.optimizer import decays
 from beit3_ds.training.start_checks import check_output_dir, check_software
 
-_RANKS_PER_NODE = 8  # GPUs of a usual node
+_RANKS_PER_NODE = 8  # GPUs of a typical node
 
 
 def describe_dry_run(
@@ -22,21 +22,22 @@ def describe_dry_run(
     node: NodeSize | None = None,
     step_seconds: float = 1.0,
 ) -> str:
-    """Checks batch sizes for `world_size` ranks, builds the model on the meta device and describes the run.
+    """Checks a config for `world_size` ranks and returns a text that describes the run.
 
-    The text ends with two modelled tables: memory and traffic of every pipeline stage (`planner.describe_stages`), and
-    the requirements of a node beside its GPUs (`planner.describe_host`).
+    Builds the model on the meta device. The text ends with modelled tables: memory and traffic of every pipeline stage
+    (`planner.describe_stages`), the costs of a bf16 run's precision (`planner.describe_precision`), and the
+    requirements of a node beside its GPUs (`planner.describe_host`).
 
     Args:
         config: the run's configuration.
         world_size: number of ranks.
-        ranks_per_node: ranks per node; None takes 8, or all if they are fewer.
-        node: memory of a node; None skips the comparison, for a run on other machines.
-        step_seconds: assumed time of one step, for rates.
+        ranks_per_node: ranks per node; None takes 8, or `world_size` if that is smaller.
+        node: memory of a node; None skips the check, for a run on other machines.
+        step_seconds: assumed time of one step, from which rates are computed.
 
     Raises:
-        ConfigError: if the layout does not fit (`check_layout`), a package is not installed, the output folder could
-            not be written, or a node is too small.
+        ConfigError: if the layout is invalid (`check_layout`), a package is not installed, the output folder cannot be
+            written, or a node has too little memory.
     """
     data_parallel_size = check_layout(config, world_size)
     check_software(config)
@@ -77,18 +78,18 @@ def describe_dry_run(
 
 
 def _describe_shares(shares: StepShares) -> str:
-    """Describes the samples of a micro-batch; with uneven shares also the range and the ranks' waiting time."""
+    """Describes the samples of a micro-batch; for uneven shares also the range and the time that ranks wait."""
     per_rank = {shares.rank_samples(rank) for rank in range(shares.num_ranks)}
     sizes = [size for samples in per_rank for size in shares.divide_rank(samples)]
     counts = zip(MicroBatchSize._fields, zip(*sizes, strict=True), strict=True)
     streams = ", ".join(f"{_span(values)} {name}" for name, values in counts)
     total = _span([sum(size) for size in sizes])
-    text = f"{total} samples a data-parallel rank: {streams}; {shares.num_micro_batches} a step"
+    text = f"{total} samples per data-parallel rank: {streams}; {shares.num_micro_batches} per step"
     if shares.is_even:
         return text
     waiting = 1 - sum(shares.samples) / (shares.num_ranks * shares.largest_rank)
     return (
-        f"{text}. Uneven: {shares.smallest_rank} or {shares.largest_rank} samples a rank and step, "
+        f"{text}. Uneven: {shares.smallest_rank} or {shares.largest_rank} samples per rank and step, "
         f"{waiting:.1%} of the ranks' time waits for the largest"
     )
 

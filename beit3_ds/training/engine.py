@@ -1,4 +1,4 @@
-"""The one place where DeepSpeed is set up."""
+"""Builds DeepSpeed's engine and applies updates; no other module initialises DeepSpeed."""
 
 import math
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ def build_model(task: Task, tensor: TensorParallel | None = None, layers: Sequen
 
     Args:
         task: the task of the run.
-        tensor: the ranks that divide every layer; None is this process alone.
-        layers: the model chunks of this stage; None is all layers.
+        tensor: tensor-parallel ranks; None is this process alone.
+        layers: model chunks of this stage; None is all layers.
     """
     model = task.build_model(tensor, layers)
     initialize_parameters(model, task.config.model, task.config.training.seed)
@@ -42,7 +42,7 @@ def build_schedule(task: Task, mesh: Mesh) -> Schedule:
 
 
 def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh) -> deepspeed.DeepSpeedEngine:
-    """Wraps the model in DeepSpeed's engine with AdamW; the engine broadcasts and partitions the parameters."""
+    """Wraps a model and AdamW in DeepSpeed's engine, which broadcasts and partitions the parameters."""
     ALLOCATOR.keep_freed_memory(compute_device(), lasting=_gradient_bytes(config, model))
     optimizer = build_optimizer(model, config.training)
     with deepspeed_compat.zero1_adds_up_in_float32():
@@ -61,7 +61,7 @@ def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh) -> deepspeed.D
 
 
 def _gradient_bytes(config: RunConfig, model: nn.Module) -> int:
-    """Of the gradients that wait for the update as the backward pass made them: ZeRO's stages reduce them before."""
+    """Returns the bytes of the gradients held until the update; 0 under ZeRO-1 to 3, which partition them earlier."""
     if config.options.zero_stage:
         return 0
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -70,11 +70,11 @@ def _gradient_bytes(config: RunConfig, model: nn.Module) -> int:
 def apply_update(engine: deepspeed.DeepSpeedEngine, mesh: Mesh) -> float:
     """Clips the accumulated gradients, updates the parameters and clears the gradients.
 
-    If a gradient is not finite on any rank, the update is skipped on all: weights, moments and AdamW's count of updates
-    stay as they are, gradients are cleared.
+    If a gradient is not finite on any rank, all ranks skip the update and clear the gradients. Weights, moments and
+    AdamW's step count do not change.
 
     Returns:
-        The gradients' global 2-norm before clipping, over all parts of the model, the same on all ranks; infinity or
+        Global 2-norm of the gradients before clipping, over all parts of the model; the same on all ranks. Infinity or
         NaN if the update was skipped.
     """
     norm = None
@@ -90,7 +90,7 @@ def apply_update(engine: deepspeed.DeepSpeedEngine, mesh: Mesh) -> float:
 
 
 def _gradient_norm(model: nn.Module, mesh: Mesh) -> torch.Tensor:
-    """The 2-norm over all parts of the model; what tensor-parallel ranks hold alike counts once. Sends one element."""
+    """Returns the 2-norm over all parts of the model; counts replicated parameters once. Sends one element."""
     counted = [p.grad for p in model.parameters() if p.grad is not None and (is_split(p) or mesh.tensor.rank == 0)]
     norm = torch.nn.utils.get_total_norm(counted).to(compute_device())  # without gradients it is on the CPU
     return mesh.sum_over_model(norm.square()).sqrt()

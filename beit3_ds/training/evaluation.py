@@ -1,4 +1,4 @@
-"""The terms of a task over its validation samples."""
+"""Computes the mean loss terms of a task over its validation samples."""
 
 # K terms of the task.
 
@@ -33,15 +33,15 @@ def evaluate(
     Args:
         schedule: runs the batches forward.
         batches: this rank's batches; each holds samples of one source of each stream (`PackedBatch.sources`).
-        prepare: applied to each batch first.
-        terms: the task's terms.
+        prepare: function that is applied to each batch before the forward pass.
+        terms: loss terms of the task.
         mesh: the ranks.
         device: this rank's device.
-        source_names: source names of the streams.
+        source_names: names of the sources of each stream.
 
     Returns:
-        Means of the terms with a count, by name. A term whose stream has several sources is followed by the mean over
-        each source as "TERM/SOURCE".
+        Means by term name, without terms of count 0. If the stream of a term has several sources, the mean over each
+        source follows as "TERM/SOURCE".
     """
     num_sources = max((len(names) for names in source_names.values()), default=0)
     sums = torch.zeros(len(terms), max(1, num_sources), dtype=torch.float64)
@@ -68,12 +68,12 @@ def evaluate(
 
 
 def mean_terms(sums: Tensor, counts: Tensor, terms: Sequence[Term], mesh: Mesh) -> dict[str, float]:
-    """Sums over ranks and divides; terms with count 0 are left out. Sends 3 K elements.
+    """Returns the means of the terms over all ranks, without terms of count 0; sends 3 K elements.
 
     Args:
-        sums: of this data-parallel rank's terms, (K,), known to the last stage.
-        counts: of its terms, (K,), known to all stages.
-        terms: the task's terms.
+        sums: term sums of this data-parallel rank, (K,); valid on the last stage.
+        counts: term counts of this data-parallel rank, (K,); valid on all stages.
+        terms: loss terms of the task.
         mesh: the ranks.
     """
     sums, counts = _sum_over_ranks(sums.double().cpu(), counts.double().cpu(), mesh)
@@ -82,6 +82,6 @@ def mean_terms(sums: Tensor, counts: Tensor, terms: Sequence[Term], mesh: Mesh) 
 
 
 def _sum_over_ranks(sums: Tensor, counts: Tensor, mesh: Mesh) -> Tensor:
-    """Returns sums and counts over all data-parallel ranks, stacked; the last stage has the sums."""
+    """Returns the sums, taken from the last stage, and the counts over all data-parallel ranks, stacked."""
     sums = mesh.pipeline.host.broadcast(sums, src=-1)
     return mesh.data_host.sum(torch.stack([sums, counts]))

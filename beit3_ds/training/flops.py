@@ -1,4 +1,4 @@
-"""Floating-point operations of the model, and how many this device could do."""
+"""Counts the floating-point operations of training and gives the peak of the device."""
 
 import time
 
@@ -9,11 +9,11 @@ from beit3_ds.model.flops import layer_flops, work_of
 from beit3_ds.tasks import Task
 
 _PEAK_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
-"""Dense bf16 peaks from NVIDIA's data sheets, by a word in the device's name."""
+"""Dense bf16 peaks from NVIDIA's data sheets, in FLOP/s, by a word in the device name."""
 
 
 def training_flops(task: Task, batch: PackedBatch) -> float:
-    """Returns operations of forward and backward (3 x forward) of one micro-batch; a multiply-add counts 2.
+    """Returns the operations of one micro-batch's forward and backward (3 x forward); a multiply-add counts 2.
 
     Counts matrix products only: no recomputation, no padding, no optimizer and no frozen network.
     """
@@ -21,7 +21,7 @@ def training_flops(task: Task, batch: PackedBatch) -> float:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second that `device` could do: the data sheet's figure for known GPUs, else a measured product."""
+    """Returns the peak FLOP/s of a device: from the data sheet for bf16 on known GPUs, else a measured product's."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for word, peak in _PEAK_BF16.items():

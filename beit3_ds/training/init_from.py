@@ -1,4 +1,4 @@
-"""Beginning a run with weights that another one made."""
+"""Starts a run from the weights of another run."""
 
 from pathlib import Path
 
@@ -14,17 +14,17 @@ from beit3_ds.tasks import build_task
 
 
 class InitialWeights:
-    """Weights of a file, adapted to the model of a run (`model.adaptation` lists the settings that may differ)."""
+    """Adapts the weights of a file to the model of a run; `model.adaptation` lists the settings that may differ."""
 
     def __init__(self, path: str | Path, config: RunConfig) -> None:
-        """Reads names and shapes.
+        """Reads the names and shapes of the tensors and checks them.
 
         Args:
-            path: a file or folder that `beit3 export` or `beit3 import` wrote.
-            config: the run's configuration; its seed gives initial values to tensors that the weights lack.
+            path: file or folder written by `beit3 export` or `beit3 import`.
+            config: the run's configuration; tensors that the weights lack get initial values from its seed.
 
         Raises:
-            ConfigError: if the weights cannot be read, or are of a model that cannot be adapted.
+            ConfigError: if the weights cannot be read or cannot be adapted to the model.
         """
         where, seed = f"training.init_from={path}", config.training.seed
         self.weights = AdaptedWeights(PretrainedWeights(path), config.model, where, seed=seed)
@@ -36,25 +36,25 @@ class InitialWeights:
         self._names = wanted.keys() - set(self.absent)
 
     def load(self, state: EngineState) -> None:
-        """Overwrites the engine's initial values; every rank reads what it holds. All ranks call it."""
+        """Overwrites the engine's initial values; each rank reads only its own parts. All ranks call it."""
         state.load_weights(self._read, self._names)
 
     def describe(self) -> str:
-        """What the run begins with, on one line."""
+        """Returns one line that says which weights the run starts from."""
         notes = list(self.weights.changes)
         if self.absent:
             notes.append(f"initial values for {', '.join(self.absent)}")
-        return "; ".join([f"begins with the weights of {self.weights.path}", *notes])
+        return "; ".join([f"starts from the weights of {self.weights.path}", *notes])
 
     def _read(self, kind: str, name: str, part: TensorSlice) -> Tensor:
         return self.weights.read(name, part).float()
 
 
 def open_initial_weights(config: RunConfig) -> InitialWeights | None:
-    """The weights that `training.init_from` names, if any.
+    """Opens the weights that `training.init_from` names; returns None if it is not set.
 
     Raises:
-        ConfigError: if they cannot be read, or are those of another model.
+        ConfigError: if the weights cannot be read or cannot be adapted to the model.
     """
     path = config.training.init_from
     return InitialWeights(path, config) if path else None

@@ -1,4 +1,4 @@
-"""Learning rates of pretraining and of the visual tokenizer: linear warmup, then cosine."""
+"""Computes the learning rates of a run and of the visual tokenizer: linear warmup, then cosine."""
 
 import math
 
@@ -6,7 +6,7 @@ from beit3_ds.config import TrainingConfig, VisualTokenizerConfig
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
-    """Returns the learning rate of pretraining in `step`, counted from 0 (paper section 2.3)."""
+    """Returns the learning rate of a run in `step`, counted from 0 (paper section 2.3)."""
     return warmup_then_cosine(
         step,
         peak=config.learning_rate,
@@ -30,15 +30,15 @@ def tokenizer_learning_rate(visual: VisualTokenizerConfig, step: int) -> float:
 def warmup_then_cosine(step: int, *, peak: float, minimum: float, warmup_steps: int, total_steps: int) -> float:
     """Returns the learning rate of one step of a schedule: linear warmup, then half a cosine.
 
-    No step is wasted on a rate of 0: the first step has peak / warmup_steps, the last step of the warmup has the peak,
-    and the last step of the schedule has the minimum. BEiT v2 is one step later: its first step has rate 0, and its
-    last step is above the minimum by less than one step's decay.
+    The first step has rate peak / warmup_steps, the last warmup step has the peak, and the last step of the schedule
+    has the minimum. So no step has rate 0. The schedule of BEiT v2 is one step later: its first step has rate 0, and
+    its last step is above the minimum by less than the decay of one step.
 
     Args:
         step: number of the step, from 0.
-        peak: highest rate.
+        peak: largest rate.
         minimum: rate of step total_steps - 1 and of every later step.
-        warmup_steps: steps of the linear rise; 0 begins with the cosine.
+        warmup_steps: steps of the linear rise; with 0, the schedule starts with the cosine.
         total_steps: steps of the schedule.
     """
     if step < warmup_steps:

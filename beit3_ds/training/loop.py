@@ -1,4 +1,4 @@
-"""The training loop."""
+"""Runs the training loop of any task: resume, update, evaluate, report and save."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -37,7 +37,7 @@ from beit3_ds.training.stragglers import Stragglers
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything the loop works with, built by `train.build_run`."""
+    """Holds everything that the loop works with; built by `train.build_run`."""
 
     config: RunConfig
     schedule: Schedule
@@ -45,9 +45,9 @@ class Run:
     mesh: Mesh
     device: torch.device
     terms: tuple[Term, ...]
-    """The terms of the task."""
+    """Loss terms of the task."""
     rank_task: RankTask
-    """The task as this rank has opened it."""
+    """The task, opened for this rank."""
     validation: Iterable[PackedBatch]
     read_validation: Callable[[], None]
     """Reads this rank's own validation batches; returns early if the rank is asked to stop."""
@@ -56,17 +56,17 @@ class Run:
     progress: Progress
     stragglers: Stragglers
     first_step: int
-    """Updates already done when this process started."""
+    """Number of updates done before this process started."""
     broken_records: BrokenRecords
-    """Broken records that this run has found, including those before it was resumed."""
+    """Broken records found by this run, including those found before it was resumed."""
     order: RunOrder | None
     """Order of the samples; None on ranks that receive their samples from others."""
     data: Mapping[str, Any]
-    """State of the data in the resumed checkpoint (`Index.data`); empty without a checkpoint."""
+    """Data state of the resumed checkpoint (`Index.data`); empty without a checkpoint."""
 
     @property
     def engine(self) -> DeepSpeedEngine:
-        """DeepSpeed's engine around this stage's layers."""
+        """Returns DeepSpeed's engine, which wraps the layers of this stage."""
         return self.schedule.engine
 
     def prepare(self, batch: PackedBatch) -> PackedBatch:
@@ -74,17 +74,17 @@ class Run:
         return self.rank_task.prepare(batch, self.device)
 
     def predict(self, batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, Any]]:
-        """Yields each batch, prepared, with the head's predictions on the last stage and None elsewhere."""
+        """Yields each prepared batch with the head's predictions; these are None on all stages but the last."""
         yield from self.schedule.run_forward(batches, None, self.prepare)
 
 
 class Resumption(NamedTuple):
-    """The step and the checkpoint from which a run starts."""
+    """Names the step and the checkpoint from which a run starts."""
 
     first_step: int
     """Number of updates already done; 0 without a checkpoint."""
     checkpoint: Index | None
-    """Index of the checkpoint, whose `data` gives the position in the data; None without a checkpoint."""
+    """Index of the checkpoint; its `data` gives the position in the data. None without a checkpoint."""
 
 
 def resume(
@@ -95,7 +95,7 @@ def resume(
     mesh: Mesh,
     total_steps: int,
 ) -> Resumption:
-    """Loads the newest whole checkpoint, if any, and drops the metrics of later steps. All ranks call it.
+    """Loads the newest whole checkpoint, if any, and drops the metrics of later steps; all ranks call it.
 
     Raises:
         ConfigError: if the checkpoint holds another model, belongs to other tokenizers, or is past `total_steps`.
@@ -107,7 +107,7 @@ def resume(
             f"done. Set it to {newest.step} or more, or use another training.output_dir for a shorter run."
         )
     first_step = store.load(state, newest) if newest else 0
-    engine.global_steps = first_step  # what DeepSpeed's own logs count
+    engine.global_steps = first_step  # the count in DeepSpeed's own logs
     if mesh.is_main:
         continue_csv_files(engine.monitor, first_step if newest else -1)
         if newest:
@@ -125,11 +125,11 @@ def resume(
 
 
 def train(run: Run, steps: Iterable[StepBatch], signals: StopSignals) -> bool:
-    """Trains from `run.first_step` to the end, with progress lines, evaluations and checkpoints on the way.
+    """Trains from `run.first_step` to the end; reports progress, evaluates and saves on the way.
 
-    After a signal to stop, on any rank, all ranks finish their current step, save and return. That takes at most one
-    step, the current save and one more; a rank that waits for data gives up the wait. After a signal before the first
-    step, they return at once.
+    When any rank receives a stop signal, all ranks finish their current step, save and return. This takes at most one
+    step, the current save and one more save. A rank that waits for data stops waiting. If the signal comes before the
+    first step, all ranks return at once.
 
     Args:
         run: the parts of the run.
@@ -137,17 +137,17 @@ def train(run: Run, steps: Iterable[StepBatch], signals: StopSignals) -> bool:
         signals: signals that this rank receives.
 
     Returns:
-        Whether the run is finished; False if it was asked to stop earlier.
+        True if the run is finished; False if it was stopped earlier.
 
     Raises:
         ConfigError: if too many records are broken, a rank gets no data, or the last checkpoint cannot be written.
-        StorageError: if a file system fails. As for a rank without data, the steps done so far are saved first.
+        StorageError: if a file system fails. The steps done so far are saved first, as they are if a rank gets no data.
         NonFiniteLossError: if loss or gradients are not finite in `training.max_skipped_steps` steps in a row. The
             newest checkpoint then holds the weights from before these steps.
     """
     stop = DistributedStopSignals(signals, run.mesh)
     if stop.synchronize() and run.first_step < run.config.training.total_steps:
-        _say(run, f"stopped on {stop.names} before step {run.first_step + 1}; the same command goes on from there")
+        _say(run, f"stopped on {stop.names} before step {run.first_step + 1}; the same command resumes from there")
         return False
     try:
         return _train(run, steps, stop)
@@ -161,7 +161,8 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: DistributedStopSignals) -
     step_counts = StepCounts(run.broken_records, run.mesh)
     skipped, spikes = SkippedSteps(config.max_skipped_steps, run.mesh), LossSpikes()
     run.store.reserve_memory(run.state)
-    done, is_saved = run.first_step, True
+    done = run.first_step
+    has_unsaved_update = False  # whether an update was done since the last save or resume
     feed = StepFeed(steps, run.mesh.activity, done)
     feed.attempt(run.read_validation)
     if not stop.synchronize(feed.error) and done == 0:
@@ -179,61 +180,61 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: DistributedStopSignals) -
         seconds = data_seconds + time.perf_counter() - start
         done = step_batch.step + 1
         run.progress.add(step_batch, update, data_seconds, seconds)
-        is_saved = is_saved and update.is_skipped
-        _note_skip(run, skipped, step_batch, update)
+        if update.is_skipped:
+            _report_skip(run, skipped, step_batch, update)
+        else:
+            has_unsaved_update = True
+            skipped.note_update()
         del step_batch
         is_last = done == config.total_steps
         if not is_last:
-            feed.fetch()  # before the ranks agree, so that a rank without data leaves no other in a step
+            feed.fetch()  # before synchronize, so that no rank starts a step that another has no data for
         stop.synchronize(feed.error)
         if (done % config.log_interval == 0 or is_last or stop.must_stop) and run.progress.has_updates:
             _report(run, done, skipped, spikes)
         if skipped.are_too_many:
-            _end_diverged(run, done, skipped, is_saved=is_saved)
+            _end_diverged(run, done, skipped, must_save=has_unsaved_update)
         if (done % config.eval_interval == 0 or is_last) and not stop.must_stop:
             _evaluate_and_record(run, done)
-        _report_saves(run)  # not after the save: how the last one ends must be left for the end
+        _report_saves(run)  # before the save: the outcome of the last save is read after the loop
         if done % config.save_interval == 0 or is_last or stop.must_stop:
             run.store.save(run.state, done, _data_state(run, done))
-            is_saved = True
+            has_unsaved_update = False
     run.store.finish()
     outcomes = _report_saves(run)
     if outcomes and outcomes[-1].error:
         raise ConfigError(
             f"the checkpoint of step {done} could not be written: {outcomes[-1].error}. The newest whole one is "
-            f"{run.store.newest_path()}; make room or mend the folder and start the same command again: it goes on "
-            "from there."
+            f"{run.store.newest_path()}; free space or fix the folder, then start the same command again: it "
+            "resumes from there."
         )
     if stop.data_fault is not None:
         _say(run, f"a rank got no data for step {done + 1}; the same command resumes from step {done}")
         feed.raise_error(is_storage=stop.data_fault == "storage")
     if done < config.total_steps:
-        _say(run, f"stopped after step {done} on {stop.names}; the same command goes on from there")
+        _say(run, f"stopped after step {done} on {stop.names}; the same command resumes from there")
     return done == config.total_steps
 
 
 def _data_state(run: Run, done: int) -> dict[str, Any]:
-    """Returns the state of the data for a checkpoint after `done` steps (`Index.data`); only the main rank needs it."""
+    """Returns the data state of a checkpoint after `done` steps (`Index.data`); only the main rank needs it."""
     positions = {} if run.order is None else {POSITIONS: run.order.state_after(done)}
     return positions | {BROKEN_RECORDS: run.broken_records.state()}
 
 
-def _note_skip(run: Run, skipped: SkippedSteps, step_batch: StepBatch, update: Update) -> None:
-    """Counts a step that was skipped, and says whose gradients were at fault."""
-    if not update.is_skipped:
-        skipped.note_update()
-        return
+def _report_skip(run: Run, skipped: SkippedSteps, step_batch: StepBatch, update: Update) -> None:
+    """Counts a skipped step and reports which ranks had gradients that were not finite."""
     record = skipped.add(step_batch, update.grad_norm, run.schedule.probe)
     _record(run, record)
     _say(run, skipped.describe(record))
 
 
-def _end_diverged(run: Run, done: int, skipped: SkippedSteps, *, is_saved: bool) -> NoReturn:
-    """Ends the run with a checkpoint of the weights, which are those from before the steps that were skipped.
+def _end_diverged(run: Run, done: int, skipped: SkippedSteps, *, must_save: bool) -> NoReturn:
+    """Ends the run; first saves the weights from before the skipped steps unless the newest checkpoint has them.
 
-    If the newest checkpoint has them already, none is added: starting again and again must not push out older ones.
+    A second checkpoint of the same weights is not written, because repeated restarts would delete all older ones.
     """
-    if not is_saved:
+    if must_save:
         run.store.save(run.state, done, _data_state(run, done))
     run.store.finish()
     _report_saves(run)
@@ -247,7 +248,7 @@ def _end_diverged(run: Run, done: int, skipped: SkippedSteps, *, is_saved: bool)
 
 
 def _report_saves(run: Run) -> list[SaveOutcome]:
-    """Tells how saves ended since the last call."""
+    """Reports and returns the outcomes of the saves that ended since the last call."""
     outcomes = run.store.take_outcomes()
     for outcome in outcomes:
         if outcome.error:
@@ -267,7 +268,9 @@ def _update(run: Run, step_batch: StepBatch, counts: Tensor, rate: float) -> Upd
     mesh = run.mesh
     factors = build_loss_factors(counts, run.terms, mesh.data_parallel_size).to(run.device)
     sums = run.schedule.accumulate_gradients(step_batch.micro_batches, factors, run.prepare)
-    loss = (sums * factors).sum() / mesh.data_parallel_size * (mesh.tensor.rank == 0)  # its peers have the same sums
+    loss = (
+        (sums * factors).sum() / mesh.data_parallel_size * (mesh.tensor.rank == 0)
+    )  # tensor-parallel peers have the same sums
     mesh.activity.begin("update")
     return Update(sums, apply_update(run.engine, mesh), rate, loss)
 
@@ -294,7 +297,7 @@ def _evaluate_and_record(run: Run, done: int) -> None:
 
 
 def _record(run: Run, record: dict[str, Any]) -> None:
-    """Writes to metrics.jsonl and, through DeepSpeed's monitor, to CSV and TensorBoard."""
+    """Writes a record to metrics.jsonl and, through DeepSpeed's monitor, to CSV and TensorBoard."""
     if not run.mesh.is_main:
         return
     run.metrics_log.append(record)

@@ -1,4 +1,4 @@
-"""One loss, however the step is cut into ranks and micro-batches."""
+"""Weights each term so that the loss does not depend on how a step is divided into ranks and micro-batches."""
 
 # K terms of the task.
 
@@ -12,21 +12,21 @@ from beit3_ds.tasks import Term
 
 
 def count_terms(step_batch: StepBatch) -> Tensor:
-    """Returns the counts of each term in this rank's share of a step, (K,) int64, known before any forward pass."""
+    """Returns the count of each term in this rank's share of a step, (K,) int64; needs no forward pass."""
     counts = torch.tensor([batch.term_counts for batch in step_batch.micro_batches], dtype=torch.int64)
     return counts.sum(0)
 
 
 def build_loss_factors(counts: Tensor, terms: Sequence[Term], data_parallel_size: int) -> Tensor:
-    """Returns what each term's sum is multiplied by, (K,) float32.
+    """Returns the factor of each term's sum in the loss, (K,) float32.
 
-    Each term is a mean over the whole step, on all ranks; a term with count 0 is 0. DeepSpeed averages gradients over
-    the data-parallel ranks, so the factors undo that average.
+    Each term is a mean over the whole step on all ranks; a term with count 0 is 0. DeepSpeed averages gradients over
+    the data-parallel ranks; the factors undo this average.
 
     Args:
-        counts: of each term over all ranks, (K,) int64.
-        terms: the task's terms, with their weights.
-        data_parallel_size: ranks that the engine averages over.
+        counts: count of each term over all ranks, (K,) int64.
+        terms: loss terms of the task, with their weights.
+        data_parallel_size: number of ranks that the engine averages over.
     """
     weight = torch.tensor([term.weight for term in terms], dtype=torch.float64)
     factors = torch.where(counts > 0, weight * data_parallel_size / counts.clamp(min=1), 0.0)

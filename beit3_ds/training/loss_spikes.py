@@ -1,4 +1,4 @@
-"""Steps whose loss stands out from those before."""
+"""Finds steps whose loss is far above the losses before them."""
 
 from collections import deque
 from typing import Any
@@ -8,15 +8,15 @@ import numpy as np
 WINDOW = 100
 _AT_LEAST = 20
 _SPREADS = 6
-_SHARE = 0.02  # of the median: where losses hardly vary, no small step is a spike
+_SHARE = 0.02  # of the median; keeps small increases from counting as spikes when losses hardly vary
 _DEVIATIONS_PER_SPREAD = 1.4826  # of a normal distribution
 
 
 class LossSpikes:
     """Compares each step's loss with the median of the last 100, in units of their spread.
 
-    The spread is the median distance from the median, scaled to the standard deviation of a normal distribution, so a
-    spike hides none that follows. Nothing is done about a spike: it is reported and counted, since this process began.
+    The spread is the median absolute deviation, scaled to the standard deviation of a normal distribution. So a spike
+    does not hide the spikes after it. Spikes are only reported and counted; the count starts with the process.
     """
 
     def __init__(self) -> None:
@@ -24,13 +24,13 @@ class LossSpikes:
         self._losses: deque[float] = deque(maxlen=WINDOW)
 
     def find(self, losses: list[tuple[int, float]]) -> list[dict[str, Any]]:
-        """Looks at the losses of more steps, in order.
+        """Finds spikes among the losses of the next steps.
 
         Args:
-            losses: each a step, counted from 1, and its loss, which is finite.
+            losses: pairs of a step, counted from 1, and its finite loss, in order.
 
         Returns:
-            A record of metrics.jsonl for each spike.
+            One record of metrics.jsonl per spike.
         """
         found = []
         for step, loss in losses:
@@ -46,7 +46,7 @@ class LossSpikes:
 
 
 def format_spike(record: dict[str, Any]) -> str:
-    """One line for people."""
+    """Formats the record of a spike as one readable line."""
     return (
         f"loss spike at step {record['step']}: loss {record['loss']:.3f}, median of up to {WINDOW} steps before "
         f"{record['median']:.3f}, spread {record['spread']:.3f}. Its samples are those of step {record['step']} in any "

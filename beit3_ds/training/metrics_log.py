@@ -1,4 +1,4 @@
-"""The run's record on disk: one JSON object a line, in OUTPUT_DIR/metrics.jsonl."""
+"""Keeps the metrics of a run in OUTPUT_DIR/metrics.jsonl, one JSON object per line."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ class MetricsLog:
         self.path = path
 
     def append(self, record: dict[str, Any]) -> None:
-        """Adds one record."""
+        """Appends one record to the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab+") as file:
             if file.tell():
@@ -26,13 +26,13 @@ class MetricsLog:
             file.write(f"{json.dumps(record)}\n".encode())
 
     def records(self) -> list[dict[str, Any]]:
-        """Returns all complete records; ignores other lines, such as one that a kill truncated."""
+        """Returns all complete records; ignores other lines, such as a line truncated by a kill."""
         return [record for record in map(_parse, self._lines()) if record is not None]
 
     def forget_after(self, step: int) -> None:
-        """Drops records of steps that a resumed run will repeat, those after `step` updates.
+        """Drops records of steps after `step`, which a resumed run repeats.
 
-        Lines that are not records, which somebody else wrote, stay.
+        Keeps lines that are not records.
         """
         lines = self._lines()
         kept = [line for line in lines if (record := _parse(line)) is None or record["step"] <= step]
@@ -63,6 +63,6 @@ def _parse(line: str) -> dict[str, Any] | None:
         return None
     if not isinstance(record, dict) or not isinstance(record.get("step"), int):
         return None
-    if record.get("kind") == "heldout":  # its name in version 0.1
+    if record.get("kind") == "heldout":  # the name in version 0.1
         record["kind"] = "validation"
     return record

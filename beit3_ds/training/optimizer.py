@@ -1,4 +1,4 @@
-"""AdamW and what it decays (paper section 2.3)."""
+"""Builds AdamW and decides which parameters it decays (paper section 2.3)."""
 
 import importlib
 import importlib.util
@@ -14,18 +14,18 @@ _NO_DECAY = re.compile(r"(^|[._])(bias|norm|cls_token|mask_token|image_position|
 
 
 def decays(name: str) -> bool:
-    """Whether weight decay applies: to matrices, convolution and word table; not to biases, norms, tokens, positions.
+    """Returns whether a parameter is decayed: all are but biases, norms, CLS and mask tokens, and positions.
 
-    The rule reads names, not shapes, because under ZeRO-3 a parameter's shape is gone once it is partitioned.
+    The rule reads names instead of shapes, because a parameter that ZeRO-3 has partitioned has lost its shape.
     """
     return not _NO_DECAY.search(name)
 
 
 def check_optimizer(config: TrainingConfig) -> None:
-    """Refuses an optimizer that is not installed.
+    """Checks that the configured optimizer is installed.
 
     Raises:
-        ConfigError: with what to install.
+        ConfigError: if it is not; names the package to install.
     """
     if config.optimizer == "apex_fused_adam":
         _find_fused_adam()
@@ -39,11 +39,11 @@ def find_apex(part: str, asked_for: str) -> Any:
     """Imports a part of NVIDIA's apex.
 
     Args:
-        part: the name of the submodule.
-        asked_for: who needs it, for the error.
+        part: name of the submodule.
+        asked_for: setting that needs it, for the error.
 
     Raises:
-        ConfigError: if apex is absent, or is the unrelated package of that name on PyPI.
+        ConfigError: if apex is not installed, or is the unrelated PyPI package of that name.
     """
     try:
         return importlib.import_module(f"apex.{part}")
@@ -56,26 +56,26 @@ def find_apex(part: str, asked_for: str) -> Any:
 
 
 def allocate_moments(optimizer: torch.optim.AdamW) -> None:
-    """Makes AdamW's moments before the first update, zeros as it would make them itself.
+    """Allocates AdamW's moments before the first update, as zeros, to reduce memory fragmentation.
 
-    What stays then lies below what comes and goes with a step. Made in the first update, moments would fill the gaps
-    between its activations, and the next step's would need new memory.
+    AdamW allocates them in the first update by default. They would then fill gaps between freed activations, and the
+    activations of the next step would need new memory.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            # The fused form wants the count on the device.
+            # Fused AdamW needs the count on the device.
             count = torch.zeros((), dtype=torch.float32, device=parameter.device)
             zeros = {kind: torch.zeros_like(parameter, requires_grad=False) for kind in ("exp_avg", "exp_avg_sq")}
             optimizer.state[parameter] = {"step": count, **zeros}
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """Builds AdamW with two parameter groups.
+    """Builds AdamW with two parameter groups: decayed, and not decayed.
 
-    Torch's fused form is ten times faster than its plain one on the CPU too.
+    Uses torch's fused AdamW, which is ten times faster than the plain one, also on the CPU.
 
     Raises:
-        ConfigError: see `check_optimizer`.
+        ConfigError: if the configured optimizer is not installed.
     """
     named = list(model.named_parameters())
     groups: list[dict[str, Any]] = [

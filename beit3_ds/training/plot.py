@@ -1,4 +1,4 @@
-"""A picture of the run: the terms of its task over the steps."""
+"""Draws the loss terms of a run over its steps."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +11,13 @@ from beit3_ds.tasks import Term
 
 
 def plot_losses(records: list[dict[str, Any]], baselines: dict[str, float], terms: Sequence[Term], path: Path) -> None:
-    """Draws each term in training and validation, with its baseline as a dashed line.
+    """Draws each term in training and validation, with its baseline as a dashed line, into a PNG file.
 
     Args:
-        records: the run's metrics.
-        baselines: what a predictor that ignores its input would reach, by term.
-        terms: the task's terms.
-        path: the PNG to write.
+        records: metrics of the run.
+        baselines: best loss of a predictor that ignores its input, by term.
+        terms: loss terms of the task.
+        path: PNG file to write.
     """
     columns = min(2, len(terms))
     rows = -(-len(terms) // columns)

@@ -1,4 +1,4 @@
-"""What happened since the last progress line, and the line itself."""
+"""Collects the figures of training steps and formats them as progress lines."""
 
 import math
 import resource
@@ -17,20 +17,20 @@ from beit3_ds.training.evaluation import mean_terms
 
 
 class Update(NamedTuple):
-    """What one step came to."""
+    """Holds the results of one step."""
 
     sums: Tensor
-    """This rank's sum of each of the task's terms, (K,) float32."""
+    """Sum of each term on this rank, (K,) float32."""
     grad_norm: float
-    """Of all ranks' gradients, before clipping; not finite if the update was skipped."""
+    """Global norm of the gradients before clipping; not finite if the update was skipped."""
     learning_rate: float
-    """Of the step."""
+    """Learning rate of the step."""
     loss: Tensor
-    """This rank's share of the loss that is minimised, a scalar; all ranks' add up to it."""
+    """This rank's share of the minimised loss, a scalar; the loss is the sum over all ranks."""
 
     @property
     def is_skipped(self) -> bool:
-        """Whether weights stayed as they were, on all ranks."""
+        """Returns whether the update was skipped, which is so on all ranks or none."""
         return not math.isfinite(self.grad_norm)
 
 
@@ -38,29 +38,29 @@ OTHER_FIGURES = frozenset(
     {"step", "learning_rate", "grad_norm", "samples_per_second", "tokens_per_second", "mfu", "memory_gib", "data_wait"}
     | {"seconds_left", "broken_records", "skipped_steps", "loss_spikes"}
 )
-"""Figures of a progress line that are neither the loss nor a term of the task."""
+"""Keys of a progress record other than the loss and the terms of the task."""
 
 
 @dataclass
 class Interval:
-    """Sums over the steps since the last progress line, on this rank."""
+    """Holds sums over this rank's steps since the last progress line."""
 
     steps: int = 0
     updates: list[tuple[int, Update]] = field(default_factory=list)
-    """Those that were not skipped, with their steps, from 1."""
+    """Updates that were not skipped, each with its step, counted from 1."""
     seconds: float = 0.0
     data_seconds: float = 0.0
     samples: int = 0
     tokens: int = 0
     flops: float = 0.0
     sums: float | Tensor = 0.0
-    """Of the terms, (K,) float64."""
+    """Sums of the terms, (K,) float64."""
     counts: float | Tensor = 0.0
-    """Of the terms, (K,) float64."""
+    """Counts of the terms, (K,) float64."""
 
 
 class Progress:
-    """Collects steps and reports them at every `log_interval`."""
+    """Collects the steps of an interval and returns the record of their figures."""
 
     def __init__(
         self,
@@ -70,14 +70,14 @@ class Progress:
         peak_flops: float,
         mesh: Mesh,
     ) -> None:
-        """Starts the clock.
+        """Starts an empty interval.
 
         Args:
-            terms: the task's terms.
+            terms: loss terms of the task.
             flops_of: returns the operations of a micro-batch, forward and backward.
-            total_steps: of the run, for the time left.
-            peak_flops: what one rank's device could do a second; MFU is a share of it.
-            mesh: to sum over ranks.
+            total_steps: steps of the run, from which the remaining time is computed.
+            peak_flops: peak FLOP/s of one rank's device, of which MFU is the fraction reached.
+            mesh: ranks to sum over.
         """
         self.terms, self.flops_of = terms, flops_of
         self.total_steps, self.peak_flops, self.mesh = total_steps, peak_flops, mesh
@@ -85,13 +85,19 @@ class Progress:
 
     @property
     def has_updates(self) -> bool:
-        """Whether there are losses to report: not if all steps since the last line were skipped."""
+        """Returns whether any step of the interval was not skipped, so that there are losses to report."""
         return bool(self.interval.updates)
 
     def add(self, step_batch: StepBatch, update: Update, data_seconds: float, seconds: float) -> None:
-        """Adds one finished step and the time it took, waiting for data included.
+        """Adds a finished step.
 
-        A skipped step counts as time and work, but its losses do not.
+        The time and work of a skipped step count, but its losses do not.
+
+        Args:
+            step_batch: this rank's samples of the step.
+            update: results of the step.
+            data_seconds: seconds that the step waited for data.
+            seconds: seconds of the whole step, including `data_seconds`.
         """
         interval = self.interval
         interval.steps += 1
@@ -108,16 +114,16 @@ class Progress:
                 interval.counts = interval.counts + torch.tensor(batch.term_counts, dtype=torch.float64)
 
     def losses(self) -> list[tuple[int, float]]:
-        """The steps since the last line, but for skipped ones, each with its loss. Sends as many numbers."""
+        """Returns the loss of each step that was not skipped since the last line; sends one number per step."""
         losses = torch.stack([update.loss for _, update in self.interval.updates]).double().cpu()
         steps = [step for step, _ in self.interval.updates]
         return list(zip(steps, self.mesh.host.sum(losses).tolist(), strict=True))
 
     def report(self, step: int) -> dict[str, Any]:
-        """Closes the interval: sums it over ranks and returns the record of progress line, CSV and TensorBoard.
+        """Sums the interval over ranks, starts a new one and returns the record for log, CSV and TensorBoard.
 
         Args:
-            step: done so far.
+            step: number of steps done.
         """
         done, self.interval = self.interval, Interval()
         _, last = done.updates[-1]
@@ -142,7 +148,7 @@ class Progress:
 
 
 def format_line(record: dict[str, Any], total_steps: int, terms: Sequence[Term]) -> str:
-    """Formats one progress line a person can read."""
+    """Formats a training record as one readable progress line."""
     shown = "  ".join(f"{term.name} {record[term.name]:.3f}" for term in terms if term.name in record)
     broken = f" | broken records {record['broken_records']}" if record.get("broken_records") else ""
     left = time.strftime("%H:%M:%S", time.gmtime(record["seconds_left"]))
@@ -158,7 +164,7 @@ def format_line(record: dict[str, Any], total_steps: int, terms: Sequence[Term])
 
 
 def format_evaluation(record: dict[str, Any], terms: Sequence[Term]) -> str:
-    """Formats one line of validation means; a term of several sources is followed by the mean over each source."""
+    """Formats validation means as one line; if a term has several sources, the mean over each follows it."""
     shown = []
     for name in (term.name for term in terms if term.name in record):
         sources = [(key.partition("/")[2], mean) for key, mean in record.items() if key.startswith(f"{name}/")]
@@ -168,7 +174,7 @@ def format_evaluation(record: dict[str, Any], terms: Sequence[Term]) -> str:
 
 
 def peak_memory_gib() -> float:
-    """Largest memory this rank held so far: of the GPU, else of the process."""
+    """Returns the peak memory of this rank in GiB: memory of the GPU if there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

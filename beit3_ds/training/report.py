@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: plot, the task's pages and a summary."""
+"""Writes the report of a finished run: plot, pages of the task and a summary."""
 
 import functools
 import json
@@ -13,10 +13,10 @@ from beit3_ds.training.plot import plot_losses
 
 
 def write_report(run: Run) -> None:
-    """Writes losses.png, the task's pages and summary.json into the output folder and prints the summary.
+    """Writes losses.png, the task's pages and summary.json to the output folder and prints the summary.
 
-    A file that cannot be written is reported in one line, and the run still counts as finished. All ranks call it,
-    because the forward pass and the baselines need them all.
+    If a file cannot be written, one line says so, and the run still counts as finished. All ranks call it, because
+    they all take part in the forward pass and the baselines.
     """
     folder = Path(run.config.training.output_dir)
     baselines = run.rank_task.baselines(run)
@@ -34,7 +34,7 @@ def write_report(run: Run) -> None:
 
 
 def format_summary(summary: dict[str, Any]) -> str:
-    """Formats the summary as a readable table, which names only files that were written."""
+    """Formats the summary as a readable table; it names only files that were written."""
     lines = [f"\nFinished {summary['steps']} steps."]
     wide = max([10, *map(len, summary["validation"])])
     if summary["validation"]:

@@ -1,4 +1,4 @@
-"""Steps whose update was left out because a loss or a gradient was not finite."""
+"""Counts steps whose update was skipped because a loss or gradient was not finite, and finds the ranks at fault."""
 
 from typing import Any
 
@@ -6,21 +6,21 @@ from beit3_ds.batch import StepBatch
 from beit3_ds.parallel import Mesh
 from beit3_ds.pipeline.gradient_probe import GradientProbe
 
-_LISTED = 8  # ranks, and samples of each, in the lines for people; the record has all
+_LISTED = 8  # ranks, and samples per rank, in printed lines; the record has all
 
 
 class NonFiniteLossError(RuntimeError):
-    """Losses or gradients were not finite in too many steps in a row: training has diverged, or a device is broken."""
+    """Reports too many skipped steps in a row: training has diverged, or a device is faulty."""
 
 
 class SkippedSteps:
-    """Counts skipped steps and finds out where they come from; all ranks call it alike, for all know the same norm."""
+    """Counts skipped steps and finds the ranks that caused them; all ranks call its methods alike."""
 
     def __init__(self, limit: int, mesh: Mesh) -> None:
-        """Begins to count.
+        """Starts the counts at 0.
 
         Args:
-            limit: skipped steps in a row after which the run must stop (`training.max_skipped_steps`).
+            limit: number of skipped steps in a row at which the run stops (`training.max_skipped_steps`).
             mesh: the ranks.
         """
         self.limit, self._mesh = limit, mesh
@@ -28,21 +28,21 @@ class SkippedSteps:
 
     @property
     def are_too_many(self) -> bool:
-        """Whether the run must stop."""
+        """Returns whether the run must stop."""
         return self.in_a_row >= self.limit
 
     def note_update(self) -> None:
-        """An update was done, so the next skipped step is the first in a row."""
+        """Ends a row of skipped steps, because an update was done."""
         self.in_a_row = 0
 
     def add(self, step_batch: StepBatch, grad_norm: float, probe: GradientProbe) -> dict[str, Any]:
-        """Counts a skipped step and gathers which ranks' own gradients were not finite, with the samples they saw.
+        """Counts a skipped step and finds the ranks whose own gradients were not finite, with their samples.
 
-        Sends the names of those samples from every such rank to all.
+        Sends the sample names of these ranks to all ranks.
 
         Returns:
-            The record of metrics.jsonl. "ranks" holds a rank's number and name, and its micro-batches with their
-            samples; it is empty if every rank's own gradients were finite, and only their sum was not.
+            Record of metrics.jsonl. "ranks" lists each such rank's number, name and micro-batches with their samples.
+            It is empty if the gradients of each rank were finite and only their sum was not.
         """
         self.total += 1
         self.in_a_row += 1
@@ -64,7 +64,7 @@ class SkippedSteps:
         }
 
     def describe(self, record: dict[str, Any]) -> str:
-        """Lines for people about what `add` returned."""
+        """Formats the record of `add` as readable lines."""
         lines = [
             f"WARNING: step {record['step']} is skipped on all ranks, {record['in_a_row']} in a row (the run stops at "
             f"training.max_skipped_steps={self.limit}): the gradients' norm is {record['grad_norm']}. Weights and "
@@ -75,7 +75,7 @@ class SkippedSteps:
         if len(ranks) > _LISTED:
             lines.append(f"  and on {len(ranks) - _LISTED} more ranks: see metrics.jsonl")
         if not ranks:
-            lines.append("  Each rank's own gradients are finite: their sum is too large, or was damaged on the way.")
+            lines.append("  Each rank's own gradients are finite: their sum overflowed, or was corrupted in transit.")
         return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Checks of a start, and of `beit3 check`, before any data is read."""
+"""Checks software, device and output folder before any data is read, for a run and for `beit3 check`."""
 
 import importlib.util
 import os
@@ -15,10 +15,10 @@ _MONITOR_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
 def check_software(config: RunConfig) -> None:
-    """Refuses a run that needs a package or kernels that are not installed.
+    """Checks that the packages and kernels that a run needs are installed.
 
     Raises:
-        ConfigError: naming the package or kernels to install.
+        ConfigError: if not; names the package or kernels to install.
     """
     check_optimizer(config.training)
     _check_kernels_are_built(config.training)
@@ -31,10 +31,10 @@ def check_software(config: RunConfig) -> None:
 
 
 def check_device(config: TrainingConfig) -> None:
-    """Refuses a run whose kernels need another device than this machine has.
+    """Checks that this machine has the device that the configured kernels need.
 
     Raises:
-        ConfigError: naming the setting to leave out.
+        ConfigError: if not; names the setting to leave out.
     """
     if config.kernels != "triton" and not torch.cuda.is_available():
         raise ConfigError(
@@ -44,10 +44,10 @@ def check_device(config: TrainingConfig) -> None:
 
 
 def check_output_dir(folder: Path) -> None:
-    """Refuses an output folder that could not be created or written; creates nothing.
+    """Checks that an output folder can be created and written; creates nothing.
 
     Raises:
-        ConfigError: naming the folder or file at fault.
+        ConfigError: if not; names the folder or file at fault.
     """
     nearest = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(parent))
     if not nearest.is_dir():
@@ -57,10 +57,10 @@ def check_output_dir(folder: Path) -> None:
 
 
 def prepare_output_dir(folder: Path) -> None:
-    """Creates the output folder and writes to it once.
+    """Creates the output folder and tests that it can be written.
 
     Raises:
-        ConfigError: if it cannot be written.
+        ConfigError: if it cannot be created or written.
     """
     check_output_dir(folder)
     try:
@@ -73,7 +73,7 @@ def prepare_output_dir(folder: Path) -> None:
 
 def _unwritable(folder: Path, reason: str) -> ConfigError:
     return ConfigError(
-        f"training.output_dir={folder} cannot be written: {reason}. Fix the folder, make room, or name another one."
+        f"training.output_dir={folder} cannot be written: {reason}. Fix the folder, free space, or choose another one."
     )
 
 

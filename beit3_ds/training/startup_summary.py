@@ -1,4 +1,4 @@
-"""One line at the start of a run that says what it runs on, with and as."""
+"""Describes versions, hosts, devices, layout and steps of a run in one line at its start."""
 
 import subprocess
 from collections import Counter
@@ -15,14 +15,14 @@ from beit3_ds.parallel import Mesh
 
 
 def describe_startup(config: RunConfig, mesh: Mesh, state: EngineState, device: torch.device, first_step: int) -> str:
-    """Gathers the line from all ranks, which all call it; sends a few words a rank.
+    """Returns one line that describes the run on all ranks; all ranks call it, and each sends a few words.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         mesh: the ranks.
-        state: of this rank's stage.
-        device: that this rank trains on.
-        first_step: steps that are done already.
+        state: engine state of this rank.
+        device: device of this rank.
+        first_step: number of steps already done.
     """
     elements = sum(tensor.shape.numel() for tensor in state.local_tensors.values())
     own = (_describe_device(device), elements if mesh.coords == (mesh.pipeline.rank, 0, 0) else 0)
@@ -47,8 +47,8 @@ def describe_startup(config: RunConfig, mesh: Mesh, state: EngineState, device: 
 
 def _describe_step(config: RunConfig, data_parallel_size: int) -> str:
     shares = config.step_shares(data_parallel_size)
-    text = f"{config.samples_per_step} samples a step in {config.gradient_accumulation_steps} micro-batches a rank"
-    return text if shares.is_even else f"{text}, uneven: {shares.smallest_rank} or {shares.largest_rank} a rank"
+    text = f"{config.samples_per_step} samples per step in {config.gradient_accumulation_steps} micro-batches per rank"
+    return text if shares.is_even else f"{text}, uneven: {shares.smallest_rank} or {shares.largest_rank} per rank"
 
 
 def _describe_hosts(hosts: Sequence[str]) -> str:
@@ -67,7 +67,7 @@ def _describe_device(device: torch.device) -> str:
 
 
 def _find_commit() -> str:
-    """The commit of the sources, if they lie in a repository of their own."""
+    """Returns the commit of the sources in parentheses; an empty text if they are not in a repository."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return ""

@@ -1,4 +1,4 @@
-"""Fetches a rank's steps between two updates, when all ranks can still agree to save and to end."""
+"""Fetches the steps of a rank between updates, when all ranks can still agree to save and stop."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -10,18 +10,18 @@ from beit3_ds.storage_error import StorageError
 
 
 class StepFeed:
-    """Fetches steps and keeps errors, so that the ranks can agree on them (`DistributedStopSignals.synchronize`).
+    """Fetches steps and keeps any error until all ranks agree on it (`DistributedStopSignals.synchronize`).
 
     Attributes:
-        error: why this rank has no data; None if it has.
+        error: reason why this rank has no data; None if it has data.
     """
 
     def __init__(self, steps: Iterable[StepBatch], activity: Activity, first_step: int) -> None:
-        """Reads nothing yet.
+        """Prepares to fetch; reads nothing.
 
         Args:
             steps: this rank's steps, from `first_step` on.
-            activity: receives what this rank is doing.
+            activity: receives the current activity of this rank.
             first_step: number of updates already done.
         """
         self._steps: Iterator[StepBatch] = iter(steps)
@@ -31,7 +31,7 @@ class StepFeed:
 
     @property
     def has_step(self) -> bool:
-        """Returns whether a step was fetched; False also if the process was asked to stop during the wait."""
+        """Returns whether a step was fetched; False also if a stop signal ended the wait."""
         return self._fetched is not None
 
     def fetch(self) -> None:
@@ -48,17 +48,21 @@ class StepFeed:
         return fetched
 
     def attempt(self, read: Callable[[], None]) -> None:
-        """Calls a function that reads data; keeps its error for `raise_error`."""
+        """Calls a function that reads data and keeps its error for `raise_error`."""
         try:
             read()
         except (ConfigError, StorageError) as error:
             self.error = error
 
     def raise_error(self, is_storage: bool) -> None:
-        """Ends the run on this rank, once the ranks have agreed that one of them has no data.
+        """Raises this rank's error, or one that points to another rank; call it once all ranks agreed to end.
 
         Args:
-            is_storage: whether a file system failed on that rank.
+            is_storage: True if a file system failed on the rank without data.
+
+        Raises:
+            ConfigError: if a rank has no data for another reason than its file system.
+            StorageError: if a file system failed.
         """
         if self.error is not None:
             raise self.error

@@ -1,4 +1,4 @@
-"""Ranks that work more slowly than the others."""
+"""Finds ranks that are slower than the others."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -16,13 +16,13 @@ _MEASURES = {"work": "its own work", "data": "its data"}
 
 
 class TimedSteps:
-    """Steps that a rank reads itself, with the time that it waits for them."""
+    """Iterates over the steps that a rank reads itself and measures its wait for them."""
 
     def __init__(self, steps: Iterable[StepBatch]) -> None:
         self._steps, self.stopwatch = steps, Stopwatch(torch.device("cpu"))
 
     def __iter__(self) -> Iterator[StepBatch]:
-        """Yields the steps."""
+        """Yields the steps; the stopwatch runs during each wait."""
         iterator = iter(self._steps)
         while True:
             with self.stopwatch.running():
@@ -33,31 +33,35 @@ class TimedSteps:
 
 
 class Stragglers:
-    """Compares what ranks do before they wait for each other: the times of whole steps are equal on all of them.
+    """Compares the times that ranks spend before they wait for each other.
 
-    Two times are taken. "data": what a rank that reads waits for its step, that is for its worker processes and disks.
-    "work": moving batches to the device and the visual tokenizer's forward pass, and under ZeRO-0 to 2 without tensor
-    parallelism also the model's forward passes; other passes wait for other ranks in between. It shows a device or a
-    host that is slow all the time, or a rank with more work. It does not show what is slow in backward passes, in the
-    update or on the network alone, nor, under ZeRO-3 or tensor parallelism, anything on stages without heads; and ranks
-    are compared with those of their own stage only, which do the same work.
+    Times of whole steps show no straggler, because ranks wait for each other and all take equally long. Two times are
+    compared, among the ranks of one stage, which do the same work:
+
+    * "data": how long a rank that reads waits for its worker processes and disks.
+    * "work": how long a rank moves batches to the device and runs the visual tokenizer forward. Under ZeRO-0 to 2
+      without tensor parallelism, the forward passes of the model count too. Other passes wait for other ranks.
+
+    The comparison finds a device or host that is always slow, and a rank with more work. It does not find slowness
+    only in backward passes, in the update or on the network. Under ZeRO-3 or tensor parallelism, it finds nothing on
+    stages without heads.
     """
 
     def __init__(self, mesh: Mesh, work: Stopwatch, data: Stopwatch) -> None:
-        """Takes the stopwatches of this rank, which others run."""
+        """Keeps the stopwatches of this rank, which the schedule and `TimedSteps` start and stop."""
         self._mesh, self._stopwatches = mesh, (work, data)
 
     def report(self, steps: int, step_seconds: float) -> tuple[dict[str, Any], list[str]]:
-        """Compares the time since the last report. All ranks call it; sends 2 numbers a rank.
+        """Compares the times since the last report. All ranks call it; sends 2 numbers per rank.
 
         Args:
-            steps: in that time.
-            step_seconds: that one took.
+            steps: number of steps since the last report.
+            step_seconds: mean seconds per step.
 
         Returns:
-            Figures for metrics.jsonl: of each measure the rank that is most above the median of its stage, its seconds
-            a step and that median. And a line for each rank that is clearly above it: by half of the median, and by a
-            twentieth of the step.
+            Figures for metrics.jsonl, and lines about stragglers. For each measure, the figures are the rank most above
+            the median of its stage, its seconds per step, and that median. A rank is a straggler if it exceeds the
+            median by half of it, and by a twentieth of the step.
         """
         seconds = torch.zeros(self._mesh.num_ranks, len(_MEASURES), dtype=torch.float64)
         seconds[self._mesh.host.rank] = torch.tensor([stopwatch.take() / steps for stopwatch in self._stopwatches])
@@ -80,8 +84,8 @@ class Stragglers:
             is_slow = (own > _TIMES_MEDIAN * median) & (own - median > _SHARE_OF_STEP * step_seconds)
             slow = sorted(is_slow.nonzero().flatten().tolist(), key=lambda rank: -float(own[rank]))
             lines += [
-                f"straggler: {self._mesh.describe(rank)} takes {own[rank]:.3f} s a step for {words}, the median of its "
-                f"stage is {median[rank]:.3f} s (a step takes {step_seconds:.3f} s)"
+                f"straggler: {self._mesh.describe(rank)} takes {own[rank]:.3f} s per step for {words}, the median of "
+                f"its stage is {median[rank]:.3f} s (a step takes {step_seconds:.3f} s)"
                 for rank in slow[:_LISTED]
             ]
             if len(slow) > _LISTED:

@@ -1,4 +1,4 @@
-"""The state of an unfinished training of the visual tokenizer: one file beside the tokenizer's own."""
+"""Saves and loads the state of the visual tokenizer's training, in one file beside the tokenizer."""
 
 import pickle
 from pathlib import Path
@@ -17,25 +17,26 @@ _NUM_IMAGES = "number of training images"
 
 
 class Restored(NamedTuple):
-    """Content of a checkpoint beside weights, codebook and optimizer state, which are loaded in place."""
+    """Holds the rest of a checkpoint; weights, codebook and optimizer state are loaded in place."""
 
     step: int
-    """Updates done."""
+    """Number of updates done."""
     center: Tensor
-    """Mean of the teacher's features."""
+    """Mean of the teacher's features, (E,)."""
     broken_records: dict[str, str]
     """Broken images found so far (`broken_records.BrokenRecords.state`)."""
 
 
 class TokenizerCheckpoint:
-    """The file `PATH.training.pt`: step, weights, codebook, optimizer state and the mean of the teacher's features.
+    """Manages the checkpoint file `PATH.training.pt`.
 
-    Nothing random is saved, because the order of images and their crops follow from the seed and the step. It holds
-    tensors and plain values only and is read with `weights_only`.
+    The file holds step, weights, codebook, optimizer state and the mean of the teacher's features. It holds no random
+    state, because the seed and the step determine the order and crops of the images. It holds only tensors and plain
+    values, and is read with `weights_only`.
 
     Args:
-        config: the run; settings that the training depends on are kept in the file and compared when it is read.
-        num_images: number of training images, which decides their order; None skips the comparison.
+        config: the configuration; settings that affect the training are saved in the file and compared on loading.
+        num_images: number of training images, which determines their order; None skips the comparison.
     """
 
     def __init__(self, config: RunConfig, num_images: int | None = None) -> None:
@@ -53,7 +54,7 @@ class TokenizerCheckpoint:
         center: Tensor,
         broken_records: dict[str, str],
     ) -> None:
-        """Writes the state after `step` updates; a killed run leaves a complete file."""
+        """Writes the state after `step` updates; a kill during the write leaves the previous file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         state = {"step": step, "recipe": self._recipe, "center": center, "broken_records": broken_records}
         state |= {"tokenizer": tokenizer.state_dict(), "optimizer": optimizer.state_dict()}
@@ -64,10 +65,10 @@ class TokenizerCheckpoint:
         """Restores weights, codebook and optimizer, if there is a checkpoint.
 
         Returns:
-            The rest of the checkpoint's content; None if there is no checkpoint.
+            Rest of the checkpoint; None if there is no checkpoint.
 
         Raises:
-            ConfigError: if the file is not a checkpoint, or one of another recipe.
+            ConfigError: if the file is not a checkpoint or has another recipe.
         """
         if not self.path.exists():
             return None
@@ -91,5 +92,5 @@ class TokenizerCheckpoint:
         if changes := find_changes(recipe, self._recipe):
             raise ConfigError(
                 f"tokenizers.visual: {self.path} was saved by a training with another recipe: {changes}. Undo the "
-                f"change to go on from it, or delete the file to start anew."
+                f"change to resume from it, or delete the file to start again."
             )

@@ -1,7 +1,7 @@
-"""Training of the visual tokenizer: reconstruct a teacher's features from codes (BEiT v2, sec. 2.2 and 3.1).
+"""Trains the visual tokenizer to reconstruct a teacher's features from codes (BEiT v2, sec. 2.2 and 3.1).
 
-Ranks are joined by torch's DistributedDataParallel instead of DeepSpeed's engine: a tokenizer of base size has 107M
-parameters, which fit every device whole, and the DeepSpeed keys of the JSON file describe the pretraining.
+Uses torch's DistributedDataParallel instead of DeepSpeed's engine. A tokenizer of base size has 107M parameters, which
+fit on every device, and the DeepSpeed keys of the JSON file configure the pretraining.
 """
 
 import socket
@@ -28,7 +28,7 @@ from beit3_ds.training.learning_rate import tokenizer_learning_rate
 from beit3_ds.training.tokenizer_checkpoint import TokenizerCheckpoint
 
 _ADAM_BETAS = (0.9, 0.99)
-_USAGE_IMAGES = 1024  # images over which the finished tokenizer's codes are counted, at most
+_USAGE_IMAGES = 1024  # images whose codes are counted at the end, at most
 _START_VECTORS_PER_CODE = 16  # BEiT v2's first batch has 512 * 196 / 8192 = 12
 
 
@@ -40,31 +40,31 @@ def train_visual_tokenizer(
     device: str | torch.device = "cpu",
     report: Callable[[str], None] = print,
 ) -> CodeUsage:
-    """Trains the tokenizer of `config.tokenizers.visual` and writes its file, resuming from a checkpoint if any.
+    """Trains the tokenizer of `config.tokenizers.visual` and writes its file; resumes from a checkpoint, if any.
 
-    Loss: mean of 1 - cos(reconstruction, teacher's features without their mean) over all patches, plus
-    `commitment_weight` times the commitment loss. In the first `continuous_steps` the decoder sees the encoder's own
-    vectors; then k-means starts the codebook.
+    The loss is the mean of 1 - cos(reconstruction, teacher's features without their mean) over all patches, plus
+    `commitment_weight` times the commitment loss. In the first `continuous_steps` steps the decoder gets the encoder's
+    vectors without quantization; then k-means initialises the codebook.
 
-    The result depends on the seed and, except for rounding, not on the number of ranks. A resumed training equals an
-    uninterrupted one bit for bit if all-reduce is deterministic. Communicates, each step: the gradients' mean, the
-    codebook's statistics.
+    The result depends on the seed, but not on the number of ranks, except for rounding. Resumed and uninterrupted
+    training give the same bits if all-reduce is deterministic. Each step all-reduces the gradients and the statistics
+    of the codebook.
 
     Args:
-        config: the run; `tokenizers.visual`, `training.seed`, `training.log_interval` and `data.num_workers` are read,
-            and the train files, to detect a checkpoint of other data.
-        images: views by position in an endless order, whose length is that of one epoch. Step s takes the positions
+        config: the configuration; `tokenizers.visual`, `training.seed`, `training.log_interval` and `data` are used.
+            The train files are compared with those of the checkpoint.
+        images: views by position in an endless order; its length is that of one epoch. Step s uses the positions
             [s * batch_size, (s + 1) * batch_size), and each rank reads its part of them.
-        mesh: the ranks that train together; None is this process alone.
-        device: where this rank's networks run.
+        mesh: ranks that train together; None is this process alone.
+        device: device of this rank.
         report: receives progress lines on the main rank.
 
     Returns:
-        The use of the finished tokenizer's codes over at most 1024 of the images.
+        Usage of the finished tokenizer's codes over at most 1024 of the images.
 
     Raises:
-        ConfigError: if there are no images, they do not have the configured size, `batch_size` does not divide over the
-            ranks, or a checkpoint is of another recipe.
+        ConfigError: if there are no images, their size is not the configured one, the number of ranks does not divide
+            `batch_size`, too many images are broken, or the checkpoint has another recipe.
     """
     training = _Training(config, images, mesh, torch.device(device), report if _is_main(mesh) else _silent)
     training.run()
@@ -72,7 +72,7 @@ def train_visual_tokenizer(
 
 
 class _Training:
-    """The parts of one training and its loop."""
+    """Holds the parts of one training and its loop."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class _Training:
         self.optimizer = build_tokenizer_optimizer(self.tokenizer)
         self.network = _join_ranks(self.tokenizer, self.group)
         self.checkpoint = TokenizerCheckpoint(config, len(images))
-        if mesh is not None:  # otherwise some ranks could resume and others begin
+        if mesh is not None:  # otherwise some ranks could resume and others start from step 0
             check_same_files(mesh, {"the unfinished training of tokenizers.visual.path": str(self.checkpoint.path)})
         restored = self.checkpoint.load(self.tokenizer, self.optimizer)
         self.first_step = 0 if restored is None else restored.step
@@ -105,13 +105,13 @@ class _Training:
             {} if restored is None else restored.broken_records,
         )
         self.met: dict[str, str] = {}
-        """Broken images that this rank has found since it last shared them."""
+        """Broken images found by this rank and not yet shared."""
         self.center = self._mean_features() if restored is None else restored.center.to(device)
         if restored is not None:
-            report(f"visual tokenizer: goes on from {self.checkpoint.path} after step {self.first_step}")
+            report(f"visual tokenizer: resuming after step {self.first_step} from {self.checkpoint.path}")
 
     def run(self) -> None:
-        """Does the steps that are left, with progress lines and checkpoints."""
+        """Does the remaining steps, with progress lines and checkpoints."""
         visual, log_interval = self.visual, self.config.training.log_interval
         progress = _Progress(visual, self.first_step, self.report)
         counter = CodeCounter(visual.codebook_size, self.device)
@@ -134,7 +134,7 @@ class _Training:
                 self.checkpoint.save(done, self.tokenizer, self.optimizer, self.center, known)
 
     def finish(self) -> CodeUsage:
-        """Writes the tokenizer's file and counts its codes over training images."""
+        """Writes the tokenizer's file, counts its codes over training images and returns their usage."""
         if _is_main(self.mesh):
             save_visual_tokenizer(self.visual.path, self.tokenizer)
             save_recipe(self.visual.path, visual_recipe(self.config))
@@ -148,7 +148,7 @@ class _Training:
         return usage
 
     def _update(self, step: int, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """One optimizer step; returns this rank's loss and cosine, (2,), and its codes, None before there are any."""
+        """Does one optimizer step; returns this rank's loss and cosine, (2,), and its codes, if any."""
         for group in self.optimizer.param_groups:
             group["lr"] = tokenizer_learning_rate(self.visual, step)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.visual.bf16):
@@ -163,7 +163,7 @@ class _Training:
         return torch.stack([loss.detach(), cosine.detach()]), codes
 
     def _batches(self, first_step: int, last_step: int) -> Iterator[Tensor]:
-        """This rank's part of the batches of steps [first_step, last_step), on its device."""
+        """Yields this rank's part of the batches of steps [first_step, last_step), on its device."""
         rank, size = (0, 1) if self.mesh is None else (self.mesh.data_parallel_rank, self.mesh.data_parallel_size)
         share = self.visual.batch_size // size
         starts = (step * self.visual.batch_size + rank * share for step in range(first_step, last_step))
@@ -176,7 +176,7 @@ class _Training:
             yield view.pixels.to(self.device, non_blocking=True)
 
     def _share_broken_records(self, where: str) -> None:
-        """Shares broken images with all ranks and names new ones; all ranks call it.
+        """Shares broken images with all ranks and reports new ones; all ranks call it.
 
         Raises:
             ConfigError: on all ranks, if there are more than `data.max_broken_records`.
@@ -189,13 +189,15 @@ class _Training:
             self.report(f"visual tokenizer: {line}")
 
     def _start_batches(self) -> Iterator[Tensor]:
-        """Batches with enough patches to start the codebook: one, or more where a batch is small."""
+        """Yields enough batches to initialise the codebook: one, or more if a batch is small."""
         patches = self.visual.batch_size * self.visual.grid_size**2
         return self._batches(0, -(-_START_VECTORS_PER_CODE * self.visual.codebook_size // patches))
 
     def _mean_features(self) -> Tensor:
-        """Mean of the teacher's features, (E,): without it, which white backgrounds rule, a constant reconstruction
-        would score most of the cosine."""
+        """Returns the mean of the teacher's features, (E,), which targets leave out.
+
+        White backgrounds dominate the mean; with it, a constant reconstruction would reach most of the cosine.
+        """
         means = torch.stack([self.teacher(pixels).mean(dim=(0, 1)) for pixels in self._start_batches()])
         return self._mean_over_ranks(means.mean(dim=0))
 
@@ -209,7 +211,7 @@ class _Training:
 
 
 def build_tokenizer_optimizer(tokenizer: VisualTokenizer) -> AdamW:
-    """AdamW without decay on biases, norms, positions and class tokens."""
+    """Builds AdamW without decay on biases, norms, positions and class tokens."""
     named = list(tokenizer.named_parameters())
     decayed = [p for name, p in named if p.ndim > 1 and not name.endswith(("pos_embed", "cls_token"))]
     others = [p for name, p in named if p.ndim <= 1 or name.endswith(("pos_embed", "cls_token"))]
@@ -219,7 +221,10 @@ def build_tokenizer_optimizer(tokenizer: VisualTokenizer) -> AdamW:
 
 
 def _join_ranks(tokenizer: VisualTokenizer, group: dist.ProcessGroup | None) -> nn.Module:
-    """Averages gradients over the ranks. Buffers stay: the codebook moves by sums over all ranks, alike on each."""
+    """Wraps the tokenizer so that gradients are averaged over the ranks.
+
+    Buffers are not synchronised: the codebook is updated by sums over all ranks, so it is equal on all ranks.
+    """
     if group is None or dist.get_world_size(group) == 1:
         return tokenizer
     return DistributedDataParallel(tokenizer, process_group=group, forward_sync_buffers=False)
@@ -230,7 +235,7 @@ def _is_main(mesh: Mesh | None) -> bool:
 
 
 def _silent(line: str) -> None:
-    """Reports nothing: one rank's lines are enough."""
+    """Reports nothing, because only the main rank reports."""
 
 
 def _check_images(images: Views, image_size: int) -> None:
@@ -255,7 +260,7 @@ def _check_batch_size(batch_size: int, mesh: Mesh | None) -> None:
 
 
 class _Progress:
-    """Writes one line of figures for every logged step."""
+    """Reports one line of figures per logged step."""
 
     def __init__(self, visual: VisualTokenizerConfig, first_step: int, report: Callable[[str], None]) -> None:
         self._visual, self._first_step, self._report = visual, first_step, report
@@ -263,11 +268,11 @@ class _Progress:
         self._warned = False
 
     def show(self, step: int, losses: Tensor, usage: CodeUsage | None, broken_records: int) -> None:
-        """Reports a step.
+        """Reports the figures of a step.
 
         Args:
             step: number of steps done.
-            losses: loss and cosine.
+            losses: loss and cosine, (2,).
             usage: usage of codes since the last report; None without codes.
             broken_records: number of broken records found so far.
         """

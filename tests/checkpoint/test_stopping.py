@@ -57,7 +57,7 @@ def test_signal_during_the_start_stops_before_the_first_step(run_mapping: dict[s
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0
-    assert "stopped on SIGUSR1 before step 1; the same command goes on from there" in output
+    assert "stopped on SIGUSR1 before step 1; the same command resumes" in output
     assert "step 1/" not in output
     assert not (tmp_path / "run" / "checkpoints").exists()
 

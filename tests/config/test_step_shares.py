@@ -107,6 +107,6 @@ def test_check_says_how_uneven() -> None:
     text = describe_dry_run(build_run_config(mapping), 7)
     (line,) = (line for line in text.splitlines() if line.startswith("micro-batch"))
     # 24 samples over 7 ranks: 4, 4, 4, 3, 3, 3, 3; 7 x 4 would fit in the time of the largest
-    assert "1 to 2 samples a data-parallel rank: 0 to 1 images, 0 to 1 pairs, 0 to 1 texts; 2 a step" in line
-    assert "Uneven: 3 or 4 samples a rank and step, 14.3% of the ranks' time waits for the largest" in line
+    assert "1 to 2 samples per data-parallel rank: 0 to 1 images, 0 to 1 pairs, 0 to 1 texts; 2 per step" in line
+    assert "Uneven: 3 or 4 samples per rank and step, 14.3% of the ranks' time waits for the largest" in line
     assert "Uneven" not in describe_dry_run(build_run_config(mapping), 4)

@@ -72,7 +72,7 @@ def test_engine_holds_adapted_weights(tmp_path: Path) -> None:
         if not name.startswith("heads.mim"):
             assert torch.equal(found[f"weight {name}"], tensor), name
     line = InitialWeights(path, setup.config()).describe()
-    assert line.startswith(f"begins with the weights of {path}; positions of ")
+    assert line.startswith(f"starts from the weights of {path}; positions of ")
     assert "initial values for text positions 9 to" in line and "copied from their vision experts" in line
     assert line.endswith("; initial values for heads.mim.weight, heads.mim.bias")
 

@@ -61,7 +61,7 @@ def test_skipped_steps_are_named_and_too_many_end_the_run(config: str, tmp_path:
     (status, output, _), (other_status, other_output, names) = run_ranks(train_with_faults, 2, config, FAULTY_STEPS)
     assert (status, other_status) == (2, 2), output
     (setup,) = (line for line in output.splitlines() if line.startswith("beit3_ds "))
-    for words in ("1 host x 2 ranks (", "ZeRO-3, fp32", "12 samples a step in 2", "steps 1 to 14, seed 1"):
+    for words in ("1 host x 2 ranks (", "ZeRO-3, fp32", "12 samples per step in 2", "steps 1 to 14, seed 1"):
         assert words in setup, setup
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     skipped = [record for record in records if record["kind"] == "skipped_step"]

@@ -44,7 +44,7 @@ def test_one_slow_rank_of_a_stage(slow: int, noise: list[float]) -> None:
     figures, (line,) = compare(work, [0.0] * 8, 1.0)
     assert figures["work_slowest_rank"] == slow and figures["work_seconds"] == pytest.approx(work[slow])
     coords = f"stage {slow // 4}, data-parallel rank {slow % 4}, tensor-parallel rank 0, host node{slow // 4}"
-    assert line.startswith(f"straggler: rank {slow} ({coords}) takes {work[slow]:.3f} s a step for its own work, ")
+    assert line.startswith(f"straggler: rank {slow} ({coords}) takes {work[slow]:.3f} s per step for its own work, ")
     assert figures["work_seconds_median"] < 1.2 and work[slow] / figures["work_seconds_median"] > 1.6
 
 
@@ -53,7 +53,7 @@ def test_short_times_are_left_alone() -> None:
     figures, lines = compare([1.0] * 8, [0.001] * 7 + [0.01], 1.0)
     assert lines == [] and figures["data_slowest_rank"] == 7
     _, (line,) = compare([1.0] * 8, [0.001] * 7 + [0.2], 1.0)
-    assert "takes 0.200 s a step for its data, the median of its stage is 0.001 s (a step takes 1.000 s)" in line
+    assert "takes 0.200 s per step for its data, the median of its stage is 0.001 s (a step takes 1.000 s)" in line
 
 
 def test_a_slow_host_is_cut_short() -> None:
