@@ -172,7 +172,7 @@ class MultiwayLayerNorm(nn.Module):
         return NormOutput(*multiway_layer_norm(x_TD, slices, weights, biases, self.epsilon), scales, shifts)
 
     def recompute(self, output: NormOutput, slices: Sequence[tuple[int, int]]) -> Recomputable | None:
-        """Returns a function that recomputes the normalised rows in the layers that use them.
+        """Returns how layers that use the normalised rows recompute them.
 
         Returns None with sequence parallelism, because recomputed rows would be gathered twice.
 

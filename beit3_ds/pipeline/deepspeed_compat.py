@@ -1,9 +1,11 @@
-"""Where this project relies on DeepSpeed's internals, or works around them; each has a test that fails without it.
+"""Relies on internals of DeepSpeed and works around them; each workaround has a test that fails without it.
 
-The tested version is checked when this module is imported. What else must hold for DeepSpeed to be right is kept
-elsewhere: the engine's own gradient accumulation is always 1 (`RunConfig.engine_config`), `ModelParallelUnit` tells it
-over which ranks norms are summed, split parameters carry `tensor_model_parallel`, and every parameter of a run of
-layers takes part in every micro-batch.
+Importing this module checks the version of DeepSpeed. DeepSpeed also needs the following, which other modules ensure:
+
+    gradient accumulation   always 1 in the engine (`RunConfig.engine_config`)
+    norms                   `ModelParallelUnit` names the ranks over which DeepSpeed sums them
+    split parameters        have the attribute `tensor_model_parallel`
+    micro-batches           use every parameter of a model chunk
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,13 +34,13 @@ if deepspeed.__version__ != TESTED_DEEPSPEED:
 
 
 def adapt_engine(engine: DeepSpeedEngine, mesh: Mesh) -> None:
-    """Fits an engine that holds one stage's part of the model to the mesh."""
+    """Adapts the engine of one stage's part of the model to the mesh."""
     optimizer = engine.optimizer
     if not engine.zero_optimization():
         if mesh.data_parallel_size == 1:
-            # Even for one rank it would copy all gradients into one buffer, add up nothing and copy them back.
+            # With one rank DeepSpeed would copy all gradients into one buffer and back, although nothing is reduced.
             engine.enable_backward_allreduce = False
-        # It would work out the norm that `clip_gradients` is given, and multiply even by 1.
+        # DeepSpeed would compute the norm again, which `clip_gradients` gets, and multiply even by 1.
         engine.clip_fp32_gradients = lambda: None
     _judge_gradients_by_norm(optimizer)
     if isinstance(optimizer, DeepSpeedZeroOptimizer) and optimizer.use_grad_accum_attribute:
@@ -51,10 +53,11 @@ def adapt_engine(engine: DeepSpeedEngine, mesh: Mesh) -> None:
 
 @contextmanager
 def zero1_adds_up_in_float32() -> Iterator[None]:
-    """Makes an engine built in this block use ZeRO's own optimizer for stage 1 in bf16 with float32 sums.
+    """Makes an engine built in this context use ZeRO's own optimizer for stage 1 in bf16 with float32 sums.
 
-    DeepSpeed would choose its BF16_Optimizer, which also adds up in float32, but reduces gradients only after the last
-    backward pass, in buckets of 500M elements: `overlap_comm` and `reduce_bucket_size` would have no effect.
+    DeepSpeed would choose its BF16_Optimizer, which also accumulates in float32. But that one reduces gradients only
+    after the last backward pass, in buckets of 500M elements, so `overlap_comm` and `reduce_bucket_size` would have no
+    effect.
     """
     chosen = DeepSpeedEngine._do_optimizer_sanity_check
 
@@ -70,7 +73,7 @@ def zero1_adds_up_in_float32() -> Iterator[None]:
 
 
 def _keep_float32_sums(optimizer: DeepSpeedZeroOptimizer) -> None:
-    """Keeps the float32 sums of gradients between the micro-batches of a step; updates clear them.
+    """Keeps the float32 sums of gradients between the micro-batches of a step; the update clears them.
 
     ZeRO-1 would clear them before the next forward pass, together with its flags of a finished backward pass.
     """
@@ -84,25 +87,30 @@ def _keep_float32_sums(optimizer: DeepSpeedZeroOptimizer) -> None:
 
 
 def begin_step(engine: DeepSpeedEngine, num_chunks: int) -> None:
-    """Prepares the gradients of a step whose backward passes go through `num_chunks` runs of layers, one at a time.
+    """Clears ZeRO-3's buffer of gradients before a step in which this stage runs several model chunks.
 
-    The first backward pass of a step overwrites ZeRO-3's buffer of gradients, later ones add to it. A parameter that is
-    not in the first one, because it belongs to another run, would add to what the step before left there.
+    The first backward pass of a step overwrites the buffer; later ones add to it. A parameter of another model chunk is
+    not in the first backward pass, so its gradient would add to the one of the previous step.
+
+    Args:
+        engine: the engine of this stage.
+        num_chunks: model chunks of this stage; each has its own backward pass.
     """
     if num_chunks > 1 and isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
         engine.optimizer.grad_partitions_flat_buffer.zero_()
 
 
 def backward(engine: DeepSpeedEngine, loss: Tensor, *, is_last: bool) -> None:
-    """Runs one of a step's backward passes, whichever forward pass came last.
+    """Runs one backward pass of a step, whichever forward pass came last.
 
-    ZeRO clears the marks of a finished backward pass at the beginning of a forward pass, which 1F1B does not always
-    begin in between: gradients would go wrong, or the step fail with an unknown parameter type.
+    ZeRO clears its flags of a finished backward pass when a forward pass begins. In 1F1B, backward passes may follow
+    each other without a forward pass between them. Gradients would then be wrong, or the step would fail with an
+    unknown parameter type.
 
     Args:
-        engine: with gradient accumulation 1.
-        loss: scalar of the forward pass to go back through.
-        is_last: whether it is the last backward pass of the step on this rank, with which ZeRO-0 and 1 reduce.
+        engine: an engine with gradient accumulation 1.
+        loss: scalar output of the forward pass to differentiate.
+        is_last: whether this is the last backward pass of the step on this rank, in which ZeRO-0 and 1 reduce.
     """
     engine.set_gradient_accumulation_boundary(is_last)
     if hasattr(engine.optimizer, "clear_backward_seen_flag"):
@@ -111,11 +119,11 @@ def backward(engine: DeepSpeedEngine, loss: Tensor, *, is_last: bool) -> None:
 
 
 def clip_gradients(engine: DeepSpeedEngine, norm: float) -> None:
-    """Clips gradients in place to the engine's `gradient_clipping`, which without ZeRO the engine leaves to this.
+    """Clips gradients in place to the engine's `gradient_clipping`.
 
     Args:
-        engine: in float32 without ZeRO; other optimizers clip as they update.
-        norm: of all gradients.
+        engine: an engine in float32 without ZeRO; with other optimizers the update clips.
+        norm: norm of all gradients.
     """
     limit = engine.gradient_clipping()
     if limit and norm > limit:
@@ -123,10 +131,10 @@ def clip_gradients(engine: DeepSpeedEngine, norm: float) -> None:
 
 
 def begin_update(engine: DeepSpeedEngine) -> None:
-    """Marks the gradients of split parameters as the parameters are marked.
+    """Marks the gradients of split parameters as `tensor_model_parallel`, like the parameters.
 
-    In bf16 without ZeRO, DeepSpeed's optimizer looks for the mark on the gradients that it takes the norm of. Without
-    it only tensor-parallel rank 0's parts would count.
+    In bf16 without ZeRO, DeepSpeed's optimizer looks for the mark on the gradients when it computes their norm. Without
+    the mark only the parts of tensor-parallel rank 0 would count.
     """
     for parameter in engine.module.parameters():
         if parameter.grad is not None and is_split(parameter):
@@ -134,20 +142,20 @@ def begin_update(engine: DeepSpeedEngine) -> None:
 
 
 def skip_update(engine: DeepSpeedEngine) -> None:
-    """Drops a step's gradients and counts the step: what DeepSpeed's other optimizers do if the norm is not finite.
+    """Drops the gradients of a step and counts the step, as DeepSpeed's other optimizers do for a non-finite norm.
 
     Args:
-        engine: in float32 without ZeRO.
+        engine: an engine in float32 without ZeRO.
     """
     engine.zero_grad()
     engine.global_steps += 1
 
 
 def _judge_gradients_by_norm(optimizer: Any) -> None:
-    """Makes the norm alone say whether an update is skipped: all ranks have the same one, and need it anyway.
+    """Makes only the gradient norm decide whether an update is skipped; all ranks have the same norm.
 
-    DeepSpeed also searches bf16 gradients for what is not finite: a second pass over them, and a message. With
-    `bf16.check_grad_overflow` false it would do neither, and update with NaN.
+    DeepSpeed would also search bf16 gradients for non-finite values, with a second pass over them and a message between
+    ranks. With `bf16.check_grad_overflow` false it would check nothing and update with NaN.
     """
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
         optimizer.check_grad_overflow = True
@@ -157,9 +165,10 @@ def _judge_gradients_by_norm(optimizer: Any) -> None:
 
 
 def _zero3_gradient_norm(optimizer: DeepSpeedZeroOptimizer_Stage3, mesh: Mesh) -> Tensor:
-    """The 2-norm of all gradients over all three axes; sends one element.
+    """Returns the 2-norm of all gradients over all three axes; sends one element.
 
-    DeepSpeed's own sums each of its sub-groups over the model-parallel ranks, and stages need not have as many.
+    DeepSpeed would sum each of its sub-groups over the model-parallel ranks, but stages may have different numbers of
+    sub-groups.
     """
     counted = [
         gradient.float().norm() if isinstance(gradient, Tensor) else torch.tensor(gradient)
@@ -175,7 +184,7 @@ def _zero3_gradient_norm(optimizer: DeepSpeedZeroOptimizer_Stage3, mesh: Mesh) -
 
 
 def _gradient_partitions(optimizer: DeepSpeedZeroOptimizer_Stage3) -> Iterator[tuple[nn.Parameter, Tensor | float]]:
-    """This rank's part of every parameter's gradient, or its norm where the gradient was offloaded."""
+    """Yields every parameter with this rank's part of its gradient, or the norm of an offloaded gradient."""
     for index, parameters in enumerate(optimizer.fp16_groups):
         if optimizer.offload_optimizer:
             norms = optimizer.norm_for_param_grads
@@ -185,7 +194,10 @@ def _gradient_partitions(optimizer: DeepSpeedZeroOptimizer_Stage3) -> Iterator[t
 
 
 def _compare_traces_among_data_parallel_ranks(mesh: Mesh) -> None:
-    """ZeRO-3 compares the order of modules over all ranks, which hangs where stages hold different ones."""
+    """Makes ZeRO-3 compare its order of modules only among data-parallel ranks.
+
+    DeepSpeed would compare it over all ranks, which hangs if stages hold different modules.
+    """
 
     def check(values: Sequence[int]) -> None:
         if mesh.data_parallel_size == 1:

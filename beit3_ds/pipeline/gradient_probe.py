@@ -1,4 +1,4 @@
-"""Which micro-batches gave this rank gradients that are not finite."""
+"""Finds the micro-batches whose gradients are not finite on this rank."""
 
 from collections.abc import Iterable
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 class GradientProbe:
-    """Sums every gradient as it is made, before anything is added to it or it is reduced with those of other ranks.
+    """Sums every gradient when it is computed, before it is accumulated or reduced over ranks.
 
-    A NaN or an infinity makes its sum one. So the rank and the micro-batch can be named, which the gradients' norm
-    cannot: by then the gradients of all ranks are added up. The sums stay on the device until somebody asks, which
-    happens after a step that was skipped. They cost one reading of each gradient; nothing is sent.
+    A NaN or an infinity in a gradient makes the sum non-finite. So the probe can name the rank and the micro-batch. The
+    norm of the gradients cannot, because it covers all ranks and micro-batches. The sums stay on the device until
+    `find_non_finite`, which is called after a skipped step. The probe reads each gradient once and sends nothing.
     """
 
     def __init__(self) -> None:
@@ -19,20 +19,20 @@ class GradientProbe:
         self._current: list[Tensor] = []
 
     def watch(self, leaves: Iterable[Tensor]) -> None:
-        """Begins to sum the gradients of leaf tensors. Hooks that come later on them see what this one has seen."""
+        """Registers a hook on every leaf tensor that sums its gradients; hooks registered later run after it."""
         for leaf in leaves:
             leaf.register_hook(self._note)
 
     def begin_step(self) -> None:
-        """Forgets the step before."""
+        """Clears the sums of the previous step."""
         self._sums = {}
 
     def begin_backward(self, micro_batch: int) -> None:
-        """Says which micro-batch of the step the next backward pass belongs to."""
+        """Sets the micro-batch of the step to which the next backward pass belongs."""
         self._current = self._sums.setdefault(micro_batch, [])
 
     def find_non_finite(self) -> list[int]:
-        """The micro-batches of the last step, some gradient of which was not finite on this rank."""
+        """Returns the micro-batches of the last step that have a non-finite gradient on this rank."""
         return [number for number, sums in self._sums.items() if not torch.stack(sums).isfinite().all()]
 
     def _note(self, gradient: Tensor) -> None:

@@ -1,6 +1,6 @@
-"""The one schedule that owns micro-batches, with or without a pipeline; the engine's own accumulation is always 1."""
+"""Runs the micro-batches of a step, with or without a pipeline; the engine's own accumulation is always 1."""
 
-# T packed rows (of this rank), D hidden.
+# T packed rows of this rank, D hidden, K terms.
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,23 +21,23 @@ from beit3_ds.pipeline.stopwatch import Stopwatch
 from beit3_ds.pipeline.tied import TiedWordEmbedding
 
 Prepare = Callable[[PackedBatch], PackedBatch]
-"""Moves a micro-batch to the device and, where the head is, completes its targets (`RankTask.prepare`)."""
+"""Moves a micro-batch to the device and, on the stage with the head, adds missing targets (`RankTask.prepare`)."""
 
 
 class Schedule:
-    """Runs the micro-batches of a step through this stage's layers, in the order of 1F1B.
+    """Runs the micro-batches of a step through this stage's layers, in 1F1B order.
 
-    Neighbouring stages exchange the stream of a micro-batch, (T, D) of its own number of rows, and its gradient; with
-    sequence parallelism each tensor-parallel rank sends its own rows. Sends do not hold a stage up, and the next
-    action's tensor is received while this one computes. Every stage knows all micro-batches' sizes beforehand.
+    Neighbouring stages exchange the stream of each micro-batch, (T, D), and its gradient. T may differ per micro-batch.
+    With sequence parallelism each tensor-parallel rank sends its own rows. Sends do not block a stage. It
+    receives the tensor of the next action while it computes. Every stage knows all micro-batch sizes in advance.
     """
 
     def __init__(self, engine: DeepSpeedEngine, chunks: Sequence[range], mesh: Mesh) -> None:
-        """Takes the engine that holds this stage's layers.
+        """Registers the gradient probe and the tied word table on the engine's model.
 
         Args:
-            engine: around `BEiT3`, with gradient accumulation 1.
-            chunks: the model chunks of all stages, in order (`stages.cut_layers`).
+            engine: engine of this stage's layers of a `TaskModel`, with gradient accumulation 1.
+            chunks: model chunks of all stages, in order (`stages.cut_layers`).
             mesh: the ranks.
         """
         self.engine, self.chunks, self.mesh = engine, tuple(chunks), mesh
@@ -49,30 +49,30 @@ class Schedule:
         self._dtype, self._hidden_size = engine.module.stream_dtype, engine.module.config.hidden_size
         self.sending: list[Message] = []
         self.own_work = Stopwatch(engine.device)
-        """Runs while a step works without a collective: see `training.stragglers`."""
+        """Measures the parts of a step without collectives (`training.stragglers`)."""
 
     @property
     def forward_is_own(self) -> bool:
-        """Whether a forward pass waits for no other rank."""
+        """Whether a forward pass waits for no other rank: no tensor parallelism and no ZeRO-3."""
         return self.mesh.tensor.size == 1 and self.engine.zero_optimization_stage() < 3
 
     def accumulate_gradients(
         self, micro_batches: Sequence[PackedBatch], loss_factors: Tensor, prepare: Prepare
     ) -> Tensor:
-        """Runs forward and backward of every micro-batch of one optimizer step; the update is left to the caller.
+        """Runs forward and backward of every micro-batch of one optimizer step; the caller does the update.
 
-        Gradients are reduced over the data-parallel ranks as the ZeRO stage does it: after every micro-batch (2 and 3)
-        or with the last one (0 and 1). Every rank must bring the same number of micro-batches, and every stage of a
-        pipeline the same ones.
+        Gradients are reduced over the data-parallel ranks after every micro-batch (ZeRO-2 and 3) or after the last one
+        (ZeRO-0 and 1). Every rank must have the same number of micro-batches, and every stage of a pipeline the same
+        ones.
 
         Args:
             micro_batches: at least one.
-            loss_factors: what each term's sum is multiplied by, (K,) float32. They hold the counts of the whole
-                step, so gradients of micro-batches simply add up, however the step is cut.
-            prepare: applied to each micro-batch before its first use.
+            loss_factors: factor of the sum of each term, (K,) float32. The factors contain the counts of the whole
+                step, so the gradients of micro-batches add up however the step is cut.
+            prepare: function applied to each micro-batch before its first use.
 
         Returns:
-            On the last stage this rank's sum of each of the task's terms, (K,) float32; zeros elsewhere.
+            This rank's sum of each of the task's terms, (K,) float32; zeros on stages before the last.
         """
         pipeline = self.mesh.pipeline
         actions = schedule_1f1b(len(micro_batches), pipeline.rank, pipeline.size, len(self.model_chunks))
@@ -98,12 +98,12 @@ class Schedule:
         """Runs batches forward through all stages, in evaluation mode.
 
         Args:
-            batches: the same on all stages of a pipeline.
-            loss_factors: (K,) float32; None asks for the head's predictions.
-            prepare: applied to each batch first.
+            batches: batches, the same on all stages of a pipeline.
+            loss_factors: factor of the sum of each term, (K,) float32; None yields predictions.
+            prepare: function applied to each batch first.
 
         Yields:
-            Each prepared batch with its `LossOutput` or predictions on the last stage, with None elsewhere.
+            Each prepared batch, with its `LossOutput` or predictions on the last stage and None elsewhere.
         """
         self.tied.synchronize()
         self.engine.eval()
@@ -136,7 +136,7 @@ class Schedule:
         return self.model_chunks[chunk].stop == self.chunks[-1].stop
 
     def receive(self, chunk: int, batch: PackedBatch, *, forward: bool) -> Message | None:
-        """Starts to receive what a pass through a chunk needs from another stage, (T, D); None if it needs nothing."""
+        """Starts receiving the tensor, (T, D), that a pass through a chunk needs from another stage, if any."""
         if self.is_first(chunk) if forward else self.is_last(chunk):
             return None
         first, stop = self.mesh.tensor.own_row_range(batch.num_rows)
@@ -144,7 +144,7 @@ class Schedule:
         return self.mesh.pipeline.receive(x_TD, forward=forward)
 
     def send(self, x_TD: Tensor, *, forward: bool) -> None:
-        """Starts to send the stream to the next stage or its gradient to the one before."""
+        """Starts sending the stream to the next stage, or its gradient to the previous one."""
         self.sending = [message for message in self.sending if not message.has_left()]
         self.sending.append(self.mesh.pipeline.send(x_TD.detach().contiguous(), forward=forward))
 
@@ -155,7 +155,7 @@ class Schedule:
 
 
 class _Step:
-    """The micro-batches of one step that are under way on this stage."""
+    """Holds the micro-batches of one step that are in flight on this stage."""
 
     def __init__(
         self, schedule: Schedule, micro_batches: Sequence[PackedBatch], loss_factors: Tensor, prepare: Prepare
@@ -186,7 +186,7 @@ class _Step:
         gradient: list[Tensor] = []
         if isinstance(output, LossOutput):
             self.sums += output.sums
-            # A loss that is not finite may have finite gradients. They become NaN: then the norm tells all ranks.
+            # A non-finite loss may have finite gradients. This makes them NaN, so that all ranks see it in the norm.
             loss = output.total * (1 + 0 * output.total.detach())
         else:
             loss = _TakeGradient.apply(output, gradient)
@@ -209,16 +209,16 @@ class _Step:
 
 
 class _Pending:
-    """What a forward pass leaves for its backward pass."""
+    """Holds what the backward pass needs from its forward pass."""
 
     def __init__(self, x_TD: Tensor | None, loss: Tensor, gradient: list[Tensor]) -> None:
         self.x_TD, self.loss, self.gradient = x_TD, loss, gradient
 
 
 class _TakeGradient(torch.autograd.Function):
-    """A scalar to go back from whose gradient is what the next stage will have sent by then.
+    """Returns a scalar loss whose backward pass uses the gradient that the next stage has sent.
 
-    DeepSpeed drives backward passes from scalar losses, under ZeRO-0 from nothing else. The stream itself is not kept.
+    DeepSpeed starts backward passes from scalar losses; ZeRO-0 accepts nothing else. The stream itself is not saved.
     """
 
     @staticmethod

@@ -1,28 +1,29 @@
-"""In which order a stage of a pipeline works: a pure function of sizes."""
+"""Computes the order of a pipeline stage's passes, as a pure function of sizes."""
 
 from typing import NamedTuple
 
 
 class Action(NamedTuple):
-    """The forward or backward pass of one micro-batch through one of a stage's model chunks."""
+    """Names the forward or backward pass of one micro-batch through one model chunk of a stage."""
 
     forward: bool
     micro_batch: int
     chunk: int
-    """Number among the stage's own chunks, from 0."""
+    """Index among the model chunks of the stage, from 0."""
 
 
 def schedule_1f1b(num_micro_batches: int, stage: int, num_stages: int, num_chunks: int = 1) -> list[Action]:
-    """The order of 1F1B, interleaved if a stage holds several chunks (Narayanan et al., 2021, arXiv:2104.04473, 2.2).
+    """Returns the 1F1B order of a stage, interleaved if it holds several model chunks.
 
-    After a warm-up of forward passes every forward is followed by a backward, so a stage keeps the activations of as
-    few micro-batches as it can. One stage does one forward, one backward.
+    After a warm-up of forward passes, forward and backward passes alternate. So a stage keeps the activations of the
+    fewest possible micro-batches. A pipeline of one stage has no warm-up. See Narayanan et al., 2021, arXiv:2104.04473,
+    section 2.2.
 
     Args:
-        num_micro_batches: of one step; a multiple of `num_stages` if there are several chunks.
-        stage: whose order is wanted.
-        num_stages: of the pipeline.
-        num_chunks: model chunks that each stage holds.
+        num_micro_batches: micro-batches of one step; a multiple of `num_stages` if `num_chunks` exceeds 1.
+        stage: index of the stage, from 0.
+        num_stages: number of stages of the pipeline.
+        num_chunks: number of model chunks per stage.
     """
     assert num_chunks == 1 or num_micro_batches % num_stages == 0, "interleaving needs a multiple of the stages"
     total = num_micro_batches * num_chunks
@@ -37,7 +38,7 @@ def schedule_1f1b(num_micro_batches: int, stage: int, num_stages: int, num_chunk
 
 
 def _action(forward: bool, k: int, num_stages: int, num_chunks: int) -> Action:
-    """Returns the k-th pass of its direction: each group of `num_stages` micro-batches visits chunk after chunk."""
+    """Returns the k-th pass of a direction; each group of `num_stages` micro-batches visits chunk after chunk."""
     if num_chunks == 1:
         return Action(forward, k, 0)
     group, place = divmod(k, num_stages * num_chunks)

@@ -10,13 +10,13 @@ from beit3_ds.model.flops import Work, layer_flops
 def cut_layers(config: RunConfig, head_flops: float) -> list[range]:
     """Cuts the layers (embeddings, blocks, head) into `parallel.num_chunks` model chunks of nearly equal work.
 
-    Stage s of S holds the chunks s, S + s, 2 S + s, ... (`stage_layers`); a model without pipeline is one chunk. Costs
-    are those of a step's expected tokens, so a large vocabulary or a frozen network on the last stage makes the last
-    chunk shorter.
+    Stage s of S holds the chunks s, S + s, 2 S + s, ... (`stage_layers`); a model without a pipeline is one chunk. The
+    costs are those of the expected tokens of a step. So a large vocabulary or a frozen network on the last stage makes
+    the last chunk shorter.
 
     Args:
         config: the run's configuration.
-        head_flops: operations of a step that the last layer has (`Task.expected_head_flops`).
+        head_flops: operations of the last layer in one step (`Task.expected_head_flops`).
     """
     return cut(layer_costs(config, head_flops), config.parallel.num_chunks)
 
@@ -27,13 +27,13 @@ def stage_layers(chunks: Sequence[range], stage: int, num_stages: int) -> list[r
 
 
 def layer_costs(config: RunConfig, head_flops: float) -> list[float]:
-    """Returns operations of each layer in one step, forward and backward, given those of the head (`cut_layers`)."""
+    """Returns the operations of each layer in one step, forward and backward, given those of the head."""
     costs = [3 * flops for flops in layer_flops(config.model, _expected_work(config))]
     return [*costs[:-1], head_flops]
 
 
 def _expected_work(config: RunConfig) -> Work:
-    """Returns what a step of full-length texts asks of the backbone."""
+    """Returns the sizes of a step whose texts have full length."""
     data, num_patches = config.data, config.model.num_patches
     images, pairs, texts = (stream.samples_per_step for stream in data.streams().values())
     image_length, caption_length, text_length = 1 + num_patches, data.pair_text_length, data.text_length
@@ -43,15 +43,16 @@ def _expected_work(config: RunConfig) -> Work:
 
 
 def cut(costs: Sequence[float], num_chunks: int) -> list[range]:
-    """Cuts a list into runs of at least one item whose largest sum is as small as can be.
+    """Cuts a list into consecutive chunks so that the largest sum of a chunk is as small as possible.
 
-    Among those cuts it takes the one with the smallest sum of squared sums, the most even one.
+    Each chunk has at least one item. Among equally good cuts it chooses the most even one, with the smallest sum of
+    squared sums.
 
     Args:
-        costs: of each item, none negative.
-        num_chunks: from 1 to the number of items.
+        costs: cost of each item, at least 0.
+        num_chunks: number of chunks, from 1 to the number of items.
     """
-    assert 1 <= num_chunks <= len(costs), f"{num_chunks} runs of {len(costs)} layers"
+    assert 1 <= num_chunks <= len(costs), f"cannot cut {len(costs)} layers into {num_chunks} chunks"
     prefix = [0.0]
     for cost in costs:
         prefix.append(prefix[-1] + cost)
@@ -69,7 +70,7 @@ def cut(costs: Sequence[float], num_chunks: int) -> list[range]:
 
     @cache
     def evenest(start: int, chunks: int) -> tuple[float, tuple[int, ...]]:
-        """The smallest sum of squares from `start` on, infinite if none stays below the limit, and its borders."""
+        """Returns the smallest sum of squares from `start` on (infinite if none is in the limit) and its borders."""
         ends = [len(costs)] if chunks == 1 else range(start + 1, len(costs) - chunks + 2)
         best: tuple[float, tuple[int, ...]] = (float("inf"), ())
         for end in ends:

@@ -1,4 +1,4 @@
-"""Seconds that this rank works by itself."""
+"""Measures how long this rank works without waiting for others."""
 
 import time
 from collections.abc import Iterator
@@ -8,13 +8,13 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the time of pieces of work: the host's, or on a GPU the device's, between events in its stream.
+    """Adds up the time of pieces of work: host time, or on a GPU the device time between events in its stream.
 
-    Events cost nothing until `take` reads them.
+    The device is synchronized only in `take`.
     """
 
     def __init__(self, device: torch.device) -> None:
-        """Takes the device that does the work."""
+        """Starts at zero seconds of work on `device`."""
         self._is_on_gpu = device.type == "cuda"
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -34,7 +34,7 @@ class Stopwatch:
             self._seconds += time.perf_counter() - begin
 
     def take(self) -> float:
-        """The seconds since the last call; on a GPU it waits for the end of the work."""
+        """Returns the seconds since the last call; on a GPU it waits for the end of the work."""
         for start, end in self._events:
             end.synchronize()
             self._seconds += start.elapsed_time(end) / 1000

@@ -1,4 +1,4 @@
-"""The word table that the first and the last stage share where word embeddings are tied."""
+"""Synchronizes the tied word table between the first and the last stage of a pipeline."""
 
 import deepspeed
 import torch
@@ -11,15 +11,15 @@ from beit3_ds.parallel import Mesh, Message
 class TiedWordEmbedding:
     """Keeps the last stage's copy of the word table equal to the first stage's parameter.
 
-    The first stage owns the table: there it is trained, divided by ZeRO, clipped and saved. The head of the last
-    stage has a copy that DeepSpeed does not know. Its gradient, summed over the step's micro-batches in float32, is
-    sent to the first stage before that one's last backward pass and added there to the table's own, so ZeRO reduces the
-    sum under any stage. Each step and evaluation begins by sending the table, this rank's V * D elements. Without a
-    pipeline the head holds the parameter itself and nothing is to be done.
+    The first stage owns the table: it is trained, partitioned by ZeRO, clipped and saved there. The head of the last
+    stage has a copy that DeepSpeed does not know. The last stage sums the gradient of the copy in float32 over the
+    micro-batches of the step. It sends the sum before the last backward pass of the first stage, which adds it to its
+    own gradient. So every ZeRO stage reduces the sum. Each step and evaluation begins by sending the table, this rank's
+    V * D elements. Without a pipeline the head holds the parameter itself, and nothing is sent.
     """
 
     def __init__(self, model: TaskModel, mesh: Mesh) -> None:
-        """Finds the table or its copy among the parts of this stage."""
+        """Finds the table or its copy on this stage."""
         self._pipeline = mesh.pipeline
         tied = model.config.tie_word_embeddings and mesh.pipeline.size > 1
         self._owned = model.embeddings.word.weight if tied and model.embeddings is not None else None
@@ -27,7 +27,7 @@ class TiedWordEmbedding:
         self._copy = table.weight if mesh.pipeline.size > 1 and table is not None else None
         self._arrived: Tensor | None = None
         if self._owned is not None:
-            # Under ZeRO-3 the parameter itself has no elements most of the time.
+            # Under ZeRO-3 the parameter has no elements while it is partitioned.
             self._shape = getattr(self._owned, "ds_shape", self._owned.shape)
             self._owned.register_hook(self._add_arrived)
         if self._copy is not None:
@@ -36,14 +36,14 @@ class TiedWordEmbedding:
 
     @property
     def copies(self) -> list[Tensor]:
-        """The last stage's copy, which is none of its parameters."""
+        """Copy of the table on the last stage, which is not one of its parameters; empty elsewhere."""
         return [] if self._copy is None else [self._copy]
 
     def synchronize(self) -> None:
-        """Sends the table from the first to the last stage; the data-parallel ranks of the first gather it."""
+        """Sends the table from the first to the last stage; under ZeRO-3 data-parallel ranks gather it first."""
         if self._owned is not None:
             with deepspeed.zero.GatheredParameters([self._owned]), torch.no_grad():
-                # Backwards around the ring, after the last gradient of the step before.
+                # Travels backward around the ring, after the last gradient of the previous step.
                 self._pipeline.send(self._owned.detach().clone(), forward=False).wait()
         if self._copy is not None:
             with torch.no_grad():
@@ -51,17 +51,17 @@ class TiedWordEmbedding:
             self._sum.zero_()
 
     def before_backward(self, *, is_last: bool) -> None:
-        """To be called before each backward pass of a step."""
+        """Receives the gradient of the copy before the step's last backward pass; call it before each one."""
         if is_last and self._owned is not None:
-            # Forwards around the ring, after the last activation of the step.
+            # Travels forward around the ring, after the last activation of the step.
             gradient = torch.empty(self._shape, dtype=torch.float32, device=self._owned.device)
             self._arrived = self._pipeline.receive(gradient, forward=True).wait()
 
     def after_backward(self, *, is_last: bool) -> list[Message]:
-        """To be called after each backward pass of a step; returns what it has begun to send."""
+        """Sums the gradient of the copy after each backward pass, and starts sending the sum after the last one."""
         if self._copy is None:
             return []
-        if self._copy.grad is not None:  # not after a run of layers that ends before the heads
+        if self._copy.grad is not None:  # None after a model chunk without the head
             self._sum += self._copy.grad
             self._copy.grad = None
         return [self._pipeline.send(self._sum, forward=True)] if is_last else []
