@@ -43,7 +43,7 @@ def losses(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_killed_run_resumes_bit_for_bit(run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """kill -9 after a save, and the newest checkpoint torn on top: the run goes on from the one before."""
+    """kill -9 after a save, and the newest checkpoint torn on top: the run resumes from the one before."""
     own = run_mapping["beit3_ds"]
     own["model"]["drop_path_rate"] = 0.2  # a draw that depended on anything but the step would show
     config = write(run_mapping, tmp_path)

@@ -268,9 +268,7 @@ def _update(run: Run, step_batch: StepBatch, counts: Tensor, rate: float) -> Upd
     mesh = run.mesh
     factors = build_loss_factors(counts, run.terms, mesh.data_parallel_size).to(run.device)
     sums = run.schedule.accumulate_gradients(step_batch.micro_batches, factors, run.prepare)
-    loss = (
-        (sums * factors).sum() / mesh.data_parallel_size * (mesh.tensor.rank == 0)
-    )  # tensor-parallel peers have the same sums
+    loss = (sums * factors).sum() / mesh.data_parallel_size * (mesh.tensor.rank == 0)  # its peers have equal sums
     mesh.activity.begin("update")
     return Update(sums, apply_update(run.engine, mesh), rate, loss)
 

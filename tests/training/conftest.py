@@ -1,4 +1,4 @@
-"""Fixtures of the tests that compare steps."""
+"""Builds the fixtures of tests that compare steps."""
 
 import pytest
 
@@ -7,5 +7,5 @@ from tests.training.steps import MODELS, Reference
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """The steps of every model in one process."""
+    """Returns the steps of every model in one process."""
     return Reference(tmp_path_factory.mktemp("reference")).prepare(MODELS)

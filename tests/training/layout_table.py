@@ -1,4 +1,4 @@
-"""Writes the tables of docs/tested_layouts.md from what the tests recorded.
+"""Prints the tables of docs/tested_layouts.md from the record of the tests.
 
 Usage: python -m tests.training.layout_table RECORD
 """
@@ -13,15 +13,15 @@ from tests.training.layouts import CHECKPOINTING, ZERO_STAGES, Layout, all_layou
 from tests.training.steps import MODELS
 
 
-def write_tables(record: Path) -> str:
-    """A row a layout with its cells and worst ratios by model, then the worst of each ZeRO stage and checkpointing."""
+def format_tables(record: Path) -> str:
+    """Returns a table with one row per layout, and one of the worst ratio per ZeRO stage and checkpointing."""
     lines = [json.loads(line) for line in record.read_text().splitlines()]
-    # Of a cell that ran twice the later one counts.
-    runs = {
+    # If a cell was measured twice, the later result counts.
+    latest = {
         tuple(line[axis] for axis in (*Layout._fields, "zero_stage", "model", "checkpointing")): line for line in lines
     }
     by_layout: dict[Layout, list[dict[str, Any]]] = defaultdict(list)
-    for line in runs.values():
+    for line in latest.values():
         by_layout[Layout(*(line[axis] for axis in Layout._fields))].append(line)
     rows = [
         "| tensor | pipeline | data | sequence parallel | interleaved | cells run | " + " | ".join(MODELS) + " |",
@@ -33,7 +33,7 @@ def write_tables(record: Path) -> str:
         worst = [_worst(found, "model", model) for model in MODELS]
         cells = f"{len(found)} of {len(matrix_cells(layout))}"
         rows.append("| " + " | ".join([*map(str, layout[:3]), *flags, cells, *worst]) + " |")
-    found = list(runs.values())
+    found = list(latest.values())
     rows += ["", "| | cells run | worst ratio |", "|---|---|---|"]
     for axis, values in (("zero_stage", ZERO_STAGES), ("checkpointing", CHECKPOINTING)):
         for value in values:
@@ -48,4 +48,4 @@ def _worst(lines: list[dict[str, Any]], axis: str, value: Any) -> str:
 
 
 if __name__ == "__main__":
-    print(write_tables(Path(sys.argv[1])))
+    print(format_tables(Path(sys.argv[1])))

@@ -1,4 +1,4 @@
-"""The matrix of layouts in which a step is compared with one process, and a small part of it that covers all pairs."""
+"""Lists the layouts in which a step is compared with one process, and a small subset that covers all pairs."""
 
 import itertools
 import random
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Layout(NamedTuple):
-    """How ranks divide the model: what processes are started for once."""
+    """Describes how ranks divide the model; the processes of a layout are started once."""
 
     tensor: int
     pipeline: int
@@ -34,7 +34,7 @@ class Layout(NamedTuple):
 
     @property
     def parallel(self) -> dict[str, Any]:
-        """The configuration's section."""
+        """Returns the parallel section of the configuration."""
         return {
             "tensor_parallel_size": self.tensor,
             "pipeline_parallel_size": self.pipeline,
@@ -49,7 +49,7 @@ class Layout(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """One comparison."""
+    """Describes one comparison: a layout and the options that its processes can vary."""
 
     layout: Layout
     zero_stage: int
@@ -58,7 +58,7 @@ class Cell(NamedTuple):
 
     @property
     def pairs(self) -> set[Pair]:
-        """Every two axes with this cell's values."""
+        """Returns every pair of axes with the values of this cell."""
         return _pairs((*self.layout, *self[1:]))
 
     def __str__(self) -> str:
@@ -67,7 +67,7 @@ class Cell(NamedTuple):
 
 
 def all_layouts() -> Iterator[Layout]:
-    """Every layout of up to eight ranks; rows are divided only among tensor-parallel ranks, runs only among stages."""
+    """Yields every layout of up to 8 ranks; only tensor-parallel ranks divide rows, only stages divide chunks."""
     for tensor, pipeline, data in itertools.product((1, 2, 4), (1, 2, 4), (1, 2)):
         if tensor * pipeline * data <= MAX_RANKS:
             for sequence, interleaved in itertools.product((False, True), repeat=2):
@@ -76,14 +76,14 @@ def all_layouts() -> Iterator[Layout]:
 
 
 def all_cells() -> list[Cell]:
-    """Every valid combination of values."""
+    """Returns every valid combination of values."""
     return [Cell(*values) for values in itertools.product(all_layouts(), ZERO_STAGES, MODELS, CHECKPOINTING)]
 
 
 def matrix_cells(layout: Layout) -> list[Cell]:
-    """The cells of the full matrix: all ZeRO stages with two models, one or another stage with the two others.
+    """Returns the cells of the full matrix: all ZeRO stages for two models, one stage for each of the other two.
 
-    Checkpointing takes turns, half of the cells do without.
+    Checkpointing alternates; half of the cells do not use it.
     """
     turns = ("none", "full")
     number = list(all_layouts()).index(layout)
@@ -94,9 +94,9 @@ def matrix_cells(layout: Layout) -> list[Cell]:
 
 @cache
 def pairwise_cells() -> dict[Layout, list[Cell]]:
-    """A small set of cells, by layout, in which every two values that are valid together meet; always the same.
+    """Returns a small, fixed set of cells by layout that covers every valid pair of values.
 
-    First as few layouts as cover the pairs among their own axes, because starting ranks costs most, then cells of them.
+    Starting ranks costs most. So it first picks few layouts that cover the pairs of their axes, then cells of these.
     """
     layouts = _cover(list(all_layouts()), _pairs, lambda layout: 4 + layout.num_ranks)
     candidates = [cell for cell in all_cells() if cell.layout in layouts]
@@ -105,7 +105,7 @@ def pairwise_cells() -> dict[Layout, list[Cell]]:
 
 
 def _cover(candidates: Sequence[T], pairs: Callable[[T], set[Pair]], cost: Callable[[T], float]) -> list[T]:
-    """The cheapest of a few greedy covers, which differ in how they break ties."""
+    """Returns the cheapest of a few greedy covers, which break ties differently."""
 
     def total(chosen: list[T]) -> float:
         return sum(map(cost, chosen))
@@ -115,7 +115,7 @@ def _cover(candidates: Sequence[T], pairs: Callable[[T], set[Pair]], cost: Calla
 
 
 def _cover_greedily(candidates: list[T], pairs: Callable[[T], set[Pair]], cost: Callable[[T], float]) -> list[T]:
-    """Takes the candidate with most missing pairs for its cost until none is missing."""
+    """Adds the candidate with most missing pairs per cost until no pair is missing."""
     own = [pairs(candidate) for candidate in candidates]
     missing, chosen = set().union(*own), []
     while missing:
@@ -133,7 +133,7 @@ ORDERS = list(itertools.permutations(range(4)))
 
 
 def deals(layout: Layout, number: int) -> list[Deal]:
-    """Micro-batches for three steps in orders that differ by step and by `number`; all 24 orders within 24 numbers.
+    """Returns the micro-batches of three steps; their order depends on step and `number`, and 24 numbers give all 24.
 
     The micro-batches are image-only, pair-only, text-only and mixed; data-parallel ranks see different kinds at a time.
     """
@@ -143,17 +143,17 @@ def deals(layout: Layout, number: int) -> list[Deal]:
     whole = [[[i, i + 4] for i in order] for order in orders]
     if layout.interleaved or number % 3:
         return [[micro_batches] for micro_batches in whole]
-    # Five: no multiple of the stages.
+    # Five micro-batches are no multiple of the stages.
     return [[[*micro_batches[:3], micro_batches[3][:1], micro_batches[3][1:]]] for micro_batches in whole]
 
 
 def deal_number(cell: Cell, position: int) -> int:
-    """Another one for every cell of a layout, and not the same ones for every layout."""
+    """Returns a number that differs between the cells of a layout, and whose sequence differs between layouts."""
     return position + 7 * list(all_layouts()).index(cell.layout)
 
 
 def measure_cells(cells: list[Cell], reference: Reference) -> list[dict[str, float]]:
-    """On one rank: runs cells of one layout, and returns how much of the allowed error each tensor has."""
+    """Runs cells of one layout on one rank; returns the fraction of the allowed error that each tensor has."""
     from beit3_ds.runtime.process_group import init_process_group
 
     mesh: Mesh = init_process_group(config_for(0, **cells[0].layout.parallel).parallel)

@@ -1,4 +1,4 @@
-"""Three AdamW steps under any layout of ranks, and how far they are from plain PyTorch in one process."""
+"""Does three AdamW steps under any layout, and compares them with plain PyTorch in one process."""
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +18,7 @@ from tests.run_config import small_run_mapping
 if TYPE_CHECKING:
     from beit3_ds.pipeline.schedule import Schedule
 
-NUM_STEPS = 3  # the second step meets buffers that the first one left behind
+NUM_STEPS = 3  # the second step uses buffers left by the first
 CLIP = 0.05  # below the gradient norm, so that a wrong norm moves the weights
 LEARNING_RATE = 1e-3  # the paper's
 
@@ -46,7 +46,7 @@ def config_for(
     deepspeed: Mapping[str, Any] | None = None,
     **parallel: Any,
 ) -> RunConfig:
-    """Six small blocks with stochastic depth, the top one with vision-language experts unless decoupled."""
+    """Returns a config of 6 small blocks with stochastic depth; unless decoupled, the top one has a VL expert."""
     sizes = {"num_layers": 6, "num_attention_heads": 4, "drop_path_rate": 0.2}
     mapping = copy.deepcopy(small_run_mapping(zero_stage, accumulation=4, **sizes, **MODELS[model]))
     mapping["gradient_clipping"] = CLIP
@@ -60,14 +60,14 @@ def config_for(
 
 
 def build_samples(config: RunConfig, step: int) -> list[PackedBatch]:
-    """The samples of one step, each a batch of its own."""
+    """Returns the samples of one step, each as a batch."""
     return [random_batch(config.model, *mix, seed=10 * step + i, drop_path=True) for i, mix in enumerate(MIXES)]
 
 
 def measure_steps(
     config: RunConfig, mesh: Mesh, deals: Sequence[Deal], num_steps: int = NUM_STEPS
 ) -> dict[str, Tensor]:
-    """Runs the steps, each dealt as the next of `deals`; returns losses, norms, this stage's gradients and weights."""
+    """Does `num_steps` steps, cycling through `deals`; returns losses, norms, this stage's gradients and weights."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
     from beit3_ds.tasks import build_task
@@ -110,7 +110,7 @@ def accumulate_step(schedule: "Schedule", config: RunConfig, mesh: Mesh, deal: D
 def logical_tensors(
     parts: Mapping[str, Tensor], parameters: Mapping[str, torch.nn.Parameter], mesh: Mesh, kind: str
 ) -> dict[str, Tensor]:
-    """The logical tensors of which this rank holds parts; what tensor-parallel ranks hold alike is so to the bit."""
+    """Returns the logical tensors of this rank; checks that replicas on tensor-parallel ranks are bit for bit equal."""
     own = {name: logical_part(parameters[name], part).detach().clone() for name, part in parts.items()}
     gathered: list[dict[str, Tensor]] = mesh.tensor.host.gather(own)
     whole: dict[str, Tensor] = {}
@@ -119,8 +119,8 @@ def logical_tensors(
         split = is_split(parameter)
         whole[f"{kind} {name}"] = torch.cat(pieces, dim=parameter.parallel_split.dim) if split else own[name]  # type: ignore[attr-defined]
         if not split:
-            # ZeRO cuts the flat weights at the same places on all of them; else the vectorised part of AdamW on one
-            # meets the scalar part on another, and they round differently.
+            # ZeRO cuts the flat weights at the same positions on all ranks. Otherwise AdamW would update a weight in
+            # its vectorised part on one rank and its scalar part on another, which round differently.
             assert all(torch.equal(piece, own[name]) for piece in pieces), (
                 f"{kind} {name}: tensor-parallel ranks disagree"
             )
@@ -128,27 +128,27 @@ def logical_tensors(
 
 
 class Reference:
-    """The same steps with autograd, clip_grad_norm_ and AdamW, without DeepSpeed, all samples in one go.
+    """Does the same steps with autograd, clip_grad_norm_ and AdamW, on all samples at once, without DeepSpeed.
 
-    Worked out once for every model and kept in a folder, so that ranks can compare with it what they find.
+    Computes each model once and saves the result in a folder, where ranks read it.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def prepare(self, models: Iterable[str]) -> "Reference":
-        """Works out what is not there yet; to be called before ranks start."""
+        """Computes the steps of models that are missing in the folder; call it before ranks start."""
         for model in models:
             if not self._path(model).exists():
                 torch.save(_plain_steps(model), self._path(model))
         return self
 
     def load(self, model: str) -> dict[str, Tensor]:
-        """Losses, norms, gradients and weights by name, as `measure_steps` names them."""
+        """Returns losses, norms, gradients and weights by the names that `measure_steps` gives them."""
         return _load(self._path(model))
 
     def ratios(self, found: Mapping[str, Tensor], model: str) -> dict[str, float]:
-        """How much of the allowed error each tensor has: |a - b| <= 1e-5 |b| + 1e-7 |all| in the 2-norm, by tensor."""
+        """Returns each tensor's fraction of the allowed error: |a - b| <= 1e-5 |b| + 1e-7 |all| in the 2-norm."""
         expected = self.load(model)
         kinds = {name.rsplit(" ", 1)[0] for name in found}
         norms = {kind: norm_of_all(expected, kind) for kind in kinds}
@@ -168,7 +168,7 @@ def _load(path: Path) -> dict[str, Tensor]:
 def _ratio(name: str, value: Tensor, expected: Tensor, norm: float) -> float:
     difference = value.float() - expected
     if is_key_bias(name):
-        # Zero in theory; what rounding leaves has a random sign, which Adam turns into a full step.
+        # Zero in theory; rounding errors have random signs, which Adam turns into full steps.
         limit = 1e-6 if name.startswith("gradient") else NUM_STEPS * LEARNING_RATE
         return float(difference.abs().max()) / limit
     limit = 1e-5 * float(expected.norm()) + 1e-7 * norm
@@ -176,17 +176,20 @@ def _ratio(name: str, value: Tensor, expected: Tensor, norm: float) -> float:
 
 
 def norm_of_all(tensors: Mapping[str, Tensor], kind: str) -> float:
-    """The 2-norm of all gradients, or weights, of a step: what names begin with."""
+    """Returns the 2-norm of all tensors whose names start with a prefix, such as the gradients of a step."""
     return float(torch.stack([value.float().norm() for name, value in tensors.items() if name.startswith(kind)]).norm())
 
 
 def is_key_bias(name: str) -> bool:
-    """Whether a tensor is a key bias or its gradient: softmax ignores what all keys have in common."""
+    """Returns whether a tensor is a key bias or its gradient, which is 0 but for rounding.
+
+    Softmax does not depend on a term that all keys share.
+    """
     return "k_proj.bias" in name
 
 
 def check(ratios: Sequence[Mapping[str, float]], names: Iterable[str], where: str) -> float:
-    """Fails where an error exceeds its bound, or a layer is on no rank; returns the worst ratio but for key biases."""
+    """Checks that errors are in bounds and each layer is on a rank; returns the worst ratio without key biases."""
     assert set().union(*ratios) == set(names), f"{where}: the stages together hold every layer"
     # `not <=` rather than `>`: a NaN must fail.
     wrong = {name: ratio for rank in ratios for name, ratio in rank.items() if not ratio <= 1}

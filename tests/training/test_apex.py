@@ -1,4 +1,4 @@
-"""The choice of apex's FusedAdam, with a package that stands for it: apex itself needs a GPU."""
+"""Tests the choice of apex's FusedAdam with a fake package, because apex itself needs a GPU."""
 
 import dataclasses
 import sys
@@ -14,7 +14,7 @@ from tests.ranks import run_ranks
 from tests.run_config import small_run_mapping
 from tests.training.layouts import Layout
 
-# Its names, arguments and state are apex's: moments a parameter, the count of updates a group.
+# Has apex's names, arguments and state: moments per parameter, step count per group.
 FUSED_ADAM = """
 import torch
 
@@ -51,7 +51,7 @@ def choose_apex(mapping: dict) -> RunConfig:
 
 @pytest.fixture
 def apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An importable package `apex` that is empty: PyPI's has no `optimizers` either."""
+    """Creates an importable, empty package `apex`; PyPI's package has no `optimizers` either."""
     package = tmp_path / "site" / "apex"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -86,14 +86,14 @@ def test_misfits_are_refused() -> None:
 
 
 def save_and_load(site: str, root: Path, zero_stage: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """On one rank: trains with apex, saves, goes on with torch's AdamW and back; pairs of states that must be equal."""
+    """Trains on one rank with apex, resumes with torch's AdamW and back; returns pairs of states to compare."""
     sys.path.insert(0, site)
     from apex.optimizers import FusedAdam
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
     from tests.checkpoint.resharding import start, train
 
-    ZERO_SUPPORTED_OPTIMIZERS.append(FusedAdam)  # as DeepSpeed does itself where apex is there when it is imported
+    ZERO_SUPPORTED_OPTIMIZERS.append(FusedAdam)  # as DeepSpeed does if it can import apex
 
     class Choice(Setup):
         optimizer = "apex_fused_adam"
@@ -135,7 +135,7 @@ def save_and_load(site: str, root: Path, zero_stage: int) -> dict[str, tuple[tor
 
 @pytest.mark.parametrize("zero_stage", [0, 2])
 def test_checkpoints_of_both_optimizers_are_the_same(apex: Path, tmp_path: Path, zero_stage: int) -> None:
-    """Catches a count of updates that is lost: the bias correction would start anew."""
+    """Catches a lost step count, with which the bias correction would start again."""
     (apex / "optimizers.py").write_text(FUSED_ADAM)
     (pairs,) = run_ranks(save_and_load, 1, str(apex.parent), tmp_path / "run", zero_stage)
     assert any(moment in name for moment in MOMENTS for name in pairs)

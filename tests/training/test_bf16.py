@@ -1,4 +1,4 @@
-"""bf16 under a layout of ranks is at most twice as far from fp32 as bf16 in one process; sums and stream in fp32."""
+"""Tests that errors of bf16 under a layout are at most twice those in one process; sums and stream in fp32."""
 
 import functools
 from typing import Any
@@ -27,8 +27,10 @@ FLOAT32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_
 
 
 def measure_first_step(layout: Layout, zero_stages: tuple[int, ...]) -> list[dict[str, Tensor]]:
-    """On one rank: the first step only. Later ones start from other weights, as Adam takes full steps where bf16
-    rounds a tiny gradient to another sign.
+    """Does the first step on one rank.
+
+    Later steps start from other weights: where bf16 rounds a tiny gradient to another sign, Adam takes a full step.
+
     """
     from beit3_ds.runtime.process_group import init_process_group
 
@@ -42,7 +44,7 @@ def measure_first_step(layout: Layout, zero_stages: tuple[int, ...]) -> list[dic
 
 
 def errors(layout: Layout, zero_stages: tuple[int, ...], expected: dict[str, Tensor]) -> list[dict[str, float]]:
-    """Relative errors, for every ZeRO stage: of the losses and all gradients in the 2-norm, and of the clip norm."""
+    """Returns relative errors per ZeRO stage: of losses and all gradients in the 2-norm, and of the clip norm."""
     return [
         _errors(functools.reduce(dict.__or__, ranks), expected)
         for ranks in zip(*run_ranks(measure_first_step, layout.num_ranks, layout, zero_stages), strict=True)
@@ -57,7 +59,7 @@ def _errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, 
 
 @pytest.fixture(scope="module")
 def one_process(reference: Reference) -> dict[str, float]:
-    """About 1.1e-5 of the losses, 1.6e-3 of the norm and 7.3e-3 of the gradients, whatever the ZeRO stage."""
+    """Returns the errors in one process: about 1.1e-5 (losses), 1.6e-3 (norm), 7.3e-3 (gradients) in any stage."""
     stages = errors(ONE_PROCESS, (0, 3), reference.load(MODEL))
     for found in stages:
         assert found["loss 0"] < 1e-4 and found["norm 0"] < 5e-3 and found["gradient 0"] < 0.02, found
@@ -76,9 +78,9 @@ def one_process(reference: Reference) -> dict[str, float]:
 def test_bf16(
     layout: Layout, zero_stages: tuple[int, ...], reference: Reference, one_process: dict[str, float]
 ) -> None:
-    """ZeRO-0 catches a norm of unmarked gradients, 4% off; a reduction in a narrower type shows in the gradients."""
+    """Catches a ZeRO-0 norm of unmarked gradients, which is 4% off, and gradients reduced in a narrower dtype."""
     for stage, found in zip(zero_stages, errors(layout, zero_stages, reference.load(MODEL)), strict=True):
-        # One process may hit the norm, a single number, by chance; half a rounding to bf16 counts as its error, too.
+        # The norm is one number, which one process may hit by chance; half a bf16 rounding is allowed, too.
         floor = {"norm 0": 2**-10}
         times = {kind: error / max(one_process[kind], floor.get(kind, 0)) for kind, error in found.items()}
         print(f"{layout}, ZeRO-{stage}: errors {found}, times those of one process: {times}")
@@ -86,7 +88,7 @@ def test_bf16(
 
 
 def measure_sums(zero_stages: tuple[int, ...]) -> list[tuple[float, float]]:
-    """Runs on one rank; returns per ZeRO stage the errors of bf16 and of float32 sums of eight micro-batches."""
+    """Returns, per ZeRO stage, the errors of bf16 and of float32 sums of 8 micro-batches on one rank."""
     from beit3_ds.runtime.process_group import init_process_group
     from beit3_ds.tasks import build_task
     from beit3_ds.training.engine import build_model
@@ -118,7 +120,7 @@ def measure_sums(zero_stages: tuple[int, ...]) -> list[tuple[float, float]]:
 
 
 def test_micro_batches_add_up_in_float32_under_every_zero_stage() -> None:
-    """Catches sums that are rounded after a micro-batch, or cleared before the next, as ZeRO-1 would do."""
+    """Catches sums that are rounded after each micro-batch, or cleared before the next, as ZeRO-1 would do."""
     (found,) = run_ranks(measure_sums, 1, (1, 2, 3))
     for stage, (rounded, exact) in zip((1, 2, 3), found, strict=True):
         print(f"ZeRO-{stage}: errors {rounded:.2e} with bf16 sums, {exact:.2e} with float32 sums")
@@ -126,7 +128,7 @@ def test_micro_batches_add_up_in_float32_under_every_zero_stage() -> None:
 
 
 def stream_dtypes(layout: Layout) -> list[str]:
-    """Runs on one rank; returns the dtypes of messages between stages, with and without the option."""
+    """Returns the dtypes of messages between stages on one rank, with and without the option."""
     from beit3_ds.runtime.process_group import init_process_group
     from beit3_ds.tasks import build_task
     from beit3_ds.training.engine import build_schedule

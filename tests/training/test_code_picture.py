@@ -1,4 +1,4 @@
-"""The picture of codes."""
+"""Tests the picture of codes."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Counting of codes."""
+"""Tests the counting of codes."""
 
 import math
 

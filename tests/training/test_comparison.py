@@ -1,4 +1,4 @@
-"""The distance of two runs' losses."""
+"""Tests the comparison of the losses of two runs."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The CSV files of a run that was stopped and started again are one table each."""
+"""Tests that each CSV file of a resumed run is one table."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ from beit3_ds.training.csv_monitor import continue_csv_files
 
 
 def start(folder: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """DeepSpeed's own monitor of a new process, after `step` updates."""
+    """Returns DeepSpeed's monitor in a new process after `step` updates."""
     from deepspeed.monitor import csv_monitor
     from deepspeed.monitor.config import CSVConfig
 
@@ -21,7 +21,7 @@ def start(folder: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> SimpleNam
 
 
 def test_a_resumed_run_adds_rows_to_the_same_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed alone writes a second header, and the steps between checkpoint and stop a second time."""
+    """Catches a second header and repeated rows of the steps between checkpoint and stop, which DeepSpeed writes."""
     first = start(tmp_path, -1, monkeypatch)
     first.csv_monitor.write_events([("train/loss", 5.0 - step, step) for step in (1, 2, 3)])
     resumed = start(tmp_path, 2, monkeypatch)
@@ -45,7 +45,7 @@ def test_a_run_without_the_monitor_and_files_cut_by_a_kill(tmp_path: Path, monke
 
 
 def test_tables_of_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches rows deleted from a user's own table, and a resumed run that fails for a file that it did not write."""
+    """Catches rows deleted from a user's table, and a resumed run that fails on a file that it did not write."""
     folder = tmp_path / "csv"
     (folder / "folder.csv").mkdir(parents=True)
     contents = {

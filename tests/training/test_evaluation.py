@@ -1,4 +1,4 @@
-"""Validation losses and entropies, visual targets, and the learning rate that an update gets."""
+"""Tests validation losses and entropies, visual targets, and the learning rate of an update."""
 
 import dataclasses
 import math
@@ -28,14 +28,14 @@ TERMS = [Term(name, stream, name) for name, stream in TERM_STREAMS.items()]
 
 
 class NumberedCodes:
-    """Stands in for a visual tokenizer: the code of a patch follows from its place and its image's first pixel."""
+    """Fakes a visual tokenizer: the position of a patch and the first pixel of its image give its code."""
 
     def encode(self, pixels: Tensor) -> Tensor:
         return (pixels[:, 0, 0, 0].long()[:, None] + torch.arange(CONFIG.num_patches)) % CONFIG.visual_vocab_size
 
 
 class CountingEngine:
-    """Stands in for an engine: a loss of 1, 2, 3 and 4 for every position of the four terms."""
+    """Fakes an engine that gives each position of the four terms a loss of 1, 2, 3 and 4."""
 
     def __init__(self) -> None:
         self.training = True
@@ -71,11 +71,11 @@ def test_means_are_over_all_positions_of_all_batches() -> None:
     means = evaluate(schedule, batches(), prepare, TERMS, Mesh(), CPU, {})
     assert means == pytest.approx({"image_mim": 1, "text_mlm": 2, "pair_mim": 3, "pair_mlm": 4})
     assert engine.modes == [False] * 3  # catches stochastic depth in the validation loss
-    assert engine.training  # catches a training that goes on without it
+    assert engine.training  # catches training that continues without stochastic depth
 
 
 class PerBatchEngine(CountingEngine):
-    """Stands in for an engine: every position of the n-th batch has loss n."""
+    """Fakes an engine that gives every position of the n-th batch loss n."""
 
     def __call__(self, batch: PackedBatch, factors: Tensor, x_TD: None, layers: range) -> LossOutput:
         self.modes.append(self.training)
@@ -93,7 +93,7 @@ def test_losses_and_entropies_of_each_source() -> None:
     for source, name in enumerate(("books", "wiki")):
         numbers = range(source, len(own), 2)
         expected = sum(counts[n] * (n + 1) for n in numbers) / sum(counts[n] for n in numbers)
-        assert means[f"text_mlm/{name}"] == pytest.approx(expected)  # catches a sum that goes to another source
+        assert means[f"text_mlm/{name}"] == pytest.approx(expected)  # catches a sum added to another source
     assert means["text_mlm"] == pytest.approx(sum(c * (n + 1) for n, c in enumerate(counts)) / sum(counts))
     assert set(means) == {"image_mim", "pair_mim", "pair_mlm", "text_mlm", "text_mlm/books", "text_mlm/wiki"}
 
@@ -126,7 +126,7 @@ def test_unigram_entropy_counts_what_may_be_asked_for() -> None:
     original = batch.token_ids.clone()
     original[batch.targets["masked_tokens"]] = batch.targets["target_ids"]  # catches the frequencies of mask tokens
     texts = original.split([*batch.caption_lengths, *batch.text_lengths])
-    asked = torch.cat([text[1:] for text in texts[batch.num_pairs :]])  # BOS is never asked for
+    asked = torch.cat([text[1:] for text in texts[batch.num_pairs :]])  # BOS is never predicted
     shares = torch.bincount(asked).double()
     shares = shares[shares > 0] / len(asked)
     assert entropies["text_mlm"] == pytest.approx(-float((shares * shares.log()).sum()))
@@ -134,7 +134,7 @@ def test_unigram_entropy_counts_what_may_be_asked_for() -> None:
 
 
 def test_an_update_gets_its_own_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed is given no schedule: a rate that is not set here stays at its peak."""
+    """Catches a rate that stays at its peak, because DeepSpeed gets no schedule."""
     used: list[float] = []
     group = {"lr": 1.0}
     monkeypatch.setattr(loop, "apply_update", lambda engine, mesh: used.append(group["lr"]) or 1.0)

@@ -1,4 +1,4 @@
-"""A run under any layout begins with the weights of a file."""
+"""Tests that a run under any layout starts from the weights of a file."""
 
 import dataclasses
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.ranks import run_ranks
 
 
 def begin(setup: Setup, weights: Path, folder: Path) -> dict[str, Tensor]:
-    """On one rank: the engine's state after it took over the weights."""
+    """Returns the engine state of one rank after it loaded the weights."""
     from beit3_ds.training.init_from import InitialWeights
 
     mesh, schedule, state, _ = start(setup, folder, seed=1)
@@ -32,7 +32,7 @@ def begin(setup: Setup, weights: Path, folder: Path) -> dict[str, Tensor]:
 
 
 def write_weights(path: Path, setup: Setup, **changes: object) -> dict[str, Tensor]:
-    """Other values than the run's own, in the exported format, and without the MIM head."""
+    """Writes an exported file without the MIM head, whose values differ from the run's initial values."""
     from safetensors.torch import save_file
 
     config = dataclasses.replace(setup.config().model, **changes)  # type: ignore[arg-type]
@@ -56,7 +56,7 @@ def test_engine_holds_the_weights(setup: Setup, tmp_path: Path) -> None:
 
 
 def test_engine_holds_adapted_weights(tmp_path: Path) -> None:
-    """Other lengths of texts, sizes of images and experts, read in parts by two ranks of ZeRO-3."""
+    """Compares weights of other text lengths, image sizes and experts, read in parts by two ranks of ZeRO-3."""
     from beit3_ds.training.init_from import InitialWeights
 
     setup, path = FEW[1], tmp_path / "weights.safetensors"

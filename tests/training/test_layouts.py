@@ -1,4 +1,4 @@
-"""A step's loss, gradients, gradient norm and update under every layout of tensor, pipeline, data and ZeRO."""
+"""Tests loss, gradients, gradient norm and update of a step under every tensor, pipeline, data and ZeRO layout."""
 
 import json
 import os
@@ -24,11 +24,11 @@ from tests.training.layouts import (
 from tests.training.steps import MIXES, Reference, check
 
 RECORD = "BEIT3_DS_LAYOUT_RECORD"
-"""Environment variable: a file to which the tests append a line a cell, for `tests.training.layout_table`."""
+"""Environment variable: file to which the tests append one line per cell, for `tests.training.layout_table`."""
 
 
 def run_cells(layout: Layout, cells: list[Cell], reference: Reference) -> None:
-    """Compares the cells of one layout in the same processes; so a cell may also be harmed by the one before."""
+    """Compares the cells of one layout in the same processes; so an earlier cell can break a later one."""
     begin = time.monotonic()
     results = run_ranks(measure_cells, layout.num_ranks, cells, reference, timeout=1800)
     seconds = time.monotonic() - begin
@@ -43,7 +43,7 @@ def run_cells(layout: Layout, cells: list[Cell], reference: Reference) -> None:
 
 @pytest.mark.parametrize("layout", pairwise_cells(), ids=str)
 def test_pairwise(layout: Layout, reference: Reference) -> None:
-    """A lost mark shows in the norm, a bias added once a rank in the loss, a missing all-reduce in a gradient."""
+    """Catches a lost mark (norm), a bias added once per rank (loss), and a missing all-reduce (gradient)."""
     run_cells(layout, pairwise_cells()[layout], reference)
 
 
@@ -54,7 +54,7 @@ def test_matrix(layout: Layout, reference: Reference) -> None:
 
 
 def test_pairwise_cells_cover_every_pair() -> None:
-    """Every two values that are valid together meet in a cell; the greedy choice stays small and the same."""
+    """Catches a valid pair of values in no cell, and a greedy choice that is large or changes."""
     cells = [cell for cells in pairwise_cells().values() for cell in cells]
     assert set().union(*(cell.pairs for cell in cells)) == set().union(*(cell.pairs for cell in all_cells()))
     assert set(cells) <= set(all_cells()) and len(cells) <= 25
@@ -81,7 +81,7 @@ def test_matrix_holds_what_it_says() -> None:
 @pytest.mark.parametrize("data", [1, 2])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_deals(data: int, interleaved: bool) -> None:
-    """Every sample once, as many micro-batches on every rank, at least as many as stages; all orders occur."""
+    """Checks samples, equal numbers of micro-batches per rank, at least one per stage, and that all orders occur."""
     layout = Layout(1, 4, data, interleaved=interleaved)
     first_kinds = set()
     for number in range(24):

@@ -1,4 +1,4 @@
-"""The learning-rate curve and the optimizer's numbers of every shipped recipe, beside those of the papers."""
+"""Compares the learning rates and optimizer settings of every shipped recipe with those of the papers."""
 
 import itertools
 from pathlib import Path
@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parents[2] / "ds_configs"
 
 
 class Curve(NamedTuple):
-    """A schedule at the steps where a mistake shows."""
+    """Holds a schedule and its rates at the steps where an error shows."""
 
     total_steps: int
     warmup_steps: int

@@ -1,4 +1,4 @@
-"""How a run starts from its newest checkpoint."""
+"""Tests how a run resumes from its newest checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ def test_total_steps_below_the_checkpoint_are_refused(run_mapping: dict[str, Any
 
     status, output = finish(write(run_mapping, tmp_path))
     assert status == 0, output
-    # catches a run that trains nothing and does not say why
+    # catches a run that trains nothing and does not report why
     assert "nothing is left to train: the checkpoint holds all training.total_steps=2 steps" in output
 
     training["total_steps"] = 1
     status, output = finish(write(run_mapping, tmp_path))
     assert status == 2, output
-    # catches status 0 with neither a step nor a word
+    # catches status 0 without a step or a message
     assert "training.total_steps=1 is below the 2 steps that checkpoint" in output
     assert "Traceback" not in output
 
@@ -40,6 +40,6 @@ def test_a_resumed_run_continues_at_its_position_in_the_data(run_mapping: dict[s
     assert status == 0, output
     assert "\ndata.images: samples_per_step 2 -> 3: every source continues there\n" in output
     positions = read_index(tmp_path / "run" / "checkpoints" / "step-00000004").data["positions"]
-    # catches a position that is worked out from the step and the samples of now, which would be 12
+    # catches a position computed from the step and the current samples per step, which would be 12
     assert positions["images"]["sets"][0]["taken"] == 4 + 2 * 3
     assert positions["texts"]["sets"][0]["taken"] == 8

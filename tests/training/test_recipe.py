@@ -1,4 +1,4 @@
-"""Learning rate, weight decay and loss factors."""
+"""Tests learning rate, weight decay and loss factors."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: its status never depends on pictures."""
+"""Tests the report of a finished run, whose status never depends on pictures."""
 
 import json
 import os
@@ -13,11 +13,11 @@ from tests.test_train import finish as finish_run
 
 
 def finish(mapping: dict[str, Any], folder: Path, **environment: str) -> str:
-    """Trains to the end in a process of its own, which must end with status 0; returns its output."""
+    """Trains to the end in a new process, which must exit with status 0; returns its output."""
     mapping["beit3_ds"]["training"] |= {"total_steps": 1, "save_interval": 1, "eval_interval": 1}
     path = folder / "config.json"
     path.write_text(json.dumps(mapping))
-    if environment:  # which Python and libraries read when they start
+    if environment:  # read by Python and libraries when they start
         command = [sys.executable, "-m", "beit3_ds.train", str(path)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=os.environ | environment)
         status, output = done.returncode, done.stdout + done.stderr
@@ -30,7 +30,7 @@ def finish(mapping: dict[str, Any], folder: Path, **environment: str) -> str:
 
 @pytest.mark.slow
 def test_notebook_backend_and_streams_without_validation_data(run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """A notebook's MPLBACKEND is inherited by what it starts. Catches a report that needs images."""
+    """Catches a report that needs images, or fails on MPLBACKEND, which processes of a notebook inherit."""
     for stream in ("images", "pairs"):
         run_mapping["beit3_ds"]["data"][stream]["validation"] = []
     output = finish(run_mapping, tmp_path, MPLBACKEND="inline_of_a_notebook")
@@ -41,7 +41,7 @@ def test_notebook_backend_and_streams_without_validation_data(run_mapping: dict[
 
 
 def test_run_without_matplotlib_or_validation_data_finishes(run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """Catches a summary that names pages which were not written."""
+    """Catches a summary that names pages that were not written."""
     for stream in ("images", "pairs", "texts"):
         run_mapping["beit3_ds"]["data"][stream]["validation"] = []
     (tmp_path / "matplotlib").mkdir()
@@ -57,7 +57,7 @@ def test_run_without_matplotlib_or_validation_data_finishes(run_mapping: dict[st
 
 
 def test_pages_that_cannot_be_written_are_named(run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """Folders stand where the files should go: a full disk or a lost file system raises the same kind of error."""
+    """Replaces the files by folders, which raise an OSError like a full disk or a lost file system."""
     names = ("losses.png", "predictions.html", "summary.json")
     for name in names:
         (tmp_path / "run" / name / "in the way").mkdir(parents=True)

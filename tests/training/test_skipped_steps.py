@@ -1,4 +1,4 @@
-"""What a run tells of skipped steps, and how it ends after too many."""
+"""Tests what a run reports about skipped steps, and how it ends after too many."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ FAULTY_STEPS = [1, 2, 4, 6, 7, 8, 9, 10, 11]
 
 
 def train_with_faults(config: str, faulty_steps: list[int]) -> tuple[int, str, list[tuple[str, ...]]]:
-    """On one rank: status, output, and the names of the images that were replaced by NaN here."""
+    """Trains on one rank; returns status, output, and the names of the images that it replaced by NaN."""
     from beit3_ds.train import main
     from beit3_ds.training import loop
 
@@ -45,7 +45,7 @@ def train_with_faults(config: str, faulty_steps: list[int]) -> tuple[int, str, l
 
 @pytest.fixture
 def config(run_mapping: dict[str, Any], tmp_path: Path) -> str:
-    """A run of 14 steps that stops after three skipped ones in a row."""
+    """Returns the config of a run of 14 steps that stops after three skipped steps in a row."""
     run_mapping["gradient_accumulation_steps"] = 2
     for stream in ("images", "pairs", "texts"):
         run_mapping["beit3_ds"]["data"][stream]["samples_per_step"] = 4

@@ -1,4 +1,4 @@
-"""A step's loss, gradients and gradient norm do not depend on data-parallel ranks, micro-batches or ZeRO stages."""
+"""Tests that data-parallel ranks, micro-batches and ZeRO stages do not change loss, gradients and norm of a step."""
 
 import itertools
 
@@ -32,7 +32,7 @@ FEW = [cell for cell in ALL if cell[0] == 3 or cell[0] == cell[1]]
 def measure_stages(
     dealings: list[list[Deal]], cells: list[tuple[int, int]], reference: Reference
 ) -> list[tuple[str, dict[str, float]]]:
-    """On one rank: ZeRO stages with dealings of the samples."""
+    """Measures ZeRO stages with several divisions of the samples, on one rank."""
     from beit3_ds.runtime.process_group import init_process_group
 
     mesh = init_process_group(config_for(0).parallel)
@@ -47,7 +47,7 @@ def measure_stages(
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("cells", [pytest.param(FEW, id="few"), pytest.param(ALL, id="all", marks=pytest.mark.slow)])
 def test_step(ranks: int, cells: list[tuple[int, int]], reference: Reference) -> None:
-    """A wrong loss factor shows in the gradient norm (Adam hides it), a stale ZeRO-3 buffer in the second step."""
+    """Catches a wrong loss factor (gradient norm; Adam hides it), and a stale ZeRO-3 buffer (second step)."""
     names, dealings = reference.load("paper"), [ONE_RANK, TWO_RANKS][ranks - 1]
     for results in zip(*run_ranks(measure_stages, ranks, dealings, cells, reference), strict=True):
         check([ratios for _, ratios in results], names, results[0][0])

@@ -1,4 +1,4 @@
-"""Ranks that work more slowly than the others are named, and no others."""
+"""Tests that slow ranks are named, and no others."""
 
 import contextlib
 import io
@@ -22,7 +22,7 @@ STAGES, RANKS_A_STAGE = 2, 4
 
 
 def compare(work: list[float], data: list[float], step_seconds: float) -> tuple[dict[str, Any], list[str]]:
-    """The comparison of two stages of four data-parallel ranks each."""
+    """Compares the ranks of two stages with four data-parallel ranks each."""
     all_coords = tuple(RankCoords(stage, data, 0) for stage in range(STAGES) for data in range(RANKS_A_STAGE))
     hosts = tuple(f"node{rank // 4}" for rank in range(len(all_coords)))
     mesh = Mesh(all_coords=all_coords, hosts=hosts, pipeline=PipelineParallel(ranks=(0, RANKS_A_STAGE)))
@@ -33,9 +33,9 @@ def compare(work: list[float], data: list[float], step_seconds: float) -> tuple[
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 7), st.lists(st.floats(0.95, 1.05), min_size=8, max_size=8))
 def test_one_slow_rank_of_a_stage(slow: int, noise: list[float]) -> None:
-    """The stages do different work: only ranks of one stage are compared.
+    """Catches comparisons across stages, which do different work.
 
-    With more noise than 5%, a rank of the first stage would lose more by it than one of the second by its fault.
+    The noise is at most 5%: more could slow a rank of the first stage more than the fault slows one of the second.
     """
     work = [value * (1.0 if rank < RANKS_A_STAGE else 0.2) for rank, value in enumerate(noise)]
     figures, lines = compare(work, [0.0] * 8, 1.0)
@@ -49,7 +49,7 @@ def test_one_slow_rank_of_a_stage(slow: int, noise: list[float]) -> None:
 
 
 def test_short_times_are_left_alone() -> None:
-    """A rank that waits 10 ms for its data where others wait 1 costs nobody anything in a step of a second."""
+    """Catches a report about short times: 10 ms instead of 1 ms of waiting do not matter in a step of 1 s."""
     figures, lines = compare([1.0] * 8, [0.001] * 7 + [0.01], 1.0)
     assert lines == [] and figures["data_slowest_rank"] == 7
     _, (line,) = compare([1.0] * 8, [0.001] * 7 + [0.2], 1.0)
@@ -64,7 +64,7 @@ def test_a_slow_host_is_cut_short() -> None:
 
 
 def train_slowly(config: str) -> tuple[int, str]:
-    """On one rank: a run in which the first rank reads slowly and the second one has a slow device."""
+    """Trains on one rank; the first rank reads slowly, and the second has a slow device."""
     from beit3_ds.data.steps import StepDataset
     from beit3_ds.train import main
     from beit3_ds.training import loop
@@ -89,7 +89,7 @@ def train_slowly(config: str) -> tuple[int, str]:
 
 @pytest.mark.slow
 def test_stragglers_of_a_run_are_named(run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """Both hold up the other rank as long, so whole steps would show neither."""
+    """Catches a comparison of whole steps: each rank delays the other equally, so these show neither."""
     run_mapping["beit3_ds"]["data"]["num_workers"] = 0
     run_mapping["beit3_ds"]["training"] |= {"log_interval": 4, "eval_interval": 100}
     (tmp_path / "config.json").write_text(json.dumps(run_mapping))

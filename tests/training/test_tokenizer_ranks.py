@@ -1,4 +1,4 @@
-"""Training of the visual tokenizer on several ranks, and going on after a kill."""
+"""Tests training of the visual tokenizer on several ranks, and resuming after a kill."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +24,11 @@ BATCH = 8
 
 
 class KilledError(Exception):
-    """Stands for a kill in the middle of a training."""
+    """Simulates a kill in the middle of a training."""
 
 
 class ViewsUntil(Views):
-    """Views that end the training when it asks for a later position; those of the end are read by nobody else."""
+    """Raises KilledError when the training asks for a position beyond a limit."""
 
     def __init__(self, pixels: Tensor, last_position: int) -> None:
         super().__init__(pixels)
@@ -45,7 +45,7 @@ def tokenizer_run(folder: Path, **changes: int | float) -> RunConfig:
 
 
 def train(config: RunConfig, views: Views, mesh: Mesh | None) -> Trained:
-    """Weights with codebook, and the gradients of the last step."""
+    """Trains; returns the weights with the codebook, and the gradients of the last step."""
     training = _Training(config, views, mesh, torch.device("cpu"), _silent)
     training.run()
     gradients = {name: p.grad.clone() for name, p in training.tokenizer.named_parameters() if p.grad is not None}
@@ -74,7 +74,7 @@ def test_two_ranks_train_what_one_does(tmp_path: Path) -> None:
             for name, value in gradients.items():  # AdamW would hide gradients that are summed instead of averaged
                 torch.testing.assert_close(other_gradients[name], value, rtol=1e-3, atol=1e-6)
             assert state["quantize.cluster_size"].sum() > 0
-            for name, value in state.items():  # catches statistics, or a k-means start, of one rank's vectors alone
+            for name, value in state.items():  # catches statistics or k-means over the vectors of one rank alone
                 # A key's bias has no gradient but rounding, which AdamW turns into steps.
                 torch.testing.assert_close(other_state[name], value, rtol=1e-4, atol=1e-4)
 
@@ -112,8 +112,8 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"learning_rate from 0\.003 to 0\.1\. Undo"):
         train(tokenizer_run(tmp_path, learning_rate=0.1), random_views(40), None)
     with pytest.raises(ConfigError, match=r"number of training images from 40 to 44\. Undo"):
-        train(config, random_views(44), None)  # would be shuffled anew, and repeat images of the epoch
-    train(tokenizer_run(tmp_path, save_interval=3), random_views(40), None)  # does not change what is trained
+        train(config, random_views(44), None)  # would be shuffled again, and repeat images of the epoch
+    train(tokenizer_run(tmp_path, save_interval=3), random_views(40), None)  # does not affect the training
     TokenizerCheckpoint(config).path.write_bytes(b"no tensors here")
     with pytest.raises(ConfigError, match=r"is not a checkpoint of a tokenizer's training"):
         train(config, random_views(40), None)
@@ -138,5 +138,7 @@ def test_bfloat16_trains_a_float32_codebook(tmp_path: Path) -> None:
     state, _ = train(config, random_views(40), None)
     exact, _ = train(tokenizer_run(tmp_path / "exact"), random_views(40), None)
     assert all(value.dtype != torch.bfloat16 for value in state.values())
-    assert not torch.equal(state["encoder.norm.weight"], exact["encoder.norm.weight"])  # catches a switch without use
+    assert not torch.equal(
+        state["encoder.norm.weight"], exact["encoder.norm.weight"]
+    )  # catches a switch without effect
     torch.testing.assert_close(state["quantize.weight"].norm(dim=-1), torch.ones(16))

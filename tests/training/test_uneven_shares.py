@@ -1,4 +1,4 @@
-"""A step is that of one process if data-parallel ranks or micro-batches have different numbers of samples, or none."""
+"""Tests that a step equals that of one process if ranks or micro-batches have uneven numbers of samples, or none."""
 
 import math
 import shutil
@@ -18,9 +18,9 @@ MICRO_BATCHES = 4
 
 
 def deals(ranks: int) -> list[Deal]:
-    """Deals the eight samples of three steps: as a run does, with empty micro-batches first, and to one rank only.
+    """Divides the 8 samples of three steps: as a run does, with empty micro-batches first, and to one rank only.
 
-    The last step leaves ranks without any sample, which a run refuses because it is a waste, not because it is wrong.
+    In the last step, other ranks have no samples. A run refuses this because it is wasteful, not because it is wrong.
     """
     shares = StepShares(samples=MicroBatchSize(0, 0, len(MIXES)), num_ranks=ranks, num_micro_batches=MICRO_BATCHES)
     as_run = [[list(cell["texts"]) for cell in shares.slots(rank)] for rank in range(ranks)]
@@ -38,7 +38,7 @@ VARIANTS: dict[str, Variants] = {
 
 
 def measure(layout: Layout, variants: Variants, reference: Reference) -> list[dict[str, float]]:
-    """Runs on one rank; returns the ratio of error to bound of each loss, norm, gradient and weight."""
+    """Returns the ratio of error to bound of each loss, norm, gradient and weight, on one rank."""
     from beit3_ds.runtime.process_group import init_process_group
 
     mesh: Mesh = init_process_group(config_for(0, **layout.parallel).parallel)
@@ -62,7 +62,7 @@ def run(layout: Layout, name: str, reference: Reference) -> None:
 
 @pytest.mark.parametrize("ranks", [3])
 def test_data_parallel_ranks(ranks: int, reference: Reference) -> None:
-    """A mean of the ranks' means instead of the step's mean shows in loss, gradients and norm."""
+    """Catches a mean over the means of ranks, instead of the mean over the step."""
     run(Layout(1, 1, ranks), "ZeRO 0 to 3", reference)
 
 
@@ -85,14 +85,14 @@ def test_data_parallel_ranks(ranks: int, reference: Reference) -> None:
     ids=str,
 )
 def test_layouts(layout: Layout, variants: str, reference: Reference) -> None:
-    """Seven of eight data-parallel ranks, and layouts with tensor-parallel ranks and stages."""
+    """Compares 7 of 8 data-parallel ranks, and layouts with tensor-parallel ranks and stages."""
     run(layout, variants, reference)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", [{}, {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}], ids=str)
 def test_a_run_lies_on_that_of_one_rank(run_mapping: dict[str, Any], tmp_path: Path, parallel: dict[str, int]) -> None:
-    """Training and validation losses, norms and the order of the data, through the loader; then one rank goes on."""
+    """Compares losses, norms and data order of whole runs, through the loader; then one rank resumes."""
     own = run_mapping["beit3_ds"]
     run_mapping["gradient_accumulation_steps"] = 2
     own["model"]["drop_path_rate"] = 0.2
@@ -108,13 +108,13 @@ def test_a_run_lies_on_that_of_one_rank(run_mapping: dict[str, Any], tmp_path: P
     found, expected = losses(tmp_path / "uneven"), losses(tmp_path / "run")
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.pop("kind") == theirs.pop("kind")
-        assert ours == pytest.approx(theirs, rel=2e-4)  # catches a sample that two ranks or none took
+        assert ours == pytest.approx(theirs, rel=2e-4)  # catches a sample that two ranks or none read
 
     shutil.rmtree(tmp_path / "uneven" / "checkpoints" / "step-00000004")
     own["parallel"] = {}
     status, output = finish(write(run_mapping, tmp_path, "uneven.json"))
     assert (status, "resuming after step 3" in output) == (0, True), output
-    assert "data." not in output.split("resuming after step 3")[1].split("| loss")[0]  # the data are as they were
+    assert "data." not in output.split("resuming after step 3")[1].split("| loss")[0]  # the data have not changed
     last = losses(tmp_path / "uneven")[-1]
     assert last.pop("kind") == "validation"
     assert last == pytest.approx(found[-1], rel=1e-5)

@@ -1,4 +1,4 @@
-"""Training of the visual tokenizer: its schedule, its file, and what its codes are worth on the sample."""
+"""Tests training of the visual tokenizer: its schedule, its file, and the quality of its codes on the sample."""
 
 import dataclasses
 import io
@@ -30,7 +30,7 @@ QUICKSTART = ROOT / "ds_configs" / "quickstart_cpu.json"
 
 
 class Views:
-    """Given images as a dataset, in their order at the positions of every epoch."""
+    """Implements a dataset of given images, in the same order in every epoch."""
 
     def __init__(self, pixels: Tensor) -> None:
         self.pixels = pixels
@@ -43,7 +43,7 @@ class Views:
 
 
 def run_config(folder: Path, seed: int = 1, **visual: int | float) -> RunConfig:
-    """The quickstart's configuration with another file, seed and tokenizer."""
+    """Returns the quickstart's configuration with another file, seed and tokenizer."""
     config = load_run_config(QUICKSTART)
     changed = dataclasses.replace(config.tokenizers.visual, path=str(folder / "visual.safetensors"), **visual)  # type: ignore[arg-type]
     return dataclasses.replace(
@@ -67,7 +67,7 @@ def test_training_writes_a_file_that_encodes(tmp_path: Path) -> None:
     usage = train_visual_tokenizer(config, random_views(), report=lines.append)
     tokenizer = load_visual_tokenizer(config.tokenizers.visual.path)
     codes = tokenizer.encode(random_views().pixels)
-    assert measure_code_usage([codes], 16) == usage  # catches usage taken from another model than the one written
+    assert measure_code_usage([codes], 16) == usage  # catches the usage of another model than the one written
     assert "no codes yet" in lines[0]
     assert "codes used" in lines[-2]
     assert "visual.safetensors" in lines[-1]
@@ -117,7 +117,7 @@ def test_images_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def labelled_images() -> tuple[Tensor, npt.NDArray[np.str_]]:
-    """All images of the sample with a category, (616 or so, 3, 64, 64), and the categories."""
+    """Returns all images of the sample with a category, (about 616, 3, 64, 64), and the categories."""
     pixels, categories = [], []
     for split in ("train", "validation"):
         with tarfile.open(SAMPLE / f"images-{split}.tar") as tar:
@@ -130,7 +130,7 @@ def labelled_images() -> tuple[Tensor, npt.NDArray[np.str_]]:
 
 
 def pixel_codes(views: Tensor, images: Tensor, num_codes: int, seed: int) -> Tensor:
-    """Codes of the images by k-means over raw patches of `views`."""
+    """Returns codes of the images by k-means over raw patches of `views`."""
     from sklearn.cluster import KMeans
 
     patches = F.unfold(views, 8, stride=8).transpose(1, 2).flatten(0, 1)
@@ -141,7 +141,7 @@ def pixel_codes(views: Tensor, images: Tensor, num_codes: int, seed: int) -> Ten
 
 
 def probe_hits(codes: Tensor, categories: npt.NDArray[np.str_], num_codes: int, seed: int) -> npt.NDArray[np.bool_]:
-    """Whether each image's category is predicted from its bag of codes, by five-fold cross-validation."""
+    """Returns whether each image's category is predicted from its bag of codes, by five-fold cross-validation."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
@@ -153,7 +153,7 @@ def probe_hits(codes: Tensor, categories: npt.NDArray[np.str_], num_codes: int, 
 
 @pytest.fixture(scope="module")
 def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[RunConfig, CodeUsage]]:
-    """The quickstart's tokenizer, trained with three seeds."""
+    """Trains the quickstart's tokenizer with three seeds."""
     configs = [run_config(tmp_path_factory.mktemp("visual"), seed) for seed in range(3)]
     return [(config, train_visual_tokenizer(config, TokenizerImages(config))) for config in configs]
 
@@ -179,14 +179,14 @@ def test_codes_of_the_sample_beat_clusters_of_pixels(trained_runs: list[tuple[Ru
         for name, image_codes in codes.items():
             hits[name].append(probe_hits(image_codes, categories, visual.codebook_size, seed))
             print(f"seed {seed}: {name} {hits[name][-1].mean():.3f}", flush=True)
-    difference = np.mean(hits["codes"], axis=0) - np.mean(hits["pixels"], axis=0)  # of each image, over the seeds
+    difference = np.mean(hits["codes"], axis=0) - np.mean(hits["pixels"], axis=0)  # per image, averaged over the seeds
     margin = 1.96 * difference.std(ddof=1) / math.sqrt(len(difference))
     print(f"codes - pixels: {difference.mean():.3f} +- {margin:.3f}")
     assert difference.mean() - margin > 0
 
 
 class ViewsWithBrokenImages(Views):
-    """Views in whose place up to three broken images stood, again and again."""
+    """Implements views of which up to three come from broken images, again in every epoch."""
 
     def read(self, position: int) -> View:
         name = f"s.tar:{position % 3}"
@@ -200,7 +200,7 @@ def test_broken_images_count_once_and_are_named_once(tmp_path: Path) -> None:
     train_visual_tokenizer(config, views, report=lines.append)
     named = [line for line in lines if "left out broken record" in line]
     assert [line.rpartition("s.tar:")[2] for line in named] == [f"{i}: empty file" for i in range(3)]
-    assert "broken records 3" in lines[-2]  # catches a count of encounters, and a progress line without one
+    assert "broken records 3" in lines[-2]  # catches a count of reads, and a progress line without a count
     too_many = dataclasses.replace(config, data=dataclasses.replace(config.data, max_broken_records=2))
     with pytest.raises(ConfigError, match=r"3 broken records by step 1 .*max_broken_records=2"):
         train_visual_tokenizer(too_many, views, report=lines.append)
