@@ -1,4 +1,4 @@
-"""The tasks: what `task.py` says that a task is, and a folder for each."""
+"""Contains the tasks of the trainer, one per folder; `task.py` defines what a task is."""
 
 from beit3_ds.tasks.build import build_task
 from beit3_ds.tasks.task import Evaluator, RankShare, RankTask, Task, Term

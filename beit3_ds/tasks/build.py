@@ -1,4 +1,4 @@
-"""Finds the task that a configuration names."""
+"""Imports the task that a configuration names."""
 
 import importlib
 import importlib.util
@@ -13,7 +13,7 @@ def build_task(config: RunConfig) -> Task:
     """Builds the task of a run.
 
     Raises:
-        ConfigError: for a task that does not exist, or settings of it that cannot work.
+        ConfigError: if the task does not exist or its settings are invalid.
     """
     name = config.task.name
     module = name if "." in name else f"beit3_ds.tasks.{name}"

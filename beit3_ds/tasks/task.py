@@ -1,20 +1,21 @@
-"""What a task is: everything that the trainer asks of pretraining, and of every other task.
+"""Defines what the trainer needs from a task, such as pretraining.
 
-A task is one folder of `beit3_ds/tasks`, named by `"task": {"name": ...}` in the file of a run; a name with dots is a
-module anywhere. The module has a class `TASK`, a subclass of `Task`. The trainer knows terms and opaque tensors only:
+A task is one folder of `beit3_ds/tasks`, named by `"task": {"name": ...}` in the configuration file. A name with dots
+is any importable module. The module has a class `TASK`, a subclass of `Task`. The trainer knows only terms and opaque
+tensors:
 
     Task        built from the configuration alone, also by `beit3 check`: terms, model, costs
-    RankTask    opened by one rank: the samples it reads, how a micro-batch is prepared, what is reported
+    RankTask    opened by one rank: the samples it reads, how it prepares a micro-batch, what it reports
 
-Where further needs of a task go:
+A task that needs more extends the following:
 
-    several sequences per sample, or pooled rows    `PackedBatch.head_rows`, and the head joins what it reads
+    several sequences per sample, or pooled rows    `PackedBatch.head_rows`; the head combines the rows that it reads
     another attention mask                          a field of `PackedBatch` that `model/attention.py` passes to the op
-    no text, no image, another image size           `model` in the file; the streams that the task opens
-    metrics                                         a term of weight 0: its sum and count merge exactly over ranks
-    other learning rates, frozen parts, an EMA      `training/optimizer.py`, by names that the task gives
-    terms over features of the whole step           two passes per step: `PackedBatch` carries all draws, so that both
-                                                    compute the same features
+    no text, no image, another image size           `model` in the configuration; the streams that the task opens
+    metrics                                         a term of weight 0, whose sum and count merge exactly over ranks
+    other learning rates, frozen parts, an EMA      `training/optimizer.py`, by parameter names from the task
+    terms over features of the whole step           two passes per step; both compute the same features, because
+                                                    `PackedBatch` contains all random draws
 """
 
 import dataclasses
@@ -37,74 +38,74 @@ from beit3_ds.model import Head, TaskModel
 from beit3_ds.parallel import Mesh, TensorParallel
 
 Split = Literal["train", "validation"]
-"""Which of the sources of a stream."""
+"""Which sources of a stream to open."""
 
 
 class Term(NamedTuple):
-    """A part of the loss, or a metric: a sum over samples or positions, divided by their number in the whole step."""
+    """Describes a loss term or a metric: a sum over samples or positions, divided by their count in the whole step."""
 
     name: str
-    """Its name in logs, metrics and messages."""
+    """Name in logs, metrics and messages."""
     stream: str
-    """The stream whose samples it is computed on."""
+    """Stream whose samples it is computed on."""
     title: str
-    """Its name for people, above plots."""
+    """Readable name, used as the title of plots."""
     weight: float = 1.0
-    """Its weight in the loss; 0 for a metric."""
+    """Weight in the loss; 0 for a metric."""
     unit: str = "cross entropy (nats)"
-    """Its unit, beside plots."""
+    """Unit, shown in plots."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankShare:
-    """What one rank reads of every step."""
+    """Says which part of every step a rank reads."""
 
     data_parallel_rank: int
-    """Its rank among those that read different samples."""
+    """Rank among the ranks that read different samples."""
     data_parallel_size: int
     """Number of these ranks."""
     embeds: bool
-    """Whether it needs the model's inputs: the first stage of a pipeline."""
+    """Whether the rank needs the model's inputs; true on the first stage of a pipeline."""
     predicts: bool
-    """Whether it needs targets: the last stage of a pipeline."""
+    """Whether the rank needs targets; true on the last stage of a pipeline."""
     reads: bool
-    """Whether it reads samples at all; others receive theirs from ranks that read (`Mesh.is_reader`)."""
+    """Whether the rank reads samples; other ranks receive theirs from those that read (`Mesh.is_reader`)."""
 
 
 class Evaluator(Protocol):
-    """The trained model as a task sees it at the end of a run."""
+    """Gives a task access to the trained model at the end of a run."""
 
     @property
     def mesh(self) -> Mesh:
-        """The ranks."""
+        """Mesh of all ranks."""
 
     @property
     def device(self) -> torch.device:
-        """The device of this rank."""
+        """Device of this rank."""
 
     @property
     def validation(self) -> Iterable[PackedBatch]:
-        """This rank's validation batches, as they are read."""
+        """Validation batches of this rank, not yet prepared."""
 
     def predict(self, batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, Any]]:
-        """Yields each batch, prepared, with the head's predictions on the last stage and None elsewhere.
+        """Yields each prepared batch, with the head's predictions on the last stage and None elsewhere.
 
-        All ranks call it, with the same number of batches.
+        All ranks must call it with the same number of batches.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankTask:
-    """A task that one rank has opened."""
+    """Holds what one rank has opened for a task."""
 
     dataset: StepDataset | None = None
-    """Training steps; None on ranks that receive their samples."""
+    """Dataset of training steps; None on ranks that receive their samples."""
     validation: ValidationBatches | None = None
     """Validation batches; None on ranks that receive them."""
     sources: Mapping[str, SourceSamples] = field(default_factory=dict)
-    """Samples of every source that this rank reads, by its name in the configuration; ranks compare them."""
+    """Samples of every source that this rank reads, by source name in the configuration; ranks compare them."""
     files: Mapping[str, str | None] = field(default_factory=dict)
-    """Further files that all ranks must have alike, by their keys in the configuration."""
+    """Further files that must be equal on all ranks, by configuration key."""
 
     @classmethod
     def open(
@@ -116,18 +117,19 @@ class RankTask:
         views: str = "model",
         **fields: Any,
     ) -> Self:
-        """Opens the samples of a rank, if it reads any.
+        """Opens the samples of a rank; a rank that does not read opens none.
 
         Args:
             config: the run's configuration.
-            share: what the rank reads.
+            share: part of every step that the rank reads.
             build_streams: opens the streams of a split, in the order of their rows in a batch.
-            pack: makes a micro-batch of prepared samples.
+            pack: packs prepared samples into a micro-batch.
             views: views of each image that a batch keeps (`config.prefetch.plan_prefetch`).
-            fields: further fields of the class.
+            fields: values of the class's further fields.
 
         Raises:
-            ConfigError: for files that cannot be read, fewer samples than ranks, or steps above `data.prefetch_gib`.
+            ConfigError: if a file cannot be read, there are fewer samples than ranks, or a step exceeds
+                `data.prefetch_gib`.
         """
         if not share.reads:
             return cls(**fields)
@@ -140,46 +142,46 @@ class RankTask:
         return cls(dataset=dataset, validation=validation, sources=sources, **fields)
 
     def to(self, device: torch.device) -> None:
-        """Moves to the device what the task keeps there, such as a frozen network."""
+        """Moves the task's own tensors, such as those of a frozen network, to the device."""
 
     def prepare(self, batch: PackedBatch, device: torch.device) -> PackedBatch:
         """Returns a micro-batch on the device, with all targets that the head needs."""
         return batch.to(device)
 
     def baselines(self, evaluator: Evaluator) -> dict[str, float]:
-        """Returns what a predictor that ignores its input would reach, by term; all ranks call it."""
+        """Returns the value of each term for a predictor that ignores its input, by name; all ranks must call it."""
         return {}
 
     def write_pages(self, evaluator: Evaluator, folder: Path) -> dict[str, str]:
-        """Writes pages to look at; all ranks call it.
+        """Writes pages that show results to people; all ranks must call it.
 
         Returns:
-            What the summary says of them, by name, on one rank of the last stage; elsewhere nothing.
+            Entries for the summary, by name, on one rank of the last stage; empty elsewhere.
         """
         return {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoSettings:
-    """The keys of the "task" section beside its name, for a task that has none."""
+    """Settings of a task that has no keys except `name` in the "task" section."""
 
 
 class Task(ABC):
-    """A task as its configuration describes it.
+    """Base class of tasks, built from the configuration alone.
 
     Attributes:
-        config: the run's configuration.
-        settings: the task's own keys of the "task" section, an instance of `Settings`.
+        config: configuration of the run.
+        settings: the task's own keys in the "task" section, an instance of `Settings`.
     """
 
     Settings: ClassVar[type] = NoSettings
-    """Dataclass of the task's own keys."""
+    """Dataclass of the task's own keys in the "task" section."""
 
     def __init__(self, config: RunConfig) -> None:
-        """Checks what can be checked without files.
+        """Loads the settings and checks what needs no files.
 
         Raises:
-            ConfigError: for settings that cannot work.
+            ConfigError: if the settings are invalid.
         """
         self.config = config
         self.settings: Any = config.task.load(self.Settings)
@@ -191,18 +193,18 @@ class Task(ABC):
     @property
     @abstractmethod
     def terms(self) -> tuple[Term, ...]:
-        """The terms, in the order of every vector of sums and counts."""
+        """Terms of the task, in the order of all vectors of sums and counts."""
 
     @abstractmethod
     def build_head(self, model: ModelConfig, tensor: TensorParallel) -> Head:
-        """Builds the head, the last of the layers, without values; tensor-parallel ranks may divide it."""
+        """Builds the head with uninitialised parameters, which may be split over the tensor-parallel group."""
 
     def build_model(self, tensor: TensorParallel | None = None, layers: Sequence[range] | None = None) -> TaskModel:
-        """Builds the layers of one stage, without values.
+        """Builds the layers of one stage, with uninitialised parameters.
 
         Args:
-            tensor: the ranks that divide every layer; None is this process alone.
-            layers: the model chunks of the stage; None is all layers.
+            tensor: the tensor-parallel group; None is a group of this process alone.
+            layers: model chunks of the stage; None is all layers.
         """
         training = self.config.training
         return TaskModel(
@@ -216,23 +218,23 @@ class Task(ABC):
         )
 
     def head_flops(self, term_counts: Sequence[float]) -> float:
-        """Returns operations of the head's forward pass for a batch with these counts; a multiply-add counts 2.
+        """Returns the operations of the head's forward pass, given a count per term; a multiply-add counts 2.
 
-        A small head may leave it at 0.
+        A task with a small head may keep the default of 0.
         """
         return 0.0
 
     def expected_head_flops(self) -> float:
-        """Returns operations of a whole step that the last stage adds to its layers, forward and backward.
+        """Returns the operations per step of the head and of its targets on the device, forward and backward.
 
-        Those of the head, and of what is prepared for it on the device. A small head may leave it at 0.
+        A task with a small head may keep the default of 0.
         """
         return 0.0
 
     @abstractmethod
     def open(self, share: RankShare) -> RankTask:
-        """Opens the files that a rank reads, before any process group exists.
+        """Opens the files that a rank reads; called before any process group exists.
 
         Raises:
-            ConfigError: for a file that cannot be read or does not fit the configuration.
+            ConfigError: if a file cannot be read or does not fit the configuration.
         """

@@ -1,4 +1,4 @@
-"""What a predictor that ignores its input would reach on each term."""
+"""Computes the loss that a predictor without input would reach on each term."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -12,7 +12,7 @@ from beit3_ds.tasks.pretraining.targets import MASKED_TOKENS, TARGET_IDS, TOKENI
 from beit3_ds.tokenizers.visual import VisualTokenizer
 
 TERM_STREAMS = {"image_mim": "images", "text_mlm": "texts", "pair_mim": "pairs", "pair_mlm": "pairs"}
-"""The terms of pretraining in their order, each with the stream whose samples it is computed on."""
+"""Stream of each term of pretraining, in the order of the terms."""
 
 
 @torch.no_grad()
@@ -26,20 +26,21 @@ def unigram_entropies(
 ) -> dict[str, float]:
     """Returns the cross entropy of the best predictor that ignores its input, in nats, for each loss term.
 
-    It is the entropy of the frequencies of ids among all patches or tokens of the validation samples of all ranks,
-    without BOS, which is never predicted. Sends two visual and two text vocabularies of integers per source.
+    This is the entropy of the frequencies of ids, counted over all patches or tokens of all ranks' validation samples.
+    BOS is left out, because it is never predicted. Sends two visual and two text vocabularies of integers
+    per source.
 
     Args:
         batches: this rank's validation batches.
-        visual_tokenizer: None on stages of a pipeline without heads.
+        visual_tokenizer: encodes images; None on pipeline stages without heads.
         model: sizes of the vocabularies.
-        mesh: the ranks.
+        mesh: mesh of all ranks.
         device: device of the tokenizer.
         source_names: short names of the validation sources of each stream.
 
     Returns:
-        Entropies of terms with at least one id, by name. A term whose stream has several sources is followed by the
-        entropy of each source's own ids as "TERM/SOURCE".
+        Entropy of each term with at least one id, by name. A term whose stream has several sources is followed by the
+        entropy of each source's ids as "TERM/SOURCE".
     """
     sizes = {"image_mim": model.visual_vocab_size, "text_mlm": model.text_vocab_size}
     sizes |= {"pair_mim": model.visual_vocab_size, "pair_mlm": model.text_vocab_size}
@@ -57,7 +58,7 @@ def unigram_entropies(
         for term, values in ids.items():
             source = batch.sources.get(TERM_STREAMS[term], 0)
             counts[term][source] += torch.bincount(values.flatten(), minlength=sizes[term])
-    # The last stage has counted; the others add their zeros.
+    # Only the last stage has counts; the other stages add zeros.
     entropies: dict[str, float] = {}
     for term, own in counts.items():
         total = mesh.data_host.sum(mesh.pipeline.host.sum(own))
@@ -71,6 +72,6 @@ def unigram_entropies(
 
 
 def entropy(counts: Tensor) -> float:
-    """Entropy in nats of ids that occur `counts` times; exp of it is their perplexity."""
+    """Returns the entropy in nats of ids that occur `counts` times; its exp is their perplexity."""
     shares = counts[counts > 0].double() / counts.sum()
     return float(-(shares * shares.log()).sum())

@@ -41,6 +41,6 @@ def pretraining_config(config: RunConfig) -> PretrainingConfig:
     """Returns the settings of pretraining in a run's configuration, or their defaults in a run of another task.
 
     Raises:
-        ConfigError: for an unknown key or a value that does not fit.
+        ConfigError: if a key is unknown or a value is invalid.
     """
     return config.task.load(PretrainingConfig) if config.task.name == "pretraining" else PretrainingConfig()

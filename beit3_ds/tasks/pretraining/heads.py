@@ -1,4 +1,4 @@
-"""The two heads of masked modeling (paper section 2.2)."""
+"""Implements the two heads of masked modeling (paper section 2.2)."""
 
 # D hidden, M rows at masked positions.
 
@@ -16,16 +16,16 @@ from beit3_ds.tasks.pretraining.targets import TARGET_IDS, VISUAL_CODES
 
 
 class Logits(NamedTuple):
-    """Scores at the masked positions of one micro-batch."""
+    """Logits at the masked positions of one micro-batch."""
 
     visual: Tensor
-    """(masked patches, visual vocabulary)."""
+    """Logits of visual tokens, (masked patches, visual vocabulary)."""
     text: Tensor
-    """(masked tokens, text vocabulary)."""
+    """Logits of text tokens, (masked tokens, text vocabulary)."""
 
 
 class MaskedModelingHeads(Head):
-    """MIM head and MLM head over masked positions; tensor-parallel ranks divide both vocabularies."""
+    """MIM head and MLM head over masked positions; both vocabularies are split over the tensor-parallel group."""
 
     def __init__(self, config: ModelConfig, tensor: TensorParallel) -> None:
         super().__init__()
@@ -36,17 +36,17 @@ class MaskedModelingHeads(Head):
 
     @property
     def word_table(self) -> VocabParallelHead:
-        """The head whose matrix may be the word table."""
+        """MLM head, whose matrix may be the word table."""
         return self.mlm
 
     def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
-        """Computes the sums of cross entropies of the four terms, (4,) float32, or the logits.
+        """Returns the sums of cross entropies of the four terms, (4,) float32, or the logits.
 
         Args:
-            h_MD: normalised rows at masked positions, (M, D): patches of images, patches of pairs, tokens of captions,
-                tokens of texts.
-            batch: with visual codes, if sums are wanted.
-            with_loss: whether sums are wanted.
+            h_MD: normalised rows at masked positions, (M, D), in the order: patches of images, patches of pairs, tokens
+                of captions, tokens of texts.
+            batch: the packed micro-batch, with visual codes if `with_loss`.
+            with_loss: whether to return the sums.
         """
         image_mim, pair_mim, pair_mlm, text_mlm = batch.head_row_counts
         h_patches, h_tokens = h_MD.split([image_mim + pair_mim, pair_mlm + text_mlm])
@@ -61,7 +61,7 @@ class MaskedModelingHeads(Head):
 
 
 def head_flops(model: ModelConfig, term_counts: Sequence[float]) -> float:
-    """Returns operations of both heads' forward pass for a batch with these masked positions of the four terms."""
+    """Returns the forward operations of both heads, given the number of masked positions per term."""
     image_mim, text_mlm, pair_mim, pair_mlm = term_counts
     logits = (image_mim + pair_mim) * model.visual_vocab_size + (text_mlm + pair_mlm) * model.text_vocab_size
     return 2 * model.hidden_size * logits

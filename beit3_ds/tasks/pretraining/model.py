@@ -1,4 +1,4 @@
-"""BEiT-3 with the heads of masked modeling: the model that pretraining trains and `beit3 export` writes."""
+"""Adds the heads of masked modeling to BEiT-3; pretraining trains this model and `beit3 export` writes it."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from beit3_ds.tasks.pretraining.heads import MaskedModelingHeads
 
 
 class PretrainingModel(TaskModel):
-    """The layers of BEiT-3 (`BEiT3`), the last of which ends with the MIM and the MLM head."""
+    """BEiT-3 whose last layer ends with the MIM head and the MLM head."""
 
     heads: MaskedModelingHeads | None
 

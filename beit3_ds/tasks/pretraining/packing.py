@@ -1,6 +1,6 @@
-"""Masked samples and how they become one packed micro-batch."""
+"""Packs masked samples into one packed micro-batch."""
 
-# Q samples, L layers, N patches an image, n tokens of one text, k masked tokens of one text.
+# Q samples, L layers, N patches per image, n tokens of one text, k masked tokens of one text.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,51 +17,51 @@ from beit3_ds.data.packing import concatenate, pack_inputs, stack_views
 from beit3_ds.tasks.pretraining.targets import with_masks
 
 ImageViews = Literal["both", "model", "tokenizer"]
-"""Views of an image that a rank needs: the first stage of a pipeline the model's, the last the visual tokenizer's."""
+"""Views of an image that a rank needs: "model" on the first stage, "tokenizer" on the last one, or both."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageSample:
-    """An image, cropped and masked."""
+    """Holds a cropped and masked image."""
 
     name: str
-    """Where it came from."""
+    """File and name of the sample, for messages."""
     model_view: Tensor
-    """(3, image_size, image_size) float32 in [-1, 1]."""
+    """Crop for the model, (3, image_size, image_size) float32 in [-1, 1]."""
     tokenizer_view: Tensor
-    """The same crop, (3, s, s) float32 in [-1, 1]."""
+    """Same crop for the visual tokenizer, (3, s, s) float32 in [-1, 1]."""
     patch_mask: NDArray[np.bool_]
-    """True where a patch is hidden, (N,)."""
+    """True for masked patches, (N,)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TextSample:
-    """A text, tokenized and masked."""
+    """Holds a tokenized and masked text."""
 
     name: str
-    """Where it came from."""
+    """File and name of the sample, for messages."""
     ids: NDArray[np.int64]
     """Corrupted ids, BOS and EOS included, (n,)."""
     masked_positions: NDArray[np.int64]
-    """Positions to be predicted, ascending, (k,)."""
+    """Positions to predict, ascending, (k,)."""
     target_ids: NDArray[np.int64]
-    """The original ids there, (k,)."""
+    """Original ids at the masked positions, (k,)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PairSample:
-    """An image and its caption."""
+    """Holds an image and its caption."""
 
     image: ImageSample
     caption: TextSample
 
 
 Sample = ImageSample | PairSample | TextSample
-"""A sample of any of the three streams."""
+"""Sample of any of the three streams."""
 
 
 class ImageShape(NamedTuple):
-    """Sizes of every image in a batch, known even where there is none."""
+    """Sizes of every image in a batch, also of a batch without images."""
 
     image_size: int
     tokenizer_image_size: int
@@ -80,19 +80,19 @@ def pack(
     shape: ImageShape,
     views: ImageViews = "both",
 ) -> PackedBatch:
-    """Packs samples; any stream may be absent, even all.
+    """Packs samples into a batch; any stream may be absent, even all of them.
 
     Args:
-        samples: images, then pairs, then texts; Q in all.
-        drop_path: factors of the samples in this order, (Q, L, 2) float32, or None.
-        sources: `PackedBatch.sources`.
+        samples: images, then pairs, then texts; Q samples in total.
+        drop_path: factors of stochastic depth in the order of `samples`, (Q, L, 2) float32, or None.
+        sources: value of `PackedBatch.sources`.
         shape: sizes of the images.
         views: views of each image that the batch keeps.
     """
     images = [sample for sample in samples if isinstance(sample, ImageSample)]
     pairs = [sample for sample in samples if isinstance(sample, PairSample)]
     texts = [sample for sample in samples if isinstance(sample, TextSample)]
-    # The rows of drop_path follow `samples`, those of the batch its own order.
+    # drop_path is in the order of `samples`, so this must be the order of the batch.
     assert [*images, *pairs, *texts] == list(samples), "samples must come as images, pairs, texts"
     pictures = [*images, *(pair.image for pair in pairs)]
     writings = [*(pair.caption for pair in pairs), *texts]

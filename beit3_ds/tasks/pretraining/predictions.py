@@ -1,4 +1,4 @@
-"""A page on which a person can look at what the model predicts for validation samples."""
+"""Writes a page that shows what the model predicts for validation samples."""
 
 import base64
 import html
@@ -32,15 +32,15 @@ def write_predictions(
 ) -> None:
     """Writes one self-contained HTML page.
 
-    Masked words are shown with the model's guess (green if right) and the truth. Masked patches are shown as mosaics:
-    every code is drawn as the mean of the patches with this code in the batch.
+    The page shows masked words with the model's guess (green if right) and the truth. It shows masked patches as
+    mosaics, in which every code is drawn as the mean of the batch's patches with this code.
 
     Args:
         batch: a validation micro-batch.
-        logits: the model's scores at the masked positions of the batch.
-        text_tokenizer: turns ids into words; None without texts.
-        visual_tokenizer: gives the codes of the original images; None without images.
-        path: the .html to write.
+        logits: logits of the model at the masked positions of the batch.
+        text_tokenizer: converts ids to words; None without texts.
+        visual_tokenizer: encodes the original images; None without images.
+        path: .html file to write.
     """
     mosaics = _Mosaics(batch, logits, visual_tokenizer)
     words = _Words(batch, logits, text_tokenizer)
@@ -71,12 +71,12 @@ class _Words:
         self.lengths = [*batch.caption_lengths, *batch.text_lengths]
         self.ids = batch.token_ids.tolist()
         num_ids = tokenizer.vocab_size if tokenizer else logits.text.shape[1]
-        guesses = logits.text[:, :num_ids].argmax(1).tolist()  # spare rows of the table stand for nothing
+        guesses = logits.text[:, :num_ids].argmax(1).tolist()  # spare rows of the table have no token
         truths = batch.targets[TARGET_IDS].tolist()
         self.masked = dict(zip(batch.targets[MASKED_TOKENS].tolist(), zip(guesses, truths, strict=True), strict=True))
 
     def sentence(self, text: int) -> str:
-        """One caption or text as HTML."""
+        """Returns a caption or text as HTML."""
         start = sum(self.lengths[:text])
         return "".join(self._token(position) for position in range(start, start + self.lengths[text]))
 
@@ -103,7 +103,7 @@ class _Mosaics:
         self.palette = self._mean_patches(int(logits.visual.shape[1]))
 
     def figures(self, image: int) -> str:
-        """Original, masked input, predicted codes and true codes of one image."""
+        """Returns the original, the masked input, the predicted and the true codes of an image as HTML."""
         patches, mask = self.patches[image], self.batch.patch_mask[image].cpu()
         gray = torch.zeros_like(patches)
         hidden = mask.view(-1, 1, 1, 1)
@@ -126,14 +126,14 @@ class _Mosaics:
 
 
 def _cut(pixels: Tensor, num_patches: int) -> Tensor:
-    """(B, 3, s, s) -> (B, N, 3, p, p)."""
+    """Cuts images into patches, (B, 3, s, s) -> (B, N, 3, p, p)."""
     grid = int(num_patches**0.5)
     rows = pixels.unflatten(3, (grid, -1)).unflatten(2, (grid, -1))  # B 3 g p g p
     return rows.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
 
 
 def _join(patches: Tensor) -> Tensor:
-    """(N, 3, p, p) -> (3, s, s)."""
+    """Joins patches into an image, (N, 3, p, p) -> (3, s, s)."""
     grid = int(len(patches) ** 0.5)
     return patches.unflatten(0, (grid, grid)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
 

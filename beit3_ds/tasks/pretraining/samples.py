@@ -1,4 +1,4 @@
-"""The three streams of pretraining: from the number of a sample to the sample, read, cropped, tokenized and masked."""
+"""Opens the three streams of pretraining, which read, crop, tokenize and mask samples by index."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,23 +25,23 @@ from beit3_ds.tokenizers.text import TextTokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSamples(ImageSourceSamples):
-    """Images of one source for masked image modeling."""
+    """Prepares the images of one source for masked image modeling."""
 
     grid_size: int
     """Patches on a side."""
     num_masked: int
-    """Patches to hide, in every image."""
+    """Number of patches to mask in every image."""
 
     def prepare(self, index: int, key: SampleKey) -> ImageSample:
-        """Reads sample `index` of the source and draws its crop and its mask by `key`.
+        """Reads sample `index` of the source and draws its crop and mask from `key`.
 
         Raises:
-            BrokenRecordError: if it cannot be read.
+            BrokenRecordError: if the image cannot be read.
         """
         return self.augment(self.read(index), index, key)
 
     def augment(self, image: Image.Image, index: int, key: SampleKey) -> ImageSample:
-        """Draws the crop and the mask for the image of sample `index` by `key`."""
+        """Draws the crop and the mask of sample `index`, whose image has been read, from `key`."""
         model_view, tokenizer_view = self.views(image, key.rng("augmentation"))
         return ImageSample(
             name=self.source.name(index),
@@ -53,21 +53,21 @@ class ImageSamples(ImageSourceSamples):
 
 @dataclass(frozen=True, kw_only=True)
 class PairSamples:
-    """Images with captions of one source for masked vision-language modeling."""
+    """Prepares the image-text pairs of one source for masked vision-language modeling."""
 
     is_last_open: ClassVar[bool] = False
 
     images: ImageSamples
-    """The images, of a source that holds captions too."""
+    """Images of the source, which also holds the captions."""
     tokenizer: TextTokenizer
-    """Turns captions into ids."""
+    """Converts captions to ids."""
     length: int
-    """Tokens of a caption at most, BOS and EOS included; the rest is cut off."""
+    """Largest number of tokens of a caption, BOS and EOS included; further tokens are cut off."""
     masking: TextMasking
-    """Hides tokens of the caption."""
+    """Masks tokens of the caption."""
 
     def __len__(self) -> int:
-        """Samples of the source, broken ones included."""
+        """Returns the number of samples of the source, broken ones included."""
         return len(self.images)
 
     def files(self) -> Iterable[SourceFile]:
@@ -83,14 +83,14 @@ class PairSamples:
         return self.images.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns files, members and rows of the source that are no samples, by the reason."""
+        """Returns the files, members and rows of the source that are not samples, by reason."""
         return self.images.skipped()
 
     def prepare(self, index: int, key: SampleKey) -> PairSample:
-        """Reads sample `index` of the source and draws its crop and both its masks by `key`.
+        """Reads sample `index` of the source and draws its crop and both masks from `key`.
 
         Raises:
-            BrokenRecordError: if its image or its caption cannot be read.
+            BrokenRecordError: if the image or the caption cannot be read.
         """
         source, tokenizer = self.images.source, self.tokenizer
         image, text = source.pair(index, self.images.views.min_side)
@@ -105,17 +105,17 @@ class PairSamples:
 
 @dataclass(frozen=True, kw_only=True)
 class TextSamples:
-    """Texts of one source for masked language modeling."""
+    """Prepares the texts of one source for masked language modeling."""
 
     is_last_open: ClassVar[bool] = True
 
     sequences: TextSequences
-    """The tokenized texts."""
+    """Tokenized texts."""
     masking: TextMasking
-    """Hides tokens of the text."""
+    """Masks tokens of the text."""
 
     def __len__(self) -> int:
-        """Samples of the source."""
+        """Returns the number of samples of the source."""
         return len(self.sequences)
 
     def files(self) -> Iterable[SourceFile]:
@@ -131,12 +131,12 @@ class TextSamples:
         return self.sequences.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns lines and files of the source that are no samples, by the reason."""
+        """Returns the lines and files of the source that are not samples, by reason."""
         found = {"line that is no text": self.sequences.broken, "file without text": self.sequences.empty}
         return {reason: Skipped(len(names), names[0]) for reason, names in found.items() if names}
 
     def prepare(self, index: int, key: SampleKey) -> TextSample:
-        """Draws the mask of sample `index` of the source by `key`."""
+        """Returns sample `index` of the source, with a mask drawn from `key`."""
         return _masked_text(self.sequences.name(index), self.sequences[index], self.masking, key)
 
 
@@ -149,7 +149,7 @@ def build_train_streams(config: RunConfig, tokenizer: TextTokenizer | None) -> d
     """Opens the training files of every stream that has samples in a step, with augmentation.
 
     Raises:
-        ConfigError: for files that are missing or cannot be read.
+        ConfigError: if files are missing or cannot be read.
     """
     data = config.data
     files = OpenFiles(data.max_open_files)
@@ -162,10 +162,10 @@ def build_train_streams(config: RunConfig, tokenizer: TextTokenizer | None) -> d
 
 
 def build_validation_streams(config: RunConfig, tokenizer: TextTokenizer | None) -> dict[str, Stream]:
-    """Opens the validation files of every stream that has some, with the crop in the middle.
+    """Opens the validation files of every stream that has some, with center crops.
 
     Raises:
-        ConfigError: for files that are missing or cannot be read.
+        ConfigError: if files are missing or cannot be read.
     """
     views = CenterViews(image_size=config.model.image_size, tokenizer_image_size=config.tokenizers.visual.image_size)
     files = OpenFiles(config.data.max_open_files)

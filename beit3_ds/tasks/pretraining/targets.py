@@ -1,6 +1,6 @@
-"""Targets of masked modeling: original ids of masked tokens, codes of masked patches (paper section 2.2)."""
+"""Adds the targets of masked modeling to a batch: ids of masked tokens, codes of masked patches (paper section 2.2)."""
 
-# B images with pixels, N patches an image, M masked tokens.
+# B images with pixels, N patches per image, M masked tokens.
 
 import dataclasses
 
@@ -11,13 +11,13 @@ from beit3_ds.batch import PackedBatch
 from beit3_ds.tokenizers.visual import VisualTokenizer
 
 MASKED_TOKENS = "masked_tokens"
-"""Positions in `PackedBatch.token_ids` to be predicted, ascending, (M,) int64."""
+"""Key of the positions in `PackedBatch.token_ids` to predict, ascending, (M,) int64."""
 TARGET_IDS = "target_ids"
-"""The original ids there, (M,) int64."""
+"""Key of the original ids at the masked positions, (M,) int64."""
 TOKENIZER_PIXELS = "tokenizer_pixels"
-"""The visual tokenizer's view of every image, (B, 3, s, s) float32 in [-1, 1]; absent on stages without the heads."""
+"""Key of the views for the visual tokenizer, (B, 3, s, s) float32 in [-1, 1]; absent on stages without the heads."""
 VISUAL_CODES = "visual_codes"
-"""Codes of the masked patches in row order, int64; filled in on the device (`prepare_batch`)."""
+"""Key of the codes of the masked patches in row order, int64; computed on the device (`prepare_batch`)."""
 
 
 def with_masks(
@@ -30,14 +30,14 @@ def with_masks(
 ) -> PackedBatch:
     """Returns a batch with the targets of its masked patches (`PackedBatch.patch_mask`) and tokens.
 
-    The heads read only masked positions: masked patches, those of images first, then masked tokens, captions first.
+    The heads read only masked positions: masked patches of images, of pairs, then masked tokens of captions, of texts.
 
     Args:
         batch: the inputs, in host memory.
         masked_tokens: positions of masked tokens, ascending, (M,) int64.
-        target_ids: their original ids, (M,) int64.
+        target_ids: original ids of the masked tokens, (M,) int64.
         tokenizer_pixels: views for the visual tokenizer, (B, 3, s, s); None on stages without the heads.
-        visual_codes: codes of the masked patches, if they are known already.
+        visual_codes: codes of the masked patches; None if they are not known yet.
     """
     assert masked_tokens.shape == target_ids.shape, "one target per masked token"
     image, patch = batch.patch_mask.nonzero(as_tuple=True)
@@ -62,17 +62,18 @@ def with_masks(
 
 
 def with_visual_codes(batch: PackedBatch, codes_BN: Tensor) -> PackedBatch:
-    """Returns the batch with the targets of its masked patches, given the codes of all patches, (B, N) int64."""
+    """Returns the batch with the codes of its masked patches, given those of all patches, (B, N) int64."""
     assert codes_BN.shape == batch.patch_mask.shape, f"codes {tuple(codes_BN.shape)} for {batch.patch_mask.shape}"
     return dataclasses.replace(batch, targets={**batch.targets, VISUAL_CODES: codes_BN[batch.patch_mask]})
 
 
 def prepare_batch(batch: PackedBatch, visual_tokenizer: VisualTokenizer | None, device: torch.device) -> PackedBatch:
-    """Moves a micro-batch to `device` and fills in the codes of its masked patches.
+    """Moves a micro-batch to `device` and adds the codes of its masked patches.
 
     Args:
         batch: the batch as it was read.
-        visual_tokenizer: None on stages of a pipeline without heads, which need no codes, and in a run without images.
+        visual_tokenizer: encodes images; None in a run without images, and on stages without heads, which need no
+            codes.
         device: device of the model.
     """
     batch = batch.to(device)
@@ -86,7 +87,7 @@ def encode_images(batch: PackedBatch, visual_tokenizer: VisualTokenizer | None) 
 
     Args:
         batch: a batch with the tokenizer's view.
-        visual_tokenizer: None in a run without images, whose batches have none.
+        visual_tokenizer: encodes images; None in a run without images.
     """
     pixels = batch.targets[TOKENIZER_PIXELS]
     if visual_tokenizer is None:

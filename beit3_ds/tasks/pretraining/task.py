@@ -1,4 +1,4 @@
-"""Pretraining as a task: four terms over masked positions (paper section 2.2)."""
+"""Implements pretraining as a task with four terms over masked positions (paper section 2.2)."""
 
 import functools
 import itertools
@@ -26,16 +26,16 @@ from beit3_ds.tokenizers.text import load_text_tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainingRankTask(RankTask):
-    """The tokenizers and samples of one rank."""
+    """Holds the tokenizers and samples of one rank."""
 
     model: ModelConfig
-    """Sizes of the vocabularies."""
+    """Model configuration, for the sizes of the vocabularies."""
     validation_sources: Mapping[str, Sequence[str]]
     """Short names of the validation sources of each stream."""
     text_tokenizer: TextTokenizer | None
-    """None in a run without texts and pairs."""
+    """Tokenizer of texts; None in a run without texts and pairs."""
     visual_tokenizer: VisualTokenizer | None
-    """None on pipeline stages without heads, and in a run without images and pairs."""
+    """Tokenizer of images; None on pipeline stages without heads, and in a run without images and pairs."""
 
     def to(self, device: torch.device) -> None:
         """Moves the visual tokenizer to the device."""
@@ -47,7 +47,7 @@ class PretrainingRankTask(RankTask):
         return prepare_batch(batch, self.visual_tokenizer, device)
 
     def baselines(self, evaluator: Evaluator) -> dict[str, float]:
-        """Returns the entropy of the ids of each term, without looking at the input (`unigram_entropies`)."""
+        """Returns the entropy of the ids of each term (`unigram_entropies`)."""
         return unigram_entropies(
             evaluator.validation,
             self.visual_tokenizer,
@@ -58,7 +58,7 @@ class PretrainingRankTask(RankTask):
         )
 
     def write_pages(self, evaluator: Evaluator, folder: Path) -> dict[str, str]:
-        """Writes predictions.html: masked words and patches of validation samples, with the model's guesses."""
+        """Writes predictions.html, which shows masked words and patches with the model's guesses."""
         pages = {}
         if self.visual_tokenizer:
             pages["visual_tokenizer_teacher"] = self.visual_tokenizer.teacher_description
@@ -73,7 +73,7 @@ class PretrainingRankTask(RankTask):
 
 
 class Pretraining(Task):
-    """Masked modeling of images, texts and image-text pairs."""
+    """Pretraining task: masked modeling of images, texts and image-text pairs."""
 
     Settings = PretrainingConfig
     settings: PretrainingConfig
@@ -82,8 +82,8 @@ class Pretraining(Task):
         """Checks the visual tokenizer's settings and the weights of the terms.
 
         Raises:
-            ConfigError: if its grid or vocabulary is not the model's, or all terms with samples have weight 0, so that
-                the model's weights would only decay.
+            ConfigError: if the tokenizer's grid or vocabulary is not the model's, or if all terms with samples have
+                weight 0; then the model's weights would only decay.
         """
         super().__init__(config)
         if config.data.has_images:
@@ -100,19 +100,19 @@ class Pretraining(Task):
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """Masked patches of images, masked tokens of texts, and both of pairs."""
+        """Terms over masked patches of images, masked tokens of texts, and masked patches and tokens of pairs."""
         return self._terms
 
     def build_head(self, model: ModelConfig, tensor: TensorParallel) -> MaskedModelingHeads:
-        """Builds the MIM and the MLM head."""
+        """Builds the MIM head and the MLM head, with uninitialised parameters."""
         return MaskedModelingHeads(model, tensor)
 
     def head_flops(self, term_counts: Sequence[float]) -> float:
-        """Returns operations of both heads for a batch with these masked positions, forward only."""
+        """Returns the forward operations of both heads, given the number of masked positions per term."""
         return head_flops(self.config.model, term_counts)
 
     def expected_head_flops(self) -> float:
-        """Returns operations of the heads in a step, forward and backward, and of the frozen visual tokenizer."""
+        """Returns the operations per step of the heads, forward and backward, and of the frozen visual tokenizer."""
         data, num_patches = self.config.data, self.config.model.num_patches
         images, pairs, texts = (stream.samples_per_step for stream in data.streams().values())
         ratios = self.settings
@@ -125,7 +125,7 @@ class Pretraining(Task):
         """Opens the tokenizers and the samples that a rank reads.
 
         Raises:
-            ConfigError: for a file that cannot be read or does not fit the model.
+            ConfigError: if a file cannot be read or does not fit the model.
         """
         config = self.config
         text_tokenizer = load_text_tokenizer(config)
