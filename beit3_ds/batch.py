@@ -39,14 +39,14 @@ class PackedBatch(RowLayout):
     text_lengths: tuple[int, ...]
     """Tokens of each text, BOS and EOS included; X values."""
     pixels: Tensor | None
-    """Views of the model, (B, 3, image_size, image_size) float32 in [-1, 1]; images first, then those of pairs. None if
-    another stage of a pipeline embeds."""
+    """Views of the model, (B, 3, image_size, image_size) float32 in [-1, 1]; images first, then the images of pairs.
+    None if another pipeline stage embeds."""
     patch_mask: Tensor
     """Patches that the embeddings replace by the mask token, (B, N) bool."""
     token_ids: Tensor
     """Ids of all captions, then of all texts, (S,) int64."""
     drop_path: Tensor | None = None
-    """Factors of the two branches of every sequence in every layer, (Q, L, 2) float32: 0 if the branch is dropped,
+    """Stochastic depth's factor per sequence, layer and branch, (Q, L, 2) float32: 0 if the branch is dropped,
     otherwise 1 / (1 - rate). None if nothing is dropped (evaluation, or a rate of 0)."""
     head_rows: Tensor | None = None
     """Rows that the task's head reads, ascending, (M,) int64; None if it reads all rows."""
@@ -56,8 +56,8 @@ class PackedBatch(RowLayout):
     """Count of each of the task's terms in this micro-batch, by which its mean is computed, in the order of
     `Task.terms`."""
     targets: Mapping[str, Tensor] = field(default_factory=dict)
-    """Tensors that the task's head needs beside its rows, by names of the task; empty on stages without the head.
-    Tensors of integers and booleans are compared between the stages of a pipeline that read them."""
+    """Tensors that the task's head needs in addition to its rows, by the task's names for them; empty on stages without
+    the head. Tensors of integers and booleans are compared between the stages of a pipeline that read them."""
     sample_names: tuple[str, ...] = ()
     """Name of the sample of each sequence, for logs and messages; Q values or none."""
     sources: dict[str, int] = field(default_factory=dict)
@@ -109,7 +109,7 @@ class PackedBatch(RowLayout):
         return self.layout.sequence_ranges
 
     def kept_sequences(self, layer: int, branch: int) -> KeptSequences:
-        """Returns the sequences whose branch stochastic depth keeps; waits for the device, once per micro-batch.
+        """Returns the sequences for which stochastic depth keeps a branch; waits for the device, once per micro-batch.
 
         Args:
             layer: number of the layer, from 0.

@@ -31,7 +31,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_tensors_with_note(path: str | Path, note_key: str | None) -> tuple[dict[str, Tensor], str | None]:
-    """Reads tensors as `read_tensors` does, and a text beside them in the file.
+    """Reads tensors as `read_tensors` does, and a text that the file stores with them.
 
     Args:
         path: the file, as for `read_tensors`.

@@ -34,9 +34,9 @@ class SaveOutcome:
     path: Path
     """Folder of the checkpoint."""
     error: str | None
-    """What went wrong, on one line; None if the checkpoint is whole and on the disk."""
+    """Error of the save, on one line; None if the checkpoint is whole and on the disk."""
     held_up_seconds: float
-    """Time that training waited: for the end of the save before, and for the copy to host memory."""
+    """Time that training waited: for the end of the previous save, and for the copy to host memory."""
     seconds: float
     """Time from the beginning of the save to its end."""
 

@@ -60,7 +60,7 @@ class CheckpointFolder:
         return self.index.step
 
     def files(self, kind: str | None = None) -> list[str]:
-        """Returns the names of all files, or of those of one of `FILE_KINDS`."""
+        """Returns the names of all files, or only of one kind in `FILE_KINDS`."""
         return sorted(name for name in self.index.files if kind is None or name.startswith(f"{kind}-"))
 
     def find_damage(self, names: Iterable[str]) -> str | None:

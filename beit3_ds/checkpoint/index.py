@@ -57,12 +57,12 @@ class Index:
     pieces: Mapping[str, Sequence[Piece]]
     """Pieces of every tensor."""
     files: Mapping[str, WrittenFile]
-    """Size and digest of every file beside the index."""
+    """Size and digest of every file except the index."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """State of the run's data as plain JSON, one key per kind of state; it does not depend on the layout. Empty in a
     checkpoint of an older version."""
     old_names: Mapping[str, str] = field(default_factory=dict)
-    """Names in the files of tensors that have another name now, by the current name."""
+    """Maps the current name of each renamed tensor to its old name in the checkpoint's files."""
 
     def stored_name(self, name: str) -> str:
         """Returns the name of a tensor in the checkpoint's files."""

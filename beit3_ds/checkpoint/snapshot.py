@@ -45,7 +45,7 @@ class Snapshot:
             torch.cuda.synchronize()
 
     def shapes(self) -> dict[str, torch.Size]:
-        """Returns the logical shapes of the tensors of which this rank holds pieces."""
+        """Returns the logical shape of every tensor with a piece on this rank."""
         return {name: self._state.local_tensors[name].shape for name, _, _ in self._pieces}
 
     def pieces(self, rank: int) -> list[tuple[str, Piece]]:

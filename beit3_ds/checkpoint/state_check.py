@@ -18,7 +18,7 @@ class HeldWeights(NamedTuple):
     saved: Tensor
     """Values that a checkpoint would hold, in one dimension."""
     held: Tensor
-    """Values of the same elements with which the model computes, rounded to its dtype."""
+    """The model's own values of the same elements, rounded to its dtype."""
     moments: tuple[Tensor, ...]
     """AdamW's averages of the gradient and of its square for the same elements."""
 

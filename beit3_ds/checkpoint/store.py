@@ -1,4 +1,4 @@
-"""Saves and loads the checkpoints of a run: whole or absent, written beside training, for any layout of ranks."""
+"""Saves and loads the checkpoints of a run: whole or absent, written while training runs, for any layout of ranks."""
 
 import time
 from collections.abc import Mapping

@@ -61,7 +61,7 @@ class Hostfile:
 
     @property
     def is_local(self) -> bool:
-        """Whether the only machine is this one, so that no ssh is needed."""
+        """Whether this machine is the only one in the file, so that no ssh is needed."""
         return len(self.hosts) == 1 and is_loopback(self.hosts[0].name)
 
     def ranks(self, name: str) -> range:

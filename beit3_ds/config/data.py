@@ -36,8 +36,8 @@ class SourceConfig:
     images: PathString = ""
     """Folder of the images that an annotation file names; only for formats with such a file."""
     weight: Annotated[float, Range(1e-6, 1e6)] | None = None
-    """Share of this source in the samples of its stream, relative to the weights of the other sources. None for all
-    sources: by size, so every sample of the stream comes once per epoch."""
+    """Share of this source in the samples of its stream, relative to the weights of the other sources. If no source has
+    a weight, sources count by size, so every sample of the stream comes once per epoch."""
 
     def __post_init__(self) -> None:
         if (self.format in ANNOTATION_FORMATS) != bool(self.images):
@@ -82,7 +82,7 @@ class StreamConfig:
         return bool(self.samples_per_step or self.validation)
 
     def weights(self) -> tuple[float, ...] | None:
-        """Returns the weights of the training sources; None if they count by size."""
+        """Returns the weights of the training sources; None if sources have no weights and count by size."""
         weights = tuple(source.weight for source in self.train if source.weight is not None)
         return weights or None
 
@@ -102,12 +102,12 @@ class DataConfig:
     texts: StreamConfig = field(default_factory=_no_stream)
     """Texts without images, for MLM."""
     text_length: TextLength = 128
-    """Most tokens of a text sample, BOS and EOS included. The paper is silent; 128 is near the length of an image."""
+    """Maximum tokens per text sample, BOS and EOS included. The paper is silent; 128 is near the length of an image."""
     document_separator: bool = True
     """Whether EOS separates documents that share a sequence of `texts`, as in RoBERTa. False joins them directly. A
     document is a JSON object, or in plain text the lines between two blank lines."""
     pair_text_length: TextLength = 64
-    """Most tokens of a caption, BOS and EOS included (the fine-tuning length of the released models)."""
+    """Maximum tokens per caption, BOS and EOS included (the fine-tuning length of the released models)."""
     min_crop_scale: Annotated[float, Range(0, 1, above=True)] = 0.2
     """Smallest share of the image's area that a random crop keeps (BEiT v2's value; the paper is silent)."""
     color_jitter: Share = 0.4
@@ -139,17 +139,17 @@ class DataConfig:
     fewer steps are prepared ahead, by fewer workers if necessary. By default 8 ranks of a node take at most 64 GiB,
     half the memory of a node with 128 GiB; /dev/shm usually has half of the memory."""
     max_open_files: Annotated[int, Range(1, 2**20)] = 4096
-    """Most shards that each process keeps open, so that reading a record opens no file. Worker processes raise their
-    limit (`ulimit -n`) to twice this number, as far as the hard limit allows. A process uses at most half of its
-    limit."""
+    """Maximum number of shards that each process keeps open, so that reading a record opens no file. Worker processes
+    raise their limit (`ulimit -n`) to twice this number, as far as the hard limit allows. A process uses at most half
+    of its limit."""
     timeout_seconds: Seconds = 600
     """Longest wait of a rank for the data of one step or one validation batch, in seconds. Then the run saves, names
     the awaited data, and ends. Ten minutes are about a hundred times the time to read a step, and less than
     parallel.timeout_seconds, after which the ranks that wait for this one end. A worker that dies, or is stopped for 10
     seconds, is replaced before that."""
     max_broken_records: Count = 100
-    """Most broken records that are left out; with more the run ends and lists them. A record counts once per run,
-    however often and on whichever rank it is read, also after restarts."""
+    """Maximum number of broken records that a run leaves out; with more it ends and lists them. A record counts once
+    per run, even if several ranks read it, or one rank reads it again, or the run restarts."""
 
     def __post_init__(self) -> None:
         for source in (*self.texts.train, *self.texts.validation):

@@ -58,14 +58,14 @@ class Flag(Spec):
     samples: tuple[Any, ...] = (True, False)
 
     def read(self, value: Any, where: str) -> bool:
-        """See `Spec`."""
+        """Returns the value in the form that DeepSpeed takes (`Spec.read`)."""
         if not isinstance(value, bool):
             raise self._refuse(value, where)
         return value
 
     @property
     def rule(self) -> str:
-        """See `Spec`."""
+        """Accepted values, as words that follow "expected" (`Spec.rule`)."""
         return "true or false"
 
 
@@ -79,14 +79,14 @@ class Fixed(Spec):
     effect: str = ""
 
     def read(self, value: Any, where: str) -> Any:
-        """See `Spec`."""
+        """Returns the value in the form that DeepSpeed takes (`Spec.read`)."""
         if isinstance(value, bool) != isinstance(self.value, bool) or value != self.value:
             raise ConfigError(f"{where}: {show(value)} is not supported, only {self.rule}, because {self.reason}")
         return value
 
     @property
     def rule(self) -> str:
-        """See `Spec`."""
+        """Accepted values, as words that follow "expected" (`Spec.rule`)."""
         return json.dumps(self.value)
 
 
@@ -96,11 +96,11 @@ class Number(Spec):
 
     range: Range
     whole: bool = True
-    """Whether it is an integer."""
+    """Whether the number must be an integer."""
     multiple_of: int = 1
 
     def read(self, value: Any, where: str) -> int | float:
-        """See `Spec`."""
+        """Returns the value in the form that DeepSpeed takes (`Spec.read`)."""
         if isinstance(value, bool) or not isinstance(value, int | float) or value not in self.range:
             raise self._refuse(value, where)
         if not self.whole:
@@ -111,7 +111,7 @@ class Number(Spec):
 
     @property
     def rule(self) -> str:
-        """See `Spec`."""
+        """Accepted values, as words that follow "expected" (`Spec.rule`)."""
         kind = "an integer" if self.whole else "a number"
         multiple = f", a multiple of {self.multiple_of}" if self.multiple_of > 1 else ""
         return f"{kind} {self.range}{multiple}"
@@ -126,14 +126,14 @@ class Choice(Spec):
     """Reason why a value that DeepSpeed knows is not accepted."""
 
     def read(self, value: Any, where: str) -> str | int:
-        """See `Spec`."""
+        """Returns the value in the form that DeepSpeed takes (`Spec.read`)."""
         if isinstance(value, bool) or not isinstance(value, str | int) or value not in self.values:
             raise self._refuse(value, where)
         return value
 
     @property
     def rule(self) -> str:
-        """See `Spec`."""
+        """Accepted values, as words that follow "expected" (`Spec.rule`)."""
         *first, last = map(json.dumps, self.values)
         values = f"{', '.join(first)} or {last}" if first else last
         return f"{values} ({self.reason})" if self.reason else values
@@ -148,7 +148,7 @@ class Text(Spec):
     """Whether the text names a folder inside another one, so that it is not absolute and has no `..` or `~`."""
 
     def read(self, value: Any, where: str) -> str:
-        """See `Spec`."""
+        """Returns the value in the form that DeepSpeed takes (`Spec.read`)."""
         if not isinstance(value, str) or not value or value == "auto" or not is_plain_text(value):
             raise self._refuse(value, where)
         if max(len(part.encode()) for part in value.split(os.sep)) > _LONGEST_NAME:
@@ -161,7 +161,7 @@ class Text(Spec):
 
     @property
     def rule(self) -> str:
-        """See `Spec`."""
+        """Accepted values, as words that follow "expected" (`Spec.rule`)."""
         return (
             "the name of one folder"
             if self.is_folder_name
@@ -188,7 +188,7 @@ class Section:
     """Example for the error message, which a user may have meant."""
 
     def read(self, value: Any, where: str) -> dict[str, Any]:
-        """See `Spec`."""
+        """Returns the value in the form that DeepSpeed takes (`Spec.read`)."""
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: expected a JSON object such as {self.example}, got {show(value)}.")
         check_known_keys(value, self.keys, where)

@@ -78,7 +78,7 @@ class ModelConfig:
     final_norm: bool = True
     """Applies a LayerNorm to the output of the last block; off only for fine-tuned models that have none."""
     cross_entropy_chunk_size: Annotated[int, Range(2, 2**24)] = 128
-    """Most MLM logits in memory at a time, in text positions of text_vocab_size logits each."""
+    """Maximum text positions whose MLM logits are in memory at a time, text_vocab_size logits each."""
 
     @property
     def head_size(self) -> int:

@@ -12,7 +12,7 @@ MOVED_KEYS = {
     "text_masking": "data",
     "loss_weights": "training",
 }
-"""Keys of the section "task", by the section in which they were. A key in its old section is an error that says so."""
+"""Keys that moved to the section "task", with their old section. A key in its old section is an error that says so."""
 
 
 def with_new_keys(config: Any) -> Any:

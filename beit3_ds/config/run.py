@@ -33,7 +33,7 @@ SECTIONS = ("model", "data", "tokenizers", "training", "parallel", "task")
 _OPTIONAL_SECTIONS = ("parallel", "task")
 
 _MAX_SHOWN = 200
-"""Most characters of a `--set` that a message repeats."""
+"""Maximum number of characters of a `--set` that a message repeats."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class RunConfig:
         check_deepspeed_rules(self.options, self.training, self.parallel)
 
     def engine_config(self, data_parallel_size: int) -> dict[str, Any]:
-        """Returns the dictionary from which the DeepSpeed engine is built; its own accumulation is 1."""
+        """Returns the configuration for DeepSpeed's engine, in which `gradient_accumulation_steps` is always 1."""
         return engine_config(self.deepspeed, self.samples_per_step, data_parallel_size, self.training.output_dir)
 
 

@@ -10,7 +10,7 @@ _EXTENSIONS = re.compile(r"(\.(tar|txt|json|jsonl|ndjson|jsonlines|tsv|csv|gz|zs
 
 
 def short_source_names(paths: Sequence[str]) -> list[str]:
-    """Returns a unique short name for each path: its end, with as many folders as needed.
+    """Returns a unique short name for each path: its end, with just enough folders to be unique.
 
     Names consist of letters, digits, dots, hyphens and underscores, so they can be parts of file names and tags. If two
     paths would still have one name, the second gets a number.

@@ -42,12 +42,12 @@ class StepShares:
 
     @property
     def largest_rank(self) -> int:
-        """Returns the samples per step, over all streams, of a rank with the largest share."""
+        """Returns the largest number of samples that any rank has per step, over all streams."""
         return -(-sum(self.samples) // self.num_ranks)
 
     @property
     def smallest_rank(self) -> int:
-        """Returns the samples per step, over all streams, of a rank with the smallest share."""
+        """Returns the smallest number of samples that any rank has per step, over all streams."""
         return sum(self.samples) // self.num_ranks
 
     @property
@@ -83,10 +83,10 @@ class StepShares:
         return found
 
     def check_ranks(self) -> None:
-        """Refuses ranks without a sample.
+        """Refuses a run in which a data-parallel rank would have no sample.
 
         Raises:
-            ConfigError: naming the values, the rule and a way out.
+            ConfigError: if a step has fewer samples than there are data-parallel ranks.
         """
         total = sum(self.samples)
         if total < self.num_ranks:

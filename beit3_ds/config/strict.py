@@ -14,7 +14,7 @@ from beit3_ds.config.renamed_keys import MOVED_KEYS, RENAMED_KEYS
 T = TypeVar("T")
 
 _MAX_SHOWN = 80
-"""Most characters of a value that a message repeats."""
+"""Maximum number of characters of a value that a message repeats."""
 
 
 class ConfigError(ValueError):

@@ -11,15 +11,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """What a run trains."""
+    """The task that a run trains, and the task's settings."""
 
     name: str = "pretraining"
     """A folder of `beit3_ds/tasks`, or, with dots, a module that has a task."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """The other keys of the section, which the task reads (`load`)."""
+    """Keys of the section other than `name`; the task reads them (`load`)."""
 
     def load(self, cls: type[T]) -> T:
-        """Builds the task's own dataclass from the other keys of the section.
+        """Builds the task's own dataclass from the section's keys other than `name`.
 
         Raises:
             ConfigError: as `load_section`.

@@ -75,7 +75,7 @@ class TrainingConfig:
     eval_interval: Positive = 1000
     """Steps between evaluations on the validation samples; the run also starts and ends with one."""
     eval_samples: Positive = 1024
-    """Most validation samples evaluated per stream, divided over its sources by their sizes."""
+    """Maximum number of validation samples evaluated per stream, divided over its sources by their sizes."""
     save_interval: Positive = 1000
     """Steps between checkpoints; the run also ends with one."""
     keep_checkpoints: Positive = 3

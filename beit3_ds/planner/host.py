@@ -1,4 +1,4 @@
-"""Models what one node needs beside its GPUs: memory, shared memory and file system calls.
+"""Models what one node needs in addition to its GPUs: memory, shared memory and file system calls.
 
 docs/traffic_and_memory.md explains the figures.
 """
@@ -31,9 +31,9 @@ class HostRequirements(NamedTuple):
     validation: int
     """Validation batches that the ranks keep in memory."""
     checkpoint: int
-    """The copy of the state from which a checkpoint is written during training."""
+    """Copy of the training state, from which checkpoints are written while training continues."""
     offloaded: int
-    """Master weights, moments, gradients and parameters that DeepSpeed keeps on the host."""
+    """Bytes of master weights, moments, gradients and parameters that DeepSpeed offloads to the host."""
     pinned: int
     """The part of `offloaded` that DeepSpeed pins, so that the system never pages it out."""
     num_workers: int
@@ -58,7 +58,7 @@ class NodeSize:
     shm: int | None = None
     """Bytes of /dev/shm."""
     name: str = "a node"
-    """For messages."""
+    """Name of the node in messages."""
 
 
 def host_requirements(

@@ -28,7 +28,7 @@ class Memory(NamedTuple):
     buckets: int
     """DeepSpeed's buffers of a fixed size, in which gradients wait to be reduced."""
     gathered: int
-    """Most whole parameters that ZeRO-3 has gathered at once."""
+    """Largest total size of the whole parameters that ZeRO-3 has gathered at once."""
     activations: int
     """Tensors that autograd keeps for the backward passes of all micro-batches in flight."""
     recomputed: int

@@ -18,8 +18,8 @@ BANDWIDTH = 3.35e12
 _FORWARD_PASSES = 3
 """Passes over the stream per branch in the forward pass: the norm reads it, the branch's end reads and writes it."""
 _BACKWARD_PASSES = 4
-"""Passes in the backward pass: the norm reads the stream and its gradient and writes a gradient, which the branch's
-end reads."""
+"""Passes over the stream per branch in the backward pass: the norm reads the stream and its gradient and writes a
+gradient; the branch's end reads that one."""
 
 
 class PrecisionCost(NamedTuple):

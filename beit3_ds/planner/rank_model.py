@@ -35,7 +35,7 @@ class RankModel:
     model: TaskModel
     """This rank's layers, each with only this rank's tensor-parallel part."""
     tensor: TensorParallel
-    """This rank's number among the tensor-parallel ranks; it has no process group, so nothing can be sent."""
+    """This rank's place among the tensor-parallel ranks, without a process group, so that nothing can be sent."""
     data_parallel_size: int
     """Ranks that hold the same part of the model."""
     stage: int
@@ -115,7 +115,7 @@ class RankModel:
         return rows._replace(ffn=workload.masked) if self.cuts_rows(chunk, layer) else rows
 
     def cuts_rows(self, chunk: range, layer: int) -> bool:
-        """Returns whether a block's FFN computes masked rows only: that of the last block, if the heads follow it."""
+        """Returns whether a block's FFN computes only masked rows; true for the last block if the heads follow it."""
         model = self.config.model
         return layer == model.num_layers and chunk.stop == model.num_pipeline_layers
 

@@ -16,7 +16,7 @@ _ALLREDUCE_BUCKET = 500_000_000  # elements that the engine reduces at once with
 
 
 class Volume(NamedTuple):
-    """Calls of one kind of one rank."""
+    """Number and size of the calls of one kind that one rank makes."""
 
     calls: int
     num_bytes: int
@@ -30,7 +30,7 @@ class Traffic:
     """
 
     def __init__(self, rank_model: RankModel) -> None:
-        """Starts with nothing sent, on axes of the sizes of the rank's mesh."""
+        """Starts with no traffic; takes the sizes of the axes from the rank's mesh."""
         data, model = rank_model.data_parallel_size, rank_model.model_parallel_size
         self.sizes = {"data": data, "tensor": rank_model.tensor.size, "model": model, "world": data * model}
         self.sizes["pipeline"] = rank_model.num_stages

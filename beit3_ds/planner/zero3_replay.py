@@ -300,7 +300,8 @@ class Zero3Replay:
                 self._whole -= self._padded(parameter)
 
     def _kept_for_reuse(self, module: nn.Module) -> set[int]:
-        """Replays `__params_to_release`, which DeepSpeed caches by module and position, across recordings."""
+        """Returns the ids of parameters that stay gathered after a module, as DeepSpeed's `__params_to_release`
+        decides. DeepSpeed caches the decision by module and position, across recordings."""
         key = module, self._step_id
         if key not in self._kept:
             kept = {id(p) for p in self._own(module) if id(p) in self._persistent}

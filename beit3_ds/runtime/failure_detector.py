@@ -8,12 +8,12 @@ from beit3_ds.config import ParallelConfig
 from beit3_ds.runtime.heartbeat import RankStatuses
 
 BEAT_REQUEST_SECONDS = 5.0
-"""Time within which ranks must send a heartbeat after a request."""
+"""Longest time in seconds between a request for a heartbeat and the heartbeat."""
 _LISTED = 8
 
 
 class Failure(NamedTuple):
-    """Why the run must end on all ranks."""
+    """A failure for which the run must end on all ranks."""
 
     text: str
     """One line for people."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Heartbeat(NamedTuple):
-    """What a rank reports of itself every few seconds."""
+    """Status that a rank reports every few seconds."""
 
     number: int
     """Grows with every heartbeat: the thread that sends them is alive."""
@@ -97,7 +97,7 @@ class RankStatuses:
         ]
 
     def find_behind(self, seconds: float) -> list[int]:
-        """Returns the ranks without progress or wait for `seconds`, if others waited for at least half of that."""
+        """Returns the ranks that neither advanced nor waited for `seconds`, if others waited for over half of that."""
         if not any(status.beat.is_waiting and status.unchanged_seconds > seconds / 2 for status in self._ranks):
             return []
         return [
@@ -121,7 +121,7 @@ class RankStatuses:
         return [status.beat.number for status in self._ranks]
 
     def find_silent(self, numbers: Sequence[int]) -> list[int]:
-        """Returns the ranks that have not left and sent no heartbeat since the one with this number.
+        """Returns the ranks that are still in the run but have sent no heartbeat since `numbers` was read.
 
         Args:
             numbers: an earlier result of `beat_numbers`.
@@ -133,6 +133,6 @@ class RankStatuses:
         ]
 
     def describe(self, rank: int) -> str:
-        """Returns step and phase of a rank's main thread, and for how long."""
+        """Returns the step and phase of a rank's main thread, and how long it has been in them."""
         status = self._ranks[rank]
         return f"step {status.beat.step}, {status.beat.phase}, for {status.unchanged_seconds:.0f} s"

@@ -36,7 +36,7 @@ _WAYS_OUT = (
 
 
 class Rendezvous:
-    """Context from a rank's start to its process group, in which a rank that waits prints what it waits for.
+    """Context in which a starting rank meets the others and prints what it waits for, until its process group exists.
 
     Ranks meet in the store of rank 0, where each writes its address and the versions of its software. A thread prints
     what this rank waits for, and ends the process if a call into torch blocks for too long.

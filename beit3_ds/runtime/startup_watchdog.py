@@ -110,7 +110,7 @@ class StartupWatchdog:
 
 @contextmanager
 def watched_start(rank: int, received: Iterable[int], seconds: float) -> Iterator[StartupWatchdog]:
-    """Watches until the block ends or until `StartupWatchdog.stop`; takes the arguments of `StartupWatchdog`."""
+    """Runs a `StartupWatchdog` until the block ends or `stop` is called; takes the arguments of `StartupWatchdog`."""
     watch = StartupWatchdog(rank, received, seconds)
     try:
         yield watch

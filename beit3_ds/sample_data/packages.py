@@ -32,7 +32,7 @@ class Candidate:
     category: str
     """Label by which images are balanced; empty for pairs."""
     text: str
-    """Text that is stored beside the image: a caption, or a JSON object."""
+    """Text that is stored next to the image: a caption, or a JSON object."""
     image: Path | bytes
     """The encoded image, or its file."""
 
@@ -199,7 +199,7 @@ _LEFT_OUT = re.compile(
 
 
 def read_clipart(folder: Path, scratch: Path) -> Iterator[Candidate]:
-    """Yields the PNG images of CATEGORIES whose SVG of the same path is tagged as public domain and nothing else.
+    """Yields the PNG images of CATEGORIES whose SVG at the same path is tagged only as public domain.
 
     Args:
         folder: holds the two .deb files.

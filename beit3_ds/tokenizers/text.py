@@ -29,9 +29,10 @@ class WordBorders(NamedTuple):
     """Ids at the borders of words, according to the white space in a tokenizer's pieces."""
 
     starts: NDArray[np.bool_]
-    """Whether an id starts a word, (vocab_size,): pieces with leading white space, BOS, padding and EOS."""
+    """Whether each id starts a word, (vocab_size,); true for pieces with leading white space, BOS, padding and EOS."""
     ends: NDArray[np.bool_]
-    """Whether a word starts after an id, (vocab_size,): pieces with trailing white space, BOS, padding and EOS."""
+    """Whether a word starts after each id, (vocab_size,); true for pieces with trailing white space, BOS, padding and
+    EOS."""
 
     def begins(self, ids: NDArray[np.generic]) -> NDArray[np.bool_]:
         """Returns which of consecutive ids start a word, (n,); the first does only if its own piece starts one."""

@@ -1,4 +1,4 @@
-"""Notes in a file of another project's format from which model it was exported.
+"""Records the exported model in a file of another project's format.
 
 Other projects' formats have no place for a model's configuration, and shapes do not tell everything (attention heads,
 what A and B share). Without the note this program could not read back its own files. Other programs ignore the note.
@@ -12,7 +12,7 @@ from beit3_ds.config import ConfigError, ModelConfig
 from beit3_ds.config.strict import load_section
 
 NOTE_KEY = "beit3_ds_export"
-"""Key of the note: beside the state dict in torch's files, in the metadata of safetensors files."""
+"""Key of the note: next to the state dict in torch's files, in the metadata of safetensors files."""
 
 
 class ExportNote(NamedTuple):
@@ -23,9 +23,9 @@ class ExportNote(NamedTuple):
     model: ModelConfig
     """Configuration of the exported model, vision-language experts included."""
     step: int
-    """Updates that made the weights; 0 if unknown."""
+    """Number of updates that the weights have had; 0 if unknown."""
     has_extras: bool
-    """Whether the file holds tensors that this project has no place for, such as unused rows of position tables."""
+    """Whether the file holds tensors that this project does not use, such as unused rows of position tables."""
 
     def to_json(self) -> str:
         """Returns the note as text."""

@@ -72,7 +72,7 @@ def _held(reader: WeightReader) -> list[str]:
 
 
 def _describe_run(folder: CheckpointFolder) -> list[str]:
-    """Returns what the index says beside the model, and the size of the files."""
+    """Returns the index's facts about the run, not the model, and the size of the files."""
     run, files = folder.index.run, folder.index.files
     num_pieces = sum(len(pieces) for pieces in folder.index.pieces.values())
     num_bytes = sum(file.num_bytes for file in files.values())

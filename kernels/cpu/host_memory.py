@@ -100,7 +100,7 @@ class HostMemory:
         self._freed: deque[tuple[int, int]] = deque()
 
     def expect(self, lasting: int) -> None:
-        """Reserves room for that many bytes of lasting tensors, and 1/64 more for what is allocated beside them."""
+        """Reserves room for `lasting` bytes of lasting tensors, and 1/64 more for other tensors between them."""
         self._ceiling = max(self._ceiling, lasting + lasting // 64)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, lasting: bool) -> Tensor | None:

@@ -15,8 +15,8 @@ PADDING_ALLOWANCE = 1.5
 """Sequences share a padded bucket while the longest is at most this much longer than the shortest (BENCHMARKS.md)."""
 
 CPU_ROWS = 256
-"""Most rows of a bucket of several sequences on a CPU: more are no faster, and PyTorch's buffers for a bucket add to
-peak memory (BENCHMARKS.md)."""
+"""Maximum rows of a bucket of several sequences on a CPU: more rows are no faster, and PyTorch's buffers for a bucket
+add to peak memory (BENCHMARKS.md)."""
 
 
 class Bucket(NamedTuple):
@@ -25,14 +25,14 @@ class Bucket(NamedTuple):
     rows: Tensor
     """Rows of the stream, (n * S,) int64, sequence by sequence; padding repeats a row of its sequence."""
     num_sequences: int
-    """n."""
+    """Number of sequences, n."""
     first_row: int | None
     """First row if the rows are consecutive, so that a view is enough and nothing is gathered; otherwise None."""
     real: Tensor | None
-    """Ascending indices into `rows` of those that are not padding, int64; None if none is."""
+    """Ascending indices of the entries of `rows` that are not padding, int64; None without padding."""
     key_mask: Tensor | None
-    """True where a key is no padding, (n, 1, 1, S) bool; with a causal mask also where the query sees it, (n, 1, S, S).
-    None if all are True."""
+    """True for keys that are not padding, (n, 1, 1, S) bool. With a causal mask, True only if the query also sees the
+    key, (n, 1, S, S). None if all entries are True."""
 
 
 class AttentionPlan(NamedTuple):
@@ -67,7 +67,7 @@ def plan_tiles(ranges: Ranges, tile_size: int, device: torch.device) -> TilePlan
 
 @lru_cache(maxsize=16)
 def plan_attention(ranges: Ranges, device: torch.device, causal_captions: bool = False) -> AttentionPlan:
-    """Batches sequences of similar length, those of equal length without padding."""
+    """Batches sequences of similar length; consecutive sequences of equal length get no padding."""
     most_rows = CPU_ROWS if device.type == "cpu" else None
     return build_plan(ranges, bucket_by_length(ranges, PADDING_ALLOWANCE, most_rows), device, causal_captions)
 
@@ -105,7 +105,8 @@ def _group_by_length(ranges: Ranges, allowance: float) -> list[list[int]]:
 
 
 def _consecutive_equals(ranges: Ranges) -> list[list[int]]:
-    """Groups consecutive sequences of one range and equal length, two or more per group, without gaps between them."""
+    """Groups sequences of equal length whose rows follow without gaps, two or more per group; skips those of two
+    ranges."""
     runs: list[list[int]] = []
     for index, sequence in enumerate(ranges):
         if len(sequence) != 1 or not _length(sequence):

@@ -16,7 +16,7 @@ from beit3_ds.kernels.ops.numerics import check_against_reference
 from beit3_ds.kernels.ops.self_check import TrustedKernels
 
 MAX_EXPERTS = 4
-"""Most experts per launch (kMaxExperts in csrc/arguments.h)."""
+"""Maximum number of experts per launch (kMaxExperts in csrc/arguments.h)."""
 
 TILE_ROWS = 128
 """Rows per tile of the grouped GEMM (kGroupedGemmTileRows in csrc/launch.h)."""

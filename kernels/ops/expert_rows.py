@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from beit3_ds.kernels.triton.expert_rows_launch import RowTiling
 
 WIDEST = 8192
-"""Most columns of a row, which one program holds in registers."""
+"""Maximum columns of a row, because one program holds the whole row in registers."""
 
 
 def row_lengths(stops: Sequence[int]) -> list[int]:

@@ -84,7 +84,7 @@ def out_projection(
 
 
 _MATMUL_ROWS = 2048
-"""Rows per product on a CPU: more rows need larger buffers beside the product, fewer make the product slower."""
+"""Rows per product on a CPU: more rows need larger buffers, fewer rows make the product slower."""
 
 
 class _Parameters(NamedTuple):
@@ -107,7 +107,7 @@ class _Form(NamedTuple):
 
     @property
     def has_whole_rows(self) -> bool:
-        """Returns whether the sub-LN, if there is one, needs no other rank."""
+        """Returns whether this rank can compute the sub-LN alone, from whole rows; true without a sub-LN."""
         return self.norm is None or self.norm.all_gather is None
 
     def split(self, parameters: Sequence[Tensor]) -> _Parameters:

@@ -32,10 +32,10 @@ def residual_add_reference(
 def residual_add(
     residual_TD: Tensor, partial_TD: Tensor, slices: Slices, biases: Sequence[Tensor], factor_T: Tensor | None
 ) -> Tensor:
-    """Computes y = residual + factor * (partial + bias of the row's expert), of the residual's dtype.
+    """Computes y = residual + factor * (partial + bias of the row's expert), in the residual's dtype.
 
     Follows the reduction of a row-parallel layer: bias and factor are applied once, not once per rank. The residual's
-    gradient is that of y itself, not a copy. An expert without rows gets a zero gradient.
+    gradient is y's gradient itself, not a copy. An expert without rows gets a zero gradient.
 
     Args:
         residual_TD: the stream, (T, D), float32 or of the branch's dtype.

@@ -8,7 +8,7 @@ CPU_WIDTH = 1024
 """Columns per tile on a CPU; with whole rows of logits the products take up to twice as long (BENCHMARKS.md)."""
 
 ALIGNMENT = 64
-"""On a GPU the row stride of a tile is a multiple of this, so that every access of a kernel is 128 bits wide."""
+"""Row strides of tiles on a GPU are multiples of this, so that every access of a kernel is 128 bits wide."""
 
 
 class VocabularyTiles(NamedTuple):
@@ -31,7 +31,7 @@ class VocabularyTiles(NamedTuple):
 
 
 def divide_for_cpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> VocabularyTiles:
-    """Divides a vocabulary into narrow tiles, and keeps those that fit beside one that the backward pass works in.
+    """Divides a vocabulary into narrow tiles; reserves one for the backward pass and keeps the others that fit.
 
     Rows are not divided: otherwise the matrix would be read, and its gradient read and written, once per group of rows.
 

@@ -121,7 +121,7 @@ def compile_variant(variant: KernelVariant, architecture: int) -> Report:
 
 
 def find_excess(report: Report, budget: Report | None, architecture: int) -> list[str]:
-    """Returns in which properties a variant exceeds its budget or the hardware's limits; empty if in none."""
+    """Lists the properties in which a variant exceeds its budget or the hardware's limits; empty if it exceeds none."""
     problems = []
     if report.shared_memory > _SHARED_MEMORY[architecture]:
         problems.append(f"shared memory {report.shared_memory} > {_SHARED_MEMORY[architecture]} of sm_{architecture}")

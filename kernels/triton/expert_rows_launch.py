@@ -28,9 +28,10 @@ class RowTiling(NamedTuple):
     num_stages: int
     """Rows of a program that are computed or being loaded."""
     forward_programs: int
-    """Most programs of a forward pass; each computes its rows one after the other."""
+    """Maximum number of programs in a forward pass; each computes its rows one after the other."""
     backward_programs: int
-    """Most programs of a backward pass: as many as run at once, because each writes float32 sums of a row's width."""
+    """Maximum number of programs in a backward pass: only those that run at once, because each writes float32 sums of a
+    row's width."""
 
 
 def choose_row_tiling(architecture: int, width: int) -> RowTiling:
@@ -62,7 +63,7 @@ class RowPrograms(NamedTuple):
     """Divides rows among programs, each with up to `rows` consecutive rows of one expert."""
 
     rows: int
-    """Most rows per program."""
+    """Maximum rows per program."""
     stops: tuple[int, ...]
     """Stop of the rows of each of NUM_EXPERTS experts."""
     num_programs: int

@@ -24,7 +24,7 @@ class LogitsTiling(NamedTuple):
     gradient_rows: int
     """Rows per step of the loop."""
     gradient_programs: int
-    """Approximate number of programs, row groups times blocks: as many as run at once on an H100."""
+    """Approximate number of programs, row groups times blocks; an H100 runs this number at once."""
     num_stages: int
     """Steps of a loop whose loads overlap."""
 

@@ -293,9 +293,9 @@ def _transposed_product(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Computes (factor * dy)[start:stop].T @ x[start:stop] of a tile, and with SUMS column sums of factor * dy.
+    """Computes one tile of (factor * dy)[start:stop].T @ x[start:stop] and, with SUMS, the column sums of factor * dy.
 
-    The sums, in 16 equal columns, are a product with ones: so dy need not pass through registers.
+    The sums are a product with a matrix of ones, in 16 equal columns, so that dy does not pass through registers.
     """
     product = tl.zeros([ROWS, COLUMNS], tl.float32)
     sums = tl.zeros([ROWS, 16], tl.float32)

@@ -53,7 +53,8 @@ def choose_tiling(architecture: int, head_size: int, dtype: torch.dtype) -> Atte
 
 
 def column_blocks(head_size: int) -> tuple[int, int]:
-    """Returns the widths of column blocks A and B, powers of two of at least 16; B is 0 if one block is no wider."""
+    """Returns the widths of column blocks A and B, powers of two of at least 16; B is 0 if splitting saves no
+    columns."""
     whole = max(16, triton.next_power_of_2(head_size))
     block_a = whole // 2
     block_b = max(16, triton.next_power_of_2(head_size - block_a))

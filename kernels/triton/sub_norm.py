@@ -61,7 +61,7 @@ def combine_statistics_kernel(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Combines statistics of column tiles, (tiles, T) each, into those of whole rows of N columns.
+    """Combines the statistics of column tiles, (tiles, T) each, into statistics of whole rows of N columns.
 
     A row's squared deviations are those within its tiles plus those of the tiles' means from the row's mean (Chan et
     al., 1979): no large numbers are subtracted.
@@ -140,8 +140,8 @@ def norm_gradient_sums_kernel(
 ):
     """Computes partial sums of one tile of SPAN rows and COLUMNS columns.
 
-    Row sums are those of dn * scale and dn * scale * xhat, (column tiles, 2, T). Column sums are those of dn * xhat and
-    dn, (row tiles, 2, N).
+    Sums over each row: dn * scale and dn * scale * xhat, (column tiles, 2, T). Sums over each column: dn * xhat and dn,
+    (row tiles, 2, N).
     """
     expert, first, stop = find_row_tile(tl.program_id(0), stop_0, stop_1, stop_2, SPAN)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -44,7 +44,7 @@ def build_stops(slices: Slices) -> tuple[int, int, int]:
 
 
 def count_row_tiles(slices: Slices, rows: int) -> int:
-    """Returns the number of tiles of at most `rows` rows, none of which belongs to two experts."""
+    """Returns the number of tiles of at most `rows` rows; no tile spans two experts."""
     return sum(triton.cdiv(stop - start, rows) for start, stop in slices)
 
 

@@ -19,9 +19,9 @@ class KernelVariant(NamedTuple):
     num_stages: int
     """Stages of software pipelining."""
     is_common: bool = True
-    """Whether the default tests compile it; the slow ones compile all."""
+    """Whether the default tests compile this variant; the slow tests compile all."""
     is_memory_bound: bool = False
-    """Whether it only streams rows: it has no products, and every access to rows must be 128 bits wide."""
+    """Whether the kernel only streams rows: it has no products, and every access to rows must be 128 bits wide."""
 
 
 def build_variant(

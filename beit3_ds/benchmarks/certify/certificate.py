@@ -17,7 +17,7 @@ import torch
 from beit3_ds.config import ConfigError
 
 ROOT = Path(__file__).parents[3]
-"""The clone, in which tests and configs are beside the package."""
+"""Root of the clone, which holds tests and configs next to the package."""
 
 _TAIL_LINES = 15
 
@@ -27,7 +27,7 @@ class Step:
     """A part of the certificate, with the commands that it runs."""
 
     name: str
-    """What the step shows, as the report's heading."""
+    """Heading of the step in the report; it says what the step shows."""
     commands: tuple[tuple[str, ...], ...]
     """Commands to run in order in the clone; each must exit with status 0."""
     figures: str | None = None
@@ -41,7 +41,7 @@ class Result:
     name: str
     """Name of the step."""
     passed: bool
-    """Whether all its commands exited with status 0."""
+    """Whether all commands of the step exited with status 0."""
     seconds: float
     """Wall time of its commands."""
     commands: list[str]

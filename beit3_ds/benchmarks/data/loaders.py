@@ -86,7 +86,7 @@ def _write_images(folder: Path) -> list[bytes]:
 
 
 def _photo(rng: np.random.Generator) -> bytes:
-    """Returns a JPEG of noise whose contrast falls with its frequency; its size is that of a photo."""
+    """Returns a JPEG the size of a photo, made of noise whose contrast falls with its frequency."""
     pixels = np.full((_HEIGHT, _WIDTH, 3), 128.0)
     for columns, contrast in ((4, 60), (16, 35), (64, 18), (200, 8)):
         noise = rng.normal(128, contrast, (columns * 4 // 5, columns, 3)).clip(0, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Measures the preparation of texts: speed beside SentencePiece's own batch encoding, and memory on a large corpus."""
+"""Measures the preparation of texts: speed against SentencePiece's own batch encoding, and memory on a large corpus."""
 
 import json
 import os

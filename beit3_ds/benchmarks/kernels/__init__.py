@@ -1,1 +1,1 @@
-"""Measures the ops beside their baselines."""
+"""Measures the ops and their baselines."""

@@ -31,7 +31,7 @@ class Row(NamedTuple):
     dtype: str
     """dtype of its tensors."""
     implementation: str
-    """This project's name, or that of a baseline."""
+    """Name of the implementation: this project or a baseline."""
     direction: str
     """Direction: forward, backward, or both."""
     median_ms: float
@@ -58,7 +58,7 @@ class Ceilings(NamedTuple):
     flops: float
     """FLOP/s of a large matrix product."""
     bytes: float
-    """Bytes per second, read and written, of a large copy."""
+    """Bytes per second that a large copy reads and writes."""
 
 
 def benchmark_kernels(

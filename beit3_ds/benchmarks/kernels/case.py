@@ -52,7 +52,7 @@ class Case(NamedTuple):
     backward: Cost
     """Cost of the backward pass without recomputation."""
     is_compute_bound: bool
-    """Whether its rate counts FLOPs of products, otherwise bytes."""
+    """Whether the op's rate counts FLOPs of products; otherwise it counts bytes."""
     implementations: list[Implementation]
     """Implementations; this project's comes first."""
 

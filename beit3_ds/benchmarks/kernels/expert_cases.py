@@ -1,4 +1,4 @@
-"""Builds the ops with parameters per expert, the FFN and the stream's norm, beside their baselines."""
+"""Builds the ops with parameters per expert (the FFN and the stream's norm) together with their baselines."""
 
 # T packed rows, D hidden, F ffn hidden; two experts, of images and of texts.
 

@@ -16,11 +16,11 @@ from beit3_ds.tasks.pretraining.targets import with_visual_codes
 
 STREAMS = ("images", "pairs", "texts")
 CAPTION_TOKENS = (16, 0.45)
-"""Median, and standard deviation of the logarithm, of a log-normal law for the tokens per caption, with BOS and EOS.
-Captions of COCO have about 11 words, those of Conceptual Captions 10 to 20; few are long."""
+"""Log-normal distribution of the tokens per caption, BOS and EOS included: median, and standard deviation of the
+logarithm. Captions of COCO have about 11 words, those of Conceptual Captions 10 to 20; few are long."""
 TEXT_TOKENS = (105, 0.6)
-"""Median, and standard deviation of the logarithm, of a log-normal law for the tokens per text. Texts are filled with
-whole paragraphs up to 128 tokens. About a third reach this limit; in the others the next paragraph did not fit."""
+"""Log-normal distribution of the tokens per text: median, and standard deviation of the logarithm. Texts are filled
+with whole paragraphs up to 128 tokens. About a third reach this limit; in the others the next paragraph did not fit."""
 _MIN_TOKENS = 6
 
 

@@ -124,7 +124,7 @@ def _measure(variant: StepVariant) -> dict[str, float]:
 
 
 def run_steps(zero_stage: int, shares: int, share: int) -> dict[str, float]:
-    """Runs the steps of one process and returns the median seconds of whole steps, of passes and of updates.
+    """Runs the steps of one process; returns the median seconds of whole steps, passes and updates.
 
     Args:
         zero_stage: ZeRO stage of the engine.
@@ -190,7 +190,7 @@ def parallel_config(zero_stage: int) -> RunConfig:
 
 
 def build_share(config: RunConfig, samples: Sequence[int]) -> PackedBatch:
-    """Builds a batch of the random samples with the given numbers, of every stream, with the paper's mask ratios.
+    """Builds a batch of random samples with the given numbers from every stream, at the paper's mask ratios.
 
     Sample i is equal in every share.
     """

@@ -42,9 +42,9 @@ class PaddedStream(NamedTuple):
     codes: Tensor | None
     """Target codes of the masked patches, in order, (masked patches,) int64."""
     tokens: Tensor | None
-    """(B, S) int64."""
+    """Token ids, (B, S) int64."""
     padding: Tensor | None
-    """True where there is no token, (B, S) bool."""
+    """True at padding positions, (B, S) bool."""
     token_mask: Tensor | None
     """True where a token is masked, (B, S) bool."""
     targets: Tensor | None

@@ -18,11 +18,11 @@ class Fault:
     host: str
     """Host with the fault; empty if it concerns the whole cluster."""
     check: str
-    """One of `CHECKS`, or "layout" for a fault of no single host."""
+    """One of `CHECKS`, or "layout" for a fault that concerns no single host."""
     text: str
     """Value, rule and way out, without the host's name."""
     is_note: bool = False
-    """Whether runs work nevertheless: it is printed, but need not be fixed."""
+    """Whether the fault is only a note: it is printed, but runs work without a fix."""
 
     def __str__(self) -> str:
         return f"{self.host}: {self.text}" if self.host else self.text

@@ -18,7 +18,7 @@ _TOKEN_SECONDS = 3.0  # time for a network file system to show what another node
 
 @dataclass(frozen=True, kw_only=True)
 class Inquiry:
-    """Subjects of the questions to the nodes."""
+    """Inputs of a cluster check: the folders, files, port and variables that nodes are asked about."""
 
     folder: Path
     """Absolute path of the folder in which ranks would start."""
@@ -60,7 +60,7 @@ class Answers:
     files: dict[str, tuple[int, str]] | None = None
     """Results of `Probe.files`, by pattern."""
     clock: float | None = None
-    """Seconds by which its clock is ahead of the asking machine's."""
+    """Seconds by which the node's clock is ahead of the asking machine's."""
     clock_error: float = 0.0
     """Largest error of `clock` in seconds: half of the fastest round trip."""
     token_error: str | None = None
@@ -79,10 +79,10 @@ class Answers:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """Answers of all nodes."""
+    """Answers of all nodes to the questions of a cluster check."""
 
     inquiry: Inquiry
-    """Subjects of the questions."""
+    """Inputs of the check, which the questions are about."""
     answers: tuple[Answers, ...]
     """Answers per host, in the order of the hostfile."""
     master_address: str | None

@@ -23,7 +23,7 @@ _TRIES = 2  # the fastest counts, because other traffic and busy cores only make
 
 
 def pair_rounds(size: int) -> list[list[tuple[int, int]]]:
-    """Returns rounds of disjoint pairs in which each pair of nodes occurs once, by the circle method of tournaments.
+    """Returns rounds of disjoint pairs that together hold every pair of nodes once (circle method of tournaments).
 
     There are `size - 1` rounds, or `size` if `size` is odd; then one node is idle in each round.
     """

@@ -144,7 +144,7 @@ def _slow_pairs(links: Links, expected_bits: float | None) -> tuple[dict[tuple[s
 
 
 def find_slow_links(links: Links, expected_bits: float | None) -> Iterator[Fault]:
-    """Yields faults of links below half of the expected speed; without one, of the usual speed, or below the floor.
+    """Yields faults of links below half the expected speed or, without one, below half the usual speed or a floor.
 
     Args:
         links: measured links.

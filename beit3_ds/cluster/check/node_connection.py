@@ -46,7 +46,7 @@ class NodeConnection:
     """Connection to the probe of one node, or to another program that answers like it; one question at a time."""
 
     def __init__(self, name: str, environment: Mapping[str, str], program: Path = Path(probe.__file__)) -> None:
-        """Starts nothing yet.
+        """Prepares the connection; `start` opens it.
 
         Args:
             name: name of the host.

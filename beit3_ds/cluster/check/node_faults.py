@@ -38,7 +38,7 @@ def find_node_faults(inspection: Inspection, requirements: Requirements | None) 
 
 
 def majority(values: Mapping[str, T]) -> tuple[T, list[str]]:
-    """Returns the value that most hosts have, on a tie that of the first host, and the hosts that have it."""
+    """Returns the most common value and the hosts that have it; on a tie, the value of the first host wins."""
     counts = Counter(values.values())  # keeps the order, and max returns the first of equals
     most = max(counts, key=lambda value: counts[value])
     return most, [name for name, value in values.items() if value == most]

@@ -33,7 +33,7 @@ class Probe:
     """Answers questions about this node: each public method is one, with arguments and results of JSON types."""
 
     def __init__(self) -> None:
-        """Opens nothing and writes nothing yet."""
+        """Prepares a probe that has opened no port and written no file."""
         self._written: list[str] = []
         self._listeners: list[socket.socket] = []
 
@@ -66,7 +66,7 @@ class Probe:
         return {"versions": module["find_package_versions"](), "code": module["compute_code_digests"]()}
 
     def gpus(self) -> dict:
-        """Returns the GPUs that nvidia-smi lists, or why it fails; neither if there is no nvidia-smi."""
+        """Returns the GPUs that nvidia-smi lists and its error, if any; both are empty without nvidia-smi."""
         try:
             done = subprocess.run(
                 _GPU_QUERY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=_GPU_SECONDS, check=False
@@ -83,11 +83,12 @@ class Probe:
         return {"gpus": parse_gpus(text), "error": None}
 
     def disk(self, folder: str) -> dict:
-        """Returns free and total bytes, for an unprivileged user, of the file system that would contain `folder`."""
+        """Returns the free and total bytes of the file system that would contain `folder`, as an unprivileged user sees
+        them."""
         return _free_bytes(existing_parent(folder))
 
     def files(self, patterns: list[str]) -> list[list]:
-        """Returns the number of files per glob pattern, and a digest of their names and, of the first ones, sizes."""
+        """Returns, per glob pattern, the number of files and a digest of all names and the first files' sizes."""
         found = []
         for pattern in patterns:
             matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
@@ -223,7 +224,7 @@ def _own_addresses() -> list[str]:
 
 
 def _own_name() -> str | None:
-    """Returns the address that gloo would announce: the first of this machine's own name that can be bound."""
+    """Returns the address that gloo would announce: the first bindable address of this machine's host name."""
     try:
         found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
     except OSError:

@@ -29,12 +29,12 @@ class Requirements:
         return f"run: {memory} per rank (modelled, compared with GPUs), {checkpoint} per checkpoint"
 
     def faults(self) -> list[Fault]:
-        """Returns the fault of a run that does not fit the ranks; `find_node_faults` finds those of single hosts."""
+        """Returns a fault if the run does not fit the ranks; `find_node_faults` finds the faults of single hosts."""
         return [] if self.layout_fault is None else [Fault("", "layout", self.layout_fault)]
 
 
 def find_required_files(config: RunConfig) -> dict[str, bool]:
-    """Returns glob patterns of the files that a run reads, and whether each must exist before the first command.
+    """Maps glob patterns of the files that a run reads to whether they must exist before any command is run.
 
     Tokenizers need not exist, because they may still be trained.
     """

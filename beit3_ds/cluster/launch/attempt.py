@@ -313,7 +313,7 @@ class Attempt:
     # The end of an attempt.
 
     def _print_ends(self) -> None:
-        """Prints a line per way in which the ranks ended, without the rank whose failure was printed."""
+        """Prints one line for each way in which ranks ended; leaves out the rank whose failure was already printed."""
         if self._failure is None:
             return
         ends: dict[str, list[GuardedRank]] = {}

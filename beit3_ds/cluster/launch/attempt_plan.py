@@ -10,7 +10,7 @@ from beit3_ds.cluster.launch.guarded_rank import AttemptFailure
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptPlan:
-    """What an attempt starts, and where."""
+    """Commands, hosts, folders and time limits of one attempt at a run."""
 
     hosts: Sequence[HostSlots]
     """Hosts and slots, in the order of their ranks."""
@@ -21,7 +21,7 @@ class AttemptPlan:
     trainer: Sequence[str]
     """Command of every rank."""
     environment: Mapping[str, str]
-    """Variables of the trainers beside those of the launcher; they override MASTER_ADDR and the like."""
+    """Additional variables of the trainers; they override the launcher's, such as MASTER_ADDR."""
     folder: Path
     """Working directory on all hosts."""
     log_dir: Path
@@ -33,7 +33,7 @@ class AttemptPlan:
     keepalive_seconds: float
     """Silence after which a host is lost, and after which guards treat their supervisor as lost."""
     start_seconds: float
-    """Time within which all guards must register."""
+    """Longest time in seconds until all guards have registered."""
 
     @property
     def world_size(self) -> int:
@@ -48,12 +48,12 @@ class AttemptPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How an attempt ended; none of its ranks is left on any host that can be reached."""
+    """Result of an attempt, after its ranks are gone from every host that can be reached."""
 
     failure: AttemptFailure | None
     """First failure, if any."""
     is_user_error: bool
-    """Whether a rank ended with status 2."""
+    """Whether a rank ended with status 2, for a mistake that only the user can fix."""
     lost_hosts: frozenset[str]
     """Hosts of the hostfile that fell silent, or whose guards did not register."""
     clear_at: float

@@ -23,9 +23,9 @@ class AttemptFailure:
     log: Path | None = None
     """File with its whole output."""
     rank: int | None = None
-    """Rank that failed; None for a failure of no single rank."""
+    """Rank that failed; None if the failure concerns no single rank."""
     is_consequence: bool = False
-    """Whether ranks also end like this after the failure of another one: with status 1."""
+    """Whether another rank's failure may have caused this one: the rank ended with status 1."""
 
 
 @dataclass(kw_only=True)
@@ -37,9 +37,9 @@ class GuardedRank:
     log: Path
     """File with the trainer's output."""
     ended: Ended | None = None
-    """How the trainer ended; None while it runs."""
+    """The guard's report of the trainer's end; None while the trainer runs."""
     is_lost: bool = False
-    """Whether the guard is gone, or has been silent for too long."""
+    """Whether the rank's guard is gone or has been silent for too long."""
     is_killed: bool = False
     """Whether the supervisor has told the guard to kill the trainer."""
     state: str = ""

@@ -52,7 +52,7 @@ class LauncherProcess:
             self._watched_at = time.monotonic()
 
     def statuses(self) -> list[int] | None:
-        """Returns the exit statuses; None until all commands have ended."""
+        """Returns the exit status of each launch command; None until all commands have ended."""
         statuses = [process.poll() for process in self._processes]
         return None if None in statuses else [status for status in statuses if status is not None]
 

@@ -50,11 +50,11 @@ class LaunchOptions:
     log_dir: str | None
     """Log folder; None is `logs` in the run's output folder."""
     environment: Sequence[str]
-    """NAME or NAME=VALUE of variables to forward beside those that are always forwarded."""
+    """Variables to forward in addition to the default ones, each as NAME or NAME=VALUE."""
     keepalive_seconds: float
     """Silence after which a host is lost, and after which guards treat their supervisor as lost."""
     start_seconds: float
-    """Time within which all guards must register."""
+    """Longest time in seconds until all guards have registered."""
     port: int
     """Port on which the supervisor listens; 0 is any."""
     module: str = "beit3_ds.train"

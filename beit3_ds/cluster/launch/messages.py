@@ -45,13 +45,13 @@ class Start:
 
     command: Sequence[str]
     environment: Mapping[str, str]
-    """Variables beside those that the launcher has set; they override these."""
+    """Additional variables for the trainer; they override those that the launcher has set."""
     folder: str
-    """Working directory."""
+    """Working directory of the trainer."""
     log: str
     """File for the trainer's output."""
     send_output: bool
-    """Whether to send the output to the supervisor too."""
+    """Whether the guard also sends the trainer's output to the supervisor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,8 @@ class LogError:
 
 @dataclass(frozen=True, kw_only=True)
 class StopSignalReceived:
-    """Message from a guard: it received a stop signal from another sender, such as the cluster manager."""
+    """Message from a guard: it received a stop signal not sent by the supervisor but, for example, by the cluster
+    manager."""
 
     signal_number: int
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class ProcessId(NamedTuple):
-    """Identifies a process even if its number is later given to another one."""
+    """Identifies a process even if its process id is reused later."""
 
     pid: int
     start_time: int
@@ -43,7 +43,7 @@ class ProcessTree:
                     left.append((child, depth + 1))
 
     def kill(self) -> list[int]:
-        """Kills all recorded processes that are left, children first; returns their numbers."""
+        """Kills all recorded processes that still run, children first; returns their process ids."""
         self.watch()
         return [
             found.pid for found in sorted(self._found, key=lambda found: -self._found[found]) if kill_process(found)

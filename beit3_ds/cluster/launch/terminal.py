@@ -1,4 +1,4 @@
-"""Prints what `beit3 launch` reports, to the terminal and to a file beside the ranks' logs."""
+"""Prints what `beit3 launch` reports, to the terminal and to a file next to the ranks' logs."""
 
 import contextlib
 import sys

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 DEFAULT_MAX_OPEN_FILES = 4096
-"""Most files that a process keeps open; the default of `data.max_open_files`."""
+"""Maximum number of files that a process keeps open; the default of `data.max_open_files`."""
 
 _MAX_MAPS = 32_768  # Linux allows 65,530 maps per process, including those of libraries (vm.max_map_count)
 _TOO_MANY = (errno.EMFILE, errno.ENFILE)

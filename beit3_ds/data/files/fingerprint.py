@@ -45,7 +45,7 @@ def fingerprint(source: HasFiles) -> SourceFingerprint:
 
 
 def first_difference(own: Sequence[SourceFile], other: Sequence[SourceFile], name: str) -> str:
-    """Describes the first difference between two lists of files: this process's own, and those of process `name`."""
+    """Describes the first difference between this process's files and those of process `name`."""
     ours, theirs = ({file.name: file for file in files} for files in (own, other))
     for file in other:
         if file.name not in ours:

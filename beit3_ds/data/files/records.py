@@ -11,6 +11,6 @@ class Skipped(NamedTuple):
     """Files, members or rows that are not samples, all for the same reason."""
 
     num_members: int
-    """How many."""
+    """Number of skipped files, members or rows."""
     example: str
-    """Name of the first."""
+    """Name of the first one that was skipped."""

@@ -56,7 +56,7 @@ class AnnotatedImages:
         return len(self.captions)
 
     def files(self) -> Iterator[SourceFile]:
-        """Yields the annotation file, in which the samples are listed in their order.
+        """Yields the annotation file, which lists the samples in order.
 
         Raises:
             ConfigError: if the file is gone.
@@ -110,7 +110,7 @@ class CollectedAnnotations(AnnotatedImages):
     """Samples to which the readers in `annotations` add one after another."""
 
     def __init__(self, annotations: str, folder: str) -> None:
-        """Starts without samples; the arguments are those of `AnnotatedImages`."""
+        """Starts without samples; takes the arguments of `AnnotatedImages`."""
         self._paths, self._captions, self._image_numbers = CompactStrings(), CompactStrings(), array("q")
         super().__init__(annotations, folder, self._paths, self._captions, self._image_numbers, {})
 

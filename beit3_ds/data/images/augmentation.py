@@ -30,7 +30,7 @@ class ViewTransform(Protocol):
 
     @property
     def min_side(self) -> int | None:
-        """Shorter side of an image, in pixels, from which no view is enlarged; None if there is no such size."""
+        """Minimum shorter side of an image, in pixels, at which no view is enlarged; None if there is no such size."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Makes both views of an RGB image, with all draws from `rng`."""
@@ -61,7 +61,7 @@ class Augmentation:
 
     @property
     def min_side(self) -> int | None:
-        """Shorter side of an image, in pixels, whose smallest crop is as large as the larger view."""
+        """Minimum shorter side of an image, in pixels, at which its smallest crop is as large as the larger view."""
         if self.min_crop_scale == 0:
             return None
         smallest_crop = math.sqrt(

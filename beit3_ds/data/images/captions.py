@@ -3,9 +3,9 @@
 import json
 
 MAX_CAPTION_BYTES = 1 << 16
-"""Most bytes of a caption; a longer text is a page or a binary file, which no model reads to its end."""
+"""Maximum bytes of a caption; a longer text is a page or a binary file, which no model reads to its end."""
 MAX_JSON_BYTES = 1 << 20
-"""Most bytes of a JSON file that contains a caption beside metadata."""
+"""Maximum bytes of a JSON file that contains a caption and metadata."""
 
 
 def decode_caption(data: bytes) -> str:

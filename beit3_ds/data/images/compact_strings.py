@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 
 class StoredStrings:
-    """Strings in two buffers, in memory or mapped: 8 bytes per string beside its text."""
+    """Strings in two buffers, in memory or mapped: 8 bytes per string in addition to its text."""
 
     def __init__(self, text: bytearray | NDArray[np.uint8], ends: "array[int] | NDArray[np.int64]") -> None:
         """Stores the joined text of all strings and the end of each string in it."""
@@ -31,7 +31,7 @@ class StoredStrings:
 
 
 class CompactStrings(StoredStrings):
-    """A list of strings with 8 bytes per string beside its text; a list of `str` needs at least 57.
+    """A list of strings that takes 8 bytes per string in addition to its text; a list of `str` needs at least 57.
 
     Stores any Python string unchanged, even a file name that is not UTF-8. Strings can only be appended.
     """

@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image
 
 MAX_PIXELS = 89_478_485
-"""Most pixels of an image: Pillow's own limit against decompression bombs, a quarter of a GiB when decoded."""
+"""Maximum pixels of an image: Pillow's own limit against decompression bombs, a quarter of a GiB when decoded."""
 MAX_IMAGE_BYTES = 1 << 28
-"""Most bytes of an image file: as many as `MAX_PIXELS` pixels take without compression."""
+"""Maximum bytes of an image file: the size of `MAX_PIXELS` pixels without compression."""
 _MAX_JPEG_SCANS = 100  # progressive files have about ten; each costs a pass over all pixels, even with few bytes
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {

@@ -1,4 +1,4 @@
-"""Image files in a folder, with captions beside them."""
+"""Image files in a folder, with caption files next to them."""
 
 import heapq
 import os
@@ -21,7 +21,7 @@ from beit3_ds.data.images.shard_scan import reason_to_skip
 _CAPTIONS = ("txt", "TXT", "json", "JSON")  # the first that exists is read
 
 _SIZES_LOOKED_UP = 1024
-"""Most images whose sizes are looked up; a million requests to a network file system would take minutes."""
+"""Maximum images whose sizes are looked up; a million requests to a network file system would take minutes."""
 
 
 class ImageFolder:

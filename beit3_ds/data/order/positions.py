@@ -41,7 +41,7 @@ class SetPosition:
     taken: int
     """Samples taken so far from the set that `key` shuffles."""
     key: tuple[str | int, ...]
-    """Key of the permutation of the samples in `remaining`, beside the run's seed."""
+    """Key that selects, together with the run's seed, the permutation of the samples in `remaining`."""
     remaining: tuple[Any, ...] | None = None
     """Samples that remained when the data last changed (`remaining.to_nodes`); None means the whole set."""
     num_remaining: int | None = None

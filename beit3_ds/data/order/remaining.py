@@ -18,14 +18,14 @@ _BLOCK = 128
 """Samples per block of a `SourceSubset`; finding one sample computes a whole block."""
 _CHUNK = 1 << 20
 _GONE = 1 << 40
-"""First sample number of the removed sources, and the count of numbers that each of them gets."""
+"""First sample number that a removed source may get, and how many numbers are reserved for each."""
 
 Bounds = Callable[[int], tuple[int, int]]
 """Maps the id of a source to the range of its sample numbers in the stream: the first, and one past the last."""
 
 
 class RemainingSamples(Protocol):
-    """A set of samples, whose places are numbered from 0."""
+    """An ordered set of samples; places in it count from 0."""
 
     def __len__(self) -> int:
         """Returns the number of samples in the set."""
@@ -96,7 +96,7 @@ class Rest:
     whole: RemainingSamples
     seed: int
     key: tuple[str | int, ...]
-    """Key of the permutation that shuffled the set, beside the seed."""
+    """Key that selects, together with the seed, the permutation that shuffled the set."""
     taken: int
 
     def __len__(self) -> int:

@@ -13,7 +13,7 @@ from beit3_ds.data.order.remaining import Joined, Range, RemainingSamples, Rest,
 from beit3_ds.data.order.source_matching import FoundSource, SourceMatch, describe_changes, match_sources, same_weights
 
 _MAX_CHANGES = 100
-"""Most changes of the data within one epoch, which then ends; each costs time per sample and room in checkpoints."""
+"""Maximum data changes within one epoch, which then ends; each costs time per sample and room in checkpoints."""
 
 
 class Continued(NamedTuple):

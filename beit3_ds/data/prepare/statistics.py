@@ -30,7 +30,7 @@ _SUSPECTS = {
 
 @dataclass(kw_only=True)
 class SourceStatistics:
-    """Statistics of some samples of one source."""
+    """Statistics of the samples that were read from one source."""
 
     num_samples: int
     """Samples in the source."""
@@ -49,7 +49,7 @@ class SourceStatistics:
     """Number of broken samples; a sample whose image and caption are both broken counts once."""
 
     def describe(self) -> list[str]:
-        """Describes the source in lines of text; percentiles are those of the readable samples."""
+        """Describes the source in lines of text; percentiles count only readable samples."""
         lines = [f"{self.num_samples:,} samples, {self.num_examined:,} of them examined"]
         for name, numbers in self.numbers.items():
             values = np.percentile(numbers, _PERCENTILES).round().astype(int)

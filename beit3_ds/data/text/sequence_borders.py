@@ -144,7 +144,7 @@ def _borders_path(folder: Path, text: str, length: int) -> Path:
 
 
 def _fingerprint(pieces: Sequence[TokenPiece]) -> str:
-    """Computes a digest of all that borders depend on, beside the length."""
+    """Computes a digest of everything that borders depend on, except the length."""
     facts = [
         (piece.tokenizer, piece.document_separator, piece.piece.start, piece.text_size, piece.text_mtime_ns)
         for piece in pieces

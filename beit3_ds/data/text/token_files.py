@@ -177,7 +177,7 @@ def find_token_pieces(
 
 
 def remove_other_pieces(folder: Path, texts: Iterable[Sequence[TextPiece]]) -> None:
-    """Deletes token files that belong to no piece, such as those of a text file that was larger before."""
+    """Deletes token files of pieces that no longer exist, for example because the text file has shrunk."""
     names = _names(folder)
     for pieces in texts:
         kept = {token_path(folder, piece).name for piece in pieces}

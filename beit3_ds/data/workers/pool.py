@@ -20,8 +20,8 @@ RequestT = TypeVar("RequestT")
 ItemT = TypeVar("ItemT")
 
 _MAX_REPLACEMENTS = 3
-"""Most workers that may die or stop over one item. One may be an accident, such as the kernel's out-of-memory killer;
-more in a row point to a record or to the machine."""
+"""Maximum number of workers that may die or stop over one item. One may be an accident, such as the kernel's
+out-of-memory killer; more in a row point to a record or to the machine."""
 _STOPPED_SECONDS = 10.0
 """Seconds after which a stopped worker is replaced while its item is waited for; debuggers stop processes for less."""
 
