@@ -1,4 +1,4 @@
-"""BEiT-3 written as a textbook would: one padded sequence a sample, every row asking which expert is its own.
+"""Implements BEiT-3 plainly, as the reference: one padded sequence per sample, and an expert chosen per row.
 
 It shares no code with the packed model, only its parameters by name.
 """
@@ -16,7 +16,7 @@ Parameters = dict[str, Tensor]
 
 
 def plain_losses(p: Parameters, config: ModelConfig, batch: PackedBatch) -> Tensor:
-    """Sums of cross entropies (image MIM, text MLM, pair MIM, pair MLM)."""
+    """Returns the sums of cross entropies (image MIM, text MLM, pair MIM, pair MLM)."""
     samples = _unpack(batch)
     width = max((1 + config.num_patches) + config.max_text_length, 1)
     sums = [torch.zeros((), dtype=torch.float64) for _ in range(4)]
@@ -86,7 +86,7 @@ def _embed(p: Parameters, config: ModelConfig, sample: dict, width: int) -> tupl
         kind += "l" * length
     x = torch.cat(parts)
     real = torch.arange(width) < len(x)
-    kind += "v" * (width - len(x))  # padding may go through any expert: nobody attends to it
+    kind += "v" * (width - len(x))  # padding may go through any expert, because no row attends to it
     return F.pad(x, (0, 0, 0, width - len(x)), value=7.0), kind, real
 
 
@@ -135,7 +135,7 @@ def _expert_of(config: ModelConfig, kind: str) -> str:
 
 def _linear(p: Parameters, name: str, experts: list[str], x: Tensor) -> Tensor:
     weights, biases = (torch.stack([p[f"{name}.{kind}_{e}"] for e in experts]) for kind in ("weight", "bias"))
-    return torch.einsum("sfd,sd->sf", weights, x) + biases  # every row brings its own matrix
+    return torch.einsum("sfd,sd->sf", weights, x) + biases  # one matrix per row
 
 
 def _norm(p: Parameters, name: str, experts: list[str], x: Tensor, config: ModelConfig) -> Tensor:

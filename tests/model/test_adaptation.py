@@ -1,4 +1,4 @@
-"""Weights that are made to fit a model with other settings compute what they computed, as far as that can be."""
+"""Checks that weights adapted to other settings compute the same as before, as far as possible."""
 
 import dataclasses
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_shared_becomes_decoupled_with_the_same_outputs(tmp_path: Path) -> None:
 
 
 def test_decoupling_leaves_vision_language_experts_out(tmp_path: Path) -> None:
-    """Images and texts alone never go through one."""
+    """Images and texts alone never use a vision-language expert, so their features stay the same."""
     model = random_model(PAPER)
     path = exported(model, tmp_path / "w")
     wanted = {"layout": "decoupled", "num_vision_language_layers": 0}
@@ -63,7 +63,7 @@ def test_new_experts_are_those_of_vision(stored: ModelConfig, tmp_path: Path) ->
     for name, parameter in state.items():
         source = name if name in old else name.replace("_vision_language", "_vision")
         assert torch.equal(parameter, old[source]), name
-    first = 3 - stored.num_vision_language_layers  # experts that were there keep their own weights
+    first = 3 - stored.num_vision_language_layers  # existing experts keep their weights
     assert first == 3 or not torch.equal(
         state["blocks.2.ffn.fc1.weight_vision_language"], old["blocks.2.ffn.fc1.weight_vision"]
     )
@@ -76,7 +76,7 @@ def test_new_experts_are_those_of_vision(stored: ModelConfig, tmp_path: Path) ->
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(length=st.integers(2, 60))
 def test_other_text_lengths(length: int, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Positions that were learned stay, others have the initial values of a new run."""
+    """Learned positions are kept; added positions get the initial values of a new run."""
     model = random_model(PAPER)
     path = exported(model, tmp_path_factory.mktemp("w") / "w")
     loaded = PretrainingModel.from_pretrained(path, max_text_length=length)

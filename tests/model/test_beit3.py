@@ -1,4 +1,4 @@
-"""The packed model against a plain padded one, and the properties that parallel training relies on."""
+"""Compares the packed model with a plain padded one, and checks properties that parallel training needs."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def build(
 ) -> BEiT3:
     model = PretrainingModel(config, activation_checkpointing=recompute)
     initialize_parameters(model, config, seed=3)
-    with torch.no_grad():  # biases and norms away from 0 and 1, so that a forgotten one shows
+    with torch.no_grad():  # biases and norms differ from 0 and 1, so a missing one changes results
         for i, parameter in enumerate(model.parameters()):
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
     return model.to(dtype)
@@ -87,7 +87,7 @@ def test_logits_belong_to_the_losses() -> None:
 
 
 def test_samples_do_not_see_each_other() -> None:
-    """Changing one text must not move another sample's loss: catches a range that reaches into its neighbour."""
+    """Changing one text must not change another sample's loss; catches a range that includes neighbouring rows."""
     config = small_model_config()
     model, batch = build(config), random_batch(config, 1, 1, 2)
     changed = batch.token_ids.clone()

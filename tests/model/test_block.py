@@ -1,4 +1,4 @@
-"""Which rows a block computes. That results do not depend on it is shown in test_beit3.py."""
+"""Checks which rows a block computes; test_beit3.py shows that results do not depend on them."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ CONFIG = small_model_config()
 
 
 def rows_seen(batch: object, layers: range | None = None) -> dict[str, int]:
-    """Rows that attention and FFN of every block were given."""
+    """Returns the number of rows passed to attention and FFN of every block."""
     model, seen = PretrainingModel(CONFIG), {}
     initialize_parameters(model, CONFIG, seed=3)
     for name, block in model.blocks.items():
@@ -32,7 +32,7 @@ def test_last_ffn_computes_masked_rows_if_the_heads_follow() -> None:
     assert rows_seen(batch) == {f"{i}.{part}": every for i in range(3) for part in ("attention", "ffn")} | {
         "2.ffn": masked
     }
-    # The heads may be on another stage, and features are wanted of all rows.
+    # The heads may be on another stage, and features need all rows.
     assert set(rows_seen(batch, range(CONFIG.num_layers + 1)).values()) == {every}
 
 
@@ -51,7 +51,7 @@ def test_branches_do_not_compute_what_is_dropped() -> None:
 
 @pytest.mark.parametrize(("dropped", "skips"), [(0, False), (1, False), (2, True)])
 def test_few_dropped_rows_are_computed_with_the_others(dropped: int, skips: bool) -> None:
-    """Copying all other rows would cost more: 1 image of 40 is not worth it, 2 are."""
+    """Skipping 1 of 40 images costs more than it saves, because all other rows are copied; skipping 2 saves time."""
     drop_path = torch.ones(40, 3, 2)
     drop_path[:dropped] = 0
     batch = dataclasses.replace(random_batch(CONFIG, 40, 0, 0), drop_path=drop_path)

@@ -1,4 +1,4 @@
-"""Features of images, texts and pairs."""
+"""Tests the features of images, texts and pairs, and the errors for invalid inputs."""
 
 import dataclasses
 
@@ -19,10 +19,10 @@ LAYOUTS = {"paper": small_model_config(sub_layernorm=True), "decoupled": decoupl
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
 def test_features_are_what_the_heads_see(layout: str) -> None:
-    """Logits from features are those of the training path's heads at the same rows."""
+    """Logits computed from features equal those of the heads in training at the same rows."""
     config = LAYOUTS[layout]
     model, batch = random_model(config), random_batch(config, 2, 2, 2)
-    plain = dataclasses.replace(batch, patch_mask=torch.zeros_like(batch.patch_mask))  # ids stay as corrupted
+    plain = dataclasses.replace(batch, patch_mask=torch.zeros_like(batch.patch_mask))  # keeps the corrupted ids
     logits = model.heads(model.run_layers(plain), batch, with_loss=False)
     ids = batch.token_ids.split([*batch.caption_lengths, *batch.text_lengths])
     features = model.encode(batch.pixels[:2], ids[2:], (batch.pixels[2:], ids[:2]))
@@ -90,7 +90,7 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         ({"pairs": (pair_images, [*captions, [0, 2]])}, "1 images and 2 captions"),
         ({"pairs": (pair_images[..., 1:, :], captions)}, "pairs: pixels"),
         ({"pairs": (pair_images, [[0, 99]])}, "caption 0"),
-        # Each of these ended in an error of torch or of Python, or gave features of nothing.
+        # Without checks these end in an error of torch or Python, or in meaningless features.
         ({"images": "photo.jpg"}, r"images: str 'photo\.jpg', but pixels are a tensor .*preprocess"),
         ({"images": [images[0], images[1]]}, r"images: list .*torch\.stack"),
         ({"images": images.numpy()}, r"images: ndarray "),
@@ -132,6 +132,6 @@ def test_ids_of_every_integer_type_are_taken() -> None:
     ids = torch.tensor([[0, 5, 2], [0, 7, 2]])
     for texts in (ids, list(ids.int()), ids.numpy(), tuple(ids.to(torch.uint8)), [ids[0].tolist(), ids[1].numpy()]):
         torch.testing.assert_close(model.encode(texts=texts).texts, expected)
-    for dtype in (np.uint16, np.uint32, np.uint64):  # torch compares none of these; token files hold the first
+    for dtype in (np.uint16, np.uint32, np.uint64):  # torch cannot compare these dtypes; token files have the first one
         texts = [row.numpy().astype(dtype) for row in ids]
         torch.testing.assert_close(model.encode(texts=texts).texts, expected)

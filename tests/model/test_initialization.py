@@ -1,4 +1,4 @@
-"""Initial values depend on seed and name alone, and follow BEiT's or Magneto's rule."""
+"""Checks that initial values depend only on seed and name, and follow the rule of BEiT or Magneto."""
 
 import math
 
@@ -23,7 +23,7 @@ def test_values_do_not_depend_on_the_order_of_construction() -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_hold_their_parts_of_the_same_values(rank: int) -> None:
-    config = small_model_config(num_attention_heads=2, text_vocab_size=150)  # the second rank's words are padded
+    config = small_model_config(num_attention_heads=2, text_vocab_size=150)  # the second rank has padding rows
     whole, part = PretrainingModel(config), PretrainingModel(config, TensorParallel(rank=rank, size=2))
     for model in (whole, part):
         initialize_parameters(model, config, seed=1)
@@ -42,7 +42,7 @@ def test_beit_rule() -> None:
     config, shape = small_model_config(), torch.Size([400, 400])
     plain = initial_value("blocks.1.ffn.fc1.weight_vision", shape, config, 1)
     assert plain.abs().max() <= 0.02
-    # A normal cut at one standard deviation has 0.5396 of its deviation.
+    # A normal truncated at one standard deviation has 0.5396 of its standard deviation.
     assert math.isclose(plain.std().item(), 0.02 * 0.5396, rel_tol=0.02)
     for name in ("blocks.1.ffn.fc2.weight_vision", "blocks.1.attention.out_proj.weight_shared"):
         scaled = initial_value(name, shape, config, 1)

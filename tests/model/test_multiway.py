@@ -1,4 +1,4 @@
-"""The linear layer that ends a branch, its width and sub-LN divided over ranks, against one whole layer."""
+"""Compares the last linear layer of a branch, split over ranks with its sub-LN, with the unsplit layer."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ EXPERTS = ("vision", "language")
 
 
 def measure(offset: float, gelu: bool) -> list[tuple[Tensor, Tensor]]:
-    """Ours and expected, of one rank: output and all gradients."""
+    """Returns actual and expected tensors of one rank: output and all gradients."""
     from beit3_ds.runtime.process_group import init_process_group
 
     mesh = init_process_group(ParallelConfig(tensor_parallel_size=RANKS))
@@ -48,9 +48,10 @@ def measure(offset: float, gelu: bool) -> list[tuple[Tensor, Tensor]]:
 
 @pytest.mark.parametrize(("offset", "gelu"), [(0.0, True), (300.0, False)])
 def test_divided_over_ranks(offset: float, gelu: bool) -> None:
-    """An offset of 300 breaks E[x^2] - E[x]^2 in float32: it leaves no digit of a variance of 1.
+    """Outputs and gradients equal those of the unsplit layer, also for inputs with a large mean.
 
-    Catches a bias, a residual or a factor that every rank adds, and statistics or sums of one rank's columns.
+    An offset of 300 breaks E[x^2] - E[x]^2 in float32, which leaves no digit of a variance of 1. Catches a bias, a
+    residual or a factor that every rank adds, and statistics or sums over the columns of one rank only.
     """
     for results in run_ranks(measure, RANKS, offset, gelu):
         for ours, expected in results:

@@ -1,4 +1,4 @@
-"""A float32 residual stream in a bf16 model: its dtype, what it is worth, and that it changes nothing else."""
+"""Tests the float32 residual stream of a bf16 model: its dtype, its precision, and no effect on other models."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def build(config: ModelConfig, dtype: torch.dtype, *, wide: bool, checkpointing:
 
 
 def streams(model: BEiT3) -> list[tuple[torch.dtype, torch.dtype]]:
-    """Dtypes of the stream and of its gradient after the embeddings and after every block."""
+    """Returns the dtypes of the stream and of its gradient after the embeddings and after every block."""
     seen: list[tuple[torch.dtype, torch.dtype]] = []
 
     def watch(module: nn.Module, arguments: object, stream: Tensor) -> None:
@@ -37,7 +37,7 @@ def streams(model: BEiT3) -> list[tuple[torch.dtype, torch.dtype]]:
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 @pytest.mark.parametrize("config", [small_model_config(), decoupled()], ids=["shared", "decoupled"])
 def test_the_option_sets_the_streams_dtype(config: ModelConfig, checkpointing: str) -> None:
-    """Catches a block that rounds the stream or its gradient, and an option without an effect."""
+    """Catches a block that rounds the stream or its gradient, and an option without effect."""
     for wide, dtype in ((True, torch.float32), (False, torch.bfloat16)):
         model = build(config, torch.bfloat16, wide=wide, checkpointing=checkpointing)
         assert model.stream_dtype == dtype

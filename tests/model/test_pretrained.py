@@ -1,4 +1,4 @@
-"""Exported weights as a plain model."""
+"""Tests loading exported weights as a plain model."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_the_loaded_model_is_the_exported_one(layout: str, max_shard_bytes: int 
         assert torch.equal(loaded.state_dict()[name], parameter), name
     assert all(parameter.requires_grad and not parameter.is_meta for parameter in loaded.parameters())
     is_tied = loaded.heads.mlm.weight is loaded.embeddings.word.weight
-    assert is_tied == model.config.tie_word_embeddings  # catches a matrix that would part in training
+    assert is_tied == model.config.tie_word_embeddings  # catches tied matrices that would diverge in training
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> PretrainedWeights:
 
 
 def rewritten(path: Path, **changes: object) -> Path:
-    """The same file with other tensors, or another header."""
+    """Writes the file again with changed tensors or a changed header, and returns its path."""
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["beit3_ds"])
     tensors = load_file(path) | changes.pop("add", {})
@@ -126,7 +126,8 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
         PretrainingModel.from_pretrained(rewritten(fresh(), add={"blocks.9.x": torch.ones(1)}))
     with pytest.raises(ConfigError, match=r"cls_token has the shape \(23,\).*\(24,\)"):
         PretrainingModel.from_pretrained(rewritten(fresh(), add={"embeddings.cls_token": torch.ones(23)}))
-    with pytest.raises(ConfigError, match=r"image_position has the shape \(10, 24\)"):  # no other grid unasked for
+    # Positions are interpolated only on request.
+    with pytest.raises(ConfigError, match=r"image_position has the shape \(10, 24\)"):
         PretrainingModel.from_pretrained(rewritten(fresh(), add={"embeddings.image_position": torch.ones(10, 24)}))
     with pytest.raises(ConfigError, match="format version 2"):
         PretrainingModel.from_pretrained(rewritten(fresh(), format_version=2))

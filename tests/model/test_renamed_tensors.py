@@ -1,4 +1,4 @@
-"""Files whose tensors had other names are read under the current names; checkpoints are in tests/checkpoint."""
+"""Reads files with old tensor names under the current names; tests/checkpoint covers checkpoints."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def test_only_whole_beginnings_are_renamed(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_no_current_name_is_an_old_one() -> None:
-    """Catches an entry that renames what this version writes."""
+    """Catches an entry that renames tensors of the current version."""
     names = list(dict(PretrainingModel(small_model_config()).named_parameters()))
     assert stored_names(names) == dict(zip(names, names, strict=True))
 

@@ -1,4 +1,4 @@
-"""Parameter counts against the paper's table 2 and the released models."""
+"""Compares parameter counts with the paper's table 2 and the released models."""
 
 import re
 
@@ -16,7 +16,7 @@ def shapes_of(size: str, **changes: object) -> dict[str, nn.Parameter]:
 
 
 def millions(parameters: dict[str, nn.Parameter], pattern: str) -> int:
-    """Elements of the matching weight matrices, in millions."""
+    """Returns the number of elements of the matching weight matrices, in millions."""
     return round(sum(p.numel() for name, p in parameters.items() if re.search(pattern, name) and p.dim() == 2) / 1e6)
 
 

@@ -1,4 +1,4 @@
-"""The decoupled layout computes what the released models' code computes (torchscale 0.3.0, MIT)."""
+"""Compares the decoupled layout with the code of the released models (torchscale 0.3.0, MIT)."""
 
 import dataclasses
 from typing import Any
@@ -36,7 +36,7 @@ def reference() -> Any:
 
 
 def reference_state(model: BEiT3, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Our parameters under the reference's names: A is vision, B is language."""
+    """Returns our parameters under the reference's names: A is vision, B is language."""
     ours = {name: p.detach() for name, p in model.named_parameters()}
     two_unused = torch.zeros(2, config.hidden_size)
     state = {
@@ -79,7 +79,7 @@ def packed_features(model: BEiT3, batch: PackedBatch) -> torch.Tensor:
 def test_parity(reference: Any, kind: str) -> None:
     model = PretrainingModel(CONFIG)
     initialize_parameters(model, CONFIG, seed=5)
-    for i, parameter in enumerate(model.parameters()):  # norms and biases away from 1 and 0
+    for i, parameter in enumerate(model.parameters()):  # norms and biases differ from 1 and 0
         parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
     reference.load_state_dict(reference_state(model, CONFIG), strict=True)
 

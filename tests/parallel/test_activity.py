@@ -1,4 +1,4 @@
-"""What a rank says of its main thread, and whether it waits for others."""
+"""Tests the reported activity of a rank's main thread, and whether it waits for other ranks."""
 
 import threading
 import time
@@ -7,7 +7,7 @@ from typing import Any
 
 from beit3_ds.parallel.activity import Activity
 
-# Runs a call in a file that seems to be torch's, as stacks show it.
+# Runs a call in a file whose name in stacks looks like one of torch.
 IN_TORCH = compile("def call(wait): wait()", "/site-packages/torch/distributed/distributed_c10d.py", "exec")
 
 
@@ -49,7 +49,7 @@ def test_a_thread_of_ours_in_a_collective_does_not_count() -> None:
     lock.acquire()
     thread = threading.Thread(target=in_torch, args=(lock.acquire,))
     thread.start()
-    time.sleep(0.2)  # until it waits; a test that is too fast passes
+    time.sleep(0.2)  # until it waits; if this is too short, the test passes
     waits = activity.waits_for_ranks()
     lock.release()
     thread.join()

@@ -1,4 +1,4 @@
-"""Ranks of a copy of the model get the batches that the reading ranks read, or the same error."""
+"""Checks that all ranks of a model replica get the batches of the reading ranks, or the same error."""
 
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -35,7 +35,7 @@ class Item:
 
 
 def read(mesh: Mesh, fault: Fault) -> Any:
-    """Two items of the view that this rank's stage needs; on the last stage with a fault in the second."""
+    """Yields two items with the view of this rank's stage; the last stage may have a fault in the second."""
     view = "model" if mesh.pipeline.is_first else "tokenizer"
     yield Item(0, view)
     if not mesh.pipeline.is_first:
@@ -65,12 +65,12 @@ def iterate(faults: list[Fault]) -> list[Any]:
 
 
 def test_every_rank_gets_its_stages_view_or_the_same_error() -> None:
-    """Ranks 0 and 1 are the first stage, whose first rank reads; ranks 2 and 3 the last one."""
+    """Ranks 0 and 1 are the first stage, whose first rank reads; ranks 2 and 3 are the last stage."""
     ranks = run_ranks(iterate, 4, ["", "short", "differs", "storage", "config"])
     for rank, (whole, short, differing, storage, config) in enumerate(ranks):
         view = "model" if rank < 2 else "tokenizer"
         assert whole == [(0, view), (1, view)]
-        assert short == [(0, view)]  # all end together when one rank has no more items
+        assert short == [(0, view)]  # all ranks stop when one has no more items
         for found, error, words in (
             (differing, "ConfigError", "the first and the last stage"),
             (storage, "StorageError", "disk is gone"),

@@ -1,4 +1,4 @@
-"""Values of hosts between ranks: what arrives is what was sent, on every number of ranks, and nothing is pickled."""
+"""Checks that host values arrive as they were sent, for every number of ranks, without pickling."""
 
 import pickle
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from tests.ranks import run_ranks
 
 
 def exchange(sizes: Sequence[int]) -> list[str]:
-    """Runs every operation over the first ranks, for each group size."""
+    """Runs every operation on groups of the first ranks, for each group size."""
 
     def refuse(*arguments: Any, **options: Any) -> Any:
         raise AssertionError("pickled")
@@ -26,7 +26,7 @@ def exchange(sizes: Sequence[int]) -> list[str]:
     for size in sizes:
         if everyone.rank >= size:
             continue
-        host = everyone.among(reversed(range(size)))  # numbered in another order than torch's
+        host = everyone.among(reversed(range(size)))  # in another order than torch's ranks
         rank = size - 1 - everyone.rank
         own = {"rank": rank, "names": ["\udc80 name"] * 100 * rank, "tensor": torch.full((rank, 2), rank)}
         total = host.sum(torch.tensor([[10.0**rank]], dtype=torch.float64))
@@ -52,7 +52,7 @@ def exchange(sizes: Sequence[int]) -> list[str]:
 
 
 def test_ranks_exchange_values() -> None:
-    """Catches a mistake in trees with holes, which sizes that are no power of two have."""
+    """Catches mistakes in incomplete trees, which occur for sizes that are not powers of two."""
     assert run_ranks(exchange, 6, [1, 2, 3, 4, 5, 6]) == [[]] * 6
 
 

@@ -1,4 +1,4 @@
-"""Values of hosts as JSON and tensors: what is unpacked is what was packed."""
+"""Checks that host values, packed as JSON and tensors, are unpacked unchanged."""
 
 from typing import Any
 
@@ -20,11 +20,11 @@ def tensors(draw: st.DrawFn) -> Tensor:
     values = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 5
     values = values.to(draw(st.sampled_from(DTYPES)))
     if values.dim() and draw(st.booleans()):
-        values = values[..., ::2]  # what has one element or none counts as contiguous, whatever its stride
+        values = values[..., ::2]  # a tensor with at most one element counts as contiguous, whatever its stride
     return values.T if values.dim() == 2 and draw(st.booleans()) else values
 
 
-# Surrogates stand for the bytes of a file's name that are not UTF-8.
+# Surrogates represent bytes of a file name that are not UTF-8.
 texts = st.text(st.characters(), max_size=8)
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | texts | tensors() | st.just(Size([2, 3])),
@@ -50,7 +50,7 @@ def equal(first: Any, second: Any) -> bool:
 @given(values)
 @settings(max_examples=200, deadline=None)
 def test_values_come_back_as_they_were(value: Any) -> None:
-    """Catches tuples and sizes that become lists, and tensors that lose their type or order, or have odd strides."""
+    """Catches tuples and sizes that become lists, and tensors that change dtype, order or strides."""
     header, tensors = pack(value)
     arriving = unpack_tensors(header)
     for target, source in zip(arriving, tensors, strict=True):
@@ -59,7 +59,7 @@ def test_values_come_back_as_they_were(value: Any) -> None:
 
 
 class Named(tuple):
-    """A tuple that would lose its type."""
+    """A tuple subclass, which unpacking would turn into a plain tuple."""
 
 
 @pytest.mark.parametrize(

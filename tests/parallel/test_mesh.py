@@ -1,4 +1,4 @@
-"""Places on the mesh, and the sharing of what few ranks read."""
+"""Tests coordinates on the mesh, and the broadcast of samples that only some ranks read."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,12 +37,12 @@ def measure_sums() -> tuple[RankCoords, list[float]]:
     sums += [group.sum(digit) for group in hosts]
     sums.append(mesh.pipeline.host.broadcast(digit, src=-1))
     assert mesh.host.rank == torch.distributed.get_rank()
-    mesh.close()  # rank 0 holds the store that the others still ask
+    mesh.close()  # rank 0 holds the store, which other ranks still use
     return mesh.coords, [float(value) for value in sums]
 
 
 def test_groups_run_along_their_axes() -> None:
-    """Every rank holds a digit of its own, so a sum shows which ranks it is over."""
+    """Every rank contributes its own digit, so a sum shows the ranks of its group."""
     results = run_ranks(measure_sums, 8)
     assert [coords for coords, _ in results] == [RankCoords(p, d, t) for p in (0, 1) for d in (0, 1) for t in (0, 1)]
     for coords, (data, model, tensor, *of_hosts, last) in results:
@@ -62,7 +62,7 @@ def test_groups_run_along_their_axes() -> None:
 
 @dataclass
 class Item:
-    """Stands in for a step: what all ranks need and what a reading rank alone needs."""
+    """Represents a step: data for all ranks, and data for the reading rank only."""
 
     number: int
     pixels: str | None
@@ -114,7 +114,7 @@ def test_stages_see_the_first_ones_items() -> None:
 
 
 def test_an_error_of_one_reader_ends_all_ranks() -> None:
-    """Catches peers that wait for ever after an error."""
+    """Catches peers that wait forever after an error."""
     for seen, message in run_ranks(measure_sharing, 4, 2, "broken"):
         assert (len(seen), message) == (1, "a broken shard")
 

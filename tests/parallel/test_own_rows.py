@@ -1,4 +1,4 @@
-"""Which rows each tensor-parallel rank holds under sequence parallelism, over all ranks."""
+"""Checks the rows of every tensor-parallel rank under sequence parallelism."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from beit3_ds.parallel import TensorParallel
 
 SIZES = st.integers(1, 9)
-SLICES = st.lists(st.integers(0, 7), min_size=1, max_size=5)  # rows of each expert, of which some may have none
+SLICES = st.lists(st.integers(0, 7), min_size=1, max_size=5)  # rows per expert; some may have none
 
 
 def ranks(size: int) -> list[TensorParallel]:
@@ -18,7 +18,7 @@ def ranks(size: int) -> list[TensorParallel]:
 
 @given(SIZES, st.integers(0, 40))
 def test_ranges_tile_the_rows_and_the_filler(size: int, num_rows: int) -> None:
-    """All of one length, which reduce-scatter needs; less than one row a rank is filler."""
+    """All ranges have the length that reduce-scatter needs; there is less than one padding row per rank."""
     ranges = [rank.own_row_range(num_rows) for rank in ranks(size)]
     assert [start for start, _ in ranges] == [0, *(stop for _, stop in ranges[:-1])]
     assert len({stop - start for start, stop in ranges}) == 1
@@ -27,7 +27,7 @@ def test_ranges_tile_the_rows_and_the_filler(size: int, num_rows: int) -> None:
 
 @given(SIZES, SLICES)
 def test_own_slices_tile_each_slice_once(size: int, lengths: list[int]) -> None:
-    """A row that two experts or none would normalise, or filler with another than the last expert, shows here."""
+    """Catches a row that two experts or none would normalise, and padding rows outside the last expert's slice."""
     borders = [0, *itertools.accumulate(lengths)]
     slices, num_rows = list(itertools.pairwise(borders)), borders[-1]
     experts: list[int] = []

@@ -1,4 +1,4 @@
-"""The tensor-parallel parts of a network against the undivided computation, outputs and gradients."""
+"""Compares outputs and gradients of tensor-parallel layers with the unsplit computation."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_vocabulary_parts_cover_it_once_and_are_equal(size: int, vocab: int) -> 
     alignment = 64 if size > 1 and vocab >= 64 * size else 1
     (part,) = {split.local_size for split in splits}
     assert part % alignment == 0
-    assert all(split.padding == 0 for split in splits if split.stop < vocab)  # it lies at the end
+    assert all(split.padding == 0 for split in splits if split.stop < vocab)  # padding is at the end
     assert sum(split.padding for split in splits) < size * alignment
 
 
@@ -45,7 +45,7 @@ def build_mesh() -> Mesh:
 
 
 def measure_vocabulary(chunk_size: int | None) -> dict[str, tuple[Tensor, Tensor]]:
-    """On one rank: three AdamW steps beside those of an undivided network."""
+    """Returns, on one rank, tensors of three AdamW steps with those of the unsplit network."""
     mesh = build_mesh()
     torch.manual_seed(0)
     whole = nn.ModuleDict({"word": nn.Embedding(VOCAB, HIDDEN), "mlm": nn.Linear(HIDDEN, VOCAB)})
@@ -53,7 +53,7 @@ def measure_vocabulary(chunk_size: int | None) -> dict[str, tuple[Tensor, Tensor
     head = VocabParallelHead(HIDDEN, VOCAB, chunk_size, mesh.tensor)
     divided = nn.ModuleDict({"word": embedding, "mlm": head})
     for model in (whole, divided):
-        model.double()  # Adam makes much of rounding where a gradient is tiny
+        model.double()  # Adam amplifies rounding errors of tiny gradients
     parameters = [(name, p, whole.get_parameter(name)) for name, p in divided.named_parameters()]
     with torch.no_grad():
         for _, own, expected in parameters:
@@ -87,7 +87,7 @@ def measure_vocabulary(chunk_size: int | None) -> dict[str, tuple[Tensor, Tensor
 
 @pytest.mark.parametrize("chunk_size", [3, None])
 def test_divided_vocabulary(chunk_size: int | None) -> None:
-    """The first rank has no padding, the second some, the third nothing else. A bias of 0 lets it join the loss."""
+    """The first rank has no padding, the second some, the third only padding; a padding bias of 0 changes the loss."""
     for pairs in run_ranks(measure_vocabulary, RANKS, chunk_size):
         for name, (ours, expected) in pairs.items():
             torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")

@@ -1,4 +1,4 @@
-"""Fixtures of the tests that compare steps."""
+"""Provides fixtures to tests that compare steps."""
 
 from tests.training.conftest import reference
 

@@ -1,6 +1,6 @@
-"""DeepSpeed is still wrong where `pipeline.deepspeed_compat` and `ModelParallelUnit` work around it.
+"""Proves that DeepSpeed still needs the workarounds of `pipeline.deepspeed_compat` and `ModelParallelUnit`.
 
-Each workaround is undone inside the ranks. A test that fails here says that a new DeepSpeed may no longer need it.
+Each test undoes one workaround inside the ranks. If it fails, a new DeepSpeed may no longer need the workaround.
 The proofs run when a version, a workaround or this file changes (tests/deepspeed_proofs.py).
 """
 
@@ -18,8 +18,8 @@ from tests.ranks import run_ranks
 from tests.training.layouts import Layout
 from tests.training.steps import Reference, config_for, measure_steps
 
-SECONDS = 8  # after which a hang that is expected is an error
-PATIENCE = 120  # where none is expected, on a busy machine
+SECONDS = 8  # after which an expected hang is reported as an error
+PATIENCE = 120  # where no hang is expected, on a busy machine
 STAGES = Layout(1, 2, 1)
 INTERLEAVED = Layout(1, 2, 1, interleaved=True)
 # Two micro-batches: the first stage goes forward twice, then backward twice.
@@ -60,7 +60,7 @@ def undo_zero3_norm(patch: pytest.MonkeyPatch) -> None:
 
 
 def undo_model_parallel_group(patch: pytest.MonkeyPatch) -> None:
-    """Megatron's own model-parallel group, which leaves out the stages; here of one rank."""
+    """Uses Megatron's model-parallel group, which leaves out the other stages; here it has one rank."""
     from beit3_ds.parallel import ModelParallelUnit
 
     group = [dist.new_group([rank]) for rank in range(STAGES.num_ranks)][dist.get_rank()]
@@ -75,7 +75,7 @@ def undo_clearing_of_buffer(patch: pytest.MonkeyPatch) -> None:
 
 
 def let_engine_accumulate(patch: pytest.MonkeyPatch) -> None:
-    """Tells DeepSpeed of the micro-batches, as its users do."""
+    """Passes the number of micro-batches to DeepSpeed as gradient accumulation."""
     from beit3_ds.config import RunConfig
 
     own = RunConfig.engine_config
@@ -105,7 +105,7 @@ def measure(
     reference: Reference,
     seconds: int,
 ) -> list[dict[str, float] | str]:
-    """On one rank: how much of the allowed error each tensor has without a workaround, or the error that ended it."""
+    """Returns, on one rank, the error of each tensor over the allowed error, or the exception that ended the step."""
     from beit3_ds.runtime.process_group import init_process_group
 
     mesh = init_process_group(config_for(0, **layout.parallel | {"timeout_seconds": seconds}).parallel)
@@ -131,7 +131,7 @@ def run(
     zero: dict[str, Any] | None = None,
     seconds: int = PATIENCE,
 ) -> list[dict[str, float] | str]:
-    """For each ZeRO stage the worst ratio by kind and step over all ranks, or the tracebacks of those that failed."""
+    """Returns per ZeRO stage the worst ratio by kind and step over all ranks, or the tracebacks of failed ranks."""
     ranks = run_ranks(measure, layout.num_ranks, layout, zero_stages, undo, zero or {}, reference, seconds)
     return [_worst(found) for found in zip(*ranks, strict=True)]
 
@@ -150,7 +150,7 @@ def _worst(ranks: tuple[dict[str, float] | str, ...]) -> dict[str, float] | str:
 
 
 def test_nothing_is_wrong_with_the_workarounds(reference: Reference) -> None:
-    """So what the other tests find comes from what they undo; the small sub-groups are more on one stage."""
+    """Shows that errors in other tests come from what they undo; one stage has more of the small sub-groups."""
     for found in [
         *run(STAGES, (0, 1, 2, 3), None, reference, {"sub_group_size": 10_000}),
         *run(INTERLEAVED, (3,), None, reference),
@@ -173,34 +173,34 @@ def test_backward_passes_in_a_row_overwrite_gradients(reference: Reference) -> N
 
 @pytest.mark.deepspeed_proof
 def test_engine_that_accumulates_divides_gradients(reference: Reference) -> None:
-    """By the number of micro-batches, which the loss factors have done already; AdamW and clipping hide it."""
+    """The loss factors already divide by the number of micro-batches; AdamW and clipping hide the second division."""
     for found in run(STAGES, (0, 3), let_engine_accumulate, reference):
         assert isinstance(found, dict) and found["gradient 0"] > 1e4 and found["norm 0"] > 1e4, found
 
 
 @pytest.mark.deepspeed_proof
 def test_zero3_norm_is_summed_sub_group_by_sub_group(reference: Reference) -> None:
-    """Stages have different numbers of them and wait for each other in vain."""
+    """Stages have different numbers of sub-groups, so they wait for each other in vain."""
     (found,) = run(STAGES, (3,), undo_zero3_norm, reference, {"sub_group_size": 10_000}, SECONDS)
     assert isinstance(found, str) and "in get_grad_norm_direct" in found, found
 
 
 @pytest.mark.deepspeed_proof
 def test_model_parallel_group_holds_the_stages(reference: Reference) -> None:
-    """Each stage would clip by its own norm."""
+    """Each stage clips by its own norm if the group leaves out the other stages."""
     for found in run(STAGES, (1, 2), undo_model_parallel_group, reference):
         assert isinstance(found, dict) and found["gradient 0"] <= 1 < 1e3 < found["norm 0"], found
 
 
 @pytest.mark.deepspeed_proof
 def test_gradients_of_the_step_before_stay_in_the_buffer(reference: Reference) -> None:
-    """Those of runs of layers that are not in a step's first backward pass."""
+    """Gradients of model chunks that are not in a step's first backward pass add to those of the previous step."""
     (found,) = run(INTERLEAVED, (3,), undo_clearing_of_buffer, reference)
     assert isinstance(found, dict) and found["gradient 0"] <= 1 < 1e3 < found["gradient 1"], found
 
 
 def measure_bf16_norms() -> tuple[float, float]:
-    """On one rank: with and without marks."""
+    """Returns the norms on one rank, with and without marks."""
     from beit3_ds.pipeline import deepspeed_compat as deepspeed_compat
     from beit3_ds.runtime.process_group import init_process_group
 
@@ -222,7 +222,7 @@ def test_bf16_norm_without_zero_looks_for_marks_on_gradients(reference: Referenc
 
 
 def count_reductions() -> list[int]:
-    """Buffers of gradients that a step on one rank without ZeRO copies: as it is, and with the workaround undone."""
+    """Counts gradient buffers that a step on one rank without ZeRO copies, with the workaround and without it."""
     from deepspeed import DeepSpeedEngine
 
     from beit3_ds.pipeline import deepspeed_compat as deepspeed_compat

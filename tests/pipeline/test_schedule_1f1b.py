@@ -1,4 +1,4 @@
-"""The order of 1F1B: complete, in step with the neighbours, never stuck, and as thrifty as it promises."""
+"""Checks that the 1F1B order is complete, matches the neighbours, never deadlocks and saves activations and time."""
 
 from collections import defaultdict, deque
 from random import Random
@@ -10,20 +10,20 @@ from hypothesis import strategies as st
 from beit3_ds.pipeline.schedule_1f1b import Action, schedule_1f1b
 
 Channel = tuple[bool, int, int]
-"""Whether activations travel, the sending and the receiving stage."""
+"""True for activations and False for gradients; sending stage; receiving stage."""
 
 
 @st.composite
 def pipelines(draw: st.DrawFn) -> tuple[int, int, int]:
-    """Micro-batches, stages and runs of each stage that the configuration allows."""
-    stages, runs = draw(st.integers(1, 6)), draw(st.integers(1, 4))
-    if stages == 1 or runs == 1:
+    """Draws a valid number of micro-batches, stages, and model chunks per stage."""
+    stages, chunks = draw(st.integers(1, 6)), draw(st.integers(1, 4))
+    if stages == 1 or chunks == 1:
         return draw(st.integers(stages, 4 * stages)), stages, 1
-    return stages * draw(st.integers(1, 4)), stages, runs
+    return stages * draw(st.integers(1, 4)), stages, chunks
 
 
 class Stage:
-    """A stage as `Schedule` runs it: the next action's tensor is asked for before this action computes."""
+    """Simulates a stage of `Schedule`, which starts to receive the next action's tensor before it computes."""
 
     def __init__(self, stage: int, sizes: tuple[int, int, int], channels: dict[Channel, deque[Any]]) -> None:
         micro_batches, self.num_stages, self.num_chunks = sizes
@@ -33,17 +33,17 @@ class Stage:
         self.in_flight = self.most_in_flight = 0
 
     def chunk(self, action: Action) -> int:
-        """The run's number among those of all stages."""
+        """Returns the index of the action's model chunk among the chunks of all stages."""
         return action.chunk * self.num_stages + self.stage
 
     def source(self, action: Action) -> Channel | None:
-        """Where an action's tensor comes from; asking takes the next message of that channel, whichever it is."""
+        """Returns the channel of an action's tensor, if any; a stage takes the next message of the channel."""
         if self.chunk(action) == (0 if action.forward else self.num_stages * self.num_chunks - 1):
             return None
         return action.forward, (self.stage + (-1 if action.forward else 1)) % self.num_stages, self.stage
 
     def work(self) -> bool:
-        """Does the next action if its tensor has arrived."""
+        """Runs the next action if its tensor has arrived; returns whether it did."""
         if not self.actions or (self.asked is not None and not self.channels[self.asked]):
             return False
         action = self.actions.popleft()
@@ -79,7 +79,7 @@ def test_every_pass_once_and_forward_first(sizes: tuple[int, int, int]) -> None:
 @settings(deadline=None)
 @given(pipelines(), st.integers(0, 2**32))
 def test_stages_never_wait_for_each_other_in_a_circle(sizes: tuple[int, int, int], seed: int) -> None:
-    """However fast each stage is: no stage is stuck, and first in, first out on every channel is what is expected."""
+    """Stages of any speed never deadlock, and each channel delivers messages in the expected order."""
     random, channels = Random(seed), defaultdict(deque)
     stages = [Stage(stage, sizes, channels) for stage in range(sizes[1])]
     while any(stage.actions for stage in stages):
@@ -92,7 +92,7 @@ def test_stages_never_wait_for_each_other_in_a_circle(sizes: tuple[int, int, int
 @settings(deadline=None)
 @given(pipelines())
 def test_activations_in_flight(sizes: tuple[int, int, int]) -> None:
-    """As Narayanan et al., 2021: of stages - stage micro-batches; interleaved, of one run more than the warm-up's."""
+    """A stage keeps activations of at most warm-up + 1 passes through a model chunk (Narayanan et al., 2021)."""
     micro_batches, num_stages, num_chunks = sizes
     channels: dict[Channel, deque[Any]] = defaultdict(deque)
     stages = [Stage(stage, sizes, channels) for stage in range(num_stages)]
@@ -107,13 +107,13 @@ def test_activations_in_flight(sizes: tuple[int, int, int]) -> None:
 @settings(deadline=None)
 @given(st.integers(2, 6), st.integers(1, 4))
 def test_time_that_stages_idle(num_stages: int, groups: int) -> None:
-    """A pass of either direction takes one unit: the bubble is 2 (stages - 1) units, which a wrong order widens."""
+    """The bubble is 2 (stages - 1) units if each pass takes one unit; a wrong order makes it larger."""
     sizes = (groups * num_stages, num_stages, 1)
     channels: dict[Channel, deque[Any]] = defaultdict(deque)
     stages = [Stage(stage, sizes, channels) for stage in range(num_stages)]
     units = 0
     while any(stage.actions for stage in stages):
-        # All at once: who can work with what arrived before this unit.
+        # All stages that can work with messages from before this unit work in parallel.
         able = [stage for stage in stages if stage.actions and (stage.asked is None or channels[stage.asked])]
         for stage in able:
             stage.work()

@@ -1,4 +1,4 @@
-"""A run's file names its task, and a wrong name or key is one clear line."""
+"""Checks how a configuration names its task, and the messages for wrong names and keys."""
 
 from typing import Any
 

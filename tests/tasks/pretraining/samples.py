@@ -1,4 +1,4 @@
-"""Opens the samples of pretraining as one rank does."""
+"""Opens the samples of pretraining like one rank of a run."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Masks: exact counts, blocks, and BERT's proportions."""
+"""Checks masks: exact counts, blocks, and the proportions of BERT."""
 
 from itertools import combinations
 
@@ -30,7 +30,7 @@ def test_the_papers_counts_are_exact(grid_size: int, num_masked: int) -> None:
 
 
 def _hidden_neighbours(mask: np.ndarray, grid_size: int) -> float:
-    """Share of a hidden patch's right neighbours that are hidden too."""
+    """Returns the share of masked patches among the right neighbours of masked patches."""
     grid = mask.reshape(grid_size, grid_size)
     return float((grid[:, 1:] & grid[:, :-1]).sum() / grid[:, :-1].sum())
 
@@ -39,7 +39,7 @@ def _hidden_neighbours(mask: np.ndarray, grid_size: int) -> float:
 def test_mask_is_blocky(grid_size: int, num_masked: int) -> None:
     rng = np.random.default_rng(0)
     shares = [_hidden_neighbours(block_mask(grid_size, num_masked, rng), grid_size) for _ in range(300)]
-    # catches single patches at random (0.4), and a minimum block too large for a small grid to place any
+    # catches random single patches (0.4), and a minimum block size too large for a small grid
     assert np.mean(shares) > 0.65
 
 
@@ -99,7 +99,7 @@ WORDS = WordBorders(STARTS, np.zeros_like(STARTS))
 
 
 def _words(ids: np.ndarray) -> list[list[int]]:
-    """Positions of each word, found one token at a time."""
+    """Returns the positions of each word, found one token at a time."""
     words: list[list[int]] = []
     for position in range(1, len(ids)):
         if position in (1, len(ids) - 1) or STARTS[ids[position]]:
@@ -137,7 +137,7 @@ def test_every_word_may_be_masked() -> None:
     assert {len(positions) for positions in draws} == {4}
     shares = np.bincount(np.concatenate(draws), minlength=len(ids)) / len(draws)
     assert shares[0] == 0
-    assert (shares[1:] > 0.15).all()  # catches words that are always passed over
+    assert (shares[1:] > 0.15).all()  # catches words that are never chosen
     assert (shares[1:] < 0.85).all()
 
 

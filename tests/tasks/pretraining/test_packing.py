@@ -1,4 +1,4 @@
-"""Packing: order, offsets, and streams without samples."""
+"""Checks packing: order, offsets, and streams without samples."""
 
 import itertools
 
@@ -38,7 +38,7 @@ def test_captions_come_before_texts_and_positions_move_along() -> None:
     assert batch.pixels[:, 0, 0, 0].tolist() == [1, 2, 3]
     assert batch.targets["tokenizer_pixels"][:, 0, 0, 0].tolist() == [1, 2, 3]
     assert batch.token_ids.tolist() == [100, 101, 102, 200, 201, 202, 203, 204, 300, 301, 302, 303]
-    # catches positions that still count from their own text's start
+    # catches positions relative to the start of their own text
     assert batch.targets["masked_tokens"].tolist() == [1, 5, 7, 11]
     assert torch.equal(batch.token_ids[batch.targets["masked_tokens"]] + 1000, batch.targets["target_ids"])
     assert batch.sample_names == ("i", "p", "q", "t")
@@ -65,5 +65,5 @@ def test_any_stream_may_be_absent(present: tuple[int, int, int]) -> None:
 
 
 def test_samples_in_another_order_are_refused() -> None:
-    with pytest.raises(AssertionError, match="images, pairs, texts"):  # catches drop-path rows of other samples
+    with pytest.raises(AssertionError, match="images, pairs, texts"):  # catches drop-path factors of other samples
         pack([_text(1, 3, [1]), _image(1)], None, {}, SHAPE)

@@ -1,4 +1,4 @@
-"""A whole task: which of four ways is an image turned?"""
+"""Implements a complete toy task: predict the rotation of an image, one of four."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""A task that nothing outside its folder knows trains, resumes and is evaluated under every layout, and is launched."""
+"""Checks that a task in one folder of its own is launched, trains, resumes and is evaluated in every layout."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def write_config(folder: Path, zero_stage: int = 0, parallel: dict[str, Any] | N
 
 
 def train(config: str) -> int:
-    """On one rank."""
+    """Runs the trainer on one rank and returns its exit status."""
     from beit3_ds.train import main
 
     os.environ["OMP_NUM_THREADS"] = "1"
