@@ -12,7 +12,7 @@ _CGROUP_OF_PROCESS = Path("/proc/self/cgroup")
 
 
 def count_cores() -> int:
-    """Returns the cores that this process may use: its affinity, or its container's CPU quota where that is less."""
+    """Returns the cores that this process may use: its affinity, or its container's CPU quota if that is lower."""
     return min(len(os.sched_getaffinity(0)), cpu_quota() or math.inf)  # type: ignore[return-value]
 
 
@@ -66,7 +66,7 @@ def cpu_quota(root: Path = _CGROUP_ROOT, membership: Path = _CGROUP_OF_PROCESS) 
 
 
 def _read_quota(group: Path) -> list[float]:
-    """Returns the quota of one control group in cores, of version 2 (cpu.max) or version 1; empty without one."""
+    """Returns the quota of one control group (version 2's cpu.max, or version 1) in cores; empty without a quota."""
     try:
         if (group / "cpu.max").exists():
             quota, period = (group / "cpu.max").read_text().split()

@@ -73,7 +73,7 @@ class BackgroundSave:
         self._outcomes: list[SaveOutcome] = []
 
     def reserve_memory(self, state: EngineState) -> None:
-        """Starts to reserve the memory of copies in a thread, so that the first save need not wait for it."""
+        """Starts to reserve the memory of copies in a thread, so that the first save does not wait for it."""
         self._snapshot = Snapshot(state)
         self._start_thread(self._snapshot.reserve_memory)
 

@@ -62,7 +62,8 @@ class CheckpointCollection:
             return None
 
     def mark_damaged(self, path: Path) -> None:
-        """Leaves a checkpoint out of `newest_path` and of pruning's count: its damage may not show in file sizes."""
+        """Excludes a damaged checkpoint from `newest_path` and from the count of kept ones; file sizes may not show
+        damage."""
         self._damaged.add(path)
 
     def mark_whole(self, path: Path) -> None:
@@ -128,7 +129,7 @@ class CheckpointCollection:
         return (path for path in self.paths() if path not in self._damaged and _has_all_files(path))
 
     def _clear(self, target: Path) -> None:
-        """Frees the path of a checkpoint: deletes an own checkpoint of that step, and renames anything else."""
+        """Frees the path of a checkpoint: deletes this program's checkpoint of that step, and renames anything else."""
         if is_own_checkpoint(target):
             _delete(target)
             return

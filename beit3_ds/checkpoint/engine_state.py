@@ -36,7 +36,7 @@ _GATHERED_PARAMETERS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class LocalTensor:
-    """Block of a logical tensor that tensor and pipeline parallelism leave to this rank."""
+    """Block of a logical tensor that this rank holds under tensor and pipeline parallelism."""
 
     shape: torch.Size
     """Logical shape of the tensor."""
@@ -157,7 +157,7 @@ class EngineState:
 
     @torch.no_grad()
     def load(self, read: ReadSlice, optimizer_step: int) -> None:
-        """Overwrites weights and moments, and reads only what this rank holds. All ranks call it.
+        """Overwrites this rank's weights and moments, and reads only its part of the files. All ranks call it.
 
         Under ZeRO-3 the data-parallel ranks then gather the parameters that DeepSpeed keeps whole.
 

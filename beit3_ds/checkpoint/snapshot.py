@@ -25,7 +25,7 @@ class Snapshot:
         """Number of updates that AdamW had counted when the state was copied."""
 
     def reserve_memory(self) -> None:
-        """Touches every page of the memory, so that the first copy does not wait until the system provides them."""
+        """Touches every page of the memory, so that the first copy does not wait for the system to provide them."""
         if not self._memory:
             pin = self._state.is_on_gpu
             self._memory = {kind: torch.empty(self._num_elements, pin_memory=pin).zero_() for kind in KINDS}

@@ -44,7 +44,7 @@ class CheckpointStore:
         self._background = BackgroundSave(self._collection, mesh, self._host, run, timeout_seconds)
 
     def reserve_memory(self, state: EngineState) -> None:
-        """Starts to reserve the memory of saves in a thread, so that the first save need not wait for it."""
+        """Starts to reserve the memory of saves in a thread, so that the first save does not wait for it."""
         self._background.reserve_memory(state)
 
     def save(self, state: EngineState, step: int, data: Mapping[str, Any] | None = None) -> None:

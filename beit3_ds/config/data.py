@@ -27,12 +27,11 @@ class SourceConfig:
     path: PathString
     """File, folder or glob pattern, relative to the working directory; `~` is the home folder."""
     format: ImageFormat | None = None
-    """Format of images and pairs. `tar`: WebDataset shards; `folder`: image files with captions beside them;
-    `coco`, `visual_genome` (path: region_descriptions.json, with image_data.json beside it), `sbu`,
-    `conceptual_captions` and `conceptual_12m`: the corpora's own annotation files
-    (beit3_ds/data/images/annotations.py). None: `folder` for a folder, else `tar`. Must be None for texts, whose
-    format follows from their names (beit3_ds/data/text/formats.py): JSON objects with `text`, or plain UTF-8,
-    compressed or not."""
+    """Format of images and pairs. `tar`: WebDataset shards; `folder`: image files with captions next to them; `coco`,
+    `visual_genome` (path: region_descriptions.json, with image_data.json next to it), `sbu`, `conceptual_captions` and
+    `conceptual_12m`: the corpora's own annotation files (beit3_ds/data/images/annotations.py). None: `folder` for a
+    folder, else `tar`. Must be None for texts, whose format follows from their names (beit3_ds/data/text/formats.py):
+    JSON objects with `text`, or plain UTF-8, compressed or not."""
     images: PathString = ""
     """Folder of the images that an annotation file names; only for formats with such a file."""
     weight: Annotated[float, Range(1e-6, 1e6)] | None = None

@@ -38,13 +38,13 @@ class DeepSpeedOptions:
 
     @property
     def grad_accum_dtype(self) -> Precision:
-        """Returns the type in which gradients of micro-batches are summed; by default that of the parameters."""
+        """Returns the type in which gradients of micro-batches are summed; by default the parameters' type."""
         dtype: Precision = self.keys.get("data_types", {}).get("grad_accum_dtype", self.precision)
         return dtype
 
     @property
     def communication_data_type(self) -> Precision:
-        """Returns the type in which data-parallel ranks send gradients; by default that of the parameters."""
+        """Returns the type in which data-parallel ranks send gradients; by default the parameters' type."""
         dtype: Precision = self.keys.get("communication_data_type", self.precision)
         return dtype
 

@@ -15,7 +15,7 @@ ALL_STAGES = (0, 1, 2, 3)
 """Every stage of ZeRO."""
 
 _LONGEST_NAME = 255
-"""Bytes that file systems allow in one name."""
+"""Maximum bytes that file systems allow in one name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Spec(ABC):
     stages: tuple[int, ...] = ALL_STAGES
     """ZeRO stages in which the key has an effect; in other stages `beit3 check` reports that it has none."""
     samples: tuple[Any, ...] = ()
-    """Values that tests run with."""
+    """Values of the key that tests run with."""
 
     @abstractmethod
     def read(self, value: Any, where: str) -> Any:
@@ -145,7 +145,7 @@ class Text(Spec):
 
     is_folder_name: bool = False
     is_inner_path: bool = False
-    """Whether the text names a folder inside another one, so that it is not absolute and has no `..` or `~`."""
+    """Whether the text names a folder inside another one: not absolute, and without `..` and `~`."""
 
     def read(self, value: Any, where: str) -> str:
         """Returns the value in the form that DeepSpeed takes (`Spec.read`)."""

@@ -87,7 +87,7 @@ class ModelConfig:
 
     @property
     def num_pipeline_layers(self) -> int:
-        """Returns the number of layers that a pipeline is cut between: embeddings, blocks, final norm with head."""
+        """Returns the number of layers that pipeline stages divide: embeddings, blocks, final norm with head."""
         return self.num_layers + 2
 
     @property

@@ -34,7 +34,7 @@ class ParallelConfig:
     """Stages that divide the ordered list of layers (1F1B: Narayanan et al., 2021, arXiv:2104.04473). There must
     be at least this many micro-batches (`gradient_accumulation_steps`)."""
     virtual_pipeline_parallel_size: Ranks = 1
-    """Model chunks per stage, interleaved with those of the other stages. A value v divides the bubble by v and
+    """Model chunks per stage, interleaved with the chunks of the other stages. A value v divides the bubble by v and
     multiplies the messages by v. With v > 1, micro-batches must be a multiple of the stages."""
     timeout_seconds: Seconds = 1800
     """Longest wait of a rank for another before the run ends; must exceed the slowest checkpoint and evaluation."""

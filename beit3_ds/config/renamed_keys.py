@@ -16,7 +16,7 @@ MOVED_KEYS = {
 
 
 def with_new_keys(config: Any) -> Any:
-    """Returns the configuration in an old checkpoint with its keys where they are now."""
+    """Returns an old checkpoint's configuration with its keys under their current names and sections."""
     renamed = _rename(config)
     if not isinstance(renamed, dict):
         return renamed

@@ -52,7 +52,8 @@ class StepShares:
 
     @property
     def upper_bound(self) -> MicroBatchSize:
-        """Returns the most samples of each stream in any micro-batch; no single one need reach all of them."""
+        """Returns, per stream, the largest number of samples in any micro-batch; a single micro-batch may have fewer of
+        some."""
         parts = self.num_ranks * self.num_micro_batches
         return MicroBatchSize(*(-(-samples // parts) for samples in self.samples))
 

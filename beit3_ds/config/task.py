@@ -14,7 +14,7 @@ class TaskConfig:
     """The task that a run trains, and the task's settings."""
 
     name: str = "pretraining"
-    """A folder of `beit3_ds/tasks`, or, with dots, a module that has a task."""
+    """Name of a folder in `beit3_ds/tasks`, or the dotted name of a module that has a task."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Keys of the section other than `name`; the task reads them (`load`)."""
 

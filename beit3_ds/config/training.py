@@ -17,7 +17,7 @@ from beit3_ds.config.numbers import (
 from beit3_ds.config.strict import ConfigError, PathString
 
 ActivationCheckpointing = Literal["none", "full"]
-"""What the backward pass recomputes in addition to what the ops recompute: nothing, or whole blocks."""
+"""Recomputation in the backward pass in addition to the ops' own: nothing, or whole blocks."""
 
 Kernels = Literal["triton", "cuda"]
 """GPU kernel backend; `cuda` applies only where a CUDA C++ kernel exists."""

@@ -122,7 +122,7 @@ def _gathered(rank_model: RankModel, workloads: Sequence[Workload]) -> int:
 
 
 def _partitions(rank_model: RankModel) -> list[int]:
-    """Returns the elements that one data-parallel rank holds of each parameter group."""
+    """Returns the number of elements per parameter group that one data-parallel rank holds."""
     ranks = rank_model.data_parallel_size
     if rank_model.zero_stage == 3:
         return [sum(-(-p.numel() // ranks) for p in group) for group in rank_model.groups]
@@ -134,7 +134,7 @@ def _numel(rank_model: RankModel) -> int:
 
 
 def activation_peak(rank_model: RankModel, workloads: Sequence[Workload]) -> int:
-    """Returns the bytes that autograd keeps at the fullest moment of the schedule, which is after some forward pass."""
+    """Returns the bytes that autograd keeps at the fullest moment of the schedule, always after a forward pass."""
     live, peak = 0, 0
     for action in schedule_1f1b(len(workloads), rank_model.stage, rank_model.num_stages, len(rank_model.chunks)):
         kept = chunk_activations(rank_model, rank_model.chunks[action.chunk], workloads[action.micro_batch])
@@ -144,7 +144,7 @@ def activation_peak(rank_model: RankModel, workloads: Sequence[Workload]) -> int
 
 
 def chunk_activations(rank_model: RankModel, chunk: range, workload: Workload) -> int:
-    """Returns the bytes that autograd keeps of one micro-batch's forward pass through one model chunk."""
+    """Returns the bytes that autograd keeps from one micro-batch's forward pass through one model chunk."""
     model = rank_model.config.model
     mode = rank_model.config.training.activation_checkpointing
     kept = sum(block_activations(rank_model, chunk, layer, workload, mode) for layer in rank_model.blocks_of(chunk))
@@ -156,7 +156,7 @@ def chunk_activations(rank_model: RankModel, chunk: range, workload: Workload) -
 
 
 def block_activations(rank_model: RankModel, chunk: range, layer: int, workload: Workload, checkpointing: str) -> int:
-    """Returns the bytes that autograd keeps of one micro-batch in one block, without parameters and row numbers.
+    """Returns the bytes that autograd keeps for one micro-batch in one block, without parameters and row numbers.
 
     Args:
         rank_model: the rank's part of the model.
@@ -175,7 +175,8 @@ def block_activations(rank_model: RankModel, chunk: range, layer: int, workload:
 
 
 def _branch(rank_model: RankModel, experts: Sequence[str], width: int, rows: int, drops: bool) -> int:
-    """Returns what attention and FFN both keep: the norm's input and statistics, factors, a sub-LN's parameters."""
+    """Returns the bytes that attention and FFN both keep: the norm's input and statistics, factors, sub-LN's
+    parameters."""
     model, size, ranks = rank_model.config.model, rank_model.element_size, rank_model.tensor.size
     own = _own_rows(rank_model, rows)
     kept = own * (model.hidden_size * rank_model.stream_size + 2 * _STATISTIC + rank_model.stream_size * drops)
@@ -190,7 +191,8 @@ def _branch(rank_model: RankModel, experts: Sequence[str], width: int, rows: int
 
 
 def _attention_core(rank_model: RankModel, rows: BlockRows) -> int:
-    """Returns what attention keeps: queries, keys, values, the output projection's input, and log-sums."""
+    """Returns the bytes that only attention keeps: queries, keys, values, the output projection's input, and
+    log-sums."""
     model = rank_model.config.model
     width = model.hidden_size // rank_model.tensor.size
     heads = model.num_attention_heads // rank_model.tensor.size
@@ -198,7 +200,7 @@ def _attention_core(rank_model: RankModel, rows: BlockRows) -> int:
 
 
 def _ffn_core(rank_model: RankModel, rows: BlockRows) -> int:
-    """Returns what the FFN keeps, the GELU's input; the rest is recomputed."""
+    """Returns the bytes that only the FFN keeps: the GELU's input, because the rest is recomputed."""
     return rows.ffn * rank_model.config.model.ffn_hidden_size // rank_model.tensor.size * rank_model.element_size
 
 
@@ -221,7 +223,7 @@ def _head_activations(rank_model: RankModel, workload: Workload) -> int:
 
 
 def _kept_logits(rank_model: RankModel, rows: int, vocabulary: int, chunk_size: int | None) -> int:
-    """Returns the bytes of the buffers of logits, and of each row's maximum per vocabulary tile."""
+    """Returns the bytes of the logits' buffers and of the rows' maxima per vocabulary tile."""
     tiles = divide_for_cpu(rows, rank_model.tensor.split_vocabulary(vocabulary).local_size, chunk_size)
     return rows * (tiles.num_buffers * tiles.stride + len(tiles.columns)) * _STATISTIC
 

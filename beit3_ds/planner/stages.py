@@ -81,7 +81,7 @@ def bubble_share(config: RunConfig) -> float:
 
 
 def imbalance(config: RunConfig) -> float:
-    """Returns how much longer the slowest stage works than the average one, as a share; 0 if all are even."""
+    """Returns the share by which the slowest stage works longer than the average stage; 0 if all are even."""
     stages = config.parallel.pipeline_parallel_size
     head_flops = build_task(config).expected_head_flops()
     costs, chunks = layer_costs(config, head_flops), cut_layers(config, head_flops)

@@ -20,7 +20,7 @@ class Volume(NamedTuple):
 
     calls: int
     num_bytes: int
-    """Bytes of the whole tensors: all that is reduced, comes out of an all-gather or goes into a reduce-scatter."""
+    """Bytes of the whole tensors: an all-reduce's tensor, an all-gather's output, or a reduce-scatter's input."""
 
 
 class Traffic:
@@ -43,7 +43,7 @@ class Traffic:
             self.volumes[axis, kind] = Volume(old.calls + calls, old.num_bytes + num_bytes)
 
     def sent_bytes(self, axis: str, kind: str | None = None) -> float:
-        """Returns the bytes that leave this rank along one axis if collectives are rings; `kind` None is all kinds.
+        """Returns the bytes that leave this rank along one axis if collectives are rings; `kind` None counts all kinds.
 
         With P ranks these are (P - 1) / P of the whole tensor in an all-gather or a reduce-scatter, twice that in an
         all-reduce, and the whole tensor in a send.

@@ -21,7 +21,7 @@ class BlockRows(NamedTuple):
     attended: int
     """Rows of all calls of attention (`kernels.ops.attention_plan.AttentionPlan`), padding included."""
     ffn: int
-    """Rows that the FFN computes, unless it computes the masked ones only."""
+    """Rows that the FFN computes, unless it computes only masked rows."""
 
 
 class Workload(NamedTuple):

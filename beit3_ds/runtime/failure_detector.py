@@ -61,7 +61,7 @@ class FailureDetector:
         return None
 
     def describe_slow(self) -> list[str]:
-        """Returns a line per rank that others wait for; it returns another one each time the wait has doubled."""
+        """Returns a line per rank that others wait for, and repeats it each time the wait has doubled."""
         first = self._parallel.heartbeat_timeout_seconds
         behind = self._statuses.find_behind(first)
         self._slow = {rank: self._slow.get(rank, first) for rank in behind}
@@ -74,7 +74,7 @@ class FailureDetector:
         ]
 
     def _lost_contact(self) -> Failure:
-        """Returns the failure if all ranks answer although a collective failed: most likely it timed out."""
+        """Returns the failure for a collective that failed although all ranks answer, most likely by a time-out."""
         seconds = self._parallel.timeout_seconds
         if stalled := self._statuses.find_behind(seconds / 2):
             return self._stalled(stalled)

@@ -10,13 +10,13 @@ class Heartbeat(NamedTuple):
     """Status that a rank reports every few seconds."""
 
     number: int
-    """Grows with every heartbeat: the thread that sends them is alive."""
+    """Counts heartbeats; a growing number shows that the thread that sends them is alive."""
     changes: int
-    """Grows with every phase of the main thread (`Activity.changes`): the rank makes progress."""
+    """Counts phases of the main thread (`Activity.changes`); a growing number shows that the rank makes progress."""
     step: int
     """Step of the main thread, from 1."""
     phase: str
-    """Phase of that step."""
+    """Phase of the step in which the main thread is."""
     is_waiting: bool
     """Whether the main thread waits for other ranks."""
     state: str = "running"

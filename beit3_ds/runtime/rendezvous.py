@@ -1,4 +1,4 @@
-"""Lets ranks meet before there is a process group; names in time a rank that cannot be reached or does not come."""
+"""Lets ranks meet before there is a process group; names a rank that is late or cannot be reached."""
 
 import errno
 import ipaddress

@@ -157,7 +157,7 @@ class Watchdog:
             self._end_process(Failure(f"{self._describe(0)} does not answer: it holds the store where ranks meet"))
 
     def _watch_store(self) -> None:
-        """Runs the second thread, which calls nothing that could block."""
+        """Runs the second thread, which makes no call that could block."""
         last = time.monotonic()
         while not self._ended.wait(_POLL_SECONDS):
             now = time.monotonic()

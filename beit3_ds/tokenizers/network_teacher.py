@@ -27,7 +27,7 @@ class _Network:
     patch_features: Callable[[Tensor], Tensor]
     """Maps normalised images (B, 3, S, S) to the features of every patch (B, N, E)."""
     stride: int
-    """Pixels on a side of the patch that one of its features describes."""
+    """Side length in pixels of the patch that one feature describes."""
     mean: Sequence[float]
     std: Sequence[float]
 

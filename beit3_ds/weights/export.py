@@ -40,7 +40,7 @@ class Exported(NamedTuple):
     """Number of files, without the index of shards."""
 
     def describe(self) -> str:
-        """Returns the three numbers in words."""
+        """Returns the sizes of the export in words."""
         files = "" if self.num_files == 1 else f" in {self.num_files} files"
         return f"{self.num_tensors} tensors, {format_bytes(self.num_bytes)}{files}"
 
@@ -101,7 +101,7 @@ def export_weights(
 
 
 def loading_hint(config: ModelConfig, out: Path, format: ExportFormat) -> str:
-    """Returns how to load exported weights, and for which inputs they are exact."""
+    """Returns a text that says how to load exported weights, and for which inputs they are exact."""
     if format == "beit3":
         return f"Load it with BEiT3.from_pretrained({str(out)!r})."
     if format == "timm":

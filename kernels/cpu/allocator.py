@@ -14,7 +14,7 @@ _LARGEST_INT = 2**31 - 1
 
 
 class Allocator:
-    """Allocates uninitialised tensors: from PyTorch, or from host memory of its own once `keep_freed_memory` ran."""
+    """Allocates uninitialised tensors: from PyTorch or, after `keep_freed_memory`, from a memory mapping of its own."""
 
     def __init__(self) -> None:
         """Begins with PyTorch's allocator."""
@@ -65,7 +65,8 @@ class Allocator:
         return self.empty(x, *x.shape, lasting=lasting)
 
     def settle(self, x: Tensor, lasting: bool = False) -> Tensor:
-        """Returns `x`, or its copy in host memory if that is used: for small tensors of PyTorch's that a step keeps."""
+        """Returns `x`, or a copy in `host_memory` if there is one; meant for small PyTorch tensors that a step
+        keeps."""
         return x if self.host_memory is None or x.device.type != "cpu" else self.empty_like(x, lasting).copy_(x)
 
 

@@ -14,12 +14,12 @@ _CHUNK_ELEMENTS = 1 << 17
 
 
 def chunk_rows(x_TD: Tensor) -> int:
-    """Returns the rows per chunk, for `Tensor.split`; on other devices than the CPU one chunk holds all rows."""
+    """Returns the rows per chunk, for `Tensor.split`; on a GPU one chunk holds all rows."""
     return max(1, _CHUNK_ELEMENTS // x_TD.shape[1] if x_TD.device.type == "cpu" else len(x_TD))
 
 
 def accumulate(totals: list[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
-    """Adds one chunk's parts of parameters' gradients to their totals; an empty list of totals means zeros.
+    """Adds one chunk's gradients of parameters to their totals; an empty list of totals means zeros.
 
     Returns:
         The totals, in float32 for half precision: rounded once at the end, not once per chunk.

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 _ALIGNMENT = 64
-"""Bytes; PyTorch aligns its own tensors alike."""
+"""Alignment of tensors in bytes, the same as PyTorch's own."""
 _MAP_NORESERVE = 0x4000
 """Flag of Linux's mman.h; Python 3.11 has no name for it."""
 
 
 class Gaps:
-    """Tracks the free parts of an address range; none is empty, and no two touch."""
+    """Tracks the free parts (gaps) of an address range; gaps are never empty and never touch."""
 
     def __init__(self, size: int) -> None:
         """Begins with [0, size) free."""
@@ -45,7 +45,7 @@ class Gaps:
         return None
 
     def take_high(self, size: int, ceiling: int) -> int | None:
-        """Takes `size` bytes from the upper end of the highest gap with enough of them below `ceiling`.
+        """Takes `size` bytes from the upper end of the highest gap that has enough bytes below `ceiling`.
 
         Returns:
             Their first address; None if no gap is large enough.

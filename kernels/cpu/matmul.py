@@ -14,9 +14,9 @@ from beit3_ds.kernels.ops.numerics import check_against_reference
 from beit3_ds.kernels.ops.self_check import TrustedKernels
 
 _FEWEST_ROWS = 256
-"""Fewest rows for oneDNN, which first copies the matrix into its own format: for fewer rows the copy takes longer."""
+"""Minimum rows for oneDNN, which first copies the matrix into its own format; for fewer rows the copy does not pay."""
 _FEWEST_ROWS_TRANSPOSED = 1024
-"""Fewest rows for oneDNN if the matrix is transposed."""
+"""Minimum rows for oneDNN if the matrix is transposed."""
 _STRIP, _STRIP_OF_LONG_ROWS, _LONG_ROW = 512, 16, 2048
 """Rows transposed at a time. In long rows, elements of one column are so far apart that they share cache lines."""
 

@@ -12,7 +12,7 @@ Ranges = tuple[tuple[tuple[int, int], ...], ...]
 """The row ranges [start, stop) of each sequence, e.g. (((0, 197),), ((197, 394), (591, 612)))."""
 
 PADDING_ALLOWANCE = 1.5
-"""Sequences share a padded bucket while the longest is at most this much longer than the shortest (BENCHMARKS.md)."""
+"""Maximum ratio of the longest to the shortest sequence in a padded bucket (BENCHMARKS.md)."""
 
 CPU_ROWS = 256
 """Maximum rows of a bucket of several sequences on a CPU: more rows are no faster, and PyTorch's buffers for a bucket
@@ -48,9 +48,9 @@ class TilePlan(NamedTuple):
     """Holds the tables of a micro-batch's sequences for the GPU's kernels; a pure function of their ranges."""
 
     sequences_Q4: Tensor
-    """Start and length of both ranges of every sequence, int32; the second is empty if there is only one range."""
+    """Start and length of both ranges per sequence, int32; the second range is empty if there is only one."""
     tiles_N2: Tensor
-    """Sequence and first position in it of every tile, int32; long sequences come first."""
+    """Per tile, its sequence and its first position in the sequence, int32; long sequences come first."""
 
 
 @lru_cache(maxsize=16)  # the same for all layers that compute all sequences

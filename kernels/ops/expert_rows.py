@@ -23,7 +23,7 @@ def row_lengths(stops: Sequence[int]) -> list[int]:
 
 
 def fits_kernels(x_TD: Tensor, dtype: torch.dtype) -> bool:
-    """Returns whether GPU kernels exist for rows of this width and dtype: not for float64, and not beyond WIDEST.
+    """Returns whether the GPU kernels take these rows: not in float64, and at most WIDEST columns wide.
 
     Args:
         x_TD: rows of the stream, float32 or of `dtype`.

@@ -1,4 +1,4 @@
-"""Adds a branch to the residual stream, after the ranks that worked on it have been summed.
+"""Adds a branch to the residual stream, once the branch's parts have been summed over ranks.
 
 On a CPU it is two passes of PyTorch over one new tensor. On a GPU it is the operator `beit3_ds::residual_add` with the
 kernels of `triton/residual_add.py`, one pass.

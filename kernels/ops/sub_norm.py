@@ -24,11 +24,11 @@ class SubNorm(NamedTuple):
     """Holds one LayerNorm per expert, with the collectives of the ranks that divide its width."""
 
     scales: Sequence[Tensor]
-    """(F,) per expert."""
+    """Scale of each expert's norm, (F,) each."""
     shifts: Sequence[Tensor]
-    """(F,) per expert."""
+    """Shift of each expert's norm, (F,) each."""
     epsilon: float
-    """Added to the variance."""
+    """Epsilon that is added to the variance."""
     width: int
     """Columns of a row over all ranks."""
     all_gather: Callable[[Tensor], Tensor] | None = None

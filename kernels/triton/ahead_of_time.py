@@ -71,7 +71,8 @@ class Report(NamedTuple):
     wide_accesses: int
     """Number of instructions that load, store or copy 128 bits of global memory per thread."""
     narrow_accesses: int
-    """Number of those with fewer bits: statistics of rows, and accesses that the compiler could not vectorise."""
+    """Number of narrower accesses to global memory: row statistics, and accesses that the compiler could not
+    vectorise."""
 
 
 def all_variants(architecture: int) -> list[KernelVariant]:

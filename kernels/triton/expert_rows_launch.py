@@ -26,7 +26,7 @@ class RowTiling(NamedTuple):
     num_warps: int
     """Warps per program; a program holds one row."""
     num_stages: int
-    """Rows of a program that are computed or being loaded."""
+    """Rows per program that are being computed or loaded at one time."""
     forward_programs: int
     """Maximum number of programs in a forward pass; each computes its rows one after the other."""
     backward_programs: int
@@ -65,13 +65,13 @@ class RowPrograms(NamedTuple):
     rows: int
     """Maximum rows per program."""
     stops: tuple[int, ...]
-    """Stop of the rows of each of NUM_EXPERTS experts."""
+    """Row at which each of NUM_EXPERTS experts ends."""
     num_programs: int
     """Number of programs, P."""
 
 
 def deal_rows(stops: Sequence[int], most_programs: int) -> RowPrograms:
-    """Divides rows among at most `most_programs` programs: one more than run at once would double the time.
+    """Divides rows among at most `most_programs` programs; more programs than run at once would double the time.
 
     Args:
         stops: stop of each expert's rows; the first expert starts at 0.

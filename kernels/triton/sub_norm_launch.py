@@ -186,7 +186,7 @@ def variants(architecture: int) -> list[KernelVariant]:
 
 
 _ELEMENTS = ("y_ptr", "x_ptr", "n_ptr", "dn_ptr", "dx_ptr", "scale", "shift")
-"""Arguments with the dtype of rows, or their first five letters; all others are float32."""
+"""Names of the arguments with the dtype of rows, or the names' first five letters; all others are float32."""
 
 
 def _launch(

@@ -1,4 +1,4 @@
-"""Measures every op beside its baselines at a model size's shapes: time, rate, share of the ceiling, memory."""
+"""Measures every op against its baselines at a model size's shapes: time, rate, share of the ceiling, memory."""
 
 import csv
 import ctypes
@@ -145,7 +145,7 @@ def _cuda_clock(work: Callable[[], Any]) -> float:
 
 
 def _compare(problems: dict[str, Problem]) -> None:
-    """Asserts that all baselines compute the same; otherwise their times would mean nothing."""
+    """Asserts that all baselines compute the same result, so that their times can be compared."""
     expected: torch.Tensor | None = None
     for name, problem in problems.items():
         y = problem.packed(problem.run()).detach().float()

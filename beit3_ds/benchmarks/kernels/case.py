@@ -26,9 +26,9 @@ class Implementation(NamedTuple):
     name: str
     """Name of its row in the table."""
     build: Callable[[], Problem] | None
-    """Prepares the inputs; None if it cannot run here."""
+    """Prepares the inputs; None if the implementation cannot run here."""
     why_absent: str = ""
-    """Reason if it cannot run here."""
+    """Reason why the implementation cannot run here."""
 
 
 class Cost(NamedTuple):

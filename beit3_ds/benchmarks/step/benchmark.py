@@ -19,7 +19,7 @@ OURS, REFERENCE, PRODUCTS = "beit3_ds", "torchscale", "products"
 """Names of the three workers in the figures."""
 
 REFERENCE_TO_LONGEST = "torchscale, padded to the longest"
-"""Name of a reference that pads texts to the longest of the batch and so takes less time than its users' code."""
+"""Name of the reference that pads texts to the batch's longest text, which is faster than its users' code."""
 
 Row = dict[str, dict[str, Any]]
 """Figures of one round, by worker."""

@@ -44,7 +44,7 @@ class Answers:
     name: str
     """Name of the host."""
     slots: int
-    """Ranks that the hostfile starts there."""
+    """Number of ranks that the hostfile gives the node."""
     silence: str | None = None
     """Why the node no longer answers; None while it does."""
     seconds: float = 0.0

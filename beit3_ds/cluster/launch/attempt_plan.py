@@ -17,7 +17,7 @@ class AttemptPlan:
     build_commands: Callable[[list[str]], list[list[str]]]
     """Builds the commands that start a guard for every rank, from the guards' arguments."""
     launcher_environment: Mapping[str, str]
-    """Complete environment of those commands."""
+    """Complete environment of the commands from `build_commands`."""
     trainer: Sequence[str]
     """Command of every rank."""
     environment: Mapping[str, str]

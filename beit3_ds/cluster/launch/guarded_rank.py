@@ -21,7 +21,7 @@ class AttemptFailure:
     lines: tuple[str, ...] = ()
     """Last lines that the rank printed."""
     log: Path | None = None
-    """File with its whole output."""
+    """File with the rank's whole output."""
     rank: int | None = None
     """Rank that failed; None if the failure concerns no single rank."""
     is_consequence: bool = False
@@ -63,7 +63,7 @@ class GuardedRank:
 
     @property
     def silence(self) -> float:
-        """Seconds since the last message of its guard."""
+        """Seconds since the last message of the rank's guard."""
         return time.monotonic() - self.channel.last_heard
 
     def record_state(self, state: str) -> None:

@@ -48,7 +48,7 @@ class LaunchOptions:
     min_ranks: int
     """Minimum ranks after a restart."""
     log_dir: str | None
-    """Log folder; None is `logs` in the run's output folder."""
+    """Log folder; None means `logs` in the run's output folder."""
     environment: Sequence[str]
     """Variables to forward in addition to the default ones, each as NAME or NAME=VALUE."""
     keepalive_seconds: float
@@ -56,7 +56,7 @@ class LaunchOptions:
     start_seconds: float
     """Longest time in seconds until all guards have registered."""
     port: int
-    """Port on which the supervisor listens; 0 is any."""
+    """Port on which the supervisor listens; 0 means any free port."""
     module: str = "beit3_ds.train"
     """Module that every rank runs, with the config and the changes as its arguments."""
 

@@ -89,11 +89,11 @@ class Ended:
     """Message from a guard: the trainer and all its processes are gone."""
 
     status: int | None
-    """Exit status, or minus the number of the signal that ended it; None if it was never started."""
+    """Exit status of the trainer, or minus the signal number that ended it; None if it was never started."""
     lines: Sequence[str]
-    """Last lines of its output."""
+    """Last lines of the trainer's output."""
     error: str = ""
-    """Why it could not be started."""
+    """Reason why the trainer could not be started."""
 
 
 @dataclass(frozen=True, kw_only=True)

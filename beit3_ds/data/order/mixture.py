@@ -40,7 +40,7 @@ def assign_sources(
 
 
 def positions_per_source(weights: Sequence[float], positions: int) -> list[int]:
-    """Returns the number of positions that `assign_sources` gives to each source, among the first `positions` ones."""
+    """Returns how many of the first `positions` positions `assign_sources` gives to each source."""
     parts, left, taken = mixture_shares(weights), positions, []
     for source, part in enumerate(parts):
         taken.append(left * part // sum(parts[source:]))

@@ -23,7 +23,7 @@ class SourcePosition:
     """A source as it was when its position was stored."""
 
     id: int
-    """Number of the source in this stream, which never changes, whatever its place among the sources."""
+    """Permanent number of the source in this stream; it does not depend on the order of sources in the config."""
     path: str
     """Path in the config."""
     size: int
@@ -80,7 +80,7 @@ class StreamPosition:
     blocks: tuple[int, int] | None = None
     """Samples per block and blocks per window (`permutation.BlockPermutation`); None shuffles whole epochs."""
     changes: int = 0
-    """Number of starts at which the data had changed."""
+    """Number of times that the run started with changed data."""
 
     @property
     def total(self) -> int:

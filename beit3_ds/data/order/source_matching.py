@@ -1,4 +1,4 @@
-"""Matches the sources that a run finds with those of a stored position, and describes the changes."""
+"""Matches the sources that a run finds with the sources of a stored position, and describes the changes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class SourceMatch(NamedTuple):
 
     found: FoundSource
     id: int
-    """Id of the source in the stream; a new one if nothing is known about its samples."""
+    """Id of the source in the stream; a new id unless a stored source is the same or has only grown."""
     kind: str
     """`same`, `grown`, `renumbered` or `new`."""
     before: SourcePosition | None

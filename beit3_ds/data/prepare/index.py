@@ -33,7 +33,7 @@ class IndexedShard:
     tar: str
     """Path of the tar."""
     action: Literal["written", "kept", "verified", "failed"]
-    """`kept` if an up-to-date index existed."""
+    """Action taken for the index; `kept` if an up-to-date index existed."""
     num_samples: int = 0
     """Samples in the index."""
     skipped: dict[str, Skipped] = field(default_factory=dict)

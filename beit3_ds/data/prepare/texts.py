@@ -67,9 +67,9 @@ class TextPreparation:
     pieces_kept: int
     """Pieces of this share that were up to date."""
     num_tokens: int
-    """Tokens of all these pieces."""
+    """Tokens of all written and kept pieces."""
     broken: tuple[str, ...]
-    """Lines of these pieces that are left out: file, line number and reason."""
+    """Lines of the written and kept pieces that are left out: file, line number and reason."""
     files_left: int
     """Text files with pieces that other shares have not tokenized yet."""
 

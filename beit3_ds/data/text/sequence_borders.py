@@ -132,7 +132,7 @@ class PreparedText:
 
 
 def _map_with_retries(path: Path, open_map: Callable[[], NDArray[np.generic]]) -> NDArray[np.generic]:
-    """Maps a file that existed when the run started; a failure is therefore one of the storage."""
+    """Maps a file that existed when the run started, so that a failure means the storage failed."""
     try:
         return read_with_retries(open_map, str(path), file_errors=frozenset())
     except OSError as error:  # an error without a number: the file was truncated

@@ -42,7 +42,7 @@ class Preparation(Generic[RequestT, ItemT]):
     limits: WaitLimits
     """Limits of each wait for an item."""
     set_up: Callable[[], object] | None = None
-    """Called once in each worker process, before its first request."""
+    """Function that each worker process calls once, before its first request."""
     preload: str = "torch"
     """Module that workers need; it is imported once for all of them."""
 

@@ -43,7 +43,7 @@ def _rebuild(elements: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> Tenso
 
 
 def send_item(connection: socket.socket, item: Any) -> None:
-    """Sends an object; blocks only while bytes that found no room in shared memory pass through the socket.
+    """Sends an object; blocks only while bytes that do not fit in shared memory pass through the socket.
 
     Args:
         connection: a blocking AF_UNIX socket.
