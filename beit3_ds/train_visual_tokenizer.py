@@ -73,10 +73,10 @@ def _read_known(visual: VisualTokenizerConfig) -> Recipe:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 0, or 2 after one clear line about what the user can fix."""
 
-    def run(config: RunConfig, options: argparse.Namespace) -> None:
+    def program(config: RunConfig, options: argparse.Namespace) -> None:
         train(config, force=options.force)
 
-    return run_rank_program(run, "beit3_ds.train_visual_tokenizer", __doc__, arguments, (add_force_argument,))
+    return run_rank_program(program, "beit3_ds.train_visual_tokenizer", __doc__, arguments, (add_force_argument,))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def evaluate(
     Every rank has the same number of batches. Sends 2 K elements per source of the stream with the most sources.
 
     Args:
-        schedule: runs the batches forward.
+        schedule: computes the forward passes.
         batches: this rank's batches; each holds samples of one source of each stream (`PackedBatch.sources`).
         prepare: function that is applied to each batch before the forward pass.
         terms: loss terms of the task.

@@ -200,6 +200,16 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: DistributedStopSignals) -
         if done % config.save_interval == 0 or is_last or stop.must_stop:
             run.store.save(run.state, done, _data_state(run, done))
             has_unsaved_update = False
+    return _finish(run, feed, stop, done)
+
+
+def _finish(run: Run, feed: StepFeed, stop: DistributedStopSignals, done: int) -> bool:
+    """Waits for the last save, reports why the run ends, and returns whether all steps are done.
+
+    Raises:
+        ConfigError: if the last checkpoint was not written, or a rank got no data.
+        StorageError: if a rank got no data because its file system failed.
+    """
     run.store.finish()
     outcomes = _report_saves(run)
     if outcomes and outcomes[-1].error:
@@ -211,9 +221,10 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: DistributedStopSignals) -
     if stop.data_fault is not None:
         _say(run, f"a rank got no data for step {done + 1}; the same command resumes from step {done}")
         feed.raise_error(is_storage=stop.data_fault == "storage")
-    if done < config.total_steps:
+    is_finished = done == run.config.training.total_steps
+    if not is_finished:
         _say(run, f"stopped after step {done} on {stop.names}; the same command resumes from there")
-    return done == config.total_steps
+    return is_finished
 
 
 def _data_state(run: Run, done: int) -> dict[str, Any]:

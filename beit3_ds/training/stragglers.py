@@ -39,7 +39,7 @@ class Stragglers:
     compared, among the ranks of one stage, which do the same work:
 
     * "data": how long a rank that reads waits for its worker processes and disks.
-    * "work": how long a rank moves batches to the device and runs the visual tokenizer forward. Under ZeRO-0 to 2
+    * "work": how long a rank moves batches to the device and encodes images as visual tokens. Under ZeRO-0 to 2
       without tensor parallelism, the forward passes of the model count too. Other passes wait for other ranks.
 
     The comparison finds a device or host that is always slow, and a rank with more work. It does not find slowness

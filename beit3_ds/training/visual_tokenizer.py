@@ -67,7 +67,7 @@ def train_visual_tokenizer(
             `batch_size`, too many images are broken, or the checkpoint has another recipe.
     """
     training = _Training(config, images, mesh, torch.device(device), report if _is_main(mesh) else _silent)
-    training.run()
+    training.do_steps()
     return training.finish()
 
 
@@ -110,7 +110,7 @@ class _Training:
         if restored is not None:
             report(f"visual tokenizer: resuming after step {self.first_step} from {self.checkpoint.path}")
 
-    def run(self) -> None:
+    def do_steps(self) -> None:
         """Does the remaining steps, with progress lines and checkpoints."""
         visual, log_interval = self.visual, self.config.training.log_interval
         progress = _Progress(visual, self.first_step, self.report)

@@ -28,8 +28,8 @@ def test_a_resumed_run_adds_rows_to_the_same_table(tmp_path: Path, monkeypatch: 
     resumed.csv_monitor.write_events([("train/loss", 2.5, 3), ("validation/loss", 2.0, 3)])
     assert (tmp_path / "csv" / "train_loss.csv").read_text().split() == ["step,loss", "1,4.0", "2,3.0", "3,2.5"]
     assert (tmp_path / "csv" / "validation_loss.csv").read_text().split() == ["step,loss", "3,2.0"]
-    begun_anew = start(tmp_path, -1, monkeypatch)
-    begun_anew.csv_monitor.write_events([("train/loss", 6.0, 1)])
+    new_run = start(tmp_path, -1, monkeypatch)
+    new_run.csv_monitor.write_events([("train/loss", 6.0, 1)])
     assert (tmp_path / "csv" / "train_loss.csv").read_text().split() == ["step,loss", "1,6.0"]
 
 

@@ -47,7 +47,7 @@ def tokenizer_run(folder: Path, **changes: int | float) -> RunConfig:
 def train(config: RunConfig, views: Views, mesh: Mesh | None) -> Trained:
     """Trains; returns the weights with the codebook, and the gradients of the last step."""
     training = _Training(config, views, mesh, torch.device("cpu"), _silent)
-    training.run()
+    training.do_steps()
     gradients = {name: p.grad.clone() for name, p in training.tokenizer.named_parameters() if p.grad is not None}
     return {name: value.clone() for name, value in training.tokenizer.state_dict().items()}, gradients
 
