@@ -26,7 +26,7 @@ def run_rank_program(
         program: does this rank's work; takes the config and the options of the command line.
         name: module name in the help text.
         description: description in the help text.
-        arguments: command-line arguments; None takes those of the process.
+        arguments: command-line arguments; None takes the process's own.
         more_options: functions that each add one option to the parser.
 
     Returns:

@@ -83,7 +83,7 @@ class BackgroundSave:
         Args:
             state: weights and moments.
             step: number of updates done.
-            data: state of the run's data (`Index.data`); only that of the main rank is saved.
+            data: state of the run's data (`Index.data`); only the main rank's is saved.
             begun: `time.monotonic()` at the beginning of the save.
         """
         snapshot = self._snapshot = self._snapshot or Snapshot(state)

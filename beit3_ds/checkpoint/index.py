@@ -6,8 +6,8 @@
       moments-00000.safetensors      AdamW's moments of the same pieces
       weights-00001.safetensors      ...
 
-A piece is a slice of a logical tensor. The pieces of a tensor cover each of its elements once. Names and shapes are
-those of the whole model, so only the cuts between pieces depend on the ranks that wrote a checkpoint.
+A piece is a slice of a logical tensor. The pieces of a tensor cover each of its elements once. Names and shapes
+describe the whole model, so only the cuts between pieces depend on the ranks that wrote a checkpoint.
 """
 
 import hashlib

@@ -31,7 +31,7 @@ def load_task_section(mapping: Any, where: str) -> TaskConfig:
     """Reads the section; the task checks its own keys later (`TaskConfig.load`).
 
     Raises:
-        ConfigError: if it is no object or its name no string.
+        ConfigError: if the section is not an object or its name is not a string.
     """
     if not isinstance(mapping, Mapping):
         raise ConfigError(f"{where}: expected a JSON object, got {show(mapping)}.")

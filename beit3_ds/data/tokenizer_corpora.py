@@ -73,8 +73,8 @@ class Views(Protocol):
 class TokenizerImages:
     """Views of all training images for the tokenizer, including the images of pairs.
 
-    Items are numbered by position in an endless order: step s takes the k images at [s*k, (s+1)*k), whatever the number
-    of ranks. Every epoch has each image once, in a new order and with a new crop. Crops, flips and colors are those of
+    Items are numbered by position in an endless order: step s takes the k images at [s*k, (s+1)*k), with any number of
+    ranks. Every epoch has each image once, in a new order and with a new crop. Crops, flips and colors are drawn as in
     pretraining, so the tokenizer is trained on the kind of views that it will encode.
     """
 

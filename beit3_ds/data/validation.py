@@ -138,12 +138,12 @@ def choose_samples(sizes: Sequence[int], limit: int, seed: int, stream: str) -> 
     """Chooses the samples of a stream that are evaluated, spread over all sources.
 
     Every source gets a share of `limit` by its size, and at least one sample if `limit` allows it. Samples are drawn at
-    random within a source, whatever the order of its files. A higher limit adds samples to those of a lower one, except
-    for rounding of the shares.
+    random within a source, so the order of its files does not matter. A higher limit adds samples and keeps a lower
+    limit's samples, except for rounding of the shares.
 
     Args:
         sizes: number of samples in each source; the stream numbers all samples consecutively.
-        limit: most samples in total.
+        limit: maximum samples in total.
         seed: seeds the draw (`training.validation_seed`).
         stream: name of the stream.
 

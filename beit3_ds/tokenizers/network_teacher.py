@@ -35,8 +35,8 @@ class _Network:
 class NetworkTeacher:
     """Describes each patch that gets a code by a frozen network's features.
 
-    The view is resized so that the network's patches match the codes' grid; no feature is resampled. For a grid of
-    14 x 14, a network with patches of 16 px gets 224 px, whatever the size of the tokenizer's own view.
+    The view is resized so that the network's patches match the codes' grid; no feature is resampled. For a 14x14 grid,
+    a network with patches of 16 px gets 224 px, even if the tokenizer's own view has another size.
 
     Attributes:
         width: features E per patch.

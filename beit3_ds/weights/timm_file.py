@@ -35,7 +35,7 @@ class TimmFile:
         """Splits timm's tensors into logical tensors.
 
         Raises:
-            ConfigError: if the tensors are not those of the model.
+            ConfigError: if the tensors do not fit the model.
         """
         self.path, self.step = Path(path), note.step
         self.model = note.model

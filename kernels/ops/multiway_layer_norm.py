@@ -100,7 +100,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype, width: int, stream: 
         device: device of the operators.
         dtype: dtype of the parameters and the normalised rows.
         width: D.
-        stream: dtype of the packed rows; None for that of the parameters.
+        stream: dtype of the packed rows; None for the parameters' dtype.
 
     Raises:
         WrongResultError: if a result is wrong.

@@ -74,7 +74,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype, width: int, stream: 
         device: device of the operators.
         dtype: dtype of the branch and the biases.
         width: D.
-        stream: dtype of the residual; None for that of the branch.
+        stream: dtype of the residual; None for the branch's dtype.
 
     Raises:
         WrongResultError: if a result is wrong.

@@ -28,8 +28,9 @@ def take_rows(x_TD: Tensor, rows_K: Tensor) -> tuple[Tensor, Tensor]:
 def put_rows(stream_TD: Tensor, y_KD: Tensor, rows_K: Tensor) -> Tensor:
     """Puts new rows in the place of those that `take_rows` copied out.
 
-    Use both functions together. Between them, the stream's gradient contains that of the new rows, and the backward
-    pass of `take_rows` replaces it with that of the old ones: clearing and adding would take two more passes.
+    Use both functions together. Between the two calls, the stream's gradient contains the new rows' gradient. The
+    backward pass of `take_rows` replaces it with the old rows' gradient: clearing and adding would take two more
+    passes.
 
     Args:
         stream_TD: stream returned by `take_rows`.

@@ -1,8 +1,8 @@
 """Computes GELU and sub-LN, before an output projection, where ranks divide the width of a row.
 
 The sub-LN (Magneto, Wang et al., 2022, arXiv:2210.06423) normalises the input of an output projection: the FFN's
-activations or attention's merged heads. Its statistics are those of whole rows, so ranks exchange two numbers per row
-each way; only these are saved for the backward pass. A rank that holds whole rows needs `out_projection` alone.
+activations or attention's merged heads. Its statistics cover whole rows, so ranks exchange two numbers per row each
+way; only these are saved for the backward pass. A rank that holds whole rows needs `out_projection` alone.
 """
 
 # T packed rows, F local width, P ranks that divide the width.

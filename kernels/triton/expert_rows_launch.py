@@ -75,7 +75,7 @@ def deal_rows(stops: Sequence[int], most_programs: int) -> RowPrograms:
 
     Args:
         stops: stop of each expert's rows; the first expert starts at 0.
-        most_programs: most programs; more than the number of experts.
+        most_programs: maximum number of programs; more than the number of experts.
     """
     assert len(stops) <= NUM_EXPERTS < most_programs, f"{len(stops)} experts, {most_programs} programs"
     all_stops = (*stops, *[stops[-1]] * (NUM_EXPERTS - len(stops)))

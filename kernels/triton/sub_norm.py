@@ -63,8 +63,8 @@ def combine_statistics_kernel(
 ):
     """Combines the statistics of column tiles, (tiles, T) each, into statistics of whole rows of N columns.
 
-    A row's squared deviations are those within its tiles plus those of the tiles' means from the row's mean (Chan et
-    al., 1979): no large numbers are subtracted.
+    A row's squared deviations are the squared deviations within its tiles plus the tile means' squared deviations from
+    the row's mean (Chan et al., 1979): no large numbers are subtracted.
     """
     tiles: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -192,7 +192,7 @@ def norm_gradient_kernel(
 ):
     """Computes dx = da * gelu'(x), da = rstd * (dn * scale - sums_0 / WIDTH - xhat * sums_1 / WIDTH).
 
-    Without NORM, da is dn. WIDTH and the sums, (2, T), are those of whole rows over all ranks. dx may be dn itself: the
+    Without NORM, da is dn. WIDTH and the sums, (2, T), cover whole rows over all ranks. dx may be dn itself: the
     program that writes a block has read it before.
     """
     expert, first, rows, real_rows, columns, real_columns = _place(stop_0, stop_1, stop_2, N, ROWS, COLUMNS)

@@ -41,8 +41,8 @@ class Layer(NamedTuple):
 class Products:
     """The products of the model as defined, each computed once: its model FLOPs (`model.flops`).
 
-    They include products that a step can omit: those of branches that stochastic depth drops, and those of rows after
-    the last attention that no head reads. `needed_flops` leaves them out.
+    They include products that a step can omit: for branches that stochastic depth drops, and for rows that no head
+    reads after the last attention. `needed_flops` leaves them out.
 
     Each expert multiplies its own rows. Queries, keys and values are one product. Attention's products are computed
     sequence by sequence with contiguous heads. The heads get masked rows only. The backward pass has products for the

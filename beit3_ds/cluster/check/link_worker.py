@@ -1,6 +1,6 @@
 """Measures links on every node, in one process per node: torch.distributed between pairs, then between all.
 
-The source of this file is sent over ssh, as that of `probe`. The process ends when its standard input closes.
+The source of this file is sent over ssh, like the source of `probe`. The process ends when its standard input closes.
 """
 
 import json

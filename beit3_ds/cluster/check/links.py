@@ -42,7 +42,7 @@ class Links:
     def usual(self) -> float:
         """Usual speed of a link: the median over nodes of each node's fastest link.
 
-        If one of three nodes is slow, two of three links are slow, and the plain median would be that of a slow link.
+        If one of three nodes is slow, two of three links are slow, and the plain median would be a slow link's speed.
         """
         fastest = [max(rate for pair, rate in self.rates.items() if name in pair) for name in self.names]
         return statistics.median(fastest)

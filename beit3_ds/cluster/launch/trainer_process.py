@@ -26,7 +26,7 @@ class TrainerProcess:
     """A trainer in its own session, whose output goes to its log through a pipe.
 
     Because of the pipe, a full disk costs lines of the log but not the run. The kernel kills the trainer when its guard
-    ends, whatever ends the guard.
+    ends, for any reason.
     """
 
     def __init__(

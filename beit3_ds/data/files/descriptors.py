@@ -42,7 +42,7 @@ class OpenFiles:
         """Creates an empty cache.
 
         Args:
-            limit: most descriptors that stay open, at least 1.
+            limit: maximum descriptors that stay open, at least 1.
         """
         assert limit >= 1, f"at least one file must stay open, not {limit}"
         self._limit = limit

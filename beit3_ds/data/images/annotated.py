@@ -23,7 +23,7 @@ NO_IMAGE = -1
 class AnnotatedImages:
     """The samples of an annotation file; an image with five captions is five samples.
 
-    Takes 16 bytes per sample beside its caption, and 8 bytes per image beside its path.
+    Takes 16 bytes per sample in addition to its caption, and 8 bytes per image in addition to its path.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class AnnotatedImages:
 
         Args:
             annotations: path of the annotation file, for messages.
-            folder: folder of the images. Nothing outside it is read, whatever paths the annotations name.
+            folder: folder of the images. Nothing outside the folder is read, even if annotations name such paths.
             paths: path of each image in the folder.
             captions: the caption of each sample.
             image_numbers: index in `paths` of each sample's image, or `NO_IMAGE`.

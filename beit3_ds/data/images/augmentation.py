@@ -42,7 +42,7 @@ class Augmentation:
 
     BEiT jitters the whole image before it crops and resizes. Here the jitter comes last, on the views, which have the
     fewest pixels. Brightness, contrast and saturation are linear in the pixels, and so is a resize. The order therefore
-    matters only for values that are clamped to 0 or 255, and for contrast, whose mean is that of the crop instead of
+    matters only for values that are clamped to 0 or 255, and for contrast, whose mean is taken over the crop instead of
     the image. Compared with Pillow's jitter of the crop (8 bits, before the resizes), pixels without clamping differ by
     at most 6 of 255 levels, 1.5 on average, by 8-bit rounding. On noise over all levels, the worst case, they differ by
     2.6 on average and by at most 81. Both views have the same factors and the same mean.

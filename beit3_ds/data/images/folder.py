@@ -31,7 +31,7 @@ class ImageFolder:
 
     Links to folders are followed, even out of the folder, because ImageNet's classes are often linked together. A
     folder with several links to it is listed once, so loops of links end. Links to single files outside and hidden
-    files are not read. `skipped` counts everything that is left out. A path takes 8 bytes beside its text.
+    files are not read. `skipped` counts everything that is left out. A path takes 8 bytes in addition to its text.
     """
 
     def __init__(self, path: str) -> None:

@@ -31,7 +31,7 @@ class TarShards:
 
     The members `folder/KEY.webp` and `folder/KEY.txt` are the image and the caption of the sample `folder/KEY`. Without
     `KEY.txt` the caption is the value of `caption` in `KEY.json`. A key may hold dots: `v.one.jpg` and `v.two.jpg` are
-    two samples. WebDataset ends a key at its first dot instead, for samples of several parts: beside `KEY.jpg`,
+    two samples. WebDataset ends a key at its first dot instead, for samples of several parts: next to `KEY.jpg`,
     `KEY.txt` or `KEY.json`, `KEY.seg.png` is a further part of that sample and is left out. So a member that belongs to
     a sample by either rule is read or counted. All other members are counted in `skipped`.
 

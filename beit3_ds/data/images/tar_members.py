@@ -46,7 +46,7 @@ class _Extended(NamedTuple):
 def iterate_tar_members(descriptor: int) -> Iterator[TarMember]:
     """Yields the members of an open tar file in order, without folders; reads headers only.
 
-    Links are never followed. The size of the file bounds memory and time, whatever the headers claim.
+    Links are never followed. The size of the file bounds memory and time, even if headers claim larger sizes.
 
     Raises:
         TarError: if a header is damaged; if the file is truncated, even at the end of a member, because the

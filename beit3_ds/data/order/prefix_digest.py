@@ -26,7 +26,7 @@ def prefix_digest(samples: IdentifiedSamples, count: int) -> str:
     The digest covers the names of the files that hold these samples, and 256 evenly spread samples. They include the
     last one, because every shift of the numbers moves it. A source that had `count` samples before, and still has the
     same digest of them, was only appended to. The digest does not change if samples between two of the 256 are replaced
-    by as many others.
+    by the same number of others.
     """
     last = count - 1 - samples.is_last_open
     digest, start = hashlib.sha256(), 0

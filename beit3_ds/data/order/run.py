@@ -21,8 +21,7 @@ POSITIONS = "positions"
 class RunOrder:
     """Chooses the samples of every step, as a pure function of the start position and the step.
 
-    A stream with K samples per step takes the K samples after those of the previous step. Ranks and workers only divide
-    them.
+    A stream with K samples per step takes the K samples after the previous step's. Ranks and workers only divide them.
     """
 
     def __init__(self, config: DataConfig, seed: int, streams: Mapping[str, Iterable[IdentifiedSamples]]) -> None:

@@ -143,7 +143,7 @@ def describe_streams(config: DataConfig, max_examined: int) -> DataReport:
 
     Args:
         config: names the files.
-        max_examined: most samples per source that are read, evenly spread; of texts, the first paragraphs of a file.
+        max_examined: maximum samples per source that are read, evenly spread; of texts, the first paragraphs of a file.
 
     Raises:
         ConfigError: if files are missing or cannot be read, or validation files are also training files.

@@ -5,8 +5,8 @@ A sentence ends with `.`, `!`, `?` or `…` before white space or an East Asian 
 contain no end, and "Mr. Smith" contains one, because the rule knows no abbreviations.
 
 The rule reads the pieces that ids mean, not the text, with one look-up per token of a long paragraph. So the ids stay
-those of the whole paragraph, and token files need no marks. It misses an end that is not a border of pieces, because
-the vocabulary lacks the character or the piece continues after it.
+the same as in the whole paragraph, and token files need no marks. It misses an end that is not a border of pieces,
+because the vocabulary lacks the character or the piece continues after it.
 """
 
 from bisect import bisect_right
@@ -77,7 +77,7 @@ class ParagraphCutter:
         Args:
             ids: all ids of the paragraphs, (n,).
             lengths: number of ids per paragraph, (paragraphs,).
-            limit: most ids of a sequence.
+            limit: maximum ids per sequence.
 
         Yields:
             Number of the first id of each sequence except the first one of a paragraph, ascending.

@@ -38,7 +38,7 @@ def write_borders(folder: Path, text: str, pieces: Sequence[TokenPiece], length:
         folder: folder of the token files.
         text: the text file, by its path in the config.
         pieces: all token files of the text file.
-        length: most tokens of a sequence, BOS and EOS included.
+        length: maximum tokens per sequence, BOS and EOS included.
         cutter: cuts long paragraphs.
     """
     path = _borders_path(folder, text, length)
@@ -72,7 +72,7 @@ class PreparedText:
             folder: folder of the token files.
             text: the text file, by its path in the config.
             tokenizer: tokenizer with which the token files must have been made.
-            length: most tokens of a sequence, BOS and EOS included.
+            length: maximum tokens per sequence, BOS and EOS included.
             document_separator: setting with which the token files must have been made.
 
         Raises:

@@ -51,9 +51,9 @@ class TextSequences:
         Args:
             patterns: files or glob patterns.
             tokenizer: turns paragraphs into ids.
-            length: most tokens of a sequence, BOS and EOS included; at least 3.
+            length: maximum tokens per sequence, BOS and EOS included; at least 3.
             cache_dir: `data.cache_dir`.
-            max_broken_lines: most lines that may be broken, over all files.
+            max_broken_lines: maximum number of broken lines over all files.
             document_separator: `data.document_separator`.
 
         Raises:

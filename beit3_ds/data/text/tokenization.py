@@ -59,7 +59,7 @@ def sequence_starts(chunks: Iterable[TokenizedParagraphs], limit: int, cutter: P
 
     Args:
         chunks: paragraphs from `encode_paragraphs`; empty ones have no effect.
-        limit: most tokens of a sequence, not counting a separator at its end.
+        limit: maximum tokens per sequence, not counting a separator at its end.
         cutter: cuts long paragraphs.
 
     Yields:

@@ -57,7 +57,7 @@ def prepare_in_order(
         requests: read only as fast as workers receive them.
         num_workers: number of processes, each of which prepares every num_workers-th item; 0 uses a thread of this
             process.
-        ahead: most items that each worker prepares ahead.
+        ahead: maximum items that each worker prepares ahead.
 
     Raises:
         StopRequestedError: if this process is asked to stop while it waits for an item.
