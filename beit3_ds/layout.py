@@ -46,16 +46,16 @@ class RowLayout(ABC):
     @property
     @abstractmethod
     def part_rows(self) -> tuple[int, ...]:
-        """Number of rows in each of `PARTS`."""
+        """Returns the number of rows in each of `PARTS`."""
 
     @property
     def boundaries(self) -> tuple[int, ...]:
-        """End row of each of `PARTS`: (a, b, c, T) in the module's docstring."""
+        """Returns the end row of each of `PARTS`: (a, b, c, T) in the module's docstring."""
         return tuple(accumulate(self.part_rows))
 
     @property
     def num_rows(self) -> int:
-        """Number of rows, T."""
+        """Returns the number of rows, T."""
         return sum(self.part_rows)
 
     def expert_slices(self, experts: tuple[str, ...]) -> list[tuple[int, int]]:
@@ -87,7 +87,7 @@ class PickedRows(RowLayout):
 
     @property
     def part_rows(self) -> tuple[int, ...]:
-        """Number of picked rows in each of `PARTS`."""
+        """Returns the number of picked rows in each of `PARTS`."""
         return self.counts
 
 
@@ -106,7 +106,7 @@ class SequenceLayout(RowLayout):
 
     @property
     def part_rows(self) -> tuple[int, ...]:
-        """Number of rows in each of `PARTS`."""
+        """Returns the number of rows in each of `PARTS`."""
         return (
             self.num_images * self.image_length,
             len(self.caption_lengths) * self.image_length,
@@ -116,7 +116,7 @@ class SequenceLayout(RowLayout):
 
     @cached_property
     def sequence_ranges(self) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """Row ranges [start, stop) of each sequence: one, or two for a pair (image, then caption)."""
+        """Returns the row ranges [start, stop) of each sequence: one, or two for a pair (image, then caption)."""
         a, b, _, _ = self.boundaries
         length = self.image_length
         ranges: list[tuple[tuple[int, int], ...]] = [((i * length, (i + 1) * length),) for i in range(self.num_images)]

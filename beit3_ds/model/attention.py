@@ -18,7 +18,9 @@ from beit3_ds.parallel import TensorParallel
 
 
 class MultiwayAttention(nn.Module):
-    """Pre-norm bidirectional self-attention within each sequence; image and caption of a pair are one sequence.
+    """Applies pre-norm bidirectional self-attention within each sequence.
+
+    Image and caption of a pair are one sequence.
 
     In the `shared` layout all rows use the same weights. In the `decoupled` layout vision and language rows have their
     own projections and norms and meet only in the softmax. With `sub_layernorm` the merged heads are normalised before

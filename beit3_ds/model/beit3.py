@@ -24,7 +24,7 @@ from beit3_ds.parallel import TensorParallel
 
 
 class BEiT3(nn.Module):
-    """The Multiway Transformer with its final norm (paper section 2), or some of its layers.
+    """Implements the Multiway Transformer with its final norm (paper section 2), or some of its layers.
 
     Layer 0 embeds, layers 1 to L are blocks and layer L + 1 is the final norm, to which a task adds its head
     (`ModelConfig.num_pipeline_layers` in all). Layers pass only the stream x_TD to each other, so the list can be cut
@@ -177,7 +177,7 @@ class BEiT3(nn.Module):
 
     @property
     def stream_dtype(self) -> torch.dtype:
-        """Dtype of the stream x_TD between layers."""
+        """Returns the dtype of the stream x_TD between layers."""
         dtype = next(self.parameters()).dtype
         return stream_dtype(dtype) if self.fp32_residual_connection else dtype
 

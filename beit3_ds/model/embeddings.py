@@ -17,7 +17,7 @@ def stream_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class PatchProjection(nn.Conv2d):
-    """Convolution over patches that do not overlap, computed as a matrix product; pixels need no gradient."""
+    """Computes a convolution over patches that do not overlap as a matrix product; pixels need no gradient."""
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Returns patch embeddings, (B, N, D), in row order and in the dtype of the weight."""

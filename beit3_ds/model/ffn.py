@@ -16,7 +16,7 @@ from beit3_ds.parallel import TensorParallel
 
 
 class MultiwayFFN(nn.Module):
-    """Pre-norm feed-forward network per expert; the position of a row in the stream selects its expert.
+    """Applies a pre-norm feed-forward network per expert; the position of a row selects its expert.
 
     With `sub_layernorm` the activations are normalised before the down projection (Magneto, arXiv:2210.06423). The
     input of GELU is the only saved tensor as wide as the FFN; the backward pass recomputes the others.

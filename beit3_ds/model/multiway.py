@@ -20,7 +20,7 @@ from beit3_ds.parallel import TensorParallel, split_parameter
 
 
 class ColumnParallelMultiwayLinear(nn.Module):
-    """One linear layer per expert (paper section 2.1), with output features split over the tensor-parallel group.
+    """Applies one linear layer per expert (paper section 2.1), with output features split over the group.
 
     Follow it with RowParallelMultiwayLinear, and pass its input through `TensorParallel.gather_from` once for all
     layers that share it. The layer itself sends nothing. Parameters are `weight_EXPERT` and `bias_EXPERT`. They belong
@@ -48,7 +48,7 @@ class ColumnParallelMultiwayLinear(nn.Module):
 
 
 class UpProjection(ColumnParallelMultiwayLinear):
-    """First layer of the FFN; on a GPU it also applies GELU."""
+    """Implements the first layer of the FFN; on a GPU it also applies GELU."""
 
     cuda_cpp = False
     """Whether to use the kernel in CUDA C++ (`kernel_backend.select_kernels`)."""
@@ -76,7 +76,7 @@ class UpProjection(ColumnParallelMultiwayLinear):
 
 
 class RowParallelMultiwayLinear(nn.Module):
-    """Last linear layer of a branch, one per expert, with input features split over the tensor-parallel group.
+    """Ends a branch with one linear layer per expert, with input features split over the tensor-parallel group.
 
     Applies GELU and sub-LN to its input and adds the branch to the stream. Communicates as
     `TensorParallel.reduce_scatter_to` does, and sends two floats per row each way for a sub-LN. Every rank holds the
@@ -140,7 +140,7 @@ class NormOutput(NamedTuple):
 
 
 class MultiwayLayerNorm(nn.Module):
-    """One LayerNorm per expert; its parameters `weight_EXPERT` and `bias_EXPERT` are uninitialised."""
+    """Applies one LayerNorm per expert; its parameters `weight_EXPERT` and `bias_EXPERT` are uninitialised."""
 
     def __init__(self, hidden_size: int, epsilon: float, experts: tuple[str, ...], tensor: TensorParallel) -> None:
         """Builds the norms.
@@ -172,9 +172,9 @@ class MultiwayLayerNorm(nn.Module):
         return NormOutput(*multiway_layer_norm(x_TD, slices, weights, biases, self.epsilon), scales, shifts)
 
     def recompute(self, output: NormOutput, slices: Sequence[tuple[int, int]]) -> Recomputable | None:
-        """Returns how layers that use the normalised rows recompute them.
+        """Returns how layers that use the normalised rows recompute them, or None with sequence parallelism.
 
-        Returns None with sequence parallelism, because recomputed rows would be gathered twice.
+        With sequence parallelism recomputed rows would be gathered twice.
 
         Args:
             output: result of `forward`.

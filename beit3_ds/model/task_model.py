@@ -24,11 +24,11 @@ class LossOutput(NamedTuple):
 
 
 class Head(nn.Module, ABC):
-    """Base class of the last layer of a task's model."""
+    """Computes the terms or the predictions of a task, as the last layer of its model."""
 
     @property
     def word_table(self) -> VocabParallelHead | None:
-        """Layer whose matrix is the word table with `tie_word_embeddings`; None if the head has no such layer."""
+        """Returns the layer whose matrix is the word table with `tie_word_embeddings`; None if there is none."""
         return None
 
     @abstractmethod
@@ -46,7 +46,7 @@ class Head(nn.Module, ABC):
 
 
 class TaskModel(BEiT3):
-    """BEiT-3 whose last layer ends with the head of a task.
+    """Extends BEiT-3 with the head of a task, at the end of the last layer.
 
     The head is part of the last layer, and its parameters have the prefix `heads.`. So it is split, saved and loaded
     like every other layer. With `tie_word_embeddings` and no embeddings on this stage, the word table of the head is a
@@ -109,5 +109,5 @@ class TaskModel(BEiT3):
 
     @property
     def tied_table(self) -> VocabParallelHead | None:
-        """Layer of the head whose matrix is the word table; None if nothing is tied."""
+        """Returns the layer of the head whose matrix is the word table; None if nothing is tied."""
         return self.heads.word_table if self.config.tie_word_embeddings and self.heads is not None else None

@@ -155,7 +155,7 @@ class Mesh:
 
 
 class ModelParallelUnit:
-    """The `mpu` interface that DeepSpeed reads, with Megatron-LM's names.
+    """Implements the `mpu` interface that DeepSpeed reads, with Megatron-LM's names.
 
     DeepSpeed sums gradient norms and overflow flags over the "model parallel" group. It counts parameters marked
     `tensor_model_parallel` on all ranks of that group, and other parameters only on model-parallel rank 0. So the group
@@ -183,7 +183,7 @@ class ModelParallelUnit:
         return self._mesh.model_parallel_group
 
     def get_model_parallel_rank(self) -> int:
-        """Returns the tensor-parallel rank; rank 0 counts parameters that tensor-parallel peers hold alike."""
+        """Returns the tensor-parallel rank; on rank 0 DeepSpeed counts the replicated parameters."""
         return self._mesh.tensor.rank
 
     def get_model_parallel_world_size(self) -> int:

@@ -33,17 +33,17 @@ class PipelineParallel:
 
     @property
     def size(self) -> int:
-        """Number of stages."""
+        """Returns the number of stages."""
         return len(self.ranks)
 
     @property
     def is_first(self) -> bool:
-        """Whether this stage holds the embeddings."""
+        """Returns whether this stage holds the embeddings."""
         return self.rank == 0
 
     @property
     def is_last(self) -> bool:
-        """Whether this stage holds the head."""
+        """Returns whether this stage holds the head."""
         return self.rank == self.size - 1
 
     def send(self, x: Tensor, *, forward: bool) -> "Message":

@@ -39,7 +39,7 @@ class Split:
 
     @property
     def local_size(self) -> int:
-        """Size of the local tensor along `dim`, with padding."""
+        """Returns the size of the local tensor along `dim`, with padding."""
         return self.stop - self.start + self.padding
 
     def take(self, whole: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class TensorParallel:
 
     @property
     def divides_rows(self) -> bool:
-        """Whether a rank holds only its own rows between the tensor-parallel layers."""
+        """Returns whether a rank holds only its own rows between the tensor-parallel layers."""
         return self.sequence_parallel and self.size > 1
 
     def own_row_range(self, num_rows: int) -> tuple[int, int]:

@@ -20,7 +20,7 @@ not decay."""
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Embedding whose rows are split over the tensor-parallel group.
+    """Looks up embeddings in a table whose rows are split over the tensor-parallel group.
 
     The parameter `weight` is uninitialised except for its padding, which is 0.
 
@@ -43,9 +43,10 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class VocabParallelHead(nn.Module):
-    """Linear layer with bias and cross entropy, whose vocabulary is split over the tensor-parallel group.
+    """Computes logits or cross entropies with a vocabulary that is split over the tensor-parallel group.
 
-    Parameters are uninitialised except for their padding, which has the logit `PADDING_BIAS`.
+    The logits come from a linear layer with bias. Its parameters are uninitialised except for their padding,
+    which has the logit `PADDING_BIAS`.
     """
 
     def __init__(self, hidden_size: int, vocab_size: int, chunk_size: int | None, tensor: TensorParallel) -> None:

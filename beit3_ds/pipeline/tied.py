@@ -36,7 +36,7 @@ class TiedWordEmbedding:
 
     @property
     def copies(self) -> list[Tensor]:
-        """Copy of the table on the last stage, which is not one of its parameters; empty elsewhere."""
+        """Returns the last stage's copy of the table, which is not one of its parameters; empty elsewhere."""
         return [] if self._copy is None else [self._copy]
 
     def synchronize(self) -> None:

@@ -77,15 +77,15 @@ class Evaluator(Protocol):
 
     @property
     def mesh(self) -> Mesh:
-        """Mesh of all ranks."""
+        """Returns the mesh of all ranks."""
 
     @property
     def device(self) -> torch.device:
-        """Device of this rank."""
+        """Returns the device of this rank."""
 
     @property
     def validation(self) -> Iterable[PackedBatch]:
-        """Validation batches of this rank, not yet prepared."""
+        """Returns the validation batches of this rank, not yet prepared."""
 
     def predict(self, batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, Any]]:
         """Yields each prepared batch, with the head's predictions on the last stage and None elsewhere.
@@ -167,7 +167,7 @@ class NoSettings:
 
 
 class Task(ABC):
-    """Base class of tasks, built from the configuration alone.
+    """Defines a task; it is built from the configuration alone.
 
     Attributes:
         config: configuration of the run.
@@ -193,7 +193,7 @@ class Task(ABC):
     @property
     @abstractmethod
     def terms(self) -> tuple[Term, ...]:
-        """Terms of the task, in the order of all vectors of sums and counts."""
+        """Returns the terms of the task, in the order of all vectors of sums and counts."""
 
     @abstractmethod
     def build_head(self, model: ModelConfig, tensor: TensorParallel) -> Head:

@@ -23,7 +23,7 @@ class LossWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainingConfig:
-    """Masked modeling of images, texts and pairs (paper section 2.2)."""
+    """Configures masked modeling of images, texts and pairs (paper section 2.2)."""
 
     image_mask_ratio: MaskRatio = 0.4
     """Exact share of an image's patches that block-wise masking hides (paper: 40%)."""

@@ -25,7 +25,7 @@ class Logits(NamedTuple):
 
 
 class MaskedModelingHeads(Head):
-    """MIM head and MLM head over masked positions; both vocabularies are split over the tensor-parallel group."""
+    """Applies the MIM head and the MLM head; both vocabularies are split over the tensor-parallel group."""
 
     def __init__(self, config: ModelConfig, tensor: TensorParallel) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class MaskedModelingHeads(Head):
 
     @property
     def word_table(self) -> VocabParallelHead:
-        """MLM head, whose matrix may be the word table."""
+        """Returns the MLM head, whose matrix may be the word table."""
         return self.mlm
 
     def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:

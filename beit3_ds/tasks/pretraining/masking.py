@@ -153,7 +153,7 @@ def _corrupt(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TextMasking:
-    """Masking of the texts of a stream."""
+    """Masks the texts of a stream."""
 
     ratio: float
     """Share of a text's tokens that are predicted."""

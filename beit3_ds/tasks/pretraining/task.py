@@ -73,7 +73,7 @@ class PretrainingRankTask(RankTask):
 
 
 class Pretraining(Task):
-    """Pretraining task: masked modeling of images, texts and image-text pairs."""
+    """Trains by masked modeling of images, texts and image-text pairs."""
 
     Settings = PretrainingConfig
     settings: PretrainingConfig
@@ -100,7 +100,7 @@ class Pretraining(Task):
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """Terms over masked patches of images, masked tokens of texts, and masked patches and tokens of pairs."""
+        """Returns the terms: masked patches of images, tokens of texts, patches of pairs and tokens of captions."""
         return self._terms
 
     def build_head(self, model: ModelConfig, tensor: TensorParallel) -> MaskedModelingHeads:
