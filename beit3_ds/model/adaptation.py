@@ -156,8 +156,8 @@ def _describe_changes(stored: ModelConfig, model: ModelConfig) -> list[str]:
         changes.append(f"vision-language experts of {_blocks(added)} copied from their vision experts")
     if dropped := sorted(old - new):
         changes.append(
-            f"vision-language experts of {_blocks(dropped)} left out, so that pairs (not images or texts alone) have "
-            "other features"
+            f"vision-language experts of {_blocks(dropped)} left out, which changes features of pairs, "
+            "but not of images or texts alone"
         )
     return changes
 

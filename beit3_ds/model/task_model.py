@@ -1,4 +1,4 @@
-"""Adds the head of a task to BEiT-3, which computes the sums of the task's loss terms."""
+"""Adds the head of a task, which computes the sums of its loss terms, to BEiT-3."""
 
 # T packed rows, M rows that the head reads, D hidden, K terms.
 

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from beit3_ds.parallel.host_group import HostGroup
 
-_VOCAB_ALIGNMENT = 64  # rows, so that the shards' matrix products keep the hardware's tile sizes
+_VOCAB_ALIGNMENT = 64  # rows; keeps matrix products of shards at the tile sizes of the hardware
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ class _CopyIn(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
-        # A copy: autograd may hand the same gradient to another consumer.
+        # Clone first, because autograd may pass the same gradient to another consumer.
         dx = dx.clone(memory_format=torch.contiguous_format)
         if dx.numel():
             dist.all_reduce(dx, group=ctx.group)
