@@ -15,10 +15,10 @@ from beit3_ds.config import ConfigError
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Reads the tensors of a .safetensors file or of one of torch, without running any code of the file.
+    """Reads the tensors of a .safetensors file or a torch file, without running any code in the file.
 
-    Using a tensor reads its pages from disk, so that a large file need not fit in memory. Only the format of torch
-    before version 1.6 is read at once.
+    Using a tensor reads its pages from disk, so that a large file need not fit in memory. Only torch's format before
+    version 1.6 is read whole.
 
     Args:
         path: a .safetensors file, or a torch file that holds tensors by name at its top or under "state_dict" or

@@ -143,7 +143,7 @@ class BackgroundSave:
         )
 
     def _write_together(self, snapshot: Snapshot, step: int, data: Mapping[str, Any]) -> str | None:
-        """Returns what went wrong on any rank, or None once the checkpoint is whole."""
+        """Returns the error of any rank, or None once the checkpoint is whole."""
         collection = self._collection
         error = self._from_main(
             self._attempt(lambda: collection.create_temporary(step)) if self._mesh.is_main else None
@@ -168,7 +168,7 @@ class BackgroundSave:
         return error
 
     def _attempt(self, work: Callable[[], Any]) -> str | None:
-        """Runs a part of a save; returns what went wrong."""
+        """Runs a part of a save; returns its error, if any."""
         try:
             work()
         except Exception as error:  # the other ranks wait to hear of it

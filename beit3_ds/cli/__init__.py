@@ -1,1 +1,1 @@
-"""Defines the `beit3` command, with one module per subcommand, each thin over the packages."""
+"""Defines the `beit3` command, with one module per subcommand that only calls the packages."""

@@ -54,7 +54,7 @@ class StartupWatchdog:
         self._opens_files = False
 
     def stop(self) -> None:
-        """Ends the watch, because the ranks take steps now."""
+        """Ends the watch; called once the ranks take steps."""
         self._over.set()
         self._thread.join()
 

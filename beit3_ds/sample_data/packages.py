@@ -28,7 +28,7 @@ class Candidate:
     name: str
     """Path inside the package; unique within the package."""
     series: str
-    """Series of similar images; the validation split never cuts one."""
+    """Series of similar images; training and validation samples never share a series."""
     category: str
     """Label by which images are balanced; empty for pairs."""
     text: str

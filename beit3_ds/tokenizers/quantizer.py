@@ -75,7 +75,8 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def start(self, vectors: Tensor, group: dist.ProcessGroup | None = None) -> None:
-        """Sets the codebook to the centres of a cosine k-means over the vectors of all ranks, equally on every rank.
+        """Sets the codebook to the centres of a cosine k-means over the vectors of all ranks; every rank gets the same
+        centres.
 
         All-gathers the vectors, from which each rank computes the centres.
 

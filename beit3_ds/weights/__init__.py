@@ -1,1 +1,1 @@
-"""Weights in and out: export, import, inspection, and the formats of other projects."""
+"""Exports, imports and inspects weights, also in the formats of other projects."""

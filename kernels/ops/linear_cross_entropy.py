@@ -38,7 +38,7 @@ class Partials(NamedTuple):
     total: Tensor
     """Sum of exp(logit - largest)."""
     target_logit: Tensor
-    """The target's logit; 0 if the target is in another shard."""
+    """Logit of the target; 0 if the target is in another shard."""
 
 
 def linear_cross_entropy(

@@ -221,7 +221,7 @@ def _backward_cpu(
 def _normalize_cpu(
     x_RF: Tensor, form: _Form, i: int, keeps_activated: bool = False
 ) -> tuple[Tensor, Tensor, list[list[Tensor]]]:
-    """Computes what comes between an expert's input and its product: GELU and sub-LN.
+    """Computes GELU and sub-LN, the steps between an expert's input and its product.
 
     Returns:
         GELU(x), if it is to be kept; the product's input, LN(GELU(x)); and for every chunk of rows the mean and

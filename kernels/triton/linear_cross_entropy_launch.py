@@ -18,15 +18,15 @@ class LogitsTiling(NamedTuple):
     """Sets how both kernels of the cross entropy are compiled."""
 
     partials_block: int
-    """Logits of a row per step of the loop."""
+    """Number of logits per row in one step of the partials kernel's loop."""
     gradient_block: int
-    """Logits of a row per program."""
+    """Number of logits per row in one program of the gradient kernel."""
     gradient_rows: int
-    """Rows per step of the loop."""
+    """Number of rows in one step of the gradient kernel's loop."""
     gradient_programs: int
     """Approximate number of programs, row groups times blocks; an H100 runs this number at once."""
     num_stages: int
-    """Steps of a loop whose loads overlap."""
+    """Number of loop steps whose loads overlap."""
 
 
 def choose_tiling(dtype: torch.dtype) -> LogitsTiling:

@@ -36,11 +36,11 @@ class MatmulTiles(NamedTuple):
     columns: int
     """Columns of a program's tile of the result."""
     depth: int
-    """Terms of the sum per step of the loop."""
+    """Number of terms that each loop step adds to the sum."""
     num_warps: int
     """Warps per program."""
     num_stages: int
-    """Steps of the loop whose loads overlap."""
+    """Number of loop steps whose loads overlap."""
 
 
 GROUP = 8

@@ -17,11 +17,11 @@ class KernelConfig(NamedTuple):
     """Sets how one of the attention kernels is compiled."""
 
     block: int
-    """Positions of the other side per step of the loop."""
+    """Positions of the other side (keys for queries, queries for keys) per loop step."""
     num_warps: int
     """Warps per program."""
     num_stages: int
-    """Steps of the loop whose loads overlap."""
+    """Number of loop steps whose loads overlap."""
 
 
 class AttentionTiling(NamedTuple):

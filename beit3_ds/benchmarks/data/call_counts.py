@@ -88,7 +88,7 @@ def describe_calls(rows: Sequence[CallCounts]) -> str:
 
 
 def time_opening(num_shards: int) -> str:
-    """Writes and indexes `num_shards` small tars, opens all of them and returns the time that this took as words."""
+    """Writes and indexes `num_shards` small tars, opens all of them, and returns the time to open them in words."""
     with tempfile.TemporaryDirectory() as folder:
         first = Path(folder) / "00000.tar"
         _write_tar(first, 0, 4)
@@ -106,7 +106,7 @@ def time_opening(num_shards: int) -> str:
 
 
 def _write_corpora(folder: Path) -> DataConfig:
-    """Writes and prepares the same pairs as tars, as a folder and as COCO's annotations, and a text."""
+    """Writes and prepares a text, and the same pairs as tars, as a folder and as COCO's annotations."""
     (folder / "images").mkdir()
     annotations: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}
     for shard in range(_SHARDS):

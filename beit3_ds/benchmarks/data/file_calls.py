@@ -23,7 +23,7 @@ class FileCalls:
 
 @contextmanager
 def count_file_calls() -> Iterator[FileCalls]:
-    """Counts from here to the end of the block; the result is complete after it, `opens` at any time.
+    """Counts file calls until the block ends; the result is complete after the block, but `opens` at any time.
 
     The kernel's counts cover the whole process and come from /proc/self/io (Linux); the calls that read this file are
     subtracted.

@@ -118,7 +118,7 @@ class _Measurement:
         return (a, b) in slow or (b, a) in slow
 
     async def _ask_all(self, question: str, seconds: float, arguments: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """Asks all nodes at once, because they wait for each other; adds a fault for each that fails."""
+        """Asks all nodes at once, because they wait for each other; adds a fault per node that fails."""
 
         async def ask(rank: int) -> Any:
             try:

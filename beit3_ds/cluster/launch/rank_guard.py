@@ -64,7 +64,8 @@ class RankGuard:
         self._over = asyncio.Event()
 
     async def run(self) -> int:
-        """Runs until the supervisor ends the attempt (returns 0), or is lost and the trainer gone (returns 1)."""
+        """Runs until the supervisor ends the attempt (returns 0), or until supervisor and trainer are both gone
+        (returns 1)."""
         loop = asyncio.get_running_loop()
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self._channel.send, StopSignalReceived(signal_number=number))

@@ -28,11 +28,11 @@ class TarMember(NamedTuple):
     name: str
     """Full name; bytes that are not UTF-8 are surrogate escapes."""
     offset: int
-    """Offset of its data, in bytes."""
+    """Offset of the member's data, in bytes."""
     size: int
-    """Size of its data, in bytes."""
+    """Size of the member's data, in bytes."""
     skip_reason: str
-    """Why it must not be read (`link`, `special file`, `sparse file`, `unsafe name`); empty for a plain file."""
+    """Reason not to read the member (`link`, `special file`, `sparse file`, `unsafe name`); empty for a plain file."""
 
 
 class _Extended(NamedTuple):

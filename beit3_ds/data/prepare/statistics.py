@@ -101,7 +101,7 @@ class DataReport:
 
 
 def open_sources(config: DataConfig) -> dict[str, ImageSource]:
-    """Opens the sources of images of a run by stream, split and path, such as `pairs train cc3m-*.tar`.
+    """Opens a run's image sources; their names are stream, split and path, such as `pairs train cc3m-*.tar`.
 
     Raises:
         ConfigError: if files are missing or cannot be read.

@@ -34,7 +34,8 @@ class TextPiece(NamedTuple):
     start: int
     """First byte of the range."""
     stop: int
-    """One past the last byte. A compressed file and a file of JSON values is one piece, because it is read whole."""
+    """One past the last byte of the range. A compressed file or a file of JSON values is one piece, because it is read
+    whole."""
 
 
 class Paragraph(NamedTuple):
@@ -173,7 +174,7 @@ def _paragraphs_of_lines(
 
 
 def _mark(paragraphs: list[str]) -> Iterator[Paragraph]:
-    """Yields the paragraphs of one document, the last one marked."""
+    """Yields the paragraphs of one document and marks the last one."""
     for number, paragraph in enumerate(paragraphs, 1):
         yield Paragraph(paragraph, ends_document=number == len(paragraphs))
 

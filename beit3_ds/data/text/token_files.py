@@ -57,9 +57,9 @@ class TokenPiece(NamedTuple):
     piece: TextPiece
     """Piece of the text file that was tokenized."""
     text_size: int
-    """Size of the whole text file at that time, in bytes."""
+    """Size of the whole text file when it was tokenized, in bytes."""
     text_mtime_ns: int
-    """Modification time of the text file at that time, in nanoseconds since 1970."""
+    """Modification time of the text file when it was tokenized, in nanoseconds since 1970."""
     broken: tuple[str, ...]
     """Lines that were left out: file, line number and reason."""
 

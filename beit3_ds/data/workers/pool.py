@@ -35,8 +35,8 @@ class Preparation(Generic[RequestT, ItemT]):
     """Work of a pool's workers, and the limits of the waits for it."""
 
     work: Callable[[RequestT, Callable[[str], None]], ItemT]
-    """Prepares the item of a request, the same in every call, and passes the name of each record that it reads to its
-    second argument. It is pickled once per worker."""
+    """Function that prepares the item of a request and always gives the same item. It passes the name of each record
+    that it reads to its second argument, and is pickled once per worker."""
     describe: Callable[[RequestT], str]
     """Names the item of a request in messages, for example "step 17"."""
     limits: WaitLimits
