@@ -13,7 +13,7 @@ from torch import Tensor
 from beit3_ds.batch import PackedBatch
 from beit3_ds.model import LossOutput
 from beit3_ds.parallel import Mesh, Message
-from beit3_ds.pipeline import deepspeed_compat as deepspeed_compat
+from beit3_ds.pipeline import deepspeed_compat
 from beit3_ds.pipeline.gradient_probe import GradientProbe
 from beit3_ds.pipeline.schedule_1f1b import Action, schedule_1f1b
 from beit3_ds.pipeline.stages import stage_layers

@@ -11,7 +11,7 @@ from beit3_ds.config import RunConfig
 from beit3_ds.kernels.cpu.allocator import ALLOCATOR
 from beit3_ds.model import TaskModel, initialize_parameters
 from beit3_ds.parallel import Mesh, ModelParallelUnit, TensorParallel, is_split
-from beit3_ds.pipeline import deepspeed_compat as deepspeed_compat
+from beit3_ds.pipeline import deepspeed_compat
 from beit3_ds.pipeline.schedule import Schedule
 from beit3_ds.pipeline.stages import cut_layers, stage_layers
 from beit3_ds.runtime.process_group import compute_device

@@ -25,14 +25,12 @@ def plot_losses(records: list[dict[str, Any]], baselines: dict[str, float], term
     grid = np.atleast_2d(axes).reshape(rows, columns)
     for axis, term in zip(grid.flat, terms, strict=False):
         for kind, style in (
-            ("train", {"alpha": 0.6, "linewidth": 1}),
-            ("validation", {"marker": "o", "markersize": 4}),
+            ("train", {"label": "training", "alpha": 0.6, "linewidth": 1}),
+            ("validation", {"label": "validation", "marker": "o", "markersize": 4}),
         ):
             points = [(r["step"], r[term.name]) for r in records if r["kind"] == kind and term.name in r]
             if points:
-                axis.plot(
-                    *zip(*points, strict=True), label={"train": "training", "validation": "held out"}[kind], **style
-                )
+                axis.plot(*zip(*points, strict=True), **style)
         if term.name in baselines:
             axis.axhline(baselines[term.name], linestyle="--", color="gray", label="unigram entropy")
         axis.set_title(term.title)

@@ -247,7 +247,7 @@ class Attempt:
             self._find_lost()
             await asyncio.sleep(KEEPALIVE_INTERVAL)
             late = max(0.0, time.monotonic() - before - 2 * KEEPALIVE_INTERVAL)
-            for rank in self._ranks.values():  # messages that came while this process was stopped are not read yet
+            for rank in self._ranks.values():  # unread messages may have arrived while this process was stopped
                 rank.channel.last_heard += late
 
     def _check_keepalives(self, keepalives: "asyncio.Task[None]") -> None:

@@ -83,7 +83,7 @@ class ItemReceiver:
         self._arrived = bytearray()
         self._descriptors: list[int] = []
         self.inline_bytes = 0
-        """Bytes of the last object that came through the socket, for lack of shared memory."""
+        """Bytes of the last object, if it was sent through the socket because shared memory was full."""
 
     def receive(self) -> tuple[Any] | None:
         """Reads the bytes that have arrived.

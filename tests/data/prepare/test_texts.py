@@ -165,7 +165,9 @@ def test_stale_files_are_refused_by_name(tmp_path: Path, corpus: str, tokenizer:
 def test_a_text_changed_in_place_is_refused_by_name(tmp_path: Path, corpus: str, tokenizer: TextTokenizer) -> None:
     config, text = data_config(corpus, tmp_path / "prepared"), tmp_path / "a.txt"
     prepare_texts(config, tokenizer, processes=1)
-    text.write_text("\n\n".join(reversed(text.read_text().split("\n\n"))))  # as many bytes, tokens and paragraphs
+    text.write_text(
+        "\n\n".join(reversed(text.read_text().split("\n\n")))
+    )  # the same numbers of bytes, tokens and paragraphs
     os.utime(text, ns=(1, 1))
     with pytest.raises(ConfigError, match=r"made when .*a\.txt had .* mtime_ns .*; now they are .* and 1\. Run"):
         TextSequences([corpus], tokenizer, LENGTH, str(tmp_path / "prepared"))
