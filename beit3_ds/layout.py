@@ -129,6 +129,21 @@ class SequenceLayout(RowLayout):
             row += text_length
         return tuple(ranges)
 
+    def first_rows(self, *parts: int) -> PickedRows:
+        """Returns the first row of every image or text of some parts: CLS of images, BOS of texts.
+
+        Args:
+            parts: indices of `PARTS`, ascending.
+        """
+        image = (self.image_length,)
+        lengths = (image * self.num_images, image * len(self.caption_lengths), self.caption_lengths, self.text_lengths)
+        rows: list[int] = []
+        for part in parts:
+            stop = self.boundaries[part]
+            rows += [stop - rest for rest in reversed(list(accumulate(reversed(lengths[part]))))]
+        counts = tuple(len(lengths[part]) if part in parts else 0 for part in range(len(PARTS)))
+        return PickedRows(torch.tensor(rows, dtype=torch.int64), counts)
+
     def keep(self, kept: Sequence[bool]) -> "KeptSequences":
         """Returns the stream of the kept sequences, in their order.
 

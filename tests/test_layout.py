@@ -27,3 +27,22 @@ def test_kept_sequences_are_the_same_rows(
         new, old = kept.layout.expert_slices(experts), layout.expert_slices(experts)
         for (start, stop), (first, last) in zip(new, old, strict=True):
             assert all(first <= row < last for row in kept.rows[start:stop].tolist())
+
+
+@given(st.integers(0, 4), LENGTHS, LENGTHS, st.integers(2, 6))
+def test_first_rows_are_those_of_the_ranges(
+    images: int, captions: tuple[int, ...], texts: tuple[int, ...], image_length: int
+) -> None:
+    layout = SequenceLayout(images, captions, texts, image_length)
+    starts = [[start for start, _ in ranges] for ranges in layout.sequence_ranges]
+    pairs = starts[images : images + len(captions)]
+    by_part = [
+        [start for (start,) in starts[:images]],
+        [first for first, _ in pairs],
+        [second for _, second in pairs],
+        [start for (start,) in starts[images + len(captions) :]],
+    ]
+    for parts in ((1,), (0, 3), (0, 1, 2, 3)):
+        picked = layout.first_rows(*parts)
+        assert picked.rows.tolist() == [row for part in parts for row in by_part[part]]
+        assert picked.counts == tuple(len(by_part[part]) if part in parts else 0 for part in range(4))

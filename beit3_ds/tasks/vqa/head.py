@@ -1,0 +1,78 @@
+"""Scores answers to a question about an image, with the head of the reference's VQAv2 model (paper section 3.1)."""
+
+# P pairs, D hidden, A answers.
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.config import ModelConfig
+from beit3_ds.model import Head
+from beit3_ds.parallel import TensorParallel
+
+ANSWER_SCORES = "answer_scores"
+"""Key of the target score of every answer to every question, (P, A) float32 in [0, 1]."""
+
+
+class Pooler(nn.Module):
+    """Turns the CLS row of an image into a pooled feature: LayerNorm, linear layer, tanh."""
+
+    def __init__(self, hidden_size: int, epsilon: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size, epsilon)
+        self.dense = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, h_PD: Tensor) -> Tensor:
+        """Returns the pooled features of CLS rows, (P, D)."""
+        pooled_PD: Tensor = self.dense(self.norm(h_PD)).tanh()
+        return pooled_PD
+
+
+class AnswerHead(Head):
+    """Scores every answer from the CLS row of the image, which attended to the question.
+
+    The layers are a pooler, a linear layer to 2 D, LayerNorm, GELU, and a linear layer to the answers. Every
+    tensor-parallel rank has the whole head and computes the same scores. The batch's head rows are the CLS rows of its
+    pairs (`SequenceLayout.first_rows`).
+    """
+
+    def __init__(self, config: ModelConfig, num_answers: int, tensor: TensorParallel | None = None) -> None:
+        """Builds the head with uninitialised parameters.
+
+        Args:
+            config: the model's sizes.
+            num_answers: number of answers, A.
+            tensor: the tensor-parallel group, which the head does not use: its parameters are replicated.
+        """
+        super().__init__()
+        width = 2 * config.hidden_size
+        self.pooler = Pooler(config.hidden_size, config.layer_norm_epsilon)
+        self.dense = nn.Linear(config.hidden_size, width)
+        self.norm = nn.LayerNorm(width, config.layer_norm_epsilon)
+        self.answers = nn.Linear(width, num_answers)
+
+    def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
+        """Returns the sums of two terms, (2,) float32, or the logits of the answers.
+
+        The first term is the binary cross entropy of every question with soft targets, summed over answers. The second
+        is the target score of the answer with the largest logit, which has no gradient.
+
+        Args:
+            h_MD: the CLS row of the image of every pair, (P, D).
+            batch: the packed micro-batch, with `ANSWER_SCORES` if `with_loss`.
+            with_loss: whether to return the sums.
+
+        Returns:
+            The sums over questions, or the logits, (P, A) float32.
+        """
+        hidden_P = self.norm(self.dense(self.pooler(h_MD.to(self.dense.weight.dtype))))
+        logits_PA = self.answers(F.gelu(hidden_P)).float()
+        if not with_loss:
+            return logits_PA
+        scores_PA = batch.targets[ANSWER_SCORES]
+        loss = F.binary_cross_entropy_with_logits(logits_PA, scores_PA, reduction="sum")
+        best_P1 = logits_PA.detach().argmax(1, keepdim=True)
+        return torch.stack([loss, scores_PA.gather(1, best_P1).sum()])
