@@ -54,3 +54,15 @@ def kind_of_bytes(head: bytes) -> str:
         if head.startswith(magic, offset):
             return kind
     return ""
+
+
+def check_is_text(path: str) -> None:
+    """Refuses a file whose first bytes are those of a compressed file, an archive, a table, an image or UTF-16.
+
+    Raises:
+        ValueError: with the kind of the file and a way out.
+        OSError: if the file cannot be read.
+    """
+    if kind := kind_of_file(path):
+        advice = "convert it to UTF-8 with iconv" if "UTF" in kind else "unpack it first"
+        raise ValueError(f"it holds {kind}: {advice}")

@@ -14,26 +14,20 @@ corpora are never complete, so a row without an image is skipped and counted in 
 missing image is a broken record.
 """
 
-import contextlib
-import io
-import json
-import re
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from beit3_ds.config import ConfigError
-from beit3_ds.data.files.kinds import kind_of_file
+from beit3_ds.data.files.json_lists import iterate_json_list, read_json_members, reading_as
+from beit3_ds.data.files.kinds import check_is_text
 from beit3_ds.data.files.reading import open_for_reading
 from beit3_ds.data.images.annotated import NO_IMAGE, AnnotatedImages, CollectedAnnotations
 from beit3_ds.data.images.compact_strings import CompactStrings
 from beit3_ds.data.images.folder import list_images
 
-_CHUNK = 1 << 20
 _JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".ldjson")
-_SEPARATORS = re.compile(r"[ \t\r\n,]*")
 
 
 def read_coco_captions(annotations: str, folder: str) -> AnnotatedImages:
@@ -47,8 +41,8 @@ def read_coco_captions(annotations: str, folder: str) -> AnnotatedImages:
         ConfigError: if the file cannot be read or does not have this form.
     """
     samples = CollectedAnnotations(annotations, folder)
-    with _reading(annotations, "an object with 'images' (id, file_name) and 'annotations' (image_id, caption)"):
-        content = _load_json(annotations)
+    with reading_as(annotations, "an object with 'images' (id, file_name) and 'annotations' (image_id, caption)"):
+        content = read_json_members(annotations, "images", "annotations")
         numbers: dict[object, int] = {}
         for image in content["images"]:
             if image["id"] in numbers:
@@ -72,13 +66,13 @@ def read_visual_genome(region_descriptions: str, image_data: str, folder: str) -
         ConfigError: if a file cannot be read or does not have this form.
     """
     samples = CollectedAnnotations(region_descriptions, folder)
-    with _reading(image_data, "a list of objects with 'image_id' and 'url'"):
+    with reading_as(image_data, "a list of objects with 'image_id' and 'url'"):
         numbers = {
             image["image_id"]: samples.add_image("/".join(image["url"].split("/")[-2:]))
-            for image in _iterate_json_list(image_data)
+            for image in iterate_json_list(image_data)
         }
-    with _reading(region_descriptions, "a list of objects with 'id' and 'regions' (phrase)"):
-        for image in _iterate_json_list(region_descriptions):
+    with reading_as(region_descriptions, "a list of objects with 'id' and 'regions' (phrase)"):
+        for image in iterate_json_list(region_descriptions):
             for region in image["regions"]:
                 samples.add_sample(numbers.get(image["id"], NO_IMAGE), region.get("phrase"))
     return samples
@@ -95,8 +89,12 @@ def read_sbu_captions(captions: str, folder: str) -> AnnotatedImages:
         ConfigError: if a file cannot be read or does not have this form, or the folder has no images.
     """
     samples = CollectedAnnotations(captions, folder)
-    with _reading(captions, "one caption per line, or a JSON object with the list 'captions'"):
-        rows = _load_json(captions)["captions"] if captions.lower().endswith(".json") else _lines(captions)
+    with reading_as(captions, "one caption per line, or a JSON object with the list 'captions'"):
+        rows = (
+            read_json_members(captions, "captions")["captions"]
+            if captions.lower().endswith(".json")
+            else _lines(captions)
+        )
         _add_rows(samples, rows)
     return samples
 
@@ -115,7 +113,7 @@ def read_conceptual_captions(
         ConfigError: if the file cannot be read, the columns are in the other order, or the folder has no images.
     """
     samples = CollectedAnnotations(table, folder)
-    with _reading(table, f"lines of {columns.replace('_', ', tab, ')}"):
+    with reading_as(table, f"lines of {columns.replace('_', ', tab, ')}"):
         _add_rows(samples, _caption_column(table, columns.split("_").index("caption")))
     return samples
 
@@ -171,65 +169,8 @@ def _caption_column(table: str, caption_column: int) -> Iterator[str | None]:
 def _lines(path: str) -> Iterator[str]:
     if path.lower().endswith(_JSON_LINES):
         raise ValueError("it is JSON with one object per line, not one caption per line")
-    _check_kind(path)
+    check_is_text(path)
     # Reads bytes: only a newline ends a row, no other separator of Unicode, and one bad caption breaks one row.
     with open_for_reading(path) as file:
         for line in file:
             yield line.rstrip(b"\r\n").decode("utf-8", "surrogateescape")
-
-
-def _check_kind(path: str) -> None:
-    """Refuses a compressed file, an archive, a table, an image or UTF-16, recognised by the first bytes."""
-    if kind := kind_of_file(path):
-        advice = "convert it to UTF-8 with iconv" if "UTF" in kind else "unpack it first"
-        raise ValueError(f"it holds {kind}: {advice}")
-
-
-def _load_json(path: str) -> Any:
-    with _open_text(path) as file:
-        return json.load(file)
-
-
-def _open_text(path: str) -> io.TextIOWrapper:
-    """Opens UTF-8 text, with or without a byte order mark; failed reads are retried (`files.reading`)."""
-    _check_kind(path)
-    return io.TextIOWrapper(open_for_reading(path), encoding="utf-8-sig")
-
-
-def _iterate_json_list(path: str) -> Iterator[Any]:
-    """Yields the elements of a JSON list of any size, with one element in memory at a time."""
-    decoder = json.JSONDecoder()
-    with _open_text(path) as file:
-        buffer = file.read(_CHUNK).lstrip()
-        if not buffer.startswith("["):
-            raise ValueError("it does not start with '['")
-        position = 1
-        while True:
-            match = _SEPARATORS.match(buffer, position)
-            position = match.end() if match else position
-            if buffer.startswith("]", position):
-                return
-            try:
-                element, position = decoder.raw_decode(buffer, position)
-            except json.JSONDecodeError as error:
-                # The buffer ends within an element. Reading twice as much each time avoids quadratic time.
-                more = file.read(max(_CHUNK, len(buffer) - position))
-                if not more:
-                    raise ValueError(f"truncated or damaged: {error.msg}") from error
-                buffer, position = buffer[position:] + more, 0
-                continue
-            yield element
-
-
-@contextlib.contextmanager
-def _reading(path: str, form: str) -> Iterator[None]:
-    """Turns the exceptions that a file of another form causes into one clear error."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(
-            f"data: {path} cannot be read as {form}: {type(error).__name__}: {error}. Correct the path, or fetch it "
-            "again."
-        ) from error

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from beit3_ds.config import ConfigError
+from beit3_ds.data.files import json_lists
 from beit3_ds.data.files.records import BrokenRecordError
-from beit3_ds.data.images import annotations
 from beit3_ds.data.images.annotated import AnnotatedImages
 from beit3_ds.data.images.annotations import (
     read_coco_captions,
@@ -124,7 +124,7 @@ def _visual_genome(tmp_path: Path, num_images: int) -> tuple[str, str]:
 
 @pytest.mark.parametrize("chunk", [1 << 20, 64, 1])
 def test_visual_genome(tmp_path: Path, png: bytes, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(annotations, "_CHUNK", chunk)  # catches an element lost where the stream is cut
+    monkeypatch.setattr(json_lists, "_CHUNK", chunk)  # catches an element lost where the stream is cut
     regions, images = _visual_genome(tmp_path, 8)
     folder = _images(tmp_path / "vg", png, "VG_100K_2/7.jpg", "VG_100K/8.jpg")
     source = read_visual_genome(regions, images, folder)

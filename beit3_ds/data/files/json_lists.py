@@ -1,0 +1,165 @@
+"""Reads the lists in JSON files of any size, with one element in memory at a time."""
+
+import contextlib
+import io
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from beit3_ds.config import ConfigError
+from beit3_ds.data.files.kinds import check_is_text
+from beit3_ds.data.files.reading import open_for_reading
+
+_CHUNK = 1 << 20
+_BLANKS = re.compile(r"[ \t\r\n]*")
+_BLANKS_AND_COMMAS = re.compile(r"[ \t\r\n,]*")
+
+
+def iterate_json_list(path: str, *keys: str) -> Iterator[Any]:
+    """Yields the elements of a JSON list, or of lists inside a JSON object.
+
+    Args:
+        path: UTF-8 file, with or without a byte order mark.
+        keys: without keys the file is a list. With keys it is an object, and the elements of these members are
+            yielded in the order of the file; other members are skipped.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if the file is compressed, truncated, damaged, or has not this form.
+        KeyError: if the object lacks one of the keys; raised after the last element.
+        StorageError: if the file system fails.
+    """
+    with open_json_text(path) as file:
+        reader = _Reader(file)
+        if not keys:
+            yield from reader.elements()
+            return
+        missing = list(keys)
+        for key in reader.member_keys():
+            if key in missing:
+                missing.remove(key)
+                yield from reader.elements()
+            else:
+                reader.skip_value()
+        if missing:
+            raise KeyError(missing[0])
+
+
+def read_json_members(path: str, *keys: str) -> dict[str, Any]:
+    """Returns the members of a JSON object that have one of the keys, without the rest in memory.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if the file is compressed, truncated, damaged, or is no object.
+        StorageError: if the file system fails.
+    """
+    found = {}
+    with open_json_text(path) as file:
+        reader = _Reader(file)
+        for key in reader.member_keys():
+            if key in keys:
+                found[key] = reader.value()
+            else:
+                reader.skip_value()
+    return found
+
+
+def open_json_text(path: str) -> io.TextIOWrapper:
+    """Opens UTF-8 text, with or without a byte order mark; failed reads are retried (`files.reading`).
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is compressed, an archive, a table, an image or UTF-16, recognised by the first bytes.
+    """
+    check_is_text(path)
+    return io.TextIOWrapper(open_for_reading(path), encoding="utf-8-sig")
+
+
+@contextlib.contextmanager
+def reading_as(path: str, form: str) -> Iterator[None]:
+    """Turns the exceptions that a file of another form causes into one `ConfigError` that names file and form."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(
+            f"data: {path} cannot be read as {form}: {type(error).__name__}: {error}. Correct the path, or fetch it "
+            "again."
+        ) from error
+
+
+class _Reader:
+    """Reads JSON from a growing window of a text file."""
+
+    def __init__(self, file: io.TextIOWrapper) -> None:
+        self._file, self._decoder = file, json.JSONDecoder()
+        self._buffer, self._position = "", 0
+
+    def elements(self) -> Iterator[Any]:
+        """Yields the elements of the list that starts here."""
+        self._take("[")
+        while self._next(_BLANKS_AND_COMMAS) != "]":
+            yield self.value()
+        self._position += 1
+
+    def member_keys(self) -> Iterator[str]:
+        """Yields the keys of the object that starts here; the caller reads or skips each value."""
+        self._take("{")
+        while self._next(_BLANKS_AND_COMMAS) != "}":
+            key = self.value()
+            if not isinstance(key, str):
+                raise ValueError(f"the key {key!r} of the object is not a string")
+            self._take(":")
+            yield key
+        self._position += 1
+
+    def skip_value(self) -> None:
+        """Skips the value that starts here; a list is skipped one element at a time."""
+        if self._next() == "[":
+            for _ in self.elements():
+                pass
+        else:
+            self.value()
+
+    def value(self) -> Any:
+        """Decodes the value that starts here."""
+        self._next()
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._buffer, self._position)
+                reason = ""
+            except json.JSONDecodeError as error:
+                value, end, reason = None, len(self._buffer), error.msg
+            # A value that touches the end of the buffer may go on behind it, as 12 of 123.
+            if not reason and end < len(self._buffer):
+                self._position = end
+                return value
+            if not self._read_more():
+                if reason:
+                    raise ValueError(f"truncated or damaged: {reason}")
+                self._position = end
+                return value
+
+    def _take(self, character: str) -> None:
+        found = self._next()
+        if found != character:
+            raise ValueError(f"expected '{character}' and not {found!r}")
+        self._position += 1
+
+    def _next(self, blanks: re.Pattern[str] = _BLANKS) -> str:
+        """Moves to the next character that matters, and returns it."""
+        while True:
+            match = blanks.match(self._buffer, self._position)
+            self._position = match.end() if match else self._position
+            if self._position < len(self._buffer):
+                return self._buffer[self._position]
+            if not self._read_more():
+                raise ValueError("truncated")
+
+    def _read_more(self) -> bool:
+        """Drops what was read and reads on; twice as much each time, which avoids quadratic time for long values."""
+        more = self._file.read(max(_CHUNK, len(self._buffer) - self._position))
+        self._buffer, self._position = self._buffer[self._position :] + more, 0
+        return bool(more)

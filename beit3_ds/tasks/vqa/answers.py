@@ -1,0 +1,160 @@
+"""Answers to questions: their official normal form, the list of answers that a model chooses from, and soft scores."""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from beit3_ds.atomic_file import atomic_write
+from beit3_ds.config import ConfigError
+from beit3_ds.data.files.json_lines import iterate_json_lines
+from beit3_ds.tasks.vqa.contractions import CONTRACTIONS
+
+MIN_OCCURRENCES = 9
+"""Questions that an answer must be the main answer of; VQAv2's training and validation splits give 3,129 answers."""
+
+_PUNCTUATION = tuple(';/[]"{}()=+\\_-><@`,?!')
+_DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
+_PERIOD = re.compile(r"\.(?!\d)")
+_MAX_PERIODS = 32  # the evaluator passes a flag of this value where `re.sub` takes the number of replacements
+_ARTICLES = frozenset(("a", "an", "the"))
+_NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5"} | {
+    **{"six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
+}
+
+
+def strip_answer(answer: str) -> str:
+    """Returns an answer in one line, without white space around it."""
+    return answer.replace("\n", " ").replace("\t", " ").strip()
+
+
+def normalize_answer(answer: str) -> str:
+    """Returns the normal form of an answer, as the official evaluator compares answers.
+
+    Punctuation, articles and apostrophes missing from contractions do not matter, and number words up to ten are
+    digits: "The two dogs." and "2 dogs" are one answer.
+    """
+    answer = strip_answer(answer)
+    removes_all = _DIGIT_COMMA_DIGIT.search(answer) is not None
+    text = answer
+    for mark in _PUNCTUATION:
+        at_border = f"{mark} " in answer or f" {mark}" in answer
+        text = text.replace(mark, "" if removes_all or at_border else " ")
+    words = _PERIOD.sub("", text, count=_MAX_PERIODS).lower().split()
+    numbered = (_NUMBERS.get(word, word) for word in words)
+    return " ".join(CONTRACTIONS.get(word, word) for word in numbered if word not in _ARTICLES)
+
+
+def accuracy_of_share(num_matches: int, num_answers: int) -> float:
+    """Returns the accuracy, from 0 to 1, of an answer that `num_matches` of `num_answers` people gave.
+
+    With ten answers it is the official accuracy (Antol et al., 2015, arXiv:1505.00468): min(1, matches / 3), averaged
+    over the ten ways to leave one person out, which gives 0, .3, .6, .9 and 1. With another number of answers, which
+    the official files never have, the share counts as that share of ten people; the only answer of one person gives 1.
+
+    Raises:
+        ConfigError: if there are no answers.
+    """
+    if not num_answers:
+        raise ConfigError("vqa: a question without answers has no accuracy. Score a split that has annotations.")
+    matches = 10 * num_matches / num_answers
+    left_out = matches * min(1.0, max(0.0, matches - 1) / 3) + (10 - matches) * min(1.0, matches / 3)
+    return left_out / 10
+
+
+def soft_scores(answers: Sequence[str]) -> dict[str, float]:
+    """Returns the accuracy of every answer that people gave, by its normal form; these are the targets of training."""
+    counts = Counter(map(normalize_answer, answers))
+    return {answer: accuracy_of_share(count, len(answers)) for answer, count in counts.items()}
+
+
+def main_answer(answers: Sequence[str]) -> str:
+    """Returns the answer that most people gave, in normal form; the first of several."""
+    return Counter(map(normalize_answer, answers)).most_common(1)[0][0]
+
+
+class AnswerVocabulary:
+    """The answers that a model chooses from; the label of an answer is its place."""
+
+    def __init__(self, answers: Iterable[str]) -> None:
+        """Numbers the answers in their order.
+
+        Raises:
+            ConfigError: if an answer occurs twice or is not in normal form, so that it could never be right.
+        """
+        self.answers = tuple(answers)
+        for label, answer in enumerate(self.answers):
+            if self.labels[answer] != label:
+                raise ConfigError(f"vqa: the answer {answer!r} occurs twice, as {label} and {self.labels[answer]}.")
+            if normalize_answer(answer) != answer:
+                raise ConfigError(
+                    f"vqa: answer {label}, {answer!r}, is not in normal form, so it could never be right. Write it as "
+                    f"{normalize_answer(answer)!r}."
+                )
+
+    def __len__(self) -> int:
+        """Returns the number of answers."""
+        return len(self.answers)
+
+    def __iter__(self) -> Iterator[str]:
+        """Yields the answers by label."""
+        return iter(self.answers)
+
+    @cached_property
+    def labels(self) -> Mapping[str, int]:
+        """Returns the label of each answer."""
+        return {answer: label for label, answer in enumerate(self.answers)}
+
+    def digest(self) -> str:
+        """Returns 16 hexadecimal digits that differ for another list or order of answers."""
+        return hashlib.sha256(json.dumps(self.answers).encode()).hexdigest()[:16]
+
+    def targets(self, answers: Sequence[str]) -> dict[int, float]:
+        """Returns the soft score of every answer that the list holds, by label; empty if it holds none."""
+        return {self.labels[answer]: score for answer, score in soft_scores(answers).items() if answer in self.labels}
+
+    @classmethod
+    def build(cls, main_answers: Iterable[str], min_occurrences: int = MIN_OCCURRENCES) -> "AnswerVocabulary":
+        """Collects the answers that occur often enough, in the order of their first occurrence.
+
+        Args:
+            main_answers: the main answer of every training question (`multiple_choice_answer` in the official files).
+            min_occurrences: questions that an answer must be the main answer of.
+
+        Raises:
+            ConfigError: if no answer occurs often enough.
+        """
+        counts = Counter(map(normalize_answer, main_answers))
+        answers = [answer for answer, count in counts.items() if count >= min_occurrences]
+        if not answers:
+            raise ConfigError(
+                f"vqa: none of {len(counts)} different answers to {counts.total()} training questions occurs "
+                f"{min_occurrences} times. Lower task.min_answer_occurrences."
+            )
+        return cls(answers)
+
+    def save(self, path: Path) -> None:
+        """Writes one JSON object with `answer` and `label` per line, the form in which BEiT-3's own list comes."""
+        with atomic_write(path) as file:
+            for label, answer in enumerate(self.answers):
+                file.write(json.dumps({"answer": answer, "label": label}).encode() + b"\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "AnswerVocabulary":
+        """Reads a list that `save` wrote.
+
+        Raises:
+            ConfigError: if the file cannot be read or does not have this form, with the line.
+        """
+        answers: list[str] = []
+        for number, entry in iterate_json_lines(str(path), {"answer": str, "label": int}):
+            if entry["label"] != len(answers):
+                raise ConfigError(
+                    f"vqa: {path}:{number} has label {entry['label']} instead of {len(answers)}: labels number the "
+                    "answers from 0. Use the list that was saved with the weights."
+                )
+            answers.append(entry["answer"])
+        return cls(answers)

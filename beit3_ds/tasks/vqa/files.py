@@ -1,0 +1,293 @@
+"""Reads the files of VQAv2 and Visual Genome's questions as they are published, and questions of one's own.
+
+| format | questions | answers | image of a question |
+|---|---|---|---|
+| VQAv2 | `v2_OpenEnded_mscoco_*_questions.json` | `v2_mscoco_*_annotations.json` | `COCO_{split}_{image_id:012}.jpg` |
+| Visual Genome | `question_answers.json` | in the same file | last two parts of its URL in `image_data.json` |
+| JSON lines | objects with `question`, `image`, and if need be `id` | `answers`, or `answer` | path `image` |
+
+Files are read one entry at a time: VQAv2's training annotations have 365 MB, and 2.5 GB as Python objects.
+"""
+
+import json
+import os
+from array import array
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from beit3_ds.config import ConfigError
+from beit3_ds.data.files.fingerprint import SourceFile
+from beit3_ds.data.files.json_lines import iterate_json_lines
+from beit3_ds.data.files.json_lists import iterate_json_list, read_json_members, reading_as
+from beit3_ds.data.images.annotated import NO_IMAGE, CollectedAnnotations, describe_files
+from beit3_ds.data.images.compact_strings import CompactStrings
+from beit3_ds.tasks.vqa.answers import main_answer
+
+_QUESTIONS_FORM = "an object with 'questions' (question_id, image_id, question)"
+_ANNOTATIONS_FORM = "an object with 'annotations' (question_id, multiple_choice_answer, answers)"
+
+
+class VqaQuestions(CollectedAnnotations):
+    """Questions about images, with the answers of people if the split has them; one sample per question.
+
+    The `caption` of a sample is its question. Takes some 200 bytes per question beside its text.
+    """
+
+    def __init__(self, questions: str, folder: str, *further_files: str) -> None:
+        """Starts without questions.
+
+        Args:
+            questions: path of the file of questions.
+            folder: folder of the images.
+            further_files: other files that the samples are read from, which ranks compare.
+        """
+        super().__init__(questions, folder)
+        self._further_files = further_files
+        self._identifiers, self._answers, self._main_answers = CompactStrings(), CompactStrings(), CompactStrings()
+        self._type_numbers: dict[tuple[str, str], int] = {}
+        self._types: list[tuple[str, str]] = []
+        self._sample_types = array("l")
+
+    def add_question(self, identifier: int | str, image_number: int, question: str) -> None:
+        """Adds a question that has no answers yet."""
+        self.add_sample(image_number, question)
+        self._identifiers.append(json.dumps(identifier))
+
+    def add_answers(self, answers: list[str], main: str = "", question_type: str = "", answer_type: str = "") -> None:
+        """Adds the answers to the first question that has none yet.
+
+        Args:
+            answers: answers of people; ten in the official files.
+            main: the answer that the file calls the main one; empty takes the most frequent.
+            question_type: group of the question; empty if unknown.
+            answer_type: group of the answer; empty if unknown.
+        """
+        self._answers.append(json.dumps(answers))
+        self._main_answers.append(main or main_answer(answers))
+        types = (question_type, answer_type)
+        if types not in self._type_numbers:
+            self._type_numbers[types] = len(self._types)
+            self._types.append(types)
+        self._sample_types.append(self._type_numbers[types])
+
+    def files(self) -> Iterator[SourceFile]:
+        """Yields the file of the questions, then those of answers and images.
+
+        Raises:
+            ConfigError: if a file is gone.
+        """
+        yield from super().files()
+        for path, (num_bytes, _) in zip(self._further_files, describe_files(self._further_files), strict=True):
+            yield SourceFile(os.path.basename(path), num_bytes, 0)
+
+    def identifier(self, index: int) -> int | str:
+        """Returns the question's identifier as its file has it; JSON lines without one are numbered from 0."""
+        identifier: int | str = json.loads(self._identifiers[index])
+        return identifier
+
+    @property
+    def num_answered(self) -> int:
+        """Returns the number of questions that have answers, which are the first."""
+        return len(self._answers)
+
+    @property
+    def has_answers(self) -> bool:
+        """Returns whether the questions have answers, which a test split lacks."""
+        return self.num_answered == len(self)
+
+    def answers(self, index: int) -> list[str]:
+        """Returns the answers of people to a question.
+
+        Raises:
+            ConfigError: if the split has no answers.
+        """
+        self.check_has_answers()
+        answers: list[str] = json.loads(self._answers[index])
+        return answers
+
+    def types(self, index: int) -> tuple[str, str]:
+        """Returns the type of a question and of its answer; both are empty where no file says it."""
+        return self._types[self._sample_types[index]] if index < len(self._sample_types) else ("", "")
+
+    def main_answers(self) -> Iterator[str]:
+        """Yields the main answer to every question, from which the list of answers is built.
+
+        Raises:
+            ConfigError: if the split has no answers.
+        """
+        self.check_has_answers()
+        return (self._main_answers[index] for index in range(len(self)))
+
+    def check_has_answers(self) -> None:
+        """Refuses a split without answers.
+
+        Raises:
+            ConfigError: with the file of the questions.
+        """
+        if not self.has_answers:
+            raise ConfigError(
+                f"vqa: the questions of {self.annotations} have no answers, as those of a test split. They can be "
+                "answered and submitted, but neither trained on nor scored. Name the file with their 'annotations'."
+            )
+
+
+def read_vqav2(questions: str, annotations: str, images: str, split: str = "") -> VqaQuestions:
+    """Reads VQAv2 (Goyal et al., 2017, arXiv:1612.00837): one sample per question, in the order of the file.
+
+    Args:
+        questions: official file of questions.
+        annotations: official file of answers; empty for a test split, which has none.
+        images: folder of the images, or the folder above it, with folders such as `val2014`.
+        split: split in the names of the images, such as `val2014`; empty takes `data_subtype` of the file.
+
+    Raises:
+        ConfigError: if a file cannot be read or does not have this form, a question occurs twice or has no answers, or
+            answers belong to no question; the message names the entry.
+    """
+    split = split or _split_of(questions)
+    prefix = f"{split}/" if os.path.isdir(os.path.join(images, split)) else ""
+    samples = VqaQuestions(questions, images, *filter(None, (annotations,)))
+    places: dict[object, int] = {}
+    image_numbers: dict[int, int] = {}
+    with reading_as(questions, _QUESTIONS_FORM):
+        for number, entry in enumerate(iterate_json_list(questions, "questions")):
+            _check_new(places, entry["question_id"], number, f"{questions}: entry {number} of 'questions'")
+            image = int(entry["image_id"])
+            if image not in image_numbers:
+                image_numbers[image] = samples.add_image(f"{prefix}COCO_{split}_{image:012}.jpg")
+            samples.add_question(entry["question_id"], image_numbers[image], entry["question"])
+    if annotations:
+        _add_annotations(samples, annotations, places)
+    return samples
+
+
+def _split_of(questions: str) -> str:
+    """Returns the split in the names of the images: `test2015` also for the questions of `test-dev2015`."""
+    with reading_as(questions, _QUESTIONS_FORM):
+        split = read_json_members(questions, "data_subtype").get("data_subtype")
+    if not split or not isinstance(split, str):
+        raise ConfigError(
+            f"vqa: {questions} does not say the split of its images ('data_subtype'). Set the source's 'split', such "
+            "as train2014: it is part of the names of the images."
+        )
+    return split.replace("test-dev", "test")
+
+
+def _add_annotations(samples: VqaQuestions, annotations: str, places: dict[object, int]) -> None:
+    """Adds the answers of an official file, which may list the questions in another order."""
+    found: list[Any] = [None] * len(samples)
+    seen: dict[object, int] = {}
+    texts: dict[str, str] = {}  # one object per text, because VQAv2's 4.4 million answers are few texts
+    with reading_as(annotations, _ANNOTATIONS_FORM):
+        for number, entry in enumerate(iterate_json_list(annotations, "annotations")):
+            where, question = f"{annotations}: entry {number} of 'annotations'", entry["question_id"]
+            _check_new(seen, question, number, where)
+            if question not in places:
+                raise ConfigError(
+                    f"vqa: {where} answers question {question!r}, which {samples.annotations} does not ask. Take the "
+                    "two files from the same split."
+                )
+            answers = [_one(texts, answer["answer"]) for answer in entry["answers"]]
+            if not answers:
+                raise ConfigError(f"vqa: {where} has no answers to question {question!r}. Fetch the file again.")
+            keys = ("multiple_choice_answer", "question_type", "answer_type")
+            found[places[question]] = (answers, *(_one(texts, entry.get(key, "")) for key in keys))
+    for place, annotation in enumerate(found):
+        if annotation is None:
+            raise ConfigError(
+                f"vqa: {samples.annotations}: question {samples.identifier(place)!r} (entry {place} of 'questions') "
+                f"has no annotation in {annotations}, which has {len(seen):,} for {len(samples):,} questions. Take "
+                "both files from the same split."
+            )
+        samples.add_answers(*annotation)
+
+
+def _one(texts: dict[str, str], text: object) -> str:
+    """Returns the one object of `texts` that equals a text."""
+    return texts.setdefault(str(text), str(text))
+
+
+def read_visual_genome_questions(question_answers: str, image_data: str, folder: str) -> VqaQuestions:
+    """Reads the questions of Visual Genome (Krishna et al., 2017, arXiv:1602.07332), each with one answer.
+
+    Args:
+        question_answers: JSON list of images (`id`, `qas`: a list of `qa_id`, `question`, `answer`).
+        image_data: JSON list of images (`image_id`, `url`).
+        folder: folder of `VG_100K` and `VG_100K_2`.
+
+    Raises:
+        ConfigError: if a file cannot be read or does not have this form, or a question occurs twice.
+    """
+    samples = VqaQuestions(question_answers, folder, image_data)
+    with reading_as(image_data, "a list of objects with 'image_id' and 'url'"):
+        numbers = {
+            image["image_id"]: samples.add_image("/".join(image["url"].split("/")[-2:]))
+            for image in iterate_json_list(image_data)
+        }
+    places: dict[object, int] = {}
+    with reading_as(question_answers, "a list of objects with 'id' and 'qas' (qa_id, question, answer)"):
+        for number, image in enumerate(iterate_json_list(question_answers)):
+            for entry in image["qas"]:
+                _check_new(places, entry["qa_id"], number, f"{question_answers}: entry {number}")
+                samples.add_question(entry["qa_id"], numbers.get(image["id"], NO_IMAGE), entry["question"])
+                samples.add_answers([str(entry["answer"])])
+    return samples
+
+
+def read_vqa_lines(path: str, folder: str) -> VqaQuestions:
+    """Reads questions from JSON lines.
+
+    Args:
+        path: file with one object per line: `question`, `image` (path in the folder), `answers` (a list of texts) or
+            `answer` (one text) unless no line has them, and where wanted `id`, `question_type` and `answer_type`.
+        folder: folder of the images.
+
+    Raises:
+        ConfigError: if the file cannot be read, a line does not have this form, an id occurs twice, or only some
+            questions have answers; the message names the line.
+    """
+    samples = VqaQuestions(path, folder)
+    places: dict[object, int] = {}
+    images: dict[str, int] = {}
+    for number, line in iterate_json_lines(path, {"question": str, "image": str}):
+        where = f"{path}:{number}"
+        identifier = line.get("id", len(samples))
+        _check_new(places, identifier, number, where)
+        image = line["image"]
+        if image not in images:
+            images[image] = samples.add_image(image)
+        samples.add_question(identifier, images[image], line["question"])
+        answers = _answers_of_line(line, where)
+        if (answers is None) != (samples.num_answered == 0) and len(samples) > 1:
+            raise ConfigError(
+                f"vqa: {where} has {'no ' if answers is None else ''}answers, but the lines before have "
+                f"{'some' if samples.num_answered else 'none'}. Give answers in all lines or in none."
+            )
+        if answers is not None:
+            samples.add_answers(answers, "", str(line.get("question_type", "")), str(line.get("answer_type", "")))
+    return samples
+
+
+def _answers_of_line(line: Mapping[str, Any], where: str) -> list[str] | None:
+    """Returns the answers of a line, None if it has none."""
+    answers = line.get("answers", [line["answer"]] if "answer" in line else None)
+    if answers is None:
+        return None
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise ConfigError(
+            f"vqa: {where}: 'answers' must be a list of one or more texts (or 'answer' one text), not "
+            f"{str(answers)[:80]!r}. Leave them out of all lines for questions without answers."
+        )
+    return answers
+
+
+def _check_new(places: dict[object, int], identifier: object, number: int, where: str) -> None:
+    """Notes the place of an identifier, and refuses one that occurs twice or is neither a number nor a text."""
+    if not isinstance(identifier, int | str):
+        raise ConfigError(f"vqa: {where}: the id {identifier!r} is neither a number nor a text.")
+    if identifier in places:
+        raise ConfigError(
+            f"vqa: {where}: the question id {identifier!r} occurs twice (first at {places[identifier]}). Every "
+            "question needs an id of its own, or it would count twice."
+        )
+    places[identifier] = number
