@@ -37,10 +37,9 @@ from beit3_ds.training.flops import peak_flops, training_flops
 from beit3_ds.training.init_from import InitialWeights, open_initial_weights
 from beit3_ds.training.loop import Run, resume, train
 from beit3_ds.training.metrics_log import MetricsLog
-from beit3_ds.training.optimizer import decays
 from beit3_ds.training.progress import Progress
 from beit3_ds.training.report import write_report
-from beit3_ds.training.start_checks import check_device, check_software, prepare_output_dir
+from beit3_ds.training.start_checks import check_device, check_frozen_patterns, check_software, prepare_output_dir
 from beit3_ds.training.startup_summary import describe_startup
 from beit3_ds.training.stragglers import Stragglers, TimedSteps
 
@@ -95,6 +94,7 @@ def open_inputs(config: RunConfig) -> Inputs:
     _check_this_node(config, launch)
     check_software(config)
     check_device(config.training)
+    check_frozen_patterns(task)
     prepare_output_dir(Path(config.training.output_dir))
     coords = config.parallel.rank_coords(launch.rank, launch.world_size)
     share = _share_of(coords, config.parallel, data_parallel_size)
@@ -122,7 +122,7 @@ def _check_this_node(config: RunConfig, launch: Launch) -> None:
     """Checks that this machine has enough memory for its ranks, if the launcher gives their number."""
     ranks_here = 1 if launch.world_size == 1 else launch.local_size
     if ranks_here:
-        check_node(host_requirements(config, launch.world_size, ranks_here, decays), config, measure_node())
+        check_node(host_requirements(config, launch.world_size, ranks_here), config, measure_node())
 
 
 def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh, signals: StopSignals) -> tuple[Run, Iterable[StepBatch]]:

@@ -87,6 +87,7 @@ TABLE: dict[Call, Row] = {
     ),  # whether there is one
     # The engine and the pipeline.
     **rows("beit3_ds/training/engine.py", DEVICES, "data", build_engine="deepspeed.initialize"),
+    **rows("beit3_ds/training/engine.py", HOST, "pipeline", build_engine="mesh.pipeline.host.gather"),
     **rows("beit3_ds/runtime/process_group.py", DEVICES, BY_READING, _join="deepspeed.init_distributed"),
     **rows("beit3_ds/training/engine.py", DEVICES, "data", apply_update="engine.step"),
     **rows("beit3_ds/training/engine.py", DEVICES, "replicated", _gradient_norm="mesh.sum_over_model"),

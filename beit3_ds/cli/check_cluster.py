@@ -85,7 +85,7 @@ def _check_cluster(options: argparse.Namespace) -> int:
     inspection = inspect_cluster(hostfile, inquiry)
     requirements = None
     if config is not None:  # after the inspection: its clocks would be late while torch is imported
-        requirements = compute_requirements(config, hostfile, _decays)
+        requirements = compute_requirements(config, hostfile)
     faults = [*find_node_faults(inspection, requirements), *find_link_faults(inspection)]
     if requirements is not None:
         faults += requirements.faults()
@@ -114,12 +114,6 @@ def _check_bandwidth(inspection: "Inspection", faults: "list[Fault]", expect_gbi
         return links
     print(describe_links(links))
     return list(find_slow_links(links, expected_bits))
-
-
-def _decays(name: str) -> bool:
-    from beit3_ds.training.optimizer import decays
-
-    return decays(name)
 
 
 def _forwarded(environment: Mapping[str, str]) -> dict[str, str]:

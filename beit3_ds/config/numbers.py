@@ -70,6 +70,10 @@ LearningRate = Annotated[float, Range(0, 1, above=True)]
 """A learning rate: AdamW moves every weight by about this much per step."""
 FinalLearningRate = Annotated[float, Range(0, 1)]
 """A learning rate that may be zero."""
+LearningRateScale = Annotated[float, Range(0, 1e4, above=True)]
+"""A factor of the learning rate of some parameters."""
+LayerDecay = Annotated[float, Range(0, 1, above=True)]
+"""A factor of the learning rate per layer; 1 gives all layers the same rate."""
 WeightDecay = Annotated[float, Range(0, 10)]
 """Share of a weight that a step subtracts from it, in units of the learning rate."""
 Decay = Annotated[float, Range(0, 1, below=True)]

@@ -8,7 +8,9 @@ from beit3_ds.config.numbers import (
     Decay,
     Epsilon,
     FinalLearningRate,
+    LayerDecay,
     LearningRate,
+    LearningRateScale,
     Positive,
     Seed,
     Steps,
@@ -37,6 +39,16 @@ class TrainingConfig:
     """Peak learning rate (paper: 1e-3)."""
     min_learning_rate: FinalLearningRate = 0.0
     """Learning rate of the last step, an absolute value; the paper does not give the end of its cosine."""
+    layer_decay: LayerDecay = 1.0
+    """Factor of the learning rate per layer below the head, for fine-tuning (the reference: 0.65 to 0.85). Embeddings
+    are layer 0, block i is layer i + 1, final norm and head are the last layer, which has the whole rate."""
+    head_learning_rate_scale: LearningRateScale = 1.0
+    """Factor of the learning rate of a task's head, whose parameters are new in fine-tuning (the reference: 20 for
+    VQAv2)."""
+    frozen: tuple[str, ...] = ()
+    """Patterns of logical parameter names that training does not change, e.g. `embeddings.*` or `blocks.[0-3].*`; `*`
+    stands for any characters. Frozen parameters do not count in the gradient norm. They stay in the optimizer's
+    memory, so freezing saves no memory."""
     weight_decay: WeightDecay = 0.05
     """Decoupled weight decay of matrices (paper: 0.05); biases, norms, positions, CLS and mask token have none."""
     optimizer: Literal["adamw", "apex_fused_adam"] = "adamw"

@@ -3,7 +3,6 @@
 docs/traffic_and_memory.md explains the figures.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,23 +60,19 @@ class NodeSize:
     """Name of the node in messages."""
 
 
-def host_requirements(
-    config: RunConfig, world_size: int, ranks_per_node: int, decays: Callable[[str], bool]
-) -> HostRequirements:
+def host_requirements(config: RunConfig, world_size: int, ranks_per_node: int) -> HostRequirements:
     """Models the requirements of the busiest node.
 
     Args:
         config: the run's configuration.
         world_size: number of ranks.
         ranks_per_node: ranks on every node, in the order of their numbers; the last node may have fewer.
-        decays: returns whether the optimizer decays the parameter with a name.
 
     Raises:
         ConfigError: if the layout does not fit, or a step exceeds `data.prefetch_gib`.
     """
     state_bytes = {
-        stage: _state_bytes(config, world_size, decays, stage)
-        for stage in range(config.parallel.pipeline_parallel_size)
+        stage: _state_bytes(config, world_size, stage) for stage in range(config.parallel.pipeline_parallel_size)
     }
     nodes = [range(first, min(first + ranks_per_node, world_size)) for first in range(0, world_size, ranks_per_node)]
     kinds = {tuple(_kind(config, rank, world_size) for rank in node): None for node in nodes}
@@ -190,9 +185,9 @@ def _validation_bytes(config: RunConfig, data_parallel_size: int, views: str) ->
     return images * image_bytes(config, views)
 
 
-def _state_bytes(config: RunConfig, world_size: int, decays: Callable[[str], bool], stage: int) -> tuple[int, int, int]:
+def _state_bytes(config: RunConfig, world_size: int, stage: int) -> tuple[int, int, int]:
     """Returns, for one rank of a stage, the bytes that a checkpoint copies, that are offloaded, and that are pinned."""
-    rank_model = build_rank_model(config, world_size, decays, stage)
+    rank_model = build_rank_model(config, world_size, stage)
     memory = rank_memory(rank_model, expected_workloads(config, rank_model.data_parallel_size))
     options, on_host = config.options, {}
     if options.offloads_optimizer:

@@ -3,7 +3,7 @@
 # T rows of a micro-batch, D hidden, e bytes of an element of the stream.
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from beit3_ds.config import RunConfig
@@ -33,13 +33,12 @@ class PrecisionCost(NamedTuple):
     """Seconds per step to read and write the stream and the sums of gradients at full memory bandwidth."""
 
 
-def describe_precision(config: RunConfig, world_size: int, decays: Callable[[str], bool]) -> str:
+def describe_precision(config: RunConfig, world_size: int) -> str:
     """Returns lines that compare both choices with their opposites; empty for a float32 run, which has none.
 
     Args:
         config: the run's configuration.
         world_size: number of ranks.
-        decays: returns whether the optimizer decays the parameter with a name, by which it groups them.
     """
     if not config.options.is_bf16:
         return ""
@@ -51,7 +50,7 @@ def describe_precision(config: RunConfig, world_size: int, decays: Callable[[str
         ("sums of gradients", chosen_sums, _with_sums),
     ):
         for wide in (True, False):
-            cost = precision_cost(change(config, wide), world_size, decays)
+            cost = precision_cost(change(config, wide), world_size)
             mark = "  (set)" if wide == chosen else ""
             dtype = "fp32" if wide else "bf16"
             lines.append(
@@ -61,10 +60,10 @@ def describe_precision(config: RunConfig, world_size: int, decays: Callable[[str
     return "\n".join(lines)
 
 
-def precision_cost(config: RunConfig, world_size: int, decays: Callable[[str], bool]) -> PrecisionCost:
+def precision_cost(config: RunConfig, world_size: int) -> PrecisionCost:
     """Models the rank of the pipeline stage that needs most memory."""
     stages = range(config.parallel.pipeline_parallel_size)
-    return max(_stage_cost(build_rank_model(config, world_size, decays, stage)) for stage in stages)
+    return max(_stage_cost(build_rank_model(config, world_size, stage)) for stage in stages)
 
 
 def _stage_cost(rank_model: RankModel) -> PrecisionCost:

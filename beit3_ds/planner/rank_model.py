@@ -1,6 +1,5 @@
 """Builds one rank's part of a model without storage; traffic and memory follow from its shapes."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +7,7 @@ from torch import nn
 
 from beit3_ds.config import RunConfig
 from beit3_ds.model import TaskModel
+from beit3_ds.model.parameter_groups import group_parameters
 from beit3_ds.parallel import TensorParallel
 from beit3_ds.pipeline.stages import cut_layers, stage_layers
 from beit3_ds.planner.workload import BlockRows, Workload
@@ -43,7 +43,7 @@ class RankModel:
     chunks: tuple[range, ...]
     """Model chunks of the stage: ranges in the ordered list of layers."""
     groups: tuple[tuple[nn.Parameter, ...], ...]
-    """The optimizer's parameter groups in its order, decayed before not decayed; no group is empty."""
+    """The optimizer's parameter groups in its order (`group_parameters`); no group is empty."""
 
     @property
     def num_stages(self) -> int:
@@ -130,15 +130,12 @@ class RankModel:
         return list({id(p): p for module in modules for p in module.parameters()}.values())
 
 
-def build_rank_model(
-    config: RunConfig, world_size: int, decays: Callable[[str], bool], stage: int = 0, tensor_rank: int = 0
-) -> RankModel:
+def build_rank_model(config: RunConfig, world_size: int, stage: int = 0, tensor_rank: int = 0) -> RankModel:
     """Builds one rank's part of the model on the meta device.
 
     Args:
         config: the run's configuration.
         world_size: number of ranks.
-        decays: returns whether the optimizer decays the parameter with a name, by which it groups them.
         stage: pipeline stage of the rank.
         tensor_rank: number of the rank among its tensor-parallel ranks.
 
@@ -154,8 +151,7 @@ def build_rank_model(
     chunks = stage_layers(cut_layers(config, task.expected_head_flops()), stage, parallel.pipeline_parallel_size)
     with torch.device("meta"):
         model = task.build_model(tensor, chunks)
-    named = list(model.named_parameters())
-    groups = (tuple(p for n, p in named if decays(n)), tuple(p for n, p in named if not decays(n)))
+    groups = group_parameters(dict(model.named_parameters()), config)
     return RankModel(
         config=config,
         model=model,
@@ -163,5 +159,5 @@ def build_rank_model(
         data_parallel_size=data_parallel_size,
         stage=stage,
         chunks=tuple(chunks),
-        groups=tuple(group for group in groups if group),
+        groups=tuple(map(tuple, groups.values())),
     )

@@ -1,7 +1,5 @@
 """Formats the modelled cost of every pipeline stage as a table."""
 
-from collections.abc import Callable
-
 from beit3_ds.config import RunConfig
 from beit3_ds.pipeline.stages import cut_layers, layer_costs
 from beit3_ds.planner.memory import Memory, rank_memory
@@ -14,19 +12,18 @@ _AXES = ("tensor", "pipeline", "data")
 _DATA_KINDS = ("all-gather", "reduce-scatter", "all-reduce")
 
 
-def describe_stages(config: RunConfig, world_size: int, decays: Callable[[str], bool]) -> str:
+def describe_stages(config: RunConfig, world_size: int) -> str:
     """Formats a table with one column per stage: layers, parameters, and its first rank's modelled memory and traffic.
 
     Args:
         config: the run's configuration.
         world_size: number of ranks.
-        decays: returns whether the optimizer decays the parameter with a name, by which it groups them.
 
     Raises:
         ConfigError: if the layout does not divide the ranks, or there are fewer samples than data-parallel ranks.
     """
     stages = range(config.parallel.pipeline_parallel_size)
-    columns = [_stage_rows(build_rank_model(config, world_size, decays, stage)) for stage in stages]
+    columns = [_stage_rows(build_rank_model(config, world_size, stage)) for stage in stages]
     rows = [("modelled, of one rank", [f"stage {stage}" for stage in stages])]
     rows += [(name, [column[name] for column in columns]) for name in columns[0]]
     wide = max(len(name) for name, _ in rows)

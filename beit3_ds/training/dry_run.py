@@ -7,9 +7,9 @@ import torch
 
 from beit3_ds.config import MicroBatchSize, RunConfig, StepShares, check_layout
 from beit3_ds.config.deepspeed_keys import unused_keys
+from beit3_ds.model.parameter_groups import check_frozen, parameter_group
 from beit3_ds.planner import NodeSize, check_node, describe_host, describe_precision, describe_stages, host_requirements
 from beit3_ds.tasks import build_task
-from beit3_ds.training.optimizer import decays
 from beit3_ds.training.start_checks import check_output_dir, check_software
 
 _RANKS_PER_NODE = 8  # GPUs of a typical node
@@ -48,7 +48,8 @@ def describe_dry_run(
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     backbone = sum(size for name, size in sizes.items() if not name.startswith("heads."))
     total = sum(sizes.values())
-    decayed = sum(size for name, size in sizes.items() if decays(name))
+    check_frozen(config.training.frozen, list(sizes))
+    decayed = sum(size for name, size in sizes.items() if parameter_group(name, config).weight_decay)
     training = config.training
     stage = config.options.zero_stage
     rows = {
@@ -67,11 +68,11 @@ def describe_dry_run(
         rows["no effect"] = f"in ZeRO stage {stage}: {', '.join(idle)}"
     lines = [f"{name:<12} {value}" for name, value in rows.items()]
     ranks_per_node = min(ranks_per_node or _RANKS_PER_NODE, world_size)
-    requirements = host_requirements(config, world_size, ranks_per_node, decays)
+    requirements = host_requirements(config, world_size, ranks_per_node)
     check_node(requirements, config, node or NodeSize())
     tables = [
-        describe_stages(config, world_size, decays),
-        describe_precision(config, world_size, decays),
+        describe_stages(config, world_size),
+        describe_precision(config, world_size),
         describe_host(config, requirements, ranks_per_node, step_seconds),
     ]
     return "\n".join([*lines, "", "\n\n".join(table for table in tables if table)])

@@ -16,7 +16,7 @@ from beit3_ds.pipeline.schedule import Schedule
 from beit3_ds.pipeline.stages import cut_layers, stage_layers
 from beit3_ds.runtime.process_group import compute_device
 from beit3_ds.tasks import Task
-from beit3_ds.training.optimizer import allocate_moments, build_optimizer
+from beit3_ds.training.optimizer import allocate_moments, build_optimizer, freeze_parameters
 
 
 def build_model(task: Task, tensor: TensorParallel | None = None, layers: Sequence[range] | None = None) -> TaskModel:
@@ -38,13 +38,15 @@ def build_schedule(task: Task, mesh: Mesh) -> Schedule:
     """Builds this rank's part of the model, its engine, and the schedule that runs micro-batches through it."""
     chunks = cut_layers(task.config, task.expected_head_flops())
     model = build_model(task, mesh.tensor, stage_layers(chunks, mesh.pipeline.rank, mesh.pipeline.size))
-    return Schedule(build_engine(task.config, model, mesh), chunks, mesh)
+    schedule = Schedule(build_engine(task.config, model, mesh), chunks, mesh)
+    freeze_parameters(model, task.config)  # after the schedule's own hooks on the tied word table
+    return schedule
 
 
 def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh) -> deepspeed.DeepSpeedEngine:
     """Wraps a model and AdamW in DeepSpeed's engine, which broadcasts and partitions the parameters."""
     ALLOCATOR.keep_freed_memory(compute_device(), lasting=_gradient_bytes(config, model))
-    optimizer = build_optimizer(model, config.training)
+    optimizer = build_optimizer(model, config, lambda number: max(mesh.pipeline.host.gather(number)))
     with deepspeed_compat.zero1_adds_up_in_float32():
         engine, *_ = deepspeed.initialize(
             model=model,

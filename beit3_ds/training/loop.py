@@ -29,6 +29,7 @@ from beit3_ds.training.learning_rate import learning_rate
 from beit3_ds.training.loss import build_loss_factors
 from beit3_ds.training.loss_spikes import LossSpikes, format_spike
 from beit3_ds.training.metrics_log import MetricsLog
+from beit3_ds.training.optimizer import set_learning_rate
 from beit3_ds.training.progress import Progress, Update, format_evaluation, format_line
 from beit3_ds.training.skipped_steps import NonFiniteLossError, SkippedSteps
 from beit3_ds.training.step_feed import StepFeed
@@ -274,8 +275,7 @@ def _report_saves(run: Run) -> list[SaveOutcome]:
 
 
 def _update(run: Run, step_batch: StepBatch, counts: Tensor, rate: float) -> Update:
-    for group in run.engine.optimizer.param_groups:
-        group["lr"] = rate
+    set_learning_rate(run.engine.optimizer, rate)
     mesh = run.mesh
     factors = build_loss_factors(counts, run.terms, mesh.data_parallel_size).to(run.device)
     sums = run.schedule.accumulate_gradients(step_batch.micro_batches, factors, run.prepare)

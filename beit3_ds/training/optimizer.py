@@ -1,24 +1,15 @@
-"""Builds AdamW and decides which parameters it decays (paper section 2.3)."""
+"""Builds AdamW with a group per combination of weight decay and learning rate (paper section 2.3)."""
 
 import importlib
 import importlib.util
-import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from beit3_ds.config import ConfigError, TrainingConfig
-
-_NO_DECAY = re.compile(r"(^|[._])(bias|norm|cls_token|mask_token|image_position|text_position)([._]|$)")
-
-
-def decays(name: str) -> bool:
-    """Returns whether a parameter is decayed: all are but biases, norms, CLS and mask tokens, and positions.
-
-    The rule reads names instead of shapes, because a parameter that ZeRO-3 has partitioned has lost its shape.
-    """
-    return not _NO_DECAY.search(name)
+from beit3_ds.config import ConfigError, RunConfig, TrainingConfig
+from beit3_ds.model.parameter_groups import group_parameters, parameter_group, split_groups
 
 
 def check_optimizer(config: TrainingConfig) -> None:
@@ -69,21 +60,54 @@ def allocate_moments(optimizer: torch.optim.AdamW) -> None:
             optimizer.state[parameter] = {"step": count, **zeros}
 
 
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """Builds AdamW with two parameter groups: decayed, and not decayed.
+def build_optimizer(model: nn.Module, config: RunConfig, largest: Callable[[int], int] = int) -> torch.optim.Optimizer:
+    """Builds AdamW with a group per combination of weight decay and learning rate (`parameter_group`).
 
-    Uses torch's fused AdamW, which is ten times faster than the plain one, also on the CPU.
+    Each group has the key `lr_scale`, by which `set_learning_rate` multiplies its learning rate. Uses torch's fused
+    AdamW, which is ten times faster than the plain one, also on the CPU.
+
+    Args:
+        model: this rank's part of the model.
+        config: the run's configuration.
+        largest: returns the largest of the numbers that the stages of a pipeline pass to it. DeepSpeed sums the
+            gradient norm group by group over the stages, so all stages need equal numbers of groups.
 
     Raises:
         ConfigError: if the configured optimizer is not installed.
     """
-    named = list(model.named_parameters())
+    training = config.training
+    divided = list(group_parameters(dict(model.named_parameters()), config).items())
     groups: list[dict[str, Any]] = [
-        {"params": [p for name, p in named if decays(name)], "weight_decay": config.weight_decay},
-        {"params": [p for name, p in named if not decays(name)], "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": group.weight_decay, "lr_scale": group.lr_scale}
+        for group, parameters in split_groups(divided, largest(len(divided)))
     ]
-    recipe: dict[str, Any] = {"lr": config.learning_rate, "betas": config.adam_betas, "eps": config.adam_epsilon}
-    if config.optimizer == "apex_fused_adam":
+    recipe: dict[str, Any] = {"lr": training.learning_rate, "betas": training.adam_betas, "eps": training.adam_epsilon}
+    if training.optimizer == "apex_fused_adam":
         optimizer: torch.optim.Optimizer = _find_fused_adam()(groups, **recipe)
-        return optimizer
-    return torch.optim.AdamW(groups, **recipe, fused=True)
+    else:
+        optimizer = torch.optim.AdamW(groups, **recipe, fused=True)
+    set_learning_rate(optimizer, training.learning_rate)
+    return optimizer
+
+
+def set_learning_rate(optimizer: Any, rate: float) -> None:
+    """Sets the learning rate of every group to `rate` times the group's `lr_scale`.
+
+    Args:
+        optimizer: AdamW of `build_optimizer`, or DeepSpeed's optimizer around it.
+        rate: learning rate of the schedule.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
+
+
+def freeze_parameters(model: nn.Module, config: RunConfig) -> None:
+    """Makes the gradients of frozen parameters zero, so that the gradient norm and the moments ignore them.
+
+    Frozen parameters stay in the optimizer with learning rate 0. So every ZeRO stage and layout partitions, saves and
+    loads them like all others, and every parameter takes part in every micro-batch, as ZeRO-3 requires. Call it after
+    all other hooks on gradients are registered; hooks run in the order in which they were registered.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter_group(name, config).is_frozen:
+            parameter.register_hook(torch.zeros_like)

@@ -9,6 +9,8 @@ import torch
 
 from beit3_ds.config import ConfigError, RunConfig, TrainingConfig
 from beit3_ds.kernels.ops import cuda_kernels
+from beit3_ds.model.parameter_groups import check_frozen
+from beit3_ds.tasks import Task
 from beit3_ds.training.optimizer import check_optimizer
 
 _MONITOR_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
@@ -41,6 +43,17 @@ def check_device(config: TrainingConfig) -> None:
             f'training.kernels="{config.kernels}" needs a CUDA device, and this machine has none that torch can use. '
             "Leave the setting out."
         )
+
+
+def check_frozen_patterns(task: Task) -> None:
+    """Checks `training.frozen` against the names of the model's parameters.
+
+    Raises:
+        ConfigError: if a pattern matches none, or the patterns match all.
+    """
+    if patterns := task.config.training.frozen:
+        with torch.device("meta"):
+            check_frozen(patterns, [name for name, _ in task.build_model().named_parameters()])
 
 
 def check_output_dir(folder: Path) -> None:

@@ -58,7 +58,7 @@ def measure_vocabulary(chunk_size: int | None) -> dict[str, tuple[Tensor, Tensor
     with torch.no_grad():
         for _, own, expected in parameters:
             logical_part(own).copy_(own_part(own, expected))
-    optimizers = [build_optimizer(model, small_run_config(0).training) for model in (whole, divided)]
+    optimizers = [build_optimizer(model, small_run_config(0)) for model in (whole, divided)]
 
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for step in range(3):

@@ -94,9 +94,8 @@ def workloads_of(config: RunConfig, data_rank: int) -> list[Workload]:
 
 def rank_model_of(config: RunConfig, ranks: int, coords: RankCoords) -> RankModel:
     """Returns the part of the model that the rank with these coordinates holds."""
-    from beit3_ds.training.optimizer import decays
 
-    return build_rank_model(config, ranks, decays, coords.pipeline, coords.tensor)
+    return build_rank_model(config, ranks, coords.pipeline, coords.tensor)
 
 
 def measure_traffic(configs: list[RunConfig]) -> list[SeenTraffic]:

@@ -21,7 +21,7 @@ GPU_CONFIGS = {
 
 
 def requirements(config: RunConfig, world_size: int, ranks_per_node: int) -> HostRequirements:
-    return host_requirements(config, world_size, ranks_per_node, lambda name: name.endswith("weight"))
+    return host_requirements(config, world_size, ranks_per_node)
 
 
 def config(zero: dict[str, Any] | None = None, **parallel: int) -> RunConfig:

@@ -5,7 +5,6 @@ import pytest
 from beit3_ds.pipeline.schedule_1f1b import schedule_1f1b
 from beit3_ds.planner import bubble_share, describe_stages
 from beit3_ds.planner.stages import imbalance
-from beit3_ds.training.optimizer import decays
 from tests.planner.cells import cell
 
 FORWARD, BACKWARD = 1.0, 2.0  # time of a pass through one model chunk
@@ -48,7 +47,7 @@ def test_the_bubble_is_that_of_the_schedule(stages: int, micro_batches: int, vir
 
 def test_the_table_has_a_column_per_stage() -> None:
     config = cell(1, 4, pipeline_parallel_size=2)
-    *rows, last = describe_stages(config, 4, decays).splitlines()
+    *rows, last = describe_stages(config, 4).splitlines()
     assert rows[0].split()[-4:] == ["stage", "0", "stage", "1"]
     layers = next(row for row in rows if row.startswith("layers"))
     assert "embeddings+" in layers and layers.endswith("heads")

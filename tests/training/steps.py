@@ -1,7 +1,7 @@
 """Does three AdamW steps under any layout, and compares them with plain PyTorch in one process."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,15 +149,17 @@ class Reference:
 
     def ratios(self, found: Mapping[str, Tensor], model: str) -> dict[str, float]:
         """Returns each tensor's fraction of the allowed error: |a - b| <= 1e-5 |b| + 1e-7 |all| in the 2-norm."""
-        expected = self.load(model)
-        kinds = {name.rsplit(" ", 1)[0] for name in found}
-        norms = {kind: norm_of_all(expected, kind) for kind in kinds}
-        return {
-            name: _ratio(name, value, expected[name], norms[name.rsplit(" ", 1)[0]]) for name, value in found.items()
-        }
+        return error_ratios(found, self.load(model))
 
     def _path(self, model: str) -> Path:
         return self._folder / f"{model}.pt"
+
+
+def error_ratios(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
+    """Returns each tensor's fraction of the allowed error: |a - b| <= 1e-5 |b| + 1e-7 |all| in the 2-norm."""
+    kinds = {name.rsplit(" ", 1)[0] for name in found}
+    norms = {kind: norm_of_all(expected, kind) for kind in kinds}
+    return {name: _ratio(name, value, expected[name], norms[name.rsplit(" ", 1)[0]]) for name, value in found.items()}
 
 
 @cache
@@ -200,15 +202,23 @@ def check(ratios: Sequence[Mapping[str, float]], names: Iterable[str], where: st
 
 
 def _plain_steps(model_name: str) -> dict[str, Tensor]:
+    from beit3_ds.training.optimizer import build_optimizer
+
+    config = config_for(0, model_name)
+    return plain_steps(config, lambda model: build_optimizer(model, config))
+
+
+def plain_steps(
+    config: RunConfig, build_optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer]
+) -> dict[str, Tensor]:
+    """Does `NUM_STEPS` steps with autograd, clip_grad_norm_ and an optimizer; returns what `measure_steps` does."""
     from beit3_ds.tasks import build_task
     from beit3_ds.training.engine import build_model
     from beit3_ds.training.learning_rate import learning_rate
     from beit3_ds.training.loss import build_loss_factors
-    from beit3_ds.training.optimizer import build_optimizer
 
-    config = config_for(0, model_name)
     model = build_model(build_task(config))
-    optimizer = build_optimizer(model, config.training)
+    optimizer = build_optimizer(model)
     assert learning_rate(config.training, 0) > 0
     result: dict[str, Tensor] = {}
     for step in range(NUM_STEPS):
@@ -218,7 +228,10 @@ def _plain_steps(model_name: str) -> dict[str, Tensor]:
         optimizer.zero_grad()
         outputs = [model(batch, factors) for batch in batches]
         torch.stack([output.total for output in outputs]).sum().backward()
-        result |= {f"gradient {step} {name}": p.grad.clone() for name, p in model.named_parameters()}
+        gradients = {
+            name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
+        }
+        result |= {f"gradient {step} {name}": gradient for name, gradient in gradients.items()}
         result[f"loss {step}"] = torch.stack([output.sums for output in outputs]).sum(0) / counts
         result[f"norm {step}"] = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()

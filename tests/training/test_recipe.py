@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from beit3_ds.model.parameter_groups import decays
 from beit3_ds.tasks import Term
 from beit3_ds.tasks.pretraining.model import PretrainingModel
 from beit3_ds.training.learning_rate import learning_rate
 from beit3_ds.training.loss import build_loss_factors
-from beit3_ds.training.optimizer import build_optimizer, decays
+from beit3_ds.training.optimizer import build_optimizer
 from tests.batches import decoupled, small_model_config
 from tests.run_config import small_run_config
 
@@ -30,7 +31,7 @@ def test_decay_reaches_matrices_only() -> None:
         for name, parameter in model.named_parameters():
             table = name.endswith(("_position",))
             assert decays(name) == (parameter.dim() >= 2 and not table), name
-        groups = build_optimizer(model, small_run_config(0).training).param_groups
+        groups = build_optimizer(model, small_run_config(0)).param_groups
         assert [group["weight_decay"] for group in groups] == [0.05, 0.0]
         assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 

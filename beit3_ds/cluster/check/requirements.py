@@ -1,6 +1,5 @@
 """Computes what a run requires of its nodes from its config."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from beit3_ds.cluster.check.fault import Fault, show_bytes
@@ -46,13 +45,12 @@ def find_required_files(config: RunConfig) -> dict[str, bool]:
     return patterns | dict.fromkeys(tokenizers, False)
 
 
-def compute_requirements(config: RunConfig, hostfile: Hostfile, decays: Callable[[str], bool]) -> Requirements:
+def compute_requirements(config: RunConfig, hostfile: Hostfile) -> Requirements:
     """Computes what a run requires on all slots of a hostfile; imports torch, which takes seconds, if the layout fits.
 
     Args:
         config: configuration of the run.
         hostfile: its slots are the ranks of the run.
-        decays: returns whether the optimizer decays the parameter with this name, by which it groups parameters.
     """
     world_size = hostfile.world_size
     try:
@@ -63,7 +61,7 @@ def compute_requirements(config: RunConfig, hostfile: Hostfile, decays: Callable
 
     stage_bytes, numel = [], 0
     for stage in range(config.parallel.pipeline_parallel_size):
-        rank_model = build_rank_model(config, world_size, decays, stage)
+        rank_model = build_rank_model(config, world_size, stage)
         stage_bytes.append(rank_memory(rank_model, expected_workloads(config, rank_model.data_parallel_size)).total)
         numel += sum(p.numel() for p in rank_model.model.parameters()) * config.parallel.tensor_parallel_size
     all_coords = (config.parallel.rank_coords(rank, world_size) for rank in range(world_size))

@@ -1,0 +1,121 @@
+"""Decides by a parameter's logical name how the optimizer updates it: weight decay, learning rate, frozen or not."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple, TypeVar
+
+from beit3_ds.config import ConfigError, RunConfig
+
+T = TypeVar("T")
+
+_NO_DECAY = re.compile(r"(^|[._])(bias|norm|cls_token|mask_token|image_position|text_position)([._]|$)")
+_BLOCK = re.compile(r"^blocks\.(\d+)\.")
+_HEAD = "heads."
+
+
+class ParameterGroup(NamedTuple):
+    """Settings of an optimizer group; parameters with equal settings form one group."""
+
+    weight_decay: float
+    """Decoupled weight decay."""
+    lr_scale: float
+    """Factor of the schedule's learning rate; 0 for frozen parameters."""
+
+    @property
+    def is_frozen(self) -> bool:
+        """Returns whether training never changes the parameters."""
+        return self.lr_scale == 0
+
+
+def decays(name: str) -> bool:
+    """Returns whether a parameter is decayed: all are but biases, norms, CLS and mask tokens, and positions.
+
+    The rule reads names instead of shapes, because a parameter that ZeRO-3 has partitioned has lost its shape.
+    """
+    return not _NO_DECAY.search(name)
+
+
+def layer_number(name: str, num_layers: int) -> int:
+    """Returns the layer of a parameter for layer-wise learning-rate decay, as the reference numbers layers.
+
+    Embeddings are layer 0 and block i is layer i + 1. Everything else, the final norm and the head, is layer
+    `num_layers` + 1.
+
+    Args:
+        name: logical name, e.g. `blocks.3.ffn.fc2.weight_vision`.
+        num_layers: blocks of the model.
+    """
+    if block := _BLOCK.match(name):
+        return int(block[1]) + 1
+    return 0 if name.startswith("embeddings.") else num_layers + 1
+
+
+def parameter_group(name: str, config: RunConfig) -> ParameterGroup:
+    """Returns the group of a parameter.
+
+    The learning rate of layer l is multiplied by `layer_decay` to the power of (`num_layers` + 1 - l), and that of the
+    head also by `head_learning_rate_scale` (ELECTRA, Clark et al., 2020, arXiv:2003.10555; BEiT, arXiv:2106.08254).
+    """
+    training, num_layers = config.training, config.model.num_layers
+    if is_frozen(name, training.frozen):
+        return ParameterGroup(0.0, 0.0)
+    scale = training.layer_decay ** (num_layers + 1 - layer_number(name, num_layers))
+    if name.startswith(_HEAD):
+        scale *= training.head_learning_rate_scale
+    return ParameterGroup(training.weight_decay if decays(name) else 0.0, scale)
+
+
+def is_frozen(name: str, patterns: Iterable[str]) -> bool:
+    """Returns whether one of `training.frozen`'s patterns matches a logical name."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def group_parameters(parameters: Mapping[str, T], config: RunConfig) -> dict[ParameterGroup, list[T]]:
+    """Divides parameters into the optimizer's groups; no group is empty.
+
+    Args:
+        parameters: a value per logical name, such as the parameter.
+        config: the run's configuration.
+
+    Returns:
+        The values of each group in the order of `parameters`; groups with more decay first, then with a larger
+        learning rate.
+    """
+    groups: dict[ParameterGroup, list[T]] = {}
+    for name, value in parameters.items():
+        groups.setdefault(parameter_group(name, config), []).append(value)
+    return dict(sorted(groups.items(), reverse=True))
+
+
+def split_groups(groups: list[tuple[ParameterGroup, list[T]]], number: int) -> list[tuple[ParameterGroup, list[T]]]:
+    """Splits the groups with most parameters until there are `number`; the settings of no parameter change."""
+    groups = list(groups)
+    while len(groups) < number:
+        longest = max(range(len(groups)), key=lambda i: len(groups[i][1]))
+        group, values = groups[longest]
+        assert len(values) > 1, f"{number} groups are wanted of {sum(len(values) for _, values in groups)} parameters"
+        half = len(values) // 2
+        groups[longest : longest + 1] = [(group, values[:half]), (group, values[half:])]
+    return groups
+
+
+def check_frozen(patterns: Sequence[str], names: Sequence[str]) -> None:
+    """Checks that every pattern of `training.frozen` matches a parameter and that a parameter is left to train.
+
+    Args:
+        patterns: the patterns.
+        names: logical names of all parameters.
+
+    Raises:
+        ConfigError: naming the pattern and the modules of the model.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            modules = ", ".join(sorted({f"{name.split('.')[0]}.*" for name in names}))
+            raise ConfigError(
+                f"training.frozen: {pattern!r} matches no parameter. Patterns match whole logical names, such as "
+                f"{names[0]!r}; `*` stands for any characters. Modules: {modules}."
+            )
+    if all(is_frozen(name, patterns) for name in names):
+        raise ConfigError(f"training.frozen={list(patterns)} freezes every parameter. Leave out a pattern.")
