@@ -28,7 +28,7 @@ ARROWS: dict[str, set[str]] = {
     "preprocess": {"data"},
     "model": {"batch", "config", "kernels", "layout", "parallel", "positions"},
     "picture": {"atomic_file"},
-    "tasks": {"atomic_file", "batch", "config", "data", "model", "parallel", "picture", "tokenizers"},
+    "tasks": {"atomic_file", "batch", "config", "data", "layout", "model", "parallel", "picture", "tokenizers"},
     "pipeline": {"batch", "config", "model", "parallel"},
     "checkpoint": {"batch", "config", "cores", "model", "parallel", "storage_error"},
     "weights": {"checkpoint", "config", "model", "positions", "tasks", "untrusted_file"},

@@ -2,12 +2,15 @@
 
 # S tokens, M rows, D hidden, V rows of this rank's part of the vocabulary, padding included.
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit3_ds.kernels.ops.embedding import embedding
+from beit3_ds.kernels.ops.label_smoothing import LabelSmoothing
 from beit3_ds.kernels.ops.linear_cross_entropy import Partials, linear_cross_entropy
 from beit3_ds.parallel.tensor import TensorParallel, split_parameter
 
@@ -42,6 +45,15 @@ class VocabParallelEmbedding(nn.Module):
         return self.tensor.reduce_from(rows_SD.masked_fill(absent_S.unsqueeze(1), 0))
 
 
+class RowLosses(NamedTuple):
+    """Holds the losses of rows, and whether their predictions are right."""
+
+    loss: Tensor
+    """Cross entropy, or divergence from smoothed labels, (M,) float32."""
+    correct: Tensor
+    """Whether the target has the largest logit, (M,) bool."""
+
+
 class VocabParallelHead(nn.Module):
     """Computes logits or cross entropies with a vocabulary that is split over the tensor-parallel group.
 
@@ -49,7 +61,14 @@ class VocabParallelHead(nn.Module):
     which has the logit `PADDING_BIAS`.
     """
 
-    def __init__(self, hidden_size: int, vocab_size: int, chunk_size: int | None, tensor: TensorParallel) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        chunk_size: int | None,
+        tensor: TensorParallel,
+        label_smoothing: float = 0.0,
+    ) -> None:
         """Builds the head.
 
         Args:
@@ -58,8 +77,11 @@ class VocabParallelHead(nn.Module):
             chunk_size: largest number of rows whose logits exist at a time. None keeps all logits for the backward
                 pass, which is faster for a small vocabulary.
             tensor: the tensor-parallel group.
+            label_smoothing: probability that the labels give to all columns but the target together; 0 for the cross
+                entropy.
         """
         super().__init__()
+        self.label_smoothing = label_smoothing
         self.tensor, self.split, self.chunk_size = tensor, tensor.split_vocabulary(vocab_size), chunk_size
         self.weight = split_parameter(self.split, vocab_size, hidden_size)
         self.bias = split_parameter(self.split, vocab_size, padding_value=PADDING_BIAS)
@@ -73,20 +95,28 @@ class VocabParallelHead(nn.Module):
         else:
             self.weight = weight
 
-    def forward(self, h_MD: Tensor, target_M: Tensor) -> Tensor:
-        """Returns the cross entropy of every row, the same on all ranks.
+    def forward(self, h_MD: Tensor, target_M: Tensor) -> RowLosses:
+        """Returns the loss of every row, and whether its target is predicted, the same on all ranks.
 
-        Forward all-reduces 3 * M floats (maximum; sum and target's logit); backward all-reduces M * D elements.
+        Forward all-reduces 3 * M floats (maximum; sum and target's logit), and M more with label smoothing; backward
+        all-reduces M * D elements.
 
         Args:
             h_MD: input rows, the same on all ranks.
             target_M: int64 in [0, vocabulary).
-
-        Returns:
-            (M,) float32.
         """
+        joined: list[Partials] = []
+
+        def reduce(partials: Partials) -> Partials:
+            joined.append(self._reduce(partials))
+            return joined[0]
+
         h_MD, target_M = self.tensor.copy_to(h_MD), target_M - self.split.start
-        return linear_cross_entropy(h_MD, self.weight, self.bias, target_M, self.chunk_size, self._reduce)
+        smoothing = None
+        if self.label_smoothing:
+            smoothing = LabelSmoothing(self.label_smoothing, self.split.size, self.split.stop - self.split.start)
+        loss_M = linear_cross_entropy(h_MD, self.weight, self.bias, target_M, self.chunk_size, reduce, smoothing)
+        return RowLosses(loss_M, joined[0].target_logit >= joined[0].largest)
 
     def logits(self, h_MD: Tensor) -> Tensor:
         """Returns the logits of every row over the whole vocabulary, on all ranks, for predictions.
@@ -105,5 +135,6 @@ class VocabParallelHead(nn.Module):
             return partials
         largest_M = self.tensor.all_reduce(partials.largest.clone(), dist.ReduceOp.MAX)
         rescaled_M = partials.total * (partials.largest - largest_M).exp()
-        total_M, target_M = self.tensor.all_reduce(torch.stack([rescaled_M, partials.target_logit]))
-        return Partials(largest_M, total_M, target_M)
+        summed = [rescaled_M, partials.target_logit]
+        summed += [] if partials.logit_sum is None else [partials.logit_sum]
+        return Partials(largest_M, *self.tensor.all_reduce(torch.stack(summed)))

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from beit3_ds.kernels.cpu.allocator import ALLOCATOR
+from beit3_ds.kernels.ops.label_smoothing import LabelSmoothing, add_smoothing_gradients, sum_logits
 from beit3_ds.kernels.ops.numerics import check_against_reference, with_gradients
 from beit3_ds.kernels.ops.self_check import TrustedKernels
 from beit3_ds.kernels.ops.vocabulary_tiles import VocabularyTiles, divide_for_cpu, divide_for_gpu
@@ -29,7 +30,7 @@ def linear_cross_entropy_reference(h_MD: Tensor, w_VD: Tensor, b_V: Tensor, targ
 class Partials(NamedTuple):
     """Holds one vocabulary shard's part of every row's cross entropy, (M,) float32 each.
 
-    To reduce shards, take the maximum of `largest`, rescale the totals to it and sum them, and sum the target logits.
+    To reduce shards, take the maximum of `largest`, rescale the totals to it and sum them, and sum the other values.
     The loss is then log(total) + largest - target_logit.
     """
 
@@ -39,6 +40,8 @@ class Partials(NamedTuple):
     """Sum of exp(logit - largest)."""
     target_logit: Tensor
     """Logit of the target; 0 if the target is in another shard."""
+    logit_sum: Tensor | None = None
+    """Sum of all logits, for label smoothing; None without."""
 
 
 def linear_cross_entropy(
@@ -48,8 +51,9 @@ def linear_cross_entropy(
     target_M: Tensor,
     chunk_size: int | None,
     reduce: Callable[[Partials], Partials] | None = None,
+    smoothing: LabelSmoothing | None = None,
 ) -> Tensor:
-    """Computes the cross entropy of every row against its target.
+    """Computes the cross entropy of every row against its target, or its divergence from smoothed labels.
 
     With a chunk size, at most `chunk_size` x V logits exist at a time, in float32 (float64 for float64 input; on a GPU
     in h's dtype). Logits that fit are saved for the backward pass, which recomputes the others. Without a chunk size
@@ -63,12 +67,13 @@ def linear_cross_entropy(
         chunk_size: rows whose logits over the whole vocabulary may exist at a time, or None.
         reduce: reduces this shard's partials with those of the other shards; None if the vocabulary is not sharded.
             With shards, the gradient for h is this shard's part.
+        smoothing: smoothed labels (`label_smoothing`); None for the cross entropy.
 
     Returns:
         The loss of every row, (M,) float32.
     """
     target_M = target_M.contiguous()
-    return _LinearCrossEntropy.apply(h_MD, w_VD, b_V, target_M, chunk_size, reduce, KERNELS.accept(h_MD))
+    return _LinearCrossEntropy.apply(h_MD, w_VD, b_V, target_M, chunk_size, reduce, KERNELS.accept(h_MD), smoothing)
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
@@ -108,22 +113,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_size: int | None,
         reduce: Callable[[Partials], Partials] | None,
         kernels: bool,
+        smoothing: LabelSmoothing | None = None,
     ) -> Tensor:
         divide, forward = (divide_for_gpu, _forward_kernels) if kernels else (divide_for_cpu, forward_plain)
         tiles = divide(len(h_MD), len(w_VD), chunk_size)
         own, *kept = forward(h_MD, w_VD, b_V, target_M, tiles)
+        if smoothing is not None:
+            own = own._replace(logit_sum=sum_logits(h_MD, w_VD, b_V, smoothing, own.largest.dtype))
         joined = own if reduce is None else reduce(own)
         lse_M = joined.largest + joined.total.log()
         # The parameters themselves, not views or casts: ZeRO-3 swaps their storage between forward and backward.
         ctx.save_for_backward(h_MD, w_VD, b_V, target_M, lse_M, *kept)
-        ctx.tiles, ctx.kernels = tiles, kernels
-        return lse_M - joined.target_logit
+        ctx.tiles, ctx.kernels, ctx.smoothing = tiles, kernels, smoothing
+        loss_M = lse_M - joined.target_logit
+        if smoothing is None or joined.logit_sum is None:
+            return loss_M
+        excess_M = smoothing.vocab_size * joined.target_logit - joined.logit_sum
+        return loss_M + smoothing.share * excess_M + smoothing.constant
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss_M: Tensor) -> tuple[Tensor | None, ...]:
         backward: Callable[..., tuple[Tensor, ...]] = _backward_kernels if ctx.kernels else backward_plain
-        return (*backward(*ctx.saved_tensors, d_loss_M, ctx.tiles), None, None, None, None)
+        dh_MD, dw_VD, db_V = backward(*ctx.saved_tensors, d_loss_M, ctx.tiles)
+        if ctx.smoothing is not None:
+            add_smoothing_gradients((dh_MD, dw_VD, db_V), ctx.saved_tensors[:4], d_loss_M, ctx.smoothing)
+        return dh_MD, dw_VD, db_V, None, None, None, None, None
 
 
 def forward_plain(

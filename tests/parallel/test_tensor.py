@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from beit3_ds.config import ParallelConfig
+from beit3_ds.kernels.ops.label_smoothing import smoothed_cross_entropy_reference
 from beit3_ds.parallel import (
     Mesh,
     TensorParallel,
@@ -44,13 +44,13 @@ def build_mesh() -> Mesh:
     return init_process_group(ParallelConfig(tensor_parallel_size=RANKS))
 
 
-def measure_vocabulary(chunk_size: int | None) -> dict[str, tuple[Tensor, Tensor]]:
+def measure_vocabulary(chunk_size: int | None, smoothing: float) -> dict[str, tuple[Tensor, Tensor]]:
     """Returns, on one rank, tensors of three AdamW steps with those of the unsplit network."""
     mesh = build_mesh()
     torch.manual_seed(0)
     whole = nn.ModuleDict({"word": nn.Embedding(VOCAB, HIDDEN), "mlm": nn.Linear(HIDDEN, VOCAB)})
     embedding = VocabParallelEmbedding(VOCAB, HIDDEN, mesh.tensor)
-    head = VocabParallelHead(HIDDEN, VOCAB, chunk_size, mesh.tensor)
+    head = VocabParallelHead(HIDDEN, VOCAB, chunk_size, mesh.tensor, smoothing)
     divided = nn.ModuleDict({"word": embedding, "mlm": head})
     for model in (whole, divided):
         model.double()  # Adam amplifies rounding errors of tiny gradients
@@ -64,10 +64,12 @@ def measure_vocabulary(chunk_size: int | None) -> dict[str, tuple[Tensor, Tensor
     for step in range(3):
         ids, targets = torch.randint(0, VOCAB, (2, ROWS))
         upstream = torch.randn(ROWS, dtype=torch.float64)
-        logits = whole["mlm"](whole["word"](ids))
-        loss = F.cross_entropy(logits, targets, reduction="none")
-        own_logits, own_loss = head.logits(embedding(ids)), head(embedding(ids), targets)
+        rows, mlm = whole["word"](ids), whole["mlm"]
+        logits = mlm(rows)
+        loss = smoothed_cross_entropy_reference(rows, mlm.weight, mlm.bias, targets, smoothing)
+        own_logits, (own_loss, correct) = head.logits(embedding(ids)), head(embedding(ids), targets)
         pairs |= {f"logits {step}": (own_logits, logits), f"loss {step}": (own_loss, loss)}
+        pairs[f"correct {step}"] = (correct, logits.argmax(1) == targets)
         for optimizer, losses in zip(optimizers, (loss, own_loss), strict=True):
             optimizer.zero_grad()
             (losses * upstream).sum().backward()
@@ -85,9 +87,9 @@ def measure_vocabulary(chunk_size: int | None) -> dict[str, tuple[Tensor, Tensor
     return {name: (ours.detach(), expected.detach()) for name, (ours, expected) in pairs.items()}
 
 
-@pytest.mark.parametrize("chunk_size", [3, None])
-def test_divided_vocabulary(chunk_size: int | None) -> None:
+@pytest.mark.parametrize(("chunk_size", "smoothing"), [(3, 0.0), (None, 0.1)])
+def test_divided_vocabulary(chunk_size: int | None, smoothing: float) -> None:
     """The first rank has no padding, the second some, the third only padding; a padding bias of 0 changes the loss."""
-    for pairs in run_ranks(measure_vocabulary, RANKS, chunk_size):
+    for pairs in run_ranks(measure_vocabulary, RANKS, chunk_size, smoothing):
         for name, (ours, expected) in pairs.items():
             torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")

@@ -53,8 +53,8 @@ class MaskedModelingHeads(Head):
         if not with_loss:
             return Logits(self.mim.logits(h_patches), self.mlm.logits(h_tokens))
         assert VISUAL_CODES in batch.targets, "the batch has no visual codes: call with_visual_codes first"
-        visual_losses = self.mim(h_patches, batch.targets[VISUAL_CODES])
-        text_losses = self.mlm(h_tokens, batch.targets[TARGET_IDS])
+        visual_losses = self.mim(h_patches, batch.targets[VISUAL_CODES]).loss
+        text_losses = self.mlm(h_tokens, batch.targets[TARGET_IDS]).loss
         images, pairs = visual_losses.split([image_mim, pair_mim])
         captions, texts = text_losses.split([pair_mlm, text_mlm])
         return torch.stack([images.sum(), texts.sum(), pairs.sum(), captions.sum()])

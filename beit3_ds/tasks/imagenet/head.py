@@ -1,0 +1,70 @@
+"""Classifies images with a linear layer, as the reference's ImageNet models do.
+
+The paper classifies by retrieving class names (section 3.2), with `retrieval.head.ContrastiveHead`.
+"""
+
+# I images, N patches per image, D hidden, C classes.
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.config import ModelConfig
+from beit3_ds.layout import PickedRows, SequenceLayout
+from beit3_ds.model import Head
+from beit3_ds.parallel import TensorParallel
+
+CLASSES = "classes"
+"""Key of the class of every image, (I,) int64."""
+
+
+class LinearClassHead(Head):
+    """Classifies the mean of an image's patches: LayerNorm and a linear layer.
+
+    Every tensor-parallel rank has the whole head and computes the same logits. The batch holds images alone, and its
+    head rows are their patches (`patch_rows`).
+    """
+
+    def __init__(self, config: ModelConfig, num_classes: int, tensor: TensorParallel | None = None) -> None:
+        """Builds the head.
+
+        Args:
+            config: the model's sizes.
+            num_classes: number of classes, C.
+            tensor: the tensor-parallel group, which the head does not use: its parameters are replicated.
+        """
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.classes = nn.Linear(config.hidden_size, num_classes)
+
+    def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
+        """Returns the sums of two terms, (2,) float32, or the logits of the classes.
+
+        The first term is the cross entropy, the second the number of correct answers, which has no gradient.
+
+        Args:
+            h_MD: rows of the patches of all images, (I * N, D).
+            batch: the packed micro-batch, with `CLASSES` if `with_loss`.
+            with_loss: whether to return the sums.
+
+        Returns:
+            The sums over images, or the logits, (I, C) float32.
+        """
+        patches = batch.image_length - 1
+        pooled_ID = h_MD.unflatten(0, (batch.num_images, patches)).mean(1)
+        logits_IC = self.classes(self.norm(pooled_ID.to(self.classes.weight.dtype))).float()
+        if not with_loss:
+            return logits_IC
+        classes_I = batch.targets[CLASSES]
+        loss = F.cross_entropy(logits_IC, classes_I, reduction="sum")
+        return torch.stack([loss, (logits_IC.argmax(1) == classes_I).sum().float()])
+
+
+def patch_rows(layout: SequenceLayout) -> PickedRows:
+    """Returns the rows of all patches of the images without texts, in order."""
+    rows_IL = torch.arange(layout.part_rows[0]).view(layout.num_images, layout.image_length)
+    patches = rows_IL[:, 1:].flatten()
+    return PickedRows(patches, (len(patches), 0, 0, 0))
