@@ -1,0 +1,176 @@
+"""Draws scenes of coloured shapes, and says what is true of them: captions, questions, statements.
+
+A scene has up to three objects in the quarters of a square image. No two share a colour or a shape, so "the red one"
+and "the circle" name one object. Everything follows from the generator that is passed.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw
+
+COLORS = {
+    "red": (214, 40, 40),
+    "green": (42, 157, 62),
+    "blue": (40, 80, 220),
+    "yellow": (245, 200, 40),
+    "purple": (138, 50, 170),
+    "orange": (242, 120, 20),
+}
+"""RGB value of each colour, before its shade is varied."""
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "bar")
+"""Names of the shapes."""
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+"""Names of the quarters, in reading order."""
+
+_OVERSAMPLING = 4
+
+
+class SceneObject(NamedTuple):
+    """One object of a scene."""
+
+    color: str
+    shape: str
+    place: int
+    """Index in `PLACES`."""
+
+    def __str__(self) -> str:
+        """Returns the object in words, such as `red circle`."""
+        return f"{self.color} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Objects in reading order."""
+
+    objects: tuple[SceneObject, ...]
+
+    def caption(self) -> str:
+        """Returns the one canonical caption, such as `a red circle, a blue ring and a green bar`."""
+        return _join([f"a {found}" for found in self.objects])
+
+    def captions(self) -> list[str]:
+        """Returns five captions, the canonical one first."""
+        places = _join([f"a {found} at the {PLACES[found.place]}" for found in self.objects])
+        backwards = _join([f"a {found}" for found in reversed(self.objects)])
+        short = self.caption()
+        return [short, f"there is {short}", f"a picture of {short}", places, f"we see {backwards}"]
+
+    def holds(self, color: str = "", shape: str = "") -> bool:
+        """Returns whether an object has the colour and the shape; an empty name fits every object."""
+        return any(color in ("", found.color) and shape in ("", found.shape) for found in self.objects)
+
+
+class Question(NamedTuple):
+    """A question about a scene with its only answer."""
+
+    question: str
+    answer: str
+    question_type: str
+    """First words, which all questions of a kind share."""
+    answer_type: str
+    """`yes/no`, `number` or `other`."""
+
+
+class Statement(NamedTuple):
+    """A sentence about two images, with a rule that says whether it is true of them."""
+
+    sentence: str
+    rule: Callable[[Scene, Scene], bool]
+
+
+def _join(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def draw_scene(rng: random.Random, num_objects: int | None = None) -> Scene:
+    """Draws the objects of a scene: one to three, or the given number."""
+    count = num_objects or rng.randint(1, 3)
+    colors, shapes = rng.sample(list(COLORS), count), rng.sample(SHAPES, count)
+    places = sorted(rng.sample(range(len(PLACES)), count))
+    return Scene(tuple(map(SceneObject, colors, shapes, places)))
+
+
+def draw_image(scene: Scene, rng: random.Random, size: int = 64) -> Image.Image:
+    """Draws a scene as an RGB image of `size` x `size` pixels; background, shade, size and position vary."""
+    side = size * _OVERSAMPLING
+    grey = rng.randint(215, 250)
+    image = Image.new("RGB", (side, side), (grey, grey, grey))
+    draw = ImageDraw.Draw(image)
+    for found in scene.objects:
+        shade = rng.uniform(0.88, 1.08)
+        color = tuple(min(255, round(shade * value)) for value in COLORS[found.color])
+        row, column = divmod(found.place, 2)
+        radius = side * rng.uniform(0.15, 0.2)
+        x = side * (0.25 + 0.5 * column + rng.uniform(-0.04, 0.04))
+        y = side * (0.25 + 0.5 * row + rng.uniform(-0.04, 0.04))
+        _draw_shape(draw, found.shape, x, y, radius, color)
+    return image.resize((size, size), Image.Resampling.BOX)
+
+
+def _draw_shape(
+    draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, color: tuple[int, ...]
+) -> None:
+    box = (x - radius, y - radius, x + radius, y + radius)
+    thin = radius * 0.35
+    match shape:
+        case "circle":
+            draw.ellipse(box, fill=color)
+        case "ring":
+            draw.ellipse(box, outline=color, width=round(radius * 0.4))
+        case "square":
+            draw.rectangle(box, fill=color)
+        case "bar":
+            draw.rectangle((box[0], y - thin, box[2], y + thin), fill=color)
+        case "cross":
+            draw.rectangle((box[0], y - thin, box[2], y + thin), fill=color)
+            draw.rectangle((x - thin, box[1], x + thin, box[3]), fill=color)
+        case "triangle":
+            draw.polygon([(x, box[1]), (box[2], box[3]), (box[0], box[3])], fill=color)
+        case _:
+            raise AssertionError(f"no drawing for the shape {shape}")
+
+
+def ask_questions(scene: Scene, rng: random.Random) -> Iterator[Question]:
+    """Yields one question of each kind: color, shape, place, number, and presence with yes and no equally likely."""
+    found = rng.choice(scene.objects)
+    yield Question(f"what color is the {found.shape}?", found.color, "what color is the", "other")
+    found = rng.choice(scene.objects)
+    yield Question(f"what shape is {found.color}?", found.shape, "what shape is", "other")
+    found = rng.choice(scene.objects)
+    yield Question(f"where is the {found.shape}?", PLACES[found.place], "where is the", "other")
+    yield Question("how many objects are there?", str(len(scene.objects)), "how many", "number")
+    is_there = rng.random() < 0.5
+    here = {found.color for found in scene.objects}
+    colors = [color for color in COLORS if (color in here) == is_there]
+    question = f"is there a {rng.choice(colors)} object?"
+    yield Question(question, "yes" if is_there else "no", "is there a", "yes/no")
+
+
+def draw_statement(rng: random.Random) -> Statement:
+    """Draws a statement about two images; half of the kinds need both of them."""
+    if rng.random() < 0.5:
+        color, shape, words = rng.choice(list(COLORS)), "", "something {}"
+    else:
+        color, shape, words = "", rng.choice(SHAPES), "a {}"
+    thing = words.format(color or shape)
+    kind = rng.choice(("left", "right", "both", "neither"))
+    if kind == "left":
+        return Statement(f"the left image shows {thing}", lambda left, right: left.holds(color, shape))
+    if kind == "right":
+        return Statement(f"the right image shows {thing}", lambda left, right: right.holds(color, shape))
+    if kind == "both":
+        both = f"both images show {thing}"
+        return Statement(both, lambda left, right: left.holds(color, shape) and right.holds(color, shape))
+    neither = f"neither image shows {thing}"
+    return Statement(neither, lambda left, right: not (left.holds(color, shape) or right.holds(color, shape)))
+
+
+def draw_pair_for(statement: Statement, label: bool, rng: random.Random) -> tuple[Scene, Scene]:
+    """Draws two scenes of which the statement is true or false, as `label` says."""
+    while True:
+        left, right = draw_scene(rng), draw_scene(rng)
+        if statement.rule(left, right) == label:
+            return left, right
