@@ -35,7 +35,11 @@ def streams(model: BEiT3) -> list[tuple[torch.dtype, torch.dtype]]:
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
-@pytest.mark.parametrize("config", [small_model_config(), decoupled()], ids=["shared", "decoupled"])
+@pytest.mark.parametrize(
+    "config",
+    [small_model_config(), decoupled(), small_model_config(final_norm=False)],
+    ids=["shared", "decoupled", "no final norm"],
+)
 def test_the_option_sets_the_streams_dtype(config: ModelConfig, checkpointing: str) -> None:
     """Catches a block that rounds the stream or its gradient, and an option without effect."""
     for wide, dtype in ((True, torch.float32), (False, torch.bfloat16)):

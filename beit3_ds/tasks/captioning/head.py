@@ -60,7 +60,6 @@ class CaptionHead(Head):
         Returns:
             The sums over tokens, or the logits, (M, V).
         """
-        h_MD = h_MD.to(self.mlm.weight.dtype)
         if not with_loss:
             return self.mlm.logits(h_MD)
         losses = self.mlm(h_MD, batch.targets[TARGET_IDS])

@@ -37,7 +37,7 @@ class LinearClassHead(Head):
             tensor: the tensor-parallel group, which the head does not use: its parameters are replicated.
         """
         super().__init__()
-        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.pooled_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_epsilon)
         self.classes = nn.Linear(config.hidden_size, num_classes)
 
     def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
@@ -55,7 +55,7 @@ class LinearClassHead(Head):
         """
         patches = batch.image_length - 1
         pooled_ID = h_MD.unflatten(0, (batch.num_images, patches)).mean(1)
-        logits_IC = self.classes(self.norm(pooled_ID.to(self.classes.weight.dtype))).float()
+        logits_IC = self.classes(self.pooled_norm(pooled_ID)).float()
         if not with_loss:
             return logits_IC
         classes_I = batch.targets[CLASSES]

@@ -37,7 +37,7 @@ class StatementHead(Head):
         width = config.hidden_size
         self.input_norm = nn.LayerNorm(4 * width, config.layer_norm_epsilon)
         self.dense = nn.Linear(4 * width, 2 * width)
-        self.norm = nn.LayerNorm(2 * width, config.layer_norm_epsilon)
+        self.hidden_norm = nn.LayerNorm(2 * width, config.layer_norm_epsilon)
         self.classes = nn.Linear(2 * width, 2)
 
     def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
@@ -54,9 +54,9 @@ class StatementHead(Head):
             The sums over samples, or the logits, (S, 2) float32.
         """
         assert batch.num_pairs % 2 == 0, f"{batch.num_pairs} pairs, but a sample has two"
-        cls_PD, bos_PD = h_MD.to(self.dense.weight.dtype).tensor_split(2)
+        cls_PD, bos_PD = h_MD.tensor_split(2)
         joined_S = torch.cat([cls_PD, bos_PD], dim=1).reshape(-1, 4 * h_MD.shape[1])
-        hidden_S = self.norm(self.dense(self.input_norm(joined_S)))
+        hidden_S = self.hidden_norm(self.dense(self.input_norm(joined_S)))
         logits = self.classes(F.gelu(hidden_S)).float()
         if not with_loss:
             return logits

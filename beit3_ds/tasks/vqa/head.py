@@ -51,7 +51,7 @@ class AnswerHead(Head):
         width = 2 * config.hidden_size
         self.pooler = Pooler(config.hidden_size, config.layer_norm_epsilon)
         self.dense = nn.Linear(config.hidden_size, width)
-        self.norm = nn.LayerNorm(width, config.layer_norm_epsilon)
+        self.hidden_norm = nn.LayerNorm(width, config.layer_norm_epsilon)
         self.answers = nn.Linear(width, num_answers)
 
     def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
@@ -68,7 +68,7 @@ class AnswerHead(Head):
         Returns:
             The sums over questions, or the logits, (P, A) float32.
         """
-        hidden_P = self.norm(self.dense(self.pooler(h_MD.to(self.dense.weight.dtype))))
+        hidden_P = self.hidden_norm(self.dense(self.pooler(h_MD)))
         logits_PA = self.answers(F.gelu(hidden_P)).float()
         if not with_loss:
             return logits_PA

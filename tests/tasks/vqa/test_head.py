@@ -51,5 +51,5 @@ def test_no_questions_give_zeros() -> None:
 
 def test_initial_values() -> None:
     head = build_head()
-    assert (head.norm.weight == 1).all() and (head.pooler.norm.weight == 1).all()
+    assert (head.hidden_norm.weight == 1).all() and (head.pooler.norm.weight == 1).all()
     assert not head.answers.bias.any() and 0 < head.answers.weight.std() < 0.02
