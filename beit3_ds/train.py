@@ -33,7 +33,7 @@ from beit3_ds.tasks import RankShare, RankTask, Task, build_task
 from beit3_ds.training.agreement import check_same_files, check_same_sources
 from beit3_ds.training.broken_records import BrokenRecords, records_from
 from beit3_ds.training.engine import build_schedule
-from beit3_ds.training.flops import peak_flops, training_flops
+from beit3_ds.training.flops import peak_flops
 from beit3_ds.training.init_from import InitialWeights, open_initial_weights
 from beit3_ds.training.loop import Run, resume, train
 from beit3_ds.training.metrics_log import MetricsLog
@@ -189,7 +189,7 @@ def _build_store(task: Task, rank_task: RankTask, mesh: Mesh) -> CheckpointStore
         Path(config.training.output_dir) / "checkpoints",
         config.training.keep_checkpoints,
         mesh,
-        build_run_description(config, mesh.describe_layout(), task.describe(), tokenizers),
+        build_run_description(config, mesh.describe_layout(), task.describe(), task.describe_model(), tokenizers),
         config.parallel.timeout_seconds,
     )
 
@@ -207,8 +207,7 @@ def _load_initial_weights(
 
 def _build_progress(task: Task, schedule: Schedule, mesh: Mesh, device: torch.device) -> Progress:
     dtype = next(schedule.engine.module.parameters()).dtype
-    flops_of = functools.partial(training_flops, task)
-    return Progress(task.terms, flops_of, task.config.training.total_steps, peak_flops(device, dtype), mesh)
+    return Progress(task.terms, task.training_flops, task.config.training.total_steps, peak_flops(device, dtype), mesh)
 
 
 def _say_nothing(line: str) -> None:

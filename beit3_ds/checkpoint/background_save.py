@@ -14,7 +14,7 @@ import torch
 
 from beit3_ds.checkpoint.collection import CheckpointCollection
 from beit3_ds.checkpoint.engine_state import EngineState
-from beit3_ds.checkpoint.index import Index, Piece
+from beit3_ds.checkpoint.index import Index, Piece, StoredBuffer
 from beit3_ds.checkpoint.run_description import RunDescription
 from beit3_ds.checkpoint.slices import TensorSlice
 from beit3_ds.checkpoint.snapshot import Snapshot
@@ -152,7 +152,8 @@ class BackgroundSave:
             return error
         written: dict[str, WrittenFile] = {}
         error = self._attempt(lambda: written.update(self._write_files(snapshot, collection.temporary_path(step))))
-        report = _RankReport(error, written, snapshot.shapes(), snapshot.pieces(self._host.rank))
+        rank = self._host.rank
+        report = _RankReport(error, written, snapshot.shapes(), snapshot.pieces(rank), snapshot.buffers(rank))
         collected = self._host.collect(report.to_json())
         if collected is not None:
             reports = [_RankReport.from_json(text) for text in collected]
@@ -197,6 +198,7 @@ class BackgroundSave:
             shapes={name: shape for report in reports for name, shape in report.shapes.items()},
             pieces=pieces,
             files={name: file for report in reports for name, file in report.files.items()},
+            buffers={name: buffer for report in reports for name, buffer in report.buffers.items()},
             data=data,
         )
 
@@ -208,18 +210,20 @@ class _RankReport(NamedTuple):
     files: dict[str, WrittenFile]
     shapes: dict[str, torch.Size]
     pieces: list[tuple[str, Piece]]
+    buffers: dict[str, StoredBuffer]
 
     def to_json(self) -> str:
         return json.dumps(self, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> "_RankReport":
-        error, files, shapes, pieces = json.loads(text)
+        error, files, shapes, pieces, buffers = json.loads(text)
         return cls(
             error,
             {name: WrittenFile(*file) for name, file in files.items()},
             {name: torch.Size(shape) for name, shape in shapes.items()},
             [(name, Piece(rank, TensorSlice(*part))) for name, (rank, part) in pieces],
+            {name: StoredBuffer(rank, dtype, tuple(shape)) for name, (rank, dtype, shape) in buffers.items()},
         )
 
 

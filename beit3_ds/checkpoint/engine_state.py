@@ -81,6 +81,11 @@ class EngineState:
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         self.local_tensors = {name: _local_tensor(parameter) for name, parameter in self._parameters.items()}
         """This rank's block of every parameter of its stage, by logical name."""
+        persistent = engine.module.state_dict().keys()
+        self.buffers: dict[str, Tensor] = {
+            name: buffer for name, buffer in engine.module.named_buffers() if name in persistent
+        }
+        """Persistent buffers of this stage, by name; the data-parallel and tensor-parallel ranks hold them alike."""
 
     @property
     def is_on_gpu(self) -> bool:
@@ -103,6 +108,11 @@ class EngineState:
         """
         self._start_moments()
         return list(self._shares())
+
+    def buffers_to_save(self) -> dict[str, Tensor]:
+        """Returns the buffers that this rank writes: all of its stage on the stage's first rank, else none."""
+        is_first = self._mesh.data_parallel_rank == 0 and self._mesh.tensor.rank == 0
+        return self.buffers if is_first else {}
 
     def num_elements_to_save(self) -> int:
         """Returns the number of elements of `fragments_to_save`."""
@@ -177,6 +187,12 @@ class EngineState:
         for fragment in self._fragments():
             for kind in MOMENTS:
                 self._fill(fragment, read, kind)
+
+    @torch.no_grad()
+    def load_buffers(self, read: Callable[[str], Tensor]) -> None:
+        """Overwrites this stage's persistent buffers with those that `read` returns by name."""
+        for name, buffer in self.buffers.items():
+            buffer.copy_(read(name))
 
     @torch.no_grad()
     def load_weights(self, read: ReadSlice, names: set[str]) -> None:

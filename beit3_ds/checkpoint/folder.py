@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from beit3_ds.checkpoint.disk import file_sha256
 from beit3_ds.checkpoint.index import (
+    BUFFERS,
     FILE_KINDS,
     INDEX_NAME,
     WEIGHT,
@@ -29,7 +30,7 @@ from beit3_ds.cores import count_cores
 
 _NAME = re.compile("step-([0-9]{8}|[1-9][0-9]{8,})")
 _LEFT_OVER = re.compile(rf"\.(writing|deleted)-{_NAME.pattern}")
-_FILE_NAME = re.compile(rf"{re.escape(INDEX_NAME)}|({'|'.join(FILE_KINDS)})-\d{{5,}}\.safetensors")
+_FILE_NAME = re.compile(rf"{re.escape(INDEX_NAME)}|({'|'.join((*FILE_KINDS, BUFFERS))})-\d{{5,}}\.safetensors")
 _FILE_OF_KIND = {kind: file for file, kinds in FILE_KINDS.items() for kind in kinds}
 
 
@@ -60,7 +61,7 @@ class CheckpointFolder:
         return self.index.step
 
     def files(self, kind: str | None = None) -> list[str]:
-        """Returns the names of all files, or only of one kind in `FILE_KINDS`."""
+        """Returns the names of all files, or only of one kind in `FILE_KINDS`, or `BUFFERS`."""
         return sorted(name for name in self.index.files if kind is None or name.startswith(f"{kind}-"))
 
     def find_damage(self, names: Iterable[str]) -> str | None:
@@ -118,6 +119,20 @@ class CheckpointFolder:
                 else:
                     target.copy_(file.read_rows(key, rows.start, rows.stop)[:, columns])
         return values
+
+    def read_buffer(self, name: str) -> Tensor:
+        """Returns a persistent buffer in its own type and shape.
+
+        Raises:
+            BrokenIndexError: if its file cannot be opened.
+            BrokenTensorFileError: if the file does not hold the buffer that the index describes.
+        """
+        rank, dtype, shape = self.index.buffers[name]
+        file = self._open(file_name(BUFFERS, rank))
+        entry = file.entries.get(name)
+        if entry is None or (str(entry.dtype), entry.shape) != (f"torch.{dtype}", shape):
+            raise BrokenTensorFileError(f"{file.path} has no {name} of type {dtype} and shape {list(shape)}")
+        return file.read(name)
 
     def close(self) -> None:
         """Closes the files that were read."""

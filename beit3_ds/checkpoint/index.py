@@ -4,10 +4,12 @@
       index.json                     this file
       weights-00000.safetensors      float32 weights of the pieces that rank 0 wrote
       moments-00000.safetensors      AdamW's moments of the same pieces
+      buffers-00000.safetensors      persistent buffers of the stage that rank 0 belongs to, if it has any
       weights-00001.safetensors      ...
 
 A piece is a slice of a logical tensor. The pieces of a tensor cover each of its elements once. Names and shapes
-describe the whole model, so only the cuts between pieces depend on the ranks that wrote a checkpoint.
+describe the whole model, so only the cuts between pieces depend on the ranks that wrote a checkpoint. A buffer is equal
+on all ranks that have it; one of them writes it whole and in its own type.
 """
 
 import hashlib
@@ -34,6 +36,8 @@ KINDS = (WEIGHT, *MOMENTS)
 """Values kept per element: the float32 weight, and AdamW's averages of the gradient and the squared gradient."""
 FILE_KINDS = {"weights": (WEIGHT,), "moments": MOMENTS}
 """Kinds of values in each of a rank's files."""
+BUFFERS = "buffers"
+"""Kind of the files that hold persistent buffers."""
 
 
 class Piece(NamedTuple):
@@ -41,6 +45,17 @@ class Piece(NamedTuple):
 
     rank: int
     part: TensorSlice
+
+
+class StoredBuffer(NamedTuple):
+    """Describes a persistent buffer of the model, and names the rank whose file holds it."""
+
+    rank: int
+    """Rank that wrote the buffer."""
+    dtype: str
+    """Type of its elements, as torch names it, without `torch.`."""
+    shape: tuple[int, ...]
+    """Shape of the buffer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +73,8 @@ class Index:
     """Pieces of every tensor."""
     files: Mapping[str, WrittenFile]
     """Size and digest of every file except the index."""
+    buffers: Mapping[str, StoredBuffer] = field(default_factory=dict)
+    """Persistent buffers by name, such as the codebook of a visual tokenizer; empty for a model without any."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """State of the run's data as plain JSON, one key per kind of state; it does not depend on the layout. Empty in a
     checkpoint of an older version."""
@@ -85,6 +102,7 @@ class Index:
                 }
                 for name in sorted(self.shapes, key=self.stored_name)
             },
+            BUFFERS: {name: list(buffer) for name, buffer in sorted(self.buffers.items())},
         }
         return _serialize({**content, "sha256": hashlib.sha256(_serialize(content)).hexdigest()})
 
@@ -126,6 +144,10 @@ def _parse(content: dict[str, Any]) -> Index:
             for name, tensor in tensors.items()
         },
         files={name: WrittenFile(*file) for name, file in content["files"].items()},
+        buffers={
+            name: StoredBuffer(rank, dtype, tuple(shape))
+            for name, (rank, dtype, shape) in content.get(BUFFERS, {}).items()
+        },
         data=content.get("data", {}),
         old_names={name: stored for name, stored in names.items() if name != stored},
     )
@@ -159,7 +181,7 @@ def _overlap(parts: Sequence[TensorSlice]) -> bool:
 
 
 def file_name(kind: str, rank: int) -> str:
-    """Returns the name of one of a rank's files; `kind` is one of `FILE_KINDS`."""
+    """Returns the name of one of a rank's files; `kind` is one of `FILE_KINDS`, or `BUFFERS`."""
     return f"{kind}-{rank:05d}.safetensors"
 
 

@@ -37,7 +37,7 @@ def agree_on_newest(collection: CheckpointCollection, mesh: Mesh, host: HostGrou
 
 
 def load_checkpoint(state: EngineState, folder: CheckpointFolder, run: RunDescription, mesh: Mesh) -> int:
-    """Loads weights and moments from a checkpoint of any layout, and closes it. All ranks call it.
+    """Loads weights, moments and buffers from a checkpoint of any layout, and closes it. All ranks call it.
 
     Args:
         state: this rank's state, which is overwritten.
@@ -59,8 +59,14 @@ def load_checkpoint(state: EngineState, folder: CheckpointFolder, run: RunDescri
         found = folder.index.shapes.get(name)
         if found != tensor.shape:
             raise ConfigError(f"checkpoint {folder.path}: {name} has shape {found}, the model's is {tensor.shape}.")
+    for name, buffer in state.buffers.items():
+        stored = folder.index.buffers.get(name)
+        wanted = (str(buffer.dtype).removeprefix("torch."), tuple(buffer.shape))
+        if stored is None or (stored.dtype, stored.shape) != wanted:
+            raise ConfigError(f"checkpoint {folder.path}: the buffer {name} is {stored}, the model's is {wanted}.")
     try:
         state.load(folder.read_kind, folder.index.optimizer_step)
+        state.load_buffers(folder.read_buffer)
     except (BrokenIndexError, BrokenTensorFileError) as error:
         raise ConfigError(
             f"checkpoint {folder.path} cannot be loaded, though its digests fit: {error}. Delete it; the same command "

@@ -86,7 +86,7 @@ def check_same_model(model: Mapping[str, Any], stored: Mapping[str, Any], where:
 
 
 def build_run_description(
-    config: RunConfig, layout: str, task: Mapping[str, Any], tokenizers: Mapping[str, str]
+    config: RunConfig, layout: str, task: Mapping[str, Any], model: Mapping[str, Any], tokenizers: Mapping[str, str]
 ) -> RunDescription:
     """Describes the run that `config` starts; reads the tokenizers' files.
 
@@ -94,10 +94,11 @@ def build_run_description(
         config: configuration of the run.
         layout: the ranks, in words.
         task: name and settings of its task (`Task.describe`).
+        model: settings that its checkpoints share (`Task.describe_model`).
         tokenizers: files of the tokenizers that the run uses, by "text" and "visual".
     """
     # Through JSON, so that it equals what is read back: tuples become lists.
-    sections = dataclasses.asdict(config) | {"task": task}
+    sections = dataclasses.asdict(config) | {"task": task, "model": model}
     plain = json.loads(json.dumps(sections, default=dict))
     return RunDescription(
         model=plain.pop("model"),

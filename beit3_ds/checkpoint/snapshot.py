@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from beit3_ds.checkpoint.engine_state import EngineState
-from beit3_ds.checkpoint.index import FILE_KINDS, KINDS, Piece, file_name, tensor_key
+from beit3_ds.checkpoint.index import BUFFERS, FILE_KINDS, KINDS, Piece, StoredBuffer, file_name, tensor_key
 from beit3_ds.checkpoint.slices import TensorSlice
 from beit3_ds.checkpoint.tensor_file import TensorEntry, WrittenFile, write_tensor_file
 
@@ -14,13 +14,15 @@ from beit3_ds.checkpoint.tensor_file import TensorEntry, WrittenFile, write_tens
 class Snapshot:
     """Copy of this rank's share of weights and moments; its memory is kept from one save to the next.
 
-    It takes 12 bytes per element that the rank writes, in page-locked memory if the engine computes on a GPU.
+    It takes 12 bytes per element that the rank writes, in page-locked memory if the engine computes on a GPU. Buffers
+    are copied to new memory, because they are small.
     """
 
     def __init__(self, state: EngineState) -> None:
         self._state, self._num_elements = state, state.num_elements_to_save()
         self._memory: dict[str, Tensor] = {}
         self._pieces: list[tuple[str, TensorSlice, int]] = []
+        self._buffers: dict[str, Tensor] = {}
         self.optimizer_step = 0
         """Number of updates that AdamW had counted when the state was copied."""
 
@@ -40,6 +42,7 @@ class Snapshot:
             for start, part in self._state.slices(fragment):
                 self._pieces.append((fragment.name, part, position + start))
             position += length
+        self._buffers = {name: buffer.to("cpu", copy=True) for name, buffer in self._state.buffers_to_save().items()}
         self.optimizer_step = self._state.optimizer_step
         if self._state.is_on_gpu:
             torch.cuda.synchronize()
@@ -51,6 +54,13 @@ class Snapshot:
     def pieces(self, rank: int) -> list[tuple[str, Piece]]:
         """Returns the pieces with the names of their tensors; `rank` is this rank's global number."""
         return [(name, Piece(rank, part)) for name, part, _ in self._pieces]
+
+    def buffers(self, rank: int) -> dict[str, StoredBuffer]:
+        """Returns the buffers that this rank writes, by name; `rank` is this rank's global number."""
+        return {
+            name: StoredBuffer(rank, str(buffer.dtype).removeprefix("torch."), tuple(buffer.shape))
+            for name, buffer in self._buffers.items()
+        }
 
     def write(self, folder: Path, rank: int) -> dict[str, WrittenFile]:
         """Writes this rank's files into an existing folder and syncs them.
@@ -73,4 +83,8 @@ class Snapshot:
 
             name = file_name(file_kind, rank)
             written[name] = write_tensor_file(folder / name, entries, read, {"format": "pt"})
+        if self._buffers:
+            name = file_name(BUFFERS, rank)
+            entries = [TensorEntry(key, buffer.dtype, buffer.shape) for key, buffer in self._buffers.items()]
+            written[name] = write_tensor_file(folder / name, entries, self._buffers.__getitem__, {"format": "pt"})
         return written

@@ -92,7 +92,7 @@ class CheckpointStore:
         return agree_on_newest(self._collection, self._mesh, self._host)
 
     def load(self, state: EngineState, folder: CheckpointFolder) -> int:
-        """Loads weights and moments from a checkpoint of any layout. All ranks call it.
+        """Loads weights, moments and buffers from a checkpoint of any layout. All ranks call it.
 
         Returns:
             Number of updates that the checkpoint holds, which is the number of the next step.

@@ -4,7 +4,8 @@ from beit3_ds.model.beit3 import BEiT3
 from beit3_ds.model.features import Features
 from beit3_ds.model.initialization import initial_value, initialize_parameters
 from beit3_ds.model.pretrained import PretrainedWeights
-from beit3_ds.model.task_model import Head, LossOutput, TaskModel
+from beit3_ds.model.stage_model import LossOutput, StageModel
+from beit3_ds.model.task_model import Head, TaskModel
 
 __all__ = [
     "BEiT3",
@@ -12,6 +13,7 @@ __all__ = [
     "Head",
     "LossOutput",
     "PretrainedWeights",
+    "StageModel",
     "TaskModel",
     "initial_value",
     "initialize_parameters",

@@ -4,23 +4,16 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ActivationCheckpointing, Kernels, ModelConfig
 from beit3_ds.model.beit3 import BEiT3
+from beit3_ds.model.initialization import initialize_parameters
+from beit3_ds.model.stage_model import LossOutput, StageModel
 from beit3_ds.parallel import TensorParallel, VocabParallelHead
-
-
-class LossOutput(NamedTuple):
-    """Holds the loss of one micro-batch."""
-
-    total: Tensor
-    """Weighted sum to differentiate, float32 scalar."""
-    sums: Tensor
-    """Sum of each of the task's terms, (K,) float32, detached."""
 
 
 class Head(nn.Module, ABC):
@@ -45,7 +38,7 @@ class Head(nn.Module, ABC):
         """
 
 
-class TaskModel(BEiT3):
+class TaskModel(BEiT3, StageModel):
     """Extends BEiT-3 with the head of a task, at the end of the last layer.
 
     The head is part of the last layer, and its parameters have the prefix `heads.`. So it is split, saved and loaded
@@ -80,18 +73,7 @@ class TaskModel(BEiT3):
         x_TD: Tensor | None = None,
         layers: range | None = None,
     ) -> Any:
-        """Runs one micro-batch through all layers and the head, or through consecutive layers.
-
-        Args:
-            batch: the packed micro-batch, with targets if `loss_factors` is given.
-            loss_factors: factor of the sum of each term, (K,) float32: weight / count of the whole step. None returns
-                predictions.
-            x_TD: the stream before `layers`; None if `layers` begin with the embeddings.
-            layers: the layers to run; None is all of them.
-
-        Returns:
-            The stream after `layers`; after the last layer a `LossOutput` or the predictions of the head.
-        """
+        """Runs one micro-batch through all layers and the head, or through consecutive layers (`StageModel`)."""
         h_MD = self.run_layers(batch, x_TD, layers)
         if layers is not None and self.all_layers[-1] not in layers:
             return h_MD
@@ -100,6 +82,22 @@ class TaskModel(BEiT3):
         if loss_factors is None:
             return output
         return LossOutput((output * loss_factors).sum(), output.detach())
+
+    def initialize(self, seed: int) -> None:
+        """Fills every parameter with its initial value (`initialize_parameters`)."""
+        initialize_parameters(self, self.config, seed)
+
+    @property
+    def stream_size(self) -> int:
+        """Returns the width of the stream between layers."""
+        return self.config.hidden_size
+
+    @property
+    def owned_table(self) -> nn.Parameter | None:
+        """Returns the word table with `tie_word_embeddings`, on the stage that embeds; None elsewhere."""
+        if not self.config.tie_word_embeddings or self.embeddings is None:
+            return None
+        return self.embeddings.word.weight
 
     def tie_word_embeddings(self) -> None:
         """Shares the word table with the head if `tie_word_embeddings` is set."""

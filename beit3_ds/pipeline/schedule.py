@@ -36,7 +36,7 @@ class Schedule:
         """Registers the gradient probe and the tied word table on the engine's model.
 
         Args:
-            engine: engine of this stage's layers of a `TaskModel`, with gradient accumulation 1.
+            engine: engine of this stage's `StageModel`, with gradient accumulation 1.
             chunks: model chunks of all stages, in order (`stages.cut_layers`).
             mesh: the ranks.
         """
@@ -46,7 +46,7 @@ class Schedule:
         self.tied = TiedWordEmbedding(engine.module, mesh)
         self.probe.watch(self.tied.copies)
         self.model_chunks = stage_layers(chunks, mesh.pipeline.rank, mesh.pipeline.size)
-        self._dtype, self._hidden_size = engine.module.stream_dtype, engine.module.config.hidden_size
+        self._dtype, self._hidden_size = engine.module.stream_dtype, engine.module.stream_size
         self.sending: list[Message] = []
         self.own_work = Stopwatch(engine.device)
         """Measures the parts of a step without collectives (`training.stragglers`)."""

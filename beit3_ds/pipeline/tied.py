@@ -4,7 +4,7 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from beit3_ds.model import TaskModel
+from beit3_ds.model import StageModel
 from beit3_ds.parallel import Mesh, Message
 
 
@@ -18,11 +18,10 @@ class TiedWordEmbedding:
     V * D elements. Without a pipeline the head holds the parameter itself, and nothing is sent.
     """
 
-    def __init__(self, model: TaskModel, mesh: Mesh) -> None:
+    def __init__(self, model: StageModel, mesh: Mesh) -> None:
         """Finds the table or its copy on this stage."""
         self._pipeline = mesh.pipeline
-        tied = model.config.tie_word_embeddings and mesh.pipeline.size > 1
-        self._owned = model.embeddings.word.weight if tied and model.embeddings is not None else None
+        self._owned = model.owned_table if mesh.pipeline.size > 1 else None
         table = model.tied_table
         self._copy = table.weight if mesh.pipeline.size > 1 and table is not None else None
         self._arrived: Tensor | None = None

@@ -151,6 +151,7 @@ def build_rank_model(config: RunConfig, world_size: int, stage: int = 0, tensor_
     chunks = stage_layers(cut_layers(config, task.expected_head_flops()), stage, parallel.pipeline_parallel_size)
     with torch.device("meta"):
         model = task.build_model(tensor, chunks)
+    assert isinstance(model, TaskModel), "the planner models BEiT-3 with the head of a task"
     groups = group_parameters(dict(model.named_parameters()), config)
     return RankModel(
         config=config,

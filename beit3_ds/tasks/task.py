@@ -7,6 +7,10 @@ tensors:
     Task        built from the configuration alone, also by `beit3 check`: terms, model, costs
     RankTask    opened by one rank: the samples it reads, how it prepares a micro-batch, what it reports
 
+Around its steps a task may keep state of its own, such as a codebook: `RankTask.before_step`, `after_step` and
+`figures`. Buffers of its model are saved in checkpoints. A task whose result is a file of its own writes it at the end
+(`RankTask.write_results`) and recognises it before the next start (`Task.find_result`).
+
 A task that needs more extends the following:
 
     several sequences per sample, or pooled rows    `PackedBatch.head_rows`; the head combines the rows that it reads
@@ -28,13 +32,14 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 import torch
 
 from beit3_ds.batch import PackedBatch
-from beit3_ds.config import ModelConfig, RunConfig
+from beit3_ds.config import ConfigError, ModelConfig, RunConfig
 from beit3_ds.config.prefetch import plan_prefetch
 from beit3_ds.data import StepDataset, ValidationBatches, build_validation_batches
 from beit3_ds.data.packing import Pack
 from beit3_ds.data.samples import SourceSamples, Stream, name_sources
 from beit3_ds.data.validation_overlap import check_validation_apart
-from beit3_ds.model import Head, TaskModel
+from beit3_ds.model import Head, StageModel, TaskModel
+from beit3_ds.model.flops import layer_flops, work_of
 from beit3_ds.parallel import Mesh, TensorParallel
 
 Split = Literal["train", "validation"]
@@ -73,7 +78,7 @@ class RankShare:
 
 
 class Evaluator(Protocol):
-    """Gives a task access to the trained model at the end of a run."""
+    """Gives a task access to the model, during a run and at its end."""
 
     @property
     def mesh(self) -> Mesh:
@@ -87,11 +92,30 @@ class Evaluator(Protocol):
     def validation(self) -> Iterable[PackedBatch]:
         """Returns the validation batches of this rank, not yet prepared."""
 
+    @property
+    def model(self) -> StageModel:
+        """Returns the layers of this stage; ZeRO-3 may have partitioned their parameters."""
+
     def predict(self, batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, Any]]:
         """Yields each prepared batch, with the head's predictions on the last stage and None elsewhere.
 
         All ranks must call it with the same number of batches.
         """
+
+    def trained_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields each weight of the whole model in float32, and each buffer, with its name, on the CPU.
+
+        Reads the newest checkpoint, so no rank communicates; only a rank that needs the tensors calls it.
+        """
+
+
+class Figures(NamedTuple):
+    """Holds what a task adds to a progress report."""
+
+    values: Mapping[str, int | float] = {}
+    """Values of the record in metrics.jsonl, by name; the same on all ranks."""
+    lines: Sequence[str] = ()
+    """Lines that are printed below the progress line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +172,36 @@ class RankTask:
         """Returns a micro-batch on the device, with all targets that the head needs."""
         return batch.to(device)
 
+    def before_step(self, evaluator: Evaluator, step: int) -> None:
+        """Prepares a training step, counted from 0; all ranks call it before each step.
+
+        The call before the first step of a process precedes the evaluation at step 0. What it does must depend on the
+        step and the state of the model alone, so that a resumed run does the same.
+        """
+
+    def after_step(self, evaluator: Evaluator, *, is_skipped: bool) -> None:
+        """Ends a training step after its update; all ranks call it.
+
+        Args:
+            evaluator: the model.
+            is_skipped: whether the update was skipped, because a loss or gradient was not finite.
+        """
+
+    def figures(self) -> Figures:
+        """Returns what the task adds to a progress report, and starts a new interval; all ranks call it."""
+        return Figures()
+
+    def write_results(self, evaluator: Evaluator) -> dict[str, str]:
+        """Writes the files that other runs read, after the last checkpoint; all ranks call it.
+
+        Returns:
+            Entries for the summary, by name; those of the main rank are shown.
+
+        Raises:
+            StorageError: if a file cannot be written; the same command tries again.
+        """
+        return {}
+
     def baselines(self, evaluator: Evaluator) -> dict[str, float]:
         """Returns the value of each term for a predictor that ignores its input, by name; all ranks must call it."""
         return {}
@@ -176,19 +230,48 @@ class Task(ABC):
 
     Settings: ClassVar[type] = NoSettings
     """Dataclass of the task's own keys in the "task" section."""
+    has_backbone: ClassVar[bool] = True
+    """Whether the task trains BEiT-3, which the section "model" describes."""
+    layout_fault: ClassVar[str] = ""
+    """Reason why the task supports data parallelism alone; empty if it also supports tensor and pipeline
+    parallelism."""
 
     def __init__(self, config: RunConfig) -> None:
         """Loads the settings and checks what needs no files.
 
         Raises:
-            ConfigError: if the settings are invalid.
+            ConfigError: if the settings are invalid, or the task does not support the layout.
         """
         self.config = config
         self.settings: Any = config.task.load(self.Settings)
+        parallel = config.parallel
+        if self.layout_fault and parallel.model_parallel_size > 1:
+            raise ConfigError(
+                f"parallel: the task {config.task.name} supports neither tensor_parallel_size="
+                f"{parallel.tensor_parallel_size} nor pipeline_parallel_size={parallel.pipeline_parallel_size}: "
+                f"{self.layout_fault} Set both to 1; every ZeRO stage works."
+            )
 
     def describe(self) -> dict[str, Any]:
         """Returns the task's name and settings, defaults included, for checkpoints."""
         return {"name": self.config.task.name, **dataclasses.asdict(self.settings)}
+
+    def describe_model(self) -> dict[str, Any]:
+        """Returns the settings that a run must share with a checkpoint from which it resumes.
+
+        Fields in `config.FIELDS_WITHOUT_TENSORS` may differ.
+        """
+        return dataclasses.asdict(self.config.model)
+
+    def find_result(self) -> str | None:
+        """Returns a line that describes the result of this run if it exists already, so that nothing is to be done.
+
+        A task without a result of its own returns None.
+
+        Raises:
+            ConfigError: if there is a result of other settings, which the run would overwrite.
+        """
+        return None
 
     @property
     @abstractmethod
@@ -199,7 +282,7 @@ class Task(ABC):
     def build_head(self, model: ModelConfig, tensor: TensorParallel) -> Head:
         """Builds the head with uninitialised parameters, which may be split over the tensor-parallel group."""
 
-    def build_model(self, tensor: TensorParallel | None = None, layers: Sequence[range] | None = None) -> TaskModel:
+    def build_model(self, tensor: TensorParallel | None = None, layers: Sequence[range] | None = None) -> StageModel:
         """Builds the layers of one stage, with uninitialised parameters.
 
         Args:
@@ -216,6 +299,13 @@ class Task(ABC):
             training.kernels,
             fp32_residual_connection=training.fp32_residual_connection,
         )
+
+    def training_flops(self, batch: PackedBatch) -> float:
+        """Returns the operations of one micro-batch's forward and backward (3 x forward); a multiply-add counts 2.
+
+        Counts matrix products only: no recomputation, no padding, no optimizer and no frozen network.
+        """
+        return 3 * sum(layer_flops(self.config.model, work_of(batch, self.head_flops(batch.term_counts))))
 
     def head_flops(self, term_counts: Sequence[float]) -> float:
         """Returns the operations of the head's forward pass, given a count per term; a multiply-add counts 2.

@@ -9,7 +9,7 @@ from torch import nn
 
 from beit3_ds.config import RunConfig
 from beit3_ds.kernels.cpu.allocator import ALLOCATOR
-from beit3_ds.model import TaskModel, initialize_parameters
+from beit3_ds.model import StageModel
 from beit3_ds.parallel import Mesh, ModelParallelUnit, TensorParallel, is_split
 from beit3_ds.pipeline import deepspeed_compat
 from beit3_ds.pipeline.schedule import Schedule
@@ -19,7 +19,7 @@ from beit3_ds.tasks import Task
 from beit3_ds.training.optimizer import allocate_moments, build_optimizer, freeze_parameters
 
 
-def build_model(task: Task, tensor: TensorParallel | None = None, layers: Sequence[range] | None = None) -> TaskModel:
+def build_model(task: Task, tensor: TensorParallel | None = None, layers: Sequence[range] | None = None) -> StageModel:
     """Builds this rank's part of the model with its initial values, in float32 and in host memory.
 
     The engine partitions it further over the data-parallel ranks.
@@ -30,13 +30,13 @@ def build_model(task: Task, tensor: TensorParallel | None = None, layers: Sequen
         layers: model chunks of this stage; None is all layers.
     """
     model = task.build_model(tensor, layers)
-    initialize_parameters(model, task.config.model, task.config.training.seed)
+    model.initialize(task.config.training.seed)
     return model
 
 
 def build_schedule(task: Task, mesh: Mesh) -> Schedule:
     """Builds this rank's part of the model, its engine, and the schedule that runs micro-batches through it."""
-    chunks = cut_layers(task.config, task.expected_head_flops())
+    chunks = cut_layers(task.config, task.expected_head_flops()) if task.has_backbone else [range(1)]
     model = build_model(task, mesh.tensor, stage_layers(chunks, mesh.pipeline.rank, mesh.pipeline.size))
     schedule = Schedule(build_engine(task.config, model, mesh), chunks, mesh)
     freeze_parameters(model, task.config)  # after the schedule's own hooks on the tied word table

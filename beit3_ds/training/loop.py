@@ -11,10 +11,12 @@ from torch import Tensor
 
 from beit3_ds.batch import PackedBatch, StepBatch
 from beit3_ds.checkpoint.engine_state import EngineState
+from beit3_ds.checkpoint.folder import CheckpointFolder
 from beit3_ds.checkpoint.index import Index
 from beit3_ds.checkpoint.store import CheckpointStore, SaveOutcome
 from beit3_ds.config import ConfigError, RunConfig
 from beit3_ds.data.order.run import POSITIONS, RunOrder
+from beit3_ds.model import StageModel
 from beit3_ds.parallel import Mesh
 from beit3_ds.pipeline.schedule import Schedule
 from beit3_ds.runtime.distributed_stop_signals import DistributedStopSignals
@@ -70,6 +72,12 @@ class Run:
         """Returns DeepSpeed's engine, which wraps the layers of this stage."""
         return self.schedule.engine
 
+    @property
+    def model(self) -> StageModel:
+        """Returns the layers of this stage."""
+        model: StageModel = self.engine.module
+        return model
+
     def prepare(self, batch: PackedBatch) -> PackedBatch:
         """Returns a micro-batch on the device, with the targets that the head needs."""
         return self.rank_task.prepare(batch, self.device)
@@ -77,6 +85,15 @@ class Run:
     def predict(self, batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, Any]]:
         """Yields each prepared batch with the head's predictions; these are None on all stages but the last."""
         yield from self.schedule.run_forward(batches, None, self.prepare)
+
+    def trained_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields each weight of the newest checkpoint in float32, and each buffer, with its name, on the CPU."""
+        path = self.store.newest_path()
+        assert path is not None, "a run ends with a checkpoint"
+        folder = CheckpointFolder(path)
+        yield from ((name, folder.read(name)) for name in folder.names())
+        yield from ((name, folder.read_buffer(name)) for name in folder.index.buffers)
+        folder.close()
 
 
 class Resumption(NamedTuple):
@@ -166,18 +183,23 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: DistributedStopSignals) -
     has_unsaved_update = False  # whether an update was done since the last save or resume
     feed = StepFeed(steps, run.mesh.activity, done)
     feed.attempt(run.read_validation)
-    if not stop.synchronize(feed.error) and done == 0:
-        _evaluate_and_record(run, 0)
+    if not stop.synchronize(feed.error) and done < config.total_steps:
+        run.rank_task.before_step(run, done)
+        if done == 0:
+            _evaluate_and_record(run, 0)
     if not stop.must_stop and done < config.total_steps:
         feed.fetch()
         stop.synchronize(feed.error)
     while not stop.must_stop and done < config.total_steps:
         step_batch, data_seconds = feed.take()
         start = time.perf_counter()
+        if done > run.first_step:
+            run.rank_task.before_step(run, done)
         counts, new_records = step_counts.agree(step_batch)
         for line in format_new_records(new_records, run.broken_records.total, run.config.data.max_broken_records):
             _say(run, line)
         update = _update(run, step_batch, counts, learning_rate(config, step_batch.step))
+        run.rank_task.after_step(run, is_skipped=update.is_skipped)
         seconds = data_seconds + time.perf_counter() - start
         done = step_batch.step + 1
         run.progress.add(step_batch, update, data_seconds, seconds)
@@ -290,7 +312,9 @@ def _report(run: Run, done: int, skipped: SkippedSteps, spikes: LossSpikes) -> N
     for spike in spikes.find(run.progress.losses()):
         _record(run, spike)
         lines.append(format_spike(spike))
-    record = run.progress.report(done) | figures
+    own_figures, own_lines = run.rank_task.figures()
+    lines.extend(own_lines)
+    record = run.progress.report(done) | figures | dict(own_figures)
     totals = {BROKEN_RECORDS: run.broken_records.total, "skipped_steps": skipped.total, "loss_spikes": spikes.total}
     record |= {name: total for name, total in totals.items() if total}
     _record(run, record)

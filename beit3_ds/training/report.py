@@ -13,12 +13,16 @@ from beit3_ds.training.plot import plot_losses
 
 
 def write_report(run: Run) -> None:
-    """Writes losses.png, the task's pages and summary.json to the output folder and prints the summary.
+    """Writes the task's results, losses.png, the task's pages and summary.json, and prints the summary.
 
-    If a file cannot be written, one line says so, and the run still counts as finished. All ranks call it, because
-    they all take part in the forward pass and the baselines.
+    If a picture, a page or the summary cannot be written, one line says so, and the run still counts as finished. All
+    ranks call it, because they all take part in the forward pass and the baselines.
+
+    Raises:
+        StorageError: if a result of the task cannot be written.
     """
     folder = Path(run.config.training.output_dir)
+    results = run.rank_task.write_results(run)
     baselines = run.rank_task.baselines(run)
     pages = run.mesh.pipeline.host.broadcast(run.rank_task.write_pages(run, folder), src=-1)
     if not run.mesh.is_main:
@@ -26,7 +30,7 @@ def write_report(run: Run) -> None:
     records = run.metrics_log.records()
     draw = functools.partial(plot_losses, records, baselines, run.terms)
     plot = try_to_write(folder / "losses.png", draw, _say)
-    summary = _summarize(run, records, baselines) | pages | {"checkpoint": str(run.store.newest_path())}
+    summary = _summarize(run, records, baselines) | results | pages | {"checkpoint": str(run.store.newest_path())}
     summary |= {"plot": str(folder / "losses.png")} if plot else {}
     summary["metrics"] = str(run.metrics_log.path)
     try_to_write(folder / "summary.json", lambda path: _write_json(summary, path), _say)
@@ -38,12 +42,13 @@ def format_summary(summary: dict[str, Any]) -> str:
     lines = [f"\nFinished {summary['steps']} steps."]
     wide = max([10, *map(len, summary["validation"])])
     if summary["validation"]:
-        lines[0] += " Validation loss in nats:"
-        lines.append(
-            f"  {'term':<{wide}} {'first':>8} {'last':>8} {'change':>8}  {'unigram entropy':>15} {'perplexity':>11}"
-        )
+        has_entropies = any("unigram_entropy" in row for row in summary["validation"].values())
+        lines[0] += " Validation loss in nats:" if has_entropies else " Validation means:"
+        entropies = f"  {'unigram entropy':>15} {'perplexity':>11}" if has_entropies else ""
+        lines.append(f"  {'term':<{wide}} {'first':>8} {'last':>8} {'change':>8}{entropies}")
         lines += [_format_row(term, row, wide) for term, row in summary["validation"].items()]
-        lines.append("  (unigram entropy: the best that a predictor can do without looking at the input)")
+        if has_entropies:
+            lines.append("  (unigram entropy: the best that a predictor can do without looking at the input)")
     else:
         lines[0] += " No stream has validation data (data.*.validation), so no validation loss was measured."
     names = [name for name, value in summary.items() if isinstance(value, str) and value]

@@ -1,6 +1,6 @@
 """Builds a training state of a few tensors in memory and a store that saves it, hundreds of times per second."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,11 @@ def values_at(step: int, kind: str, name: str) -> Tensor:
     return torch.arange(start, start + SHAPES[name].numel(), dtype=torch.float32).view(SHAPES[name])
 
 
+def buffer_at(step: int, name: str) -> Tensor:
+    """Returns a buffer after `step` updates."""
+    return torch.tensor(bool(step)) if name == "codes.started" else torch.arange(6.0).view(3, 2) + 10 * step
+
+
 class SmallState:
     """Replaces `EngineState` in a store; every rank owns an equal range of every tensor."""
 
@@ -34,6 +39,7 @@ class SmallState:
             name: LocalTensor(shape=shape, block=whole_slice(shape)) for name, shape in SHAPES.items()
         }
         self.optimizer_step = 0
+        self.buffers = {"codes.weight": torch.zeros(3, 2), "codes.started": torch.tensor(False)}
         self._values = {(kind, name): torch.zeros(shape) for kind in KINDS for name, shape in SHAPES.items()}
 
     def train_to(self, step: int) -> "SmallState":
@@ -41,6 +47,8 @@ class SmallState:
         self.optimizer_step = step
         for (kind, name), values in self._values.items():
             values.copy_(values_at(step, kind, name))
+        for name, buffer in self.buffers.items():
+            buffer.copy_(buffer_at(step, name))
         return self
 
     @property
@@ -58,6 +66,13 @@ class SmallState:
             start, stop = (shape.numel() * rank // self._num_ranks for rank in (self._rank, self._rank + 1))
             fragments.append(fragment.cut(start, stop))
         return [fragment for fragment in fragments if len(fragment.weight)]
+
+    def buffers_to_save(self) -> dict[str, Tensor]:
+        return self.buffers if self._rank == 0 else {}
+
+    def load_buffers(self, read: Callable[[str], Tensor]) -> None:
+        for name, buffer in self.buffers.items():
+            buffer.copy_(read(name))
 
     def find_mismatch(self, step: int) -> str | None:
         return None
@@ -81,6 +96,8 @@ class SmallState:
         assert self.optimizer_step == step
         for (kind, name), values in self._values.items():
             assert torch.equal(values, values_at(step, kind, name)), (step, kind, name)
+        for name, buffer in self.buffers.items():
+            assert torch.equal(buffer, buffer_at(step, name)), (step, name)
 
 
 def describe(**changes: Any) -> RunDescription:
@@ -126,5 +143,6 @@ def check_holds(folder: Path, step: int) -> None:
     assert checkpoint.step == step
     assert checkpoint.find_damage(checkpoint.index.files) is None
     state.load(checkpoint.read_kind, checkpoint.index.optimizer_step)
+    state.load_buffers(checkpoint.read_buffer)
     state.check_is_of(step)
     checkpoint.close()

@@ -23,7 +23,7 @@ from beit3_ds.parallel import Mesh
 from tests.checkpoint.small_state import SmallRun, describe
 from tests.ranks import run_ranks
 
-FILES = ("weights-00000.safetensors", "moments-00000.safetensors", INDEX_NAME)
+FILES = ("weights-00000.safetensors", "moments-00000.safetensors", "buffers-00000.safetensors", INDEX_NAME)
 BEFORE, NEWEST = 5, 6
 
 
@@ -281,6 +281,18 @@ def test_another_model_is_refused(root: Path) -> None:
     assert "hidden_size 3 there, 4 here" in message
     assert "num_heads null there, 2 here" in message
     assert "num_layers" not in message
+
+
+@pytest.mark.parametrize("stored", [[0, "float32", [2, 3]], [0, "bfloat16", [3, 2]], None])
+def test_another_buffer_is_refused(root: Path, stored: list[Any] | None) -> None:
+    """Its shape or type is another, or the checkpoint lacks it."""
+
+    def change(content: dict[str, Any]) -> None:
+        del content["buffers"]["codes.weight"]
+        content["buffers"] |= {"codes.weight": stored} if stored else {}
+
+    edit_index(root, change, with_digest=True)
+    assert "the buffer codes.weight is" in refusal(root)
 
 
 def test_another_shape_is_refused(root: Path) -> None:
