@@ -1,0 +1,111 @@
+"""Readers of files that give each image an identifier and its captions.
+
+| format | file | image of an entry |
+|---|---|---|
+| `karpathy` | `dataset_coco.json`, `dataset_flickr30k.json` | `filepath` and `filename`, in the folder |
+| `coco_images` | nocaps, COCO's `captions_*.json` and `image_info_*.json` | `file_name`, in the folder |
+| `caption_lines` | JSON lines: `image`, `captions` or `caption`, and if need be `id` | path `image`, in the folder |
+"""
+
+import json
+from collections import Counter
+from typing import Any
+
+from beit3_ds.config import ConfigError
+from beit3_ds.data.files.json_lines import iterate_json_lines
+from beit3_ds.data.files.json_lists import iterate_json_list, reading_as
+from beit3_ds.data.images.captioned import CaptionedImages
+
+_KARPATHY = "an object with 'images' (filename, split, sentences)"
+_COCO = "an object with 'images' (id, file_name) and, but for a test split, 'annotations' (image_id, caption)"
+
+
+def read_karpathy(path: str, folder: str, split: str) -> CaptionedImages:
+    """Reads one of Karpathy's splits of COCO or Flickr30K (Karpathy and Fei-Fei, 2015, arXiv:1412.2306).
+
+    Args:
+        path: JSON object with `images`: `filename`, `split`, `sentences` (`raw`), and for COCO `filepath`, `cocoid`.
+        folder: folder of the images; for COCO the one that has `train2014` and `val2014`.
+        split: `train`, `val` or `test`. `train` includes COCO's `restval`, as all published results do: these are the
+            images of `val2014` that are in neither `val` nor `test`. `restval` alone is possible too.
+
+    Raises:
+        ConfigError: if the file cannot be read or does not have this form, the split is not in it, an image occurs
+            twice or a caption is empty; the message names the entry.
+    """
+    wanted = ("train", "restval") if split == "train" else (split,)
+    samples, found = CaptionedImages(path, folder), Counter[str]()
+    with reading_as(path, _KARPATHY):
+        for number, entry in enumerate(iterate_json_list(path, "images")):
+            found[entry["split"]] += 1
+            if entry["split"] not in wanted:
+                continue
+            identifier = entry["cocoid"] if "cocoid" in entry else entry["imgid"]
+            name = "/".join(filter(None, (entry.get("filepath"), entry["filename"])))
+            captions = [sentence["raw"] for sentence in entry["sentences"]]
+            samples.add_captioned_image(identifier, name, captions, f"{path}: entry {number} of 'images'")
+    if not samples.num_images:
+        splits = ", ".join(f"{name} ({count:,} images)" for name, count in sorted(found.items())) or "none"
+        raise ConfigError(f"data: {path} has no image of the split '{split}'. Its splits: {splits}.")
+    return samples
+
+
+def read_coco_images(path: str, folder: str) -> CaptionedImages:
+    """Reads files in COCO's form, such as those of nocaps (Agrawal et al., 2019, arXiv:1812.08658).
+
+    Args:
+        path: JSON object with `images` (`id`, `file_name`) and `annotations` (`image_id`, `caption`). A test split has
+            no annotations.
+        folder: folder of the files `file_name`.
+
+    Raises:
+        ConfigError: if the file cannot be read or does not have this form, an image occurs twice, a caption is empty or
+            names no image of the file; the message names the entry.
+    """
+    samples = CaptionedImages(path, folder)
+    with reading_as(path, _COCO):
+        images = list(iterate_json_list(path, "images"))
+        captions: dict[Any, list[str]] = {image["id"]: [] for image in images}
+        for number, annotation in enumerate(_annotations(path)):
+            if annotation["image_id"] not in captions:
+                raise ConfigError(
+                    f"data: {path}: entry {number} of 'annotations' describes image {annotation['image_id']!r}, which "
+                    "is not in 'images'. Fetch the file again."
+                )
+            captions[annotation["image_id"]].append(annotation["caption"])
+        for number, image in enumerate(images):
+            where = f"{path}: entry {number} of 'images'"
+            samples.add_captioned_image(image["id"], image["file_name"], captions[image["id"]], where)
+    return samples
+
+
+def _annotations(path: str) -> list[Any]:
+    """Returns the annotations of a file in COCO's form; none for a test split."""
+    try:
+        return list(iterate_json_list(path, "annotations"))
+    except KeyError:
+        return []
+
+
+def read_caption_lines(path: str, folder: str) -> CaptionedImages:
+    """Reads images with captions from JSON lines.
+
+    Args:
+        path: file with one object per line: `image` (path in the folder), `captions` (a list of texts) or `caption`
+            (one text) unless it is a test split, and where wanted `id`; without one the path is the identifier.
+        folder: folder of the images.
+
+    Raises:
+        ConfigError: if the file cannot be read, a line does not have this form, an image occurs twice or a caption is
+            empty; the message names the line.
+    """
+    samples = CaptionedImages(path, folder)
+    for number, line in iterate_json_lines(path, {"image": str}):
+        captions = line.get("captions", [line["caption"]] if "caption" in line else [])
+        if not isinstance(captions, list):
+            raise ConfigError(
+                f"data: {path}:{number}: 'captions' must be a list of texts, not {json.dumps(captions)[:80]}. One text "
+                "goes under 'caption'."
+            )
+        samples.add_captioned_image(line.get("id", line["image"]), line["image"], captions, f"{path}:{number}")
+    return samples

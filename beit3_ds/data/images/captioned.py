@@ -1,0 +1,115 @@
+"""Images with identifiers and several captions each, as captioning and retrieval evaluate them."""
+
+import json
+from array import array
+from collections.abc import Sequence
+
+from beit3_ds.config import ConfigError
+from beit3_ds.data.images.annotated import AnnotatedImages, CollectedAnnotations
+from beit3_ds.data.images.captions import clean_caption
+from beit3_ds.data.images.compact_strings import CompactStrings
+
+
+class CaptionedImages(CollectedAnnotations):
+    """Captions of images: one sample per caption, and the captions of an image one after another.
+
+    `each_image` has the same images with one sample per image.
+    """
+
+    def __init__(self, annotations: str, folder: str) -> None:
+        """Starts without images; takes the arguments of `AnnotatedImages`."""
+        super().__init__(annotations, folder)
+        self._identifiers, self._ends = CompactStrings(), array("q")
+        self._places: dict[int | str, str] = {}
+
+    def add_captioned_image(self, identifier: object, path: str, captions: Sequence[object], where: str) -> None:
+        """Adds an image with its captions; a test split has none.
+
+        Args:
+            identifier: number or text that result files name the image by.
+            path: path of the image in the folder.
+            captions: its captions.
+            where: file and place of the entry, for messages.
+
+        Raises:
+            ConfigError: if the identifier occurs twice, or a caption is empty or not valid text.
+        """
+        if not isinstance(identifier, int | str):
+            raise ConfigError(f"data: {where}: the id {identifier!r} is neither a number nor a text.")
+        if identifier in self._places:
+            raise ConfigError(
+                f"data: {where}: the image id {identifier!r} occurs twice (first in {self._places[identifier]}). Every "
+                "image needs an id of its own, or it would count twice."
+            )
+        self._places[identifier] = where.rpartition(":")[2].strip()
+        number = self.add_image(path)
+        self._identifiers.append(json.dumps(identifier))
+        for place, caption in enumerate(captions):
+            try:
+                self.add_sample(number, clean_caption(caption if isinstance(caption, str) else ""))
+            except ValueError as error:
+                raise ConfigError(
+                    f"data: {where}: caption {place} of image {identifier!r} is broken: {error}. Remove it or write it."
+                ) from error
+        self._ends.append(len(self))
+
+    @property
+    def num_images(self) -> int:
+        """Returns the number of images."""
+        return len(self._ends)
+
+    def identifier(self, image: int) -> int | str:
+        """Returns the identifier of an image, by the number of the image."""
+        identifier: int | str = json.loads(self._identifiers[image])
+        return identifier
+
+    def samples_of(self, image: int) -> range:
+        """Returns the samples that are captions of an image, by the number of the image."""
+        return range(self._ends[image - 1] if image else 0, self._ends[image])
+
+    def references(self, image: int) -> list[str]:
+        """Returns the captions of an image, by the number of the image; none in a test split."""
+        return [self.captions[sample] for sample in self.samples_of(image)]
+
+    def each_image(self) -> "EachImage":
+        """Returns the same images with one sample per image."""
+        return EachImage(self)
+
+
+class EachImage(AnnotatedImages):
+    """One sample per image; its caption is the first of the image, and missing in a test split."""
+
+    def __init__(self, captioned: CaptionedImages) -> None:
+        """Shares the images of `captioned`."""
+        count = captioned.num_images
+        firsts = CompactStrings((captioned.references(image) or [""])[0] for image in range(count))
+        super().__init__(
+            captioned.annotations,
+            captioned.images.path,
+            captioned.paths,
+            firsts,
+            array("q", range(count)),
+            captioned.skipped,
+        )
+        self._captioned = captioned
+
+    def identifier(self, index: int) -> int | str:
+        """Returns the identifier of an image."""
+        return self._captioned.identifier(index)
+
+    def references(self, index: int) -> list[str]:
+        """Returns the captions of an image; none in a test split."""
+        return self._captioned.references(index)
+
+    def check_has_references(self) -> None:
+        """Refuses a split in which an image has no captions.
+
+        Raises:
+            ConfigError: with the file and the image.
+        """
+        for index in range(len(self)):
+            if not self.references(index):
+                raise ConfigError(
+                    f"data: {self.annotations}: image {self.identifier(index)!r} has no captions, as those of a test "
+                    "split. Such a split can be captioned and submitted, but neither trained on nor scored."
+                )

@@ -1,0 +1,32 @@
+"""Accuracy and consistency of answers about two images, as NLVR2 defines them (Suhr et al., 2019, section 5)."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class JudgedStatement(NamedTuple):
+    """A statement with its label and an answer."""
+
+    group: str
+    """Samples of one group have the same sentence."""
+    label: bool
+    """Whether the statement is true."""
+    prediction: bool
+    """The model's answer."""
+
+
+def score_statements(statements: Iterable[JudgedStatement]) -> dict[str, float]:
+    """Returns shares from 0 to 1: `accuracy` over statements and `consistency` over groups.
+
+    A group is consistent if all its statements are judged right. Without statements both are 0.
+    """
+    num_right, num_statements = 0, 0
+    consistent: dict[str, bool] = {}
+    for statement in statements:
+        is_right = statement.label == statement.prediction
+        num_right, num_statements = num_right + is_right, num_statements + 1
+        consistent[statement.group] = consistent.get(statement.group, True) and is_right
+    return {
+        "accuracy": num_right / max(1, num_statements),
+        "consistency": sum(consistent.values()) / max(1, len(consistent)),
+    }

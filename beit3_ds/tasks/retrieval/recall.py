@@ -1,0 +1,62 @@
+"""Recall of retrieval in both directions, by counting ranks in blocks.
+
+The rank of a match is the number of candidates that score at least as high. So a tie counts against the match, whatever
+the place of the other candidate: a model that scores everything alike finds nothing, and the order of the files does
+not matter. Scores that differ by at most `TIE` are ties, because features of equal inputs differ by rounding between
+batches. A query with several right candidates has the rank of its best one; the others do not count against it.
+"""
+
+# Q queries, N candidates, D features, B rows of a block.
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LEVELS = (1, 5, 10)
+"""Numbers of candidates that recall is reported for."""
+TIE = 1e-6
+"""Largest difference of two scores that are a tie, for features of length one."""
+_BLOCK_ELEMENTS = 1 << 24
+
+
+def match_ranks(
+    query_QD: Tensor, candidate_ND: Tensor, matches: Sequence[Sequence[int]], rank: int = 0, num_ranks: int = 1
+) -> Tensor:
+    """Returns the rank of the best match of each query, from 0, as (Q,) int64 on the CPU.
+
+    Scores are computed for a block of queries at a time, in float32, with at most 2^24 scores. Several processes may
+    divide the blocks, and the maximum of their results is the whole. The blocks do not depend on the number of
+    processes, so neither does rounding.
+
+    Args:
+        query_QD: features of all queries, of length one, (Q, D).
+        candidate_ND: features of all candidates, of length one, (N, D).
+        matches: numbers of the right candidates of each query; at least one.
+        rank: number of this process.
+        num_ranks: number of processes; the ranks of queries that another one counts are -1.
+    """
+    assert len(matches) == len(query_QD), f"{len(matches)} lists of matches for {len(query_QD)} queries"
+    assert all(matches), "a query without a match has no rank"
+    candidate_DN = candidate_ND.float().T
+    rows = max(1, _BLOCK_ELEMENTS // max(1, len(candidate_ND)))
+    ranks = torch.full((len(query_QD),), -1)
+    for start in range(rank * rows, len(query_QD), num_ranks * rows):
+        block = slice(start, start + rows)
+        ranks[block] = _block_ranks(query_QD[block].float() @ candidate_DN, matches[block]).cpu()
+    return ranks
+
+
+def _block_ranks(score_BN: Tensor, matches: Sequence[Sequence[int]]) -> Tensor:
+    pairs = [(row, column) for row, columns in enumerate(matches) for column in columns]
+    rows, columns = torch.tensor(pairs, device=score_BN.device).unbind(1)
+    best_B = torch.full_like(score_BN[:, 0], -torch.inf).scatter_reduce_(0, rows, score_BN[rows, columns], "amax")
+    # The negation counts scores that are no numbers as higher, so a broken model is never right.
+    is_ahead_BN = ~(score_BN < (best_B - TIE)[:, None])
+    is_ahead_BN[rows, columns] = False
+    return is_ahead_BN.sum(1)
+
+
+def recall(ranks: Tensor, name: str) -> dict[str, float]:
+    """Returns the share of queries whose rank is below 1, 5 and 10, as `NAME@1`, `NAME@5` and `NAME@10`."""
+    return {f"{name}@{level}": int((ranks < level).sum()) / max(1, len(ranks)) for level in LEVELS}
