@@ -1,0 +1,106 @@
+"""Classes of images and their names, which are the texts that images are compared with."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from typing import NamedTuple
+
+from beit3_ds.config import ConfigError
+from beit3_ds.config.strict import nearest
+from beit3_ds.data.files.json_lists import open_json_text
+
+
+class ImageClass(NamedTuple):
+    """A class of images."""
+
+    key: str
+    """Short name that files use, such as the WordNet id `n01440764`."""
+    name: str
+    """Words for it, such as `tench, Tinca tinca`."""
+
+
+class ClassList:
+    """Classes by label; the label of a class is its place."""
+
+    def __init__(self, classes: Iterable[ImageClass], where: str = "classes") -> None:
+        """Numbers the classes in their order.
+
+        Args:
+            classes: the classes. Two may share a name, as ImageNet's cranes do; no model can tell them apart.
+            where: file that the classes come from, for messages.
+
+        Raises:
+            ConfigError: if there are none, a key occurs twice, or a class has no name.
+        """
+        self.classes, self.where = tuple(classes), where
+        if not self.classes:
+            raise ConfigError(f"imagenet: {where} has no classes. Write one per line: its key, a space, its name.")
+        for label, (key, name) in enumerate(self.classes):
+            if not key or not name:
+                raise ConfigError(f"imagenet: {where}: class {label} ({key!r}) has no name.")
+            if self.labels[key] != label:
+                raise ConfigError(
+                    f"imagenet: {where}: the class {key!r} occurs twice, as {label} and {self.labels[key]}."
+                )
+
+    def __len__(self) -> int:
+        """Returns the number of classes."""
+        return len(self.classes)
+
+    def __iter__(self) -> Iterator[ImageClass]:
+        """Yields the classes by label."""
+        return iter(self.classes)
+
+    @cached_property
+    def labels(self) -> Mapping[str, int]:
+        """Returns the label of each class by its key."""
+        return {found.key: label for label, found in enumerate(self.classes)}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Returns the names by label."""
+        return tuple(found.name for found in self.classes)
+
+    def digest(self) -> str:
+        """Returns 16 hexadecimal digits that differ for other keys, names or another order."""
+        return hashlib.sha256(json.dumps(self.classes).encode()).hexdigest()[:16]
+
+    def label(self, key: str, where: str) -> int:
+        """Returns the label of a class by its key.
+
+        Raises:
+            ConfigError: for a class that is not in the list; `where` says what has it.
+        """
+        if key not in self.labels:
+            near = nearest(key, self.labels)
+            raise ConfigError(
+                f"imagenet: {where} is of the class {key[:80]!r}, which is not among the {len(self)} classes of "
+                f"{self.where}.{f' Did you mean {near!r}?' if near else ''} Add it there, or leave the images out."
+            )
+        return self.labels[key]
+
+    @classmethod
+    def load(cls, path: str) -> "ClassList":
+        """Reads a file with one class per line: its key, a space, and its name, as ImageNet's `LOC_synset_mapping.txt`.
+
+        Raises:
+            ConfigError: if the file cannot be read, or a line does not have this form.
+        """
+        classes = []
+        try:
+            with open_json_text(path) as file:
+                for number, line in enumerate(file, start=1):
+                    key, _, name = line.strip().partition(" ")
+                    if key and not name.strip():
+                        raise ConfigError(
+                            f"imagenet: {path}:{number} is {line.strip()[:80]!r}: write the key of a class, a space "
+                            "and its name."
+                        )
+                    if key:
+                        classes.append(ImageClass(key, name.strip()))
+        except ConfigError:
+            raise
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"imagenet: {path} cannot be read as a list of classes: {error}.") from error
+        return cls(classes, path)

@@ -1,0 +1,162 @@
+"""Reads images with classes from folders, tars and JSON lines.
+
+| format | class of an image |
+|---|---|
+| folder | folder that it is in: `n01440764/n01440764_10026.JPEG` |
+| tars | folder in its name; else the number in `KEY.cls`; else the name up to `_`: `n01440764_10026.jpg` |
+| JSON lines | objects with `image` (path in the folder) and `class` (its key) |
+"""
+
+import os
+from array import array
+from collections.abc import Iterable
+
+from PIL import Image
+
+from beit3_ds.config import ConfigError
+from beit3_ds.data.files.descriptors import OpenFiles
+from beit3_ds.data.files.fingerprint import SourceFile
+from beit3_ds.data.files.json_lines import iterate_json_lines
+from beit3_ds.data.files.printing import printable
+from beit3_ds.data.files.reading import read_with_retries
+from beit3_ds.data.files.records import Skipped
+from beit3_ds.data.images.annotated import CollectedAnnotations
+from beit3_ds.data.images.folder import ImageFolder
+from beit3_ds.data.images.shards import TarShards
+from beit3_ds.data.images.source import ImageSource
+from beit3_ds.data.images.tar_members import iterate_tar_members
+from beit3_ds.tasks.imagenet.classes import ClassList
+
+_MAX_CLS_BYTES = 20
+
+
+class LabelledImages:
+    """Images of a source with the label of each; takes 4 bytes per image beside the source."""
+
+    def __init__(self, source: ImageSource, labels: "array[int]") -> None:
+        """Joins images with their labels."""
+        assert len(source) == len(labels), f"{len(labels)} labels for {len(source)} images"
+        self.source, self.labels = source, labels
+
+    def __len__(self) -> int:
+        """Returns the number of images, broken ones included."""
+        return len(self.labels)
+
+    @property
+    def skipped(self) -> dict[str, Skipped]:
+        """Returns files, members and rows that are left out, by reason."""
+        return self.source.skipped
+
+    def files(self) -> Iterable[SourceFile]:
+        """Returns the files that the images come from."""
+        return self.source.files()
+
+    def name(self, index: int) -> str:
+        """Returns the file of an image and its name there, for messages."""
+        return self.source.name(index)
+
+    def label(self, index: int) -> int:
+        """Returns the label of an image."""
+        return self.labels[index]
+
+    def image(self, index: int, min_side: int | None = None) -> Image.Image:
+        """Decodes an image, upright and in RGB.
+
+        Raises:
+            BrokenRecordError: if it cannot be read.
+            StorageError: if the file system fails.
+        """
+        return self.source.image(index, min_side)
+
+
+def read_class_folders(path: str, classes: ClassList) -> LabelledImages:
+    """Reads a folder with one folder of images per class, by key.
+
+    Raises:
+        ConfigError: if the folder cannot be read, or an image is in no folder of a class.
+    """
+    source = ImageFolder(path)
+    labels = array("i")
+    for index in range(len(source)):
+        name = source.name(index)
+        parts = os.path.relpath(name, printable(source.path)).split(os.sep)
+        if len(parts) == 1:
+            raise ConfigError(
+                f"imagenet: {name} is in no folder of a class. Sort the images into folders that are named by the keys "
+                f"of {classes.where}, or list them in JSON lines."
+            )
+        labels.append(classes.label(parts[0], name))
+    return LabelledImages(source, labels)
+
+
+def read_class_tars(
+    pattern: str, classes: ClassList, cache_dir: str | None = None, files: OpenFiles | None = None
+) -> LabelledImages:
+    """Reads tar shards of images with classes.
+
+    Args:
+        pattern: file or glob pattern.
+        classes: the classes.
+        cache_dir: folder of the indices that `beit3 prepare index` wrote; None scans the tars.
+        files: keeps tars open; None uses a new `OpenFiles`.
+
+    Raises:
+        ConfigError: if a tar cannot be read, or the class of an image is missing or not in the list.
+        StorageError: if the file system fails.
+    """
+    source = TarShards([pattern], cache_dir, files)
+    labels = array("i")
+    for path, shard in zip(source.paths, source.files(), strict=True):
+        numbers = read_with_retries(lambda path=path: _cls_members(path), path)  # type: ignore[misc]
+        for index in range(len(labels), len(labels) + shard.num_samples):
+            name = source.name(index)
+            key = name.removeprefix(f"{printable(path)}:")
+            labels.append(_tar_label(key, numbers.get(key), name, classes))
+    return LabelledImages(source, labels)
+
+
+def _tar_label(key: str, number: int | None, name: str, classes: ClassList) -> int:
+    """Returns the label of a sample in a tar by its key and its `cls` member."""
+    folder, _, stem = key.rpartition("/")
+    if folder or number is None:
+        return classes.label(folder.rpartition("/")[2] or stem.partition("_")[0], name)
+    if number >= len(classes):
+        raise ConfigError(f"imagenet: {name}.cls is {number}, but {classes.where} has classes 0 to {len(classes) - 1}.")
+    return number
+
+
+def _cls_members(tar: str) -> dict[str, int]:
+    """Returns the class numbers in the `cls` members of a tar, by key."""
+    found = {}
+    with open(tar, "rb", buffering=0) as file:
+        for member in iterate_tar_members(file.fileno()):
+            key, _, extension = member.name.rpartition(".")
+            if extension != "cls":
+                continue
+            text = os.pread(file.fileno(), min(member.size, _MAX_CLS_BYTES), member.offset).strip()
+            if not (text.isascii() and text.isdigit()):
+                raise ConfigError(f"imagenet: {printable(tar)}:{printable(member.name)} is {text!r} and not a number.")
+            found[printable(key)] = int(text)
+    return found
+
+
+def read_class_lines(path: str, folder: str, classes: ClassList) -> LabelledImages:
+    """Reads images with classes from JSON lines: `image` (path in the folder) and `class` (its key).
+
+    Raises:
+        ConfigError: if the file cannot be read, a line does not have this form, an image occurs twice, or a class is
+            not in the list; the message names the line.
+    """
+    samples, labels = CollectedAnnotations(path, folder), array("i")
+    lines: dict[str, int] = {}
+    for number, line in iterate_json_lines(path, {"image": str, "class": str}):
+        image = line["image"]
+        if image in lines:
+            raise ConfigError(
+                f"imagenet: {path}:{number}: the image {image!r} occurs twice (first in line {lines[image]}), so it "
+                "would count twice."
+            )
+        lines[image] = number
+        labels.append(classes.label(line["class"], f"{path}:{number}"))
+        samples.add_sample(samples.add_image(image), "")
+    return LabelledImages(samples, labels)
