@@ -63,7 +63,8 @@ def train_run(config: RunConfig) -> None:
             run, steps = build_run(config, inputs, mesh, signals)
             start.stop()
             if train(run, steps, signals):
-                write_report(run)
+                with run.state.averaged_weights():
+                    write_report(run)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +139,7 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh, signals: StopSignal
     device = compute_device()
     rank_task.to(device)
     schedule = build_schedule(task, mesh)
-    state = EngineState(schedule.engine, mesh)
+    state = EngineState(schedule.engine, mesh, config.training.ema_decay)
     metrics_log = MetricsLog(Path(config.training.output_dir) / "metrics.jsonl")
     store = _build_store(task, rank_task, mesh)
     first_step, checkpoint = resume(schedule.engine, state, store, metrics_log, mesh, config.training.total_steps)

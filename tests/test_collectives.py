@@ -137,7 +137,7 @@ TABLE: dict[Call, Row] = {
         "beit3_ds/checkpoint/engine_state.py",
         DEVICES,
         "data",
-        _load_weights="optimizer.persistent_parameters[0].all_gather",
+        _gather_persistent="optimizer.persistent_parameters[0].all_gather",
         _gather="deepspeed.zero.GatheredParameters",
     ),
     **rows("beit3_ds/checkpoint/store.py", HOST, "data", _check_state="self._host.gather"),

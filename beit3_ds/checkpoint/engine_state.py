@@ -1,34 +1,35 @@
 """Reads and writes the training state that a rank owns inside DeepSpeed's engine, as ranges of logical tensors.
 
-A tensor's state is its float32 weight and AdamW's two moments. Parameters of a narrower type are the rounded weights,
-so they are recomputed instead of saved. The ZeRO stage decides which elements a rank owns: all of its part of the model
-(stage 0), a share of the flattened parameters (1 and 2), or a share of every parameter (3). This is the only file of
-the package that knows DeepSpeed's optimizers.
+A tensor's state is its float32 weight, AdamW's two moments, and perhaps a moving average of the weight. Parameters of a
+narrower type are the rounded weights, so they are recomputed instead of saved. The ZeRO stage decides which elements a
+rank owns: all of its part of the model (stage 0), a share of the flattened parameters (1 and 2), or a share of every
+parameter (3). Only this file and `flat_tensors` know DeepSpeed's optimizers.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from random import Random
 from typing import Any, NamedTuple
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
-from beit3_ds.checkpoint.index import MOMENTS, WEIGHT
+from beit3_ds.checkpoint.flat_tensors import adamw_of, flat_tensors
+from beit3_ds.checkpoint.index import AVERAGE, KINDS, MOMENTS, WEIGHT
 from beit3_ds.checkpoint.slices import TensorSlice, own_block, slice_range
 from beit3_ds.checkpoint.state_check import HeldWeights, find_mismatch
+from beit3_ds.checkpoint.weight_average import WeightAverage
 from beit3_ds.parallel import Mesh, is_split, logical_shape
 
 ReadSlice = Callable[[str, str, TensorSlice], Tensor]
-"""Returns a slice of a tensor as a matrix, given one of `index.KINDS`, the tensor's logical name, and the slice."""
+"""Returns a slice of a tensor as a matrix, given one of `EngineState.kinds`, a logical name and the slice."""
 
 _GATHERED_PARAMETERS = 4
 """Parameters that ZeRO-3's ranks gather per save for a comparison; a forward pass gathers all of them."""
@@ -54,10 +55,10 @@ class Fragment(NamedTuple):
     weight: Tensor
     """Weights in float32."""
     optimizer_state: dict[str, Tensor]
-    """AdamW's moments of these elements, by `index.MOMENTS`."""
+    """AdamW's moments of these elements, and the average of the weights if there is one, by kind."""
 
     def values(self, kind: str) -> Tensor:
-        """Returns the elements of one of `index.KINDS`."""
+        """Returns the elements of one of `EngineState.kinds`."""
         return self.weight if kind == WEIGHT else self.optimizer_state[kind]
 
     def cut(self, start: int, stop: int) -> "Fragment":
@@ -69,12 +70,13 @@ class Fragment(NamedTuple):
 class EngineState:
     """The training state of one rank's engine, read and written without gathering it."""
 
-    def __init__(self, engine: DeepSpeedEngine, mesh: Mesh) -> None:
+    def __init__(self, engine: DeepSpeedEngine, mesh: Mesh, ema_decay: float | None = None) -> None:
         """Finds the parameters of this rank.
 
         Args:
             engine: DeepSpeed's engine around this stage's part of the model, with AdamW (torch's, or apex's FusedAdam).
             mesh: the mesh of ranks.
+            ema_decay: decay of a moving average of the weights; None keeps none.
         """
         self._engine, self._mesh = engine, mesh
         self._parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
@@ -86,6 +88,7 @@ class EngineState:
             name: buffer for name, buffer in engine.module.named_buffers() if name in persistent
         }
         """Persistent buffers of this stage, by name; the data-parallel and tensor-parallel ranks hold them alike."""
+        self._average = None if ema_decay is None else WeightAverage(ema_decay, self._weights())
 
     @property
     def is_on_gpu(self) -> bool:
@@ -96,9 +99,37 @@ class EngineState:
     def optimizer_step(self) -> int:
         """Updates that AdamW has counted for its bias correction; 0 before the first."""
         steps = {float(state["step"]) for _, state in self._owners() if "step" in state}
-        steps |= {float(group["step"]) for group in _adamw(self._engine.optimizer).param_groups if "step" in group}
+        steps |= {float(group["step"]) for group in adamw_of(self._engine.optimizer).param_groups if "step" in group}
         assert len(steps) <= 1, f"parameters were updated different numbers of times: {steps}"
         return int(steps.pop()) if steps else 0
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of values kept per element: `index.KINDS`, and `index.AVERAGE` with a moving average."""
+        return KINDS if self._average is None else (*KINDS, AVERAGE)
+
+    def update_average(self) -> None:
+        """Adds the weights after an update to the moving average, if there is one."""
+        if self._average is not None:
+            self._average.update(self._weights())
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Makes the model compute with the averages inside the context; does nothing without averages.
+
+        Weights and averages change places, so no update and no save may happen inside. All ranks enter and leave it
+        together: under ZeRO-1 to 3 the data-parallel ranks gather parameters as they do after an update.
+        """
+        if self._average is None:
+            yield
+            return
+        self._average.swap(self._weights())
+        self._refresh_parameters()
+        try:
+            yield
+        finally:
+            self._average.swap(self._weights())
+            self._refresh_parameters()
 
     def fragments_to_save(self) -> list[Fragment]:
         """Returns the fragments that this rank writes; over all ranks every element of every tensor is written once.
@@ -177,7 +208,7 @@ class EngineState:
         """
         self._load_weights(read, set(self._parameters))
         self._start_moments()
-        adamw = _adamw(self._engine.optimizer)
+        adamw = adamw_of(self._engine.optimizer)
         if isinstance(adamw, torch.optim.AdamW):
             for _, state in self._owners():
                 state["step"].fill_(optimizer_step)
@@ -185,7 +216,7 @@ class EngineState:
             for group in adamw.param_groups:
                 group["step"] = optimizer_step
         for fragment in self._fragments():
-            for kind in MOMENTS:
+            for kind in fragment.optimizer_state:
                 self._fill(fragment, read, kind)
 
     @torch.no_grad()
@@ -199,6 +230,8 @@ class EngineState:
         """Overwrites the weights of the parameters `names`, before the first update. All ranks call it."""
         assert self.optimizer_step == 0, "weights are replaced under moments that belong to others"
         self._load_weights(read, names & set(self._parameters))
+        if self._average is not None:
+            self._average.restart(self._weights())
 
     def slices(self, fragment: Fragment) -> Iterator[tuple[int, TensorSlice]]:
         """Yields the slices of the logical tensor that make up a fragment, as `slice_range` does, without padding."""
@@ -216,12 +249,32 @@ class EngineState:
                     shard = self._parameters[fragment.name].ds_tensor  # type: ignore[attr-defined]
                     shard.data.flatten()[: len(fragment.weight)].copy_(fragment.weight)
         if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-            if optimizer.persistent_parameters:
-                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
-            optimizer.invalidate_secondary_tensor()
-        elif optimizer is not _adamw(optimizer):  # else AdamW updates the parameters themselves
+            self._gather_persistent(optimizer)
+        elif optimizer is not adamw_of(optimizer):  # else AdamW updates the parameters themselves
             for name in wanted:
                 self._fill(Fragment(name, 0, self._parameters[name].data.view(-1), {}), read)
+
+    @torch.no_grad()
+    def _refresh_parameters(self) -> None:
+        """Recomputes the parameters of the forward pass from the optimizer's float32 weights."""
+        optimizer = self._engine.optimizer
+        if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+            optimizer._partition_all_parameters()
+            for fragment in self._fragments():
+                shard = self._parameters[fragment.name].ds_tensor  # type: ignore[attr-defined]
+                shard.data.flatten()[: len(fragment.weight)].copy_(fragment.weight)
+            self._gather_persistent(optimizer)
+        elif isinstance(optimizer, DeepSpeedZeroOptimizer | BF16_Optimizer):
+            optimizer.update_lp_params()
+        elif optimizer is not adamw_of(optimizer):  # else AdamW updates the parameters themselves
+            for fragment in self._fragments():
+                self._parameters[fragment.name].data.view(-1).copy_(fragment.weight)
+
+    def _gather_persistent(self, optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
+        """Gathers the parameters that ZeRO-3 keeps whole between steps."""
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        optimizer.invalidate_secondary_tensor()
 
     def _fill(self, fragment: Fragment, read: ReadSlice, kind: str = WEIGHT) -> None:
         values = fragment.values(kind)
@@ -232,7 +285,7 @@ class EngineState:
         """Creates the state that AdamW itself would create at the first update."""
         for weight, state in self._owners():
             if not state:
-                if isinstance(_adamw(self._engine.optimizer), torch.optim.AdamW):
+                if isinstance(adamw_of(self._engine.optimizer), torch.optim.AdamW):
                     # The fused form wants the count on the device.
                     state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
                 state |= {kind: torch.zeros_like(weight, requires_grad=False) for kind in MOMENTS}
@@ -246,60 +299,25 @@ class EngineState:
     def _owners(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """Yields each tensor that AdamW updates on this rank, with its state; that is empty before the first update."""
         optimizer = self._engine.optimizer
-        state = _adamw(optimizer).state
-        for weights, _ in self._flat_tensors():
+        state = adamw_of(optimizer).state
+        for weights, _ in flat_tensors(self._engine.optimizer):
             yield weights, state[weights]
 
+    def _weights(self) -> list[Tensor]:
+        """Returns the tensors that AdamW updates on this rank."""
+        return [weights for weights, _ in flat_tensors(self._engine.optimizer)]
+
     def _fragments(self) -> Iterator[Fragment]:
-        state = _adamw(self._engine.optimizer).state
-        for weights, ranges in self._flat_tensors():
+        state = adamw_of(self._engine.optimizer).state
+        for number, (weights, ranges) in enumerate(flat_tensors(self._engine.optimizer)):
             own = {kind: values.detach().flatten() for kind, values in state[weights].items() if kind in MOMENTS}
+            if self._average is not None:
+                own[AVERAGE] = self._average.tensors[number].flatten()
             flat = weights.detach().flatten()
             for parameter, start, position, length in ranges:
                 stop = position + length
                 moments = {kind: values[position:stop] for kind, values in own.items()}
                 yield Fragment(self._names[id(parameter)], start, flat[position:stop], moments)
-
-    def _flat_tensors(self) -> Iterator[tuple[Tensor, list["_ParameterRange"]]]:
-        """Yields the tensors that AdamW updates, each with the ranges of parameters that it holds."""
-        optimizer = self._engine.optimizer
-        if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-            yield from zip(
-                optimizer.fp32_partitioned_groups_flat, map(_zero3_ranges, optimizer.fp16_groups), strict=True
-            )
-        elif isinstance(optimizer, DeepSpeedZeroOptimizer):
-            for group, weights in enumerate(optimizer.single_partition_of_fp32_groups):
-                yield weights, _zero12_ranges(optimizer, group)
-        elif isinstance(optimizer, BF16_Optimizer):
-            yield from zip(optimizer.fp32_groups_flat_partition, map(_flat_ranges, optimizer.bf16_groups), strict=True)
-        else:
-            narrow = isinstance(optimizer, FP16_UnfusedOptimizer)
-            groups = optimizer.fp16_groups if narrow else [group["params"] for group in optimizer.param_groups]
-            masters = optimizer.fp32_groups if narrow else groups
-            for parameters, weights in zip(groups, masters, strict=True):
-                for parameter, weight in zip(parameters, weights, strict=True):
-                    yield weight, [_ParameterRange(parameter, 0, 0, weight.numel())]
-
-
-class _ParameterRange(NamedTuple):
-    """Range of a parameter's elements in a flat tensor."""
-
-    parameter: nn.Parameter
-    start: int
-    """Number of the first element in the parameter."""
-    position: int
-    """Number of the first element in the flat tensor."""
-    length: int
-    """Number of elements."""
-
-
-def _adamw(optimizer: Any) -> torch.optim.Optimizer:
-    """Returns torch's AdamW, or apex's FusedAdam, which keeps the same moments but counts updates in its groups."""
-    inner = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
-    assert isinstance(inner, torch.optim.Optimizer)
-    known = isinstance(inner, torch.optim.AdamW) or type(inner).__name__ == "FusedAdam"
-    assert known, f"checkpoints know AdamW's state, not that of {type(inner)}"
-    return inner
 
 
 def _local_tensor(parameter: nn.Parameter) -> LocalTensor:
@@ -308,50 +326,9 @@ def _local_tensor(parameter: nn.Parameter) -> LocalTensor:
     return LocalTensor(shape=logical, block=own_block(logical, getattr(parameter, "parallel_split", None)))
 
 
-def _zero3_ranges(parameters: list[Any]) -> list[_ParameterRange]:
-    """Lists this rank's equal share of each parameter; the last ranks' shares may reach past a parameter's end."""
-    ranges, position = [], 0
-    for parameter in parameters:
-        size = parameter.partition_numel()
-        start = size * dist.get_rank(parameter.ds_process_group)
-        length = max(0, min(size, parameter.ds_numel - start))
-        ranges.append(_ParameterRange(parameter, start, position, length))
-        position += size
-    return ranges
-
-
-def _zero12_ranges(optimizer: DeepSpeedZeroOptimizer, group: int) -> list[_ParameterRange]:
-    """Lists the ranges of parameters in this rank's share of a flattened group.
-
-    The order is that of the flat buffer, which `round_robin_gradients` and `parameter_alignment` change. DeepSpeed's
-    own mapping of parameters (`_hp_mapping`) ignores `round_robin_gradients`.
-    """
-    size = optimizer.partition_size[group]
-    first = size * dist.get_rank(optimizer.real_dp_process_group[group])
-    ranges = []
-    offsets = zip(optimizer.round_robin_bit16_groups[group], optimizer.round_robin_bit16_offsets[group], strict=True)
-    for parameter, offset in offsets:
-        start, stop = max(offset, first), min(offset + parameter.numel(), first + size)
-        if start < stop:
-            ranges.append(_ParameterRange(parameter, start - offset, start - first, stop - start))
-    return ranges
-
-
 def _gather(parameter: Any) -> Tensor:
     """Returns a flat copy of a parameter that ZeRO-3 has partitioned. All its data-parallel ranks call it."""
     if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # kept whole between steps
         return parameter.data.flatten()
     with deepspeed.zero.GatheredParameters([parameter]):
         return parameter.data.flatten().clone()
-
-
-def _flat_ranges(parameters: list[Any]) -> list[_ParameterRange]:
-    """Lists the ranges of parameters in this rank's share of their flattened group."""
-    mapped = ((parameter, parameter._hp_mapping) for parameter in parameters)
-    return [
-        _ParameterRange(
-            parameter, own.lp_fragment_address.start, own.hp_fragment_address.start, own.lp_fragment.numel()
-        )
-        for parameter, own in mapped
-        if own is not None
-    ]

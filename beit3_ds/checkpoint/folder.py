@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from beit3_ds.checkpoint.disk import file_sha256
 from beit3_ds.checkpoint.index import (
+    AVERAGE,
     BUFFERS,
     FILE_KINDS,
     INDEX_NAME,
@@ -40,13 +41,17 @@ class CheckpointFolder:
     `find_damage` compares digests, and so reads whole files. The other methods read only the values asked for.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, weights: str = WEIGHT) -> None:
         """Reads the index.
+
+        Args:
+            path: folder of the checkpoint.
+            weights: kind of the values that `read` returns, `index.WEIGHT` or `index.AVERAGE`.
 
         Raises:
             BrokenIndexError: if the checkpoint is incomplete or changed, with the fault in a few words.
         """
-        self.path, self.index = path, read_index(path)
+        self.path, self.index, self._weights = path, read_index(path), weights
         check_files(path, self.index)
         self._opened: dict[str, TensorFile] = {}
 
@@ -76,6 +81,11 @@ class CheckpointFolder:
             return f"{name} cannot be read: {error.strerror}"
         return None if digest == self.index.files[name].sha256 else f"{name} was changed: its digest is another"
 
+    @property
+    def has_averages(self) -> bool:
+        """Whether the checkpoint holds moving averages of the weights."""
+        return bool(self.files(_FILE_OF_KIND[AVERAGE]))
+
     def names(self) -> list[str]:
         """Returns the logical names of all tensors."""
         return list(self.index.shapes)
@@ -89,15 +99,15 @@ class CheckpointFolder:
         return torch.float32
 
     def read(self, name: str, part: TensorSlice | None = None) -> Tensor:
-        """Returns a tensor's float32 weights in its logical shape, or a slice of them as a matrix."""
-        values = self.read_kind(WEIGHT, name, part or whole_slice(self.shape(name)))
+        """Returns a tensor's float32 weights, or averages, in its logical shape, or a slice of them as a matrix."""
+        values = self.read_kind(self._weights, name, part or whole_slice(self.shape(name)))
         return values if part else values.view(self.shape(name))
 
     def read_kind(self, kind: str, name: str, part: TensorSlice) -> Tensor:
-        """Returns a slice of a tensor's weights or moments as a float32 matrix.
+        """Returns a slice of a tensor's weights, moments or averages as a float32 matrix.
 
         Args:
-            kind: one of `index.KINDS`.
+            kind: one of `index.KINDS`, or `index.AVERAGE`; without averages in the checkpoint these are the weights.
             name: logical name of the tensor.
             part: slice of the tensor.
 
@@ -105,6 +115,8 @@ class CheckpointFolder:
             BrokenIndexError: if a file cannot be opened.
             BrokenTensorFileError: if a file does not hold the piece that the index says.
         """
+        if kind == AVERAGE and not self.has_averages:
+            kind = WEIGHT
         values = torch.empty(part.shape)
         for rank, piece in self.index.pieces[name]:
             if common := part.intersection(piece):
@@ -220,25 +232,34 @@ def is_checkpoint(path: Path) -> bool:
     return (path / INDEX_NAME).is_file() or bool(checkpoint_paths(path) or checkpoint_paths(path / "checkpoints"))
 
 
-def open_checkpoint(path: Path, kind: str | None = "weights") -> CheckpointFolder:
+def open_checkpoint(path: Path, kind: str | None = "weights", *, averages: bool = False) -> CheckpointFolder:
     """Opens a checkpoint, or the newest whole one of a run, after comparing its files with their digests.
 
     Args:
         path: a checkpoint, a folder of checkpoints, or `training.output_dir` of a run.
         kind: kind of the files to compare, one of `FILE_KINDS`; None compares all files.
+        averages: whether `read` returns moving averages instead of the weights; their files are then compared.
 
     Raises:
-        ConfigError: if there is no whole checkpoint; the faults of those that were tried go to stderr.
+        ConfigError: if there is no whole checkpoint, or it holds no averages; the faults of those that were tried go to
+            stderr.
     """
+    if averages:
+        kind = _FILE_OF_KIND[AVERAGE]
     own = [path] if (path / INDEX_NAME).is_file() or _NAME.fullmatch(path.name) else []
     for candidate in own or checkpoint_paths(path) or checkpoint_paths(path / "checkpoints"):
         try:
-            folder = CheckpointFolder(candidate)
+            folder = CheckpointFolder(candidate, AVERAGE if averages else WEIGHT)
         except BrokenIndexError as error:
             fault: str | None = str(error)
         else:
             misnamed = not own and candidate.name != checkpoint_name(folder.step)
             fault = f"it holds step {folder.step}" if misnamed else _find_damage_fast(folder, folder.files(kind))
+            if fault is None and averages and not folder.has_averages:
+                raise ConfigError(
+                    f"{candidate} holds no moving average of the weights: its run had no training.ema_decay. Export "
+                    "the weights themselves, without --ema."
+                )
             if fault is None:
                 return folder
         print(f"checkpoint {candidate} is not whole: {fault}", file=sys.stderr)

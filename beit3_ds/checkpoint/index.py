@@ -4,6 +4,7 @@
       index.json                     this file
       weights-00000.safetensors      float32 weights of the pieces that rank 0 wrote
       moments-00000.safetensors      AdamW's moments of the same pieces
+      averages-00000.safetensors     moving averages of the same weights, in a run with `training.ema_decay`
       buffers-00000.safetensors      persistent buffers of the stage that rank 0 belongs to, if it has any
       weights-00001.safetensors      ...
 
@@ -33,8 +34,10 @@ VERSION = 1
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = (WEIGHT, *MOMENTS)
-"""Values kept per element: the float32 weight, and AdamW's averages of the gradient and the squared gradient."""
-FILE_KINDS = {"weights": (WEIGHT,), "moments": MOMENTS}
+"""Values always kept per element: the float32 weight, and AdamW's averages of the gradient and the squared gradient."""
+AVERAGE = "average"
+"""Moving average of the weight, kept only in a run with `training.ema_decay`."""
+FILE_KINDS = {"weights": (WEIGHT,), "moments": MOMENTS, "averages": (AVERAGE,)}
 """Kinds of values in each of a rank's files."""
 BUFFERS = "buffers"
 """Kind of the files that hold persistent buffers."""

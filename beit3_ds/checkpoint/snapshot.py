@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from beit3_ds.checkpoint.engine_state import EngineState
-from beit3_ds.checkpoint.index import BUFFERS, FILE_KINDS, KINDS, Piece, StoredBuffer, file_name, tensor_key
+from beit3_ds.checkpoint.index import BUFFERS, FILE_KINDS, Piece, StoredBuffer, file_name, tensor_key
 from beit3_ds.checkpoint.slices import TensorSlice
 from beit3_ds.checkpoint.tensor_file import TensorEntry, WrittenFile, write_tensor_file
 
 
 class Snapshot:
-    """Copy of this rank's share of weights and moments; its memory is kept from one save to the next.
+    """Copy of this rank's share of weights, moments and averages; its memory is kept from one save to the next.
 
-    It takes 12 bytes per element that the rank writes, in page-locked memory if the engine computes on a GPU. Buffers
-    are copied to new memory, because they are small.
+    It takes 12 bytes per element that the rank writes, 16 with averages, in page-locked memory if the engine computes
+    on a GPU. Buffers are copied to new memory, because they are small.
     """
 
     def __init__(self, state: EngineState) -> None:
@@ -30,14 +30,14 @@ class Snapshot:
         """Touches every page of the memory, so that the first copy does not wait for the system to provide them."""
         if not self._memory:
             pin = self._state.is_on_gpu
-            self._memory = {kind: torch.empty(self._num_elements, pin_memory=pin).zero_() for kind in KINDS}
+            self._memory = {kind: torch.empty(self._num_elements, pin_memory=pin).zero_() for kind in self._state.kinds}
 
     def copy_state(self) -> None:
         """Copies the current state, while training waits."""
         self._pieces, position = [], 0
         for fragment in self._state.fragments_to_save():
             length = len(fragment.weight)
-            for kind in KINDS:
+            for kind in self._state.kinds:
                 self._memory[kind][position : position + length].copy_(fragment.values(kind), non_blocking=True)
             for start, part in self._state.slices(fragment):
                 self._pieces.append((fragment.name, part, position + start))
@@ -70,6 +70,8 @@ class Snapshot:
         """
         written = {}
         for file_kind, kinds in FILE_KINDS.items():
+            if not set(kinds) <= set(self._state.kinds):
+                continue
             places = {
                 tensor_key(kind, name, part): (kind, part, position)
                 for name, part, position in self._pieces

@@ -24,6 +24,11 @@ def add_export_command(subparsers: Subparsers) -> None:
     )
     command.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: as stored; checkpoints hold fp32")
     command.add_argument("--max-shard-size", metavar="SIZE", help="write a folder of files of at most SIZE, e.g. 5GB")
+    command.add_argument(
+        "--ema",
+        action="store_true",
+        help="write the moving average of the weights, of a run with training.ema_decay, instead of the weights",
+    )
     command.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
 
 
@@ -37,7 +42,7 @@ def _export(options: argparse.Namespace) -> int:
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     limit = parse_byte_count(options.max_shard_size) if options.max_shard_size else None
-    reader, out = open_weights(options.checkpoint), Path(options.out)
+    reader, out = open_weights(options.checkpoint, averages=options.ema), Path(options.out)
     done = export_weights(
         reader,
         out,

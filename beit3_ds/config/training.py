@@ -63,6 +63,11 @@ class TrainingConfig:
     """Exported or imported weights (`beit3 export`, `beit3 import`) with which a new run starts, under any layout of
     ranks. Image size, text length, vision-language experts and a decoupled layout may differ from the file's
     (docs/checkpoints.md). A run with a checkpoint resumes from it instead. None draws initial values from the seed."""
+    ema_decay: Decay | None = None
+    """Decay of an exponential moving average of the weights, such as 0.9999; 1 / (1 - decay) is the number of updates
+    that it averages over, which should be far below `total_steps`. Evaluations and the final report then use the
+    average instead of the weights; `beit3 export --ema` writes it. It takes 4 bytes per element. None keeps no
+    average."""
     activation_checkpointing: ActivationCheckpointing = "none"
     """Activations that the backward pass recomputes. `none` recomputes what is cheap and the ops never keep: GELUs,
     sub-LNs and attention scores (selective recomputation; Korthikanti et al., 2022, arXiv:2205.05198). `full`

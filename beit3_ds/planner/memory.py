@@ -24,7 +24,7 @@ class Memory(NamedTuple):
     gradients: int
     """Gradient sums of earlier micro-batches during the passes of a later one."""
     optimizer: int
-    """Master weights and Adam's two moments in float32."""
+    """Master weights, Adam's two moments and, with `training.ema_decay`, averages of the weights, in float32."""
     buckets: int
     """DeepSpeed's buffers of a fixed size, in which gradients wait to be reduced."""
     gathered: int
@@ -97,11 +97,11 @@ def _gradients(rank_model: RankModel, data_rank: int) -> int:
 
 
 def _optimizer(rank_model: RankModel) -> int:
+    average = 0 if rank_model.config.training.ema_decay is None else 4
     if rank_model.zero_stage == 0:
-        return _numel(rank_model) * (
-            12 if rank_model.config.options.is_bf16 else 8
-        )  # in float32 the parameters are the master weights
-    return sum(_partitions(rank_model)) * 12
+        # In float32 the parameters are the master weights.
+        return _numel(rank_model) * (average + (12 if rank_model.config.options.is_bf16 else 8))
+    return sum(_partitions(rank_model)) * (average + 12)
 
 
 def _buckets(rank_model: RankModel) -> int:

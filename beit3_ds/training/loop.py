@@ -206,6 +206,7 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: DistributedStopSignals) -
         if update.is_skipped:
             _report_skip(run, skipped, step_batch, update)
         else:
+            run.state.update_average()
             has_unsaved_update = True
             skipped.note_update()
         del step_batch
@@ -323,7 +324,8 @@ def _report(run: Run, done: int, skipped: SkippedSteps, spikes: LossSpikes) -> N
 
 def _evaluate_and_record(run: Run, done: int) -> None:
     names = run.config.data.validation_source_names()
-    means = evaluate(run.schedule, run.validation, run.prepare, run.terms, run.mesh, run.device, names)
+    with run.state.averaged_weights():
+        means = evaluate(run.schedule, run.validation, run.prepare, run.terms, run.mesh, run.device, names)
     record = {"step": done, "kind": "validation", **means}
     _record(run, record)
     _say(run, format_evaluation(record, run.terms))

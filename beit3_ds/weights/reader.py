@@ -8,7 +8,7 @@ from torch import Tensor
 
 from beit3_ds.checkpoint.folder import is_checkpoint, open_checkpoint
 from beit3_ds.checkpoint.slices import TensorSlice
-from beit3_ds.config import ModelConfig
+from beit3_ds.config import ConfigError, ModelConfig
 from beit3_ds.model.pretrained import PretrainedWeights, is_pretrained_file
 from beit3_ds.untrusted_file import read_tensors_with_note
 from beit3_ds.weights.export_note import NOTE_KEY, parse_note
@@ -49,15 +49,22 @@ class WeightReader(Protocol):
         ...
 
 
-def open_weights(path: str | Path) -> WeightReader:
+def open_weights(path: str | Path, *, averages: bool = False) -> WeightReader:
     """Opens a checkpoint, a run's newest checkpoint, exported weights, or a released file.
 
+    Args:
+        path: the file or folder.
+        averages: whether to read the moving averages of a checkpoint (`training.ema_decay`) instead of its weights.
+
     Raises:
-        ConfigError: if there is none of these, or the checkpoint is incomplete or changed.
+        ConfigError: if there is none of these, or the checkpoint is incomplete or changed, or averages are wanted of
+            something that has none.
     """
     path = Path(path)
     if is_checkpoint(path):
-        return open_checkpoint(path)
+        return open_checkpoint(path, averages=averages)
+    if averages:
+        raise ConfigError(f"{path} is no checkpoint, so it has no moving average of the weights. Leave out --ema.")
     if path.is_file() and not is_pretrained_file(path):
         return open_for_import(path)
     return PretrainedWeights(path)

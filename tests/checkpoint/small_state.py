@@ -52,6 +52,10 @@ class SmallState:
         return self
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        return KINDS
+
+    @property
     def is_on_gpu(self) -> bool:
         return False
 

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from beit3_ds.config import RunConfig
+from beit3_ds.config import RankCoords, RunConfig
 from beit3_ds.planner import Memory, rank_memory
 from tests.planner.cells import (
     DECOUPLED,
@@ -107,3 +107,9 @@ def test_memory_of_more_layouts_is_as_modelled(ranks: int) -> None:
     for results in run_ranks(measure_memory, ranks, list(WIDE[ranks].values())):
         for (name, config), seen in zip(WIDE[ranks].items(), results, strict=True):
             check(config, ranks, seen, name)
+
+
+def test_averages_take_the_bytes_of_the_float32_weights() -> None:
+    plain, averaged = (cell(2, training={"ema_decay": decay}) for decay in (None, 0.9))
+    sizes = [rank_memory(rank_model_of(config, 2, RankCoords(0, 0, 0)), ()).optimizer for config in (plain, averaged)]
+    assert 4 * sizes[0] == 3 * sizes[1] > 0  # weights and two moments; then an average beside them

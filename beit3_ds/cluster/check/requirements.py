@@ -16,7 +16,7 @@ class Requirements:
     rank_bytes: tuple[int, ...] = ()
     """Bytes of device memory per rank, modelled (`planner.rank_memory`)."""
     checkpoint_bytes: int = 0
-    """Bytes of one checkpoint: weights and two moments in float32."""
+    """Bytes of one checkpoint: weights, two moments and perhaps an average of the weights, in float32."""
 
     def describe(self) -> str:
         """Formats the sizes for people; `find_node_faults` compares them with GPUs, if there are any, and disks."""
@@ -68,5 +68,5 @@ def compute_requirements(config: RunConfig, hostfile: Hostfile) -> Requirements:
     return Requirements(
         layout_fault=None,
         rank_bytes=tuple(stage_bytes[coords.pipeline] for coords in all_coords),
-        checkpoint_bytes=12 * numel,
+        checkpoint_bytes=(12 if config.training.ema_decay is None else 16) * numel,
     )

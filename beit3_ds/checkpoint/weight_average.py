@@ -1,0 +1,43 @@
+"""Keeps an exponential moving average of the weights that one rank owns (Polyak and Juditsky, 1992)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class WeightAverage:
+    """Moving average in float32 of the tensors that the optimizer updates on this rank.
+
+    Nothing is sent: under every ZeRO stage, tensor and pipeline parallelism each rank averages what it owns.
+    """
+
+    def __init__(self, decay: float, weights: Sequence[Tensor]) -> None:
+        """Starts with the current weights.
+
+        Args:
+            decay: share of the average that each update keeps.
+            weights: the tensors that the optimizer updates, in float32; every call gets them in the same order.
+        """
+        self._decay = decay
+        self.tensors = [weight.detach().clone() for weight in weights]
+        """The averages, in the order and form of the weights."""
+
+    @torch.no_grad()
+    def update(self, weights: Sequence[Tensor]) -> None:
+        """Adds the current weights: average = decay * average + (1 - decay) * weight."""
+        torch._foreach_lerp_(self.tensors, list(weights), 1 - self._decay)
+
+    @torch.no_grad()
+    def restart(self, weights: Sequence[Tensor]) -> None:
+        """Makes the averages equal to the current weights."""
+        for average, weight in zip(self.tensors, weights, strict=True):
+            average.copy_(weight)
+
+    @torch.no_grad()
+    def swap(self, weights: Sequence[Tensor]) -> None:
+        """Exchanges averages and weights in place, bit for bit; takes the memory of one tensor more."""
+        for average, weight in zip(self.tensors, weights, strict=True):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
