@@ -9,15 +9,44 @@
 
 import json
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 from beit3_ds.config import ConfigError
 from beit3_ds.data.files.json_lines import iterate_json_lines
 from beit3_ds.data.files.json_lists import iterate_json_list, reading_as
 from beit3_ds.data.images.captioned import CaptionedImages
 
+CaptionFormat = Literal["karpathy", "coco_images", "caption_lines"]
+"""Formats that give each image an identifier and its captions."""
+
 _KARPATHY = "an object with 'images' (filename, split, sentences)"
 _COCO = "an object with 'images' (id, file_name) and, but for a test split, 'annotations' (image_id, caption)"
+
+
+def read_captions(
+    path: str, folder: str, kind: CaptionFormat, split: str = "", *, needs_captions: bool = True
+) -> CaptionedImages:
+    """Reads a file of images with captions.
+
+    Args:
+        path: the file.
+        folder: folder of the images.
+        kind: format of the file.
+        split: `train`, `val` or `test` of a Karpathy file; must be empty for the other formats, which have one split.
+        needs_captions: whether every image must have a caption, to train on or to score.
+
+    Raises:
+        ConfigError: if the file cannot be read, does not have this form, lacks the split, or lacks captions.
+    """
+    if kind == "karpathy":
+        samples = read_karpathy(path, folder, split)
+    elif split:
+        raise ConfigError(f"data: {path} of format {kind} has one split, so split='{split}' must be left out.")
+    else:
+        samples = read_coco_images(path, folder) if kind == "coco_images" else read_caption_lines(path, folder)
+    if needs_captions:
+        samples.each_image().check_has_references()
+    return samples
 
 
 def read_karpathy(path: str, folder: str, split: str) -> CaptionedImages:

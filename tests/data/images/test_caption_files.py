@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from beit3_ds.config import ConfigError
-from beit3_ds.data.images.caption_files import read_caption_lines, read_coco_images, read_karpathy
+from beit3_ds.data.images.caption_files import read_caption_lines, read_captions, read_coco_images, read_karpathy
 from beit3_ds.data.images.captioned import CaptionedImages
+from beit3_ds.sample_data.write_scenes import write_scenes
 
 
 def karpathy(number: int, split: str, *captions: str, folder: str = "val2014") -> dict[str, Any]:
@@ -124,3 +125,21 @@ def test_any_mix_of_splits(entries: list[tuple[str, int]], tmp_path: Path) -> No
             ]
             for image in range(samples.num_images):
                 assert {samples.image_numbers[i] for i in samples.samples_of(image)} <= {image}
+
+
+def test_drawn_scenes_are_karpathy_splits(tmp_path: Path) -> None:
+    write_scenes(tmp_path, num_train=3, num_validation=2, size=16)
+    path = str(tmp_path / "captions.json")
+    train = read_captions(path, str(tmp_path), "karpathy", "train")
+    assert (train.num_images, len(train)) == (3, 15) and train.image(14).size == (16, 16)
+    assert read_captions(path, str(tmp_path), "karpathy", "val").num_images == 2
+
+
+def test_a_test_split_may_lack_captions(tmp_path: Path) -> None:
+    path = tmp_path / "test.json"
+    path.write_text(json.dumps({"images": [{"id": 1, "file_name": "a.jpg"}]}))
+    assert read_captions(str(path), str(tmp_path), "coco_images", "", needs_captions=False).num_images == 1
+    with pytest.raises(ConfigError, match="image 1 has no captions"):
+        read_captions(str(path), str(tmp_path), "coco_images", "")
+    with pytest.raises(ConfigError, match="split='val' must be left out"):
+        read_captions(str(path), str(tmp_path), "coco_images", "val")
