@@ -61,18 +61,26 @@ class RowLayout(ABC):
     def expert_slices(self, experts: tuple[str, ...]) -> list[tuple[int, int]]:
         """Returns the rows [start, stop) of each expert, in row order; an expert without rows has an empty slice.
 
+        A part of the stream belongs to its fused expert if that exists, otherwise to the expert of its modality. An
+        expert that no input of the model needs may be absent, and then its parts must have no rows
+        (`ModelConfig.inputs`).
+
         Args:
-            experts: names of the experts in the order of their rows: ("shared",) for one that takes all rows, or one
-                expert per modality and, in layers that have them, fused experts between them.
+            experts: names of the existing experts in the order of their rows: ("shared",) for one that takes all rows,
+                or experts of modalities and, in layers that have them, fused experts between them.
         """
         if experts == ("shared",):
             return [(0, self.num_rows)]
         owners = [part.fused_expert if part.fused_expert in experts else part.modality for part in PARTS]
-        assert list(dict.fromkeys(owners)) == list(experts), f"experts {experts} do not own the parts {PARTS}"
+        order = list(dict.fromkeys(owner for owner in owners if owner in experts))
+        assert order == list(experts), f"experts {experts} are not in the order of the rows, {order}"
         rows = dict.fromkeys(experts, 0)
-        for owner, count in zip(owners, self.part_rows, strict=True):
-            rows[owner] += count
+        for part, owner, count in zip(PARTS, owners, self.part_rows, strict=True):
+            assert owner in rows or not count, f"{count} rows of {part} need the expert {owner}; there are {experts}"
+            if owner in rows:
+                rows[owner] += count
         stops = list(accumulate(rows.values()))
+        assert stops[-1] == self.num_rows, f"experts {experts} compute {stops[-1]} of {self.num_rows} rows"
         return list(zip([0, *stops[:-1]], stops, strict=True))
 
 

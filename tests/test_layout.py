@@ -1,5 +1,8 @@
 """Sequences that are kept of a stream make a stream of their own, made of the same rows."""
 
+import itertools
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,3 +49,24 @@ def test_first_rows_are_those_of_the_ranges(
         picked = layout.first_rows(*parts)
         assert picked.rows.tolist() == [row for part in parts for row in by_part[part]]
         assert picked.counts == tuple(len(by_part[part]) if part in parts else 0 for part in range(4))
+
+
+@given(st.integers(0, 3), LENGTHS, LENGTHS, st.sampled_from(["shared", "modality", "fused"]))
+def test_experts_cover_all_rows(images: int, captions: tuple[int, ...], texts: tuple[int, ...], kind: str) -> None:
+    """Experts without rows may be absent; an absent expert with rows is an error."""
+    layout = SequenceLayout(images, captions, texts, 2)
+    a, b, c, end = layout.boundaries
+    slices = {
+        "shared": {"shared": (0, end)},
+        "modality": {"vision": (0, b), "language": (b, end)},
+        "fused": {"vision": (0, a), "vision_language": (a, c), "language": (c, end)},
+    }[kind]
+    for count in range(1, len(slices) + 1):
+        for experts in itertools.combinations(slices, count):
+            fused = "vision_language" in experts or kind != "fused"
+            rows = slices if fused else {"vision": (0, b), "language": (b, end)}
+            if sum(stop - start for start, stop in map(rows.__getitem__, experts)) == end:
+                assert layout.expert_slices(experts) == [rows[expert] for expert in experts]
+            else:
+                with pytest.raises(AssertionError, match="need the expert"):
+                    layout.expert_slices(experts)

@@ -20,7 +20,9 @@ def keep_only(mapping: dict[str, Any], stream: str) -> None:
     own["data"] = {key: value for key, value in own["data"].items() if key not in ("images", "pairs", "texts")} | {
         stream: own["data"][stream]
     }
-    del own["tokenizers"][OTHERS[stream]]
+    own["model"]["inputs"] = [stream]
+    if stream in OTHERS:
+        del own["tokenizers"][OTHERS[stream]]
     own["training"] |= {"total_steps": 2, "save_interval": 2}
 
 
@@ -61,6 +63,40 @@ def test_two_ranks_train_alone(
     run_mapping["beit3_ds"]["parallel"] = division
     assert run_ranks(train_rank, 2, str(write(run_mapping, tmp_path))) == [0, 0]
     check_results(tmp_path / "run", stream)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "division", [{}, {"pipeline_parallel_size": 2}, {"tensor_parallel_size": 2, "sequence_parallel": True}]
+)
+@pytest.mark.parametrize("stream", ["texts", "images", "pairs"])
+def test_experts_without_rows_change_nothing(
+    run_mapping: dict[str, Any], tmp_path: Path, stream: str, division: dict[str, Any]
+) -> None:
+    """Compares losses and gradient norms of a model that has only the needed experts with those of the whole model."""
+    keep_only(run_mapping, stream)
+    run_mapping["gradient_accumulation_steps"] = 2
+    run_mapping["beit3_ds"]["parallel"] = division
+    run_mapping["zero_optimization"] = {"stage": 1 if "pipeline_parallel_size" in division else 3}
+    found = []
+    for inputs in ([stream], ["images", "pairs", "texts"]):
+        run_mapping["beit3_ds"]["model"]["inputs"] = inputs
+        run_mapping["beit3_ds"]["training"]["output_dir"] = str(tmp_path / f"run{len(inputs)}")
+        assert run_ranks(train_rank, 2, str(write(run_mapping, tmp_path))) == [0, 0]
+        lines = [
+            json.loads(line) for line in (tmp_path / f"run{len(inputs)}" / "metrics.jsonl").read_text().splitlines()
+        ]
+        found.append([(line["loss"], line["grad_norm"]) for line in lines if "grad_norm" in line])
+    assert len(found[0]) == 2 and found[0] == found[1]
+
+
+def test_model_must_take_the_streams(run_mapping: dict[str, Any], tmp_path: Path) -> None:
+    from beit3_ds.config import ConfigError, build_run_config
+    from beit3_ds.tasks import build_task
+
+    run_mapping["beit3_ds"]["model"]["inputs"] = ["pairs"]
+    with pytest.raises(ConfigError, match=r'inputs=\["pairs"\], but pretraining has batches of images and texts\. Add'):
+        build_task(build_run_config(run_mapping))
 
 
 @pytest.mark.parametrize("stream", ["texts", "images"])

@@ -73,9 +73,10 @@ def check_same_model(model: Mapping[str, Any], stored: Mapping[str, Any], where:
     Raises:
         ConfigError: naming the fields that differ.
     """
-    stored = {field.name: field.default for field in dataclasses.fields(ModelConfig)} | dict(
-        stored
-    )  # of older versions
+    fields = dataclasses.fields(ModelConfig)
+    defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+    stored = defaults | dict(stored)  # older versions lack some fields
+    model, stored = (json.loads(json.dumps(dict(values))) for values in (model, stored))  # lists, not tuples
     changed = [
         f"{key} {json.dumps(stored.get(key))} there, {json.dumps(value)} here"
         for key, value in model.items()

@@ -2,7 +2,7 @@
 
 from beit3_ds.config.data import DataConfig, SourceConfig, StreamConfig, TextTokenizerConfig, TokenizersConfig
 from beit3_ds.config.layouts import check_layout, fits_layout
-from beit3_ds.config.model import FIELDS_WITHOUT_TENSORS, MODEL_SIZES, ModelConfig
+from beit3_ds.config.model import FIELDS_WITHOUT_TENSORS, INPUT_KINDS, MODEL_SIZES, InputKind, ModelConfig
 from beit3_ds.config.parallel import ParallelConfig, RankCoords
 from beit3_ds.config.run import RunConfig, build_run_config, load_run_config
 from beit3_ds.config.source_names import short_source_names
@@ -14,10 +14,12 @@ from beit3_ds.config.visual_tokenizer import VisualTokenizerConfig
 
 __all__ = [
     "FIELDS_WITHOUT_TENSORS",
+    "INPUT_KINDS",
     "MODEL_SIZES",
     "ActivationCheckpointing",
     "ConfigError",
     "DataConfig",
+    "InputKind",
     "Kernels",
     "MicroBatchSize",
     "ModelConfig",

@@ -34,13 +34,19 @@ MODEL_SIZES: dict[str, dict[str, int]] = {
 """Fields that `"size": NAME` sets: giant from the paper's Table 2 (224 px), base and large from the released models."""
 
 
+InputKind = Literal["images", "pairs", "texts"]
+"""Kind of an input sequence: an image alone, an image with its text, or a text alone."""
+
+INPUT_KINDS: tuple[InputKind, ...] = ("images", "pairs", "texts")
+"""All kinds of input, in the order in which `ModelConfig.inputs` holds them."""
+
 FIELDS_WITHOUT_TENSORS = frozenset({"drop_path_rate", "cross_entropy_chunk_size", "layer_norm_epsilon"})
 """Fields of `ModelConfig` that do not affect the model's tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A BEiT-3 backbone with its two masked-modeling heads (paper, section 2.1)."""
+    """A BEiT-3 backbone with its two masked-modeling heads (paper, section 2.1), or the part that its inputs need."""
 
     num_layers: Layers
     """Multiway blocks."""
@@ -74,9 +80,14 @@ class ModelConfig:
     max_text_length: Annotated[int, Range(4, 2**18)] = 128
     """Rows of the text position table, and so the longest text, BOS and EOS included."""
     tie_word_embeddings: bool = False
-    """Uses the word embedding as the MLM head's matrix; off by default, as in the released models."""
+    """Uses the word embedding as the MLM head's matrix; off by default, as in the released models. It has no effect in
+    a model that takes images alone."""
     final_norm: bool = True
     """Applies a LayerNorm to the output of the last block; off only for fine-tuned models that have none."""
+    inputs: tuple[InputKind, ...] = INPUT_KINDS
+    """Kinds of input that the model takes; the order does not matter. Only the experts, embeddings and norms that these
+    need are built (paper, figure 3): `["images"]` gives a vision encoder, `["texts"]` a language encoder, `["pairs"]` a
+    fusion encoder and `["images", "texts"]` a dual encoder. AdamW would decay experts that get no rows."""
     cross_entropy_chunk_size: Annotated[int, Range(2, 2**24)] = 128
     """Maximum text positions whose MLM logits are in memory at a time, text_vocab_size logits each."""
 
@@ -100,18 +111,37 @@ class ModelConfig:
         """Returns the patches per image."""
         return self.grid_size**2
 
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Returns the modalities of the inputs, in the order of the packed batch; a pair has both."""
+        kinds = {"vision": ("images", "pairs"), "language": ("texts", "pairs")}
+        return tuple(modality for modality in kinds if any(kind in self.inputs for kind in kinds[modality]))
+
+    @property
+    def has_tied_table(self) -> bool:
+        """Returns whether the model has a word embedding that is the MLM head's matrix as well."""
+        return self.tie_word_embeddings and "language" in self.modalities
+
     def experts(self, layer: int) -> tuple[str, ...]:
         """Returns the feed-forward experts of block `layer` (0-based) by name, in the order of the packed batch."""
-        if layer >= self.num_layers - self.num_vision_language_layers:
-            return ("vision", "vision_language", "language")
-        return ("vision", "language")
+        if layer < self.num_layers - self.num_vision_language_layers:
+            return self.modalities
+        owners = {"vision": "images", "vision_language": "pairs", "language": "texts"}
+        return tuple(expert for expert, kind in owners.items() if kind in self.inputs)
 
     @property
     def attention_experts(self) -> tuple[str, ...]:
         """Returns the names of the attention's weight sets: one for all rows, or one per modality."""
-        return ("shared",) if self.layout == "shared" else ("vision", "language")
+        return ("shared",) if self.layout == "shared" else self.modalities
 
     def __post_init__(self) -> None:
+        if not self.inputs or len(set(self.inputs)) < len(self.inputs) or not set(self.inputs) <= set(INPUT_KINDS):
+            raise ConfigError(
+                f"model: inputs={show(self.inputs)} must hold at least one of {', '.join(INPUT_KINDS)}, and each at "
+                "most once."
+            )
+        # One order, so that equal models have equal configurations.
+        object.__setattr__(self, "inputs", tuple(kind for kind in INPUT_KINDS if kind in self.inputs))
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"model: num_attention_heads={self.num_attention_heads} does not divide hidden_size="

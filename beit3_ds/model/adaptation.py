@@ -5,28 +5,48 @@
     layout                       shared -> decoupled: vision and language each get a copy
     num_vision_language_layers   more: each new expert is a copy of its block's vision expert, which processes most
                                  rows of a pair; fewer: the experts of the other blocks are dropped
+    inputs                       fewer: tensors that the remaining inputs do not need are not read; more: the weights
+                                 must hold the tensors that the added inputs need
 
 No other setting that changes tensors may differ.
 """
 
 import dataclasses
+import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from beit3_ds.config import FIELDS_WITHOUT_TENSORS, ConfigError, ModelConfig
+from beit3_ds.config import FIELDS_WITHOUT_TENSORS, INPUT_KINDS, ConfigError, ModelConfig
 from beit3_ds.model.initialization import initial_value
-from beit3_ds.model.pretrained import EXTRA_PREFIX, IMAGE_POSITION, PretrainedWeights, check_tensors, matrix_part
+from beit3_ds.model.pretrained import (
+    EXTRA_PREFIX,
+    IMAGE_POSITION,
+    REPLACEABLE,
+    PretrainedWeights,
+    check_tensors,
+    matrix_part,
+)
 from beit3_ds.positions import interpolate_positions
 
 TEXT_POSITION = "embeddings.text_position"
 """Name of the only tensor whose shape depends on the length of texts."""
 
-_ADAPTABLE = frozenset({"image_size", "max_text_length", "layout", "num_vision_language_layers"})
-_DECOUPLED = re.compile(r"(\.attention\..*|^norm\..*)_(vision|language)$")
+_MAPPED_BYTES = 2**26
+"""Bytes of parameters after whose reading the pages of the file are released."""
+_ADAPTABLE = frozenset({"image_size", "max_text_length", "layout", "num_vision_language_layers", "inputs"})
+_DECOUPLED = re.compile(r"(.*\.attention\..*|norm\..*)_(vision|language)")
+_EXPERT = re.compile(r"blocks\.(\d+)\.ffn\..*?_(vision_language|vision|language)")
+_TABLES = {
+    "vision": frozenset(
+        f"embeddings.{name}" for name in ("patch.weight", "patch.bias", "cls_token", "mask_token", "image_position")
+    ),
+    "language": frozenset({"embeddings.word.weight", TEXT_POSITION}),
+}
+"""Tensors of the embeddings of each modality."""
 
 
 class AdaptedWeights:
@@ -66,12 +86,13 @@ class AdaptedWeights:
             Names of tensors of the final norm and the heads that the weights lack.
 
         Raises:
-            ConfigError: as `check_tensors` does.
+            ConfigError: if the weights lack what an input of the model needs, and as `check_tensors` does.
         """
+        self._check_inputs(wanted)
         given = [name for name in wanted if self._source(name) in self._held]
         used = {self._source(name) for name in given}
         found = {name: self.read(name).shape for name in given}
-        unknown = [name for name in self._held - used if not self._is_dropped(name)]
+        unknown = [name for name in self._held - used if not self._is_dropped(name) and not name.startswith("heads.")]
         return check_tensors(str(self.path), found | {name: self._weights.shape(name) for name in unknown}, wanted)
 
     def read(self, name: str, part: tuple[int, int, int, int] | None = None) -> Tensor:
@@ -87,17 +108,40 @@ class AdaptedWeights:
             tensor = torch.cat([tensor[: self.model.max_text_length], further])
         return tensor if part is None else matrix_part(tensor, part)
 
+    def release_pages(self) -> None:
+        """Frees the memory of what was read so far (`PretrainedWeights.release_pages`)."""
+        self._weights.release_pages()
+
     def _source(self, name: str) -> str:
         """Returns the name of the stored tensor from which a tensor of the model is computed."""
         if self._weights.model.layout != self.model.layout:
-            name = _DECOUPLED.sub(r"\1_shared", name)
-        if name not in self._held and name.endswith("_vision_language"):
+            decoupled = _DECOUPLED.fullmatch(name)
+            name = f"{decoupled[1]}_shared" if decoupled else name
+        match = _EXPERT.fullmatch(name)
+        if match and match[2] == "vision_language" and not _has_fused_expert(self._weights.model, int(match[1])):
             return name.removesuffix("_vision_language") + "_vision"
         return name
 
     def _is_dropped(self, name: str) -> bool:
-        match = re.match(r"blocks\.(\d+)\.ffn\..*_vision_language$", name)
-        return match is not None and "vision_language" not in self.model.experts(int(match[1]))
+        """Returns whether a stored tensor belongs to an expert or a modality that the model does not have."""
+        if match := _EXPERT.fullmatch(name):
+            return match[2] not in self.model.experts(int(match[1]))
+        if match := _DECOUPLED.fullmatch(name):
+            return match[2] not in self.model.modalities
+        return any(name in names and modality not in self.model.modalities for modality, names in _TABLES.items())
+
+    def _check_inputs(self, wanted: Iterable[str]) -> None:
+        """Refuses a model that takes inputs for which the weights have no tensors."""
+        if self._weights.model.inputs == INPUT_KINDS:
+            return
+        missing = [name for name in wanted if not name.startswith(REPLACEABLE) and self._source(name) not in self._held]
+        if missing:
+            theirs, ours = (" and ".join(m.inputs) for m in (self._weights.model, self.model))
+            raise ConfigError(
+                f"{self.path} holds a model for {theirs} alone, without {len(missing)} tensors that this model for "
+                f"{ours} needs ({missing[0]}, for example). Use weights of a model with these inputs, or set "
+                f"model.inputs to {json.dumps(self._weights.model.inputs)}."
+            )
 
 
 def fill_parameters(model: nn.Module, weights: AdaptedWeights) -> None:
@@ -117,9 +161,14 @@ def fill_parameters(model: nn.Module, weights: AdaptedWeights) -> None:
             stacklevel=3,
         )
     with torch.no_grad():
+        mapped = 0
         for name, parameter in parameters.items():
             is_absent = name in absent
             parameter.copy_(initial_value(name, parameter.shape, weights.model, 0) if is_absent else weights.read(name))
+            mapped += parameter.nbytes
+            if mapped > _MAPPED_BYTES:
+                mapped = 0
+                weights.release_pages()
 
 
 def _check_adaptable(stored: ModelConfig, model: ModelConfig, where: str) -> None:
@@ -131,8 +180,8 @@ def _check_adaptable(stored: ModelConfig, model: ModelConfig, where: str) -> Non
         differences = "; ".join(f"{name} {theirs[name]!r} there, {ours[name]!r} here" for name in fixed)
         raise ConfigError(
             f"{where} holds another model: {differences}. Set the model section to that of the weights (`beit3 "
-            "inspect` prints it), or name other weights. Only image_size, max_text_length, num_vision_language_layers "
-            'and layout (to "decoupled") may differ.'
+            "inspect` prints it), or name other weights. Only image_size, max_text_length, num_vision_language_layers, "
+            'inputs and layout (to "decoupled") may differ.'
         )
 
 
@@ -149,8 +198,9 @@ def _describe_changes(stored: ModelConfig, model: ModelConfig) -> list[str]:
         )
     if stored.layout != model.layout:
         changes.append("shared attention and norms copied for vision and language")
+    takes_pairs = "pairs" in model.inputs and "pairs" in stored.inputs
     new, old = (
-        {layer for layer in range(m.num_layers) if "vision_language" in m.experts(layer)} for m in (model, stored)
+        {layer for layer in range(m.num_layers) if takes_pairs and _has_fused_expert(m, layer)} for m in (model, stored)
     )
     if added := sorted(new - old):
         changes.append(f"vision-language experts of {_blocks(added)} copied from their vision experts")
@@ -159,7 +209,14 @@ def _describe_changes(stored: ModelConfig, model: ModelConfig) -> list[str]:
             f"vision-language experts of {_blocks(dropped)} left out, which changes features of pairs, "
             "but not of images or texts alone"
         )
+    if absent := [kind for kind in stored.inputs if kind not in model.inputs]:
+        changes.append(f"what only {' and '.join(absent)} need left out")
     return changes
+
+
+def _has_fused_expert(model: ModelConfig, layer: int) -> bool:
+    """Returns whether pairs have an expert of their own in a block, whether or not the model takes pairs."""
+    return layer >= model.num_layers - model.num_vision_language_layers
 
 
 def _blocks(layers: list[int]) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from beit3_ds.batch import PackedBatch
-from beit3_ds.config import ActivationCheckpointing, Kernels, ModelConfig
+from beit3_ds.config import ActivationCheckpointing, InputKind, Kernels, ModelConfig
 from beit3_ds.model.adaptation import AdaptedWeights, fill_parameters
 from beit3_ds.model.block import Block
 from beit3_ds.model.embeddings import Embeddings, stream_dtype
@@ -84,6 +84,7 @@ class BEiT3(nn.Module):
         max_text_length: int | None = None,
         layout: Literal["shared", "decoupled"] | None = None,
         num_vision_language_layers: int | None = None,
+        inputs: Sequence[InputKind] | None = None,
     ) -> Self:
         """Loads exported or imported weights as a plain model on one device, in evaluation mode.
 
@@ -101,6 +102,8 @@ class BEiT3(nn.Module):
             layout: "decoupled" gives vision and language each a copy of the shared attention and norms.
             num_vision_language_layers: number of top blocks with a vision-language expert; a new expert is a copy of
                 the vision expert.
+            inputs: kinds of input that the model shall take, of "images", "pairs" and "texts". Tensors that these do
+                not need are neither built nor read: a vision encoder is `inputs=("images",)`.
 
         Raises:
             ConfigError: if the weights do not exist, do not match their configuration, or cannot be adapted to the
@@ -112,6 +115,7 @@ class BEiT3(nn.Module):
             "max_text_length": max_text_length,
             "layout": layout,
             "num_vision_language_layers": num_vision_language_layers,
+            "inputs": inputs,
         }
         changes = {name: value for name, value in settings.items() if value is not None}
         weights = AdaptedWeights(stored, dataclasses.replace(stored.model, **changes), str(path))
@@ -142,7 +146,7 @@ class BEiT3(nn.Module):
             ConfigError: if there are no inputs, or the model cannot take the size, length or ids of one.
         """
         assert self.embeddings is not None, "a stage of a pipeline cannot encode alone"
-        batch = pack_inputs(self.config, images, texts, pairs, self.embeddings.cls_token.device)
+        batch = pack_inputs(self.config, images, texts, pairs, next(self.embeddings.parameters()).device)
         return unpack_features(self.run_layers(batch), batch)
 
     def forward(self, batch: PackedBatch, x_TD: Tensor | None = None, layers: range | None = None) -> Tensor:

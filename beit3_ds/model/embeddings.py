@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit3_ds.batch import PackedBatch
-from beit3_ds.config import ModelConfig
+from beit3_ds.config import ConfigError, ModelConfig
 from beit3_ds.parallel import TensorParallel, VocabParallelEmbedding
 
 
@@ -32,23 +32,33 @@ class Embeddings(nn.Module):
 
     Each modality has its own learned positions; both start at 0 in a pair. BOS is the CLS of a text. There is no type
     embedding, because each expert has one modality. The word table is split over the tensor-parallel group, and forward
-    all-reduces S * D elements. Each rank embeds all rows and keeps its own (`TensorParallel.scatter_rows`).
+    all-reduces S * D elements. Each rank embeds all rows and keeps its own (`TensorParallel.scatter_rows`). A modality
+    that no input of the model has gets no parameters (`ModelConfig.inputs`).
     """
 
     def __init__(self, config: ModelConfig, tensor: TensorParallel, *, fp32_residual_connection: bool = False) -> None:
         super().__init__()
         self.fp32_residual_connection = fp32_residual_connection
-        hidden, self.tensor = config.hidden_size, tensor
-        self.patch = PatchProjection(3, hidden, kernel_size=config.patch_size, stride=config.patch_size)
-        self.word = VocabParallelEmbedding(config.text_vocab_size, hidden, tensor)
-        self.cls_token = nn.Parameter(torch.empty(hidden))
-        self.mask_token = nn.Parameter(torch.empty(hidden))
-        self.image_position = nn.Parameter(torch.empty(1 + config.num_patches, hidden))
-        self.text_position = nn.Parameter(torch.empty(config.max_text_length, hidden))
+        hidden, self.tensor, self.config = config.hidden_size, tensor, config
+        if "vision" in config.modalities:
+            self.patch = PatchProjection(3, hidden, kernel_size=config.patch_size, stride=config.patch_size)
+            self.cls_token = nn.Parameter(torch.empty(hidden))
+            self.mask_token = nn.Parameter(torch.empty(hidden))
+            self.image_position = nn.Parameter(torch.empty(1 + config.num_patches, hidden))
+        if "language" in config.modalities:
+            self.word = VocabParallelEmbedding(config.text_vocab_size, hidden, tensor)
+            self.text_position = nn.Parameter(torch.empty(config.max_text_length, hidden))
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Returns this rank's rows of the stream x_TD, in the dtype of the stream: image rows, then text rows."""
-        x_TD = self.tensor.scatter_rows(torch.cat([self._embed_images(batch), self._embed_texts(batch)]))
+        """Returns this rank's rows of the stream x_TD, in the dtype of the stream: image rows, then text rows.
+
+        Raises:
+            ConfigError: if the batch has a kind of input that the model does not take.
+        """
+        check_inputs(self.config, batch)
+        parts = [self._embed_images(batch)] if "vision" in self.config.modalities else []
+        parts += [self._embed_texts(batch)] if "language" in self.config.modalities else []
+        x_TD = self.tensor.scatter_rows(torch.cat(parts))
         return x_TD.to(stream_dtype(x_TD.dtype)) if self.fp32_residual_connection else x_TD
 
     def _embed_images(self, batch: PackedBatch) -> Tensor:
@@ -61,3 +71,18 @@ class Embeddings(nn.Module):
     def _embed_texts(self, batch: PackedBatch) -> Tensor:
         # index_select has a gradient of zeros for zero rows, so the tables take part even without texts.
         return self.word(batch.token_ids) + self.text_position.index_select(0, batch.text_positions)
+
+
+def check_inputs(config: ModelConfig, batch: PackedBatch) -> None:
+    """Checks that a model takes every kind of input in a batch.
+
+    Raises:
+        ConfigError: naming the kind that it does not take.
+    """
+    counts = {"images": batch.num_images, "pairs": batch.num_pairs, "texts": batch.num_texts}
+    for kind, count in counts.items():
+        if count and kind not in config.inputs:
+            raise ConfigError(
+                f"the batch has {count} {kind}, but the model takes {' and '.join(config.inputs)} alone "
+                f"(model.inputs). Give it no {kind}, or load or train a model whose inputs include them."
+            )

@@ -52,17 +52,28 @@ class PretrainedWeights:
             ConfigError: if the weights cannot be read, or another program wrote them.
         """
         self.path = Path(path)
-        readers = [_open(file) for file in _weight_files(self.path)]
-        self._places = {
-            name: (reader, stored) for reader in readers for name, stored in stored_names(reader.keys()).items()
-        }
-        headers = {(reader.metadata() or {}).get(_METADATA_KEY) for reader in readers}
+        self._files = _weight_files(self.path)
+        self._places = self._open_files()
+        headers = {(reader.metadata() or {}).get(_METADATA_KEY) for reader, _ in self._places.values()}
         if len(headers) > 1:
             raise ConfigError(f"{path}: its files belong to different exports. Export the weights again.")
         self.model, self.step = _parse_header(self.path, headers.pop())
         self._resized = image_size is not None
         if image_size is not None:
             self.model = dataclasses.replace(self.model, image_size=image_size)
+
+    def _open_files(self) -> dict[str, tuple[Any, str]]:
+        """Opens the files, and returns the reader and the stored name of every tensor."""
+        readers = [_open(file) for file in self._files]
+        return {name: (reader, stored) for reader in readers for name, stored in stored_names(reader.keys()).items()}
+
+    def release_pages(self) -> None:
+        """Maps the files anew, so that what was read so far no longer counts as memory of this process.
+
+        Pages of tensors that somebody still holds stay.
+        """
+        self._places.clear()
+        self._places = self._open_files()
 
     def names(self) -> list[str]:
         """Returns the names of all tensors, those with `EXTRA_PREFIX` included."""

@@ -95,7 +95,7 @@ class TaskModel(BEiT3, StageModel):
     @property
     def owned_table(self) -> nn.Parameter | None:
         """Returns the word table with `tie_word_embeddings`, on the stage that embeds; None elsewhere."""
-        if not self.config.tie_word_embeddings or self.embeddings is None:
+        if not self.config.has_tied_table or self.embeddings is None:
             return None
         return self.embeddings.word.weight
 
@@ -108,4 +108,4 @@ class TaskModel(BEiT3, StageModel):
     @property
     def tied_table(self) -> VocabParallelHead | None:
         """Returns the layer of the head whose matrix is the word table; None if nothing is tied."""
-        return self.heads.word_table if self.config.tie_word_embeddings and self.heads is not None else None
+        return self.heads.word_table if self.config.has_tied_table and self.heads is not None else None

@@ -98,7 +98,7 @@ class RankModel:
     def tied_elements(self) -> int:
         """Elements of this rank's part of a word table that first and last stage share, padding included; else 0."""
         model = self.config.model
-        if not model.tie_word_embeddings or self.num_stages == 1:
+        if not model.has_tied_table or self.num_stages == 1:
             return 0
         split = self.tensor.split_vocabulary(model.text_vocab_size)
         return split.local_size * model.hidden_size

@@ -174,7 +174,7 @@ class Zero3Replay:
         embeddings = self.rank_model.model.embeddings
         if isinstance(module, MultiwaySubLayerNorm):
             return True
-        return embeddings is not None and module in (embeddings, embeddings.patch, embeddings.word)
+        return embeddings is not None and module in (embeddings, *embeddings.children())
 
     def _num_outputs(self, module: nn.Module) -> int:
         """Returns how often a module is fetched before its backward pass: once per output that has a gradient."""

@@ -15,7 +15,8 @@ A task that needs more extends the following:
 
     several sequences per sample, or pooled rows    `PackedBatch.head_rows`; the head combines the rows that it reads
     another attention mask                          a field of `PackedBatch` that `model/attention.py` passes to the op
-    no text, no image, another image size           `model` in the configuration; the streams that the task opens
+    no text, no image, another image size           `model` in the configuration; the streams that the task opens;
+                                                    `Task.inputs` if batches hold other kinds than the streams
     metrics                                         a term of weight 0, whose sum and count merge exactly over ranks
     other learning rates, frozen parts, an EMA      `training/optimizer.py`, by parameter names from the task
     terms over features of the whole step           two passes per step; both compute the same features, because
@@ -23,6 +24,7 @@ A task that needs more extends the following:
 """
 
 import dataclasses
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +34,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 import torch
 
 from beit3_ds.batch import PackedBatch
-from beit3_ds.config import ConfigError, ModelConfig, RunConfig
+from beit3_ds.config import INPUT_KINDS, ConfigError, InputKind, ModelConfig, RunConfig
 from beit3_ds.config.prefetch import plan_prefetch
 from beit3_ds.data import StepDataset, ValidationBatches, build_validation_batches
 from beit3_ds.data.packing import Pack
@@ -240,7 +242,8 @@ class Task(ABC):
         """Loads the settings and checks what needs no files.
 
         Raises:
-            ConfigError: if the settings are invalid, or the task does not support the layout.
+            ConfigError: if the settings are invalid, the task does not support the layout, or the
+                model does not take the task's inputs.
         """
         self.config = config
         self.settings: Any = config.task.load(self.Settings)
@@ -251,6 +254,20 @@ class Task(ABC):
                 f"{parallel.tensor_parallel_size} nor pipeline_parallel_size={parallel.pipeline_parallel_size}: "
                 f"{self.layout_fault} Set both to 1; every ZeRO stage works."
             )
+        if missing := [kind for kind in self.inputs if kind not in config.model.inputs]:
+            raise ConfigError(
+                f"model.inputs={json.dumps(config.model.inputs)}, but {config.task.name} has batches of "
+                f"{' and '.join(missing)}. Add {json.dumps(missing)} to model.inputs."
+            )
+
+    @property
+    def inputs(self) -> tuple[InputKind, ...]:
+        """Returns the kinds of input in the task's batches; by default the streams that the run uses.
+
+        It is read before the task's own constructor continues, so it may depend on `config` and `settings` alone.
+        """
+        streams = self.config.data.streams()
+        return tuple(kind for kind in INPUT_KINDS if streams[kind].is_used)
 
     def describe(self) -> dict[str, Any]:
         """Returns the task's name and settings, defaults included, for checkpoints."""

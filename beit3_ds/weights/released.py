@@ -15,7 +15,7 @@ from beit3_ds.model.pretrained import EXTRA_PREFIX, IMAGE_POSITION, check_tensor
 from beit3_ds.positions import interpolate_positions
 from beit3_ds.tasks.pretraining.model import PretrainingModel
 from beit3_ds.untrusted_file import read_tensors_with_note
-from beit3_ds.weights.export_note import NOTE_KEY, parse_note
+from beit3_ds.weights.export_note import NOTE_KEY, ExportNote, parse_note
 from beit3_ds.weights.unilm_names import (
     POSITION_TABLES,
     TEXT_POSITION,
@@ -23,6 +23,7 @@ from beit3_ds.weights.unilm_names import (
     UNUSED_POSITIONS,
     read_architecture,
     reference_keys,
+    reference_letters,
 )
 
 
@@ -33,7 +34,7 @@ class ReleasedFile:
     `EXTRA_PREFIX`, so that an export in the reference's format restores every tensor.
 
     If this program exported the file, a note in it says from which model. That model is read without vision-language
-    experts, which the format does not have.
+    experts, which the format does not have (`exported_model`).
 
     Attributes:
         path: the file.
@@ -62,7 +63,7 @@ class ReleasedFile:
             stored = read_architecture({key: tensor.shape for key, tensor in tensors.items()}, str(path))
         else:
             self.step, self.description = note.step, f"weights exported as {note.format}"
-            stored = dataclasses.replace(note.model, num_vision_language_layers=0)
+            stored = exported_model(note)
         has_extras = note is None or note.has_extras
         self._tensors = _by_logical_name(tensors, stored, str(path), has_extras=has_extras)
         self.model: ModelConfig = stored if image_size is None else dataclasses.replace(stored, image_size=image_size)
@@ -87,6 +88,17 @@ class ReleasedFile:
         if name == IMAGE_POSITION:
             tensor = interpolate_positions(tensor[None], self.model.grid_size)[0]
         return tensor if part is None else matrix_part(tensor, part)
+
+
+def exported_model(note: ExportNote) -> ModelConfig:
+    """Returns the configuration of the model that a file in the reference's format holds.
+
+    It has no vision-language experts, and takes the inputs for which the file has the experts of all blocks.
+    """
+    letters = reference_letters(note.model, fusion=note.format == "unilm-fusion")
+    needs = {"images": {"A"}, "texts": {"B"}, "pairs": {"A", "B"}}
+    inputs = tuple(kind for kind in note.model.inputs if needs[kind] <= letters.keys())
+    return dataclasses.replace(note.model, num_vision_language_layers=0, inputs=inputs)
 
 
 def _by_logical_name(

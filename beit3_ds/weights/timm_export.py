@@ -8,6 +8,7 @@ from beit3_ds.config import MODEL_SIZES, ConfigError, ModelConfig
 from beit3_ds.weights.planned_tensor import PlannedTensor, plan_copy
 from beit3_ds.weights.reader import WeightReader
 from beit3_ds.weights.timm_names import timm_names
+from beit3_ds.weights.unilm_names import reference_letters
 
 _NAMED = {
     "beit3_base_patch16_224": MODEL_SIZES["base"],
@@ -31,9 +32,15 @@ def plan_timm_export(reader: WeightReader) -> list[PlannedTensor]:
     timm's `forward_features` ends before the final norm, which timm calls `fc_norm` and applies to the patches' mean.
 
     Raises:
-        ConfigError: if the weights have no final norm, like some fine-tuned releases, or norms of another epsilon.
+        ConfigError: if the model has no vision tower or no final norm, like some fine-tuned releases, or norms of
+            another epsilon.
     """
     config = reader.model
+    if "A" not in reference_letters(config):
+        raise ConfigError(
+            f"timm: a model for {' and '.join(config.inputs)} alone has no vision expert in some of its blocks, and so "
+            "no vision tower. Export a model that takes images."
+        )
     if config.layer_norm_epsilon != _EPSILON:
         raise ConfigError(
             f"timm: the model has layer_norm_epsilon={config.layer_norm_epsilon:g}, but timm's models have "

@@ -13,6 +13,7 @@ from beit3_ds.weights.unilm_names import (
     TOKENS,
     UNUSED_POSITIONS,
     reference_keys,
+    reference_letters,
 )
 
 
@@ -25,12 +26,19 @@ def plan_unilm_export(reader: WeightReader, *, fusion: bool) -> list[PlannedTens
     Tensors that an import kept under `EXTRA_PREFIX` are written under their original keys.
 
     Raises:
-        ConfigError: if `fusion` is true for a model without vision-language experts.
+        ConfigError: if `fusion` is true for a model without vision-language experts, or false for one that takes pairs
+            alone and has them.
     """
-    if fusion and not reader.model.num_vision_language_layers:
+    has_fused_expert = any("vision_language" in reader.model.experts(layer) for layer in range(reader.model.num_layers))
+    if fusion and not has_fused_expert:
         raise ConfigError(
             "unilm-fusion: the model has no vision-language expert, so that unilm-dual is exact for images, texts and "
             "pairs alike. Use --format unilm-dual."
+        )
+    if not reference_letters(reader.model, fusion=fusion):
+        raise ConfigError(
+            "unilm-dual: the model takes pairs alone, so its top blocks have neither a vision nor a language expert. "
+            "Use --format unilm-fusion."
         )
     held = set(reader.names())
     planned = []

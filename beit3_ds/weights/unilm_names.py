@@ -27,12 +27,18 @@ TOKENS = {
 }
 """Vectors (D,) that have the shape (1, 1, D) in the reference."""
 
-_TABLES = {
-    "beit3.text_embed.weight": "embeddings.word.weight",
-    "beit3.vision_embed.proj.weight": "embeddings.patch.weight",
-    "beit3.vision_embed.proj.bias": "embeddings.patch.bias",
+_IMAGE_TABLE, _TEXT_TABLE = POSITION_TABLES
+_EMBEDDINGS = {
+    "A": {
+        "beit3.vision_embed.proj.weight": "embeddings.patch.weight",
+        "beit3.vision_embed.proj.bias": "embeddings.patch.bias",
+        **TOKENS,
+        _IMAGE_TABLE: POSITION_TABLES[_IMAGE_TABLE],
+    },
+    "B": {"beit3.text_embed.weight": "embeddings.word.weight", _TEXT_TABLE: TEXT_POSITION},
 }
-_HEADS = {"mim_head": "heads.mim", "mlm_head": "heads.mlm"}
+"""Tensors of the embeddings that belong to each letter."""
+_HEADS = {"A": ("mim_head", "heads.mim"), "B": ("mlm_head", "heads.mlm")}
 _ATTENTION = {
     "self_attn_layer_norm": "norm",
     "self_attn.q_proj": "q_proj",
@@ -47,16 +53,38 @@ _LAYER = re.compile(r"beit3\.encoder\.layers\.(\d+)\.")
 _HEAD_SIZE = 64  # width of an attention head in the released sizes; a file does not hold it
 
 
+def reference_letters(config: ModelConfig, *, fusion: bool = False) -> dict[str, str]:
+    """Returns the modality of each letter, A and B, whose tensors a model has in every block.
+
+    Args:
+        config: the model.
+        fusion: whether A and B of blocks with a vision-language expert are both that expert.
+    """
+    letters = {"A": "vision", "B": "language"}
+    owned = [
+        {*letters.values()} if fusion and "vision_language" in experts else {*experts}
+        for experts in map(config.experts, range(config.num_layers))
+    ]
+    return {
+        letter: modality
+        for letter, modality in letters.items()
+        if modality in config.modalities and all(modality in experts for experts in owned)
+    }
+
+
 def reference_keys(config: ModelConfig, *, fusion: bool = False) -> dict[str, str]:
     """Returns the logical name of each of the reference's tensors, such as `heads.mim.bias` for `mim_head.bias`.
+
+    Tensors of a letter that the model lacks (`reference_letters`) are left out.
 
     Args:
         config: the model.
         fusion: whether A and B of blocks with a vision-language expert are both that expert.
     """
     kinds, attention = ("weight", "bias"), config.attention_experts
-    keys = _TABLES | TOKENS | POSITION_TABLES
-    for letter, expert in (("A", "vision"), ("B", "language")):
+    letters = reference_letters(config, fusion=fusion)
+    keys = {key: name for letter in letters for key, name in _EMBEDDINGS[letter].items()}
+    for letter, expert in letters.items():
         shared = attention[0] if attention == ("shared",) else expert
         keys |= {f"beit3.encoder.layer_norm.{letter}.{kind}": f"norm.{kind}_{shared}" for kind in kinds}
         for layer in range(config.num_layers):
@@ -67,8 +95,9 @@ def reference_keys(config: ModelConfig, *, fusion: bool = False) -> dict[str, st
                     keys[f"{theirs}.{key}.{letter}.{kind}"] = f"{ours}.attention.{name}.{kind}_{shared}"
                 for key, name in _FFN.items():
                     keys[f"{theirs}.{key.replace('X', letter)}.{kind}"] = f"{ours}.ffn.{name}.{kind}_{own}"
-    keys |= {f"{key}.{kind}": f"{name}.{kind}" for key, name in _HEADS.items() for kind in kinds}
-    if config.tie_word_embeddings:
+    heads = [_HEADS[letter] for letter in letters]
+    keys |= {f"{key}.{kind}": f"{name}.{kind}" for key, name in heads for kind in kinds}
+    if config.has_tied_table and "B" in letters:
         keys["mlm_head.weight"] = "embeddings.word.weight"
     if not config.sub_layernorm:
         keys = {key: name for key, name in keys.items() if "sub_norm" not in name}

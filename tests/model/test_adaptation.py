@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from beit3_ds.config import ConfigError, ModelConfig
 from beit3_ds.model import BEiT3, PretrainedWeights, initial_value
-from beit3_ds.model.adaptation import AdaptedWeights
+from beit3_ds.model.adaptation import AdaptedWeights, fill_parameters
 from beit3_ds.tasks.pretraining.model import PretrainingModel
 from tests.batches import decoupled, small_model_config
 from tests.weights.models import assert_features_equal, exported, random_inputs, random_model
@@ -97,6 +97,72 @@ def test_several_settings_at_once(tmp_path: Path) -> None:
     loaded = PretrainingModel.from_pretrained(path, image_size=24, max_text_length=30, layout="decoupled")
     assert features_of(loaded, loaded.config).images.shape == (2, 37, 24)
     assert len(changes(SHARED, path, image_size=24, max_text_length=30, layout="decoupled")) == 3
+
+
+INPUTS = [("images",), ("texts",), ("pairs",), ("images", "texts"), ("images", "pairs"), ("pairs", "texts")]
+LAYOUTS = {"paper": PAPER, "no vision-language experts": SHARED, "decoupled": decoupled()}
+
+
+def inputs_of(config: ModelConfig, kinds: tuple[str, ...]) -> dict[str, Any]:
+    """Returns random inputs of the kinds alone."""
+    images, texts, pairs = random_inputs(config)
+    return {kind: x for kind, x in {"images": images, "texts": texts, "pairs": pairs}.items() if kind in kinds}
+
+
+@pytest.mark.parametrize("kinds", INPUTS, ids="+".join)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_only_what_the_inputs_need_is_loaded(layout: str, kinds: tuple[str, ...], tmp_path: Path) -> None:
+    """Compares features with those of the whole model to the bit, and the names of the tensors that are read."""
+    whole = random_model(LAYOUTS[layout])
+    weights = PretrainedWeights(exported(whole, tmp_path / "w"))
+    loaded = PretrainingModel.from_pretrained(tmp_path / "w", inputs=kinds[::-1])  # in any order
+    assert loaded.config == dataclasses.replace(whole.config, inputs=kinds)
+    inputs = inputs_of(whole.config, kinds)
+    assert_features_equal(loaded.encode(**inputs), whole.encode(**inputs), 0)
+
+    adapted, read = AdaptedWeights(weights, loaded.config, "x"), []
+    weights.read = lambda name, part=None, read_one=weights.read: read.append(name) or read_one(name, part)
+    fill_parameters(loaded, adapted)
+    names = {name for name, _ in loaded.named_parameters()}
+    used = used_by(whole, inputs)
+    assert set(read) == names and used <= names
+    # No model needs the mask token and heads for features; all else that was loaded matters.
+    assert {name for name in names - used if not name.startswith("heads.")} <= {"embeddings.mask_token"}
+
+
+def used_by(model: BEiT3, inputs: dict[str, Any]) -> set[str]:
+    """Returns the parameters that the features of the inputs depend on."""
+    features = model.encode(**inputs)
+    sum(
+        x.pow(3).sum() for x in (features.images, features.pair_images, *features.texts, *features.pair_texts)
+    ).backward()
+    return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+
+
+def test_missing_experts_are_named(tmp_path: Path) -> None:
+    images = exported(random_model(dataclasses.replace(PAPER, inputs=("images",))), tmp_path / "images")
+    dual = exported(random_model(dataclasses.replace(PAPER, inputs=("images", "texts"))), tmp_path / "dual")
+    with pytest.raises(ConfigError, match=r"model for images alone, without 20 tensors.*for images and texts needs"):
+        PretrainingModel.from_pretrained(images, inputs=("images", "texts"))
+    with pytest.raises(ConfigError, match=r"without 6 .*norm\.weight_vision_language.*\[\"images\", \"texts\"\]"):
+        PretrainingModel.from_pretrained(dual, inputs=("pairs",))
+    # Without vision-language experts, a dual encoder has all that pairs need.
+    model = PretrainingModel.from_pretrained(dual, inputs=("pairs",), num_vision_language_layers=0)
+    assert model.config.inputs == ("pairs",)
+    assert changes(PAPER, exported(random_model(PAPER), tmp_path / "w"), inputs=("images",)) == [
+        "what only pairs and texts need left out"
+    ]
+    with pytest.raises(ConfigError, match=r"inputs=tuple \(\) must hold at least one of images, pairs, texts"):
+        dataclasses.replace(PAPER, inputs=())
+
+
+def test_an_input_that_the_model_does_not_take_is_refused() -> None:
+    model = random_model(dataclasses.replace(PAPER, inputs=("pairs",)))
+    images, texts, _ = random_inputs(PAPER)
+    with pytest.raises(ConfigError, match=r"has 2 images, but the model takes pairs alone"):
+        model.encode(images)  # lower blocks have an expert for these rows
+    with pytest.raises(ConfigError, match=r"has 2 texts, but the model takes pairs alone"):
+        model.encode(texts=texts)
 
 
 @pytest.mark.parametrize(

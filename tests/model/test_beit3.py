@@ -1,9 +1,11 @@
 """Compares the packed model with a plain padded one, and checks properties that parallel training needs."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from beit3_ds.config import ActivationCheckpointing, Kernels, ModelConfig
+from beit3_ds.config import INPUT_KINDS, ActivationCheckpointing, Kernels, ModelConfig
 from beit3_ds.model import BEiT3, attention, initialize_parameters
 from beit3_ds.tasks.pretraining.model import PretrainingModel
 from tests.batches import decoupled, random_batch, small_model_config
@@ -56,7 +58,8 @@ def test_packed_equals_plain(layout: str, mix: str, drop_path: bool) -> None:
 @pytest.mark.parametrize("mix", [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)])
 def test_every_parameter_takes_part(mix: tuple[int, int, int]) -> None:
     """A parameter without a gradient in one micro-batch corrupts or hangs ZeRO-3."""
-    for config in LAYOUTS.values():
+    kinds = tuple(kind for kind, count in zip(INPUT_KINDS, mix, strict=True) if count) or INPUT_KINDS
+    for config in [*LAYOUTS.values(), *(dataclasses.replace(c, inputs=kinds) for c in LAYOUTS.values())]:
         model = build(config, torch.float32)
         model(random_batch(config, *mix), torch.ones(4)).total.backward()
         for name, parameter in model.named_parameters():

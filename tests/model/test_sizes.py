@@ -30,6 +30,23 @@ def test_giant_is_the_papers() -> None:
     assert 1.85e9 < total < 1.95e9  # "1.9B"; catches a vision-language expert in every layer
 
 
+@pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [
+        (("images",), 1011),
+        (("texts",), 1100),
+        (("images", "texts"), 1794),
+        (("pairs",), 1742),
+        (("images", "pairs", "texts"), 1846),
+    ],
+)
+def test_parts_of_giant(inputs: tuple[str, ...], expected: int) -> None:
+    """Counts the encoders of the paper's figure 3, without heads."""
+    parameters = shapes_of("giant", inputs=inputs)
+    count = sum(p.numel() for name, p in parameters.items() if not name.startswith("heads."))
+    assert round(count / 1e6) == expected
+
+
 @pytest.mark.parametrize(("size", "backbone"), [("base", 220.99), ("large", 672.70)])
 def test_decoupled_sizes_are_the_released_ones(size: str, backbone: float) -> None:
     """The released tables have 1024 text positions, and both position tables start with two rows that nothing uses."""

@@ -110,3 +110,41 @@ def test_a_changed_export_is_refused(tmp_path: Path) -> None:
     torch.save(saved | {"beit3_ds_export": "{}"}, tmp_path / "note.pth")
     with pytest.raises(ConfigError, match=r"the note about its export cannot be read"):
         open_for_import(tmp_path / "note.pth")
+
+
+PARTS: dict[str, tuple[tuple[str, ...], ExportFormat, set[str]]] = {
+    "vision encoder": (("images",), "unilm-dual", {"A"}),
+    "language encoder": (("texts",), "unilm-dual", {"B"}),
+    "dual encoder": (("images", "texts"), "unilm-dual", {"A", "B"}),
+    "fusion encoder": (("pairs",), "unilm-fusion", {"A", "B"}),
+    "images and pairs": (("images", "pairs"), "unilm-dual", {"A"}),  # its top block has no language expert
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", PARTS)
+def test_models_of_some_inputs_come_back(part: str, tmp_path: Path) -> None:
+    """Exports only the experts that exist, and reads the file as a model for the inputs that these serve."""
+    inputs, format, letters = PARTS[part]
+    model, out, back = random_model(small_model_config(inputs=inputs)), tmp_path / "out.pth", tmp_path / "back"
+    export_weights(ModelReader(model), out, format=format)
+    assert {key.split(".ffn.")[1][0] for key in stored(out) if ".ffn." in key} == letters
+    export_weights(open_for_import(out), back)
+    imported = PretrainingModel.from_pretrained(back)
+    assert imported.config.inputs == (("images",) if letters == {"A"} else inputs)
+    images, texts, pairs = random_inputs(model.config)
+    given = {"images": images, "texts": texts, "pairs": pairs}
+    for kind in imported.config.inputs:
+        one = {kind: given[kind]}
+        for ours, theirs in zip(model.encode(**one), imported.encode(**one), strict=True):
+            torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)  # two products where fusion has one
+
+
+def test_exports_without_the_needed_experts_are_refused(tmp_path: Path) -> None:
+    fusion, language = (ModelReader(random_model(small_model_config(inputs=(kind,)))) for kind in ("pairs", "texts"))
+    with pytest.raises(ConfigError, match=r"takes pairs alone.*unilm-fusion"):
+        export_weights(fusion, tmp_path / "a.pth", format="unilm-dual")
+    with pytest.raises(ConfigError, match="has no vision-language expert"):
+        export_weights(language, tmp_path / "a.pth", format="unilm-fusion")
+    with pytest.raises(ConfigError, match=r"model for texts alone has no vision expert"):
+        export_weights(language, tmp_path / "a.safetensors", format="timm")

@@ -25,19 +25,24 @@ class Logits(NamedTuple):
 
 
 class MaskedModelingHeads(Head):
-    """Applies the MIM head and the MLM head; both vocabularies are split over the tensor-parallel group."""
+    """Applies the MIM head and the MLM head; both vocabularies are split over the tensor-parallel group.
+
+    A model without images has no MIM head, and one without texts no MLM head (`ModelConfig.inputs`).
+    """
 
     def __init__(self, config: ModelConfig, tensor: TensorParallel) -> None:
         super().__init__()
-        self.mim = VocabParallelHead(config.hidden_size, config.visual_vocab_size, None, tensor)
-        self.mlm = VocabParallelHead(
-            config.hidden_size, config.text_vocab_size, config.cross_entropy_chunk_size, tensor
-        )
+        self.config = config
+        if "vision" in config.modalities:
+            self.mim = VocabParallelHead(config.hidden_size, config.visual_vocab_size, None, tensor)
+        if "language" in config.modalities:
+            chunk_size = config.cross_entropy_chunk_size
+            self.mlm = VocabParallelHead(config.hidden_size, config.text_vocab_size, chunk_size, tensor)
 
     @property
-    def word_table(self) -> VocabParallelHead:
-        """Returns the MLM head, whose matrix may be the word table."""
-        return self.mlm
+    def word_table(self) -> VocabParallelHead | None:
+        """Returns the MLM head, whose matrix may be the word table; None in a model without texts."""
+        return self.mlm if "language" in self.config.modalities else None
 
     def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
         """Returns the sums of cross entropies of the four terms, (4,) float32, or the logits.
@@ -50,11 +55,17 @@ class MaskedModelingHeads(Head):
         """
         image_mim, pair_mim, pair_mlm, text_mlm = batch.head_row_counts
         h_patches, h_tokens = h_MD.split([image_mim + pair_mim, pair_mlm + text_mlm])
+        vision, language = (modality in self.config.modalities for modality in ("vision", "language"))
         if not with_loss:
-            return Logits(self.mim.logits(h_patches), self.mlm.logits(h_tokens))
+            no_codes = h_MD.new_empty(0, self.config.visual_vocab_size)
+            no_words = h_MD.new_empty(0, self.config.text_vocab_size)
+            return Logits(
+                self.mim.logits(h_patches) if vision else no_codes, self.mlm.logits(h_tokens) if language else no_words
+            )
         assert VISUAL_CODES in batch.targets, "the batch has no visual codes: call with_visual_codes first"
-        visual_losses = self.mim(h_patches, batch.targets[VISUAL_CODES]).loss
-        text_losses = self.mlm(h_tokens, batch.targets[TARGET_IDS]).loss
+        nothing = h_MD.new_empty(0, dtype=torch.float32)
+        visual_losses = self.mim(h_patches, batch.targets[VISUAL_CODES]).loss if vision else nothing
+        text_losses = self.mlm(h_tokens, batch.targets[TARGET_IDS]).loss if language else nothing
         images, pairs = visual_losses.split([image_mim, pair_mim])
         captions, texts = text_losses.split([pair_mlm, text_mlm])
         return torch.stack([images.sum(), texts.sum(), pairs.sum(), captions.sum()])
