@@ -10,7 +10,14 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
 _SILENT = re.compile(r"get_|is_|supports_|destroy_|set_timeout|record_comm")
-_ALSO = {"sum_over_data", "sum_over_model", "sum_over_all", "GatheredParameters", "DistributedDataParallel"}
+_ALSO = {
+    "sum_over_data",
+    "sum_over_model",
+    "sum_over_all",
+    "gather_rows_over_data",
+    "GatheredParameters",
+    "DistributedDataParallel",
+}
 _ALSO |= {"init_distributed", "allreduce", "allgather", "reduce_scatter_coalesced", "all_gather_coalesced"}
 _SHARED_WORDS = {"broadcast", "collect", "gather", "receive", "recv", "reduce", "scatter", "send", "sum", "barrier"}
 """Words that tensors, arrays and pipes use too: they count where the receiver is a group or a module that sends."""

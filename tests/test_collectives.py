@@ -43,6 +43,7 @@ TABLE: dict[Call, Row] = {
     **rows("beit3_ds/parallel/mesh.py", DEVICES, "data", sum_over_all="dist.all_reduce"),
     **rows("beit3_ds/parallel/mesh.py", DEVICES, "replicated", sum_over_model="dist.all_reduce"),
     **rows("beit3_ds/parallel/mesh.py", DEVICES, BY_READING, sum_over_data="dist.all_reduce"),
+    **rows("beit3_ds/parallel/mesh.py", DEVICES, BY_READING, gather_rows_over_data="dist.all_gather_into_tensor"),
     **rows(
         "beit3_ds/parallel/mesh.py",
         HOST,
@@ -110,6 +111,8 @@ TABLE: dict[Call, Row] = {
         before_backward="self._pipeline.receive",
         after_backward="self._pipeline.send",
     ),
+    **rows("beit3_ds/pipeline/coupled_step.py", HOST, BY_READING, gather_features="mesh.data_host.gather"),
+    **rows("beit3_ds/pipeline/coupled_step.py", DEVICES, BY_READING, gather_features="mesh.gather_rows_over_data"),
     **rows("beit3_ds/pipeline/tied.py", DEVICES, "tied", synchronize="deepspeed.zero.GatheredParameters"),
     # Training.
     **rows(

@@ -42,7 +42,7 @@ class StageModel(nn.Module, ABC):
             layers: the layers to run; None is all of them.
 
         Returns:
-            The stream after `layers`; after the last layer a `LossOutput` or the predictions of the task.
+            The stream after `layers`; after the last layer a `LossOutput`, `StepFeatures` or the task's predictions.
         """
 
     @abstractmethod

@@ -13,6 +13,7 @@ from beit3_ds.config import ActivationCheckpointing, Kernels, ModelConfig
 from beit3_ds.model.beit3 import BEiT3
 from beit3_ds.model.initialization import initialize_parameters
 from beit3_ds.model.stage_model import LossOutput, StageModel
+from beit3_ds.model.step_features import StepFeatures
 from beit3_ds.parallel import TensorParallel, VocabParallelHead
 
 
@@ -34,7 +35,8 @@ class Head(nn.Module, ABC):
             with_loss: whether to return the sums of terms.
 
         Returns:
-            With loss the sum of each term, (K,) float32, differentiable; otherwise the predictions of the task.
+            With loss the sum of each term, (K,) float32, differentiable, or the `StepFeatures` of a task whose terms
+            compare samples; otherwise the predictions of the task.
         """
 
 
@@ -79,7 +81,7 @@ class TaskModel(BEiT3, StageModel):
             return h_MD
         assert self.heads is not None, "this stage of the pipeline has no head"
         output = self.heads(h_MD, batch, loss_factors is not None)
-        if loss_factors is None:
+        if loss_factors is None or isinstance(output, StepFeatures):
             return output
         return LossOutput((output * loss_factors).sum(), output.detach())
 

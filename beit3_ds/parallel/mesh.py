@@ -2,7 +2,7 @@
 
 import hashlib
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -109,6 +109,25 @@ class Mesh:
             values = values.clone()
             dist.all_reduce(values)
         return values
+
+    def gather_rows_over_data(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Returns the rows of device tensors `x` of all data-parallel ranks, concatenated in their order.
+
+        Sends as many rows as the rank with the most has.
+
+        Args:
+            x: this rank's rows; other dimensions are equal on all ranks.
+            lengths: number of rows of each data-parallel rank.
+        """
+        if self.data_parallel_size == 1:
+            return x
+        padded = x.new_zeros(max(lengths), *x.shape[1:])
+        padded[: len(x)] = x
+        gathered = x.new_empty(self.data_parallel_size * len(padded), *x.shape[1:])
+        if gathered.numel():
+            dist.all_gather_into_tensor(gathered, padded, group=self.data_parallel_group)
+        pieces = zip(gathered.split(max(1, len(padded))), lengths, strict=False)
+        return torch.cat([piece[:length] for piece, length in pieces])
 
     def name_ranks(self, ranks: Iterable[int]) -> str:
         """Names global ranks by host, such as "ranks 4-7 (host b) and rank 9 (host c)"."""

@@ -11,9 +11,10 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from beit3_ds.batch import PackedBatch
-from beit3_ds.model import LossOutput
+from beit3_ds.model import LossOutput, StepFeatures, StepLoss
 from beit3_ds.parallel import Mesh, Message
 from beit3_ds.pipeline import deepspeed_compat
+from beit3_ds.pipeline.coupled_step import CoupledStep
 from beit3_ds.pipeline.gradient_probe import GradientProbe
 from beit3_ds.pipeline.schedule_1f1b import Action, schedule_1f1b
 from beit3_ds.pipeline.stages import stage_layers
@@ -32,14 +33,18 @@ class Schedule:
     receives the tensor of the next action while it computes. Every stage knows all micro-batch sizes in advance.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, chunks: Sequence[range], mesh: Mesh) -> None:
+    def __init__(
+        self, engine: DeepSpeedEngine, chunks: Sequence[range], mesh: Mesh, step_loss: StepLoss | None = None
+    ) -> None:
         """Registers the gradient probe and the tied word table on the engine's model.
 
         Args:
             engine: engine of this stage's `StageModel`, with gradient accumulation 1.
             chunks: model chunks of all stages, in order (`stages.cut_layers`).
             mesh: the ranks.
+            step_loss: sums of terms that compare all samples of a step (`Task.step_loss`); None if no term does.
         """
+        self.step_loss = step_loss
         self.engine, self.chunks, self.mesh = engine, tuple(chunks), mesh
         self.probe = GradientProbe()
         self.probe.watch(engine.module.parameters())  # before the tied table's gradient from another stage is added
@@ -76,7 +81,7 @@ class Schedule:
         """
         pipeline = self.mesh.pipeline
         actions = schedule_1f1b(len(micro_batches), pipeline.rank, pipeline.size, len(self.model_chunks))
-        step = _Step(self, micro_batches, loss_factors, prepare)
+        step = _Step(self, micro_batches, loss_factors, prepare, self._couple(micro_batches, loss_factors, prepare))
         deepspeed_compat.begin_step(self.engine, len(self.model_chunks))
         self.probe.begin_step()
         self.tied.synchronize()
@@ -91,9 +96,30 @@ class Schedule:
         self._finish_sending()
         return step.sums
 
+    def _couple(
+        self, micro_batches: Sequence[PackedBatch], loss_factors: Tensor, prepare: Prepare
+    ) -> CoupledStep | None:
+        """Runs the first pass of a step whose terms compare all its samples; None if there are no such terms.
+
+        One micro-batch needs no first pass. It would also change the order in which ZeRO-3 runs modules at every step,
+        so that ZeRO-3 could never prefetch.
+        """
+        if self.step_loss is None:
+            return None
+        step = CoupledStep(self.step_loss, self.mesh, loss_factors, len(micro_batches))
+        if len(micro_batches) > 1:
+            outputs = [output for _, output in self.run_forward(micro_batches, loss_factors, prepare, "first pass")]
+            if self.mesh.pipeline.is_last:
+                step.differentiate(outputs)
+        return step
+
     @torch.no_grad()
     def run_forward(
-        self, batches: Iterable[PackedBatch], loss_factors: Tensor | None, prepare: Prepare
+        self,
+        batches: Iterable[PackedBatch],
+        loss_factors: Tensor | None,
+        prepare: Prepare,
+        activity: str = "evaluation",
     ) -> Iterator[tuple[PackedBatch, Any]]:
         """Runs batches forward through all stages, in evaluation mode.
 
@@ -101,15 +127,17 @@ class Schedule:
             batches: batches, the same on all stages of a pipeline.
             loss_factors: factor of the sum of each term, (K,) float32; None yields predictions.
             prepare: function applied to each batch first.
+            activity: what this rank is doing (`Mesh.activity`).
 
         Yields:
-            Each prepared batch, with its `LossOutput` or predictions on the last stage and None elsewhere.
+            Each prepared batch, with its `LossOutput`, `StepFeatures` or predictions on the last stage and None
+            elsewhere.
         """
         self.tied.synchronize()
         self.engine.eval()
         try:
             for batch in batches:
-                self.mesh.activity.begin("evaluation")
+                self.mesh.activity.begin(activity)
                 prepared = prepare(batch)
                 yield prepared, self._run_forward(prepared, loss_factors)
         finally:
@@ -158,9 +186,15 @@ class _Step:
     """Holds the micro-batches of one step that are in flight on this stage."""
 
     def __init__(
-        self, schedule: Schedule, micro_batches: Sequence[PackedBatch], loss_factors: Tensor, prepare: Prepare
+        self,
+        schedule: Schedule,
+        micro_batches: Sequence[PackedBatch],
+        loss_factors: Tensor,
+        prepare: Prepare,
+        coupled: CoupledStep | None,
     ) -> None:
-        self.sums = torch.zeros_like(loss_factors)
+        self.sums = torch.zeros_like(loss_factors) if coupled is None else coupled.sums
+        self._coupled = coupled
         self._schedule, self._micro_batches, self._prepare = schedule, micro_batches, prepare
         self._loss_factors = loss_factors
         self._prepared: dict[int, PackedBatch] = {}
@@ -188,6 +222,9 @@ class _Step:
             self.sums += output.sums
             # A non-finite loss may have finite gradients. This makes them NaN, so that all ranks see it in the norm.
             loss = output.total * (1 + 0 * output.total.detach())
+        elif isinstance(output, StepFeatures):
+            assert self._coupled is not None, "a head that returns `StepFeatures` needs `Task.step_loss`"
+            loss = self._coupled.total(number, output)
         else:
             loss = _TakeGradient.apply(output, gradient)
             schedule.send(output, forward=True)

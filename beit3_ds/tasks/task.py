@@ -19,8 +19,7 @@ A task that needs more extends the following:
                                                     `Task.inputs` if batches hold other kinds than the streams
     metrics                                         a term of weight 0, whose sum and count merge exactly over ranks
     other learning rates, frozen parts, an EMA      `training/optimizer.py`, by parameter names from the task
-    terms over features of the whole step           two passes per step; both compute the same features, because
-                                                    `PackedBatch` contains all random draws
+    terms that compare the samples of a whole step  `Task.step_loss`; the head returns `StepFeatures`
 """
 
 import dataclasses
@@ -40,7 +39,7 @@ from beit3_ds.data import StepDataset, ValidationBatches, build_validation_batch
 from beit3_ds.data.packing import Pack
 from beit3_ds.data.samples import SourceSamples, Stream, name_sources
 from beit3_ds.data.validation_overlap import check_validation_apart
-from beit3_ds.model import Head, StageModel, TaskModel
+from beit3_ds.model import Head, StageModel, StepLoss, TaskModel
 from beit3_ds.model.flops import layer_flops, work_of
 from beit3_ds.parallel import Mesh, TensorParallel
 
@@ -323,6 +322,16 @@ class Task(ABC):
         Counts matrix products only: no recomputation, no padding, no optimizer and no frozen network.
         """
         return 3 * sum(layer_flops(self.config.model, work_of(batch, self.head_flops(batch.term_counts))))
+
+    @property
+    def step_loss(self) -> StepLoss | None:
+        """Returns the function that computes the terms from the features of a whole step; None if each sample has its
+        own.
+
+        With it the head returns `StepFeatures`, and a step of several micro-batches runs forward twice
+        (`pipeline.coupled_step`). The function computes the same on all ranks and reads no parameters.
+        """
+        return None
 
     def head_flops(self, term_counts: Sequence[float]) -> float:
         """Returns the operations of the head's forward pass, given a count per term; a multiply-add counts 2.

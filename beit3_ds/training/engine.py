@@ -38,7 +38,7 @@ def build_schedule(task: Task, mesh: Mesh) -> Schedule:
     """Builds this rank's part of the model, its engine, and the schedule that runs micro-batches through it."""
     chunks = cut_layers(task.config, task.expected_head_flops()) if task.has_backbone else [range(1)]
     model = build_model(task, mesh.tensor, stage_layers(chunks, mesh.pipeline.rank, mesh.pipeline.size))
-    schedule = Schedule(build_engine(task.config, model, mesh), chunks, mesh)
+    schedule = Schedule(build_engine(task.config, model, mesh), chunks, mesh, task.step_loss)
     freeze_parameters(model, task.config)  # after the schedule's own hooks on the tied word table
     return schedule
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from beit3_ds.batch import PackedBatch
-from beit3_ds.model import LossOutput
+from beit3_ds.model import LossOutput, StepFeatures, StepLoss
 from beit3_ds.parallel import Mesh
+from beit3_ds.pipeline.coupled_step import sum_terms
 from beit3_ds.pipeline.schedule import Schedule
 from beit3_ds.tasks import Term
 
@@ -28,7 +29,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Returns the mean of each term over the validation batches of all ranks.
 
-    Every rank has the same number of batches. Sends 2 K elements per source of the stream with the most sources.
+    Every rank has the same number of batches. Sends 2 K elements per source of the stream with the most sources. Terms
+    that compare samples (`Task.step_loss`) are computed over all samples of a source, whose features are gathered.
 
     Args:
         schedule: computes the forward passes.
@@ -48,11 +50,16 @@ def evaluate(
     counts = torch.zeros_like(sums)
     factors = torch.ones(len(terms), device=device)
     rows = torch.arange(len(terms))
+    features: list[list[StepFeatures]] = [[] for _ in range(sums.shape[1])]
     for batch, output in schedule.run_forward(batches, factors, prepare):
         sources = torch.tensor([batch.sources.get(term.stream, 0) for term in terms])
         counts[rows, sources] += torch.tensor(batch.term_counts, dtype=torch.float64)
         if isinstance(output, LossOutput):
             sums[rows, sources] += output.sums.double().cpu()
+        elif isinstance(output, StepFeatures):
+            features[int(sources[0])].append(output)
+    if schedule.step_loss is not None and any(features):
+        sums += _sum_coupled_terms(schedule.step_loss, features, mesh)
     sums, counts = _sum_over_ranks(sums, counts, mesh)
     means: dict[str, float] = {}
     for row, term in enumerate(terms):
@@ -65,6 +72,20 @@ def evaluate(
             own = zip(names, sums[row].tolist(), counts[row].tolist(), strict=False)
             means |= {f"{term.name}/{name}": total / count for name, total, count in own if count}
     return means
+
+
+def _sum_coupled_terms(step_loss: StepLoss, features: Sequence[Sequence[StepFeatures]], mesh: Mesh) -> Tensor:
+    """Returns this rank's share of the sums of each term over each source, (K, sources) float64, on the CPU.
+
+    Args:
+        step_loss: sums of the terms over a whole step.
+        features: features of this rank's batches of each source; at least one batch in total.
+        mesh: the ranks.
+    """
+    nothing = next(own[0] for own in features if own).take(slice(0))  # other ranks may have samples of a source
+    with torch.no_grad():
+        sums = [sum_terms(step_loss, own or [nothing], mesh) for own in features]
+    return torch.stack(sums, 1).double().cpu()
 
 
 def mean_terms(sums: Tensor, counts: Tensor, terms: Sequence[Term], mesh: Mesh) -> dict[str, float]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -58,6 +59,22 @@ def test_groups_run_along_their_axes() -> None:
             stages,
         ]
         assert last == 10 ** (4 + 2 * d + t)
+
+
+def gather_rows() -> tuple[list[int], list[tuple[int, ...]]]:
+    """Gathers rank + 1 rows of its number, no row but on rank 1, and no row at all; the tensor's axis is not asked."""
+    mesh = build_mesh(ParallelConfig(tensor_parallel_size=2))
+    rank = mesh.data_parallel_rank
+    found = mesh.gather_rows_over_data(torch.full((rank + 1,), rank), [1, 2])
+    shapes = [
+        mesh.gather_rows_over_data(torch.zeros(n, 3), lengths).shape for n, lengths in ((rank, [0, 1]), (0, [0, 0]))
+    ]
+    mesh.close()
+    return found.tolist(), [tuple(shape) for shape in shapes]
+
+
+def test_ranks_gather_unequal_numbers_of_rows() -> None:
+    assert run_ranks(gather_rows, 4) == [([0, 1, 1], [(1, 3), (0, 3)])] * 4
 
 
 @dataclass

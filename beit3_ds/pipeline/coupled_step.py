@@ -1,0 +1,125 @@
+"""Differentiates terms that compare all samples of a step, such as a contrastive loss, one micro-batch at a time.
+
+Follows GradCache (Gao et al., 2021, arXiv:2101.06983). A first pass computes the features of every micro-batch without
+gradients. The loss of the whole step is differentiated with respect to them. A second pass computes the features of
+each micro-batch again and goes back through <features, gradient>. So a step needs the memory of one micro-batch plus
+the features. A packed batch contains all random draws, so both passes compute the same features.
+"""
+
+# n rows of this rank, N rows of all data-parallel ranks, K terms.
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from beit3_ds.model import StepFeatures, StepLoss
+from beit3_ds.parallel import Mesh
+
+
+class CoupledStep:
+    """Holds the terms of one step and their gradients with respect to the features; on the last stage of a pipeline.
+
+    Every data-parallel rank gathers all features and computes the whole loss.
+    """
+
+    def __init__(self, step_loss: StepLoss, mesh: Mesh, loss_factors: Tensor, num_micro_batches: int) -> None:
+        """Stores how to compute the loss; computes and sends nothing.
+
+        Args:
+            step_loss: sums of the terms over a whole step.
+            mesh: the ranks.
+            loss_factors: factor of the sum of each term, (K,) float32 (`training.loss.build_loss_factors`).
+            num_micro_batches: micro-batches of each rank.
+        """
+        self._step_loss, self._mesh = step_loss, mesh
+        self._loss_factors, self._num_micro_batches = loss_factors, num_micro_batches
+        self._gradients: list[StepFeatures] = []
+        self.sums = torch.zeros_like(loss_factors)
+        """This rank's sum of each term: those of the whole step on the first data-parallel rank, zeros on the others,
+        so that they add up over the ranks."""
+
+    def differentiate(self, micro_batches: Sequence[StepFeatures]) -> None:
+        """Computes the terms and their gradients, given this rank's features; all data-parallel ranks call it.
+
+        Sends the number of rows and the rows of every tensor to all data-parallel ranks.
+
+        Args:
+            micro_batches: features of each of this rank's micro-batches; may still be attached to a graph.
+        """
+        whole, own = gather_features(micro_batches, self._mesh)
+        with torch.enable_grad():
+            leaves = [x.requires_grad_() for part in whole for x in part.values() if x.is_floating_point()]
+            sums = self._step_loss(whole)
+            # A non-finite loss may have finite gradients. This makes them NaN, so that all ranks see it in the norm.
+            loss = (sums * self._loss_factors * (1 + 0 * sums.detach())).sum()
+            gradients = iter(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+        self.sums += _share(sums.detach(), self._mesh)
+        rows = {name: next(gradients) for name, x in whole.rows.items() if x.is_floating_point()}
+        # The factors contain the data-parallel size, because the engine averages. Every rank has the whole gradient
+        # of shared values, and each of its micro-batches contributes an equal part of it.
+        parts = self._mesh.data_parallel_size * self._num_micro_batches
+        shared = {name: next(gradients) / parts for name in whole.shared}
+        split = {name: _split(rows[name][own[name]], [f.rows[name] for f in micro_batches]) for name in rows}
+        self._gradients = [
+            StepFeatures({name: pieces[number] for name, pieces in split.items()}, shared)
+            for number in range(len(micro_batches))
+        ]
+
+    def total(self, number: int, features: StepFeatures) -> Tensor:
+        """Returns <features, gradient> of a micro-batch, a scalar whose gradients are those of the loss.
+
+        A step of one micro-batch needs no first pass: its features are differentiated here, and the graph is kept.
+
+        Args:
+            number: number of the micro-batch.
+            features: features of the micro-batch, attached to its graph.
+        """
+        if not self._gradients:
+            assert self._num_micro_batches == 1, "the first pass must come before"
+            self.differentiate([features])
+        products = [
+            (part[name].float() * gradient.float()).sum()
+            for part, gradients in zip(features, self._gradients[number], strict=True)
+            for name, gradient in gradients.items()
+        ]
+        return torch.stack(products).sum()
+
+
+def sum_terms(step_loss: StepLoss, micro_batches: Sequence[StepFeatures], mesh: Mesh) -> Tensor:
+    """Returns this rank's share of the sums of terms over the samples of all data-parallel ranks, (K,) float32.
+
+    All data-parallel ranks of the last stage call it. Sends the number of rows and the rows of every tensor to all of
+    them.
+
+    Args:
+        step_loss: sums of the terms over a whole step.
+        micro_batches: features of this rank's batches, at least one.
+        mesh: the ranks.
+    """
+    whole, _ = gather_features(micro_batches, mesh)
+    return _share(step_loss(whole), mesh)
+
+
+def gather_features(micro_batches: Sequence[StepFeatures], mesh: Mesh) -> tuple[StepFeatures, dict[str, slice]]:
+    """Returns detached features of all data-parallel ranks, ordered by rank, and the rows that are this rank's.
+
+    Ranks may have different numbers of rows. All data-parallel ranks call it.
+    """
+    first = micro_batches[0]
+    joined = {name: torch.cat([features.rows[name].detach() for features in micro_batches]) for name in first.rows}
+    counts = mesh.data_host.gather([len(x) for x in joined.values()])
+    rows, own = {}, {}
+    for number, (name, x) in enumerate(joined.items()):
+        lengths = [int(rank[number]) for rank in counts]
+        start = sum(lengths[: mesh.data_parallel_rank])
+        rows[name], own[name] = mesh.gather_rows_over_data(x, lengths), slice(start, start + len(x))
+    return StepFeatures(rows, {name: x.detach().clone() for name, x in first.shared.items()}), own
+
+
+def _share(sums: Tensor, mesh: Mesh) -> Tensor:
+    return sums if mesh.data_parallel_rank == 0 else torch.zeros_like(sums)
+
+
+def _split(x: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return x.split([len(piece) for piece in like])
