@@ -39,6 +39,7 @@ from beit3_ds.training.loop import Run, resume, train
 from beit3_ds.training.metrics_log import MetricsLog
 from beit3_ds.training.progress import Progress
 from beit3_ds.training.report import write_report
+from beit3_ds.training.split_batches import SplitBatches
 from beit3_ds.training.start_checks import check_device, check_frozen_patterns, check_software, prepare_output_dir
 from beit3_ds.training.startup_summary import describe_startup
 from beit3_ds.training.stragglers import Stragglers, TimedSteps
@@ -165,6 +166,7 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh, signals: StopSignal
         rank_task=rank_task,
         validation=BroadcastBatches(validation or (), mesh, PackedBatch),
         read_validation=functools.partial(_read_validation, validation, limits),
+        splits={"validation": SplitBatches(rank_task.evaluation.get("validation"), mesh, limits)},
         store=store,
         metrics_log=metrics_log,
         progress=_build_progress(task, schedule, mesh, device),

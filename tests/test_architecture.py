@@ -49,7 +49,17 @@ ENTRY_POINTS = {"train", "train_visual_tokenizer", "rank_program", "cli", "__ini
 READING_ORDER: dict[str, tuple[str, ...]] = {
     "data": (
         *("randomness", "files", "images", "text", "sources", "validation_overlap", "order", "workers", "drop_path"),
-        *("packing", "samples", "skipped_report", "steps", "loader", "validation", "tokenizer_corpora", "prepare"),
+        *(
+            "packing",
+            "samples",
+            "skipped_report",
+            "steps",
+            "loader",
+            "validation",
+            "evaluation",
+            "tokenizer_corpora",
+            "prepare",
+        ),
     ),
     "cluster": ("hostfile", "check", "launch"),
 }

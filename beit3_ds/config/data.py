@@ -8,11 +8,11 @@ from beit3_ds.config.source_names import short_source_names
 from beit3_ds.config.strict import ConfigError, PathString
 from beit3_ds.config.visual_tokenizer import VisualTokenizerConfig
 
-ImageFormat = Literal["tar", "folder", "coco", "visual_genome", "sbu", "conceptual_captions", "conceptual_12m"]
-"""Formats of a source of images."""
-
 ANNOTATION_FORMATS = ("coco", "visual_genome", "sbu", "conceptual_captions", "conceptual_12m")
-"""Formats whose path is an annotation file; the images are in a folder."""
+"""Formats of captioned images whose path is an annotation file; the images are in a folder."""
+
+IMAGE_FORMATS = ("tar", "folder", *ANNOTATION_FORMATS)
+"""Formats of images with or without captions. Further formats belong to tasks (`Task.formats`)."""
 
 TextLength = Annotated[int, Range(4, 2**18)]
 """Tokens per text; the minimum is BOS, EOS, one masked and one visible token."""
@@ -26,24 +26,47 @@ class SourceConfig:
 
     path: PathString
     """File, folder or glob pattern, relative to the working directory; `~` is the home folder."""
-    format: ImageFormat | None = None
+    format: str | None = None
     """Format of images and pairs. `tar`: WebDataset shards; `folder`: image files with captions next to them; `coco`,
     `visual_genome` (path: region_descriptions.json, with image_data.json next to it), `sbu`, `conceptual_captions` and
     `conceptual_12m`: the corpora's own annotation files (beit3_ds/data/images/annotations.py). None: `folder` for a
     folder, else `tar`. Must be None for texts, whose format follows from their names (beit3_ds/data/text/formats.py):
-    JSON objects with `text`, or plain UTF-8, compressed or not."""
+    JSON objects with `text`, or plain UTF-8, compressed or not. Other tasks than pretraining have formats of their own
+    (docs/tasks.md)."""
     images: PathString = ""
-    """Folder of the images that an annotation file names; only for formats with such a file."""
+    """Folder of the images that an annotation file names, as files or in tars; only for formats with such a file."""
+    annotations: PathString = ""
+    """Second annotation file, such as the answers to the questions in `path`; only for a task's formats."""
+    split: str = ""
+    """Part of the file to read, such as "val" of a Karpathy split; empty reads all. Only for a task's formats."""
     weight: Annotated[float, Range(1e-6, 1e6)] | None = None
     """Share of this source in the samples of its stream, relative to the weights of the other sources. If no source has
     a weight, sources count by size, so every sample of the stream comes once per epoch."""
 
     def __post_init__(self) -> None:
+        if self.is_of_task:
+            return
         if (self.format in ANNOTATION_FORMATS) != bool(self.images):
             raise ConfigError(
                 f"data: source '{self.path}' of format {self.format} has images='{self.images}'. The formats "
-                f"{', '.join(ANNOTATION_FORMATS)} need the folder of their images; no other format has one."
+                f"{', '.join(ANNOTATION_FORMATS)} need the folder of their images; {', '.join(IMAGE_FORMATS[:2])} and "
+                "texts have none."
             )
+        for key in ("annotations", "split"):
+            if value := getattr(self, key):
+                raise ConfigError(
+                    f"data: source '{self.path}' of format {self.format} has {key}='{value}', which only formats of "
+                    "tasks have, such as vqav2. Remove it, or name the format."
+                )
+
+    @property
+    def is_of_task(self) -> bool:
+        """Returns whether the format belongs to a task, so that only the task reads the files."""
+        return self.format is not None and self.format not in IMAGE_FORMATS
+
+    def paths(self) -> tuple[str, ...]:
+        """Returns all files, folders and patterns that the source names."""
+        return tuple(path for path in (self.path, self.annotations, self.images) if path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +79,8 @@ class StreamConfig:
     validation: tuple[SourceConfig, ...] = ()
     """Sources of the validation loss, without weights: samples are spread over the sources by size. If empty, the
     stream is not evaluated."""
+    test: tuple[SourceConfig, ...] = ()
+    """Sources that only `beit3 evaluate --split test` reads, without weights."""
     samples_per_step: Annotated[int, Range(0, 2**24)]
     """Samples of this stream in one optimizer step, over all ranks (paper: 2048). 0 leaves the stream out."""
 
@@ -68,17 +93,23 @@ class StreamConfig:
                 f"data: source '{without[0]}' has no weight, but others of its stream have one. Give a weight to every "
                 f"source of the stream, or to none (then every sample comes once per epoch)."
             )
-        for source in self.validation:
-            if source.weight is not None:
-                raise ConfigError(
-                    f"data: weight={source.weight:g} of validation source '{source.path}' has no meaning: "
-                    f"training.eval_samples are spread over the sources by size. Remove it."
-                )
+        for split in ("validation", "test"):
+            for source in getattr(self, split):
+                if source.weight is not None:
+                    raise ConfigError(
+                        f"data: weight={source.weight:g} of {split} source '{source.path}' has no meaning: "
+                        f"training.eval_samples are spread over the sources by size. Remove it."
+                    )
 
     @property
     def is_used(self) -> bool:
         """Returns whether the run trains on the stream or evaluates it."""
-        return bool(self.samples_per_step or self.validation)
+        return bool(self.samples_per_step or self.validation or self.test)
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """Returns the sources of all splits."""
+        return (*self.train, *self.validation, *self.test)
 
     def weights(self) -> tuple[float, ...] | None:
         """Returns the weights of the training sources; None if sources have no weights and count by size."""
@@ -116,6 +147,12 @@ class DataConfig:
     pair_flip_probability: Share = 0.5
     """Probability of a horizontal flip of images with captions. The paper flips them; 0 keeps "left" and "right"
     true."""
+    rand_augment_operations: Annotated[int, Range(0, 100)] = 0
+    """Random operations per training image (RandAugment; 2 in the reference's fine-tuning); pretraining has none."""
+    rand_augment_magnitude: Annotated[float, Range(0, 10)] = 7.0
+    """Strength of these operations, from 0 to 10."""
+    random_erasing: Share = 0.0
+    """Probability that noise replaces a rectangle of a training image; pretraining ignores it."""
     cache_dir: PathString | None = None
     """Folder to which `beit3 prepare` writes shard indices, tables of annotations and token files. None scans shards,
     parses annotations and tokenizes texts in memory at the start of every run, which suits a small corpus."""
@@ -151,8 +188,8 @@ class DataConfig:
     per run, even if several ranks read it, or one rank reads it again, or the run restarts."""
 
     def __post_init__(self) -> None:
-        for source in (*self.texts.train, *self.texts.validation):
-            if source.format is not None:
+        for source in self.texts.sources:
+            if source.format is not None and not source.is_of_task:
                 raise ConfigError(
                     f"data.texts: source '{source.path}' has the format {source.format}, which is for images. Leave it "
                     f"out: the name of a text decides how it is read (.jsonl or .json, otherwise plain; .gz, .zst)."

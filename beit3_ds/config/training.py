@@ -91,8 +91,12 @@ class TrainingConfig:
     """Steps between progress lines."""
     eval_interval: Positive = 1000
     """Steps between evaluations on the validation samples; the run also starts and ends with one."""
-    eval_samples: Positive = 1024
-    """Maximum number of validation samples evaluated per stream, divided over its sources by their sizes."""
+    eval_samples: Positive | None = None
+    """Maximum number of validation samples evaluated per stream, divided over its sources by their sizes. None takes
+    1024 for a validation loss, whose batches stay in memory, and all samples for the metrics of a task."""
+    eval_batch_size: Positive = 16
+    """Samples of each stream in a batch when a task evaluates a whole split. It does not depend on the ranks, so
+    metrics are the same on any number of them."""
     save_interval: Positive = 1000
     """Steps between checkpoints; the run also ends with one."""
     keep_checkpoints: Positive = 3
@@ -101,6 +105,11 @@ class TrainingConfig:
     max_skipped_steps: Positive = 5
     """Consecutive steps skipped for a NaN or infinite loss or gradient after which the run stops, with a checkpoint. A
     single one comes from a sample or a device; this many with other samples mean that training has diverged."""
+
+    @property
+    def loss_samples(self) -> int:
+        """Returns the maximum number of samples per stream in a validation loss."""
+        return 1024 if self.eval_samples is None else self.eval_samples
 
     def __post_init__(self) -> None:
         if self.warmup_steps > self.total_steps:

@@ -11,17 +11,21 @@ from beit3_ds.data.randomness import sample_rng
 
 
 class Slot(NamedTuple):
-    """Place of a sample in its step, which does not depend on ranks and micro-batches."""
+    """Place of a sequence in its step, which does not depend on ranks and micro-batches."""
 
     stream: str
     number: int
+    """Number of the sample in its stream's part of the step."""
+    sequence: int = 0
+    """Number of the sequence in its sample."""
 
 
 def draw_drop_path(rate: float, num_layers: int, seed: int, step: int, slots: Sequence[Slot]) -> Tensor | None:
     """Draws the branches that sequences skip in stochastic depth (Huang et al., 2016, arXiv:1603.09382).
 
     Layer l of L skips a branch with probability rate * l / (L - 1). Both modalities of a pair skip together. Each
-    factor is a pure function of (seed, step, slot, layer, branch), so every layout of ranks draws the same.
+    factor is a pure function of (seed, step, slot, layer, branch), so every layout of ranks draws the same. The
+    sequences of one sample have independent draws.
 
     Args:
         rate: probability in the last layer, below 1.
@@ -39,6 +43,7 @@ def draw_drop_path(rate: float, num_layers: int, seed: int, step: int, slots: Se
     probability = np.linspace(0, rate, num_layers)[:, None]
     draws = np.empty((len(slots), num_layers, 2))
     for row, slot in enumerate(slots):
-        draws[row] = sample_rng(seed, "drop path", step, *slot).random((num_layers, 2))
+        place = slot if slot.sequence else slot[:2]
+        draws[row] = sample_rng(seed, "drop path", step, *place).random((num_layers, 2))
     factors = (draws >= probability) / (1 - probability)
     return torch.from_numpy(factors.astype(np.float32))

@@ -14,7 +14,8 @@ from beit3_ds.batch import PackedBatch
 
 Pack = Callable[[Sequence[Any], Tensor | None, Mapping[str, int]], PackedBatch]
 """Makes a micro-batch of a task's prepared samples, `PackedBatch.drop_path` and `PackedBatch.sources`. Samples come in
-the order of the streams."""
+the order of the streams. The rows of drop_path come in the same order, with `Stream.sequences_per_sample` consecutive
+rows per sample; a task that packs sequences in another order reorders them."""
 
 
 def pack_inputs(

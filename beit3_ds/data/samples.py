@@ -18,7 +18,10 @@ from beit3_ds.data.randomness import sample_rng
 from beit3_ds.data.sources import ConcatSources, check_no_file_twice, open_images
 
 VALIDATION_EPOCH = -1
-"""Epoch of validation samples: all evaluations share its draws, and training never has them."""
+"""Epoch of validation and test samples: all evaluations share its draws, and training never has them."""
+
+Split = Literal["train", "validation", "test"]
+"""Which sources of a stream to open; `test` is read by `beit3 evaluate` alone."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,8 @@ class Stream:
 
     sources: ConcatSources[SourceSamples]
     """The samples of each source."""
+    sequences_per_sample: int = 1
+    """Sequences of the packed batch per sample, such as 2 for an image and a text that are encoded apart."""
 
     def __len__(self) -> int:
         """Returns the number of samples in the stream, broken ones included."""
@@ -135,22 +140,22 @@ class Stream:
         return source.prepare(index, key)
 
 
-def name_sources(
-    split: Literal["train", "validation"], streams: Mapping[str, Stream], data: DataConfig
-) -> dict[str, SourceSamples]:
-    """Returns the samples of each source by its name in the config, such as "data.images.train[0] (images/*.tar)"."""
-    return {
-        f"data.{name}.{split}[{number}] ({source.path})": samples
-        for name, stream in streams.items()
-        for number, (source, samples) in enumerate(
-            zip(getattr(data.streams()[name], split), stream.sources, strict=True)
-        )
-    }
+def name_sources(split: Split, streams: Mapping[str, Stream], data: DataConfig) -> dict[str, SourceSamples]:
+    """Returns the samples of each source by its name in the config, such as "data.images.train[0] (images/*.tar)".
+
+    A stream that the config lacks, because a task evaluates its samples in another way, has names without paths.
+    """
+    named: dict[str, SourceSamples] = {}
+    for name, stream in streams.items():
+        configured = data.streams().get(name)
+        paths = [f" ({source.path})" for source in getattr(configured, split, ())]
+        has_paths = len(paths) == len(stream.sources.sizes)
+        for number, samples in enumerate(stream.sources):
+            named[f"data.{name}.{split}[{number}]{paths[number] if has_paths else ''}"] = samples
+    return named
 
 
-def open_image_stream(
-    data: DataConfig, stream: str, split: Literal["train", "validation"], build: Callable[..., SourceSamples]
-) -> Stream:
+def open_image_stream(data: DataConfig, stream: str, split: Split, build: Callable[..., SourceSamples]) -> Stream:
     """Opens the image files of a stream.
 
     Args:

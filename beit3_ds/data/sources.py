@@ -66,8 +66,9 @@ def check_no_file_twice(sources: Sequence[SourceConfig], must_exist: bool = True
     Raises:
         ConfigError: with the names of the file or the folders, or of a pattern without a match.
     """
-    paths = [source.path for source in sources]
-    check_no_hard_link(expand_patterns(paths if must_exist else filter(_matches_files, paths)))
+    for split in {source.split for source in sources}:  # two parts of one file differ
+        paths = [source.path for source in sources if source.split in (split, "")]
+        check_no_hard_link(expand_patterns(paths if must_exist else filter(_matches_files, paths)))
     folders = [source.path for source in sources if os.path.isdir(source.path)]
     for inner, outer in itertools.permutations(folders, 2):
         if is_inside(inner, outer):

@@ -98,7 +98,7 @@ class StepDataset(Dataset[StepBatch]):
                 except BrokenRecordError as error:
                     broken[self._streams[stream].name(key.index)] = str(error)
                 else:
-                    slots.append(slot)
+                    slots += [slot._replace(sequence=i) for i in range(self._streams[stream].sequences_per_sample)]
         model, seed = self._config.model, self._config.training.seed
         drop_path = draw_drop_path(model.drop_path_rate, model.num_layers, seed, step, slots)
         return self._pack(samples, drop_path, {})

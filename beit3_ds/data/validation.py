@@ -98,7 +98,7 @@ def build_validation_batches(
     data_parallel_rank: int,
     data_parallel_size: int,
 ) -> ValidationBatches:
-    """Divides `training.eval_samples` validation samples of every stream over the ranks.
+    """Divides `TrainingConfig.loss_samples` validation samples of every stream over the ranks.
 
     The samples (`choose_samples`), their middle crops and their masks depend on `training.validation_seed` alone, so
     they are the same under every layout; only the cut into batches depends on the ranks. A batch has samples of one
@@ -122,7 +122,7 @@ def build_validation_batches(
     seed = config.training.validation_seed
     parts: dict[str, list[list[SampleKey]]] = {}
     for name, size in sizes.items():
-        chosen = choose_samples(streams[name].sources.sizes, config.training.eval_samples, seed, name)
+        chosen = choose_samples(streams[name].sources.sizes, config.training.loss_samples, seed, name)
         keys = [[SampleKey(seed, name, VALIDATION_EPOCH, index) for index in of_source] for of_source in chosen]
         parts[name] = [of_source[i : i + size] for of_source in keys for i in range(0, len(of_source), size)]
     num_batches = max((-(-len(of_stream) // data_parallel_size) for of_stream in parts.values()), default=0)

@@ -1,4 +1,4 @@
-"""Refuses validation files that are also training files, because a validation loss over them is meaningless."""
+"""Refuses validation and test files that are also training files, because scores over them are meaningless."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -13,11 +13,11 @@ _GROUPS = (("images", "pairs"), ("texts",))  # streams that can share files
 
 
 def check_validation_apart(data: DataConfig, must_exist: bool = True) -> None:
-    """Refuses validation files that are also training files, whatever patterns or links name them.
+    """Refuses validation and test files that are also training files, whatever patterns or links name them.
 
-    Files are compared by device and inode. Images are also compared with pairs, because training on an image without
-    its caption would spoil validation of the pair. A validation folder inside a training folder, or the reverse, is
-    refused. Copies of files are not detected.
+    Files are compared by device and inode, and by the part of the file that a source reads (`SourceConfig.split`).
+    Images are also compared with pairs, because training on an image without its caption would spoil validation of the
+    pair. A validation folder inside a training folder, or the reverse, is refused. Copies of files are not detected.
 
     Args:
         data: data section of the run's config.
@@ -32,7 +32,8 @@ def check_validation_apart(data: DataConfig, must_exist: bool = True) -> None:
         validation = {
             identity: path
             for name in names
-            for identity, path in _identified(streams[name].validation, name == "texts", must_exist)
+            for sources in (streams[name].validation, streams[name].test)
+            for identity, path in _identified(sources, name == "texts", must_exist)
         }
         folders = [path for path in validation.values() if os.path.isdir(path)]
         trained = [(name, streams[name].train) for name in names if streams[name].samples_per_step]
@@ -46,14 +47,14 @@ def check_validation_apart(data: DataConfig, must_exist: bool = True) -> None:
                     if shared := _shared_folder(path, folder):
                         raise _overlap(path, folder, f"share {printable(shared)} through links")
     for stream in streams.values():
-        for sources in (stream.train if stream.samples_per_step else (), stream.validation):
+        for sources in (stream.train if stream.samples_per_step else (), stream.validation, stream.test):
             check_no_file_twice(sources, must_exist)
 
 
 def _identified(
     sources: Sequence[SourceConfig], is_text: bool, must_exist: bool
-) -> Iterator[tuple[tuple[int, int], str]]:
-    """Yields device, inode and path of the files of sources; annotated images count as their annotation file."""
+) -> Iterator[tuple[tuple[int, int, str], str]]:
+    """Yields device, inode, split and path of the files of sources; annotated images count as their annotation file."""
     for source in sources:
         paths = [source.path]
         if is_text or image_format(source) == "tar":
@@ -67,7 +68,7 @@ def _identified(
                 status = read_with_retries(lambda path=path: os.stat(path), path)  # type: ignore[misc]
             except OSError:  # opening the source reports the error
                 continue
-            yield (status.st_dev, status.st_ino), path
+            yield (status.st_dev, status.st_ino, source.split), path
 
 
 def _shared_folder(trained: str, validation: str) -> str:

@@ -181,7 +181,7 @@ def _worker_bytes(config: RunConfig, data_parallel_size: int, plan: PrefetchPlan
 
 def _validation_bytes(config: RunConfig, data_parallel_size: int, views: str) -> int:
     streams = [config.data.images, config.data.pairs]
-    images = sum(-(-config.training.eval_samples // data_parallel_size) for stream in streams if stream.validation)
+    images = sum(-(-config.training.loss_samples // data_parallel_size) for stream in streams if stream.validation)
     return images * image_bytes(config, views)
 
 

@@ -13,11 +13,14 @@ Around its steps a task may keep state of its own, such as a codebook: `RankTask
 
 A task that needs more extends the following:
 
-    several sequences per sample, or pooled rows    `PackedBatch.head_rows`; the head combines the rows that it reads
+    several sequences per sample                    `Stream.sequences_per_sample`; `pack` puts them where they belong
+    pooled rows                                     `PackedBatch.head_rows`; the head combines the rows that it reads
     another attention mask                          a field of `PackedBatch` that `model/attention.py` passes to the op
     no text, no image, another image size           `model` in the configuration; the streams that the task opens;
                                                     `Task.inputs` if batches hold other kinds than the streams
-    metrics                                         a term of weight 0, whose sum and count merge exactly over ranks
+    files of its own                                `Task.formats`; `build_streams` opens the sources of these formats
+    metrics that are means                          a term of weight 0, whose sum and count merge exactly over ranks
+    metrics over all samples of a split             `RankTask.open(validation_loss=False)` and `RankTask.evaluate`
     other learning rates, frozen parts, an EMA      `training/optimizer.py`, by parameter names from the task
     terms that compare the samples of a whole step  `Task.step_loss`; the head returns `StepFeatures`
 """
@@ -28,23 +31,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import INPUT_KINDS, ConfigError, InputKind, ModelConfig, RunConfig
+from beit3_ds.config.data import IMAGE_FORMATS
 from beit3_ds.config.prefetch import plan_prefetch
-from beit3_ds.data import StepDataset, ValidationBatches, build_validation_batches
+from beit3_ds.data import EvaluationBatches, StepDataset, ValidationBatches, build_validation_batches
 from beit3_ds.data.packing import Pack
-from beit3_ds.data.samples import SourceSamples, Stream, name_sources
+from beit3_ds.data.samples import SourceSamples, Split, Stream, name_sources
 from beit3_ds.data.validation_overlap import check_validation_apart
 from beit3_ds.model import Head, StageModel, StepLoss, TaskModel
 from beit3_ds.model.flops import layer_flops, work_of
 from beit3_ds.parallel import Mesh, TensorParallel
-
-Split = Literal["train", "validation"]
-"""Which sources of a stream to open."""
 
 
 class Term(NamedTuple):
@@ -62,6 +63,15 @@ class Term(NamedTuple):
     """Unit, shown in plots."""
 
 
+class Headline(NamedTuple):
+    """Names the metric by which a task compares checkpoints."""
+
+    name: str
+    """Key of the metric in the result of `RankTask.evaluate` and in the run's validation records."""
+    is_higher_better: bool = True
+    """Whether a larger value is better."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RankShare:
     """Says which part of every step a rank reads."""
@@ -76,6 +86,8 @@ class RankShare:
     """Whether the rank needs targets; true on the last stage of a pipeline."""
     reads: bool
     """Whether the rank reads samples; other ranks receive theirs from those that read (`Mesh.is_reader`)."""
+    splits: tuple[Split, ...] = ("train", "validation")
+    """Splits to open: those of training, or the one that `beit3 evaluate` scores."""
 
 
 class Evaluator(Protocol):
@@ -91,7 +103,14 @@ class Evaluator(Protocol):
 
     @property
     def validation(self) -> Iterable[PackedBatch]:
-        """Returns the validation batches of this rank, not yet prepared."""
+        """Returns the batches of the validation loss on this rank, not yet prepared."""
+
+    def batches(self, split: Split) -> Iterable[PackedBatch]:
+        """Returns this rank's share of all samples of a split, not yet prepared; workers read them in each iteration.
+
+        All ranks have the same number of batches, some of them empty, and each sample comes once over all data-parallel
+        ranks. Its number in its stream (`SampleKey.index`) identifies it in `SampleResults`.
+        """
 
     @property
     def model(self) -> StageModel:
@@ -126,7 +145,9 @@ class RankTask:
     dataset: StepDataset | None = None
     """Dataset of training steps; None on ranks that receive their samples."""
     validation: ValidationBatches | None = None
-    """Validation batches; None on ranks that receive them."""
+    """Batches of the validation loss; None on ranks that receive them, and in a task without that loss."""
+    evaluation: Mapping[Split, EvaluationBatches] = field(default_factory=dict)
+    """All samples of each split that the task evaluates; empty on ranks that receive them."""
     sources: Mapping[str, SourceSamples] = field(default_factory=dict)
     """Samples of every source that this rank reads, by source name in the configuration; ranks compare them."""
     files: Mapping[str, str | None] = field(default_factory=dict)
@@ -140,9 +161,10 @@ class RankTask:
         build_streams: Callable[[Split], Mapping[str, Stream]],
         pack: Pack,
         views: str = "model",
+        validation_loss: bool = True,
         **fields: Any,
     ) -> Self:
-        """Opens the samples of a rank; a rank that does not read opens none.
+        """Opens the samples of the rank's splits (`RankShare.splits`); a rank that does not read opens none.
 
         Args:
             config: the run's configuration.
@@ -150,6 +172,8 @@ class RankTask:
             build_streams: opens the streams of a split, in the order of their rows in a batch.
             pack: packs prepared samples into a micro-batch.
             views: views of each image that a batch keeps (`config.prefetch.plan_prefetch`).
+            validation_loss: whether an evaluation is the mean of the terms over `training.eval_samples` samples that
+                stay in memory. False lets `evaluate` read all samples of a split.
             fields: values of the class's further fields.
 
         Raises:
@@ -160,11 +184,19 @@ class RankTask:
             return cls(**fields)
         check_validation_apart(config.data)
         rank, size = share.data_parallel_rank, share.data_parallel_size
-        prefetch = plan_prefetch(config, size, views)
-        dataset = StepDataset(config, build_streams("train"), pack, rank, size, prefetch)
-        validation = build_validation_batches(config, build_streams("validation"), pack, rank, size)
-        sources = dataset.sources() | name_sources("validation", validation.streams, config.data)
-        return cls(dataset=dataset, validation=validation, sources=sources, **fields)
+        dataset, validation = None, None
+        sources: dict[str, SourceSamples] = {}
+        evaluation: dict[Split, EvaluationBatches] = {}
+        for split in share.splits:
+            streams = build_streams(split)
+            sources |= name_sources(split, streams, config.data)
+            if split == "train":
+                dataset = StepDataset(config, streams, pack, rank, size, plan_prefetch(config, size, views))
+            elif validation_loss:
+                validation = build_validation_batches(config, streams, pack, rank, size)
+            else:
+                evaluation[split] = EvaluationBatches(config, streams, pack, rank, size)
+        return cls(dataset=dataset, validation=validation, evaluation=evaluation, sources=sources, **fields)
 
     def to(self, device: torch.device) -> None:
         """Moves the task's own tensors, such as those of a frozen network, to the device."""
@@ -203,6 +235,23 @@ class RankTask:
         """
         return {}
 
+    def evaluate(self, evaluator: Evaluator, split: Split, folder: Path | None) -> dict[str, float]:
+        """Evaluates all samples of a split; all ranks must call it, also where the split has no samples.
+
+        A task runs the model over `evaluator.batches(split)`, adds a row per sample to `SampleResults`, and computes
+        its metrics on the main rank from the gathered rows.
+
+        Args:
+            evaluator: the model and its ranks.
+            split: "validation" or "test".
+            folder: folder for result files and pages, which exists; None writes none.
+
+        Returns:
+            Metrics by name on the main rank; empty elsewhere, and for a split without annotations. A metric with the
+            name of a term counts as that term's validation mean.
+        """
+        return {}
+
     def baselines(self, evaluator: Evaluator) -> dict[str, float]:
         """Returns the value of each term for a predictor that ignores its input, by name; all ranks must call it."""
         return {}
@@ -236,14 +285,20 @@ class Task(ABC):
     layout_fault: ClassVar[str] = ""
     """Reason why the task supports data parallelism alone; empty if it also supports tensor and pipeline
     parallelism."""
+    formats: ClassVar[Mapping[str, Sequence[str]]] = {"images": IMAGE_FORMATS, "pairs": IMAGE_FORMATS, "texts": ()}
+    """Formats of the sources that each stream takes; a stream without an entry takes no sources. A source without a
+    format is allowed where the stream takes some of `IMAGE_FORMATS`, and for texts with an empty entry."""
+    headline: ClassVar[Headline | None] = None
+    """Metric of `RankTask.evaluate` by which checkpoints are compared; None for a task without metrics of its own."""
 
     def __init__(self, config: RunConfig) -> None:
         """Loads the settings and checks what needs no files.
 
         Raises:
-            ConfigError: if the settings are invalid, the task does not support the layout, or the
-                model does not take the task's inputs.
+            ConfigError: if the settings are invalid, the task does not support the layout or the format of a
+                source, or the model does not take the task's inputs.
         """
+        _check_formats(config, self.formats)
         self.config = config
         self.settings: Any = config.task.load(self.Settings)
         parallel = config.parallel
@@ -354,3 +409,26 @@ class Task(ABC):
         Raises:
             ConfigError: if a file cannot be read or does not fit the configuration.
         """
+
+
+def _check_formats(config: RunConfig, formats: Mapping[str, Sequence[str]]) -> None:
+    """Refuses sources whose stream or format the task does not take.
+
+    Raises:
+        ConfigError: with the formats that it takes.
+    """
+    taken = {name: [*stream, *_implied_format(name, stream)] for name, stream in formats.items()}
+    for name, stream in config.data.streams().items():
+        for source in stream.sources:
+            if source.format in taken.get(name, ()):
+                continue
+            known = "; ".join(f"{of}: {', '.join(map(str, listed))}" for of, listed in taken.items())
+            raise ConfigError(
+                f"data.{name}: the task {config.task.name} does not take source '{source.path}' of format "
+                f"{source.format}. It takes {known.replace('None', 'none')}."
+            )
+
+
+def _implied_format(name: str, formats: Sequence[str]) -> tuple[None, ...]:
+    is_implied = not formats if name == "texts" else bool(set(formats) & set(IMAGE_FORMATS))
+    return (None,) if is_implied else ()

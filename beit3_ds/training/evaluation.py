@@ -1,21 +1,26 @@
-"""Computes the mean loss terms of a task over its validation samples."""
+"""Computes the mean loss terms of a task over its validation samples, and the task's own metrics."""
 
 # K terms of the task.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from beit3_ds.batch import PackedBatch
+from beit3_ds.data.samples import Split
 from beit3_ds.model import LossOutput, StepFeatures, StepLoss
 from beit3_ds.parallel import Mesh
 from beit3_ds.pipeline.coupled_step import sum_terms
 from beit3_ds.pipeline.schedule import Schedule
-from beit3_ds.tasks import Term
+from beit3_ds.tasks import Evaluator, RankTask, Term
 
 SourceNames = Mapping[str, Sequence[str]]
 """Short names of the validation sources of each stream, in the order of the configuration."""
+
+VALIDATION_FOLDER = "validation"
+"""Folder in the output folder with the result files of the last evaluation."""
 
 
 def evaluate(
@@ -86,6 +91,24 @@ def _sum_coupled_terms(step_loss: StepLoss, features: Sequence[Sequence[StepFeat
     with torch.no_grad():
         sums = [sum_terms(step_loss, own or [nothing], mesh) for own in features]
     return torch.stack(sums, 1).double().cpu()
+
+
+def evaluate_split(rank_task: RankTask, evaluator: Evaluator, split: Split, folder: Path | None) -> dict[str, float]:
+    """Returns the task's metrics of a split on all ranks, which all call it.
+
+    Args:
+        rank_task: the task, opened for this rank.
+        evaluator: the model and its ranks.
+        split: the split.
+        folder: folder for result files and pages, which the main rank creates; None writes none.
+
+    Raises:
+        StopRequestedError: on all ranks, if one of them was asked to stop.
+    """
+    if folder is not None and evaluator.mesh.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+    metrics: dict[str, float] = evaluator.mesh.host.broadcast(rank_task.evaluate(evaluator, split, folder))
+    return metrics
 
 
 def mean_terms(sums: Tensor, counts: Tensor, terms: Sequence[Term], mesh: Mesh) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -16,6 +17,8 @@ from beit3_ds.checkpoint.index import Index
 from beit3_ds.checkpoint.store import CheckpointStore, SaveOutcome
 from beit3_ds.config import ConfigError, RunConfig
 from beit3_ds.data.order.run import POSITIONS, RunOrder
+from beit3_ds.data.samples import Split
+from beit3_ds.data.workers.waiting import StopRequestedError
 from beit3_ds.model import StageModel
 from beit3_ds.parallel import Mesh
 from beit3_ds.pipeline.schedule import Schedule
@@ -26,7 +29,7 @@ from beit3_ds.tasks import RankTask, Term
 from beit3_ds.training.broken_records import BROKEN_RECORDS, BrokenRecords, StepCounts, format_new_records
 from beit3_ds.training.csv_monitor import continue_csv_files
 from beit3_ds.training.engine import apply_update
-from beit3_ds.training.evaluation import evaluate
+from beit3_ds.training.evaluation import VALIDATION_FOLDER, evaluate, evaluate_split
 from beit3_ds.training.learning_rate import learning_rate
 from beit3_ds.training.loss import build_loss_factors
 from beit3_ds.training.loss_spikes import LossSpikes, format_spike
@@ -54,6 +57,8 @@ class Run:
     validation: Iterable[PackedBatch]
     read_validation: Callable[[], None]
     """Reads this rank's own validation batches; returns early if the rank is asked to stop."""
+    splits: Mapping[Split, Iterable[PackedBatch]]
+    """All batches of each split that the task evaluates; read anew in every iteration."""
     store: CheckpointStore
     metrics_log: MetricsLog
     progress: Progress
@@ -81,6 +86,10 @@ class Run:
     def prepare(self, batch: PackedBatch) -> PackedBatch:
         """Returns a micro-batch on the device, with the targets that the head needs."""
         return self.rank_task.prepare(batch, self.device)
+
+    def batches(self, split: Split) -> Iterable[PackedBatch]:
+        """Returns this rank's share of all samples of a split."""
+        return self.splits[split]
 
     def predict(self, batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, Any]]:
         """Yields each prepared batch with the head's predictions; these are None on all stages but the last."""
@@ -219,7 +228,7 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: DistributedStopSignals) -
         if skipped.are_too_many:
             _end_diverged(run, done, skipped, must_save=has_unsaved_update)
         if (done % config.eval_interval == 0 or is_last) and not stop.must_stop:
-            _evaluate_and_record(run, done)
+            _evaluate_and_record(run, done, is_last=is_last)
         _report_saves(run)  # before the save: the outcome of the last save is read after the loop
         if done % config.save_interval == 0 or is_last or stop.must_stop:
             run.store.save(run.state, done, _data_state(run, done))
@@ -322,10 +331,16 @@ def _report(run: Run, done: int, skipped: SkippedSteps, spikes: LossSpikes) -> N
     _say(run, "\n".join([format_line(record, run.config.training.total_steps, run.terms), *lines]))
 
 
-def _evaluate_and_record(run: Run, done: int) -> None:
+def _evaluate_and_record(run: Run, done: int, *, is_last: bool = False) -> None:
+    """Evaluates terms and metrics, with result files after the last step; a stop signal abandons the evaluation."""
     names = run.config.data.validation_source_names()
-    with run.state.averaged_weights():
-        means = evaluate(run.schedule, run.validation, run.prepare, run.terms, run.mesh, run.device, names)
+    folder = Path(run.config.training.output_dir) / VALIDATION_FOLDER if is_last else None
+    try:
+        with run.state.averaged_weights():
+            means = evaluate(run.schedule, run.validation, run.prepare, run.terms, run.mesh, run.device, names)
+            means |= evaluate_split(run.rank_task, run, "validation", folder)
+    except StopRequestedError:
+        return
     record = {"step": done, "kind": "validation", **means}
     _record(run, record)
     _say(run, format_evaluation(record, run.terms))

@@ -164,9 +164,13 @@ def format_line(record: dict[str, Any], total_steps: int, terms: Sequence[Term])
 
 
 def format_evaluation(record: dict[str, Any], terms: Sequence[Term]) -> str:
-    """Formats validation means as one line; if a term has several sources, the mean over each follows it."""
+    """Formats validation means and metrics as one line.
+
+    If a term has several sources, or a metric several kinds ("accuracy/number"), each follows it.
+    """
     shown = []
-    for name in (term.name for term in terms if term.name in record):
+    metrics = [key for key in record if key not in ("step", "kind") and "/" not in key]
+    for name in dict.fromkeys([*(term.name for term in terms if term.name in record), *metrics]):
         sources = [(key.partition("/")[2], mean) for key, mean in record.items() if key.startswith(f"{name}/")]
         each = f" ({', '.join(f'{source} {mean:.3f}' for source, mean in sources)})" if sources else ""
         shown.append(f"{name} {record[name]:.3f}{each}")

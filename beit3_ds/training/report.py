@@ -8,6 +8,7 @@ from typing import Any
 
 from beit3_ds.atomic_file import atomic_write
 from beit3_ds.picture import try_to_write
+from beit3_ds.training.evaluation import VALIDATION_FOLDER
 from beit3_ds.training.loop import Run
 from beit3_ds.training.plot import plot_losses
 
@@ -33,6 +34,8 @@ def write_report(run: Run) -> None:
     summary = _summarize(run, records, baselines) | results | pages | {"checkpoint": str(run.store.newest_path())}
     summary |= {"plot": str(folder / "losses.png")} if plot else {}
     summary["metrics"] = str(run.metrics_log.path)
+    scored = folder / VALIDATION_FOLDER
+    summary |= {"results": str(scored)} if scored.is_dir() and any(scored.iterdir()) else {}
     try_to_write(folder / "summary.json", lambda path: _write_json(summary, path), _say)
     _say(format_summary(summary))
 
@@ -66,9 +69,9 @@ def _format_row(term: str, row: dict[str, float], wide: int) -> str:
 def _summarize(run: Run, records: list[dict[str, Any]], baselines: dict[str, float]) -> dict[str, Any]:
     validation = [record for record in records if record["kind"] == "validation"]
     rows: dict[str, dict[str, float]] = {}
-    # A term, then its sources if there are several ("TERM/SOURCE").
-    order = [term.name for term in run.terms]
-    keys = [key for key in validation[-1] if key.partition("/")[0] in order] if validation else []
+    # Terms, then the task's metrics, each followed by its sources or kinds if there are several ("TERM/SOURCE").
+    keys = [key for key in validation[-1] if key not in ("step", "kind")] if validation else []
+    order = list(dict.fromkeys([*(term.name for term in run.terms), *(key.partition("/")[0] for key in keys)]))
     for key in sorted(keys, key=lambda key: order.index(key.partition("/")[0])):
         first = next(record[key] for record in validation if key in record)  # the validation files may have changed
         rows[key] = {"first": first, "last": validation[-1][key]}

@@ -37,3 +37,12 @@ def test_an_empty_batch_has_no_rows() -> None:
     factors = draw_drop_path(0.1, 4, 1, 0, [])
     assert factors is not None
     assert factors.shape == (0, 4, 2)
+
+
+def test_sequences_of_a_sample_draw_apart() -> None:
+    first, second = Slot("pairs", 3), Slot("pairs", 3, 1)
+    both = draw_drop_path(0.9, 24, 1, 0, [first, second])
+    alone = draw_drop_path(0.9, 24, 1, 0, [first])
+    assert both is not None and alone is not None
+    assert torch.equal(both[:1], alone)  # catches draws that depend on the number of sequences
+    assert not torch.equal(both[0], both[1])

@@ -39,10 +39,10 @@ def find_required_files(config: RunConfig) -> dict[str, bool]:
     """
     streams = [stream for stream in config.data.streams().values() if stream.samples_per_step]
     sources = [source for stream in streams for source in (*stream.train, *stream.validation)]
-    patterns = dict.fromkeys([*(s.path for s in sources), *(s.images for s in sources if s.images)], True)
+    patterns = dict.fromkeys([*(s.path for s in sources), *(path for s in sources for path in s.paths())], True)
     tokenizers = [config.tokenizers.text.path] if config.data.has_texts else []
     tokenizers += [config.tokenizers.visual.path] if config.data.has_images else []
-    return patterns | dict.fromkeys(tokenizers, False)
+    return patterns | dict.fromkeys(filter(None, tokenizers), False)
 
 
 def compute_requirements(config: RunConfig, hostfile: Hostfile) -> Requirements:

@@ -3,6 +3,7 @@
 # s pixels on a side of a view, h and w of a crop.
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -62,12 +63,7 @@ class Augmentation:
     @property
     def min_side(self) -> int | None:
         """Minimum shorter side of an image, in pixels, at which its smallest crop is as large as the larger view."""
-        if self.min_crop_scale == 0:
-            return None
-        smallest_crop = math.sqrt(
-            self.min_crop_scale * min(_CROP_ASPECTS)
-        )  # its shorter side, as a share of the image's
-        return math.ceil(max(self.image_size, self.tokenizer_image_size) / smallest_crop)
+        return smallest_side(max(self.image_size, self.tokenizer_image_size), self.min_crop_scale)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Draws one crop of an RGB image; returns the views of the model and of the tokenizer."""
@@ -77,8 +73,8 @@ class Augmentation:
         if flipped:
             views = views[0].flip(-1), views[1].flip(-1)
         floats = views[0].float(), views[1].float()
-        _jitter(floats, self.color_jitter, rng)
-        return _normalize(floats[0]), _normalize(floats[1])
+        jitter(floats, self.color_jitter, rng)
+        return normalize(floats[0]), normalize(floats[1])
 
 
 def build_augmentation(config: RunConfig, flip_probability: float) -> Augmentation:
@@ -120,7 +116,7 @@ def center_view(image: Image.Image, size: int, filter: ResizeFilter = "bicubic")
     """
     side = min(image.size)
     crop = image.crop(_center_box(image.size, side, side))
-    return _normalize(_resize(_pixels(crop), size, filter).float())
+    return normalize(resize_pixels(image_pixels(crop), size, filter).float())
 
 
 def random_crop_box(size: tuple[int, int], min_scale: float, rng: np.random.Generator) -> Box:
@@ -147,6 +143,21 @@ def random_crop_box(size: tuple[int, int], min_scale: float, rng: np.random.Gene
     return _center_box(size, max(1, crop_width), max(1, crop_height))
 
 
+def smallest_side(view_size: int, min_scale: float) -> int | None:
+    """Returns the shorter side of an image whose smallest crop (`random_crop_box`) is as large as a view.
+
+    Args:
+        view_size: pixels on a side of the view.
+        min_scale: smallest share of the image's area; there is no such side for 0, which gives None.
+    """
+    if min_scale == 0:
+        return None
+    crop_side = math.sqrt(
+        min_scale * min(_CROP_ASPECTS)
+    )  # shorter side of the smallest crop, as a share of the image's
+    return math.ceil(view_size / crop_side)
+
+
 def _center_box(size: tuple[int, int], crop_width: int, crop_height: int) -> Box:
     left, top = (size[0] - crop_width) // 2, (size[1] - crop_height) // 2
     return left, top, left + crop_width, top + crop_height
@@ -158,25 +169,25 @@ def _two_views(crop: Image.Image, image_size: int, tokenizer_image_size: int) ->
     Returns:
         (3, s, s) uint8 each.
     """
-    pixels = _pixels(crop)
-    return _resize(pixels, image_size, "bicubic"), _resize(pixels, tokenizer_image_size, "lanczos")
+    pixels = image_pixels(crop)
+    return resize_pixels(pixels, image_size, "bicubic"), resize_pixels(pixels, tokenizer_image_size, "lanczos")
 
 
-def _pixels(image: Image.Image) -> Tensor:
+def image_pixels(image: Image.Image) -> Tensor:
     """Returns an RGB image as (3, h, w) uint8."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def _resize(pixels: Tensor, size: int, mode: ResizeFilter) -> Tensor:
+def resize_pixels(pixels: Tensor, size: int, mode: ResizeFilter) -> Tensor:
     """Resizes (3, h, w) uint8 within one level of Pillow's result; torch's kernels take half the time or less."""
     return F.interpolate(pixels[None], (size, size), mode=mode, antialias=True)[0]
 
 
-def _jitter(views: tuple[Tensor, Tensor], strength: float, rng: np.random.Generator) -> None:
+def jitter(views: Sequence[Tensor], strength: float, rng: np.random.Generator) -> None:
     """Changes brightness, contrast and saturation in random order, in place on (3, s, s) float32 in [0, 255].
 
     Every step blends the view with another one (black, the mean grey, its own grey) and clamps, as Pillow's
-    ImageEnhance does. Contrast uses the mean of the first view for both views, because they must show the same colors.
+    ImageEnhance does. Contrast uses the mean of the first view for all, because they must show the same colors.
     """
     for kind in rng.permutation((_BRIGHTNESS, _CONTRAST, _SATURATION)):
         factor = rng.uniform(1 - strength, 1 + strength)
@@ -191,6 +202,6 @@ def _grey(view: Tensor) -> Tensor:
     return (view[0] * 0.299).add_(view[1], alpha=0.587).add_(view[2], alpha=0.114)
 
 
-def _normalize(view: Tensor) -> Tensor:
+def normalize(view: Tensor) -> Tensor:
     """Maps pixels from [0, 255] to [-1, 1] in place: mean and standard deviation 0.5."""
     return view.div_(127.5).sub_(1)

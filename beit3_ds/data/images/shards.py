@@ -105,6 +105,11 @@ class TarShards:
         shard, record = self._record(index)
         return _name(self.paths[shard], record)
 
+    def key(self, index: int) -> str:
+        """Returns the key of a sample: the path of its members in the tar, without extensions."""
+        _, record = self._record(index)
+        return str(record["key"].decode("utf-8", "surrogateescape"))
+
     def image(self, index: int, min_side: int | None = None) -> Image.Image:
         """Decodes the image of a sample, upright and in RGB.
 

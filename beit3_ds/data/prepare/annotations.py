@@ -52,8 +52,8 @@ def prepare_annotations(config: DataConfig, *, verify: bool = False) -> str:
 
 def _annotated_sources(config: DataConfig) -> list[SourceConfig]:
     streams = (config.images, config.pairs)
-    sources = [source for stream in streams for source in (*stream.train, *stream.validation)]
-    return [source for source in sources if source.images]
+    sources = [source for stream in streams for source in stream.sources]
+    return [source for source in sources if source.images and not source.is_of_task]
 
 
 def _verify(stored: StoredAnnotations, read: AnnotatedImages, path: str) -> None:

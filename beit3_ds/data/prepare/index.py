@@ -48,7 +48,7 @@ def shard_paths(config: DataConfig) -> list[str]:
     Raises:
         ConfigError: if a pattern has no match.
     """
-    sources = [source for stream in (config.images, config.pairs) for source in (*stream.train, *stream.validation)]
+    sources = [source for stream in (config.images, config.pairs) for source in stream.sources]
     tars = [source.path for source in sources if image_format(source) == "tar"]
     return list(dict.fromkeys(path for pattern in tars for path in expand_patterns([pattern])))
 
@@ -60,7 +60,7 @@ def describe_folders(config: DataConfig) -> list[str]:
         ConfigError: if a folder cannot be read, or has no image.
         StorageError: if the file system fails.
     """
-    sources = [source for stream in (config.images, config.pairs) for source in (*stream.train, *stream.validation)]
+    sources = [source for stream in (config.images, config.pairs) for source in stream.sources]
     paths = dict.fromkeys(source.path for source in sources if image_format(source) == "folder")
     return [f"folder {printable(path)}: {len(ImageFolder(path)):,} images; it needs no index" for path in paths]
 

@@ -103,14 +103,17 @@ class DataReport:
 def open_sources(config: DataConfig) -> dict[str, ImageSource]:
     """Opens a run's image sources; their names are stream, split and path, such as `pairs train cc3m-*.tar`.
 
+    Sources of a task's own formats are left out, because only the task reads them.
+
     Raises:
         ConfigError: if files are missing or cannot be read.
     """
     return {
         f"{name} {split} {source.path}": open_images(source, config.cache_dir)
         for name, stream in (("images", config.images), ("pairs", config.pairs))
-        for split, sources in (("train", stream.train), ("validation", stream.validation))
-        for source in sources
+        for split in ("train", "validation", "test")
+        for source in getattr(stream, split)
+        if not source.is_of_task
     }
 
 
@@ -156,8 +159,10 @@ def describe_streams(config: DataConfig, max_examined: int) -> DataReport:
         statistics = examine_source(source, name.startswith("pairs"), max_examined)
         lines += [f"{name}:", *(f"  {line}" for line in statistics.describe())]
         problems += [f"{name}: {problem}" for problem in statistics.problems(config.max_broken_records)]
-    for split, sources in (("train", config.texts.train), ("validation", config.texts.validation)):
-        for text in sources:
+    for split in ("train", "validation", "test"):
+        for text in getattr(config.texts, split):
+            if text.is_of_task:
+                continue
             name, paths = f"texts {split} {text.path}", expand_patterns([text.path])
             num_bytes = sum(os.path.getsize(path) for path in paths)
             statistics = _examine_texts(paths, max_examined)

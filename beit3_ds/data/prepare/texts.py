@@ -133,8 +133,9 @@ def prepare_texts(
 
 def _text_files(data: DataConfig) -> list[str]:
     """Returns all text files of a run; a file that is both trained on and evaluated counts once."""
-    sources = (data.texts.train, data.texts.validation)
-    return list(dict.fromkeys(file for split in sources for file in expand_patterns([source.path for source in split])))
+    sources = (data.texts.train, data.texts.validation, data.texts.test)
+    paths = [[source.path for source in split if not source.is_of_task] for split in sources]
+    return list(dict.fromkeys(file for split in paths for file in expand_patterns(split)))
 
 
 def _finished(folder: Path, piece: TextPiece, tokenizer: TextTokenizer, document_separator: bool) -> TokenPiece | None:

@@ -13,13 +13,12 @@ from beit3_ds.data.files.descriptors import OpenFiles
 from beit3_ds.data.files.fingerprint import SourceFile
 from beit3_ds.data.files.records import BrokenRecordError, Skipped
 from beit3_ds.data.images.augmentation import CenterViews, ViewTransform, build_augmentation
-from beit3_ds.data.samples import ImageSourceSamples, SampleKey, Stream
+from beit3_ds.data.samples import ImageSourceSamples, SampleKey, Split, Stream
 from beit3_ds.data.sources import ConcatSources, check_no_file_twice, open_images
 from beit3_ds.data.text.sequences import TextSequences
 from beit3_ds.tasks.pretraining.config import pretraining_config
 from beit3_ds.tasks.pretraining.masking import TextMasking, block_mask
 from beit3_ds.tasks.pretraining.packing import ImageSample, PairSample, TextSample
-from beit3_ds.tasks.task import Split
 from beit3_ds.tokenizers.text import TextTokenizer
 
 
@@ -141,8 +140,10 @@ class TextSamples:
 
 
 def build_streams(config: RunConfig, tokenizer: TextTokenizer | None, split: Split) -> dict[str, Stream]:
-    """Opens the streams of a split (`build_train_streams`, `build_validation_streams`)."""
-    return (build_train_streams if split == "train" else build_validation_streams)(config, tokenizer)
+    """Opens the streams of a split (`build_train_streams`, `build_evaluation_streams`)."""
+    if split == "train":
+        return build_train_streams(config, tokenizer)
+    return build_evaluation_streams(config, tokenizer, split)
 
 
 def build_train_streams(config: RunConfig, tokenizer: TextTokenizer | None) -> dict[str, Stream]:
@@ -161,8 +162,10 @@ def build_train_streams(config: RunConfig, tokenizer: TextTokenizer | None) -> d
     }
 
 
-def build_validation_streams(config: RunConfig, tokenizer: TextTokenizer | None) -> dict[str, Stream]:
-    """Opens the validation files of every stream that has some, with center crops.
+def build_evaluation_streams(
+    config: RunConfig, tokenizer: TextTokenizer | None, split: Split = "validation"
+) -> dict[str, Stream]:
+    """Opens the validation or test files of every stream that has some, with center crops.
 
     Raises:
         ConfigError: if files are missing or cannot be read.
@@ -170,9 +173,9 @@ def build_validation_streams(config: RunConfig, tokenizer: TextTokenizer | None)
     views = CenterViews(image_size=config.model.image_size, tokenizer_image_size=config.tokenizers.visual.image_size)
     files = OpenFiles(config.data.max_open_files)
     return {
-        name: _build_stream(name, stream.validation, config, tokenizer, views, files)
+        name: _build_stream(name, sources, config, tokenizer, views, files)
         for name, stream in config.data.streams().items()
-        if stream.validation
+        if (sources := getattr(stream, split))
     }
 
 

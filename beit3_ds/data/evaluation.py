@@ -1,0 +1,124 @@
+"""Batches of all samples of a split, for the metrics of a task."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.config import ConfigError, RunConfig
+from beit3_ds.config.prefetch import image_bytes
+from beit3_ds.data.files.descriptors import raise_open_file_limit
+from beit3_ds.data.files.records import BrokenRecordError
+from beit3_ds.data.packing import Pack
+from beit3_ds.data.samples import VALIDATION_EPOCH, SampleKey, Stream
+from beit3_ds.data.validation import choose_samples
+from beit3_ds.data.workers.pool import Preparation, prepare_in_order
+from beit3_ds.data.workers.waiting import WaitLimits
+
+_AHEAD = 2
+"""Batches that each worker prepares ahead."""
+_GIB = 1 << 30
+
+Plan = Mapping[str, Sequence[int]]
+"""Numbers of the samples of one batch in each stream."""
+
+
+class EvaluationBatches:
+    """This rank's share of all samples of a split, each sample once per pass over all ranks.
+
+    The cut into batches depends on `training.eval_batch_size` alone, and rank r of R evaluates every R-th batch. So a
+    batch has the same samples, and a sample the same predictions to the bit, on any number of data-parallel ranks.
+    Every rank has the same number of batches; some may be empty. Worker processes prepare the batches of each pass
+    ahead, and no batch stays in memory.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        streams: Mapping[str, Stream],
+        pack: Pack,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+    ) -> None:
+        """Stores the opened streams; reads no sample yet.
+
+        Args:
+            config: the run's configuration; `training.eval_samples` limits the samples per stream.
+            streams: samples by stream, in the order of their rows in a batch.
+            pack: packs prepared samples into a batch.
+            data_parallel_rank: rank whose share is read.
+            data_parallel_size: number of ranks that share the batches.
+        """
+        self.streams = dict(streams)
+        self._config = config
+        self._work = _BatchWork(self.streams, pack, config.training.validation_seed)
+        chosen = {name: self._choose(name) for name in streams}
+        size = config.training.eval_batch_size
+        parts = {name: [of[i : i + size] for i in range(0, len(of), size)] for name, of in chosen.items()}
+        num_batches = max((-(-len(of) // data_parallel_size) for of in parts.values()), default=0)
+        numbers = [number * data_parallel_size + data_parallel_rank for number in range(num_batches)]
+        self._plans = [
+            {name: of[number] if number < len(of) else [] for name, of in parts.items()} for number in numbers
+        ]
+        self.num_samples = {name: len(of) for name, of in chosen.items()}
+        """Samples per stream, over all ranks."""
+
+    def __len__(self) -> int:
+        """Returns the number of this rank's batches, the same on every rank."""
+        return len(self._plans)
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        """Yields this rank's batches within the limit of `data.timeout_seconds` (`read`)."""
+        return self.read(WaitLimits(seconds=self._config.data.timeout_seconds))
+
+    def read(self, limits: WaitLimits) -> Iterator[PackedBatch]:
+        """Yields this rank's batches.
+
+        Raises:
+            ConfigError: if a record is broken, because scores over other samples are not comparable.
+            DataTimeoutError: if a batch does not come in time.
+            StopRequestedError: if this process is asked to stop while it waits.
+        """
+        data = self._config.data
+        set_up = functools.partial(raise_open_file_limit, data.max_open_files)
+        preparation = Preparation(work=self._work, describe=_name_batch, limits=limits, set_up=set_up)
+        return prepare_in_order(preparation, self._plans, self._num_workers(), _AHEAD)
+
+    def _choose(self, name: str) -> list[int]:
+        training, sizes = self._config.training, self.streams[name].sources.sizes
+        if training.eval_samples is None:
+            return list(range(sum(sizes)))
+        chosen = choose_samples(sizes, training.eval_samples, training.validation_seed, name)
+        return [index for of_source in chosen for index in of_source]
+
+    def _num_workers(self) -> int:
+        """Returns the number of worker processes, fewer where their batches would exceed `data.prefetch_gib`."""
+        data = self._config.data
+        sequences = sum(stream.sequences_per_sample for stream in self.streams.values())
+        num_bytes = max(1, sequences * self._config.training.eval_batch_size * image_bytes(self._config, "model"))
+        return min(data.num_workers, len(self), int(data.prefetch_gib * _GIB / (_AHEAD * num_bytes)))
+
+
+class _BatchWork:
+    """Prepares a batch; picklable, so that a worker can call it."""
+
+    def __init__(self, streams: Mapping[str, Stream], pack: Pack, seed: int) -> None:
+        self._streams, self._pack, self._seed = streams, pack, seed
+
+    def __call__(self, plan: Plan, note: Callable[[str], None]) -> PackedBatch:
+        samples = []
+        for name, indices in plan.items():
+            stream = self._streams[name]
+            for index in indices:
+                note(stream.name(index))
+                try:
+                    samples.append(stream.prepare(SampleKey(self._seed, name, VALIDATION_EPOCH, index)))
+                except BrokenRecordError as error:
+                    raise ConfigError(
+                        f"data: record {error}. It is part of an evaluation: repair it, or remove it from the file."
+                    ) from error
+        return self._pack(samples, None, {})
+
+
+def _name_batch(plan: Plan) -> str:
+    parts = [f"{name} {indices[0] + 1} to {indices[-1] + 1}" for name, indices in plan.items() if indices]
+    return f"the evaluation's batch of {', '.join(parts) or 'no samples'}"

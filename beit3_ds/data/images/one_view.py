@@ -1,0 +1,117 @@
+"""Transforms of an image into the one view that tasks other than pretraining read."""
+
+# s pixels on a side of a view.
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from beit3_ds.config import RunConfig
+from beit3_ds.data.images.augmentation import (
+    image_pixels,
+    jitter,
+    normalize,
+    random_crop_box,
+    resize_pixels,
+    smallest_side,
+)
+from beit3_ds.data.images.rand_augment import RandAugment
+
+_ERASED_SHARE = (0.02, 1 / 3)
+_ERASED_ASPECTS = (0.3, 10 / 3)
+
+
+class ImageTransform(Protocol):
+    """Makes the view of an image, (3, s, s) float32 in [-1, 1]."""
+
+    @property
+    def min_side(self) -> int | None:
+        """Minimum shorter side of an image, in pixels, at which the view is not enlarged; None if there is none."""
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
+        """Makes the view of an RGB image, with all draws from `rng`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizedView:
+    """Resizes the whole image to a square without a crop, as the reference does for evaluation."""
+
+    image_size: int
+    """Pixels on a side of the view."""
+
+    @property
+    def min_side(self) -> None:
+        """Asks for all pixels, because a view must not depend on the image's format."""
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
+        """Returns the view of an RGB image, without random draws."""
+        return normalize(resize_pixels(image_pixels(image), self.image_size, "bicubic").float())
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentedView:
+    """Random resized crop, flip, RandAugment, color jitter and random erasing, in this order."""
+
+    image_size: int
+    """Pixels on a side of the view."""
+    min_crop_scale: float
+    """Smallest share of the image's area that a crop keeps."""
+    flip_probability: float
+    """Probability of a horizontal flip."""
+    distortion: RandAugment
+    """Operations of RandAugment."""
+    color_jitter: float
+    """Strength of brightness, contrast and saturation jitter."""
+    erasing_probability: float
+    """Probability that noise replaces a random rectangle (Zhong et al., 2017, arXiv:1708.04896)."""
+
+    @property
+    def min_side(self) -> int | None:
+        """Minimum shorter side of an image, in pixels, at which its smallest crop is as large as the view."""
+        return smallest_side(self.image_size, self.min_crop_scale)
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
+        """Draws a view of an RGB image."""
+        crop = image.crop(random_crop_box(image.size, self.min_crop_scale, rng))
+        pixels = resize_pixels(image_pixels(crop), self.image_size, "bicubic")
+        if rng.random() < self.flip_probability:
+            pixels = pixels.flip(-1)
+        if self.distortion.num_operations:
+            picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+            pixels = image_pixels(self.distortion(picture, rng))
+        view = pixels.float()
+        if self.color_jitter:
+            jitter((view,), self.color_jitter, rng)
+        view = normalize(view)
+        if rng.random() < self.erasing_probability:
+            _erase(view, rng)
+        return view
+
+
+def build_train_view(config: RunConfig, flip_probability: float) -> AugmentedView:
+    """Builds the training transform that `data` in the configuration describes."""
+    data = config.data
+    return AugmentedView(
+        image_size=config.model.image_size,
+        min_crop_scale=data.min_crop_scale,
+        flip_probability=flip_probability,
+        distortion=RandAugment(num_operations=data.rand_augment_operations, magnitude=data.rand_augment_magnitude),
+        color_jitter=data.color_jitter,
+        erasing_probability=data.random_erasing,
+    )
+
+
+def _erase(view: Tensor, rng: np.random.Generator) -> None:
+    """Replaces a random rectangle by noise of mean 0 and deviation 1, in place."""
+    size = view.shape[-1]
+    area = size**2 * rng.uniform(*_ERASED_SHARE)
+    aspect = math.exp(rng.uniform(*np.log(_ERASED_ASPECTS)))
+    height, width = (min(size, max(1, round(side))) for side in (math.sqrt(area / aspect), math.sqrt(area * aspect)))
+    top, left = rng.integers(size - height + 1), rng.integers(size - width + 1)
+    noise = rng.standard_normal((3, height, width), dtype=np.float32)
+    view[:, top : top + height, left : left + width] = torch.from_numpy(noise)

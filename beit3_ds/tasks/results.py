@@ -1,0 +1,105 @@
+"""Gathers what an evaluation found for each sample."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from beit3_ds.config import ConfigError
+from beit3_ds.parallel import Mesh
+
+Rows = Tensor | Sequence[str]
+"""One value per sample: a tensor whose first dimension is the samples, in host memory, or strings."""
+
+
+class SampleResults:
+    """Collects one row of results per sample, by the sample's number in its stream.
+
+    Every rank adds the rows of its own batches; the main rank gets the rows of all ranks in the order of the samples.
+    So whatever is computed from them is identical to the digit on any number of ranks.
+    """
+
+    def __init__(self) -> None:
+        """Starts without rows."""
+        self._numbers: list[Tensor] = []
+        self._rows: dict[str, list[Rows]] = {}
+
+    def add(self, numbers: Tensor, **rows: Rows) -> None:
+        """Adds the rows of a batch.
+
+        Args:
+            numbers: numbers of the samples in their stream (`SampleKey.index`), (n,) int64.
+            rows: values per sample, by name; the same names in every call.
+        """
+        assert all(len(values) == len(numbers) for values in rows.values()), "one row per sample"
+        self._numbers.append(numbers.cpu())
+        for name, values in rows.items():
+            self._rows.setdefault(name, []).append(values.cpu() if isinstance(values, Tensor) else list(values))
+
+    def gather(self, mesh: Mesh) -> "GatheredResults | None":
+        """Returns the rows of all ranks on the main rank and None on the others; all ranks call it.
+
+        Ranks that compute the same predictions as another one, such as tensor-parallel peers, add nothing. Sends each
+        row once to the main rank, over the host group.
+        """
+        parts = mesh.host.collect([torch.cat(self._numbers) if self._numbers else None, self._packed()])
+        if parts is None:
+            return None
+        filled = [(numbers, rows) for numbers, rows in parts if numbers is not None]
+        numbers = torch.cat([numbers for numbers, _ in filled]) if filled else torch.empty(0, dtype=torch.int64)
+        order = numbers.argsort(stable=True)
+        names = filled[0][1] if filled else ()
+        rows = {name: _reorder([part[name] for _, part in filled], order) for name in names}
+        return GatheredResults(numbers[order], rows)
+
+    def _packed(self) -> dict[str, Rows]:
+        return {name: _join(parts) for name, parts in self._rows.items()}
+
+
+class GatheredResults:
+    """Results of all samples, in the order of their numbers.
+
+    Attributes:
+        numbers: numbers of the samples in their stream, ascending, (n,) int64.
+    """
+
+    def __init__(self, numbers: Tensor, rows: Mapping[str, Rows]) -> None:
+        """Checks that no sample has two rows.
+
+        Raises:
+            ConfigError: if a sample was evaluated twice.
+        """
+        repeated = numbers[1:][numbers[1:] == numbers[:-1]]
+        if len(repeated):
+            raise ConfigError(
+                f"evaluation: {len(repeated)} samples were evaluated twice, the first of them number "
+                f"{int(repeated[0])}; their scores would count twice. A task must add each sample on one rank only."
+            )
+        self.numbers, self._rows = numbers, dict(rows)
+
+    def __len__(self) -> int:
+        """Returns the number of samples."""
+        return len(self.numbers)
+
+    def tensor(self, name: str) -> Tensor:
+        """Returns the rows of a tensor, (n, ...); empty, (0,), without samples."""
+        found = self._rows.get(name, torch.empty(0))
+        assert isinstance(found, Tensor), f"{name} holds strings"
+        return found
+
+    def strings(self, name: str) -> list[str]:
+        """Returns the rows of strings."""
+        found = self._rows.get(name, ())
+        assert not isinstance(found, Tensor), f"{name} is a tensor"
+        return list(found)
+
+
+def _join(parts: Sequence[Rows]) -> Rows:
+    if isinstance(parts[0], Tensor):
+        return torch.cat([part for part in parts if isinstance(part, Tensor)])
+    return [value for part in parts for value in part]
+
+
+def _reorder(parts: Sequence[Rows], order: Tensor) -> Rows:
+    joined = _join(parts)
+    return joined[order] if isinstance(joined, Tensor) else [joined[number] for number in order.tolist()]

@@ -1,0 +1,94 @@
+"""Iterates over the batches of a split on all ranks together."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.config import ConfigError
+from beit3_ds.data import EvaluationBatches, WaitLimits
+from beit3_ds.data.workers.waiting import StopRequestedError
+from beit3_ds.parallel import BroadcastBatches, Mesh
+from beit3_ds.storage_error import StorageError
+
+
+class SplitBatches:
+    """The batches of this rank in an evaluation, from the ranks that read them; all ranks iterate together.
+
+    Before each batch the ranks agree that all of them have one, with three integers per rank. So an error of one rank
+    and a stop signal end the evaluation on all ranks at once, and no rank waits in a collective.
+    """
+
+    def __init__(self, own: EvaluationBatches | None, mesh: Mesh, limits: WaitLimits) -> None:
+        """Reads nothing yet.
+
+        Args:
+            own: batches that this rank reads; None on ranks that receive them.
+            mesh: the ranks.
+            limits: limits of the waits for a batch.
+        """
+        self._own, self._mesh, self._limits = own, mesh, limits
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        """Yields the batches.
+
+        Raises:
+            ConfigError: on all ranks, if one of them cannot read a sample.
+            StorageError: on all ranks, if a file system fails.
+            StopRequestedError: on all ranks, if one of them was asked to stop.
+        """
+        read: Iterable[PackedBatch] = () if self._own is None else _Reading(self._own, self._limits)
+        return iterate_together(BroadcastBatches(read, self._mesh, PackedBatch), self._mesh, self._limits.is_stopping)
+
+
+class _Reading:
+    def __init__(self, own: EvaluationBatches, limits: WaitLimits) -> None:
+        self._own, self._limits = own, limits
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        try:
+            yield from self._own.read(self._limits)
+        except StopRequestedError:
+            return  # `iterate_together` sees the signal
+
+
+def iterate_together(
+    batches: Iterable[PackedBatch], mesh: Mesh, is_stopping: Callable[[], bool]
+) -> Iterator[PackedBatch]:
+    """Yields this rank's batches while every rank has one; all ranks call it.
+
+    Args:
+        batches: the same number of batches on all ranks.
+        mesh: the ranks.
+        is_stopping: returns whether this process was asked to stop.
+
+    Raises:
+        ConfigError, StorageError: on all ranks, if one of them raises it.
+        StopRequestedError: on all ranks, if one of them was asked to stop.
+    """
+    iterator = iter(batches)
+    while True:
+        mesh.activity.begin("reading evaluation data")
+        batch, error = None, None
+        try:
+            batch = next(iterator, None)
+        except (ConfigError, StorageError) as raised:
+            error = raised
+        own = torch.tensor([error is not None, is_stopping(), batch is None], dtype=torch.int64)
+        failed, stopping, ended = mesh.host.sum(own).tolist()
+        if failed:
+            found = [line for line in mesh.host.gather(_describe(error)) if line]
+            raise StorageError(found[0][1]) if found[0][0] == "storage" else ConfigError(found[0][1])
+        if stopping:
+            raise StopRequestedError
+        if ended:
+            assert ended == mesh.num_ranks, f"{mesh.num_ranks - ended} ranks have batches left"
+            return
+        assert batch is not None
+        yield batch
+
+
+def _describe(error: Exception | None) -> list[str]:
+    if error is None:
+        return []
+    return ["storage" if isinstance(error, StorageError) else "data", str(error)]
