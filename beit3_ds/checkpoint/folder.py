@@ -3,9 +3,10 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,12 @@ class CheckpointFolder:
     def step(self) -> int:
         """Number of updates done."""
         return self.index.step
+
+    @property
+    def task(self) -> Mapping[str, Any] | None:
+        """Name and settings of the run's task; None in checkpoints of older versions."""
+        task: Mapping[str, Any] | None = self.index.run.config.get("task")
+        return task
 
     def files(self, kind: str | None = None) -> list[str]:
         """Returns the names of all files, or only of one kind in `FILE_KINDS`, or `BUFFERS`."""

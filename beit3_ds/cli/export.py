@@ -29,6 +29,9 @@ def add_export_command(subparsers: Subparsers) -> None:
         action="store_true",
         help="write the moving average of the weights, of a run with training.ema_decay, instead of the weights",
     )
+    command.add_argument(
+        "--no-heads", action="store_true", help="leave out the head of the task, for a run of another task"
+    )
     command.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
 
 
@@ -38,11 +41,13 @@ def _export(options: argparse.Namespace) -> int:
     import torch
 
     from beit3_ds.weights.export import export_weights, loading_hint, parse_byte_count
-    from beit3_ds.weights.reader import open_weights
+    from beit3_ds.weights.reader import Backbone, open_weights
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     limit = parse_byte_count(options.max_shard_size) if options.max_shard_size else None
     reader, out = open_weights(options.checkpoint, averages=options.ema), Path(options.out)
+    if options.no_heads:
+        reader = Backbone(reader)
     done = export_weights(
         reader,
         out,

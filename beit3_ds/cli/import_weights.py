@@ -9,7 +9,10 @@ from beit3_ds.config.numbers import Range
 
 def add_import_command(subparsers: Subparsers) -> None:
     """Adds `import` to a parser's subcommands."""
-    summary = "read released BEiT-3 weights, a released visual tokenizer of BEiT v2, or a file that `export` wrote"
+    summary = (
+        "read released BEiT-3 weights, pretrained or fine-tuned, a released visual tokenizer of BEiT v2, or a file "
+        "that `export` wrote"
+    )
     command = add_command(subparsers, "import", _import, summary, details="Code inside the file is never run.")
     command.add_argument(
         "file", help="the released .pth file, or one that export wrote with --format; its tensors tell its kind"
@@ -32,6 +35,7 @@ def _import(options: argparse.Namespace) -> int:
     from beit3_ds.tokenizers import import_released_tokenizer, save_visual_tokenizer
     from beit3_ds.untrusted_file import read_tensors
     from beit3_ds.weights.export import check_free, export_weights
+    from beit3_ds.weights.inspection import describe_task
     from beit3_ds.weights.reader import open_for_import
     from beit3_ds.weights.timm_file import TimmFile
 
@@ -46,7 +50,9 @@ def _import(options: argparse.Namespace) -> int:
     reader = open_for_import(options.file, image_size=options.image_size)
     done = export_weights(reader, out, overwrite=options.force)
     model = reader.model
-    print(f"wrote {out}: {done.describe()}; {model.num_layers} layers of {model.hidden_size}, {model.image_size} px")
+    task = "" if reader.task is None else f"; head: {describe_task(reader.task)}"
+    size = f"{model.num_layers} layers of {model.hidden_size}, {model.image_size} px"
+    print(f"wrote {out}: {done.describe()}; {size}{task}")
     if isinstance(reader, TimmFile):
         print(
             f"{options.file} holds a vision tower: {len(reader.held)} tensors. The other "

@@ -39,6 +39,8 @@ class PretrainedWeights:
         path: file or folder.
         model: configuration of the model, with the requested image size.
         step: number of optimizer updates behind the weights; 0 if unknown.
+        task: name and settings of the task to which the head belongs, as `Task.describe` returns; None in files of
+            older versions, which belong to pretraining.
     """
 
     def __init__(self, path: str | Path, *, image_size: int | None = None) -> None:
@@ -57,7 +59,7 @@ class PretrainedWeights:
         headers = {(reader.metadata() or {}).get(_METADATA_KEY) for reader, _ in self._places.values()}
         if len(headers) > 1:
             raise ConfigError(f"{path}: its files belong to different exports. Export the weights again.")
-        self.model, self.step = _parse_header(self.path, headers.pop())
+        self.model, self.step, self.task = _parse_header(self.path, headers.pop())
         self._resized = image_size is not None
         if image_size is not None:
             self.model = dataclasses.replace(self.model, image_size=image_size)
@@ -107,10 +109,29 @@ class PretrainedWeights:
         return tensor if part is None else matrix_part(tensor, part)
 
 
-def weights_metadata(model: ModelConfig, step: int) -> dict[str, str]:
-    """Returns the header of every file of exported weights."""
-    header = {"format_version": _FORMAT_VERSION, "model": dataclasses.asdict(model), "step": step}
+def weights_metadata(model: ModelConfig, step: int, task: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Returns the header of every file of exported weights.
+
+    Args:
+        model: configuration of the model.
+        step: number of updates behind the weights.
+        task: name and settings of the task to which the head belongs; None if unknown.
+    """
+    header: dict[str, Any] = {"format_version": _FORMAT_VERSION, "model": dataclasses.asdict(model), "step": step}
+    if task is not None:
+        header["task"] = dict(task)
     return {_METADATA_KEY: json.dumps(header)}
+
+
+def parse_task(value: Any) -> dict[str, Any] | None:
+    """Returns a stored task, name and settings; None if there is none.
+
+    Raises:
+        TypeError: if it is no object with a name.
+    """
+    if value is not None and not (isinstance(value, dict) and isinstance(value.get("name"), str)):
+        raise TypeError(f"the task {value!r} has no name")
+    return value
 
 
 def is_pretrained_file(file: Path) -> bool:
@@ -185,7 +206,7 @@ def _open(file: Path) -> Any:
         ) from error
 
 
-def _parse_header(path: Path, text: str | None) -> tuple[ModelConfig, int]:
+def _parse_header(path: Path, text: str | None) -> tuple[ModelConfig, int, dict[str, Any] | None]:
     if text is None:
         raise ConfigError(
             f"{path} holds tensors, but no configuration of this project's: another program wrote it. Convert released "
@@ -194,11 +215,12 @@ def _parse_header(path: Path, text: str | None) -> tuple[ModelConfig, int]:
     try:
         header = json.loads(text)
         version, model, step = header["format_version"], header["model"], int(header["step"])
+        task = parse_task(header.get("task"))
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: its header cannot be read ({error!r}). Export the weights again.") from error
     if version != _FORMAT_VERSION:
         raise ConfigError(f"{path}: format version {version}, but this program reads {_FORMAT_VERSION}. Update it.")
-    return load_section(ModelConfig, model, f"{path}: model"), step
+    return load_section(ModelConfig, model, f"{path}: model"), step, task
 
 
 def _examples(names: Iterable[str]) -> str:

@@ -175,9 +175,10 @@ def _call_arguments(arguments: dict[str, Any]) -> str:
 def _metadata(reader: WeightReader, format: ExportFormat) -> dict[str, str]:
     """Returns the metadata that this program needs to read the file back."""
     if format == "beit3":
-        return weights_metadata(reader.model, reader.step)
+        return weights_metadata(reader.model, reader.step, reader.task)
+    task = None if reader.task is None else dict(reader.task)
     has_extras = any(name.startswith(EXTRA_PREFIX) for name in reader.names())
-    return {NOTE_KEY: ExportNote(format, reader.model, reader.step, has_extras).to_json()}
+    return {NOTE_KEY: ExportNote(format, reader.model, reader.step, has_extras, task).to_json()}
 
 
 def _plan(reader: WeightReader, format: ExportFormat) -> list[PlannedTensor]:

@@ -6,10 +6,11 @@ what A and B share). Without the note this program could not read back its own f
 
 import dataclasses
 import json
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from beit3_ds.config import ConfigError, ModelConfig
 from beit3_ds.config.strict import load_section
+from beit3_ds.model.pretrained import parse_task
 
 NOTE_KEY = "beit3_ds_export"
 """Key of the note: next to the state dict in torch's files, in the metadata of safetensors files."""
@@ -26,6 +27,8 @@ class ExportNote(NamedTuple):
     """Number of updates that the weights have had; 0 if unknown."""
     has_extras: bool
     """Whether the file holds tensors that this project does not use, such as unused rows of position tables."""
+    task: dict[str, Any] | None = None
+    """Name and settings of the task to which the head belongs; None in files of older versions."""
 
     def to_json(self) -> str:
         """Returns the note as text."""
@@ -45,6 +48,7 @@ def parse_note(text: str, where: str) -> ExportNote:
             model=load_section(ModelConfig, fields["model"], f"{where}: model"),
             step=int(fields["step"]),
             has_extras=bool(fields["has_extras"]),
+            task=parse_task(fields.get("task")),
         )
     except ConfigError:
         raise

@@ -4,8 +4,9 @@ import dataclasses
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,11 +39,23 @@ def describe_weights(path: Path, *, every_tensor: bool = False) -> str:
     lines = [f"{where}: {_kind(reader)}{step}"]
     if isinstance(reader, CheckpointFolder):
         lines += [*_describe_run(reader), "model:"]
+    elif reader.task is not None:
+        lines.append(f"  task: {describe_task(reader.task)}")
     lines += [*_describe_model(reader), "", *_part_table(reader)]
     if every_tensor:
         rows = [(name, _dtype(reader.dtype(name)), str(list(reader.shape(name)))) for name in _held(reader)]
         lines += ["", *_table(("tensor", "type", "shape"), rows)]
     return "\n".join(lines)
+
+
+def describe_task(task: Mapping[str, Any]) -> str:
+    """Returns a task's name and settings in words, such as "vqa (num_answers 3129)"; lists are counted."""
+    settings = [
+        f"{key} {f'of {len(value)}' if isinstance(value, list | dict) else value}"
+        for key, value in task.items()
+        if key != "name"
+    ]
+    return f"{task['name']} ({', '.join(settings)})" if settings else str(task["name"])
 
 
 def part_of(name: str) -> str:
@@ -57,7 +70,9 @@ def part_of(name: str) -> str:
         return f"experts{whose}"
     if name.startswith("norm."):
         return f"final norm{whose}"
-    return {"heads.mim": "MIM head", "heads.mlm": "MLM head"}.get(name.rsplit(".", 1)[0], "embeddings")
+    if name.startswith("heads."):
+        return {"heads.mim": "MIM head", "heads.mlm": "MLM head"}.get(name.rsplit(".", 1)[0], "head of the task")
+    return "embeddings"
 
 
 def _kind(reader: WeightReader) -> str:

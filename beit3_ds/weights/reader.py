@@ -1,7 +1,8 @@
 """Opens a model's weights on disk: a training checkpoint, exported weights, or a released file."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from beit3_ds.untrusted_file import read_tensors_with_note
 from beit3_ds.weights.export_note import NOTE_KEY, parse_note
 from beit3_ds.weights.released import ReleasedFile
 from beit3_ds.weights.timm_file import TimmFile
+from beit3_ds.weights.unilm_heads import HEAD_EXTRAS
 
 
 class WeightReader(Protocol):
@@ -27,6 +29,11 @@ class WeightReader(Protocol):
     @property
     def step(self) -> int:
         """Number of updates that made the weights; 0 if unknown."""
+        ...
+
+    @property
+    def task(self) -> Mapping[str, Any] | None:
+        """Name and settings of the task to which the head belongs, as `Task.describe` returns; None if unknown."""
         ...
 
     def names(self) -> list[str]:
@@ -47,6 +54,28 @@ class WeightReader(Protocol):
     def read(self, name: str, part: TensorSlice | None = None) -> Tensor:
         """Returns a tensor as stored in its logical shape, or a slice of it as a matrix."""
         ...
+
+
+class Backbone:
+    """Reads weights without the heads of their task, for a run of another task.
+
+    Attributes:
+        model: configuration of the model.
+        step: number of updates that made the weights.
+        task: None, because there is no head.
+    """
+
+    task = None
+
+    def __init__(self, reader: WeightReader) -> None:
+        """Takes all tensors of a reader but those of heads, and those that other projects keep for heads."""
+        self.model, self.step = reader.model, reader.step
+        self.shape, self.dtype, self.read = reader.shape, reader.dtype, reader.read
+        self._names = [name for name in reader.names() if not name.startswith("heads.") and name not in HEAD_EXTRAS]
+
+    def names(self) -> list[str]:
+        """Returns the logical names of the tensors."""
+        return list(self._names)
 
 
 def open_weights(path: str | Path, *, averages: bool = False) -> WeightReader:

@@ -5,17 +5,27 @@ themselves were never read here.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from beit3_ds.config import ConfigError, ModelConfig
+from beit3_ds.model import TaskModel
 from beit3_ds.model.pretrained import EXTRA_PREFIX, IMAGE_POSITION, check_tensors, matrix_part
 from beit3_ds.positions import interpolate_positions
-from beit3_ds.tasks.pretraining.model import PretrainingModel
 from beit3_ds.untrusted_file import read_tensors_with_note
 from beit3_ds.weights.export_note import NOTE_KEY, ExportNote, parse_note
+from beit3_ds.weights.unilm_heads import (
+    LOG_SCALE_KEY,
+    HeadBuilder,
+    head_builder,
+    head_keys,
+    import_log_scale,
+    recognise_task,
+)
 from beit3_ds.weights.unilm_names import (
     POSITION_TABLES,
     TEXT_POSITION,
@@ -30,8 +40,9 @@ from beit3_ds.weights.unilm_names import (
 class ReleasedFile:
     """A pretrained, in-domain, contrastive or fine-tuned file of the reference, whose tensors are read on demand.
 
-    Tensors that this project does not use, such as task heads and unused rows of position tables, keep their key after
-    `EXTRA_PREFIX`, so that an export in the reference's format restores every tensor.
+    The head of VQAv2, NLVR2, captioning, retrieval and ImageNet files is read as the head of that task. Tensors that
+    this project does not use, such as unused rows of position tables, keep their key after `EXTRA_PREFIX`, so that an
+    export in the reference's format restores every tensor.
 
     If this program exported the file, a note in it says from which model. That model is read without vision-language
     experts, which the format does not have (`exported_model`).
@@ -41,6 +52,7 @@ class ReleasedFile:
         model: the configuration with the requested image size: the exported model's, or a decoupled one that follows
             from the shapes.
         step: number of updates of the weights; 0 if unknown.
+        task: name and settings of the task to which the head belongs (`recognise_task`).
         description: kind of the file, for people.
     """
 
@@ -68,7 +80,9 @@ class ReleasedFile:
         self._tensors = _by_logical_name(tensors, stored, str(path), has_extras=has_extras)
         self.model: ModelConfig = stored if image_size is None else dataclasses.replace(stored, image_size=image_size)
         found = {name: x.shape for name, x in self._tensors.items() if not name.startswith(EXTRA_PREFIX)}
-        check_tensors(str(path), found, _parameter_shapes(stored))
+        recognised = recognise_task(found)
+        self.task: Mapping[str, Any] = recognised if note is None or note.task is None else note.task
+        check_tensors(str(path), found, _parameter_shapes(stored, head_builder(recognised)))
 
     def names(self) -> list[str]:
         """Returns the names of all tensors, also of those under `EXTRA_PREFIX`."""
@@ -106,7 +120,9 @@ def _by_logical_name(
 ) -> dict[str, Tensor]:
     named: dict[str, Tensor] = {}
     rest = dict(tensors)
-    for key, name in reference_keys(config).items():
+    if LOG_SCALE_KEY in head_keys(tensors):
+        named[EXTRA_PREFIX + LOG_SCALE_KEY] = tensors[LOG_SCALE_KEY]
+    for key, name in (reference_keys(config) | head_keys(tensors)).items():
         if key not in rest:
             continue
         tensor = rest.pop(key)
@@ -116,6 +132,8 @@ def _by_logical_name(
             tensor = tensor[UNUSED_POSITIONS:]
             if not has_extras and name == TEXT_POSITION:
                 tensor = tensor[: config.max_text_length]  # the export filled the rows behind it
+        if key == LOG_SCALE_KEY:
+            tensor = import_log_scale(tensor)
         tensor = tensor.flatten() if key in TOKENS else tensor
         if name in named and not torch.equal(named[name], tensor):
             raise ConfigError(
@@ -131,6 +149,6 @@ def _by_logical_name(
     return named | {EXTRA_PREFIX + key: tensor for key, tensor in rest.items()}
 
 
-def _parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+def _parameter_shapes(config: ModelConfig, build_head: HeadBuilder) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in PretrainingModel(config).named_parameters()}
+        return {name: parameter.shape for name, parameter in TaskModel(build_head, config).named_parameters()}

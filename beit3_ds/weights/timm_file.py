@@ -23,10 +23,12 @@ class TimmFile:
         path: the file.
         model: the configuration of the exported model, with the requested image size.
         step: number of updates of the weights.
+        task: None, because the file has no head.
         description: kind of the file, for people.
         held: logical names of the tensors that the file holds.
     """
 
+    task = None
     description = "vision tower exported for timm"
 
     def __init__(

@@ -7,6 +7,7 @@ from beit3_ds.config import ConfigError
 from beit3_ds.model.pretrained import EXTRA_PREFIX, REPLACEABLE
 from beit3_ds.weights.planned_tensor import PlannedTensor, plan_copy
 from beit3_ds.weights.reader import WeightReader
+from beit3_ds.weights.unilm_heads import LOG_SCALE, LOG_SCALE_KEY, export_log_scale, head_keys
 from beit3_ds.weights.unilm_names import (
     POSITION_TABLES,
     TEXT_POSITION_ROWS,
@@ -18,7 +19,7 @@ from beit3_ds.weights.unilm_names import (
 
 
 def plan_unilm_export(reader: WeightReader, *, fusion: bool) -> list[PlannedTensor]:
-    """Plans every tensor of the reference's state dict, without heads that the weights lack.
+    """Plans every tensor of the reference's state dict, with the heads of its tasks that the weights have.
 
     The reference has no vision-language expert. A model with one takes two files: "dual" (A = vision, B = language) is
     exact for images and for texts, "fusion" (A = B = vision-language in the top blocks) for pairs.
@@ -42,7 +43,7 @@ def plan_unilm_export(reader: WeightReader, *, fusion: bool) -> list[PlannedTens
         )
     held = set(reader.names())
     planned = []
-    for key, name in reference_keys(reader.model, fusion=fusion).items():
+    for key, name in (reference_keys(reader.model, fusion=fusion) | head_keys(held)).items():
         if name in held or not name.startswith(REPLACEABLE):
             planned.append(_plan_tensor(reader, key, name, held))
     own_keys = {tensor.name for tensor in planned}
@@ -56,10 +57,19 @@ def plan_unilm_export(reader: WeightReader, *, fusion: bool) -> list[PlannedTens
 def _plan_tensor(reader: WeightReader, key: str, name: str, held: set[str]) -> PlannedTensor:
     if key in POSITION_TABLES:
         return _plan_positions(reader, key, name, held)
+    if key == LOG_SCALE_KEY:
+        return _plan_log_scale(reader, held)
     tensor = plan_copy(reader, name)._replace(name=key)
     if key not in TOKENS:
         return tensor
     return tensor._replace(shape=(1, 1, *tensor.shape), build=lambda: reader.read(name).view(1, 1, -1))
+
+
+def _plan_log_scale(reader: WeightReader, held: set[str]) -> PlannedTensor:
+    """Plans the logarithm of the factor of similarities; an imported one is copied, to the bit."""
+    if (imported := EXTRA_PREFIX + LOG_SCALE_KEY) in held:
+        return plan_copy(reader, imported)._replace(name=LOG_SCALE_KEY)
+    return PlannedTensor(LOG_SCALE_KEY, reader.dtype(LOG_SCALE), (), lambda: export_log_scale(reader.read(LOG_SCALE)))
 
 
 def _plan_positions(reader: WeightReader, key: str, name: str, held: set[str]) -> PlannedTensor:

@@ -48,6 +48,7 @@ _ATTENTION = {
     "self_attn.out_proj": "out_proj",
 }
 _FFN = {"final_layer_norm.X": "norm", "ffn.X.fc1": "fc1", "ffn.X.ffn_layernorm": "sub_norm", "ffn.X.fc2": "fc2"}
+_FINAL_NORM = "beit3.encoder.layer_norm."
 _SUB_NORMS = (".inner_attn_ln.", ".ffn_layernorm.")
 _LAYER = re.compile(r"beit3\.encoder\.layers\.(\d+)\.")
 _HEAD_SIZE = 64  # width of an attention head in the released sizes; a file does not hold it
@@ -86,7 +87,7 @@ def reference_keys(config: ModelConfig, *, fusion: bool = False) -> dict[str, st
     keys = {key: name for letter in letters for key, name in _EMBEDDINGS[letter].items()}
     for letter, expert in letters.items():
         shared = attention[0] if attention == ("shared",) else expert
-        keys |= {f"beit3.encoder.layer_norm.{letter}.{kind}": f"norm.{kind}_{shared}" for kind in kinds}
+        keys |= {f"{_FINAL_NORM}{letter}.{kind}": f"norm.{kind}_{shared}" for kind in kinds}
         for layer in range(config.num_layers):
             theirs, ours = f"beit3.encoder.layers.{layer}", f"blocks.{layer}"
             own = "vision_language" if fusion and "vision_language" in config.experts(layer) else expert
@@ -112,7 +113,7 @@ def reference_arguments(config: ModelConfig) -> dict[str, object]:
         "vocab_size": config.text_vocab_size,
         "multiway": True,
         "layernorm_embedding": False,
-        "normalize_output": True,
+        "normalize_output": config.final_norm,
         "no_output_layer": True,
         "encoder_embed_dim": config.hidden_size,
         "encoder_attention_heads": config.num_attention_heads,
@@ -161,6 +162,7 @@ def read_architecture(shapes: Shapes, where: str) -> ModelConfig:
         layout="decoupled",
         num_vision_language_layers=0,
         sub_layernorm=any(norm in key for key in shapes for norm in _SUB_NORMS),
+        final_norm=any(key.startswith(_FINAL_NORM) for key in shapes),
         text_vocab_size=text_vocab_size,
         visual_vocab_size=shapes.get("mim_head.weight", [ModelConfig.visual_vocab_size])[0],
         max_text_length=max_text_length,

@@ -15,10 +15,10 @@ from beit3_ds.weights.export import export_weights
 
 
 class ModelReader:
-    """Reads the tensors of a model in memory, as from a checkpoint."""
+    """Reads the tensors of a model in memory, as from a checkpoint of pretraining."""
 
     def __init__(self, model: BEiT3, step: int = 0) -> None:
-        self.model, self.step = model.config, step
+        self.model, self.step, self.task = model.config, step, {"name": "pretraining"}
         self._parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
     def names(self) -> list[str]:

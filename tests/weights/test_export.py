@@ -203,6 +203,7 @@ class LargeReader:
     """
 
     model, step = small_model_config(num_layers=6, num_vision_language_layers=0), 0
+    task = None
 
     def names(self) -> list[str]:
         return [f"tensor.{number}" for number in range(6)]

@@ -58,6 +58,9 @@ VARIANTS: dict[str, tuple[dict[str, tuple[int, ...]], tuple[str, ...]]] = {
         ("mlm_", "mim_", "beit3.encoder.layer_norm"),
     ),
 }
+TASKS = {"pretrained": "pretraining", "itc": "retrieval", "captioning": "captioning"} | {
+    task: task for task in ("vqa", "nlvr2", "imagenet")
+}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +90,9 @@ def test_imported_and_exported_files_are_identical(
     imported, back = tmp_path / "imported.safetensors", tmp_path / "back.pth"
     reader = ReleasedFile(write(tmp_path / "released.pth", state))
     num_codes = CONFIG.visual_vocab_size if "mim_head.bias" in state else ModelConfig.visual_vocab_size
-    assert reader.model == dataclasses.replace(CONFIG, visual_vocab_size=num_codes)
+    final_norm = any("encoder.layer_norm" in key for key in state)
+    assert reader.model == dataclasses.replace(CONFIG, visual_vocab_size=num_codes, final_norm=final_norm)
+    assert reader.task["name"] == TASKS[variant]
     export_weights(reader, imported)
     export_weights(PretrainedWeights(imported), back, format="unilm-dual")
     returned = torch.load(back, weights_only=True)["model"]
@@ -118,11 +123,11 @@ def test_the_imported_model_computes_what_the_reference_does(reference: Referenc
 def test_missing_heads_get_initial_values_and_a_warning(reference: Reference, tmp_path: Path) -> None:
     path = write(tmp_path / "released.pth", released_state(reference, "vqa"))
     export_weights(ReleasedFile(path), tmp_path / "imported.safetensors")
-    names = r"norm\.weight_vision.*heads\.mim\.weight.*initial values"
+    names = r"heads\.mim\.weight.*heads\.mlm\.bias.*initial values"
     with pytest.warns(UserWarning, match=names) as caught:
         model = PretrainingModel.from_pretrained(tmp_path / "imported.safetensors")
     assert caught[0].filename == __file__  # points at the caller
-    assert (model.norm.weight_vision == 1).all() and not model.heads.mlm.bias.any()
+    assert model.norm is None and not model.heads.mlm.bias.any()
     assert 0 < model.heads.mlm.weight.std() < 0.02  # catches uninitialised memory
     with pytest.raises(ConfigError, match="no final norm"):
         export_weights(PretrainedWeights(tmp_path / "imported.safetensors"), tmp_path / "x.safetensors", format="timm")

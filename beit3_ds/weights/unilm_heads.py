@@ -1,0 +1,109 @@
+"""Maps the tensors of the reference's task heads to logical names, and recognises a file's task by them."""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from beit3_ds.config import ModelConfig
+from beit3_ds.model import Head
+from beit3_ds.model.pretrained import EXTRA_PREFIX
+from beit3_ds.tasks.captioning.head import CaptionHead
+from beit3_ds.tasks.imagenet.head import LinearClassHead
+from beit3_ds.tasks.nlvr2.head import StatementHead
+from beit3_ds.tasks.pretraining.heads import MaskedModelingHeads
+from beit3_ds.tasks.retrieval.head import INITIAL_LOG_SCALE, ContrastiveHead
+from beit3_ds.tasks.vqa.head import AnswerHead
+
+LOG_SCALE_KEY = "logit_scale"
+"""The reference's logarithm of the factor of similarities, a number without dimensions; ours is a difference."""
+LOG_SCALE = "heads.temperature.bias"
+"""Logical name of our parameter of the temperature."""
+HEAD_EXTRAS = frozenset({EXTRA_PREFIX + LOG_SCALE_KEY})
+"""Tensors of heads that an import keeps as they were."""
+
+HeadBuilder = Callable[[ModelConfig, Any], Head]
+"""Builds a head, given the model's sizes and the tensor-parallel group."""
+
+_LAYERS: dict[str, dict[str, str]] = {
+    "vqa": {
+        "pooler.norm": "heads.pooler.norm",
+        "pooler.dense": "heads.pooler.dense",
+        "head.0": "heads.dense",
+        "head.1": "heads.hidden_norm",
+        "head.3": "heads.answers",
+    },
+    "nlvr2": {
+        "head.norm1": "heads.input_norm",
+        "head.dense1": "heads.dense",
+        "head.norm2": "heads.hidden_norm",
+        "head.dense2": "heads.classes",
+    },
+    "imagenet": {"fc_norm": "heads.pooled_norm", "head": "heads.classes"},
+}
+_CONTRASTIVE = {
+    "vision_head.weight": "heads.image.weight",
+    "language_head.weight": "heads.text.weight",
+    LOG_SCALE_KEY: LOG_SCALE,
+}
+_KEYS: dict[str, dict[str, str]] = {
+    task: {f"{key}.{kind}": f"{name}.{kind}" for key, name in layers.items() for kind in ("weight", "bias")}
+    for task, layers in _LAYERS.items()
+} | {"retrieval": _CONTRASTIVE}
+_LAST_BIAS = {"vqa": ("heads.answers.bias", "num_answers"), "imagenet": ("heads.classes.bias", "num_classes")}
+
+
+def head_keys(held: Collection[str]) -> dict[str, str]:
+    """Returns the logical name of each of the reference's tensors of a task's head, without masked-modeling heads.
+
+    Args:
+        held: the reference's keys or the logical names of all tensors of the weights. A head that is not complete
+            counts as none.
+    """
+    names = set(held)
+    return next((keys for keys in _KEYS.values() if keys.keys() <= names or set(keys.values()) <= names), {})
+
+
+def recognise_task(shapes: Mapping[str, torch.Size]) -> dict[str, Any]:
+    """Returns the task to which weights belong, as `PretrainedWeights.task` does, given the shapes of their tensors.
+
+    Without a head of another task, weights with an MLM head but no MIM head belong to captioning, as the reference's
+    captioning files do, and others to pretraining.
+
+    Args:
+        shapes: shape of every tensor, by logical name.
+    """
+    task = next((task for task, keys in _KEYS.items() if set(keys.values()) <= shapes.keys()), None)
+    if task is None:
+        task = "captioning" if "heads.mlm.weight" in shapes and "heads.mim.weight" not in shapes else "pretraining"
+    if task not in _LAST_BIAS:
+        return {"name": task}
+    name, setting = _LAST_BIAS[task]
+    return {"name": task, setting: shapes[name][0]}
+
+
+def head_builder(task: Mapping[str, Any]) -> HeadBuilder:
+    """Returns a function that builds the head of a task of `recognise_task`."""
+    name = task["name"]
+    if name == "vqa":
+        return lambda config, tensor: AnswerHead(config, task["num_answers"], tensor)
+    if name == "imagenet":
+        return lambda config, tensor: LinearClassHead(config, task["num_classes"], tensor)
+    plain: dict[str, HeadBuilder] = {
+        "nlvr2": StatementHead,
+        "captioning": CaptionHead,
+        "retrieval": ContrastiveHead,
+        "pretraining": MaskedModelingHeads,
+    }
+    return plain[name]
+
+
+def import_log_scale(value: Tensor) -> Tensor:
+    """Returns our parameter of the temperature, (1,), for the reference's, a number."""
+    return (value.double() - INITIAL_LOG_SCALE).to(value.dtype).reshape(1)
+
+
+def export_log_scale(value: Tensor) -> Tensor:
+    """Returns the reference's parameter of the temperature, a number, for ours, (1,)."""
+    return (value.double() + INITIAL_LOG_SCALE).to(value.dtype).reshape(())

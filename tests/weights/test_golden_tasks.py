@@ -1,0 +1,119 @@
+"""Imported fine-tuned weights compute what the reference computes with them, and are exported to the bit.
+
+The numbers are the reference's (`tests/fixtures/golden/README.md`).
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.layout import PickedRows
+from beit3_ds.model import PretrainedWeights, TaskModel
+from beit3_ds.model.features import pack_inputs
+from beit3_ds.tasks.imagenet.head import patch_rows
+from beit3_ds.tasks.nlvr2.head import LABELS
+from beit3_ds.tasks.vqa.head import ANSWER_SCORES
+from beit3_ds.weights.export import export_weights
+from beit3_ds.weights.inspection import describe_weights
+from beit3_ds.weights.reader import Backbone
+from tests.weights.golden import CPU, Golden, import_golden, load_model, pack_golden, read_golden
+
+TASKS = {
+    "vqav2": {"name": "vqa", "num_answers": 11},
+    "nlvr2": {"name": "nlvr2"},
+    "captioning": {"name": "captioning"},
+    "retrieval": {"name": "retrieval"},
+    "imagenet_linear": {"name": "imagenet", "num_classes": 7},
+}
+assert_close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    def load(name: str) -> tuple[Golden, TaskModel]:
+        golden = read_golden(name)
+        return golden, load_model(import_golden(golden, tmp_path, monkeypatch))
+
+    return load
+
+
+def reading(batch: PackedBatch, picked: PickedRows, **targets: Tensor) -> PackedBatch:
+    return dataclasses.replace(batch, head_rows=picked.rows, head_row_counts=picked.counts, targets=targets)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_exported_again_every_tensor_is_back(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    golden = read_golden(name)
+    weights = import_golden(golden, tmp_path, monkeypatch)
+    assert weights.task == TASKS[name]
+    assert weights.model.final_norm == (name not in ("vqav2", "imagenet_linear"))
+    assert not [name for name in weights.names() if name.startswith("released.") and "head" in name]
+    export_weights(weights, tmp_path / "back.pth", format="unilm-dual")
+    back = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
+    assert back.keys() == golden.weights.keys()
+    for key, value in golden.weights.items():
+        assert back[key].shape == value.shape and torch.equal(back[key], value), key
+
+
+@pytest.mark.parametrize("name", ["vqav2", "retrieval"])
+def test_the_head_can_be_left_out(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = import_golden(read_golden(name), tmp_path, monkeypatch)
+    export_weights(Backbone(weights), tmp_path / "backbone.safetensors")
+    backbone = PretrainedWeights(tmp_path / "backbone.safetensors")
+    assert backbone.task is None and backbone.model == weights.model
+    lost = set(weights.names()) - set(backbone.names())
+    assert lost == {name for name in weights.names() if name.startswith("heads.") or "logit_scale" in name}
+
+
+def test_the_task_is_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = import_golden(read_golden("vqav2"), tmp_path, monkeypatch)
+    text = describe_weights(weights.path)
+    assert "task: vqa (num_answers 11)" in text and "head of the task" in text
+
+
+def test_vqa(load: Any) -> None:
+    golden, model = load("vqav2")
+    batch = pack_golden(model, golden.inputs["image"], golden.texts())
+    batch = reading(batch, batch.layout.first_rows(1), **{ANSWER_SCORES: golden.inputs["labels"]})
+    assert_close(model(batch, None), golden.outputs["logits"])
+    loss = model(batch, torch.tensor([1 / 3, 0.0])).total
+    assert_close(loss, golden.outputs["loss"])
+    loss.backward()
+    assert_close(model.heads.answers.weight.grad, golden.outputs["grad.head.3.weight"])
+    assert_close(model.embeddings.patch.weight.grad, golden.outputs["grad.patch"])
+
+
+@torch.no_grad()
+def test_nlvr2(load: Any) -> None:
+    golden, model = load("nlvr2")
+    images = torch.stack([golden.inputs["image"], golden.inputs["image2"]], dim=1).flatten(0, 1)
+    batch = pack_golden(model, images, [text for text in golden.texts() for _ in range(2)])
+    batch = reading(batch, batch.layout.first_rows(1, 2), **{LABELS: golden.inputs["label"]})
+    assert_close(model(batch, None), golden.outputs["logits"])
+    assert_close(model(batch, torch.tensor([1 / 3, 0.0])).total, golden.outputs["loss"])
+
+
+@torch.no_grad()
+def test_retrieval(load: Any) -> None:
+    golden, model = load("retrieval")
+    batch = pack_inputs(model.config, golden.inputs["image"], golden.texts(), None, CPU)
+    features = model(reading(batch, batch.layout.first_rows(0, 3)), None)
+    images, texts = features.rows["image"], features.rows["text"]
+    assert_close(images, golden.outputs["image_features"])
+    assert_close(texts, golden.outputs["text_features"])
+    logits, labels = features.shared["scale"] * images @ texts.t(), torch.arange(3)
+    assert_close((F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)) / 2, golden.outputs["loss"])
+
+
+@torch.no_grad()
+def test_imagenet_linear(load: Any) -> None:
+    golden, model = load("imagenet_linear")
+    batch = pack_inputs(model.config, golden.inputs["image"], None, None, CPU)
+    assert_close(model(reading(batch, patch_rows(batch.layout)), None), golden.outputs["logits"])
