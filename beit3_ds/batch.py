@@ -45,6 +45,8 @@ class PackedBatch(RowLayout):
     """Patches that the embeddings replace by the mask token, (B, N) bool."""
     token_ids: Tensor
     """Ids of all captions, then of all texts, (S,) int64."""
+    causal_captions: bool = False
+    """Whether attention in pairs is masked for captioning (`SequenceLayout.causal_captions`)."""
     drop_path: Tensor | None = None
     """Stochastic depth's factor per sequence, layer and branch, (Q, L, 2) float32: 0 if the branch is dropped,
     otherwise 1 / (1 - rate). None if nothing is dropped (evaluation, or a rate of 0)."""
@@ -91,7 +93,9 @@ class PackedBatch(RowLayout):
     @cached_property
     def layout(self) -> SequenceLayout:
         """Returns the rows of every sequence and every expert."""
-        return SequenceLayout(self.num_images, self.caption_lengths, self.text_lengths, self.image_length)
+        return SequenceLayout(
+            self.num_images, self.caption_lengths, self.text_lengths, self.image_length, self.causal_captions
+        )
 
     @property
     def part_rows(self) -> tuple[int, ...]:
@@ -154,7 +158,9 @@ class PackedBatch(RowLayout):
 
     def fingerprint(self) -> str:
         """Returns a digest of all but the pixels, with which ranks compare that they read the same samples."""
-        digest = hashlib.sha256(repr((self.num_images, self.caption_lengths, self.text_lengths)).encode())
+        digest = hashlib.sha256(
+            repr((self.num_images, self.caption_lengths, self.text_lengths, self.causal_captions)).encode()
+        )
         digest.update("\n".join(self.sample_names).encode())
         targets = [self.targets[name] for name in sorted(self.targets) if not self.targets[name].is_floating_point()]
         for tensor in (self.patch_mask, self.token_ids, self.head_rows, self.drop_path, *targets):

@@ -111,6 +111,9 @@ class SequenceLayout(RowLayout):
     """Tokens of each text; X values."""
     image_length: int
     """Number of rows per image."""
+    causal_captions: bool = False
+    """Whether attention in pairs is masked for captioning: image rows see their image, caption rows their image and the
+    caption up to themselves. Texts without images are never masked."""
 
     @property
     def part_rows(self) -> tuple[int, ...]:
@@ -164,6 +167,7 @@ class SequenceLayout(RowLayout):
             tuple(length for length, keep in zip(self.caption_lengths, kept[self.num_images :], strict=False) if keep),
             tuple(length for length, keep in zip(self.text_lengths, kept[pairs:], strict=True) if keep),
             self.image_length,
+            self.causal_captions,
         )
         ranges = [sequence for sequence, keep in zip(self.sequence_ranges, kept, strict=True) if keep]
         # Row order: images, images of pairs, captions, texts.

@@ -97,6 +97,7 @@ def merge_batches(batches: list[PackedBatch]) -> PackedBatch:
         patch_mask=patch_mask,
         token_ids=join([b.token_ids for b in batches], captions, texts),
         drop_path=drop_path,
+        causal_captions=batches[0].causal_captions,
     )
     return with_masks(
         inputs,

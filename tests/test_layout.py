@@ -16,12 +16,13 @@ LENGTHS = st.lists(st.integers(1, 9), max_size=4).map(tuple)
 def test_kept_sequences_are_the_same_rows(
     data: st.DataObject, images: int, captions: tuple[int, ...], texts: tuple[int, ...], image_length: int
 ) -> None:
-    layout = SequenceLayout(images, captions, texts, image_length)
+    layout = SequenceLayout(images, captions, texts, image_length, causal_captions=bool(images % 2))
     total = len(layout.sequence_ranges)
     flags = data.draw(st.lists(st.booleans(), min_size=total, max_size=total))
     kept = layout.keep(flags)
     expected = [ranges for ranges, keep in zip(layout.sequence_ranges, flags, strict=True) if keep]
     assert len(kept.rows) == kept.layout.num_rows
+    assert kept.layout.causal_captions == layout.causal_captions
     assert torch.equal(kept.rows, kept.rows.unique()), "ascending, each row once"
     for new_ranges, old_ranges in zip(kept.layout.sequence_ranges, expected, strict=True):
         for (start, stop), old in zip(new_ranges, old_ranges, strict=True):

@@ -18,9 +18,10 @@ from beit3_ds.parallel import TensorParallel
 
 
 class MultiwayAttention(nn.Module):
-    """Applies pre-norm bidirectional self-attention within each sequence.
+    """Applies pre-norm self-attention within each sequence.
 
-    Image and caption of a pair are one sequence.
+    Image and caption of a pair are one sequence. Attention is bidirectional, except in pairs whose captions are masked
+    for captioning (`SequenceLayout.causal_captions`).
 
     In the `shared` layout all rows use the same weights. In the `decoupled` layout vision and language rows have their
     own projections and norms and meet only in the softmax. With `sub_layernorm` the merged heads are normalised before
@@ -59,6 +60,13 @@ class MultiwayAttention(nn.Module):
         h_TD = self.tensor.gather_from(normed.h_TD, num_rows)
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q_THK, k_THK, v_THK = (proj(h_TD, layout, recompute).unflatten(1, (-1, self.head_size)) for proj in projections)
-        y_TD = packed_attention(q_THK, k_THK, v_THK, layout.sequence_ranges, cuda_cpp=self.cuda_cpp).flatten(1)
+        y_TD = packed_attention(
+            q_THK,
+            k_THK,
+            v_THK,
+            layout.sequence_ranges,
+            causal_captions=layout.causal_captions,
+            cuda_cpp=self.cuda_cpp,
+        ).flatten(1)
         norm = None if self.sub_norm is None else self.sub_norm()
         return self.out_proj(Activation(y_TD), normed.stream_TD, factor_T, layout, norm=norm)

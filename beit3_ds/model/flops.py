@@ -12,7 +12,7 @@ class Work(NamedTuple):
     rows: float
     """Number of packed rows, T."""
     attended: float
-    """Number of pairs of rows that attend to each other: sum of the squared lengths of all sequences."""
+    """Number of (query, key) pairs of rows: the sum of the squared lengths of all sequences, less masked pairs."""
     patches: float
     """Number of patches, masked ones included."""
     head: float
@@ -22,8 +22,11 @@ class Work(NamedTuple):
 def work_of(batch: PackedBatch, head: float) -> Work:
     """Returns the sizes of one micro-batch, given the number of operations of the task's head."""
     lengths = [sum(stop - start for start, stop in ranges) for ranges in batch.sequence_ranges]
-    squares = sum(length * length for length in lengths)
-    return Work(batch.num_rows, squares, batch.patch_mask.numel(), head)
+    attended = sum(length * length for length in lengths)
+    if batch.causal_captions:  # an image does not see its caption, and a word none of the later words
+        image = batch.image_length
+        attended -= sum(image * length + length * (length - 1) // 2 for length in batch.caption_lengths)
+    return Work(batch.num_rows, attended, batch.patch_mask.numel(), head)
 
 
 def layer_flops(config: ModelConfig, work: Work) -> list[float]:

@@ -73,7 +73,7 @@ def _kept_rows(batch: PackedBatch, layer: int) -> BlockRows:
 
 
 def _attended(batch: PackedBatch, layout: SequenceLayout) -> int:
-    plan = plan_attention(layout.sequence_ranges, batch.token_ids.device)
+    plan = plan_attention(layout.sequence_ranges, batch.token_ids.device, layout.causal_captions)
     return sum(len(bucket.rows) for bucket in plan.buckets)
 
 

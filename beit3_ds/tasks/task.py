@@ -15,6 +15,7 @@ A task that needs more extends the following:
 
     several sequences per sample                    `Stream.sequences_per_sample`; `pack` puts them where they belong
     pooled rows                                     `PackedBatch.head_rows`; the head combines the rows that it reads
+    captions that see only the words before them    `PackedBatch.causal_captions`
     another attention mask                          a field of `PackedBatch` that `model/attention.py` passes to the op
     no text, no image, another image size           `model` in the configuration; the streams that the task opens;
                                                     `Task.inputs` if batches hold other kinds than the streams

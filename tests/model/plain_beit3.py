@@ -22,8 +22,13 @@ def plain_losses(p: Parameters, config: ModelConfig, batch: PackedBatch) -> Tens
     sums = [torch.zeros((), dtype=torch.float64) for _ in range(4)]
     for number, sample in enumerate(samples):
         x, kind, real = _embed(p, config, sample, width)
+        seen = real.expand(width, width)
+        if batch.causal_captions and sample["modality"] == "pair":
+            row, image = torch.arange(width), 1 + config.num_patches
+            seen = seen & ((row < image) | (row <= row[:, None]))  # (query, key)
         for layer in range(config.num_layers):
-            x = _block(p, config, layer, x, kind, real, sample["modality"], _factors(batch, number, layer))
+            factors = _factors(batch, number, layer)
+            x = _block(p, config, layer, x, kind, seen, sample["modality"], factors)
         vision_term, language_term = {"image": (0, 0), "pair": (2, 3), "text": (1, 1)}[sample["modality"]]
         for row, target in sample["patch_targets"].items():
             h = _norm(p, "norm", [_expert_of(config, "v")], x[[1 + row]], config)[0]
@@ -96,7 +101,7 @@ def _block(
     layer: int,
     x: Tensor,
     kind: str,
-    real: Tensor,
+    seen: Tensor,
     modality: str,
     factors: tuple[float, float],
 ) -> Tensor:
@@ -108,7 +113,7 @@ def _block(
     for head in range(config.num_attention_heads):
         columns = slice(head * config.head_size, (head + 1) * config.head_size)
         scores = q[:, columns] @ k[:, columns].T / math.sqrt(config.head_size)
-        weights = scores.masked_fill(~real, -math.inf).softmax(1)
+        weights = scores.masked_fill(~seen, -math.inf).softmax(1)
         outputs.append(weights @ v[:, columns])
     y = torch.cat(outputs, dim=1)
     if config.sub_layernorm:

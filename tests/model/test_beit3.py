@@ -1,6 +1,7 @@
 """Compares the packed model with a plain padded one, and checks properties that parallel training needs."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -31,13 +32,15 @@ def build(
     return model.to(dtype)
 
 
+@pytest.mark.parametrize("captions", ["", "causal"])
 @pytest.mark.parametrize("drop_path", [False, True], ids=["", "drop-path"])
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_packed_equals_plain(layout: str, mix: str, drop_path: bool) -> None:
+def test_packed_equals_plain(layout: str, mix: str, drop_path: bool, captions: str) -> None:
     config = LAYOUTS[layout]
     model = build(config)
     batch = random_batch(config, *MIXES[mix], drop_path=drop_path)
+    batch = dataclasses.replace(batch, causal_captions=captions == "causal")
     factors = torch.tensor([0.3, 0.5, 0.7, 1.1], dtype=torch.float64)
     output = model(batch, factors)
     output.total.backward()
@@ -116,3 +119,21 @@ def test_every_block_takes_the_kernels_that_were_chosen(kernels: Kernels, monkey
     initialize_parameters(model, config, seed=3)
     model(random_batch(config, 1, 1, 1), torch.ones(4))
     assert asked == [kernels == "cuda"] * config.num_layers
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_causal_captions_do_not_leak(layout: str) -> None:
+    """Changes later words one by one: image rows, earlier words and other sequences must not notice."""
+    config = LAYOUTS[layout]
+    model, batch = build(config), dataclasses.replace(random_batch(config, 1, 2, 1), causal_captions=True)
+    before = BEiT3.forward(model, dataclasses.replace(batch, head_rows=None, head_row_counts=()))
+    first_row = batch.boundaries[1]
+    for token in range(sum(batch.caption_lengths)):
+        ids = batch.token_ids.clone()
+        ids[token] = (ids[token] + 1) % config.text_vocab_size
+        changed = dataclasses.replace(batch, token_ids=ids, head_rows=None, head_row_counts=())
+        rows = (BEiT3.forward(model, changed) != before).any(1).nonzero().flatten().tolist()
+        stops = itertools.accumulate(batch.caption_lengths)
+        stop = next(stop for stop in stops if stop > token)
+        assert rows == list(range(first_row + token, first_row + stop))

@@ -1,6 +1,7 @@
 """Does three AdamW steps under any layout, and compares them with plain PyTorch in one process."""
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -60,8 +61,9 @@ def config_for(
 
 
 def build_samples(config: RunConfig, step: int) -> list[PackedBatch]:
-    """Returns the samples of one step, each as a batch."""
-    return [random_batch(config.model, *mix, seed=10 * step + i, drop_path=True) for i, mix in enumerate(MIXES)]
+    """Returns the samples of one step, each as a batch; in the last step captions are masked for captioning."""
+    batches = [random_batch(config.model, *mix, seed=10 * step + i, drop_path=True) for i, mix in enumerate(MIXES)]
+    return [dataclasses.replace(batch, causal_captions=step == NUM_STEPS - 1) for batch in batches]
 
 
 def measure_steps(
