@@ -34,7 +34,8 @@ class SourceConfig:
     JSON objects with `text`, or plain UTF-8, compressed or not. Other tasks than pretraining have formats of their own
     (docs/tasks.md)."""
     images: PathString = ""
-    """Folder of the images that an annotation file names, as files or in tars; only for formats with such a file."""
+    """Folder of the images that an annotation file names, or a pattern of tars that hold them (`coco/*.tar`); only for
+    formats with such a file."""
     annotations: PathString = ""
     """Second annotation file, such as the answers to the questions in `path`; only for a task's formats."""
     split: str = ""

@@ -12,7 +12,7 @@ from beit3_ds.config import ConfigError, SourceConfig
 from beit3_ds.data.files.descriptors import OpenFiles
 from beit3_ds.data.files.patterns import check_no_hard_link, expand_patterns, is_inside
 from beit3_ds.data.files.printing import printable
-from beit3_ds.data.images.annotated import AnnotatedImages
+from beit3_ds.data.images.annotated import NO_IMAGE, AnnotatedImages
 from beit3_ds.data.images.annotation_table import StoredAnnotations, table_path
 from beit3_ds.data.images.annotations import (
     read_coco_captions,
@@ -154,6 +154,27 @@ def check_images_are_there(samples: AnnotatedImages, num_examined: int | None = 
             "the config: it must be the folder in which these files are."
         )
     return len(missing), printable(samples.paths[missing[0]]) if missing else ""
+
+
+def check_no_image_is_missing(samples: AnnotatedImages) -> None:
+    """Refuses annotations that name an image that is not there; lists each folder once and opens no image.
+
+    Raises:
+        ConfigError: with the number of missing images, and the first of them with the sample that names it.
+        StorageError: if the file system fails.
+    """
+    paths = [samples.paths[number] for number in range(len(samples.paths))]
+    missing = set(samples.images.missing(paths))
+    if not missing:
+        return
+    wanted = (number != NO_IMAGE and paths[number] in missing for number in samples.image_numbers)
+    first = next((sample for sample, is_missing in enumerate(wanted) if is_missing), None)
+    if first is None:  # no sample needs the images that the file lists and the folder lacks
+        return
+    raise ConfigError(
+        f"data: {printable(samples.images.path)} lacks {len(missing):,} of {len(paths):,} images. The first is that of "
+        f"{samples.name(first)}. Correct 'images' in the config, fetch the missing images, or remove their entries."
+    )
 
 
 def spread(length: int, count: int) -> list[int]:

@@ -12,9 +12,9 @@ from beit3_ds.config import ConfigError
 from beit3_ds.data.files.fingerprint import SourceFile
 from beit3_ds.data.files.printing import printable
 from beit3_ds.data.files.records import BrokenRecordError, Skipped
+from beit3_ds.data.images.by_name import ImagesByName
 from beit3_ds.data.images.captions import clean_caption
 from beit3_ds.data.images.compact_strings import CompactStrings, StoredStrings
-from beit3_ds.data.images.folder import open_folder, read_image
 
 NO_IMAGE = -1
 """Image number of a caption whose annotation names no image of the file."""
@@ -39,16 +39,17 @@ class AnnotatedImages:
 
         Args:
             annotations: path of the annotation file, for messages.
-            folder: folder of the images. Nothing outside the folder is read, even if annotations name such paths.
-            paths: path of each image in the folder.
+            folder: folder of the images, or a pattern of tars (`ImagesByName`). Nothing outside the folder is read,
+                even if annotations name such paths.
+            paths: path of each image in the folder or in the tars.
             captions: the caption of each sample.
             image_numbers: index in `paths` of each sample's image, or `NO_IMAGE`.
             skipped: rows and files left out, by reason.
 
         Raises:
-            ConfigError: if `folder` is not a folder.
+            ConfigError: if `folder` is neither a folder nor a pattern of tars.
         """
-        self.annotations, self.images, self.skipped = annotations, open_folder(folder), skipped
+        self.annotations, self.images, self.skipped = annotations, ImagesByName(folder), skipped
         self.paths, self.captions, self.image_numbers = paths, captions, image_numbers
 
     def __len__(self) -> int:
@@ -81,7 +82,7 @@ class AnnotatedImages:
         if number == NO_IMAGE:
             raise BrokenRecordError(f"{self.name(index)}: the annotation names an image that the file does not list")
         try:
-            return read_image(self.images, self.paths[number], min_side)
+            return self.images.image(self.paths[number], min_side)
         except ValueError as error:
             raise BrokenRecordError(f"{self.name(index)}: broken image: {error}") from error
 

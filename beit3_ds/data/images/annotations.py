@@ -25,7 +25,7 @@ from beit3_ds.data.files.kinds import check_is_text
 from beit3_ds.data.files.reading import open_for_reading
 from beit3_ds.data.images.annotated import NO_IMAGE, AnnotatedImages, CollectedAnnotations
 from beit3_ds.data.images.compact_strings import CompactStrings
-from beit3_ds.data.images.folder import list_images
+from beit3_ds.data.images.folder import list_images, open_folder
 
 _JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".ldjson")
 
@@ -120,7 +120,7 @@ def read_conceptual_captions(
 
 def _add_rows(samples: CollectedAnnotations, captions: Iterable[object]) -> None:
     """Adds the rows that have an image; a row that is None has no caption."""
-    paths, skipped = list_images(samples.images)
+    paths, skipped = list_images(open_folder(samples.images.path))
     for reason, found in skipped.items():
         samples.skip(reason, found.example, found.num_members)
     rows, numbers = _image_rows(paths, samples)

@@ -1,13 +1,12 @@
-"""Images that annotations name, in a folder of image files or in a folder of tars."""
+"""Images that annotations name, in a folder of image files or in tars."""
 
 import os
 from collections.abc import Iterable
 
 from PIL import Image
 
-from beit3_ds.config import ConfigError
 from beit3_ds.data.files.descriptors import OpenFiles
-from beit3_ds.data.files.printing import printable
+from beit3_ds.data.files.folder import Folder
 from beit3_ds.data.files.reading import read_with_retries
 from beit3_ds.data.files.records import BrokenRecordError
 from beit3_ds.data.images.folder import open_folder, read_image
@@ -17,35 +16,38 @@ from beit3_ds.data.images.shards import TarShards
 class ImagesByName:
     """Reads images by their names in a folder; nothing outside the folder is read.
 
-    A name is a path in the folder, such as `val2014/COCO_val2014_000000000042.jpg`. If the folder has tars, the images
-    are their members, and a name is a member's path with or without its folders; the extension does not matter.
-    Instances can be pickled.
+    A name is a path in the folder, such as `val2014/COCO_val2014_000000000042.jpg`. In tars it is a member's path with
+    or without its folders, and the extension does not matter. Instances can be pickled.
     """
 
     def __init__(self, path: str, cache_dir: str | None = None, files: OpenFiles | None = None) -> None:
-        """Opens the folder, and the indices of its tars.
+        """Opens the folder, or the tars with their indices.
 
         Args:
-            path: the folder.
+            path: a folder, or a glob pattern of tars that ends in `.tar`.
             cache_dir: folder of the indices that `beit3 prepare index` wrote; None scans the tars.
             files: keeps tars open; None uses a new `OpenFiles`.
 
         Raises:
-            ConfigError: if the path is not a folder, or a tar cannot be read.
+            ConfigError: if the path is neither a folder nor a pattern of tars, or a tar cannot be read.
             StorageError: if the file system fails.
         """
-        self._folder = open_folder(path)
-        tars = sorted(name for name in _list(self._folder.path) if name.endswith(".tar"))
-        self._shards: TarShards | None = None
+        self._folder: Folder | None = None
         self._numbers: dict[str, int] = {}
-        if tars:
-            self._shards = TarShards([os.path.join(self._folder.path, name) for name in tars], cache_dir, files)
+        if path.endswith(".tar"):
+            self.path, self._shards = path, TarShards([path], cache_dir, files)
             self._numbers = _number_keys(self._shards)
+        else:
+            self._folder = open_folder(path)
+            self.path = self._folder.path
 
-    @property
-    def path(self) -> str:
-        """Returns the path of the folder, without links."""
-        return self._folder.path
+    def holds(self, name: str) -> bool:
+        """Returns whether there is an image of that name that may be read; opens no image.
+
+        Raises:
+            StorageError: if the file system fails.
+        """
+        return self._number(name) is not None if self._folder is None else self._folder.holds(name)
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """Returns the names that the folder lacks, in their order; lists each folder once and opens no image.
@@ -53,14 +55,15 @@ class ImagesByName:
         Raises:
             StorageError: if the file system fails.
         """
-        if self._shards is not None:
+        folder = self._folder
+        if folder is None:
             return [name for name in names if self._number(name) is None]
         listed: dict[str, set[str]] = {}
         lacking = []
         for name in names:
             inside, _, file = name.rpartition("/")
             if inside not in listed:
-                listed[inside] = self._files_in(inside)
+                listed[inside] = _files_in(folder, inside)
             if file not in listed[inside]:
                 lacking.append(name)
         return lacking
@@ -69,69 +72,31 @@ class ImagesByName:
         """Decodes an image, upright and in RGB (`decoding.decode_image`).
 
         Raises:
-            BrokenRecordError: if it is missing, outside the folder, or cannot be read.
+            ValueError: if it is missing, outside the folder, or cannot be read.
             StorageError: if the file system fails.
         """
-        if self._shards is not None:
-            number = self._number(name)
-            if number is None:
-                raise BrokenRecordError(f"{printable(self.path)}: no tar has an image {printable(name)}")
-            return self._shards.image(number, min_side)
-        try:
+        if self._folder is not None:
             return read_image(self._folder, name, min_side)
-        except ValueError as error:
-            raise BrokenRecordError(f"{printable(os.path.join(self.path, name))}: broken image: {error}") from error
+        number = self._number(name)
+        if number is None:
+            raise ValueError("no tar has an image of this name")
+        try:
+            return self._shards.image(number, min_side)
+        except BrokenRecordError as error:
+            raise ValueError(str(error)) from error
 
     def _number(self, name: str) -> int | None:
         return self._numbers.get(os.path.splitext(name)[0])
 
-    def _files_in(self, inside: str) -> set[str]:
-        try:
-            if inside and not self._folder.contains(os.path.join(inside, "image")):
-                return set()
-            return set(_list(os.path.join(self._folder.path, inside)))
-        except (ConfigError, ValueError):  # no such folder, or a name with NUL
-            return set()
 
-
-def open_images_by_name(
-    path: str, names: Iterable[tuple[str, str]], cache_dir: str | None = None, files: OpenFiles | None = None
-) -> ImagesByName:
-    """Opens a folder and checks that it has all images that annotations name.
-
-    Args:
-        path: folder of image files or of tars.
-        names: name of each image, and the file and line or record that names it.
-        cache_dir: as for `ImagesByName`.
-        files: as for `ImagesByName`.
-
-    Raises:
-        ConfigError: with the number of missing images, the first of them, and where it is named.
-        StorageError: if the file system fails.
-    """
-    images = ImagesByName(path, cache_dir, files)
-    places = dict(reversed(list(names)))  # the first place of each name
-    lacking = images.missing(sorted(places))
-    if lacking:
-        raise ConfigError(
-            f"data: {printable(images.path)} lacks {len(lacking):,} of {len(places):,} images, such as "
-            f"{printable(lacking[0])}, which {printable(places[lacking[0]])} names. Correct 'images' in the config, "
-            "fetch the missing images, or remove their lines."
-        )
-    return images
-
-
-def _list(path: str) -> list[str]:
-    """Returns the names in a folder.
-
-    Raises:
-        ConfigError: if it cannot be listed.
-        StorageError: if the file system fails.
-    """
+def _files_in(folder: Folder, inside: str) -> set[str]:
+    path = os.path.join(folder.path, inside)
     try:
-        return read_with_retries(lambda: os.listdir(path), path)
-    except OSError as error:
-        raise ConfigError(f"data: folder {printable(path)} cannot be listed: {error}. Correct the path.") from error
+        if inside and not folder.contains(os.path.join(inside, "image")):
+            return set()
+        return set(read_with_retries(lambda: os.listdir(path), path))
+    except (OSError, ValueError):  # no such folder, or a name with NUL
+        return set()
 
 
 def _number_keys(shards: TarShards) -> dict[str, int]:

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from beit3_ds.config import ConfigError
-from beit3_ds.data.files.records import BrokenRecordError
-from beit3_ds.data.images.by_name import ImagesByName, open_images_by_name
+from beit3_ds.data.images.annotated import CollectedAnnotations
+from beit3_ds.data.images.by_name import ImagesByName
+from beit3_ds.data.sources import check_no_image_is_missing
 
 
 def png(color: str) -> bytes:
@@ -54,19 +55,24 @@ def test_files_are_found_by_path(folder: Path) -> None:
     ]
     assert (color(images, "a/one.png"), color(images, "b/one.png")) == ((255, 0, 0), (0, 0, 255))
     for name in ("../secret.png", "a/two.png"):
-        with pytest.raises(BrokenRecordError):
+        assert not images.holds(name)
+        with pytest.raises(ValueError, match=r"out of the folder|No such file"):
             images.image(name)
 
 
 def test_members_of_tars_are_found_by_key_or_last_part(tars: Path) -> None:
-    images = pickle.loads(pickle.dumps(ImagesByName(str(tars))))
+    images = pickle.loads(pickle.dumps(ImagesByName(str(tars / "*.tar"))))
     assert (color(images, "a/one.jpg"), color(images, "b/one.png")) == ((255, 0, 0), (0, 0, 255))
     assert color(images, "three.png") == (0, 255, 0)
     assert images.missing(["one.png", "three.png", "four.png"]) == ["one.png", "four.png"]  # one.png could be either
 
 
-def test_missing_images_are_named_with_their_place(folder: Path) -> None:
-    names = [("two.png", "q.jsonl:1"), ("no.png", "q.jsonl:2"), ("no.png", "q.jsonl:7")]
-    with pytest.raises(ConfigError, match=r"lacks 1 of 2 images, such as no\.png, which q\.jsonl:2 names"):
-        open_images_by_name(str(folder), names)
-    assert color(open_images_by_name(str(folder), names[:1]), "two.png") == (0, 255, 0)
+def test_missing_images_are_named_with_their_sample(folder: Path) -> None:
+    samples = CollectedAnnotations("q.jsonl", str(folder))
+    for name in ("two.png", "unused.png", "no.png"):
+        samples.add_image(name)
+    samples.add_sample(0, "first")
+    check_no_image_is_missing(samples)  # nobody asks for the image that is not there
+    samples.add_sample(2, "second")
+    with pytest.raises(ConfigError, match=r"lacks 2 of 3 images. The first is that of q\.jsonl:1 \(no\.png\)"):
+        check_no_image_is_missing(samples)
