@@ -41,8 +41,16 @@ class RunDescription:
             One line per setting that differs from the checkpoint's, without the layout of ranks.
 
         Raises:
-            ConfigError: if the checkpoint holds another model, or was trained with other tokenizers.
+            ConfigError: if the checkpoint is of another task, holds another model, or was trained with other
+                tokenizers.
         """
+        ours, theirs = (run.config.get("task", {}).get("name") for run in (self, before))
+        if theirs is not None and theirs != ours:
+            raise ConfigError(
+                f"checkpoint {where} belongs to the task {theirs}, but the task of this run is {ours}. Use another "
+                f"training.output_dir. To start from these weights, write them with `beit3 export {where} "
+                "OUT.safetensors --no-heads`, and name that file in training.init_from."
+            )
         advice = "Set the model section as it was, or use another training.output_dir."
         check_same_model(self.model, before.model, f"checkpoint {where}", advice)
         for kind, digest in self.tokenizers.items():

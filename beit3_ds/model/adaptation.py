@@ -5,6 +5,8 @@
     layout                       shared -> decoupled: vision and language each get a copy
     num_vision_language_layers   more: each new expert is a copy of its block's vision expert, which processes most
                                  rows of a pair; fewer: the experts of the other blocks are dropped
+    final_norm                   false: the norm is dropped, as for the reference's VQAv2 and ImageNet models; true: the
+                                 norm gets initial values if the weights have none
     inputs                       fewer: tensors that the remaining inputs do not need are not read; more: the weights
                                  must hold the tensors that the added inputs need
 
@@ -37,7 +39,9 @@ TEXT_POSITION = "embeddings.text_position"
 
 _MAPPED_BYTES = 2**26
 """Bytes of parameters after whose reading the pages of the file are released."""
-_ADAPTABLE = frozenset({"image_size", "max_text_length", "layout", "num_vision_language_layers", "inputs"})
+_ADAPTABLE = frozenset(
+    {"image_size", "max_text_length", "layout", "num_vision_language_layers", "final_norm", "inputs"}
+)
 _DECOUPLED = re.compile(r"(.*\.attention\..*|norm\..*)_(vision|language)")
 _EXPERT = re.compile(r"blocks\.(\d+)\.ffn\..*?_(vision_language|vision|language)")
 _TABLES = {
@@ -123,7 +127,9 @@ class AdaptedWeights:
         return name
 
     def _is_dropped(self, name: str) -> bool:
-        """Returns whether a stored tensor belongs to an expert or a modality that the model does not have."""
+        """Returns whether a stored tensor belongs to a part, such as an expert, that the model does not have."""
+        if name.startswith("norm.") and not self.model.final_norm:
+            return True
         if match := _EXPERT.fullmatch(name):
             return match[2] not in self.model.experts(int(match[1]))
         if match := _DECOUPLED.fullmatch(name):
@@ -181,7 +187,7 @@ def _check_adaptable(stored: ModelConfig, model: ModelConfig, where: str) -> Non
         raise ConfigError(
             f"{where} holds another model: {differences}. Set the model section to that of the weights (`beit3 "
             "inspect` prints it), or name other weights. Only image_size, max_text_length, num_vision_language_layers, "
-            'inputs and layout (to "decoupled") may differ.'
+            'inputs, final_norm and layout (to "decoupled") may differ.'
         )
 
 
@@ -196,6 +202,8 @@ def _describe_changes(stored: ModelConfig, model: ModelConfig) -> list[str]:
             f"initial values for text positions {stored.max_text_length} to {model.max_text_length - 1}, which the "
             "weights lack"
         )
+    if stored.final_norm and not model.final_norm:
+        changes.append("final norm left out")
     if stored.layout != model.layout:
         changes.append("shared attention and norms copied for vision and language")
     takes_pairs = "pairs" in model.inputs and "pairs" in stored.inputs

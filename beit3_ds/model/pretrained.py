@@ -109,6 +109,34 @@ class PretrainedWeights:
         return tensor if part is None else matrix_part(tensor, part)
 
 
+def check_task(stored: Mapping[str, Any] | None, task: str, where: str, *, needs_head: bool = False) -> None:
+    """Refuses weights whose head belongs to another task.
+
+    A run of any task may start from weights of pretraining, and from weights without a head.
+
+    Args:
+        stored: name and settings of the task of the weights; None if they have no head, or of older versions.
+        task: name of the run's task.
+        where: names the weights, for the message.
+        needs_head: whether the weights must hold the task's head, as for an evaluation.
+
+    Raises:
+        ConfigError: naming both tasks, with a way out.
+    """
+    theirs = "pretraining" if stored is None else stored["name"]
+    if theirs == task or (theirs == "pretraining" and not needs_head):
+        return
+    if needs_head:
+        raise ConfigError(
+            f"{where}: these are weights of the task {theirs}, without the head of {task}. Name weights of a run of "
+            f"{task}, or use a configuration of {theirs}."
+        )
+    raise ConfigError(
+        f"{where}: these are weights of the task {theirs}, but the task of this run is {task}. Name weights of {task} "
+        f"or of pretraining, or write these without their head: `beit3 export WEIGHTS OUT.safetensors --no-heads`."
+    )
+
+
 def weights_metadata(model: ModelConfig, step: int, task: Mapping[str, Any] | None = None) -> dict[str, str]:
     """Returns the header of every file of exported weights.
 
@@ -172,6 +200,12 @@ def check_tensors(where: str, found: Mapping[str, torch.Size], wanted: Mapping[s
             f"{len(unknown)} are unknown{_examples(unknown)}. Export or import the weights again."
         )
     for name, shape in found.items():
+        if shape != wanted.get(name, shape) and name.startswith("heads."):
+            raise ConfigError(
+                f"{where}: {name} has the shape {tuple(shape)}, but the head of this run needs {tuple(wanted[name])}. "
+                f"Give the run the answers or classes of these weights, or write them without their head: `beit3 "
+                f"export {where} OUT.safetensors --no-heads`."
+            )
         if shape != wanted.get(name, shape):
             raise ConfigError(
                 f"{where}: {name} has the shape {tuple(shape)}, but its configuration asks for {tuple(wanted[name])}. "

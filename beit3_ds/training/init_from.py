@@ -1,5 +1,6 @@
 """Starts a run from the weights of another run."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from beit3_ds.checkpoint.engine_state import EngineState
 from beit3_ds.checkpoint.slices import TensorSlice
 from beit3_ds.config import RunConfig
 from beit3_ds.model.adaptation import AdaptedWeights
-from beit3_ds.model.pretrained import PretrainedWeights
+from beit3_ds.model.pretrained import PretrainedWeights, check_task
 from beit3_ds.tasks import build_task
 
 
@@ -24,10 +25,12 @@ class InitialWeights:
             config: the run's configuration; tensors that the weights lack get initial values from its seed.
 
         Raises:
-            ConfigError: if the weights cannot be read or cannot be adapted to the model.
+            ConfigError: if the weights cannot be read, belong to another task, or cannot be adapted to the model.
         """
         where, seed = f"training.init_from={path}", config.training.seed
-        self.weights = AdaptedWeights(PretrainedWeights(path), config.model, where, seed=seed)
+        stored = PretrainedWeights(path)
+        check_task(stored.task, config.task.name, where)
+        self.weights = AdaptedWeights(stored, config.model, where, seed=seed)
         with torch.device("meta"):
             wanted = {name: parameter.shape for name, parameter in build_task(config).build_model().named_parameters()}
         self.absent = self.weights.check(wanted)
@@ -43,7 +46,8 @@ class InitialWeights:
         """Returns one line that says which weights the run starts from."""
         notes = list(self.weights.changes)
         if self.absent:
-            notes.append(f"initial values for {', '.join(self.absent)}")
+            modules = dict.fromkeys(re.sub(r"\.(weight|bias)(_\w+)?$", "", name) for name in self.absent)
+            notes.append(f"initial values for {', '.join(modules)}")
         return "; ".join([f"starts from the weights of {self.weights.path}", *notes])
 
     def _read(self, kind: str, name: str, part: TensorSlice) -> Tensor:

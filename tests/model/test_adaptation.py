@@ -13,7 +13,7 @@ from beit3_ds.config import ConfigError, ModelConfig
 from beit3_ds.model import BEiT3, PretrainedWeights, initial_value
 from beit3_ds.model.adaptation import AdaptedWeights, fill_parameters
 from beit3_ds.tasks.pretraining.model import PretrainingModel
-from tests.batches import decoupled, small_model_config
+from tests.batches import decoupled, random_batch, small_model_config
 from tests.weights.models import assert_features_equal, exported, random_inputs, random_model
 
 SHARED = small_model_config(num_vision_language_layers=0, sub_layernorm=True)
@@ -183,6 +183,23 @@ def test_the_rest_is_refused(wanted: dict[str, Any], message: str, tmp_path: Pat
     with pytest.raises(ConfigError, match=f"x holds another model: {message}.*may differ") as caught:
         AdaptedWeights(PretrainedWeights(path), dataclasses.replace(SHARED, **wanted), "x")
     assert "max_text_length 20" not in str(caught.value)
+
+
+def test_the_final_norm_is_left_out(tmp_path: Path) -> None:
+    """A VQAv2 model has none, but starts from pretrained weights, which have one."""
+    stored, wanted = random_model(SHARED), dataclasses.replace(SHARED, final_norm=False)
+    path = exported(stored, tmp_path / "w")
+    weights = AdaptedWeights(PretrainedWeights(path), wanted, "x")
+    assert weights.changes == ["final norm left out"]
+    model = PretrainingModel(wanted)
+    fill_parameters(model, weights)
+    batch = random_batch(SHARED, 1, 1, 1)
+    hidden = stored.run_layers(batch, layers=range(SHARED.num_pipeline_layers - 1))
+    torch.testing.assert_close(model.run_layers(batch), hidden[batch.head_rows])
+    back = exported(model, tmp_path / "back")
+    again = AdaptedWeights(PretrainedWeights(back), SHARED, "x")
+    with pytest.warns(UserWarning, match=r"no norm\.weight_shared"):
+        fill_parameters(PretrainingModel(SHARED), again)
 
 
 def test_decoupled_does_not_become_shared(tmp_path: Path) -> None:

@@ -74,7 +74,24 @@ def test_engine_holds_adapted_weights(tmp_path: Path) -> None:
     line = InitialWeights(path, setup.config()).describe()
     assert line.startswith(f"starts from the weights of {path}; positions of ")
     assert "initial values for text positions 9 to" in line and "copied from their vision experts" in line
-    assert line.endswith("; initial values for heads.mim.weight, heads.mim.bias")
+    assert line.endswith("; initial values for heads.mim")
+
+
+@pytest.mark.parametrize("task", ["vqa", "retrieval"])
+def test_weights_of_another_task_are_refused(task: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from beit3_ds.training.init_from import InitialWeights
+
+    path, config = tmp_path / "weights.safetensors", FEW[0].config()
+    write_weights(path, FEW[0])
+    InitialWeights(path, config)
+    save_file(load_file(path), path, metadata=weights_metadata(config.model, 5, {"name": task, "num_answers": 3}))
+    with pytest.raises(
+        ConfigError, match=rf"task {task}, but the task of this run is pretraining.*--no-heads"
+    ) as error:
+        InitialWeights(path, config)
+    assert str(path) in str(error.value)
 
 
 def test_other_model_is_refused(tmp_path: Path) -> None:
