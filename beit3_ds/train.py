@@ -31,6 +31,7 @@ from beit3_ds.runtime.startup_watchdog import watched_start
 from beit3_ds.runtime.stop_signals import StopSignals
 from beit3_ds.tasks import RankShare, RankTask, Task, build_task
 from beit3_ds.training.agreement import check_same_files, check_same_sources
+from beit3_ds.training.best_checkpoint import BestCheckpoint, direction_of
 from beit3_ds.training.broken_records import BrokenRecords, records_from
 from beit3_ds.training.engine import build_schedule
 from beit3_ds.training.flops import peak_flops
@@ -97,6 +98,7 @@ def open_inputs(config: RunConfig) -> Inputs:
     check_software(config)
     check_device(config.training)
     check_frozen_patterns(task)
+    direction_of(task)  # refuses a metric that the task does not have
     prepare_output_dir(Path(config.training.output_dir))
     coords = config.parallel.rank_coords(launch.rank, launch.world_size)
     share = _share_of(coords, config.parallel, data_parallel_size)
@@ -172,6 +174,7 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh, signals: StopSignal
         progress=_build_progress(task, schedule, mesh, device),
         stragglers=Stragglers(mesh, schedule.own_work, steps.stopwatch),
         first_step=first_step,
+        best=BestCheckpoint(config.training, is_higher_better=direction_of(task), data=data),
         order=None if dataset is None else dataset.order,
         data=data,
         broken_records=BrokenRecords(config.data.max_broken_records, mesh.data_host, records_from(data)),

@@ -36,7 +36,7 @@ class CheckpointCollection:
 
         Args:
             root: the folder.
-            keep: number of whole checkpoints that are kept.
+            keep: number of whole checkpoints that are kept, beside that of the best evaluation.
         """
         self.root, self._keep = root, keep
         self._damaged: set[Path] = set()
@@ -119,7 +119,7 @@ class CheckpointCollection:
         self.mark_whole(target)  # before pruning counts
         self._write_latest(target.name)
         with contextlib.suppress(OSError):  # the new one is safe; what could not be deleted now is deleted next time
-            self._prune()
+            self._prune(index.best_step)
 
     def discard_temporary(self, step: int) -> None:
         """Deletes the temporary folder of a save that failed."""
@@ -147,13 +147,14 @@ class CheckpointCollection:
             return
         write_whole(latest, f"{name}\n".encode())
 
-    def _prune(self) -> None:
-        """Deletes this program's checkpoints that are older than the oldest kept one."""
+    def _prune(self, best_step: int | None) -> None:
+        """Deletes this program's checkpoints that are older than the oldest kept one, except for the best one."""
         paths = self.paths()
-        whole = [path for path in self._whole_paths() if is_own_checkpoint(path)]
+        best = None if best_step is None else self.path(best_step)
+        whole = [path for path in self._whole_paths() if is_own_checkpoint(path) and path != best]
         if len(whole) > self._keep:
             for path in paths[paths.index(whole[self._keep]) :]:
-                if is_own_checkpoint(path):
+                if path != best and is_own_checkpoint(path):
                     _delete(path)
 
 

@@ -273,6 +273,24 @@ def open_checkpoint(path: Path, kind: str | None = "weights", *, averages: bool 
     raise ConfigError(f"{path} holds no whole checkpoint. Name another one of the run, or its checkpoints' folder.")
 
 
+def best_checkpoint_path(path: Path) -> Path:
+    """Returns the path of a run's best checkpoint (`training.best_metric`), as its newest whole checkpoint names it.
+
+    Args:
+        path: a folder of checkpoints, or `training.output_dir` of a run.
+
+    Raises:
+        ConfigError: if there is no whole checkpoint, or none is known to be the best.
+    """
+    newest = open_checkpoint(path, kind="")
+    best = newest.index.best_step
+    found = None if best is None else newest.path.parent / checkpoint_name(best)
+    if found is None or not (found / INDEX_NAME).is_file():
+        reason = "its run had no training.best_metric" if best is None else f"{found} is not there"
+        raise ConfigError(f"{path} has no best checkpoint: {reason}. Leave out --best, or name a checkpoint.")
+    return found
+
+
 def _find_damage_fast(folder: CheckpointFolder, names: Sequence[str]) -> str | None:
     """Does what `find_damage` does with one thread per core and a progress bar, for a process alone on its machine."""
     with ThreadPoolExecutor(count_cores()) as pool:

@@ -39,6 +39,8 @@ AVERAGE = "average"
 """Moving average of the weight, kept only in a run with `training.ema_decay`."""
 FILE_KINDS = {"weights": (WEIGHT,), "moments": MOMENTS, "averages": (AVERAGE,)}
 """Kinds of values in each of a rank's files."""
+BEST = "best"
+"""Key in `Index.data` of the run's best evaluation, an object with its `step`; that checkpoint is never pruned."""
 BUFFERS = "buffers"
 """Kind of the files that hold persistent buffers."""
 
@@ -83,6 +85,12 @@ class Index:
     checkpoint of an older version."""
     old_names: Mapping[str, str] = field(default_factory=dict)
     """Maps the current name of each renamed tensor to its old name in the checkpoint's files."""
+
+    @property
+    def best_step(self) -> int | None:
+        """Returns the updates done at the run's best evaluation when this checkpoint was saved; None without any."""
+        step = self.data.get(BEST, {}).get("step")
+        return step if isinstance(step, int) else None
 
     def stored_name(self, name: str) -> str:
         """Returns the name of a tensor in the checkpoint's files."""

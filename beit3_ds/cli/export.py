@@ -32,6 +32,11 @@ def add_export_command(subparsers: Subparsers) -> None:
     command.add_argument(
         "--no-heads", action="store_true", help="leave out the head of the task, for a run of another task"
     )
+    command.add_argument(
+        "--best",
+        action="store_true",
+        help="export the best checkpoint of a run with training.best_metric instead of its newest",
+    )
     command.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
 
 
@@ -45,7 +50,7 @@ def _export(options: argparse.Namespace) -> int:
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     limit = parse_byte_count(options.max_shard_size) if options.max_shard_size else None
-    reader, out = open_weights(options.checkpoint, averages=options.ema), Path(options.out)
+    reader, out = open_weights(options.checkpoint, averages=options.ema, best=options.best), Path(options.out)
     if options.no_heads:
         reader = Backbone(reader)
     done = export_weights(

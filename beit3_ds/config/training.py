@@ -102,6 +102,13 @@ class TrainingConfig:
     keep_checkpoints: Positive = 3
     """Complete checkpoints to keep; older ones are deleted once a newer one is complete."""
 
+    best_metric: str | None = None
+    """Metric of the evaluations by which the best checkpoint is chosen: the task's headline, such as `accuracy`, or a
+    term of its loss. An evaluation that is better than all before saves a checkpoint, which `keep_checkpoints` neither
+    counts nor deletes. None keeps the newest checkpoints only."""
+    early_stop_evaluations: Positive | None = None
+    """Evaluations in a row without a better `best_metric` after which the run ends as finished, with its report. None
+    trains all `total_steps`."""
     max_skipped_steps: Positive = 5
     """Consecutive steps skipped for a NaN or infinite loss or gradient after which the run stops, with a checkpoint. A
     single one comes from a sample or a device; this many with other samples mean that training has diverged."""
@@ -112,6 +119,11 @@ class TrainingConfig:
         return 1024 if self.eval_samples is None else self.eval_samples
 
     def __post_init__(self) -> None:
+        if self.early_stop_evaluations is not None and self.best_metric is None:
+            raise ConfigError(
+                f"training: early_stop_evaluations={self.early_stop_evaluations} needs best_metric, which has to "
+                "improve. Name it, or leave early_stop_evaluations out."
+            )
         if self.warmup_steps > self.total_steps:
             raise ConfigError(
                 f"training: warmup_steps={self.warmup_steps} exceeds total_steps={self.total_steps}, so the learning "

@@ -10,6 +10,7 @@ from beit3_ds.config.deepspeed_keys import unused_keys
 from beit3_ds.model.parameter_groups import check_frozen, parameter_group
 from beit3_ds.planner import NodeSize, check_node, describe_host, describe_precision, describe_stages, host_requirements
 from beit3_ds.tasks import build_task
+from beit3_ds.training.best_checkpoint import direction_of
 from beit3_ds.training.start_checks import check_output_dir, check_software
 
 _RANKS_PER_NODE = 8  # GPUs of a typical node
@@ -42,6 +43,7 @@ def describe_dry_run(
     data_parallel_size = check_layout(config, world_size)
     check_software(config)
     check_output_dir(Path(config.training.output_dir))
+    direction_of(build_task(config))
     shares = config.step_shares(data_parallel_size)
     with torch.device("meta"):
         model = build_task(config).build_model()

@@ -26,6 +26,7 @@ from beit3_ds.runtime.distributed_stop_signals import DistributedStopSignals
 from beit3_ds.runtime.stop_signals import StopSignals
 from beit3_ds.storage_error import StorageError
 from beit3_ds.tasks import RankTask, Term
+from beit3_ds.training.best_checkpoint import BestCheckpoint
 from beit3_ds.training.broken_records import BROKEN_RECORDS, BrokenRecords, StepCounts, format_new_records
 from beit3_ds.training.csv_monitor import continue_csv_files
 from beit3_ds.training.engine import apply_update
@@ -67,6 +68,8 @@ class Run:
     """Number of updates done before this process started."""
     broken_records: BrokenRecords
     """Broken records found by this run, including those found before it was resumed."""
+    best: BestCheckpoint
+    """The best evaluation of this run, including those before it was resumed."""
     order: RunOrder | None
     """Order of the samples; None on ranks that receive their samples from others."""
     data: Mapping[str, Any]
@@ -192,6 +195,9 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: DistributedStopSignals) -
     has_unsaved_update = False  # whether an update was done since the last save or resume
     feed = StepFeed(steps, run.mesh.activity, done)
     feed.attempt(run.read_validation)
+    if run.best.is_exhausted:
+        _say(run, f"{_early_stop(run)}; nothing is left to train")
+        return _finish(run, feed, stop, done)
     if not stop.synchronize(feed.error) and done < config.total_steps:
         run.rank_task.before_step(run, done)
         if done == 0:
@@ -227,13 +233,22 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: DistributedStopSignals) -
             _report(run, done, skipped, spikes)
         if skipped.are_too_many:
             _end_diverged(run, done, skipped, must_save=has_unsaved_update)
+        is_best = False
         if (done % config.eval_interval == 0 or is_last) and not stop.must_stop:
-            _evaluate_and_record(run, done, is_last=is_last)
+            is_best = _evaluate_and_record(run, done, is_last=is_last or run.best.may_be_exhausted_next)
         _report_saves(run)  # before the save: the outcome of the last save is read after the loop
-        if done % config.save_interval == 0 or is_last or stop.must_stop:
+        if done % config.save_interval == 0 or is_last or stop.must_stop or is_best or run.best.is_exhausted:
             run.store.save(run.state, done, _data_state(run, done))
             has_unsaved_update = False
+        if run.best.is_exhausted:
+            _say(run, _early_stop(run))
+            break
     return _finish(run, feed, stop, done)
+
+
+def _early_stop(run: Run) -> str:
+    number = run.config.training.early_stop_evaluations
+    return f"stops early: the last {number} evaluations are not better than {run.best.describe()}"
 
 
 def _finish(run: Run, feed: StepFeed, stop: DistributedStopSignals, done: int) -> bool:
@@ -254,7 +269,7 @@ def _finish(run: Run, feed: StepFeed, stop: DistributedStopSignals, done: int) -
     if stop.data_fault is not None:
         _say(run, f"a rank got no data for step {done + 1}; the same command resumes from step {done}")
         feed.raise_error(is_storage=stop.data_fault == "storage")
-    is_finished = done == run.config.training.total_steps
+    is_finished = done == run.config.training.total_steps or run.best.is_exhausted
     if not is_finished:
         _say(run, f"stopped after step {done} on {stop.names}; the same command resumes from there")
     return is_finished
@@ -263,7 +278,7 @@ def _finish(run: Run, feed: StepFeed, stop: DistributedStopSignals, done: int) -
 def _data_state(run: Run, done: int) -> dict[str, Any]:
     """Returns the data state of a checkpoint after `done` steps (`Index.data`); only the main rank needs it."""
     positions = {} if run.order is None else {POSITIONS: run.order.state_after(done)}
-    return positions | {BROKEN_RECORDS: run.broken_records.state()}
+    return positions | {BROKEN_RECORDS: run.broken_records.state()} | run.best.state()
 
 
 def _report_skip(run: Run, skipped: SkippedSteps, step_batch: StepBatch, update: Update) -> None:
@@ -331,19 +346,28 @@ def _report(run: Run, done: int, skipped: SkippedSteps, spikes: LossSpikes) -> N
     _say(run, "\n".join([format_line(record, run.config.training.total_steps, run.terms), *lines]))
 
 
-def _evaluate_and_record(run: Run, done: int, *, is_last: bool = False) -> None:
-    """Evaluates terms and metrics, with result files after the last step; a stop signal abandons the evaluation."""
+def _evaluate_and_record(run: Run, done: int, *, is_last: bool = False) -> bool:
+    """Evaluates terms and metrics, with result files after the last step; a stop signal abandons the evaluation.
+
+    Returns:
+        Whether the evaluation is better than all before (`training.best_metric`). That of the initial weights is not
+        compared.
+    """
     names = run.config.data.validation_source_names()
     folder = Path(run.config.training.output_dir) / VALIDATION_FOLDER if is_last else None
-    try:
-        with run.state.averaged_weights():
-            means = evaluate(run.schedule, run.validation, run.prepare, run.terms, run.mesh, run.device, names)
+    with run.state.averaged_weights():
+        means = evaluate(run.schedule, run.validation, run.prepare, run.terms, run.mesh, run.device, names)
+        try:
             means |= evaluate_split(run.rank_task, run, "validation", folder)
-    except StopRequestedError:
-        return
+        except StopRequestedError:
+            return False
     record = {"step": done, "kind": "validation", **means}
     _record(run, record)
     _say(run, format_evaluation(record, run.terms))
+    is_best = done > 0 and run.best.add(done, means)
+    if is_best:
+        _say(run, f"the best evaluation so far: {run.best.describe()}")
+    return is_best
 
 
 def _record(run: Run, record: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ def write_report(run: Run) -> None:
     draw = functools.partial(plot_losses, records, baselines, run.terms)
     plot = try_to_write(folder / "losses.png", draw, _say)
     summary = _summarize(run, records, baselines) | results | pages | {"checkpoint": str(run.store.newest_path())}
+    summary |= {"best": run.best.describe()} if run.best.step is not None else {}
     summary |= {"plot": str(folder / "losses.png")} if plot else {}
     summary["metrics"] = str(run.metrics_log.path)
     scored = folder / VALIDATION_FOLDER
@@ -76,7 +77,8 @@ def _summarize(run: Run, records: list[dict[str, Any]], baselines: dict[str, flo
         first = next(record[key] for record in validation if key in record)  # the validation files may have changed
         rows[key] = {"first": first, "last": validation[-1][key]}
         rows[key] |= {"unigram_entropy": baselines[key]} if key in baselines else {}
-    return {"steps": run.config.training.total_steps, "validation": rows}
+    steps = validation[-1]["step"] if run.best.is_exhausted else run.config.training.total_steps
+    return {"steps": steps, "validation": rows}
 
 
 def _write_json(content: dict[str, Any], path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from beit3_ds.checkpoint.folder import is_checkpoint, open_checkpoint
+from beit3_ds.checkpoint.folder import best_checkpoint_path, is_checkpoint, open_checkpoint
 from beit3_ds.checkpoint.slices import TensorSlice
 from beit3_ds.config import ConfigError, ModelConfig
 from beit3_ds.model.pretrained import PretrainedWeights, is_pretrained_file
@@ -78,22 +78,25 @@ class Backbone:
         return list(self._names)
 
 
-def open_weights(path: str | Path, *, averages: bool = False) -> WeightReader:
+def open_weights(path: str | Path, *, averages: bool = False, best: bool = False) -> WeightReader:
     """Opens a checkpoint, a run's newest checkpoint, exported weights, or a released file.
 
     Args:
         path: the file or folder.
         averages: whether to read the moving averages of a checkpoint (`training.ema_decay`) instead of its weights.
+        best: whether to open the best checkpoint of a run (`training.best_metric`) instead of the newest.
 
     Raises:
-        ConfigError: if there is none of these, or the checkpoint is incomplete or changed, or averages are wanted of
-            something that has none.
+        ConfigError: if there is none of these, or the checkpoint is incomplete or changed, or averages or the best
+            checkpoint are wanted of something that has none.
     """
     path = Path(path)
     if is_checkpoint(path):
-        return open_checkpoint(path, averages=averages)
-    if averages:
-        raise ConfigError(f"{path} is no checkpoint, so it has no moving average of the weights. Leave out --ema.")
+        return open_checkpoint(best_checkpoint_path(path) if best else path, averages=averages)
+    if averages or best:
+        raise ConfigError(
+            f"{path} is no checkpoint, so it has neither averages nor a best one. Leave out --ema, --best."
+        )
     if path.is_file() and not is_pretrained_file(path):
         return open_for_import(path)
     return PretrainedWeights(path)

@@ -12,7 +12,9 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from beit3_ds.checkpoint.folder import checkpoint_name, checkpoint_paths, open_checkpoint
+from beit3_ds.checkpoint.folder import best_checkpoint_path, checkpoint_name, checkpoint_paths, open_checkpoint
+from beit3_ds.checkpoint.index import BEST
+from beit3_ds.config import ConfigError
 from tests.checkpoint.small_state import SmallRun, check_holds
 
 KINDS = ("copy", "half-written", "empty folder", "file", "link to a checkpoint", "link to nothing", "notes inside")
@@ -149,3 +151,19 @@ def test_the_search_sorts_by_number(tmp_path: Path) -> None:
     assert SmallRun(root, keep=5).save(99_999_999, 100_000_000) == [None, None]
     assert SmallRun(root).resume() == 100_000_000
     assert open_checkpoint(root).step == 100_000_000
+
+
+@pytest.mark.usefixtures("lone_rank")
+def test_pruning_keeps_the_best_checkpoint(tmp_path: Path) -> None:
+    run = SmallRun(tmp_path, keep=2)
+    for step in range(1, 7):
+        run.store.save(run.state.train_to(step), step, {BEST: {"step": 2 if step < 6 else 6}})
+        run.store.finish()
+        if step == 5:
+            assert sorted(path.name[-1] for path in tmp_path.glob("step-*")) == ["2", "4", "5"]
+            assert best_checkpoint_path(tmp_path).name == "step-00000002"
+    assert sorted(path.name[-1] for path in tmp_path.glob("step-*")) == ["4", "5", "6"]  # two newest and the best one
+    (tmp_path / "other").mkdir()
+    assert SmallRun(tmp_path / "other").save(1) == [None]
+    with pytest.raises(ConfigError, match=r"had no training\.best_metric"):
+        best_checkpoint_path(tmp_path / "other")
