@@ -17,6 +17,7 @@ from beit3_ds.batch import PackedBatch
 from beit3_ds.layout import PickedRows
 from beit3_ds.model import PretrainedWeights, TaskModel
 from beit3_ds.model.features import pack_inputs
+from beit3_ds.tasks.captioning.head import TARGET_IDS, sum_best_tokens
 from beit3_ds.tasks.imagenet.head import patch_rows
 from beit3_ds.tasks.nlvr2.head import LABELS
 from beit3_ds.tasks.vqa.head import ANSWER_SCORES
@@ -117,3 +118,22 @@ def test_imagenet_linear(load: Any) -> None:
     golden, model = load("imagenet_linear")
     batch = pack_inputs(model.config, golden.inputs["image"], None, None, CPU)
     assert_close(model(reading(batch, patch_rows(batch.layout)), None), golden.outputs["logits"])
+
+
+@torch.no_grad()
+def test_captioning(load: Any) -> None:
+    golden, model = load("captioning")
+    inputs = golden.inputs
+    real = inputs["padding"] == 0
+    texts = [ids[kept] for ids, kept in zip(inputs["masked_ids"], real, strict=True)]
+    batch = dataclasses.replace(pack_golden(model, inputs["image"], texts), causal_captions=True)
+    positions = inputs["masked"][real].nonzero().flatten()
+    picked = PickedRows(batch.boundaries[1] + positions, (0, 0, len(positions), 0))
+    batch = reading(batch, picked, **{TARGET_IDS: inputs["ids"][real][positions]})
+    logits = model(batch, None)
+    assert_close(logits, golden.outputs["logits"])
+
+    model.heads.mlm.label_smoothing = 0.1
+    assert_close(model(batch, torch.tensor([1 / 7, 0.0])).total, golden.outputs["loss"])
+    model.heads.compares_tokens = True
+    assert_close(sum_best_tokens(model(batch, torch.ones(2)), 0.2)[0] / 7, golden.outputs["loss_drop_worst"])

@@ -9,11 +9,15 @@ from torch import Tensor
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ModelConfig
-from beit3_ds.model import Head
+from beit3_ds.model import Head, StepFeatures
 from beit3_ds.parallel import TensorParallel, VocabParallelHead
 
 TARGET_IDS = "target_ids"
 """Key of the original ids at the masked tokens, (M,) int64."""
+TOKEN_LOSSES = "loss"
+"""Name of the losses of tokens in `StepFeatures.rows`, (M,) float32."""
+CORRECT = "correct"
+"""Name of the numbers of right predictions of tokens in `StepFeatures.rows`, 0 or 1, (M,) int64."""
 
 
 class CaptionHead(Head):
@@ -23,7 +27,12 @@ class CaptionHead(Head):
     """
 
     def __init__(
-        self, config: ModelConfig, tensor: TensorParallel | None = None, *, label_smoothing: float = 0.0
+        self,
+        config: ModelConfig,
+        tensor: TensorParallel | None = None,
+        *,
+        label_smoothing: float = 0.0,
+        compares_tokens: bool = False,
     ) -> None:
         """Builds the head with uninitialised parameters.
 
@@ -31,8 +40,11 @@ class CaptionHead(Head):
             config: the model's sizes.
             tensor: the tensor-parallel group; None is a group of this process alone.
             label_smoothing: probability that the labels give to all words but the right one together.
+            compares_tokens: whether the loss compares the tokens of a step, as `sum_best_tokens` does. The head then
+                returns the losses of single tokens.
         """
         super().__init__()
+        self.compares_tokens = compares_tokens
         self.mlm = VocabParallelHead(
             config.hidden_size,
             config.text_vocab_size,
@@ -58,9 +70,29 @@ class CaptionHead(Head):
             with_loss: whether to return the sums.
 
         Returns:
-            The sums over tokens, or the logits, (M, V).
+            The sums over tokens, or `StepFeatures` with `TOKEN_LOSSES` and `CORRECT` if the loss compares tokens, or
+            the logits, (M, V).
         """
         if not with_loss:
             return self.mlm.logits(h_MD)
         losses = self.mlm(h_MD, batch.targets[TARGET_IDS])
+        if self.compares_tokens:
+            return StepFeatures({TOKEN_LOSSES: losses.loss, CORRECT: losses.correct.long()}, {})
         return torch.stack([losses.loss.sum(), losses.correct.sum().float()])
+
+
+def sum_best_tokens(features: StepFeatures, dropped_share: float) -> Tensor:
+    """Returns the sums of both terms over a step without the tokens of the largest losses, (2,) float32.
+
+    The reference drops the worst tokens late in training, because some captions do not fit their image. It compares
+    the tokens of one rank's batch; this compares those of the whole step, so no layout changes the loss.
+
+    Args:
+        features: losses of all tokens of a step.
+        dropped_share: share of the tokens to drop. The loss of the others is scaled, so that dividing it by the number
+            of all tokens gives their mean.
+    """
+    losses_M = features.rows[TOKEN_LOSSES]
+    num_kept = int(len(losses_M) * (1 - dropped_share))
+    kept = losses_M.sort().values[:num_kept].sum() * (len(losses_M) / max(1, num_kept))
+    return torch.stack([kept, features.rows[CORRECT].sum().float()])

@@ -7,8 +7,8 @@ import torch
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.kernels.ops.label_smoothing import smoothed_cross_entropy_reference
-from beit3_ds.model import initialize_parameters
-from beit3_ds.tasks.captioning.head import TARGET_IDS, CaptionHead
+from beit3_ds.model import StepFeatures, initialize_parameters
+from beit3_ds.tasks.captioning.head import TARGET_IDS, CaptionHead, sum_best_tokens
 from tests.batches import random_batch, small_model_config
 
 CONFIG = small_model_config()
@@ -35,6 +35,16 @@ def test_sums_over_tokens(smoothing: float) -> None:
     expected = smoothed_cross_entropy_reference(h_MD, head.mlm.weight, head.mlm.bias, ids, smoothing)
     torch.testing.assert_close(loss, expected.sum())
     assert correct == 4
+
+
+def test_the_worst_tokens_are_dropped() -> None:
+    losses = torch.tensor([3.0, 1.0, 9.0, 2.0, 4.0], requires_grad=True)
+    sums = sum_best_tokens(StepFeatures({"loss": losses, "correct": torch.tensor([0, 1, 0, 1, 0])}, {}), 0.2)
+    assert (sums / 5).tolist() == pytest.approx([2.5, 0.4])  # the mean of the four best
+    sums[0].backward()
+    assert losses.grad.tolist() == pytest.approx([5 / 4, 5 / 4, 0, 5 / 4, 5 / 4])
+    nothing = StepFeatures({"loss": torch.empty(0), "correct": torch.empty(0, dtype=torch.int64)}, {})
+    assert sum_best_tokens(nothing, 0.2).tolist() == [0, 0]
 
 
 def test_no_tokens_give_zeros() -> None:
