@@ -43,7 +43,7 @@ TABLE: dict[Call, Row] = {
     **rows("beit3_ds/parallel/mesh.py", DEVICES, "data", sum_over_all="dist.all_reduce"),
     **rows("beit3_ds/parallel/mesh.py", DEVICES, "replicated", sum_over_model="dist.all_reduce"),
     **rows("beit3_ds/parallel/mesh.py", DEVICES, BY_READING, sum_over_data="dist.all_reduce"),
-    **rows("beit3_ds/parallel/mesh.py", DEVICES, BY_READING, gather_rows_over_data="dist.all_gather_into_tensor"),
+    **rows("beit3_ds/parallel/mesh.py", DEVICES, "retrieval", gather_rows_over_data="dist.all_gather_into_tensor"),
     **rows(
         "beit3_ds/parallel/mesh.py",
         HOST,
@@ -111,8 +111,8 @@ TABLE: dict[Call, Row] = {
         before_backward="self._pipeline.receive",
         after_backward="self._pipeline.send",
     ),
-    **rows("beit3_ds/pipeline/coupled_step.py", HOST, BY_READING, gather_features="mesh.data_host.gather"),
-    **rows("beit3_ds/pipeline/coupled_step.py", DEVICES, BY_READING, gather_features="mesh.gather_rows_over_data"),
+    **rows("beit3_ds/pipeline/coupled_step.py", HOST, "retrieval", gather_features="mesh.data_host.gather"),
+    **rows("beit3_ds/pipeline/coupled_step.py", DEVICES, "retrieval", gather_features="mesh.gather_rows_over_data"),
     **rows("beit3_ds/pipeline/tied.py", DEVICES, "tied", synchronize="deepspeed.zero.GatheredParameters"),
     # Training.
     **rows(
@@ -134,6 +134,10 @@ TABLE: dict[Call, Row] = {
     **rows("beit3_ds/tasks/pretraining/baselines.py", HOST, "data", unigram_entropies="mesh.data_host.sum"),
     **rows("beit3_ds/training/evaluation.py", HOST, "pipeline", _sum_over_ranks="mesh.pipeline.host.broadcast"),
     **rows("beit3_ds/tasks/pretraining/baselines.py", HOST, "pipeline", unigram_entropies="mesh.pipeline.host.sum"),
+    **rows("beit3_ds/training/evaluation.py", HOST, "retrieval", evaluate_split="evaluator.mesh.host.broadcast"),
+    **rows("beit3_ds/training/split_batches.py", HOST, "retrieval", iterate_together="mesh.host.sum"),
+    **rows("beit3_ds/training/split_batches.py", HOST, BY_READING, iterate_together="mesh.host.gather"),
+    **rows("beit3_ds/tasks/results.py", HOST, "retrieval", gather="mesh.host.collect"),
     **rows("beit3_ds/training/report.py", HOST, "pipeline", write_report="run.mesh.pipeline.host.broadcast"),
     # Checkpoints.
     **rows(
@@ -263,6 +267,15 @@ RUNS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         {"parallel": {"pipeline_parallel_size": 2}, "model": {"tie_word_embeddings": True}},
     ),
     "replicated": (4, {"stage": 0}, {"parallel": {"tensor_parallel_size": 2}}),
+    "retrieval": (
+        2,
+        {"stage": 3},
+        {
+            "task": {"name": "retrieval"},
+            "model": {"inputs": ["images", "texts"]},
+            "data": {"images": {"samples_per_step": 0}, "texts": {"samples_per_step": 0}},
+        },
+    ),
     "offload": (2, {"stage": 3, "offload_optimizer": {"device": "cpu"}}, {}),
     "offload in stage 2": (2, {"stage": 2, "offload_optimizer": {"device": "cpu"}}, {}),
 }

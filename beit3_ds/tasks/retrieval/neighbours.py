@@ -1,0 +1,30 @@
+"""Finds the candidates that score highest for each query, in blocks."""
+
+# Q queries, N candidates, D features, K candidates per query.
+
+import torch
+from torch import Tensor
+
+_BLOCK_ELEMENTS = 1 << 24
+
+
+def best_candidates(query_QD: Tensor, candidate_ND: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Returns the candidates with the highest scores of each query, best first, with their scores.
+
+    Scores are computed for a block of queries at a time, in float32, with at most 2^24 scores.
+
+    Args:
+        query_QD: features of all queries, of length one, (Q, D).
+        candidate_ND: features of all candidates, of length one, (N, D).
+        count: candidates per query; K is at most N.
+
+    Returns:
+        Numbers of candidates, (Q, K) int64, and their scores, (Q, K) float32, on the CPU.
+    """
+    candidate_DN = candidate_ND.float().t()
+    kept = min(count, len(candidate_ND))
+    rows = max(1, _BLOCK_ELEMENTS // max(1, len(candidate_ND)))
+    found = [(block.float() @ candidate_DN).topk(kept, dim=1) for block in query_QD.split(rows)]
+    if not found:
+        return torch.empty(0, kept, dtype=torch.int64), torch.empty(0, kept)
+    return torch.cat([best.indices for best in found]).cpu(), torch.cat([best.values for best in found]).cpu()

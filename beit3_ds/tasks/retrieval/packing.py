@@ -1,0 +1,68 @@
+"""Packs images and captions into one stream, [images | texts], which are encoded apart."""
+
+# Q sequences, L layers, I images, X texts, N patches per image.
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.config import ModelConfig
+from beit3_ds.data.packing import pack_inputs, stack_views
+from beit3_ds.tasks.retrieval.contrastive import IMAGE_IDS, TEXT_IDS
+from beit3_ds.tasks.retrieval.samples import RetrievalSample
+
+IMAGE_NUMBERS = "image_number"
+"""Name of the numbers of images in their stream, (I,) int64, in targets and features."""
+TEXT_NUMBERS = "text_number"
+"""Name of the numbers of captions, (X,) int64: image number x `MOST_CAPTIONS` + number of the caption in its image."""
+MOST_CAPTIONS = 1 << 20
+"""Limit of the captions of one image."""
+NUM_TERMS = 4
+"""Terms of the task; each has one count per image."""
+
+_IMAGES, _TEXTS = 0, 3  # in `layout.PARTS`
+
+
+def pack(
+    samples: Sequence[RetrievalSample],
+    drop_path: Tensor | None,
+    sources: Mapping[str, int],
+    model: ModelConfig,
+    embeds: bool,
+) -> PackedBatch:
+    """Packs the images of all samples, then their captions.
+
+    Args:
+        samples: any number of samples; in training each has one caption.
+        drop_path: factors of stochastic depth, (2 I, L, 2), the image and the caption of each sample in turn; or None.
+        sources: value of `PackedBatch.sources`.
+        model: sizes of images.
+        embeds: whether the batch keeps the pixels.
+    """
+    batch = pack_inputs(
+        num_images=len(samples),
+        pixels=stack_views([sample.view for sample in samples], model.image_size) if embeds else None,
+        num_patches=model.num_patches,
+        texts=[text for sample in samples for text in sample.texts],
+        drop_path=None if drop_path is None else torch.cat([drop_path[0::2], drop_path[1::2]]),
+        sample_names=[s.name for s in samples] + [s.name for s in samples for _ in s.texts],
+        sources=sources,
+    )
+    numbers = [sample.number * MOST_CAPTIONS + place for sample in samples for place in range(len(sample.texts))]
+    targets = {
+        IMAGE_IDS: [sample.image_id for sample in samples],
+        TEXT_IDS: [text_id for sample in samples for text_id in sample.text_ids],
+        IMAGE_NUMBERS: [sample.number for sample in samples],
+        TEXT_NUMBERS: numbers,
+    }
+    picked = batch.layout.first_rows(_IMAGES, _TEXTS)
+    return dataclasses.replace(
+        batch,
+        head_rows=picked.rows,
+        head_row_counts=picked.counts,
+        term_counts=(len(samples),) * NUM_TERMS,
+        targets={name: torch.tensor(values, dtype=torch.int64) for name, values in targets.items()},
+    )

@@ -1,0 +1,161 @@
+"""Scores a split, and writes what was retrieved as JSON and as a page for people."""
+
+# I images, X captions, D features, K candidates per query.
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from beit3_ds.atomic_file import atomic_write
+from beit3_ds.data.files.records import BrokenRecordError
+from beit3_ds.data.samples import Stream
+from beit3_ds.tasks.result_page import ShownSample, choose_shown, write_result_page
+from beit3_ds.tasks.retrieval.neighbours import best_candidates
+from beit3_ds.tasks.retrieval.packing import MOST_CAPTIONS
+from beit3_ds.tasks.retrieval.recall import match_ranks, recall
+from beit3_ds.tasks.retrieval.samples import RetrievalSamples
+
+NUM_LISTED = 10
+"""Candidates per query in the results file."""
+_NUM_SHOWN = 5  # candidates per query on the page
+_NOTE = (
+    "Rank 1 is the best score. A tie counts against the right candidate. Each image has its captions, and each caption "
+    "its image, among all of the split."
+)
+
+
+class Retrieved:
+    """Holds the features of all images and captions of a split, and what follows from them."""
+
+    def __init__(
+        self, image_numbers: Tensor, image_ID: Tensor, text_numbers: Tensor, text_XD: Tensor, device: torch.device
+    ) -> None:
+        """Ranks the right candidates of all queries in both directions, on `device`.
+
+        Args:
+            image_numbers: numbers of images in their stream, ascending, (I,) int64.
+            image_ID: features of images, (I, D).
+            text_numbers: numbers of captions (`packing.TEXT_NUMBERS`), ascending, (X,) int64.
+            text_XD: features of captions, (X, D).
+            device: device of the scores.
+        """
+        self.image_numbers, self.text_numbers = image_numbers, text_numbers
+        self._image_ID, self._text_XD = image_ID.to(device), text_XD.to(device)
+        owner_X = torch.searchsorted(image_numbers, text_numbers // MOST_CAPTIONS)
+        self.image_of_text: list[int] = owner_X.tolist()
+        self.texts_of_image: list[list[int]] = [[] for _ in range(len(image_numbers))]
+        for text, image in enumerate(self.image_of_text):
+            self.texts_of_image[image].append(text)
+        self.text_ranks = match_ranks(self._image_ID, self._text_XD, self.texts_of_image)
+        self.image_ranks = match_ranks(self._text_XD, self._image_ID, [[image] for image in self.image_of_text])
+
+    def metrics(self) -> dict[str, float]:
+        """Returns recall of captions for images, of images for captions, and the mean of all six."""
+        found = recall(self.text_ranks, "text_recall") | recall(self.image_ranks, "image_recall")
+        return found | {"mean_recall": sum(found.values()) / len(found)}
+
+    def best_texts(self) -> tuple[Tensor, Tensor]:
+        """Returns the best captions of each image and their scores, (I, K)."""
+        return best_candidates(self._image_ID, self._text_XD, NUM_LISTED)
+
+    def best_images(self) -> tuple[Tensor, Tensor]:
+        """Returns the best images of each caption and their scores, (X, K)."""
+        return best_candidates(self._text_XD, self._image_ID, NUM_LISTED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultFiles:
+    """Writes the results of a split, with the names and captions that its stream has."""
+
+    stream: Stream
+    """The samples of the split."""
+    retrieved: Retrieved
+    """What was found."""
+
+    def write(self, folder: Path, metrics: Mapping[str, float], num_shown: int) -> None:
+        """Writes retrieval.json and retrieval.html.
+
+        Args:
+            folder: folder of both files.
+            metrics: metrics of the split.
+            num_shown: images and captions each that the page shows.
+        """
+        texts, text_scores = self.retrieved.best_texts()
+        images, image_scores = self.retrieved.best_images()
+        content = {
+            "metrics": dict(metrics),
+            "images": list(self._image_entries(texts.tolist(), text_scores.tolist())),
+            "captions": list(self._text_entries(images.tolist(), image_scores.tolist())),
+        }
+        with atomic_write(folder / "retrieval.json") as file:
+            file.write(json.dumps(content, ensure_ascii=False, indent=1).encode())
+        shown = [*self._shown_images(texts, num_shown), *self._shown_texts(images, num_shown)]
+        write_result_page(folder / "retrieval.html", "Images and captions that find each other", metrics, shown, _NOTE)
+
+    def _image_entries(self, texts: Sequence[Sequence[int]], scores: Sequence[Sequence[float]]) -> Iterator[Any]:
+        for image, rank in enumerate(self.retrieved.text_ranks.tolist()):
+            right = set(self.retrieved.texts_of_image[image])
+            found = [
+                {"caption": self._caption(text), "score": round(score, 6), "is_right": text in right}
+                for text, score in zip(texts[image], scores[image], strict=True)
+            ]
+            yield {"image": self._identifier(image), "rank": rank + 1, "found": found}
+
+    def _text_entries(self, images: Sequence[Sequence[int]], scores: Sequence[Sequence[float]]) -> Iterator[Any]:
+        for text, rank in enumerate(self.retrieved.image_ranks.tolist()):
+            right = self.retrieved.image_of_text[text]
+            found = [
+                {"image": self._identifier(image), "score": round(score, 6), "is_right": image == right}
+                for image, score in zip(images[text], scores[text], strict=True)
+            ]
+            caption = {"caption": self._caption(text), "image": self._identifier(right)}
+            yield {**caption, "rank": rank + 1, "found": found}
+
+    def _shown_images(self, texts: Tensor, count: int) -> Iterator[ShownSample]:
+        ranks = self.retrieved.text_ranks.tolist()
+        for image in choose_shown([rank == 0 for rank in ranks], count):
+            own = self.retrieved.texts_of_image[image]
+            lines = {"people": " / ".join(map(self._caption, own)), "rank": str(ranks[image] + 1)}
+            for place, text in enumerate(texts[image, :_NUM_SHOWN].tolist()):
+                lines[f"model {place + 1}"] = self._caption(text) + (" (right)" if text in own else "")
+            title = f"Captions for {self._identifier(image)}"
+            yield ShownSample(images=[self._image(image)], title=title, lines=lines, is_right=ranks[image] == 0)
+
+    def _shown_texts(self, images: Tensor, count: int) -> Iterator[ShownSample]:
+        ranks = self.retrieved.image_ranks.tolist()
+        for text in choose_shown([rank == 0 for rank in ranks], count):
+            found = images[text, :_NUM_SHOWN].tolist()
+            right = self.retrieved.image_of_text[text]
+            place = f"number {found.index(right) + 1} from the left" if right in found else "not shown"
+            lines = {"right image": f"{self._identifier(right)}, {place}", "rank": str(ranks[text] + 1)}
+            yield ShownSample(
+                images=[self._image(image) for image in found],
+                title=f"Images for: {self._caption(text)}",
+                lines=lines,
+                is_right=ranks[text] == 0,
+            )
+
+    def _locate(self, image: int) -> tuple[RetrievalSamples, int]:
+        samples, index = self.stream.sources.locate(int(self.retrieved.image_numbers[image]))
+        assert isinstance(samples, RetrievalSamples), "the stream of pairs has other samples"
+        return samples, index
+
+    def _identifier(self, image: int) -> int | str:
+        samples, index = self._locate(image)
+        return samples.identifier(index)
+
+    def _caption(self, text: int) -> str:
+        samples, index = self._locate(self.retrieved.image_of_text[text])
+        return samples.captions(index)[int(self.retrieved.text_numbers[text]) % MOST_CAPTIONS]
+
+    def _image(self, image: int) -> Any:
+        samples, index = self._locate(image)
+        try:
+            return samples.source.image(index)
+        except BrokenRecordError as error:
+            raise AssertionError("the image was read in this evaluation") from error

@@ -1,0 +1,196 @@
+"""Reads images with captions: one drawn caption in training, all of them in an evaluation."""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from beit3_ds.config import DataConfig, RunConfig, SourceConfig
+from beit3_ds.data.files.descriptors import OpenFiles
+from beit3_ds.data.files.fingerprint import SourceFile
+from beit3_ds.data.files.records import BrokenRecordError, Skipped
+from beit3_ds.data.images.annotated import AnnotatedImages
+from beit3_ds.data.images.caption_files import CaptionFormat, read_captions
+from beit3_ds.data.images.captioned import EachImage
+from beit3_ds.data.images.one_view import ImageTransform, ResizedView, build_train_view
+from beit3_ds.data.images.source import ImageSource
+from beit3_ds.data.randomness import sample_rng
+from beit3_ds.data.samples import SampleKey, Split, Stream
+from beit3_ds.data.sources import ConcatSources, check_no_file_twice, open_images
+from beit3_ds.tokenizers.text import TextTokenizer
+
+CAPTION_FORMATS: tuple[str, ...] = get_args(CaptionFormat)
+"""Formats whose samples are images with several captions each."""
+
+_SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RetrievalSample:
+    """Holds an image and its captions."""
+
+    name: str
+    """File and name of the sample, for messages."""
+    number: int
+    """Number of the sample in its stream."""
+    view: Tensor
+    """View of the image, (3, s, s) float32 in [-1, 1]."""
+    texts: tuple[NDArray[np.int64], ...]
+    """Ids of each caption, BOS and EOS included."""
+    image_id: int
+    """Number that is equal for equal images, by their path or name."""
+    text_ids: tuple[int, ...]
+    """Number per caption that is equal for equal captions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalSamples:
+    """Prepares the images of one source with their captions."""
+
+    is_last_open: ClassVar[bool] = False
+
+    source: ImageSource
+    """Images, each with one caption, or with several if it is an `EachImage`."""
+    view: ImageTransform
+    """Makes the view of an image."""
+    unflipped_view: ImageTransform
+    """Makes the view of an image whose caption names a side, which a flip would make wrong."""
+    tokenizer: TextTokenizer
+    """Converts captions to ids."""
+    length: int
+    """Largest number of tokens of a caption, BOS and EOS included; further tokens are cut off."""
+    draws_caption: bool
+    """Whether a sample has one of its captions, drawn by the epoch, or all of them."""
+
+    def __len__(self) -> int:
+        """Returns the number of images in the source, broken ones included."""
+        return len(self.source)
+
+    def files(self) -> Iterable[SourceFile]:
+        """Returns the files of the source."""
+        return self.source.files()
+
+    def identity(self, index: int) -> bytes:
+        """Returns the name of a sample in its file or folder as bytes (`prefix_digest.IdentifiedSamples`)."""
+        return os.path.basename(self.source.name(index)).encode("utf-8", "surrogatepass")
+
+    def name(self, index: int) -> str:
+        """Returns the file of a sample and its name there, for messages."""
+        return self.source.name(index)
+
+    def skipped(self) -> dict[str, Skipped]:
+        """Returns files, members and rows of the source that are no samples, by the reason."""
+        return self.source.skipped
+
+    def identifier(self, index: int) -> int | str:
+        """Returns the identifier of an image in its file, or else its name, for result files."""
+        return self.source.identifier(index) if isinstance(self.source, EachImage) else self.source.name(index)
+
+    def captions(self, index: int) -> list[str]:
+        """Returns all captions of an image.
+
+        Raises:
+            BrokenRecordError: if one cannot be read.
+        """
+        return self.source.references(index) if isinstance(self.source, EachImage) else [self.source.caption(index)]
+
+    def prepare(self, index: int, key: SampleKey) -> RetrievalSample:
+        """Reads sample `index` of the source; draws its caption and its view by `key`.
+
+        Raises:
+            BrokenRecordError: if the image or a caption cannot be read.
+        """
+        image, captions = self._read(index)
+        if self.draws_caption:
+            captions = [captions[caption_of_epoch(len(captions), key)]]
+        view = self.unflipped_view if any(map(_SIDES.search, captions)) else self.view
+        return RetrievalSample(
+            name=self.source.name(index),
+            number=key.index,
+            view=view(image, key.rng("augmentation")),
+            texts=tuple(self._encode(index, caption) for caption in captions),
+            image_id=_digest(image_path(self.source, index)),
+            text_ids=tuple(map(_digest, captions)),
+        )
+
+    def _read(self, index: int) -> tuple[Image.Image, list[str]]:
+        if isinstance(self.source, EachImage):
+            return self.source.image(index, self.view.min_side), self.source.references(index)
+        image, caption = self.source.pair(index, self.view.min_side)
+        return image, [caption]
+
+    def _encode(self, index: int, caption: str) -> NDArray[np.int64]:
+        tokenizer = self.tokenizer
+        pieces = tokenizer.encode(caption)[: self.length - 2]
+        if not pieces:
+            raise BrokenRecordError(f"{self.source.name(index)}: the caption holds nothing that the tokenizer keeps")
+        return np.array([tokenizer.bos_id, *pieces, tokenizer.eos_id], dtype=np.int64)
+
+
+def caption_of_epoch(count: int, key: SampleKey) -> int:
+    """Returns the number of the caption that a sample has in an epoch.
+
+    In as many epochs as there are captions, each comes once; then they are shuffled anew.
+
+    Args:
+        count: number of captions.
+        key: the sample and its epoch.
+    """
+    around, place = divmod(key.epoch, count)
+    rng = sample_rng(key.seed, "caption", key.stream, around, key.index)
+    return int(rng.permutation(count)[place])
+
+
+def image_path(source: ImageSource, index: int) -> str:
+    """Returns a text that is equal for samples with the same image: its path, or its name in a tar or folder."""
+    if isinstance(source, AnnotatedImages):
+        return f"{source.images.path}/{source.paths[source.image_numbers[index]]}"
+    return source.name(index)
+
+
+def open_pairs(config: RunConfig, tokenizer: TextTokenizer, split: Split) -> Stream:
+    """Opens the pairs of a split: in training an image and one caption, else an image with all of its captions.
+
+    Raises:
+        ConfigError: for files that are missing or cannot be read, or images without captions.
+    """
+    data = config.data
+    sources = getattr(data.pairs, split)
+    check_no_file_twice(sources)
+    files, is_training = OpenFiles(data.max_open_files), split == "train"
+    resized = ResizedView(image_size=config.model.image_size)
+    return Stream(
+        ConcatSources(
+            [
+                RetrievalSamples(
+                    source=_open_source(source, data, files),
+                    view=build_train_view(config, data.pair_flip_probability) if is_training else resized,
+                    unflipped_view=build_train_view(config, 0.0) if is_training else resized,
+                    tokenizer=tokenizer,
+                    length=data.pair_text_length,
+                    draws_caption=is_training,
+                )
+                for source in sources
+            ]
+        ),
+        sequences_per_sample=2,
+    )
+
+
+def _open_source(source: SourceConfig, data: DataConfig, files: OpenFiles) -> ImageSource:
+    for kind in get_args(CaptionFormat):
+        if source.format == kind:
+            return read_captions(source.path, source.images, kind, source.split).each_image()
+    return open_images(source, data.cache_dir, files)
+
+
+def _digest(text: str) -> int:
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)

@@ -1,0 +1,135 @@
+"""Implements retrieval as a task: contrastive fine-tuning as a dual encoder, and recall (paper section 3.1)."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from beit3_ds.config import ConfigError, InputKind, ModelConfig, RunConfig
+from beit3_ds.config.data import IMAGE_FORMATS
+from beit3_ds.data.samples import Split, Stream
+from beit3_ds.model import Head, StepLoss
+from beit3_ds.parallel import TensorParallel
+from beit3_ds.tasks.results import SampleResults
+from beit3_ds.tasks.retrieval.config import RetrievalConfig
+from beit3_ds.tasks.retrieval.contrastive import contrastive_sums
+from beit3_ds.tasks.retrieval.head import IMAGE_FEATURES, TEXT_FEATURES, ContrastiveHead
+from beit3_ds.tasks.retrieval.packing import IMAGE_NUMBERS, TEXT_NUMBERS, pack
+from beit3_ds.tasks.retrieval.results import ResultFiles, Retrieved
+from beit3_ds.tasks.retrieval.samples import CAPTION_FORMATS, open_pairs
+from beit3_ds.tasks.task import Evaluator, Headline, RankShare, RankTask, Task, Term
+from beit3_ds.tokenizers.text import load_text_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalRankTask(RankTask):
+    """Holds the pairs of one rank."""
+
+    shown_queries: int
+    """Images and captions each that a page shows."""
+
+    def evaluate(self, evaluator: Evaluator, split: Split, folder: Path | None) -> dict[str, float]:
+        """Returns recall at 1, 5 and 10 in both directions over all images and all captions of a split.
+
+        Every image and caption is encoded once. The main rank gets all features and counts ranks in blocks.
+        """
+        images, texts = SampleResults(), SampleResults()
+        for _, features in evaluator.predict(evaluator.batches(split)):
+            if features is not None and evaluator.mesh.tensor.rank == 0:
+                rows = features.rows
+                images.add(rows[IMAGE_NUMBERS], features=rows[IMAGE_FEATURES])
+                texts.add(rows[TEXT_NUMBERS], features=rows[TEXT_FEATURES])
+        found_images, found_texts = images.gather(evaluator.mesh), texts.gather(evaluator.mesh)
+        if found_images is None or found_texts is None or not len(found_images):
+            return {}
+        retrieved = Retrieved(
+            found_images.numbers,
+            found_images.tensor("features"),
+            found_texts.numbers,
+            found_texts.tensor("features"),
+            evaluator.device,
+        )
+        metrics = retrieved.metrics()
+        if folder is not None:
+            stream = self.evaluation[split].streams["pairs"]
+            ResultFiles(stream=stream, retrieved=retrieved).write(folder, metrics, self.shown_queries)
+        return metrics
+
+
+class Retrieval(Task):
+    """Trains image and text features that find each other, with a contrastive loss over the whole step.
+
+    A training sample is an image with one of its captions, which are encoded apart. In as many epochs as an image has
+    captions, each comes once, so five epochs of COCO are one epoch of the reference, which lists an image once per
+    caption.
+    """
+
+    Settings = RetrievalConfig
+    settings: RetrievalConfig
+    formats: ClassVar[Mapping[str, Sequence[str]]] = {"pairs": (*IMAGE_FORMATS, *CAPTION_FORMATS)}
+    headline = Headline("mean_recall")
+
+    terms = (
+        Term("image_to_text", "pairs", "caption of an image among all of the step", weight=0.5),
+        Term("text_to_image", "pairs", "image of a caption among all of the step", weight=0.5),
+        Term("texts_found", "pairs", "images whose caption scores highest in the step", weight=0.0, unit="share"),
+        Term("images_found", "pairs", "captions whose image scores highest in the step", weight=0.0, unit="share"),
+    )
+
+    def __init__(self, config: RunConfig) -> None:
+        """Checks the settings.
+
+        Raises:
+            ConfigError: if there is neither training nor evaluation of pairs, or the word table is tied.
+        """
+        super().__init__(config)
+        if config.model.tie_word_embeddings:
+            raise ConfigError(
+                "model.tie_word_embeddings=true, but the task retrieval has no head that predicts words. Set it to "
+                "false; `training.init_from` then leaves out the word table of the head."
+            )
+
+    @property
+    def inputs(self) -> tuple[InputKind, ...]:
+        """Returns images and texts: the parts of a pair are encoded apart."""
+        return ("images", "texts")
+
+    def build_head(self, model: ModelConfig, tensor: TensorParallel) -> Head:
+        """Builds both projections and the temperature, with uninitialised parameters."""
+        return ContrastiveHead(model, tensor)
+
+    @property
+    def step_loss(self) -> StepLoss:
+        """Returns the contrastive loss over all pairs of a step."""
+        return functools.partial(contrastive_sums, mask_duplicates=self.settings.mask_duplicates)
+
+    def head_flops(self, term_counts: Sequence[float]) -> float:
+        """Returns the operations of both projections, given the number of pairs of a micro-batch."""
+        return 4 * term_counts[0] * self.config.model.hidden_size**2
+
+    def open(self, share: RankShare) -> RetrievalRankTask:
+        """Opens the tokenizer and the pairs that a rank reads.
+
+        Raises:
+            ConfigError: if a file cannot be read, or a caption or an image is missing.
+        """
+        config = self.config
+        tokenizer = load_text_tokenizer(config)
+        assert tokenizer is not None, "pairs have captions"
+
+        def build_streams(split: Split) -> Mapping[str, Stream]:
+            return {"pairs": open_pairs(config, tokenizer, split)}
+
+        return RetrievalRankTask.open(
+            config,
+            share,
+            build_streams,
+            functools.partial(pack, model=config.model, embeds=share.embeds),
+            validation_loss=False,
+            files={"tokenizers.text.path": config.tokenizers.text.path},
+            shown_queries=self.settings.shown_queries,
+        )
+
+
+TASK = Retrieval
