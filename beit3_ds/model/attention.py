@@ -2,6 +2,9 @@
 
 # T packed rows, D hidden, H heads, K head width.
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor, nn
 
 from beit3_ds.config import ModelConfig
@@ -15,6 +18,9 @@ from beit3_ds.model.multiway import (
     RowParallelMultiwayLinear,
 )
 from beit3_ds.parallel import TensorParallel
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Computes the outputs of all heads from queries, keys and values, (T, H, K) each."""
 
 
 class MultiwayAttention(nn.Module):
@@ -45,13 +51,17 @@ class MultiwayAttention(nn.Module):
         self.sub_norm = MultiwaySubLayerNorm(hidden, epsilon, experts, tensor) if config.sub_layernorm else None
         self.out_proj = RowParallelMultiwayLinear(hidden, hidden, experts, tensor)
 
-    def forward(self, x_TD: Tensor, factor_T: Tensor | None, layout: SequenceLayout) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, factor_T: Tensor | None, layout: SequenceLayout, attend: Attend | None = None
+    ) -> Tensor:
         """Returns this rank's rows of the stream after this branch, (T, D).
 
         Args:
             x_TD: this rank's rows of the stream.
             factor_T: factor of stochastic depth per row of the branch, or None.
             layout: rows of each sequence and each expert.
+            attend: computes the outputs of this rank's heads, (T, H, K), from queries, keys and values, (T, H, K) each;
+                None is attention within each sequence of the layout.
         """
         slices, num_rows = layout.expert_slices(self.experts), layout.num_rows
         own_slices = self.tensor.own_slices(slices, num_rows)
@@ -60,13 +70,15 @@ class MultiwayAttention(nn.Module):
         h_TD = self.tensor.gather_from(normed.h_TD, num_rows)
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q_THK, k_THK, v_THK = (proj(h_TD, layout, recompute).unflatten(1, (-1, self.head_size)) for proj in projections)
-        y_TD = packed_attention(
-            q_THK,
-            k_THK,
-            v_THK,
-            layout.sequence_ranges,
+        y_THK = (attend or self.within(layout))(q_THK, k_THK, v_THK)
+        norm = None if self.sub_norm is None else self.sub_norm()
+        return self.out_proj(Activation(y_THK.flatten(1)), normed.stream_TD, factor_T, layout, norm=norm)
+
+    def within(self, layout: SequenceLayout) -> Attend:
+        """Returns attention within each sequence of a layout."""
+        return partial(
+            packed_attention,
+            ranges=layout.sequence_ranges,
             causal_captions=layout.causal_captions,
             cuda_cpp=self.cuda_cpp,
-        ).flatten(1)
-        norm = None if self.sub_norm is None else self.sub_norm()
-        return self.out_proj(Activation(y_TD), normed.stream_TD, factor_T, layout, norm=norm)
+        )

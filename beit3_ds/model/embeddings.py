@@ -69,8 +69,12 @@ class Embeddings(nn.Module):
         return (torch.cat([cls_B1D, x_BND], dim=1) + self.image_position).flatten(0, 1)
 
     def _embed_texts(self, batch: PackedBatch) -> Tensor:
+        return self.embed_tokens(batch.token_ids, batch.text_positions)
+
+    def embed_tokens(self, ids_S: Tensor, positions_S: Tensor) -> Tensor:
+        """Returns the embeddings of tokens at positions of their texts, (S, D)."""
         # index_select has a gradient of zeros for zero rows, so the tables take part even without texts.
-        return self.word(batch.token_ids) + self.text_position.index_select(0, batch.text_positions)
+        return self.word(ids_S) + self.text_position.index_select(0, positions_S)
 
 
 def check_inputs(config: ModelConfig, batch: PackedBatch) -> None:

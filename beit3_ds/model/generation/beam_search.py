@@ -1,0 +1,181 @@
+"""Searches for the most likely captions of images, exactly as the reference's captioning does.
+
+A caption is BOS, its words, and a placeholder (the mask token in whose place the next word is predicted). Its score is
+the sum of the log-probabilities of its words and of its end, divided by length ** length_penalty, where the length
+counts BOS and the placeholder.
+"""
+
+# I images, B beams, R captions, V vocabulary.
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from beit3_ds.config import ConfigError
+from beit3_ds.model.generation.decoder import CaptionDecoder
+from beit3_ds.model.task_model import TaskModel
+
+_CANDIDATES_PER_BEAM = 3
+"""Continuations of an image's beams that a step considers, per beam; the reference's number."""
+
+
+class SpecialIds(Protocol):
+    """Holds the ids with a meaning of their own; `TextTokenizer` does."""
+
+    @property
+    def bos_id(self) -> int:
+        """Returns the id with which a caption begins."""
+
+    @property
+    def eos_id(self) -> int:
+        """Returns the id with which a caption ends."""
+
+    @property
+    def mask_id(self) -> int:
+        """Returns the id of the mask token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeamSearch:
+    """Configures the search; the defaults are those of the reference's captioning."""
+
+    num_beams: int = 3
+    """Unfinished captions that are kept per image; 1 continues each caption with its most likely word."""
+    length_penalty: float = 0.6
+    """Exponent of the length by which the log-probability of a caption is divided; larger values favour long ones."""
+    max_length: int = 20
+    """Maximum ids of a caption, with BOS, the placeholder and EOS; so at most `max_length` - 3 words."""
+
+    def __post_init__(self) -> None:
+        if self.num_beams < 1 or self.max_length < 4:
+            raise ConfigError(
+                f"captions: num_beams={self.num_beams} and max_length={self.max_length}, but at least 1 beam and 4 ids "
+                "(BOS, a word, a placeholder and EOS) are needed."
+            )
+
+
+class Caption(NamedTuple):
+    """Holds a caption that was found."""
+
+    ids: tuple[int, ...]
+    """Ids of the words, without BOS, placeholder and EOS."""
+    score: float
+    """Log-probability divided by length ** length_penalty."""
+
+
+@torch.no_grad()
+def generate(model: TaskModel, pixels: Tensor, tokens: SpecialIds, search: BeamSearch | None = None) -> list[Caption]:
+    """Returns the best caption of every image.
+
+    Each image is encoded once, and nothing is computed for images whose caption is complete. A caption does not depend
+    on the other images.
+
+    Args:
+        model: a whole model that takes pairs, with a head that predicts words, in evaluation mode.
+        pixels: images, (I, 3, image_size, image_size) in [-1, 1], on the model's device.
+        tokens: ids of BOS, EOS and the mask token, such as a `TextTokenizer`.
+        search: beams, length penalty and maximum length; None is `BeamSearch()`.
+
+    Raises:
+        ConfigError: if the model takes no pairs, has no head that predicts words, has fewer positions than a caption
+            may need, or fewer words than a step considers.
+    """
+    search = search or BeamSearch()
+    _check(model, search)
+    if not len(pixels):
+        return []
+    decoder = CaptionDecoder(model, pixels, tokens.mask_id)
+    searches = [_ImageSearch(search, tokens.eos_id) for _ in pixels]
+    active, ids, beams = list(searches), [tokens.bos_id] * len(pixels), 1
+    while active:
+        log_probs_RV = decoder.next_words(torch.tensor(ids, device=pixels.device))
+        earlier = torch.tensor([image.scores for image in active], device=pixels.device)
+        totals = (log_probs_RV.view(len(active), beams, -1) + earlier[:, :, None]).flatten(1)
+        best = totals.topk(_CANDIDATES_PER_BEAM * search.num_beams)
+        candidates = zip(best.values.tolist(), best.indices.tolist(), strict=True)  # waits for the device
+        is_active = [
+            image.advance(values, indices, log_probs_RV.shape[1])
+            for image, (values, indices) in zip(active, candidates, strict=True)
+        ]
+        order = _places_of_active(is_active)
+        active = [active[place] for place in order]
+        if active:
+            decoder.drop_images(order)
+            decoder.select(
+                [place * beams + p for place, image in zip(order, active, strict=True) for p in image.parents]
+            )
+            ids, beams = [word for image in active for word in image.last_words], search.num_beams
+    return [image.best for image in searches]
+
+
+class _ImageSearch:
+    """Keeps the beams and the best complete caption of one image."""
+
+    def __init__(self, search: BeamSearch, eos_id: int) -> None:
+        self.scores, self.parents = [0.0], [0]
+        self.best = Caption((), -float("inf"))
+        self._search, self._eos_id = search, eos_id
+        self._words: list[tuple[int, ...]] = [()]
+
+    @property
+    def last_words(self) -> list[int]:
+        """Returns the newest word of every beam."""
+        return [words[-1] for words in self._words]
+
+    def advance(self, scores: Sequence[float], indices: Sequence[int], vocab_size: int) -> bool:
+        """Continues the beams with the best candidates; returns whether the search goes on.
+
+        Args:
+            scores: log-probabilities of the candidates with all their words, in descending order.
+            indices: beam * vocab_size + word of each candidate.
+            vocab_size: size of the vocabulary, V.
+        """
+        limit = self._search.max_length
+        # No caption can become better than this, because its log-probability only falls.
+        if self.best.score >= scores[0] / (limit - 1) ** self._search.length_penalty:
+            return False
+        length = len(self._words[0]) + 2  # with BOS and the placeholder
+        beams: list[tuple[float, int, int]] = []
+        for score, index in zip(scores, indices, strict=True):
+            beam, word = divmod(index, vocab_size)
+            if word == self._eos_id or length + 1 == limit:  # at the limit the last word is scored, but not kept
+                score /= length**self._search.length_penalty
+                self.best = max(self.best, Caption(self._words[beam], score), key=lambda caption: caption.score)
+            else:
+                beams.append((score, beam, word))
+            if len(beams) == self._search.num_beams:
+                break
+        if not beams:
+            return False
+        self.scores, self.parents = [score for score, _, _ in beams], [beam for _, beam, _ in beams]
+        self._words = [(*self._words[beam], word) for _, beam, word in beams]
+        return True
+
+
+def _places_of_active(is_active: Sequence[bool]) -> list[int]:
+    """Returns the present place of the image at each remaining place; the last images fill the gaps."""
+    order = list(range(len(is_active)))
+    for place in reversed(order.copy()):
+        if not is_active[place]:
+            last = order.pop()
+            if place < len(order):
+                order[place] = last
+    return order
+
+
+def _check(model: TaskModel, search: BeamSearch) -> None:
+    config = model.config
+    if search.max_length - 1 > config.max_text_length:
+        raise ConfigError(
+            f"captions of max_length={search.max_length} need {search.max_length - 1} positions, but the model has "
+            f"max_text_length={config.max_text_length}. Lower max_length, or load the model with a larger "
+            "max_text_length."
+        )
+    if _CANDIDATES_PER_BEAM * search.num_beams > config.text_vocab_size:
+        raise ConfigError(
+            f"num_beams={search.num_beams} considers {_CANDIDATES_PER_BEAM * search.num_beams} words per step, but the "
+            f"vocabulary has {config.text_vocab_size}. Lower num_beams."
+        )

@@ -1,0 +1,61 @@
+"""Compares cached prediction with the whole pass over image and caption."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from beit3_ds.config import ModelConfig
+from beit3_ds.model import TaskModel
+from beit3_ds.model.features import pack_inputs
+from beit3_ds.model.generation import CaptionDecoder
+from tests.batches import decoupled, small_model_config
+from tests.model.generation.captioners import random_captioner
+
+CONFIGS = {
+    "paper": small_model_config(),
+    "sub-LN": small_model_config(sub_layernorm=True, num_vision_language_layers=0),
+    "pairs": small_model_config(inputs=("pairs",), final_norm=False),
+    "decoupled": decoupled(),
+}
+MASK = 49
+
+
+def whole_pass(model: TaskModel, image: Tensor, ids: list[int]) -> Tensor:
+    """Returns the log-probabilities of the word after a caption, from all rows at once."""
+    batch = pack_inputs(model.config, None, None, (image[None], [[*ids, MASK]]), torch.device("cpu"))
+    object.__setattr__(batch, "causal_captions", True)
+    h_TD = model.run_layers(batch)
+    return model.heads.word_table.logits(h_TD[-1:])[0].log_softmax(0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_cached_equals_the_whole_pass(name: str) -> None:
+    """Writes captions of several beams, reorders beams and drops images on the way."""
+    config: ModelConfig = CONFIGS[name]
+    model, generator = random_captioner(config), torch.Generator().manual_seed(3)
+    pixels = torch.rand(4, 3, 16, 16, generator=generator) * 2 - 1
+    decoder = CaptionDecoder(model, pixels, MASK)
+
+    def draw(number: int) -> list[int]:
+        return torch.randint(3, 49, (number,), generator=generator).tolist()
+
+    images, captions = [0, 1, 2, 3], [[0]] * 4
+    moves = [  # places of images, and the captions that are continued
+        ([0, 1, 2, 3], [0, 0, 1, 1, 2, 2, 3, 3]),
+        ([0, 3, 2], [1, 1, 7, 6, 4, 5]),
+        ([0, 1, 2], [1, 0, 3, 2, 5, 5]),
+        ([2], [5, 4]),
+        ([0], [1, 1]),
+    ]
+    for order, rows in moves:
+        found = decoder.next_words(torch.tensor([caption[-1] for caption in captions]))
+        beams = len(captions) // len(images)
+        for row, caption in enumerate(captions):
+            expected = whole_pass(model, pixels[images[row // beams]], caption)
+            torch.testing.assert_close(found[row], expected, rtol=1e-5, atol=1e-5)
+        decoder.drop_images(order)
+        decoder.select(rows)
+        images = [images[place] for place in order]
+        words = draw(len(rows))
+        captions = [[*captions[row], word] for row, word in zip(rows, words, strict=True)]
