@@ -20,6 +20,10 @@ WORLD_SIZES = {
     "giant_tp2_pp4_zero3": 64,
     "beit3_4b_tp2_pp2_zero1": 32,
     "beit3_10b_tp4_pp4_zero1": 128,
+    "nlvr2_base": 8,
+    "nlvr2_large": 8,
+    "nlvr2_giant": 32,
+    "nlvr2_small_cpu": 2,
 }
 
 

@@ -49,6 +49,16 @@ PRETRAINING = {
     "demo_tp2_pp2_dp2_zero3": Curve(100, 20, 3e-3 / 20, 3e-3, 1.5e-3, 0.0),
     "giant_tp2_pp4_zero3_cpu_twin": Curve(100, 20, 3e-3 / 20, 3e-3, 1.5e-3, 0.0),
 }
+NLVR2 = Curve(6_760, 1_690, 0, 0, 0, 1e-6)
+"""The reference's fine-tuning: 20 epochs of 86,373 statements at batch 256, 5 of warmup, down to 1e-6."""
+
+FINE_TUNING = {
+    "nlvr2_base": (NLVR2, 7e-4),
+    "nlvr2_large": (NLVR2, 3e-4),
+    "nlvr2_giant": (NLVR2, 1e-4),
+    "nlvr2_small_cpu": (Curve(300, 30, 0, 0, 0, 0.0), 1e-3),
+}
+"""Steps, warmup and last rate of each recipe, and its peak."""
 ON_SAMPLE_DATA = ("quickstart_cpu", "demo_tp2_pp2_dp2_zero3", "giant_tp2_pp4_zero3_cpu_twin")
 
 
@@ -57,7 +67,15 @@ def load(name: str) -> RunConfig:
 
 
 def test_every_recipe_is_listed() -> None:
-    assert {path.stem for path in FOLDER.glob("*.json")} == set(PRETRAINING)
+    assert {path.stem for path in FOLDER.glob("*.json")} == set(PRETRAINING) | set(FINE_TUNING)
+
+
+@pytest.mark.parametrize("name", FINE_TUNING)
+def test_fine_tuning_follows_its_recipe(name: str) -> None:
+    training, (curve, peak) = load(name).training, FINE_TUNING[name]
+    assert (training.total_steps, training.warmup_steps) == (curve.total_steps, curve.warmup_steps)
+    assert learning_rate(training, training.warmup_steps - 1) == pytest.approx(peak, abs=1e-12)
+    assert learning_rate(training, training.total_steps - 1) == pytest.approx(curve.last, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", PRETRAINING)

@@ -23,9 +23,9 @@ from beit3_ds.data.files.json_lines import iterate_json_lines
 from beit3_ds.data.files.printing import printable
 from beit3_ds.data.files.records import BrokenRecordError, Skipped
 from beit3_ds.data.images.annotated import describe_files
+from beit3_ds.data.images.by_name import ImagesByName
 from beit3_ds.data.images.captions import clean_caption
 from beit3_ds.data.images.compact_strings import CompactStrings
-from beit3_ds.data.images.folder import open_folder, read_image
 
 _NO_LABEL = -1
 
@@ -38,12 +38,12 @@ class Statements:
 
         Args:
             annotations: path of the file of statements, for messages.
-            folder: folder of the images; nothing outside it is read.
+            folder: folder of the images, or a pattern of tars (`ImagesByName`); nothing outside it is read.
 
         Raises:
-            ConfigError: if `folder` is not a folder.
+            ConfigError: if `folder` is neither a folder nor a pattern of tars.
         """
-        self.annotations, self.images = annotations, open_folder(folder)
+        self.annotations, self.images = annotations, ImagesByName(folder)
         self.skipped: dict[str, Skipped] = {}
         self.paths = CompactStrings()  # left and right image of each sample in turn
         self._sentences, self._identifiers, self._groups = CompactStrings(), CompactStrings(), CompactStrings()
@@ -134,6 +134,23 @@ class Statements:
                 f"nlvr2: {name} has no label. Such samples can be answered, but neither trained on nor scored."
             )
 
+    def check_no_image_is_missing(self) -> None:
+        """Refuses a file that names an image that is not there; lists each folder once and opens no image.
+
+        Raises:
+            ConfigError: with the number of missing images, and the first of them with the sample that names it.
+            StorageError: if the file system fails.
+        """
+        paths = [self.paths[number] for number in range(len(self.paths))]
+        missing = set(self.images.missing(paths))
+        if missing:
+            first = next(number for number, path in enumerate(paths) if path in missing)
+            raise ConfigError(
+                f"nlvr2: {printable(self.images.path)} lacks {len(missing):,} images. The first is "
+                f"{printable(paths[first])} of {self.name(first // 2)}. Correct 'images' in the config, fetch the "
+                "missing images, or remove their lines."
+            )
+
     def image_path(self, index: int, side: int) -> str:
         """Returns the path of the left (0) or right (1) image of a sample in the folder."""
         return self.paths[2 * index + side]
@@ -147,7 +164,7 @@ class Statements:
         """
         path = self.image_path(index, side)
         try:
-            return read_image(self.images, path, min_side)
+            return self.images.image(path, min_side)
         except ValueError as error:
             raise BrokenRecordError(f"{self.name(index)} ({printable(path)}): broken image: {error}") from error
 

@@ -44,6 +44,8 @@ def test_flat_folders_of_dev_and_test(tmp_path: Path) -> None:
     assert samples.group(0) == samples.group(1) != samples.group(2)
     assert [samples.label(index) for index in range(3)] == [True, False, True]
     assert samples.image(0, 0).mode == "RGB"
+    with pytest.raises(ConfigError, match=r"lacks 3 images. The first is dev/dev-850-0-img1\.png of .*dev-850-0-0"):
+        samples.check_no_image_is_missing()
     with pytest.raises(BrokenRecordError, match=r"dev\.json: dev-850-0-0 \(dev/dev-850-0-img1\.png\): broken image"):
         samples.image(0, 1)
 

@@ -1,0 +1,179 @@
+"""Opens statements about two images, and packs each as two pairs."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.config import ConfigError, ModelConfig, RunConfig
+from beit3_ds.data.files.fingerprint import SourceFile
+from beit3_ds.data.files.records import BrokenRecordError, Skipped
+from beit3_ds.data.images.one_view import ImageTransform, ResizedView, build_train_view
+from beit3_ds.data.packing import pack_inputs, stack_views
+from beit3_ds.data.samples import SampleKey, Split, Stream
+from beit3_ds.data.sources import ConcatSources, check_no_file_twice
+from beit3_ds.tasks.nlvr2.files import Statements, read_nlvr2, read_statement_lines
+from beit3_ds.tasks.nlvr2.head import LABELS
+from beit3_ds.tokenizers.text import TextTokenizer
+
+NUMBERS = "sample_numbers"
+"""Key of the number of each sample in its stream, (S,) int64."""
+FORMATS = ("nlvr2", "statement_lines")
+"""Formats of the files: those of NLVR2, and JSON lines."""
+
+_SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StatementSample:
+    """Holds a statement with the views of its two images."""
+
+    name: str
+    """File and identifier of the sample, for messages."""
+    number: int
+    """Number of the sample in its stream."""
+    views: tuple[Tensor, Tensor]
+    """Views of the left and the right image, (3, s, s) float32 in [-1, 1] each."""
+    ids: NDArray[np.int64]
+    """Ids of the statement, BOS and EOS included."""
+    label: int
+    """1 if the statement is true, 0 if it is false or the split does not say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatementSamples:
+    """Prepares the statements of one source."""
+
+    is_last_open: ClassVar[bool] = False
+
+    statements: Statements
+    """The source."""
+    view: ImageTransform
+    """Transform of each image, with its own draws."""
+    view_with_sides: ImageTransform
+    """Transform where the statement speaks of left or right, so that the image must not be mirrored."""
+    tokenizer: TextTokenizer
+    """Converts statements to ids."""
+    length: int
+    """Maximum tokens per statement, BOS and EOS included; further tokens are cut off."""
+
+    def __len__(self) -> int:
+        """Returns the number of samples of the source, broken ones included."""
+        return len(self.statements)
+
+    def files(self) -> Iterable[SourceFile]:
+        """Returns the files of the source."""
+        return self.statements.files()
+
+    def identity(self, index: int) -> bytes:
+        """Returns the identifier of a sample as bytes (`prefix_digest.IdentifiedSamples`)."""
+        return str(self.statements.identifier(index)).encode("utf-8", "surrogatepass")
+
+    def name(self, index: int) -> str:
+        """Returns the file of a sample and its identifier there, for messages."""
+        return self.statements.name(index)
+
+    def skipped(self) -> dict[str, Skipped]:
+        """Returns an empty dictionary: every line is a sample."""
+        return self.statements.skipped
+
+    def prepare(self, index: int, key: SampleKey) -> StatementSample:
+        """Reads sample `index` of the source and draws the views of its images from `key`.
+
+        Raises:
+            BrokenRecordError: if an image cannot be read.
+        """
+        statements, name = self.statements, self.name(index)
+        sentence = statements.sentence(index)
+        pieces = self.tokenizer.encode(sentence)[: self.length - 2]
+        if not pieces:
+            raise BrokenRecordError(f"{name}: the sentence holds nothing that the tokenizer keeps")
+        view = self.view_with_sides if _SIDES.search(sentence) else self.view
+        left, right = (
+            view(statements.image(index, side, view.min_side), key.rng(f"augmentation {side}")) for side in (0, 1)
+        )
+        return StatementSample(
+            name=name,
+            number=key.index,
+            views=(left, right),
+            ids=np.array([self.tokenizer.bos_id, *pieces, self.tokenizer.eos_id], dtype=np.int64),
+            label=int(statements.label(index) or False),
+        )
+
+
+def build_stream(config: RunConfig, tokenizer: TextTokenizer, split: Split) -> dict[str, Stream]:
+    """Opens the statements of a split; training images are augmented, others resized without a crop.
+
+    Raises:
+        ConfigError: if a file cannot be read, or a training sample has no label.
+    """
+    sources = getattr(config.data.pairs, split)
+    if not sources:
+        return {}
+    check_no_file_twice(sources)
+    is_training = split == "train"
+    resized = ResizedView(image_size=config.model.image_size)
+    flip = config.data.pair_flip_probability
+    samples = []
+    for source in sources:
+        read = read_statement_lines if source.format == "statement_lines" else read_nlvr2
+        if source.annotations or source.split:
+            raise ConfigError(
+                f"nlvr2: source '{source.path}' has 'annotations' or 'split', which the format {source.format} "
+                "does not have. Remove them."
+            )
+        statements = read(source.path, source.images)
+        statements.check_no_image_is_missing()
+        if is_training:
+            statements.check_has_labels()
+        samples.append(
+            StatementSamples(
+                statements=statements,
+                view=build_train_view(config, flip) if is_training else resized,
+                view_with_sides=build_train_view(config, 0.0) if is_training else resized,
+                tokenizer=tokenizer,
+                length=config.data.pair_text_length,
+            )
+        )
+    return {"pairs": Stream(ConcatSources(samples), sequences_per_sample=2)}
+
+
+def pack(
+    samples: Sequence[StatementSample],
+    drop_path: Tensor | None,
+    sources: Mapping[str, int],
+    model: ModelConfig,
+    embeds: bool = True,
+) -> PackedBatch:
+    """Packs statements: pairs 2 i and 2 i + 1 are the left and the right image of sample i, each with its statement.
+
+    Args:
+        samples: S samples; there may be none.
+        drop_path: factors of stochastic depth, two rows per sample, or None.
+        sources: value of `PackedBatch.sources`.
+        model: the model's sizes.
+        embeds: whether the batch keeps the pixels.
+    """
+    batch = pack_inputs(
+        num_images=0,
+        pixels=stack_views([view for sample in samples for view in sample.views], model.image_size) if embeds else None,
+        num_patches=model.num_patches,
+        captions=[sample.ids for sample in samples for _ in range(2)],
+        drop_path=drop_path,
+        sample_names=[sample.name for sample in samples for _ in range(2)],
+        sources=sources,
+    )
+    first_rows = batch.layout.first_rows(1, 2)
+    targets = {
+        LABELS: torch.tensor([sample.label for sample in samples], dtype=torch.int64),
+        NUMBERS: torch.tensor([sample.number for sample in samples], dtype=torch.int64),
+    }
+    fields: dict[str, Any] = {"head_rows": first_rows.rows, "head_row_counts": first_rows.counts, "targets": targets}
+    return dataclasses.replace(batch, term_counts=(len(samples),) * 2, **fields)
