@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS:%=--constraint %)
 CONFIG := ds_configs/quickstart_cpu.json
+TOKENIZER_CONFIG := ds_configs/quickstart_visual_tokenizer_cpu.json
 
 .PHONY: help quickstart test test-slow check format constraints clean-runs clean-venv
 
@@ -39,7 +40,7 @@ runs/quickstart/text.spm: | $(VENV)/installed
 	$(BIN)/beit3 train-text-tokenizer $(CONFIG)
 
 runs/quickstart/visual_tokenizer.safetensors: | $(VENV)/installed
-	$(BIN)/beit3 train-visual-tokenizer $(CONFIG)
+	$(BIN)/beit3 train $(TOKENIZER_CONFIG)
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff format --check .

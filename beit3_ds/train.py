@@ -3,6 +3,7 @@
 This module connects the packages in the order in which data flows.
 """
 
+import argparse
 import functools
 import os
 import sys
@@ -17,18 +18,20 @@ from beit3_ds.checkpoint.engine_state import EngineState
 from beit3_ds.checkpoint.folder import is_checkpoint
 from beit3_ds.checkpoint.run_description import build_run_description
 from beit3_ds.checkpoint.store import CheckpointStore
-from beit3_ds.config import ParallelConfig, RankCoords, RunConfig, check_layout
+from beit3_ds.config import ConfigError, ParallelConfig, RankCoords, RunConfig, check_layout, load_run_config
+from beit3_ds.config.arguments import OneLineParser, add_config_arguments, add_force_argument, integer
+from beit3_ds.config.numbers import Range
 from beit3_ds.data import ValidationBatches, WaitLimits, build_train_loader
 from beit3_ds.data.skipped_report import describe_skipped
 from beit3_ds.parallel import BroadcastBatches, Mesh
 from beit3_ds.pipeline.schedule import Schedule
 from beit3_ds.planner import check_node, host_requirements
-from beit3_ds.rank_program import run_rank_program
 from beit3_ds.runtime.launch_environment import Launch, read_launch
 from beit3_ds.runtime.node_size import measure_node
 from beit3_ds.runtime.process_group import compute_device, joined_ranks
 from beit3_ds.runtime.startup_watchdog import watched_start
 from beit3_ds.runtime.stop_signals import StopSignals
+from beit3_ds.storage_error import StorageError
 from beit3_ds.tasks import RankShare, RankTask, Task, build_task
 from beit3_ds.training.agreement import check_same_files, check_same_sources
 from beit3_ds.training.best_checkpoint import BestCheckpoint, direction_of
@@ -40,21 +43,31 @@ from beit3_ds.training.loop import Run, resume, train
 from beit3_ds.training.metrics_log import MetricsLog
 from beit3_ds.training.progress import Progress
 from beit3_ds.training.report import write_report
+from beit3_ds.training.skipped_steps import NonFiniteLossError
 from beit3_ds.training.split_batches import SplitBatches
 from beit3_ds.training.start_checks import check_device, check_frozen_patterns, check_software, prepare_output_dir
 from beit3_ds.training.startup_summary import describe_startup
 from beit3_ds.training.stragglers import Stragglers, TimedSteps
 
 
-def train_run(config: RunConfig) -> None:
+def train_run(config: RunConfig, *, force: bool = False) -> None:
     """Trains the task of a run to the end and writes its report; resumes from the newest whole checkpoint, if any.
 
-    SIGTERM, SIGINT or SIGUSR1 stops the run early, with a checkpoint and without a report (`training.loop.train`).
+    SIGTERM, SIGINT or SIGUSR1 stops the run early, with a checkpoint and without a report (`training.loop.train`). If
+    the task's result exists already (`Task.find_result`), nothing is done, so a job script can be submitted again.
+
+    Args:
+        config: configuration of the run.
+        force: trains again if the result or a finished checkpoint exists, which is moved aside.
 
     Raises:
         ConfigError: if the configuration, a data file, a checkpoint or a file of the task is invalid.
         NonFiniteLossError: if training diverges.
     """
+    if not force and (result := build_task(config).find_result()):
+        if read_launch(os.environ).rank == 0:
+            print(result, flush=True)
+        return
     with (
         StopSignals().handling() as signals,
         watched_start(read_launch(os.environ).rank, signals.received, config.data.timeout_seconds) as start,
@@ -62,7 +75,7 @@ def train_run(config: RunConfig) -> None:
         inputs = open_inputs(config)
         start.end_opening()
         with joined_ranks(config.parallel) as mesh:
-            run, steps = build_run(config, inputs, mesh, signals)
+            run, steps = build_run(config, inputs, mesh, signals, force=force)
             start.stop()
             if train(run, steps, signals):
                 with run.state.averaged_weights():
@@ -129,8 +142,12 @@ def _check_this_node(config: RunConfig, launch: Launch) -> None:
         check_node(host_requirements(config, launch.world_size, ranks_here), config, measure_node())
 
 
-def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh, signals: StopSignals) -> tuple[Run, Iterable[StepBatch]]:
+def build_run(
+    config: RunConfig, inputs: Inputs, mesh: Mesh, signals: StopSignals, *, force: bool = False
+) -> tuple[Run, Iterable[StepBatch]]:
     """Builds and resumes a run; returns it with the remaining steps of this rank. All ranks call it.
+
+    With `force`, a checkpoint of all steps is moved aside instead of resumed.
 
     Raises:
         ConfigError: if ranks have different configurations or files, or a checkpoint does not fit the model.
@@ -145,7 +162,10 @@ def build_run(config: RunConfig, inputs: Inputs, mesh: Mesh, signals: StopSignal
     state = EngineState(schedule.engine, mesh, config.training.ema_decay)
     metrics_log = MetricsLog(Path(config.training.output_dir) / "metrics.jsonl")
     store = _build_store(task, rank_task, mesh)
-    first_step, checkpoint = resume(schedule.engine, state, store, metrics_log, mesh, config.training.total_steps)
+    total_steps = config.training.total_steps
+    if force:
+        store.move_finished_aside(total_steps)
+    first_step, checkpoint = resume(schedule.engine, state, store, metrics_log, mesh, total_steps)
     say = functools.partial(print, flush=True) if mesh.is_main else _say_nothing
     if first_step == 0:
         _load_initial_weights(config, inputs, state, mesh, say)
@@ -226,8 +246,28 @@ def _read_validation(validation: ValidationBatches | None, limits: WaitLimits) -
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit status: 0, or 2 after one clear line about what the user can fix."""
-    return run_rank_program(lambda config, options: train_run(config), "beit3_ds.train", __doc__, arguments)
+    """Runs the command line of one rank and returns the exit status.
+
+    Returns:
+        0 for success; 2 after one line about an error that the user can fix; 1 after one line about a file system that
+        fails.
+    """
+    parser = OneLineParser(prog="beit3_ds.train", description=__doc__)
+    add_config_arguments(parser)
+    add_force_argument(parser, "train again if the run is finished; its checkpoints are moved aside")
+    parser.add_argument("--local_rank", type=integer(Range(0)), help=argparse.SUPPRESS)  # the launcher passes it
+    rank: int | str = "?"  # in errors before the rank is known
+    try:
+        options = parser.parse_args(arguments)
+        rank = read_launch(os.environ).rank
+        train_run(load_run_config(options.config, options.set), force=options.force)
+    except (ConfigError, NonFiniteLossError) as error:
+        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        return 2
+    except StorageError as error:  # not 2: a restart needs no change
+        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

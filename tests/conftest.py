@@ -1,5 +1,6 @@
 """Fixtures that several folders of tests share."""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +12,10 @@ from hypothesis import settings
 # Before torch is imported. Several test processes whose threads wait for each other are ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from beit3_ds.config import build_run_config
+from beit3_ds.config import RunConfig, build_run_config
 from tests.deepspeed_proofs import Recorder, skip_proved
 from tests.hosts import Host, missing_for_hosts, namespace_hosts
-from tests.run_config import quickstart_mapping, small_run_mapping
+from tests.run_config import CONFIGS, small_run_mapping
 
 # Tests share their cores: the time of one example says nothing about the code.
 settings.register_profile("shared cores", deadline=None)
@@ -88,15 +89,22 @@ def run_mapping(tokenizer_files: dict[str, str], tmp_path: Path) -> dict[str, An
 @pytest.fixture(scope="session")
 def trained_visual_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The visual tokenizer as the quickstart trains it; about a minute, for slow tests."""
-    from beit3_ds.data import TokenizerImages
-    from beit3_ds.training.visual_tokenizer import train_visual_tokenizer
+    from tests.ranks import run_ranks
 
-    mapping = quickstart_mapping()
-    path = str(tmp_path_factory.mktemp("trained_tokenizer") / "visual.safetensors")
-    mapping["beit3_ds"]["tokenizers"]["visual"]["path"] = path
-    config = build_run_config(mapping)
-    train_visual_tokenizer(config, TokenizerImages(config))
+    folder = tmp_path_factory.mktemp("trained_tokenizer")
+    mapping = json.loads((CONFIGS / "quickstart_visual_tokenizer_cpu.json").read_text())
+    path = mapping["beit3_ds"]["tokenizers"]["visual"]["path"] = str(folder / "visual.safetensors")
+    mapping["beit3_ds"]["training"]["output_dir"] = str(folder / "run")
+    assert run_ranks(_train, 1, build_run_config(mapping), timeout=900) == [None]
     return path
+
+
+def _train(config: RunConfig) -> None:
+    """On one rank: runs the trainer with one thread."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    from beit3_ds.train import train_run
+
+    train_run(config)
 
 
 @pytest.fixture(scope="module")

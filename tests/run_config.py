@@ -7,12 +7,27 @@ from typing import Any
 
 from beit3_ds.config import RunConfig, build_run_config
 
-QUICKSTART = Path(__file__).parents[1] / "ds_configs" / "quickstart_cpu.json"
+CONFIGS = Path(__file__).parents[1] / "ds_configs"
+QUICKSTART = CONFIGS / "quickstart_cpu.json"
 
 
 def quickstart_mapping() -> dict[str, Any]:
     """The shipped quickstart configuration as a JSON object, to be changed freely."""
     return json.loads(QUICKSTART.read_text())
+
+
+def visual_tokenizer_mapping(folder: Path, steps: int = 6, **visual: Any) -> dict[str, Any]:
+    """A run of a tiny visual tokenizer on the sample data that writes below `folder`; `visual` changes its sizes."""
+    mapping: dict[str, Any] = json.loads((CONFIGS / "quickstart_visual_tokenizer_cpu.json").read_text())
+    own = mapping["beit3_ds"]
+    sizes = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 2, "codebook_size": 16}
+    own["tokenizers"]["visual"] |= {**sizes, "path": str(folder / "visual.safetensors"), **visual}
+    own["task"]["continuous_steps"] = 2
+    own["data"]["images"]["samples_per_step"] = 8
+    own["training"] |= {"output_dir": str(folder / "run"), "total_steps": steps, "warmup_steps": 2}
+    own["training"] |= {"log_interval": 1, "eval_interval": 3, "eval_samples": 10, "save_interval": 2}
+    own["training"] |= {"learning_rate": 1e-3, "keep_checkpoints": 9}
+    return mapping
 
 
 def small_run_mapping(

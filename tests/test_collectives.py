@@ -148,6 +148,12 @@ TABLE: dict[Call, Row] = {
         _gather="deepspeed.zero.GatheredParameters",
     ),
     **rows("beit3_ds/checkpoint/store.py", HOST, "data", _check_state="self._host.gather"),
+    **rows(
+        "beit3_ds/checkpoint/store.py",
+        HOST,
+        BY_READING,
+        move_finished_aside="self._host.broadcast self._host.barrier",
+    ),
     **rows("beit3_ds/checkpoint/loading.py", HOST, "data", agree_on_newest="host.broadcast host.gather"),
     **rows(
         "beit3_ds/checkpoint/background_save.py",
@@ -156,17 +162,16 @@ TABLE: dict[Call, Row] = {
         _write_together="self._host.collect",
         _from_main="self._host.broadcast",
     ),
-    # The visual tokenizer: DistributedDataParallel makes buffers in C++, whose side two_devices cannot know.
-    **rows("beit3_ds/training/visual_tokenizer.py", DEVICES, BY_READING, _mean_over_ranks="self.mesh.sum_over_data"),
-    **rows("beit3_ds/training/visual_tokenizer.py", DEVICES, BY_READING, _join_ranks="DistributedDataParallel"),
-    **rows("beit3_ds/training/code_usage.py", HOST, BY_READING, usage="mesh.data_host.sum"),
+    # The visual tokenizer.
+    **rows("beit3_ds/tasks/visual_tokenizer/task.py", DEVICES, BY_READING, after_step="evaluator.mesh.sum_over_data"),
     **rows(
-        "beit3_ds/tokenizers/quantizer.py",
-        DEVICES,
+        "beit3_ds/tasks/visual_tokenizer/codebook.py",
+        HOST,
         BY_READING,
-        _mean_directions="dist.all_reduce",
-        _gather="dist.all_gather",
+        mean_features="mesh.data_host.sum",
+        gather_vectors="mesh.data_host.gather",
     ),
+    **rows("beit3_ds/tasks/visual_tokenizer/code_usage.py", HOST, BY_READING, usage="mesh.data_host.sum"),
     # Processes of their own, whose tensors are on the device of the backend that they choose.
     **rows(
         "beit3_ds/cluster/check/link_worker.py",

@@ -185,7 +185,7 @@ def test_kernels_that_cannot_run_are_named(run_mapping: dict[str, Any], monkeypa
 
 def test_missing_tokenizers_name_the_command(run_mapping: dict[str, Any]) -> None:
     run_mapping["beit3_ds"]["tokenizers"]["visual"]["path"] = "/no/visual.safetensors"
-    assert "beit3 train-visual-tokenizer" in train_error(run_mapping)
+    assert "A run of the task visual_tokenizer trains it" in train_error(run_mapping)
     run_mapping["beit3_ds"]["tokenizers"]["text"]["path"] = "/no/text.spm"
     assert "beit3 train-text-tokenizer" in train_error(run_mapping)
 

@@ -79,7 +79,7 @@ def _narrow_config(num_layers: int, width: int) -> RunConfig:
         visual_vocab_size=256,
     )
     data = dataclasses.replace(config.data, text_length=32, pair_text_length=16)
-    return dataclasses.replace(config, model=model, data=data)
+    return dataclasses.replace(config, backbone=model, data=data)
 
 
 def _build(model: ModelConfig, state: dict[str, Tensor], dtype: torch.dtype, *, wide: bool) -> PretrainingModel:

@@ -58,7 +58,17 @@ class CheckpointFolder:
 
     @property
     def model(self) -> ModelConfig:
-        """Configuration of the model."""
+        """Configuration of the model.
+
+        Raises:
+            ConfigError: if the checkpoint holds another model than BEiT-3.
+        """
+        name = self.index.run.task_name
+        if "ffn_hidden_size" not in self.index.run.model:
+            raise ConfigError(
+                f"checkpoint {self.path} belongs to the task {name}, which trains no BEiT-3. Its result is the file "
+                "that tokenizers.visual.path names."
+            )
         return ModelConfig(**self.index.run.model)
 
     @property

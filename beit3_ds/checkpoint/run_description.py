@@ -30,6 +30,11 @@ class RunDescription:
     versions: Mapping[str, str]
     """Versions of Python and of the libraries that wrote the checkpoint."""
 
+    @property
+    def task_name(self) -> str:
+        """Returns the name of the task; version 0.1 had only pretraining and did not write it."""
+        return str(self.config.get("task", {}).get("name", "pretraining"))
+
     def check_resumes(self, before: "RunDescription", where: str) -> list[str]:
         """Checks that this run may resume from a checkpoint of the run `before`.
 
@@ -108,6 +113,7 @@ def build_run_description(
     """
     # Through JSON, so that it equals what is read back: tuples become lists.
     sections = dataclasses.asdict(config) | {"task": task, "model": model}
+    del sections["backbone"]
     plain = json.loads(json.dumps(sections, default=dict))
     return RunDescription(
         model=plain.pop("model"),

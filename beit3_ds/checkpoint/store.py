@@ -1,5 +1,6 @@
 """Saves and loads the checkpoints of a run: whole or absent, written while training runs, for any layout of ranks."""
 
+import itertools
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -10,6 +11,7 @@ from beit3_ds.checkpoint.background_save import BackgroundSave, SaveOutcome
 from beit3_ds.checkpoint.collection import CheckpointCollection
 from beit3_ds.checkpoint.engine_state import EngineState
 from beit3_ds.checkpoint.folder import CheckpointFolder
+from beit3_ds.checkpoint.index import read_index
 from beit3_ds.checkpoint.loading import agree_on_newest, load_checkpoint
 from beit3_ds.checkpoint.run_description import RunDescription
 from beit3_ds.config import ConfigError
@@ -90,6 +92,18 @@ class CheckpointStore:
         The ranks share the reading of all its files. Damaged checkpoints are skipped, and the main rank names them.
         """
         return agree_on_newest(self._collection, self._mesh, self._host)
+
+    def move_finished_aside(self, total_steps: int) -> None:
+        """Renames the folder of checkpoints if the newest one has all steps of a run. All ranks call it."""
+        newest = self._host.broadcast(str(self.newest_path() or ""))
+        if not newest or read_index(Path(newest)).step < total_steps:
+            return
+        if self._mesh.is_main:
+            numbers = itertools.count(1)
+            aside = next(path for n in numbers if not (path := self.root.with_name(f"{self.root.name}-{n}")).exists())
+            self.root.rename(aside)
+            print(f"the checkpoints of the finished run are now in {aside}", flush=True)
+        self._host.barrier()
 
     def load(self, state: EngineState, folder: CheckpointFolder) -> int:
         """Loads weights, moments and buffers from a checkpoint of any layout. All ranks call it.

@@ -19,7 +19,7 @@ from beit3_ds.cli.inspect_weights import add_inspect_command
 from beit3_ds.cli.launch import add_launch_command
 from beit3_ds.cli.prepare import add_prepare_command
 from beit3_ds.cli.show_codes import add_show_codes_command
-from beit3_ds.cli.train import add_train_command, add_train_visual_tokenizer_command
+from beit3_ds.cli.train import add_train_command
 from beit3_ds.cli.train_text_tokenizer import add_train_text_tokenizer_command
 from beit3_ds.config import ConfigError
 from beit3_ds.config.arguments import OneLineParser
@@ -28,7 +28,7 @@ from beit3_ds.storage_error import StorageError
 _EPILOG = """typical order:
   beit3 check ds_configs/quickstart_cpu.json --world-size 2
   beit3 train-text-tokenizer ds_configs/quickstart_cpu.json
-  beit3 train-visual-tokenizer ds_configs/quickstart_cpu.json
+  beit3 train ds_configs/quickstart_visual_tokenizer_cpu.json
   deepspeed --num_gpus 2 --module beit3_ds.train ds_configs/quickstart_cpu.json
 with data.cache_dir set, once: `beit3 prepare index` first, `beit3 prepare texts` after the text tokenizer
 
@@ -67,7 +67,6 @@ def build_parser() -> argparse.ArgumentParser:
     add_check_command(subparsers)
     add_prepare_command(subparsers)
     add_train_text_tokenizer_command(subparsers)
-    add_train_visual_tokenizer_command(subparsers)
     add_show_codes_command(subparsers)
     add_train_command(subparsers)
     add_compare_runs_command(subparsers)

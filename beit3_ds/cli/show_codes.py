@@ -18,8 +18,8 @@ def add_show_codes_command(subparsers: Subparsers) -> None:
 
 def _show_codes(options: argparse.Namespace) -> int:
     from beit3_ds.config import load_run_config
+    from beit3_ds.tasks.visual_tokenizer.code_picture import write_code_picture
     from beit3_ds.tokenizers import check_visual_tokenizer_fits, load_visual_tokenizer
-    from beit3_ds.training.code_picture import write_code_picture
 
     config = load_run_config(options.config, options.set)
     tokenizer = load_visual_tokenizer(config.tokenizers.visual.path)

@@ -12,7 +12,7 @@ def add_train_text_tokenizer_command(subparsers: Subparsers) -> None:
     summary = "train the run's SentencePiece model on its texts and captions"
     command = add_command(subparsers, "train-text-tokenizer", _train_text_tokenizer, summary)
     add_config_arguments(command)
-    add_force_argument(command)
+    add_force_argument(command, "retrain the tokenizer and overwrite it if it exists")
 
 
 def _train_text_tokenizer(options: argparse.Namespace) -> int:

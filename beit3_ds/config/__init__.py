@@ -10,7 +10,7 @@ from beit3_ds.config.step_shares import MicroBatchSize, StepShares
 from beit3_ds.config.strict import ConfigError
 from beit3_ds.config.task import TaskConfig
 from beit3_ds.config.training import ActivationCheckpointing, Kernels, TrainingConfig
-from beit3_ds.config.visual_tokenizer import VisualTokenizerConfig
+from beit3_ds.config.visual_tokenizer import TeacherConfig, VisualTokenizerConfig
 
 __all__ = [
     "FIELDS_WITHOUT_TENSORS",
@@ -30,6 +30,7 @@ __all__ = [
     "StepShares",
     "StreamConfig",
     "TaskConfig",
+    "TeacherConfig",
     "TextTokenizerConfig",
     "TokenizersConfig",
     "TrainingConfig",

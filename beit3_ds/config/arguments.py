@@ -60,6 +60,6 @@ def _check(value: float, allowed: Range) -> float:
     return value
 
 
-def add_force_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds `--force` to a command that trains a tokenizer."""
-    parser.add_argument("--force", action="store_true", help="retrain the tokenizer and overwrite it if it exists")
+def add_force_argument(parser: argparse.ArgumentParser, text: str) -> None:
+    """Adds `--force` to a command that does nothing if its result exists; `text` is its help."""
+    parser.add_argument("--force", action="store_true", help=text)

@@ -53,7 +53,8 @@ def nearest_layouts(config: RunConfig, world_size: int) -> list[RunConfig]:
 
 def _check(config: RunConfig, world_size: int) -> int:
     data_parallel_size = config.parallel.data_parallel_size(world_size)
-    config.parallel.check_model(config.model, config.gradient_accumulation_steps)
+    if config.backbone is not None:
+        config.parallel.check_model(config.backbone, config.gradient_accumulation_steps)
     config.step_shares(data_parallel_size)
     config.check_engine()
     return data_parallel_size
@@ -62,9 +63,12 @@ def _check(config: RunConfig, world_size: int) -> int:
 def _candidates(config: RunConfig, world_size: int) -> Iterator[RunConfig]:
     divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
     virtual_sizes = sorted({1, config.parallel.virtual_pipeline_parallel_size})
-    for stages in (size for size in divisors if size <= config.model.num_pipeline_layers):
+    layers, heads = 1, 1  # a model that is no BEiT-3 cannot be cut
+    if config.backbone is not None:
+        layers, heads = config.backbone.num_pipeline_layers, config.backbone.num_attention_heads
+    for stages in (size for size in divisors if size <= layers):
         accumulations = {config.gradient_accumulation_steps, *(stages * 2**i for i in range(5))}
-        for tensor in (size for size in divisors if size <= config.model.num_attention_heads):
+        for tensor in (size for size in divisors if size <= heads):
             for virtual in virtual_sizes if stages > 1 else [1]:
                 for accumulation in accumulations:
                     parallel = dataclasses.replace(

@@ -60,14 +60,17 @@ def step_bytes(config: RunConfig, data_parallel_size: int, views: str = "both") 
         views: as for `plan_prefetch`.
     """
     images, pairs, texts = config.step_shares(data_parallel_size).rank_samples(0)
-    data, model = config.data, config.model
+    data, model = config.data, config.backbone
     # Counts an id, a position and a target per token, which is the most that a task adds.
     tokens = 3 * (pairs * data.pair_text_length + texts * data.text_length)
-    draws = (images + pairs + texts) * model.num_layers * 2 * 4 if model.drop_path_rate else 0
-    return int((images + pairs) * (image_bytes(config, views) + model.num_patches) + tokens * _ID_BYTES + draws) + 1
+    draws = (images + pairs + texts) * model.num_layers * 2 * 4 if model is not None and model.drop_path_rate else 0
+    num_patches = config.tokenizers.visual.grid_size**2 if model is None else model.num_patches
+    return int((images + pairs) * (image_bytes(config, views) + num_patches) + tokens * _ID_BYTES + draws) + 1
 
 
 def image_bytes(config: RunConfig, views: str = "both") -> int:
     """Returns the bytes of one image's views."""
-    sizes = {"model": config.model.image_size, "tokenizer": config.tokenizers.visual.image_size}
+    sizes = {"tokenizer": config.tokenizers.visual.image_size}
+    if config.backbone is not None:
+        sizes["model"] = config.backbone.image_size
     return sum(_CHANNELS * _PIXEL_BYTES * size**2 for view, size in sizes.items() if views in ("both", view))

@@ -1,5 +1,6 @@
 """Lists the keys of a run's file that had another name or section in version 0.1."""
 
+from collections.abc import Mapping
 from typing import Any
 
 RENAMED_KEYS = {"heldout": "validation", "prepared_dir": "cache_dir", "initial_weights": "init_from"}
@@ -14,17 +15,40 @@ MOVED_KEYS = {
 }
 """Keys that moved to the section "task", with their old section. A key in its old section is an error that says so."""
 
+TOKENIZER_KEYS = {
+    **{key: f"task.{key}" for key in ("commitment_weight", "teacher", "teacher_weights", "teacher_stage")},
+    "continuous_steps": "task.continuous_steps",
+    "training_steps": "training.total_steps",
+    "batch_size": "data.images.samples_per_step",
+    **{key: f"training.{key}" for key in ("learning_rate", "min_learning_rate", "weight_decay", "warmup_steps")},
+    "save_interval": "training.save_interval",
+    "bf16": "bf16.enabled",
+}
+"""Keys that left the section "tokenizers.visual", with their place in the file of the tokenizer's own run."""
+
 
 def with_new_keys(config: Any) -> Any:
     """Returns an old checkpoint's configuration with its keys under their current names and sections."""
     renamed = _rename(config)
     if not isinstance(renamed, dict):
         return renamed
+    _drop_tokenizer_keys(renamed)
     moved = {}
     for key, section in MOVED_KEYS.items():
         if isinstance(renamed.get(section), dict) and key in renamed[section]:
             moved[key] = renamed[section].pop(key)
     return renamed | {"task": {"name": "pretraining", **moved}} if moved else renamed
+
+
+def without_tokenizer_keys(visual: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a "tokenizers.visual" section of version 0.1 without the keys of the tokenizer's training."""
+    return {key: value for key, value in visual.items() if key not in TOKENIZER_KEYS}
+
+
+def _drop_tokenizer_keys(config: dict[str, Any]) -> None:
+    tokenizers = config.get("tokenizers")
+    if isinstance(tokenizers, dict) and isinstance(tokenizers.get("visual"), dict):
+        tokenizers["visual"] = without_tokenizer_keys(tokenizers["visual"])
 
 
 def _rename(value: Any) -> Any:

@@ -30,7 +30,7 @@ from beit3_ds.config.training import TrainingConfig
 
 SECTIONS = ("model", "data", "tokenizers", "training", "parallel", "task")
 """Sections inside "beit3_ds"."""
-_OPTIONAL_SECTIONS = ("parallel", "task")
+_OPTIONAL_SECTIONS = ("model", "parallel", "task")
 
 _MAX_SHOWN = 200
 """Maximum number of characters of a `--set` that a message repeats."""
@@ -40,7 +40,8 @@ _MAX_SHOWN = 200
 class RunConfig:
     """Everything a run depends on."""
 
-    model: ModelConfig
+    backbone: ModelConfig | None
+    """The section "model"; None in a run that trains another model than BEiT-3, such as the visual tokenizer."""
     data: DataConfig
     tokenizers: TokenizersConfig
     training: TrainingConfig
@@ -50,6 +51,17 @@ class RunConfig:
     """Micro-batches per rank and optimizer step."""
     deepspeed: Mapping[str, Any]
     """DeepSpeed's own keys, verbatim."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """Returns the configuration of BEiT-3.
+
+        Raises:
+            ConfigError: if the file has no section "model".
+        """
+        if self.backbone is None:
+            raise ConfigError(f"{OWN_SECTION}: the section 'model' is missing: the task {self.task.name} needs it.")
+        return self.backbone
 
     @property
     def options(self) -> DeepSpeedOptions:
@@ -139,7 +151,7 @@ def build_run_config(mapping: Any) -> RunConfig:
             raise ConfigError(f"{OWN_SECTION}: the section '{section}' is missing.")
     check_plain(own, OWN_SECTION)
     config = RunConfig(
-        model=load_model_section(own["model"], f"{OWN_SECTION}.model"),
+        backbone=load_model_section(own["model"], f"{OWN_SECTION}.model") if "model" in own else None,
         data=load_section(DataConfig, own["data"], f"{OWN_SECTION}.data"),
         tokenizers=load_section(TokenizersConfig, own["tokenizers"], f"{OWN_SECTION}.tokenizers"),
         training=load_section(TrainingConfig, own["training"], f"{OWN_SECTION}.training"),
@@ -157,6 +169,11 @@ def _check_sections_agree(config: RunConfig) -> None:
     data = config.data
     if config.samples_per_step == 0:
         raise ConfigError("data: samples_per_step is 0 for all three streams; nothing would be trained.")
+    if data.has_texts and config.backbone is None:
+        raise ConfigError(
+            f"{OWN_SECTION}: the section 'model' is missing; a run with pairs or texts needs it. A run of the task "
+            "visual_tokenizer lists all its images, also those of pairs, in data.images."
+        )
     if data.has_texts:
         _check_text_tokenizer(config)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from beit3_ds.config.numbers import LARGEST_INT, Range, show_number
-from beit3_ds.config.renamed_keys import MOVED_KEYS, RENAMED_KEYS
+from beit3_ds.config.renamed_keys import MOVED_KEYS, RENAMED_KEYS, TOKENIZER_KEYS
 
 T = TypeVar("T")
 
@@ -40,6 +40,12 @@ def check_known_keys(mapping: Mapping[str, Any], known: Iterable[str], where: st
         if key not in known:
             if RENAMED_KEYS.get(key) in known:
                 raise ConfigError(f"{where}: the key {key!r} is called {RENAMED_KEYS[key]!r} now. Rename it.")
+            if key in TOKENIZER_KEYS and where.endswith("tokenizers.visual"):
+                raise ConfigError(
+                    f"{where}: the key {key!r} belongs to the tokenizer's training, which is a run of its own with the "
+                    f'task "visual_tokenizer". Remove it here and set {TOKENIZER_KEYS[key]} in that run\'s file, e.g. '
+                    "ds_configs/quickstart_visual_tokenizer_cpu.json."
+                )
             if key in MOVED_KEYS:
                 raise ConfigError(f"{where}: the key {key!r} is in another section now. Move it to task.{key}.")
             near = nearest(key, known)

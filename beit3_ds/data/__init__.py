@@ -4,7 +4,7 @@ The modules in the order of the flow: `files` finds and reads files, and retries
 make samples of files, and `sources` opens the sources that a config names. `order` picks samples; `samples` crops,
 tokenizes and masks them; `packing` joins them into micro-batches; `steps` builds a rank's share of a step. `loader` and
 `validation` serve steps with the processes of `workers`, and `evaluation` serves all samples of a split.
-`tokenizer_corpora` reads the same files to train the two tokenizers, and `prepare` indexes and describes them before a
+`tokenizer_corpora` reads the same files to train the text tokenizer, and `prepare` indexes and describes them before a
 run.
 """
 
@@ -12,7 +12,7 @@ from beit3_ds.data.evaluation import EvaluationBatches
 from beit3_ds.data.images.shards import TarShards
 from beit3_ds.data.loader import build_train_loader
 from beit3_ds.data.steps import StepDataset
-from beit3_ds.data.tokenizer_corpora import TokenizerImages, View, Views, build_view_loader, read_training_lines
+from beit3_ds.data.tokenizer_corpora import read_training_lines
 from beit3_ds.data.validation import ValidationBatches, build_validation_batches
 from beit3_ds.data.workers.waiting import WaitLimits
 
@@ -20,13 +20,9 @@ __all__ = [
     "EvaluationBatches",
     "StepDataset",
     "TarShards",
-    "TokenizerImages",
     "ValidationBatches",
-    "View",
-    "Views",
     "WaitLimits",
     "build_train_loader",
     "build_validation_batches",
-    "build_view_loader",
     "read_training_lines",
 ]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from beit3_ds.batch import PackedBatch, StepBatch
@@ -99,9 +100,11 @@ class StepDataset(Dataset[StepBatch]):
                     broken[self._streams[stream].name(key.index)] = str(error)
                 else:
                     slots += [slot._replace(sequence=i) for i in range(self._streams[stream].sequences_per_sample)]
-        model, seed = self._config.model, self._config.training.seed
-        drop_path = draw_drop_path(model.drop_path_rate, model.num_layers, seed, step, slots)
-        return self._pack(samples, drop_path, {})
+        return self._pack(samples, self._draw_drop_path(step, slots), {})
+
+    def _draw_drop_path(self, step: int, slots: list[Slot]) -> Tensor | None:
+        model, seed = self._config.backbone, self._config.training.seed
+        return None if model is None else draw_drop_path(model.drop_path_rate, model.num_layers, seed, step, slots)
 
     def _keys(self, stream: str, step: int, micro_batch: int) -> list[tuple[Slot, SampleKey]]:
         """Returns the slots of one stream in one of this rank's micro-batches, with the keys of their samples."""

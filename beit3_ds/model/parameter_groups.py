@@ -9,7 +9,7 @@ from beit3_ds.config import ConfigError, RunConfig
 
 T = TypeVar("T")
 
-_NO_DECAY = re.compile(r"(^|[._])(bias|norm|cls_token|mask_token|image_position|text_position)([._]|$)")
+_NO_DECAY = re.compile(r"(^|[._])(bias|cls_token|mask_token|image_position|text_position|pos_embed|norm\d?)([._]|$)")
 _BLOCK = re.compile(r"^blocks\.(\d+)\.")
 _HEAD = "heads."
 
@@ -57,7 +57,7 @@ def parameter_group(name: str, config: RunConfig) -> ParameterGroup:
     The learning rate of layer l is multiplied by `layer_decay` to the power of (`num_layers` + 1 - l), and that of the
     head also by `head_learning_rate_scale` (ELECTRA, Clark et al., 2020, arXiv:2003.10555; BEiT, arXiv:2106.08254).
     """
-    training, num_layers = config.training, config.model.num_layers
+    training, num_layers = config.training, 0 if config.backbone is None else config.backbone.num_layers
     if is_frozen(name, training.frozen):
         return ParameterGroup(0.0, 0.0)
     scale = training.layer_decay ** (num_layers + 1 - layer_number(name, num_layers))

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from beit3_ds.config import ConfigError, RunConfig
 from beit3_ds.config.prefetch import PrefetchPlan, image_bytes, plan_prefetch, step_bytes
-from beit3_ds.planner.memory import rank_memory
+from beit3_ds.planner.memory import Memory, rank_memory
+from beit3_ds.planner.model_state import ModelState, model_state
 from beit3_ds.planner.rank_model import build_rank_model
 from beit3_ds.planner.workload import expected_workloads
 
@@ -187,8 +188,12 @@ def _validation_bytes(config: RunConfig, data_parallel_size: int, views: str) ->
 
 def _state_bytes(config: RunConfig, world_size: int, stage: int) -> tuple[int, int, int]:
     """Returns, for one rank of a stage, the bytes that a checkpoint copies, that are offloaded, and that are pinned."""
-    rank_model = build_rank_model(config, world_size, stage)
-    memory = rank_memory(rank_model, expected_workloads(config, rank_model.data_parallel_size))
+    memory: Memory | ModelState
+    if config.backbone is None:
+        memory = model_state(config, world_size)
+    else:
+        rank_model = build_rank_model(config, world_size, stage)
+        memory = rank_memory(rank_model, expected_workloads(config, rank_model.data_parallel_size))
     options, on_host = config.options, {}
     if options.offloads_optimizer:
         on_host["offload_optimizer"] = memory.optimizer + memory.gradients

@@ -309,9 +309,10 @@ class Task(ABC):
                 f"{parallel.tensor_parallel_size} nor pipeline_parallel_size={parallel.pipeline_parallel_size}: "
                 f"{self.layout_fault} Set both to 1; every ZeRO stage works."
             )
-        if missing := [kind for kind in self.inputs if kind not in config.model.inputs]:
+        known = config.model.inputs if self.has_backbone else INPUT_KINDS
+        if missing := [kind for kind in self.inputs if kind not in known]:
             raise ConfigError(
-                f"model.inputs={json.dumps(config.model.inputs)}, but {config.task.name} has batches of "
+                f"model.inputs={json.dumps(known)}, but {config.task.name} has batches of "
                 f"{' and '.join(missing)}. Add {json.dumps(missing)} to model.inputs."
             )
 
@@ -334,6 +335,14 @@ class Task(ABC):
         Fields in `config.FIELDS_WITHOUT_TENSORS` may differ.
         """
         return dataclasses.asdict(self.config.model)
+
+    def describe_architecture(self) -> str:
+        """Returns the sizes of the model in a few words."""
+        model = self.config.model
+        return (
+            f"{model.num_layers} x {model.hidden_size} ({model.layout}), "
+            f"{model.grid_size} x {model.grid_size} patches, text up to {model.max_text_length}"
+        )
 
     def find_result(self) -> str | None:
         """Returns a line that describes the result of this run if it exists already, so that nothing is to be done.

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beit3_ds.config import ConfigError, VisualTokenizerConfig
+from beit3_ds.config import ConfigError, TeacherConfig
 from beit3_ds.tokenizers.weights import load_weights
 
 _PACKAGES = {"timm": "timm", "open_clip": "open_clip_torch", "transformers": "transformers"}
@@ -52,6 +52,11 @@ class NetworkTeacher:
         assert features.shape[1] == grid_size**2, f"{features.shape[1]} patch features for a grid of {grid_size}"
         self.width = features.shape[2]
 
+    def to(self, device: torch.device) -> None:
+        """Moves the network to a device."""
+        self._network.module.to(device)
+        self._mean, self._std = self._mean.to(device), self._std.to(device)
+
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
         """Returns the features of every patch.
@@ -69,8 +74,8 @@ class NetworkTeacher:
         return self._network.patch_features(((pixels + 1) / 2 - self._mean) / self._std).float()
 
 
-def load_network_teacher(config: VisualTokenizerConfig, device: torch.device | str = "cpu") -> NetworkTeacher:
-    """Loads the network that `config.teacher` names.
+def load_network_teacher(config: TeacherConfig, grid_size: int, device: torch.device | str = "cpu") -> NetworkTeacher:
+    """Loads the network that `config.teacher` names, for images of grid_size x grid_size patches.
 
     * `timm:NAME` takes the feature map `teacher_stage`: a transformer's patch tokens after that block, or a
       convolutional network's map of that stage. `teacher_weights` is a local file (.safetensors, or .pth with plain
@@ -89,30 +94,30 @@ def load_network_teacher(config: VisualTokenizerConfig, device: torch.device | s
         module = importlib.import_module(library)
     except ImportError:
         raise ConfigError(
-            f"tokenizers.visual.teacher: {config.teacher!r} needs the library {library}, which is not installed. Run: "
+            f"task.teacher: {config.teacher!r} needs the library {library}, which is not installed. Run: "
             f"pip install {_PACKAGES[library]}"
         ) from None
     if config.teacher_weights is not None and not Path(config.teacher_weights).is_file():
-        raise ConfigError(f"tokenizers.visual.teacher_weights: {config.teacher_weights} does not exist.")
+        raise ConfigError(f"task.teacher_weights: {config.teacher_weights} does not exist.")
     try:
-        return NetworkTeacher(loaders[library](module, name, config), config.grid_size, device)
+        return NetworkTeacher(loaders[library](module, name, config, grid_size), grid_size, device)
     except (OSError, RuntimeError) as error:  # unknown names, failed downloads, weights of another shape
-        raise ConfigError(f"tokenizers.visual.teacher: {config.teacher!r} cannot be loaded: {error}") from error
+        raise ConfigError(f"task.teacher: {config.teacher!r} cannot be loaded: {error}") from error
 
 
-def _load_timm(timm: Any, name: str, config: VisualTokenizerConfig) -> _Network:
+def _load_timm(timm: Any, name: str, config: TeacherConfig, grid_size: int) -> _Network:
     model = timm.create_model(name, pretrained=config.teacher_weights is None)
     if config.teacher_weights is not None:
         load_weights(model, config.teacher_weights)
     stages, stage = list(model.feature_info), config.teacher_stage
     if not -len(stages) <= stage < len(stages):
         raise ConfigError(
-            f"tokenizers.visual.teacher_stage is {stage}; {config.teacher} has the feature maps 0 to {len(stages) - 1} "
+            f"task.teacher_stage is {stage}; {config.teacher} has the feature maps 0 to {len(stages) - 1} "
             f"(-1 is the last), of strides {', '.join(str(info['reduction']) for info in stages)}."
         )
     stride = stages[stage]["reduction"]
     if hasattr(model, "set_input_size"):  # transformers: positions are resampled
-        model.set_input_size(img_size=(config.grid_size * stride, config.grid_size * stride))
+        model.set_input_size(img_size=(grid_size * stride, grid_size * stride))
 
     def patch_features(images: Tensor) -> Tensor:
         (feature_map,) = model.forward_intermediates(
@@ -136,19 +141,19 @@ def _load_timm(timm: Any, name: str, config: VisualTokenizerConfig) -> _Network:
     )
 
 
-def _load_open_clip(open_clip: Any, name: str, config: VisualTokenizerConfig) -> _Network:
+def _load_open_clip(open_clip: Any, name: str, config: TeacherConfig, grid_size: int) -> _Network:
     architecture, _, tag = name.partition("/")
     pretrained = config.teacher_weights or tag
     known = open_clip.get_model_config(architecture)
     if not pretrained or known is None or "patch_size" not in known["vision_cfg"]:
         raise ConfigError(
-            f"tokenizers.visual.teacher: {config.teacher!r} must be open_clip:ARCHITECTURE/TAG with a vision "
+            f"task.teacher: {config.teacher!r} must be open_clip:ARCHITECTURE/TAG with a vision "
             f"transformer and its pretrained weights, such as open_clip:ViT-B-16/openai, or teacher_weights must name "
             f"a file of them."
         )
     patch_size = known["vision_cfg"]["patch_size"]
     model = open_clip.create_model(
-        architecture, pretrained=pretrained, force_image_size=config.grid_size * patch_size, output_dict=False
+        architecture, pretrained=pretrained, force_image_size=grid_size * patch_size, output_dict=False
     )
     visual = model.visual
     visual.output_tokens = True
@@ -167,21 +172,21 @@ def _load_open_clip(open_clip: Any, name: str, config: VisualTokenizerConfig) ->
     )
 
 
-def _load_transformers(transformers: Any, name: str, config: VisualTokenizerConfig) -> _Network:
+def _load_transformers(transformers: Any, name: str, config: TeacherConfig, grid_size: int) -> _Network:
     if config.teacher_weights is not None:
         raise ConfigError(
-            f"tokenizers.visual.teacher_weights: {config.teacher} reads its weights from the folder in its name. Write "
+            f"task.teacher_weights: {config.teacher} reads its weights from the folder in its name. Write "
             f"transformers:FOLDER and leave teacher_weights out."
         )
     model = transformers.AutoModel.from_pretrained(name)
     vision = getattr(model, "vision_model", model)
     patch_size = getattr(vision.config, "patch_size", None)
     if not isinstance(patch_size, int):
-        raise ConfigError(f"tokenizers.visual.teacher: {config.teacher} has no patches. Use a vision transformer.")
+        raise ConfigError(f"task.teacher: {config.teacher} has no patches. Use a vision transformer.")
     parameters = inspect.signature(vision.forward).parameters
     options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in parameters else {}
     projection = getattr(model, "visual_projection", None)
-    num_patches = config.grid_size**2
+    num_patches = grid_size**2
 
     def patch_features(images: Tensor) -> Tensor:
         tokens: Tensor = vision(pixel_values=images, **options).last_hidden_state[:, -num_patches:]

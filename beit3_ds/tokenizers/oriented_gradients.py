@@ -48,6 +48,9 @@ class OrientedGradients:
         self.patch_size = patch_size
         self.width = 2 * _NUM_ORIENTATIONS + 3 * (_CELLS**2 + 1)
 
+    def to(self, device: torch.device) -> None:
+        """Does nothing, because the descriptor has no tensors."""
+
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
         """Returns the features of every patch.

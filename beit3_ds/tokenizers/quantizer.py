@@ -6,8 +6,10 @@ arXiv:1711.00937, appendix A.1).
 
 # M vectors of all images, V codes in the codebook, C width of a code.
 
+from collections.abc import Callable
+from typing import NamedTuple, Self
+
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,12 +17,24 @@ _KMEANS_ROUNDS = 10  # k-means rounds on the first batch (BEiT v2)
 _CHUNK_ROWS = 16384  # vectors compared with the codebook at a time: 0.5 GiB of similarities to 8192 codes
 
 
+class Quantized(NamedTuple):
+    """Holds vectors replaced by their codes."""
+
+    vectors: Tensor
+    """Vectors of the codes, (..., C); their gradient passes unchanged to the quantized vectors."""
+    distance: Tensor
+    """Mean squared difference of each vector from its code, which is held fixed: the commitment loss, (...)."""
+    codes: Tensor
+    """Number of each vector's code, (...) int64."""
+
+
 class Quantizer(nn.Module):
     """Replaces each vector by the nearest of V unit-length codes.
 
-    In training mode the first call initialises the codebook with k-means on its batch, and each call moves every code
-    towards the mean of the vectors that chose it. In evaluation mode the codebook is fixed. It is a buffer, so no
-    gradient or optimizer changes it.
+    The codebook is a buffer: no gradient and no optimizer changes it. `start` initialises it with k-means. In training
+    mode each call adds its vectors to `totals`; `move_codes` then moves every code towards the mean of the vectors that
+    chose it, once per optimizer step, however the step is cut into calls and ranks. Codebook and totals stay in float32
+    if the module is cast.
 
     Args:
         codebook_size: number of codes V.
@@ -31,6 +45,7 @@ class Quantizer(nn.Module):
     weight: Tensor
     cluster_size: Tensor
     started: Tensor
+    totals: Tensor
 
     def __init__(self, codebook_size: int, codebook_dim: int, ema_decay: float) -> None:
         super().__init__()
@@ -38,6 +53,8 @@ class Quantizer(nn.Module):
         self.register_buffer("weight", torch.zeros(codebook_size, codebook_dim))
         self.register_buffer("cluster_size", torch.zeros(codebook_size))
         self.register_buffer("started", torch.tensor(False))
+        # Sums of the vectors of each code, then their number, since the last update.
+        self.register_buffer("totals", torch.zeros(codebook_size, codebook_dim + 1), persistent=False)
 
     def nearest(self, vectors: Tensor) -> Tensor:
         """Returns the code of each vector.
@@ -50,61 +67,49 @@ class Quantizer(nn.Module):
         """
         return _nearest(vectors.flatten(0, -2), self.weight).view(vectors.shape[:-1])
 
-    def forward(self, vectors: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantizes vectors; in training mode it also updates the codebook.
-
-        In training mode with a group it all-gathers the vectors in the first call, and all-reduces V * (C + 1) sums
-        and counts in every call.
-
-        Args:
-            vectors: (..., C) float32 of length 1; the same number on every rank.
-            group: ranks that hold parts of one batch; None is this process alone.
-
-        Returns:
-            The codes' vectors (..., C), whose gradient passes unchanged to `vectors`; the commitment loss, a scalar,
-            the mean squared distance of `vectors` from their codes, which are held fixed; the codes (...) int64.
-        """
-        if self.training and not self.started:
-            self.start(vectors.detach().flatten(0, -2)[None], group)
+    def forward(self, vectors: Tensor) -> Quantized:
+        """Quantizes vectors, (..., C) float32 of length 1; in training mode it also adds them to `totals`."""
         codes = self.nearest(vectors.detach())
         quantized = F.embedding(codes, self.weight)
-        commitment = F.mse_loss(vectors, quantized)
         if self.training:
-            self.update(vectors.detach().flatten(0, -2), codes.flatten(), group)
-        return vectors + (quantized - vectors).detach(), commitment, codes
+            self.totals += _totals(vectors.detach().flatten(0, -2), codes.flatten(), len(self.weight))
+        distance = (vectors - quantized).square().mean(-1)
+        return Quantized(vectors + (quantized - vectors).detach(), distance, codes)
 
     @torch.no_grad()
-    def start(self, vectors: Tensor, group: dist.ProcessGroup | None = None) -> None:
-        """Sets the codebook to the centres of a cosine k-means over the vectors of all ranks; every rank gets the same
-        centres.
-
-        All-gathers the vectors, from which each rank computes the centres.
-
-        Args:
-            vectors: (batches, rows, C) float32 of length 1; the same number on every rank. The rows of each batch are
-                joined in rank order, so the codebook does not depend on the number of ranks.
-            group: ranks that hold parts of the batches; None is this process alone.
-        """
-        vectors_MC = torch.cat([_gather(rows, group) for rows in vectors])
+    def start(self, vectors_MC: Tensor) -> None:
+        """Sets the codebook to the centres of a cosine k-means over vectors of length 1, (M, C) float32."""
         centers_VC = _draw_centers(vectors_MC, self.weight.shape[0])
+        counts_V = vectors_MC.new_zeros(len(centers_VC))
         for _ in range(_KMEANS_ROUNDS):
             codes_M = _nearest(vectors_MC, centers_VC)
-            centers_VC, counts_V = _mean_directions(vectors_MC, codes_M, centers_VC, None)
+            centers_VC, counts_V = _mean_directions(_totals(vectors_MC, codes_M, len(centers_VC)), centers_VC)
         self.weight.copy_(centers_VC)
         self.cluster_size.copy_(counts_V)
         self.started.fill_(True)
 
     @torch.no_grad()
-    def update(self, vectors_MC: Tensor, codes_M: Tensor, group: dist.ProcessGroup | None = None) -> None:
-        """Moves each code towards the mean direction of its vectors and normalises it to length 1.
+    def move_codes(self) -> None:
+        """Moves each code towards the mean direction of its vectors in `totals`, normalises it and clears the totals.
 
-        A code that no vector chose on any rank keeps its value.
+        Sum the totals over all ranks first. A code without vectors keeps its value.
         """
-        means_VC, counts_V = _mean_directions(vectors_MC, codes_M, self.weight, group)
+        means_VC, counts_V = _mean_directions(self.totals, self.weight)
         moved_VC = F.normalize(self.weight.lerp(means_VC, 1 - self.ema_decay), dim=-1)
         # An unused code keeps its value bit for bit; rounding would let it drift.
         self.weight.copy_(torch.where(counts_V[:, None] > 0, moved_VC, self.weight))
         self.cluster_size.lerp_(counts_V, 1 - self.ema_decay)
+        self.totals.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves the buffers with the module, but keeps their types: near ties decide the code, and sums are long."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
 
 
 def _nearest(vectors_MC: Tensor, codebook_VC: Tensor) -> Tensor:
@@ -113,18 +118,17 @@ def _nearest(vectors_MC: Tensor, codebook_VC: Tensor) -> Tensor:
         return torch.cat([(rows @ codebook_VC.T).argmax(-1) for rows in vectors_MC.split(_CHUNK_ROWS)])
 
 
-def _mean_directions(
-    vectors_MC: Tensor, codes_M: Tensor, fallback_VC: Tensor, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
-    """Returns each code's normalised mean over all ranks, (V, C), `fallback_VC` where it has no vector; counts (V,)."""
+def _totals(vectors_MC: Tensor, codes_M: Tensor, num_codes: int) -> Tensor:
+    """Returns each code's sum of vectors and, in the last column, their number, (V, C + 1)."""
     ones_M1 = vectors_MC.new_ones(len(vectors_MC), 1)
-    totals = vectors_MC.new_zeros(fallback_VC.shape[0], fallback_VC.shape[1] + 1)
-    totals.index_add_(0, codes_M, torch.cat([vectors_MC, ones_M1], dim=1))
-    if group is not None:
-        dist.all_reduce(totals, group=group)  # sums and counts in one message
+    totals = vectors_MC.new_zeros(num_codes, vectors_MC.shape[1] + 1)
+    return totals.index_add_(0, codes_M, torch.cat([vectors_MC, ones_M1], dim=1))
+
+
+def _mean_directions(totals: Tensor, fallback_VC: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns each code's normalised mean, (V, C), `fallback_VC` where it has no vector, and the counts, (V,)."""
     sums_VC, counts_V = totals[:, :-1], totals[:, -1]
-    means_VC = torch.where(counts_V[:, None] > 0, F.normalize(sums_VC, dim=-1), fallback_VC)
-    return means_VC, counts_V
+    return torch.where(counts_V[:, None] > 0, F.normalize(sums_VC, dim=-1), fallback_VC), counts_V
 
 
 def _draw_centers(vectors_MC: Tensor, num_centers: int) -> Tensor:
@@ -133,7 +137,7 @@ def _draw_centers(vectors_MC: Tensor, num_centers: int) -> Tensor:
     A vector's chance to become the next centre is its distance from the nearest centre so far. Uniform draws would
     spend most centres on white backgrounds, which are all the same vector.
     """
-    generator = torch.Generator().manual_seed(0)  # every rank draws the same centres from the gathered vectors
+    generator = torch.Generator().manual_seed(0)  # every rank draws the same centres from the same vectors
     picks = torch.rand(num_centers, generator=generator, dtype=torch.float64).to(vectors_MC.device)
     centers_VC = vectors_MC.new_empty(num_centers, vectors_MC.shape[1])
     distance_M = torch.ones(len(vectors_MC), dtype=torch.float64, device=vectors_MC.device)
@@ -144,12 +148,3 @@ def _draw_centers(vectors_MC: Tensor, num_centers: int) -> Tensor:
         centers_VC[index] = vectors_MC[chosen.clamp(max=len(vectors_MC) - 1)]
         distance_M = torch.minimum(distance_M, (1 - vectors_MC @ centers_VC[index]).clamp(min=0).double())
     return centers_VC
-
-
-def _gather(vectors_MC: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Returns the vectors of all ranks in rank order."""
-    if group is None:
-        return vectors_MC
-    parts = [torch.empty_like(vectors_MC) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, vectors_MC.contiguous(), group=group)
-    return torch.cat(parts)

@@ -16,18 +16,27 @@ from beit3_ds.config import ConfigError, RunConfig
 Recipe = dict[str, Any]
 """Settings of a tokenizer, as plain JSON values by their keys in the config."""
 
-FREE_TO_CHANGE = ("path", "save_interval")
+FREE_TO_CHANGE = ("path",)
 """Keys of a tokenizer's section that do not change the result."""
 
 
 def text_recipe(config: RunConfig) -> Recipe:
     """Returns the settings that the run's text tokenizer depends on."""
-    return _recipe(config, config.tokenizers.text, ("texts", "pairs"))
+    return _recipe(config, config.tokenizers.text, ("texts", "pairs"), {})
 
 
-def visual_recipe(config: RunConfig) -> Recipe:
-    """Returns the settings that the run's visual tokenizer depends on."""
-    return _recipe(config, config.tokenizers.visual, ("images", "pairs"))
+def visual_recipe(config: RunConfig, settings: Mapping[str, Any]) -> Recipe:
+    """Returns the settings that a run's visual tokenizer depends on, under the keys of version 0.1 where it had them.
+
+    Args:
+        config: configuration of the tokenizer's own run.
+        settings: settings of its task.
+    """
+    training = config.training
+    fields = ("learning_rate", "min_learning_rate", "weight_decay", "warmup_steps", "adam_betas", "adam_epsilon")
+    recipe = {name: getattr(training, name) for name in fields} | dict(settings)
+    recipe |= {"training_steps": training.total_steps, "batch_size": config.data.images.samples_per_step}
+    return _recipe(config, config.tokenizers.visual, ("images",), recipe | {"bf16": config.options.is_bf16})
 
 
 def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -100,7 +109,7 @@ def describe_trained(section: str, path: str | Path) -> str:
     return f"{section}: {path} is already trained with this recipe; nothing is done. --force retrains it"
 
 
-def _recipe(config: RunConfig, section: Any, streams: tuple[str, ...]) -> Recipe:
+def _recipe(config: RunConfig, section: Any, streams: tuple[str, ...], training: Mapping[str, Any]) -> Recipe:
     fields = {key: value for key, value in dataclasses.asdict(section).items() if key not in FREE_TO_CHANGE}
     named = config.data.streams()
     files = {
@@ -108,7 +117,7 @@ def _recipe(config: RunConfig, section: Any, streams: tuple[str, ...]) -> Recipe
         for stream in streams
     }
     # Converted through JSON, which has no tuples, so that a saved recipe equals a new one.
-    recipe: Recipe = json.loads(json.dumps(fields | files | {"seed": config.training.seed}))
+    recipe: Recipe = json.loads(json.dumps(fields | dict(training) | files | {"seed": config.training.seed}))
     return recipe
 
 
@@ -129,9 +138,21 @@ def _read_recipe(path: str | Path) -> Recipe | None:
     try:
         content = json.loads(_recipe_path(path).read_text(encoding="utf-8"))
         recipe: Recipe = content["recipe"]
+        if "images.train" in recipe and "pairs.train" in recipe:
+            recipe["images.train"] = _merge_sources(recipe["images.train"], recipe.pop("pairs.train"))
         return recipe if content["sha256"] == _digest(Path(path)) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _merge_sources(images: list[Any], pairs: list[Any]) -> list[Any]:
+    """Joins two lists of version 0.1, which trained on each source of both once, whatever its weight."""
+    merged: list[Any] = []
+    for source in (*images, *pairs):
+        unweighted = {key: value for key, value in source.items() if key != "weight"}
+        if unweighted not in merged:
+            merged.append(unweighted)
+    return merged
 
 
 def _recipe_path(path: str | Path) -> Path:

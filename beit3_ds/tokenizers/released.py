@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from beit3_ds.config import ConfigError, VisualTokenizerConfig
+from beit3_ds.config import ConfigError, TeacherConfig, VisualTokenizerConfig
 from beit3_ds.positions import grid_size_of, interpolate_positions
+from beit3_ds.tokenizers.teacher import describe_teacher
 from beit3_ds.tokenizers.visual import VisualTokenizer
 from beit3_ds.untrusted_file import read_tensors
 
@@ -38,8 +39,9 @@ def import_released_tokenizer(
     """
     released = read_tensors(source)
     try:
-        config, state = convert_released_state(released, target, image_size=image_size, teacher=teacher)
-        tokenizer = VisualTokenizer(config, teacher_width=len(state["decode_task_layer.2.bias"]))
+        config, state = convert_released_state(released, target, image_size=image_size)
+        width = len(state["decode_task_layer.2.bias"])
+        tokenizer = VisualTokenizer(config, width, describe_teacher(TeacherConfig(teacher=teacher)))
         tokenizer.load_state_dict(state)
     except (KeyError, RuntimeError) as error:
         raise ConfigError(f"{source} is not a VQ-KD tokenizer of BEiT v2: {error}") from error
@@ -47,7 +49,7 @@ def import_released_tokenizer(
 
 
 def convert_released_state(
-    released: dict[str, Tensor], target: str | Path, *, image_size: int | None, teacher: str
+    released: dict[str, Tensor], target: str | Path, *, image_size: int | None
 ) -> tuple[VisualTokenizerConfig, dict[str, Tensor]]:
     """Renames the tensors of a released state dict and derives its architecture from their shapes.
 
@@ -86,7 +88,6 @@ def convert_released_state(
         num_attention_heads=hidden_size // _HEAD_SIZE,
         codebook_size=codebook_size,
         codebook_dim=codebook_dim,
-        teacher=teacher,
     )
     for name in ("encoder.pos_embed", "decoder.pos_embed"):
         state[name] = interpolate_positions(state[name], config.grid_size)

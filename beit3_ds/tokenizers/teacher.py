@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from beit3_ds.config import VisualTokenizerConfig
+from beit3_ds.config import TeacherConfig, VisualTokenizerConfig
 from beit3_ds.tokenizers.network_teacher import load_network_teacher
 from beit3_ds.tokenizers.oriented_gradients import OrientedGradients
 
@@ -16,22 +16,25 @@ class Teacher(Protocol):
     width: int
     """Features per patch."""
 
+    def to(self, device: torch.device) -> None:
+        """Moves the teacher to a device."""
+
     def __call__(self, pixels: Tensor) -> Tensor:
         """Maps (B, 3, image_size, image_size) float in [-1, 1] to (B, N, width) float32, in row-major order."""
 
 
-def build_teacher(config: VisualTokenizerConfig, device: torch.device | str = "cpu") -> Teacher:
-    """Builds `config.teacher` on a device.
+def build_teacher(config: TeacherConfig, visual: VisualTokenizerConfig, device: torch.device | str = "cpu") -> Teacher:
+    """Builds `config.teacher` on a device, for the patches of a visual tokenizer.
 
     Raises:
         ConfigError: if a network's library is missing, its weights do not fit, or it has no patch features.
     """
     if config.teacher == "oriented_gradients":
-        return OrientedGradients(config.patch_size)
-    return load_network_teacher(config, device)
+        return OrientedGradients(visual.patch_size)
+    return load_network_teacher(config, visual.grid_size, device)
 
 
-def describe_teacher(config: VisualTokenizerConfig) -> str:
+def describe_teacher(config: TeacherConfig) -> str:
     """Returns a phrase for files and reports that names the source of the teacher's features."""
     if config.teacher == "oriented_gradients":
         return (

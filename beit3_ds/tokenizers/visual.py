@@ -9,7 +9,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model
@@ -17,10 +16,10 @@ from torch import Tensor, nn
 
 from beit3_ds.atomic_file import atomic_write
 from beit3_ds.config import ConfigError, RunConfig, VisualTokenizerConfig
+from beit3_ds.config.renamed_keys import without_tokenizer_keys
 from beit3_ds.config.strict import load_section
 from beit3_ds.tokenizers.quantizer import Quantizer
-from beit3_ds.tokenizers.teacher import describe_teacher
-from beit3_ds.tokenizers.vit import VisionTransformer, initialize_linear_layers
+from beit3_ds.tokenizers.vit import Float32Linear, VisionTransformer, initialize_linear_layers
 
 _METADATA_KEY = "beit3_ds.visual_tokenizer"
 
@@ -32,27 +31,23 @@ class VisualTokenizer(nn.Module):
     Pretraining only uses `encode`; the decoder gives the codes their meaning during the tokenizer's own training.
 
     Args:
-        config: architecture and training recipe of the tokenizer.
+        config: architecture of the tokenizer.
         teacher_width: features E of the teacher per patch.
+        teacher_description: source of the features that give the codes their meaning, in words for reports.
     """
 
-    def __init__(self, config: VisualTokenizerConfig, teacher_width: int) -> None:
+    def __init__(self, config: VisualTokenizerConfig, teacher_width: int, teacher_description: str = "") -> None:
         super().__init__()
         self.config = config
-        self.teacher_width = teacher_width
+        self.teacher_width, self.teacher_description = teacher_width, teacher_description
         width, code_width = config.hidden_size, config.codebook_dim
         self.encoder = _build_transformer(config, 3, config.patch_size, config.num_layers)
-        self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, code_width))
+        self.encode_task_layer = nn.Sequential(Float32Linear(width, width), nn.Tanh(), Float32Linear(width, code_width))
         self.quantize = Quantizer(config.codebook_size, code_width, config.ema_decay)
         self.decoder = _build_transformer(config, code_width, 1, config.decoder_layers)
         self.decode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, teacher_width))
         initialize_linear_layers(self.encode_task_layer)
         initialize_linear_layers(self.decode_task_layer)
-
-    @property
-    def teacher_description(self) -> str:
-        """Returns the source of the features that gave the codes their meaning, in words for reports."""
-        return describe_teacher(self.config)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -83,11 +78,11 @@ class VisualTokenizer(nn.Module):
             pixels: (B, 3, image_size, image_size) float in [-1, 1].
 
         Returns:
-            (B, N, C) float32 of length 1. The dtype also holds under autocast, because near ties decide the code.
+            (B, N, C) float32 of length 1, also of a bfloat16 encoder, because near ties decide the code.
         """
         features_BND = self.encoder(pixels)
         with torch.autocast(pixels.device.type, enabled=False):
-            vectors_BNC: Tensor = self.encode_task_layer(features_BND.float())
+            vectors_BNC: Tensor = self.encode_task_layer(features_BND)
             return F.normalize(vectors_BNC, dim=-1)
 
     def decode(self, vectors_BNC: Tensor) -> Tensor:
@@ -96,28 +91,6 @@ class VisualTokenizer(nn.Module):
         vector_map = vectors_BNC.transpose(1, 2).unflatten(2, grid)  # (B, C, G, G)
         reconstruction_BNE: Tensor = self.decode_task_layer(self.decoder(vector_map))
         return reconstruction_BNE
-
-    def forward(
-        self, pixels: Tensor, group: dist.ProcessGroup | None = None, *, quantized: bool = True
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Reconstructs the teacher's features from the codes; in training mode it also updates the codebook.
-
-        Communicates as `Quantizer.forward` does.
-
-        Args:
-            pixels: (B, 3, image_size, image_size) float in [-1, 1].
-            group: ranks that hold parts of one batch; None is this process alone.
-            quantized: False reconstructs from the encoder's vectors and leaves the codebook unchanged.
-
-        Returns:
-            The reconstruction (B, N, E); the commitment loss, a float32 scalar; the codes (B, N) int64. Without
-            quantization, the loss is 0 and the codes are None.
-        """
-        vectors_BNC = self.project(pixels)
-        if not quantized:
-            return self.decode(vectors_BNC), vectors_BNC.new_zeros(()), None
-        quantized_BNC, commitment, codes_BN = self.quantize(vectors_BNC, group)
-        return self.decode(quantized_BNC), commitment, codes_BN
 
 
 def save_visual_tokenizer(path: str | Path, tokenizer: VisualTokenizer) -> None:
@@ -144,8 +117,9 @@ def load_visual_tokenizer(path: str | Path) -> VisualTokenizer:
     """
     path = Path(path)
     description = _read_description(path)
-    config = load_section(VisualTokenizerConfig, description["config"], f"{path} (metadata)")
-    tokenizer = VisualTokenizer(config, description["teacher_width"])
+    fields = without_tokenizer_keys(description["config"])  # version 0.1 also wrote the recipe of the training
+    config = load_section(VisualTokenizerConfig, fields, f"{path} (metadata)")
+    tokenizer = VisualTokenizer(config, description["teacher_width"], description["teacher"])
     load_model(tokenizer, path)
     return tokenizer.eval().requires_grad_(False)
 
@@ -157,10 +131,10 @@ def check_visual_tokenizer_fits(tokenizer: VisualTokenizer, config: RunConfig) -
         ConfigError: naming the values and the keys to change.
     """
     path, trained, wanted = config.tokenizers.visual.path, tokenizer.config, config.tokenizers.visual
-    if trained.codebook_size != config.model.visual_vocab_size:
+    if config.backbone is not None and trained.codebook_size != config.backbone.visual_vocab_size:
         raise ConfigError(
             f"tokenizers.visual: {path} has {trained.codebook_size} codes, model.visual_vocab_size is "
-            f"{config.model.visual_vocab_size}. Set model.visual_vocab_size and tokenizers.visual.codebook_size to "
+            f"{config.backbone.visual_vocab_size}. Set model.visual_vocab_size and tokenizers.visual.codebook_size to "
             f"{trained.codebook_size}, or train another tokenizer."
         )
     if (trained.image_size, trained.patch_size) != (wanted.image_size, wanted.patch_size):
@@ -186,7 +160,10 @@ def _build_transformer(
 
 def _read_description(path: Path) -> dict[str, Any]:
     """Returns the JSON object in the file's metadata."""
-    remedy = "Train it with `beit3 train-visual-tokenizer CONFIG.json`."
+    remedy = (
+        "A run of the task visual_tokenizer trains it: `beit3 train FILE.json`, with a file such as "
+        "ds_configs/quickstart_visual_tokenizer_cpu.json."
+    )
     if not path.is_file():
         raise ConfigError(f"tokenizers.visual: {path} does not exist (looked in {Path.cwd()}). {remedy}")
     try:

@@ -8,8 +8,17 @@ The encoder and the decoder are this network. Parameters have the names of timm 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 _LAYER_NORM_EPSILON = 1e-6  # BEiT v2's value
+
+
+class Float32Linear(nn.Linear):
+    """Linear layer that computes in float32, whatever the types of its input and of its parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x @ weight.T + bias in float32."""
+        return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
 class PatchEmbed(nn.Module):
@@ -21,7 +30,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Projects the patches, in row-major order."""
-        patches: Tensor = self.proj(image)
+        patches: Tensor = self.proj(image.to(self.proj.weight.dtype))
         return patches.flatten(2).transpose(1, 2)
 
 
@@ -96,6 +105,8 @@ class VisionTransformer(nn.Module):
         num_attention_heads: int,
     ) -> None:
         super().__init__()
+        self.recompute_blocks = False
+        """Whether the backward pass recomputes the activations of whole blocks."""
         self.patch_embed = PatchEmbed(in_channels, hidden_size, patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, hidden_size))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid_size**2, hidden_size))
@@ -109,7 +120,10 @@ class VisionTransformer(nn.Module):
         class_token = self.cls_token.expand(patches_BND.shape[0], -1, -1)
         x_BLD = torch.cat([class_token, patches_BND], dim=1) + self.pos_embed
         for block in self.blocks:
-            x_BLD = block(x_BLD)
+            if self.recompute_blocks and torch.is_grad_enabled():
+                x_BLD = checkpoint(block, x_BLD, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BLD = block(x_BLD)
         normalized: Tensor = self.norm(x_BLD)
         return normalized[:, 1:]
 

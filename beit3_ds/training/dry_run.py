@@ -8,7 +8,15 @@ import torch
 from beit3_ds.config import MicroBatchSize, RunConfig, StepShares, check_layout
 from beit3_ds.config.deepspeed_keys import unused_keys
 from beit3_ds.model.parameter_groups import check_frozen, parameter_group
-from beit3_ds.planner import NodeSize, check_node, describe_host, describe_precision, describe_stages, host_requirements
+from beit3_ds.planner import (
+    NodeSize,
+    check_node,
+    describe_host,
+    describe_precision,
+    describe_stages,
+    host_requirements,
+    model_state,
+)
 from beit3_ds.tasks import build_task
 from beit3_ds.training.best_checkpoint import direction_of
 from beit3_ds.training.start_checks import check_output_dir, check_software
@@ -45,19 +53,20 @@ def describe_dry_run(
     check_output_dir(Path(config.training.output_dir))
     direction_of(build_task(config))
     shares = config.step_shares(data_parallel_size)
+    task = build_task(config)
     with torch.device("meta"):
-        model = build_task(config).build_model()
+        model = task.build_model()
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     backbone = sum(size for name, size in sizes.items() if not name.startswith("heads."))
     total = sum(sizes.values())
     check_frozen(config.training.frozen, list(sizes))
     decayed = sum(size for name, size in sizes.items() if parameter_group(name, config).weight_decay)
+    own = f", of which backbone {backbone / 1e6:,.1f}M" if task.has_backbone else ""
     training = config.training
     stage = config.options.zero_stage
     rows = {
-        "parameters": f"{total / 1e6:,.1f}M, of which backbone {backbone / 1e6:,.1f}M; {decayed / total:.1%} decay",
-        "model": f"{config.model.num_layers} x {config.model.hidden_size} ({config.model.layout}), "
-        f"{config.model.grid_size} x {config.model.grid_size} patches, text up to {config.model.max_text_length}",
+        "parameters": f"{total / 1e6:,.1f}M{own}; {decayed / total:.1%} decay",
+        "model": task.describe_architecture(),
         "ranks": f"{world_size} = {data_parallel_size} data x {config.parallel.tensor_parallel_size} tensor x "
         f"{config.parallel.pipeline_parallel_size} pipeline, ZeRO-{stage}, {config.options.precision}",
         "step": f"{config.samples_per_step} samples: "
@@ -72,11 +81,10 @@ def describe_dry_run(
     ranks_per_node = min(ranks_per_node or _RANKS_PER_NODE, world_size)
     requirements = host_requirements(config, world_size, ranks_per_node)
     check_node(requirements, config, node or NodeSize())
-    tables = [
-        describe_stages(config, world_size),
-        describe_precision(config, world_size),
-        describe_host(config, requirements, ranks_per_node, step_seconds),
-    ]
+    tables = [model_state(config, world_size).describe()]
+    if task.has_backbone:
+        tables = [describe_stages(config, world_size), describe_precision(config, world_size)]
+    tables.append(describe_host(config, requirements, ranks_per_node, step_seconds))
     return "\n".join([*lines, "", "\n\n".join(table for table in tables if table)])
 
 

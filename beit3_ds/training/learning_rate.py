@@ -1,8 +1,8 @@
-"""Computes the learning rates of a run and of the visual tokenizer: linear warmup, then cosine."""
+"""Computes the learning rate of a run: linear warmup, then cosine."""
 
 import math
 
-from beit3_ds.config import TrainingConfig, VisualTokenizerConfig
+from beit3_ds.config import TrainingConfig
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
@@ -13,17 +13,6 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
         minimum=config.min_learning_rate,
         warmup_steps=config.warmup_steps,
         total_steps=config.total_steps,
-    )
-
-
-def tokenizer_learning_rate(visual: VisualTokenizerConfig, step: int) -> float:
-    """Returns the learning rate of the visual tokenizer's training in `step`, counted from 0."""
-    return warmup_then_cosine(
-        step,
-        peak=visual.learning_rate,
-        minimum=visual.min_learning_rate,
-        warmup_steps=visual.warmup_steps,
-        total_steps=visual.training_steps,
     )
 
 

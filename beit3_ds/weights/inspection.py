@@ -21,6 +21,10 @@ from beit3_ds.weights.timm_file import TimmFile
 _EXPERT = re.compile(r"_(vision_language|vision|language)$")
 
 
+_TOKENIZER_PARTS = ("encoder.", "decoder.", "encode_task_layer.", "decode_task_layer.")
+"""Beginnings of the names of a visual tokenizer's tensors."""
+
+
 def describe_weights(path: Path, *, every_tensor: bool = False) -> str:
     """Describes a checkpoint, exported weights or a released file: configuration, parameters per part, sizes.
 
@@ -64,6 +68,8 @@ def part_of(name: str) -> str:
         return "kept for unilm's format"
     expert = _EXPERT.search(name)
     whose = f", {expert[1].replace('_', '-')}" if expert else ""
+    if name.startswith(_TOKENIZER_PARTS):
+        return f"visual tokenizer, {name.partition('.')[0]}"
     if ".attention." in name:
         return f"attention{whose}"
     if ".ffn." in name:
@@ -94,6 +100,7 @@ def _describe_run(folder: CheckpointFolder) -> list[str]:
     return [
         f"  {len(files)} files of {format_bytes(num_bytes)} are as their digests say: {num_pieces} pieces of "
         f"{len(folder.index.shapes)} tensors, float32 weights and both moments of AdamW",
+        f"  {len(folder.index.buffers)} buffers in their own types",
         f"  AdamW has counted {folder.index.optimizer_step} updates",
         f"  written by {run.layout}",
         f"  with {', '.join(f'{name} {number}' for name, number in run.versions.items())}",
@@ -104,7 +111,10 @@ def _describe_run(folder: CheckpointFolder) -> list[str]:
 
 
 def _describe_model(reader: WeightReader) -> list[str]:
-    return [f"  {name}: {value}" for name, value in dataclasses.asdict(reader.model).items()]
+    if isinstance(reader, CheckpointFolder):  # of any task
+        return [f"  {name}: {value}" for name, value in reader.index.run.model.items()]
+    fields = dataclasses.asdict(reader.model)
+    return [f"  {name}: {value}" for name, value in fields.items()]
 
 
 def _part_table(reader: WeightReader) -> list[str]:

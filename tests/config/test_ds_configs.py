@@ -13,6 +13,8 @@ from beit3_ds.training.dry_run import describe_dry_run
 FOLDER = Path(__file__).parents[2] / "ds_configs"
 WORLD_SIZES = {
     "quickstart_cpu": 2,
+    "quickstart_visual_tokenizer_cpu": 1,
+    "visual_tokenizer_8gpu": 8,
     "demo_tp2_pp2_dp2_zero3": 8,
     "giant_tp2_pp4_zero3_cpu_twin": 8,
     "base_8gpu": 8,
@@ -38,6 +40,9 @@ def test_dry_run(name: str) -> None:
     config = load_run_config(FOLDER / f"{name}.json")
     text = describe_dry_run(config, WORLD_SIZES[name])
     assert "parameters" in text
+    if config.backbone is None:
+        assert "visual tokenizer, " in text and "memory, total without activations, GiB" in text
+        return
     stages = config.parallel.pipeline_parallel_size
     (header,) = (line for line in text.splitlines() if line.startswith("modelled"))
     assert re.findall(r"stage \d+", header) == [f"stage {stage}" for stage in range(stages)]

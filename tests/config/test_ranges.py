@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beit3_ds.config import ConfigError, RunConfig, build_run_config
+from beit3_ds.config import ConfigError, ModelConfig, RunConfig, build_run_config
 from beit3_ds.config.numbers import Range
 from beit3_ds.config.strict import FilePath, load_section
 from tests.run_config import quickstart_mapping
 
-SECTIONS = get_type_hints(RunConfig)
+SECTIONS = get_type_hints(RunConfig) | {"model": ModelConfig}
 
 
 def fields(cls: type, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
@@ -87,7 +87,7 @@ def test_every_kind_of_field_is_known() -> None:
     for path, hint in ALL_FIELDS:
         assert base(hint) in (int, float, bool, str) or get_origin(hint) is Literal, f"{name(path)}: {hint}"
     plain = {path[-1] for path, hint in ALL_FIELDS if base(hint) is str and not mark(hint, FilePath)}
-    assert plain == {"teacher", 0, "format", "split"}, (
+    assert plain == {0, "format", "split", "best_metric"}, (
         "a string is a path, one of a few words, or looked at by its section"
     )
     assert len(NUMBERS) > 60
@@ -151,8 +151,8 @@ def test_a_range_takes_what_is_inside_and_nothing_else(value: float) -> None:
         assert -2 <= value < 5
 
 
-def test_a_shorter_training_of_the_tokenizer_names_the_way_out() -> None:
-    assert "add --set tokenizers.visual.warmup_steps=3" in refusal(("tokenizers", "visual", "training_steps"), 39)
+def test_a_shorter_training_names_the_way_out() -> None:
+    assert "add --set training.warmup_steps=3" in refusal(("training", "total_steps"), 39)
 
 
 def test_monitors_write_below_the_runs_folder() -> None:

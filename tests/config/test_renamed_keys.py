@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from beit3_ds.config import ConfigError
-from beit3_ds.config.renamed_keys import MOVED_KEYS, RENAMED_KEYS, with_new_keys
+from beit3_ds.config.renamed_keys import MOVED_KEYS, RENAMED_KEYS, TOKENIZER_KEYS, with_new_keys
 from beit3_ds.config.strict import check_known_keys
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "configuration.md"
@@ -34,9 +34,24 @@ def test_a_key_in_its_old_section_names_the_new_one(key: str, section: str) -> N
         check_known_keys({key: 1}, ["other"], section)
 
 
+def test_a_saved_config_loses_the_keys_of_the_tokenizers_training() -> None:
+    old = {"tokenizers": {"visual": {"path": "v", "batch_size": 8, "teacher": "t"}, "text": {"path": "t"}}}
+    assert with_new_keys(old) == {"tokenizers": {"visual": {"path": "v"}, "text": {"path": "t"}}}
+
+
+@pytest.mark.parametrize(("key", "place"), TOKENIZER_KEYS.items())
+def test_a_key_of_the_tokenizers_training_names_its_place(key: str, place: str) -> None:
+    with pytest.raises(ConfigError, match=rf"'{key}' belongs to the tokenizer's training.*set {place} in that run"):
+        check_known_keys({key: 1}, ["path"], "beit3_ds.tokenizers.visual")
+    with pytest.raises(ConfigError, match=f"unknown key '{key}'"):
+        check_known_keys({key: 1}, ["path"], "beit3_ds.parallel")
+
+
 def test_the_documentation_lists_every_renamed_key() -> None:
     lines = DOCUMENT.read_text(encoding="utf-8").splitlines()
     for old, new in RENAMED_KEYS.items():
         assert f"| `{old}` | `{new}` |" in lines
     for key, section in MOVED_KEYS.items():
         assert f"| `{section}.{key}` | `task.{key}` |" in lines
+    for key, place in TOKENIZER_KEYS.items():
+        assert f"| `tokenizers.visual.{key}` | `{place}` of the tokenizer's own run |" in lines

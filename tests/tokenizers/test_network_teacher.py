@@ -1,6 +1,5 @@
 """Tests networks of the three optional libraries as teachers, with random weights."""
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,15 +8,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from beit3_ds.config import ConfigError, VisualTokenizerConfig
-from beit3_ds.tokenizers import build_teacher
+from beit3_ds.config import ConfigError, TeacherConfig, VisualTokenizerConfig
+from beit3_ds.tokenizers import Teacher, build_teacher
 from beit3_ds.tokenizers.teacher import describe_teacher
 from beit3_ds.tokenizers.weights import load_weights
 
 
-def config(teacher: str, weights: Path | str | None = None, **changes: int) -> VisualTokenizerConfig:
-    sizes = {"image_size": 24, "patch_size": 8} | changes
-    return VisualTokenizerConfig(path="x", teacher=teacher, teacher_weights=weights and str(weights), **sizes)  # type: ignore[arg-type]
+def config(teacher: str, weights: Path | str | None = None, stage: int = -1) -> TeacherConfig:
+    return TeacherConfig(teacher=teacher, teacher_weights=weights and str(weights), teacher_stage=stage)
+
+
+def build(teacher: TeacherConfig, **changes: int) -> Teacher:
+    """Builds a teacher for images of 3 x 3 patches, or of other sizes."""
+    return build_teacher(teacher, VisualTokenizerConfig(path="x", **({"image_size": 24, "patch_size": 8} | changes)))
 
 
 def timm_weights(folder: Path, name: str, **options: Any) -> tuple[Any, Path]:
@@ -31,7 +34,7 @@ def timm_weights(folder: Path, name: str, **options: Any) -> tuple[Any, Path]:
 
 def test_features_of_a_convolutional_network_fall_on_the_grid(tmp_path: Path) -> None:
     model, path = timm_weights(tmp_path, "tf_efficientnet_lite0")
-    teacher = build_teacher(config("timm:tf_efficientnet_lite0", path, teacher_stage=3))
+    teacher = build(config("timm:tf_efficientnet_lite0", path, stage=3))
     pixels = torch.rand(2, 3, 24, 24) * 2 - 1
     features = teacher(pixels)
     assert features.shape == (2, 9, 112) and teacher.width == 112 and features.dtype == torch.float32
@@ -43,7 +46,7 @@ def test_features_of_a_convolutional_network_fall_on_the_grid(tmp_path: Path) ->
 
 def test_transformers_of_timm_see_their_own_normalisation_and_grid(tmp_path: Path) -> None:
     model, path = timm_weights(tmp_path, "vit_tiny_patch16_224.augreg_in21k_ft_in1k")
-    teacher = build_teacher(config("timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k", path))
+    teacher = build(config("timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k", path))
     mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
     model.set_input_size(img_size=(48, 48))
     pixels = torch.rand(2, 3, 48, 48) * 2 - 1
@@ -53,7 +56,7 @@ def test_transformers_of_timm_see_their_own_normalisation_and_grid(tmp_path: Pat
 
 def test_a_teacher_is_frozen_and_does_not_learn(tmp_path: Path) -> None:
     _, path = timm_weights(tmp_path, "tf_efficientnet_lite0")
-    teacher = build_teacher(config("timm:tf_efficientnet_lite0", path))
+    teacher = build(config("timm:tf_efficientnet_lite0", path))
     pixels = (torch.rand(2, 3, 24, 24) * 2 - 1).requires_grad_()
     first = teacher(pixels)
     assert not first.requires_grad
@@ -92,14 +95,14 @@ def test_open_clip_gives_projected_patch_tokens(tmp_path: Path) -> None:
     path = tmp_path / "clip.pt"
     model = open_clip.create_model("ViT-S-32-alt", force_image_size=96).eval()
     torch.save(model.state_dict(), path)
-    teacher = build_teacher(config("open_clip:ViT-S-32-alt", path))
+    teacher = build(config("open_clip:ViT-S-32-alt", path))
     pixels = torch.rand(2, 3, 96, 96) * 2 - 1
     mean, std = (torch.tensor(model.visual.preprocess_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
     model.visual.output_tokens = True
     _, tokens = model.visual(((pixels + 1) / 2 - mean) / std)
     torch.testing.assert_close(teacher(pixels), (tokens @ model.visual.proj).detach())
     with pytest.raises(ConfigError, match="must be open_clip:ARCHITECTURE/TAG"):
-        build_teacher(config("open_clip:ViT-S-32-alt"))
+        build(config("open_clip:ViT-S-32-alt"))
 
 
 @pytest.mark.parametrize("kind", ["clip", "dinov2"])
@@ -118,7 +121,7 @@ def test_transformers_gives_patch_tokens(tmp_path: Path, kind: str) -> None:
         model = transformers.Dinov2Model(transformers.Dinov2Config(**small))
         transformers.BitImageProcessor().save_pretrained(tmp_path)
     model.eval().save_pretrained(tmp_path)
-    teacher = build_teacher(config(f"transformers:{tmp_path}", image_size=32, patch_size=8))  # 4 x 4 patches of 16 px
+    teacher = build(config(f"transformers:{tmp_path}"), image_size=32, patch_size=8)  # 4 x 4 patches of 16 px
     pixels = torch.rand(2, 3, 64, 64) * 2 - 1
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
     images = ((pixels + 1) / 2 - torch.tensor(processor.image_mean).view(3, 1, 1)) / torch.tensor(
@@ -135,23 +138,23 @@ def test_transformers_gives_patch_tokens(tmp_path: Path, kind: str) -> None:
 def test_a_missing_library_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(ConfigError, match="pip install open_clip_torch"):
-        build_teacher(config("open_clip:ViT-B-16/openai"))
+        build(config("open_clip:ViT-B-16/openai"))
 
 
 def test_names_that_mean_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'clip' is neither oriented_gradients nor LIBRARY:NAME"):
         config("clip")
     with pytest.raises(ConfigError, match="does not exist"):
-        build_teacher(config("timm:tf_efficientnet_lite0", tmp_path / "absent.pth"))
+        build(config("timm:tf_efficientnet_lite0", tmp_path / "absent.pth"))
     _, path = timm_weights(tmp_path, "tf_efficientnet_lite0")
     with pytest.raises(ConfigError, match=r"teacher_stage is 5; .* 0 to 4 .* strides 2, 4, 8, 16, 32"):
-        build_teacher(config("timm:tf_efficientnet_lite0", path, teacher_stage=5))
+        build(config("timm:tf_efficientnet_lite0", path, stage=5))
     with pytest.raises(ConfigError, match="cannot be loaded"):
-        build_teacher(config("timm:no_such_network", path))
+        build(config("timm:no_such_network", path))
 
 
 def test_the_description_names_network_and_weights() -> None:
-    named = dataclasses.replace(config("timm:tf_efficientnet_lite0", "lite0.pth"), teacher_stage=3)
+    named = config("timm:tf_efficientnet_lite0", "lite0.pth", stage=3)
     text = describe_teacher(named)
     assert text == "patch features of timm:tf_efficientnet_lite0, feature map 3, weights of lite0.pth"
     assert "hand-made" in describe_teacher(config("oriented_gradients"))

@@ -27,7 +27,7 @@ def test_kmeans_start_finds_every_cluster() -> None:
     cluster = torch.arange(2000) % 32
     cluster[:1000] = 0  # half of the vectors are in one cluster, like white backgrounds
     quantizer = Quantizer(32, 32, DECAY)
-    quantizer(F.normalize(centers[cluster] + noise, dim=-1))
+    quantizer.start(F.normalize(centers[cluster] + noise, dim=-1))
     # Catches uniform draws, which start many codes in the large cluster and none in some of the others.
     assert sorted(quantizer.nearest(centers).tolist()) == list(range(32))
     torch.testing.assert_close(quantizer.weight.norm(dim=-1), torch.ones(32))
@@ -35,7 +35,7 @@ def test_kmeans_start_finds_every_cluster() -> None:
 
 def test_start_survives_fewer_different_vectors_than_codes() -> None:
     quantizer = Quantizer(16, 4, DECAY)
-    quantizer(unit_vectors(3, 4).repeat(10, 1))
+    quantizer.start(unit_vectors(3, 4).repeat(10, 1))
     assert torch.isfinite(quantizer.weight).all()  # catches 0/0 when every distance has become zero
 
 
@@ -43,6 +43,8 @@ def test_update_equals_the_written_out_reference() -> None:
     codebook, vectors = unit_vectors(6, 4), unit_vectors(50, 4, seed=1)
     quantizer = started_quantizer(codebook).train()
     _, _, codes = quantizer(vectors)
+    assert torch.equal(quantizer.weight, codebook)  # catches codes that move before the end of the step
+    quantizer.move_codes()
     expected = codebook.clone()
     for code in range(6):
         mine = vectors[codes == code]
@@ -71,7 +73,7 @@ def test_gradient_goes_straight_through() -> None:
     quantized, commitment, codes = quantizer(vectors)
     (through,) = torch.autograd.grad(quantized, vectors, upstream, retain_graph=True)
     torch.testing.assert_close(through, upstream)  # catches a missing detach: the gradient would be zero or doubled
-    (pull,) = torch.autograd.grad(commitment, vectors)
+    (pull,) = torch.autograd.grad(commitment.mean(), vectors)
     torch.testing.assert_close(pull, 2 * (vectors.detach() - quantizer.weight[codes]) / vectors.numel())
 
 
@@ -80,6 +82,7 @@ def test_dead_codes_keep_their_value() -> None:
     quantizer = started_quantizer(codebook).train()
     for seed in range(20):
         quantizer(F.normalize(torch.tensor([1.0, 0.0]) + 0.1 * unit_vectors(30, 2, seed=seed), dim=-1))
+        quantizer.move_codes()
     assert torch.equal(quantizer.weight[1:], codebook[1:])  # catches the pull of an empty mean, which is zero
     assert not torch.equal(quantizer.weight[0], codebook[0])
 
@@ -88,8 +91,9 @@ def test_evaluation_changes_nothing() -> None:
     quantizer = started_quantizer(unit_vectors(6, 4)).eval()
     before = {name: value.clone() for name, value in quantizer.state_dict().items()}
     quantizer(unit_vectors(50, 4, seed=1))
-    for name, value in quantizer.state_dict().items():
-        assert torch.equal(value, before[name]), name  # catches learning from validation images
+    quantizer.move_codes()
+    for name in ("weight", "started"):
+        assert torch.equal(quantizer.state_dict()[name], before[name]), name  # catches learning from validation images
 
 
 def test_rows_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,3 +110,24 @@ def test_codes_do_not_depend_on_autocast() -> None:
     codes = quantizer.nearest(vectors)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(quantizer.nearest(vectors), codes)  # catches similarities in bfloat16: near ties flip
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 5])
+def test_one_update_covers_all_parts_of_a_step(num_parts: int) -> None:
+    whole, parts = (started_quantizer(unit_vectors(6, 4)).train() for _ in range(2))
+    vectors = unit_vectors(50, 4, seed=1)
+    whole(vectors)
+    for part in vectors.chunk(num_parts):
+        parts(part)
+    parts(vectors[:0])  # a micro-batch without images
+    for quantizer in (whole, parts):
+        quantizer.move_codes()
+        assert not quantizer.totals.any()  # catches vectors of a step that count in the next one, too
+    torch.testing.assert_close(parts.weight, whole.weight)
+    torch.testing.assert_close(parts.cluster_size, whole.cluster_size)
+
+
+def test_a_cast_keeps_the_codebook_in_float32() -> None:
+    quantizer = started_quantizer(unit_vectors(6, 4)).bfloat16()
+    assert torch.equal(quantizer.weight, unit_vectors(6, 4)) and quantizer.totals.dtype == torch.float32
+    assert quantizer.double().weight.dtype == torch.float32

@@ -1,5 +1,6 @@
 """Tests that a finished tokenizer is neither retrained nor overwritten without `--force`."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,11 @@ from typing import Any
 import pytest
 
 from beit3_ds.cli import main as cli
-from tests.run_config import small_run_mapping
+from beit3_ds.config import ConfigError, build_run_config
+from beit3_ds.tasks.visual_tokenizer.config import VisualTokenizerSettings
+from beit3_ds.tokenizers import VisualTokenizer, save_visual_tokenizer
+from beit3_ds.tokenizers.recipe import Recipe, is_trained, save_recipe, visual_recipe
+from tests.run_config import small_run_mapping, visual_tokenizer_mapping
 
 
 @pytest.fixture
@@ -53,47 +58,45 @@ def test_finished_text_tokenizer_is_kept(
     assert run(mapping, tmp_path, "train-text-tokenizer") == 0
 
 
-def test_finished_visual_tokenizer_is_kept(
-    mapping: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_copied_visual_tokenizer_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a second training, which would take minutes and end with another file."""
-    from beit3_ds.config import build_run_config
-    from beit3_ds.tokenizers import VisualTokenizer, save_visual_tokenizer
-    from beit3_ds.tokenizers.recipe import save_recipe, visual_recipe
-
-    config = build_run_config(mapping)
-    path = Path(config.tokenizers.visual.path)
-    save_visual_tokenizer(path, VisualTokenizer(config.tokenizers.visual, teacher_width=8))
+    mapping = visual_tokenizer_mapping(tmp_path)
+    visual = build_run_config(mapping).tokenizers.visual
+    path = Path(visual.path)
+    save_visual_tokenizer(path, VisualTokenizer(visual, teacher_width=8))
     before = path.read_bytes()
-    for has_recipe in (False, True):
-        if has_recipe:
-            save_recipe(path, visual_recipe(config))
-        assert run(mapping, tmp_path, "train-visual-tokenizer") == 0
-        assert "already trained" in capsys.readouterr().out
-    mapping["beit3_ds"]["tokenizers"]["visual"]["batch_size"] = 8
-    mapping["beit3_ds"]["training"]["seed"] = 9
-    assert run(mapping, tmp_path, "train-visual-tokenizer") == 2
-    assert "batch_size from 16 to 8, seed from 1 to 9" in capsys.readouterr().err
-    assert path.read_bytes() == before
+    assert run(mapping, tmp_path, "train") == 0  # its file names sizes, and no recipe contradicts
+    assert "already trained" in capsys.readouterr().out
+    mapping["beit3_ds"]["tokenizers"]["visual"]["codebook_size"] = 8
+    assert run(mapping, tmp_path, "train") == 2
+    assert "codebook_size from 16 to 8" in capsys.readouterr().err
     path.write_bytes(b"no tokenizer")
-    assert run(mapping, tmp_path, "train-visual-tokenizer") == 2
+    assert run(mapping, tmp_path, "train") == 2
     assert "is not a visual tokenizer of this project" in capsys.readouterr().err
-    assert path.read_bytes() == b"no tokenizer"
+    assert path.read_bytes() == b"no tokenizer" != before
 
 
-def test_first_versions_form_of_a_recipe_is_known(mapping: dict[str, Any]) -> None:
-    """Catches an unfinished training that an upgrade refuses although its recipe is the same."""
-    from beit3_ds.config import build_run_config
-    from beit3_ds.tokenizers.recipe import find_changes, visual_recipe
+def visual_tokenizer_recipe(mapping: dict[str, Any]) -> Recipe:
+    config = build_run_config(mapping)
+    return visual_recipe(config, dataclasses.asdict(config.task.load(VisualTokenizerSettings)))
 
-    mapping["beit3_ds"]["data"]["images"]["train"] = ["photos.tar"]
-    recipe = visual_recipe(build_run_config(mapping))
-    # As that version wrote it: with every key of a source, set or not.
-    (source,) = recipe["images.train"]
-    before = recipe | {"images.train": [{"path": source["path"], "format": None, "images": "", "weight": None}]}
-    assert find_changes(before, recipe) == ""
-    before["images.train"][0]["weight"] = 2.0
-    assert "images.train from" in find_changes(before, recipe)
+
+def test_first_versions_form_of_a_recipe_is_known(tmp_path: Path) -> None:
+    """Catches a finished training that an upgrade refuses although its recipe is the same."""
+    mapping = visual_tokenizer_mapping(tmp_path)
+    mapping["beit3_ds"]["data"]["images"] |= {"train": ["photos.tar", "pairs.tar"]}
+    recipe, path = visual_tokenizer_recipe(mapping), tmp_path / "visual.safetensors"
+    path.touch()
+    # As that version wrote it: with every key of a source, set or not, in two streams whose weights had no meaning.
+    named = {name: {"path": name, "format": None, "images": "", "weight": None} for name in ("photos.tar", "pairs.tar")}
+    named["photos.tar"]["weight"] = 2.0
+    of_pairs = [named["photos.tar"], named["pairs.tar"]]
+    save_recipe(path, recipe | {"images.train": [named["photos.tar"]], "pairs.train": of_pairs})
+    assert is_trained("tokenizers.visual", path, recipe, dict)
+    with pytest.raises(ConfigError, match=r"images\.train from"):
+        is_trained("tokenizers.visual", path, recipe | {"images.train": [{"path": "other.tar"}]}, dict)
+    with pytest.raises(ConfigError, match="batch_size from 8 to 9"):
+        is_trained("tokenizers.visual", path, recipe | {"batch_size": 9}, dict)
 
 
 @pytest.mark.parametrize("name", ["file/tokenizer", "folder", "/proc/no/tokenizer"])
@@ -110,11 +113,12 @@ def test_a_tokenizer_that_could_not_be_saved_is_not_trained(
     """Catches a training that ends in a traceback after hours."""
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
+    if kind == "visual":
+        mapping = visual_tokenizer_mapping(tmp_path, steps=10**6)
     mapping["beit3_ds"]["tokenizers"][kind]["path"] = path = str(tmp_path / name)
-    mapping["beit3_ds"]["tokenizers"]["visual"]["training_steps"] = 10**9
-    assert run(mapping, tmp_path, f"train-{kind}-tokenizer", *options) == 2
-    error = capsys.readouterr().err.strip()
-    assert f"tokenizers.{kind}.path={path} cannot be written: " in error and "\n" not in error
+    assert run(mapping, tmp_path, "train-text-tokenizer" if kind == "text" else "train", *options) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"tokenizers.{kind}.path={path} cannot be written: " in error
     assert not list(tmp_path.glob("**/*.tmp"))
 
 

@@ -27,8 +27,9 @@ def small_config(path: Path | str = "unused", **changes: int) -> VisualTokenizer
 
 def small_tokenizer() -> VisualTokenizer:
     torch.manual_seed(0)
-    tokenizer = VisualTokenizer(small_config(), TEACHER_WIDTH).train()
-    tokenizer(torch.rand(8, 3, 24, 24) * 2 - 1)  # initialises the codebook
+    tokenizer = VisualTokenizer(small_config(), TEACHER_WIDTH, "a teacher of its own")
+    with torch.no_grad():
+        tokenizer.quantize.start(tokenizer.project(torch.rand(8, 3, 24, 24) * 2 - 1).flatten(0, 1))
     return tokenizer.eval()
 
 
@@ -37,29 +38,12 @@ def run() -> RunConfig:
     return build_run_config(json.loads(QUICKSTART.read_text(encoding="utf-8")))
 
 
-def test_forward_and_encode_agree() -> None:
-    tokenizer, pixels = small_tokenizer(), torch.rand(3, 3, 24, 24) * 2 - 1
-    reconstruction, commitment, codes = tokenizer(pixels)
-    assert reconstruction.shape == (3, 9, TEACHER_WIDTH)
-    assert commitment.shape == () and commitment.dtype == torch.float32
-    assert codes.shape == (3, 9) and codes.dtype == torch.int64
-    assert torch.equal(tokenizer.encode(pixels), codes)
-
-
 def test_encode_changes_nothing_in_training_mode() -> None:
     tokenizer = small_tokenizer().train()
     before = tokenizer.quantize.weight.clone()
     codes = tokenizer.encode(torch.rand(3, 3, 24, 24))
     assert torch.equal(tokenizer.quantize.weight, before)  # pretraining's targets must not move
     assert not codes.requires_grad
-
-
-def test_every_parameter_gets_a_gradient() -> None:
-    tokenizer = small_tokenizer().train()
-    reconstruction, _, _ = tokenizer(torch.rand(3, 3, 24, 24))
-    reconstruction.square().mean().backward()  # alone: the commitment loss would hide a cut between the two networks
-    for name, parameter in tokenizer.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
 def test_each_code_is_at_the_place_of_its_patch() -> None:
@@ -102,7 +86,7 @@ def test_a_saved_tokenizer_gives_the_same_codes(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_names_the_command(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="beit3 train-visual-tokenizer"):
+    with pytest.raises(ConfigError, match="task visual_tokenizer trains it"):
         load_visual_tokenizer(tmp_path / "absent.safetensors")
 
 

@@ -9,10 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beit3_ds.config import ConfigError, RunConfig, load_run_config
-from beit3_ds.config.visual_tokenizer import VisualTokenizerConfig
-from beit3_ds.tokenizers import VisualTokenizer
-from beit3_ds.training.learning_rate import learning_rate, tokenizer_learning_rate, warmup_then_cosine
-from beit3_ds.training.visual_tokenizer import build_tokenizer_optimizer
+from beit3_ds.model.parameter_groups import parameter_group
+from beit3_ds.tasks import build_task
+from beit3_ds.training.learning_rate import learning_rate, warmup_then_cosine
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
 
@@ -59,7 +58,7 @@ FINE_TUNING = {
     "nlvr2_small_cpu": (Curve(300, 30, 0, 0, 0, 0.0), 1e-3),
 }
 """Steps, warmup and last rate of each recipe, and its peak."""
-ON_SAMPLE_DATA = ("quickstart_cpu", "demo_tp2_pp2_dp2_zero3", "giant_tp2_pp4_zero3_cpu_twin")
+TOKENIZERS = {"visual_tokenizer_8gpu": BEIT_V2, "quickstart_visual_tokenizer_cpu": SAMPLE_TOKENIZER}
 
 
 def load(name: str) -> RunConfig:
@@ -67,7 +66,7 @@ def load(name: str) -> RunConfig:
 
 
 def test_every_recipe_is_listed() -> None:
-    assert {path.stem for path in FOLDER.glob("*.json")} == set(PRETRAINING) | set(FINE_TUNING)
+    assert {path.stem for path in FOLDER.glob("*.json")} == {*PRETRAINING, *FINE_TUNING, *TOKENIZERS}
 
 
 @pytest.mark.parametrize("name", FINE_TUNING)
@@ -89,28 +88,30 @@ def test_pretraining_follows_the_paper(name: str) -> None:
     assert (training.adam_betas, training.adam_epsilon, training.weight_decay) == ((0.9, 0.98), 1e-6, 0.05)
 
 
-@pytest.mark.parametrize("name", PRETRAINING)
+@pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_visual_tokenizer_follows_beit_v2(name: str) -> None:
-    visual = load(name).tokenizers.visual
-    total, warmup = visual.training_steps, visual.warmup_steps
+    config = load(name)
+    training, visual = config.training, config.tokenizers.visual
+    total, warmup = training.total_steps, training.warmup_steps
     steps = (0, warmup - 1, (warmup + total) // 2 - 1, total - 1)
-    curve = Curve(total, warmup, *(tokenizer_learning_rate(visual, step) for step in steps))
-    print(f"{name}: {curve}")
-    own = name in ON_SAMPLE_DATA
+    curve = Curve(total, warmup, *(learning_rate(training, step) for step in steps))
     # Catches a peak that is not scaled by the batch, and an end that is a share of the peak.
-    assert [*curve] == pytest.approx([*(SAMPLE_TOKENIZER if own else BEIT_V2)], rel=1e-9)
-    if not own:
-        assert visual.learning_rate == pytest.approx(visual.batch_size / 128 * 5e-5)
-        assert (visual.batch_size, visual.decoder_layers, visual.ema_decay) == (512, 3, 0.99)
-    assert visual.weight_decay == 1e-4
+    assert [*curve] == pytest.approx([*TOKENIZERS[name]], rel=1e-9)
+    assert (training.adam_betas, training.adam_epsilon, training.weight_decay) == ((0.9, 0.99), 1e-8, 1e-4)
+    assert "gradient_clipping" not in config.deepspeed
+    if name == "visual_tokenizer_8gpu":
+        batch_size = config.data.images.samples_per_step
+        assert training.learning_rate == pytest.approx(batch_size / 128 * 5e-5)
+        assert (batch_size, visual.decoder_layers, visual.ema_decay) == (512, 3, 0.99)
 
 
-def test_the_visual_tokenizers_adamw_is_beit_v2s() -> None:
-    sizes = {"hidden_size": 32, "num_layers": 1, "decoder_layers": 1, "num_attention_heads": 2, "codebook_size": 8}
-    tokenizer = VisualTokenizer(VisualTokenizerConfig(path="unused", image_size=32, **sizes), teacher_width=3)
-    decayed, _ = build_tokenizer_optimizer(tokenizer).param_groups
-    found = (decayed["lr"], decayed["betas"], decayed["eps"], decayed["weight_decay"])
-    assert found == (2e-4, (0.9, 0.99), 1e-8, 1e-4)
+def test_weight_decay_spares_biases_norms_and_positions_of_the_visual_tokenizer() -> None:
+    config = load("quickstart_visual_tokenizer_cpu")
+    names = [name for name, _ in build_task(config).build_model().named_parameters()]
+    spared = {name for name in names if not parameter_group(name, config).weight_decay}
+    assert {"encoder.pos_embed", "decoder.cls_token", "encoder.norm.weight", "decode_task_layer.0.bias"} <= spared
+    assert "encoder.blocks.0.norm1.weight" in spared
+    assert {"encoder.patch_embed.proj.weight", "encoder.blocks.0.attn.qkv.weight"} <= set(names) - spared
 
 
 @given(
@@ -135,5 +136,5 @@ def test_schedule_rises_to_its_peak_and_falls_to_its_minimum(
 
 
 def test_a_minimum_above_the_peak_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"min_learning_rate=0.001 exceeds learning_rate=0.0002"):
-        VisualTokenizerConfig(path="unused", min_learning_rate=1e-3)
+    with pytest.raises(ConfigError, match=r"min_learning_rate=0.01 exceeds learning_rate=0.003"):
+        load_run_config(FOLDER / "quickstart_cpu.json", ["training.min_learning_rate=0.01"])

@@ -172,12 +172,12 @@ def write_certificate(results: Sequence[Result], machine: dict[str, Any], folder
 def _layout_steps(folder: Path, num_gpus: int, python: str, beit3: str) -> list[Step]:
     """Returns the steps that train on one GPU and, with several, also divided over all of them."""
     deepspeed, config = str(Path(python).with_name("deepspeed")), "ds_configs/demo_tp2_pp2_dp2_zero3.json"
-    tokenizers = ("runs/quickstart/text.spm", "runs/quickstart/visual_tokenizer.safetensors")
-    prepare = tuple(
-        (beit3, command, "ds_configs/quickstart_cpu.json")
-        for command, path in zip(("train-text-tokenizer", "train-visual-tokenizer"), tokenizers, strict=True)
-        if not (ROOT / path).exists()
-    )
+    visual = (beit3, "train", "ds_configs/quickstart_visual_tokenizer_cpu.json")
+    tokenizers = {
+        "runs/quickstart/text.spm": (beit3, "train-text-tokenizer", "ds_configs/quickstart_cpu.json"),
+        "runs/quickstart/visual_tokenizer.safetensors": visual,
+    }
+    prepare = tuple(command for path, command in tokenizers.items() if not (ROOT / path).exists())
 
     def train(name: str, ranks: int, *settings: str) -> tuple[str, ...]:
         run = (deepspeed, "--num_gpus", str(ranks), "--module", "beit3_ds.train", config)

@@ -14,7 +14,8 @@ class Requirements:
     layout_fault: str | None
     """Why the run does not fit the number of ranks; the other fields are then empty."""
     rank_bytes: tuple[int, ...] = ()
-    """Bytes of device memory per rank, modelled (`planner.rank_memory`)."""
+    """Bytes of device memory per rank, modelled (`planner.rank_memory`, or without activations
+    `planner.model_state`)."""
     checkpoint_bytes: int = 0
     """Bytes of one checkpoint: weights, two moments and perhaps an average of the weights, in float32."""
 
@@ -35,13 +36,14 @@ class Requirements:
 def find_required_files(config: RunConfig) -> dict[str, bool]:
     """Maps glob patterns of the files that a run reads to whether they must exist before any command is run.
 
-    Tokenizers need not exist, because they may still be trained.
+    Tokenizers need not exist, because they may still be trained. The visual tokenizer's own run reads none.
     """
     streams = [stream for stream in config.data.streams().values() if stream.samples_per_step]
     sources = [source for stream in streams for source in (*stream.train, *stream.validation)]
     patterns = dict.fromkeys([*(s.path for s in sources), *(path for s in sources for path in s.paths())], True)
     tokenizers = [config.tokenizers.text.path] if config.data.has_texts else []
-    tokenizers += [config.tokenizers.visual.path] if config.data.has_images else []
+    if config.data.has_images and config.backbone is not None:
+        tokenizers.append(config.tokenizers.visual.path)
     return patterns | dict.fromkeys(filter(None, tokenizers), False)
 
 
@@ -57,8 +59,12 @@ def compute_requirements(config: RunConfig, hostfile: Hostfile) -> Requirements:
         check_layout(config, world_size)
     except ConfigError as error:
         return Requirements(layout_fault=str(error))
-    from beit3_ds.planner import build_rank_model, expected_workloads, rank_memory
+    from beit3_ds.planner import build_rank_model, expected_workloads, model_state, rank_memory
 
+    if config.backbone is None:
+        state = model_state(config, world_size)
+        rank_bytes = (state.total,) * world_size
+        return Requirements(layout_fault=None, rank_bytes=rank_bytes, checkpoint_bytes=12 * state.numel)
     stage_bytes, numel = [], 0
     for stage in range(config.parallel.pipeline_parallel_size):
         rank_model = build_rank_model(config, world_size, stage)

@@ -78,10 +78,14 @@ class Augmentation:
 
 
 def build_augmentation(config: RunConfig, flip_probability: float) -> Augmentation:
-    """Builds the augmentation of a run; images and pairs may have different flip probabilities."""
+    """Builds the augmentation of a run; images and pairs may have different flip probabilities.
+
+    Without BEiT-3, both views have the size of the tokenizer's.
+    """
+    tokenizer_image_size = config.tokenizers.visual.image_size
     return Augmentation(
-        image_size=config.model.image_size,
-        tokenizer_image_size=config.tokenizers.visual.image_size,
+        image_size=tokenizer_image_size if config.backbone is None else config.backbone.image_size,
+        tokenizer_image_size=tokenizer_image_size,
         min_crop_scale=config.data.min_crop_scale,
         color_jitter=config.data.color_jitter,
         flip_probability=flip_probability,

@@ -35,7 +35,7 @@ REFERENCE_HASH = "2ebec96142a64ca9c220634327afa38c2085e627d1f34d64917c5f4daafda4
 def config() -> RunConfig:
     """Returns a narrow model with all features and few words."""
     run = step_config("tiny", 2, num_layers=3, drop_path_rate=0.0)
-    return replace(run, model=replace(run.model, text_vocab_size=301, visual_vocab_size=67))
+    return replace(run, backbone=replace(run.model, text_vocab_size=301, visual_vocab_size=67))
 
 
 def test_the_reference_is_not_slowed() -> None:

@@ -2,6 +2,7 @@
 
 # B images, N patches per image, G patches per side, S pixels per side, V codes, C width of a code.
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -13,11 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from beit3_ds.atomic_file import atomic_write
-from beit3_ds.config import RunConfig
-from beit3_ds.data import TokenizerImages
+from beit3_ds.config import ConfigError, RunConfig
+from beit3_ds.data.files.records import BrokenRecordError
+from beit3_ds.data.images.augmentation import build_augmentation
 from beit3_ds.data.randomness import sample_rng
+from beit3_ds.data.samples import SampleKey
 from beit3_ds.tasks.pretraining.config import pretraining_config
 from beit3_ds.tasks.pretraining.masking import block_mask
+from beit3_ds.tasks.visual_tokenizer.samples import open_views
 from beit3_ds.tokenizers import VisualTokenizer
 
 _NUM_IMAGES = 8
@@ -35,13 +39,12 @@ def code_picture_path(tokenizer: Path) -> Path:
 
 
 def write_code_picture(config: RunConfig, tokenizer: VisualTokenizer, path: str | Path) -> None:
-    """Writes a PNG with one row for each of the first 8 training views of a run.
+    """Writes a PNG with one row for each of 8 training views of a run's images and pairs.
 
     Raises:
         ConfigError: if the training images cannot be read.
     """
-    images = TokenizerImages(config)
-    views = torch.stack([images[position] for position in range(_NUM_IMAGES)])
+    views = _draw_views(config)
     grid_size = tokenizer.config.grid_size
     num_masked = round(pretraining_config(config).image_mask_ratio * grid_size**2)
     rngs = [sample_rng(config.training.seed, "picture mask", index) for index in range(len(views))]
@@ -50,6 +53,24 @@ def write_code_picture(config: RunConfig, tokenizer: VisualTokenizer, path: str 
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(Path(path)) as file:
         picture.save(file, "PNG")
+
+
+def _draw_views(config: RunConfig) -> Tensor:
+    """Returns views of training images in a shuffled order, without broken images, (B, 3, S, S)."""
+    sources = (*config.data.images.train, *config.data.pairs.train)
+    different = tuple(dict.fromkeys(dataclasses.replace(source, weight=None) for source in sources))
+    stream = open_views(config, different, build_augmentation(config, config.data.flip_probability))
+    seed, views = config.training.seed, []
+    for index in sample_rng(seed, "picture images").permutation(len(stream)).tolist():
+        try:
+            views.append(stream.prepare(SampleKey(seed, "picture", 0, index)).pixels)
+        except BrokenRecordError:
+            continue
+        if len(views) == _NUM_IMAGES:
+            break
+    if not views:
+        raise ConfigError(f"data: none of the {len(stream)} training images can be read.")
+    return torch.stack(views)
 
 
 def draw_codes(tokenizer: VisualTokenizer, views: Tensor, masks: Tensor) -> NDArray[np.uint8]:

@@ -1,7 +1,6 @@
 """Measures how evenly the codes of the visual tokenizer are used."""
 
 import math
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -36,27 +35,44 @@ class CodeUsage:
         enough = self.num_seen >= _CODES_PER_ENTRY * self.codebook_size
         return enough and self.num_codes < _LOW_USAGE * self.codebook_size
 
-    def warn_if_low(self, where: str) -> None:
-        """Warns if most codes are unused, and says what to change; `where` names the step or images counted."""
-        if self.is_low:
-            warnings.warn(
-                f"visual tokenizer: only {self} {where}: most of the MIM head would learn nothing. Use a smaller "
-                f"codebook_size (with model.visual_vocab_size), more varied images, a lower learning_rate, or more "
-                f"continuous_steps before the codebook starts.",
-                stacklevel=2,
-            )
+    def describe_if_low(self) -> str:
+        """Returns a warning with remedies if most codes are unused; else an empty string."""
+        if not self.is_low:
+            return ""
+        return (
+            f"only {self}: most of the MIM head would learn nothing. Use a smaller codebook_size (with "
+            "model.visual_vocab_size), more varied images, a lower learning_rate, or more continuous_steps before the "
+            "codebook starts."
+        )
 
 
 class CodeCounter:
-    """Counts codes on the device; only `usage` waits for the device."""
+    """Counts codes on the device; only `usage` and `has_codes` wait for the device."""
 
     def __init__(self, codebook_size: int, device: torch.device | str = "cpu") -> None:
         self._counts = torch.zeros(codebook_size, dtype=torch.int64, device=device)
+
+    @property
+    def has_codes(self) -> bool:
+        """Returns whether a code was counted."""
+        return bool(self._counts.any())
+
+    def to(self, device: torch.device) -> None:
+        """Moves the counts to a device."""
+        self._counts = self._counts.to(device)
 
     def add(self, codes: Tensor) -> None:
         """Adds codes to the counts; codes have any shape, int64 in [0, codebook_size)."""
         codes = codes.flatten()
         self._counts.index_add_(0, codes, torch.ones_like(codes))
+
+    def add_counts(self, counts_V: Tensor) -> None:
+        """Adds the number of occurrences of each code, (V,) of any type."""
+        self._counts += counts_V.to(torch.int64)
+
+    def clear(self) -> None:
+        """Starts to count anew."""
+        self._counts.zero_()
 
     def usage(self, mesh: Mesh | None = None) -> CodeUsage:
         """Returns the usage, summed over the ranks of a mesh; at least one code must have been counted."""

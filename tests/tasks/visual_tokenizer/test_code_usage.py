@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from beit3_ds.training.code_usage import CodeUsage, measure_code_usage
+from beit3_ds.tasks.visual_tokenizer.code_usage import CodeUsage, measure_code_usage
 
 
 def test_code_usage_is_exact() -> None:

@@ -6,15 +6,17 @@ import numpy as np
 import torch
 from PIL import Image
 
+from beit3_ds.config import build_run_config
+from beit3_ds.tasks.visual_tokenizer.code_picture import code_colors, code_picture_path, draw_codes, write_code_picture
 from beit3_ds.tokenizers import VisualTokenizer
-from beit3_ds.training.code_picture import code_colors, code_picture_path, draw_codes, write_code_picture
-from tests.training.test_visual_tokenizer import SMALL, run_config
+from tests.run_config import visual_tokenizer_mapping
 
 
 def started_tokenizer(folder: Path) -> VisualTokenizer:
     torch.manual_seed(0)
-    tokenizer = VisualTokenizer(run_config(folder, **SMALL).tokenizers.visual, teacher_width=4).train()
-    tokenizer(torch.rand(8, 3, 64, 64) * 2 - 1)  # starts the codebook
+    tokenizer = VisualTokenizer(build_run_config(visual_tokenizer_mapping(folder)).tokenizers.visual, teacher_width=4)
+    with torch.no_grad():
+        tokenizer.quantize.start(tokenizer.project(torch.rand(8, 3, 64, 64) * 2 - 1).flatten(0, 1))
     return tokenizer.eval()
 
 
@@ -47,7 +49,7 @@ def test_near_codes_have_near_colours() -> None:
 
 def test_a_file_is_written(tmp_path: Path) -> None:
     path = tmp_path / "new" / "codes.png"
-    write_code_picture(run_config(tmp_path, **SMALL), started_tokenizer(tmp_path), path)
+    write_code_picture(build_run_config(visual_tokenizer_mapping(tmp_path)), started_tokenizer(tmp_path), path)
     assert Image.open(path).size == (600, 1600)
 
 

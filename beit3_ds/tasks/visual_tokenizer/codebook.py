@@ -1,0 +1,65 @@
+"""Computes what the codebook and the targets start from, over whole training steps and independent of the ranks."""
+
+# N patches per image, C width of a code, E width of the teacher's features, V codes in the codebook.
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from beit3_ds.batch import PackedBatch, StepBatch
+from beit3_ds.config import RunConfig
+from beit3_ds.parallel import Mesh
+
+_START_VECTORS_PER_CODE = 16  # BEiT v2's first batch has 512 * 196 / 8192 = 12
+
+
+def start_steps(config: RunConfig, step: int) -> range:
+    """Returns the training steps, from `step` on, that have enough vectors to start the codebook."""
+    visual = config.tokenizers.visual
+    patches = config.data.images.samples_per_step * visual.grid_size**2
+    return range(step, step + -(-_START_VECTORS_PER_CODE * visual.codebook_size // patches))
+
+
+def mean_features(
+    steps: Sequence[StepBatch], teacher: Callable[[Tensor], Tensor], mesh: Mesh, device: torch.device
+) -> Tensor:
+    """Returns the mean of the teacher's features over the images of whole steps, (E,) float32; sends E + 1 numbers.
+
+    Args:
+        steps: this rank's share of the steps.
+        teacher: maps pixels to the features of every patch.
+        mesh: the ranks.
+        device: device of the teacher.
+    """
+    totals: Tensor | None = None
+    for batch in _batches(steps):
+        assert batch.pixels is not None, "every rank reads pixels"
+        features = teacher(batch.pixels.to(device)).flatten(0, 1).double()
+        own = torch.cat([features.sum(0), features.new_full((1,), len(features))])
+        totals = own if totals is None else totals + own
+    assert totals is not None, "a step has a micro-batch"
+    sums = mesh.data_host.sum(totals.cpu())
+    return (sums[:-1] / sums[-1]).float()
+
+
+def gather_vectors(steps: Sequence[StepBatch], vectors: Iterator[Tensor], mesh: Mesh) -> Tensor:
+    """Returns the vectors of whole steps, (M, C) float32 on the CPU, in the order of the samples' slots.
+
+    Each rank gets those of all ranks. Slots are numbered micro-batch by micro-batch and in each by rank, so the order
+    does not depend on the cut.
+
+    Args:
+        steps: this rank's share of the steps; all ranks have equally many micro-batches.
+        vectors: the vectors of each micro-batch, (B, N, C).
+        mesh: the ranks.
+    """
+    gathered: list[Tensor] = []
+    for _ in _batches(steps):
+        own = next(vectors).flatten(0, 1).cpu()
+        gathered += mesh.data_host.gather(own)
+    return torch.cat(gathered)
+
+
+def _batches(steps: Sequence[StepBatch]) -> Iterator[PackedBatch]:
+    return (batch for step in steps for batch in step.micro_batches)

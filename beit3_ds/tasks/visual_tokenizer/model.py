@@ -1,0 +1,94 @@
+"""Defines the visual tokenizer as the trainer sees it: it reconstructs its teacher's features from codes."""
+
+# B images, N patches per image, C width of a code, E width of the teacher's features, V codes in the codebook.
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.config import VisualTokenizerConfig
+from beit3_ds.model import LossOutput, StageModel
+from beit3_ds.tasks.visual_tokenizer.packing import TEACHER_FEATURES
+from beit3_ds.tokenizers import VisualTokenizer
+
+
+class TokenizerModel(VisualTokenizer, StageModel):
+    """Trains a `VisualTokenizer` with the two terms of BEiT v2 (section 2.2): feature distance and commitment.
+
+    Attributes:
+        is_quantized: whether the decoder gets codes; False in the first steps, in which it gets the encoder's vectors.
+        center: mean of the teacher's features, (E,), which targets leave out. White backgrounds dominate the mean; with
+            it, a constant reconstruction would reach most of the cosine.
+    """
+
+    center: Tensor
+
+    def __init__(self, config: VisualTokenizerConfig, teacher_width: int, teacher_description: str) -> None:
+        """Builds the networks and an empty codebook; `initialize` draws the initial values."""
+        super().__init__(config, teacher_width, teacher_description)
+        self.is_quantized = False
+        self.register_buffer("center", torch.zeros(teacher_width))
+
+    def initialize(self, seed: int) -> None:
+        """Fills every parameter with its initial value (`vit.initialize_linear_layers`)."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            drawn = VisualTokenizer(self.config, self.teacher_width)
+        self.load_state_dict(drawn.state_dict(), strict=False)
+
+    def recompute_blocks(self) -> None:
+        """Makes the backward pass recompute every block, which needs less memory and a third more compute."""
+        self.encoder.recompute_blocks = self.decoder.recompute_blocks = True
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        loss_factors: Tensor | None,
+        x_TD: Tensor | None = None,
+        layers: range | None = None,
+    ) -> Any:
+        """Computes the sums of both terms, or the vectors of all patches.
+
+        In training mode it adds the vectors to the codebook's totals.
+
+        Args:
+            batch: the views, with the teacher's features if `loss_factors` is given.
+            loss_factors: factors of the sums of both terms, (2,) float32; None returns vectors.
+            x_TD: None; the model is not cut into stages.
+            layers: the only layer, or None.
+
+        Returns:
+            A `LossOutput`, whose sums are those of 1 - cos(reconstruction, teacher's features without their mean) and
+            of the commitment loss over all patches; or the unit vectors that the codebook quantizes, (B, N, C) float32.
+        """
+        assert batch.pixels is not None, "the tokenizer's only stage has the pixels"
+        vectors_BNC = self.project(batch.pixels)
+        if loss_factors is None:
+            return vectors_BNC
+        commitment = vectors_BNC.new_zeros(())
+        if self.is_quantized:
+            vectors_BNC, distance_BN, _ = self.quantize(vectors_BNC)
+            commitment = distance_BN.sum()
+        target_BNE = batch.targets[TEACHER_FEATURES] - self.center
+        cosine_BN = F.cosine_similarity(self.decode(vectors_BNC).float(), target_BNE, dim=-1)
+        sums = torch.stack([(1 - cosine_BN).sum(), commitment])
+        return LossOutput((sums * loss_factors).sum(), sums.detach())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "TokenizerModel":
+        """Keeps the mean of the teacher's features in float32 if the model is cast."""
+        center = self.center
+        super()._apply(fn, recurse)
+        self.center = center.to(self.center.device)
+        return self
+
+
+def forward_flops(config: VisualTokenizerConfig, teacher_width: int, num_images: float) -> float:
+    """Returns the operations of encoder and decoder for a number of images; a multiply-add counts 2."""
+    width, rows = config.hidden_size, 1 + config.grid_size**2
+    block = 2 * 12 * width**2 + 4 * rows * width  # per row
+    patch = 2 * 3 * config.patch_size**2 * width + 4 * width * (width + config.codebook_dim) + 2 * width * teacher_width
+    layers = config.num_layers + config.decoder_layers
+    return num_images * (rows * layers * block + config.grid_size**2 * patch)

@@ -1,0 +1,45 @@
+"""Packs the views of images into one micro-batch, with the counts of the terms."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.config import VisualTokenizerConfig
+from beit3_ds.data.packing import pack_inputs, stack_views
+from beit3_ds.tasks.visual_tokenizer.samples import TokenizerView
+
+TEACHER_FEATURES = "teacher_features"
+"""Key of the teacher's features of every patch, (B, N, E) float32; computed on the device."""
+
+
+def pack(
+    samples: Sequence[TokenizerView],
+    drop_path: Tensor | None,
+    sources: Mapping[str, int],
+    visual: VisualTokenizerConfig,
+) -> PackedBatch:
+    """Packs views, (3, image_size, image_size) each; every patch counts in every term.
+
+    Args:
+        samples: views of the images; there may be none.
+        drop_path: None, because the tokenizer has no stochastic depth.
+        sources: value of `PackedBatch.sources`.
+        visual: sizes of the tokenizer.
+    """
+    num_patches = visual.grid_size**2
+    batch = pack_inputs(
+        num_images=len(samples),
+        pixels=stack_views([sample.pixels for sample in samples], visual.image_size),
+        num_patches=num_patches,
+        drop_path=drop_path,
+        sample_names=[sample.name for sample in samples],
+        sources=sources,
+    )
+    return replace(batch, term_counts=(len(samples) * num_patches,) * 2)
+
+
+def with_teacher_features(batch: PackedBatch, features_BNE: Tensor) -> PackedBatch:
+    """Returns the batch with the teacher's features of its images, (B, N, E)."""
+    return replace(batch, targets={**batch.targets, TEACHER_FEATURES: features_BNE})

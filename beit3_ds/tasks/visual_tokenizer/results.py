@@ -1,0 +1,50 @@
+"""Writes what the training of the visual tokenizer leaves to pretraining: the tokenizer, its recipe and a picture."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from beit3_ds.config import RunConfig
+from beit3_ds.picture import try_to_write
+from beit3_ds.storage_error import StorageError
+from beit3_ds.tasks.visual_tokenizer.code_picture import code_picture_path, write_code_picture
+from beit3_ds.tasks.visual_tokenizer.config import VisualTokenizerSettings
+from beit3_ds.tokenizers import VisualTokenizer, save_visual_tokenizer
+from beit3_ds.tokenizers.recipe import save_recipe, visual_recipe
+
+
+def write_tokenizer(config: RunConfig, teacher_description: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Writes the tokenizer's file and its recipe; draws a picture of its codes if possible.
+
+    Args:
+        config: configuration of the run.
+        teacher_description: source of the teacher's features in words.
+        tensors: weights and buffers of the trained `TokenizerModel`, by name.
+
+    Returns:
+        The written files, by name.
+
+    Raises:
+        StorageError: if the tokenizer or its recipe cannot be written.
+    """
+    visual, path = config.tokenizers.visual, Path(config.tokenizers.visual.path)
+    tokenizer = VisualTokenizer(visual, len(tensors["center"]), teacher_description)
+    tokenizer.load_state_dict({name: value for name, value in tensors.items() if name != "center"})
+    settings = dataclasses.asdict(config.task.load(VisualTokenizerSettings))
+    try:
+        save_visual_tokenizer(path, tokenizer)
+        save_recipe(path, visual_recipe(config, settings))
+    except OSError as error:
+        raise StorageError(
+            f"the tokenizer {path} cannot be written: {error}. Fix its folder or make room, then start the same "
+            "command again: it writes the file from the last checkpoint."
+        ) from error
+    written = {"visual_tokenizer": str(path)}
+    picture = code_picture_path(path)
+    draw = functools.partial(write_code_picture, config, tokenizer.eval())
+    if try_to_write(picture, draw, functools.partial(print, flush=True)):
+        written["code_picture"] = str(picture)
+    return written

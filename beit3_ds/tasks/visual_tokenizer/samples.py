@@ -1,0 +1,61 @@
+"""Opens the images from which the visual tokenizer learns: one view per image."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from beit3_ds.config import RunConfig, SourceConfig
+from beit3_ds.data.files.descriptors import OpenFiles
+from beit3_ds.data.images.augmentation import CenterViews, ViewTransform, build_augmentation
+from beit3_ds.data.samples import ImageSourceSamples, SampleKey, Stream
+from beit3_ds.data.sources import ConcatSources, check_no_file_twice, open_images
+from beit3_ds.tasks.task import Split
+
+
+class TokenizerView(NamedTuple):
+    """Holds the view of one image."""
+
+    name: str
+    """File and name of the sample, for messages."""
+    pixels: Tensor
+    """Crop for the tokenizer, (3, image_size, image_size) float32 in [-1, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerViews(ImageSourceSamples):
+    """Draws crops, flips and colours as in pretraining, so the tokenizer is trained on what it will encode."""
+
+    def prepare(self, index: int, key: SampleKey) -> TokenizerView:
+        """Reads sample `index` of the source and draws its crop from `key`.
+
+        Raises:
+            BrokenRecordError: if the image cannot be read.
+        """
+        return TokenizerView(self.name(index), self.views(self.read(index), key.rng("augmentation"))[1])
+
+
+def build_streams(config: RunConfig, split: Split) -> dict[str, Stream]:
+    """Opens the images of a split: with augmentation for training, with center crops for validation.
+
+    Raises:
+        ConfigError: if files are missing or cannot be read.
+    """
+    images, size = config.data.images, config.tokenizers.visual.image_size
+    if split == "train":
+        return {"images": open_views(config, images.train, build_augmentation(config, config.data.flip_probability))}
+    views = CenterViews(image_size=size, tokenizer_image_size=size)
+    return {"images": open_views(config, images.validation, views)} if images.validation else {}
+
+
+def open_views(config: RunConfig, sources: Sequence[SourceConfig], views: ViewTransform) -> Stream:
+    """Opens sources of images, or of pairs, whose captions are ignored.
+
+    Raises:
+        ConfigError: if files are missing or cannot be read.
+    """
+    check_no_file_twice(sources)
+    files, cache_dir = OpenFiles(config.data.max_open_files), config.data.cache_dir
+    opened = [TokenizerViews(source=open_images(source, cache_dir, files), views=views) for source in sources]
+    return Stream(ConcatSources(opened))

@@ -1,0 +1,274 @@
+"""Implements the training of the visual tokenizer as a task with two terms (BEiT v2, section 2.2)."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from beit3_ds.batch import PackedBatch, StepBatch
+from beit3_ds.config import ConfigError, RunConfig
+from beit3_ds.model import Head, StageModel
+from beit3_ds.tasks.task import Evaluator, Figures, RankShare, RankTask, Task, Term
+from beit3_ds.tasks.visual_tokenizer.code_usage import CodeCounter, measure_code_usage
+from beit3_ds.tasks.visual_tokenizer.codebook import gather_vectors, mean_features, start_steps
+from beit3_ds.tasks.visual_tokenizer.config import VisualTokenizerSettings
+from beit3_ds.tasks.visual_tokenizer.model import TokenizerModel, forward_flops
+from beit3_ds.tasks.visual_tokenizer.packing import pack, with_teacher_features
+from beit3_ds.tasks.visual_tokenizer.results import write_tokenizer
+from beit3_ds.tasks.visual_tokenizer.samples import build_streams
+from beit3_ds.tokenizers import OrientedGradients, Teacher, build_teacher, load_visual_tokenizer
+from beit3_ds.tokenizers.recipe import Recipe, check_can_be_written, describe_trained, is_trained, visual_recipe
+from beit3_ds.tokenizers.teacher import describe_teacher
+
+_SECTION = "tokenizers.visual"
+_USAGE_IMAGES = 1024  # training images whose codes are counted at the end
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerRankTask(RankTask):
+    """Holds the teacher and the samples of one rank."""
+
+    run_config: RunConfig
+    """Configuration of the run."""
+    continuous_steps: int
+    """Initial steps without quantization."""
+    teacher: Teacher
+    """Network or descriptor whose features are reconstructed."""
+    teacher_description: str
+    """Source of these features in words."""
+    counter: CodeCounter
+    """Counts the codes of all ranks since the last report."""
+
+    def to(self, device: torch.device) -> None:
+        """Moves the teacher and the counts to the device."""
+        self.teacher.to(device)
+        self.counter.to(device)
+
+    def prepare(self, batch: PackedBatch, device: torch.device) -> PackedBatch:
+        """Returns a micro-batch on the device, with the teacher's features."""
+        batch = batch.to(device)
+        assert batch.pixels is not None, "every rank reads pixels"
+        return with_teacher_features(batch, self._features(batch.pixels))
+
+    def before_step(self, evaluator: Evaluator, step: int) -> None:
+        """Computes the mean of the teacher's features before the first step, and starts the codebook when it is due."""
+        model = _tokenizer(evaluator)
+        model.is_quantized = step >= self.continuous_steps
+        if step == 0:
+            steps = self._read(start_steps(self.run_config, step))
+            model.center.copy_(mean_features(steps, self._features, evaluator.mesh, evaluator.device))
+        if step == self.continuous_steps:
+            steps = self._read(start_steps(self.run_config, step))
+            vectors = gather_vectors(steps, _vectors(evaluator, steps), evaluator.mesh)
+            model.quantize.start(vectors.to(evaluator.device))
+
+    def after_step(self, evaluator: Evaluator, *, is_skipped: bool) -> None:
+        """Moves the codes, as one update over the micro-batches of all ranks; a skipped step moves none."""
+        model = _tokenizer(evaluator)
+        quantizer = model.quantize
+        if is_skipped or not model.is_quantized:
+            quantizer.totals.zero_()
+            return
+        quantizer.totals.copy_(evaluator.mesh.sum_over_data(quantizer.totals))
+        self.counter.add_counts(quantizer.totals[:, -1])
+        quantizer.move_codes()
+
+    def figures(self) -> Figures:
+        """Returns the usage of codes since the last report."""
+        if not self.counter.has_codes:
+            return Figures(lines=["codes: none yet, the decoder gets the encoder's vectors"])
+        usage = self.counter.usage()
+        self.counter.clear()
+        warning = usage.describe_if_low()
+        lines = [f"codes: {usage}", *([f"WARNING: {warning}"] if warning else [])]
+        return Figures({"codes_used": usage.num_codes, "code_perplexity": round(usage.perplexity)}, lines)
+
+    def write_results(self, evaluator: Evaluator) -> dict[str, str]:
+        """Writes the tokenizer, its recipe and a picture of its codes; counts its codes over training images."""
+        results: dict[str, str] = {}
+        if evaluator.mesh.is_main:
+            tensors = dict(evaluator.trained_tensors())
+            results = write_tokenizer(self.run_config, self.teacher_description, tensors)
+        visual, total_steps = self.run_config.tokenizers.visual, self.run_config.training.total_steps
+        num_steps = -(-_USAGE_IMAGES // self.run_config.data.images.samples_per_step)
+        steps = self._read(range(total_steps, total_steps + num_steps))
+        nearest = _tokenizer(evaluator).quantize.nearest
+        codes = (nearest(vectors) for vectors in _vectors(evaluator, steps))
+        usage = measure_code_usage(codes, visual.codebook_size, evaluator.mesh)
+        warning = usage.describe_if_low()
+        results |= {"codes": f"{usage} over training images"} | ({"warning": warning} if warning else {})
+        return results if evaluator.mesh.is_main else {}
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.run_config.options.is_bf16):
+            return self.teacher(pixels)
+
+    def _read(self, steps: range) -> list[StepBatch]:
+        """Reads this rank's share of steps that are still to come; broken records leave their slots empty."""
+        assert self.dataset is not None, "every rank reads"
+        return [self.dataset.prepare(step) for step in steps]
+
+
+class VisualTokenizerTask(Task):
+    """Trains the visual tokenizer to reconstruct a teacher's features from codes."""
+
+    Settings = VisualTokenizerSettings
+    settings: VisualTokenizerSettings
+    has_backbone: ClassVar[bool] = False
+    layout_fault: ClassVar[str] = (
+        "a tokenizer of base size has 107M parameters, which fit on every device, and its layers are not split."
+    )
+
+    def __init__(self, config: RunConfig) -> None:
+        """Checks the sections of the run.
+
+        Raises:
+            ConfigError: if the run lacks a key, or has one without a meaning for the tokenizer.
+        """
+        super().__init__(config)
+        _check_sections(config)
+        total_steps, continuous_steps = config.training.total_steps, self.settings.continuous_steps
+        if continuous_steps >= total_steps:
+            raise ConfigError(
+                f"task.continuous_steps={continuous_steps} must be below training.total_steps={total_steps}: the "
+                "codebook needs steps of its own."
+            )
+        self._teacher: Teacher | None = None
+
+    def describe_model(self) -> dict[str, Any]:
+        """Returns the recipe of the tokenizer without its data, whose changes the order of the samples follows."""
+        return {key: value for key, value in self._recipe().items() if key != "images.train"}
+
+    def find_result(self) -> str | None:
+        """Returns a line if the tokenizer of this recipe exists already.
+
+        Raises:
+            ConfigError: if the path is a tokenizer of another recipe, or another kind of file.
+        """
+        path = self.config.tokenizers.visual.path
+        if not is_trained(_SECTION, path, self._recipe(), lambda: _read_known(path)):
+            return None
+        return describe_trained(_SECTION, path)
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """Returns the terms: distance of the reconstruction from the teacher's features, and commitment."""
+        weight = self.settings.commitment_weight
+        return (
+            Term("feature_distance", "images", "reconstruction of the teacher's features", 1.0, "1 - cosine"),
+            Term("commitment", "images", "commitment to the codes", weight, "squared distance"),
+        )
+
+    def build_head(self, model: Any, tensor: Any) -> Head:
+        """Refuses, because the tokenizer is no head on BEiT-3; `build_model` builds it."""
+        raise AssertionError("the visual tokenizer has no head on BEiT-3")
+
+    def build_model(self, tensor: Any = None, layers: Any = None) -> StageModel:
+        """Builds the tokenizer's networks.
+
+        On the meta device, where sizes are planned, a pretrained teacher is not loaded, and `hidden_size` stands for
+        its number of features.
+        """
+        visual = self.config.tokenizers.visual
+        is_planned = torch.get_default_device().type == "meta" and self._teacher is None
+        width = _planned_width(self.settings, self.config) if is_planned else self._load_teacher().width
+        model = TokenizerModel(visual, width, describe_teacher(self.settings))
+        if self.config.training.activation_checkpointing == "full":
+            model.recompute_blocks()
+        return model
+
+    def training_flops(self, batch: PackedBatch) -> float:
+        """Returns the operations of encoder and decoder, forward and backward (3 x forward)."""
+        width = _planned_width(self.settings, self.config) if self._teacher is None else self._teacher.width
+        return 3 * forward_flops(self.config.tokenizers.visual, width, batch.num_images)
+
+    def describe_architecture(self) -> str:
+        """Returns the sizes of the tokenizer in a few words."""
+        visual = self.config.tokenizers.visual
+        return (
+            f"visual tokenizer, {visual.num_layers} + {visual.decoder_layers} blocks x {visual.hidden_size}, "
+            f"{visual.grid_size} x {visual.grid_size} patches, {visual.codebook_size} codes of {visual.codebook_dim}"
+        )
+
+    def open(self, share: RankShare) -> TokenizerRankTask:
+        """Opens the teacher and the images that a rank reads, and writes to the tokenizer's folder once.
+
+        Raises:
+            ConfigError: if a file cannot be read, or the tokenizer's file cannot be written.
+        """
+        config, visual = self.config, self.config.tokenizers.visual
+        check_can_be_written(_SECTION, visual.path)
+        _check_no_old_training(visual.path)
+        return TokenizerRankTask.open(
+            config,
+            share,
+            functools.partial(build_streams, config),
+            functools.partial(pack, visual=visual),
+            "tokenizer",
+            files={"task.teacher_weights": self.settings.teacher_weights},
+            run_config=config,
+            continuous_steps=self.settings.continuous_steps,
+            teacher=self._load_teacher(),
+            teacher_description=describe_teacher(self.settings),
+            counter=CodeCounter(visual.codebook_size),
+        )
+
+    def _load_teacher(self) -> Teacher:
+        if self._teacher is None:
+            self._teacher = build_teacher(self.settings, self.config.tokenizers.visual)
+        return self._teacher
+
+    def _recipe(self) -> Recipe:
+        return visual_recipe(self.config, dataclasses.asdict(self.settings))
+
+
+TASK = VisualTokenizerTask
+
+
+def _check_sections(config: RunConfig) -> None:
+    training = config.training
+    if not config.tokenizers.visual.path:
+        raise ConfigError("tokenizers.visual.path is missing: name the file that the run writes.")
+    if config.backbone is not None:
+        raise ConfigError("the section 'model' has no meaning for the task visual_tokenizer. Remove it.")
+    if training.init_from is not None:
+        raise ConfigError("training.init_from has no meaning for the task visual_tokenizer. Remove it.")
+
+
+def _check_no_old_training(path: str) -> None:
+    unfinished = Path(f"{path}.training.pt")
+    if unfinished.exists():
+        raise ConfigError(
+            f"{unfinished} is an unfinished training of version 0.1, which this version cannot resume. Finish it with "
+            "version 0.1, or delete the file to train from the start."
+        )
+
+
+def _planned_width(settings: VisualTokenizerSettings, config: RunConfig) -> int:
+    visual = config.tokenizers.visual
+    is_local = settings.teacher == "oriented_gradients"
+    return OrientedGradients(visual.patch_size).width if is_local else visual.hidden_size
+
+
+def _read_known(path: str) -> Recipe:
+    """Returns the architecture that the tokenizer's file records; an imported or copied tokenizer has no recipe."""
+    trained = load_visual_tokenizer(path).config
+    return {name: getattr(trained, name) for name in ("image_size", "patch_size", "codebook_size")}
+
+
+def _tokenizer(evaluator: Evaluator) -> TokenizerModel:
+    model = evaluator.model
+    assert isinstance(model, TokenizerModel), f"a {type(model).__name__} is no tokenizer"
+    return model
+
+
+def _vectors(evaluator: Evaluator, steps: list[StepBatch]) -> Iterator[Tensor]:
+    """Yields the vectors of each micro-batch, (B, N, C), in evaluation mode; all ranks call it."""
+    batches = (batch for step in steps for batch in step.micro_batches)
+    for _, vectors in evaluator.predict(batches):
+        yield vectors
