@@ -3,7 +3,6 @@
 This module connects the packages in the order in which data flows.
 """
 
-import argparse
 import functools
 import os
 import sys
@@ -18,20 +17,20 @@ from beit3_ds.checkpoint.engine_state import EngineState
 from beit3_ds.checkpoint.folder import is_checkpoint
 from beit3_ds.checkpoint.run_description import build_run_description
 from beit3_ds.checkpoint.store import CheckpointStore
-from beit3_ds.config import ConfigError, ParallelConfig, RankCoords, RunConfig, check_layout, load_run_config
-from beit3_ds.config.arguments import OneLineParser, add_config_arguments, add_force_argument, integer
-from beit3_ds.config.numbers import Range
+from beit3_ds.config import ParallelConfig, RankCoords, RunConfig, check_layout
+from beit3_ds.config.arguments import add_force_argument
+from beit3_ds.config.data import Split
 from beit3_ds.data import ValidationBatches, WaitLimits, build_train_loader
 from beit3_ds.data.skipped_report import describe_skipped
 from beit3_ds.parallel import BroadcastBatches, Mesh
 from beit3_ds.pipeline.schedule import Schedule
 from beit3_ds.planner import check_node, host_requirements
+from beit3_ds.rank_program import run_rank_program
 from beit3_ds.runtime.launch_environment import Launch, read_launch
 from beit3_ds.runtime.node_size import measure_node
 from beit3_ds.runtime.process_group import compute_device, joined_ranks
 from beit3_ds.runtime.startup_watchdog import watched_start
 from beit3_ds.runtime.stop_signals import StopSignals
-from beit3_ds.storage_error import StorageError
 from beit3_ds.tasks import RankShare, RankTask, Task, build_task
 from beit3_ds.training.agreement import check_same_files, check_same_sources
 from beit3_ds.training.best_checkpoint import BestCheckpoint, direction_of
@@ -43,7 +42,6 @@ from beit3_ds.training.loop import Run, resume, train
 from beit3_ds.training.metrics_log import MetricsLog
 from beit3_ds.training.progress import Progress
 from beit3_ds.training.report import write_report
-from beit3_ds.training.skipped_steps import NonFiniteLossError
 from beit3_ds.training.split_batches import SplitBatches
 from beit3_ds.training.start_checks import check_device, check_frozen_patterns, check_software, prepare_output_dir
 from beit3_ds.training.startup_summary import describe_startup
@@ -114,9 +112,11 @@ def open_inputs(config: RunConfig) -> Inputs:
     direction_of(task)  # refuses a metric that the task does not have
     prepare_output_dir(Path(config.training.output_dir))
     coords = config.parallel.rank_coords(launch.rank, launch.world_size)
-    share = _share_of(coords, config.parallel, data_parallel_size)
+    share = share_of(coords, config.parallel, data_parallel_size)
     has_begun = is_checkpoint(Path(config.training.output_dir))  # the file of initial weights may then be deleted
     initial_weights = None if has_begun else open_initial_weights(config)
+    if initial_weights is not None:
+        task.adopt_weights(initial_weights.task, f"training.init_from={config.training.init_from}")
     rank_task = task.open(share)
     if launch.rank == 0:
         for line in describe_skipped(rank_task.sources):
@@ -124,7 +124,13 @@ def open_inputs(config: RunConfig) -> Inputs:
     return Inputs(coords=coords, task=task, rank_task=rank_task, initial_weights=initial_weights)
 
 
-def _share_of(coords: RankCoords, parallel: ParallelConfig, data_parallel_size: int) -> RankShare:
+def share_of(
+    coords: RankCoords,
+    parallel: ParallelConfig,
+    data_parallel_size: int,
+    splits: tuple[Split, ...] = RankShare.splits,
+) -> RankShare:
+    """Returns what a rank reads of some splits."""
     embeds, predicts = coords.pipeline == 0, coords.pipeline == parallel.pipeline_parallel_size - 1
     return RankShare(
         data_parallel_rank=coords.data,
@@ -132,6 +138,7 @@ def _share_of(coords: RankCoords, parallel: ParallelConfig, data_parallel_size: 
         embeds=embeds,
         predicts=predicts,
         reads=coords.tensor == 0 and (embeds or predicts),
+        splits=splits,
     )
 
 
@@ -246,28 +253,16 @@ def _read_validation(validation: ValidationBatches | None, limits: WaitLimits) -
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line of one rank and returns the exit status.
-
-    Returns:
-        0 for success; 2 after one line about an error that the user can fix; 1 after one line about a file system that
-        fails.
-    """
-    parser = OneLineParser(prog="beit3_ds.train", description=__doc__)
-    add_config_arguments(parser)
-    add_force_argument(parser, "train again if the run is finished; its checkpoints are moved aside")
-    parser.add_argument("--local_rank", type=integer(Range(0)), help=argparse.SUPPRESS)  # the launcher passes it
-    rank: int | str = "?"  # in errors before the rank is known
-    try:
-        options = parser.parse_args(arguments)
-        rank = read_launch(os.environ).rank
-        train_run(load_run_config(options.config, options.set), force=options.force)
-    except (ConfigError, NonFiniteLossError) as error:
-        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-        return 2
-    except StorageError as error:  # not 2: a restart needs no change
-        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+    """Runs the command line of one rank and returns the exit status (`run_rank_program`)."""
+    return run_rank_program(
+        lambda config, options: train_run(config, force=options.force),
+        "beit3_ds.train",
+        __doc__,
+        lambda parser: add_force_argument(
+            parser, "train again if the run is finished; its checkpoints are moved aside"
+        ),
+        arguments,
+    )
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "cluster": {"config", "planner", "rank_names", "runtime"},
 }
-ENTRY_POINTS = {"train", "cli", "__init__"}
+ENTRY_POINTS = {"train", "evaluate", "rank_program", "cli", "__init__"}
 # The parts of a room in the order in which they are read: each may import only those before it.
 READING_ORDER: dict[str, tuple[str, ...]] = {
     "data": (

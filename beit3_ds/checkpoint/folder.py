@@ -120,6 +120,9 @@ class CheckpointFolder:
         values = self.read_kind(self._weights, name, part or whole_slice(self.shape(name)))
         return values if part else values.view(self.shape(name))
 
+    def release_pages(self) -> None:
+        """Frees nothing, because tensors are read and not mapped."""
+
     def read_kind(self, kind: str, name: str, part: TensorSlice) -> Tensor:
         """Returns a slice of a tensor's weights, moments or averages as a float32 matrix.
 

@@ -14,6 +14,9 @@ ANNOTATION_FORMATS = ("coco", "visual_genome", "sbu", "conceptual_captions", "co
 IMAGE_FORMATS = ("tar", "folder", *ANNOTATION_FORMATS)
 """Formats of images with or without captions. Further formats belong to tasks (`Task.formats`)."""
 
+Split = Literal["train", "validation", "test"]
+"""Parts of a stream's sources; `test` is read by `beit3 evaluate` alone."""
+
 TextLength = Annotated[int, Range(4, 2**18)]
 """Tokens per text; the minimum is BOS, EOS, one masked and one visible token."""
 
@@ -214,10 +217,10 @@ class DataConfig:
         """Returns the streams by name, in the order of the packed batch."""
         return {"images": self.images, "pairs": self.pairs, "texts": self.texts}
 
-    def validation_source_names(self) -> dict[str, list[str]]:
-        """Returns short names of the validation sources of each stream (`short_source_names`)."""
+    def source_names(self, split: Split = "validation") -> dict[str, list[str]]:
+        """Returns short names of the sources of each stream in a split (`short_source_names`)."""
         streams = self.streams().items()
-        return {name: short_source_names([source.path for source in stream.validation]) for name, stream in streams}
+        return {name: short_source_names([source.path for source in getattr(of, split)]) for name, of in streams}
 
 
 @dataclass(frozen=True, kw_only=True)

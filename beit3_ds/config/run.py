@@ -191,7 +191,8 @@ def _check_text_tokenizer(config: RunConfig) -> None:
             f"{config.tokenizers.text.vocab_size}: <pad> and <mask> add 2 ids. Use at least "
             f"{config.tokenizers.text.vocab_size + 2}."
         )
-    longest = max(data.text_length, data.pair_text_length)
+    lengths = {"texts": data.text_length, "pairs": data.pair_text_length}
+    longest = max(lengths[name] for name, stream in data.streams().items() if name in lengths and stream.is_used)
     if longest > model.max_text_length:
         raise ConfigError(
             f"model.max_text_length={model.max_text_length} is shorter than data.text_length={data.text_length} or "

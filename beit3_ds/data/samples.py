@@ -3,12 +3,13 @@
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from PIL import Image
 
 from beit3_ds.config import DataConfig
+from beit3_ds.config.data import Split
 from beit3_ds.data.files.descriptors import OpenFiles
 from beit3_ds.data.files.fingerprint import SourceFile
 from beit3_ds.data.files.records import Skipped
@@ -19,9 +20,6 @@ from beit3_ds.data.sources import ConcatSources, check_no_file_twice, open_image
 
 VALIDATION_EPOCH = -1
 """Epoch of validation and test samples: all evaluations share its draws, and training never has them."""
-
-Split = Literal["train", "validation", "test"]
-"""Which sources of a stream to open; `test` is read by `beit3 evaluate` alone."""
 
 
 @dataclass(frozen=True)

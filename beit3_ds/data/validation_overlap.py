@@ -1,12 +1,15 @@
 """Refuses validation and test files that are also training files, because scores over them are meaningless."""
 
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from beit3_ds.config import ConfigError, DataConfig, SourceConfig
+from beit3_ds.config.data import Split
 from beit3_ds.data.files.patterns import expand_patterns, is_inside, list_folders
 from beit3_ds.data.files.printing import printable
 from beit3_ds.data.files.reading import read_with_retries
+from beit3_ds.data.images.annotated import AnnotatedImages
 from beit3_ds.data.sources import check_no_file_twice, image_format
 
 _GROUPS = (("images", "pairs"), ("texts",))  # streams that can share files
@@ -49,6 +52,29 @@ def check_validation_apart(data: DataConfig, must_exist: bool = True) -> None:
     for stream in streams.values():
         for sources in (stream.train if stream.samples_per_step else (), stream.validation, stream.test):
             check_no_file_twice(sources, must_exist)
+
+
+def describe_shared_images(splits: Mapping[Split, Sequence[AnnotatedImages]]) -> list[str]:
+    """Returns a line per two splits that name the same image files, with their number.
+
+    Such splits are allowed, because questions and captions may differ, but a score over known images is too good.
+    """
+    files = {
+        split: {
+            os.path.join(source.images.path, source.paths[number])
+            for source in sources
+            for number in range(len(source.paths))
+        }
+        for split, sources in splits.items()
+    }
+    lines = []
+    for first, second in itertools.combinations(files, 2):
+        if shared := sorted(files[first] & files[second]):
+            lines.append(
+                f"WARNING: {len(shared):,} of {len(files[second]):,} images of {second} are also images of {first}, "
+                f"such as {printable(shared[0])}; scores over images that were trained on are too good"
+            )
+    return lines
 
 
 def _identified(

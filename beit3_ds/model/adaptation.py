@@ -18,6 +18,8 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,6 @@ from beit3_ds.model.pretrained import (
     EXTRA_PREFIX,
     IMAGE_POSITION,
     REPLACEABLE,
-    PretrainedWeights,
     check_tensors,
     matrix_part,
 )
@@ -53,8 +54,32 @@ _TABLES = {
 """Tensors of the embeddings of each modality."""
 
 
+class StoredWeights(Protocol):
+    """Weights on disk: exported or imported ones, or a checkpoint."""
+
+    @property
+    def path(self) -> Path:
+        """Returns the file or folder."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """Returns the configuration of the model."""
+
+    def names(self) -> list[str]:
+        """Returns the names of all tensors."""
+
+    def shape(self, name: str) -> torch.Size:
+        """Returns the logical shape of a tensor."""
+
+    def read(self, name: str, part: Any = None) -> Tensor:
+        """Returns a tensor, or a part of it (`matrix_part`)."""
+
+    def release_pages(self) -> None:
+        """Frees the memory of what was read so far."""
+
+
 class AdaptedWeights:
-    """Computes the tensors of a model from exported or imported weights, each when it is read.
+    """Computes the tensors of a model from stored weights, each when it is read.
 
     Attributes:
         path: file or folder of the weights.
@@ -62,7 +87,7 @@ class AdaptedWeights:
         changes: one sentence per adapted setting; empty if nothing is adapted.
     """
 
-    def __init__(self, weights: PretrainedWeights, model: ModelConfig, where: str, *, seed: int = 0) -> None:
+    def __init__(self, weights: StoredWeights, model: ModelConfig, where: str, *, seed: int = 0) -> None:
         """Compares the two models; reads nothing yet.
 
         Args:

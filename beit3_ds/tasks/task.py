@@ -38,11 +38,11 @@ import torch
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import INPUT_KINDS, ConfigError, InputKind, ModelConfig, RunConfig
-from beit3_ds.config.data import IMAGE_FORMATS
+from beit3_ds.config.data import IMAGE_FORMATS, Split
 from beit3_ds.config.prefetch import plan_prefetch
 from beit3_ds.data import EvaluationBatches, StepDataset, ValidationBatches, build_validation_batches
 from beit3_ds.data.packing import Pack
-from beit3_ds.data.samples import SourceSamples, Split, Stream, name_sources
+from beit3_ds.data.samples import SourceSamples, Stream, name_sources
 from beit3_ds.data.validation_overlap import check_validation_apart
 from beit3_ds.model import Head, StageModel, StepLoss, TaskModel
 from beit3_ds.model.flops import layer_flops, work_of
@@ -89,6 +89,11 @@ class RankShare:
     """Whether the rank reads samples; other ranks receive theirs from those that read (`Mesh.is_reader`)."""
     splits: tuple[Split, ...] = ("train", "validation")
     """Splits to open: those of training, or the one that `beit3 evaluate` scores."""
+
+    @property
+    def is_main(self) -> bool:
+        """Returns whether the rank is the main one (`Mesh.is_main`), which writes the files of a run."""
+        return self.reads and self.embeds and self.data_parallel_rank == 0
 
 
 class Evaluator(Protocol):
@@ -152,7 +157,7 @@ class RankTask:
     sources: Mapping[str, SourceSamples] = field(default_factory=dict)
     """Samples of every source that this rank reads, by source name in the configuration; ranks compare them."""
     files: Mapping[str, str | None] = field(default_factory=dict)
-    """Further files that must be equal on all ranks, by configuration key."""
+    """Further files that must be equal on all ranks, by configuration key; all ranks name the same ones."""
 
     @classmethod
     def open(
@@ -277,6 +282,9 @@ class Task(ABC):
     Attributes:
         config: configuration of the run.
         settings: the task's own keys in the "task" section, an instance of `Settings`.
+        weights_description: result of `describe` of the task whose head the run starts from or evaluates; None if
+            there is none (`adopt_weights`).
+        weights_name: name of these weights, for messages.
     """
 
     Settings: ClassVar[type] = NoSettings
@@ -302,6 +310,8 @@ class Task(ABC):
         _check_formats(config, self.formats)
         self.config = config
         self.settings: Any = config.task.load(self.Settings)
+        self.weights_description: Mapping[str, Any] | None = None
+        self.weights_name = "the weights"
         parallel = config.parallel
         if self.layout_fault and parallel.model_parallel_size > 1:
             raise ConfigError(
@@ -343,6 +353,17 @@ class Task(ABC):
             f"{model.num_layers} x {model.hidden_size} ({model.layout}), "
             f"{model.grid_size} x {model.grid_size} patches, text up to {model.max_text_length}"
         )
+
+    def adopt_weights(self, described: Mapping[str, Any] | None, where: str) -> None:
+        """Notes which weights the run starts from or evaluates, before `open`.
+
+        A task whose weights need more than tensors, such as a list of answers, reads it from the description.
+
+        Args:
+            described: result of `describe` of the task that made the weights' head; None if unknown.
+            where: name of the weights, for messages.
+        """
+        self.weights_description, self.weights_name = described, where
 
     def find_result(self) -> str | None:
         """Returns a line that describes the result of this run if it exists already, so that nothing is to be done.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from beit3_ds.batch import PackedBatch
-from beit3_ds.data.samples import Split
+from beit3_ds.config.data import Split
 from beit3_ds.model import LossOutput, StepFeatures, StepLoss
 from beit3_ds.parallel import Mesh
 from beit3_ds.pipeline.coupled_step import sum_terms

@@ -36,6 +36,9 @@ class InitialWeights:
         self.absent = self.weights.check(wanted)
         """Tensors of the final norm and the heads that the file lacks; they keep their initial values."""
 
+        has_heads = not any(name.startswith("heads.") for name in self.absent)
+        self.task = stored.task if has_heads else None
+        """Name and settings of the task whose head the run starts from; None if the head gets initial values."""
         self._names = wanted.keys() - set(self.absent)
 
     def load(self, state: EngineState) -> None:

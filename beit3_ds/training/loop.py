@@ -16,8 +16,8 @@ from beit3_ds.checkpoint.folder import CheckpointFolder
 from beit3_ds.checkpoint.index import Index
 from beit3_ds.checkpoint.store import CheckpointStore, SaveOutcome
 from beit3_ds.config import ConfigError, RunConfig
+from beit3_ds.config.data import Split
 from beit3_ds.data.order.run import POSITIONS, RunOrder
-from beit3_ds.data.samples import Split
 from beit3_ds.data.workers.waiting import StopRequestedError
 from beit3_ds.model import StageModel
 from beit3_ds.parallel import Mesh
@@ -353,7 +353,7 @@ def _evaluate_and_record(run: Run, done: int, *, is_last: bool = False) -> bool:
         Whether the evaluation is better than all before (`training.best_metric`). That of the initial weights is not
         compared.
     """
-    names = run.config.data.validation_source_names()
+    names = run.config.data.source_names()
     folder = Path(run.config.training.output_dir) / VALIDATION_FOLDER if is_last else None
     with run.state.averaged_weights():
         means = evaluate(run.schedule, run.validation, run.prepare, run.terms, run.mesh, run.device, names)

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ConfigError, ModelConfig, RunConfig
+from beit3_ds.config.data import Split
 from beit3_ds.data.files.fingerprint import SourceFile
 from beit3_ds.data.files.records import BrokenRecordError, Skipped
 from beit3_ds.data.images.one_view import ImageTransform, ResizedView, build_train_view
 from beit3_ds.data.packing import pack_inputs, stack_views
-from beit3_ds.data.samples import SampleKey, Split, Stream
+from beit3_ds.data.samples import SampleKey, Stream
 from beit3_ds.data.sources import ConcatSources, check_no_file_twice
 from beit3_ds.tasks.nlvr2.files import Statements, read_nlvr2, read_statement_lines
 from beit3_ds.tasks.nlvr2.head import LABELS

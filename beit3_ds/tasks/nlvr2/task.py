@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from beit3_ds.atomic_file import atomic_write
 from beit3_ds.config import ModelConfig
-from beit3_ds.data.samples import SourceSamples, Split, Stream
+from beit3_ds.config.data import Split
+from beit3_ds.data.samples import SourceSamples, Stream
 from beit3_ds.parallel import TensorParallel
 from beit3_ds.picture import try_to_write
 from beit3_ds.tasks.nlvr2.files import Statements

@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from beit3_ds.config import RunConfig, SourceConfig
+from beit3_ds.config.data import Split
 from beit3_ds.data.files.descriptors import OpenFiles
 from beit3_ds.data.files.fingerprint import SourceFile
 from beit3_ds.data.files.records import BrokenRecordError, Skipped
 from beit3_ds.data.images.augmentation import CenterViews, ViewTransform, build_augmentation
-from beit3_ds.data.samples import ImageSourceSamples, SampleKey, Split, Stream
+from beit3_ds.data.samples import ImageSourceSamples, SampleKey, Stream
 from beit3_ds.data.sources import ConcatSources, check_no_file_twice, open_images
 from beit3_ds.data.text.sequences import TextSequences
 from beit3_ds.tasks.pretraining.config import pretraining_config

@@ -144,7 +144,7 @@ class Pretraining(Task):
                 "tokenizers.visual.path": config.tokenizers.visual.path if config.data.has_images else None,
             },
             model=config.model,
-            validation_sources=config.data.validation_source_names(),
+            validation_sources=config.data.source_names(),
             text_tokenizer=text_tokenizer,
             visual_tokenizer=visual_tokenizer,
         )

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from beit3_ds.config import DataConfig, RunConfig, SourceConfig
+from beit3_ds.config.data import Split
 from beit3_ds.data.files.descriptors import OpenFiles
 from beit3_ds.data.files.fingerprint import SourceFile
 from beit3_ds.data.files.records import BrokenRecordError, Skipped
@@ -22,7 +23,7 @@ from beit3_ds.data.images.captioned import EachImage
 from beit3_ds.data.images.one_view import ImageTransform, ResizedView, build_train_view
 from beit3_ds.data.images.source import ImageSource
 from beit3_ds.data.randomness import sample_rng
-from beit3_ds.data.samples import SampleKey, Split, Stream
+from beit3_ds.data.samples import SampleKey, Stream
 from beit3_ds.data.sources import ConcatSources, check_no_file_twice, open_images
 from beit3_ds.tokenizers.text import TextTokenizer
 

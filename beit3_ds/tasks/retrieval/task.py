@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from beit3_ds.config import ConfigError, InputKind, ModelConfig, RunConfig
-from beit3_ds.config.data import IMAGE_FORMATS
-from beit3_ds.data.samples import Split, Stream
+from beit3_ds.config.data import IMAGE_FORMATS, Split
+from beit3_ds.data.samples import Stream
 from beit3_ds.model import Head, StepLoss
 from beit3_ds.parallel import TensorParallel
 from beit3_ds.tasks.results import SampleResults

@@ -1,1 +1,5 @@
 """Answers questions about images (VQAv2; paper section 3.1)."""
+
+from beit3_ds.tasks.vqa.task import TASK
+
+__all__ = ["TASK"]

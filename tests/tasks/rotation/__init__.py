@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ModelConfig
+from beit3_ds.config.data import Split
 from beit3_ds.data.images.augmentation import CenterViews
 from beit3_ds.data.packing import pack_inputs, stack_views
-from beit3_ds.data.samples import ImageSourceSamples, SampleKey, Split, Stream, open_image_stream
+from beit3_ds.data.samples import ImageSourceSamples, SampleKey, Stream, open_image_stream
 from beit3_ds.model import Head
 from beit3_ds.parallel import TensorParallel
 from beit3_ds.tasks import Evaluator, Headline, RankShare, RankTask, SampleResults, Task, Term

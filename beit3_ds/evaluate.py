@@ -1,0 +1,209 @@
+"""Evaluates weights on a whole split: `deepspeed --module beit3_ds.evaluate CONFIG.json --weights FILE`.
+
+`beit3 evaluate` does the same in one process. Metrics are the same on any number of ranks.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from beit3_ds.atomic_file import atomic_write
+from beit3_ds.batch import PackedBatch
+from beit3_ds.checkpoint.engine_state import EngineState
+from beit3_ds.checkpoint.folder import CheckpointFolder
+from beit3_ds.config import ConfigError, RunConfig, check_layout
+from beit3_ds.config.data import Split
+from beit3_ds.data import WaitLimits
+from beit3_ds.data.workers.waiting import StopRequestedError
+from beit3_ds.model.adaptation import AdaptedWeights
+from beit3_ds.model.pretrained import PretrainedWeights, check_task
+from beit3_ds.parallel import BroadcastBatches, Mesh
+from beit3_ds.rank_program import run_rank_program
+from beit3_ds.runtime.launch_environment import read_launch
+from beit3_ds.runtime.process_group import compute_device, joined_ranks
+from beit3_ds.runtime.startup_watchdog import watched_start
+from beit3_ds.runtime.stop_signals import StopSignals
+from beit3_ds.tasks import RankTask, Task, build_task
+from beit3_ds.train import share_of
+from beit3_ds.training.agreement import check_same_files, check_same_sources
+from beit3_ds.training.engine import build_schedule
+from beit3_ds.training.evaluation import evaluate_split
+from beit3_ds.training.model_evaluator import ModelEvaluator
+from beit3_ds.training.split_batches import SplitBatches
+from beit3_ds.training.start_checks import check_device
+from beit3_ds.weights.reader import open_weights
+
+SPLITS: tuple[Split, ...] = ("validation", "test")
+METRICS_FILE = "metrics.json"
+"""Name of the file with the metrics, beside the task's own files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Holds the inputs of this rank, opened and checked before a process group exists."""
+
+    task: Task
+    rank_task: RankTask
+    weights: AdaptedWeights
+    step: int
+    """Updates behind the weights; 0 if unknown."""
+    folder: Path
+    """Folder of the results."""
+
+
+def evaluate_weights(config: RunConfig, options: argparse.Namespace) -> None:
+    """Evaluates weights on a split of the configuration's data and writes the results.
+
+    Raises:
+        ConfigError: if the configuration, a data file or the weights are invalid, or they belong to another task.
+    """
+    with (
+        StopSignals().handling() as signals,
+        watched_start(read_launch(os.environ).rank, signals.received, config.data.timeout_seconds) as start,
+    ):
+        inputs = open_inputs(config, options)
+        start.end_opening()
+        with joined_ranks(config.parallel) as mesh:
+            evaluator = build_evaluator(config, inputs, mesh, signals, options.split)
+            start.stop()
+            try:
+                metrics = evaluator.mean_terms(config.data.source_names(options.split))
+                metrics |= evaluate_split(inputs.rank_task, evaluator, options.split, inputs.folder)
+            except StopRequestedError:
+                if mesh.is_main:
+                    print("stopped; the same command starts again", flush=True)
+                return
+            if mesh.is_main:
+                _write_metrics(config, inputs, options, metrics)
+
+
+def open_inputs(config: RunConfig, options: argparse.Namespace) -> Inputs:
+    """Opens the weights and the samples of the split that this rank reads.
+
+    Raises:
+        ConfigError: if they cannot be read, do not fit each other, or the split has no sources.
+    """
+    launch = read_launch(os.environ)
+    data_parallel_size = check_layout(config, launch.world_size)
+    split: Split = options.split
+    if not any(getattr(stream, split) for stream in config.data.streams().values()):
+        raise ConfigError(
+            f"--split {split}: no stream has sources in '{split}' (data.*.{split}). Name the files there, or evaluate "
+            "the other split."
+        )
+    task = build_task(config)
+    check_device(config.training)
+    stored = _open_weights(options.weights, averages=options.ema)
+    where = f"--weights {options.weights}"
+    check_task(stored.task, config.task.name, where, needs_head=True)
+    task.adopt_weights(stored.task, where)
+    weights = AdaptedWeights(stored, config.model, where, seed=config.training.seed)
+    with torch.device("meta"):
+        wanted = {name: parameter.shape for name, parameter in task.build_model().named_parameters()}
+    if absent := weights.check(wanted):
+        raise ConfigError(
+            f"{where} lacks {', '.join(absent)}: it holds no head of the task {config.task.name}. Evaluate the weights "
+            "of a run of this task, or train first."
+        )
+    coords = config.parallel.rank_coords(launch.rank, launch.world_size)
+    rank_task = task.open(share_of(coords, config.parallel, data_parallel_size, (split,)))
+    folder = Path(options.out or Path(config.training.output_dir) / "evaluation" / split)
+    return Inputs(task=task, rank_task=rank_task, weights=weights, step=stored.step, folder=folder)
+
+
+def _open_weights(path: str, *, averages: bool) -> PretrainedWeights | CheckpointFolder:
+    weights = open_weights(path, averages=averages)
+    if isinstance(weights, PretrainedWeights | CheckpointFolder):
+        return weights
+    raise ConfigError(f"--weights {path} is in another project's format. Convert it first: `beit3 import {path} OUT`.")
+
+
+def build_evaluator(
+    config: RunConfig, inputs: Inputs, mesh: Mesh, signals: StopSignals, split: Split
+) -> ModelEvaluator:
+    """Builds the model in the layout of the ranks and loads the weights; all ranks call it.
+
+    Raises:
+        ConfigError: if ranks have different configurations, files or weights.
+    """
+    task, rank_task = inputs.task, inputs.rank_task
+    mesh.check_agreement("configuration", repr(config), "Start all ranks with the same file and the same --set.")
+    check_same_files(mesh, rank_task.files)
+    check_same_sources(mesh, rank_task.sources)
+    device = compute_device()
+    rank_task.to(device)
+    schedule = build_schedule(task, mesh)
+    names = {name for name, _ in schedule.engine.module.named_parameters()}
+    EngineState(schedule.engine, mesh).load_weights(
+        lambda kind, name, part: inputs.weights.read(name, part).float(), names
+    )
+    who = mesh.describe(mesh.all_coords.index(mesh.coords))
+    limits = WaitLimits(seconds=config.data.timeout_seconds, is_stopping=signals.is_any_received, where=who)
+    return ModelEvaluator(
+        schedule=schedule,
+        mesh=mesh,
+        device=device,
+        terms=task.terms,
+        rank_task=rank_task,
+        weights=inputs.weights,
+        validation=BroadcastBatches(rank_task.validation or (), mesh, PackedBatch),
+        splits={split: SplitBatches(rank_task.evaluation.get(split), mesh, limits)},
+    )
+
+
+def _write_metrics(
+    config: RunConfig, inputs: Inputs, options: argparse.Namespace, metrics: Mapping[str, float]
+) -> None:
+    content = {
+        "task": config.task.name,
+        "split": options.split,
+        "weights": str(options.weights),
+        "step": inputs.step,
+        "metrics": dict(metrics),
+    }
+    try:
+        inputs.folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(inputs.folder / METRICS_FILE) as file:
+            file.write((json.dumps(content, indent=2) + "\n").encode())
+    except OSError as error:
+        raise ConfigError(f"{inputs.folder} cannot be written: {error}. Name another folder with --out.") from error
+    print(format_metrics(content), flush=True)
+    print(f"results: {inputs.folder}", flush=True)
+
+
+def format_metrics(content: Mapping[str, Any]) -> str:
+    """Returns the metrics of an evaluation as a table."""
+    metrics = content["metrics"]
+    title = f"{content['task']} on {content['split']}, weights {content['weights']} (step {content['step']})"
+    if not metrics:
+        return f"{title}: the split has no annotations, so nothing is scored"
+    wide = max(map(len, metrics))
+    return "\n".join([f"{title}:", *(f"  {name:<{wide}}  {value:.4f}" for name, value in metrics.items())])
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of an evaluation to a parser."""
+    parser.add_argument(
+        "--weights", required=True, help="exported or imported weights, a checkpoint, or a run's folder"
+    )
+    parser.add_argument(
+        "--split", choices=SPLITS, default="validation", help="sources to evaluate (default: validation)"
+    )
+    parser.add_argument("--out", help="folder of the results (default: OUTPUT_DIR/evaluation/SPLIT)")
+    parser.add_argument("--ema", action="store_true", help="evaluate the moving averages of a checkpoint")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit status: 0, or 2 after one clear line about what the user can fix."""
+    return run_rank_program(evaluate_weights, "beit3_ds.evaluate", __doc__, add_options, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""Runs the command line of a program that the `deepspeed` launcher starts on every rank."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from beit3_ds.config import ConfigError, RunConfig, load_run_config
+from beit3_ds.config.arguments import OneLineParser, add_config_arguments, integer
+from beit3_ds.config.numbers import Range
+from beit3_ds.runtime.launch_environment import read_launch
+from beit3_ds.storage_error import StorageError
+from beit3_ds.training.skipped_steps import NonFiniteLossError
+
+
+def run_rank_program(
+    program: Callable[[RunConfig, argparse.Namespace], None],
+    name: str,
+    description: str | None,
+    add_options: Callable[[argparse.ArgumentParser], None],
+    arguments: Sequence[str] | None,
+) -> int:
+    """Runs the command line of one rank and returns the exit status.
+
+    Args:
+        program: does this rank's work; takes the configuration and the options of the command line.
+        name: module name in the help text.
+        description: description in the help text.
+        add_options: adds the program's own options to a parser.
+        arguments: command-line arguments; None takes the process's own.
+
+    Returns:
+        0 for success; 2 after one line about an error that the user can fix; 1 after one line about a file system that
+        fails.
+    """
+    parser = OneLineParser(prog=name, description=description)
+    add_config_arguments(parser)
+    add_options(parser)
+    parser.add_argument("--local_rank", type=integer(Range(0)), help=argparse.SUPPRESS)  # the launcher passes it
+    rank: int | str = "?"  # in errors before the rank is known
+    try:
+        options = parser.parse_args(arguments)
+        rank = read_launch(os.environ).rank
+        program(load_run_config(options.config, options.set), options)
+    except (ConfigError, NonFiniteLossError) as error:
+        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        return 2
+    except StorageError as error:  # not 2: a restart needs no change
+        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0

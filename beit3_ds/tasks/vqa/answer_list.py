@@ -1,0 +1,93 @@
+"""Finds the list of answers that belongs to a run's weights."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from beit3_ds.config import ConfigError
+from beit3_ds.tasks.vqa.answers import AnswerVocabulary
+from beit3_ds.tasks.vqa.config import VqaConfig
+from beit3_ds.tasks.vqa.files import VqaQuestions
+
+ANSWERS_FILE = "answers.jsonl"
+"""Name of the file with the list of answers, in the output folder of a run."""
+
+
+def read_stored_answers(described: Mapping[str, Any] | None) -> AnswerVocabulary | None:
+    """Returns the answers that weights bring in the description of their task; None if they have none."""
+    answers = (described or {}).get("answers")
+    return AnswerVocabulary(answers) if answers else None
+
+
+def choose_answers(
+    settings: VqaConfig,
+    training: Sequence[VqaQuestions],
+    stored: AnswerVocabulary | None,
+    where: str,
+) -> AnswerVocabulary:
+    """Returns the list of answers of a run or an evaluation.
+
+    The list is that of `task.answer_list`, or else made of the training answers, or else that of the weights.
+
+    Args:
+        settings: the task's settings.
+        training: questions of the training split; empty for an evaluation.
+        stored: list of the weights that the run starts from or evaluates; None if they have none.
+        where: name of these weights, for messages.
+
+    Raises:
+        ConfigError: if there is no list, it has another length than `task.num_answers`, or it is not that of the
+            weights.
+    """
+    if settings.answer_list:
+        found, origin = AnswerVocabulary.load(Path(settings.answer_list)), f"task.answer_list={settings.answer_list}"
+    elif training:
+        mains = (answer for questions in training for answer in questions.main_answers())
+        found = AnswerVocabulary.build(mains, settings.min_answer_occurrences)
+        origin = f"the training answers that occur at least {settings.min_answer_occurrences} times"
+    elif stored:
+        found, origin = stored, where
+    else:
+        raise ConfigError(
+            f"task.answer_list: {where} have no list of answers, so their outputs have no names. Set it to the list "
+            f"that belongs to them, such as the {ANSWERS_FILE} of the run or the reference's answer2label.txt."
+        )
+    if len(found) != settings.num_answers:
+        raise ConfigError(
+            f"task.num_answers={settings.num_answers}, but {origin} give {len(found)} answers. Set it to {len(found)}, "
+            "or use the files that the model was made for."
+        )
+    if stored and stored.digest() != found.digest():
+        raise ConfigError(
+            f"vqa: the answers of {where} are not those of {origin}: {_first_difference(stored, found)}. Outputs of "
+            f"the head would mean other answers. Set task.answer_list to the list of the weights, or start from "
+            "weights without this head (`beit3 export WEIGHTS OUT.safetensors --no-heads`)."
+        )
+    return found
+
+
+def keep_answers(folder: Path, answers: AnswerVocabulary) -> None:
+    """Writes the list into a run's output folder, unless its checkpoints belong to another list.
+
+    Raises:
+        ConfigError: if the folder has checkpoints of a run with other answers.
+    """
+    path = folder / ANSWERS_FILE
+    checkpoints = folder / "checkpoints"
+    if path.exists() and checkpoints.is_dir() and any(checkpoints.iterdir()):
+        before = AnswerVocabulary.load(path)
+        if before.digest() != answers.digest():
+            raise ConfigError(
+                f"vqa: the checkpoints in {checkpoints} belong to the answers in {path}, which differ from those of "
+                f"this run: {_first_difference(before, answers)}. Put the training files back, set task.answer_list to "
+                "that file, or use another training.output_dir."
+            )
+    answers.save(path)
+
+
+def _first_difference(left: AnswerVocabulary, right: AnswerVocabulary) -> str:
+    if len(left) != len(right):
+        return f"{len(left)} and {len(right)} answers"
+    pairs = enumerate(zip(left, right, strict=True))
+    label, (first, second) = next((label, pair) for label, pair in pairs if pair[0] != pair[1])
+    return f"answer {label} is {first!r} there and {second!r} here"

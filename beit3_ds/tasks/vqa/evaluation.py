@@ -1,0 +1,142 @@
+"""Answers all questions of a split, scores the answers, and writes result files and a page."""
+
+# P pairs, A answers.
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+
+from beit3_ds.atomic_file import atomic_write
+from beit3_ds.config.data import Split
+from beit3_ds.data import EvaluationBatches
+from beit3_ds.tasks.result_page import ShownSample, choose_shown, write_result_page
+from beit3_ds.tasks.results import GatheredResults, SampleResults
+from beit3_ds.tasks.task import Evaluator
+from beit3_ds.tasks.vqa.answers import AnswerVocabulary
+from beit3_ds.tasks.vqa.files import VqaQuestions
+from beit3_ds.tasks.vqa.head import ANSWER_SCORES
+from beit3_ds.tasks.vqa.packing import QUESTION_NUMBERS
+from beit3_ds.tasks.vqa.samples import VqaSamples
+from beit3_ds.tasks.vqa.score import ScoredQuestion, question_accuracy, score_questions
+
+SUBMISSION, RESULTS, PAGE = "submission.json", "results.json", "answers.html"
+"""Files of an evaluation: the official form of answers, metrics with all answers, and a page for people."""
+
+
+def answer_split(evaluator: Evaluator, split: Split) -> GatheredResults | None:
+    """Answers every question of a split; all ranks call it.
+
+    Returns:
+        On the main rank, per question: the label of the answer (`answer`), the binary cross entropy summed over answers
+        (`loss`) and the target score of the answer (`score`). None elsewhere.
+    """
+    results = SampleResults()
+    for batch, logits_PA in evaluator.predict(evaluator.batches(split)):
+        if logits_PA is None or evaluator.mesh.tensor.rank:
+            continue
+        scores_PA = batch.targets[ANSWER_SCORES]
+        loss_PA = F.binary_cross_entropy_with_logits(logits_PA, scores_PA, reduction="none")
+        best_P = logits_PA.argmax(1)
+        score_P = scores_PA.gather(1, best_P[:, None])[:, 0]
+        results.add(batch.targets[QUESTION_NUMBERS], answer=best_P, loss=loss_PA.sum(1), score=score_P)
+    return results.gather(evaluator.mesh)
+
+
+class AnsweredSplit:
+    """The questions of a split with the model's answers, on the main rank."""
+
+    def __init__(self, batches: EvaluationBatches, results: GatheredResults, vocabulary: AnswerVocabulary) -> None:
+        """Joins questions and answers.
+
+        Args:
+            batches: the split's samples.
+            results: result of `answer_split`.
+            vocabulary: the answers by label.
+        """
+        self._sources = batches.streams["pairs"].sources
+        self._numbers = results.numbers.tolist()
+        self._results = results
+        labels = results.tensor("answer").tolist()
+        self.answers = [vocabulary.answers[label] for label in labels]
+
+    def __len__(self) -> int:
+        """Returns the number of questions."""
+        return len(self._numbers)
+
+    @property
+    def has_people(self) -> bool:
+        """Returns whether people's answers to all questions are known."""
+        return all(samples.questions.has_answers for samples in self._questions())
+
+    def locate(self, place: int) -> tuple[VqaQuestions, int]:
+        """Returns the source of a question, and its number there."""
+        samples, index = self._sources.locate(self._numbers[place])
+        assert isinstance(samples, VqaSamples)
+        return samples.questions, index
+
+    def identifier(self, place: int) -> int | str:
+        """Returns the identifier of a question."""
+        questions, index = self.locate(place)
+        return questions.identifier(index)
+
+    def metrics(self) -> dict[str, float]:
+        """Returns the official accuracies in percent, and the means of the loss and of the target scores."""
+        if not self.has_people or not len(self):
+            return {}
+        scored = (self._scored(place) for place in range(len(self)))
+        means = {"answers": "loss", "soft_accuracy": "score"}
+        found = {name: self._results.tensor(key).double().mean().item() for name, key in means.items()}
+        return found | score_questions(scored)
+
+    def accuracy(self, place: int) -> float | None:
+        """Returns the official accuracy of one answer, from 0 to 1; None if people's answers are unknown."""
+        questions, index = self.locate(place)
+        return question_accuracy(questions.answers(index), self.answers[place]) if questions.has_answers else None
+
+    def _scored(self, place: int) -> ScoredQuestion:
+        questions, index = self.locate(place)
+        return ScoredQuestion(questions.answers(index), self.answers[place], *questions.types(index))
+
+    def _questions(self) -> list[VqaSamples]:
+        return [samples for samples in self._sources if isinstance(samples, VqaSamples)]
+
+
+def write_files(split: AnsweredSplit, metrics: dict[str, float], folder: Path, page_samples: int) -> None:
+    """Writes the submission file, the results with all answers, and the page.
+
+    Raises:
+        OSError: if the folder cannot be written.
+    """
+    places = range(len(split))
+    submission = [{"question_id": split.identifier(place), "answer": split.answers[place]} for place in places]
+    _write_json(folder / SUBMISSION, submission)
+    answers = [_describe(split, place) for place in places]
+    _write_json(folder / RESULTS, {"metrics": metrics, "num_questions": len(split), "answers": answers})
+    accuracies = [split.accuracy(place) for place in places]
+    is_right = [None if accuracy is None else accuracy > 0 for accuracy in accuracies]
+    shown = [_show(split, place, is_right[place]) for place in choose_shown(is_right, page_samples)]
+    note = f"{len(shown)} of {len(split)} questions, half of them answered wrongly where there are so many."
+    write_result_page(folder / PAGE, "Answers to questions about images", metrics, shown, note)
+
+
+def _describe(split: AnsweredSplit, place: int) -> dict[str, Any]:
+    found: dict[str, Any] = {"question_id": split.identifier(place), "answer": split.answers[place]}
+    accuracy = split.accuracy(place)
+    return found if accuracy is None else found | {"accuracy": accuracy}
+
+
+def _show(split: AnsweredSplit, place: int, is_right: bool | None) -> ShownSample:
+    questions, index = split.locate(place)
+    lines = {"model": split.answers[place]}
+    if questions.has_answers:
+        lines["people"] = ", ".join(dict.fromkeys(questions.answers(index)))
+    return ShownSample(
+        images=[questions.image(index, 256)], title=questions.caption(index), lines=lines, is_right=is_right
+    )
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with atomic_write(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())

@@ -1,0 +1,200 @@
+"""Opens questions about images as samples of the stream of pairs."""
+
+# A answers.
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from beit3_ds.config import ConfigError, RunConfig, SourceConfig
+from beit3_ds.config.data import Split
+from beit3_ds.data.files.fingerprint import SourceFile
+from beit3_ds.data.files.records import BrokenRecordError, Skipped
+from beit3_ds.data.images.one_view import ImageTransform, ResizedView, build_train_view
+from beit3_ds.data.samples import SampleKey, Stream
+from beit3_ds.data.sources import ConcatSources, check_no_file_twice, check_no_image_is_missing
+from beit3_ds.tasks.vqa.answers import AnswerVocabulary
+from beit3_ds.tasks.vqa.files import VqaQuestions, read_visual_genome_questions, read_vqa_lines, read_vqav2
+from beit3_ds.tokenizers.text import TextTokenizer
+
+FORMATS = ("vqav2", "visual_genome_questions", "vqa_lines")
+"""Formats of questions: VQAv2's files, Visual Genome's, and JSON lines (`tasks/vqa/files.py`)."""
+
+
+class VqaSample(NamedTuple):
+    """Holds a question about an image."""
+
+    name: str
+    """File and number of the question, for messages."""
+    number: int
+    """Number of the question in its stream."""
+    view: Tensor
+    """Image, (3, s, s) float32 in [-1, 1]."""
+    ids: NDArray[np.int64]
+    """Ids of the question, BOS and EOS included."""
+    scores: Tensor
+    """Target score of each answer, (A,) float32; zeros without annotations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VqaSamples:
+    """Prepares the questions of one source."""
+
+    is_last_open: ClassVar[bool] = False
+
+    questions: VqaQuestions
+    """Questions, and the answers of people if the split has them."""
+    vocabulary: AnswerVocabulary
+    """Answers among which the model chooses."""
+    view: ImageTransform
+    """Transform of an image into the model's view."""
+    tokenizer: TextTokenizer
+    """Converts questions to ids."""
+    length: int
+    """Largest number of tokens of a question, BOS and EOS included; further tokens are cut off."""
+
+    def __len__(self) -> int:
+        """Returns the number of questions."""
+        return len(self.questions)
+
+    def files(self) -> Iterable[SourceFile]:
+        """Returns the annotation files of the source."""
+        return self.questions.files()
+
+    def identity(self, index: int) -> bytes:
+        """Returns the question's own identifier as bytes (`prefix_digest.IdentifiedSamples`)."""
+        return str(self.questions.identifier(index)).encode("utf-8", "surrogatepass")
+
+    def name(self, index: int) -> str:
+        """Returns the file and the number of a question, for messages."""
+        return self.questions.name(index)
+
+    def skipped(self) -> dict[str, Skipped]:
+        """Returns the entries that are left out, by reason."""
+        return self.questions.skipped
+
+    def prepare(self, index: int, key: SampleKey) -> VqaSample:
+        """Reads question `index` and its image, whose view is drawn by `key`.
+
+        Raises:
+            BrokenRecordError: if the image or the question cannot be read.
+        """
+        image, text = self.questions.pair(index, self.view.min_side)
+        pieces = self.tokenizer.encode(text)[: self.length - 2]
+        if not pieces:
+            raise BrokenRecordError(f"{self.name(index)}: the question holds nothing that the tokenizer keeps")
+        scores = torch.zeros(len(self.vocabulary))
+        if self.questions.has_answers:
+            for label, score in self.vocabulary.targets(self.questions.answers(index)).items():
+                scores[label] = score
+        return VqaSample(
+            name=self.name(index),
+            number=key.index,
+            view=self.view(image, key.rng("view")),
+            ids=np.array([self.tokenizer.bos_id, *pieces, self.tokenizer.eos_id], dtype=np.int64),
+            scores=scores,
+        )
+
+
+def open_questions(source: SourceConfig) -> VqaQuestions:
+    """Opens a source of questions and checks what can be known before training.
+
+    Raises:
+        ConfigError: if a file cannot be read, an image is missing, or a question is empty; names file and entry.
+    """
+    _check_keys(source)
+    match source.format:
+        case "vqav2":
+            questions = read_vqav2(source.path, source.annotations, source.images, source.split)
+        case "visual_genome_questions":
+            questions = read_visual_genome_questions(source.path, source.annotations, source.images)
+        case _:
+            questions = read_vqa_lines(source.path, source.images)
+    if not len(questions):
+        raise ConfigError(f"vqa: {source.path} has no questions. Name another file.")
+    check_no_image_is_missing(questions)
+    for index in range(len(questions)):
+        try:
+            questions.caption(index)
+        except BrokenRecordError as error:
+            raise ConfigError(f"vqa: {error}. Correct the question, or remove it from the file.") from error
+    return questions
+
+
+def build_stream(
+    config: RunConfig, opened: list[VqaQuestions], vocabulary: AnswerVocabulary, tokenizer: TextTokenizer, split: Split
+) -> Stream:
+    """Makes the stream of a split from its opened questions."""
+    data = config.data
+    view: ImageTransform = ResizedView(image_size=config.model.image_size)
+    if split == "train":
+        view = build_train_view(config, data.pair_flip_probability)
+    return Stream(
+        ConcatSources(
+            [
+                VqaSamples(
+                    questions=questions,
+                    vocabulary=vocabulary,
+                    view=view,
+                    tokenizer=tokenizer,
+                    length=data.pair_text_length,
+                )
+                for questions in opened
+            ]
+        )
+    )
+
+
+def open_split(config: RunConfig, split: Split) -> list[VqaQuestions]:
+    """Opens the questions of all sources of a split.
+
+    Raises:
+        ConfigError: as `open_questions`; if training or validation questions have no answers; if two sources of an
+            evaluation ask a question with the same id.
+    """
+    sources = getattr(config.data.pairs, split)
+    check_no_file_twice(sources)
+    opened = [open_questions(source) for source in sources]
+    if split != "test":
+        for questions in opened:
+            questions.check_has_answers()
+    if split != "train" and len(opened) > 1:
+        _check_ids_differ(opened)
+    return opened
+
+
+def _check_keys(source: SourceConfig) -> None:
+    needs_file = source.format == "visual_genome_questions"
+    if not source.images:
+        raise ConfigError(
+            f"data.pairs: source '{source.path}' of format {source.format} needs 'images': the folder of its images, "
+            "or a pattern of tars."
+        )
+    if needs_file and not source.annotations:
+        raise ConfigError(
+            f"data.pairs: source '{source.path}' of format {source.format} needs 'annotations': the path of "
+            "image_data.json."
+        )
+    if source.format == "vqa_lines" and (source.annotations or source.split):
+        raise ConfigError(
+            f"data.pairs: source '{source.path}' of format vqa_lines has its answers in the same file; remove "
+            "'annotations' and 'split'."
+        )
+
+
+def _check_ids_differ(opened: list[VqaQuestions]) -> None:
+    places: dict[int | str, str] = {}
+    for questions in opened:
+        for index in range(len(questions)):
+            identifier = questions.identifier(index)
+            if identifier in places:
+                raise ConfigError(
+                    f"vqa: {questions.name(index)} has the id {identifier!r}, as has {places[identifier]}. Ids must "
+                    "differ over all sources of a split, because results name questions by them."
+                )
+            places[identifier] = questions.name(index)

@@ -1,0 +1,135 @@
+"""Implements questions about images as a task: a fused pair, and a choice among the most frequent answers."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from beit3_ds.config import ModelConfig, RunConfig
+from beit3_ds.config.data import Split
+from beit3_ds.data.samples import Stream
+from beit3_ds.data.validation_overlap import describe_shared_images
+from beit3_ds.parallel import TensorParallel
+from beit3_ds.tasks.task import Evaluator, Headline, RankShare, RankTask, Task, Term
+from beit3_ds.tasks.vqa.answer_list import choose_answers, keep_answers, read_stored_answers
+from beit3_ds.tasks.vqa.answers import AnswerVocabulary
+from beit3_ds.tasks.vqa.config import VqaConfig
+from beit3_ds.tasks.vqa.evaluation import AnsweredSplit, answer_split, write_files
+from beit3_ds.tasks.vqa.head import AnswerHead
+from beit3_ds.tasks.vqa.packing import pack
+from beit3_ds.tasks.vqa.samples import FORMATS, build_stream, open_split
+from beit3_ds.tokenizers.text import load_text_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class VqaRankTask(RankTask):
+    """Holds the questions of one rank."""
+
+    settings: VqaConfig
+    """The task's settings."""
+    vocabulary: AnswerVocabulary | None
+    """Answers by label; None on ranks that read no questions."""
+
+    def evaluate(self, evaluator: Evaluator, split: Split, folder: Path | None) -> dict[str, float]:
+        """Answers all questions of a split; scores them as the official evaluator does if people's answers are known.
+
+        Questions whose answers are not in the list count too, so the accuracy can be below that of the reference, which
+        leaves them out.
+        """
+        results = answer_split(evaluator, split)
+        if results is None or not len(results):
+            return {}
+        assert self.vocabulary is not None, "the main rank reads questions"
+        answered = AnsweredSplit(self.evaluation[split], results, self.vocabulary)
+        metrics = answered.metrics()
+        if folder is not None:
+            write_files(answered, metrics, folder, self.settings.page_samples)
+        return metrics
+
+
+class Vqa(Task):
+    """Trains a classifier of answers to questions about images (VQAv2; paper section 3.1)."""
+
+    Settings = VqaConfig
+    settings: VqaConfig
+    formats: ClassVar[Mapping[str, Sequence[str]]] = {"pairs": FORMATS}
+    headline: ClassVar[Headline] = Headline("accuracy")
+
+    def __init__(self, config: RunConfig) -> None:
+        """Loads the settings; the list of answers is known once the task is opened."""
+        super().__init__(config)
+        self._vocabulary: AnswerVocabulary | None = None
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """Returns the loss, binary cross entropy summed over answers, and the score of the best answer."""
+        return (
+            Term("answers", "pairs", "questions: answers", unit="binary cross entropy, summed over answers (nats)"),
+            Term("soft_accuracy", "pairs", "questions: score of the answer", weight=0.0, unit="share"),
+        )
+
+    def build_head(self, model: ModelConfig, tensor: TensorParallel) -> AnswerHead:
+        """Builds the pooler and the two-layer head over the answers, with uninitialised parameters."""
+        return AnswerHead(model, self.settings.num_answers, tensor)
+
+    def head_flops(self, term_counts: Sequence[float]) -> float:
+        """Returns the forward operations of the head for the questions of a batch."""
+        width = self.config.model.hidden_size
+        return float(term_counts[0] * 2 * (width**2 + 2 * width**2 + 2 * width * self.settings.num_answers))
+
+    def expected_head_flops(self) -> float:
+        """Returns the operations of the head per step, forward and backward."""
+        return 3 * self.head_flops((self.config.data.pairs.samples_per_step, 0))
+
+    def describe(self) -> dict[str, Any]:
+        """Returns name and settings, and the list of answers once the task is opened."""
+        answers = {} if self._vocabulary is None else {"answers": list(self._vocabulary)}
+        return super().describe() | answers
+
+    def open(self, share: RankShare) -> VqaRankTask:
+        """Opens the questions that a rank reads, and finds the list of answers.
+
+        Raises:
+            ConfigError: if a file cannot be read, an image is missing, answers are missing where they are needed, or
+                the list of answers does not fit the model or its weights.
+        """
+        config, tokenizer = self.config, load_text_tokenizer(self.config)
+        files = {"tokenizers.text.path": config.tokenizers.text.path}
+        if not share.reads:
+            return VqaRankTask(settings=self.settings, vocabulary=None, files=files)
+        assert tokenizer is not None, "pairs have a text tokenizer"
+        opened = {split: open_split(config, split) for split in share.splits}
+        training = opened.get("train", [])
+        stored = read_stored_answers(self.weights_description)
+        vocabulary = choose_answers(self.settings, training, stored, self.weights_name)
+        self._vocabulary = vocabulary
+        if share.is_main and training:
+            keep_answers(Path(config.training.output_dir), vocabulary)
+            for line in describe_shared_images(opened):
+                print(line, flush=True)
+
+        def build_streams(split: Split) -> dict[str, Stream]:
+            questions = opened[split]
+            return {"pairs": build_stream(config, questions, vocabulary, tokenizer, split)} if questions else {}
+
+        return VqaRankTask.open(
+            config,
+            share,
+            build_streams,
+            functools.partial(
+                pack,
+                model=config.model,
+                num_answers=self.settings.num_answers,
+                embeds=share.embeds,
+                predicts=share.predicts,
+            ),
+            "model",
+            validation_loss=False,
+            files=files,
+            settings=self.settings,
+            vocabulary=vocabulary,
+        )
+
+
+TASK = Vqa

@@ -1,0 +1,61 @@
+"""Runs a loaded model over the samples of a split, without training."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.config.data import Split
+from beit3_ds.model import StageModel
+from beit3_ds.model.adaptation import AdaptedWeights
+from beit3_ds.parallel import Mesh
+from beit3_ds.pipeline.schedule import Schedule
+from beit3_ds.tasks import RankTask, Term
+from beit3_ds.training.evaluation import SourceNames, evaluate
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelEvaluator:
+    """Gives a task access to a loaded model (`tasks.Evaluator`)."""
+
+    schedule: Schedule
+    mesh: Mesh
+    device: torch.device
+    terms: tuple[Term, ...]
+    rank_task: RankTask
+    """The task, opened for this rank and the split."""
+    weights: AdaptedWeights
+    """The weights on disk."""
+    validation: Iterable[PackedBatch]
+    """Batches of the mean terms; empty in a task that evaluates whole splits."""
+    splits: Mapping[Split, Iterable[PackedBatch]]
+    """All batches of the split."""
+
+    @property
+    def model(self) -> StageModel:
+        """Returns the layers of this stage."""
+        module: StageModel = self.schedule.engine.module
+        return module
+
+    def batches(self, split: Split) -> Iterable[PackedBatch]:
+        """Returns this rank's share of all samples of a split."""
+        return self.splits[split]
+
+    def prepare(self, batch: PackedBatch) -> PackedBatch:
+        """Returns a batch on the device, with the targets that the head needs."""
+        return self.rank_task.prepare(batch, self.device)
+
+    def predict(self, batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, Any]]:
+        """Yields each prepared batch with the head's predictions; these are None on all stages but the last."""
+        yield from self.schedule.run_forward(batches, None, self.prepare)
+
+    def trained_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields each tensor of the weights on disk in float32, with its name."""
+        for name, _ in self.model.named_parameters():
+            yield name, self.weights.read(name).float()
+
+    def mean_terms(self, source_names: SourceNames) -> dict[str, float]:
+        """Returns the mean of each term over `validation` (`evaluate`); all ranks call it."""
+        return evaluate(self.schedule, self.validation, self.prepare, self.terms, self.mesh, self.device, source_names)

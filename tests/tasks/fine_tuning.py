@@ -1,0 +1,151 @@
+"""Checks that every fine-tuning task passes: layouts, metrics on any number of ranks, resuming.
+
+A task's test writes files and a configuration into a folder (`WriteConfig`) and calls these checks.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from beit3_ds.training.metrics_log import MetricsLog
+from tests.ranks import run_ranks
+from tests.run_config import small_run_mapping
+
+Layout = tuple[int, int, int, Mapping[str, Any]]
+"""Number of ranks, ZeRO stage, micro-batches per rank, and keys of the section "parallel"."""
+
+ONE_PROCESS: Layout = (1, 0, 1, {})
+COVERING: dict[str, Layout] = {
+    "ZeRO-3 on 2 ranks, 2 micro-batches": (2, 3, 2, {}),
+    "ZeRO-1, tensor 2, sequence parallel": (2, 1, 1, {"tensor_parallel_size": 2, "sequence_parallel": True}),
+    "ZeRO-1, pipeline 2, 4 micro-batches": (2, 1, 4, {"pipeline_parallel_size": 2}),
+}
+"""Layouts in which each way of cutting a step occurs once."""
+_SPLITS: dict[str, tuple[int, Mapping[str, Any]]] = {
+    "1 rank": (1, {}),
+    "2 ranks": (2, {}),
+    "3 ranks": (3, {}),
+    "tensor 2": (2, {"tensor_parallel_size": 2}),
+    "tensor 2, sequence parallel": (2, {"tensor_parallel_size": 2, "sequence_parallel": True}),
+    "pipeline 2": (2, {"pipeline_parallel_size": 2}),
+}
+ALL: dict[str, Layout] = {
+    f"{name}, ZeRO-{stage}, {micro} micro-batches": (ranks, stage, micro, parallel)
+    for name, (ranks, parallel) in _SPLITS.items()
+    for stage in range(4)
+    for micro in (1, 2, 4)
+    if stage < 2 or "pipeline_parallel_size" not in parallel
+}
+"""The whole product, for slow tests; pipelines work with ZeRO-0 and 1."""
+
+
+class WriteConfig(Protocol):
+    """Writes a run's configuration and files into a folder, and returns the path of the configuration."""
+
+    def __call__(self, folder: Path, layout: Layout = ONE_PROCESS, **training: Any) -> Path: ...
+
+
+def run_mapping(folder: Path, layout: Layout, task: Mapping[str, Any], **training: Any) -> dict[str, Any]:
+    """A run of a tiny model that trains a task for four steps with clipping and drop path; the caller adds its data.
+
+    Evaluates before, between and after, in batches of 3. No dataset of the quickstart stays.
+    """
+    _, stage, micro_batches, parallel = layout
+    mapping = small_run_mapping(stage, accumulation=micro_batches, image_size=32, drop_path_rate=0.2)
+    own = mapping["beit3_ds"]
+    mapping["gradient_clipping"] = 0.5
+    own["task"] = dict(task)
+    own["parallel"] = {**parallel, "timeout_seconds": 300}
+    own["data"] = {"num_workers": 0}
+    own["tokenizers"].pop("visual", None)
+    own["training"] = {"output_dir": str(folder / "run"), "total_steps": 4, "warmup_steps": 1, "learning_rate": 3e-3}
+    own["training"] |= {"log_interval": 1, "eval_interval": 2, "eval_batch_size": 3, "save_interval": 2, **training}
+    return mapping
+
+
+def write_json(folder: Path, mapping: Mapping[str, Any]) -> Path:
+    """Writes a configuration into a folder and returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.json"
+    path.write_text(json.dumps(mapping))
+    return path
+
+
+def train(config: str) -> int:
+    """Runs the trainer on one rank and returns its exit status."""
+    from beit3_ds.train import main
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    return main([config])
+
+
+def train_layout(write_config: WriteConfig, folder: Path, layout: Layout = ONE_PROCESS, **training: Any) -> Path:
+    """Trains under a layout and returns the folder."""
+    config = write_config(folder, layout, **training)
+    assert run_ranks(train, layout[0], str(config)) == [0] * layout[0]
+    return folder
+
+
+_MEASURED = ("step", "kind", "seconds", "samples_per_second", "tokens_per_second", "mfu", "memory_gib", "data_wait")
+
+
+def figures(folder: Path, kind: str) -> list[dict[str, float]]:
+    """Returns the records of a run of one kind ("train" or "validation") without what depends on time and machine."""
+    records = [record for record in MetricsLog(folder / "run" / "metrics.jsonl").records() if record["kind"] == kind]
+    left_out = (*_MEASURED, "seconds_left", "tokens_in_pipeline")
+    return [
+        {key: value for key, value in record.items() if key not in left_out and isinstance(value, int | float)}
+        for record in records
+    ]
+
+
+def check_layout_trains_the_same(write_config: WriteConfig, one_process: Path, folder: Path, layout: Layout) -> None:
+    """Checks losses, gradient norms and metrics of every step against one process, to 1e-5."""
+    train_layout(write_config, folder, layout)
+    for kind, count in (("train", 4), ("validation", 3)):
+        found, expected = figures(folder, kind), figures(one_process, kind)
+        assert len(found) == len(expected) == count
+        for ours, theirs in zip(found, expected, strict=True):
+            names = theirs if kind == "validation" else ("loss", "grad_norm", "learning_rate")
+            assert {name: ours[name] for name in names} == pytest.approx({n: theirs[n] for n in names}, rel=2e-5)
+
+
+def check_resumes_bit_for_bit(write_config: WriteConfig, one_process: Path, folder: Path) -> None:
+    """Checks that a run from the checkpoint of step 2 has the same records as the run that did not stop."""
+    shutil.copytree(one_process / "run", folder / "run")
+    shutil.rmtree(folder / "run" / "checkpoints" / "step-00000004")
+    config = write_config(folder)
+    assert run_ranks(train, 1, str(config)) == [0]
+    for kind in ("train", "validation"):
+        names = ("loss", "grad_norm") if kind == "train" else figures(one_process, kind)[0]
+        picked = [[{n: record[n] for n in names} for record in figures(run, kind)] for run in (folder, one_process)]
+        assert picked[0] == picked[1] and len(picked[0]) >= 3
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """Runs `beit3_ds.evaluate` on one rank and returns its exit status."""
+    from beit3_ds.evaluate import main
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    return main(list(arguments))
+
+
+def check_metrics_do_not_depend_on_ranks(
+    write_config: WriteConfig, one_process: Path, folder: Path, split: str = "validation"
+) -> dict[str, float]:
+    """Checks that all files of an evaluation are equal to the byte on 1, 2 and 3 ranks; returns the metrics."""
+    weights, written = str(one_process / "run"), []
+    for num_ranks in (1, 2, 3):
+        config = write_config(folder / str(num_ranks), (num_ranks, 0, 1, {}))
+        out = folder / str(num_ranks) / "out"
+        arguments = [str(config), "--weights", weights, "--split", split, "--out", str(out)]
+        assert run_ranks(evaluate, num_ranks, arguments) == [0] * num_ranks
+        written.append({path.name: path.read_bytes() for path in sorted(out.iterdir())})
+    assert written[0] == written[1] == written[2]
+    metrics: dict[str, float] = json.loads(written[0]["metrics.json"])["metrics"]
+    return metrics
