@@ -3,8 +3,9 @@
 It finds wrong numbers, masks and indices, but no errors of layouts, races or asynchronous copies.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -26,14 +27,25 @@ def interpreted() -> Iterator[None]:
     """
     builder = interpreter.InterpreterBuilder
     allowed: list[tuple[int, int]] = []
+    patched: set[str] = set()
 
     def run(self: JITFunction, *args: Any, **kwargs: Any) -> None:
         storages = [x.untyped_storage() for x in args if isinstance(x, torch.Tensor)]
         allowed[:] = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
-        _interpreted(self).run(*args, **kwargs)
+        patched.clear()
+        _interpreted(self.fn).run(*args, **kwargs)
+
+    def call(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
+        # The interpreter patches the language at every call of a function: a third of the time. Once per launch and
+        # module is enough, because all functions of a module see the same language.
+        module = self.fn.__globals__["__name__"]
+        if module not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(module)
+        return _interpreted(self.fn).rewrite()(*args, **kwargs)
 
     replacements = [
-        (JITFunction, "__call__", lambda self, *args, **kwargs: _interpreted(self)(*args, **kwargs)),
+        (JITFunction, "__call__", call),
         (JITFunction, "run", run),
         (builder, "create_masked_load", _bounded(builder.create_masked_load, allowed, mask_argument=1)),
         (builder, "create_masked_store", _bounded(builder.create_masked_store, allowed, mask_argument=2)),
@@ -72,8 +84,9 @@ def _language_restored() -> Iterator[None]:
                 delattr(owner, name)
 
 
-def _interpreted(function: JITFunction) -> interpreter.InterpretedFunction:
-    return interpreter.InterpretedFunction(function.fn)
+@cache
+def _interpreted(function: Callable[..., Any]) -> interpreter.InterpretedFunction:
+    return interpreter.InterpretedFunction(function)
 
 
 def _bounded(original: Any, allowed: list[tuple[int, int]], mask_argument: int) -> Any:
