@@ -80,7 +80,7 @@ def test_hanging_read_is_named_in_time(num_workers: int) -> None:
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_request_to_stop_ends_the_wait(num_workers: int) -> None:
     asked = threading.Event()
-    threading.Timer(3, asked.set).start()
+    threading.Timer(1, asked.set).start()
     with pytest.raises(StopRequestedError):
         prepare(Work("hang", at=1), limits(is_stopping=asked.is_set), num_workers)
 
