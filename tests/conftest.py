@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -13,9 +13,13 @@ from hypothesis import settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from beit3_ds.config import RunConfig, build_run_config
+from tests.built_once import build_once
 from tests.deepspeed_proofs import Recorder, skip_proved
 from tests.hosts import Host, missing_for_hosts, namespace_hosts
 from tests.run_config import CONFIGS, small_run_mapping
+
+if TYPE_CHECKING:
+    from tests.training.steps import Reference
 
 # Tests share their cores: the time of one example says nothing about the code.
 settings.register_profile("shared cores", deadline=None)
@@ -56,14 +60,24 @@ def tokenizer_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     from beit3_ds.data import read_training_lines
     from beit3_ds.tokenizers import VisualTokenizer, save_visual_tokenizer, train_text_tokenizer
 
-    folder = tmp_path_factory.mktemp("tokenizers")
-    mapping = small_run_mapping(0)
-    mapping["beit3_ds"]["tokenizers"]["text"] |= {"path": str(folder / "text.spm"), "vocab_size": 300}
-    mapping["beit3_ds"]["tokenizers"]["visual"]["path"] = str(folder / "visual.safetensors")
-    config = build_run_config(mapping)
-    train_text_tokenizer(config.tokenizers.text, list(read_training_lines(config.data))[-800:])
-    save_visual_tokenizer(config.tokenizers.visual.path, VisualTokenizer(config.tokenizers.visual, teacher_width=8))
-    return {"text": config.tokenizers.text.path, "visual": config.tokenizers.visual.path}
+    def build(folder: Path) -> None:
+        mapping = small_run_mapping(0)
+        mapping["beit3_ds"]["tokenizers"]["text"] |= {"path": str(folder / "text.spm"), "vocab_size": 300}
+        mapping["beit3_ds"]["tokenizers"]["visual"]["path"] = str(folder / "visual.safetensors")
+        config = build_run_config(mapping)
+        train_text_tokenizer(config.tokenizers.text, list(read_training_lines(config.data))[-800:])
+        save_visual_tokenizer(config.tokenizers.visual.path, VisualTokenizer(config.tokenizers.visual, teacher_width=8))
+
+    folder = build_once(tmp_path_factory, "tokenizers", build)
+    return {"text": str(folder / "text.spm"), "visual": str(folder / "visual.safetensors")}
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> "Reference":
+    """Computes the steps of every model in one process, with which steps of other layouts are compared."""
+    from tests.training.steps import MODELS, Reference
+
+    return Reference(build_once(tmp_path_factory, "reference", lambda folder: Reference(folder).prepare(MODELS)))
 
 
 @pytest.fixture

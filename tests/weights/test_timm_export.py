@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -26,6 +25,8 @@ LAYOUTS = {
 
 @torch.no_grad()
 def assert_timm_computes_ours(model: BEiT3, path: Path, arguments: dict[str, Any]) -> None:
+    import timm  # takes two seconds, which collecting the tests need not wait for
+
     tower = timm.create_model(**arguments, checkpoint_path=str(path)).eval()  # strict: every name and shape
     images, _, _ = random_inputs(model.config)
     ours, features = model.encode(images).images, tower.forward_features(images)
@@ -53,6 +54,8 @@ def test_the_base_model_has_a_name_in_timm(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", ["base", "large", "giant"])
 def test_named_sizes_need_no_more_than_their_name(size: str) -> None:
+    import timm
+
     sub_ln = ModelConfig(**MODEL_SIZES[size], sub_layernorm=True)
     assert timm_arguments(sub_ln).keys() == {"model_name", "num_classes"}
     assert timm_arguments(ModelConfig(**MODEL_SIZES[size], image_size=448)) == timm_arguments(sub_ln) | {

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from beit3_ds.kernels.ops.multiway_linear import multiway_linear_reference
 from beit3_ds.kernels.ops.numerics import WrongResultError, check_against_reference
+from tests.built_once import build_once
 from tests.kernels.csrc.emulated import ELEMENTS, FailedError, Mistake, build, needs_compiler, parameters, read, run
 
 pytestmark = needs_compiler
@@ -81,7 +82,13 @@ class Case:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Path]:
     """Builds the kernel with small tiles, in both precisions."""
-    return {dtype: build_kernel(tmp_path_factory.mktemp("small"), dtype, SMALL) for dtype in ELEMENTS}
+    return {
+        dtype: build_once(
+            tmp_path_factory, f"grouped_gemm-{dtype}", lambda folder, dtype=dtype: build_kernel(folder, dtype, SMALL)
+        )
+        / "grouped_gemm"
+        for dtype in ELEMENTS
+    }
 
 
 def build_kernel(folder: Path, dtype: torch.dtype, shape: str, mistake: Mistake | None = None) -> Path:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from beit3_ds.kernels.ops.attention_plan import Ranges, plan_tiles
 from beit3_ds.kernels.ops.numerics import WrongResultError, check_against_reference
 from beit3_ds.kernels.ops.packed_attention import packed_attention_reference
+from tests.built_once import build_once
 from tests.kernels.csrc.emulated import ELEMENTS, FailedError, Mistake, build, needs_compiler, parameters, read, run
 from tests.kernels.triton.test_packed_attention import build_ranges
 
@@ -74,7 +75,15 @@ def build_kernel(folder: Path, dtype: torch.dtype, shape: str, mistake: Mistake 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Path]:
     """Builds the kernel with small tiles, in both precisions."""
-    return {dtype: build_kernel(tmp_path_factory.mktemp("small"), dtype, SMALL) for dtype in ELEMENTS}
+    return {
+        dtype: build_once(
+            tmp_path_factory,
+            f"packed_attention-{dtype}",
+            lambda folder, dtype=dtype: build_kernel(folder, dtype, SMALL),
+        )
+        / "packed_attention"
+        for dtype in ELEMENTS
+    }
 
 
 @pytest.mark.parametrize("captions", [False, True], ids=["bidirectional", "captions"])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from beit3_ds.training.metrics_log import MetricsLog
+from tests.built_once import build_once
 from tests.ranks import run_ranks
 from tests.run_config import small_run_mapping
 
@@ -55,9 +56,10 @@ def figures(folder: Path) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rotation") / "one"
-    assert run_ranks(train, 1, str(write_config(folder))) == [0]
-    return folder
+    def build(folder: Path) -> None:
+        assert run_ranks(train, 1, str(write_config(folder))) == [0]
+
+    return build_once(tmp_path_factory, "rotation", build)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
