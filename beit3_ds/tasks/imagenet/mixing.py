@@ -1,0 +1,59 @@
+"""Mixes pairs of images with mixup or CutMix, as a function of one generator."""
+
+# S pixels on a side.
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+WHOLE = 1 << 16
+"""Number that stands for a whole image in shares, which are integers so that ranks can compare them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixing:
+    """Draws how an image is mixed with another one."""
+
+    mixup: float
+    """Strength of mixup (`ImagenetConfig.mixup`)."""
+    cutmix: float
+    """Strength of CutMix (`ImagenetConfig.cutmix`)."""
+    probability: float
+    """Probability that an image is mixed."""
+
+    def applies(self, rng: np.random.Generator) -> bool:
+        """Draws whether an image is mixed."""
+        return bool((self.mixup or self.cutmix) and rng.random() < self.probability)
+
+    def __call__(self, own: Tensor, other: Tensor, rng: np.random.Generator) -> tuple[Tensor, int]:
+        """Mixes two images.
+
+        Args:
+            own: image whose share is returned, (3, S, S).
+            other: the other image, of the same shape.
+            rng: generator of all draws.
+
+        Returns:
+            The mixed image, and the share of `own` in it, in units of 1 / `WHOLE`.
+        """
+        cuts = not self.mixup or (bool(self.cutmix) and rng.random() < 0.5)
+        strength = self.cutmix if cuts else self.mixup
+        share = float(rng.beta(strength, strength))
+        if not cuts:
+            parts = round(share * WHOLE)
+            return torch.lerp(other, own, parts / WHOLE), parts
+        size = own.shape[-1]
+        side = round(size * math.sqrt(1 - share))
+        top, bottom = _span(int(rng.integers(size)), side, size)
+        left, right = _span(int(rng.integers(size)), side, size)
+        mixed = own.clone()
+        mixed[:, top:bottom, left:right] = other[:, top:bottom, left:right]
+        return mixed, round((1 - (bottom - top) * (right - left) / size**2) * WHOLE)
+
+
+def _span(center: int, side: int, size: int) -> tuple[int, int]:
+    """Returns the part of a side around a center that is inside the image, as CutMix cuts it."""
+    return max(0, center - side // 2), min(size, center - side // 2 + side)

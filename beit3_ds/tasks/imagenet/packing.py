@@ -1,0 +1,83 @@
+"""Packs images and class names into one micro-batch."""
+
+# I images, X texts, Q sequences, L layers.
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.config import ModelConfig
+from beit3_ds.data.packing import pack_inputs, stack_views
+from beit3_ds.tasks.imagenet.head import CLASSES, patch_rows
+from beit3_ds.tasks.imagenet.samples import ClassImage, ClassText
+
+OTHER_CLASSES = "other classes"
+"""Key of the labels of the images that are mixed in, (I,) int64."""
+SHARES = "shares"
+"""Key of the images' own shares in mixed images, in units of 1 / `mixing.WHOLE`, (I,) int64."""
+NUMBERS = "numbers"
+"""Key of the images' numbers in their stream, (I,) int64."""
+TEXT_CLASSES = "classes of texts"
+"""Key of the labels of the texts, (X,) int64."""
+
+_IMAGES, _TEXTS = 0, 3  # places in `layout.PARTS`
+
+
+def pack(
+    samples: Sequence[ClassImage | ClassText],
+    drop_path: Tensor | None,
+    sources: Mapping[str, int],
+    *,
+    model: ModelConfig,
+    head: Literal["names", "linear"],
+    embeds: bool,
+) -> PackedBatch:
+    """Packs images, then texts; either may be absent.
+
+    Args:
+        samples: images, then the texts of classes. An image may bring the text of its own class.
+        drop_path: factors of stochastic depth, (Q, L, 2) float32, or None; the rows of a sample are consecutive.
+        sources: value of `PackedBatch.sources`.
+        model: sizes of the model.
+        head: the head, which decides which rows are read.
+        embeds: whether the batch keeps the pixels.
+    """
+    images = [sample for sample in samples if isinstance(sample, ClassImage)]
+    sequences = [part for sample in samples for part in _sequences(sample)]
+    image_places = [place for place, part in enumerate(sequences) if isinstance(part, ClassImage)]
+    text_places = [place for place, part in enumerate(sequences) if isinstance(part, ClassText)]
+    texts = [part for part in sequences if isinstance(part, ClassText)]
+    batch = pack_inputs(
+        num_images=len(images),
+        pixels=stack_views([image.view for image in images], model.image_size) if embeds else None,
+        num_patches=model.num_patches,
+        texts=[text.ids for text in texts],
+        drop_path=None if drop_path is None else drop_path[[*image_places, *text_places]],
+        sample_names=[*(image.name for image in images), *(f"class {text.label}" for text in texts)],
+        sources=sources,
+    )
+    integers = {
+        CLASSES: [image.label for image in images],
+        OTHER_CLASSES: [image.other_label for image in images],
+        SHARES: [image.share for image in images],
+        NUMBERS: [image.number for image in images],
+        TEXT_CLASSES: [text.label for text in texts],
+    }
+    rows = patch_rows(batch.layout) if head == "linear" else batch.layout.first_rows(_IMAGES, _TEXTS)
+    return dataclasses.replace(
+        batch,
+        head_rows=rows.rows,
+        head_row_counts=rows.counts,
+        term_counts=(len(images), len(images)),
+        targets={name: torch.tensor(values, dtype=torch.int64) for name, values in integers.items()},
+    )
+
+
+def _sequences(sample: ClassImage | ClassText) -> Sequence[ClassImage | ClassText]:
+    if isinstance(sample, ClassImage) and sample.text is not None:
+        return (sample, sample.text)
+    return (sample,)

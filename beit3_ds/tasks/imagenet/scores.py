@@ -1,0 +1,126 @@
+"""Classifies all images of a split and scores the answers."""
+
+# I images of a batch, C classes, D features.
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.data.samples import Split
+from beit3_ds.model import StepFeatures
+from beit3_ds.parallel import Mesh
+from beit3_ds.tasks.imagenet.head import CLASSES
+from beit3_ds.tasks.imagenet.packing import NUMBERS
+from beit3_ds.tasks.imagenet.samples import ClassText
+from beit3_ds.tasks.results import GatheredResults, SampleResults
+from beit3_ds.tasks.retrieval.head import IMAGE_FEATURES, SCALE, TEXT_FEATURES
+from beit3_ds.tasks.task import Evaluator
+
+NUM_SHOWN = 5
+"""Classes per image that result files name."""
+
+
+class ClassScores(NamedTuple):
+    """Answers for all images of a split, in the order of their numbers."""
+
+    numbers: Tensor
+    """Numbers of the images in their stream, ascending, (n,) int64."""
+    labels: Tensor
+    """Labels of the images, (n,) int64."""
+    ranks: Tensor
+    """Number of classes that score above the label, or as high with a lower label, (n,) int64."""
+    best: Tensor
+    """The best classes of each image, the best first, (n, at most `NUM_SHOWN`) int64."""
+    losses: Tensor
+    """Cross entropy of each image over all classes, (n,) float32."""
+
+    def metrics(self) -> dict[str, float]:
+        """Returns mean loss, top-1 and top-5 accuracy and the number of images; empty without images."""
+        if not len(self.labels):
+            return {}
+        return {
+            "classes": self.losses.double().mean().item(),
+            "accuracy": (self.ranks < 1).double().mean().item(),
+            "top5": (self.ranks < 5).double().mean().item(),
+            "images": float(len(self.labels)),
+        }
+
+
+def score_split(
+    evaluator: Evaluator, split: Split, texts: Sequence[ClassText], batches: Sequence[PackedBatch]
+) -> ClassScores | None:
+    """Classifies all images of a split; all ranks call it. Returns the answers on the main rank and None elsewhere.
+
+    Args:
+        evaluator: the model and its ranks.
+        split: the split.
+        texts: text of every class; empty if the head knows the classes.
+        batches: this rank's share of the batches of texts (`share_of_batches`).
+    """
+    classes_CD = _encode_classes(evaluator, batches, len(texts)) if texts else None
+    results = SampleResults()
+    for batch, output in evaluator.predict(evaluator.batches(split)):
+        if output is not None and evaluator.mesh.tensor.rank == 0:
+            scores_IC = output if classes_CD is None else _compare(output, classes_CD)
+            results.add(batch.targets[NUMBERS], **score_images(scores_IC, batch.targets[CLASSES]))
+    gathered = results.gather(evaluator.mesh)
+    return None if gathered is None else _read(gathered)
+
+
+def score_images(scores_IC: Tensor, labels_I: Tensor) -> dict[str, Tensor]:
+    """Returns label, rank, best classes and loss of each image, by name; equal scores are ordered by label."""
+    own_I1 = scores_IC.gather(1, labels_I[:, None])
+    is_before_IC = torch.arange(scores_IC.shape[1], device=scores_IC.device) < labels_I[:, None]
+    ranks_I = ((scores_IC > own_I1) | ((scores_IC == own_I1) & is_before_IC)).sum(1)
+    best_I = scores_IC.sort(dim=1, descending=True, stable=True).indices[:, :NUM_SHOWN]
+    losses_I = -scores_IC.log_softmax(1).gather(1, labels_I[:, None])[:, 0]
+    return {"labels": labels_I, "ranks": ranks_I, "best": best_I, "losses": losses_I}
+
+
+def share_of_batches(batches: Iterator[PackedBatch], nothing: PackedBatch, rank: int, size: int) -> list[PackedBatch]:
+    """Returns every `size`-th batch from the `rank`-th on; empty batches fill up, so all ranks have the same number.
+
+    The cut into batches does not depend on `size`, so neither do the features.
+    """
+    whole = list(batches)
+    whole += [nothing] * (-len(whole) % size)
+    return whole[rank::size]
+
+
+def _encode_classes(evaluator: Evaluator, batches: Sequence[PackedBatch], num_classes: int) -> Tensor | None:
+    """Returns the features of all classes, (C, D), on the last stage of a pipeline, and None on the others.
+
+    The data-parallel ranks gather the features: C * D elements.
+    """
+    outputs = [output for _, output in evaluator.predict(batches)]
+    if not evaluator.mesh.pipeline.is_last:
+        return None
+    own = torch.cat([output.rows[TEXT_FEATURES] for output in outputs])
+    return _interleave(own, outputs, evaluator.mesh, num_classes)
+
+
+def _interleave(own: Tensor, outputs: Sequence[StepFeatures], mesh: Mesh, num_classes: int) -> Tensor:
+    """Puts the features of batches that ranks took in turns into the order of the classes."""
+    lengths = mesh.data_host.gather([len(output.rows[TEXT_FEATURES]) for output in outputs])
+    gathered = mesh.gather_rows_over_data(own, [sum(of_rank) for of_rank in lengths])
+    parts = gathered.split([length for of_rank in lengths for length in of_rank])
+    per_rank = len(lengths[0])
+    ordered = [parts[rank * per_rank + turn] for turn in range(per_rank) for rank in range(len(lengths))]
+    classes_CD = torch.cat(ordered)
+    assert len(classes_CD) == num_classes, f"{len(classes_CD)} features of {num_classes} classes"
+    return classes_CD
+
+
+def _compare(output: Any, classes_CD: Tensor) -> Tensor:
+    return output.shared[SCALE] * output.rows[IMAGE_FEATURES] @ classes_CD.T
+
+
+def _read(gathered: GatheredResults) -> ClassScores:
+    if not len(gathered):
+        none = torch.empty(0, dtype=torch.int64)
+        return ClassScores(none, none, none, none, torch.empty(0))
+    labels, ranks, best, losses = map(gathered.tensor, ClassScores._fields[1:])
+    return ClassScores(gathered.numbers, labels, ranks, best, losses)

@@ -1,0 +1,211 @@
+"""Implements the classification of images by retrieving the names of their classes (paper section 3.2)."""
+
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from beit3_ds.atomic_file import atomic_write
+from beit3_ds.batch import PackedBatch
+from beit3_ds.config import ConfigError, ModelConfig, RunConfig
+from beit3_ds.data.samples import Split, Stream
+from beit3_ds.model import Head, StepLoss
+from beit3_ds.parallel import TensorParallel
+from beit3_ds.tasks.imagenet.classes import ClassList
+from beit3_ds.tasks.imagenet.config import ImagenetConfig
+from beit3_ds.tasks.imagenet.head import LinearClassHead
+from beit3_ds.tasks.imagenet.loss import class_terms
+from beit3_ds.tasks.imagenet.packing import pack
+from beit3_ds.tasks.imagenet.samples import CLASS_NAMES, IMAGE_FORMATS, ClassText, build_streams, encode_classes
+from beit3_ds.tasks.imagenet.scores import ClassScores, score_split, share_of_batches
+from beit3_ds.tasks.result_page import ShownSample, choose_shown, write_result_page
+from beit3_ds.tasks.retrieval.head import ContrastiveHead
+from beit3_ds.tasks.task import Evaluator, Headline, RankShare, RankTask, Task, Term
+from beit3_ds.tokenizers.text import load_text_tokenizer
+
+_NUM_ON_PAGE = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagenetRankTask(RankTask):
+    """Holds the classes, and this rank's share of their texts in evaluations."""
+
+    classes: ClassList
+    """The classes."""
+    texts: Sequence[ClassText]
+    """Text of every class; empty with the head `linear`."""
+    text_batches: Sequence[PackedBatch]
+    """This rank's batches of texts in an evaluation."""
+
+    def evaluate(self, evaluator: Evaluator, split: Split, folder: Path | None) -> dict[str, float]:
+        """Classifies all images of a split; the texts of all classes are encoded once.
+
+        Returns:
+            `classes` (mean cross entropy), `accuracy`, `top5` and `images` on the main rank; empty elsewhere.
+        """
+        scores = score_split(evaluator, split, self.texts, self.text_batches)
+        if scores is None:
+            return {}
+        metrics = scores.metrics()
+        if folder is not None and metrics:
+            stream = self.evaluation[split].streams["images"]
+            _write_answers(folder / "classes.jsonl", scores, stream, self.classes)
+            _write_page(folder / "classes.html", scores, stream, self.classes, metrics)
+        return metrics
+
+
+class Imagenet(Task):
+    """Trains the classification of images, by comparing them with the names of classes or with a linear layer.
+
+    With `names`, every step encodes each of the `data.texts.samples_per_step` class names once, divided over ranks and
+    micro-batches. If these are all classes, the softmax is exact and no image of the same class is a negative. With
+    fewer, such as for ImageNet-21K, the classes of the step's images are encoded beside those that are drawn.
+    """
+
+    Settings = ImagenetConfig
+    settings: ImagenetConfig
+    formats: ClassVar[Mapping[str, Sequence[str]]] = {"images": IMAGE_FORMATS, "texts": (CLASS_NAMES,)}
+    headline = Headline("accuracy")
+    terms = (
+        Term("classes", "images", "images: class"),
+        Term("accuracy", "images", "images: class found", weight=0.0, unit="share"),
+    )
+
+    def __init__(self, config: RunConfig) -> None:
+        """Checks the settings and the streams; reads no file.
+
+        Raises:
+            ConfigError: if there is not one list of classes, or the class names of a step do not fit the head.
+        """
+        super().__init__(config)
+        _check_class_source(config)
+        settings, drawn = self.settings, config.data.texts.samples_per_step
+        if settings.head == "linear":
+            if drawn:
+                raise ConfigError(
+                    f"data.texts.samples_per_step={drawn}: the head 'linear' reads no class names in training. Set it "
+                    "to 0."
+                )
+        elif not 0 < drawn <= settings.num_classes:
+            raise ConfigError(
+                f"data.texts.samples_per_step={drawn}: a step compares images with class names, of which there are "
+                f"task.num_classes={settings.num_classes}. Use {settings.num_classes} for an exact softmax, or fewer "
+                "where these do not fit."
+            )
+        elif settings.is_mixing and drawn < settings.num_classes:
+            raise ConfigError(
+                f"task: mixup={settings.mixup:g} and cutmix={settings.cutmix:g} need the names of all "
+                f"{settings.num_classes} classes in each step, but data.texts.samples_per_step={drawn}. Raise it, or "
+                "set both to 0."
+            )
+
+    @functools.cached_property
+    def classes(self) -> ClassList:
+        """Returns the classes; reads their file.
+
+        Raises:
+            ConfigError: if it cannot be read, or has another number of classes than `task.num_classes`.
+        """
+        classes = ClassList.load(self.config.data.texts.train[0].path)
+        if len(classes) != self.settings.num_classes:
+            raise ConfigError(
+                f"task.num_classes={self.settings.num_classes}, but {classes.where} has {len(classes)} classes. "
+                "Correct one of the two."
+            )
+        return classes
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the settings, and a digest of the classes, for checkpoints."""
+        return {**super().describe(), "class_digest": self.classes.digest()}
+
+    def build_head(self, model: ModelConfig, tensor: TensorParallel) -> Head:
+        """Builds the heads of image and text features, or the linear layer."""
+        if self.settings.head == "linear":
+            return LinearClassHead(model, self.settings.num_classes, tensor)
+        return ContrastiveHead(model, tensor)
+
+    @property
+    def step_loss(self) -> StepLoss | None:
+        """Returns the terms of a step whose images are compared with class names; None with the head `linear`."""
+        if self.settings.head == "linear":
+            return None
+        return functools.partial(class_terms, label_smoothing=self.settings.label_smoothing)
+
+    def open(self, share: RankShare) -> ImagenetRankTask:
+        """Opens the tokenizer and the images that a rank reads.
+
+        Raises:
+            ConfigError: if a file cannot be read, an image has an unknown class, or a name has no tokens.
+        """
+        config, classes, texts = self.config, self.classes, self._encode()
+        packing = functools.partial(pack, model=config.model, head=self.settings.head)
+        size = config.training.eval_batch_size
+        batches = (packing(texts[i : i + size], None, {}, embeds=True) for i in range(0, len(texts), size))
+        nothing = packing([], None, {}, embeds=True)
+        return ImagenetRankTask.open(
+            config,
+            share,
+            functools.partial(build_streams, config, self.settings, classes, texts),
+            functools.partial(packing, embeds=share.embeds),
+            validation_loss=False,
+            files={"tokenizers.text.path": config.tokenizers.text.path if texts else None},
+            classes=classes,
+            texts=texts,
+            text_batches=share_of_batches(batches, nothing, share.data_parallel_rank, share.data_parallel_size),
+        )
+
+    def _encode(self) -> list[ClassText]:
+        if self.settings.head == "linear":
+            return []
+        tokenizer = load_text_tokenizer(self.config)
+        assert tokenizer is not None, "a run with class names has texts"
+        return encode_classes(self.classes, self.settings, tokenizer, self.config.data.text_length)
+
+
+TASK = Imagenet
+
+
+def _check_class_source(config: RunConfig) -> None:
+    texts = config.data.texts
+    if len(texts.train) != 1 or texts.validation or texts.test:
+        raise ConfigError(
+            f"data.texts: {len(texts.train)} sources in 'train'. The task imagenet needs exactly one there and none in "
+            f"other splits: the file of the classes and their names, with format {CLASS_NAMES!r}."
+        )
+
+
+def _write_answers(path: Path, scores: ClassScores, stream: Stream, classes: ClassList) -> None:
+    """Writes one JSON object per image: its file, its class, and the best classes."""
+    keys = [found.key for found in classes]
+    with atomic_write(path) as file:
+        for number, label, best in zip(
+            *(x.tolist() for x in (scores.numbers, scores.labels, scores.best)), strict=True
+        ):
+            line = {"image": stream.name(number), "class": keys[label], "best": [keys[other] for other in best]}
+            file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+
+
+def _write_page(
+    path: Path, scores: ClassScores, stream: Stream, classes: ClassList, metrics: Mapping[str, float]
+) -> None:
+    """Writes a page of images with their classes and the model's answers, wrong ones first."""
+    is_right = (scores.ranks == 0).tolist()
+    shown = choose_shown(is_right, _NUM_ON_PAGE)
+    write_result_page(path, "Classes of images", metrics, _shown_samples(shown, scores, stream, classes))
+
+
+def _shown_samples(
+    places: Sequence[int], scores: ClassScores, stream: Stream, classes: ClassList
+) -> Iterator[ShownSample]:
+    for place in places:
+        number = int(scores.numbers[place])
+        source, index = stream.sources.locate(number)
+        best = [classes.names[label] for label in scores.best[place].tolist()]
+        yield ShownSample(
+            images=[source.source.image(index)],  # type: ignore[attr-defined]
+            title=stream.name(number),
+            lines={"class": classes.names[int(scores.labels[place])], "model": "; ".join(best)},
+            is_right=bool(scores.ranks[place] == 0),
+        )
