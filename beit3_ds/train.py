@@ -177,6 +177,9 @@ def build_run(
     if first_step == 0:
         _load_initial_weights(config, inputs, state, mesh, say)
     say(describe_startup(config, mesh, state, device, first_step))
+    if rank_task.dataset:
+        epochs = ", ".join(f"{number:.4g} of {name}" for name, number in rank_task.dataset.epochs().items())
+        say(f"epochs of all {config.training.total_steps:,} steps: {epochs}")
     data = checkpoint.data if checkpoint else {}
     if checkpoint and rank_task.dataset:
         for line in rank_task.dataset.order.resume(first_step, checkpoint.data, checkpoint.run.config):

@@ -131,6 +131,8 @@ TABLE: dict[Call, Row] = {
         "beit3_ds/training/progress.py", HOST, "data", losses="self.mesh.host.sum", report="self.mesh.data_host.sum"
     ),
     **rows("beit3_ds/training/evaluation.py", HOST, "data", _sum_over_ranks="mesh.data_host.sum"),
+    **rows("beit3_ds/tasks/imagenet/scores.py", HOST, BY_READING, _interleave="mesh.data_host.gather"),
+    **rows("beit3_ds/tasks/imagenet/scores.py", DEVICES, BY_READING, _interleave="mesh.gather_rows_over_data"),
     **rows("beit3_ds/tasks/pretraining/baselines.py", HOST, "data", unigram_entropies="mesh.data_host.sum"),
     **rows("beit3_ds/training/evaluation.py", HOST, "pipeline", _sum_over_ranks="mesh.pipeline.host.broadcast"),
     **rows("beit3_ds/tasks/pretraining/baselines.py", HOST, "pipeline", unigram_entropies="mesh.pipeline.host.sum"),

@@ -32,7 +32,8 @@ class TrainingConfig:
     output_dir: PathString
     """Folder for checkpoints, logs, the plot and the predictions."""
     total_steps: Steps
-    """Optimizer steps of the run (paper: 1M); the cosine schedule ends at the last."""
+    """Optimizer steps of the run (paper: 1M); the cosine schedule ends at the last. E epochs of a stream are
+    E x samples / `samples_per_step` steps; a start prints the epochs of `total_steps`."""
     warmup_steps: Count
     """Steps of linear warmup (paper: 10k)."""
     learning_rate: LearningRate

@@ -66,6 +66,11 @@ class StepDataset(Dataset[StepBatch]):
         """Returns the number of steps in the run."""
         return self._config.training.total_steps
 
+    def epochs(self) -> dict[str, float]:
+        """Returns how often the run reads each stream, by stream: all samples of all steps / samples of the stream."""
+        streams, steps = self._config.data.streams(), self._config.training.total_steps
+        return {name: steps * streams[name].samples_per_step / len(stream) for name, stream in self._streams.items()}
+
     def sources(self) -> dict[str, SourceSamples]:
         """Returns the samples of every source, by its name in the config."""
         return name_sources("train", self._streams, self._config.data)
