@@ -51,7 +51,14 @@ PRETRAINING = {
 NLVR2 = Curve(6_760, 1_690, 0, 0, 0, 1e-6)
 """The reference's fine-tuning: 20 epochs of 86,373 statements at batch 256, 5 of warmup, down to 1e-6."""
 
+CAPTIONING = Curve(22_140, 2_214, 0, 0, 0, 1e-6)
+"""The reference's fine-tuning: 10 epochs of 566,747 captions at batch 256, 1 of warmup, down to 1e-6."""
+
 FINE_TUNING = {
+    "captioning_base": (CAPTIONING, 4e-5),
+    "captioning_large": (CAPTIONING, 8e-6),
+    "captioning_giant": (CAPTIONING, 8e-6),
+    "captioning_small_cpu": (Curve(300, 30, 0, 0, 0, 0.0), 2e-3),
     "nlvr2_base": (NLVR2, 7e-4),
     "nlvr2_large": (NLVR2, 3e-4),
     "nlvr2_giant": (NLVR2, 1e-4),

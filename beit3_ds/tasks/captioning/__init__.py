@@ -1,1 +1,5 @@
 """Describes images in words (COCO and nocaps; paper section 3.1)."""
+
+from beit3_ds.tasks.captioning.task import TASK
+
+__all__ = ["TASK"]

@@ -1,0 +1,175 @@
+"""Predicts masked words and writes captions for all images of a split."""
+
+# P pairs, M masked tokens, V vocabulary.
+
+import functools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from beit3_ds.data.samples import Split, Stream
+from beit3_ds.model import TaskModel
+from beit3_ds.model.generation import BeamSearch, generate
+from beit3_ds.picture import try_to_write
+from beit3_ds.tasks.captioning.head import TARGET_IDS
+from beit3_ds.tasks.captioning.packing import NUM_MASKED, NUMBERS
+from beit3_ds.tasks.captioning.samples import CaptionSamples
+from beit3_ds.tasks.captioning.score import Identifier, score_captions, write_caption_results
+from beit3_ds.tasks.result_page import ShownSample, choose_shown, write_result_page
+from beit3_ds.tasks.results import GatheredResults, SampleResults
+from beit3_ds.tasks.task import Evaluator
+from beit3_ds.tokenizers.text import TextTokenizer
+
+RESULTS, PAGE = "captions.json", "captions.html"
+"""Files of an evaluation: captions as evaluation servers take them, and a page for people."""
+
+
+def describe_missing_generation(evaluator: Evaluator) -> str:
+    """Returns why this layout cannot write captions; empty if it can."""
+    mesh, model = evaluator.mesh, evaluator.model
+    if mesh.tensor.size > 1 or mesh.pipeline.size > 1:
+        return "the model is divided over tensor-parallel or pipeline ranks"
+    if not isinstance(model, TaskModel) or any(not parameter.numel() for parameter in model.parameters()):
+        return "ZeRO-3 divides the parameters"
+    return ""
+
+
+def predict_split(
+    evaluator: Evaluator,
+    split: Split,
+    label_smoothing: float,
+    search: BeamSearch | None,
+    tokenizer: TextTokenizer | None,
+) -> GatheredResults | None:
+    """Predicts the masked words of every caption of a split, and writes a caption for every image; all ranks call it.
+
+    Args:
+        evaluator: the model and its ranks.
+        split: the split.
+        label_smoothing: smoothing of the labels in the loss.
+        search: how captions are searched; None writes none.
+        tokenizer: turns ids into words.
+
+    Returns:
+        On the main rank, per sample: the loss summed over its masked words (`loss`), how many were found (`found`) and
+        how many there are (`masked`), and with `search` the caption (`caption`) and its number of words' ids
+        (`length`). None elsewhere.
+    """
+    results = SampleResults()
+    for batch, logits_MV in evaluator.predict(evaluator.batches(split)):
+        if logits_MV is None or evaluator.mesh.tensor.rank:
+            continue
+        counts_P, targets_M = batch.targets[NUM_MASKED], batch.targets[TARGET_IDS]
+        loss_M = smoothed_loss(logits_MV, targets_M, label_smoothing)
+        found_M = (logits_MV.argmax(1) == targets_M).double()
+        rows: dict[str, Tensor | list[str]] = {"masked": counts_P}
+        rows |= {"loss": _sums(loss_M, counts_P), "found": _sums(found_M, counts_P)}
+        if search is not None:
+            assert isinstance(evaluator.model, TaskModel) and batch.pixels is not None and tokenizer is not None
+            captions = generate(evaluator.model, batch.pixels, tokenizer, search)
+            rows["caption"] = [tokenizer.decode(caption.ids) for caption in captions]
+            rows["length"] = torch.tensor([len(caption.ids) for caption in captions], dtype=torch.int64)
+        results.add(batch.targets[NUMBERS], **rows)
+    return results.gather(evaluator.mesh)
+
+
+def smoothed_loss(logits_MV: Tensor, targets_M: Tensor, smoothing: float) -> Tensor:
+    """Returns the divergence of each prediction from its smoothed label, (M,) float64, as training computes it.
+
+    Args:
+        logits_MV: logits of all words.
+        targets_M: ids of the right words.
+        smoothing: probability that the label gives to all wrong words together.
+    """
+    log_probs_MV = logits_MV.double().log_softmax(1)
+    right_M = log_probs_MV.gather(1, targets_M[:, None])[:, 0]
+    if not smoothing:
+        return -right_M
+    share = smoothing / (logits_MV.shape[1] - 1)
+    constant = (1 - smoothing) * math.log1p(-smoothing) + smoothing * math.log(share)
+    return constant - (1 - smoothing - share) * right_M - share * log_probs_MV.sum(1)
+
+
+def _sums(values_M: Tensor, counts_P: Tensor) -> Tensor:
+    """Sums the values of each caption's masked words, (P,) float64."""
+    captions_M = torch.arange(len(counts_P), device=values_M.device).repeat_interleave(counts_P)
+    return torch.zeros(len(counts_P), dtype=torch.float64, device=values_M.device).index_add_(0, captions_M, values_M)
+
+
+class DescribedSplit:
+    """The images of a split with the model's captions and predictions, on the main rank."""
+
+    def __init__(self, stream: Stream, results: GatheredResults, search: BeamSearch | None) -> None:
+        """Joins images and results.
+
+        Args:
+            stream: the split's samples.
+            results: result of `predict_split`.
+            search: how captions were searched; None if none were written.
+        """
+        self._results, self._search = results, search
+        places = [stream.sources.locate(number) for number in results.numbers.tolist()]
+        self._samples: list[tuple[CaptionSamples, int]] = []
+        for samples, index in places:
+            assert isinstance(samples, CaptionSamples)
+            self._samples.append((samples, index))
+        self._captions = results.strings("caption")
+        self._references = [samples.references(index) for samples, index in self._samples]
+
+    def metrics(self, *, official: bool) -> dict[str, float]:
+        """Returns the means over masked words, the share of captions that end by themselves, and their scores.
+
+        Args:
+            official: whether to compute the metrics of the official evaluation, where their parts are installed.
+        """
+        found: dict[str, float] = {}
+        if num_masked := int(self._results.tensor("masked").sum()):
+            found["words"] = self._results.tensor("loss").sum().item() / num_masked
+            found["word_accuracy"] = self._results.tensor("found").sum().item() / num_masked
+        if self._search is None:
+            return found
+        # At the limit the last word is thrown away, so a caption of all that is left may have ended there by itself.
+        is_short = self._results.tensor("length") < self._search.max_length - 3
+        found["ended"] = is_short.double().mean().item()
+        if all(self._references):
+            scores = score_captions(self._by_identifier(), self._references_by_identifier(), official=official)
+            for reason in dict.fromkeys(scores.unavailable.values()):
+                names = ", ".join(name for name, why in scores.unavailable.items() if why == reason)
+                print(f"captions: {names} unavailable: {reason}", flush=True)
+            found |= scores.scores
+        return found
+
+    def write(self, folder: Path, metrics: Mapping[str, float], shown: int) -> None:
+        """Writes the captions and a page."""
+        if self._search is None:
+            return
+        write_caption_results(folder / RESULTS, self._by_identifier())
+        page = functools.partial(self._write_page, metrics=metrics, shown=shown)
+        try_to_write(folder / PAGE, page, functools.partial(print, flush=True))
+
+    def _by_identifier(self) -> dict[Identifier, str]:
+        return {
+            samples.identifier(index): caption
+            for (samples, index), caption in zip(self._samples, self._captions, strict=True)
+        }
+
+    def _references_by_identifier(self) -> dict[Identifier, list[str]]:
+        return {
+            samples.identifier(index): references
+            for (samples, index), references in zip(self._samples, self._references, strict=True)
+        }
+
+    def _write_page(self, path: Path, metrics: Mapping[str, float], shown: int) -> None:
+        chosen = choose_shown([None] * len(self._samples), shown)
+        note = f"{len(chosen)} of {len(self._samples)} images, evenly spread."
+        write_result_page(path, "Captions", metrics, [self._shown(place) for place in chosen], note)
+
+    def _shown(self, place: int) -> ShownSample:
+        samples, index = self._samples[place]
+        caption, references = self._captions[place], self._references[place]
+        lines = {"people": " / ".join(references)} if references else {}
+        is_right = True if caption in references else None
+        return ShownSample(images=[samples.source.image(index, 256)], title=caption, lines=lines, is_right=is_right)

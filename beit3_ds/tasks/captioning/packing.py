@@ -1,0 +1,64 @@
+"""Packs images with masked captions into one packed micro-batch."""
+
+# P pairs, M masked tokens.
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.config import ModelConfig
+from beit3_ds.data.packing import concatenate, pack_inputs, stack_views
+from beit3_ds.tasks.captioning.head import TARGET_IDS
+from beit3_ds.tasks.captioning.samples import CaptionSample
+
+NUMBERS = "sample_numbers"
+"""Key of the number of each sample in its stream, (P,) int64."""
+NUM_MASKED = "num_masked"
+"""Key of the number of masked tokens of each caption, (P,) int64."""
+
+
+def pack(
+    samples: Sequence[CaptionSample],
+    drop_path: Tensor | None,
+    sources: Mapping[str, int],
+    model: ModelConfig,
+    embeds: bool = True,
+) -> PackedBatch:
+    """Packs images with captions, whose words see the image and the words before them.
+
+    Args:
+        samples: the samples; there may be none.
+        drop_path: factors of stochastic depth, one row per sample, or None.
+        sources: value of `PackedBatch.sources`.
+        model: the model's sizes.
+        embeds: whether the batch keeps the pixels.
+    """
+    batch = pack_inputs(
+        num_images=0,
+        pixels=stack_views([sample.view for sample in samples], model.image_size) if embeds else None,
+        num_patches=model.num_patches,
+        captions=[sample.ids for sample in samples],
+        drop_path=drop_path,
+        sample_names=[sample.name for sample in samples],
+        sources=sources,
+    )
+    first_caption_row = len(samples) * batch.image_length
+    starts = first_caption_row + np.cumsum([0, *(len(sample.ids) for sample in samples)])
+    rows = [start + sample.masked_positions for start, sample in zip(starts, samples, strict=False)]
+    counts = [len(sample.masked_positions) for sample in samples]
+    return dataclasses.replace(
+        batch,
+        causal_captions=True,
+        head_rows=concatenate(rows),
+        head_row_counts=(0, 0, sum(counts), 0),
+        term_counts=(sum(counts),) * 2,
+        targets={
+            TARGET_IDS: concatenate([sample.target_ids for sample in samples]),
+            NUMBERS: torch.tensor([sample.number for sample in samples], dtype=torch.int64),
+            NUM_MASKED: torch.tensor(counts, dtype=torch.int64),
+        },
+    )

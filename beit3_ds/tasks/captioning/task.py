@@ -1,0 +1,159 @@
+"""Implements captioning as a task: masked fine-tuning with causal captions, and generation (paper section 3.1)."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor
+
+from beit3_ds.config import ConfigError, ModelConfig, RunConfig
+from beit3_ds.config.data import IMAGE_FORMATS
+from beit3_ds.data.samples import Split
+from beit3_ds.model import Head, StepFeatures, StepLoss
+from beit3_ds.model.generation import BeamSearch
+from beit3_ds.parallel import TensorParallel
+from beit3_ds.tasks.captioning.config import CaptioningConfig
+from beit3_ds.tasks.captioning.evaluation import DescribedSplit, describe_missing_generation, predict_split
+from beit3_ds.tasks.captioning.head import CaptionHead, sum_best_tokens
+from beit3_ds.tasks.captioning.packing import pack
+from beit3_ds.tasks.captioning.samples import CAPTION_FORMATS, build_stream
+from beit3_ds.tasks.task import Evaluator, Headline, RankShare, RankTask, Task, Term
+from beit3_ds.tokenizers.text import TextTokenizer, load_text_tokenizer
+
+
+class DroppedTokens:
+    """Says which share of the tokens of the current step does not count; the same on all ranks."""
+
+    def __init__(self, settings: CaptioningConfig) -> None:
+        """Starts before the first step."""
+        self._settings, self._step = settings, 0
+
+    def begin(self, step: int) -> None:
+        """Begins a training step, counted from 0."""
+        self._step = step
+
+    def sums(self, features: StepFeatures) -> Tensor:
+        """Returns the sums of both terms over the step (`sum_best_tokens`)."""
+        is_dropping = self._step >= self._settings.drop_after_steps
+        return sum_best_tokens(features, self._settings.dropped_share if is_dropping else 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptioningRankTask(RankTask):
+    """Holds the captions of one rank."""
+
+    settings: CaptioningConfig
+    """The task's settings."""
+    dropped: DroppedTokens
+    """Share of tokens that the loss of a step leaves out."""
+    tokenizer: TextTokenizer
+    """Converts captions to ids and back."""
+
+    def before_step(self, evaluator: Evaluator, step: int) -> None:
+        """Notes the step, from which the loss knows whether it drops tokens."""
+        self.dropped.begin(step)
+
+    def evaluate(self, evaluator: Evaluator, split: Split, folder: Path | None) -> dict[str, float]:
+        """Predicts the masked words of all captions of a split, and writes captions where the settings say so.
+
+        Captions need the whole model on every rank. Elsewhere the metrics are those of masked words alone, and a line
+        says why.
+        """
+        settings, search = self.settings, None
+        if settings.generation == "always" or (settings.generation == "at_end" and folder is not None):
+            reason = describe_missing_generation(evaluator)
+            if not reason:
+                search = build_search(settings)
+            elif evaluator.mesh.is_main:
+                print(f"captions: none are written, because {reason}. Use `beit3 evaluate`.", flush=True)
+        results = predict_split(evaluator, split, settings.label_smoothing, search, self.tokenizer)
+        if results is None or not len(results):
+            return {}
+        described = DescribedSplit(self.evaluation[split].streams["pairs"], results, search)
+        metrics = described.metrics(official=settings.official_scores)
+        if folder is not None:
+            described.write(folder, metrics, settings.shown_captions)
+        return metrics
+
+
+def build_search(settings: CaptioningConfig) -> BeamSearch:
+    """Returns the search that the settings describe."""
+    return BeamSearch(
+        num_beams=settings.num_beams, length_penalty=settings.length_penalty, max_length=settings.max_length
+    )
+
+
+class Captioning(Task):
+    """Trains the prediction of masked words of captions, each of which sees the image and the words before it."""
+
+    Settings = CaptioningConfig
+    settings: CaptioningConfig
+    formats: ClassVar[Mapping[str, Sequence[str]]] = {"pairs": (*IMAGE_FORMATS, *CAPTION_FORMATS)}
+    headline: ClassVar[Headline] = Headline("word_accuracy")
+    terms = (
+        Term("words", "pairs", "captions: masked words", unit="divergence from smoothed labels (nats)"),
+        Term("word_accuracy", "pairs", "masked words found", weight=0.0, unit="share"),
+    )
+
+    def __init__(self, config: RunConfig) -> None:
+        """Checks the settings.
+
+        Raises:
+            ConfigError: if the model has too few positions for the captions that are to be written.
+        """
+        super().__init__(config)
+        settings, longest = self.settings, config.model.max_text_length
+        if settings.generation != "never" and settings.max_length - 1 > longest:
+            raise ConfigError(
+                f"task.max_length={settings.max_length} needs {settings.max_length - 1} positions, but "
+                f"model.max_text_length={longest}. Lower the first or raise the second."
+            )
+        self._dropped = DroppedTokens(settings)
+
+    def build_head(self, model: ModelConfig, tensor: TensorParallel) -> Head:
+        """Builds the head that predicts words, with uninitialised parameters."""
+        settings = self.settings
+        return CaptionHead(
+            model, tensor, label_smoothing=settings.label_smoothing, compares_tokens=settings.dropped_share > 0
+        )
+
+    @property
+    def step_loss(self) -> StepLoss | None:
+        """Returns the sums over the best tokens of a step; None if all tokens count."""
+        return self._dropped.sums if self.settings.dropped_share else None
+
+    def head_flops(self, term_counts: Sequence[float]) -> float:
+        """Returns the forward operations of the head, given the number of masked words."""
+        return 2 * term_counts[0] * self.config.model.hidden_size * self.config.model.text_vocab_size
+
+    def expected_head_flops(self) -> float:
+        """Returns the operations of the head per step, forward and backward."""
+        data = self.config.data
+        masked = data.pairs.samples_per_step * data.pair_text_length * self.settings.mask_ratio
+        return 3 * self.head_flops((masked, 0))
+
+    def open(self, share: RankShare) -> CaptioningRankTask:
+        """Opens the tokenizer and the captions that a rank reads.
+
+        Raises:
+            ConfigError: if a file cannot be read or does not fit the model.
+        """
+        config = self.config
+        tokenizer = load_text_tokenizer(config)
+        assert tokenizer is not None, "captions need a text tokenizer"
+        return CaptioningRankTask.open(
+            config,
+            share,
+            functools.partial(build_stream, config, tokenizer, self.settings.mask_ratio),
+            functools.partial(pack, model=config.model, embeds=share.embeds),
+            validation_loss=False,
+            files={"tokenizers.text.path": config.tokenizers.text.path},
+            settings=self.settings,
+            dropped=self._dropped,
+            tokenizer=tokenizer,
+        )
+
+
+TASK = Captioning
