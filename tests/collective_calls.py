@@ -1,4 +1,4 @@
-"""Finds, in the source, whatever sends something to other ranks."""
+"""Finds all calls in the source that send data to other ranks."""
 
 import ast
 import re

@@ -27,7 +27,7 @@ settings.load_profile("shared cores")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds what `deepspeed_proofs` is told by."""
+    """Adds the option that `deepspeed_proofs` reads."""
     parser.addoption(
         "--verify-deepspeed",
         action="store_true",
@@ -36,13 +36,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Lets the process that hears of all tests record the proofs."""
+    """Lets the process that collects all results record the proofs."""
     if config.getoption("--verify-deepspeed") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Recorder())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` where there is none, and proofs that were recorded."""
+    """Skips recorded proofs, and tests marked `gpu` on a machine without one."""
     import torch
 
     if not config.getoption("--verify-deepspeed"):
@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def tokenizer_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A small text tokenizer trained on the sample's captions, and an untrained visual tokenizer."""
+    """Trains a small text tokenizer on the sample's captions and saves an untrained visual one; returns their paths."""
     from beit3_ds.data import read_training_lines
     from beit3_ds.tokenizers import VisualTokenizer, save_visual_tokenizer, train_text_tokenizer
 
@@ -82,7 +82,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> "Reference":
 
 @pytest.fixture
 def run_mapping(tokenizer_files: dict[str, str], tmp_path: Path) -> dict[str, Any]:
-    """A four-step run on the sample data under ZeRO-3, writing below `tmp_path`; to be changed freely."""
+    """Returns a four-step run on the sample data under ZeRO-3 that writes below `tmp_path`; tests may change it."""
     mapping = small_run_mapping(3, samples=(2, 2, 2))
     own = mapping["beit3_ds"]
     own["tokenizers"]["text"] |= {"path": tokenizer_files["text"], "vocab_size": 300}
@@ -131,7 +131,7 @@ def _module_hosts() -> Iterator[list[Host]]:
 
 @pytest.fixture(scope="module")
 def debian_hosts() -> Iterator[list[Host]]:
-    """Two hosts as Debian sets them up: their own names lead to the loopback, which is where gloo would listen."""
+    """Returns two hosts set up like Debian: their own names mean the loopback address, where gloo would listen."""
     if reason := missing_for_hosts():
         pytest.skip(reason)
     with namespace_hosts(2) as hosts:
@@ -142,7 +142,7 @@ def debian_hosts() -> Iterator[list[Host]]:
 
 @pytest.fixture
 def two_hosts(_module_hosts: list[Host]) -> Iterator[list[Host]]:
-    """Two hosts, shared by a file's tests; what a test leaves running is killed, and links are whole again.
+    """Returns two hosts that a file's tests share; after each test kills its processes and repairs the links.
 
     A test that crashes a host, stops its sshd or changes its names creates its own hosts: `namespace_hosts`.
     """

@@ -60,7 +60,7 @@ class Recorder:
     """Records proofs that pass; one process hears of all of them, also if several run tests."""
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Records one proof, and forgets what other digests say."""
+        """Records one proof, and deletes its records of other digests."""
         if MARK not in report.keywords or report.when != "call":
             return
         name, _, proof = report.nodeid.partition("::")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 INTERFACE = "eth0"
-"""What every host calls its way to the others."""
+"""Name of the network interface on every host."""
 _LISTENER = r"^sshd: .*\[listener\]"
 _PROGRAMS = ("unshare", "nsenter", "ip", "tc", "ssh", "sshd", "ssh-keygen", "bash", "mount")
 
@@ -56,7 +56,7 @@ SetEnv TMPDIR={temporary}
 
 
 class Switch:
-    """What joins the hosts: a bridge in a network of its own."""
+    """Connects the hosts by a bridge in its own network namespace."""
 
     def __init__(self) -> None:
         """Makes a switch without ports."""
@@ -81,7 +81,7 @@ class Host:
     """One of the hosts of `namespace_hosts`."""
 
     def __init__(self, name: str, address: str, folder: Path, switch: Switch) -> None:
-        """Brings up a host without a sshd; its folder holds what is mounted (`_start_host`)."""
+        """Starts a host without an sshd; its folder holds the mounted files (`_start_host`)."""
         self.name, self.address, self.folder, self._switch = name, address, folder, switch
         options = ["--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         self._unshare = _start_namespaces(options, _PREPARE_HOST, str(folder), name)
@@ -112,10 +112,10 @@ class Host:
     def run(
         self, argv: Sequence[str], environment: Mapping[str, str] | None = None, timeout: float = 120
     ) -> subprocess.CompletedProcess[str]:
-        """Runs a command on the host and returns it with what it printed, standard error in `stdout` too.
+        """Runs a command on the host; `stdout` of the result includes standard error.
 
         Raises:
-            AssertionError: if it takes longer than `timeout` seconds, with what it printed until then.
+            AssertionError: if it takes longer than `timeout` seconds; the message contains its output.
         """
         with tempfile.TemporaryFile("w+") as output:  # not a pipe, which what it leaves behind would hold open
             process = self.start(argv, environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
@@ -159,15 +159,15 @@ class Host:
         file.write_text(f"{line}\n{file.read_text()}")
 
     def cut_link(self) -> None:
-        """Pulls the cable: what is sent vanishes, and no connection is closed."""
+        """Drops all packets of the host without closing connections, like a pulled cable."""
         self._switch.ip("link", "set", self.name, "down")
 
     def restore_link(self) -> None:
-        """Undoes `cut_link`."""
+        """Connects the host again after `cut_link`."""
         self._switch.ip("link", "set", self.name, "up")
 
     def throttle(self, rate: str | None) -> None:
-        """Limits what the host sends, for example to "10mbit" a second; None ends that."""
+        """Limits the rate of the host's outgoing data, for example to "10mbit" per second; None removes the limit."""
         self.run(["tc", "qdisc", "del", "dev", INTERFACE, "root"])
         if rate is not None:
             limit = ["tbf", "rate", rate, "burst", "64kb", "latency", "500ms"]
@@ -263,7 +263,7 @@ def _find(program: str) -> str | None:
 
 
 def missing_for_hosts(*programs: str) -> str | None:
-    """What this machine lacks for `namespace_hosts` and more programs, and how to get it; None if nothing."""
+    """Names the programs that this machine lacks for `namespace_hosts`, and how to install them; None if it has all."""
     if os.geteuid() != 0:
         return "hosts made of namespaces need root: run the tests as root, for example in a container"
     if lacking := [program for program in (*_PROGRAMS, *programs) if _find(program) is None]:

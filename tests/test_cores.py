@@ -1,4 +1,4 @@
-"""Cores are those that a process may use, not those of the machine."""
+"""Tests that only cores count which the process may use, not all of the machine."""
 
 import os
 import subprocess

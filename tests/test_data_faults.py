@@ -64,7 +64,7 @@ os.open = open_or_hang
 
 
 class HungRun:
-    """A run whose image files cannot be opened any more from some step on, as those of a file server that is gone."""
+    """Runs a training whose image files can no longer be opened after some step, as after the loss of a file server."""
 
     def __init__(self, mapping: dict[str, Any], folder: Path, timeout_seconds: int, num_workers: int) -> None:
         self.images, self.log, self.output_dir = folder / "images", folder / "log", folder / "run"

@@ -20,7 +20,7 @@ def without_code(text: str) -> str:
 
 
 def links(text: str) -> list[str]:
-    """Returns the targets of a page's links and pictures, those of other sites left out."""
+    """Returns the targets of a page's links and pictures, without other sites."""
     found = re.findall(r"\]\(<?([^)\s>]+)>?[^)]*\)", without_code(text))
     found += re.findall(r"^\[[^\]]+\]:\s*(\S+)", without_code(text), re.MULTILINE)
     return [target for target in found if not re.match(r"[a-z]+:", target)]

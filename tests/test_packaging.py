@@ -1,4 +1,4 @@
-"""What is installed, what a release contains, and what it says of itself."""
+"""Tests the installed files, the contents of a release, and its metadata."""
 
 import json
 import re
@@ -69,7 +69,7 @@ def check_imports(site: Path, empty: Path) -> None:
 
 
 def test_a_wheel_contains_the_kernels(tmp_path: Path) -> None:
-    """`beit3_ds/kernels` is a link here: catches a wheel without what it leads to."""
+    """Catches a wheel without the kernels; `beit3_ds/kernels` is a symbolic link in the repository."""
     wheel = build(["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", ".", "-w"], tmp_path)
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -81,7 +81,7 @@ def test_a_wheel_contains_the_kernels(tmp_path: Path) -> None:
 
 
 def test_a_source_archive_contains_the_kernels(tmp_path: Path) -> None:
-    """A wheel built from it is that of the repository: what people install who have no wheel."""
+    """Compares a wheel built from the archive with one built from the repository."""
     archive = build(
         ["-c", "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"], tmp_path
     )

@@ -96,7 +96,7 @@ def test_the_environment_is_the_given_one(program: Path) -> None:
 
 
 def test_folders_to_search_and_blocked_signals(program: Path, tmp_path: Path) -> None:
-    """As an interpreter that starts: both are there before the module runs."""
+    """Expects both before the module runs, as in a new interpreter."""
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "sitecustomize.py").write_text("import sys; sys.words = 'words'")
     program.write_text("import signal, sys; print(sys.words, signal.pthread_sigmask(signal.SIG_BLOCK, ()))")
@@ -106,7 +106,7 @@ def test_folders_to_search_and_blocked_signals(program: Path, tmp_path: Path) ->
 
 
 def spoil() -> str:
-    """On one rank: changes whatever outlives a function."""
+    """Changes, on one rank, all state that outlives a function."""
     import numpy as np
     import torch
 
@@ -125,7 +125,7 @@ def spoil() -> str:
 
 
 def describe() -> str:
-    """On one rank: what `spoil` changes."""
+    """Returns, on one rank, the state that `spoil` changes."""
     import torch
 
     import beit3_ds.training.engine as engine
@@ -144,7 +144,7 @@ def test_a_rank_leaves_nothing_to_the_next() -> None:
 
 
 def draw() -> tuple[float, float, int]:
-    """On one rank: what a process draws that was given no seed, and its number."""
+    """Returns random numbers of an unseeded process, and its rank."""
     import numpy as np
 
     return random.random(), float(np.random.random()), os.getpid()
@@ -157,7 +157,7 @@ def test_ranks_are_processes_that_draw_for_themselves() -> None:
 
 
 def misbehave(how: str) -> str:
-    """On one rank: rank 1 does what it should not."""
+    """Makes rank 1 fail in the given way."""
     if os.environ["RANK"] == "1":
         if how == "fails":
             raise ValueError("words")

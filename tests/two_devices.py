@@ -87,7 +87,7 @@ class TwoDevices:
         return noted
 
     def route(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Sends what is on the right device, and lets torch refuse the rest."""
+        """Sends tensors on the right device, and lets torch refuse the others."""
         (boxed,) = (a for a in args if isinstance(a, torch.ScriptObject) and _is_group(a))
         group = dist.ProcessGroup.unbox(boxed)
         on_device = [is_device(leaf) for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]

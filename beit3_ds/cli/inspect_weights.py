@@ -1,4 +1,4 @@
-"""`beit3 inspect`: prints what a checkpoint or a file of weights contains."""
+"""Implements `beit3 inspect`, which prints the contents of a checkpoint or a weights file."""
 
 import argparse
 

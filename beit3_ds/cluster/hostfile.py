@@ -35,7 +35,7 @@ class HostSlots:
     """A host and its number of ranks: one line of a hostfile."""
 
     name: str
-    """Host name or IPv4 address by which the other machines reach this one over ssh."""
+    """Host name or IPv4 address for ssh connections to this machine."""
     slots: int
     """Number of ranks to start there; on GPU machines the number of GPUs."""
 

@@ -1,4 +1,4 @@
-"""Reads what DeepSpeed's keys of a run mean: the stage of ZeRO, what is offloaded, and the types of numbers."""
+"""Reads the ZeRO stage, offloading and number types from DeepSpeed's keys."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

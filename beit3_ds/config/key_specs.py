@@ -1,4 +1,4 @@
-"""Specifications of the values of one DeepSpeed key, from which `deepspeed_keys` builds its table."""
+"""Specifies the valid values of single DeepSpeed keys, for the table in `deepspeed_keys`."""
 
 import json
 import os
@@ -75,7 +75,7 @@ class Fixed(Spec):
 
     value: Any
     reason: str
-    """Reason against other values: what would go wrong, or what to use instead."""
+    """Reason against other values: the consequence or the alternative."""
     effect: str = ""
 
     def read(self, value: Any, where: str) -> Any:
@@ -176,7 +176,7 @@ class Refused:
     """A key that DeepSpeed knows and this project refuses."""
 
     reason: str
-    """Reason for the refusal, and what to use instead."""
+    """Reason for the refusal, and the alternative."""
 
 
 @dataclass(frozen=True, kw_only=True)

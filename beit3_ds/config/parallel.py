@@ -40,8 +40,9 @@ class ParallelConfig:
     """Longest wait of a rank for another before the run ends; must exceed the slowest checkpoint and evaluation."""
     heartbeat_timeout_seconds: Seconds = 60
     """Longest time without a heartbeat of a rank before the run ends: its process was stopped or killed, its host is
-    gone, or the link is down. A thread sends six heartbeats in this time, whatever the main thread waits for, so a slow
-    rank does not count as lost. It must exceed the time for which a busy host may not run that thread."""
+    gone, or the link is down. A thread of its own sends six heartbeats in this time, so a rank with a slow
+    main thread does not count as lost. Choose more than the longest time for which a busy host may not run that
+    thread."""
 
     def __post_init__(self) -> None:
         if self.virtual_pipeline_parallel_size > 1 and self.pipeline_parallel_size == 1:

@@ -1,4 +1,4 @@
-"""Records what a rank's main thread is doing, for the watchdog's thread, which reports it to the other ranks."""
+"""Records the step and phase of a rank's main thread, which the watchdog's thread reports to the other ranks."""
 
 import sys
 import threading
@@ -6,21 +6,21 @@ from types import FrameType
 
 
 class Activity:
-    """The current step and phase of the main thread, which sets them with `begin`."""
+    """Holds the current step and phase of the main thread, which calls `begin` at each change."""
 
     def __init__(self) -> None:
         self.step, self.phase = 0, "starting"
         self.changes = 0
-        """Number of phases begun so far; a rank without a new one for long may be stalled."""
+        """Number of phases begun so far; if it stays the same for long, the rank may be stalled."""
         self.lost_contact = False
-        """Whether a collective has failed, so that the main thread waits for the reason."""
+        """Whether a collective has failed and the main thread waits for the reason."""
 
     def begin(self, phase: str, step: int | None = None) -> None:
         """Begins a phase.
 
         Args:
             phase: description for people, such as "reading data".
-            step: step from 1; None if it is the same as before.
+            step: number of the step, from 1; None keeps the current one.
         """
         self.phase = phase
         if step is not None:
@@ -28,10 +28,10 @@ class Activity:
         self.changes += 1  # last, so that a reader of the new number also reads the new phase
 
     def waits_for_ranks(self) -> bool:
-        """Returns whether this process waits in a collective or a message, by Python's stacks, or lost contact in one.
+        """Returns whether a thread waits in a collective or for a message, or a collective has failed.
 
-        A device that waits looks like one that computes, because NCCL's collectives run on it. The threads of torch
-        that run backward passes on a GPU are included, although `threading` does not list them.
+        It reads Python's stacks, because a waiting device looks like a computing one: NCCL's collectives are kernels.
+        It includes torch's threads for backward passes on a GPU, which `threading` does not list.
         """
         if self.lost_contact:
             return True

@@ -1,4 +1,4 @@
-"""Broadcasts batches from the few ranks of one copy of the model that read them to all its ranks."""
+"""Broadcasts batches from the ranks that read data to all ranks of a copy of the model."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, Generic, Protocol, Self, TypeVar
@@ -9,10 +9,10 @@ from beit3_ds.storage_error import StorageError
 
 
 class Shareable(Protocol):
-    """An item that can be sent to other ranks, which may need only a part of it."""
+    """Defines the methods of an item that ranks send to each other, in whole or without pixels."""
 
     def without_pixels(self) -> Self:
-        """Returns the part of the item for ranks that neither embed nor predict."""
+        """Returns the item without pixels, for stages that neither embed nor predict."""
 
     def fingerprint(self) -> str:
         """Returns a string that is equal for items that two ranks read from the same samples."""
@@ -26,22 +26,22 @@ class Shareable(Protocol):
 
 
 DataError = ConfigError | StorageError
-"""Errors of data, which are raised on all ranks of a copy of the model."""
+"""Errors in the data, which all ranks of a copy of the model raise."""
 
 ItemT = TypeVar("ItemT", bound=Shareable)
 
 
 class BroadcastBatches(Generic[ItemT]):
-    """Iterates on all ranks of a copy of the model over the items that the reading ranks (`Mesh.is_reader`) read.
+    """Yields the same items on all ranks of a copy of the model, although only some of these read (`Mesh.is_reader`).
 
     One tensor-parallel rank of the first stage and one of the last stage decode images, each the view that its stage
     needs. The first stage sends its items without pixels to the others; the last stage compares them with its own.
-    Each item is sent from host memory to host memory when it is asked for, and all ranks must ask for the same number.
-    An error in the user's data is raised on all of them.
+    Items travel from host memory to host memory, one per `next`, which all ranks must call equally often. All ranks
+    raise an error in the user's data.
     """
 
     def __init__(self, items: Iterable[ItemT], mesh: Mesh, item_type: type[ItemT]) -> None:
-        """Reads nothing yet.
+        """Stores the arguments; reading begins with the first item.
 
         Args:
             items: items of the reading ranks; only these ranks iterate over them, once per iteration.
@@ -51,7 +51,7 @@ class BroadcastBatches(Generic[ItemT]):
         self._items, self._mesh, self._type = items, mesh, item_type
 
     def __iter__(self) -> Iterator[ItemT]:
-        """Yields this stage's items; sends them without pixels to other stages and whole to tensor-parallel peers."""
+        """Yields this stage's items. Other stages receive them without pixels, tensor-parallel peers with pixels."""
         if self._mesh.model_parallel_size == 1:
             yield from self._items
             return

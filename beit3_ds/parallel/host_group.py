@@ -12,7 +12,7 @@ from torch import Tensor
 from beit3_ds.parallel.host_value import as_bytes, pack, unpack, unpack_tensors
 
 _FIRST_BYTES = 1024
-"""Size of the first message of a value, which holds its length and its beginning, so a short value is one message."""
+"""Size of the first message of a value; a value that fits with its length needs no second message."""
 _LENGTH_BYTES = 8
 
 
@@ -36,9 +36,9 @@ class HostGroup:
     """
 
     group: dist.ProcessGroup | None = None
-    """gloo group that carries the messages; None for a single process."""
+    """Carries the messages over gloo; None for a single process."""
     ranks: tuple[int, ...] = (0,)
-    """Ranks of this group, by their numbers in `group`; methods number them from 0."""
+    """Numbers of the ranks in `group`. Methods number them from 0."""
     rank: int = 0
     """This rank's number in `ranks`."""
 
@@ -48,10 +48,10 @@ class HostGroup:
         return len(self.ranks)
 
     def among(self, ranks: Iterable[int]) -> "HostGroup":
-        """Returns a part of this group that contains this rank; sends nothing.
+        """Returns the subgroup of some ranks, which must include this one; sends nothing.
 
         Args:
-            ranks: numbers in this group, in the order of the new numbers.
+            ranks: numbers of the ranks in this group; their order sets the numbers in the subgroup.
         """
         chosen = tuple(ranks)
         return HostGroup(self.group, tuple(self.ranks[rank] for rank in chosen), chosen.index(self.rank))
@@ -66,13 +66,13 @@ class HostGroup:
         return total
 
     def gather(self, value: Any) -> list[Any]:
-        """Returns the values of all ranks, in order, on all of them."""
+        """Returns the values of all ranks, in rank order, on every rank."""
         if self.size == 1:
             return [value]
         return list(self.broadcast(self.collect(value)))
 
     def collect(self, value: Any) -> list[Any] | None:
-        """Returns the values of all ranks, in order, on the first one, and None on the others."""
+        """Returns the values of all ranks, in rank order, on rank 0, and None elsewhere."""
         held: list[Any] = [value]
         for distance in self._distances():
             if self.rank & distance:
@@ -83,7 +83,7 @@ class HostGroup:
         return held
 
     def broadcast(self, value: Any, src: int = 0) -> Any:
-        """Returns the value of rank `src` of this group on all of its ranks."""
+        """Returns the value of rank `src` on every rank of the group."""
         if self.size == 1:
             return value
         src %= self.size
@@ -97,15 +97,15 @@ class HostGroup:
         return value if number == 0 else unpack(header, tensors)
 
     def barrier(self) -> None:
-        """Waits until all ranks are here."""
+        """Waits until all ranks of the group have called it."""
         self.sum(torch.zeros(1, dtype=torch.uint8))
 
     def _distances(self) -> list[int]:
-        """Returns the distances 1, 2, 4, ... between the ranks of each round of a tree."""
+        """Returns 1, 2, 4, ...: the distance between the two ranks of a message, for each round of a tree."""
         return [1 << number for number in range((self.size - 1).bit_length())]
 
     def _reduce(self, total: Tensor) -> None:
-        """Adds up tensors on rank 0, in place; on the other ranks they become partial sums."""
+        """Adds the tensors of all ranks into the one of rank 0; other ranks' tensors become partial sums."""
         arriving = torch.empty_like(total)
         for distance in self._distances():
             if self.rank & distance:
@@ -116,7 +116,7 @@ class HostGroup:
                 total += arriving
 
     def _spread(self, values: Tensor) -> None:
-        """Overwrites a tensor by that of rank 0; it has one size on all ranks."""
+        """Overwrites the tensors of all ranks with the one of rank 0, which has the same size."""
         for distance in reversed(self._distances()):
             if self.rank % (2 * distance) == distance:
                 self._receive(values, self.rank - distance)
@@ -162,7 +162,7 @@ class HostGroup:
 
 
 def build_host_group(timeout: timedelta) -> HostGroup:
-    """Builds a group over all ranks of the initialised process group; all ranks call it.
+    """Builds a group over all ranks of the initialised process group. All ranks call it.
 
     Args:
         timeout: longest wait of an operation.

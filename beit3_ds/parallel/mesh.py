@@ -1,4 +1,4 @@
-"""Builds the mesh of ranks, which is passed to all code that communicates."""
+"""Arranges ranks on the axes pipeline, data and tensor, and holds the process groups along them."""
 
 import hashlib
 import socket
@@ -17,12 +17,12 @@ from beit3_ds.parallel.pipeline import PipelineParallel, build_pipeline_parallel
 from beit3_ds.parallel.tensor import TensorParallel
 from beit3_ds.rank_names import join_ranks
 
-_LISTED = 8  # most hosts that a message names
+_LISTED = 8  # a message names at most this many hosts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """The ranks on the axes pipeline x data x tensor and the groups along them; a single rank by default.
+    """Arranges ranks on the axes pipeline x data x tensor, with groups along each axis; a single rank by default.
 
     Global rank = (pipeline rank * data_parallel_size + data rank) * tensor_parallel_size + tensor rank, so that
     tensor-parallel peers, which communicate most, are neighbours on one node.
@@ -53,7 +53,7 @@ class Mesh:
     hosts: tuple[str, ...] = field(default_factory=lambda: (socket.gethostname(),))
     """Name of the host per global rank."""
     activity: Activity = field(default_factory=Activity)
-    """What this rank is doing, which `runtime.Watchdog` reports to the other ranks."""
+    """Step and phase of this rank, which `runtime.Watchdog` reports to the other ranks."""
 
     @property
     def coords(self) -> RankCoords:
@@ -77,7 +77,7 @@ class Mesh:
 
     @property
     def num_ranks(self) -> int:
-        """Number of ranks on all axes."""
+        """Total number of ranks."""
         return self.data_parallel_size * self.model_parallel_size
 
     def describe_layout(self) -> str:
@@ -113,10 +113,10 @@ class Mesh:
     def gather_rows_over_data(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
         """Returns the rows of device tensors `x` of all data-parallel ranks, concatenated in their order.
 
-        Sends as many rows as the rank with the most has.
+        Each rank sends max(lengths) rows.
 
         Args:
-            x: this rank's rows; other dimensions are equal on all ranks.
+            x: rows of this rank; all dimensions but the first are equal on all ranks.
             lengths: number of rows of each data-parallel rank.
         """
         if self.data_parallel_size == 1:
@@ -139,7 +139,7 @@ class Mesh:
         return ", ".join(names[:_LISTED]) + more
 
     def check_agreement(self, what: str, value: str, way_out: str) -> None:
-        """Refuses ranks whose values of one setting differ; sends a digest of 8 bytes per rank.
+        """Checks that one setting has the same value on all ranks; sends a digest of 8 bytes per rank.
 
         Args:
             what: name of the setting, for the message.
@@ -147,7 +147,7 @@ class Mesh:
             way_out: sentence that tells the user what to do.
 
         Raises:
-            ConfigError: on all ranks; it names the ranks that differ from rank 0.
+            ConfigError: on all ranks, if a value differs; the message names the ranks that differ from rank 0.
         """
         if self.num_ranks == 1:
             return
@@ -160,16 +160,16 @@ class Mesh:
             )
 
     def barrier(self) -> None:
-        """Waits until all ranks have called it, but not for their devices."""
+        """Waits until all ranks have called it; does not wait for their devices."""
         self.host.barrier()
 
     def close(self) -> None:
-        """Leaves the process group once all ranks have called it, so that none uses a store that is gone."""
+        """Waits for all ranks, then leaves the process group, so that no rank uses a store that is gone."""
         self.barrier()
         self.leave()
 
     def leave(self) -> None:
-        """Leaves the process group at once; otherwise its threads would abort the process at exit."""
+        """Leaves the process group at once; without this call its threads would abort the process at exit."""
         dist.destroy_process_group()
 
 
@@ -211,7 +211,7 @@ class ModelParallelUnit:
 
 
 def build_mesh(parallel: ParallelConfig) -> Mesh:
-    """Builds the mesh over all ranks of the initialised process group, which call it together and exchange host names.
+    """Builds the mesh over all ranks of the initialised process group. All ranks call it; they exchange host names.
 
     Raises:
         ConfigError: if the layout does not divide the number of ranks.
@@ -219,7 +219,7 @@ def build_mesh(parallel: ParallelConfig) -> Mesh:
     world_size = dist.get_world_size()
     data_size = parallel.data_parallel_size(world_size)
     coords = parallel.rank_coords(dist.get_rank(), world_size)
-    # Every rank creates every group, in one order: tensor, data, model, then those of the pipelines.
+    # Every rank creates every group, in one order: tensor, data, model, then the pipelines' groups.
     ranks = torch.arange(world_size).view(parallel.pipeline_parallel_size, data_size, parallel.tensor_parallel_size)
     timeout = timedelta(seconds=parallel.timeout_seconds)
     host = build_host_group(timeout)
@@ -249,11 +249,11 @@ def build_mesh(parallel: ParallelConfig) -> Mesh:
 
 
 def own_group(rows: Tensor, timeout: timedelta) -> dist.ProcessGroup:
-    """Creates disjoint groups over all ranks, which call it together, and returns the group of this rank.
+    """Creates disjoint groups over all ranks, and returns the group of this rank. All ranks call it.
 
     Args:
         rows: global ranks, one row per group.
-        timeout: limit of its collectives; torch's default for new groups is half an hour, whatever the first group has.
+        timeout: limit of a collective; torch's default for a new group is half an hour, not the first group's limit.
     """
     groups = [dist.new_group(ranks, timeout=timeout) for ranks in rows.tolist()]
     (own,) = (group for group, ranks in zip(groups, rows.tolist(), strict=True) if dist.get_rank() in ranks)

@@ -117,7 +117,7 @@ class TensorParallel:
         With sequence parallelism forward all-gathers and backward reduce-scatters P * n * D elements. Without it this
         is `copy_to`.
         """
-        return _GatherIn.apply(x, self, num_rows) if self.divides_rows else self.copy_to(x)
+        return _GatherFrom.apply(x, self, num_rows) if self.divides_rows else self.copy_to(x)
 
     def reduce_scatter_to(self, x: Tensor) -> Tensor:
         """Sums the partial results of all ranks, (T, D), and returns this rank's rows of the sum.
@@ -125,7 +125,7 @@ class TensorParallel:
         With sequence parallelism forward reduce-scatters and backward all-gathers P * n * D elements. Without it this
         is `reduce_from`.
         """
-        return _ScatterOut.apply(x, self) if self.divides_rows else self.reduce_from(x)
+        return _ReduceScatterTo.apply(x, self) if self.divides_rows else self.reduce_from(x)
 
     def share(self, *parameters: Tensor) -> tuple[Tensor, ...]:
         """Returns replicated parameters whose gradients are summed over ranks that apply them to their own rows.
@@ -159,14 +159,14 @@ class TensorParallel:
 
         Forward is the identity and sends nothing; backward all-reduces x.numel() elements.
         """
-        return x if self.size == 1 else _CopyIn.apply(x, self.group)
+        return x if self.size == 1 else _CopyTo.apply(x, self.group)
 
     def reduce_from(self, x: Tensor) -> Tensor:
         """All-reduces the partial results of the tensor-parallel region (operator g of section 3).
 
         Forward all-reduces x.numel() elements; backward is the identity and sends nothing.
         """
-        return x if self.size == 1 else _SumOut.apply(x, self.group)
+        return x if self.size == 1 else _ReduceFrom.apply(x, self.group)
 
     def all_reduce(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         """All-reduces `x` in place, without a gradient, and returns it; sends x.numel() elements."""
@@ -241,7 +241,7 @@ def logical_part(parameter: nn.Parameter, local: Tensor | None = None) -> Tensor
     return local if split is None else split.trim(local)
 
 
-class _CopyIn(torch.autograd.Function):
+class _CopyTo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
@@ -257,7 +257,7 @@ class _CopyIn(torch.autograd.Function):
         return dx, None
 
 
-class _SumOut(torch.autograd.Function):
+class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         x = x.clone(memory_format=torch.contiguous_format)
@@ -294,7 +294,7 @@ class _GatherRows(torch.autograd.Function):
         return ctx.tensor.own_rows(dx_TD), None, None
 
 
-class _GatherIn(torch.autograd.Function):
+class _GatherFrom(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_nD: Tensor, tensor: TensorParallel, num_rows: int) -> Tensor:
         ctx.tensor = tensor
@@ -306,7 +306,7 @@ class _GatherIn(torch.autograd.Function):
         return _reduce_scatter_rows(dx_TD, ctx.tensor), None, None
 
 
-class _ScatterOut(torch.autograd.Function):
+class _ReduceScatterTo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, tensor: TensorParallel) -> Tensor:
         ctx.tensor, ctx.num_rows = tensor, len(x_TD)

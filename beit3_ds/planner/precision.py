@@ -61,7 +61,7 @@ def describe_precision(config: RunConfig, world_size: int) -> str:
 
 
 def precision_cost(config: RunConfig, world_size: int) -> PrecisionCost:
-    """Models the rank of the pipeline stage that needs most memory."""
+    """Models the memory and traffic of a rank on the pipeline stage with the highest memory use."""
     stages = range(config.parallel.pipeline_parallel_size)
     return max(_stage_cost(build_rank_model(config, world_size, stage)) for stage in stages)
 

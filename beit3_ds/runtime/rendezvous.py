@@ -25,7 +25,7 @@ from beit3_ds.runtime.versions import describe_versions
 SILENCE_SECONDS = 60.0
 """Longest silence of rank 0's host. A host that refuses connections answers: its rank may still open its files."""
 NOTICE_SECONDS = 30.0
-"""Interval at which a rank prints what it waits for."""
+"""Interval between the messages of a waiting rank."""
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 10.0  # time for other ranks to read from rank 0 that one is missing, or to fail by themselves
 _LISTED = 8  # most differences that a message names
@@ -36,7 +36,7 @@ _WAYS_OUT = (
 
 
 class Rendezvous:
-    """Context in which a starting rank meets the others and prints what it waits for, until its process group exists.
+    """Brings a starting rank together with the others, and prints which ranks are missing.
 
     Ranks meet in the store of rank 0, where each writes its address and the versions of its software. A thread prints
     what this rank waits for, and ends the process if a call into torch blocks for too long.

@@ -30,7 +30,7 @@ class Candidate:
     series: str
     """Series of similar images; training and validation samples never share a series."""
     category: str
-    """Label by which images are balanced; empty for pairs."""
+    """Label that balances the selection of images; empty for pairs."""
     text: str
     """Text that is stored next to the image: a caption, or a JSON object."""
     image: Path | bytes

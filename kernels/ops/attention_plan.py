@@ -105,8 +105,9 @@ def _group_by_length(ranges: Ranges, allowance: float) -> list[list[int]]:
 
 
 def _consecutive_equals(ranges: Ranges) -> list[list[int]]:
-    """Groups sequences of equal length whose rows follow without gaps, two or more per group; skips those of two
-    ranges."""
+    """Groups two or more sequences of equal length whose rows follow each other without gaps.
+
+    Skips sequences of two ranges."""
     runs: list[list[int]] = []
     for index, sequence in enumerate(ranges):
         if len(sequence) != 1 or not _length(sequence):

@@ -65,7 +65,7 @@ def multiway_layer_norm(
 def recomputable_rows(
     x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
 ) -> Recomputable:
-    """Returns what recomputes h_TD of `multiway_layer_norm`, bit for bit, from the same arguments.
+    """Returns an object that recomputes h_TD of `multiway_layer_norm`, bit for bit, from the same arguments.
 
     The parameters are saved as they are, so pass copies of parameters that ZeRO-3 partitions.
     """

@@ -49,7 +49,7 @@ class Recomputable(NamedTuple):
 
 
 def rows_to_save(x_TD: Tensor, recompute: Recomputable | None) -> tuple[RecomputeFunction | None, tuple[Tensor, ...]]:
-    """Returns what a layer saves for its backward pass: its input, or what recomputes it."""
+    """Returns the objects that a layer saves for its backward pass: its input, or the means to recompute it."""
     if recompute is None:
         return None, (x_TD,)
     recompute.function.add_user()

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Defines what Triton kernels with parameters per expert share: the rows of each program, and sums over rows."""
+"""Defines Triton functions for kernels with parameters per expert: the rows of each program, and sums over rows."""
 
 # D width, E experts (3; the last ones may have no rows), P programs, S kinds of sums.
 #

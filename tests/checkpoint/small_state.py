@@ -117,7 +117,7 @@ def describe(**changes: Any) -> RunDescription:
 
 
 class SmallRun:
-    """A store and its state, as in a process that has just started."""
+    """Builds a store and its state, as in a process that has just started."""
 
     def __init__(self, root: Path, keep: int = 2, mesh: Mesh | None = None, **changes: Any) -> None:
         mesh = mesh or Mesh()

@@ -19,11 +19,11 @@ LAUNCHER_SECONDS = 0.3
 
 @dataclass
 class Figures:
-    """Counts of kills and of what they hit."""
+    """Counts kills, and among them the ones that hit a save."""
 
     kills: int = 0
     in_saves: int = 0
-    """Kills that left an unfinished save: its folder, the file `latest` before it had its name, or what was deleted."""
+    """Kills that left an unfinished save: a temporary folder or file, or a partly deleted checkpoint."""
     before_first_save: int = 0
     starts: int = 0
     runs: int = 0

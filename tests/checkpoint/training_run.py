@@ -81,7 +81,7 @@ class TrainingRun:
             time.sleep(interval)
 
     def output(self, rank: int = 0) -> str:
-        """Returns what a rank has printed since it was started."""
+        """Returns the output of a rank since its start."""
         return self._log(rank).read_text() if self._log(rank).exists() else ""
 
     def reported_step(self) -> int:

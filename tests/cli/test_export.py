@@ -1,4 +1,4 @@
-"""Tests `beit3 export`, with `import` and `inspect` of what it wrote."""
+"""Tests `beit3 export`, and `import` and `inspect` with the exported files."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Tests `beit3 prepare texts`: its resuming and what it prints."""
+"""Tests how `beit3 prepare texts` resumes, and its output."""
 
 import json
 from pathlib import Path

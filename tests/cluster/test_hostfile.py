@@ -1,4 +1,4 @@
-"""Hostfiles: what is refused and in which words, and that what is accepted means the same to DeepSpeed."""
+"""Tests which hostfiles are refused, with which message, and that DeepSpeed reads accepted ones alike."""
 
 import contextlib
 import socket

@@ -40,7 +40,7 @@ def specs(keys: Any = DEEPSPEED_KEYS, path: tuple[str, ...] = ()) -> Iterator[tu
 
 
 def test_top_level_keys_are_those_of_the_pinned_version() -> None:
-    """Catches a top-level key that a new version of DeepSpeed adds or drops, by watching what its parser reads."""
+    """Catches a top-level key that a new version of DeepSpeed adds or drops; records the keys that its parser reads."""
     from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, DeepSpeedConfig
 
     asked: set[str] = set()
@@ -152,7 +152,7 @@ def test_deepspeed_takes_every_accepted_value(key: AcceptedKey) -> None:
 
 
 def accepted(key: AcceptedKey, value: Any) -> RunConfig:
-    """Returns a run with this value and whatever else it needs."""
+    """Returns a run with this value and the other keys that the value requires."""
     mapping = with_key(key.path, value)
     if key.path[0] == "zero_optimization" and key.path[1:] != ("stage",):
         mapping["zero_optimization"]["stage"] = key.spec.stages[-1]

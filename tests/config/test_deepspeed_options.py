@@ -1,4 +1,4 @@
-"""What DeepSpeed's keys mean where they are left out and where they are given."""
+"""Tests the meaning of DeepSpeed's keys, with and without a value."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Tests that any mistake in a run's file is one line and status 2, and that a start accepts what `check` accepts."""
+"""Tests that any mistake in a run's file is one line and status 2, and that a run accepted by `check` starts."""
 
 import json
 import random

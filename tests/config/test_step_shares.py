@@ -40,7 +40,7 @@ def test_every_slot_is_in_one_share(samples: tuple[int, int, int], ranks: int, m
 
 @given(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 5)), st.integers(1, 8), st.integers(1, 4))
 def test_even_shares_keep_their_slots(factors: tuple[int, int, int], ranks: int, micro_batches: int) -> None:
-    """Catches even shares that differ from those of runs before uneven shares."""
+    """Catches even shares that differ from the shares before uneven ones were possible."""
     shares = shares_of(tuple(factor * ranks * micro_batches for factor in factors), ranks, micro_batches)
     assert shares.is_even
     for rank in range(ranks):
@@ -94,7 +94,7 @@ def test_batch_sizes_that_hold() -> None:
     ("tensor", "stages", "world_size", "fits"), [(1, 1, 7, True), (2, 2, 28, True), (2, 2, 30, False)]
 )
 def test_seven_of_eight_nodes_fit(tensor: int, stages: int, world_size: int, fits: bool) -> None:
-    """Tests that any data-parallel size fits, and that ranks must be a multiple of those of one copy of the model."""
+    """Tests that any data-parallel size fits, and that the ranks must form whole copies of the model."""
     mapping = small_run_mapping(1, samples=(32, 32, 32), accumulation=4)
     mapping["beit3_ds"]["parallel"] = {"tensor_parallel_size": tensor, "pipeline_parallel_size": stages}
     assert fits_layout(build_run_config(mapping), world_size) is fits

@@ -90,7 +90,7 @@ def test_a_broken_record_stops_with_its_name(
 
 
 def _fingerprints(config: RunConfig, tokenizer: TextTokenizer, size: int = 1) -> dict[str, tuple[object, ...]]:
-    """What is asked of every validation sample, by its name, over all ranks."""
+    """Returns the targets of every validation sample on all ranks, by its name."""
     found: dict[str, tuple[object, ...]] = {}
     for rank in range(size):
         for batch in open_validation_batches(config, tokenizer, rank, size):

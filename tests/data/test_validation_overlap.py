@@ -1,4 +1,4 @@
-"""Validation files that are also training files are refused, whatever patterns name them."""
+"""Tests that validation files among the training files are refused, for all kinds of patterns."""
 
 import json
 import os

@@ -36,7 +36,7 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, int]]] = {
 """Ranks, ZeRO stage and `parallel` section by name."""
 
 SIZES = {"image_size": 32, "visual_vocab_size": 32, "text_vocab_size": 130, "drop_path_rate": 0.2}
-"""What all models have in common beside the sizes of `small_run_mapping`."""
+"""Sizes that all models share, in addition to the ones in `small_run_mapping`."""
 
 NUM_STEPS = 5
 
@@ -132,7 +132,7 @@ def _is_same(value: Any, expected: Any, tolerance: float) -> bool:
 
 
 def describe_machine() -> dict[str, str]:
-    """Returns what rounding and decoded pixels depend on: two equal descriptions let one expect equal bits."""
+    """Describes hardware and libraries that affect rounding and decoding; equal descriptions mean equal bits."""
     import torch
 
     versions = {name: version(name) for name in ("torch", "torchvision", "pillow", "numpy", "sentencepiece")}

@@ -48,7 +48,7 @@ def measure(offset: float, gelu: bool) -> list[tuple[Tensor, Tensor]]:
 
 @pytest.mark.parametrize(("offset", "gelu"), [(0.0, True), (300.0, False)])
 def test_divided_over_ranks(offset: float, gelu: bool) -> None:
-    """Outputs and gradients equal those of the unsplit layer, also for inputs with a large mean.
+    """Compares outputs and gradients with the unsplit layer's, also for inputs with a large mean.
 
     An offset of 300 breaks E[x^2] - E[x]^2 in float32, which leaves no digit of a variance of 1. Catches a bias, a
     residual or a factor that every rank adds, and statistics or sums over the columns of one rank only.

@@ -16,7 +16,7 @@ from beit3_ds.runtime.rendezvous import Rendezvous
 
 
 def main() -> int:
-    """Returns the exit status: 0, or 2 after the line that says what went wrong."""
+    """Returns the exit status: 0, or 2 after a line with the error."""
     launch = read_launch(os.environ)
     os.environ.update(launch.variables())
     seconds = float(sys.argv[1])

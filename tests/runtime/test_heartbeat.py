@@ -34,7 +34,7 @@ def test_only_a_long_excess_is_sleep(seconds: float, slept: float) -> None:
 
 
 def test_a_silent_rank_is_lost_and_was_not_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its main thread's age stops with its heartbeats: what it did since is unknown."""
+    """Expects the age of its main thread to stop with its heartbeats, because later progress is unknown."""
     ranks = Ranks(monkeypatch, 3)
     numbers = ranks.statuses.beat_numbers()
     ranks.step(5, (0, 1), is_waiting=True)

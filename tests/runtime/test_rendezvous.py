@@ -111,7 +111,7 @@ def test_a_host_without_an_answer_is_not_waited_for_as_long(monkeypatch: pytest.
 def test_a_program_that_never_answers_ends_the_rank(
     listener: socket.socket, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """torch's store waits for it without an end, whatever timeout it is given."""
+    """Catches an endless wait of torch's store, which ignores its timeout here."""
     monkeypatch.setattr(rendezvous, "_GRACE_SECONDS", 0.5)
     ended: queue.Queue[int] = queue.Queue()
     meeting = Rendezvous(launch(1, 2, listener.getsockname()[1]), 1, ended.put)

@@ -19,7 +19,7 @@ BOUND_SECONDS = 120
 def meet(
     hosts: Sequence[Host], master: str, port: int, seconds: int, environment: Mapping[str, str] | None = None
 ) -> list[str]:
-    """Starts a rank on each host and returns what they print."""
+    """Starts a rank on each host and returns their outputs."""
     ranks = []
     for rank, host in enumerate(hosts):
         names = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": len(hosts), "MASTER_PORT": port, "MASTER_ADDR": master}

@@ -35,7 +35,7 @@ def run_rank(rank: int, port: int, folder: str, config: ParallelConfig, main: Ca
 
 
 class Ranks:
-    """The processes and what they have printed."""
+    """Holds the processes of all ranks and their outputs."""
 
     def __init__(self, folder: Path, processes: list[Any]) -> None:
         self.folder, self.processes = folder, processes
@@ -61,7 +61,7 @@ class Ranks:
         return [self.processes[rank].exitcode for rank in ranks]
 
     def error(self, rank: int) -> str:
-        """The one line with which a rank ended."""
+        """Returns the error line of a rank, which must be the only one."""
         (line,) = (line for line in self.output(rank).splitlines() if line.startswith("error on"))
         return line
 
@@ -88,7 +88,7 @@ def started(folder: Path, main: Callable[[int, Activity], None], **parallel: int
 
 
 def wait_in_collective(rank: int, activity: Activity) -> None:
-    """The last rank never comes, so nobody returns."""
+    """Waits at a barrier that the last rank never reaches."""
     import torch.distributed as dist
 
     if rank == NUM_RANKS - 1:
@@ -98,7 +98,7 @@ def wait_in_collective(rank: int, activity: Activity) -> None:
 
 @pytest.mark.parametrize("lost", [pytest.param(1, marks=pytest.mark.slow), pytest.param(0, id="the store's")])
 def test_stopped_rank_is_found_by_its_heartbeat(tmp_path: Path, lost: int) -> None:
-    """Long before any collective times out; a request to a store that was stopped waits for ever."""
+    """Expects the error long before a collective times out; requests to a stopped store wait forever."""
     with started(tmp_path, wait_in_collective) as ranks:
         ranks.signal(signal.SIGSTOP, lost)
         others = [rank for rank in range(NUM_RANKS) if rank != lost]
@@ -122,7 +122,7 @@ def read_for_ever() -> None:
 
 
 def test_stalled_rank_is_slow_first(tmp_path: Path) -> None:
-    """Ranks that wait are not stalled; the stack of the stalled one shows its line, those of the others the barrier."""
+    """Expects only the rank that does not wait to count as stalled, and each rank's stack to show its own line."""
     with started(tmp_path, stall, timeout_seconds=3 * HEARTBEAT_SECONDS) as ranks:
         ranks.wait_for("slow: rank 1 (", range(1))
         assert all(process.is_alive() for process in ranks.processes)
@@ -139,14 +139,14 @@ def test_stalled_rank_is_slow_first(tmp_path: Path) -> None:
 
 
 def come_late(rank: int, activity: Activity) -> None:
-    """The first rank needs no more watching at once, the last one after others have long been silent."""
+    """Ends the first rank at once, and the last one long after the others have ended."""
     for _ in range(rank * HEARTBEAT_SECONDS):
         time.sleep(1)
 
 
 @pytest.mark.slow
 def test_a_job_that_was_suspended_goes_on(tmp_path: Path) -> None:
-    """Nobody was lost: all were stopped at once, as by `scontrol suspend`; and who has left is not missed."""
+    """Expects no lost rank if all were stopped together, as by `scontrol suspend`, or if a rank has ended."""
     with started(tmp_path, come_late) as ranks:
         ranks.signal(signal.SIGSTOP, *range(NUM_RANKS))
         time.sleep(2 * HEARTBEAT_SECONDS)

@@ -1,4 +1,4 @@
-"""Tests what the hand-made teacher distinguishes and what it must ignore."""
+"""Tests which differences between images the hand-made teacher sees, and which it must ignore."""
 
 import pytest
 import torch

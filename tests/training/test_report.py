@@ -1,4 +1,4 @@
-"""Tests the report of a finished run, whose status never depends on pictures."""
+"""Tests the report of a finished run, and that a missing picture never changes its status."""
 
 import json
 import os

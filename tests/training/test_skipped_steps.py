@@ -1,4 +1,4 @@
-"""Tests what a run reports about skipped steps, and how it ends after too many."""
+"""Tests a run's report about skipped steps, and its end after too many."""
 
 import contextlib
 import dataclasses

@@ -27,7 +27,7 @@ class Step:
     """A part of the certificate, with the commands that it runs."""
 
     name: str
-    """Heading of the step in the report; it says what the step shows."""
+    """Heading of the step in the report, such as the property that the step proves."""
     commands: tuple[tuple[str, ...], ...]
     """Commands to run in order in the clone; each must exit with status 0."""
     figures: str | None = None

@@ -113,7 +113,7 @@ def _say(text: str) -> None:
 
 
 def _measure_ranks(folder: Path, size: str, ranks: int) -> list[Row]:
-    """Saves, then loads in new processes; everything loaded must equal what was saved."""
+    """Saves a checkpoint, loads it in new processes, and checks that both states are equal."""
     saved = _run_ranks(folder, "save", size, _SAVES, ranks)
     _say("saved")
     loaded = _run_ranks(folder, "load", size, _LOADS, ranks)

@@ -35,7 +35,7 @@ class StepVariant(NamedTuple):
     threads: int
     """Threads per process."""
     zero_stage: int
-    """ZeRO stage, which sets what the ranks divide: optimizer states, gradients, parameters."""
+    """ZeRO stage: 1 divides the optimizer states over the ranks, 2 also gradients, 3 also parameters."""
     apart: bool = False
     """Runs each process alone on its half of the samples, without communication."""
 

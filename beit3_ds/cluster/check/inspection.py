@@ -60,7 +60,7 @@ class Answers:
     files: dict[str, tuple[int, str]] | None = None
     """Results of `Probe.files`, by pattern."""
     clock: float | None = None
-    """Seconds by which the node's clock is ahead of the asking machine's."""
+    """Lead of the node's clock over the asking machine's, in seconds."""
     clock_error: float = 0.0
     """Largest error of `clock` in seconds: half of the fastest round trip."""
     token_error: str | None = None
@@ -72,7 +72,7 @@ class Answers:
     connections: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Results of `Probe.connect`, by the host to which this node connected."""
     own_address: str | None = None
-    """Address from which this node reaches the others."""
+    """Local address of this node's connections to the others."""
     interface: str | None = None
     """Network interface that has this address."""
 

@@ -10,7 +10,7 @@ from beit3_ds.cluster.hostfile import is_loopback
 
 
 def find_link_faults(inspection: Inspection) -> Iterator[Fault]:
-    """Yields faults that only show between nodes, and faults of the names by which nodes reach each other."""
+    """Yields faults of links between nodes and of host names."""
     yield from _one_machine(inspection)
     yield from _own_names(inspection)
     yield from _master_port(inspection)

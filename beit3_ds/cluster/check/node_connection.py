@@ -43,7 +43,7 @@ def remote_command(name: str, argv: list[str], environment: Mapping[str, str]) -
 
 
 class NodeConnection:
-    """Connection to the probe of one node, or to another program that answers like it; one question at a time."""
+    """Asks the probe of one node, or a program with the same protocol, one question at a time."""
 
     def __init__(self, name: str, environment: Mapping[str, str], program: Path = Path(probe.__file__)) -> None:
         """Prepares the connection; `start` opens it.

@@ -1,4 +1,4 @@
-"""Finds faults of single nodes, by fixed limits or by comparison with what most others have."""
+"""Finds faults of single nodes, by fixed limits or by comparison with the majority of nodes."""
 
 import sys
 from collections import Counter

@@ -32,7 +32,7 @@ from beit3_ds.cluster.launch.terminal import Terminal, last_lines
 from beit3_ds.rank_names import join_ranks
 
 USER_ERROR = 2
-"""Status of a trainer that failed because of what only the user can fix."""
+"""Exit status of a trainer that failed on a mistake of the user."""
 
 _SETTLE_SECONDS = 0.5  # wait after the first reported failure, because its cause may be reported after it
 _SILENCE_SECONDS = 4 * KEEPALIVE_INTERVAL  # silence that is mentioned beside a failure

@@ -1,4 +1,4 @@
-"""Describes what one attempt at a run starts, and how it ended."""
+"""Describes one attempt at a run: the processes to start, and the end."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,4 +57,4 @@ class Outcome:
     lost_hosts: frozenset[str]
     """Hosts of the hostfile that fell silent, or whose guards did not register."""
     clear_at: float
-    """Time on the monotonic clock by which lost guards have ended their trainers."""
+    """Time on the monotonic clock after which lost guards have certainly ended their trainers."""

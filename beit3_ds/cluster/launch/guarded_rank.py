@@ -1,4 +1,4 @@
-"""Keeps what the supervisor knows of one rank, and describes how the rank ended."""
+"""Tracks the state of one rank for the supervisor, and describes its end."""
 
 import signal
 import time

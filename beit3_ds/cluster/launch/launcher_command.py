@@ -73,7 +73,7 @@ def launcher_environment(launcher: Launcher, environment: Mapping[str, str]) -> 
 
 
 def check_launcher(launcher: Launcher, hostfile: Hostfile, find: Callable[[str], str | None]) -> None:
-    """Refuses what would otherwise fail only when DeepSpeed's launcher runs.
+    """Refuses hostfiles and options that DeepSpeed's launcher could not run.
 
     Args:
         launcher: the launcher's backend.

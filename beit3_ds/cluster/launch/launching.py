@@ -65,11 +65,11 @@ def launch(options: LaunchOptions) -> int:
     """Runs a training on the machines of a hostfile to its end.
 
     Returns:
-        0 if it is finished, 128 + n if signal n stopped it with its state saved, 2 if a rank failed because of what
-        only the user can fix, 1 after any other failure.
+        0 if it is finished, 128 + n if signal n stopped it with its state saved, 2 if a rank failed on a mistake of
+        the user, 1 after any other failure.
 
     Raises:
-        ConfigError: before anything is started, for what cannot work.
+        ConfigError: if the run cannot work; no process has started then.
     """
     hostfile = read_hostfile(options.hostfile)
     config = load_run_config(options.config, options.changes)

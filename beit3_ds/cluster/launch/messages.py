@@ -129,7 +129,7 @@ class ProtocolError(Exception):
 
 
 def encode(message: Message) -> bytes:
-    """Returns a message as one line of JSON, whatever characters it contains."""
+    """Returns a message as one line of JSON; newlines and other control characters are escaped."""
     return json.dumps({"kind": type(message).__name__, **asdict(message)}).encode() + b"\n"
 
 

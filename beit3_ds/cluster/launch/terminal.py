@@ -1,4 +1,4 @@
-"""Prints what `beit3 launch` reports, to the terminal and to a file next to the ranks' logs."""
+"""Prints the lines of `beit3 launch` to the terminal and to a file next to the ranks' logs."""
 
 import contextlib
 import sys

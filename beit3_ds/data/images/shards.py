@@ -89,7 +89,7 @@ class TarShards:
 
     @property
     def skipped(self) -> dict[str, Skipped]:
-        """Members of all shards that are left out, by reason; examples are named with their shards."""
+        """Skipped members of all shards, by reason, with examples that name the shard."""
         total: dict[str, Skipped] = {}
         for path, index in zip(self.paths, self._indices, strict=True):
             if not len(index):

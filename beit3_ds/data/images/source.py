@@ -1,4 +1,4 @@
-"""Interface of all sources of images, whatever their format."""
+"""Defines the interface of all sources of images."""
 
 from collections.abc import Iterable
 from typing import Protocol

@@ -17,7 +17,7 @@ class IdentifiedSamples(HasFiles, Protocol):
     """Whether appending to the files may change the last sample, as it changes the last sequence of a text."""
 
     def identity(self, index: int) -> bytes:
-        """Returns bytes that identify a sample, whatever folder its files are in."""
+        """Returns bytes that identify a sample, independent of the folder of its files."""
 
 
 def prefix_digest(samples: IdentifiedSamples, count: int) -> str:

@@ -1,1 +1,1 @@
-"""Writes and describes what a run needs before it starts (`beit3 prepare`)."""
+"""Prepares the files of a run before it starts, and describes its data (`beit3 prepare`)."""

@@ -1,4 +1,4 @@
-"""The server process from which worker processes are forked."""
+"""Starts the server process that forks the worker processes."""
 
 import atexit
 import multiprocessing
@@ -16,7 +16,7 @@ _SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 def start_fork_server(preload: str) -> None:
-    """Starts the server process from which workers are forked, unless it runs already.
+    """Starts the server process that forks the workers, unless it already runs.
 
     A plain fork would copy the locks of this process's threads, and CUDA does not survive it.
 

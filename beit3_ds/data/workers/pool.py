@@ -93,7 +93,7 @@ def prepare_in_order(
 def prepare_in_any_order(
     preparation: Preparation[RequestT, ItemT], requests: Iterable[RequestT], num_workers: int
 ) -> Iterator[ItemT]:
-    """Yields the items of requests as they are finished, by `num_workers` processes, at least one.
+    """Prepares items in `num_workers` processes, at least one, and yields each as soon as it is finished.
 
     An item may take any time while its worker computes. The wait ends once a worker has used no processor time for
     `limits.seconds`.

@@ -1,4 +1,4 @@
-"""Writes a page that shows what the model predicts for validation samples."""
+"""Writes a page with the model's predictions for validation samples."""
 
 import base64
 import html

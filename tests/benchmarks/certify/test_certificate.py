@@ -44,7 +44,7 @@ def test_without_a_device_it_says_what_it_would_run(tmp_path: Path, capsys: pyte
 
 
 def test_report(one_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a failing step that hides or stops the others."""
+    """Catches a failing step that hides or stops other steps."""
     figures = f"import pathlib; pathlib.Path({str(tmp_path)!r}, 'out', 'f.json').write_text('[1.5]')"
     steps = [step("good", "print('all well')"), step("bad", "print('oh'); raise SystemExit(3)"), step("f", figures)]
     steps[2] = Step(name="figures", commands=steps[2].commands, figures="f.json")

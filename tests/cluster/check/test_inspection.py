@@ -40,7 +40,7 @@ def check(
     python_path: Sequence[Path] = (),
     environment: Mapping[str, str] | None = None,
 ) -> tuple[int, str]:
-    """Runs the command on a host; returns its status and what it printed."""
+    """Runs the command on a host; returns its status and output."""
     path = os.pathsep.join([*map(str, python_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     argv = [sys.executable, "-m", "beit3_ds.cli.main", "check-cluster", str(hostfile), *arguments]
     done = host.run(argv, {"PYTHONPATH": path, **(environment or {})})

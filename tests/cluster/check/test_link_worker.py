@@ -1,4 +1,4 @@
-"""Measuring links: who meets whom, and what is measured."""
+"""Tests which ranks meet to measure a link, and the measured values."""
 
 import itertools
 import os

@@ -1,4 +1,4 @@
-"""Questions to a node: answers, silence, and what stays behind."""
+"""Tests questions to a node: answers, silence, and processes left behind."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""Rules for single nodes: which of many is blamed, and what is accepted."""
+"""Tests the rules for single nodes: which node is blamed, and which values are accepted."""
 
 from collections.abc import Callable
 from typing import Any

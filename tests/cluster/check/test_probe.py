@@ -1,4 +1,4 @@
-"""Answers of the probe about this machine, and what it may use to find them."""
+"""Tests the answers of the probe about this machine, and that it imports the standard library only."""
 
 import ast
 import os

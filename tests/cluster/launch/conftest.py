@@ -11,7 +11,7 @@ from tests.cluster.launch.running_launch import Launch
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Callable[..., Launch]]:
-    """Starts a launch; what it leaves is killed."""
+    """Starts a launch, and kills the processes that it leaves."""
     started = []
 
     def start(faults: list[Any], hosts: str = "localhost slots=3\n", **options: Any) -> Launch:

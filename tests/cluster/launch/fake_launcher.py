@@ -1,4 +1,4 @@
-"""A fake of DeepSpeed's launcher: starts the guards of all ranks on this machine, whatever hosts the hostfile names.
+"""Fakes DeepSpeed's launcher: starts the guards of all ranks on this machine instead of the hosts in the hostfile.
 
 Its arguments are a hostfile and those of the guards. It ends with its guards, with status 1 if one has failed. For a
 rank on the host `absent` it starts a process that waits for ever, as ssh would.

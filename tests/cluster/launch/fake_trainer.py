@@ -44,7 +44,7 @@ class Ranks:
         return any(file.read_text() == "1" for file in files)
 
     def tell(self, what: str) -> None:
-        """Tells the others that this rank is about to fail."""
+        """Tells the other ranks that this one is about to fail."""
         self._write(f"fault_{self.rank}", f"rank {self.rank} does not answer ({what})")
 
     def _write(self, name: str, text: str) -> None:

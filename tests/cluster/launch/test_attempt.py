@@ -66,7 +66,7 @@ def test_a_silent_guard_is_lost(launch: Callable[..., Launch]) -> None:
 
 @pytest.mark.slow
 def test_hosts_that_do_not_come_are_named(launch: Callable[..., Launch]) -> None:
-    """And what still waits for them on this machine is ended."""
+    """Also checks that the processes that still wait for these hosts end."""
     run = launch([], "a slots=2\nabsent slots=2\n", start_seconds=4.0)
     assert run.wait() == 1
     assert re.search(r"FAILED after \d+ s: ranks 2-3 \(host absent\) did not start within 4 s", run.printed())

@@ -42,7 +42,7 @@ def test_largest_fit(hosts: list[HostSlots], fitting: set[int], equal_slots: boo
     ("slots", "tensor", "stages", "ranks"), [(4, 1, 1, 28), (4, 2, 2, 28), (3, 2, 2, 20), (3, 2, 1, 20), (1, 1, 1, 7)]
 )
 def test_seven_of_eight_hosts_go_on(slots: int, tensor: int, stages: int, ranks: int) -> None:
-    """As many ranks as divide by the ranks of one copy of the model, whatever the number of samples."""
+    """Expects the most ranks that are a multiple of one copy of the model, for any number of samples."""
     mapping = small_run_mapping(1, samples=(16, 16, 16), accumulation=2)
     mapping["beit3_ds"]["parallel"] = {"tensor_parallel_size": tensor, "pipeline_parallel_size": stages}
     config = build_run_config(mapping)

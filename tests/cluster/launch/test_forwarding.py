@@ -1,4 +1,4 @@
-"""The ranks get what configures them, and nothing else unless it is named."""
+"""Tests that only variables that configure ranks, or that the user names, are forwarded."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""`beit3 launch` across hosts with real launchers and the real trainer: what it trains, and how it meets faults."""
+"""Tests `beit3 launch` across hosts with real launchers and the real trainer, also with faults."""
 
 import os
 import re

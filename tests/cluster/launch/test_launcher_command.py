@@ -1,4 +1,4 @@
-"""Commands for DeepSpeed's launcher are what its own parsers make the right processes of."""
+"""Tests that DeepSpeed's own parsers turn our launcher commands into the right processes."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""The launcher's commands are waited for, and what they leave is killed."""
+"""Tests that the launcher's commands are awaited, and the processes that they leave are killed."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""A run to its end, restarts, and what is refused before anything starts."""
+"""Tests complete runs, restarts, and refusals before any process starts."""
 
 import re
 from collections.abc import Callable

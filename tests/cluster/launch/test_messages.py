@@ -79,7 +79,7 @@ def test_unknown_fields_are_refused() -> None:
 
 
 def greet(tokens: tuple[bytes, bytes]) -> list[str]:
-    """Lets a supervisor and a guard greet each other; returns what each of them complains of."""
+    """Lets a supervisor and a guard greet each other; returns the complaint of each."""
 
     async def run() -> list[str]:
         complaints = []
@@ -117,7 +117,7 @@ def test_both_sides_prove_themselves() -> None:
 
 
 def test_a_guard_trusts_no_supervisor_without_the_token() -> None:
-    """It would start whatever that one says."""
+    """Catches a guard that starts any command sent to its port."""
 
     async def run() -> None:
         async def pretend(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,4 +1,4 @@
-"""Launchers as users type them start a run across hosts, and it learns what one process learns."""
+"""Tests that plain launcher commands train across hosts to the same losses as one process."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def check_run(
     folder: Path,
     environment: dict[str, str] | None = None,
 ) -> str:
-    """Launches a run from the first host and compares its record with that of one process; returns what was printed."""
+    """Launches a run from the first host and compares its record with one process's; returns the output."""
     with ThreadPoolExecutor(1) as pool:
         run = pool.submit(hosts[0].run, argv, ENVIRONMENT | (environment or {}), timeout=300)
         reached = False

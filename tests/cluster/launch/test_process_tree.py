@@ -1,4 +1,4 @@
-"""Only what was started from a process is killed, whatever has become of its parents and of their numbers."""
+"""Tests that only descendants of a process are killed, even if their parents have ended or ids are reused."""
 
 import subprocess
 import sys

@@ -44,7 +44,7 @@ def test_a_second_interrupt_kills(launch: Callable[..., Launch]) -> None:
 
 
 def test_a_signal_that_a_guard_receives_counts(launch: Callable[..., Launch]) -> None:
-    """Slurm and mpirun signal what they have started, and that are the guards."""
+    """Slurm and mpirun signal the processes that they started: the guards."""
     run = launch([], steps=10000)
     run.wait_until(lambda: "step 5\n" in run.printed())
     guard = next(pid for pid, line in run.descendants().items() if "rank_guard" in line)

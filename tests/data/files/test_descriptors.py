@@ -1,4 +1,4 @@
-"""The cache of open files: what is read, how many files stay open, and which failures a process survives."""
+"""Tests the cache of open files: its reads, its number of open files, and its behaviour after failures."""
 
 import contextlib
 import errno

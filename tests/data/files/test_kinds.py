@@ -1,4 +1,4 @@
-"""Kinds of files are recognised by content, whatever their names."""
+"""Tests that kinds of files are recognised by content, not by name."""
 
 import bz2
 import gzip

@@ -1,4 +1,4 @@
-"""Names of files are printed as one line, whatever bytes they contain."""
+"""Tests that file names with any bytes are printed as one line."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Data that change between starts: each sample comes once per epoch, whatever the changes and their order."""
+"""Tests that each sample comes once per epoch although the data change between starts."""
 
 import hashlib
 import json

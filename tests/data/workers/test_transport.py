@@ -1,4 +1,4 @@
-"""Tensors arrive from a worker unchanged, whatever their strides are."""
+"""Tests that tensors of any strides arrive from a worker unchanged."""
 
 import socket
 

@@ -1,4 +1,4 @@
-"""Waits end at their limits, and name what they wait for."""
+"""Tests that waits end at their limits, and that the error names the missing item."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""setup.py builds the CUDA C++ kernels on request, and names what is missing."""
+"""Tests that setup.py builds the CUDA C++ kernels on request, and names missing tools."""
 
 import os
 import subprocess
