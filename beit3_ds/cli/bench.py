@@ -20,6 +20,7 @@ def add_bench_command(subparsers: Subparsers) -> None:
     _add_precision(benches)
     _add_parallel(benches)
     _add_train(benches)
+    _add_finetune(benches)
     _add_checkpoint(benches)
 
 
@@ -105,6 +106,31 @@ def _add_train(benches: Subparsers) -> None:
     _add_json_argument(train)
 
 
+def _add_finetune(benches: Subparsers) -> None:
+    summary = "compare fine-tuning steps and caption generation with torchscale's BEiT-3 on the same samples"
+    details = "Images have the sizes of the reference's recipes: 480 px for VQAv2 and captions, 384 px for retrieval."
+    finetune = add_command(benches, "finetune", _run_finetune, summary, details=details)
+    finetune.add_argument("--size", default="base", metavar="SIZE", help="size of the model (default: base)")
+    finetune.add_argument(
+        "--samples", type=integer(Range(1, 2**24)), default=4, metavar="N", help="samples per step (default: 4)"
+    )
+    finetune.add_argument(
+        "--rounds", type=integer(Range(1)), default=7, metavar="N", help="measured rounds of a step (default: 7)"
+    )
+    finetune.add_argument(
+        "--image-size", type=integer(Range(1, 2**18)), metavar="PX", help="size of all images instead of the recipes'"
+    )
+    finetune.add_argument(
+        "--tasks",
+        nargs="+",
+        choices=("vqa", "retrieval", "captioning", "decoding"),
+        default=["vqa", "retrieval", "captioning", "decoding"],
+        metavar="TASK",
+        help="only some of vqa, retrieval, captioning and decoding",
+    )
+    _add_json_argument(finetune)
+
+
 def _add_checkpoint(benches: Subparsers) -> None:
     summary = "compare saving, loading and exporting with DeepSpeed's own ways"
     checkpoint = add_command(benches, "checkpoint", _run_checkpoint, summary)
@@ -183,6 +209,17 @@ def _run_train(options: argparse.Namespace) -> int:
     from beit3_ds.benchmarks.step.benchmark import benchmark_train
 
     print(benchmark_train(options.size, options.samples, options.rounds, options.json, options.to_longest))
+    return 0
+
+
+def _run_finetune(options: argparse.Namespace) -> int:
+    from beit3_ds.benchmarks.finetune.benchmark import benchmark_finetune
+
+    print(
+        benchmark_finetune(
+            options.size, options.samples, options.rounds, options.image_size, options.tasks, options.json
+        )
+    )
     return 0
 
 

@@ -2,9 +2,7 @@
 
 import json
 import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from beit3_ds.benchmarks.medians import median_with_interval
 from beit3_ds.benchmarks.step.batches import STREAMS, step_config
 from beit3_ds.benchmarks.step.reference import check_torchscale
+from beit3_ds.benchmarks.turns import TurnProcess
 from beit3_ds.config import ConfigError
 
 OURS, REFERENCE, PRODUCTS = "beit3_ds", "torchscale", "products"
@@ -69,57 +68,12 @@ def benchmark_train(
     return _describe(rows, summary)
 
 
-class _Worker:
-    """A process that computes one turn at a time, on request."""
-
-    def __init__(self, side: str, size: str, samples: int) -> None:
-        self.side = side
-        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `stop`
-        reading, writing = os.pipe()
-        module, arguments = "beit3_ds.benchmarks.step.worker", (side, size, str(samples), str(writing))
-        environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=self.log,
-            stderr=self.log,
-            pass_fds=[writing],
-            text=True,
-        )
-        os.close(writing)
-        self.answers = os.fdopen(reading)
-
-    def take_turn(self, number: int) -> dict[str, Any]:
-        """Lets the process work on batch `number` and returns its figures."""
-        assert self.process.stdin is not None
-        try:
-            print(number, file=self.process.stdin, flush=True)
-            answer = self.answers.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer:
-            self.process.wait()
-            self.log.seek(0)
-            log = self.log.read().decode(errors="replace")
-            raise RuntimeError(f"{self.side} ended with status {self.process.returncode}:\n{log[-2000:]}")
-        figures: dict[str, Any] = json.loads(answer)
-        return figures
-
-    def stop(self) -> None:
-        """Kills the process and closes its pipes."""
-        self.process.kill()
-        self.process.communicate()
-        self.answers.close()
-        self.log.close()
-
-
 def _measure(size: str, samples: int, rounds: int, reference: str) -> list[Row]:
     rows = []
-    workers: dict[str, _Worker] = {}
+    workers: dict[str, TurnProcess] = {}
     try:
         for name, side in ((PRODUCTS, PRODUCTS), (OURS, OURS), (REFERENCE, reference)):
-            workers[name] = _Worker(side, size, samples)
+            workers[name] = TurnProcess(side, "beit3_ds.benchmarks.step.worker", (side, size, str(samples)))
         for number in range(rounds + 1):
             # The order alternates, so that a machine that slows down favours neither side.
             sides = (OURS, REFERENCE) if number % 2 == 0 else (REFERENCE, OURS)

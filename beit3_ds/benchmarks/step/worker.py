@@ -1,31 +1,21 @@
-"""Runs one process of `beit3 bench train`, which trains on a batch or computes its products on request.
+"""Runs one process of `beit3 bench train`, which trains on a batch or computes its products on request."""
 
-It reads the number of a batch from each line of its standard input and answers with a line of JSON on a separate pipe,
-because libraries also print to standard output. Between its turns it waits in the read.
-"""
-
-import json
 import os
-import resource
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 
 from beit3_ds.batch import PackedBatch
-from beit3_ds.benchmarks.peak_memory import peak_bytes
 from beit3_ds.benchmarks.step.batches import build_batch, describe_batch, step_config
 from beit3_ds.benchmarks.step.benchmark import OURS, PRODUCTS, REFERENCE, REFERENCE_TO_LONGEST
 from beit3_ds.benchmarks.step.products import Products, needed_flops
 from beit3_ds.benchmarks.step.reference import ReferenceTrainer, unpack_streams
+from beit3_ds.benchmarks.turns import Turn, device_of_turns, serve_turns
 from beit3_ds.config import RunConfig
-
-Turn = tuple[Callable[[], float], dict[str, Any]]
-"""A function to time, which returns the loss, and facts about its batch."""
 
 
 def train_ours(config: RunConfig) -> Callable[[PackedBatch], Turn]:
@@ -61,7 +51,7 @@ def train_ours(config: RunConfig) -> Callable[[PackedBatch], Turn]:
 def train_reference(config: RunConfig, pads_to_longest: bool) -> Callable[[PackedBatch], Turn]:
     """Prepares the reference's training step on the same samples."""
     lengths = (None, None) if pads_to_longest else (config.data.pair_text_length, config.data.text_length)
-    device = _device()
+    device = device_of_turns()
     torch.manual_seed(config.training.seed)
     trainer = ReferenceTrainer(config, device)
 
@@ -75,10 +65,10 @@ def train_reference(config: RunConfig, pads_to_longest: bool) -> Callable[[Packe
 
 def multiply(config: RunConfig) -> Callable[[PackedBatch], Turn]:
     """Prepares the products of the step."""
-    dtype = torch.bfloat16 if _device().type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if device_of_turns().type == "cuda" else torch.float32
 
     def prepare(batch: PackedBatch) -> Turn:
-        products = Products(config.model, batch, dtype, _device())
+        products = Products(config.model, batch, dtype, device_of_turns())
 
         def step() -> float:
             products.run()
@@ -99,10 +89,7 @@ SIDES: dict[str, Callable[[RunConfig], Callable[[PackedBatch], Turn]]] = {
 
 
 def serve(side: str, size: str, samples: int, orders: TextIO, answers: TextIO) -> None:
-    """Takes a turn for every batch number that it reads, and answers with its figures.
-
-    `seconds` is wall time, `cpu_seconds` the time of all threads, `page_faults` those that read nothing from a disk,
-    and `peak_bytes` the peak of the process, or on a GPU of torch's allocator, since the start.
+    """Takes a turn for every batch number that it reads, as `serve_turns` does.
 
     Args:
         side: a key of `SIDES`.
@@ -112,32 +99,10 @@ def serve(side: str, size: str, samples: int, orders: TextIO, answers: TextIO) -
         answers: receives the figures, one line of JSON per turn.
     """
     config = step_config(size, samples)
-    if _device().type == "cuda":
+    if device_of_turns().type == "cuda":
         config = replace(config, deepspeed={**config.deepspeed, "bf16": {"enabled": True}})
     prepare = SIDES[side](config)
-    for order in orders:
-        turn, facts = prepare(build_batch(config, int(order)))
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        start, cpu_start = time.perf_counter(), time.process_time()
-        loss = turn()
-        _synchronize()
-        figures = {
-            "seconds": time.perf_counter() - start,
-            "cpu_seconds": time.process_time() - cpu_start,
-            "page_faults": resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults,
-            "loss": loss,
-            "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_bytes(),
-        }
-        print(json.dumps(figures | facts), file=answers, flush=True)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    serve_turns(lambda number: prepare(build_batch(config, number)), orders, answers)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,61 @@
+"""Takes fine-tuning steps as a run of this project on one process takes them."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from beit3_ds.batch import PackedBatch
+from beit3_ds.benchmarks.finetune.cases import CASES
+from beit3_ds.config import RunConfig
+from beit3_ds.model import StepLoss, TaskModel
+from beit3_ds.tasks.retrieval.contrastive import contrastive_sums
+
+
+def step_loss_of(task: str) -> StepLoss | None:
+    """Returns the loss that compares all samples of a step; None for a task whose loss does not."""
+    return functools.partial(contrastive_sums, mask_duplicates=False) if task == "retrieval" else None
+
+
+def loss_factors(task: str, batch: PackedBatch) -> torch.Tensor:
+    """Returns the factor of the sum of each term of a task, for a step of one micro-batch."""
+    weights = [0.5, 0.5, 0.0, 0.0] if task == "retrieval" else [1.0, 0.0]
+    if task == "captioning":
+        return torch.tensor(weights) / sum(batch.head_row_counts)
+    return torch.tensor(weights) / (batch.num_images + batch.num_pairs)
+
+
+class Trainer:
+    """Trains the model of one task with DeepSpeed's engine; the learning rate follows no schedule."""
+
+    def __init__(self, task: str, config: RunConfig) -> None:
+        """Builds the engine, and the process group of this process alone."""
+        # Imported here, so that DeepSpeed takes memory on this side only.
+        from beit3_ds.pipeline.schedule import Schedule
+        from beit3_ds.runtime.process_group import compute_device, init_process_group
+        from beit3_ds.training.engine import apply_update, build_engine
+
+        self.task, self.device = task, compute_device()
+        self._mesh, self._apply_update = init_process_group(config.parallel), apply_update
+        training = config.training
+        model = TaskModel(
+            CASES[task].build_head,
+            config.model,
+            activation_checkpointing=training.activation_checkpointing,
+            kernels=training.kernels,
+            fp32_residual_connection=training.fp32_residual_connection,
+        )
+        model.initialize(training.seed)
+        chunks = [range(config.model.num_pipeline_layers)]
+        self.schedule = Schedule(build_engine(config, model, self._mesh), chunks, self._mesh, step_loss_of(task))
+
+    def prepare(self, batch: PackedBatch) -> Callable[[], float]:
+        """Returns a function that trains one step on a batch, which is moved to the device before, and its loss."""
+        on_device, factors = batch.to(self.device), loss_factors(self.task, batch).to(self.device)
+
+        def step() -> float:
+            sums = self.schedule.accumulate_gradients([on_device], factors, lambda prepared: prepared)
+            self._apply_update(self.schedule.engine, self._mesh)
+            return float(sums @ factors)
+
+        return step
