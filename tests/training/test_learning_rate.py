@@ -54,7 +54,15 @@ NLVR2 = Curve(6_760, 1_690, 0, 0, 0, 1e-6)
 CAPTIONING = Curve(22_140, 2_214, 0, 0, 0, 1e-6)
 """The reference's fine-tuning: 10 epochs of 566,747 captions at batch 256, 1 of warmup, down to 1e-6."""
 
+IMAGENET = Curve(62_557, 6_256, 0, 0, 0, 1e-6)
+"""The reference's fine-tuning: 50 epochs of 1,281,167 images at batch 1024, 5 of warmup, down to 1e-6."""
+
 FINE_TUNING = {
+    "imagenet_base": (IMAGENET, 7e-4),
+    "imagenet_large": (IMAGENET, 2e-4),
+    "imagenet_giant": (IMAGENET, 1e-4),
+    "imagenet21k_giant": (Curve(103_983, 6_932, 0, 0, 0, 1e-6), 3e-4),
+    "imagenet_small_cpu": (Curve(250, 20, 0, 0, 0, 0.0), 2e-3),
     "captioning_base": (CAPTIONING, 4e-5),
     "captioning_large": (CAPTIONING, 8e-6),
     "captioning_giant": (CAPTIONING, 8e-6),
