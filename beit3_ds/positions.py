@@ -1,4 +1,4 @@
-"""Learned positions of the patches of an image, on another grid than they were learned on."""
+"""Resamples learned positions of the patches of an image, on another grid than they were learned on."""
 
 import torch
 import torch.nn.functional as F

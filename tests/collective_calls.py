@@ -37,7 +37,7 @@ SENDING = _ALSO | {
 
 
 class Call(NamedTuple):
-    """A call at one place in the source."""
+    """Describes a call at one place in the source."""
 
     file: str
     function: str

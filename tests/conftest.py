@@ -1,4 +1,4 @@
-"""Fixtures that several folders of tests share."""
+"""Provides fixtures that several folders of tests share."""
 
 import json
 import os

@@ -46,7 +46,7 @@ def skip_proved(items: Iterable[pytest.Item]) -> None:
 
 
 def is_proved(nodeid: str, record: Mapping[str, str], now: str) -> bool:
-    """Whether a proof passed with the digest of now."""
+    """Returns whether a proof was recorded for the current digest."""
     return record.get(nodeid.partition("::")[2]) == now
 
 

@@ -78,7 +78,7 @@ class Switch:
 
 
 class Host:
-    """One of the hosts of `namespace_hosts`."""
+    """Controls one of the hosts of `namespace_hosts`."""
 
     def __init__(self, name: str, address: str, folder: Path, switch: Switch) -> None:
         """Starts a host without an sshd; its folder holds the mounted files (`_start_host`)."""
@@ -95,7 +95,7 @@ class Host:
         self.run(["bash", "-c", network])
 
     def command(self, argv: Sequence[str], environment: Mapping[str, str] | None = None) -> list[str]:
-        """A command of this machine that runs `argv` on the host, in the current folder."""
+        """Returns a command that runs `argv` on the host, in the current folder, when started on this machine."""
         enter = ["nsenter", f"--target={self._init_pid}", "--net", "--uts", "--mount", "--pid"]
         variables = {"TMPDIR": str(self.folder / "tmp"), **(environment or {})}
         return [*enter, "env", f"--chdir={Path.cwd()}", *(f"{k}={v}" for k, v in variables.items()), *argv]
@@ -130,7 +130,7 @@ class Host:
         return subprocess.CompletedProcess(list(argv), status, printed)
 
     def pids(self, pattern: str = "") -> list[int]:
-        """The host's processes whose command line has a match of a regular expression, with this machine's numbers."""
+        """Returns this machine's ids of the host's processes whose command line matches a regular expression."""
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):  # it has just ended

@@ -1,4 +1,4 @@
-"""Small run configurations for the tests."""
+"""Builds small run configurations for the tests."""
 
 import copy
 import json
@@ -12,7 +12,7 @@ QUICKSTART = CONFIGS / "quickstart_cpu.json"
 
 
 def quickstart_mapping() -> dict[str, Any]:
-    """The shipped quickstart configuration as a JSON object, to be changed freely."""
+    """Returns the shipped quickstart configuration as a JSON object that the caller may change."""
     return json.loads(QUICKSTART.read_text())
 
 
@@ -33,7 +33,7 @@ def visual_tokenizer_mapping(folder: Path, steps: int = 6, **visual: Any) -> dic
 def small_run_mapping(
     zero_stage: int, samples: tuple[int, int, int] = (4, 4, 4), accumulation: int = 1, **model: Any
 ) -> dict[str, Any]:
-    """A run of a tiny model without monitors; `samples` are images, pairs and texts a step."""
+    """Returns a run of a tiny model without monitors; `samples` are images, pairs and texts per step."""
     mapping = quickstart_mapping()
     for key in ("csv_monitor", "tensorboard"):
         del mapping[key]

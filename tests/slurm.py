@@ -1,4 +1,4 @@
-"""Slurm on the test hosts."""
+"""Runs Slurm on the test hosts."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Which package may import which, and how large files and functions are."""
+"""Tests which package may import which, and how large files and functions are."""
 
 import ast
 import graphlib
@@ -72,7 +72,7 @@ FILE_LINES, FUNCTION_LINES = 400, 60
 
 
 def modules() -> dict[Path, str]:
-    """Source files and the room that each lies in."""
+    """Returns all source files with their rooms."""
     files = dict.fromkeys((ROOT / "kernels").rglob("*.py"), "kernels")  # beit3_ds/kernels is a link to this folder
     for path in set((ROOT / "beit3_ds").rglob("*.py")) - set((ROOT / "beit3_ds" / "kernels").rglob("*.py")):
         parts = path.relative_to(ROOT / "beit3_ds").parts
@@ -81,7 +81,7 @@ def modules() -> dict[Path, str]:
 
 
 def imports(path: Path) -> set[str]:
-    """Full names of the modules that a file imports, also inside functions."""
+    """Returns full names of the modules that a file imports, also inside functions."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

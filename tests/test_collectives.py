@@ -20,7 +20,7 @@ BY_READING = "by reading"
 
 
 class Row(NamedTuple):
-    """Kind of content that a call sends, and the run that shows it."""
+    """Names the kind of content that a call sends, and the run that shows it."""
 
     kinds: tuple[str, ...]
     run: str
@@ -228,7 +228,7 @@ def test_search_finds_calls_under_other_names(source: str, expected: list[str]) 
 
 
 class Outcome(NamedTuple):
-    """Result of one rank of a run."""
+    """Holds the result of one rank of a run."""
 
     status: int
     seen: dict[str, set[Site]]

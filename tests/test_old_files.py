@@ -42,7 +42,7 @@ EXPORTS = {
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    """A folder with all old files; tests may change it."""
+    """Returns a folder with all old files; tests may change it."""
     unpack_old_files(tmp_path)
     return tmp_path
 

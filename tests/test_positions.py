@@ -1,4 +1,4 @@
-"""Resampling of positions to another grid."""
+"""Tests resampling of positions to another grid."""
 
 import torch
 

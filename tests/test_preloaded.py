@@ -33,7 +33,7 @@ ENDS = {
 
 @pytest.fixture
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A module `program` in the folder of the process, to be written."""
+    """Returns the path of a module `program` that the test writes, in the folder of the process."""
     monkeypatch.chdir(tmp_path)
     return tmp_path / "program.py"
 

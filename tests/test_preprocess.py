@@ -22,7 +22,7 @@ from tests.run_config import small_run_mapping
 
 
 def validation_pixels(image: Path, image_size: int, tokenizer_image_size: int = 24) -> Tensor:
-    """The pixels, (1, 3, s, s), that a run with the file `image` in a validation folder computes its loss on."""
+    """Returns the pixels, (1, 3, s, s), of the validation loss of a run with the file `image` in its folder."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(image, folder)
         mapping = small_run_mapping(0, image_size=image_size, patch_size=image_size // 4)

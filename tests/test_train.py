@@ -1,4 +1,4 @@
-"""Whole runs of the trainer: finishing, being killed, resuming, and refusing bad input."""
+"""Tests whole runs of the trainer: finishing, being killed, resuming, and refusing bad input."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def finish(config: Path) -> tuple[int, str]:
 
 
 def losses(folder: Path) -> list[dict[str, Any]]:
-    """The record without what a clock measures."""
+    """Returns the records without times."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     records = [record for record in records if record["kind"] != "checkpoint"]  # written when a save ends
     wanted = {"step", "kind", "loss", "grad_norm", "learning_rate", *TERM_STREAMS}
@@ -134,7 +134,7 @@ def test_misspelt_key_is_one_line(run_mapping: dict[str, Any], tmp_path: Path) -
 
 
 def train_error(mapping: dict[str, Any]) -> str:
-    """The message of a run that must end before a process group exists."""
+    """Returns the message of a run that must end before a process group exists."""
     import torch.distributed as dist
 
     from beit3_ds.config import ConfigError, build_run_config

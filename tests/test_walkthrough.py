@@ -64,7 +64,7 @@ SMALLER = [
 
 
 def layout_changes(config: RunConfig) -> tuple[int, list[str]]:
-    """At most 4 ranks, divided along the same axes."""
+    """Returns the settings of a layout of at most 4 ranks, divided along the same axes."""
     sizes = [min(2, config.parallel.tensor_parallel_size), min(2, config.parallel.pipeline_parallel_size)]
     accumulation = min(4, config.gradient_accumulation_steps)
     names = ("parallel.tensor_parallel_size", "parallel.pipeline_parallel_size")
@@ -88,7 +88,7 @@ def write_tar(path: Path, rng: np.random.Generator, count: int = 12) -> None:
 
 
 def write_stand_in(config: RunConfig) -> None:
-    """Two small files for each pattern of the config, below the working directory."""
+    """Writes two small files for each pattern of the config, below the working directory."""
     rng = np.random.default_rng(0)
     for name, stream in config.data.streams().items():
         for source in (*stream.train, *stream.validation):
@@ -103,7 +103,7 @@ def write_stand_in(config: RunConfig) -> None:
 
 
 def readme_commands(name: str) -> Iterator[list[str]]:
-    """The README's commands for base_8gpu.json, for another config."""
+    """Returns the README's commands for base_8gpu.json, for another config."""
     (block,) = (
         found
         for found in re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)

@@ -10,7 +10,7 @@ from beit3_ds.benchmarks.step.reference import build_torchscale
 
 
 class Reference(nn.Module):
-    """A pretraining model under the names of the released files."""
+    """Builds a pretraining model under the names of the released files."""
 
     def __init__(self, arguments: Mapping[str, Any], visual_vocab_size: int) -> None:
         super().__init__()

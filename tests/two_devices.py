@@ -39,7 +39,7 @@ Site = tuple[str, str]
 
 
 def is_device(tensor: Tensor) -> bool:
-    """Whether a tensor lies on the second device."""
+    """Returns whether a tensor lies on the second device."""
     return getattr(tensor.untyped_storage(), "is_device", False)
 
 

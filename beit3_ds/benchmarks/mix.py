@@ -10,7 +10,7 @@ from beit3_ds.kernels.ops.attention_plan import Ranges
 
 
 class Mix(NamedTuple):
-    """The sequence lengths of a micro-batch with equal numbers of images, pairs and texts, in packed order."""
+    """Lists the sequence lengths of a micro-batch with equal numbers of images, pairs and texts, in packed order."""
 
     samples: int
     """Samples per stream."""

@@ -21,7 +21,7 @@ _PATHS = tuple((stream, sums) for stream in ("bf16", "fp32") for sums in ("bf16"
 
 
 class GradientError(NamedTuple):
-    """The error of one way to compute a step's gradients."""
+    """Holds the error of one way to compute a step's gradients."""
 
     stream: str
     """Type of the residual stream."""

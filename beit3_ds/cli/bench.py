@@ -1,4 +1,4 @@
-"""`beit3 bench`: measures speed, memory and precision against baselines."""
+"""Implements `beit3 bench`, which measures speed, memory and precision against baselines."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""`beit3 certify`: tests and measures the kernels, a step and a layout on this machine's GPUs."""
+"""Implements `beit3 certify`, which tests and measures the kernels, a step and a layout on this machine's GPUs."""
 
 import argparse
 

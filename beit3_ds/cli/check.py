@@ -1,4 +1,4 @@
-"""`beit3 check`: checks a config for a number of ranks without reading data."""
+"""Implements `beit3 check`, which checks a config for a number of ranks without reading data."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""`beit3 check-cluster`: finds faults on the nodes of a hostfile before a run starts."""
+"""Implements `beit3 check-cluster`, which finds faults on the nodes of a hostfile before a run starts."""
 
 import argparse
 import contextlib

@@ -1,4 +1,4 @@
-"""`beit3 compare-runs`: compares the losses of two runs step by step."""
+"""Implements `beit3 compare-runs`, which compares the losses of two runs step by step."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""`beit3 evaluate`: scores weights on a whole split in one process."""
+"""Implements `beit3 evaluate`, which scores weights on a whole split in one process."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""`beit3 export`: writes a model's weights as plain tensors."""
+"""Implements `beit3 export`, which writes a model's weights as plain tensors."""
 
 import argparse
 

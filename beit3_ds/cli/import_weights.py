@@ -1,4 +1,4 @@
-"""`beit3 import`: reads weights and tokenizers that others released."""
+"""Implements `beit3 import`, which reads weights and tokenizers that others released."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""`beit3 launch`: trains on the machines of a hostfile and supervises the ranks."""
+"""Implements `beit3 launch`, which trains on the machines of a hostfile and supervises the ranks."""
 
 import argparse
 

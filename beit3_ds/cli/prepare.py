@@ -1,4 +1,4 @@
-"""`beit3 prepare`: indexes, counts and tokenizes the files of a run before it starts."""
+"""Implements `beit3 prepare`, which indexes, counts and tokenizes the files of a run before it starts."""
 
 import argparse
 import sys

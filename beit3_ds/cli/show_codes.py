@@ -1,4 +1,4 @@
-"""`beit3 show-codes`: draws images, masks and visual codes."""
+"""Implements `beit3 show-codes`, which draws images, masks and visual codes."""
 
 import argparse
 

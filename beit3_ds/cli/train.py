@@ -1,4 +1,4 @@
-"""`beit3 train`: trains in one process."""
+"""Implements `beit3 train`, which trains in one process."""
 
 import argparse
 

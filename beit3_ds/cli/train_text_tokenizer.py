@@ -1,4 +1,4 @@
-"""`beit3 train-text-tokenizer`: trains the SentencePiece model of a run."""
+"""Implements `beit3 train-text-tokenizer`, which trains the SentencePiece model of a run."""
 
 import argparse
 

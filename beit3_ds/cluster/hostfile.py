@@ -32,7 +32,7 @@ _FORM = "Write one machine per line: NAME slots=RANKS, for example 'node0 slots=
 
 @dataclass(frozen=True)
 class HostSlots:
-    """A host and its number of ranks: one line of a hostfile."""
+    """Describes a host and its number of ranks: one line of a hostfile."""
 
     name: str
     """Host name or IPv4 address for ssh connections to this machine."""
@@ -42,7 +42,7 @@ class HostSlots:
 
 @dataclass(frozen=True)
 class Hostfile:
-    """The machines of a run, in the order of their ranks."""
+    """Lists the machines of a run, in the order of their ranks."""
 
     path: Path
     """Path of the file, for messages."""

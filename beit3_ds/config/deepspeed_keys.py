@@ -197,7 +197,7 @@ DEEPSPEED_KEYS: Mapping[str, Spec | Refused | Section] = {
 
 
 class AcceptedKey(NamedTuple):
-    """A key that a run may give."""
+    """Describes a key that a run may give."""
 
     path: tuple[str, ...]
     """Path from the top of the file."""

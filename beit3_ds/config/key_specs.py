@@ -20,7 +20,7 @@ _LONGEST_NAME = 255
 
 @dataclass(frozen=True, kw_only=True)
 class Spec(ABC):
-    """An accepted key."""
+    """Describes an accepted key."""
 
     effect: str
     """Effect of the key, for the documentation."""
@@ -53,7 +53,7 @@ class Spec(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Flag(Spec):
-    """A key that is true or false."""
+    """Describes a key that is true or false."""
 
     samples: tuple[Any, ...] = (True, False)
 
@@ -71,7 +71,7 @@ class Flag(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed(Spec):
-    """A key with one accepted value; all others are refused with the reason."""
+    """Describes a key with one accepted value; all others are refused with the reason."""
 
     value: Any
     reason: str
@@ -92,7 +92,7 @@ class Fixed(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class Number(Spec):
-    """A number in a range; an integer may be written as 5e8, as in DeepSpeed's documentation."""
+    """Describes a number in a range; an integer may be written as 5e8, as in DeepSpeed's documentation."""
 
     range: Range
     whole: bool = True
@@ -119,7 +119,7 @@ class Number(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class Choice(Spec):
-    """A key with a few accepted values."""
+    """Describes a key with a few accepted values."""
 
     values: tuple[str | int, ...]
     reason: str = ""
@@ -141,7 +141,7 @@ class Choice(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class Text(Spec):
-    """A name: not empty, printable, no longer than a file's name, and without a slash if it names one folder."""
+    """Describes a text: printable, not empty, no longer than a file's name, and without a slash if it names one folder."""
 
     is_folder_name: bool = False
     is_inner_path: bool = False
@@ -173,7 +173,7 @@ class Text(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """A key that DeepSpeed knows and this project refuses."""
+    """Describes a key of DeepSpeed that this project refuses."""
 
     reason: str
     """Reason for the refusal, and the alternative."""
@@ -181,7 +181,7 @@ class Refused:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A JSON object with its own keys."""
+    """Describes a JSON object with its own keys."""
 
     keys: Mapping[str, "Spec | Refused | Section"]
     example: str

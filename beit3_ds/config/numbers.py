@@ -9,7 +9,7 @@ LARGEST_INT = 2**63 - 1
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers from `low` to `high`; NaN and the infinities belong to no range."""
+    """Describes the numbers from `low` to `high`; NaN and the infinities belong to no range."""
 
     low: float
     high: float = LARGEST_INT

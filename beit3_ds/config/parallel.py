@@ -9,7 +9,7 @@ from beit3_ds.config.strict import ConfigError
 
 
 class RankCoords(NamedTuple):
-    """A rank's coordinates on the mesh pipeline x data x tensor."""
+    """Holds a rank's coordinates on the mesh pipeline x data x tensor."""
 
     pipeline: int
     data: int

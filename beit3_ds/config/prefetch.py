@@ -11,7 +11,7 @@ _CHANNELS, _PIXEL_BYTES, _ID_BYTES = 3, 4, 8  # pixels are sent as float32, ids 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefetchPlan:
-    """The data workers of one rank, and the steps that they keep in shared memory."""
+    """Describes the data workers of one rank, and the steps that they keep in shared memory."""
 
     step_bytes: int
     """Bytes of one finished step on one rank."""

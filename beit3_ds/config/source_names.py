@@ -1,4 +1,4 @@
-"""Short names of the sources of a stream, for metrics and tables."""
+"""Builds short names of the sources of a stream, for metrics and tables."""
 
 import re
 from collections import Counter

@@ -20,7 +20,7 @@ class MicroBatchSize(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class StepShares:
-    """The division of one step's samples, as even as possible.
+    """Describes the division of one step's samples, as even as possible.
 
     The streams are dealt to the ranks like cards, one stream after the other, and each rank deals its own samples to
     its micro-batches in the same way. Two ranks therefore differ by at most one sample per stream and by at most one

@@ -11,7 +11,7 @@ from beit3_ds.data.randomness import sample_rng
 
 
 class Slot(NamedTuple):
-    """Place of a sequence in its step, which does not depend on ranks and micro-batches."""
+    """Holds the place of a sequence in its step, which does not depend on ranks and micro-batches."""
 
     stream: str
     number: int

@@ -138,7 +138,7 @@ def describe_host(config: RunConfig, requirements: HostRequirements, ranks_per_n
 
 
 class _Kind(NamedTuple):
-    """Kind of a rank, by its part in reading data."""
+    """Names the kind of a rank, by its part in reading data."""
 
     stage: int
     views: str

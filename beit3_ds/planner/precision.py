@@ -23,7 +23,7 @@ gradient; the branch's end reads that one."""
 
 
 class PrecisionCost(NamedTuple):
-    """Modelled cost of one choice for the rank that needs most memory."""
+    """Holds the modelled cost of one choice for the rank that needs most memory."""
 
     memory: int
     """Bytes that the rank keeps in all."""

@@ -16,7 +16,7 @@ _ALLREDUCE_BUCKET = 500_000_000  # elements that the engine reduces at once with
 
 
 class Volume(NamedTuple):
-    """Number and size of the calls of one kind that one rank makes."""
+    """Holds the number and total bytes of one rank's calls of one kind."""
 
     calls: int
     num_bytes: int

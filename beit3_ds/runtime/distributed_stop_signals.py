@@ -10,7 +10,7 @@ from beit3_ds.storage_error import StorageError
 
 
 class DistributedStopSignals:
-    """The stop signals and data errors of all ranks, equal on all ranks after each `synchronize`."""
+    """Collects the stop signals and data errors of all ranks, equal on all ranks after each `synchronize`."""
 
     def __init__(self, signals: StopSignals, mesh: Mesh) -> None:
         self._signals, self._mesh = signals, mesh

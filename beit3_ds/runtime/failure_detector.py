@@ -13,7 +13,7 @@ _LISTED = 8
 
 
 class Failure(NamedTuple):
-    """A failure for which the run must end on all ranks."""
+    """Describes a failure for which the run must end on all ranks."""
 
     text: str
     """One line for people."""

@@ -41,7 +41,7 @@ def find_sleep(seconds: float, interval: float) -> float:
 
 
 class RankStatus:
-    """The newest heartbeat of one rank, and when it last changed."""
+    """Holds the newest heartbeat of one rank, and when it last changed."""
 
     def __init__(self, beat: Heartbeat, now: float) -> None:
         self.beat = beat
@@ -57,7 +57,7 @@ class RankStatus:
 
 
 class RankStatuses:
-    """The status of all watched ranks: which are lost, and which are behind.
+    """Tracks the status of all watched ranks: which are lost, and which are behind.
 
     A rank is *lost* if its heartbeats stop: its process was stopped or killed, or its host or the link is down. A rank
     with heartbeats is *behind* if its main thread neither makes progress nor waits for others, while others wait. All

@@ -15,7 +15,7 @@ _STEPS_PER_JOB = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """A rank as its launcher describes it, in torch's terms."""
+    """Describes a rank in torch's terms, as set by its launcher."""
 
     launcher: str
     """Name of the launcher, for messages."""

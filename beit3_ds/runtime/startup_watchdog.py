@@ -23,7 +23,7 @@ _PACKAGE = str(Path(__file__).parents[1])
 
 
 class StartupWatchdog:
-    """A thread that watches the main thread until the ranks take steps together.
+    """Runs a thread that watches the main thread until the ranks take steps together.
 
     If the file system hangs while files are opened, the main thread blocks for ever. Signals to stop then have no
     effect, because they are only recorded until the ranks can agree to stop.

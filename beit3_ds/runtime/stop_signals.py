@@ -10,7 +10,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopSignals:
-    """The stop signals that this process has received."""
+    """Records the stop signals that this process has received."""
 
     def __init__(self) -> None:
         self.received: set[int] = set()

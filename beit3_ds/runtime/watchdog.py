@@ -28,7 +28,7 @@ _STORE_ERRORS = (RuntimeError, dist.DistError)
 
 
 class Watchdog:
-    """Two threads per rank: one exchanges heartbeats through the rendezvous store, one checks that the store answers.
+    """Runs two threads per rank: one exchanges heartbeats through the store, the other checks that the store answers.
 
     Every rank writes what its main thread is doing, a `Heartbeat`, under its own key. Rank 0 reads all heartbeats and
     runs the `FailureDetector`. The others read its result and the heartbeat of rank 0, so that they notice if rank 0

@@ -50,7 +50,7 @@ OUTPUTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A candidate with its processed image."""
+    """Holds a candidate with its processed image."""
 
     candidate: Candidate
     webp: bytes

@@ -23,7 +23,7 @@ class PackageError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One image with its text, before choice and processing."""
+    """Holds one image with its text, before choice and processing."""
 
     name: str
     """Path inside the package; unique within the package."""

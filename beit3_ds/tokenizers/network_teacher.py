@@ -21,7 +21,7 @@ _PACKAGES = {"timm": "timm", "open_clip": "open_clip_torch", "transformers": "tr
 
 @dataclass(frozen=True, kw_only=True)
 class _Network:
-    """A frozen network with its patch features and the normalisation of its input."""
+    """Holds a frozen network with its patch features and the normalisation of its input."""
 
     module: nn.Module
     patch_features: Callable[[Tensor], Tensor]

@@ -25,7 +25,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Setup(NamedTuple):
-    """A layout of ranks and the form of the training state."""
+    """Describes a layout of ranks and the form of the training state."""
 
     layout: Layout
     zero_stage: int

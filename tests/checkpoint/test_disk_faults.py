@@ -25,12 +25,12 @@ ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS)
 
 
 class Crash(BaseException):
-    """The end of the process: nothing in the product handles it."""
+    """Simulates the end of the process; no code outside the tests handles it."""
 
 
 @dataclass
 class Fault:
-    """A fault of operation number `at` of the thread that saves; it counts all operations."""
+    """Plants a fault of operation number `at` of the thread that saves; it counts all operations."""
 
     kind: str
     at: int

@@ -24,7 +24,7 @@ _TIMEOUT_SECONDS = 120
 
 
 class TrainingRun:
-    """A run below a folder; its ranks can be started any number of times."""
+    """Controls a run below a folder; its ranks can be started any number of times."""
 
     def __init__(self, mapping: dict[str, Any], folder: Path, num_ranks: int = 1, **training: Any) -> None:
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""Small shards, texts and a run configuration for the tests of the data room."""
+"""Provides small shards, texts and a run configuration for the tests of the data room."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Seeded damage to files, and a limit on the time that a reader takes."""
+"""Applies seeded damage to files, and a limit on the time that a reader takes."""
 
 import contextlib
 import signal

@@ -1,4 +1,4 @@
-"""Stochastic depth: right rates, and the same draws under every layout."""
+"""Tests stochastic depth: right rates, and the same draws under every layout."""
 
 import torch
 

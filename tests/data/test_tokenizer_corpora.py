@@ -1,4 +1,4 @@
-"""The text tokenizer's corpus: all of the training files, broken records left out."""
+"""Tests the text tokenizer's corpus: all of the training files, broken records left out."""
 
 from pathlib import Path
 

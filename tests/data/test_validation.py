@@ -1,4 +1,4 @@
-"""Validation batches: all samples once, the same for every layout and at every pass."""
+"""Tests validation batches: all samples once, the same for every layout and at every pass."""
 
 import dataclasses
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Tiny training runs whose losses and gradient norms are recorded in `losses.json`.
+"""Starts tiny training runs whose losses and gradient norms are recorded in `losses.json`.
 
 `python -m tests.golden.runs` overwrites the file. Run it only for a change that is meant to move numbers.
 """

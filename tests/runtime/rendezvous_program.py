@@ -1,4 +1,4 @@
-"""A rank that meets the others as a run's ranks do, adds up with them, and says which interface that took.
+"""Runs a rank that meets the others like a training's rank, sums values with them, and prints its interface.
 
 It imports half as much as a run. Command line: the seconds to wait for others.
 """

@@ -17,7 +17,7 @@ BOUND_SECONDS = 30
 
 
 def start_ranks(mapping: dict[str, Any], folder: Path, extra: dict[int, list[str]] | None = None) -> list[Any]:
-    """Two stages of a pipeline, one process each, as a launcher starts them; output goes to a file a rank."""
+    """Starts two stages of a pipeline, one process each, as a launcher does; output goes to one file per rank."""
     mapping["gradient_accumulation_steps"] = 2
     mapping["beit3_ds"]["training"] |= {"total_steps": 1000, "eval_interval": 1000, "save_interval": 1000}
     mapping["beit3_ds"]["parallel"] = {"pipeline_parallel_size": 2, "timeout_seconds": TIMEOUT_SECONDS}

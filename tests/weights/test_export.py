@@ -197,7 +197,7 @@ MEGABYTE = 1 << 20
 
 
 class LargeReader:
-    """A reader of 216 MB in 6 tensors, each created when it is read.
+    """Simulates a reader of 216 MB in 6 tensors, each created when it is read.
 
     The allocator always returns blocks above 32 MB to the system, but may keep smaller ones.
     """

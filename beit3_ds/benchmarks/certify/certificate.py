@@ -24,7 +24,7 @@ _TAIL_LINES = 15
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A part of the certificate, with the commands that it runs."""
+    """Describes a part of the certificate, with the commands that it runs."""
 
     name: str
     """Heading of the step in the report, such as the property that the step proves."""
@@ -36,7 +36,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """The outcome of a step."""
+    """Holds the outcome of a step."""
 
     name: str
     """Name of the step."""

@@ -58,7 +58,7 @@ def state_config(size: str, seed: int) -> RunConfig:
 
 
 class _Rank:
-    """An engine with a state as after some updates: random weights and moments other than zero."""
+    """Builds an engine with random weights and nonzero moments, as after some updates."""
 
     def __init__(self, folder: Path, size: str, seed: int) -> None:
         from beit3_ds.runtime.process_group import init_process_group

@@ -11,7 +11,7 @@ _IO = "/proc/self/io"
 
 @dataclass
 class FileCalls:
-    """File calls of this process, over all its threads."""
+    """Counts file calls of this process, over all its threads."""
 
     opens: int = 0
     """Calls of `open` and `os.open`, without maps that torch makes."""

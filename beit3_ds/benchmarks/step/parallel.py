@@ -26,7 +26,7 @@ _SAMPLES = 16  # per stream
 
 
 class StepVariant(NamedTuple):
-    """A way to run the measured step."""
+    """Describes a way to run the measured step."""
 
     name: str
     """Name of its row in the table."""

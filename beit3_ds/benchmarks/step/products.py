@@ -15,7 +15,7 @@ from beit3_ds.tasks.pretraining.heads import head_flops
 
 
 class Product(NamedTuple):
-    """A product out = a @ b of matrices or of batches of matrices."""
+    """Describes a product out = a @ b of matrices or of batches of matrices."""
 
     a: Tensor
     b: Tensor
@@ -32,14 +32,14 @@ class Product(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """The products of a layer's forward and backward pass, each in order."""
+    """Lists the products of a layer's forward and backward pass, each in order."""
 
     forward: tuple[Product, ...]
     backward: tuple[Product, ...]
 
 
 class Products:
-    """The products of the model as defined, each computed once: its model FLOPs (`model.flops`).
+    """Lists the products of the model as defined, each computed once: its model FLOPs (`model.flops`).
 
     They include products that a step can omit: for branches that stochastic depth drops, and for rows that no head
     reads after the last attention. `needed_flops` leaves them out.

@@ -33,7 +33,7 @@ _NO_DECAY = ("beit3.encoder.embed_positions.A.weight", "beit3.vision_embed.cls_t
 
 
 class PaddedStream(NamedTuple):
-    """The padded samples of one stream; a modality that it lacks is None."""
+    """Holds the padded samples of one stream; a modality that it lacks is None."""
 
     pixels: Tensor | None
     """(B, 3, image_size, image_size) float32."""

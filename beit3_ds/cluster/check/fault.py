@@ -13,7 +13,7 @@ CHECKS = (
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault that must be fixed before a run starts, or a note."""
+    """Describes a fault that must be fixed before a run starts, or a note."""
 
     host: str
     """Host with the fault; empty if it concerns the whole cluster."""

@@ -24,7 +24,7 @@ _MATRIX_HOSTS = 8  # most hosts for which all links are printed
 
 @dataclass(frozen=True)
 class Links:
-    """Measured speeds of links, in bits per second."""
+    """Holds measured speeds of links, in bits per second."""
 
     backend: str
     """"gloo" or "nccl"."""

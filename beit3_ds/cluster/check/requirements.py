@@ -9,7 +9,7 @@ from beit3_ds.config import ConfigError, RunConfig, check_layout
 
 @dataclass(frozen=True, kw_only=True)
 class Requirements:
-    """Memory, disk space and ranks that a run requires of the nodes of a hostfile."""
+    """Lists memory, disk space and ranks that a run requires of the nodes of a hostfile."""
 
     layout_fault: str | None
     """Why the run does not fit the number of ranks; the other fields are then empty."""

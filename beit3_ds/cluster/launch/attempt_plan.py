@@ -48,7 +48,7 @@ class AttemptPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Result of an attempt, after its ranks are gone from every host that can be reached."""
+    """Holds the result of an attempt, after its ranks are gone from every host that can be reached."""
 
     failure: AttemptFailure | None
     """First failure, if any."""

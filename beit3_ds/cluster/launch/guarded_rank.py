@@ -14,7 +14,7 @@ STOPPED_SECONDS = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptFailure:
-    """The failure that ended an attempt."""
+    """Describes the failure that ended an attempt."""
 
     text: str
     """Rank, host and kind of failure: a sentence without a full stop."""
@@ -30,7 +30,7 @@ class AttemptFailure:
 
 @dataclass(kw_only=True)
 class GuardedRank:
-    """State of a rank whose guard has registered."""
+    """Holds the state of a rank whose guard has registered."""
 
     registered: Register
     channel: Channel

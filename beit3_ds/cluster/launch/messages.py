@@ -150,7 +150,7 @@ def decode(line: bytes) -> Message:
 
 
 class Channel:
-    """One end of a connection between a guard and its supervisor."""
+    """Controls one end of a connection between a guard and its supervisor."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer

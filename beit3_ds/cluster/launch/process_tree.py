@@ -20,7 +20,7 @@ class ProcessId(NamedTuple):
 
 
 class ProcessTree:
-    """Root processes and all their descendants that were seen by `watch`."""
+    """Tracks root processes and their descendants, which `watch` must have seen."""
 
     def __init__(self, roots: list[int]) -> None:
         """Records the roots that still run; nobody may have waited for them yet."""

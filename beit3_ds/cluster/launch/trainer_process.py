@@ -23,7 +23,7 @@ _libc = ctypes.CDLL(None)
 
 
 class TrainerProcess:
-    """A trainer in its own session, whose output goes to its log through a pipe.
+    """Controls a trainer in its own session, whose output goes to its log through a pipe.
 
     Because of the pipe, a full disk costs lines of the log but not the run. The kernel kills the trainer when its guard
     ends, for any reason.

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol, TypedDict
 
 
 class SourceFile(NamedTuple):
-    """A file of a source, as ranks compare it."""
+    """Describes a file of a source for the comparison between ranks."""
 
     name: str
     """Path of the file inside the folder that the config names, because that folder may differ between hosts."""

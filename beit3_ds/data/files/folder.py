@@ -8,7 +8,7 @@ from beit3_ds.data.files.reading import read_with_retries, storage_error
 
 
 class Folder:
-    """A folder whose files are read whole; files outside it are never read.
+    """Reads whole files of one folder, and never files outside it.
 
     A name may pass through links to folders, because the owner of the folder made them (ImageNet's classes are often
     linked together). It may not lead out of the folder by `..` or as an absolute path, because names come from

@@ -85,7 +85,7 @@ def open_for_reading(path: str) -> BinaryIO:
 
 
 class _RetryingFile(io.RawIOBase):
-    """A file that reopens itself after a failed read."""
+    """Reads a file, and reopens it after a failed read."""
 
     def __init__(self, path: str) -> None:
         self._path, self._position = path, 0

@@ -54,14 +54,14 @@ def reason_to_skip(extension: str) -> str:
 
 
 class _Sample(NamedTuple):
-    """The members of one sample."""
+    """Holds the members of one sample."""
 
     members: dict[str, tuple[int, int, int]]
     """Offset, size and CRC-32 by extension."""
 
 
 class _Candidate(NamedTuple):
-    """A tar member whose extension says that it belongs to a sample."""
+    """Describes a tar member whose extension marks it as part of a sample."""
 
     key: str
     """Name without the extension."""

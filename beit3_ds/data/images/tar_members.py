@@ -1,4 +1,4 @@
-"""The members of an uncompressed tar file, header by header.
+"""Reads the members of an uncompressed tar file, header by header.
 
 The standard library's `tarfile` treats a damaged header as the end of the archive, ignores a second archive after the
 first one, follows negative sizes backwards, and reads extended headers of any claimed size. With training data this
@@ -23,7 +23,7 @@ class TarError(Exception):
 
 
 class TarMember(NamedTuple):
-    """One member of a tar file that is not a folder."""
+    """Describes one member of a tar file that is not a folder."""
 
     name: str
     """Full name; bytes that are not UTF-8 are surrogate escapes."""

@@ -20,7 +20,7 @@ _OLD_NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class SourcePosition:
-    """A source as it was when its position was stored."""
+    """Describes a source at the time when its position was stored."""
 
     id: int
     """Permanent number of the source in this stream; it does not depend on the order of sources in the config."""
@@ -34,7 +34,7 @@ class SourcePosition:
 
 @dataclass(frozen=True, kw_only=True)
 class SetPosition:
-    """Epoch and place of a set of samples: one source of a stream with weights, or all sources of a stream without."""
+    """Holds epoch and place of a set of samples: one weighted source, or all sources of a stream without weights."""
 
     epoch: int
     """The current epoch, from 0."""
@@ -50,7 +50,7 @@ class SetPosition:
 
 @dataclass(frozen=True, kw_only=True)
 class RemovedSource:
-    """A source that was removed from the config, and the rest of its epoch in case the source is added again."""
+    """Describes a source that the config no longer has, with the rest of its epoch in case it is added again."""
 
     source: SourcePosition
     epoch: int
@@ -59,7 +59,7 @@ class RemovedSource:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamPosition:
-    """Position of a stream as plain data, the same under every layout of ranks."""
+    """Holds the position of a stream as plain data, the same under every layout of ranks."""
 
     stream: str
     seed: int

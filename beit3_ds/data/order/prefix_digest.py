@@ -1,4 +1,4 @@
-"""Digest of the first samples of a source, which tells whether the source was only appended to."""
+"""Computes the digest of the first samples of a source, which tells whether the source was only appended to."""
 
 import hashlib
 from typing import ClassVar, Protocol

@@ -25,7 +25,7 @@ Bounds = Callable[[int], tuple[int, int]]
 
 
 class RemainingSamples(Protocol):
-    """An ordered set of samples; places in it count from 0."""
+    """Defines an ordered set of samples; places in it count from 0."""
 
     def __len__(self) -> int:
         """Returns the number of samples in the set."""
@@ -39,7 +39,7 @@ class RemainingSamples(Protocol):
 
 @dataclass(frozen=True)
 class Range:
-    """The samples [first, last) of one source."""
+    """Holds the samples [first, last) of one source."""
 
     source: int
     """Id of the source."""
@@ -63,7 +63,7 @@ class Range:
 
 
 class Joined:
-    """Several sets, one after the other."""
+    """Joins several sets, one after the other."""
 
     def __init__(self, parts: Sequence[RemainingSamples]) -> None:
         """Joins sets that share no sample."""
@@ -91,7 +91,7 @@ class Joined:
 
 @dataclass(frozen=True)
 class Rest:
-    """The samples that remain of a shuffled set after its first samples were taken."""
+    """Holds the samples that remain of a shuffled set after its first samples were taken."""
 
     whole: RemainingSamples
     seed: int
@@ -115,7 +115,7 @@ class Rest:
 
 @dataclass(frozen=True)
 class SourceSubset:
-    """The samples of a set that belong to some of its sources.
+    """Holds the samples of a set that belong to some of its sources.
 
     The constructor computes the whole set once, to count samples per block: 20 seconds for 100 million samples.
     """

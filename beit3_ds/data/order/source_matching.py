@@ -10,7 +10,7 @@ from beit3_ds.data.order.positions import RemovedSource, SourcePosition, StreamP
 
 @dataclass(frozen=True, kw_only=True)
 class FoundSource:
-    """A source as a run finds it at its start."""
+    """Describes a source at the start of a run."""
 
     path: str
     """Path in the config."""

@@ -92,7 +92,7 @@ class SourceStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """Result of `describe_streams`."""
+    """Holds the result of `describe_streams`."""
 
     text: str
     """Description of all files, for people."""

@@ -34,7 +34,7 @@ _PIECE_BYTES = 64 << 20  # about ten seconds of work: the cost of an interruptio
 
 @dataclass(frozen=True, kw_only=True)
 class WorkShare:
-    """One of several shares of the work, for example one job of a Slurm array (`--part`)."""
+    """Names one of several shares of the work, for example one job of a Slurm array (`--part`)."""
 
     number: int = 1
     """Number of this share, from 1."""
@@ -60,7 +60,7 @@ class WorkShare:
 
 @dataclass(frozen=True, kw_only=True)
 class TextPreparation:
-    """Result of `prepare_texts`."""
+    """Holds the result of `prepare_texts`."""
 
     pieces_written: int
     """Pieces that were tokenized in this call."""

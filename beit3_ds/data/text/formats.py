@@ -53,7 +53,7 @@ _OTHERS = {
 
 
 class TextFormat(NamedTuple):
-    """Kind and compression of a text file."""
+    """Names the kind and compression of a text file."""
 
     kind: Literal["plain", "json_lines", "json_values"]
     """Kind of the decompressed content."""

@@ -27,7 +27,7 @@ _SHOWN = 10
 
 
 class TextPiece(NamedTuple):
-    """The lines of a file that start in a range of its bytes."""
+    """Identifies the lines of a file that start in a range of its bytes."""
 
     path: str
     """Path of the file."""
@@ -39,7 +39,7 @@ class TextPiece(NamedTuple):
 
 
 class Paragraph(NamedTuple):
-    """A paragraph of a text."""
+    """Holds a paragraph of a text."""
 
     text: str
     """The text; it is not blank, and has no white space around it."""

@@ -57,7 +57,7 @@ def write_borders(folder: Path, text: str, pieces: Sequence[TokenPiece], length:
 
 
 class PreparedText:
-    """The sequences of one text file, read from its token files.
+    """Holds the sequences of one text file, read from its token files.
 
     Ids and borders are mapped at their first use and never loaded, so all processes of a machine share the page cache.
     Maps keep no file open. A pickled copy maps the files again.

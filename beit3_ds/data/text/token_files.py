@@ -1,4 +1,4 @@
-"""Token files, which `beit3 prepare texts` writes and training maps.
+"""Defines token files, which `beit3 prepare texts` writes and training maps.
 
 Each piece of a text file has one token file, named after the text file and a digest of its path:
 
@@ -40,7 +40,7 @@ REDO = "Run `beit3 prepare texts CONFIG.json`: it does what is missing or out of
 
 
 class TokenPiece(NamedTuple):
-    """A token file, as its footer describes it."""
+    """Describes a token file by the values in its footer."""
 
     path: Path
     """Path of the token file."""

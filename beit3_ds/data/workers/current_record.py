@@ -1,4 +1,4 @@
-"""Name of the record that a process is reading, which another process can see even while the first one is blocked."""
+"""Shows other processes the name of the record that a process is reading, even while that process is blocked."""
 
 import mmap
 import os
@@ -7,7 +7,7 @@ _BYTES = 1024
 
 
 class CurrentRecord:
-    """A name of at most a kilobyte, in memory that two processes share."""
+    """Holds a name of at most a kilobyte, in memory that two processes share."""
 
     def __init__(self, descriptor: int | None = None) -> None:
         """Maps the memory.

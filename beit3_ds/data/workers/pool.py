@@ -1,4 +1,4 @@
-"""Pool of worker processes that prepare items ahead; replaces workers that die or stop, and limits every wait."""
+"""Runs worker processes that prepare items ahead; replaces workers that die or stop, and limits every wait."""
 
 import functools
 import os
@@ -32,7 +32,7 @@ class WorkerLossError(ConfigError):
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation(Generic[RequestT, ItemT]):
-    """Work of a pool's workers, and the limits of the waits for it."""
+    """Describes the work of a pool's workers, and the limits of the waits for it."""
 
     work: Callable[[RequestT, Callable[[str], None]], ItemT]
     """Function that prepares the item of a request and always gives the same item. It passes the name of each record
@@ -135,7 +135,7 @@ def prepare_in_any_order(
 
 
 class _Workers(Generic[RequestT, ItemT]):
-    """The workers of one pool, with the pending requests of each."""
+    """Holds the workers of one pool, with the pending requests of each."""
 
     def __init__(self, preparation: Preparation[RequestT, ItemT]) -> None:
         self._preparation, self._limits = preparation, preparation.limits

@@ -1,4 +1,4 @@
-"""One worker process that prepares items for this process; every wait for it has a time limit."""
+"""Runs one worker process that prepares items for this process; every wait for it has a time limit."""
 
 import contextlib
 import multiprocessing
@@ -35,7 +35,7 @@ class WorkerDiedError(Exception):
 
 
 class Reply(NamedTuple):
-    """Answer of a worker to a request: an item or an exception."""
+    """Holds the answer of a worker to a request: an item or an exception."""
 
     item: Any
     error: BaseException | None
@@ -45,7 +45,7 @@ class Reply(NamedTuple):
 
 
 class WorkerProcess:
-    """One worker process and the socket to it.
+    """Controls one worker process and the socket to it.
 
     The worker is forked from a server process without threads. It blocks the signals that ask a run to stop, and ends
     when this process does. Its death shows at once, because its socket closes. Only `start`, `receive` and `kill` wait

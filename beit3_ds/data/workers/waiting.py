@@ -85,7 +85,7 @@ class WaitTimer:
 
 
 class ReaderThread:
-    """A thread for calls that may block forever, so that the main thread can stop waiting for them."""
+    """Runs a thread for calls that may block forever, so that the main thread can stop waiting for them."""
 
     def __init__(self, name: str) -> None:
         """Stores the name of the thread, which starts at the first call."""

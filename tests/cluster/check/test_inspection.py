@@ -1,4 +1,4 @@
-"""`beit3 check-cluster` on hosts that are healthy, and on hosts with one planted fault each."""
+"""Tests `beit3 check-cluster` on hosts that are healthy, and on hosts with one planted fault each."""
 
 import os
 import socket

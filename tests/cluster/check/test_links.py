@@ -1,4 +1,4 @@
-"""Which of the measured links are called slow."""
+"""Tests which of the measured links are called slow."""
 
 import itertools
 

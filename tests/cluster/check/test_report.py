@@ -1,4 +1,4 @@
-"""The table of all hosts and the lines below it."""
+"""Tests the table of all hosts and the lines below it."""
 
 from beit3_ds.cluster.check.fault import CHECKS, Fault
 from beit3_ds.cluster.check.report import describe_faults, describe_nodes

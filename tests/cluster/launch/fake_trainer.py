@@ -21,7 +21,7 @@ STEP_SECONDS = 0.02
 
 
 class Ranks:
-    """The ranks of one attempt, which meet through files."""
+    """Connects the ranks of one attempt, which meet through files."""
 
     def __init__(self, folder: Path) -> None:
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

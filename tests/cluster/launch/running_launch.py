@@ -1,4 +1,4 @@
-"""A launch in its own process, with a fake launcher and fake trainers, whose processes tests can find and end."""
+"""Runs a launch in its own process, with a fake launcher and fake trainers, whose processes tests can find and end."""
 
 import json
 import os
@@ -18,7 +18,7 @@ BOUND_SECONDS = 60
 
 
 class Launch:
-    """A launch in a folder, as a process of its own."""
+    """Runs a launch in a folder, as a process of its own."""
 
     def __init__(self, folder: Path, hosts: str, faults: list[Any], steps: int = STEPS, **options: Any) -> None:
         self.output_dir = folder / "run"
@@ -45,12 +45,12 @@ class Launch:
         return path.read_text() if path.exists() else ""
 
     def pid(self, pattern: str) -> int:
-        """The one descendant whose command line has a match of a pattern."""
+        """Returns the id of the only descendant whose command line matches a pattern."""
         (pid,) = (pid for pid, line in self.descendants().items() if re.search(pattern, line))
         return pid
 
     def descendants(self) -> dict[int, str]:
-        """Command lines of all processes that were started for this launch: they hold its output folder or its log."""
+        """Returns the command lines of all processes of this launch, which contain its output folder or log."""
         found = {}
         for path in Path("/proc").glob("[0-9]*"):
             try:

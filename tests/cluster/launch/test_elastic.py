@@ -1,4 +1,4 @@
-"""The largest part of some hosts on which a run fits."""
+"""Finds the largest part of some hosts on which a run fits."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""How the end of a rank is described, and when a stopped trainer counts as failed."""
+"""Tests how the end of a rank is described, and when a stopped trainer counts as failed."""
 
 import signal
 import time

@@ -30,7 +30,7 @@ BEIT3 = [sys.executable, "-m", "beit3_ds.cli.main", "launch"]
 
 
 class HostsLaunch:
-    """A launch on the first of some hosts, to be hit by faults."""
+    """Runs a launch on the first of some hosts, and plants faults."""
 
     def __init__(self, hosts: list[Host], hostfile: Path, config: Path, *options: str) -> None:
         self.hosts, self._printed = hosts, config.with_name(f"printed_{time.monotonic_ns()}")
@@ -77,7 +77,7 @@ def launched(hosts: list[Host], hostfile: Path, config: Path, *options: str) -> 
 
 @pytest.fixture
 def long_run(run_mapping: dict[str, Any]) -> dict[str, Any]:
-    """A run of forty steps under ZeRO-3 that saves after each."""
+    """Returns a run of forty steps under ZeRO-3 that saves after each."""
     own = run_mapping["beit3_ds"]
     own["training"] |= {"total_steps": 40, "eval_interval": 1000, "save_interval": 1, "keep_checkpoints": 100}
     own["parallel"] = {"timeout_seconds": 60}

@@ -31,7 +31,7 @@ HOSTFILES = Path(__file__).parents[3] / "hostfiles" / "README.md"
 
 @pytest.fixture
 def config(run_mapping: dict[str, Any], tmp_path: Path) -> Path:
-    """A run of three steps under ZeRO-3."""
+    """Returns a run of three steps under ZeRO-3."""
     run_mapping["beit3_ds"]["parallel"] = {"timeout_seconds": 100}
     run_mapping["beit3_ds"]["training"] |= {"total_steps": STEPS, "eval_interval": STEPS, "save_interval": STEPS}
     return write(run_mapping, tmp_path)

@@ -19,7 +19,7 @@ SAMPLE = Path("beit3_ds/sample_data")
 
 
 class Listed(list[SourceFile]):
-    """A source that consists of given files."""
+    """Implements a source that consists of given files."""
 
     def files(self) -> Sequence[SourceFile]:
         return self

@@ -1,4 +1,4 @@
-"""JSON lines with required keys."""
+"""Tests JSON lines with required keys."""
 
 from pathlib import Path
 

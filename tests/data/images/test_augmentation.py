@@ -1,4 +1,4 @@
-"""Augmentation: two views of one crop, drawn from one generator."""
+"""Tests augmentation: two views of one crop, drawn from one generator."""
 
 import numpy as np
 import pytest

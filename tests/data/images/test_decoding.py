@@ -1,4 +1,4 @@
-"""Decoding of every pixel format to upright RGB, and clear errors."""
+"""Tests decoding of every pixel format to upright RGB, and clear errors."""
 
 import io
 import struct

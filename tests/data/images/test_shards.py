@@ -1,4 +1,4 @@
-"""Tar shards: grouping, reading, and errors that name the file."""
+"""Tests tar shards: grouping, reading, and errors that name the file."""
 
 import gzip
 import os

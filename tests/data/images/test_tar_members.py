@@ -1,4 +1,4 @@
-"""Tar headers: the members that the standard library finds, and errors where it has none."""
+"""Tests tar headers: the members that the standard library finds, and errors where it has none."""
 
 import io
 import os

@@ -19,7 +19,7 @@ Names = list[str]
 
 
 class SimulatedRun:
-    """A stream whose sources are lists of names; it stores its position as JSON and resumes from it."""
+    """Simulates a stream whose sources are lists of names; it stores its position as JSON and resumes from it."""
 
     def __init__(self, sources: dict[str, Names], weights: Sequence[float] | None = None, samples: int = 3) -> None:
         self.sources = {path: list(names) for path, names in sources.items()}

@@ -1,4 +1,4 @@
-"""Order of samples: each one once per epoch, however the steps cut it."""
+"""Tests the order of samples: each one once per epoch, however the steps cut it."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Index files: the same samples as a scan gives, complete or absent files, and changes of a tar are noticed."""
+"""Tests index files: the same samples as a scan gives, complete or absent files, and changes of a tar are noticed."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Prepared texts: the same sequences as unprepared ones, shared and resumed work, stale files refused by name."""
+"""Tests prepared texts: the same sequences as unprepared ones, shared and resumed work, stale files refused by name."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""A worker process: its replies, errors, state and end."""
+"""Tests a worker process: its replies, errors, state and end."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""Accuracy of answers against the official evaluator."""
+"""Tests the accuracy of answers against the official evaluator."""
 
 import json
 from pathlib import Path
