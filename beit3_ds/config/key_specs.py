@@ -141,7 +141,7 @@ class Choice(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class Text(Spec):
-    """Describes a text: printable, not empty, no longer than a file's name, and without a slash if it names one folder."""
+    """Describes a printable text: not empty, no longer than a file name, without a slash if it names one folder."""
 
     is_folder_name: bool = False
     is_inner_path: bool = False
