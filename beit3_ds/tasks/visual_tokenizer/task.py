@@ -105,6 +105,8 @@ class TokenizerRankTask(RankTask):
         return results if evaluator.mesh.is_main else {}
 
     def _features(self, pixels: Tensor) -> Tensor:
+        if not len(pixels):  # not every network takes an empty batch
+            return pixels.new_empty(0, self.run_config.tokenizers.visual.grid_size**2, self.teacher.width)
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.run_config.options.is_bf16):
             return self.teacher(pixels)
 

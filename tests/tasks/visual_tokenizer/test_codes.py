@@ -49,12 +49,10 @@ def train_and_measure(config: RunConfig) -> CodeUsage:
 
 
 def draw_views(config: RunConfig, count: int) -> Tensor:
-    """Returns training views, each with a crop of its own, (count, 3, 64, 64)."""
-    stream = build_streams(config, "train")["images"]
-    numbers = range(count)
-    keys = [
-        SampleKey(config.training.seed, "images", number // len(stream), number % len(stream)) for number in numbers
-    ]
+    """Returns views of shuffled training images, each with a crop of its own, (count, 3, 64, 64)."""
+    stream, seed = build_streams(config, "train")["images"], config.training.seed
+    order = np.random.default_rng(seed).permutation(len(stream)).tolist()
+    keys = [SampleKey(seed, "images", number // len(order), order[number % len(order)]) for number in range(count)]
     return torch.stack([stream.prepare(key).pixels for key in keys])
 
 
