@@ -11,7 +11,7 @@ from setuptools import find_packages, setup
 
 
 def cuda_kernels() -> dict[str, Any]:
-    """What `setup` needs to build `kernels/csrc` with the torch that is installed and nvcc; nothing if nobody asks."""
+    """Returns the arguments of `setup` that build `kernels/csrc` with nvcc; none unless `BEIT3_BUILD_CUDA=1`."""
     if os.environ.get("BEIT3_BUILD_CUDA", "0") != "1":
         return {}
     try:

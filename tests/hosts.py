@@ -182,7 +182,7 @@ class Host:
         assert done.returncode == 0, f"{done.stdout}\n{(self.folder / 'sshd.log').read_text()}"
 
     def stop_sshd(self) -> None:
-        """Nobody can log in any more; who has stays."""
+        """Stops the sshd: new logins fail, existing ones stay."""
         for pid in self.pids(_LISTENER):
             self.signal(pid, signal.SIGKILL)
 
@@ -193,7 +193,7 @@ class Host:
                 self.signal(pid, signal.SIGKILL)
 
     def crash(self) -> None:
-        """The host is gone: its link first, so that nobody hears of it, then every process."""
+        """Crashes the host: cuts its link first, so that no peer is notified, then kills every process."""
         self.cut_link()
         self.close()
 
@@ -205,7 +205,7 @@ class Host:
 
 
 def write_hostfile(path: Path, hosts: Sequence[Host], slots: int = 1) -> Path:
-    """Writes DeepSpeed's hostfile, with as many slots on every host."""
+    """Writes DeepSpeed's hostfile, with the same number of slots on every host."""
     path.write_text("".join(f"{host.name} slots={slots}\n" for host in hosts))
     return path
 

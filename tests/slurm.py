@@ -37,14 +37,14 @@ PartitionName=test Nodes={names} Default=YES MaxTime=INFINITE State=UP OverSubsc
 
 
 def start_slurm(hosts: Sequence[Host], folder: Path) -> dict[str, str]:
-    """Starts Slurm with its controller on the first host and one partition of all hosts: see `stop_slurm`.
+    """Starts Slurm with its controller on the first host and one partition of all hosts; `stop_slurm` ends it.
 
     Args:
-        hosts: on which jobs run, two ranks each.
-        folder: for its configuration and logs.
+        hosts: hosts that run jobs, two ranks each.
+        folder: folder of its configuration and logs.
 
     Returns:
-        What `srun` and the like need in their environment.
+        Environment variables for `srun` and Slurm's other commands.
     """
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))

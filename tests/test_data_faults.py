@@ -24,7 +24,7 @@ SETTINGS = {"total_steps": 12, "save_interval": 1000, "eval_interval": 1000}
 
 
 def workers(run: TrainingRun) -> list[int]:
-    """Those of the only rank: the server that they are forked from leads no threads that read."""
+    """Returns the ids of the only rank's workers; their fork server has one thread, a reading worker more."""
     found = []
     for pid in others(run):
         if "forkserver" in Path(f"/proc/{pid}/cmdline").read_text() and len(os.listdir(f"/proc/{pid}/task")) > 1:

@@ -10,7 +10,7 @@ from tests.golden.runs import LAYOUTS, LOSSES, find_moved, run_layout
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_number_moves(layout: str, tmp_path: Path) -> None:
-    """Every step's four terms and norm, and the evaluations before and after, bit for bit on the recorded machine."""
+    """Compares every step's terms and norm, and all evaluations; bit for bit on the recorded machine."""
     golden = json.loads(LOSSES.read_text())
     moved = {
         model: difference

@@ -176,7 +176,7 @@ def misbehave(how: str) -> str:
     ],
 )
 def test_a_rank_that_goes_wrong_is_named(how: str, seconds: int, error: type[Exception], message: str) -> None:
-    """And harms no later one."""
+    """Also checks that later ranks are unaffected."""
     with pytest.raises(error, match=message):
         run_ranks(misbehave, 2, how, timeout=seconds)
     assert run_ranks(misbehave, 1, "well") == ["well"]

@@ -91,7 +91,7 @@ DIVISIONS = {
 
 @pytest.mark.parametrize("division", ["tensor", pytest.param("pipeline", marks=pytest.mark.slow)])
 def test_divided_run_lies_on_that_of_one_rank(run_mapping: dict[str, Any], tmp_path: Path, division: str) -> None:
-    """Two ranks that divide the model see one rank's data and losses; both they and one rank go on from their save."""
+    """Expects two ranks that divide the model to have one rank's losses, and both layouts to resume from the save."""
     own = run_mapping["beit3_ds"]
     run_mapping["gradient_accumulation_steps"] = 2
     own["model"] |= {"drop_path_rate": 0.2, "sub_layernorm": True}

@@ -1,4 +1,4 @@
-"""Every shipped GPU config, walked through by the README's commands on a small stand-in of its files."""
+"""Runs the README's commands for every shipped GPU config, with small files in place of its data."""
 
 import io
 import os

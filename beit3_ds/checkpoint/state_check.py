@@ -11,7 +11,7 @@ _SAMPLED_ELEMENTS = 4096
 
 
 class HeldWeights(NamedTuple):
-    """A range of elements in the optimizer and in the model."""
+    """Holds a range of elements as the optimizer and as the model store it."""
 
     name: str
     """Logical name of the parameter."""

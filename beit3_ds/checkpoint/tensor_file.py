@@ -32,7 +32,7 @@ _LARGEST_HEADER = 1 << 30  # bytes; a greater length is not that of a header
 
 
 class TensorEntry(NamedTuple):
-    """Name, type and shape of a file's tensor."""
+    """Describes the name, type and shape of a tensor in a file."""
 
     name: str
     dtype: torch.dtype
@@ -40,7 +40,7 @@ class TensorEntry(NamedTuple):
 
 
 class WrittenFile(NamedTuple):
-    """Size and digest of a file on disk."""
+    """Holds the size and digest of a written file."""
 
     num_bytes: int
     sha256: str
@@ -89,11 +89,11 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 class BrokenTensorFileError(ValueError):
-    """A file is not a safetensors file, is cut off, or lacks a tensor."""
+    """Reports a file that is not a safetensors file, is cut off, or lacks a tensor."""
 
 
 class TensorFile:
-    """A safetensors file whose tensors are read in parts, on demand."""
+    """Reads parts of the tensors of a safetensors file, on demand."""
 
     def __init__(self, path: Path) -> None:
         """Opens the file and reads its header.

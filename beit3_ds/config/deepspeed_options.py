@@ -10,7 +10,7 @@ Precision = Literal["fp32", "bf16"]
 
 @dataclass(frozen=True)
 class DeepSpeedOptions:
-    """DeepSpeed's keys of a run, with DeepSpeed's defaults for keys that are left out."""
+    """Reads DeepSpeed's keys of a run, with DeepSpeed's defaults for missing keys."""
 
     keys: Mapping[str, Any]
     """The keys as in the file, each already checked."""

@@ -21,7 +21,7 @@ class RankCoords(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """The mesh of ranks, pipeline x data x tensor; the data-parallel size follows from the number of ranks."""
+    """Sets the mesh of ranks, pipeline x data x tensor; the data-parallel size follows from the number of ranks."""
 
     tensor_parallel_size: Ranks = 1
     """Ranks that divide every layer's attention heads, FFN width and vocabulary (Megatron-LM: Shoeybi et al., 2019,

@@ -1,4 +1,4 @@
-"""The section of a run's file that names its task."""
+"""Defines the section of a run's file that names its task."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """The task that a run trains, and the task's settings."""
+    """Names the task that a run trains, with the task's settings."""
 
     name: str = "pretraining"
     """Name of a folder in `beit3_ds/tasks`, or the dotted name of a module that has a task."""

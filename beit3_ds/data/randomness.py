@@ -1,4 +1,4 @@
-"""Random generators that are a pure function of their purpose."""
+"""Builds random generators that depend on their purpose alone."""
 
 import hashlib
 from typing import SupportsIndex

@@ -1,1 +1,1 @@
-"""Launch environment, rendezvous, process group, heartbeat, watchdog and stop signals of the ranks."""
+"""Contains launch environment, rendezvous, process group, heartbeat, watchdog and stop signals of the ranks."""

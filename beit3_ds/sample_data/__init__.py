@@ -1,1 +1,1 @@
-"""Small real data in the package: image-text pairs, labelled images and prose."""
+"""Contains small real data: image-text pairs, labelled images and prose."""

@@ -18,7 +18,7 @@ from pathlib import Path
 
 
 class PackageError(ValueError):
-    """A package is missing, ambiguous or of an unknown form."""
+    """Reports a package that is missing, ambiguous or of an unknown form."""
 
 
 @dataclass(frozen=True, kw_only=True)

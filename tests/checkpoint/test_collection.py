@@ -120,7 +120,7 @@ def test_a_checkpoints_name_alone_makes_nothing_ours(tmp_path: Path, kind: str) 
 
 @pytest.mark.usefixtures("lone_rank")
 def test_a_checkpoint_with_notes_is_kept(tmp_path: Path) -> None:
-    """A file that a person put into a checkpoint would be lost with it."""
+    """Catches a deleted checkpoint to which a person has added a file."""
     run = SmallRun(tmp_path / "c", keep=1)
     assert run.save(1) == [None]
     (tmp_path / "c" / checkpoint_name(1) / "notes.txt").write_text("the best one so far")

@@ -14,7 +14,7 @@ from tests.checkpoint.training_run import TrainingRun, check_same_state
 from tests.test_train import losses
 
 LAUNCHER_SECONDS = 0.3
-"""The longest that other ranks outlive one here; a launcher ends them, too."""
+"""Longest time that other ranks survive a killed one, in place of a launcher that ends them."""
 
 
 @dataclass

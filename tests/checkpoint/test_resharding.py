@@ -71,7 +71,7 @@ def whole_model(ranks: list[Saved]) -> dict[str, torch.Tensor]:
 
 
 def test_some_pairs(tmp_path: Path) -> None:
-    """Every layout resumes from its own checkpoint and from that of another one."""
+    """Resumes every layout from its own checkpoint and from another layout's."""
     check_pairs({setup: [setup, other] for setup, other in zip(FEW, FEW[1:] + FEW[:1], strict=True)}, tmp_path)
 
 

@@ -120,7 +120,7 @@ def test_the_validation_loss_asks_the_same_whatever_the_runs_seed(
 def test_samples_are_spread_over_all_sources(
     build_config: BuildConfig, tokenizer: TextTokenizer, tmp_path: Path, write_tar: WriteTar, png: bytes
 ) -> None:
-    """The first samples in the order of files were all of the first source."""
+    """Catches a choice of the first samples in file order, which all belong to the first source."""
     sources = [write_tar(tmp_path / f"{n}.tar", {f"{i}.png": png for i in range(n)}) for n in (30, 10, 2)]
     config = build_config(training={"eval_samples": 10})
     images = dataclasses.replace(config.data.images, validation=tuple(SourceConfig(path=str(path)) for path in sources))

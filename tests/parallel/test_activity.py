@@ -44,7 +44,7 @@ def test_a_main_thread_in_a_collective_waits() -> None:
 
 
 def test_a_thread_of_ours_in_a_collective_does_not_count() -> None:
-    """A checkpoint may gather in the background while the main thread computes."""
+    """Catches a background thread that gathers for a checkpoint and counts as waiting."""
     activity, lock = Activity(), threading.Lock()
     lock.acquire()
     thread = threading.Thread(target=in_torch, args=(lock.acquire,))

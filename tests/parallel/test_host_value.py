@@ -59,7 +59,7 @@ def test_values_come_back_as_they_were(value: Any) -> None:
 
 
 class Named(tuple):
-    """A tuple subclass, which unpacking would turn into a plain tuple."""
+    """Implements a subclass of tuple, which unpacking would turn into a plain tuple."""
 
 
 @pytest.mark.parametrize(

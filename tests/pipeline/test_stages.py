@@ -21,7 +21,7 @@ def costs_and_chunks(draw: st.DrawFn) -> tuple[list[float], int]:
 @given(costs_and_chunks())
 @example(([8, 11, 7, 6, 9, 3], 3))  # the most even cut, 19 + 13 + 12, does not have the smallest maximum, 18
 def test_cut_is_the_best_of_all(drawn: tuple[list[float], int]) -> None:
-    """No cut into non-empty consecutive chunks has a smaller largest sum, or an equal one and is more even."""
+    """Compares the cut with all others: none has a smaller largest sum, or an equal one with more even sums."""
     costs, num_chunks = drawn
     chunks = cut(costs, num_chunks)
     assert len(chunks) == num_chunks and [i for chunk in chunks for i in chunk] == list(range(len(costs)))

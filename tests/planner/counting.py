@@ -35,7 +35,7 @@ _KINDS = {
 
 
 class Call(NamedTuple):
-    """One collective call of one rank."""
+    """Describes one collective call of one rank."""
 
     axis: str
     """data, tensor, model, pipeline, world or host."""

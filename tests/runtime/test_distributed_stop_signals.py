@@ -1,4 +1,4 @@
-"""All ranks stop after the same step, although signals reach them at different times."""
+"""Tests that all ranks stop after the same step, although signals reach them at different times."""
 
 import signal
 from typing import Any
@@ -14,7 +14,7 @@ from beit3_ds.storage_error import StorageError
 
 @pytest.mark.parametrize("others", [0, 1])
 def test_a_rank_that_stops_does_not_die_of_its_own_late_signal(others: int) -> None:
-    """Seen under srun: the other host's ranks had got it, all had saved, and this one ended with status 143."""
+    """Catches a rank that ends with status 143 after all ranks have saved, as seen under srun."""
     mesh: Any = Mock(**{"host.sum": lambda received: received + others})
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     signals = StopSignals()

@@ -49,14 +49,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_dead_rank_is_lost_after_the_heartbeat_timeout(clock: Clock) -> None:
-    """Not reported as slow before, though it was busy when it was last heard and the others wait: nobody knows more."""
+    """Expects no earlier report as slow, although its last heartbeat was busy and the others wait."""
     assert clock.run(30, busy={2}) is None
     assert clock.run(100, dead={2}) == Failure("rank 2 does not answer")
     assert 90 <= clock.now <= 102 and not clock.slow
 
 
 def test_busy_rank_is_slow_and_then_stalled(clock: Clock) -> None:
-    """Reported after one, two, four and eight heartbeat time-outs, and ended after timeout_seconds."""
+    """Expects reports after one, two, four and eight heartbeat time-outs, and the end after timeout_seconds."""
     failure = clock.run(1000, busy={1})
     assert failure is not None and failure.dump_stacks
     assert failure.text.startswith("stalled: rank 1 is in step 1, starting, for 6") and "3 ranks wait" in failure.text
@@ -65,7 +65,7 @@ def test_busy_rank_is_slow_and_then_stalled(clock: Clock) -> None:
 
 
 def test_nobody_is_slow_if_nobody_waits(clock: Clock) -> None:
-    """A step that takes longer than any time-out on all ranks alike."""
+    """Runs a step that takes longer than any time-out on all ranks alike."""
     assert clock.run(2000, busy={0, 1, 2, 3}) is None and not clock.slow
 
 
@@ -76,7 +76,7 @@ def test_called_ranks_have_five_seconds(clock: Clock) -> None:
 
 
 def test_deadlock_names_the_least_advanced(clock: Clock) -> None:
-    """All wait: in different collectives."""
+    """Lets all ranks wait in different collectives."""
     clock.run(15)
     clock.beats = [beat._replace(changes=9 - (rank == 1)) for rank, beat in enumerate(clock.beats)]
     failure = clock.run(20, requested=True)
@@ -99,7 +99,7 @@ def test_a_rank_that_left_is_not_missed(clock: Clock) -> None:
 @settings(max_examples=25, deadline=None)
 @given(st.integers(2, 10_000), st.integers(0, 3))
 def test_a_detector_that_slept_blames_nobody(sleep: int, dead: int) -> None:
-    """Neither the ranks that beat again, nor one that is dead before it has been silent for as long as it must."""
+    """Expects no blame for ranks that beat again, and none for a dead rank before its time-out has passed anew."""
     with pytest.MonkeyPatch.context() as patch:
         clock = Clock(patch)
         assert clock.run(30) is None

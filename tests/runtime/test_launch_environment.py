@@ -1,4 +1,4 @@
-"""Every launcher's variables come to the same rank."""
+"""Tests that the variables of every launcher give the same rank."""
 
 import re
 import subprocess
@@ -157,7 +157,7 @@ def test_ranks_of_every_host(runs: list[tuple[int, int]]) -> None:
 
 
 def test_a_wrong_environment_is_one_line_and_status_2() -> None:
-    """Also the line that names the rank reads it from that environment."""
+    """Catches an error line that fails itself, because it reads the rank from the same environment."""
     process = start_module("beit3_ds.train", ["config.json"], env={"RANK": "x"}, output=subprocess.PIPE)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2

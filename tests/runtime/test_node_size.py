@@ -1,4 +1,4 @@
-"""A run that its machine cannot hold ends before a process group exists."""
+"""Tests that a run too large for its machine ends before a process group exists."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A rank that dies, stops, fails or disagrees ends the run on all ranks, with a line that names it."""
+"""Tests that a rank that dies, stops, fails or disagrees ends the run on all ranks with a line that names it."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def test_ranks_with_different_configurations_are_refused(run_mapping: dict[str, 
 
 
 def test_a_failing_rank_is_named_on_the_others(run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """The first stage cannot write where the run's record goes: no error that all ranks meet."""
+    """Makes only the first stage fail: it cannot write the run's record."""
     run = tmp_path / "run"
     run.mkdir()
     (run / "metrics.jsonl").mkdir()

@@ -88,14 +88,14 @@ def test_a_taken_port_is_named(listener: socket.socket) -> None:
 
 
 def test_nobody_listens() -> None:
-    """Also where MASTER_ADDR is the loopback, as a hostfile with `localhost` makes it."""
+    """Includes a MASTER_ADDR that is the loopback address, as from a hostfile with `localhost`."""
     line = meet(launch(1, 2, port := free_port()), 1)
     assert f"cannot reach rank 0 at MASTER_ADDR=127.0.0.1, MASTER_PORT={port}: its host answers" in line
     assert "127.0.0.1 is this host itself" in line and "--master_addr A" in line
 
 
 def test_a_host_without_an_answer_is_not_waited_for_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank may take its time to open its files, but a host that is up answers."""
+    """Expects a shorter wait for a silent host than for a slow rank: a host that is up answers."""
     monkeypatch.setattr(rendezvous, "SILENCE_SECONDS", 1.0)
 
     def time_out(*_: object, **__: object) -> socket.socket:
@@ -145,7 +145,7 @@ def test_what_gloo_says_is_explained() -> None:
 
 
 def test_other_software_is_named_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One host kept an older torch, or the state of yesterday's code."""
+    """Plants an older torch or older code on one host."""
     versions = iter(["2.14.1", "2.13.0", "2.14.1"])
     monkeypatch.setattr(rendezvous, "describe_versions", lambda: {"torch": next(versions), "code": "a"})
     port, together = free_port(), threading.Barrier(3)

@@ -44,7 +44,7 @@ def test_srun_starts_ranks_that_meet(debian_hosts: list[Host], tmp_path: Path) -
 
 @pytest.mark.slow
 def test_an_unreachable_host_is_named_by_all(debian_hosts: list[Host]) -> None:
-    """A link that is down looks like a wrong address or a closed firewall; no rank waits for ever."""
+    """Catches an endless wait behind a dead link, which looks like a wrong address or a closed firewall."""
     debian_hosts[1].cut_link()
     try:
         first, second = meet(debian_hosts, "10.1.0.1", 29502, 5)

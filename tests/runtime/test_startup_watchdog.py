@@ -1,4 +1,4 @@
-"""A start whose files cannot be opened ends within its bound, names the file, and heeds signals to stop."""
+"""Tests that a start that cannot open its files ends in time, names the file and obeys stop signals."""
 
 import os
 import signal
@@ -43,7 +43,7 @@ def test_files_that_cannot_be_opened_end_the_start(pipe: Path, capfd: pytest.Cap
 def test_signal_ends_a_start_that_hangs(
     pipe: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Until the ranks can agree to stop, signals are only noted: a start that hangs could not be ended with one."""
+    """Catches a hanging start that no signal ends, because signals are only recorded until all ranks have met."""
     monkeypatch.setattr(start_watch, "STOP_SECONDS", 1.0)
     assert hang(pipe, {signal.SIGTERM}, 600) == [128 + signal.SIGTERM]
     assert f"SIGTERM came during the start, which has not ended 1 s later: with {pipe}" in capfd.readouterr().err

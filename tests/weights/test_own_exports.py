@@ -91,7 +91,7 @@ def test_commands_take_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_reference_and_timm_pass_over_the_note(tmp_path: Path) -> None:
-    """Their loaders find plain tensors under their keys."""
+    """Loads the export with the loaders of the reference and of timm, which find plain tensors under their keys."""
     model = random_model(LAYOUTS["paper"])
     export_weights(ModelReader(model), tmp_path / "x.pth", format="unilm-dual")
     saved = torch.load(tmp_path / "x.pth", weights_only=True)

@@ -38,7 +38,7 @@ def pair_rounds(size: int) -> list[list[tuple[int, int]]]:
 
 
 class Worker:
-    """One rank of the measurement of links."""
+    """Measures links as one of several ranks."""
 
     def __init__(self, rank: int, world_size: int, address: str, port: int, backend: str) -> None:
         """Joins the process group; rank 0 listens at `address`.

@@ -24,7 +24,7 @@ _START = "import sys; n = int(sys.stdin.buffer.readline()); exec(compile(sys.std
 
 
 class NoAnswer(Exception):
-    """Error of a node that did not answer a question; the text has the reason and the last line of ssh or the node."""
+    """Reports a node that did not answer; the text has the reason and the last line of ssh or the node."""
 
 
 def remote_command(name: str, argv: list[str], environment: Mapping[str, str]) -> list[str]:

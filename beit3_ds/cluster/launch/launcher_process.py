@@ -13,7 +13,7 @@ _WATCH_SECONDS = 5.0
 
 
 class LauncherProcess:
-    """The launcher's command, or one per host, each in its own session, which Ctrl-C in a terminal does not reach."""
+    """Runs the launcher's command, or one per host, in sessions of their own, which Ctrl-C does not reach."""
 
     def __init__(self, commands: Sequence[Sequence[str]], environment: Mapping[str, str], folder: Path, log: Path):
         """Starts the commands.

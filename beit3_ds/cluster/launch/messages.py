@@ -24,7 +24,7 @@ _BACKLOG = 1024  # guards that may connect at the same moment
 
 @dataclass(frozen=True, kw_only=True)
 class Register:
-    """Message from a guard: it is ready, and describes itself."""
+    """Tells the supervisor that a guard is ready, and describes the guard."""
 
     rank: int
     local_rank: int | None
@@ -41,7 +41,7 @@ class Register:
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Message from the supervisor: start the trainer."""
+    """Tells a guard to start its trainer."""
 
     command: Sequence[str]
     environment: Mapping[str, str]
@@ -56,7 +56,7 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True)
 class KeepAlive:
-    """Message from both sides: the sender is alive."""
+    """Tells the other side that the sender is alive."""
 
     state: str = ""
     """Letter of the trainer's state in /proc, from a guard whose trainer runs; T if it was stopped."""
@@ -64,29 +64,28 @@ class KeepAlive:
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """Message from a guard: the trainer printed this text."""
+    """Passes text that the trainer printed to the supervisor."""
 
     text: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogError:
-    """Message from a guard: the trainer's output cannot be written to its file; training continues."""
+    """Tells the supervisor that the trainer's log file cannot be written; training continues."""
 
     error: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class StopSignalReceived:
-    """Message from a guard: it received a stop signal not sent by the supervisor but, for example, by the cluster
-    manager."""
+    """Tells the supervisor that a guard received a stop signal from elsewhere, such as the cluster manager."""
 
     signal_number: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """Message from a guard: the trainer and all its processes are gone."""
+    """Tells the supervisor that the trainer and all its processes have ended."""
 
     status: int | None
     """Exit status of the trainer, or minus the signal number that ended it; None if it was never started."""
@@ -98,19 +97,19 @@ class Ended:
 
 @dataclass(frozen=True, kw_only=True)
 class SendSignal:
-    """Message from the supervisor: send this signal to the trainer."""
+    """Tells a guard to send a signal to its trainer."""
 
     signal_number: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kill:
-    """Message from the supervisor: kill the trainer and all its processes."""
+    """Tells a guard to kill its trainer and all its processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Leave:
-    """Message from the supervisor: the attempt is over."""
+    """Tells a guard that the attempt is over."""
 
 
 Message = Register | Start | KeepAlive | Output | LogError | StopSignalReceived | Ended | SendSignal | Kill | Leave
@@ -125,7 +124,7 @@ Accept = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 class ProtocolError(Exception):
-    """Error of a peer that lacks the token or sends invalid messages."""
+    """Reports a peer that lacks the token or sends invalid messages."""
 
 
 def encode(message: Message) -> bytes:

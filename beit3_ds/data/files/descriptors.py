@@ -25,11 +25,11 @@ ItemT = TypeVar("ItemT")
 
 
 class FileChangedError(OSError):
-    """The size or the modification time of a file is not the expected one."""
+    """Reports a file whose size or modification time has changed."""
 
 
 class OpenFiles:
-    """Cache of open files: reads byte ranges of many files, maps others, and closes the least recently used first.
+    """Caches open files: reads byte ranges of many files, maps others, and closes the least recently used first.
 
     At most `limit` descriptors stay open, and never more than half of the process's limit, because sockets, workers and
     tensors in shared memory need the rest. If the system still refuses to open a file, half of the open ones are

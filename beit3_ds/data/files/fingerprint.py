@@ -27,7 +27,7 @@ class HasFiles(Protocol):
 
 
 class SourceFingerprint(TypedDict):
-    """A source as plain JSON. Sources with equal digests number their samples alike, even in different folders."""
+    """Identifies a source as plain JSON. Sources with equal digests number their samples alike in any folder."""
 
     num_files: int
     num_samples: int

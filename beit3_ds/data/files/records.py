@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class BrokenRecordError(Exception):
-    """One sample cannot be read; the message names its file, its key and the reason."""
+    """Reports one unreadable sample; the message names its file, its key and the reason."""
 
 
 class Skipped(NamedTuple):

@@ -26,7 +26,7 @@ _MAX_HEADER_BYTES = 1 << 20
 
 
 class StoredAnnotations(AnnotatedImages):
-    """The samples of a table. A pickled copy maps the table again."""
+    """Reads the samples of a table. A pickled copy maps the table again."""
 
     def __init__(self, path: str, files: Sequence[str], folder: str) -> None:
         """Opens a table and checks that its annotation files have not changed since it was written.

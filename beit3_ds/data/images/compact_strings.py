@@ -31,7 +31,7 @@ class StoredStrings:
 
 
 class CompactStrings(StoredStrings):
-    """A list of strings that takes 8 bytes per string in addition to its text; a list of `str` needs at least 57.
+    """Stores strings, and takes 8 bytes per string in addition to its text; a list of `str` needs at least 57.
 
     Stores any Python string unchanged, even a file name that is not UTF-8. Strings can only be appended.
     """

@@ -1,4 +1,4 @@
-"""Image files in a folder, with caption files next to them."""
+"""Reads image files in a folder, with caption files next to them."""
 
 import heapq
 import os
@@ -25,7 +25,7 @@ _SIZES_LOOKED_UP = 1024
 
 
 class ImageFolder:
-    """The images below a folder, sorted by path.
+    """Lists the images below a folder, sorted by path.
 
     The caption of `NAME.jpg`, if there is one, is in `NAME.txt` or else under `caption` in `NAME.json`.
 

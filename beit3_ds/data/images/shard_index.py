@@ -1,4 +1,4 @@
-"""Index of one tar shard: offset and size of each sample's members, in memory or in an index file.
+"""Indexes one tar shard: offset and size of each sample's members, in memory or in an index file.
 
 An index file starts with one line of JSON: the size and modification time of the tar, the number, width and checksum of
 the records, and the skipped members by reason. One record of fixed width per sample follows. Records are mapped, so
@@ -37,7 +37,7 @@ def record_type(key_width: int) -> np.dtype[Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardIndex:
-    """Index of one tar, in memory."""
+    """Holds the index of one tar in memory."""
 
     records: NDArray[np.void]
     """Structured array, (samples,). `image` and `caption`: offset and size in bytes (size `NO_MEMBER` if missing) and
@@ -59,7 +59,7 @@ class ShardIndex:
 
 
 class StoredIndex:
-    """Index of one tar in a file, whose records are mapped at the first use."""
+    """Reads the index of one tar from a file, whose records it maps at the first use."""
 
     def __init__(self, path: str, tar: str, files: OpenFiles | None = None) -> None:
         """Reads the header of an index file and checks that the tar has not changed since it was written.

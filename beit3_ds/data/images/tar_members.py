@@ -19,7 +19,7 @@ _NOT_FILES = {b"1": "link", b"2": "link", b"3": "special file", b"4": "special f
 
 
 class TarError(Exception):
-    """A tar file is damaged or truncated; the message says where."""
+    """Reports a damaged or truncated tar file; the message says where."""
 
 
 class TarMember(NamedTuple):

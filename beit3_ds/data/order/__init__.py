@@ -1,1 +1,1 @@
-"""Order of the samples: a pure function of the seed and the position."""
+"""Orders the samples as a pure function of the seed and the position."""

@@ -1,4 +1,4 @@
-"""Position of a stream: how far each source is in its epoch, as a checkpoint stores it and an order starts from it."""
+"""Defines the position of a stream, which checkpoints store: how far each source is in its epoch."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

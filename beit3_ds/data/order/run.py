@@ -1,4 +1,4 @@
-"""Order of all streams of a run, from its first step or from the positions in a checkpoint."""
+"""Orders all streams of a run, from its first step or from the positions in a checkpoint."""
 
 from collections.abc import Iterable, Mapping
 from functools import partial

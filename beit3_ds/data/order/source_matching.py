@@ -25,7 +25,7 @@ class FoundSource:
 
 
 class SourceMatch(NamedTuple):
-    """A source that the run found, and the same source as the stored position describes it."""
+    """Pairs a source that the run found with its description in the stored position."""
 
     found: FoundSource
     id: int

@@ -19,7 +19,7 @@ from beit3_ds.tokenizers.text import TextTokenizer
 
 
 class TextSequences:
-    """The texts of files, cut into sequences of at most `length` tokens.
+    """Cuts the texts of files into sequences of at most `length` tokens.
 
     Consecutive paragraphs of a file share a sequence while the next one fits whole. They may belong to several
     documents, which EOS separates unless `document_separator` is false. Only a paragraph longer than a sequence is cut,
@@ -125,7 +125,7 @@ def texts_folder(cache_dir: str) -> Path:
 
 
 class _TextInMemory:
-    """The sequences of one text file, tokenized at once and kept in memory."""
+    """Tokenizes one text file at once, and keeps its sequences in memory."""
 
     def __init__(
         self,

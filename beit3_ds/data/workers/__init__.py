@@ -1,1 +1,1 @@
-"""Worker processes that prepare items ahead; every wait for them has a time limit."""
+"""Runs worker processes that prepare items ahead; every wait for them has a time limit."""

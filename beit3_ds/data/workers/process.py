@@ -31,7 +31,7 @@ _READY = "ready"
 
 
 class WorkerDiedError(Exception):
-    """A worker process ended; the message says how."""
+    """Reports a worker process that ended; the message says how."""
 
 
 class Reply(NamedTuple):

@@ -19,11 +19,11 @@ _START_SECONDS = 120.0
 
 
 class DataTimeoutError(ConfigError):
-    """An item of data did not come in time; the message names it."""
+    """Reports an item of data that did not come in time; the message names it."""
 
 
 class StopRequestedError(Exception):
-    """A wait ended because the run was asked to stop."""
+    """Reports a wait that ended because of a stop signal."""
 
 
 def _never() -> bool:

@@ -1,4 +1,4 @@
-"""A fake trainer: takes steps of a few milliseconds, writes a checkpoint after each, and has faults on request.
+"""Fakes a trainer: takes steps of a few milliseconds, writes a checkpoint after each, and has faults on request.
 
 Its arguments are those of the trainer, CONFIG --set=..., of which it uses training.output_dir and total_steps. FAULTS
 is a JSON list of [rank, step, what]; each fault happens once in a run. `what` is a signal that the rank sends itself,

@@ -1,4 +1,4 @@
-"""The first failure of an attempt is found and named, and nothing is left."""
+"""Tests that the first failure of an attempt is named, and that no process is left."""
 
 import os
 import re

@@ -189,7 +189,7 @@ def test_a_fault_ends_all_ranks_and_the_run_goes_on(
 @pytest.mark.slow
 @needs("pdsh")
 def test_restarts_survive_three_faults(long_run: dict[str, Any], tmp_path: Path) -> None:
-    """Nobody intervenes; the last restart has one rank less, because its host has crashed."""
+    """Restarts without help; the last restart has one rank less, because a host has crashed."""
     with namespace_hosts(2) as hosts:
         hostfile, config = write_hostfile(tmp_path / "hostfile", hosts), write(long_run, tmp_path)
         with launched(hosts, hostfile, config, "--restarts", "3") as launch:
@@ -218,7 +218,7 @@ def test_restarts_survive_three_faults(long_run: dict[str, Any], tmp_path: Path)
 @pytest.mark.slow
 @needs("pdsh")
 def test_other_software_on_a_host_is_named(run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """Not restarted either: somebody must install the same version."""
+    """Catches a useless restart: somebody must install the same version first."""
     (metadata := tmp_path / "planted" / "torch-9.9.9.dist-info").mkdir(parents=True)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9.9\n")
     (only := tmp_path / "only").mkdir()

@@ -69,7 +69,7 @@ def test_slurm(started: dict[str, list[str]]) -> None:
 
 
 def test_mpich(started: dict[str, list[str]]) -> None:
-    """Recorded only: MPICH itself was not run."""
+    """Checks the recorded command only; MPICH itself did not run."""
     command = started["mpich"]
     assert command[:5] == ["mpirun", "-n", "4", "-ppn", "2"]
     at = command.index(sys.executable)

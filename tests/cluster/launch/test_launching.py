@@ -22,7 +22,7 @@ def test_a_run_to_its_end(launch: Callable[..., Launch]) -> None:
 
 
 def test_restarts_go_on_from_the_newest_checkpoint(launch: Callable[..., Launch]) -> None:
-    """Two faults and two restarts; no step is done twice."""
+    """Plants two faults; after two restarts no step was done twice."""
     run = launch([[1, 5, "SIGKILL"], [0, 10, 3]], restarts=2)
     assert run.wait() == 0
     assert "restart 1 of 2: 3 ranks on localhost (3), from the checkpoint of step 5\n" in run.printed()

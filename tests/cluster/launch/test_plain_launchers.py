@@ -110,7 +110,7 @@ def test_deepspeed_with_open_mpi(
 def test_mpirun(
     debian_hosts: list[Host], config: Path, run_mapping: dict[str, Any], tmp_path: Path, address: str
 ) -> None:
-    """With the address of rank 0 mpi4py is not needed, and the port can be chosen."""
+    """Gives the address of rank 0, so that mpi4py is not needed and the port is free to choose."""
     if address == "discovered":
         pytest.importorskip("mpi4py")
     place = ["--host", ",".join(f"{host.name}:1" for host in debian_hosts), "-n", "2", "--bind-to", "none"]

@@ -31,7 +31,7 @@ def test_a_signal_stops_all_ranks_after_their_step(launch: Callable[..., Launch]
 
 
 def test_a_second_interrupt_kills(launch: Callable[..., Launch]) -> None:
-    """Also a rank that does not stop when asked."""
+    """Kills also a rank that ignores the first interrupt."""
     run = launch([[1, 5, "ignore"]], steps=10000, restarts=2)
     run.wait_until(lambda: "step 7\n" in run.printed())
     run.process.send_signal(signal.SIGINT)

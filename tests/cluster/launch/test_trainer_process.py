@@ -1,4 +1,4 @@
-"""A trainer under its guard: the whole session ends, and a log that cannot be written costs nothing else."""
+"""Tests that a trainer's whole session ends, and that a log file that cannot be written stops nothing."""
 
 import select
 import signal
@@ -51,7 +51,7 @@ def test_output_survives_a_full_disk(tmp_path: Path, log: str) -> None:
 
 @pytest.mark.parametrize("is_stopped", [False, True])
 def test_all_processes_of_a_session_are_killed(tmp_path: Path, is_stopped: bool) -> None:
-    """Those that data-loaders have forked too, and stopped ones."""
+    """Includes processes forked by data loaders, and stopped ones."""
     code = "import os, time; os.fork(); os.write(1, b'%d\\n' % os.getpid()); time.sleep(1000)"  # in one write
     shown: list[str] = []
     trainer = run(code, tmp_path / "log", shown, [])
@@ -66,7 +66,7 @@ def test_all_processes_of_a_session_are_killed(tmp_path: Path, is_stopped: bool)
 
 
 def test_a_trainer_dies_with_its_guard(tmp_path: Path) -> None:
-    """Also when nobody else on its host is left to end it."""
+    """Catches a trainer that survives when no other process on its host could end it."""
     code = (
         "import sys, time; from beit3_ds.cluster.launch.messages import Start;"
         "from beit3_ds.cluster.launch.trainer_process import TrainerProcess;"
@@ -90,7 +90,7 @@ def is_running(pid: int) -> bool:
 
 
 def test_what_a_trainer_leaves_behind_is_ended(tmp_path: Path) -> None:
-    """It would hold the pipe open, and the memory of a GPU."""
+    """Catches a process that keeps the pipe open and holds the memory of a GPU."""
     code = "import os, time; pid = os.fork(); pid and os.write(1, b'%d\\n' % pid); time.sleep(0 if pid else 1000)"
     shown: list[str] = []
     trainer = run(code, tmp_path / "log", shown, [])

@@ -59,7 +59,7 @@ def digests(folder: Path, tokenizer: TextTokenizer) -> dict[str, str]:
     ("path", "source"), [("shards/b.tar", "shards/*.tar"), ("images/b.jpg", "images"), ("text.txt", "text.txt")]
 )
 def test_real_sources(tokenizer_files: dict[str, str], tmp_path: Path, path: str, source: str) -> None:
-    """Neither the folder of data nor the time of a copy counts, but a name and a length do."""
+    """Expects that file names and lengths count, but folders and modification times do not."""
     tokenizer = TextTokenizer(tokenizer_files["text"])
     first, second = place(tmp_path / "one"), place(tmp_path / "two")
     os.utime(second / path, (0, 0))

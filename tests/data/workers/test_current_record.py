@@ -1,4 +1,4 @@
-"""A process sees the name of the record that another one reads, through a shared descriptor."""
+"""Tests that a process sees, through a shared descriptor, the record that another process reads."""
 
 import os
 

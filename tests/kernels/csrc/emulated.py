@@ -47,7 +47,7 @@ def parameters(mistakes: Mapping[str, Mistake]) -> list[Any]:
 
 
 class FailedError(RuntimeError):
-    """A sanitizer or the emulation ended a program; the text is its message."""
+    """Reports that a sanitizer or the emulation ended a program; the text is its message."""
 
 
 def build(folder: Path, program: str, definition: str, mistake: Mistake | None = None) -> Path:

@@ -48,7 +48,7 @@ class LogitsCase:
         return with_gradients(loss)(logits, bias, d_loss)  # type: ignore[return-value]
 
     def run(self, tiling: LogitsTiling) -> tuple[Tensor, ...]:
-        """Computes the same by launches of the kernels."""
+        """Computes loss and gradients by launching the kernels."""
         state = torch.zeros(3, len(self.logits), device=self.logits.device)
         state[0] = -torch.inf
         for first, logits in self.tiles():
