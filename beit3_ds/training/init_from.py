@@ -51,6 +51,8 @@ class InitialWeights:
         if self.absent:
             modules = dict.fromkeys(re.sub(r"\.(weight|bias)(_\w+)?$", "", name) for name in self.absent)
             notes.append(f"initial values for {', '.join(modules)}")
+        if self.task is not None:
+            notes.append(f"with the head of {self.task['name']}")
         return "; ".join([f"starts from the weights of {self.weights.path}", *notes])
 
     def _read(self, kind: str, name: str, part: TensorSlice) -> Tensor:

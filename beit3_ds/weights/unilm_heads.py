@@ -80,7 +80,8 @@ def recognise_task(shapes: Mapping[str, torch.Size]) -> dict[str, Any]:
     if task not in _LAST_BIAS:
         return {"name": task}
     name, setting = _LAST_BIAS[task]
-    return {"name": task, setting: shapes[name][0]}
+    kind = {"head": "linear"} if task == "imagenet" else {}
+    return {"name": task, **kind, setting: shapes[name][0]}
 
 
 def head_builder(task: Mapping[str, Any]) -> HeadBuilder:

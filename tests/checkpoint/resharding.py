@@ -44,7 +44,7 @@ class Setup(NamedTuple):
         zero = {**config.deepspeed["zero_optimization"], "stage3_param_persistence_threshold": 64}
         return dataclasses.replace(
             config,
-            model=dataclasses.replace(config.model, num_layers=NUM_LAYERS),
+            backbone=dataclasses.replace(config.model, num_layers=NUM_LAYERS),
             training=dataclasses.replace(config.training, seed=seed),
             deepspeed={**config.deepspeed, "zero_optimization": zero},
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from beit3_ds.config import ConfigError
+from beit3_ds.config.task import TaskConfig
 from beit3_ds.model import initialize_parameters
 from beit3_ds.model.pretrained import weights_metadata
 from beit3_ds.tasks.pretraining.model import PretrainingModel
@@ -75,6 +76,25 @@ def test_engine_holds_adapted_weights(tmp_path: Path) -> None:
     assert line.startswith(f"starts from the weights of {path}; positions of ")
     assert "initial values for text positions 9 to" in line and "copied from their vision experts" in line
     assert line.endswith("; initial values for heads.mim")
+
+
+def test_a_task_gets_a_new_head_or_keeps_its_own(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from beit3_ds.training.init_from import InitialWeights
+
+    task, path = "tests.tasks.rotation", tmp_path / "weights.safetensors"
+    config = FEW[0].config()
+    empty = dataclasses.replace(config.data.pairs, train=(), validation=(), samples_per_step=0)
+    data = dataclasses.replace(config.data, pairs=empty, texts=empty)
+    own = dataclasses.replace(config, data=data, task=TaskConfig(name=task))
+    tensors = write_weights(path, FEW[0])
+    assert InitialWeights(path, own).describe().endswith("; initial values for heads.turn")
+    tensors |= {"heads.turn.weight": torch.ones(4, config.model.hidden_size), "heads.turn.bias": torch.ones(4)}
+    save_file(tensors, path, metadata=weights_metadata(config.model, 5, {"name": task}))
+    continued = InitialWeights(path, own)
+    assert continued.describe().endswith(f"; with the head of {task}")
+    assert not continued.absent and "heads.turn.weight" in continued._names
 
 
 @pytest.mark.parametrize("task", ["vqa", "retrieval"])

@@ -31,7 +31,7 @@ TASKS = {
     "nlvr2": {"name": "nlvr2"},
     "captioning": {"name": "captioning"},
     "retrieval": {"name": "retrieval"},
-    "imagenet_linear": {"name": "imagenet", "num_classes": 7},
+    "imagenet_linear": {"name": "imagenet", "head": "linear", "num_classes": 7},
 }
 assert_close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
