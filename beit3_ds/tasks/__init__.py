@@ -1,7 +1,8 @@
 """Contains the tasks of the trainer, one per folder; `task.py` defines what a task is."""
 
 from beit3_ds.tasks.build import build_task
+from beit3_ds.tasks.rank_task import Evaluator, Figures, RankShare, RankTask
 from beit3_ds.tasks.results import SampleResults
-from beit3_ds.tasks.task import Evaluator, Figures, Headline, RankShare, RankTask, Task, Term
+from beit3_ds.tasks.task import Headline, Task, Term
 
 __all__ = ["Evaluator", "Figures", "Headline", "RankShare", "RankTask", "SampleResults", "Task", "Term", "build_task"]

@@ -5,7 +5,8 @@ is any importable module. The module has a class `TASK`, a subclass of `Task`. T
 tensors:
 
     Task        built from the configuration alone, also by `beit3 check`: terms, model, costs
-    RankTask    opened by one rank: the samples it reads, how it prepares a micro-batch, what it reports
+    RankTask    opened by one rank (`rank_task.py`): its samples, how it prepares a micro-batch, what it evaluates and
+                writes
 
 Around its steps a task may keep state of its own, such as a codebook: `RankTask.before_step`, `after_step` and
 `figures`. Buffers of its model are saved in checkpoints. A task whose result is a file of its own writes it at the end
@@ -29,24 +30,17 @@ A task that needs more extends the following:
 import dataclasses
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
-
-import torch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import INPUT_KINDS, ConfigError, InputKind, ModelConfig, RunConfig
-from beit3_ds.config.data import IMAGE_FORMATS, Split
-from beit3_ds.config.prefetch import plan_prefetch
-from beit3_ds.data import EvaluationBatches, StepDataset, ValidationBatches, build_validation_batches
-from beit3_ds.data.packing import Pack
-from beit3_ds.data.samples import SourceSamples, Stream, name_sources
-from beit3_ds.data.validation_overlap import check_validation_apart
+from beit3_ds.config.data import IMAGE_FORMATS
 from beit3_ds.model import Head, StageModel, StepLoss, TaskModel
 from beit3_ds.model.flops import layer_flops, work_of
-from beit3_ds.parallel import Mesh, TensorParallel
+from beit3_ds.parallel import TensorParallel
+from beit3_ds.tasks.rank_task import RankShare, RankTask
 
 
 class Term(NamedTuple):
@@ -71,204 +65,6 @@ class Headline(NamedTuple):
     """Key of the metric in the result of `RankTask.evaluate` and in the run's validation records."""
     is_higher_better: bool = True
     """Whether a larger value is better."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankShare:
-    """Says which part of every step a rank reads."""
-
-    data_parallel_rank: int
-    """Rank among the ranks that read different samples."""
-    data_parallel_size: int
-    """Number of these ranks."""
-    embeds: bool
-    """Whether the rank needs the model's inputs; true on the first stage of a pipeline."""
-    predicts: bool
-    """Whether the rank needs targets; true on the last stage of a pipeline."""
-    reads: bool
-    """Whether the rank reads samples; other ranks receive theirs from those that read (`Mesh.is_reader`)."""
-    splits: tuple[Split, ...] = ("train", "validation")
-    """Splits to open: those of training, or the one that `beit3 evaluate` scores."""
-
-    @property
-    def is_main(self) -> bool:
-        """Returns whether the rank is the main one (`Mesh.is_main`), which writes the files of a run."""
-        return self.reads and self.embeds and self.data_parallel_rank == 0
-
-
-class Evaluator(Protocol):
-    """Gives a task access to the model, during a run and at its end."""
-
-    @property
-    def mesh(self) -> Mesh:
-        """Returns the mesh of all ranks."""
-
-    @property
-    def device(self) -> torch.device:
-        """Returns the device of this rank."""
-
-    @property
-    def validation(self) -> Iterable[PackedBatch]:
-        """Returns the batches of the validation loss on this rank, not yet prepared."""
-
-    def batches(self, split: Split) -> Iterable[PackedBatch]:
-        """Returns this rank's share of all samples of a split, not yet prepared; workers read them in each iteration.
-
-        All ranks have the same number of batches, some of them empty, and each sample comes once over all data-parallel
-        ranks. Its number in its stream (`SampleKey.index`) identifies it in `SampleResults`.
-        """
-
-    @property
-    def model(self) -> StageModel:
-        """Returns the layers of this stage; ZeRO-3 may have partitioned their parameters."""
-
-    def predict(self, batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, Any]]:
-        """Yields each prepared batch, with the head's predictions on the last stage and None elsewhere.
-
-        All ranks must call it with the same number of batches.
-        """
-
-    def trained_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields each weight of the whole model in float32, and each buffer, with its name, on the CPU.
-
-        Reads the newest checkpoint, so no rank communicates; only a rank that needs the tensors calls it.
-        """
-
-
-class Figures(NamedTuple):
-    """Holds what a task adds to a progress report."""
-
-    values: Mapping[str, int | float] = {}
-    """Values of the record in metrics.jsonl, by name; the same on all ranks."""
-    lines: Sequence[str] = ()
-    """Lines that are printed below the progress line."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankTask:
-    """Holds what one rank has opened for a task."""
-
-    dataset: StepDataset | None = None
-    """Dataset of training steps; None on ranks that receive their samples."""
-    validation: ValidationBatches | None = None
-    """Batches of the validation loss; None on ranks that receive them, and in a task without that loss."""
-    evaluation: Mapping[Split, EvaluationBatches] = field(default_factory=dict)
-    """All samples of each split that the task evaluates; empty on ranks that receive them."""
-    sources: Mapping[str, SourceSamples] = field(default_factory=dict)
-    """Samples of every source that this rank reads, by source name in the configuration; ranks compare them."""
-    files: Mapping[str, str | None] = field(default_factory=dict)
-    """Further files that must be equal on all ranks, by configuration key; all ranks name the same ones."""
-
-    @classmethod
-    def open(
-        cls,
-        config: RunConfig,
-        share: RankShare,
-        build_streams: Callable[[Split], Mapping[str, Stream]],
-        pack: Pack,
-        views: str = "model",
-        validation_loss: bool = True,
-        **fields: Any,
-    ) -> Self:
-        """Opens the samples of the rank's splits (`RankShare.splits`); a rank that does not read opens none.
-
-        Args:
-            config: the run's configuration.
-            share: part of every step that the rank reads.
-            build_streams: opens the streams of a split, in the order of their rows in a batch.
-            pack: packs prepared samples into a micro-batch.
-            views: views of each image that a batch keeps (`config.prefetch.plan_prefetch`).
-            validation_loss: whether an evaluation is the mean of the terms over `training.eval_samples` samples that
-                stay in memory. False lets `evaluate` read all samples of a split.
-            fields: values of the class's further fields.
-
-        Raises:
-            ConfigError: if a file cannot be read, there are fewer samples than ranks, or a step exceeds
-                `data.prefetch_gib`.
-        """
-        if not share.reads:
-            return cls(**fields)
-        check_validation_apart(config.data)
-        rank, size = share.data_parallel_rank, share.data_parallel_size
-        dataset, validation = None, None
-        sources: dict[str, SourceSamples] = {}
-        evaluation: dict[Split, EvaluationBatches] = {}
-        for split in share.splits:
-            streams = build_streams(split)
-            sources |= name_sources(split, streams, config.data)
-            if split == "train":
-                dataset = StepDataset(config, streams, pack, rank, size, plan_prefetch(config, size, views))
-            elif validation_loss:
-                validation = build_validation_batches(config, streams, pack, rank, size)
-            else:
-                evaluation[split] = EvaluationBatches(config, streams, pack, rank, size)
-        return cls(dataset=dataset, validation=validation, evaluation=evaluation, sources=sources, **fields)
-
-    def to(self, device: torch.device) -> None:
-        """Moves the task's own tensors, such as those of a frozen network, to the device."""
-
-    def prepare(self, batch: PackedBatch, device: torch.device) -> PackedBatch:
-        """Returns a micro-batch on the device, with all targets that the head needs."""
-        return batch.to(device)
-
-    def before_step(self, evaluator: Evaluator, step: int) -> None:
-        """Prepares a training step, counted from 0; all ranks call it before each step.
-
-        The call before the first step of a process precedes the evaluation at step 0. What it does must depend on the
-        step and the state of the model alone, so that a resumed run does the same.
-        """
-
-    def after_step(self, evaluator: Evaluator, *, is_skipped: bool) -> None:
-        """Ends a training step after its update; all ranks call it.
-
-        Args:
-            evaluator: the model.
-            is_skipped: whether the update was skipped, because a loss or gradient was not finite.
-        """
-
-    def figures(self) -> Figures:
-        """Returns what the task adds to a progress report, and starts a new interval; all ranks call it."""
-        return Figures()
-
-    def write_results(self, evaluator: Evaluator) -> dict[str, str]:
-        """Writes the files that other runs read, after the last checkpoint; all ranks call it.
-
-        Returns:
-            Entries for the summary, by name; those of the main rank are shown.
-
-        Raises:
-            StorageError: if a file cannot be written; the same command tries again.
-        """
-        return {}
-
-    def evaluate(self, evaluator: Evaluator, split: Split, folder: Path | None) -> dict[str, float]:
-        """Evaluates all samples of a split; all ranks must call it, also where the split has no samples.
-
-        A task runs the model over `evaluator.batches(split)`, adds a row per sample to `SampleResults`, and computes
-        its metrics on the main rank from the gathered rows.
-
-        Args:
-            evaluator: the model and its ranks.
-            split: "validation" or "test".
-            folder: folder for result files and pages, which exists; None writes none.
-
-        Returns:
-            Metrics by name on the main rank; empty elsewhere, and for a split without annotations. A metric with the
-            name of a term counts as that term's validation mean.
-        """
-        return {}
-
-    def baselines(self, evaluator: Evaluator) -> dict[str, float]:
-        """Returns the value of each term for a predictor that ignores its input, by name; all ranks must call it."""
-        return {}
-
-    def write_pages(self, evaluator: Evaluator, folder: Path) -> dict[str, str]:
-        """Writes pages that show results to people; all ranks must call it.
-
-        Returns:
-            Entries for the summary, by name, on one rank of the last stage; empty elsewhere.
-        """
-        return {}
 
 
 @dataclass(frozen=True, kw_only=True)

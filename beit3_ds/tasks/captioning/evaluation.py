@@ -18,9 +18,9 @@ from beit3_ds.tasks.captioning.head import TARGET_IDS
 from beit3_ds.tasks.captioning.packing import NUM_MASKED, NUMBERS
 from beit3_ds.tasks.captioning.samples import CaptionSamples
 from beit3_ds.tasks.captioning.score import Identifier, score_captions, write_caption_results
+from beit3_ds.tasks.rank_task import Evaluator
 from beit3_ds.tasks.result_page import ShownSample, choose_shown, write_result_page
 from beit3_ds.tasks.results import GatheredResults, SampleResults
-from beit3_ds.tasks.task import Evaluator
 from beit3_ds.tokenizers.text import TextTokenizer
 
 RESULTS, PAGE = "captions.json", "captions.html"

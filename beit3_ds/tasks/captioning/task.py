@@ -19,7 +19,8 @@ from beit3_ds.tasks.captioning.evaluation import DescribedSplit, describe_missin
 from beit3_ds.tasks.captioning.head import CaptionHead, sum_best_tokens
 from beit3_ds.tasks.captioning.packing import pack
 from beit3_ds.tasks.captioning.samples import CAPTION_FORMATS, build_stream
-from beit3_ds.tasks.task import Evaluator, Headline, RankShare, RankTask, Task, Term
+from beit3_ds.tasks.rank_task import Evaluator, RankShare, RankTask
+from beit3_ds.tasks.task import Headline, Task, Term
 from beit3_ds.tokenizers.text import TextTokenizer, load_text_tokenizer
 
 

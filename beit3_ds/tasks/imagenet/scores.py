@@ -15,9 +15,9 @@ from beit3_ds.parallel import Mesh
 from beit3_ds.tasks.imagenet.head import CLASSES
 from beit3_ds.tasks.imagenet.packing import NUMBERS
 from beit3_ds.tasks.imagenet.samples import ClassText
+from beit3_ds.tasks.rank_task import Evaluator
 from beit3_ds.tasks.results import GatheredResults, SampleResults
 from beit3_ds.tasks.retrieval.head import IMAGE_FEATURES, SCALE, TEXT_FEATURES
-from beit3_ds.tasks.task import Evaluator
 
 NUM_SHOWN = 5
 """Classes per image that result files name."""

@@ -20,9 +20,10 @@ from beit3_ds.tasks.imagenet.loss import class_terms
 from beit3_ds.tasks.imagenet.packing import pack
 from beit3_ds.tasks.imagenet.samples import CLASS_NAMES, IMAGE_FORMATS, ClassText, build_streams, encode_classes
 from beit3_ds.tasks.imagenet.scores import ClassScores, score_split, share_of_batches
+from beit3_ds.tasks.rank_task import Evaluator, RankShare, RankTask
 from beit3_ds.tasks.result_page import ShownSample, choose_shown, write_result_page
 from beit3_ds.tasks.retrieval.head import ContrastiveHead
-from beit3_ds.tasks.task import Evaluator, Headline, RankShare, RankTask, Task, Term
+from beit3_ds.tasks.task import Headline, Task, Term
 from beit3_ds.tokenizers.text import load_text_tokenizer
 
 _NUM_ON_PAGE = 60

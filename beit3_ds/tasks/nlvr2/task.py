@@ -19,9 +19,10 @@ from beit3_ds.tasks.nlvr2.files import Statements
 from beit3_ds.tasks.nlvr2.head import StatementHead
 from beit3_ds.tasks.nlvr2.samples import FORMATS, NUMBERS, StatementSamples, build_stream, pack
 from beit3_ds.tasks.nlvr2.score import JudgedStatement, score_statements
+from beit3_ds.tasks.rank_task import Evaluator, RankShare, RankTask
 from beit3_ds.tasks.result_page import ShownSample, choose_shown, write_result_page
 from beit3_ds.tasks.results import GatheredResults, SampleResults
-from beit3_ds.tasks.task import Evaluator, Headline, RankShare, RankTask, Task, Term
+from beit3_ds.tasks.task import Headline, Task, Term
 from beit3_ds.tokenizers.text import load_text_tokenizer
 
 _SHOWN = 60

@@ -19,7 +19,8 @@ from beit3_ds.tasks.pretraining.packing import ImageViews, image_shape, pack
 from beit3_ds.tasks.pretraining.predictions import write_predictions
 from beit3_ds.tasks.pretraining.samples import build_streams
 from beit3_ds.tasks.pretraining.targets import prepare_batch
-from beit3_ds.tasks.task import Evaluator, RankShare, RankTask, Task, Term
+from beit3_ds.tasks.rank_task import Evaluator, RankShare, RankTask
+from beit3_ds.tasks.task import Task, Term
 from beit3_ds.tokenizers import TextTokenizer, VisualTokenizer, check_visual_tokenizer_fits, load_visual_tokenizer
 from beit3_ds.tokenizers.text import load_text_tokenizer
 

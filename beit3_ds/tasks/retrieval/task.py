@@ -11,6 +11,7 @@ from beit3_ds.config.data import IMAGE_FORMATS, Split
 from beit3_ds.data.samples import Stream
 from beit3_ds.model import Head, StepLoss
 from beit3_ds.parallel import TensorParallel
+from beit3_ds.tasks.rank_task import Evaluator, RankShare, RankTask
 from beit3_ds.tasks.results import SampleResults
 from beit3_ds.tasks.retrieval.config import RetrievalConfig
 from beit3_ds.tasks.retrieval.contrastive import contrastive_sums
@@ -18,7 +19,7 @@ from beit3_ds.tasks.retrieval.head import IMAGE_FEATURES, TEXT_FEATURES, Contras
 from beit3_ds.tasks.retrieval.packing import IMAGE_NUMBERS, TEXT_NUMBERS, pack
 from beit3_ds.tasks.retrieval.results import ResultFiles, Retrieved
 from beit3_ds.tasks.retrieval.samples import CAPTION_FORMATS, open_pairs
-from beit3_ds.tasks.task import Evaluator, Headline, RankShare, RankTask, Task, Term
+from beit3_ds.tasks.task import Headline, Task, Term
 from beit3_ds.tokenizers.text import load_text_tokenizer
 
 

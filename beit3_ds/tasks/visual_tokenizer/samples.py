@@ -9,9 +9,8 @@ from torch import Tensor
 from beit3_ds.config import RunConfig, SourceConfig
 from beit3_ds.data.files.descriptors import OpenFiles
 from beit3_ds.data.images.augmentation import CenterViews, ViewTransform, build_augmentation
-from beit3_ds.data.samples import ImageSourceSamples, SampleKey, Stream
+from beit3_ds.data.samples import ImageSourceSamples, SampleKey, Split, Stream
 from beit3_ds.data.sources import ConcatSources, check_no_file_twice, open_images
-from beit3_ds.tasks.task import Split
 
 
 class TokenizerView(NamedTuple):

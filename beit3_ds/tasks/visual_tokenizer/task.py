@@ -13,7 +13,8 @@ from torch import Tensor
 from beit3_ds.batch import PackedBatch, StepBatch
 from beit3_ds.config import ConfigError, RunConfig
 from beit3_ds.model import Head, StageModel
-from beit3_ds.tasks.task import Evaluator, Figures, RankShare, RankTask, Task, Term
+from beit3_ds.tasks.rank_task import Evaluator, Figures, RankShare, RankTask
+from beit3_ds.tasks.task import Task, Term
 from beit3_ds.tasks.visual_tokenizer.code_usage import CodeCounter, measure_code_usage
 from beit3_ds.tasks.visual_tokenizer.codebook import gather_vectors, mean_features, start_steps
 from beit3_ds.tasks.visual_tokenizer.config import VisualTokenizerSettings

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from beit3_ds.atomic_file import atomic_write
 from beit3_ds.config.data import Split
 from beit3_ds.data import EvaluationBatches
+from beit3_ds.tasks.rank_task import Evaluator
 from beit3_ds.tasks.result_page import ShownSample, choose_shown, write_result_page
 from beit3_ds.tasks.results import GatheredResults, SampleResults
-from beit3_ds.tasks.task import Evaluator
 from beit3_ds.tasks.vqa.answers import AnswerVocabulary
 from beit3_ds.tasks.vqa.files import VqaQuestions
 from beit3_ds.tasks.vqa.head import ANSWER_SCORES

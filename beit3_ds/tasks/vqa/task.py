@@ -11,7 +11,8 @@ from beit3_ds.config.data import Split
 from beit3_ds.data.samples import Stream
 from beit3_ds.data.validation_overlap import describe_shared_images
 from beit3_ds.parallel import TensorParallel
-from beit3_ds.tasks.task import Evaluator, Headline, RankShare, RankTask, Task, Term
+from beit3_ds.tasks.rank_task import Evaluator, RankShare, RankTask
+from beit3_ds.tasks.task import Headline, Task, Term
 from beit3_ds.tasks.vqa.answer_list import choose_answers, keep_answers, read_stored_answers
 from beit3_ds.tasks.vqa.answers import AnswerVocabulary
 from beit3_ds.tasks.vqa.config import VqaConfig

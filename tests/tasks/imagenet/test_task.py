@@ -11,7 +11,7 @@ import pytest
 from beit3_ds.config import ConfigError, build_run_config
 from beit3_ds.sample_data.write_scenes import class_names, write_scenes
 from beit3_ds.tasks import build_task
-from beit3_ds.tasks.task import RankShare
+from beit3_ds.tasks.rank_task import RankShare
 from beit3_ds.training.metrics_log import MetricsLog
 from tests.ranks import run_ranks
 from tests.run_config import small_run_mapping
