@@ -29,7 +29,7 @@ def digest(sources: Iterable[str], versions: Mapping[str, str]) -> str:
 
 
 def current_digest(test_file: Path) -> str:
-    """Returns the digest of the proofs in a file as everything is now."""
+    """Returns the digest of the proofs in a file with the current sources and versions."""
     sources = [_source(*name.split("::")) for name in (*WORKAROUNDS, *HARNESS)]
     return digest([*sources, test_file.read_text()], {name: version(name).partition("+")[0] for name in PACKAGES})
 

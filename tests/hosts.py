@@ -1,4 +1,4 @@
-"""Hosts made of Linux namespaces: real launchers start real ranks on them, over a network that can be cut.
+"""Builds hosts from Linux namespaces, on which real launchers start real ranks over a network that can be cut.
 
 Each host has its own network, hostname, processes, /etc/hosts, /run, /dev/shm and sshd; files are shared, as on a
 cluster with a shared file system. A switch, in a network of its own, joins the hosts, so nothing of this machine's

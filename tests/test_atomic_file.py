@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and readable by whom the umask allows."""
+"""Tests that files are whole or absent, and have the permissions of the umask."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Every call that sends to other ranks is classified, and runs over groups that refuse what NCCL refuses."""
+"""Tests that every call that sends to other ranks is classified, and runs with groups as strict as NCCL's."""
 
 import json
 import os
@@ -310,7 +310,7 @@ def check_seen(run: str, outcomes: list[Outcome]) -> None:
 
 @pytest.mark.parametrize("run", [pytest.param(run, marks=[pytest.mark.slow] * (run != "data")) for run in RUNS])
 def test_every_collective_is_of_hosts_or_of_devices(run: str, run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """Start, steps, evaluation, save, stop, resume and report, where a tensor on the wrong side is refused.
+    """Runs start, steps, evaluation, save, stop, resume and report with groups that refuse tensors on the wrong device.
 
     Before hosts had a group of their own no run of several ranks began: "No backend type associated with device type
     cpu". DeepSpeed's own collectives of these stages run here too.

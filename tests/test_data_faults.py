@@ -1,4 +1,4 @@
-"""Workers that are killed or stopped and reads that never return, in whole runs: named, and nothing done is lost."""
+"""Tests runs whose workers are killed or stopped, or whose reads hang: the cause is named, and no step is lost."""
 
 import json
 import os

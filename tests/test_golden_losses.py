@@ -1,4 +1,4 @@
-"""Losses and gradient norms of tiny runs are those recorded at version 0.1: a change of structure moves no number."""
+"""Compares losses and gradient norms of tiny runs with records of version 0.1."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Sequences that are kept of a stream make a stream of their own, made of the same rows."""
+"""Tests that some sequences of a stream form a stream of their own, with the same rows."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Ranks are named by their spans, however many there are."""
+"""Tests that any number of ranks is named by spans."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,4 +1,4 @@
-"""The README's example in Python runs as it stands."""
+"""Runs the README's Python example unchanged."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Files of other projects' tensors: read as data, or refused; their code never runs."""
+"""Tests that other projects' tensor files are read as data or refused, and that their code never runs."""
 
 import argparse
 import contextlib

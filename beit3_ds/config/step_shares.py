@@ -11,7 +11,7 @@ BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu")
 
 
 class MicroBatchSize(NamedTuple):
-    """Samples of each stream in one micro-batch of one rank."""
+    """Counts the samples of each stream in one micro-batch of one rank."""
 
     images: int
     pairs: int

@@ -1,4 +1,4 @@
-"""Data: from files to packed micro-batches, as a pure function of seed and step.
+"""Turns files into packed micro-batches, as a pure function of seed and step.
 
 The modules in the order of the flow: `files` finds and reads files, and retries reads that fail. `images` and `text`
 make samples of files, and `sources` opens the sources that a config names. `order` picks samples; `samples` crops,

@@ -18,7 +18,7 @@ _LENGTH_BYTES = 8
 
 @dataclass(frozen=True)
 class HostGroup:
-    """Ranks that exchange values in host memory over gloo; a group of one rank sends nothing.
+    """Exchanges values in host memory between ranks over gloo; a group of one rank sends nothing.
 
     A device group serves one type of device: NCCL refuses CPU tensors. So host values are sent through this group, and
     device tensors never are. A process has one such group over all ranks, `Mesh.host`; the axes of the mesh use parts

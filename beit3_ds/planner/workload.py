@@ -25,7 +25,7 @@ class BlockRows(NamedTuple):
 
 
 class Workload(NamedTuple):
-    """Sizes of one micro-batch."""
+    """Holds the sizes of one micro-batch."""
 
     rows: int
     """Packed rows, T."""

@@ -28,7 +28,7 @@ CHOSEN_BY_CELL = ("zero_optimization.stage", "bf16.enabled")
 
 
 class KeyCell(NamedTuple):
-    """Options under one ZeRO stage and precision."""
+    """Holds options for one ZeRO stage and precision."""
 
     options: tuple[tuple[str, Any], ...]
     """Paths in DeepSpeed's file, keys joined by dots, and their values."""
@@ -106,7 +106,7 @@ def _fit(options: tuple[tuple[str, Any], ...], stage: int, bf16: bool) -> KeyCel
 
 
 class Trained(NamedTuple):
-    """Results of a few training steps."""
+    """Holds the results of a few training steps."""
 
     losses: list[Tensor]
     weights: dict[str, Tensor]

@@ -51,7 +51,7 @@ class Setup(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """Losses and state of the run that saved."""
+    """Holds losses and state of the run that saved."""
 
     tensors: dict[str, Tensor]
     """Logical weights and moments that its first data-parallel ranks hold, as DeepSpeed gathers them."""

@@ -140,7 +140,7 @@ def test_ranks_agree_on_damage(tmp_path: Path, damage: Callable[[Path], None]) -
 
 
 def test_checkpoint_under_another_step_is_found(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its content is whole, but its name says another step."""
+    """Renames a whole checkpoint, so that its name says another step."""
     shutil.rmtree(folder(root))
     shutil.copytree(folder(root, BEFORE), folder(root))
     check_passed_over(root, capsys, f"holds step {BEFORE}")
@@ -285,7 +285,7 @@ def test_another_model_is_refused(root: Path) -> None:
 
 @pytest.mark.parametrize("stored", [[0, "float32", [2, 3]], [0, "bfloat16", [3, 2]], None])
 def test_another_buffer_is_refused(root: Path, stored: list[Any] | None) -> None:
-    """Its shape or type is another, or the checkpoint lacks it."""
+    """Changes the shape or type of a buffer, or removes it from the checkpoint."""
 
     def change(content: dict[str, Any]) -> None:
         del content["buffers"]["codes.weight"]
@@ -324,7 +324,7 @@ def test_all_fields_of_the_description_are_kept(root: Path) -> None:
 
 
 def test_torn_files_are_seen_without_reading_them(root: Path) -> None:
-    """Messages and pruning must not count a checkpoint with a truncated file."""
+    """Catches messages and pruning that count a checkpoint with a truncated file."""
     truncate(folder(root) / FILES[0])
     assert SmallRun(root).store.newest_path() == folder(root, BEFORE)
 

@@ -1,4 +1,4 @@
-"""Files of any name, encoding and content: every sample is read as it is, counted with a reason, or refused.
+"""Tests files of any name, encoding and content: each sample is read unchanged, skipped with a reason, or refused.
 
 Each case writes files of which it is known what they hold, and then adds up: what is read, what breaks when it is read,
 what is left out by reason. Nothing may be in none of the three, and nothing may be read as something else.

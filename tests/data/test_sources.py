@@ -1,4 +1,4 @@
-"""Sources: consecutive numbers, no file twice, and clear errors."""
+"""Tests sources: consecutive numbers, no file twice, and clear errors."""
 
 import json
 from pathlib import Path

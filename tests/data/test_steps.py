@@ -1,4 +1,4 @@
-"""Steps: the same samples and draws under every layout, in every process, after every resume."""
+"""Tests that steps have the same samples and draws under every layout, in every process, after every resume."""
 
 import itertools
 from collections import Counter

@@ -45,7 +45,7 @@ def build_mesh() -> Mesh:
 
 
 def measure_vocabulary(chunk_size: int | None, smoothing: float) -> dict[str, tuple[Tensor, Tensor]]:
-    """Returns, on one rank, tensors of three AdamW steps with those of the unsplit network."""
+    """Runs three AdamW steps on one rank; returns pairs of its tensors and the unsplit network's."""
     mesh = build_mesh()
     torch.manual_seed(0)
     whole = nn.ModuleDict({"word": nn.Embedding(VOCAB, HIDDEN), "mlm": nn.Linear(HIDDEN, VOCAB)})

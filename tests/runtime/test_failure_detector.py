@@ -16,7 +16,7 @@ BEAT_SECONDS = 10
 
 
 class Clock:
-    """Ranks that beat every ten seconds, looked at every second."""
+    """Simulates ranks that beat every ten seconds, and a detector that runs every second."""
 
     def __init__(self, patch: pytest.MonkeyPatch, num_ranks: int = 4) -> None:
         self.now = 0.0

@@ -1,4 +1,4 @@
-"""Ranks that do not meet say why, in time."""
+"""Tests that ranks that do not meet report the reason in time."""
 
 import contextlib
 import queue

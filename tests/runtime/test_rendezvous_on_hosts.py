@@ -1,4 +1,4 @@
-"""Ranks of several hosts find each other over the right interface, or say why not."""
+"""Tests that ranks of several hosts meet over the right interface, or report the reason."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Ranks that stop, stall, leave or fail, without a training around them: each a process with an output of its own."""
+"""Tests the watchdog with ranks that stop, stall, leave or fail; each is a process that runs no training."""
 
 import os
 import re

@@ -39,7 +39,7 @@ class Inquiry:
 
 @dataclass(kw_only=True)
 class Answers:
-    """Answers of one node; None for questions that were not asked because it had stopped answering."""
+    """Holds the answers of one node; None for questions that were not asked because it had stopped answering."""
 
     name: str
     """Name of the host."""
@@ -79,7 +79,7 @@ class Answers:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """Answers of all nodes to the questions of a cluster check."""
+    """Holds the answers of all nodes to the questions of a cluster check."""
 
     inquiry: Inquiry
     """Inputs of the check, which the questions are about."""

@@ -10,7 +10,7 @@ from beit3_ds.cluster.launch.guarded_rank import AttemptFailure
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptPlan:
-    """Commands, hosts, folders and time limits of one attempt at a run."""
+    """Lists commands, hosts, folders and time limits of one attempt at a run."""
 
     hosts: Sequence[HostSlots]
     """Hosts and slots, in the order of their ranks."""

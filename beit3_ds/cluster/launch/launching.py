@@ -36,7 +36,7 @@ _RESTART_SECONDS = 2.0  # pause before a restart, in case every attempt fails at
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchOptions:
-    """Options of `beit3 launch`."""
+    """Holds the options of `beit3 launch`."""
 
     hostfile: str
     config: str

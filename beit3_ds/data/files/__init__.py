@@ -1,1 +1,1 @@
-"""Files of a run: how they are found, opened, read and described."""
+"""Finds, opens, reads and describes the files of a run."""

@@ -148,7 +148,7 @@ def raise_open_file_limit(max_open_files: int) -> None:
 
 
 class _Recent(Generic[ItemT]):
-    """Items by path in the order of their last use; removing an item also releases it."""
+    """Holds items by path in the order of their last use; removing an item also releases it."""
 
     def __init__(self, release: Callable[[ItemT], None]) -> None:
         self._items: OrderedDict[str, ItemT] = OrderedDict()

@@ -17,7 +17,7 @@ class SourceFile(NamedTuple):
 
 
 class HasFiles(Protocol):
-    """Samples of one source, with the files that they come from."""
+    """Defines samples that know the files of their source."""
 
     def __len__(self) -> int:
         """Returns the number of samples, broken ones included."""

@@ -8,7 +8,7 @@ class BrokenRecordError(Exception):
 
 
 class Skipped(NamedTuple):
-    """Files, members or rows that are not samples, all for the same reason."""
+    """Counts files, members or rows that are skipped for one reason."""
 
     num_members: int
     """Number of skipped files, members or rows."""

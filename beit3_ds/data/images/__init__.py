@@ -1,1 +1,1 @@
-"""Sources of images and captions; decoding and augmentation of images."""
+"""Reads images and captions from all kinds of sources; decodes and augments images."""

@@ -1,4 +1,4 @@
-"""Permutations that are computed and never stored."""
+"""Computes permutations without storing them."""
 
 from collections.abc import Sequence
 

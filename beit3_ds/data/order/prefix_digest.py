@@ -11,7 +11,7 @@ _NUM_COMPARED = 256
 
 
 class IdentifiedSamples(HasFiles, Protocol):
-    """Samples of one source that can be told apart."""
+    """Defines samples that have an identity of their own."""
 
     is_last_open: ClassVar[bool]
     """Whether appending to the files may change the last sample, as it changes the last sequence of a text."""

@@ -1,4 +1,4 @@
-"""Sets of the samples that remain in an epoch, computed from its shuffles and never listed.
+"""Computes the samples that remain in an epoch from its shuffles, without listing them.
 
 While the data stay the same, an epoch is one shuffle of all samples. If they change during an epoch, the rest of the
 shuffle is joined with the new samples and shuffled again. So a set is a formula over earlier shuffles: its size does

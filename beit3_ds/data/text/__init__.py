@@ -1,1 +1,1 @@
-"""Sources of texts: files to paragraphs, paragraphs to ids, ids to sequences."""
+"""Reads texts: cuts files into paragraphs, encodes these to ids, and packs ids into sequences."""

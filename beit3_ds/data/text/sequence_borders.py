@@ -1,4 +1,4 @@
-"""Sequences of a prepared text file: writes their borders, and reads them from the token files."""
+"""Writes the borders of a prepared text file's sequences, and reads the sequences from the token files."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence

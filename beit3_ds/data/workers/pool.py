@@ -27,7 +27,7 @@ _STOPPED_SECONDS = 10.0
 
 
 class WorkerLossError(ConfigError):
-    """Workers died or stopped repeatedly over one item; the message names the item and the last loss."""
+    """Reports workers that died or stopped repeatedly over one item; the message names the item and the last loss."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Names and sizes in the messages of faults."""
+"""Tests names and sizes in the messages of faults."""
 
 from beit3_ds.cluster.check.fault import Fault, join_names, show_bytes
 

@@ -1,4 +1,4 @@
-"""Hosts that do not answer over ssh are found together, with the reason."""
+"""Tests that all hosts that do not answer over ssh are found together, with the reason."""
 
 import asyncio
 from pathlib import Path

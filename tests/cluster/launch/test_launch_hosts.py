@@ -254,7 +254,7 @@ def test_a_full_disk_is_named_and_not_met_again(run_mapping: dict[str, Any], tmp
 
 
 def check_close(ours: CheckpointFolder, expected: CheckpointFolder) -> None:
-    """Weights agree as closely as sums in another order of ranks can."""
+    """Checks that weights agree as closely as sums in another order can."""
     assert ours.step == expected.step
     for name in expected.names():
         part = whole_slice(expected.shape(name))

@@ -1,4 +1,4 @@
-"""Messages come back as they were sent, and only between those that share a token."""
+"""Tests that messages arrive unchanged, and only between peers that share a token."""
 
 import asyncio
 import json

@@ -124,7 +124,7 @@ def test_mpirun(
 @pytest.mark.slow
 @needs()
 def test_torchrun(debian_hosts: list[Host], config: Path, run_mapping: dict[str, Any], tmp_path: Path) -> None:
-    """Its agent on the first host, and not rank 0, holds the store where ranks meet."""
+    """Starts ranks whose store is held by torchrun's agent on the first host, not by rank 0."""
     meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={debian_hosts[0].address}:29400"]
     argv = ["torchrun", "--nnodes=2", "--nproc-per-node=1", *meeting, "-m", "beit3_ds.train", str(config)]
     with open(tmp_path / "second.log", "w") as log:
@@ -154,7 +154,7 @@ def test_sbatch(debian_hosts: list[Host], config: Path, run_mapping: dict[str, A
 @pytest.mark.slow
 @needs(*SLURM)
 def test_slurm_can_end_a_run_early(debian_hosts: list[Host], config: Path, tmp_path: Path) -> None:
-    """Slurm does the same for `--signal=TERM@600`; the job counts as completed, so jobs that depend on it start."""
+    """Stops a run as `--signal=TERM@600` does; the job counts as completed, so that dependent jobs start."""
     environment = ENVIRONMENT | start_slurm(debian_hosts, tmp_path)
     argv = [*batch_script(tmp_path), str(config), "--set", "training.total_steps=100000"]
     job = debian_hosts[0].start(argv, environment)

@@ -1,4 +1,4 @@
-"""Captions: valid ones are decoded, others are refused."""
+"""Tests that valid captions are decoded, and others refused."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Permutations: every sample once, without a visible order or in blocks of neighbours."""
+"""Tests permutations: every sample once, without a visible order or in blocks of neighbours."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Positions in a stream are stored, read and resumed, also with the order that visits blocks."""
+"""Tests that positions in a stream are stored, read and resumed, also with block order."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""Paragraphs of text files: the same in every format, none lost at cuts, broken lines counted."""
+"""Tests paragraphs of text files: the same in every format, none lost at cuts, broken lines counted."""
 
 import bz2
 import gzip

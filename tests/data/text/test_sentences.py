@@ -1,4 +1,4 @@
-"""Sentences in ids: their starts, and the cuts of long paragraphs."""
+"""Tests the starts of sentences in ids, and the cuts of long paragraphs."""
 
 from itertools import pairwise
 from pathlib import Path

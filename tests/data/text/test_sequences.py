@@ -1,4 +1,4 @@
-"""Sequences of text files: no token lost, borders kept, and errors that name the file."""
+"""Tests sequences of text files: no token lost, borders kept, and errors that name the file."""
 
 import json
 from pathlib import Path

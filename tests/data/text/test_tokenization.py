@@ -1,4 +1,4 @@
-"""Paragraphs become ids and sequences: no token lost, borders kept."""
+"""Tests that paragraphs become ids and sequences without losing tokens or borders."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Workers that die, stop, hang or find no memory are named in time, and replaced where that helps."""
+"""Tests that workers that die, stop, hang or find no memory are named in time, and replaced if possible."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Products on a CPU are exact to their dtype, whichever library computes them."""
+"""Tests that products on a CPU are exact to their dtype with every library."""
 
 # R rows, D input width, F output width.
 

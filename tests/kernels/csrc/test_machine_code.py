@@ -1,4 +1,4 @@
-"""nvcc compiles the kernels of kernels/csrc as intended: registers, spills, tensor cores, asynchronous copies."""
+"""Checks registers, spills, tensor cores and asynchronous copies of kernels/csrc as compiled by nvcc."""
 
 import re
 import shutil

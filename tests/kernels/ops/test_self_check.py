@@ -1,4 +1,4 @@
-"""Kernels that fail at their first use are switched off with a warning, and plain PyTorch takes their place."""
+"""Tests that a kernel that fails at its first use is replaced by plain PyTorch, with a warning."""
 
 from typing import Any
 

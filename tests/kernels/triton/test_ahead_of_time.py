@@ -1,4 +1,4 @@
-"""Kernels, compiled for GPUs that need not be present, keep their stored budgets."""
+"""Tests that kernels, compiled for GPUs that need not be present, keep their stored budgets."""
 
 import pytest
 import triton
