@@ -7,9 +7,10 @@ from torch import Tensor
 
 from beit3_ds.data.images.augmentation import center_view
 from beit3_ds.data.images.decoding import decode_image, upright_rgb
+from beit3_ds.data.images.one_view import whole_view
 
 
-def preprocess(image: str | Path | bytes | Image.Image, image_size: int) -> Tensor:
+def preprocess(image: str | Path | bytes | Image.Image, image_size: int, *, crop: bool = True) -> Tensor:
     """Converts an image to the pixels that `BEiT3.encode` takes, exactly as for validation images.
 
     Rotates the image by its EXIF orientation, converts it to RGB (transparent parts become white, 16 bits are scaled to
@@ -19,6 +20,8 @@ def preprocess(image: str | Path | bytes | Image.Image, image_size: int) -> Tens
     Args:
         image: path of an image file, its bytes, or an image that Pillow has opened.
         image_size: pixels per side, `model.config.image_size`.
+        crop: whether to crop the square first, as for pretraining and ImageNet. False squeezes the whole image into a
+            square, as the vision-language tasks do.
 
     Returns:
         Pixels, (3, image_size, image_size) float32 in [-1, 1]; `torch.stack` joins several into a batch.
@@ -31,17 +34,18 @@ def preprocess(image: str | Path | bytes | Image.Image, image_size: int) -> Tens
     """
     if not isinstance(image_size, int) or isinstance(image_size, bool) or image_size < 1:
         raise ValueError(f"image_size={image_size!r} is not a number of pixels. Pass model.config.image_size.")
+    view = center_view if crop else whole_view
     if isinstance(image, Image.Image):
         if not all(image.size):
             raise ValueError(f"the image has no pixels: {image.width} x {image.height}")
-        return center_view(upright_rgb(image), image_size)
+        return view(upright_rgb(image), image_size)
     if isinstance(image, bytes):
-        return center_view(decode_image(image), image_size)
+        return view(decode_image(image), image_size)
     if not isinstance(image, str | Path):
         raise TypeError(
             f"image is a {type(image).__name__}. Pass the path of an image file, its bytes, or a PIL.Image.Image."
         )
     try:
-        return center_view(decode_image(Path(image).read_bytes()), image_size)
+        return view(decode_image(Path(image).read_bytes()), image_size)
     except ValueError as error:
         raise ValueError(f"{image}: {error}") from error

@@ -50,9 +50,8 @@ def _export(options: argparse.Namespace) -> int:
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     limit = parse_byte_count(options.max_shard_size) if options.max_shard_size else None
-    reader, out = open_weights(options.checkpoint, averages=options.ema, best=options.best), Path(options.out)
-    if options.no_heads:
-        reader = Backbone(reader)
+    opened, out = open_weights(options.checkpoint, averages=options.ema, best=options.best), Path(options.out)
+    reader = Backbone(opened) if options.no_heads else opened
     done = export_weights(
         reader,
         out,

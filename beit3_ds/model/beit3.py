@@ -3,7 +3,7 @@
 # T packed rows, M rows that the head reads, D hidden.
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ActivationCheckpointing, InputKind, Kernels, ModelConfig
-from beit3_ds.model.adaptation import AdaptedWeights, fill_parameters
+from beit3_ds.model.adaptation import AdaptedWeights, StoredWeights, fill_parameters
 from beit3_ds.model.block import Block
 from beit3_ds.model.embeddings import Embeddings, stream_dtype
 from beit3_ds.model.features import Features, TokenIds, pack_inputs, unpack_features
@@ -109,7 +109,6 @@ class BEiT3(nn.Module):
             ConfigError: if the weights do not exist, do not match their configuration, or cannot be adapted to the
                 settings.
         """
-        stored = PretrainedWeights(path)
         settings: dict[str, Any] = {
             "image_size": image_size,
             "max_text_length": max_text_length,
@@ -117,10 +116,34 @@ class BEiT3(nn.Module):
             "num_vision_language_layers": num_vision_language_layers,
             "inputs": inputs,
         }
+        return cls.from_weights(PretrainedWeights(path), cls, settings, dtype=dtype, device=device)
+
+    @classmethod
+    def from_weights(
+        cls,
+        stored: StoredWeights,
+        build: Callable[[ModelConfig], Self],
+        settings: Mapping[str, Any],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Loads weights of any kind as `from_pretrained` does.
+
+        Args:
+            stored: the weights.
+            build: builds the model, such as a `TaskModel` with its head, for a configuration.
+            settings: fields of the model's configuration that replace the stored ones; None keeps a stored one.
+            dtype: dtype of the parameters and of the computation.
+            device: device of the parameters.
+
+        Raises:
+            ConfigError: if the weights do not match their configuration or cannot be adapted to the settings.
+        """
         changes = {name: value for name, value in settings.items() if value is not None}
-        weights = AdaptedWeights(stored, dataclasses.replace(stored.model, **changes), str(path))
+        weights = AdaptedWeights(stored, dataclasses.replace(stored.model, **changes), str(stored.path))
         with torch.device("meta"):
-            model = cls(weights.model).to(dtype)
+            model = build(weights.model).to(dtype)
         model.to_empty(device=device)
         model.tie_word_embeddings()  # to_empty gives every module a parameter of its own
         fill_parameters(model, weights)

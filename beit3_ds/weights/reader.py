@@ -10,6 +10,7 @@ from torch import Tensor
 from beit3_ds.checkpoint.folder import best_checkpoint_path, is_checkpoint, open_checkpoint
 from beit3_ds.checkpoint.slices import TensorSlice
 from beit3_ds.config import ConfigError, ModelConfig
+from beit3_ds.model.adaptation import StoredWeights
 from beit3_ds.model.pretrained import PretrainedWeights, is_pretrained_file
 from beit3_ds.untrusted_file import read_tensors_with_note
 from beit3_ds.weights.export_note import NOTE_KEY, parse_note
@@ -56,6 +57,10 @@ class WeightReader(Protocol):
         ...
 
 
+class OpenedWeights(WeightReader, StoredWeights, Protocol):
+    """Weights that were opened by their path, from which a model can be loaded."""
+
+
 class Backbone:
     """Reads weights without the heads of their task, for a run of another task.
 
@@ -78,7 +83,7 @@ class Backbone:
         return list(self._names)
 
 
-def open_weights(path: str | Path, *, averages: bool = False, best: bool = False) -> WeightReader:
+def open_weights(path: str | Path, *, averages: bool = False, best: bool = False) -> OpenedWeights:
     """Opens a checkpoint, a run's newest checkpoint, exported weights, or a released file.
 
     Args:

@@ -103,6 +103,9 @@ class ReleasedFile:
             tensor = interpolate_positions(tensor[None], self.model.grid_size)[0]
         return tensor if part is None else matrix_part(tensor, part)
 
+    def release_pages(self) -> None:
+        """Keeps the pages, because comparing what A and B share would read them again; the system may free them."""
+
 
 def exported_model(note: ExportNote) -> ModelConfig:
     """Returns the configuration of the model that a file in the reference's format holds.

@@ -73,6 +73,9 @@ class TimmFile:
             tensor = initial_value(name, self._shapes[name], self.model, 0).to(self.dtype(name))
         return tensor if part is None else matrix_part(tensor, part)
 
+    def release_pages(self) -> None:
+        """Keeps the pages, because the file holds little but what a vision encoder reads."""
+
 
 def _by_logical_name(
     tensors: Mapping[str, Tensor], note: ExportNote, shapes: Mapping[str, torch.Size], where: str

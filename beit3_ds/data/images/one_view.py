@@ -50,7 +50,12 @@ class ResizedView:
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
         """Returns the view of an RGB image, without random draws."""
-        return normalize(resize_pixels(image_pixels(image), self.image_size, "bicubic").float())
+        return whole_view(image, self.image_size)
+
+
+def whole_view(image: Image.Image, image_size: int) -> Tensor:
+    """Resizes a whole RGB image to a square, (3, image_size, image_size) float32 in [-1, 1]."""
+    return normalize(resize_pixels(image_pixels(image), image_size, "bicubic").float())
 
 
 @dataclass(frozen=True, kw_only=True)

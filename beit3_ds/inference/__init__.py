@@ -1,0 +1,21 @@
+"""Offers one class per use of trained weights, with preprocessing: images and texts in, features or answers out."""
+
+from beit3_ds.inference.answerer import Answer, QuestionAnswerer
+from beit3_ds.inference.captioner import Captioner
+from beit3_ds.inference.classifier import ImageClassifier
+from beit3_ds.inference.dual_encoder import DualEncoder
+from beit3_ds.inference.encoders import FusionEncoder, LanguageEncoder, PairFeatures, VisionEncoder
+from beit3_ds.inference.judge import StatementJudge
+
+__all__ = [
+    "Answer",
+    "Captioner",
+    "DualEncoder",
+    "FusionEncoder",
+    "ImageClassifier",
+    "LanguageEncoder",
+    "PairFeatures",
+    "QuestionAnswerer",
+    "StatementJudge",
+    "VisionEncoder",
+]

@@ -1,0 +1,192 @@
+"""Encodes images, texts, and pairs of both (paper figure 3, without the dual encoder)."""
+
+# I images, X texts, P pairs, N patches per image, L tokens of a text, D hidden.
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Self, Unpack
+
+import torch
+from torch import Tensor
+
+from beit3_ds.config import ConfigError
+from beit3_ds.inference.inputs import (
+    ImageInput,
+    ImageProcessor,
+    TextProcessor,
+    as_images,
+    as_texts,
+    build_text_processor,
+    in_batches,
+)
+from beit3_ds.inference.loading import LoadOptions, load_backbone
+from beit3_ds.model import BEiT3
+from beit3_ds.tokenizers import TextTokenizer
+
+
+class VisionEncoder:
+    """Computes features of images, with the vision experts alone.
+
+    Attributes:
+        model: the model, which takes images alone.
+        images: prepares images for it.
+    """
+
+    def __init__(self, model: BEiT3, *, crop: bool = True) -> None:
+        """Wraps a model.
+
+        Args:
+            model: a whole model that takes images.
+            crop: whether to crop the largest centred square of an image, or to squeeze the image into a square.
+        """
+        self.model = model
+        self.images = ImageProcessor(model.config.image_size, crop, next(model.parameters()).device)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, crop: bool = True, **options: Unpack[LoadOptions]) -> Self:
+        """Loads a vision encoder; nothing else of the weights is read.
+
+        Args:
+            path: exported, imported or released weights, a checkpoint, or a run's output folder.
+            crop: whether to crop the largest centred square of an image, or to squeeze the image into a square.
+            options: `device`, `dtype` and `image_size` (`LoadOptions`).
+
+        Raises:
+            ConfigError: if the weights cannot be read, or hold no vision experts.
+        """
+        return cls(load_backbone(path, ("images",), **options), crop=crop)
+
+    @torch.no_grad()
+    def __call__(self, images: ImageInput | Sequence[ImageInput], *, batch_size: int = 32) -> Tensor:
+        """Returns the features of images, (I, 1 + N, D): CLS, then the patches in row order.
+
+        Args:
+            images: one image or several.
+            batch_size: number of images that are computed at once.
+
+        Raises:
+            OSError: if a file cannot be read.
+            ValueError: if an image is broken.
+        """
+        images, config = as_images(images), self.model.config
+        features = [torch.empty(0, 1 + config.num_patches, config.hidden_size, device=self.images.device)]
+        for batch in in_batches(len(images), batch_size):
+            features.append(self.model.encode(self.images(images[batch])).images)
+        return torch.cat(features[1:] or features)
+
+
+class LanguageEncoder:
+    """Computes features of texts, with the language experts alone.
+
+    Attributes:
+        model: the model, which takes texts alone.
+        texts: converts texts to ids.
+    """
+
+    def __init__(self, model: BEiT3, texts: TextProcessor) -> None:
+        self.model, self.texts = model, texts
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, tokenizer: TextTokenizer | str | Path, **options: Unpack[LoadOptions]
+    ) -> Self:
+        """Loads a language encoder; nothing else of the weights is read.
+
+        Args:
+            path: exported, imported or released weights, a checkpoint, or a run's output folder.
+            tokenizer: the tokenizer of the weights, or its SentencePiece file.
+            options: `device`, `dtype` and `max_text_length` (`LoadOptions`).
+
+        Raises:
+            ConfigError: if the weights or the tokenizer cannot be read, or there are no language experts.
+        """
+        model = load_backbone(path, ("texts",), **options)
+        return cls(model, build_text_processor(tokenizer, model.config))
+
+    @torch.no_grad()
+    def __call__(self, texts: str | Sequence[str], *, batch_size: int = 64) -> list[Tensor]:
+        """Returns the features of each text, (L, D); the first row is BOS, the CLS of a text.
+
+        Args:
+            texts: one text or several.
+            batch_size: number of texts that are computed at once.
+
+        Raises:
+            ConfigError: if a text is empty.
+        """
+        ids = self.texts(as_texts(texts))
+        return [row for batch in in_batches(len(ids), batch_size) for row in self.model.encode(texts=ids[batch]).texts]
+
+
+class PairFeatures(NamedTuple):
+    """Holds features of images and texts that attended to each other."""
+
+    images: Tensor
+    """Features of the images, (P, 1 + N, D): CLS, then the patches in row order."""
+    texts: tuple[Tensor, ...]
+    """Features of each text, (L, D); the first row is BOS."""
+
+
+class FusionEncoder:
+    """Computes joint features of images with texts.
+
+    Attributes:
+        model: the model, which takes pairs alone.
+        images: prepares images for it.
+        texts: converts texts to ids.
+    """
+
+    def __init__(self, model: BEiT3, texts: TextProcessor, *, crop: bool = True) -> None:
+        self.model, self.texts = model, texts
+        self.images = ImageProcessor(model.config.image_size, crop, next(model.parameters()).device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        tokenizer: TextTokenizer | str | Path,
+        *,
+        crop: bool = True,
+        **options: Unpack[LoadOptions],
+    ) -> Self:
+        """Loads a fusion encoder; nothing else of the weights is read.
+
+        Args:
+            path: exported, imported or released weights, a checkpoint, or a run's output folder.
+            tokenizer: the tokenizer of the weights, or its SentencePiece file.
+            crop: whether to crop the largest centred square of an image, or to squeeze the image into a square.
+            options: options of loading (`LoadOptions`).
+
+        Raises:
+            ConfigError: if the weights or the tokenizer cannot be read, or experts are missing.
+        """
+        model = load_backbone(path, ("pairs",), **options)
+        return cls(model, build_text_processor(tokenizer, model.config), crop=crop)
+
+    @torch.no_grad()
+    def __call__(
+        self, images: ImageInput | Sequence[ImageInput], texts: str | Sequence[str], *, batch_size: int = 16
+    ) -> PairFeatures:
+        """Returns the features of images, each with its text.
+
+        Args:
+            images: one image or several.
+            texts: one text per image.
+            batch_size: number of pairs that are computed at once.
+
+        Raises:
+            ConfigError: if there are no pairs, their numbers differ, or a text is empty.
+            OSError: if a file cannot be read.
+            ValueError: if an image is broken.
+        """
+        images, ids = as_images(images), self.texts(as_texts(texts))
+        if len(images) != len(ids) or not ids:
+            raise ConfigError(f"{len(images)} images and {len(ids)} texts. Give one text per image, at least one.")
+        batches = [
+            self.model.encode(pairs=(self.images(images[batch]), ids[batch]))
+            for batch in in_batches(len(ids), batch_size)
+        ]
+        return PairFeatures(
+            torch.cat([features.pair_images for features in batches]),
+            tuple(text for features in batches for text in features.pair_texts),
+        )

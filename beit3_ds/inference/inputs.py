@@ -1,0 +1,110 @@
+"""Converts what users have, images and texts, to what models take."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from beit3_ds.config import ConfigError, ModelConfig
+from beit3_ds.preprocess import preprocess
+from beit3_ds.tokenizers import TextTokenizer
+
+ImageInput = str | Path | bytes | Image.Image | Tensor
+"""An image: path of a file, its bytes, an image that Pillow has opened, or prepared pixels, (3, s, s) in [-1, 1]."""
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """Prepares images for a model."""
+
+    image_size: int
+    """Pixels on a side."""
+    crop: bool
+    """Whether to crop the largest centred square first (`preprocess`)."""
+    device: torch.device
+    """Device of the pixels."""
+
+    def __call__(self, images: Sequence[ImageInput]) -> Tensor:
+        """Returns the pixels of images, (I, 3, s, s) float32.
+
+        Raises:
+            OSError: if a file cannot be read.
+            ValueError: if an image is broken.
+        """
+        pixels = [
+            image if isinstance(image, Tensor) else preprocess(image, self.image_size, crop=self.crop)
+            for image in images
+        ]
+        empty = torch.empty(0, 3, self.image_size, self.image_size)
+        return (torch.stack(pixels) if pixels else empty).to(self.device)
+
+
+@dataclass(frozen=True)
+class TextProcessor:
+    """Converts texts to ids for a model."""
+
+    tokenizer: TextTokenizer
+    """The tokenizer that the model was trained with."""
+    max_length: int
+    """Maximum tokens, BOS and EOS included; further tokens are cut off."""
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of each text, BOS and EOS included.
+
+        Raises:
+            ConfigError: if texts is a single string, or a text is empty.
+        """
+        if isinstance(texts, str):
+            raise ConfigError(f"{texts[:40]!r} is one text; give a list of texts.")
+        return [self._encode(text) for text in texts]
+
+    def _encode(self, text: str) -> list[int]:
+        ids = self.tokenizer.encode(text)[: self.max_length - 2]
+        if not ids:
+            raise ConfigError(f"the text {text!r} holds nothing that the tokenizer keeps. Give it words.")
+        return [self.tokenizer.bos_id, *ids, self.tokenizer.eos_id]
+
+
+def build_text_processor(tokenizer: TextTokenizer | str | Path, config: ModelConfig) -> TextProcessor:
+    """Builds the conversion of texts for a model.
+
+    Args:
+        tokenizer: the tokenizer that the model was trained with, or its SentencePiece file.
+        config: sizes of the model.
+
+    Raises:
+        ConfigError: if the tokenizer cannot be read, or has more ids than the model.
+    """
+    tokenizer = tokenizer if isinstance(tokenizer, TextTokenizer) else TextTokenizer(tokenizer)
+    if tokenizer.vocab_size > config.text_vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, but the model has {config.text_vocab_size}. Use the "
+            "tokenizer that the model was trained with."
+        )
+    return TextProcessor(tokenizer, config.max_text_length)
+
+
+def as_images(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
+    """Returns a list of images, also if a single image is given."""
+    if isinstance(images, str | bytes | Path | Image.Image) or (isinstance(images, Tensor) and images.dim() == 3):
+        return [images]
+    return list(images)
+
+
+def as_texts(texts: str | Sequence[str]) -> list[str]:
+    """Returns a list of texts, also if a single text is given."""
+    return [texts] if isinstance(texts, str) else list(texts)
+
+
+def in_batches(count: int, batch_size: int) -> Iterator[slice]:
+    """Yields the slices of consecutive batches.
+
+    Raises:
+        ConfigError: if the size of a batch is not positive.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size} is not positive.")
+    return (slice(start, start + batch_size) for start in range(0, count, batch_size))

@@ -1,0 +1,100 @@
+"""Judges statements about two images."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self, Unpack
+
+import torch
+from torch import Tensor
+
+from beit3_ds.config import ConfigError
+from beit3_ds.inference.inputs import (
+    ImageInput,
+    ImageProcessor,
+    TextProcessor,
+    as_images,
+    as_texts,
+    build_text_processor,
+    in_batches,
+)
+from beit3_ds.inference.loading import LoadOptions, load_with_head, open_with_head
+from beit3_ds.model import TaskModel
+from beit3_ds.model.features import pack_inputs
+from beit3_ds.tasks.nlvr2.head import StatementHead
+from beit3_ds.tokenizers import TextTokenizer
+
+_PAIR_PARTS = (1, 2)  # images and texts of pairs in layout.PARTS
+
+
+class StatementJudge:
+    """Computes how likely a statement about two images is true (NLVR2).
+
+    Attributes:
+        model: the model, which takes pairs.
+        images: prepares images for it.
+        texts: converts statements to ids.
+    """
+
+    def __init__(self, model: TaskModel, texts: TextProcessor) -> None:
+        self.model, self.texts = model, texts
+        self.images = ImageProcessor(model.config.image_size, False, next(model.parameters()).device)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, tokenizer: TextTokenizer | str | Path, **options: Unpack[LoadOptions]
+    ) -> Self:
+        """Loads a model for statements; only what pairs need is read.
+
+        Args:
+            path: weights of NLVR2: exported, imported or released ones, a checkpoint, or a run's output folder.
+            tokenizer: the tokenizer of the weights, or its SentencePiece file.
+            options: options of loading (`LoadOptions`).
+
+        Raises:
+            ConfigError: if the weights or the tokenizer cannot be read, or the weights have no head that judges.
+        """
+        weights = open_with_head(path, "heads.input_norm.weight", "judges statements")
+        model = load_with_head(weights, ("pairs",), StatementHead, **options)
+        return cls(model, build_text_processor(tokenizer, model.config))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        left: ImageInput | Sequence[ImageInput],
+        right: ImageInput | Sequence[ImageInput],
+        statements: str | Sequence[str],
+        *,
+        batch_size: int = 8,
+    ) -> Tensor:
+        """Returns the probability that each statement is true, (S,) float32.
+
+        Args:
+            left: the left image of each statement.
+            right: the right image of each statement.
+            statements: the statements.
+            batch_size: number of statements that are judged at once.
+
+        Raises:
+            ConfigError: if the numbers differ, or a statement is empty.
+            OSError: if a file cannot be read.
+            ValueError: if an image is broken.
+        """
+        lefts, rights, ids = as_images(left), as_images(right), self.texts(as_texts(statements))
+        if not len(lefts) == len(rights) == len(ids):
+            raise ConfigError(
+                f"{len(lefts)} left images, {len(rights)} right images and {len(ids)} statements. Give two images per "
+                "statement."
+            )
+        results = [torch.empty(0, device=self.images.device)]
+        for part in in_batches(len(ids), batch_size):
+            images: list[ImageInput] = []
+            for both in zip(lefts[part], rights[part], strict=True):
+                images.extend(both)
+            pairs = (self.images(images), [text for text in ids[part] for _ in range(2)])
+            batch = pack_inputs(self.model.config, None, None, pairs, self.images.device)
+            first = batch.layout.first_rows(*_PAIR_PARTS)
+            rows = first.rows.to(self.images.device)
+            logits = self.model(dataclasses.replace(batch, head_rows=rows, head_row_counts=first.counts), None)
+            results.append(logits.softmax(1)[:, 1])
+        return torch.cat(results)
