@@ -189,7 +189,7 @@ def fill_parameters(model: nn.Module, weights: AdaptedWeights) -> None:
         warnings.warn(
             f"{weights.path} has no {', '.join(absent)}: these keep their initial values. Fine-tuned releases lack "
             f"the masked-modeling heads, and some the final norm.",
-            stacklevel=3,
+            stacklevel=4,
         )
     with torch.no_grad():
         mapped = 0
