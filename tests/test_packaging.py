@@ -81,7 +81,7 @@ def test_a_wheel_contains_the_kernels(tmp_path: Path) -> None:
 
 
 def test_a_source_archive_contains_the_kernels(tmp_path: Path) -> None:
-    """Compares a wheel built from the archive with one built from the repository."""
+    """Catches an archive without the Python kernels, or without the CUDA C++ sources that `setup.py` compiles."""
     archive = build(
         ["-c", "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"], tmp_path
     )
@@ -90,6 +90,8 @@ def test_a_source_archive_contains_the_kernels(tmp_path: Path) -> None:
     (source,) = (tmp_path / "unpacked").iterdir()
     for name in KERNEL_FILES:
         assert (source / "beit3_ds/kernels" / name).is_file()
+    for path in (ROOT / "kernels/csrc").iterdir():
+        assert (source / "kernels/csrc" / path.name).is_file(), f"{path.name} is not in the archive: see MANIFEST.in"
     check_imports(source, tmp_path / "empty")
 
 

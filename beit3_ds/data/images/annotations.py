@@ -1,4 +1,4 @@
-"""Readers of the annotation files of public image-text corpora.
+"""Reads the annotation files of public image-text corpora.
 
 They follow the published descriptions of the formats (docs/data.md says what was tested).
 

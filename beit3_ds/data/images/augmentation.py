@@ -152,7 +152,7 @@ def smallest_side(view_size: int, min_scale: float) -> int | None:
 
     Args:
         view_size: pixels on a side of the view.
-        min_scale: smallest share of the image's area; there is no such side for 0, which gives None.
+        min_scale: smallest share of the image's area; 0 allows any crop, so the result is None.
     """
     if min_scale == 0:
         return None

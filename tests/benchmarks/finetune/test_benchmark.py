@@ -1,4 +1,4 @@
-"""The fine-tuning benchmark runs, and its ratios are the right way up."""
+"""Tests that the fine-tuning benchmark runs, and that its ratios are not inverted."""
 
 import json
 from pathlib import Path

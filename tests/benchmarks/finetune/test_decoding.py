@@ -1,4 +1,4 @@
-"""The reference's way to generate captions finds the same words as ours, so that their times compare."""
+"""Tests that the reference generates the same captions as ours, so that their times are comparable."""
 
 from dataclasses import replace
 from pathlib import Path

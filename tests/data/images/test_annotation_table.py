@@ -1,4 +1,4 @@
-"""Tables of annotations: the same samples as parsing gives, mapped, and changes are noticed."""
+"""Tests that mapped tables of annotations give the same samples as parsing, and that changes are noticed."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Images found by the names that annotations give, as files and in tars."""
+"""Tests that images are found by the names in annotations, as files and in tars."""
 
 import io
 import pickle

@@ -1,4 +1,4 @@
-"""Files that give images identifiers and captions.
+"""Tests files that give images identifiers and captions.
 
 The fixtures are written from the published descriptions of the formats; the official files were never read.
 """
