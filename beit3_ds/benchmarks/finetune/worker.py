@@ -15,6 +15,8 @@ from beit3_ds.config import RunConfig
 
 NUM_BEAMS, LENGTH_PENALTY, MAX_LENGTH = 3, 0.6, 15
 """Beam search of the reference's recipe, with at most 12 words per caption."""
+IMAGES_AT_ONCE = 4
+"""Images per batch of a generation. The reference's attention needs about half a GB per image of 480 px and beam."""
 
 
 class TrainingSide:
@@ -57,7 +59,7 @@ class DecodingSide:
         """Returns the generation of the captions of one batch of images."""
         pixels = draw_samples("captioning", self.config, number, self.count).pixels.to(self.device)
         pixels = pixels.to(next(self.model.parameters()).dtype)
-        return lambda: self._generate(pixels), {"samples": self.count}
+        return lambda: self._generate_all(pixels), {"samples": self.count}
 
     def _build(self) -> Any:
         from beit3_ds.benchmarks.finetune.decoding import build_blip
@@ -74,7 +76,12 @@ class DecodingSide:
             return model
         return ReferenceModel("captioning", self.config.model)
 
+    def _generate_all(self, pixels: torch.Tensor) -> float:
+        parts = [len(part) * self._generate(part) for part in pixels.split(IMAGES_AT_ONCE)]
+        return sum(parts) / len(pixels)
+
     def _generate(self, pixels: torch.Tensor) -> float:
+        """Returns the mean number of words of the captions."""
         from beit3_ds.benchmarks.finetune.decoding import blip_captions, reference_captions
         from beit3_ds.model.generation import BeamSearch, generate
 

@@ -2,16 +2,33 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
+from beit3_ds.benchmarks.finetune import decoding, reference
 from beit3_ds.benchmarks.finetune.cases import CASES, case_config, draw_samples, pack_samples
 from beit3_ds.benchmarks.finetune.reference import ReferenceTrainer
 from beit3_ds.benchmarks.finetune.training import loss_factors, step_loss_of
 from beit3_ds.model import TaskModel, initialize_parameters
 from beit3_ds.weights.export import export_weights
+from tests.benchmarks.code_hash import code_hash
 from tests.weights.models import ModelReader
+
+HASHES = {
+    reference: "d6ecfd87bdfe07b26c2efda4b3acafd4b00d244d654b2c59403fc6646858d4a0",
+    decoding: "48625c8b8971a65f8775e5b3ebaa6b6259ad2351b68605e0b20da3e055685312",
+}
+
+
+@pytest.mark.parametrize("module", HASHES, ids=lambda module: module.__name__)
+def test_the_reference_is_not_slowed(module: ModuleType) -> None:
+    """Catches a change of the reference's code, which makes old and new ratios in BENCHMARKS.md incomparable.
+
+    After a change of what it computes, measure before and after, say so in BENCHMARKS.md, and write the new hash here.
+    """
+    assert code_hash(module) == HASHES[module]
 
 
 @pytest.mark.parametrize("task", CASES)
