@@ -1,8 +1,9 @@
-"""Classifies images by the names of classes, as retrieval does (paper section 3.2)."""
+"""Classifies images, by comparing them with the names of classes (paper section 3.2) or with a linear layer."""
 
-# I images, C classes.
+# I images, C classes, D hidden.
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self, Unpack
 
@@ -11,9 +12,17 @@ from torch import Tensor
 
 from beit3_ds.config import ConfigError
 from beit3_ds.inference.dual_encoder import DualEncoder
-from beit3_ds.inference.inputs import ImageInput
-from beit3_ds.inference.loading import LoadOptions
+from beit3_ds.inference.inputs import ImageInput, ImageProcessor, as_images, in_batches
+from beit3_ds.inference.loading import LoadOptions, load_with_head
+from beit3_ds.model.features import pack_inputs
+from beit3_ds.tasks.imagenet.head import LinearClassHead, patch_rows
 from beit3_ds.tokenizers import TextTokenizer
+from beit3_ds.weights.reader import OpenedWeights, open_weights
+
+LogitsOf = Callable[[Sequence[ImageInput], int], Tensor]
+"""Returns the logits of some images, (I, C), computed in batches of a given size."""
+
+_LINEAR = "heads.classes.bias"
 
 
 class Class(NamedTuple):
@@ -26,52 +35,53 @@ class Class(NamedTuple):
 
 
 class ImageClassifier:
-    """Classifies images by comparing them with the names of classes, which need not occur in training.
+    """Classifies images.
 
     Attributes:
-        encoder: encodes images and names.
         names: names of the classes.
     """
 
-    def __init__(self, encoder: DualEncoder, names: Sequence[str]) -> None:
-        """Encodes the names, once.
-
-        Raises:
-            ConfigError: if there are no names, or a name occurs twice.
-        """
-        if not names or len(set(names)) < len(names):
-            twice = next((name for name in names if list(names).count(name) > 1), None)
-            fault = f"{twice!r} occurs twice" if names else "there are none"
-            raise ConfigError(f"names of classes: {fault}. Give each class a name of its own.")
-        self.encoder, self.names = encoder, list(names)
-        self._features_CD, self._scale = encoder.encode_texts(self.names), encoder.scale
+    def __init__(self, logits_of: LogitsOf, names: Sequence[str]) -> None:
+        self.names, self._logits_of = list(names), logits_of
 
     @classmethod
     def from_pretrained(
         cls,
         path: str | Path,
-        tokenizer: TextTokenizer | str | Path,
         names: Sequence[str],
+        tokenizer: TextTokenizer | str | Path | None = None,
         **options: Unpack[LoadOptions],
     ) -> Self:
-        """Loads a dual encoder and encodes the names of classes.
+        """Loads a classifier.
+
+        Weights of retrieval, or of ImageNet as retrieval, compare images with names, which are encoded once and need
+        not have occurred in training. Weights with a linear layer need no tokenizer and read no experts of texts.
 
         Args:
-            path: weights of retrieval or of ImageNet as retrieval (`DualEncoder.from_pretrained`).
-            tokenizer: the tokenizer of the weights, or its SentencePiece file.
-            names: names of the classes.
+            path: exported, imported or released weights, a checkpoint, or a run's output folder.
+            names: names of the classes; for a linear layer in the order of its outputs.
+            tokenizer: the tokenizer of the weights, or its SentencePiece file, to compare with names.
             options: options of loading (`LoadOptions`).
 
         Raises:
-            ConfigError: as `DualEncoder.from_pretrained`, and if there are no names, or a name occurs twice.
+            ConfigError: if a file cannot be read, the weights have no head that classifies, there are no names, a
+                linear layer has another number of classes, or the tokenizer is missing.
         """
-        return cls(DualEncoder.from_pretrained(path, tokenizer, **options), names)
+        if isinstance(names, str) or not names:
+            raise ConfigError(f"names of classes: {names!r}. Give a list with the name of each class.")
+        weights = open_weights(path)
+        if _LINEAR in weights.names():
+            return cls(_linear_logits(weights, len(names), **options), names)
+        if tokenizer is None:
+            raise ConfigError(f"{path} compares images with names, which need a tokenizer. Name its file (tokenizer).")
+        encoder = DualEncoder.from_pretrained(path, tokenizer, **options)
+        prompt = str((weights.task or {}).get("prompt", "{name}"))
+        return cls(_name_logits(encoder, [prompt.replace("{name}", name) for name in names]), names)
 
     @torch.no_grad()
     def probabilities(self, images: ImageInput | Sequence[ImageInput], *, batch_size: int = 32) -> Tensor:
         """Returns the probability of every class for every image, (I, C) float32."""
-        features_ID = self.encoder.encode_images(images, batch_size=batch_size)
-        return (self._scale * features_ID @ self._features_CD.T).softmax(1)
+        return self._logits_of(as_images(images), batch_size).softmax(1)
 
     def __call__(
         self, images: ImageInput | Sequence[ImageInput], *, top: int = 5, batch_size: int = 32
@@ -92,3 +102,34 @@ class ImageClassifier:
             [Class(self.names[label], value) for value, label in zip(values, labels, strict=True)]
             for values, labels in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
+
+
+def _name_logits(encoder: DualEncoder, texts: Sequence[str]) -> LogitsOf:
+    features_CD, scale = encoder.encode_texts(texts), encoder.scale
+
+    def logits_of(images: Sequence[ImageInput], batch_size: int) -> Tensor:
+        return scale * encoder.encode_images(images, batch_size=batch_size) @ features_CD.T
+
+    return logits_of
+
+
+def _linear_logits(weights: OpenedWeights, num_names: int, **options: Unpack[LoadOptions]) -> LogitsOf:
+    (count,) = weights.shape(_LINEAR)
+    if count != num_names:
+        raise ConfigError(f"{weights.path} tells {count} classes apart, but there are {num_names} names. Give {count}.")
+    model = load_with_head(
+        weights, ("images",), lambda config, tensor: LinearClassHead(config, count, tensor), **options
+    )
+    config, device = model.config, next(model.parameters()).device
+    prepare = ImageProcessor(config.image_size, False, device)
+
+    def logits_of(images: Sequence[ImageInput], batch_size: int) -> Tensor:
+        logits = [torch.empty(0, count, device=device)]
+        for part in in_batches(len(images), batch_size):
+            batch = pack_inputs(config, prepare(images[part]), None, None, device)
+            picked = patch_rows(batch.layout)
+            rows = picked.rows.to(device)
+            logits.append(model(dataclasses.replace(batch, head_rows=rows, head_row_counts=picked.counts), None))
+        return torch.cat(logits)
+
+    return logits_of

@@ -1,15 +1,12 @@
-"""Compares the dual encoder and the classifier with the model itself."""
+"""Compares the dual encoder with the model itself."""
 
 import dataclasses
 from pathlib import Path
 
-import pytest
 import torch
 
-from beit3_ds.config import ConfigError
 from beit3_ds.inference import (
     DualEncoder,
-    ImageClassifier,
 )
 from beit3_ds.model.features import pack_inputs
 from beit3_ds.preprocess import preprocess
@@ -18,7 +15,7 @@ from tests.inference.weights import TEXTS, ids_of, write_task_weights
 CPU = torch.device("cpu")
 
 
-def test_dual_encoder_and_classifier(spm: Path, photos: list[Path], tmp_path: Path) -> None:
+def test_dual_encoder(spm: Path, photos: list[Path], tmp_path: Path) -> None:
     model = write_task_weights(tmp_path / "w", "retrieval")
     dual = DualEncoder.from_pretrained(tmp_path / "w", spm)
     assert dual.model.config.inputs == ("images", "texts")
@@ -32,10 +29,3 @@ def test_dual_encoder_and_classifier(spm: Path, photos: list[Path], tmp_path: Pa
     expected = output.shared["scale"] * output.rows["image"] @ output.rows["text"].T
     torch.testing.assert_close(dual(photos, TEXTS), expected)
     assert dual.encode_images([]).shape == (0, 24) and dual.encode_texts([]).shape == (0, 24)
-
-    classifier = ImageClassifier.from_pretrained(tmp_path / "w", spm, TEXTS)
-    torch.testing.assert_close(classifier.probabilities(photos), expected.softmax(1))
-    (best, second), *_ = classifier(photos, top=7)
-    assert best.name == TEXTS[int(expected[0].argmax())] and best.probability >= second.probability
-    with pytest.raises(ConfigError, match="'a' occurs twice"):
-        ImageClassifier(dual, ["a", "b", "a"])

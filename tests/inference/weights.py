@@ -11,6 +11,7 @@ from PIL import Image
 from beit3_ds.config import ModelConfig
 from beit3_ds.model import Head, TaskModel
 from beit3_ds.tasks.captioning.head import CaptionHead
+from beit3_ds.tasks.imagenet.head import LinearClassHead
 from beit3_ds.tasks.nlvr2.head import StatementHead
 from beit3_ds.tasks.retrieval.head import ContrastiveHead
 from beit3_ds.tasks.vqa.head import AnswerHead
@@ -26,6 +27,7 @@ TASKS: dict[str, Callable[..., Head]] = {
     "nlvr2": StatementHead,
     "captioning": CaptionHead,
     "retrieval": ContrastiveHead,
+    "imagenet": lambda config, tensor: LinearClassHead(config, 3, tensor),
 }
 
 
