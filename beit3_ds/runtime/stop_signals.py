@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Cluster managers send SIGTERM or SIGUSR1 some time before SIGKILL; SIGINT is Ctrl-C."""
+"""Signals that stop a run: SIGTERM or SIGUSR1 of a cluster manager, some time before SIGKILL; SIGINT of Ctrl-C."""
 
 
 class StopSignals:

@@ -103,7 +103,7 @@ class CenterViews:
 
     @property
     def min_side(self) -> None:
-        """Asks for all pixels: a view must not depend on the size of the other view or on the image's format."""
+        """Returns None, so that images are decoded in full size and a view depends on neither format nor other view."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Returns both views of an RGB image, without random draws."""

@@ -46,7 +46,7 @@ class ResizedView:
 
     @property
     def min_side(self) -> None:
-        """Asks for all pixels, because a view must not depend on the image's format."""
+        """Returns None, so that images are decoded in full size and the view does not depend on their format."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
         """Returns the view of an RGB image, without random draws."""
