@@ -13,7 +13,7 @@ from torch import Tensor
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.benchmarks.step.batches import draw_length, step_config
-from beit3_ds.config import RunConfig
+from beit3_ds.config import ModelConfig, RunConfig
 from beit3_ds.data.drop_path import Slot, draw_drop_path
 from beit3_ds.data.packing import pack_inputs
 from beit3_ds.model import Head
@@ -27,7 +27,7 @@ LABEL_SMOOTHING = 0.1
 """Label smoothing of captioning in the reference's recipe."""
 CAPTION_MASK_RATIO = 0.7
 """Share of a caption's tokens that are masked in the reference's recipe."""
-BOS, PAD, EOS, MASK = 0, 1, 2, 64001
+BOS, PAD, EOS = 0, 1, 2
 """Ids of the reference's vocabulary."""
 
 
@@ -69,6 +69,11 @@ class Samples(NamedTuple):
     """Positions of masked tokens in each text, ascending; empty but for captioning."""
     scores: Tensor
     """Target score of every answer, (B, A) float32; for VQAv2."""
+
+
+def mask_id(model: ModelConfig) -> int:
+    """Returns the id of the mask token: the reference's vocabulary ends with it and 8 unused rows."""
+    return model.text_vocab_size - 9
 
 
 def case_config(task: str, size: str, image_size: int | None = None, **model: Any) -> RunConfig:
@@ -118,7 +123,7 @@ def pack_samples(task: str, config: RunConfig, samples: Samples, number: int) ->
         inputs: dict[str, Any] = {"num_images": count, "texts": texts}
     else:
         slots = [Slot("pairs", i) for i in range(count)]
-        inputs = {"num_images": 0, "captions": [_hide(samples, i) for i in range(count)]}
+        inputs = {"num_images": 0, "captions": [_hide(samples, i, mask_id(model)) for i in range(count)]}
     batch = pack_inputs(
         pixels=samples.pixels,
         num_patches=model.num_patches,
@@ -128,9 +133,9 @@ def pack_samples(task: str, config: RunConfig, samples: Samples, number: int) ->
     return _WITH_TARGETS[task](batch, samples)
 
 
-def _hide(samples: Samples, number: int) -> Any:
+def _hide(samples: Samples, number: int, mask: int) -> Any:
     ids = samples.texts[number].clone()
-    ids[samples.masked[number]] = MASK
+    ids[samples.masked[number]] = mask
     return ids.numpy()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from beit3_ds.benchmarks.finetune.cases import BOS, EOS, MASK, PAD
+from beit3_ds.benchmarks.finetune.cases import BOS, EOS, PAD
 from beit3_ds.benchmarks.finetune.reference import ReferenceModel, caption_mask
 
 _CANDIDATES_PER_BEAM = 3
@@ -73,7 +73,7 @@ def reference_captions(
                 beam, word = divmod(index, logits_RV.shape[1])
                 row = image * num_beams + beam
                 if word == EOS or len(captions[row]) + 2 == max_length:
-                    found[image].add([*captions[row], MASK], score)
+                    found[image].add([*captions[row], model.mask_id], score)
                 else:
                     chosen.append((score, word, row))
                 if len(chosen) == num_beams:
@@ -90,7 +90,7 @@ def _next_logits(
 ) -> Tensor:
     """Returns the logits of the next words, (R, V), and adds the newest word and the mask token to the cache."""
     device = next(model.parameters()).device
-    tokens = torch.tensor([[caption[-1], MASK] for caption in captions], device=device)
+    tokens = torch.tensor([[caption[-1], model.mask_id] for caption in captions], device=device)
     length, image_rows = len(captions[0]) + 1, model.beit3.vision_embed.num_position_embeddings()
     mask, positions = caption_mask(image_rows, length, device), None
     if images is None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from beit3_ds.benchmarks.finetune.cases import CASES, LABEL_SMOOTHING, MASK, NUM_ANSWERS, PAD, Samples
+from beit3_ds.benchmarks.finetune.cases import CASES, LABEL_SMOOTHING, NUM_ANSWERS, PAD, Samples, mask_id
 from beit3_ds.benchmarks.step.reference import build_torchscale
 from beit3_ds.config import ModelConfig, RunConfig
 from beit3_ds.weights.unilm_names import reference_arguments
@@ -39,7 +39,7 @@ class ReferenceModel(nn.Module):
 
     def __init__(self, task: str, model: ModelConfig) -> None:
         super().__init__()
-        self.task, self.padded_length = task, CASES[task].padded_length
+        self.task, self.padded_length, self.mask_id = task, CASES[task].padded_length, mask_id(model)
         arguments = reference_arguments(model) | {"drop_path_rate": model.drop_path_rate}
         self.beit3 = build_torchscale(arguments)
         width = model.hidden_size
@@ -89,7 +89,7 @@ class ReferenceModel(nn.Module):
             hidden[row, masked] = True
         image_rows = self.beit3.vision_embed.num_position_embeddings()
         y_BSD = self.beit3(
-            textual_tokens=tokens.masked_fill(hidden, MASK),
+            textual_tokens=tokens.masked_fill(hidden, self.mask_id),
             visual_tokens=samples.pixels,
             text_padding_position=padding,
             attn_mask=caption_mask(image_rows, tokens.shape[1], tokens.device),

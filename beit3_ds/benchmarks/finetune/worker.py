@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from beit3_ds.benchmarks.finetune.benchmark import BLIP, DECODING, OURS
-from beit3_ds.benchmarks.finetune.cases import BOS, EOS, MASK, Samples, case_config, draw_samples, pack_samples
+from beit3_ds.benchmarks.finetune.cases import BOS, EOS, Samples, case_config, draw_samples, mask_id, pack_samples
 from beit3_ds.benchmarks.turns import Turn, device_of_turns, serve_turns
 from beit3_ds.config import RunConfig
 
@@ -90,7 +90,7 @@ class DecodingSide:
             return float(MAX_LENGTH)
         if self.side == OURS:
             search = BeamSearch(num_beams=NUM_BEAMS, length_penalty=LENGTH_PENALTY, max_length=MAX_LENGTH)
-            tokens = SimpleNamespace(bos_id=BOS, eos_id=EOS, mask_id=MASK)
+            tokens = SimpleNamespace(bos_id=BOS, eos_id=EOS, mask_id=mask_id(self.config.model))
             captions = [caption.ids for caption in generate(self.model, pixels, tokens, search)]
             return sum(map(len, captions)) / len(captions)
         words = reference_captions(self.model, pixels, NUM_BEAMS, LENGTH_PENALTY, MAX_LENGTH)

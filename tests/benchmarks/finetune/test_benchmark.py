@@ -17,6 +17,7 @@ def test_ratios_are_the_right_way_up() -> None:
     assert {name: summary[name] for name in expected} == pytest.approx(expected)
 
 
+@pytest.mark.slow  # five processes
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(bench, "DECODED_IMAGES", 2)
     monkeypatch.setattr(bench, "has_blip", lambda: False)
