@@ -24,7 +24,11 @@ from beit3_ds.tasks.vqa.head import ANSWER_SCORES
 from beit3_ds.weights.export import export_weights
 from beit3_ds.weights.inspection import describe_weights
 from beit3_ds.weights.reader import Backbone
+from beit3_ds.weights.released import ReleasedFile
+from beit3_ds.weights.unilm_heads import head_builder
+from tests.batches import decoupled, small_model_config
 from tests.weights.golden import CPU, Golden, import_golden, load_model, pack_golden, read_golden
+from tests.weights.models import ModelReader
 
 TASKS = {
     "vqav2": {"name": "vqa", "num_answers": 11},
@@ -137,3 +141,27 @@ def test_captioning(load: Any) -> None:
     assert_close(model(batch, torch.tensor([1 / 7, 0.0])).total, golden.outputs["loss"])
     model.heads.compares_tokens = True
     assert_close(sum_best_tokens(model(batch, torch.ones(2)), 0.2)[0] / 7, golden.outputs["loss_drop_worst"])
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("layout", ["shared", "decoupled"])
+def test_own_fine_tuned_models_come_back(name: str, layout: str, tmp_path: Path) -> None:
+    """Exports models as runs leave them, without what an import keeps."""
+    norm = {"final_norm": name not in ("vqav2", "imagenet_linear")}
+    config = decoupled(**norm) if layout == "decoupled" else small_model_config(num_vision_language_layers=0, **norm)
+    model, task = TaskModel(head_builder(TASKS[name]), config), TASKS[name] | {"answers": ["yes", "no"]}
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3, generator=generator)
+    reader = ModelReader(model)
+    reader.task = task
+    export_weights(reader, tmp_path / "out.pth", format="unilm-dual")
+    back = ReleasedFile(tmp_path / "out.pth")
+    assert back.task == task and back.model == config
+    parameters = dict(model.named_parameters())
+    assert set(back.names()) - {"released.logit_scale"} == parameters.keys()
+    for own, parameter in parameters.items():
+        # Only the temperature is stored as another number there.
+        tolerance = 3e-7 if own == "heads.temperature.bias" else 0
+        torch.testing.assert_close(back.read(own), parameter.detach(), rtol=0, atol=tolerance)
