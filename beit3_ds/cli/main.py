@@ -18,6 +18,7 @@ from beit3_ds.cli.export import add_export_command
 from beit3_ds.cli.import_weights import add_import_command
 from beit3_ds.cli.inspect_weights import add_inspect_command
 from beit3_ds.cli.launch import add_launch_command
+from beit3_ds.cli.predict import add_predict_command
 from beit3_ds.cli.prepare import add_prepare_command
 from beit3_ds.cli.show_codes import add_show_codes_command
 from beit3_ds.cli.train import add_train_command
@@ -71,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_show_codes_command(subparsers)
     add_train_command(subparsers)
     add_evaluate_command(subparsers)
+    add_predict_command(subparsers)
     add_compare_runs_command(subparsers)
     add_check_cluster_command(subparsers)
     add_launch_command(subparsers)

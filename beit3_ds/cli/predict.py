@@ -1,0 +1,187 @@
+"""Implements `beit3 predict`, which uses trained weights on images and texts."""
+
+import argparse
+from typing import Any
+
+from beit3_ds.cli.command import Subparsers, add_command
+from beit3_ds.config import ConfigError
+from beit3_ds.config.arguments import integer, real
+from beit3_ds.config.numbers import Range
+
+_TOP = Range(1, 2**20)
+
+
+def add_predict_command(subparsers: Subparsers) -> None:
+    """Adds `predict` with a subcommand per use to a parser's subcommands."""
+    predict = subparsers.add_parser("predict", help="use trained weights: captions, answers, matches, classes")
+    uses = predict.add_subparsers(metavar="WHAT", required=True)
+    _add_caption(uses)
+    _add_answer(uses)
+    _add_match(uses)
+    _add_judge(uses)
+    _add_classify(uses)
+
+
+def _add_caption(subparsers: Subparsers) -> None:
+    command = add_command(subparsers, "caption", _caption, "write a caption of each image")
+    _add_weights(command)
+    _add_images(command)
+    command.add_argument("--beams", type=integer(Range(1, 1000)), default=3, help="beams of the search (default: 3)")
+    command.add_argument(
+        "--length-penalty",
+        type=real(Range(-10, 10)),
+        default=0.6,
+        help="exponent of the length by which log-probabilities are divided (default: 0.6)",
+    )
+    command.add_argument(
+        "--max-length", type=integer(Range(4, 2**18)), default=20, help="ids of the longest caption (default: 20)"
+    )
+    _add_results(command)
+
+
+def _add_answer(subparsers: Subparsers) -> None:
+    details = "Give an image and a question, or a file of questions."
+    command = add_command(subparsers, "answer", _answer, "answer questions about images", details=details)
+    _add_weights(command)
+    command.add_argument("--image", help="file of the image")
+    command.add_argument("--question", help="question about the image")
+    command.add_argument("--file", help="JSON lines with 'question', 'image' and, if need be, 'id'")
+    command.add_argument("--images", metavar="FOLDER", help="folder of the file's images (default: that of the file)")
+    command.add_argument("--answers", metavar="FILE", help="list of answers (default: the list in the weights)")
+    command.add_argument("--top", type=integer(_TOP), default=3, help="answers per question (default: 3)")
+    _add_results(command)
+
+
+def _add_match(subparsers: Subparsers) -> None:
+    command = add_command(subparsers, "match", _match, "find the images that fit each text best")
+    _add_weights(command)
+    _add_images(command)
+    command.add_argument("--text", action="append", default=[], help="a text; may be given several times")
+    command.add_argument("--texts", metavar="FILE", help="file with one text per line")
+    command.add_argument("--top", type=integer(_TOP), default=5, help="images per text (default: 5)")
+    _add_results(command)
+
+
+def _add_judge(subparsers: Subparsers) -> None:
+    command = add_command(subparsers, "judge", _judge, "judge whether a statement about two images is true")
+    _add_weights(command)
+    command.add_argument("left", help="file of the left image")
+    command.add_argument("right", help="file of the right image")
+    command.add_argument("statement", help="statement about both images")
+    _add_results(command)
+
+
+def _add_classify(subparsers: Subparsers) -> None:
+    command = add_command(subparsers, "classify", _classify, "find the most likely classes of each image")
+    _add_weights(command, needs_tokenizer=False)
+    _add_images(command)
+    command.add_argument("--names", metavar="FILE", required=True, help="file with the name of one class per line")
+    command.add_argument("--top", type=integer(_TOP), default=5, help="classes per image (default: 5)")
+    _add_results(command)
+
+
+def _add_weights(command: argparse.ArgumentParser, *, needs_tokenizer: bool = True) -> None:
+    command.add_argument("weights", help="exported, imported or released weights, a checkpoint, or a run's folder")
+    optional = "" if needs_tokenizer else "; not needed for a linear layer"
+    command.add_argument(
+        "--tokenizer", metavar="FILE", required=needs_tokenizer, help=f"SentencePiece file of the weights{optional}"
+    )
+    command.add_argument("--device", default="cpu", help="device, such as cuda (default: cpu)")
+    command.add_argument("--image-size", type=integer(Range(1, 2**14)), help="pixels on a side (default: the weights')")
+
+
+def _add_images(command: argparse.ArgumentParser) -> None:
+    command.add_argument("images", nargs="+", help="files of images, or folders, whose images are taken")
+
+
+def _add_results(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--out", metavar="FILE.json", help="write the predictions there instead of printing them")
+    command.add_argument("--page", metavar="FILE.html", help="write a page with images and predictions")
+    command.add_argument(
+        "--page-samples", type=integer(Range(1, 10_000)), default=100, metavar="N", help="samples shown (default: 100)"
+    )
+
+
+def _caption(options: argparse.Namespace) -> int:
+    from beit3_ds.inference import Captioner
+    from beit3_ds.inference.predictions import caption_images
+    from beit3_ds.inference.requests import find_images
+    from beit3_ds.model.generation import BeamSearch
+
+    images = find_images(options.images)
+    search = BeamSearch(num_beams=options.beams, length_penalty=options.length_penalty, max_length=options.max_length)
+    captioner = Captioner.from_pretrained(options.weights, options.tokenizer, **_loading(options))
+    return _write(options, caption_images(captioner, images, search), "Captions")
+
+
+def _answer(options: argparse.Namespace) -> int:
+    from beit3_ds.inference import QuestionAnswerer
+    from beit3_ds.inference.predictions import answer_questions
+    from beit3_ds.inference.requests import Question, find_images, read_questions
+
+    if (options.file is None) == (options.image is None) or (options.image is None) != (options.question is None):
+        raise ConfigError("answer: give either --image and --question, or --file.")
+    if options.file:
+        questions = read_questions(options.file, options.images)
+    else:
+        questions = [Question(image=image, question=options.question) for image in find_images([options.image])]
+    answerer = QuestionAnswerer.from_pretrained(
+        options.weights, options.tokenizer, options.answers, **_loading(options)
+    )
+    return _write(options, answer_questions(answerer, questions, options.top), "Answers")
+
+
+def _match(options: argparse.Namespace) -> int:
+    from beit3_ds.inference import DualEncoder
+    from beit3_ds.inference.predictions import match_texts
+    from beit3_ds.inference.requests import find_images, read_names
+
+    images = find_images(options.images)
+    texts = [*options.text, *(read_names(options.texts) if options.texts else [])]
+    if not texts:
+        raise ConfigError("match: there are no texts. Give --text or --texts.")
+    dual = DualEncoder.from_pretrained(options.weights, options.tokenizer, **_loading(options))
+    return _write(options, match_texts(dual, images, texts, options.top), "Images by text")
+
+
+def _judge(options: argparse.Namespace) -> int:
+    from beit3_ds.inference import StatementJudge
+    from beit3_ds.inference.predictions import judge_statement
+    from beit3_ds.inference.requests import find_images
+
+    left, right = (find_images([path])[0] for path in (options.left, options.right))
+    judge = StatementJudge.from_pretrained(options.weights, options.tokenizer, **_loading(options))
+    return _write(options, judge_statement(judge, left, right, options.statement), "Statements")
+
+
+def _classify(options: argparse.Namespace) -> int:
+    from beit3_ds.inference import ImageClassifier
+    from beit3_ds.inference.predictions import classify_images
+    from beit3_ds.inference.requests import find_images, read_names
+
+    images, names = find_images(options.images), read_names(options.names)
+    classifier = ImageClassifier.from_pretrained(options.weights, names, options.tokenizer, **_loading(options))
+    return _write(options, classify_images(classifier, images, options.top), "Classes")
+
+
+def _loading(options: argparse.Namespace) -> Any:
+    """Returns the options of `from_pretrained`."""
+    import torch
+
+    try:
+        device = torch.empty(0, device=options.device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device {options.device}: {reason} Name a device that torch has.") from None
+    return {"device": device, **({"image_size": options.image_size} if options.image_size else {})}
+
+
+def _write(options: argparse.Namespace, predictions: Any, title: str) -> int:
+    from pathlib import Path
+
+    from beit3_ds.inference.predictions import write_page, write_predictions
+
+    write_predictions(predictions, Path(options.out) if options.out else None)
+    if options.page:
+        write_page(predictions, Path(options.page), title, options.page_samples)
+    return 0

@@ -1,0 +1,176 @@
+"""Predicts for files of images and texts, and writes the predictions as JSON and as a page."""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from beit3_ds.atomic_file import atomic_write
+from beit3_ds.config import ConfigError
+from beit3_ds.inference.answerer import QuestionAnswerer
+from beit3_ds.inference.captioner import Captioner
+from beit3_ds.inference.classifier import ImageClassifier
+from beit3_ds.inference.dual_encoder import DualEncoder
+from beit3_ds.inference.judge import StatementJudge
+from beit3_ds.inference.requests import Question
+from beit3_ds.model.generation import BeamSearch
+from beit3_ds.tasks.result_page import ShownSample, choose_shown, write_result_page
+
+_DIGITS = 6
+"""Significant digits of scores in JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Holds the prediction for one image, for the images of one statement, or for one text."""
+
+    images: Sequence[Path]
+    """Files of the images."""
+    title: str
+    """Question, statement, text or name of the image, as the page's title."""
+    lines: dict[str, str]
+    """What the page shows, by what it is."""
+    record: dict[str, Any]
+    """What the JSON file holds."""
+
+
+def caption_images(captioner: Captioner, images: Sequence[Path], search: BeamSearch) -> list[Prediction]:
+    """Writes a caption of each image."""
+    with _broken_images():
+        captions = captioner(images, search)
+    return [
+        Prediction(
+            images=[image],
+            title=image.name,
+            lines={"caption": caption},
+            record={"image": str(image), "caption": caption},
+        )
+        for image, caption in zip(images, captions, strict=True)
+    ]
+
+
+def answer_questions(answerer: QuestionAnswerer, questions: Sequence[Question], top: int) -> list[Prediction]:
+    """Answers questions, with the best answers of each."""
+    with _broken_images():
+        found = answerer([asked.image for asked in questions], [asked.question for asked in questions], top=top)
+    predictions = []
+    for asked, answers in zip(questions, found, strict=True):
+        identifier = {} if asked.identifier is None else {"id": asked.identifier}
+        best = [{"answer": answer.text, "score": _rounded(answer.score)} for answer in answers]
+        record = {**identifier, "image": str(asked.image), "question": asked.question}
+        predictions.append(
+            Prediction(
+                images=[asked.image],
+                title=asked.question,
+                lines={"answers": ", ".join(f"{answer.text} ({answer.score:.0%})" for answer in answers)},
+                record=record | {"answer": answers[0].text, "answers": best},
+            )
+        )
+    return predictions
+
+
+def judge_statement(judge: StatementJudge, left: Path, right: Path, statement: str) -> list[Prediction]:
+    """Judges a statement about two images."""
+    with _broken_images():
+        probability = float(judge(left, right, statement)[0])
+    record = {"left": str(left), "right": str(right), "statement": statement}
+    return [
+        Prediction(
+            images=[left, right],
+            title=statement,
+            lines={"true": f"{probability:.0%}"},
+            record=record | {"is_true": probability > 0.5, "probability": _rounded(probability)},
+        )
+    ]
+
+
+def classify_images(classifier: ImageClassifier, images: Sequence[Path], top: int) -> list[Prediction]:
+    """Finds the most likely classes of each image."""
+    with _broken_images():
+        found = classifier(images, top=top)
+    return [
+        Prediction(
+            images=[image],
+            title=image.name,
+            lines={"classes": ", ".join(f"{name} ({probability:.0%})" for name, probability in classes)},
+            record={
+                "image": str(image),
+                "classes": [{"class": name, "probability": _rounded(value)} for name, value in classes],
+            },
+        )
+        for image, classes in zip(images, found, strict=True)
+    ]
+
+
+def match_texts(dual: DualEncoder, images: Sequence[Path], texts: Sequence[str], top: int) -> list[Prediction]:
+    """Finds the images that fit each text best, by cosine; one prediction per text."""
+    with _broken_images():
+        image_features = dual.encode_images(images)
+    cosines = dual.encode_texts(texts) @ image_features.T
+    best = cosines.topk(min(top, len(images)), dim=1)
+    predictions = []
+    for text, values, places in zip(texts, best.values.tolist(), best.indices.tolist(), strict=True):
+        found = [(images[place], value) for place, value in zip(places, values, strict=True)]
+        predictions.append(
+            Prediction(
+                images=[image for image, _ in found],
+                title=text,
+                lines={"images": ", ".join(f"{image.name} ({value:.3f})" for image, value in found)},
+                record={
+                    "text": text,
+                    "images": [{"image": str(image), "cosine": _rounded(value)} for image, value in found],
+                },
+            )
+        )
+    return predictions
+
+
+def write_predictions(predictions: Iterable[Prediction], out: Path | None) -> None:
+    """Writes the records as a JSON list, to a file or to the standard output.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    text = json.dumps([prediction.record for prediction in predictions], indent=1) + "\n"
+    if out is None:
+        print(text, end="")
+        return
+    with atomic_write(out) as file:
+        file.write(text.encode())
+
+
+def write_page(predictions: Sequence[Prediction], page: Path, title: str, max_shown: int) -> None:
+    """Writes a page with images and predictions, at most `max_shown` of them, evenly spread.
+
+    Raises:
+        OSError: if the page cannot be written.
+    """
+    shown = [predictions[place] for place in choose_shown([None] * len(predictions), min(max_shown, len(predictions)))]
+    samples = (
+        ShownSample(
+            images=[Image.open(image) for image in prediction.images], title=prediction.title, lines=prediction.lines
+        )
+        for prediction in shown
+    )
+    note = "" if len(shown) == len(predictions) else f"{len(shown)} of {len(predictions)} predictions."
+    write_result_page(page, title, {}, samples, note)
+
+
+@contextmanager
+def _broken_images() -> Iterator[None]:
+    """Turns the error of a broken image into one that a user can fix."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{error}. Repair the image, or leave it out.") from error
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else value
