@@ -26,17 +26,24 @@ def add_import_command(subparsers: Subparsers) -> None:
         metavar="PX",
         help="interpolate positions for images of PX pixels; a tokenizer for a patch-14 model at 224 px needs 256",
     )
+    command.add_argument(
+        "--answers",
+        metavar="FILE",
+        help="list of answers to keep with the weights of VQAv2: the reference's answer2label.txt",
+    )
     command.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
 
 
 def _import(options: argparse.Namespace) -> int:
     from pathlib import Path
 
+    from beit3_ds.config import ConfigError
     from beit3_ds.tokenizers import import_released_tokenizer, save_visual_tokenizer
     from beit3_ds.untrusted_file import read_tensors
     from beit3_ds.weights.export import check_free, export_weights
     from beit3_ds.weights.inspection import describe_task
     from beit3_ds.weights.reader import open_for_import
+    from beit3_ds.weights.released import ReleasedFile
     from beit3_ds.weights.timm_file import TimmFile
 
     out = Path(options.out)
@@ -48,6 +55,12 @@ def _import(options: argparse.Namespace) -> int:
         print(f"wrote {out}: {config.codebook_size} codes, {config.image_size} px / patch {config.patch_size}")
         return 0
     reader = open_for_import(options.file, image_size=options.image_size)
+    if options.answers:
+        if not isinstance(reader, ReleasedFile):
+            raise ConfigError(
+                f"{options.file} holds a vision tower, which has no list of answers. Leave --answers out."
+            )
+        reader.name_answers(Path(options.answers))
     done = export_weights(reader, out, overwrite=options.force)
     model = reader.model
     task = "" if reader.task is None else f"; head: {describe_task(reader.task)}"

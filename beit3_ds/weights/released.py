@@ -16,6 +16,7 @@ from beit3_ds.config import ConfigError, ModelConfig
 from beit3_ds.model import TaskModel
 from beit3_ds.model.pretrained import EXTRA_PREFIX, IMAGE_POSITION, check_tensors, matrix_part
 from beit3_ds.positions import interpolate_positions
+from beit3_ds.tasks.vqa.answers import AnswerVocabulary
 from beit3_ds.untrusted_file import read_tensors_with_note
 from beit3_ds.weights.export_note import NOTE_KEY, ExportNote, parse_note
 from beit3_ds.weights.unilm_heads import (
@@ -83,6 +84,28 @@ class ReleasedFile:
         recognised = recognise_task(found)
         self.task: Mapping[str, Any] = recognised if note is None or note.task is None else note.task
         check_tensors(str(path), found, _parameter_shapes(stored, head_builder(recognised)))
+
+    def name_answers(self, path: Path) -> None:
+        """Adds the list of answers, which the reference keeps in a file of its own, to the task of a VQAv2 file.
+
+        Args:
+            path: the reference's `answer2label.txt`, or the `answers.jsonl` of a run.
+
+        Raises:
+            ConfigError: if the file is not one of VQAv2, or the list cannot be read or has another length.
+        """
+        if self.task["name"] != "vqa":
+            raise ConfigError(
+                f"{self.path} holds weights of the task {self.task['name']}, which has no list of answers. Leave the "
+                "list out."
+            )
+        answers, count = list(AnswerVocabulary.load(path)), len(self._tensors["heads.answers.bias"])
+        if len(answers) != count:
+            raise ConfigError(
+                f"{path} has {len(answers)} answers, but the head in {self.path} has {count}. Use the list of the "
+                "training files of these weights."
+            )
+        self.task = {**self.task, "answers": answers}
 
     def names(self) -> list[str]:
         """Returns the names of all tensors, also of those under `EXTRA_PREFIX`."""

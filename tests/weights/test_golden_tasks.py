@@ -5,6 +5,7 @@ The numbers are the reference's (`tests/fixtures/golden/README.md`).
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit3_ds.batch import PackedBatch
+from beit3_ds.cli import main as cli
 from beit3_ds.layout import PickedRows
 from beit3_ds.model import PretrainedWeights, TaskModel
 from beit3_ds.model.features import pack_inputs
@@ -141,6 +143,25 @@ def test_captioning(load: Any) -> None:
     assert_close(model(batch, torch.tensor([1 / 7, 0.0])).total, golden.outputs["loss"])
     model.heads.compares_tokens = True
     assert_close(sum_best_tokens(model(batch, torch.ones(2)), 0.2)[0] / 7, golden.outputs["loss_drop_worst"])
+
+
+def test_the_command_keeps_the_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import_golden(read_golden("vqav2"), tmp_path, monkeypatch)
+    released, out, answers = (str(tmp_path / name) for name in ("released.pth", "out.safetensors", "answer2label.txt"))
+    lines = [json.dumps({"answer": f"answer {label}", "label": label}) for label in range(11)]
+    Path(answers).write_text("\n".join(lines))
+    assert cli.main(["import", released, out, "--answers", answers]) == 0
+    assert "head: vqa (num_answers 11, answers of 11)" in capsys.readouterr().out
+    task = PretrainedWeights(out).task
+    assert task is not None and task["answers"][10] == "answer 10"
+    Path(answers).write_text(lines[0])
+    assert cli.main(["import", released, out, "--answers", answers, "--force"]) == 2
+    assert "has 1 answers, but the head" in capsys.readouterr().err
+    torch.save({"model": read_golden("nlvr2").weights}, released)
+    assert cli.main(["import", released, out, "--answers", answers, "--force"]) == 2
+    assert "task nlvr2, which has no list of answers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", TASKS)
