@@ -100,7 +100,7 @@ def open_inputs(config: RunConfig, options: argparse.Namespace) -> Inputs:
         )
     task = build_task(config)
     check_device(config.training)
-    stored = _open_weights(options.weights, averages=options.ema)
+    stored = _open_weights(options.weights, averages=options.ema, best=options.best)
     where = f"--weights {options.weights}"
     check_task(stored.task, config.task.name, where, needs_head=True)
     task.adopt_weights(stored.task, where)
@@ -118,8 +118,8 @@ def open_inputs(config: RunConfig, options: argparse.Namespace) -> Inputs:
     return Inputs(task=task, rank_task=rank_task, weights=weights, step=stored.step, folder=folder)
 
 
-def _open_weights(path: str, *, averages: bool) -> PretrainedWeights | CheckpointFolder:
-    weights = open_weights(path, averages=averages)
+def _open_weights(path: str, *, averages: bool, best: bool) -> PretrainedWeights | CheckpointFolder:
+    weights = open_weights(path, averages=averages, best=best)
     if isinstance(weights, PretrainedWeights | CheckpointFolder):
         return weights
     raise ConfigError(f"--weights {path} is in another project's format. Convert it first: `beit3 import {path} OUT`.")
@@ -198,6 +198,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", help="folder of the results (default: OUTPUT_DIR/evaluation/SPLIT)")
     parser.add_argument("--ema", action="store_true", help="evaluate the moving averages of a checkpoint")
+    parser.add_argument("--best", action="store_true", help="evaluate the best checkpoint of a run, not the newest")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,6 +20,7 @@ def add_evaluate_command(subparsers: Subparsers) -> None:
     command.add_argument("--split", choices=("validation", "test"), default="validation", help="(default: validation)")
     command.add_argument("--out", help="folder of the results (default: OUTPUT_DIR/evaluation/SPLIT)")
     command.add_argument("--ema", action="store_true", help="evaluate the moving averages of a checkpoint")
+    command.add_argument("--best", action="store_true", help="evaluate the best checkpoint of a run, not the newest")
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -30,4 +31,4 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     arguments = [options.config, *(f"--set={change}" for change in options.set), "--weights", options.weights]
     arguments += ["--split", options.split, *(["--out", options.out] if options.out else [])]
-    return evaluate_main([*arguments, *(["--ema"] if options.ema else [])])
+    return evaluate_main([*arguments, *(flag for flag in ("--ema", "--best") if getattr(options, flag[2:]))])

@@ -60,7 +60,7 @@ def write_scenes(folder: Path, num_train: int, num_validation: int, seed: int = 
         _write_lines(folder / f"questions-{split}.jsonl", questions)
         statements = list(_write_statements(folder, split, count, rng, size))
         _write_lines(folder / f"statements-{split}.jsonl", statements)
-        _write_classes(folder / "classes" / split, count, rng, size)
+        write_classes(folder / "classes" / split, count, rng, size)
         if split == "train":
             texts += [question["question"] for question in questions] + [line["sentence"] for line in statements]
             texts += [sentence["raw"] for image in captions for sentence in image["sentences"]]
@@ -118,7 +118,8 @@ def _write_statements(folder: Path, split: str, count: int, rng: random.Random, 
             yield {**line, "label": label, "group": str(group)}
 
 
-def _write_classes(folder: Path, count: int, rng: random.Random, size: int) -> None:
+def write_classes(folder: Path, count: int, rng: random.Random, size: int) -> None:
+    """Writes images of one object each, the classes of `class_names` in turn, into a folder per class."""
     keys = list(class_names().items())
     for number in range(count):
         key, name = keys[number % len(keys)]

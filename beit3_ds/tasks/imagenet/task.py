@@ -138,8 +138,10 @@ class Imagenet(Task):
         """Opens the tokenizer and the images that a rank reads.
 
         Raises:
-            ConfigError: if a file cannot be read, an image has an unknown class, or a name has no tokens.
+            ConfigError: if a file cannot be read, an image has an unknown class, a name has no tokens, or the weights
+                belong to other classes.
         """
+        self._check_weights()
         config, classes, texts = self.config, self.classes, self._encode()
         packing = functools.partial(pack, model=config.model, head=self.settings.head)
         size = config.training.eval_batch_size
@@ -156,6 +158,19 @@ class Imagenet(Task):
             texts=texts,
             text_batches=share_of_batches(batches, nothing, share.data_parallel_rank, share.data_parallel_size),
         )
+
+    def _check_weights(self) -> None:
+        """Refuses a linear layer whose outputs mean other classes; names may differ, because texts are encoded."""
+        stored = self.weights_description or {}
+        if self.settings.head != "linear" or stored.get("head") != "linear":
+            return
+        if stored.get("class_digest", self.classes.digest()) != self.classes.digest():
+            raise ConfigError(
+                f"imagenet: {self.weights_name} have a linear layer for another list of classes than "
+                f"{self.classes.where}, in number, order, keys or names, so its outputs would mean other classes. Name "
+                "the list of the weights in data.texts.train, or start from weights without this head "
+                "(`beit3 export WEIGHTS OUT.safetensors --no-heads`)."
+            )
 
     def _encode(self) -> list[ClassText]:
         if self.settings.head == "linear":

@@ -140,6 +140,20 @@ def test_a_linear_layer_trains(scenes: Path, tmp_path: Path) -> None:
     assert run(mapping, tmp_path)[-1]["images"] == 11
 
 
+def test_a_linear_layer_of_other_classes_is_refused(scenes: Path, tmp_path: Path) -> None:
+    mapping = mapping_of(scenes, tmp_path)
+    own = mapping["beit3_ds"]
+    own["task"] = {"name": "imagenet", "num_classes": NUM_CLASSES, "head": "linear"}
+    own["data"]["texts"]["samples_per_step"] = 0
+    own["model"] |= {"inputs": ["images"], "final_norm": False}
+    task = build_task(build_run_config(mapping))
+    task.adopt_weights(task.describe(), "--weights FILE")
+    task.open(WHOLE)
+    task.adopt_weights(task.describe() | {"class_digest": "0123456789abcdef"}, "--weights FILE")
+    with pytest.raises(ConfigError, match="--weights FILE have a linear layer for another list of classes"):
+        task.open(WHOLE)
+
+
 def refused(scenes: Path, tmp_path: Path, **changes: Any) -> str:
     """Returns the message of a configuration with changes to its sections."""
     mapping = mapping_of(scenes, tmp_path)

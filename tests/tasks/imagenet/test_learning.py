@@ -1,0 +1,101 @@
+"""Checks that classes are learned by their names, and that names without training images are found too."""
+
+import json
+import math
+import os
+import random
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from beit3_ds.sample_data.scenes import COLORS, SHAPES
+from beit3_ds.sample_data.write_scenes import class_names, write_classes
+from tests.ranks import run_ranks
+
+CONFIG = Path(__file__).parents[3] / "ds_configs" / "imagenet_small_cpu.json"
+SEEDS = (1, 2, 3)
+STEPS = 180
+IMAGES = {"train": 3600, "validation": 720}
+UNSEEN = {f"{color} {shape}" for color, shape in zip(COLORS, SHAPES, strict=True)}
+"""Names without images in training; their words occur in other names."""
+
+
+def write_data(folder: Path, seed: int) -> None:
+    """Writes images into `train`, `seen` and `unseen`, and class lists: seen, all, and all with names exchanged."""
+    names = class_names()
+    for split, count in IMAGES.items():
+        write_classes(folder / split, count, random.Random(f"{seed} {split}"), 64)
+    for key, name in names.items():
+        if name in UNSEEN:
+            shutil.rmtree(folder / "train" / key)
+        (folder / ("unseen" if name in UNSEEN else "seen")).mkdir(exist_ok=True)
+        (folder / "validation" / key).rename(folder / ("unseen" if name in UNSEEN else "seen") / key)
+    shuffled = list(names.values())
+    random.Random(seed).shuffle(shuffled)
+    lists = {"seen": {key: name for key, name in names.items() if name not in UNSEEN}, "all": names}
+    lists["shuffled"] = dict(zip(names, shuffled, strict=True))
+    for list_name, classes in lists.items():
+        text = "".join(f"{key} {name}\n" for key, name in classes.items())
+        (folder / f"{list_name}.txt").write_text(text)
+
+
+def write_config(folder: Path, split: str, classes: str, tokenizer: str, seed: int) -> Path:
+    mapping: dict[str, Any] = json.loads(CONFIG.read_text())
+    own = mapping["beit3_ds"]
+    number = len((folder / f"{classes}.txt").read_text().splitlines())
+    own["task"]["num_classes"] = own["data"]["texts"]["samples_per_step"] = number
+    own["data"]["images"] |= {"train": [str(folder / "train")], "validation": [str(folder / split)]}
+    own["data"]["texts"]["train"] = [{"path": str(folder / f"{classes}.txt"), "format": "class_names"}]
+    own["tokenizers"]["text"] |= {"path": tokenizer, "vocab_size": 300}
+    own["training"] |= {"output_dir": str(folder / "run"), "total_steps": STEPS, "seed": seed, "save_interval": STEPS}
+    own["training"] |= {"eval_interval": STEPS}
+    path = folder / f"{split}-{classes}.json"
+    path.write_text(json.dumps(mapping))
+    return path
+
+
+def train(config: str) -> int:
+    """Runs the trainer on one rank and returns its exit status."""
+    from beit3_ds.train import main
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    return main([config])
+
+
+def evaluate(config: str, weights: str, out: str) -> int:
+    """Evaluates a run on one rank and returns the exit status."""
+    from beit3_ds.evaluate import main
+
+    return main([config, "--weights", weights, "--out", out])
+
+
+def measure(folder: Path, tokenizer: str, seed: int) -> dict[str, float]:
+    """Returns the accuracies of one seed."""
+    folder.mkdir()
+    write_data(folder, seed)
+    assert run_ranks(train, 1, str(write_config(folder, "seen", "seen", tokenizer, seed)), timeout=1800) == [0]
+    found = {}
+    for split, classes in (("seen", "seen"), ("unseen", "all"), ("unseen", "shuffled")):
+        config, out = write_config(folder, split, classes, tokenizer, seed), folder / f"{split}-{classes}"
+        assert run_ranks(evaluate, 1, str(config), str(folder / "run"), str(out)) == [0]
+        found[f"{split}, {classes}"] = json.loads((out / "metrics.json").read_text())["metrics"]["accuracy"]
+    return found
+
+
+def lower_bound(differences: list[float]) -> float:
+    """Returns the lower end of the two-sided 95% interval of a mean of three values (Student's t)."""
+    return statistics.mean(differences) - 4.303 * statistics.stdev(differences) / math.sqrt(len(differences))
+
+
+@pytest.mark.slow
+def test_classes_are_learned_by_their_names(tmp_path: Path, tokenizer_files: dict[str, str]) -> None:
+    """Names without training images are found far above chance, and not if the names of the classes are exchanged."""
+    found = [measure(tmp_path / str(seed), tokenizer_files["text"], seed) for seed in SEEDS]
+    for seed, accuracies in zip(SEEDS, found, strict=True):
+        print(f"seed {seed}: " + ", ".join(f"{name} {value:.3f}" for name, value in accuracies.items()))
+    seen_chance = 1 / (len(class_names()) - len(UNSEEN))
+    assert lower_bound([of["seen, seen"] - seen_chance for of in found]) > 0.5
+    assert lower_bound([of["unseen, all"] - of["unseen, shuffled"] for of in found]) > 0
