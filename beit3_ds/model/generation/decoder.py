@@ -31,7 +31,8 @@ class CaptionDecoder:
         """Encodes images.
 
         Args:
-            model: a whole model that takes pairs, with a head that predicts words; without sequence parallelism.
+            model: a model that takes pairs, with all layers and a head that predicts words. Tensor-parallel ranks that
+                divide it make the same calls; sequence parallelism is not supported.
             pixels: images, (I, 3, image_size, image_size) in [-1, 1], on the model's device.
             mask_id: id of the mask token, in whose place a word is predicted.
 

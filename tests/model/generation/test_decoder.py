@@ -4,18 +4,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from beit3_ds.config import ModelConfig
-from beit3_ds.model import TaskModel
+from beit3_ds.config import ModelConfig, ParallelConfig
+from beit3_ds.model import TaskModel, initialize_parameters
 from beit3_ds.model.features import pack_inputs
 from beit3_ds.model.generation import CaptionDecoder
+from beit3_ds.parallel import TensorParallel
+from beit3_ds.tasks.captioning.head import CaptionHead
 from tests.batches import decoupled, small_model_config
 from tests.model.generation.captioners import random_captioner
+from tests.ranks import run_ranks
 
 CONFIGS = {
     "paper": small_model_config(),
     "sub-LN": small_model_config(sub_layernorm=True, num_vision_language_layers=0),
     "pairs": small_model_config(inputs=("pairs",), final_norm=False),
     "decoupled": decoupled(),
+    "heads of four": small_model_config(num_attention_heads=4),
+    "decoupled, heads of four": decoupled(num_attention_heads=4),
 }
 MASK = 49
 
@@ -59,3 +64,36 @@ def test_cached_equals_the_whole_pass(name: str) -> None:
         images = [images[place] for place in order]
         words = draw(len(rows))
         captions = [[*captions[row], word] for row, word in zip(rows, words, strict=True)]
+
+
+def predict_on_rank(name: str) -> Tensor:
+    """Predicts two words of a model that tensor-parallel ranks divide."""
+    from beit3_ds.runtime.process_group import init_process_group
+
+    mesh = init_process_group(ParallelConfig(tensor_parallel_size=2, timeout_seconds=60))
+    log_probs = predict_two_words(divided_captioner(CONFIGS[name], mesh.tensor))
+    mesh.close()
+    return log_probs
+
+
+@torch.no_grad()
+def divided_captioner(config: ModelConfig, tensor: TensorParallel) -> TaskModel:
+    model = TaskModel(CaptionHead, config, tensor)
+    initialize_parameters(model, config, seed=4)
+    return model.eval()
+
+
+@torch.no_grad()
+def predict_two_words(model: TaskModel) -> Tensor:
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    decoder = CaptionDecoder(model, pixels, MASK)
+    first = decoder.next_words(torch.zeros(2, dtype=torch.int64))
+    decoder.select([1, 0, 1, 1])
+    return torch.cat([first, decoder.next_words(torch.tensor([3, 4, 5, 6]))])
+
+
+@pytest.mark.parametrize("name", ["heads of four", "decoupled, heads of four"])
+def test_tensor_parallel_ranks_predict_the_same(name: str) -> None:
+    expected = predict_two_words(divided_captioner(CONFIGS[name], TensorParallel()))
+    for found in run_ranks(predict_on_rank, 2, name):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
