@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from beit3_ds.batch import PackedBatch
-from beit3_ds.config import RankCoords, RunConfig, build_run_config
+from beit3_ds.config import INPUT_KINDS, RankCoords, RunConfig, build_run_config
 from beit3_ds.planner import RankModel, Workload, build_rank_model, workload_of
 from tests.batches import random_batch
 from tests.run_config import small_run_mapping
@@ -23,6 +23,7 @@ FULL = {"activation_checkpointing": "full"}
 SUB_LN = {"sub_layernorm": True}
 DECOUPLED = {"sub_layernorm": True, "layout": "decoupled", "num_vision_language_layers": 0}
 TIED = {"tie_word_embeddings": True}
+PAIRS, IMAGES = {"inputs": ["pairs"]}, {"inputs": ["images"], "tie_word_embeddings": True}
 
 
 class SeenTraffic(NamedTuple):
@@ -69,17 +70,20 @@ def cell(
             mapping["data_types"] = {"grad_accum_dtype": "fp32"}
     mapping["beit3_ds"]["parallel"] = parallel
     mapping["beit3_ds"]["training"] |= training or {}
+    for kind in set(INPUT_KINDS) - set(mapping["beit3_ds"]["model"].get("inputs", INPUT_KINDS)):
+        del mapping["beit3_ds"]["data"][kind]
     return build_run_config(mapping)
 
 
 def micro_batches_of(config: RunConfig, data_rank: int, step: int) -> list[PackedBatch]:
     """Returns the micro-batches of one data-parallel rank in one step; they differ between ranks and steps."""
-    return [
-        random_batch(
-            config.model, *MIXES[i % len(MIXES)], seed=100 * data_rank + 10 * step + i, drop_path=drops(config)
-        )
-        for i in range(config.gradient_accumulation_steps)
-    ]
+    batches = []
+    for i in range(config.gradient_accumulation_steps):
+        mix = zip(INPUT_KINDS, MIXES[i % len(MIXES)], strict=True)
+        counts = [count if kind in config.model.inputs else 0 for kind, count in mix]
+        seed = 100 * data_rank + 10 * step + i
+        batches.append(random_batch(config.model, *counts, seed=seed, drop_path=drops(config)))
+    return batches
 
 
 def drops(config: RunConfig) -> bool:

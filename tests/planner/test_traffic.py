@@ -9,6 +9,8 @@ from beit3_ds.planner import step_traffic
 from tests.planner.cells import (
     DECOUPLED,
     FULL,
+    IMAGES,
+    PAIRS,
     STRICT,
     SUB_LN,
     TIED,
@@ -39,6 +41,8 @@ TWO_RANKS = {
     "tp2": cell(0, tensor_parallel_size=2),
     "tp2 sequence parallel, sub-LN": cell(1, model=SUB_LN, **SEQUENCE),
     "tp2 full recomputation": cell(0, model=SUB_LN, training=FULL, tensor_parallel_size=2),
+    "dp2 ZeRO-3, pairs alone": cell(3, zero=PERSIST, model=PAIRS),
+    "tp2 sequence parallel, images alone": cell(1, model=IMAGES, **SEQUENCE),
     "pp2, 2 micro-batches": cell(1, 2, **PIPELINE),
     "pp2, 4 micro-batches, tied": cell(1, 4, model=TIED, **PIPELINE),
     "pp2 x 2 interleaved": cell(1, 4, **INTERLEAVED),
