@@ -1,7 +1,6 @@
 """Checks that images are classified by class names alike in every layout, and what the task refuses."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,22 @@ import pytest
 
 from beit3_ds.config import ConfigError, build_run_config
 from beit3_ds.sample_data.write_scenes import class_names, write_scenes
-from beit3_ds.tasks import build_task
-from beit3_ds.tasks.rank_task import RankShare
-from beit3_ds.training.metrics_log import MetricsLog
-from tests.ranks import run_ranks
-from tests.run_config import small_run_mapping
+from beit3_ds.tasks import RankShare, build_task
+from tests.tasks.fine_tuning import (
+    ALL,
+    COVERING,
+    ONE_PROCESS,
+    Layout,
+    WriteConfig,
+    check_layout_trains_the_same,
+    check_metrics_do_not_depend_on_ranks,
+    check_resumes_bit_for_bit,
+    figures,
+    run_mapping,
+    train_layout,
+    write_json,
+)
 
-LAYOUTS: dict[str, tuple[int, int, int, dict[str, Any]]] = {
-    "ZeRO-3 on 2 ranks": (2, 3, 1, {}),
-    "ZeRO-1 on 3 ranks": (3, 1, 2, {}),
-    "tensor 2": (2, 1, 2, {"tensor_parallel_size": 2, "sequence_parallel": True}),
-    "pipeline 2": (2, 2, 2, {"pipeline_parallel_size": 2}),
-}
-"""Ranks, ZeRO stage, micro-batches and parallel section per layout."""
 NUM_CLASSES = 36
 WHOLE = RankShare(data_parallel_rank=0, data_parallel_size=1, embeds=True, predicts=True, reads=True)
 
@@ -36,116 +38,101 @@ def scenes(tmp_path_factory: pytest.TempPathFactory, tokenizer_files: dict[str, 
     return folder
 
 
-def mapping_of(
-    scenes: Path, folder: Path, zero_stage: int = 0, micro_batches: int = 1, parallel: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    model = {"image_size": 32, "drop_path_rate": 0.2, "inputs": ["images", "texts"], "num_vision_language_layers": 0}
-    mapping = small_run_mapping(zero_stage, accumulation=micro_batches, **model)
+def mapping_of(scenes: Path, folder: Path, layout: Layout = ONE_PROCESS, **training: Any) -> dict[str, Any]:
+    task = {"name": "imagenet", "num_classes": NUM_CLASSES, "mixup": 0.8, "cutmix": 1.0}
+    mapping = run_mapping(folder, layout, task, **{"learning_rate": 5e-4, **training})
     own = mapping["beit3_ds"]
-    own["task"] = {"name": "imagenet", "num_classes": NUM_CLASSES, "mixup": 0.8, "cutmix": 1.0}
-    own["parallel"] = {**(parallel or {}), "timeout_seconds": 300}
-    own["data"] = {
-        "images": {"train": [str(scenes / "classes" / "train")], "samples_per_step": 10},
+    own["model"] |= {"inputs": ["images", "texts"], "num_vision_language_layers": 0}
+    images = {split: [str(scenes / "classes" / split)] for split in ("train", "validation")}
+    own["data"] |= {
+        "images": {**images, "samples_per_step": 10},
         "texts": {"train": [{"path": str(scenes / "classes.txt"), "format": "class_names"}]},
         "text_length": 16,
         "rand_augment_operations": 1,
         "random_erasing": 0.2,
-        "num_workers": 0,
     }
-    own["data"]["images"]["validation"] = [str(scenes / "classes" / "validation")]
     own["data"]["texts"]["samples_per_step"] = NUM_CLASSES
     own["tokenizers"] = {"text": {"path": str(scenes / "text.spm"), "vocab_size": 300}}
-    own["training"] |= {"output_dir": str(folder / "run"), "total_steps": 4, "warmup_steps": 1, "learning_rate": 3e-3}
-    own["training"] |= {"log_interval": 1, "eval_interval": 2, "eval_batch_size": 4, "save_interval": 2}
     return mapping
 
 
-def run(mapping: dict[str, Any], folder: Path, num_ranks: int = 1) -> list[dict[str, float]]:
-    """Trains and returns losses, norms and metrics."""
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(mapping))
-    assert run_ranks(train, num_ranks, str(folder / "config.json")) == [0] * num_ranks
-    records = MetricsLog(folder / "run" / "metrics.jsonl").records()
-    names = ("step", "classes", "accuracy", "top5", "images", "grad_norm")
-    return [
-        {name: record[name] for name in names if name in record}
-        for record in records
-        if record["kind"] in ("train", "validation")
-    ]
+@pytest.fixture(scope="module")
+def write_config(scenes: Path) -> WriteConfig:
+    def write(folder: Path, layout: Layout = ONE_PROCESS, **training: Any) -> Path:
+        return write_json(folder, mapping_of(scenes, folder, layout, **training))
 
-
-def train(config: str) -> int:
-    """Runs the trainer on one rank and returns its exit status."""
-    from beit3_ds.train import main
-
-    os.environ["OMP_NUM_THREADS"] = "1"
-    return main([config])
+    return write
 
 
 @pytest.fixture(scope="module")
-def one_process(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, float]]]:
-    folder = tmp_path_factory.mktemp("imagenet")
-    return folder, run(mapping_of(scenes, folder), folder)
+def one_process(write_config: WriteConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_layout(write_config, tmp_path_factory.mktemp("imagenet") / "one")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_train_the_same(
-    layout: str, scenes: Path, one_process: tuple[Path, list[dict[str, float]]], tmp_path: Path
-) -> None:
-    ranks, zero_stage, micro_batches, parallel = LAYOUTS[layout]
-    found = run(mapping_of(scenes, tmp_path, zero_stage, micro_batches, parallel), tmp_path, ranks)
-    expected = one_process[1]
-    assert len(found) == len(expected) == 7  # four steps; evaluations before, between and at the end
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours == pytest.approx(theirs, rel=5e-5)
-    assert found[0].get("images") == 11  # each image once, on every number of ranks
+@pytest.mark.parametrize("layout", COVERING)
+def test_layouts_train_the_same(layout: str, write_config: WriteConfig, one_process: Path, tmp_path: Path) -> None:
+    check_layout_trains_the_same(write_config, one_process, tmp_path / "run", COVERING[layout])
 
 
-def test_resumes_bit_for_bit(scenes: Path, one_process: tuple[Path, list[dict[str, float]]], tmp_path: Path) -> None:
-    shutil.copytree(one_process[0] / "run", tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
-    assert run(mapping_of(scenes, tmp_path), tmp_path) == one_process[1]
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ALL)
+def test_all_layouts_train_the_same(layout: str, write_config: WriteConfig, one_process: Path, tmp_path: Path) -> None:
+    check_layout_trains_the_same(write_config, one_process, tmp_path / "run", ALL[layout])
 
 
-def test_answers_are_written(one_process: tuple[Path, list[dict[str, float]]]) -> None:
-    folder = one_process[0] / "run" / "validation"
+def test_resumes_bit_for_bit(write_config: WriteConfig, one_process: Path, tmp_path: Path) -> None:
+    check_resumes_bit_for_bit(write_config, one_process, tmp_path / "resumed")
+
+
+def test_metrics_do_not_depend_on_ranks(write_config: WriteConfig, one_process: Path, tmp_path: Path) -> None:
+    metrics = check_metrics_do_not_depend_on_ranks(write_config, one_process, tmp_path)
+    assert metrics["images"] == 11 and metrics["accuracy"] == figures(one_process, "validation")[-1]["accuracy"]
+
+
+def test_answers_are_written(one_process: Path) -> None:
+    folder = one_process / "run" / "validation"
     lines = [json.loads(line) for line in (folder / "classes.jsonl").read_text().splitlines()]
     assert len({line["image"] for line in lines}) == 11 and all(len(set(line["best"])) == 5 for line in lines)
     right = sum(line["best"][0] == line["class"] for line in lines) / 11
-    assert right == one_process[1][-1]["accuracy"] and all(line["class"] in line["image"] for line in lines)
+    assert right == figures(one_process, "validation")[-1]["accuracy"] and all(
+        line["class"] in line["image"] for line in lines
+    )
     page = (folder / "classes.html").read_text()
     assert page.count("<img src='data:image/jpeg;base64") == 11 and "red circle" in page
 
 
 def test_some_classes_per_step(scenes: Path, tmp_path: Path) -> None:
     """The classes of the step's images are compared beside those that are drawn, alike on two ranks."""
-    mappings = [mapping_of(scenes, tmp_path / str(i), *layout) for i, layout in enumerate([(0, 1), (2, 2)])]
-    for mapping in mappings:
+
+    def write(folder: Path, layout: Layout = ONE_PROCESS, **training: Any) -> Path:
+        mapping = mapping_of(scenes, folder, layout, **training)
         mapping["beit3_ds"]["data"]["texts"]["samples_per_step"] = 7
         mapping["beit3_ds"]["task"] |= {"mixup": 0.0, "cutmix": 0.0}
-        mapping["beit3_ds"]["training"]["total_steps"] = 2
-    one, two = (run(mapping, tmp_path / str(i), 1 + i) for i, mapping in enumerate(mappings))
-    for ours, theirs in zip(one, two, strict=True):
-        assert ours == pytest.approx(theirs, rel=5e-5)
+        return write_json(folder, mapping)
+
+    one = train_layout(write, tmp_path / "one")
+    check_layout_trains_the_same(write, one, tmp_path / "two", (2, 2, 2, {}))
 
 
 def test_a_linear_layer_trains(scenes: Path, tmp_path: Path) -> None:
-    mapping = mapping_of(scenes, tmp_path)
+    def write(folder: Path, layout: Layout = ONE_PROCESS, **training: Any) -> Path:
+        return write_json(folder, linear_mapping(scenes, folder))
+
+    assert figures(train_layout(write, tmp_path / "run"), "validation")[-1]["images"] == 11
+
+
+def linear_mapping(scenes: Path, folder: Path) -> dict[str, Any]:
+    mapping = mapping_of(scenes, folder)
     own = mapping["beit3_ds"]
     own["task"] = {"name": "imagenet", "num_classes": NUM_CLASSES, "head": "linear"}
     own["data"]["texts"]["samples_per_step"] = 0
     own["model"] |= {"inputs": ["images"], "final_norm": False}
-    own["training"]["total_steps"] = 2
     own["tokenizers"] = {}
-    assert run(mapping, tmp_path)[-1]["images"] == 11
+    return mapping
 
 
 def test_a_linear_layer_of_other_classes_is_refused(scenes: Path, tmp_path: Path) -> None:
-    mapping = mapping_of(scenes, tmp_path)
-    own = mapping["beit3_ds"]
-    own["task"] = {"name": "imagenet", "num_classes": NUM_CLASSES, "head": "linear"}
-    own["data"]["texts"]["samples_per_step"] = 0
-    own["model"] |= {"inputs": ["images"], "final_norm": False}
+    mapping = linear_mapping(scenes, tmp_path)
     task = build_task(build_run_config(mapping))
     task.adopt_weights(task.describe(), "--weights FILE")
     task.open(WHOLE)
