@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTR
 CONFIG := ds_configs/quickstart_cpu.json
 TOKENIZER_CONFIG := ds_configs/quickstart_visual_tokenizer_cpu.json
 
-.PHONY: help quickstart test test-slow check format constraints clean-runs clean-venv
+.PHONY: help quickstart test test-slow check lint format constraints clean-runs clean-venv
 
 help:
 	@echo "make quickstart   set up and pretrain a small BEiT-3 on the sample data (2 CPU ranks, ZeRO-3)"
@@ -42,13 +42,19 @@ runs/quickstart/text.spm: | $(VENV)/installed
 runs/quickstart/visual_tokenizer.safetensors: | $(VENV)/installed
 	$(BIN)/beit3 train $(TOKENIZER_CONFIG)
 
-check: $(VENV)/installed-test
+lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+check: lint
 	$(BIN)/mypy
 
-test: check
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal --durations=25
+# mypy runs beside the tests, because it uses one core; its findings come last, where they are seen.
+test: lint
+	$(BIN)/mypy > $(VENV)/mypy.log 2>&1 & checker=$$!; \
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal --durations=25; tests=$$?; \
+	wait $$checker; types=$$?; cat $(VENV)/mypy.log; \
+	exit $$((tests ? tests : types))
 
 test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow
