@@ -37,8 +37,8 @@ ARROWS: dict[str, set[str]] = {
     "weights": {"checkpoint", "config", "model", "positions", "tasks", "untrusted_file"},
     # Users' classes around trained weights: files in, answers out. Only commands stand above.
     "inference": {
-        *("atomic_file", "batch", "config", "data", "model", "parallel", "preprocess", "tasks", "tokenizers"),
-        "weights",
+        *("atomic_file", "batch", "config", "data", "layout", "model", "parallel", "preprocess", "tasks"),
+        *("tokenizers", "weights"),
     },
     "planner": {"batch", "config", "kernels", "layout", "model", "parallel", "pipeline", "tasks"},
     "runtime": {"config", "cores", "parallel", "planner", "rank_names", "storage_error"},

@@ -1,6 +1,5 @@
 """Answers questions about images."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Self, Unpack
@@ -8,6 +7,7 @@ from typing import NamedTuple, Self, Unpack
 import torch
 
 from beit3_ds.config import ConfigError
+from beit3_ds.inference.head_output import head_output
 from beit3_ds.inference.inputs import (
     ImageInput,
     ImageProcessor,
@@ -114,11 +114,7 @@ class QuestionAnswerer:
         for part in in_batches(len(ids), batch_size):
             pairs = (self.images(images[part]), ids[part])
             batch = pack_inputs(self.model.config, None, None, pairs, self.images.device)
-            first = batch.layout.first_rows(_IMAGES_OF_PAIRS)
-            rows = first.rows.to(self.images.device)
-            scores = self.model(
-                dataclasses.replace(batch, head_rows=rows, head_row_counts=first.counts), None
-            ).sigmoid()
+            scores = head_output(self.model, batch, batch.layout.first_rows(_IMAGES_OF_PAIRS)).sigmoid()
             best = scores.topk(min(top, scores.shape[1]))
             for values, labels in zip(best.values.tolist(), best.indices.tolist(), strict=True):
                 results.append(

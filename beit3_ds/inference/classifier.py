@@ -2,7 +2,6 @@
 
 # I images, C classes, D hidden.
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self, Unpack
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from beit3_ds.config import ConfigError
 from beit3_ds.inference.dual_encoder import DualEncoder
+from beit3_ds.inference.head_output import head_output
 from beit3_ds.inference.inputs import ImageInput, ImageProcessor, as_images, in_batches
 from beit3_ds.inference.loading import LoadOptions, load_with_head
 from beit3_ds.model.features import pack_inputs
@@ -127,9 +127,7 @@ def _linear_logits(weights: OpenedWeights, num_names: int, **options: Unpack[Loa
         logits = [torch.empty(0, count, device=device)]
         for part in in_batches(len(images), batch_size):
             batch = pack_inputs(config, prepare(images[part]), None, None, device)
-            picked = patch_rows(batch.layout)
-            rows = picked.rows.to(device)
-            logits.append(model(dataclasses.replace(batch, head_rows=rows, head_row_counts=picked.counts), None))
+            logits.append(head_output(model, batch, patch_rows(batch.layout)))
         return torch.cat(logits)
 
     return logits_of

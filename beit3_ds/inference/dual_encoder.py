@@ -2,7 +2,6 @@
 
 # I images, X texts, D hidden.
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self, Unpack
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from beit3_ds.batch import PackedBatch
+from beit3_ds.inference.head_output import head_output
 from beit3_ds.inference.inputs import (
     ImageInput,
     ImageProcessor,
@@ -21,7 +21,7 @@ from beit3_ds.inference.inputs import (
     in_batches,
 )
 from beit3_ds.inference.loading import LoadOptions, load_with_head, open_with_head
-from beit3_ds.model import TaskModel
+from beit3_ds.model import StepFeatures, TaskModel
 from beit3_ds.model.features import pack_inputs
 from beit3_ds.tasks.retrieval.head import IMAGE_FEATURES, SCALE, TEXT_FEATURES, ContrastiveHead
 from beit3_ds.tokenizers import TextTokenizer
@@ -111,10 +111,9 @@ class DualEncoder:
         with torch.no_grad():
             return float(self._features(batch).shared[SCALE])
 
-    def _features(self, batch: PackedBatch):  # type: ignore[no-untyped-def]
-        first = batch.layout.first_rows(_IMAGES, _TEXTS)
-        rows = first.rows.to(batch.token_ids.device)
-        return self.model(dataclasses.replace(batch, head_rows=rows, head_row_counts=first.counts), None)
+    def _features(self, batch: PackedBatch) -> StepFeatures:
+        features: StepFeatures = head_output(self.model, batch, batch.layout.first_rows(_IMAGES, _TEXTS))
+        return features
 
     def _nothing(self) -> Tensor:
         return torch.empty(0, self.model.config.hidden_size, device=self.images.device)

@@ -1,6 +1,5 @@
 """Judges statements about two images."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self, Unpack
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from beit3_ds.config import ConfigError
+from beit3_ds.inference.head_output import head_output
 from beit3_ds.inference.inputs import (
     ImageInput,
     ImageProcessor,
@@ -93,8 +93,6 @@ class StatementJudge:
                 images.extend(both)
             pairs = (self.images(images), [text for text in ids[part] for _ in range(2)])
             batch = pack_inputs(self.model.config, None, None, pairs, self.images.device)
-            first = batch.layout.first_rows(*_PAIR_PARTS)
-            rows = first.rows.to(self.images.device)
-            logits = self.model(dataclasses.replace(batch, head_rows=rows, head_row_counts=first.counts), None)
+            logits = head_output(self.model, batch, batch.layout.first_rows(*_PAIR_PARTS))
             results.append(logits.softmax(1)[:, 1])
         return torch.cat(results)
