@@ -106,13 +106,23 @@ def draw_image(scene: Scene, rng: random.Random, size: int = 64) -> Image.Image:
         radius = side * rng.uniform(0.15, 0.2)
         x = side * (0.25 + 0.5 * column + rng.uniform(-0.04, 0.04))
         y = side * (0.25 + 0.5 * row + rng.uniform(-0.04, 0.04))
-        _draw_shape(draw, found.shape, x, y, radius, color)
+        draw_shape(draw, found.shape, x, y, radius, color)
     return image.resize((size, size), Image.Resampling.BOX)
 
 
-def _draw_shape(
+def draw_shape(
     draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, color: tuple[int, ...]
 ) -> None:
+    """Draws a shape of `SHAPES` in one colour.
+
+    Args:
+        draw: image to draw on.
+        shape: name of the shape.
+        x: column of its centre, in pixels.
+        y: row of its centre.
+        radius: half its width and height, in pixels.
+        color: values of the image's channels.
+    """
     box = (x - radius, y - radius, x + radius, y + radius)
     thin = radius * 0.35
     match shape:

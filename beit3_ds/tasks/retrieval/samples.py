@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, get_args
 
@@ -24,7 +24,7 @@ from beit3_ds.data.images.one_view import ImageTransform, ResizedView, build_tra
 from beit3_ds.data.images.source import ImageSource
 from beit3_ds.data.randomness import sample_rng
 from beit3_ds.data.samples import SampleKey, Stream
-from beit3_ds.data.sources import ConcatSources, check_no_file_twice, open_images
+from beit3_ds.data.sources import ConcatSources, check_no_file_twice, check_no_image_is_missing, open_images
 from beit3_ds.tokenizers.text import TextTokenizer
 
 CAPTION_FORMATS: tuple[str, ...] = get_args(CaptionFormat)
@@ -156,22 +156,26 @@ def image_path(source: ImageSource, index: int) -> str:
     return source.name(index)
 
 
-def open_pairs(config: RunConfig, tokenizer: TextTokenizer, split: Split) -> Stream:
-    """Opens the pairs of a split: in training an image and one caption, else an image with all of its captions.
+def open_sources(data: DataConfig, split: Split) -> list[ImageSource]:
+    """Opens the files of a split.
 
     Raises:
-        ConfigError: for files that are missing or cannot be read, or images without captions.
+        ConfigError: for files or images that are missing or cannot be read, or images without captions.
     """
-    data = config.data
-    sources = getattr(data.pairs, split)
+    sources, files = getattr(data.pairs, split), OpenFiles(data.max_open_files)
     check_no_file_twice(sources)
-    files, is_training = OpenFiles(data.max_open_files), split == "train"
+    return [_open_source(source, data, files) for source in sources]
+
+
+def build_stream(config: RunConfig, sources: Sequence[ImageSource], tokenizer: TextTokenizer, split: Split) -> Stream:
+    """Builds the samples of a split: in training an image and one caption, else an image with all of its captions."""
+    data, is_training = config.data, split == "train"
     resized = ResizedView(image_size=config.model.image_size)
     return Stream(
         ConcatSources(
             [
                 RetrievalSamples(
-                    source=_open_source(source, data, files),
+                    source=source,
                     view=build_train_view(config, data.pair_flip_probability) if is_training else resized,
                     unflipped_view=build_train_view(config, 0.0) if is_training else resized,
                     tokenizer=tokenizer,
@@ -188,7 +192,9 @@ def open_pairs(config: RunConfig, tokenizer: TextTokenizer, split: Split) -> Str
 def _open_source(source: SourceConfig, data: DataConfig, files: OpenFiles) -> ImageSource:
     for kind in get_args(CaptionFormat):
         if source.format == kind:
-            return read_captions(source.path, source.images, kind, source.split).each_image()
+            captioned = read_captions(source.path, source.images, kind, source.split).each_image()
+            check_no_image_is_missing(captioned)
+            return captioned
     return open_images(source, data.cache_dir, files)
 
 

@@ -8,7 +8,9 @@ from typing import ClassVar
 
 from beit3_ds.config import ConfigError, InputKind, ModelConfig, RunConfig
 from beit3_ds.config.data import IMAGE_FORMATS, Split
+from beit3_ds.data.images.captioned import EachImage
 from beit3_ds.data.samples import Stream
+from beit3_ds.data.validation_overlap import describe_shared_images
 from beit3_ds.model import Head, StepLoss
 from beit3_ds.parallel import TensorParallel
 from beit3_ds.tasks.rank_task import Evaluator, RankShare, RankTask
@@ -18,7 +20,7 @@ from beit3_ds.tasks.retrieval.contrastive import contrastive_sums
 from beit3_ds.tasks.retrieval.head import IMAGE_FEATURES, TEXT_FEATURES, ContrastiveHead
 from beit3_ds.tasks.retrieval.packing import IMAGE_NUMBERS, TEXT_NUMBERS, pack
 from beit3_ds.tasks.retrieval.results import ResultFiles, Retrieved
-from beit3_ds.tasks.retrieval.samples import CAPTION_FORMATS, open_pairs
+from beit3_ds.tasks.retrieval.samples import CAPTION_FORMATS, build_stream, open_sources
 from beit3_ds.tasks.task import Headline, Task, Term
 from beit3_ds.tokenizers.text import load_text_tokenizer
 
@@ -118,9 +120,14 @@ class Retrieval(Task):
         config = self.config
         tokenizer = load_text_tokenizer(config)
         assert tokenizer is not None, "pairs have captions"
+        opened = {split: open_sources(config.data, split) for split in share.splits} if share.reads else {}
+        if share.is_main:
+            annotated = {split: [x for x in sources if isinstance(x, EachImage)] for split, sources in opened.items()}
+            for line in describe_shared_images(annotated):
+                print(line, flush=True)
 
         def build_streams(split: Split) -> Mapping[str, Stream]:
-            return {"pairs": open_pairs(config, tokenizer, split)}
+            return {"pairs": build_stream(config, opened[split], tokenizer, split)}
 
         return RetrievalRankTask.open(
             config,

@@ -1,12 +1,10 @@
 """Runs of the retrieval task on drawn scenes."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from beit3_ds.sample_data.write_scenes import write_scenes
-from beit3_ds.training.metrics_log import MetricsLog
 from tests.fixtures.tokenizers import copy_tokenizers
 from tests.run_config import small_run_mapping
 
@@ -63,21 +61,3 @@ def write_config(
     path = folder / "config.json"
     path.write_text(json.dumps(mapping))
     return path
-
-
-def train(config: str) -> int:
-    """Runs the trainer on one rank and returns its exit status."""
-    from beit3_ds.train import main
-
-    os.environ["OMP_NUM_THREADS"] = "1"
-    return main([config])
-
-
-def records(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """Returns the records of a kind that a run wrote, without times."""
-    kept = [record for record in MetricsLog(folder / "run" / "metrics.jsonl").records() if record["kind"] == kind]
-    names = ("image_to_text", "text_to_image", "texts_found", "images_found", "loss", "grad_norm")
-    return [
-        {name: record[name] for name in record if name in names or ("_recall" in name and "/" not in name)}
-        for record in kept
-    ]

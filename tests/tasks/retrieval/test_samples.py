@@ -10,7 +10,7 @@ from PIL import Image
 
 from beit3_ds.config import ConfigError, RunConfig, build_run_config
 from beit3_ds.data.samples import SampleKey
-from beit3_ds.tasks.retrieval.samples import RetrievalSample, caption_of_epoch, open_pairs
+from beit3_ds.tasks.retrieval.samples import RetrievalSample, build_stream, caption_of_epoch, open_sources
 from beit3_ds.tokenizers import TextTokenizer
 from tests.fixtures.tokenizers import copy_tokenizers
 from tests.tasks.retrieval.runs import write_config
@@ -45,8 +45,8 @@ def config_of(files: Path, folder: Path, name: str, kind: str) -> RunConfig:
     return build_run_config(json.loads(path.read_text()))
 
 
-def read(config: RunConfig, files: Path, epoch: int, split: str = "train") -> list[RetrievalSample]:
-    stream = open_pairs(config, TextTokenizer(files / "text.spm"), split)  # type: ignore[arg-type]
+def read(config: RunConfig, files: Path, epoch: int) -> list[RetrievalSample]:
+    stream = build_stream(config, open_sources(config.data, "train"), TextTokenizer(files / "text.spm"), "train")
     return [stream.prepare(SampleKey(1, "pairs", epoch, index)) for index in range(len(stream))]
 
 
@@ -93,4 +93,11 @@ def test_a_split_without_captions_is_refused(files: Path, tmp_path: Path) -> Non
     (files / "no_captions.jsonl").write_text(json.dumps({"image": "0.png"}))
     config = config_of(files, tmp_path, "no_captions.jsonl", "caption_lines")
     with pytest.raises(ConfigError, match=r"image '0\.png' has no captions"):
-        open_pairs(config, TextTokenizer(files / "text.spm"), "train")
+        open_sources(config.data, "train")
+
+
+def test_a_missing_image_is_named_before_training(files: Path, tmp_path: Path) -> None:
+    (files / "missing.jsonl").write_text(json.dumps({"image": "9.png", "caption": "nothing"}))
+    config = config_of(files, tmp_path, "missing.jsonl", "caption_lines")
+    with pytest.raises(ConfigError, match=r"lacks 1 of 1 images.*missing\.jsonl:0 \(9\.png\)"):
+        open_sources(config.data, "train")

@@ -1,58 +1,81 @@
 """Checks that retrieval trains, is evaluated and resumes alike in every layout."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.ranks import run_ranks
-from tests.tasks.retrieval.runs import NUM_VALIDATION, records, train, write_config, write_files
+from tests.tasks.fine_tuning import (
+    ALL,
+    ONE_PROCESS,
+    Layout,
+    WriteConfig,
+    check_metrics_do_not_depend_on_ranks,
+    check_resumes_bit_for_bit,
+    figures,
+    train_layout,
+)
+from tests.tasks.retrieval.runs import NUM_VALIDATION, write_config, write_files
 
-LAYOUTS: dict[str, tuple[int, int, dict[str, Any], int]] = {
-    "ZeRO-3 on 3 ranks": (3, 3, {}, 2),
-    "tensor 2": (2, 1, {"tensor_parallel_size": 2, "sequence_parallel": True}, 4),
-    "pipeline 2": (2, 1, {"pipeline_parallel_size": 2}, 2),
+COVERING: dict[str, Layout] = {
+    "ZeRO-3 on 3 ranks, 2 micro-batches": (3, 3, 2, {}),
+    "ZeRO-1, tensor 2, 4 micro-batches": (2, 1, 4, {"tensor_parallel_size": 2, "sequence_parallel": True}),
+    "ZeRO-1, pipeline 2, 2 micro-batches": (2, 1, 2, {"pipeline_parallel_size": 2}),
 }
+POSSIBLE = {name: layout for name, layout in ALL.items() if not ("pipeline" in name and layout[2] < 2)}
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_files(tmp_path_factory.mktemp("scenes"))
+def write(tmp_path_factory: pytest.TempPathFactory) -> WriteConfig:
+    files = write_files(tmp_path_factory.mktemp("scenes"))
+
+    def write(folder: Path, layout: Layout = ONE_PROCESS, **training: Any) -> Path:
+        _, stage, micro_batches, parallel = layout
+        return write_config(files, folder, stage, dict(parallel), micro_batches, training=training)
+
+    return write
 
 
 @pytest.fixture(scope="module")
-def one_process(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("one")
-    assert run_ranks(train, 1, str(write_config(files, folder))) == [0]
-    return folder
+def one_process(write: WriteConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_layout(write, tmp_path_factory.mktemp("retrieval") / "one")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_train_and_score_the_same(layout: str, files: Path, one_process: Path, tmp_path: Path) -> None:
-    num_ranks, zero_stage, parallel, accumulation = LAYOUTS[layout]
-    config = write_config(files, tmp_path, zero_stage, parallel, accumulation)
-    assert run_ranks(train, num_ranks, str(config)) == [0] * num_ranks
-    for ours, theirs in zip(records(tmp_path, "train"), records(one_process, "train"), strict=True):
-        assert ours == pytest.approx(theirs, rel=2e-5) and len(ours) == 6
-    found, expected = records(tmp_path, "validation"), records(one_process, "validation")
-    # With equal weights identical to the digit, although 13 images divide over no number of ranks.
-    assert found[0] == expected[0] and len(found) == len(expected) == 3
-    assert found[-1] == pytest.approx(expected[-1], abs=0.05)  # weights differ by rounding, so ranks may
+def check_layout(write: WriteConfig, one_process: Path, folder: Path, layout: Layout) -> None:
+    train_layout(write, folder, layout)
+    found, expected = figures(folder, "train"), figures(one_process, "train")
+    assert len(found) == len(expected) == 4
+    for ours, theirs in zip(found, expected, strict=True):
+        names = ("loss", "image_to_text", "text_to_image", "grad_norm")
+        assert [ours[name] for name in names] == pytest.approx([theirs[name] for name in names], rel=2e-5)
+    scores, expected_scores = figures(folder, "validation"), figures(one_process, "validation")
+    assert scores[0] == expected_scores[0] and len(scores) == 3  # equal weights
+    assert scores[-1] == pytest.approx(expected_scores[-1], abs=0.05)  # rounding may exchange two neighbours
 
 
-def test_resumes_bit_for_bit(files: Path, one_process: Path, tmp_path: Path) -> None:
-    config = write_config(files, tmp_path)
-    shutil.copytree(one_process / "run", tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
-    assert run_ranks(train, 1, str(config)) == [0]
-    for kind in ("train", "validation"):
-        assert records(tmp_path, kind) == records(one_process, kind)
+@pytest.mark.parametrize("layout", COVERING)
+def test_layouts_train_and_score_the_same(layout: str, write: WriteConfig, one_process: Path, tmp_path: Path) -> None:
+    check_layout(write, one_process, tmp_path / "run", COVERING[layout])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", POSSIBLE)
+def test_all_layouts_train_the_same(layout: str, write: WriteConfig, one_process: Path, tmp_path: Path) -> None:
+    check_layout(write, one_process, tmp_path / "run", POSSIBLE[layout])
+
+
+def test_it_resumes_bit_for_bit(write: WriteConfig, one_process: Path, tmp_path: Path) -> None:
+    check_resumes_bit_for_bit(write, one_process, tmp_path)
+
+
+def test_metrics_do_not_depend_on_the_ranks(write: WriteConfig, one_process: Path, tmp_path: Path) -> None:
+    metrics = check_metrics_do_not_depend_on_ranks(write, one_process, tmp_path)
+    assert {f"{name}@{level}" for name in ("text_recall", "image_recall") for level in (1, 5, 10)} < set(metrics)
 
 
 def test_every_image_and_caption_is_scored_once(one_process: Path) -> None:
-    metrics = records(one_process, "validation")[-1]
+    metrics = figures(one_process, "validation")[-1]
     content = json.loads((one_process / "run" / "validation" / "retrieval.json").read_text())
     assert content["metrics"] == metrics
     assert len(content["images"]) == NUM_VALIDATION and len(content["captions"]) == 5 * NUM_VALIDATION
