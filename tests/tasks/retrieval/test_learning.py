@@ -11,7 +11,7 @@ from tests.tasks.fine_tuning import evaluate, train
 from tests.tasks.retrieval.runs import write_config
 from tests.tasks.retrieval.styles import write_styles
 
-NUM_TRAIN, NUM_TEST, SIZE, STEPS = 2000, 200, 48, 200
+NUM_TRAIN, NUM_TEST, SIZE, STEPS = 2000, 200, 48, 300
 SEEDS = (1, 2, 3)
 MODEL = {
     **{"num_layers": 3, "hidden_size": 128, "ffn_hidden_size": 256, "num_attention_heads": 4},
