@@ -98,7 +98,7 @@ def test_pixels_do_not_depend_on_the_tokenizer(width: int, height: int, size: in
 
 def test_what_is_no_image_says_so(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_text("no image")
-    with pytest.raises(ValueError, match=r"a\.jpg: .*cannot identify image"):
+    with pytest.raises(ValueError, match=r"a\.jpg: .*cannot identify the image"):
         preprocess(tmp_path / "a.jpg", 16)
     with pytest.raises(OSError, match=r"absent\.jpg"):
         preprocess(tmp_path / "absent.jpg", 16)

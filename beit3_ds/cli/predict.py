@@ -165,14 +165,23 @@ def _classify(options: argparse.Namespace) -> int:
 
 
 def _loading(options: argparse.Namespace) -> Any:
-    """Returns the options of `from_pretrained`."""
+    """Returns the options of `from_pretrained`, after a check that the results can be written.
+
+    Raises:
+        ConfigError: if torch lacks the device, or the folder of a file that is to be written does not exist.
+    """
+    from pathlib import Path
+
     import torch
 
+    for option, path in (("--out", options.out), ("--page", options.page)):
+        if path and not Path(path).parent.is_dir():
+            raise ConfigError(f"{option} {path}: there is no folder {Path(path).parent}. Create it, or name another.")
     try:
         device = torch.empty(0, device=options.device).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"--device {options.device}: {reason} Name a device that torch has.") from None
+        raise ConfigError(f"--device {options.device}: {reason.rstrip('.')}. Name a device that torch has.") from None
     return {"device": device, **({"image_size": options.image_size} if options.image_size else {})}
 
 

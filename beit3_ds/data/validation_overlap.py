@@ -2,15 +2,24 @@
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 from beit3_ds.config import ConfigError, DataConfig, SourceConfig
 from beit3_ds.config.data import Split
 from beit3_ds.data.files.patterns import expand_patterns, is_inside, list_folders
 from beit3_ds.data.files.printing import printable
 from beit3_ds.data.files.reading import read_with_retries
-from beit3_ds.data.images.annotated import AnnotatedImages
 from beit3_ds.data.sources import check_no_file_twice, image_format
+
+
+@runtime_checkable
+class NamesImages(Protocol):
+    """Declares samples whose annotations name image files."""
+
+    def image_files(self) -> Iterable[str]:
+        """Yields the image files that the annotations name; one may come several times."""
+
 
 _GROUPS = (("images", "pairs"), ("texts",))  # streams that can share files
 
@@ -54,27 +63,27 @@ def check_validation_apart(data: DataConfig, must_exist: bool = True) -> None:
             check_no_file_twice(sources, must_exist)
 
 
-def describe_shared_images(splits: Mapping[Split, Sequence[AnnotatedImages]]) -> list[str]:
+def describe_shared_images(splits: Mapping[Split, Iterable[object]]) -> list[str]:
     """Returns a line per two splits that name the same image files, with their number.
 
     Such splits are allowed, because questions and captions may differ, but a score over known images is too good.
+
+    Args:
+        splits: samples of each split; those that are not `NamesImages` do not count.
     """
-    files = {
-        split: {
-            os.path.join(source.images.path, source.paths[number])
-            for source in sources
-            for number in range(len(source.paths))
-        }
-        for split, sources in splits.items()
-    }
     lines = []
-    for first, second in itertools.combinations(files, 2):
-        if shared := sorted(files[first] & files[second]):
+    for first, second in itertools.combinations(splits, 2):
+        later = set(_image_files(splits[second]))  # training images, which may be millions, are not kept
+        if shared := {path for path in _image_files(splits[first]) if path in later}:
             lines.append(
-                f"WARNING: {len(shared):,} of {len(files[second]):,} images of {second} are also images of {first}, "
-                f"such as {printable(shared[0])}; scores over images that were trained on are too good"
+                f"WARNING: {len(shared):,} of {len(later):,} images of {second} are also images of {first}, such as "
+                f"{printable(min(shared))}; scores over images that were trained on are too good"
             )
     return lines
+
+
+def _image_files(sources: Iterable[object]) -> Iterator[str]:
+    return (path for samples in sources if isinstance(samples, NamesImages) for path in samples.image_files())
 
 
 def _identified(

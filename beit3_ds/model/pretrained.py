@@ -222,7 +222,12 @@ def _weight_files(path: Path) -> list[Path]:
     if not (path / INDEX_NAME).is_file():
         if (path / "index.json").is_file():
             raise ConfigError(f"{path} is a checkpoint of a training run. Use `beit3 export {path} OUT.safetensors`.")
-        raise ConfigError(f"the folder {path} holds no {INDEX_NAME}. Name a folder that `beit3 export` wrote.")
+        if (path / "checkpoints").is_dir():
+            raise ConfigError(f"{path} is the folder of a training run. Use `beit3 export {path} OUT.safetensors`.")
+        raise ConfigError(
+            f"the folder {path} holds no weights: neither {INDEX_NAME} nor checkpoints. Name what `beit3 export`, "
+            "`beit3 import` or a training run wrote."
+        )
     try:
         weight_map = json.loads((path / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
         return [path / name for name in sorted(set(weight_map.values()))]

@@ -14,7 +14,7 @@ from beit3_ds.config.prefetch import plan_prefetch
 from beit3_ds.data import EvaluationBatches, StepDataset, ValidationBatches, build_validation_batches
 from beit3_ds.data.packing import Pack
 from beit3_ds.data.samples import SourceSamples, Stream, name_sources
-from beit3_ds.data.validation_overlap import check_validation_apart
+from beit3_ds.data.validation_overlap import check_validation_apart, describe_shared_images
 from beit3_ds.model import StageModel
 from beit3_ds.parallel import Mesh
 
@@ -118,6 +118,8 @@ class RankTask:
     ) -> Self:
         """Opens the samples of the rank's splits (`RankShare.splits`); a rank that does not read opens none.
 
+        The main rank prints a warning for each two splits that share images.
+
         Args:
             config: the run's configuration.
             share: part of every step that the rank reads.
@@ -138,16 +140,20 @@ class RankTask:
         rank, size = share.data_parallel_rank, share.data_parallel_size
         dataset, validation = None, None
         sources: dict[str, SourceSamples] = {}
+        samples: dict[Split, list[SourceSamples]] = {}
         evaluation: dict[Split, EvaluationBatches] = {}
         for split in share.splits:
             streams = build_streams(split)
             sources |= name_sources(split, streams, config.data)
+            samples[split] = [source for stream in streams.values() for source in stream.sources]
             if split == "train":
                 dataset = StepDataset(config, streams, pack, rank, size, plan_prefetch(config, size, views))
             elif validation_loss:
                 validation = build_validation_batches(config, streams, pack, rank, size)
             else:
                 evaluation[split] = EvaluationBatches(config, streams, pack, rank, size)
+        for line in describe_shared_images(samples) if share.is_main else ():
+            print(line, flush=True)
         return cls(dataset=dataset, validation=validation, evaluation=evaluation, sources=sources, **fields)
 
     def to(self, device: torch.device) -> None:

@@ -100,6 +100,7 @@ def test_mistakes_are_named(folder: Path, spm: str, tmp_path: Path, capsys: pyte
         (["caption", "none", folder / "0.png", *spm_option], "there is no none"),
         (["caption", tmp_path / "w", broken, *spm_option], "broken.png: "),
         (["caption", tmp_path / "w", folder / "0.png", *spm_option, "--device", "mars"], "--device mars: "),
+        (["caption", tmp_path / "w", folder / "0.png", *spm_option, "--out", "none/a.json"], "there is no folder none"),
         (["answer", "none", "--image", folder / "0.png", *spm_option], "give either --image and --question, or --file"),
         (
             ["answer", "none", "--file", tmp_path / "twice.jsonl", *spm_option],

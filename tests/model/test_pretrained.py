@@ -140,8 +140,11 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
 def test_folders_that_cannot_be_loaded_say_why(tmp_path: Path) -> None:
     run, shards = tmp_path / "step-00000004", tmp_path / "shards"
     run.mkdir()
-    with pytest.raises(ConfigError, match=r"holds no model\.safetensors\.index\.json"):
+    with pytest.raises(ConfigError, match=r"holds no weights: neither model\.safetensors\.index\.json nor checkpoints"):
         PretrainingModel.from_pretrained(run)
+    (tmp_path / "output" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"output is the folder of a training run.*beit3 export"):
+        PretrainingModel.from_pretrained(tmp_path / "output")
     (run / "index.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"checkpoint of a training run.*beit3 export"):
         PretrainingModel.from_pretrained(run)

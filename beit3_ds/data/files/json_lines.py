@@ -29,7 +29,8 @@ def iterate_json_lines(path: str, required: Mapping[str, type]) -> Iterator[tupl
                 if line.strip():
                     yield number, _object(line, required, f"{shown}:{number}")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"data: {shown} cannot be read after line {number}: {error}. Correct the path.") from error
+        place = f" after line {number}" if number else ""
+        raise ConfigError(f"data: {shown} cannot be read{place}: {error}. Correct the path.") from error
     except ConfigError:
         raise
     except ValueError as error:
@@ -45,7 +46,6 @@ def _object(line: str, required: Mapping[str, type], where: str) -> dict[str, An
         raise ConfigError(f"data: {where} is {line.strip()[:_SHOWN]!r} and not an object, such as {{...}}.")
     for key, kind in required.items():
         if not isinstance(found.get(key), kind):
-            raise ConfigError(
-                f"data: {where} has {key}={str(found.get(key))[:_SHOWN]!r}; every line needs '{key}' ({kind.__name__})."
-            )
+            has = f"{key}={str(found[key])[:_SHOWN]!r}" if key in found else f"no '{key}'"
+            raise ConfigError(f"data: {where} has {has}; every line needs '{key}' ({kind.__name__}).")
     return found

@@ -34,6 +34,7 @@ class AnnotatedImages:
         captions: StoredStrings,
         image_numbers: "array[int] | NDArray[np.int64]",
         skipped: dict[str, Skipped],
+        lines: "array[int] | None" = None,
     ) -> None:
         """Stores the samples and opens the folder of their images.
 
@@ -45,12 +46,14 @@ class AnnotatedImages:
             captions: the caption of each sample.
             image_numbers: index in `paths` of each sample's image, or `NO_IMAGE`.
             skipped: rows and files left out, by reason.
+            lines: line of each sample in the annotation file, counted from 1; None or empty if samples are no lines.
 
         Raises:
             ConfigError: if `folder` is neither a folder nor a pattern of tars.
         """
         self.annotations, self.images, self.skipped = annotations, ImagesByName(folder), skipped
         self.paths, self.captions, self.image_numbers = paths, captions, image_numbers
+        self.lines = lines
 
     def __len__(self) -> int:
         """Returns the number of samples, broken ones included."""
@@ -66,10 +69,15 @@ class AnnotatedImages:
         yield SourceFile(os.path.basename(self.annotations), num_bytes, len(self))
 
     def name(self, index: int) -> str:
-        """Returns the annotation file, the number of the sample in it, and the path of its image, for messages."""
+        """Returns the annotation file, the line or else the number of the sample, and its image, for messages."""
         number = self.image_numbers[index]
         image = "no image" if number == NO_IMAGE else self.paths[number]
-        return printable(f"{self.annotations}:{index} ({image})")
+        place = self.lines[index] if self.lines else index
+        return printable(f"{self.annotations}:{place} ({image})")
+
+    def image_files(self) -> Iterator[str]:
+        """Yields the path of every image that the annotations name."""
+        return (os.path.join(self.images.path, self.paths[number]) for number in range(len(self.paths)))
 
     def image(self, index: int, min_side: int | None = None) -> Image.Image:
         """Decodes the image of a sample, upright and in RGB.
@@ -113,15 +121,23 @@ class CollectedAnnotations(AnnotatedImages):
     def __init__(self, annotations: str, folder: str) -> None:
         """Starts without samples; takes the arguments of `AnnotatedImages`."""
         self._paths, self._captions, self._image_numbers = CompactStrings(), CompactStrings(), array("q")
-        super().__init__(annotations, folder, self._paths, self._captions, self._image_numbers, {})
+        super().__init__(annotations, folder, self._paths, self._captions, self._image_numbers, {}, array("q"))
 
     def add_image(self, path: str) -> int:
         """Adds an image by its path in the folder; returns its number."""
         self._paths.append(path)
         return len(self._paths) - 1
 
-    def add_sample(self, image_number: int, caption: object) -> None:
-        """Adds a caption of an image; a caption that is not a string becomes a broken sample."""
+    def add_sample(self, image_number: int, caption: object, line: int | None = None) -> None:
+        """Adds a caption of an image; a caption that is not a string becomes a broken sample.
+
+        Args:
+            image_number: result of `add_image`, or `NO_IMAGE`.
+            caption: the caption.
+            line: line of the sample in a file of lines, counted from 1; None in other files.
+        """
+        if line is not None and self.lines is not None:
+            self.lines.append(line)
         self._image_numbers.append(image_number)
         self._captions.append(caption if isinstance(caption, str) else "")
 

@@ -136,5 +136,5 @@ def read_caption_lines(path: str, folder: str) -> CaptionedImages:
                 f"data: {path}:{number}: 'captions' must be a list of texts, not {json.dumps(captions)[:80]}. One text "
                 "goes under 'caption'."
             )
-        samples.add_captioned_image(line.get("id", line["image"]), line["image"], captions, f"{path}:{number}")
+        samples.add_captioned_image(line.get("id", line["image"]), line["image"], captions, f"{path}:{number}", number)
     return samples

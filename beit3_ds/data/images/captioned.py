@@ -20,9 +20,12 @@ class CaptionedImages(CollectedAnnotations):
         """Starts without images; takes the arguments of `AnnotatedImages`."""
         super().__init__(annotations, folder)
         self._identifiers, self._ends = CompactStrings(), array("q")
+        self._image_lines = array("q")
         self._places: dict[int | str, str] = {}
 
-    def add_captioned_image(self, identifier: object, path: str, captions: Sequence[object], where: str) -> None:
+    def add_captioned_image(
+        self, identifier: object, path: str, captions: Sequence[object], where: str, line: int | None = None
+    ) -> None:
         """Adds an image with its captions; a test split has none.
 
         Args:
@@ -30,6 +33,7 @@ class CaptionedImages(CollectedAnnotations):
             path: path of the image in the folder.
             captions: its captions.
             where: file and place of the entry, for messages.
+            line: line of the entry in a file of lines, counted from 1; None in other files.
 
         Raises:
             ConfigError: if the identifier occurs twice, or a caption is empty or not valid text.
@@ -46,17 +50,24 @@ class CaptionedImages(CollectedAnnotations):
         self._identifiers.append(json.dumps(identifier))
         for place, caption in enumerate(captions):
             try:
-                self.add_sample(number, clean_caption(caption if isinstance(caption, str) else ""))
+                self.add_sample(number, clean_caption(caption if isinstance(caption, str) else ""), line)
             except ValueError as error:
                 raise ConfigError(
                     f"data: {where}: caption {place} of image {identifier!r} is broken: {error}. Remove it or write it."
                 ) from error
         self._ends.append(len(self))
+        if line is not None:
+            self._image_lines.append(line)
 
     @property
     def num_images(self) -> int:
         """Returns the number of images."""
         return len(self._ends)
+
+    @property
+    def image_lines(self) -> "array[int]":
+        """Returns the line of each image in a file of lines, counted from 1; empty for other files."""
+        return self._image_lines
 
     def identifier(self, image: int) -> int | str:
         """Returns the identifier of an image, by the number of the image."""
@@ -90,6 +101,7 @@ class EachImage(AnnotatedImages):
             firsts,
             array("q", range(count)),
             captioned.skipped,
+            captioned.image_lines,
         )
         self._captioned = captioned
 

@@ -4,7 +4,7 @@ import io
 import math
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 89_478_485
 """Maximum pixels of an image: Pillow's own limit against decompression bombs, a quarter of a GiB when decoded."""
@@ -55,6 +55,8 @@ def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
                 image.draft(None, (min_side, min_side))  # has no effect on other formats
             image.load()
             return upright_rgb(image)
+    except UnidentifiedImageError:  # its message is the address of the buffer
+        raise ValueError(f"cannot identify the image: none of {', '.join(_FORMATS)}") from None
     except Exception as error:  # decoders raise nearly anything on corrupt bytes, such as SyntaxError
         raise ValueError(f"{type(error).__name__}: {error}") from error
 

@@ -158,5 +158,5 @@ def read_class_lines(path: str, folder: str, classes: ClassList) -> LabelledImag
             )
         lines[image] = number
         labels.append(classes.label(line["class"], f"{path}:{number}"))
-        samples.add_sample(samples.add_image(image), "")
+        samples.add_sample(samples.add_image(image), "", number)
     return LabelledImages(samples, labels)

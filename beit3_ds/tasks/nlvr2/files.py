@@ -97,8 +97,13 @@ class Statements:
         yield SourceFile(os.path.basename(self.annotations), num_bytes, len(self))
 
     def name(self, index: int) -> str:
-        """Returns the file and the identifier of a sample, for messages."""
-        return printable(f"{self.annotations}: {self.identifier(index)}")
+        """Returns the file, the line and the identifier of a sample, for messages."""
+        identifier = self.identifier(index)
+        return printable(f"{self.annotations}:{self._lines[identifier]} ({identifier})")
+
+    def image_files(self) -> Iterator[str]:
+        """Yields the path of both images of every statement."""
+        return (os.path.join(self.images.path, self.paths[number]) for number in range(len(self.paths)))
 
     def identifier(self, index: int) -> int | str:
         """Returns the identifier of a sample."""
@@ -146,8 +151,8 @@ class Statements:
         if missing:
             first = next(number for number, path in enumerate(paths) if path in missing)
             raise ConfigError(
-                f"nlvr2: {printable(self.images.path)} lacks {len(missing):,} images. The first is "
-                f"{printable(paths[first])} of {self.name(first // 2)}. Correct 'images' in the config, fetch the "
+                f"nlvr2: {printable(self.images.path)} lacks {len(missing):,} of {len(set(paths)):,} images. The first "
+                f"is {printable(paths[first])} of {self.name(first // 2)}. Correct 'images' in the config, fetch the "
                 "missing images, or remove their lines."
             )
 

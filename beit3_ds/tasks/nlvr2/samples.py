@@ -73,6 +73,10 @@ class StatementSamples:
         """Returns the files of the source."""
         return self.statements.files()
 
+    def image_files(self) -> Iterable[str]:
+        """Returns the images that the annotations name (`NamesImages`)."""
+        return self.statements.image_files()
+
     def identity(self, index: int) -> bytes:
         """Returns the identifier of a sample as bytes (`prefix_digest.IdentifiedSamples`)."""
         return str(self.statements.identifier(index)).encode("utf-8", "surrogatepass")

@@ -78,6 +78,10 @@ class RetrievalSamples:
         """Returns the files of the source."""
         return self.source.files()
 
+    def image_files(self) -> Iterable[str]:
+        """Returns the images that the annotations name; nothing for folders and tars (`NamesImages`)."""
+        return self.source.image_files() if isinstance(self.source, AnnotatedImages) else ()
+
     def identity(self, index: int) -> bytes:
         """Returns the name of a sample in its file or folder as bytes (`prefix_digest.IdentifiedSamples`)."""
         return os.path.basename(self.source.name(index)).encode("utf-8", "surrogatepass")

@@ -48,9 +48,9 @@ class VqaQuestions(CollectedAnnotations):
         self._types: list[tuple[str, str]] = []
         self._sample_types = array("l")
 
-    def add_question(self, identifier: int | str, image_number: int, question: str) -> None:
-        """Adds a question that has no answers yet."""
-        self.add_sample(image_number, question)
+    def add_question(self, identifier: int | str, image_number: int, question: str, line: int | None = None) -> None:
+        """Adds a question that has no answers yet; takes `line` as `add_sample` does."""
+        self.add_sample(image_number, question, line)
         self._identifiers.append(json.dumps(identifier))
 
     def add_answers(self, answers: list[str], main: str = "", question_type: str = "", answer_type: str = "") -> None:
@@ -256,7 +256,7 @@ def read_vqa_lines(path: str, folder: str) -> VqaQuestions:
         image = line["image"]
         if image not in images:
             images[image] = samples.add_image(image)
-        samples.add_question(identifier, images[image], line["question"])
+        samples.add_question(identifier, images[image], line["question"], number)
         answers = _answers_of_line(line, where)
         if (answers is None) != (samples.num_answered == 0) and len(samples) > 1:
             raise ConfigError(

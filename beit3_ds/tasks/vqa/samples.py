@@ -66,6 +66,10 @@ class VqaSamples:
         """Returns the annotation files of the source."""
         return self.questions.files()
 
+    def image_files(self) -> Iterable[str]:
+        """Returns the images that the annotations name (`NamesImages`)."""
+        return self.questions.image_files()
+
     def identity(self, index: int) -> bytes:
         """Returns the question's own identifier as bytes (`prefix_digest.IdentifiedSamples`)."""
         return str(self.questions.identifier(index)).encode("utf-8", "surrogatepass")

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 from beit3_ds.config import ModelConfig, RunConfig
 from beit3_ds.config.data import Split
 from beit3_ds.data.samples import Stream
-from beit3_ds.data.validation_overlap import describe_shared_images
 from beit3_ds.parallel import TensorParallel
 from beit3_ds.tasks.rank_task import Evaluator, RankShare, RankTask
 from beit3_ds.tasks.task import Headline, Task, Term
@@ -107,8 +106,6 @@ class Vqa(Task):
         self._vocabulary = vocabulary
         if share.is_main and training:
             keep_answers(Path(config.training.output_dir), vocabulary)
-            for line in describe_shared_images(opened):
-                print(line, flush=True)
 
         def build_streams(split: Split) -> dict[str, Stream]:
             questions = opened[split]

@@ -78,7 +78,7 @@ def test_exif_turns_the_image_upright() -> None:
 
 def test_broken_bytes_are_a_value_error(png: bytes) -> None:
     for data in (b"", b"no image", png[: len(png) // 2]):
-        with pytest.raises(ValueError, match=r"Error: |^empty file"):
+        with pytest.raises(ValueError, match=r"Error: |^empty file|^cannot identify the image"):
             decode_image(data)
 
 
@@ -135,5 +135,5 @@ def test_a_jpeg_of_very_many_scans_is_refused() -> None:
 @pytest.mark.parametrize("file_format", ["eps", "ppm", "ico"])
 def test_formats_outside_the_list_are_refused(file_format: str) -> None:
     # catches Pillow's default, which starts Ghostscript for an EPS under the name of a JPEG
-    with pytest.raises(ValueError, match="cannot identify"):
+    with pytest.raises(ValueError, match="cannot identify the image: none of JPEG"):
         decode_image(_encode(Image.new("RGB", (16, 16)), file_format))

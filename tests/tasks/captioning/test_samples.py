@@ -9,6 +9,7 @@ import pytest
 
 from beit3_ds.config import ConfigError, RunConfig, build_run_config
 from beit3_ds.data.samples import SampleKey
+from beit3_ds.data.validation_overlap import describe_shared_images
 from beit3_ds.sample_data.write_scenes import write_scenes
 from beit3_ds.tasks.captioning.head import TARGET_IDS
 from beit3_ds.tasks.captioning.packing import NUM_MASKED, NUMBERS, pack
@@ -78,3 +79,17 @@ def test_a_missing_image_is_named(scenes: Path, tokenizer_files: dict[str, str],
     files = {"path": str(scenes / "captions.json"), "format": "karpathy", "images": str(tmp_path), "split": "val"}
     with pytest.raises(ConfigError, match=r"lacks 3 of 3 images"):
         build_stream(config_of("validation", **files), TextTokenizer(tokenizer_files["text"]), 0.7, "validation")
+
+
+def test_shared_images_are_counted(scenes: Path, tokenizer_files: dict[str, str], tmp_path: Path) -> None:
+    """Catches captions that hide their images, and images that differ counted as shared."""
+    tokenizer, lines = TextTokenizer(tokenizer_files["text"]), tmp_path / "own.jsonl"
+    names = ["images/train/000000.png", "images/validation/000000.png"]
+    lines.write_text("\n".join(json.dumps({"image": name, "caption": "a ring"}) for name in names))
+    karpathy = {"path": str(scenes / "captions.json"), "format": "karpathy", "images": str(scenes), "split": "train"}
+    own = {"path": str(lines), "format": "caption_lines", "images": str(scenes)}
+    train = build_stream(config_of("train", **karpathy), tokenizer, 0.7, "train")["pairs"]
+    validation = build_stream(config_of("validation", **own), tokenizer, 0.7, "validation")["pairs"]
+    (line,) = describe_shared_images({"train": train.sources, "validation": validation.sources})
+    assert line.startswith("WARNING: 1 of 2 images of validation are also images of train, such as")
+    assert validation.name(1).startswith(f"{lines}:2 ")  # lines count from 1, samples from 0

@@ -67,7 +67,7 @@ def test_pairs_are_left_and_right(scenes: Path, tokenizer_files: dict[str, str])
 
 def test_wrong_sources_are_refused(scenes: Path, tokenizer_files: dict[str, str], tmp_path: Path) -> None:
     tokenizer = TextTokenizer(tokenizer_files["text"])
-    with pytest.raises(ConfigError, match="lacks 48 images"):
+    with pytest.raises(ConfigError, match="lacks 48 of 48 images"):
         build_stream(config_of(scenes, images=str(tmp_path)), tokenizer, "train")
     with pytest.raises(ConfigError, match="Remove them"):
         build_stream(config_of(scenes, split="train"), tokenizer, "train")

@@ -99,5 +99,5 @@ def test_a_split_without_captions_is_refused(files: Path, tmp_path: Path) -> Non
 def test_a_missing_image_is_named_before_training(files: Path, tmp_path: Path) -> None:
     (files / "missing.jsonl").write_text(json.dumps({"image": "9.png", "caption": "nothing"}))
     config = config_of(files, tmp_path, "missing.jsonl", "caption_lines")
-    with pytest.raises(ConfigError, match=r"lacks 1 of 1 images.*missing\.jsonl:0 \(9\.png\)"):
+    with pytest.raises(ConfigError, match=r"lacks 1 of 1 images.*missing\.jsonl:1 \(9\.png\)"):
         open_sources(config.data, "train")

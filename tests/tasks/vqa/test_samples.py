@@ -98,8 +98,8 @@ def without(line: dict[str, Any], key: str) -> dict[str, Any]:
     ("lines", "message"),
     [
         ([*LINES, LINES[0]], r"train\.jsonl:4: the question id 7 occurs twice"),
-        ([LINES[0], LINES[1] | {"image": "gone.png"}], r"lacks 1 of 2 images.*train\.jsonl:1 \(gone\.png\)"),
-        ([LINES[0] | {"question": "  "}], r"train\.jsonl:0 \(a\.png\): broken caption.*empty"),
+        ([LINES[0], LINES[1] | {"image": "gone.png"}], r"lacks 1 of 2 images.*train\.jsonl:2 \(gone\.png\)"),
+        ([LINES[0] | {"question": "  "}], r"train\.jsonl:1 \(a\.png\): broken caption.*empty"),
         ([without(line, "answers") for line in LINES], r"train\.jsonl have no answers"),
         ([], r"train\.jsonl has no questions"),
     ],
@@ -126,7 +126,7 @@ def test_validation_needs_answers_but_a_test_split_does_not(files: Files) -> Non
 
 def test_ids_of_an_evaluation_differ_over_sources(files: Files) -> None:
     validation = [files.source("one", OTHER), files.source("two", OTHER)]
-    with pytest.raises(ConfigError, match=r"two\.jsonl:0 .* has the id 1, as has .*one\.jsonl:0"):
+    with pytest.raises(ConfigError, match=r"two\.jsonl:1 .* has the id 1, as has .*one\.jsonl:1"):
         files.open({"train": [files.source("train", LINES)], "validation": validation})
 
 
@@ -173,5 +173,5 @@ def test_an_unreadable_image_is_a_broken_record(files: Files) -> None:
     opened = files.open({"train": [files.source("train", LINES)]})
     (files.folder / "a.png").write_bytes(b"no image")
     ((_, samples),) = opened.sources.items()
-    with pytest.raises(BrokenRecordError, match=r"train\.jsonl:0 \(a\.png\): broken image"):
+    with pytest.raises(BrokenRecordError, match=r"train\.jsonl:1 \(a\.png\): broken image"):
         samples.prepare(0, SampleKey(1, "pairs", 0, 0))
