@@ -37,8 +37,8 @@ class SceneObject(NamedTuple):
     """Index in `PLACES`."""
 
     def __str__(self) -> str:
-        """Returns the object in words, such as `red circle`."""
-        return f"{self.color} {self.shape}"
+        """Returns the object in words with its article, such as `a red circle`."""
+        return f"{'an' if self.color[0] in 'aeiou' else 'a'} {self.color} {self.shape}"
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Scene:
 
     def caption(self) -> str:
         """Returns the one canonical caption, such as `a red circle, a blue ring and a green bar`."""
-        return _join([f"a {found}" for found in self.objects])
+        return _join([str(found) for found in self.objects])
 
     def captions(self) -> list[str]:
         """Returns five captions, the canonical one first."""
-        places = _join([f"a {found} at the {PLACES[found.place]}" for found in self.objects])
-        backwards = _join([f"a {found}" for found in reversed(self.objects)])
+        places = _join([f"{found} at the {PLACES[found.place]}" for found in self.objects])
+        backwards = _join([str(found) for found in reversed(self.objects)])
         short = self.caption()
         return [short, f"there is {short}", f"a picture of {short}", places, f"we see {backwards}"]
 

@@ -32,6 +32,7 @@ def test_objects_differ(seed: int) -> None:
 def test_captions() -> None:
     scene = Scene((SceneObject("red", "circle", 0), SceneObject("blue", "bar", 3)))
     assert scene.caption() == "a red circle and a blue bar"
+    assert Scene((SceneObject("orange", "ring", 1),)).caption() == "an orange ring"
     assert scene.captions()[3:] == [
         "a red circle at the top left and a blue bar at the bottom right",
         "we see a blue bar and a red circle",

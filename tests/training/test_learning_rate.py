@@ -66,11 +66,11 @@ FINE_TUNING = {
     "captioning_base": (CAPTIONING, 4e-5),
     "captioning_large": (CAPTIONING, 8e-6),
     "captioning_giant": (CAPTIONING, 8e-6),
-    "captioning_small_cpu": (Curve(300, 30, 0, 0, 0, 0.0), 2e-3),
+    "captioning_small_cpu": (Curve(200, 20, 0, 0, 0, 0.0), 2e-3),
     "nlvr2_base": (NLVR2, 7e-4),
     "nlvr2_large": (NLVR2, 3e-4),
     "nlvr2_giant": (NLVR2, 1e-4),
-    "nlvr2_small_cpu": (Curve(300, 30, 0, 0, 0, 0.0), 1e-3),
+    "nlvr2_small_cpu": (Curve(200, 20, 0, 0, 0, 0.0), 1e-3),
 }
 """Steps, warmup and last rate of each recipe, and its peak."""
 TOKENIZERS = {"visual_tokenizer_8gpu": BEIT_V2, "quickstart_visual_tokenizer_cpu": SAMPLE_TOKENIZER}
