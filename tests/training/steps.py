@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -114,7 +115,10 @@ def logical_tensors(
 ) -> dict[str, Tensor]:
     """Returns the logical tensors of this rank; checks that replicas on tensor-parallel ranks are bit for bit equal."""
     own = {name: logical_part(parameters[name], part).detach().clone() for name, part in parts.items()}
-    gathered: list[dict[str, Tensor]] = mesh.tensor.host.gather(own)
+    # As one vector per rank: hundreds of small messages would take as long as the step. Ranks' shapes may differ.
+    joined = torch.cat([tensor.flatten() for tensor in own.values()])
+    peers = mesh.tensor.host.gather((joined, [list(tensor.shape) for tensor in own.values()]))
+    gathered = [dict(zip(own, _split(*peer), strict=True)) for peer in peers]
     whole: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         pieces = [peer[name] for peer in gathered]
@@ -127,6 +131,12 @@ def logical_tensors(
                 f"{kind} {name}: tensor-parallel ranks disagree"
             )
     return whole
+
+
+def _split(joined: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Returns the parts of a vector as tensors of these shapes."""
+    parts = joined.split([math.prod(shape) for shape in shapes])
+    return [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 class Reference:
