@@ -1,13 +1,11 @@
 """Lists the layouts in which a step is compared with one process, and a small subset that covers all pairs."""
 
 import itertools
-import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 from beit3_ds.parallel import Mesh
-from tests.training.steps import MODELS, Deal, Reference, config_for, measure_steps
+from tests.training.steps import MODELS, NUM_LAYERS, SHALLOW, Deal, Reference, config_for, measure_steps
 
 ZERO_STAGES = (0, 1, 2, 3)
 CHECKPOINTING = ("none", "full")
@@ -15,8 +13,6 @@ MAX_RANKS = 8
 
 Pair = tuple[int, Any, int, Any]
 """Two axes, each with a value."""
-
-T = TypeVar("T")
 
 
 class Layout(NamedTuple):
@@ -92,37 +88,36 @@ def matrix_cells(layout: Layout) -> list[Cell]:
     return [Cell(layout, stage, model, turns[(number + i + i // 4) % 2]) for i, (stage, model) in enumerate(models)]
 
 
-@cache
+PAIRWISE_CELLS = [
+    Cell(Layout(1, 1, 1), 0, "tied", "full"),
+    Cell(Layout(1, 1, 1), 1, "sub-LN", "none"),
+    Cell(Layout(1, 1, 2), 1, "decoupled", "full"),
+    Cell(Layout(1, 2, 1, interleaved=True), 0, "paper", "none"),
+    Cell(Layout(1, 2, 1, interleaved=True), 2, "sub-LN", "full"),
+    Cell(Layout(1, 2, 1, interleaved=True), 3, "decoupled", "none"),
+    Cell(Layout(2, 1, 1, sequence_parallel=True), 3, "sub-LN", "full"),
+    Cell(Layout(1, 2, 2), 2, "tied", "none"),
+    Cell(Layout(1, 4, 1), 1, "paper", "full"),
+    Cell(Layout(1, 4, 1), 2, "sub-LN", "none"),
+    Cell(Layout(2, 1, 2, sequence_parallel=True), 2, "paper", "none"),
+    Cell(Layout(2, 2, 1, interleaved=True), 1, "tied", "none"),
+    Cell(Layout(4, 1, 1), 2, "decoupled", "full"),
+    Cell(Layout(4, 1, 1), 3, "paper", "none"),
+    Cell(Layout(1, 4, 2, interleaved=True), 3, "tied", "none"),
+    Cell(Layout(2, 4, 1, sequence_parallel=True, interleaved=True), 0, "decoupled", "none"),
+    Cell(Layout(4, 1, 2), 0, "sub-LN", "none"),
+    Cell(Layout(4, 2, 1, sequence_parallel=True, interleaved=True), 1, "tied", "none"),
+]
+"""Covers every valid pair of values of two axes in the least processor time that a search has found.
+
+Ranks cost most, tensor-parallel ones twice as much as others, and recomputing a third on top.
+"""
+
+
 def pairwise_cells() -> dict[Layout, list[Cell]]:
-    """Returns a small, fixed set of cells by layout that covers every valid pair of values.
-
-    Starting ranks costs most. So it first picks few layouts that cover the pairs of their axes, then cells of these.
-    """
-    layouts = _cover(list(all_layouts()), _pairs, lambda layout: 4 + layout.num_ranks)
-    candidates = [cell for cell in all_cells() if cell.layout in layouts]
-    cells = _cover(candidates, lambda cell: cell.pairs, lambda cell: 2 + cell.layout.num_ranks)
-    return {layout: [cell for cell in cells if cell.layout == layout] for layout in layouts}
-
-
-def _cover(candidates: Sequence[T], pairs: Callable[[T], set[Pair]], cost: Callable[[T], float]) -> list[T]:
-    """Returns the cheapest of a few greedy covers, which break ties differently."""
-
-    def total(chosen: list[T]) -> float:
-        return sum(map(cost, chosen))
-
-    shuffled = (random.Random(seed).sample(candidates, len(candidates)) for seed in range(10))
-    return min((_cover_greedily(shuffle, pairs, cost) for shuffle in shuffled), key=total)
-
-
-def _cover_greedily(candidates: list[T], pairs: Callable[[T], set[Pair]], cost: Callable[[T], float]) -> list[T]:
-    """Adds the candidate with most missing pairs per cost until no pair is missing."""
-    own = [pairs(candidate) for candidate in candidates]
-    missing, chosen = set().union(*own), []
-    while missing:
-        best = max(range(len(own)), key=lambda i: len(own[i] & missing) / cost(candidates[i]))
-        chosen.append(candidates[best])
-        missing -= own[best]
-    return chosen
+    """Returns `PAIRWISE_CELLS` by layout."""
+    layouts = dict.fromkeys(cell.layout for cell in PAIRWISE_CELLS)
+    return {layout: [cell for cell in PAIRWISE_CELLS if cell.layout == layout] for layout in layouts}
 
 
 def _pairs(values: Iterable[Any]) -> set[Pair]:
@@ -152,15 +147,21 @@ def deal_number(cell: Cell, position: int) -> int:
     return position + 7 * list(all_layouts()).index(cell.layout)
 
 
-def measure_cells(cells: list[Cell], reference: Reference) -> list[dict[str, float]]:
+def pairwise_depth(layout: Layout) -> int:
+    """Returns the number of blocks of the models that a layout of `PAIRWISE_CELLS` runs."""
+    return NUM_LAYERS if layout.pipeline > 1 else SHALLOW
+
+
+def measure_cells(cells: list[Cell], reference: Reference, num_layers: int = NUM_LAYERS) -> list[dict[str, float]]:
     """Runs cells of one layout on one rank; returns the fraction of the allowed error that each tensor has."""
     from beit3_ds.runtime.process_group import init_process_group
 
     mesh: Mesh = init_process_group(config_for(0, **cells[0].layout.parallel).parallel)
     results = []
     for position, cell in enumerate(cells):
-        config = config_for(cell.zero_stage, cell.model, cell.checkpointing, **cell.layout.parallel)
+        parallel = cell.layout.parallel
+        config = config_for(cell.zero_stage, cell.model, cell.checkpointing, num_layers=num_layers, **parallel)
         found = measure_steps(config, mesh, deals(cell.layout, deal_number(cell, position)))
-        results.append(reference.ratios(found, cell.model))
+        results.append(reference.ratios(found, cell.model, num_layers))
     mesh.close()
     return results

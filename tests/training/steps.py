@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from beit3_ds.batch import PackedBatch, StepBatch
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 NUM_STEPS = 3  # the second step uses buffers left by the first
 CLIP = 0.05  # below the gradient norm, so that a wrong norm moves the weights
 LEARNING_RATE = 1e-3  # the paper's
+NUM_LAYERS = 6  # with embeddings and heads as many as 4 stages with 2 model chunks each
+SHALLOW = 3  # blocks where fewer stages divide them; steps take half as long
 
 # The samples of a step: an image, a pair, a text, and a mix; twice.
 MIXES = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)] * 2
@@ -43,13 +47,14 @@ def config_for(
     model: str = "paper",
     checkpointing: str = "none",
     *,
+    num_layers: int = NUM_LAYERS,
     bf16: bool = False,
     training: Mapping[str, Any] | None = None,
     deepspeed: Mapping[str, Any] | None = None,
     **parallel: Any,
 ) -> RunConfig:
-    """Returns a config of 6 small blocks with stochastic depth; unless decoupled, the top one has a VL expert."""
-    sizes = {"num_layers": 6, "num_attention_heads": 4, "drop_path_rate": 0.2}
+    """Returns a config of small blocks with stochastic depth; unless decoupled, the top one has a VL expert."""
+    sizes = {"num_layers": num_layers, "num_attention_heads": 4, "drop_path_rate": 0.2}
     mapping = copy.deepcopy(small_run_mapping(zero_stage, accumulation=4, **sizes, **MODELS[model]))
     mapping["gradient_clipping"] = CLIP
     if bf16:
@@ -150,21 +155,22 @@ class Reference:
 
     def prepare(self, models: Iterable[str]) -> "Reference":
         """Computes the steps of models that are missing in the folder; call it before ranks start."""
-        for model in models:
-            if not self._path(model).exists():
-                torch.save(_plain_steps(model), self._path(model))
+        for model, num_layers in itertools.product(models, (NUM_LAYERS, SHALLOW)):
+            path = self._path(model, num_layers)
+            if not path.exists():
+                save_file(_plain_steps(model, num_layers), path)
         return self
 
-    def load(self, model: str) -> dict[str, Tensor]:
+    def load(self, model: str, num_layers: int = NUM_LAYERS) -> dict[str, Tensor]:
         """Returns losses, norms, gradients and weights by the names that `measure_steps` gives them."""
-        return _load(self._path(model))
+        return load_steps(self._path(model, num_layers))
 
-    def ratios(self, found: Mapping[str, Tensor], model: str) -> dict[str, float]:
+    def ratios(self, found: Mapping[str, Tensor], model: str, num_layers: int = NUM_LAYERS) -> dict[str, float]:
         """Returns each tensor's fraction of the allowed error: |a - b| <= 1e-5 |b| + 1e-7 |all| in the 2-norm."""
-        return error_ratios(found, self.load(model))
+        return error_ratios(found, self.load(model, num_layers))
 
-    def _path(self, model: str) -> Path:
-        return self._folder / f"{model}.pt"
+    def _path(self, model: str, num_layers: int) -> Path:
+        return self._folder / f"{model}, {num_layers} layers.safetensors"
 
 
 def error_ratios(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
@@ -175,8 +181,9 @@ def error_ratios(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
 
 
 @cache
-def _load(path: Path) -> dict[str, Tensor]:
-    return torch.load(path)
+def load_steps(path: Path) -> dict[str, Tensor]:
+    """Returns the saved tensors of some steps; a process reads a file once."""
+    return load_file(path)
 
 
 def _ratio(name: str, value: Tensor, expected: Tensor, norm: float) -> float:
@@ -213,10 +220,10 @@ def check(ratios: Sequence[Mapping[str, float]], names: Iterable[str], where: st
     return max(ratio for rank in ratios for name, ratio in rank.items() if not is_key_bias(name))
 
 
-def _plain_steps(model_name: str) -> dict[str, Tensor]:
+def _plain_steps(model_name: str, num_layers: int) -> dict[str, Tensor]:
     from beit3_ds.training.optimizer import build_optimizer
 
-    config = config_for(0, model_name)
+    config = config_for(0, model_name, num_layers=num_layers)
     return plain_steps(config, lambda model: build_optimizer(model, config))
 
 

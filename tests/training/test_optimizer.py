@@ -6,17 +6,27 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.ranks import run_ranks
-from tests.training.steps import LEARNING_RATE, Deal, check, config_for, error_ratios, measure_steps, plain_steps
+from tests.training.steps import (
+    LEARNING_RATE,
+    NUM_LAYERS,
+    Deal,
+    check,
+    config_for,
+    error_ratios,
+    load_steps,
+    measure_steps,
+    plain_steps,
+)
 
 FINE_TUNING = {
     "layer_decay": 0.6,
     "head_learning_rate_scale": 3.0,
     "frozen": ["blocks.1.attention.*", "embeddings.image_position", "heads.mim.bias"],
 }
-NUM_LAYERS = 6  # of `config_for`
 
 ONE_RANK: Deal = [[[0, 1, 2, 3], [4, 5, 6, 7]]]
 TWO_RANKS: Deal = [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
@@ -53,7 +63,7 @@ def measure(stages: tuple[int, ...], parallel: dict[str, Any], expected: Path) -
     results = []
     for zero_stage in stages:
         found = measure_steps(config_for(zero_stage, training=FINE_TUNING, **parallel), mesh, [deal])
-        results.append(error_ratios(found, torch.load(expected)))
+        results.append(error_ratios(found, load_steps(expected)))
     mesh.close()
     return results
 
@@ -61,8 +71,8 @@ def measure(stages: tuple[int, ...], parallel: dict[str, Any], expected: Path) -
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a file with the steps of plain AdamW in one process."""
-    path = tmp_path_factory.mktemp("groups") / "expected.pt"
-    torch.save(plain_steps(config_for(0), plain_optimizer), path)
+    path = tmp_path_factory.mktemp("groups") / "expected.safetensors"
+    save_file(plain_steps(config_for(0), plain_optimizer), path)
     return path
 
 
@@ -71,10 +81,10 @@ def test_layouts_update_like_plain_adamw(layout: str, expected: Path) -> None:
     """Catches a wrong rate, frozen gradients in the norm, and stages that wait for each other's groups."""
     stages, parallel = LAYOUTS[layout]
     for zero_stage, *ratios in zip(stages, *run_ranks(measure, 2, stages, parallel, expected), strict=True):
-        check(ratios, torch.load(expected), f"{layout}, ZeRO-{zero_stage}")
+        check(ratios, load_steps(expected), f"{layout}, ZeRO-{zero_stage}")
 
 
 def test_frozen_parameters_keep_their_values(expected: Path) -> None:
-    tensors: dict[str, Tensor] = torch.load(expected)
+    tensors: dict[str, Tensor] = load_steps(expected)
     assert torch.equal(tensors["weight 0 heads.mim.bias"], tensors["weight 2 heads.mim.bias"])
     assert not torch.equal(tensors["weight 0 heads.mlm.bias"], tensors["weight 2 heads.mlm.bias"])
