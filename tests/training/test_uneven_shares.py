@@ -12,7 +12,7 @@ from beit3_ds.parallel import Mesh
 from tests.ranks import run_ranks
 from tests.test_train import finish, losses, train_rank, write
 from tests.training.layouts import Layout
-from tests.training.steps import MIXES, Deal, Reference, check, config_for, measure_steps
+from tests.training.steps import MIXES, NUM_LAYERS, SHALLOW, Deal, Reference, check, config_for, measure_steps
 
 MICRO_BATCHES = 4
 
@@ -37,33 +37,34 @@ VARIANTS: dict[str, Variants] = {
 }
 
 
-def measure(layout: Layout, variants: Variants, reference: Reference) -> list[dict[str, float]]:
+def measure(layout: Layout, variants: Variants, reference: Reference, num_layers: int) -> list[dict[str, float]]:
     """Returns the ratio of error to bound of each loss, norm, gradient and weight, on one rank."""
     from beit3_ds.runtime.process_group import init_process_group
 
     mesh: Mesh = init_process_group(config_for(0, **layout.parallel).parallel)
     results = []
     for zero_stage, keys in variants:
-        config = config_for(zero_stage, **layout.parallel)
+        config = config_for(zero_stage, num_layers=num_layers, **layout.parallel)
         zero = config.deepspeed["zero_optimization"]
         zero.update(keys)
-        results.append(reference.ratios(measure_steps(config, mesh, deals(layout.data)), "paper"))
+        found = measure_steps(config, mesh, deals(layout.data))
+        results.append(reference.ratios(found, "paper", num_layers))
     mesh.close()
     return results
 
 
-def run(layout: Layout, name: str, reference: Reference) -> None:
+def run(layout: Layout, name: str, reference: Reference, num_layers: int) -> None:
     variants = VARIANTS[name]
-    results = run_ranks(measure, layout.num_ranks, layout, variants, reference, timeout=1500)
+    results = run_ranks(measure, layout.num_ranks, layout, variants, reference, num_layers, timeout=1500)
     for variant, ratios in zip(variants, zip(*results, strict=True), strict=True):
-        worst = check(ratios, reference.load("paper"), f"{layout}, ZeRO {variant}")
+        worst = check(ratios, reference.load("paper", num_layers), f"{layout}, ZeRO {variant}")
         print(f"{layout}, ZeRO {variant}: worst error {worst:.2f} of the bound")
 
 
 @pytest.mark.parametrize("ranks", [3])
 def test_data_parallel_ranks(ranks: int, reference: Reference) -> None:
     """Catches a mean over the means of ranks, instead of the mean over the step."""
-    run(Layout(1, 1, ranks), "ZeRO 0 to 3", reference)
+    run(Layout(1, 1, ranks), "ZeRO 0 to 3", reference, SHALLOW)
 
 
 @pytest.mark.slow
@@ -86,7 +87,7 @@ def test_data_parallel_ranks(ranks: int, reference: Reference) -> None:
 )
 def test_layouts(layout: Layout, variants: str, reference: Reference) -> None:
     """Compares 7 of 8 data-parallel ranks, and layouts with tensor-parallel ranks and stages."""
-    run(layout, variants, reference)
+    run(layout, variants, reference, NUM_LAYERS)
 
 
 @pytest.mark.slow
