@@ -1,4 +1,4 @@
-"""The packed, modality-major micro-batch: the contract between data, model, pipeline and task.
+"""Defines the packed, modality-major micro-batch, the contract between data, model, pipeline and task.
 
 A micro-batch is one row of T tokens without padding, in this order:
 
@@ -28,7 +28,7 @@ from beit3_ds.layout import KeptSequences, PickedRows, RowLayout, SequenceLayout
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch(RowLayout):
-    """One micro-batch of images, pairs and texts; any of the three may be absent."""
+    """Holds one micro-batch of images, pairs and texts; any of the three may be absent."""
 
     num_images: int
     """Images without texts, I."""
@@ -190,7 +190,7 @@ class PackedBatch(RowLayout):
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatch:
-    """The share of one rank in one optimizer step."""
+    """Holds the share of one rank in one optimizer step."""
 
     step: int
     """Number of the optimizer step, from 0."""

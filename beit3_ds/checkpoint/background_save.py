@@ -27,7 +27,7 @@ _NOTICE_SECONDS = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class SaveOutcome:
-    """Result of a save; equal on all ranks except for the seconds, which each rank measures."""
+    """Holds the result of a save; equal on all ranks except for the seconds, which each rank measures."""
 
     step: int
     """Number of updates that the checkpoint holds."""
@@ -204,7 +204,7 @@ class BackgroundSave:
 
 
 class _RankReport(NamedTuple):
-    """Report of a rank's part of a save to the main rank."""
+    """Holds the report of a rank's part of a save to the main rank."""
 
     error: str | None
     files: dict[str, WrittenFile]

@@ -22,7 +22,7 @@ _LATEST = "latest"
 
 
 class CheckpointCollection:
-    """The folder `OUTPUT_DIR/checkpoints`: a subfolder `step-XXXXXXXX` per checkpoint, and a file `latest`.
+    """Manages the folder `OUTPUT_DIR/checkpoints`: a subfolder `step-XXXXXXXX` per checkpoint, and a file `latest`.
 
     A checkpoint is written under a temporary name, synced to disk and renamed, so it is there whole or not at all.
     Then `latest`, a file with its name, is replaced, and the oldest checkpoints are deleted.

@@ -11,7 +11,7 @@ _SYNC_BYTES = 1 << 26
 
 
 class NewFile:
-    """A file that is written front to back, with an optional digest, and synced to disk when its `with` block ends.
+    """Writes a file front to back, with an optional digest, and synced to disk when its `with` block ends.
 
     A thread syncs data to the disk during the writing. Otherwise the system would begin only when much of the memory is
     waiting to be written, and would then hold the writer up.
@@ -47,7 +47,7 @@ class NewFile:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the bytes written so far, in hexadecimal; empty if no digest is computed."""
+        """Returns the SHA-256 of the bytes written so far, in hexadecimal; empty if no digest is computed."""
         return self._digest.hexdigest() if self._digest else ""
 
     def write(self, content: bytes | memoryview) -> None:

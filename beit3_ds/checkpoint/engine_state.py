@@ -37,7 +37,7 @@ _GATHERED_PARAMETERS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class LocalTensor:
-    """Block of a logical tensor that this rank holds under tensor and pipeline parallelism."""
+    """Holds the block of a logical tensor that this rank holds under tensor and pipeline parallelism."""
 
     shape: torch.Size
     """Logical shape of the tensor."""
@@ -46,7 +46,7 @@ class LocalTensor:
 
 
 class Fragment(NamedTuple):
-    """A range of elements whose state this rank owns, as one-dimensional views of the engine's own memory."""
+    """Holds a range of elements whose state this rank owns, as one-dimensional views of the engine's own memory."""
 
     name: str
     """Logical name of the parameter."""
@@ -105,7 +105,7 @@ class EngineState:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Kinds of values kept per element: `index.KINDS`, and `index.AVERAGE` with a moving average."""
+        """Returns the kinds of values kept per element: `index.KINDS`, and `index.AVERAGE` with a moving average."""
         return KINDS if self._average is None else (*KINDS, AVERAGE)
 
     def update_average(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class ParameterRange(NamedTuple):
-    """Range of a parameter's elements in a flat tensor."""
+    """Holds the range of a parameter's elements in a flat tensor."""
 
     parameter: nn.Parameter
     start: int

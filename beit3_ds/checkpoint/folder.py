@@ -37,7 +37,7 @@ _FILE_OF_KIND = {kind: file for file, kinds in FILE_KINDS.items() for kind in ki
 
 
 class CheckpointFolder:
-    """A whole checkpoint: its index is valid, and its files exist with the right sizes.
+    """Opens a whole checkpoint: its index is valid, and its files exist with the right sizes.
 
     `find_damage` compares digests, and so reads whole files. The other methods read only the values asked for.
     """
@@ -58,7 +58,7 @@ class CheckpointFolder:
 
     @property
     def model(self) -> ModelConfig:
-        """Configuration of the model.
+        """Returns the configuration of the model.
 
         Raises:
             ConfigError: if the checkpoint holds another model than BEiT-3.
@@ -73,12 +73,12 @@ class CheckpointFolder:
 
     @property
     def step(self) -> int:
-        """Number of updates done."""
+        """Returns the number of updates done."""
         return self.index.step
 
     @property
     def task(self) -> Mapping[str, Any] | None:
-        """Name and settings of the run's task; None in checkpoints of older versions."""
+        """Returns name and settings of the run's task; None in checkpoints of older versions."""
         task: Mapping[str, Any] | None = self.index.run.config.get("task")
         return task
 
@@ -100,7 +100,7 @@ class CheckpointFolder:
 
     @property
     def has_averages(self) -> bool:
-        """Whether the checkpoint holds moving averages of the weights."""
+        """Returns whether the checkpoint holds moving averages of the weights."""
         return bool(self.files(_FILE_OF_KIND[AVERAGE]))
 
     def names(self) -> list[str]:

@@ -46,7 +46,7 @@ BUFFERS = "buffers"
 
 
 class Piece(NamedTuple):
-    """Slice of a tensor, and the rank whose files hold it."""
+    """Holds a slice of a tensor, and the rank whose files hold it."""
 
     rank: int
     part: TensorSlice
@@ -65,7 +65,7 @@ class StoredBuffer(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """Content of an index."""
+    """Holds the content of an index."""
 
     step: int
     """Number of updates done."""

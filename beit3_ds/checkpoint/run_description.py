@@ -17,7 +17,7 @@ _LIBRARIES = ("beit3_ds", "torch", "deepspeed", "safetensors")
 
 @dataclass(frozen=True, kw_only=True)
 class RunDescription:
-    """Description of a run as plain data, as in a checkpoint's index."""
+    """Describes a run as plain data, as in a checkpoint's index."""
 
     model: Mapping[str, Any]
     """Fields of the model's configuration."""

@@ -14,7 +14,7 @@ from beit3_ds.parallel import Split
 
 
 class TensorSlice(NamedTuple):
-    """Rows [top, bottom) and columns [left, right) of a tensor seen as a matrix."""
+    """Describes rows [top, bottom) and columns [left, right) of a tensor seen as a matrix."""
 
     top: int
     bottom: int
@@ -28,7 +28,7 @@ class TensorSlice(NamedTuple):
 
     @property
     def num_elements(self) -> int:
-        """Number of elements."""
+        """Returns the number of elements."""
         return (self.bottom - self.top) * (self.right - self.left)
 
     def intersection(self, other: "TensorSlice") -> "TensorSlice | None":

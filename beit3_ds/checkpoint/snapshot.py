@@ -12,7 +12,7 @@ from beit3_ds.checkpoint.tensor_file import TensorEntry, WrittenFile, write_tens
 
 
 class Snapshot:
-    """Copy of this rank's share of weights, moments and averages; its memory is kept from one save to the next.
+    """Keeps a copy of this rank's share of weights, moments and averages; its memory is kept from one save to the next.
 
     It takes 12 bytes per element that the rank writes, 16 with averages, in page-locked memory if the engine computes
     on a GPU. Buffers are copied to new memory, because they are small.

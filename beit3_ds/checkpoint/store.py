@@ -19,7 +19,7 @@ from beit3_ds.parallel import Mesh, build_host_group
 
 
 class CheckpointStore:
-    """The checkpoints of one run, as a training loop uses them.
+    """Saves and loads the checkpoints of one run for the training loop.
 
     All ranks call `save`, `agree_on_newest` and `load`, which communicate. The other methods concern this rank alone
     and never wait for others, except for `finish`, which waits for the current save.

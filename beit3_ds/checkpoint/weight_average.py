@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class WeightAverage:
-    """Moving average in float32 of the tensors that the optimizer updates on this rank.
+    """Keeps a moving average in float32 of the tensors that the optimizer updates on this rank.
 
     Nothing is sent: under every ZeRO stage, tensor and pipeline parallelism each rank averages what it owns.
     """

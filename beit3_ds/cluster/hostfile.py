@@ -37,7 +37,7 @@ class HostSlots:
     name: str
     """Host name or IPv4 address for ssh connections to this machine."""
     slots: int
-    """Number of ranks to start there; on GPU machines the number of GPUs."""
+    """Returns the number of ranks to start there; on GPU machines the number of GPUs."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class Hostfile:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the hosts; the others connect to the first."""
+        """Returns the names of the hosts; the others connect to the first."""
         return tuple(host.name for host in self.hosts)
 
     @property
     def is_local(self) -> bool:
-        """Whether this machine is the only one in the file, so that no ssh is needed."""
+        """Returns whether this machine is the only one in the file, so that no ssh is needed."""
         return len(self.hosts) == 1 and is_loopback(self.hosts[0].name)
 
     def ranks(self, name: str) -> range:

@@ -1,4 +1,4 @@
-"""Configuration of the three data streams and their augmentation, and of the tokenizers."""
+"""Configures the three data streams and their augmentation, and of the tokenizers."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
@@ -23,7 +23,7 @@ TextLength = Annotated[int, Range(4, 2**18)]
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """A source of samples: files of one format. In JSON, a string is short for {"path": string}."""
+    """Configures a source of samples: files of one format. In JSON, a string is short for {"path": string}."""
 
     SHORTHAND: ClassVar[str] = "path"
 
@@ -75,7 +75,7 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamConfig:
-    """One of the three streams of samples: its sources, and its samples per step."""
+    """Configures one of the three streams of samples: its sources, and its samples per step."""
 
     train: tuple[SourceConfig, ...] = ()
     """Training sources; may be empty if the stream is left out. Without weights they form one set, which is shuffled as
@@ -127,7 +127,7 @@ def _no_stream() -> StreamConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Data of a run: its streams, augmentation, order and reading (paper sections 2.2 and 2.3)."""
+    """Configures the data of a run: its streams, augmentation, order and reading (paper sections 2.2 and 2.3)."""
 
     images: StreamConfig = field(default_factory=_no_stream)
     """Images without texts, for MIM. A stream without a section is left out."""
@@ -225,7 +225,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TextTokenizerConfig:
-    """SentencePiece model of the texts, and how `beit3 train-text-tokenizer` trains it."""
+    """Configures the SentencePiece model of the texts, and how `beit3 train-text-tokenizer` trains it."""
 
     path: PathString = ""
     """Path of the .spm file, which `beit3 train-text-tokenizer` writes and pretraining reads. May be empty for a run
@@ -241,7 +241,7 @@ class TextTokenizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizersConfig:
-    """The two tokenizers of a run."""
+    """Configures the two tokenizers of a run."""
 
     text: TextTokenizerConfig = field(default_factory=TextTokenizerConfig)
     """Turns words into ids; may be left out of a run without texts and pairs."""

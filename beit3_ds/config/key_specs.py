@@ -40,7 +40,7 @@ class Spec(ABC):
     @property
     @abstractmethod
     def rule(self) -> str:
-        """Accepted values, as words that follow "expected"."""
+        """Returns the accepted values, as words that follow "expected"."""
 
     def _refuse(self, value: Any, where: str) -> ConfigError:
         if value == "auto":
@@ -65,7 +65,7 @@ class Flag(Spec):
 
     @property
     def rule(self) -> str:
-        """Accepted values, as words that follow "expected" (`Spec.rule`)."""
+        """Returns the accepted values, as words that follow "expected" (`Spec.rule`)."""
         return "true or false"
 
 
@@ -86,7 +86,7 @@ class Fixed(Spec):
 
     @property
     def rule(self) -> str:
-        """Accepted values, as words that follow "expected" (`Spec.rule`)."""
+        """Returns the accepted values, as words that follow "expected" (`Spec.rule`)."""
         return json.dumps(self.value)
 
 
@@ -111,7 +111,7 @@ class Number(Spec):
 
     @property
     def rule(self) -> str:
-        """Accepted values, as words that follow "expected" (`Spec.rule`)."""
+        """Returns the accepted values, as words that follow "expected" (`Spec.rule`)."""
         kind = "an integer" if self.whole else "a number"
         multiple = f", a multiple of {self.multiple_of}" if self.multiple_of > 1 else ""
         return f"{kind} {self.range}{multiple}"
@@ -133,7 +133,7 @@ class Choice(Spec):
 
     @property
     def rule(self) -> str:
-        """Accepted values, as words that follow "expected" (`Spec.rule`)."""
+        """Returns the accepted values, as words that follow "expected" (`Spec.rule`)."""
         *first, last = map(json.dumps, self.values)
         values = f"{', '.join(first)} or {last}" if first else last
         return f"{values} ({self.reason})" if self.reason else values
@@ -161,7 +161,7 @@ class Text(Spec):
 
     @property
     def rule(self) -> str:
-        """Accepted values, as words that follow "expected" (`Spec.rule`)."""
+        """Returns the accepted values, as words that follow "expected" (`Spec.rule`)."""
         return (
             "the name of one folder"
             if self.is_folder_name

@@ -46,7 +46,7 @@ FIELDS_WITHOUT_TENSORS = frozenset({"drop_path_rate", "cross_entropy_chunk_size"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A BEiT-3 backbone with its two masked-modeling heads (paper, section 2.1), or the part that its inputs need."""
+    """Configures a BEiT-3 backbone with two masked-modeling heads (paper, section 2.1), or the part its inputs need."""
 
     num_layers: Layers
     """Multiway blocks."""

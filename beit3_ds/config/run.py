@@ -38,7 +38,7 @@ _MAX_SHOWN = 200
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything a run depends on."""
+    """Configures everything that a run depends on."""
 
     backbone: ModelConfig | None
     """The section "model"; None in a run that trains another model than BEiT-3, such as the visual tokenizer."""
@@ -65,7 +65,7 @@ class RunConfig:
 
     @property
     def options(self) -> DeepSpeedOptions:
-        """DeepSpeed's options of this run: stage of ZeRO, offloading, types."""
+        """Returns DeepSpeed's options of this run: stage of ZeRO, offloading, types."""
         return DeepSpeedOptions(self.deepspeed)
 
     @property

@@ -27,7 +27,7 @@ Kernels = Literal["triton", "cuda"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """The optimizer's recipe (paper, section 2.3) and the run's logs and checkpoints."""
+    """Configures the optimizer's recipe (paper, section 2.3) and the run's logs and checkpoints."""
 
     output_dir: PathString
     """Folder for checkpoints, logs, the plot and the predictions."""

@@ -11,7 +11,7 @@ _TEACHER_LIBRARIES = ("timm", "open_clip", "transformers")
 
 @dataclass(frozen=True, kw_only=True)
 class VisualTokenizerConfig:
-    """The VQ-KD tokenizer of BEiT v2 (Peng et al., 2022, arXiv:2208.06366).
+    """Configures the VQ-KD tokenizer of BEiT v2 (Peng et al., 2022, arXiv:2208.06366).
 
     Its training is a run of its own, of the task `visual_tokenizer` (`tasks/visual_tokenizer/config.py`).
     """

@@ -24,7 +24,7 @@ VALIDATION_EPOCH = -1
 
 @dataclass(frozen=True)
 class SampleKey:
-    """Everything that the random draws of one sample depend on."""
+    """Holds everything that the random draws of one sample depend on."""
 
     seed: int
     """Seed of the run."""
@@ -42,7 +42,7 @@ class SampleKey:
 
 
 class SourceSamples(Protocol):
-    """Samples of one source, as a task prepares them."""
+    """Declares the samples of one source, as a task prepares them."""
 
     is_last_open: ClassVar[bool]
     """Whether the last sample may grow when its files grow."""
@@ -72,7 +72,7 @@ class SourceSamples(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSourceSamples:
-    """Images of one source; a task says how it prepares them."""
+    """Holds images of one source; a task says how it prepares them."""
 
     is_last_open: ClassVar[bool] = False
 
@@ -82,7 +82,7 @@ class ImageSourceSamples:
     """Transform that crops and resizes an image into its two views."""
 
     def __len__(self) -> int:
-        """Samples of the source, broken ones included."""
+        """Returns the number of samples, broken ones included."""
         return len(self.source)
 
     def files(self) -> Iterable[SourceFile]:
@@ -112,7 +112,7 @@ class ImageSourceSamples:
 
 @dataclass(frozen=True)
 class Stream:
-    """One stream of a task: the samples of all its sources, numbered consecutively."""
+    """Holds one stream of a task: the samples of all its sources, numbered consecutively."""
 
     sources: ConcatSources[SourceSamples]
     """The samples of each source."""

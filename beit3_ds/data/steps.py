@@ -21,7 +21,7 @@ def _say_nothing(name: str) -> None:
 
 
 class StepDataset(Dataset[StepBatch]):
-    """Map-style dataset whose item `step` is the share of one data-parallel rank in that step.
+    """Implements a map-style dataset whose item `step` is the share of one data-parallel rank in that step.
 
     The samples of a step depend on the seed, the step and the data alone (`RunOrder`), and fill the slots of their
     stream in order. Ranks and micro-batches only divide the slots (`StepShares.slots`). A broken record leaves its slot

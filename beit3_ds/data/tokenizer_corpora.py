@@ -1,4 +1,4 @@
-"""Training data of the text tokenizer, from the training files of a run."""
+"""Reads the training data of the text tokenizer from the training files of a run."""
 
 import warnings
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Fixed batches for the validation loss."""
+"""Builds fixed batches for the validation loss."""
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence

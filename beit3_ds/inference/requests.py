@@ -11,7 +11,7 @@ from beit3_ds.data.files.kinds import IMAGE_EXTENSIONS
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A question about an image."""
+    """Holds a question about an image."""
 
     image: Path
     """File of the image."""

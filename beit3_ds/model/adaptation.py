@@ -55,7 +55,7 @@ _TABLES = {
 
 
 class StoredWeights(Protocol):
-    """Weights on disk: exported or imported ones, or a checkpoint."""
+    """Declares weights on disk: exported or imported ones, or a checkpoint."""
 
     @property
     def path(self) -> Path:

@@ -7,7 +7,7 @@ from beit3_ds.config import ModelConfig
 
 
 class Work(NamedTuple):
-    """Sizes that determine the operations of a forward pass."""
+    """Holds the sizes that determine the operations of a forward pass."""
 
     rows: float
     """Number of packed rows, T."""

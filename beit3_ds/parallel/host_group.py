@@ -44,7 +44,7 @@ class HostGroup:
 
     @property
     def size(self) -> int:
-        """Number of ranks of this group."""
+        """Returns the number of ranks of this group."""
         return len(self.ranks)
 
     def among(self, ranks: Iterable[int]) -> "HostGroup":

@@ -41,7 +41,7 @@ class Mesh:
     data_parallel_rank: int = 0
     """This rank's number in `data_parallel_group`."""
     data_parallel_size: int = 1
-    """Number of ranks in `data_parallel_group`."""
+    """Returns the number of ranks in `data_parallel_group`."""
     model_parallel_group: dist.ProcessGroup | None = None
     """Ranks that together hold one copy of the model: tensor x pipeline."""
     tensor: TensorParallel = field(default_factory=TensorParallel)
@@ -62,12 +62,12 @@ class Mesh:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the first rank of the first stage, the only one that prints, plots and renames files."""
+        """Returns whether this is the first rank of the first stage, which alone prints, plots and renames files."""
         return self.pipeline.is_first and self.data_parallel_rank == 0 and self.tensor.rank == 0
 
     @property
     def is_reader(self) -> bool:
-        """Whether this rank decodes images: one tensor-parallel rank of the first stage and one of the last."""
+        """Returns whether this rank decodes images: one tensor-parallel rank of the first stage and one of the last."""
         return (self.pipeline.is_first or self.pipeline.is_last) and self.tensor.rank == 0
 
     @property
@@ -77,7 +77,7 @@ class Mesh:
 
     @property
     def num_ranks(self) -> int:
-        """Total number of ranks."""
+        """Returns the total number of ranks."""
         return self.data_parallel_size * self.model_parallel_size
 
     def describe_layout(self) -> str:

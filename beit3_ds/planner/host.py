@@ -45,13 +45,13 @@ class HostRequirements(NamedTuple):
 
     @property
     def memory(self) -> int:
-        """Memory of the node in all, /dev/shm included."""
+        """Returns the memory of the node in all, /dev/shm included."""
         return self.shm + self.ranks + self.workers + self.validation + self.checkpoint + self.offloaded
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodeSize:
-    """Memory of a node; None for unknown figures."""
+    """Holds the memory of a node; None for unknown figures."""
 
     memory: int | None = None
     """Bytes of memory that the run's processes may take."""

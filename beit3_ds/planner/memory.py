@@ -36,7 +36,7 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """The sum of all parts."""
+        """Returns the sum of all parts."""
         return sum(self)
 
 

@@ -28,7 +28,7 @@ _ZERO_DEFAULTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class RankModel:
-    """One rank's part of the model, on the meta device, and the sizes of the mesh around it."""
+    """Holds one rank's part of the model, on the meta device, and the sizes of the mesh around it."""
 
     config: RunConfig
     """The run's configuration."""
@@ -47,7 +47,7 @@ class RankModel:
 
     @property
     def num_stages(self) -> int:
-        """Number of pipeline stages."""
+        """Returns the number of pipeline stages."""
         return self.config.parallel.pipeline_parallel_size
 
     @property
@@ -87,7 +87,7 @@ class RankModel:
 
     @property
     def zero_stage(self) -> int:
-        """Stage of ZeRO, 0 to 3."""
+        """Returns the stage of ZeRO, 0 to 3."""
         return self.config.options.zero_stage
 
     def zero_elements(self, key: str) -> int:

@@ -14,7 +14,7 @@ from beit3_ds.tasks.pretraining.targets import with_masks
 
 
 class BlockRows(NamedTuple):
-    """Rows of a micro-batch that one block computes."""
+    """Holds the rows of a micro-batch that one block computes."""
 
     attention: int
     """Rows of the residual stream that attention computes."""
@@ -46,7 +46,7 @@ class Workload(NamedTuple):
 
     @property
     def masked(self) -> int:
-        """Rows at masked positions, M."""
+        """Returns the number of rows at masked positions, M."""
         return self.masked_patches + self.masked_tokens
 
 

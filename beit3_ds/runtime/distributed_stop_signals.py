@@ -21,7 +21,7 @@ class DistributedStopSignals:
 
     @property
     def must_stop(self) -> bool:
-        """Whether the run must stop after the finished step, for a stop signal or for missing data."""
+        """Returns whether the run must stop after the finished step, for a stop signal or for missing data."""
         return bool(self.names or self.data_fault)
 
     def synchronize(self, data_error: Exception | None = None) -> bool:

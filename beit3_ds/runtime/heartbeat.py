@@ -52,7 +52,7 @@ class RankStatus:
 
     @property
     def unchanged_seconds(self) -> float:
-        """Time for which the main thread has reported the same phase; silence after the last heartbeat is excluded."""
+        """Returns for how long the main thread has reported the same phase, up to the last heartbeat."""
         return self.beaten_at - self.unchanged_since
 
 

@@ -29,7 +29,7 @@ _OVERSAMPLING = 4
 
 
 class SceneObject(NamedTuple):
-    """One object of a scene."""
+    """Holds one object of a scene."""
 
     color: str
     shape: str
@@ -64,7 +64,7 @@ class Scene:
 
 
 class Question(NamedTuple):
-    """A question about a scene with its only answer."""
+    """Holds a question about a scene with its only answer."""
 
     question: str
     answer: str
@@ -75,7 +75,7 @@ class Question(NamedTuple):
 
 
 class Statement(NamedTuple):
-    """A sentence about two images, with a rule that says whether it is true of them."""
+    """Holds a sentence about two images, with a rule that says whether it is true of them."""
 
     sentence: str
     rule: Callable[[Scene, Scene], bool]

@@ -1,4 +1,4 @@
-"""A page that shows people what a model answered: images, answers, right and wrong ones apart."""
+"""Writes pages that show people what a model answered, with its right and wrong answers apart."""
 
 import base64
 import html
@@ -22,7 +22,7 @@ table{border-collapse:collapse}td{padding:0 1.5em 0 0}"""
 
 @dataclass(frozen=True, kw_only=True)
 class ShownSample:
-    """One sample of a page."""
+    """Holds one sample of a page."""
 
     images: Sequence[Image.Image]
     """Images of the sample, from left to right."""

@@ -14,7 +14,7 @@ _LAYER_NORM_EPSILON = 1e-6  # BEiT v2's value
 
 
 class Float32Linear(nn.Linear):
-    """Linear layer that computes in float32, whatever the types of its input and of its parameters."""
+    """Implements a linear layer that computes in float32, whatever the types of its input and of its parameters."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns x @ weight.T + bias in float32."""
@@ -35,7 +35,7 @@ class PatchEmbed(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention over the tokens of one image: (B, L, D) -> (B, L, D)."""
+    """Implements multi-head self-attention over the tokens of one image: (B, L, D) -> (B, L, D)."""
 
     def __init__(self, hidden_size: int, num_attention_heads: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers around a GELU, with an inner width of 4 * D: (B, L, D) -> (B, L, D)."""
+    """Applies two linear layers around a GELU, with an inner width of 4 * D: (B, L, D) -> (B, L, D)."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Mlp(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm attention and MLP with residuals: (B, L, D) -> (B, L, D)."""
+    """Applies pre-norm attention and MLP with residuals: (B, L, D) -> (B, L, D)."""
 
     def __init__(self, hidden_size: int, num_attention_heads: int) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class TransformerBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Vision Transformer with a class token and absolute positions: (B, C, S, S) -> (B, N, D).
+    """Implements a Vision Transformer with a class token and absolute positions: (B, C, S, S) -> (B, N, D).
 
     Args:
         in_channels: channels C of the input: 3 for pixels, the code's width for a grid of codes.

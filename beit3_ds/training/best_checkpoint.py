@@ -10,7 +10,7 @@ from beit3_ds.tasks import Task
 
 
 class BestCheckpoint:
-    """The best evaluation so far, over all restarts of a run.
+    """Records the best evaluation so far, over all restarts of a run.
 
     Attributes:
         metric: name of the compared metric; None compares nothing.

@@ -13,7 +13,7 @@ from beit3_ds.storage_error import StorageError
 
 
 class SplitBatches:
-    """The batches of this rank in an evaluation, from the ranks that read them; all ranks iterate together.
+    """Iterates over this rank's batches in an evaluation, from the ranks that read them; all ranks iterate together.
 
     Before each batch the ranks agree that all of them have one, with three integers per rank. So an error of one rank
     and a stop signal end the evaluation on all ranks at once, and no rank waits in a collective.

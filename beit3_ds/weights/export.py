@@ -31,7 +31,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
 class Exported(NamedTuple):
-    """Sizes of a finished export."""
+    """Holds the sizes of a finished export."""
 
     num_tensors: int
     num_bytes: int

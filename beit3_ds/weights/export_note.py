@@ -17,7 +17,7 @@ NOTE_KEY = "beit3_ds_export"
 
 
 class ExportNote(NamedTuple):
-    """The note of one file."""
+    """Holds the note of one file."""
 
     format: str
     """Format of the file: unilm-dual, unilm-fusion or timm."""

@@ -11,7 +11,7 @@ from beit3_ds.weights.reader import WeightReader
 
 
 class PlannedTensor(NamedTuple):
-    """A tensor of a file to be written, built only when it is written, so that one exists at a time."""
+    """Describes a tensor of a file to be written, built only when it is written, so that one exists at a time."""
 
     name: str
     """Name in the file."""

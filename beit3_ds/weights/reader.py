@@ -24,17 +24,17 @@ class WeightReader(Protocol):
 
     @property
     def model(self) -> ModelConfig:
-        """Configuration of the model."""
+        """Returns the configuration of the model."""
         ...
 
     @property
     def step(self) -> int:
-        """Number of updates that made the weights; 0 if unknown."""
+        """Returns the number of updates that made the weights; 0 if unknown."""
         ...
 
     @property
     def task(self) -> Mapping[str, Any] | None:
-        """Name and settings of the task to which the head belongs, as `Task.describe` returns; None if unknown."""
+        """Returns name and settings of the head's task, as `Task.describe` gives them; None if unknown."""
         ...
 
     def names(self) -> list[str]:
@@ -58,7 +58,7 @@ class WeightReader(Protocol):
 
 
 class OpenedWeights(WeightReader, StoredWeights, Protocol):
-    """Weights that were opened by their path, from which a model can be loaded."""
+    """Declares weights that were opened by their path, from which a model can be loaded."""
 
 
 class Backbone:

@@ -39,7 +39,7 @@ from beit3_ds.weights.unilm_names import (
 
 
 class ReleasedFile:
-    """A pretrained, in-domain, contrastive or fine-tuned file of the reference, whose tensors are read on demand.
+    """Reads a pretrained, in-domain, contrastive or fine-tuned file of the reference, whose tensors are read on demand.
 
     The head of VQAv2, NLVR2, captioning, retrieval and ImageNet files is read as the head of that task. Tensors that
     this project does not use, such as unused rows of position tables, keep their key after `EXTRA_PREFIX`, so that an

@@ -17,7 +17,7 @@ from beit3_ds.weights.timm_names import timm_names
 
 
 class TimmFile:
-    """A model whose vision tower comes from a file; the other tensors have initial values and are not in `held`.
+    """Reads a model whose vision tower comes from a file; the other tensors have initial values and are not in `held`.
 
     Attributes:
         path: the file.

@@ -59,7 +59,7 @@ CASES = {
 
 
 class Samples(NamedTuple):
-    """The samples of one batch, before either side packs or pads them."""
+    """Holds the samples of one batch, before either side packs or pads them."""
 
     pixels: Tensor
     """Images, (B, 3, image_size, image_size) float32."""

@@ -35,12 +35,12 @@ class Links:
 
     @property
     def names(self) -> list[str]:
-        """Names of the hosts, in order."""
+        """Returns the names of the hosts, in order."""
         return list(dict.fromkeys(sender for sender, _ in self.rates))
 
     @property
     def usual(self) -> float:
-        """Usual speed of a link: the median over nodes of each node's fastest link.
+        """Returns the usual speed of a link: the median over nodes of each node's fastest link.
 
         If one of three nodes is slow, two of three links are slow, and the plain median would be a slow link's speed.
         """

@@ -37,7 +37,7 @@ class AttemptPlan:
 
     @property
     def world_size(self) -> int:
-        """Number of ranks on all hosts."""
+        """Returns the number of ranks on all hosts."""
         return sum(host.slots for host in self.hosts)
 
     def host_of(self, rank: int) -> str:

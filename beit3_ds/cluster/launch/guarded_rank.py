@@ -48,17 +48,17 @@ class GuardedRank:
 
     @property
     def rank(self) -> int:
-        """The rank's number."""
+        """Returns the rank's number."""
         return self.registered.rank
 
     @property
     def name(self) -> str:
-        """Rank and host, for messages."""
+        """Returns rank and host, for messages."""
         return f"rank {self.registered.rank} on host {self.registered.host}"
 
     @property
     def is_gone(self) -> bool:
-        """Whether the trainer has ended or is lost."""
+        """Returns whether the trainer has ended or is lost."""
         return self.ended is not None or self.is_lost
 
     @property

@@ -90,7 +90,7 @@ class OpenFiles:
 
     @property
     def num_open(self) -> int:
-        """Number of descriptors that are open now."""
+        """Returns the number of descriptors that are open now."""
         return len(self._descriptors)
 
     def __getstate__(self) -> dict[str, Any]:

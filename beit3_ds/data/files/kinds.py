@@ -1,4 +1,4 @@
-"""Kinds of files: by the first bytes, whatever the name says, and by the extensions of images."""
+"""Recognises files by their first bytes, whatever their names, and lists the extensions of images."""
 
 from beit3_ds.data.files.reading import open_for_reading
 

@@ -1,4 +1,4 @@
-"""Images of a folder with captions from an annotation file: one sample per caption."""
+"""Reads images of a folder with captions from an annotation file: one sample per caption."""
 
 import os
 from array import array
@@ -21,7 +21,7 @@ NO_IMAGE = -1
 
 
 class AnnotatedImages:
-    """The samples of an annotation file; an image with five captions is five samples.
+    """Reads the samples of an annotation file; an image with five captions is five samples.
 
     Takes 16 bytes per sample in addition to its caption, and 8 bytes per image in addition to its path.
     """
@@ -116,7 +116,7 @@ class AnnotatedImages:
 
 
 class CollectedAnnotations(AnnotatedImages):
-    """Samples to which the readers in `annotations` add one after another."""
+    """Collects samples that the readers in `annotations` add one after another."""
 
     def __init__(self, annotations: str, folder: str) -> None:
         """Starts without samples; takes the arguments of `AnnotatedImages`."""

@@ -1,4 +1,4 @@
-"""Augmentation: one crop of an image, as one view for the model and one for the visual tokenizer (section 2.3)."""
+"""Augments images: one crop, as one view for the model and one for the visual tokenizer (section 2.3)."""
 
 # s pixels on a side of a view, h and w of a crop.
 
@@ -31,7 +31,7 @@ class ViewTransform(Protocol):
 
     @property
     def min_side(self) -> int | None:
-        """Minimum shorter side of an image, in pixels, at which no view is enlarged; None if there is no such size."""
+        """Returns the minimum shorter side of an image, in pixels, at which no view is enlarged; None without one."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Makes both views of an RGB image, with all draws from `rng`."""
@@ -39,7 +39,7 @@ class ViewTransform(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Random resized crop, flip and color jitter: the paper's augmentation for training.
+    """Crops, flips and jitters colors at random: the paper's augmentation for training.
 
     BEiT jitters the whole image before it crops and resizes. Here the jitter comes last, on the views, which have the
     fewest pixels. Brightness, contrast and saturation are linear in the pixels, and so is a resize. The order therefore
@@ -62,7 +62,7 @@ class Augmentation:
 
     @property
     def min_side(self) -> int | None:
-        """Minimum shorter side of an image, in pixels, at which its smallest crop is as large as the larger view."""
+        """Returns the minimum shorter side of an image, in pixels, whose smallest crop is as large as the larger view."""
         return smallest_side(max(self.image_size, self.tokenizer_image_size), self.min_crop_scale)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

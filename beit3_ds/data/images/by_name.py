@@ -1,4 +1,4 @@
-"""Images that annotations name, in a folder of image files or in tars."""
+"""Finds images that annotations name, in a folder of image files or in tars."""
 
 import os
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Readers of files that give each image an identifier and its captions.
+"""Reads files that give each image an identifier and its captions.
 
 | format | file | image of an entry |
 |---|---|---|

@@ -1,4 +1,4 @@
-"""Images with identifiers and several captions each, as captioning and retrieval evaluate them."""
+"""Holds images with identifiers and several captions each, as captioning and retrieval evaluate them."""
 
 import json
 from array import array
@@ -11,7 +11,7 @@ from beit3_ds.data.images.compact_strings import CompactStrings
 
 
 class CaptionedImages(CollectedAnnotations):
-    """Captions of images: one sample per caption, and the captions of an image one after another.
+    """Holds captions of images: one sample per caption, and the captions of an image one after another.
 
     `each_image` has the same images with one sample per image.
     """
@@ -88,7 +88,7 @@ class CaptionedImages(CollectedAnnotations):
 
 
 class EachImage(AnnotatedImages):
-    """One sample per image; its caption is the first of the image, and missing in a test split."""
+    """Holds one sample per image; its caption is the first of the image, and missing in a test split."""
 
     def __init__(self, captioned: CaptionedImages) -> None:
         """Shares the images of `captioned`."""

@@ -31,7 +31,7 @@ class ImageTransform(Protocol):
 
     @property
     def min_side(self) -> int | None:
-        """Minimum shorter side of an image, in pixels, at which the view is not enlarged; None if there is none."""
+        """Returns the minimum shorter side of an image, in pixels, at which no view is enlarged; None without one."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
         """Makes the view of an RGB image, with all draws from `rng`."""
@@ -60,7 +60,7 @@ def whole_view(image: Image.Image, image_size: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentedView:
-    """Random resized crop, flip, RandAugment, color jitter and random erasing, in this order."""
+    """Draws a resized crop, flip, RandAugment, color jitter and random erasing, in this order."""
 
     image_size: int
     """Pixels on a side of the view."""
@@ -77,7 +77,7 @@ class AugmentedView:
 
     @property
     def min_side(self) -> int | None:
-        """Minimum shorter side of an image, in pixels, at which its smallest crop is as large as the view."""
+        """Returns the minimum shorter side of an image, in pixels, whose smallest crop is as large as the view."""
         return smallest_side(self.image_size, self.min_crop_scale)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:

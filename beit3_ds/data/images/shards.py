@@ -27,7 +27,7 @@ _KINDS = {"image": (IMAGE_EXTENSIONS, MAX_IMAGE_BYTES), "caption": (CAPTION_EXTE
 
 
 class TarShards:
-    """The samples of uncompressed tar files, in the order of the files and of each sample's first member.
+    """Reads the samples of uncompressed tar files, in the order of the files and of each sample's first member.
 
     The members `folder/KEY.webp` and `folder/KEY.txt` are the image and the caption of the sample `folder/KEY`. Without
     `KEY.txt` the caption is the value of `caption` in `KEY.json`. A key may hold dots: `v.one.jpg` and `v.two.jpg` are
@@ -89,7 +89,7 @@ class TarShards:
 
     @property
     def skipped(self) -> dict[str, Skipped]:
-        """Skipped members of all shards, by reason, with examples that name the shard."""
+        """Returns the skipped members of all shards, by reason, with examples that name the shard."""
         total: dict[str, Skipped] = {}
         for path, index in zip(self.paths, self._indices, strict=True):
             if not len(index):

@@ -10,7 +10,7 @@ from beit3_ds.data.files.records import Skipped
 
 
 class ImageSource(Protocol):
-    """Numbered images, with captions if the corpus has them.
+    """Declares numbered images, with captions if the corpus has them.
 
     The numbers are part of the data order, so they follow from the files alone, and broken samples keep theirs.
     Instances can be pickled, and read from several processes.
@@ -18,7 +18,7 @@ class ImageSource(Protocol):
 
     @property
     def skipped(self) -> dict[str, Skipped]:
-        """Files, members and rows that are left out, by reason."""
+        """Returns files, members and rows that are left out, by reason."""
 
     def __len__(self) -> int:
         """Returns the number of samples, broken ones included."""

@@ -27,7 +27,7 @@ class SourcePosition:
     path: str
     """Path in the config."""
     size: int
-    """Number of samples."""
+    """Returns the number of samples."""
     digest: str
     """Digest of all its samples (`prefix_digest.prefix_digest`)."""
 

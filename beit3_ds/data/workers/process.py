@@ -91,7 +91,7 @@ class WorkerProcess:
 
     @property
     def pid(self) -> int:
-        """Id of the process, which must be started."""
+        """Returns the id of the process, which must be started."""
         assert self._process is not None and self._process.pid is not None, "not started"
         return self._process.pid
 

@@ -100,7 +100,7 @@ def _sums(values_M: Tensor, counts_P: Tensor) -> Tensor:
 
 
 class DescribedSplit:
-    """The images of a split with the model's captions and predictions, on the main rank."""
+    """Joins the images of a split with the model's captions and predictions, on the main rank."""
 
     def __init__(self, stream: Stream, results: GatheredResults, search: BeamSearch | None) -> None:
         """Joins images and results.

@@ -1,4 +1,4 @@
-"""Metrics of captions with pycocoevalcap, an optional package whose tokenizer and some metrics need Java.
+"""Computes metrics of captions with pycocoevalcap, an optional package whose tokenizer and some metrics need Java.
 
 What cannot be computed is named with the reason, and is never counted as 0.
 """
@@ -22,7 +22,7 @@ METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr",
 
 
 class CaptionScores(NamedTuple):
-    """Metrics of the captions of a split."""
+    """Holds the metrics of the captions of a split."""
 
     scores: dict[str, float]
     """Value of each metric that was computed, as the official code reports it (CIDEr to 10, others to 1)."""

@@ -1,4 +1,4 @@
-"""Classes of images and their names, which are the texts that images are compared with."""
+"""Reads the names of classes, which are the texts that images are compared with."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from beit3_ds.data.files.json_lists import open_json_text
 
 
 class ImageClass(NamedTuple):
-    """A class of images."""
+    """Holds a class of images."""
 
     key: str
     """Short name that files use, such as the WordNet id `n01440764`."""
@@ -21,7 +21,7 @@ class ImageClass(NamedTuple):
 
 
 class ClassList:
-    """Classes by label; the label of a class is its place."""
+    """Holds classes by label; the label of a class is its place."""
 
     def __init__(self, classes: Iterable[ImageClass], where: str = "classes") -> None:
         """Numbers the classes in their order.

@@ -31,7 +31,7 @@ IMAGE_FORMATS = ("tar", "folder", CLASS_LINES)
 
 
 class ClassText(NamedTuple):
-    """The text of a class."""
+    """Holds the text of a class."""
 
     label: int
     """Label of the class."""
@@ -41,7 +41,7 @@ class ClassText(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ClassImage:
-    """An image with its class, or two mixed images."""
+    """Holds an image with its class, or two mixed images."""
 
     name: str
     """File and name of the sample, for messages."""
@@ -123,7 +123,7 @@ class ClassImages:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassTexts:
-    """The texts of all classes as samples, one per class."""
+    """Provides the texts of all classes as samples, one per class."""
 
     is_last_open: ClassVar[bool] = False
 

@@ -24,7 +24,7 @@ NUM_SHOWN = 5
 
 
 class ClassScores(NamedTuple):
-    """Answers for all images of a split, in the order of their numbers."""
+    """Holds the answers for all images of a split, in the order of their numbers."""
 
     numbers: Tensor
     """Numbers of the images in their stream, ascending, (n,) int64."""

@@ -31,7 +31,7 @@ _NO_LABEL = -1
 
 
 class Statements:
-    """Statements about two images each, with labels if the split has them."""
+    """Holds statements about two images each, with labels if the split has them."""
 
     def __init__(self, annotations: str, folder: str) -> None:
         """Starts without statements.

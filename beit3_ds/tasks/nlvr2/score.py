@@ -1,11 +1,11 @@
-"""Accuracy and consistency of answers about two images, as NLVR2 defines them (Suhr et al., 2019, section 5)."""
+"""Computes accuracy and consistency of answers about two images, by NLVR2's definition (Suhr et al., 2019, section 5)."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
 
 class JudgedStatement(NamedTuple):
-    """A statement with its label and an answer."""
+    """Holds a statement with its label and an answer."""
 
     group: str
     """Samples of one group have the same sentence."""

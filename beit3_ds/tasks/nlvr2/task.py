@@ -49,7 +49,7 @@ class StatementRankTask(RankTask):
 
 
 class _Judgements:
-    """The judgements of a split, on the main rank."""
+    """Holds the judgements of a split, on the main rank."""
 
     def __init__(self, stream: Stream, found: GatheredResults) -> None:
         self._logits = found.tensor("logits")

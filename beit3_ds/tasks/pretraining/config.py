@@ -9,7 +9,7 @@ from beit3_ds.config.numbers import MaskRatio, Weight
 
 @dataclass(frozen=True, kw_only=True)
 class LossWeights:
-    """Weights of the four loss terms; the paper gives none, so each is 1."""
+    """Weights the four loss terms; the paper gives none, so each is 1."""
 
     image_mim: Weight = 1.0
     """Weight of the masked patches of images."""

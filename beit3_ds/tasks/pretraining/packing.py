@@ -61,7 +61,7 @@ Sample = ImageSample | PairSample | TextSample
 
 
 class ImageShape(NamedTuple):
-    """Sizes of every image in a batch, also of a batch without images."""
+    """Holds the sizes of every image in a batch, also of a batch without images."""
 
     image_size: int
     tokenizer_image_size: int

@@ -7,7 +7,7 @@ from beit3_ds.config.numbers import Count
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalConfig:
-    """The "task" section of a retrieval run."""
+    """Configures the "task" section of a retrieval run."""
 
     mask_duplicates: bool = True
     """Whether a pair with the same image or the same caption as another pair of the step is left out of the other's

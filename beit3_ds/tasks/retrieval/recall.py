@@ -1,4 +1,4 @@
-"""Recall of retrieval in both directions, by counting ranks in blocks.
+"""Computes recall of retrieval in both directions, by counting ranks in blocks.
 
 The rank of a match is the number of candidates that score at least as high. So a tie counts against the match, whatever
 the place of the other candidate: a model that scores everything alike finds nothing, and the order of the files does

@@ -1,4 +1,4 @@
-"""Answers to questions: their official normal form, the list of answers that a model chooses from, and soft scores."""
+"""Normalises answers to questions, lists those that a model chooses from, and gives them soft scores."""
 
 import hashlib
 import json
@@ -77,7 +77,7 @@ def main_answer(answers: Sequence[str]) -> str:
 
 
 class AnswerVocabulary:
-    """The answers that a model chooses from; the label of an answer is its place."""
+    """Lists the answers that a model chooses from; the label of an answer is its place."""
 
     def __init__(self, answers: Iterable[str]) -> None:
         """Numbers the answers in their order.

@@ -45,7 +45,7 @@ def answer_split(evaluator: Evaluator, split: Split) -> GatheredResults | None:
 
 
 class AnsweredSplit:
-    """The questions of a split with the model's answers, on the main rank."""
+    """Joins the questions of a split with the model's answers, on the main rank."""
 
     def __init__(self, batches: EvaluationBatches, results: GatheredResults, vocabulary: AnswerVocabulary) -> None:
         """Joins questions and answers.

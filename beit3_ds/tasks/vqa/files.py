@@ -28,7 +28,7 @@ _ANNOTATIONS_FORM = "an object with 'annotations' (question_id, multiple_choice_
 
 
 class VqaQuestions(CollectedAnnotations):
-    """Questions about images, with the answers of people if the split has them; one sample per question.
+    """Holds questions about images, one sample each, with people's answers if the split has them.
 
     The `caption` of a sample is its question. Takes some 200 bytes per question beside its text.
     """

@@ -1,4 +1,4 @@
-"""Accuracy of answers as the official VQA evaluator computes it."""
+"""Computes the accuracy of answers as the official VQA evaluator computes it."""
 
 import math
 from collections import defaultdict
@@ -9,7 +9,7 @@ from beit3_ds.tasks.vqa.answers import accuracy_of_share, normalize_answer, stri
 
 
 class ScoredQuestion(NamedTuple):
-    """A question with its answers and a prediction."""
+    """Holds a question with its answers and a prediction."""
 
     answers: Sequence[str]
     """Answers that people gave; ten in the official files."""
