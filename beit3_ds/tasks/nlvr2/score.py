@@ -1,4 +1,4 @@
-"""Computes accuracy and consistency of answers about two images, by NLVR2's definition (Suhr et al., 2019, section 5)."""
+"""Computes accuracy and consistency of answers about two images as NLVR2 does (Suhr et al., 2019, section 5)."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
