@@ -57,7 +57,27 @@ CAPTIONING = Curve(22_140, 2_214, 0, 0, 0, 1e-6)
 IMAGENET = Curve(62_557, 6_256, 0, 0, 0, 1e-6)
 """The reference's fine-tuning: 50 epochs of 1,281,167 images at batch 1024, 5 of warmup, down to 1e-6."""
 
+VQA = Curve(51_410, 5_141, 0, 0, 0, 1e-6)
+"""The reference's fine-tuning: 10 epochs of 658,111 questions at batch 128, 1 of warmup, down to 1e-6."""
+
+RETRIEVAL = Curve(2_775, 555, 0, 0, 0, 1e-6)
+"""The reference's fine-tuning: 15 epochs of 566,747 captions at batch 3072, 3 of warmup, down to 1e-6."""
+
+CONTRASTIVE = Curve(20_000, 1_000, 0, 0, 0, 1e-6)
+"""The intermediate stage of retrieval: a recipe of this project's own."""
+
 FINE_TUNING = {
+    "vqa_base": (VQA, 3e-5),
+    "vqa_large": (VQA, 2e-5),
+    "vqa_giant": (VQA, 1e-5),
+    "vqa_small_cpu": (Curve(1000, 50, 0, 0, 0, 1e-4), 1.5e-3),
+    "retrieval_base": (RETRIEVAL, 2e-4),
+    "retrieval_large": (RETRIEVAL, 5e-5),
+    "retrieval_giant": (RETRIEVAL, 1e-5),
+    "retrieval_intermediate_base": (CONTRASTIVE, 2e-4),
+    "retrieval_intermediate_large": (CONTRASTIVE, 1e-4),
+    "retrieval_intermediate_giant": (CONTRASTIVE, 5e-5),
+    "retrieval_small_cpu": (Curve(400, 40, 0, 0, 0, 0.0), 7e-4),
     "imagenet_base": (IMAGENET, 7e-4),
     "imagenet_large": (IMAGENET, 2e-4),
     "imagenet_giant": (IMAGENET, 1e-4),
