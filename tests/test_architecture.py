@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import warnings
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -85,8 +86,9 @@ def modules() -> dict[Path, str]:
     return files
 
 
-def imports(path: Path) -> set[str]:
-    """Returns full names of the modules that a file imports, also inside functions."""
+@cache
+def imports(path: Path) -> frozenset[str]:
+    """Returns full names of the modules that a file imports, also inside functions; parses a file once."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -94,7 +96,7 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+    return frozenset(names)
 
 
 def test_import_arrows() -> None:
