@@ -82,7 +82,7 @@ FINE_TUNING = {
     "imagenet_large": (IMAGENET, 2e-4),
     "imagenet_giant": (IMAGENET, 1e-4),
     "imagenet21k_giant": (Curve(103_983, 6_932, 0, 0, 0, 1e-6), 3e-4),
-    "imagenet_small_cpu": (Curve(250, 20, 0, 0, 0, 0.0), 2e-3),
+    "imagenet_small_cpu": (Curve(200, 20, 0, 0, 0, 0.0), 1e-3),
     "captioning_base": (CAPTIONING, 4e-5),
     "captioning_large": (CAPTIONING, 8e-6),
     "captioning_giant": (CAPTIONING, 8e-6),
