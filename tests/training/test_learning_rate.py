@@ -49,19 +49,19 @@ PRETRAINING = {
     "giant_tp2_pp4_zero3_cpu_twin": Curve(100, 20, 3e-3 / 20, 3e-3, 1.5e-3, 0.0),
 }
 NLVR2 = Curve(6_760, 1_690, 0, 0, 0, 1e-6)
-"""The reference's fine-tuning: 20 epochs of 86,373 statements at batch 256, 5 of warmup, down to 1e-6."""
+"""20 epochs of 86,373 statements at batch 256, as the reference; its warmup (5 epochs) and end are chosen here."""
 
 CAPTIONING = Curve(22_140, 2_214, 0, 0, 0, 1e-6)
-"""The reference's fine-tuning: 10 epochs of 566,747 captions at batch 256, 1 of warmup, down to 1e-6."""
+"""10 epochs of 566,747 captions at batch 256, as the reference; its warmup (1 epoch) and end are chosen here."""
 
 IMAGENET = Curve(62_557, 6_256, 0, 0, 0, 1e-6)
-"""The reference's fine-tuning: 50 epochs of 1,281,167 images at batch 1024, 5 of warmup, down to 1e-6."""
+"""50 epochs of 1,281,167 images at batch 1024, as the reference; its warmup (5 epochs) and end are chosen here."""
 
 VQA = Curve(51_410, 5_141, 0, 0, 0, 1e-6)
-"""The reference's fine-tuning: 10 epochs of 658,111 questions at batch 128, 1 of warmup, down to 1e-6."""
+"""10 epochs of 658,111 questions at batch 128, as the reference; its warmup (1 epoch) and end are chosen here."""
 
 RETRIEVAL = Curve(2_775, 555, 0, 0, 0, 1e-6)
-"""The reference's fine-tuning: 15 epochs of 566,747 captions at batch 3072, 3 of warmup, down to 1e-6."""
+"""15 epochs of 566,747 captions at batch 3072 with 3 of warmup, as the reference; the end is chosen here."""
 
 CONTRASTIVE = Curve(20_000, 1_000, 0, 0, 0, 1e-6)
 """The intermediate stage of retrieval: a recipe of this project's own."""
