@@ -9,6 +9,7 @@ from beit3_ds.config import MicroBatchSize, RunConfig
 from beit3_ds.kernels.ops.attention_plan import plan_attention
 from beit3_ds.layout import SequenceLayout
 from beit3_ds.model.block import computed_sequences
+from beit3_ds.tasks.build import build_task
 from beit3_ds.tasks.pretraining.config import pretraining_config
 from beit3_ds.tasks.pretraining.targets import with_masks
 
@@ -94,6 +95,7 @@ def expected_workloads(config: RunConfig, data_parallel_size: int) -> list[Workl
 def _expected_workload(config: RunConfig, size: MicroBatchSize) -> Workload:
     model, data = config.model, config.data
     images, pairs, texts = size
+    pairs *= build_task(config).pairs_per_sample
     tokens = pairs * data.pair_text_length + texts * data.text_length
     ratios = pretraining_config(config)
     masked_tokens = pairs * data.pair_text_length * ratios.pair_text_mask_ratio

@@ -90,6 +90,8 @@ class Task(ABC):
     layout_fault: ClassVar[str] = ""
     """Reason why the task supports data parallelism alone; empty if it also supports tensor and pipeline
     parallelism."""
+    pairs_per_sample: ClassVar[int] = 1
+    """Pairs as which a sample of the stream of pairs is packed; memory and traffic are modelled with them."""
     formats: ClassVar[Mapping[str, Sequence[str]]] = {"images": IMAGE_FORMATS, "pairs": IMAGE_FORMATS, "texts": ()}
     """Formats of the sources that each stream takes; a stream without an entry takes no sources. A source without a
     format is allowed where the stream takes some of `IMAGE_FORMATS`, and for texts with an empty entry."""

@@ -104,6 +104,7 @@ class StatementTask(Task):
 
     formats: ClassVar[Mapping[str, Sequence[str]]] = {"pairs": FORMATS}
     headline: ClassVar[Headline] = Headline("accuracy")
+    pairs_per_sample: ClassVar[int] = 2
     terms = (
         Term("statement", "pairs", "statements"),
         Term("accuracy", "pairs", "statements judged right", weight=0.0, unit="share"),

@@ -117,7 +117,7 @@ def write_files(split: AnsweredSplit, metrics: dict[str, float], folder: Path, p
     accuracies = [split.accuracy(place) for place in places]
     is_right = [None if accuracy is None else accuracy > 0 for accuracy in accuracies]
     shown = [_show(split, place, is_right[place]) for place in choose_shown(is_right, page_samples)]
-    note = f"{len(shown)} of {len(split)} questions, half of them answered wrongly where there are so many."
+    note = f"{len(shown)} of {len(split)} questions, the wrong answers first; half are wrong if enough are."
     write_result_page(folder / PAGE, "Answers to questions about images", metrics, shown, note)
 
 
