@@ -49,18 +49,16 @@ WORDS = [
 SMALLER = [
     *("model.num_layers=6", "model.hidden_size=16", "model.ffn_hidden_size=32", "model.num_attention_heads=4"),
     *("model.image_size=32", "model.patch_size=8", "model.text_vocab_size=46", "model.visual_vocab_size=16"),
-    *("tokenizers.text.vocab_size=36", "tokenizers.text.character_coverage=1.0", "tokenizers.visual.image_size=32"),
-    *("tokenizers.visual.patch_size=8", "tokenizers.visual.hidden_size=16", "tokenizers.visual.num_layers=1"),
-    *(
-        "tokenizers.visual.decoder_layers=1",
-        "tokenizers.visual.num_attention_heads=2",
-        "tokenizers.visual.batch_size=8",
-    ),
-    *("tokenizers.visual.codebook_size=16", "tokenizers.visual.teacher=oriented_gradients"),
-    *("tokenizers.visual.training_steps=3", "tokenizers.visual.warmup_steps=1", "data.num_workers=0"),
-    *("training.total_steps=2", "training.warmup_steps=1", "training.log_interval=1", "training.eval_samples=8"),
+    *("tokenizers.text.vocab_size=36", "tokenizers.text.character_coverage=1.0"),
     *(f"data.{stream}.samples_per_step=16" for stream in ("images", "pairs", "texts")),
 ]
+SMALLER_TOKENIZER = [
+    *("tokenizers.visual.image_size=32", "tokenizers.visual.patch_size=8", "tokenizers.visual.hidden_size=16"),
+    *("tokenizers.visual.num_layers=1", "tokenizers.visual.decoder_layers=1"),
+    *("tokenizers.visual.num_attention_heads=2", "tokenizers.visual.codebook_size=16", "data.num_workers=0"),
+    *("training.total_steps=2", "training.warmup_steps=1", "training.log_interval=1", "training.eval_samples=8"),
+]
+TOKENIZER = "ds_configs/visual_tokenizer_8gpu.json"
 
 
 def layout_changes(config: RunConfig) -> tuple[int, list[str]]:
@@ -103,7 +101,7 @@ def write_stand_in(config: RunConfig) -> None:
 
 
 def readme_commands(name: str) -> Iterator[list[str]]:
-    """Returns the README's commands for base_8gpu.json, for another config."""
+    """Yields the README's commands for base_8gpu.json, for another config, and those for its visual tokenizer."""
     (block,) = (
         found
         for found in re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
@@ -111,7 +109,7 @@ def readme_commands(name: str) -> Iterator[list[str]]:
     )
     for line in block.splitlines():
         command = shlex.split(line, comments=True)
-        if "ds_configs/base_8gpu.json" in command:
+        if "ds_configs/base_8gpu.json" in command or TOKENIZER in command:
             yield [word.replace("base_8gpu", name) for word in command]
 
 
@@ -133,8 +131,11 @@ def test_the_readmes_commands(
     path = f"ds_configs/{name}.json"
     config = load_run_config(path)
     write_stand_in(config)
+    write_stand_in(load_run_config(TOKENIZER))
     num_ranks, layout = layout_changes(config)
-    changes = [f"--set={change}" for change in [*SMALLER, *layout]]
+    changes = [f"--set={change}" for change in [*SMALLER, *SMALLER_TOKENIZER, *layout]]
+    images = ["task.teacher=oriented_gradients", "data.images.samples_per_step=8"]
+    tokenizer_changes = [f"--set={change}" for change in [*SMALLER_TOKENIZER, *images]]
     commands = list(readme_commands(name))
     verbs = [command[1:3] if command[1] == "prepare" else command[1:2] for command in commands if command[0] == "beit3"]
     assert verbs == [
@@ -154,7 +155,8 @@ def test_the_readmes_commands(
             assert main([*command[1:], *changes]) == 0, command
             continue
         module = command[command.index("--module") + 1]
-        assert run_ranks(train_rank, num_ranks, module, [path, *changes], str(tmp_path)) == [0] * num_ranks, command
+        arguments = [TOKENIZER, *tokenizer_changes] if TOKENIZER in command else [path, *changes]
+        assert run_ranks(train_rank, num_ranks, module, arguments, str(tmp_path)) == [0] * num_ranks, command
     assert (tmp_path / config.training.output_dir / "summary.json").exists()
     assert list((tmp_path / "data/prepared/texts").glob("*.borders"))
     assert "not prepared yet" in capsys.readouterr().out

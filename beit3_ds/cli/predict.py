@@ -29,7 +29,7 @@ def _add_caption(subparsers: Subparsers) -> None:
     command.add_argument("--beams", type=integer(Range(1, 1000)), default=3, help="beams of the search (default: 3)")
     command.add_argument(
         "--length-penalty",
-        type=real(Range(-10, 10)),
+        type=real(Range(0, 10)),
         default=0.6,
         help="exponent of the length by which log-probabilities are divided (default: 0.6)",
     )

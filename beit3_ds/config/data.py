@@ -52,16 +52,20 @@ class SourceConfig:
             return
         if (self.format in ANNOTATION_FORMATS) != bool(self.images):
             raise ConfigError(
-                f"data: source '{self.path}' of format {self.format} has images='{self.images}'. The formats "
+                f"data: {self._described} has images='{self.images}'. The formats "
                 f"{', '.join(ANNOTATION_FORMATS)} need the folder of their images; {', '.join(IMAGE_FORMATS[:2])} and "
                 "texts have none."
             )
         for key in ("annotations", "split"):
             if value := getattr(self, key):
                 raise ConfigError(
-                    f"data: source '{self.path}' of format {self.format} has {key}='{value}', which only formats of "
+                    f"data: {self._described} has {key}='{value}', which only formats of "
                     "tasks have, such as vqav2. Remove it, or name the format."
                 )
+
+    @property
+    def _described(self) -> str:
+        return f"source '{self.path}'" + (f" of format {self.format}" if self.format else "")
 
     @property
     def is_of_task(self) -> bool:

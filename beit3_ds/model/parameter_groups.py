@@ -89,12 +89,21 @@ def group_parameters(parameters: Mapping[str, T], config: RunConfig) -> dict[Par
 
 
 def split_groups(groups: list[tuple[ParameterGroup, list[T]]], number: int) -> list[tuple[ParameterGroup, list[T]]]:
-    """Splits the groups with most parameters until there are `number`; the settings of no parameter change."""
+    """Splits the groups with most parameters until there are `number`; the settings of no parameter change.
+
+    Raises:
+        ConfigError: if there are fewer than `number` parameters.
+    """
     groups = list(groups)
     while len(groups) < number:
         longest = max(range(len(groups)), key=lambda i: len(groups[i][1]))
         group, values = groups[longest]
-        assert len(values) > 1, f"{number} groups are wanted of {sum(len(values) for _, values in groups)} parameters"
+        if len(values) == 1:
+            raise ConfigError(
+                f"training.layer_decay and training.frozen: another stage of the pipeline has {number} groups of "
+                f"parameters with equal settings, but a stage with only {len(groups)} parameters cannot be divided "
+                "into as many. Lower parallel.pipeline_parallel_size."
+            )
         half = len(values) // 2
         groups[longest : longest + 1] = [(group, values[:half]), (group, values[half:])]
     return groups

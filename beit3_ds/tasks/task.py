@@ -87,6 +87,8 @@ class Task(ABC):
     """Dataclass of the task's own keys in the "task" section."""
     has_backbone: ClassVar[bool] = True
     """Whether the task trains BEiT-3, which the section "model" describes."""
+    predicts_words: ClassVar[bool] = False
+    """Whether the task's head has a matrix over the vocabulary, which `model.tie_word_embeddings` can share."""
     layout_fault: ClassVar[str] = ""
     """Reason why the task supports data parallelism alone; empty if it also supports tensor and pipeline
     parallelism."""
@@ -103,7 +105,7 @@ class Task(ABC):
 
         Raises:
             ConfigError: if the settings are invalid, the task does not support the layout or the format of a
-                source, or the model does not take the task's inputs.
+                source, the model does not take the task's inputs, or the word table is tied to no head.
         """
         _check_formats(config, self.formats)
         self.config = config
@@ -116,6 +118,11 @@ class Task(ABC):
                 f"parallel: the task {config.task.name} supports neither tensor_parallel_size="
                 f"{parallel.tensor_parallel_size} nor pipeline_parallel_size={parallel.pipeline_parallel_size}: "
                 f"{self.layout_fault} Set both to 1; every ZeRO stage works."
+            )
+        if self.has_backbone and config.model.has_tied_table and not self.predicts_words:
+            raise ConfigError(
+                f"model.tie_word_embeddings=true, but the task {config.task.name} has no head that predicts words. Set "
+                "it to false; `training.init_from` then leaves out the word table of the head."
             )
         known = config.model.inputs if self.has_backbone else INPUT_KINDS
         if missing := [kind for kind in self.inputs if kind not in known]:

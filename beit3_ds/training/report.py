@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,16 @@ def write_report(run: Run) -> None:
     scored = folder / VALIDATION_FOLDER
     summary |= {"results": str(scored)} if scored.is_dir() and any(scored.iterdir()) else {}
     try_to_write(folder / "summary.json", lambda path: _write_json(summary, path), _say)
-    _say(format_summary(summary))
+    _say(format_summary(summary, {term.name for term in run.terms if term.weight}))
 
 
-def format_summary(summary: dict[str, Any]) -> str:
-    """Formats the summary as a readable table; it names only files that were written."""
+def format_summary(summary: dict[str, Any], losses: Collection[str]) -> str:
+    """Formats the summary as a readable table; it names only files that were written.
+
+    Args:
+        summary: content of summary.json.
+        losses: names of the terms of the loss, whose changes are relative; those of metrics are differences.
+    """
     lines = [f"\nFinished {summary['steps']} steps."]
     wide = max([10, *map(len, summary["validation"])])
     if summary["validation"]:
@@ -50,7 +56,8 @@ def format_summary(summary: dict[str, Any]) -> str:
         lines[0] += " Validation loss in nats:" if has_entropies else " Validation means:"
         entropies = f"  {'unigram entropy':>15} {'perplexity':>11}" if has_entropies else ""
         lines.append(f"  {'term':<{wide}} {'first':>8} {'last':>8} {'change':>8}{entropies}")
-        lines += [_format_row(term, row, wide) for term, row in summary["validation"].items()]
+        for term, row in summary["validation"].items():
+            lines.append(_format_row(term, row, wide, is_loss=term.partition("/")[0] in losses))
         if has_entropies:
             lines.append("  (unigram entropy: the best that a predictor can do without looking at the input)")
     else:
@@ -60,9 +67,9 @@ def format_summary(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _format_row(term: str, row: dict[str, float], wide: int) -> str:
+def _format_row(term: str, row: dict[str, float], wide: int, *, is_loss: bool) -> str:
     first, last, entropy = row["first"], row["last"], row.get("unigram_entropy")
-    change = f"{last / first - 1:8.1%}" if first else " " * 8
+    change = f"{last / first - 1:8.1%}" if is_loss and first else f"{last - first:+8.3f}"
     baseline = "" if entropy is None else f"  {entropy:15.3f} {math.exp(entropy):11.1f}"
     return f"  {term:<{wide}} {first:8.3f} {last:8.3f} {change}{baseline}"
 

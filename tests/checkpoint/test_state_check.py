@@ -74,18 +74,19 @@ def permute_masters(rank: int, optimizer: Any) -> None:
 
 def reverse_shares(rank: int, optimizer: Any) -> None:
     """Swaps ZeRO-3's shares of two ranks, as a partition in another order would."""
-    from beit3_ds.checkpoint import engine_state
+    from beit3_ds.checkpoint import flat_tensors
 
-    original = engine_state._zero3_ranges
+    original = flat_tensors._zero3_ranges
 
-    def reversed_ranges(parameters: list[Any]) -> list[tuple[Any, int, int, int]]:
+    def reversed_ranges(parameters: list[Any]) -> list[flat_tensors.ParameterRange]:
         ranges = []
         for parameter, first, position, length in original(parameters):
             other = parameter.partition_numel() - first  # two ranks
-            ranges.append((parameter, other, position, min(length, max(0, parameter.ds_numel - other))))
+            length = min(length, max(0, parameter.ds_numel - other))
+            ranges.append(flat_tensors.ParameterRange(parameter, other, position, length))
         return ranges
 
-    engine_state._zero3_ranges = reversed_ranges
+    flat_tensors._zero3_ranges = reversed_ranges
 
 
 def save_planted(setups: list[Setup], root: Path, plant: Callable[[int, Any], None]) -> list[str]:

@@ -61,6 +61,12 @@ def test_patterns_that_match_nothing_or_everything_are_refused() -> None:
         check_frozen(("*",), NAMES)
 
 
+def test_a_stage_with_too_few_parameters_is_refused() -> None:
+    divided = list(group_parameters({name: name for name in NAMES}, config()).items())
+    with pytest.raises(ConfigError, match=r"8 groups.*only 7 parameters.*Lower parallel\.pipeline_parallel_size"):
+        split_groups(divided, 8)
+
+
 def test_split_groups_change_no_settings() -> None:
     divided = list(group_parameters({name: name for name in NAMES}, config()).items())
     split = split_groups(divided, 4)

@@ -11,8 +11,8 @@ from tests.run_config import small_run_mapping
 from tests.tasks.rotation import Rotation
 
 
-def build(section: Any = None) -> Any:
-    mapping = small_run_mapping(0)
+def build(section: Any = None, **model: Any) -> Any:
+    mapping = small_run_mapping(0, **model)
     mapping["beit3_ds"].pop("task")
     if section is not None:
         mapping["beit3_ds"]["task"] = section
@@ -56,3 +56,10 @@ def test_mistakes_are_named(section: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         build(section)
     assert "\n" not in str(caught.value)
+
+
+def test_a_word_table_without_a_head_for_words_is_refused() -> None:
+    # The first stage of a pipeline would send the table to a head that never receives it.
+    assert build(tie_word_embeddings=True).config.model.has_tied_table
+    with pytest.raises(ConfigError, match=r"tests\.tasks\.rotation has no head that predicts words\. Set it to false"):
+        build({"name": "tests.tasks.rotation"}, tie_word_embeddings=True)

@@ -136,7 +136,7 @@ def test_unigram_entropy_counts_what_may_be_asked_for() -> None:
 def test_an_update_gets_its_own_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a rate that stays at its peak, because DeepSpeed gets no schedule."""
     used: list[float] = []
-    group = {"lr": 1.0}
+    group = {"lr": 1.0, "lr_scale": 1.0}
     monkeypatch.setattr(loop, "apply_update", lambda engine, mesh: used.append(group["lr"]) or 1.0)
     run: Any = SimpleNamespace(
         engine=SimpleNamespace(optimizer=SimpleNamespace(param_groups=[group])),

@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -78,6 +79,7 @@ class Pretraining(Task):
 
     Settings = PretrainingConfig
     settings: PretrainingConfig
+    predicts_words: ClassVar[bool] = True
 
     def __init__(self, config: RunConfig) -> None:
         """Checks the visual tokenizer's settings and the weights of the terms.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from beit3_ds.config import ConfigError, InputKind, ModelConfig, RunConfig
+from beit3_ds.config import InputKind, ModelConfig
 from beit3_ds.config.data import IMAGE_FORMATS, Split
 from beit3_ds.data.images.captioned import EachImage
 from beit3_ds.data.samples import Stream
@@ -79,19 +79,6 @@ class Retrieval(Task):
         Term("texts_found", "pairs", "images whose caption scores highest in the step", weight=0.0, unit="share"),
         Term("images_found", "pairs", "captions whose image scores highest in the step", weight=0.0, unit="share"),
     )
-
-    def __init__(self, config: RunConfig) -> None:
-        """Checks the settings.
-
-        Raises:
-            ConfigError: if there is neither training nor evaluation of pairs, or the word table is tied.
-        """
-        super().__init__(config)
-        if config.model.tie_word_embeddings:
-            raise ConfigError(
-                "model.tie_word_embeddings=true, but the task retrieval has no head that predicts words. Set it to "
-                "false; `training.init_from` then leaves out the word table of the head."
-            )
 
     @property
     def inputs(self) -> tuple[InputKind, ...]:

@@ -89,7 +89,7 @@ def test_a_saved_list_is_read_again(tmp_path: Path) -> None:
         ('{"answer": "no", "label": 1}', r"answers\.jsonl:1 has label 1 instead of 0"),
         ('{"answer": "no", "label": 0}\n{"answer": "no", "label": 1}', "occurs twice"),
         ('{"answer": "No.", "label": 0}', "Write it as 'no'"),
-        ('{"answer": "no"}', r"answers\.jsonl:1 has label='None'"),
+        ('{"answer": "no"}', r"answers\.jsonl:1 has no 'label'"),
     ],
 )
 def test_damaged_lists_are_refused(lines: str, message: str, tmp_path: Path) -> None:
