@@ -1,1 +1,1 @@
-"""beit3_ds: pretraining of BEiT-3 (Wang et al., 2022, arXiv:2208.10442) with DeepSpeed."""
+"""Trains BEiT-3 (Wang et al., 2022, arXiv:2208.10442) with DeepSpeed, fine-tunes it, and uses its weights."""

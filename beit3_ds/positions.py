@@ -19,5 +19,5 @@ def interpolate_positions(positions: Tensor, grid_size: int) -> Tensor:
 
 
 def grid_size_of(positions: Tensor) -> int:
-    """Patches on a side of the image that positions (1, 1 + g*g, D) belong to, g."""
+    """Returns the patches on a side of an image, g, given its table of positions, (1, 1 + g*g, D)."""
     return round((positions.shape[1] - 1) ** 0.5)

@@ -68,7 +68,7 @@ class Fragment(NamedTuple):
 
 
 class EngineState:
-    """The training state of one rank's engine, read and written without gathering it."""
+    """Reads and writes the training state of one rank's engine without gathering it."""
 
     def __init__(self, engine: DeepSpeedEngine, mesh: Mesh, ema_decay: float | None = None) -> None:
         """Finds the parameters of this rank.

@@ -119,7 +119,7 @@ class Index:
 
 
 class BrokenIndexError(ValueError):
-    """An index is cut off, changed, from another program, or does not describe whole tensors."""
+    """Reports an index that is cut off, changed, from another program, or does not describe whole tensors."""
 
 
 def read_index(folder: Path) -> Index:

@@ -1,4 +1,4 @@
-"""Slices of logical tensors, each seen as a matrix.
+"""Describes slices of logical tensors, each seen as a matrix.
 
 The first dimension of a tensor is the rows, the others together are the columns; a vector is one column. Tensor
 parallelism gives a rank a block of rows or columns. ZeRO cuts flat memory, which leaves a rank a range of elements of

@@ -51,7 +51,7 @@ class Hostfile:
 
     @property
     def world_size(self) -> int:
-        """Number of ranks on all hosts."""
+        """Returns the number of ranks on all hosts."""
         return sum(host.slots for host in self.hosts)
 
     @property

@@ -22,7 +22,7 @@ class PrefetchPlan:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of shared memory of one rank when all its prefetched steps are finished."""
+        """Returns the shared memory of one rank, in bytes, when all its prefetched steps are finished."""
         return self.num_workers * self.steps_per_worker * self.step_bytes
 
 

@@ -1,4 +1,4 @@
-"""Batches of all samples of a split, for the metrics of a task."""
+"""Reads all samples of a split in batches, for the metrics of a task."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ Plan = Mapping[str, Sequence[int]]
 
 
 class EvaluationBatches:
-    """This rank's share of all samples of a split, each sample once per pass over all ranks.
+    """Yields this rank's share of a split; in one pass over all ranks each sample comes once.
 
     The cut into batches depends on `training.eval_batch_size` alone, and rank r of R evaluates every R-th batch. So a
     batch has the same samples, and a sample the same predictions to the bit, on any number of data-parallel ranks.

@@ -1,4 +1,4 @@
-"""Streams of numbered samples, for any task."""
+"""Opens streams of numbered samples, for any task."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping

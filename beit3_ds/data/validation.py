@@ -16,7 +16,7 @@ from beit3_ds.data.workers.waiting import ReaderThread, StopRequestedError, Wait
 
 
 class ValidationBatches:
-    """Batches that are iterated at every evaluation.
+    """Yields the same batches at every evaluation.
 
     The first pass prepares the batches and keeps them in memory, about 1.2 MB per image with two views of 224 px. Later
     passes yield the same batches.

@@ -14,7 +14,7 @@ from beit3_ds.weights.timm_file import TimmFile
 
 
 class LoadOptions(TypedDict, total=False):
-    """Options of all `from_pretrained` methods."""
+    """Holds the options that all `from_pretrained` methods share."""
 
     device: torch.device | str
     """Device of the model and of the results; default: the CPU."""

@@ -15,7 +15,7 @@ _HEAD = "heads."
 
 
 class ParameterGroup(NamedTuple):
-    """Settings of an optimizer group; parameters with equal settings form one group."""
+    """Holds the settings of an optimizer group; parameters with equal settings form one group."""
 
     weight_decay: float
     """Decoupled weight decay."""

@@ -57,7 +57,7 @@ class Mesh:
 
     @property
     def coords(self) -> RankCoords:
-        """Coordinates of this rank."""
+        """Returns the coordinates of this rank."""
         return RankCoords(self.pipeline.rank, self.data_parallel_rank, self.tensor.rank)
 
     @property
@@ -72,7 +72,7 @@ class Mesh:
 
     @property
     def model_parallel_size(self) -> int:
-        """Number of ranks that hold one copy of the model."""
+        """Returns the number of ranks that hold one copy of the model."""
         return self.pipeline.size * self.tensor.size
 
     @property

@@ -20,7 +20,7 @@ _IMAGE_FILE_BYTES = 100_000  # assumed: a JPEG of about 500 x 400 pixels
 
 
 class HostRequirements(NamedTuple):
-    """Requirements of the node with the most data-reading ranks, in bytes unless a name says otherwise."""
+    """Holds the requirements of the node with most data-reading ranks, in bytes unless a name says otherwise."""
 
     shm: int
     """Prefetched steps of all its ranks, in /dev/shm."""

@@ -17,7 +17,7 @@ _INDEX = 8  # bytes of a row number
 
 
 class Memory(NamedTuple):
-    """Bytes that a rank keeps at the fullest moment of a step's forward and backward passes."""
+    """Holds the bytes that a rank keeps at the fullest moment of a step's forward and backward passes."""
 
     parameters: int
     """Parameters of the rank: its part of the model; under ZeRO-3 its partition of that, and persistent parameters."""

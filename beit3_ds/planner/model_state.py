@@ -11,7 +11,7 @@ _SIZES = {"fp32": 4, "bf16": 2}
 
 
 class ModelState(NamedTuple):
-    """Bytes of one rank's training state; activations and DeepSpeed's buffers are not modelled."""
+    """Holds the bytes of one rank's training state; activations and DeepSpeed's buffers are not modelled."""
 
     numel: int
     """Number of parameters of the whole model."""

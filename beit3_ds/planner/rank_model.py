@@ -52,7 +52,7 @@ class RankModel:
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model: tensor x pipeline."""
+        """Returns the number of ranks that hold one copy of the model: tensor x pipeline."""
         return self.config.parallel.model_parallel_size
 
     @property
@@ -67,22 +67,22 @@ class RankModel:
 
     @property
     def element_size(self) -> int:
-        """Bytes per element of parameters, products and their inputs: 2 in bf16, else 4."""
+        """Returns the bytes per element of parameters, products and their inputs: 2 in bf16, else 4."""
         return _SIZES[self.config.options.precision]
 
     @property
     def stream_size(self) -> int:
-        """Bytes per element of the residual stream between the layers."""
+        """Returns the bytes per element of the residual stream between the layers."""
         return 4 if self.config.training.fp32_residual_connection else self.element_size
 
     @property
     def gradient_size(self) -> int:
-        """Bytes per element of the gradient sums of micro-batches (`data_types.grad_accum_dtype`)."""
+        """Returns the bytes per element of the gradient sums of micro-batches (`data_types.grad_accum_dtype`)."""
         return _SIZES[self.config.options.grad_accum_dtype]
 
     @property
     def reduced_size(self) -> int:
-        """Bytes per element of gradients that data-parallel ranks send (`communication_data_type`)."""
+        """Returns the bytes per element of gradients that data-parallel ranks send (`communication_data_type`)."""
         return _SIZES[self.config.options.communication_data_type]
 
     @property
@@ -96,7 +96,7 @@ class RankModel:
 
     @property
     def tied_elements(self) -> int:
-        """Elements of this rank's part of a word table that first and last stage share, padding included; else 0."""
+        """Returns the elements of this rank's part of a word table that first and last stage share; 0 without one."""
         model = self.config.model
         if not model.has_tied_table or self.num_stages == 1:
             return 0

@@ -24,7 +24,7 @@ class Volume(NamedTuple):
 
 
 class Traffic:
-    """Volumes by axis (`data`, `tensor`, `pipeline`, `model`, `world`) and kind of call.
+    """Holds volumes by axis (`data`, `tensor`, `pipeline`, `model`, `world`) and kind of call.
 
     The axis `model` has the ranks of one copy of the model. Calls over a single rank move nothing and are left out.
     """

@@ -1,4 +1,4 @@
-"""Heartbeats of the ranks, and each rank's status as computed from them."""
+"""Sends heartbeats of the ranks, and computes each rank's status from them."""
 
 import json
 import time
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Heartbeat(NamedTuple):
-    """Status that a rank reports every few seconds."""
+    """Holds the status that a rank reports every few seconds."""
 
     number: int
     """Counts heartbeats; a growing number shows that the thread that sends them is alive."""

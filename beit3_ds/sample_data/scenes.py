@@ -43,7 +43,7 @@ class SceneObject(NamedTuple):
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects in reading order."""
+    """Holds the objects of a drawn scene in reading order."""
 
     objects: tuple[SceneObject, ...]
 

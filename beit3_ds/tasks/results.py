@@ -57,7 +57,7 @@ class SampleResults:
 
 
 class GatheredResults:
-    """Results of all samples, in the order of their numbers.
+    """Holds the results of all samples, in the order of their numbers.
 
     Attributes:
         numbers: numbers of the samples in their stream, ascending, (n,) int64.

@@ -69,7 +69,7 @@ class Headline(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class NoSettings:
-    """Settings of a task that has no keys except `name` in the "task" section."""
+    """Holds no settings, for a task that has no keys except `name` in the "task" section."""
 
 
 class Task(ABC):

@@ -1,4 +1,4 @@
-"""Tokenizers of both modalities: words to ids, patches of images to codes."""
+"""Converts both modalities to ids: words to pieces, patches of images to codes."""
 
 from beit3_ds.tokenizers.oriented_gradients import OrientedGradients
 from beit3_ds.tokenizers.released import import_released_tokenizer

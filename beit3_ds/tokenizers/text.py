@@ -26,7 +26,7 @@ _ERRORS_ONLY = 2  # SentencePiece's log level; lower levels print a page during 
 
 
 class WordBorders(NamedTuple):
-    """Ids at the borders of words, according to the white space in a tokenizer's pieces."""
+    """Finds the ids at the borders of words by the white space in a tokenizer's pieces."""
 
     starts: NDArray[np.bool_]
     """Whether each id starts a word, (vocab_size,); true for pieces with leading white space, BOS, padding and EOS."""

@@ -24,7 +24,7 @@ class PlannedTensor(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the tensor's elements."""
+        """Returns the bytes of the tensor's elements."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     def cast(self, dtype: torch.dtype) -> "PlannedTensor":

@@ -73,7 +73,7 @@ class Backbone:
     task = None
 
     def __init__(self, reader: WeightReader) -> None:
-        """Takes all tensors of a reader but those of heads, and those that other projects keep for heads."""
+        """Takes the tensors of a reader that belong to no head, neither of this project nor of the reference."""
         self.model, self.step = reader.model, reader.step
         self.shape, self.dtype, self.read = reader.shape, reader.dtype, reader.read
         self._names = [name for name in reader.names() if not name.startswith("heads.") and name not in HEAD_EXTRAS]

@@ -18,7 +18,7 @@ WIDEST = 8192
 
 
 def row_lengths(stops: Sequence[int]) -> list[int]:
-    """Returns the number of rows of each expert, given the stop of its rows; the first expert starts at 0."""
+    """Returns the number of rows of each expert, given the end of each expert's rows; the first starts at row 0."""
     return [stop - start for start, stop in zip((0, *stops[:-1]), stops, strict=True)]
 
 

@@ -90,7 +90,7 @@ def slices_of(ends: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def scale_rows(x_TD: Tensor, factor_T: Tensor | None) -> Tensor:
-    """Multiplies every row by its factor; None means ones."""
+    """Multiplies every row by its factor; without factors it returns the rows unchanged."""
     return x_TD if factor_T is None else torch.mul(x_TD, factor_T.unsqueeze(1), out=ALLOCATOR.empty_like(x_TD))
 
 

@@ -40,10 +40,10 @@ def divide_for_cpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> Vo
         vocabulary: V.
         chunk_size: at most `chunk_size` x V logits exist at a time; None keeps all logits, plus one tile to work in.
     """
-    room = _room(num_rows, vocabulary, chunk_size)
-    width = min(CPU_WIDTH, vocabulary if chunk_size is None else max(1, room // 2))
+    max_columns = _max_columns(num_rows, vocabulary, chunk_size)
+    width = min(CPU_WIDTH, vocabulary if chunk_size is None else max(1, max_columns // 2))
     columns = _columns(vocabulary, width)
-    num_buffers = len(columns) if chunk_size is None else min(len(columns), max(1, room // width - 1))
+    num_buffers = len(columns) if chunk_size is None else min(len(columns), max(1, max_columns // width - 1))
     return VocabularyTiles(columns, width, num_buffers)
 
 
@@ -57,13 +57,14 @@ def divide_for_gpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> Vo
         vocabulary: V.
         chunk_size: at most `chunk_size` x V logits exist at a time; None keeps all.
     """
-    room = _room(num_rows, vocabulary, chunk_size)
-    width = room if room in range(ALIGNMENT) or room == vocabulary else room // ALIGNMENT * ALIGNMENT
+    width = _max_columns(num_rows, vocabulary, chunk_size)
+    if width >= ALIGNMENT and width != vocabulary:
+        width = width // ALIGNMENT * ALIGNMENT
     return VocabularyTiles(_columns(vocabulary, width), -(-width // ALIGNMENT) * ALIGNMENT, 1)
 
 
-def _room(num_rows: int, vocabulary: int, chunk_size: int | None) -> int:
-    """Returns the number of columns whose logits may exist at a time, for all rows."""
+def _max_columns(num_rows: int, vocabulary: int, chunk_size: int | None) -> int:
+    """Returns the maximum number of columns whose logits of all rows are in memory at a time."""
     return vocabulary if chunk_size is None else max(1, min(vocabulary, chunk_size * vocabulary // max(1, num_rows)))
 
 

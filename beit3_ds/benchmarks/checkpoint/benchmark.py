@@ -39,7 +39,7 @@ Row = dict[str, Any]
 
 
 class Choice(NamedTuple):
-    """Model of the benchmark."""
+    """Holds the size of the benchmarked model and why it was chosen."""
 
     size: str
     num_parameters: int

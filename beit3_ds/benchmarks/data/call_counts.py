@@ -88,7 +88,7 @@ def describe_calls(rows: Sequence[CallCounts]) -> str:
 
 
 def time_opening(num_shards: int) -> str:
-    """Writes and indexes `num_shards` small tars, opens all of them, and returns the time to open them in words."""
+    """Measures the time to open `num_shards` small indexed tars, and returns a sentence that states it."""
     with tempfile.TemporaryDirectory() as folder:
         first = Path(folder) / "00000.tar"
         _write_tar(first, 0, 4)

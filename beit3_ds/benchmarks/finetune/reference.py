@@ -35,7 +35,7 @@ class Pooler(nn.Module):
 
 
 class ReferenceModel(nn.Module):
-    """torchscale's backbone with the head of one task, under the names of released files."""
+    """Joins torchscale's backbone and the head of one task, under the names of released files."""
 
     def __init__(self, task: str, model: ModelConfig) -> None:
         super().__init__()

@@ -88,7 +88,7 @@ def build_torchscale(arguments: Mapping[str, Any]) -> Any:
 
 
 class ReferenceModel(nn.Module):
-    """torchscale's backbone with the two masked-modeling heads."""
+    """Joins torchscale's backbone and the two masked-modeling heads."""
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()

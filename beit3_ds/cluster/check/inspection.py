@@ -18,7 +18,7 @@ _TOKEN_SECONDS = 3.0  # time for a network file system to show what another node
 
 @dataclass(frozen=True, kw_only=True)
 class Inquiry:
-    """Inputs of a cluster check: the folders, files, port and variables that nodes are asked about."""
+    """Holds the inputs of a cluster check: the folders, files, port and variables that nodes are asked about."""
 
     folder: Path
     """Absolute path of the folder in which ranks would start."""
@@ -33,7 +33,7 @@ class Inquiry:
 
     @property
     def disks(self) -> dict[str, str]:
-        """Folders whose free space is checked, by their purpose."""
+        """Returns the folders whose free space is checked, by purpose."""
         return {"/tmp": "/tmp", "output folder": str(self.output_dir or self.folder)}
 
 

@@ -63,7 +63,7 @@ class GuardedRank:
 
     @property
     def silence(self) -> float:
-        """Seconds since the last message of the rank's guard."""
+        """Returns the seconds since the last message of the rank's guard."""
         return time.monotonic() - self.channel.last_heard
 
     def record_state(self, state: str) -> None:

@@ -171,7 +171,7 @@ class _Launch:
         return folder
 
     def _status(self, outcome: Outcome) -> int:
-        """Returns the exit status if this was the last attempt, and prints how the run ended, unless it failed."""
+        """Returns the exit status of the launcher after the last attempt; prints how the run ended unless it failed."""
         if outcome.is_user_error:
             self._terminal.report("a rank ended with status 2: this needs a change before the same command can resume")
             return USER_ERROR

@@ -191,7 +191,7 @@ class Channel:
 
     @property
     def local_address(self) -> str:
-        """This machine's address of the connection."""
+        """Returns this machine's address of the connection."""
         return str(self._writer.get_extra_info("sockname")[0])
 
     async def authenticate_guard(self, token: bytes) -> None:

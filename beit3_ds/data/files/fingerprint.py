@@ -1,4 +1,4 @@
-"""Fingerprints of sources: a few bytes with which ranks compare the files that they found."""
+"""Computes fingerprints of sources, with which ranks compare the files that they found."""
 
 import hashlib
 from collections.abc import Iterable, Sequence

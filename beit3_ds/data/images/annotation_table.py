@@ -1,4 +1,4 @@
-"""Tables of annotations, which `beit3 prepare index` writes so that runs need not parse annotation files.
+"""Stores annotations in tables, which `beit3 prepare index` writes so that runs need not parse annotation files.
 
 A table starts with one line of JSON: the state of the annotation files, the skipped rows and files, and the sizes.
 Numbers follow (int64, little-endian): the image of each sample, the end of each image path, the end of each caption.

@@ -94,7 +94,7 @@ def build_augmentation(config: RunConfig, flip_probability: float) -> Augmentati
 
 @dataclass(frozen=True, kw_only=True)
 class CenterViews:
-    """Views of the largest square in the middle of an image, the same at every evaluation."""
+    """Makes views of the largest square in the middle of an image, the same at every evaluation."""
 
     image_size: int
     """Pixels on a side of the model's view."""
@@ -103,7 +103,7 @@ class CenterViews:
 
     @property
     def min_side(self) -> None:
-        """Returns None, so that images are decoded in full size and a view depends on neither format nor other view."""
+        """Returns None: images are decoded in full size, so that no view depends on the file format or the other."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Returns both views of an RGB image, without random draws."""

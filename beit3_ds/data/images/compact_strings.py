@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 
 class StoredStrings:
-    """Strings in two buffers, in memory or mapped: 8 bytes per string in addition to its text."""
+    """Reads strings from two buffers, in memory or mapped: 8 bytes per string in addition to its text."""
 
     def __init__(self, text: bytearray | NDArray[np.uint8], ends: "array[int] | NDArray[np.int64]") -> None:
         """Stores the joined text of all strings and the end of each string in it."""

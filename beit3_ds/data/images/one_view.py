@@ -77,7 +77,7 @@ class AugmentedView:
 
     @property
     def min_side(self) -> int | None:
-        """Returns the minimum shorter side of an image, in pixels, whose smallest crop is as large as the view."""
+        """Returns the shorter side, in pixels, that an image needs for its smallest crop to be as large as the view."""
         return smallest_side(self.image_size, self.min_crop_scale)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:

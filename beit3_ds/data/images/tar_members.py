@@ -36,7 +36,7 @@ class TarMember(NamedTuple):
 
 
 class _Extended(NamedTuple):
-    """Facts about the next member from extended headers."""
+    """Holds what extended headers say about the next member."""
 
     name: bytes | None = None
     size: int | None = None

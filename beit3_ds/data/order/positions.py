@@ -84,7 +84,7 @@ class StreamPosition:
 
     @property
     def total(self) -> int:
-        """Number of samples in the stream."""
+        """Returns the number of samples in the stream."""
         return sum(source.size for source in self.sources)
 
     def base_key(self, number: int) -> tuple[str | int, ...]:

@@ -1,4 +1,4 @@
-"""Endless order of a stream's samples: reshuffled every epoch, computed and never stored.
+"""Computes the endless order of a stream's samples, reshuffled every epoch and never stored.
 
 Randomness: without weights all samples of a stream are one set, whose order is keyed by (seed, stream, epoch). With
 weights the order of each source is keyed by (seed, stream, source, epoch); the choice of the source is not random
@@ -16,7 +16,7 @@ from beit3_ds.data.order.positions import SourcePosition, StreamPosition, start_
 
 
 class StreamOrder:
-    """Endless order of a stream after a position: a pure function of the position and the samples since then."""
+    """Computes the endless order of a stream from a position and the number of samples since then."""
 
     def __init__(self, position: StreamPosition) -> None:
         """Starts the order at a position."""

@@ -30,7 +30,7 @@ _SUSPECTS = {
 
 @dataclass(kw_only=True)
 class SourceStatistics:
-    """Statistics of the samples that were read from one source."""
+    """Holds statistics of the samples that were read from one source."""
 
     num_samples: int
     """Samples in the source."""

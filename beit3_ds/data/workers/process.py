@@ -129,7 +129,7 @@ class WorkerProcess:
 
     @property
     def inline_bytes(self) -> int:
-        """Bytes of the last reply, if it was sent through the socket because shared memory was full."""
+        """Returns the bytes of the last reply if it was sent through the socket, because shared memory was full."""
         return self._receiver.inline_bytes
 
     def fileno(self) -> int:

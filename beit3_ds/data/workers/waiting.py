@@ -32,7 +32,7 @@ def _never() -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class WaitLimits:
-    """Conditions under which a wait for data ends early."""
+    """Says when a wait for data ends early."""
 
     seconds: float
     """Longest wait, `data.timeout_seconds`."""
@@ -53,7 +53,7 @@ class WaitTimer:
 
     @property
     def waited(self) -> float:
-        """Seconds since the start of the wait."""
+        """Returns the seconds since the start of the wait."""
         return time.monotonic() - self._start
 
     def restart(self) -> None:

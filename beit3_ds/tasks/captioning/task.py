@@ -53,7 +53,7 @@ class CaptioningRankTask(RankTask):
     """Converts captions to ids and back."""
 
     def before_step(self, evaluator: Evaluator, step: int) -> None:
-        """Notes the step, from which the loss knows whether it drops tokens."""
+        """Tells the loss the number of the step, because it drops tokens only after the first ones."""
         self.dropped.begin(step)
 
     def evaluate(self, evaluator: Evaluator, split: Split, folder: Path | None) -> dict[str, float]:

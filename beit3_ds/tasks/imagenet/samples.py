@@ -164,7 +164,7 @@ def encode_classes(
     """Returns the text of every class, cut to `length` ids, BOS and EOS included.
 
     Raises:
-        ConfigError: for a name of which the tokenizer keeps nothing.
+        ConfigError: if the tokenizer keeps nothing of a name.
     """
     texts = []
     for label, found in enumerate(classes):

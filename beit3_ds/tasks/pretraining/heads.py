@@ -16,7 +16,7 @@ from beit3_ds.tasks.pretraining.targets import TARGET_IDS, VISUAL_CODES
 
 
 class Logits(NamedTuple):
-    """Logits at the masked positions of one micro-batch."""
+    """Holds the logits at the masked positions of one micro-batch."""
 
     visual: Tensor
     """Logits of visual tokens, (masked patches, visual vocabulary)."""

@@ -1,4 +1,4 @@
-"""Contractions that the official VQA evaluator spells out, as data.
+"""Lists the contractions that the official VQA evaluator spells out.
 
 They follow the list of the evaluator's authors (Antol et al., 2015, arXiv:1505.00468), odd entries included, because
 scores must agree. Entries with capitals are left out: words are compared in lower case, so they never match.

@@ -87,7 +87,7 @@ class VqaQuestions(CollectedAnnotations):
 
     @property
     def num_answered(self) -> int:
-        """Returns the number of questions that have answers, which are the first."""
+        """Returns the number of questions with answers; they come before all others."""
         return len(self._answers)
 
     @property
