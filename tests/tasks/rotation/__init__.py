@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +17,14 @@ from beit3_ds.data.packing import pack_inputs, stack_views
 from beit3_ds.data.samples import ImageSourceSamples, SampleKey, Stream, open_image_stream
 from beit3_ds.model import Head
 from beit3_ds.parallel import TensorParallel
-from beit3_ds.tasks import Evaluator, Headline, RankShare, RankTask, SampleResults, Task, Term
+from beit3_ds.tasks import Headline, RankShare, RankTask, Task, Term
 
 
 class TurnedImages(ImageSourceSamples):
-    def prepare(self, index: int, key: SampleKey) -> tuple[str, Tensor, int, int]:
+    def prepare(self, index: int, key: SampleKey) -> tuple[str, Tensor, int]:
         view, _ = self.views(self.read(index), key.rng("view"))
         turn = int(key.rng("turn").integers(4))
-        return self.name(index), torch.rot90(view, turn, (1, 2)), turn, key.index
+        return self.name(index), torch.rot90(view, turn, (1, 2)), turn
 
 
 class RotationHead(Head):
@@ -42,21 +41,6 @@ class RotationHead(Head):
         return torch.stack([F.cross_entropy(logits, turns, reduction="sum"), right.float()])
 
 
-class RotationRankTask(RankTask):
-    def evaluate(self, evaluator: Evaluator, split: Split, folder: Path | None) -> dict[str, float]:
-        results = SampleResults()
-        for batch, logits in evaluator.predict(evaluator.batches(split)):
-            if logits is not None and evaluator.mesh.tensor.rank == 0:
-                turns = batch.targets["turns"]
-                loss = F.cross_entropy(logits, turns, reduction="none")
-                results.add(batch.targets["numbers"], loss=loss, right=logits.argmax(1) == turns)
-        gathered = results.gather(evaluator.mesh)
-        if gathered is None:
-            return {}
-        loss, right = gathered.tensor("loss").double(), gathered.tensor("right").double()
-        return {"turn": loss.mean().item(), "accuracy": right.mean().item(), "images": float(len(gathered))}
-
-
 class Rotation(Task):
     headline = Headline("accuracy")
     terms = (Term("turn", "images", "turns"), Term("accuracy", "images", "turns found", weight=0.0, unit="share"))
@@ -65,20 +49,17 @@ class Rotation(Task):
         return RotationHead(model, tensor)
 
     def open(self, share: RankShare) -> RankTask:
-        pack = functools.partial(self._pack, share.embeds)
-        return RotationRankTask.open(self.config, share, self._build_streams, pack, validation_loss=False)
+        return RankTask.open(self.config, share, self._build_streams, functools.partial(self._pack, share.embeds))
 
     def _build_streams(self, split: Split) -> dict[str, Stream]:
         size = self.config.model.image_size
-        views = CenterViews(image_size=size, tokenizer_image_size=size)
-        return {
-            "images": open_image_stream(self.config.data, "images", split, functools.partial(TurnedImages, views=views))
-        }
+        build = functools.partial(TurnedImages, views=CenterViews(image_size=size, tokenizer_image_size=size))
+        return {"images": open_image_stream(self.config.data, "images", split, build)}
 
     def _pack(
         self, embeds: bool, samples: Sequence[Any], drop_path: Tensor | None, sources: Mapping[str, int]
     ) -> PackedBatch:
-        names, views, turns, numbers = zip(*samples, strict=True) if samples else ((), (), (), ())
+        names, views, turns = zip(*samples, strict=True) if samples else ((), (), ())
         batch = pack_inputs(
             num_images=len(samples),
             pixels=stack_views(views, self.config.model.image_size) if embeds else None,
@@ -89,9 +70,9 @@ class Rotation(Task):
         )
         cls_rows = torch.arange(len(samples)) * batch.image_length
         counts = {"head_row_counts": (len(samples), 0, 0, 0), "term_counts": (len(samples),) * 2}
-        integers = {"turns": turns, "numbers": numbers}
-        targets = {name: torch.tensor(values, dtype=torch.int64) for name, values in integers.items()}
-        return dataclasses.replace(batch, head_rows=cls_rows, targets=targets, **counts)
+        return dataclasses.replace(
+            batch, head_rows=cls_rows, targets={"turns": torch.tensor(turns, dtype=torch.int64)}, **counts
+        )
 
 
 TASK = Rotation
