@@ -127,7 +127,7 @@ class CheckpointFolder:
         """Returns a slice of a tensor's weights, moments or averages as a float32 matrix.
 
         Args:
-            kind: one of `index.KINDS`, or `index.AVERAGE`; without averages in the checkpoint these are the weights.
+            kind: one of `index.KINDS`, or `index.AVERAGE`, which reads the weights if no averages are saved.
             name: logical name of the tensor.
             part: slice of the tensor.
 

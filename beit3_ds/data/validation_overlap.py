@@ -107,7 +107,7 @@ def _identified(
 
 
 def _shared_folder(trained: str, validation: str) -> str:
-    """Returns the path below `trained` of a folder that links also place below `validation`; empty without one."""
+    """Returns a folder below `trained` that is, through links, also below `validation`; empty without one."""
     known = {_identity(folder) for folder in list_folders(validation)}
     return next((folder for folder in list_folders(trained) if _identity(folder) in known), "")
 

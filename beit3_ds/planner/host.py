@@ -138,7 +138,7 @@ def describe_host(config: RunConfig, requirements: HostRequirements, ranks_per_n
 
 
 class _Kind(NamedTuple):
-    """Names the kind of a rank, by its part in reading data."""
+    """Identifies a kind of rank by what it reads."""
 
     stage: int
     views: str

@@ -122,7 +122,7 @@ def _recipe(config: RunConfig, section: Any, streams: tuple[str, ...], training:
 
 
 def _plain_source(source: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the keys of a source that are set, so that a key of a later version changes no recipe."""
+    """Returns a source without unset keys, so that keys added in later versions do not change its recipe."""
     return {key: value for key, value in source.items() if value not in (None, "", (), 0, False)}
 
 

@@ -89,7 +89,7 @@ def describe_dry_run(
 
 
 def _describe_shares(shares: StepShares) -> str:
-    """Describes the samples of a micro-batch; for uneven shares also the range and the time that ranks wait."""
+    """Describes micro-batch sizes; if uneven, also samples per rank and the share of time spent waiting."""
     per_rank = {shares.rank_samples(rank) for rank in range(shares.num_ranks)}
     sizes = [size for samples in per_rank for size in shares.divide_rank(samples)]
     counts = zip(MicroBatchSize._fields, zip(*sizes, strict=True), strict=True)

@@ -55,11 +55,11 @@ _HEAD_SIZE = 64  # width of an attention head in the released sizes; a file does
 
 
 def reference_letters(config: ModelConfig, *, fusion: bool = False) -> dict[str, str]:
-    """Returns the modality of each letter, A and B, whose tensors a model has in every block.
+    """Returns the modality of branch A and branch B, without a branch that a block of the model lacks.
 
     Args:
         config: the model.
-        fusion: whether A and B of blocks with a vision-language expert are both that expert.
+        fusion: whether A and B both map to the vision-language expert in blocks that have one.
     """
     letters = {"A": "vision", "B": "language"}
     owned = [
@@ -76,11 +76,11 @@ def reference_letters(config: ModelConfig, *, fusion: bool = False) -> dict[str,
 def reference_keys(config: ModelConfig, *, fusion: bool = False) -> dict[str, str]:
     """Returns the logical name of each of the reference's tensors, such as `heads.mim.bias` for `mim_head.bias`.
 
-    Tensors of a letter that the model lacks (`reference_letters`) are left out.
+    Omits branch A (vision) or B (language) if a block of the model lacks it (`reference_letters`).
 
     Args:
         config: the model.
-        fusion: whether A and B of blocks with a vision-language expert are both that expert.
+        fusion: whether A and B both map to the vision-language expert in blocks that have one.
     """
     kinds, attention = ("weight", "bias"), config.attention_experts
     letters = reference_letters(config, fusion=fusion)

@@ -17,7 +17,7 @@ INVERSE_SQRT_2_PI = tl.constexpr(0.3989422804014327)
 
 @triton.jit
 def _activate(x, GELU: tl.constexpr):
-    """Returns the activations a in float32, given x as it was loaded."""
+    """Returns x as float32; with GELU its activation, rounded to x's dtype first."""
     if GELU:
         return gelu(x.to(tl.float32)).to(x.dtype).to(tl.float32)
     return x.to(tl.float32)

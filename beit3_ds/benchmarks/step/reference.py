@@ -206,7 +206,7 @@ def unpack_streams(batch: PackedBatch, caption_length: int | None, text_length: 
 
 
 def _pad(ids: Tensor, masked: Tensor, lengths: Sequence[int], length: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns padded tokens, the padding and the mask of tokens, (B, S) each."""
+    """Returns padded ids, a mask that is True at padding, and the padded flags of masked tokens, (B, S) each."""
     tokens = pad_sequence(list(ids.split(list(lengths))), batch_first=True, padding_value=_PAD)
     token_mask = pad_sequence(list(masked.split(list(lengths))), batch_first=True, padding_value=False)
     missing = 0 if length is None else length - tokens.shape[1]

@@ -91,7 +91,7 @@ class EachImage(AnnotatedImages):
     """Holds one sample per image; its caption is the first of the image, and missing in a test split."""
 
     def __init__(self, captioned: CaptionedImages) -> None:
-        """Shares the images of `captioned`."""
+        """Builds one sample per image of `captioned`, with its first caption, or an empty one if it has none."""
         count = captioned.num_images
         firsts = CompactStrings((captioned.references(image) or [""])[0] for image in range(count))
         super().__init__(

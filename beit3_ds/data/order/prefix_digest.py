@@ -23,8 +23,8 @@ class IdentifiedSamples(HasFiles, Protocol):
 def prefix_digest(samples: IdentifiedSamples, count: int) -> str:
     """Returns a digest of the first `count` samples, which changes if samples are inserted, removed or reordered.
 
-    The digest covers the names of the files that hold these samples, and 256 evenly spread samples. They include the
-    last one, because every shift of the numbers moves it. A source that had `count` samples before, and still has the
+    The digest covers the names of the files that hold these samples, and 256 evenly spread samples, the last closed one
+    among them: every shift of sample numbers changes it. A source that had `count` samples before, and still has the
     same digest of them, was only appended to. The digest does not change if samples between two of the 256 are replaced
     by the same number of others.
     """

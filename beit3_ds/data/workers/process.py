@@ -109,7 +109,7 @@ class WorkerProcess:
             seconds: longest wait.
 
         Returns:
-            The reply; None if it has not arrived by then, or if only the message arrived that the worker is ready.
+            The reply; None after a timeout, or if only the worker's ready message arrived.
 
         Raises:
             WorkerDiedError: if the worker ended without a reply.
