@@ -9,6 +9,8 @@
                                  norm gets initial values if the weights have none
     inputs                       fewer: tensors that the remaining inputs do not need are not read; more: the weights
                                  must hold the tensors that the added inputs need
+    tie_word_embeddings          true -> false: the word table stays in the embeddings, and a head that predicts words
+                                 gets initial values
 
 No other setting that changes tensors may differ.
 """
@@ -204,7 +206,8 @@ def fill_parameters(model: nn.Module, weights: AdaptedWeights) -> None:
 
 def _check_adaptable(stored: ModelConfig, model: ModelConfig, where: str) -> None:
     theirs, ours = dataclasses.asdict(stored), dataclasses.asdict(model)
-    fixed = [name for name in ours if name not in FIELDS_WITHOUT_TENSORS | _ADAPTABLE and theirs[name] != ours[name]]
+    free = FIELDS_WITHOUT_TENSORS | _ADAPTABLE | ({"tie_word_embeddings"} if stored.tie_word_embeddings else set())
+    fixed = [name for name in ours if name not in free and theirs[name] != ours[name]]
     if stored.layout != model.layout and model.layout != "decoupled":
         fixed.append("layout")
     if fixed:
@@ -212,7 +215,7 @@ def _check_adaptable(stored: ModelConfig, model: ModelConfig, where: str) -> Non
         raise ConfigError(
             f"{where} holds another model: {differences}. Set the model section to that of the weights (`beit3 "
             "inspect` prints it), or name other weights. Only image_size, max_text_length, num_vision_language_layers, "
-            'inputs, final_norm and layout (to "decoupled") may differ.'
+            'inputs, final_norm, layout (to "decoupled") and tie_word_embeddings (to false) may differ.'
         )
 
 

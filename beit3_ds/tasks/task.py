@@ -122,7 +122,7 @@ class Task(ABC):
         if self.has_backbone and config.model.has_tied_table and not self.predicts_words:
             raise ConfigError(
                 f"model.tie_word_embeddings=true, but the task {config.task.name} has no head that predicts words. Set "
-                "it to false; `training.init_from` then leaves out the word table of the head."
+                "it to false; weights with a tied table still fit `training.init_from`."
             )
         known = config.model.inputs if self.has_backbone else INPUT_KINDS
         if missing := [kind for kind in self.inputs if kind not in known]:

@@ -87,11 +87,12 @@ def test_a_task_gets_a_new_head_or_keeps_its_own(tmp_path: Path) -> None:
     config = FEW[0].config()
     empty = dataclasses.replace(config.data.pairs, train=(), validation=(), samples_per_step=0)
     data = dataclasses.replace(config.data, pairs=empty, texts=empty)
-    own = dataclasses.replace(config, data=data, task=TaskConfig(name=task))
-    tensors = write_weights(path, FEW[0])
+    untied = dataclasses.replace(config.model, tie_word_embeddings=False)
+    own = dataclasses.replace(config, backbone=untied, data=data, task=TaskConfig(name=task))
+    tensors = write_weights(path, FEW[0])  # with a tied word table, which the head does not need
     assert InitialWeights(path, own).describe().endswith("; initial values for heads.turn")
     tensors |= {"heads.turn.weight": torch.ones(4, config.model.hidden_size), "heads.turn.bias": torch.ones(4)}
-    save_file(tensors, path, metadata=weights_metadata(config.model, 5, {"name": task}))
+    save_file(tensors, path, metadata=weights_metadata(untied, 5, {"name": task}))
     continued = InitialWeights(path, own)
     assert continued.describe().endswith(f"; with the head of {task}")
     assert not continued.absent and "heads.turn.weight" in continued._names
