@@ -13,7 +13,9 @@ from beit3_ds.config.data import Split
 from beit3_ds.data.files.descriptors import OpenFiles
 from beit3_ds.data.files.fingerprint import SourceFile
 from beit3_ds.data.files.records import Skipped
+from beit3_ds.data.images.annotated import AnnotatedImages
 from beit3_ds.data.images.augmentation import ViewTransform
+from beit3_ds.data.images.captioned import EachImage
 from beit3_ds.data.images.source import ImageSource
 from beit3_ds.data.randomness import sample_rng
 from beit3_ds.data.sources import ConcatSources, check_no_file_twice, open_images
@@ -71,15 +73,13 @@ class SourceSamples(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageSourceSamples:
+class ImagesOfSource:
     """Holds images of one source; a task says how it prepares them."""
 
     is_last_open: ClassVar[bool] = False
 
     source: ImageSource
     """Source of the images and captions."""
-    views: ViewTransform
-    """Transform that crops and resizes an image into its two views."""
 
     def __len__(self) -> int:
         """Returns the number of samples, broken ones included."""
@@ -101,6 +101,14 @@ class ImageSourceSamples:
         """Returns files, members and rows of the source that are no samples, by the reason."""
         return self.source.skipped
 
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSourceSamples(ImagesOfSource):
+    """Holds images of one source, of which samples have two views, as in pretraining."""
+
+    views: ViewTransform
+    """Transform that crops and resizes an image into its two views."""
+
     def read(self, index: int) -> Image.Image:
         """Reads the image of sample `index`, at least as large as the views need.
 
@@ -108,6 +116,27 @@ class ImageSourceSamples:
             BrokenRecordError: if it cannot be read.
         """
         return self.source.image(index, self.views.min_side)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionedSamples(ImagesOfSource):
+    """Holds images of one source with one caption each, or with several if the source is an `EachImage`."""
+
+    def image_files(self) -> Iterable[str]:
+        """Returns the images that the annotations name; nothing for folders and tars (`NamesImages`)."""
+        return self.source.image_files() if isinstance(self.source, AnnotatedImages) else ()
+
+    def identifier(self, index: int) -> int | str:
+        """Returns the identifier of an image in its file, or else its name, for result files."""
+        return self.source.identifier(index) if isinstance(self.source, EachImage) else self.source.name(index)
+
+    def captions(self, index: int) -> list[str]:
+        """Returns all captions of an image; none in a test split.
+
+        Raises:
+            BrokenRecordError: if one cannot be read.
+        """
+        return self.source.references(index) if isinstance(self.source, EachImage) else [self.source.caption(index)]
 
 
 @dataclass(frozen=True)

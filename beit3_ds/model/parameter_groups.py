@@ -100,9 +100,9 @@ def split_groups(groups: list[tuple[ParameterGroup, list[T]]], number: int) -> l
         group, values = groups[longest]
         if len(values) == 1:
             raise ConfigError(
-                f"training.layer_decay and training.frozen: another stage of the pipeline has {number} groups of "
-                f"parameters with equal settings, but a stage with only {len(groups)} parameters cannot be divided "
-                "into as many. Lower parallel.pipeline_parallel_size."
+                f"training.layer_decay and training.frozen: every stage of the pipeline needs {number} groups of "
+                f"parameters, as many as the stage with most, but a stage has only {len(groups)} parameters. Lower "
+                "parallel.pipeline_parallel_size."
             )
         half = len(values) // 2
         groups[longest : longest + 1] = [(group, values[:half]), (group, values[half:])]

@@ -70,7 +70,7 @@ class PretrainedWeights:
         return {name: (reader, stored) for reader in readers for name, stored in stored_names(reader.keys()).items()}
 
     def release_pages(self) -> None:
-        """Maps the files anew, so that what was read so far no longer counts as memory of this process.
+        """Maps the files again, so that pages read so far no longer count as memory of this process.
 
         Pages of tensors that somebody still holds stay.
         """

@@ -59,7 +59,7 @@ class Run:
     read_validation: Callable[[], None]
     """Reads this rank's own validation batches; returns early if the rank is asked to stop."""
     splits: Mapping[Split, Iterable[PackedBatch]]
-    """All batches of each split that the task evaluates; read anew in every iteration."""
+    """All batches of each split that the task evaluates; workers read them again in every iteration."""
     store: CheckpointStore
     metrics_log: MetricsLog
     progress: Progress

@@ -99,7 +99,7 @@ def test_a_rank_that_left_is_not_missed(clock: Clock) -> None:
 @settings(max_examples=25, deadline=None)
 @given(st.integers(2, 10_000), st.integers(0, 3))
 def test_a_detector_that_slept_blames_nobody(sleep: int, dead: int) -> None:
-    """Expects no blame for ranks that beat again, and none for a dead rank before its time-out has passed anew."""
+    """Expects no blame for ranks that beat again, and none for a dead rank before its time-out has passed again."""
     with pytest.MonkeyPatch.context() as patch:
         clock = Clock(patch)
         assert clock.run(30) is None

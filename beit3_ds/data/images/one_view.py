@@ -2,7 +2,9 @@
 
 # s pixels on a side of a view.
 
+import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from beit3_ds.config import RunConfig
+from beit3_ds.config.data import Split
 from beit3_ds.data.images.augmentation import (
     image_pixels,
     jitter,
@@ -22,6 +25,7 @@ from beit3_ds.data.images.augmentation import (
 )
 from beit3_ds.data.images.rand_augment import RandAugment
 
+_SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
 _ERASED_SHARE = (0.02, 1 / 3)
 _ERASED_ASPECTS = (0.3, 10 / 3)
 
@@ -109,6 +113,34 @@ def build_train_view(config: RunConfig, flip_probability: float) -> AugmentedVie
         color_jitter=data.color_jitter,
         erasing_probability=data.random_erasing,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairView:
+    """Chooses the transform of an image by its texts: a flip would make "left" and "right" wrong."""
+
+    usual: ImageTransform
+    """Transform that may flip the image."""
+    unflipped: ImageTransform
+    """The same transform without flips."""
+
+    @property
+    def min_side(self) -> int | None:
+        """Returns `ImageTransform.min_side`, which both transforms share."""
+        return self.usual.min_side
+
+    def of(self, *texts: str) -> ImageTransform:
+        """Returns the transform of an image with these texts, such as a question and its answers."""
+        return self.unflipped if any(map(_SIDES.search, texts)) else self.usual
+
+
+def build_pair_view(config: RunConfig, split: Split) -> PairView:
+    """Builds the transforms of images with texts: augmented for training, else resized without a crop."""
+    if split != "train":
+        resized = ResizedView(image_size=config.model.image_size)
+        return PairView(usual=resized, unflipped=resized)
+    usual = build_train_view(config, config.data.pair_flip_probability)
+    return PairView(usual=usual, unflipped=dataclasses.replace(usual, flip_probability=0.0))
 
 
 def _erase(view: Tensor, rng: np.random.Generator) -> None:

@@ -126,7 +126,7 @@ class _ImageSearch:
         return [words[-1] for words in self._words]
 
     def advance(self, scores: Sequence[float], indices: Sequence[int], vocab_size: int) -> bool:
-        """Continues the beams with the best candidates; returns whether the search goes on.
+        """Continues the beams with the best candidates; returns whether the search continues.
 
         Args:
             scores: log-probabilities of the candidates with all their words, in descending order.

@@ -117,7 +117,7 @@ class DescribedSplit:
             assert isinstance(samples, CaptionSamples)
             self._samples.append((samples, index))
         self._captions = results.strings("caption")
-        self._references = [samples.references(index) for samples, index in self._samples]
+        self._references = [samples.captions(index) for samples, index in self._samples]
 
     def metrics(self, *, official: bool) -> dict[str, float]:
         """Returns the means over masked words, the share of captions that end by themselves, and their scores.

@@ -1,9 +1,7 @@
 """Opens images with captions: each caption is a training sample, and each image a sample of an evaluation."""
 
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,22 +9,18 @@ from torch import Tensor
 
 from beit3_ds.config import DataConfig, RunConfig, SourceConfig
 from beit3_ds.data.files.descriptors import OpenFiles
-from beit3_ds.data.files.fingerprint import SourceFile
-from beit3_ds.data.files.records import BrokenRecordError, Skipped
+from beit3_ds.data.files.records import BrokenRecordError
 from beit3_ds.data.images.annotated import AnnotatedImages
 from beit3_ds.data.images.caption_files import CaptionFormat, read_captions
-from beit3_ds.data.images.captioned import EachImage
-from beit3_ds.data.images.one_view import ImageTransform, ResizedView, build_train_view
+from beit3_ds.data.images.one_view import PairView, build_pair_view
 from beit3_ds.data.images.source import ImageSource
-from beit3_ds.data.samples import SampleKey, Split, Stream
+from beit3_ds.data.samples import CaptionedSamples, SampleKey, Split, Stream
 from beit3_ds.data.sources import ConcatSources, check_no_file_twice, check_no_image_is_missing, open_images
 from beit3_ds.tasks.pretraining.masking import mask_tokens
 from beit3_ds.tokenizers.text import TextTokenizer
 
 CAPTION_FORMATS: tuple[str, ...] = get_args(CaptionFormat)
 """Formats of files with several captions per image (`data/images/caption_files.py`)."""
-
-_SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,17 +42,11 @@ class CaptionSample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionSamples:
+class CaptionSamples(CaptionedSamples):
     """Prepares the samples of one source."""
 
-    is_last_open: ClassVar[bool] = False
-
-    source: ImageSource
-    """Images with one caption each, or with several if it is an `EachImage`."""
-    view: ImageTransform
+    view: PairView
     """Transform of an image into the model's view."""
-    view_with_sides: ImageTransform
-    """Transform where the caption speaks of left or right, so that the image must not be mirrored."""
     tokenizer: TextTokenizer
     """Converts captions to ids."""
     length: int
@@ -68,42 +56,6 @@ class CaptionSamples:
     may_lack_caption: bool
     """Whether an image without a caption is a sample, as in a test split."""
 
-    def __len__(self) -> int:
-        """Returns the number of samples of the source, broken ones included."""
-        return len(self.source)
-
-    def files(self) -> Iterable[SourceFile]:
-        """Returns the files of the source."""
-        return self.source.files()
-
-    def image_files(self) -> Iterable[str]:
-        """Returns the images that the annotations name; nothing for folders and tars (`NamesImages`)."""
-        return self.source.image_files() if isinstance(self.source, AnnotatedImages) else ()
-
-    def identity(self, index: int) -> bytes:
-        """Returns the name of a sample in its file as bytes (`prefix_digest.IdentifiedSamples`)."""
-        return self.source.name(index).rpartition("/")[2].encode("utf-8", "surrogatepass")
-
-    def name(self, index: int) -> str:
-        """Returns the file of a sample and its name there, for messages."""
-        return self.source.name(index)
-
-    def skipped(self) -> dict[str, Skipped]:
-        """Returns files, members and rows of the source that are no samples, by reason."""
-        return self.source.skipped
-
-    def identifier(self, index: int) -> int | str:
-        """Returns the identifier of an image in its file, or else its name, for result files."""
-        return self.source.identifier(index) if isinstance(self.source, EachImage) else self.source.name(index)
-
-    def references(self, index: int) -> list[str]:
-        """Returns all captions of an image; none in a test split.
-
-        Raises:
-            BrokenRecordError: if one cannot be read.
-        """
-        return self.source.references(index) if isinstance(self.source, EachImage) else [self.source.caption(index)]
-
     def prepare(self, index: int, key: SampleKey) -> CaptionSample:
         """Reads sample `index` of the source; draws its view and its masked words by `key`.
 
@@ -111,7 +63,7 @@ class CaptionSamples:
             BrokenRecordError: if the image or the caption cannot be read.
         """
         name, tokenizer = self.name(index), self.tokenizer
-        if self.may_lack_caption and not self.references(index):
+        if self.may_lack_caption and not self.captions(index):
             text, image = "", self.source.image(index, self.view.min_side)
         else:
             image, text = self.source.pair(index, self.view.min_side)
@@ -122,11 +74,10 @@ class CaptionSamples:
         corrupted, positions = ids, np.empty(0, dtype=np.int64)
         if pieces:
             corrupted, positions = mask_tokens(ids, self.mask_ratio, tokenizer.mask_id, key.rng("token mask"))
-        view = self.view_with_sides if _SIDES.search(text) else self.view
         return CaptionSample(
             name=name,
             number=key.index,
-            view=view(image, key.rng("augmentation")),
+            view=self.view.of(text)(image, key.rng("augmentation")),
             ids=corrupted,
             masked_positions=positions,
             target_ids=ids[positions],
@@ -143,13 +94,11 @@ def build_stream(config: RunConfig, tokenizer: TextTokenizer, mask_ratio: float,
     if not sources:
         return {}
     check_no_file_twice(sources)
-    files, is_training = OpenFiles(data.max_open_files), split == "train"
-    resized = ResizedView(image_size=config.model.image_size)
+    files = OpenFiles(data.max_open_files)
     samples = [
         CaptionSamples(
             source=_open_source(source, data, files, split),
-            view=build_train_view(config, data.pair_flip_probability) if is_training else resized,
-            view_with_sides=build_train_view(config, 0.0) if is_training else resized,
+            view=build_pair_view(config, split),
             tokenizer=tokenizer,
             length=data.pair_text_length,
             mask_ratio=mask_ratio,

@@ -1,7 +1,6 @@
 """Opens statements about two images, and packs each as two pairs."""
 
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,7 +15,7 @@ from beit3_ds.config import ConfigError, ModelConfig, RunConfig
 from beit3_ds.config.data import Split
 from beit3_ds.data.files.fingerprint import SourceFile
 from beit3_ds.data.files.records import BrokenRecordError, Skipped
-from beit3_ds.data.images.one_view import ImageTransform, ResizedView, build_train_view
+from beit3_ds.data.images.one_view import PairView, build_pair_view
 from beit3_ds.data.packing import pack_inputs, stack_views
 from beit3_ds.data.samples import SampleKey, Stream
 from beit3_ds.data.sources import ConcatSources, check_no_file_twice
@@ -28,8 +27,6 @@ NUMBERS = "sample_numbers"
 """Key of the number of each sample in its stream, (S,) int64."""
 FORMATS = ("nlvr2", "statement_lines")
 """Formats of the files: those of NLVR2, and JSON lines."""
-
-_SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,10 +53,8 @@ class StatementSamples:
 
     statements: Statements
     """The source."""
-    view: ImageTransform
+    view: PairView
     """Transform of each image, with its own draws."""
-    view_with_sides: ImageTransform
-    """Transform where the statement speaks of left or right, so that the image must not be mirrored."""
     tokenizer: TextTokenizer
     """Converts statements to ids."""
     length: int
@@ -100,7 +95,7 @@ class StatementSamples:
         pieces = self.tokenizer.encode(sentence)[: self.length - 2]
         if not pieces:
             raise BrokenRecordError(f"{name}: the sentence holds nothing that the tokenizer keeps")
-        view = self.view_with_sides if _SIDES.search(sentence) else self.view
+        view = self.view.of(sentence)
         left, right = (
             view(statements.image(index, side, view.min_side), key.rng(f"augmentation {side}")) for side in (0, 1)
         )
@@ -123,9 +118,6 @@ def build_stream(config: RunConfig, tokenizer: TextTokenizer, split: Split) -> d
     if not sources:
         return {}
     check_no_file_twice(sources)
-    is_training = split == "train"
-    resized = ResizedView(image_size=config.model.image_size)
-    flip = config.data.pair_flip_probability
     samples = []
     for source in sources:
         read = read_statement_lines if source.format == "statement_lines" else read_nlvr2
@@ -136,13 +128,12 @@ def build_stream(config: RunConfig, tokenizer: TextTokenizer, split: Split) -> d
             )
         statements = read(source.path, source.images)
         statements.check_no_image_is_missing()
-        if is_training:
+        if split == "train":
             statements.check_has_labels()
         samples.append(
             StatementSamples(
                 statements=statements,
-                view=build_train_view(config, flip) if is_training else resized,
-                view_with_sides=build_train_view(config, 0.0) if is_training else resized,
+                view=build_pair_view(config, split),
                 tokenizer=tokenizer,
                 length=config.data.pair_text_length,
             )

@@ -1,11 +1,9 @@
 """Reads images with captions: one drawn caption in training, all of them in an evaluation."""
 
 import hashlib
-import os
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,22 +13,19 @@ from torch import Tensor
 from beit3_ds.config import DataConfig, RunConfig, SourceConfig
 from beit3_ds.config.data import Split
 from beit3_ds.data.files.descriptors import OpenFiles
-from beit3_ds.data.files.fingerprint import SourceFile
-from beit3_ds.data.files.records import BrokenRecordError, Skipped
+from beit3_ds.data.files.records import BrokenRecordError
 from beit3_ds.data.images.annotated import AnnotatedImages
 from beit3_ds.data.images.caption_files import CaptionFormat, read_captions
 from beit3_ds.data.images.captioned import EachImage
-from beit3_ds.data.images.one_view import ImageTransform, ResizedView, build_train_view
+from beit3_ds.data.images.one_view import PairView, build_pair_view
 from beit3_ds.data.images.source import ImageSource
 from beit3_ds.data.randomness import sample_rng
-from beit3_ds.data.samples import SampleKey, Stream
+from beit3_ds.data.samples import CaptionedSamples, SampleKey, Stream
 from beit3_ds.data.sources import ConcatSources, check_no_file_twice, check_no_image_is_missing, open_images
 from beit3_ds.tokenizers.text import TextTokenizer
 
 CAPTION_FORMATS: tuple[str, ...] = get_args(CaptionFormat)
 """Formats whose samples are images with several captions each."""
-
-_SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,59 +47,17 @@ class RetrievalSample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrievalSamples:
+class RetrievalSamples(CaptionedSamples):
     """Prepares the images of one source with their captions."""
 
-    is_last_open: ClassVar[bool] = False
-
-    source: ImageSource
-    """Images, each with one caption, or with several if it is an `EachImage`."""
-    view: ImageTransform
+    view: PairView
     """Makes the view of an image."""
-    unflipped_view: ImageTransform
-    """Makes the view of an image whose caption names a side, which a flip would make wrong."""
     tokenizer: TextTokenizer
     """Converts captions to ids."""
     length: int
     """Largest number of tokens of a caption, BOS and EOS included; further tokens are cut off."""
     draws_caption: bool
     """Whether a sample has one of its captions, drawn by the epoch, or all of them."""
-
-    def __len__(self) -> int:
-        """Returns the number of images in the source, broken ones included."""
-        return len(self.source)
-
-    def files(self) -> Iterable[SourceFile]:
-        """Returns the files of the source."""
-        return self.source.files()
-
-    def image_files(self) -> Iterable[str]:
-        """Returns the images that the annotations name; nothing for folders and tars (`NamesImages`)."""
-        return self.source.image_files() if isinstance(self.source, AnnotatedImages) else ()
-
-    def identity(self, index: int) -> bytes:
-        """Returns the name of a sample in its file or folder as bytes (`prefix_digest.IdentifiedSamples`)."""
-        return os.path.basename(self.source.name(index)).encode("utf-8", "surrogatepass")
-
-    def name(self, index: int) -> str:
-        """Returns the file of a sample and its name there, for messages."""
-        return self.source.name(index)
-
-    def skipped(self) -> dict[str, Skipped]:
-        """Returns files, members and rows of the source that are no samples, by the reason."""
-        return self.source.skipped
-
-    def identifier(self, index: int) -> int | str:
-        """Returns the identifier of an image in its file, or else its name, for result files."""
-        return self.source.identifier(index) if isinstance(self.source, EachImage) else self.source.name(index)
-
-    def captions(self, index: int) -> list[str]:
-        """Returns all captions of an image.
-
-        Raises:
-            BrokenRecordError: if one cannot be read.
-        """
-        return self.source.references(index) if isinstance(self.source, EachImage) else [self.source.caption(index)]
 
     def prepare(self, index: int, key: SampleKey) -> RetrievalSample:
         """Reads sample `index` of the source; draws its caption and its view by `key`.
@@ -115,11 +68,10 @@ class RetrievalSamples:
         image, captions = self._read(index)
         if self.draws_caption:
             captions = [captions[caption_of_epoch(len(captions), key)]]
-        view = self.unflipped_view if any(map(_SIDES.search, captions)) else self.view
         return RetrievalSample(
             name=self.source.name(index),
             number=key.index,
-            view=view(image, key.rng("augmentation")),
+            view=self.view.of(*captions)(image, key.rng("augmentation")),
             texts=tuple(self._encode(index, caption) for caption in captions),
             image_id=_digest(image_path(self.source, index)),
             text_ids=tuple(map(_digest, captions)),
@@ -142,7 +94,7 @@ class RetrievalSamples:
 def caption_of_epoch(count: int, key: SampleKey) -> int:
     """Returns the number of the caption that a sample has in an epoch.
 
-    In as many epochs as there are captions, each comes once; then they are shuffled anew.
+    In as many epochs as there are captions, each comes once; then they are shuffled again.
 
     Args:
         count: number of captions.
@@ -174,14 +126,12 @@ def open_sources(data: DataConfig, split: Split) -> list[ImageSource]:
 def build_stream(config: RunConfig, sources: Sequence[ImageSource], tokenizer: TextTokenizer, split: Split) -> Stream:
     """Builds the samples of a split: in training an image and one caption, else an image with all of its captions."""
     data, is_training = config.data, split == "train"
-    resized = ResizedView(image_size=config.model.image_size)
     return Stream(
         ConcatSources(
             [
                 RetrievalSamples(
                     source=source,
-                    view=build_train_view(config, data.pair_flip_probability) if is_training else resized,
-                    unflipped_view=build_train_view(config, 0.0) if is_training else resized,
+                    view=build_pair_view(config, split),
                     tokenizer=tokenizer,
                     length=data.pair_text_length,
                     draws_caption=is_training,

@@ -71,7 +71,7 @@ class CodeCounter:
         self._counts += counts_V.to(torch.int64)
 
     def clear(self) -> None:
-        """Starts to count anew."""
+        """Resets the counts to zero."""
         self._counts.zero_()
 
     def usage(self, mesh: Mesh | None = None) -> CodeUsage:

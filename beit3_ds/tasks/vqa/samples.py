@@ -15,7 +15,7 @@ from beit3_ds.config import ConfigError, RunConfig, SourceConfig
 from beit3_ds.config.data import Split
 from beit3_ds.data.files.fingerprint import SourceFile
 from beit3_ds.data.files.records import BrokenRecordError, Skipped
-from beit3_ds.data.images.one_view import ImageTransform, ResizedView, build_train_view
+from beit3_ds.data.images.one_view import PairView, build_pair_view
 from beit3_ds.data.samples import SampleKey, Stream
 from beit3_ds.data.sources import ConcatSources, check_no_file_twice, check_no_image_is_missing
 from beit3_ds.tasks.vqa.answers import AnswerVocabulary
@@ -51,7 +51,7 @@ class VqaSamples:
     """Questions, and the answers of people if the split has them."""
     vocabulary: AnswerVocabulary
     """Answers among which the model chooses."""
-    view: ImageTransform
+    view: PairView
     """Transform of an image into the model's view."""
     tokenizer: TextTokenizer
     """Converts questions to ids."""
@@ -93,13 +93,13 @@ class VqaSamples:
         if not pieces:
             raise BrokenRecordError(f"{self.name(index)}: the question holds nothing that the tokenizer keeps")
         scores = torch.zeros(len(self.vocabulary))
-        if self.questions.has_answers:
-            for label, score in self.vocabulary.targets(self.questions.answers(index)).items():
-                scores[label] = score
+        answers = self.questions.answers(index) if self.questions.has_answers else ()
+        for label, score in self.vocabulary.targets(answers).items() if answers else ():
+            scores[label] = score
         return VqaSample(
             name=self.name(index),
             number=key.index,
-            view=self.view(image, key.rng("view")),
+            view=self.view.of(text, *answers)(image, key.rng("view")),
             ids=np.array([self.tokenizer.bos_id, *pieces, self.tokenizer.eos_id], dtype=np.int64),
             scores=scores,
         )
@@ -134,10 +134,7 @@ def build_stream(
     config: RunConfig, opened: list[VqaQuestions], vocabulary: AnswerVocabulary, tokenizer: TextTokenizer, split: Split
 ) -> Stream:
     """Makes the stream of a split from its opened questions."""
-    data = config.data
-    view: ImageTransform = ResizedView(image_size=config.model.image_size)
-    if split == "train":
-        view = build_train_view(config, data.pair_flip_probability)
+    view = build_pair_view(config, split)
     return Stream(
         ConcatSources(
             [
@@ -146,7 +143,7 @@ def build_stream(
                     vocabulary=vocabulary,
                     view=view,
                     tokenizer=tokenizer,
-                    length=data.pair_text_length,
+                    length=config.data.pair_text_length,
                 )
                 for questions in opened
             ]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from beit3_ds.data.images.one_view import AugmentedView, ResizedView
+from beit3_ds.data.images.one_view import AugmentedView, PairView, ResizedView
 from beit3_ds.data.images.rand_augment import OPERATIONS, RandAugment
 
 PLAIN = AugmentedView(
@@ -68,3 +68,13 @@ def test_operations_keep_size_and_mode(name: str) -> None:
     for level, sign in ((0.0, 1.0), (1.0, -1.0)):
         result = OPERATIONS[name](picture(30, 20), level, sign)
         assert (result.size, result.mode) == ((30, 20), "RGB")
+
+
+@pytest.mark.parametrize("text", ["the dog on the left", "Right side", "the leftmost one", "a right-hand drive"])
+def test_images_of_texts_that_name_a_side_are_not_flipped(text: str) -> None:
+    always = dataclasses.replace(PLAIN, flip_probability=1.0)
+    views = PairView(usual=always, unflipped=PLAIN)
+    rng = np.random.default_rng(0)
+    assert views.of(text)(picture(), rng)[0, 0, 0] == -1 and views.of("a dog", text)(picture(), rng)[0, 0, 0] == -1
+    assert views.of("a bright dog")(picture(), rng)[0, 0, 0] == 1  # "bright" names no side
+    assert views.of()(picture(), rng)[0, 0, 0] == 1

@@ -70,7 +70,7 @@ def test_a_test_split_needs_no_captions(tokenizer_files: dict[str, str], scenes:
     sample = stream.prepare(SampleKey(0, "pairs", 0, 0))
     assert sample.ids.tolist() == [tokenizer.bos_id, tokenizer.eos_id] and not len(sample.masked_positions)
     source, _ = stream.sources.locate(0)
-    assert isinstance(source, CaptionSamples) and source.identifier(0) == 7 and source.references(0) == []
+    assert isinstance(source, CaptionSamples) and source.identifier(0) == 7 and source.captions(0) == []
     with pytest.raises(ConfigError, match="image 7 has no captions"):
         build_stream(config_of("validation", **files), tokenizer, 0.7, "validation")
 

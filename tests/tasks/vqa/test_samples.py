@@ -1,5 +1,6 @@
 """Questions as samples: what is wrong with files is said before training, with file and entry."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,6 +82,24 @@ def test_samples_have_soft_targets_and_numbers(files: Files) -> None:
     assert batch.targets[ANSWER_SCORES].tolist() == [[0, 0, 0]]  # an answer out of the list still counts as a question
     assert batch.term_counts == (1, 1) and batch.targets[QUESTION_NUMBERS].tolist() == [0]
     assert batch.head_rows is not None and batch.head_rows.tolist() == [0]
+
+
+def test_a_side_in_an_answer_keeps_the_image_unflipped(files: Files) -> None:
+    """The question names no side, but a flip would make its answer wrong."""
+    lines = [{"id": 1, "image": "a.png", "question": "is it red", "answers": ["left"]}, *LINES[:2]]
+    opened = files.open({"train": [files.source("train", lines)]})
+    (samples,) = opened.sources.values()
+    chosen: list[tuple[str, ...]] = []
+
+    class Recorder:
+        min_side = None
+
+        def of(self, *texts: str) -> Any:
+            chosen.append(texts)
+            return samples.view.of(*texts)
+
+    dataclasses.replace(samples, view=Recorder()).prepare(0, SampleKey(1, "pairs", 0, 0))
+    assert chosen == [("is it red", "left")]
 
 
 def test_an_empty_batch_is_whole(files: Files) -> None:
