@@ -1,4 +1,4 @@
-"""Records the step and phase of a rank's main thread, which the watchdog's thread reports to the other ranks."""
+"""Records the step and phase of a rank's main thread; the watchdog reports them to the other ranks."""
 
 import sys
 import threading
@@ -6,12 +6,12 @@ from types import FrameType
 
 
 class Activity:
-    """Holds the current step and phase of the main thread, which calls `begin` at each change."""
+    """Holds the current step and phase of the main thread; the main thread calls `begin` when they change."""
 
     def __init__(self) -> None:
         self.step, self.phase = 0, "starting"
         self.changes = 0
-        """Number of phases begun so far; if it stays the same for long, the rank may be stalled."""
+        """Number of phases begun so far; if it does not grow for long, the rank may be stalled."""
         self.lost_contact = False
         """Whether a collective has failed and the main thread waits for the reason."""
 
@@ -28,10 +28,11 @@ class Activity:
         self.changes += 1  # last, so that a reader of the new number also reads the new phase
 
     def waits_for_ranks(self) -> bool:
-        """Returns whether a thread waits in a collective or for a message, or a collective has failed.
+        """Returns whether this rank waits for others: a thread is inside a collective, or a collective has failed.
 
-        It reads Python's stacks, because a waiting device looks like a computing one: NCCL's collectives are kernels.
-        It includes torch's threads for backward passes on a GPU, which `threading` does not list.
+        Reads Python's stacks, because NCCL's collectives are kernels: a GPU that waits looks as busy as one that
+        computes. Also reads the stacks of torch's threads for backward passes on a GPU, which `threading` does not
+        list.
         """
         if self.lost_contact:
             return True

@@ -9,49 +9,50 @@ from beit3_ds.storage_error import StorageError
 
 
 class Shareable(Protocol):
-    """Defines the methods of an item that ranks send to each other, in whole or without pixels."""
+    """Defines an item, such as a batch, that ranks can send to each other with or without its pixels."""
 
     def without_pixels(self) -> Self:
-        """Returns the item without pixels, for stages that neither embed nor predict."""
+        """Returns the item without pixels, for stages that hold neither the embeddings nor the head."""
 
     def fingerprint(self) -> str:
-        """Returns a string that is equal for items that two ranks read from the same samples."""
+        """Returns a digest of the item; two ranks that read the same samples get the same digest."""
 
     def as_value(self) -> Any:
         """Returns the item as a value that `HostGroup` can send."""
 
     @classmethod
     def from_value(cls, value: Any) -> Self:
-        """Rebuilds an item from the value of `as_value`."""
+        """Rebuilds the item from a value that `as_value` returned."""
 
 
 DataError = ConfigError | StorageError
-"""Errors in the data, which all ranks of a copy of the model raise."""
+"""Types of errors in the data; if a reading rank meets one, all ranks of its copy of the model raise it."""
 
 ItemT = TypeVar("ItemT", bound=Shareable)
 
 
 class BroadcastBatches(Generic[ItemT]):
-    """Yields the same items on all ranks of a copy of the model, although only some of these read (`Mesh.is_reader`).
+    """Yields items on all ranks of a copy of the model, although only some of them read (`Mesh.is_reader`).
 
-    One tensor-parallel rank of the first stage and one of the last stage decode images, each the view that its stage
-    needs. The first stage sends its items without pixels to the others; the last stage compares them with its own.
-    Items travel from host memory to host memory, one per `next`, which all ranks must call equally often. All ranks
-    raise an error in the user's data.
+    One tensor-parallel rank of the first stage and one of the last stage decode the images that their stages need. A
+    digest shows whether both read the same samples. The first stage sends its items without pixels to the stages
+    between, and each of these two ranks sends its items with pixels to its tensor-parallel peers. Items are sent from
+    host memory to host memory, one per call of `next`, which all ranks must make equally often. If a reading rank meets
+    an error in the data, all ranks raise it.
     """
 
     def __init__(self, items: Iterable[ItemT], mesh: Mesh, item_type: type[ItemT]) -> None:
         """Stores the arguments; reading begins with the first item.
 
         Args:
-            items: items of the reading ranks; only these ranks iterate over them, once per iteration.
+            items: items that a reading rank reads; other ranks do not iterate over them.
             mesh: ranks that share the items.
             item_type: type of the items.
         """
         self._items, self._mesh, self._type = items, mesh, item_type
 
     def __iter__(self) -> Iterator[ItemT]:
-        """Yields this stage's items. Other stages receive them without pixels, tensor-parallel peers with pixels."""
+        """Yields this stage's items: with pixels on the first and last stage, without pixels on the stages between."""
         if self._mesh.model_parallel_size == 1:
             yield from self._items
             return

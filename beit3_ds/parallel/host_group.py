@@ -12,7 +12,7 @@ from torch import Tensor
 from beit3_ds.parallel.host_value import as_bytes, pack, unpack, unpack_tensors
 
 _FIRST_BYTES = 1024
-"""Size of the first message of a value; a value that fits with its length needs no second message."""
+"""Bytes of the first message of a value; a short value fits into it and needs no second message."""
 _LENGTH_BYTES = 8
 
 
@@ -20,10 +20,10 @@ _LENGTH_BYTES = 8
 class HostGroup:
     """Exchanges values in host memory between ranks over gloo; a group of one rank sends nothing.
 
-    A device group serves one type of device: NCCL refuses CPU tensors. So host values are sent through this group, and
-    device tensors never are. A process has one such group over all ranks, `Mesh.host`; the axes of the mesh use parts
-    of it (`among`), which need no further process group. Every thread beside the main one needs its own group
-    (`build_host_group`), because the messages of one group arrive in the order in which they are sent.
+    Host values need this group, because a device group serves one type of device: NCCL refuses CPU tensors. Device
+    tensors are never sent through it. A process has one `HostGroup` over all ranks, `Mesh.host`. The axes of the mesh
+    use subgroups of it (`among`), which need no further process group. Every other thread that communicates needs its
+    own group (`build_host_group`), because the messages of one group arrive in the order in which they are sent.
 
     Each operation is a series of messages between two ranks, along binomial trees. A sum over P ranks takes 2 log2(P)
     consecutive messages, 18 with 512 ranks, and a rank connects to at most log2(P) others. (gloo's own all-reduce is a
@@ -36,22 +36,22 @@ class HostGroup:
     """
 
     group: dist.ProcessGroup | None = None
-    """Carries the messages over gloo; None for a single process."""
+    """Process group of gloo that carries the messages; None for a single process."""
     ranks: tuple[int, ...] = (0,)
-    """Numbers of the ranks in `group`. Methods number them from 0."""
+    """Ranks of this `HostGroup`, as numbered in `group`. The methods number these ranks from 0, in this order."""
     rank: int = 0
-    """This rank's number in `ranks`."""
+    """Index of this rank in `ranks`."""
 
     @property
     def size(self) -> int:
-        """Returns the number of ranks of this group."""
+        """Returns the number of ranks in this group."""
         return len(self.ranks)
 
     def among(self, ranks: Iterable[int]) -> "HostGroup":
-        """Returns the subgroup of some ranks, which must include this one; sends nothing.
+        """Returns a subgroup that contains the given ranks, one of which is this rank; sends nothing.
 
         Args:
-            ranks: numbers of the ranks in this group; their order sets the numbers in the subgroup.
+            ranks: ranks as numbered in this group; the subgroup numbers them from 0 in this order.
         """
         chosen = tuple(ranks)
         return HostGroup(self.group, tuple(self.ranks[rank] for rank in chosen), chosen.index(self.rank))
@@ -72,7 +72,7 @@ class HostGroup:
         return list(self.broadcast(self.collect(value)))
 
     def collect(self, value: Any) -> list[Any] | None:
-        """Returns the values of all ranks, in rank order, on rank 0, and None elsewhere."""
+        """Returns the values of all ranks, in rank order, on rank 0; returns None on other ranks."""
         held: list[Any] = [value]
         for distance in self._distances():
             if self.rank & distance:
@@ -101,7 +101,7 @@ class HostGroup:
         self.sum(torch.zeros(1, dtype=torch.uint8))
 
     def _distances(self) -> list[int]:
-        """Returns 1, 2, 4, ...: the distance between the two ranks of a message, for each round of a tree."""
+        """Returns 1, 2, 4, ...: for each round of a tree, the difference between the ranks that exchange a message."""
         return [1 << number for number in range((self.size - 1).bit_length())]
 
     def _reduce(self, total: Tensor) -> None:
@@ -165,7 +165,7 @@ def build_host_group(timeout: timedelta) -> HostGroup:
     """Builds a group over all ranks of the initialised process group. All ranks call it.
 
     Args:
-        timeout: longest wait of an operation.
+        timeout: longest time that an operation may wait.
     """
     if dist.get_world_size() == 1:
         return HostGroup()

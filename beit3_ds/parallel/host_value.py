@@ -16,14 +16,14 @@ _DTYPES = {
 
 
 def pack(value: Any) -> tuple[bytes, list[Tensor]]:
-    """Returns a value as JSON and the tensors that it holds, contiguous and in host memory.
+    """Splits a value into JSON and its tensors, which are made contiguous; the tensors must be in host memory.
 
     Args:
         value: None, a bool, an int, a float, a string, a tensor, or a list, tuple, `torch.Size` or dict (whose keys are
-            strings) of such values. NaN, infinities and strings that are no valid Unicode are kept.
+            strings) of such values. NaN, infinities and strings of invalid Unicode are preserved.
 
     Raises:
-        TypeError: for a value of another type.
+        TypeError: for a value of another type, or a tensor on a device.
     """
     tensors: list[Tensor] = []
     body = _to_json(value, tensors)
@@ -32,19 +32,19 @@ def pack(value: Any) -> tuple[bytes, list[Tensor]]:
 
 
 def unpack_tensors(header: bytes) -> list[Tensor]:
-    """Returns uninitialised tensors of the shapes and dtypes that a header of `pack` describes."""
+    """Returns uninitialised tensors with the shapes and dtypes in the JSON of `pack`."""
     kinds, _ = json.loads(header)
     return [torch.empty(shape, dtype=_DTYPES[dtype]) for dtype, *shape in kinds]
 
 
 def unpack(header: bytes, tensors: list[Tensor]) -> Any:
-    """Returns the value that `pack` was given; tuples and `torch.Size` come back as such."""
+    """Rebuilds a value from the results of `pack`; tuples and `torch.Size` keep their types."""
     _, body = json.loads(header)
     return _from_json(body, tensors)
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """Returns the memory of a contiguous tensor, uint8, (bytes,)."""
+    """Returns the memory of a contiguous tensor as a uint8 tensor of shape (bytes,), without a copy."""
     # A tensor of one element or none counts as contiguous whatever its stride is, which a view as bytes does not take.
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 

@@ -1,4 +1,4 @@
-"""Arranges ranks on the axes pipeline, data and tensor, and holds the process groups along them."""
+"""Arranges ranks on the axes pipeline, data and tensor, and holds the process groups along these axes."""
 
 import hashlib
 import socket
@@ -28,7 +28,7 @@ class Mesh:
     tensor-parallel peers, which communicate most, are neighbours on one node.
 
     Process groups and `sum_*` take only tensors on this rank's device, as NCCL does. Host values, such as counts and
-    names, are sent through `host`, or through `host` of an axis.
+    names, are sent through `host`, `data_host`, `tensor.host` or `pipeline.host`.
     """
 
     host: HostGroup = field(default_factory=HostGroup)
@@ -41,7 +41,7 @@ class Mesh:
     data_parallel_rank: int = 0
     """This rank's number in `data_parallel_group`."""
     data_parallel_size: int = 1
-    """Returns the number of ranks in `data_parallel_group`."""
+    """Number of ranks in `data_parallel_group`."""
     model_parallel_group: dist.ProcessGroup | None = None
     """Ranks that together hold one copy of the model: tensor x pipeline."""
     tensor: TensorParallel = field(default_factory=TensorParallel)
@@ -49,11 +49,11 @@ class Mesh:
     pipeline: PipelineParallel = field(default_factory=PipelineParallel)
     """Ranks that hold different layers and the same samples."""
     all_coords: tuple[RankCoords, ...] = (RankCoords(0, 0, 0),)
-    """Coordinates per global rank."""
+    """Coordinates of each global rank."""
     hosts: tuple[str, ...] = field(default_factory=lambda: (socket.gethostname(),))
-    """Name of the host per global rank."""
+    """Name of each global rank's host."""
     activity: Activity = field(default_factory=Activity)
-    """Step and phase of this rank, which `runtime.Watchdog` reports to the other ranks."""
+    """Step and phase of this rank; `runtime.Watchdog` reports them to the other ranks."""
 
     @property
     def coords(self) -> RankCoords:
@@ -62,12 +62,12 @@ class Mesh:
 
     @property
     def is_main(self) -> bool:
-        """Returns whether this is the first rank of the first stage, which alone prints, plots and renames files."""
+        """Returns whether this rank is the main rank, global rank 0, which alone prints, plots and renames files."""
         return self.pipeline.is_first and self.data_parallel_rank == 0 and self.tensor.rank == 0
 
     @property
     def is_reader(self) -> bool:
-        """Returns whether this rank decodes images: one tensor-parallel rank of the first stage and one of the last."""
+        """Returns whether this rank reads data: tensor-parallel rank 0 of the first and of the last stage does."""
         return (self.pipeline.is_first or self.pipeline.is_last) and self.tensor.rank == 0
 
     @property
@@ -81,39 +81,39 @@ class Mesh:
         return self.data_parallel_size * self.model_parallel_size
 
     def describe_layout(self) -> str:
-        """Describes the number of ranks along each axis, for people."""
+        """Returns the number of ranks along each axis as readable text."""
         axes = f"{self.data_parallel_size} data-parallel x {self.tensor.size} tensor-parallel ranks"
         return axes if self.pipeline.size == 1 else f"{self.pipeline.size} stages of {axes}"
 
     def describe(self, rank: int) -> str:
-        """Names a global rank, its coordinates and its host, for messages."""
+        """Returns a text for messages that names a global rank, its coordinates and its host."""
         return f"rank {rank} ({self.all_coords[rank]}, host {self.hosts[rank]})"
 
     def sum_over_data(self, values: Tensor) -> Tensor:
-        """Returns the sum of device tensors `values` over the data-parallel ranks; sends values.numel() elements."""
+        """Sums a device tensor over the data-parallel ranks; sends values.numel() elements."""
         if self.data_parallel_size > 1:
             values = values.clone()
             dist.all_reduce(values, group=self.data_parallel_group)
         return values
 
     def sum_over_model(self, values: Tensor) -> Tensor:
-        """Returns the sum of device tensors over the ranks of one copy of the model; sends values.numel() elements."""
+        """Sums a device tensor over the ranks of one copy of the model; sends values.numel() elements."""
         if self.model_parallel_size > 1:
             values = values.clone()
             dist.all_reduce(values, group=self.model_parallel_group)
         return values
 
     def sum_over_all(self, values: Tensor) -> Tensor:
-        """Returns the sum of device tensors `values` over all ranks; sends values.numel() elements."""
+        """Sums a device tensor over all ranks; sends values.numel() elements."""
         if self.num_ranks > 1:
             values = values.clone()
             dist.all_reduce(values)
         return values
 
     def gather_rows_over_data(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Returns the rows of device tensors `x` of all data-parallel ranks, concatenated in their order.
+        """Gathers the rows of `x` from all data-parallel ranks and concatenates them in the order of the ranks.
 
-        Each rank sends max(lengths) rows.
+        `x` is a device tensor. Each rank sends max(lengths) rows.
 
         Args:
             x: rows of this rank; all dimensions but the first are equal on all ranks.
@@ -164,22 +164,23 @@ class Mesh:
         self.host.barrier()
 
     def close(self) -> None:
-        """Waits for all ranks, then leaves the process group, so that no rank uses a store that is gone."""
+        """Waits for all ranks, then leaves the process group, so that no rank uses the store after rank 0 has ended."""
         self.barrier()
         self.leave()
 
     def leave(self) -> None:
-        """Leaves the process group at once; without this call its threads would abort the process at exit."""
+        """Leaves the process group at once; if it is not left, its threads abort the process at exit."""
         dist.destroy_process_group()
 
 
 class ModelParallelUnit:
-    """Implements the `mpu` interface that DeepSpeed reads, with Megatron-LM's names.
+    """Describes the mesh to DeepSpeed through its `mpu` interface, whose method names come from Megatron-LM.
 
     DeepSpeed sums gradient norms and overflow flags over the "model parallel" group. It counts parameters marked
-    `tensor_model_parallel` on all ranks of that group, and other parameters only on model-parallel rank 0. So the group
-    contains a whole copy of the model with all stages, and the rank is the tensor-parallel one. The size matches the
-    rank; only DeepSpeed's own checkpoints read it, which are not used.
+    `tensor_model_parallel` on all ranks of that group, and other parameters only on model-parallel rank 0. So the
+    model-parallel group spans one copy of the model with all stages, and the model-parallel rank is the tensor-parallel
+    rank. The model-parallel size is the tensor-parallel size; only DeepSpeed's own checkpoints read it, and they are
+    not used.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -202,7 +203,7 @@ class ModelParallelUnit:
         return self._mesh.model_parallel_group
 
     def get_model_parallel_rank(self) -> int:
-        """Returns the tensor-parallel rank; on rank 0 DeepSpeed counts the replicated parameters."""
+        """Returns the tensor-parallel rank; DeepSpeed counts replicated parameters only on rank 0."""
         return self._mesh.tensor.rank
 
     def get_model_parallel_world_size(self) -> int:
@@ -253,7 +254,8 @@ def own_group(rows: Tensor, timeout: timedelta) -> dist.ProcessGroup:
 
     Args:
         rows: global ranks, one row per group.
-        timeout: limit of a collective; torch's default for a new group is half an hour, not the first group's limit.
+        timeout: longest time of a collective. torch does not take it from the first process group: its default is half
+            an hour.
     """
     groups = [dist.new_group(ranks, timeout=timeout) for ranks in rows.tolist()]
     (own,) = (group for group, ranks in zip(groups, rows.tolist(), strict=True) if dist.get_rank() in ranks)

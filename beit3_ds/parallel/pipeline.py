@@ -1,4 +1,4 @@
-"""Sends activations and gradients between neighbouring stages of a pipeline."""
+"""Sends activations and gradients between neighbouring pipeline stages."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,16 +10,16 @@ from torch import Tensor
 from beit3_ds.parallel.host_group import HostGroup
 
 ChannelKey = tuple[bool, bool]
-"""Kind and direction of a message: True for activations, False for gradients; True for a higher stage number."""
+"""Kind and direction of a message: (True for activations, False for gradients; True if it goes to a higher stage)."""
 
 
 @dataclass(frozen=True)
 class PipelineParallel:
     """Describes this rank's stage and its process groups. A pipeline of one stage is valid and sends nothing.
 
-    Messages travel in rings. Activations go to the next stage and, with interleaved model chunks, from the last stage
-    to the first. Gradients go the other way. Each kind and direction has its own process group, in which a pair of
-    stages sends one way only. So two neighbours that send to each other at the same time do not block each other.
+    The stages form a ring. Activations go to the next stage and, with interleaved model chunks, from the last stage to
+    the first. Gradients go the other way. Each kind and direction of messages has its own process group, so two
+    neighbours that send to each other at the same time do not block each other.
     """
 
     ranks: tuple[int, ...] = (0,)
@@ -29,7 +29,7 @@ class PipelineParallel:
     channels: Mapping[ChannelKey, dist.ProcessGroup] = field(default_factory=dict)
     """Process group per kind and direction; messages are device tensors."""
     host: HostGroup = field(default_factory=HostGroup)
-    """Group of the same stages, in order, for host values."""
+    """Group of the stages of this pipeline, in order, for host values."""
 
     @property
     def size(self) -> int:
@@ -69,18 +69,18 @@ class PipelineParallel:
 
 @dataclass(frozen=True)
 class Message:
-    """Holds a tensor that is being sent or received."""
+    """Tracks a tensor that is being sent or received."""
 
     tensor: Tensor
-    """The tensor to send, kept alive until it has left, or the tensor to receive into."""
+    """Tensor to send, kept alive until it is sent, or tensor that receives the data."""
     work: Any
 
     def has_left(self) -> bool:
-        """Returns whether the tensor is known to have left and may be freed; gloo knows only after `wait`."""
+        """Returns whether the tensor is known to be sent, so that it may be freed; with gloo, only `wait` can tell."""
         return bool(self.work.is_completed())
 
     def wait(self) -> Tensor:
-        """Waits until the tensor has left or arrived, and returns it."""
+        """Waits until the tensor is sent or received, and returns it."""
         self.work.wait()
         return self.tensor
 
@@ -88,7 +88,7 @@ class Message:
 def build_pipeline_parallel(
     rows: Tensor, rank: int, host: HostGroup, own_group: Callable[[Tensor], dist.ProcessGroup]
 ) -> PipelineParallel:
-    """Builds the process groups of all pipelines; every rank must call it.
+    """Builds this rank's pipeline with its process groups; every rank must call it.
 
     Args:
         rows: global ranks, one pipeline per row, ordered by stage.

@@ -1,10 +1,11 @@
-"""Provides the tensor-parallel group, its differentiable collectives and the splits of parameters (Megatron-LM).
+"""Provides the tensor-parallel group, its differentiable collectives and split parameters, as in Megatron-LM.
 
 Follows Shoeybi et al., 2019, arXiv:1909.08053, section 3, and for sequence parallelism Korthikanti et al., 2022,
 arXiv:2205.05198, section 4.2.
 
-Between the tensor-parallel layers every rank holds all rows of the stream. With sequence parallelism the T rows are
-padded at the end with rows of zeros to P * n, and rank r holds rows [r * n, (r + 1) * n).
+The residual stream is (T, D): packed tokens by hidden size. Between the tensor-parallel layers every rank holds all T
+rows. With sequence parallelism the rows are padded with zeros at the end to P * n rows, where P is the number of
+tensor-parallel ranks, and rank r holds rows [r * n, (r + 1) * n).
 """
 
 # T rows, P tensor-parallel size, n = ceil(T / P) rows of one rank, D width.
@@ -68,21 +69,21 @@ class TensorParallel:
 
     @property
     def divides_rows(self) -> bool:
-        """Returns whether a rank holds only its own rows between the tensor-parallel layers."""
+        """Returns whether each rank holds only its own share of the rows between the tensor-parallel layers."""
         return self.sequence_parallel and self.size > 1
 
     def own_row_range(self, num_rows: int) -> tuple[int, int]:
-        """Returns the rows [start, stop) held between tensor-parallel layers; `stop` may exceed `num_rows`."""
+        """Returns the range [start, stop) of this rank's rows; `stop` exceeds `num_rows` if it holds padding rows."""
         if not self.divides_rows:
             return 0, num_rows
         part = -(-num_rows // self.size)
         return self.rank * part, (self.rank + 1) * part
 
     def own_slices(self, slices: Sequence[tuple[int, int]], num_rows: int) -> list[tuple[int, int]]:
-        """Returns the part of each slice on this rank, counted from its first row; padding rows join the last slice.
+        """Cuts row ranges down to this rank's rows, counted from its first row; the last range includes padding rows.
 
         Args:
-            slices: row ranges [start, stop) that cover [0, num_rows) in order.
+            slices: row ranges [start, stop) of the whole stream, which cover [0, num_rows) in order.
             num_rows: T.
         """
         first, end = self.own_row_range(num_rows)
@@ -91,7 +92,7 @@ class TensorParallel:
         return list(itertools.pairwise(own))
 
     def own_rows(self, x: Tensor) -> Tensor:
-        """Returns this rank's rows of a replicated tensor, padding rows included; its backward sends nothing."""
+        """Returns this rank's rows of a replicated tensor, with padding rows; forward and backward send nothing."""
         if not self.divides_rows:
             return x
         start, stop = self.own_row_range(len(x))
@@ -105,7 +106,7 @@ class TensorParallel:
         return _ScatterRows.apply(x, self) if self.divides_rows else x
 
     def gather_rows(self, x: Tensor, num_rows: int) -> Tensor:
-        """Gathers the rows of all ranks, (T, D), for a computation that every rank repeats.
+        """Gathers the rows of all ranks to (T, D), for a computation that every rank does with all rows.
 
         Forward all-gathers P * n * D elements; backward sends nothing.
         """
@@ -128,10 +129,11 @@ class TensorParallel:
         return _ReduceScatterTo.apply(x, self) if self.divides_rows else self.reduce_from(x)
 
     def share(self, *parameters: Tensor) -> tuple[Tensor, ...]:
-        """Returns replicated parameters whose gradients are summed over ranks that apply them to their own rows.
+        """Returns the given replicated parameters, and sums their gradients over the ranks in backward.
 
-        With sequence parallelism backward all-reduces all their elements in one message. Under ZeRO-3 they stay
-        gathered until then. They are norms and biases, so this needs little memory.
+        With sequence parallelism each rank applies them to its own rows only, and backward all-reduces all their
+        elements in one message. Without it nothing is sent. Under ZeRO-3 they stay gathered until backward; norms and
+        biases need little memory.
         """
         return _Share.apply(self, *parameters) if self.divides_rows else parameters
 
@@ -142,11 +144,13 @@ class TensorParallel:
         return Split(dim, self.rank * part, (self.rank + 1) * part, size)
 
     def split_vocabulary(self, size: int) -> Split:
-        """Returns this rank's rows of a vocabulary: ceil(size / P), a multiple of 64 if size is at least 64 P.
+        """Splits a vocabulary and returns this rank's rows, which are ceil(size / P) in number.
 
-        Rows beyond the vocabulary are padding; the last ranks may hold nothing else. Every rank holds the same number
-        of rows, so ZeRO cuts the flat buffers of all ranks at the same places. This keeps replicated parameters equal
-        to the bit. With P = 1 there is no padding.
+        The number is rounded up to a multiple of 64 if size is at least 64 P.
+
+        Rows beyond the vocabulary are padding; the last ranks may hold only padding. All ranks hold equally many rows,
+        so that ZeRO cuts the flat buffers of all ranks at the same places, which keeps replicated parameters bitwise
+        equal. With P = 1 there is no padding.
         """
         assert size >= self.size, f"{self.size} tensor-parallel ranks share a vocabulary of {size}"
         alignment = _VOCAB_ALIGNMENT if self.size > 1 and size >= _VOCAB_ALIGNMENT * self.size else 1
@@ -183,10 +187,10 @@ class TensorParallel:
 
 
 def split_parameter(split: Split, *shape: int, padding_value: float = 0.0) -> nn.Parameter:
-    """Builds a parameter for this rank's part of a logical tensor; only its padding is initialised.
+    """Builds a parameter for this rank's part of a logical tensor; only the padding gets values.
 
-    Its attribute `parallel_split` is `split`. Its attribute `tensor_model_parallel` tells DeepSpeed that ranks hold
-    different parts; without it the gradient norm silently counts one rank's part only.
+    Its attribute `parallel_split` is `split`. Its attribute `tensor_model_parallel` tells DeepSpeed that the ranks hold
+    different parts; without it the gradient norm would count only one rank's part.
 
     Args:
         split: this rank's part.
@@ -210,11 +214,11 @@ def is_split(parameter: nn.Parameter) -> bool:
 
 
 def logical_shape(parameter: nn.Parameter, local: torch.Size | None = None) -> torch.Size:
-    """Returns the shape of the logical tensor of a parameter, which no layout changes.
+    """Returns the logical shape of a parameter: the shape that it has without any parallelism.
 
     Args:
         parameter: this rank's parameter.
-        local: shape on this rank; None takes the parameter's own.
+        local: shape of this rank's part; None takes the shape of `parameter`, which is wrong under ZeRO-3.
     """
     split: Split | None = getattr(parameter, "parallel_split", None)
     shape = list(parameter.shape if local is None else local)
@@ -224,17 +228,18 @@ def logical_shape(parameter: nn.Parameter, local: torch.Size | None = None) -> t
 
 
 def own_part(parameter: nn.Parameter, whole: Tensor) -> Tensor:
-    """Returns this rank's part of the logical tensor of a parameter, without padding, as a view."""
+    """Returns a view of the part of `whole` that this rank holds of a parameter, without padding."""
     split: Split | None = getattr(parameter, "parallel_split", None)
     return whole if split is None else split.take(whole)
 
 
 def logical_part(parameter: nn.Parameter, local: Tensor | None = None) -> Tensor:
-    """Returns a parameter without its padding, as a view with the shape of `own_part`.
+    """Returns a view of a parameter, or of a tensor of its shape, without padding; the shape is that of `own_part`.
 
     Args:
         parameter: the parameter, whose split gives the padding.
-        local: another tensor of the same local shape to view, such as its gradient or, under ZeRO-3, its values.
+        local: tensor of the same local shape to view instead of the parameter, such as its gradient, or its values
+            under ZeRO-3.
     """
     local = parameter if local is None else local
     split: Split | None = getattr(parameter, "parallel_split", None)

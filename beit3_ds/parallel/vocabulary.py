@@ -15,11 +15,10 @@ from beit3_ds.kernels.ops.linear_cross_entropy import Partials, linear_cross_ent
 from beit3_ds.parallel.tensor import TensorParallel, split_parameter
 
 PADDING_BIAS = -1e4
-"""Bias of the padding rows of a head; their weights are 0.
+"""Bias of a head's padding rows; their weights are 0.
 
-It is within the range of half precision, yet so far below real logits that exp of the difference is exactly 0. So
-padding adds nothing to the cross entropy, and its gradients are exactly 0. AdamW does not change it, because biases do
-not decay."""
+It fits into half precision, but is so far below real logits that exp(difference) is exactly 0. So padding adds nothing
+to the cross entropy, and its gradients are exactly 0. AdamW never changes it, because biases have no weight decay."""
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -46,16 +45,16 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class RowLosses(NamedTuple):
-    """Holds the losses of rows, and whether their predictions are right."""
+    """Holds the loss of each row, and whether its prediction is right."""
 
     loss: Tensor
     """Cross entropy, or divergence from smoothed labels, (M,) float32."""
     correct: Tensor
-    """Whether the target has the largest logit, (M,) bool."""
+    """Whether the target has the row's largest logit, (M,) bool."""
 
 
 class VocabParallelHead(nn.Module):
-    """Computes logits or cross entropies with a vocabulary that is split over the tensor-parallel group.
+    """Computes logits or cross entropies over a vocabulary that is split over the tensor-parallel group.
 
     The logits come from a linear layer with bias. Its parameters are uninitialised except for their padding,
     which has the logit `PADDING_BIAS`.
@@ -77,8 +76,8 @@ class VocabParallelHead(nn.Module):
             chunk_size: largest number of rows whose logits exist at a time. None keeps all logits for the backward
                 pass, which is faster for a small vocabulary.
             tensor: the tensor-parallel group.
-            label_smoothing: probability that the labels give to all columns but the target together; 0 for the cross
-                entropy.
+            label_smoothing: probability that the labels give to all columns other than the target, in total; 0 gives
+                the cross entropy.
         """
         super().__init__()
         self.label_smoothing = label_smoothing
@@ -87,7 +86,7 @@ class VocabParallelHead(nn.Module):
         self.bias = split_parameter(self.split, vocab_size, padding_value=PADDING_BIAS)
 
     def tie_weight(self, weight: nn.Parameter | None) -> None:
-        """Uses another module's parameter as the matrix; None makes it a buffer that is not saved."""
+        """Uses another module's parameter as the weight matrix; None makes the weight a buffer that is not saved."""
         own = self.weight
         del self.weight
         if weight is None:
@@ -96,7 +95,7 @@ class VocabParallelHead(nn.Module):
             self.weight = weight
 
     def forward(self, h_MD: Tensor, target_M: Tensor) -> RowLosses:
-        """Returns the loss of every row, and whether its target is predicted, the same on all ranks.
+        """Returns each row's loss and whether its target is predicted, equal on all ranks.
 
         Forward all-reduces 3 * M floats (maximum; sum and target's logit), and M more with label smoothing; backward
         all-reduces M * D elements.
@@ -119,9 +118,9 @@ class VocabParallelHead(nn.Module):
         return RowLosses(loss_M, joined[0].target_logit >= joined[0].largest)
 
     def logits(self, h_MD: Tensor) -> Tensor:
-        """Returns the logits of every row over the whole vocabulary, on all ranks, for predictions.
+        """Returns the logits of each row over the whole vocabulary, on all ranks, for predictions.
 
-        Gradients are not reduced over ranks. All-reduces M * vocabulary elements.
+        Forward all-reduces M * vocabulary elements. Gradients are not reduced over the ranks.
         """
         local_MV = F.linear(h_MD, self.weight, self.bias)
         if self.tensor.size == 1:

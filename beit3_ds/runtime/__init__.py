@@ -1,1 +1,1 @@
-"""Contains launch environment, rendezvous, process group, heartbeat, watchdog and stop signals of the ranks."""
+"""Connects, watches and stops the ranks of a run."""

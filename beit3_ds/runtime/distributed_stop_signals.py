@@ -1,4 +1,4 @@
-"""Lets all ranks stop after the same step, when any of them has received a stop signal or has no data."""
+"""Stops all ranks after the same step if any of them has received a stop signal or has no data."""
 
 from typing import Literal
 
@@ -10,25 +10,27 @@ from beit3_ds.storage_error import StorageError
 
 
 class DistributedStopSignals:
-    """Collects the stop signals and data errors of all ranks, equal on all ranks after each `synchronize`."""
+    """Shares stop signals and data errors among all ranks: `synchronize` makes the fields equal on all of them."""
 
     def __init__(self, signals: StopSignals, mesh: Mesh) -> None:
         self._signals, self._mesh = signals, mesh
         self.names = ""
-        """Names of the stop signals that any rank had received, joined by "and"; empty without."""
+        """Names of the stop signals that any rank has received, joined by "and"; empty if no rank has received one."""
         self.data_fault: Literal["data", "storage"] | None = None
-        """Why any rank had no data: "data" for its files or workers, "storage" for a file system that fails."""
+        """Cause, if any rank has no data: "storage" for a failed file system, "data" for any other error; else None."""
 
     @property
     def must_stop(self) -> bool:
-        """Returns whether the run must stop after the finished step, for a stop signal or for missing data."""
+        """Returns True if the run must stop now, because a rank has received a stop signal or has no data."""
         return bool(self.names or self.data_fault)
 
     def synchronize(self, data_error: Exception | None = None) -> bool:
-        """Returns `must_stop`, updated on all ranks, which call it together; sends five integers.
+        """Exchanges signals and errors with all ranks, which all call it, and returns the new `must_stop`.
+
+        Sends five integers.
 
         Args:
-            data_error: error because of which this rank has no data; None if it has data.
+            data_error: error that left this rank without data; None if it has data.
         """
         faults = [data_error is not None, isinstance(data_error, StorageError)]
         own = [*(number in self._signals.received for number in STOP_SIGNALS), *faults]

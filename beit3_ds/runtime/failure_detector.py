@@ -8,41 +8,42 @@ from beit3_ds.config import ParallelConfig
 from beit3_ds.runtime.heartbeat import RankStatuses
 
 BEAT_REQUEST_SECONDS = 5.0
-"""Longest time in seconds between a request for a heartbeat and the heartbeat."""
+"""Seconds that a rank has to answer a request for a heartbeat."""
 _LISTED = 8
 
 
 class Failure(NamedTuple):
-    """Describes a failure for which the run must end on all ranks."""
+    """Describes a failure that must end the run on all ranks."""
 
     text: str
-    """One line for people."""
+    """Description of the failure, one line."""
     dump_stacks: bool = False
     """Whether all ranks first write the stacks of their threads."""
 
 
 class FailureDetector:
-    """Finds failures in the status of all ranks, on rank 0; `Watchdog` lists the kinds of failures."""
+    """Finds failures in the status of all ranks; runs on rank 0. `Watchdog` lists the kinds of failures."""
 
     def __init__(self, parallel: ParallelConfig, statuses: RankStatuses, describe: Callable[[int], str]) -> None:
-        """Begins without a failure.
+        """Starts the detector on rank 0.
 
         Args:
             parallel: the time-outs.
-            statuses: the status of all ranks; the caller keeps it up to date.
-            describe: names a rank, its coordinates and its host.
+            statuses: status of all ranks, which the caller updates.
+            describe: returns the name of a rank with its coordinates and its host.
         """
         self._parallel, self._statuses, self._describe = parallel, statuses, describe
         self._request: tuple[float, list[int]] | None = None
-        """When heartbeats were first requested, and the numbers of the newest ones then."""
+        """Time of the first request for heartbeats, and the number of each rank's newest heartbeat at that time."""
         self._slow: dict[int, float] = {}
 
     def find_failure(self, reported: str | None, are_beats_requested: bool) -> Failure | None:
         """Returns why the run must end now; None if there is no failure.
 
         Args:
-            reported: failure that a rank reported of itself, if any did; the first one.
-            are_beats_requested: whether all ranks were asked for a heartbeat, because one lost contact with another.
+            reported: first failure that a rank reported of itself; None without one.
+            are_beats_requested: whether all ranks were asked for a heartbeat, because a collective failed on one of
+                them.
         """
         statuses, parallel = self._statuses, self._parallel
         if reported is not None:
@@ -61,7 +62,7 @@ class FailureDetector:
         return None
 
     def describe_slow(self) -> list[str]:
-        """Returns a line per rank that others wait for, and repeats it each time the wait has doubled."""
+        """Returns one line per slow rank, which others wait for; repeats it each time the wait has doubled."""
         first = self._parallel.heartbeat_timeout_seconds
         behind = self._statuses.find_behind(first)
         self._slow = {rank: self._slow.get(rank, first) for rank in behind}
@@ -74,7 +75,7 @@ class FailureDetector:
         ]
 
     def _lost_contact(self) -> Failure:
-        """Returns the failure for a collective that failed although all ranks answer, most likely by a time-out."""
+        """Returns the failure to report if a collective failed, probably by a time-out, but all ranks answer."""
         seconds = self._parallel.timeout_seconds
         if stalled := self._statuses.find_behind(seconds / 2):
             return self._stalled(stalled)

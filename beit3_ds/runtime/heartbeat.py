@@ -20,7 +20,7 @@ class Heartbeat(NamedTuple):
     is_waiting: bool
     """Whether the main thread waits for other ranks."""
     state: str = "running"
-    """"running"; "ending" once it has read why the run ends; "left" once it no longer needs to be watched."""
+    """State: "running"; "ending" once the rank has read the run's failure; "left" once it is no longer watched."""
 
     def encode(self) -> str:
         """Returns the heartbeat as JSON."""
@@ -28,14 +28,19 @@ class Heartbeat(NamedTuple):
 
     @staticmethod
     def decode(text: str | bytes) -> "Heartbeat":
-        """Returns the heartbeat that `encode` wrote."""
+        """Parses the JSON of `encode`."""
         return Heartbeat(*json.loads(text))
 
 
 def find_sleep(seconds: float, interval: float) -> float:
-    """Returns how long this process was stopped or had no core, if a wait for `interval` took `seconds`.
+    """Returns the seconds by which a wait of `interval` seconds was late; 0 if it took at most twice as long.
 
-    What others did in that time is unknown: all may have been stopped, as when a cluster suspends a job.
+    In that time this process was stopped or had no core. The other ranks may have been stopped too, as when a cluster
+    suspends a job, so it does not count against them.
+
+    Args:
+        seconds: measured duration of the wait.
+        interval: requested duration of the wait, in seconds.
     """
     return seconds - interval if seconds > 2 * interval else 0.0
 
@@ -46,13 +51,13 @@ class RankStatus:
     def __init__(self, beat: Heartbeat, now: float) -> None:
         self.beat = beat
         self.beaten_at = now
-        """When this process noticed the newest heartbeat, on its monotonic clock."""
+        """Time when this process noticed the newest heartbeat, on its own monotonic clock."""
         self.unchanged_since = now
-        """When this process noticed the newest change of the main thread's phase or wait."""
+        """Time when this process noticed that the rank's main thread began a phase, or began or ended a wait."""
 
     @property
     def unchanged_seconds(self) -> float:
-        """Returns for how long the main thread has reported the same phase, up to the last heartbeat."""
+        """Returns the seconds from the newest change of the main thread's phase to the newest heartbeat."""
         return self.beaten_at - self.unchanged_since
 
 
@@ -61,21 +66,22 @@ class RankStatuses:
 
     A rank is *lost* if its heartbeats stop: its process was stopped or killed, or its host or the link is down. A rank
     with heartbeats is *behind* if its main thread neither makes progress nor waits for others, while others wait. All
-    times are when this process noticed a change, so clocks of different hosts are never compared.
+    times are taken by this process when it notices a change, so clocks of different hosts are never compared.
     """
 
     def __init__(self, beats: Sequence[Heartbeat], interval: float) -> None:
-        """Takes the first heartbeats.
+        """Starts from the first heartbeat of each rank.
 
         Args:
             beats: one heartbeat per rank.
-            interval: seconds between two calls of `update`; if this process sleeps longer, ages exclude the excess.
+            interval: normal seconds between two calls of `update`. If this process is stopped for longer, the excess
+                does not count as silence of the ranks.
         """
         self._interval, self._updated = interval, time.monotonic()
         self._ranks = [RankStatus(beat, self._updated) for beat in beats]
 
     def update(self, beats: Sequence[Heartbeat]) -> None:
-        """Takes the newest heartbeats, one per rank."""
+        """Updates the status of all ranks from their newest heartbeats, one per rank."""
         now = time.monotonic()
         slept = find_sleep(now - self._updated, self._interval)
         self._updated = now
@@ -89,7 +95,7 @@ class RankStatuses:
                 status.unchanged_since = now
 
     def find_lost(self, seconds: float) -> list[int]:
-        """Returns the ranks that have not left and sent no heartbeat for longer than `seconds`."""
+        """Returns the ranks that are still in the run but have sent no heartbeat for longer than `seconds`."""
         return [
             rank
             for rank, status in enumerate(self._ranks)
@@ -97,7 +103,7 @@ class RankStatuses:
         ]
 
     def find_behind(self, seconds: float) -> list[int]:
-        """Returns the ranks that neither advanced nor waited for `seconds`, if others waited for over half of that."""
+        """Returns the ranks that made no progress for `seconds` while others waited at least half as long."""
         if not any(status.beat.is_waiting and status.unchanged_seconds > seconds / 2 for status in self._ranks):
             return []
         return [
@@ -107,7 +113,7 @@ class RankStatuses:
         ]
 
     def find_least_advanced(self) -> list[int]:
-        """Returns the ranks that have begun the fewest phases; none if all are equal."""
+        """Returns the ranks that have begun the fewest phases; an empty list if all have begun equally many."""
         changes = [status.beat.changes for status in self._ranks]
         least = min(changes)
         return [rank for rank, own in enumerate(changes) if own == least] if least < max(changes) else []

@@ -1,4 +1,4 @@
-"""Reads the variables with which a launcher describes a rank; no other module reads them."""
+"""Reads the environment variables in which a launcher describes a rank; no other module reads them."""
 
 import os
 import re
@@ -15,7 +15,7 @@ _STEPS_PER_JOB = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """Describes a rank in torch's terms, as set by its launcher."""
+    """Describes how the launcher started this rank, in torch's terms."""
 
     launcher: str
     """Name of the launcher, for messages."""
@@ -46,12 +46,12 @@ class Launch:
 
 
 def read_launch(environment: Mapping[str, str]) -> Launch:
-    """Returns the launch that the environment describes: torch's variables (`deepspeed`, `torchrun`), MPI's or Slurm's.
+    """Reads this rank's launch from the variables of torch (`deepspeed`, `torchrun`), MPI or Slurm.
 
-    Torch's variables have priority, because they are set on purpose. MPI's precede Slurm's, because mpirun starts its
-    daemons with srun. PMI's, which srun sets too, count only together with Hydra's. Slurm's variables of a job without
-    a step of srun are ignored: neither a batch script's own process nor a shell is a rank. MASTER_ADDR and MASTER_PORT
-    override other sources.
+    Torch's variables have priority, because they are set on purpose. MPI's variables precede Slurm's, because mpirun
+    starts its daemons with srun. PMI's variables count only together with Hydra's, because srun sets them too. Slurm's
+    variables count only inside a step of srun, because a batch script or a shell is not a rank. MASTER_ADDR and
+    MASTER_PORT override the address and port of every source.
 
     Raises:
         ConfigError: if variables are missing, are not numbers, or contradict each other.
@@ -71,7 +71,9 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
 
 
 def discover_through_mpi(launch: Launch) -> Launch:
-    """Returns the launch with rank 0's address, found through MPI: the first one of `hostname -I` there.
+    """Returns the launch with the address of rank 0, which it finds through MPI.
+
+    The address is the first that `hostname -I` prints on rank 0's host.
 
     Communicates through MPI: a broadcast and a gather of host names.
 

@@ -1,4 +1,4 @@
-"""Measures the memory that this machine's processes may use, and its /dev/shm."""
+"""Measures the memory and the space in /dev/shm that processes on this machine may use."""
 
 import os
 from contextlib import suppress

@@ -25,7 +25,7 @@ def init_process_group(parallel: ParallelConfig) -> Mesh:
     of a host among its ranks, unless OMP_NUM_THREADS is set.
 
     Raises:
-        ConfigError: if the environment is contradictory, or if ranks cannot reach each other or do not come in time.
+        ConfigError: if the environment is contradictory, or if ranks cannot reach each other or do not connect in time.
     """
     _avoid_compiling_shm_comm()
     # DeepSpeed calls functions that torch.distributed has renamed; a warning per call would bury the run's own lines.
@@ -54,9 +54,9 @@ def init_process_group(parallel: ParallelConfig) -> Mesh:
 def joined_ranks(parallel: ParallelConfig) -> Iterator[Mesh]:
     """Joins the process group while a program runs, and ends the program on all ranks if one of them fails.
 
-    An error of the program is reported to the other ranks, which end with a line that names this rank, and is raised
-    again. If a collective failed because of another rank, this rank ends with a line that names that one. All ranks
-    also end if a rank is lost or stalled (`Watchdog`).
+    An error of the program is raised again after it is reported to the other ranks, which print a line that names this
+    rank and end. If a collective failed because of another rank, this rank prints a line that names the other rank and
+    ends. All ranks also end if a rank is lost or stalled (`Watchdog`).
     """
     mesh = init_process_group(parallel)
     watchdog = Watchdog(parallel, mesh)
@@ -79,7 +79,7 @@ def compute_device() -> torch.device:
 
 
 def _join(parallel: ParallelConfig) -> Mesh:
-    """Builds the process groups for device tensors, which accept no other tensors, and the group for host values."""
+    """Builds the mesh with process groups for device tensors and a separate group for host values."""
     if get_accelerator().communication_backend_name() != "gloo":
         # The group for host values connects few pairs of ranks, so it may connect them when needed. Device groups of
         # gloo connect all pairs now, which shows a link that is down.

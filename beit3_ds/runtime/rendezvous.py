@@ -1,4 +1,4 @@
-"""Lets ranks meet before there is a process group; names a rank that is late or cannot be reached."""
+"""Connects the ranks before a process group exists; names ranks that are late or cannot be reached."""
 
 import errno
 import ipaddress
@@ -23,9 +23,10 @@ from beit3_ds.runtime.launch_environment import Launch
 from beit3_ds.runtime.versions import describe_versions
 
 SILENCE_SECONDS = 60.0
-"""Longest silence of rank 0's host. A host that refuses connections answers: its rank may still open its files."""
+"""Seconds without an answer from rank 0's host after which a rank gives up. A refused connection is an answer, because
+rank 0 may still be opening its files."""
 NOTICE_SECONDS = 30.0
-"""Interval between the messages of a waiting rank."""
+"""Seconds between two messages of a waiting rank."""
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 10.0  # time for other ranks to read from rank 0 that one is missing, or to fail by themselves
 _LISTED = 8  # most differences that a message names
@@ -36,18 +37,18 @@ _WAYS_OUT = (
 
 
 class Rendezvous:
-    """Brings a starting rank together with the others, and prints which ranks are missing.
+    """Connects a starting rank with all others, and prints which ranks are missing.
 
     Ranks meet in the store of rank 0, where each writes its address and the versions of its software. A thread prints
     what this rank waits for, and ends the process if a call into torch blocks for too long.
     """
 
     def __init__(self, launch: Launch, seconds: float, end: Callable[[int], None] = os._exit) -> None:
-        """Prepares the thread; `meet` makes the first connection.
+        """Prepares to connect; `meet` makes the first connection.
 
         Args:
             launch: this rank, with the address of rank 0.
-            seconds: longest wait of ranks for each other.
+            seconds: longest time that ranks wait for each other.
             end: ends this process, even if its main thread is blocked in a call.
         """
         self._launch, self._seconds, self._end = launch, seconds, end
@@ -57,7 +58,7 @@ class Rendezvous:
         self._thread = threading.Thread(target=self._watch, name="rendezvous", daemon=True)
         self._store: dist.TCPStore | None = None
         self.num_threads = 1
-        """Number of threads for this rank's share of its host's cores, known once the ranks have met."""
+        """Number of threads that fits this rank's share of its host's cores; known after `meet`."""
 
     def __enter__(self) -> "Rendezvous":
         self._start = time.monotonic()
@@ -72,11 +73,11 @@ class Rendezvous:
         self._store = None  # the store of torch's process group keeps the server of rank 0 alive
 
     def meet(self) -> None:
-        """Waits until all ranks have come, and chooses gloo's network interface; sends a few bytes per rank.
+        """Waits until all ranks have connected, and chooses gloo's network interface; sends a few bytes per rank.
 
         Raises:
-            ConfigError: if rank 0's host does not answer for `SILENCE_SECONDS` or cannot listen, if not all ranks come
-                within the given seconds, or if some run other versions or code than rank 0.
+            ConfigError: if rank 0's host does not answer for `SILENCE_SECONDS` or cannot listen, if a rank does not
+                connect within the given seconds, or if a rank runs other versions or other code than rank 0.
         """
         serves = self._launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         if serves:
@@ -159,7 +160,7 @@ class Rendezvous:
             ) from None
 
     def _gather_addresses(self, store: dist.TCPStore) -> list[str]:
-        """Waits on rank 0 for all ranks; returns all addresses and sends them, or an error if a rank is missing."""
+        """Runs on rank 0: waits for all ranks, and sends them all addresses, or an error if a rank is missing."""
         size = self._launch.world_size
         missing = list(range(size))
         while missing := [rank for rank in missing if not store.check([f"rendezvous/{rank}"])]:
@@ -190,7 +191,7 @@ class Rendezvous:
         raise ConfigError(error)
 
     def _receive_addresses(self, store: dist.TCPStore) -> list[str]:
-        """Waits on other ranks for the addresses that rank 0 sends."""
+        """Runs on the other ranks: waits for rank 0 and returns the addresses that it sends."""
         self._waits_for = None  # rank 0 prints which ranks are missing
         try:
             store.wait(["rendezvous/error"], timedelta(seconds=self._seconds + _GRACE_SECONDS))
@@ -215,7 +216,7 @@ class Rendezvous:
         return ""
 
     def _interface(self, addresses: list[str]) -> str | None:
-        """Returns the interface that leads to rank 0's host; on that host, the one that leads to the others."""
+        """Returns the network interface towards rank 0's host, or on that host, towards the other hosts."""
         own = _own_address(*self._target())
         others = [address for address in addresses if not _is_loopback(address)]
         if _is_loopback(own) and others:
@@ -241,10 +242,10 @@ class Rendezvous:
 
 
 def find_differences(ranks: Sequence[Mapping[str, Any]]) -> str | None:
-    """Describes software of other ranks that differs from rank 0's, and the way out; None if nothing differs.
+    """Returns an error message about ranks whose software differs from rank 0's; None if nothing differs.
 
     Args:
-        ranks: "host" and, by name, "software" per rank.
+        ranks: per rank, its "host" and its "software", which maps the name of each package to its version.
     """
     first, sentences = ranks[0], []
     for name, expected in first["software"].items():

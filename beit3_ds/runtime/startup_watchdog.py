@@ -11,32 +11,32 @@ from contextlib import contextmanager
 from pathlib import Path
 
 NOTICE_SECONDS = 60.0
-"""Interval at which a start without progress prints where it is."""
+"""Seconds between two messages that say where a start without progress hangs."""
 STOP_SECONDS = 30.0
-"""Longest time of a start after a signal to stop. Usually it reaches the first step, where all ranks agree to stop;
-clusters kill half a minute after the signal or later. Nothing is lost, because no step was done since the newest
-checkpoint."""
+"""Seconds from a stop signal until an unfinished start ends the process. Most starts reach the first step earlier, and
+there all ranks agree to stop. Clusters kill a job half a minute after the signal or later. No training is lost, because
+no step was done since the newest checkpoint."""
 _POLL_SECONDS = 0.5
 _IDLE_SHARE = 0.01
-"""Share of the time below which a process that computes counts as waiting."""
+"""A process that uses less than this share of one core counts as waiting."""
 _PACKAGE = str(Path(__file__).parents[1])
 
 
 class StartupWatchdog:
-    """Runs a thread that watches the main thread until the ranks take steps together.
+    """Runs a thread that watches the main thread from the start of the process until the first step.
 
-    If the file system hangs while files are opened, the main thread blocks for ever. Signals to stop then have no
-    effect, because they are only recorded until the ranks can agree to stop.
+    If the file system hangs while files are opened, the main thread blocks for ever. Stop signals then have no effect,
+    because they are only recorded until the ranks can agree to stop.
     """
 
     def __init__(
         self, rank: int, received: Iterable[int], seconds: float, end: Callable[[int], None] = os._exit
     ) -> None:
-        """Begins to watch.
+        """Starts the thread that watches.
 
         Args:
             rank: rank of this process, for messages.
-            received: signals to stop that this process has received; read repeatedly.
+            received: stop signals that this process has received; the thread reads them repeatedly.
             seconds: longest time without progress while files are opened (`data.timeout_seconds`).
             end: ends this process, even if its main thread is blocked in a call.
         """
@@ -50,7 +50,10 @@ class StartupWatchdog:
         self._thread.start()
 
     def end_opening(self) -> None:
-        """Restricts the watch to signals from now on, because waits for other ranks have their own time limits."""
+        """Ends the limit on time without progress, because waits for other ranks have limits of their own.
+
+        Stop signals are still watched.
+        """
         self._opens_files = False
 
     def stop(self) -> None:
@@ -88,7 +91,7 @@ class StartupWatchdog:
         return time.clock_gettime(self._clock), time.process_time()
 
     def _where(self) -> str:
-        """Describes where the main thread is, with the file that its functions work with."""
+        """Returns the line of code at which the main thread is, and the file or folder that it uses."""
         frame = sys._current_frames().get(self._ident)
         lines, paths = [], []
         for inner, line in traceback.walk_stack(frame):
@@ -110,7 +113,7 @@ class StartupWatchdog:
 
 @contextmanager
 def watched_start(rank: int, received: Iterable[int], seconds: float) -> Iterator[StartupWatchdog]:
-    """Runs a `StartupWatchdog` until the block ends or `stop` is called; takes the arguments of `StartupWatchdog`."""
+    """Runs a `StartupWatchdog`, with the arguments of its constructor, until the block ends or `stop` is called."""
     watch = StartupWatchdog(rank, received, seconds)
     try:
         yield watch

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Signals that stop a run: SIGTERM or SIGUSR1 of a cluster manager, some time before SIGKILL; SIGINT of Ctrl-C."""
+"""Signals that stop a run. Cluster managers send SIGTERM or SIGUSR1 before SIGKILL; Ctrl-C sends SIGINT."""
 
 
 class StopSignals:
@@ -14,7 +14,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: set[int] = set()
-        """Their numbers."""
+        """Numbers of the stop signals received so far."""
         self.is_stop_agreed = False
         """Whether all ranks have agreed to stop because of a stop signal (`DistributedStopSignals.synchronize`)."""
 
@@ -24,12 +24,11 @@ class StopSignals:
 
     @contextmanager
     def handling(self) -> Iterator["StopSignals"]:
-        """Records stop signals, which would otherwise end the process, until the block ends; main thread only.
+        """Records stop signals during the block instead of letting them end the process; for the main thread only.
 
-        Also receives signals that were blocked until now (`beit3 launch` starts ranks with the signals blocked). A
-        second SIGINT raises KeyboardInterrupt, as always. Once the ranks have agreed to stop, the signals are ignored
-        from the end of the block on. Otherwise a signal that reaches one rank after all others have stopped would end
-        it although its work is done, and the launcher would report a failure.
+        Also unblocks the signals, because `beit3 launch` starts ranks with the signals blocked. A second SIGINT raises
+        KeyboardInterrupt, as Python does by default. If the ranks have agreed to stop, the signals are ignored after
+        the block: a late signal must not kill a rank whose work is done, because the launcher would report a failure.
         """
         before = {number: signal.signal(number, self._record) for number in STOP_SIGNALS}
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

@@ -29,7 +29,7 @@ def find_package_versions() -> dict[str, str | None]:
 
 
 def compute_code_digests() -> dict[str, str] | None:
-    """Returns a short digest per file of the project, by relative path; None if there is no beit3_ds."""
+    """Returns a short digest per file of the project, by relative path; None if beit3_ds is not installed."""
     digests: dict[str, str] = {}
     for name in ("beit3_ds", "beit3_ds.kernels"):
         try:
@@ -50,7 +50,8 @@ def compute_code_digests() -> dict[str, str] | None:
 def describe_versions() -> dict[str, str]:
     """Returns the versions of Python and of `PACKAGES`, and one digest of the project's code, as key "code".
 
-    Python's version has two numbers, on which bytecode and wheels depend. Nothing is imported, but all code is read.
+    Python's version is major.minor, because bytecode and wheels depend only on these numbers. No package is imported,
+    but all of the project's code is read.
     """
     versions = {name: str(version) for name, version in find_package_versions().items()}
     code = hashlib.sha256(repr(sorted((compute_code_digests() or {}).items())).encode()).hexdigest()[:12]

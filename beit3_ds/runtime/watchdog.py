@@ -20,7 +20,7 @@ from beit3_ds.runtime.heartbeat import Heartbeat, RankStatuses, find_sleep
 
 _POLL_SECONDS = 1.0
 _GRACE_SECONDS = 5.0
-"""Time for ranks to answer a request for heartbeats, and to end by themselves after an error that all of them meet."""
+"""Seconds that ranks have to answer a request for heartbeats, or to end by themselves after an error common to all."""
 _BEATS_PER_TIMEOUT = 6
 _NONE = "nothing"
 """Value of a key that no rank has set yet."""
@@ -28,19 +28,19 @@ _STORE_ERRORS = (RuntimeError, dist.DistError)
 
 
 class Watchdog:
-    """Runs two threads per rank: one exchanges heartbeats through the store, the other checks that the store answers.
+    """Watches all ranks with two threads per rank: one exchanges heartbeats, the other checks that the store answers.
 
-    Every rank writes what its main thread is doing, a `Heartbeat`, under its own key. Rank 0 reads all heartbeats and
-    runs the `FailureDetector`. The others read its result and the heartbeat of rank 0, so that they notice if rank 0
-    is lost. There are four kinds of failures, each named with rank, coordinates and host:
+    Every rank writes the phase of its main thread as a `Heartbeat` to the store, under its own key. Rank 0 reads all
+    heartbeats and runs the `FailureDetector`. The others read its result and the heartbeat of rank 0, so that they
+    notice if rank 0 is lost. There are four kinds of failures, each named with rank, coordinates and host:
 
     * a rank failed: it reported that in the store before it ended;
     * it does not answer: no heartbeat for `heartbeat_timeout_seconds`, or for five seconds once a collective failed;
     * it stalled: it sends heartbeats, but for `timeout_seconds` its main thread neither made progress nor waited, while
       others waited. All ranks then write the stacks of their threads to stderr. Before that the rank is *slow*, which
       is only reported;
-    * the store does not answer: rank 0, its host or the link to it is down. The second thread detects that, because an
-      operation of the first may block for ever.
+    * the store does not answer: rank 0, its host or the link to it is down. The second thread detects that, because the
+      first thread may block for ever.
 
     Then every rank prints one line and ends with status 1.
 
@@ -54,7 +54,7 @@ class Watchdog:
 
         Args:
             parallel: the time-outs.
-            mesh: mesh of the initialised process group; names the ranks and knows what this one's main thread does.
+            mesh: mesh of the initialised process group; gives the names of the ranks and the activity of this rank.
             end: ends this process, even if its main thread is blocked in a collective.
         """
         self._parallel, self._activity, self._end = parallel, mesh.activity, end
@@ -89,7 +89,7 @@ class Watchdog:
         self._store_thread.start()
 
     def stop(self) -> None:
-        """Ends the threads; this rank no longer needs to be watched."""
+        """Ends the threads, and tells the other ranks that this one needs no more watching."""
         self._stopped.set()
         self._thread.join()
         self._state = "left"
@@ -104,7 +104,7 @@ class Watchdog:
         self._report(f"{self._describe(self._rank)} failed: {line}")
 
     def announce_lost_contact(self, error: Exception) -> None:
-        """Requests the reason for a failed collective, and waits until this rank's threads end the process."""
+        """Lets rank 0 find out why a collective failed, and waits until this rank's threads end the process."""
         self._activity.lost_contact = True
         self._contact_error = "".join(traceback.format_exception(error))
         self._report(None)
@@ -135,7 +135,7 @@ class Watchdog:
         return [Heartbeat.decode(text) for text in self._store.multi_get(_beat_keys(ranks))]
 
     def _watch_ranks(self) -> None:
-        """Runs the first thread."""
+        """Runs as the first thread: sends heartbeats, and ends the process when a failure is published."""
         try:
             while not self._stopped.wait(self._poll_seconds):
                 requested, failure, first_beat = (
@@ -157,7 +157,7 @@ class Watchdog:
             self._end_process(Failure(f"{self._describe(0)} does not answer: it holds the store where ranks meet"))
 
     def _watch_store(self) -> None:
-        """Runs the second thread, which makes no call that could block."""
+        """Runs as the second thread: ends the process if the store stops answering; makes no call that could block."""
         last = time.monotonic()
         while not self._ended.wait(_POLL_SECONDS):
             now = time.monotonic()
@@ -189,7 +189,7 @@ class Watchdog:
         self._store.compare_set("failure", _NONE, json.dumps(failure))  # the first one counts
 
     def _end_process(self, failure: Failure) -> None:
-        """Ends the process, unless it ends by itself in the time that the other ranks need to read the failure."""
+        """Ends the process after five seconds, unless it ends by itself; other ranks can read the failure meanwhile."""
         self._state = "ending"
         with contextlib.suppress(*_STORE_ERRORS):  # the process that holds the store may be gone
             self._beat()
