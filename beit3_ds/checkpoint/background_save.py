@@ -30,23 +30,23 @@ class SaveOutcome:
     """Holds the result of a save; equal on all ranks except for the seconds, which each rank measures."""
 
     step: int
-    """Number of updates that the checkpoint holds."""
+    """Number of updates done before the save."""
     path: Path
     """Folder of the checkpoint."""
     error: str | None
-    """Error of the save, on one line; None if the checkpoint is whole and on the disk."""
+    """Error of the save, one line; None if the checkpoint is complete and on disk."""
     held_up_seconds: float
-    """Time that training waited: for the end of the previous save, and for the copy to host memory."""
+    """Seconds that training waited for the end of the previous save and for the copy to host memory."""
     seconds: float
-    """Time from the beginning of the save to its end."""
+    """Seconds from the beginning of the save to its end."""
 
 
 class BackgroundSave:
     """Saves one state at a time: `start` copies it to host memory, and a thread writes the copy.
 
-    The threads of all ranks talk to each other through a group of their own. If a save is due while the one before is
-    being written, it waits, so a failure never costs more steps than one interval between saves and a save's time. A
-    save that fails is reported and leaves all earlier checkpoints as they are.
+    The threads of all ranks communicate through a group of their own. If a save is due while the previous one is still
+    being written, training waits. So a failure never costs more than the steps of one interval between saves and the
+    duration of one save. A failed save is reported, and leaves all earlier checkpoints unchanged.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class BackgroundSave:
         Args:
             collection: the run's checkpoints.
             mesh: the mesh of ranks.
-            host: all ranks, through a group that only their threads use during a save.
-            run: description of the run that checkpoints hold.
-            timeout_seconds: longest time that `wait` waits.
+            host: group of all ranks that only the threads of a save use.
+            run: description of this run, which is stored in every checkpoint.
+            timeout_seconds: seconds after which `wait` gives up.
         """
         self._collection, self._mesh, self._host, self._run = collection, mesh, host, run
         self._timeout_seconds = timeout_seconds
@@ -73,17 +73,17 @@ class BackgroundSave:
         self._outcomes: list[SaveOutcome] = []
 
     def reserve_memory(self, state: EngineState) -> None:
-        """Starts to reserve the memory of copies in a thread, so that the first save does not wait for it."""
+        """Starts a thread that reserves host memory for the copies, so that the first save need not wait for memory."""
         self._snapshot = Snapshot(state)
         self._start_thread(self._snapshot.reserve_memory)
 
     def start(self, state: EngineState, step: int, data: Mapping[str, Any], begun: float) -> None:
-        """Copies the state and starts the thread that writes it. All ranks call it, after `wait`.
+        """Copies the state to host memory and starts the thread that writes the copy. All ranks call it after `wait`.
 
         Args:
-            state: weights and moments.
+            state: training state of this rank: weights and moments.
             step: number of updates done.
-            data: state of the run's data (`Index.data`); only the main rank's is saved.
+            data: position in the data and other state (`Index.data`); only that of the main rank is saved.
             begun: `time.monotonic()` at the beginning of the save.
         """
         snapshot = self._snapshot = self._snapshot or Snapshot(state)
@@ -93,7 +93,7 @@ class BackgroundSave:
         self._start_thread(lambda: self._write(snapshot, step, data, begun, held_up))
 
     def wait(self) -> None:
-        """Waits for the end of this rank's part of the current save, if any.
+        """Waits until this rank's part of the current save has ended; returns at once if there is none.
 
         Raises:
             StorageError: after `timeout_seconds`; earlier checkpoints are untouched.
@@ -116,7 +116,7 @@ class BackgroundSave:
             )
 
     def take_outcomes(self) -> list[SaveOutcome]:
-        """Returns the results of the saves that ended since the last call, without waiting."""
+        """Returns the results of all saves that ended since the last call; does not wait."""
         taken, self._outcomes = self._outcomes, []
         return taken
 
@@ -143,7 +143,7 @@ class BackgroundSave:
         )
 
     def _write_together(self, snapshot: Snapshot, step: int, data: Mapping[str, Any]) -> str | None:
-        """Returns the error of any rank, or None once the checkpoint is whole."""
+        """Writes and publishes the checkpoint together with all ranks; returns the error of any rank, or None."""
         collection = self._collection
         error = self._from_main(
             self._attempt(lambda: collection.create_temporary(step)) if self._mesh.is_main else None
@@ -169,7 +169,7 @@ class BackgroundSave:
         return error
 
     def _attempt(self, work: Callable[[], Any]) -> str | None:
-        """Runs a part of a save; returns its error, if any."""
+        """Runs `work`, a part of a save, and returns its error as one line; None if it succeeds."""
         try:
             work()
         except Exception as error:  # the other ranks wait to hear of it
@@ -204,7 +204,7 @@ class BackgroundSave:
 
 
 class _RankReport(NamedTuple):
-    """Holds the report of a rank's part of a save to the main rank."""
+    """Tells the main rank what one rank has written in a save."""
 
     error: str | None
     files: dict[str, WrittenFile]

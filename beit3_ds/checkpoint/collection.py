@@ -1,4 +1,4 @@
-"""Finds, publishes and deletes the checkpoints in the folder of one run; nothing here communicates."""
+"""Finds, publishes and deletes the checkpoints in one run's folder, without communication between ranks."""
 
 import contextlib
 import itertools
@@ -24,37 +24,37 @@ _LATEST = "latest"
 class CheckpointCollection:
     """Manages the folder `OUTPUT_DIR/checkpoints`: a subfolder `step-XXXXXXXX` per checkpoint, and a file `latest`.
 
-    A checkpoint is written under a temporary name, synced to disk and renamed, so it is there whole or not at all.
-    Then `latest`, a file with its name, is replaced, and the oldest checkpoints are deleted.
+    A checkpoint is written under a temporary name, synced to disk and renamed, so that it is complete or absent. Then
+    the file `latest` is replaced by one that holds the checkpoint's name, and the oldest checkpoints are deleted.
 
     Attributes:
         root: the folder; all ranks must see the same one.
     """
 
     def __init__(self, root: Path, keep: int) -> None:
-        """Remembers the folder; the first save creates it.
+        """Stores the arguments; the first save creates the folder.
 
         Args:
             root: the folder.
-            keep: number of whole checkpoints that are kept, beside that of the best evaluation.
+            keep: number of complete checkpoints to keep, in addition to the checkpoint of the best evaluation.
         """
         self.root, self._keep = root, keep
         self._damaged: set[Path] = set()
         self._existed = root.exists()
 
     def path(self, step: int) -> Path:
-        """Returns the path of a step's checkpoint."""
+        """Returns the path of the checkpoint saved after `step` updates."""
         return self.root / checkpoint_name(step)
 
     def paths(self) -> list[Path]:
-        """Returns the paths of all checkpoints, newest first, whole or not."""
+        """Returns the paths of all checkpoints, newest first, including incomplete ones."""
         return checkpoint_paths(self.root)
 
     def newest_path(self) -> Path | None:
         """Returns the newest checkpoint whose files exist with the right sizes, without reading them.
 
         Returns:
-            Its path; None if there is none, or the folder cannot be read.
+            Path of the checkpoint; None if there is none, or if the folder cannot be read.
         """
         try:
             return next(self._whole_paths(), None)
@@ -62,16 +62,18 @@ class CheckpointCollection:
             return None
 
     def mark_damaged(self, path: Path) -> None:
-        """Excludes a damaged checkpoint from `newest_path` and from the count of kept ones; file sizes may not show
-        damage."""
+        """Excludes a damaged checkpoint from `newest_path` and from the number of checkpoints to keep.
+
+        This is needed because damage does not always change file sizes.
+        """
         self._damaged.add(path)
 
     def mark_whole(self, path: Path) -> None:
-        """Counts a checkpoint again, because it was replaced."""
+        """Reverts `mark_damaged` for a checkpoint that has been replaced by a new one."""
         self._damaged.discard(path)
 
     def create_temporary(self, step: int) -> Path:
-        """Creates the empty temporary folder of a step's checkpoint, and deletes what killed saves left.
+        """Creates an empty temporary folder for a step's checkpoint, and deletes temporary folders of killed saves.
 
         Raises:
             OSError: if the folder cannot be created, or its name is taken.
@@ -129,7 +131,7 @@ class CheckpointCollection:
         return (path for path in self.paths() if path not in self._damaged and _has_all_files(path))
 
     def _clear(self, target: Path) -> None:
-        """Frees the path of a checkpoint: deletes this program's checkpoint of that step, and renames anything else."""
+        """Frees a checkpoint's path: deletes an old checkpoint of this program there, or renames any other entry."""
         if is_own_checkpoint(target):
             _delete(target)
             return
@@ -148,7 +150,7 @@ class CheckpointCollection:
         write_whole(latest, f"{name}\n".encode())
 
     def _prune(self, best_step: int | None) -> None:
-        """Deletes this program's checkpoints that are older than the oldest kept one, except for the best one."""
+        """Deletes this program's checkpoints older than the oldest one to keep, except the one of step `best_step`."""
         paths = self.paths()
         best = None if best_step is None else self.path(best_step)
         whole = [path for path in self._whole_paths() if is_own_checkpoint(path) and path != best]
@@ -159,7 +161,7 @@ class CheckpointCollection:
 
 
 def _has_all_files(path: Path) -> bool:
-    """Returns whether a folder holds the checkpoint that its name says, with files of the right sizes."""
+    """Returns whether a folder holds the checkpoint of the step in its name, with all files in the right sizes."""
     try:
         return path.name == checkpoint_name(CheckpointFolder(path).step)
     except BrokenIndexError:

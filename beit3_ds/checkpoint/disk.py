@@ -1,4 +1,4 @@
-"""Writes, syncs and renames the files of checkpoints, so that a file is whole on the disk or absent."""
+"""Writes, syncs and renames the files of checkpoints, so that a file is complete on disk or absent."""
 
 import hashlib
 import os
@@ -11,14 +11,14 @@ _SYNC_BYTES = 1 << 26
 
 
 class NewFile:
-    """Writes a file front to back, with an optional digest, and synced to disk when its `with` block ends.
+    """Writes a file from front to back and syncs it to disk when the `with` block ends; can compute a digest.
 
-    A thread syncs data to the disk during the writing. Otherwise the system would begin only when much of the memory is
-    waiting to be written, and would then hold the writer up.
+    A thread syncs written data to disk all the time. Otherwise the system would start only when unwritten data fills
+    much of the memory, and would then block the writer.
 
     Raises:
         FileExistsError: if the file exists.
-        OSError: if the disk is full, cannot be written, or is gone; the part written by then stays on the disk.
+        OSError: if the disk is full, cannot be written, or has gone; the bytes written before stay on disk.
     """
 
     def __init__(self, path: Path, *, with_digest: bool = True) -> None:
@@ -51,7 +51,7 @@ class NewFile:
         return self._digest.hexdigest() if self._digest else ""
 
     def write(self, content: bytes | memoryview) -> None:
-        """Appends bytes; a write that the system cuts short is continued from there."""
+        """Appends all bytes, with further calls if the system writes only some of them at once."""
         rest = memoryview(content).cast("B")
         while rest:
             chunk = rest[:_CHUNK_BYTES]
@@ -84,7 +84,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Renames a file over another, or a folder to a free name, and syncs the folder that holds both."""
+    """Renames a file, replacing any file at `target`, or a folder to an unused name, and syncs the parent folder."""
     os.replace(source, target)
     sync_folder(target.parent)
 

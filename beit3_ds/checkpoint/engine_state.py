@@ -1,9 +1,10 @@
-"""Reads and writes the training state that a rank owns inside DeepSpeed's engine, as ranges of logical tensors.
+"""Reads and writes a rank's training state inside DeepSpeed's engine, as ranges of logical tensors.
 
-A tensor's state is its float32 weight, AdamW's two moments, and perhaps a moving average of the weight. Parameters of a
-narrower type are the rounded weights, so they are recomputed instead of saved. The ZeRO stage decides which elements a
-rank owns: all of its part of the model (stage 0), a share of the flattened parameters (1 and 2), or a share of every
-parameter (3). Only this file and `flat_tensors` know DeepSpeed's optimizers.
+A logical tensor is a whole tensor of the model, without any parallelism. Its state is the float32 weight, AdamW's two
+moments, and, if configured, a moving average of the weight. bf16 or fp16 parameters are these weights rounded, so they
+are recomputed instead of saved. The ZeRO stage decides which elements a rank owns: all of its part of the model (stage
+0), a share of the flattened parameters (1 and 2), or a share of every parameter (3). Only this file and `flat_tensors`
+know DeepSpeed's optimizers.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,15 +30,15 @@ from beit3_ds.checkpoint.weight_average import WeightAverage
 from beit3_ds.parallel import Mesh, is_split, logical_shape
 
 ReadSlice = Callable[[str, str, TensorSlice], Tensor]
-"""Returns a slice of a tensor as a matrix, given one of `EngineState.kinds`, a logical name and the slice."""
+"""Function of a kind in `EngineState.kinds`, a logical name and a slice; returns the slice as a matrix."""
 
 _GATHERED_PARAMETERS = 4
-"""Parameters that ZeRO-3's ranks gather per save for a comparison; a forward pass gathers all of them."""
+"""Number of parameters that ZeRO-3's ranks gather at each save to compare them with the saved weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalTensor:
-    """Holds the block of a logical tensor that this rank holds under tensor and pipeline parallelism."""
+    """Describes the block of a logical tensor that belongs to this rank under tensor and pipeline parallelism."""
 
     shape: torch.Size
     """Logical shape of the tensor."""
@@ -46,23 +47,23 @@ class LocalTensor:
 
 
 class Fragment(NamedTuple):
-    """Holds a range of elements whose state this rank owns, as one-dimensional views of the engine's own memory."""
+    """Holds the state of a range of elements that this rank owns, as one-dimensional views of the engine's memory."""
 
     name: str
     """Logical name of the parameter."""
     start: int
-    """Number of the first element in this rank's block of the tensor."""
+    """Index of the first element in this rank's block of the tensor."""
     weight: Tensor
     """Weights in float32."""
     optimizer_state: dict[str, Tensor]
-    """AdamW's moments of these elements, and the average of the weights if there is one, by kind."""
+    """AdamW's moments of these elements, and their moving average if one is kept, by kind."""
 
     def values(self, kind: str) -> Tensor:
-        """Returns the elements of one of `EngineState.kinds`."""
+        """Returns the values of one kind in `EngineState.kinds`."""
         return self.weight if kind == WEIGHT else self.optimizer_state[kind]
 
     def cut(self, start: int, stop: int) -> "Fragment":
-        """Returns the elements [start, stop) of this fragment."""
+        """Returns a fragment of the elements [start, stop) of this one."""
         state = {kind: values[start:stop] for kind, values in self.optimizer_state.items()}
         return Fragment(self.name, self.start + start, self.weight[start:stop], state)
 
@@ -97,7 +98,7 @@ class EngineState:
 
     @property
     def optimizer_step(self) -> int:
-        """Updates that AdamW has counted for its bias correction; 0 before the first."""
+        """Returns the number of updates that AdamW has counted for its bias correction; 0 before the first."""
         steps = {float(state["step"]) for _, state in self._owners() if "step" in state}
         steps |= {float(group["step"]) for group in adamw_of(self._engine.optimizer).param_groups if "step" in group}
         assert len(steps) <= 1, f"parameters were updated different numbers of times: {steps}"
@@ -109,15 +110,15 @@ class EngineState:
         return KINDS if self._average is None else (*KINDS, AVERAGE)
 
     def update_average(self) -> None:
-        """Adds the weights after an update to the moving average, if there is one."""
+        """Updates the moving average with the weights after an update; does nothing if no average is kept."""
         if self._average is not None:
             self._average.update(self._weights())
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Makes the model compute with the averages inside the context; does nothing without averages.
+        """Lets the model compute with the averages inside a `with` block; does nothing if no averages are kept.
 
-        Weights and averages change places, so no update and no save may happen inside. All ranks enter and leave it
+        The block swaps weights and averages, so it must contain no update and no save. All ranks enter and leave it
         together: under ZeRO-1 to 3 the data-parallel ranks gather parameters as they do after an update.
         """
         if self._average is None:
@@ -132,16 +133,16 @@ class EngineState:
             self._refresh_parameters()
 
     def fragments_to_save(self) -> list[Fragment]:
-        """Returns the fragments that this rank writes; over all ranks every element of every tensor is written once.
+        """Returns the fragments that this rank saves; all ranks together save every element of every tensor once.
 
-        Without ZeRO all data-parallel ranks hold all elements, and each writes an equal share. Tensors that
-        tensor-parallel ranks hold alike, such as norms and positions, are written by the first of them.
+        Without ZeRO all data-parallel ranks hold all elements, and each saves an equal share. The first tensor-parallel
+        rank saves tensors that are equal on all of them, such as norms and positions.
         """
         self._start_moments()
         return list(self._shares())
 
     def buffers_to_save(self) -> dict[str, Tensor]:
-        """Returns the buffers that this rank writes: all of its stage on the stage's first rank, else none."""
+        """Returns the buffers that this rank saves: all of its stage on the stage's first rank, none on other ranks."""
         is_first = self._mesh.data_parallel_rank == 0 and self._mesh.tensor.rank == 0
         return self.buffers if is_first else {}
 
@@ -162,23 +163,23 @@ class EngineState:
 
     @torch.no_grad()
     def find_mismatch(self, step: int) -> str | None:
-        """Compares the state to save with the parameters that the forward pass uses. All ranks call it.
+        """Compares the weights to save with the parameters that the forward pass uses. All ranks call it.
 
-        A checkpoint is assembled from DeepSpeed's flat buffers. An option that orders these differently would make the
-        checkpoint garbage, although training stays correct. So samples of every parameter are compared, among the
-        elements that this rank owns. Under ZeRO-3 a rank holds only its own partition, so a few parameters, different
-        ones at each step, are also gathered: the data-parallel ranks send all elements of these.
+        A checkpoint is assembled from DeepSpeed's flat buffers. A DeepSpeed option that changes their order would make
+        the checkpoint wrong, although training stays correct. So this rank compares samples of the elements that it
+        owns of every parameter. Under ZeRO-3 it holds only its own partition, so the data-parallel ranks also gather a
+        few parameters, different ones at each step.
 
         Args:
-            step: number of updates done; it chooses the samples, the same ones on all ranks.
+            step: number of updates done; chooses the samples, which are the same on all ranks.
 
         Returns:
-            The first tensor that differs and the difference, in a few words; None if all are equal.
+            A short description of the first tensor that differs; None if all are equal.
         """
         return find_mismatch(self._held_weights(step), step)
 
     def _held_weights(self, step: int) -> Iterator[HeldWeights]:
-        """Yields every owned fragment with the model's own values of its elements."""
+        """Yields the weights to save of every fragment together with the model's values of the same elements."""
         names = sorted(self._parameters)
         gathered = set(Random(step).sample(names, min(_GATHERED_PARAMETERS, len(names))))
         for fragment in self._fragments():
@@ -198,13 +199,14 @@ class EngineState:
 
     @torch.no_grad()
     def load(self, read: ReadSlice, optimizer_step: int) -> None:
-        """Overwrites this rank's weights and moments, and reads only its part of the files. All ranks call it.
+        """Overwrites this rank's weights and moments with values from `read`. All ranks call it.
 
-        Under ZeRO-3 the data-parallel ranks then gather the parameters that DeepSpeed keeps whole.
+        Reads only the elements that this rank owns. Under ZeRO-3 the data-parallel ranks then gather the parameters
+        that DeepSpeed keeps unpartitioned.
 
         Args:
-            read: reads slices of all tensors of `local_tensors` in float32.
-            optimizer_step: number of updates that made the moments.
+            read: returns a float32 slice of any tensor in `local_tensors`.
+            optimizer_step: number of updates that produced the moments.
         """
         self._load_weights(read, set(self._parameters))
         self._start_moments()
@@ -221,20 +223,20 @@ class EngineState:
 
     @torch.no_grad()
     def load_buffers(self, read: Callable[[str], Tensor]) -> None:
-        """Overwrites this stage's persistent buffers with those that `read` returns by name."""
+        """Overwrites each persistent buffer of this stage with the tensor that `read` returns for its name."""
         for name, buffer in self.buffers.items():
             buffer.copy_(read(name))
 
     @torch.no_grad()
     def load_weights(self, read: ReadSlice, names: set[str]) -> None:
-        """Overwrites the weights of the parameters `names`, before the first update. All ranks call it."""
+        """Overwrites the weights of the parameters in `names`; for use before the first update. All ranks call it."""
         assert self.optimizer_step == 0, "weights are replaced under moments that belong to others"
         self._load_weights(read, names & set(self._parameters))
         if self._average is not None:
             self._average.restart(self._weights())
 
     def slices(self, fragment: Fragment) -> Iterator[tuple[int, TensorSlice]]:
-        """Yields the slices of the logical tensor that make up a fragment, as `slice_range` does, without padding."""
+        """Yields the slices of the logical tensor that make up a fragment, without padding (see `slice_range`)."""
         start, stop = fragment.start, fragment.start + len(fragment.weight)
         return slice_range(self.local_tensors[fragment.name].block, start, stop)
 
@@ -271,7 +273,7 @@ class EngineState:
                 self._parameters[fragment.name].data.view(-1).copy_(fragment.weight)
 
     def _gather_persistent(self, optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
-        """Gathers the parameters that ZeRO-3 keeps whole between steps."""
+        """Gathers the parameters that ZeRO-3 keeps unpartitioned between steps."""
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
         optimizer.invalidate_secondary_tensor()
@@ -282,7 +284,7 @@ class EngineState:
             values[position : position + part.num_elements].copy_(read(kind, fragment.name, part).flatten())
 
     def _start_moments(self) -> None:
-        """Creates the state that AdamW itself would create at the first update."""
+        """Creates AdamW's moments as zeros, as AdamW itself does at the first update."""
         for weight, state in self._owners():
             if not state:
                 if isinstance(adamw_of(self._engine.optimizer), torch.optim.AdamW):
@@ -297,7 +299,7 @@ class EngineState:
         )
 
     def _owners(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        """Yields each tensor that AdamW updates on this rank, with its state; that is empty before the first update."""
+        """Yields each tensor that AdamW updates on this rank and its optimizer state; {} before the first update."""
         optimizer = self._engine.optimizer
         state = adamw_of(optimizer).state
         for weights, _ in flat_tensors(self._engine.optimizer):
@@ -327,7 +329,7 @@ def _local_tensor(parameter: nn.Parameter) -> LocalTensor:
 
 
 def _gather(parameter: Any) -> Tensor:
-    """Returns a flat copy of a parameter that ZeRO-3 has partitioned. All its data-parallel ranks call it."""
+    """Gathers a parameter that ZeRO-3 has partitioned into a flat copy. All data-parallel ranks call it."""
     if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # kept whole between steps
         return parameter.data.flatten()
     with deepspeed.zero.GatheredParameters([parameter]):

@@ -1,4 +1,4 @@
-"""Knows in which tensors DeepSpeed's optimizers keep the float32 weights, under every ZeRO stage."""
+"""Finds the tensors in which DeepSpeed's optimizers keep the float32 weights, under every ZeRO stage."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -13,19 +13,22 @@ from torch import Tensor, nn
 
 
 class ParameterRange(NamedTuple):
-    """Holds the range of a parameter's elements in a flat tensor."""
+    """Maps a range of a parameter's elements to their place in a flat tensor."""
 
     parameter: nn.Parameter
     start: int
-    """Number of the first element in the parameter."""
+    """Index of the first element in the parameter."""
     position: int
-    """Number of the first element in the flat tensor."""
+    """Index of the same element in the flat tensor."""
     length: int
     """Number of elements."""
 
 
 def adamw_of(optimizer: Any) -> torch.optim.Optimizer:
-    """Returns torch's AdamW, or apex's FusedAdam, which keeps the same moments but counts updates in its groups."""
+    """Returns the AdamW inside DeepSpeed's optimizer: torch's, or apex's FusedAdam.
+
+    FusedAdam keeps the same moments, but counts updates in its parameter groups.
+    """
     inner = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
     assert isinstance(inner, torch.optim.Optimizer)
     known = isinstance(inner, torch.optim.AdamW) or type(inner).__name__ == "FusedAdam"
@@ -34,7 +37,7 @@ def adamw_of(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def flat_tensors(optimizer: Any) -> Iterator[tuple[Tensor, list[ParameterRange]]]:
-    """Yields the tensors that AdamW updates on this rank, each with the ranges of parameters that it holds.
+    """Yields each tensor that AdamW updates on this rank, with the parameter ranges inside it.
 
     Args:
         optimizer: the engine's optimizer: one of DeepSpeed's, or AdamW itself.
@@ -56,7 +59,7 @@ def flat_tensors(optimizer: Any) -> Iterator[tuple[Tensor, list[ParameterRange]]
 
 
 def _zero3_ranges(parameters: list[Any]) -> list[ParameterRange]:
-    """Lists this rank's equal share of each parameter; the last ranks' shares may reach past a parameter's end."""
+    """Lists this rank's share of each parameter; all shares are equal, so the last ones may include padding."""
     ranges, position = [], 0
     for parameter in parameters:
         size = parameter.partition_numel()
@@ -70,8 +73,8 @@ def _zero3_ranges(parameters: list[Any]) -> list[ParameterRange]:
 def _zero12_ranges(optimizer: DeepSpeedZeroOptimizer, group: int) -> list[ParameterRange]:
     """Lists the ranges of parameters in this rank's share of a flattened group.
 
-    The order is that of the flat buffer, which `round_robin_gradients` and `parameter_alignment` change. DeepSpeed's
-    own mapping of parameters (`_hp_mapping`) ignores `round_robin_gradients`.
+    The ranges follow the order of the flat buffer, which `round_robin_gradients` and `parameter_alignment` change.
+    DeepSpeed's own mapping of parameters (`_hp_mapping`) is not used, because it ignores `round_robin_gradients`.
     """
     size = optimizer.partition_size[group]
     first = size * dist.get_rank(optimizer.real_dp_process_group[group])

@@ -1,4 +1,4 @@
-"""Reads one checkpoint on disk, by any rank of any layout, and finds checkpoints in a folder."""
+"""Reads a checkpoint on disk from any rank under any layout, and finds checkpoints in a folder."""
 
 import os
 import re
@@ -37,9 +37,9 @@ _FILE_OF_KIND = {kind: file for file, kinds in FILE_KINDS.items() for kind in ki
 
 
 class CheckpointFolder:
-    """Opens a whole checkpoint: its index is valid, and its files exist with the right sizes.
+    """Opens a complete checkpoint, whose index is valid and whose files all exist with the right sizes.
 
-    `find_damage` compares digests, and so reads whole files. The other methods read only the values asked for.
+    `find_damage` and `find_fault` read whole files to compare digests. Other methods read only the requested values.
     """
 
     def __init__(self, path: Path, weights: str = WEIGHT) -> None:
@@ -47,10 +47,11 @@ class CheckpointFolder:
 
         Args:
             path: folder of the checkpoint.
-            weights: kind of the values that `read` returns, `index.WEIGHT` or `index.AVERAGE`.
+            weights: kind of values that `read` returns: `index.WEIGHT` or `index.AVERAGE`.
 
         Raises:
-            BrokenIndexError: if the checkpoint is incomplete or changed, with the fault in a few words.
+            BrokenIndexError: if the checkpoint is incomplete or changed; the message describes the fault in a few
+                words.
         """
         self.path, self.index, self._weights = path, read_index(path), weights
         check_files(path, self.index)
@@ -78,20 +79,20 @@ class CheckpointFolder:
 
     @property
     def task(self) -> Mapping[str, Any] | None:
-        """Returns name and settings of the run's task; None in checkpoints of older versions."""
+        """Returns the name and settings of the run's task; None in checkpoints of older versions."""
         task: Mapping[str, Any] | None = self.index.run.config.get("task")
         return task
 
     def files(self, kind: str | None = None) -> list[str]:
-        """Returns the names of all files, or only of one kind in `FILE_KINDS`, or `BUFFERS`."""
+        """Returns the names of all files, or only of one kind: a key of `FILE_KINDS`, or `BUFFERS`."""
         return sorted(name for name in self.index.files if kind is None or name.startswith(f"{kind}-"))
 
     def find_damage(self, names: Iterable[str]) -> str | None:
-        """Compares files of the index with their digests; returns the first fault in a few words, or None."""
+        """Compares the given files with their digests; returns a short description of the first fault, or None."""
         return next(filter(None, map(self.find_fault, names)), None)
 
     def find_fault(self, name: str) -> str | None:
-        """Compares one file with its digest; returns the fault in a few words, or None."""
+        """Compares one file with its digest; returns a short description of the fault, or None."""
         try:
             digest = file_sha256(self.path / name)
         except OSError as error:
@@ -112,28 +113,28 @@ class CheckpointFolder:
         return self.index.shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Returns the type of `read`'s tensors."""
+        """Returns the dtype of the tensors that `read` returns: float32."""
         return torch.float32
 
     def read(self, name: str, part: TensorSlice | None = None) -> Tensor:
-        """Returns a tensor's float32 weights, or averages, in its logical shape, or a slice of them as a matrix."""
+        """Returns a tensor's float32 weights or averages: all in the logical shape, or the slice `part` as a matrix."""
         values = self.read_kind(self._weights, name, part or whole_slice(self.shape(name)))
         return values if part else values.view(self.shape(name))
 
     def release_pages(self) -> None:
-        """Frees nothing, because tensors are read and not mapped."""
+        """Does nothing: this reader maps no file into memory, so it holds no pages."""
 
     def read_kind(self, kind: str, name: str, part: TensorSlice) -> Tensor:
-        """Returns a slice of a tensor's weights, moments or averages as a float32 matrix.
+        """Reads a slice of a tensor's weights, moments or averages, and returns it as a float32 matrix.
 
         Args:
-            kind: one of `index.KINDS`, or `index.AVERAGE`, which reads the weights if no averages are saved.
+            kind: one of `index.KINDS`, or `index.AVERAGE`; the latter reads the weights if no averages are saved.
             name: logical name of the tensor.
             part: slice of the tensor.
 
         Raises:
             BrokenIndexError: if a file cannot be opened.
-            BrokenTensorFileError: if a file does not hold the piece that the index says.
+            BrokenTensorFileError: if a file does not hold a piece that the index places there.
         """
         if kind == AVERAGE and not self.has_averages:
             kind = WEIGHT
@@ -153,11 +154,11 @@ class CheckpointFolder:
         return values
 
     def read_buffer(self, name: str) -> Tensor:
-        """Returns a persistent buffer in its own type and shape.
+        """Reads a persistent buffer and returns it in its own dtype and shape.
 
         Raises:
             BrokenIndexError: if its file cannot be opened.
-            BrokenTensorFileError: if the file does not hold the buffer that the index describes.
+            BrokenTensorFileError: if the file does not hold the buffer with the dtype and shape in the index.
         """
         rank, dtype, shape = self.index.buffers[name]
         file = self._open(file_name(BUFFERS, rank))
@@ -182,10 +183,10 @@ class CheckpointFolder:
 
 
 def check_files(path: Path, index: Index) -> None:
-    """Refuses a checkpoint if a file is missing or has another size.
+    """Checks that every file in a checkpoint's index exists and has the right size.
 
     Raises:
-        BrokenIndexError: naming the file.
+        BrokenIndexError: if not; the message names the file.
     """
     for name, written in index.files.items():
         try:
@@ -202,9 +203,10 @@ def checkpoint_name(step: int) -> str:
 
 
 def checkpoint_paths(folder: Path) -> list[Path]:
-    """Returns the folders inside `folder` that have the name of a checkpoint, newest first, whole or not.
+    """Returns the folders inside `folder` whose names are those of checkpoints, newest first; some may be incomplete.
 
-    Other entries are not this program's: copies such as `step-00000002.bak`, files, and links.
+    Leaves out other entries, because this program did not create them: copies such as `step-00000002.bak`, files and
+    links.
     """
     try:
         with os.scandir(folder) as entries:
@@ -215,10 +217,10 @@ def checkpoint_paths(folder: Path) -> list[Path]:
 
 
 def is_own_checkpoint(path: Path) -> bool:
-    """Returns whether a folder may be deleted as a checkpoint: its index fits its name and lists all its files.
+    """Returns whether this program wrote a folder and all in it: its index fits its name and lists all its files.
 
-    Its files may be damaged or missing. If the index is unreadable or does not list a file, then the folder holds
-    something that this program did not write.
+    Only then may the folder be deleted. Listed files may be damaged or missing. If the index is unreadable, or a file
+    is not in it, something else may have written to the folder.
     """
     try:
         index = read_index(path)
@@ -228,7 +230,7 @@ def is_own_checkpoint(path: Path) -> bool:
 
 
 def left_over_paths(folder: Path) -> list[Path]:
-    """Returns the folders inside `folder` that killed saves and deletions left, by their names and contents."""
+    """Returns the folders inside `folder` that an interrupted save or deletion of this program has left behind."""
     found = [path for path in folder.glob(".*-step-*") if _LEFT_OVER.fullmatch(path.name)]
     return [path for path in found if _holds_only(path, lambda name: _FILE_NAME.fullmatch(name) is not None)]
 
@@ -248,21 +250,21 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Returns whether a path looks like a checkpoint, a folder of checkpoints, or the output of a run that has some."""
+    """Returns whether a path looks like a checkpoint, a folder of checkpoints, or a run's output with checkpoints."""
     return (path / INDEX_NAME).is_file() or bool(checkpoint_paths(path) or checkpoint_paths(path / "checkpoints"))
 
 
 def open_checkpoint(path: Path, kind: str | None = "weights", *, averages: bool = False) -> CheckpointFolder:
-    """Opens a checkpoint, or the newest whole one of a run, after comparing its files with their digests.
+    """Opens a checkpoint, or the newest complete one of a run, after comparing its files with their digests.
 
     Args:
         path: a checkpoint, a folder of checkpoints, or `training.output_dir` of a run.
-        kind: kind of the files to compare, one of `FILE_KINDS`; None compares all files.
-        averages: whether `read` returns moving averages instead of the weights; their files are then compared.
+        kind: kind of files to compare, a key of `FILE_KINDS`; None compares all files.
+        averages: whether `read` returns moving averages instead of weights, whose files are then compared instead.
 
     Raises:
-        ConfigError: if there is no whole checkpoint, or it holds no averages; the faults of those that were tried go to
-            stderr.
+        ConfigError: if there is no complete checkpoint, or it holds no averages. The faults of rejected checkpoints are
+            printed to stderr.
     """
     if averages:
         kind = _FILE_OF_KIND[AVERAGE]
@@ -287,13 +289,13 @@ def open_checkpoint(path: Path, kind: str | None = "weights", *, averages: bool 
 
 
 def best_checkpoint_path(path: Path) -> Path:
-    """Returns the path of a run's best checkpoint (`training.best_metric`), as its newest whole checkpoint names it.
+    """Returns the path of a run's best checkpoint (`training.best_metric`), named in its newest complete checkpoint.
 
     Args:
         path: a folder of checkpoints, or `training.output_dir` of a run.
 
     Raises:
-        ConfigError: if there is no whole checkpoint, or none is known to be the best.
+        ConfigError: if there is no complete checkpoint, or the newest one does not name a best checkpoint.
     """
     newest = open_checkpoint(path, kind="")
     best = newest.index.best_step
@@ -305,7 +307,10 @@ def best_checkpoint_path(path: Path) -> Path:
 
 
 def _find_damage_fast(folder: CheckpointFolder, names: Sequence[str]) -> str | None:
-    """Does what `find_damage` does with one thread per core and a progress bar, for a process alone on its machine."""
+    """Compares files like `find_damage`, but with one thread per core and a progress bar.
+
+    Meant for a process that has the machine to itself.
+    """
     with ThreadPoolExecutor(count_cores()) as pool:
         faults = pool.map(folder.find_fault, names)
         text = f"checking {folder.path.name}"

@@ -8,9 +8,10 @@
       buffers-00000.safetensors      persistent buffers of the stage that rank 0 belongs to, if it has any
       weights-00001.safetensors      ...
 
-A piece is a slice of a logical tensor. The pieces of a tensor cover each of its elements once. Names and shapes
-describe the whole model, so only the cuts between pieces depend on the ranks that wrote a checkpoint. A buffer is equal
-on all ranks that have it; one of them writes it whole and in its own type.
+A logical tensor is a whole tensor of the model, without any parallelism; a piece is a slice of it. The pieces of a
+tensor cover each of its elements once. Names and shapes describe the whole model, so only the cuts between pieces
+depend on the layout that wrote a checkpoint. A buffer is equal on all ranks that have it; one of them writes all of it,
+in its own dtype.
 """
 
 import hashlib
@@ -34,19 +35,19 @@ VERSION = 1
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = (WEIGHT, *MOMENTS)
-"""Values always kept per element: the float32 weight, and AdamW's averages of the gradient and the squared gradient."""
+"""Values saved per element in every run: the float32 weight and AdamW's two moments."""
 AVERAGE = "average"
-"""Moving average of the weight, kept only in a run with `training.ema_decay`."""
+"""Moving average of the weight, saved only in a run with `training.ema_decay`."""
 FILE_KINDS = {"weights": (WEIGHT,), "moments": MOMENTS, "averages": (AVERAGE,)}
-"""Kinds of values in each of a rank's files."""
+"""Kinds of values in each file of a rank, by kind of file."""
 BEST = "best"
-"""Key in `Index.data` of the run's best evaluation, an object with its `step`; that checkpoint is never pruned."""
+"""Key in `Index.data` of the best evaluation, an object with a `step`; that step's checkpoint is never deleted."""
 BUFFERS = "buffers"
-"""Kind of the files that hold persistent buffers."""
+"""Kind of file that holds persistent buffers."""
 
 
 class Piece(NamedTuple):
-    """Holds a slice of a tensor, and the rank whose files hold it."""
+    """Describes a piece of a tensor: its slice, and the rank that wrote it."""
 
     rank: int
     part: TensorSlice
@@ -58,7 +59,7 @@ class StoredBuffer(NamedTuple):
     rank: int
     """Rank that wrote the buffer."""
     dtype: str
-    """Type of its elements, as torch names it, without `torch.`."""
+    """Name of its dtype in torch, without `torch.`."""
     shape: tuple[int, ...]
     """Shape of the buffer."""
 
@@ -70,7 +71,7 @@ class Index:
     step: int
     """Number of updates done."""
     optimizer_step: int
-    """Number of updates that AdamW counted."""
+    """Number of updates that AdamW has counted; skipped updates are not counted."""
     run: RunDescription
     shapes: Mapping[str, torch.Size]
     """Logical shape of every tensor."""
@@ -81,23 +82,23 @@ class Index:
     buffers: Mapping[str, StoredBuffer] = field(default_factory=dict)
     """Persistent buffers by name, such as the codebook of a visual tokenizer; empty for a model without any."""
     data: Mapping[str, Any] = field(default_factory=dict)
-    """State of the run's data as plain JSON, one key per kind of state; it does not depend on the layout. Empty in a
-    checkpoint of an older version."""
+    """Position in the data and related state as plain JSON, one key per kind of state; does not depend on the layout.
+    Empty in a checkpoint of an older version."""
     old_names: Mapping[str, str] = field(default_factory=dict)
     """Maps the current name of each renamed tensor to its old name in the checkpoint's files."""
 
     @property
     def best_step(self) -> int | None:
-        """Returns the updates done at the run's best evaluation when this checkpoint was saved; None without any."""
+        """Returns the step of the best evaluation before this checkpoint was saved; None if none was recorded."""
         step = self.data.get(BEST, {}).get("step")
         return step if isinstance(step, int) else None
 
     def stored_name(self, name: str) -> str:
-        """Returns the name of a tensor in the checkpoint's files."""
+        """Returns the name under which the checkpoint's files hold a tensor, which differs if it was renamed."""
         return self.old_names.get(name, name)
 
     def to_json(self) -> bytes:
-        """Returns the content of the index's file, which ends with the digest of everything before it."""
+        """Returns the bytes of the index file: JSON with a digest of all its other entries."""
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -119,14 +120,14 @@ class Index:
 
 
 class BrokenIndexError(ValueError):
-    """Reports an index that is cut off, changed, from another program, or does not describe whole tensors."""
+    """Reports an index that is truncated, was changed, belongs to another program, or has gaps in its tensors."""
 
 
 def read_index(folder: Path) -> Index:
     """Reads and checks the index of a checkpoint's folder without opening the other files.
 
     Raises:
-        BrokenIndexError: with what is wrong, in a few words.
+        BrokenIndexError: if the index is missing or invalid; the message describes the fault in a few words.
     """
     try:
         return _parse(json.loads((folder / INDEX_NAME).read_bytes()))
@@ -167,10 +168,10 @@ def _parse(content: dict[str, Any]) -> Index:
 
 
 def check_cover(shapes: Mapping[str, torch.Size], pieces: Mapping[str, Sequence[Piece]]) -> None:
-    """Refuses tensors whose pieces leave out an element, overlap, or reach outside the tensor.
+    """Checks that the pieces of each tensor cover each of its elements exactly once and nothing else.
 
     Raises:
-        BrokenIndexError: naming the tensor.
+        BrokenIndexError: if they do not; the message names the tensor.
     """
     for name, shape in shapes.items():
         bounds, parts = whole_slice(shape), [piece.part for piece in pieces[name]]
@@ -181,7 +182,7 @@ def check_cover(shapes: Mapping[str, torch.Size], pieces: Mapping[str, Sequence[
 
 
 def _overlap(parts: Sequence[TensorSlice]) -> bool:
-    """Returns whether two slices share an element, by a sweep over rows."""
+    """Returns whether any two of the slices share an element, with a sweep over the rows."""
     active: list[TensorSlice] = []
     for part in sorted(parts):
         active = [other for other in active if other.bottom > part.top]
@@ -192,12 +193,12 @@ def _overlap(parts: Sequence[TensorSlice]) -> bool:
 
 
 def file_name(kind: str, rank: int) -> str:
-    """Returns the name of one of a rank's files; `kind` is one of `FILE_KINDS`, or `BUFFERS`."""
+    """Returns the name of a rank's file of one kind: a key of `FILE_KINDS`, or `BUFFERS`."""
     return f"{kind}-{rank:05d}.safetensors"
 
 
 def tensor_key(kind: str, name: str, part: TensorSlice) -> str:
-    """Returns the name of a piece inside a file."""
+    """Returns the key under which a file holds a piece."""
     return f"{name} {kind} [{part.top}:{part.bottom}, {part.left}:{part.right}]"
 
 

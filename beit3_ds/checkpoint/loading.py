@@ -1,4 +1,4 @@
-"""Chooses the newest whole checkpoint together with all ranks, and loads it under any layout."""
+"""Agrees with all ranks on the newest undamaged checkpoint, and loads it under any layout."""
 
 from pathlib import Path
 
@@ -15,14 +15,15 @@ _LONG_CHECK_BYTES = 1 << 30
 
 
 def agree_on_newest(collection: CheckpointCollection, mesh: Mesh, host: HostGroup) -> CheckpointFolder | None:
-    """Returns the newest whole checkpoint, or None, the same on all ranks. All ranks call it.
+    """Returns the newest undamaged checkpoint, or None if there is none; all ranks call it and get the same one.
 
-    The ranks share the reading of all its files. Damaged checkpoints are skipped, and the main rank names them.
+    Each rank compares a share of the files with their digests. Damaged checkpoints are skipped, and the main rank
+    prints their names.
 
     Args:
         collection: the run's checkpoints.
         mesh: the mesh of ranks.
-        host: all ranks, for host values.
+        host: group of all ranks, for host values.
     """
     for name in host.broadcast([path.name for path in collection.paths()]):
         path = collection.root / name
@@ -37,7 +38,7 @@ def agree_on_newest(collection: CheckpointCollection, mesh: Mesh, host: HostGrou
 
 
 def load_checkpoint(state: EngineState, folder: CheckpointFolder, run: RunDescription, mesh: Mesh) -> int:
-    """Loads weights, moments and buffers from a checkpoint of any layout, and closes it. All ranks call it.
+    """Loads weights, moments and buffers from a checkpoint of any layout, then closes it. All ranks call it.
 
     Args:
         state: this rank's state, which is overwritten.
@@ -46,7 +47,7 @@ def load_checkpoint(state: EngineState, folder: CheckpointFolder, run: RunDescri
         mesh: the mesh of ranks.
 
     Returns:
-        Number of updates that the checkpoint holds, which is the number of the next step.
+        Number of updates done before the checkpoint was saved, which is the number of the next step.
 
     Raises:
         ConfigError: if the checkpoint holds another model, was trained with other tokenizers, or was not written by
@@ -78,7 +79,7 @@ def load_checkpoint(state: EngineState, folder: CheckpointFolder, run: RunDescri
 
 
 def _examine(path: Path, mesh: Mesh, rank: int) -> tuple[CheckpointFolder | None, str | None]:
-    """Opens a checkpoint and reads this rank's share of its files; returns it, or the fault in a few words."""
+    """Opens a checkpoint and checks this rank's share of its files; returns the checkpoint and a fault or None."""
     try:
         folder = CheckpointFolder(path)
     except BrokenIndexError as error:

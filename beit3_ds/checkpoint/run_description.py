@@ -17,14 +17,14 @@ _LIBRARIES = ("beit3_ds", "torch", "deepspeed", "safetensors")
 
 @dataclass(frozen=True, kw_only=True)
 class RunDescription:
-    """Describes a run as plain data, as in a checkpoint's index."""
+    """Describes a run as plain data; the index of each checkpoint stores it."""
 
     model: Mapping[str, Any]
     """Fields of the model's configuration."""
     config: Mapping[str, Any]
     """All sections of the run's configuration; `training.seed` is among them."""
     tokenizers: Mapping[str, str]
-    """SHA-256 of the tokenizers' files, under "text" and "visual"; only of tokenizers that the run uses."""
+    """SHA-256 of the files of the tokenizers that the run uses, under the keys "text" and "visual"."""
     layout: str
     """Layout of the ranks that wrote the checkpoint, in words."""
     versions: Mapping[str, str]
@@ -32,22 +32,21 @@ class RunDescription:
 
     @property
     def task_name(self) -> str:
-        """Returns the name of the task; version 0.1 had only pretraining and did not write it."""
+        """Returns the name of the task; "pretraining" for a checkpoint of version 0.1, which did not write the name."""
         return str(self.config.get("task", {}).get("name", "pretraining"))
 
     def check_resumes(self, before: "RunDescription", where: str) -> list[str]:
         """Checks that this run may resume from a checkpoint of the run `before`.
 
         Args:
-            before: the run that the checkpoint describes.
+            before: description of the run in the checkpoint.
             where: path of the checkpoint, for messages.
 
         Returns:
-            One line per setting that differs from the checkpoint's, without the layout of ranks.
+            One line per setting that differs from the checkpoint's. A different layout of ranks is not listed.
 
         Raises:
-            ConfigError: if the checkpoint is of another task, holds another model, or was trained with other
-                tokenizers.
+            ConfigError: if the run in the checkpoint has another task, another model or other tokenizers.
         """
         ours, theirs = (run.config.get("task", {}).get("name") for run in (self, before))
         if theirs is not None and theirs != ours:
@@ -75,7 +74,7 @@ class RunDescription:
 
 
 def check_same_model(model: Mapping[str, Any], stored: Mapping[str, Any], where: str, advice: str) -> None:
-    """Refuses weights of a model that has other tensors.
+    """Checks that saved weights come from a model with the same tensors as the run's model.
 
     Args:
         model: fields of the run's model.
@@ -84,7 +83,7 @@ def check_same_model(model: Mapping[str, Any], stored: Mapping[str, Any], where:
         advice: sentence with a way out.
 
     Raises:
-        ConfigError: naming the fields that differ.
+        ConfigError: if they do not; the message names the fields that differ.
     """
     fields = dataclasses.fields(ModelConfig)
     defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
@@ -102,14 +101,14 @@ def check_same_model(model: Mapping[str, Any], stored: Mapping[str, Any], where:
 def build_run_description(
     config: RunConfig, layout: str, task: Mapping[str, Any], model: Mapping[str, Any], tokenizers: Mapping[str, str]
 ) -> RunDescription:
-    """Describes the run that `config` starts; reads the tokenizers' files.
+    """Builds the description of the run that `config` starts; reads the tokenizers' files for their digests.
 
     Args:
         config: configuration of the run.
-        layout: the ranks, in words.
+        layout: arrangement of the ranks, in words.
         task: name and settings of its task (`Task.describe`).
-        model: settings that its checkpoints share (`Task.describe_model`).
-        tokenizers: files of the tokenizers that the run uses, by "text" and "visual".
+        model: settings of the model that all checkpoints of the run share (`Task.describe_model`).
+        tokenizers: paths of the tokenizers that the run uses, under the keys "text" and "visual".
     """
     # Through JSON, so that it equals what is read back: tuples become lists.
     sections = dataclasses.asdict(config) | {"task": task, "model": model}
@@ -125,7 +124,7 @@ def build_run_description(
 
 
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the leaves of nested objects, each after its path of keys with dots."""
+    """Yields each leaf of nested mappings as a pair: its path, which joins the keys with dots, and its value."""
     for key, value in mapping.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{key}.")

@@ -1,8 +1,8 @@
 """Describes slices of logical tensors, each seen as a matrix.
 
-The first dimension of a tensor is the rows, the others together are the columns; a vector is one column. Tensor
-parallelism gives a rank a block of rows or columns. ZeRO cuts flat memory, which leaves a rank a range of elements of
-its block. A range of elements is at most three slices of the matrix.
+The first dimension of a tensor becomes the rows, and all other dimensions together become the columns; a vector becomes
+one column. Tensor parallelism gives a rank a block of rows or columns. ZeRO then gives the rank a contiguous range of
+the block's elements, which consists of at most three slices of the matrix.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from beit3_ds.parallel import Split
 
 
 class TensorSlice(NamedTuple):
-    """Describes rows [top, bottom) and columns [left, right) of a tensor seen as a matrix."""
+    """Selects rows [top, bottom) and columns [left, right) of a tensor seen as a matrix."""
 
     top: int
     bottom: int
@@ -23,7 +23,7 @@ class TensorSlice(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Numbers of rows and columns."""
+        """Returns the numbers of rows and columns."""
         return self.bottom - self.top, self.right - self.left
 
     @property
@@ -32,7 +32,7 @@ class TensorSlice(NamedTuple):
         return (self.bottom - self.top) * (self.right - self.left)
 
     def intersection(self, other: "TensorSlice") -> "TensorSlice | None":
-        """Returns the elements that two slices of one matrix share; None if they share none."""
+        """Returns the slice of the elements in both slices of one matrix; None if they have none in common."""
         common = TensorSlice(
             max(self.top, other.top),
             min(self.bottom, other.bottom),
@@ -42,19 +42,19 @@ class TensorSlice(NamedTuple):
         return common if common.top < common.bottom and common.left < common.right else None
 
     def inside(self, outer: "TensorSlice") -> tuple[slice, slice]:
-        """Returns the indices of this slice's rows and columns within `outer`, which contains it."""
+        """Returns this slice's row and column indices relative to `outer`, a slice that contains it."""
         rows = slice(self.top - outer.top, self.bottom - outer.top)
         return rows, slice(self.left - outer.left, self.right - outer.left)
 
 
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:
-    """Returns the rows and columns of a tensor seen as a matrix; a scalar is one row and one column."""
+    """Returns the numbers of rows and columns of a tensor seen as a matrix; (1, 1) for a scalar."""
     rows = shape[0] if shape else 1
     return rows, (shape.numel() // rows if rows else 0)
 
 
 def whole_slice(shape: torch.Size) -> TensorSlice:
-    """Returns the slice that is all of a tensor."""
+    """Returns the slice that covers a whole tensor."""
     rows, columns = matrix_shape(shape)
     return TensorSlice(0, rows, 0, columns)
 
@@ -64,7 +64,7 @@ def own_block(shape: torch.Size, split: Split | None) -> TensorSlice:
 
     Args:
         shape: logical shape.
-        split: this rank's part along dimension 0, or along dimension 1 of a matrix; None is the whole tensor.
+        split: this rank's part along dimension 0, or along dimension 1 of a matrix; None for the whole tensor.
     """
     rows, columns = matrix_shape(shape)
     if split is None:
@@ -78,11 +78,11 @@ def own_block(shape: torch.Size, split: Split | None) -> TensorSlice:
 def slice_range(block: TensorSlice, start: int, stop: int) -> Iterator[tuple[int, TensorSlice]]:
     """Cuts the elements [start, stop) of a block, counted row by row, into slices of the tensor.
 
-    Elements past the block's end are padding, of a vocabulary or of ZeRO's partitions, and are left out.
+    Leaves out elements past the block's end, which are padding of a vocabulary or of ZeRO's partitions.
 
     Yields:
-        Each slice after its position in the range: the rest of a row, whole rows and the beginning of a row, as far as
-        the range has them, in the order of their elements.
+        Pairs of a position in the range and the slice that starts there, in order. A range has up to three slices: the
+        end of a row, whole rows, and the beginning of a row.
     """
     width = block.right - block.left
     position, stop = start, min(stop, block.num_elements)

@@ -1,4 +1,4 @@
-"""Keeps a copy of what this rank saves in host memory, so that training continues while it is written."""
+"""Keeps a copy of this rank's training state in host memory, so that training continues during a save."""
 
 from pathlib import Path
 
@@ -12,10 +12,10 @@ from beit3_ds.checkpoint.tensor_file import TensorEntry, WrittenFile, write_tens
 
 
 class Snapshot:
-    """Keeps a copy of this rank's share of weights, moments and averages; its memory is kept from one save to the next.
+    """Keeps a copy of this rank's share of the weights, moments and averages, and reuses its memory for every save.
 
-    It takes 12 bytes per element that the rank writes, 16 with averages, in page-locked memory if the engine computes
-    on a GPU. Buffers are copied to new memory, because they are small.
+    It takes 12 bytes per element that the rank saves, or 16 with averages. The memory is page-locked if the engine
+    computes on a GPU. Buffers are small, so every copy allocates new memory for them.
     """
 
     def __init__(self, state: EngineState) -> None:
@@ -27,13 +27,13 @@ class Snapshot:
         """Number of updates that AdamW had counted when the state was copied."""
 
     def reserve_memory(self) -> None:
-        """Touches every page of the memory, so that the first copy does not wait for the system to provide them."""
+        """Touches every page of the memory, so that the first copy need not wait for the system to allocate pages."""
         if not self._memory:
             pin = self._state.is_on_gpu
             self._memory = {kind: torch.empty(self._num_elements, pin_memory=pin).zero_() for kind in self._state.kinds}
 
     def copy_state(self) -> None:
-        """Copies the current state, while training waits."""
+        """Copies the engine's current state; training waits meanwhile."""
         self._pieces, position = [], 0
         for fragment in self._state.fragments_to_save():
             length = len(fragment.weight)
@@ -48,22 +48,22 @@ class Snapshot:
             torch.cuda.synchronize()
 
     def shapes(self) -> dict[str, torch.Size]:
-        """Returns the logical shape of every tensor with a piece on this rank."""
+        """Returns the logical shape of every tensor of which this rank saves a piece."""
         return {name: self._state.local_tensors[name].shape for name, _, _ in self._pieces}
 
     def pieces(self, rank: int) -> list[tuple[str, Piece]]:
-        """Returns the pieces with the names of their tensors; `rank` is this rank's global number."""
+        """Returns the pieces that this rank saves, each with its tensor's name; `rank` is its global rank."""
         return [(name, Piece(rank, part)) for name, part, _ in self._pieces]
 
     def buffers(self, rank: int) -> dict[str, StoredBuffer]:
-        """Returns the buffers that this rank writes, by name; `rank` is this rank's global number."""
+        """Returns descriptions of the buffers that this rank saves, by name; `rank` is its global rank."""
         return {
             name: StoredBuffer(rank, str(buffer.dtype).removeprefix("torch."), tuple(buffer.shape))
             for name, buffer in self._buffers.items()
         }
 
     def write(self, folder: Path, rank: int) -> dict[str, WrittenFile]:
-        """Writes this rank's files into an existing folder and syncs them.
+        """Writes this rank's files into an existing folder and syncs them; returns their sizes and digests by name.
 
         Raises:
             OSError: if the disk is full or cannot be written.

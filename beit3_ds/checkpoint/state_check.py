@@ -1,4 +1,4 @@
-"""Compares the weights that a checkpoint would hold with the model's weights, before anything is written."""
+"""Compares the weights that would be saved with the model's weights, before anything is written."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 _SAMPLED_ELEMENTS = 4096
-"""Compared elements per range, evenly spread: cheap, and enough to show any other order of the buffers."""
+"""Evenly spread elements to compare per range: cheap, and enough to detect buffers in another order."""
 
 
 class HeldWeights(NamedTuple):
-    """Holds a range of elements as the optimizer and as the model store it."""
+    """Holds the values of a range of elements in the optimizer and in the model."""
 
     name: str
     """Logical name of the parameter."""
@@ -24,14 +24,14 @@ class HeldWeights(NamedTuple):
 
 
 def find_mismatch(weights: Iterable[HeldWeights], step: int) -> str | None:
-    """Finds the first range whose saved and held elements differ.
+    """Compares samples of the saved and the held elements, and returns the first range where they differ.
 
     Args:
-        weights: the ranges.
-        step: number of updates done; it chooses the samples.
+        weights: ranges to compare.
+        step: number of updates done; chooses the samples.
 
     Returns:
-        The tensor and the number of compared elements that differ, in a few words; None if no range differs.
+        A short text with the tensor's name and the number of elements that differ; None if no range differs.
     """
     names, differing, num_compared = [], [], []
     fault: str | None = None

@@ -1,4 +1,4 @@
-"""Saves and loads the checkpoints of a run: whole or absent, written while training runs, for any layout of ranks."""
+"""Saves and loads the checkpoints of a run under any layout, while training continues."""
 
 import itertools
 import time
@@ -21,24 +21,26 @@ from beit3_ds.parallel import Mesh, build_host_group
 class CheckpointStore:
     """Saves and loads the checkpoints of one run for the training loop.
 
-    All ranks call `save`, `agree_on_newest` and `load`, which communicate. The other methods concern this rank alone
-    and never wait for others, except for `finish`, which waits for the current save.
+    All ranks call `save`, `agree_on_newest`, `move_finished_aside` and `load` together, because these communicate. The
+    other methods do not wait for other ranks, except `finish`, which waits for the current save.
 
-    Nothing random is saved, because batches, masks and stochastic depth follow from the seed and the step.
+    No state of a random generator is saved, because batches, masks and stochastic depth depend only on the seed and the
+    step.
 
     Attributes:
         root: the folder of checkpoints.
     """
 
     def __init__(self, root: Path, keep: int, mesh: Mesh, run: RunDescription, timeout_seconds: float) -> None:
-        """Opens the folder, which the first save creates. All ranks call it, because it builds a group of ranks.
+        """Prepares to save and load; the first save creates the folder. All ranks call it, to build a group of ranks.
 
         Args:
             root: the folder of checkpoints; all ranks must see the same one.
-            keep: number of whole checkpoints that are kept.
+            keep: number of complete checkpoints to keep.
             mesh: the mesh of ranks.
-            run: description of this run, which checkpoints hold.
-            timeout_seconds: longest wait of a rank's thread for the others' threads, and of training for a save.
+            run: description of this run, which is stored in every checkpoint.
+            timeout_seconds: longest time that a rank's thread waits for other ranks, and that training waits for a
+                save.
         """
         self.root, self._mesh, self._run = root, mesh, run
         self._host = build_host_group(timedelta(seconds=timeout_seconds))  # apart from that of the main threads
@@ -46,23 +48,24 @@ class CheckpointStore:
         self._background = BackgroundSave(self._collection, mesh, self._host, run, timeout_seconds)
 
     def reserve_memory(self, state: EngineState) -> None:
-        """Starts to reserve the memory of saves in a thread, so that the first save does not wait for it."""
+        """Starts a thread that reserves host memory for saves, so that the first save need not wait for memory."""
         self._background.reserve_memory(state)
 
     def save(self, state: EngineState, step: int, data: Mapping[str, Any] | None = None) -> None:
-        """Starts to save the state after `step` updates. All ranks call it, between two steps.
+        """Starts to save the state after `step` updates. All ranks call it between two steps.
 
-        It waits for the end of the save before, then for the copy of the state; a thread writes the copy.
+        Waits for the end of the previous save and for a copy of the state to host memory. A thread then writes the
+        copy.
 
         Args:
             state: weights and moments.
             step: number of updates done.
-            data: state of the data after these updates (`Index.data`); only the main rank's state is saved.
+            data: position in the data and related state (`Index.data`); only that of the main rank is saved.
 
         Raises:
-            ConfigError: on all ranks, if the optimizer's weights are not the model's (`EngineState.find_mismatch`).
-                Later saves would be wrong too, so the run has to end; earlier checkpoints stay.
-            StorageError: if the save before does not end in time.
+            ConfigError: on all ranks, if the optimizer's weights differ from the model's (`EngineState.find_mismatch`).
+                Later saves would be wrong too, so the run must end; earlier checkpoints stay.
+            StorageError: if the previous save does not end in time.
         """
         begun = time.monotonic()
         self._mesh.activity.begin("saving")
@@ -79,22 +82,23 @@ class CheckpointStore:
         self._background.wait()
 
     def take_outcomes(self) -> list[SaveOutcome]:
-        """Returns the results of the saves that ended since the last call, without waiting."""
+        """Returns the results of all saves that ended since the last call; does not wait."""
         return self._background.take_outcomes()
 
     def newest_path(self) -> Path | None:
-        """Returns the newest checkpoint that looks whole from this rank (`CheckpointCollection.newest_path`)."""
+        """Returns the newest checkpoint that this rank finds complete (`CheckpointCollection.newest_path`)."""
         return self._collection.newest_path()
 
     def agree_on_newest(self) -> CheckpointFolder | None:
-        """Returns the newest checkpoint whose files fit their digests, or None. All ranks call it.
+        """Returns the newest undamaged checkpoint, or None if there is none; all ranks call it and get the same one.
 
-        The ranks share the reading of all its files. Damaged checkpoints are skipped, and the main rank names them.
+        Each rank compares a share of the files with their digests. Damaged checkpoints are skipped, and the main rank
+        prints their names.
         """
         return agree_on_newest(self._collection, self._mesh, self._host)
 
     def move_finished_aside(self, total_steps: int) -> None:
-        """Renames the folder of checkpoints if the newest one has all steps of a run. All ranks call it."""
+        """Renames the folder of checkpoints if the newest one has done all `total_steps` updates. All ranks call it."""
         newest = self._host.broadcast(str(self.newest_path() or ""))
         if not newest or read_index(Path(newest)).step < total_steps:
             return
@@ -109,7 +113,7 @@ class CheckpointStore:
         """Loads weights, moments and buffers from a checkpoint of any layout. All ranks call it.
 
         Returns:
-            Number of updates that the checkpoint holds, which is the number of the next step.
+            Number of updates done before the checkpoint was saved, which is the number of the next step.
 
         Raises:
             ConfigError: as `load_checkpoint` does.

@@ -1,8 +1,8 @@
-"""Writes and reads safetensors files piece by piece, so that no file has to fit in memory.
+"""Writes and reads safetensors files tensor by tensor, so that no file has to fit in memory.
 
-The library's writer takes all tensors at once and computes no digest. Its reader maps files into memory: pages that
-were read count as the process's memory, and a file that is cut off or lost meanwhile kills the process instead of
-raising an error.
+This module replaces the safetensors library for two reasons. The library's writer takes all tensors at once and
+computes no digest. Its reader maps files into memory: pages that were read count as memory of the process, and a file
+that is truncated or lost meanwhile kills the process instead of raising an error.
 """
 
 import json
@@ -58,9 +58,9 @@ def write_tensor_file(
 
     Args:
         path: path of the file, which must not exist.
-        entries: the file's tensors, in this order.
-        read: returns the tensor with a name; it is called once per tensor, in order, and no tensor is kept.
-        metadata: strings for the file's header.
+        entries: the tensors of the file, in order.
+        read: returns a tensor by name; it is called once per tensor, in order, and each tensor is freed after writing.
+        metadata: strings to store in the header.
         with_digest: whether to compute a digest; without one, the result's digest is empty.
 
     Raises:
@@ -89,17 +89,17 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 class BrokenTensorFileError(ValueError):
-    """Reports a file that is not a safetensors file, is cut off, or lacks a tensor."""
+    """Reports a file that is not a safetensors file, is truncated, or lacks a tensor."""
 
 
 class TensorFile:
-    """Reads parts of the tensors of a safetensors file, on demand."""
+    """Reads tensors of a safetensors file, or rows of them, on demand."""
 
     def __init__(self, path: Path) -> None:
         """Opens the file and reads its header.
 
         Raises:
-            BrokenTensorFileError: if it is not a whole safetensors file.
+            BrokenTensorFileError: if it is not a complete safetensors file.
             OSError: if it cannot be read.
         """
         self.path = path
@@ -145,12 +145,12 @@ class TensorFile:
         return rows
 
     def read_rows_into(self, target: Tensor, name: str, top: int) -> None:
-        """Overwrites a matrix with rows of a tensor.
+        """Fills a matrix with rows of a tensor.
 
         Args:
-            target: matrix to fill; contiguous, with the tensor's type and columns.
+            target: contiguous matrix to fill, with the tensor's dtype and number of columns.
             name: name of the tensor.
-            top: number of the tensor's row that becomes row 0.
+            top: index of the tensor's row that becomes row 0.
 
         Raises:
             BrokenTensorFileError: as `read` does.

@@ -9,23 +9,23 @@ from torch import Tensor
 class WeightAverage:
     """Keeps a moving average in float32 of the tensors that the optimizer updates on this rank.
 
-    Nothing is sent: under every ZeRO stage, tensor and pipeline parallelism each rank averages what it owns.
+    Nothing is sent: under every layout and ZeRO stage, each rank averages only the elements that it owns.
     """
 
     def __init__(self, decay: float, weights: Sequence[Tensor]) -> None:
-        """Starts with the current weights.
+        """Starts the averages at the current weights.
 
         Args:
-            decay: share of the average that each update keeps.
-            weights: the tensors that the optimizer updates, in float32; every call gets them in the same order.
+            decay: factor of the old average in each update.
+            weights: float32 tensors that the optimizer updates; all methods must get them in the same order.
         """
         self._decay = decay
         self.tensors = [weight.detach().clone() for weight in weights]
-        """The averages, in the order and form of the weights."""
+        """Averages, in the order and shapes of the weights."""
 
     @torch.no_grad()
     def update(self, weights: Sequence[Tensor]) -> None:
-        """Adds the current weights: average = decay * average + (1 - decay) * weight."""
+        """Updates the averages with the current weights: average = decay * average + (1 - decay) * weight."""
         torch._foreach_lerp_(self.tensors, list(weights), 1 - self._decay)
 
     @torch.no_grad()
@@ -36,7 +36,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def swap(self, weights: Sequence[Tensor]) -> None:
-        """Exchanges averages and weights in place, bit for bit; takes the memory of one tensor more."""
+        """Swaps averages and weights in place, without rounding; needs extra memory for one tensor."""
         for average, weight in zip(self.tensors, weights, strict=True):
             kept = weight.clone()
             weight.copy_(average)
