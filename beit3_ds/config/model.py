@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from beit3_ds.config.numbers import Decay, Epsilon, Layers, Range, Size, Vocabulary
+from beit3_ds.config.numbers import Decay, Epsilon, Layers, Range, Size, StandardDeviation, Vocabulary
 from beit3_ds.config.strict import ConfigError, check_known_keys, load_section, show
 
 MODEL_SIZES: dict[str, dict[str, int]] = {
@@ -40,8 +40,10 @@ InputKind = Literal["images", "pairs", "texts"]
 INPUT_KINDS: tuple[InputKind, ...] = ("images", "pairs", "texts")
 """All kinds of input, in the order in which `ModelConfig.inputs` holds them."""
 
-FIELDS_WITHOUT_TENSORS = frozenset({"drop_path_rate", "cross_entropy_chunk_size", "layer_norm_epsilon"})
-"""Fields of `ModelConfig` that do not affect the model's tensors."""
+FIELDS_WITHOUT_TENSORS = frozenset(
+    {"drop_path_rate", "cross_entropy_chunk_size", "initial_embedding_std", "layer_norm_epsilon"}
+)
+"""Fields of `ModelConfig` that affect neither the number of the model's tensors nor their shapes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,10 @@ class ModelConfig:
     sub_layernorm: bool = False
     """Adds Magneto's inner LayerNorms and its initialisation (Wang et al., 2022, arXiv:2210.06423). The released models
     have them; the paper mentions neither, so the default is off."""
+    initial_embedding_std: StandardDeviation = 0.02
+    """Standard deviation of the initial values of all embeddings, whose normal is truncated at one standard deviation.
+    0.02 is BEiT's. With `sub_layernorm` a small model trained from scratch learns much faster with about 0.4, because
+    its embeddings are then as large as what its blocks add to them."""
     layer_norm_epsilon: Epsilon = 1e-5
     """Term added to the variance in every LayerNorm."""
     drop_path_rate: Decay = 0.0

@@ -66,6 +66,8 @@ Share = Annotated[float, Range(0, 1)]
 """A share or a probability."""
 MaskRatio = Annotated[float, Range(0.01, 0.99)]
 """A share that leaves something masked and something visible."""
+StandardDeviation = Annotated[float, Range(0, 10, above=True)]
+"""Standard deviation of initial values."""
 LearningRate = Annotated[float, Range(0, 1, above=True)]
 """A learning rate: AdamW moves every weight by about this much per step."""
 FinalLearningRate = Annotated[float, Range(0, 1)]

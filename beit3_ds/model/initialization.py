@@ -11,7 +11,7 @@ from beit3_ds.config import ModelConfig
 from beit3_ds.parallel import logical_part, logical_shape, own_part
 
 STANDARD_DEVIATION = 0.02
-"""Standard deviation of BEiT's initial values; the normal is truncated at one standard deviation."""
+"""Standard deviation of BEiT's initial values outside the embeddings; the normal is truncated at one of it."""
 
 _BLOCK = re.compile(r"^blocks\.(\d+)\.")
 _OUTPUT_MATRIX = re.compile(r"\.(out_proj|fc2)\.weight")
@@ -30,9 +30,9 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     """Returns the initial value of one parameter, float32 on the CPU.
 
     BEiT initialisation (paper section 2.3) draws matrices, convolution, tables and tokens from a truncated normal of
-    0.02. It divides the attention output and the second FFN matrix of the l-th block by sqrt(2 l). With `sub_layernorm`
-    the matrices of blocks follow Magneto (arXiv:2210.06423, figure 2): Xavier normal, with gain sqrt(log(2 L)) for
-    values, attention output and FFN. Biases are 0 and norms 1.
+    0.02, or of `config.initial_embedding_std` for embeddings. It divides the attention output and the second FFN matrix
+    of the l-th block by sqrt(2 l). With `sub_layernorm` the matrices of blocks follow Magneto (arXiv:2210.06423, figure
+    2): Xavier normal, with gain sqrt(log(2 L)) for values, attention output and FFN. Biases are 0 and norms 1.
 
     Args:
         name: logical name, e.g. `blocks.3.ffn.fc2.weight_vision`.
@@ -50,8 +50,8 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     if config.sub_layernorm and block:
         gain = math.sqrt(math.log(2 * config.num_layers)) if _MAGNETO_GAINED.search(name) else 1.0
         return nn.init.xavier_normal_(value, gain, generator=generator)
-    limit = STANDARD_DEVIATION
-    nn.init.trunc_normal_(value, std=STANDARD_DEVIATION, a=-limit, b=limit, generator=generator)
+    std = config.initial_embedding_std if name.startswith("embeddings.") else STANDARD_DEVIATION
+    nn.init.trunc_normal_(value, std=std, a=-std, b=std, generator=generator)
     if block and _OUTPUT_MATRIX.search(name):
         value /= math.sqrt(2 * (int(block[1]) + 1))
     return value

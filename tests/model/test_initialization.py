@@ -51,6 +51,18 @@ def test_beit_rule() -> None:
     assert (initial_value("heads.mlm.bias", torch.Size([4]), config, 1) == 0).all()
 
 
+def test_embeddings_have_a_scale_of_their_own() -> None:
+    config, shape = small_model_config(initial_embedding_std=0.4), torch.Size([64, 64])
+    for name, parameter in PretrainingModel(config).named_parameters():
+        if name.startswith("embeddings.") and "bias" not in name:
+            value = initial_value(name, parameter.shape, config, 1)
+            assert torch.allclose(value, 20 * initial_value(name, parameter.shape, small_model_config(), 1)), name
+    for name in ("blocks.0.ffn.fc1.weight_vision", "heads.mlm.weight"):
+        assert torch.equal(
+            initial_value(name, shape, config, 1), initial_value(name, shape, small_model_config(), 1)
+        ), name
+
+
 def test_magneto_rule() -> None:
     config, shape = decoupled(), torch.Size([400, 400])
     xavier = math.sqrt(2 / 800)
