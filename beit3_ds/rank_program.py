@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from beit3_ds.config import ConfigError, RunConfig, load_run_config
 from beit3_ds.config.arguments import OneLineParser, add_config_arguments, integer
 from beit3_ds.config.numbers import Range
+from beit3_ds.printing import printable
 from beit3_ds.runtime.launch_environment import read_launch
 from beit3_ds.storage_error import StorageError
 from beit3_ds.training.skipped_steps import NonFiniteLossError
@@ -46,6 +47,6 @@ def run_rank_program(
         print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         return 2
     except StorageError as error:  # not 2: a restart needs no change
-        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        print(f"error on rank {rank}: {printable(str(error))}", file=sys.stderr, flush=True)
         return 1
     return 0

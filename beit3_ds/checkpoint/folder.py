@@ -29,6 +29,7 @@ from beit3_ds.checkpoint.slices import TensorSlice, whole_slice
 from beit3_ds.checkpoint.tensor_file import BrokenTensorFileError, TensorEntry, TensorFile
 from beit3_ds.config import ConfigError, ModelConfig
 from beit3_ds.cores import count_cores
+from beit3_ds.printing import printable
 
 _NAME = re.compile("step-([0-9]{8}|[1-9][0-9]{8,})")
 _LEFT_OVER = re.compile(rf"\.(writing|deleted)-{_NAME.pattern}")
@@ -284,7 +285,7 @@ def open_checkpoint(path: Path, kind: str | None = "weights", *, averages: bool 
                 )
             if fault is None:
                 return folder
-        print(f"checkpoint {candidate} is not whole: {fault}", file=sys.stderr)
+        print(f"checkpoint {printable(f'{candidate} is not whole: {fault}')}", file=sys.stderr)
     raise ConfigError(f"{path} holds no whole checkpoint. Name another one of the run, or its checkpoints' folder.")
 
 

@@ -41,8 +41,13 @@ def add_launch_command(subparsers: Subparsers) -> None:
         action="append",
         default=[],
         metavar="NAME[=VALUE]",
-        help="also forward this variable to the ranks (repeatable); those of NCCL, torch, DeepSpeed, Python and OpenMP "
-        "and the paths of programs and libraries are always forwarded",
+        help="also forward this variable to the ranks (repeatable); a fixed list of variables of NCCL, torch, "
+        "DeepSpeed, Python and OpenMP is always forwarded, but no token or password (--dry-run shows it)",
+    )
+    command.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show what would be started where, with which variables, but start nothing",
     )
     command.add_argument(
         "--port",
@@ -99,5 +104,6 @@ def _launch(options: argparse.Namespace) -> int:
             keepalive_seconds=options.keepalive,
             start_seconds=options.start_timeout,
             port=options.port,
+            dry_run=options.dry_run,
         )
     )

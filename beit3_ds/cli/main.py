@@ -25,6 +25,7 @@ from beit3_ds.cli.train import add_train_command
 from beit3_ds.cli.train_text_tokenizer import add_train_text_tokenizer_command
 from beit3_ds.config import ConfigError
 from beit3_ds.config.arguments import OneLineParser
+from beit3_ds.printing import printable
 from beit3_ds.storage_error import StorageError
 
 _EPILOG = """typical order:
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (StorageError, OSError) as error:  # OSError: a disk is full or a folder is read-only
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from beit3_ds.config.numbers import LARGEST_INT, Range, show_number
 from beit3_ds.config.renamed_keys import MOVED_KEYS, RENAMED_KEYS, TOKENIZER_KEYS
+from beit3_ds.printing import printable
 
 T = TypeVar("T")
 
@@ -18,7 +19,14 @@ _MAX_SHOWN = 80
 
 
 class ConfigError(ValueError):
-    """Reports a configuration or input that cannot work, naming the values, the rule and a way out."""
+    """Reports a configuration or input that cannot work, naming the values, the rule and a way out.
+
+    The first argument is the message; further arguments are lines of a list below it. Characters that do not print are
+    escaped, because messages repeat what files and names hold.
+    """
+
+    def __str__(self) -> str:
+        return "\n  ".join(printable(str(line)) for line in self.args)
 
 
 class FilePath:

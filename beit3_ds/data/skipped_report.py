@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from beit3_ds.data.files.printing import printable
 from beit3_ds.data.samples import SourceSamples
+from beit3_ds.printing import printable
 
 
 def describe_skipped(sources: Mapping[str, SourceSamples]) -> list[str]:

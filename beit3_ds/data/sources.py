@@ -11,7 +11,6 @@ import numpy as np
 from beit3_ds.config import ConfigError, SourceConfig
 from beit3_ds.data.files.descriptors import OpenFiles
 from beit3_ds.data.files.patterns import check_no_hard_link, expand_patterns, is_inside
-from beit3_ds.data.files.printing import printable
 from beit3_ds.data.images.annotated import NO_IMAGE, AnnotatedImages
 from beit3_ds.data.images.annotation_table import StoredAnnotations, table_path
 from beit3_ds.data.images.annotations import (
@@ -23,6 +22,7 @@ from beit3_ds.data.images.annotations import (
 from beit3_ds.data.images.folder import ImageFolder
 from beit3_ds.data.images.shards import TarShards
 from beit3_ds.data.images.source import ImageSource
+from beit3_ds.printing import printable
 
 _IMAGES_AT_START = 16  # images that a process looks for when it opens annotations; `beit3 prepare index` looks for all
 SourceT = TypeVar("SourceT", bound=Sized)

@@ -8,9 +8,9 @@ from typing import Protocol, runtime_checkable
 from beit3_ds.config import ConfigError, DataConfig, SourceConfig
 from beit3_ds.config.data import Split
 from beit3_ds.data.files.patterns import expand_patterns, is_inside, list_folders
-from beit3_ds.data.files.printing import printable
 from beit3_ds.data.files.reading import read_with_retries
 from beit3_ds.data.sources import check_no_file_twice, image_format
+from beit3_ds.printing import printable
 
 
 @runtime_checkable

@@ -67,7 +67,8 @@ class BrokenRecords:
         if self.total > self._limit:
             raise ConfigError(
                 f"data: {self.total} broken records {where}, more than data.max_broken_records={self._limit}. Repair "
-                f"or remove them, or raise the limit:\n" + "\n".join(f"  {line}" for line in self._lines.values())
+                "or remove them, or raise the limit:",
+                *self._lines.values(),
             )
         return [found[name] for name in sorted(found)]
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from beit3_ds.cluster.launch.attempt_plan import AttemptPlan, Outcome
 from beit3_ds.cluster.launch.guarded_rank import AttemptFailure, GuardedRank, describe_status
+from beit3_ds.cluster.launch.launcher_command import LAUNCHER_FOLDER, guard_arguments
 from beit3_ds.cluster.launch.launcher_process import LauncherProcess
 from beit3_ds.cluster.launch.messages import (
     KEEPALIVE_INTERVAL,
@@ -67,9 +68,8 @@ class Attempt:
         self._token = write_token(token_path)
         server = await listen(plan.address, plan.port, self._serve)
         port = server.sockets[0].getsockname()[1]
-        values = {"address": plan.address, "port": port, "token": token_path, "keepalive": plan.keepalive_seconds}
-        commands = plan.build_commands([f"--{name}={value}" for name, value in values.items()])
-        launcher = LauncherProcess(commands, plan.launcher_environment, plan.folder, plan.log_dir / "launcher.log")
+        commands = plan.build_commands(guard_arguments(plan.address, port, token_path, plan.keepalive_seconds))
+        launcher = LauncherProcess(commands, plan.launcher_environment, LAUNCHER_FOLDER, plan.log_dir / "launcher.log")
         keepalives = asyncio.create_task(self._send_keepalives(launcher))
         keepalives.add_done_callback(self._check_keepalives)
         try:

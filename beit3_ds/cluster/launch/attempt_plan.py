@@ -23,7 +23,7 @@ class AttemptPlan:
     environment: Mapping[str, str]
     """Additional variables of the trainers; they override the launcher's, such as MASTER_ADDR."""
     folder: Path
-    """Working directory on all hosts."""
+    """Working directory of the trainers on all hosts."""
     log_dir: Path
     """Log folder of this attempt, on storage that all hosts share."""
     address: str

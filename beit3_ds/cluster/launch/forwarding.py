@@ -2,44 +2,67 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from beit3_ds.cluster.launch.forwarded_names import FORWARDED_NAMES
 from beit3_ds.config import ConfigError
-
-_PREFIXES = (
-    *("NCCL_", "GLOO_", "UCX_", "FI_", "OFI_", "RDMAV_", "MV2_"),  # networks
-    *("TORCH_", "PYTORCH_", "TORCHINDUCTOR_", "TRITON_", "CUDA_", "CUBLAS_", "CUDNN_"),
-    *("OMP_", "KMP_", "MKL_", "OPENBLAS_", "GOMP_", "MALLOC_"),
-    *("PYTHON", "DS_", "DEEPSPEED_", "BEIT3_", "HF_", "MLFLOW_"),
-)
-_NAMES = frozenset({"PATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "VIRTUAL_ENV", "TZ", "LANG", "LC_ALL"})
-_OF_THE_HOST = frozenset({"CUDA_VISIBLE_DEVICES", "DEEPSPEED_TIMEOUT", "DS_ENV_FILE"})
-"""Variables that the launcher sets on each host, or that are for the launcher itself."""
+from beit3_ds.printing import printable
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def forwarded_environment(environment: Mapping[str, str], wanted: Sequence[str] = ()) -> dict[str, str]:
-    """Returns the variables that the ranks get.
+    """Returns the variables that the ranks get: those in `FORWARDED_NAMES`, of DeepSpeed's file, and wanted ones.
 
-    By default these configure networks, torch, DeepSpeed and threads, and the paths of programs and libraries.
+    Messages name variables but never repeat their values, which may be secrets.
 
     Args:
         environment: environment of this process.
         wanted: further names, or NAME=VALUE (the options `--env`).
 
     Raises:
-        ConfigError: for an invalid name, or one without a value that is not set here.
+        ConfigError: for an invalid name, one without a value that is not set here, or a line of DeepSpeed's file that
+            sets no variable.
     """
-    chosen = {
-        name: value
-        for name, value in environment.items()
-        if (name in _NAMES or name.startswith(_PREFIXES)) and name not in _OF_THE_HOST
-    }
+    chosen = {name: value for name, value in environment.items() if name in FORWARDED_NAMES}
+    chosen |= _variables_of_deepspeed(environment)
     for item in wanted:
         name, is_set, value = item.partition("=")
         if not _NAME.fullmatch(name):
-            raise ConfigError(f"--env {item}: {name!r} is not a valid name of a variable. Write NAME or NAME=VALUE.")
+            raise ConfigError(f"--env: {name!r} is not a valid name of a variable. Write NAME or NAME=VALUE.")
         if not is_set and name not in environment:
-            raise ConfigError(f"--env {item}: {name} is not set here. Set it, or write {name}=VALUE.")
+            raise ConfigError(f"--env {name}: {name} is not set here. Set it, or write {name}=VALUE.")
         chosen[name] = value if is_set else environment[name]
     return chosen
+
+
+def describe_forwarded(forwarded: Mapping[str, str]) -> list[str]:
+    """Returns a line per forwarded variable; values only of `FORWARDED_NAMES`, because others may be secrets."""
+    return [
+        f"{name}={printable(value)}" if name in FORWARDED_NAMES else f"{name} (value not shown)"
+        for name, value in sorted(forwarded.items())
+    ]
+
+
+def _variables_of_deepspeed(environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns the variables of `.deepspeed_env`, in the home folder and here; DeepSpeed would write them on lines.
+
+    Raises:
+        ConfigError: naming the line that sets no variable.
+    """
+    found: dict[str, str] = {}
+    for folder in (Path.home(), Path()):
+        path = folder / environment.get("DS_ENV_FILE", ".deepspeed_env")
+        if not path.is_file():
+            continue
+        for number, line in enumerate(path.read_text(errors="surrogateescape").splitlines(), start=1):
+            name, is_set, value = line.partition("=")
+            if not line.strip() or line.lstrip().startswith("#"):
+                continue
+            if not is_set or not _NAME.fullmatch(name.strip()):
+                raise ConfigError(
+                    f"{path.absolute()}, line {number} is not NAME=VALUE. Correct the line, or delete the file and use "
+                    "--env."
+                )
+            found[name.strip()] = value.strip()
+    return found

@@ -1,19 +1,27 @@
-"""Builds the commands with which DeepSpeed's launcher starts a guard for every rank, for each of its backends."""
+"""Builds the commands with which DeepSpeed's launcher starts a guard for every rank, for each of its backends.
 
+Several launchers pass their command to shells on the hosts, so it holds fixed and plain words only (`plain_words`).
+"""
+
+import base64
+import importlib.util
+import json
 import os
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from beit3_ds.cluster.hostfile import Hostfile
+from beit3_ds.cluster.launch.plain_words import check_plain_word, is_plain_word
 from beit3_ds.config import ConfigError
 
 Launcher = Literal["pdsh", "ssh", "openmpi", "mpich", "slurm"]
 LAUNCHERS: tuple[Launcher, ...] = ("pdsh", "ssh", "openmpi", "mpich", "slurm")
 EQUAL_SLOTS: tuple[Launcher, ...] = ("mpich", "slurm")
 """Backends that start the same number of ranks on every host."""
+LAUNCHER_FOLDER = Path("/")
+"""Working directory of the launcher's commands, because DeepSpeed puts it on the hosts' lines; trainers have theirs."""
 
 _GUARD = "beit3_ds.cluster.launch.rank_guard"
 _GUARD_FILE = Path(__file__).with_name("rank_guard.py")
@@ -23,7 +31,21 @@ _SSH_OPTIONS = (
     *("-o", "ServerAliveInterval=5"),  # so that ssh ends when its host is gone
     *("-o", "ServerAliveCountMax=3"),
 )
-_ENVIRONMENT_FILE = ".deepspeed_env"
+_ON_LINES = ("PYTHONPATH", "PYTHONHOME", "PYTHONNOUSERSITE", "LD_LIBRARY_PATH")
+"""Variables that guards may need to start; DeepSpeed writes them on the hosts' lines."""
+_NAMES = frozenset(
+    {
+        *("HOME", "USER", "LOGNAME", "SHELL", "TERM", "LANG", "LC_ALL", "TZ", "TMPDIR", "PATH", "VIRTUAL_ENV"),
+        *("SSH_AUTH_SOCK", "SSH_AGENT_PID", "KRB5CCNAME", "XDG_RUNTIME_DIR", "DS_ACCELERATOR", "WCOLL"),
+    }
+)
+_OF_PROCESS_MANAGERS = (
+    *("SLURM_", "PBS_", "LSB_", "FLUX_", "PDSH_"),
+    *("OMPI_", "OPAL_", "PMIX_", "PRTE_", "PMI_", "HYDRA_", "MPIEXEC_", "I_MPI_", "PALS_"),
+)
+"""Beginnings of the names with which srun, mpirun and pdsh are configured."""
+_SECRETS_OF_PROCESS_MANAGERS = frozenset({"SLURM_JWT"})
+_PDSH_SSH_OPTIONS = ("PDSH_SSH_ARGS", "PDSH_SSH_ARGS_APPEND")
 
 
 def build_commands(launcher: Launcher, hostfile: Hostfile, guard: Sequence[str]) -> list[list[str]]:
@@ -31,7 +53,7 @@ def build_commands(launcher: Launcher, hostfile: Hostfile, guard: Sequence[str])
 
     Args:
         launcher: the launcher's backend; not used if this machine is the only host.
-        hostfile: hostfile at a path that all hosts can read.
+        hostfile: hostfile at a path of plain characters on this machine.
         guard: arguments of the guards.
     """
     first = hostfile.hosts[0].name
@@ -41,11 +63,13 @@ def build_commands(launcher: Launcher, hostfile: Hostfile, guard: Sequence[str])
     per_host = ["--no_local_rank", "--module", _GUARD, *guard]
     if hostfile.is_local:
         return [[*common, *per_host]]
+    for word in guard:
+        check_plain_word(word, "an argument of the guards", "Reach the hosts over another network.")
     if launcher == "pdsh":
         return [[*common, "--force_multi", "--launcher", "pdsh", *per_host]]
     if launcher == "ssh":
         return [
-            ["ssh", *_SSH_OPTIONS, host.name, _remote([*common, "--no_ssh", f"--node_rank={index}", *per_host])]
+            ["ssh", *_SSH_OPTIONS, host.name, " ".join(_host_command(hostfile, index, per_host))]
             for index, host in enumerate(hostfile.hosts)
         ]
     if launcher == "openmpi":
@@ -59,32 +83,52 @@ def build_commands(launcher: Launcher, hostfile: Hostfile, guard: Sequence[str])
     return [[*common, "--force_multi", "--launcher", launcher, *options, str(_GUARD_FILE), *guard]]
 
 
+def guard_arguments(address: str, port: int, token: Path, keepalive_seconds: float) -> list[str]:
+    """Returns the arguments of the guards (`rank_guard.main`), with the path of the token in hexadecimal digits."""
+    # That path may have any characters, and shells on the hosts read this line.
+    values = {"address": address, "port": port, "token": os.fsencode(token).hex(), "keepalive": keepalive_seconds}
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
 def launcher_environment(launcher: Launcher, environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment of the launcher's commands: this one, with the changes that the backend needs."""
-    changed = dict(environment)
+    """Returns the environment of the launcher's commands: variables that they need, and nothing else of this process.
+
+    Some launchers pass all of it to the hosts, so it holds no secrets. Folders with other than plain characters are
+    left out of PATH. The variables of the ranks are not among them (`forwarding`).
+    """
+    kept = {
+        name: value
+        for name, value in environment.items()
+        if name in (*_NAMES, *_ON_LINES)
+        or (name.startswith(_OF_PROCESS_MANAGERS) and name not in _SECRETS_OF_PROCESS_MANAGERS)
+    }
     # Open MPI's wheel installs its programs beside this python.
-    changed["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
+    folders = [str(Path(sys.executable).parent), *environment.get("PATH", os.defpath).split(os.pathsep)]
+    kept["PATH"] = os.pathsep.join(filter(is_plain_word, folders))
+    kept["DS_ENV_FILE"] = os.devnull  # else DeepSpeed writes that file's values on the hosts' lines
     if launcher == "pdsh":
         options = environment.get("PDSH_SSH_ARGS_APPEND", "")
-        changed["PDSH_SSH_ARGS_APPEND"] = f"{options} {' '.join(_SSH_OPTIONS)}".strip()
+        kept["PDSH_SSH_ARGS_APPEND"] = f"{options} {' '.join(_SSH_OPTIONS)}".strip()
     if launcher == "openmpi" and os.geteuid() == 0:
-        changed |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return changed
+        kept |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return kept
 
 
-def check_launcher(launcher: Launcher, hostfile: Hostfile, find: Callable[[str], str | None]) -> None:
-    """Refuses hostfiles and options that DeepSpeed's launcher could not run.
+def check_launcher(
+    launcher: Launcher, hostfile: Hostfile, environment: Mapping[str, str], find: Callable[[str], str | None]
+) -> None:
+    """Refuses hostfiles and options that DeepSpeed's launcher could not run, and words that shells would change.
 
     Args:
         launcher: the launcher's backend.
         hostfile: hostfile of the run.
+        environment: environment of the launcher's commands (`launcher_environment`).
         find: returns the path of a program, or None, as `shutil.which` does.
 
     Raises:
-        ConfigError: if the backend's program is not installed or cannot start different numbers of ranks, or if
-            DeepSpeed's environment file has a line at which its launcher crashes.
+        ConfigError: if the backend's program is not installed or cannot start different numbers of ranks, or if a path
+            or variable on the hosts' lines has a character that shells change.
     """
-    _check_environment_files()
     if hostfile.is_local:
         return
     program = {"pdsh": "pdsh", "ssh": "ssh", "openmpi": "ompi_info", "mpich": "mpirun", "slurm": "sinfo"}[launcher]
@@ -100,30 +144,36 @@ def check_launcher(launcher: Launcher, hostfile: Hostfile, find: Callable[[str],
             f"{', '.join(f'{host.name} slots={host.slots}' for host in hostfile.hosts)}. Make them equal, or use pdsh, "
             "ssh or openmpi."
         )
+    _check_words(launcher, environment)
 
 
-def _check_environment_files() -> None:
-    name = os.environ.get("DS_ENV_FILE", _ENVIRONMENT_FILE)
-    for folder in (Path.home(), Path()):
-        path = folder / name
-        if not path.is_file():
-            continue
-        for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
-            if "=" not in line:
-                raise ConfigError(
-                    f"{path.absolute()}, line {number}: {line!r} is not NAME=VALUE, and DeepSpeed's launcher crashes "
-                    "at it. Delete the line, and all blank lines and comments, or the file: `beit3 launch` forwards "
-                    "the environment by itself (--env)."
-                )
+def _check_words(launcher: Launcher, environment: Mapping[str, str]) -> None:
+    move = "Install it in a folder whose path has letters, digits and ./_-+=@:, only."
+    check_plain_word(sys.executable, "the path of this Python", move)
+    if launcher in EQUAL_SLOTS:
+        check_plain_word(str(_GUARD_FILE), "the folder of beit3_ds", move)
+    if launcher == "mpich":
+        found = importlib.util.find_spec("deepspeed")
+        check_plain_word(os.path.realpath(found.origin or "") if found else "", "the folder of DeepSpeed", move)
+    for name in _ON_LINES:
+        if environment.get(name):
+            check_plain_word(environment[name], name, "Unset it, or rename the folder.")
+    for name in _PDSH_SSH_OPTIONS if launcher == "pdsh" else ():
+        for word in environment.get(name, "").split(" "):
+            if word.strip("%"):
+                check_plain_word(word.replace("%", ""), name, "Write options of ssh into ~/.ssh/config.")
 
 
 def _runner() -> list[str]:
     return [sys.executable, "-m", "deepspeed.launcher.runner"]
 
 
-def _remote(command: Sequence[str]) -> str:
-    """Returns a shell line that runs a command on another host, in this working directory and with its modules."""
-    path = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
-    names = {"PYTHONPATH": os.pathsep.join(path)}
-    exports = " ".join(f"{name}={shlex.quote(value)}" for name, value in names.items())
-    return f"cd {shlex.quote(os.getcwd())} && {exports} exec {shlex.join(command)}"
+def _host_command(hostfile: Hostfile, index: int, per_host: Sequence[str]) -> list[str]:
+    """Returns the command of DeepSpeed's launcher on one host, which starts the guards of its ranks."""
+    slots = {host.name: list(range(host.slots)) for host in hostfile.hosts}
+    variables = [f"{name}={value}" for name in _ON_LINES if (value := os.environ.get(name))]
+    return [
+        *("exec", "env", *variables, sys.executable, "-u", "-m", "deepspeed.launcher.launch"),
+        f"--world_info={base64.urlsafe_b64encode(json.dumps(slots).encode()).decode()}",
+        *(f"--node_rank={index}", f"--master_addr={hostfile.hosts[0].name}", *per_host),
+    ]

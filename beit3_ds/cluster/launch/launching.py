@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -13,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from beit3_ds.cluster.check.reachability import find_unreachable
-from beit3_ds.cluster.hostfile import Hostfile, HostSlots, read_hostfile, write_hostfile
+from beit3_ds.cluster.hostfile import Hostfile, HostSlots, is_loopback, read_hostfile, write_hostfile
 from beit3_ds.cluster.launch.attempt import USER_ERROR, Attempt
 from beit3_ds.cluster.launch.attempt_plan import AttemptPlan, Outcome
 from beit3_ds.cluster.launch.elastic import largest_fit
-from beit3_ds.cluster.launch.forwarding import forwarded_environment
+from beit3_ds.cluster.launch.forwarding import describe_forwarded, forwarded_environment
 from beit3_ds.cluster.launch.launcher_command import (
     EQUAL_SLOTS,
     Launcher,
@@ -25,9 +26,11 @@ from beit3_ds.cluster.launch.launcher_command import (
     check_launcher,
     launcher_environment,
 )
+from beit3_ds.cluster.launch.plain_words import check_plain_word
 from beit3_ds.cluster.launch.stop_signals import LauncherStopSignals
 from beit3_ds.cluster.launch.terminal import Terminal
 from beit3_ds.config import ConfigError, RunConfig, check_layout, fits_layout, load_run_config
+from beit3_ds.printing import printable
 
 _STEP = re.compile(r"step-(\d+)")
 _ATTEMPT = re.compile("attempt_([0-9]+)")
@@ -57,6 +60,8 @@ class LaunchOptions:
     """Longest time in seconds until all guards have registered."""
     port: int
     """Port on which the supervisor listens; 0 means any free port."""
+    dry_run: bool = False
+    """Whether to print what would start where, with which variables, and start nothing."""
     module: str = "beit3_ds.train"
     """Module that every rank runs, with the config and the changes as its arguments."""
 
@@ -65,8 +70,8 @@ def launch(options: LaunchOptions) -> int:
     """Runs a training on the machines of a hostfile to its end.
 
     Returns:
-        0 if it is finished, 128 + n if signal n stopped it with its state saved, 2 if a rank failed on a mistake of
-        the user, 1 after any other failure.
+        0 if it is finished, or after a dry run; 128 + n if signal n stopped it with its state saved; 2 if a rank failed
+        on a mistake of the user; 1 after any other failure.
 
     Raises:
         ConfigError: if the run cannot work; no process has started then.
@@ -74,10 +79,15 @@ def launch(options: LaunchOptions) -> int:
     hostfile = read_hostfile(options.hostfile)
     config = load_run_config(options.config, options.changes)
     check_layout(config, hostfile.world_size)
-    path = launcher_environment(options.launcher, os.environ)["PATH"]
-    check_launcher(options.launcher, hostfile, lambda program: shutil.which(program, path=path))
+    of_launcher = launcher_environment(options.launcher, os.environ)
+    check_launcher(
+        options.launcher, hostfile, of_launcher, lambda program: shutil.which(program, path=of_launcher["PATH"])
+    )
     environment = forwarded_environment(os.environ, options.environment)
     log_dir = Path(options.log_dir or Path(config.training.output_dir) / "logs").absolute()
+    if options.dry_run:
+        print(_describe_launch(options, hostfile, environment, of_launcher, log_dir))
+        return 0
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -135,31 +145,28 @@ class _Launch:
         return {} if self._hostfile.is_local or uses_slurm else await find_unreachable(names)
 
     async def _attempt(self) -> Outcome:
+        address = _own_address(self._hosts, self._hostfile.path)
         folder = self._new_folder()
         hostfile = write_hostfile(folder / "hostfile", self._hosts)
         options = self._options
-        plan = AttemptPlan(
-            hosts=self._hosts,
-            build_commands=lambda guard: build_commands(options.launcher, hostfile, guard),
-            launcher_environment=launcher_environment(options.launcher, os.environ),
-            trainer=[
-                sys.executable,
-                "-u",
-                "-m",
-                options.module,
-                options.config,
-                *(f"--set={c}" for c in options.changes),
-            ],
-            environment=self._environment,
-            folder=Path.cwd(),
-            log_dir=folder,
-            address=_own_address(hostfile),
-            port=options.port,
-            keepalive_seconds=options.keepalive_seconds,
-            start_seconds=options.start_seconds,
-        )
         try:
-            return await Attempt(plan, self._stop_signals, self._terminal).run()
+            with hostfile.path.open("rb") as file:
+                # The folder's path may have any characters, but mpirun gets the hostfile's on its line.
+                plain = Hostfile(Path(f"/proc/{os.getpid()}/fd/{file.fileno()}"), hostfile.hosts)
+                plan = AttemptPlan(
+                    hosts=self._hosts,
+                    build_commands=lambda guard: build_commands(options.launcher, plain, guard),
+                    launcher_environment=launcher_environment(options.launcher, os.environ),
+                    trainer=_trainer_command(options),
+                    environment=self._environment,
+                    folder=Path.cwd(),
+                    log_dir=folder,
+                    address=address,
+                    port=options.port,
+                    keepalive_seconds=options.keepalive_seconds,
+                    start_seconds=options.start_seconds,
+                )
+                return await Attempt(plan, self._stop_signals, self._terminal).run()
         except OSError as error:
             raise ConfigError(f"the launch failed: {error}. Logs are in {folder}.") from error
 
@@ -255,13 +262,42 @@ def _describe_hosts(hosts: Sequence[HostSlots]) -> str:
     return ", ".join(f"{host.name} ({host.slots})" for host in hosts)
 
 
-def _own_address(hostfile: Hostfile) -> str:
+def _trainer_command(options: LaunchOptions) -> list[str]:
+    config = options.config if not options.config.startswith("-") else f"./{options.config}"
+    return [sys.executable, "-u", "-m", options.module, config, *(f"--set={change}" for change in options.changes)]
+
+
+def _describe_launch(
+    options: LaunchOptions,
+    hostfile: Hostfile,
+    environment: Mapping[str, str],
+    of_launcher: Mapping[str, str],
+    log_dir: Path,
+) -> str:
+    """Returns what a launch would start, as lines; values of variables that may be secrets are left out."""
+    how = "on this machine" if hostfile.is_local else f"through {options.launcher}"
+    return "\n".join(
+        [
+            f"would start {hostfile.world_size} ranks {how}: {_describe_hosts(hostfile.hosts)}",
+            f"command of every rank: {printable(shlex.join(_trainer_command(options)))}",
+            f"in the folder {printable(str(Path.cwd()))}, with logs in {printable(str(log_dir))}",
+            "variables that are sent to every rank:",
+            *(f"  {line}" for line in describe_forwarded(environment)),
+            "variables of the launcher, some of which srun and mpirun also pass on, without their values:",
+            f"  {' '.join(sorted(of_launcher))}",
+            "nothing was started",
+        ]
+    )
+
+
+def _own_address(hosts: Sequence[HostSlots], hostfile: Path) -> str:
     """Returns this machine's address on the network over which it reaches the hosts."""
-    if hostfile.is_local:
+    names = [host.name for host in hosts]
+    if len(names) == 1 and is_loopback(names[0]):
         return "127.0.0.1"
     faults = []
     own = "127.0.0.1"
-    for name in hostfile.names:  # the first may be this machine itself
+    for name in names:  # the first may be this machine itself
         try:
             found = socket.getaddrinfo(name, 9, type=socket.SOCK_DGRAM)
         except OSError as error:
@@ -271,8 +307,9 @@ def _own_address(hostfile: Hostfile) -> str:
         with socket.socket(family, kind, protocol) as probe:  # sends nothing
             probe.connect(target)
             own = str(probe.getsockname()[0])
+        check_plain_word(own, "this machine's address", "Give it an address without a zone in the hostfile's network.")
         if not own.startswith("127.") and own != target[0]:
             return own
     if faults:
-        raise ConfigError(f"hostfile {hostfile.path}: names cannot be looked up here: {'; '.join(faults)}.")
+        raise ConfigError(f"hostfile {hostfile}: names cannot be looked up here: {'; '.join(faults)}.")
     return own

@@ -162,7 +162,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="beit3_ds.cluster.launch.rank_guard", description=__doc__)
     parser.add_argument("--address", required=True, help="address of the supervisor")
     parser.add_argument("--port", required=True, type=int, help="port of the supervisor")
-    parser.add_argument("--token", required=True, type=Path, metavar="FILE", help="file that both sides must read")
+    parser.add_argument(
+        "--token", required=True, type=_decode_path, metavar="HEX", help="path of a file that both sides must read"
+    )
     parser.add_argument(
         "--keepalive", required=True, type=float, metavar="SECONDS", help="silence after which the supervisor is lost"
     )
@@ -225,6 +227,10 @@ async def _connect(address: str, port: int) -> Channel:
         except OSError:
             await asyncio.sleep(KEEPALIVE_INTERVAL)
     return await connect(address, port)
+
+
+def _decode_path(text: str) -> Path:
+    return Path(os.fsdecode(bytes.fromhex(text)))
 
 
 def _number(names: tuple[str, ...]) -> int | None:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from beit3_ds.printing import printable
+
 _PREFIX = "beit3 launch: "
 
 
@@ -21,7 +23,7 @@ class Terminal:
 
     def report(self, text: str, lines: Iterable[str] = ()) -> None:
         """Prints a message of the supervisor, and below it the quoted lines."""
-        quoted = "".join(f"    | {line}\n" for line in lines)
+        text, quoted = printable(text), "".join(f"    | {printable(line)}\n" for line in lines)
         with contextlib.suppress(OSError, ValueError):
             print(f"{_PREFIX}{text}\n{quoted}", end="", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8") as file:

@@ -6,7 +6,7 @@ from typing import Any
 
 from beit3_ds.config import ConfigError
 from beit3_ds.data.files.json_lists import open_json_text
-from beit3_ds.data.files.printing import printable
+from beit3_ds.printing import printable
 
 _SHOWN = 80
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from typing import BinaryIO, TypeVar, cast
 
+from beit3_ds.printing import printable
 from beit3_ds.storage_error import StorageError
 
 ResultT = TypeVar("ResultT")
@@ -65,12 +66,11 @@ def read_with_retries(read: Callable[[], ResultT], path: str, file_errors: froze
 
 def storage_error(path: str, error: OSError, attempts: int) -> StorageError:
     """Builds the error that ends a run after `attempts` failed reads of `path`."""
-    shown = path.encode("utf-8", "backslashreplace").decode("utf-8")  # writes bytes that are not UTF-8 as escapes
     times = "" if attempts == 1 else f" in {attempts} attempts"
     return StorageError(
-        f"data: host {socket.gethostname()} cannot read {shown}{times}: {error.strerror or error}. The file system "
-        "fails or is no longer mounted; no record was counted as broken. Repair it and start the same command again: "
-        "it resumes from the newest checkpoint."
+        f"data: host {socket.gethostname()} cannot read {printable(path)}{times}: {error.strerror or error}. The "
+        "file system fails or is no longer mounted; no record was counted as broken. Repair it and start the same "
+        "command again: it resumes from the newest checkpoint."
     )
 
 

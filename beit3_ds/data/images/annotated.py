@@ -10,11 +10,11 @@ from PIL import Image
 
 from beit3_ds.config import ConfigError
 from beit3_ds.data.files.fingerprint import SourceFile
-from beit3_ds.data.files.printing import printable
 from beit3_ds.data.files.records import BrokenRecordError, Skipped
 from beit3_ds.data.images.by_name import ImagesByName
 from beit3_ds.data.images.captions import clean_caption
 from beit3_ds.data.images.compact_strings import CompactStrings, StoredStrings
+from beit3_ds.printing import printable
 
 NO_IMAGE = -1
 """Image number of a caption whose annotation names no image of the file."""

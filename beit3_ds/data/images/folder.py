@@ -10,13 +10,13 @@ from beit3_ds.config import ConfigError
 from beit3_ds.data.files.fingerprint import SourceFile
 from beit3_ds.data.files.folder import Folder
 from beit3_ds.data.files.kinds import IMAGE_EXTENSIONS
-from beit3_ds.data.files.printing import printable
 from beit3_ds.data.files.reading import FILE_ERRORS, read_with_retries
 from beit3_ds.data.files.records import BrokenRecordError, Skipped
 from beit3_ds.data.images.captions import MAX_CAPTION_BYTES, MAX_JSON_BYTES, decode_caption, decode_json_caption
 from beit3_ds.data.images.compact_strings import CompactStrings
 from beit3_ds.data.images.decoding import MAX_IMAGE_BYTES, decode_image
 from beit3_ds.data.images.shard_scan import reason_to_skip
+from beit3_ds.printing import printable
 
 _CAPTIONS = ("txt", "TXT", "json", "JSON")  # the first that exists is read
 

@@ -12,13 +12,13 @@ from beit3_ds.data.files.descriptors import FileChangedError, OpenFiles
 from beit3_ds.data.files.fingerprint import SourceFile
 from beit3_ds.data.files.kinds import IMAGE_EXTENSIONS
 from beit3_ds.data.files.patterns import expand_patterns
-from beit3_ds.data.files.printing import printable
 from beit3_ds.data.files.reading import read_with_retries
 from beit3_ds.data.files.records import BrokenRecordError, Skipped
 from beit3_ds.data.images.captions import MAX_JSON_BYTES, decode_caption, decode_json_caption
 from beit3_ds.data.images.decoding import MAX_IMAGE_BYTES, decode_image
 from beit3_ds.data.images.shard_index import NO_MEMBER, ShardIndex, StoredIndex, index_path
 from beit3_ds.data.images.shard_scan import CAPTION_EXTENSIONS, scan_shard
+from beit3_ds.printing import printable
 
 _EMPTY = "tar without samples"
 _MAX_GAP = 1 << 18  # most bytes between a sample's image and caption that one read includes

@@ -14,7 +14,6 @@ from tqdm import tqdm
 from beit3_ds.config import ConfigError, DataConfig
 from beit3_ds.cores import count_cores
 from beit3_ds.data.files.patterns import expand_patterns
-from beit3_ds.data.files.printing import printable
 from beit3_ds.data.files.records import Skipped
 from beit3_ds.data.images.folder import ImageFolder
 from beit3_ds.data.images.shard_index import StoredIndex, index_path, write_index
@@ -22,6 +21,7 @@ from beit3_ds.data.images.shard_scan import scan_shard
 from beit3_ds.data.sources import image_format
 from beit3_ds.data.workers.pool import Preparation, prepare_in_any_order
 from beit3_ds.data.workers.waiting import WaitLimits
+from beit3_ds.printing import printable
 
 _MAX_NAMED = 10  # most changed samples or failed tars that a message names
 
@@ -110,9 +110,9 @@ def prepare_indices(
     shards = [results[tar] for tar in tars]
     failed = [shard.error for shard in shards if shard.action == "failed"]
     if failed:
-        more = f"\n... and {len(failed) - _MAX_NAMED} more" if len(failed) > _MAX_NAMED else ""
+        more = [f"... and {len(failed) - _MAX_NAMED} more"] if len(failed) > _MAX_NAMED else []
         raise ConfigError(
-            f"{len(failed)} of {len(tars)} tars failed, the others are done:\n" + "\n".join(failed[:_MAX_NAMED]) + more
+            f"{len(failed)} of {len(tars)} tars failed, the others are done:", *failed[:_MAX_NAMED], *more
         )
     return shards
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from beit3_ds.config import DataConfig
 from beit3_ds.data.files.patterns import expand_patterns
-from beit3_ds.data.files.printing import printable
 from beit3_ds.data.files.records import BrokenRecordError, Skipped
 from beit3_ds.data.images.source import ImageSource
 from beit3_ds.data.sources import open_images, spread
@@ -18,6 +17,7 @@ from beit3_ds.data.text.paragraphs import BrokenLines, read_paragraphs, whole_fi
 from beit3_ds.data.text.sequences import texts_folder
 from beit3_ds.data.text.token_files import count_tokens
 from beit3_ds.data.validation_overlap import check_validation_apart
+from beit3_ds.printing import printable
 
 _PERCENTILES = (0, 10, 50, 90, 100)
 _MAX_NAMED = 10  # most broken records per reason that a report names

@@ -23,8 +23,8 @@ import zstandard
 
 from beit3_ds.config import ConfigError
 from beit3_ds.data.files.kinds import IMAGE_EXTENSIONS, UNREAD_IMAGE_EXTENSIONS, kind_of_bytes
-from beit3_ds.data.files.printing import printable
 from beit3_ds.data.files.reading import open_for_reading
+from beit3_ds.printing import printable
 
 DECOMPRESSION_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
 """Exceptions that reading a damaged or missing file raises."""

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from beit3_ds.config import ConfigError
-from beit3_ds.data.files.printing import printable
 from beit3_ds.data.files.reading import open_for_reading
 from beit3_ds.data.text.formats import DECOMPRESSION_ERRORS, TextFormat, find_text_format, open_decompressed
 from beit3_ds.data.text.json_values import iterate_json_values
 from beit3_ds.data.text.validity import check_is_text
+from beit3_ds.printing import printable
 
 _MAX_LINE_BYTES = 16 << 20
 _CHUNK_BYTES = 1 << 20
@@ -71,11 +71,11 @@ class BrokenLines:
         """Counts several lines, and raises as `add` does."""
         self.lines.extend(lines)
         if len(self.lines) > self._budget:
-            shown = "\n  ".join(self.lines[:_SHOWN])
             raise ConfigError(
                 f"data: {len(self.lines)} lines of text cannot be read; data.max_broken_records="
                 f"{self._budget} allows fewer. Repair the files (iconv converts to UTF-8) or raise it. The first "
-                f"of them:\n  {shown}"
+                "of them:",
+                *self.lines[:_SHOWN],
             )
 
 

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from beit3_ds.config import ConfigError
 from beit3_ds.data.files.fingerprint import SourceFile
 from beit3_ds.data.files.patterns import expand_patterns
-from beit3_ds.data.files.printing import printable
 from beit3_ds.data.text.paragraphs import BrokenLines, read_paragraphs, whole_file
 from beit3_ds.data.text.sentences import ParagraphCutter
 from beit3_ds.data.text.sequence_borders import PreparedText
 from beit3_ds.data.text.tokenization import encode_paragraphs, sequence_starts
+from beit3_ds.printing import printable
 from beit3_ds.tokenizers.text import TextTokenizer
 
 

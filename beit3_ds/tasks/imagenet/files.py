@@ -17,7 +17,6 @@ from beit3_ds.config import ConfigError
 from beit3_ds.data.files.descriptors import OpenFiles
 from beit3_ds.data.files.fingerprint import SourceFile
 from beit3_ds.data.files.json_lines import iterate_json_lines
-from beit3_ds.data.files.printing import printable
 from beit3_ds.data.files.reading import read_with_retries
 from beit3_ds.data.files.records import Skipped
 from beit3_ds.data.images.annotated import CollectedAnnotations
@@ -25,6 +24,7 @@ from beit3_ds.data.images.folder import ImageFolder
 from beit3_ds.data.images.shards import TarShards
 from beit3_ds.data.images.source import ImageSource
 from beit3_ds.data.images.tar_members import iterate_tar_members
+from beit3_ds.printing import printable
 from beit3_ds.tasks.imagenet.classes import ClassList
 
 _MAX_CLS_BYTES = 20

@@ -20,12 +20,12 @@ from PIL import Image
 from beit3_ds.config import ConfigError
 from beit3_ds.data.files.fingerprint import SourceFile
 from beit3_ds.data.files.json_lines import iterate_json_lines
-from beit3_ds.data.files.printing import printable
 from beit3_ds.data.files.records import BrokenRecordError, Skipped
 from beit3_ds.data.images.annotated import describe_files
 from beit3_ds.data.images.by_name import ImagesByName
 from beit3_ds.data.images.captions import clean_caption
 from beit3_ds.data.images.compact_strings import CompactStrings
+from beit3_ds.printing import printable
 
 _NO_LABEL = -1
 

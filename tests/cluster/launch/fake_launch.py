@@ -23,7 +23,9 @@ async def find_unreachable(names: Iterable[str]) -> dict[str, str]:
 
 
 def fake_launcher(launcher: str, hostfile: launching.Hostfile, guard: list[str]) -> list[list[str]]:
-    return [[sys.executable, "-m", "tests.cluster.launch.fake_launcher", str(hostfile.path), *guard]]
+    return [
+        [sys.executable, "-m", "tests.cluster.launch.fake_launcher", str(hostfile.path), *guard, values["hostfile"]]
+    ]
 
 
 guarded_rank.STOPPED_SECONDS = 1.0
@@ -32,7 +34,7 @@ attempt._LAUNCHER_SECONDS = 2.0
 launching._RESTART_SECONDS = 0.2
 launching.find_unreachable = find_unreachable
 launching.build_commands = fake_launcher
-launching._own_address = lambda hostfile: "127.0.0.1"
+launching._own_address = lambda hosts, hostfile: "127.0.0.1"
 defaults = {
     "changes": [],
     "launcher": "ssh",

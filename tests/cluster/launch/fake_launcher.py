@@ -1,7 +1,7 @@
 """Fakes DeepSpeed's launcher: starts the guards of all ranks on this machine instead of the hosts in the hostfile.
 
-Its arguments are a hostfile and those of the guards. It ends with its guards, with status 1 if one has failed. For a
-rank on the host `absent` it starts a process that waits for ever, as ssh would.
+Its arguments are a hostfile, those of the guards, and a path that tests look for. It ends with its guards, with status 1
+if one has failed. For a rank on the host `absent` it starts a process that waits for ever, as ssh would.
 """
 
 import os
@@ -14,12 +14,14 @@ GUARD = [sys.executable, "-m", "beit3_ds.cluster.launch.rank_guard"]
 
 
 def main() -> int:
-    hostfile, arguments = read_hostfile(sys.argv[1]), sys.argv[2:]
+    hostfile, arguments = read_hostfile(sys.argv[1]), sys.argv[2:-1]
     guards = []
     for rank in range(hostfile.world_size):
         is_absent = hostfile.host_of(rank).name == "absent"
         command = ["sleep", "1000"] if is_absent else [*GUARD, *arguments]
-        guards.append(subprocess.Popen(command, env={**os.environ, "RANK": str(rank)}))
+        guards.append(
+            subprocess.Popen(command, env={**os.environ, "RANK": str(rank), "RUN": os.path.realpath(sys.argv[1])})
+        )
     return int(max(guard.wait() for guard in guards) != 0)
 
 

@@ -8,6 +8,7 @@ They also fail after a fault of another rank, except that they wait for ever for
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -66,6 +67,7 @@ def main() -> int:
     worker = subprocess.Popen(["sleep", "60"], env={**os.environ, "RUN": str(folder)})
     greeting = os.environ.get("GREETING")
     print(f"rank {ranks.rank} of {ranks.size}, worker {worker.pid}, from step {first}, {greeting}", flush=True)
+    print(f"secrets {[name for name in os.environ if re.search('TOKEN|PASSWORD', name)]}", flush=True)
     ignores = False
     for step in range(first, config.total_steps):
         for number, (its_rank, its_step, what) in enumerate(json.loads(os.environ.get("FAULTS", "[]"))):

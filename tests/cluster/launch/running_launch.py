@@ -35,6 +35,7 @@ class Launch:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                env={**os.environ, "PYTHONPATH": os.getcwd()},  # launchers start in another folder
             )
 
     def printed(self) -> str:

@@ -1,5 +1,6 @@
 """Tests that DeepSpeed's own parsers turn our launcher commands into the right processes."""
 
+import base64
 import json
 import shlex
 import subprocess
@@ -82,43 +83,43 @@ def test_ssh_starts_every_host_itself(tmp_path: Path) -> None:
     commands = build_commands("ssh", hostfile, GUARD)
     assert [command[-2] for command in commands] == ["node0", "node1"]
     for index, command in enumerate(commands):
-        words = shlex.split(command[-1])
-        assert words[:2] == ["cd", str(Path.cwd())]
-        assert f"--node_rank={index}" in words and "--no_ssh" in words
-        assert words[-5:] == ["beit3_ds.cluster.launch.rank_guard", *GUARD]
+        words = command[-1].split(" ")  # plain words, without quotes
+        assert words == shlex.split(command[-1]) and words[:2] == ["exec", "env"]
+        assert words[words.index(sys.executable) :][:4] == [sys.executable, "-u", "-m", "deepspeed.launcher.launch"]
+        (world,) = (word.removeprefix("--world_info=") for word in words if word.startswith("--world_info="))
+        assert json.loads(base64.urlsafe_b64decode(world)) == {"node0": [0, 1], "node1": [0, 1]}
+        assert f"--node_rank={index}" in words and "--master_addr=node0" in words
+        assert words[-7:] == ["--no_local_rank", "--module", "beit3_ds.cluster.launch.rank_guard", *GUARD]
 
 
 def test_what_is_not_installed_is_named(tmp_path: Path) -> None:
     hostfile = write_hostfile(tmp_path / "hostfile", HOSTS)
     for launcher in LAUNCHERS:
-        check_launcher(launcher, hostfile, lambda name: name)
+        check_launcher(launcher, hostfile, {}, lambda name: name)
         with pytest.raises(ConfigError, match=f"--launcher {launcher} needs the program"):
-            check_launcher(launcher, hostfile, lambda name: None)
-    check_launcher("slurm", write_hostfile(tmp_path / "local", [HostSlots("localhost", 2)]), lambda name: None)
+            check_launcher(launcher, hostfile, {}, lambda name: None)
+    check_launcher("slurm", write_hostfile(tmp_path / "local", [HostSlots("localhost", 2)]), {}, lambda name: None)
 
 
 def test_unequal_slots_are_refused_where_they_do_not_work(tmp_path: Path) -> None:
     hostfile = write_hostfile(tmp_path / "hostfile", [HostSlots("node0", 2), HostSlots("node1", 1)])
-    check_launcher("pdsh", hostfile, lambda name: name)
+    check_launcher("pdsh", hostfile, {}, lambda name: name)
     for launcher in ("mpich", "slurm"):
         with pytest.raises(ConfigError, match=r"same number of ranks on every host, .* node0 slots=2, node1 slots=1"):
-            check_launcher(launcher, hostfile, lambda name: name)
-
-
-@pytest.mark.parametrize("line", ["", "# NCCL_DEBUG", "export"])
-def test_an_environment_file_that_would_crash_deepspeed_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / ".deepspeed_env").write_text(f"NCCL_DEBUG=INFO\n{line}\n")
-    hostfile = write_hostfile(tmp_path / "hostfile", HOSTS)
-    with pytest.raises(ConfigError, match=r"\.deepspeed_env, line 2: .* is not NAME=VALUE"):
-        check_launcher("pdsh", hostfile, lambda name: name)
-    (tmp_path / ".deepspeed_env").write_text("NCCL_DEBUG=INFO\n")
-    check_launcher("pdsh", hostfile, lambda name: name)
+            check_launcher(launcher, hostfile, {}, lambda name: name)
 
 
 def test_the_launcher_keeps_the_users_own_options() -> None:
     environment = launcher_environment("pdsh", {"PDSH_SSH_ARGS_APPEND": "-p 2222", "PATH": "/bin"})
     assert environment["PDSH_SSH_ARGS_APPEND"].startswith("-p 2222 -o BatchMode=yes")
     assert environment["PATH"].endswith(":/bin")
+
+
+def test_launchers_get_no_secret_and_nothing_that_deepspeed_writes_on_lines() -> None:
+    """Catches DeepSpeed's prefixes (PYTHON, MLFLOW, UCX, NCCL), and srun, which passes its whole environment on."""
+    secrets = {"HF_TOKEN": "x", "MLFLOW_TRACKING_PASSWORD": "x", "SLURM_JWT": "x", "PYTHONWARNINGS": "$(id)"}
+    kept = {"HOME": "/root", "SLURM_JOB_ID": "1", "PYTHONPATH": "/x", "SSH_AUTH_SOCK": "/tmp/agent"}
+    environment = launcher_environment("slurm", {**secrets, **kept, "PATH": "/bin:/a b:/c$(id)::/usr/bin"})
+    path = environment.pop("PATH").split(":")
+    assert path[1:] == ["/bin", "/usr/bin"]
+    assert environment == {**kept, "DS_ENV_FILE": "/dev/null"}

@@ -9,11 +9,11 @@ import pytest
 
 from beit3_ds.config import ConfigError
 from beit3_ds.data.files.folder import Folder
-from beit3_ds.data.files.printing import printable
 from beit3_ds.data.files.records import BrokenRecordError
 from beit3_ds.data.images.compact_strings import CompactStrings
 from beit3_ds.data.images.folder import ImageFolder
 from beit3_ds.data.images.shards import TarShards
+from beit3_ds.printing import printable
 from beit3_ds.storage_error import StorageError
 from tests.data.conftest import WriteTar
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from beit3_ds.data.files.printing import printable
+from beit3_ds.printing import printable
 
 
 @pytest.mark.parametrize(
