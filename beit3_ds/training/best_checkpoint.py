@@ -1,4 +1,4 @@
-"""Compares the evaluations of a run, to keep the best checkpoint and to stop a run that no longer improves."""
+"""Finds the best evaluation of a run, to keep its checkpoint and to stop a run that no longer improves."""
 
 import math
 from collections.abc import Mapping
@@ -19,12 +19,12 @@ class BestCheckpoint:
     """
 
     def __init__(self, config: TrainingConfig, *, is_higher_better: bool, data: Mapping[str, Any]) -> None:
-        """Starts with the best evaluation of a checkpoint.
+        """Starts from the best evaluation that a resumed checkpoint records, if any.
 
         Args:
-            config: names the metric and the evaluations after which a run stops.
+            config: holds `best_metric` and `early_stop_evaluations`.
             is_higher_better: whether a larger value of the metric is better.
-            data: data of the resumed checkpoint (`Index.data`); a state of another metric is ignored.
+            data: data of the resumed checkpoint (`Index.data`); a record of another metric is ignored.
         """
         self.metric, self._is_higher_better = config.best_metric, is_higher_better
         self._patience = config.early_stop_evaluations
@@ -72,7 +72,7 @@ class BestCheckpoint:
         return self._patience is not None and self._evaluations_since + 1 >= self._patience
 
     def state(self) -> dict[str, Any]:
-        """Returns the state for a checkpoint, under the key `BEST`; empty before the first evaluation."""
+        """Returns the best evaluation for a checkpoint, under the key `BEST`; {} before the first evaluation."""
         if self.step is None:
             return {}
         fields = {"metric": self.metric, "step": self.step, "value": self.value}

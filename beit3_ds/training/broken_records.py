@@ -17,7 +17,7 @@ BROKEN_RECORDS = "broken_records"
 
 
 class BrokenRecords:
-    """Collects the broken records that the ranks of a group find, and enforces a limit on their number.
+    """Collects broken records from the ranks of a group, and raises an error if there are too many.
 
     A record is identified by its file and its name in that file, which never change. So a record that is read again in
     another epoch, on another rank or in a resumed run counts once.
@@ -44,7 +44,7 @@ class BrokenRecords:
         return dict(self._lines)
 
     def unknown(self, met: Mapping[str, str]) -> dict[str, str]:
-        """Returns those records of `met` that no rank had found before."""
+        """Returns the records in `met` that no rank has found before; both map each record to its error."""
         return {name: line for name, line in met.items() if name not in self._lines}
 
     def add(self, new: Mapping[str, str], where: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Keeps each file of DeepSpeed's CSV monitor one valid table when a run is resumed."""
+"""Keeps each CSV file of DeepSpeed's monitor a single valid table when a run is resumed."""
 
 import csv
 from pathlib import Path
@@ -12,7 +12,7 @@ def continue_csv_files(monitor: Any, step: int) -> None:
 
     Args:
         monitor: `engine.monitor`, which has a `csv_monitor` on the rank that writes.
-        step: number of updates done; rows of later steps are dropped; -1 drops all rows.
+        step: number of updates done. Rows of later steps are dropped; -1 drops all rows.
     """
     files = getattr(monitor, "csv_monitor", None)
     if files is None or not files.enabled:

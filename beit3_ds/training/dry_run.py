@@ -41,7 +41,7 @@ def describe_dry_run(
         config: the run's configuration.
         world_size: number of ranks.
         ranks_per_node: ranks per node; None takes 8, or `world_size` if that is smaller.
-        node: memory of a node; None skips the check, for a run on other machines.
+        node: memory of a node; None skips the memory check, for a run on other machines.
         step_seconds: assumed time of one step, from which rates are computed.
 
     Raises:

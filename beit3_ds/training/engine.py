@@ -26,8 +26,8 @@ def build_model(task: Task, tensor: TensorParallel | None = None, layers: Sequen
 
     Args:
         task: the task of the run.
-        tensor: tensor-parallel ranks; None is this process alone.
-        layers: model chunks of this stage; None is all layers.
+        tensor: tensor-parallel group; None for a single process.
+        layers: layers of each model chunk of this stage; None for all layers.
     """
     model = task.build_model(tensor, layers)
     model.initialize(task.config.training.seed)
@@ -63,7 +63,7 @@ def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh) -> deepspeed.D
 
 
 def _gradient_bytes(config: RunConfig, model: nn.Module) -> int:
-    """Returns the bytes of the gradients held until the update; 0 under ZeRO-1 to 3, which partition them earlier."""
+    """Returns the bytes of the gradients kept until the update; 0 under ZeRO-1 to 3, which partition them earlier."""
     if config.options.zero_stage:
         return 0
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""Computes the mean loss terms of a task over its validation samples, and the task's own metrics."""
+"""Evaluates a model: mean loss terms over the validation samples, and the task's own metrics."""
 
 # K terms of the task.
 
@@ -20,7 +20,7 @@ SourceNames = Mapping[str, Sequence[str]]
 """Short names of the validation sources of each stream, in the order of the configuration."""
 
 VALIDATION_FOLDER = "validation"
-"""Folder in the output folder with the result files of the last evaluation."""
+"""Name of the folder inside the output folder that holds the result files of the last evaluation."""
 
 
 def evaluate(
@@ -34,21 +34,22 @@ def evaluate(
 ) -> dict[str, float]:
     """Returns the mean of each term over the validation batches of all ranks.
 
-    Every rank has the same number of batches. Sends 2 K elements per source of the stream with the most sources. Terms
-    that compare samples (`Task.step_loss`) are computed over all samples of a source, whose features are gathered.
+    Every rank has the same number of batches. Terms that compare samples (`Task.step_loss`) are computed over all
+    samples of a source, after their features are gathered. Sends 2 K elements per source, where K is the number of
+    terms and all streams count as many sources as the largest.
 
     Args:
         schedule: computes the forward passes.
         batches: this rank's batches; each holds samples of one source of each stream (`PackedBatch.sources`).
-        prepare: function that is applied to each batch before the forward pass.
+        prepare: function that moves each batch to the device and adds targets before the forward pass.
         terms: loss terms of the task.
         mesh: the ranks.
         device: this rank's device.
         source_names: names of the sources of each stream.
 
     Returns:
-        Means by term name, without terms of count 0. If the stream of a term has several sources, the mean over each
-        source follows as "TERM/SOURCE".
+        Means by term name, without terms of count 0. If a term's stream has several sources, also the mean over each
+        source under "TERM/SOURCE".
     """
     num_sources = max((len(names) for names in source_names.values()), default=0)
     sums = torch.zeros(len(terms), max(1, num_sources), dtype=torch.float64)
@@ -94,12 +95,12 @@ def _sum_coupled_terms(step_loss: StepLoss, features: Sequence[Sequence[StepFeat
 
 
 def evaluate_split(rank_task: RankTask, evaluator: Evaluator, split: Split, folder: Path | None) -> dict[str, float]:
-    """Returns the task's metrics of a split on all ranks, which all call it.
+    """Computes the task's metrics on a split and returns them on all ranks; all ranks call it.
 
     Args:
         rank_task: the task, opened for this rank.
         evaluator: the model and its ranks.
-        split: the split.
+        split: split to evaluate.
         folder: folder for result files and pages, which the main rank creates; None writes none.
 
     Raises:
@@ -126,6 +127,6 @@ def mean_terms(sums: Tensor, counts: Tensor, terms: Sequence[Term], mesh: Mesh) 
 
 
 def _sum_over_ranks(sums: Tensor, counts: Tensor, mesh: Mesh) -> Tensor:
-    """Returns the sums, taken from the last stage, and the counts over all data-parallel ranks, stacked."""
+    """Adds the last stage's sums and the counts over all data-parallel ranks; returns both in one stacked tensor."""
     sums = mesh.pipeline.host.broadcast(sums, src=-1)
     return mesh.data_host.sum(torch.stack([sums, counts]))

@@ -1,4 +1,4 @@
-"""Gives the peak rate of floating-point operations of the device, of which MFU is the fraction reached."""
+"""Finds the device's peak FLOP/s, the denominator of model FLOPs utilisation (MFU)."""
 
 import time
 
@@ -9,7 +9,7 @@ _PEAK_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Returns the peak FLOP/s of a device: from the data sheet for bf16 on known GPUs, else a measured product's."""
+    """Returns the peak FLOP/s of a device: NVIDIA's figure for bf16 on known GPUs, else a measured matrix product's."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for word, peak in _PEAK_BF16.items():

@@ -44,7 +44,7 @@ from beit3_ds.training.stragglers import Stragglers
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Holds everything that the loop works with; built by `train.build_run`."""
+    """Holds the parts of a run that the training loop uses; `train.build_run` builds it."""
 
     config: RunConfig
     schedule: Schedule
@@ -59,7 +59,7 @@ class Run:
     read_validation: Callable[[], None]
     """Reads this rank's own validation batches; returns early if the rank is asked to stop."""
     splits: Mapping[Split, Iterable[PackedBatch]]
-    """All batches of each split that the task evaluates; workers read them again in every iteration."""
+    """All batches of each split that the task evaluates; each iteration reads them from disk again."""
     store: CheckpointStore
     metrics_log: MetricsLog
     progress: Progress
@@ -87,7 +87,7 @@ class Run:
         return model
 
     def prepare(self, batch: PackedBatch) -> PackedBatch:
-        """Returns a micro-batch on the device, with the targets that the head needs."""
+        """Moves a micro-batch to the device and adds the targets that the head needs."""
         return self.rank_task.prepare(batch, self.device)
 
     def batches(self, split: Split) -> Iterable[PackedBatch]:
@@ -95,11 +95,11 @@ class Run:
         return self.splits[split]
 
     def predict(self, batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, Any]]:
-        """Yields each prepared batch with the head's predictions; these are None on all stages but the last."""
+        """Yields pairs of a prepared batch and the head's predictions, which are None except on the last stage."""
         yield from self.schedule.run_forward(batches, None, self.prepare)
 
     def trained_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields each weight of the newest checkpoint in float32, and each buffer, with its name, on the CPU."""
+        """Yields (name, tensor) for each float32 weight and each buffer of the newest checkpoint, on the CPU."""
         path = self.store.newest_path()
         assert path is not None, "a run ends with a checkpoint"
         folder = CheckpointFolder(path)
@@ -128,7 +128,8 @@ def resume(
     """Loads the newest whole checkpoint, if any, and drops the metrics of later steps; all ranks call it.
 
     Raises:
-        ConfigError: if the checkpoint holds another model, belongs to other tokenizers, or is past `total_steps`.
+        ConfigError: if the checkpoint holds another model, was trained with other tokenizers, or has more than
+            `total_steps` updates.
     """
     newest = store.agree_on_newest()
     if newest and newest.step > total_steps:
@@ -171,7 +172,8 @@ def train(run: Run, steps: Iterable[StepBatch], signals: StopSignals) -> bool:
 
     Raises:
         ConfigError: if too many records are broken, a rank gets no data, or the last checkpoint cannot be written.
-        StorageError: if a file system fails. The steps done so far are saved first, as they are if a rank gets no data.
+        StorageError: if a file system fails. The state after the last finished step is saved first, as it is if a rank
+            gets no data.
         NonFiniteLossError: if loss or gradients are not finite in `training.max_skipped_steps` steps in a row. The
             newest checkpoint then holds the weights from before these steps.
     """
@@ -289,7 +291,7 @@ def _report_skip(run: Run, skipped: SkippedSteps, step_batch: StepBatch, update:
 
 
 def _end_diverged(run: Run, done: int, skipped: SkippedSteps, *, must_save: bool) -> NoReturn:
-    """Ends the run; first saves the weights from before the skipped steps unless the newest checkpoint has them.
+    """Ends a diverged run; first saves the weights before the skipped steps, unless a checkpoint has them already.
 
     A second checkpoint of the same weights is not written, because repeated restarts would delete all older ones.
     """
@@ -347,11 +349,13 @@ def _report(run: Run, done: int, skipped: SkippedSteps, spikes: LossSpikes) -> N
 
 
 def _evaluate_and_record(run: Run, done: int, *, is_last: bool = False) -> bool:
-    """Evaluates terms and metrics, with result files after the last step; a stop signal abandons the evaluation.
+    """Evaluates terms and metrics and records them; a stop signal abandons the evaluation.
+
+    Writes result files after the last step only.
 
     Returns:
-        Whether the evaluation is better than all before (`training.best_metric`). That of the initial weights is not
-        compared.
+        Whether the evaluation is better than all earlier ones (`training.best_metric`). The evaluation of the initial
+        weights does not take part.
     """
     names = run.config.data.source_names()
     folder = Path(run.config.training.output_dir) / VALIDATION_FOLDER if is_last else None

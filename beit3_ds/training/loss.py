@@ -1,4 +1,4 @@
-"""Weights each term so that the loss does not depend on how a step is divided into ranks and micro-batches."""
+"""Computes factors of the loss terms, so that ranks and micro-batches do not change the loss of a step."""
 
 # K terms of the task.
 
@@ -12,13 +12,13 @@ from beit3_ds.tasks import Term
 
 
 def count_terms(step_batch: StepBatch) -> Tensor:
-    """Returns the count of each term in this rank's share of a step, (K,) int64; needs no forward pass."""
+    """Returns each term's count of predictions in this rank's share of a step, (K,) int64, before any forward pass."""
     counts = torch.tensor([batch.term_counts for batch in step_batch.micro_batches], dtype=torch.int64)
     return counts.sum(0)
 
 
 def build_loss_factors(counts: Tensor, terms: Sequence[Term], data_parallel_size: int) -> Tensor:
-    """Returns the factor of each term's sum in the loss, (K,) float32.
+    """Returns the factors, (K,) float32, by which the sums of the K terms are multiplied in the loss.
 
     Each term is a mean over the whole step on all ranks; a term with count 0 is 0. DeepSpeed averages gradients over
     the data-parallel ranks; the factors undo this average.

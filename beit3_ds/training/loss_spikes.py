@@ -15,8 +15,9 @@ _DEVIATIONS_PER_SPREAD = 1.4826  # of a normal distribution
 class LossSpikes:
     """Compares each step's loss with the median of the last 100, in units of their spread.
 
-    The spread is the median absolute deviation, scaled to the standard deviation of a normal distribution. So a spike
-    does not hide the spikes after it. Spikes are only reported and counted; the count starts with the process.
+    The spread is the median absolute deviation, scaled to the standard deviation of a normal distribution. One spike
+    hardly changes it, so later spikes are still found. Spikes are only reported and counted; the count restarts with
+    the process.
     """
 
     def __init__(self) -> None:

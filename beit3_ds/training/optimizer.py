@@ -31,7 +31,7 @@ def find_apex(part: str, asked_for: str) -> Any:
 
     Args:
         part: name of the submodule.
-        asked_for: setting that needs it, for the error.
+        asked_for: setting that needs the part, for the error message.
 
     Raises:
         ConfigError: if apex is not installed, or is the unrelated PyPI package of that name.
@@ -69,8 +69,8 @@ def build_optimizer(model: nn.Module, config: RunConfig, largest: Callable[[int]
     Args:
         model: this rank's part of the model.
         config: the run's configuration.
-        largest: returns the largest of the numbers that the stages of a pipeline pass to it. DeepSpeed sums the
-            gradient norm group by group over the stages, so all stages need equal numbers of groups.
+        largest: returns the maximum over the pipeline's stages of the number that it is given. It gives all stages the
+            same number of groups, because DeepSpeed sums the gradient norm over the stages group by group.
 
     Raises:
         ConfigError: if the configured optimizer is not installed.

@@ -26,11 +26,11 @@ class Update(NamedTuple):
     learning_rate: float
     """Learning rate of the step."""
     loss: Tensor
-    """This rank's share of the minimised loss, a scalar; the loss is the sum over all ranks."""
+    """This rank's share of the loss, a scalar; the sum over all ranks is the loss of the step."""
 
     @property
     def is_skipped(self) -> bool:
-        """Returns whether the update was skipped, which is so on all ranks or none."""
+        """Returns whether the update was skipped; equal on all ranks."""
         return not math.isfinite(self.grad_norm)
 
 
@@ -77,7 +77,7 @@ class Progress:
             flops_of: returns the operations of a micro-batch, forward and backward.
             total_steps: steps of the run, from which the remaining time is computed.
             peak_flops: peak FLOP/s of one rank's device, of which MFU is the fraction reached.
-            mesh: ranks to sum over.
+            mesh: the ranks whose figures are summed.
         """
         self.terms, self.flops_of = terms, flops_of
         self.total_steps, self.peak_flops, self.mesh = total_steps, peak_flops, mesh
@@ -114,7 +114,7 @@ class Progress:
                 interval.counts = interval.counts + torch.tensor(batch.term_counts, dtype=torch.float64)
 
     def losses(self) -> list[tuple[int, float]]:
-        """Returns the loss of each step that was not skipped since the last line; sends one number per step."""
+        """Returns (step, loss) of each step since the last line that was not skipped; sends one number per step."""
         losses = torch.stack([update.loss for _, update in self.interval.updates]).double().cpu()
         steps = [step for step, _ in self.interval.updates]
         return list(zip(steps, self.mesh.host.sum(losses).tolist(), strict=True))
@@ -166,7 +166,7 @@ def format_line(record: dict[str, Any], total_steps: int, terms: Sequence[Term])
 def format_evaluation(record: dict[str, Any], terms: Sequence[Term]) -> str:
     """Formats validation means and metrics as one line.
 
-    If a term has several sources, or a metric several kinds ("accuracy/number"), each follows it.
+    Values per source of a term, or per kind of a metric ("accuracy/number"), follow the total.
     """
     shown = []
     metrics = [key for key in record if key not in ("step", "kind") and "/" not in key]

@@ -17,8 +17,8 @@ from beit3_ds.training.plot import plot_losses
 def write_report(run: Run) -> None:
     """Writes the task's results, losses.png, the task's pages and summary.json, and prints the summary.
 
-    If a picture, a page or the summary cannot be written, one line says so, and the run still counts as finished. All
-    ranks call it, because they all take part in the forward pass and the baselines.
+    If a picture, a page or the summary cannot be written, this prints one line and the run still counts as finished.
+    All ranks call it, because all of them take part in the forward pass and the baselines.
 
     Raises:
         StorageError: if a result of the task cannot be written.
@@ -47,7 +47,7 @@ def format_summary(summary: dict[str, Any], losses: Collection[str]) -> str:
 
     Args:
         summary: content of summary.json.
-        losses: names of the terms of the loss, whose changes are relative; those of metrics are differences.
+        losses: names of the loss terms. Changes of loss terms are shown in percent, changes of metrics as differences.
     """
     lines = [f"\nFinished {summary['steps']} steps."]
     wide = max([10, *map(len, summary["validation"])])

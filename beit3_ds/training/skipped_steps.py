@@ -14,7 +14,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 class SkippedSteps:
-    """Counts skipped steps and finds the ranks that caused them; all ranks call its methods alike."""
+    """Counts skipped steps and finds the ranks that caused them; all ranks call every method together."""
 
     def __init__(self, limit: int, mesh: Mesh) -> None:
         """Starts the counts at 0.
@@ -32,7 +32,7 @@ class SkippedSteps:
         return self.in_a_row >= self.limit
 
     def note_update(self) -> None:
-        """Ends a row of skipped steps, because an update was done."""
+        """Resets the number of skipped steps in a row after an update."""
         self.in_a_row = 0
 
     def add(self, step_batch: StepBatch, grad_norm: float, probe: GradientProbe) -> dict[str, Any]:

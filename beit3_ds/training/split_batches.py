@@ -13,19 +13,19 @@ from beit3_ds.storage_error import StorageError
 
 
 class SplitBatches:
-    """Iterates over this rank's batches in an evaluation, from the ranks that read them; all ranks iterate together.
+    """Iterates over this rank's batches of an evaluation on all ranks together; only some of the ranks read files.
 
-    Before each batch the ranks agree that all of them have one, with three integers per rank. So an error of one rank
-    and a stop signal end the evaluation on all ranks at once, and no rank waits in a collective.
+    Before each batch the ranks exchange three integers each to check that all of them have a batch. So an error or a
+    stop signal on one rank ends the evaluation on all ranks, and no rank waits in a collective.
     """
 
     def __init__(self, own: EvaluationBatches | None, mesh: Mesh, limits: WaitLimits) -> None:
-        """Reads nothing yet.
+        """Stores the arguments; reading begins with the iteration.
 
         Args:
             own: batches that this rank reads; None on ranks that receive them.
             mesh: the ranks.
-            limits: limits of the waits for a batch.
+            limits: longest waits for a batch.
         """
         self._own, self._mesh, self._limits = own, mesh, limits
 

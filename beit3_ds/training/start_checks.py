@@ -49,7 +49,7 @@ def check_frozen_patterns(task: Task) -> None:
     """Checks `training.frozen` against the names of the model's parameters.
 
     Raises:
-        ConfigError: if a pattern matches none, or the patterns match all.
+        ConfigError: if a pattern matches no parameter, or the patterns match all parameters.
     """
     if patterns := task.config.training.frozen:
         with torch.device("meta"):

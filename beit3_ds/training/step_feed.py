@@ -1,4 +1,4 @@
-"""Fetches the steps of a rank between updates, when all ranks can still agree to save and stop."""
+"""Fetches a rank's data between updates, at a point where all ranks can still agree to save and stop."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +31,7 @@ class StepFeed:
 
     @property
     def has_step(self) -> bool:
-        """Returns whether a step was fetched; False also if a stop signal ended the wait."""
+        """Returns whether a step is ready; False after an error or a stop signal."""
         return self._fetched is not None
 
     def fetch(self) -> None:
@@ -55,7 +55,7 @@ class StepFeed:
             self.error = error
 
     def raise_error(self, is_storage: bool) -> None:
-        """Raises this rank's error, or one that points to another rank; call it once all ranks agreed to end.
+        """Raises this rank's error, or one that refers to another rank's; call it after all ranks agreed to end.
 
         Args:
             is_storage: True if a file system failed on the rank without data.

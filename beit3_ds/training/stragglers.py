@@ -59,9 +59,9 @@ class Stragglers:
             step_seconds: mean seconds per step.
 
         Returns:
-            Figures for metrics.jsonl, and lines about stragglers. For each measure, the figures are the rank most above
-            the median of its stage, its seconds per step, and that median. A rank is a straggler if it exceeds the
-            median by half of it, and by a twentieth of the step.
+            Figures for metrics.jsonl, and lines about stragglers. For each measure, the figures are the slowest rank
+            relative to the median of its stage, its seconds per step, and that median. A rank is a straggler if its
+            time exceeds the median by more than half of the median and by more than 5 % of the step time.
         """
         seconds = torch.zeros(self._mesh.num_ranks, len(_MEASURES), dtype=torch.float64)
         seconds[self._mesh.host.rank] = torch.tensor([stopwatch.take() / steps for stopwatch in self._stopwatches])

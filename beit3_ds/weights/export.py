@@ -54,7 +54,7 @@ def export_weights(
     max_shard_bytes: int | None = None,
     overwrite: bool = False,
 ) -> Exported:
-    """Writes a model's weights with one tensor in memory at a time; `out` appears only when it is whole.
+    """Writes a model's weights to `out`, with one tensor in memory at a time; `out` appears only when complete.
 
     Args:
         reader: reads the tensors.
@@ -63,8 +63,8 @@ def export_weights(
             `unilm-fusion` are state dicts of the reference (`plan_unilm_export`); `timm` is a vision tower of timm
             (safetensors).
         dtype: type of floating tensors; None keeps the stored types.
-        max_shard_bytes: most bytes of tensors per file of a sharded folder, where a file holds at least one tensor; for
-            `beit3` only.
+        max_shard_bytes: maximum bytes of tensors per file of a sharded folder; a larger tensor gets a file of its own.
+            For `beit3` only.
         overwrite: whether to replace existing weights at `out`.
 
     Raises:
@@ -101,7 +101,7 @@ def export_weights(
 
 
 def loading_hint(config: ModelConfig, out: Path, format: ExportFormat) -> str:
-    """Returns a text that says how to load exported weights, and for which inputs they are exact."""
+    """Returns instructions to load exported weights, and names the inputs for which they are exact."""
     if format == "beit3":
         return f"Load it with BEiT3.from_pretrained({str(out)!r})."
     if format == "timm":
@@ -121,7 +121,7 @@ def loading_hint(config: ModelConfig, out: Path, format: ExportFormat) -> str:
 
 
 def check_free(out: Path, overwrite: bool) -> None:
-    """Refuses an output path that exists; only a folder of exported weights alone may be overwritten.
+    """Checks that an output path is unused, or may be overwritten because it holds nothing but exported weights.
 
     Raises:
         ConfigError: if it exists and may not be overwritten.

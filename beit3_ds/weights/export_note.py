@@ -1,7 +1,8 @@
-"""Records the exported model in a file of another project's format.
+"""Records the model's configuration inside a file that is exported in another project's format.
 
-Other projects' formats have no place for a model's configuration, and shapes do not tell everything (attention heads,
-what A and B share). Without the note this program could not read back its own files. Other programs ignore the note.
+Other projects' formats have no place for a model's configuration, and the shapes of tensors do not show the number of
+attention heads or which tensors the modalities share. This program needs the note to read back its own files; other
+programs ignore it.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Plans the tensors of a file before it is written; each is read or computed when it is written."""
+"""Plans the tensors of a file; each tensor is read or computed only when it is written."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from beit3_ds.weights.reader import WeightReader
 
 
 class PlannedTensor(NamedTuple):
-    """Describes a tensor of a file to be written, built only when it is written, so that one exists at a time."""
+    """Describes a tensor to be written; it is built only when it is written, so that memory holds one at a time."""
 
     name: str
     """Name in the file."""
@@ -31,7 +31,7 @@ class PlannedTensor(NamedTuple):
         """Returns the same tensor in another floating type; a tensor of integers is returned unchanged.
 
         Raises:
-            ConfigError: when the tensor is built, if a number is too large for the type.
+            ConfigError: when the tensor is built, if a value is too large for the type.
         """
         if not self.dtype.is_floating_point:
             return self

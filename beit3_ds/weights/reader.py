@@ -73,7 +73,7 @@ class Backbone:
     task = None
 
     def __init__(self, reader: WeightReader) -> None:
-        """Takes the tensors of a reader that belong to no head, neither of this project nor of the reference."""
+        """Selects the tensors of a reader that do not belong to a head of this project or of the reference."""
         self.model, self.step = reader.model, reader.step
         self.shape, self.dtype, self.read = reader.shape, reader.dtype, reader.read
         self._names = [name for name in reader.names() if not name.startswith("heads.") and name not in HEAD_EXTRAS]
@@ -92,8 +92,8 @@ def open_weights(path: str | Path, *, averages: bool = False, best: bool = False
         best: whether to open the best checkpoint of a run (`training.best_metric`) instead of the newest.
 
     Raises:
-        ConfigError: if there is none of these, or the checkpoint is incomplete or changed, or averages or the best
-            checkpoint are wanted of something that has none.
+        ConfigError: if the path holds no weights, if the checkpoint is incomplete or changed, or if the requested
+            averages or best checkpoint do not exist.
     """
     path = Path(path)
     if is_checkpoint(path):

@@ -1,7 +1,7 @@
 """Reads released BEiT-3 weights as the logical tensors of a decoupled model.
 
 Names and shapes follow the reference's code, and tests use tensors of these names and shapes. The official files
-themselves were never read here.
+themselves were never tested.
 """
 
 import dataclasses
@@ -39,14 +39,14 @@ from beit3_ds.weights.unilm_names import (
 
 
 class ReleasedFile:
-    """Reads a pretrained, in-domain, contrastive or fine-tuned file of the reference, whose tensors are read on demand.
+    """Reads a pretrained, in-domain, contrastive or fine-tuned file of the reference, tensor by tensor on demand.
 
     The head of VQAv2, NLVR2, captioning, retrieval and ImageNet files is read as the head of that task. Tensors that
     this project does not use, such as unused rows of position tables, keep their key after `EXTRA_PREFIX`, so that an
     export in the reference's format restores every tensor.
 
-    If this program exported the file, a note in it says from which model. That model is read without vision-language
-    experts, which the format does not have (`exported_model`).
+    If this program exported the file, a note in it describes the exported model. The configuration is that of the note,
+    without vision-language experts, because the format has none (`exported_model`).
 
     Attributes:
         path: the file.
@@ -120,20 +120,21 @@ class ReleasedFile:
         return self._tensors[name].dtype
 
     def read(self, name: str, part: tuple[int, int, int, int] | None = None) -> Tensor:
-        """Returns a tensor as stored, or a part of it as in `matrix_part`; using it reads its pages from disk."""
+        """Returns a stored tensor, or a part of it as in `matrix_part`; its data is read from disk at first use."""
         tensor = self._tensors[name]
         if name == IMAGE_POSITION:
             tensor = interpolate_positions(tensor[None], self.model.grid_size)[0]
         return tensor if part is None else matrix_part(tensor, part)
 
     def release_pages(self) -> None:
-        """Keeps the pages, because comparing what A and B share would read them again; the system may free them."""
+        """Does nothing: comparing the tensors that A and B share would read freed pages again."""
 
 
 def exported_model(note: ExportNote) -> ModelConfig:
     """Returns the configuration of the model that a file in the reference's format holds.
 
-    It has no vision-language experts, and takes the inputs for which the file has the experts of all blocks.
+    The configuration has no vision-language experts. It accepts the modalities for which the file holds the experts of
+    all blocks.
     """
     letters = reference_letters(note.model, fusion=note.format == "unilm-fusion")
     needs = {"images": {"A"}, "texts": {"B"}, "pairs": {"A", "B"}}

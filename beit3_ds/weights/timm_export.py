@@ -56,7 +56,7 @@ def plan_timm_export(reader: WeightReader) -> list[PlannedTensor]:
 
 
 def timm_arguments(config: ModelConfig) -> dict[str, Any]:
-    """Returns the arguments of `timm.create_model` for a model: the nearest named model, and the differences to it."""
+    """Returns the arguments of `timm.create_model` for a model: timm's most similar model, and settings that differ."""
     same_width = (name for name, size in _NAMED.items() if size["hidden_size"] == config.hidden_size)
     name = next(same_width, "beit3_base_patch16_224")
     size = _NAMED[name]

@@ -64,7 +64,7 @@ class TimmFile:
         return next(iter(self._tensors.values())).dtype
 
     def read(self, name: str, part: tuple[int, int, int, int] | None = None) -> Tensor:
-        """Returns a tensor of the file, or initial values of its dtype, or a part of it as in `matrix_part`."""
+        """Returns a tensor, or a part of it as in `matrix_part`; initial values if the file lacks the tensor."""
         if name in self._tensors:
             tensor = self._tensors[name]
             if name == IMAGE_POSITION:
@@ -74,7 +74,7 @@ class TimmFile:
         return tensor if part is None else matrix_part(tensor, part)
 
     def release_pages(self) -> None:
-        """Keeps the pages, because the file holds little but what a vision encoder reads."""
+        """Does nothing: a vision encoder uses almost all tensors of the file."""
 
 
 def _by_logical_name(

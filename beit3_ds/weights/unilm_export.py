@@ -66,14 +66,14 @@ def _plan_tensor(reader: WeightReader, key: str, name: str, held: set[str]) -> P
 
 
 def _plan_log_scale(reader: WeightReader, held: set[str]) -> PlannedTensor:
-    """Plans the logarithm of the factor of similarities; an imported one is copied, to the bit."""
+    """Plans the reference's `logit_scale`; an imported one is copied bit for bit."""
     if (imported := EXTRA_PREFIX + LOG_SCALE_KEY) in held:
         return plan_copy(reader, imported)._replace(name=LOG_SCALE_KEY)
     return PlannedTensor(LOG_SCALE_KEY, reader.dtype(LOG_SCALE), (), lambda: export_log_scale(reader.read(LOG_SCALE)))
 
 
 def _plan_positions(reader: WeightReader, key: str, name: str, held: set[str]) -> PlannedTensor:
-    """Plans a position table: unused rows, the model's rows, and filler up to the usual size unless it was imported."""
+    """Plans a position table: unused rows, the model's rows, and filler rows if the table was not imported."""
     (rows, width), dtype, unused = reader.shape(name), reader.dtype(name), EXTRA_PREFIX + key
     imported = unused in held
     filler = 0 if imported or name != "embeddings.text_position" else TEXT_POSITION_ROWS - UNUSED_POSITIONS - rows

@@ -17,11 +17,12 @@ from beit3_ds.tasks.retrieval.head import INITIAL_LOG_SCALE, ContrastiveHead
 from beit3_ds.tasks.vqa.head import AnswerHead
 
 LOG_SCALE_KEY = "logit_scale"
-"""The reference's logarithm of the factor of similarities, a number without dimensions; ours is a difference."""
+"""Key of the reference's scalar parameter: the logarithm of the factor by which it multiplies similarities. Ours is the
+difference from the initial value."""
 LOG_SCALE = "heads.temperature.bias"
 """Logical name of our parameter of the temperature."""
 HEAD_EXTRAS = frozenset({EXTRA_PREFIX + LOG_SCALE_KEY})
-"""Tensors of heads that an import keeps as they were."""
+"""Tensors of heads that an import also keeps unchanged."""
 
 HeadBuilder = Callable[[ModelConfig, Any], Head]
 """Builds a head, given the model's sizes and the tensor-parallel group."""
@@ -55,18 +56,18 @@ _LAST_BIAS = {"vqa": ("heads.answers.bias", "num_answers"), "imagenet": ("heads.
 
 
 def head_keys(held: Collection[str]) -> dict[str, str]:
-    """Returns the logical name of each of the reference's tensors of a task's head, without masked-modeling heads.
+    """Maps the reference's tensors of task heads to their logical names; leaves out the masked-modeling heads.
 
     Args:
-        held: the reference's keys or the logical names of all tensors of the weights. A head that is not complete
-            counts as none.
+        held: names of all tensors of the weights: the reference's keys or logical names. An incomplete head is left
+            out.
     """
     names = set(held)
     return next((keys for keys in _KEYS.values() if keys.keys() <= names or set(keys.values()) <= names), {})
 
 
 def recognise_task(shapes: Mapping[str, torch.Size]) -> dict[str, Any]:
-    """Returns the task to which weights belong, as `PretrainedWeights.task` does, given the shapes of their tensors.
+    """Infers the task of weights from the shapes of their tensors; returns its name and settings.
 
     Without a head of another task, weights with an MLM head but no MIM head belong to captioning, as the reference's
     captioning files do, and others to pretraining.
@@ -101,10 +102,10 @@ def head_builder(task: Mapping[str, Any]) -> HeadBuilder:
 
 
 def import_log_scale(value: Tensor) -> Tensor:
-    """Returns our parameter of the temperature, (1,), for the reference's, a number."""
+    """Converts the reference's scalar `logit_scale` into our temperature parameter, (1,)."""
     return (value.double() - INITIAL_LOG_SCALE).to(value.dtype).reshape(1)
 
 
 def export_log_scale(value: Tensor) -> Tensor:
-    """Returns the reference's parameter of the temperature, a number, for ours, (1,)."""
+    """Converts our temperature parameter, (1,), into the reference's scalar `logit_scale`."""
     return (value.double() + INITIAL_LOG_SCALE).to(value.dtype).reshape(())

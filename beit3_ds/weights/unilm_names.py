@@ -55,7 +55,7 @@ _HEAD_SIZE = 64  # width of an attention head in the released sizes; a file does
 
 
 def reference_letters(config: ModelConfig, *, fusion: bool = False) -> dict[str, str]:
-    """Returns the modality of branch A and branch B, without a branch that a block of the model lacks.
+    """Returns the modality of branches A and B; leaves out a branch that some block of the model lacks.
 
     Args:
         config: the model.
@@ -74,7 +74,7 @@ def reference_letters(config: ModelConfig, *, fusion: bool = False) -> dict[str,
 
 
 def reference_keys(config: ModelConfig, *, fusion: bool = False) -> dict[str, str]:
-    """Returns the logical name of each of the reference's tensors, such as `heads.mim.bias` for `mim_head.bias`.
+    """Maps each tensor name of the reference to its logical name, such as `mim_head.bias` to `heads.mim.bias`.
 
     Omits branch A (vision) or B (language) if a block of the model lacks it (`reference_letters`).
 
@@ -128,8 +128,8 @@ def reference_arguments(config: ModelConfig) -> dict[str, object]:
 def read_architecture(shapes: Shapes, where: str) -> ModelConfig:
     """Derives the configuration of a decoupled model from the shapes of a file in the reference's format.
 
-    Two values do not follow from shapes. Attention heads are 64 wide, except in the paper's giant. Without a
-    `mim_head` the number of visual codes is the default.
+    Two values cannot be derived from shapes. The head size is taken as 64, except in the paper's giant model. Without a
+    `mim_head`, the number of visual codes is the default.
 
     Raises:
         ConfigError: if a tensor that gives a size is missing, or the sizes do not fit each other.
