@@ -35,9 +35,9 @@ class HostSlots:
     """Describes a host and its number of ranks: one line of a hostfile."""
 
     name: str
-    """Host name or IPv4 address for ssh connections to this machine."""
+    """Name or IPv4 address of the host, as used by ssh."""
     slots: int
-    """Returns the number of ranks to start there; on GPU machines the number of GPUs."""
+    """Number of ranks to start on the host; on GPU machines the number of GPUs."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Hostfile:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Returns the names of the hosts; the others connect to the first."""
+        """Returns the names of the hosts, in order."""
         return tuple(host.name for host in self.hosts)
 
     @property
@@ -210,7 +210,7 @@ def _parse_line(line: str, where: str) -> HostSlots:
 
 
 def _check_name(name: str, where: str) -> None:
-    """Refuses an invalid host name; the message names separators of lists, ports, users and ranges as such."""
+    """Checks a host name; the message explains characters that suggest a list, a port, a user or a range."""
     if len(name) <= _MAX_NAME and _NAME.fullmatch(name):
         return
     if "," in name or ";" in name:

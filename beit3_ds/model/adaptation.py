@@ -41,7 +41,7 @@ TEXT_POSITION = "embeddings.text_position"
 """Name of the only tensor whose shape depends on the length of texts."""
 
 _MAPPED_BYTES = 2**26
-"""Bytes of parameters after whose reading the pages of the file are released."""
+"""Number of bytes that are read between two releases of the file's pages."""
 _ADAPTABLE = frozenset(
     {"image_size", "max_text_length", "layout", "num_vision_language_layers", "final_norm", "inputs"}
 )
@@ -77,11 +77,11 @@ class StoredWeights(Protocol):
         """Returns a tensor, or a part of it (`matrix_part`)."""
 
     def release_pages(self) -> None:
-        """Frees the memory of what was read so far."""
+        """Frees the memory that holds file pages read so far."""
 
 
 class AdaptedWeights:
-    """Computes the tensors of a model from stored weights, each when it is read.
+    """Adapts stored weights to another configuration; each tensor is computed when it is read.
 
     Attributes:
         path: file or folder of the weights.
@@ -90,7 +90,7 @@ class AdaptedWeights:
     """
 
     def __init__(self, weights: StoredWeights, model: ModelConfig, where: str, *, seed: int = 0) -> None:
-        """Compares the two models; reads nothing yet.
+        """Compares the two configurations; reads no tensor yet.
 
         Args:
             weights: the stored weights.
@@ -117,7 +117,7 @@ class AdaptedWeights:
             Names of tensors of the final norm and the heads that the weights lack.
 
         Raises:
-            ConfigError: if the weights lack what an input of the model needs, and as `check_tensors` does.
+            ConfigError: if the weights lack tensors that an input of the model needs, or if `check_tensors` fails.
         """
         self._check_inputs(wanted)
         given = [name for name in wanted if self._source(name) in self._held]
@@ -140,7 +140,7 @@ class AdaptedWeights:
         return tensor if part is None else matrix_part(tensor, part)
 
     def release_pages(self) -> None:
-        """Frees the memory of what was read so far (`PretrainedWeights.release_pages`)."""
+        """Frees the memory that holds file pages read so far (`PretrainedWeights.release_pages`)."""
         self._weights.release_pages()
 
     def _source(self, name: str) -> str:
@@ -164,7 +164,7 @@ class AdaptedWeights:
         return any(name in names and modality not in self.model.modalities for modality, names in _TABLES.items())
 
     def _check_inputs(self, wanted: Iterable[str]) -> None:
-        """Refuses a model that takes inputs for which the weights have no tensors."""
+        """Checks that the weights have the tensors for every kind of input that the model takes."""
         if self._weights.model.inputs == INPUT_KINDS:
             return
         missing = [name for name in wanted if not name.startswith(REPLACEABLE) and self._source(name) not in self._held]
@@ -251,7 +251,7 @@ def _describe_changes(stored: ModelConfig, model: ModelConfig) -> list[str]:
 
 
 def _has_fused_expert(model: ModelConfig, layer: int) -> bool:
-    """Returns whether pairs have an expert of their own in a block, whether or not the model takes pairs."""
+    """Returns whether a block has a vision-language expert by its configuration, even if the model takes no pairs."""
     return layer >= model.num_layers - model.num_vision_language_layers
 
 

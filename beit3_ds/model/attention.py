@@ -54,14 +54,14 @@ class MultiwayAttention(nn.Module):
     def forward(
         self, x_TD: Tensor, factor_T: Tensor | None, layout: SequenceLayout, attend: Attend | None = None
     ) -> Tensor:
-        """Returns this rank's rows of the stream after this branch, (T, D).
+        """Computes attention, adds it to the residual stream, and returns this rank's rows of the stream, (T, D).
 
         Args:
             x_TD: this rank's rows of the stream.
             factor_T: factor of stochastic depth per row of the branch, or None.
             layout: rows of each sequence and each expert.
             attend: computes the outputs of this rank's heads, (T, H, K), from queries, keys and values, (T, H, K) each;
-                None is attention within each sequence of the layout.
+                None takes attention within each sequence of the layout.
         """
         slices, num_rows = layout.expert_slices(self.experts), layout.num_rows
         own_slices = self.tensor.own_slices(slices, num_rows)
@@ -75,7 +75,7 @@ class MultiwayAttention(nn.Module):
         return self.out_proj(Activation(y_THK.flatten(1)), normed.stream_TD, factor_T, layout, norm=norm)
 
     def within(self, layout: SequenceLayout) -> Attend:
-        """Returns attention within each sequence of a layout."""
+        """Returns the function that computes attention within each sequence of a layout."""
         return partial(
             packed_attention,
             ranges=layout.sequence_ranges,

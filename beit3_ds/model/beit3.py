@@ -27,9 +27,10 @@ class BEiT3(nn.Module):
     """Implements the Multiway Transformer with its final norm (paper section 2), or some of its layers.
 
     Layer 0 embeds, layers 1 to L are blocks and layer L + 1 is the final norm, to which a task adds its head
-    (`ModelConfig.num_pipeline_layers` in all). Layers pass only the stream x_TD to each other, so the list can be cut
-    anywhere. Modules keep no state of a batch, and the forward pass draws nothing random. The name of a parameter does
-    not depend on which layers this rank holds. Parameters are uninitialised until `initialize_parameters`.
+    (`ModelConfig.num_pipeline_layers` in all). Layers pass only the residual stream x_TD to each other, so the list can
+    be cut between any two layers. Modules keep no state of a batch, and the forward pass draws no random numbers.
+    Parameter names do not depend on which layers this rank holds. Parameters are uninitialised until
+    `initialize_parameters`.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class BEiT3(nn.Module):
 
         Args:
             config: sizes and layout.
-            tensor: the tensor-parallel group; None is a group of this process alone.
+            tensor: the tensor-parallel group; None for a group of this process alone.
             layers: the model chunks of a pipeline stage, each a range of layers; None is all layers.
             activation_checkpointing: which activations the backward pass recomputes.
             kernels: GPU kernel backend; "cuda" must have been built.
@@ -102,8 +103,8 @@ class BEiT3(nn.Module):
             layout: "decoupled" gives vision and language each a copy of the shared attention and norms.
             num_vision_language_layers: number of top blocks with a vision-language expert; a new expert is a copy of
                 the vision expert.
-            inputs: kinds of input that the model shall take, of "images", "pairs" and "texts". Tensors that these do
-                not need are neither built nor read: a vision encoder is `inputs=("images",)`.
+            inputs: kinds of input that the model takes: a subset of "images", "pairs" and "texts". Other tensors are
+                neither built nor read; ("images",) gives a vision encoder.
 
         Raises:
             ConfigError: if the weights do not exist, do not match their configuration, or cannot be adapted to the
@@ -185,9 +186,8 @@ class BEiT3(nn.Module):
             layers: the layers to run; None is all of them.
 
         Returns:
-            This rank's rows of the stream after `layers`, (T, D). After the last layer: the normalised rows, all of
-            them on every tensor-parallel rank. If the batch names the rows that the task's head reads
-            (`PackedBatch.head_rows`), only those, (M, D).
+            This rank's rows of the stream after `layers`, (T, D). After the last layer, every tensor-parallel rank gets
+            all normalised rows, or only the rows of `PackedBatch.head_rows`, (M, D), if the batch has them.
         """
         layers = layers or self.all_layers
         if layers.start == 0:

@@ -14,7 +14,8 @@ from beit3_ds.model.ffn import MultiwayFFN
 from beit3_ds.parallel import TensorParallel
 
 _LEAST_DROPPED, _LEAST_DROPPED_ON_CPU = 1 / 8, 1 / 32
-"""Least share of dropped rows that are skipped; below it, copying the kept rows costs more than computing all.
+"""Smallest share of dropped rows at which they are skipped. Below it, copying the kept rows costs more than computing
+all rows.
 
 The value for CPUs was measured, that for GPUs was modelled (BENCHMARKS.md)."""
 
@@ -22,9 +23,9 @@ The value for CPUs was measured, that for GPUs was modelled (BENCHMARKS.md)."""
 class Block(nn.Module):
     """Computes x += drop_path(attention(x)), then x += drop_path(ffn(x)); both branches normalise their input.
 
-    Stochastic depth (paper section 2.3) is drawn with the batch, per sample, with one draw for both parts of a pair.
-    So the forward pass is deterministic and may be recomputed or reordered. A branch skips the sequences that drop it
-    if that saves time (`computed_sequences`).
+    Stochastic depth (paper section 2.3) is drawn with the batch, per sample, with one draw for both parts of a pair. So
+    the forward pass is deterministic and may be recomputed or reordered. A branch does not compute dropped sequences if
+    skipping them saves time (`computed_sequences`).
     """
 
     def __init__(self, config: ModelConfig, layer: int, tensor: TensorParallel) -> None:
@@ -39,9 +40,9 @@ class Block(nn.Module):
         Args:
             x_TD: this rank's rows of the stream.
             batch: rows of each sequence and each expert, and the factors of stochastic depth.
-            only_head_rows: whether only the task's head follows, which reads only `PackedBatch.head_rows`. The FFN
-                treats every row alone and then computes only these. With sequence parallelism the rows are gathered
-                and split again (`TensorParallel.gather_rows`, `scatter_rows`).
+            only_head_rows: whether to return only the rows of `PackedBatch.head_rows`, because only the task's head
+                follows. The FFN then computes only these rows. With sequence parallelism the rows are gathered and
+                split again (`TensorParallel.gather_rows`, `scatter_rows`).
         """
         x_TD = self._residual_add(0, x_TD, batch)
         if not only_head_rows:

@@ -36,7 +36,7 @@ class MultiwayFFN(nn.Module):
         self.fc2 = RowParallelMultiwayLinear(ffn_hidden, hidden, experts, tensor)
 
     def forward(self, x_TD: Tensor, factor_T: Tensor | None, layout: RowLayout) -> Tensor:
-        """Returns this rank's rows of the stream after this branch, (T, D).
+        """Computes the FFN, adds it to the residual stream, and returns this rank's rows of the stream, (T, D).
 
         Args:
             x_TD: this rank's rows of the stream, or of rows picked from it.

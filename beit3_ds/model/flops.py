@@ -12,7 +12,7 @@ class Work(NamedTuple):
     rows: float
     """Number of packed rows, T."""
     attended: float
-    """Number of (query, key) pairs of rows: the sum of the squared lengths of all sequences, less masked pairs."""
+    """Number of (query, key) pairs: the sum of the squared lengths of all sequences, minus masked pairs."""
     patches: float
     """Number of patches, masked ones included."""
     head: float

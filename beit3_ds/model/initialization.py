@@ -1,4 +1,4 @@
-"""Computes initial values as a pure function of (seed, parameter name), so no layout changes them."""
+"""Computes initial values from the seed and the parameter's name alone, so they are equal under every layout."""
 
 import hashlib
 import math

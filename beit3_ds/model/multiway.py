@@ -22,8 +22,8 @@ from beit3_ds.parallel import TensorParallel, split_parameter
 class ColumnParallelMultiwayLinear(nn.Module):
     """Applies one linear layer per expert (paper section 2.1), with output features split over the group.
 
-    Follow it with RowParallelMultiwayLinear, and pass its input through `TensorParallel.gather_from` once for all
-    layers that share it. The layer itself sends nothing. Parameters are `weight_EXPERT` and `bias_EXPERT`. They belong
+    Follow it with RowParallelMultiwayLinear. Pass the input through `TensorParallel.gather_from` once for all layers
+    that share this input. The layer itself sends nothing. Parameters are `weight_EXPERT` and `bias_EXPERT`. They belong
     to this module, not to children, so that a ZeRO-3 hook gathers them for the one call that uses them all. They are
     uninitialised until `initialization.initialize_parameters`.
     """
@@ -80,7 +80,7 @@ class RowParallelMultiwayLinear(nn.Module):
 
     Applies GELU and sub-LN to its input and adds the branch to the stream. Communicates as
     `TensorParallel.reduce_scatter_to` does, and sends two floats per row each way for a sub-LN. Every rank holds the
-    whole bias; it is added once, after the reduction, with the residual. Parameters have the names of those of
+    whole bias; it is added once, after the reduction, with the residual. Parameters have the same names as in
     ColumnParallelMultiwayLinear.
     """
 
@@ -172,7 +172,7 @@ class MultiwayLayerNorm(nn.Module):
         return NormOutput(*multiway_layer_norm(x_TD, slices, weights, biases, self.epsilon), scales, shifts)
 
     def recompute(self, output: NormOutput, slices: Sequence[tuple[int, int]]) -> Recomputable | None:
-        """Returns how layers that use the normalised rows recompute them, or None with sequence parallelism.
+        """Returns an object with which later layers recompute the normalised rows; None with sequence parallelism.
 
         With sequence parallelism recomputed rows would be gathered twice.
 

@@ -29,7 +29,7 @@ class ParameterGroup(NamedTuple):
 
 
 def decays(name: str) -> bool:
-    """Returns whether a parameter is decayed: all are but biases, norms, CLS and mask tokens, and positions.
+    """Returns whether weight decay applies: to all parameters except biases, norms, positions, CLS and mask tokens.
 
     The rule reads names instead of shapes, because a parameter that ZeRO-3 has partitioned has lost its shape.
     """
@@ -89,7 +89,7 @@ def group_parameters(parameters: Mapping[str, T], config: RunConfig) -> dict[Par
 
 
 def split_groups(groups: list[tuple[ParameterGroup, list[T]]], number: int) -> list[tuple[ParameterGroup, list[T]]]:
-    """Splits the groups with most parameters until there are `number`; the settings of no parameter change.
+    """Splits the groups with the most parameters until there are `number` groups; no parameter's settings change.
 
     Raises:
         ConfigError: if there are fewer than `number` parameters.
@@ -110,7 +110,7 @@ def split_groups(groups: list[tuple[ParameterGroup, list[T]]], number: int) -> l
 
 
 def check_frozen(patterns: Sequence[str], names: Sequence[str]) -> None:
-    """Checks that every pattern of `training.frozen` matches a parameter and that a parameter is left to train.
+    """Checks that every pattern of `training.frozen` matches a parameter, and that some parameter is still trained.
 
     Args:
         patterns: the patterns.

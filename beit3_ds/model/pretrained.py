@@ -21,7 +21,7 @@ from beit3_ds.positions import interpolate_positions
 INDEX_NAME = "model.safetensors.index.json"
 """Name of the index of a sharded folder, which maps each tensor to its file."""
 EXTRA_PREFIX = "released."
-"""Prefix of tensors that only the project of an imported file uses; they are not part of the model."""
+"""Prefix of tensors of an imported file that only the file's own project uses; they are not part of the model."""
 
 IMAGE_POSITION = "embeddings.image_position"
 """Name of the only tensor whose shape depends on the size of images."""
@@ -33,7 +33,7 @@ _FORMAT_VERSION = 1
 
 
 class PretrainedWeights:
-    """Reads the tensors of exported or imported weights from disk, each when it is needed.
+    """Reads exported or imported weights from disk, tensor by tensor on demand.
 
     Attributes:
         path: file or folder.
@@ -72,7 +72,7 @@ class PretrainedWeights:
     def release_pages(self) -> None:
         """Maps the files again, so that pages read so far no longer count as memory of this process.
 
-        Pages of tensors that somebody still holds stay.
+        Pages stay in memory while a tensor that uses them exists.
         """
         self._places.clear()
         self._places = self._open_files()
@@ -110,7 +110,7 @@ class PretrainedWeights:
 
 
 def check_task(stored: Mapping[str, Any] | None, task: str, where: str, *, needs_head: bool = False) -> None:
-    """Refuses weights whose head belongs to another task.
+    """Checks that the head of stored weights, if there is one, belongs to the run's task.
 
     A run of any task may start from weights of pretraining, and from weights without a head.
 
@@ -121,7 +121,7 @@ def check_task(stored: Mapping[str, Any] | None, task: str, where: str, *, needs
         needs_head: whether the weights must hold the task's head, as for an evaluation.
 
     Raises:
-        ConfigError: naming both tasks, with a way out.
+        ConfigError: if it does not; the message names both tasks.
     """
     theirs = "pretraining" if stored is None else stored["name"]
     if theirs == task or (theirs == "pretraining" and not needs_head):

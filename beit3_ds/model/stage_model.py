@@ -1,4 +1,4 @@
-"""Defines what the schedule and the engine need from a model, whatever its task."""
+"""Defines the interface of a model that the schedule and the engine use, for every task."""
 
 # T packed rows, K terms.
 
@@ -61,10 +61,10 @@ class StageModel(nn.Module, ABC):
 
     @property
     def owned_table(self) -> nn.Parameter | None:
-        """Returns this stage's word table if the head of another stage may share it; None without such a table."""
+        """Returns this stage's word table if another stage's head is tied to it; None otherwise."""
         return None
 
     @property
     def tied_table(self) -> VocabParallelHead | None:
-        """Returns the layer of the head whose matrix is the word table; None if nothing is tied."""
+        """Returns the head's layer whose weight is tied to the word table; None if no layer is."""
         return None

@@ -1,4 +1,4 @@
-"""Holds what a head returns if its task's terms compare the samples of a whole step, as a contrastive loss does."""
+"""Defines the output of heads whose loss compares the samples of a whole step, such as a contrastive loss."""
 
 # K terms.
 
@@ -28,4 +28,4 @@ class StepFeatures(NamedTuple):
 
 
 StepLoss = Callable[[StepFeatures], Tensor]
-"""Returns the sum of each term over a whole step, (K,) float32, differentiable, given the features of the step."""
+"""Differentiable function that maps the features of a whole step to the sum of each term, (K,) float32."""

@@ -22,7 +22,7 @@ class Head(nn.Module, ABC):
 
     @property
     def word_table(self) -> VocabParallelHead | None:
-        """Returns the layer whose matrix is the word table with `tie_word_embeddings`; None if there is none."""
+        """Returns the layer whose weight is the word table under `tie_word_embeddings`; None if there is none."""
         return None
 
     @abstractmethod
@@ -109,5 +109,5 @@ class TaskModel(BEiT3, StageModel):
 
     @property
     def tied_table(self) -> VocabParallelHead | None:
-        """Returns the layer of the head whose matrix is the word table; None if nothing is tied."""
+        """Returns the head's layer whose weight is tied to the word table; None if no layer is."""
         return self.heads.word_table if self.config.has_tied_table and self.heads is not None else None

@@ -24,7 +24,7 @@ class CoupledStep:
     """
 
     def __init__(self, step_loss: StepLoss, mesh: Mesh, loss_factors: Tensor, num_micro_batches: int) -> None:
-        """Stores how to compute the loss; computes and sends nothing.
+        """Stores the arguments; computes and sends nothing.
 
         Args:
             step_loss: sums of the terms over a whole step.

@@ -58,7 +58,7 @@ class Schedule:
 
     @property
     def forward_is_own(self) -> bool:
-        """Returns whether a forward pass waits for no other rank: no tensor parallelism and no ZeRO-3."""
+        """Returns whether a forward pass needs no other rank, which is so without tensor parallelism and ZeRO-3."""
         return self.mesh.tensor.size == 1 and self.engine.zero_optimization_stage() < 3
 
     def accumulate_gradients(
@@ -99,7 +99,7 @@ class Schedule:
     def _couple(
         self, micro_batches: Sequence[PackedBatch], loss_factors: Tensor, prepare: Prepare
     ) -> CoupledStep | None:
-        """Runs the first pass of a step whose terms compare all its samples; None if there are no such terms.
+        """Runs the first pass of a step whose terms compare all its samples; returns None if there are no such terms.
 
         One micro-batch needs no first pass. It would also change the order in which ZeRO-3 runs modules at every step,
         so that ZeRO-3 could never prefetch.

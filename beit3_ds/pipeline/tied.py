@@ -19,7 +19,7 @@ class TiedWordEmbedding:
     """
 
     def __init__(self, model: StageModel, mesh: Mesh) -> None:
-        """Finds the table or its copy on this stage."""
+        """Finds the word table, or the head's copy of it, on this stage."""
         self._pipeline = mesh.pipeline
         self._owned = model.owned_table if mesh.pipeline.size > 1 else None
         table = model.tied_table
@@ -35,7 +35,7 @@ class TiedWordEmbedding:
 
     @property
     def copies(self) -> list[Tensor]:
-        """Returns the last stage's copy of the table, which is not one of its parameters; empty elsewhere."""
+        """Returns the last stage's copy of the table in a list; an empty list on other stages."""
         return [] if self._copy is None else [self._copy]
 
     def synchronize(self) -> None:

@@ -83,10 +83,10 @@ def host_requirements(config: RunConfig, world_size: int, ranks_per_node: int) -
 
 
 def check_node(requirements: HostRequirements, config: RunConfig, size: NodeSize) -> None:
-    """Refuses a run whose node has too little memory.
+    """Checks that a node has enough memory for the run.
 
     Raises:
-        ConfigError: naming the needed and the available memory, and the keys that lower the need.
+        ConfigError: if not; names the needed and the available memory, and the keys that lower the need.
     """
     if size.shm is not None and requirements.shm > size.shm:
         raise ConfigError(
@@ -175,7 +175,7 @@ def _node_requirements(
 
 
 def _worker_bytes(config: RunConfig, data_parallel_size: int, plan: PrefetchPlan) -> int:
-    """Models a worker's memory: both views are always made, and exist twice while a micro-batch is packed."""
+    """Models a worker's memory; a worker holds both views of an image, and two copies while packing a micro-batch."""
     both = step_bytes(config, data_parallel_size, "both")
     return plan.num_workers * (_WORKER_BYTES + plan.step_bytes + both // config.gradient_accumulation_steps)
 

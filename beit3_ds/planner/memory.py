@@ -1,4 +1,4 @@
-"""Models the bytes that one rank keeps, by the formulas of docs/traffic_and_memory.md."""
+"""Models the memory of one rank by the formulas of docs/traffic_and_memory.md."""
 
 # T rows, G rows of a gathered stream, n rows of one rank, P tensor-parallel size, D hidden, F ffn hidden, W = D / P,
 # M rows at masked positions, V vocabulary of one rank, padding included, e bytes of an element.
@@ -17,10 +17,10 @@ _INDEX = 8  # bytes of a row number
 
 
 class Memory(NamedTuple):
-    """Holds the bytes that a rank keeps at the fullest moment of a step's forward and backward passes."""
+    """Holds the bytes of a rank's memory at the peak of a step's forward and backward passes, by kind."""
 
     parameters: int
-    """Parameters of the rank: its part of the model; under ZeRO-3 its partition of that, and persistent parameters."""
+    """Parameters of the rank's part of the model; under ZeRO-3 its partition and the persistent parameters."""
     gradients: int
     """Gradient sums of earlier micro-batches during the passes of a later one."""
     optimizer: int
@@ -32,7 +32,7 @@ class Memory(NamedTuple):
     activations: int
     """Tensors that autograd keeps for the backward passes of all micro-batches in flight."""
     recomputed: int
-    """Tensors that the recomputation of one block adds."""
+    """Additional tensors during the recomputation of one block."""
 
     @property
     def total(self) -> int:
@@ -134,7 +134,7 @@ def _numel(rank_model: RankModel) -> int:
 
 
 def activation_peak(rank_model: RankModel, workloads: Sequence[Workload]) -> int:
-    """Returns the bytes that autograd keeps at the fullest moment of the schedule, always after a forward pass."""
+    """Returns the bytes that autograd keeps at the schedule's peak, which always follows a forward pass."""
     live, peak = 0, 0
     for action in schedule_1f1b(len(workloads), rank_model.stage, rank_model.num_stages, len(rank_model.chunks)):
         kept = chunk_activations(rank_model, rank_model.chunks[action.chunk], workloads[action.micro_batch])

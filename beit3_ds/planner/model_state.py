@@ -1,4 +1,4 @@
-"""Models the bytes that one rank keeps of a model that is not BEiT-3, without its activations."""
+"""Models the training state of one rank, without activations, for a model other than BEiT-3."""
 
 from typing import NamedTuple
 

@@ -34,7 +34,7 @@ class PrecisionCost(NamedTuple):
 
 
 def describe_precision(config: RunConfig, world_size: int) -> str:
-    """Returns lines that compare both choices with their opposites; empty for a float32 run, which has none.
+    """Compares both choices of a bf16 run with their alternatives; returns "" for a float32 run.
 
     Args:
         config: the run's configuration.

@@ -195,7 +195,7 @@ def _reduce(
     element_size: int,
     is_full: Callable[[int, int], bool],
 ) -> None:
-    """Adds the calls that reduce buckets filled in order; `is_full` gets a bucket's elements and the next tensor's."""
+    """Adds the reductions of buckets that tensors fill in order; `is_full(held, next)` tells when one is full."""
     ranks = traffic.sizes["data"] if kind == "reduce-scatter" else 1
     calls, held, elements = 0, 0, 0
     for parameter in parameters:

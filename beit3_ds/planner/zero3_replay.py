@@ -1,4 +1,4 @@
-"""Replays without tensors when ZeRO-3 gathers parameters, as DeepSpeed's parameter coordinator does."""
+"""Simulates, without tensors, which parameters DeepSpeed's coordinator gathers under ZeRO-3, and when."""
 
 from collections import defaultdict, deque
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ def padded(numel: int, ranks: int) -> int:
 
 
 class Zero3Replay:
-    """Follows which parameters one rank gathers, step after step.
+    """Simulates which parameters one rank gathers in each step.
 
     Replays `PartitionedParameterCoordinator` and the hooks of `DeepSpeedZeRoOffload` (DeepSpeed 0.19.8). A module's own
     parameters are gathered before its forward pass and before its backward pass, and are released after each. The
@@ -170,7 +170,7 @@ class Zero3Replay:
         return [module for module in modules if module is not None]
 
     def _is_input(self, module: nn.Module) -> bool:
-        """Returns whether a module gets no tensor with a gradient, so that no hook follows its backward pass."""
+        """Returns whether no input of a module needs a gradient, so that DeepSpeed's hook after backward never runs."""
         embeddings = self.rank_model.model.embeddings
         if isinstance(module, MultiwaySubLayerNorm):
             return True

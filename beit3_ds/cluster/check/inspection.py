@@ -18,18 +18,18 @@ _TOKEN_SECONDS = 3.0  # time for a network file system to show what another node
 
 @dataclass(frozen=True, kw_only=True)
 class Inquiry:
-    """Holds the inputs of a cluster check: the folders, files, port and variables that nodes are asked about."""
+    """Holds the inputs of a cluster check: the folders, files, port and variables to check on every node."""
 
     folder: Path
     """Absolute path of the folder in which ranks would start."""
     output_dir: Path | None
     """Output folder, which all nodes must share; None without a config."""
     files: Mapping[str, bool]
-    """Glob patterns of the files that a run reads, and whether each must exist (`requirements.find_required_files`)."""
+    """Maps glob patterns of a run's input files to whether they must exist (`requirements.find_required_files`)."""
     master_port: int
     """Port on which rank 0 will listen."""
     environment: Mapping[str, str]
-    """Variables that the launcher would set on the nodes."""
+    """Environment variables that the launcher would set on the nodes."""
 
     @property
     def disks(self) -> dict[str, str]:
@@ -39,16 +39,16 @@ class Inquiry:
 
 @dataclass(kw_only=True)
 class Answers:
-    """Holds the answers of one node; None for questions that were not asked because it had stopped answering."""
+    """Holds the answers of one node; None for questions after it stopped answering."""
 
     name: str
     """Name of the host."""
     slots: int
     """Number of ranks that the hostfile gives the node."""
     silence: str | None = None
-    """Why the node no longer answers; None while it does."""
+    """Reason why the node stopped answering; None if it answers."""
     seconds: float = 0.0
-    """Time from the connection to the first answer."""
+    """Seconds from the connection to the first answer."""
     machine: dict[str, Any] | None = None
     """Result of `Probe.machine`."""
     software: dict[str, Any] | None = None
@@ -60,13 +60,13 @@ class Answers:
     files: dict[str, tuple[int, str]] | None = None
     """Results of `Probe.files`, by pattern."""
     clock: float | None = None
-    """Lead of the node's clock over the asking machine's, in seconds."""
+    """Seconds by which the node's clock is ahead of this machine's."""
     clock_error: float = 0.0
     """Largest error of `clock` in seconds: half of the fastest round trip."""
     token_error: str | None = None
-    """Why the node could not write into the shared folder."""
+    """Error of the node when it wrote into the shared folder; None if it succeeded."""
     tokens_missing: tuple[str, ...] | None = None
-    """Hosts whose files in the shared folder this node does not see."""
+    """Hosts that wrote files into the shared folder which this node does not see."""
     listener: dict[str, Any] | None = None
     """Result of `Probe.listen`: for the master port on the first host, for any port on the others."""
     connections: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class Inspection:
     """Holds the answers of all nodes to the questions of a cluster check."""
 
     inquiry: Inquiry
-    """Inputs of the check, which the questions are about."""
+    """Inputs of the check."""
     answers: tuple[Answers, ...]
     """Answers per host, in the order of the hostfile."""
     master_address: str | None
@@ -94,7 +94,7 @@ class Inspection:
 
 
 def inspect_cluster(hostfile: Hostfile, inquiry: Inquiry) -> Inspection:
-    """Connects to all nodes at once and asks all questions; every wait has a time limit.
+    """Connects to all nodes at once and collects the answers of their probes; every wait has a time limit.
 
     Writes a small file into the shared folder from every node, and deletes it.
     """

@@ -35,7 +35,7 @@ def _one_machine(inspection: Inspection) -> Iterator[Fault]:
 
 
 def _own_names(inspection: Inspection) -> Iterator[Fault]:
-    """Yields faults of a node's own name, because gloo announces its address to peers, or else a loopback address."""
+    """Yields faults of a node's own name. gloo announces the name's address to peers, or else a loopback address."""
     if len(inspection.answers) == 1:
         return
     for node in inspection.answers:

@@ -41,7 +41,7 @@ class Worker:
     """Measures links as one of several ranks."""
 
     def __init__(self, rank: int, world_size: int, address: str, port: int, backend: str) -> None:
-        """Joins the process group; rank 0 listens at `address`.
+        """Joins the process group of all nodes; rank 0 listens at `address`.
 
         Args:
             rank: rank of this node.
@@ -63,7 +63,7 @@ class Worker:
         self._buffer = torch.zeros(_BUFFER_BYTES, dtype=torch.uint8, device=self._device)
 
     def measure(self, rounds: list[list[list[int]]]) -> dict[str, float]:
-        """Sends both ways between the pairs of each round; all ranks are given the same rounds.
+        """Measures both directions of each pair, round by round; all ranks must get equal rounds.
 
         Returns:
             Bits per second from this rank to others, by their numbers as strings.
@@ -83,7 +83,7 @@ class Worker:
     def all_reduce(self, slowest: float) -> float:
         """Returns the bus bandwidth of an all-reduce, in bits per second.
 
-        That is what each link would carry in a ring of n ranks: 2 (n - 1) / n of the tensor.
+        Bus bandwidth counts the data on each link of a ring of n ranks: 2 (n - 1) / n times the tensor.
 
         Args:
             slowest: bits per second of the slowest link, from which the size of the tensor is computed.
@@ -158,7 +158,7 @@ def _answer_all(requests: "queue.Queue[bytes]") -> None:
 
 
 def main() -> None:
-    """Answers requests from standard input and ends when that closes, even during a measurement."""
+    """Answers requests from standard input; ends when standard input closes, even during a measurement."""
     requests: queue.Queue[bytes] = queue.Queue()
     threading.Thread(target=_answer_all, args=(requests,), daemon=True).start()
     for line in sys.stdin.buffer:

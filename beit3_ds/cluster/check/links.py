@@ -14,7 +14,7 @@ from beit3_ds.cluster.check.link_worker import pair_rounds
 from beit3_ds.cluster.check.node_connection import NoAnswer, NodeConnection
 
 FLOOR_BITS = 0.5e9
-"""Half of 1 GbE, the slowest network of clusters; a slower link is a fault even if no speed is expected."""
+"""Bits per second below which a link is a fault if no speed is expected: half of 1 GbE, the slowest cluster network."""
 _SLOW = 0.5  # share of the usual or expected speed below which a link is slow
 _START_SECONDS = 90.0  # for imports of torch from a shared file system, and the rendezvous
 _ROUND_SECONDS = 10.0
@@ -42,7 +42,7 @@ class Links:
     def usual(self) -> float:
         """Returns the usual speed of a link: the median over nodes of each node's fastest link.
 
-        If one of three nodes is slow, two of three links are slow, and the plain median would be a slow link's speed.
+        A plain median over links would fail with three nodes: one slow node makes two of three links slow.
         """
         fastest = [max(rate for pair, rate in self.rates.items() if name in pair) for name in self.names]
         return statistics.median(fastest)

@@ -1,4 +1,4 @@
-"""Connects to one node over ssh and asks questions of a probe that is sent along."""
+"""Connects to one node over ssh, sends it the probe and asks the probe questions."""
 
 import asyncio
 import contextlib
@@ -14,9 +14,9 @@ from beit3_ds.cluster.check import probe
 from beit3_ds.cluster.hostfile import is_loopback
 
 CONNECT_SECONDS = 5
-"""Time that ssh waits for a node to accept a connection."""
+"""Seconds that ssh waits for a node to accept a connection."""
 ANSWER_SECONDS = 30.0
-"""Time that a node has for an answer; longer than the probe waits for nvidia-smi."""
+"""Seconds that a node has for an answer; longer than the probe's own limit for nvidia-smi."""
 _END_SECONDS = 2.0
 _SHOWN = 1000  # characters; a longer argument is source, not a path
 _LINE_BYTES = 1 << 24  # limit of an answer; the longest has digests of all files
@@ -28,12 +28,12 @@ class NoAnswer(Exception):
 
 
 def remote_command(name: str, argv: list[str], environment: Mapping[str, str]) -> list[str]:
-    """Returns the local command that runs `argv` on a host, over ssh that never prompts, or directly on localhost.
+    """Returns the local command that runs `argv` on a host: through ssh without prompts, or directly on localhost.
 
     Args:
         name: name of the host.
         argv: program and arguments; they are quoted for the remote shell.
-        environment: variables to set there.
+        environment: environment variables to set for the program.
     """
     command = ["env", *(f"{key}={value}" for key, value in environment.items()), *argv]
     if is_loopback(name):
@@ -43,7 +43,7 @@ def remote_command(name: str, argv: list[str], environment: Mapping[str, str]) -
 
 
 class NodeConnection:
-    """Asks the probe of one node, or a program with the same protocol, one question at a time."""
+    """Sends questions to the probe on one node, or to a program with the same protocol, one at a time."""
 
     def __init__(self, name: str, environment: Mapping[str, str], program: Path = Path(probe.__file__)) -> None:
         """Prepares the connection; `start` opens it.
@@ -51,7 +51,7 @@ class NodeConnection:
         Args:
             name: name of the host.
             environment: variables of the program there.
-            program: source file without imports of ours, which reads requests and writes answers as `probe.main` does.
+            program: source file that reads requests and writes answers like `probe.main`; it must not import beit3_ds.
         """
         self.name = name
         self._environment, self._program = environment, program
@@ -60,7 +60,7 @@ class NodeConnection:
         self._stderr_reader: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Connects to the node and sends the program; the first question shows whether that worked.
+        """Starts the connection and sends the program; errors of both appear at the first question.
 
         Raises:
             NoAnswer: if this machine has no ssh.
@@ -106,7 +106,7 @@ class NodeConnection:
         return answer["answer"]
 
     async def close(self) -> None:
-        """Closes the connection, at which the probe deletes its files and ends; kills a local process that does not."""
+        """Closes the connection, so that the probe deletes its files and ends; kills a local process that hangs."""
         if self._process is None:
             return
         assert self._process.stdin is not None and self._stderr_reader is not None

@@ -12,7 +12,8 @@ from beit3_ds.cluster.check.requirements import Requirements
 T = TypeVar("T", bound=Hashable)
 
 CLOCK_SECONDS = 1.0
-"""Largest difference of clocks. NTP keeps it to milliseconds; without it, times of logs and files mislead."""
+"""Largest allowed difference of clocks in seconds. NTP keeps it to milliseconds; larger differences make the times of
+logs and files misleading."""
 _FREE_BYTES = 2**30  # least free space in /tmp and the output folder, for compiled kernels and logs
 _BUSY_GPU_BYTES = 2**30  # a program holds more than this, the driver less
 _GPU_SHARE = 0.9  # largest modelled share of memory: CUDA's context, NCCL's buffers and fragmentation are not modelled
@@ -21,11 +22,11 @@ _SHARED_MEMORY_BYTES = 2**30  # what NVIDIA requires of containers for NCCL; Doc
 
 
 def find_node_faults(inspection: Inspection, requirements: Requirements | None) -> Iterator[Fault]:
-    """Yields the faults of single nodes, check after check; nodes that stopped answering lack the later checks.
+    """Yields the faults of single nodes, one check after the other; a node is not checked after it stopped answering.
 
     Args:
         inspection: answers of all nodes.
-        requirements: what a run requires of them; None without a config.
+        requirements: requirements of the run; None without a config.
     """
     yield from _silence(inspection)
     yield from _folder(inspection)

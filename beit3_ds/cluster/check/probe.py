@@ -30,7 +30,7 @@ _SIZED_FILES = 1000  # files per pattern whose size is read, because a network f
 
 
 class Probe:
-    """Answers questions about this node: each public method is one, with arguments and results of JSON types."""
+    """Answers questions about this node: each public method answers one, with arguments and results of JSON types."""
 
     def __init__(self) -> None:
         """Prepares a probe that has opened no port and written no file."""
@@ -38,7 +38,7 @@ class Probe:
         self._listeners: list[socket.socket] = []
 
     def machine(self, folder: str) -> dict:
-        """Describes this machine, and changes to `folder`, in which ranks would start."""
+        """Describes this machine; changes to `folder`, the working directory of the ranks, first."""
         folder_error = _enter(folder)
         return {
             "hostname": socket.gethostname(),
@@ -105,7 +105,7 @@ class Probe:
         return existing_parent(folder)
 
     def write_token(self, path: str, token: str) -> str | None:
-        """Writes a file for other nodes to find, deleted by `close`; returns why if that fails."""
+        """Writes a file that other nodes look for; returns the error, or None. `close` deletes the file."""
         try:
             with open(path, "x") as file:
                 self._written.append(path)
@@ -129,9 +129,9 @@ class Probe:
             time.sleep(0.1)
 
     def listen(self, port: int, token: str) -> dict:
-        """Sends `token` to every client of a port, and returns the port.
+        """Listens on a port, sends `token` to every client, and returns the port.
 
-        Port 0 is any free one. If the port is taken, returns the owner and uses another port.
+        Port 0 stands for any free port. If the port is taken, the result names its owner, and another port is used.
         """
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does: a port in TIME_WAIT is free

@@ -13,7 +13,7 @@ async def find_unreachable(hosts: Iterable[str]) -> dict[str, str]:
     """Runs `true` on all hosts over ssh, in parallel, which takes seconds.
 
     Returns:
-        What ssh printed, by the name of each host where that failed.
+        Error text of ssh for each host where this failed, by host name.
     """
     limit = asyncio.Semaphore(_AT_A_TIME)
     names = list(hosts)

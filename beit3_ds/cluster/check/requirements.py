@@ -12,7 +12,7 @@ class Requirements:
     """Lists memory, disk space and ranks that a run requires of the nodes of a hostfile."""
 
     layout_fault: str | None
-    """Why the run does not fit the number of ranks; the other fields are then empty."""
+    """Reason why the run does not fit the number of ranks, or None; with a reason, the other fields are empty."""
     rank_bytes: tuple[int, ...] = ()
     """Bytes of device memory per rank, modelled (`planner.rank_memory`, or without activations
     `planner.model_state`)."""
@@ -20,7 +20,7 @@ class Requirements:
     """Bytes of one checkpoint: weights, two moments and perhaps an average of the weights, in float32."""
 
     def describe(self) -> str:
-        """Formats the sizes for people; `find_node_faults` compares them with GPUs, if there are any, and disks."""
+        """Formats the sizes as readable text; `find_node_faults` compares them with GPUs and disks."""
         if self.layout_fault is not None:
             return "run: does not fit the ranks"
         smallest, largest = min(self.rank_bytes), max(self.rank_bytes)
@@ -34,9 +34,9 @@ class Requirements:
 
 
 def find_required_files(config: RunConfig) -> dict[str, bool]:
-    """Maps glob patterns of the files that a run reads to whether they must exist before any command is run.
+    """Maps glob patterns of a run's input files to whether they must exist before any command runs.
 
-    Tokenizers need not exist, because they may still be trained. The visual tokenizer's own run reads none.
+    Tokenizers need not exist yet, because they may still be trained. A run that trains the visual tokenizer reads none.
     """
     streams = [stream for stream in config.data.streams().values() if stream.samples_per_step]
     sources = [source for stream in streams for source in (*stream.train, *stream.validation)]

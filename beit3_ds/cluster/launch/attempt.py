@@ -1,4 +1,4 @@
-"""Makes one attempt at a run: starts DeepSpeed's launcher and supervises the guards of all ranks until all are gone."""
+"""Runs one attempt at a run: starts DeepSpeed's launcher and supervises the guards of all ranks to their end."""
 
 import asyncio
 import contextlib
@@ -33,7 +33,7 @@ from beit3_ds.cluster.launch.terminal import Terminal, last_lines
 from beit3_ds.rank_names import join_ranks
 
 USER_ERROR = 2
-"""Exit status of a trainer that failed on a mistake of the user."""
+"""Exit status of a trainer that failed because of a user's mistake."""
 
 _SETTLE_SECONDS = 0.5  # wait after the first reported failure, because its cause may be reported after it
 _SILENCE_SECONDS = 4 * KEEPALIVE_INTERVAL  # silence that is mentioned beside a failure
@@ -58,7 +58,7 @@ class Attempt:
         stop_signals.on_change = self._forward_stop_signal
 
     async def run(self) -> Outcome:
-        """Runs the attempt.
+        """Runs the attempt to its end and returns its outcome.
 
         Raises:
             OSError: if the log folder cannot be written, the port is taken, or the launcher is not installed.
@@ -222,7 +222,7 @@ class Attempt:
                 )
 
     async def _end_ranks(self) -> None:
-        """Gives the ranks some seconds to report a failure, then kills those that are left and waits for their end."""
+        """Gives the ranks some seconds to report a failure, then kills remaining ranks and waits for their end."""
         if not self._has_started:
             return
         await self._wait(lambda: self._stop_signals.is_kill or not self._alive(), _GRACE_SECONDS)
@@ -279,7 +279,7 @@ class Attempt:
         self._changed.set()
 
     def _print_failure(self) -> None:
-        """Prints the first failure that is not a consequence of another, as far as that is known."""
+        """Prints the first failure that does not seem to be a consequence of another."""
         failure = self._failure = min(self._failures, key=lambda failure: failure.is_consequence)
         silent = [rank.name for rank in self._alive().values() if rank.silence > _SILENCE_SECONDS]
         hint = f"; silent for some seconds: {', '.join(silent)}" if silent and failure.is_consequence else ""
@@ -313,7 +313,7 @@ class Attempt:
     # The end of an attempt.
 
     def _print_ends(self) -> None:
-        """Prints one line for each way in which ranks ended; leaves out the rank whose failure was already printed."""
+        """Prints how the ranks ended, in one line per kind of end; omits the rank whose failure was already printed."""
         if self._failure is None:
             return
         ends: dict[str, list[GuardedRank]] = {}

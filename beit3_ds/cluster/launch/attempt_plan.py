@@ -1,4 +1,4 @@
-"""Describes one attempt at a run: the processes to start, and the end."""
+"""Describes one attempt at a run: the processes to start, and the outcome."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,11 +27,11 @@ class AttemptPlan:
     log_dir: Path
     """Log folder of this attempt, on storage that all hosts share."""
     address: str
-    """Address of this machine, at which the hosts reach it."""
+    """Address of this machine that the hosts connect to."""
     port: int
-    """Port on which the supervisor listens; 0 is any."""
+    """Port on which the supervisor listens; 0 for any free port."""
     keepalive_seconds: float
-    """Silence after which a host is lost, and after which guards treat their supervisor as lost."""
+    """Seconds without a message after which a host, or for a guard its supervisor, counts as lost."""
     start_seconds: float
     """Longest time in seconds until all guards have registered."""
 
@@ -55,6 +55,6 @@ class Outcome:
     is_user_error: bool
     """Whether a rank ended with status 2, for a mistake that only the user can fix."""
     lost_hosts: frozenset[str]
-    """Hosts of the hostfile that fell silent, or whose guards did not register."""
+    """Hosts of the hostfile that stopped sending messages, or whose guards did not register."""
     clear_at: float
     """Time on the monotonic clock after which lost guards have certainly ended their trainers."""

@@ -14,11 +14,11 @@ def largest_fit(
         hosts: available hosts, in the order of their ranks.
         fits: returns whether the run fits a number of ranks.
         equal_slots: whether all hosts must have the same number of ranks.
-        min_ranks: least number of ranks.
+        min_ranks: minimum number of ranks.
 
     Returns:
-        The hosts in order, each filled before the next, so that only the last may be partly used; with `equal_slots`
-        the fewest hosts for the number. None if nothing fits.
+        The chosen hosts, in order, with the slots to use; None if nothing fits. All hosts are full except perhaps the
+        last. With `equal_slots` all get equally many ranks, on as few hosts as possible.
     """
     for world_size in range(sum(host.slots for host in hosts), min_ranks - 1, -1):
         if fits(world_size) and (chosen := _choose(hosts, world_size, equal_slots)):

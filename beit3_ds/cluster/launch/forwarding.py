@@ -1,4 +1,4 @@
-"""Chooses the variables that the ranks get from the machine on which `beit3 launch` runs."""
+"""Chooses the environment variables that `beit3 launch` forwards from this machine to the ranks."""
 
 import re
 from collections.abc import Mapping, Sequence

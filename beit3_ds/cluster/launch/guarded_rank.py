@@ -9,7 +9,7 @@ from beit3_ds.cluster.launch.messages import Channel, Ended, Register
 from beit3_ds.cluster.launch.terminal import last_lines
 
 STOPPED_SECONDS = 10.0
-"""Time after which a trainer that was stopped (state T) counts as failed."""
+"""Seconds after which a stopped trainer (state T) counts as failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class GuardedRank:
         return self.state == "T" and not self.is_gone and time.monotonic() - self.state_since > STOPPED_SECONDS
 
     def describe_end(self) -> str:
-        """Describes how the trainer ended, as a predicate."""
+        """Returns how the trainer ended, as a phrase that follows the rank's name."""
         if self.ended is None:
             return "was lost" if self.is_lost else "still runs"
         if self.ended.error:
@@ -99,7 +99,7 @@ class GuardedRank:
 
 
 def describe_status(status: int) -> str:
-    """Describes a status of `subprocess`, as a predicate."""
+    """Describes a status of `subprocess` in a phrase such as "was killed by SIGKILL"."""
     if status >= 0:
         return f"ended with status {status}"
     try:

@@ -1,4 +1,4 @@
-"""Builds the commands with which DeepSpeed's launcher starts a guard for every rank, for each of its backends.
+"""Builds the commands that start a guard for every rank through DeepSpeed's launcher, for each of its backends.
 
 Several launchers pass their command to shells on the hosts, so it holds fixed and plain words only (`plain_words`).
 """

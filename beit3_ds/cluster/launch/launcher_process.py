@@ -57,7 +57,7 @@ class LauncherProcess:
         return None if None in statuses else [status for status in statuses if status is not None]
 
     async def end(self, seconds: float) -> list[int]:
-        """Waits at most `seconds` for all commands to end, then kills their processes that are left on this machine.
+        """Waits at most `seconds` for all commands to end, then kills their remaining processes on this machine.
 
         Returns:
             The numbers of the processes that had to be killed.

@@ -55,7 +55,7 @@ class LaunchOptions:
     environment: Sequence[str]
     """Variables to forward in addition to the default ones, each as NAME or NAME=VALUE."""
     keepalive_seconds: float
-    """Silence after which a host is lost, and after which guards treat their supervisor as lost."""
+    """Seconds without a message after which a host, or for a guard its supervisor, counts as lost."""
     start_seconds: float
     """Longest time in seconds until all guards have registered."""
     port: int
@@ -74,7 +74,7 @@ def launch(options: LaunchOptions) -> int:
         on a mistake of the user; 1 after any other failure.
 
     Raises:
-        ConfigError: if the run cannot work; no process has started then.
+        ConfigError: if the run cannot work; it is raised before any process starts.
     """
     hostfile = read_hostfile(options.hostfile)
     config = load_run_config(options.config, options.changes)

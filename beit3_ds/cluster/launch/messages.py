@@ -1,7 +1,8 @@
 """Defines the messages between the supervisor of a run and the guards of its ranks: one JSON object per line over TCP.
 
-Both first prove that they can read the token of this attempt, a file of mode 0600 in the shared log folder, because a
-guard starts any command that its supervisor sends. The messages after that are neither encrypted nor signed.
+First, both sides prove that they know the attempt's token, which is in a file of mode 0600 in the shared log folder.
+This is needed because a guard starts any command that its supervisor sends. Later messages are neither encrypted nor
+signed.
 """
 
 import asyncio
@@ -28,7 +29,7 @@ class Register:
 
     rank: int
     local_rank: int | None
-    """Rank among the ranks of its host, if the launcher set it."""
+    """Rank within the host; None if the launcher does not set it."""
     host: str
     """Host's own name."""
     pid: int
@@ -36,7 +37,7 @@ class Register:
     address: str
     """Address of this host on the network over which it reached the supervisor."""
     free_port: int
-    """Port of this host that was free a moment ago."""
+    """Port of this host that was free when the guard registered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +158,7 @@ class Channel:
         """Time of the peer's last message, on this process's monotonic clock."""
 
     def send(self, message: Message) -> None:
-        """Sends a message without waiting; if that fails, the peer falls silent, which `last_heard` shows."""
+        """Sends a message without waiting; ignores errors, because `last_heard` shows a lost peer."""
         if not self._writer.is_closing():
             self._writer.write(encode(message))
 
@@ -179,7 +180,7 @@ class Channel:
         return decode(line)
 
     async def flush(self) -> None:
-        """Waits until sent messages have left this process, or cannot leave it."""
+        """Waits until sent messages have left this process, or the connection is lost."""
         try:
             await asyncio.wait_for(self._writer.drain(), KEEPALIVE_INTERVAL)
         except (OSError, TimeoutError):
@@ -191,7 +192,7 @@ class Channel:
 
     @property
     def local_address(self) -> str:
-        """Returns this machine's address of the connection."""
+        """Returns the local address of the connection."""
         return str(self._writer.get_extra_info("sockname")[0])
 
     async def authenticate_guard(self, token: bytes) -> None:

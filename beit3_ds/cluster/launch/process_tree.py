@@ -20,15 +20,15 @@ class ProcessId(NamedTuple):
 
 
 class ProcessTree:
-    """Tracks root processes and their descendants, which `watch` must have seen."""
+    """Tracks root processes and those of their descendants that `watch` has recorded."""
 
     def __init__(self, roots: list[int]) -> None:
-        """Records the roots that still run; nobody may have waited for them yet."""
+        """Records the roots that still run; the caller must not have waited for them, or their ids may be reused."""
         table = _read_table()
         self._found = {ProcessId(pid, table[pid][1]): 0 for pid in roots if pid in table}  # value: depth below a root
 
     def watch(self) -> None:
-        """Records processes that were started since the last call; those whose parent has ended cannot be found."""
+        """Records descendants started since the last call; those whose parent has ended cannot be found."""
         table = _read_table()
         children: dict[int, list[int]] = {}
         for pid, (parent, _) in table.items():

@@ -1,8 +1,8 @@
 """Guards one rank: DeepSpeed's launcher starts a guard instead of the trainer, on every host.
 
 A guard connects to the supervisor (`beit3 launch`), receives environment and command, runs the trainer as its child and
-reports how that ends. It ends the trainer when the supervisor says so or is lost. It imports neither torch nor
-DeepSpeed, so that it starts at once and does not depend on what may fail in the trainer.
+reports how the trainer ends. It kills the trainer if the supervisor asks for that or is lost. A guard imports neither
+torch nor DeepSpeed, so that it starts at once, even if these are broken.
 """
 
 import argparse
@@ -51,7 +51,7 @@ class RankGuard:
     """Runs one rank's trainer as the supervisor commands."""
 
     def __init__(self, channel: Channel, keepalive_seconds: float) -> None:
-        """Takes an authenticated connection over which this rank is registered.
+        """Prepares a guard that has already registered over `channel`.
 
         Args:
             channel: connection to the supervisor.

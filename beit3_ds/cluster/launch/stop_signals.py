@@ -19,7 +19,7 @@ class LauncherStopSignals:
     def __init__(self, terminal: Terminal) -> None:
         self._terminal = terminal
         self.first: signal.Signals | None = None
-        """First stop signal that was received; None without."""
+        """First stop signal received; None before the first."""
         self.since = 0.0
         """Time of the first stop signal, on the monotonic clock."""
         self.is_kill = False
@@ -45,7 +45,7 @@ class LauncherStopSignals:
 
         Args:
             number: stop signal for the ranks.
-            origin: which signal was received and where, if it was not `number` in this process.
+            origin: text that says which signal was received and where, if not `number` in this process.
         """
         if self.first is None:
             self.first, self.since = number, time.monotonic()

@@ -18,7 +18,7 @@ class Terminal:
     """
 
     def __init__(self, log: Path) -> None:
-        """Takes the file for the supervisor's lines, which is appended to."""
+        """Prints to stderr, and appends the supervisor's lines to the file `log`."""
         self._log = log
 
     def report(self, text: str, lines: Iterable[str] = ()) -> None:

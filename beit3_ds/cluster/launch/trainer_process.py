@@ -25,8 +25,8 @@ _libc = ctypes.CDLL(None)
 class TrainerProcess:
     """Controls a trainer in its own session, whose output goes to its log through a pipe.
 
-    Because of the pipe, a full disk costs lines of the log but not the run. The kernel kills the trainer when its guard
-    ends, for any reason.
+    Because of the pipe, a full disk loses lines of the log but does not end the run. The kernel kills the trainer when
+    its guard ends for any reason.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class TrainerProcess:
         Args:
             start: command and environment of the trainer.
             on_output: receives the trainer's output, in another thread; None discards it.
-            on_log_error: receives an error of writing the log, once, in another thread.
+            on_log_error: receives the first error of writing the log, in another thread.
 
         Raises:
             OSError: if the trainer cannot be started.
@@ -90,7 +90,7 @@ class TrainerProcess:
             os.killpg(self.pid, signal.SIGKILL)
 
     def finish(self) -> int:
-        """Kills processes that the ended trainer has left; returns its status, or minus the number of its signal."""
+        """Kills processes that the ended trainer left; returns its exit status, or minus its signal's number."""
         self.kill()  # before its number can be given to another process
         status = self._process.wait()
         os.close(self.pidfd)

@@ -19,11 +19,11 @@ from beit3_ds.model.generation.decoder import CaptionDecoder
 from beit3_ds.model.task_model import TaskModel
 
 _CANDIDATES_PER_BEAM = 3
-"""Continuations of an image's beams that a step considers, per beam; the reference's number."""
+"""Number of continuations per beam that each step considers; equal to the reference's."""
 
 
 class SpecialIds(Protocol):
-    """Holds the ids with a meaning of their own; `TextTokenizer` does."""
+    """Declares the ids of the special tokens; `TextTokenizer` provides them."""
 
     @property
     def bos_id(self) -> int:
@@ -43,7 +43,7 @@ class BeamSearch:
     """Configures the search; the defaults are those of the reference's captioning."""
 
     num_beams: int = 3
-    """Unfinished captions that are kept per image; 1 continues each caption with its most likely word."""
+    """Number of unfinished captions kept per image; 1 is greedy search."""
     length_penalty: float = 0.6
     """Exponent of the length by which the log-probability of a caption is divided; larger values favour long ones."""
     max_length: int = 20
@@ -58,7 +58,7 @@ class BeamSearch:
 
 
 class Caption(NamedTuple):
-    """Holds a caption that was found."""
+    """Holds a generated caption and its score."""
 
     ids: tuple[int, ...]
     """Ids of the words, without BOS, placeholder and EOS."""
@@ -70,7 +70,7 @@ class Caption(NamedTuple):
 def generate(model: TaskModel, pixels: Tensor, tokens: SpecialIds, search: BeamSearch | None = None) -> list[Caption]:
     """Returns the best caption of every image.
 
-    Each image is encoded once, and nothing is computed for images whose caption is complete. A caption does not depend
+    Each image is encoded once, and images with complete captions need no further computation. A caption does not depend
     on the other images.
 
     Args:
@@ -156,7 +156,7 @@ class _ImageSearch:
 
 
 def _places_of_active(is_active: Sequence[bool]) -> list[int]:
-    """Returns the present place of the image at each remaining place; the last images fill the gaps."""
+    """Returns, for each place that remains, the index of the image to put there; the last images fill the gaps."""
     order = list(range(len(is_active)))
     for place in reversed(order.copy()):
         if not is_active[place]:

@@ -1,4 +1,4 @@
-"""Predicts the next words of captions, and computes every image and every word once.
+"""Predicts the next words of captions with cached keys and values, so every image and word is computed once.
 
 Captions see their image and the words before them (`SequenceLayout.causal_captions`), so keys and values of images and
 of earlier words never change. Images are computed as pairs with empty captions, because the experts of a pair differ
@@ -55,7 +55,7 @@ class CaptionDecoder:
         self._encode_images(pixels)
 
     def next_words(self, ids_R: Tensor) -> Tensor:
-        """Adds a word to every caption and returns the log-probabilities of the words after it, (R, V) float32.
+        """Appends a word to every caption and returns the log-probabilities of the next words, (R, V) float32.
 
         Args:
             ids_R: the next id of each caption, at first BOS of one caption per image.
@@ -74,7 +74,7 @@ class CaptionDecoder:
         return self._predict(x_SD[1::2])
 
     def select(self, rows: Sequence[int]) -> None:
-        """Replaces the captions by copies of some of them, of which each image has equally many.
+        """Replaces the captions by copies of selected captions; every image must get the same number.
 
         Args:
             rows: number of the caption to copy, for each new caption.
@@ -85,11 +85,11 @@ class CaptionDecoder:
         ]
 
     def drop_images(self, order: Sequence[int]) -> None:
-        """Keeps some images; `select` must follow.
+        """Keeps the caches of some images and drops the others; `select` must follow.
 
         Args:
-            order: number of the image at each remaining place. Each is its own place or a place that does not remain,
-                so one image is copied for each one that is dropped.
+            order: index of the image to keep at each place. Entry i is i, or an index past the end of `order`: only
+                images from the end move, each into the place of a dropped image.
         """
         for keys, values in self._images:
             for place, image in enumerate(order):
