@@ -9,6 +9,7 @@ from beit3_ds.config import ConfigError, RunConfig, load_run_config
 from beit3_ds.config.arguments import OneLineParser, add_config_arguments, integer
 from beit3_ds.config.numbers import Range
 from beit3_ds.printing import printable
+from beit3_ds.runtime.environment import check_this_machine, check_variables
 from beit3_ds.runtime.launch_environment import read_launch
 from beit3_ds.storage_error import StorageError
 from beit3_ds.training.skipped_steps import NonFiniteLossError
@@ -42,6 +43,8 @@ def run_rank_program(
     try:
         options = parser.parse_args(arguments)
         rank = read_launch(os.environ).rank
+        check_variables(os.environ)
+        check_this_machine(os.environ)
         program(load_run_config(options.config, options.set), options)
     except (ConfigError, NonFiniteLossError) as error:
         print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ import, and a mistake on the command line should be answered at once.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -26,6 +27,7 @@ from beit3_ds.cli.train_text_tokenizer import add_train_text_tokenizer_command
 from beit3_ds.config import ConfigError
 from beit3_ds.config.arguments import OneLineParser
 from beit3_ds.printing import printable
+from beit3_ds.runtime.environment import check_variables
 from beit3_ds.storage_error import StorageError
 
 _EPILOG = """typical order:
@@ -48,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         options = build_parser().parse_args(arguments)
+        check_variables(os.environ)
         run: Callable[[argparse.Namespace], int] = options.run
         return run(options)
     except ConfigError as error:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from beit3_ds.config import ConfigError
+from beit3_ds.config.numbers import RANKS
 
 _DEFAULT_PORT = 29500  # torch's and DeepSpeed's
 _FIRST_JOB_PORT, _NUM_JOB_PORTS = 20_000, 10_000  # below the ports that Linux hands out by itself
@@ -100,6 +101,11 @@ def _read_torch(environment: Mapping[str, str]) -> Launch:
             f"launcher: RANK={environment['RANK']} is set, but {', '.join(missing)} not. Launchers (deepspeed, "
             "torchrun) set all of them; unset RANK to train in one process, or under srun and mpirun, which need none."
         )
+    if "LOCAL_RANK" not in environment and environment["WORLD_SIZE"] != "1":
+        raise ConfigError(
+            f"launcher: RANK={environment['RANK']} and WORLD_SIZE={environment['WORLD_SIZE']} are set, but LOCAL_RANK "
+            "is not, so all ranks of a host would take its first device. Launchers (deepspeed, torchrun) set all."
+        )
     local_size = "LOCAL_SIZE" if "LOCAL_SIZE" in environment else "LOCAL_WORLD_SIZE"
     return Launch(
         launcher="the launcher",
@@ -177,8 +183,8 @@ def first_host(hosts: str) -> str:
 
 def expand_tasks(counts: str) -> list[int]:
     """Returns the number of ranks per host, which Slurm writes as "8(x3),4"."""
-    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
-    return [int(count) for count, times in found for _ in range(int(times or 1))]
+    found = re.findall(r"([0-9]{1,7})(?:\(x([0-9]{1,7})\))?", counts)
+    return [int(count) for count, times in found for _ in range(min(int(times or 1), int(RANKS.high)))]
 
 
 def _device(environment: Mapping[str, str], local_rank: str) -> int:
@@ -193,7 +199,7 @@ def _port(environment: Mapping[str, str], default: int) -> int:
 
 def _number(environment: Mapping[str, str], name: str) -> int:
     value = environment.get(name)
-    if value is None or not re.fullmatch(r"\d+", value):
+    if value is None or not re.fullmatch("[0-9]{1,18}", value):  # not \d, which is also a digit of other scripts
         raise ConfigError(
             f"launcher: the environment has {name}={value!r}, but a whole number is expected. The launcher (deepspeed, "
             "torchrun, mpirun or srun) sets it: do not set it by hand, or correct it."
@@ -202,6 +208,16 @@ def _number(environment: Mapping[str, str], name: str) -> int:
 
 
 def _check(launch: Launch) -> None:
+    if launch.world_size not in RANKS:
+        raise ConfigError(
+            f"{launch.launcher}: the number of ranks is {launch.world_size}; it must be {RANKS}. Do not set WORLD_SIZE "
+            "by hand, or correct it."
+        )
+    if launch.local_size is not None and not launch.local_rank < max(1, launch.local_size):
+        raise ConfigError(
+            f"{launch.launcher}: local rank {launch.local_rank} is not below the number of ranks on this host, "
+            f"{launch.local_size}. Variables of two launchers may be mixed: start the run from a fresh shell."
+        )
     if not launch.rank < launch.world_size:
         raise ConfigError(
             f"{launch.launcher}: rank {launch.rank} is not below the number of ranks, {launch.world_size}. Variables "

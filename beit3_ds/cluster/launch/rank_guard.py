@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
@@ -234,7 +235,7 @@ def _decode_path(text: str) -> Path:
 
 
 def _number(names: tuple[str, ...]) -> int | None:
-    found = (os.environ[name] for name in names if os.environ.get(name, "").isdecimal())
+    found = (os.environ[name] for name in names if re.fullmatch("[0-9]{1,9}", os.environ.get(name, "")))
     return next(map(int, found), None)
 
 

@@ -33,7 +33,7 @@ def test_ranks_end_when_their_supervisor_is_silent(launch: Callable[..., Launch]
 
 def test_a_guard_says_why_it_cannot_work(tmp_path: Path) -> None:
     def guard(token: Path) -> str:
-        arguments = ["--address=127.0.0.1", "--port=9", f"--token={token}", "--keepalive=5"]
+        arguments = ["--address=127.0.0.1", "--port=9", f"--token={os.fsencode(token).hex()}", "--keepalive=5"]
         command = [sys.executable, "-m", "beit3_ds.cluster.launch.rank_guard", *arguments]
         done = subprocess.run(command, env={**os.environ, "RANK": "3"}, capture_output=True, text=True, timeout=60)
         assert done.returncode == 1

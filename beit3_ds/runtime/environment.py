@@ -1,0 +1,54 @@
+"""Checks variables of the environment that libraries read, before they fail on a wrong value in their own way."""
+
+import re
+import socket
+from collections.abc import Mapping
+
+from beit3_ds.config import ConfigError
+
+# Those of DeepSpeed, which raises at its import for any other.
+_ACCELERATORS = ("cuda", "cpu", "xpu", "npu", "mps", "hpu", "mlu", "sdaa", "supa", "klxpu")
+_THREADS = re.compile(r"\s*0*[1-9][0-9]{0,5}\s*(,\s*0*[1-9][0-9]{0,5}\s*)*")
+
+
+def check_variables(environment: Mapping[str, str]) -> None:
+    """Refuses values that no machine accepts.
+
+    Raises:
+        ConfigError: naming the variable, its value and the rule.
+    """
+    threads = environment.get("OMP_NUM_THREADS")
+    if threads is not None and not _THREADS.fullmatch(threads):
+        raise ConfigError(
+            f"environment: OMP_NUM_THREADS={threads!r} is not a number of threads, from 1 on. Correct or unset it; "
+            "without it the cores of a host are divided among its ranks."
+        )
+    accelerator = environment.get("DS_ACCELERATOR")
+    if accelerator is not None and accelerator not in _ACCELERATORS:
+        raise ConfigError(
+            f"environment: DS_ACCELERATOR={accelerator!r} is none of DeepSpeed's: {', '.join(_ACCELERATORS)}. Correct "
+            "or unset it."
+        )
+
+
+def check_this_machine(environment: Mapping[str, str]) -> None:
+    """Refuses values that do not fit this machine: a network interface or a device that it does not have.
+
+    Raises:
+        ConfigError: naming the variable, its value and what this machine has.
+    """
+    present = [name for _, name in socket.if_nameindex()]
+    for name in filter(None, environment.get("GLOO_SOCKET_IFNAME", "").split(",")):
+        if name not in present:
+            raise ConfigError(
+                f"environment: GLOO_SOCKET_IFNAME names {name!r}, but the network interfaces of host "
+                f"{socket.gethostname()} are {', '.join(present)}. Name one of them, or unset the variable."
+            )
+    if environment.get("DS_ACCELERATOR") == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                f"environment: DS_ACCELERATOR=cuda, but host {socket.gethostname()} has no CUDA device that torch can "
+                "use. Set DS_ACCELERATOR=cpu, or unset it."
+            )
