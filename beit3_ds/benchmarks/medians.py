@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def median_with_interval(values: Sequence[float]) -> dict[str, float]:
-    """Returns the median and the narrowest pair of order statistics that contains the true median at 95% or more."""
+    """Returns the median and its 95% interval: the narrowest pair of order statistics with at least 95% confidence."""
     ordered, n = sorted(values), len(values)
     # The k-th smallest exceeds the true median with the chance of fewer than k heads in n fair tosses.
     tail = [sum(math.comb(n, j) for j in range(k)) / 2**n for k in range(1, n // 2 + 1)]

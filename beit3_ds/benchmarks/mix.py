@@ -1,4 +1,4 @@
-"""Describes a micro-batch of the paper's mix by shapes: the lengths of its sequences and its masked positions."""
+"""Describes the shapes of a micro-batch of the paper's mix: sequence lengths and numbers of masked positions."""
 
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ class Mix(NamedTuple):
 
     @property
     def boundaries(self) -> tuple[int, int, int, int]:
-        """Returns the row after the images, after the pairs' images, after the captions and after the texts."""
+        """Returns four row numbers: the ends of the images, the pairs' images, the captions and the texts."""
         a = self.samples * self.image_length
         c = 2 * a + sum(self.caption_lengths)
         return a, 2 * a, c, c + sum(self.text_lengths)

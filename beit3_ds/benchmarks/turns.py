@@ -19,7 +19,7 @@ import torch
 from beit3_ds.benchmarks.peak_memory import peak_bytes
 
 Turn = tuple[Callable[[], float], dict[str, Any]]
-"""A function to time, which returns the loss or another number, and facts about its batch."""
+"""Pair of a function to time, which returns the loss or another number, and facts about its batch."""
 
 
 class TurnProcess:
@@ -31,7 +31,7 @@ class TurnProcess:
         Args:
             side: name of the side, for messages.
             module: module to run, which calls `serve_turns`.
-            arguments: its first arguments.
+            arguments: first arguments of the module.
         """
         self.side = side
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `stop`
@@ -50,10 +50,10 @@ class TurnProcess:
         self.answers = os.fdopen(reading)
 
     def take_turn(self, number: int) -> dict[str, Any]:
-        """Lets the process work on batch `number` and returns its figures.
+        """Lets the process compute batch `number` and returns its figures.
 
         Raises:
-            RuntimeError: if the process ended; with the end of what it printed.
+            RuntimeError: if the process ended; the message has its last output.
         """
         assert self.process.stdin is not None
         try:

@@ -1,4 +1,4 @@
-"""Allocates the tensors that the ops make on a CPU."""
+"""Allocates the output tensors of the ops on a CPU."""
 
 import ctypes
 import os
@@ -14,21 +14,21 @@ _LARGEST_INT = 2**31 - 1
 
 
 class Allocator:
-    """Allocates uninitialised tensors: from PyTorch or, after `keep_freed_memory`, from a memory mapping of its own."""
+    """Allocates uninitialised tensors from PyTorch or, after `keep_freed_memory`, from its own memory mapping."""
 
     def __init__(self) -> None:
-        """Begins with PyTorch's allocator."""
+        """Starts with PyTorch's allocator."""
         self.host_memory: HostMemory | None = None
 
     def keep_freed_memory(self, device: torch.device, lasting: int = 0) -> None:
-        """Makes a process that trains on the CPU reuse the memory that it frees, from here on.
+        """Makes a process that trains on the CPU keep freed memory and reuse it; applies to all later allocations.
 
-        Tensors of this allocator get an address range of their own, if the kernel grants one. For PyTorch's own tensors
-        glibc is told to return nothing to the kernel, which would zero the same pages again in every step.
+        Tensors of this allocator get their own address range, if the operating system grants one. For PyTorch's own
+        tensors, glibc is told not to return memory to the system, which would zero the same pages again in every step.
 
         Args:
-            device: device of the training; for any but the CPU nothing is done.
-            lasting: bytes of all tensors together that stay to the end of a step, or 0 if there are few.
+            device: device of the training; nothing is done unless it is the CPU.
+            lasting: total bytes of the tensors that stay until the end of a step, or 0 if there are few.
         """
         if device.type != "cpu" or sys.platform != "linux":
             return
@@ -50,7 +50,7 @@ class Allocator:
             like: gives the device, and the dtype if none is given.
             shape: shape of the tensor.
             dtype: dtype of the tensor.
-            lasting: whether it stays to the end of a step, as a weight's gradient does.
+            lasting: whether it stays until the end of a step, like a weight's gradient.
         """
         dtype = like.dtype if dtype is None else dtype
         has_memory = type(like) in (Tensor, nn.Parameter)  # other subclasses may have none, as fake tensors
@@ -65,10 +65,9 @@ class Allocator:
         return self.empty(x, *x.shape, lasting=lasting)
 
     def settle(self, x: Tensor, lasting: bool = False) -> Tensor:
-        """Returns `x`, or a copy in `host_memory` if there is one; meant for small PyTorch tensors that a step
-        keeps."""
+        """Returns `x`, or a copy of it in the memory mapping if there is one; for small tensors kept during a step."""
         return x if self.host_memory is None or x.device.type != "cpu" else self.empty_like(x, lasting).copy_(x)
 
 
 ALLOCATOR = Allocator()
-"""Allocator of all ops; there is one per process, because glibc's settings are the process's."""
+"""Allocator of all ops; one per process, because glibc's settings apply to the whole process."""

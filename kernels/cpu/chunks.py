@@ -1,4 +1,4 @@
-"""Divides rows into chunks that fit in a CPU's cache, so that several passes over a chunk read it from there."""
+"""Divides rows into chunks that fit into a CPU's cache, so that repeated passes over a chunk read from the cache."""
 
 # T packed rows, D width.
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from beit3_ds.kernels.cpu.allocator import ALLOCATOR
 
 _CHUNK_ELEMENTS = 1 << 17
-"""Elements per chunk. PyTorch's own buffers for a chunk add to peak memory, so a larger chunk takes more of it."""
+"""Elements per chunk. PyTorch allocates buffers per chunk, so larger chunks raise peak memory."""
 
 
 def chunk_rows(x_TD: Tensor) -> int:
@@ -19,10 +19,10 @@ def chunk_rows(x_TD: Tensor) -> int:
 
 
 def accumulate(totals: list[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
-    """Adds one chunk's gradients of parameters to their totals; an empty list of totals means zeros.
+    """Adds the parameter gradients of one chunk to the totals of earlier chunks; an empty list of totals means zeros.
 
     Returns:
-        The totals, in float32 for half precision: rounded once at the end, not once per chunk.
+        The totals, in float32 for half precision, so that they are rounded only once after the last chunk.
     """
     if totals:
         return [total.add_(part) for total, part in zip(totals, parts, strict=True)]

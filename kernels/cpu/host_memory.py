@@ -1,11 +1,11 @@
-"""Manages host memory for tensors that come and go with a training step on a CPU.
+"""Manages host memory for the tensors that each training step on a CPU allocates and frees.
 
-Every step allocates the same gigabytes of rows and gradients. glibc serves them badly: it asks for more than an aligned
-block has, so a freed block does not fit the next request of its own size, and small tensors that stay split the gaps
-between large ones. So these tensors get an address range of their own. Rows are freed in the order in which they were
-made, or in its reverse, and are taken from the lower end. Gradients of weights stay until the update and are taken from
-the upper end, so at the end of the backward pass they reuse the memory of rows (BENCHMARKS.md). On a GPU PyTorch's
-caching allocator does this.
+Every step allocates the same gigabytes of rows and gradients. glibc fragments this memory: it adds padding for
+alignment to each request, so a freed block does not fit the next request of the same size, and small tensors that stay
+split the gaps between large ones. So these tensors get their own address range. Rows are allocated from the lower end;
+they are freed in the order of their allocation, or in reverse. Gradients of weights stay until the update and are
+allocated from the upper end, so at the end of the backward pass they reuse the memory of rows (BENCHMARKS.md). On a
+GPU, PyTorch's caching allocator does all this.
 """
 
 import math
@@ -29,14 +29,14 @@ class Gaps:
     """Tracks the free parts (gaps) of an address range; gaps are never empty and never touch."""
 
     def __init__(self, size: int) -> None:
-        """Begins with [0, size) free."""
+        """Starts with [0, size) as the only gap."""
         self._starts, self._stops = [0], [size]
 
     def take_low(self, size: int) -> int | None:
         """Takes `size` bytes from the lower end of the lowest gap that is large enough.
 
         Returns:
-            Their first address; None if no gap is large enough.
+            Address of the first byte; None if no gap is large enough.
         """
         for index, (start, stop) in enumerate(zip(self._starts, self._stops, strict=True)):
             if stop - start >= size:
@@ -48,7 +48,7 @@ class Gaps:
         """Takes `size` bytes from the upper end of the highest gap that has enough bytes below `ceiling`.
 
         Returns:
-            Their first address; None if no gap is large enough.
+            Address of the first byte; None if no gap is large enough.
         """
         for index in range(bisect_left(self._starts, ceiling) - 1, -1, -1):
             stop = min(self._stops[index], ceiling)
@@ -58,7 +58,7 @@ class Gaps:
         return None
 
     def give(self, start: int, size: int) -> None:
-        """Frees bytes that were taken and joins them with the gaps that they touch."""
+        """Frees `size` bytes from `start` on, and merges them with adjacent gaps."""
         index, stop = bisect_left(self._starts, start), start + size
         touches_next = index < len(self._starts) and self._starts[index] == stop
         touches_last = index > 0 and self._stops[index - 1] == start
@@ -78,9 +78,9 @@ class Gaps:
 
 
 class HostMemory:
-    """Serves tensors from a memory mapping; bytes are free again once nothing refers to a tensor's storage.
+    """Allocates tensors in a memory mapping, and frees their bytes when nothing refers to their storage.
 
-    The kernel provides a page at its first write, and the process keeps it from then on.
+    The operating system provides each page at the first write, and the process keeps the page from then on.
     """
 
     def __init__(self, size: int) -> None:
@@ -90,7 +90,7 @@ class HostMemory:
             size: bytes of all tensors together, at most.
 
         Raises:
-            OSError: if the kernel refuses.
+            OSError: if the operating system refuses.
         """
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         self._bytes = memoryview(mmap.mmap(-1, size, flags=flags))
@@ -109,7 +109,7 @@ class HostMemory:
         Args:
             shape: shape of the tensor.
             dtype: dtype of the tensor.
-            lasting: whether to take it from the upper end of what was ever taken, not from the lower.
+            lasting: whether to allocate it near the upper end of the range used so far instead of at the lower end.
         """
         count = math.prod(shape)
         size = -(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT

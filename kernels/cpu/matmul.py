@@ -1,7 +1,8 @@
-"""Multiplies matrices of linear layers on a CPU and writes the products into given memory.
+"""Computes the matrix products of linear layers on a CPU, and writes them into given memory.
 
-PyTorch multiplies float32 matrices with MKL. oneDNN, which PyTorch has for convolutions, is often a tenth to a third
-faster on many rows (BENCHMARKS.md). It writes into given memory as a 1 x 1 convolution that adds to its output.
+PyTorch multiplies float32 matrices with MKL. oneDNN, which PyTorch uses for convolutions, is often 10 to 33 % faster on
+many rows (BENCHMARKS.md). This module calls it as a 1 x 1 convolution that adds to its output, so that it writes into
+given memory.
 """
 
 # R rows, D input width, F output width.
@@ -18,7 +19,8 @@ _FEWEST_ROWS = 256
 _FEWEST_ROWS_TRANSPOSED = 1024
 """Minimum rows for oneDNN if the matrix is transposed."""
 _STRIP, _STRIP_OF_LONG_ROWS, _LONG_ROW = 512, 16, 2048
-"""Rows transposed at a time. In long rows, elements of one column are so far apart that they share cache lines."""
+"""Rows transposed at a time. Fewer are transposed in long rows, whose elements of one column compete for the same cache
+lines."""
 
 
 def matmul(x_RD: Tensor, w_FD: Tensor, b_F: Tensor | None, out_RF: Tensor) -> Tensor:

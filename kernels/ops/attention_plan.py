@@ -1,4 +1,4 @@
-"""Batches the sequences of a micro-batch for attention: into buckets of rows on a CPU, into tiles on a GPU."""
+"""Groups the sequences of a micro-batch for attention: into buckets of rows on a CPU, into tiles on a GPU."""
 
 # T packed rows, Q sequences, N tiles; a bucket holds n sequences of at most S rows.
 
@@ -67,7 +67,7 @@ def plan_tiles(ranges: Ranges, tile_size: int, device: torch.device) -> TilePlan
 
 @lru_cache(maxsize=16)
 def plan_attention(ranges: Ranges, device: torch.device, causal_captions: bool = False) -> AttentionPlan:
-    """Batches sequences of similar length; consecutive sequences of equal length get no padding."""
+    """Groups sequences of similar length into buckets; consecutive sequences of equal length get no padding."""
     most_rows = CPU_ROWS if device.type == "cpu" else None
     return build_plan(ranges, bucket_by_length(ranges, PADDING_ALLOWANCE, most_rows), device, causal_captions)
 
@@ -75,12 +75,12 @@ def plan_attention(ranges: Ranges, device: torch.device, causal_captions: bool =
 def bucket_by_length(ranges: Ranges, allowance: float, most_rows: int | None) -> list[list[int]]:
     """Groups sequences with rows by length.
 
-    Consecutive sequences of equal length, such as images, are groups of their own: a view is enough for them.
+    Consecutive sequences of equal length, such as images, form a separate group, because a view can batch them.
 
     Args:
         ranges: row ranges of every sequence.
-        allowance: ratio of the longest to the shortest sequence of a group, at most.
-        most_rows: rows of a group of several sequences, padding included, at most; None for any number.
+        allowance: maximum ratio of the longest to the shortest sequence of a group.
+        most_rows: maximum rows of a group of several sequences, padding included; None for no limit.
     """
     groups = _group_by_length(ranges, allowance)
     if most_rows is None:
@@ -155,7 +155,7 @@ def _length(sequence: tuple[tuple[int, int], ...]) -> int:
 
 
 def image_rows(sequence: tuple[tuple[int, int], ...]) -> int:
-    """Returns the number of rows that all rows of the sequence see under the captioning mask."""
+    """Returns the number of rows of a sequence's image, which all its rows see under the captioning mask."""
     return _length(sequence[:1])
 
 

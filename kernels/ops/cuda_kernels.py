@@ -32,7 +32,8 @@ def is_built() -> bool:
 def runs_grouped_gemm(x_TD: Tensor, weights: Sequence[Tensor]) -> bool:
     """Returns whether `grouped_gemm` takes these rows and weights: half precision on a GPU, widths divisible by 8.
 
-    Asserts that it is built. Where it fails its check at its first use (`self_check`) it takes nothing.
+    Asserts that the kernel is built. Returns False on a device where the kernel fails its check at first use
+    (`self_check`).
     """
     widths = weights[0].shape
     fits = x_TD.dtype in _HALF_PRECISIONS and len(weights) <= MAX_EXPERTS and all(n % 8 == 0 for n in widths)
@@ -44,8 +45,8 @@ def grouped_gemm(
 ) -> tuple[Tensor, Tensor]:
     """Applies each expert's linear layer to its own rows, all in one launch; forward only.
 
-    Computes u[start:stop] = x[start:stop] @ w_FD.T + b_F for every expert, and the exact (erf) GELU of u, rounded as it
-    is stored.
+    Computes u[start:stop] = x[start:stop] @ w_FD.T + b_F for every expert, and a = GELU(u), the exact (erf) GELU of u
+    after rounding to x's dtype.
 
     Args:
         x_TD: packed rows, contiguous, bfloat16 or float16 (`runs_grouped_gemm`).

@@ -1,4 +1,4 @@
-"""Says which rows of a packed stream the row-streaming GPU kernels take, and how they tile them."""
+"""Decides whether the row-streaming GPU kernels can process rows of a packed stream, and chooses their tiling."""
 
 # T packed rows, D width.
 
@@ -23,7 +23,7 @@ def row_lengths(stops: Sequence[int]) -> list[int]:
 
 
 def fits_kernels(x_TD: Tensor, dtype: torch.dtype) -> bool:
-    """Returns whether the GPU kernels take these rows: not in float64, and at most WIDEST columns wide.
+    """Returns whether the GPU kernels support these rows: any dtype but float64, and at most WIDEST columns.
 
     Args:
         x_TD: rows of the stream, float32 or of `dtype`.

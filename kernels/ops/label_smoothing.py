@@ -1,8 +1,8 @@
 """Adds label smoothing to a cross entropy over a large vocabulary, without its full logits.
 
-The target gets the probability 1 - e and every other column e / (V - 1). The Kullback-Leibler divergence from these
-labels is the cross entropy, plus e / (V - 1) times (V * target logit - sum of all logits), plus a constant. The sum of
-all logits is a product with the sum of the matrix's rows, so this costs little more than the cross entropy.
+The target gets the probability 1 - e, and every other column gets e / (V - 1). The Kullback-Leibler divergence from
+these labels is the cross entropy, plus e / (V - 1) times (V * target logit - sum of all logits), plus a constant. The
+sum of all logits of a row is the row's product with the sum of the matrix's rows, so it costs little.
 """
 
 # M rows, D width, V vocabulary, U rows of the matrix in this shard.

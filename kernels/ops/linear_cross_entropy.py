@@ -1,7 +1,8 @@
 """Fuses a linear layer and cross entropy over a large vocabulary, tile by tile, so that full logits never exist.
 
-On a CPU it is PyTorch's products and element-wise passes. On a GPU it is PyTorch's products, with the operators
-`beit3_ds::logits_partials` and `beit3_ds::logits_gradient` between them (kernels of `triton/linear_cross_entropy.py`).
+On a CPU it runs PyTorch's matrix products and element-wise operations. On a GPU it runs PyTorch's matrix products and,
+between them, the operators `beit3_ds::logits_partials` and `beit3_ds::logits_gradient` (kernels of
+`triton/linear_cross_entropy.py`).
 """
 
 # M rows, D width, V vocabulary, N columns of a vocabulary tile, B tiles; K buffers of M x S elements.
@@ -57,7 +58,8 @@ def linear_cross_entropy(
 
     With a chunk size, at most `chunk_size` x V logits exist at a time, in float32 (float64 for float64 input; on a GPU
     in h's dtype). Logits that fit are saved for the backward pass, which recomputes the others. Without a chunk size
-    all M x V are saved. On a GPU a graph can be differentiated only once: gradients are written over saved logits.
+    all M x V logits are saved. On a GPU a graph can be differentiated only once, because gradients overwrite the saved
+    logits.
 
     Args:
         h_MD: rows; without rows all gradients are zeros.
@@ -256,7 +258,7 @@ def _fill_logits(logits_MN: Tensor, h_MD: Tensor, w_ND: Tensor, b_N: Tensor) -> 
 
 
 def _update_partials(logits_MN: Tensor, target_M: Tensor, first: int, partials_3M: Tensor) -> None:
-    """Adds a tile to the partials and replaces its logits by exp(logit - largest)."""
+    """Updates the partials with a tile's logits, and replaces these logits by exp(logit - largest)."""
     largest_M, total_M, target_logit_M = partials_3M.unbind()
     index_M1, inside_M = _find(target_M, first, logits_MN)
     target_logit_M.add_(logits_MN.gather(1, index_M1).squeeze(1) * inside_M)

@@ -1,7 +1,7 @@
 """Applies LayerNorm with one scale and shift per expert; its backward pass adds the residual's gradient.
 
-On a CPU it is PyTorch's LayerNorm over each expert's rows. On a GPU it is the operator `beit3_ds::multiway_layer_norm`
-with the kernels of `triton/multiway_layer_norm.py`, one launch for all experts.
+On a CPU it runs PyTorch's LayerNorm on each expert's rows. On a GPU it runs the operator
+`beit3_ds::multiway_layer_norm` with the kernels of `triton/multiway_layer_norm.py`, one launch for all experts.
 """
 
 # T packed rows, D width, E experts; expert e owns rows [stops[e - 1], stops[e]).
@@ -39,11 +39,11 @@ def multiway_layer_norm_reference(
 def multiway_layer_norm(
     x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """Normalises every row and scales and shifts it with the parameters of its expert; passes the stream through.
+    """Normalises every row, scales and shifts it with its expert's parameters, and also returns the stream itself.
 
-    A residual connection should use the returned stream: its gradient is then added in the norm's backward pass, not in
-    a pass of its own. Saved are x, two numbers per row, and the parameters themselves. An expert without rows gets zero
-    gradients.
+    A residual connection should use the returned stream, because the norm's backward pass then adds its gradient
+    without a separate pass. The op saves x, two numbers per row, and the parameters themselves. An expert without rows
+    gets zero gradients.
 
     Args:
         x_TD: packed rows, of the parameters' dtype or of float32.
@@ -67,7 +67,7 @@ def recomputable_rows(
 ) -> Recomputable:
     """Returns an object that recomputes h_TD of `multiway_layer_norm`, bit for bit, from the same arguments.
 
-    The parameters are saved as they are, so pass copies of parameters that ZeRO-3 partitions.
+    The parameters are saved without a copy, so pass copies of parameters that ZeRO-3 partitions.
     """
     compute = partial(_recompute_rows, tuple(stop for _, stop in slices), epsilon)
     return Recomputable(RecomputeFunction(compute), tuple(tensor.detach() for tensor in (x_TD, *weights, *biases)))
@@ -80,9 +80,9 @@ def _recompute_rows(stops: tuple[int, ...], epsilon: float, x_TD: Tensor, *param
 
 
 def runs_kernels(x_TD: Tensor, dtype: torch.dtype) -> bool:
-    """Returns whether `multiway_layer_norm` uses the GPU's kernels (`fits_kernels`); otherwise it runs the CPU's code.
+    """Returns whether `multiway_layer_norm` uses the GPU kernels (`fits_kernels`) and not PyTorch's operations.
 
-    The CPU's code also runs on a device where the kernels fail their check at their first use (`self_check`).
+    It does not use them on a device where they fail their check at first use (`self_check`).
 
     Args:
         x_TD: packed rows.

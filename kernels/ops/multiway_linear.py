@@ -1,7 +1,7 @@
 """Applies the linear layers of several experts, each to its own slice of one packed stream.
 
-On a CPU each expert's product is written into its rows of one output. On a GPU one launch of `triton/multiway_ffn.py`
-serves all experts.
+On a CPU each expert's product is written into its rows of one output. On a GPU one launch of a kernel in
+`triton/multiway_ffn.py` computes all experts.
 """
 
 # T packed rows, D input width, F output width; an expert owns rows [start, stop).
@@ -48,7 +48,7 @@ def multiway_linear(
     Args:
         x_TD: packed rows.
         slices: row range of each expert; together they cover [0, T) in order.
-        weights: one (F, D) matrix per expert, of x's dtype; saved for the backward pass as they are.
+        weights: one (F, D) matrix per expert, of x's dtype; saved for the backward pass without a copy.
         biases: one (F,) vector per expert.
         recompute: recomputes x in the backward pass, instead of saving it; None saves it.
 
@@ -80,7 +80,7 @@ class _MultiwayLinear(torch.autograd.Function):
 
 
 def ends_of(slices: Slices) -> list[int]:
-    """Returns the stop of every slice, as operators take slices."""
+    """Returns the stop of every slice; operators take slices in this form."""
     return [stop for _, stop in slices]
 
 

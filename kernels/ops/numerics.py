@@ -10,7 +10,7 @@ Function = Callable[..., tuple[Tensor, ...]]
 
 
 class WrongResultError(ArithmeticError):
-    """Says that a kernel's result exceeds its error bound."""
+    """Reports that the error of a kernel's result exceeds its bound."""
 
 
 def check_against_reference(
@@ -18,8 +18,8 @@ def check_against_reference(
 ) -> None:
     """Compares a kernel's results with its reference in float64.
 
-    A result's error may be twice that of the reference in the kernel's dtype, plus eight float32 roundings of the
-    largest number involved: on few values the reference may be exact by chance, or subtract equal numbers.
+    The bound is twice the error of the reference in the kernel's dtype, plus eight float32 roundings of the largest
+    number involved. The second part is needed because the reference may be exact by chance on few values.
 
     Args:
         names: names of the results, for the message.

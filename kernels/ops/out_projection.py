@@ -1,9 +1,9 @@
 """Ends a branch with one op: GELU, sub-LN, linear layer, bias, drop-path factor and residual.
 
-It ends the FFN (with GELU) and attention (without). It saves its input alone, and recomputes the rest in the backward
-pass. On a CPU an expert's rows go through PyTorch's fused norms in chunks that fit in cache, and through the product in
-larger row blocks. On a GPU the kernels of `triton/multiway_ffn.py` normalise before the product and add bias and
-residual after it.
+It ends the FFN (with GELU) and attention (without GELU). It saves only its input and recomputes the rest in the
+backward pass. On a CPU an expert's rows are normalised in chunks that fit into the cache and multiplied in larger row
+blocks. On a GPU the kernels of `triton/multiway_ffn.py` normalise before the product and add bias and residual after
+it.
 """
 
 # T packed rows, R rows of a row block, F input width (of this rank), D output width.
@@ -259,7 +259,7 @@ def _backward_by_operators(
     weights: Sequence[Tensor],
     norm: _SavedNorm | None,
 ) -> list[Tensor]:
-    """Returns the same gradients from saved statistics; row sums are all-reduced over ranks that divide the width."""
+    """Returns the gradients of `_backward_cpu` with the operators; all-reduces row sums if ranks divide the width."""
     ops, ends, of_norm = torch.ops.beit3_ds, form.ends, []
     n_TF = ops.sub_norm(x_TF, form.gelu, *norm, ends) if norm else _activate(x_TF, form.gelu)
     of_linear = ops.multiway_weight_gradient(dy_TD, factor_T, n_TF, ends, form.has_biases)

@@ -1,6 +1,6 @@
-"""Computes attention within each sequence of a packed stream; a sequence is one or two row ranges.
+"""Computes attention within each sequence of a packed stream; a sequence consists of one or two row ranges.
 
-On a CPU it is PyTorch's flash attention over buckets of sequences of similar length. On a GPU it is the operator
+On a CPU it runs PyTorch's flash attention on buckets of sequences of similar length. On a GPU it runs the operator
 `beit3_ds::packed_attention` with the kernels of `triton/packed_attention.py`.
 """
 
@@ -77,9 +77,9 @@ def packed_attention(
 
 
 def runs_kernels(q_THK: Tensor) -> bool:
-    """Returns whether `packed_attention` uses the GPU's kernels: for heads of at most 128 columns, but not in float64.
+    """Returns whether `packed_attention` uses the GPU kernels: head size at most 128, and any dtype but float64.
 
-    Otherwise it runs the CPU's code, also on a device where the kernels fail their check at their first use.
+    Otherwise it runs PyTorch's operations, as it does on a device where the kernels fail their check at first use.
     """
     head_size = q_THK.shape[-1]
     return head_size <= 128 and KERNELS.accept(q_THK, head_size=head_size)
@@ -146,8 +146,8 @@ def _attend_bucket(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, bucket: Bucket) 
 class _AttendOnCPU(torch.autograd.Function):
     """Runs PyTorch's attention operator for CPUs on every bucket, and saves packed rows only.
 
-    Autograd would save gathered and padded copies. Here the backward pass gathers packed rows again, and writes every
-    gradient once.
+    Autograd would save gathered and padded copies. This backward pass gathers packed rows again instead, and writes
+    every gradient once.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Recomputes rows in the backward pass, so that the layers which use them need not save them."""
+"""Recomputes rows in the backward pass, so that layers need not save these rows."""
 
 # T packed rows, D width.
 
@@ -12,11 +12,11 @@ from torch import Tensor
 class RecomputeFunction:
     """Recomputes rows from saved tensors, once for all layers that share the rows.
 
-    Between two backward passes it holds no tensors, so memory that autograd frees is free.
+    It holds no tensors between two backward passes, so it does not keep memory that autograd frees.
     """
 
     def __init__(self, compute: Callable[..., Tensor]) -> None:
-        """Wraps the function that computes the rows (T, D) from `Recomputable.tensors`."""
+        """Wraps `compute`, which computes the rows (T, D) from `Recomputable.tensors`."""
         self._compute = compute
         self._num_users = self._num_waiting = 0
         self._rows_TD: Tensor | None = None
@@ -26,7 +26,7 @@ class RecomputeFunction:
         self._num_users += 1
 
     def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Returns the rows (T, D) and releases them when the last layer has asked for them.
+        """Returns the rows (T, D), computed at the first call; releases them when the last user has called.
 
         Args:
             tensors: saved values of `Recomputable.tensors`.
@@ -45,11 +45,11 @@ class Recomputable(NamedTuple):
     function: RecomputeFunction
     """Computes the rows from the tensors."""
     tensors: tuple[Tensor, ...]
-    """Inputs of the function, without gradients; they cost no memory if something else saves them anyway."""
+    """Inputs of the function, without gradients; they need no extra memory if another layer saves them anyway."""
 
 
 def rows_to_save(x_TD: Tensor, recompute: Recomputable | None) -> tuple[RecomputeFunction | None, tuple[Tensor, ...]]:
-    """Returns the objects that a layer saves for its backward pass: its input, or the means to recompute it."""
+    """Returns what a layer saves for its backward pass: a function and its inputs, or None and the rows themselves."""
     if recompute is None:
         return None, (x_TD,)
     recompute.function.add_user()

@@ -1,7 +1,7 @@
-"""Adds a branch to the residual stream, once the branch's parts have been summed over ranks.
+"""Adds a branch to the residual stream after the branch's partial results were summed over the ranks.
 
-On a CPU it is two passes of PyTorch over one new tensor. On a GPU it is the operator `beit3_ds::residual_add` with the
-kernels of `triton/residual_add.py`, one pass.
+On a CPU it makes two passes of PyTorch over one new tensor. On a GPU it runs the operator `beit3_ds::residual_add` with
+the kernels of `triton/residual_add.py` in one pass.
 """
 
 # T packed rows, D width, E experts; expert e owns rows [stops[e - 1], stops[e]).
@@ -34,8 +34,8 @@ def residual_add(
 ) -> Tensor:
     """Computes y = residual + factor * (partial + bias of the row's expert), in the residual's dtype.
 
-    Follows the reduction of a row-parallel layer: bias and factor are applied once, not once per rank. The residual's
-    gradient is y's gradient itself, not a copy. An expert without rows gets a zero gradient.
+    Call it after the reduction of a row-parallel layer, so that bias and factor are applied once, not once per rank.
+    The residual's gradient is y's gradient itself, not a copy. An expert without rows gets a zero gradient.
 
     Args:
         residual_TD: the stream, (T, D), float32 or of the branch's dtype.
@@ -54,9 +54,9 @@ def residual_add(
 
 
 def runs_kernels(residual_TD: Tensor, dtype: torch.dtype) -> bool:
-    """Returns whether `residual_add` uses the GPU's kernels (`fits_kernels`); otherwise it runs the CPU's code.
+    """Returns whether `residual_add` uses the GPU kernels (`fits_kernels`) and not PyTorch's operations.
 
-    The CPU's code also runs on a device where the kernels fail their check at their first use (`self_check`).
+    It does not use them on a device where they fail their check at first use (`self_check`).
 
     Args:
         residual_TD: the stream.

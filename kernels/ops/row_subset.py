@@ -1,4 +1,4 @@
-"""Copies some rows out of a stream and puts new rows in their place, around layers that process those rows alone."""
+"""Copies some rows out of a stream, so that layers process only these, and puts the new rows back in their places."""
 
 # T rows of the stream, K picked rows, D width.
 
@@ -19,14 +19,14 @@ def take_rows(x_TD: Tensor, rows_K: Tensor) -> tuple[Tensor, Tensor]:
         rows_K: distinct row numbers, int64.
 
     Returns:
-        The stream, to be used by `put_rows` alone, and the rows (K, D).
+        The stream, which only `put_rows` may use, and the copied rows (K, D).
     """
     stream_TD, x_KD = _TakeRows.apply(x_TD, rows_K)
     return stream_TD, x_KD
 
 
 def put_rows(stream_TD: Tensor, y_KD: Tensor, rows_K: Tensor) -> Tensor:
-    """Puts new rows in the place of those that `take_rows` copied out.
+    """Writes new rows into the places from which `take_rows` copied rows.
 
     Use both functions together. Between the two calls, the stream's gradient contains the new rows' gradient. The
     backward pass of `take_rows` replaces it with the old rows' gradient: clearing and adding would take two more

@@ -14,12 +14,12 @@ SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class TrustedKernels:
     """Decides whether an op uses its kernels: they must pass a check at their first use.
 
-    The check runs once per process for every device, dtype and set of further properties. Ranks may decide differently:
-    kernels send nothing, and PyTorch computes the same in their place.
+    The check runs once per process for every device, dtype and set of further properties. Ranks may decide differently,
+    because the kernels do not communicate and PyTorch computes equal results instead.
     """
 
     def __init__(self, op: str, check: Callable[..., None]) -> None:
-        """Takes the check of an op's kernels.
+        """Stores the check of an op's kernels; nothing runs yet.
 
         Args:
             op: name of the op, for the warning.
@@ -53,7 +53,7 @@ def passes_check(kernels: str, device: torch.device, check: Callable[[], None]) 
     """Runs a check of kernels and returns whether it passed; warns with the reason if not.
 
     Args:
-        kernels: name of the kernels and what the check is for, for the warning.
+        kernels: name of the kernels and purpose of the check, for the warning.
         device: device of the kernels.
         check: runs the kernels on a small case, and raises if they fail or a result is wrong.
     """

@@ -1,8 +1,9 @@
-"""Computes GELU and sub-LN, before an output projection, where ranks divide the width of a row.
+"""Computes GELU and sub-LN before an output projection if ranks divide the width of a row.
 
 The sub-LN (Magneto, Wang et al., 2022, arXiv:2210.06423) normalises the input of an output projection: the FFN's
-activations or attention's merged heads. Its statistics cover whole rows, so ranks exchange two numbers per row each
-way; only these are saved for the backward pass. A rank that holds whole rows needs `out_projection` alone.
+activations or attention's merged heads. Its statistics cover whole rows, so ranks exchange two numbers per row in
+forward and in backward; only these numbers are saved for the backward pass. A rank that holds whole rows needs
+`out_projection` alone.
 """
 
 # T packed rows, F local width, P ranks that divide the width.
@@ -37,10 +38,10 @@ class SubNorm(NamedTuple):
     """Sums all ranks' tensors; None if this rank holds whole rows."""
 
     def join_statistics(self, mean_T: Tensor, squares_T: Tensor, local_width: int) -> tuple[Tensor, Tensor]:
-        """Returns mean and reciprocal deviation of whole rows; gathers two floats per row from every rank.
+        """Returns the mean and 1 / deviation of whole rows; gathers two floats per row from every rank.
 
-        Combines the ranks' statistics about the common mean (Chan et al., 1979): unlike in E[x^2] - E[x]^2, nothing
-        cancels.
+        Combines the ranks' statistics about the common mean (Chan et al., 1979), which avoids the cancellation of
+        E[x^2] - E[x]^2.
 
         Args:
             mean_T: mean of this rank's columns.

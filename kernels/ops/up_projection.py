@@ -1,7 +1,7 @@
-"""Computes the FFN's first layer, on a GPU fused with the GELU and the sub-LN's statistics.
+"""Computes the FFN's first linear layer, on a GPU fused with the GELU and the sub-LN's statistics.
 
 On a GPU the GELU and the statistics are computed while the product is in registers (`triton/multiway_ffn.py`). On a CPU
-`out_projection` computes them, in buffers that fit in cache.
+`out_projection` computes both later, in buffers that fit into the cache.
 """
 
 # T packed rows, D input width, F output width (of this rank).

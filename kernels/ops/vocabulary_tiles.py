@@ -19,7 +19,8 @@ class VocabularyTiles(NamedTuple):
     stride: int
     """Elements from one row of a buffer to the next."""
     num_buffers: int
-    """K; the first K - 1 buffers keep one tile each, and all other tiles use the last buffer in turn."""
+    """Number of buffers, K. Each of the first K - 1 buffers keeps one tile; all other tiles share the last buffer in
+    turn."""
 
     def buffer(self, index: int) -> int:
         """Returns the number of the buffer of a tile's logits."""
@@ -33,7 +34,7 @@ class VocabularyTiles(NamedTuple):
 def divide_for_cpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> VocabularyTiles:
     """Divides a vocabulary into narrow tiles; reserves one for the backward pass and keeps the others that fit.
 
-    Rows are not divided: otherwise the matrix would be read, and its gradient read and written, once per group of rows.
+    Rows are not divided, because each group of rows would have to read the matrix, and read and write its gradient.
 
     Args:
         num_rows: M.
@@ -48,7 +49,7 @@ def divide_for_cpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> Vo
 
 
 def divide_for_gpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> VocabularyTiles:
-    """Divides a vocabulary into tiles as wide as fit, which share one buffer; gradients are written over logits.
+    """Divides a vocabulary into the widest tiles that fit; all share one buffer, and gradients overwrite logits.
 
     Rows of the buffer are padded to a multiple of ALIGNMENT.
 

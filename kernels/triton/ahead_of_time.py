@@ -41,7 +41,8 @@ SOURCES = (
     residual_add_launch.variants,
     linear_cross_entropy_launch.variants,
 )
-"""One function per file of kernels: architecture -> variants. Add a new file here, and its kernels to the budgets."""
+"""One function per file of kernels, which returns the file's variants for an architecture. Add new files here, and
+their kernels to the budgets."""
 
 ARCHITECTURES = (80, 90, 100)
 BUDGETS = Path(__file__).with_name("budgets.json")
@@ -59,7 +60,7 @@ class Report(NamedTuple):
     registers: int
     """Registers per thread, at most 255."""
     stack: int
-    """Bytes of stack per thread; all of it is spilled registers."""
+    """Bytes of stack per thread, used only for spilled registers."""
     spills: int
     """Number of instructions that load or store local memory."""
     shared_memory: int

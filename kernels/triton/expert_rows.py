@@ -38,7 +38,8 @@ def rows_of(program, rows, stop_0, stop_1, stop_2):
 def load_of_expert(expert, ptr_0, ptr_1, ptr_2, D: tl.constexpr, BLOCK: tl.constexpr):
     """Loads the (D,) parameter of one expert in float32, with 0 beyond D.
 
-    Every branch has a load of its own: the compiler would not know the alignment of a pointer that is chosen first.
+    Every branch has its own load, because the compiler would not know the alignment of a pointer selected before the
+    load.
     """
     columns = tl.arange(0, BLOCK)
     if expert == 0:

@@ -30,8 +30,8 @@ class RowTiling(NamedTuple):
     forward_programs: int
     """Maximum number of programs in a forward pass; each computes its rows one after the other."""
     backward_programs: int
-    """Maximum number of programs in a backward pass: only those that run at once, because each writes float32 sums of a
-    row's width."""
+    """Maximum number of programs in a backward pass: the number that runs at once, because each program writes float32
+    sums as wide as a row."""
 
 
 def choose_row_tiling(architecture: int, width: int) -> RowTiling:
@@ -71,7 +71,9 @@ class RowPrograms(NamedTuple):
 
 
 def deal_rows(stops: Sequence[int], most_programs: int) -> RowPrograms:
-    """Divides rows among at most `most_programs` programs; more programs than run at once would double the time.
+    """Divides rows among at most `most_programs` programs.
+
+    Choose no more programs than run at once, because a second wave would double the time.
 
     Args:
         stops: stop of each expert's rows; the first expert starts at 0.
@@ -116,7 +118,7 @@ def build_row_variant(
     Args:
         architecture: 80, 90 or 100.
         op: name of the op, with which the variant's name begins.
-        kernel: the function decorated with `triton.jit`; its pointers to statistics and sums are of float32.
+        kernel: the function decorated with `triton.jit`; its pointers to statistics and sums have float32 elements.
         element: "bf16", "fp16" or "fp32".
         width: D.
         constants: constexpr arguments besides `row_constants`.

@@ -48,9 +48,9 @@ GROUP = 8
 
 
 def choose_tiles(kernel: Any, architecture: int, dtype: torch.dtype) -> list[MatmulTiles]:
-    """Returns tiles that compile without spilled registers (budgets.json), among which a device selects the fastest.
+    """Returns tilings that compile without spilled registers (budgets.json); tuning on a device selects the fastest.
 
-    Without a device the first are used.
+    Without a device the first tiling is used.
 
     Args:
         kernel: a kernel of multiway_ffn.py.
@@ -201,10 +201,10 @@ def weight_gradient(
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants for ahead-of-time compilation: of base, large and giant, and all tiles of giant's FFN.
+    """Returns the variants for ahead-of-time compilation: for base, large and giant, with all tilings of giant's FFN.
 
-    The default tests compile a few of giant's with their first tiles: the up projection for all architectures, others
-    for sm_90.
+    The default tests compile only some variants of giant with the first tiling: the up projection for all
+    architectures, other kernels for sm_90.
     """
     result = []
     for element, hidden, ffn_hidden in (
@@ -308,7 +308,7 @@ def _launch(
 
 
 def _is_tuned(device: torch.device) -> bool:
-    """Returns whether to tune for a device; without one, kernels can only be interpreted."""
+    """Returns whether to tune kernels on this device: only on a GPU, because without one kernels are interpreted."""
     return device.type == "cuda"
 
 

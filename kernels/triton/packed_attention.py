@@ -90,7 +90,7 @@ def _zeros(TILE: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
 
 @triton.jit
 def _add_product(x, y_a, y_b, sum_a, sum_b, B: tl.constexpr):
-    """Computes sum + x @ y; an absent block B is returned unchanged."""
+    """Computes sum + x @ y; returns `sum` unchanged for an absent block B."""
     sum_a = tl.dot(x, y_a, sum_a, input_precision="ieee")
     if B > 0:
         sum_b = tl.dot(x, y_b, sum_b, input_precision="ieee")

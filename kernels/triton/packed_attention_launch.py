@@ -17,7 +17,7 @@ class KernelConfig(NamedTuple):
     """Sets how one of the attention kernels is compiled."""
 
     block: int
-    """Positions of the other side (keys for queries, queries for keys) per loop step."""
+    """Positions per loop step: keys in the kernels for queries, queries in the kernel for keys."""
     num_warps: int
     """Warps per program."""
     num_stages: int
@@ -53,8 +53,10 @@ def choose_tiling(architecture: int, head_size: int, dtype: torch.dtype) -> Atte
 
 
 def column_blocks(head_size: int) -> tuple[int, int]:
-    """Returns the widths of column blocks A and B, powers of two of at least 16; B is 0 if splitting saves no
-    columns."""
+    """Returns the widths of column blocks A and B, each a power of two and at least 16; B may be 0.
+
+    B is 0 if two blocks would not save columns.
+    """
     whole = max(16, triton.next_power_of_2(head_size))
     block_a = whole // 2
     block_b = max(16, triton.next_power_of_2(head_size - block_a))
@@ -179,13 +181,13 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...], tile: int, config: KernelC
 
 
 def _is_tuned(q_THK: Tensor) -> bool:
-    """Returns whether to tune for a device; without one, kernels can only be interpreted."""
+    """Returns whether to tune kernels on this device: only on a GPU, because without one kernels are interpreted."""
     return q_THK.is_cuda
 
 
 @lru_cache
 def _tuned(kernel: Any, config: KernelConfig) -> Any:
-    """Returns the kernel with tuning of its number of stages; the block size is fixed, and with it the results."""
+    """Returns the kernel with tuning of its number of stages; the block size is fixed, so results do not change."""
     block, warps, stages = config
     configs = [triton.Config({"BLOCK": block}, num_warps=warps, num_stages=n) for n in (stages - 1, stages, stages + 1)]
     return triton.autotune(configs, key=["H", "K", "CAPTIONS", "TILE"])(kernel)

@@ -1,4 +1,4 @@
-"""Launches the sub-LayerNorms' kernels, and prepares arguments of all launches over experts' row tiles."""
+"""Launches the kernels of sub-LayerNorms, and prepares the arguments of launches over tiles of experts' rows."""
 
 # T packed rows, F columns of this rank (tensor-parallel ranks may divide a row).
 
@@ -186,7 +186,7 @@ def variants(architecture: int) -> list[KernelVariant]:
 
 
 _ELEMENTS = ("y_ptr", "x_ptr", "n_ptr", "dn_ptr", "dx_ptr", "scale", "shift")
-"""Names of the arguments with the dtype of rows, or the names' first five letters; all others are float32."""
+"""Arguments that have the dtype of rows, by name or by the first five letters; all others are float32."""
 
 
 def _launch(

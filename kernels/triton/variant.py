@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 
 class KernelVariant(NamedTuple):
-    """Tells `ahead_of_time` how to compile a kernel as a launch on a GPU would."""
+    """Holds the settings with which `ahead_of_time` compiles a kernel as a launch on a GPU would."""
 
     name: str
     """File, kernel and specialisation, e.g. "packed_attention forward bf16 K=88"; the key in budgets.json."""

@@ -31,7 +31,7 @@ class Step:
     commands: tuple[tuple[str, ...], ...]
     """Commands to run in order in the clone; each must exit with status 0."""
     figures: str | None = None
-    """JSON file in the report's folder that the commands write and the report includes; None without figures."""
+    """JSON file that the commands write to the report's folder and the report includes; None without figures."""
 
 
 @dataclass(frozen=True, kw_only=True)

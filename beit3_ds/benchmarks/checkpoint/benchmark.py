@@ -49,11 +49,11 @@ class Choice(NamedTuple):
 def benchmark_checkpoint(
     size: str | None = None, ranks: int = 2, folder: str | None = None, json_path: str | None = None
 ) -> str:
-    """Measures save, load and export of one state with this project and with DeepSpeed in turn, and returns a report.
+    """Measures saving, loading and exporting with this project and with DeepSpeed in turn, and returns a report.
 
     The ranks hold the state under ZeRO-3 in bfloat16; no step is trained. Every operation starts with all earlier
-    writes on the disk. Files to load are not in the page cache, files to export are. Peak memory is the kernel's count
-    for whole processes (VmHWM), torch included: the sum over the ranks, or that of the one process that exports.
+    writes on the disk. Files to load are not in the page cache; files to export are. Peak memory is the kernel's count
+    for whole processes (VmHWM), torch included: the sum over the ranks, or the peak of the single process that exports.
 
     Args:
         size: size of the model; None is the largest of `SIZES` that fits memory and disk.

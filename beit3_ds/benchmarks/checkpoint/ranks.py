@@ -93,7 +93,7 @@ class _Rank:
 
     @contextmanager
     def row(self, operation: str, by: str) -> Iterator[dict[str, Any]]:
-        """Measures a block as one row; values that the block adds to the row are kept."""
+        """Measures the time and memory of a `with` block and yields its row; the block may add values to the row."""
         self.mesh.barrier()
         if self.mesh.is_main:
             os.sync()
@@ -113,7 +113,7 @@ class _Rank:
 
 
 def save(rank: _Rank, rounds: int) -> None:
-    """Saves in turn, DeepSpeed first, while this project's copy does not exist yet."""
+    """Saves with both in turn; DeepSpeed goes first, because this project's copy of the state does not exist yet."""
     for number in range(rounds):
         with rank.row("save", THEIRS) as row:
             start = time.perf_counter()
@@ -137,7 +137,7 @@ def save(rank: _Rank, rounds: int) -> None:
 
 
 def load(rank: _Rank, rounds: int) -> None:
-    """Loads in turn from files that are not in the page cache."""
+    """Loads with both in turn, from files that are not in the page cache."""
     for _ in range(rounds):
         for by, work in ((OURS, _load_ours), (THEIRS, _load_theirs)):
             if rank.mesh.is_main:

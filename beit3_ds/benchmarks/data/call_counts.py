@@ -37,7 +37,7 @@ _SENTENCES = ("a red bird sits left of two green boats.", "old trees stand in th
 
 @dataclass(frozen=True, kw_only=True)
 class CallCounts:
-    """Calls per sample of one format in one order."""
+    """Holds the calls per sample of one format in one order."""
 
     source: str
     """Format, and the parts of a sample that are read."""

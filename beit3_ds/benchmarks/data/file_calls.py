@@ -14,16 +14,18 @@ class FileCalls:
     """Counts file calls of this process, over all its threads."""
 
     opens: int = 0
-    """Calls of `open` and `os.open`, without maps that torch makes."""
+    """Calls of `open` and `os.open`; files that torch maps into memory are not counted."""
     reads: int = 0
-    """Read system calls (read, pread, readv) by the kernel's count `syscr`, without accesses to maps."""
+    """Read system calls (read, pread, readv) by the kernel's count `syscr`; mapped files are not counted."""
     num_bytes: int = 0
     """Bytes that the read calls returned, by the kernel's count `rchar`."""
 
 
 @contextmanager
 def count_file_calls() -> Iterator[FileCalls]:
-    """Counts file calls until the block ends; the result is complete after the block, but `opens` at any time.
+    """Counts file calls inside a `with` block; the yielded counts are complete after the block.
+
+    `opens` is up to date at any time.
 
     The kernel's counts cover the whole process and come from /proc/self/io (Linux); the calls that read this file are
     subtracted.

@@ -29,15 +29,16 @@ _SAMPLE_SECONDS = 0.2
 
 
 def benchmark_text(num_bytes: int = 0, processes: int | None = None, json_path: str | None = None) -> str:
-    """Measures on a corpus of the embedded sample's sentences in random order, and returns a report.
+    """Measures the preparation of a corpus made of the sample's sentences in random order, and returns a report.
 
     The speed is in CPU time of one core. It compares all that `beit3 prepare texts` does with a file (read, decode,
     tokenize, write) with SentencePiece's batch encoding of the same paragraphs from memory, in turn, with the same
     model. In a preparation cores share only the disk, because each works on its own piece.
 
     Args:
-        num_bytes: if not 0, also prepare a corpus of this size and compare memory in its first 5% with the peak.
-        processes: processes of that preparation; None is one per core.
+        num_bytes: size of a second corpus, on which memory in the first 5% is compared with the peak; 0 skips this
+            part.
+        processes: processes that prepare the second corpus; None takes one per core.
         json_path: file for `rows` and `summary` as JSON.
     """
     with tempfile.TemporaryDirectory() as folder:

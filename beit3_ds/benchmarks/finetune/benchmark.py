@@ -19,9 +19,9 @@ from beit3_ds.config import ConfigError
 OURS, REFERENCE, BLIP = "beit3_ds", "torchscale", "blip"
 """Names of the sides in the figures; BLIP base only generates captions."""
 DECODING = "decoding"
-"""Name of the generation of captions among the tasks."""
+"""Name of caption generation in the list of tasks."""
 DECODED_IMAGES = 16
-"""Images whose captions a turn generates."""
+"""Number of images per turn of caption generation."""
 
 Row = dict[str, dict[str, Any]]
 """Figures of one round, by side."""
@@ -35,7 +35,7 @@ def benchmark_finetune(
     tasks: Sequence[str] = (*CASES, DECODING),
     json_path: str | None = None,
 ) -> str:
-    """Measures both sides of every task in turn, on one batch per round, and returns a report.
+    """Measures this project and the reference on every task in turn, one batch per round, and returns a report.
 
     A process per side computes, one at a time. The sides swap their order every round, and a first round warms up.
     Ratios are medians over rounds of the ratio within a round, with their 95% interval (the extremes, if there are
@@ -46,7 +46,7 @@ def benchmark_finetune(
         size: size of the model.
         samples: samples per training step.
         rounds: rounds of a training step after the one that warms up; generation has half as many, at least one.
-        image_size: pixels on a side of an image; None is that of the reference's recipe of each task.
+        image_size: pixels on a side of an image; None takes the size in the reference's recipe of each task.
         tasks: tasks to measure, of `CASES` and `DECODING`.
         json_path: file for `rows` by task and `summary` as JSON. `summary.ratio_TASK` is this project's speed over the
             reference's, and `memory_ratio` the largest of this project's peaks over the reference's in training

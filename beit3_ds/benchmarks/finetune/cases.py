@@ -92,7 +92,7 @@ def case_config(task: str, size: str, image_size: int | None = None, **model: An
 
 
 def draw_samples(task: str, config: RunConfig, number: int, count: int) -> Samples:
-    """Draws batch `number` with random pixels, ids and scores, equal in every process."""
+    """Draws batch `number` with random pixels, ids and scores; every process draws the same values."""
     rng, case, model = np.random.default_rng([23, number]), CASES[task], config.model
     pixels = rng.uniform(-1, 1, (count, 3, model.image_size, model.image_size)).astype(np.float32)
     texts, masked = [], []

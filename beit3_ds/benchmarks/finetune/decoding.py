@@ -38,14 +38,14 @@ class _Hypotheses:
 def reference_captions(
     model: ReferenceModel, pixels: Tensor, num_beams: int, length_penalty: float, max_length: int
 ) -> list[list[int]]:
-    """Returns the words of the best caption of every image, found by beam search.
+    """Generates captions by beam search, and returns the word ids of the best caption of every image.
 
     Args:
         model: the reference with a captioning head, in evaluation mode.
         pixels: images, (I, 3, image_size, image_size).
         num_beams: beams per image, B.
         length_penalty: exponent of the length that divides log-probabilities.
-        max_length: most ids of a caption.
+        max_length: maximum number of ids in a caption.
     """
     count, device = len(pixels), pixels.device
     state: dict[int, dict[str, Tensor]] = {layer: {} for layer in range(len(model.beit3.encoder.layers))}
@@ -124,5 +124,5 @@ def build_blip(image_size: int) -> Any:
 
 @torch.no_grad()
 def blip_captions(model: Any, pixels: Tensor, num_beams: int, max_length: int) -> None:
-    """Generates captions with BLIP, all of them of the full length."""
+    """Generates captions of the full length with BLIP, for timing only."""
     model.generate(pixel_values=pixels, num_beams=num_beams, max_length=max_length, min_length=max_length)

@@ -1,4 +1,4 @@
-"""Fine-tunes BEiT-3 of torchscale 0.3.0 as its users do, the reference of `beit3 bench finetune`.
+"""Fine-tunes torchscale 0.3.0's BEiT-3 as its users do; this is the reference of `beit3 bench finetune`.
 
 Heads, losses, masks and padding follow microsoft/unilm's `beit3`: texts are padded to a fixed length, images and texts
 of retrieval are encoded in two calls, and the last layer computes all rows.
@@ -99,7 +99,10 @@ class ReferenceModel(nn.Module):
 
 
 def caption_mask(image_rows: int, length: int, device: torch.device) -> Tensor:
-    """Returns which keys a query must not see, (rows, rows) int64: images see images, words also earlier words."""
+    """Returns a mask, (rows, rows) int64, that is 1 for keys that a query must not see.
+
+    Image rows see the image; words see the image and the words up to themselves.
+    """
     rows = image_rows + length
     seen = torch.zeros(rows, rows, dtype=torch.int64, device=device)
     seen[:, :image_rows] = 1
@@ -141,7 +144,7 @@ class ReferenceTrainer:
         )
 
     def step(self, samples: Samples) -> float:
-        """Trains one step and returns its loss; in float32, and on a GPU under autocast to bfloat16."""
+        """Trains one step and returns its loss; computes in float32, on a GPU under autocast to bfloat16."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             loss = self.model(samples)
         loss.backward()

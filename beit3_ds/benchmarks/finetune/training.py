@@ -1,4 +1,4 @@
-"""Takes fine-tuning steps as a run of this project on one process takes them."""
+"""Runs fine-tuning steps in the same way as a run of this project on one process."""
 
 import functools
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from beit3_ds.tasks.retrieval.contrastive import contrastive_sums
 
 
 def step_loss_of(task: str) -> StepLoss | None:
-    """Returns the loss that compares all samples of a step; None for a task whose loss does not."""
+    """Returns the function for losses that compare all samples of a step; None if the task has no such loss."""
     return functools.partial(contrastive_sums, mask_duplicates=False) if task == "retrieval" else None
 
 
@@ -29,7 +29,7 @@ class Trainer:
     """Trains the model of one task with DeepSpeed's engine; the learning rate follows no schedule."""
 
     def __init__(self, task: str, config: RunConfig) -> None:
-        """Builds the engine, and the process group of this process alone."""
+        """Builds the engine and a process group of one process."""
         # Imported here, so that DeepSpeed takes memory on this side only.
         from beit3_ds.pipeline.schedule import Schedule
         from beit3_ds.runtime.process_group import compute_device, init_process_group
@@ -50,7 +50,7 @@ class Trainer:
         self.schedule = Schedule(build_engine(config, model, self._mesh), chunks, self._mesh, step_loss_of(task))
 
     def prepare(self, batch: PackedBatch) -> Callable[[], float]:
-        """Returns a function that trains one step on a batch, which is moved to the device before, and its loss."""
+        """Moves a batch to the device, and returns a function that trains one step on it and returns the loss."""
         on_device, factors = batch.to(self.device), loss_factors(self.task, batch).to(self.device)
 
         def step() -> float:

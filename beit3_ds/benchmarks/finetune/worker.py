@@ -20,7 +20,7 @@ IMAGES_AT_ONCE = 4
 
 
 class TrainingSide:
-    """Trains one side on the batch of each turn."""
+    """Trains with one implementation on the batch of each turn."""
 
     def __init__(self, task: str, side: str, config: RunConfig, count: int) -> None:
         from beit3_ds.benchmarks.finetune.reference import ReferenceTrainer
@@ -56,7 +56,7 @@ class DecodingSide:
             self.model.to(torch.bfloat16)
 
     def prepare(self, number: int) -> Turn:
-        """Returns the generation of the captions of one batch of images."""
+        """Returns a function that generates the captions of batch `number`, with facts about the batch."""
         pixels = draw_samples("captioning", self.config, number, self.count).pixels.to(self.device)
         pixels = pixels.to(next(self.model.parameters()).dtype)
         return lambda: self._generate_all(pixels), {"samples": self.count}

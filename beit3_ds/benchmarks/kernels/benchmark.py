@@ -49,7 +49,7 @@ class Row(NamedTuple):
     peak_mb: float
     """Peak memory of forward and backward, without inputs and gradients, MB."""
     modelled_floor_ms: float | None
-    """Modelled least time, ms, that the named GPU's peak rates allow; None without a GPU."""
+    """Modelled minimum time in ms at the peak rates of the given GPU; None if no GPU is given."""
 
 
 class Ceilings(NamedTuple):
@@ -72,7 +72,7 @@ def benchmark_kernels(
         sizes: names of models, e.g. "base" and "giant".
         samples: samples per stream of the micro-batch: images, pairs and texts with the paper's lengths.
         dtype: dtype of all tensors.
-        gpu: name in `roofline.GPUS`, for a column of modelled least times; None for no column.
+        gpu: name in `roofline.GPUS`, for a column of modelled minimum times; None for no column.
         csv_path: CSV file for all rows, with device and versions; None for no file.
     """
     modelled = find_gpu(gpu) if gpu else None

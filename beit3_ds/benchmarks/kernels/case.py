@@ -17,7 +17,7 @@ class Problem(NamedTuple):
     dy: Tensor
     """Gradient of the output."""
     packed: Callable[[Tensor], Tensor]
-    """Brings the output into the packed stream's order, for the comparison."""
+    """Reorders the output to the order of the packed stream, for comparisons."""
 
 
 class Implementation(NamedTuple):
@@ -32,7 +32,7 @@ class Implementation(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Holds the least work that an op must do."""
+    """Holds the minimum work of an op."""
 
     flops: float
     """FLOPs of its matrix products; a multiply-add counts 2."""

@@ -1,4 +1,4 @@
-"""Models the least time that a GPU's published peak rates allow for an op."""
+"""Models the minimum time of an op at a GPU's published peak rates."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ class GPU(NamedTuple):
     """Memory bandwidth, bytes per second."""
 
     def floor_seconds(self, flops: float, num_bytes: float, dtype: torch.dtype) -> float:
-        """Returns the longer time of products at the peak rate and bytes at full bandwidth."""
+        """Returns the larger of two times in seconds: products at the peak rate, and bytes at full bandwidth."""
         peak = self.float32_flops if dtype == torch.float32 else self.half_flops
         return max(flops / peak, num_bytes / self.bandwidth)
 
@@ -36,7 +36,7 @@ def find_gpu(name: str) -> GPU:
     """Looks up a GPU by name.
 
     Raises:
-        ConfigError: if there is none of this name.
+        ConfigError: if no GPU has this name.
     """
     if name not in GPUS:
         raise ConfigError(f"model of a GPU: {name!r} is not one of {', '.join(map(repr, GPUS))}.")

@@ -53,7 +53,7 @@ def step_config(size: str, samples: int = 4, **model: Any) -> RunConfig:
 
 
 def build_batch(config: RunConfig, number: int) -> PackedBatch:
-    """Builds batch `number` with random pixels, ids and codes, equal in every process."""
+    """Builds batch `number` with random pixels, ids and codes; every process builds the same values."""
     rng, count = np.random.default_rng([17, number]), config.samples_per_step // len(STREAMS)
     samples: list[Sample] = [_image(config, rng) for _ in range(count)]
     for _ in range(count):
@@ -84,7 +84,13 @@ def describe_batch(batch: PackedBatch) -> Mapping[str, Any]:
 
 
 def draw_length(rng: np.random.Generator, law: tuple[float, float], longest: int) -> int:
-    """Draws a number of tokens from a law (median, standard deviation of the logarithm), at most `longest`."""
+    """Draws a log-normal number of tokens, at most `longest`.
+
+    Args:
+        rng: source of random numbers.
+        law: median, and standard deviation of the logarithm.
+        longest: maximum number of tokens.
+    """
     median, spread = law
     return int(np.clip(round(median * float(np.exp(spread * rng.standard_normal()))), _MIN_TOKENS, longest))
 

@@ -1,4 +1,4 @@
-"""Compares a whole training step with the same step on torchscale's BEiT-3 and with the step's bare products."""
+"""Compares a training step with the same step of torchscale's BEiT-3 and with the step's matrix products alone."""
 
 import json
 import os
@@ -18,7 +18,7 @@ OURS, REFERENCE, PRODUCTS = "beit3_ds", "torchscale", "products"
 """Names of the three workers in the figures."""
 
 REFERENCE_TO_LONGEST = "torchscale, padded to the longest"
-"""Name of the reference that pads texts to the batch's longest text, which is faster than its users' code."""
+"""Name of the reference if it pads texts to the batch's longest text, which is faster than its users' code."""
 
 Row = dict[str, dict[str, Any]]
 """Figures of one round, by worker."""
@@ -29,11 +29,11 @@ def benchmark_train(
 ) -> str:
     """Measures both training steps and the products in turn, on one batch per round, and returns a report.
 
-    It starts three processes, of which one computes at a time: this project's training step, the reference's, and the
-    model's matrix products, which are the ceiling. All three get the batch of the round. The two steps swap their order
-    every round, and a first round warms up. Ratios are medians over rounds of the ratio within a round, with their 95%
-    interval (the extremes, if there are fewer than six rounds). Peaks are the kernel's count for whole processes
-    (VmHWM).
+    It starts three processes, one of which computes at a time: this project's training step, the reference's training
+    step, and only the model's matrix products, the upper bound of speed. All three get the batch of the round. The two
+    steps swap their order every round, and a first round warms up. Ratios are medians over rounds of the ratio within a
+    round, with their 95% interval (the extremes, if there are fewer than six rounds). Peaks are the kernel's count for
+    whole processes (VmHWM).
 
     On a GPU both sides run in bfloat16, the reference under autocast, and peaks are those of torch's allocator.
 

@@ -47,7 +47,7 @@ VARIANTS = (
     StepVariant("two ranks, ZeRO-1", 2, 1, 1),
     StepVariant("two ranks, ZeRO-3", 2, 1, 3),
 )
-"""Ways to run the step, each with one more cost: shared memory, reduced gradients, divided updates, divided weights."""
+"""Ways to run the step. Each adds one cost: shared memory, reduced gradients, divided updates, divided weights."""
 
 
 def benchmark_parallel(json_path: str | None = None) -> str:

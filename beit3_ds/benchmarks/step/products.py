@@ -1,4 +1,4 @@
-"""Computes only the matrix products of one training step, the ceiling of `beit3 bench train`."""
+"""Computes only the matrix products of a training step, the upper bound of speed in `beit3 bench train`."""
 
 # T packed rows, D hidden, F ffn hidden, H heads, K head dim, S rows of a sequence, M masked rows, V vocabulary.
 
@@ -23,7 +23,7 @@ class Product(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """Returns its operations; a multiply-add counts 2."""
+        """Returns the number of operations; a multiply-add counts 2."""
         return 2 * self.out.numel() * self.a.shape[-1]
 
     def run(self) -> None:
@@ -41,8 +41,8 @@ class Layer(NamedTuple):
 class Products:
     """Lists the products of the model as defined, each computed once: its model FLOPs (`model.flops`).
 
-    They include products that a step can omit: for branches that stochastic depth drops, and for rows that no head
-    reads after the last attention. `needed_flops` leaves them out.
+    They include products that a step can omit: those of branches that stochastic depth drops, and of rows that no head
+    reads after the last attention. `needed_flops` leaves these out.
 
     Each expert multiplies its own rows. Queries, keys and values are one product. Attention's products are computed
     sequence by sequence with contiguous heads. The heads get masked rows only. The backward pass has products for the
@@ -84,7 +84,7 @@ class Products:
 
 
 def needed_flops(config: ModelConfig, batch: PackedBatch) -> float:
-    """Returns the operations of a step's products that loss and gradients depend on.
+    """Counts the operations of a step's products on which the loss or the gradients depend.
 
     It omits branches that stochastic depth drops and rows of the last FFN that no head reads.
 
@@ -113,7 +113,7 @@ def needed_flops(config: ModelConfig, batch: PackedBatch) -> float:
 class _Operands:
     """Allocates the layers' operands with random values, because products of zeros may differ in speed.
 
-    Results are written once beforehand, so that no product has to fault in its memory.
+    Results are written once in advance, so that no product causes page faults.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:

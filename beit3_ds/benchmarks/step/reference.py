@@ -1,10 +1,10 @@
-"""Trains BEiT-3 of torchscale 0.3.0 as its users do, the reference of `beit3 bench train`.
+"""Trains torchscale 0.3.0's BEiT-3 as its users do; this is the reference of `beit3 bench train`.
 
 Model, initial values, parameter groups and the order of the step follow microsoft/unilm's `beit3`. Its pretraining was
 never released, so the masked-modeling losses follow BEiT v2's. Texts are padded to a fixed length, as
 `_get_text_segment` in its datasets.py pads them to `num_max_bpe_tokens`, or to the longest of the batch on request.
-Where users' code differs in speed otherwise, this file has the faster way: logits exist at masked positions only, AdamW
-is torch's fused one, and gradients are freed after every step.
+Other differences from users' code only make this file faster: logits exist only at masked positions, AdamW is torch's
+fused one, and gradients are freed after every step.
 
 A change of this code would make ratios incomparable, so tests/benchmarks/step/test_benchmark.py fixes its hash.
 """

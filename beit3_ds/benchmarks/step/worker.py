@@ -19,7 +19,7 @@ from beit3_ds.config import RunConfig
 
 
 def train_ours(config: RunConfig) -> Callable[[PackedBatch], Turn]:
-    """Prepares this project's training step, as a run of one process takes it through DeepSpeed's engine.
+    """Returns a function that prepares this project's training step on a batch, with DeepSpeed's engine.
 
     The learning rate follows no schedule, and the batch already contains its visual codes.
     """
@@ -49,7 +49,7 @@ def train_ours(config: RunConfig) -> Callable[[PackedBatch], Turn]:
 
 
 def train_reference(config: RunConfig, pads_to_longest: bool) -> Callable[[PackedBatch], Turn]:
-    """Prepares the reference's training step on the same samples."""
+    """Returns a function that prepares the reference's training step on the samples of a batch."""
     lengths = (None, None) if pads_to_longest else (config.data.pair_text_length, config.data.text_length)
     device = device_of_turns()
     torch.manual_seed(config.training.seed)
@@ -64,7 +64,7 @@ def train_reference(config: RunConfig, pads_to_longest: bool) -> Callable[[Packe
 
 
 def multiply(config: RunConfig) -> Callable[[PackedBatch], Turn]:
-    """Prepares the products of the step."""
+    """Returns a function that prepares the matrix products of the step on a batch."""
     dtype = torch.bfloat16 if device_of_turns().type == "cuda" else torch.float32
 
     def prepare(batch: PackedBatch) -> Turn:

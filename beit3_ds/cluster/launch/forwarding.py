@@ -12,7 +12,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def forwarded_environment(environment: Mapping[str, str], wanted: Sequence[str] = ()) -> dict[str, str]:
-    """Returns the variables that the ranks get: those in `FORWARDED_NAMES`, of DeepSpeed's file, and wanted ones.
+    """Returns the variables to forward: those in `FORWARDED_NAMES`, in DeepSpeed's file, and in `wanted`.
 
     Messages name variables but never repeat their values, which may be secrets.
 
