@@ -187,7 +187,7 @@ def check_files(path: Path, index: Index) -> None:
     """Checks that every file in a checkpoint's index exists and has the right size.
 
     Raises:
-        BrokenIndexError: if not; the message names the file.
+        BrokenIndexError: if a file is missing or has another size; the message names the file.
     """
     for name, written in index.files.items():
         try:

@@ -171,7 +171,7 @@ def check_cover(shapes: Mapping[str, torch.Size], pieces: Mapping[str, Sequence[
     """Checks that the pieces of each tensor cover each of its elements exactly once and nothing else.
 
     Raises:
-        BrokenIndexError: if they do not; the message names the tensor.
+        BrokenIndexError: if a tensor is not covered so; the message names the tensor.
     """
     for name, shape in shapes.items():
         bounds, parts = whole_slice(shape), [piece.part for piece in pieces[name]]

@@ -83,7 +83,7 @@ def check_same_model(model: Mapping[str, Any], stored: Mapping[str, Any], where:
         advice: sentence with a way out.
 
     Raises:
-        ConfigError: if they do not; the message names the fields that differ.
+        ConfigError: if the models differ in tensors; the message names the fields that differ.
     """
     fields = dataclasses.fields(ModelConfig)
     defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}

@@ -117,7 +117,7 @@ class AdaptedWeights:
             Names of tensors of the final norm and the heads that the weights lack.
 
         Raises:
-            ConfigError: if the weights lack tensors that an input of the model needs, or if `check_tensors` fails.
+            ConfigError: if the weights lack tensors that an input of the model needs, or `check_tensors` finds a fault.
         """
         self._check_inputs(wanted)
         given = [name for name in wanted if self._source(name) in self._held]

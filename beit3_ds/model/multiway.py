@@ -20,7 +20,7 @@ from beit3_ds.parallel import TensorParallel, split_parameter
 
 
 class ColumnParallelMultiwayLinear(nn.Module):
-    """Applies one linear layer per expert (paper section 2.1), with output features split over the group.
+    """Applies one linear layer per expert (paper section 2.1); output features are split over tensor-parallel ranks.
 
     Follow it with RowParallelMultiwayLinear. Pass the input through `TensorParallel.gather_from` once for all layers
     that share this input. The layer itself sends nothing. Parameters are `weight_EXPERT` and `bias_EXPERT`. They belong
@@ -37,7 +37,7 @@ class ColumnParallelMultiwayLinear(nn.Module):
             self.register_parameter(f"bias_{expert}", split_parameter(split, out_features))
 
     def forward(self, x_TD: Tensor, layout: RowLayout, recompute: Recomputable | None = None) -> Tensor:
-        """Returns this rank's features, (T, F / P), each row from its expert; a single expert processes all rows.
+        """Returns this rank's output features, (T, F / P); each expert computes its own rows, a single expert all rows.
 
         Args:
             x_TD: all rows.
@@ -124,7 +124,7 @@ class RowParallelMultiwayLinear(nn.Module):
 
 
 class NormOutput(NamedTuple):
-    """Holds the stream, its normalised rows, and copies of the parameters that recompute these rows.
+    """Holds the stream, its normalised rows, and copies of the parameters with which these rows are recomputed.
 
     They are copies because another module saves them: ZeRO-3 partitions a module's own parameters after its forward.
     """

@@ -121,7 +121,7 @@ def check_task(stored: Mapping[str, Any] | None, task: str, where: str, *, needs
         needs_head: whether the weights must hold the task's head, as for an evaluation.
 
     Raises:
-        ConfigError: if it does not; the message names both tasks.
+        ConfigError: if the head belongs to another task; the message names both tasks.
     """
     theirs = "pretraining" if stored is None else stored["name"]
     if theirs == task or (theirs == "pretraining" and not needs_head):

@@ -34,7 +34,7 @@ if deepspeed.__version__ != TESTED_DEEPSPEED:
 
 
 def adapt_engine(engine: DeepSpeedEngine, mesh: Mesh) -> None:
-    """Adapts the engine of one stage's part of the model to the mesh."""
+    """Adapts the DeepSpeed engine of this pipeline stage to the mesh."""
     optimizer = engine.optimizer
     if not engine.zero_optimization():
         if mesh.data_parallel_size == 1:

@@ -86,7 +86,8 @@ def check_node(requirements: HostRequirements, config: RunConfig, size: NodeSize
     """Checks that a node has enough memory for the run.
 
     Raises:
-        ConfigError: if not; names the needed and the available memory, and the keys that lower the need.
+        ConfigError: if memory is too small; the message names the needed and available memory, and keys that lower the
+            need.
     """
     if size.shm is not None and requirements.shm > size.shm:
         raise ConfigError(

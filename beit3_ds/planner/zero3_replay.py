@@ -328,7 +328,7 @@ class Zero3Replay:
         return self._owned[module]
 
     def _own_sizes(self, module: nn.Module) -> tuple[frozenset[int], int]:
-        """Returns the ids and the elements of the parameters that are gathered for a module."""
+        """Returns the id and the number of elements of each parameter that is gathered for a module."""
         if module not in self._sizes:
             own = self._own(module)
             self._sizes[module] = frozenset(map(id, own)), sum(p.numel() for p in own)

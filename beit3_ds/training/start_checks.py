@@ -20,7 +20,7 @@ def check_software(config: RunConfig) -> None:
     """Checks that the packages and kernels that a run needs are installed.
 
     Raises:
-        ConfigError: if not; names the package or kernels to install.
+        ConfigError: if something is not installed; the message names the package or kernels to install.
     """
     check_optimizer(config.training)
     _check_kernels_are_built(config.training)
@@ -36,7 +36,7 @@ def check_device(config: TrainingConfig) -> None:
     """Checks that this machine has the device that the configured kernels need.
 
     Raises:
-        ConfigError: if not; names the setting to leave out.
+        ConfigError: if the device is missing; the message names the setting to leave out.
     """
     if config.kernels != "triton" and not torch.cuda.is_available():
         raise ConfigError(
@@ -60,7 +60,7 @@ def check_output_dir(folder: Path) -> None:
     """Checks that an output folder can be created and written; creates nothing.
 
     Raises:
-        ConfigError: if not; names the folder or file at fault.
+        ConfigError: if the folder cannot be used; the message names the folder or file at fault.
     """
     nearest = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(parent))
     if not nearest.is_dir():

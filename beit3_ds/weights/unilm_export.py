@@ -27,8 +27,8 @@ def plan_unilm_export(reader: WeightReader, *, fusion: bool) -> list[PlannedTens
     Tensors that an import kept under `EXTRA_PREFIX` are written under their original keys.
 
     Raises:
-        ConfigError: if `fusion` is true for a model without vision-language experts, or false for one that takes pairs
-            alone and has them.
+        ConfigError: if `fusion` is true for a model without vision-language experts, or false for a model that has them
+            and takes only pairs.
     """
     has_fused_expert = any("vision_language" in reader.model.experts(layer) for layer in range(reader.model.num_layers))
     if fusion and not has_fused_expert:

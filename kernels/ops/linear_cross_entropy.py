@@ -182,12 +182,12 @@ def backward_plain(
     d_loss_M: Tensor,
     tiles: VocabularyTiles,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes the gradients of rows, matrix and bias in PyTorch.
+    """Computes one shard's gradients of rows, matrix and bias in PyTorch.
 
     Args:
         h_MD: as in `forward_plain`, like w_VD, b_V, target_M and tiles.
         lse_M: log(sum exp(logits)) of every row over the whole vocabulary, float32.
-        kept_KMS: buffers returned by `forward_plain`; not modified, nor is largest_BM.
+        kept_KMS: buffers returned by `forward_plain`, like largest_BM; both are left unchanged.
         d_loss_M: gradient of every row's loss, float32.
 
     Returns:

@@ -259,7 +259,7 @@ def _backward_by_operators(
     weights: Sequence[Tensor],
     norm: _SavedNorm | None,
 ) -> list[Tensor]:
-    """Returns the gradients of `_backward_cpu` with the operators; all-reduces row sums if ranks divide the width."""
+    """Computes the gradients that `_backward_cpu` returns with operators; all-reduces row sums if ranks divide rows."""
     ops, ends, of_norm = torch.ops.beit3_ds, form.ends, []
     n_TF = ops.sub_norm(x_TF, form.gelu, *norm, ends) if norm else _activate(x_TF, form.gelu)
     of_linear = ops.multiway_weight_gradient(dy_TD, factor_T, n_TF, ends, form.has_biases)

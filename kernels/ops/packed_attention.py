@@ -60,7 +60,7 @@ def packed_attention(
     """Computes the attention of every row to all rows of its own sequence, scaled by 1 / sqrt(K).
 
     Args:
-        q_THK: queries; k_THK and v_THK alike.
+        q_THK: queries; k_THK and v_THK have the same shape and dtype.
         ranges: the row ranges of each sequence; together they cover [0, T) once.
         causal_captions: whether to mask sequences of two ranges for captioning: rows of the first range (an image) see
             that range only, rows of the second (its caption) see the first range and the second up to themselves.

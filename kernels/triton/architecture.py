@@ -7,7 +7,7 @@ NUM_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 
 
 def architecture_of(device: torch.device) -> int:
-    """Returns the architecture whose settings a device uses: 80, 90 or 100; 80 without a GPU."""
+    """Returns the GPU architecture (80, 90 or 100) whose kernel settings a device uses; 80 without a GPU."""
     if device.type != "cuda":
         return 80
     major, _ = torch.cuda.get_device_capability(device)

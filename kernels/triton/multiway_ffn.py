@@ -63,7 +63,7 @@ def _place(stop_0, stop_1, stop_2, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS:
 
 @triton.jit
 def _load(pointers, present, WHOLE: tl.constexpr):
-    """Loads values, 0 where they are absent; loads without a mask if the whole block is known to be present."""
+    """Loads a block of values, with 0 for absent ones; uses no mask if the whole block is known to be present."""
     if WHOLE:
         return tl.load(pointers)
     return tl.load(pointers, mask=present, other=0.0)

@@ -233,7 +233,7 @@ def key_value_gradient_kernel(
     CAPTIONS: tl.constexpr,
     SCALE: tl.constexpr,
 ):
-    """Computes dk and dv of one tile of keys, which are the rows of all products: scores[key, query]."""
+    """Computes dk and dv of one tile of keys; scores are transposed, with keys as rows and queries as columns."""
     head = tl.program_id(1)
     first, start_1, length_1, offset_2, total = _sequence_of(tl.program_id(0), sequences_ptr, tiles_ptr)
     keys = first + tl.arange(0, TILE)

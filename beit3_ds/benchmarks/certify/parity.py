@@ -70,7 +70,7 @@ def check_parity(device: torch.device) -> list[dict[str, Any]]:
 def _step(
     config: ModelConfig, batch: PackedBatch, device: torch.device, dtype: torch.dtype
 ) -> tuple[float, torch.Tensor]:
-    """Returns the loss, and all gradients as one float64 vector on the CPU."""
+    """Computes one training step; returns the loss, and all gradients as one float64 vector on the CPU."""
     model = PretrainingModel(config)
     initialize_parameters(model, config, seed=0)
     model.to(device, dtype)

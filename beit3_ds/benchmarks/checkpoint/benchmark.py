@@ -98,7 +98,7 @@ def choose_size(size: str | None, ranks: int, folder: Path) -> Choice:
 
 
 def count_parameters(size: str) -> int:
-    """Returns the number of parameters of a model with one attention for all modalities."""
+    """Returns the number of parameters of a model of this size in the `shared` layout."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in PretrainingModel(state_config(size, 1).model).parameters())
 

@@ -76,7 +76,7 @@ def check_torchscale() -> None:
 
 
 def build_torchscale(arguments: Mapping[str, Any]) -> Any:
-    """Builds torchscale's BEiT3 without fairscale, which it imports for FSDP only."""
+    """Builds torchscale's BEiT3 without fairscale, a package that torchscale imports only for FSDP."""
     if "fairscale" not in sys.modules:
         stub: Any = types.ModuleType("fairscale.nn")
         stub.checkpoint_wrapper = stub.wrap = lambda module, **_: module
@@ -206,7 +206,7 @@ def unpack_streams(batch: PackedBatch, caption_length: int | None, text_length: 
 
 
 def _pad(ids: Tensor, masked: Tensor, lengths: Sequence[int], length: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns padded ids, a mask that is True at padding, and the padded flags of masked tokens, (B, S) each."""
+    """Pads texts; returns the ids, a mask that is True at padding, and the flags of masked tokens, (B, S) each."""
     tokens = pad_sequence(list(ids.split(list(lengths))), batch_first=True, padding_value=_PAD)
     token_mask = pad_sequence(list(masked.split(list(lengths))), batch_first=True, padding_value=False)
     missing = 0 if length is None else length - tokens.shape[1]

@@ -23,8 +23,8 @@ from beit3_ds.model.task_model import TaskModel
 class CaptionDecoder:
     """Holds the keys and values of some images and of the captions that are being written for them.
 
-    Every image has the same number of captions, its beams, in consecutive order. The beams of an image share its keys
-    and values.
+    Every image has the same number of captions (beams), whose rows are consecutive. The beams of an image share its
+    keys and values.
     """
 
     def __init__(self, model: TaskModel, pixels: Tensor, mask_id: int) -> None:
@@ -77,7 +77,7 @@ class CaptionDecoder:
         """Replaces the captions by copies of selected captions; every image must get the same number.
 
         Args:
-            rows: number of the caption to copy, for each new caption.
+            rows: index of the caption to copy, for each new caption.
         """
         index = torch.tensor(rows, dtype=torch.int64, device=self._captions[0][0].device)
         self._captions = [
