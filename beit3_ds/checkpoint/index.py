@@ -66,7 +66,7 @@ class StoredBuffer(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """Holds the content of an index."""
+    """Holds the content of a checkpoint's index file."""
 
     step: int
     """Number of updates done."""

@@ -14,7 +14,7 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device) -> None:
-        """Starts at zero seconds of work on `device`."""
+        """Starts at zero seconds; `device` is the device that does the measured work."""
         self._is_on_gpu = device.type == "cuda"
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []

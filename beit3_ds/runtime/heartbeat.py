@@ -46,7 +46,7 @@ def find_sleep(seconds: float, interval: float) -> float:
 
 
 class RankStatus:
-    """Holds the newest heartbeat of one rank, and when it last changed."""
+    """Holds the newest heartbeat of one rank, and the times at which this process noticed changes in it."""
 
     def __init__(self, beat: Heartbeat, now: float) -> None:
         self.beat = beat

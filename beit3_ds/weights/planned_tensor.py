@@ -11,7 +11,7 @@ from beit3_ds.weights.reader import WeightReader
 
 
 class PlannedTensor(NamedTuple):
-    """Describes a tensor to be written; it is built only when it is written, so that memory holds one at a time."""
+    """Describes a tensor of a file; it is built only when it is written, so that memory holds one tensor at a time."""
 
     name: str
     """Name in the file."""

@@ -215,7 +215,7 @@ def backward_plain(
 def _forward_kernels(
     h_MD: Tensor, w_VD: Tensor, b_V: Tensor, target_M: Tensor, tiles: VocabularyTiles
 ) -> tuple[Partials, Tensor]:
-    """Computes the partials with the GPU's kernels, and returns the last tile's logits without their bias, (M, S)."""
+    """Computes the partials with the GPU kernels; returns them and the last tile's logits without bias, (M, S)."""
     partials_3M = _no_partials(h_MD)
     kept_MS = h_MD.new_empty(len(h_MD), tiles.stride)
     for columns in tiles.columns:

@@ -30,7 +30,7 @@ class TrustedKernels:
         self._verdicts: dict[Hashable, bool] = {}
 
     def accept(self, x: Tensor, **properties: Hashable) -> bool:
-        """Returns whether to use the kernels on `x`: a CUDA tensor of a supported dtype, on a device they passed on."""
+        """Returns whether to use the kernels: `x` is a GPU tensor of a supported dtype, and they pass their check."""
         return x.is_cuda and x.dtype in SUPPORTED_DTYPES and self.are_trusted(x.device, x.dtype, **properties)
 
     def are_trusted(self, device: torch.device, dtype: torch.dtype, **properties: Hashable) -> bool:

@@ -33,7 +33,7 @@ class Inquiry:
 
     @property
     def disks(self) -> dict[str, str]:
-        """Returns the folders whose free space is checked, by purpose."""
+        """Returns the folders whose free space is checked, as a mapping from purpose to path."""
         return {"/tmp": "/tmp", "output folder": str(self.output_dir or self.folder)}
 
 

@@ -45,7 +45,7 @@ def describe_forwarded(forwarded: Mapping[str, str]) -> list[str]:
 
 
 def _variables_of_deepspeed(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns the variables of `.deepspeed_env`, in the home folder and here; DeepSpeed would write them on lines.
+    """Reads the variables in the files `.deepspeed_env` of the home folder and of the working directory.
 
     Raises:
         ConfigError: naming the line that sets no variable.
