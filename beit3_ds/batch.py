@@ -157,7 +157,7 @@ class PackedBatch(RowLayout):
         return dataclasses.replace(self, pixels=None, targets={})
 
     def fingerprint(self) -> str:
-        """Returns a digest of all but the pixels, with which ranks compare that they read the same samples."""
+        """Returns a digest of all fields but the pixels; ranks compare it to check that they read the same samples."""
         digest = hashlib.sha256(
             repr((self.num_images, self.caption_lengths, self.text_lengths, self.causal_captions)).encode()
         )
@@ -205,7 +205,7 @@ class StepBatch:
         return dataclasses.replace(self, micro_batches=tuple(batch.without_pixels() for batch in self.micro_batches))
 
     def fingerprint(self) -> str:
-        """Returns a digest of all but the pixels, as `PackedBatch.fingerprint` does."""
+        """Returns a digest of all fields except the pixels, as `PackedBatch.fingerprint` does."""
         return f"step {self.step}: {[batch.fingerprint() for batch in self.micro_batches]}"
 
     def as_value(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ Language is in the middle. A further modality with its own fused expert can be a
 
 
 class RowLayout(ABC):
-    """Says how many rows each part of a stream has, and so which rows each expert processes."""
+    """Holds the number of rows of each part of a stream, from which the rows of each expert follow."""
 
     @property
     @abstractmethod

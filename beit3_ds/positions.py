@@ -1,4 +1,4 @@
-"""Resamples learned positions of the patches of an image, on another grid than they were learned on."""
+"""Resamples learned position embeddings of image patches to another grid size."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,8 @@ from torch import Tensor
 def interpolate_positions(positions: Tensor, grid_size: int) -> Tensor:
     """Resamples positions bicubically: (1, 1 + g*g, D) to (1, 1 + grid_size^2, D); the class token's stays.
 
-    The computation is in float32, the result in the type of `positions`. On the grid they have they are left alone.
+    The computation is in float32, and the result has the type of `positions`. Positions that already have this grid are
+    returned unchanged.
     """
     old_size = grid_size_of(positions)
     if old_size == grid_size:

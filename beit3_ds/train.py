@@ -130,7 +130,7 @@ def share_of(
     data_parallel_size: int,
     splits: tuple[Split, ...] = RankShare.splits,
 ) -> RankShare:
-    """Returns what a rank reads of some splits."""
+    """Returns the share of some splits that a rank reads."""
     embeds, predicts = coords.pipeline == 0, coords.pipeline == parallel.pipeline_parallel_size - 1
     return RankShare(
         data_parallel_rank=coords.data,

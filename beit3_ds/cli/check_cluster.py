@@ -117,7 +117,7 @@ def _check_bandwidth(inspection: "Inspection", faults: "list[Fault]", expect_gbi
 
 
 def _forwarded(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns the variables that ranks would get and that decide which code they run and which network they use.
+    """Returns the environment variables of the ranks that decide which code and which network they use.
 
     `deepspeed` reads .deepspeed_env in the home folder, then in the working directory.
     """

@@ -1,4 +1,4 @@
-"""Configures the three data streams and their augmentation, and of the tokenizers."""
+"""Defines the configuration of the three data streams, their augmentation, and the tokenizers."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal

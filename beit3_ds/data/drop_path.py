@@ -11,7 +11,7 @@ from beit3_ds.data.randomness import sample_rng
 
 
 class Slot(NamedTuple):
-    """Holds the place of a sequence in its step, which does not depend on ranks and micro-batches."""
+    """Identifies a sequence within its optimizer step, independently of ranks and micro-batches."""
 
     stream: str
     number: int

@@ -23,7 +23,7 @@ Plan = Mapping[str, Sequence[int]]
 
 
 class EvaluationBatches:
-    """Yields this rank's share of a split; in one pass over all ranks each sample comes once.
+    """Yields this rank's batches of a split; over all ranks, one pass yields each sample once.
 
     The cut into batches depends on `training.eval_batch_size` alone, and rank r of R evaluates every R-th batch. So a
     batch has the same samples, and a sample the same predictions to the bit, on any number of data-parallel ranks.
@@ -67,7 +67,7 @@ class EvaluationBatches:
         return len(self._plans)
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        """Yields this rank's batches within the limit of `data.timeout_seconds` (`read`)."""
+        """Yields this rank's batches as `read` does, with the time limit `data.timeout_seconds`."""
         return self.read(WaitLimits(seconds=self._config.data.timeout_seconds))
 
     def read(self, limits: WaitLimits) -> Iterator[PackedBatch]:
@@ -91,7 +91,7 @@ class EvaluationBatches:
         return [index for of_source in chosen for index in of_source]
 
     def _num_workers(self) -> int:
-        """Returns the number of worker processes, fewer where their batches would exceed `data.prefetch_gib`."""
+        """Returns the number of worker processes, reduced if their batches would exceed `data.prefetch_gib`."""
         data = self._config.data
         sequences = sum(stream.sequences_per_sample for stream in self.streams.values())
         num_bytes = max(1, sequences * self._config.training.eval_batch_size * image_bytes(self._config, "model"))

@@ -74,7 +74,7 @@ class SourceSamples(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ImagesOfSource:
-    """Holds images of one source; a task says how it prepares them."""
+    """Holds the images of one source; subclasses in the tasks implement `prepare`."""
 
     is_last_open: ClassVar[bool] = False
 
@@ -104,7 +104,7 @@ class ImagesOfSource:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSourceSamples(ImagesOfSource):
-    """Holds images of one source, of which samples have two views, as in pretraining."""
+    """Holds the images of one source and the transform that makes two views of each, as in pretraining."""
 
     views: ViewTransform
     """Transform that crops and resizes an image into its two views."""

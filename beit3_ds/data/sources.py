@@ -86,7 +86,7 @@ def _matches_files(pattern: str) -> bool:
 
 
 def image_format(source: SourceConfig) -> str:
-    """Returns the format of a source of images; without one in the config, infers it."""
+    """Returns the format of an image source: the configured one, or else "folder" or "tar", judged by the path."""
     return source.format or ("folder" if os.path.isdir(source.path) else "tar")
 
 

@@ -64,7 +64,7 @@ def check_validation_apart(data: DataConfig, must_exist: bool = True) -> None:
 
 
 def describe_shared_images(splits: Mapping[Split, Iterable[object]]) -> list[str]:
-    """Returns a line per two splits that name the same image files, with their number.
+    """Returns one line for every two splits that share image files, with the number of shared files.
 
     Such splits are allowed, because questions and captions may differ, but a score over known images is too good.
 

@@ -59,7 +59,7 @@ class QuestionAnswerer:
         answers: str | Path | None = None,
         **options: Unpack[LoadOptions],
     ) -> Self:
-        """Loads a model for questions; only what pairs need is read.
+        """Loads a model that answers questions; reads only the weights that image-text pairs need.
 
         Args:
             path: weights of VQAv2: exported, imported or released ones, a checkpoint, or a run's output folder.

@@ -36,7 +36,7 @@ class Captioner:
     def from_pretrained(
         cls, path: str | Path, tokenizer: TextTokenizer | str | Path, **options: Unpack[LoadOptions]
     ) -> Self:
-        """Loads a captioner; only what pairs need is read.
+        """Loads a captioner; reads only the weights that image-text pairs need.
 
         Args:
             path: weights of captioning: exported, imported or released ones, a checkpoint, or a run's output folder.

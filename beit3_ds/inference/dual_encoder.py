@@ -46,7 +46,7 @@ class DualEncoder:
     def from_pretrained(
         cls, path: str | Path, tokenizer: TextTokenizer | str | Path, **options: Unpack[LoadOptions]
     ) -> Self:
-        """Loads a dual encoder; vision-language experts are not read.
+        """Loads a dual encoder; reads no vision-language experts.
 
         Args:
             path: weights of retrieval: exported, imported or released ones, a checkpoint, or a run's output folder.

@@ -44,7 +44,7 @@ class VisionEncoder:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, crop: bool = True, **options: Unpack[LoadOptions]) -> Self:
-        """Loads a vision encoder; nothing else of the weights is read.
+        """Loads a vision encoder; reads no other part of the weights.
 
         Args:
             path: exported, imported or released weights, a checkpoint, or a run's output folder.
@@ -90,7 +90,7 @@ class LanguageEncoder:
     def from_pretrained(
         cls, path: str | Path, tokenizer: TextTokenizer | str | Path, **options: Unpack[LoadOptions]
     ) -> Self:
-        """Loads a language encoder; nothing else of the weights is read.
+        """Loads a language encoder; reads no other part of the weights.
 
         Args:
             path: exported, imported or released weights, a checkpoint, or a run's output folder.
@@ -149,7 +149,7 @@ class FusionEncoder:
         crop: bool = True,
         **options: Unpack[LoadOptions],
     ) -> Self:
-        """Loads a fusion encoder; nothing else of the weights is read.
+        """Loads a fusion encoder; reads no other part of the weights.
 
         Args:
             path: exported, imported or released weights, a checkpoint, or a run's output folder.

@@ -1,4 +1,4 @@
-"""Converts what users have, images and texts, to what models take."""
+"""Converts the images and texts of users to the inputs of models."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

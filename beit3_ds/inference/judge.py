@@ -44,7 +44,7 @@ class StatementJudge:
     def from_pretrained(
         cls, path: str | Path, tokenizer: TextTokenizer | str | Path, **options: Unpack[LoadOptions]
     ) -> Self:
-        """Loads a model for statements; only what pairs need is read.
+        """Loads a model that judges statements; reads only the weights that image-text pairs need.
 
         Args:
             path: weights of NLVR2: exported, imported or released ones, a checkpoint, or a run's output folder.

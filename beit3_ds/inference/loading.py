@@ -1,4 +1,4 @@
-"""Loads the part of trained weights that a use needs, on one device and in evaluation mode."""
+"""Loads the needed part of trained weights, on one device and in evaluation mode."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -163,7 +163,7 @@ def write_page(predictions: Sequence[Prediction], page: Path, title: str, max_sh
 
 @contextmanager
 def _broken_images() -> Iterator[None]:
-    """Turns the error of a broken image into one that a user can fix."""
+    """Converts the error of a broken image to a `ConfigError`."""
     try:
         yield
     except ConfigError:

@@ -1,4 +1,4 @@
-"""Finds the images and questions that a prediction is asked for, before a model is loaded."""
+"""Finds the images and questions that a command should predict for, before a model is loaded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Question:
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """Returns image files in the given order; a folder stands for its images, sorted by name, without subfolders.
+    """Lists image files in the given order; replaces a folder by the images directly in it, sorted by name.
 
     Raises:
         ConfigError: if a path does not exist, or there are no images.

@@ -1,4 +1,4 @@
-"""Draws scenes of coloured shapes, and says what is true of them: captions, questions, statements.
+"""Draws scenes of coloured shapes, with true captions, questions with answers, and statements with labels.
 
 A scene has up to three objects in the quarters of a square image. No two share a colour or a shape, so "the red one"
 and "the circle" name one object. Everything follows from the generator that is passed.
@@ -179,7 +179,7 @@ def draw_statement(rng: random.Random) -> Statement:
 
 
 def draw_pair_for(statement: Statement, label: bool, rng: random.Random) -> tuple[Scene, Scene]:
-    """Draws two scenes of which the statement is true or false, as `label` says."""
+    """Draws two scenes; the statement is true of them if `label` is True, and false otherwise."""
     while True:
         left, right = draw_scene(rng), draw_scene(rng)
         if statement.rule(left, right) == label:

@@ -104,7 +104,7 @@ def _karpathy_entry(number: int, split: str, place: int, scene: Scene) -> dict[s
 
 
 def _write_statements(folder: Path, split: str, count: int, rng: random.Random, size: int) -> Iterable[dict[str, Any]]:
-    """Writes two pairs of images per sentence, of one of which it is true; nobody can tell from the text."""
+    """Writes two pairs of images per sentence: it is true of one pair, so the text alone gives no answer away."""
     for group in range(count):
         statement = draw_statement(rng)
         labels = [True, False]

@@ -21,7 +21,7 @@ from beit3_ds.parallel import Mesh
 
 @dataclass(frozen=True, kw_only=True)
 class RankShare:
-    """Says which part of every step a rank reads."""
+    """Describes the part of every step that a rank reads."""
 
     data_parallel_rank: int
     """Rank among the ranks that read different samples."""
@@ -82,7 +82,7 @@ class Evaluator(Protocol):
 
 
 class Figures(NamedTuple):
-    """Holds what a task adds to a progress report."""
+    """Holds the figures that a task adds to a progress report."""
 
     values: Mapping[str, int | float] = {}
     """Values of the record in metrics.jsonl, by name; the same on all ranks."""
@@ -92,7 +92,7 @@ class Figures(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RankTask:
-    """Holds what one rank has opened for a task."""
+    """Holds the opened samples and files of a task on one rank."""
 
     dataset: StepDataset | None = None
     """Dataset of training steps; None on ranks that receive their samples."""
@@ -179,7 +179,7 @@ class RankTask:
         """
 
     def figures(self) -> Figures:
-        """Returns what the task adds to a progress report, and starts a new interval; all ranks call it."""
+        """Returns the task's figures since the last progress report and resets them; all ranks call it."""
         return Figures()
 
     def write_results(self, evaluator: Evaluator) -> dict[str, str]:

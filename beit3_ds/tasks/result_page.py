@@ -1,4 +1,4 @@
-"""Writes pages that show people what a model answered, with its right and wrong answers apart."""
+"""Writes HTML pages of a model's answers, with right and wrong answers apart."""
 
 import base64
 import html
@@ -70,7 +70,7 @@ def _embed(image: Image.Image) -> str:
 
 
 def choose_shown(is_right: Sequence[bool | None], count: int) -> list[int]:
-    """Returns the places of samples to show: half wrong ones if there are so many, evenly spread over the split."""
+    """Chooses samples to show, evenly spread over the split: half of them wrong ones if enough are wrong."""
     wrong = [place for place, right in enumerate(is_right) if right is False]
     other = [place for place, right in enumerate(is_right) if right is not False]
     num_wrong = min(len(wrong), max(count // 2, count - len(other)))

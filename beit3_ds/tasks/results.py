@@ -1,4 +1,4 @@
-"""Gathers what an evaluation found for each sample."""
+"""Gathers the results of an evaluation, sample by sample, from all ranks."""
 
 from collections.abc import Mapping, Sequence
 

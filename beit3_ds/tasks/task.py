@@ -101,7 +101,7 @@ class Task(ABC):
     """Metric of `RankTask.evaluate` by which checkpoints are compared; None for a task without metrics of its own."""
 
     def __init__(self, config: RunConfig) -> None:
-        """Loads the settings and checks what needs no files.
+        """Loads the settings and makes all checks that need no files.
 
         Raises:
             ConfigError: if the settings are invalid, the task does not support the layout or the format of a
@@ -160,7 +160,7 @@ class Task(ABC):
         )
 
     def adopt_weights(self, described: Mapping[str, Any] | None, where: str) -> None:
-        """Notes which weights the run starts from or evaluates, before `open`.
+        """Stores the description of the weights that the run starts from or evaluates; called before `open`.
 
         A task whose weights need more than tensors, such as a list of answers, reads it from the description.
 
@@ -171,7 +171,7 @@ class Task(ABC):
         self.weights_description, self.weights_name = described, where
 
     def find_result(self) -> str | None:
-        """Returns a line that describes the result of this run if it exists already, so that nothing is to be done.
+        """Describes the finished result of this run in a line; returns None if the run must still be done.
 
         A task without a result of its own returns None.
 

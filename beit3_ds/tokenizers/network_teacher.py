@@ -33,7 +33,7 @@ class _Network:
 
 
 class NetworkTeacher:
-    """Describes each patch that gets a code by a frozen network's features.
+    """Computes a frozen network's features for each patch that the tokenizer encodes.
 
     The view is resized so that the network's patches match the codes' grid; no feature is resampled. For a 14x14 grid,
     a network with patches of 16 px gets 224 px, even if the tokenizer's own view has another size.

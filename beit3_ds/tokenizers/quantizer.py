@@ -18,7 +18,7 @@ _CHUNK_ROWS = 16384  # vectors compared with the codebook at a time: 0.5 GiB of 
 
 
 class Quantized(NamedTuple):
-    """Holds the code vector of each input, its distance from it, and the number of the code."""
+    """Holds the nearest code vector of each input, the distance to it, and the number of the code."""
 
     vectors: Tensor
     """Vectors of the codes, (..., C); their gradient passes unchanged to the quantized vectors."""

@@ -11,7 +11,7 @@ from beit3_ds.tokenizers.oriented_gradients import OrientedGradients
 
 
 class Teacher(Protocol):
-    """Describes every patch of an image; its result depends on the pixels alone."""
+    """Computes features of every patch of an image, which depend on the pixels alone."""
 
     width: int
     """Features per patch."""

@@ -35,7 +35,10 @@ class WordBorders(NamedTuple):
     EOS."""
 
     def begins(self, ids: NDArray[np.generic]) -> NDArray[np.bool_]:
-        """Returns which of consecutive ids start a word, (n,); the first does only if its own piece starts one."""
+        """Returns whether each of consecutive ids starts a word, (n,).
+
+        An id also starts a word if the piece before it ends one; for the first id that piece is unknown.
+        """
         begins = self.starts[ids]
         begins[1:] |= self.ends[ids[:-1]]
         return begins

@@ -29,7 +29,7 @@ class FileChangedError(OSError):
 
 
 class OpenFiles:
-    """Caches open files: reads byte ranges of many files, maps others, and closes the least recently used first.
+    """Reads byte ranges of files and maps files into memory; keeps the most recently used files open.
 
     At most `limit` descriptors stay open, and never more than half of the process's limit, because sockets, workers and
     tensors in shared memory need the rest. If the system still refuses to open a file, half of the open ones are
@@ -138,7 +138,7 @@ class OpenFiles:
 
 
 def raise_open_file_limit(max_open_files: int) -> None:
-    """Raises the limit of open files of this process so that it can keep `max_open_files`, up to the hard limit."""
+    """Raises this process's limit of open files, up to its hard limit, so that it can keep `max_open_files` open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * max_open_files  # OpenFiles uses half of the limit
     if hard != resource.RLIM_INFINITY:
@@ -192,7 +192,7 @@ def _check_unchanged(descriptor: int, expected: tuple[int, int]) -> None:
 
 
 def read_fully(descriptor: int, offset: int, size: int) -> bytes:
-    """Reads `size` bytes of an open file, or to its end, with one call unless the system returns less.
+    """Reads `size` bytes of an open file, or fewer if the file ends; reads on if the system returns less at once.
 
     Raises:
         OSError: if the file cannot be read.

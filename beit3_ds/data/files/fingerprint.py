@@ -17,7 +17,7 @@ class SourceFile(NamedTuple):
 
 
 class HasFiles(Protocol):
-    """Defines samples that know the files of their source."""
+    """Declares the interface of samples that list the files of their source."""
 
     def __len__(self) -> int:
         """Returns the number of samples, broken ones included."""
@@ -27,7 +27,7 @@ class HasFiles(Protocol):
 
 
 class SourceFingerprint(TypedDict):
-    """Identifies a source as plain JSON. Sources with equal digests number their samples alike in any folder."""
+    """Identifies the samples of a source and their order. Copies in other folders have the same digest."""
 
     num_files: int
     num_samples: int

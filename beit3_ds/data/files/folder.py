@@ -98,7 +98,7 @@ class Folder:
 
 
 def _inode(path: str) -> int:
-    """Returns the inode of a folder that can be listed; unlike the device number, an automounter does not change it."""
+    """Returns the inode of a readable folder, which an automounter keeps, while it changes the device number."""
     with os.scandir(path):
         return os.stat(path).st_ino
 

@@ -12,7 +12,7 @@ _SHOWN = 80
 
 
 def iterate_json_lines(path: str, required: Mapping[str, type]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the number of each line, from 1, and its object; blank lines are left out.
+    """Yields the line number, counted from 1, and the JSON object of each line; skips blank lines.
 
     Args:
         path: UTF-8 file, with or without a byte order mark.

@@ -47,7 +47,7 @@ def iterate_json_list(path: str, *keys: str) -> Iterator[Any]:
 
 
 def read_json_members(path: str, *keys: str) -> dict[str, Any]:
-    """Returns the members of a JSON object that have one of the keys, without the rest in memory.
+    """Returns the members of a JSON object with the given keys; skips all others without keeping them in memory.
 
     Raises:
         OSError: if the file cannot be read.
@@ -78,7 +78,7 @@ def open_json_text(path: str) -> io.TextIOWrapper:
 
 @contextlib.contextmanager
 def reading_as(path: str, form: str) -> Iterator[None]:
-    """Turns the exceptions that a file of another form causes into one `ConfigError` that names file and form."""
+    """Converts the exceptions of a malformed file to a `ConfigError` that names the file and the expected form."""
     try:
         yield
     except ConfigError:
@@ -149,7 +149,7 @@ class _Reader:
         self._position += 1
 
     def _next(self, blanks: re.Pattern[str] = _BLANKS) -> str:
-        """Moves to the next character that matters, and returns it."""
+        """Skips blanks, and returns the next character without reading past it."""
         while True:
             match = blanks.match(self._buffer, self._position)
             self._position = match.end() if match else self._position
@@ -159,7 +159,7 @@ class _Reader:
                 raise ValueError("truncated")
 
     def _read_more(self) -> bool:
-        """Drops what was read and reads on; twice as much each time, which avoids quadratic time for long values."""
+        """Reads more text; returns False at the end of the file. Doubles the window to take linear time."""
         more = self._file.read(max(_CHUNK, len(self._buffer) - self._position))
         self._buffer, self._position = self._buffer[self._position :] + more, 0
         return bool(more)

@@ -82,7 +82,7 @@ def is_inside(path: str, folder: str) -> bool:
 
 
 def list_folders(base: str) -> Iterator[str]:
-    """Yields a folder and all visible folders below it, each once: under its own path, or else under its first link."""
+    """Yields a folder and all visible folders below it, following links; yields each real folder only once."""
     seen: set[tuple[int, int]] = set()
     folders, links = [base], list[str]()
     while folders or links:

@@ -69,7 +69,7 @@ class AnnotatedImages:
         yield SourceFile(os.path.basename(self.annotations), num_bytes, len(self))
 
     def name(self, index: int) -> str:
-        """Returns the annotation file, the line or else the number of the sample, and its image, for messages."""
+        """Names a sample in messages: the annotation file, the line or the sample's number, and the image."""
         number = self.image_numbers[index]
         image = "no image" if number == NO_IMAGE else self.paths[number]
         place = self.lines[index] if self.lines else index

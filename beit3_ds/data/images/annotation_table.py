@@ -80,14 +80,14 @@ class StoredAnnotations(AnnotatedImages):
 
 
 def table_path(cache_dir: str, kind: str, annotations: str, folder: str) -> str:
-    """Returns the path of a table: the name of the annotation file, and a digest of all that the contents depend on."""
+    """Returns the path of a table, named after the annotation file and a digest of everything it depends on."""
     facts = "\0".join((kind, os.path.abspath(annotations), os.path.abspath(folder)))
     digest = hashlib.sha256(os.fsencode(facts)).hexdigest()[:12]
     return os.path.join(cache_dir, "index", f"{bounded_name(os.path.basename(annotations))}.{digest}.table")
 
 
 def write_table(samples: AnnotatedImages, path: str, made_from: list[list[int]]) -> None:
-    """Writes the table of some samples, whole or not at all.
+    """Writes the table of some samples atomically: the file is complete or absent.
 
     Args:
         samples: samples of the annotation files.

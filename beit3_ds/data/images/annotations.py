@@ -119,7 +119,7 @@ def read_conceptual_captions(
 
 
 def _add_rows(samples: CollectedAnnotations, captions: Iterable[object]) -> None:
-    """Adds the rows that have an image; a row that is None has no caption."""
+    """Adds a sample for each row with an image and a caption; counts the other rows as skipped. None is no caption."""
     paths, skipped = list_images(open_folder(samples.images.path))
     for reason, found in skipped.items():
         samples.skip(reason, found.example, found.num_members)
@@ -139,7 +139,7 @@ def _add_rows(samples: CollectedAnnotations, captions: Iterable[object]) -> None
 
 
 def _image_rows(paths: CompactStrings, samples: CollectedAnnotations) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Returns the rows that have an image, ascending, and the index of each one's path."""
+    """Returns the row numbers that have an image, ascending, and the index in `paths` of each row's image."""
     rows = np.full(len(paths), -1, dtype=np.int64)
     for number in range(len(paths)):
         stem = paths[number].rpartition("/")[2].partition(".")[0]

@@ -31,7 +31,7 @@ class ViewTransform(Protocol):
 
     @property
     def min_side(self) -> int | None:
-        """Returns the minimum shorter side of an image, in pixels, at which no view is enlarged; None without one."""
+        """Returns the pixels that an image's shorter side needs so that no view is enlarged; None for any size."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Makes both views of an RGB image, with all draws from `rng`."""
@@ -103,7 +103,7 @@ class CenterViews:
 
     @property
     def min_side(self) -> None:
-        """Returns None: images are decoded in full size, so that no view depends on the file format or the other."""
+        """Returns None, so that images are decoded in full size and views do not depend on the file format."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Returns both views of an RGB image, without random draws."""

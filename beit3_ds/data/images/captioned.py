@@ -11,7 +11,7 @@ from beit3_ds.data.images.compact_strings import CompactStrings
 
 
 class CaptionedImages(CollectedAnnotations):
-    """Holds captions of images: one sample per caption, and the captions of an image one after another.
+    """Holds images with their captions: one sample per caption; the captions of one image are consecutive.
 
     `each_image` has the same images with one sample per image.
     """

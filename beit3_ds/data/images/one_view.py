@@ -35,7 +35,7 @@ class ImageTransform(Protocol):
 
     @property
     def min_side(self) -> int | None:
-        """Returns the minimum shorter side of an image, in pixels, at which no view is enlarged; None without one."""
+        """Returns the pixels that an image's shorter side needs so that no view is enlarged; None for any size."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
         """Makes the view of an RGB image, with all draws from `rng`."""

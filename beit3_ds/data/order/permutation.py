@@ -12,7 +12,7 @@ _BLOCKS = "blocks "
 
 
 class KeyedPermutation:
-    """Computes a bijection of range(size), chosen by a generator's draws, in constant memory.
+    """Computes a random permutation of range(size) in constant memory.
 
     A Feistel network permutes the smallest domain of 2^(2b) numbers that holds `size`. A result outside
     range(size) passes through again until it is inside (cycle walking), fewer than four times on average.
@@ -40,7 +40,7 @@ class KeyedPermutation:
 
 
 class BlockPermutation:
-    """Computes a bijection of range(size) that visits neighbours within a short time, in constant memory.
+    """Computes a permutation of range(size) that keeps neighbouring samples close together, in constant memory.
 
     Blocks of consecutive samples are visited in a shuffled order. Each window of that order, a given number of blocks,
     is shuffled as a whole. Block 0 starts at a random sample, and sample 0 follows the last one. The samples beyond

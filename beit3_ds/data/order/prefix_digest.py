@@ -11,7 +11,7 @@ _NUM_COMPARED = 256
 
 
 class IdentifiedSamples(HasFiles, Protocol):
-    """Defines samples that have an identity of their own."""
+    """Declares the interface of samples that can be recognised even if their numbers change."""
 
     is_last_open: ClassVar[bool]
     """Whether appending to the files may change the last sample, as it changes the last sequence of a text."""

@@ -156,7 +156,7 @@ class _Continuation:
         return self._shuffle(0, max(epochs, default=0), parts)
 
     def _shuffle(self, number: int, epoch: int, parts: Sequence[RemainingSamples]) -> SetPosition:
-        """Returns a set with these samples remaining in its epoch; without samples, the start of its next epoch."""
+        """Returns the position of a set whose epoch still has the samples `parts`, or starts its next epoch."""
         parts = [part for part in parts if len(part)]
         if not parts:
             return self._now.start_epoch(number, epoch + 1)

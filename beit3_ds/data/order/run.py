@@ -80,7 +80,7 @@ class RunOrder:
         return self._absent | {name: self._position_after(name, step).to_json() for name in self._orders}
 
     def samples(self, stream: str, step: int, slots: range) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns the epoch and the sample for each of some slots of a step, (len(slots),) int64 each."""
+        """Returns the epoch and the sample number of each given slot of a step, (len(slots),) int64 each."""
         return self._orders[stream](self._samples_since(stream, step) + np.arange(slots.start, slots.stop))
 
     def _samples_since(self, stream: str, step: int) -> int:

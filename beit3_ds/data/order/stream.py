@@ -16,7 +16,7 @@ from beit3_ds.data.order.positions import SourcePosition, StreamPosition, start_
 
 
 class StreamOrder:
-    """Computes the endless order of a stream from a position and the number of samples since then."""
+    """Computes which sample comes at each offset from a stored position of an endless stream."""
 
     def __init__(self, position: StreamPosition) -> None:
         """Starts the order at a position."""
@@ -27,9 +27,9 @@ class StreamOrder:
         )
 
     def __call__(self, since: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns the epoch and the sample at each number of samples since the position; all (n,) int64.
+        """Returns the epoch and the sample number at each offset from the position; all (n,) int64.
 
-        The epoch says how often the sample's source was used up before; without weights, how often the stream was. A
+        The epoch counts earlier passes over the sample's source, or over the whole stream if it has no weights. A
         stream numbers its samples consecutively: those of source 0, then those of source 1, and so on.
         """
         weights = self.position.weights
@@ -43,7 +43,7 @@ class StreamOrder:
         return epochs, samples
 
     def _find(self, number: int, since: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns the epoch and the sample of one set at each number of its samples since the position."""
+        """Returns the epoch and the sample number of one set at each offset from the position."""
         position, remaining = self.position.sets[number], self._remaining[number]
         first, last = self.position.set_bounds(number)
         left = last - first if remaining is None else len(remaining)

@@ -28,7 +28,7 @@ class ParagraphCutter:
     """Cuts paragraphs of one tokenizer's ids at sentences; takes two bytes per id of the vocabulary."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
-        """Finds the effect of every piece of the tokenizer on sentences."""
+        """Determines for every piece of the vocabulary whether it begins, ends or continues a sentence."""
         self._words, self._eos_id = tokenizer.word_borders(), tokenizer.eos_id
         pieces = (tokenizer.piece(id_) for id_ in range(tokenizer.vocab_size))
         kinds = (_kind(piece, *map(bool, borders)) for piece, *borders in zip(pieces, *self._words, strict=True))

@@ -1,4 +1,4 @@
-"""Describes images in words (COCO and nocaps; paper section 3.1)."""
+"""Generates captions of images (COCO and nocaps; paper section 3.1)."""
 
 from beit3_ds.tasks.captioning.task import TASK
 

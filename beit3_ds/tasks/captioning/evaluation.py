@@ -77,12 +77,12 @@ def predict_split(
 
 
 def smoothed_loss(logits_MV: Tensor, targets_M: Tensor, smoothing: float) -> Tensor:
-    """Returns the divergence of each prediction from its smoothed label, (M,) float64, as training computes it.
+    """Returns the training loss of each prediction, its divergence from the smoothed label, (M,) float64.
 
     Args:
         logits_MV: logits of all words.
         targets_M: ids of the right words.
-        smoothing: probability that the label gives to all wrong words together.
+        smoothing: total probability that the label gives to all wrong words.
     """
     log_probs_MV = logits_MV.double().log_softmax(1)
     right_M = log_probs_MV.gather(1, targets_M[:, None])[:, 0]

@@ -39,7 +39,7 @@ class CaptionHead(Head):
         Args:
             config: the model's sizes.
             tensor: the tensor-parallel group; None is a group of this process alone.
-            label_smoothing: probability that the labels give to all words but the right one together.
+            label_smoothing: total probability that the labels give to all wrong words.
             compares_tokens: whether the loss compares the tokens of a step, as `sum_best_tokens` does. The head then
                 returns the losses of single tokens.
         """

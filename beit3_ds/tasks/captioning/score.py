@@ -1,6 +1,6 @@
 """Computes metrics of captions with pycocoevalcap, an optional package whose tokenizer and some metrics need Java.
 
-What cannot be computed is named with the reason, and is never counted as 0.
+A metric that cannot be computed is listed with the reason, and never counted as 0.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ def _plain(caption: str) -> str:
 
 
 def _missing_part() -> str:
-    """Returns what all metrics lack here; empty if nothing."""
+    """Names the missing package or program that all metrics need; returns an empty string if none is missing."""
     if importlib.util.find_spec("pycocoevalcap") is None:
         return "pycocoevalcap is not installed: pip install beit3_ds[captioning]"
     if shutil.which("java") is None:
@@ -75,7 +75,7 @@ def _missing_part() -> str:
 
 
 def _missing_spice_part() -> str:
-    """Returns what SPICE lacks here; empty if nothing. The package does not ship the parser that SPICE needs."""
+    """Names the missing part that SPICE needs, such as its parser; returns an empty string if none is missing."""
     spec = importlib.util.find_spec("pycocoevalcap.spice")
     folder = Path(spec.origin).parent / "lib" if spec and spec.origin else Path()
     if not list(folder.glob("stanford-corenlp-*-models.jar")):
@@ -129,7 +129,7 @@ def _scorers() -> list[tuple[tuple[str, ...], Callable[[], Any]]]:
 
 
 def write_caption_results(path: Path, captions: Mapping[Identifier, str]) -> None:
-    """Writes captions as the evaluation servers of COCO and nocaps take them: a list of `image_id` and `caption`."""
+    """Writes captions in the format of the COCO and nocaps servers: a JSON list of `image_id` and `caption`."""
     results = [{"image_id": identifier, "caption": caption} for identifier, caption in captions.items()]
     with atomic_write(path) as file:
         file.write(json.dumps(results, ensure_ascii=False).encode())

@@ -25,7 +25,7 @@ from beit3_ds.tokenizers.text import TextTokenizer, load_text_tokenizer
 
 
 class DroppedTokens:
-    """Says which share of the tokens of the current step does not count; the same on all ranks."""
+    """Computes the share of tokens that the current step drops from the loss; the same on all ranks."""
 
     def __init__(self, settings: CaptioningConfig) -> None:
         """Starts before the first step."""
@@ -53,7 +53,7 @@ class CaptioningRankTask(RankTask):
     """Converts captions to ids and back."""
 
     def before_step(self, evaluator: Evaluator, step: int) -> None:
-        """Tells the loss the number of the step, because it drops tokens only after the first ones."""
+        """Passes the number of the step to the loss, which drops tokens only after the first steps."""
         self.dropped.begin(step)
 
     def evaluate(self, evaluator: Evaluator, split: Split, folder: Path | None) -> dict[str, float]:
@@ -80,7 +80,7 @@ class CaptioningRankTask(RankTask):
 
 
 def build_search(settings: CaptioningConfig) -> BeamSearch:
-    """Returns the search that the settings describe."""
+    """Builds the beam search from the settings."""
     return BeamSearch(
         num_beams=settings.num_beams, length_penalty=settings.length_penalty, max_length=settings.max_length
     )

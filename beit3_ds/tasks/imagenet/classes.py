@@ -63,14 +63,14 @@ class ClassList:
         return tuple(found.name for found in self.classes)
 
     def digest(self) -> str:
-        """Returns 16 hexadecimal digits that differ for other keys, names or another order."""
+        """Returns a digest of the keys, the names and their order, 16 hexadecimal digits."""
         return hashlib.sha256(json.dumps(self.classes).encode()).hexdigest()[:16]
 
     def label(self, key: str, where: str) -> int:
         """Returns the label of a class by its key.
 
         Raises:
-            ConfigError: for a class that is not in the list; `where` says what has it.
+            ConfigError: if the class is not in the list; the message names `where`, the place that uses the class.
         """
         if key not in self.labels:
             near = nearest(key, self.labels)

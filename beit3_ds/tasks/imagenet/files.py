@@ -31,7 +31,7 @@ _MAX_CLS_BYTES = 20
 
 
 class LabelledImages:
-    """Holds images of a source with their labels; takes 4 bytes per image beside the source."""
+    """Holds the images of a source with their labels; a label takes 4 bytes."""
 
     def __init__(self, source: ImageSource, labels: "array[int]") -> None:
         """Joins images with their labels."""

@@ -15,7 +15,7 @@ WHOLE = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class Mixing:
-    """Draws how an image is mixed with another one."""
+    """Mixes an image with another one by mixup or CutMix."""
 
     mixup: float
     """Strength of mixup (`ImagenetConfig.mixup`)."""
@@ -55,5 +55,5 @@ class Mixing:
 
 
 def _span(center: int, side: int, size: int) -> tuple[int, int]:
-    """Returns the part of a side around a center that is inside the image, as CutMix cuts it."""
+    """Returns the range of pixels around a center along one side, clipped to the image, for CutMix."""
     return max(0, center - side // 2), min(size, center - side // 2 + side)

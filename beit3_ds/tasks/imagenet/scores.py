@@ -81,7 +81,7 @@ def score_images(scores_IC: Tensor, labels_I: Tensor) -> dict[str, Tensor]:
 
 
 def share_of_batches(batches: Iterator[PackedBatch], nothing: PackedBatch, rank: int, size: int) -> list[PackedBatch]:
-    """Returns every `size`-th batch from the `rank`-th on; empty batches fill up, so all ranks have the same number.
+    """Returns every `size`-th batch, from batch `rank` on; empty batches are added so that all ranks have equally many.
 
     The cut into batches does not depend on `size`, so neither do the features.
     """
@@ -103,7 +103,7 @@ def _encode_classes(evaluator: Evaluator, batches: Sequence[PackedBatch], num_cl
 
 
 def _interleave(own: Tensor, outputs: Sequence[StepFeatures], mesh: Mesh, num_classes: int) -> Tensor:
-    """Puts the features of batches that ranks took in turns into the order of the classes."""
+    """Reorders the features by class; rank r of R encoded every R-th batch."""
     lengths = mesh.data_host.gather([len(output.rows[TEXT_FEATURES]) for output in outputs])
     gathered = mesh.gather_rows_over_data(own, [sum(of_rank) for of_rank in lengths])
     parts = gathered.split([length for of_rank in lengths for length in of_rank])

@@ -160,7 +160,7 @@ class Imagenet(Task):
         )
 
     def _check_weights(self) -> None:
-        """Refuses a linear layer whose outputs mean other classes; names may differ, because texts are encoded."""
+        """Refuses weights whose linear layer was trained for other classes; heads that compare names accept any."""
         stored = self.weights_description or {}
         if self.settings.head != "linear" or stored.get("head") != "linear":
             return

@@ -1,4 +1,4 @@
-"""Decides whether a statement is true of two images, with the head of the reference's NLVR2 model."""
+"""Defines the head that decides whether a statement is true of two images, as in the reference's NLVR2 model."""
 
 # S samples, P = 2 S pairs, D hidden.
 

@@ -61,7 +61,7 @@ Sample = ImageSample | PairSample | TextSample
 
 
 class ImageShape(NamedTuple):
-    """Holds the sizes of every image in a batch, also of a batch without images."""
+    """Holds the image sizes of a batch, which a batch without images also needs."""
 
     image_size: int
     tokenizer_image_size: int

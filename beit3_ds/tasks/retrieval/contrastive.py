@@ -1,4 +1,4 @@
-"""Compares every image of a step with every text of it (contrastive loss; Radford et al., 2021, arXiv:2103.00020)."""
+"""Compares every image of a step with every text of the step (Radford et al., 2021, arXiv:2103.00020)."""
 
 # N pairs of a step, B of a block, D hidden.
 
@@ -30,7 +30,7 @@ def contrastive_sums(features: StepFeatures, *, mask_duplicates: bool) -> Tensor
 
     Args:
         features: features of N images and of their captions in the same order, of length 1, with the scale of scores.
-        mask_duplicates: whether a candidate that equals the right one, or whose partner equals the query, is left out.
+        mask_duplicates: whether to ignore wrong candidates that equal the right one, or whose partner equals the query.
     """
     image_ND, text_ND = features.rows[IMAGE_FEATURES], features.rows[TEXT_FEATURES]
     ids_N2 = torch.stack([features.rows[IMAGE_IDS], features.rows[TEXT_IDS]], 1) if mask_duplicates else None

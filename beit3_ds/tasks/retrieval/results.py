@@ -1,4 +1,4 @@
-"""Scores a split, and writes what was retrieved as JSON and as a page for people."""
+"""Computes the recall of a split, and writes the retrieved captions and images as JSON and as an HTML page."""
 
 # I images, X captions, D features, K candidates per query.
 
@@ -30,7 +30,7 @@ _NOTE = (
 
 
 class Retrieved:
-    """Holds the features of all images and captions of a split, and what follows from them."""
+    """Holds the features of all images and captions of a split; computes recall and best matches from them."""
 
     def __init__(
         self, image_numbers: Tensor, image_ID: Tensor, text_numbers: Tensor, text_XD: Tensor, device: torch.device

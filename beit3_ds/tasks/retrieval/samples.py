@@ -94,7 +94,7 @@ class RetrievalSamples(CaptionedSamples):
 def caption_of_epoch(count: int, key: SampleKey) -> int:
     """Returns the number of the caption that a sample has in an epoch.
 
-    In as many epochs as there are captions, each comes once; then they are shuffled again.
+    Each caption is used once in `count` epochs; then the captions are shuffled again.
 
     Args:
         count: number of captions.
@@ -106,7 +106,7 @@ def caption_of_epoch(count: int, key: SampleKey) -> int:
 
 
 def image_path(source: ImageSource, index: int) -> str:
-    """Returns a text that is equal for samples with the same image: its path, or its name in a tar or folder."""
+    """Returns the path of a sample's image, or its name in a tar or folder; samples of one image have equal paths."""
     if isinstance(source, AnnotatedImages):
         return f"{source.images.path}/{source.paths[source.image_numbers[index]]}"
     return source.name(index)

@@ -61,7 +61,7 @@ class RetrievalRankTask(RankTask):
 
 
 class Retrieval(Task):
-    """Trains image and text features that find each other, with a contrastive loss over the whole step.
+    """Trains features of images and texts for retrieval, with a contrastive loss over the whole step.
 
     A training sample is an image with one of its captions, which are encoded apart. In as many epochs as an image has
     captions, each comes once, so five epochs of COCO are one epoch of the reference, which lists an image once per

@@ -1,4 +1,4 @@
-"""Draws images as the visual tokenizer sees them: input, masked input, and the codes as colours."""
+"""Draws images for a check of the visual tokenizer: the input, the masked input, and the codes as colours."""
 
 # B images, N patches per image, G patches per side, S pixels per side, V codes, C width of a code.
 

@@ -1,4 +1,4 @@
-"""Computes what the codebook and the targets start from, over whole training steps and independent of the ranks."""
+"""Computes the data that initialise the codebook and the targets, from whole steps, the same under any layout."""
 
 # N patches per image, C width of a code, E width of the teacher's features, V codes in the codebook.
 
@@ -46,7 +46,7 @@ def mean_features(
 def gather_vectors(steps: Sequence[StepBatch], vectors: Iterator[Tensor], mesh: Mesh) -> Tensor:
     """Returns the vectors of whole steps, (M, C) float32 on the CPU, in the order of the samples' slots.
 
-    Each rank gets those of all ranks. Slots are numbered micro-batch by micro-batch and in each by rank, so the order
+    Each rank gets the vectors of all ranks. Slots are numbered by micro-batch, then by rank, so the order
     does not depend on the cut.
 
     Args:

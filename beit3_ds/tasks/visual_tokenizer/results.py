@@ -1,4 +1,4 @@
-"""Writes what the training of the visual tokenizer leaves to pretraining: the tokenizer, its recipe and a picture."""
+"""Writes the results of the visual tokenizer's training: the tokenizer, its recipe and a picture of its codes."""
 
 import dataclasses
 import functools

@@ -24,7 +24,7 @@ class TokenizerView(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerViews(ImageSourceSamples):
-    """Draws crops, flips and colours as in pretraining, so the tokenizer is trained on what it will encode."""
+    """Prepares views with the crops, flips and colours of pretraining, which the tokenizer will encode later."""
 
     def prepare(self, index: int, key: SampleKey) -> TokenizerView:
         """Reads sample `index` of the source and draws its crop from `key`.

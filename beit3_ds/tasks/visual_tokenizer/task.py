@@ -112,7 +112,7 @@ class TokenizerRankTask(RankTask):
             return self.teacher(pixels)
 
     def _read(self, steps: range) -> list[StepBatch]:
-        """Reads this rank's share of steps that are still to come; broken records leave their slots empty."""
+        """Reads this rank's share of future steps; broken records leave their slots empty."""
         assert self.dataset is not None, "every rank reads"
         return [self.dataset.prepare(step) for step in steps]
 
@@ -144,7 +144,7 @@ class VisualTokenizerTask(Task):
         self._teacher: Teacher | None = None
 
     def describe_model(self) -> dict[str, Any]:
-        """Returns the recipe of the tokenizer without its data, whose changes the order of the samples follows."""
+        """Returns the recipe of the tokenizer without its data, because a resumed run may use changed data."""
         return {key: value for key, value in self._recipe().items() if key != "images.train"}
 
     def find_result(self) -> str | None:
@@ -168,7 +168,7 @@ class VisualTokenizerTask(Task):
         )
 
     def build_head(self, model: Any, tensor: Any) -> Head:
-        """Refuses, because the tokenizer is no head on BEiT-3; `build_model` builds it."""
+        """Raises an error, because the tokenizer is not a head of BEiT-3; `build_model` builds it."""
         raise AssertionError("the visual tokenizer has no head on BEiT-3")
 
     def build_model(self, tensor: Any = None, layers: Any = None) -> StageModel:

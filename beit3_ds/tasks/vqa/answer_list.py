@@ -14,7 +14,7 @@ ANSWERS_FILE = "answers.jsonl"
 
 
 def read_stored_answers(described: Mapping[str, Any] | None) -> AnswerVocabulary | None:
-    """Returns the answers that weights bring in the description of their task; None if they have none."""
+    """Reads the list of answers from the description that weights store of their task; None if they store none."""
     answers = (described or {}).get("answers")
     return AnswerVocabulary(answers) if answers else None
 
@@ -27,7 +27,7 @@ def choose_answers(
 ) -> AnswerVocabulary:
     """Returns the list of answers of a run or an evaluation.
 
-    The list is that of `task.answer_list`, or else made of the training answers, or else that of the weights.
+    The list comes from the file `task.answer_list`, or else from the training answers, or else from the weights.
 
     Args:
         settings: the task's settings.

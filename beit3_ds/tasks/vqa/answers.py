@@ -1,4 +1,4 @@
-"""Normalises answers to questions, lists those that a model chooses from, and gives them soft scores."""
+"""Normalises answers to questions, builds the list of a model's possible answers, and computes soft scores."""
 
 import hashlib
 import json
@@ -72,7 +72,7 @@ def soft_scores(answers: Sequence[str]) -> dict[str, float]:
 
 
 def main_answer(answers: Sequence[str]) -> str:
-    """Returns the answer that most people gave, in normal form; the first of several."""
+    """Returns the most frequent answer in normal form; of equally frequent ones, the first."""
     return Counter(map(normalize_answer, answers)).most_common(1)[0][0]
 
 
@@ -109,7 +109,7 @@ class AnswerVocabulary:
         return {answer: label for label, answer in enumerate(self.answers)}
 
     def digest(self) -> str:
-        """Returns 16 hexadecimal digits that differ for another list or order of answers."""
+        """Returns a digest of the answers and their order, 16 hexadecimal digits."""
         return hashlib.sha256(json.dumps(self.answers).encode()).hexdigest()[:16]
 
     def targets(self, answers: Sequence[str]) -> dict[int, float]:
@@ -122,7 +122,7 @@ class AnswerVocabulary:
 
         Args:
             main_answers: the main answer of every training question (`multiple_choice_answer` in the official files).
-            min_occurrences: questions that an answer must be the main answer of.
+            min_occurrences: number of questions whose main answer it must be.
 
         Raises:
             ConfigError: if no answer occurs often enough.
@@ -137,7 +137,7 @@ class AnswerVocabulary:
         return cls(answers)
 
     def save(self, path: Path) -> None:
-        """Writes one JSON object with `answer` and `label` per line, the form in which BEiT-3's own list comes."""
+        """Writes one JSON object with `answer` and `label` per line, the format of BEiT-3's released list."""
         with atomic_write(path) as file:
             for label, answer in enumerate(self.answers):
                 file.write(json.dumps({"answer": answer, "label": label}).encode() + b"\n")

@@ -203,7 +203,7 @@ def _add_annotations(samples: VqaQuestions, annotations: str, places: dict[objec
 
 
 def _one(texts: dict[str, str], text: object) -> str:
-    """Returns the one object of `texts` that equals a text."""
+    """Returns the stored string that equals a text, so that equal texts share memory."""
     return texts.setdefault(str(text), str(text))
 
 

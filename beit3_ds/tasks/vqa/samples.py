@@ -133,7 +133,7 @@ def open_questions(source: SourceConfig) -> VqaQuestions:
 def build_stream(
     config: RunConfig, opened: list[VqaQuestions], vocabulary: AnswerVocabulary, tokenizer: TextTokenizer, split: Split
 ) -> Stream:
-    """Makes the stream of a split from its opened questions."""
+    """Builds the stream of a split from its opened questions."""
     view = build_pair_view(config, split)
     return Stream(
         ConcatSources(

@@ -1,4 +1,4 @@
-"""Implements questions about images as a task: a fused pair, and a choice among the most frequent answers."""
+"""Implements visual question answering as a task: a choice among the most frequent answers."""
 
 import functools
 from collections.abc import Mapping, Sequence
