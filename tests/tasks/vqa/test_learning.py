@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import easy_vqa
 import pytest
 
 from beit3_ds.sample_data.scenes import ask_questions, draw_image, draw_scene
@@ -103,7 +104,6 @@ def test_questions_about_drawn_scenes(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_what_questions_of_easy_vqa(tmp_path: Path) -> None:
     """Leaves its yes-or-no questions out: most of them can be answered without the image."""
-    easy_vqa = pytest.importorskip("easy_vqa")
     for split, questions, images in (
         ("train", easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()),
         ("validation", easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()),
