@@ -30,7 +30,7 @@ class Mix(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        """Returns the packed rows T."""
+        """Returns the number of packed rows, T."""
         return self.boundaries[3]
 
     @property

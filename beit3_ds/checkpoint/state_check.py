@@ -24,7 +24,7 @@ class HeldWeights(NamedTuple):
 
 
 def find_mismatch(weights: Iterable[HeldWeights], step: int) -> str | None:
-    """Compares samples of the saved and the held elements, and returns the first range where they differ.
+    """Compares samples of the saved and the held elements, and describes the first range where they differ.
 
     Args:
         weights: ranges to compare.

@@ -61,7 +61,7 @@ class StoredWeights(Protocol):
 
     @property
     def path(self) -> Path:
-        """Returns the file or folder."""
+        """Returns the file or folder of the weights."""
 
     @property
     def model(self) -> ModelConfig:

@@ -18,7 +18,7 @@ from beit3_ds.parallel import Mesh
 
 
 class CoupledStep:
-    """Computes the terms of one step and their gradients by the features, on the last stage of a pipeline.
+    """Computes a step's loss terms and their gradients with respect to the features; runs on the last stage.
 
     Every data-parallel rank gathers all features and computes the whole loss.
     """

@@ -168,7 +168,7 @@ class _MultiwayLayerNorm(torch.autograd.Function):
 def _forward_plain(
     x_TD: Tensor, stops: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
 ) -> list[Tensor]:
-    """Applies PyTorch's LayerNorm to chunks of each expert's rows and copies the results, from cache, to their place.
+    """Applies PyTorch's LayerNorm to chunks of each expert's rows, and copies each result while it is in the cache.
 
     Returns:
         h_TD, then the mean and 1 / deviation of each expert's rows, (rows, 1) each.

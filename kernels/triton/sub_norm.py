@@ -25,7 +25,7 @@ def _activate(x, GELU: tl.constexpr):
 
 @triton.jit
 def _place(stop_0, stop_1, stop_2, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Returns the expert, first row, rows and columns of a program's block, and which of these exist."""
+    """Returns the expert, first row, rows and columns of a program's block, and masks of existing rows and columns."""
     expert, first, stop = find_row_tile(tl.program_id(0), stop_0, stop_1, stop_2, ROWS)
     rows = tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -106,7 +106,7 @@ def time_opening(num_shards: int) -> str:
 
 
 def _write_corpora(folder: Path) -> DataConfig:
-    """Writes and prepares a text, and the same pairs as tars, as a folder and as COCO's annotations."""
+    """Writes and prepares a text corpus, and image-text pairs in three formats: tars, a folder, COCO's annotations."""
     (folder / "images").mkdir()
     annotations: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}
     for shard in range(_SHARDS):

@@ -73,7 +73,7 @@ def benchmark_data(json_path: str | None = None) -> str:
 
 
 def _write_images(folder: Path) -> list[bytes]:
-    """Writes the same JPEGs as a tar shard and as a folder with one class, and returns them."""
+    """Writes JPEGs twice, as a tar shard and as a folder with one class, and returns the JPEGs."""
     (folder / "class").mkdir()
     jpegs = [_photo(np.random.default_rng(i)) for i in range(_NUM_IMAGES)]
     with tarfile.open(folder / "images.tar", "w") as archive:

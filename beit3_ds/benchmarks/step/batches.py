@@ -74,7 +74,7 @@ def build_batch(config: RunConfig, number: int) -> PackedBatch:
 
 
 def describe_batch(batch: PackedBatch) -> Mapping[str, Any]:
-    """Returns the facts about a batch on which a figure depends."""
+    """Returns the sizes of a batch that influence its measured figures, by name."""
     return {
         "caption_tokens": batch.caption_lengths,
         "text_tokens": batch.text_lengths,

@@ -70,7 +70,7 @@ class Products:
 
     @property
     def flops(self) -> int:
-        """Returns the operations per step."""
+        """Returns the number of floating-point operations per step."""
         return sum(product.flops for layer in self.layers for product in (*layer.forward, *layer.backward))
 
     def run(self) -> None:

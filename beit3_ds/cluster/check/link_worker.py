@@ -81,7 +81,7 @@ class Worker:
         return rates
 
     def all_reduce(self, slowest: float) -> float:
-        """Returns the bus bandwidth of an all-reduce, in bits per second.
+        """Measures an all-reduce and returns its bus bandwidth in bits per second.
 
         Bus bandwidth counts the data on each link of a ring of n ranks: 2 (n - 1) / n times the tensor.
 

@@ -230,7 +230,7 @@ class Channel:
 
 
 async def connect(address: str, port: int) -> Channel:
-    """Returns a channel to a supervisor.
+    """Connects to a supervisor and returns the channel.
 
     Raises:
         OSError: if nothing answers.
