@@ -100,9 +100,9 @@ def read_hostfile(path: str | Path) -> Hostfile:
     """Reads a hostfile and looks up its names.
 
     Raises:
-        ConfigError: with file, line, rule and way out, if it cannot be read, if a line is not `NAME slots=RANKS`, or if
-            two lines have the same name or names with the same address. Names that cannot be looked up within two
-            seconds are not compared by address.
+        ConfigError: if the file cannot be read, if a line is not `NAME slots=RANKS`, or if two lines have the same name
+            or names with the same address. Names that cannot be looked up within two seconds are not compared by
+            address.
     """
     path = Path(path)
     try:

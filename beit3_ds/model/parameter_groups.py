@@ -117,7 +117,8 @@ def check_frozen(patterns: Sequence[str], names: Sequence[str]) -> None:
         names: logical names of all parameters.
 
     Raises:
-        ConfigError: naming the pattern and the modules of the model.
+        ConfigError: if a pattern matches nothing, or no parameter is left; the message names the pattern and the
+            model's modules.
     """
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):

@@ -1,4 +1,4 @@
-"""Checks variables of the environment that libraries read, before they fail on a wrong value in their own way."""
+"""Checks environment variables of libraries, so that a wrong value gives a clear error before the libraries read it."""
 
 import re
 import socket
@@ -12,10 +12,10 @@ _THREADS = re.compile(r"\s*0*[1-9][0-9]{0,5}\s*(,\s*0*[1-9][0-9]{0,5}\s*)*")
 
 
 def check_variables(environment: Mapping[str, str]) -> None:
-    """Refuses values that no machine accepts.
+    """Checks that OMP_NUM_THREADS and DS_ACCELERATOR have values that are valid on some machine.
 
     Raises:
-        ConfigError: naming the variable, its value and the rule.
+        ConfigError: if a value is invalid; the message names the variable, its value and the rule.
     """
     threads = environment.get("OMP_NUM_THREADS")
     if threads is not None and not _THREADS.fullmatch(threads):
@@ -32,10 +32,10 @@ def check_variables(environment: Mapping[str, str]) -> None:
 
 
 def check_this_machine(environment: Mapping[str, str]) -> None:
-    """Refuses values that do not fit this machine: a network interface or a device that it does not have.
+    """Checks that this machine has the network interfaces and the device that environment variables name.
 
     Raises:
-        ConfigError: naming the variable, its value and what this machine has.
+        ConfigError: if it does not; the message names the variable, its value and the available interfaces or devices.
     """
     present = [name for _, name in socket.if_nameindex()]
     for name in filter(None, environment.get("GLOO_SOCKET_IFNAME", "").split(",")):

@@ -60,7 +60,7 @@ def check_torchscale() -> None:
     """Checks that the reference's packages are installed in the right versions.
 
     Raises:
-        ConfigError: naming the command that installs the missing package.
+        ConfigError: if a package is missing or has another version; the message names the command that installs it.
     """
     for package, wanted in (("torchscale", TORCHSCALE), ("timm", None)):
         try:

@@ -48,7 +48,7 @@ def _variables_of_deepspeed(environment: Mapping[str, str]) -> dict[str, str]:
     """Reads the variables in the files `.deepspeed_env` of the home folder and of the working directory.
 
     Raises:
-        ConfigError: naming the line that sets no variable.
+        ConfigError: if a line sets no variable; the message names the line.
     """
     found: dict[str, str] = {}
     for folder in (Path.home(), Path()):

@@ -21,7 +21,7 @@ LAUNCHERS: tuple[Launcher, ...] = ("pdsh", "ssh", "openmpi", "mpich", "slurm")
 EQUAL_SLOTS: tuple[Launcher, ...] = ("mpich", "slurm")
 """Backends that start the same number of ranks on every host."""
 LAUNCHER_FOLDER = Path("/")
-"""Working directory of the launcher's commands, because DeepSpeed puts it on the hosts' lines; trainers have theirs."""
+"""Working directory of the launcher's commands; fixed, because DeepSpeed writes it into the hosts' command lines."""
 
 _GUARD = "beit3_ds.cluster.launch.rank_guard"
 _GUARD_FILE = Path(__file__).with_name("rank_guard.py")
@@ -32,7 +32,7 @@ _SSH_OPTIONS = (
     *("-o", "ServerAliveCountMax=3"),
 )
 _ON_LINES = ("PYTHONPATH", "PYTHONHOME", "PYTHONNOUSERSITE", "LD_LIBRARY_PATH")
-"""Variables that guards may need to start; DeepSpeed writes them on the hosts' lines."""
+"""Variables that guards may need to start; DeepSpeed writes them into the hosts' command lines."""
 _NAMES = frozenset(
     {
         *("HOME", "USER", "LOGNAME", "SHELL", "TERM", "LANG", "LC_ALL", "TZ", "TMPDIR", "PATH", "VIRTUAL_ENV"),
@@ -43,7 +43,7 @@ _OF_PROCESS_MANAGERS = (
     *("SLURM_", "PBS_", "LSB_", "FLUX_", "PDSH_"),
     *("OMPI_", "OPAL_", "PMIX_", "PRTE_", "PMI_", "HYDRA_", "MPIEXEC_", "I_MPI_", "PALS_"),
 )
-"""Beginnings of the names with which srun, mpirun and pdsh are configured."""
+"""Prefixes of the environment variables that configure srun, mpirun and pdsh."""
 _SECRETS_OF_PROCESS_MANAGERS = frozenset({"SLURM_JWT"})
 _PDSH_SSH_OPTIONS = ("PDSH_SSH_ARGS", "PDSH_SSH_ARGS_APPEND")
 
@@ -91,10 +91,10 @@ def guard_arguments(address: str, port: int, token: Path, keepalive_seconds: flo
 
 
 def launcher_environment(launcher: Launcher, environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment of the launcher's commands: variables that they need, and nothing else of this process.
+    """Returns the environment of the launcher's commands: only the variables of this process that they need.
 
-    Some launchers pass all of it to the hosts, so it holds no secrets. Folders with other than plain characters are
-    left out of PATH. The variables of the ranks are not among them (`forwarding`).
+    Some launchers pass their whole environment to the hosts, so it must hold no secrets. Folders whose names have
+    special characters are left out of PATH. The ranks' variables are sent separately (`forwarding`).
     """
     kept = {
         name: value
@@ -117,7 +117,7 @@ def launcher_environment(launcher: Launcher, environment: Mapping[str, str]) -> 
 def check_launcher(
     launcher: Launcher, hostfile: Hostfile, environment: Mapping[str, str], find: Callable[[str], str | None]
 ) -> None:
-    """Refuses hostfiles and options that DeepSpeed's launcher could not run, and words that shells would change.
+    """Checks that DeepSpeed's launcher can run a hostfile, and that shells will not change words of its commands.
 
     Args:
         launcher: the launcher's backend.

@@ -1,4 +1,4 @@
-"""Refuses words that a shell would change, for the lines that launchers pass to shells on the hosts.
+"""Checks the words of command lines that launchers pass to shells on the hosts: no shell may change them.
 
 DeepSpeed's launcher puts its Python, its variables and the guards' arguments on such lines. It quotes only words with
 blanks, in quotes that still expand `$( )`. A line therefore holds only words of these characters; guards receive
@@ -13,12 +13,12 @@ _NOT_PLAIN = re.compile(r"[^A-Za-z0-9_@+=:,./-]")  # without %, which pdsh repla
 
 
 def is_plain_word(word: str) -> bool:
-    """Returns whether a shell, and pdsh, pass a word on unchanged."""
+    """Returns whether shells and pdsh leave a word unchanged."""
     return word != "" and _NOT_PLAIN.search(word) is None
 
 
 def check_plain_word(word: str, what: str, way_out: str) -> None:
-    """Refuses a word that a shell might change.
+    """Checks that a word contains no character that a shell might change.
 
     Args:
         word: the word.
@@ -26,7 +26,7 @@ def check_plain_word(word: str, what: str, way_out: str) -> None:
         way_out: sentence with a way out.
 
     Raises:
-        ConfigError: with the first character that is refused.
+        ConfigError: if it contains one; the message shows the first.
     """
     if not word:
         raise ConfigError(f"launcher: {what} is empty, but the launcher writes it on a line for the hosts. {way_out}")
