@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 class Part(NamedTuple):
-    """Describes a part of the packed stream: rows of one modality, of paired or of single samples."""
+    """Describes a part of the packed stream: all rows of one modality that belong to pairs, or that do not."""
 
     modality: str
     """Modality, which is also the name of its expert."""
@@ -141,7 +141,7 @@ class SequenceLayout(RowLayout):
         return tuple(ranges)
 
     def first_rows(self, *parts: int) -> PickedRows:
-        """Returns the first row of every image or text of some parts: CLS of images, BOS of texts.
+        """Returns the first row of every image or text in the given parts: CLS of images, BOS of texts.
 
         Args:
             parts: indices of `PARTS`, ascending.

@@ -44,7 +44,7 @@ def fits_layout(config: RunConfig, world_size: int) -> bool:
 
 
 def nearest_layouts(config: RunConfig, world_size: int) -> list[RunConfig]:
-    """Returns the run under at most three other layouts of `world_size` ranks that fit, nearest first."""
+    """Returns at most three configurations whose layouts fit `world_size` ranks, most similar to the run's first."""
     keys = {key: value for key, value in config.deepspeed.items() if key not in BATCH_KEYS}
     asked = dataclasses.replace(config, deepspeed=keys)
     fitting = [candidate for candidate in _candidates(asked, world_size) if fits_layout(candidate, world_size)]

@@ -39,7 +39,7 @@ class EvaluationBatches:
         data_parallel_rank: int,
         data_parallel_size: int,
     ) -> None:
-        """Stores the opened streams; reads no sample yet.
+        """Stores its arguments; reads no sample yet.
 
         Args:
             config: the run's configuration; `training.eval_samples` limits the samples per stream.

@@ -61,10 +61,10 @@ def pack_inputs(
 
 
 def stack_views(views: Sequence[Tensor], size: int) -> Tensor:
-    """Stacks images into one tensor, (B, 3, size, size) float32, even if there are none."""
+    """Stacks images into one tensor, (B, 3, size, size) float32; B is 0 without images."""
     return torch.stack(list(views)) if views else torch.empty(0, 3, size, size)
 
 
 def concatenate(parts: Sequence[NDArray[np.int64]]) -> Tensor:
-    """Joins numbers into one tensor, (n,) int64, even if there are none."""
+    """Concatenates arrays of numbers into one tensor, (n,) int64; n is 0 without numbers."""
     return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *parts]))

@@ -41,7 +41,7 @@ class StepDataset(Dataset[StepBatch]):
         data_parallel_size: int,
         prefetch: PrefetchPlan,
     ) -> None:
-        """Stores the opened streams; reads no sample yet.
+        """Stores its arguments; reads no sample yet.
 
         Args:
             config: the run's configuration.

@@ -25,7 +25,7 @@ _GROUPS = (("images", "pairs"), ("texts",))  # streams that can share files
 
 
 def check_validation_apart(data: DataConfig, must_exist: bool = True) -> None:
-    """Refuses validation and test files that are also training files, whatever patterns or links name them.
+    """Refuses validation and test files that are also training files, even under another path or link.
 
     Files are compared by device and inode, and by the part of the file that a source reads (`SourceConfig.split`).
     Images are also compared with pairs, because training on an image without its caption would spoil validation of the

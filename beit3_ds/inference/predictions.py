@@ -34,9 +34,9 @@ class Prediction:
     title: str
     """Question, statement, text or name of the image, as the page's title."""
     lines: dict[str, str]
-    """What the page shows, by what it is."""
+    """Texts that the page shows, by their label."""
     record: dict[str, Any]
-    """What the JSON file holds."""
+    """Values of the prediction in the JSON file."""
 
 
 def caption_images(captioner: Captioner, images: Sequence[Path], search: BeamSearch) -> list[Prediction]:

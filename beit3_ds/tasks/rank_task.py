@@ -1,4 +1,4 @@
-"""Defines what the trainer needs of a task on one rank: opened samples, work around steps, evaluation and results."""
+"""Defines a task's part on one rank: its opened samples, its work before and after steps, evaluation and results."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -29,7 +29,7 @@ class ShownSample:
     title: str
     """Question, statement or name of the sample."""
     lines: Mapping[str, str]
-    """Answers by what they are, such as `model` and `people`."""
+    """Answers by their source, such as `model` and `people`."""
     is_right: bool | None = None
     """Whether the model is right; None if nobody can tell."""
 

@@ -16,11 +16,11 @@ class SampleResults:
     """Collects one row of results per sample, by the sample's number in its stream.
 
     Every rank adds the rows of its own batches; the main rank gets the rows of all ranks in the order of the samples.
-    So whatever is computed from them is identical to the digit on any number of ranks.
+    So all metrics computed from the rows are identical to the last digit on any number of ranks.
     """
 
     def __init__(self) -> None:
-        """Starts without rows."""
+        """Creates an empty collection of results."""
         self._numbers: list[Tensor] = []
         self._rows: dict[str, list[Rows]] = {}
 
@@ -64,7 +64,7 @@ class GatheredResults:
     """
 
     def __init__(self, numbers: Tensor, rows: Mapping[str, Rows]) -> None:
-        """Checks that no sample has two rows.
+        """Stores the rows, and checks that no sample has two.
 
         Raises:
             ConfigError: if a sample was evaluated twice.

@@ -102,7 +102,7 @@ class Quantizer(nn.Module):
         self.totals.zero_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves the buffers with the module, but keeps their types: near ties decide the code, and sums are long."""
+        """Moves the buffers with the module, but keeps their types: rounding would change codes and sums."""
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, buffer in before.items():

@@ -146,7 +146,7 @@ def _read_recipe(path: str | Path) -> Recipe | None:
 
 
 def _merge_sources(images: list[Any], pairs: list[Any]) -> list[Any]:
-    """Joins two lists of version 0.1, which trained on each source of both once, whatever its weight."""
+    """Joins two source lists of version 0.1, which trained once on each source and ignored the weights."""
     merged: list[Any] = []
     for source in (*images, *pairs):
         unweighted = {key: value for key, value in source.items() if key != "weight"}

@@ -14,7 +14,7 @@ _LAYER_NORM_EPSILON = 1e-6  # BEiT v2's value
 
 
 class Float32Linear(nn.Linear):
-    """Implements a linear layer that computes in float32, whatever the types of its input and of its parameters."""
+    """Implements a linear layer that always computes in float32, for inputs and parameters of any type."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns x @ weight.T + bias in float32."""

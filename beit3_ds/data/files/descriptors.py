@@ -148,7 +148,7 @@ def raise_open_file_limit(max_open_files: int) -> None:
 
 
 class _Recent(Generic[ItemT]):
-    """Holds items by path in the order of their last use; removing an item also releases it."""
+    """Caches items by path, ordered by their last use; releases an item when it is removed."""
 
     def __init__(self, release: Callable[[ItemT], None]) -> None:
         self._items: OrderedDict[str, ItemT] = OrderedDict()
@@ -181,7 +181,7 @@ class _Recent(Generic[ItemT]):
 
 
 def _forget(item: object) -> None:
-    """Does nothing, because a map is closed with the last array that uses it."""
+    """Does nothing: a memory map closes itself when the last array that uses it is deleted."""
 
 
 def _check_unchanged(descriptor: int, expected: tuple[int, int]) -> None:

@@ -1,4 +1,4 @@
-"""Recognises files by their first bytes, whatever their names, and lists the extensions of images."""
+"""Recognises the kind of a file by its first bytes instead of its name, and lists the extensions of images."""
 
 from beit3_ds.data.files.reading import open_for_reading
 

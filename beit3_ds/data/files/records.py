@@ -1,4 +1,4 @@
-"""Records that do not become samples: broken ones, and skipped ones that never were samples."""
+"""Defines the records of a source that yield no sample: broken samples, and skipped files, members and rows."""
 
 from typing import NamedTuple
 

@@ -119,7 +119,7 @@ class CollectedAnnotations(AnnotatedImages):
     """Collects samples that the readers in `annotations` add one after another."""
 
     def __init__(self, annotations: str, folder: str) -> None:
-        """Starts without samples; takes the arguments of `AnnotatedImages`."""
+        """Creates an empty collection; the arguments are as for `AnnotatedImages`."""
         self._paths, self._captions, self._image_numbers = CompactStrings(), CompactStrings(), array("q")
         super().__init__(annotations, folder, self._paths, self._captions, self._image_numbers, {}, array("q"))
 

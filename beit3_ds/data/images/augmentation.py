@@ -62,7 +62,7 @@ class Augmentation:
 
     @property
     def min_side(self) -> int | None:
-        """Returns the minimum shorter side of an image, in pixels, whose smallest crop fills the larger view."""
+        """Returns the pixels that an image's shorter side needs for its smallest crop to fill the larger view."""
         return smallest_side(max(self.image_size, self.tokenizer_image_size), self.min_crop_scale)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

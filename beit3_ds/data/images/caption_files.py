@@ -80,7 +80,7 @@ def read_karpathy(path: str, folder: str, split: str) -> CaptionedImages:
 
 
 def read_coco_images(path: str, folder: str) -> CaptionedImages:
-    """Reads files in COCO's form, such as those of nocaps (Agrawal et al., 2019, arXiv:1812.08658).
+    """Reads caption files in COCO's format, such as nocaps (Agrawal et al., 2019, arXiv:1812.08658).
 
     Args:
         path: JSON object with `images` (`id`, `file_name`) and `annotations` (`image_id`, `caption`). A test split has

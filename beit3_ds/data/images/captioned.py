@@ -17,7 +17,7 @@ class CaptionedImages(CollectedAnnotations):
     """
 
     def __init__(self, annotations: str, folder: str) -> None:
-        """Starts without images; takes the arguments of `AnnotatedImages`."""
+        """Creates an empty collection; the arguments are as for `AnnotatedImages`."""
         super().__init__(annotations, folder)
         self._identifiers, self._ends = CompactStrings(), array("q")
         self._image_lines = array("q")

@@ -1,4 +1,4 @@
-"""Transforms of an image into the one view that tasks other than pretraining read."""
+"""Transforms an image into the single view that tasks other than pretraining read."""
 
 # s pixels on a side of a view.
 
@@ -117,7 +117,7 @@ def build_train_view(config: RunConfig, flip_probability: float) -> AugmentedVie
 
 @dataclass(frozen=True, kw_only=True)
 class PairView:
-    """Chooses the transform of an image by its texts: a flip would make "left" and "right" wrong."""
+    """Chooses an image's transform by its texts: without flips if a text names a side, such as "left"."""
 
     usual: ImageTransform
     """Transform that may flip the image."""

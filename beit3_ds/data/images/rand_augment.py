@@ -36,7 +36,7 @@ OPERATIONS: dict[str, Operation] = {
     "translate y": lambda image, level, sign: _affine(image, down=sign * 0.45 * level * image.height),
     "rotate": _rotate,
 }
-"""Operations that keep what an image shows, and its left and right."""
+"""Operations that keep the meaning of an image, and do not swap its left and right."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from beit3_ds.data.files.records import Skipped
 
 
 class ImageSource(Protocol):
-    """Declares numbered images, with captions if the corpus has them.
+    """Declares the interface of numbered images, with captions if the corpus has them.
 
     The numbers are part of the data order, so they follow from the files alone, and broken samples keep theirs.
     Instances can be pickled, and read from several processes.

@@ -36,7 +36,7 @@ class TarMember(NamedTuple):
 
 
 class _Extended(NamedTuple):
-    """Holds what extended headers say about the next member."""
+    """Holds the fields of extended headers, which apply to the next member."""
 
     name: bytes | None = None
     size: int | None = None

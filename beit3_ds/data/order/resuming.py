@@ -17,7 +17,7 @@ _MAX_CHANGES = 100
 
 
 class Continued(NamedTuple):
-    """Holds the position of a resumed stream in the data that the run found."""
+    """Holds the position of a resumed stream, adapted to the sources that the run found."""
 
     position: StreamPosition
     changes: list[str]

@@ -76,7 +76,7 @@ class RunOrder:
         return lines
 
     def state_after(self, step: int) -> dict[str, Any]:
-        """Returns the positions after `step` steps, for a checkpoint; streams that the run leaves out keep theirs."""
+        """Returns the positions after `step` steps, for a checkpoint; unused streams keep their stored positions."""
         return self._absent | {name: self._position_after(name, step).to_json() for name in self._orders}
 
     def samples(self, stream: str, step: int, slots: range) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -109,7 +109,7 @@ def _skip_runs(positions: NDArray[np.int64], skipped: NDArray[np.int64]) -> NDAr
 
 
 def _kind(piece: str, starts_word: bool, ends_word: bool) -> int:
-    """Returns how a piece begins, ends or continues a sentence, as a sum of `_ENDS` and the other flags."""
+    """Returns flags (`_ENDS` and others, summed) that say how a piece begins, ends or continues a sentence."""
     if ends_word and piece.endswith(_SPACE):
         # White space follows, so any mark ends a sentence, whatever comes next.
         kind = _kind(piece[:-1], starts_word, ends_word=False) if piece != _SPACE else 0

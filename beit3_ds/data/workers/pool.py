@@ -32,7 +32,7 @@ class WorkerLossError(ConfigError):
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation(Generic[RequestT, ItemT]):
-    """Describes the work of a pool's workers, and the limits of the waits for it."""
+    """Describes the work of a pool's workers, and the time limits for their replies."""
 
     work: Callable[[RequestT, Callable[[str], None]], ItemT]
     """Function that prepares the item of a request and always gives the same item. It passes the name of each record

@@ -32,7 +32,7 @@ def _never() -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class WaitLimits:
-    """Says when a wait for data ends early."""
+    """Sets when a wait for data ends early: a time limit and a stop signal."""
 
     seconds: float
     """Longest wait, `data.timeout_seconds`."""
@@ -46,7 +46,7 @@ class WaitTimer:
     """Measures one wait and ends it at its limits."""
 
     def __init__(self, limits: WaitLimits) -> None:
-        """Starts the wait."""
+        """Starts the timer of a wait."""
         self._limits = limits
         self._start = time.monotonic()
         self._notice = _NOTICE_SECONDS
@@ -132,7 +132,7 @@ class ReaderThread:
         return results[0]
 
     def close(self) -> None:
-        """Ends the thread once it is idle."""
+        """Asks the thread to end once it is idle."""
         self._work.put(None)
         self._thread = None
 

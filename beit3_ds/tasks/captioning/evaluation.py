@@ -103,7 +103,7 @@ class DescribedSplit:
     """Joins the images of a split with the model's captions and predictions, on the main rank."""
 
     def __init__(self, stream: Stream, results: GatheredResults, search: BeamSearch | None) -> None:
-        """Joins images and results.
+        """Stores the images' source and the results.
 
         Args:
             stream: the split's samples.

@@ -34,7 +34,7 @@ class CaptionHead(Head):
         label_smoothing: float = 0.0,
         compares_tokens: bool = False,
     ) -> None:
-        """Builds the head with uninitialised parameters.
+        """Builds the layers of the head, with uninitialised parameters.
 
         Args:
             config: the model's sizes.
@@ -55,7 +55,7 @@ class CaptionHead(Head):
 
     @property
     def word_table(self) -> VocabParallelHead:
-        """Returns the layer whose matrix may be the word table."""
+        """Returns the output layer, whose matrix may be shared with the word embedding."""
         return self.mlm
 
     def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:

@@ -28,7 +28,7 @@ class DroppedTokens:
     """Computes the share of tokens that the current step drops from the loss; the same on all ranks."""
 
     def __init__(self, settings: CaptioningConfig) -> None:
-        """Starts before the first step."""
+        """Stores the settings; the current step is 0."""
         self._settings, self._step = settings, 0
 
     def begin(self, step: int) -> None:
@@ -43,7 +43,7 @@ class DroppedTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptioningRankTask(RankTask):
-    """Holds the captions of one rank."""
+    """Implements captioning on one rank, with its opened captions."""
 
     settings: CaptioningConfig
     """The task's settings."""
@@ -100,7 +100,7 @@ class Captioning(Task):
     )
 
     def __init__(self, config: RunConfig) -> None:
-        """Checks the settings.
+        """Checks the settings of the task against the model's sizes.
 
         Raises:
             ConfigError: if the model has too few positions for the captions that are to be written.

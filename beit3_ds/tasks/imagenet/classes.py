@@ -21,10 +21,10 @@ class ImageClass(NamedTuple):
 
 
 class ClassList:
-    """Holds classes by label; the label of a class is its place."""
+    """Holds the classes of images; the label of a class is its index in the list."""
 
     def __init__(self, classes: Iterable[ImageClass], where: str = "classes") -> None:
-        """Numbers the classes in their order.
+        """Stores the classes; the label of a class is its index in `classes`.
 
         Args:
             classes: the classes. Two may share a name, as ImageNet's cranes do; no model can tell them apart.

@@ -34,7 +34,7 @@ class LabelledImages:
     """Holds the images of a source with their labels; a label takes 4 bytes."""
 
     def __init__(self, source: ImageSource, labels: "array[int]") -> None:
-        """Joins images with their labels."""
+        """Stores the source of the images and the label of each image."""
         assert len(source) == len(labels), f"{len(labels)} labels for {len(source)} images"
         self.source, self.labels = source, labels
 

@@ -72,7 +72,7 @@ class ClassImages:
     mixing: Mixing | None = None
     """How images are mixed; None mixes none."""
     texts: Sequence[ClassText] | None = None
-    """Text of every class, of which each sample gets its own; None gives none."""
+    """Texts of all classes; each sample also gets the text of its class. None adds no texts."""
 
     def __len__(self) -> int:
         """Returns the number of images, broken ones included."""

@@ -31,7 +31,7 @@ _NUM_ON_PAGE = 60
 
 @dataclass(frozen=True, kw_only=True)
 class ImagenetRankTask(RankTask):
-    """Holds the classes, and this rank's share of their texts in evaluations."""
+    """Holds the classes, and the class texts that this rank encodes in evaluations."""
 
     classes: ClassList
     """The classes."""
@@ -75,7 +75,7 @@ class Imagenet(Task):
     )
 
     def __init__(self, config: RunConfig) -> None:
-        """Checks the settings and the streams; reads no file.
+        """Checks the task's settings and the run's streams; reads no file.
 
         Raises:
             ConfigError: if there is not one list of classes, or the class names of a step do not fit the head.

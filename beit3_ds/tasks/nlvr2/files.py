@@ -1,4 +1,4 @@
-"""Reads NLVR2's files as they are published, and statements about two images of one's own.
+"""Reads NLVR2's published files, and custom statements about two images in JSON lines.
 
 | format | file | images of an entry |
 |---|---|---|
@@ -34,7 +34,7 @@ class Statements:
     """Holds statements about two images each, with labels if the split has them."""
 
     def __init__(self, annotations: str, folder: str) -> None:
-        """Starts without statements.
+        """Creates an empty collection of statements.
 
         Args:
             annotations: path of the file of statements, for messages.

@@ -41,7 +41,7 @@ class MaskedModelingHeads(Head):
 
     @property
     def word_table(self) -> VocabParallelHead | None:
-        """Returns the MLM head, whose matrix may be the word table; None in a model without texts."""
+        """Returns the MLM head, whose matrix may be shared with the word embedding; None in a model without texts."""
         return self.mlm if "language" in self.config.modalities else None
 
     def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:

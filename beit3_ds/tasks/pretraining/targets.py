@@ -62,7 +62,7 @@ def with_masks(
 
 
 def with_visual_codes(batch: PackedBatch, codes_BN: Tensor) -> PackedBatch:
-    """Returns the batch with the codes of its masked patches, given those of all patches, (B, N) int64."""
+    """Selects the codes of masked patches from the codes of all patches, (B, N) int64; returns the batch with them."""
     assert codes_BN.shape == batch.patch_mask.shape, f"codes {tuple(codes_BN.shape)} for {batch.patch_mask.shape}"
     return dataclasses.replace(batch, targets={**batch.targets, VISUAL_CODES: codes_BN[batch.patch_mask]})
 

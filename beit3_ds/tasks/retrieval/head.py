@@ -54,7 +54,7 @@ class ContrastiveHead(Head):
     """
 
     def __init__(self, config: ModelConfig, tensor: TensorParallel | None = None) -> None:
-        """Builds the head with uninitialised parameters.
+        """Builds the layers of the head, with uninitialised parameters.
 
         Args:
             config: the model's sizes.

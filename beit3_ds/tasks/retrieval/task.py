@@ -27,7 +27,7 @@ from beit3_ds.tokenizers.text import load_text_tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalRankTask(RankTask):
-    """Holds the pairs of one rank."""
+    """Implements retrieval on one rank, with its opened image-text pairs."""
 
     shown_queries: int
     """Images and captions each that a page shows."""

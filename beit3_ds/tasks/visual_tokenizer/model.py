@@ -78,7 +78,7 @@ class TokenizerModel(VisualTokenizer, StageModel):
         return LossOutput((sums * loss_factors).sum(), sums.detach())
 
     def _apply(self, fn: Any, recurse: bool = True) -> "TokenizerModel":
-        """Keeps the mean of the teacher's features in float32 if the model is cast."""
+        """Moves or casts the model, except that the mean of the teacher's features stays in float32."""
         center = self.center
         super()._apply(fn, recurse)
         self.center = center.to(self.center.device)

@@ -20,7 +20,7 @@ def pack(
     sources: Mapping[str, int],
     visual: VisualTokenizerConfig,
 ) -> PackedBatch:
-    """Packs views, (3, image_size, image_size) each; every patch counts in every term.
+    """Packs views, (3, image_size, image_size) each; every patch contributes to every loss term.
 
     Args:
         samples: views of the images; there may be none.

@@ -32,7 +32,7 @@ _USAGE_IMAGES = 1024  # training images whose codes are counted at the end
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerRankTask(RankTask):
-    """Holds the teacher and the samples of one rank."""
+    """Implements the tokenizer's training on one rank, with its teacher and its opened samples."""
 
     run_config: RunConfig
     """Configuration of the run."""
@@ -128,7 +128,7 @@ class VisualTokenizerTask(Task):
     )
 
     def __init__(self, config: RunConfig) -> None:
-        """Checks the sections of the run.
+        """Checks the run's configuration for the keys that the task needs and the keys that it does not support.
 
         Raises:
             ConfigError: if the run lacks a key, or has one without a meaning for the tokenizer.

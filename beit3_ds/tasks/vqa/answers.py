@@ -77,10 +77,10 @@ def main_answer(answers: Sequence[str]) -> str:
 
 
 class AnswerVocabulary:
-    """Lists the answers that a model chooses from; the label of an answer is its place."""
+    """Holds the answers that a model chooses from; the label of an answer is its index in the list."""
 
     def __init__(self, answers: Iterable[str]) -> None:
-        """Numbers the answers in their order.
+        """Stores the answers; the label of an answer is its index in `answers`.
 
         Raises:
             ConfigError: if an answer occurs twice or is not in normal form, so that it could never be right.

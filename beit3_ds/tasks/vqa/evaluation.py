@@ -48,7 +48,7 @@ class AnsweredSplit:
     """Joins the questions of a split with the model's answers, on the main rank."""
 
     def __init__(self, batches: EvaluationBatches, results: GatheredResults, vocabulary: AnswerVocabulary) -> None:
-        """Joins questions and answers.
+        """Stores the questions' source, the results and the list of answers.
 
         Args:
             batches: the split's samples.

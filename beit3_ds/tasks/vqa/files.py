@@ -1,4 +1,4 @@
-"""Reads the files of VQAv2 and Visual Genome's questions as they are published, and questions of one's own.
+"""Reads the published files of VQAv2 and of Visual Genome's questions, and custom questions in JSON lines.
 
 | format | questions | answers | image of a question |
 |---|---|---|---|
@@ -71,7 +71,7 @@ class VqaQuestions(CollectedAnnotations):
         self._sample_types.append(self._type_numbers[types])
 
     def files(self) -> Iterator[SourceFile]:
-        """Yields the file of the questions, then those of answers and images.
+        """Yields the file of the questions, then the files of the answers and of the images.
 
         Raises:
             ConfigError: if a file is gone.

@@ -40,7 +40,7 @@ class AnswerHead(Head):
     """
 
     def __init__(self, config: ModelConfig, num_answers: int, tensor: TensorParallel | None = None) -> None:
-        """Builds the head with uninitialised parameters.
+        """Builds the layers of the head, with uninitialised parameters.
 
         Args:
             config: the model's sizes.

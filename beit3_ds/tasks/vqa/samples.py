@@ -106,7 +106,7 @@ class VqaSamples:
 
 
 def open_questions(source: SourceConfig) -> VqaQuestions:
-    """Opens a source of questions and checks what can be known before training.
+    """Opens a source of questions and checks its entries before training starts.
 
     Raises:
         ConfigError: if a file cannot be read, an image is missing, or a question is empty; names file and entry.

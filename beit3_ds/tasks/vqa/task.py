@@ -24,7 +24,7 @@ from beit3_ds.tokenizers.text import load_text_tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class VqaRankTask(RankTask):
-    """Holds the questions of one rank."""
+    """Implements visual question answering on one rank, with its opened questions."""
 
     settings: VqaConfig
     """The task's settings."""
@@ -57,13 +57,13 @@ class Vqa(Task):
     headline: ClassVar[Headline] = Headline("accuracy")
 
     def __init__(self, config: RunConfig) -> None:
-        """Loads the settings; the list of answers is known once the task is opened."""
+        """Loads the settings; `open` later determines the list of answers."""
         super().__init__(config)
         self._vocabulary: AnswerVocabulary | None = None
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """Returns the loss, binary cross entropy summed over answers, and the score of the best answer."""
+        """Returns two terms: the binary cross entropy summed over answers, and the score of the best answer."""
         return (
             Term("answers", "pairs", "questions: answers", unit="binary cross entropy, summed over answers (nats)"),
             Term("soft_accuracy", "pairs", "questions: score of the answer", weight=0.0, unit="share"),
