@@ -30,8 +30,10 @@ RESULTS, PAGE = "captions.json", "captions.html"
 def describe_missing_generation(evaluator: Evaluator) -> str:
     """Returns why this layout cannot write captions; empty if it can."""
     mesh, model = evaluator.mesh, evaluator.model
-    if mesh.tensor.size > 1 or mesh.pipeline.size > 1:
-        return "the model is divided over tensor-parallel or pipeline ranks"
+    if mesh.pipeline.size > 1:
+        return "pipeline stages divide the model"
+    if mesh.tensor.divides_rows:
+        return "sequence parallelism divides the rows of captions"
     if not isinstance(model, TaskModel) or any(not parameter.numel() for parameter in model.parameters()):
         return "ZeRO-3 divides the parameters"
     return ""
@@ -60,7 +62,13 @@ def predict_split(
     """
     results = SampleResults()
     for batch, logits_MV in evaluator.predict(evaluator.batches(split)):
-        if logits_MV is None or evaluator.mesh.tensor.rank:
+        if logits_MV is None:
+            continue
+        captions = []
+        if search is not None:  # tensor-parallel ranks write them together
+            assert isinstance(evaluator.model, TaskModel) and batch.pixels is not None and tokenizer is not None
+            captions = generate(evaluator.model, batch.pixels, tokenizer, search)
+        if evaluator.mesh.tensor.rank:
             continue
         counts_P, targets_M = batch.targets[NUM_MASKED], batch.targets[TARGET_IDS]
         loss_M = smoothed_loss(logits_MV, targets_M, label_smoothing)
@@ -68,8 +76,7 @@ def predict_split(
         rows: dict[str, Tensor | list[str]] = {"masked": counts_P}
         rows |= {"loss": _sums(loss_M, counts_P), "found": _sums(found_M, counts_P)}
         if search is not None:
-            assert isinstance(evaluator.model, TaskModel) and batch.pixels is not None and tokenizer is not None
-            captions = generate(evaluator.model, batch.pixels, tokenizer, search)
+            assert tokenizer is not None
             rows["caption"] = [tokenizer.decode(caption.ids) for caption in captions]
             rows["length"] = torch.tensor([len(caption.ids) for caption in captions], dtype=torch.int64)
         results.add(batch.targets[NUMBERS], **rows)

@@ -59,8 +59,8 @@ class CaptioningRankTask(RankTask):
     def evaluate(self, evaluator: Evaluator, split: Split, folder: Path | None) -> dict[str, float]:
         """Predicts the masked words of all captions of a split, and writes captions where the settings say so.
 
-        Captions need the whole model on every rank. Elsewhere the metrics are those of masked words alone, and a line
-        says why.
+        Where the model is divided so that no captions can be written, the metrics are those of masked words alone, and
+        a line says why.
         """
         settings, search = self.settings, None
         if settings.generation == "always" or (settings.generation == "at_end" and folder is not None):

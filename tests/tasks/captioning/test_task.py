@@ -9,6 +9,7 @@ import pytest
 from beit3_ds.config import TextTokenizerConfig
 from beit3_ds.sample_data.write_scenes import write_scenes
 from beit3_ds.tokenizers.text import train_text_tokenizer
+from tests.ranks import run_ranks
 from tests.tasks.fine_tuning import (
     ALL,
     COVERING,
@@ -18,6 +19,7 @@ from tests.tasks.fine_tuning import (
     check_layout_trains_the_same,
     check_metrics_do_not_depend_on_ranks,
     check_resumes_bit_for_bit,
+    evaluate,
     figures,
     run_mapping,
     train_layout,
@@ -103,6 +105,22 @@ def test_captions_do_not_depend_on_the_ranks(
     captions = json.loads((written / "captions.json").read_text())
     assert [entry["image_id"] for entry in captions] == [entry["cocoid"] for entry in images if entry["split"] == "val"]
     assert (written / "captions.html").read_text().count("<img") == 5
+
+
+def test_tensor_parallel_ranks_write_the_same_captions(
+    write_config: WriteConfig, one_process: Path, tmp_path: Path
+) -> None:
+    weights, written = str(one_process / "run"), []
+    for ranks in (1, 2):
+        layout: Layout = (ranks, 0, 1, {"tensor_parallel_size": ranks})
+        mapping = json.loads(writing(write_config)(tmp_path / str(ranks), layout).read_text())
+        mapping["beit3_ds"]["task"]["length_penalty"] = 10.0  # longer captions than a model of four steps would write
+        config = write_json(tmp_path / str(ranks), mapping)
+        arguments = [str(config), "--weights", weights, "--out", str(tmp_path / str(ranks) / "out")]
+        assert run_ranks(evaluate, ranks, arguments) == [0] * ranks
+        written.append(json.loads((tmp_path / str(ranks) / "out" / "captions.json").read_text()))
+    assert written[0] == written[1]
+    assert all(entry["caption"] for entry in written[0])
 
 
 def test_layouts_that_cannot_write_captions_say_so(
