@@ -1,17 +1,22 @@
 """Reads files of tensors from other projects without running any code in them."""
 
 import argparse
+import os
 import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from beit3_ds.config import ConfigError
+from beit3_ds.regular_file import open_regular
+from beit3_ds.safetensors_header import check_safetensors
+
+_MAX_PICKLE_BYTES = 1 << 23  # of names, shapes and options; files of a thousand tensors have 200 kB
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -59,14 +64,18 @@ def read_tensors_with_note(path: str | Path, note_key: str | None) -> tuple[dict
 
 def _load_safetensors(path: Path, note_key: str | None) -> tuple[object, str | None]:
     try:
-        with safe_open(path, "pt") as file:
-            note = (file.metadata() or {}).get(note_key) if note_key else None
+        note = check_safetensors(path).metadata.get(note_key) if note_key else None
         return load_file(path), note
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{path} cannot be read as a file of tensors: {error}") from error
 
 
 def _load_torch(path: Path) -> object:
+    try:
+        os.close(open_regular(path))
+        _check_archive(path)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"{path} cannot be read as a file of tensors: {error}") from error
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # plain data; training scripts save their options
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -78,6 +87,18 @@ def _load_torch(path: Path) -> object:
     except Exception as error:  # torch's reader raises nearly anything on damaged bytes, AssertionError included
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ConfigError(f"{path} cannot be read as a file of tensors: {reason}") from error
+
+
+def _check_archive(path: Path) -> None:
+    """Refuses an archive that torch would decompress, or whose description of the tensors is too large."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+                raise ValueError(f"{member.filename[:80]!r} in it is compressed, which torch does not write")
+            if member.filename.endswith("data.pkl") and member.file_size > _MAX_PICKLE_BYTES:
+                raise ValueError(f"its description has {member.file_size} bytes, more than {_MAX_PICKLE_BYTES}")
 
 
 def _unsafe_names(path: Path) -> str:

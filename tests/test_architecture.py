@@ -23,20 +23,31 @@ ARROWS: dict[str, set[str]] = {
     "rank_names": set(),
     "storage_error": set(),
     "sample_data": set(),
-    "untrusted_file": {"config"},
+    "regular_file": set(),
+    "untrusted_json": set(),
+    "safetensors_header": {"regular_file", "untrusted_json"},
+    "untrusted_file": {"config", "regular_file", "safetensors_header"},
     "parallel": {"config", "kernels", "rank_names", "storage_error"},
-    "tokenizers": {"atomic_file", "config", "parallel", "positions", "untrusted_file"},
+    "tokenizers": {
+        *("atomic_file", "config", "parallel", "positions", "safetensors_header", "untrusted_file", "untrusted_json"),
+    },
     "data": {"atomic_file", "batch", "config", "cores", "printing", "storage_error", "tokenizers"},
     "preprocess": {"data"},
-    "model": {"batch", "config", "kernels", "layout", "parallel", "positions"},
+    "model": {
+        *("batch", "config", "kernels", "layout", "parallel", "positions", "regular_file", "safetensors_header"),
+        "untrusted_json",
+    },
     "picture": {"atomic_file"},
     "tasks": {
         *("atomic_file", "batch", "config", "data", "layout", "model", "parallel", "picture", "printing"),
         *("storage_error", "tokenizers"),
     },
     "pipeline": {"batch", "config", "model", "parallel"},
-    "checkpoint": {"batch", "config", "cores", "model", "parallel", "printing", "storage_error"},
-    "weights": {"checkpoint", "config", "model", "positions", "tasks", "untrusted_file"},
+    "checkpoint": {
+        *("batch", "config", "cores", "model", "parallel", "printing", "regular_file", "safetensors_header"),
+        *("storage_error", "untrusted_json"),
+    },
+    "weights": {"checkpoint", "config", "model", "positions", "printing", "tasks", "untrusted_file", "untrusted_json"},
     # Users' classes around trained weights: files in, answers out. Only commands stand above.
     "inference": {
         *("atomic_file", "batch", "config", "data", "layout", "model", "parallel", "preprocess", "tasks"),

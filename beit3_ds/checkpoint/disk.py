@@ -6,6 +6,8 @@ import threading
 from pathlib import Path
 from types import TracebackType
 
+from beit3_ds.regular_file import open_regular
+
 _CHUNK_BYTES = 1 << 24
 _SYNC_BYTES = 1 << 26
 
@@ -99,6 +101,6 @@ def sync_folder(folder: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file on disk, in hexadecimal."""
-    with open(path, "rb") as file:
+    """Returns the SHA-256 of a regular file on disk, in hexadecimal."""
+    with open(open_regular(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

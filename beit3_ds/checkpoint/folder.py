@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -191,9 +192,12 @@ def check_files(path: Path, index: Index) -> None:
     """
     for name, written in index.files.items():
         try:
-            size = (path / name).stat().st_size
+            status = (path / name).lstat()
         except OSError:
             raise BrokenIndexError(f"{name} is missing") from None
+        if not stat.S_ISREG(status.st_mode):
+            raise BrokenIndexError(f"{name} is not a regular file")
+        size = status.st_size
         if size != written.num_bytes:
             raise BrokenIndexError(f"{name} has {size} bytes instead of {written.num_bytes}")
 

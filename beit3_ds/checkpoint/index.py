@@ -15,7 +15,10 @@ in its own dtype.
 """
 
 import hashlib
+import itertools
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +31,15 @@ from beit3_ds.checkpoint.slices import TensorSlice, whole_slice
 from beit3_ds.checkpoint.tensor_file import WrittenFile
 from beit3_ds.config.renamed_keys import with_new_keys
 from beit3_ds.model.renamed_tensors import stored_names
+from beit3_ds.regular_file import read_regular
+from beit3_ds.untrusted_json import (
+    MAX_JSON_BYTES,
+    check_count,
+    check_list,
+    check_object,
+    check_text,
+    parse_untrusted_json,
+)
 
 INDEX_NAME = "index.json"
 FORMAT = "beit3_ds checkpoint"
@@ -44,6 +56,10 @@ BEST = "best"
 """Key in `Index.data` of the best evaluation, an object with a `step`; that step's checkpoint is never deleted."""
 BUFFERS = "buffers"
 """Kind of file that holds persistent buffers."""
+
+_FILE_NAME = re.compile(rf"({'|'.join((*FILE_KINDS, BUFFERS))})-[0-9]{{5,9}}\.safetensors")
+_BYTES_PER_FILE = 1 << 16  # of the index, above its limit in a folder without files; a rank's pieces take less
+_SHOWN = 80  # most characters of a name in a message
 
 
 class Piece(NamedTuple):
@@ -127,44 +143,87 @@ def read_index(folder: Path) -> Index:
     """Reads and checks the index of a checkpoint's folder without opening the other files.
 
     Raises:
-        BrokenIndexError: if the index is missing or invalid; the message describes the fault in a few words.
+        BrokenIndexError: with what is wrong, in a few words.
     """
     try:
-        return _parse(json.loads((folder / INDEX_NAME).read_bytes()))
+        limit = MAX_JSON_BYTES + _BYTES_PER_FILE * len(os.listdir(folder))
+        content = parse_untrusted_json(
+            read_regular(folder / INDEX_NAME, limit, follow_links=False), limit, has_constants=True
+        )
+        return _parse(check_object(content))
     except BrokenIndexError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except OSError:
         raise BrokenIndexError(f"no readable {INDEX_NAME}") from None
+    except KeyError as error:
+        raise BrokenIndexError(f"no readable {INDEX_NAME}: it has no {error}") from None
+    except (ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
+        raise BrokenIndexError(f"no readable {INDEX_NAME}: {error}") from None
 
 
 def _parse(content: dict[str, Any]) -> Index:
     digest = content.pop("sha256")
     if (content["format"], content["version"]) != (FORMAT, VERSION):
-        raise BrokenIndexError(f"{INDEX_NAME} is of format {content['format']!r}, version {content['version']!r}")
+        shown = str(content["format"])[:_SHOWN], str(content["version"])[:_SHOWN]
+        raise BrokenIndexError(f"{INDEX_NAME} is of format {shown[0]!r}, version {shown[1]}")
     if hashlib.sha256(_serialize(content)).hexdigest() != digest:
         raise BrokenIndexError(f"{INDEX_NAME} was changed: its digest is another")
-    content["config"] = with_new_keys(content["config"])
-    names = stored_names(content["tensors"])
-    tensors = {name: content["tensors"][stored] for name, stored in names.items()}
+    content["config"] = with_new_keys(check_object(content["config"]))
+    names = stored_names(check_object(content["tensors"]))
+    tensors = {name: check_object(content["tensors"][stored]) for name, stored in names.items()}
     index = Index(
-        step=content["step"],
-        optimizer_step=content["optimizer_step"],
-        run=RunDescription(**{name: content[name] for name in RunDescription.__dataclass_fields__}),
-        shapes={name: torch.Size(tensor["shape"]) for name, tensor in tensors.items()},
+        step=check_count(content["step"]),
+        optimizer_step=check_count(content["optimizer_step"]),
+        run=_parse_run(content),
+        shapes={name: _parse_shape(tensor["shape"]) for name, tensor in tensors.items()},
         pieces={
-            name: [Piece(rank, TensorSlice(*part)) for rank, *part in tensor["pieces"]]
-            for name, tensor in tensors.items()
+            name: [_parse_piece(piece) for piece in check_list(tensor["pieces"])] for name, tensor in tensors.items()
         },
-        files={name: WrittenFile(*file) for name, file in content["files"].items()},
-        buffers={
-            name: StoredBuffer(rank, dtype, tuple(shape))
-            for name, (rank, dtype, shape) in content.get(BUFFERS, {}).items()
-        },
-        data=content.get("data", {}),
+        files={_parse_file_name(name): _parse_file(file) for name, file in check_object(content["files"]).items()},
+        buffers={name: _parse_buffer(buffer) for name, buffer in check_object(content.get(BUFFERS, {})).items()},
+        data=check_object(content.get("data", {})),
         old_names={name: stored for name, stored in names.items() if name != stored},
     )
     check_cover(index.shapes, index.pieces)
     return index
+
+
+def _parse_run(content: Mapping[str, Any]) -> RunDescription:
+    for key in ("tokenizers", "versions"):
+        for value in check_object(content[key]).values():
+            check_text(value)
+    check_object(content["model"])
+    check_text(content["layout"])
+    for section in ("task", "training", "data", "parallel", "tokenizers"):
+        check_object(content["config"].get(section, {}))
+    return RunDescription(**{name: content[name] for name in RunDescription.__dataclass_fields__})
+
+
+def _parse_shape(shape: Any) -> torch.Size:
+    return torch.Size(check_count(value) for value in check_list(shape))
+
+
+def _parse_piece(piece: Any) -> Piece:
+    rank, *part = check_list(piece, 5)
+    check_count(rank)
+    top, bottom, left, right = map(check_count, part)
+    return Piece(rank, TensorSlice(top, bottom, left, right))
+
+
+def _parse_file_name(name: str) -> str:
+    if not _FILE_NAME.fullmatch(name):
+        raise ValueError(f"it names {name[:_SHOWN]!r}, which is no file of a checkpoint")
+    return name
+
+
+def _parse_file(file: Any) -> WrittenFile:
+    num_bytes, digest = check_list(file, 2)
+    return WrittenFile(check_count(num_bytes), check_text(digest))
+
+
+def _parse_buffer(buffer: Any) -> StoredBuffer:
+    rank, dtype, shape = check_list(buffer, 3)
+    return StoredBuffer(check_count(rank), check_text(dtype), tuple(_parse_shape(shape)))
 
 
 def check_cover(shapes: Mapping[str, torch.Size], pieces: Mapping[str, Sequence[Piece]]) -> None:
@@ -177,19 +236,21 @@ def check_cover(shapes: Mapping[str, torch.Size], pieces: Mapping[str, Sequence[
         bounds, parts = whole_slice(shape), [piece.part for piece in pieces[name]]
         num_elements = sum(part.num_elements for part in parts)
         inside = all(part.intersection(bounds) == part for part in parts)
-        if not inside or num_elements != bounds.num_elements or _overlap(parts):
-            raise BrokenIndexError(f"the pieces of {name} do not cover it once")
+        if not inside or num_elements != bounds.num_elements or not _cover_oddly(bounds, parts):
+            raise BrokenIndexError(f"the pieces of {name[:_SHOWN]} do not cover it once")
 
 
-def _overlap(parts: Sequence[TensorSlice]) -> bool:
-    """Returns whether any two of the slices share an element, with a sweep over the rows."""
-    active: list[TensorSlice] = []
-    for part in sorted(parts):
-        active = [other for other in active if other.bottom > part.top]
-        if any(part.intersection(other) for other in active):
-            return True
-        active.append(part)
-    return False
+def _cover_oddly(bounds: TensorSlice, parts: Sequence[TensorSlice]) -> bool:
+    """Returns whether slices cover each element of `bounds` an odd number of times, and no other element.
+
+    That is so if each corner belongs to an even number of slices and bounds. Slices that have together as many elements
+    as `bounds` then cover each of them once. Takes time linear in their number.
+    """
+    odd: set[tuple[int, int]] = set()
+    for part in (bounds, *parts):
+        for corner in itertools.product((part.top, part.bottom), (part.left, part.right)):
+            odd ^= {corner}
+    return not odd
 
 
 def file_name(kind: str, rank: int) -> str:

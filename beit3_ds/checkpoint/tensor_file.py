@@ -16,19 +16,11 @@ from torch import Tensor
 
 from beit3_ds.checkpoint.disk import NewFile
 from beit3_ds.checkpoint.slices import matrix_shape
+from beit3_ds.regular_file import open_regular
+from beit3_ds.safetensors_header import DTYPES, read_header
 
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 8
-_LARGEST_HEADER = 1 << 30  # bytes; a greater length is not that of a header
 
 
 class TensorEntry(NamedTuple):
@@ -70,7 +62,7 @@ def write_tensor_file(
     offset = 0
     for name, dtype, shape in entries:
         size = torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
@@ -103,26 +95,16 @@ class TensorFile:
             OSError: if it cannot be read.
         """
         self.path = path
-        self._file = open(path, "rb")  # noqa: SIM115 - closed by `close`
+        self._descriptor = open_regular(path, follow_links=False)
         try:
-            length = int.from_bytes(self._read_bytes(0, bytearray(8)), "little")
-            if length > _LARGEST_HEADER:
-                raise ValueError
-            header = json.loads(bytes(self._read_bytes(8, bytearray(length))))
-            self.metadata: dict[str, str] = header.pop("__metadata__", {})
-            self._data, names = 8 + length, {written: dtype for dtype, written in _DTYPES.items()}
-            self._places = {name: entry["data_offsets"] for name, entry in header.items()}
-            self.entries = {
-                name: TensorEntry(name, names[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()
-            }
-            """The file's tensors by name."""
-            for name, entry in self.entries.items():
-                start, stop = self._places[name]
-                if start < 0 or stop - start != torch.Size(entry.shape).numel() * entry.dtype.itemsize:
-                    raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError):
-            self._file.close()
-            raise BrokenTensorFileError(f"{path} is not a whole safetensors file") from None
+            header = read_header(self._descriptor)
+        except ValueError as error:
+            os.close(self._descriptor)
+            raise BrokenTensorFileError(f"{path} is not a whole safetensors file: {error}") from None
+        self.metadata = header.metadata
+        self._starts = {name: tensor.start for name, tensor in header.tensors.items()}
+        self.entries = {name: TensorEntry(name, found.dtype, found.shape) for name, found in header.tensors.items()}
+        """The file's tensors by name."""
 
     def read(self, name: str) -> Tensor:
         """Returns a whole tensor.
@@ -159,22 +141,21 @@ class TensorFile:
         assert (target.dtype, columns) == (entry.dtype, matrix_shape(torch.Size(entry.shape))[1]), (
             f"{name} does not fit"
         )
-        self._read_bytes(self._data + self._places[name][0] + top * columns * entry.dtype.itemsize, _bytes_of(target))
+        self._read_bytes(self._starts[name] + top * columns * entry.dtype.itemsize, _bytes_of(target))
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        os.close(self._descriptor)
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self.entries:
             raise BrokenTensorFileError(f"{self.path} has no tensor {name!r}")
         return self.entries[name]
 
-    def _read_bytes(self, offset: int, target: bytearray | memoryview) -> bytearray | memoryview:
-        view, done = memoryview(target), 0
+    def _read_bytes(self, offset: int, target: memoryview) -> None:
+        view, done = target, 0
         while done < len(view):
-            count = os.preadv(self._file.fileno(), [view[done:]], offset + done)
+            count = os.preadv(self._descriptor, [view[done:]], offset + done)
             if count == 0:
                 raise BrokenTensorFileError(f"{self.path} ends at {offset + done} bytes, inside a tensor")
             done += count
-        return target

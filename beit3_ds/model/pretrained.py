@@ -17,6 +17,9 @@ from beit3_ds.config import ConfigError, ModelConfig
 from beit3_ds.config.strict import load_section
 from beit3_ds.model.renamed_tensors import stored_names
 from beit3_ds.positions import interpolate_positions
+from beit3_ds.regular_file import read_regular
+from beit3_ds.safetensors_header import check_safetensors
+from beit3_ds.untrusted_json import MAX_JSON_BYTES, check_count, check_object, check_text, parse_untrusted_json
 
 INDEX_NAME = "model.safetensors.index.json"
 """Name of the index of a sharded folder, which maps each tensor to its file."""
@@ -158,16 +161,15 @@ def parse_task(value: Any) -> dict[str, Any] | None:
         TypeError: if it is no object with a name.
     """
     if value is not None and not (isinstance(value, dict) and isinstance(value.get("name"), str)):
-        raise TypeError(f"the task {value!r} has no name")
+        raise TypeError(f"the task {str(value)[:80]!r} has no name")
     return value
 
 
 def is_pretrained_file(file: Path) -> bool:
     """Returns whether a file has the header of exported weights."""
     try:
-        with safe_open(file, "pt") as reader:
-            return _METADATA_KEY in (reader.metadata() or {})
-    except (OSError, SafetensorError):
+        return _METADATA_KEY in check_safetensors(file).metadata
+    except (OSError, ValueError):
         return False
 
 
@@ -229,16 +231,20 @@ def _weight_files(path: Path) -> list[Path]:
             "`beit3 import` or a training run wrote."
         )
     try:
-        weight_map = json.loads((path / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
-        return [path / name for name in sorted(set(weight_map.values()))]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        content = check_object(parse_untrusted_json(read_regular(path / INDEX_NAME, MAX_JSON_BYTES)))
+        names = {check_text(name) for name in check_object(content["weight_map"]).values()}
+        if outside := next((name for name in names if name in ("", ".", "..") or "/" in name or "\0" in name), None):
+            raise ValueError(f"it names the file {outside[:80]!r} outside its folder")
+        return [path / name for name in sorted(names)]
+    except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{path / INDEX_NAME} cannot be read ({error!r}). Export the weights again.") from error
 
 
 def _open(file: Path) -> Any:
     try:
+        check_safetensors(file)
         return safe_open(file, "pt")
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(
             f"{file} is not a readable safetensors file ({error}). Name a file that `beit3 export` or `beit3 import` "
             f"wrote; released .pth files go through `beit3 import` first."
@@ -252,8 +258,8 @@ def _parse_header(path: Path, text: str | None) -> tuple[ModelConfig, int, dict[
             f"weights with `beit3 import {path} OUT.safetensors`."
         )
     try:
-        header = json.loads(text)
-        version, model, step = header["format_version"], header["model"], int(header["step"])
+        header = check_object(parse_untrusted_json(text))
+        version, model, step = header["format_version"], header["model"], check_count(header["step"])
         task = parse_task(header.get("task"))
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: its header cannot be read ({error!r}). Export the weights again.") from error

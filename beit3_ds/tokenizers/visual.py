@@ -10,7 +10,6 @@ from typing import Any
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model
 from torch import Tensor, nn
 
@@ -18,8 +17,10 @@ from beit3_ds.atomic_file import atomic_write
 from beit3_ds.config import ConfigError, RunConfig, VisualTokenizerConfig
 from beit3_ds.config.renamed_keys import without_tokenizer_keys
 from beit3_ds.config.strict import load_section
+from beit3_ds.safetensors_header import check_safetensors
 from beit3_ds.tokenizers.quantizer import Quantizer
 from beit3_ds.tokenizers.vit import Float32Linear, VisionTransformer, initialize_linear_layers
+from beit3_ds.untrusted_json import check_object, parse_untrusted_json
 
 _METADATA_KEY = "beit3_ds.visual_tokenizer"
 
@@ -167,8 +168,6 @@ def _read_description(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"tokenizers.visual: {path} does not exist (looked in {Path.cwd()}). {remedy}")
     try:
-        with safe_open(path, framework="pt") as file:
-            description: dict[str, Any] = json.loads(file.metadata()[_METADATA_KEY])
-            return description
-    except (SafetensorError, KeyError, TypeError):
+        return check_object(parse_untrusted_json(check_safetensors(path).metadata[_METADATA_KEY]))
+    except (OSError, ValueError, KeyError):
         raise ConfigError(f"tokenizers.visual: {path} is not a visual tokenizer of this project. {remedy}") from None

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from beit3_ds.config import ConfigError, ModelConfig
 from beit3_ds.config.strict import load_section
 from beit3_ds.model.pretrained import parse_task
+from beit3_ds.untrusted_json import check_count, check_object, parse_untrusted_json
 
 NOTE_KEY = "beit3_ds_export"
 """Key of the note: next to the state dict in torch's files, in the metadata of safetensors files."""
@@ -43,11 +44,11 @@ def parse_note(text: str, where: str) -> ExportNote:
         ConfigError: if it cannot be parsed, or a version of this program with other settings wrote it.
     """
     try:
-        fields = json.loads(text)
+        fields = check_object(parse_untrusted_json(text))
         return ExportNote(
             format=str(fields["format"]),
             model=load_section(ModelConfig, fields["model"], f"{where}: model"),
-            step=int(fields["step"]),
+            step=check_count(fields["step"]),
             has_extras=bool(fields["has_extras"]),
             task=parse_task(fields.get("task")),
         )

@@ -60,7 +60,7 @@ def test_cut_and_foreign_files_are_refused(tmp_path: Path) -> None:
         with pytest.raises(BrokenTensorFileError):
             TensorFile(path)
     path.write_bytes(content[:-1])
-    with pytest.raises(BrokenTensorFileError, match="inside a tensor"):
+    with pytest.raises(BrokenTensorFileError, match="it has 495 bytes instead of 496"):
         TensorFile(path).read(list(TENSORS)[-1])
     path.write_bytes(b"PK\x03\x04" * 100)
     with pytest.raises(BrokenTensorFileError, match="not a whole safetensors file"):

@@ -82,7 +82,11 @@ def is_inside(path: str, folder: str) -> bool:
 
 
 def list_folders(base: str) -> Iterator[str]:
-    """Yields a folder and all visible folders below it, following links; yields each real folder only once."""
+    """Yields a folder and all visible folders below it, following links; yields each real folder only once.
+
+    A link to a folder that contains `base` is not followed, because it would lead through all that is around `base`.
+    """
+    top = os.path.join(os.path.realpath(base or os.curdir), "")
     seen: set[tuple[int, int]] = set()
     folders, links = [base], list[str]()
     while folders or links:
@@ -101,7 +105,7 @@ def list_folders(base: str) -> Iterator[str]:
         yield folder
         for entry in entries:
             if entry.is_symlink():
-                if os.path.isdir(entry.path):
+                if os.path.isdir(entry.path) and not top.startswith(os.path.join(os.path.realpath(entry.path), "")):
                     heapq.heappush(links, os.path.join(folder, entry.name))
             elif entry.is_dir():
                 folders.append(os.path.join(folder, entry.name))

@@ -1,0 +1,40 @@
+"""Opens files that others wrote without waiting for pipes and without reading devices."""
+
+import os
+import stat
+from pathlib import Path
+
+
+def open_regular(path: str | Path, *, follow_links: bool = True) -> int:
+    """Opens a regular file for reading and returns its descriptor.
+
+    Args:
+        path: the file.
+        follow_links: whether the last part of the path may be a link.
+
+    Raises:
+        OSError: if there is no such file, or it is a folder, a pipe, a socket or a device.
+    """
+    links = 0 if follow_links else os.O_NOFOLLOW
+    # Opening a pipe would wait for its other end.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | links)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"{path} is not a regular file")
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def read_regular(path: str | Path, limit: int, *, follow_links: bool = True) -> bytes:
+    """Returns the content of a regular file of at most `limit` bytes.
+
+    Raises:
+        OSError: as `open_regular` does, or if the file is longer.
+    """
+    with open(open_regular(path, follow_links=follow_links), "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise OSError(f"{path} has more than {limit} bytes")
+    return data

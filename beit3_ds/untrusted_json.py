@@ -1,0 +1,108 @@
+"""Parses JSON that others wrote: without repeated keys, NaN and integers beyond 64 bits, and of bounded size."""
+
+import json
+from typing import Any, NoReturn
+
+MAX_JSON_BYTES = 1 << 23
+"""Default limit of a text. Its values take up to 25 times as much memory: `[],` has three bytes, a list 72."""
+
+_LARGEST_INT = 2**63 - 1
+_MOST_DIGITS = 20
+
+
+def parse_untrusted_json(text: bytes | str, limit: int = MAX_JSON_BYTES, *, has_constants: bool = False) -> Any:
+    """Parses a text in UTF-8.
+
+    Args:
+        text: the text.
+        limit: most bytes, or characters of a string.
+        has_constants: whether NaN and the infinities may be values, as in our own files of measured values.
+
+    Raises:
+        ValueError: with the reason in a few words, if the text is longer, is not JSON, nests too deep, or holds a key
+            twice, an integer beyond 64 bits, or a constant that it may not have.
+    """
+    if len(text) > limit:
+        raise ValueError(f"{len(text)} bytes of JSON exceed the limit of {limit}")
+    try:
+        return json.loads(
+            text,
+            object_pairs_hook=_without_duplicates,
+            parse_constant=float if has_constants else _refuse_constant,
+            parse_int=_parse_int,
+            parse_float=_parse_float,
+        )
+    except RecursionError:
+        raise ValueError("lists or objects are nested too deep") from None
+    except UnicodeDecodeError:
+        raise ValueError("the text is not UTF-8") from None
+
+
+def check_count(value: Any) -> int:
+    """Returns a value that must be an integer from 0 on.
+
+    Raises:
+        ValueError: if it is negative, or not an integer; true and 1.0 are none.
+    """
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{str(value)[:40]!r} is no integer from 0 on")
+    return value
+
+
+def check_text(value: Any) -> str:
+    """Returns a value that must be a string.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{str(value)[:40]!r} is no string")
+    return value
+
+
+def check_object(value: Any) -> dict[str, Any]:
+    """Returns a value that must be an object.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"{str(value)[:40]!r} is no object")
+    return value
+
+
+def check_list(value: Any, length: int | None = None) -> list[Any]:
+    """Returns a value that must be a list, of a given length unless that is None.
+
+    Raises:
+        ValueError: if it is none, or has another length.
+    """
+    if not isinstance(value, list) or (length is not None and len(value) != length):
+        raise ValueError(f"{str(value)[:40]!r} is no list{'' if length is None else f' of {length} values'}")
+    return value
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:40]!r} appears twice in one object")
+    return found
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS or abs(int(digits)) > _LARGEST_INT:
+        raise ValueError("an integer is beyond 64 bits")
+    return int(digits)
+
+
+def _parse_float(digits: str) -> float:
+    value = float(digits)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError("a number is beyond the largest float")
+    return value
