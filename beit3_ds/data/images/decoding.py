@@ -10,6 +10,9 @@ MAX_PIXELS = 89_478_485
 """Maximum pixels of an image: Pillow's own limit against decompression bombs, a quarter of a GiB when decoded."""
 MAX_IMAGE_BYTES = 1 << 28
 """Maximum bytes of an image file: the size of `MAX_PIXELS` pixels without compression."""
+MAX_DECODING_BYTES = 300_000_000
+"""Maximum memory that decoding one image may take: the file, and the pixels with all their copies."""
+_STRIP_PIXELS = 1 << 20
 _MAX_JPEG_SCANS = 100  # progressive files have about ten; each costs a pass over all pixels, even with few bytes
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
@@ -51,8 +54,14 @@ def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
                 raise ValueError(f"{image.width} x {image.height} pixels are none or exceed the limit of {MAX_PIXELS}")
             if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > _MAX_JPEG_SCANS:
                 raise ValueError(f"more than {_MAX_JPEG_SCANS} scans in a JPEG")
+            size = image.size
             if min_side is not None:
                 image.draft(None, (min_side, min_side))  # has no effect on other formats
+            if (needed := len(data) + _decoding_bytes(image, size)) > MAX_DECODING_BYTES:
+                raise ValueError(
+                    f"decoding {image.width} x {image.height} pixels of mode {image.mode} takes {needed} bytes, more "
+                    f"than the limit of {MAX_DECODING_BYTES}"
+                )
             image.load()
             return upright_rgb(image)
     except UnidentifiedImageError:  # its message is the address of the buffer
@@ -67,7 +76,25 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: if the pixel format has no known white.
     """
-    return _upright(_to_rgb(image), _orientation(image))
+    orientation, rgb = _orientation(image), _to_rgb(image)
+    if isinstance(orientation, int) and orientation in _UPRIGHT:
+        return rgb.transpose(_UPRIGHT[orientation])
+    return rgb.copy() if rgb is image else rgb  # a copy, because the lazy image closes with the `with` block
+
+
+def _decoding_bytes(image: Image.Image, size: tuple[int, int]) -> int:
+    """Returns the memory that decoding takes at most, as measured; Pillow holds a pixel of RGB or RGBA in four bytes.
+
+    Args:
+        image: an image that is not decoded yet.
+        size: its pixels in the file; a draft decodes fewer.
+    """
+    pixels = math.prod(image.size)
+    if image.format == "WEBP":
+        return 18 * pixels
+    if image.info.get("progressive"):  # the coefficients of all pixels, and the decoded ones
+        return max(6 * math.prod(size) + 4 * pixels, 8 * pixels)
+    return (8 if image.mode == "RGB" else 12) * pixels
 
 
 def _orientation(image: Image.Image) -> object:
@@ -77,22 +104,25 @@ def _orientation(image: Image.Image) -> object:
         return None
 
 
-def _upright(image: Image.Image, orientation: object) -> Image.Image:
-    if isinstance(orientation, int) and orientation in _UPRIGHT:
-        return image.transpose(_UPRIGHT[orientation])
-    return image
-
-
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """Converts an image to RGB, in strips where that takes several copies; returns an RGB image itself."""
     if image.mode == "RGB" and not image.has_transparency_data:
-        return image.copy()  # a copy, because the lazy image closes with the `with` block
-    if image.mode.startswith("I;16"):
-        # Pillow's conversion clips at 255 instead of scaling, so nearly the whole image would become white.
-        grey = np.asarray(image).astype(np.uint32) * 255 // 65535
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        return image
     if image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode} does not say which value is white")
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return image.convert("RGB")
+    if not image.mode.startswith("I;16") and not image.has_transparency_data:
+        return image.convert("RGB")
+    rgb, rows = Image.new("RGB", image.size), max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        rgb.paste(_strip_to_rgb(strip), (0, top))
+    return rgb
+
+
+def _strip_to_rgb(strip: Image.Image) -> Image.Image:
+    if strip.mode.startswith("I;16"):
+        # Pillow's conversion clips at 255 instead of scaling, so nearly the whole image would become white.
+        grey = np.asarray(strip).astype(np.uint32) * 255 // 65535
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    layer = strip.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")

@@ -221,9 +221,13 @@ def _read_parts(file: BinaryIO, position: int, stop: float) -> Iterator[tuple[in
     Yields tuples: the number of the line, counted from 1 by newlines; whether that line starts before `stop`; and the
     bytes, truncated if the line is too long.
     """
-    number = 0
+    number, was_blank = 0, False
     while line := file.readline(_MAX_LINE_BYTES + 1):
         number, length = number + 1, len(line)
+        if was_blank and line == b"\n" and position + length < stop:  # says nothing that the last line did not
+            position += length
+            continue
+        was_blank = line == b"\n"
         if length > _MAX_LINE_BYTES and not line.endswith(b"\n"):
             length += _skip_line(file)
         line = line.removeprefix(_BYTE_ORDER_MARK) if position == 0 else line

@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,3 +138,16 @@ def test_formats_outside_the_list_are_refused(file_format: str) -> None:
     # catches Pillow's default, which starts Ghostscript for an EPS under the name of a JPEG
     with pytest.raises(ValueError, match="cannot identify the image: none of JPEG"):
         decode_image(_encode(Image.new("RGB", (16, 16)), file_format))
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"),
+    [("webp", "RGB", {"method": 0}), ("png", "RGBA", {"compress_level": 1}), ("jpeg", "RGB", {"progressive": True})],
+)
+def test_an_image_that_takes_too_much_memory_is_refused_before_it_is_decoded(
+    kind: str, mode: str, options: dict[str, Any]
+) -> None:
+    """Catches a limit on pixels alone: formats and modes need 4 to 24 bytes per pixel."""
+    Image.new(mode, (6000, 6000), "red").save(file := io.BytesIO(), kind, **options)
+    with pytest.raises(ValueError, match=r"decoding 6000 x 6000 pixels of mode RGBA? takes \d+ bytes, more than"):
+        decode_image(file.getvalue())
