@@ -1,5 +1,6 @@
 """Reads a checkpoint on disk from any rank under any layout, and finds checkpoints in a folder."""
 
+import errno
 import os
 import re
 import stat
@@ -29,6 +30,7 @@ from beit3_ds.checkpoint.index import (
 from beit3_ds.checkpoint.slices import TensorSlice, whole_slice
 from beit3_ds.checkpoint.tensor_file import BrokenTensorFileError, TensorEntry, TensorFile
 from beit3_ds.config import ConfigError, ModelConfig
+from beit3_ds.config.strict import load_section
 from beit3_ds.cores import count_cores
 from beit3_ds.printing import printable
 
@@ -72,7 +74,7 @@ class CheckpointFolder:
                 f"checkpoint {self.path} belongs to the task {name}, which trains no BEiT-3. Its result is the file "
                 "that tokenizers.visual.path names."
             )
-        return ModelConfig(**self.index.run.model)
+        return load_section(ModelConfig, self.index.run.model, f"checkpoint {self.path}: model")
 
     @property
     def step(self) -> int:
@@ -218,6 +220,10 @@ def checkpoint_paths(folder: Path) -> list[Path]:
             found = [entry.name for entry in entries if _NAME.fullmatch(entry.name) and _is_folder(entry)]
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+            return []
+        raise
     return [folder / name for name in sorted(found, key=lambda name: int(name.partition("-")[2]), reverse=True)]
 
 
@@ -289,6 +295,8 @@ def open_checkpoint(path: Path, kind: str | None = "weights", *, averages: bool 
                 )
             if fault is None:
                 return folder
+        if own:
+            raise ConfigError(f"checkpoint {path} is not whole: {fault}. Name another one of the run.")
         print(f"checkpoint {printable(f'{candidate} is not whole: {fault}')}", file=sys.stderr)
     raise ConfigError(f"{path} holds no whole checkpoint. Name another one of the run, or its checkpoints' folder.")
 

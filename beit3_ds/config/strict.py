@@ -14,6 +14,7 @@ from beit3_ds.printing import printable
 
 T = TypeVar("T")
 
+_LONGEST_LINE = 4000
 _MAX_SHOWN = 80
 """Maximum number of characters of a value that a message repeats."""
 
@@ -26,7 +27,7 @@ class ConfigError(ValueError):
     """
 
     def __str__(self) -> str:
-        return "\n  ".join(printable(str(line)) for line in self.args)
+        return "\n  ".join(printable(str(line), _LONGEST_LINE) for line in self.args)
 
 
 class FilePath:

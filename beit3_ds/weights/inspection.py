@@ -13,6 +13,7 @@ import torch
 from beit3_ds.checkpoint.folder import CheckpointFolder, is_checkpoint, open_checkpoint
 from beit3_ds.checkpoint.run_description import flatten
 from beit3_ds.model.pretrained import EXTRA_PREFIX
+from beit3_ds.printing import printable
 from beit3_ds.weights.export import format_bytes
 from beit3_ds.weights.reader import WeightReader, open_weights
 from beit3_ds.weights.released import ReleasedFile
@@ -49,7 +50,7 @@ def describe_weights(path: Path, *, every_tensor: bool = False) -> str:
     if every_tensor:
         rows = [(name, _dtype(reader.dtype(name)), str(list(reader.shape(name)))) for name in _held(reader)]
         lines += ["", *_table(("tensor", "type", "shape"), rows)]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def describe_task(task: Mapping[str, Any]) -> str:

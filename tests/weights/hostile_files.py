@@ -1,0 +1,236 @@
+"""Generates hostile checkpoints and files of weights: whole ones with one part replaced by something that is not valid.
+
+Every file follows from its number, so a failure can be repeated.
+"""
+
+import copy
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from beit3_ds.checkpoint.index import FORMAT, INDEX_NAME, VERSION, tensor_key
+from beit3_ds.checkpoint.slices import whole_slice
+from beit3_ds.checkpoint.tensor_file import TensorEntry, write_tensor_file
+from beit3_ds.model.pretrained import INDEX_NAME as SHARD_INDEX_NAME
+from beit3_ds.weights.export import export_weights
+from tests.batches import small_model_config
+from tests.weights.models import ModelReader, random_model
+
+ESCAPES = "\x1b[2J\x1b]0;title\x07\x9b31m\r\n\u202etxt\u2028\udc80"
+VALUES: list[Any] = [
+    *(None, True, False, -1, 0.5, 1e308, float("nan"), 2**63, 10**30, "", "3", "x" * 10_000, ESCAPES),
+    *([], {}, [[]], {"a": {}}, [1, 2, 3], [-1], [0.5], [True], [2**62, 2**62], "../../etc/passwd", "/dev/zero"),
+    *(json.loads("[" * 300 + "]" * 300), {"__metadata__": 1}, [None] * 5, ["0", "1"], "a\0b"),
+]
+TEXTS = [
+    *(b"", b"{", b"[]", b"null", b"\xff\xfe{}", b'{"a":1,"a":2}', b'{"a":NaN}', b"[" * 100_000, b'{"a":' * 50_000),
+    *(b"1" * 5000, b'"\\ud800"', b'{"a":"' + b"\x1b" * 10 + b'"}', b"\0" * 100, b"[" + b"[]," * 1_000_000 + b"[]]"),
+]
+
+
+class Originals:
+    """Holds one whole example of every kind of file, which the hostile ones are copied from."""
+
+    def __init__(self, folder: Path) -> None:
+        reader = ModelReader(random_model(small_model_config()))
+        export_weights(reader, folder / "weights.safetensors")
+        export_weights(reader, folder / "released.pth", format="unilm-dual")
+        export_weights(reader, folder / "timm.safetensors", format="timm")
+        export_weights(reader, folder / "shards", max_shard_bytes=30_000)
+        self.folder, self.checkpoint = folder, folder / "step-00000003"
+        self.checkpoint.mkdir()
+        shapes = {name: reader.shape(name) for name in reader.names()}
+        entries = [
+            TensorEntry(tensor_key("weight", name, part), torch.float32, part.shape)
+            for name, shape in shapes.items()
+            for part in [whole_slice(shape)]
+        ]
+        written = write_tensor_file(
+            self.checkpoint / "weights-00000.safetensors",
+            entries,
+            lambda key: reader.read(key.split()[0]).view(next(entry.shape for entry in entries if entry.name == key)),
+            {},
+        )
+        self.index: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": 3,
+            "optimizer_step": 3,
+            "model": json.loads(json.dumps(dataclasses.asdict(reader.model))),
+            "config": {"task": {"name": "pretraining"}, "training": {"seed": 1}},
+            "tokenizers": {},
+            "layout": "1 data-parallel x 1 tensor-parallel ranks",
+            "versions": {"torch": "2"},
+            "data": {},
+            "files": {"weights-00000.safetensors": list(written)},
+            "tensors": {
+                name: {"shape": list(shape), "pieces": [[0, *whole_slice(shape)]]} for name, shape in shapes.items()
+            },
+            "buffers": {},
+        }
+        write_index(self.checkpoint, self.index)
+
+
+def write_index(folder: Path, content: dict[str, Any]) -> None:
+    """Writes an index with a digest that fits, so that its content is looked at."""
+    plain = {key: value for key, value in content.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(plain, separators=(",", ":")).encode()).hexdigest()
+    (folder / INDEX_NAME).write_text(json.dumps({**plain, "sha256": content.get("sha256", digest)}))
+
+
+def write_hostile(originals: Originals, folder: Path, number: int) -> Path:
+    """Writes the hostile file of a number into an empty folder; returns the path that `beit3 inspect` gets."""
+    draw = random.Random(number)
+    kinds: list[Callable[[Originals, Path, random.Random], Path]] = [
+        *(_changed_index, _changed_index, _strange_index, _strange_piece_file),
+        *(_changed_header, _changed_header, _strange_bytes, _strange_shards, _changed_torch),
+    ]
+    return kinds[number % len(kinds)](originals, folder, draw)
+
+
+def _changed_index(originals: Originals, folder: Path, draw: random.Random) -> Path:
+    path, content = _copy_checkpoint(originals, folder), copy.deepcopy(originals.index)
+    _change(content, draw)
+    write_index(path, content)
+    return path
+
+
+def _strange_index(originals: Originals, folder: Path, draw: random.Random) -> Path:
+    path = _copy_checkpoint(originals, folder)
+    _replace(path / INDEX_NAME, draw)
+    return path
+
+
+def _strange_piece_file(originals: Originals, folder: Path, draw: random.Random) -> Path:
+    path, content = _copy_checkpoint(originals, folder), copy.deepcopy(originals.index)
+    file = path / "weights-00000.safetensors"
+    names = ["/dev/zero", "../../etc/passwd", "weights-00001.safetensors", ".", "", ESCAPES, "/dev/stdin"]
+    match draw.randrange(4):
+        case 0:
+            content["files"][draw.choice(names)] = [0, "0" * 64]
+        case 1:
+            tensor = next(tensor for tensor in content["tensors"].values() if len(tensor["shape"]) == 2)
+            tensor["pieces"] = [[0, 0, 1, 0, 1]] * 30_000
+        case 2:
+            _replace(file, draw)
+        case _:
+            _change_header(file, draw)
+            content["files"][file.name] = [file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()]
+    write_index(path, content)
+    return path
+
+
+def _changed_header(originals: Originals, folder: Path, draw: random.Random) -> Path:
+    name = draw.choice(["weights.safetensors", "timm.safetensors"])
+    path = Path(shutil.copy(originals.folder / name, folder / name))
+    _change_header(path, draw)
+    return path
+
+
+def _strange_bytes(originals: Originals, folder: Path, draw: random.Random) -> Path:
+    name = draw.choice(["weights.safetensors", "timm.safetensors", "released.pth"])
+    path = Path(shutil.copy(originals.folder / name, folder / name))
+    _replace(path, draw)
+    return path
+
+
+def _strange_shards(originals: Originals, folder: Path, draw: random.Random) -> Path:
+    path = folder / "shards"
+    shutil.copytree(originals.folder / "shards", path)
+    index = path / SHARD_INDEX_NAME
+    if draw.random() < 0.3:
+        _replace(index, draw)
+        return path
+    content = json.loads(index.read_text())
+    if draw.random() < 0.5:
+        name = draw.choice(list(content["weight_map"]))
+        content["weight_map"][name] = draw.choice(["/dev/zero", "../../../etc/passwd", ESCAPES, "..", "", 3, None, []])
+    else:
+        _change(content["weight_map"], draw)
+    index.write_text(json.dumps(content))
+    return path
+
+
+def _changed_torch(originals: Originals, folder: Path, draw: random.Random) -> Path:
+    path = folder / "released.pth"
+    data = bytearray((originals.folder / "released.pth").read_bytes())
+    match draw.randrange(3):
+        case 0:
+            del data[draw.randrange(len(data)) :]
+        case 1:
+            for _ in range(draw.randrange(1, 50)):
+                data[draw.randrange(len(data))] = draw.randrange(256)
+            data[:4] = draw.randbytes(4)
+        case _:
+            data = bytearray(b"\x80\x02cposix\nsystem\nX\x04\0\0\0true\x85R." + draw.randbytes(20))
+    path.write_bytes(data)
+    return path
+
+
+def _copy_checkpoint(originals: Originals, folder: Path) -> Path:
+    return Path(shutil.copytree(originals.checkpoint, folder / originals.checkpoint.name))
+
+
+def _change(content: Any, draw: random.Random) -> None:
+    """Replaces, removes or adds one value somewhere in nested objects and lists."""
+    places: list[tuple[Any, Any]] = []
+
+    def visit(value: Any) -> None:
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            places.append((value, key))
+            if isinstance(item, dict | list) and len(places) < 2000:
+                visit(item)
+
+    visit(content)
+    shallow = places[: min(len(places), 20)]
+    holder, key = draw.choice(draw.choice([places, shallow]))
+    match draw.randrange(4):
+        case 0:
+            del holder[key]
+        case 1 if isinstance(holder, dict):
+            holder[draw.choice(["", ESCAPES, "x" * 5000, "../x"])] = draw.choice(VALUES)
+        case _:
+            holder[key] = draw.choice(VALUES)
+
+
+def _change_header(path: Path, draw: random.Random) -> None:
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    if draw.random() < 0.3:
+        text = draw.choice(TEXTS)
+        length = draw.choice([len(text), 2**63, 2**40, 0, len(data)])
+        path.write_bytes(struct.pack("<Q", length) + text + data[8 + length :])
+        return
+    header = json.loads(data[8 : 8 + length])
+    _change(header, draw)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def _replace(path: Path, draw: random.Random) -> None:
+    """Replaces a file by something else."""
+    data = path.read_bytes()
+    path.unlink()
+    match draw.randrange(8):
+        case 0:
+            os.mkfifo(path)
+        case 1:
+            path.symlink_to(draw.choice(["/dev/zero", "/dev/stdin", path.name, "/etc", "/nowhere"]))
+        case 2:
+            path.mkdir()
+        case 3:
+            with path.open("wb") as file:
+                file.truncate(1 << 40)  # a hole, which takes no room
+        case 4:
+            path.write_bytes(data[: draw.randrange(len(data))])
+        case _:
+            path.write_bytes(draw.choice(TEXTS))

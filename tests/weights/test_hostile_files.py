@@ -1,0 +1,79 @@
+"""Checks that hostile files end in one printable line, within seconds and in bounded memory."""
+
+import contextlib
+import resource
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from beit3_ds.checkpoint.folder import CheckpointFolder, is_checkpoint, open_checkpoint
+from beit3_ds.checkpoint.index import BrokenIndexError
+from beit3_ds.checkpoint.tensor_file import BrokenTensorFileError
+from beit3_ds.cli.main import main
+from tests.weights.hostile_files import Originals, write_hostile
+
+SECONDS, MEGABYTES = 5.0, 300
+HARMLESS = 0.25  # share of the changes that may leave a valid file, such as another layout in words
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Originals:
+    return Originals(tmp_path_factory.mktemp("originals"))
+
+
+def peak_megabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def inspect(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Returns the status of `beit3 inspect` and what it printed to stderr; the printed lines are checked."""
+    began = time.monotonic()
+    status = main(["inspect", str(path), "--tensors"])
+    seconds = time.monotonic() - began
+    printed, errors = capsys.readouterr()
+    assert seconds < SECONDS, f"{path} took {seconds:.1f} s"
+    assert all(line.isprintable() for line in (printed + errors).split("\n"))
+    return status, errors
+
+
+def check_corpus(
+    originals: Originals, folder: Path, numbers: Iterable[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("weights.safetensors", "released.pth", "timm.safetensors", "shards", "step-00000003"):
+        assert inspect(originals.folder / name, capsys) == (0, "")
+    start, valid, numbers = peak_megabytes(), 0, list(numbers)
+    for number in numbers:
+        place = folder / str(number)
+        place.mkdir()
+        path = write_hostile(originals, place, number)
+        status, errors = inspect(path, capsys)
+        if status == 0:
+            valid += 1
+            read_all(path)
+        else:
+            assert status == 2 and errors.startswith("error: ") and errors.count("\n") == 1, (number, errors[:2000])
+            assert len(errors) < 10_000, number
+        assert peak_megabytes() - start < MEGABYTES, f"file {number} took memory"
+        shutil.rmtree(place)
+    assert valid < HARMLESS * len(numbers)
+
+
+def read_all(path: Path) -> None:
+    """Reads all tensors of a checkpoint that opens."""
+    if is_checkpoint(path):
+        with contextlib.suppress(BrokenIndexError, BrokenTensorFileError):
+            folder: CheckpointFolder = open_checkpoint(path)
+            for name in folder.names():
+                folder.read(name)
+
+
+def test_a_sample_of_hostile_files(originals: Originals, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check_corpus(originals, tmp_path, range(180), capsys)
+
+
+@pytest.mark.slow
+def test_thousands_of_hostile_files(originals: Originals, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check_corpus(originals, tmp_path, range(180, 3600), capsys)
