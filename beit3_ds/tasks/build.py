@@ -1,4 +1,4 @@
-"""Imports the task that a configuration names."""
+"""Imports and builds the task that a configuration names."""
 
 import importlib
 import importlib.util
@@ -13,7 +13,7 @@ def build_task(config: RunConfig) -> Task:
     """Builds the task of a run.
 
     Raises:
-        ConfigError: if the task does not exist or its settings are invalid.
+        ConfigError: if there is no module with a task of this name, or the settings of the task are invalid.
     """
     name = config.task.name
     module = name if "." in name else f"beit3_ds.tasks.{name}"

@@ -21,20 +21,20 @@ from beit3_ds.parallel import Mesh
 
 @dataclass(frozen=True, kw_only=True)
 class RankShare:
-    """Describes the part of every step that a rank reads."""
+    """Describes which samples a rank reads, and what its pipeline stage needs of them."""
 
     data_parallel_rank: int
-    """Rank among the ranks that read different samples."""
+    """Rank in the data-parallel group, whose ranks read different samples."""
     data_parallel_size: int
-    """Number of these ranks."""
+    """Number of ranks of the data-parallel group."""
     embeds: bool
     """Whether the rank needs the model's inputs; true on the first stage of a pipeline."""
     predicts: bool
     """Whether the rank needs targets; true on the last stage of a pipeline."""
     reads: bool
-    """Whether the rank reads samples; other ranks receive theirs from those that read (`Mesh.is_reader`)."""
+    """Whether the rank reads samples itself; other ranks receive them from a rank that does (`Mesh.is_reader`)."""
     splits: tuple[Split, ...] = ("train", "validation")
-    """Splits to open: those of training, or the one that `beit3 evaluate` scores."""
+    """Splits to open: the default for training, or the single split that `beit3 evaluate` scores."""
 
     @property
     def is_main(self) -> bool:
@@ -55,13 +55,14 @@ class Evaluator(Protocol):
 
     @property
     def validation(self) -> Iterable[PackedBatch]:
-        """Returns the batches of the validation loss on this rank, not yet prepared."""
+        """Returns this rank's batches for the validation loss, before `RankTask.prepare`."""
 
     def batches(self, split: Split) -> Iterable[PackedBatch]:
-        """Returns this rank's share of all samples of a split, not yet prepared; workers read them in each iteration.
+        """Returns this rank's share of all samples of a split as batches, before `RankTask.prepare`.
 
-        All ranks have the same number of batches, some of them empty, and each sample comes once over all data-parallel
-        ranks. Its number in its stream (`SampleKey.index`) identifies it in `SampleResults`.
+        Each iteration reads the samples again with worker processes. All ranks have the same number of batches, some of
+        them empty. The data-parallel ranks together have each sample once. A sample's number in its stream
+        (`SampleKey.index`) identifies it in `SampleResults`.
         """
 
     @property
@@ -75,9 +76,9 @@ class Evaluator(Protocol):
         """
 
     def trained_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields each weight of the whole model in float32, and each buffer, with its name, on the CPU.
+        """Yields the name and the value of each weight (in float32) and each buffer of the whole model, on the CPU.
 
-        Reads the newest checkpoint, so no rank communicates; only a rank that needs the tensors calls it.
+        Reads the newest checkpoint without communication, so a single rank may call it.
         """
 
 
@@ -85,9 +86,9 @@ class Figures(NamedTuple):
     """Holds the figures that a task adds to a progress report."""
 
     values: Mapping[str, int | float] = {}
-    """Values of the record in metrics.jsonl, by name; the same on all ranks."""
+    """Values to add to the record in `metrics.jsonl`, by name; equal on all ranks."""
     lines: Sequence[str] = ()
-    """Lines that are printed below the progress line."""
+    """Lines to print below the progress line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,15 +96,16 @@ class RankTask:
     """Holds the opened samples and files of a task on one rank."""
 
     dataset: StepDataset | None = None
-    """Dataset of training steps; None on ranks that receive their samples."""
+    """Dataset of training steps; None on ranks that receive their samples from another rank."""
     validation: ValidationBatches | None = None
-    """Batches of the validation loss; None on ranks that receive them, and in a task without that loss."""
+    """Batches of the validation loss; None on ranks that receive them, and in a task without validation loss."""
     evaluation: Mapping[Split, EvaluationBatches] = field(default_factory=dict)
-    """All samples of each split that the task evaluates; empty on ranks that receive them."""
+    """All samples of each split that the task evaluates; empty on ranks that receive them from another rank."""
     sources: Mapping[str, SourceSamples] = field(default_factory=dict)
-    """Samples of every source that this rank reads, by source name in the configuration; ranks compare them."""
+    """Samples of each source that this rank reads, by the source's name in the configuration; all ranks compare them to
+    detect different data."""
     files: Mapping[str, str | None] = field(default_factory=dict)
-    """Further files that must be equal on all ranks, by configuration key; all ranks name the same ones."""
+    """Paths of other files that must be equal on all ranks, by configuration key; the keys are equal on all ranks."""
 
     @classmethod
     def open(
@@ -116,19 +118,19 @@ class RankTask:
         validation_loss: bool = True,
         **fields: Any,
     ) -> Self:
-        """Opens the samples of the rank's splits (`RankShare.splits`); a rank that does not read opens none.
+        """Opens the samples of the splits in `share`; a rank that does not read samples opens none.
 
-        The main rank prints a warning for each two splits that share images.
+        The main rank prints a warning for each pair of splits that share images.
 
         Args:
             config: the run's configuration.
-            share: part of every step that the rank reads.
+            share: the samples that the rank reads.
             build_streams: opens the streams of a split, in the order of their rows in a batch.
             pack: packs prepared samples into a micro-batch.
             views: views of each image that a batch keeps (`config.prefetch.plan_prefetch`).
             validation_loss: whether an evaluation is the mean of the terms over `training.eval_samples` samples that
                 stay in memory. False lets `evaluate` read all samples of a split.
-            fields: values of the class's further fields.
+            fields: values of the other fields of the class.
 
         Raises:
             ConfigError: if a file cannot be read, there are fewer samples than ranks, or a step exceeds
@@ -166,8 +168,8 @@ class RankTask:
     def before_step(self, evaluator: Evaluator, step: int) -> None:
         """Prepares a training step, counted from 0; all ranks call it before each step.
 
-        The call before the first step of a process precedes the evaluation at step 0. What it does must depend on the
-        step and the state of the model alone, so that a resumed run does the same.
+        The call before step 0 precedes the evaluation at step 0. The preparation must depend only on the step and the
+        state of the model, so that a resumed run repeats it exactly.
         """
 
     def after_step(self, evaluator: Evaluator, *, is_skipped: bool) -> None:
@@ -179,22 +181,22 @@ class RankTask:
         """
 
     def figures(self) -> Figures:
-        """Returns the task's figures since the last progress report and resets them; all ranks call it."""
+        """Returns the task's figures since the last progress report, and resets them; all ranks call it."""
         return Figures()
 
     def write_results(self, evaluator: Evaluator) -> dict[str, str]:
-        """Writes the files that other runs read, after the last checkpoint; all ranks call it.
+        """Writes the task's result files, which other runs may read; all ranks call it after the last checkpoint.
 
         Returns:
-            Entries for the summary, by name; those of the main rank are shown.
+            Entries for the run's summary, by name; only the main rank's entries are shown.
 
         Raises:
-            StorageError: if a file cannot be written; the same command tries again.
+            StorageError: if a file cannot be written. Starting the same command again writes it from the checkpoint.
         """
         return {}
 
     def evaluate(self, evaluator: Evaluator, split: Split, folder: Path | None) -> dict[str, float]:
-        """Evaluates all samples of a split; all ranks must call it, also where the split has no samples.
+        """Evaluates all samples of a split; all ranks must call it, even if the split has no samples.
 
         A task runs the model over `evaluator.batches(split)`, adds a row per sample to `SampleResults`, and computes
         its metrics on the main rank from the gathered rows.
@@ -202,11 +204,11 @@ class RankTask:
         Args:
             evaluator: the model and its ranks.
             split: "validation" or "test".
-            folder: folder for result files and pages, which exists; None writes none.
+            folder: existing folder for result files and pages; None writes no files.
 
         Returns:
-            Metrics by name on the main rank; empty elsewhere, and for a split without annotations. A metric with the
-            name of a term counts as that term's validation mean.
+            Metrics by name on the main rank. Empty on other ranks, and for a split without annotations. A metric with
+            the name of a term is used as that term's validation mean.
         """
         return {}
 
@@ -215,9 +217,9 @@ class RankTask:
         return {}
 
     def write_pages(self, evaluator: Evaluator, folder: Path) -> dict[str, str]:
-        """Writes pages that show results to people; all ranks must call it.
+        """Writes pages that show example results; all ranks must call it.
 
         Returns:
-            Entries for the summary, by name, on one rank of the last stage; empty elsewhere.
+            Entries for the run's summary, by name, on one rank of the last pipeline stage; empty on other ranks.
         """
         return {}

@@ -1,4 +1,4 @@
-"""Writes HTML pages of a model's answers, with right and wrong answers apart."""
+"""Writes HTML pages of a model's answers, with the wrong answers before the others."""
 
 import base64
 import html
@@ -22,29 +22,29 @@ table{border-collapse:collapse}td{padding:0 1.5em 0 0}"""
 
 @dataclass(frozen=True, kw_only=True)
 class ShownSample:
-    """Holds one sample of a page."""
+    """Holds the images and texts that a result page shows for one sample."""
 
     images: Sequence[Image.Image]
     """Images of the sample, from left to right."""
     title: str
     """Question, statement or name of the sample."""
     lines: Mapping[str, str]
-    """Answers by their source, such as `model` and `people`."""
+    """Texts to show, such as answers, by a label such as `model` or `people`."""
     is_right: bool | None = None
-    """Whether the model is right; None if nobody can tell."""
+    """Whether the model's answer is right; None if that is unknown."""
 
 
 def write_result_page(
     path: Path, title: str, metrics: Mapping[str, float], samples: Iterable[ShownSample], note: str = ""
 ) -> None:
-    """Writes one self-contained HTML page, with the samples that the model got wrong first.
+    """Writes one self-contained HTML page, which shows the samples with wrong answers first.
 
     Args:
         path: .html file to write.
         title: heading of the page.
         metrics: figures of the whole split, by name.
-        samples: the samples to show; each image is embedded, at most 256 pixels on a side.
-        note: one sentence under the heading.
+        samples: samples to show; their images are embedded with at most 256 pixels per side.
+        note: sentence under the heading.
     """
     ordered = sorted(samples, key=lambda sample: sample.is_right is not False)
     rows = "".join(f"<tr><td>{html.escape(name)}<td>{value:.4g}" for name, value in metrics.items())
@@ -70,7 +70,15 @@ def _embed(image: Image.Image) -> str:
 
 
 def choose_shown(is_right: Sequence[bool | None], count: int) -> list[int]:
-    """Chooses samples to show, evenly spread over the split: half of them wrong ones if enough are wrong."""
+    """Returns the places of `count` samples to show, evenly spread over the split.
+
+    Half of them are wrong answers if there are enough. If there are too few samples of one kind, the other kind fills
+    up the number.
+
+    Args:
+        is_right: whether the answer to each sample is right; None if unknown.
+        count: number of samples to choose; all samples if there are fewer.
+    """
     wrong = [place for place, right in enumerate(is_right) if right is False]
     other = [place for place, right in enumerate(is_right) if right is not False]
     num_wrong = min(len(wrong), max(count // 2, count - len(other)))

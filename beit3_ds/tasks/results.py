@@ -1,4 +1,4 @@
-"""Gathers the results of an evaluation, sample by sample, from all ranks."""
+"""Gathers the results of an evaluation, one row per sample, from all ranks."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,14 +9,14 @@ from beit3_ds.config import ConfigError
 from beit3_ds.parallel import Mesh
 
 Rows = Tensor | Sequence[str]
-"""One value per sample: a tensor whose first dimension is the samples, in host memory, or strings."""
+"""Values with one row per sample: a tensor whose first dimension is the samples, or a sequence of strings."""
 
 
 class SampleResults:
-    """Collects one row of results per sample, by the sample's number in its stream.
+    """Collects one row of results per sample, identified by the sample's number in its stream.
 
-    Every rank adds the rows of its own batches; the main rank gets the rows of all ranks in the order of the samples.
-    So all metrics computed from the rows are identical to the last digit on any number of ranks.
+    Every rank adds the rows of its own batches. The main rank gets the rows of all ranks, sorted by number, so metrics
+    computed from the rows are bitwise equal on any number of ranks.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class SampleResults:
 
         Args:
             numbers: numbers of the samples in their stream (`SampleKey.index`), (n,) int64.
-            rows: values per sample, by name; the same names in every call.
+            rows: values of these samples, by name; every call must pass the same names.
         """
         assert all(len(values) == len(numbers) for values in rows.values()), "one row per sample"
         self._numbers.append(numbers.cpu())
@@ -37,10 +37,10 @@ class SampleResults:
             self._rows.setdefault(name, []).append(values.cpu() if isinstance(values, Tensor) else list(values))
 
     def gather(self, mesh: Mesh) -> "GatheredResults | None":
-        """Returns the rows of all ranks on the main rank and None on the others; all ranks call it.
+        """Returns the rows of all ranks on the main rank, and None on other ranks; all ranks must call it.
 
-        Ranks that compute the same predictions as another one, such as tensor-parallel peers, add nothing. Sends each
-        row once to the main rank, over the host group.
+        Each sample must have been added by one rank only, so of several tensor-parallel ranks only one adds rows. Sends
+        each row once to the main rank, over the host group.
         """
         parts = mesh.host.collect([torch.cat(self._numbers) if self._numbers else None, self._packed()])
         if parts is None:
@@ -57,14 +57,18 @@ class SampleResults:
 
 
 class GatheredResults:
-    """Holds the results of all samples, in the order of their numbers.
+    """Holds the results of all samples, sorted by the samples' numbers.
 
     Attributes:
         numbers: numbers of the samples in their stream, ascending, (n,) int64.
     """
 
     def __init__(self, numbers: Tensor, rows: Mapping[str, Rows]) -> None:
-        """Stores the rows, and checks that no sample has two.
+        """Stores the rows, and checks that no sample has two rows.
+
+        Args:
+            numbers: numbers of the samples, ascending, (n,) int64.
+            rows: values by name, in the order of `numbers`.
 
         Raises:
             ConfigError: if a sample was evaluated twice.
@@ -82,13 +86,13 @@ class GatheredResults:
         return len(self.numbers)
 
     def tensor(self, name: str) -> Tensor:
-        """Returns the rows of a tensor, (n, ...); empty, (0,), without samples."""
+        """Returns the tensor that was added under a name, (n, ...); (0,) if there are no samples."""
         found = self._rows.get(name, torch.empty(0))
         assert isinstance(found, Tensor), f"{name} holds strings"
         return found
 
     def strings(self, name: str) -> list[str]:
-        """Returns the rows of strings."""
+        """Returns the n strings that were added under a name."""
         found = self._rows.get(name, ())
         assert not isinstance(found, Tensor), f"{name} is a tensor"
         return list(found)

@@ -1,18 +1,18 @@
 """Defines what the trainer needs from a task, such as pretraining.
 
-A task is one folder of `beit3_ds/tasks`, named by `"task": {"name": ...}` in the configuration file. A name with dots
-is any importable module. The module has a class `TASK`, a subclass of `Task`. The trainer knows only terms and opaque
-tensors:
+A task is one folder of `beit3_ds/tasks`. `"task": {"name": ...}` in the configuration file names the folder, or, if the
+name has dots, any importable module. The module defines `TASK`, a subclass of `Task`. The trainer uses a task through
+two classes:
 
-    Task        built from the configuration alone, also by `beit3 check`: terms, model, costs
-    RankTask    opened by one rank (`rank_task.py`): its samples, how it prepares a micro-batch, what it evaluates and
-                writes
+    Task        built from the configuration alone, also by `beit3 check`: loss terms, model, costs
+    RankTask    opened by each rank (`rank_task.py`): samples, preparation of micro-batches, evaluation, result files
 
-Around its steps a task may keep state of its own, such as a codebook: `RankTask.before_step`, `after_step` and
-`figures`. Buffers of its model are saved in checkpoints. A task whose result is a file of its own writes it at the end
-(`RankTask.write_results`) and recognises it before the next start (`Task.find_result`).
+A task may update state of its own, such as a codebook, around each step (`RankTask.before_step` and `after_step`) and
+report figures about it (`RankTask.figures`). Checkpoints contain the buffers of its model. A task whose result is a
+file writes the file at the end of the run (`RankTask.write_results`), and finds it when the run is started again
+(`Task.find_result`).
 
-A task that needs more extends the following:
+For further needs, a task uses the following:
 
     several sequences per sample                    `Stream.sequences_per_sample`; `pack` puts them where they belong
     pooled rows                                     `PackedBatch.head_rows`; the head combines the rows that it reads
@@ -44,18 +44,18 @@ from beit3_ds.tasks.rank_task import RankShare, RankTask
 
 
 class Term(NamedTuple):
-    """Describes a loss term or a metric: a sum over samples or positions, divided by their count in the whole step."""
+    """Describes a loss term or a metric that is a mean over the samples or positions of a step."""
 
     name: str
     """Name in logs, metrics and messages."""
     stream: str
-    """Stream whose samples it is computed on."""
+    """Name of the stream from whose samples the term is computed."""
     title: str
     """Readable name, used as the title of plots."""
     weight: float = 1.0
-    """Weight in the loss; 0 for a metric."""
+    """Weight of the term in the loss; 0 for a metric."""
     unit: str = "cross entropy (nats)"
-    """Unit, shown in plots."""
+    """Unit of the term, shown in plots."""
 
 
 class Headline(NamedTuple):
@@ -69,17 +69,17 @@ class Headline(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class NoSettings:
-    """Holds no settings, for a task that has no keys except `name` in the "task" section."""
+    """Provides the settings of a task whose only key in the "task" section is `name`."""
 
 
 class Task(ABC):
-    """Defines a task; it is built from the configuration alone.
+    """Defines the terms, the model and the costs of a task; built from the configuration alone.
 
     Attributes:
         config: configuration of the run.
         settings: the task's own keys in the "task" section, an instance of `Settings`.
-        weights_description: result of `describe` of the task whose head the run starts from or evaluates; None if
-            there is none (`adopt_weights`).
+        weights_description: description of the task that trained the weights that the run starts from or evaluates
+            (`adopt_weights`); None if unknown.
         weights_name: name of these weights, for messages.
     """
 
@@ -88,24 +88,25 @@ class Task(ABC):
     has_backbone: ClassVar[bool] = True
     """Whether the task trains BEiT-3, which the section "model" describes."""
     predicts_words: ClassVar[bool] = False
-    """Whether the task's head has a matrix over the vocabulary, which `model.tie_word_embeddings` can share."""
+    """Whether the task's head predicts words, so that `model.tie_word_embeddings` can share its output matrix."""
     layout_fault: ClassVar[str] = ""
     """Reason why the task supports data parallelism alone; empty if it also supports tensor and pipeline
     parallelism."""
     pairs_per_sample: ClassVar[int] = 1
-    """Pairs as which a sample of the stream of pairs is packed; memory and traffic are modelled with them."""
+    """Number of image-text pairs per sample of the stream "pairs"; used to estimate memory and traffic."""
     formats: ClassVar[Mapping[str, Sequence[str]]] = {"images": IMAGE_FORMATS, "pairs": IMAGE_FORMATS, "texts": ()}
-    """Formats of the sources that each stream takes; a stream without an entry takes no sources. A source without a
-    format is allowed where the stream takes some of `IMAGE_FORMATS`, and for texts with an empty entry."""
+    """Source formats that each stream accepts; a stream without an entry accepts no sources. A source may leave out its
+    format in a stream that accepts any of `IMAGE_FORMATS`, and in the stream "texts" if its entry is empty."""
     headline: ClassVar[Headline | None] = None
-    """Metric of `RankTask.evaluate` by which checkpoints are compared; None for a task without metrics of its own."""
+    """Metric of `RankTask.evaluate` by which checkpoints are compared; None if `evaluate` returns no metrics."""
 
     def __init__(self, config: RunConfig) -> None:
-        """Loads the settings and makes all checks that need no files.
+        """Loads the settings, and makes all checks that need no files.
 
         Raises:
-            ConfigError: if the settings are invalid, the task does not support the layout or the format of a
-                source, the model does not take the task's inputs, or the word table is tied to no head.
+            ConfigError: if the settings are invalid, the task does not support the layout or the format of a source,
+                `model.inputs` lacks a kind of input of the task, or the word table is tied but the head predicts no
+                words.
         """
         _check_formats(config, self.formats)
         self.config = config
@@ -133,26 +134,27 @@ class Task(ABC):
 
     @property
     def inputs(self) -> tuple[InputKind, ...]:
-        """Returns the kinds of input in the task's batches; by default the streams that the run uses.
+        """Returns the kinds of input in the task's batches; by default, the streams that the run uses.
 
-        It is read before the task's own constructor continues, so it may depend on `config` and `settings` alone.
+        `Task.__init__` reads it before the constructor of a subclass continues, so an override may use only `config`
+        and `settings`.
         """
         streams = self.config.data.streams()
         return tuple(kind for kind in INPUT_KINDS if streams[kind].is_used)
 
     def describe(self) -> dict[str, Any]:
-        """Returns the task's name and settings, defaults included, for checkpoints."""
+        """Returns the task's name and settings, including defaults, to store them in checkpoints."""
         return {"name": self.config.task.name, **dataclasses.asdict(self.settings)}
 
     def describe_model(self) -> dict[str, Any]:
-        """Returns the settings that a run must share with a checkpoint from which it resumes.
+        """Returns the model settings that must equal those of the checkpoint when a run resumes.
 
-        Fields in `config.FIELDS_WITHOUT_TENSORS` may differ.
+        Only the fields in `config.FIELDS_WITHOUT_TENSORS` may differ.
         """
         return dataclasses.asdict(self.config.model)
 
     def describe_architecture(self) -> str:
-        """Returns the sizes of the model in a few words."""
+        """Returns one line with the model's sizes: layers, hidden size, image patches and text length."""
         model = self.config.model
         return (
             f"{model.num_layers} x {model.hidden_size} ({model.layout}), "
@@ -160,30 +162,30 @@ class Task(ABC):
         )
 
     def adopt_weights(self, described: Mapping[str, Any] | None, where: str) -> None:
-        """Stores the description of the weights that the run starts from or evaluates; called before `open`.
+        """Stores the task description of the weights that the run starts from or evaluates; called before `open`.
 
-        A task whose weights need more than tensors, such as a list of answers, reads it from the description.
+        A task whose head needs more than tensors, such as a list of answers, finds it in the description.
 
         Args:
-            described: result of `describe` of the task that made the weights' head; None if unknown.
+            described: what `describe` returned in the run that trained the weights; None if unknown.
             where: name of the weights, for messages.
         """
         self.weights_description, self.weights_name = described, where
 
     def find_result(self) -> str | None:
-        """Describes the finished result of this run in a line; returns None if the run must still be done.
+        """Returns one line about the result file if an earlier run with the same settings has written it, else None.
 
-        A task without a result of its own returns None.
+        If it returns a line, the run need not be repeated. A task that writes no result file always returns None.
 
         Raises:
-            ConfigError: if there is a result of other settings, which the run would overwrite.
+            ConfigError: if the result file exists but belongs to other settings; the run would overwrite it.
         """
         return None
 
     @property
     @abstractmethod
     def terms(self) -> tuple[Term, ...]:
-        """Returns the terms of the task, in the order of all vectors of sums and counts."""
+        """Returns the loss terms and metrics of the task, in the order of their sums and counts in vectors."""
 
     @abstractmethod
     def build_head(self, model: ModelConfig, tensor: TensorParallel) -> Head:
@@ -193,8 +195,8 @@ class Task(ABC):
         """Builds the layers of one stage, with uninitialised parameters.
 
         Args:
-            tensor: the tensor-parallel group; None is a group of this process alone.
-            layers: model chunks of the stage; None is all layers.
+            tensor: the tensor-parallel group; None for a group of this process alone.
+            layers: model chunks of the stage; None for all layers.
         """
         training = self.config.training
         return TaskModel(
@@ -208,33 +210,37 @@ class Task(ABC):
         )
 
     def training_flops(self, batch: PackedBatch) -> float:
-        """Returns the operations of one micro-batch's forward and backward (3 x forward); a multiply-add counts 2.
+        """Returns the floating-point operations of forward and backward (3 x forward) of one micro-batch.
 
-        Counts matrix products only: no recomputation, no padding, no optimizer and no frozen network.
+        A multiply-add counts as 2. Only matrix products of the trained model count: no recomputation, padding,
+        optimizer or frozen network.
         """
         return 3 * sum(layer_flops(self.config.model, work_of(batch, self.head_flops(batch.term_counts))))
 
     @property
     def step_loss(self) -> StepLoss | None:
-        """Returns the function that computes the terms from the features of a whole step; None if each sample has its
-        own.
+        """Returns a function that computes the terms from the features of all samples of a step.
 
-        With it the head returns `StepFeatures`, and a step of several micro-batches runs forward twice
-        (`pipeline.coupled_step`). The function computes the same on all ranks and reads no parameters.
+        Returns None if the head computes the terms of each micro-batch alone. Otherwise the head returns
+        `StepFeatures`, and a step of several micro-batches runs forward twice (`pipeline.coupled_step`). The function
+        must return the same values on all ranks and must not read parameters.
         """
         return None
 
     def head_flops(self, term_counts: Sequence[float]) -> float:
-        """Returns the operations of the head's forward pass, given a count per term; a multiply-add counts 2.
+        """Returns the floating-point operations of the head's forward pass; a multiply-add counts as 2.
 
-        A task with a small head may keep the default of 0.
+        The default of 0 suits a task with a small head.
+
+        Args:
+            term_counts: number of samples or positions per term.
         """
         return 0.0
 
     def expected_head_flops(self) -> float:
-        """Returns the operations per step of the head and of its targets on the device, forward and backward.
+        """Returns the floating-point operations per step of the head, forward and backward, and of its targets.
 
-        A task with a small head may keep the default of 0.
+        Only targets that are computed on the device count. The default of 0 suits a task with a small head.
         """
         return 0.0
 
@@ -248,10 +254,10 @@ class Task(ABC):
 
 
 def _check_formats(config: RunConfig, formats: Mapping[str, Sequence[str]]) -> None:
-    """Refuses sources whose stream or format the task does not take.
+    """Checks that each stream accepts its sources' formats.
 
     Raises:
-        ConfigError: with the formats that it takes.
+        ConfigError: if a stream does not accept a source; the message lists the accepted formats.
     """
     taken = {name: [*stream, *_implied_format(name, stream)] for name, stream in formats.items()}
     for name, stream in config.data.streams().items():

@@ -24,11 +24,11 @@ from beit3_ds.tasks.results import GatheredResults, SampleResults
 from beit3_ds.tokenizers.text import TextTokenizer
 
 RESULTS, PAGE = "captions.json", "captions.html"
-"""Files of an evaluation: captions as evaluation servers take them, and a page for people."""
+"""Names of an evaluation's files: captions in the format of evaluation servers, and a page to read."""
 
 
 def describe_missing_generation(evaluator: Evaluator) -> str:
-    """Returns why this layout cannot write captions; empty if it can."""
+    """Returns the reason why this run's layout cannot generate captions; empty if it can."""
     mesh, model = evaluator.mesh, evaluator.model
     if mesh.pipeline.size > 1:
         return "pipeline stages divide the model"
@@ -46,19 +46,19 @@ def predict_split(
     search: BeamSearch | None,
     tokenizer: TextTokenizer | None,
 ) -> GatheredResults | None:
-    """Predicts the masked words of every caption of a split, and writes a caption for every image; all ranks call it.
+    """Predicts the masked words of every caption of a split, and generates captions; all ranks must call it.
 
     Args:
         evaluator: the model and its ranks.
         split: the split.
         label_smoothing: smoothing of the labels in the loss.
-        search: how captions are searched; None writes none.
-        tokenizer: turns ids into words.
+        search: settings of the beam search; None generates no captions.
+        tokenizer: converts token ids to text; needed with `search`.
 
     Returns:
-        On the main rank, per sample: the loss summed over its masked words (`loss`), how many were found (`found`) and
-        how many there are (`masked`), and with `search` the caption (`caption`) and its number of words' ids
-        (`length`). None elsewhere.
+        On the main rank, per sample: the number of masked words (`masked`), the loss summed over them (`loss`), and how
+        many of them were predicted right (`found`). With `search` also the generated caption (`caption`) and its number
+        of token ids (`length`). None on other ranks.
     """
     results = SampleResults()
     for batch, logits_MV in evaluator.predict(evaluator.batches(split)):
@@ -84,7 +84,7 @@ def predict_split(
 
 
 def smoothed_loss(logits_MV: Tensor, targets_M: Tensor, smoothing: float) -> Tensor:
-    """Returns the training loss of each prediction, its divergence from the smoothed label, (M,) float64.
+    """Returns the training loss of each prediction, (M,) float64: the divergence of the smoothed label from it.
 
     Args:
         logits_MV: logits of all words.
@@ -115,7 +115,7 @@ class DescribedSplit:
         Args:
             stream: the split's samples.
             results: result of `predict_split`.
-            search: how captions were searched; None if none were written.
+            search: settings of the beam search; None if no captions were generated.
         """
         self._results, self._search = results, search
         places = [stream.sources.locate(number) for number in results.numbers.tolist()]
@@ -127,10 +127,13 @@ class DescribedSplit:
         self._references = [samples.captions(index) for samples, index in self._samples]
 
     def metrics(self, *, official: bool) -> dict[str, float]:
-        """Returns the means over masked words, the share of captions that end by themselves, and their scores.
+        """Returns the metrics of the split.
+
+        These are loss and accuracy over masked words, the share of generated captions that reached EOS, and, if all
+        images have references, the scores of `score_captions`.
 
         Args:
-            official: whether to compute the metrics of the official evaluation, where their parts are installed.
+            official: whether to compute the metrics of the official evaluation that are installed.
         """
         found: dict[str, float] = {}
         if num_masked := int(self._results.tensor("masked").sum()):
@@ -150,7 +153,7 @@ class DescribedSplit:
         return found
 
     def write(self, folder: Path, metrics: Mapping[str, float], shown: int) -> None:
-        """Writes the captions and a page."""
+        """Writes the captions as JSON, and a page with `shown` images; writes nothing without generated captions."""
         if self._search is None:
             return
         write_caption_results(folder / RESULTS, self._by_identifier())

@@ -1,4 +1,4 @@
-"""Predicts the words of captions, with the masked language modeling head (paper section 3.1)."""
+"""Defines the head that predicts the words of captions: a masked language modeling head (paper section 3.1)."""
 
 # M rows at masked tokens, D hidden, V vocabulary.
 
@@ -13,17 +13,18 @@ from beit3_ds.model import Head, StepFeatures
 from beit3_ds.parallel import TensorParallel, VocabParallelHead
 
 TARGET_IDS = "target_ids"
-"""Key of the original ids at the masked tokens, (M,) int64."""
+"""Key in `PackedBatch.targets` of the original ids of the masked tokens, (M,) int64."""
 TOKEN_LOSSES = "loss"
-"""Name of the losses of tokens in `StepFeatures.rows`, (M,) float32."""
+"""Key in `StepFeatures.rows` of the loss of each masked token, (M,) float32."""
 CORRECT = "correct"
-"""Name of the numbers of right predictions of tokens in `StepFeatures.rows`, 0 or 1, (M,) int64."""
+"""Key in `StepFeatures.rows` of whether each prediction is right, 0 or 1, (M,) int64."""
 
 
 class CaptionHead(Head):
     """Predicts masked tokens of captions; the vocabulary is split over the tensor-parallel group.
 
-    The batch's head rows are masked tokens of captions in training, and the rows of the next words in generation.
+    In training, the batch's head rows are the masked tokens of captions. In generation, they are the rows that predict
+    the next words.
     """
 
     def __init__(
@@ -40,8 +41,8 @@ class CaptionHead(Head):
             config: the model's sizes.
             tensor: the tensor-parallel group; None is a group of this process alone.
             label_smoothing: total probability that the labels give to all wrong words.
-            compares_tokens: whether the loss compares the tokens of a step, as `sum_best_tokens` does. The head then
-                returns the losses of single tokens.
+            compares_tokens: whether the loss depends on the losses of all tokens of a step, as in `sum_best_tokens`.
+                The head then returns the loss of each token instead of their sum.
         """
         super().__init__()
         self.compares_tokens = compares_tokens
@@ -61,17 +62,17 @@ class CaptionHead(Head):
     def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
         """Returns the sums of two terms, (2,) float32, or the logits of words.
 
-        The first term is the divergence from the smoothed labels, the second the number of right predictions, which has
-        no gradient.
+        The first term is the divergence from the smoothed labels. The second term is the number of right predictions;
+        it has no gradient.
 
         Args:
             h_MD: rows of tokens, (M, D).
             batch: the packed micro-batch, with `TARGET_IDS` if `with_loss`.
-            with_loss: whether to return the sums.
+            with_loss: True returns the sums, False the logits.
 
         Returns:
-            The sums over tokens, or `StepFeatures` with `TOKEN_LOSSES` and `CORRECT` if the loss compares tokens, or
-            the logits, (M, V).
+            Without `with_loss`, the logits, (M, V). With `with_loss`, the sums over tokens, or, if `compares_tokens`,
+            `StepFeatures` with `TOKEN_LOSSES` and `CORRECT`.
         """
         if not with_loss:
             return self.mlm.logits(h_MD)
@@ -82,15 +83,16 @@ class CaptionHead(Head):
 
 
 def sum_best_tokens(features: StepFeatures, dropped_share: float) -> Tensor:
-    """Returns the sums of both terms over a step without the tokens of the largest losses, (2,) float32.
+    """Returns the sums of both terms over a step, (2,) float32; the loss leaves out the tokens with the largest losses.
 
-    The reference drops the worst tokens late in training, because some captions do not fit their image. It compares
-    the tokens of one rank's batch; this compares those of the whole step, so no layout changes the loss.
+    The reference drops these tokens late in training, because some captions do not fit their image. The reference
+    compares the tokens of one rank's batch. This function compares the tokens of the whole step, so the loss does not
+    depend on the layout.
 
     Args:
         features: losses of all tokens of a step.
-        dropped_share: share of the tokens to drop. The loss of the others is scaled, so that dividing it by the number
-            of all tokens gives their mean.
+        dropped_share: share of the tokens to drop. The sum over the kept tokens is scaled, so that dividing it by the
+            number of all tokens gives the mean over the kept tokens.
     """
     losses_M = features.rows[TOKEN_LOSSES]
     num_kept = int(len(losses_M) * (1 - dropped_share))

@@ -16,9 +16,9 @@ from beit3_ds.tasks.captioning.head import TARGET_IDS
 from beit3_ds.tasks.captioning.samples import CaptionSample
 
 NUMBERS = "sample_numbers"
-"""Key of the number of each sample in its stream, (P,) int64."""
+"""Key in `PackedBatch.targets` of the number of each sample in its stream, (P,) int64."""
 NUM_MASKED = "num_masked"
-"""Key of the number of masked tokens of each caption, (P,) int64."""
+"""Key in `PackedBatch.targets` of the number of masked tokens of each caption, (P,) int64."""
 
 
 def pack(
@@ -28,10 +28,10 @@ def pack(
     model: ModelConfig,
     embeds: bool = True,
 ) -> PackedBatch:
-    """Packs images with captions, whose words see the image and the words before them.
+    """Packs images with captions; each word of a caption attends to the image and to the words before it.
 
     Args:
-        samples: the samples; there may be none.
+        samples: images with masked captions; may be empty.
         drop_path: factors of stochastic depth, one row per sample, or None.
         sources: value of `PackedBatch.sources`.
         model: the model's sizes.

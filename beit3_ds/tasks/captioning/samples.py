@@ -1,4 +1,4 @@
-"""Opens images with captions: each caption is a training sample, and each image a sample of an evaluation."""
+"""Opens images with captions: in training each caption is one sample, in an evaluation each image is one sample."""
 
 from dataclasses import dataclass
 from typing import get_args
@@ -20,7 +20,7 @@ from beit3_ds.tasks.pretraining.masking import mask_tokens
 from beit3_ds.tokenizers.text import TextTokenizer
 
 CAPTION_FORMATS: tuple[str, ...] = get_args(CaptionFormat)
-"""Formats of files with several captions per image (`data/images/caption_files.py`)."""
+"""Names of the source formats with several captions per image (`data/images/caption_files.py`)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,35 +32,35 @@ class CaptionSample:
     number: int
     """Number of the sample in its stream."""
     view: Tensor
-    """View of the image, (3, s, s) float32 in [-1, 1]."""
+    """Image after augmentation or resizing, (3, s, s) float32 in [-1, 1]."""
     ids: NDArray[np.int64]
-    """Corrupted ids, BOS and EOS included, (n,)."""
+    """Token ids of the caption after masking, BOS and EOS included, (n,)."""
     masked_positions: NDArray[np.int64]
-    """Positions to predict, ascending, (k,); none without a caption."""
+    """Positions of the tokens to predict, ascending, (k,); empty if the image has no caption."""
     target_ids: NDArray[np.int64]
-    """Original ids at these positions, (k,)."""
+    """Original token ids at the masked positions, (k,)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionSamples(CaptionedSamples):
-    """Prepares the samples of one source."""
+    """Prepares the images of one source with masked captions."""
 
     view: PairView
-    """Transform of an image into the model's view."""
+    """Augments or resizes an image to the model's input."""
     tokenizer: TextTokenizer
-    """Converts captions to ids."""
+    """Converts captions to token ids."""
     length: int
     """Maximum tokens per caption, BOS and EOS included; further tokens are cut off."""
     mask_ratio: float
-    """Share of the tokens that are predicted."""
+    """Share of a caption's tokens that are masked and predicted."""
     may_lack_caption: bool
-    """Whether an image without a caption is a sample, as in a test split."""
+    """Whether an image without captions is a valid sample, as in a test split."""
 
     def prepare(self, index: int, key: SampleKey) -> CaptionSample:
-        """Reads sample `index` of the source; draws its view and its masked words by `key`.
+        """Reads sample `index` of the source; `key` seeds its augmentation and its mask.
 
         Raises:
-            BrokenRecordError: if the image or the caption cannot be read.
+            BrokenRecordError: if the image or the caption cannot be read, or the caption has no tokens.
         """
         name, tokenizer = self.name(index), self.tokenizer
         if self.may_lack_caption and not self.captions(index):
@@ -85,10 +85,12 @@ class CaptionSamples(CaptionedSamples):
 
 
 def build_stream(config: RunConfig, tokenizer: TextTokenizer, mask_ratio: float, split: Split) -> dict[str, Stream]:
-    """Opens the captions of a split; training images are augmented, others resized without a crop.
+    """Opens the images and captions of a split as the stream "pairs"; returns no stream for a split without sources.
+
+    Training images are augmented; images of other splits are resized without a crop.
 
     Raises:
-        ConfigError: if a file cannot be read, an image is missing, or captions are missing in training or validation.
+        ConfigError: if a file cannot be read, an image is missing, or a training or validation image has no captions.
     """
     data, sources = config.data, getattr(config.data.pairs, split)
     if not sources:

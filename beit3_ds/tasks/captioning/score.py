@@ -1,6 +1,6 @@
-"""Computes metrics of captions with pycocoevalcap, an optional package whose tokenizer and some metrics need Java.
+"""Computes metrics of captions with pycocoevalcap, an optional package that needs Java.
 
-A metric that cannot be computed is listed with the reason, and never counted as 0.
+A metric that cannot be computed is reported with the reason instead of a value of 0.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ from beit3_ds.config import ConfigError
 Identifier = int | str
 """Identifier of an image in result files."""
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE")
-"""Metrics of the official evaluation, in its order."""
+"""Names of the official evaluation's metrics, in the official order."""
 
 
 class CaptionScores(NamedTuple):
     """Holds the metrics of the captions of a split."""
 
     scores: dict[str, float]
-    """Value of each metric that was computed, as the official code reports it (CIDEr to 10, others to 1)."""
+    """Value of each computed metric, in the range of the official code: CIDEr from 0 to 10, others from 0 to 1."""
     unavailable: dict[str, str]
     """Reason for each metric that could not be computed."""
 
@@ -35,12 +35,14 @@ def score_captions(
 ) -> CaptionScores:
     """Scores one caption per image against its references, with the tokenizer of the official evaluation.
 
-    `exact_match`, the share of captions that equal a reference up to case and white space, needs no package.
+    Always computes `exact_match`, the share of captions that equal a reference up to case and white space, which needs
+    no package.
 
     Args:
         captions: caption of each image, by identifier.
-        references: captions of people, for the same images.
-        official: whether to compute the metrics of the official evaluation; otherwise none of them is mentioned.
+        references: captions that people wrote for the same images.
+        official: whether to compute the metrics of the official evaluation. False leaves them out of the result, also
+            out of `unavailable`.
 
     Raises:
         ConfigError: if an image lacks a caption or references.
@@ -66,7 +68,7 @@ def _plain(caption: str) -> str:
 
 
 def _missing_part() -> str:
-    """Names the missing package or program that all metrics need; returns an empty string if none is missing."""
+    """Returns a message about a missing package or program that all metrics need; empty if none is missing."""
     if importlib.util.find_spec("pycocoevalcap") is None:
         return "pycocoevalcap is not installed: pip install beit3_ds[captioning]"
     if shutil.which("java") is None:
@@ -75,7 +77,7 @@ def _missing_part() -> str:
 
 
 def _missing_spice_part() -> str:
-    """Names the missing part that SPICE needs, such as its parser; returns an empty string if none is missing."""
+    """Returns a message if the language models that SPICE needs are missing; otherwise an empty string."""
     spec = importlib.util.find_spec("pycocoevalcap.spice")
     folder = Path(spec.origin).parent / "lib" if spec and spec.origin else Path()
     if not list(folder.glob("stanford-corenlp-*-models.jar")):

@@ -1,4 +1,4 @@
-"""Implements captioning as a task: masked fine-tuning with causal captions, and generation (paper section 3.1)."""
+"""Implements the captioning task: masked fine-tuning with causal captions, and generation (paper section 3.1)."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -25,18 +25,18 @@ from beit3_ds.tokenizers.text import TextTokenizer, load_text_tokenizer
 
 
 class DroppedTokens:
-    """Computes the share of tokens that the current step drops from the loss; the same on all ranks."""
+    """Computes the loss of the current step; after the first steps, it drops the tokens with the largest losses."""
 
     def __init__(self, settings: CaptioningConfig) -> None:
-        """Stores the settings; the current step is 0."""
+        """Stores the settings, and sets the current step to 0."""
         self._settings, self._step = settings, 0
 
     def begin(self, step: int) -> None:
-        """Begins a training step, counted from 0."""
+        """Sets the current training step, counted from 0."""
         self._step = step
 
     def sums(self, features: StepFeatures) -> Tensor:
-        """Returns the sums of both terms over the step (`sum_best_tokens`)."""
+        """Returns the sums of both terms over the current step, (2,) float32 (`sum_best_tokens`)."""
         is_dropping = self._step >= self._settings.drop_after_steps
         return sum_best_tokens(features, self._settings.dropped_share if is_dropping else 0.0)
 
@@ -48,19 +48,19 @@ class CaptioningRankTask(RankTask):
     settings: CaptioningConfig
     """The task's settings."""
     dropped: DroppedTokens
-    """Share of tokens that the loss of a step leaves out."""
+    """Loss of a step, which the task also uses; `before_step` tells it the current step."""
     tokenizer: TextTokenizer
-    """Converts captions to ids and back."""
+    """Converts captions to token ids and back."""
 
     def before_step(self, evaluator: Evaluator, step: int) -> None:
-        """Passes the number of the step to the loss, which drops tokens only after the first steps."""
+        """Tells the loss the number of the step, because it drops tokens only after the first steps."""
         self.dropped.begin(step)
 
     def evaluate(self, evaluator: Evaluator, split: Split, folder: Path | None) -> dict[str, float]:
-        """Predicts the masked words of all captions of a split, and writes captions where the settings say so.
+        """Predicts the masked words of all captions of a split, and generates captions if `task.generation` says so.
 
-        Where the model is divided so that no captions can be written, the metrics are those of masked words alone, and
-        a line says why.
+        If the model's layout does not allow generation, it returns only the metrics of masked words, and the main rank
+        prints the reason.
         """
         settings, search = self.settings, None
         if settings.generation == "always" or (settings.generation == "at_end" and folder is not None):
@@ -87,7 +87,7 @@ def build_search(settings: CaptioningConfig) -> BeamSearch:
 
 
 class Captioning(Task):
-    """Trains the prediction of masked words of captions, each of which sees the image and the words before it."""
+    """Trains the model to predict masked words of a caption from the image and the words before them."""
 
     Settings = CaptioningConfig
     settings: CaptioningConfig
@@ -103,7 +103,7 @@ class Captioning(Task):
         """Checks the settings of the task against the model's sizes.
 
         Raises:
-            ConfigError: if the model has too few positions for the captions that are to be written.
+            ConfigError: if the model has too few text positions to generate captions of `task.max_length`.
         """
         super().__init__(config)
         settings, longest = self.settings, config.model.max_text_length
@@ -123,15 +123,15 @@ class Captioning(Task):
 
     @property
     def step_loss(self) -> StepLoss | None:
-        """Returns the sums over the best tokens of a step; None if all tokens count."""
+        """Returns the loss that drops the tokens with the largest losses; None if `task.dropped_share` is 0."""
         return self._dropped.sums if self.settings.dropped_share else None
 
     def head_flops(self, term_counts: Sequence[float]) -> float:
-        """Returns the forward operations of the head, given the number of masked words."""
+        """Returns the floating-point operations of the head's forward pass over `term_counts[0]` masked words."""
         return 2 * term_counts[0] * self.config.model.hidden_size * self.config.model.text_vocab_size
 
     def expected_head_flops(self) -> float:
-        """Returns the operations of the head per step, forward and backward."""
+        """Returns the floating-point operations of the head per step, forward and backward."""
         data = self.config.data
         masked = data.pairs.samples_per_step * data.pair_text_length * self.settings.mask_ratio
         return 3 * self.head_flops((masked, 0))

@@ -12,12 +12,12 @@ from beit3_ds.data.files.json_lists import open_json_text
 
 
 class ImageClass(NamedTuple):
-    """Holds a class of images."""
+    """Holds the key and the name of a class of images."""
 
     key: str
-    """Short name that files use, such as the WordNet id `n01440764`."""
+    """Short name of the class in files, such as the WordNet id `n01440764`."""
     name: str
-    """Words for it, such as `tench, Tinca tinca`."""
+    """Name of the class in words, such as `tench, Tinca tinca`."""
 
 
 class ClassList:
@@ -31,7 +31,7 @@ class ClassList:
             where: file that the classes come from, for messages.
 
         Raises:
-            ConfigError: if there are none, a key occurs twice, or a class has no name.
+            ConfigError: if there are no classes, a key occurs twice, or a class has no name.
         """
         self.classes, self.where = tuple(classes), where
         if not self.classes:
@@ -49,7 +49,7 @@ class ClassList:
         return len(self.classes)
 
     def __iter__(self) -> Iterator[ImageClass]:
-        """Yields the classes by label."""
+        """Yields the classes in the order of their labels."""
         return iter(self.classes)
 
     @cached_property
@@ -59,7 +59,7 @@ class ClassList:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Returns the names by label."""
+        """Returns the names of the classes in the order of their labels."""
         return tuple(found.name for found in self.classes)
 
     def digest(self) -> str:

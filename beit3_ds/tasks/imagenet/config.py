@@ -7,7 +7,7 @@ from beit3_ds.config import ConfigError
 from beit3_ds.config.numbers import Positive, Range, Share
 
 MixingStrength = Annotated[float, Range(0, 100)]
-"""Both parameters of the beta distribution from which shares of mixed images are drawn; 0 mixes nothing."""
+"""Parameter a of the distribution Beta(a, a) from which the shares of mixed images are drawn; 0 mixes no images."""
 
 _PLACE = "{name}"
 
@@ -17,21 +17,22 @@ class ImagenetConfig:
     """Configures the classification of images by the names of their classes (paper section 3.2)."""
 
     head: Literal["names", "linear"] = "names"
-    """`names` compares the features of an image with those of all class names, as the paper does. `linear` is a linear
-    layer over the mean patch, as in the reference's fine-tuned models; it reads no texts."""
+    """Kind of head. `names` compares the features of an image with the features of all class names, as the paper does.
+    `linear` is a linear layer over the mean of the patches, as in the reference's fine-tuned models; it reads no
+    texts."""
     num_classes: Positive = 1000
-    """Number of classes in the list, which is checked against it."""
+    """Number of classes; it must equal the number of classes in the file of classes."""
     prompt: str = _PLACE
-    """Text of a class, in which `{name}` stands for its name."""
+    """Text of a class; `{name}` is replaced by the name of the class."""
     label_smoothing: Annotated[float, Range(0, 1, below=True)] = 0.1
     """Share of the target that is spread evenly over all compared classes (the reference: 0.1)."""
     mixup: MixingStrength = 0.0
     """Strength of mixup, which adds two images (Zhang et al., 2018, arXiv:1710.09412; the reference: 0.8)."""
     cutmix: MixingStrength = 0.0
     """Strength of CutMix, which pastes a rectangle of another image (Yun et al., 2019, arXiv:1905.04899; the reference:
-    1.0). With mixup and CutMix, each image has one of both, with probability one half each."""
+    1.0). If both strengths are above 0, each mixed image uses mixup or CutMix with probability one half each."""
     mixing_probability: Share = 1.0
-    """Probability that an image is mixed with another one of its source."""
+    """Probability that an image is mixed with another image of its source."""
 
     def __post_init__(self) -> None:
         if _PLACE not in self.prompt:
@@ -51,5 +52,5 @@ class ImagenetConfig:
         return bool((self.mixup or self.cutmix) and self.mixing_probability)
 
     def text_of(self, name: str) -> str:
-        """Returns the text of a class."""
+        """Returns the text of a class: the prompt with the name of the class inserted."""
         return self.prompt.replace(_PLACE, name)

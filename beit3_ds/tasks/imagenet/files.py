@@ -44,15 +44,15 @@ class LabelledImages:
 
     @property
     def skipped(self) -> dict[str, Skipped]:
-        """Returns files, members and rows that are left out, by reason."""
+        """Returns the number of skipped files, members and rows, with an example, by reason."""
         return self.source.skipped
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns the files that the images come from."""
+        """Returns name, size and number of samples of each file that the images come from."""
         return self.source.files()
 
     def name(self, index: int) -> str:
-        """Returns the file of an image and its name there, for messages."""
+        """Returns the file that contains an image, and the image's name in the file, for messages."""
         return self.source.name(index)
 
     def label(self, index: int) -> int:
@@ -63,17 +63,17 @@ class LabelledImages:
         """Decodes an image, upright and in RGB.
 
         Raises:
-            BrokenRecordError: if it cannot be read.
+            BrokenRecordError: if the image cannot be read.
             StorageError: if the file system fails.
         """
         return self.source.image(index, min_side)
 
 
 def read_class_folders(path: str, classes: ClassList) -> LabelledImages:
-    """Reads a folder with one folder of images per class, by key.
+    """Reads a folder that contains one folder of images per class, named by the key of the class.
 
     Raises:
-        ConfigError: if the folder cannot be read, or an image is in no folder of a class.
+        ConfigError: if the folder cannot be read, or an image is not in the folder of a class.
     """
     source = ImageFolder(path)
     labels = array("i")
@@ -98,7 +98,7 @@ def read_class_tars(
         pattern: file or glob pattern.
         classes: the classes.
         cache_dir: folder of the indices that `beit3 prepare index` wrote; None scans the tars.
-        files: keeps tars open; None uses a new `OpenFiles`.
+        files: collection of open files that keeps the tars open; None creates a new one.
 
     Raises:
         ConfigError: if a tar cannot be read, or the class of an image is missing or not in the list.
@@ -116,7 +116,7 @@ def read_class_tars(
 
 
 def _tar_label(key: str, number: int | None, name: str, classes: ClassList) -> int:
-    """Returns the label of a sample in a tar by its key and its `cls` member."""
+    """Returns the label of a sample in a tar from its folder, its `cls` member or its name, in this order."""
     folder, _, stem = key.rpartition("/")
     if folder or number is None:
         return classes.label(folder.rpartition("/")[2] or stem.partition("_")[0], name)
@@ -144,8 +144,8 @@ def read_class_lines(path: str, folder: str, classes: ClassList) -> LabelledImag
     """Reads images with classes from JSON lines: `image` (path in the folder) and `class` (its key).
 
     Raises:
-        ConfigError: if the file cannot be read, a line does not have this form, an image occurs twice, or a class is
-            not in the list; the message names the line.
+        ConfigError: if the file cannot be read, a key is missing or invalid, an image occurs twice, or a class is not
+            in the list; the message names the line.
     """
     samples, labels = CollectedAnnotations(path, folder), array("i")
     lines: dict[str, int] = {}

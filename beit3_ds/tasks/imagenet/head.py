@@ -1,6 +1,6 @@
-"""Classifies images with a linear layer, as the reference's ImageNet models do.
+"""Defines the head that classifies images with a linear layer, as the reference's ImageNet models do.
 
-The paper classifies by retrieving class names (section 3.2), with `retrieval.head.ContrastiveHead`.
+The paper classifies by retrieving class names (section 3.2); this uses `retrieval.head.ContrastiveHead` instead.
 """
 
 # I images, N patches per image, D hidden, C classes.
@@ -18,14 +18,14 @@ from beit3_ds.model import Head
 from beit3_ds.parallel import TensorParallel
 
 CLASSES = "classes"
-"""Key of the class of every image, (I,) int64."""
+"""Key in `PackedBatch.targets` of the label of each image, (I,) int64."""
 
 
 class LinearClassHead(Head):
-    """Classifies the mean of an image's patches: LayerNorm and a linear layer.
+    """Classifies an image by LayerNorm and a linear layer over the mean of its patches.
 
-    Every tensor-parallel rank has the whole head and computes the same logits. The batch holds images alone, and its
-    head rows are their patches (`patch_rows`).
+    Every tensor-parallel rank has the whole head and computes the same logits. The batch contains images without texts,
+    and its head rows are the patches of the images (`patch_rows`).
     """
 
     def __init__(self, config: ModelConfig, num_classes: int, tensor: TensorParallel | None = None) -> None:
@@ -43,12 +43,12 @@ class LinearClassHead(Head):
     def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
         """Returns the sums of two terms, (2,) float32, or the logits of the classes.
 
-        The first term is the cross entropy, the second the number of correct answers, which has no gradient.
+        The first term is the cross entropy. The second term is the number of correct answers; it has no gradient.
 
         Args:
             h_MD: rows of the patches of all images, (I * N, D).
             batch: the packed micro-batch, with `CLASSES` if `with_loss`.
-            with_loss: whether to return the sums.
+            with_loss: True returns the sums, False the logits.
 
         Returns:
             The sums over images, or the logits, (I, C) float32.
@@ -64,7 +64,7 @@ class LinearClassHead(Head):
 
 
 def patch_rows(layout: SequenceLayout) -> PickedRows:
-    """Returns the rows of all patches of the images without texts, in order."""
+    """Returns the rows of the patches of all images, without the CLS rows, in the order of the batch."""
     rows_IL = torch.arange(layout.part_rows[0]).view(layout.num_images, layout.image_length)
     patches = rows_IL[:, 1:].flatten()
     return PickedRows(patches, (len(patches), 0, 0, 0))

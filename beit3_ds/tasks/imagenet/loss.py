@@ -1,4 +1,4 @@
-"""Computes the terms of a step whose images are compared with the names of classes."""
+"""Computes the loss and the accuracy of a step in which images are compared with class names."""
 
 # I images and X texts of the whole step, C different classes of the texts, D features.
 
@@ -13,14 +13,14 @@ from beit3_ds.tasks.retrieval.head import IMAGE_FEATURES, SCALE, TEXT_FEATURES
 
 
 def class_terms(features: StepFeatures, label_smoothing: float) -> Tensor:
-    """Returns the sums of cross entropy and of correct answers over the images, (2,) float32; only the first has a
-    gradient.
+    """Returns the sum of the cross entropies of all images and the number of correct answers, (2,) float32.
 
-    The softmax is over the classes whose texts the step has. Several texts of one class count as one, whose features
-    are their mean, so no class is its own negative. The classes of all images must be among them.
+    Only the cross entropy has a gradient. The softmax is over the classes whose texts the step contains; these must
+    include the classes of all images. If a class has several texts, the mean of their features is used, so a class is
+    never its own negative.
 
     Args:
-        features: features, labels and scale of all images and texts of the step.
+        features: features and labels of all images and texts of the step, and the scale of scores.
         label_smoothing: share of the target that is spread evenly over the classes.
     """
     rows = features.rows

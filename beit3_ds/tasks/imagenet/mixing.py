@@ -1,4 +1,4 @@
-"""Mixes pairs of images with mixup or CutMix, as a function of one generator."""
+"""Mixes pairs of images with mixup or CutMix; one random generator determines the result."""
 
 # S pixels on a side.
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 WHOLE = 1 << 16
-"""Number that stands for a whole image in shares, which are integers so that ranks can compare them."""
+"""Share of a whole image. Shares are integers in units of 1 / WHOLE, so that they are exactly equal on all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +29,10 @@ class Mixing:
         return bool((self.mixup or self.cutmix) and rng.random() < self.probability)
 
     def __call__(self, own: Tensor, other: Tensor, rng: np.random.Generator) -> tuple[Tensor, int]:
-        """Mixes two images.
+        """Mixes two images by mixup or CutMix.
 
         Args:
-            own: image whose share is returned, (3, S, S).
+            own: the image that the other one is mixed into, (3, S, S).
             other: the other image, of the same shape.
             rng: generator of all draws.
 

@@ -16,13 +16,14 @@ from beit3_ds.tasks.imagenet.head import CLASSES, patch_rows
 from beit3_ds.tasks.imagenet.samples import ClassImage, ClassText
 
 OTHER_CLASSES = "other classes"
-"""Key of the labels of the images that are mixed in, (I,) int64."""
+"""Key in `PackedBatch.targets` of the label of the second image of each mixed image, (I,) int64."""
 SHARES = "shares"
-"""Key of the images' own shares in mixed images, in units of 1 / `mixing.WHOLE`, (I,) int64."""
+"""Key in `PackedBatch.targets` of the share of the first image in each mixed image, in units of 1 / `mixing.WHOLE`,
+(I,) int64."""
 NUMBERS = "numbers"
-"""Key of the images' numbers in their stream, (I,) int64."""
+"""Key in `PackedBatch.targets` of each image's number in its stream, (I,) int64."""
 TEXT_CLASSES = "classes of texts"
-"""Key of the labels of the texts, (X,) int64."""
+"""Key in `PackedBatch.targets` of the label of each text, (X,) int64."""
 
 _IMAGES, _TEXTS = 0, 3  # places in `layout.PARTS`
 
@@ -36,14 +37,15 @@ def pack(
     head: Literal["names", "linear"],
     embeds: bool,
 ) -> PackedBatch:
-    """Packs images, then texts; either may be absent.
+    """Packs all images, then all texts; either may be absent.
 
     Args:
-        samples: images, then the texts of classes. An image may bring the text of its own class.
-        drop_path: factors of stochastic depth, (Q, L, 2) float32, or None; the rows of a sample are consecutive.
+        samples: images, then class texts. An image may carry the text of its own class (`ClassImage.text`).
+        drop_path: factors of stochastic depth, (Q, L, 2) float32, or None. An image that carries a text has two rows,
+            one after the other.
         sources: value of `PackedBatch.sources`.
         model: sizes of the model.
-        head: the head, which decides which rows are read.
+        head: kind of head. `linear` reads the patches of images, `names` the first row of each image and text.
         embeds: whether the batch keeps the pixels.
     """
     images = [sample for sample in samples if isinstance(sample, ClassImage)]

@@ -23,40 +23,40 @@ from beit3_ds.tasks.imagenet.mixing import WHOLE, Mixing
 from beit3_ds.tokenizers.text import TextTokenizer
 
 CLASS_LINES = "class_jsonl"
-"""Format of JSON lines with the classes of images in a folder."""
+"""Name of the source format of JSON lines that list images and their classes."""
 CLASS_NAMES = "class_names"
-"""Format of a file with a class and its name per line."""
+"""Name of the source format of a file that has a class's key and name per line."""
 IMAGE_FORMATS = ("tar", "folder", CLASS_LINES)
-"""Formats of images with classes (`tasks.imagenet.files`)."""
+"""Names of the source formats of images with classes (`tasks.imagenet.files`)."""
 
 
 class ClassText(NamedTuple):
-    """Holds the text of a class."""
+    """Holds the tokenized text of a class."""
 
     label: int
     """Label of the class."""
     ids: NDArray[np.int64]
-    """Ids of the text, BOS and EOS included."""
+    """Token ids of the text, BOS and EOS included."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ClassImage:
-    """Holds an image with its class, or two mixed images."""
+    """Holds an image with its class, or a mixture of two images with both classes."""
 
     name: str
     """File and name of the sample, for messages."""
     number: int
     """Number of the sample in its stream."""
     view: Tensor
-    """View of the model, (3, image_size, image_size) float32 in [-1, 1]."""
+    """Image, augmented or resized and perhaps mixed, (3, image_size, image_size) float32 in [-1, 1]."""
     label: int
     """Label of the image."""
     other_label: int
-    """Label of the image that is mixed in; `label` if there is none."""
+    """Label of the second image of a mixture; equal to `label` without mixing."""
     share: int
-    """Share of the image itself, in units of 1 / `WHOLE`."""
+    """Share of the first image in a mixture, in units of 1 / `WHOLE`; `WHOLE` without mixing."""
     text: ClassText | None = None
-    """Text of the class, in a run whose steps compare only some classes."""
+    """Text of the image's class, in a run whose steps compare only some of the classes; else None."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,36 +66,38 @@ class ClassImages:
     is_last_open: ClassVar[bool] = False
 
     source: LabelledImages
-    """Images with labels."""
+    """Images and labels of the source."""
     view: ImageTransform
-    """Transform that makes the view of the model."""
+    """Augments or resizes an image to the model's input."""
     mixing: Mixing | None = None
-    """How images are mixed; None mixes none."""
+    """Settings of mixup and CutMix; None mixes no images."""
     texts: Sequence[ClassText] | None = None
-    """Texts of all classes; each sample also gets the text of its class. None adds no texts."""
+    """Texts of all classes, from which each sample gets the text of its class; None adds no texts to samples."""
 
     def __len__(self) -> int:
         """Returns the number of images, broken ones included."""
         return len(self.source)
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns the files of the source."""
+        """Returns name, size and number of samples of each file of the source."""
         return self.source.files()
 
     def identity(self, index: int) -> bytes:
-        """Returns the name of a sample as bytes, to detect renumbered samples."""
+        """Returns the name of a sample as bytes, by which a resumed run recognises the sample."""
         return self.source.name(index).rpartition("/")[2].encode("utf-8", "surrogatepass")
 
     def name(self, index: int) -> str:
-        """Returns the file of a sample and its name there, for messages."""
+        """Returns the file that contains a sample, and the sample's name in the file, for messages."""
         return self.source.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns files, members and rows of the source that are no samples, by the reason."""
+        """Returns the number of skipped files, members and rows of the source, with an example, by reason."""
         return self.source.skipped
 
     def prepare(self, index: int, key: SampleKey) -> ClassImage:
-        """Reads an image and draws its view; mixing reads a second image of the source, drawn by `key` alone.
+        """Reads image `index` of the source, augments it and, if mixing applies, mixes it with a second image.
+
+        `key` seeds the augmentation, the choice of the second image of the source, and the mixing.
 
         Raises:
             BrokenRecordError: if an image cannot be read.
@@ -128,21 +130,21 @@ class ClassTexts:
     is_last_open: ClassVar[bool] = False
 
     texts: Sequence[ClassText]
-    """Text of every class."""
+    """Texts of all classes in the order of their labels."""
     classes: ClassList
-    """The classes."""
+    """Keys and names of the classes."""
 
     def __len__(self) -> int:
         """Returns the number of classes."""
         return len(self.texts)
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns the file of the classes."""
+        """Returns name, size and number of classes of the file of classes."""
         path = self.classes.where
         return [SourceFile(os.path.basename(path), os.path.getsize(path), len(self))]
 
     def identity(self, index: int) -> bytes:
-        """Returns the key of a class as bytes, to detect renumbered classes."""
+        """Returns the key of a class as bytes, by which a resumed run recognises the class."""
         return self.classes.classes[index].key.encode("utf-8", "surrogatepass")
 
     def name(self, index: int) -> str:
@@ -150,11 +152,11 @@ class ClassTexts:
         return f"{self.classes.where}:{self.classes.classes[index].key}"
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns nothing, because every line is a class."""
+        """Returns an empty dictionary, because every line of the file is a class."""
         return {}
 
     def prepare(self, index: int, key: SampleKey) -> ClassText:
-        """Returns the text of a class."""
+        """Returns the text of the class with label `index`; `key` has no effect."""
         return self.texts[index]
 
 
@@ -185,17 +187,20 @@ def build_streams(
     texts: Sequence[ClassText],
     split: Split,
 ) -> dict[str, Stream]:
-    """Opens the images of a split; training with the head `names` also reads the names of the classes.
+    """Opens the images of a split and, for training with the head `names`, the class names.
 
     Args:
         config: the run's configuration.
         settings: the task's settings.
         classes: the classes.
-        texts: text of every class; empty for the head `linear`.
+        texts: texts of all classes; empty for the head `linear`.
         split: the split.
 
+    Returns:
+        The stream "images", and in training with the head `names` the stream "texts" of class names.
+
     Raises:
-        ConfigError: if a file cannot be read, or an image has a class that is not in the list.
+        ConfigError: if a file cannot be read, or the class of an image is not in the list.
     """
     data, is_training = config.data, split == "train"
     sources = getattr(data.images, split)

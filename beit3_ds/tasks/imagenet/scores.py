@@ -20,20 +20,21 @@ from beit3_ds.tasks.results import GatheredResults, SampleResults
 from beit3_ds.tasks.retrieval.head import IMAGE_FEATURES, SCALE, TEXT_FEATURES
 
 NUM_SHOWN = 5
-"""Classes per image that result files name."""
+"""Number of best classes per image in result files."""
 
 
 class ClassScores(NamedTuple):
-    """Holds the answers for all images of a split, in the order of their numbers."""
+    """Holds the classification of all images of a split, sorted by the images' numbers."""
 
     numbers: Tensor
     """Numbers of the images in their stream, ascending, (n,) int64."""
     labels: Tensor
     """Labels of the images, (n,) int64."""
     ranks: Tensor
-    """Number of classes that score above the label, or as high with a lower label, (n,) int64."""
+    """Rank of each image's own class, (n,) int64: the number of classes with a higher score, or with an equal score and
+    a smaller label."""
     best: Tensor
-    """The best classes of each image, the best first, (n, at most `NUM_SHOWN`) int64."""
+    """Labels of the classes with the highest scores per image, the best first, (n, at most `NUM_SHOWN`) int64."""
     losses: Tensor
     """Cross entropy of each image over all classes, (n,) float32."""
 
@@ -52,13 +53,16 @@ class ClassScores(NamedTuple):
 def score_split(
     evaluator: Evaluator, split: Split, texts: Sequence[ClassText], batches: Sequence[PackedBatch]
 ) -> ClassScores | None:
-    """Classifies all images of a split; all ranks call it. Returns the answers on the main rank and None elsewhere.
+    """Classifies all images of a split; all ranks must call it.
 
     Args:
         evaluator: the model and its ranks.
         split: the split.
-        texts: text of every class; empty if the head knows the classes.
+        texts: texts of all classes; empty for a linear head.
         batches: this rank's share of the batches of texts (`share_of_batches`).
+
+    Returns:
+        The classification on the main rank; None on other ranks.
     """
     classes_CD = _encode_classes(evaluator, batches, len(texts)) if texts else None
     results = SampleResults()
@@ -71,7 +75,10 @@ def score_split(
 
 
 def score_images(scores_IC: Tensor, labels_I: Tensor) -> dict[str, Tensor]:
-    """Returns label, rank, best classes and loss of each image, by name; equal scores are ordered by label."""
+    """Returns label, rank of the label, best classes and loss of each image, by name.
+
+    Of classes with equal scores, the one with the smaller label ranks first.
+    """
     own_I1 = scores_IC.gather(1, labels_I[:, None])
     is_before_IC = torch.arange(scores_IC.shape[1], device=scores_IC.device) < labels_I[:, None]
     ranks_I = ((scores_IC > own_I1) | ((scores_IC == own_I1) & is_before_IC)).sum(1)
@@ -81,9 +88,16 @@ def score_images(scores_IC: Tensor, labels_I: Tensor) -> dict[str, Tensor]:
 
 
 def share_of_batches(batches: Iterator[PackedBatch], nothing: PackedBatch, rank: int, size: int) -> list[PackedBatch]:
-    """Returns every `size`-th batch, from batch `rank` on; empty batches are added so that all ranks have equally many.
+    """Returns this rank's share of batches: batch `rank` and every `size`-th batch after it.
 
-    The cut into batches does not depend on `size`, so neither do the features.
+    Adds empty batches, so that all ranks have the same number. The content of a batch does not depend on `size`, so the
+    features do not either.
+
+    Args:
+        batches: all batches.
+        nothing: an empty batch.
+        rank: rank in the data-parallel group.
+        size: size of the data-parallel group.
     """
     whole = list(batches)
     whole += [nothing] * (-len(whole) % size)
@@ -103,7 +117,10 @@ def _encode_classes(evaluator: Evaluator, batches: Sequence[PackedBatch], num_cl
 
 
 def _interleave(own: Tensor, outputs: Sequence[StepFeatures], mesh: Mesh, num_classes: int) -> Tensor:
-    """Reorders the features by class; rank r of R encoded every R-th batch."""
+    """Gathers the features of all classes from the data-parallel ranks, and sorts them by label.
+
+    Rank r of R ranks has encoded batches r, r + R, r + 2 R and so on.
+    """
     lengths = mesh.data_host.gather([len(output.rows[TEXT_FEATURES]) for output in outputs])
     gathered = mesh.gather_rows_over_data(own, [sum(of_rank) for of_rank in lengths])
     parts = gathered.split([length for of_rank in lengths for length in of_rank])

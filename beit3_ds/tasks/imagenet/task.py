@@ -1,4 +1,4 @@
-"""Implements the classification of images by retrieving the names of their classes (paper section 3.2)."""
+"""Implements the ImageNet task: images are classified by retrieving class names (paper section 3.2)."""
 
 import functools
 import json
@@ -31,17 +31,19 @@ _NUM_ON_PAGE = 60
 
 @dataclass(frozen=True, kw_only=True)
 class ImagenetRankTask(RankTask):
-    """Holds the classes, and the class texts that this rank encodes in evaluations."""
+    """Implements the classification of images on one rank, with its opened images and the class texts."""
 
     classes: ClassList
-    """The classes."""
+    """Keys and names of the classes."""
     texts: Sequence[ClassText]
-    """Text of every class; empty with the head `linear`."""
+    """Texts of all classes; empty with the head `linear`."""
     text_batches: Sequence[PackedBatch]
-    """This rank's batches of texts in an evaluation."""
+    """Batches of class texts that this rank encodes in an evaluation."""
 
     def evaluate(self, evaluator: Evaluator, split: Split, folder: Path | None) -> dict[str, float]:
-        """Classifies all images of a split; the texts of all classes are encoded once.
+        """Classifies all images of a split; the text of each class is encoded only once.
+
+        With `folder`, also writes `classes.jsonl` and `classes.html`.
 
         Returns:
             `classes` (mean cross entropy), `accuracy`, `top5` and `images` on the main rank; empty elsewhere.
@@ -58,11 +60,11 @@ class ImagenetRankTask(RankTask):
 
 
 class Imagenet(Task):
-    """Trains the classification of images, by comparing them with the names of classes or with a linear layer.
+    """Trains the classification of images, with a comparison to class names or with a linear layer.
 
-    With `names`, every step encodes each of the `data.texts.samples_per_step` class names once, divided over ranks and
-    micro-batches. If these are all classes, the softmax is exact and no image of the same class is a negative. With
-    fewer, such as for ImageNet-21K, the classes of the step's images are encoded beside those that are drawn.
+    With the head `names`, every step encodes `data.texts.samples_per_step` class names, divided over ranks and
+    micro-batches. If this is the number of classes, the softmax is over all classes. If it is smaller, for example for
+    ImageNet-21K, that many classes are drawn per step, and the classes of the step's images are added to them.
     """
 
     Settings = ImagenetConfig
@@ -104,10 +106,10 @@ class Imagenet(Task):
 
     @functools.cached_property
     def classes(self) -> ClassList:
-        """Returns the classes; reads their file.
+        """Returns the classes, which the first call reads from their file.
 
         Raises:
-            ConfigError: if it cannot be read, or has another number of classes than `task.num_classes`.
+            ConfigError: if the file cannot be read, or does not have `task.num_classes` classes.
         """
         classes = ClassList.load(self.config.data.texts.train[0].path)
         if len(classes) != self.settings.num_classes:
@@ -118,18 +120,18 @@ class Imagenet(Task):
         return classes
 
     def describe(self) -> dict[str, Any]:
-        """Returns the settings, and a digest of the classes, for checkpoints."""
+        """Returns the task's name and settings and a digest of the classes, to store them in checkpoints."""
         return {**super().describe(), "class_digest": self.classes.digest()}
 
     def build_head(self, model: ModelConfig, tensor: TensorParallel) -> Head:
-        """Builds the heads of image and text features, or the linear layer."""
+        """Builds the head with uninitialised parameters: image and text features, or a linear layer."""
         if self.settings.head == "linear":
             return LinearClassHead(model, self.settings.num_classes, tensor)
         return ContrastiveHead(model, tensor)
 
     @property
     def step_loss(self) -> StepLoss | None:
-        """Returns the terms of a step whose images are compared with class names; None with the head `linear`."""
+        """Returns the function that compares a step's images with class names; None with the head `linear`."""
         if self.settings.head == "linear":
             return None
         return functools.partial(class_terms, label_smoothing=self.settings.label_smoothing)
@@ -138,8 +140,8 @@ class Imagenet(Task):
         """Opens the tokenizer and the images that a rank reads.
 
         Raises:
-            ConfigError: if a file cannot be read, an image has an unknown class, a name has no tokens, or the weights
-                belong to other classes.
+            ConfigError: if a file cannot be read, the class of an image is unknown, the tokenizer keeps nothing of a
+                class name, or a linear layer was trained for other classes.
         """
         self._check_weights()
         config, classes, texts = self.config, self.classes, self._encode()
@@ -160,7 +162,11 @@ class Imagenet(Task):
         )
 
     def _check_weights(self) -> None:
-        """Refuses weights whose linear layer was trained for other classes; heads that compare names accept any."""
+        """Checks that a linear layer was trained for the same classes; the head `names` has no such layer.
+
+        Raises:
+            ConfigError: if the weights store the digest of another list of classes.
+        """
         stored = self.weights_description or {}
         if self.settings.head != "linear" or stored.get("head") != "linear":
             return
@@ -206,7 +212,7 @@ def _write_answers(path: Path, scores: ClassScores, stream: Stream, classes: Cla
 def _write_page(
     path: Path, scores: ClassScores, stream: Stream, classes: ClassList, metrics: Mapping[str, float]
 ) -> None:
-    """Writes a page of images with their classes and the model's answers, wrong ones first."""
+    """Writes a page of images with their classes and the model's answers; wrong answers come first."""
     is_right = (scores.ranks == 0).tolist()
     shown = choose_shown(is_right, _NUM_ON_PAGE)
     write_result_page(path, "Classes of images", metrics, _shown_samples(shown, scores, stream, classes))

@@ -2,11 +2,12 @@
 
 | format | file | images of an entry |
 |---|---|---|
-| NLVR2 | `train.json`, `dev.json`, `test1.json`: one object per line, `identifier`, `sentence`, `label` | see below |
+| NLVR2 | `train.json`, `dev.json`, `test1.json`: one object per line, `identifier`, `sentence`, `label` | as below |
 | JSON lines | `left`, `right`, `sentence`, `label`, and if need be `id`, `group` | paths `left` and `right` |
 
-An identifier such as `dev-850-0-1` names the split, the set of sentences, the pair of images and the sentence; its
-images are `dev-850-0-img0.png` and `dev-850-0-img1.png`. Those of training are in folders by `directory`.
+An identifier such as `dev-850-0-1` names the split, the set of sentences, the pair of images and the sentence. Its
+images are `dev-850-0-img0.png` and `dev-850-0-img1.png`. Training images are in the folder that the key `directory` of
+their entry names.
 """
 
 import json
@@ -31,14 +32,14 @@ _NO_LABEL = -1
 
 
 class Statements:
-    """Holds statements about two images each, with labels if the split has them."""
+    """Holds statements, each about two images, with their labels if the split has labels."""
 
     def __init__(self, annotations: str, folder: str) -> None:
         """Creates an empty collection of statements.
 
         Args:
-            annotations: path of the file of statements, for messages.
-            folder: folder of the images, or a pattern of tars (`ImagesByName`); nothing outside it is read.
+            annotations: path of the file of statements.
+            folder: folder of the images, or a pattern of tars (`ImagesByName`). Images outside the folder are refused.
 
         Raises:
             ConfigError: if `folder` is neither a folder nor a pattern of tars.
@@ -59,9 +60,9 @@ class Statements:
             identifier: number or text that names the sample in results.
             images: paths of the left and the right image in the folder.
             sentence: the statement.
-            label: whether it is true; None if the split does not say.
-            group: samples of one group count together for consistency.
-            line: line of the entry in the file.
+            label: whether the statement is true; None if the split has no labels.
+            group: name of the statement's group. Consistency counts the groups without a wrong answer.
+            line: line number of the entry in the file.
 
         Raises:
             ConfigError: if the identifier occurs twice, or the sentence is empty or not valid text.
@@ -88,10 +89,10 @@ class Statements:
         return len(self._sentences)
 
     def files(self) -> Iterator[SourceFile]:
-        """Yields the file of the statements.
+        """Yields name, size and number of samples of the file of statements.
 
         Raises:
-            ConfigError: if the file is gone.
+            ConfigError: if the file no longer exists.
         """
         ((num_bytes, _),) = describe_files([self.annotations])
         yield SourceFile(os.path.basename(self.annotations), num_bytes, len(self))
@@ -102,7 +103,7 @@ class Statements:
         return printable(f"{self.annotations}:{self._lines[identifier]} ({identifier})")
 
     def image_files(self) -> Iterator[str]:
-        """Yields the path of both images of every statement."""
+        """Yields the paths of the left and the right image of every statement."""
         return (os.path.join(self.images.path, self.paths[number]) for number in range(len(self.paths)))
 
     def identifier(self, index: int) -> int | str:
@@ -115,11 +116,11 @@ class Statements:
         return self._sentences[index]
 
     def group(self, index: int) -> str:
-        """Returns the group of a sample: a set of statements with equal sentences, about different images."""
+        """Returns the group of a sample: statements of one group have the same sentence and different images."""
         return self._groups[index]
 
     def label(self, index: int) -> bool | None:
-        """Returns whether a statement is true; None if the split does not say."""
+        """Returns whether a statement is true; None if it has no label."""
         return None if self._labels[index] == _NO_LABEL else bool(self._labels[index])
 
     @property
@@ -128,10 +129,10 @@ class Statements:
         return _NO_LABEL not in self._labels
 
     def check_has_labels(self) -> None:
-        """Refuses a split without labels.
+        """Checks that every statement has a label.
 
         Raises:
-            ConfigError: with the file and the first sample without a label.
+            ConfigError: if one has none; the message names the first such statement.
         """
         if not self.has_labels:
             name = self.name(self._labels.index(_NO_LABEL))
@@ -140,10 +141,10 @@ class Statements:
             )
 
     def check_no_image_is_missing(self) -> None:
-        """Refuses a file that names an image that is not there; lists each folder once and opens no image.
+        """Checks that the images of all statements exist; lists each folder once and opens no image.
 
         Raises:
-            ConfigError: with the number of missing images, and the first of them with the sample that names it.
+            ConfigError: if images are missing; the message names their number and the first one.
             StorageError: if the file system fails.
         """
         paths = [self.paths[number] for number in range(len(self.paths))]
@@ -157,14 +158,14 @@ class Statements:
             )
 
     def image_path(self, index: int, side: int) -> str:
-        """Returns the path of the left (0) or right (1) image of a sample in the folder."""
+        """Returns the path of the left (`side` 0) or right (`side` 1) image of a sample, relative to the folder."""
         return self.paths[2 * index + side]
 
     def image(self, index: int, side: int, min_side: int | None = None) -> Image.Image:
-        """Decodes the left (0) or right (1) image of a sample, upright and in RGB.
+        """Decodes the left (`side` 0) or right (`side` 1) image of a sample, upright and in RGB.
 
         Raises:
-            BrokenRecordError: if it cannot be read or is outside the folder.
+            BrokenRecordError: if the image cannot be read or is outside the folder.
             StorageError: if the file system fails.
         """
         path = self.image_path(index, side)
@@ -175,15 +176,15 @@ class Statements:
 
 
 def read_nlvr2(path: str, folder: str) -> Statements:
-    """Reads NLVR2 (Suhr et al., 2019, arXiv:1811.00491).
+    """Reads a file of statements of NLVR2 (Suhr et al., 2019, arXiv:1811.00491).
 
     Args:
-        path: `train.json`, `dev.json`, `test1.json` or one of the balanced and unbalanced parts of these.
-        folder: folder of the split's images, or the folder above it. Either may hold the images of a split directly or
-            in folders by `directory`.
+        path: `train.json`, `dev.json`, `test1.json`, or the balanced or unbalanced part of one of them.
+        folder: folder of the images of the split SPLIT, or a folder that contains it as `SPLIT` or `images/SPLIT`. The
+            images of an entry with the key `directory` are in the subfolder of this name.
 
     Raises:
-        ConfigError: if the file cannot be read, a line does not have this form or an identifier occurs twice; the
+        ConfigError: if the file cannot be read, a line does not have NLVR2's form, or an identifier occurs twice; the
             message names the line.
     """
     samples = Statements(path, folder)
@@ -211,7 +212,7 @@ def read_nlvr2(path: str, folder: str) -> Statements:
 
 
 def _prefix(folder: str, split: str) -> str:
-    """Returns the folder of a split's images below the folder that the configuration names."""
+    """Returns the path, inside `folder`, of the subfolder with a split's images; empty if there is no subfolder."""
     found = (name for name in (split, f"images/{split}") if os.path.isdir(os.path.join(folder, name)))
     name = next(found, "")
     return f"{name}/" if name else ""
@@ -221,12 +222,13 @@ def read_statement_lines(path: str, folder: str) -> Statements:
     """Reads statements from JSON lines.
 
     Args:
-        path: file with one object per line: `left` and `right` (paths in the folder), `sentence`, `label` (true or
-            false) unless it is a test split, and where wanted `id` and `group`; equal sentences are one group.
+        path: file with one object per line. Its keys are `left` and `right` (paths in the folder), `sentence`, `label`
+            (true or false; a test split has none), and optionally `id` and `group`. Without `group`, statements with
+            the same sentence are one group.
         folder: folder of the images.
 
     Raises:
-        ConfigError: if the file cannot be read, a line does not have this form or an id occurs twice; the message names
+        ConfigError: if the file cannot be read, a key is missing or invalid, or an id occurs twice; the message names
             the line.
     """
     samples = Statements(path, folder)
@@ -241,7 +243,7 @@ def read_statement_lines(path: str, folder: str) -> Statements:
 
 
 def _label(line: dict[str, Any], path: str, number: int) -> bool | None:
-    """Returns the label of a line: true or false, also in quotes as the official files have it."""
+    """Returns the label of a line, which the official files write in quotes; None if the line has no label."""
     labels = {"true": True, "false": False}
     if "label" not in line:
         return None

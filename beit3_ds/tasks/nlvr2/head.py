@@ -1,4 +1,4 @@
-"""Defines the head that decides whether a statement is true of two images, as in the reference's NLVR2 model."""
+"""Defines the head that decides whether a statement is true of two images, as the reference's NLVR2 model does."""
 
 # S samples, P = 2 S pairs, D hidden.
 
@@ -14,16 +14,17 @@ from beit3_ds.model import Head
 from beit3_ds.parallel import TensorParallel
 
 LABELS = "labels"
-"""Key of whether each statement is true, (S,) int64, 0 or 1."""
+"""Key in `PackedBatch.targets` of the labels, (S,) int64: 1 for a true statement, 0 for a false one."""
 
 
 class StatementHead(Head):
-    """Classifies a statement from both of its pairs (paper section 3.1).
+    """Decides whether a statement is true of its two images (paper section 3.1).
 
-    Pairs 2 i and 2 i + 1 of a batch hold the two images of sample i, each with the statement. The head reads
-    [image CLS, text BOS] of both, 4 D numbers, and applies LayerNorm, a linear layer to 2 D, LayerNorm, GELU, and a
-    linear layer to two classes. Every tensor-parallel rank has the whole head and computes the same logits. The batch's
-    head rows are the first rows of its pairs' images and texts (`SequenceLayout.first_rows`).
+    Pair 2 i of a batch is the left image of sample i with the statement; pair 2 i + 1 is the right image with the
+    statement. The head concatenates the image's CLS row and the text's BOS row of both pairs, 4 D features. It applies
+    LayerNorm, a linear layer to 2 D, LayerNorm, GELU, and a linear layer to two classes. Every tensor-parallel rank has
+    the whole head and computes the same logits. The batch's head rows are the first rows of its pairs' images and texts
+    (`SequenceLayout.first_rows`).
     """
 
     def __init__(self, config: ModelConfig, tensor: TensorParallel | None = None) -> None:
@@ -41,14 +42,14 @@ class StatementHead(Head):
         self.classes = nn.Linear(2 * width, 2)
 
     def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
-        """Returns the sums of two terms, (2,) float32, or the logits of false and true.
+        """Returns the sums of two terms, (2,) float32, or the logits of the classes "false" and "true".
 
-        The first term is the cross entropy, the second the number of correct answers, which has no gradient.
+        The first term is the cross entropy. The second term is the number of correct answers; it has no gradient.
 
         Args:
             h_MD: CLS rows of the images of all pairs, then BOS rows of their texts, (2 P, D).
             batch: the packed micro-batch, with `LABELS` if `with_loss`.
-            with_loss: whether to return the sums.
+            with_loss: True returns the sums, False the logits.
 
         Returns:
             The sums over samples, or the logits, (S, 2) float32.

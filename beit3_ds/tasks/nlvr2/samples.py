@@ -1,4 +1,4 @@
-"""Opens statements about two images, and packs each as two pairs."""
+"""Opens statements about two images, and packs each statement as two image-text pairs."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,25 +24,25 @@ from beit3_ds.tasks.nlvr2.head import LABELS
 from beit3_ds.tokenizers.text import TextTokenizer
 
 NUMBERS = "sample_numbers"
-"""Key of the number of each sample in its stream, (S,) int64."""
+"""Key in `PackedBatch.targets` of the number of each sample in its stream, (S,) int64."""
 FORMATS = ("nlvr2", "statement_lines")
-"""Formats of the files: those of NLVR2, and JSON lines."""
+"""Names of the source formats that this task reads: NLVR2's published files, and JSON lines."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StatementSample:
-    """Holds a statement with the views of its two images."""
+    """Holds a tokenized statement with its two images and its label."""
 
     name: str
     """File and identifier of the sample, for messages."""
     number: int
     """Number of the sample in its stream."""
     views: tuple[Tensor, Tensor]
-    """Views of the left and the right image, (3, s, s) float32 in [-1, 1] each."""
+    """Left and right image after augmentation or resizing, each (3, s, s) float32 in [-1, 1]."""
     ids: NDArray[np.int64]
-    """Ids of the statement, BOS and EOS included."""
+    """Token ids of the statement, BOS and EOS included."""
     label: int
-    """1 if the statement is true, 0 if it is false or the split does not say."""
+    """1 if the statement is true; 0 if it is false or has no label."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +52,11 @@ class StatementSamples:
     is_last_open: ClassVar[bool] = False
 
     statements: Statements
-    """The source."""
+    """Statements of the source."""
     view: PairView
-    """Transform of each image, with its own draws."""
+    """Augments or resizes an image; the two images of a statement are augmented independently."""
     tokenizer: TextTokenizer
-    """Converts statements to ids."""
+    """Converts statements to token ids."""
     length: int
     """Maximum tokens per statement, BOS and EOS included; further tokens are cut off."""
 
@@ -65,30 +65,30 @@ class StatementSamples:
         return len(self.statements)
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns the files of the source."""
+        """Returns name, size and number of samples of the source's file of statements."""
         return self.statements.files()
 
     def image_files(self) -> Iterable[str]:
-        """Returns the images that the annotations name (`NamesImages`)."""
+        """Returns the paths of all images that the statements name."""
         return self.statements.image_files()
 
     def identity(self, index: int) -> bytes:
-        """Returns the identifier of a sample as bytes (`prefix_digest.IdentifiedSamples`)."""
+        """Returns the identifier of a sample as bytes, by which a resumed run recognises the sample."""
         return str(self.statements.identifier(index)).encode("utf-8", "surrogatepass")
 
     def name(self, index: int) -> str:
-        """Returns the file of a sample and its identifier there, for messages."""
+        """Returns the file, the line and the identifier of a sample, for messages."""
         return self.statements.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns an empty dictionary: every line is a sample."""
+        """Returns an empty dictionary, because every line of the file is a sample."""
         return self.statements.skipped
 
     def prepare(self, index: int, key: SampleKey) -> StatementSample:
-        """Reads sample `index` of the source and draws the views of its images from `key`.
+        """Reads sample `index` of the source; `key` seeds the augmentation of its images.
 
         Raises:
-            BrokenRecordError: if an image cannot be read.
+            BrokenRecordError: if an image cannot be read, or the tokenizer keeps nothing of the sentence.
         """
         statements, name = self.statements, self.name(index)
         sentence = statements.sentence(index)
@@ -109,10 +109,12 @@ class StatementSamples:
 
 
 def build_stream(config: RunConfig, tokenizer: TextTokenizer, split: Split) -> dict[str, Stream]:
-    """Opens the statements of a split; training images are augmented, others resized without a crop.
+    """Opens the statements of a split as the stream "pairs"; returns no stream for a split without sources.
+
+    Training images are augmented; images of other splits are resized without a crop.
 
     Raises:
-        ConfigError: if a file cannot be read, or a training sample has no label.
+        ConfigError: if a file cannot be read, an image is missing, or a training sample has no label.
     """
     sources = getattr(config.data.pairs, split)
     if not sources:
@@ -148,10 +150,10 @@ def pack(
     model: ModelConfig,
     embeds: bool = True,
 ) -> PackedBatch:
-    """Packs statements: pairs 2 i and 2 i + 1 are the left and the right image of sample i, each with its statement.
+    """Packs each statement as two pairs: the left image with the statement, then the right image with the statement.
 
     Args:
-        samples: S samples; there may be none.
+        samples: S samples, which become pairs 2 i and 2 i + 1; S may be 0.
         drop_path: factors of stochastic depth, two rows per sample, or None.
         sources: value of `PackedBatch.sources`.
         model: the model's sizes.

@@ -1,14 +1,14 @@
-"""Computes accuracy and consistency of answers about two images as NLVR2 does (Suhr et al., 2019, section 5)."""
+"""Computes NLVR2's metrics, accuracy and consistency, of judged statements (Suhr et al., 2019, section 5)."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
 
 class JudgedStatement(NamedTuple):
-    """Holds a statement with its label and an answer."""
+    """Holds the group and the label of a statement, and the model's answer."""
 
     group: str
-    """Samples of one group have the same sentence."""
+    """Name of the statement's group; statements of one group have the same sentence."""
     label: bool
     """Whether the statement is true."""
     prediction: bool
@@ -18,7 +18,7 @@ class JudgedStatement(NamedTuple):
 def score_statements(statements: Iterable[JudgedStatement]) -> dict[str, float]:
     """Returns shares from 0 to 1: `accuracy` over statements and `consistency` over groups.
 
-    A group is consistent if all its statements are judged right. Without statements both are 0.
+    A group is consistent if all its statements are judged right. Both shares are 0 if there are no statements.
     """
     num_right, num_statements = 0, 0
     consistent: dict[str, bool] = {}

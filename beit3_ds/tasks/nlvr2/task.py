@@ -1,4 +1,4 @@
-"""Implements NLVR2 as a task: is a statement true of two images (paper section 3.1)."""
+"""Implements the NLVR2 task: the model decides whether a statement is true of two images (paper section 3.1)."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -30,13 +30,16 @@ _SHOWN = 60
 
 @dataclass(frozen=True, kw_only=True)
 class StatementRankTask(RankTask):
-    """Holds the statements of one rank."""
+    """Implements NLVR2 on one rank, with its opened statements."""
 
     def evaluate(self, evaluator: Evaluator, split: Split, folder: Path | None) -> dict[str, float]:
-        """Judges all statements of a split; writes predictions.csv, as NLVR2's own script takes it, and a page.
+        """Judges all statements of a split.
+
+        With `folder`, also writes `predictions.csv`, in the format of NLVR2's scoring script, and `statements.html`.
 
         Returns:
-            On the main rank `statement` (the loss), `accuracy` and `consistency`; nothing for a split without labels.
+            On the main rank `statement` (mean cross entropy), `accuracy` and `consistency`. Empty on other ranks, and
+            for a split without labels.
         """
         results = SampleResults()
         for batch, logits in evaluator.predict(evaluator.batches(split)):
@@ -49,7 +52,7 @@ class StatementRankTask(RankTask):
 
 
 class _Judgements:
-    """Holds the judgements of a split, on the main rank."""
+    """Joins the statements of a split with the model's answers, on the main rank."""
 
     def __init__(self, stream: Stream, found: GatheredResults) -> None:
         self._logits = found.tensor("logits")
@@ -100,7 +103,7 @@ def _statements(samples: SourceSamples) -> Statements:
 
 
 class StatementTask(Task):
-    """Trains the decision whether a statement is true of two images."""
+    """Trains and evaluates a model that decides whether a statement is true of two images."""
 
     formats: ClassVar[Mapping[str, Sequence[str]]] = {"pairs": FORMATS}
     headline: ClassVar[Headline] = Headline("accuracy")

@@ -1,4 +1,4 @@
-"""Computes the loss that a predictor without input would reach on each term."""
+"""Computes the loss of the best predictor that ignores its input, for each loss term of pretraining."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -26,9 +26,8 @@ def unigram_entropies(
 ) -> dict[str, float]:
     """Returns the cross entropy of the best predictor that ignores its input, in nats, for each loss term.
 
-    This is the entropy of the frequencies of ids, counted over all patches or tokens of all ranks' validation samples.
-    BOS is left out, because it is never predicted. Sends two visual and two text vocabularies of integers
-    per source.
+    This is the entropy of the frequencies of ids among all patches or tokens of the validation samples of all ranks.
+    BOS is left out, because it is never predicted. Per source, the ranks sum one count per entry of the vocabulary.
 
     Args:
         batches: this rank's validation batches.
@@ -39,8 +38,8 @@ def unigram_entropies(
         source_names: short names of the validation sources of each stream.
 
     Returns:
-        Entropy of each term with at least one id, by name. A term whose stream has several sources is followed by the
-        entropy of each source's ids as "TERM/SOURCE".
+        Entropy of each term that has at least one id, by name. If the stream of a term has several sources, also the
+        entropy of the ids of each source, by "TERM/SOURCE".
     """
     sizes = {"image_mim": model.visual_vocab_size, "text_mlm": model.text_vocab_size}
     sizes |= {"pair_mim": model.visual_vocab_size, "pair_mlm": model.text_vocab_size}

@@ -9,16 +9,16 @@ from beit3_ds.config.numbers import MaskRatio, Weight
 
 @dataclass(frozen=True, kw_only=True)
 class LossWeights:
-    """Weights the four loss terms; the paper gives none, so each is 1."""
+    """Sets the weights of the four loss terms; the paper gives no weights, so each is 1 by default."""
 
     image_mim: Weight = 1.0
-    """Weight of the masked patches of images."""
+    """Weight of the loss on masked patches of images."""
     text_mlm: Weight = 1.0
-    """Weight of the masked tokens of texts."""
+    """Weight of the loss on masked tokens of texts."""
     pair_mim: Weight = 1.0
-    """Weight of the masked patches of pairs."""
+    """Weight of the loss on masked patches of pairs."""
     pair_mlm: Weight = 1.0
-    """Weight of the masked tokens of captions."""
+    """Weight of the loss on masked tokens of captions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +32,13 @@ class PretrainingConfig:
     pair_text_mask_ratio: MaskRatio = 0.5
     """Share of a caption's tokens that are predicted (paper: 50%)."""
     text_masking: Literal["token", "whole_word"] = "token"
-    """Unit that is masked in texts and captions: single tokens, as in the paper, or whole words, as in VLMo."""
+    """Unit of masking in texts and captions: single tokens, as in the paper, or whole words, as in VLMo."""
     loss_weights: LossWeights = field(default_factory=LossWeights)
     """Weights of the four loss terms."""
 
 
 def pretraining_config(config: RunConfig) -> PretrainingConfig:
-    """Returns the settings of pretraining in a run's configuration, or their defaults in a run of another task.
+    """Returns the pretraining settings of a run, or the default settings if the run has another task.
 
     Raises:
         ConfigError: if a key is unknown or a value is invalid.

@@ -25,9 +25,9 @@ class Logits(NamedTuple):
 
 
 class MaskedModelingHeads(Head):
-    """Applies the MIM head and the MLM head; both vocabularies are split over the tensor-parallel group.
+    """Applies the MIM head and the MLM head, whose vocabularies are split over the tensor-parallel group.
 
-    A model without images has no MIM head, and one without texts no MLM head (`ModelConfig.inputs`).
+    A model without images has no MIM head, and a model without texts has no MLM head (`ModelConfig.inputs`).
     """
 
     def __init__(self, config: ModelConfig, tensor: TensorParallel) -> None:
@@ -51,7 +51,7 @@ class MaskedModelingHeads(Head):
             h_MD: normalised rows at masked positions, (M, D), in the order: patches of images, patches of pairs, tokens
                 of captions, tokens of texts.
             batch: the packed micro-batch, with visual codes if `with_loss`.
-            with_loss: whether to return the sums.
+            with_loss: True returns the sums, False the logits.
         """
         image_mim, pair_mim, pair_mlm, text_mlm = batch.head_row_counts
         h_patches, h_tokens = h_MD.split([image_mim + pair_mim, pair_mlm + text_mlm])
@@ -72,7 +72,7 @@ class MaskedModelingHeads(Head):
 
 
 def head_flops(model: ModelConfig, term_counts: Sequence[float]) -> float:
-    """Returns the forward operations of both heads, given the number of masked positions per term."""
+    """Returns the floating-point operations of both heads, forward, given the number of masked positions per term."""
     image_mim, text_mlm, pair_mim, pair_mlm = term_counts
     logits = (image_mim + pair_mim) * model.visual_vocab_size + (text_mlm + pair_mlm) * model.text_vocab_size
     return 2 * model.hidden_size * logits

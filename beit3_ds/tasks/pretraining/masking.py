@@ -18,15 +18,16 @@ _MIN_ASPECT = 0.3
 def block_mask(grid_size: int, num_masked: int, rng: np.random.Generator, min_block: int = 16) -> NDArray[np.bool_]:
     """Masks exactly `num_masked` patches of an image, in blocks.
 
-    Follows BEiT (Bao et al., 2021, arXiv:2106.08254, algorithm 1). Blocks are drawn with at least `min_block` patches,
-    at most the number that remains, and an aspect ratio log-uniform in [0.3, 1/0.3]. Blocks are added while one of ten
-    attempts masks at least one new patch and not too many. Single random patches complete the number, as in BEiT v2.
+    Follows BEiT (Bao et al., 2021, arXiv:2106.08254, algorithm 1). Each block is drawn with an area between `min_block`
+    and the number of patches left to mask, and an aspect ratio log-uniform in [0.3, 1/0.3]. A drawn block is kept if it
+    masks at least one new patch and not too many. After ten draws in a row without such a block, single random patches
+    complete the number, as in BEiT v2.
 
     Args:
         grid_size: patches on a side.
         num_masked: patches to mask, from 0 to grid_size^2.
         rng: generator of all draws.
-        min_block: fewest patches of a block, clipped to `num_masked` so that small grids have blocks too.
+        min_block: smallest area of a block in patches; at most `num_masked` is used, so that small grids get blocks.
 
     Returns:
         True for masked patches, (grid_size^2,) bool, row by row.
@@ -66,10 +67,10 @@ def mask_tokens(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Corrupts a text for masked language modeling, token by token.
 
-    Of n tokens, BOS and EOS included, min(round(n * ratio), n - 1) but at least 1 are predicted. BOS, the summary of
-    the text, is never predicted; an EOS may be, even between documents. A predicted token becomes the mask token with
-    probability 0.8 and a random piece with probability 0.1, and is kept with probability 0.1 (Devlin et al., 2018,
-    arXiv:1810.04805, section 3.1).
+    Of n tokens, BOS and EOS included, round(n * ratio) are predicted, but at least 1 and at most n - 1. BOS is never
+    predicted. EOS may be predicted, also between documents. A predicted token is replaced by the mask token with
+    probability 0.8, replaced by a random piece with probability 0.1, and kept with probability 0.1 (Devlin et al.,
+    2018, arXiv:1810.04805, section 3.1).
 
     Args:
         ids: BOS, pieces, EOS, (n,) int64, n at least 2.
@@ -90,17 +91,17 @@ def mask_words(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Corrupts a text for masked language modeling, word by word.
 
-    A word is a piece that starts a word, with the pieces up to the next start. Every EOS is a word. If a text begins
-    within a word, the rest of that word counts as a word. The chosen words are neither none nor all of them, unless
-    there is only one. Their number of tokens is as near as possible to that of `mask_tokens`; of two equally near
-    numbers the smaller one is chosen. Each token of these words is then changed or kept independently, as in
-    `mask_tokens`.
+    A word is a piece that starts a word, together with the pieces up to the next start. Every EOS is a word. If a text
+    begins within a word, the rest of this word counts as a word. At least one word is chosen, and at least one is not
+    chosen unless there is only one. The chosen words together have as nearly as possible the number of tokens that
+    `mask_tokens` predicts; of two equally near numbers, the smaller one is used. Each token of the chosen words is then
+    replaced or kept as in `mask_tokens`.
 
     Args:
         ids: BOS, pieces, EOS, (n,) int64, n at least 2.
         ratio: share of the tokens that are predicted.
         mask_id: id of the mask token; random pieces are in [4, mask_id).
-        words: ids that start words.
+        words: tells which token ids start a word.
         rng: generator of all draws.
 
     Returns:
@@ -124,7 +125,8 @@ def _num_masked_tokens(length: int, ratio: float) -> int:
 def _choose_sizes(sizes: list[int], target: int) -> list[int]:
     """Returns the indices of sizes whose sum is as near to `target` as possible; prefers the first sizes.
 
-    Never chooses none of the sizes, nor all of several. Bit s of a Python integer says that the sum s can be reached.
+    Chooses at least one size, and not all of them if there are several. Bit s of a Python integer says whether some
+    sizes add up to s.
     """
     reachable = [1]  # with the last 0, 1, 2, ... sizes
     for size in reversed(sizes):
@@ -160,7 +162,7 @@ class TextMasking:
     mask_id: int
     """Id of the mask token."""
     words: WordBorders | None
-    """Ids that start words, to mask whole words; None masks single tokens."""
+    """Tells which token ids start a word, to mask whole words; None masks single tokens."""
 
     def __call__(self, ids: NDArray[np.int64], rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Returns the corrupted ids and the predicted positions, as `mask_tokens` and `mask_words` do."""

@@ -9,7 +9,7 @@ from beit3_ds.tasks.pretraining.heads import MaskedModelingHeads
 
 
 class PretrainingModel(TaskModel):
-    """Extends BEiT-3 with the MIM head and the MLM head, at the end of the last layer."""
+    """Extends BEiT-3 with the MIM head and the MLM head, which read the output of the last layer."""
 
     heads: MaskedModelingHeads | None
 

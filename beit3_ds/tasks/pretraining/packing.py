@@ -17,7 +17,7 @@ from beit3_ds.data.packing import concatenate, pack_inputs, stack_views
 from beit3_ds.tasks.pretraining.targets import with_masks
 
 ImageViews = Literal["both", "model", "tokenizer"]
-"""Views of an image that a rank needs: "model" on the first stage, "tokenizer" on the last one, or both."""
+"""Views of an image that a rank needs: "model" on the first pipeline stage, "tokenizer" on the last one, or "both"."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,11 +41,11 @@ class TextSample:
     name: str
     """File and name of the sample, for messages."""
     ids: NDArray[np.int64]
-    """Corrupted ids, BOS and EOS included, (n,)."""
+    """Token ids after masking, BOS and EOS included, (n,)."""
     masked_positions: NDArray[np.int64]
-    """Positions to predict, ascending, (k,)."""
+    """Positions of the tokens to predict, ascending, (k,)."""
     target_ids: NDArray[np.int64]
-    """Original ids at the masked positions, (k,)."""
+    """Original token ids at the masked positions, (k,)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,7 +61,7 @@ Sample = ImageSample | PairSample | TextSample
 
 
 class ImageShape(NamedTuple):
-    """Holds the image sizes of a batch, which a batch without images also needs."""
+    """Holds the sizes of images, which give empty tensors their shapes in a batch without images."""
 
     image_size: int
     tokenizer_image_size: int
@@ -80,7 +80,7 @@ def pack(
     shape: ImageShape,
     views: ImageViews = "both",
 ) -> PackedBatch:
-    """Packs samples into a batch; any stream may be absent, even all of them.
+    """Packs samples into a batch; samples of any stream, or of all streams, may be absent.
 
     Args:
         samples: images, then pairs, then texts; Q samples in total.

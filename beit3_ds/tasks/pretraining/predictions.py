@@ -32,8 +32,8 @@ def write_predictions(
 ) -> None:
     """Writes one self-contained HTML page.
 
-    The page shows masked words with the model's guess (green if right) and the truth. It shows masked patches as
-    mosaics, in which every code is drawn as the mean of the batch's patches with this code.
+    For each masked word, the page shows the model's guess, in green if it is right, and the original word. For masked
+    patches, it shows mosaics that draw each code as the mean of the batch's patches with this code.
 
     Args:
         batch: a validation micro-batch.
@@ -76,7 +76,7 @@ class _Words:
         self.masked = dict(zip(batch.targets[MASKED_TOKENS].tolist(), zip(guesses, truths, strict=True), strict=True))
 
     def sentence(self, text: int) -> str:
-        """Returns a caption or text as HTML."""
+        """Returns caption or text number `text` of the batch as HTML."""
         start = sum(self.lengths[:text])
         return "".join(self._token(position) for position in range(start, start + self.lengths[text]))
 

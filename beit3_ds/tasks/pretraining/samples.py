@@ -28,12 +28,12 @@ class ImageSamples(ImageSourceSamples):
     """Prepares the images of one source for masked image modeling."""
 
     grid_size: int
-    """Patches on a side."""
+    """Number of patches along one side of an image."""
     num_masked: int
     """Number of patches to mask in every image."""
 
     def prepare(self, index: int, key: SampleKey) -> ImageSample:
-        """Reads sample `index` of the source and draws its crop and mask from `key`.
+        """Reads sample `index` of the source; `key` seeds its augmentation and its mask.
 
         Raises:
             BrokenRecordError: if the image cannot be read.
@@ -41,7 +41,7 @@ class ImageSamples(ImageSourceSamples):
         return self.augment(self.read(index), index, key)
 
     def augment(self, image: Image.Image, index: int, key: SampleKey) -> ImageSample:
-        """Draws the crop and the mask of sample `index`, whose image has been read, from `key`."""
+        """Augments and masks the image of sample `index`, which has been read; `key` seeds both."""
         model_view, tokenizer_view = self.views(image, key.rng("augmentation"))
         return ImageSample(
             name=self.source.name(index),
@@ -58,9 +58,9 @@ class PairSamples:
     is_last_open: ClassVar[bool] = False
 
     images: ImageSamples
-    """Images of the source, which also holds the captions."""
+    """Images of the source; `images.source` also has the captions."""
     tokenizer: TextTokenizer
-    """Converts captions to ids."""
+    """Converts captions to token ids."""
     length: int
     """Largest number of tokens of a caption, BOS and EOS included; further tokens are cut off."""
     masking: TextMasking
@@ -71,26 +71,27 @@ class PairSamples:
         return len(self.images)
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns the files of the source."""
+        """Returns name, size and number of samples of each file of the source."""
         return self.images.files()
 
     def identity(self, index: int) -> bytes:
-        """Returns the name of a sample in its file or folder as bytes (`prefix_digest.IdentifiedSamples`)."""
+        """Returns the name of a sample in its file or folder as bytes, by which a resumed run recognises it."""
         return self.images.identity(index)
 
     def name(self, index: int) -> str:
-        """Returns the file of a sample and its name there, for messages."""
+        """Returns the file that contains a sample, and the sample's name in the file, for messages."""
         return self.images.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the files, members and rows of the source that are not samples, by reason."""
+        """Returns the number of skipped files, members and rows of the source, with an example, by reason."""
         return self.images.skipped()
 
     def prepare(self, index: int, key: SampleKey) -> PairSample:
-        """Reads sample `index` of the source and draws its crop and both masks from `key`.
+        """Reads sample `index` of the source; `key` seeds its augmentation and the masks of image and caption.
 
         Raises:
-            BrokenRecordError: if the image or the caption cannot be read.
+            BrokenRecordError: if the image or the caption cannot be read, or the tokenizer keeps nothing of the
+                caption.
         """
         source, tokenizer = self.images.source, self.tokenizer
         image, text = source.pair(index, self.images.views.min_side)
@@ -119,36 +120,40 @@ class TextSamples:
         return len(self.sequences)
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns the files of the source."""
+        """Returns name, size and number of samples of each file of the source."""
         return self.sequences.files()
 
     def identity(self, index: int) -> bytes:
-        """Returns the tokens of a sample as bytes (`prefix_digest.IdentifiedSamples`)."""
+        """Returns the token ids of a sample as bytes, by which a resumed run recognises the sample."""
         return self.sequences[index].tobytes()
 
     def name(self, index: int) -> str:
-        """Returns the file of a sample and its name there, for messages."""
+        """Returns the file that contains a sample, and the sample's place in the file, for messages."""
         return self.sequences.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the lines and files of the source that are not samples, by reason."""
+        """Returns the number of skipped lines and of files without text, with an example, by reason."""
         found = {"line that is no text": self.sequences.broken, "file without text": self.sequences.empty}
         return {reason: Skipped(len(names), names[0]) for reason, names in found.items() if names}
 
     def prepare(self, index: int, key: SampleKey) -> TextSample:
-        """Returns sample `index` of the source, with a mask drawn from `key`."""
+        """Returns sample `index` of the source with masked tokens; `key` seeds the mask."""
         return _masked_text(self.sequences.name(index), self.sequences[index], self.masking, key)
 
 
 def build_streams(config: RunConfig, tokenizer: TextTokenizer | None, split: Split) -> dict[str, Stream]:
-    """Opens the streams of a split (`build_train_streams`, `build_evaluation_streams`)."""
+    """Opens the streams of a split: with augmentation for training, with center crops for other splits.
+
+    Raises:
+        ConfigError: if files are missing or cannot be read.
+    """
     if split == "train":
         return build_train_streams(config, tokenizer)
     return build_evaluation_streams(config, tokenizer, split)
 
 
 def build_train_streams(config: RunConfig, tokenizer: TextTokenizer | None) -> dict[str, Stream]:
-    """Opens the training files of every stream that has samples in a step, with augmentation.
+    """Opens the training files of every stream with samples in a step; images are augmented.
 
     Raises:
         ConfigError: if files are missing or cannot be read.
@@ -166,7 +171,7 @@ def build_train_streams(config: RunConfig, tokenizer: TextTokenizer | None) -> d
 def build_evaluation_streams(
     config: RunConfig, tokenizer: TextTokenizer | None, split: Split = "validation"
 ) -> dict[str, Stream]:
-    """Opens the validation or test files of every stream that has some, with center crops.
+    """Opens the validation or test files of every stream that has such files; images are cropped at their center.
 
     Raises:
         ConfigError: if files are missing or cannot be read.

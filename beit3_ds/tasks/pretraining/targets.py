@@ -11,13 +11,15 @@ from beit3_ds.batch import PackedBatch
 from beit3_ds.tokenizers.visual import VisualTokenizer
 
 MASKED_TOKENS = "masked_tokens"
-"""Key of the positions in `PackedBatch.token_ids` to predict, ascending, (M,) int64."""
+"""Key in `PackedBatch.targets` of the positions in `PackedBatch.token_ids` to predict, ascending, (M,) int64."""
 TARGET_IDS = "target_ids"
-"""Key of the original ids at the masked positions, (M,) int64."""
+"""Key in `PackedBatch.targets` of the original ids of the masked tokens, (M,) int64."""
 TOKENIZER_PIXELS = "tokenizer_pixels"
-"""Key of the views for the visual tokenizer, (B, 3, s, s) float32 in [-1, 1]; absent on stages without the heads."""
+"""Key in `PackedBatch.targets` of the images for the visual tokenizer, (B, 3, s, s) float32 in [-1, 1]; absent on
+pipeline stages without heads."""
 VISUAL_CODES = "visual_codes"
-"""Key of the codes of the masked patches in row order, int64; computed on the device (`prepare_batch`)."""
+"""Key in `PackedBatch.targets` of the codes of the masked patches, int64, in the order of the batch's rows; computed on
+the device (`prepare_batch`)."""
 
 
 def with_masks(
@@ -30,13 +32,14 @@ def with_masks(
 ) -> PackedBatch:
     """Returns a batch with the targets of its masked patches (`PackedBatch.patch_mask`) and tokens.
 
-    The heads read only masked positions: masked patches of images, of pairs, then masked tokens of captions, of texts.
+    The heads read only masked positions, in the order: patches of images, patches of pairs, tokens of captions, tokens
+    of texts.
 
     Args:
         batch: the inputs, in host memory.
         masked_tokens: positions of masked tokens, ascending, (M,) int64.
         target_ids: original ids of the masked tokens, (M,) int64.
-        tokenizer_pixels: views for the visual tokenizer, (B, 3, s, s); None on stages without the heads.
+        tokenizer_pixels: images for the visual tokenizer, (B, 3, s, s); None on pipeline stages without heads.
         visual_codes: codes of the masked patches; None if they are not known yet.
     """
     assert masked_tokens.shape == target_ids.shape, "one target per masked token"
@@ -62,7 +65,7 @@ def with_masks(
 
 
 def with_visual_codes(batch: PackedBatch, codes_BN: Tensor) -> PackedBatch:
-    """Selects the codes of masked patches from the codes of all patches, (B, N) int64; returns the batch with them."""
+    """Returns the batch with the codes of its masked patches, selected from the codes of all patches, (B, N) int64."""
     assert codes_BN.shape == batch.patch_mask.shape, f"codes {tuple(codes_BN.shape)} for {batch.patch_mask.shape}"
     return dataclasses.replace(batch, targets={**batch.targets, VISUAL_CODES: codes_BN[batch.patch_mask]})
 
@@ -71,9 +74,9 @@ def prepare_batch(batch: PackedBatch, visual_tokenizer: VisualTokenizer | None, 
     """Moves a micro-batch to `device` and adds the codes of its masked patches.
 
     Args:
-        batch: the batch as it was read.
-        visual_tokenizer: encodes images; None in a run without images, and on stages without heads, which need no
-            codes.
+        batch: the batch in host memory.
+        visual_tokenizer: encodes images; None in a run without images, and on pipeline stages without heads, which need
+            no codes.
         device: device of the model.
     """
     batch = batch.to(device)
@@ -86,7 +89,7 @@ def encode_images(batch: PackedBatch, visual_tokenizer: VisualTokenizer | None) 
     """Returns the codes of a batch's images, (B, N) int64, on the device of its pixels.
 
     Args:
-        batch: a batch with the tokenizer's view.
+        batch: a batch with `TOKENIZER_PIXELS`.
         visual_tokenizer: encodes images; None in a run without images.
     """
     pixels = batch.targets[TOKENIZER_PIXELS]

@@ -1,4 +1,4 @@
-"""Implements pretraining as a task with four terms over masked positions (paper section 2.2)."""
+"""Implements the pretraining task: masked modeling with four loss terms (paper section 2.2)."""
 
 import functools
 import itertools
@@ -28,10 +28,10 @@ from beit3_ds.tokenizers.text import load_text_tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainingRankTask(RankTask):
-    """Holds the tokenizers and samples of one rank."""
+    """Implements pretraining on one rank, with its tokenizers and its opened samples."""
 
     model: ModelConfig
-    """Model configuration, for the sizes of the vocabularies."""
+    """Configuration of the model, which gives the sizes of the vocabularies."""
     validation_sources: Mapping[str, Sequence[str]]
     """Short names of the validation sources of each stream."""
     text_tokenizer: TextTokenizer | None
@@ -45,11 +45,11 @@ class PretrainingRankTask(RankTask):
             self.visual_tokenizer.to(device)
 
     def prepare(self, batch: PackedBatch, device: torch.device) -> PackedBatch:
-        """Returns a micro-batch on the device, with the codes of its masked patches where the heads are."""
+        """Moves a micro-batch to the device; on stages with heads, also adds the codes of its masked patches."""
         return prepare_batch(batch, self.visual_tokenizer, device)
 
     def baselines(self, evaluator: Evaluator) -> dict[str, float]:
-        """Returns the entropy of the ids of each term (`unigram_entropies`)."""
+        """Returns, per term, the loss of the best predictor that ignores its input (`unigram_entropies`)."""
         return unigram_entropies(
             evaluator.validation,
             self.visual_tokenizer,
@@ -60,7 +60,7 @@ class PretrainingRankTask(RankTask):
         )
 
     def write_pages(self, evaluator: Evaluator, folder: Path) -> dict[str, str]:
-        """Writes predictions.html, which shows masked words and patches with the model's guesses."""
+        """Writes `predictions.html`, which shows masked words and patches of one batch with the model's guesses."""
         pages = {}
         if self.visual_tokenizer:
             pages["visual_tokenizer_teacher"] = self.visual_tokenizer.teacher_description
@@ -85,8 +85,8 @@ class Pretraining(Task):
         """Checks the visual tokenizer's settings and the weights of the terms.
 
         Raises:
-            ConfigError: if the tokenizer's grid or vocabulary is not the model's, or if all terms with samples have
-                weight 0; then the model's weights would only decay.
+            ConfigError: if the tokenizer's grid or codebook size differs from the model's, or if all terms with samples
+                have weight 0, so that nothing would be trained.
         """
         super().__init__(config)
         if config.data.has_images:
@@ -111,11 +111,11 @@ class Pretraining(Task):
         return MaskedModelingHeads(model, tensor)
 
     def head_flops(self, term_counts: Sequence[float]) -> float:
-        """Returns the forward operations of both heads, given the number of masked positions per term."""
+        """Returns the floating-point operations of both heads, forward, given the masked positions per term."""
         return head_flops(self.config.model, term_counts)
 
     def expected_head_flops(self) -> float:
-        """Returns the operations per step of the heads, forward and backward, and of the frozen visual tokenizer."""
+        """Returns the floating-point operations per step of the heads, forward and backward, and of the tokenizer."""
         data, num_patches = self.config.data, self.config.model.num_patches
         images, pairs, texts = (stream.samples_per_step for stream in data.streams().values())
         ratios = self.settings
@@ -190,7 +190,7 @@ def _check_visual_tokenizer(config: RunConfig) -> None:
 
 
 def views_of(share: RankShare) -> ImageViews:
-    """Returns the views of an image that a rank needs."""
+    """Returns the views of an image that a rank needs: for the model, for the visual tokenizer, or both."""
     if not share.predicts:
         return "model"
     return "both" if share.embeds else "tokenizer"

@@ -10,9 +10,8 @@ class RetrievalConfig:
     """Configures the "task" section of a retrieval run."""
 
     mask_duplicates: bool = True
-    """Whether a pair with the same image or the same caption as another pair of the step is left out of the other's
-    negatives. The reference counts such pairs as negatives, although they match. A sample is an image with one of its
-    captions, so one image occurs twice in a step only at the end of an epoch, or in corpora that list it several
-    times."""
+    """Whether two pairs of a step with the same image or the same caption are not used as negatives of each other. The
+    reference uses them as negatives. Each image is in one sample per epoch, so an image occurs twice in a step only at
+    the border of two epochs, or if the sources list it several times."""
     shown_queries: Count = 24
-    """Images and captions each that the page of an evaluation shows."""
+    """Number of images, and also of captions, on the page that an evaluation writes."""

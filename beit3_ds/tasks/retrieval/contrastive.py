@@ -1,4 +1,4 @@
-"""Compares every image of a step with every text of the step (Radford et al., 2021, arXiv:2103.00020)."""
+"""Computes the contrastive loss of every image and every text of a step (Radford et al., 2021, arXiv:2103.00020)."""
 
 # N pairs of a step, B of a block, D hidden.
 
@@ -13,24 +13,25 @@ from beit3_ds.model import StepFeatures
 from beit3_ds.tasks.retrieval.head import IMAGE_FEATURES, SCALE, TEXT_FEATURES
 
 IMAGE_IDS = "image_id"
-"""Name of the numbers that are equal for equal images, (N,) int64, in targets and features."""
+"""Key in targets and `StepFeatures.rows` of a number per image, (N,) int64; equal images have equal numbers."""
 TEXT_IDS = "text_id"
-"""Name of the numbers that are equal for equal captions, (N,) int64, in targets and features."""
+"""Key in targets and `StepFeatures.rows` of a number per caption, (N,) int64; equal captions have equal numbers."""
 
 _BLOCK_ELEMENTS = 1 << 20
-"""Scores that are computed at a time."""
+"""Largest number of scores that are computed at a time."""
 
 
 def contrastive_sums(features: StepFeatures, *, mask_duplicates: bool) -> Tensor:
-    """Returns the sums over all pairs of a step, (4,) float32.
+    """Returns four sums over all pairs of a step, (4,) float32.
 
-    These are the cross entropies of each image's caption among all captions and of each caption's image among all
-    images, then the number of images and of captions whose partner has the highest score. Scores are computed for a
-    block of rows at a time, and again in the backward pass, so the memory grows with N and not with its square.
+    The first two are sums of cross entropies: of each image's caption among all captions, and of each caption's image
+    among all images. The last two are the numbers of images and of captions whose partner has the highest score. Scores
+    are computed for a block of rows at a time and recomputed in the backward pass, so memory grows linearly with N.
 
     Args:
-        features: features of N images and of their captions in the same order, of length 1, with the scale of scores.
-        mask_duplicates: whether to ignore wrong candidates that equal the right one, or whose partner equals the query.
+        features: features of length 1 of N images and, in the same order, of their captions, with the scale of scores.
+        mask_duplicates: whether to leave out negatives that are equal to the right candidate, or that belong to a pair
+            with the same query.
     """
     image_ND, text_ND = features.rows[IMAGE_FEATURES], features.rows[TEXT_FEATURES]
     ids_N2 = torch.stack([features.rows[IMAGE_IDS], features.rows[TEXT_IDS]], 1) if mask_duplicates else None

@@ -15,24 +15,24 @@ from beit3_ds.model import Head, StepFeatures
 from beit3_ds.parallel import TensorParallel
 
 IMAGE_FEATURES = "image"
-"""Name of the features of images in `StepFeatures.rows`, (I, D) float32 of length 1."""
+"""Key in `StepFeatures.rows` of the features of images, (I, D) float32 of length 1."""
 TEXT_FEATURES = "text"
-"""Name of the features of texts in `StepFeatures.rows`, (X, D) float32 of length 1."""
+"""Key in `StepFeatures.rows` of the features of texts, (X, D) float32 of length 1."""
 SCALE = "scale"
-"""Name of the factor of similarities in `StepFeatures.shared`, (1,) float32."""
+"""Key in `StepFeatures.shared` of the factor that scales similarities, (1,) float32."""
 
 INITIAL_LOG_SCALE = math.log(1 / 0.07)
-"""Logarithm of the factor of similarities at the start (CLIP, Radford et al., 2021, arXiv:2103.00020)."""
+"""Logarithm of the initial factor that scales similarities (CLIP, Radford et al., 2021, arXiv:2103.00020)."""
 LARGEST_SCALE = 100.0
-"""Limit of the factor of similarities (CLIP, section 2.5)."""
+"""Upper limit of the factor that scales similarities (CLIP, section 2.5)."""
 
 
 class Temperature(nn.Module):
-    """Computes the learned factor of similarities, at most `LARGEST_SCALE`.
+    """Computes the learned factor that scales similarities, at most `LARGEST_SCALE`.
 
-    The parameter is the difference of the factor's logarithm from `INITIAL_LOG_SCALE`, because bf16 resolves small
-    numbers better. It is called a bias, so it starts at 0 and does not decay. Its shape is (1,): DeepSpeed refuses
-    parameters without dimensions.
+    The parameter is the logarithm of the factor minus `INITIAL_LOG_SCALE`, because bf16 resolves small numbers better.
+    The parameter is named `bias`, so it starts at 0 and has no weight decay. Its shape is (1,), because DeepSpeed
+    refuses parameters without dimensions.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Temperature(nn.Module):
         self.bias = nn.Parameter(torch.empty(1))
 
     def forward(self) -> Tensor:
-        """Returns the factor, (1,) float32; beyond the limit the parameter only gets gradients that lower it."""
+        """Returns the factor, (1,) float32; above the limit, only gradients that lower the parameter pass."""
         log_scale: Tensor = _Limit.apply(self.bias.float() + INITIAL_LOG_SCALE, math.log(LARGEST_SCALE))
         return log_scale.exp()
 
@@ -70,9 +70,8 @@ class ContrastiveHead(Head):
 
         Args:
             h_MD: CLS rows of images, then BOS rows of texts, (I + X, D).
-            batch: the packed micro-batch. Its targets are integers with one row per sample, such as ids, which the loss
-                compares; they are passed on.
-            with_loss: without effect.
+            batch: the packed micro-batch. Its targets, integers with one row per sample, are copied to the result.
+            with_loss: has no effect.
 
         Returns:
             `StepFeatures` with `IMAGE_FEATURES`, `TEXT_FEATURES`, the targets and `SCALE`.

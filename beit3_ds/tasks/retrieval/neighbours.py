@@ -1,4 +1,4 @@
-"""Finds the candidates that score highest for each query, in blocks."""
+"""Finds the candidates with the highest scores for each query."""
 
 # Q queries, N candidates, D features, K candidates per query.
 
@@ -9,14 +9,14 @@ _BLOCK_ELEMENTS = 1 << 24
 
 
 def best_candidates(query_QD: Tensor, candidate_ND: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Returns the candidates with the highest scores of each query, best first, with their scores.
+    """Returns the candidates with the highest scores for each query, best first, with their scores.
 
-    Scores are computed for a block of queries at a time, in float32, with at most 2^24 scores.
+    Scores are computed in float32, in blocks of queries with at most 2^24 scores each.
 
     Args:
         query_QD: features of all queries, of length one, (Q, D).
         candidate_ND: features of all candidates, of length one, (N, D).
-        count: candidates per query; K is at most N.
+        count: number of candidates per query; K is the smaller one of `count` and N.
 
     Returns:
         Numbers of candidates, (Q, K) int64, and their scores, (Q, K) float32, on the CPU.

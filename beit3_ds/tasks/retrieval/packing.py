@@ -1,4 +1,4 @@
-"""Packs images and captions into one stream, [images | texts], which are encoded apart."""
+"""Packs images and their captions as separate sequences: all images, then all texts."""
 
 # Q sequences, L layers, I images, X texts, N patches per image.
 
@@ -15,13 +15,14 @@ from beit3_ds.tasks.retrieval.contrastive import IMAGE_IDS, TEXT_IDS
 from beit3_ds.tasks.retrieval.samples import RetrievalSample
 
 IMAGE_NUMBERS = "image_number"
-"""Name of the numbers of images in their stream, (I,) int64, in targets and features."""
+"""Key in targets and `StepFeatures.rows` of each image's number in its stream, (I,) int64."""
 TEXT_NUMBERS = "text_number"
-"""Name of the numbers of captions, (X,) int64: image number x `MOST_CAPTIONS` + number of the caption in its image."""
+"""Key in targets and `StepFeatures.rows` of each caption's number, (X,) int64. A caption's number is
+`MOST_CAPTIONS` times the number of its image, plus its index among the captions of the image."""
 MOST_CAPTIONS = 1 << 20
-"""Limit of the captions of one image."""
+"""Factor in the numbers of captions (`TEXT_NUMBERS`); one image can have at most this number of captions."""
 NUM_TERMS = 4
-"""Terms of the task; each has one count per image."""
+"""Number of terms of the task; the count of each term is the number of images."""
 
 _IMAGES, _TEXTS = 0, 3  # in `layout.PARTS`
 
@@ -36,8 +37,9 @@ def pack(
     """Packs the images of all samples, then their captions.
 
     Args:
-        samples: any number of samples; in training each has one caption.
-        drop_path: factors of stochastic depth, (2 I, L, 2), the image and the caption of each sample in turn; or None.
+        samples: images with captions, one caption each in training; may be empty.
+        drop_path: factors of stochastic depth, (2 I, L, 2), or None. Rows 2 i and 2 i + 1 are for the image and the
+            caption of sample i.
         sources: value of `PackedBatch.sources`.
         model: sizes of images.
         embeds: whether the batch keeps the pixels.

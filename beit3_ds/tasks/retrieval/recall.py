@@ -1,9 +1,9 @@
-"""Computes recall of retrieval in both directions, by counting ranks in blocks.
+"""Computes recall of retrieval from the ranks of the right candidates.
 
-The rank of a match is the number of candidates that score at least as high. So a tie counts against the match, whatever
-the place of the other candidate: a model that scores everything alike finds nothing, and the order of the files does
-not matter. Scores that differ by at most `TIE` are ties, because features of equal inputs differ by rounding between
-batches. A query with several right candidates has the rank of its best one; the others do not count against it.
+The rank of a right candidate is the number of wrong candidates that score at least as high. A tie therefore counts
+against the right candidate: a model that gives all candidates the same score retrieves nothing, and the order of the
+candidates has no effect. Scores that differ by at most `TIE` count as equal, because features of equal inputs differ by
+rounding between batches. If a query has several right candidates, only the best of them is ranked.
 """
 
 # Q queries, N candidates, D features, B rows of a block.
@@ -14,27 +14,27 @@ import torch
 from torch import Tensor
 
 LEVELS = (1, 5, 10)
-"""Numbers of candidates that recall is reported for."""
+"""Values of K for which recall at K is reported."""
 TIE = 1e-6
-"""Largest difference of two scores that are a tie, for features of length one."""
+"""Largest difference of two scores that count as equal, for features of length one."""
 _BLOCK_ELEMENTS = 1 << 24
 
 
 def match_ranks(
     query_QD: Tensor, candidate_ND: Tensor, matches: Sequence[Sequence[int]], rank: int = 0, num_ranks: int = 1
 ) -> Tensor:
-    """Returns the rank of the best match of each query, from 0, as (Q,) int64 on the CPU.
+    """Returns the rank of the best match of each query, counted from 0, (Q,) int64 on the CPU.
 
-    Scores are computed for a block of queries at a time, in float32, with at most 2^24 scores. Several processes may
-    divide the blocks, and the maximum of their results is the whole. The blocks do not depend on the number of
-    processes, so neither does rounding.
+    Scores are computed in float32 in blocks of queries with at most 2^24 scores each. Several processes may share the
+    blocks; the elementwise maximum of their results is the complete result. The blocks do not depend on the number of
+    processes, so rounding does not either.
 
     Args:
         query_QD: features of all queries, of length one, (Q, D).
         candidate_ND: features of all candidates, of length one, (N, D).
         matches: numbers of the right candidates of each query; at least one.
         rank: number of this process.
-        num_ranks: number of processes; the ranks of queries that another one counts are -1.
+        num_ranks: number of processes. The result is -1 for queries that another process ranks.
     """
     assert len(matches) == len(query_QD), f"{len(matches)} lists of matches for {len(query_QD)} queries"
     assert all(matches), "a query without a match has no rank"

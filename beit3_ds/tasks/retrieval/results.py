@@ -21,7 +21,7 @@ from beit3_ds.tasks.retrieval.recall import match_ranks, recall
 from beit3_ds.tasks.retrieval.samples import RetrievalSamples
 
 NUM_LISTED = 10
-"""Candidates per query in the results file."""
+"""Number of best candidates per query in the results file."""
 _NUM_SHOWN = 5  # candidates per query on the page
 _NOTE = (
     "Rank 1 is the best score. A tie counts against the right candidate. Each image has its captions, and each caption "
@@ -35,7 +35,7 @@ class Retrieved:
     def __init__(
         self, image_numbers: Tensor, image_ID: Tensor, text_numbers: Tensor, text_XD: Tensor, device: torch.device
     ) -> None:
-        """Ranks the right candidates of all queries in both directions, on `device`.
+        """Computes the ranks of the right captions of all images and of the right images of all captions.
 
         Args:
             image_numbers: numbers of images in their stream, ascending, (I,) int64.
@@ -55,35 +55,35 @@ class Retrieved:
         self.image_ranks = match_ranks(self._text_XD, self._image_ID, [[image] for image in self.image_of_text])
 
     def metrics(self) -> dict[str, float]:
-        """Returns recall of captions for images, of images for captions, and the mean of all six."""
+        """Returns recall at 1, 5 and 10 of captions for images and of images for captions, and the mean of all six."""
         found = recall(self.text_ranks, "text_recall") | recall(self.image_ranks, "image_recall")
         return found | {"mean_recall": sum(found.values()) / len(found)}
 
     def best_texts(self) -> tuple[Tensor, Tensor]:
-        """Returns the best captions of each image and their scores, (I, K)."""
+        """Returns the best captions of each image and their scores, each (I, K)."""
         return best_candidates(self._image_ID, self._text_XD, NUM_LISTED)
 
     def best_images(self) -> tuple[Tensor, Tensor]:
-        """Returns the best images of each caption and their scores, (X, K)."""
+        """Returns the best images of each caption and their scores, each (X, K)."""
         return best_candidates(self._text_XD, self._image_ID, NUM_LISTED)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResultFiles:
-    """Writes the results of a split, with the names and captions that its stream has."""
+    """Writes the results of a split as JSON and as an HTML page."""
 
     stream: Stream
-    """The samples of the split."""
+    """Samples of the split, with their names, captions and images."""
     retrieved: Retrieved
-    """What was found."""
+    """Features and ranks of all images and captions of the split."""
 
     def write(self, folder: Path, metrics: Mapping[str, float], num_shown: int) -> None:
-        """Writes retrieval.json and retrieval.html.
+        """Writes `retrieval.json` and `retrieval.html`.
 
         Args:
             folder: folder of both files.
             metrics: metrics of the split.
-            num_shown: images and captions each that the page shows.
+            num_shown: number of images, and also of captions, on the page.
         """
         texts, text_scores = self.retrieved.best_texts()
         images, image_scores = self.retrieved.best_images()

@@ -1,4 +1,4 @@
-"""Reads images with captions: one drawn caption in training, all of them in an evaluation."""
+"""Reads images with captions: one random caption per image in training, all captions in an evaluation."""
 
 import hashlib
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from beit3_ds.data.sources import ConcatSources, check_no_file_twice, check_no_i
 from beit3_ds.tokenizers.text import TextTokenizer
 
 CAPTION_FORMATS: tuple[str, ...] = get_args(CaptionFormat)
-"""Formats whose samples are images with several captions each."""
+"""Names of the source formats with several captions per image."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,13 +37,13 @@ class RetrievalSample:
     number: int
     """Number of the sample in its stream."""
     view: Tensor
-    """View of the image, (3, s, s) float32 in [-1, 1]."""
+    """Image after augmentation or resizing, (3, s, s) float32 in [-1, 1]."""
     texts: tuple[NDArray[np.int64], ...]
-    """Ids of each caption, BOS and EOS included."""
+    """Token ids of each caption, BOS and EOS included."""
     image_id: int
-    """Number that is equal for equal images, by their path or name."""
+    """Hash of the image's path or name; equal images have equal numbers."""
     text_ids: tuple[int, ...]
-    """Number per caption that is equal for equal captions."""
+    """Hash of each caption; equal captions have equal numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,16 +51,16 @@ class RetrievalSamples(CaptionedSamples):
     """Prepares the images of one source with their captions."""
 
     view: PairView
-    """Makes the view of an image."""
+    """Augments or resizes an image to the model's input."""
     tokenizer: TextTokenizer
-    """Converts captions to ids."""
+    """Converts captions to token ids."""
     length: int
     """Largest number of tokens of a caption, BOS and EOS included; further tokens are cut off."""
     draws_caption: bool
-    """Whether a sample has one of its captions, drawn by the epoch, or all of them."""
+    """Whether a sample has one caption, chosen by the epoch (`caption_of_epoch`), instead of all captions."""
 
     def prepare(self, index: int, key: SampleKey) -> RetrievalSample:
-        """Reads sample `index` of the source; draws its caption and its view by `key`.
+        """Reads sample `index` of the source; `key` determines its caption and its augmentation.
 
         Raises:
             BrokenRecordError: if the image or a caption cannot be read.
@@ -92,12 +92,12 @@ class RetrievalSamples(CaptionedSamples):
 
 
 def caption_of_epoch(count: int, key: SampleKey) -> int:
-    """Returns the number of the caption that a sample has in an epoch.
+    """Returns the index of the caption that an image is trained with in an epoch.
 
-    Each caption is used once in `count` epochs; then the captions are shuffled again.
+    Every `count` epochs use each of the image's captions once, in a new random order.
 
     Args:
-        count: number of captions.
+        count: number of captions of the image.
         key: the sample and its epoch.
     """
     around, place = divmod(key.epoch, count)
@@ -106,7 +106,7 @@ def caption_of_epoch(count: int, key: SampleKey) -> int:
 
 
 def image_path(source: ImageSource, index: int) -> str:
-    """Returns the path of a sample's image, or its name in a tar or folder; samples of one image have equal paths."""
+    """Returns the path of a sample's image, or its name in a tar or folder; equal for all samples of one image."""
     if isinstance(source, AnnotatedImages):
         return f"{source.images.path}/{source.paths[source.image_numbers[index]]}"
     return source.name(index)
@@ -116,7 +116,7 @@ def open_sources(data: DataConfig, split: Split) -> list[ImageSource]:
     """Opens the files of a split.
 
     Raises:
-        ConfigError: for files or images that are missing or cannot be read, or images without captions.
+        ConfigError: if a file cannot be read, an image is missing, or an image has no captions.
     """
     sources, files = getattr(data.pairs, split), OpenFiles(data.max_open_files)
     check_no_file_twice(sources)
@@ -124,7 +124,7 @@ def open_sources(data: DataConfig, split: Split) -> list[ImageSource]:
 
 
 def build_stream(config: RunConfig, sources: Sequence[ImageSource], tokenizer: TextTokenizer, split: Split) -> Stream:
-    """Builds the samples of a split: in training an image and one caption, else an image with all of its captions."""
+    """Builds the stream of a split; a sample is an image with one caption in training, else with all its captions."""
     data, is_training = config.data, split == "train"
     return Stream(
         ConcatSources(

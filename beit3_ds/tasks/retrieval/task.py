@@ -30,12 +30,13 @@ class RetrievalRankTask(RankTask):
     """Implements retrieval on one rank, with its opened image-text pairs."""
 
     shown_queries: int
-    """Images and captions each that a page shows."""
+    """Number of images, and also of captions, on the page that an evaluation writes."""
 
     def evaluate(self, evaluator: Evaluator, split: Split, folder: Path | None) -> dict[str, float]:
-        """Returns recall at 1, 5 and 10 in both directions over all images and all captions of a split.
+        """Returns, on the main rank, recall at 1, 5 and 10 in both directions over all images and captions of a split.
 
-        Every image and caption is encoded once. The main rank gets all features and counts ranks in blocks.
+        Every image and every caption is encoded once. The main rank gathers all features and computes the recall. With
+        `folder`, it also writes the results as JSON and as a page.
         """
         images, texts = SampleResults(), SampleResults()
         for _, features in evaluator.predict(evaluator.batches(split)):
@@ -61,11 +62,11 @@ class RetrievalRankTask(RankTask):
 
 
 class Retrieval(Task):
-    """Trains features of images and texts for retrieval, with a contrastive loss over the whole step.
+    """Trains separate features of images and texts for retrieval, with a contrastive loss over the whole step.
 
-    A training sample is an image with one of its captions, which are encoded apart. In as many epochs as an image has
-    captions, each comes once, so five epochs of COCO are one epoch of the reference, which lists an image once per
-    caption.
+    A training sample is an image with one of its captions. An image with n captions is trained with each of them once
+    in n epochs. COCO has five captions per image, so five epochs here equal one epoch of the reference, which lists an
+    image once per caption.
     """
 
     Settings = RetrievalConfig
@@ -82,7 +83,7 @@ class Retrieval(Task):
 
     @property
     def inputs(self) -> tuple[InputKind, ...]:
-        """Returns images and texts: the parts of a pair are encoded apart."""
+        """Returns "images" and "texts", because the image and the caption of a pair are encoded separately."""
         return ("images", "texts")
 
     def build_head(self, model: ModelConfig, tensor: TensorParallel) -> Head:
@@ -95,7 +96,7 @@ class Retrieval(Task):
         return functools.partial(contrastive_sums, mask_duplicates=self.settings.mask_duplicates)
 
     def head_flops(self, term_counts: Sequence[float]) -> float:
-        """Returns the operations of both projections, given the number of pairs of a micro-batch."""
+        """Returns the floating-point operations of both projections, forward, for `term_counts[0]` pairs."""
         return 4 * term_counts[0] * self.config.model.hidden_size**2
 
     def open(self, share: RankShare) -> RetrievalRankTask:

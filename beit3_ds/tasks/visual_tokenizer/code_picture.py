@@ -1,4 +1,4 @@
-"""Draws images for a check of the visual tokenizer: the input, the masked input, and the codes as colours."""
+"""Draws a picture to check the visual tokenizer: images, masked images, and their codes as colours."""
 
 # B images, N patches per image, G patches per side, S pixels per side, V codes, C width of a code.
 
@@ -33,7 +33,7 @@ _GRAY = 0.5
 def code_picture_path(tokenizer: Path) -> Path:
     """Returns the path of a tokenizer's picture, in the folder of the tokenizer's file.
 
-    Replaces only the extension ".safetensors", so that the tokenizers `v.one` and `v.two` have separate pictures.
+    Only the extension ".safetensors" is replaced, so that tokenizers named `v.one` and `v.two` have separate pictures.
     """
     return tokenizer.with_name(f"{tokenizer.name.removesuffix('.safetensors')}.png")
 

@@ -15,7 +15,7 @@ _CODES_PER_ENTRY = 16  # patches per codebook entry below which the usage is not
 
 @dataclass(frozen=True, kw_only=True)
 class CodeUsage:
-    """Holds figures of how evenly codes are used over some images."""
+    """Holds figures about how evenly the codes of the codebook are used on some images."""
 
     num_codes: int
     """Number of codes that occur at least once."""
@@ -31,12 +31,12 @@ class CodeUsage:
 
     @property
     def is_low(self) -> bool:
-        """Returns whether most codes are unused, although enough patches were counted to judge."""
+        """Returns whether less than half of the codes are used; False if too few patches were counted to judge."""
         enough = self.num_seen >= _CODES_PER_ENTRY * self.codebook_size
         return enough and self.num_codes < _LOW_USAGE * self.codebook_size
 
     def describe_if_low(self) -> str:
-        """Returns a warning with remedies if most codes are unused; else an empty string."""
+        """Returns a warning with remedies if `is_low`; otherwise an empty string."""
         if not self.is_low:
             return ""
         return (
@@ -47,14 +47,14 @@ class CodeUsage:
 
 
 class CodeCounter:
-    """Counts codes on the device; only `usage` and `has_codes` wait for the device."""
+    """Counts codes on a device; only `usage` and `has_codes` wait for the device."""
 
     def __init__(self, codebook_size: int, device: torch.device | str = "cpu") -> None:
         self._counts = torch.zeros(codebook_size, dtype=torch.int64, device=device)
 
     @property
     def has_codes(self) -> bool:
-        """Returns whether a code was counted."""
+        """Returns whether any codes were counted."""
         return bool(self._counts.any())
 
     def to(self, device: torch.device) -> None:
@@ -62,7 +62,7 @@ class CodeCounter:
         self._counts = self._counts.to(device)
 
     def add(self, codes: Tensor) -> None:
-        """Adds codes to the counts; codes have any shape, int64 in [0, codebook_size)."""
+        """Counts codes, int64 in [0, codebook_size) of any shape."""
         codes = codes.flatten()
         self._counts.index_add_(0, codes, torch.ones_like(codes))
 
@@ -75,7 +75,10 @@ class CodeCounter:
         self._counts.zero_()
 
     def usage(self, mesh: Mesh | None = None) -> CodeUsage:
-        """Returns the usage, summed over the ranks of a mesh; at least one code must have been counted."""
+        """Returns the usage of the counted codes, summed over the data-parallel ranks of a mesh if one is given.
+
+        At least one code must have been counted. With a mesh, all its ranks must call it.
+        """
         own = self._counts.cpu()
         counts = (own if mesh is None else mesh.data_host.sum(own)).double()
         shares = counts[counts > 0] / counts.sum()
@@ -86,7 +89,13 @@ class CodeCounter:
 
 
 def measure_code_usage(batches: Iterable[Tensor], codebook_size: int, mesh: Mesh | None = None) -> CodeUsage:
-    """Returns the usage of codes in batches and over the ranks of a mesh; any shape, int64 in [0, codebook_size)."""
+    """Returns the usage of the codes in all batches, summed over the data-parallel ranks of a mesh if one is given.
+
+    Args:
+        batches: codes, int64 in [0, codebook_size) of any shape.
+        codebook_size: number of codes in the codebook.
+        mesh: mesh whose ranks all call this function; None for a single process.
+    """
     counter: CodeCounter | None = None
     for codes in batches:
         counter = counter or CodeCounter(codebook_size, codes.device)

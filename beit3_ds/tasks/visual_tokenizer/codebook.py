@@ -1,4 +1,4 @@
-"""Computes the data that initialise the codebook and the targets, from whole steps, the same under any layout."""
+"""Gathers data of whole training steps to initialise the codebook and to center the targets, equal in any layout."""
 
 # N patches per image, C width of a code, E width of the teacher's features, V codes in the codebook.
 
@@ -15,7 +15,7 @@ _START_VECTORS_PER_CODE = 16  # BEiT v2's first batch has 512 * 196 / 8192 = 12
 
 
 def start_steps(config: RunConfig, step: int) -> range:
-    """Returns the training steps, from `step` on, that have enough vectors to start the codebook."""
+    """Returns as many training steps, from `step` on, as give enough vectors to initialise the codebook."""
     visual = config.tokenizers.visual
     patches = config.data.images.samples_per_step * visual.grid_size**2
     return range(step, step + -(-_START_VECTORS_PER_CODE * visual.codebook_size // patches))
@@ -24,7 +24,9 @@ def start_steps(config: RunConfig, step: int) -> range:
 def mean_features(
     steps: Sequence[StepBatch], teacher: Callable[[Tensor], Tensor], mesh: Mesh, device: torch.device
 ) -> Tensor:
-    """Returns the mean of the teacher's features over the images of whole steps, (E,) float32; sends E + 1 numbers.
+    """Returns the mean of the teacher's features over all images of some steps, (E,) float32.
+
+    The data-parallel ranks sum E + 1 numbers.
 
     Args:
         steps: this rank's share of the steps.
@@ -44,10 +46,10 @@ def mean_features(
 
 
 def gather_vectors(steps: Sequence[StepBatch], vectors: Iterator[Tensor], mesh: Mesh) -> Tensor:
-    """Returns the vectors of whole steps, (M, C) float32 on the CPU, in the order of the samples' slots.
+    """Returns the vectors of all ranks for some steps, (M, C) float32 on the CPU, in the order of the samples' slots.
 
-    Each rank gets the vectors of all ranks. Slots are numbered by micro-batch, then by rank, so the order
-    does not depend on the cut.
+    All ranks get the same result. Slots are numbered by micro-batch, then by rank, so the order does not depend on how
+    the samples are divided.
 
     Args:
         steps: this rank's share of the steps; all ranks have equally many micro-batches.

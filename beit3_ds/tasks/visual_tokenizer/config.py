@@ -13,6 +13,6 @@ class VisualTokenizerSettings(TeacherConfig):
     commitment_weight: Weight = 1.0
     """Weight beta of the commitment loss."""
     continuous_steps: Count = 0
-    """Initial steps in which the decoder gets the encoder's vectors without quantization; k-means then initialises the
-    codebook. BEiT v2 has 0. A short training needs some, because at first the encoder changes too fast for its
-    codes."""
+    """Number of initial steps without quantization, in which the decoder gets the encoder's vectors; k-means then
+    initialises the codebook. BEiT v2 uses 0. A short training needs some of these steps, because at first the encoder
+    changes too fast for the codebook to follow."""

@@ -1,4 +1,4 @@
-"""Defines the visual tokenizer as the trainer sees it: it reconstructs its teacher's features from codes."""
+"""Defines the trainable visual tokenizer, which learns to reconstruct its teacher's features from codes."""
 
 # B images, N patches per image, C width of a code, E width of the teacher's features, V codes in the codebook.
 
@@ -19,9 +19,9 @@ class TokenizerModel(VisualTokenizer, StageModel):
     """Trains a `VisualTokenizer` with the two terms of BEiT v2 (section 2.2): feature distance and commitment.
 
     Attributes:
-        is_quantized: whether the decoder gets codes; False in the first steps, in which it gets the encoder's vectors.
-        center: mean of the teacher's features, (E,), which targets leave out. White backgrounds dominate the mean; with
-            it, a constant reconstruction would reach most of the cosine.
+        is_quantized: whether the decoder gets codes; if False, as in the first steps, it gets the encoder's vectors.
+        center: mean of the teacher's features, (E,), which is subtracted from the targets. The mean is dominated by
+            white backgrounds; without the subtraction, a constant reconstruction would already have a high cosine.
     """
 
     center: Tensor
@@ -50,19 +50,20 @@ class TokenizerModel(VisualTokenizer, StageModel):
         x_TD: Tensor | None = None,
         layers: range | None = None,
     ) -> Any:
-        """Computes the sums of both terms, or the vectors of all patches.
+        """Returns the sums of both terms, or the encoder's vectors of all patches.
 
-        In training mode it adds the vectors to the codebook's totals.
+        In training mode, quantization also adds the vectors to the codebook's totals.
 
         Args:
             batch: the views, with the teacher's features if `loss_factors` is given.
             loss_factors: factors of the sums of both terms, (2,) float32; None returns vectors.
-            x_TD: None; the model is not cut into stages.
-            layers: the only layer, or None.
+            x_TD: has no effect, because the model is not divided into pipeline stages.
+            layers: has no effect, for the same reason.
 
         Returns:
-            A `LossOutput`, whose sums are those of 1 - cos(reconstruction, teacher's features without their mean) and
-            of the commitment loss over all patches; or the unit vectors that the codebook quantizes, (B, N, C) float32.
+            With `loss_factors`, a `LossOutput` with two sums over all patches: the distance
+            1 - cos(reconstruction, teacher's features - `center`), and the commitment loss. Otherwise the unit vectors
+            that the codebook quantizes, (B, N, C) float32.
         """
         assert batch.pixels is not None, "the tokenizer's only stage has the pixels"
         vectors_BNC = self.project(batch.pixels)
@@ -78,7 +79,7 @@ class TokenizerModel(VisualTokenizer, StageModel):
         return LossOutput((sums * loss_factors).sum(), sums.detach())
 
     def _apply(self, fn: Any, recurse: bool = True) -> "TokenizerModel":
-        """Moves or casts the model, except that the mean of the teacher's features stays in float32."""
+        """Moves or casts the model, but keeps `center` in float32."""
         center = self.center
         super()._apply(fn, recurse)
         self.center = center.to(self.center.device)
@@ -86,7 +87,7 @@ class TokenizerModel(VisualTokenizer, StageModel):
 
 
 def forward_flops(config: VisualTokenizerConfig, teacher_width: int, num_images: float) -> float:
-    """Returns the operations of encoder and decoder for a number of images; a multiply-add counts 2."""
+    """Returns the floating-point operations of encoder and decoder, forward; a multiply-add counts as 2."""
     width, rows = config.hidden_size, 1 + config.grid_size**2
     block = 2 * 12 * width**2 + 4 * rows * width  # per row
     patch = 2 * 3 * config.patch_size**2 * width + 4 * width * (width + config.codebook_dim) + 2 * width * teacher_width

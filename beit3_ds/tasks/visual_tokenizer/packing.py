@@ -1,4 +1,4 @@
-"""Packs the views of images into one micro-batch, with the counts of the terms."""
+"""Packs images for the training of the visual tokenizer into one micro-batch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +11,7 @@ from beit3_ds.data.packing import pack_inputs, stack_views
 from beit3_ds.tasks.visual_tokenizer.samples import TokenizerView
 
 TEACHER_FEATURES = "teacher_features"
-"""Key of the teacher's features of every patch, (B, N, E) float32; computed on the device."""
+"""Key in `PackedBatch.targets` of the teacher's features of every patch, (B, N, E) float32; computed on the device."""
 
 
 def pack(
@@ -20,10 +20,10 @@ def pack(
     sources: Mapping[str, int],
     visual: VisualTokenizerConfig,
 ) -> PackedBatch:
-    """Packs views, (3, image_size, image_size) each; every patch contributes to every loss term.
+    """Packs images, each (3, image_size, image_size); the count of every loss term is the number of patches.
 
     Args:
-        samples: views of the images; there may be none.
+        samples: augmented images; may be empty.
         drop_path: None, because the tokenizer has no stochastic depth.
         sources: value of `PackedBatch.sources`.
         visual: sizes of the tokenizer.

@@ -1,4 +1,4 @@
-"""Writes the results of the visual tokenizer's training: the tokenizer, its recipe and a picture of its codes."""
+"""Writes the files of a trained visual tokenizer: the tokenizer, its recipe, and a picture of its codes."""
 
 import dataclasses
 import functools
@@ -17,11 +17,11 @@ from beit3_ds.tokenizers.recipe import save_recipe, visual_recipe
 
 
 def write_tokenizer(config: RunConfig, teacher_description: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Writes the tokenizer's file and its recipe; draws a picture of its codes if possible.
+    """Writes the tokenizer's file and its recipe, and tries to draw a picture of its codes.
 
     Args:
         config: configuration of the run.
-        teacher_description: source of the teacher's features in words.
+        teacher_description: description of the teacher for people.
         tensors: weights and buffers of the trained `TokenizerModel`, by name.
 
     Returns:

@@ -14,20 +14,20 @@ from beit3_ds.data.sources import ConcatSources, check_no_file_twice, open_image
 
 
 class TokenizerView(NamedTuple):
-    """Holds the view of one image."""
+    """Holds one augmented or resized image for the visual tokenizer."""
 
     name: str
     """File and name of the sample, for messages."""
     pixels: Tensor
-    """Crop for the tokenizer, (3, image_size, image_size) float32 in [-1, 1]."""
+    """Cropped image, (3, image_size, image_size) float32 in [-1, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerViews(ImageSourceSamples):
-    """Prepares views with the crops, flips and colours of pretraining, which the tokenizer will encode later."""
+    """Prepares images with the same crops, flips and colours as in pretraining, where the tokenizer is used later."""
 
     def prepare(self, index: int, key: SampleKey) -> TokenizerView:
-        """Reads sample `index` of the source and draws its crop from `key`.
+        """Reads sample `index` of the source; `key` seeds its augmentation.
 
         Raises:
             BrokenRecordError: if the image cannot be read.
@@ -49,7 +49,7 @@ def build_streams(config: RunConfig, split: Split) -> dict[str, Stream]:
 
 
 def open_views(config: RunConfig, sources: Sequence[SourceConfig], views: ViewTransform) -> Stream:
-    """Opens sources of images, or of pairs, whose captions are ignored.
+    """Opens sources of images as one stream; captions of image-text pairs are ignored.
 
     Raises:
         ConfigError: if files are missing or cannot be read.

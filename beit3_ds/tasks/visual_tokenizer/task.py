@@ -1,4 +1,4 @@
-"""Implements the training of the visual tokenizer as a task with two terms (BEiT v2, section 2.2)."""
+"""Implements the task that trains the visual tokenizer, with two loss terms (BEiT v2, section 2.2)."""
 
 import dataclasses
 import functools
@@ -32,16 +32,16 @@ _USAGE_IMAGES = 1024  # training images whose codes are counted at the end
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerRankTask(RankTask):
-    """Implements the tokenizer's training on one rank, with its teacher and its opened samples."""
+    """Implements the tokenizer's training on one rank, with the teacher and the rank's opened samples."""
 
     run_config: RunConfig
     """Configuration of the run."""
     continuous_steps: int
-    """Initial steps without quantization."""
+    """Number of initial steps without quantization."""
     teacher: Teacher
-    """Network or descriptor whose features are reconstructed."""
+    """Network or image descriptor whose features the tokenizer learns to reconstruct."""
     teacher_description: str
-    """Source of these features in words."""
+    """Description of the teacher for people."""
     counter: CodeCounter
     """Counts the codes of all ranks since the last report."""
 
@@ -57,7 +57,10 @@ class TokenizerRankTask(RankTask):
         return with_teacher_features(batch, self._features(batch.pixels))
 
     def before_step(self, evaluator: Evaluator, step: int) -> None:
-        """Computes the mean of the teacher's features before the first step, and starts the codebook when it is due."""
+        """Computes the mean of the teacher's features before step 0, and initialises the codebook.
+
+        The codebook is initialised before step `continuous_steps`, the first step with quantization.
+        """
         model = _tokenizer(evaluator)
         model.is_quantized = step >= self.continuous_steps
         if step == 0:
@@ -69,7 +72,7 @@ class TokenizerRankTask(RankTask):
             model.quantize.start(vectors.to(evaluator.device))
 
     def after_step(self, evaluator: Evaluator, *, is_skipped: bool) -> None:
-        """Moves the codes, as one update over the micro-batches of all ranks; a skipped step moves none."""
+        """Moves the codes once, with the vectors of all micro-batches of all ranks; a skipped step moves no codes."""
         model = _tokenizer(evaluator)
         quantizer = model.quantize
         if is_skipped or not model.is_quantized:
@@ -80,7 +83,7 @@ class TokenizerRankTask(RankTask):
         quantizer.move_codes()
 
     def figures(self) -> Figures:
-        """Returns the usage of codes since the last report."""
+        """Returns how evenly the codes were used since the last report, and resets the counts."""
         if not self.counter.has_codes:
             return Figures(lines=["codes: none yet, the decoder gets the encoder's vectors"])
         usage = self.counter.usage()
@@ -90,7 +93,11 @@ class TokenizerRankTask(RankTask):
         return Figures({"codes_used": usage.num_codes, "code_perplexity": round(usage.perplexity)}, lines)
 
     def write_results(self, evaluator: Evaluator) -> dict[str, str]:
-        """Writes the tokenizer, its recipe and a picture of its codes; counts its codes over training images."""
+        """Writes the tokenizer, its recipe and a picture of its codes.
+
+        Returns:
+            On the main rank, the written files and the usage of codes on training images, by name; empty elsewhere.
+        """
         results: dict[str, str] = {}
         if evaluator.mesh.is_main:
             tensors = dict(evaluator.trained_tensors())
@@ -112,7 +119,7 @@ class TokenizerRankTask(RankTask):
             return self.teacher(pixels)
 
     def _read(self, steps: range) -> list[StepBatch]:
-        """Reads this rank's share of future steps; broken records leave their slots empty."""
+        """Reads this rank's share of some steps; a broken record leaves its slot empty."""
         assert self.dataset is not None, "every rank reads"
         return [self.dataset.prepare(step) for step in steps]
 
@@ -131,7 +138,7 @@ class VisualTokenizerTask(Task):
         """Checks the run's configuration for the keys that the task needs and the keys that it does not support.
 
         Raises:
-            ConfigError: if the run lacks a key, or has one without a meaning for the tokenizer.
+            ConfigError: if the run lacks a needed key, or has a key without meaning for the tokenizer.
         """
         super().__init__(config)
         _check_sections(config)
@@ -144,14 +151,14 @@ class VisualTokenizerTask(Task):
         self._teacher: Teacher | None = None
 
     def describe_model(self) -> dict[str, Any]:
-        """Returns the recipe of the tokenizer without its data, because a resumed run may use changed data."""
+        """Returns the recipe of the tokenizer without its training images, which may change when a run resumes."""
         return {key: value for key, value in self._recipe().items() if key != "images.train"}
 
     def find_result(self) -> str | None:
-        """Returns a line if the tokenizer of this recipe exists already.
+        """Returns one line about the tokenizer's file if the file exists and has this run's recipe, else None.
 
         Raises:
-            ConfigError: if the path is a tokenizer of another recipe, or another kind of file.
+            ConfigError: if the file belongs to another recipe, or is no tokenizer.
         """
         path = self.config.tokenizers.visual.path
         if not is_trained(_SECTION, path, self._recipe(), lambda: _read_known(path)):
@@ -168,14 +175,14 @@ class VisualTokenizerTask(Task):
         )
 
     def build_head(self, model: Any, tensor: Any) -> Head:
-        """Raises an error, because the tokenizer is not a head of BEiT-3; `build_model` builds it."""
+        """Raises an error: the tokenizer is no head of BEiT-3, and `build_model` builds it."""
         raise AssertionError("the visual tokenizer has no head on BEiT-3")
 
     def build_model(self, tensor: Any = None, layers: Any = None) -> StageModel:
         """Builds the tokenizer's networks.
 
-        On the meta device, where sizes are planned, a pretrained teacher is not loaded, and `hidden_size` stands for
-        its number of features.
+        On the meta device, which is used to plan sizes, a pretrained teacher is not loaded, and `hidden_size` is used
+        as its number of features.
         """
         visual = self.config.tokenizers.visual
         is_planned = torch.get_default_device().type == "meta" and self._teacher is None
@@ -186,12 +193,12 @@ class VisualTokenizerTask(Task):
         return model
 
     def training_flops(self, batch: PackedBatch) -> float:
-        """Returns the operations of encoder and decoder, forward and backward (3 x forward)."""
+        """Returns the floating-point operations of encoder and decoder, forward and backward (3 x forward)."""
         width = _planned_width(self.settings, self.config) if self._teacher is None else self._teacher.width
         return 3 * forward_flops(self.config.tokenizers.visual, width, batch.num_images)
 
     def describe_architecture(self) -> str:
-        """Returns the sizes of the tokenizer in a few words."""
+        """Returns one line with the tokenizer's sizes: blocks, hidden size, image patches and codes."""
         visual = self.config.tokenizers.visual
         return (
             f"visual tokenizer, {visual.num_layers} + {visual.decoder_layers} blocks x {visual.hidden_size}, "
@@ -199,7 +206,7 @@ class VisualTokenizerTask(Task):
         )
 
     def open(self, share: RankShare) -> TokenizerRankTask:
-        """Opens the teacher and the images that a rank reads, and writes to the tokenizer's folder once.
+        """Opens the teacher and the images that a rank reads, and checks that the tokenizer's file can be written.
 
         Raises:
             ConfigError: if a file cannot be read, or the tokenizer's file cannot be written.

@@ -1,4 +1,4 @@
-"""Finds the list of answers that belongs to a run's weights."""
+"""Determines a run's list of possible answers, and checks that its weights were trained with the same list."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ ANSWERS_FILE = "answers.jsonl"
 
 
 def read_stored_answers(described: Mapping[str, Any] | None) -> AnswerVocabulary | None:
-    """Reads the list of answers from the description that weights store of their task; None if they store none."""
+    """Returns the list of answers in a task description stored with weights; None if it has no list."""
     answers = (described or {}).get("answers")
     return AnswerVocabulary(answers) if answers else None
 
@@ -32,12 +32,12 @@ def choose_answers(
     Args:
         settings: the task's settings.
         training: questions of the training split; empty for an evaluation.
-        stored: list of the weights that the run starts from or evaluates; None if they have none.
+        stored: list stored with the weights that the run starts from or evaluates; None if they have no list.
         where: name of these weights, for messages.
 
     Raises:
-        ConfigError: if there is no list, it has another length than `task.num_answers`, or it is not that of the
-            weights.
+        ConfigError: if there is no list, its length is not `task.num_answers`, or it differs from the list stored with
+            the weights.
     """
     if settings.answer_list:
         found, origin = AnswerVocabulary.load(Path(settings.answer_list)), f"task.answer_list={settings.answer_list}"
@@ -67,10 +67,10 @@ def choose_answers(
 
 
 def keep_answers(folder: Path, answers: AnswerVocabulary) -> None:
-    """Writes the list into a run's output folder, unless its checkpoints belong to another list.
+    """Writes the list of answers into a run's output folder.
 
     Raises:
-        ConfigError: if the folder has checkpoints of a run with other answers.
+        ConfigError: if the folder has checkpoints of a run with another list; then nothing is written.
     """
     path = folder / ANSWERS_FILE
     checkpoints = folder / "checkpoints"

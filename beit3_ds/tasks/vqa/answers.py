@@ -14,7 +14,10 @@ from beit3_ds.data.files.json_lines import iterate_json_lines
 from beit3_ds.tasks.vqa.contractions import CONTRACTIONS
 
 MIN_OCCURRENCES = 9
-"""Questions that an answer must be the main answer of; VQAv2's training and validation splits give 3,129 answers."""
+"""Default number of questions whose main answer a listed answer must be.
+
+With this value, VQAv2's training and validation splits give the usual list of 3,129 answers.
+"""
 
 _PUNCTUATION = tuple(';/[]"{}()=+\\_-><@`,?!')
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
@@ -27,15 +30,15 @@ _NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "fou
 
 
 def strip_answer(answer: str) -> str:
-    """Returns an answer in one line, without white space around it."""
+    """Returns an answer with line breaks and tabs replaced by spaces, and without white space around it."""
     return answer.replace("\n", " ").replace("\t", " ").strip()
 
 
 def normalize_answer(answer: str) -> str:
-    """Returns the normal form of an answer, as the official evaluator compares answers.
+    """Returns the normal form in which the official evaluator compares answers.
 
-    Punctuation, articles and apostrophes missing from contractions do not matter, and number words up to ten are
-    digits: "The two dogs." and "2 dogs" are one answer.
+    Removes punctuation, articles and capitals, adds apostrophes that contractions lack, and writes number words up to
+    ten as digits. For example, "The two dogs." becomes "2 dogs".
     """
     answer = strip_answer(answer)
     removes_all = _DIGIT_COMMA_DIGIT.search(answer) is not None
@@ -51,9 +54,10 @@ def normalize_answer(answer: str) -> str:
 def accuracy_of_share(num_matches: int, num_answers: int) -> float:
     """Returns the accuracy, from 0 to 1, of an answer that `num_matches` of `num_answers` people gave.
 
-    With ten answers it is the official accuracy (Antol et al., 2015, arXiv:1505.00468): min(1, matches / 3), averaged
-    over the ten ways to leave one person out, which gives 0, .3, .6, .9 and 1. With another number of answers, which
-    the official files never have, the share counts as that share of ten people; the only answer of one person gives 1.
+    The official accuracy is defined for ten people (Antol et al., 2015, arXiv:1505.00468): the mean of
+    min(1, matches / 3) over the ten ways to leave one person out. Its values are 0, .3, .6, .9 and 1. For another
+    number of people, the number of matches is first scaled to ten people; the only answer of one person then gives 1.
+    The official files always have ten.
 
     Raises:
         ConfigError: if there are no answers.
@@ -66,13 +70,13 @@ def accuracy_of_share(num_matches: int, num_answers: int) -> float:
 
 
 def soft_scores(answers: Sequence[str]) -> dict[str, float]:
-    """Returns the accuracy of every answer that people gave, by its normal form; these are the targets of training."""
+    """Returns the training target of every answer that people gave: its accuracy, by the answer's normal form."""
     counts = Counter(map(normalize_answer, answers))
     return {answer: accuracy_of_share(count, len(answers)) for answer, count in counts.items()}
 
 
 def main_answer(answers: Sequence[str]) -> str:
-    """Returns the most frequent answer in normal form; of equally frequent ones, the first."""
+    """Returns the most frequent answer in normal form; among equally frequent answers, the first one."""
     return Counter(map(normalize_answer, answers)).most_common(1)[0][0]
 
 
@@ -83,7 +87,7 @@ class AnswerVocabulary:
         """Stores the answers; the label of an answer is its index in `answers`.
 
         Raises:
-            ConfigError: if an answer occurs twice or is not in normal form, so that it could never be right.
+            ConfigError: if an answer occurs twice or is not in normal form (`normalize_answer`).
         """
         self.answers = tuple(answers)
         for label, answer in enumerate(self.answers):
@@ -100,7 +104,7 @@ class AnswerVocabulary:
         return len(self.answers)
 
     def __iter__(self) -> Iterator[str]:
-        """Yields the answers by label."""
+        """Yields the answers in the order of their labels."""
         return iter(self.answers)
 
     @cached_property
@@ -113,7 +117,7 @@ class AnswerVocabulary:
         return hashlib.sha256(json.dumps(self.answers).encode()).hexdigest()[:16]
 
     def targets(self, answers: Sequence[str]) -> dict[int, float]:
-        """Returns the soft score of every answer that the list holds, by label; empty if it holds none."""
+        """Returns the soft scores of people's answers by label; leaves out answers that are not in the list."""
         return {self.labels[answer]: score for answer, score in soft_scores(answers).items() if answer in self.labels}
 
     @classmethod
@@ -122,7 +126,7 @@ class AnswerVocabulary:
 
         Args:
             main_answers: the main answer of every training question (`multiple_choice_answer` in the official files).
-            min_occurrences: number of questions whose main answer it must be.
+            min_occurrences: smallest number of questions that share a main answer for it to be listed.
 
         Raises:
             ConfigError: if no answer occurs often enough.
@@ -144,10 +148,10 @@ class AnswerVocabulary:
 
     @classmethod
     def load(cls, path: Path) -> "AnswerVocabulary":
-        """Reads a list that `save` wrote.
+        """Reads a list in the format that `save` writes.
 
         Raises:
-            ConfigError: if the file cannot be read or does not have this form, with the line.
+            ConfigError: if the file cannot be read or a line has another format; the message names the line.
         """
         answers: list[str] = []
         for number, entry in iterate_json_lines(str(path), {"answer": str, "label": int}):

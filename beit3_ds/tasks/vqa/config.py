@@ -13,12 +13,13 @@ class VqaConfig:
     """Configures the answers among which the model chooses."""
 
     num_answers: Annotated[int, Range(2, 2**20)] = 3129
-    """Number of answers. It must be that of the list, because the head has an output per answer: VQAv2's training and
-    validation answers give 3,129. With other files the error at the start names the right number."""
+    """Number of answers in the list, and of outputs of the head. VQAv2's training and validation answers give 3,129.
+    If the list of the run has another length, the error at the start names it."""
     min_answer_occurrences: Positive = MIN_OCCURRENCES
-    """Training questions that an answer must be the main answer of to be in the list (reference: 9)."""
+    """Smallest number of training questions that share a main answer for it to be in the list (reference: 9)."""
     answer_list: PathString | None = None
     """File with a list of answers, such as the `answers.jsonl` of another run or the reference's `answer2label.txt`.
-    None makes the list of the training answers; weights that are evaluated bring their own."""
+    With None, training builds the list from the training answers, and an evaluation uses the list stored with the
+    weights."""
     page_samples: Annotated[int, Range(0, 10_000)] = 40
-    """Questions that the page of an evaluation shows."""
+    """Number of questions on the page that an evaluation writes."""

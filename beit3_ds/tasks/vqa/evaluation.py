@@ -22,15 +22,16 @@ from beit3_ds.tasks.vqa.samples import VqaSamples
 from beit3_ds.tasks.vqa.score import ScoredQuestion, question_accuracy, score_questions
 
 SUBMISSION, RESULTS, PAGE = "submission.json", "results.json", "answers.html"
-"""Files of an evaluation: the official form of answers, metrics with all answers, and a page for people."""
+"""Names of an evaluation's files: answers in the official format, metrics with all answers, and a page to read."""
 
 
 def answer_split(evaluator: Evaluator, split: Split) -> GatheredResults | None:
-    """Answers every question of a split; all ranks call it.
+    """Answers every question of a split; all ranks must call it.
 
     Returns:
-        On the main rank, per question: the label of the answer (`answer`), the binary cross entropy summed over answers
-        (`loss`) and the target score of the answer (`score`). None elsewhere.
+        On the main rank, three values per question: the label of the model's answer (`answer`), the binary cross
+        entropy summed over all answers (`loss`), and the target score of the model's answer (`score`). None on other
+        ranks.
     """
     results = SampleResults()
     for batch, logits_PA in evaluator.predict(evaluator.batches(split)):
@@ -67,22 +68,25 @@ class AnsweredSplit:
 
     @property
     def has_people(self) -> bool:
-        """Returns whether people's answers to all questions are known."""
+        """Returns whether all questions have answers of people."""
         return all(samples.questions.has_answers for samples in self._questions())
 
     def locate(self, place: int) -> tuple[VqaQuestions, int]:
-        """Returns the source of a question, and its number there."""
+        """Returns the questions of the source that contains the question at `place`, and its index among them."""
         samples, index = self._sources.locate(self._numbers[place])
         assert isinstance(samples, VqaSamples)
         return samples.questions, index
 
     def identifier(self, place: int) -> int | str:
-        """Returns the identifier of a question."""
+        """Returns the identifier of the question at `place`."""
         questions, index = self.locate(place)
         return questions.identifier(index)
 
     def metrics(self) -> dict[str, float]:
-        """Returns the official accuracies in percent, and the means of the loss and of the target scores."""
+        """Returns the official accuracies in percent, and the means of the loss and of the target scores.
+
+        Returns an empty dictionary if a source lacks people's answers.
+        """
         if not self.has_people or not len(self):
             return {}
         scored = (self._scored(place) for place in range(len(self)))
@@ -91,7 +95,7 @@ class AnsweredSplit:
         return found | score_questions(scored)
 
     def accuracy(self, place: int) -> float | None:
-        """Returns the official accuracy of one answer, from 0 to 1; None if people's answers are unknown."""
+        """Returns the official accuracy of the answer at `place`, from 0 to 1; None without answers of people."""
         questions, index = self.locate(place)
         return question_accuracy(questions.answers(index), self.answers[place]) if questions.has_answers else None
 
@@ -104,7 +108,7 @@ class AnsweredSplit:
 
 
 def write_files(split: AnsweredSplit, metrics: dict[str, float], folder: Path, page_samples: int) -> None:
-    """Writes the submission file, the results with all answers, and the page.
+    """Writes the submission file, the results file with all answers, and a page with `page_samples` questions.
 
     Raises:
         OSError: if the folder cannot be written.

@@ -6,7 +6,7 @@
 | Visual Genome | `question_answers.json` | in the same file | last two parts of its URL in `image_data.json` |
 | JSON lines | objects with `question`, `image`, and if need be `id` | `answers`, or `answer` | path `image` |
 
-Files are read one entry at a time: VQAv2's training annotations have 365 MB, and 2.5 GB as Python objects.
+Files are read one entry at a time, because VQAv2's training annotations (365 MB) would take 2.5 GB as Python objects.
 """
 
 import json
@@ -28,18 +28,18 @@ _ANNOTATIONS_FORM = "an object with 'annotations' (question_id, multiple_choice_
 
 
 class VqaQuestions(CollectedAnnotations):
-    """Holds questions about images, one sample each, with people's answers if the split has them.
+    """Holds questions about images, with people's answers if the split has them.
 
-    The `caption` of a sample is its question. Takes some 200 bytes per question beside its text.
+    Each question is one sample, and `caption` returns its text. A question takes about 200 bytes beside its text.
     """
 
     def __init__(self, questions: str, folder: str, *further_files: str) -> None:
-        """Starts without questions.
+        """Creates an empty collection of questions.
 
         Args:
             questions: path of the file of questions.
             folder: folder of the images.
-            further_files: other files that the samples are read from, which ranks compare.
+            further_files: paths of the other files that the samples come from, which `files` also yields.
         """
         super().__init__(questions, folder)
         self._further_files = further_files
@@ -49,7 +49,14 @@ class VqaQuestions(CollectedAnnotations):
         self._sample_types = array("l")
 
     def add_question(self, identifier: int | str, image_number: int, question: str, line: int | None = None) -> None:
-        """Adds a question that has no answers yet; takes `line` as `add_sample` does."""
+        """Adds a question without answers.
+
+        Args:
+            identifier: number or text that names the question in results.
+            image_number: number that `add_image` returned for its image, or `NO_IMAGE`.
+            question: text of the question.
+            line: line number of the question in its file, for messages; None if the file has no lines.
+        """
         self.add_sample(image_number, question, line)
         self._identifiers.append(json.dumps(identifier))
 
@@ -58,9 +65,9 @@ class VqaQuestions(CollectedAnnotations):
 
         Args:
             answers: answers of people; ten in the official files.
-            main: the answer that the file calls the main one; empty takes the most frequent.
-            question_type: group of the question; empty if unknown.
-            answer_type: group of the answer; empty if unknown.
+            main: main answer according to the file; if empty, the most frequent answer becomes the main answer.
+            question_type: type of the question, such as "what color"; empty if unknown.
+            answer_type: type of the answer, such as "yes/no"; empty if unknown.
         """
         self._answers.append(json.dumps(answers))
         self._main_answers.append(main or main_answer(answers))
@@ -71,28 +78,28 @@ class VqaQuestions(CollectedAnnotations):
         self._sample_types.append(self._type_numbers[types])
 
     def files(self) -> Iterator[SourceFile]:
-        """Yields the file of the questions, then the files of the answers and of the images.
+        """Yields name, size and number of samples of the file of questions, then of the further files.
 
         Raises:
-            ConfigError: if a file is gone.
+            ConfigError: if a file no longer exists.
         """
         yield from super().files()
         for path, (num_bytes, _) in zip(self._further_files, describe_files(self._further_files), strict=True):
             yield SourceFile(os.path.basename(path), num_bytes, 0)
 
     def identifier(self, index: int) -> int | str:
-        """Returns the question's identifier as its file has it; JSON lines without one are numbered from 0."""
+        """Returns the question's identifier in its file; JSON lines without identifiers are numbered from 0."""
         identifier: int | str = json.loads(self._identifiers[index])
         return identifier
 
     @property
     def num_answered(self) -> int:
-        """Returns the number of questions with answers; they come before all others."""
+        """Returns the number of questions that have answers; these are the first questions."""
         return len(self._answers)
 
     @property
     def has_answers(self) -> bool:
-        """Returns whether the questions have answers, which a test split lacks."""
+        """Returns whether all questions have answers; those of a test split have none."""
         return self.num_answered == len(self)
 
     def answers(self, index: int) -> list[str]:
@@ -106,7 +113,7 @@ class VqaQuestions(CollectedAnnotations):
         return answers
 
     def types(self, index: int) -> tuple[str, str]:
-        """Returns the type of a question and of its answer; both are empty where no file says it."""
+        """Returns the type of a question and the type of its answer; each is empty if unknown."""
         return self._types[self._sample_types[index]] if index < len(self._sample_types) else ("", "")
 
     def main_answers(self) -> Iterator[str]:
@@ -119,10 +126,10 @@ class VqaQuestions(CollectedAnnotations):
         return (self._main_answers[index] for index in range(len(self)))
 
     def check_has_answers(self) -> None:
-        """Refuses a split without answers.
+        """Checks that all questions have answers.
 
         Raises:
-            ConfigError: with the file of the questions.
+            ConfigError: if some have none; the message names the file of the questions.
         """
         if not self.has_answers:
             raise ConfigError(
@@ -137,12 +144,13 @@ def read_vqav2(questions: str, annotations: str, images: str, split: str = "") -
     Args:
         questions: official file of questions.
         annotations: official file of answers; empty for a test split, which has none.
-        images: folder of the images, or the folder above it, with folders such as `val2014`.
-        split: split in the names of the images, such as `val2014`; empty takes `data_subtype` of the file.
+        images: folder of the images, or a folder that contains it under the name of the split, such as `val2014`.
+        split: split in the names of the images, such as `val2014`; if empty, the value `data_subtype` in the file of
+            questions.
 
     Raises:
-        ConfigError: if a file cannot be read or does not have this form, a question occurs twice or has no answers, or
-            answers belong to no question; the message names the entry.
+        ConfigError: if a file cannot be read or does not have the official form, a question occurs twice, a question
+            has no entry in `annotations`, or answers belong to no question; the message names the entry.
     """
     split = split or _split_of(questions)
     prefix = f"{split}/" if os.path.isdir(os.path.join(images, split)) else ""
@@ -162,7 +170,7 @@ def read_vqav2(questions: str, annotations: str, images: str, split: str = "") -
 
 
 def _split_of(questions: str) -> str:
-    """Returns the split in the names of the images: `test2015` also for the questions of `test-dev2015`."""
+    """Returns the split that the names of the images contain; for questions of `test-dev2015` it is `test2015`."""
     with reading_as(questions, _QUESTIONS_FORM):
         split = read_json_members(questions, "data_subtype").get("data_subtype")
     if not split or not isinstance(split, str):
@@ -203,7 +211,7 @@ def _add_annotations(samples: VqaQuestions, annotations: str, places: dict[objec
 
 
 def _one(texts: dict[str, str], text: object) -> str:
-    """Returns the stored string that equals a text, so that equal texts share memory."""
+    """Returns one shared string for all equal texts, to save memory."""
     return texts.setdefault(str(text), str(text))
 
 
@@ -213,10 +221,10 @@ def read_visual_genome_questions(question_answers: str, image_data: str, folder:
     Args:
         question_answers: JSON list of images (`id`, `qas`: a list of `qa_id`, `question`, `answer`).
         image_data: JSON list of images (`image_id`, `url`).
-        folder: folder of `VG_100K` and `VG_100K_2`.
+        folder: folder that contains the image folders `VG_100K` and `VG_100K_2`.
 
     Raises:
-        ConfigError: if a file cannot be read or does not have this form, or a question occurs twice.
+        ConfigError: if a file cannot be read or does not have Visual Genome's form, or a question occurs twice.
     """
     samples = VqaQuestions(question_answers, folder, image_data)
     with reading_as(image_data, "a list of objects with 'image_id' and 'url'"):
@@ -238,13 +246,14 @@ def read_vqa_lines(path: str, folder: str) -> VqaQuestions:
     """Reads questions from JSON lines.
 
     Args:
-        path: file with one object per line: `question`, `image` (path in the folder), `answers` (a list of texts) or
-            `answer` (one text) unless no line has them, and where wanted `id`, `question_type` and `answer_type`.
+        path: file with one object per line. Its keys are `question`, `image` (path in the folder), and optionally `id`,
+            `question_type` and `answer_type`. Either all lines or none have `answers` (a list of texts) or `answer`
+            (one text).
         folder: folder of the images.
 
     Raises:
-        ConfigError: if the file cannot be read, a line does not have this form, an id occurs twice, or only some
-            questions have answers; the message names the line.
+        ConfigError: if the file cannot be read, a key is missing or invalid, an id occurs twice, or only some questions
+            have answers; the message names the line.
     """
     samples = VqaQuestions(path, folder)
     places: dict[object, int] = {}
@@ -269,7 +278,7 @@ def read_vqa_lines(path: str, folder: str) -> VqaQuestions:
 
 
 def _answers_of_line(line: Mapping[str, Any], where: str) -> list[str] | None:
-    """Returns the answers of a line, None if it has none."""
+    """Returns the answers of a line; None if the line has no answers."""
     answers = line.get("answers", [line["answer"]] if "answer" in line else None)
     if answers is None:
         return None
@@ -282,7 +291,7 @@ def _answers_of_line(line: Mapping[str, Any], where: str) -> list[str] | None:
 
 
 def _check_new(places: dict[object, int], identifier: object, number: int, where: str) -> None:
-    """Notes the place of an identifier, and refuses one that occurs twice or is neither a number nor a text."""
+    """Stores where an identifier occurs; raises `ConfigError` if it occurred before or is no number and no text."""
     if not isinstance(identifier, int | str):
         raise ConfigError(f"vqa: {where}: the id {identifier!r} is neither a number nor a text.")
     if identifier in places:

@@ -1,4 +1,4 @@
-"""Scores answers to a question about an image, with the head of the reference's VQAv2 model (paper section 3.1)."""
+"""Defines the head that scores answers to a question about an image, as the reference's VQAv2 model does."""
 
 # P pairs, D hidden, A answers.
 
@@ -14,11 +14,11 @@ from beit3_ds.model import Head
 from beit3_ds.parallel import TensorParallel
 
 ANSWER_SCORES = "answer_scores"
-"""Key of the target score of every answer to every question, (P, A) float32 in [0, 1]."""
+"""Key in `PackedBatch.targets` of the target score of each answer to each question, (P, A) float32 in [0, 1]."""
 
 
 class Pooler(nn.Module):
-    """Turns the CLS row of an image into a pooled feature: LayerNorm, linear layer, tanh."""
+    """Applies LayerNorm, a linear layer and tanh to the CLS row of an image."""
 
     def __init__(self, hidden_size: int, epsilon: float) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Pooler(nn.Module):
 
 
 class AnswerHead(Head):
-    """Scores every answer from the CLS row of the image, which attended to the question.
+    """Scores every answer from the image's CLS row, which has attended to the question (paper section 3.1).
 
     The layers are a pooler, a linear layer to 2 D, LayerNorm, GELU, and a linear layer to the answers. Every
     tensor-parallel rank has the whole head and computes the same scores. The batch's head rows are the CLS rows of its
@@ -57,13 +57,13 @@ class AnswerHead(Head):
     def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
         """Returns the sums of two terms, (2,) float32, or the logits of the answers.
 
-        The first term is the binary cross entropy of every question with soft targets, summed over answers. The second
-        is the target score of the answer with the largest logit, which has no gradient.
+        The first term is the binary cross entropy with soft targets, summed over answers. The second term is the target
+        score of the answer with the largest logit; it has no gradient.
 
         Args:
             h_MD: the CLS row of the image of every pair, (P, D).
             batch: the packed micro-batch, with `ANSWER_SCORES` if `with_loss`.
-            with_loss: whether to return the sums.
+            with_loss: True returns the sums, False the logits.
 
         Returns:
             The sums over questions, or the logits, (P, A) float32.

@@ -16,7 +16,7 @@ from beit3_ds.tasks.vqa.head import ANSWER_SCORES
 from beit3_ds.tasks.vqa.samples import VqaSample
 
 QUESTION_NUMBERS = "question_numbers"
-"""Key of the number of each question in its stream, (P,) int64."""
+"""Key in `PackedBatch.targets` of the number of each question in its stream, (P,) int64."""
 
 _IMAGES_OF_PAIRS = next(i for i, part in enumerate(PARTS) if part.modality == "vision" and part.fused_expert)
 
@@ -31,16 +31,16 @@ def pack(
     embeds: bool,
     predicts: bool,
 ) -> PackedBatch:
-    """Packs questions and their images as pairs; there may be none.
+    """Packs each question with its image as one pair.
 
     Args:
-        samples: the questions.
-        drop_path: `PackedBatch.drop_path`.
-        sources: `PackedBatch.sources`.
+        samples: the questions with their images; may be empty.
+        drop_path: value of `PackedBatch.drop_path`.
+        sources: value of `PackedBatch.sources`.
         model: sizes of the model.
         num_answers: number of answers, A.
-        embeds: whether this stage needs the images.
-        predicts: whether this stage needs the targets.
+        embeds: whether this pipeline stage needs the images.
+        predicts: whether this pipeline stage needs the target scores.
     """
     batch = pack_inputs(
         num_images=0,

@@ -1,4 +1,4 @@
-"""Opens questions about images as samples of the stream of pairs."""
+"""Opens questions about images, and prepares each as one image-text pair with target scores."""
 
 # A answers.
 
@@ -23,22 +23,22 @@ from beit3_ds.tasks.vqa.files import VqaQuestions, read_visual_genome_questions,
 from beit3_ds.tokenizers.text import TextTokenizer
 
 FORMATS = ("vqav2", "visual_genome_questions", "vqa_lines")
-"""Formats of questions: VQAv2's files, Visual Genome's, and JSON lines (`tasks/vqa/files.py`)."""
+"""Names of the source formats that this task reads: VQAv2, Visual Genome and JSON lines (`tasks/vqa/files.py`)."""
 
 
 class VqaSample(NamedTuple):
-    """Holds a question about an image."""
+    """Holds a tokenized question, its image, and the target scores of the answers."""
 
     name: str
     """File and number of the question, for messages."""
     number: int
     """Number of the question in its stream."""
     view: Tensor
-    """Image, (3, s, s) float32 in [-1, 1]."""
+    """Image after augmentation or resizing, (3, s, s) float32 in [-1, 1]."""
     ids: NDArray[np.int64]
-    """Ids of the question, BOS and EOS included."""
+    """Token ids of the question, BOS and EOS included."""
     scores: Tensor
-    """Target score of each answer, (A,) float32; zeros without annotations."""
+    """Target score of each answer, (A,) float32; all zero if the question has no answers of people."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +48,13 @@ class VqaSamples:
     is_last_open: ClassVar[bool] = False
 
     questions: VqaQuestions
-    """Questions, and the answers of people if the split has them."""
+    """Questions of the source, with people's answers if the split has them."""
     vocabulary: AnswerVocabulary
     """Answers among which the model chooses."""
     view: PairView
-    """Transform of an image into the model's view."""
+    """Augments or resizes an image to the model's input."""
     tokenizer: TextTokenizer
-    """Converts questions to ids."""
+    """Converts questions to token ids."""
     length: int
     """Largest number of tokens of a question, BOS and EOS included; further tokens are cut off."""
 
@@ -63,15 +63,15 @@ class VqaSamples:
         return len(self.questions)
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns the annotation files of the source."""
+        """Returns name, size and number of samples of each annotation file of the source."""
         return self.questions.files()
 
     def image_files(self) -> Iterable[str]:
-        """Returns the images that the annotations name (`NamesImages`)."""
+        """Returns the paths of all images that the questions name."""
         return self.questions.image_files()
 
     def identity(self, index: int) -> bytes:
-        """Returns the question's own identifier as bytes (`prefix_digest.IdentifiedSamples`)."""
+        """Returns the identifier of a question as bytes, by which a resumed run recognises the question."""
         return str(self.questions.identifier(index)).encode("utf-8", "surrogatepass")
 
     def name(self, index: int) -> str:
@@ -79,14 +79,15 @@ class VqaSamples:
         return self.questions.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the entries that are left out, by reason."""
+        """Returns the number of entries that were left out, and an example, by reason."""
         return self.questions.skipped
 
     def prepare(self, index: int, key: SampleKey) -> VqaSample:
-        """Reads question `index` and its image, whose view is drawn by `key`.
+        """Reads question `index` and its image; `key` seeds the augmentation of the image.
 
         Raises:
-            BrokenRecordError: if the image or the question cannot be read.
+            BrokenRecordError: if the image or the question cannot be read, or the tokenizer keeps nothing of the
+                question.
         """
         image, text = self.questions.pair(index, self.view.min_side)
         pieces = self.tokenizer.encode(text)[: self.length - 2]
@@ -109,7 +110,8 @@ def open_questions(source: SourceConfig) -> VqaQuestions:
     """Opens a source of questions and checks its entries before training starts.
 
     Raises:
-        ConfigError: if a file cannot be read, an image is missing, or a question is empty; names file and entry.
+        ConfigError: if a file cannot be read, an image is missing, or a question is empty; the message names the file
+            and the entry.
     """
     _check_keys(source)
     match source.format:
@@ -133,7 +135,7 @@ def open_questions(source: SourceConfig) -> VqaQuestions:
 def build_stream(
     config: RunConfig, opened: list[VqaQuestions], vocabulary: AnswerVocabulary, tokenizer: TextTokenizer, split: Split
 ) -> Stream:
-    """Builds the stream of a split from its opened questions."""
+    """Builds the stream of a split from the opened questions of its sources."""
     view = build_pair_view(config, split)
     return Stream(
         ConcatSources(
@@ -155,8 +157,8 @@ def open_split(config: RunConfig, split: Split) -> list[VqaQuestions]:
     """Opens the questions of all sources of a split.
 
     Raises:
-        ConfigError: as `open_questions`; if training or validation questions have no answers; if two sources of an
-            evaluation ask a question with the same id.
+        ConfigError: if `open_questions` raises it, if a training or validation question has no answers, or if two
+            sources of a validation or test split have a question with the same id.
     """
     sources = getattr(config.data.pairs, split)
     check_no_file_twice(sources)

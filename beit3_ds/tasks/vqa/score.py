@@ -9,23 +9,23 @@ from beit3_ds.tasks.vqa.answers import accuracy_of_share, normalize_answer, stri
 
 
 class ScoredQuestion(NamedTuple):
-    """Holds a question with its answers and a prediction."""
+    """Holds people's answers to a question, and the model's answer."""
 
     answers: Sequence[str]
     """Answers that people gave; ten in the official files."""
     prediction: str
     """Answer of the model."""
     question_type: str = ""
-    """First words of the question, as the official files group questions; empty if unknown."""
+    """Type of the question, which the official files name by its first words; empty if unknown."""
     answer_type: str = ""
-    """`yes/no`, `number` or `other` in the official files; empty if unknown."""
+    """Type of the answer: `yes/no`, `number` or `other` in the official files; empty if unknown."""
 
 
 def question_accuracy(answers: Sequence[str], prediction: str) -> float:
-    """Returns the accuracy of one answer, from 0 to 1.
+    """Returns the accuracy of one predicted answer, from 0 to 1.
 
-    Answers are compared in normal form, except where all people wrote exactly the same: the official evaluator then
-    compares the texts as they are.
+    Answers are compared in normal form. If all people gave exactly the same answer, the texts are compared unchanged,
+    as in the official evaluator.
 
     Raises:
         ConfigError: if there are no answers.
@@ -38,10 +38,10 @@ def question_accuracy(answers: Sequence[str], prediction: str) -> float:
 
 
 def score_questions(questions: Iterable[ScoredQuestion]) -> dict[str, float]:
-    """Returns the mean accuracy in percent: `accuracy`, and one figure per type of question and answer.
+    """Returns the mean accuracy in percent over all questions, per type of question, and per type of answer.
 
-    Figures of types are named `accuracy/question/TYPE` and `accuracy/answer/TYPE`. Like the official evaluator's they
-    have two decimals. The order of the questions does not change them.
+    The names are `accuracy`, `accuracy/question/TYPE` and `accuracy/answer/TYPE`. Values are rounded to two decimals,
+    as in the official evaluator, and do not depend on the order of the questions.
 
     Raises:
         ConfigError: if a question has no answers.
@@ -57,5 +57,5 @@ def score_questions(questions: Iterable[ScoredQuestion]) -> dict[str, float]:
 
 
 def mean_percentages(groups: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Returns the mean of each group in percent, with two decimals; `fsum` makes it independent of the order."""
+    """Returns the mean of each group in percent, rounded to two decimals, independent of the order of its values."""
     return {name: round(100 * math.fsum(values) / len(values), 2) for name, values in sorted(groups.items())}

@@ -29,13 +29,13 @@ class VqaRankTask(RankTask):
     settings: VqaConfig
     """The task's settings."""
     vocabulary: AnswerVocabulary | None
-    """Answers by label; None on ranks that read no questions."""
+    """Answers among which the model chooses; None on ranks that read no questions."""
 
     def evaluate(self, evaluator: Evaluator, split: Split, folder: Path | None) -> dict[str, float]:
-        """Answers all questions of a split; scores them as the official evaluator does if people's answers are known.
+        """Answers all questions of a split; returns the official accuracies if people's answers are known.
 
-        Questions whose answers are not in the list count too, so the accuracy can be below that of the reference, which
-        leaves them out.
+        Questions whose answers are not in the list also count, although the model cannot answer them. The reference
+        leaves them out, so its accuracy can be higher.
         """
         results = answer_split(evaluator, split)
         if results is None or not len(results):
@@ -63,7 +63,7 @@ class Vqa(Task):
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """Returns two terms: the binary cross entropy summed over answers, and the score of the best answer."""
+        """Returns two terms: the binary cross entropy summed over answers, and the score of the model's answer."""
         return (
             Term("answers", "pairs", "questions: answers", unit="binary cross entropy, summed over answers (nats)"),
             Term("soft_accuracy", "pairs", "questions: score of the answer", weight=0.0, unit="share"),
@@ -74,25 +74,25 @@ class Vqa(Task):
         return AnswerHead(model, self.settings.num_answers, tensor)
 
     def head_flops(self, term_counts: Sequence[float]) -> float:
-        """Returns the forward operations of the head for the questions of a batch."""
+        """Returns the floating-point operations of the head's forward pass over `term_counts[0]` questions."""
         width = self.config.model.hidden_size
         return float(term_counts[0] * 2 * (width**2 + 2 * width**2 + 2 * width * self.settings.num_answers))
 
     def expected_head_flops(self) -> float:
-        """Returns the operations of the head per step, forward and backward."""
+        """Returns the floating-point operations of the head per step, forward and backward."""
         return 3 * self.head_flops((self.config.data.pairs.samples_per_step, 0))
 
     def describe(self) -> dict[str, Any]:
-        """Returns name and settings, and the list of answers once the task is opened."""
+        """Returns the task's name and settings, and after `open` also the list of answers."""
         answers = {} if self._vocabulary is None else {"answers": list(self._vocabulary)}
         return super().describe() | answers
 
     def open(self, share: RankShare) -> VqaRankTask:
-        """Opens the questions that a rank reads, and finds the list of answers.
+        """Opens the questions that a rank reads, and determines the list of answers.
 
         Raises:
-            ConfigError: if a file cannot be read, an image is missing, answers are missing where they are needed, or
-                the list of answers does not fit the model or its weights.
+            ConfigError: if a file cannot be read, an image is missing, training or validation questions have no
+                answers, or the list of answers does not fit the head or the weights.
         """
         config, tokenizer = self.config, load_text_tokenizer(self.config)
         files = {"tokenizers.text.path": config.tokenizers.text.path}
