@@ -41,5 +41,9 @@ def atomic_write(path: Path, keep: bool = True) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())  # otherwise the name could survive a crash without the bytes
         if keep:
             temporary.replace(path)
+    except OSError as error:
+        if error.filename is None:  # of a write or sync, which do not know their file
+            raise OSError(error.errno, f"{error.strerror} (no file was replaced)", str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)

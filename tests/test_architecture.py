@@ -47,7 +47,10 @@ ARROWS: dict[str, set[str]] = {
         *("batch", "config", "cores", "model", "parallel", "printing", "regular_file", "safetensors_header"),
         *("storage_error", "untrusted_json"),
     },
-    "weights": {"checkpoint", "config", "model", "positions", "printing", "tasks", "untrusted_file", "untrusted_json"},
+    "weights": {
+        *("checkpoint", "config", "model", "positions", "printing", "safetensors_header", "tasks", "untrusted_file"),
+        "untrusted_json",
+    },
     # Users' classes around trained weights: files in, answers out. Only commands stand above.
     "inference": {
         *("atomic_file", "batch", "config", "data", "layout", "model", "parallel", "preprocess", "tasks"),

@@ -80,9 +80,13 @@ def write_whole(path: Path, content: bytes) -> None:
         f".{path.name}.new"
     )  # one name for all processes, so that killed ones leave one file at most
     aside.unlink(missing_ok=True)
-    with NewFile(aside) as file:
-        file.write(content)
-    rename(aside, path)
+    try:
+        with NewFile(aside) as file:
+            file.write(content)
+        rename(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def rename(source: Path, target: Path) -> None:

@@ -1,9 +1,11 @@
 """Exports weights in this project's own format, the reference's, or timm's."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,9 +15,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from beit3_ds.checkpoint.disk import rename, sync_folder, write_whole
+from beit3_ds.checkpoint.index import INDEX_NAME as CHECKPOINT_INDEX_NAME
 from beit3_ds.checkpoint.tensor_file import TensorEntry, write_tensor_file
 from beit3_ds.config import ConfigError, ModelConfig
 from beit3_ds.model.pretrained import EXTRA_PREFIX, INDEX_NAME, is_pretrained_file, weights_metadata
+from beit3_ds.safetensors_header import check_safetensors
 from beit3_ds.weights.export_note import NOTE_KEY, ExportNote
 from beit3_ds.weights.planned_tensor import PlannedTensor, plan_copy
 from beit3_ds.weights.reader import WeightReader
@@ -26,6 +30,7 @@ from beit3_ds.weights.unilm_names import reference_arguments
 
 ExportFormat = Literal["beit3", "unilm-dual", "unilm-fusion", "timm"]
 
+_OWN_METADATA = frozenset({"beit3_ds", NOTE_KEY})  # first parts of keys; visual tokenizers have beit3_ds.*
 _SHARD_NAME = re.compile(r"model-[0-9]{5,}-of-[0-9]{5,}\.safetensors")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
@@ -126,15 +131,47 @@ def check_free(out: Path, overwrite: bool) -> None:
     Raises:
         ConfigError: if it exists and may not be overwritten.
     """
-    if out.is_dir():
+    if (out.parent / CHECKPOINT_INDEX_NAME).is_file():
+        raise ConfigError(f"{out} is inside a checkpoint, which would be damaged. Name another place.")
+    if not os.path.lexists(out):
+        return
+    if out.is_dir() and not out.is_symlink():
         foreign = next((file.name for file in sorted(out.iterdir()) if not _is_own_file(file)), None)
         if foreign is not None or not (out / INDEX_NAME).is_file():
             held = f" and holds {foreign}" if foreign else ""
             raise ConfigError(
                 f"{out} is a folder, but not one of exported weights alone{held}. Name a file in it, or another folder."
             )
-    if out.exists() and not overwrite:
+    elif not is_own_export(out):
+        raise ConfigError(
+            f"{out} exists already, and no export or import of this program wrote it, so --force would not replace it. "
+            "Name another place, or delete it first."
+        )
+    if not overwrite:
         raise ConfigError(f"{out} exists already. Name another place, or replace it with --force.")
+
+
+def is_own_export(file: Path) -> bool:
+    """Returns whether a path is a regular file that an export or import of this program wrote, by the note in it."""
+    if file.is_symlink() or not file.is_file():
+        return False
+    try:
+        if zipfile.is_zipfile(file):
+            return _holds_note(file)
+        return any(key.partition(".")[0] in _OWN_METADATA for key in check_safetensors(file).metadata)
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
+
+
+def _holds_note(file: Path) -> bool:
+    """Returns whether a torch file's description of its objects holds the note; nothing in it is unpickled."""
+    with zipfile.ZipFile(file) as archive:
+        return any(
+            member.filename.endswith("/data.pkl")
+            and member.compress_type == zipfile.ZIP_STORED
+            and NOTE_KEY.encode() in archive.read(member)
+            for member in archive.infolist()
+        )
 
 
 def _is_own_file(file: Path) -> bool:
@@ -226,7 +263,13 @@ def _move_into_place(temporary: Path, out: Path) -> None:
     if out.is_dir() or (out.exists() and temporary.is_dir()):
         rename(out, old)
     rename(temporary, out)
-    _remove(old)
+    if not old.is_dir():
+        old.unlink(missing_ok=True)
+        return
+    for file in filter(_is_own_file, list(old.iterdir())):
+        file.unlink()
+    with contextlib.suppress(OSError):  # somebody has written another file there since it was checked
+        old.rmdir()
 
 
 def _remove(path: Path) -> None:

@@ -40,12 +40,17 @@ def test_what_is_there_is_replaced_by_force_only(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.safetensors"
-    out.write_text("old")
     for command in (["export", str(weights), str(out)], ["export", str(weights), str(out), "--format", "timm"]):
-        assert main(command) == 2
-        assert "exists already" in capsys.readouterr().err and out.read_text() == "old"
-        assert main([*command, "--force"]) == 0
         out.write_text("old")
+        for option in ([], ["--force"]):
+            assert main([*command, *option]) == 2
+            assert "exists already" in capsys.readouterr().err and out.read_text() == "old"
+        out.unlink()
+        assert main(command) == 0
+        before = out.stat()
+        assert main(command) == 2 and out.stat() == before
+        assert "exists already. Name another place, or replace it with --force" in capsys.readouterr().err
+        assert main([*command, "--force"]) == 0 and out.stat() != before
 
 
 @pytest.mark.parametrize(

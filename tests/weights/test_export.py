@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from beit3_ds.checkpoint.slices import TensorSlice
+from beit3_ds.checkpoint.tensor_file import TensorEntry, write_tensor_file
 from beit3_ds.config import ConfigError
 from beit3_ds.model import PretrainedWeights
 from beit3_ds.model.adaptation import AdaptedWeights, fill_parameters
@@ -281,3 +283,42 @@ def test_loading_takes_one_copy(tmp_path: Path) -> None:
     with peak_memory() as peak:
         fill_parameters(loaded, AdaptedWeights(weights, weights.model, "weights"))
     assert peak() < 0.2 * size
+
+
+@pytest.mark.parametrize("kind", ["text", "checkpoint's file", "released", "link", "dangling", "device", "pipe"])
+def test_force_replaces_nothing_that_no_export_wrote(kind: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    match kind:
+        case "text":
+            out.write_text("mine")
+        case "checkpoint's file":
+            write_tensor_file(out, [TensorEntry("x", torch.float32, (2,))], lambda name: torch.zeros(2), {})
+        case "released":
+            torch.save({"model": {"x": torch.zeros(2)}}, out)
+        case "link":
+            export_weights(READER, tmp_path / "linked")
+            out.symlink_to("linked")
+        case "dangling":
+            out.symlink_to("nowhere")
+        case "device":
+            out = Path("/dev/null")
+        case "pipe":
+            os.mkfifo(out)
+    before = os.lstat(out)
+    with pytest.raises(ConfigError, match="no export or import of this program wrote it"):
+        export_weights(READER, out, overwrite=True)
+    assert os.lstat(out) == before
+
+
+def test_nothing_is_written_into_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text("{}")
+    with pytest.raises(ConfigError, match="inside a checkpoint"):
+        export_weights(READER, tmp_path / "weights-00000.safetensors", overwrite=True)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_force_replaces_an_export(format: ExportFormat, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    export_weights(READER, out, format=format)
+    export_weights(READER, out, format="beit3", overwrite=True)
+    assert list(tmp_path.iterdir()) == [out]
