@@ -1,5 +1,6 @@
 """Tests that files are whole or absent, and have the permissions of the umask."""
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,3 +47,17 @@ def test_error_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left"):
         fail_halfway(path)
     assert [path.read_bytes(), *tmp_path.iterdir()] == [b"old", path]
+
+
+def test_a_full_disk_leaves_the_old_file_and_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "text.spm"
+    path.write_text("old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    refused = pytest.raises(OSError, match=r"No space left on device \(no file was replaced\): '.*text\.spm'")
+    with refused, atomic_write(path) as file:
+        file.write(b"new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

@@ -172,3 +172,18 @@ def test_long_names_have_files_of_their_own(
 def test_short_names_stay_as_they_are(name: str) -> None:
     assert bounded_name(name) == name
     assert len(bounded_name(name + "n" * 200).encode()) <= 113
+
+
+def test_a_link_to_a_folder_around_the_pattern_is_not_followed(tmp_path: Path) -> None:
+    """Catches a link to / or to a parent, through which the whole file system would be listed."""
+    data = tmp_path / "data"
+    (data / "inner").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    for name in ("data/a.txt", "data/inner/b.txt", "outside.txt", "other/c.txt"):
+        (tmp_path / name).write_text("x")
+    (data / "root").symlink_to("/")
+    (data / "inner" / "parent").symlink_to(tmp_path)
+    (data / "inner" / "itself").symlink_to(data)
+    (data / "linked").symlink_to(tmp_path / "other")
+    found = expand_patterns([f"{data}/**/*.txt"])
+    assert found == [f"{data}/a.txt", f"{data}/inner/b.txt", f"{data}/linked/c.txt"]

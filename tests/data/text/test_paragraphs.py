@@ -263,3 +263,16 @@ def test_memory_is_bounded_by_a_line(
     tracemalloc.stop()
     assert "longer than" in broken.lines[0]
     assert peak < 8 << 20  # catches a file, or an endless line, that is read at once
+
+
+def test_blank_lines_are_passed_over_at_every_cut(tmp_path: Path) -> None:
+    """Catches lines that a piece passes over although they belong to the next, and documents that run together."""
+    path = tmp_path / "a.txt"
+    path.write_text("\n" * 1000 + "one\n" + "\n" * 500 + "two\nthree\n" + "\n" * 300)
+    whole = list(read_paragraphs(whole_file(str(path)), BrokenLines(0)))
+    assert [(paragraph.text, paragraph.ends_document) for paragraph in whole] == [
+        *(("one", True), ("two", False), ("three", True))
+    ]
+    for size in (7, 100, 501, 999, 1004):
+        pieces = cut_into_pieces(str(path), size)
+        assert [paragraph for piece in pieces for paragraph in read_paragraphs(piece, BrokenLines(0))] == whole
