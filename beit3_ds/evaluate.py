@@ -70,7 +70,7 @@ def evaluate_weights(config: RunConfig, options: argparse.Namespace) -> None:
     ):
         inputs = open_inputs(config, options)
         start.end_opening()
-        with joined_ranks(config.parallel) as mesh:
+        with joined_ranks(config.parallel, str(inputs.folder)) as mesh:
             evaluator = build_evaluator(config, inputs, mesh, signals, options.split)
             start.stop()
             try:

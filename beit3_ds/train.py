@@ -72,7 +72,7 @@ def train_run(config: RunConfig, *, force: bool = False) -> None:
     ):
         inputs = open_inputs(config)
         start.end_opening()
-        with joined_ranks(config.parallel) as mesh:
+        with joined_ranks(config.parallel, config.training.output_dir) as mesh:
             run, steps = build_run(config, inputs, mesh, signals, force=force)
             start.stop()
             if train(run, steps, signals):

@@ -4,6 +4,7 @@ import os
 import pickle
 import socket
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing import Pipe
@@ -26,17 +27,27 @@ def run_ranks(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    descriptor, secret = tempfile.mkstemp()  # mode 0600
+    os.write(descriptor, b"a secret of the tests")
+    os.close(descriptor)
     processes, pipes = [], []
     for rank in range(world_size):
         ours, theirs = Pipe()
         with theirs:
             processes.append(start_module("tests.ranks", [], passed=[theirs.fileno()]))
         pipes.append(ours)
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+        environment: dict[str, object] = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": world_size,
+            "MASTER_PORT": port,
+        }
+        environment |= {"BEIT3_SECRET_FILE": secret}
         ours.send((environment, function, arguments))
     try:
         return _collect(pipes, timeout)
     finally:
+        os.unlink(secret)
         for process in processes:
             process.kill()
             process.wait()

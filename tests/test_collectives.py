@@ -89,7 +89,12 @@ TABLE: dict[Call, Row] = {
     # The engine and the pipeline.
     **rows("beit3_ds/training/engine.py", DEVICES, "data", build_engine="deepspeed.initialize"),
     **rows("beit3_ds/training/engine.py", HOST, "pipeline", build_engine="mesh.pipeline.host.gather"),
-    **rows("beit3_ds/runtime/process_group.py", DEVICES, BY_READING, _join="deepspeed.init_distributed"),
+    **rows(
+        "beit3_ds/runtime/process_group.py",
+        DEVICES,
+        BY_READING,
+        _join="dist.init_process_group deepspeed.init_distributed",
+    ),
     **rows("beit3_ds/training/engine.py", DEVICES, "data", apply_update="engine.step"),
     **rows("beit3_ds/training/engine.py", DEVICES, "replicated", _gradient_norm="mesh.sum_over_model"),
     **rows("beit3_ds/pipeline/deepspeed_compat.py", DEVICES, "data", backward="engine.backward"),

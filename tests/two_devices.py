@@ -49,11 +49,11 @@ class TwoDevices:
     def __init__(self) -> None:
         self.seen: dict[str, set[Site]] = {"device": set(), "host": set()}
         self._twins: dict[str, dist.ProcessGroup] = {}
-        self._new_group = dist.new_group
+        self._new_group, self._init = dist.new_group, dist.init_process_group
 
     def init_process_group(self, **options: Any) -> None:
         """Makes the default group, which takes device tensors."""
-        dist.init_process_group("cuda:gloo", **options)
+        self._init("cuda:gloo", **options)
         self._add_twin(dist.group.WORLD, None)
 
     def new_group(self, ranks: list[int] | None = None, **options: Any) -> Any:
@@ -119,21 +119,19 @@ def _source_file(path: str) -> str:
 @contextmanager
 def two_devices() -> Iterator[TwoDevices]:
     """Gives this process a second device for the time of the block; the process group must not exist yet."""
-    import deepspeed
     from deepspeed.accelerator import get_accelerator
 
     from beit3_ds.kernels.cpu.allocator import ALLOCATOR
 
-    machine, accelerator, init = TwoDevices(), get_accelerator(), deepspeed.init_distributed
+    machine, accelerator = TwoDevices(), get_accelerator()
     dist.new_group, dist.barrier = machine.new_group, machine.barrier
     dist.send, dist.recv = machine.noting(dist.send), machine.noting(dist.recv)
     ALLOCATOR.keep_freed_memory = lambda *arguments, **options: None  # type: ignore[method-assign] # as on a GPU
 
-    def init_distributed(*arguments: Any, timeout: Any, **options: Any) -> None:
-        machine.init_process_group(timeout=timeout)
-        init(*arguments, timeout=timeout, **options)
+    def init_process_group(backend: str, **options: Any) -> None:
+        machine.init_process_group(**options)
 
-    deepspeed.init_distributed = init_distributed
+    dist.init_process_group = init_process_group
     kind = type(accelerator)
     kind.current_device_name = lambda self: str(DEVICE)
     kind.device_name = lambda self, device_index=None: str(DEVICE)

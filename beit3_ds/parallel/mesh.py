@@ -52,6 +52,8 @@ class Mesh:
     """Coordinates of each global rank."""
     hosts: tuple[str, ...] = field(default_factory=lambda: (socket.gethostname(),))
     """Name of each global rank's host."""
+    store: dist.Store | None = None
+    """Store where the ranks met: torch's groups use it as long as they live, but keep no Python object alive."""
     activity: Activity = field(default_factory=Activity)
     """Step and phase of this rank; `runtime.Watchdog` reports them to the other ranks."""
 
@@ -211,8 +213,12 @@ class ModelParallelUnit:
         return self._mesh.tensor.size
 
 
-def build_mesh(parallel: ParallelConfig) -> Mesh:
+def build_mesh(parallel: ParallelConfig, store: dist.Store | None = None) -> Mesh:
     """Builds the mesh over all ranks of the initialised process group. All ranks call it; they exchange host names.
+
+    Args:
+        parallel: the layout and the time-out.
+        store: store of the process group, if it is a Python object of ours.
 
     Raises:
         ConfigError: if the layout does not divide the number of ranks.
@@ -228,6 +234,7 @@ def build_mesh(parallel: ParallelConfig) -> Mesh:
     data_group = own_group(ranks.transpose(1, 2).flatten(0, 1), timeout)
     model_group = own_group(ranks.transpose(0, 1).flatten(1), timeout)
     return Mesh(
+        store=store,
         host=host,
         data_host=host.among(ranks[coords.pipeline, :, coords.tensor].tolist()),
         all_coords=tuple(parallel.rank_coords(rank, world_size) for rank in range(world_size)),

@@ -2,12 +2,12 @@
 
 import os
 import re
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from beit3_ds.config import ConfigError
 from beit3_ds.config.numbers import RANKS
+from beit3_ds.runtime.run_secret import SECRET_VARIABLE
 
 _DEFAULT_PORT = 29500  # torch's and DeepSpeed's
 _FIRST_JOB_PORT, _NUM_JOB_PORTS = 20_000, 10_000  # below the ports that Linux hands out by itself
@@ -32,6 +32,9 @@ class Launch:
     """Name or address of rank 0's host; None if only MPI can find it (`discover_through_mpi`)."""
     master_port: int
     """Port on which rank 0 listens."""
+
+    secret_file: str | None = None
+    """File with the secret of the ranks (BEIT3_SECRET_FILE); None takes the one in the output folder."""
 
     def variables(self) -> dict[str, str]:
         """Returns the environment variables that torch and DeepSpeed read."""
@@ -68,7 +71,7 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
     else:
         launch = _single_process()
     _check(launch)
-    return launch
+    return replace(launch, secret_file=environment.get(SECRET_VARIABLE))
 
 
 def discover_through_mpi(launch: Launch) -> Launch:
@@ -161,9 +164,6 @@ def _read_slurm(environment: Mapping[str, str]) -> Launch:
 
 
 def _single_process() -> Launch:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     return Launch(
         launcher="no launcher",
         rank=0,
@@ -171,7 +171,7 @@ def _single_process() -> Launch:
         local_rank=0,
         local_size=1,
         master_addr="127.0.0.1",
-        master_port=port,
+        master_port=_DEFAULT_PORT,  # not used
     )
 
 

@@ -2,24 +2,30 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
 import deepspeed
 import torch
+import torch.distributed as dist
+import torch.testing._internal.distributed.fake_pg  # registers the backend "fake"
 from deepspeed.accelerator import get_accelerator
 
 from beit3_ds.config import ParallelConfig
 from beit3_ds.cores import count_cores
 from beit3_ds.parallel import Mesh, build_mesh
-from beit3_ds.runtime.launch_environment import discover_through_mpi, read_launch
+from beit3_ds.runtime.launch_environment import Launch, discover_through_mpi, read_launch
 from beit3_ds.runtime.rendezvous import Rendezvous
-from beit3_ds.runtime.watchdog import Watchdog
+from beit3_ds.runtime.run_secret import read_secret
+from beit3_ds.runtime.watchdog import STORE_SECONDS, Watchdog
 
 
-def init_process_group(parallel: ParallelConfig) -> Mesh:
+def init_process_group(parallel: ParallelConfig, output_dir: str | None = None) -> Mesh:
     """Joins the process group that the launcher describes in the environment, or creates one of a single process.
+
+    Several ranks prove to each other that they share a secret: the file that BEIT3_SECRET_FILE names, or one in
+    `output_dir` (`read_secret`). A single process opens no port.
 
     Sets torch's variables (RANK, MASTER_ADDR and so on) in the environment under every launcher. Divides the CPU cores
     of a host among its ranks, unless OMP_NUM_THREADS is set.
@@ -27,6 +33,11 @@ def init_process_group(parallel: ParallelConfig) -> Mesh:
     Raises:
         ConfigError: if the environment is contradictory, or if ranks cannot reach each other or do not connect in time.
     """
+    return _join_launched(parallel, output_dir)[0]
+
+
+def _join_launched(parallel: ParallelConfig, output_dir: str | None) -> tuple[Mesh, Callable[[float], dist.Store]]:
+    """Does the work of `init_process_group`; also returns what connects to the store once more."""
     _avoid_compiling_shm_comm()
     # DeepSpeed calls functions that torch.distributed has renamed; a warning per call would bury the run's own lines.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -38,12 +49,15 @@ def init_process_group(parallel: ParallelConfig) -> Mesh:
     get_accelerator().set_device(launch.local_rank)
     if launch.world_size == 1:
         _use_threads(count_cores())
-        return _join(parallel)
-    with Rendezvous(launch, parallel.timeout_seconds) as rendezvous:
+        store = dist.HashStore()  # in memory: a single process opens no port
+        return _join(parallel, launch, "fake", store), lambda _: store
+    secret = read_secret(launch.secret_file, output_dir)
+    with Rendezvous(launch, parallel.timeout_seconds, secret) as rendezvous:
         rendezvous.meet()
         _use_threads(rendezvous.num_threads)
         try:
-            return _join(parallel)
+            backend = get_accelerator().communication_backend_name()
+            return _join(parallel, launch, backend, rendezvous.store), rendezvous.connect
         except RuntimeError as error:
             if not _is_lost_contact(error):
                 raise
@@ -51,15 +65,15 @@ def init_process_group(parallel: ParallelConfig) -> Mesh:
 
 
 @contextmanager
-def joined_ranks(parallel: ParallelConfig) -> Iterator[Mesh]:
+def joined_ranks(parallel: ParallelConfig, output_dir: str | None = None) -> Iterator[Mesh]:
     """Joins the process group while a program runs, and ends the program on all ranks if one of them fails.
 
     An error of the program is raised again after it is reported to the other ranks, which print a line that names this
     rank and end. If a collective failed because of another rank, this rank prints a line that names the other rank and
     ends. All ranks also end if a rank is lost or stalled (`Watchdog`).
     """
-    mesh = init_process_group(parallel)
-    watchdog = Watchdog(parallel, mesh)
+    mesh, connect = _join_launched(parallel, output_dir)
+    watchdog = Watchdog(parallel, mesh, connect(STORE_SECONDS))
     try:
         yield mesh
     except Exception as error:
@@ -78,14 +92,27 @@ def compute_device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
-def _join(parallel: ParallelConfig) -> Mesh:
-    """Builds the mesh with process groups for device tensors and a separate group for host values."""
-    if get_accelerator().communication_backend_name() != "gloo":
+def _join(parallel: ParallelConfig, launch: Launch, backend: str, store: dist.Store) -> Mesh:
+    """Builds the process groups for device tensors, which accept no other tensors, and the group for host values.
+
+    Args:
+        parallel: the layout and the time-out.
+        launch: this rank.
+        backend: backend of the device groups. "fake" returns the tensors of a single process unchanged, and listens
+            nowhere; gloo would open a port per group even for one process.
+        store: store through which the ranks find each other.
+    """
+    if backend != "gloo":
         # The group for host values connects few pairs of ranks, so it may connect them when needed. Device groups of
         # gloo connect all pairs now, which shows a link that is down.
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
-    deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=parallel.timeout_seconds))
-    return build_mesh(parallel)
+    timeout = timedelta(seconds=parallel.timeout_seconds)
+    device = compute_device() if backend == "nccl" else None
+    dist.init_process_group(
+        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout, device_id=device
+    )
+    deepspeed.init_distributed(verbose=False, timeout=timeout)  # takes the group that exists
+    return build_mesh(parallel, store)
 
 
 def _is_lost_contact(error: Exception) -> bool:

@@ -1,9 +1,10 @@
 """Connects the ranks before a process group exists; names ranks that are late or cannot be reached."""
 
 import errno
-import ipaddress
+import hmac
 import json
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -13,13 +14,15 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any, NoReturn
 
-import psutil
 import torch.distributed as dist
 
 from beit3_ds.config import ConfigError
 from beit3_ds.cores import describe_cores, divide_cores
 from beit3_ds.rank_names import join_ranks
+from beit3_ds.runtime.addresses import find_interface, find_meeting_address, is_loopback, own_address
+from beit3_ds.runtime.keyed_store import ForgedValueError, KeyedStore
 from beit3_ds.runtime.launch_environment import Launch
+from beit3_ds.runtime.run_secret import SECRET_VARIABLE
 from beit3_ds.runtime.versions import describe_versions
 
 SILENCE_SECONDS = 60.0
@@ -43,12 +46,13 @@ class Rendezvous:
     what this rank waits for, and ends the process if a call into torch blocks for too long.
     """
 
-    def __init__(self, launch: Launch, seconds: float, end: Callable[[int], None] = os._exit) -> None:
+    def __init__(self, launch: Launch, seconds: float, secret: bytes, end: Callable[[int], None] = os._exit) -> None:
         """Prepares to connect; `meet` makes the first connection.
 
         Args:
             launch: this rank, with the address of rank 0.
             seconds: longest time that ranks wait for each other.
+            secret: secret of all ranks of the run.
             end: ends this process, even if its main thread is blocked in a call.
         """
         self._launch, self._seconds, self._end = launch, seconds, end
@@ -56,7 +60,9 @@ class Rendezvous:
         self._waits_for: str | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="rendezvous", daemon=True)
-        self._store: dist.TCPStore | None = None
+        self._secret, self._key = secret, b""
+        self._nonce = secrets.token_hex(16)
+        self._address = ""
         self.num_threads = 1
         """Number of threads that fits this rank's share of its host's cores; known after `meet`."""
 
@@ -70,7 +76,6 @@ class Rendezvous:
     ) -> None:
         self._over.set()
         self._thread.join()
-        self._store = None  # the store of torch's process group keeps the server of rank 0 alive
 
     def meet(self) -> None:
         """Waits until all ranks have connected, and chooses gloo's network interface; sends a few bytes per rank.
@@ -80,18 +85,17 @@ class Rendezvous:
                 connect within the given seconds, or if a rank runs other versions or other code than rank 0.
         """
         serves = self._launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        if serves:
-            self._check_own_name()
-        else:
+        self._address = self._find_address()
+        if not serves:
             self._reach_rank_0()
         self._waits_for = f"the store at {self._master()}, which accepts connections but does not answer"
-        self._store = self._open_store(serves)
-        own: dict[str, Any] = {"address": _own_address(*self._target()), "host": self._host}
+        base = self._serve() if serves else self._connect(self._seconds)
+        own: dict[str, Any] = {"address": own_address(*self._target()), "host": self._host, "nonce": self._nonce}
         own |= {"software": describe_versions(), "cores": describe_cores()}
-        self._store.set(f"rendezvous/{self._launch.rank}", json.dumps(own))
-        is_first = self._launch.rank == 0
-        addresses = self._gather_addresses(self._store) if is_first else self._receive_addresses(self._store)
-        self.num_threads = json.loads(self._store.get("rendezvous/threads"))[self._launch.rank]
+        answer = self._gather_ranks(base, own) if self._launch.rank == 0 else self._receive_answer(base, own)
+        self.num_threads, addresses = answer["threads"][self._launch.rank], answer["addresses"]
+        self._key = self._derive_key("session", *answer["nonces"])
+        self.store = KeyedStore(base, self._key)
         # By default gloo takes the address of the host's name, which is 127.0.1.1 on a Debian host, or the loopback.
         if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := self._interface(addresses)):
             os.environ["GLOO_SOCKET_IFNAME"] = interface
@@ -113,10 +117,14 @@ class Rendezvous:
     def _master(self) -> str:
         return f"MASTER_ADDR={self._launch.master_addr}, MASTER_PORT={self._launch.master_port}"
 
-    def _check_own_name(self) -> None:
+    def _find_address(self) -> str:
+        """Returns the address of rank 0's host."""
+        assert self._launch.master_addr is not None
         try:
-            _own_address(*self._target())
+            return find_meeting_address(self._launch)
         except OSError as error:
+            if self._launch.rank != 0:
+                return self._launch.master_addr  # the attempt to reach it gives the reason
             raise ConfigError(
                 f"rank 0 on host {self._host} does not know its own name, {self._master()}: {error.strerror or error}. "
                 f"{_WAYS_OUT}"
@@ -126,7 +134,7 @@ class Rendezvous:
         silent_since = time.monotonic()
         while True:
             try:
-                socket.create_connection(self._target(), timeout=_GRACE_SECONDS / 2).close()
+                socket.create_connection((self._address, self._launch.master_port), timeout=_GRACE_SECONDS / 2).close()
                 return
             except ConnectionRefusedError:
                 silent_since = time.monotonic()
@@ -142,89 +150,142 @@ class Rendezvous:
                 )
             time.sleep(_POLL_SECONDS)
 
-    def _open_store(self, serves: bool) -> dist.TCPStore:
+    def connect(self, seconds: float) -> dist.Store:
+        """Returns a further connection to the store of the ranks, which have met, with keys of its own.
+
+        Args:
+            seconds: longest time of a request.
+        """
+        return KeyedStore(dist.PrefixStore("watchdog", self._connect(seconds)), self._key)
+
+    def _serve(self) -> dist.Store:
+        """Opens rank 0's store, which listens only at the address where ranks meet; by default torch's listens at all.
+
+        The listening socket is torch's: it closes it with the store.
+        """
+        family = socket.AF_INET6 if ":" in self._address else socket.AF_INET
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            return dist.TCPStore(
-                *self._target(),
-                is_master=serves,
-                wait_for_workers=False,
-                multi_tenant=True,  # torch opens another store at the same port: they share the server
-                timeout=timedelta(seconds=self._seconds),
-            )
-        except dist.DistNetworkError as error:
-            if f"code: -{errno.EADDRINUSE}" not in str(error):
+            listener.bind((self._address, self._launch.master_port))
+            return self._connect(self._seconds, listener)
+        except (OSError, dist.DistNetworkError) as error:
+            listener.close()
+            if getattr(error, "errno", None) != errno.EADDRINUSE and f"code: -{errno.EADDRINUSE}" not in str(error):
                 raise ConfigError(f"host {self._host}: no store at {self._master()}: {error}. {_WAYS_OUT}") from None
             raise ConfigError(
                 f"rank 0 cannot listen on host {self._host}: port {self._launch.master_port} is in use, by another run "
                 f"or program. {_WAYS_OUT}"
             ) from None
 
-    def _gather_addresses(self, store: dist.TCPStore) -> list[str]:
-        """Runs on rank 0: waits for all ranks, and sends them all addresses, or an error if a rank is missing."""
-        size = self._launch.world_size
-        missing = list(range(size))
-        while missing := [rank for rank in missing if not store.check([f"rendezvous/{rank}"])]:
-            self._waits_for = f"{join_ranks(missing)} of {size} to come to {self._master()}"
-            if time.monotonic() - self._start >= self._seconds:
+    def _connect(self, seconds: float, listener: socket.socket | None = None) -> dist.Store:
+        try:
+            store = dist.TCPStore(
+                self._address,
+                self._launch.master_port,
+                is_master=listener is not None,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=seconds),
+                master_listen_fd=None if listener is None else listener.detach(),
+            )
+        except dist.DistNetworkError as error:
+            if listener is not None:
+                raise
+            raise ConfigError(f"host {self._host}: no store at {self._master()}: {error}. {_WAYS_OUT}") from None
+        # torchrun's agents keep one store for all restarts.
+        return dist.PrefixStore(f"run/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+    def _derive_key(self, *words: str) -> bytes:
+        return hmac.digest(self._secret, " ".join(words).encode(), "sha256")
+
+    def _gather_ranks(self, base: dist.Store, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Runs on rank 0: waits for all ranks, and sends them the answer, or an error if a rank is missing.
+
+        Ranks sign their values with the secret and with a challenge that rank 0 draws, so that values of an earlier run
+        are not valid. A value with a wrong digest counts as missing, and the challenge is written repeatedly: a
+        stranger who overwrites one changes nothing.
+        """
+        challenge, size = secrets.token_hex(16), self._launch.world_size
+        invitation = KeyedStore(base, self._secret)
+        store = KeyedStore(base, self._derive_key("challenge", challenge))
+        found: dict[int, dict[str, Any]] = {0: dict(own)}
+        while len(found) < size:
+            invitation.set("challenge", challenge)
+            for rank in range(size):
+                if rank not in found and (text := _read(store, f"rank/{rank}")) is not None:
+                    found[rank] = json.loads(text)
+            missing = [rank for rank in range(size) if rank not in found]
+            if missing and time.monotonic() - self._start >= self._seconds:
                 self._refuse(
                     store,
                     f"{join_ranks(missing)} of {size} did not come within {self._seconds:.0f} s to {self._master()}. A "
                     "line of theirs may say why; or a host is down, unreachable, or slower to open its files than "
                     "parallel.timeout_seconds allows.",
                 )
-            time.sleep(_POLL_SECONDS / 5)
+            if missing:
+                self._waits_for = f"{join_ranks(missing)} of {size} to come to {self._master()}"
+                time.sleep(_POLL_SECONDS / 5)
         self._waits_for = None
-        ranks = [json.loads(store.get(f"rendezvous/{rank}")) for rank in range(size)]
+        ranks = [found[rank] for rank in range(size)]
         if differences := find_differences(ranks):
             self._refuse(store, differences)
-        addresses = [rank["address"] for rank in ranks]
         threads = divide_cores([(rank["host"], rank["cores"]) for rank in ranks])
-        store.set("rendezvous/threads", json.dumps(threads))
-        store.set("rendezvous/addresses", " ".join(addresses))
-        store.set("rendezvous/error", "")
-        return addresses
+        answer = {"addresses": [rank["address"] for rank in ranks], "threads": threads}
+        answer["nonces"] = [challenge, *(rank["nonce"] for rank in ranks)]
+        store.set("answer", json.dumps(answer))
+        return answer
 
-    def _refuse(self, store: dist.TCPStore, error: str) -> NoReturn:
+    def _refuse(self, store: KeyedStore, error: str) -> NoReturn:
         """Sends all ranks the reason why they cannot meet, and raises it."""
-        store.set("rendezvous/error", error)
+        store.set("answer", json.dumps({"error": error}))
         time.sleep(min(_GRACE_SECONDS, self._seconds) / 5)  # the store ends with this rank
         raise ConfigError(error)
 
-    def _receive_addresses(self, store: dist.TCPStore) -> list[str]:
-        """Runs on the other ranks: waits for rank 0 and returns the addresses that it sends."""
+    def _receive_answer(self, base: dist.Store, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Runs on the other ranks: writes this rank's values under rank 0's challenge until rank 0 answers them."""
         self._waits_for = None  # rank 0 prints which ranks are missing
+        invitation, began = KeyedStore(base, self._secret), time.monotonic()
+        limit = time.monotonic() + self._seconds + _GRACE_SECONDS
         try:
-            store.wait(["rendezvous/error"], timedelta(seconds=self._seconds + _GRACE_SECONDS))
-            error = store.get("rendezvous/error").decode()
-            addresses = [] if error else store.get("rendezvous/addresses").decode().split()
+            while time.monotonic() < limit:
+                challenge = _read(invitation, "challenge")
+                if challenge is not None:
+                    store = KeyedStore(base, self._derive_key("challenge", challenge))
+                    store.set(f"rank/{self._launch.rank}", json.dumps(own))
+                    answer = json.loads(_read(store, "answer") or "{}")
+                    if "error" in answer:
+                        raise ConfigError(answer["error"])
+                    if self._nonce in answer.get("nonces", ()):
+                        return dict(answer)
+                elif base.check(["challenge"]) and time.monotonic() - began > _GRACE_SECONDS:
+                    raise ConfigError(
+                        f"host {self._host}: rank 0 at {self._master()} has another secret than this rank. All ranks "
+                        f"must read one file: share the output folder, or name a copy with {SECRET_VARIABLE}=FILE."
+                    )
+                time.sleep(_POLL_SECONDS / 5 * (1 + self._launch.world_size / 64))
         except (RuntimeError, dist.DistError):
-            raise ConfigError(
-                f"host {self._host}: rank 0 at {self._master()} ended, or lost contact, before all ranks had met. "
-                "Its own line says why."
-            ) from None
-        if error:
-            raise ConfigError(error)
-        return addresses
+            pass
+        raise ConfigError(
+            f"host {self._host}: rank 0 at {self._master()} ended, or lost contact, before all ranks had met. "
+            "Its own line says why."
+        )
 
     def _target(self) -> tuple[str, int]:
         assert self._launch.master_addr is not None
         return self._launch.master_addr, self._launch.master_port
 
     def _hint_at_loopback(self) -> str:
-        if _is_loopback(_own_address(*self._target())):
+        if is_loopback(own_address(*self._target())):
             return f"; {self._launch.master_addr} is this host itself, which is wrong if rank 0 runs on another"
         return ""
 
     def _interface(self, addresses: list[str]) -> str | None:
         """Returns the network interface towards rank 0's host, or on that host, towards the other hosts."""
-        own = _own_address(*self._target())
-        others = [address for address in addresses if not _is_loopback(address)]
-        if _is_loopback(own) and others:
-            own = _own_address(others[0], self._launch.master_port)
-        for name, found in psutil.net_if_addrs().items():
-            if own in (entry.address.partition("%")[0] for entry in found):
-                return name
-        return None
+        own = own_address(*self._target())
+        others = [address for address in addresses if not is_loopback(address)]
+        if is_loopback(own) and others:
+            own = own_address(others[0], self._launch.master_port)
+        return find_interface(own)
 
     def _watch(self) -> None:
         limit = self._seconds + 2 * _GRACE_SECONDS
@@ -268,13 +329,9 @@ def find_differences(ranks: Sequence[Mapping[str, Any]]) -> str | None:
     )
 
 
-def _own_address(host: str, port: int) -> str:
-    """Returns this host's address on the network towards another host; sends nothing."""
-    family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(target)
-        return probe.getsockname()[0].partition("%")[0]
-
-
-def _is_loopback(address: str) -> bool:
-    return ipaddress.ip_address(address).is_loopback
+def _read(store: KeyedStore, key: str) -> str | None:
+    """Returns the value of a key; None if there is none, or none that a rank wrote."""
+    try:
+        return store.get(key).decode() if store.check([key]) else None
+    except ForgedValueError:
+        return None

@@ -9,7 +9,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -17,8 +16,11 @@ from beit3_ds.config import ParallelConfig
 from beit3_ds.parallel.mesh import Mesh
 from beit3_ds.runtime.failure_detector import Failure, FailureDetector
 from beit3_ds.runtime.heartbeat import Heartbeat, RankStatuses, find_sleep
+from beit3_ds.runtime.keyed_store import ForgedValueError
 
 _POLL_SECONDS = 1.0
+STORE_SECONDS = 5.0
+"""Longest time in seconds of one request to the store."""
 _GRACE_SECONDS = 5.0
 """Seconds that ranks have to answer a request for heartbeats, or to end by themselves after an error common to all."""
 _BEATS_PER_TIMEOUT = 6
@@ -49,12 +51,15 @@ class Watchdog:
     ranks and 60 s that is 565 requests and less than 200 kB per second; a store answers 24,000 per second on one core.
     """
 
-    def __init__(self, parallel: ParallelConfig, mesh: Mesh, end: Callable[[int], None] = os._exit) -> None:
-        """Connects to the store at MASTER_ADDR and MASTER_PORT and starts the threads; all ranks call it.
+    def __init__(
+        self, parallel: ParallelConfig, mesh: Mesh, store: dist.Store, end: Callable[[int], None] = os._exit
+    ) -> None:
+        """Starts the threads; all ranks call it.
 
         Args:
             parallel: the time-outs.
             mesh: mesh of the initialised process group; gives the names of the ranks and the activity of this rank.
+            store: connection to the store where ranks meet, with a time-out of `STORE_SECONDS` and used by nobody else.
             end: ends this process, even if its main thread is blocked in a collective.
         """
         self._parallel, self._activity, self._end = parallel, mesh.activity, end
@@ -62,15 +67,7 @@ class Watchdog:
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._beat_seconds = parallel.heartbeat_timeout_seconds / _BEATS_PER_TIMEOUT
         self._poll_seconds = min(_POLL_SECONDS, self._beat_seconds)
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=_GRACE_SECONDS),
-        )
-        # torchrun's agents keep one store for all restarts.
-        self._store = dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        self._store = store
         self._contact_error = ""
         self._count, self._beaten_at, self._state = 0, 0.0, "running"
         self._beat()
@@ -114,8 +111,8 @@ class Watchdog:
     def _report(self, failure: str | None) -> None:
         try:
             if failure is not None:
-                self._store.compare_set("reported", _NONE, failure)  # the first one counts
-            self._store.compare_set("beats_requested", _NONE, "yes")
+                self._set_once("reported", failure)
+            self._set_once("beats_requested", "yes")
             self._wait_until(lambda: self._store.get("failure").decode() != _NONE)
             if self._rank == 0:  # its process may hold the store
                 self._wait_until(self._have_all_read)
@@ -153,6 +150,8 @@ class Watchdog:
                     if self._statuses.find_lost(self._parallel.heartbeat_timeout_seconds):
                         self._publish(Failure(f"{self._describe(0)} does not answer"))
                 self._store_answered_at = time.monotonic()
+        except ForgedValueError as error:
+            self._end_process(Failure(str(error)))
         except _STORE_ERRORS:
             self._end_process(Failure(f"{self._describe(0)} does not answer: it holds the store where ranks meet"))
 
@@ -186,7 +185,12 @@ class Watchdog:
             print(line, flush=True)
 
     def _publish(self, failure: Failure) -> None:
-        self._store.compare_set("failure", _NONE, json.dumps(failure))  # the first one counts
+        self._set_once("failure", json.dumps(failure))
+
+    def _set_once(self, key: str, value: str) -> None:
+        """Writes a value unless there is one; if two ranks write at the same moment, either value holds."""
+        if self._store.get(key).decode() == _NONE:
+            self._store.set(key, value)
 
     def _end_process(self, failure: Failure) -> None:
         """Ends the process after five seconds, unless it ends by itself; other ranks can read the failure meanwhile."""

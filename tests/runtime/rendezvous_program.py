@@ -5,6 +5,7 @@ It imports half as much as a run. Command line: the seconds to wait for others.
 
 import os
 import sys
+import tempfile
 from datetime import timedelta
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from beit3_ds.config import ConfigError
 from beit3_ds.runtime.launch_environment import read_launch
 from beit3_ds.runtime.rendezvous import Rendezvous
+from beit3_ds.runtime.run_secret import read_secret
 
 
 def main() -> int:
@@ -21,10 +23,18 @@ def main() -> int:
     os.environ.update(launch.variables())
     seconds = float(sys.argv[1])
     try:
-        with Rendezvous(launch, seconds) as rendezvous:
+        with Rendezvous(
+            launch, seconds, read_secret(launch.secret_file, f"{tempfile.gettempdir()}/meeting")
+        ) as rendezvous:
             rendezvous.meet()
             try:
-                dist.init_process_group("gloo", timeout=timedelta(seconds=seconds))
+                dist.init_process_group(
+                    "gloo",
+                    store=rendezvous.store,
+                    rank=launch.rank,
+                    world_size=launch.world_size,
+                    timeout=timedelta(seconds=seconds),
+                )
                 dist.all_reduce(total := torch.tensor([10.0**launch.rank]))
             except RuntimeError as error:
                 raise rendezvous.explain(error) from error

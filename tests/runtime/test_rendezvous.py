@@ -16,6 +16,8 @@ from beit3_ds.runtime import rendezvous
 from beit3_ds.runtime.launch_environment import Launch
 from beit3_ds.runtime.rendezvous import Rendezvous, find_differences
 
+SECRET = b"a secret of the tests"
+
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +47,7 @@ def launch(rank: int, world_size: int, port: int, address: str = "127.0.0.1") ->
 
 def meet(rank: Launch, seconds: float, together: threading.Barrier | None = None) -> str:
     """Returns the rank's last message; `together` replaces the process group, which takes over the store of rank 0."""
-    with Rendezvous(rank, seconds) as meeting:
+    with Rendezvous(rank, seconds, SECRET) as meeting:
         try:
             meeting.meet()
         except ConfigError as error:
@@ -114,7 +116,7 @@ def test_a_program_that_never_answers_ends_the_rank(
     """Catches an endless wait of torch's store, which ignores its timeout here."""
     monkeypatch.setattr(rendezvous, "_GRACE_SECONDS", 0.5)
     ended: queue.Queue[int] = queue.Queue()
-    meeting = Rendezvous(launch(1, 2, listener.getsockname()[1]), 1, ended.put)
+    meeting = Rendezvous(launch(1, 2, listener.getsockname()[1]), 1, SECRET, ended.put)
 
     def stay() -> None:
         with meeting, contextlib.suppress(ConfigError):
@@ -138,7 +140,7 @@ def test_a_name_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_gloo_says_is_explained() -> None:
-    meeting = Rendezvous(launch(1, 2, 29500, "node0"), 1)
+    meeting = Rendezvous(launch(1, 2, 29500, "node0"), 1, SECRET)
     line = str(meeting.explain(RuntimeError("Gloo connectFullMesh failed with Connection refused\nmore")))
     assert "met at MASTER_ADDR=node0, MASTER_PORT=29500, but could not all connect to each other: Gloo" in line
     assert "GLOO_SOCKET_IFNAME (lo here)" in line and "\n" not in line

@@ -29,7 +29,7 @@ def run_rank(rank: int, port: int, folder: str, config: ParallelConfig, main: Ca
     os.dup2(log, 2)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": NUM_RANKS, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
-    with joined_ranks(config) as mesh:
+    with joined_ranks(config, folder) as mesh:
         print("watched", flush=True)
         main(rank, mesh.activity)
 

@@ -65,7 +65,7 @@ class _Rank:
         from beit3_ds.training.engine import build_engine
 
         config = state_config(size, seed)
-        self.mesh: Mesh = init_process_group(config.parallel)
+        self.mesh: Mesh = init_process_group(config.parallel, config.training.output_dir)
         generator = torch.Generator().manual_seed(seed)
         model = PretrainingModel(config.model)
         for parameter in model.parameters():  # the initial values of a run would take minutes

@@ -36,7 +36,7 @@ class Trainer:
         from beit3_ds.training.engine import apply_update, build_engine
 
         self.task, self.device = task, compute_device()
-        self._mesh, self._apply_update = init_process_group(config.parallel), apply_update
+        self._mesh, self._apply_update = init_process_group(config.parallel, config.training.output_dir), apply_update
         training = config.training
         model = TaskModel(
             CASES[task].build_head,

@@ -137,7 +137,7 @@ def run_steps(zero_stage: int, shares: int, share: int) -> dict[str, float]:
     from beit3_ds.training.loss import build_loss_factors
 
     config = parallel_config(zero_stage)
-    mesh = init_process_group(config.parallel)
+    mesh = init_process_group(config.parallel, config.training.output_dir)
     task = build_task(config)
     schedule = build_schedule(task, mesh)
     batch = build_share(config, range(share * _SAMPLES // shares, (share + 1) * _SAMPLES // shares))

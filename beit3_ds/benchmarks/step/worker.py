@@ -29,7 +29,7 @@ def train_ours(config: RunConfig) -> Callable[[PackedBatch], Turn]:
     from beit3_ds.training.engine import apply_update, build_schedule
     from beit3_ds.training.loss import build_loss_factors
 
-    mesh = init_process_group(config.parallel)
+    mesh = init_process_group(config.parallel, config.training.output_dir)
     task = build_task(config)
     schedule, device = build_schedule(task, mesh), compute_device()
 

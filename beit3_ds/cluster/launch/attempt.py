@@ -31,6 +31,7 @@ from beit3_ds.cluster.launch.messages import (
 from beit3_ds.cluster.launch.stop_signals import LauncherStopSignals
 from beit3_ds.cluster.launch.terminal import Terminal, last_lines
 from beit3_ds.rank_names import join_ranks
+from beit3_ds.runtime.run_secret import SECRET_VARIABLE
 
 USER_ERROR = 2
 """Exit status of a trainer that failed because of a user's mistake."""
@@ -195,6 +196,7 @@ class Attempt:
                 "LOCAL_SIZE": len(peers),
                 "MASTER_ADDR": address,
                 "MASTER_PORT": main.free_port,
+                SECRET_VARIABLE: self._plan.log_dir / "token",
             }
             rank.channel.send(
                 Start(

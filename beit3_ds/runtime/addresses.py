@@ -1,0 +1,79 @@
+"""Finds the address at which rank 0 listens, and the interfaces of this host."""
+
+import ipaddress
+import os
+import socket
+
+import psutil
+
+from beit3_ds.config import ConfigError
+from beit3_ds.runtime.launch_environment import Launch
+
+
+def own_address(host: str, port: int) -> str:
+    """Returns this host's address on the network towards another host; sends nothing."""
+    family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(target)
+        return str(probe.getsockname()[0]).partition("%")[0]
+
+
+def is_loopback(address: str) -> bool:
+    """Returns whether an address is one of the loopback interface."""
+    return ipaddress.ip_address(address).is_loopback
+
+
+def find_meeting_address(launch: Launch) -> str:
+    """Returns the address at which rank 0 listens, as this host reaches it.
+
+    That is MASTER_ADDR. If the name means the loopback address on rank 0's own host (Debian writes 127.0.1.1 for it
+    into /etc/hosts) although other hosts have ranks, or no address of that host, it is that host's only other address.
+
+    Raises:
+        OSError: if nobody knows the name.
+        ConfigError: if this is rank 0's host and it has several addresses that could be meant.
+    """
+    assert launch.master_addr is not None
+    found = socket.getaddrinfo(launch.master_addr, launch.master_port, type=socket.SOCK_STREAM)
+    found.sort(key=lambda entry: entry[0] != socket.AF_INET)
+    addresses = [str(entry[4][0]).partition("%")[0] for entry in found]
+    outer = _outer_addresses()
+    if here := [address for address in addresses if address in outer]:
+        return here[0]
+    loopback = [address for address in addresses if is_loopback(address)]
+    if not loopback and launch.rank != 0:
+        return launch.master_addr
+    is_one_host = launch.local_size == launch.world_size
+    if loopback and (is_one_host or launch.master_addr in (*loopback, "localhost")):
+        return loopback[0]
+    interface = os.environ.get("GLOO_SOCKET_IFNAME")
+    choice = [address for address, name in outer.items() if ":" not in address and interface in (None, name)]
+    if len(choice) == 1 or (loopback and not choice):
+        return (choice or loopback)[0]
+    own = ", ".join(choice) or "none of another interface"
+    raise ConfigError(
+        f"rank {launch.rank}: MASTER_ADDR={launch.master_addr} is {', '.join(addresses)} on its own host, where other "
+        f"hosts do not reach rank 0. This host's addresses: {own}. Set MASTER_ADDR to the one that all hosts reach, or "
+        "GLOO_SOCKET_IFNAME to its interface."
+    )
+
+
+def find_interface(address: str) -> str | None:
+    """Returns the name of the interface that has an address; None if no interface has it."""
+    for name, found in psutil.net_if_addrs().items():
+        own = [entry.address.partition("%")[0] for entry in found if entry.family in (socket.AF_INET, socket.AF_INET6)]
+        if address in own or (is_loopback(address) and any(map(is_loopback, own))):
+            return name
+    return None
+
+
+def _outer_addresses() -> dict[str, str]:
+    """Returns the interface per address of this host, without loopback and link-local addresses."""
+    return {
+        address: name
+        for name, entries in psutil.net_if_addrs().items()
+        for entry in entries
+        if entry.family in (socket.AF_INET, socket.AF_INET6)
+        and not (found := ipaddress.ip_address(address := entry.address.partition("%")[0])).is_loopback
+        and not found.is_link_local
+    }

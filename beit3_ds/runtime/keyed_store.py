@@ -1,0 +1,88 @@
+"""Signs the values that ranks exchange through torch's store, which accepts requests from anyone."""
+
+import hmac
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+_DIGEST_BYTES = 32
+
+
+class ForgedValueError(RuntimeError):
+    """Reports a value in the store that no rank of this run wrote."""
+
+
+class KeyedStore(dist.Store):
+    """Writes each value with a digest under a secret key, and verifies the digest before it returns a value.
+
+    The digest covers the value and its name, so a value is not valid under another name. Torch's process groups use
+    the store as any other, so the addresses at which gloo's ranks connect to each other are signed too. What carries no
+    digest: whether a key exists, counters (`add`, with which torch only lets ranks wait) and deletions. A value of the
+    same run may be replayed under its own name.
+    """
+
+    def __init__(self, store: dist.Store, key: bytes) -> None:
+        """Wraps a store.
+
+        Args:
+            store: torch's store.
+            key: secret of the ranks.
+        """
+        super().__init__()
+        self._store, self._key = store, key
+
+    def set(self, key: str, value: str | bytes) -> None:
+        """Stores a value with its digest."""
+        content = value.encode() if isinstance(value, str) else bytes(value)
+        self._store.set(key, self._digest(key, content) + content)  # type: ignore[arg-type] # torch takes bytes too
+
+    def get(self, key: str) -> bytes:
+        """Returns the value of a key once there is one.
+
+        Raises:
+            ForgedValueError: if no rank with this secret wrote it.
+        """
+        return self._verify(key, self._store.get(key))
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        """Returns the values of several keys, each as `get` does."""
+        return [self._verify(key, value) for key, value in zip(keys, self._store.multi_get(keys), strict=True)]
+
+    def check(self, keys: list[str]) -> bool:
+        """Returns whether all keys exist; their values may be forged."""
+        return self._store.check(keys)
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        """Waits until all keys exist; their values may be forged."""
+        self._store.wait(keys, *([] if timeout is None else [timeout]))
+
+    def add(self, key: str, value: int) -> int:
+        """Adds to a counter, which carries no digest, and returns its value."""
+        return self._store.add(key, value)
+
+    def delete_key(self, key: str) -> bool:
+        """Deletes a key and returns whether it existed."""
+        return self._store.delete_key(key)
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Sets the longest time of a request."""
+        self._store.set_timeout(timeout)
+
+    @property
+    def timeout(self) -> Any:
+        """Returns the longest time of a request."""
+        return self._store.timeout  # type: ignore[attr-defined] # missing in torch's stubs
+
+    def _digest(self, key: str, content: bytes) -> bytes:
+        name = key.encode()
+        return hmac.digest(self._key, len(name).to_bytes(8, "big") + name + content, "sha256")
+
+    def _verify(self, key: str, signed: bytes) -> bytes:
+        digest, content = signed[:_DIGEST_BYTES], signed[_DIGEST_BYTES:]
+        if not hmac.compare_digest(digest, self._digest(key, content)):
+            raise ForgedValueError(
+                f"the store where ranks meet holds a value of {key!r} that no rank of this run wrote: its digest is "
+                "wrong. A program on the network writes into the store: close its port to all but the ranks' hosts"
+            )
+        return content

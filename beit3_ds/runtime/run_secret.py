@@ -1,0 +1,72 @@
+"""Reads the secret that the ranks of a run share, or creates it in the output folder."""
+
+import contextlib
+import os
+import secrets
+import stat
+from pathlib import Path
+
+from beit3_ds.config import ConfigError
+
+SECRET_VARIABLE = "BEIT3_SECRET_FILE"
+"""Variable that names a file with the secret; `beit3 launch` sets it to the token of the attempt."""
+SECRET_FILE = "rank_secret"
+"""Name of the file in the output folder, if the variable is not set."""
+_LEAST_BYTES, _MOST_BYTES = 16, 4096
+
+
+def read_secret(named: str | None, output_dir: str | None) -> bytes:
+    """Returns the secret with which ranks prove to each other that they belong to one run.
+
+    Creates the file in the output folder, with mode 0600, unless another rank or run has created it.
+
+    Args:
+        named: file named by `SECRET_VARIABLE`; None takes the one in the output folder.
+        output_dir: output folder, on storage that all hosts share.
+
+    Raises:
+        ConfigError: if there is neither, if the file cannot be read or created, belongs to another user, can be read by
+            others, or is too short.
+    """
+    if named is None and output_dir is None:
+        raise ConfigError(
+            "ranks share no secret, with which they recognise each other: name a file of mode 0600 with at least "
+            f"{_LEAST_BYTES} random bytes on all hosts: {SECRET_VARIABLE}=FILE."
+        )
+    path = Path(named) if named is not None else Path(output_dir or "") / SECRET_FILE
+    try:
+        if named is None:
+            _create(path)
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            status, secret = os.fstat(file.fileno()), file.read(_MOST_BYTES)
+    except OSError as error:
+        raise ConfigError(f"the ranks' secret {path} cannot be read: {error.strerror}. {_way_out(path)}") from None
+    if not stat.S_ISREG(status.st_mode) or len(secret) < _LEAST_BYTES:
+        raise ConfigError(f"the ranks' secret {path} has fewer than {_LEAST_BYTES} bytes. {_way_out(path)}")
+    if status.st_mode & 0o077 or status.st_uid not in (os.geteuid(), 0):
+        raise ConfigError(
+            f"the ranks' secret {path} belongs to user {status.st_uid} and has mode {status.st_mode & 0o777:04o}, so "
+            f"others know it: it must be yours, with mode 0600. {_way_out(path)}"
+        )
+    return secret
+
+
+def _create(path: Path) -> None:
+    """Creates the file with a new secret; another rank may do so at the same moment, and the first one counts."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(secrets.token_hex(32).encode())
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)  # never replaces a file, and shows it with its whole content
+    finally:
+        temporary.unlink()
+
+
+def _way_out(path: Path) -> str:
+    return f"Delete or correct {path}, or name another file on all hosts with {SECRET_VARIABLE}=FILE."
