@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import secrets
 import socket
 from pathlib import Path
@@ -121,3 +122,15 @@ def test_the_secret_is_for_its_owner(tmp_path: Path) -> None:
         read_secret(None, None)
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         read_secret(str(tmp_path / "missing"), None)
+
+
+def test_no_pickle_is_between_ranks() -> None:
+    """Allows pickle only towards a rank's own data-loader workers, and where an untrusted file is refused."""
+    root = Path(__file__).parents[2]
+    pattern = re.compile(
+        r"^\s*(import|from) (pickle|dill|cloudpickle|marshal)\b|(all_gather|broadcast|gather|scatter|send|recv)_object"
+    )
+    allowed = {f"beit3_ds/{name}.py" for name in ("untrusted_file", "data/workers/transport", "data/workers/process")}
+    files = [path for room in ("beit3_ds", "kernels") for path in (root / room).rglob("*.py")]
+    found = {str(path.relative_to(root)) for path in files if any(map(pattern.search, path.read_text().splitlines()))}
+    assert found == allowed

@@ -36,6 +36,7 @@ from beit3_ds.runtime.run_secret import SECRET_VARIABLE
 USER_ERROR = 2
 """Exit status of a trainer that failed because of a user's mistake."""
 
+_STRANGERS = 64  # connections without the token that may wait, beside one per rank
 _SETTLE_SECONDS = 0.5  # wait after the first reported failure, because its cause may be reported after it
 _SILENCE_SECONDS = 4 * KEEPALIVE_INTERVAL  # silence that is mentioned beside a failure
 _GRACE_SECONDS = 5.0  # time for the other ranks after the first failure: they report it (`runtime.watchdog`)
@@ -56,6 +57,8 @@ class Attempt:
         self._has_started = self._is_over = self._is_stop_forwarded = False
         self._began = time.monotonic()
         self._token = b""
+        self._num_unproven = 0
+        """Number of open connections whose peers have not yet shown the token."""
         stop_signals.on_change = self._forward_stop_signal
 
     async def run(self) -> Outcome:
@@ -100,8 +103,15 @@ class Attempt:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         channel = Channel(reader, writer)
+        if self._num_unproven >= self._plan.world_size + _STRANGERS:
+            channel.close()
+            return
+        self._num_unproven += 1
         try:
-            await channel.authenticate_guard(self._token)
+            try:
+                await channel.authenticate_guard(self._token)
+            finally:
+                self._num_unproven -= 1
             message = await channel.receive()
             if not isinstance(message, Register):
                 raise ProtocolError("it did not register")

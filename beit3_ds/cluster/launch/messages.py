@@ -19,6 +19,7 @@ KEEPALIVE_INTERVAL = 1.0
 """Seconds between two keepalive messages, in both directions."""
 
 _LONGEST_LINE = 16 << 20  # bytes; environments can be long
+_HANDSHAKE_BYTES = 1 << 10  # most that a peer without the token may send in a line
 _HANDSHAKE_SECONDS = 10.0
 _BACKLOG = 1024  # guards that may connect at the same moment
 
@@ -207,6 +208,7 @@ class Channel:
         if not hmac.compare_digest(proof, _proof(token, "guard", ours, theirs)):
             raise ProtocolError("it does not have the token of this attempt")
         self._writer.write(f"{_proof(token, 'supervisor', ours, theirs)}\n".encode())
+        self._reader._limit = _LONGEST_LINE  # type: ignore[attr-defined] # asyncio has no public way to raise it
 
     async def authenticate_supervisor(self, token: bytes) -> None:
         """Authenticates the supervisor and a guard to each other; called by the guard.
@@ -249,7 +251,7 @@ async def listen(address: str, port: int, accept: Accept) -> asyncio.Server:
     Raises:
         OSError: if this machine does not have the address, or the port is taken.
     """
-    return await asyncio.start_server(accept, address, port, limit=_LONGEST_LINE, backlog=_BACKLOG)
+    return await asyncio.start_server(accept, address, port, limit=_HANDSHAKE_BYTES, backlog=_BACKLOG)
 
 
 def write_token(path: Path) -> bytes:

@@ -136,6 +136,39 @@ def test_a_guard_trusts_no_supervisor_without_the_token() -> None:
     asyncio.run(run())
 
 
+def test_a_peer_without_the_token_is_not_read_on() -> None:
+    """Catches a buffer of 16 MiB per stranger; a long message of a peer with the token is read whole."""
+
+    async def run() -> None:
+        channels: asyncio.Queue[Channel] = asyncio.Queue()
+        errors: asyncio.Queue[str] = asyncio.Queue()
+
+        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            channel = Channel(reader, writer)
+            try:
+                await channel.authenticate_guard(b"a" * 64)
+                channels.put_nowait(channel)
+            except ProtocolError as error:
+                errors.put_nowait(str(error))
+                channel.close()
+
+        server = await listen("127.0.0.1", 0, accept)
+        port = server.sockets[0].getsockname()[1]
+        _, stranger = await asyncio.open_connection("127.0.0.1", port)
+        stranger.write(b"0" * 4096)  # and no end of the line
+        assert await asyncio.wait_for(errors.get(), 5) == "it sent an invalid handshake"
+        guard = await connect("127.0.0.1", port)
+        await guard.authenticate_supervisor(b"a" * 64)
+        guard.send(Output(text="x" * (1 << 20)))
+        received = await asyncio.wait_for((await channels.get()).receive(), 20)
+        assert received == Output(text="x" * (1 << 20))
+        stranger.close()
+        guard.close()
+        server.close()
+
+    asyncio.run(run())
+
+
 def test_a_token_is_for_its_owner(tmp_path: Path) -> None:
     token = write_token(tmp_path / "token")
     assert (tmp_path / "token").stat().st_mode & 0o777 == 0o600
