@@ -195,8 +195,10 @@ def check_files(path: Path, index: Index) -> None:
     for name, written in index.files.items():
         try:
             status = (path / name).lstat()
-        except OSError:
+        except FileNotFoundError:
             raise BrokenIndexError(f"{name} is missing") from None
+        except OSError as error:
+            raise BrokenIndexError(f"{name} cannot be read: {error.strerror}") from None
         if not stat.S_ISREG(status.st_mode):
             raise BrokenIndexError(f"{name} is not a regular file")
         size = status.st_size

@@ -21,6 +21,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,8 +154,10 @@ def read_index(folder: Path) -> Index:
         return _parse(check_object(content))
     except BrokenIndexError:
         raise
-    except OSError:
-        raise BrokenIndexError(f"no readable {INDEX_NAME}") from None
+    except FileNotFoundError:
+        raise BrokenIndexError(f"{INDEX_NAME} is missing") from None
+    except OSError as error:
+        raise BrokenIndexError(f"{INDEX_NAME} cannot be read: {error.strerror or error}") from None
     except KeyError as error:
         raise BrokenIndexError(f"no readable {INDEX_NAME}: it has no {error}") from None
     except (ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
@@ -163,6 +166,8 @@ def read_index(folder: Path) -> Index:
 
 def _parse(content: dict[str, Any]) -> Index:
     digest = content.pop("sha256")
+    if content["format"] == FORMAT and isinstance(content["version"], int) and content["version"] > VERSION:
+        raise BrokenIndexError(_describe_newer(content))
     if (content["format"], content["version"]) != (FORMAT, VERSION):
         shown = str(content["format"])[:_SHOWN], str(content["version"])[:_SHOWN]
         raise BrokenIndexError(f"{INDEX_NAME} is of format {shown[0]!r}, version {shown[1]}")
@@ -224,6 +229,17 @@ def _parse_file(file: Any) -> WrittenFile:
 def _parse_buffer(buffer: Any) -> StoredBuffer:
     rank, dtype, shape = check_list(buffer, 3)
     return StoredBuffer(check_count(rank), check_text(dtype), tuple(_parse_shape(shape)))
+
+
+def _describe_newer(content: dict[str, Any]) -> str:
+    """Returns a text that names the version of this program which reads an index of a newer format."""
+    versions = content.get("versions")
+    writer = versions.get("beit3_ds") if isinstance(versions, dict) else None
+    needed = f"beit3_ds {writer[:_SHOWN]!a}" if isinstance(writer, str) else "a newer beit3_ds"
+    return (
+        f"{INDEX_NAME} has format version {str(content['version'])[:_SHOWN]}, which needs {needed}; this is beit3_ds "
+        f"{version('beit3_ds')}, which reads up to version {VERSION}"
+    )
 
 
 def check_cover(shapes: Mapping[str, torch.Size], pieces: Mapping[str, Sequence[Piece]]) -> None:

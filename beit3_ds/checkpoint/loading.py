@@ -12,10 +12,14 @@ from beit3_ds.config import ConfigError
 from beit3_ds.parallel import HostGroup, Mesh
 
 _LONG_CHECK_BYTES = 1 << 30
+_WAYS_OUT = (
+    "Nothing was changed. Make one of them readable, and the same command resumes from it; to begin anew at step 0, "
+    "rename that folder or set another training.output_dir."
+)
 
 
 def agree_on_newest(collection: CheckpointCollection, mesh: Mesh, host: HostGroup) -> CheckpointFolder | None:
-    """Returns the newest undamaged checkpoint, or None if there is none; all ranks call it and get the same one.
+    """Returns the newest undamaged checkpoint, or None if there are no checkpoints; all ranks call it and get the same.
 
     Each rank compares a share of the files with their digests. Damaged checkpoints are skipped, and the main rank
     prints their names.
@@ -24,17 +28,37 @@ def agree_on_newest(collection: CheckpointCollection, mesh: Mesh, host: HostGrou
         collection: the run's checkpoints.
         mesh: the mesh of ranks.
         host: group of all ranks, for host values.
+
+    Raises:
+        ConfigError: on all ranks, if there are checkpoints and none can be used, so that no run starts over by itself.
     """
-    for name in host.broadcast([path.name for path in collection.paths()]):
+    names, error = host.broadcast(_list_names(collection) if mesh.is_main else None)
+    if error:
+        raise ConfigError(f"{error}. {_WAYS_OUT}")
+    faults: list[str] = []
+    for name in names:
         path = collection.root / name
-        folder, fault = _examine(path, mesh, host.rank)
-        first_fault = next((found for found in host.gather(fault) if found), None)
-        if first_fault is None:
+        folder, own_fault = _examine(path, mesh, host.rank)
+        rank, fault = next(((rank, found) for rank, found in enumerate(host.gather(own_fault)) if found), (0, None))
+        if fault is None:
             return folder
         collection.mark_damaged(path)
+        faults.append(f"{name}: {fault}" + (f" (on {mesh.describe(rank)})" if rank else ""))
         if mesh.is_main:
-            print(f"checkpoint {path} is not whole ({first_fault}); trying the one before", flush=True)
+            rest = "; trying the one before" if len(faults) < len(names) else ""
+            print(f"checkpoint {path} is not whole ({fault}){rest}", flush=True)
+    if faults:
+        reasons = "; ".join(faults)
+        raise ConfigError(f"none of the checkpoints in {collection.root} can be used: {reasons}. {_WAYS_OUT}")
     return None
+
+
+def _list_names(collection: CheckpointCollection) -> tuple[list[str], str | None]:
+    """Returns the names of all checkpoints, newest first, and why the folder cannot be read, or None."""
+    try:
+        return [path.name for path in collection.paths()], None
+    except OSError as error:
+        return [], f"the checkpoints in {collection.root} cannot be read: {error.strerror}"
 
 
 def load_checkpoint(state: EngineState, folder: CheckpointFolder, run: RunDescription, mesh: Mesh) -> int:

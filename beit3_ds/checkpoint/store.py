@@ -90,10 +90,13 @@ class CheckpointStore:
         return self._collection.newest_path()
 
     def agree_on_newest(self) -> CheckpointFolder | None:
-        """Returns the newest undamaged checkpoint, or None if there is none; all ranks call it and get the same one.
+        """Returns the newest undamaged checkpoint, or None if there are no checkpoints; all ranks get the same one.
 
-        Each rank compares a share of the files with their digests. Damaged checkpoints are skipped, and the main rank
-        prints their names.
+        All ranks call it. Each compares a share of the files with their digests. Damaged checkpoints are skipped, and
+        the main rank prints their names.
+
+        Raises:
+            ConfigError: on all ranks, if there are checkpoints and none can be used.
         """
         return agree_on_newest(self._collection, self._mesh, self._host)
 

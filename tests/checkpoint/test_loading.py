@@ -101,10 +101,52 @@ def swap(one: Path, other: Path) -> None:
 def test_files_swapped_between_checkpoints_are_found(root: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     """Both files are whole and of one size, so only digests show the swap; neither checkpoint is loaded."""
     swap(folder(root) / name, folder(root, BEFORE) / name)
-    assert SmallRun(root).resume() is None
-    output = capsys.readouterr().out
-    assert output.count("is not whole (") == 2
-    assert ("it holds step 5" if name == INDEX_NAME else f"{name} was changed: its digest is another") in output
+    with pytest.raises(ConfigError, match=r"none of the checkpoints in .* can be used") as refusal:
+        SmallRun(root).resume()
+    assert capsys.readouterr().out.count("is not whole (") == 2
+    reason = "it holds step 5" if name == INDEX_NAME else f"{name} was changed: its digest is another"
+    assert f"{folder(root).name}: {reason}; {folder(root, BEFORE).name}: " in str(refusal.value)
+
+
+def make_newer(path: Path) -> None:
+    """Turns an index into one that a later version of this program could have written."""
+    content = json.loads(path.read_text())
+    content["version"] += 1
+    content["versions"]["beit3_ds"] = "9.1.0"
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (make_newer, "which needs beit3_ds '9.1.0'"),
+        (empty, "no readable index.json"),
+        (Path.unlink, "index.json is missing"),
+        (make_folder, "index.json"),
+    ],
+)
+def test_no_run_begins_anew_while_checkpoints_exist(root: Path, spoil: Callable[[Path], Any], reason: str) -> None:
+    """Refuses with the reason of each checkpoint and the ways out, and changes nothing."""
+    for step in (BEFORE, NEWEST):
+        spoil(folder(root, step) / INDEX_NAME)
+    before = sorted(path.name for path in root.rglob("*"))
+    with pytest.raises(ConfigError, match=r"none of the checkpoints in .* can be used") as refusal:
+        SmallRun(root).resume()
+    message = str(refusal.value)
+    assert message.count(reason) >= 2
+    assert "to begin anew at step 0, rename that folder or set another training.output_dir" in message
+    assert sorted(path.name for path in root.rglob("*")) == before
+
+
+def test_unreadable_folder_is_no_empty_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails as a file system does that loses its server."""
+
+    def fail(path: Path) -> Any:
+        raise OSError(5, os.strerror(5), str(path))
+
+    monkeypatch.setattr("beit3_ds.checkpoint.folder.os.scandir", fail)
+    with pytest.raises(ConfigError, match=r"checkpoints in .* cannot be read: Input/output error"):
+        SmallRun(root).resume()
 
 
 def test_files_swapped_in_a_checkpoint_are_found(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -347,12 +389,12 @@ def test_damaged_checkpoint_does_not_push_out_whole_ones(tmp_path: Path, keep: i
     Catches pruning that counts the damaged one, which has a later step, and deletes the one just saved.
     """
     root = tmp_path / "checkpoints"
-    assert SmallRun(root, keep).save(*range(BEFORE - keep + 1, BEFORE + 1)) == [None] * keep
-    for path in root.glob("step-*"):
-        zero_the_end(path / FILES[0])
+    assert SmallRun(root, keep + 1).save(1, *range(BEFORE - keep + 1, BEFORE + 1)) == [None] * (keep + 1)
+    for step in range(BEFORE - keep + 1, BEFORE + 1):
+        zero_the_end(folder(root, step) / FILES[0])
     run = SmallRun(root, keep)
-    assert run.resume() is None
-    for step in range(1, BEFORE + 2):
+    assert run.resume() == 1
+    for step in range(2, BEFORE + 2):
         assert run.save(step) == [None]
         assert run.store.newest_path() == folder(root, step)
         assert (root / "latest").read_text().strip() == folder(root, step).name
